@@ -1,0 +1,75 @@
+"""One exception tree for every service; `antefix.rpc` maps it to gRPC statuses and back.
+
+A miss is an answer, not an error: nothing here means "not cached". The name of each class says what
+is wrong, its docstring what the caller does about it.
+"""
+
+from __future__ import annotations
+
+
+class AntefixError(Exception):
+    """Base of all errors that Antefix raises on purpose. Anything else is a bug of ours."""
+
+
+class InvalidRequest(AntefixError):
+    """Wrong whatever our state is. The caller fixes the call."""
+
+
+class ConfigError(InvalidRequest):
+    """A setting is malformed or missing. The message names the setting and the accepted values."""
+
+
+class Unauthenticated(AntefixError):
+    """No valid token. The caller stops."""
+
+
+class PermissionDenied(AntefixError):
+    """The tenant may not do this. The caller stops."""
+
+
+class BlockNotFound(AntefixError):
+    """This very block is gone. The caller recomputes it."""
+
+
+class FingerprintMismatch(AntefixError):
+    """Other weights, geometry or record format. The caller treats it as a miss and alerts."""
+
+
+class ResourceExhausted(AntefixError):
+    """A limit is reached; the subclasses say which."""
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Overloaded(ResourceExhausted):
+    """A queue is full. The caller backs off for `retry_after_s`."""
+
+
+class StoreFull(ResourceExhausted):
+    """The store takes no more writes; reads go on. The caller skips the store."""
+
+
+class QuotaExceeded(ResourceExhausted):
+    """The tenant's own limit. The caller backs off, other tenants are not affected."""
+
+
+class LeaseExpired(AntefixError):
+    """Evicted under the reader. The caller looks up again."""
+
+
+class Unavailable(AntefixError):
+    """The peer is down or draining. The caller tries another replica."""
+
+
+class DeadlineExceeded(AntefixError):
+    """The call's deadline passed. What was stored stays stored."""
+
+
+class BlockCorrupt(AntefixError):
+    """A checksum or header is wrong. The block is quarantined; the caller recomputes."""
+
+
+class ModelError(InvalidRequest):
+    """A model directory cannot be used: the message names the file or tensor and what was expected."""

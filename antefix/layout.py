@@ -1,0 +1,313 @@
+"""KV geometry and record formats, derived from a model's config. Knows bytes, never tensors.
+
+Notation (DeepSeek-V4 report, section 2.3): m = CSA ratio, m' = HCA ratio, n_win = window, c = head dim,
+c_I = indexer head dim. A block holds `block_size = lcm(m, m')` tokens of global KV of all layers, laid out
+layer by layer; a CSA layer's part is its main entries, then its indexer keys. docs/FORMAT.md has the tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from antefix.errors import InvalidRequest
+
+# Group sizes of the released inference code: FP8 entries scale in groups of 64, FP4 keys in groups of 32.
+FP8_GROUP = 64
+FP4_GROUP = 32
+# The scale bytes of an entry are padded so that a record is a multiple of 8 bytes (V4: 7 scales + 1 = 8).
+SCALE_ALIGN = 8
+
+
+class LayerKind(StrEnum):
+    """How a layer attends beyond its window: not at all, by sparse selection, or to everything compressed."""
+
+    WINDOW = "window"
+    CSA = "csa"
+    HCA = "hca"
+
+
+class KVFormat(StrEnum):
+    """Precision of KV, the same in the pool and on disk, so that storing loses nothing.
+
+    FP8 is the released one: entries FP8 E4M3 + BF16 RoPE dims, indexer keys Hadamard-rotated FP4 E2M1.
+    FLOAT64 serves comparisons with other implementations only.
+    """
+
+    FP8 = "fp8"
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of one number where KV is kept as plain floats, and of overlap state and tails."""
+        return 8 if self is KVFormat.FLOAT64 else 4
+
+
+class PartKind(StrEnum):
+    """What a contiguous part of a block's payload holds."""
+
+    CSA_MAIN = "csa_main"
+    INDEXER_KEYS = "indexer_keys"
+    HCA_MAIN = "hca_main"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """A byte range inside a record. `width` is the size of one item: byte planes split by it."""
+
+    name: str
+    offset: int
+    nbytes: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordLayout:
+    """One entry's or one key's bytes: its fields lie side by side and fill `nbytes`."""
+
+    fields: tuple[Field, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(f.nbytes for f in self.fields)
+
+    def field(self, name: str) -> Field:
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise KeyError(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """`num_rows` records of one layer, `offset` bytes into the block's payload."""
+
+    layer: int
+    kind: PartKind
+    offset: int
+    num_rows: int
+    record: RecordLayout
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_rows * self.record.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVGeometry:
+    """The shape of a model's KV: everything that decides whether two models' blocks are interchangeable.
+
+    Not slotted, so that the derived numbers are computed once.
+    """
+
+    layers: tuple[LayerKind, ...]
+    head_dim: int
+    rope_dim: int
+    indexer_dim: int
+    csa_ratio: int
+    hca_ratio: int
+    window: int
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise InvalidRequest("a model needs at least one layer")
+        for name in ("head_dim", "rope_dim", "indexer_dim", "csa_ratio", "hca_ratio", "window"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} must be positive, is {getattr(self, name)}")
+        if self.rope_dim % 2 or self.rope_dim > self.head_dim:
+            raise InvalidRequest(f"rope_dim must be even and at most head_dim {self.head_dim}, is {self.rope_dim}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def nope_dim(self) -> int:
+        return self.head_dim - self.rope_dim
+
+    @cached_property
+    def block_size(self) -> int:
+        """Tokens in a block: the smallest span that closes every layer's groups."""
+        return math.lcm(self.csa_ratio, self.hca_ratio)
+
+    @property
+    def csa_entries_per_block(self) -> int:
+        return self.block_size // self.csa_ratio
+
+    @property
+    def hca_entries_per_block(self) -> int:
+        return self.block_size // self.hca_ratio
+
+    def ratio(self, layer: int) -> int:
+        """Tokens an entry of this layer; 0 for a window-only layer."""
+        return {LayerKind.WINDOW: 0, LayerKind.CSA: self.csa_ratio, LayerKind.HCA: self.hca_ratio}[self.layers[layer]]
+
+    @property
+    def replay_tokens(self) -> int:
+        """Tokens after which an exact replay's window state is exact: L * (n_win - 1), rounded up to blocks.
+
+        The bound is sharp (REFERENCES of the V4 report's zero strategy; tests/model measures it).
+        """
+        return -(-self.num_layers * (self.window - 1) // self.block_size) * self.block_size
+
+    def digest(self) -> bytes:
+        """16 bytes that name this geometry; part of the fingerprint."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16, person=b"antefix-geometry").digest()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> KVGeometry:
+        """Read a `deepseek_v4` config.json as transformers writes it, its legacy spellings included.
+
+        Raises:  InvalidRequest: another model type, or a field that is missing or makes no sense.
+        """
+        return _geometry_from_config(config)
+
+
+def entry_record(geometry: KVGeometry, kv_format: KVFormat) -> RecordLayout:
+    """One main entry or window entry: FP8 codes, BF16 RoPE dims, UE8M0 scales with padding (V4: 584 bytes)."""
+    if kv_format is not KVFormat.FP8:
+        width = kv_format.float_bytes
+        return RecordLayout(fields=(Field(name="values", offset=0, nbytes=geometry.head_dim * width, width=width),))
+    codes = geometry.nope_dim
+    rope = geometry.rope_dim * 2
+    scales = -(-max(codes, 1) // FP8_GROUP)
+    scales += -(codes + rope + scales) % SCALE_ALIGN
+    return RecordLayout(
+        fields=(
+            Field(name="codes", offset=0, nbytes=codes, width=1),
+            Field(name="rope", offset=codes, nbytes=rope, width=2),
+            Field(name="scales", offset=codes + rope, nbytes=scales, width=1),
+        )
+    )
+
+
+def key_record(geometry: KVGeometry, kv_format: KVFormat) -> RecordLayout:
+    """One indexer key: FP4 codes two a byte (low nibble first), then UE8M0 scales (V4: 68 bytes)."""
+    if kv_format is not KVFormat.FP8:
+        width = kv_format.float_bytes
+        return RecordLayout(fields=(Field(name="values", offset=0, nbytes=geometry.indexer_dim * width, width=width),))
+    if geometry.indexer_dim & (geometry.indexer_dim - 1) or geometry.indexer_dim < 2:
+        raise InvalidRequest(f"fp8 keys need a power-of-two indexer_dim (Hadamard), is {geometry.indexer_dim}")
+    codes = geometry.indexer_dim // 2
+    scales = -(-geometry.indexer_dim // FP4_GROUP)
+    return RecordLayout(
+        fields=(
+            Field(name="codes", offset=0, nbytes=codes, width=1),
+            Field(name="scales", offset=codes, nbytes=scales, width=1),
+        )
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLayout:
+    """Where each layer's records lie in a block's payload; also the row layout of a block pool."""
+
+    geometry: KVGeometry
+    kv_format: KVFormat
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        entry = entry_record(self.geometry, self.kv_format)
+        key = key_record(self.geometry, self.kv_format)
+        plan = {
+            LayerKind.WINDOW: (),
+            LayerKind.CSA: (
+                (PartKind.CSA_MAIN, self.geometry.csa_entries_per_block, entry),
+                (PartKind.INDEXER_KEYS, self.geometry.csa_entries_per_block, key),
+            ),
+            LayerKind.HCA: ((PartKind.HCA_MAIN, self.geometry.hca_entries_per_block, entry),),
+        }
+        parts: list[Part] = []
+        offset = 0
+        for layer, layer_kind in enumerate(self.geometry.layers):
+            for kind, num_rows, record in plan[layer_kind]:
+                parts.append(Part(layer=layer, kind=kind, offset=offset, num_rows=num_rows, record=record))
+                offset += parts[-1].nbytes
+        return tuple(parts)
+
+    @cached_property
+    def block_bytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.block_bytes / self.geometry.block_size
+
+    @cached_property
+    def window_bytes(self) -> int:
+        """Window KV of the last n_win tokens of all layers (V4-Flash: 3.21 MB)."""
+        record = entry_record(self.geometry, self.kv_format)
+        return self.geometry.num_layers * self.geometry.window * record.nbytes
+
+    @cached_property
+    def overlap_bytes(self) -> int:
+        """CSA overlap state: kv and gate rows of the last group's Ca series, main and indexer, as floats."""
+        num_csa = sum(kind is LayerKind.CSA for kind in self.geometry.layers)
+        width = self.geometry.head_dim + self.geometry.indexer_dim
+        return num_csa * 2 * self.geometry.csa_ratio * width * self.kv_format.float_bytes
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Payload of a checkpoint: window KV and overlap state, nothing else (tails are empty there)."""
+        return self.window_bytes + self.overlap_bytes
+
+
+_LAYER_KINDS = {
+    "sliding_attention": LayerKind.WINDOW,
+    "compressed_sparse_attention": LayerKind.CSA,
+    "heavily_compressed_attention": LayerKind.HCA,
+}
+# Defaults of DeepseekV4Config in transformers 5.23, for configs that leave a field out.
+_CONFIG_DEFAULTS = {"head_dim": 512, "index_head_dim": 128, "sliding_window": 128, "num_hidden_layers": 43}
+_LEGACY_RATIOS = {0: LayerKind.WINDOW, 4: LayerKind.CSA, 128: LayerKind.HCA}
+
+
+def _geometry_from_config(config: Mapping[str, Any]) -> KVGeometry:
+    if config.get("model_type", "deepseek_v4") != "deepseek_v4":
+        raise InvalidRequest(f"model_type must be deepseek_v4, is {config['model_type']!r}")
+    head_dim = _positive(config, "head_dim")
+    rates = dict(config.get("compress_rates") or {})
+    rope_dim = config.get("qk_rope_head_dim")
+    if rope_dim is None:
+        rope_dim = int(head_dim * (config.get("partial_rotary_factor") or 64 / 512))
+    return KVGeometry(
+        layers=_layer_kinds(config),
+        head_dim=head_dim,
+        rope_dim=int(rope_dim),
+        indexer_dim=_positive(config, "index_head_dim"),
+        csa_ratio=int(config.get("compress_rate_csa") or rates.get("compressed_sparse_attention", 4)),
+        hca_ratio=int(config.get("compress_rate_hca") or rates.get("heavily_compressed_attention", 128)),
+        window=_positive(config, "sliding_window"),
+    )
+
+
+def _positive(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name, _CONFIG_DEFAULTS[name])
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidRequest(f"config field {name} must be a positive integer, is {value!r}")
+    return value
+
+
+def _layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
+    num_layers = _positive(config, "num_hidden_layers")
+    if names := config.get("layer_types"):
+        unknown = sorted({name for name in names if name not in _LAYER_KINDS})
+        if unknown or len(names) < num_layers:
+            raise InvalidRequest(f"layer_types must name {num_layers} layers of {sorted(_LAYER_KINDS)}; unknown: {unknown}")
+        return tuple(_LAYER_KINDS[name] for name in names[:num_layers])
+    if ratios := config.get("compress_ratios"):
+        unknown = sorted({ratio for ratio in ratios if ratio not in _LEGACY_RATIOS})
+        if unknown or len(ratios) < num_layers:
+            raise InvalidRequest(f"compress_ratios must give {num_layers} of 0, 4, 128; unknown: {unknown}")
+        return tuple(_LEGACY_RATIOS[ratio] for ratio in ratios[:num_layers])
+    # V4-Pro's plan: two HCA layers, then HCA and CSA in turn (transformers' default).
+    rest = (LayerKind.CSA if i % 2 else LayerKind.HCA for i in range(max(num_layers - 2, 0)))
+    return (LayerKind.HCA,) * min(num_layers, 2) + tuple(rest)
