@@ -1,0 +1,72 @@
+"""V4's attention module: shared-KV multi-query attention with sinks and a grouped output projection.
+
+Holds parameters and what is computed for each token alone; what reaches across tokens is in `ops`.
+
+Shapes:  N = tokens, D = hidden size, H = heads, C = head dim, Q = q rank, G = output groups.
+Source:  V4 report, section 2.3.3; oracle: transformers' DeepseekV4Attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from antefix.layout import LayerKind
+from antefix.model.compressor import Compressor
+from antefix.model.config import ModelConfig
+from antefix.model.indexer import Indexer
+from antefix.model.norms_rope import RMSNorm, rms_norm, rotate
+from antefix.model.numerics import grouped_linear, linear
+
+
+class CSACompressor(Compressor):
+    """CSA's main compressor; the indexer hangs on it, as in the checkpoints."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, LayerKind.CSA, config.geometry.head_dim)
+        self.indexer = Indexer(config)
+
+
+class Attention(nn.Module):
+    """One layer's attention parameters. `compressor` is None in window-only layers."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        geometry = config.geometry
+        self.kind = geometry.layers[layer]
+        self.num_heads, self.head_dim = config.num_heads, geometry.head_dim
+        self.o_groups = config.o_groups
+        heads_dim = config.num_heads * geometry.head_dim
+        self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+        self.q_a_norm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+        self.q_b_proj = nn.Linear(config.q_lora_rank, heads_dim, bias=False)
+        self.kv_proj = nn.Linear(config.hidden_size, geometry.head_dim, bias=False)
+        self.kv_norm = RMSNorm(geometry.head_dim, config.rms_norm_eps)
+        self.o_a_proj = nn.Linear(heads_dim // config.o_groups, config.o_groups * config.o_lora_rank, bias=False)
+        self.o_b_proj = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
+        self.sinks = nn.Parameter(torch.empty(config.num_heads))
+        self.eps = config.rms_norm_eps
+        self.compressor: Compressor | None = None
+        if self.kind is LayerKind.CSA:
+            self.compressor = CSACompressor(config)
+        elif self.kind is LayerKind.HCA:
+            self.compressor = Compressor(config, LayerKind.HCA, geometry.head_dim)
+
+    def query_residual(self, x_ND: Tensor) -> Tensor:
+        """The low-rank query [N, Q] that attention's and the indexer's heads share."""
+        return rms_norm(linear(x_ND, self.q_a_proj.weight), self.q_a_norm.weight, self.eps)
+
+    def queries(self, q_residual_NQ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Normed, rotated queries [N, H, C], scaled by C^-1/2 for the dot products to come."""
+        q = linear(q_residual_NQ, self.q_b_proj.weight).unflatten(-1, (self.num_heads, self.head_dim))
+        return rotate(rms_norm(q, None, self.eps), cos.unsqueeze(1), sin.unsqueeze(1)) * self.head_dim**-0.5
+
+    def window_entries(self, x_ND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Window KV [N, C] before rounding: key and value in one."""
+        return rotate(rms_norm(linear(x_ND, self.kv_proj.weight), self.kv_norm.weight, self.eps), cos, sin)
+
+    def output(self, attended_NHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Undo the values' rotation at the query's position, then project to [N, D]."""
+        turned_back = rotate(attended_NHC, cos.unsqueeze(1), -sin.unsqueeze(1))
+        grouped = turned_back.reshape(len(turned_back), self.o_groups, -1)
+        return linear(grouped_linear(grouped, self.o_a_proj.weight).flatten(1), self.o_b_proj.weight)

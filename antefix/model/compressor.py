@@ -1,0 +1,69 @@
+"""Compressors: groups of tokens pooled into one entry each. HCA pools disjoint groups, CSA overlapping ones.
+
+CSA's projections make two series side by side, Ca then Cb. Group w pools group w-1's Ca rows and its own Cb rows, so
+the Ca rows of the last closed group (the overlap state) outlive it.
+
+Shapes:  N = tokens, G = groups, m = ratio, C = entry width (head dim, or indexer dim), S = C or, for CSA, 2C.
+Source:  V4 report, sections 2.3.1 and 2.3.2; oracle: transformers' DeepseekV4CSACompressor, DeepseekV4HCACompressor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from antefix.layout import LayerKind
+from antefix.model.config import ModelConfig
+from antefix.model.norms_rope import RMSNorm, rms_norm, rotate
+from antefix.model.numerics import linear, wide
+
+
+class Compressor(nn.Module):
+    """Projections and norm of one compressor; `width` is C. CSA's main compressor holds the indexer as well."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, width: int) -> None:
+        super().__init__()
+        geometry = config.geometry
+        self.ratio = geometry.csa_ratio if kind is LayerKind.CSA else geometry.hca_ratio
+        self.width = width
+        series = 2 * width if kind is LayerKind.CSA else width
+        self.kv_proj = nn.Linear(config.hidden_size, series, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, series, bias=False)
+        self.position_bias = nn.Parameter(torch.empty(self.ratio, series))
+        self.kv_norm = RMSNorm(width, config.rms_norm_eps)
+
+    def project(self, x_ND: Tensor, positions_N: Tensor) -> Tensor:
+        """Each token's rows [2, N, S]: kv, and gate with the bias of its place in the group added."""
+        kv = linear(x_ND, self.kv_proj.weight)
+        gate = linear(x_ND, self.gate_proj.weight) + self.position_bias[positions_N % self.ratio]
+        return torch.stack((kv, gate))
+
+
+def pool_disjoint(rows_2GmS: Tensor) -> Tensor:
+    """HCA: one entry [G, C] a group, a softmax over the group's gates for each channel."""
+    kv, gate = rows_2GmS
+    return _pool(kv, gate)
+
+
+def pool_overlapping(rows_2GmS: Tensor, overlap_2mC: Tensor) -> Tensor:
+    """CSA: one entry [G, C] a group, from the previous group's Ca rows and its own Cb rows.
+
+    overlap_2mC: Ca rows before the first group; kv 0 and gate -inf where there is none (they get no weight).
+    """
+    width = overlap_2mC.shape[-1]
+    series_a = torch.cat((overlap_2mC.unsqueeze(1), rows_2GmS[:, :-1, :, :width]), dim=1)
+    kv, gate = torch.cat((series_a, rows_2GmS[..., width:]), dim=2)
+    return _pool(kv, gate)
+
+
+def _pool(kv_GmC: Tensor, gate_GmC: Tensor) -> Tensor:
+    gate = gate_GmC.to(wide(gate_GmC.dtype))
+    weights = torch.exp(gate - gate.amax(1, keepdim=True))
+    # Dividing the sum instead of each weight saves a pass over [G, m, C].
+    pooled = (kv_GmC * weights.to(kv_GmC.dtype)).sum(1)
+    return pooled / weights.sum(1).to(kv_GmC.dtype)
+
+
+def finish_entries(pooled_GC: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
+    """Norm, then RoPE at the position of each group's first token (cos, sin [G, R / 2])."""
+    return rotate(rms_norm(pooled_GC, norm.weight, norm.eps), cos, sin)

@@ -1,0 +1,88 @@
+"""Manifold-constrained hyper-connections: M residual streams, mixed by doubly stochastic matrices.
+
+Shapes:  N = tokens, M = streams (hc_mult), D = hidden size, J = (2 + M) * M mixing logits a token.
+Source:  V4 report, section 2.2; oracle: transformers' DeepseekV4HyperConnection and DeepseekV4HyperHead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from antefix.model.config import ModelConfig
+from antefix.model.numerics import linear, sigmoid, wide
+
+
+class HyperConnection(nn.Module):
+    """Weights of one mixing: `fn` [J, M * D], `base` [J], `scale` [3] for collapse, expand and mix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        num_streams = config.hc_mult
+        num_logits = (2 + num_streams) * num_streams
+        self.fn = nn.Parameter(torch.empty(num_logits, num_streams * config.hidden_size))
+        self.base = nn.Parameter(torch.empty(num_logits))
+        self.scale = nn.Parameter(torch.empty(3))
+        self.num_iters = config.hc_sinkhorn_iters
+        self.eps = config.hc_eps
+        self.norm_eps = config.rms_norm_eps
+
+    def forward(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Collapse the streams: returns the block's input [N, D], and post [N, M] and comb [N, M, M] for `expand`."""
+        num_streams = streams_NMD.shape[1]
+        logits = mixing_logits(streams_NMD, self.fn, self.norm_eps)
+        pre_w, post_w, comb_w = logits.split((num_streams, num_streams, num_streams * num_streams), dim=-1)
+        pre_b, post_b, comb_b = self.base.split((num_streams, num_streams, num_streams * num_streams))
+        pre = sigmoid(pre_w * self.scale[0] + pre_b) + self.eps
+        post = 2 * sigmoid(post_w * self.scale[1] + post_b)
+        comb = sinkhorn((comb_w * self.scale[2] + comb_b).unflatten(-1, (num_streams, -1)), self.num_iters, self.eps)
+        dtype = streams_NMD.dtype
+        return collapse(streams_NMD, pre), post.to(dtype), comb.to(dtype)
+
+
+class HyperHead(nn.Module):
+    """The last collapse, before the final norm: `hc_fn` [M, M * D], `hc_base` [M], `hc_scale` [1]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.hc_fn = nn.Parameter(torch.empty(config.hc_mult, config.hc_mult * config.hidden_size))
+        self.hc_base = nn.Parameter(torch.empty(config.hc_mult))
+        self.hc_scale = nn.Parameter(torch.empty(1))
+        self.eps = config.hc_eps
+        self.norm_eps = config.rms_norm_eps
+
+    def forward(self, streams_NMD: Tensor) -> Tensor:
+        logits = mixing_logits(streams_NMD, self.hc_fn, self.norm_eps)
+        return collapse(streams_NMD, sigmoid(logits * self.hc_scale + self.hc_base) + self.eps)
+
+
+def mixing_logits(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
+    """RMS-normed streams [N, M * D] times fn [J, M * D]: [N, J]. The norm is a factor a row, so it goes last."""
+    flat = streams_NMD.flatten(1).to(wide(streams_NMD.dtype))
+    return linear(flat, fn.to(flat.dtype)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+
+
+def collapse(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
+    """The streams' weighted sum, [N, D]."""
+    return torch.bmm(pre_NM.to(streams_NMD.dtype).unsqueeze(1), streams_NMD).squeeze(1)
+
+
+def expand(streams_NMD: Tensor, output_ND: Tensor, post_NM: Tensor, comb_NMM: Tensor) -> Tensor:
+    """New streams: the old ones mixed (over comb's first axis) plus the block's output, spread by `post`."""
+    spread = post_NM.unsqueeze(-1) * output_ND.unsqueeze(1)
+    return torch.baddbmm(spread, comb_NMM.transpose(1, 2), streams_NMD)
+
+
+def sinkhorn(logits_NMM: Tensor, num_iters: int, eps: float) -> Tensor:
+    """Softmax over columns, then columns and rows normalised in turn: nearly doubly stochastic [N, M, M].
+
+    Runs on [M, M, N], tokens innermost, so that each of the some 80 steps is one pass over contiguous lanes.
+    """
+    x = logits_NMM.permute(1, 2, 0).contiguous()
+    x = torch.exp(x - x.amax(1, keepdim=True))
+    x = x / x.sum(1, keepdim=True) + eps
+    x = x / (x.sum(0, keepdim=True) + eps)
+    for _ in range(num_iters - 1):
+        x = x / (x.sum(1, keepdim=True) + eps)
+        x = x / (x.sum(0, keepdim=True) + eps)
+    return x.permute(2, 0, 1)

@@ -1,0 +1,104 @@
+"""The model: parameters under transformers' names, and the layer order. Serving's forward pass is in `runner`.
+
+Shapes:  V = vocabulary, D = hidden size, M = streams.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from antefix.layout import BlockLayout, KVFormat, LayerKind
+from antefix.model.attention import Attention
+from antefix.model.config import ModelConfig
+from antefix.model.mhc import HyperConnection, HyperHead
+from antefix.model.moe import MoE
+from antefix.model.norms_rope import RMSNorm, inverse_frequencies, rope_table
+
+
+class DecoderLayer(nn.Module):
+    """Parameters of one layer."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MoE(config, layer)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn_hc = HyperConnection(config)
+        self.ffn_hc = HyperConnection(config)
+
+
+class Trunk(nn.Module):
+    """Everything but the output head, named `model` in checkpoints."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_head = HyperHead(config)
+
+
+class Model(nn.Module):
+    """A DeepSeek-V4 model. `revision` names the exact weights; `layout` says how its KV is written down.
+
+    A model that was not loaded from a checkpoint has uninitialised weights until `init_weights`, and revision "".
+    """
+
+    rope_main: Tensor
+    rope_compress: Tensor
+
+    def __init__(self, config: ModelConfig, *, kv_format: KVFormat = KVFormat.FP8, revision: str = "") -> None:
+        super().__init__()
+        self.config = config
+        self.revision = revision
+        self.layout = BlockLayout(geometry=config.geometry, kv_format=kv_format)
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        rope_dim = config.geometry.rope_dim
+        self.register_buffer("rope_main", inverse_frequencies(config.rope_main, rope_dim), persistent=False)
+        self.register_buffer("rope_compress", inverse_frequencies(config.rope_compress, rope_dim), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head.weight.dtype
+
+    def rope(self, kind: LayerKind, positions_N: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [N, R / 2]: window-only layers take the main RoPE, all others the compressed branches'."""
+        if kind is LayerKind.WINDOW:
+            return rope_table(positions_N, self.rope_main, self.config.rope_main.attention_factor, self.dtype)
+        return rope_table(positions_N, self.rope_compress, self.config.rope_compress.attention_factor, self.dtype)
+
+
+@torch.no_grad()
+def init_weights(model: Model, *, seed: int = 0) -> Model:
+    """Fill every parameter and table from a seed: what a fresh model starts training from, or a test runs on.
+
+    Hash tables spread tokens evenly over experts; sinks, biases and mixing weights start small but not at zero.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+
+    def normal(shape: torch.Size, std: float) -> Tensor:
+        return torch.randn(shape, generator=generator) * std
+
+    std = model.config.initializer_range
+    for name, tensor in model.named_parameters():
+        if name.endswith("norm.weight"):
+            tensor.copy_(1 + normal(tensor.shape, std))
+        elif name.endswith("scale"):
+            tensor.fill_(1.0)
+        else:
+            tensor.copy_(normal(tensor.shape, std))
+    num_experts, num_picked = model.config.num_experts, model.config.num_experts_per_token
+    for name, table in model.named_buffers():
+        if name.endswith("tid2eid"):
+            ranks = torch.rand(len(table), num_experts, generator=generator).argsort(-1)
+            table.copy_(ranks[:, :num_picked])
+    return model

@@ -1,0 +1,122 @@
+"""Mixture of experts: learned top-k or token-id hash routing, SwiGLU experts and one shared expert.
+
+Shapes:  N = tokens, D = hidden size, E = experts, K = experts a token, I = intermediate size.
+Source:  V4 report, section 2.1; oracle: transformers' DeepseekV4SparseMoeBlock.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from antefix.model.config import ModelConfig
+from antefix.model.numerics import linear, sigmoid, silu, softplus
+
+
+class Router(nn.Module):
+    """Scores experts with `weight` [E, D]; picks them by score plus bias, or by `tid2eid` [vocab, K]."""
+
+    e_score_correction_bias: Tensor
+    tid2eid: Tensor
+
+    def __init__(self, config: ModelConfig, *, hash_routed: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.hash_routed = hash_routed
+        self.num_picked = config.num_experts_per_token
+        self.scaling = config.routed_scaling_factor
+        self.scoring = config.scoring_func
+        if hash_routed:
+            table = torch.zeros(config.vocab_size, config.num_experts_per_token, dtype=torch.long)
+            self.register_buffer("tid2eid", table)
+        else:
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+
+    def forward(self, x_ND: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert ids [N, K], ascending, and their weights [N, K]."""
+        scores = expert_scores(linear(x_ND, self.weight), self.scoring)
+        if self.hash_routed:
+            experts = self.tid2eid[tokens_N].sort(-1).values
+        else:
+            experts = pick_experts(scores + self.e_score_correction_bias, self.num_picked)
+        weights = scores.gather(1, experts)
+        # 1e-20: as the reference; only all-zero scores would notice.
+        return experts, weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
+
+
+class Experts(nn.Module):
+    """All routed experts' weights: `gate_up_proj` [E, 2I, D] (gate rows first), `down_proj` [E, D, I]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner, hidden = config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, inner))
+        self.limit = config.swiglu_limit
+
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Each token's experts' outputs, weighted and summed in ascending order of expert id: [N, D]."""
+        num_tokens, num_picked = experts_NK.shape
+        # 1. Sort the (token, slot) pairs by expert, so that each expert sees its tokens as one run of rows.
+        order = experts_NK.flatten().argsort(stable=True)
+        counts = torch.bincount(experts_NK.flatten(), minlength=len(self.gate_up_proj)).tolist()
+        rows = x_ND.index_select(0, order // num_picked)
+        # 2. Run the experts that were picked.
+        outputs = []
+        for expert, part in enumerate(rows.split(counts)):
+            if len(part):
+                inner = clamped_swiglu(linear(part, self.gate_up_proj[expert]), self.limit)
+                outputs.append(linear(inner, self.down_proj[expert]))
+        # 3. Back to token order; one small product a token keeps the order of the sum fixed.
+        slots = torch.cat(outputs).index_select(0, order.argsort()).view(num_tokens, num_picked, -1)
+        return torch.bmm(weights_NK.to(slots.dtype).unsqueeze(1), slots).squeeze(1)
+
+
+class SharedExpert(nn.Module):
+    """The expert every token takes."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        inner, hidden = config.moe_intermediate_size, config.hidden_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.limit = config.swiglu_limit
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        gate = linear(x_ND, self.gate_proj.weight).clamp(max=self.limit)
+        up = linear(x_ND, self.up_proj.weight).clamp(-self.limit, self.limit)
+        return linear(silu(gate) * up, self.down_proj.weight)
+
+
+class MoE(nn.Module):
+    """A layer's feed-forward part."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.gate = Router(config, hash_routed=config.hash_routed[layer])
+        self.experts = Experts(config)
+        self.shared_experts = SharedExpert(config)
+
+    def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
+        experts, weights = self.gate(x_ND, tokens_N)
+        routed: Tensor = self.experts(x_ND, experts, weights)
+        return routed + self.shared_experts(x_ND)
+
+
+def expert_scores(logits_NE: Tensor, scoring: str) -> Tensor:
+    if scoring == "sqrtsoftplus":
+        return torch.sqrt(softplus(logits_NE))
+    return torch.softmax(logits_NE, dim=-1) if scoring == "softmax" else sigmoid(logits_NE)
+
+
+def pick_experts(scores_NE: Tensor, num_picked: int) -> Tensor:
+    """The K best experts [N, K], ascending by id; equal scores go to the lowest id, whatever the batch."""
+    ranked = scores_NE.sort(dim=-1, descending=True, stable=True).indices
+    return ranked[:, :num_picked].sort(-1).values
+
+
+def clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:
+    """silu(gate) * up of [..., 2I], gate clamped from above, up on both sides."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)

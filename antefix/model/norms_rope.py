@@ -1,0 +1,77 @@
+"""RMS norms and rotary positions. V4's RoPE turns adjacent pairs of the last R dims of a head.
+
+Shapes:  N = rows, C = channels, R = RoPE dims, P = positions; leading dims are free.
+Source:  V4 report, section 2.3.3; frequencies as in transformers' deepseek_v4, the oracle of tests/model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from antefix.model.config import RopeConfig
+from antefix.model.numerics import wide
+
+
+class RMSNorm(nn.Module):
+    """Holds a norm's weight [C]; `eps` is the config's."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x [..., C] over the root mean square of its last dim, times weight [C] where one is given."""
+    wide_x = x.to(wide(x.dtype))
+    normed = wide_x * torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps)
+    return (normed if weight is None else weight * normed).to(x.dtype)
+
+
+def inverse_frequencies(rope: RopeConfig, rope_dim: int) -> Tensor:
+    """[R / 2] float32 angles per position, YaRN's interpolation included (arXiv 2309.00071, section 3)."""
+    steps = torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim
+    plain = 1.0 / (rope.theta**steps)
+    if rope.yarn is None:
+        return plain
+    yarn = rope.yarn
+    stretched = 1.0 / (yarn.factor * rope.theta**steps)
+
+    def dim_of(rotations: float) -> float:
+        # The pair that turns `rotations` times over the original context.
+        turns = math.log(yarn.original_max_positions / (rotations * 2 * math.pi))
+        return rope_dim * turns / (2 * math.log(rope.theta))
+
+    low = max(math.floor(dim_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(dim_of(yarn.beta_slow)), rope_dim - 1)
+    # 0.001 keeps the ramp finite where both ends meet, as the reference does.
+    span = high - low if high != low else 0.001
+    ramp = ((torch.arange(rope_dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    keep = 1 - ramp
+    return stretched * (1 - keep) + plain * keep
+
+
+def rope_table(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [P, R / 2] of integer positions [P]. float32 angles: their rounding is part of the model."""
+    work = wide(dtype)
+    angles = positions.to(work)[:, None] * inv_freq.to(work)
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the last R dims of x [..., C] by cos, sin [..., R / 2] (broadcast against x's leading dims).
+
+    Rotating back, as V4 does with attention outputs, is `rotate(x, cos, -sin)`.
+    """
+    rope_dim = 2 * cos.shape[-1]
+    head, tail = x[..., :-rope_dim], x[..., -rope_dim:]
+    pairs = tail.to(cos.dtype).unflatten(-1, (-1, 2))
+    even, odd = pairs[..., 0], pairs[..., 1]
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((head, turned.to(x.dtype)), dim=-1)

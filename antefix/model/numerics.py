@@ -1,0 +1,106 @@
+"""Row-invariant building blocks: a token's numbers do not depend on how many tokens are computed beside it.
+
+A cache hit must equal a cold run to the bit, though the two cut a prompt into different pieces. On a CPU two things
+break that, and both are handled here and nowhere else:
+    GEMMs       MKL picks another kernel, with another order of sums, for very few rows (measured: 1 and 2 rows, on
+                some shapes up to 7 with two threads). `linear` therefore never runs fewer than ROW_TILE rows.
+    sigmoid     PyTorch's vector body and scalar tail of sigmoid, silu and softplus round differently (about 4% of
+                values), so an element's result depends on its place. exp, log1p and division do not.
+`row_invariant_ok` checks the premises on the machine at hand.
+
+Shapes:  N = rows, K = input width, O = output width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Fewest rows that any GEMM runs, and what row counts are padded to. 8 was enough for every shape tried; 16 has margin.
+ROW_TILE = 16
+
+
+def pad_rows(x: Tensor, multiple: int = ROW_TILE) -> Tensor:
+    """[N, ...] with zero rows appended until N is a multiple; `x` itself when it is one already."""
+    missing = -x.shape[0] % multiple
+    if not missing:
+        return x
+    return torch.cat((x, x.new_zeros(missing, *x.shape[1:])))
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., K] times weight [O, K] transposed, each row's bits independent of the other rows.
+
+    Gradients and other devices take the plain product: training does not need the invariance.
+    """
+    if x.device.type != "cpu" or x.requires_grad:
+        return F.linear(x, weight)
+    rows = x.reshape(-1, x.shape[-1])
+    num_rows = rows.shape[0]
+    if num_rows % ROW_TILE == 0:
+        return F.linear(rows, weight).view(*x.shape[:-1], weight.shape[0])
+    return F.linear(pad_rows(rows), weight)[:num_rows].view(*x.shape[:-1], weight.shape[0])
+
+
+def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Block-diagonal product: x [N, G, K] times weight [G * O, K], group by group, to [N, G, O]."""
+    num_groups = x.shape[1]
+    per_group = weight.view(num_groups, -1, weight.shape[1])
+    if x.device.type != "cpu" or x.requires_grad:
+        return torch.einsum("ngk,gok->ngo", x, per_group)
+    return torch.stack([linear(x[:, g], per_group[g]) for g in range(num_groups)], dim=1)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """Logistic function from exp and a division, which round alike in vector body and scalar tail."""
+    if x.device.type != "cpu" or x.requires_grad:
+        return torch.sigmoid(x)
+    return 1.0 / (1.0 + torch.exp(-x))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * sigmoid(x)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x); from 20 on it is x itself, as in torch.nn.functional.softplus."""
+    if x.device.type != "cpu" or x.requires_grad:
+        return F.softplus(x)
+    return torch.where(x > 20.0, x, torch.log1p(torch.exp(x.clamp(max=20.0))))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that norms, gates and rotations compute in: float32, or float64 for float64 models."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def row_invariant_ok(hidden_sizes: tuple[int, ...] = (16, 64, 192, 512)) -> bool:
+    """Whether this machine's GEMMs and elementwise functions keep the premises above. A few milliseconds."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(1024, generator=generator) * 4
+    for function in (torch.exp, torch.log1p, torch.cos, torch.sin, torch.rsqrt):
+        x = values.abs() if function in (torch.log1p, torch.rsqrt) else values
+        pieces = torch.cat([function(part) for part in x.split(7)])
+        if not torch.equal(function(x), pieces):
+            return False
+    return all(_linear_ok(k, o, generator) and _bmm_ok(k, o, generator) for k in hidden_sizes for o in (16, 24, 128))
+
+
+def _linear_ok(k: int, o: int, generator: torch.Generator) -> bool:
+    x = torch.randn(272, k, generator=generator)
+    weight = torch.randn(o, k, generator=generator)
+    whole = linear(x, weight)
+    return all(
+        torch.equal(linear(x[start : start + n], weight), whole[start : start + n])
+        for start, n in ((0, 1), (5, 3), (0, 16), (3, 17), (100, 128), (9, 200))
+    )
+
+
+def _bmm_ok(k: int, o: int, generator: torch.Generator) -> bool:
+    a = torch.randn(33, 4, k, generator=generator)
+    b = torch.randn(33, k, o, generator=generator)
+    whole = torch.bmm(a, b)
+    return all(
+        torch.equal(torch.bmm(a[s : s + n], b[s : s + n]), whole[s : s + n]) for s, n in ((0, 1), (5, 2), (7, 16))
+    )
