@@ -1,0 +1,218 @@
+"""The restore planner: of all ways to get a prompt's KV, which is done first?
+
+Given what is stored of a prompt, it costs each way with measured rates and real sizes (docs/WINDOW_STATE.md):
+    CHECKPOINT  load global KV of [0, Q) and the checkpoint at Q, prefill [Q, N)
+    REPLAY      load global KV of [0, P), replay the last replay_tokens before P (window state only), prefill [P, N)
+    BOUNDED     the same with k windows instead: approximate, only where the namespace opted in
+    COLD        prefill [0, N)
+Decisions are recorded with their outcome; the error that follows from that is stated with every later plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from antefix.errors import InvalidRequest
+from antefix.window.rates import Rates
+from antefix.window.sizes import Sizes
+
+# Stated error before anything was measured: the priors may be wrong by a factor of two.
+ERROR_UNKNOWN = 1.0
+# A bad surprise is remembered at half weight for ~70 plans: the stated error is a fading maximum, not a mean.
+ERROR_MEMORY = 0.99
+_MEAN_MEMORY = 0.95
+
+
+class PlanKind(StrEnum):
+    CHECKPOINT = "checkpoint"
+    REPLAY = "replay"
+    BOUNDED = "bounded"
+    COLD = "cold"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredPrefix:
+    """What is stored of one prompt. Block counts are of leading blocks; a checkpoint is named by the blocks before it.
+
+    checkpoints: block boundary -> tier that holds it ("pool", "disk", ...; the names that Rates knows).
+    num_resident_blocks: leading blocks that are in the worker's memory already and need no load.
+    resident_checkpoints: boundaries whose window state is in the worker's memory.
+    bounded_windows: k of an opted-in namespace; 0 forbids approximate plans.
+    """
+
+    num_tokens: int
+    num_blocks: int
+    checkpoints: Mapping[int, str] = field(default_factory=dict)
+    blocks_tier: str = "disk"
+    num_resident_blocks: int = 0
+    resident_checkpoints: frozenset[int] = frozenset()
+    bounded_windows: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One way, step by step: load blocks [0, resume_block), run tokens.
+
+    resume_block: boundary from which global KV is computed and written; blocks before it are only read.
+    replay_from_block: where a replay starts; equal to resume_block where there is none.
+    checkpoint_tier: where the checkpoint at resume_block is read from; "" for none.
+    load_bytes: from stores, resident ones excluded.  error_s: how far predicted_s may be off, by experience.
+    """
+
+    kind: PlanKind
+    resume_block: int
+    replay_from_block: int
+    checkpoint_tier: str
+    load_bytes: int
+    replay_tokens: int
+    prefill_tokens: int
+    predicted_s: float
+    error_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """The chosen plan and all that were weighed, cheapest first; `plans[-1]` need not be cold."""
+
+    plan: Plan
+    plans: tuple[Plan, ...]
+
+    @property
+    def cold(self) -> Plan:
+        return next(plan for plan in self.plans if plan.kind is PlanKind.COLD)
+
+    @property
+    def error_s(self) -> float:
+        """How much slower than cold the choice may turn out: both predictions may be off, each by its own error."""
+        return self.plan.error_s + self.cold.error_s
+
+
+@dataclass(slots=True)
+class KindRecord:
+    """How well one kind of plan was predicted. Errors are relative: |actual - predicted| / predicted."""
+
+    num_plans: int = 0
+    num_outcomes: int = 0
+    mean_error: float = 0.0
+    stated_error: float = ERROR_UNKNOWN
+    predicted_s: float = 0.0
+    actual_s: float = 0.0
+
+
+class RestorePlanner:
+    """Chooses by predicted seconds; learns from outcomes. One per worker and model; not shared between threads.
+
+    align_tokens: in reproducible mode the prefill chunk, so that a hit resumes only where a cold run starts a chunk.
+    """
+
+    def __init__(self, sizes: Sizes, rates: Rates, *, align_tokens: int = 1) -> None:
+        if align_tokens < 1:
+            raise InvalidRequest(f"align_tokens must be positive, is {align_tokens}")
+        self.sizes = sizes
+        self.rates = rates
+        self.records: dict[PlanKind, KindRecord] = {kind: KindRecord() for kind in PlanKind}
+        # Smallest number of blocks whose end is a multiple of align_tokens.
+        self._step = 1
+        while self._step * sizes.block_size % align_tokens:
+            self._step += 1
+
+    def plan(self, stored: StoredPrefix) -> Decision:
+        """Cost every way and take the cheapest; ties go to the one that computes less.
+
+        Raises:  InvalidRequest: an empty prompt, or counts that contradict each other.
+        """
+        # 1. A hit must leave at least one token to run: its logits are the answer to the prompt.
+        usable = self._usable_blocks(stored)
+        # 2. Cost each way.
+        plans = [self._cold(stored.num_tokens)]
+        if best := self._checkpoint(stored, usable):
+            plans.append(best)
+        if usable:
+            plans.append(self._replay(stored, usable, PlanKind.REPLAY, self.sizes.replay_tokens))
+        if usable and stored.bounded_windows:
+            replayed = stored.bounded_windows * self.sizes.window_tokens
+            plans.append(self._replay(stored, usable, PlanKind.BOUNDED, replayed))
+        # 3. The least predicted time wins. Cold is among them, so the choice is never predicted slower than cold.
+        plans.sort(key=lambda plan: (plan.predicted_s, plan.prefill_tokens + plan.replay_tokens))
+        self.records[plans[0].kind].num_plans += 1
+        return Decision(plan=plans[0], plans=tuple(plans))
+
+    def record(self, plan: Plan, actual_s: float) -> float:
+        """The plan took `actual_s`, up to the first token. Returns the relative error of the prediction."""
+        record = self.records[plan.kind]
+        error = abs(actual_s - plan.predicted_s) / max(plan.predicted_s, 1e-9)
+        weight = _MEAN_MEMORY if record.num_outcomes else 0.0
+        record.mean_error = weight * record.mean_error + (1 - weight) * error
+        record.stated_error = max(record.stated_error * ERROR_MEMORY, error)
+        record.num_outcomes += 1
+        record.predicted_s += plan.predicted_s
+        record.actual_s += actual_s
+        return error
+
+    def _usable_blocks(self, stored: StoredPrefix) -> int:
+        size = self.sizes.block_size
+        if stored.num_tokens < 1 or stored.num_blocks < 0 or stored.bounded_windows < 0:
+            raise InvalidRequest(f"cannot plan {stored.num_tokens} tokens with {stored.num_blocks} stored blocks")
+        usable = min(stored.num_blocks, (stored.num_tokens - 1) // size)
+        return usable // self._step * self._step
+
+    def _cold(self, num_tokens: int) -> Plan:
+        seconds = self.rates.prefill_s(num_tokens, context=0)
+        return self._stated(PlanKind.COLD, 0, 0, "", 0, 0, num_tokens, seconds)
+
+    def _checkpoint(self, stored: StoredPrefix, usable: int) -> Plan | None:
+        """The best checkpoint is not always the last: a nearer one may sit in a slower tier."""
+        plans = [
+            self._from_checkpoint(stored, block, tier)
+            for block, tier in stored.checkpoints.items()
+            if 0 < block <= usable and block % self._step == 0
+        ]
+        return min(plans, key=lambda plan: (plan.predicted_s, -plan.resume_block), default=None)
+
+    def _from_checkpoint(self, stored: StoredPrefix, block: int, tier: str) -> Plan:
+        context = block * self.sizes.block_size
+        tokens = stored.num_tokens - context
+        block_bytes = self._block_bytes(stored, block)
+        window_bytes = 0 if block in stored.resident_checkpoints else self.sizes.checkpoint_bytes
+        seconds = self.rates.load_s(stored.blocks_tier, block_bytes) + self.rates.load_s(tier, window_bytes)
+        seconds += self.rates.prefill_s(tokens, context=context)
+        return self._stated(PlanKind.CHECKPOINT, block, block, tier, block_bytes + window_bytes, 0, tokens, seconds)
+
+    def _replay(self, stored: StoredPrefix, block: int, kind: PlanKind, replay_tokens: int) -> Plan:
+        start = max(block - self.sizes.blocks_up(replay_tokens), 0) // self._step * self._step
+        context = block * self.sizes.block_size
+        replayed = (block - start) * self.sizes.block_size
+        tokens = stored.num_tokens - context
+        block_bytes = self._block_bytes(stored, block)
+        seconds = self.rates.load_s(stored.blocks_tier, block_bytes)
+        seconds += self.rates.replay_s(replayed, context=start * self.sizes.block_size)
+        seconds += self.rates.prefill_s(tokens, context=context)
+        return self._stated(kind, block, start, "", block_bytes, replayed, tokens, seconds)
+
+    def _block_bytes(self, stored: StoredPrefix, num_blocks: int) -> int:
+        return max(num_blocks - stored.num_resident_blocks, 0) * self.sizes.block_bytes
+
+    def _stated(
+        self,
+        kind: PlanKind,
+        resume_block: int,
+        replay_from_block: int,
+        checkpoint_tier: str,
+        load_bytes: int,
+        replay_tokens: int,
+        prefill_tokens: int,
+        predicted_s: float,
+    ) -> Plan:
+        return Plan(
+            kind=kind,
+            resume_block=resume_block,
+            replay_from_block=replay_from_block,
+            checkpoint_tier=checkpoint_tier,
+            load_bytes=load_bytes,
+            replay_tokens=replay_tokens,
+            prefill_tokens=prefill_tokens,
+            predicted_s=predicted_s,
+            error_s=predicted_s * self.records[kind].stated_error,
+        )

@@ -1,0 +1,44 @@
+"""The sizes that window-state decisions weigh, read off a block layout once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from antefix.errors import InvalidRequest
+from antefix.layout import BlockLayout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Tokens and bytes of one model's KV.
+
+    block_size: tokens a block.  block_bytes: global KV of a block.  checkpoint_bytes: window state of a checkpoint.
+    replay_tokens: what an exact replay runs, whole blocks.  window_tokens: n_win.
+    """
+
+    block_size: int
+    block_bytes: int
+    checkpoint_bytes: int
+    replay_tokens: int
+    window_tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "block_bytes", "checkpoint_bytes", "window_tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"{name} must be positive, is {getattr(self, name)}")
+        if self.replay_tokens < 0 or self.replay_tokens % self.block_size:
+            raise InvalidRequest(f"replay_tokens must be whole blocks, is {self.replay_tokens}")
+
+    @classmethod
+    def of(cls, layout: BlockLayout) -> Sizes:
+        return cls(
+            block_size=layout.geometry.block_size,
+            block_bytes=layout.block_bytes,
+            checkpoint_bytes=layout.checkpoint_bytes,
+            replay_tokens=layout.geometry.replay_tokens,
+            window_tokens=layout.geometry.window,
+        )
+
+    def blocks_up(self, tokens: int) -> int:
+        """Whole blocks that cover `tokens`."""
+        return -(-tokens // self.block_size)

@@ -1,0 +1,86 @@
+"""Speeds are learnt from what things took, fixed cost and slope apart."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from antefix.errors import InvalidRequest
+from antefix.window import Rates
+from antefix.window.rates import LinearLaw, RatePriors
+
+
+def test_priors_hold_until_something_is_measured() -> None:
+    rates = Rates(RatePriors(prefill_tokens_per_s=1_000, prefill_fixed_s=0.5, load_bytes_per_s=1e9, load_fixed_s=0.25))
+    assert rates.prefill_s(1_000, context=0) == pytest.approx(1.5)
+    assert rates.load_s("disk", 10**9) == pytest.approx(1.25)
+    assert rates.replay_s(1_000, context=0) == pytest.approx(1.5)
+
+
+def test_nothing_costs_nothing() -> None:
+    assert Rates().prefill_s(0, context=5) == Rates().load_s("disk", 0) == Rates().replay_s(0, context=0) == 0.0
+
+
+def test_fixed_cost_and_rate_are_told_apart() -> None:
+    rates = Rates()
+    rng = random.Random(1)
+    for _ in range(300):
+        nbytes = int(2 ** rng.uniform(18, 28))
+        rates.observe_load("disk", nbytes, (0.01 + nbytes / 2e9) * rng.uniform(0.95, 1.05))
+    assert rates.load_s("disk", 1_000) == pytest.approx(0.01, rel=0.1)
+    assert rates.load_bytes_per_s("disk") == pytest.approx(2e9, rel=0.1)
+
+
+def test_growth_with_context_is_learnt() -> None:
+    rates = Rates()
+    rng = random.Random(2)
+
+    def true_s(tokens: int, context: int) -> float:
+        return 0.02 + tokens / 5_000 + tokens * (context + tokens / 2) * 2e-9
+
+    for _ in range(400):
+        tokens, context = int(2 ** rng.uniform(7, 15)), int(2 ** rng.uniform(7, 20))
+        rates.observe_prefill(tokens, context=context, seconds=true_s(tokens, context) * rng.uniform(0.9, 1.1))
+    for tokens, context in ((128, 1_000_000), (30_000, 0), (8_192, 500_000)):
+        assert rates.prefill_s(tokens, context=context) == pytest.approx(true_s(tokens, context), rel=0.15)
+
+
+def test_a_machine_that_slows_down_is_believed_within_a_hundred_observations() -> None:
+    rates = Rates()
+    for _ in range(200):
+        rates.observe_prefill(1_000, context=0, seconds=0.1)
+    for _ in range(100):
+        rates.observe_prefill(1_000, context=0, seconds=0.4)
+    assert rates.prefill_s(1_000, context=0) == pytest.approx(0.4, rel=0.2)
+
+
+def test_tiers_are_kept_apart() -> None:
+    rates = Rates()
+    for _ in range(20):
+        rates.observe_load("pool", 10**6, 0.001)
+        rates.observe_load("disk", 10**6, 0.1)
+    assert rates.load_s("disk", 10**6) > 50 * rates.load_s("pool", 10**6)
+
+
+def test_times_that_no_clock_gives_change_nothing() -> None:
+    law = LinearLaw((1.0, 2.0), (1.0, 1.0))
+    before = law.coefficients
+    for seconds in (0.0, -1.0, math.nan, math.inf):
+        law.observe((1.0, 1.0), seconds)
+    assert law.coefficients == before
+
+
+def test_no_fit_is_ever_negative() -> None:
+    law = LinearLaw((0.1, 0.1), (1.0, 1.0))
+    for x in (1.0, 2.0, 3.0, 4.0):
+        law.observe((1.0, x), 5.0 - x)
+    assert min(law.coefficients) >= 0.0
+
+
+def test_a_law_without_sense_is_refused() -> None:
+    with pytest.raises(InvalidRequest):
+        LinearLaw((1.0,), (1.0, 2.0))
+    with pytest.raises(InvalidRequest):
+        RatePriors(prefill_tokens_per_s=0)

@@ -1,0 +1,165 @@
+"""Strategies decide writes from lengths alone; these tests state what each must and must not leave."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from antefix.errors import ConfigError, InvalidRequest
+from antefix.window import BudgetState, Mark, OutputFacts, PromptFacts, Reason, Sizes, Strategies, Strategy, parse
+
+SIZES = Sizes(block_size=128, block_bytes=449_824, checkpoint_bytes=3_645_568, replay_tokens=5_504, window_tokens=128)
+ALL = ("full", "periodic(8192)", "periodic(1000)", "boundary", "auto", "auto(budget=1000000000)", "zero")
+
+
+def _blocks(marks: tuple[Mark, ...]) -> list[int]:
+    return [mark.block for mark in marks]
+
+
+def _reasons(marks: tuple[Mark, ...]) -> dict[int, Reason]:
+    return {mark.block: mark.reason for mark in marks}
+
+
+@st.composite
+def _facts(draw: st.DrawFn) -> PromptFacts:
+    num_tokens = draw(st.integers(0, 200_000))
+    stored = draw(st.integers(0, num_tokens // 128 + 3))
+    resume = draw(st.integers(0, stored))
+    checkpoints = draw(st.sets(st.integers(1, max(stored, 1)), max_size=5))
+    return PromptFacts(
+        num_tokens=num_tokens,
+        num_stored_blocks=stored,
+        resume_block=resume,
+        checkpoints=tuple(sorted(checkpoints)),
+        align_blocks=draw(st.sampled_from([1, 4, 16])),
+        budget=BudgetState(used_bytes=draw(st.integers(0, 10**10)), limit_bytes=draw(st.sampled_from([None, 10**9]))),
+    )
+
+
+@given(facts=_facts(), text=st.sampled_from(ALL))
+def test_marks_are_new_ascending_aligned_and_where_state_passes(facts: PromptFacts, text: str) -> None:
+    blocks = _blocks(parse(text).at_prompt(facts, SIZES))
+    assert blocks == sorted(set(blocks))
+    for block in blocks:
+        assert facts.resume_block <= block <= facts.num_tokens // SIZES.block_size
+        assert block > 0
+        assert block not in facts.checkpoints
+        assert block % facts.align_blocks == 0
+
+
+@given(prompt=st.integers(0, 50_000), output=st.integers(0, 5_000), text=st.sampled_from(ALL))
+def test_output_marks_lie_after_the_prompts_own_blocks(prompt: int, output: int, text: str) -> None:
+    facts = OutputFacts(num_tokens=prompt + output, prompt_tokens=prompt)
+    for block in _blocks(parse(text).at_output(facts, SIZES)):
+        assert prompt // 128 < block <= (prompt + output) // 128
+
+
+@pytest.mark.parametrize("text", ALL)
+def test_a_strategy_prints_as_what_parses_to_it(text: str) -> None:
+    assert parse(str(parse(text))) == parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("auto(budget=20GiB)", 20 * 2**30), ("auto(budget=1.5gb)", 1_500_000_000), ("auto( budget=7 )", 7)],
+)
+def test_budgets_read_decimal_and_binary_units(text: str, budget: int) -> None:
+    assert str(parse(text)) == f"auto(budget={budget})"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "ful",
+        "periodic",
+        "periodic()",
+        "periodic(0)",
+        "periodic(-1)",
+        "auto(8)",
+        "auto(budget=x)",
+        "zero(1)",
+        "full()()",
+    ],
+)
+def test_what_is_no_strategy_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse(text)
+
+
+def test_full_leaves_every_boundary_after_the_resume_point() -> None:
+    facts = PromptFacts(num_tokens=1000, num_stored_blocks=3, resume_block=3, checkpoints=(3,))
+    assert _blocks(parse("full").at_prompt(facts, SIZES)) == [4, 5, 6, 7]
+
+
+def test_periodic_counts_from_token_zero_so_that_prefixes_share_checkpoints() -> None:
+    strategy = parse("periodic(1024)")
+    facts = PromptFacts(num_tokens=4000, num_stored_blocks=9, resume_block=8, checkpoints=(8,))
+    assert _blocks(strategy.at_prompt(facts, SIZES)) == [16, 24]
+    assert _blocks(strategy.at_output(OutputFacts(num_tokens=5200, prompt_tokens=4000), SIZES)) == [32, 40]
+
+
+def test_boundary_leaves_the_end_of_prompt_and_of_output() -> None:
+    strategy = parse("boundary")
+    facts = PromptFacts(num_tokens=1000, num_stored_blocks=0, resume_block=0)
+    assert _reasons(strategy.at_prompt(facts, SIZES)) == {7: Reason.PROMPT_END}
+    assert _blocks(strategy.at_output(OutputFacts(num_tokens=1300, prompt_tokens=1000), SIZES)) == [10]
+    assert strategy.at_output(OutputFacts(num_tokens=1020, prompt_tokens=1000), SIZES) == ()
+
+
+def test_zero_never_leaves_any() -> None:
+    facts = PromptFacts(num_tokens=100_000, num_stored_blocks=0, resume_block=0)
+    assert parse("zero").at_prompt(facts, SIZES) == ()
+    assert parse("zero").at_output(OutputFacts(num_tokens=1300, prompt_tokens=10), SIZES) == ()
+
+
+def test_auto_marks_the_fork_where_a_second_request_leaves_a_stored_prefix() -> None:
+    facts = PromptFacts(num_tokens=3000, num_stored_blocks=10, resume_block=4, checkpoints=(4,))
+    assert _reasons(parse("auto").at_prompt(facts, SIZES))[10] is Reason.FORK
+
+
+def test_auto_marks_a_replayed_fork_at_the_resume_point_itself() -> None:
+    facts = PromptFacts(num_tokens=130_000, num_stored_blocks=1000, resume_block=1000)
+    assert _reasons(parse("auto").at_prompt(facts, SIZES))[1000] is Reason.FORK
+
+
+def test_auto_leaves_no_second_checkpoint_at_a_known_fork() -> None:
+    facts = PromptFacts(num_tokens=3000, num_stored_blocks=10, resume_block=10, checkpoints=(10,))
+    assert 10 not in _blocks(parse("auto").at_prompt(facts, SIZES))
+
+
+def test_auto_keeps_the_end_clear_of_the_templates_cue() -> None:
+    facts = PromptFacts(num_tokens=1281, num_stored_blocks=0, resume_block=0)
+    assert _blocks(parse("auto").at_prompt(facts, SIZES))[-1] == 9
+    facts = PromptFacts(num_tokens=1283, num_stored_blocks=0, resume_block=0)
+    assert _blocks(parse("auto").at_prompt(facts, SIZES))[-1] == 10
+
+
+def test_auto_without_room_keeps_ends_and_forks_and_drops_the_sparse_ones() -> None:
+    wide = PromptFacts(num_tokens=100_000, num_stored_blocks=50, resume_block=0)
+    full = BudgetState(used_bytes=10**9, limit_bytes=10**9)
+    tight = PromptFacts(num_tokens=100_000, num_stored_blocks=50, resume_block=0, budget=full)
+    assert Reason.SPARSE in _reasons(parse("auto").at_prompt(wide, SIZES)).values()
+    assert set(_reasons(parse("auto").at_prompt(tight, SIZES)).values()) == {Reason.FORK, Reason.PROMPT_END}
+
+
+def test_namespaces_switch_while_running_and_the_rest_keep_the_default() -> None:
+    book = Strategies(parse("boundary"))
+    book.set("agents", parse("zero"))
+    assert str(book.of("agents")) == "zero"
+    assert str(book.of("chat")) == "boundary"
+    book.set("agents", parse("periodic(4096)"))
+    assert book.as_dict() == {"*": "boundary", "agents": "periodic(4096)"}
+
+
+def test_contradictory_facts_are_refused() -> None:
+    with pytest.raises(InvalidRequest):
+        PromptFacts(num_tokens=100, num_stored_blocks=1, resume_block=2)
+    with pytest.raises(InvalidRequest):
+        OutputFacts(num_tokens=5, prompt_tokens=6)
+
+
+def test_strategies_share_one_protocol() -> None:
+    strategies: list[Strategy] = [parse(text) for text in ALL]
+    assert len({str(strategy) for strategy in strategies}) == len(ALL)
