@@ -1,0 +1,50 @@
+# `make demo` and `make test` set up what they need, from nothing but Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PROTOS := $(wildcard proto/antefix/v1/*.proto)
+PROTO_READY := antefix/v1/__init__.py
+PACKAGES := antefix prefill decode kvstore router kernels simulate
+
+.PHONY: setup demo test test-long lint fmt bench proto clean
+
+setup: $(READY) $(PROTO_READY)
+
+# torch comes first and pinned: a plain `torch` elsewhere in the list would pull gigabytes of CUDA packages.
+$(READY): pyproject.toml constraints.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Antefix needs Python 3.11 or newer, this is " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(PROTO_READY): $(PROTOS) setup.py | $(READY)
+	$(BIN)/python -c 'import setup; setup.compile_protos()'
+
+proto: $(PROTO_READY)
+
+demo: setup
+	$(BIN)/antefix demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-long: setup
+	$(BIN)/python -m pytest -m long
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python benchmarks/ttft.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info antefix/v1

@@ -1,0 +1,81 @@
+"""`antefix up`: every role on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+from pathlib import Path
+
+from antefix.deployment import Deployment, DeploymentConfig
+
+DEFAULT_MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
+
+
+def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every command that starts services has."""
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="model directory (default: the shipped one)")
+    parser.add_argument("--kv-format", choices=("fp8", "float32"), default="fp8", help="precision of KV (default: fp8)")
+    parser.add_argument("--strategy", default="boundary", help="which checkpoints to leave (default: boundary)")
+    parser.add_argument("--num-prefill", type=int, default=1, metavar="N", help="prefill workers (default: 1)")
+    parser.add_argument("--num-decode", type=int, default=1, metavar="N", help="decode workers (default: 1)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_deployment_arguments(parser)
+    parser.add_argument("--data-dir", type=Path, default=Path("antefix-data"), help="secret, store and logs live here")
+    parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
+    parser.add_argument("--json", action="store_true", help="print addresses as one JSON line")
+
+
+def deployment_config(args: argparse.Namespace, data_dir: Path, address: str = "127.0.0.1:0") -> DeploymentConfig:
+    return DeploymentConfig(
+        model=args.model,
+        data_dir=data_dir,
+        num_prefill=args.num_prefill,
+        num_decode=args.num_decode,
+        kv_format=args.kv_format,
+        strategy=args.strategy,
+        router_address=address,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    return asyncio.run(_run(args))
+
+
+async def _run(args: argparse.Namespace) -> int:
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked.set)
+    async with Deployment(deployment_config(args, args.data_dir, args.address)) as deployment:
+        _announce(deployment, as_json=args.json)
+        await _until_stopped(deployment, asked)
+    return 0
+
+
+def _announce(deployment: Deployment, *, as_json: bool) -> None:
+    rows = [{"role": p.role, "address": p.address, "pid": p.process.pid} for p in deployment.processes]
+    if as_json:
+        print(json.dumps({"ready": True, "processes": rows}), flush=True)
+        return
+    for row in rows:
+        print(f"{row['role']:<8} {row['address']:<22} pid {row['pid']}")
+    print(f"\nTry:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'")
+    print("Ctrl-C stops everything.", flush=True)
+
+
+async def _until_stopped(deployment: Deployment, asked: asyncio.Event) -> None:
+    """Until asked, saying so when a role dies: the rest goes on without it, slower."""
+    seen: set[int] = set()
+    while not asked.is_set():
+        for process in deployment.processes:
+            if not process.alive and process.process.pid not in seen:
+                seen.add(process.process.pid)
+                print(f"{process.role} ended with {process.process.returncode}; see {process.log_path}", flush=True)
+        try:
+            await asyncio.wait_for(asked.wait(), 1.0)
+        except TimeoutError:
+            continue

@@ -1,0 +1,136 @@
+"""Settings: one frozen dataclass a service, read from flags over environment over file over default.
+
+A field's metadata has its help and unit. A malformed value is fatal and says which one it is. Only `antefix.cli`
+hands in the environment; nothing else reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from antefix.errors import ConfigError
+
+T = TypeVar("T")
+_SIZE_SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def setting(default: Any, help_text: str, *, unit: str = "") -> Any:
+    """A dataclass field with its help text; `unit` is one of "", "bytes", "s", "tokens"."""
+    return dataclasses.field(default=default, metadata={"help": help_text, "unit": unit})
+
+
+def add_flags(parser: argparse.ArgumentParser, config_type: type[Any]) -> None:
+    """One flag a field, without defaults: a flag that was not given must not hide the environment or the file."""
+    for field in _fields(config_type):
+        unit = f" [{field.metadata['unit']}]" if field.metadata.get("unit") else ""
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            dest=f"setting_{field.name}",
+            metavar=_metavar(field),
+            default=None,
+            help=f"{field.metadata.get('help', '')}{unit} (default: {_shown(field.default)})".replace("%", "%%"),
+        )
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings; flags and environment win over it")
+    parser.add_argument("--print-config", action="store_true", help="print the settings in force as JSON, and stop")
+
+
+def resolve(config_type: type[T], args: argparse.Namespace, environ: Mapping[str, str], *, section: str) -> T:
+    """The settings in force: flag, then ANTEFIX_<SECTION>_<NAME>, then [section] of the file, then default.
+
+    Raises:  ConfigError: an unknown name in the file, or a value that does not parse or is refused.
+    """
+    from_file = _read_file(getattr(args, "config", None), section)
+    values: dict[str, Any] = {}
+    names = {field.name for field in _fields(config_type)}
+    if unknown := sorted(set(from_file) - names):
+        raise ConfigError(f"unknown settings in [{section}] of {args.config}: {', '.join(unknown)}")
+    for field in _fields(config_type):
+        flag = getattr(args, f"setting_{field.name}", None)
+        variable = f"ANTEFIX_{section}_{field.name}".upper()
+        if flag is not None:
+            values[field.name] = parse_value(field, flag, source="--" + field.name.replace("_", "-"))
+        elif variable in environ:
+            values[field.name] = parse_value(field, environ[variable], source=variable)
+        elif field.name in from_file:
+            values[field.name] = parse_value(field, from_file[field.name], source=f"{args.config}: {field.name}")
+    return config_type(**values)
+
+
+def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> Any:
+    """One value by its field's type and unit; `source` is named in the error."""
+    kind = str(field.type)
+    try:
+        if kind == "bool":
+            return _parse_bool(value)
+        if kind == "int":
+            return parse_size(value) if field.metadata.get("unit") == "bytes" else int(value)
+        if kind == "float":
+            return float(value)
+        if kind.startswith("tuple"):
+            items = value.split(",") if isinstance(value, str) else list(value)
+            return tuple(str(item).strip() for item in items if str(item).strip())
+        return str(value)
+    except (ValueError, TypeError) as err:
+        raise ConfigError(f"{source}: {value!r} is not a valid {kind} ({err})") from err
+
+
+def parse_size(value: Any) -> int:
+    """Bytes from 1048576, "1M", "1MiB", "1.5g"; powers of 1024."""
+    text = str(value).strip().lower().removesuffix("ib").removesuffix("b")
+    suffix = text[-1:] if text[-1:] in _SIZE_SUFFIXES else ""
+    return int(float(text.removesuffix(suffix)) * _SIZE_SUFFIXES[suffix])
+
+
+def as_json(config: Any) -> str:
+    """The settings in force, for --print-config."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str)
+
+
+def require(condition: bool, message: str) -> None:
+    """For `__post_init__` checks of settings.
+
+    Raises:  ConfigError: the condition does not hold.
+    """
+    if not condition:
+        raise ConfigError(message)
+
+
+def _fields(config_type: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(config_type)
+
+
+def _metavar(field: dataclasses.Field[Any]) -> str:
+    return {"int": "N", "float": "X", "bool": "true|false"}.get(str(field.type), "VALUE")
+
+
+def _shown(default: Any) -> str:
+    if default in ("", ()):
+        return "none"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _parse_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    lowered = str(value).lower()
+    if lowered in ("true", "1", "yes", "on"):
+        return True
+    if lowered in ("false", "0", "no", "off"):
+        return False
+    raise ValueError("expected true or false")
+
+
+def _read_file(path: str | None, section: str) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        with Path(path).open("rb") as file:
+            return cast(dict[str, Any], tomllib.load(file).get(section, {}))
+    except (OSError, tomllib.TOMLDecodeError) as err:
+        raise ConfigError(f"--config {path}: {err}") from err

@@ -1,0 +1,197 @@
+"""All roles on one machine as processes of their own: what `antefix up`, the demo and the end-to-end tests run.
+
+    kvstore -> prefill, decode -> router      each told the addresses of those before it
+
+A role announces its address on stdout once it serves. Its stdin is a pipe of ours: however we end, it ends too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from antefix.clients import RouterClient
+from antefix.errors import ConfigError, Unavailable
+from antefix.secret import create_secret_file
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 20.0
+_LOG_TAIL_BYTES = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentConfig:
+    """What to run. data_dir holds the secret, the store and the logs, and is made if it is not there."""
+
+    model: Path
+    data_dir: Path
+    num_prefill: int = 1
+    num_decode: int = 1
+    kv_format: str = "fp8"
+    strategy: str = "boundary"
+    router_address: str = "127.0.0.1:0"
+    extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def store_dir(self) -> Path:
+        return self.data_dir / "store"
+
+
+@dataclass(slots=True)
+class RoleProcess:
+    """One running role."""
+
+    role: str
+    process: asyncio.subprocess.Process
+    address: str
+    log_path: Path
+
+    @property
+    def alive(self) -> bool:
+        return self.process.returncode is None
+
+
+class Deployment:
+    """`async with Deployment(config) as deployment:` starts everything, and stops everything at the end."""
+
+    def __init__(self, config: DeploymentConfig) -> None:
+        self.config = config
+        self.processes: list[RoleProcess] = []
+
+    async def __aenter__(self) -> Deployment:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    @property
+    def router(self) -> RouterClient:
+        return RouterClient(self.one("router").address)
+
+    def one(self, role: str) -> RoleProcess:
+        return next(process for process in self.processes if process.role == role and process.alive)
+
+    def addresses(self, role: str) -> list[str]:
+        return [process.address for process in self.processes if process.role == role and process.alive]
+
+    async def start(self) -> None:
+        """Start all roles in order of need.
+
+        Raises:  ConfigError: a role refused its settings; the message is the role's own.
+        """
+        config = self.config
+        (config.data_dir / "logs").mkdir(parents=True, exist_ok=True)
+        create_secret_file(config.data_dir / "secret")
+        await self.start_role("kvstore", ["--dir", str(config.store_dir)])
+        await asyncio.gather(
+            *(self.start_worker("prefill") for _ in range(config.num_prefill)),
+            *(self.start_worker("decode") for _ in range(config.num_decode)),
+        )
+        await self.start_router(config.router_address)
+
+    async def start_worker(self, role: str) -> RoleProcess:
+        """One more prefill or decode worker."""
+        return await self.start_role(role, [*self._shared_flags(), "--strategy", self.config.strategy])
+
+    async def start_router(self, address: str = "127.0.0.1:0") -> RoleProcess:
+        """A router over the workers that are alive now."""
+        flags = [*self._shared_flags(), "--address", address, "--decode", ",".join(self.addresses("decode"))]
+        if prefill := self.addresses("prefill"):
+            flags += ["--prefill", ",".join(prefill)]
+        return await self.start_role("router", flags)
+
+    def _shared_flags(self) -> list[str]:
+        config = self.config
+        return [
+            *("--model", str(config.model)),
+            *("--kv-format", config.kv_format),
+            *("--secret-file", str(config.data_dir / "secret")),
+            *("--store-address", self.one("kvstore").address),
+            *("--store-dir", str(config.store_dir)),
+        ]
+
+    async def start_role(self, role: str, flags: Sequence[str]) -> RoleProcess:
+        """Start one process and wait until it serves.
+
+        Raises:  ConfigError: it ended instead; the message has the end of its log.  Unavailable: it took too long.
+        """
+        log_path = self.config.data_dir / "logs" / f"{role}-{len(self.processes)}.log"
+        with log_path.open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "antefix", "serve", role, "--watch-stdin"),
+                *flags,
+                *self.config.extra_flags.get(role, ()),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                # Its own group: a Ctrl-C at the terminal reaches us, and we stop the roles in order.
+                start_new_session=True,
+                env=_child_environment(),
+            )
+        started = RoleProcess(role=role, process=process, address="", log_path=log_path)
+        self.processes.append(started)
+        assert process.stdout is not None
+        try:
+            line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
+        except TimeoutError as err:
+            raise Unavailable(f"{role} did not start within {START_TIMEOUT_S:.0f} s; see {log_path}") from err
+        if not line:
+            await process.wait()
+            raise ConfigError(f"{role} did not start: {_log_tail(log_path)}")
+        started.address = str(json.loads(line)["address"])
+        return started
+
+    async def kill(self, process: RoleProcess) -> None:
+        """kill -9, for tests of failure."""
+        if process.alive:
+            process.process.kill()
+        await process.process.wait()
+
+    async def stop(self) -> None:
+        """Stop the roles, those that use others first; what does not stop in time is killed."""
+        order = ("router", "decode", "prefill", "kvstore")
+        for role in order:
+            await asyncio.gather(*(self._stop_one(p) for p in self.processes if p.role == role))
+        self.processes.clear()
+
+    async def _stop_one(self, role: RoleProcess) -> None:
+        if not role.alive:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            role.process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(role.process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            role.process.kill()
+            await role.process.wait()
+
+
+def _child_environment() -> dict[str, str]:
+    """Ours, with an allocator that keeps large buffers: glibc would map and unmap each 1 to 4 MiB one anew."""
+    tuned = {
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        "MALLOC_TOP_PAD_": str(64 << 20),
+    }
+    return {**tuned, **os.environ}
+
+
+def _log_tail(path: Path) -> str:
+    data = path.read_bytes()[-_LOG_TAIL_BYTES:]
+    lines = data.decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("antefix: ") if lines else "it said nothing"

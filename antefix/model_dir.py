@@ -1,0 +1,108 @@
+"""A model directory without its tensors: config, weights revision, tokenizer revision, fingerprint.
+
+The router and the tools name blocks with this, so it must never need torch. Reads Hugging Face directories.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from antefix.block import Fingerprint
+from antefix.errors import ModelError
+from antefix.layout import BlockLayout, KVFormat, KVGeometry
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILES = ("antefix_tokenizer.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelIdentity:
+    """What names are made from: two processes with equal identities may share KV."""
+
+    path: Path
+    geometry: KVGeometry
+    weights_revision: str
+    tokenizer_revision: str
+    vocab_size: int
+    max_tokens: int
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def fingerprint(self, kv_format: KVFormat, *, namespace: str = "default", exactness: str = "exact") -> Fingerprint:
+        return Fingerprint(
+            weights_revision=self.weights_revision,
+            geometry=self.geometry,
+            kv_format=kv_format,
+            tokenizer=self.tokenizer_revision,
+            exactness=exactness,
+            namespace=namespace,
+        )
+
+    def layout(self, kv_format: KVFormat) -> BlockLayout:
+        return BlockLayout(geometry=self.geometry, kv_format=kv_format)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The directory's config.json.
+
+    Raises:  ModelError: no directory, no config, or not a JSON object.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path} is not a directory; a model directory has {CONFIG_FILE} and *.safetensors")
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text())
+    except FileNotFoundError as err:
+        raise ModelError(f"{path} has no {CONFIG_FILE}") from err
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
+        raise ModelError(f"{path / CONFIG_FILE} cannot be read: {err}") from err
+    if not isinstance(config, dict):
+        raise ModelError(f"{path / CONFIG_FILE} must hold a JSON object")
+    return cast(dict[str, Any], config)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files in name order.
+
+    Raises:  ModelError: there are none.
+    """
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{path} has no *.safetensors")
+    return files
+
+
+def identify(path: str | Path, *, revision: str = "") -> ModelIdentity:
+    """Read a model directory's identity; hashing the weights takes about a second a gigabyte.
+
+    revision: use this instead of hashing the weights, for checkpoints whose revision is known otherwise.
+    Raises:  ModelError, InvalidRequest: not a usable model directory.
+    """
+    path = Path(path)
+    config = read_config(path)
+    geometry = KVGeometry.from_config(config)
+    return ModelIdentity(
+        path=path.resolve(),
+        geometry=geometry,
+        weights_revision=revision or hash_files([path / CONFIG_FILE, *weight_files(path)]),
+        tokenizer_revision=hash_files([path / name for name in TOKENIZER_FILES if (path / name).is_file()]),
+        vocab_size=int(config.get("vocab_size", 129280)),
+        max_tokens=int(config.get("max_position_embeddings", 1048576)),
+    )
+
+
+def hash_files(files: list[Path]) -> str:
+    """BLAKE2b over names, sizes and bytes, as 32 hex digits."""
+    state = hashlib.blake2b(digest_size=16, person=b"antefix-files")
+    for file in files:
+        state.update(f"{file.name}:{file.stat().st_size}:".encode())
+        with file.open("rb") as stream:
+            while piece := stream.read(_READ_BYTES):
+                state.update(piece)
+    return state.hexdigest()

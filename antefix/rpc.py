@@ -1,0 +1,283 @@
+"""gRPC for every service: server start and graceful stop, health, reflection, errors to statuses and back.
+
+A servicer raises exceptions of `antefix.errors`; `ErrorInterceptor` turns them into statuses, `from_rpc_error` turns
+those back on the caller's side. Only the interceptor catches Exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import ipaddress
+import json
+import logging
+import secrets
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import FileDescriptor
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from antefix import errors
+
+log = logging.getLogger("antefix.rpc")
+
+# A 1M-token prompt is 4 MB of token ids, the largest thing a unary call carries; payloads go in 1 MiB pieces.
+MESSAGE_BYTES_MAX = 16 << 20
+# Client and server agree on keepalive: a client that pings more often than the server allows is cut off.
+KEEPALIVE_S = 30
+GRACE_S = 30.0
+
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A restarted peer is found again within a second, not after gRPC's two minutes of back-off.
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+)
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_S * 500),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Two servers on one port would each get half of the calls; a port in use must be an error.
+    ("grpc.so_reuseport", 0),
+)
+
+# Most specific first. The name travels beside the status, so that the caller gets the same class back.
+_STATUS: tuple[tuple[type[errors.AntefixError], grpc.StatusCode], ...] = (
+    (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
+    (errors.BlockNotFound, grpc.StatusCode.NOT_FOUND),
+    (errors.FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.LeaseExpired, grpc.StatusCode.ABORTED),
+    (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
+    (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.BlockCorrupt, grpc.StatusCode.DATA_LOSS),
+)
+_BY_CODE: dict[grpc.StatusCode, type[errors.AntefixError]] = {code: kind for kind, code in reversed(_STATUS)}
+_BY_NAME: dict[str, type[errors.AntefixError]] = {
+    name: kind for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, errors.AntefixError)
+}
+_ERROR_KEY = "antefix-error"
+_RETRY_KEY = "antefix-retry-after-ms"
+
+
+def status_of(err: errors.AntefixError) -> tuple[grpc.StatusCode, tuple[tuple[str, str], ...]]:
+    """The status code and trailing metadata that stand for an error."""
+    metadata: list[tuple[str, str]] = [(_ERROR_KEY, type(err).__name__)]
+    if isinstance(err, errors.ResourceExhausted) and err.retry_after_s is not None:
+        metadata.append((_RETRY_KEY, str(round(err.retry_after_s * 1000))))
+    for kind, code in _STATUS:
+        if isinstance(err, kind):
+            return code, tuple(metadata)
+    return grpc.StatusCode.INTERNAL, tuple(metadata)
+
+
+def from_rpc_error(err: grpc.aio.AioRpcError) -> errors.AntefixError:
+    """The exception that the peer raised, or the nearest one for statuses that gRPC itself made."""
+    metadata = dict(err.trailing_metadata() or ())
+    kind = _BY_NAME.get(str(metadata.get(_ERROR_KEY, "")))
+    if kind is None:
+        kind = _BY_CODE.get(err.code(), errors.Unavailable)
+    message = err.details() or err.code().name
+    if issubclass(kind, errors.ResourceExhausted):
+        retry = metadata.get(_RETRY_KEY)
+        return kind(message, retry_after_s=float(retry) / 1000 if retry else None)
+    return kind(message)
+
+
+@contextlib.contextmanager
+def rpc_errors() -> Any:
+    """Wrap client calls: gRPC's errors come out as ours."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as err:
+        raise from_rpc_error(err) from err
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Turns exceptions into statuses. What is not ours becomes INTERNAL with an id that the log has too."""
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        if handler.response_streaming:
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            wrapped: Any = _guard_stream(handler.stream_stream or handler.unary_stream)
+        else:
+            make = (
+                grpc.stream_unary_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+            wrapped = _guard_unary(handler.stream_unary or handler.unary_unary)
+        return make(
+            wrapped,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+def _guard_unary(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await behaviour(request, context)
+        except Exception as err:  # noqa: BLE001 - the one place that does
+            await _abort(context, err)
+
+    return guarded
+
+
+def _guard_stream(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        try:
+            # Closing the inner generator at once, not when it is collected, is what stops work for a client that left.
+            async with contextlib.aclosing(behaviour(request, context)) as responses:  # type: ignore[type-var]
+                async for response in responses:
+                    yield response
+        except Exception as err:  # noqa: BLE001 - the one place that does
+            await _abort(context, err)
+
+    return guarded
+
+
+async def _abort(context: grpc.aio.ServicerContext, err: Exception) -> None:
+    if isinstance(err, (grpc.aio.AbortError, grpc.RpcError)) and not isinstance(err, grpc.aio.AioRpcError):
+        raise err
+    if isinstance(err, grpc.aio.AioRpcError):
+        err = from_rpc_error(err)
+    if isinstance(err, errors.AntefixError):
+        code, metadata = status_of(err)
+        await context.abort(code, str(err), metadata)
+    error_id = secrets.token_hex(6)
+    log.error("internal error %s", error_id, exc_info=err)
+    await context.abort(grpc.StatusCode.INTERNAL, f"internal error {error_id}; the service's log has it", ())
+
+
+def deadline_s(context: grpc.aio.ServicerContext, default_s: float) -> float:
+    """Seconds left for this call, to be passed on to the calls that it makes."""
+    left = context.time_remaining()
+    return default_s if left is None else max(0.0, min(left, default_s))
+
+
+@dataclass(slots=True)
+class Server:
+    """A started server. `drain` says NOT_SERVING, lets running calls finish, then stops."""
+
+    server: grpc.aio.Server
+    health: HealthServicer
+    port: int
+    host: str
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    async def drain(self, grace_s: float = GRACE_S) -> None:
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+async def start_server(
+    address: str, register: Callable[[grpc.aio.Server], None], descriptors: Sequence[FileDescriptor]
+) -> Server:
+    """Start a server with health, reflection and the error interceptor.
+
+    address: "host:port", port 0 for any free one.  descriptors: the proto files whose services are registered.
+    Raises:  ConfigError: the port is in use or not ours, or the host is not loopback.
+    """
+    host, port = parse_address(address)
+    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=list(SERVER_OPTIONS))
+    register(server)
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    names = [service.full_name for file in descriptors for service in file.services_by_name.values()]
+    reflection.enable_server_reflection(
+        [*names, reflection.SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name], server
+    )
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as err:
+        raise _port_error(address) from err
+    if bound == 0:
+        raise _port_error(address)
+    await server.start()
+    for name in ("", *names):
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return Server(server=server, health=health, port=bound, host=host)
+
+
+def _port_error(address: str) -> errors.ConfigError:
+    return errors.ConfigError(f"cannot listen on {address}: the port is in use or not permitted; choose another, or 0")
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Host and port of "host:port".
+
+    Raises:  ConfigError: not of that form, or a host that is not loopback: services speak in clear, so they stay there.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise errors.ConfigError(f"address must be host:port, is {address!r}")
+    loopback = host == "localhost"
+    with contextlib.suppress(ValueError):
+        loopback = loopback or ipaddress.ip_address(host.strip("[]")).is_loopback
+    if not loopback:
+        raise errors.ConfigError(f"{host} is not a loopback address, and services have no TLS yet; use 127.0.0.1")
+    return host, int(port)
+
+
+async def run_until_signal(
+    server: Server, *, role: str, stop: Callable[[], Awaitable[None]], watch_stdin: bool = False
+) -> None:
+    """Announce the address on stdout as one JSON line, serve until SIGTERM or SIGINT, drain, then `stop`.
+
+    watch_stdin: stop as well when stdin closes, which it does when the process that started us dies in any way.
+    """
+    print(json.dumps({"ready": True, "role": role, "address": server.address}), flush=True)
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    watcher = asyncio.create_task(_watch_stdin(asked)) if watch_stdin else None
+    await asked.wait()
+    if watcher:
+        watcher.cancel()
+    log.info("%s: draining", role)
+    await server.drain()
+    await stop()
+    sys.stdout.flush()
+
+
+async def _watch_stdin(asked: asyncio.Event) -> None:
+    reader = asyncio.StreamReader()
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    try:
+        while await reader.read(1024):
+            continue
+        asked.set()
+    finally:
+        transport.close()
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    """A channel with our limits; calls on it still need a deadline each."""
+    return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))

@@ -1,0 +1,158 @@
+"""Text to token ids and back: a Hugging Face tokenizer directory, or plain bytes for the small model.
+
+Both are exact inverses over what they made themselves: decode(encode(text)) is text, which is what lets a resent
+answer hit the cache. Never sees tensors.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from antefix.errors import ModelError
+
+NUM_BYTES = 256
+
+
+class Tokenizer(Protocol):
+    """What the services need of a tokenizer."""
+
+    eos_ids: frozenset[int]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids; special tokens written out in the text become their ids."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens are written out."""
+
+    def stream(self) -> TextStream:
+        """A fresh decoder that gives text as tokens come."""
+
+
+class TextStream(Protocol):
+    """Turns tokens into text piece by piece; bytes of an unfinished character wait."""
+
+    def push(self, ids: Sequence[int]) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class ByteTokenizer:
+    """Id = byte value; special tokens from 256 on, as `antefix_tokenizer.json` lists them."""
+
+    def __init__(self, special_tokens: dict[str, int], eos_tokens: Sequence[str] = ("<|eos|>", "<|end|>")) -> None:
+        self.special_tokens = special_tokens
+        self._names = {number: name for name, number in special_tokens.items()}
+        self.eos_ids = frozenset(special_tokens[name] for name in eos_tokens if name in special_tokens)
+        names = sorted(special_tokens, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in self._split.split(text) if self._split else [text]:
+            if piece in self.special_tokens:
+                ids.append(self.special_tokens[piece])
+            else:
+                ids.extend(piece.encode("utf-8", "surrogateescape"))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        stream = self.stream()
+        return stream.push(ids) + stream.finish()
+
+    def stream(self) -> TextStream:
+        return _ByteStream(self._names)
+
+
+class _ByteStream:
+    def __init__(self, names: dict[int, str]) -> None:
+        self._names = names
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Sequence[int]) -> str:
+        text = ""
+        for number in ids:
+            if number < NUM_BYTES:
+                text += self._decoder.decode(bytes((number,)))
+            else:
+                text += self._decoder.decode(b"", final=True) + self._names.get(number, "\ufffd")
+                self._decoder.reset()
+        return text
+
+    def finish(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, through the tokenizers library."""
+
+    def __init__(self, path: Path, eos_ids: frozenset[int]) -> None:
+        import tokenizers
+
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        self.eos_ids = eos_ids
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def stream(self) -> TextStream:
+        return _RedecodeStream(self)
+
+
+class _RedecodeStream:
+    """Decodes a few last tokens again at each step: how a token reads can depend on the one before it."""
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, ids: Sequence[int]) -> str:
+        self._pending.extend(ids)
+        before = self._tokenizer.decode(self._context)
+        after = self._tokenizer.decode(self._context + self._pending)
+        if after.endswith("\ufffd"):
+            return ""  # in the middle of a character
+        self._context, self._pending = (self._context + self._pending)[-8:], []
+        # The context was cut, so its own text is measured again next time; what is new is the difference now.
+        return after[len(before) :]
+
+    def finish(self) -> str:
+        before = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(before) :]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model directory.
+
+    Raises:  ModelError: there is none, or its file does not parse.
+    """
+    path = Path(path)
+    byte_file = path / "antefix_tokenizer.json"
+    try:
+        if byte_file.is_file():
+            spec = json.loads(byte_file.read_text())
+            if spec.get("type") != "byte":
+                raise ModelError(f"{byte_file}: type must be 'byte', is {spec.get('type')!r}")
+            return ByteTokenizer({str(name): int(number) for name, number in spec["special_tokens"].items()})
+        if (path / "tokenizer.json").is_file():
+            return HuggingFaceTokenizer(path / "tokenizer.json", _eos_ids(path))
+    except (OSError, ValueError, KeyError, AttributeError) as err:
+        raise ModelError(f"the tokenizer in {path} cannot be read: {err}") from err
+    raise ModelError(f"{path} has neither antefix_tokenizer.json nor tokenizer.json")
+
+
+def _eos_ids(path: Path) -> frozenset[int]:
+    for name in ("generation_config.json", "config.json"):
+        if (path / name).is_file():
+            eos = json.loads((path / name).read_text()).get("eos_token_id")
+            if eos is not None:
+                return frozenset(eos if isinstance(eos, list) else [eos])
+    return frozenset()

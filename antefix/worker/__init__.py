@@ -1,0 +1,1 @@
+"""What prefill and decode workers share: a model with its block pool, restoring prefixes, computing, writing back."""

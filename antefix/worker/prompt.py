@@ -1,0 +1,158 @@
+"""Running a prompt: restore what is stored, compute the rest in chunks, write what is new.
+
+Chunks end at multiples of `prefill_chunk` counted from token 0, never from the hit, and where a checkpoint is to be
+left; on a CPU results do not depend on the cuts at all (docs/ARCHITECTURE.md, "Exactness").
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.errors import InvalidRequest
+from antefix.model import Sequence, forward
+from antefix.store.api import Record, RecordKind
+from antefix.window import Mark, PromptFacts
+from antefix.worker.engine import Engine
+from antefix.worker.report import RestoreReport
+from antefix.worker.restore import Prompt, Restored, restore
+from antefix.worker.writer import RecordWriter
+
+
+@dataclass(slots=True)
+class ComputedPrompt:
+    """A prompt's KV in the pool and the logits of its last token. `release` when done. logits: [vocab] float32."""
+
+    prompt: Prompt
+    sequence: Sequence
+    logits: npt.NDArray[np.float32]
+    report: RestoreReport
+
+
+async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
+    """The prompt's KV, everything new stored (or counted as not storable). The caller releases the blocks.
+
+    Raises:  Overloaded: no room in the pool.
+    """
+    started = time.perf_counter()
+    # 1. Restore the longest prefix that is worth restoring.
+    restored = await restore(engine, prompt)
+    writer = RecordWriter(engine.store, engine.counters)
+    try:
+        # 2. Compute the rest; finished blocks go to the store meanwhile.
+        logits = await _compute(engine, prompt, restored, writer)
+    except BaseException:
+        await writer.flush()  # the rows must not be reused under a write; what is finished is worth keeping
+        engine.blocks.release(restored.sequence.block_table)
+        raise
+    report = restored.report
+    report.compute_s = time.perf_counter() - started - report.restore_s
+    # 3. The decode worker reads the blocks from the store, so they must be there when it is told of them.
+    try:
+        await writer.flush()
+    except BaseException:
+        engine.blocks.release(restored.sequence.block_table)
+        raise
+    report.written_tokens = writer.num_blocks_written * engine.block_size
+    report.bytes_written = writer.bytes_written
+    engine.planner.record(restored.plan, report.restore_s + report.compute_s)
+    return ComputedPrompt(prompt=prompt, sequence=restored.sequence, logits=logits, report=report)
+
+
+async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter) -> npt.NDArray[np.float32]:
+    sequence = restored.sequence
+    marks = {mark.block * engine.block_size: mark for mark in _marks(engine, prompt, restored)}
+    if mark := marks.get(sequence.position):
+        await _leave_checkpoint(engine, prompt, sequence, mark, writer)
+    logits: npt.NDArray[np.float32] | None = None
+    context, begun = sequence.position, time.perf_counter()
+    while sequence.position < prompt.num_tokens:
+        first = sequence.position
+        stop = _next_stop(engine, prompt, first, marks)
+        grow(engine, sequence, stop)
+        batch = [(sequence, prompt.tokens[first:stop])]
+        last = stop == prompt.num_tokens
+        out = await engine.compute.run(forward, engine.model, engine.pool, batch, logits="last" if last else "none")
+        if last:
+            logits = out[0].float().cpu().numpy()
+        await _store_blocks(engine, prompt, sequence, first, restored.num_stored_blocks, writer)
+        if mark := marks.get(stop):
+            await _leave_checkpoint(engine, prompt, sequence, mark, writer)
+    engine.rates.observe_prefill(prompt.num_tokens - context, context=context, seconds=time.perf_counter() - begun)
+    if logits is None:
+        raise InvalidRequest("a restored prefix left no token to run")
+    return logits
+
+
+def _marks(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Mark, ...]:
+    facts = PromptFacts(
+        num_tokens=prompt.num_tokens,
+        num_stored_blocks=max(restored.num_stored_blocks, restored.plan.resume_block),
+        resume_block=restored.plan.resume_block,
+        checkpoints=restored.checkpoints,
+    )
+    return engine.strategy.at_prompt(facts, engine.sizes)
+
+
+def _next_stop(engine: Engine, prompt: Prompt, first: int, marks: dict[int, Mark]) -> int:
+    grid = (first // engine.prefill_chunk + 1) * engine.prefill_chunk
+    return min([prompt.num_tokens, grid, *(position for position in marks if position > first)])
+
+
+def grow(engine: Engine, sequence: Sequence, num_tokens: int) -> None:
+    """Give the sequence blocks for `num_tokens` in all.
+
+    Raises:  Overloaded: no room in the pool.
+    """
+    missing = -(-num_tokens // engine.block_size) - len(sequence.block_table)
+    if missing > 0:
+        sequence.block_table.extend(engine.blocks.allocate(missing))
+
+
+async def _store_blocks(
+    engine: Engine, prompt: Prompt, sequence: Sequence, first: int, num_stored: int, writer: RecordWriter
+) -> None:
+    for index in range(first // engine.block_size, sequence.position // engine.block_size):
+        block_id = sequence.block_table[index]
+        engine.blocks.publish(prompt.chain.hashes[index], block_id)
+        if index >= num_stored:
+            await writer.put(block_record(engine, prompt, index, block_id))
+
+
+def block_record(engine: Engine, prompt: Prompt, index: int, block_id: int) -> Record:
+    """Block `index` of the chain, its payload read straight from the pool."""
+    return Record(
+        kind=RecordKind.BLOCK,
+        hash=prompt.chain.hashes[index],
+        parent=prompt.chain.parent(index),
+        fingerprint=engine.fingerprint,
+        position=(index + 1) * engine.block_size,
+        payload=engine.pool.row(block_id),
+        tenant=prompt.tenant,
+        cost_s=engine.rates.prefill_s(engine.block_size, context=index * engine.block_size),
+    )
+
+
+async def _leave_checkpoint(
+    engine: Engine, prompt: Prompt, sequence: Sequence, mark: Mark, writer: RecordWriter
+) -> None:
+    data = await engine.compute.run(sequence.window.to_bytes)
+    await writer.put(checkpoint_record(engine, prompt, mark, data))
+
+
+def checkpoint_record(engine: Engine, prompt: Prompt, mark: Mark, data: bytes) -> Record:
+    """Window state at `mark.block`, named by the block before it."""
+    return Record(
+        kind=RecordKind.CHECKPOINT,
+        hash=prompt.chain.hashes[mark.block - 1],
+        parent=prompt.chain.parent(mark.block - 1),
+        fingerprint=engine.fingerprint,
+        position=mark.block * engine.block_size,
+        payload=data,
+        tenant=prompt.tenant,
+        ttl_s=mark.ttl_s,
+        cost_s=engine.rates.replay_s(engine.sizes.replay_tokens, context=mark.block * engine.block_size),
+    )

@@ -1,0 +1,112 @@
+"""Blocks in a worker's pool: who uses them, which are idle but still good, which go when room is needed.
+
+Called from the event loop only. A block is private to the sequence that fills it until `publish`; from then on it
+never changes and any sequence with the same chain may use it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Protocol
+
+from antefix.errors import Overloaded
+
+
+class Pool(Protocol):
+    """The part of `antefix.model.BlockPool` that is needed here."""
+
+    num_blocks: int
+
+    def allocate(self, num_blocks: int) -> list[int]: ...
+
+    def release(self, block_ids: Sequence[int]) -> None: ...
+
+
+class ResidentBlocks:
+    """Reference counts over a pool, and a least-recently-used list of finished blocks that nobody uses now."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._free = pool.num_blocks
+        self._refs: dict[int, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        self._by_hash: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_resident(self) -> int:
+        return len(self._by_hash)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that `allocate` can give: free ones and idle ones."""
+        return self._free + len(self._idle)
+
+    def num_leading(self, hashes: Sequence[bytes]) -> int:
+        """How many of the chain's first blocks are here; takes nothing."""
+        for index, name in enumerate(hashes):
+            if name not in self._by_hash:
+                return index
+        return len(hashes)
+
+    def take(self, hashes: Sequence[bytes]) -> list[int]:
+        """Use the leading blocks of the chain that are here; `release` them afterwards."""
+        taken: list[int] = []
+        for name in hashes:
+            block_id = self._by_hash.get(name)
+            if block_id is None:
+                break
+            self._refs[block_id] = self._refs.get(block_id, 0) + 1
+            self._idle.pop(block_id, None)
+            taken.append(block_id)
+        return taken
+
+    def retain(self, block_ids: Sequence[int]) -> None:
+        """One more use of blocks that are in use already."""
+        for block_id in block_ids:
+            self._refs[block_id] += 1
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Private blocks, evicting idle ones where the pool is full.
+
+        Raises:  Overloaded: too many blocks are in use; nothing was taken.
+        """
+        if num_blocks > self.num_available:
+            raise Overloaded(
+                f"the block pool has {self.num_available} of {self._pool.num_blocks} blocks to give,"
+                f" {num_blocks} needed: fewer or shorter requests, or a larger pool_bytes",
+                retry_after_s=1.0,
+            )
+        while self._free < num_blocks:
+            self._evict_one()
+        block_ids = self._pool.allocate(num_blocks)
+        self._free -= num_blocks
+        for block_id in block_ids:
+            self._refs[block_id] = 1
+        return block_ids
+
+    def publish(self, name: bytes, block_id: int) -> None:
+        """This block is finished and exact; if another one has the name already, this one stays private."""
+        if name not in self._by_hash:
+            self._by_hash[name] = block_id
+            self._hash_of[block_id] = name
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        """End a use. Later blocks become idle first, so they are evicted before the ones they depend on."""
+        for block_id in reversed(block_ids):
+            self._refs[block_id] -= 1
+            if self._refs[block_id]:
+                continue
+            del self._refs[block_id]
+            if block_id in self._hash_of:
+                self._idle[block_id] = None
+            else:
+                self._pool.release([block_id])
+                self._free += 1
+
+    def _evict_one(self) -> None:
+        block_id, _ = self._idle.popitem(last=False)
+        del self._by_hash[self._hash_of.pop(block_id)]
+        self._pool.release([block_id])
+        self._free += 1

@@ -1,0 +1,231 @@
+"""Restoring a prompt's prefix: what is stored, which way is cheapest, loading it, rebuilding window state.
+
+Each thing that turns out not to be there (a block evicted meanwhile, a corrupt checkpoint, a dead store) makes the
+known prefix shorter and plans again, so the worst case is a cold run. Never raises for the store's sake.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.block import Chain
+from antefix.errors import AntefixError
+from antefix.model import Sequence, WindowState, forward
+from antefix.store.api import LookupResult, RecordKind
+from antefix.window import Plan, PlanKind, StoredPrefix
+from antefix.worker.compute import uninterrupted
+from antefix.worker.engine import Engine
+from antefix.worker.report import RestoreReport
+
+MISS_REASONS = ("first_seen", "evicted", "expired", "window_missing", "below_minimum", "corrupt", "store_unavailable")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A checked prompt with its names. tokens: [N] uint32."""
+
+    tokens: npt.NDArray[np.uint32]
+    chain: Chain
+    tenant: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(slots=True)
+class Restored:
+    """A sequence ready to go on from `sequence.position`, and what was known of the prompt's prefix."""
+
+    sequence: Sequence
+    plan: Plan
+    num_stored_blocks: int
+    checkpoints: tuple[int, ...]
+    report: RestoreReport
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is believed to be there; shrinks with each disappointment."""
+
+    num_blocks: int
+    num_in_store: int
+    checkpoints: set[int]
+    reason: str
+
+
+async def restore(engine: Engine, prompt: Prompt) -> Restored:
+    """The prompt's prefix by the cheapest way that works. The caller owns the returned sequence's blocks."""
+    started = time.perf_counter()
+    report = RestoreReport()
+    known = await _look_up(engine, prompt, report)
+    while True:
+        plan = engine.planner.plan(_stored_prefix(engine, prompt, known)).plan
+        sequence = await _carry_out(engine, prompt, plan, known, report)
+        if sequence is not None:
+            break
+    _account(engine, prompt, plan, known, report)
+    report.restore_s = time.perf_counter() - started
+    return Restored(
+        sequence=sequence,
+        plan=plan,
+        num_stored_blocks=known.num_in_store,
+        checkpoints=tuple(sorted(known.checkpoints)),
+        report=report,
+    )
+
+
+async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport) -> _Known:
+    hashes = prompt.chain.hashes
+    try:
+        found = await engine.store.lookup(hashes, fingerprint=engine.fingerprint, tenant=prompt.tenant)
+        reason = "first_seen"
+    except AntefixError as err:
+        engine.counters.note(err)
+        report.store_errors += 1
+        found, reason = LookupResult(num_blocks=0), "store_unavailable"
+    num_resident = engine.blocks.num_leading(hashes)
+    return _Known(
+        num_blocks=max(found.num_blocks, num_resident),
+        num_in_store=found.num_blocks,
+        checkpoints=set(found.checkpoints),
+        reason=reason,
+    )
+
+
+def _stored_prefix(engine: Engine, prompt: Prompt, known: _Known) -> StoredPrefix:
+    return StoredPrefix(
+        num_tokens=prompt.num_tokens,
+        num_blocks=known.num_blocks,
+        checkpoints={block: "disk" for block in known.checkpoints if block <= known.num_blocks},
+        num_resident_blocks=engine.blocks.num_leading(prompt.chain.hashes),
+    )
+
+
+async def _carry_out(
+    engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: RestoreReport
+) -> Sequence | None:
+    """The plan's sequence, or None with `known` corrected."""
+    if plan.kind is PlanKind.COLD:
+        return Sequence(block_table=[], window=WindowState.zeros(engine.layout, 0))
+    window: WindowState | None = None
+    if plan.kind is PlanKind.CHECKPOINT:
+        window = await _load_checkpoint(engine, prompt, plan.resume_block, known, report)
+        if window is None:
+            return None
+    table = await load_blocks(engine, prompt.chain.hashes[: plan.resume_block], report)
+    if len(table) < plan.resume_block:
+        known.num_blocks = known.num_in_store = len(table)
+        known.reason = "corrupt" if known.reason == "first_seen" else known.reason
+        engine.blocks.release(table)
+        return None
+    if window is not None:
+        return Sequence(block_table=table, window=window)
+    try:
+        return await _replay(engine, prompt, plan, table, report)
+    except BaseException:
+        engine.blocks.release(table)
+        raise
+
+
+async def _load_checkpoint(
+    engine: Engine, prompt: Prompt, block: int, known: _Known, report: RestoreReport
+) -> WindowState | None:
+    started = time.perf_counter()
+    try:
+        name = prompt.chain.hashes[block - 1]
+        data = await engine.store.get(RecordKind.CHECKPOINT, name, fingerprint=engine.fingerprint)
+    except AntefixError as err:
+        engine.counters.note(err)
+        report.store_errors += 1
+        data = None
+    if data is None:
+        known.checkpoints.discard(block)
+        return None
+    report.bytes_read += len(data)
+    engine.rates.observe_load("disk", len(data), time.perf_counter() - started)
+    return WindowState.from_bytes(engine.layout, block * engine.block_size, data)
+
+
+async def load_blocks(engine: Engine, hashes: Seq[bytes], report: RestoreReport) -> list[int]:
+    """As many of the chain's leading blocks as there are, resident ones first, the rest from the store.
+
+    Raises:  Overloaded: the pool has no room.
+    """
+    table = engine.blocks.take(hashes)
+    report.hit_memory_tokens = len(table) * engine.block_size
+    wanted = hashes[len(table) :]
+    if not wanted:
+        return table
+    try:
+        fresh = engine.blocks.allocate(len(wanted))
+    except BaseException:
+        engine.blocks.release(table)
+        raise
+    try:
+        num_read = await _read_into_pool(engine, wanted, fresh, report)
+    except BaseException:
+        engine.blocks.release([*table, *fresh])
+        raise
+    for name, block_id in zip(wanted[:num_read], fresh[:num_read], strict=True):
+        engine.blocks.publish(name, block_id)
+    engine.blocks.release(fresh[num_read:])
+    return table + fresh[:num_read]
+
+
+async def _read_into_pool(engine: Engine, hashes: Seq[bytes], block_ids: list[int], report: RestoreReport) -> int:
+    started = time.perf_counter()
+    rows = [engine.pool.row(block_id) for block_id in block_ids]
+    try:
+        num_read = await uninterrupted(engine.store.get_blocks(hashes, rows, fingerprint=engine.fingerprint))
+    except AntefixError as err:
+        engine.counters.note(err)
+        report.store_errors += 1
+        return 0
+    await engine.compute.run(engine.pool.note_filled, block_ids[:num_read])
+    nbytes = num_read * engine.layout.block_bytes
+    report.bytes_read += nbytes
+    if num_read == len(hashes):
+        engine.rates.observe_load("disk", nbytes, time.perf_counter() - started)
+    else:
+        engine.counters.short_reads += 1
+    return num_read
+
+
+async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], report: RestoreReport) -> Sequence:
+    """Rebuild window state from stored global KV (docs/WINDOW_STATE.md, exact replay); writes no global KV."""
+    start = plan.replay_from_block * engine.block_size
+    stop = plan.resume_block * engine.block_size
+    sequence = Sequence(block_table=table, window=WindowState.zeros(engine.layout, start))
+    started = time.perf_counter()
+    while sequence.position < stop:
+        end = min(stop, (sequence.position // engine.prefill_chunk + 1) * engine.prefill_chunk)
+        tokens = prompt.tokens[sequence.position : end]
+        await engine.compute.run(
+            forward, engine.model, engine.pool, [(sequence, tokens)], logits="none", write_global_kv=False
+        )
+    report.replayed_tokens = stop - start
+    engine.rates.observe_replay(stop - start, context=start, seconds=time.perf_counter() - started)
+    return sequence
+
+
+def _account(engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: RestoreReport) -> None:
+    """hit = blocks that were not computed; what follows them is a miss, with the reason of the first one."""
+    report.plan = plan.kind.value
+    report.predicted_s = plan.predicted_s
+    report.hit_tokens = plan.resume_block * engine.block_size
+    report.miss_tokens = prompt.num_tokens - report.hit_tokens
+    report.hit_memory_tokens = min(report.hit_memory_tokens, report.hit_tokens)
+    report.hit_store_tokens = report.hit_tokens - report.hit_memory_tokens
+    if plan.resume_block:
+        report.last_hit_hash = prompt.chain.hashes[plan.resume_block - 1]
+    full_blocks = (prompt.num_tokens - 1) // engine.block_size
+    if plan.resume_block < full_blocks:
+        report.miss_reason = "window_missing" if plan.resume_block < known.num_blocks else known.reason
+    elif full_blocks == 0:
+        report.miss_reason = "below_minimum"

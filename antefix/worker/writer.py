@@ -1,0 +1,112 @@
+"""Writes a request's records to the store while it computes on. The cache may cost speed, never an answer:
+a failed write is counted, ends this request's writing (what follows would lack its parent), and is not raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+
+from antefix.errors import AntefixError
+from antefix.store.api import Record, RecordKind, Store
+from antefix.worker.compute import uninterrupted
+from antefix.worker.report import StoreCounters
+
+log = logging.getLogger("antefix.writer")
+
+# One put carries at most this much: large enough that a commit is shared by many blocks, small enough to overlap.
+BATCH_BYTES_MAX = 16 << 20
+# A producer waits when this much is not yet written; rows stay in the pool until then.
+PENDING_BYTES_MAX = 128 << 20
+
+
+class RecordWriter:
+    """One per request. Payloads must stay unchanged until `flush` returns."""
+
+    def __init__(self, store: Store, counters: StoreCounters) -> None:
+        self._store = store
+        self._counters = counters
+        self._queue: deque[Record] = deque()
+        self._pending_bytes = 0
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._broken = False
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+        self.num_blocks_written = 0
+        self.num_checkpoints_written = 0
+        self.bytes_written = 0
+
+    async def put(self, record: Record) -> None:
+        """Queue one record; waits only when too much is pending."""
+        if self._broken:
+            return
+        await self._room.wait()
+        self._queue.append(record)
+        self._pending_bytes += len(record.payload)
+        if self._pending_bytes >= PENDING_BYTES_MAX:
+            self._room.clear()
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        self._wake.set()
+
+    async def flush(self) -> None:
+        """Until everything queued is durable, or has failed. Ends the writer; finishes also when cancelled."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await uninterrupted(self._task)
+
+    async def _run(self) -> None:
+        while True:
+            if not self._queue:
+                if self._closing:
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            batch, nbytes = self._next_batch()
+            if not self._broken:
+                await self._write(batch)
+            self._pending_bytes -= nbytes
+            if self._pending_bytes < PENDING_BYTES_MAX:
+                self._room.set()
+
+    def _next_batch(self) -> tuple[list[Record], int]:
+        batch: list[Record] = []
+        nbytes = 0
+        while self._queue and (not batch or nbytes + len(self._queue[0].payload) <= BATCH_BYTES_MAX):
+            batch.append(self._queue.popleft())
+            nbytes += len(batch[-1].payload)
+        return batch, nbytes
+
+    async def _write(self, batch: list[Record]) -> None:
+        try:
+            result = await self._store.put(batch)
+        except AntefixError as err:
+            self._broken = True
+            self._counters.note(err)
+            log.warning("store refused a write, this request stops writing: %s", err)
+            return
+        self._counters.refused += len(result.refused)
+        self._broken = bool(result.refused)
+        for record in batch:
+            if record.hash in result.refused:
+                continue
+            self.bytes_written += len(record.payload)
+            if record.kind is RecordKind.BLOCK:
+                self.num_blocks_written += 1
+            else:
+                self.num_checkpoints_written += 1
+
+
+async def put_quietly(store: Store, record: Record, counters: StoreCounters) -> bool:
+    """Put one record now; False, counted, when the store could not take it."""
+    try:
+        result = await store.put([record])
+    except AntefixError as err:
+        counters.note(err)
+        return False
+    return not result.refused

@@ -1,0 +1,210 @@
+"""Continuous batching: each step runs one token of every sequence that can take one.
+
+    join -> [step: grow, forward, choose, emit, store finished blocks]* -> leave
+
+Sequences join and leave between steps. A client that does not read stops only its own sequence: its bounded queue
+fills up and the sequence sits out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.errors import AntefixError, Overloaded
+from antefix.model import Sequence, WindowState, forward
+from antefix.window import Mark, OutputFacts, Reason
+from antefix.worker.engine import Engine
+from antefix.worker.prompt import block_record, checkpoint_record, grow
+from antefix.worker.restore import Prompt
+from antefix.worker.writer import RecordWriter
+from decode.sampling import Sampler
+from decode.stopping import Stopper
+
+log = logging.getLogger("antefix.decode")
+
+# Tokens a client may lag behind before its sequence pauses.
+NUM_UNREAD_MAX = 256
+
+
+@dataclass(slots=True)
+class Running:
+    """One sequence being generated. `next_token` is chosen but not yet run; `prompt.chain` grows with the output."""
+
+    prompt: Prompt
+    sequence: Sequence
+    sampler: Sampler
+    stopper: Stopper
+    writer: RecordWriter
+    next_token: int
+    prompt_tokens: int
+    unread: asyncio.Queue[list[int] | AntefixError | None] = field(default_factory=asyncio.Queue)
+    boundary_window: WindowState | None = None
+    done: bool = False
+
+    @property
+    def can_run(self) -> bool:
+        return not self.done and self.unread.qsize() < NUM_UNREAD_MAX
+
+
+class Scheduler:
+    """Owns the decode loop of one worker."""
+
+    def __init__(self, engine: Engine, num_running_max: int) -> None:
+        self._engine = engine
+        self._num_running_max = num_running_max
+        self._running: list[Running] = []
+        self._wake = asyncio.Event()
+        self._step_lock = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self._num_tokens = 0
+        self._busy_s = 0.0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._num_tokens / self._busy_s if self._busy_s else 0.0
+
+    def check_room(self) -> None:
+        """Raises:  Overloaded: as many sequences run as may."""
+        if len(self._running) >= self._num_running_max:
+            raise Overloaded(f"{len(self._running)} sequences are running already", retry_after_s=1.0)
+
+    def join(self, running: Running) -> None:
+        """Add a sequence; it takes part from the next step on. The caller calls `leave` whatever happens."""
+        self._running.append(running)
+        self._wake.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._loop())
+
+    async def leave(self, running: Running) -> None:
+        """Take a sequence out and give its blocks back; waits for the step in hand, which may be using them."""
+        running.done = True
+        async with self._step_lock:
+            if running in self._running:
+                self._running.remove(running)
+        await running.writer.flush()
+        self._engine.blocks.release(running.sequence.block_table)
+        running.sequence.block_table = []
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def tokens(self, running: Running) -> AsyncIterator[list[int]]:
+        """Tokens to show, until the output is over.
+
+        Raises:  Overloaded: the pool had no room for another token.  AntefixError: the step failed.
+        """
+        while (item := await running.unread.get()) is not None:
+            if isinstance(item, AntefixError):
+                raise item
+            self._wake.set()  # it may have been paused for being unread
+            yield item
+
+    async def _loop(self) -> None:
+        while True:
+            self._wake.clear()
+            async with self._step_lock:
+                batch = [running for running in self._running if running.can_run]
+                if batch:
+                    await self._step(batch)
+            if batch:
+                await asyncio.sleep(0)  # let sequences join and leave, and tokens go out
+            else:
+                await self._wake.wait()
+
+    async def _step(self, batch: list[Running]) -> None:
+        engine = self._engine
+        started = time.perf_counter()
+        # 1. Room for one more token each; a sequence that gets none fails alone.
+        ready = [running for running in batch if self._grow(running)]
+        if not ready:
+            return
+        # 2. Run the tokens.
+        items = [(r.sequence, np.array([r.next_token], np.uint32)) for r in ready]
+        try:
+            logits = await engine.compute.run(_logits, engine, items)
+        except Exception as err:
+            log.exception("a decode step failed")
+            for running in ready:
+                _fail(running, AntefixError(f"the decode step failed: {err}"))
+            return
+        # 3. Store what is finished, choose the next tokens, hand out what may be shown.
+        for running, row in zip(ready, logits, strict=True):
+            await self._finish_token(running)
+            token = running.sampler.choose(row, running.sequence.position)
+            _emit(running, token)
+        self._num_tokens += len(ready)
+        self._busy_s += time.perf_counter() - started
+
+    def _grow(self, running: Running) -> bool:
+        try:
+            grow(self._engine, running.sequence, running.sequence.position + 1)
+        except Overloaded as err:
+            _fail(running, err)
+            return False
+        return True
+
+    async def _finish_token(self, running: Running) -> None:
+        """Name and store the block that the token completed, if it did; keep window state there."""
+        engine = self._engine
+        running.prompt.chain.extend([running.next_token])
+        position = running.sequence.position
+        if position % engine.block_size:
+            return
+        index = position // engine.block_size - 1
+        block_id = running.sequence.block_table[index]
+        engine.blocks.publish(running.prompt.chain.hashes[index], block_id)
+        await running.writer.put(block_record(engine, running.prompt, index, block_id))
+        running.boundary_window = running.sequence.window.clone()
+        for mark in self._marks(running, position):
+            if mark.block == index + 1 and mark.reason is not Reason.OUTPUT_END:
+                await self._leave_checkpoint(running, mark)
+
+    async def store_end(self, running: Running) -> None:
+        """The checkpoint at the output's last boundary, from which the next turn goes on; then all is durable."""
+        for mark in self._marks(running, running.sequence.position):
+            window = running.boundary_window
+            if window is not None and window.position == mark.block * self._engine.block_size:
+                await self._leave_checkpoint(running, mark)
+        await running.writer.flush()
+
+    async def _leave_checkpoint(self, running: Running, mark: Mark) -> None:
+        assert running.boundary_window is not None
+        data = await self._engine.compute.run(running.boundary_window.to_bytes)
+        await running.writer.put(checkpoint_record(self._engine, running.prompt, mark, data))
+
+    def _marks(self, running: Running, position: int) -> tuple[Mark, ...]:
+        facts = OutputFacts(num_tokens=position, prompt_tokens=running.prompt_tokens)
+        return self._engine.strategy.at_output(facts, self._engine.sizes)
+
+
+def _logits(engine: Engine, items: list[tuple[Sequence, npt.NDArray[np.uint32]]]) -> npt.NDArray[np.float32]:
+    out = forward(engine.model, engine.pool, items, logits="last")
+    return out.float().cpu().numpy()  # type: ignore[no-any-return]
+
+
+def _emit(running: Running, token: int) -> None:
+    running.next_token = token
+    shown = running.stopper.push(token)
+    if shown:
+        running.unread.put_nowait(shown)
+    if running.stopper.finish_reason:
+        running.done = True
+        running.unread.put_nowait(None)
+
+
+def _fail(running: Running, err: AntefixError) -> None:
+    running.done = True
+    running.unread.put_nowait(err)

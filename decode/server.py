@@ -1,0 +1,156 @@
+"""DecodeService: gRPC in front of the scheduler. Protobuf stops here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+
+from antefix import rpc
+from antefix.config import require, setting
+from antefix.errors import InvalidRequest
+from antefix.store.open import StoreAddress, open_store
+from antefix.tokenizer import load_tokenizer
+from antefix.v1 import decode_pb2, decode_pb2_grpc
+from antefix.wire import Sampling, report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
+from antefix.worker.engine import Engine, EngineConfig, build_engine
+from antefix.worker.restore import Prompt
+from antefix.worker.writer import RecordWriter
+from decode.adopt import Adopted, adopt, prefill_here, take_handoff
+from decode.sampling import Sampler
+from decode.scheduler import Running, Scheduler
+from decode.stopping import Stopper
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig(EngineConfig):
+    """Settings of a decode worker."""
+
+    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    store_address: str = setting("", "host:port of the kvstore service")
+    store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
+    num_running_max: int = setting(32, "sequences that run at once; more are refused with a retry hint")
+
+    def __post_init__(self) -> None:
+        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        EngineConfig.__post_init__(self)
+        require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
+        require(self.num_running_max > 0, f"num_running_max must be positive, is {self.num_running_max}")
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):  # type: ignore[misc]
+    """One worker's calls."""
+
+    def __init__(self, engine: Engine, eos_ids: frozenset[int], config: DecodeConfig) -> None:
+        self._engine = engine
+        self._eos_ids = eos_ids
+        self.scheduler = Scheduler(engine, config.num_running_max)
+
+    async def Decode(
+        self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
+        # 1. Check.
+        sampling = sampling_from_wire(request.sampling)
+        prompt, emitted = self._prompt(request, sampling)
+        self.scheduler.check_room()
+        sampler, stopper = Sampler(sampling), Stopper(sampling, self._eos_ids, emitted)
+        # 2. The first token comes from the handoff's logits, before any block is loaded.
+        handoff = await take_handoff(self._engine, prompt, request.handoff)
+        adopted = await prefill_here(self._engine, prompt) if handoff is None else None
+        try:
+            logits = adopted.logits if handoff is None and adopted else handoff.logits  # type: ignore[union-attr]
+            first = sampler.choose(logits, prompt.num_tokens)
+            yield _response(stopper.push(first), adopted)
+            if stopper.finish_reason:
+                yield decode_pb2.DecodeResponse(finish_reason=stopper.finish_reason)
+                return
+            # 3. Load what the handoff does not hold; if a block is gone by now, prefill after all.
+            if handoff is not None:
+                adopted = await adopt(self._engine, prompt, handoff) or await prefill_here(self._engine, prompt)
+                yield _response([], adopted)
+            assert adopted is not None
+            sequence, adopted = adopted.sequence, None
+        finally:
+            if adopted is not None:
+                self._engine.blocks.release(adopted.sequence.block_table)
+        # 4. Generate with the others.
+        running = Running(
+            prompt=prompt,
+            sequence=sequence,
+            sampler=sampler,
+            stopper=stopper,
+            writer=RecordWriter(self._engine.store, self._engine.counters),
+            next_token=first,
+            prompt_tokens=prompt.num_tokens,
+        )
+        async with contextlib.aclosing(self._generate(running)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _generate(self, running: Running) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
+        self.scheduler.join(running)
+        try:
+            async for shown in self.scheduler.tokens(running):
+                yield _response(shown, None)
+            # 5. The output's KV must be durable when the client is told of the end: its next turn may follow at once.
+            await self.scheduler.store_end(running)
+            yield decode_pb2.DecodeResponse(
+                finish_reason=running.stopper.finish_reason,
+                written_tokens=running.writer.num_blocks_written * self._engine.block_size,
+                written_checkpoints=running.writer.num_checkpoints_written,
+            )
+        finally:
+            await self.scheduler.leave(running)
+
+    def _prompt(self, request: decode_pb2.DecodeRequest, sampling: Sampling) -> tuple[Prompt, list[int]]:
+        tokens = tokens_from_wire(request.prompt)
+        if request.num_emitted > len(tokens) or request.num_emitted >= sampling.max_tokens:
+            raise InvalidRequest(f"num_emitted is {request.num_emitted}: nothing is left to generate")
+        remaining = sampling.max_tokens - request.num_emitted
+        self._engine.check_prompt(len(tokens), int(tokens.max(initial=0)), remaining)
+        chain = self._engine.chain(request.tenant)
+        chain.extend(tokens)
+        emitted = [int(token) for token in tokens[len(tokens) - request.num_emitted :]]
+        return Prompt(tokens=tokens, chain=chain, tenant=request.tenant), emitted
+
+    async def DecodeStatus(
+        self, request: decode_pb2.DecodeStatusRequest, context: grpc.aio.ServicerContext
+    ) -> decode_pb2.DecodeStatusResponse:
+        return decode_pb2.DecodeStatusResponse(
+            fingerprint=self._engine.fingerprint,
+            num_running=self.scheduler.num_running,
+            num_blocks=self._engine.pool.num_blocks,
+            num_resident_blocks=self._engine.blocks.num_resident,
+            decode_tokens_per_s=self.scheduler.tokens_per_s,
+        )
+
+
+def _response(shown: list[int], adopted: Adopted | None) -> decode_pb2.DecodeResponse:
+    return decode_pb2.DecodeResponse(
+        tokens=tokens_to_wire(np.array(shown, np.uint32)) if shown else None,
+        restore=report_to_wire(adopted.report) if adopted else None,
+    )
+
+
+async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
+    """Serve until told to stop.
+
+    Raises:  ModelError, ConfigError: the model or a setting is not usable.
+    """
+    store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
+    engine = build_engine(config, store)
+    servicer = DecodeServicer(engine, load_tokenizer(config.model).eos_ids, config)
+    server = await rpc.start_server(
+        config.address,
+        lambda s: decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, s),
+        [decode_pb2.DESCRIPTOR],
+    )
+
+    async def stop() -> None:
+        await servicer.scheduler.close()
+        await engine.close()
+
+    await rpc.run_until_signal(server, role="decode", stop=stop, watch_stdin=watch_stdin)

@@ -1,0 +1,57 @@
+"""When an output ends, and which of its tokens may be shown yet. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from antefix.wire import Sampling
+
+STOP = "stop"
+LENGTH = "length"
+
+
+class Stopper:
+    """Watches one output. Tokens that may be the beginning of a stop sequence are held back until that is decided."""
+
+    def __init__(self, sampling: Sampling, eos_ids: frozenset[int], emitted: Sequence[int] = ()) -> None:
+        self._sampling = sampling
+        self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids
+        self._seen: list[int] = list(emitted)
+        self._num_shown = len(self._seen)
+        self.num_output = len(self._seen)
+        self.finish_reason = ""
+
+    def push(self, token: int) -> list[int]:
+        """Take the next token; returns those that may be shown now. Sets `finish_reason` when the output is over.
+
+        The end token counts as output but is not shown; neither is a stop sequence.
+        """
+        self.num_output += 1
+        self._seen.append(token)
+        if token in self._eos_ids:
+            return self._finish(STOP, len(self._seen) - 1)
+        for sequence in self._sampling.stop:
+            if tuple(self._seen[-len(sequence) :]) == sequence:
+                return self._finish(STOP, len(self._seen) - len(sequence))
+        if self.num_output >= self._sampling.max_tokens:
+            return self._finish(LENGTH, len(self._seen))
+        return self._show(len(self._seen) - self._num_undecided())
+
+    def _finish(self, reason: str, stop: int) -> list[int]:
+        self.finish_reason = reason
+        return self._show(stop)
+
+    def _show(self, stop: int) -> list[int]:
+        shown = self._seen[self._num_shown : stop]
+        self._num_shown = max(self._num_shown, stop)
+        return shown
+
+    def _num_undecided(self) -> int:
+        """Length of the longest end of what was seen that begins a stop sequence."""
+        longest = 0
+        for sequence in self._sampling.stop:
+            for size in range(min(len(sequence) - 1, len(self._seen)), longest, -1):
+                if tuple(self._seen[-size:]) == sequence[:size]:
+                    longest = size
+                    break
+        return longest

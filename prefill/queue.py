@@ -1,0 +1,42 @@
+"""Admission to a prefill worker: a bounded queue in front of the one compute thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from antefix.errors import Overloaded
+
+
+class PrefillQueue:
+    """At most `num_running_max` prompts at work and `num_waiting_max` behind them.
+
+    Two running ones overlap one's loads and writes with the other's computing; more only hold pool blocks.
+    """
+
+    def __init__(self, num_running_max: int, num_waiting_max: int) -> None:
+        self._slots = asyncio.Semaphore(num_running_max)
+        self._num_waiting_max = num_waiting_max
+        self.num_waiting = 0
+        self.num_running = 0
+
+    @contextlib.asynccontextmanager
+    async def turn(self, retry_after_s: float) -> AsyncIterator[None]:
+        """Wait for a turn.
+
+        Raises:  Overloaded: the queue is full; nothing was queued.
+        """
+        if self.num_waiting >= self._num_waiting_max:
+            raise Overloaded(f"{self.num_waiting} prompts are waiting already", retry_after_s=retry_after_s)
+        self.num_waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self.num_waiting -= 1
+        self.num_running += 1
+        try:
+            yield
+        finally:
+            self.num_running -= 1
+            self._slots.release()

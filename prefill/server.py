@@ -1,0 +1,121 @@
+"""PrefillService: gRPC in front of `antefix.worker.prompt`. Protobuf stops here."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import grpc
+
+from antefix import rpc
+from antefix.block import HASH_BYTES
+from antefix.config import require, setting
+from antefix.store.api import Record, RecordKind
+from antefix.store.open import StoreAddress, open_store
+from antefix.v1 import prefill_pb2, prefill_pb2_grpc
+from antefix.wire import report_to_wire, tokens_from_wire
+from antefix.worker.engine import Engine, EngineConfig, build_engine
+from antefix.worker.handoff import Handoff
+from antefix.worker.prompt import ComputedPrompt, run_prompt
+from antefix.worker.restore import Prompt
+from antefix.worker.writer import put_quietly
+from prefill.queue import PrefillQueue
+
+# A handoff is taken as soon as decode has a place; this is for a decode worker that died and was replaced.
+HANDOFF_TTL_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig(EngineConfig):
+    """Settings of a prefill worker."""
+
+    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    store_address: str = setting("", "host:port of the kvstore service")
+    store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
+    num_running_max: int = setting(2, "prompts at work at once")
+    num_waiting_max: int = setting(64, "prompts waiting; more are refused with a retry hint")
+
+    def __post_init__(self) -> None:
+        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        EngineConfig.__post_init__(self)
+        require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
+        require(self.num_running_max > 0 and self.num_waiting_max > 0, "num_running_max and num_waiting_max start at 1")
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):  # type: ignore[misc]
+    """One worker's calls."""
+
+    def __init__(self, engine: Engine, config: PrefillConfig) -> None:
+        self._engine = engine
+        self._queue = PrefillQueue(config.num_running_max, config.num_waiting_max)
+
+    async def Prefill(
+        self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext
+    ) -> prefill_pb2.PrefillResponse:
+        engine = self._engine
+        # 1. Check before queueing: a request that cannot work must not wait to be told so.
+        tokens = tokens_from_wire(request.prompt)
+        engine.check_prompt(len(tokens), int(tokens.max(initial=0)))
+        # 2. Name the prompt's blocks.
+        chain = engine.chain(request.tenant)
+        chain.extend(tokens)
+        prompt = Prompt(tokens=tokens, chain=chain, tenant=request.tenant)
+        # 3. Restore, compute, store.
+        wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self._queue.num_waiting + 1)
+        async with self._queue.turn(wait_s):
+            computed = await run_prompt(engine, prompt)
+            try:
+                # 4. Leave what decode needs to go on.
+                handoff = await _leave_handoff(engine, computed)
+            finally:
+                engine.blocks.release(computed.sequence.block_table)
+        return prefill_pb2.PrefillResponse(handoff=handoff, restore=report_to_wire(computed.report))
+
+    async def PrefillStatus(
+        self, request: prefill_pb2.PrefillStatusRequest, context: grpc.aio.ServicerContext
+    ) -> prefill_pb2.PrefillStatusResponse:
+        return prefill_pb2.PrefillStatusResponse(
+            fingerprint=self._engine.fingerprint,
+            num_running=self._queue.num_running,
+            num_waiting=self._queue.num_waiting,
+            num_blocks=self._engine.pool.num_blocks,
+            num_resident_blocks=self._engine.blocks.num_resident,
+            prefill_tokens_per_s=self._engine.rates.prefill_tokens_per_s,
+        )
+
+
+async def _leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
+    """The handoff's name, or empty when the store could not keep it: decode prefills by itself then."""
+    sequence = computed.sequence
+    partial = sequence.position % engine.block_size
+    window = await engine.compute.run(sequence.window.to_bytes)
+    row = bytes(engine.pool.row(sequence.block_table[-1])) if partial else b""
+    handoff = Handoff(position=sequence.position, window=window, partial_row=row, logits=computed.logits)
+    chain = computed.prompt.chain
+    record = Record(
+        kind=RecordKind.HANDOFF,
+        hash=secrets.token_bytes(HASH_BYTES),  # unguessable: whoever knows the name may take the handoff
+        parent=chain.parent(len(chain)),
+        fingerprint=engine.fingerprint,
+        position=sequence.position,
+        payload=handoff.to_bytes(),
+        tenant=computed.prompt.tenant,
+        ttl_s=HANDOFF_TTL_S,
+    )
+    return record.hash if await put_quietly(engine.store, record, engine.counters) else b""
+
+
+async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
+    """Serve until told to stop.
+
+    Raises:  ModelError, ConfigError: the model or a setting is not usable.
+    """
+    store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
+    engine = build_engine(config, store)
+    servicer = PrefillServicer(engine, config)
+    server = await rpc.start_server(
+        config.address,
+        lambda s: prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, s),
+        [prefill_pb2.DESCRIPTOR],
+    )
+    await rpc.run_until_signal(server, role="prefill", stop=engine.close, watch_stdin=watch_stdin)

@@ -1,0 +1,153 @@
+"""RouterService: gRPC in front of `router.generate`. Protobuf stops here."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+
+from antefix import rpc
+from antefix.block import as_tokens
+from antefix.clients import Tokens, usage_to_wire
+from antefix.config import require, setting
+from antefix.errors import InvalidRequest
+from antefix.layout import KVFormat
+from antefix.model_dir import ModelIdentity, identify
+from antefix.secret import Keyring
+from antefix.store.api import Store
+from antefix.store.open import StoreAddress, open_store
+from antefix.tokenizer import Tokenizer, load_tokenizer
+from antefix.v1 import router_pb2, router_pb2_grpc
+from antefix.wire import report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
+from router.generate import Generator, Names, Request
+from router.workers import Role, Workers
+
+# A caller without a deadline gets this one; nothing runs for ever.
+REQUEST_TIMEOUT_S = 3600.0
+REQUEST_ID_BYTES_MAX = 256
+TENANT_BYTES_MAX = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """Settings of a router."""
+
+    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    model: str = setting("", "model directory: config.json, tokenizer (weights are hashed, never loaded)")
+    kv_format: str = setting("fp8", "precision of KV: fp8 or float32; must be the workers'")
+    namespace: str = setting("default", "requests share KV within a namespace only")
+    secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
+    store_address: str = setting("", "host:port of the kvstore service")
+    store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
+    prefill_tokens_min: int = setting(0, "an uncached rest of at most this is left to decode", unit="tokens")
+    prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
+    decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "--model is needed: a directory with config.json and a tokenizer")
+        require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
+        require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
+        require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
+        require(self.prefill_tokens_min >= 0, f"prefill_tokens_min must not be negative, is {self.prefill_tokens_min}")
+        require(bool(self.decode), "--decode is needed: at least one decode worker's host:port")
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):  # type: ignore[misc]
+    """The calls that applications make."""
+
+    def __init__(self, identity: ModelIdentity, tokenizer: Tokenizer, store: Store, config: RouterConfig) -> None:
+        self._identity = identity
+        self._tokenizer = tokenizer
+        self._fingerprint = identity.fingerprint(KVFormat(config.kv_format), namespace=config.namespace).digest
+        self._prefill = Workers.at(Role.PREFILL, config.prefill)
+        self._decode = Workers.at(Role.DECODE, config.decode)
+        names = Names(
+            fingerprint=self._fingerprint,
+            keyring=Keyring.from_file(config.secret_file),
+            block_size=identity.geometry.block_size,
+            prefill_tokens_min=config.prefill_tokens_min,
+        )
+        self._generator = Generator(self._prefill, self._decode, store, names)
+
+    async def Generate(
+        self, message: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+        request = self._request(message)
+        text = self._tokenizer.stream()
+        outputs = self._generator.run(request, rpc.deadline_s(context, REQUEST_TIMEOUT_S))
+        async with contextlib.aclosing(outputs):
+            async for tokens in outputs:
+                yield router_pb2.GenerateResponse(
+                    tokens=tokens_to_wire(tokens), text=text.push([int(token) for token in tokens])
+                )
+        yield router_pb2.GenerateResponse(
+            text=text.finish(),
+            finish_reason=request.finish_reason,
+            usage=usage_to_wire(request.usage()),
+            restore=report_to_wire(request.restore) if request.restore else None,
+        )
+
+    def _request(self, message: router_pb2.GenerateRequest) -> Request:
+        """Raises:  InvalidRequest: whatever is wrong with the request, whatever our state is."""
+        if len(message.request_id.encode()) > REQUEST_ID_BYTES_MAX or len(message.tenant.encode()) > TENANT_BYTES_MAX:
+            raise InvalidRequest(f"request_id takes {REQUEST_ID_BYTES_MAX} bytes, tenant {TENANT_BYTES_MAX}")
+        sampling = sampling_from_wire(message.sampling)
+        tokens = self._tokens(message)
+        if len(tokens) == 0:
+            raise InvalidRequest("the prompt is empty")
+        if len(tokens) + sampling.max_tokens > self._identity.max_tokens:
+            raise InvalidRequest(
+                f"{len(tokens)} prompt tokens and max_tokens {sampling.max_tokens} exceed the model's"
+                f" {self._identity.max_tokens}"
+            )
+        if int(tokens.max()) >= self._identity.vocab_size:
+            raise InvalidRequest(
+                f"token id {int(tokens.max())} is outside the vocabulary of {self._identity.vocab_size}"
+            )
+        return Request(
+            request_id=message.request_id or secrets.token_hex(12),
+            tenant=message.tenant,
+            tokens=tokens,
+            sampling=sampling,
+        )
+
+    def _tokens(self, message: router_pb2.GenerateRequest) -> Tokens:
+        if message.WhichOneof("prompt") == "tokens":
+            return tokens_from_wire(message.tokens)
+        return as_tokens(self._tokenizer.encode(message.text))
+
+    async def RouterStatus(
+        self, request: router_pb2.RouterStatusRequest, context: grpc.aio.ServicerContext
+    ) -> router_pb2.RouterStatusResponse:
+        response = router_pb2.RouterStatusResponse(
+            model=self._identity.name,
+            fingerprint=self._fingerprint,
+            block_size=self._identity.geometry.block_size,
+        )
+        for workers in (self._prefill, self._decode):
+            for worker in workers.workers:
+                response.workers.add(
+                    address=worker.address,
+                    role=worker.role.value,
+                    num_requests=worker.num_requests,
+                    num_tokens_queued=worker.num_tokens,
+                )
+        return response
+
+
+async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
+    """Serve until told to stop.
+
+    Raises:  ModelError, ConfigError: the model directory or a setting is not usable.
+    """
+    store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
+    servicer = RouterServicer(identify(config.model), load_tokenizer(config.model), store, config)
+    server = await rpc.start_server(
+        config.address,
+        lambda s: router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, s),
+        [router_pb2.DESCRIPTOR],
+    )
+    await rpc.run_until_signal(server, role="router", stop=store.close, watch_stdin=watch_stdin)
