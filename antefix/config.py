@@ -64,7 +64,7 @@ def resolve(config_type: type[T], args: argparse.Namespace, environ: Mapping[str
 
 def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> Any:
     """One value by its field's type and unit; `source` is named in the error."""
-    kind = str(field.type)
+    kind = _kind(field)
     try:
         if kind == "bool":
             return _parse_bool(value)
@@ -105,8 +105,13 @@ def _fields(config_type: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(config_type)
 
 
+def _kind(field: dataclasses.Field[Any]) -> str:
+    """The field's type by name, whether annotations are evaluated in its module or not."""
+    return field.type if isinstance(field.type, str) else str(getattr(field.type, "__name__", field.type))
+
+
 def _metavar(field: dataclasses.Field[Any]) -> str:
-    return {"int": "N", "float": "X", "bool": "true|false"}.get(str(field.type), "VALUE")
+    return {"int": "N", "float": "X", "bool": "true|false"}.get(_kind(field), "VALUE")
 
 
 def _shown(default: Any) -> str:

@@ -1,0 +1,59 @@
+"""Stopping: end tokens, stop sequences never shown, nothing held back for ever, continuation equals one run."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from antefix.wire import Sampling
+from decode.stopping import LENGTH, STOP, Stopper
+
+EOS = frozenset({9})
+outputs = st.lists(st.integers(0, 3), min_size=1, max_size=30)
+stops = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), max_size=3).map(tuple)
+
+
+def run(tokens, sampling, emitted=()):
+    stopper, shown = Stopper(sampling, EOS, emitted), []
+    for token in tokens:
+        shown += stopper.push(token)
+        if stopper.finish_reason:
+            break
+    return shown, stopper
+
+
+def expected(tokens, stop, max_tokens):
+    """By definition: scan the output for the first end."""
+    for length in range(1, len(tokens) + 1):
+        seen = tuple(tokens[:length])
+        for sequence in stop:
+            if seen[-len(sequence) :] == sequence:
+                return list(seen[: -len(sequence)]), STOP
+        if length >= max_tokens:
+            return list(seen), LENGTH
+    return None, ""
+
+
+@given(tokens=outputs, stop=stops, max_tokens=st.integers(1, 20))
+def test_what_is_shown_is_the_output_up_to_its_first_end(tokens, stop, max_tokens):
+    shown, stopper = run(tokens, Sampling(max_tokens=max_tokens, stop=stop))
+    whole, reason = expected(tokens, stop, max_tokens)
+    assert stopper.finish_reason == reason
+    if whole is not None:
+        # A token that was shown before a longer stop sequence completed would be a leak: it must be a prefix.
+        assert shown == whole[: len(shown)] and len(shown) == len(whole)
+
+
+def test_the_end_token_ends_and_is_not_shown():
+    shown, stopper = run([1, 9, 2], Sampling(max_tokens=10))
+    assert (shown, stopper.finish_reason, stopper.num_output) == ([1], STOP, 2)
+
+
+def test_ignoring_the_end_token_shows_it():
+    shown, stopper = run([1, 9, 2], Sampling(max_tokens=3, ignore_eos=True))
+    assert (shown, stopper.finish_reason) == ([1, 9, 2], LENGTH)
+
+
+def test_a_continued_output_counts_and_matches_what_was_emitted():
+    sampling = Sampling(max_tokens=4, stop=((1, 2),))
+    assert run([2], sampling, emitted=[0, 1])[1].finish_reason == STOP
+    shown, stopper = run([3, 3, 3], sampling, emitted=[0, 0])
+    assert (shown, stopper.finish_reason) == ([3, 3], LENGTH)

@@ -1,0 +1,123 @@
+"""Names of blocks: stable bytes, chained, keyed, incremental."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from antefix.block import Chain, Fingerprint, as_tokens, chain_of, tenant_key
+from antefix.errors import InvalidRequest
+from antefix.layout import KVFormat, KVGeometry
+
+GEOMETRY = KVGeometry.from_config({"num_hidden_layers": 4, "head_dim": 64, "index_head_dim": 32, "sliding_window": 64})
+FINGERPRINT = Fingerprint(weights_revision="w1", geometry=GEOMETRY, kv_format=KVFormat.FP8, tokenizer="t1")
+KEY = tenant_key(b"0123456789abcdef", "tenant")
+
+# Written down once; a change of any of these makes every store in the world a miss.
+GOLDEN_FINGERPRINT = "3a32963abd372277d6c3b4c10fb4e0be295298ac5ab5bf410d97ede5eb013a65"
+GOLDEN_ROOT = "280fafb80234151dfc3fa98e7f4c13c0f1441bd3cb70c9c94c96c4a73ce2bb22"
+GOLDEN_HASHES = [
+    "0098bec8de3ecbe84a916f826e287caa60e3c4a10e0636072d154246e5db8a5a",
+    "bd526ba9fe545b468d8960d26564fbd525db2f131a9dedf77cd743fed5d9f631",
+]
+
+tokens_lists = st.lists(st.integers(0, 2**32 - 1), max_size=64)
+
+
+def chain(tokens, key=KEY, digest=FINGERPRINT.digest, block_size=8):
+    return chain_of(tokens, fingerprint_digest=digest, key=key, block_size=block_size)
+
+
+def test_names_are_the_golden_bytes():
+    named = chain(range(16))
+    assert FINGERPRINT.digest.hex() == GOLDEN_FINGERPRINT
+    assert named.root.hex() == GOLDEN_ROOT
+    assert [name.hex() for name in named.hashes] == GOLDEN_HASHES
+
+
+def test_names_do_not_depend_on_the_process():
+    code = (
+        "from antefix.block import *; from antefix.layout import *;"
+        "c = {'num_hidden_layers': 4, 'head_dim': 64, 'index_head_dim': 32, 'sliding_window': 64};"
+        "g = KVGeometry.from_config(c);"
+        "f = Fingerprint(weights_revision='w1', geometry=g, kv_format=KVFormat.FP8, tokenizer='t1');"
+        "k = tenant_key(b'0123456789abcdef', 'tenant');"
+        "print(chain_of(range(16), fingerprint_digest=f.digest, key=k, block_size=8).hashes[1].hex())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONHASHSEED": "7", "PATH": ""},
+    )
+    assert out.stdout.strip() == GOLDEN_HASHES[1]
+
+
+@given(tokens=tokens_lists, cuts=st.lists(st.integers(0, 64), max_size=6))
+def test_extending_in_pieces_names_the_same_blocks(tokens, cuts):
+    pieces = Chain(FINGERPRINT.digest, KEY, 8)
+    edges = sorted({0, len(tokens), *(min(cut, len(tokens)) for cut in cuts)})
+    for first, stop in itertools.pairwise(edges):
+        pieces.extend(tokens[first:stop])
+    assert pieces.hashes == chain(tokens).hashes
+    assert pieces.num_tokens == len(tokens)
+
+
+@given(tokens=st.lists(st.integers(0, 2**32 - 1), min_size=24, max_size=24), index=st.integers(0, 23))
+def test_a_changed_token_renames_its_block_and_all_later_ones(tokens, index):
+    other = list(tokens)
+    other[index] ^= 1
+    before, after = chain(tokens).hashes, chain(other).hashes
+    first = index // 8
+    assert before[:first] == after[:first]
+    assert all(a != b for a, b in zip(before[first:], after[first:], strict=True))
+
+
+def test_every_part_of_the_fingerprint_counts():
+    import dataclasses
+
+    changes = {
+        "weights_revision": "w2",
+        "geometry": dataclasses.replace(GEOMETRY, window=32),
+        "kv_format": KVFormat.FLOAT32,
+        "tokenizer": "t2",
+        "exactness": "bounded-1",
+        "namespace": "other",
+    }
+    digests = {dataclasses.replace(FINGERPRINT, **{name: value}).digest for name, value in changes.items()}
+    assert len(digests | {FINGERPRINT.digest}) == len(changes) + 1
+
+
+def test_parts_of_the_fingerprint_do_not_run_together():
+    import dataclasses
+
+    one = dataclasses.replace(FINGERPRINT, tokenizer="ab", exactness="c")
+    two = dataclasses.replace(FINGERPRINT, tokenizer="a", exactness="bc")
+    assert one.digest != two.digest
+
+
+def test_tenants_never_share_a_name():
+    other = tenant_key(b"0123456789abcdef", "another")
+    assert not set(chain(range(64)).hashes) & set(chain(range(64), key=other).hashes)
+
+
+@pytest.mark.parametrize("tokens", [[-1], [2**32], [[1, 2]], [1.5], ["a"], [None]])
+def test_what_is_no_token_id_is_refused(tokens):
+    with pytest.raises(InvalidRequest):
+        as_tokens(tokens)
+
+
+def test_wider_integers_become_u32_unharmed():
+    wide = np.array([0, 1, 2**32 - 1], np.int64)
+    assert as_tokens(wide).tolist() == wide.tolist()
+
+
+@pytest.mark.parametrize("secret", [b"", b"short", b"x" * 65])
+def test_a_bad_secret_is_refused(secret):
+    with pytest.raises(InvalidRequest):
+        tenant_key(secret, "tenant")

@@ -1,0 +1,117 @@
+"""gRPC: errors keep their class over the wire, health and reflection work, ports in use are errors."""
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from antefix import errors, rpc
+from antefix.v1 import router_pb2, router_pb2_grpc
+
+
+class Failing(router_pb2_grpc.RouterServiceServicer):
+    def __init__(self, err):
+        self.err = err
+
+    async def RouterStatus(self, request, context):
+        raise self.err
+
+    async def Generate(self, request, context):
+        yield router_pb2.GenerateResponse(text="first")
+        raise self.err
+
+
+async def start(err):
+    return await rpc.start_server(
+        "127.0.0.1:0",
+        lambda server: router_pb2_grpc.add_RouterServiceServicer_to_server(Failing(err), server),
+        [router_pb2.DESCRIPTOR],
+    )
+
+
+ALL = [
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, errors.AntefixError) and kind is not errors.AntefixError
+]
+
+
+@pytest.mark.parametrize("kind", ALL)
+async def test_an_error_arrives_as_the_class_that_was_raised(kind):
+    server = await start(kind("what was wrong"))
+    stub = router_pb2_grpc.RouterServiceStub(rpc.channel(server.address))
+    with pytest.raises(kind, match="what was wrong") as caught, rpc.rpc_errors():
+        await stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=5)
+    assert type(caught.value) is kind
+    await server.drain(0)
+
+
+async def test_an_error_in_a_stream_comes_after_what_was_sent():
+    server = await start(errors.Overloaded("full", retry_after_s=1.5))
+    stub = router_pb2_grpc.RouterServiceStub(rpc.channel(server.address))
+    texts = []
+    with pytest.raises(errors.Overloaded) as caught, rpc.rpc_errors():
+        async for message in stub.Generate(router_pb2.GenerateRequest(), timeout=5):
+            texts.append(message.text)
+    assert texts == ["first"]
+    assert caught.value.retry_after_s == 1.5
+    await server.drain(0)
+
+
+async def test_a_bug_shows_an_id_and_nothing_else(caplog):
+    server = await start(RuntimeError("a secret path"))
+    stub = router_pb2_grpc.RouterServiceStub(rpc.channel(server.address))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=5)
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert "secret" not in caught.value.details()
+    assert "a secret path" in caplog.text
+    await server.drain(0)
+
+
+async def test_nobody_listening_is_unavailable():
+    server = await start(RuntimeError())
+    address = server.address
+    await server.drain(0)
+    stub = router_pb2_grpc.RouterServiceStub(rpc.channel(address))
+    with pytest.raises(errors.Unavailable), rpc.rpc_errors():
+        await stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=5)
+
+
+async def test_draining_says_not_serving_and_health_says_serving_before():
+    server = await start(RuntimeError())
+    stub = health_pb2_grpc.HealthStub(rpc.channel(server.address))
+    for name in ("", "antefix.v1.RouterService"):
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    await server.health.enter_graceful_shutdown()
+    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+    assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    await server.drain(0)
+
+
+async def test_a_stock_reflection_client_finds_the_service():
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    server = await start(RuntimeError())
+    stub = reflection_pb2_grpc.ServerReflectionStub(rpc.channel(server.address))
+    call = stub.ServerReflectionInfo(timeout=5)
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    answer = await call.read()
+    assert "antefix.v1.RouterService" in [service.name for service in answer.list_services_response.service]
+    call.cancel()
+    await server.drain(0)
+
+
+async def test_a_port_in_use_is_a_clear_error():
+    server = await start(RuntimeError())
+    with pytest.raises(errors.ConfigError, match=server.address):
+        await rpc.start_server(server.address, lambda s: None, [])
+    await server.drain(0)
+
+
+@pytest.mark.parametrize(
+    "address", ["nonsense", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:70000", "0.0.0.0:1", "8.8.8.8:1"]
+)
+def test_addresses_are_loopback_host_and_port(address):
+    with pytest.raises(errors.ConfigError):
+        rpc.parse_address(address)

@@ -1,0 +1,65 @@
+"""Tokenizers: exact inverses, streaming without broken characters."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from antefix.errors import ModelError
+from antefix.tokenizer import ByteTokenizer, load_tokenizer
+
+SPECIAL = {"<|bos|>": 256, "<|eos|>": 257, "<|user|>": 258, "<|end|>": 259}
+TOKENIZER = ByteTokenizer(SPECIAL)
+
+
+@given(text=st.text())
+def test_decoding_gives_the_text_back(text):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@given(text=st.text(), sizes=st.lists(st.integers(1, 5), max_size=40))
+def test_streaming_in_pieces_gives_the_same_text(text, sizes):
+    ids = TOKENIZER.encode(text)
+    stream, out = TOKENIZER.stream(), ""
+    for size in sizes:
+        out += stream.push(ids[:size])
+        ids = ids[size:]
+    assert out + stream.push(ids) + stream.finish() == text
+
+
+def test_a_character_is_never_shown_in_halves():
+    stream = TOKENIZER.stream()
+    assert [stream.push([byte]) for byte in "é".encode()] == ["", "é"]
+
+
+def test_special_tokens_have_ids_of_their_own():
+    assert TOKENIZER.encode("<|user|>a<|end|>") == [258, 97, 259]
+    assert TOKENIZER.eos_ids == {257, 259}
+
+
+def test_a_hugging_face_tokenizer_streams_what_it_decodes(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator(["the prefix of a prompt, the prefix of a cache"] * 4, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
+    tokenizer = load_tokenizer(tmp_path)
+    text = "the cache naïve 漢字 prefix"
+    ids = tokenizer.encode(text)
+    stream = tokenizer.stream()
+    assert "".join(stream.push([number]) for number in ids) + stream.finish() == text == tokenizer.decode(ids)
+    assert tokenizer.eos_ids == {1, 2}
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"type": "word"}', '{"type": "byte"}'])
+def test_a_missing_or_broken_tokenizer_is_a_model_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "antefix_tokenizer.json").write_text(content)
+    with pytest.raises(ModelError):
+        load_tokenizer(tmp_path)
