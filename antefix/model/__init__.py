@@ -3,5 +3,21 @@
 from antefix.model.config import ModelConfig
 from antefix.model.loading import load_model, save_model
 from antefix.model.model import Model, init_weights
+from antefix.model.numerics import row_invariant_ok
+from antefix.model.pool import BlockPool
+from antefix.model.runner import forward
+from antefix.model.window_state import Sequence, WindowState, state_bytes
 
-__all__ = ["Model", "ModelConfig", "init_weights", "load_model", "save_model"]
+__all__ = [
+    "BlockPool",
+    "Model",
+    "ModelConfig",
+    "Sequence",
+    "WindowState",
+    "forward",
+    "init_weights",
+    "load_model",
+    "row_invariant_ok",
+    "save_model",
+    "state_bytes",
+]

@@ -8,6 +8,8 @@ Source:  V4 report, section 2.3.3; oracle: transformers' DeepseekV4Attention.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -58,8 +60,8 @@ class Attention(nn.Module):
 
     def queries(self, q_residual_NQ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Normed, rotated queries [N, H, C], scaled by C^-1/2 for the dot products to come."""
-        q = linear(q_residual_NQ, self.q_b_proj.weight).unflatten(-1, (self.num_heads, self.head_dim))
-        return rotate(rms_norm(q, None, self.eps), cos.unsqueeze(1), sin.unsqueeze(1)) * self.head_dim**-0.5
+        q = linear(q_residual_NQ, self.q_b_proj.weight).view(-1, self.num_heads, self.head_dim)
+        return rotate(rms_norm(q, None, self.eps), cos.unsqueeze(1), sin.unsqueeze(1)) * math.pow(self.head_dim, -0.5)
 
     def window_entries(self, x_ND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Window KV [N, C] before rounding: key and value in one."""

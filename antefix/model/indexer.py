@@ -6,6 +6,8 @@ Source:  V4 report, section 2.3.1; oracle: transformers' DeepseekV4Indexer.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -36,12 +38,12 @@ class Indexer(Compressor):
 
     def queries(self, q_residual_NQ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Rotated queries [N, I, C]; cos, sin [N, R / 2] at the tokens' positions."""
-        q = linear(q_residual_NQ, self.q_b_proj.weight).unflatten(-1, (self.num_heads, self.width))
+        q = linear(q_residual_NQ, self.q_b_proj.weight).view(-1, self.num_heads, self.width)
         return rotate(q, cos.unsqueeze(1), sin.unsqueeze(1))
 
     def head_weights(self, x_ND: Tensor) -> Tensor:
         """[N, I], with both of the scorer's constant factors (heads^-1/2, dim^-1/2) folded in."""
-        factor = (self.num_heads * self.width) ** -0.5
+        factor = math.pow(self.num_heads * self.width, -0.5)
         return linear(x_ND, self.scorer.weights_proj.weight) * factor
 
 

@@ -30,12 +30,13 @@ class HyperConnection(nn.Module):
     def forward(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Collapse the streams: returns the block's input [N, D], and post [N, M] and comb [N, M, M] for `expand`."""
         num_streams = streams_NMD.shape[1]
+        sizes = [num_streams, num_streams, num_streams * num_streams]
         logits = mixing_logits(streams_NMD, self.fn, self.norm_eps)
-        pre_w, post_w, comb_w = logits.split((num_streams, num_streams, num_streams * num_streams), dim=-1)
-        pre_b, post_b, comb_b = self.base.split((num_streams, num_streams, num_streams * num_streams))
+        pre_w, post_w, comb_w = torch.split(logits, sizes, dim=-1)
+        pre_b, post_b, comb_b = torch.split(self.base, sizes)
         pre = sigmoid(pre_w * self.scale[0] + pre_b) + self.eps
         post = 2 * sigmoid(post_w * self.scale[1] + post_b)
-        comb = sinkhorn((comb_w * self.scale[2] + comb_b).unflatten(-1, (num_streams, -1)), self.num_iters, self.eps)
+        comb = sinkhorn((comb_w * self.scale[2] + comb_b).view(-1, num_streams, num_streams), self.num_iters, self.eps)
         dtype = streams_NMD.dtype
         return collapse(streams_NMD, pre), post.to(dtype), comb.to(dtype)
 

@@ -63,7 +63,7 @@ class Experts(nn.Module):
         rows = x_ND.index_select(0, order // num_picked)
         # 2. Run the experts that were picked.
         outputs = []
-        for expert, part in enumerate(rows.split(counts)):
+        for expert, part in enumerate(torch.split(rows, counts)):
             if len(part):
                 inner = clamped_swiglu(linear(part, self.gate_up_proj[expert]), self.limit)
                 outputs.append(linear(inner, self.down_proj[expert]))
@@ -101,7 +101,8 @@ class MoE(nn.Module):
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
         experts, weights = self.gate(x_ND, tokens_N)
         routed: Tensor = self.experts(x_ND, experts, weights)
-        return routed + self.shared_experts(x_ND)
+        shared: Tensor = self.shared_experts(x_ND)
+        return routed + shared
 
 
 def expert_scores(logits_NE: Tensor, scoring: str) -> Tensor:
@@ -113,7 +114,8 @@ def expert_scores(logits_NE: Tensor, scoring: str) -> Tensor:
 def pick_experts(scores_NE: Tensor, num_picked: int) -> Tensor:
     """The K best experts [N, K], ascending by id; equal scores go to the lowest id, whatever the batch."""
     ranked = scores_NE.sort(dim=-1, descending=True, stable=True).indices
-    return ranked[:, :num_picked].sort(-1).values
+    picked: Tensor = ranked[:, :num_picked].sort(-1).values
+    return picked
 
 
 def clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:

@@ -71,7 +71,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     rope_dim = 2 * cos.shape[-1]
     head, tail = x[..., :-rope_dim], x[..., -rope_dim:]
-    pairs = tail.to(cos.dtype).unflatten(-1, (-1, 2))
+    pairs = torch.unflatten(tail.to(cos.dtype), -1, (-1, 2))
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
     return torch.cat((head, turned.to(x.dtype)), dim=-1)

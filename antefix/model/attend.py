@@ -1,0 +1,144 @@
+"""Attention across tokens, in fixed absolutely aligned shapes: however a prompt is cut, each query sees the same sums.
+
+A query's logits are laid out as [previous window tile | own window tile | far entries], tiles being the spans
+[i * n_win, (i + 1) * n_win). What a query may not see has probability exactly 0 and adds exactly 0, so the same
+products come out whether the neighbours in its tile are computed now, were computed before, or do not exist yet.
+The maximum is exact in any order; sums run over parts of fixed size, in fixed order.
+
+Shapes:  n = queries of one tile, H = heads, C = head dim, W = n_win, F = n * H rows, padded to ROW_TILE,
+         k = selected entries a query, S = entries a segment, E = entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from antefix.model.numerics import pad_rows
+
+NEGATIVE_INFINITY = float("-inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """Queries of one sequence in one window tile. keys: window KV of the tile before and of the own tile, [W, C].
+
+    rows: which of the chunk's tokens, first and one past the last.  slot: the first query's place in its tile.
+    """
+
+    rows: tuple[int, int]
+    slot: int
+    has_previous: bool
+    previous: Tensor
+    own: Tensor
+
+
+def window_tiles(ring_WC: Tensor, new_TC: Tensor, position: int) -> Iterator[Tile]:
+    """Cut a chunk of T tokens at `position` into tiles. ring: window KV before the chunk, slot p mod W.
+
+    The ring is not changed.
+    """
+    window, num_new = len(ring_WC), len(new_TC)
+    slot = position % window
+    first_tile = position // window
+    # Line up the last W tokens and the new ones by position, starting one tile before the first query's.
+    num_tiles = -(-(slot + num_new) // window)
+    line = ring_WC.new_zeros((num_tiles + 1) * window, ring_WC.shape[1])
+    line[slot : slot + window] = ring_WC.roll(-slot, 0)
+    line[slot + window : slot + window + num_new] = new_TC
+    tiles = line.view(num_tiles + 1, window, -1)
+    start = 0
+    for i in range(num_tiles):
+        stop = min((i + 1) * window - slot, num_new)
+        yield Tile(
+            rows=(start, stop),
+            slot=(slot + start) % window,
+            has_previous=first_tile + i > 0,
+            previous=tiles[i],
+            own=tiles[i + 1],
+        )
+        start = stop
+
+
+def advance_ring(ring_WC: Tensor, new_TC: Tensor, position: int) -> Tensor:
+    """The ring after a chunk: new tokens overwrite the slots of the oldest. In place."""
+    window = len(ring_WC)
+    kept = new_TC[-window:]
+    slots = (torch.arange(len(kept), device=ring_WC.device) + position + len(new_TC) - len(kept)) % window
+    ring_WC[slots] = kept
+    return ring_WC
+
+
+def window_logits(q_FC: Tensor, tile: Tile, num_heads: int) -> Tensor:
+    """[F, 2W]: logits against the previous and the own tile, -inf outside each query's window."""
+    window = len(tile.own)
+    num_queries = tile.rows[1] - tile.rows[0]
+    logits = torch.cat((torch.mm(q_FC, tile.previous.T), torch.mm(q_FC, tile.own.T)), dim=1)
+    slots = torch.arange(tile.slot, tile.slot + num_queries, device=q_FC.device).unsqueeze(1)
+    keys = torch.arange(window, device=q_FC.device)
+    hidden = torch.cat(((keys <= slots) if tile.has_previous else (keys >= 0).expand(num_queries, -1), keys > slots), 1)
+    live = logits[: num_queries * num_heads].view(num_queries, num_heads, 2 * window)
+    live.masked_fill_(hidden.unsqueeze(1), NEGATIVE_INFINITY)
+    return logits
+
+
+def attend_selected(q_nHC: Tensor, tile: Tile, sinks_H: Tensor, entries_nkC: Tensor, live_nk: Tensor) -> Tensor:
+    """Attention over the window and each query's own k entries: [n, H, C]. Entries that are not live have no weight."""
+    num_queries, num_heads, _ = q_nHC.shape
+    rows = num_queries * num_heads
+    q_FC = pad_rows(q_nHC.flatten(0, 1))
+    near = window_logits(q_FC, tile, num_heads)
+    far = torch.bmm(q_nHC, entries_nkC.transpose(1, 2)).masked_fill_(~live_nk.unsqueeze(1), NEGATIVE_INFINITY)
+    sinks = _sink_rows(sinks_H, num_queries, len(q_FC))
+    top = torch.maximum(near.amax(1, keepdim=True), sinks)
+    top[:rows] = torch.maximum(top[:rows], far.flatten(0, 1).amax(1, keepdim=True))
+    total, weighted = _window_sums(near, top, sinks, tile)
+    far_weights = torch.exp(far - top[:rows].view(num_queries, num_heads, 1))
+    total = total[:rows] + far_weights.sum(2).view(rows, 1)
+    weighted = weighted[:rows] + torch.bmm(far_weights, entries_nkC).flatten(0, 1)
+    return (weighted / total).view_as(q_nHC)
+
+
+def attend_segments(
+    q_nHC: Tensor, tile: Tile, sinks_H: Tensor, segments: list[Tensor], num_visible_n: Tensor
+) -> Tensor:
+    """Attention over the window and all visible entries, given as segments of S entries each: [n, H, C].
+
+    Entries beyond a query's `num_visible` have no weight; their values must be finite.
+    """
+    num_queries, num_heads, _ = q_nHC.shape
+    rows = num_queries * num_heads
+    q_FC = pad_rows(q_nHC.flatten(0, 1))
+    near = window_logits(q_FC, tile, num_heads)
+    sinks = _sink_rows(sinks_H, num_queries, len(q_FC))
+    top = torch.maximum(near.amax(1, keepdim=True), sinks)
+    far = []
+    for index, segment in enumerate(segments):
+        logits = torch.mm(q_FC, segment.T)
+        entries = torch.arange(index * len(segment), (index + 1) * len(segment), device=q_FC.device)
+        hidden = (entries >= num_visible_n.unsqueeze(1)).unsqueeze(1)
+        logits[:rows].view(num_queries, num_heads, -1).masked_fill_(hidden, NEGATIVE_INFINITY)
+        top = torch.maximum(top, logits.amax(1, keepdim=True))
+        far.append(logits)
+    total, weighted = _window_sums(near, top, sinks, tile)
+    for logits, segment in zip(far, segments, strict=True):
+        weights = torch.exp(logits - top)
+        total = total + weights.sum(1, keepdim=True)
+        weighted = weighted + torch.mm(weights, segment)
+    return (weighted / total)[:rows].view_as(q_nHC)
+
+
+def _sink_rows(sinks_H: Tensor, num_queries: int, num_rows: int) -> Tensor:
+    return pad_rows(sinks_H.repeat(num_queries).unsqueeze(1))[:num_rows]
+
+
+def _window_sums(near: Tensor, top: Tensor, sinks: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Denominator [F, 1] (sink included) and weighted values [F, C] of the window part."""
+    window = len(tile.own)
+    weights = torch.exp(near - top)
+    total = torch.exp(sinks - top) + weights.sum(1, keepdim=True)
+    weighted = torch.mm(weights[:, :window], tile.previous) + torch.mm(weights[:, window:], tile.own)
+    return total, weighted

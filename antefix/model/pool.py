@@ -1,0 +1,136 @@
+"""The paged pool of global KV: one row a block, whose bytes are the payload that goes to disk.
+
+A restore reads from disk straight into `row(block_id)` and then calls `note_filled`. Rows are reference counted, since
+sequences that share a prefix share its blocks. Belongs to one thread.
+
+Memory: `num_blocks * layout.block_bytes` for the rows. The FP8 format also keeps decoded float32 mirrors, because
+decoding for every step would cost more than the attention: 3.5 to 7.5 times the rows (V4: 584 -> 2048 and 68 -> 512
+bytes a record). The float formats read the rows in place. Fresh memory is only touched as blocks are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from antefix.errors import InvalidRequest, Overloaded
+from antefix.layout import BlockLayout, KVFormat, Part, PartKind
+from antefix.model.quant import pack, unpack, value_dtype, width_of
+
+
+class BlockPool:
+    """`num_blocks` rows of `layout.block_bytes` on `device`."""
+
+    def __init__(self, layout: BlockLayout, num_blocks: int, device: str | torch.device = "cpu") -> None:
+        if num_blocks < 1:
+            raise InvalidRequest(f"a pool needs at least one block, not {num_blocks}")
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.rows = torch.zeros(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
+        self._refs = np.zeros(num_blocks, np.int32)
+        self._parts = {(part.layer, part.kind): part for part in layout.parts}
+        self._decoded = {key: self._decoded_part(part) for key, part in self._parts.items()}
+
+    @property
+    def num_free(self) -> int:
+        return int(np.count_nonzero(self._refs == 0))
+
+    def allocate(self, num: int, *, after: int | None = None) -> list[int]:
+        """Block ids with one reference each, side by side where there is room (reads of such runs need no copy).
+
+        after: the sequence's last block; its neighbours are tried first.
+        Raises:  Overloaded: fewer than `num` blocks are free; nothing was allocated.
+        """
+        free = np.flatnonzero(self._refs == 0)
+        if num < 0 or len(free) < num:
+            raise Overloaded(f"the block pool has {len(free)} of {self.num_blocks} blocks free, {num} are needed")
+        if not num:
+            return []
+        start = np.searchsorted(free, 0 if after is None else after + 1)
+        picked = free[start : start + num]
+        wanted_first = None if after is None else after + 1
+        if len(picked) < num or picked[-1] - picked[0] != num - 1 or picked[0] != (wanted_first or picked[0]):
+            picked = _first_run(free, num)
+        self._refs[picked] = 1
+        return [int(block) for block in picked]
+
+    def retain(self, block_ids: Iterable[int]) -> None:
+        """One more reference to each block. Raises InvalidRequest for a block that nobody holds."""
+        ids = self._held(block_ids)
+        np.add.at(self._refs, ids, 1)
+
+    def release(self, block_ids: Iterable[int]) -> None:
+        """One reference less; blocks without any are free. Raises InvalidRequest for a block that nobody holds."""
+        ids = self._held(block_ids)
+        np.subtract.at(self._refs, ids, 1)
+        if (self._refs[ids] < 0).any():
+            np.add.at(self._refs, ids, 1)
+            raise InvalidRequest("a block was released more often than it was retained")
+
+    def num_refs(self, block_id: int) -> int:
+        return int(self._refs[block_id])
+
+    def row(self, block_id: int) -> memoryview:
+        """The block's payload, writable in place (CPU pools). After writing, call `note_filled`."""
+        return self.rows[block_id].numpy().data
+
+    def note_filled(self, block_ids: Iterable[int]) -> None:
+        """Rows were written from outside: decode them anew."""
+        if self.layout.kv_format is not KVFormat.FP8:
+            return
+        ids = torch.as_tensor(list(block_ids), dtype=torch.long, device=self.rows.device)
+        for key, part in self._parts.items():
+            records = self.records(part)[ids]
+            self._decoded[key][ids] = unpack(part.kind, records, self.layout)
+
+    def clear(self, block_ids: Iterable[int]) -> None:
+        """Zero rows that are about to be written for the first time, so that no earlier owner's bytes linger."""
+        self.rows[torch.as_tensor(list(block_ids), dtype=torch.long, device=self.rows.device)] = 0
+
+    def part(self, layer: int, kind: PartKind) -> Part:
+        return self._parts[layer, kind]
+
+    def records(self, part: Part) -> Tensor:
+        """Packed records of one part, a view [num_blocks, num_rows, record bytes] of the rows."""
+        return self._view(self.rows, part.offset, part.num_rows, part.record.nbytes)
+
+    def decoded(self, part: Part) -> Tensor:
+        """Decoded records of one part: [num_blocks, num_rows, width]."""
+        return self._decoded[part.layer, part.kind]
+
+    def write(self, part: Part, block_ids: Tensor, row_ids: Tensor, values: Tensor) -> None:
+        """Pack values [G, width] into rows `row_ids` [G] of blocks `block_ids` [G]."""
+        packed = pack(part.kind, values, self.layout)
+        self.records(part)[block_ids, row_ids] = packed
+        if self.layout.kv_format is KVFormat.FP8:
+            self.decoded(part)[block_ids, row_ids] = unpack(part.kind, packed, self.layout)
+
+    def _decoded_part(self, part: Part) -> Tensor:
+        width = width_of(part, self.layout)
+        if self.layout.kv_format is KVFormat.FP8:
+            return torch.zeros(self.num_blocks, part.num_rows, width, device=self.rows.device)
+        dtype = value_dtype(self.layout.kv_format)
+        return self._view(self.rows.view(dtype), part.offset // dtype.itemsize, part.num_rows, width)
+
+    @staticmethod
+    def _view(rows: Tensor, offset: int, num_rows: int, width: int) -> Tensor:
+        span = rows[:, offset : offset + num_rows * width]
+        return span.view(len(rows), num_rows, width)
+
+    def _held(self, block_ids: Iterable[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        ids = np.asarray(list(block_ids), dtype=np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.num_blocks or (self._refs[ids] < 1).any()):
+            raise InvalidRequest("a block id is outside the pool or not allocated")
+        return ids
+
+
+def _first_run(
+    free: np.ndarray[tuple[int], np.dtype[np.int64]], num: int
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The first `num` neighbouring ids of an ascending list; the first `num` ids where no run is long enough."""
+    starts = np.flatnonzero(free[num - 1 :] - free[: len(free) - num + 1] == num - 1)
+    start = int(starts[0]) if len(starts) else 0
+    return free[start : start + num]

@@ -1,0 +1,178 @@
+"""KV records: rounding as the released inference code does it, and the bytes that the pool and the disk hold.
+
+Entries (window and main): the dims without RoPE as FP8 E4M3 in groups of 64 with a power-of-two scale, RoPE dims as
+BF16. Indexer keys and queries: Hadamard rotation times d^-1/2, then FP4 E2M1 in groups of 32 with a power-of-two scale.
+A scale is the smallest power of two that keeps its group's largest value within the code's range, stored as its
+biased exponent (UE8M0). Rounding is to nearest, ties to even. docs/FORMAT.md has the tables.
+
+Values are fixed points: unpack(pack(x)) packs to records of the same values. Bytes may differ once: a group whose
+largest value rounds down to exactly half the range is packed again with half the scale and doubled codes.
+
+Shapes:  ... = any leading dims, C = head dim, B = record bytes, R = RoPE dims.
+Source:  V4 report, section 3.5; released inference kernels' act_quant and fp4_act_quant (floors 1e-4 and 6 * 2^-126).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from antefix.layout import FP4_GROUP, FP8_GROUP, BlockLayout, KVFormat, Part, PartKind
+
+FP8_MAX = 448.0
+FP4_MAX = 6.0
+# Floors of a group's largest value, as in the released kernels: an all-zero group still has a valid scale.
+_FP8_FLOOR = 1e-4
+_FP4_FLOOR = 6.0 * 2.0**-126
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def value_dtype(kv_format: KVFormat) -> torch.dtype:
+    """The type that decoded KV, overlap state and tails are computed in."""
+    return torch.float64 if kv_format is KVFormat.FLOAT64 else torch.float32
+
+
+def pack_entries(x: Tensor, layout: BlockLayout) -> Tensor:
+    """Entries [..., C] to records [..., B] uint8."""
+    if layout.kv_format is not KVFormat.FP8:
+        return _as_bytes(x.to(value_dtype(layout.kv_format)))
+    geometry = layout.geometry
+    plain, rope = x.float().split_with_sizes((geometry.nope_dim, geometry.rope_dim), dim=-1)
+    groups = _groups(plain, FP8_GROUP)
+    exponents = _scale_exponents(groups, _FP8_FLOOR, FP8_MAX)
+    codes = (groups / _power_of_two(exponents)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+    scales = exponents.squeeze(-1).to(torch.uint8)
+    head = codes.flatten(-2)[..., : geometry.nope_dim], _as_bytes(rope.to(torch.bfloat16)), scales
+    packed = torch.cat(head, dim=-1)
+    return F.pad(packed, (0, entry_bytes(layout) - packed.shape[-1]))
+
+
+def unpack_entries(records: Tensor, layout: BlockLayout) -> Tensor:
+    """Records [..., B] uint8 to entries [..., C]."""
+    if layout.kv_format is not KVFormat.FP8:
+        return _from_bytes(records, value_dtype(layout.kv_format))
+    geometry = layout.geometry
+    plain, rope_end = geometry.nope_dim, geometry.nope_dim + 2 * geometry.rope_dim
+    codes = _groups(records[..., :plain].contiguous().view(torch.float8_e4m3fn).float(), FP8_GROUP)
+    num_groups = codes.shape[-2]
+    scales = _power_of_two(records[..., rope_end : rope_end + num_groups].to(torch.int32)).unsqueeze(-1)
+    rope = _from_bytes(records[..., plain:rope_end], torch.bfloat16).float()
+    return torch.cat(((codes * scales).flatten(-2)[..., :plain], rope), dim=-1)
+
+
+def pack_keys(x: Tensor, layout: BlockLayout) -> Tensor:
+    """Indexer keys [..., C] to records [..., B] uint8; the FP8 format rotates them first."""
+    if layout.kv_format is not KVFormat.FP8:
+        return _as_bytes(x.to(value_dtype(layout.kv_format)))
+    groups = _groups(hadamard(x.float()), FP4_GROUP)
+    exponents = _scale_exponents(groups, _FP4_FLOOR, FP4_MAX)
+    codes = _fp4_codes(groups / _power_of_two(exponents)).flatten(-2)[..., : x.shape[-1]]
+    packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return torch.cat((packed, exponents.squeeze(-1).to(torch.uint8)), dim=-1)
+
+
+def unpack_keys(records: Tensor, layout: BlockLayout) -> Tensor:
+    """Records [..., B] uint8 to keys [..., C], still rotated where the format rotates."""
+    if layout.kv_format is not KVFormat.FP8:
+        return _from_bytes(records, value_dtype(layout.kv_format))
+    dim = layout.geometry.indexer_dim
+    pairs = records[..., : dim // 2]
+    codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(-2).long()
+    magnitudes = torch.tensor((*_E2M1, *(-value for value in _E2M1)), device=records.device)
+    groups = _groups(magnitudes[codes], FP4_GROUP)
+    scales = _power_of_two(records[..., dim // 2 :].to(torch.int32)).unsqueeze(-1)
+    return (groups * scales).flatten(-2)[..., :dim]
+
+
+def round_entries(x: Tensor, layout: BlockLayout) -> Tensor:
+    """What reading entries [..., C] back would give, so that attention reads what is stored."""
+    if layout.kv_format is not KVFormat.FP8:
+        return x.to(value_dtype(layout.kv_format))
+    return unpack_entries(pack_entries(x, layout), layout)
+
+
+def round_queries(q: Tensor, layout: BlockLayout) -> Tensor:
+    """Indexer queries [..., C] as the scorer sees them: rotated and rounded like the keys they meet."""
+    if layout.kv_format is not KVFormat.FP8:
+        return q
+    return unpack_keys(pack_keys(q, layout), layout)
+
+
+def pack(kind: PartKind, x: Tensor, layout: BlockLayout) -> Tensor:
+    return pack_keys(x, layout) if kind is PartKind.INDEXER_KEYS else pack_entries(x, layout)
+
+
+def unpack(kind: PartKind, records: Tensor, layout: BlockLayout) -> Tensor:
+    return unpack_keys(records, layout) if kind is PartKind.INDEXER_KEYS else unpack_entries(records, layout)
+
+
+def width_of(part: Part, layout: BlockLayout) -> int:
+    """Numbers in one decoded record of `part`."""
+    return layout.geometry.indexer_dim if part.kind is PartKind.INDEXER_KEYS else layout.geometry.head_dim
+
+
+def entry_bytes(layout: BlockLayout) -> int:
+    """Bytes of one entry record."""
+    return layout.window_bytes // (layout.geometry.num_layers * layout.geometry.window)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Sylvester's Hadamard transform of the last dim, a power of two d, times d^-1/2.
+
+    Butterflies of plain additions: any device gives the same bits, which a matrix product would not promise.
+    """
+    dim = x.shape[-1]
+    half = 1
+    while half < dim:
+        pairs = x.reshape(*x.shape[:-1], dim // (2 * half), 2, half)
+        low, high = pairs.unbind(-2)
+        x = torch.stack((low + high, low - high), dim=-2).view(*x.shape[:-1], dim)
+        half *= 2
+    return x * math.pow(dim, -0.5)
+
+
+def _groups(x: Tensor, size: int) -> Tensor:
+    """[..., n] as [..., groups, size], the last group filled up with zeros."""
+    missing = -x.shape[-1] % size
+    padded = F.pad(x, (0, missing)) if missing else x
+    return padded.reshape(*x.shape[:-1], -1, size)
+
+
+def _scale_exponents(groups: Tensor, floor: float, code_max: float) -> Tensor:
+    """Biased exponents [..., groups, 1] int32 of 2^ceil(log2(largest / code_max)), from the float's own bits."""
+    largest = groups.abs().amax(-1, keepdim=True).clamp(min=floor)
+    # Multiplied by the float32 reciprocal, as the kernels do; at exact powers of two the product rounds to them.
+    bits = (largest * torch.tensor(1.0 / code_max, dtype=torch.float32, device=groups.device)).view(torch.int32)
+    return ((bits >> 23) & 0xFF) + ((bits & 0x7FFFFF) != 0)
+
+
+def _power_of_two(exponents: Tensor) -> Tensor:
+    """float32 powers of two from biased exponents (int32, 1 to 254)."""
+    return (exponents << 23).view(torch.float32)
+
+
+def _fp4_codes(x: Tensor) -> Tensor:
+    """E2M1 codes (uint8) of values, clamped to +-6; bit 3 is the sign, kept on zeros too."""
+    magnitude = x.abs()
+    # Halfway points. A value on one takes the lower code unless that is odd, so those bounds sit one ulp lower.
+    low = torch.tensor((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0), device=x.device)
+    odd = torch.tensor((False, True, False, True, False, True, False), device=x.device)
+    bounds = torch.where(odd, torch.nextafter(low, torch.zeros_like(low)), low)
+    codes = torch.bucketize(magnitude, bounds).to(torch.uint8)
+    return codes | (torch.signbit(x).to(torch.uint8) << 3)
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _from_bytes(records: Tensor, dtype: torch.dtype) -> Tensor:
+    # A copy: slices of a record need not be aligned to the wider type.
+    return (
+        records.contiguous().clone().view(dtype)
+        if records.data_ptr() % dtype.itemsize
+        else records.contiguous().view(dtype)
+    )

@@ -1,0 +1,255 @@
+"""Serving's forward pass: ragged batches of new tokens against the pool and each sequence's window state.
+
+One call takes any number of sequences with any number of new tokens each: a prefill chunk is one sequence with many
+tokens, a decode step many sequences with one token each. On a CPU a sequence's results are the same bits however its
+tokens are cut into calls and whatever else is in the batch (see `numerics` and `attend`).
+
+Shapes:  N = tokens of the whole batch, padded to ROW_TILE rows; T = tokens of one sequence; M = streams,
+         D = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from antefix.block import Tokens, as_tokens
+from antefix.errors import InvalidRequest
+from antefix.layout import LayerKind, PartKind
+from antefix.model.attend import Tile, advance_ring, window_tiles
+from antefix.model.attention import CSACompressor
+from antefix.model.compressor import Compressor
+from antefix.model.mhc import expand
+from antefix.model.model import DecoderLayer, Model
+from antefix.model.numerics import ROW_TILE, linear, pad_rows
+from antefix.model.ops import Entries, Ops, TorchOps
+from antefix.model.pool import BlockPool
+from antefix.model.window_state import CompressorState, Sequence
+
+_TORCH_OPS = TorchOps()
+
+
+@dataclass(slots=True)
+class _Item:
+    """One sequence's share of the batch: rows [start, stop), and what takes effect when the call succeeds."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    block_ids: Tensor
+    positions: Tensor
+    group_ropes: dict[LayerKind, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    pending: list[Callable[[], object]] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        return self.sequence.position
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@torch.inference_mode()
+def forward(
+    model: Model,
+    pool: BlockPool,
+    batch: collections.abc.Sequence[tuple[Sequence, Tokens]],
+    *,
+    logits: Literal["last", "all"] = "last",
+    write_global_kv: bool = True,
+    ops: Ops = _TORCH_OPS,
+) -> Tensor:
+    """Run new tokens of each sequence; advances their window states and fills their blocks' rows.
+
+    logits: "last" gives [len(batch), V], "all" [total tokens, V], in batch order.
+    write_global_kv: False replays: stored entries are read, window state is rebuilt and the pool is not written. The
+        block tables must then hold the entries of every token up to the last replayed one.
+    Raises:  InvalidRequest: no tokens, ids out of range, beyond the model's positions, a block table that is too short.
+             Nothing has changed then. After any other error the sequences can be run again from where they were.
+    """
+    # 1. Check everything, before anything is written.
+    items, tokens = _plan(model, pool, batch)
+    positions = pad_rows(torch.cat([item.positions for item in items]))
+    if write_global_kv:
+        _open_blocks(pool, items)
+    # 2. The layers. Rows beyond the last sequence are padding.
+    ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
+    streams = model.model.embed_tokens(tokens).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
+    num_tokens = items[-1].stop
+    for index, module in enumerate(model.model.layers):
+        layer = cast(DecoderLayer, module)
+        x, post, comb = layer.attn_hc(streams)
+        attention = _LayerPass(model, pool, index, layer, ops, write_global_kv)
+        output = attention.run(layer.input_layernorm(x), positions, ropes[layer.self_attn.kind], items)
+        streams = expand(streams, output, post, comb)
+        x, post, comb = layer.ffn_hc(streams)
+        x = layer.post_attention_layernorm(x)[:num_tokens]
+        streams = expand(streams, pad_rows(layer.mlp(x, tokens[:num_tokens])), post, comb)
+    # 3. Window states move on only now, so that a failed call can be repeated.
+    for item in items:
+        for apply in item.pending:
+            apply()
+        item.sequence.window.position += item.stop - item.start
+    hidden = model.model.norm(model.model.hc_head(streams))
+    wanted = hidden[:num_tokens] if logits == "all" else hidden[[item.stop - 1 for item in items]]
+    return linear(wanted, model.lm_head.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerPass:
+    """One layer's attention over a batch."""
+
+    model: Model
+    pool: BlockPool
+    index: int
+    layer: DecoderLayer
+    ops: Ops
+    write: bool
+
+    def run(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], items: list[_Item]) -> Tensor:
+        """x [N, D], normed, to the attention block's output [N, D]."""
+        attention = self.layer.self_attn
+        # 1. What is computed for each token alone, for the whole batch at once.
+        residual = attention.query_residual(x)
+        q = attention.queries(residual, *rope)
+        window = self.ops.window_pack(attention.window_entries(x, *rope), self.model.layout)
+        rows = None if attention.compressor is None else attention.compressor.project(x, positions)
+        index = None
+        if isinstance(attention.compressor, CSACompressor):
+            indexer = attention.compressor.indexer
+            index = indexer.project(x, positions), indexer.queries(residual, *rope), indexer.head_weights(x)
+        # 2. What reaches across tokens, sequence by sequence.
+        attended = torch.zeros_like(q)
+        for item in items:
+            part = item.rows
+            tiles = self._window(item, window[part])
+            if rows is None:
+                attended[part] = self.ops.full_attention(q[part], tiles, attention.sinks, None, item.positions)
+            elif index is None:
+                attended[part] = self._hca(item, q[part], tiles, rows[:, part])
+            else:
+                mine = index[0][:, part], index[1][part], index[2][part]
+                attended[part] = self._csa(item, q[part], tiles, rows[:, part], mine)
+        # 3. Project back.
+        return attention.output(attended, *rope)
+
+    def _window(self, item: _Item, entries_TC: Tensor) -> list[Tile]:
+        ring = item.sequence.window.window[self.index]
+        position = item.position
+        item.pending.append(lambda: advance_ring(ring, entries_TC, position))
+        return list(window_tiles(ring, entries_TC, position))
+
+    def _hca(self, item: _Item, q: Tensor, tiles: list[Tile], rows: Tensor) -> Tensor:
+        attention = self.layer.self_attn
+        compressor = cast(Compressor, attention.compressor)
+        entries = self._entries(item, PartKind.HCA_MAIN)
+        self._compress(item, compressor, item.sequence.window.main[self.index], rows, entries)
+        visible = torch.div(item.positions + 1, compressor.ratio, rounding_mode="floor")
+        return self.ops.full_attention(q, tiles, attention.sinks, entries, visible)
+
+    def _csa(
+        self, item: _Item, q: Tensor, tiles: list[Tile], rows: Tensor, index: tuple[Tensor, Tensor, Tensor]
+    ) -> Tensor:
+        attention = self.layer.self_attn
+        compressor = cast(CSACompressor, attention.compressor)
+        entries = self._entries(item, PartKind.CSA_MAIN)
+        keys = self._entries(item, PartKind.INDEXER_KEYS)
+        index_rows, queries, weights = index
+        self._compress(item, compressor, item.sequence.window.main[self.index], rows, entries)
+        self._compress(item, compressor.indexer, item.sequence.window.indexer[self.index], index_rows, keys)
+        visible = torch.div(item.positions + 1, compressor.ratio, rounding_mode="floor")
+        picked = self.ops.indexer_topk(queries, weights, keys, visible, compressor.indexer.topk)
+        return self.ops.sparse_attention(q, tiles, attention.sinks, entries, picked)
+
+    def _entries(self, item: _Item, kind: PartKind) -> Entries:
+        return Entries(pool=self.pool, part=self.pool.part(self.index, kind), block_ids=item.block_ids)
+
+    def _compress(
+        self, item: _Item, compressor: Compressor, state: CompressorState, new_rows: Tensor, entries: Entries
+    ) -> None:
+        """Close the groups that the new rows [2, T, S] complete, and keep the rest as the tail."""
+        ratio = compressor.ratio
+        first, count = divmod(item.position, ratio)
+        num_new = new_rows.shape[1]
+        closed = (count + num_new) // ratio
+        if not closed:
+            item.pending.append(lambda: state.tail[:, count : count + num_new].copy_(new_rows))
+            return
+        rows = torch.cat((state.tail[:, :count], new_rows), dim=1) if count else new_rows
+        groups = rows[:, : closed * ratio].view(2, closed, ratio, -1)
+        if self.write:
+            cos, sin = self._group_rope(item, first, closed)
+            self.ops.compress_and_pack(compressor, groups, state.overlap, cos, sin, entries, first)
+        rest = rows[:, closed * ratio :]
+        item.pending.append(lambda: state.tail[:, : rest.shape[1]].copy_(rest))
+        if state.overlap is not None:
+            overlap, last = state.overlap, groups[:, -1, :, : compressor.width]
+            item.pending.append(lambda: overlap.copy_(last))
+
+    def _group_rope(self, item: _Item, first: int, num_groups: int) -> tuple[Tensor, Tensor]:
+        """cos and sin at each group's first token; the same for all layers of a kind."""
+        kind = self.layer.self_attn.kind
+        if kind not in item.group_ropes:
+            ratio = self.model.config.geometry.ratio(self.index)
+            starts = torch.arange(first, first + num_groups, device=self.model.device) * ratio
+            item.group_ropes[kind] = self.model.rope(kind, starts)
+        return item.group_ropes[kind]
+
+
+def _plan(
+    model: Model, pool: BlockPool, batch: collections.abc.Sequence[tuple[Sequence, Tokens]]
+) -> tuple[list[_Item], Tensor]:
+    """Checked items and the batch's tokens [N], padded with token 0."""
+    if not batch:
+        raise InvalidRequest("a batch needs at least one sequence")
+    if pool.layout != model.layout:
+        raise InvalidRequest("the pool was made for another layout than the model's")
+    items: list[_Item] = []
+    pieces: list[Tensor] = []
+    start = 0
+    for sequence, given in batch:
+        tokens = as_tokens(given)
+        _check_item(model, pool, sequence, len(tokens), int(tokens.max()) if len(tokens) else 0)
+        stop = start + len(tokens)
+        positions = torch.arange(sequence.position, sequence.position + len(tokens), device=model.device)
+        block_ids = torch.tensor(sequence.block_table, dtype=torch.long, device=model.device)
+        items.append(_Item(sequence, start, stop, block_ids, positions))
+        pieces.append(torch.from_numpy(tokens.astype("i8")))
+        start = stop
+    if len({id(item.sequence.window) for item in items}) < len(items):
+        raise InvalidRequest("a sequence may appear only once in a batch")
+    return items, pad_rows(torch.cat(pieces).to(model.device), ROW_TILE)
+
+
+def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, largest: int) -> None:
+    end = sequence.position + num_tokens
+    if not num_tokens:
+        raise InvalidRequest("a chunk needs at least one token")
+    if largest >= model.config.vocab_size:
+        raise InvalidRequest(f"token id {largest} is outside the vocabulary of {model.config.vocab_size}")
+    if end > model.config.max_position_embeddings:
+        raise InvalidRequest(f"{end} tokens exceed the model's {model.config.max_position_embeddings} positions")
+    if sequence.window.layout != model.layout:
+        raise InvalidRequest("a window state was made for another layout than the model's")
+    num_blocks = -(-end // model.config.geometry.block_size)
+    table = sequence.block_table
+    if len(table) < num_blocks:
+        raise InvalidRequest(f"{end} tokens need {num_blocks} blocks, the block table has {len(table)}")
+    if min(table) < 0 or max(table) >= pool.num_blocks:
+        raise InvalidRequest(f"the block table names blocks outside the pool of {pool.num_blocks}")
+
+
+def _open_blocks(pool: BlockPool, items: list[_Item]) -> None:
+    """Clear the rows that this call is the first to write."""
+    block_size = pool.layout.geometry.block_size
+    for item in items:
+        first = -(-item.position // block_size)
+        last = (item.position + item.stop - item.start - 1) // block_size
+        if last >= first:
+            pool.clear(item.sequence.block_table[first : last + 1])

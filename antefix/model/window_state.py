@@ -1,0 +1,160 @@
+"""Window state: what a sequence needs beyond its blocks to go on. Position-dependent, small, short-lived.
+
+Bytes of a state at position P (all numbers little-endian; floats are float32, float64 for the FLOAT64 format):
+
+    part      for each         what, in order                                        size
+    window    layer            the last n_win tokens' entry records, oldest first    n_win records
+    overlap   CSA layer        kv [m, c], gate [m, c], indexer kv [m, c_I], gate     2 * m * (c + c_I) floats
+    tails     CSA, HCA layer   kv [r, S], gate [r, S]; CSA: the indexer's likewise   2 * r * S floats, r = P mod ratio
+
+S is c for HCA, 2 c (2 c_I) for CSA. Gates include the position bias. Before token n_win the oldest records are zeros;
+before the first closed group the overlap's kv is 0 and its gate -inf. At a block boundary tails are empty and the size
+is `layout.checkpoint_bytes`. The oldest of the n_win tokens is never read again (a query sees n_win - 1 before it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from antefix.errors import InvalidRequest
+from antefix.layout import BlockLayout, LayerKind
+from antefix.model.quant import entry_bytes, pack_entries, unpack_entries, value_dtype
+
+
+@dataclass(slots=True)
+class CompressorState:
+    """One compressor's memory between calls.
+
+    tail: [2, ratio, S] kv and gate of the unfinished group's tokens; rows from `position % ratio` on mean nothing.
+    overlap: [2, m, C] the last closed group's Ca rows; None for HCA.
+    """
+
+    tail: Tensor
+    overlap: Tensor | None
+
+    def clone(self) -> CompressorState:
+        return CompressorState(self.tail.clone(), None if self.overlap is None else self.overlap.clone())
+
+
+class WindowState:
+    """Decoded window state of one sequence after `position` tokens.
+
+    window: [L, n_win, c]; the token at position p lies in slot p mod n_win.
+    main, indexer: compressor states by layer.
+    """
+
+    def __init__(self, layout: BlockLayout, position: int = 0, device: str | torch.device = "cpu") -> None:
+        if position < 0:
+            raise InvalidRequest(f"a position must not be negative, is {position}")
+        geometry = layout.geometry
+        dtype = value_dtype(layout.kv_format)
+        self.layout = layout
+        self.position = position
+        self.window = torch.zeros(geometry.num_layers, geometry.window, geometry.head_dim, dtype=dtype, device=device)
+        self.main: dict[int, CompressorState] = {}
+        self.indexer: dict[int, CompressorState] = {}
+        for layer, kind in enumerate(geometry.layers):
+            if kind is LayerKind.CSA:
+                self.main[layer] = _empty_csa(geometry.csa_ratio, geometry.head_dim, self.window)
+                self.indexer[layer] = _empty_csa(geometry.csa_ratio, geometry.indexer_dim, self.window)
+            elif kind is LayerKind.HCA:
+                tail = self.window.new_zeros(2, geometry.hca_ratio, geometry.head_dim)
+                self.main[layer] = CompressorState(tail, None)
+
+    @classmethod
+    def zeros(cls, layout: BlockLayout, position: int, device: str | torch.device = "cpu") -> WindowState:
+        """An empty state at a position: where a sequence starts (0), or an exact replay (a block boundary)."""
+        return cls(layout, position, device)
+
+    def clone(self) -> WindowState:
+        """An independent copy: two continuations of one prompt."""
+        copy = object.__new__(WindowState)
+        copy.layout, copy.position, copy.window = self.layout, self.position, self.window.clone()
+        copy.main = {layer: state.clone() for layer, state in self.main.items()}
+        copy.indexer = {layer: state.clone() for layer, state in self.indexer.items()}
+        return copy
+
+    def to_bytes(self) -> bytes:
+        """The state's bytes (table above). Equal states give equal bytes."""
+        oldest_first = self.window.roll(-(self.position % self.layout.geometry.window), dims=1)
+        pieces = [pack_entries(oldest_first, self.layout)]
+        pieces += [piece.contiguous().view(torch.uint8) for piece in self._float_pieces()]
+        return b"".join(piece.cpu().numpy().tobytes() for piece in pieces)
+
+    @classmethod
+    def from_bytes(
+        cls, layout: BlockLayout, position: int, data: bytes | memoryview, device: str | torch.device = "cpu"
+    ) -> WindowState:
+        """The state that `to_bytes` wrote at `position`.
+
+        Raises:  InvalidRequest: not as many bytes as a state at this position has.
+        """
+        state = cls(layout, position, device)
+        if len(data) != state_bytes(layout, position):
+            raise InvalidRequest(
+                f"window state at position {position} has {state_bytes(layout, position)} bytes, not {len(data)}"
+            )
+        raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+        num_layers, window = layout.geometry.num_layers, layout.geometry.window
+        records = raw[: layout.window_bytes].view(num_layers, window, entry_bytes(layout))
+        state.window = unpack_entries(records, layout).roll(position % window, dims=1)
+        offset = layout.window_bytes
+        for piece in state._float_pieces():
+            nbytes = piece.numel() * piece.element_size()
+            # The slice may be unaligned for floats; the clone is aligned.
+            piece.copy_(raw[offset : offset + nbytes].clone().view(piece.dtype).view(piece.shape))
+            offset += nbytes
+        return state
+
+    def _float_pieces(self) -> Iterator[Tensor]:
+        """Views of overlap states and live tail rows, in byte order."""
+        for layer, main in self.main.items():
+            if main.overlap is not None and self.indexer[layer].overlap is not None:
+                yield main.overlap
+                yield self.indexer[layer].overlap  # type: ignore[misc]
+        for layer, kind in enumerate(self.layout.geometry.layers):
+            if kind is LayerKind.WINDOW:
+                continue
+            count = self.position % self.layout.geometry.ratio(layer)
+            yield self.main[layer].tail[:, :count]
+            if kind is LayerKind.CSA:
+                yield self.indexer[layer].tail[:, :count]
+
+
+@dataclass(slots=True)
+class Sequence:
+    """A sequence as `forward` sees it: blocks of global KV in order, and the window state at its end.
+
+    block_table: pool ids; block i holds tokens [i * block_size, (i + 1) * block_size). It must reach the last token
+    that is to be computed; the last block may be unfinished.
+    """
+
+    block_table: list[int]
+    window: WindowState
+
+    @property
+    def position(self) -> int:
+        """Tokens so far."""
+        return self.window.position
+
+
+def state_bytes(layout: BlockLayout, position: int) -> int:
+    """Bytes of a window state at `position`; `layout.checkpoint_bytes` at block boundaries."""
+    geometry = layout.geometry
+    floats = 0
+    for layer, kind in enumerate(geometry.layers):
+        if kind is LayerKind.WINDOW:
+            continue
+        series = geometry.head_dim if kind is LayerKind.HCA else 2 * (geometry.head_dim + geometry.indexer_dim)
+        floats += 2 * (position % geometry.ratio(layer)) * series
+    return layout.checkpoint_bytes + floats * layout.kv_format.float_bytes
+
+
+def _empty_csa(ratio: int, width: int, like: Tensor) -> CompressorState:
+    overlap = like.new_zeros(2, ratio, width)
+    overlap[1] = float("-inf")
+    return CompressorState(like.new_zeros(2, ratio, 2 * width), overlap)
