@@ -4,28 +4,21 @@ Pure: knows lengths, sizes and seconds; never tokens, tensors, hashes or stores.
 call the same functions.
 """
 
-from antefix.window.planner import Plan, PlanKind, RestorePlanner, StoredPrefix
-from antefix.window.rates import Rates
+from antefix.window.marks import BudgetState, Mark, OutputFacts, PromptFacts, Reason, Strategy, Tier
+from antefix.window.planner import Decision, Plan, PlanKind, RestorePlanner, StoredPrefix
+from antefix.window.rates import RatePriors, Rates
 from antefix.window.sizes import Sizes
-from antefix.window.strategy import (
-    BudgetState,
-    Mark,
-    OutputFacts,
-    PromptFacts,
-    Reason,
-    Strategies,
-    Strategy,
-    Tier,
-    parse,
-)
+from antefix.window.strategy import Strategies, parse
 
 __all__ = [
     "BudgetState",
+    "Decision",
     "Mark",
     "OutputFacts",
     "Plan",
     "PlanKind",
     "PromptFacts",
+    "RatePriors",
     "Rates",
     "Reason",
     "RestorePlanner",

@@ -39,6 +39,7 @@ class StoredPrefix:
     checkpoints: block boundary -> tier that holds it ("pool", "disk", ...; the names that Rates knows).
     num_resident_blocks: leading blocks that are in the worker's memory already and need no load.
     resident_checkpoints: boundaries whose window state is in the worker's memory.
+    replay: whether an exact replay may be planned.
     bounded_windows: k of an opted-in namespace; 0 forbids approximate plans.
     """
 
@@ -48,6 +49,7 @@ class StoredPrefix:
     blocks_tier: str = "disk"
     num_resident_blocks: int = 0
     resident_checkpoints: frozenset[int] = frozenset()
+    replay: bool = True
     bounded_windows: int = 0
 
 
@@ -129,7 +131,7 @@ class RestorePlanner:
         plans = [self._cold(stored.num_tokens)]
         if best := self._checkpoint(stored, usable):
             plans.append(best)
-        if usable:
+        if usable and stored.replay:
             plans.append(self._replay(stored, usable, PlanKind.REPLAY, self.sizes.replay_tokens))
         if usable and stored.bounded_windows:
             replayed = stored.bounded_windows * self.sizes.window_tokens

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import ConfigError, InvalidRequest
-from antefix.window import BudgetState, Mark, OutputFacts, PromptFacts, Reason, Sizes, Strategies, Strategy, parse
+from antefix.window import BudgetState, Mark, OutputFacts, PromptFacts, Reason, Sizes, Strategies, Strategy, Tier, parse
 
 SIZES = Sizes(block_size=128, block_bytes=449_824, checkpoint_bytes=3_645_568, replay_tokens=5_504, window_tokens=128)
-ALL = ("full", "periodic(8192)", "periodic(1000)", "boundary", "auto", "auto(budget=1000000000)", "zero")
+ALL = ("full", "periodic(8192)", "periodic(1000)", "boundary", "auto", "auto(budget=9)", "auto(ends=pool)", "zero")
 
 
 def _blocks(marks: tuple[Mark, ...]) -> list[int]:
@@ -163,3 +163,26 @@ def test_contradictory_facts_are_refused() -> None:
 def test_strategies_share_one_protocol() -> None:
     strategies: list[Strategy] = [parse(text) for text in ALL]
     assert len({str(strategy) for strategy in strategies}) == len(ALL)
+
+
+def test_auto_sends_ends_to_the_pool_on_request_and_what_lasts_to_disk() -> None:
+    facts = PromptFacts(num_tokens=100_000, num_stored_blocks=50, resume_block=0)
+    for mark in parse("auto(budget=9GB, ends=pool)").at_prompt(facts, SIZES):
+        assert (mark.tier is Tier.POOL) == (mark.reason is Reason.PROMPT_END)
+
+
+def test_auto_marks_a_long_stretch_near_its_start_its_middle_and_its_end() -> None:
+    facts = PromptFacts(num_tokens=128_002, num_stored_blocks=0, resume_block=0)
+    assert _blocks(parse("auto").at_prompt(facts, SIZES)) == [150, 400, 992, 1000]
+    short = PromptFacts(num_tokens=8_000, num_stored_blocks=0, resume_block=0)
+    assert _blocks(parse("auto").at_prompt(short, SIZES)) == [62]
+
+
+def test_a_mark_saves_the_distance_to_the_one_before_and_never_more_than_a_replay() -> None:
+    facts = PromptFacts(num_tokens=128_002, num_stored_blocks=140, resume_block=130, checkpoints=(130,))
+    saved = {mark.block: mark.saved_tokens for mark in parse("auto").at_prompt(facts, SIZES)}
+    assert saved[140] == 10 * 128
+    assert saved[1000] == 8 * 128
+    assert max(saved.values()) == 5_504
+    full = {mark.saved_tokens for mark in parse("full").at_prompt(facts, SIZES)}
+    assert full == {128}
