@@ -33,9 +33,12 @@ log = logging.getLogger("antefix.decode")
 NUM_UNREAD_MAX = 256
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Running:
-    """One sequence being generated. `next_token` is chosen but not yet run; `prompt.chain` grows with the output."""
+    """One sequence being generated. `next_token` is chosen but not yet run; `prompt.chain` grows with the output.
+
+    Compared by identity: two sequences with equal fields are still two.
+    """
 
     prompt: Prompt
     sequence: Sequence
@@ -191,7 +194,7 @@ class Scheduler:
 
 
 def _logits(engine: Engine, items: list[tuple[Sequence, npt.NDArray[np.uint32]]]) -> npt.NDArray[np.float32]:
-    out = forward(engine.model, engine.pool, items, logits="last")
+    out = forward(engine.model, engine.pool, items)
     return out.float().cpu().numpy()  # type: ignore[no-any-return]
 
 

@@ -74,9 +74,8 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
         stop = _next_stop(engine, prompt, first, marks)
         grow(engine, sequence, stop)
         batch = [(sequence, prompt.tokens[first:stop])]
-        last = stop == prompt.num_tokens
-        out = await engine.compute.run(forward, engine.model, engine.pool, batch, logits="last" if last else "none")
-        if last:
+        out = await engine.compute.run(forward, engine.model, engine.pool, batch)
+        if stop == prompt.num_tokens:
             logits = out[0].float().cpu().numpy()
         await _store_blocks(engine, prompt, sequence, first, restored.num_stored_blocks, writer)
         if mark := marks.get(stop):
@@ -109,7 +108,8 @@ def grow(engine: Engine, sequence: Sequence, num_tokens: int) -> None:
     """
     missing = -(-num_tokens // engine.block_size) - len(sequence.block_table)
     if missing > 0:
-        sequence.block_table.extend(engine.blocks.allocate(missing))
+        after = sequence.block_table[-1] if sequence.block_table else None
+        sequence.block_table.extend(engine.blocks.allocate(missing, after=after))
 
 
 async def _store_blocks(

@@ -18,7 +18,7 @@ class Pool(Protocol):
 
     num_blocks: int
 
-    def allocate(self, num_blocks: int) -> list[int]: ...
+    def allocate(self, num_blocks: int, *, after: int | None = None) -> list[int]: ...
 
     def release(self, block_ids: Sequence[int]) -> None: ...
 
@@ -67,8 +67,8 @@ class ResidentBlocks:
         for block_id in block_ids:
             self._refs[block_id] += 1
 
-    def allocate(self, num_blocks: int) -> list[int]:
-        """Private blocks, evicting idle ones where the pool is full.
+    def allocate(self, num_blocks: int, *, after: int | None = None) -> list[int]:
+        """Private blocks, evicting idle ones where the pool is full; next to block `after` if that can be had.
 
         Raises:  Overloaded: too many blocks are in use; nothing was taken.
         """
@@ -80,7 +80,7 @@ class ResidentBlocks:
             )
         while self._free < num_blocks:
             self._evict_one()
-        block_ids = self._pool.allocate(num_blocks)
+        block_ids = self._pool.allocate(num_blocks, after=after)
         self._free -= num_blocks
         for block_id in block_ids:
             self._refs[block_id] = 1

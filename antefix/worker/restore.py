@@ -25,7 +25,7 @@ from antefix.worker.report import RestoreReport
 MISS_REASONS = ("first_seen", "evicted", "expired", "window_missing", "below_minimum", "corrupt", "store_unavailable")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
     """A checked prompt with its names. tokens: [N] uint32."""
 
@@ -163,7 +163,7 @@ async def load_blocks(engine: Engine, hashes: Seq[bytes], report: RestoreReport)
     if not wanted:
         return table
     try:
-        fresh = engine.blocks.allocate(len(wanted))
+        fresh = engine.blocks.allocate(len(wanted), after=table[-1] if table else None)
     except BaseException:
         engine.blocks.release(table)
         raise
@@ -206,9 +206,7 @@ async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], 
     while sequence.position < stop:
         end = min(stop, (sequence.position // engine.prefill_chunk + 1) * engine.prefill_chunk)
         tokens = prompt.tokens[sequence.position : end]
-        await engine.compute.run(
-            forward, engine.model, engine.pool, [(sequence, tokens)], logits="none", write_global_kv=False
-        )
+        await engine.compute.run(forward, engine.model, engine.pool, [(sequence, tokens)], write_global_kv=False)
     report.replayed_tokens = stop - start
     engine.rates.observe_replay(stop - start, context=start, seconds=time.perf_counter() - started)
     return sequence

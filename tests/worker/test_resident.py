@@ -17,7 +17,7 @@ class FakePool:
     def __init__(self):
         self.free = set(range(NUM_BLOCKS))
 
-    def allocate(self, num_blocks):
+    def allocate(self, num_blocks, after=None):
         return [self.free.pop() for _ in range(num_blocks)]
 
     def release(self, block_ids):

@@ -1,0 +1,126 @@
+"""Continuous batching: what others do never changes an output, and nobody waits for a slow reader."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from antefix.errors import Overloaded
+from antefix.store.api import RecordKind
+from antefix.wire import Sampling
+from antefix.worker.prompt import run_prompt
+from antefix.worker.writer import RecordWriter
+from decode.sampling import Sampler
+from decode.scheduler import NUM_UNREAD_MAX, Running, Scheduler
+from decode.stopping import Stopper
+
+RNG = np.random.default_rng(3)
+PROMPTS = [RNG.integers(0, 256, size) for size in (90, 130, 200)]
+
+
+async def start(engine, prompt, max_tokens):
+    sampling = Sampling(max_tokens=max_tokens, ignore_eos=True)
+    computed = await run_prompt(engine, prompt)
+    sampler, stopper = Sampler(sampling), Stopper(sampling, frozenset())
+    first = sampler.choose(computed.logits, prompt.num_tokens)
+    shown = stopper.push(first)
+    running = Running(
+        prompt=prompt,
+        sequence=computed.sequence,
+        sampler=sampler,
+        stopper=stopper,
+        writer=RecordWriter(engine.store, engine.counters),
+        next_token=first,
+        prompt_tokens=prompt.num_tokens,
+    )
+    return running, shown
+
+
+async def finish(scheduler, running, shown):
+    try:
+        async for tokens in scheduler.tokens(running):
+            shown += tokens
+        await scheduler.store_end(running)
+    finally:
+        await scheduler.leave(running)
+    return shown
+
+
+async def generate(engine, scheduler, prompt, max_tokens):
+    running, shown = await start(engine, prompt, max_tokens)
+    scheduler.join(running)
+    return await finish(scheduler, running, shown)
+
+
+async def test_a_batch_gives_what_each_gives_alone(make_engine, make_prompt):
+    engine = make_engine()
+    scheduler = Scheduler(engine, 8)
+    alone = [await generate(engine, scheduler, make_prompt(engine, p), 20) for p in PROMPTS]
+    together = await asyncio.gather(*(generate(engine, scheduler, make_prompt(engine, p), 20) for p in PROMPTS))
+    assert together == alone
+    assert scheduler.num_running == 0
+    assert engine.blocks.num_available == engine.pool.num_blocks
+    await scheduler.close()
+
+
+async def test_the_next_turn_hits_the_models_own_answer(make_engine, make_prompt, store):
+    engine = make_engine("boundary")
+    scheduler = Scheduler(engine, 8)
+    output = await generate(engine, scheduler, make_prompt(engine, PROMPTS[2]), 100)
+    turn = np.concatenate((PROMPTS[2], output, PROMPTS[0][:20]))
+    other = make_engine("boundary")
+    hit = await run_prompt(other, make_prompt(other, turn))
+    # 200 prompt + 99 output tokens were run (the last one was only chosen): four full blocks of 64.
+    assert (hit.report.plan, hit.report.hit_tokens) == ("checkpoint", 256)
+    store.records.clear()
+    fresh = make_engine("boundary")
+    cold = await run_prompt(fresh, make_prompt(fresh, turn))
+    assert np.array_equal(hit.logits, cold.logits)
+    await scheduler.close()
+
+
+async def test_a_reader_that_stops_reading_stops_only_itself(make_engine, make_prompt):
+    engine = make_engine()
+    scheduler = Scheduler(engine, 8)
+    slow, shown = await start(engine, make_prompt(engine, PROMPTS[0]), NUM_UNREAD_MAX + 40)
+    scheduler.join(slow)
+    quick = await generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), 300)
+    assert len(quick) == 300
+    while slow.can_run:  # noqa: ASYNC110 - the loop of the scheduler is what is waited for
+        await asyncio.sleep(0.01)
+    assert slow.unread.qsize() == NUM_UNREAD_MAX and not slow.done
+    assert len(await finish(scheduler, slow, shown)) == NUM_UNREAD_MAX + 40
+    await scheduler.close()
+
+
+async def test_a_sequence_that_leaves_early_gives_its_blocks_back(make_engine, make_prompt):
+    engine = make_engine()
+    scheduler = Scheduler(engine, 8)
+    running, _ = await start(engine, make_prompt(engine, PROMPTS[1]), 200)
+    scheduler.join(running)
+    await anext(aiter(scheduler.tokens(running)))
+    await scheduler.leave(running)
+    assert engine.blocks.num_available == engine.pool.num_blocks
+    await scheduler.close()
+
+
+async def test_a_full_pool_fails_the_one_that_needs_more(make_engine, make_prompt):
+    engine = make_engine(num_blocks=3)
+    scheduler = Scheduler(engine, 8)
+    running, shown = await start(engine, make_prompt(engine, PROMPTS[1]), 200)
+    scheduler.join(running)
+    with pytest.raises(Overloaded):
+        await finish(scheduler, running, shown)
+    await scheduler.close()
+
+
+async def test_outputs_leave_their_blocks_and_one_checkpoint(make_engine, make_prompt, store):
+    engine = make_engine("boundary")
+    scheduler = Scheduler(engine, 8)
+    store.puts.clear()
+    await generate(engine, scheduler, make_prompt(engine, PROMPTS[0]), 140)
+    blocks = [position for kind, position in store.puts if kind is RecordKind.BLOCK]
+    marks = [position for kind, position in store.puts if kind is RecordKind.CHECKPOINT]
+    assert blocks == [64, 128, 192]
+    assert marks == [64, 192]
+    await scheduler.close()

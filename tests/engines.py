@@ -1,0 +1,94 @@
+"""A worker in this process: a small random model, a real pool, and a store in memory that can be told to fail."""
+
+from pathlib import Path
+
+import numpy as np
+
+from antefix.errors import Unavailable
+from antefix.model import BlockPool, load_model
+from antefix.model_dir import identify
+from antefix.secret import Keyring
+from antefix.store.api import LookupResult, PutResult, RecordKind
+from antefix.window import Rates, RestorePlanner, Sizes, parse
+from antefix.window.rates import RatePriors
+from antefix.worker.compute import ComputeThread
+from antefix.worker.engine import Engine
+from antefix.worker.resident import ResidentBlocks
+from antefix.worker.restore import Prompt
+
+MODEL = Path(__file__).parents[1] / "models" / "antefix-tiny"
+
+
+class MemoryStore:
+    """What `antefix.store.api.Store` promises, in a dict. `broken` names the calls that fail now."""
+
+    def __init__(self):
+        self.records = {}
+        self.broken = set()
+        self.puts = []
+
+    def check(self, call):
+        if call in self.broken:
+            raise Unavailable(f"{call} is broken")
+
+    async def lookup(self, chain, *, fingerprint, tenant=""):
+        self.check("lookup")
+        num = 0
+        while num < len(chain) and (RecordKind.BLOCK, chain[num]) in self.records:
+            num += 1
+        marks = [i + 1 for i in range(num) if (RecordKind.CHECKPOINT, chain[i]) in self.records]
+        return LookupResult(num_blocks=num, checkpoints=tuple(marks))
+
+    async def get_blocks(self, hashes, into, *, fingerprint):
+        self.check("get_blocks")
+        for index, (name, row) in enumerate(zip(hashes, into, strict=True)):
+            payload = self.records.get((RecordKind.BLOCK, name))
+            if payload is None:
+                return index
+            row[:] = payload
+        return len(hashes)
+
+    async def get(self, kind, hash, *, fingerprint):
+        self.check("get")
+        return self.records.get((kind, hash))
+
+    async def put(self, records):
+        self.check("put")
+        for record in records:
+            self.records[record.kind, record.hash] = bytes(record.payload)
+            self.puts.append((record.kind, record.position))
+        return PutResult(num_stored=len(records), num_existing=0)
+
+    async def close(self):
+        pass
+
+
+def load(kv_format):
+    return load_model(MODEL, kv_format=kv_format)
+
+
+def build(model, store, *, strategy, num_blocks, prefill_chunk, priors=None):
+    """An engine over a loaded model. By default any hit beats cold: a test decides the plan by what it stores."""
+    identity = identify(MODEL, revision="test")
+    kv_format = model.layout.kv_format
+    pool = BlockPool(model.layout, num_blocks)
+    rates = Rates(priors or RatePriors(prefill_tokens_per_s=200, load_bytes_per_s=1e12, load_fixed_s=1e-9))
+    return Engine(
+        identity=identity,
+        model=model,
+        pool=pool,
+        blocks=ResidentBlocks(pool),
+        store=store,
+        strategy=parse(strategy),
+        planner=RestorePlanner(Sizes.of(model.layout), rates),
+        keyring=Keyring(b"0123456789abcdef"),
+        compute=ComputeThread("test"),
+        prefill_chunk=prefill_chunk,
+        fingerprint=identity.fingerprint(kv_format).digest,
+    )
+
+
+def prompt_of(engine, tokens, tenant=""):
+    chain = engine.chain(tenant)
+    chain.extend(np.asarray(tokens, np.uint32))
+    return Prompt(tokens=np.asarray(tokens, np.uint32), chain=chain, tenant=tenant)
