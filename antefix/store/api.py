@@ -58,7 +58,7 @@ class LookupResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PutResult:
-    """How many records were written, how many existed already, and the hashes that were refused, each with its reason."""
+    """How many records were written, how many existed already, and the hashes refused, each with its reason."""
 
     num_stored: int
     num_existing: int

@@ -1,0 +1,292 @@
+"""Clients of a store. LocalStore reads the files of the same host and calls the service only to write; RemoteStore
+calls it for everything. Both implement antefix.store.api.Store, connect when first used, and find a restarted service
+again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import grpc
+
+from antefix import rpc
+from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailable
+from antefix.layout import BlockLayout
+from antefix.store import codec
+from antefix.store.api import LookupResult, PutResult, Record, RecordKind
+from antefix.store.pieces import HASHES_MAX, join_hashes, piece_checksum, request_pieces
+from antefix.store.reader import ReadOutcome, StoreReader
+from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
+
+T = TypeVar("T")
+CALL_DEADLINE_S: Final = 10.0
+# A stream of payloads: 3.5 GB, a 1M-token prefix, at 100 MB/s.
+STREAM_DEADLINE_S: Final = 60.0
+# A stream that breaks goes on where it stopped, this often.
+NUM_RESUMES_MAX: Final = 3
+# How long uses wait to be told in one call, and how many may wait.
+TELL_S: Final = 0.2
+NUM_TOLD_MAX: Final = 4096
+_CLIENT_THREADS: Final = 4
+
+
+class RemoteStore:
+    """A store over gRPC."""
+
+    def __init__(self, address: str, *, deadline_s: float = STREAM_DEADLINE_S) -> None:
+        self.address = address
+        self._deadline_s = deadline_s
+        self._channel: grpc.aio.Channel | None = None
+        self._stub: Any = None
+
+    @property
+    def stub(self) -> Any:
+        if self._channel is None:
+            self._channel = rpc.channel(self.address)
+            stub_type: Callable[[grpc.aio.Channel], Any] = kvstore_pb2_grpc.KvStoreServiceStub
+            self._stub = stub_type(self._channel)
+        return self._stub
+
+    async def close(self) -> None:
+        if self._channel is not None:
+            await self._channel.close()
+            self._channel = None
+
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+        request = kvstore_pb2.LookupRequest(chain=join_hashes(chain), fingerprint=fingerprint, tenant=tenant)
+        with rpc.rpc_errors():
+            response = await self.stub.Lookup(request, timeout=CALL_DEADLINE_S)
+        return LookupResult(
+            num_blocks=response.num_blocks,
+            checkpoints=tuple(response.checkpoints),
+            block_bytes=response.block_bytes,
+        )
+
+    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
+        if len(hashes) != len(into):
+            raise InvalidRequest(f"{len(hashes)} hashes but {len(into)} buffers")
+        num_good = 0
+        for first in range(0, len(hashes), HASHES_MAX):
+            part = hashes[first : first + HASHES_MAX]
+            buffers = _Buffers([buffer.cast("B") for buffer in into[first : first + HASHES_MAX]])
+            got = await self._receive(RecordKind.BLOCK, part, fingerprint, buffers.get)
+            num_good += got
+            if got < len(part):
+                break
+        return num_good
+
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
+        payloads: list[bytearray] = []
+
+        def allocate(_: int, nbytes: int) -> memoryview:
+            if not payloads:
+                payloads.append(bytearray(nbytes))
+            return memoryview(payloads[0])
+
+        num_good = await self._receive(kind, [hash], fingerprint, allocate)
+        return bytes(payloads[0]) if num_good else None
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        with rpc.rpc_errors():
+            response = await self.stub.Put(_in_turn(records), timeout=self._deadline_s)
+        return PutResult(
+            num_stored=response.num_stored,
+            num_existing=response.num_existing,
+            refused={refusal.hash: refusal.reason for refusal in response.refused},
+        )
+
+    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
+        """Tell the store the byte layout behind a fingerprint; without it, blocks are stored uncompressed."""
+        parts = [
+            kvstore_pb2.PayloadPart(
+                num_rows=part.num_rows,
+                fields=[kvstore_pb2.PayloadField(nbytes=nbytes, width=width) for nbytes, width in part.fields],
+            )
+            for part in codec.plan_of_block(layout).parts
+        ]
+        request = kvstore_pb2.RegisterRequest(
+            fingerprint=fingerprint, block_size=layout.geometry.block_size, parts=parts
+        )
+        with rpc.rpc_errors():
+            await self.stub.Register(request, timeout=CALL_DEADLINE_S)
+
+    async def _receive(
+        self,
+        kind: RecordKind,
+        hashes: Sequence[bytes],
+        fingerprint: bytes,
+        buffer: Callable[[int, int], memoryview],
+    ) -> int:
+        """Fill buffers from a stream, resuming where it broke. Returns the number of leading payloads received."""
+        done = _Progress()
+        for attempt in range(NUM_RESUMES_MAX + 1):
+            request = kvstore_pb2.GetRequest(
+                kind=kind.value,  # type: ignore[arg-type]
+                hashes=join_hashes(hashes),
+                fingerprint=fingerprint,
+                first=done.index,
+                offset=done.offset,
+            )
+            try:
+                with rpc.rpc_errors():
+                    async for piece in self.stub.Get(request, timeout=self._deadline_s):
+                        done.accept(piece, buffer)
+                return done.index
+            except (Unavailable, BlockCorrupt):
+                if attempt == NUM_RESUMES_MAX:
+                    raise
+        raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffers:
+    """The caller's buffers of one stream."""
+
+    buffers: Sequence[memoryview]
+
+    def get(self, index: int, _: int) -> memoryview:
+        return self.buffers[index]
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Where a stream of payloads stands: byte `offset` of payload `index` comes next."""
+
+    index: int = 0
+    offset: int = 0
+
+    def accept(self, piece: kvstore_pb2.GetResponse, buffer: Callable[[int, int], memoryview]) -> None:
+        if (piece.index, piece.offset) != (self.index, self.offset):
+            raise BlockCorrupt("the store sent a piece out of order")
+        if piece_checksum(piece.data) != piece.checksum:
+            raise BlockCorrupt("a piece was damaged on its way from the store")
+        into = buffer(piece.index, piece.payload_bytes)
+        if into.nbytes != piece.payload_bytes:
+            raise InvalidRequest(f"buffer {piece.index} has {into.nbytes} bytes, the payload {piece.payload_bytes}")
+        into[piece.offset : piece.offset + len(piece.data)] = piece.data
+        self.offset += len(piece.data)
+        if self.offset == piece.payload_bytes:
+            self.index, self.offset = self.index + 1, 0
+
+
+async def _in_turn(records: Sequence[Record]) -> AsyncIterator[kvstore_pb2.PutRequest]:
+    for piece in request_pieces(records):
+        yield piece
+
+
+@dataclass(slots=True)
+class _Uses:
+    """What this process read since the service was last told."""
+
+    used: dict[bytes, set[tuple[RecordKind, bytes]]] = field(default_factory=dict)
+    suspects: set[tuple[RecordKind, bytes]] = field(default_factory=set)
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+
+    def requests(self) -> list[kvstore_pb2.TouchRequest]:
+        first = kvstore_pb2.TouchRequest(
+            suspect=[_name(name) for name in self.suspects],
+            hits=self.hits,
+            misses=self.misses,
+            bytes_read=self.bytes_read,
+        )
+        return [
+            first,
+            *(
+                kvstore_pb2.TouchRequest(fingerprint=fingerprint, used=[_name(name) for name in names])
+                for fingerprint, names in self.used.items()
+            ),
+        ]
+
+
+class LocalStore:
+    """A store on the same host: reads go straight to its files, in threads; writes and handoffs go to the service."""
+
+    def __init__(self, directory: Path | str, address: str, *, deadline_s: float = STREAM_DEADLINE_S) -> None:
+        self.directory = Path(directory)
+        self.remote = RemoteStore(address, deadline_s=deadline_s)
+        self._reader: StoreReader | None = None
+        self._threads = ThreadPoolExecutor(_CLIENT_THREADS, thread_name_prefix="antefix-store")
+        self._uses = _Uses()
+        self._telling: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        if self._telling is not None:
+            await self._telling
+        await self.remote.close()
+        self._threads.shutdown()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+        return await self._in_thread(lambda reader: reader.lookup(chain, fingerprint=fingerprint))
+
+    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
+        if not hashes:
+            return 0
+        outcome = await self._in_thread(lambda reader: reader.read_blocks(hashes, into, fingerprint=fingerprint))
+        last = hashes[outcome.num_good - 1] if outcome.num_good else None
+        self._note(RecordKind.BLOCK, last, len(hashes) - outcome.num_good, outcome, fingerprint)
+        return outcome.num_good
+
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
+        if kind is RecordKind.HANDOFF:
+            return await self.remote.get(kind, hash, fingerprint=fingerprint)
+        payload, outcome = await self._in_thread(lambda reader: reader.read(kind, hash, fingerprint=fingerprint))
+        self._note(kind, hash if payload is not None else None, int(payload is None), outcome, fingerprint)
+        return None if payload is None else bytes(payload)
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        return await self.remote.put(records)
+
+    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
+        await self.remote.register(fingerprint, layout)
+
+    async def _in_thread(self, call: Callable[[StoreReader], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(self._open_reader()))
+
+    def _open_reader(self) -> StoreReader:
+        """The reader, opened when the store first exists, and again after the service rebuilt the index."""
+        reader = self._reader
+        if reader is None or reader.index.replaced:
+            # The old one is left to the collector: another thread may still be reading through it.
+            reader = self._reader = StoreReader(self.directory)
+        return reader
+
+    def _note(
+        self, kind: RecordKind, last: bytes | None, num_missed: int, outcome: ReadOutcome, fingerprint: bytes
+    ) -> None:
+        """Tell the service soon, without waiting: eviction must know what is used, no answer depends on it."""
+        uses = self._uses
+        uses.hits += outcome.num_good
+        uses.misses += num_missed
+        uses.bytes_read += outcome.bytes_read
+        names = uses.used.setdefault(fingerprint, set())
+        if last is not None and len(names) < NUM_TOLD_MAX:
+            names.add((kind, last))
+        if len(uses.suspects) < NUM_TOLD_MAX:
+            uses.suspects.update((kind, suspect) for suspect in outcome.suspects)
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.get_running_loop().create_task(self._tell())
+
+    async def _tell(self) -> None:
+        await asyncio.sleep(TELL_S)
+        uses, self._uses = self._uses, _Uses()
+        for request in uses.requests():
+            try:
+                with rpc.rpc_errors():
+                    await self.remote.stub.Touch(request, timeout=CALL_DEADLINE_S)
+            except AntefixError:
+                # Recency that the service does not hear of costs it a worse choice, nothing else.
+                return
+
+
+def _name(name: tuple[RecordKind, bytes]) -> kvstore_pb2.RecordName:
+    return kvstore_pb2.RecordName(kind=name[0].value, hash=name[1])  # type: ignore[arg-type]

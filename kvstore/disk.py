@@ -1,0 +1,78 @@
+"""The file operations that durability rests on, in one place so that tests can lose power or fill the disk here.
+
+Everything the engine writes goes through a Disk; LMDB writes its own file. Reads are not here: they change nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+# pwritev takes at most IOV_MAX buffers.
+IOV_MAX: Final = 1024
+
+
+class Disk:
+    """The real one. A write that returns is in the page cache; only `sync_data` and `sync_directory` make it last."""
+
+    def create(self, path: Path) -> int:
+        """A new file, open for reading and writing.
+
+        Raises:  FileExistsError.
+        """
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+    def open(self, path: Path) -> int:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def write(self, fd: int, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
+        """Write all buffers, one after the other, from `offset` on.
+
+        Raises:  OSError: some of it may have been written; the caller truncates.
+        """
+        for first in range(0, len(buffers), IOV_MAX):
+            part = [memoryview(buffer).cast("B") for buffer in buffers[first : first + IOV_MAX]]
+            offset = self._write_part(fd, part, offset)
+
+    def _write_part(self, fd: int, buffers: list[memoryview], offset: int) -> int:
+        while buffers:
+            written = os.pwritev(fd, buffers, offset)
+            offset += written
+            while buffers and written >= buffers[0].nbytes:
+                written -= buffers.pop(0).nbytes
+            if written:
+                buffers[0] = buffers[0][written:]
+        return offset
+
+    def truncate(self, fd: int, nbytes: int) -> None:
+        os.ftruncate(fd, nbytes)
+
+    def sync_data(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def sync_directory(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
+    def replace_file(self, path: Path, content: bytes) -> None:
+        """Write a small file so that it is there whole or not at all, whatever happens."""
+        draft = path.with_suffix(".new")
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            self.write(fd, [content], 0)
+            self.sync_data(fd)
+        finally:
+            self.close(fd)
+        draft.replace(path)
+        self.sync_directory(path.parent)

@@ -1,0 +1,385 @@
+"""The store as a library: one writer, durable puts, checked reads, a hard budget.
+
+    1. admit     which records are new, which exist, which have no parent
+    2. make room expire, evict, compact, until the batch fits the budget
+    3. append    to the active segment, then fdatasync
+    4. commit    the index transaction; only now is a record stored
+
+Readers of any process see a record when step 4 has happened and not before. Blocking: callers that must not wait use
+`kvstore.writer`. Never sees tokens, tensors or protobuf.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import lmdb
+
+from antefix.errors import BlockCorrupt, StoreFull
+from antefix.store import codec
+from antefix.store.api import LookupResult, PutResult, Record, RecordKind
+from antefix.store.format import (
+    RECORD_HEADER_BYTES,
+    Codec,
+    IndexEntry,
+    RecordFlag,
+    RecordHeader,
+    extent_bytes,
+    payload_checksum,
+    unpack_record_header,
+)
+from antefix.store.reader import ReadOutcome, StoreReader, verify
+from kvstore.admission import Admission, admit, check_record
+from kvstore.compression import Compression
+from kvstore.config import KvStoreConfig
+from kvstore.disk import Disk
+from kvstore.eviction import EvictionPolicy
+from kvstore.forest import drop_false_roots, drop_subtrees, insert_entry
+from kvstore.index_writer import IndexTxn, Name, read_totals
+from kvstore.recovery import open_store
+from kvstore.segments import Draft
+from kvstore.space import Space, note_end, parent_of, wall_ms
+
+# Touches wait in memory for the next transaction; past this the oldest knowledge is worth less than the memory.
+TOUCHED_MAX: Final = 65_536
+# A disk or an index without space, and a quota: the put is refused, reading goes on.
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(slots=True)
+class Counters:
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    payload_bytes_written: int = 0
+    corrupt: int = 0
+    refused: int = 0
+    syncs: int = 0
+
+
+class Engine:
+    """One store directory, open for writing. Thread-safe; writes take turns."""
+
+    def __init__(
+        self,
+        config: KvStoreConfig,
+        *,
+        disk: Disk | None = None,
+        clock_ms: Callable[[], int] = wall_ms,
+        policy: EvictionPolicy | None = None,
+    ) -> None:
+        """Open or create the store in `config.dir`, whatever state a crash left it in.
+
+        Raises:  ConfigError: not a store, another format version, or in use by another process.
+        """
+        self.config = config
+        self.policy = policy or EvictionPolicy()
+        self.clock_ms = clock_ms
+        self.counters = Counters()
+        self._lock = threading.RLock()
+        self._touched: dict[Name, int] = {}
+        self._store = open_store(config, disk or Disk(), clock_ms)
+        self.identity = self._store.identity
+        self.index = self._store.index
+        self.segments = self._store.segments
+        self.reader = StoreReader(config.dir)
+        self.space = Space(self.segments, self.index, config.budget_bytes, now_ms=clock_ms)
+        self.space.on_corrupt = self.quarantine
+        self.compression = Compression(config.compression)
+
+    def close(self) -> None:
+        """Write down what is only in memory, and seal the index so that the next opening can trust it."""
+        with self._lock:
+            self.flush_touches()
+            self.reader.close()
+            self._store.close()
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
+        return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self.clock_ms())
+
+    def read_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> ReadOutcome:
+        """Fill `into` and note the use; what the reader found broken is judged and quarantined."""
+        outcome = self.reader.read_blocks(hashes, into, fingerprint=fingerprint)
+        used = [(RecordKind.BLOCK, hashes[outcome.num_good - 1])] if outcome.num_good else []
+        self._settle(RecordKind.BLOCK, outcome, used, num_missed=len(hashes) - outcome.num_good)
+        return outcome
+
+    def read(self, kind: RecordKind, block_hash: bytes, *, fingerprint: bytes) -> bytearray | None:
+        payload, outcome = self.reader.read(kind, block_hash, fingerprint=fingerprint)
+        used = [(kind, block_hash)] if payload is not None else []
+        self._settle(kind, outcome, used, num_missed=int(payload is None))
+        return payload
+
+    def read_ahead(
+        self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, bytes_max: int
+    ) -> list[bytearray]:
+        """The leading payloads, in buffers of their own: at least one if it is stored, at most about `bytes_max`."""
+        payloads, outcome = self.reader.read_leading(kind, hashes, fingerprint=fingerprint, bytes_max=bytes_max)
+        used = [(kind, hashes[len(payloads) - 1])] if payloads else []
+        self._settle(kind, outcome, used, num_missed=int(not payloads))
+        return payloads
+
+    def _settle(self, kind: RecordKind, outcome: ReadOutcome, used: list[Name], *, num_missed: int) -> None:
+        suspects = [(kind, suspect) for suspect in outcome.suspects]
+        self.note_use(used, suspects, hits=outcome.num_good, misses=num_missed, bytes_read=outcome.bytes_read)
+
+    def note_use(
+        self, used: Iterable[Name], suspects: Iterable[Name], *, hits: int = 0, misses: int = 0, bytes_read: int = 0
+    ) -> None:
+        """What readers did: the last record of each path that they used, and what they found broken."""
+        now_ms = self.clock_ms()
+        with self._lock:
+            self.counters.hits += hits
+            self.counters.misses += misses
+            self.counters.bytes_read += bytes_read
+            for name in used:
+                self._touched[name] = now_ms
+            if len(self._touched) > TOUCHED_MAX:
+                self.flush_touches()
+        for name in suspects:
+            self.quarantine(name)
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def put(self, records: Sequence[Record]) -> PutResult:
+        """One put on its own; see `put_group`."""
+        return self.put_group([records])[0]
+
+    def put_group(self, puts: Sequence[Sequence[Record]]) -> list[PutResult]:
+        """Several puts with one sync. What is stored when this returns survives a power loss in `durable` mode.
+
+        Raises:  InvalidRequest: a malformed record; nothing has been stored.
+        """
+        for records in puts:
+            for record in records:
+                check_record(record, self.config.record_bytes_max)
+        with self._lock:
+            merged = [record for records in puts for record in records]
+            with self.index.txn() as snapshot:
+                admission = admit(self.index, snapshot, merged)
+            for batch in _batches(admission.new, self.config):
+                self._put_batch(batch, admission)
+            self.counters.refused += len(admission.refused)
+            for name in admission.existing:
+                self._touched[name] = self.clock_ms()
+            return _results(puts, admission)
+
+    def _put_batch(self, batch: Sequence[Record], admission: Admission) -> None:
+        """Steps 2 to 4 for records that share a sync; refuses them all when there is no space."""
+        batch = _without_orphans(batch, admission)
+        try:
+            drafts = [self._draft(record, admission) for record in batch]
+            nbytes = sum(draft.header.extent_bytes for draft in drafts)
+            self.space.make_room(nbytes, admission.anchors)
+            self._append_and_commit(batch, drafts, admission)
+        except (StoreFull, lmdb.MapFullError, OSError) as err:
+            if isinstance(err, OSError) and err.errno not in _FULL:
+                raise
+            _refuse(batch, admission, f"the store is full: {err}")
+        except lmdb.Error as err:
+            if "No space" not in str(err):
+                raise
+            _refuse(batch, admission, f"the store is full: {err}")
+
+    def _append_and_commit(self, batch: Sequence[Record], drafts: Sequence[Draft], admission: Admission) -> None:
+        if not drafts:
+            return
+        placed = self.segments.append(drafts, self.clock_ms())
+        start = placed[0].offset
+        try:
+            if self.config.durable:
+                self.segments.sync()
+                self.counters.syncs += 1
+            with IndexTxn(self.index) as txn:
+                for record, header in zip(batch, placed, strict=True):
+                    self._insert(txn, record, header, admission)
+                note_end(txn, self.segments)
+                self._apply_touches(txn)
+        except BaseException:
+            self.segments.rollback(start)
+            raise
+        admission.anchors.update((record.kind, record.hash) for record in batch)
+        self.counters.bytes_written += sum(header.extent_bytes for header in placed)
+        self.counters.payload_bytes_written += sum(header.payload_bytes for header in placed)
+
+    def _draft(self, record: Record, admission: Admission) -> Draft:
+        now_ms = self.clock_ms()
+        ttl_s = self.config.ttl_s(record.kind) if record.ttl_s is None else record.ttl_s
+        coded = self.compression.encode(record)
+        stored = record.payload if coded is None else coded
+        first = (record.kind, record.hash) in admission.first
+        header = RecordHeader(
+            payload_checksum=payload_checksum(stored),
+            hash=record.hash,
+            parent=record.parent,
+            fingerprint=record.fingerprint,
+            segment=0,
+            offset=0,
+            stored_bytes=memoryview(stored).nbytes,
+            payload_bytes=memoryview(record.payload).nbytes,
+            position=record.position,
+            created_ms=now_ms,
+            expires_ms=now_ms + round(ttl_s * 1000) if ttl_s else 0,
+            cost_us=max(0, round(record.cost_s * 1e6)),
+            kind=record.kind,
+            codec=Codec.RAW if coded is None else Codec.PLANES_ZSTD,
+            flags=RecordFlag.FIRST if first else RecordFlag.NONE,
+            tenant=record.tenant,
+        )
+        return Draft(header, memoryview(stored).cast("B"))
+
+    def _insert(self, txn: IndexTxn, record: Record, header: RecordHeader, admission: Admission) -> None:
+        insert_entry(txn, header, self.policy, used_ms=header.created_ms)
+        state = txn.fingerprint(record.fingerprint)
+        tokens = admission.block_tokens.get(record.fingerprint)
+        assert state is not None
+        if tokens is not None and (state.block_tokens == 0 or tokens < state.block_tokens):
+            relearned = state.block_tokens != 0
+            txn.set_fingerprint(record.fingerprint, tokens)
+            if relearned:
+                drop_false_roots(txn, self.space, state.id, tokens)
+
+    def register(self, fingerprint: bytes, block_tokens: int, plan: codec.PlanePlan | None) -> None:
+        """Tell what is behind a fingerprint: how many tokens a block has, and how its payload may be coded."""
+        with self._lock:
+            with IndexTxn(self.index) as txn:
+                txn.set_fingerprint(fingerprint, block_tokens)
+            if plan is not None:
+                self.compression.register(fingerprint, plan)
+
+    def flush_touches(self) -> None:
+        with self._lock:
+            if self._touched:
+                with IndexTxn(self.index) as txn:
+                    self._apply_touches(txn)
+
+    def _apply_touches(self, txn: IndexTxn) -> None:
+        touched, self._touched = self._touched, {}
+        for name, used_ms in touched.items():
+            if name[0] not in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
+                continue
+            entry = txn.get(name)
+            if entry is None:
+                continue
+            rank = self.policy.rank_ms(used_ms=used_ms, cost_s=entry.cost_ms / 1000, nbytes=entry.extent_bytes)
+            entry.rank_ms = max(entry.rank_ms, rank)
+            if entry.expires_ms:
+                entry.expires_ms = max(entry.expires_ms, used_ms + entry.ttl_s * 1000)
+
+    # --- keeping -------------------------------------------------------------------------------------------------
+
+    def pin(self, names: Iterable[Name], duration_s: float, *, tenant: str | None = None) -> int:
+        """Keep records from eviction for a time; 0 lets go. Returns how many of them are stored."""
+        until_ms = self.clock_ms() + round(duration_s * 1000) if duration_s > 0 else 0
+        num_pinned = 0
+        with self._lock, IndexTxn(self.index) as txn:
+            for name in names:
+                entry = txn.get(name)
+                if (
+                    entry is None
+                    or entry.quarantined
+                    or (tenant is not None and txn.tenant_id(tenant) != entry.tenant_id)
+                ):
+                    continue
+                entry.pinned_ms = until_ms
+                num_pinned += 1
+        return num_pinned
+
+    def evict(self, names: Iterable[Name], *, tenant: str | None = None) -> int:
+        """Drop records with all that hangs on them, pinned or not. Returns how many went."""
+        with self._lock, IndexTxn(self.index) as txn:
+            roots = []
+            for name in names:
+                entry = txn.get(name)
+                if entry is not None and (tenant is None or txn.tenant_id(tenant) == entry.tenant_id):
+                    roots.append(name)
+            return drop_subtrees(txn, self.space, roots)
+
+    def quarantine(self, name: Name) -> bool:
+        """Read a suspect again; if it is broken, make it a miss. Returns whether it was."""
+        if name[0] not in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
+            return False
+        with self._lock, IndexTxn(self.index) as txn:
+            entry = txn.get(name)
+            if entry is None or entry.quarantined or self._is_sound(txn, name, entry):
+                return False
+            entry.flags |= RecordFlag.QUARANTINED
+            self.counters.corrupt += 1
+            return True
+
+    def _is_sound(self, txn: IndexTxn, name: Name, entry: IndexEntry) -> bool:
+        try:
+            raw = self.segments.read(entry.segment, entry.offset, RECORD_HEADER_BYTES + entry.stored_bytes)
+            header = unpack_record_header(raw[:RECORD_HEADER_BYTES], self.identity.seed)
+            verify(header, name[0], name[1], txn.fingerprint_of(entry.fingerprint_id).digest, entry)
+        except (BlockCorrupt, OSError):
+            return False
+        return payload_checksum(raw[RECORD_HEADER_BYTES:]) == header.payload_checksum
+
+    def maintain(self) -> None:
+        """What a store does when nobody asks for anything: touches, expiry, and dead readers' slots."""
+        with self._lock:
+            self.flush_touches()
+            self.space.expire()
+            self.index.env.reader_check()
+
+    def totals(self) -> dict[bytes, tuple[int, int, int]]:
+        with self.index.txn() as txn:
+            return read_totals(self.index, txn)
+
+
+def _batches(records: Sequence[Record], config: KvStoreConfig) -> list[list[Record]]:
+    """Cut so that each fits a segment and the memory that a commit may take."""
+    limit = min(config.batch_bytes_max, config.record_bytes_max)
+    batches: list[list[Record]] = []
+    room = 0
+    for record in records:
+        nbytes = extent_bytes(memoryview(record.payload).nbytes)
+        if nbytes > room:
+            batches.append([])
+            room = limit
+        batches[-1].append(record)
+        room -= nbytes
+    return batches
+
+
+def _without_orphans(batch: Sequence[Record], admission: Admission) -> list[Record]:
+    """Leave out what hangs on a record that an earlier batch could not store."""
+    kept = []
+    for record in batch:
+        if parent_of((record.kind, record.hash), record.parent) in admission.refused:
+            admission.refused[record.kind, record.hash] = "its parent was refused"
+        else:
+            kept.append(record)
+    return kept
+
+
+def _refuse(batch: Sequence[Record], admission: Admission, reason: str) -> None:
+    admission.refused.update({(record.kind, record.hash): reason for record in batch})
+
+
+def _results(puts: Sequence[Sequence[Record]], admission: Admission) -> list[PutResult]:
+    """Share the outcome out: a record that two puts bring was stored by the first of them."""
+    unclaimed = admission.names - admission.refused.keys()
+    results = []
+    for records in puts:
+        stored = existing = 0
+        refused = {}
+        for record in records:
+            name = (record.kind, record.hash)
+            if name in admission.refused:
+                refused[record.hash] = admission.refused[name]
+            elif name in unclaimed:
+                unclaimed.discard(name)
+                stored += 1
+            else:
+                existing += 1
+        results.append(PutResult(num_stored=stored, num_existing=existing, refused=refused))
+    return results

@@ -1,0 +1,237 @@
+"""The store's gRPC service. Knows protobuf and the event loop; every disk access happens in other threads.
+
+Memory is bounded: a Get reads at most GET_AHEAD_BYTES before it is sent, a Put collects at most PUT_BATCH_BYTES before
+it waits for the writer, and both count against the number of streams served at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import grpc
+
+from antefix import rpc
+from antefix.errors import InvalidRequest, Overloaded
+from antefix.store import codec
+from antefix.store.api import PutResult, Record, RecordKind
+from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, response_pieces, split_hashes
+from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
+from kvstore.config import KvStoreConfig
+from kvstore.engine import Engine
+from kvstore.index_writer import Name
+from kvstore.stats import collect
+from kvstore.window_pool import WindowPool
+from kvstore.writer import GroupCommitter
+
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[Any, Any] if TYPE_CHECKING else grpc.aio.ServicerContext
+GET_AHEAD_BYTES: Final = 8 << 20
+PUT_BATCH_BYTES: Final = 32 << 20
+STREAMS_MAX: Final = 64
+NAMES_MAX: Final = 65_536
+_READ_THREADS: Final = 8
+
+
+class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
+    """One engine behind one service."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.writer = GroupCommitter(engine)
+        self.pool = WindowPool(bytes_max=engine.config.handoff_bytes_max, ttl_s=engine.config.handoff_ttl_s)
+        self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="antefix-serve")
+        self._num_streams = 0
+
+    async def close(self) -> None:
+        """Commit what is queued and close the store."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self.writer.stop)
+        self._threads.shutdown()
+        await loop.run_in_executor(None, self.engine.close)
+
+    async def Lookup(self, request: kvstore_pb2.LookupRequest, context: Context) -> kvstore_pb2.LookupResponse:
+        chain = split_hashes(request.chain)
+        found = await self._in_thread(lambda: self.engine.lookup(chain, fingerprint=request.fingerprint))
+        return kvstore_pb2.LookupResponse(
+            num_blocks=found.num_blocks, checkpoints=found.checkpoints, block_bytes=found.block_bytes
+        )
+
+    async def Get(self, request: kvstore_pb2.GetRequest, context: Context) -> AsyncIterator[kvstore_pb2.GetResponse]:
+        kind, hashes = kind_of(request.kind), split_hashes(request.hashes)
+        if len(hashes) > HASHES_MAX or request.first > len(hashes):
+            raise InvalidRequest(f"at most {HASHES_MAX} hashes a stream, `first` among them")
+        with _Counted(self):
+            first, offset = request.first, request.offset
+            while first < len(hashes):
+                payloads = await self._read_ahead(kind, hashes[first:], request.fingerprint)
+                for index, payload in enumerate(payloads, start=first):
+                    for piece in response_pieces(index, payload, offset=offset):
+                        yield piece
+                    offset = 0
+                if not payloads:
+                    return
+                first += len(payloads)
+
+    async def _read_ahead(
+        self, kind: RecordKind, hashes: Sequence[bytes], fingerprint: bytes
+    ) -> Sequence[bytes | bytearray]:
+        if kind is RecordKind.HANDOFF:
+            payload = self.pool.get(hashes[0], fingerprint)
+            return [] if payload is None else [payload]
+        return await self._in_thread(
+            lambda: self.engine.read_ahead(kind, hashes, fingerprint=fingerprint, bytes_max=GET_AHEAD_BYTES)
+        )
+
+    async def Put(
+        self, request_iterator: AsyncIterator[kvstore_pb2.PutRequest], context: Context
+    ) -> kvstore_pb2.PutResponse:
+        with _Counted(self):
+            return _put_response(await self._receive(request_iterator))
+
+    async def _receive(self, requests: AsyncIterator[kvstore_pb2.PutRequest]) -> list[PutResult]:
+        """Hand records to the writer in batches; one batch is committed while the next one arrives."""
+        assembler = RecordAssembler(max(self.engine.config.record_bytes_max, self.pool.bytes_max))
+        results: list[PutResult] = []
+        batch: list[Record] = []
+        batch_bytes = 0
+        committing: Future[PutResult] | None = None
+        async for piece in requests:
+            record = assembler.add(piece)
+            if record is None:
+                continue
+            if record.kind is RecordKind.HANDOFF:
+                results.append(self._keep_handoff(record))
+                continue
+            batch.append(record)
+            batch_bytes += len(record.payload)
+            if batch_bytes >= PUT_BATCH_BYTES:
+                if committing is not None:
+                    results.append(await asyncio.wrap_future(committing))
+                committing = self.writer.submit(batch)
+                batch, batch_bytes = [], 0
+        assembler.end()
+        if committing is not None:
+            results.append(await asyncio.wrap_future(committing))
+        if batch:
+            results.append(await asyncio.wrap_future(self.writer.submit(batch)))
+        return results
+
+    def _keep_handoff(self, record: Record) -> PutResult:
+        if self.pool.put(record):
+            return PutResult(num_stored=1, num_existing=0)
+        return PutResult(num_stored=0, num_existing=0, refused={record.hash: "larger than the memory for handoffs"})
+
+    async def Touch(self, request: kvstore_pb2.TouchRequest, context: Context) -> kvstore_pb2.TouchResponse:
+        used, suspects = _names(request.used), _names(request.suspect)
+        await self._in_thread(
+            lambda: self.engine.note_use(
+                used, suspects, hits=request.hits, misses=request.misses, bytes_read=request.bytes_read
+            )
+        )
+        return kvstore_pb2.TouchResponse()
+
+    async def Pin(self, request: kvstore_pb2.PinRequest, context: Context) -> kvstore_pb2.PinResponse:
+        names = _names(request.records)
+        num_pinned = await self._in_thread(lambda: self.engine.pin(names, request.duration_s, tenant=request.tenant))
+        return kvstore_pb2.PinResponse(num_pinned=num_pinned)
+
+    async def Evict(self, request: kvstore_pb2.EvictRequest, context: Context) -> kvstore_pb2.EvictResponse:
+        names = _names(request.records)
+        num_evicted = await self._in_thread(lambda: self.engine.evict(names, tenant=request.tenant))
+        return kvstore_pb2.EvictResponse(num_evicted=num_evicted)
+
+    async def Register(self, request: kvstore_pb2.RegisterRequest, context: Context) -> kvstore_pb2.RegisterResponse:
+        plan = codec.PlanePlan(
+            parts=tuple(
+                codec.PlanePart(num_rows=part.num_rows, fields=tuple((f.nbytes, f.width) for f in part.fields))
+                for part in request.parts
+            )
+        )
+        await self._in_thread(
+            lambda: self.engine.register(request.fingerprint, request.block_size, plan if plan.parts else None)
+        )
+        return kvstore_pb2.RegisterResponse()
+
+    async def Stats(self, request: kvstore_pb2.StatsRequest, context: Context) -> kvstore_pb2.StatsResponse:
+        stats = await self._in_thread(lambda: collect(self.engine))
+        response = kvstore_pb2.StatsResponse(
+            kinds=[
+                kvstore_pb2.KindStats(
+                    kind=kind.value,  # type: ignore[arg-type]
+                    records=counted.records,
+                    stored_bytes=counted.stored_bytes,
+                    payload_bytes=counted.payload_bytes,
+                )
+                for kind, counted in stats.kinds.items()
+            ],
+            handoff_bytes_max=self.pool.bytes_max,
+        )
+        response.kinds.add(
+            kind=kvstore_pb2.RECORD_KIND_HANDOFF,
+            records=len(self.pool),
+            stored_bytes=self.pool.nbytes,
+            payload_bytes=self.pool.nbytes,
+        )
+        for name, value in stats.numbers.items():
+            setattr(response, name, value)
+        return response
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+class _Counted:
+    """Counts a payload stream, and refuses the one that is too many."""
+
+    def __init__(self, servicer: KvStoreServicer) -> None:
+        self._servicer = servicer
+
+    def __enter__(self) -> None:
+        if self._servicer._num_streams >= STREAMS_MAX:
+            raise Overloaded(f"{STREAMS_MAX} payload streams are being served", retry_after_s=0.5)
+        self._servicer._num_streams += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._servicer._num_streams -= 1
+
+
+def _names(records: Sequence[kvstore_pb2.RecordName]) -> list[Name]:
+    if len(records) > NAMES_MAX:
+        raise InvalidRequest(f"at most {NAMES_MAX} records a call")
+    return [(kind_of(record.kind), record.hash) for record in records]
+
+
+def _put_response(results: Sequence[PutResult]) -> kvstore_pb2.PutResponse:
+    return kvstore_pb2.PutResponse(
+        num_stored=sum(result.num_stored for result in results),
+        num_existing=sum(result.num_existing for result in results),
+        refused=[
+            kvstore_pb2.Refusal(hash=block_hash, reason=reason)
+            for result in results
+            for block_hash, reason in result.refused.items()
+        ],
+    )
+
+
+async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
+    """Serve the store in `config.dir` until a signal.
+
+    Raises:  ConfigError: the directory is not a store or is in use, or the address cannot be listened on.
+    """
+    loop = asyncio.get_running_loop()
+    engine = await loop.run_in_executor(None, Engine, config)
+    add: Callable[..., None] = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
+    servicer = KvStoreServicer(engine)
+    try:
+        server = await rpc.start_server(
+            config.address,
+            lambda target: add(servicer, target),
+            [kvstore_pb2.DESCRIPTOR],
+        )
+    except BaseException:
+        await servicer.close()
+        raise
+    await rpc.run_until_signal(server, role="kvstore", stop=servicer.close, watch_stdin=watch_stdin)

@@ -1,0 +1,239 @@
+"""Keeping the store inside its budget: expiry, leaf-first eviction, dropping dead segments, compacting half-dead ones.
+
+The budget covers everything under the directory. A reserve of two segments inside it is never given to puts, so that
+compaction, which copies before it deletes, always has room. Order everywhere: the index lets go first, then the file
+goes; a crash between leaves an unreferenced file, which opening drops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection
+from typing import Final
+
+from antefix.errors import StoreFull
+from antefix.store.api import RecordKind
+from antefix.store.format import (
+    BATCH_ALIGN,
+    RECORD_HEADER_BYTES,
+    SEGMENT_HEADER_BYTES,
+    RecordHeader,
+    payload_checksum,
+)
+from antefix.store.index import Index
+from kvstore.eviction import victims
+from kvstore.index_writer import IndexTxn, Name, SegmentState, read_segments
+from kvstore.segments import Draft, Segments
+
+# Live data may fill this much of what puts may use. The rest is dead space waiting for compaction: less of it means
+# that compaction copies more for each byte it frees.
+LIVE_SHARE_MAX: Final = 0.85
+# Eviction frees a little more than asked, so that not every put has to evict.
+EVICT_STEP_SHARE: Final = 1 / 128
+EXPIRE_RECORDS_MAX: Final = 4096
+# Below this gain a segment is not worth copying, even when space is short.
+COMPACT_GAIN_MIN: Final = 1 / 16
+
+
+@dataclasses.dataclass(slots=True)
+class SpaceCounters:
+    evictions: int = 0
+    expirations: int = 0
+    compacted_bytes: int = 0
+    dropped_segments: int = 0
+
+
+class Space:
+    """Not thread-safe: the engine's lock covers it."""
+
+    def __init__(self, segments: Segments, index: Index, budget_bytes: int, *, now_ms: Callable[[], int]) -> None:
+        self._segments = segments
+        self._index = index
+        self._now_ms = now_ms
+        self.budget_bytes = budget_bytes
+        self.limit_bytes = budget_bytes - 2 * segments.segment_bytes
+        self.counters = SpaceCounters()
+        self.on_evicted: Callable[[Name, int], None] = lambda _name, _fingerprint_id: None
+        self.on_corrupt: Callable[[Name], object] = lambda _name: None
+
+    @property
+    def index_bytes(self) -> int:
+        return (self._index.directory / "data.mdb").stat().st_size
+
+    @property
+    def used_bytes(self) -> int:
+        return self._segments.used_bytes + self.index_bytes
+
+    def make_room(self, nbytes: int, keep: Collection[Name]) -> None:
+        """See to it that a batch of `nbytes` may be appended.
+
+        keep: records that the batch hangs on.  Raises:  StoreFull: the budget cannot hold it.
+        """
+        nbytes += BATCH_ALIGN + SEGMENT_HEADER_BYTES
+        if self.used_bytes + nbytes <= self.limit_bytes:
+            return
+        self.expire()
+        live_max = int(LIVE_SHARE_MAX * (self.limit_bytes - self.index_bytes))
+        while self.used_bytes + nbytes > self.limit_bytes:
+            if self._drop_dead():
+                continue
+            live = sum(state.live_bytes for state in self._states().values())
+            excess = live + nbytes - live_max
+            if excess > 0:
+                step = excess + int(EVICT_STEP_SHARE * self.limit_bytes)
+                if self.evict(step, keep):
+                    continue
+                raise StoreFull(f"the store's budget of {self.budget_bytes} bytes is taken by records that must stay")
+            if self.compact_one(COMPACT_GAIN_MIN) is None:
+                # Live data lies so densely that only evicting more of it makes segments worth compacting.
+                if live_max <= 0:
+                    raise StoreFull(f"the store's budget of {self.budget_bytes} bytes is too small for this record")
+                live_max -= int(EVICT_STEP_SHARE * self.limit_bytes) + nbytes
+
+    def evict(self, nbytes: int, keep: Collection[Name] = ()) -> int:
+        """Take leaves, lowest rank first, until `nbytes` are dead. Returns how many records went."""
+        now_ms = self._now_ms()
+        num_taken = freed = 0
+        with IndexTxn(self._index) as txn:
+
+            def evictable(name: Name) -> bool:
+                entry = txn.get(name)
+                return name not in keep and entry is not None and not entry.children and entry.pinned_ms <= now_ms
+
+            def remove(name: Name) -> tuple[int, Name] | None:
+                nonlocal freed
+                entry = txn.get(name)
+                freed += entry.extent_bytes if entry else 0
+                return self.remove(txn, name)
+
+            if nbytes > 0:
+                for _ in victims(txn.leaves(), remove=remove, evictable=evictable):
+                    num_taken += 1
+                    if freed >= nbytes:
+                        break
+        self.counters.evictions += num_taken
+        return num_taken
+
+    def expire(self) -> int:
+        """Drop leaves past their time, and the ancestors that this exposes and that are past theirs."""
+        now_ms = self._now_ms()
+        num_taken = 0
+        with self._index.txn() as probe, probe.cursor(db=self._index.db["expiry"]) as cursor:
+            due = cursor.first() and int.from_bytes(cursor.key()[:8], "big") <= now_ms
+        if not due:
+            return 0
+        with IndexTxn(self._index) as txn:
+            waiting = txn.expiring(now_ms)[:EXPIRE_RECORDS_MAX]
+            while waiting:
+                name = waiting.pop()
+                entry = txn.get(name)
+                if entry is None or entry.children or entry.pinned_ms > now_ms:
+                    continue
+                if not entry.expires_ms or entry.expires_ms > now_ms:
+                    continue
+                parent = self.remove(txn, name)
+                num_taken += 1
+                if parent is not None:
+                    waiting.append(parent[1])
+        self.counters.expirations += num_taken
+        return num_taken
+
+    def remove(self, txn: IndexTxn, name: Name) -> tuple[int, Name] | None:
+        """Take a leaf out. Returns its parent with its rank, if that is a leaf now.
+
+        The parent inherits recency and time to live: using a record was using its ancestors.
+        """
+        entry = txn.get(name)
+        assert entry is not None and entry.children == 0, "only leaves are removed"
+        parent_name = parent_of(name, entry.parent)
+        parent = txn.get(parent_name)
+        txn.delete(name)
+        self.on_evicted(name, entry.fingerprint_id)
+        if parent is None:
+            return None
+        parent.children -= 1
+        if name[0] is RecordKind.BLOCK:
+            parent.rank_ms = max(parent.rank_ms, entry.rank_ms)
+            if parent.expires_ms:
+                parent.expires_ms = max(parent.expires_ms, entry.expires_ms)
+        return None if parent.children else (parent.rank_ms, parent_name)
+
+    def compact_one(self, gain_min: float) -> int | None:
+        """Copy what is live of the deadest segment, then drop it. Returns the bytes copied, None if none pays."""
+        best, best_gain = None, 0
+        for number, state in self._states().items():
+            size = self._segments.sizes[number]
+            gain = size - state.live_bytes - BATCH_ALIGN
+            if gain > max(best_gain, gain_min * size) and (number != self._segments.active or gain > size // 2):
+                best, best_gain = number, gain
+        if best is None:
+            return None
+        if best == self._segments.active:
+            self._segments.roll(self._now_ms())
+        return self._compact(best)
+
+    def _compact(self, number: int) -> int:
+        headers = list(self._segments.scan(number, check_payloads=False))
+        with self._index.txn() as probe:
+            live = [h for h in headers if self._names(probe, h)]
+        drafts = [draft for header in live if (draft := self._load(header)) is not None]
+        copied = 0
+        if drafts:
+            placed = self._segments.append(drafts, self._now_ms())
+            self._segments.sync()
+            with IndexTxn(self._index) as txn:
+                for header in placed:
+                    entry = txn.get((header.kind, header.hash))
+                    assert entry is not None, "the engine's lock is held"
+                    entry.segment, entry.offset = header.segment, header.offset
+                    copied += header.extent_bytes
+                note_end(txn, self._segments)
+        self.counters.compacted_bytes += copied
+        self._drop_dead()
+        return copied
+
+    def _names(self, txn: object, header: RecordHeader) -> bool:
+        entry = self._index.entry(txn, header.kind, header.hash)
+        return entry is not None and (entry.segment, entry.offset) == (header.segment, header.offset)
+
+    def _load(self, header: RecordHeader) -> Draft | None:
+        stored = self._segments.read(header.segment, header.offset + RECORD_HEADER_BYTES, header.stored_bytes)
+        if payload_checksum(stored) != header.payload_checksum:
+            self.on_corrupt((header.kind, header.hash))
+            return None
+        return Draft(header, stored)
+
+    def _drop_dead(self) -> int:
+        """Drop segments that the index names nothing in. Returns how many."""
+        dead = [n for n, state in self._states().items() if state.live_records == 0 and n != self._segments.active]
+        if not dead:
+            return 0
+        with IndexTxn(self._index) as txn:
+            for number in dead:
+                txn.set_segment(number, None)
+        for number in dead:
+            self._segments.drop(number)
+        self.counters.dropped_segments += len(dead)
+        return len(dead)
+
+    def _states(self) -> dict[int, SegmentState]:
+        with self._index.txn() as txn:
+            states = read_segments(self._index, txn)
+        return {number: states.get(number, SegmentState()) for number in self._segments.sizes}
+
+
+def parent_of(name: Name, parent: bytes) -> Name:
+    """What a record hangs on: a block on the block before it, a checkpoint on the block of the same hash."""
+    return (RecordKind.BLOCK, parent if name[0] is RecordKind.BLOCK else name[1])
+
+
+def note_end(txn: IndexTxn, segments: Segments) -> None:
+    """Record how far the active segment is committed."""
+    assert segments.active is not None
+    state = txn.segment(segments.active) or SegmentState()
+    txn.set_segment(segments.active, dataclasses.replace(state, end=segments.sizes[segments.active]))
+
+
+def wall_ms() -> int:
+    return time.time_ns() // 1_000_000
