@@ -1,0 +1,26 @@
+"""Kernel tests run compiled where there is a card, in Triton's interpreter elsewhere, and not at all without Triton."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+# Triton reads this when a kernel is defined, so it must be set before any kernel module is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def device() -> torch.device:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def draw(device: torch.device) -> torch.Generator:
+    """Fresh random inputs in every run; the seed is printed with a failure."""
+    seed = int(torch.randint(2**31, ()).item())
+    print(f"seed {seed}")
+    return torch.Generator(device=device).manual_seed(seed)

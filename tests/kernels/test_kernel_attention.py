@@ -1,0 +1,137 @@
+"""Attention kernels against the float64 oracle: selected and all entries, windows that wrap, splits, odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from kernels import attention, reference
+from kernels.formats import EntryFormat
+
+
+class Case:
+    """A random layer: a pool with poisoned gaps, tables into it, a window ring, queries, and its values decoded."""
+
+    def __init__(self, draw, *, sequences, queries, heads, dims, blocks, entries, ring):
+        self.device, self.sequences, self.queries = draw.device, sequences, queries
+        head_dim, self.rope_dim = dims
+        self.fmt = EntryFormat(head_dim=head_dim, rope_dim=self.rope_dim)
+        total = sequences * queries
+
+        def rand(*shape):
+            return torch.randn(*shape, generator=draw, device=draw.device)
+
+        def randint(low, high, *shape):
+            return torch.randint(low, high, shape, generator=draw, device=draw.device).int()
+
+        num_blocks = sequences * blocks + 2
+        self.pool = self._records(rand(num_blocks, entries, head_dim))
+        self.ring = self._records(rand(sequences, ring, head_dim))
+        tables = torch.randperm(num_blocks, generator=draw, device=draw.device)[: sequences * blocks]
+        self.table = tables.int().view(sequences, blocks)
+        self.entries = entries
+        self.q = rand(total, heads, head_dim + 16).bfloat16()[..., 8 : 8 + head_dim]
+        angle = rand(total, self.rope_dim // 2)
+        self.heads = attention.Heads(sinks=rand(heads), scale=head_dim**-0.5, cos=angle.cos(), sin=angle.sin())
+        self.window = attention.Window(
+            records=self.ring, firsts=randint(0, ring, total), counts=randint(0, ring + 1, total)
+        )
+        self.lens = randint(0, blocks * entries + 1, total)
+        self.lens[0], self.window.counts[0] = 0, 0  # a query that sees nothing but its sink
+        self.out = torch.full((total, heads, head_dim + 8), float("nan"), dtype=torch.bfloat16, device=draw.device)
+
+    def _records(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * torch.tensor([0.1, 1.0, 8.0], device=x.device).repeat(x.shape[-1])[: x.shape[-1]]
+        rows = torch.full((x.shape[0], x.shape[1] * self.fmt.nbytes + 40), 0xFF, dtype=torch.uint8, device=x.device)
+        records = rows[:, 24 : 24 + x.shape[1] * self.fmt.nbytes].unflatten(1, (x.shape[1], self.fmt.nbytes))
+        return records.copy_(reference.pack_entries(x.double(), self.rope_dim))
+
+    def values(self, records: torch.Tensor) -> torch.Tensor:
+        return reference.read_entries(records, self.fmt.head_dim, self.rope_dim)
+
+    def want(self, picked: torch.Tensor) -> torch.Tensor:
+        """The oracle over entries `picked` [T, N] bool of each query's sequence, and its window."""
+        sequence = torch.arange(self.q.shape[0], device=self.device) // self.queries
+        compressed = self.values(self.pool[self.table.long()].flatten(1, 2))[sequence]
+        window = self.values(self.ring)[sequence]
+        size = self.ring.shape[1]
+        age = (torch.arange(size, device=self.device) - self.window.firsts.unsqueeze(1)) % size
+        mask = torch.cat([picked, age < self.window.counts.unsqueeze(1)], 1)
+        h = self.heads
+        kv = torch.cat([compressed, window], 1)
+        return reference.attention(self.q.double(), kv, mask, h.sinks, h.cos, h.sin, h.scale)
+
+    def error(self, want: torch.Tensor) -> float:
+        got = self.out[..., : self.fmt.head_dim]
+        assert torch.isnan(self.out[..., self.fmt.head_dim :]).all(), "bytes beyond the output were written"
+        return float((got.double() - want).norm() / want.norm())
+
+
+SHAPES = {
+    "v4": {"heads": 64, "dims": (512, 64), "blocks": 3, "entries": 32, "ring": 128},
+    "odd": {"heads": 5, "dims": (112, 16), "blocks": 5, "entries": 7, "ring": 19},
+    "small": {"heads": 33, "dims": (32, 8), "blocks": 9, "entries": 8, "ring": 16},
+}
+# Outputs are BF16: two of its half units in the last place.
+TOLERANCE = 5e-3
+
+
+@pytest.mark.parametrize("splits", [1, 3, None])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_sparse_attention_equals_the_oracle(shape, splits, device, draw):
+    case = Case(draw, sequences=2, queries=2, **SHAPES[shape])
+    size = case.table.shape[1] * case.entries
+    k = size // 2 + 1
+    order = torch.rand(4, size, generator=draw, device=device).argsort(1)[:, :k]
+    kept = order < case.lens.unsqueeze(1)
+    sequence = torch.arange(4, device=device).unsqueeze(1) // 2
+    slots = case.table[sequence, order // case.entries] * case.entries + order % case.entries
+    slots = torch.where(kept, slots, -1).int()
+    picked = torch.zeros(4, size, dtype=torch.bool, device=device).scatter(1, order, kept)
+    out = case.out[..., : case.fmt.head_dim]
+    attention.sparse_attention(case.q, case.pool, slots, case.window, case.heads, out, splits=splits, tile=(32, 8, 2))
+    assert case.error(case.want(picked)) < TOLERANCE
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_hca_attention_equals_the_oracle(shape, splits, device, draw):
+    case = Case(draw, sequences=3, queries=1, **SHAPES[shape])
+    size = case.table.shape[1] * case.entries
+    case.lens[1] = size
+    out = case.out[..., : case.fmt.head_dim]
+    attention.hca_attention(case.q, case.pool, case.table, case.lens, size, case.window, case.heads, out, splits=splits)
+    picked = torch.arange(size, device=device) < case.lens.unsqueeze(1)
+    assert case.error(case.want(picked)) < TOLERANCE
+
+
+def test_window_attention_alone(device, draw):
+    case = Case(draw, sequences=1, queries=3, **SHAPES["odd"])
+    none = torch.empty(3, 0, dtype=torch.int32, device=device)
+    out = case.out[..., : case.fmt.head_dim]
+    attention.sparse_attention(case.q, case.pool, none, case.window, case.heads, out)
+    size = case.table.shape[1] * case.entries
+    assert case.error(case.want(torch.zeros(3, size, dtype=torch.bool, device=device))) < TOLERANCE
+
+
+def test_a_query_that_sees_nothing_gives_zero(device, draw):
+    case = Case(draw, sequences=2, queries=1, **SHAPES["small"])
+    out = case.out[..., : case.fmt.head_dim]
+    attention.hca_attention(case.q, case.pool, case.table, case.lens, 72, case.window, case.heads, out, splits=2)
+    assert (out[0] == 0).all()
+
+
+def test_wrong_operands_are_refused(device, draw):
+    case = Case(draw, sequences=2, queries=1, **SHAPES["small"])
+    slots = torch.zeros(2, 4, dtype=torch.int32, device=device)
+    out = case.out[..., :32]
+    with pytest.raises(ValueError, match="bfloat16"):
+        attention.sparse_attention(case.q.float(), case.pool, slots, case.window, case.heads, out)
+    with pytest.raises(ValueError, match="int32"):
+        attention.sparse_attention(case.q, case.pool, slots.long(), case.window, case.heads, out)
+    with pytest.raises(ValueError, match="exceeds"):
+        attention.hca_attention(case.q, case.pool, case.table, case.lens, 73, case.window, case.heads, out)
+    with pytest.raises(ValueError, match="records must be"):
+        attention.sparse_attention(case.q, case.pool[..., :-1], slots, case.window, case.heads, out)
