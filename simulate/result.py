@@ -1,0 +1,76 @@
+"""What a simulated strategy achieved: the numbers that are printed, plotted and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyResult:
+    """One strategy over one trace.
+
+    token_hit_rate: share of prompt tokens that the model did not run: neither prefilled nor replayed.
+    ideal_token_hit_rate: share in the longest prefix that any request had before, in whole units, less the last token:
+        an endless store whose window state is free and everywhere.  It does not depend on the strategy.
+    checkpoints_per_request: checkpoints written, to disk or pool, a request.
+    bytes_kept: on disk at the end, blocks and checkpoints that have not expired.  bytes_kept_max: the most at any time.
+    bytes_written: to disk and pool.
+    recomputed_tokens: run again, by prefill or replay, although their global KV was stored at that time.
+    ttft_*: of one request alone on the machine, without queueing: loading, replay and prefill.
+    dollars: the input tokens' price, hits as in token_hit_rate.
+    plan_error: mean of |actual - predicted| / predicted of the planner's choices.
+    """
+
+    strategy: str
+    num_requests: int
+    token_hit_rate: float
+    ideal_token_hit_rate: float
+    share_of_ideal: float
+    checkpoints_per_request: float
+    bytes_kept: int
+    bytes_kept_max: int
+    checkpoint_bytes_kept: int
+    bytes_written: int
+    checkpoint_bytes_written: int
+    recomputed_tokens: int
+    replayed_tokens: int
+    refused: int
+    ttft_p50_s: float
+    ttft_p90_s: float
+    ttft_p99_s: float
+    ttft_mean_s: float
+    dollars: float
+    plans: dict[str, int]
+    plan_error: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """All strategies over one trace with one store size."""
+
+    trace: str
+    num_requests: int
+    prompt_tokens: int
+    unit_tokens: int
+    model: str
+    store_bytes: int | None
+    results: tuple[StrategyResult, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        shared = {
+            name: getattr(self, name)
+            for name in ("trace", "num_requests", "prompt_tokens", "unit_tokens", "model", "store_bytes")
+        }
+        return shared | {"strategies": {result.strategy: result.as_dict() for result in self.results}}
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Linear between neighbours; 0 of nothing."""
+    return float(np.quantile(np.asarray(values), share)) if values else 0.0
