@@ -1,0 +1,133 @@
+"""The pool's rows are the disk's payloads; references are counted and the pool is bounded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antefix.errors import InvalidRequest, Overloaded
+from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind, PartKind
+from antefix.model import BlockPool
+
+
+def layout(kv_format: KVFormat = KVFormat.FP8) -> BlockLayout:
+    geometry = KVGeometry(
+        layers=(LayerKind.WINDOW, LayerKind.CSA, LayerKind.HCA),
+        head_dim=40,
+        rope_dim=8,
+        indexer_dim=32,
+        csa_ratio=4,
+        hca_ratio=8,
+        window=8,
+    )
+    return BlockLayout(geometry=geometry, kv_format=kv_format)
+
+
+def test_blocks_come_side_by_side_where_there_is_room() -> None:
+    pool = BlockPool(layout(), 8)
+    assert pool.allocate(3) == [0, 1, 2]
+    assert pool.allocate(2) == [3, 4]
+    pool.release([1])
+    assert pool.allocate(2) == [5, 6]
+    assert pool.allocate(2) == [1, 7]
+    assert pool.num_free == 0
+
+
+def test_a_sequence_grows_into_the_next_block() -> None:
+    pool = BlockPool(layout(), 8)
+    first, second = pool.allocate(2), pool.allocate(1)
+    pool.release([1])
+    assert first == [0, 1]
+    assert pool.allocate(1, after=second[-1]) == [3]
+    assert pool.allocate(1, after=0) == [1]
+    assert pool.allocate(1, after=7) == [4]
+
+
+def test_an_empty_pool_refuses_and_gives_nothing() -> None:
+    pool = BlockPool(layout(), 3)
+    pool.allocate(2)
+    with pytest.raises(Overloaded, match="1 of 3 blocks free, 2 are needed"):
+        pool.allocate(2)
+    assert pool.num_free == 1
+    assert pool.allocate(0) == []
+
+
+def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
+    pool = BlockPool(layout(), 2)
+    (block,) = pool.allocate(1)
+    pool.retain([block])
+    pool.release([block])
+    assert pool.num_refs(block) == 1
+    pool.release([block])
+    assert pool.num_free == 2
+
+
+@pytest.mark.parametrize("wrong", [[1], [-1], [2], [0, 0]])
+def test_releasing_what_is_not_held_is_refused(wrong: list[int]) -> None:
+    pool = BlockPool(layout(), 2)
+    pool.allocate(1)
+    with pytest.raises(InvalidRequest):
+        pool.release(wrong)
+    assert pool.num_refs(0) == 1
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.sampled_from(["allocate", "retain", "release"]), st.integers(0, 5)), max_size=40))
+def test_counts_match_a_plain_dict(steps: list[tuple[str, int]]) -> None:
+    pool, held = BlockPool(layout(), 12), dict[int, int]()
+    for verb, number in steps:
+        if verb == "allocate" and number <= 12 - len(held):
+            new = pool.allocate(number)
+            assert not held.keys() & set(new)
+            held |= dict.fromkeys(new, 1)
+        elif verb != "allocate" and held:
+            block = sorted(held)[number % len(held)]
+            getattr(pool, verb)([block])
+            held[block] += 1 if verb == "retain" else -1
+            if not held[block]:
+                del held[block]
+        assert pool.num_free == 12 - len(held)
+        assert all(pool.num_refs(block) == count for block, count in held.items())
+
+
+@pytest.mark.parametrize("kv_format", list(KVFormat))
+def test_bytes_put_into_a_row_read_back_as_the_values_that_were_packed(kv_format: KVFormat) -> None:
+    plan = layout(kv_format)
+    source, target = BlockPool(plan, 3), BlockPool(plan, 3)
+    for part in plan.parts:
+        width = source.decoded(part).shape[-1]
+        rows = torch.arange(part.num_rows)
+        source.write(part, torch.full_like(rows, 1), rows, torch.randn(part.num_rows, width))
+    assert len(source.row(1)) == plan.block_bytes
+    target.row(2)[:] = source.row(1)
+    target.note_filled([2])
+    for part in plan.parts:
+        assert source.decoded(part)[1].abs().sum() > 0
+        assert torch.equal(target.decoded(part)[2], source.decoded(part)[1])
+        assert torch.equal(target.records(part)[2], source.records(part)[1])
+    assert not torch.as_tensor(np.frombuffer(target.row(0), np.uint8)).any()
+
+
+def test_each_part_lies_where_the_layout_says() -> None:
+    plan = layout()
+    pool = BlockPool(plan, 2)
+    part = pool.part(1, PartKind.INDEXER_KEYS)
+    pool.write(part, torch.tensor([1]), torch.tensor([part.num_rows - 1]), torch.ones(1, 32))
+    written = np.flatnonzero(np.frombuffer(pool.row(1), np.uint8))
+    assert written.min() >= part.offset + (part.num_rows - 1) * part.record.nbytes
+    assert written.max() < part.offset + part.nbytes
+
+
+def test_cleared_rows_hold_nothing_of_their_last_owner() -> None:
+    pool = BlockPool(layout(), 2)
+    pool.row(1)[:] = bytes([7]) * pool.layout.block_bytes
+    pool.clear([1])
+    assert not any(pool.row(1))
+
+
+def test_a_pool_needs_a_block() -> None:
+    with pytest.raises(InvalidRequest, match="at least one block"):
+        BlockPool(layout(), 0)

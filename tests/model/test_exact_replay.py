@@ -1,0 +1,85 @@
+"""Exact replay: L * (n_win - 1) tokens over stored global KV rebuild window state exactly; one token fewer does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from antefix.layout import KVFormat
+from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model
+
+Checkpoint = Callable[[str], Path]
+Prompt = Callable[..., np.ndarray]
+PLANS = ("flash", "pro", "small_ratios", "odd_ratios", "coprime_ratios")
+
+
+def replayed_error(model: Model, tokens: np.ndarray, start: int, end: int) -> float:
+    """Relative error of the logits after `end`, with window state replayed from `start` on garbage."""
+    size = model.config.geometry.block_size
+    pool = BlockPool(model.layout, -(-len(tokens) // size))
+    cold = Sequence(pool.allocate(pool.num_blocks), WindowState.zeros(model.layout, 0))
+    forward(model, pool, [(cold, tokens[:end])])
+    replayed = Sequence(cold.block_table, WindowState.zeros(model.layout, start))
+    # Garbage where the window would be: exactness may not lean on zeros.
+    replayed.window.window.copy_(torch.randn(replayed.window.window.shape, generator=torch.Generator().manual_seed(0)))
+    before = pool.rows.clone()
+    forward(model, pool, [(replayed, tokens[start:end])], write_global_kv=False)
+    assert torch.equal(pool.rows, before)
+    want = forward(model, pool, [(cold, tokens[end:])], logits="all")
+    got = forward(model, pool, [(replayed, tokens[end:])], logits="all")
+    return float((got - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_bound_is_enough_and_sharp(checkpoint: Checkpoint, prompt: Prompt, plan: str) -> None:
+    model = load_model(checkpoint(plan), dtype=torch.float64, kv_format=KVFormat.FLOAT64)
+    geometry = model.config.geometry
+    bound = geometry.num_layers * (geometry.window - 1)
+    start = geometry.block_size
+    tokens = prompt(start + bound + 6)
+    assert replayed_error(model, tokens, start, start + bound) == 0.0
+    assert replayed_error(model, tokens, start, start + bound - 1) > 1e-14
+
+
+@pytest.mark.parametrize("kv_format", [KVFormat.FP8, KVFormat.FLOAT32])
+@pytest.mark.parametrize("plan", PLANS)
+def test_replay_of_whole_blocks_gives_the_cold_runs_bits_and_writes_nothing(
+    checkpoint: Checkpoint, prompt: Prompt, plan: str, kv_format: KVFormat
+) -> None:
+    model = load_model(checkpoint(plan), kv_format=kv_format)
+    geometry = model.config.geometry
+    # One more block than the bound needs, so that the oldest token of the window is exact as well.
+    start, span = geometry.block_size, geometry.replay_tokens + geometry.block_size
+    tokens = prompt(start + span + 5)
+    pool = BlockPool(model.layout, -(-len(tokens) // geometry.block_size))
+    cold = Sequence(pool.allocate(pool.num_blocks), WindowState.zeros(model.layout, 0))
+    forward(model, pool, [(cold, tokens[: start + span])])
+    before = pool.rows.clone()
+    mirrors = [pool.decoded(part).clone() for part in model.layout.parts]
+    replayed = Sequence(cold.block_table, WindowState.zeros(model.layout, start))
+    for piece in np.array_split(tokens[start : start + span], 3):
+        forward(model, pool, [(replayed, piece)], write_global_kv=False)
+    assert torch.equal(pool.rows, before)
+    assert all(torch.equal(pool.decoded(p), m) for p, m in zip(model.layout.parts, mirrors, strict=True))
+    assert replayed.window.to_bytes() == cold.window.to_bytes()
+    other = replayed.window.clone()
+    want = forward(model, pool, [(cold, tokens[start + span :])], logits="all")
+    got = forward(model, pool, [(Sequence(cold.block_table, other), tokens[start + span :])], logits="all")
+    assert torch.equal(got, want)
+
+
+def test_a_normal_run_over_the_same_span_would_have_written(checkpoint: Checkpoint, prompt: Prompt) -> None:
+    """The check above can fail: with writing on, an inexact start does change stored bytes."""
+    model = load_model(checkpoint("pro"))
+    size = model.config.geometry.block_size
+    tokens = prompt(4 * size)
+    pool = BlockPool(model.layout, 4)
+    cold = Sequence(pool.allocate(4), WindowState.zeros(model.layout, 0))
+    forward(model, pool, [(cold, tokens)])
+    before = pool.rows.clone()
+    forward(model, pool, [(Sequence(cold.block_table, WindowState.zeros(model.layout, size)), tokens[size:])])
+    assert not torch.equal(pool.rows, before)
