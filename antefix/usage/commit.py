@@ -1,0 +1,100 @@
+"""Group commit: many requests at a time wait for one write and one fdatasync of the ledger, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from antefix.errors import AntefixError, InvalidRequest, Overloaded
+from antefix.usage.ledger import Ledger
+from antefix.usage.ledger_files import Settled
+from antefix.usage.ledger_format import PAYLOAD_BYTES_MAX
+from antefix.usage.record import OpenEntry, UsageRecord
+
+T = TypeVar("T")
+
+# One batch is at most a few MB of entries, and the answer of the first is not kept waiting for the last of many.
+NUM_BATCH_MAX = 1024
+NUM_WAITING_MAX = 65536
+
+
+@dataclass(slots=True)
+class CommitCounters:
+    """entries / batches is how many requests share a sync."""
+
+    batches: int = 0
+    entries: int = 0
+
+
+class LedgerWriter:
+    """Asynchronous front of a ledger; owns it. All file work runs on its one thread, in order."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.counters = CommitCounters()
+        self._waiting: deque[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="antefix-ledger")
+        self._task: asyncio.Task[None] | None = None
+
+    async def open(self, entry: OpenEntry) -> OpenEntry:
+        """Durable when it returns. Raises:  as `settle`."""
+        return cast(OpenEntry, await self._submit(entry, len(entry.to_payload())))
+
+    async def settle(self, record: UsageRecord) -> Settled:
+        """Durable when it returns; the answer is the record that stands, which a retry finds instead of its own.
+
+        Raises:  Unavailable: not written.  Overloaded: too many wait.  InvalidRequest: it is too large.
+        """
+        return cast(Settled, await self._submit(record, len(record.to_payload())))
+
+    async def find(self, request_id: str) -> Settled | None:
+        """The request's settled record, if there is one."""
+        return await self._run(self.ledger.find, request_id)
+
+    async def close(self) -> None:
+        """Write what waits, then close the ledger."""
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._run(self.ledger.close)
+        self._thread.shutdown()
+
+    async def _submit(self, item: OpenEntry | UsageRecord, nbytes: int) -> Settled | OpenEntry:
+        # Checked here, so that one bad entry does not fail the others of its batch.
+        if nbytes > PAYLOAD_BYTES_MAX:
+            raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes, this one has {nbytes}")
+        if len(self._waiting) >= NUM_WAITING_MAX:
+            raise Overloaded("too many requests wait for the ledger", retry_after_s=1.0)
+        future: asyncio.Future[Settled | OpenEntry] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._drain())
+        # The entry is written even if its caller is cancelled meanwhile.
+        return await asyncio.shield(future)
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(NUM_BATCH_MAX, len(self._waiting)))]
+            try:
+                answers = await self._run(self.ledger.append, [item for item, _ in batch])
+            except (AntefixError, OSError) as err:
+                _fail(batch, err)
+                continue
+            self.counters.batches += 1
+            self.counters.entries += len(batch)
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+
+    async def _run(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+
+def _fail(batch: Sequence[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]], err: Exception) -> None:
+    for _, future in batch:
+        if not future.done():
+            future.set_exception(err)
+            future.exception()  # a caller that was cancelled never asks
