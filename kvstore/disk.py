@@ -65,6 +65,10 @@ class Disk:
     def unlink(self, path: Path) -> None:
         path.unlink()
 
+    def rename(self, source: Path, target: Path) -> None:
+        """Durable only after `sync_directory`."""
+        source.rename(target)
+
     def replace_file(self, path: Path, content: bytes) -> None:
         """Write a small file so that it is there whole or not at all, whatever happens."""
         draft = path.with_suffix(".new")
@@ -74,5 +78,5 @@ class Disk:
             self.sync_data(fd)
         finally:
             self.close(fd)
-        draft.replace(path)
+        self.rename(draft, path)
         self.sync_directory(path.parent)

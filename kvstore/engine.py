@@ -32,7 +32,7 @@ from antefix.store.format import (
     payload_checksum,
     unpack_record_header,
 )
-from antefix.store.reader import ReadOutcome, StoreReader, verify
+from antefix.store.reader import ReadOutcome, StoreReader, verify, wall_ms
 from kvstore.admission import Admission, admit, check_record
 from kvstore.compression import Compression
 from kvstore.config import KvStoreConfig
@@ -42,7 +42,7 @@ from kvstore.forest import drop_false_roots, drop_subtrees, insert_entry
 from kvstore.index_writer import IndexTxn, Name, read_totals
 from kvstore.recovery import open_store
 from kvstore.segments import Draft
-from kvstore.space import Space, note_end, parent_of, wall_ms
+from kvstore.space import Space, note_end, parent_of
 
 # Touches wait in memory for the next transaction; past this the oldest knowledge is worth less than the memory.
 TOUCHED_MAX: Final = 65_536
@@ -87,10 +87,14 @@ class Engine:
         self.identity = self._store.identity
         self.index = self._store.index
         self.segments = self._store.segments
-        self.reader = StoreReader(config.dir)
+        self.reader = StoreReader(config.dir, clock_ms=clock_ms)
         self.space = Space(self.segments, self.index, config.budget_bytes, now_ms=clock_ms)
         self.space.on_corrupt = self.quarantine
         self.compression = Compression(config.compression)
+
+    @property
+    def is_open(self) -> bool:
+        return self._store.is_open
 
     def close(self) -> None:
         """Write down what is only in memory, and seal the index so that the next opening can trust it."""
@@ -98,6 +102,12 @@ class Engine:
             self.flush_touches()
             self.reader.close()
             self._store.close()
+
+    def abandon(self) -> None:
+        """Let go of the files as a crash would: nothing is written, nothing is sealed. For tests of recovery."""
+        with self._lock:
+            self.reader.close()
+            self._store.abandon()
 
     # --- reading -------------------------------------------------------------------------------------------------
 

@@ -79,13 +79,21 @@ class OpenStore:
         self.index.env.sync(True)
         self.index.close()
         self.disk.replace_file(self.directory / CLEAN_FILE, _index_sum(self.directory))
-        os.close(self.lock_fd)
+        self._unlock()
 
     def abandon(self) -> None:
         """Let go without the clean mark, as a crash would."""
         self.segments.close()
         self.index.close()
+        self._unlock()
+
+    @property
+    def is_open(self) -> bool:
+        return self.lock_fd >= 0
+
+    def _unlock(self) -> None:
         os.close(self.lock_fd)
+        self.lock_fd = -1
 
 
 def open_store(config: KvStoreConfig, disk: Disk, clock_ms: Callable[[], int]) -> OpenStore:
@@ -192,8 +200,9 @@ def _open_index(directory: Path, config: KvStoreConfig, segments: Segments, disk
         shutil.rmtree(directory / leftover, ignore_errors=True)
     fault = _index_fault(directory, segments)
     # From here on the index changes, and its sum would be a lie.
-    (directory / CLEAN_FILE).unlink(missing_ok=True)
-    disk.sync_directory(directory)
+    if (directory / CLEAN_FILE).exists():
+        disk.unlink(directory / CLEAN_FILE)
+        disk.sync_directory(directory)
     if fault is None:
         try:
             return Index(directory / INDEX_DIR, map_bytes=index_bytes_max(config), write=True)
@@ -267,12 +276,12 @@ def _rebuild(directory: Path, config: KvStoreConfig, segments: Segments) -> Inde
     index_headers(index, order)
     with IndexTxn(index) as txn:
         for number in segments.sizes:
-            _set_end(txn, number, _end_of(order, number))
+            _set_end(txn, number, min(_end_of(order, number), segments.sizes[number]))
     index.close()
     old = directory / INDEX_DIR
     if old.exists():
-        old.rename(directory / _DISCARDED_DIR)
-    new.rename(old)
+        segments.disk.rename(old, directory / _DISCARDED_DIR)
+    segments.disk.rename(new, old)
     segments.disk.sync_directory(directory)
     shutil.rmtree(directory / _DISCARDED_DIR, ignore_errors=True)
     return Index(old, map_bytes=index_bytes_max(config), write=True)
@@ -323,7 +332,7 @@ def _settle_segments(index: Index, segments: Segments) -> None:
             # Seen in the page cache is not yet on the disk, and the index must not be ahead of the segments.
             segments.sync_file(number)
         found += tail
-        ends[number] = max(start, _end_of(tail, number)) if size >= SEGMENT_HEADER_BYTES else 0
+        ends[number] = min(size, max(start, _end_of(tail, number)))
     _index_tails(index, found)
     with IndexTxn(index) as txn:
         for number, end in ends.items():

@@ -92,7 +92,8 @@ class Segments:
         if self.active is None or self.sizes[self.active] + nbytes > self.segment_bytes:
             self.roll(created_ms)
         assert self.active is not None
-        start = self.sizes[self.active]
+        # Recovery may have cut the file inside a sector.
+        start = align(self.sizes[self.active], BATCH_ALIGN)
         headers, buffers = self._place(drafts, self.active, start)
         try:
             self.disk.write(self._fd, buffers, start)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
 
@@ -27,7 +27,6 @@ from kvstore.window_pool import WindowPool
 from kvstore.writer import GroupCommitter
 
 T = TypeVar("T")
-Context = grpc.aio.ServicerContext[Any, Any] if TYPE_CHECKING else grpc.aio.ServicerContext
 GET_AHEAD_BYTES: Final = 8 << 20
 PUT_BATCH_BYTES: Final = 32 << 20
 STREAMS_MAX: Final = 64
@@ -52,14 +51,18 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self._threads.shutdown()
         await loop.run_in_executor(None, self.engine.close)
 
-    async def Lookup(self, request: kvstore_pb2.LookupRequest, context: Context) -> kvstore_pb2.LookupResponse:
+    async def Lookup(
+        self, request: kvstore_pb2.LookupRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.LookupResponse:
         chain = split_hashes(request.chain)
         found = await self._in_thread(lambda: self.engine.lookup(chain, fingerprint=request.fingerprint))
         return kvstore_pb2.LookupResponse(
             num_blocks=found.num_blocks, checkpoints=found.checkpoints, block_bytes=found.block_bytes
         )
 
-    async def Get(self, request: kvstore_pb2.GetRequest, context: Context) -> AsyncIterator[kvstore_pb2.GetResponse]:
+    async def Get(
+        self, request: kvstore_pb2.GetRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[kvstore_pb2.GetResponse]:
         kind, hashes = kind_of(request.kind), split_hashes(request.hashes)
         if len(hashes) > HASHES_MAX or request.first > len(hashes):
             raise InvalidRequest(f"at most {HASHES_MAX} hashes a stream, `first` among them")
@@ -86,7 +89,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
 
     async def Put(
-        self, request_iterator: AsyncIterator[kvstore_pb2.PutRequest], context: Context
+        self, request_iterator: AsyncIterator[kvstore_pb2.PutRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.PutResponse:
         with _Counted(self):
             return _put_response(await self._receive(request_iterator))
@@ -124,7 +127,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             return PutResult(num_stored=1, num_existing=0)
         return PutResult(num_stored=0, num_existing=0, refused={record.hash: "larger than the memory for handoffs"})
 
-    async def Touch(self, request: kvstore_pb2.TouchRequest, context: Context) -> kvstore_pb2.TouchResponse:
+    async def Touch(
+        self, request: kvstore_pb2.TouchRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.TouchResponse:
         used, suspects = _names(request.used), _names(request.suspect)
         await self._in_thread(
             lambda: self.engine.note_use(
@@ -133,17 +138,23 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
         return kvstore_pb2.TouchResponse()
 
-    async def Pin(self, request: kvstore_pb2.PinRequest, context: Context) -> kvstore_pb2.PinResponse:
+    async def Pin(
+        self, request: kvstore_pb2.PinRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.PinResponse:
         names = _names(request.records)
         num_pinned = await self._in_thread(lambda: self.engine.pin(names, request.duration_s, tenant=request.tenant))
         return kvstore_pb2.PinResponse(num_pinned=num_pinned)
 
-    async def Evict(self, request: kvstore_pb2.EvictRequest, context: Context) -> kvstore_pb2.EvictResponse:
+    async def Evict(
+        self, request: kvstore_pb2.EvictRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.EvictResponse:
         names = _names(request.records)
         num_evicted = await self._in_thread(lambda: self.engine.evict(names, tenant=request.tenant))
         return kvstore_pb2.EvictResponse(num_evicted=num_evicted)
 
-    async def Register(self, request: kvstore_pb2.RegisterRequest, context: Context) -> kvstore_pb2.RegisterResponse:
+    async def Register(
+        self, request: kvstore_pb2.RegisterRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.RegisterResponse:
         plan = codec.PlanePlan(
             parts=tuple(
                 codec.PlanePart(num_rows=part.num_rows, fields=tuple((f.nbytes, f.width) for f in part.fields))
@@ -155,7 +166,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
         return kvstore_pb2.RegisterResponse()
 
-    async def Stats(self, request: kvstore_pb2.StatsRequest, context: Context) -> kvstore_pb2.StatsResponse:
+    async def Stats(
+        self, request: kvstore_pb2.StatsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.StatsResponse:
         stats = await self._in_thread(lambda: collect(self.engine))
         response = kvstore_pb2.StatsResponse(
             kinds=[

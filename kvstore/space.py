@@ -8,7 +8,6 @@ goes; a crash between leaves an unreferenced file, which opening drops.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Collection
 from typing import Final
 
@@ -233,7 +232,3 @@ def note_end(txn: IndexTxn, segments: Segments) -> None:
     assert segments.active is not None
     state = txn.segment(segments.active) or SegmentState()
     txn.set_segment(segments.active, dataclasses.replace(state, end=segments.sizes[segments.active]))
-
-
-def wall_ms() -> int:
-    return time.time_ns() // 1_000_000

@@ -45,6 +45,11 @@ Decrypt = Callable[[RecordHeader, memoryview], bytes]
 Allocate = Callable[[int, int], memoryview | None]
 
 
+def wall_ms() -> int:
+    """Unix time; expiry times are kept in it, so that they mean the same in every process."""
+    return time.time_ns() // 1_000_000
+
+
 @dataclass(slots=True)
 class ReadOutcome:
     """num_good: leading records that are right.  suspects: named by the index, but not what the segment holds."""
@@ -68,7 +73,12 @@ class StoreReader:
     """Reads one store directory. Thread-safe; any number of them, in any process of the host."""
 
     def __init__(
-        self, directory: Path | str, *, num_threads: int = READS_IN_FLIGHT, decrypt: Decrypt | None = None
+        self,
+        directory: Path | str,
+        *,
+        num_threads: int = READS_IN_FLIGHT,
+        decrypt: Decrypt | None = None,
+        clock_ms: Callable[[], int] = wall_ms,
     ) -> None:
         """Raises:  Unavailable: there is no store (yet), or its index cannot be opened."""
         self.directory = Path(directory)
@@ -80,6 +90,7 @@ class StoreReader:
         self._files = SegmentFiles(self.directory / SEGMENT_DIR)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="antefix-read")
         self._decrypt = decrypt
+        self._clock_ms = clock_ms
 
     def close(self) -> None:
         self._pool.shutdown()
@@ -87,7 +98,7 @@ class StoreReader:
         self.index.close()
 
     def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
-        return self.index.lookup(chain, fingerprint=fingerprint, now_ms=_now_ms())
+        return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self._clock_ms())
 
     def read_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> ReadOutcome:
         """Fill `into[i]` with block `hashes[i]`; see api.Store.get_blocks.
@@ -141,7 +152,7 @@ class StoreReader:
         return outcome
 
     def _locate(self, kind: RecordKind, hashes: Sequence[bytes], buffer: Allocate, fingerprint: bytes) -> list[_Wanted]:
-        now_ms = _now_ms()
+        now_ms = self._clock_ms()
         wanted: list[_Wanted] = []
         with self.index.txn() as txn:
             fingerprint_id = self.index.fingerprint_id(txn, fingerprint)
@@ -216,7 +227,7 @@ class StoreReader:
         """Look a failed record up again: compaction may have moved it, eviction may have taken it."""
         with self.index.txn() as txn:
             entry = self.index.entry(txn, kind, want.hash)
-        if entry is None or not entry.live(_now_ms()):
+        if entry is None or not entry.live(self._clock_ms()):
             return False
         if (entry.segment, entry.offset) != (want.entry.segment, want.entry.offset):
             moved = _Wanted(want.number, want.hash, entry, want.into)
@@ -259,7 +270,3 @@ def _runs(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
         nbytes += entry.extent_bytes
     if run:
         yield run
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

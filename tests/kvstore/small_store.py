@@ -1,0 +1,68 @@
+"""Small stores: payloads of a few hundred bytes, so that a whole life of a store takes milliseconds."""
+
+from __future__ import annotations
+
+from antefix.block import Chain, chain_of
+from antefix.store.api import Record, RecordKind
+from kvstore.engine import Engine
+
+FINGERPRINT = b"F" * 32
+BLOCK = 8
+
+
+class Prompt:
+    """A chain with one payload a block."""
+
+    def __init__(self, tokens: list[int], *, payload_bytes: int = 300, fingerprint: bytes = FINGERPRINT) -> None:
+        self.fingerprint = fingerprint
+        self.chain: Chain = chain_of(tokens, fingerprint_digest=fingerprint, key=b"k" * 32, block_size=BLOCK)
+        self.hashes = self.chain.hashes
+        self.payload_bytes = payload_bytes
+
+    def payload(self, index: int, kind: RecordKind = RecordKind.BLOCK) -> bytes:
+        """Differs from block to block and follows from the name alone."""
+        seed = self.hashes[index] + bytes([kind])
+        return (seed * (self.payload_bytes // len(seed) + 1))[: self.payload_bytes]
+
+    def block(self, index: int, **changes: object) -> Record:
+        fields: dict[str, object] = {
+            "kind": RecordKind.BLOCK,
+            "hash": self.hashes[index],
+            "parent": self.chain.parent(index),
+            "fingerprint": self.fingerprint,
+            "position": (index + 1) * BLOCK,
+            "payload": self.payload(index),
+        }
+        return Record(**{**fields, **changes})  # type: ignore[arg-type]
+
+    def checkpoint(self, index: int, **changes: object) -> Record:
+        payload = self.payload(index, RecordKind.CHECKPOINT)
+        return self.block(index, **{"kind": RecordKind.CHECKPOINT, "payload": payload, **changes})
+
+    def blocks(self, stop: int | None = None) -> list[Record]:
+        return [self.block(i) for i in range(len(self.hashes) if stop is None else stop)]
+
+    def buffers(self, count: int | None = None) -> list[memoryview]:
+        n = len(self.hashes) if count is None else count
+        return [memoryview(bytearray(self.payload_bytes)) for _ in range(n)]
+
+    def check(self, engine: Engine) -> int:
+        """Read all that the store promises of this prompt; every byte must be right. Returns the number of blocks."""
+        found = engine.lookup(self.hashes, fingerprint=self.fingerprint)
+        into = self.buffers(found.num_blocks)
+        outcome = engine.read_blocks(self.hashes[: found.num_blocks], into, fingerprint=self.fingerprint)
+        assert [bytes(b) for b in into[: outcome.num_good]] == [self.payload(i) for i in range(outcome.num_good)]
+        return outcome.num_good
+
+
+class Clock:
+    """Milliseconds that only a test moves."""
+
+    def __init__(self) -> None:
+        self.ms = 1_700_000_000_000
+
+    def __call__(self) -> int:
+        return self.ms
+
+    def advance(self, seconds: float) -> None:
+        self.ms += round(seconds * 1000)

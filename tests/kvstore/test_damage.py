@@ -1,0 +1,175 @@
+"""Damage to the files: a miss or harmless, counted, healed by putting again; never a wrong byte, never a crash."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from antefix.store.api import RecordKind
+from kvstore.config import KvStoreConfig
+from kvstore.engine import Engine
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+
+OpenEngine = Callable[..., Engine]
+PROMPT = Prompt(list(range(BLOCK * 6)), payload_bytes=100)
+
+
+def segment_files(directory: Path) -> list[Path]:
+    return sorted((directory / "segments").iterdir())
+
+
+def flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def test_torn_payload_is_a_miss_and_heals(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_engine()
+    engine.put([*PROMPT.blocks(), PROMPT.checkpoint(5)])
+    path = segment_files(tmp_path / "store")[0]
+    offset = path.read_bytes().find(PROMPT.payload(3))
+    flip(path, offset + 50)
+    # 1. The lookup cannot know yet, the read does: blocks before the torn one are right.
+    assert PROMPT.check(engine) == 3
+    assert engine.counters.corrupt == 1
+    # 2. From now on it is a miss, and what follows it cannot be reached either.
+    assert engine.lookup(PROMPT.hashes, fingerprint=FINGERPRINT).num_blocks == 3
+    # 3. Putting it again brings all of them back.
+    result = engine.put(PROMPT.blocks())
+    assert (result.num_stored, result.num_existing) == (1, 5)
+    assert PROMPT.check(engine) == 6
+    assert engine.lookup(PROMPT.hashes, fingerprint=FINGERPRINT).checkpoints == (6,)
+
+
+def test_quarantine_survives_reopening(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_engine()
+    engine.put(PROMPT.blocks())
+    path = segment_files(tmp_path / "store")[0]
+    flip(path, path.read_bytes().find(PROMPT.payload(2)))
+    PROMPT.check(engine)
+    engine.close()
+    engine = open_engine()
+    assert engine.lookup(PROMPT.hashes, fingerprint=FINGERPRINT).num_blocks == 2
+
+
+def test_a_record_in_the_wrong_place_is_caught(open_engine: OpenEngine, tmp_path: Path) -> None:
+    """Two payloads of one size change places, headers and checksums with them."""
+    engine = open_engine()
+    engine.put(PROMPT.blocks())
+    path = segment_files(tmp_path / "store")[0]
+    raw = bytearray(path.read_bytes())
+    first, second = (raw.find(PROMPT.payload(i)) - 256 for i in (1, 4))
+    extent = 256 + 104
+    raw[first : first + extent], raw[second : second + extent] = (
+        raw[second : second + extent],
+        raw[first : first + extent],
+    )
+    path.write_bytes(raw)
+    assert PROMPT.check(engine) == 1
+
+
+def test_a_truncated_segment_loses_only_its_tail(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_engine()
+    engine.put(PROMPT.blocks())
+    engine.close()
+    path = segment_files(tmp_path / "store")[0]
+    with path.open("r+b") as file:
+        file.truncate(path.read_bytes().find(PROMPT.payload(4)) + 10)
+    engine = open_engine()
+    assert PROMPT.check(engine) == 4
+    assert not engine.put(PROMPT.blocks()).refused
+    assert PROMPT.check(engine) == 6
+
+
+def test_every_flipped_byte_of_a_segment_is_a_miss_or_harmless(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_engine()
+    engine.put([*PROMPT.blocks(3), PROMPT.checkpoint(1)])
+    path = segment_files(tmp_path / "store")[0]
+    raw = path.read_bytes()
+    for offset in range(len(raw)):
+        flip(path, offset)
+        into = PROMPT.buffers(3)
+        num_good = engine.reader.read_blocks(PROMPT.hashes[:3], into, fingerprint=FINGERPRINT).num_good
+        assert [bytes(b) for b in into[:num_good]] == [PROMPT.payload(i) for i in range(num_good)]
+        checkpoint, _ = engine.reader.read(RecordKind.CHECKPOINT, PROMPT.hashes[1], fingerprint=FINGERPRINT)
+        assert checkpoint in (None, PROMPT.payload(1, RecordKind.CHECKPOINT))
+        # Each byte of a record counts, and no other: what follows a record is padding.
+        spoiled = raw[offset : offset + 1] != b"\0" and offset >= 4096
+        assert (num_good < 3 or checkpoint is None) or not spoiled
+        flip(path, offset)
+
+
+@pytest.mark.parametrize("state", ["clean", "crashed"])
+@pytest.mark.parametrize("target", ["STORE", "LOCK", "CLEAN", "segments"])
+def test_a_store_with_a_flipped_byte_opens(tmp_path: Path, state: str, target: str) -> None:
+    """Every 61st byte of segments, all of the rest; the long run takes them all."""
+    flip_and_open(tmp_path, state, target, step=61)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("state", ["clean", "crashed"])
+def test_a_store_with_any_flipped_byte_in_a_segment_opens(tmp_path: Path, state: str) -> None:
+    flip_and_open(tmp_path, state, "segments", step=1)
+
+
+def flip_and_open(tmp_path: Path, state: str, target: str, *, step: int) -> None:
+    directory = tmp_path / "store"
+    config = KvStoreConfig(dir=str(directory), budget_bytes=4 << 20)
+    engine = Engine(config)
+    engine.put([*PROMPT.blocks(3), PROMPT.checkpoint(1)])
+    engine.close() if state == "clean" else engine.abandon()
+    saved = tmp_path / "saved"
+    shutil.copytree(directory, saved)
+    path = segment_files(directory)[0] if target == "segments" else directory / target
+    nbytes = path.stat().st_size if path.exists() else 0
+    for offset in range(0, nbytes, step if target == "segments" else 1):
+        shutil.rmtree(directory)
+        shutil.copytree(saved, directory)
+        flip(path, offset)
+        engine = Engine(config)
+        num_good = PROMPT.check(engine)
+        checkpoint = engine.read(RecordKind.CHECKPOINT, PROMPT.hashes[1], fingerprint=FINGERPRINT)
+        assert checkpoint in (None, PROMPT.payload(1, RecordKind.CHECKPOINT))
+        assert num_good == 3 or target == "segments"
+        assert not engine.put(PROMPT.blocks(3)).refused
+        assert PROMPT.check(engine) == 3
+        engine.abandon()
+
+
+@pytest.mark.parametrize("state", ["clean", "crashed"])
+def test_flipped_bytes_of_the_index_never_return_wrong_data(tmp_path: Path, state: str) -> None:
+    """Every 397th byte here; the long run takes them all."""
+    flip_index(tmp_path, state, step=397)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("state", ["clean", "crashed"])
+def test_every_flipped_byte_of_the_index_never_returns_wrong_data(tmp_path: Path, state: str) -> None:
+    flip_index(tmp_path, state, step=1)
+
+
+def flip_index(tmp_path: Path, state: str, *, step: int) -> None:
+    directory = tmp_path / "store"
+    config = KvStoreConfig(dir=str(directory), budget_bytes=4 << 20)
+    engine = Engine(config)
+    engine.put([*PROMPT.blocks(3), PROMPT.checkpoint(1)])
+    engine.close() if state == "clean" else engine.abandon()
+    saved = tmp_path / "saved"
+    shutil.copytree(directory, saved)
+    data = directory / "index" / "data.mdb"
+    for offset in range(0, data.stat().st_size, step):
+        shutil.rmtree(directory)
+        shutil.copytree(saved, directory)
+        flip(data, offset)
+        engine = Engine(config)
+        # The segments are whole, so nothing is lost: the index is used as it is, or rebuilt.
+        assert PROMPT.check(engine) == 3, offset
+        engine.abandon()

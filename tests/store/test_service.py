@@ -1,0 +1,187 @@
+"""The real service on 127.0.0.1:0, through both clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from antefix import rpc
+from antefix.errors import InvalidRequest, Unavailable
+from antefix.store.api import Record, RecordKind, Store
+from antefix.store.client import LocalStore, RemoteStore
+from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
+from kvstore.config import KvStoreConfig
+from kvstore.engine import Engine
+from kvstore.server import KvStoreServicer
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+
+PROMPT = Prompt(list(range(BLOCK * 6)), payload_bytes=2_500_001)
+MIB = 1 << 20
+
+
+class Service:
+    """A served store that a test can stop and start again."""
+
+    def __init__(self, directory: Path, **settings: object) -> None:
+        self.config = KvStoreConfig(dir=str(directory), budget_bytes=512 * MIB, **settings)  # type: ignore[arg-type]
+        self.address = "127.0.0.1:0"
+
+    async def start(self) -> None:
+        self.servicer = KvStoreServicer(Engine(self.config))
+        self.server = await rpc.start_server(
+            self.address,
+            lambda target: kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server(self.servicer, target),
+            [kvstore_pb2.DESCRIPTOR],
+        )
+        self.address = self.server.address
+
+    async def stop(self) -> None:
+        await self.server.drain(0.2)
+        await self.servicer.close()
+
+
+@pytest.fixture
+async def service(tmp_path: Path) -> AsyncIterator[Service]:
+    served = Service(tmp_path / "store", handoff_bytes_max=1 * MIB)
+    await served.start()
+    yield served
+    await served.stop()
+
+
+@pytest.fixture(params=["local", "remote"])
+async def store(request: pytest.FixtureRequest, service: Service) -> AsyncIterator[Store]:
+    client: Store = (
+        LocalStore(service.config.dir, service.address) if request.param == "local" else RemoteStore(service.address)
+    )
+    yield client
+    await client.close()
+
+
+async def test_put_lookup_get(store: Store) -> None:
+    result = await store.put([*PROMPT.blocks(), PROMPT.checkpoint(2), PROMPT.checkpoint(5)])
+    assert (result.num_stored, result.num_existing, result.refused) == (8, 0, {})
+    found = await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)
+    assert (found.num_blocks, found.checkpoints, found.block_bytes) == (6, (3, 6), 6 * PROMPT.payload_bytes)
+    into = PROMPT.buffers()
+    assert await store.get_blocks(PROMPT.hashes, into, fingerprint=FINGERPRINT) == 6
+    assert [bytes(b) for b in into] == [PROMPT.payload(i) for i in range(6)]
+    checkpoint = await store.get(RecordKind.CHECKPOINT, PROMPT.hashes[2], fingerprint=FINGERPRINT)
+    assert checkpoint == PROMPT.payload(2, RecordKind.CHECKPOINT)
+
+
+async def test_a_get_is_short_where_a_block_is_missing(store: Store) -> None:
+    await store.put(PROMPT.blocks(4))
+    into = PROMPT.buffers()
+    assert await store.get_blocks(PROMPT.hashes, into, fingerprint=FINGERPRINT) == 4
+    assert await store.get_blocks(PROMPT.hashes, into, fingerprint=b"G" * 32) == 0
+    assert await store.get(RecordKind.CHECKPOINT, PROMPT.hashes[0], fingerprint=FINGERPRINT) is None
+
+
+async def test_handoffs_live_in_memory_within_their_bound(store: Store, service: Service) -> None:
+    def handoff(number: int, nbytes: int) -> Record:
+        return PROMPT.block(0, kind=RecordKind.HANDOFF, hash=bytes([number]) * 32, payload=bytes([number]) * nbytes)
+
+    assert (await store.put([handoff(1, 600_000)])).num_stored == 1
+    assert await store.get(RecordKind.HANDOFF, b"\1" * 32, fingerprint=FINGERPRINT) == b"\1" * 600_000
+    await store.put([handoff(2, 600_000)])
+    assert await store.get(RecordKind.HANDOFF, b"\1" * 32, fingerprint=FINGERPRINT) is None
+    assert (await store.put([handoff(3, 2 * MIB)])).refused
+    await store.put([PROMPT.block(0, kind=RecordKind.HANDOFF, hash=b"\4" * 32, payload=b"x", ttl_s=0.05)])
+    await asyncio.sleep(0.1)
+    assert await store.get(RecordKind.HANDOFF, b"\4" * 32, fingerprint=FINGERPRINT) is None
+
+
+async def test_malformed_puts_are_errors(store: Store) -> None:
+    with pytest.raises(InvalidRequest):
+        await store.put([PROMPT.block(0, hash=b"short")])
+    with pytest.raises(InvalidRequest):
+        await store.put([PROMPT.block(0, payload=b"")])
+    assert (await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 0
+
+
+async def test_a_restarted_service_is_found_again(store: Store, service: Service) -> None:
+    await store.put(PROMPT.blocks(2))
+    await service.stop()
+    with pytest.raises(Unavailable):
+        await store.put(PROMPT.blocks(3))
+    await service.start()
+    for _ in range(50):
+        try:
+            await store.put(PROMPT.blocks(3))
+            break
+        except Unavailable:
+            await asyncio.sleep(0.1)
+    assert (await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 3
+
+
+async def test_a_local_store_before_its_service_is_unavailable(tmp_path: Path) -> None:
+    client = LocalStore(tmp_path / "nothing", "127.0.0.1:1")
+    with pytest.raises(Unavailable):
+        await client.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)
+    await client.close()
+
+
+async def test_local_reads_count_and_keep_what_they_use(service: Service) -> None:
+    client = LocalStore(service.config.dir, service.address)
+    await client.put(PROMPT.blocks())
+    into = PROMPT.buffers()
+    await client.get_blocks(PROMPT.hashes, into, fingerprint=FINGERPRINT)
+    await client.close()
+    stats = await RemoteStore(service.address).stub.Stats(kvstore_pb2.StatsRequest(), timeout=5)
+    assert (stats.hits, stats.bytes_read) == (6, 6 * PROMPT.payload_bytes)
+
+
+async def test_a_corrupt_block_seen_by_a_local_reader_is_quarantined(service: Service) -> None:
+    client = LocalStore(service.config.dir, service.address)
+    await client.put(PROMPT.blocks())
+    path = sorted((Path(service.config.dir) / "segments").iterdir())[0]
+    with path.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"damage")
+    assert await client.get_blocks(PROMPT.hashes, PROMPT.buffers(), fingerprint=FINGERPRINT) == 0
+    for _ in range(50):
+        if service.servicer.engine.counters.corrupt:
+            break
+        await asyncio.sleep(0.05)
+    assert (await client.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 0
+    await client.put(PROMPT.blocks())
+    assert await client.get_blocks(PROMPT.hashes, PROMPT.buffers(), fingerprint=FINGERPRINT) == 6
+    await client.close()
+
+
+async def test_a_broken_stream_goes_on_where_it_stopped(service: Service) -> None:
+    """Ask for the middle of a payload, as a client does after a break."""
+    remote = RemoteStore(service.address)
+    await remote.put(PROMPT.blocks(3))
+    request = kvstore_pb2.GetRequest(
+        kind=kvstore_pb2.RECORD_KIND_BLOCK,
+        hashes=b"".join(PROMPT.hashes[:3]),
+        fingerprint=FINGERPRINT,
+        first=1,
+        offset=MIB,
+    )
+    pieces = [piece async for piece in remote.stub.Get(request, timeout=10)]
+    assert [(piece.index, piece.offset) for piece in pieces] == [
+        (1, MIB),
+        (1, 2 * MIB),
+        (2, 0),
+        (2, MIB),
+        (2, 2 * MIB),
+    ]
+    assert pieces[0].data + pieces[1].data == PROMPT.payload(1)[MIB:]
+    await remote.close()
+
+
+async def test_a_piece_that_was_damaged_on_its_way_is_refused(service: Service) -> None:
+    from antefix.store.pieces import request_pieces
+
+    pieces = list(request_pieces(PROMPT.blocks(1)))
+    pieces[1].data = bytes([pieces[1].data[0] ^ 1]) + pieces[1].data[1:]
+    remote = RemoteStore(service.address)
+    with pytest.raises(Exception, match="damaged on its way"):
+        await remote.stub.Put(iter(pieces), timeout=10)
+    assert (await remote.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 0
+    await remote.close()
