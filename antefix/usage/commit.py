@@ -51,9 +51,9 @@ class LedgerWriter:
         """
         return cast(Settled, await self._submit(record, len(record.to_payload())))
 
-    async def find(self, request_id: str) -> Settled | None:
-        """The request's settled record, if there is one."""
-        return await self._run(self.ledger.find, request_id)
+    async def find(self, key: str) -> Settled | None:
+        """The request's settled record, if there is one. key: `record.request_key`."""
+        return await self._run(self.ledger.find, key)
 
     async def close(self) -> None:
         """Write what waits, then close the ledger."""

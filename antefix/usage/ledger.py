@@ -65,17 +65,17 @@ class _Tail:
     unsettled: dict[str, OpenEntry] = field(default_factory=dict)
 
     def note_open(self, entry: OpenEntry) -> None:
-        self.unsettled[entry.request_id] = entry
+        self.unsettled[entry.key] = entry
 
-    def note_settled(self, request_id: str, sequence: int, offset: int) -> None:
-        self.unsettled.pop(request_id, None)
-        self.places[request_id] = Place(sequence=sequence, segment=self.segment, offset=offset)
+    def note_settled(self, key: str, sequence: int, offset: int) -> None:
+        self.unsettled.pop(key, None)
+        self.places[key] = Place(sequence=sequence, segment=self.segment, offset=offset)
 
     def note(self, entry: Entry) -> None:
         if entry.kind is EntryKind.OPEN:
             self.note_open(OpenEntry.from_payload(entry.payload))
         else:
-            self.note_settled(UsageRecord.from_payload(entry.payload).request_id, entry.sequence, entry.offset)
+            self.note_settled(UsageRecord.from_payload(entry.payload).key, entry.sequence, entry.offset)
 
 
 class Ledger:
@@ -114,16 +114,16 @@ class Ledger:
         with self._mutex:
             return list(self._tail.unsettled.values())
 
-    def find(self, request_id: str) -> Settled | None:
-        """The last settled attempt of a request, whenever it was."""
+    def find(self, key: str) -> Settled | None:
+        """The last settled attempt of a request, whenever it was. key: `record.request_key`."""
         with self._mutex:
-            return self._find(request_id)
+            return self._find(key)
 
     def append(self, items: Sequence[OpenEntry | UsageRecord]) -> list[Settled | OpenEntry]:
         """Write entries, durable when this returns. Answers in order.
 
-        A record whose request is settled and was charged, or whose attempt is settled, is not written again: the answer
-        is what stands. The same goes for an open entry of a request that is open.
+        A record whose request is settled for good, or whose attempt is settled, is not written again: the answer is
+        what stands. The same goes for an open entry of a request that is open.
         Raises:  Unavailable: it could not be written; nothing was.  InvalidRequest: a payload is too large.
         """
         with self._mutex:
@@ -149,20 +149,20 @@ class Ledger:
 
     def _add(self, batch: _Batch, item: OpenEntry | UsageRecord) -> Settled | OpenEntry:
         if isinstance(item, OpenEntry):
-            return batch.unsettled(item.request_id) or batch.open(item)
-        standing = batch.settled(item.request_id) or self._find(item.request_id)
-        if standing is not None and (standing.record.status.is_charged or standing.record.attempt >= item.attempt):
+            return batch.unsettled(item.key) or batch.open(item)
+        standing = batch.settled(item.key) or self._find(item.key)
+        if standing is not None and (standing.record.is_final or standing.record.attempt >= item.attempt):
             return standing
         return batch.settle(item)
 
-    def _find(self, request_id: str) -> Settled | None:
-        place = self._tail.places.get(request_id) or self._index.find(request_id)
+    def _find(self, key: str) -> Settled | None:
+        place = self._tail.places.get(key) or self._index.find(key)
         if place is None:
             return None
         path = segment_path(self.directory, place.segment)
         entry = read_entry_at(path, place.offset)
         settled = settled_of(_hash_before(path, entry), entry)
-        return settled if settled.record.request_id == request_id else None
+        return settled if settled.record.key == key else None
 
     def _write(self, data: bytes) -> None:
         try:
@@ -260,31 +260,31 @@ class _Batch:
         self._settled: dict[str, Settled] = {}
         self.data = bytearray()
 
-    def unsettled(self, request_id: str) -> OpenEntry | None:
-        if isinstance(self._last.get(request_id), Settled):
+    def unsettled(self, key: str) -> OpenEntry | None:
+        if isinstance(self._last.get(key), Settled):
             return None
-        opened = self._last.get(request_id) or self._tail.unsettled.get(request_id)
+        opened = self._last.get(key) or self._tail.unsettled.get(key)
         return opened if isinstance(opened, OpenEntry) else None
 
-    def settled(self, request_id: str) -> Settled | None:
-        return self._settled.get(request_id)
+    def settled(self, key: str) -> Settled | None:
+        return self._settled.get(key)
 
     def open(self, item: OpenEntry) -> OpenEntry:
         self._put(EntryKind.OPEN, item.to_payload())
-        self._note(item.request_id, item, 0)
+        self._note(item.key, item, 0)
         return item
 
     def settle(self, item: UsageRecord) -> Settled:
         previous, offset = self._hash, self._tail.offset + len(self.data)
         self._put(EntryKind.SETTLE, item.to_payload())
         settled = Settled(sequence=self._sequence, hash=self._hash, previous_hash=previous, record=item)
-        self._note(item.request_id, settled, offset)
-        self._settled[item.request_id] = settled
+        self._note(item.key, settled, offset)
+        self._settled[item.key] = settled
         return settled
 
-    def _note(self, request_id: str, note: OpenEntry | Settled, offset: int) -> None:
+    def _note(self, key: str, note: OpenEntry | Settled, offset: int) -> None:
         self._notes.append((note, offset))
-        self._last[request_id] = note
+        self._last[key] = note
 
     def _put(self, kind: EntryKind, payload: bytes) -> None:
         if len(payload) > PAYLOAD_BYTES_MAX:
@@ -300,7 +300,7 @@ class _Batch:
             if isinstance(note, OpenEntry):
                 tail.note_open(note)
             else:
-                tail.note_settled(note.record.request_id, note.sequence, offset)
+                tail.note_settled(note.record.key, note.sequence, offset)
         tail.sequence, tail.hash = self._sequence, self._hash
         tail.offset += len(self.data)
 

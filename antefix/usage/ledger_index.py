@@ -47,10 +47,10 @@ class LedgerIndex:
             value = txn.get(_COVERED)
         return int.from_bytes(value, "little") if value else 0
 
-    def find(self, request_id: str) -> Place | None:
+    def find(self, key: str) -> Place | None:
         """Where the request's last settled attempt lies."""
         with self._env.begin() as txn:
-            value = txn.get(_key(request_id))
+            value = txn.get(_name(key))
         if value is None:
             return None
         sequence, segment, offset = _PLACE.unpack(value)
@@ -65,18 +65,18 @@ class LedgerIndex:
                     if not key.startswith(_OPEN):
                         break
                     entry = OpenEntry.from_payload(value)
-                    found[entry.request_id] = entry
+                    found[entry.key] = entry
         return found
 
     def seal(self, places: Mapping[str, Place], unsettled: Mapping[str, OpenEntry], covered: int) -> None:
         """Take over a sealed segment's entries; durable when this returns."""
         with self._env.begin(write=True) as txn:
-            for key in [_OPEN + _key(request_id) for request_id in self.unsettled()]:
-                txn.delete(key)
-            for request_id, entry in unsettled.items():
-                txn.put(_OPEN + _key(request_id), entry.to_payload())
-            for key, place in sorted((_key(request_id), place) for request_id, place in places.items()):
-                txn.put(key, _PLACE.pack(place.sequence, place.segment, place.offset))
+            for name in [_OPEN + _name(key) for key in self.unsettled()]:
+                txn.delete(name)
+            for key, entry in unsettled.items():
+                txn.put(_OPEN + _name(key), entry.to_payload())
+            for name, place in sorted((_name(key), place) for key, place in places.items()):
+                txn.put(name, _PLACE.pack(place.sequence, place.segment, place.offset))
             txn.put(_COVERED, covered.to_bytes(8, "little"))
 
     def clear(self) -> None:
@@ -87,7 +87,7 @@ class LedgerIndex:
         self._env.close()
 
 
-def _key(request_id: str) -> bytes:
+def _name(key: str) -> bytes:
     # Ids come from callers and may be longer than LMDB's keys; 16 bytes of hash never collide by accident, and the
     # entry that is found is compared with the id itself.
-    return b"r" + hashlib.blake2b(request_id.encode(), digest_size=16, person=b"antefix-request").digest()
+    return b"r" + hashlib.blake2b(key.encode(), digest_size=16, person=b"antefix-request").digest()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from typing import Any, Final, cast
+from urllib.parse import quote
 
 from antefix.errors import InvalidRequest
 
@@ -69,6 +70,10 @@ class OpenEntry:
     request_digest: str
     prompt_tokens: int
     started_us: int
+
+    @property
+    def key(self) -> str:
+        return request_key(self.tenant, self.request_id)
 
     def to_payload(self) -> bytes:
         return _canonical({"v": PAYLOAD_VERSION, **dataclasses.asdict(self)})
@@ -142,9 +147,18 @@ class UsageRecord:
                 raise InvalidRequest(f"usage of {self.request_id!r}: {rule}")
 
     @property
+    def key(self) -> str:
+        return request_key(self.tenant, self.request_id)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing more may ever be recorded under this id: it is charged, or was given up with work done."""
+        return self.status.is_charged and (self.status is not Status.CANCELLED or self.prompt_tokens > 0)
+
+    @property
     def event_id(self) -> str:
         """Unique within `source`."""
-        return self.request_id if self.attempt == 1 else f"{self.request_id}/{self.attempt}"
+        return self.key if self.attempt == 1 else f"{self.key}/{self.attempt}"
 
     def to_payload(self) -> bytes:
         return _canonical({"v": PAYLOAD_VERSION, **self.to_dict()})
@@ -173,6 +187,11 @@ class UsageRecord:
             return cls(**values)
         except (KeyError, ValueError, TypeError, InvalidOperation) as err:
             raise InvalidRequest(f"not a usage record: {err}") from err
+
+
+def request_key(tenant: str, request_id: str) -> str:
+    """What a request is known by. Ids come from callers, so one tenant's must never meet another's."""
+    return f"{quote(tenant, safe='')}:{request_id}" if tenant else request_id
 
 
 def _canonical(values: dict[str, Any]) -> bytes:

@@ -92,10 +92,10 @@ def _read(ledger: Path, anchor: tuple[int, str] | None) -> _Chain:
             chain.sequence, chain.hash = entry.sequence, entry.hash
             chain.anchor_seen = chain.anchor_seen or (entry.sequence, entry.hash.hex()) == anchor
             if entry.kind is EntryKind.OPEN:
-                opened.add(OpenEntry.from_payload(entry.payload).request_id)
+                opened.add(OpenEntry.from_payload(entry.payload).key)
                 continue
             settled = settled_of(previous, entry)
-            opened.discard(settled.record.request_id)
+            opened.discard(settled.record.key)
             chain.settled.append(settled)
     except AntefixError as err:
         chain.error = str(err)
@@ -106,15 +106,15 @@ def _read(ledger: Path, anchor: tuple[int, str] | None) -> _Chain:
 def _num_duplicates(settled: list[Settled]) -> int:
     """Records beyond the one that each attempt may have, and charges beyond the one that each request may have."""
     seen: set[str] = set()
-    charged: set[str] = set()
+    final: set[str] = set()
     num_duplicates = 0
     for item in settled:
         record = item.record
-        twice = record.event_id in seen or (record.status.is_charged and record.request_id in charged)
+        twice = record.event_id in seen or (record.is_final and record.key in final)
         num_duplicates += twice
         seen.add(record.event_id)
-        if record.status.is_charged:
-            charged.add(record.request_id)
+        if record.is_final:
+            final.add(record.key)
     return num_duplicates
 
 

@@ -55,7 +55,7 @@ def test_a_request_id_is_charged_once_across_rotation_and_reopen(directory):
     assert len(segments_of(directory)) > 5
     ledger = Ledger(directory, segment_bytes=4096)
     for number in range(50):
-        assert ledger.find(f"r{number}").record.request_id == f"r{number}"
+        assert ledger.find(f"acme:r{number}").record.request_id == f"r{number}"
         ledger.append([record(f"r{number}", output_tokens=99)])
     ledger.close()
     assert len(ids(directory)) == 50
@@ -77,7 +77,7 @@ def test_a_lost_index_is_rebuilt(directory):
     for path in (directory / "index").iterdir():
         path.unlink()
     ledger = Ledger(directory, segment_bytes=4096)
-    assert all(ledger.find(f"r{number}") for number in range(50))
+    assert all(ledger.find(f"acme:r{number}") for number in range(50))
 
 
 def test_open_entries_survive_rotation_and_reopen_until_settled(directory):
@@ -233,3 +233,18 @@ def test_entries_are_typed(directory):
     ledger = Ledger(directory)
     answers = ledger.append([opened("x"), record("x")])
     assert isinstance(answers[0], OpenEntry) and answers[1].sequence == 2
+
+
+def test_two_tenants_may_use_one_id(directory):
+    ledger = Ledger(directory)
+    ledger.append([record("a"), record("a", tenant="other"), record("a", tenant="")])
+    ledger.append([record("a", tenant="other")])
+    assert len({item.record.event_id for item in read_settled(directory)}) == 3 == ledger.sequence
+
+
+def test_a_request_cancelled_before_any_work_may_be_tried_again(directory):
+    ledger = Ledger(directory)
+    ledger.append([record("a", status=Status.CANCELLED, hit=0, miss=0, output_tokens=0, price=0)])
+    ledger.append([record("a", attempt=2)])
+    assert [item.record.attempt for item in read_settled(directory)] == [1, 2]
+    assert verify(directory).ok

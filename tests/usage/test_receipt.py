@@ -23,7 +23,7 @@ def issued(tmp_path, cards):
     ledger = Ledger(tmp_path / "ledger")
     ledger.append([record("first"), priced(record("mine"), cards)])
     signer = Signer.create(tmp_path / "receipts.key")
-    receipt = signer.receipt(ledger.find("mine"), ledger.source)
+    receipt = signer.receipt(ledger.find("acme:mine"), ledger.source)
     ledger.close()
     return json.loads(json.dumps(receipt)), signer.public_key
 
@@ -57,7 +57,7 @@ def test_a_price_that_is_not_the_cards_shows(tmp_path, cards):
     dear = priced(record("mine"), cards)
     ledger.append([record("mine", price=dear.price + Decimal("0.1"), rate_card=dear.rate_card, currency="EUR")])
     signer = Signer.create(tmp_path / "receipts.key")
-    checked = check_receipt(signer.receipt(ledger.find("mine"), ledger.source), signer.public_key, cards)
+    checked = check_receipt(signer.receipt(ledger.find("acme:mine"), ledger.source), signer.public_key, cards)
     assert checked.signature_ok and checked.hash_ok and checked.price_ok is False and not checked.ok
 
 

@@ -45,7 +45,7 @@ def test_a_hit_that_was_stored_and_read_is_supported(settle, log):
 def test_a_hit_that_was_never_stored_is_not(settle, log):
     log.read([HASH])
     verdict = settle(record(started_us=now_us(), finished_us=now_us()))
-    assert verdict.unsupported_hits == 1 and verdict.unsupported_examples == ("r1",) and not verdict.ok
+    assert verdict.unsupported_hits == 1 and verdict.unsupported_examples == ("acme:r1",) and not verdict.ok
 
 
 def test_a_hit_that_was_not_read_then_is_not(settle, log):
