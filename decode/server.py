@@ -142,6 +142,7 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
     """
     store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
     engine = build_engine(config, store)
+    await engine.register()
     servicer = DecodeServicer(engine, load_tokenizer(config.model).eos_ids, config)
     server = await rpc.start_server(
         config.address,

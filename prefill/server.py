@@ -112,6 +112,7 @@ async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
     """
     store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
     engine = build_engine(config, store)
+    await engine.register()
     servicer = PrefillServicer(engine, config)
     server = await rpc.start_server(
         config.address,

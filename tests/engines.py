@@ -59,6 +59,9 @@ class MemoryStore:
             self.puts.append((record.kind, record.position))
         return PutResult(num_stored=len(records), num_existing=0)
 
+    async def register(self, fingerprint, layout):
+        pass
+
     async def close(self):
         pass
 

@@ -20,9 +20,12 @@ from antefix.clients import Generated, Tokens
 from antefix.commands.up import add_deployment_arguments, deployment_config
 from antefix.deployment import Deployment, DeploymentConfig
 from antefix.errors import InvalidRequest
-from antefix.layout import KVFormat
+from antefix.layout import KVFormat, KVGeometry
+from antefix.model_dir import read_config
 from antefix.reference import Reference
+from antefix.store.api import RecordKind
 from antefix.store.client import RemoteStore
+from antefix.store.stats import StoreTotals, read_stats
 from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.wire import Sampling
 
@@ -115,13 +118,11 @@ class Demo:
             pids += [process.process.pid for process in deployment.processes]
             self._say("all processes restarted on the same store")
             await self._ask(deployment, "after restart", self._turn(self._document, QUESTIONS[3]))
-            stats = await RemoteStore(deployment.one("kvstore").address).stats()
+            stats = await read_stats(RemoteStore(deployment.one("kvstore").address))
         left = [pid for pid in pids if _is_running(pid)]
         # 3. The same prompts without any store.
         identical = await asyncio.to_thread(self._compare)
-        return self._report(
-            stats.block_bytes / max(stats.num_blocks, 1), stats.disk_bytes, identical, len(pids) // 2, left
-        )
+        return self._report(stats, identical, num_processes=len(pids) // 2, num_left=len(left))
 
     async def _ask(self, deployment: Deployment, name: str, prompt: Tokens) -> Step:
         step = Step(name=name, prompt=prompt)
@@ -148,11 +149,12 @@ class Demo:
         return np.concatenate((history, np.array(self._tokenizer.encode(text), np.uint32)))
 
     def _report(
-        self, block_bytes: float, store_bytes: int, identical: dict[str, bool], num_processes: int, left: list[int]
+        self, stats: StoreTotals, identical: dict[str, bool], *, num_processes: int, num_left: int
     ) -> dict[str, object]:
         rows = [step.row for step in self.steps]
         cold, hit, third, restarted = rows
-        block_size = load_block_size(self._config)
+        blocks = stats.kinds[RecordKind.BLOCK]
+        block_size = KVGeometry.from_config(read_config(self._config.model)).block_size
         return {
             "prompt_tokens": cold["prompt_tokens"],
             "cold_ttft_s": cold["ttft_s"],
@@ -164,22 +166,15 @@ class Demo:
             "outputs_identical": all(identical.values()),
             "identical": identical,
             "processes": num_processes,
-            "processes_left": len(left),
-            "store_bytes": store_bytes,
-            "global_kv_bytes_per_token": block_bytes / block_size,
+            "processes_left": num_left,
+            "store_bytes": stats.used_bytes,
+            "global_kv_bytes_per_token": blocks.payload_bytes / max(blocks.num_records * block_size, 1),
+            "stored_bytes_per_token": blocks.stored_bytes / max(blocks.num_records * block_size, 1),
             "steps": rows,
         }
 
     def _say(self, text: str) -> None:
         self._console.print(f"[dim]{time.monotonic() - self._started:6.1f} s[/dim]  {text}")
-
-
-def load_block_size(config: DeploymentConfig) -> int:
-    """Tokens a block of the deployment's model."""
-    from antefix.layout import KVGeometry
-    from antefix.model_dir import read_config
-
-    return KVGeometry.from_config(read_config(config.model)).block_size
 
 
 def _document(args: argparse.Namespace, tokenizer: Tokenizer) -> Tokens:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
+from antefix.layout import BlockLayout
+
 # Anything with the buffer protocol whose bytes are contiguous; reads fill one, writes take one, without a copy.
 Buffer = bytes | bytearray | memoryview
 
@@ -89,5 +91,8 @@ class Store(Protocol):
 
         A block whose parent is not stored is refused: the store stays prefix-closed.
         """
+
+    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
+        """Tell the store how a fingerprint's payloads are laid out, so that it can compress them."""
 
     async def close(self) -> None: ...

@@ -8,8 +8,8 @@ import torch
 
 from antefix.block import Chain
 from antefix.config import require, setting
-from antefix.errors import InvalidRequest
-from antefix.layout import BlockLayout, KVFormat
+from antefix.errors import AntefixError, InvalidRequest
+from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model import BlockPool, Model, load_model
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
@@ -97,6 +97,13 @@ class Engine:
         if largest_id >= self.identity.vocab_size:
             raise InvalidRequest(f"token id {largest_id} is outside the vocabulary of {self.identity.vocab_size}")
 
+    async def register(self) -> None:
+        """Tell the store how payloads are laid out, which lets it compress them; without that they stay as they are."""
+        try:
+            await self.store.register(self.fingerprint, self.layout)
+        except AntefixError as err:
+            self.counters.note(err)
+
     async def close(self) -> None:
         self.compute.close()
         await self.store.close()
@@ -112,7 +119,7 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
     identity = identify(config.model)
     kv_format = KVFormat(config.kv_format)
     model = load_model(config.model, device=config.device, dtype=torch.float32, kv_format=kv_format)
-    num_blocks = max(1, config.pool_bytes // model.layout.block_bytes)
+    num_blocks = max(1, config.pool_bytes // pool_block_bytes(model.layout))
     pool = BlockPool(model.layout, num_blocks, config.device)
     return Engine(
         identity=identity,
@@ -127,3 +134,12 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         prefill_chunk=config.prefill_chunk,
         fingerprint=identity.fingerprint(kv_format, namespace=config.namespace).digest,
     )
+
+
+def pool_block_bytes(layout: BlockLayout) -> int:
+    """Memory a pool block takes: its row, and on a CPU the float32 mirror of an FP8 row (see `antefix.model.pool`)."""
+    if layout.kv_format is not KVFormat.FP8:
+        return layout.block_bytes
+    geometry = layout.geometry
+    width = {PartKind.INDEXER_KEYS: geometry.indexer_dim}
+    return layout.block_bytes + sum(p.num_rows * width.get(p.kind, geometry.head_dim) * 4 for p in layout.parts)
