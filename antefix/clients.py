@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -85,7 +86,8 @@ class PrefillClient:
 
     async def status(self, *, timeout_s: float = 5.0) -> prefill_pb2.PrefillStatusResponse:
         with rpc.rpc_errors():
-            return await self._stub.PrefillStatus(prefill_pb2.PrefillStatusRequest(), timeout=timeout_s)
+            answer = await self._stub.PrefillStatus(prefill_pb2.PrefillStatusRequest(), timeout=timeout_s)
+        return cast(prefill_pb2.PrefillStatusResponse, answer)
 
 
 @dataclass(slots=True)
@@ -132,7 +134,8 @@ class DecodeClient:
 
     async def status(self, *, timeout_s: float = 5.0) -> decode_pb2.DecodeStatusResponse:
         with rpc.rpc_errors():
-            return await self._stub.DecodeStatus(decode_pb2.DecodeStatusRequest(), timeout=timeout_s)
+            answer = await self._stub.DecodeStatus(decode_pb2.DecodeStatusRequest(), timeout=timeout_s)
+        return cast(decode_pb2.DecodeStatusResponse, answer)
 
 
 @dataclass(slots=True)
@@ -169,7 +172,8 @@ class RouterClient:
 
     async def status(self, *, timeout_s: float = 5.0) -> router_pb2.RouterStatusResponse:
         with rpc.rpc_errors():
-            return await self._stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=timeout_s)
+            answer = await self._stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=timeout_s)
+        return cast(router_pb2.RouterStatusResponse, answer)
 
 
 def _generated(message: router_pb2.GenerateResponse) -> Generated:

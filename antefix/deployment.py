@@ -106,7 +106,8 @@ class Deployment:
 
     async def start_worker(self, role: str) -> RoleProcess:
         """One more prefill or decode worker."""
-        return await self.start_role(role, [*self._shared_flags(), "--strategy", self.config.strategy])
+        flags = ["--strategy", self.config.strategy, "--threads", str(self._threads())]
+        return await self.start_role(role, [*self._shared_flags(), *flags])
 
     async def start_router(self, address: str = "127.0.0.1:0") -> RoleProcess:
         """A router over the workers that are alive now."""
@@ -114,6 +115,10 @@ class Deployment:
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]
         return await self.start_role("router", flags)
+
+    def _threads(self) -> int:
+        """The cores, divided: two workers with all cores each wait for one another at every parallel loop's end."""
+        return max(1, (os.cpu_count() or 1) // (self.config.num_prefill + self.config.num_decode))
 
     def _shared_flags(self) -> list[str]:
         config = self.config
@@ -182,8 +187,13 @@ class Deployment:
 
 
 def _child_environment() -> dict[str, str]:
-    """Ours, with an allocator that keeps large buffers: glibc would map and unmap each 1 to 4 MiB one anew."""
+    """Ours, tuned for workers.
+
+    glibc would map and unmap each 1 to 4 MiB buffer anew. OpenMP threads would spin at the end of each loop, on a busy
+    machine for a thread that is not running: a prefill of 3,000 tokens took 6.9 s instead of 0.9 s.
+    """
     tuned = {
+        "OMP_WAIT_POLICY": "PASSIVE",
         "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         "MALLOC_TOP_PAD_": str(64 << 20),

@@ -19,6 +19,8 @@ class Reference:
     """Greedy generation from scratch, every time."""
 
     def __init__(self, model_path: Path, kv_format: KVFormat, *, prefill_chunk: int = 512) -> None:
+        # One thread: the same bits as any number, and a busy machine cannot make it wait for its other half.
+        torch.set_num_threads(1)
         self._model: Model = load_model(model_path, device="cpu", dtype=torch.float32, kv_format=kv_format)
         self._eos_ids = load_tokenizer(model_path).eos_ids
         self._prefill_chunk = prefill_chunk

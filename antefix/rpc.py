@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.descriptor import FileDescriptor
@@ -26,6 +26,11 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from antefix import errors
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+else:
+    Context = grpc.aio.ServicerContext
 
 log = logging.getLogger("antefix.rpc")
 
@@ -61,6 +66,7 @@ _STATUS: tuple[tuple[type[errors.AntefixError], grpc.StatusCode], ...] = (
     (errors.BlockNotFound, grpc.StatusCode.NOT_FOUND),
     (errors.FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (errors.Conflict, grpc.StatusCode.ALREADY_EXISTS),
     (errors.LeaseExpired, grpc.StatusCode.ABORTED),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
@@ -107,7 +113,7 @@ def rpc_errors() -> Any:
         raise from_rpc_error(err) from err
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns exceptions into statuses. What is not ours becomes INTERNAL with an id that the log has too."""
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
@@ -136,7 +142,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 def _guard_unary(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
+    async def guarded(request: Any, context: Context) -> Any:
         try:
             return await behaviour(request, context)
         except Exception as err:  # noqa: BLE001 - the one place that does
@@ -146,7 +152,7 @@ def _guard_unary(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[A
 
 
 def _guard_stream(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
-    async def guarded(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+    async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         try:
             # Closing the inner generator at once, not when it is collected, is what stops work for a client that left.
             async with contextlib.aclosing(behaviour(request, context)) as responses:  # type: ignore[type-var]
@@ -158,7 +164,7 @@ def _guard_stream(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callab
     return guarded
 
 
-async def _abort(context: grpc.aio.ServicerContext, err: Exception) -> None:
+async def _abort(context: Context, err: Exception) -> None:
     if isinstance(err, (grpc.aio.AbortError, grpc.RpcError)) and not isinstance(err, grpc.aio.AioRpcError):
         raise err
     if isinstance(err, grpc.aio.AioRpcError):
@@ -171,7 +177,7 @@ async def _abort(context: grpc.aio.ServicerContext, err: Exception) -> None:
     await context.abort(grpc.StatusCode.INTERNAL, f"internal error {error_id}; the service's log has it", ())
 
 
-def deadline_s(context: grpc.aio.ServicerContext, default_s: float) -> float:
+def deadline_s(context: Context, default_s: float) -> float:
     """Seconds left for this call, to be passed on to the calls that it makes."""
     left = context.time_remaining()
     return default_s if left is None else max(0.0, min(left, default_s))

@@ -195,7 +195,7 @@ class Scheduler:
 
 def _logits(engine: Engine, items: list[tuple[Sequence, npt.NDArray[np.uint32]]]) -> npt.NDArray[np.float32]:
     out = forward(engine.model, engine.pool, items)
-    return out.float().cpu().numpy()  # type: ignore[no-any-return]
+    return out.float().cpu().numpy()
 
 
 def _emit(running: Running, token: int) -> None:

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
-import grpc
 import numpy as np
 
 from antefix import rpc
@@ -41,7 +40,7 @@ class DecodeConfig(EngineConfig):
         require(self.num_running_max > 0, f"num_running_max must be positive, is {self.num_running_max}")
 
 
-class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):  # type: ignore[misc]
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     """One worker's calls."""
 
     def __init__(self, engine: Engine, eos_ids: frozenset[int], config: DecodeConfig) -> None:
@@ -50,7 +49,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):  # type: ignore[mis
         self.scheduler = Scheduler(engine, config.num_running_max)
 
     async def Decode(
-        self, request: decode_pb2.DecodeRequest, context: grpc.aio.ServicerContext
+        self, request: decode_pb2.DecodeRequest, context: rpc.Context
     ) -> AsyncIterator[decode_pb2.DecodeResponse]:
         # 1. Check.
         sampling = sampling_from_wire(request.sampling)
@@ -117,7 +116,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):  # type: ignore[mis
         return Prompt(tokens=tokens, chain=chain, tenant=request.tenant), emitted
 
     async def DecodeStatus(
-        self, request: decode_pb2.DecodeStatusRequest, context: grpc.aio.ServicerContext
+        self, request: decode_pb2.DecodeStatusRequest, context: rpc.Context
     ) -> decode_pb2.DecodeStatusResponse:
         return decode_pb2.DecodeStatusResponse(
             fingerprint=self._engine.fingerprint,

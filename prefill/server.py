@@ -5,8 +5,6 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
-import grpc
-
 from antefix import rpc
 from antefix.block import HASH_BYTES
 from antefix.config import require, setting
@@ -42,16 +40,14 @@ class PrefillConfig(EngineConfig):
         require(self.num_running_max > 0 and self.num_waiting_max > 0, "num_running_max and num_waiting_max start at 1")
 
 
-class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):  # type: ignore[misc]
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     """One worker's calls."""
 
     def __init__(self, engine: Engine, config: PrefillConfig) -> None:
         self._engine = engine
         self._queue = PrefillQueue(config.num_running_max, config.num_waiting_max)
 
-    async def Prefill(
-        self, request: prefill_pb2.PrefillRequest, context: grpc.aio.ServicerContext
-    ) -> prefill_pb2.PrefillResponse:
+    async def Prefill(self, request: prefill_pb2.PrefillRequest, context: rpc.Context) -> prefill_pb2.PrefillResponse:
         engine = self._engine
         # 1. Check before queueing: a request that cannot work must not wait to be told so.
         tokens = tokens_from_wire(request.prompt)
@@ -72,7 +68,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):  # type: ignore[
         return prefill_pb2.PrefillResponse(handoff=handoff, restore=report_to_wire(computed.report))
 
     async def PrefillStatus(
-        self, request: prefill_pb2.PrefillStatusRequest, context: grpc.aio.ServicerContext
+        self, request: prefill_pb2.PrefillStatusRequest, context: rpc.Context
     ) -> prefill_pb2.PrefillStatusResponse:
         return prefill_pb2.PrefillStatusResponse(
             fingerprint=self._engine.fingerprint,

@@ -7,8 +7,6 @@ import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-import grpc
-
 from antefix import rpc
 from antefix.block import as_tokens
 from antefix.clients import Tokens, usage_to_wire
@@ -55,7 +53,7 @@ class RouterConfig:
         require(bool(self.decode), "--decode is needed: at least one decode worker's host:port")
 
 
-class RouterServicer(router_pb2_grpc.RouterServiceServicer):  # type: ignore[misc]
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """The calls that applications make."""
 
     def __init__(self, identity: ModelIdentity, tokenizer: Tokenizer, store: Store, config: RouterConfig) -> None:
@@ -73,7 +71,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):  # type: ignore[mis
         self._generator = Generator(self._prefill, self._decode, store, names)
 
     async def Generate(
-        self, message: router_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+        self, message: router_pb2.GenerateRequest, context: rpc.Context
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
         request = self._request(message)
         text = self._tokenizer.stream()
@@ -120,7 +118,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):  # type: ignore[mis
         return as_tokens(self._tokenizer.encode(message.text))
 
     async def RouterStatus(
-        self, request: router_pb2.RouterStatusRequest, context: grpc.aio.ServicerContext
+        self, request: router_pb2.RouterStatusRequest, context: rpc.Context
     ) -> router_pb2.RouterStatusResponse:
         response = router_pb2.RouterStatusResponse(
             model=self._identity.name,

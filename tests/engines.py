@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from antefix.errors import Unavailable
 from antefix.model import BlockPool, load_model
@@ -67,6 +68,7 @@ class MemoryStore:
 
 
 def load(kv_format):
+    torch.set_num_threads(1)  # two threads on a busy machine wait for each other; the bits are the same
     return load_model(MODEL, kv_format=kv_format)
 
 
