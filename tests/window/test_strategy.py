@@ -173,16 +173,23 @@ def test_auto_sends_ends_to_the_pool_on_request_and_what_lasts_to_disk() -> None
 
 def test_auto_marks_a_long_stretch_near_its_start_its_middle_and_its_end() -> None:
     facts = PromptFacts(num_tokens=128_002, num_stored_blocks=0, resume_block=0)
-    assert _blocks(parse("auto").at_prompt(facts, SIZES)) == [150, 400, 992, 1000]
-    short = PromptFacts(num_tokens=8_000, num_stored_blocks=0, resume_block=0)
-    assert _blocks(parse("auto").at_prompt(short, SIZES)) == [62]
+    assert _blocks(parse("auto").at_prompt(facts, SIZES)) == [150, 400, 936, 992, 1000]
+    short = PromptFacts(num_tokens=7_000, num_stored_blocks=0, resume_block=0)
+    assert _blocks(parse("auto").at_prompt(short, SIZES)) == [54]
 
 
-def test_a_mark_saves_the_distance_to_the_one_before_and_never_more_than_a_replay() -> None:
-    facts = PromptFacts(num_tokens=128_002, num_stored_blocks=140, resume_block=130, checkpoints=(130,))
+def test_auto_leaves_no_sparse_marks_in_the_steps_of_a_running_conversation() -> None:
+    step = PromptFacts(num_tokens=40_000, num_stored_blocks=200, resume_block=200, checkpoints=(200,))
+    assert _blocks(parse("auto").at_prompt(step, SIZES)) == [312]
+    leap = PromptFacts(num_tokens=100_000, num_stored_blocks=200, resume_block=200, checkpoints=(200,))
+    assert Reason.SPARSE in _reasons(parse("auto").at_prompt(leap, SIZES)).values()
+
+
+def test_a_mark_is_worth_at_most_a_replay_and_a_sparse_one_a_fraction() -> None:
+    facts = PromptFacts(num_tokens=128_002, num_stored_blocks=20, resume_block=10, checkpoints=(10,))
     saved = {mark.block: mark.saved_tokens for mark in parse("auto").at_prompt(facts, SIZES)}
-    assert saved[140] == 10 * 128
-    assert saved[1000] == 8 * 128
-    assert max(saved.values()) == 5_504
+    assert saved[20] == 20 * 128
+    assert saved[1000] == 5_504
+    assert max(value for block, value in saved.items() if block not in (20, 1000)) == 5_504 // 8
     full = {mark.saved_tokens for mark in parse("full").at_prompt(facts, SIZES)}
     assert full == {128}
