@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,28 +50,42 @@ class Indexer(Compressor):
 
 def index_scores(q_NIC: Tensor, weights_NI: Tensor, keys_EC: Tensor) -> Tensor:
     """Scores [N, E]: over heads, the weighted sum of ReLU(query times key)."""
-    hits = linear(q_NIC, keys_EC).relu()
+    hits = linear(q_NIC, keys_EC).relu_()
     return torch.bmm(weights_NI.unsqueeze(1), hits).squeeze(1)
 
 
 def top_entries(scores_NE: Tensor, num_visible_N: Tensor, k: int) -> Tensor:
     """The k best visible entries [N, k], ascending, -1 where a query sees fewer. Ties go to the lowest index.
 
-    scores_NE: entries from num_visible_N on must be -inf.
-    The kept set is unique unless the k-th and the next score are equal; only such rows pay for an exact sort, so the
-    choice never depends on how many entries were scored.
+    scores_NE: no NaN; entries from num_visible_N on must be -inf.  The choice never depends on how many were scored.
     """
-    num_scored = scores_NE.shape[1]
+    num_queries, num_scored = scores_NE.shape
+    first = torch.arange(max(k, num_scored), device=scores_NE.device)
     if num_scored <= k:
-        picked = torch.arange(k, device=scores_NE.device).expand(len(scores_NE), k)
-        return torch.where(picked < num_visible_N.unsqueeze(1), picked, -1)
-    best, picked = scores_NE.topk(k + 1, dim=-1)
-    # Rows that see at most k entries keep them all; what fills them up at -inf is invisible whichever it is.
-    tied = ((best[:, k - 1] == best[:, k]) & (num_visible_N > k)).nonzero().squeeze(1)
-    picked = picked[:, :k]
-    if len(tied):
-        exact = scores_NE[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        picked = picked.index_copy(0, tied, exact)
-    # Invisible picks sort to the end before they become -1, so that visible ones lie side by side.
-    picked = torch.where(picked < num_visible_N.unsqueeze(1), picked, num_scored).sort(-1).values
-    return torch.where(picked < num_scored, picked, -1)
+        picked = first[:k].expand(num_queries, k)
+    else:
+        worst = _kth_best(scores_NE, k)
+        keep = scores_NE >= worst
+        crowded = (keep.sum(1) > k).nonzero().squeeze(1)
+        if len(crowded):
+            keep[crowded] = _keep_lowest(scores_NE[crowded], worst[crowded], k)
+        # Queries that see at most k entries keep them all; their other slots are invisible whatever fills them.
+        few = num_visible_N <= k
+        if few.any():
+            keep[few] = first < k
+        picked = keep.nonzero()[:, 1].view(num_queries, k)
+    return torch.where(picked < num_visible_N.unsqueeze(1), picked, -1)
+
+
+def _kth_best(scores_NE: Tensor, k: int) -> Tensor:
+    """The k-th largest score of each row, [N, 1]. numpy's partition is ten times faster than topk on a CPU."""
+    if scores_NE.device.type != "cpu":
+        return scores_NE.topk(k, dim=1).values[:, -1:]
+    place = scores_NE.shape[1] - k
+    return torch.from_numpy(np.partition(scores_NE.numpy(), place, axis=1)[:, place : place + 1].copy())
+
+
+def _keep_lowest(scores_NE: Tensor, worst_N1: Tensor, k: int) -> Tensor:
+    """Where more than k scores reach the k-th best: all better ones, and as many equal ones as fit, lowest first."""
+    better, equal = scores_NE > worst_N1, scores_NE == worst_N1
+    return better | (equal & (equal.cumsum(1) <= k - better.sum(1, keepdim=True)))
