@@ -55,6 +55,10 @@ class QuotaExceeded(ResourceExhausted):
     """The tenant's own limit. The caller backs off, other tenants are not affected."""
 
 
+class Conflict(AntefixError):
+    """The request id is in use, or used up. The caller waits for the first answer or takes another id."""
+
+
 class LeaseExpired(AntefixError):
     """Evicted under the reader. The caller looks up again."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from antefix.block import Chain, chain_of
-from antefix.clients import DecodeClient, PrefillClient, Prefilled, Tokens, Usage
+from antefix.clients import DecodeClient, PrefillClient, Prefilled, Tokens
 from antefix.errors import AntefixError, Overloaded, Unavailable
 from antefix.secret import Keyring
 from antefix.store.api import Store
@@ -58,23 +58,10 @@ class Request:
     emitted: list[int] = field(default_factory=list)
     restore: RestoreReport | None = None
     written_tokens: int = 0
+    output_written_tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
     ttft_s: float = 0.0
     finish_reason: str = ""
-
-    def usage(self) -> Usage:
-        """hit + miss = prompt; without a restore report nothing was hit."""
-        hit = self.restore.hit_tokens if self.restore else 0
-        return Usage(
-            request_id=self.request_id,
-            prompt_tokens=len(self.tokens),
-            cache_hit_tokens=hit,
-            cache_miss_tokens=len(self.tokens) - hit,
-            output_tokens=len(self.emitted),
-            written_tokens=self.written_tokens,
-            ttft_s=self.ttft_s,
-            total_s=time.perf_counter() - self.started,
-        )
 
 
 class Generator:
@@ -187,3 +174,4 @@ class Generator:
                     if decoded.finish_reason:
                         request.finish_reason = decoded.finish_reason
                         request.written_tokens += decoded.written_tokens
+                        request.output_written_tokens = decoded.written_tokens

@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+
+import grpc
 
 from antefix import rpc
 from antefix.block import as_tokens
 from antefix.clients import Tokens, usage_to_wire
 from antefix.config import require, setting
-from antefix.errors import InvalidRequest
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.api import Store
 from antefix.store.open import StoreAddress, open_store
 from antefix.tokenizer import Tokenizer, load_tokenizer
-from antefix.v1 import router_pb2, router_pb2_grpc
+from antefix.v1 import router_pb2, router_pb2_grpc, usage_pb2, usage_pb2_grpc
 from antefix.wire import report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
-from router.generate import Generator, Names, Request
+from router.front import Front, open_front
+from router.gateway.config import GatewayConfig
+from router.generate import Generator, Names
+from router.usage_service import UsageServicer
 from router.workers import Role, Workers
 
 # A caller without a deadline gets this one; nothing runs for ever.
 REQUEST_TIMEOUT_S = 3600.0
-REQUEST_ID_BYTES_MAX = 256
-TENANT_BYTES_MAX = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RouterConfig:
+class RouterConfig(GatewayConfig):
     """Settings of a router."""
 
     address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
@@ -45,6 +46,8 @@ class RouterConfig:
     decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
 
     def __post_init__(self) -> None:
+        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        GatewayConfig.__post_init__(self)
         require(bool(self.model), "--model is needed: a directory with config.json and a tokenizer")
         require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
@@ -62,20 +65,34 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._fingerprint = identity.fingerprint(KVFormat(config.kv_format), namespace=config.namespace).digest
         self._prefill = Workers.at(Role.PREFILL, config.prefill)
         self._decode = Workers.at(Role.DECODE, config.decode)
+        keyring = Keyring.from_file(config.secret_file)
         names = Names(
             fingerprint=self._fingerprint,
-            keyring=Keyring.from_file(config.secret_file),
+            keyring=keyring,
             block_size=identity.geometry.block_size,
             prefill_tokens_min=config.prefill_tokens_min,
         )
-        self._generator = Generator(self._prefill, self._decode, store, names)
+        self.front: Front = open_front(
+            config,
+            Generator(self._prefill, self._decode, store, names),
+            identity=identity,
+            tokenizer=tokenizer,
+            keyring=keyring,
+            fingerprint=self._fingerprint,
+        )
 
     async def Generate(
         self, message: router_pb2.GenerateRequest, context: rpc.Context
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
-        request = self._request(message)
-        text = self._tokenizer.stream()
-        outputs = self._generator.run(request, rpc.deadline_s(context, REQUEST_TIMEOUT_S))
+        bill = await self.front.admit(
+            self._tokens(message),
+            sampling_from_wire(message.sampling),
+            tenant=message.tenant,
+            user=message.user,
+            request_id=message.request_id,
+        )
+        request, text = bill.request, self._tokenizer.stream()
+        outputs = self.front.run(bill, rpc.deadline_s(context, REQUEST_TIMEOUT_S))
         async with contextlib.aclosing(outputs):
             async for tokens in outputs:
                 yield router_pb2.GenerateResponse(
@@ -84,32 +101,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         yield router_pb2.GenerateResponse(
             text=text.finish(),
             finish_reason=request.finish_reason,
-            usage=usage_to_wire(request.usage()),
+            usage=usage_to_wire(bill.usage()),
             restore=report_to_wire(request.restore) if request.restore else None,
-        )
-
-    def _request(self, message: router_pb2.GenerateRequest) -> Request:
-        """Raises:  InvalidRequest: whatever is wrong with the request, whatever our state is."""
-        if len(message.request_id.encode()) > REQUEST_ID_BYTES_MAX or len(message.tenant.encode()) > TENANT_BYTES_MAX:
-            raise InvalidRequest(f"request_id takes {REQUEST_ID_BYTES_MAX} bytes, tenant {TENANT_BYTES_MAX}")
-        sampling = sampling_from_wire(message.sampling)
-        tokens = self._tokens(message)
-        if len(tokens) == 0:
-            raise InvalidRequest("the prompt is empty")
-        if len(tokens) + sampling.max_tokens > self._identity.max_tokens:
-            raise InvalidRequest(
-                f"{len(tokens)} prompt tokens and max_tokens {sampling.max_tokens} exceed the model's"
-                f" {self._identity.max_tokens}"
-            )
-        if int(tokens.max()) >= self._identity.vocab_size:
-            raise InvalidRequest(
-                f"token id {int(tokens.max())} is outside the vocabulary of {self._identity.vocab_size}"
-            )
-        return Request(
-            request_id=message.request_id or secrets.token_hex(12),
-            tenant=message.tenant,
-            tokens=tokens,
-            sampling=sampling,
         )
 
     def _tokens(self, message: router_pb2.GenerateRequest) -> Tokens:
@@ -143,9 +136,14 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     """
     store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
     servicer = RouterServicer(identify(config.model), load_tokenizer(config.model), store, config)
-    server = await rpc.start_server(
-        config.address,
-        lambda s: router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, s),
-        [router_pb2.DESCRIPTOR],
-    )
-    await rpc.run_until_signal(server, role="router", stop=store.close, watch_stdin=watch_stdin)
+
+    def register(server: grpc.aio.Server) -> None:
+        router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
+        usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageServicer(servicer.front), server)
+
+    async def stop() -> None:
+        await servicer.front.accounts.close()
+        await store.close()
+
+    server = await rpc.start_server(config.address, register, [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR])
+    await rpc.run_until_signal(server, role="router", stop=stop, watch_stdin=watch_stdin)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 from antefix.errors import AntefixError, InvalidRequest, Overloaded
 from antefix.usage.ledger import Ledger
@@ -30,6 +30,39 @@ class CommitCounters:
     entries: int = 0
 
 
+class UsageWriter(Protocol):
+    """Where records go."""
+
+    @property
+    def source_name(self) -> str: ...
+
+    async def open(self, entry: OpenEntry) -> OpenEntry: ...
+
+    async def settle(self, record: UsageRecord) -> Settled: ...
+
+    async def find(self, key: str) -> Settled | None: ...
+
+    async def close(self) -> None: ...
+
+
+class NoLedger:
+    """For a router that keeps no bill: requests are counted and priced, and nothing is kept."""
+
+    source_name = "antefix/unkept"
+
+    async def open(self, entry: OpenEntry) -> OpenEntry:
+        return entry
+
+    async def settle(self, record: UsageRecord) -> Settled:
+        return Settled(sequence=0, hash=b"", previous_hash=b"", record=record)
+
+    async def find(self, key: str) -> Settled | None:
+        return None
+
+    async def close(self) -> None:
+        return
+
+
 class LedgerWriter:
     """Asynchronous front of a ledger; owns it. All file work runs on its one thread, in order."""
 
@@ -39,6 +72,10 @@ class LedgerWriter:
         self._waiting: deque[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="antefix-ledger")
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def source_name(self) -> str:
+        return self.ledger.source_name
 
     async def open(self, entry: OpenEntry) -> OpenEntry:
         """Durable when it returns. Raises:  as `settle`."""

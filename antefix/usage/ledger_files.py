@@ -116,6 +116,12 @@ def settled_of(previous: bytes, entry: Entry) -> Settled:
     )
 
 
+def sequence_before(directory: Path, time_s: float) -> int:
+    """A sequence number up to which nothing was written after `time_s` (Unix seconds), by the segments' file times."""
+    paths = segments_of(directory)
+    return next((first_sequence_of(path) - 1 for path in paths if path.stat().st_mtime >= time_s), 0)
+
+
 def read_entry_at(path: Path, offset: int) -> Entry:
     """Raises:  LedgerCorrupt: there is no whole entry there."""
     with path.open("rb") as file:

@@ -1,0 +1,288 @@
+"""Every admitted request ends in exactly one ledger record, durable before its response ends.
+
+    admit: reserve quota, begin the OPEN entry -> run -> (OPEN is durable) first token ... -> settle -> response ends
+
+The OPEN entry is synced while the prompt is worked on, so it costs no time. Cancelled requests are settled behind the
+client's back; requests that a crash cut off are closed at the next start as crashed, and cost nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from antefix.clients import Tokens, Usage
+from antefix.errors import AntefixError, Conflict, InvalidRequest, Overloaded
+from antefix.secret import Keyring
+from antefix.usage.commit import LedgerWriter, NoLedger, UsageWriter
+from antefix.usage.ledger import Ledger
+from antefix.usage.ledger_files import Settled, read_settled, sequence_before
+from antefix.usage.pricing import priced, worst_price
+from antefix.usage.quota import QuotaBook, Reservation, Window
+from antefix.usage.ratecard import RateCards
+from antefix.usage.record import MissReason, OpenEntry, Status, UsageRecord, request_key
+from antefix.usage.tenants import TenantBook
+from router.generate import Request
+
+log = logging.getLogger("antefix.router")
+
+# A finished request may be asked for again, with the same answer and without a second charge, this often.
+NUM_REPEATS_MAX = 3
+_NUM_REPEATED_IDS_MAX = 65536
+
+Run = Callable[[Request, float], AsyncGenerator[Tokens, None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What all records of this router say alike."""
+
+    model: str
+    revision: str
+    fingerprint: str
+
+
+class Bill:
+    """One admitted request. `reasoning_tokens` is set by whoever reads the output, before its end."""
+
+    def __init__(self, request: Request, opened: OpenEntry, reservation: Reservation | None) -> None:
+        self.request = request
+        self.opened = opened
+        self.reservation = reservation
+        self.reasoning_tokens = 0
+        self.settled: Settled | None = None
+
+    @property
+    def record(self) -> UsageRecord:
+        """The record that stands; there after the output's end."""
+        assert self.settled is not None
+        return self.settled.record
+
+    def usage(self) -> Usage:
+        """What the client is told: the record's counts, this run's times."""
+        record = self.record
+        return Usage(
+            request_id=record.request_id,
+            prompt_tokens=record.prompt_tokens,
+            cache_hit_tokens=record.cache_hit_tokens,
+            cache_miss_tokens=record.cache_miss_tokens,
+            output_tokens=record.output_tokens,
+            written_tokens=record.cache_write_tokens + record.output_write_tokens,
+            ttft_s=self.request.ttft_s,
+            total_s=time.perf_counter() - self.request.started,
+        )
+
+
+class Accounts:
+    """The bills of one router; owns its ledger. Without one, requests are counted and priced but nothing is kept."""
+
+    def __init__(
+        self, ledger: Ledger | None, *, served: Served, keyring: Keyring, cards: RateCards, tenants: TenantBook
+    ) -> None:
+        self.ledger = ledger
+        self.writer: UsageWriter = LedgerWriter(ledger) if ledger is not None else NoLedger()
+        self._keyring = keyring
+        self._served = served
+        self._cards = cards
+        self._quotas = QuotaBook(tenants.limits, tenants.default)
+        self._running: set[str] = set()
+        self._repeats: OrderedDict[str, int] = OrderedDict()
+        self._settling: set[asyncio.Task[None]] = set()
+        if ledger is not None:
+            self._take_up(ledger)
+
+    def _take_up(self, ledger: Ledger) -> None:
+        """Close what a crash left open, and count what tenants used before."""
+        crashed = [self._crashed(entry) for entry in ledger.unsettled()]
+        for start in range(0, len(crashed), 1024):
+            ledger.append(crashed[start : start + 1024])
+        if crashed:
+            log.warning("%d requests were cut off by the last stop; they are closed and cost nothing", len(crashed))
+        now = datetime.now(UTC)
+        after = sequence_before(ledger.directory, Window.MONTH.start(now).timestamp())
+        self._quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
+
+    async def admit(self, request: Request, *, tenant: str, user: str) -> Bill:
+        """Check id, quota and budget. request.tenant says whose cache it is; `tenant` whose bill.
+
+        Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.
+        """
+        opened = self._open_entry(request, tenant, user)
+        if opened.key in self._running:
+            raise Conflict(f"request {request.request_id} is running; wait for it or use another id")
+        self._running.add(opened.key)
+        try:
+            standing = await self.writer.find(opened.key)
+            if standing is not None and standing.record.request_digest != opened.request_digest:
+                raise InvalidRequest(f"request id {request.request_id} was used for another request")
+            if standing is not None and standing.record.is_final:
+                return self._repeat(request, opened, standing)
+            attempt = 1 if standing is None else standing.record.attempt + 1
+            return Bill(request, dataclasses.replace(opened, attempt=attempt), self._reserve(request, tenant))
+        except BaseException:
+            self._running.discard(opened.key)
+            raise
+
+    async def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+        """The request's output; when this ends, `bill.record` is durable.
+
+        Raises:  what running it raised, after settling.  Unavailable: the ledger could not be written.
+        """
+        if bill.settled is not None:
+            async for tokens in self._run_again(bill, run, timeout_s):
+                yield tokens
+            return
+        opening = asyncio.create_task(self.writer.open(bill.opened))
+        status, detail = Status.CANCELLED, ""
+        try:
+            async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
+                async for tokens in outputs:
+                    await asyncio.shield(opening)
+                    yield tokens
+            await asyncio.shield(opening)
+            status = Status(bill.request.finish_reason)
+        except (GeneratorExit, asyncio.CancelledError):
+            detail = "the client went away"
+            raise
+        except Exception as err:
+            status, detail = Status.FAILED, type(err).__name__
+            raise
+        finally:
+            # In a task of its own: whatever happens to the caller now, the record gets written.
+            task = asyncio.create_task(self._settle(bill, opening, status, detail))
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+            if status is not Status.CANCELLED:
+                await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Write what is being settled, then close the ledger."""
+        while self._settling:
+            await asyncio.gather(*self._settling, return_exceptions=True)
+        await self.writer.close()
+
+    async def _run_again(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+        try:
+            async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
+                async for tokens in outputs:
+                    yield tokens
+        finally:
+            self._running.discard(bill.opened.key)
+
+    async def _settle(self, bill: Bill, opening: asyncio.Task[OpenEntry], status: Status, detail: str) -> None:
+        record: UsageRecord | None = None
+        try:
+            await asyncio.gather(opening, return_exceptions=True)
+            record = priced(self._record(bill, status, detail), self._cards)
+            bill.settled = await self.writer.settle(record)
+        except AntefixError as err:
+            log.error("request %s could not be settled: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
+            if status is not Status.CANCELLED and status is not Status.FAILED:
+                raise
+        finally:
+            self._running.discard(bill.opened.key)
+            if bill.reservation is not None:
+                tokens = record.prompt_tokens + record.output_tokens if record and bill.settled else 0
+                price = record.price if record and bill.settled else bill.reservation.money * 0
+                self._quotas.settle(bill.reservation, tokens=tokens, money=price)
+
+    def _record(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
+        """Without a restore report no prompt token was worked on to the end: none is counted."""
+        request, report = bill.request, bill.request.restore
+        hit = report.hit_tokens if report else 0
+        prompt = len(request.tokens) if report else 0
+        return UsageRecord(
+            **self._common(bill.opened),
+            status=status,
+            detail=detail,
+            prompt_tokens=prompt,
+            cache_hit_tokens=hit,
+            cache_miss_tokens=prompt - hit,
+            cache_write_tokens=min(report.written_tokens, prompt - hit) if report else 0,
+            output_tokens=len(request.emitted),
+            reasoning_tokens=min(bill.reasoning_tokens, len(request.emitted)),
+            output_write_tokens=request.output_written_tokens,
+            hit_memory_tokens=report.hit_memory_tokens if report else 0,
+            hit_store_tokens=report.hit_store_tokens if report else 0,
+            replayed_tokens=report.replayed_tokens if report else 0,
+            restore_plan=report.plan if report else "",
+            last_hit_hash=report.last_hit_hash.hex() if report and hit else "",
+            miss_reason=MissReason(report.miss_reason) if report else MissReason.NONE,
+            finished_us=max(_now_us(), bill.opened.started_us),
+            ttft_us=round(request.ttft_s * 1e6),
+        )
+
+    def _crashed(self, entry: OpenEntry) -> UsageRecord:
+        return priced(
+            UsageRecord(
+                **self._common(entry),
+                status=Status.CRASHED,
+                detail="the router stopped in the middle",
+                finished_us=max(_now_us(), entry.started_us),
+            ),
+            self._cards,
+        )
+
+    def _common(self, entry: OpenEntry) -> dict[str, Any]:
+        values = dataclasses.asdict(entry)
+        del values["prompt_tokens"]
+        return {**values, "source": self.writer.source_name}
+
+    def _open_entry(self, request: Request, tenant: str, user: str) -> OpenEntry:
+        sampling = request.sampling
+        if sampling.temperature and sampling.seed is None:
+            # From the id, so that a repeat of this request draws the same numbers and gives the same answer.
+            drawn = hashlib.blake2b(request_key(tenant, request.request_id).encode(), digest_size=7).digest()
+            request.sampling = sampling = dataclasses.replace(sampling, seed=int.from_bytes(drawn, "little"))
+        # Keyed: whoever reads the ledger must not be able to try out guesses of a prompt.
+        digest = hashlib.blake2b(key=self._keyring.key(tenant), digest_size=16, person=b"antefix-digest")
+        digest.update(repr(sampling).encode())
+        digest.update(request.tokens.tobytes())
+        return OpenEntry(
+            request_id=request.request_id,
+            attempt=1,
+            tenant=tenant,
+            user=user,
+            model=self._served.model,
+            revision=self._served.revision,
+            fingerprint=self._served.fingerprint,
+            request_digest=digest.hexdigest(),
+            prompt_tokens=len(request.tokens),
+            started_us=_now_us(),
+        )
+
+    def _reserve(self, request: Request, tenant: str) -> Reservation:
+        now = datetime.now(UTC)
+        most = worst_price(
+            self._cards.quote(self._served.model, now),
+            prompt_tokens=len(request.tokens),
+            output_tokens_max=request.sampling.max_tokens,
+        )
+        tokens = len(request.tokens) + request.sampling.max_tokens
+        return self._quotas.reserve(tenant, tokens=tokens, money=most, now=now)
+
+    def _repeat(self, request: Request, opened: OpenEntry, standing: Settled) -> Bill:
+        if standing.record.status is Status.CANCELLED:
+            raise Conflict(f"request {request.request_id} was cancelled and is settled; use another id")
+        num_repeats = self._repeats.pop(opened.key, 0) + 1
+        if num_repeats > NUM_REPEATS_MAX:
+            raise Overloaded(f"request {request.request_id} was repeated {NUM_REPEATS_MAX} times; use another id")
+        self._repeats[opened.key] = num_repeats
+        while len(self._repeats) > _NUM_REPEATED_IDS_MAX:
+            self._repeats.popitem(last=False)
+        bill = Bill(request, opened, None)
+        bill.settled = standing
+        return bill
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
