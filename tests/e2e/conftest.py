@@ -1,0 +1,61 @@
+"""Real processes on 127.0.0.1, started through the same code as `antefix up`."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from antefix.deployment import Deployment, DeploymentConfig
+from antefix.layout import KVFormat
+from antefix.reference import Reference
+from antefix.wire import Sampling
+
+MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
+SMALL_POOL = ("--pool-bytes", "64M")
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(**changes):
+        flags = {"prefill": SMALL_POOL, "decode": SMALL_POOL, "kvstore": ("--budget-bytes", "256M")}
+        flags.update(changes.pop("extra_flags", {}))
+        return DeploymentConfig(model=MODEL, data_dir=tmp_path / "data", extra_flags=flags, **changes)
+
+    return make
+
+
+@pytest.fixture
+def deploy(make_config):
+    """`async with deploy(strategy="zero") as deployment:`"""
+
+    def make(**changes):
+        return Deployment(make_config(**changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference():
+    return Reference(MODEL, KVFormat.FP8)
+
+
+@pytest.fixture
+def ask():
+    """One request: its output tokens and its last message."""
+
+    async def ask(deployment, prompt, max_tokens=24, **options):
+        sampling = options.pop("sampling", None) or Sampling(max_tokens=max_tokens)
+        output, last = [], None
+        async for message in deployment.router.generate(np.asarray(prompt, np.uint32), sampling, **options):
+            output += [int(token) for token in message.tokens]
+            last = message
+        return output, last
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def document():
+    """Text-like tokens: bytes of this repository's license, long enough for some blocks."""
+    text = (Path(__file__).parents[2] / "LICENSE").read_bytes()
+    return np.frombuffer(text[:2500], np.uint8).astype(np.uint32)

@@ -1,0 +1,155 @@
+"""Bad input: a clear error, nothing lost, nothing hanging."""
+
+import asyncio
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from antefix.errors import InvalidRequest
+from antefix.wire import Sampling
+
+MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
+
+
+async def antefix(*args):
+    """Run the command; returns its exit code, stdout and stderr."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "antefix", *map(str, args)),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), 90)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return process.returncode, out.decode(), err.decode()
+
+
+async def test_wrong_requests_are_refused_and_the_service_goes_on(deploy, ask, document):
+    async with deploy() as deployment:
+        for prompt, options, named in (
+            ([], {}, "empty"),
+            ([264], {}, "264"),
+            ([2**32 - 1], {}, "vocabulary"),
+            (np.zeros(3000, np.uint32), {"sampling": Sampling(max_tokens=1_048_000)}, "1048576"),
+        ):
+            with pytest.raises(InvalidRequest, match=named):
+                await ask(deployment, prompt, **options)
+        output, _ = await ask(deployment, document[:100], max_tokens=4)
+        assert len(output) <= 4
+
+
+async def test_a_prompt_that_no_pool_holds_is_refused(deploy, ask):
+    async with deploy(extra_flags={"prefill": ("--pool-bytes", "1M"), "decode": ("--pool-bytes", "1M")}) as deployment:
+        with pytest.raises(InvalidRequest, match="pool_bytes"):
+            await ask(deployment, np.zeros(20_000, np.uint32))
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def secret(tmp_path):
+    (tmp_path / "secret").write_text("00" * 32)
+    return tmp_path / "secret"
+
+
+def change_tensor(model_dir, change):
+    path = model_dir / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    # Checkpoints spell this one as DeepSeek or as transformers do.
+    name = min(name for name in tensors if name.endswith(("attn.wq_a.weight", "q_a_proj.weight")))
+    change(tensors, name)
+    safetensors.torch.save_file(tensors, path)
+    return name
+
+
+async def serve_prefill(model_dir, secret):
+    return await antefix(
+        "serve", "prefill", "--model", model_dir, "--secret-file", secret, "--store-address", "127.0.0.1:1"
+    )
+
+
+async def test_a_missing_tensor_is_named(model_dir, secret):
+    change_tensor(model_dir, lambda tensors, name: tensors.pop(name))
+    code, _, err = await serve_prefill(model_dir, secret)
+    assert code == 2 and "layers.0.attn.wq_a.weight is missing" in err
+
+
+async def test_a_misshapen_tensor_is_named_with_both_shapes(model_dir, secret):
+    name = change_tensor(model_dir, lambda tensors, name: tensors.update({name: torch.zeros(3, 5)}))
+    code, _, err = await serve_prefill(model_dir, secret)
+    assert code == 2 and name in err and "3" in err and "5" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda d: (d / "config.json").unlink(), "config.json"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json"),
+        (lambda d: (d / "config.json").write_text(json.dumps({"model_type": "llama"})), "llama"),
+        (lambda d: (d / "model.safetensors").unlink(), "safetensors"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"\x00" * 100), "safetensors"),
+        (shutil.rmtree, "not a directory"),
+    ],
+)
+async def test_a_broken_model_directory_says_what_is_wrong(model_dir, secret, change, named):
+    change(model_dir)
+    code, _, err = await serve_prefill(model_dir, secret)
+    assert code == 2 and named in err, err
+
+
+async def test_a_port_in_use_is_named(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        code, _, err = await antefix("serve", "kvstore", "--dir", tmp_path / "store", "--address", address)
+    assert code == 2 and address in err
+
+
+async def test_a_directory_that_is_no_store_is_left_alone(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "letter.txt").write_text("dear reader")
+    code, _, err = await antefix("serve", "kvstore", "--dir", tmp_path / "store")
+    assert code == 2 and "store" in err
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["letter.txt"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        (["serve", "prefill"], 2),
+        (["serve", "kvstore", "--budget-bytes", "lots"], 2),
+        (["generate", "--router", "127.0.0.1:1", "hello"], 3),
+        (["generate", "--model", "/nonexistent", "hello"], 2),
+        (["frobnicate"], 2),
+        (["--version"], 0),
+        (["generate", "--help"], 0),
+    ],
+)
+async def test_exit_codes_mean_something(args, code):
+    got, _, err = await antefix(*args)
+    assert got == code, err
+    assert "Traceback" not in err
+
+
+async def test_an_answer_comes_as_json(deploy):
+    async with deploy() as deployment:
+        address = deployment.one("router").address
+        code, out, _ = await antefix("generate", "--router", address, "--json", "--max-tokens", "5", "hello")
+    answer = json.loads(out)
+    assert code == 0
+    assert answer["usage"]["prompt_tokens"] == 5 and answer["finish_reason"] in ("stop", "length")

@@ -1,0 +1,126 @@
+"""Processes that die, disks that lie: the answer stays the same, the cache costs speed only."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from antefix.wire import Sampling
+
+
+@pytest.fixture
+def prompt(document):
+    return document[:1000]
+
+
+async def test_a_dead_prefill_worker_is_done_without(deploy, ask, prompt, reference):
+    async with deploy() as deployment:
+        await deployment.kill(deployment.one("prefill"))
+        output, last = await ask(deployment, prompt)
+        assert last.usage.prompt_tokens == 1000
+    assert output == reference.generate(prompt, 24)
+
+
+async def test_a_decode_worker_killed_in_mid_stream_is_replaced_without_gap_or_repeat(deploy, prompt, reference):
+    async with deploy(num_decode=2) as deployment:
+        output, killed = [], False
+        async for message in deployment.router.generate(prompt, Sampling(max_tokens=120, ignore_eos=True)):
+            output += [int(token) for token in message.tokens]
+            if len(output) >= 10 and not killed:
+                busy = next(
+                    w for w in (await deployment.router.status()).workers if w.role == "decode" and w.num_requests
+                )
+                await deployment.kill(next(p for p in deployment.processes if p.address == busy.address))
+                killed = True
+        assert killed and len(output) == 120
+    whole = reference.generate(prompt, 120)
+    assert output[: len(whole)] == whole
+
+
+async def test_a_sampled_output_goes_on_with_the_same_tokens(deploy, ask, prompt):
+    sampling = Sampling(max_tokens=100, temperature=0.9, top_p=0.95, seed=11, ignore_eos=True)
+    async with deploy(num_decode=2) as deployment:
+        undisturbed, _ = await ask(deployment, prompt, sampling=sampling)
+        output = []
+        async for message in deployment.router.generate(prompt, sampling):
+            output += [int(token) for token in message.tokens]
+            if len(output) == 20:
+                busy = next(
+                    w for w in (await deployment.router.status()).workers if w.role == "decode" and w.num_requests
+                )
+                await deployment.kill(next(p for p in deployment.processes if p.address == busy.address))
+        assert output == undisturbed
+
+
+async def test_a_dead_store_costs_speed_never_an_answer(deploy, ask, prompt, reference):
+    async with deploy() as deployment:
+        await ask(deployment, prompt)
+        await deployment.kill(deployment.one("kvstore"))
+        longer = np.concatenate((prompt, prompt[:50]))
+        output, _ = await asyncio.wait_for(ask(deployment, longer), 60)
+    assert output == reference.generate(longer, 24)
+
+
+async def test_a_store_that_comes_back_is_used_again(make_config, deploy, ask, prompt):
+    async with deploy() as deployment:
+        await ask(deployment, prompt)
+        old = deployment.one("kvstore")
+        await deployment.kill(old)
+        flags = ["--dir", str(deployment.config.store_dir), "--address", old.address]
+        await deployment.start_role("kvstore", flags)
+        _, last = await ask(deployment, np.concatenate((prompt, prompt[:70])))
+        assert last.usage.cache_hit_tokens == 960
+        fresh = np.flip(prompt)
+        await ask(deployment, fresh)
+        _, again = await ask(deployment, np.concatenate((fresh, prompt[:9])))
+        assert again.usage.cache_hit_tokens > 0
+
+
+async def test_a_damaged_segment_is_a_miss_and_the_answer_stays(deploy, ask, prompt, reference):
+    async with deploy() as deployment:
+        await ask(deployment, prompt)
+    segments = [path for path in deployment.config.store_dir.rglob("*") if path.is_file() and "seg" in path.name]
+    assert segments
+    rng = np.random.default_rng(1)
+    for path in segments:
+        data = bytearray(path.read_bytes())
+        for offset in rng.integers(len(data) // 8, len(data), 200):
+            data[offset] ^= 0x55
+        path.write_bytes(data)
+    async with deploy() as deployment:
+        output, last = await ask(deployment, np.concatenate((prompt, prompt[:20])))
+        assert last.usage.cache_hit_tokens < 960
+    assert output == reference.generate(np.concatenate((prompt, prompt[:20])), 24)
+
+
+async def test_a_store_of_another_format_is_all_misses(deploy, ask, prompt):
+    async with deploy(kv_format="float32") as deployment:
+        await ask(deployment, prompt)
+    async with deploy(kv_format="fp8") as deployment:
+        _, last = await ask(deployment, prompt)
+    assert (last.usage.cache_hit_tokens, last.restore.plan) == (0, "cold")
+
+
+async def test_roles_end_when_the_process_that_started_them_is_killed(tmp_path, make_config):
+    starter = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "antefix", "up", "--json", "--data-dir", str(tmp_path / "up")),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    ready = json.loads(await asyncio.wait_for(starter.stdout.readline(), 60))
+    pids = [process["pid"] for process in ready["processes"]]
+    assert len(pids) == 4
+    starter.kill()
+    await starter.wait()
+    for _ in range(200):
+        if not any(is_running(pid) for pid in pids):
+            return
+        await asyncio.sleep(0.1)
+    pytest.fail("roles outlived `antefix up`")
+
+
+def is_running(pid):
+    return Path(f"/proc/{pid}").exists()

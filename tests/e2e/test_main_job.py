@@ -1,0 +1,112 @@
+"""The main job over four real processes: hits from memory and disk that change no token, billed as they were."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from antefix.wire import Sampling
+
+QUESTIONS = [np.frombuffer(text, np.uint8).astype(np.uint32) for text in (b"What?", b"Who is it?", b"And why so?")]
+
+
+def count(last):
+    return last.usage.cache_hit_tokens, last.restore.plan
+
+
+async def test_hits_from_memory_from_the_answer_and_from_disk_equal_cold_runs(deploy, ask, document, reference):
+    asked = []
+    async with deploy() as deployment:
+        first = np.concatenate((document, QUESTIONS[0]))
+        output, last = await ask(deployment, first)
+        assert count(last) == (0, "cold")
+        asked.append((first, output))
+        second = np.concatenate((document, QUESTIONS[1]))
+        output, last = await ask(deployment, second, max_tokens=100)
+        assert last.usage.cache_hit_tokens >= 2432  # all full blocks of the shared 2,500 tokens, or one less
+        asked.append((second, output))
+        third = np.concatenate((second, np.array(output, np.uint32), QUESTIONS[2]))
+        output, last = await ask(deployment, third)
+        # The second turn ran 2,510 prompt and 99 output tokens: 40 full blocks of 64.
+        assert count(last) == (2560, "checkpoint")
+        asked.append((third, output))
+    async with deploy() as deployment:
+        output, last = await ask(deployment, third)
+        assert count(last) == (2560, "checkpoint")
+        assert last.restore.hit_store_tokens == 2560 and last.restore.bytes_read > 0
+        asked.append((third, output))
+    for prompt, output in asked:
+        assert output == reference.generate(prompt, 100 if prompt is second else 24)
+
+
+async def test_without_checkpoints_a_hit_is_replayed_and_equal(deploy, ask, document, reference):
+    # 8,192 tokens a chunk at 1 token/s predicted: a replay is always cheaper than cold under these priors.
+    async with deploy(strategy="zero") as deployment:
+        await ask(deployment, document)
+        prompt = np.concatenate((document, QUESTIONS[1]))
+        output, last = await ask(deployment, prompt)
+        assert count(last) == (2496, "replay")
+        assert last.restore.replayed_tokens > 0
+    assert output == reference.generate(prompt, 24)
+
+
+async def test_usage_adds_up_whatever_happens(deploy, ask, document):
+    async with deploy() as deployment:
+        for length in (1, 63, 64, 65, 128, 500, 500):
+            output, last = await ask(deployment, document[:length], max_tokens=3)
+            usage = last.usage
+            assert usage.prompt_tokens == length == usage.cache_hit_tokens + usage.cache_miss_tokens
+            assert usage.cache_hit_tokens % 64 == 0
+            assert usage.output_tokens == len(output)
+
+
+async def test_concurrent_requests_get_their_own_answers(deploy, ask, document, reference):
+    prompts = [np.concatenate((document[: 300 + 64 * i], QUESTIONS[i % 3])) for i in range(8)]
+    async with deploy(num_decode=2) as deployment:
+        answers = await asyncio.gather(*(ask(deployment, prompt, max_tokens=16) for prompt in prompts))
+        answers += await asyncio.gather(*(ask(deployment, prompt, max_tokens=16) for prompt in prompts))
+        assert await idle(deployment)
+    expected = [reference.generate(prompt, 16) for prompt in prompts]
+    assert [output for output, _ in answers] == expected * 2
+
+
+async def idle(deployment):
+    """No request is counted anywhere once all have ended."""
+    for _ in range(100):
+        status = await deployment.router.status()
+        if all(worker.num_requests == 0 and worker.num_tokens_queued == 0 for worker in status.workers):
+            return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+async def test_a_cancelled_client_stops_the_work(deploy, ask, document):
+    async with deploy() as deployment:
+        stream = deployment.router.generate(document, Sampling(max_tokens=5000, ignore_eos=True))
+        await anext(aiter(stream))
+        await stream.aclose()
+        assert await idle(deployment)
+        output, _ = await ask(deployment, document[:100], max_tokens=4)
+        assert len(output) <= 4
+
+
+async def test_tenants_are_strangers_to_each_other(deploy, ask, document):
+    async with deploy() as deployment:
+        await ask(deployment, document, max_tokens=2, tenant="one")
+        _, other = await ask(deployment, document, max_tokens=2, tenant="two")
+        _, same = await ask(deployment, document, max_tokens=2, tenant="one")
+    assert other.usage.cache_hit_tokens == 0
+    assert same.usage.cache_hit_tokens > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_a_stop_sequence_ends_the_output_and_is_not_in_it(deploy, ask, document, temperature):
+    async with deploy() as deployment:
+        sampling = Sampling(max_tokens=40, temperature=temperature, seed=5, ignore_eos=True)
+        whole, _ = await ask(deployment, document[:200], sampling=sampling)
+        stop = tuple(whole[7:10])
+        cut = Sampling(max_tokens=40, temperature=temperature, seed=5, ignore_eos=True, stop=(stop,))
+        output, last = await ask(deployment, document[:200], sampling=cut)
+    assert last.finish_reason == "stop"
+    first = next(i for i in range(len(whole)) if tuple(whole[i : i + 3]) == stop)
+    assert output == whole[:first]
