@@ -45,7 +45,7 @@ TTL_S: dict[Reason, float] = {
 }
 
 
-# Of 100 sparse marks on chat, document and agent traces five are ever resumed from, of 100 ends and forks 40 to 95.
+# Of 100 sparse marks on chat, document and agent traces 2 to 7 are ever resumed from, of 100 ends and forks 18 to 95.
 SPARSE_CHANCE = 1 / 8
 _RESUME_POINTS = (Reason.PROMPT_END, Reason.OUTPUT_END, Reason.FORK)
 

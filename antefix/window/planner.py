@@ -165,11 +165,15 @@ class RestorePlanner:
         return self._stated(PlanKind.COLD, 0, 0, "", 0, 0, num_tokens, seconds)
 
     def _checkpoint(self, stored: StoredPrefix, usable: int) -> Plan | None:
-        """The best checkpoint is not always the last: a nearer one may sit in a slower tier."""
+        """The best checkpoint is not always the last: a nearer one may sit in a slower tier, or loading may be slow."""
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for block, tier in stored.checkpoints.items():
+            if 0 < block <= usable and block % self._step == 0:
+                groups.setdefault((tier, block in stored.resident_checkpoints), []).append(block)
         plans = [
             self._from_checkpoint(stored, block, tier)
-            for block, tier in stored.checkpoints.items()
-            if 0 < block <= usable and block % self._step == 0
+            for (tier, _), blocks in groups.items()
+            for block in _extremes(blocks, stored.num_resident_blocks)
         ]
         return min(plans, key=lambda plan: (plan.predicted_s, -plan.resume_block), default=None)
 
@@ -218,3 +222,14 @@ class RestorePlanner:
             predicted_s=predicted_s,
             error_s=predicted_s * self.records[kind].stated_error,
         )
+
+
+def _extremes(blocks: list[int], num_resident: int) -> set[int]:
+    """Where the cheapest of checkpoints that differ in position alone can be; `full` has thousands.
+
+    Load time grows linearly and prefill time falls with position, the latter ever faster (later tokens cost more), so
+    the sum is concave up to the last resident block and concave again after it: its minimum is at one of four ends.
+    """
+    inside = [block for block in blocks if block <= num_resident]
+    beyond = [block for block in blocks if block > num_resident]
+    return {end for part in (inside, beyond) if part for end in (min(part), max(part))}

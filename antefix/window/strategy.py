@@ -43,7 +43,7 @@ def _parse_auto(text: str, args: str) -> Auto:
     for arg in args.split(","):
         key, _, value = (part.strip() for part in arg.partition("="))
         if key == "budget":
-            budget = _parse_bytes(value)
+            budget = parse_bytes(value)
         elif key == "ends" and value in tuple(Tier):
             ends = Tier(value)
         else:
@@ -58,7 +58,11 @@ def _unknown(text: str) -> ConfigError:
     )
 
 
-def _parse_bytes(text: str) -> int:
+def parse_bytes(text: str) -> int:
+    """`1000000`, `20GB` or `20GiB` as a number.
+
+    Raises:  ConfigError: anything else.
+    """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ConfigError(f"not a number of bytes: {text!r} (use 1000000, 20GB or 20GiB)")

@@ -100,6 +100,32 @@ def test_a_nearer_checkpoint_in_a_slow_tier_may_lose() -> None:
 
 
 @given(
+    blocks=st.sets(st.integers(1, 780), min_size=1, max_size=40),
+    resident=st.integers(0, 780),
+    load=st.floats(1e6, 1e11),
+    slope=st.floats(0, 1e-9),
+)
+def test_weighing_only_the_extreme_checkpoints_loses_nothing(
+    blocks: set[int], resident: int, load: float, slope: float
+) -> None:
+    planner = _planner(load_bytes_per_s=load)
+    for tokens in (100, 10_000, 100_000):
+        planner.rates.observe_prefill(tokens, context=50_000, seconds=0.1 + tokens / 9_000 + tokens**2 * slope)
+
+    def best(candidates: set[int]) -> float:
+        stored = StoredPrefix(
+            num_tokens=100_000,
+            num_blocks=780,
+            checkpoints=dict.fromkeys(candidates, "disk"),
+            num_resident_blocks=resident,
+            replay=False,
+        )
+        return min(plan.predicted_s for plan in planner.plan(stored).plans if plan.kind is PlanKind.CHECKPOINT)
+
+    assert best(blocks) <= min(best({block}) for block in blocks) * (1 + 1e-9)
+
+
+@given(
     num_tokens=st.integers(1, 300_000),
     num_blocks=st.integers(0, 2_500),
     checkpoints=st.sets(st.integers(1, 2_500), max_size=6),

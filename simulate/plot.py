@@ -1,0 +1,89 @@
+"""Plots of simulations. matplotlib is optional: without it the table and the JSON say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from antefix.errors import InvalidRequest
+from simulate.result import Simulation, StrategyResult
+
+SUFFIXES = (".svg", ".png")
+
+
+def plot(simulations: Sequence[Simulation], path: Path) -> None:
+    """Write a plot of the simulations to `path` (.svg or .png).
+
+    One store size: what each strategy pays in bytes for its hits. Several: hit rate over store size, a line a strategy.
+    Raises:  InvalidRequest: matplotlib is not installed, another suffix, or nothing to plot.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InvalidRequest(f"cannot plot to {path.name}: use one of {', '.join(SUFFIXES)}")
+    if not simulations or not simulations[0].results:
+        raise InvalidRequest("there is nothing to plot")
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    try:
+        if len(simulations) == 1:
+            _bars(axes, simulations[0])
+        else:
+            _lines(axes, simulations)
+        first = simulations[0]
+        figure.suptitle(f"{first.trace}, {first.model}: {first.num_requests} requests")
+        figure.savefig(path, dpi=150)
+    finally:
+        pyplot.close(figure)
+
+
+def load_pyplot() -> Any:
+    """matplotlib.pyplot with a backend that needs no screen.
+
+    Raises:  InvalidRequest: it is not installed; the message says how to get it.
+    """
+    try:
+        import matplotlib
+    except ImportError as err:
+        raise InvalidRequest("plots need matplotlib: pip install matplotlib, or leave out --plot") from err
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    return pyplot
+
+
+def _bars(axes: Any, simulation: Simulation) -> None:
+    results = simulation.results
+    names = [result.strategy for result in results]
+    axes[0].barh(names, [100 * result.token_hit_rate for result in results], color="tab:blue")
+    axes[0].axvline(100 * results[0].ideal_token_hit_rate, color="black", linestyle="--", label="ideal")
+    axes[0].set_xlabel("prompt tokens not run again, %")
+    axes[0].legend()
+    blocks = [(result.bytes_kept_max - _window_bytes(result)) / 1e9 for result in results]
+    axes[1].barh(names, blocks, color="tab:gray", label="blocks")
+    axes[1].barh(
+        names, [_window_bytes(result) / 1e9 for result in results], left=blocks, color="tab:orange", label="checkpoints"
+    )
+    axes[1].set_xlabel("kept at most, GB")
+    axes[1].legend()
+    for axis in axes:
+        axis.invert_yaxis()
+
+
+def _window_bytes(result: StrategyResult) -> int:
+    return min(result.checkpoint_bytes_written, result.bytes_kept_max)
+
+
+def _lines(axes: Any, simulations: Sequence[Simulation]) -> None:
+    bounded = sorted((s for s in simulations if s.store_bytes is not None), key=lambda s: s.store_bytes or 0)
+    sizes = [(s.store_bytes or 0) / 1e9 for s in bounded]
+    for index, result in enumerate(bounded[0].results):
+        rows = [s.results[index] for s in bounded]
+        axes[0].plot(sizes, [100 * row.token_hit_rate for row in rows], marker="o", label=result.strategy)
+        axes[1].plot(sizes, [row.ttft_mean_s for row in rows], marker="o", label=result.strategy)
+    axes[0].axhline(100 * bounded[0].results[0].ideal_token_hit_rate, color="black", linestyle="--", label="ideal")
+    axes[0].set_ylabel("prompt tokens not run again, %")
+    axes[1].set_ylabel("mean time to first token, s")
+    for axis in axes:
+        axis.set_xlabel("store, GB")
+        axis.set_xscale("log", base=2)
+        axis.legend()

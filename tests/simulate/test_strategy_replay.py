@@ -1,0 +1,144 @@
+"""A trace small enough to reckon by hand, and rules that hold for any trace."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antefix.window import parse
+from simulate.generate import SHAPES, generate
+from simulate.machine import RATE_CARDS, Machine, model_sizes
+from simulate.replay import Setup, ideal_hit_tokens, simulate
+from simulate.store import StoreLimits
+from simulate.trace import Request, Trace
+
+SIZES = model_sizes("v4-flash")
+MACHINE = Machine(jitter=0.0)
+FIXED = ("boundary", "periodic(2048)", "full", "zero")
+
+
+def _setup(*, replay: bool = True, store_bytes: int | None = None) -> Setup:
+    limits = StoreLimits(store_bytes=store_bytes)
+    return Setup(sizes=SIZES, machine=MACHINE, card=RATE_CARDS["v4-flash"], limits=limits, replay=replay)
+
+
+def _trace(*requests: tuple[int, list[int]]) -> Trace:
+    made = [
+        Request(at_s=float(i), num_tokens=tokens, output_tokens=1, names=np.asarray(names, dtype=np.int64))
+        for i, (tokens, names) in enumerate(requests)
+    ]
+    return Trace(name="hand", unit_tokens=128, requests=tuple(made))
+
+
+# The second request leaves the first after 4 units of 128; the third repeats the second; the fourth leaves there too.
+HAND = _trace(
+    (1000, [0, 1, 2, 3, 4, 5, 6]),
+    (1000, [0, 1, 2, 3, 14, 15, 16]),
+    (1000, [0, 1, 2, 3, 14, 15, 16]),
+    (1000, [0, 1, 2, 3, 24, 25, 26]),
+)
+
+
+def test_the_ideal_spares_every_prefix_that_was_there_before() -> None:
+    assert ideal_hit_tokens(HAND) == 512 + 896 + 512
+
+
+def test_boundary_misses_the_fork_twice() -> None:
+    result = simulate(HAND, parse("boundary"), _setup(replay=False))
+    assert result.token_hit_rate == 896 / 4000
+    assert result.recomputed_tokens == 512 + 512
+    assert result.checkpoints_per_request == 3 / 4
+    assert result.bytes_written == 13 * SIZES.block_bytes + 3 * SIZES.checkpoint_bytes
+    assert result.bytes_kept == result.bytes_written
+    assert result.plans == {"cold": 3, "checkpoint": 1, "replay": 0, "bounded": 0}
+    assert result.dollars == pytest.approx((896 * 0.003 + 3104 * 0.15) / 1e6)
+
+
+def test_auto_misses_the_fork_once_and_keeps_it() -> None:
+    result = simulate(HAND, parse("auto"), _setup())
+    assert result.token_hit_rate == (896 + 512) / 4000
+    assert result.recomputed_tokens == 512
+    assert result.checkpoints_per_request == 4 / 4
+
+
+def test_full_is_ideal_and_zero_replays() -> None:
+    full = simulate(HAND, parse("full"), _setup())
+    assert full.token_hit_rate == full.ideal_token_hit_rate == 1920 / 4000
+    assert full.checkpoints_per_request == 13 / 4
+    zero = simulate(HAND, parse("zero"), _setup())
+    assert (zero.token_hit_rate, zero.checkpoint_bytes_written) == (0.0, 0)
+
+
+def test_a_replayed_token_is_no_hit() -> None:
+    long = list(range(1000))
+    result = simulate(_trace((128_000, long), (128_500, long)), parse("zero"), _setup())
+    assert result.replayed_tokens == SIZES.replay_tokens
+    assert result.token_hit_rate == (128_000 - SIZES.replay_tokens) / 256_500
+    assert result.recomputed_tokens == SIZES.replay_tokens
+
+
+def test_time_to_first_token_is_loading_and_computing() -> None:
+    result = simulate(_trace((1000, [0, 1, 2, 3, 4, 5, 6])), parse("zero"), _setup())
+    assert result.ttft_p50_s == result.ttft_p99_s == pytest.approx(MACHINE.compute_s(1000, context=0))
+
+
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+def test_auto_is_near_ideal_with_few_checkpoints_on_every_generated_shape(shape: str) -> None:
+    trace = generate(shape, num_requests=300, unit_tokens=128, seed=3)
+    auto = simulate(trace, parse("auto"), _setup())
+    boundary = simulate(trace, parse("boundary"), _setup())
+    assert auto.share_of_ideal >= 0.98
+    assert auto.share_of_ideal >= boundary.share_of_ideal
+    assert auto.checkpoints_per_request <= 1.6
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    shape=st.sampled_from(sorted(SHAPES)),
+    seed=st.integers(0, 1000),
+    name=st.sampled_from(("auto", *FIXED)),
+    store=st.sampled_from([None, 2 * 10**8, 5 * 10**9]),
+    replay=st.booleans(),
+)
+def test_hits_never_exceed_the_ideal_nor_bytes_the_budget(
+    shape: str, seed: int, name: str, store: int | None, replay: bool
+) -> None:
+    trace = generate(shape, num_requests=60, unit_tokens=128, seed=seed)
+    result = simulate(trace, parse(name), _setup(replay=replay, store_bytes=store))
+    assert 0 <= result.token_hit_rate <= result.ideal_token_hit_rate <= 1
+    assert result.bytes_kept <= result.bytes_written
+    assert store is None or result.bytes_kept_max <= store
+    assert sum(result.plans.values()) == result.num_requests == 60
+    assert result.plans["bounded"] == 0
+    assert replay or result.plans["replay"] == 0
+
+
+def test_a_run_is_the_same_every_time() -> None:
+    trace = generate("chat", num_requests=100, unit_tokens=128, seed=1)
+    runs = [simulate(trace, parse("auto"), _setup(store_bytes=10**9)).as_dict() for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("name", ["auto", "boundary", "periodic(10000)"])
+def test_a_conversation_of_100k_saved_every_10k_takes_at_most_400_mb(name: str) -> None:
+    requests = [(10_000 * turn, list(range(10_000 * turn // 128))) for turn in range(1, 11)]
+    result = simulate(_trace(*requests), parse(name), _setup())
+    assert result.checkpoint_bytes_written >= 9 * SIZES.checkpoint_bytes
+    assert result.bytes_kept <= 0.40e9
+
+
+def test_a_pool_that_forgets_is_survived_by_replay() -> None:
+    units = list(range(1000))
+    late = Trace(
+        name="late",
+        unit_tokens=128,
+        requests=tuple(
+            Request(at_s=at, num_tokens=128_100, output_tokens=1, names=np.asarray(units, dtype=np.int64))
+            for at in (0.0, 100.0, 10_000.0)
+        ),
+    )
+    result = simulate(late, parse("auto(ends=pool)"), _setup())
+    assert result.plans["checkpoint"] == 2
+    assert result.bytes_kept < 1000 * SIZES.block_bytes + 5 * SIZES.checkpoint_bytes
