@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,8 +47,10 @@ def check_record(record: Record, record_bytes_max: int) -> None:
         raise InvalidRequest(f"ttl_s must be in [0, 2^31), is {record.ttl_s}")
 
 
-def admit(index: Index, txn: Any, records: Sequence[Record]) -> Admission:
-    """Sort out one put, in order. `txn` is the snapshot it is judged by."""
+def admit(
+    index: Index, txn: Any, records: Sequence[Record], *, refusal: Callable[[Record], str | None] = lambda _: None
+) -> Admission:
+    """Sort out one put, in order. `txn` is the snapshot it is judged by; `refusal` says what else stands against it."""
     out = Admission()
     for number, record in enumerate(records):
         name = (record.kind, record.hash)
@@ -60,7 +62,7 @@ def admit(index: Index, txn: Any, records: Sequence[Record]) -> Admission:
             out.existing.append(name)
             out.anchors.add(name)
             continue
-        reason = _refusal(index, txn, record, records[number + 1 : number + 2], out)
+        reason = refusal(record) or _refusal(index, txn, record, records[number + 1 : number + 2], out)
         if reason:
             out.refused[name] = reason
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antefix.config import require, setting
+from antefix.config import parse_size, require, setting
 from antefix.store.api import RecordKind
 from antefix.store.format import PAYLOAD_BYTES_MAX
 
@@ -24,6 +24,8 @@ class KvStoreConfig:
     segment_bytes: int = setting(
         0, "size at which a segment is closed; 0 means budget / 32, at most 256 MiB", unit="bytes"
     )
+    tenant_quota_bytes: int = setting(0, "disk space that one tenant may take; 0 for no limit", unit="bytes")
+    quotas: tuple[str, ...] = setting((), "exceptions from that, as tenant=size, separated by commas")
     block_ttl_s: float = setting(72 * 3600.0, "how long a block stays after its last use; 0 for ever", unit="s")
     checkpoint_ttl_s: float = setting(6 * 3600.0, "the same for checkpoints on disk", unit="s")
     handoff_ttl_s: float = setting(300.0, "how long a handoff waits in memory for its decode worker", unit="s")
@@ -31,6 +33,7 @@ class KvStoreConfig:
     compression: str = setting(
         "auto", "off, zstd (keep where it is smaller) or auto (measure disk and codec, then choose)"
     )
+    keys_file: str = setting("", "JSON file of tenants' 256-bit keys; when given, everything stored is encrypted")
     durable: bool = setting(True, "sync before acknowledging a put; off trades the newest blocks for speed")
     batch_bytes_max: int = setting(64 * MIB, "payload bytes that one group commit takes", unit="bytes")
     queue_bytes_max: int = setting(
@@ -51,6 +54,16 @@ class KvStoreConfig:
         )
         for name in ("block_ttl_s", "checkpoint_ttl_s", "handoff_ttl_s"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
+        for text in self.quotas:
+            _parse_quota(text)
+
+    @property
+    def has_quotas(self) -> bool:
+        return bool(self.tenant_quota_bytes or self.quotas)
+
+    def quota_bytes(self, tenant: str) -> int:
+        """0 means no limit."""
+        return dict(_parse_quota(text) for text in self.quotas).get(tenant, self.tenant_quota_bytes)
 
     @property
     def segment_bytes_in_force(self) -> int:
@@ -67,3 +80,14 @@ class KvStoreConfig:
             RecordKind.CHECKPOINT: self.checkpoint_ttl_s,
             RecordKind.HANDOFF: self.handoff_ttl_s,
         }[kind]
+
+
+def _parse_quota(text: str) -> tuple[str, int]:
+    """Raises:  ConfigError: not of the form tenant=size."""
+    tenant, equals, size = text.rpartition("=")
+    try:
+        nbytes = parse_size(size)
+    except ValueError:
+        nbytes = -1
+    require(bool(equals) and nbytes >= 0, f"quotas must be tenant=size, is {text!r}")
+    return tenant, nbytes

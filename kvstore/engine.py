@@ -15,6 +15,7 @@ import errno
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import lmdb
@@ -22,9 +23,9 @@ import lmdb
 from antefix.errors import BlockCorrupt, StoreFull
 from antefix.store import codec
 from antefix.store.api import LookupResult, PutResult, Record, RecordKind
+from antefix.store.encryption import KeyRing
 from antefix.store.format import (
     RECORD_HEADER_BYTES,
-    Codec,
     IndexEntry,
     RecordFlag,
     RecordHeader,
@@ -37,15 +38,19 @@ from kvstore.admission import Admission, admit, check_record
 from kvstore.compression import Compression
 from kvstore.config import KvStoreConfig
 from kvstore.disk import Disk
+from kvstore.disk_probe import read_bytes_per_s
+from kvstore.drafting import Drafter
 from kvstore.eviction import EvictionPolicy
 from kvstore.forest import drop_false_roots, drop_subtrees, insert_entry
 from kvstore.index_writer import IndexTxn, Name, read_totals
+from kvstore.quota import over_quota
 from kvstore.recovery import open_store
 from kvstore.segments import Draft
 from kvstore.space import Space, note_end, parent_of
 
 # Touches wait in memory for the next transaction; past this the oldest knowledge is worth less than the memory.
 TOUCHED_MAX: Final = 65_536
+_PLAN_PREFIX: Final = b"plan"
 # A disk or an index without space, and a quota: the put is refused, reading goes on.
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
@@ -87,10 +92,16 @@ class Engine:
         self.identity = self._store.identity
         self.index = self._store.index
         self.segments = self._store.segments
-        self.reader = StoreReader(config.dir, clock_ms=clock_ms)
+        keys = KeyRing.from_file(Path(config.keys_file)) if config.keys_file else None
+        decrypt = keys.decrypt if keys else None
+        self.reader = StoreReader(config.dir, clock_ms=clock_ms, decrypt=decrypt)
         self.space = Space(self.segments, self.index, config.budget_bytes, now_ms=clock_ms)
         self.space.on_corrupt = self.quarantine
-        self.compression = Compression(config.compression)
+        self.compression = Compression(config.compression, lambda: read_bytes_per_s(Path(config.dir)))
+        self._load_plans()
+        if keys is not None:
+            self._drop_locked(keys)
+        self._drafter = Drafter(config, self.compression, keys, clock_ms)
 
     @property
     def is_open(self) -> bool:
@@ -100,12 +111,14 @@ class Engine:
         """Write down what is only in memory, and seal the index so that the next opening can trust it."""
         with self._lock:
             self.flush_touches()
+            self._drafter.close()
             self.reader.close()
             self._store.close()
 
     def abandon(self) -> None:
         """Let go of the files as a crash would: nothing is written, nothing is sealed. For tests of recovery."""
         with self._lock:
+            self._drafter.close()
             self.reader.close()
             self._store.abandon()
 
@@ -173,7 +186,7 @@ class Engine:
         with self._lock:
             merged = [record for records in puts for record in records]
             with self.index.txn() as snapshot:
-                admission = admit(self.index, snapshot, merged)
+                admission = admit(self.index, snapshot, merged, refusal=self._drafter.refusal)
             for batch in _batches(admission.new, self.config):
                 self._put_batch(batch, admission)
             self.counters.refused += len(admission.refused)
@@ -185,9 +198,13 @@ class Engine:
         """Steps 2 to 4 for records that share a sync; refuses them all when there is no space."""
         batch = _without_orphans(batch, admission)
         try:
-            drafts = [self._draft(record, admission) for record in batch]
-            nbytes = sum(draft.header.extent_bytes for draft in drafts)
-            self.space.make_room(nbytes, admission.anchors)
+            drafts = self._drafter.drafts(batch, admission.first)
+            if refused := over_quota(self.space, self.index, self.config, drafts, admission.anchors):
+                for tenant, reason in refused.items():
+                    _refuse([record for record in batch if record.tenant == tenant], admission, reason)
+                batch = [record for record in batch if record.tenant not in refused]
+                drafts = [draft for draft in drafts if draft.header.tenant not in refused]
+            self.space.make_room(sum(draft.header.extent_bytes for draft in drafts), admission.anchors)
             self._append_and_commit(batch, drafts, admission)
         except (StoreFull, lmdb.MapFullError, OSError) as err:
             if isinstance(err, OSError) and err.errno not in _FULL:
@@ -219,32 +236,6 @@ class Engine:
         self.counters.bytes_written += sum(header.extent_bytes for header in placed)
         self.counters.payload_bytes_written += sum(header.payload_bytes for header in placed)
 
-    def _draft(self, record: Record, admission: Admission) -> Draft:
-        now_ms = self.clock_ms()
-        ttl_s = self.config.ttl_s(record.kind) if record.ttl_s is None else record.ttl_s
-        coded = self.compression.encode(record)
-        stored = record.payload if coded is None else coded
-        first = (record.kind, record.hash) in admission.first
-        header = RecordHeader(
-            payload_checksum=payload_checksum(stored),
-            hash=record.hash,
-            parent=record.parent,
-            fingerprint=record.fingerprint,
-            segment=0,
-            offset=0,
-            stored_bytes=memoryview(stored).nbytes,
-            payload_bytes=memoryview(record.payload).nbytes,
-            position=record.position,
-            created_ms=now_ms,
-            expires_ms=now_ms + round(ttl_s * 1000) if ttl_s else 0,
-            cost_us=max(0, round(record.cost_s * 1e6)),
-            kind=record.kind,
-            codec=Codec.RAW if coded is None else Codec.PLANES_ZSTD,
-            flags=RecordFlag.FIRST if first else RecordFlag.NONE,
-            tenant=record.tenant,
-        )
-        return Draft(header, memoryview(stored).cast("B"))
-
     def _insert(self, txn: IndexTxn, record: Record, header: RecordHeader, admission: Admission) -> None:
         insert_entry(txn, header, self.policy, used_ms=header.created_ms)
         state = txn.fingerprint(record.fingerprint)
@@ -261,8 +252,30 @@ class Engine:
         with self._lock:
             with IndexTxn(self.index) as txn:
                 txn.set_fingerprint(fingerprint, block_tokens)
+                if plan is not None:
+                    txn.set_meta(_PLAN_PREFIX + fingerprint, plan.encoded)
             if plan is not None:
                 self.compression.register(fingerprint, plan)
+
+    def _drop_locked(self, keys: KeyRing) -> None:
+        """Forget the records of tenants whose keys are gone: nobody can read them any more."""
+        with self._lock, IndexTxn(self.index) as txn:
+            locked = {number for number, tenant in txn.tenants().items() if tenant not in keys}
+            if locked:
+                names = [
+                    name
+                    for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)
+                    for name, entry in txn.names(kind)
+                    if entry.tenant_id in locked and entry.flags & RecordFlag.ENCRYPTED
+                ]
+                drop_subtrees(txn, self.space, names)
+
+    def _load_plans(self) -> None:
+        """What was registered before: a restarted service must not wait for its workers to restart."""
+        with self.index.txn() as txn, txn.cursor(db=self.index.db["meta"]) as cursor:
+            for key, value in cursor:
+                if key.startswith(_PLAN_PREFIX):
+                    self.compression.register(key[len(_PLAN_PREFIX) :], codec.read_plan(value)[0])
 
     def flush_touches(self) -> None:
         with self._lock:

@@ -58,22 +58,22 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
 def drop_subtrees(txn: IndexTxn, space: Space, roots: Iterable[Name]) -> int:
     """Remove records with all that hangs on them. Reads the whole index, so it is for repair. Returns how many went."""
     below: dict[Name, list[Name]] = defaultdict(list)
+    depth: dict[Name, tuple[int, RecordKind]] = {}
     for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
         for name, entry in txn.names(kind):
             below[parent_of(name, entry.parent)].append(name)
-    order: list[Name] = []
-    waiting = list(roots)
+            depth[name] = (entry.position, kind)
+    doomed: set[Name] = set()
+    waiting = [name for name in roots if name in depth]
     while waiting:
         name = waiting.pop()
-        order.append(name)
-        waiting.extend(below.get(name, ()))
-    num_dropped = 0
-    # Parents come before their children in `order`, and only leaves may be removed.
-    for name in reversed(order):
-        if txn.get(name) is not None:
-            space.remove(txn, name)
-            num_dropped += 1
-    return num_dropped
+        if name not in doomed:
+            doomed.add(name)
+            waiting.extend(below.get(name, ()))
+    # What hangs on a record has a larger position, or is its checkpoint; only leaves may be removed.
+    for name in sorted(doomed, key=depth.__getitem__, reverse=True):
+        space.remove(txn, name)
+    return len(doomed)
 
 
 def drop_false_roots(txn: IndexTxn, space: Space, fingerprint_id: int, block_tokens: int) -> int:

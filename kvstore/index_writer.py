@@ -136,6 +136,9 @@ class IndexTxn:
         self._txn.put(b"T" + number.to_bytes(4, "little"), tenant.encode(), db=names)
         return number
 
+    def tenants(self) -> dict[int, str]:
+        return self._index.tenants(self._txn)
+
     def _next_id(self, prefix: bytes) -> int:
         key = b"#" + prefix
         value = self._txn.get(key, db=self._index.db["names"])

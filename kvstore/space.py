@@ -18,6 +18,7 @@ from antefix.store.format import (
     RECORD_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
     RecordHeader,
+    align,
     payload_checksum,
 )
 from antefix.store.index import Index
@@ -90,15 +91,21 @@ class Space:
                     raise StoreFull(f"the store's budget of {self.budget_bytes} bytes is too small for this record")
                 live_max -= int(EVICT_STEP_SHARE * self.limit_bytes) + nbytes
 
-    def evict(self, nbytes: int, keep: Collection[Name] = ()) -> int:
-        """Take leaves, lowest rank first, until `nbytes` are dead. Returns how many records went."""
+    def evict(self, nbytes: int, keep: Collection[Name] = (), *, tenant: str | None = None) -> int:
+        """Take leaves, lowest rank first, until `nbytes` are dead. Returns how many records went.
+
+        tenant: take this tenant's only.
+        """
         now_ms = self._now_ms()
         num_taken = freed = 0
         with IndexTxn(self._index) as txn:
+            owner = None if tenant is None else txn.tenant_id(tenant)
 
             def evictable(name: Name) -> bool:
                 entry = txn.get(name)
-                return name not in keep and entry is not None and not entry.children and entry.pinned_ms <= now_ms
+                if entry is None or entry.children or entry.pinned_ms > now_ms or name in keep:
+                    return False
+                return owner is None or entry.tenant_id == owner
 
             def remove(name: Name) -> tuple[int, Name] | None:
                 nonlocal freed
@@ -163,7 +170,8 @@ class Space:
         best, best_gain = None, 0
         for number, state in self._states().items():
             size = self._segments.sizes[number]
-            gain = size - state.live_bytes - BATCH_ALIGN
+            # What a fresh copy would take less; without the alignment, one compaction would call for the next.
+            gain = size - SEGMENT_HEADER_BYTES - align(state.live_bytes, BATCH_ALIGN)
             if gain > max(best_gain, gain_min * size) and (number != self._segments.active or gain > size // 2):
                 best, best_gain = number, gain
         if best is None:

@@ -19,6 +19,7 @@ from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailab
 from antefix.layout import BlockLayout
 from antefix.store import codec
 from antefix.store.api import LookupResult, PutResult, Record, RecordKind
+from antefix.store.encryption import KeyRing
 from antefix.store.pieces import HASHES_MAX, join_hashes, piece_checksum, request_pieces
 from antefix.store.reader import ReadOutcome, StoreReader
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
@@ -208,8 +209,17 @@ class _Uses:
 class LocalStore:
     """A store on the same host: reads go straight to its files, in threads; writes and handoffs go to the service."""
 
-    def __init__(self, directory: Path | str, address: str, *, deadline_s: float = STREAM_DEADLINE_S) -> None:
+    def __init__(
+        self,
+        directory: Path | str,
+        address: str,
+        *,
+        deadline_s: float = STREAM_DEADLINE_S,
+        keys: KeyRing | None = None,
+    ) -> None:
+        """keys: for stores that are encrypted; without them, encrypted records are read through the service."""
         self.directory = Path(directory)
+        self._decrypt = keys.decrypt if keys else None
         self.remote = RemoteStore(address, deadline_s=deadline_s)
         self._reader: StoreReader | None = None
         self._threads = ThreadPoolExecutor(_CLIENT_THREADS, thread_name_prefix="antefix-store")
@@ -233,6 +243,9 @@ class LocalStore:
             return 0
         outcome = await self._in_thread(lambda reader: reader.read_blocks(hashes, into, fingerprint=fingerprint))
         last = hashes[outcome.num_good - 1] if outcome.num_good else None
+        if outcome.locked and not outcome.suspects:
+            done = outcome.num_good
+            return done + await self.remote.get_blocks(hashes[done:], into[done:], fingerprint=fingerprint)
         self._note(RecordKind.BLOCK, last, len(hashes) - outcome.num_good, outcome, fingerprint)
         return outcome.num_good
 
@@ -240,6 +253,8 @@ class LocalStore:
         if kind is RecordKind.HANDOFF:
             return await self.remote.get(kind, hash, fingerprint=fingerprint)
         payload, outcome = await self._in_thread(lambda reader: reader.read(kind, hash, fingerprint=fingerprint))
+        if outcome.locked:
+            return await self.remote.get(kind, hash, fingerprint=fingerprint)
         self._note(kind, hash if payload is not None else None, int(payload is None), outcome, fingerprint)
         return None if payload is None else bytes(payload)
 
@@ -257,7 +272,7 @@ class LocalStore:
         reader = self._reader
         if reader is None or reader.index.replaced:
             # The old one is left to the collector: another thread may still be reading through it.
-            reader = self._reader = StoreReader(self.directory)
+            reader = self._reader = StoreReader(self.directory, decrypt=self._decrypt)
         return reader
 
     def _note(

@@ -114,7 +114,7 @@ def decode(coded: Buffer, into: memoryview) -> None:
     Raises:  BlockCorrupt: the coded bytes make no sense, or are of another size than `into`.
     """
     try:
-        plan, at = _read_plan(coded)
+        plan, at = read_plan(coded)
         out = np.frombuffer(into, np.uint8)
         if plan.payload_bytes != out.nbytes:
             raise BlockCorrupt(f"a coded payload of {plan.payload_bytes} bytes, not of {out.nbytes}")
@@ -155,7 +155,11 @@ def _plane_views(data: Bytes, plan: PlanePlan) -> Iterator[list[Bytes]]:
             start += nbytes
 
 
-def _read_plan(coded: Buffer) -> tuple[PlanePlan, int]:
+def read_plan(coded: Buffer) -> tuple[PlanePlan, int]:
+    """The plan at the start of `coded`, and where it ends.
+
+    Raises:  struct.error: there is none.
+    """
     at = 2
     parts = []
     for _ in range(int.from_bytes(coded[:2], "little")):

@@ -6,6 +6,7 @@ index keys, which are big-endian so that their byte order is their numeric order
 
 from __future__ import annotations
 
+import operator
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
@@ -48,10 +49,19 @@ assert RECORD_HEADER.size == RECORD_HEADER_BYTES
 # segment, offset, stored bytes, payload bytes, position, fingerprint id, tenant id, children, rank ms, expires ms,
 # pinned until ms, prefix bytes, cost ms, ttl s, codec, flags, zero, parent, checksum of key and value
 INDEX_ENTRY: Final = struct.Struct("<IQIIIIIIQQQQIIBBH32sI")
+# The fields of IndexEntry in its order: all but the zero and the checksum.
+_ENTRY_FIELDS: Final = operator.itemgetter(*range(16), 17)
 _ENTRY_BODY_BYTES: Final = INDEX_ENTRY.size - 4
 # committed end, live bytes, live records
 SEGMENT_ENTRY: Final = struct.Struct("<QQQ")
 _CHECK_OFFSET: Final = 16
+# Fields of a record header that a reader compares.
+_HASH_AT: Final = slice(32, 64)
+_FINGERPRINT_AT: Final = slice(96, 128)
+_PLACE: Final = struct.Struct("<QQQQ")
+_PLACE_OFFSET: Final = 128
+_KIND_OFFSET: Final = 192
+_QUARANTINED_BIT: Final = 128
 
 
 class Codec(IntEnum):
@@ -117,7 +127,7 @@ class RecordHeader:
         return extent_bytes(self.stored_bytes)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class IndexEntry:
     """Where a record is and what eviction must know of it. Mutable: the writer changes counts and times in place.
 
@@ -149,11 +159,11 @@ class IndexEntry:
 
     @property
     def quarantined(self) -> bool:
-        return bool(self.flags & RecordFlag.QUARANTINED)
+        return bool(self.flags & _QUARANTINED_BIT)
 
     def live(self, now_ms: int) -> bool:
         """Readable: not quarantined, and not past its time unless descendants keep it."""
-        return not self.flags & RecordFlag.QUARANTINED and (
+        return not self.flags & _QUARANTINED_BIT and (
             self.children > 0 or not self.expires_ms or self.expires_ms > now_ms
         )
 
@@ -164,7 +174,7 @@ def align(nbytes: int, step: int) -> int:
 
 def extent_bytes(stored_bytes: int) -> int:
     """What a record of that many stored bytes takes in a segment."""
-    return RECORD_HEADER_BYTES + align(stored_bytes, RECORD_ALIGN)
+    return RECORD_HEADER_BYTES + (stored_bytes + RECORD_ALIGN - 1) // RECORD_ALIGN * RECORD_ALIGN
 
 
 def payload_checksum(stored: bytes | bytearray | memoryview) -> bytes:
@@ -264,6 +274,28 @@ def unpack_record_header(raw: bytes | bytearray | memoryview, seed: int) -> Reco
         raise BlockCorrupt(f"record header: {err}") from err
 
 
+def expected_checksum(
+    raw: bytes, seed: int, *, kind: int, block_hash: bytes, fingerprint: bytes, entry: IndexEntry
+) -> bytes | None:
+    """The payload checksum in a header that is exactly the one expected, or None.
+
+    What a reader does for every record: a whole RecordHeader would cost more than hashing a small payload.
+    """
+    if (
+        len(raw) != RECORD_HEADER_BYTES
+        or xxhash.xxh3_64_intdigest(raw[_CHECK_OFFSET:], seed) != int.from_bytes(raw[8:_CHECK_OFFSET], "little")
+        or raw[:8] != RECORD_MAGIC
+        or raw[_HASH_AT] != block_hash
+        or raw[_FINGERPRINT_AT] != fingerprint
+        or _PLACE.unpack_from(raw, _PLACE_OFFSET)
+        != (entry.segment, entry.offset, entry.stored_bytes, entry.payload_bytes)
+        or raw[_KIND_OFFSET] != kind
+        or raw[_KIND_OFFSET + 1] != entry.codec
+    ):
+        return None
+    return raw[_CHECK_OFFSET : _CHECK_OFFSET + 16]
+
+
 def pack_entry(entry: IndexEntry, key: bytes) -> bytes:
     body = INDEX_ENTRY.pack(
         entry.segment,
@@ -295,26 +327,7 @@ def unpack_entry(value: bytes, key: bytes) -> IndexEntry | None:
         return None
     if xxhash.xxh32_intdigest(key + value[:_ENTRY_BODY_BYTES]) != int.from_bytes(value[_ENTRY_BODY_BYTES:], "little"):
         return None
-    f = INDEX_ENTRY.unpack(value)
-    return IndexEntry(
-        segment=f[0],
-        offset=f[1],
-        stored_bytes=f[2],
-        payload_bytes=f[3],
-        position=f[4],
-        fingerprint_id=f[5],
-        tenant_id=f[6],
-        children=f[7],
-        rank_ms=f[8],
-        expires_ms=f[9],
-        pinned_ms=f[10],
-        prefix_bytes=f[11],
-        cost_ms=f[12],
-        ttl_s=f[13],
-        codec=f[14],
-        flags=f[15],
-        parent=f[17],
-    )
+    return IndexEntry(*_ENTRY_FIELDS(INDEX_ENTRY.unpack(value)))
 
 
 def segment_name(segment: int) -> str:

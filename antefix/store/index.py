@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,6 +82,24 @@ class Index:
     def fingerprint_id(self, txn: Any, fingerprint: bytes) -> int | None:
         value = txn.get(b"f" + fingerprint, db=self.db["names"])
         return None if value is None else int.from_bytes(value, "little")
+
+    def tenant_id(self, txn: Any, tenant: str) -> int | None:
+        value = txn.get(b"t" + tenant.encode(), db=self.db["names"])
+        return None if value is None else int.from_bytes(value, "little")
+
+    def tenants(self, txn: Any) -> dict[int, str]:
+        """The names of all tenants that ever stored something, by id."""
+        return {number: value.decode() for number, value in self._named(txn, b"T")}
+
+    def fingerprints(self, txn: Any) -> dict[int, bytes]:
+        """The digests of all fingerprints, by id."""
+        return {number: bytes(value[:32]) for number, value in self._named(txn, b"F")}
+
+    def _named(self, txn: Any, prefix: bytes) -> Iterator[tuple[int, bytes]]:
+        with txn.cursor(db=self.db["names"]) as cursor:
+            for key, value in cursor:
+                if key[:1] == prefix and len(key) == 5:
+                    yield int.from_bytes(key[1:], "little"), value
 
     def block_tokens(self, txn: Any, fingerprint: bytes) -> int:
         """Tokens in a block of this fingerprint, 0 when that is not known yet."""

@@ -1,0 +1,85 @@
+"""Compression inside the store: registered layouts only, chosen by measurement in auto mode, invisible to readers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from antefix.store.codec import PlanePart, PlanePlan
+from kvstore.compression import Compression, judge
+from kvstore.engine import Engine
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+
+OpenEngine = Callable[..., Engine]
+PLAN = PlanePlan(parts=(PlanePart(num_rows=64, fields=((96, 1), (64, 2))),))
+
+
+class Bells(Prompt):
+    """Payloads with the narrow histograms of rounded KV."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        super().__init__(tokens, payload_bytes=PLAN.payload_bytes)
+
+    def payload(self, index: int, kind: int = 1) -> bytes:
+        rng = np.random.default_rng(int.from_bytes(self.hashes[index][:8], "little") + kind)
+        return np.clip(rng.normal(128, 9, self.payload_bytes), 0, 255).astype(np.uint8).tobytes()
+
+
+def test_registered_blocks_are_smaller_and_read_back_the_same(open_engine: OpenEngine) -> None:
+    engine = open_engine(compression="zstd")
+    before, after = Bells([1] * BLOCK * 4), Bells([2] * BLOCK * 4)
+    engine.put(before.blocks())
+    raw_bytes = engine.counters.bytes_written
+    engine.register(FINGERPRINT, BLOCK, PLAN)
+    engine.put(after.blocks())
+    assert engine.counters.bytes_written - raw_bytes < 0.85 * raw_bytes
+    assert (before.check(engine), after.check(engine)) == (4, 4)
+
+
+def test_layouts_are_remembered_over_restarts(open_engine: OpenEngine) -> None:
+    engine = open_engine(compression="zstd")
+    engine.register(FINGERPRINT, BLOCK, PLAN)
+    engine.close()
+    engine = open_engine(compression="zstd")
+    prompt = Bells([1] * BLOCK * 4)
+    engine.put(prompt.blocks())
+    assert engine.counters.bytes_written < 0.85 * engine.counters.payload_bytes_written
+    assert prompt.check(engine) == 4
+
+
+def test_off_stores_raw(open_engine: OpenEngine) -> None:
+    engine = open_engine(compression="off")
+    engine.register(FINGERPRINT, BLOCK, PLAN)
+    engine.put(Bells([1] * BLOCK * 4).blocks())
+    assert engine.counters.bytes_written >= engine.counters.payload_bytes_written
+
+
+def test_auto_follows_what_the_reader_is_short_of() -> None:
+    """A disk slower than the codec wants fewer bytes, a faster one wants no codec."""
+    prompt = Bells([1] * BLOCK * 8)
+    for disk_bytes_per_s, compresses in ((1e4, True), (1e13, False)):
+        compression = Compression("auto", lambda speed=disk_bytes_per_s: speed)
+        compression.register(FINGERPRINT, PLAN)
+        for record in prompt.blocks():
+            compression.encode(record)
+        assert compression.judgements[FINGERPRINT].compress is compresses
+        assert (compression.encode(prompt.block(0)) is not None) is compresses
+
+
+def test_a_disk_that_cannot_be_measured_does_not_stop_a_put(open_engine: OpenEngine, tmp_path: Path) -> None:
+    def fails() -> float:
+        raise OSError("no space")
+
+    compression = Compression("auto", fails)
+    compression.register(FINGERPRINT, PLAN)
+    for record in Bells([1] * BLOCK * 8).blocks():
+        compression.encode(record)
+    assert FINGERPRINT in compression.judgements
+
+
+def test_judgement_at_the_break_even_point() -> None:
+    # At ratio 1.25 a coded byte saves a fifth of the read; the codec may cost just that.
+    assert judge(ratio=1.25, codec_bytes_per_s=5.1e9, disk_bytes_per_s=1e9).compress
+    assert not judge(ratio=1.25, codec_bytes_per_s=4.9e9, disk_bytes_per_s=1e9).compress

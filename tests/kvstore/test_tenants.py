@@ -1,0 +1,133 @@
+"""Tenants: quotas, pins, encryption with a key each."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from antefix.errors import ConfigError
+from antefix.store.api import RecordKind
+from antefix.store.encryption import KeyRing
+from antefix.store.reader import StoreReader
+from kvstore.engine import Engine
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
+
+OpenEngine = Callable[..., Engine]
+
+
+def blocks_of(prompt: Prompt, tenant: str) -> list:
+    return [prompt.block(i, tenant=tenant) for i in range(len(prompt.hashes))]
+
+
+def test_a_tenant_over_its_quota_evicts_its_own(open_engine: OpenEngine, clock: Clock) -> None:
+    extent = 256 + 1000
+    engine = open_engine(tenant_quota_bytes=10 * extent, quotas=("big=1m",))
+    others = Prompt([9] * BLOCK * 10, payload_bytes=1000)
+    engine.put(blocks_of(others, "other"))
+    for number in range(5):
+        clock.advance(1)
+        prompt = Prompt([number] * BLOCK * 4, payload_bytes=1000)
+        assert not engine.put(blocks_of(prompt, "small")).refused
+        assert prompt.check(engine) == 4
+    assert others.check(engine) == 10
+    big = Prompt([7] * BLOCK * 50, payload_bytes=1000)
+    assert not engine.put(blocks_of(big, "big")).refused
+    too_long = Prompt([8] * BLOCK * 11, payload_bytes=1000)
+    result = engine.put(blocks_of(too_long, "small"))
+    assert set(result.refused) == set(too_long.hashes)
+    assert "quota" in next(iter(result.refused.values()))
+    assert others.check(engine) == 10
+
+
+def test_a_tenant_cannot_pin_or_evict_anothers(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    prompt = Prompt([1] * BLOCK * 2)
+    engine.put(blocks_of(prompt, "a"))
+    names = [(RecordKind.BLOCK, h) for h in prompt.hashes]
+    assert engine.pin(names, 60, tenant="b") == 0
+    assert engine.evict(names, tenant="b") == 0
+    assert engine.pin(names, 60, tenant="a") == 2
+    assert engine.evict(names, tenant="a") == 2
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({"a": secrets.token_hex(32), "b": secrets.token_hex(32)}))
+    path.chmod(0o600)
+    return path
+
+
+def test_nothing_in_clear_reaches_an_encrypted_store(open_engine: OpenEngine, keys_file: Path, tmp_path: Path) -> None:
+    engine = open_engine(keys_file=str(keys_file))
+    prompt = Prompt([1] * BLOCK * 3)
+    engine.put([*blocks_of(prompt, "a"), prompt.checkpoint(2, tenant="a")])
+    assert prompt.check(engine) == 3
+    assert engine.read(RecordKind.CHECKPOINT, prompt.hashes[2], fingerprint=FINGERPRINT) == prompt.payload(
+        2, RecordKind.CHECKPOINT
+    )
+    raw = b"".join(path.read_bytes() for path in (tmp_path / "store" / "segments").iterdir())
+    assert all(prompt.payload(i)[64:128] not in raw for i in range(3))
+    assert engine.put(blocks_of(Prompt([2] * BLOCK), "nobody")).refused
+
+
+def test_dropping_a_key_drops_the_tenants_data(open_engine: OpenEngine, keys_file: Path) -> None:
+    engine = open_engine(keys_file=str(keys_file))
+    mine, theirs = Prompt([1] * BLOCK * 3), Prompt([2] * BLOCK * 3)
+    engine.put(blocks_of(mine, "a"))
+    engine.put(blocks_of(theirs, "b"))
+    engine.close()
+    keys = json.loads(keys_file.read_text())
+    del keys["a"]
+    keys_file.write_text(json.dumps(keys))
+    engine = open_engine(keys_file=str(keys_file))
+    assert (mine.check(engine), theirs.check(engine)) == (0, 3)
+
+
+def test_another_key_opens_nothing_and_quarantines_nothing(open_engine: OpenEngine, keys_file: Path) -> None:
+    engine = open_engine(keys_file=str(keys_file))
+    prompt = Prompt([1] * BLOCK * 2)
+    engine.put(blocks_of(prompt, "a"))
+    stranger = StoreReader(engine.config.dir, decrypt=KeyRing({"a": bytes(32)}).decrypt, clock_ms=engine.clock_ms)
+    assert stranger.read_blocks(prompt.hashes, prompt.buffers(), fingerprint=FINGERPRINT).num_good == 0
+    keyless = StoreReader(engine.config.dir, clock_ms=engine.clock_ms)
+    outcome = keyless.read_blocks(prompt.hashes, prompt.buffers(), fingerprint=FINGERPRINT)
+    assert (outcome.num_good, outcome.locked, outcome.suspects) == (0, True, [])
+    stranger.close()
+    keyless.close()
+    assert prompt.check(engine) == 2
+    assert engine.counters.corrupt == 0
+
+
+def test_encrypted_records_survive_compaction(open_engine: OpenEngine, keys_file: Path) -> None:
+    engine = open_engine(keys_file=str(keys_file), segment_bytes=64 << 10)
+    prompts = [Prompt([n] * BLOCK * 4, payload_bytes=5000) for n in range(12)]
+    for prompt in prompts:
+        engine.put(blocks_of(prompt, "a"))
+    for prompt in prompts[::2]:
+        engine.evict([(RecordKind.BLOCK, prompt.hashes[0])])
+    while engine.space.compact_one(0.05) is not None:
+        continue
+    assert engine.space.counters.compacted_bytes > 0
+    assert [prompt.check(engine) for prompt in prompts] == [0, 4] * 6
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": "zz"}', '{"a": "00"}', '{"a": 5}'])
+def test_a_bad_keys_file_is_a_clear_error(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text(content)
+    path.chmod(0o600)
+    with pytest.raises(ConfigError):
+        KeyRing.from_file(path)
+
+
+def test_a_keys_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+    path.write_text("{}")
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        KeyRing.from_file(path)
