@@ -35,10 +35,11 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """One message of an output. finish_reason is set in the last one."""
+    """One message of an output. finish_reason is set in the last one; stop_number: the stop sequence, from 1."""
 
     tokens: Tokens
     finish_reason: str = ""
+    stop_number: int = 0
     restore: RestoreReport | None = None
     written_tokens: int = 0
 
@@ -126,6 +127,7 @@ class DecodeClient:
                     yield Decoded(
                         tokens=tokens_from_wire(message.tokens),
                         finish_reason=message.finish_reason,
+                        stop_number=message.stop_number,
                         restore=report_from_wire(message.restore) if message.HasField("restore") else None,
                         written_tokens=message.written_tokens,
                     )

@@ -26,6 +26,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens written out in the text become their ids."""
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of text from outside: nothing in it becomes a special token."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are written out."""
 
@@ -59,6 +62,9 @@ class ByteTokenizer:
             else:
                 ids.extend(piece.encode("utf-8", "surrogateescape"))
         return ids
+
+    def encode_plain(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", "surrogateescape"))
 
     def decode(self, ids: Sequence[int]) -> str:
         stream = self.stream()
@@ -95,9 +101,20 @@ class HuggingFaceTokenizer:
 
         self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self.eos_ids = eos_ids
+        added = sorted((token.content for token in self._tokenizer.get_added_tokens_decoder().values()), key=len)
+        self._added = re.compile("|".join(map(re.escape, reversed(added)))) if added else None
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Cut inside everything that reads like an added token, special or not: the halves are then only text."""
+        ids: list[int] = []
+        start = 0
+        for match in self._added.finditer(text) if self._added else ():
+            ids += self.encode(text[start : match.start() + 1])
+            start = match.start() + 1
+        return ids + self.encode(text[start:])
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))

@@ -64,7 +64,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             first = sampler.choose(logits, prompt.num_tokens)
             yield _response(stopper.push(first), adopted)
             if stopper.finish_reason:
-                yield decode_pb2.DecodeResponse(finish_reason=stopper.finish_reason)
+                yield decode_pb2.DecodeResponse(finish_reason=stopper.finish_reason, stop_number=stopper.stop_number)
                 return
             # 3. Load what the handoff does not hold; if a block is gone by now, prefill after all.
             if handoff is not None:
@@ -98,6 +98,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             await self.scheduler.store_end(running)
             yield decode_pb2.DecodeResponse(
                 finish_reason=running.stopper.finish_reason,
+                stop_number=running.stopper.stop_number,
                 written_tokens=running.writer.num_blocks_written * self._engine.block_size,
                 written_checkpoints=running.writer.num_checkpoints_written,
             )

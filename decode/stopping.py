@@ -20,6 +20,7 @@ class Stopper:
         self._num_shown = len(self._seen)
         self.num_output = len(self._seen)
         self.finish_reason = ""
+        self.stop_number = 0
 
     def push(self, token: int) -> list[int]:
         """Take the next token; returns those that may be shown now. Sets `finish_reason` when the output is over.
@@ -30,8 +31,9 @@ class Stopper:
         self._seen.append(token)
         if token in self._eos_ids:
             return self._finish(STOP, len(self._seen) - 1)
-        for sequence in self._sampling.stop:
+        for number, sequence in enumerate(self._sampling.stop, start=1):
             if tuple(self._seen[-len(sequence) :]) == sequence:
+                self.stop_number = number
                 return self._finish(STOP, len(self._seen) - len(sequence))
         if self.num_output >= self._sampling.max_tokens:
             return self._finish(LENGTH, len(self._seen))

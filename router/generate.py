@@ -62,6 +62,7 @@ class Request:
     started: float = field(default_factory=time.perf_counter)
     ttft_s: float = 0.0
     finish_reason: str = ""
+    stop_number: int = 0
 
 
 class Generator:
@@ -173,5 +174,6 @@ class Generator:
                         yield decoded.tokens
                     if decoded.finish_reason:
                         request.finish_reason = decoded.finish_reason
+                        request.stop_number = decoded.stop_number
                         request.written_tokens += decoded.written_tokens
                         request.output_written_tokens = decoded.written_tokens

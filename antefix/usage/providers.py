@@ -21,7 +21,10 @@ def chat_usage(record: UsageRecord) -> dict[str, Any]:
         "prompt_tokens": record.prompt_tokens,
         "completion_tokens": record.output_tokens,
         "total_tokens": record.prompt_tokens + record.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": record.cache_hit_tokens},
+        "prompt_tokens_details": {
+            "cached_tokens": record.cache_hit_tokens,
+            "cache_write_tokens": record.cache_write_tokens,
+        },
         "completion_tokens_details": {"reasoning_tokens": record.reasoning_tokens},
         "prompt_cache_hit_tokens": record.cache_hit_tokens,
         "prompt_cache_miss_tokens": record.cache_miss_tokens,

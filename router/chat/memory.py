@@ -1,0 +1,68 @@
+"""The tokens of answers given lately, so that a resent answer is the very tokens that were generated.
+
+Text to tokens is not always the inverse of tokens to text: a model may spell a word in other pieces than the tokenizer
+does, or end in half a character. Then a resent conversation would miss from its first answer on. An answer is found by
+all tokens before it and by what the client was told it said. In this process's memory only, least recently used out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from router.chat.messages import Message
+
+# 4 bytes a token: 32 MB.
+NUM_TOKENS_MAX = 8 << 20
+
+
+class AnswerMemory:
+    """Answers of all tenants; the cache tenant is part of the name, so nobody meets another's."""
+
+    def __init__(self, num_tokens_max: int = NUM_TOKENS_MAX) -> None:
+        self._num_tokens_max = num_tokens_max
+        self._num_tokens = 0
+        self._answers: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def put(self, before: Sequence[int], message: Message, tokens: Sequence[int], *, tenant: str) -> None:
+        """Remember that after `before` (the prompt) the model wrote `tokens`, which the client saw as `message`."""
+        if not tokens or len(tokens) > self._num_tokens_max:
+            return
+        name = answer_name(prefix_state(tenant, before), message)
+        if (old := self._answers.pop(name, None)) is not None:
+            self._num_tokens -= len(old) // 4
+        self._answers[name] = np.asarray(tokens, "<u4").tobytes()
+        self._num_tokens += len(tokens)
+        while self._num_tokens > self._num_tokens_max:
+            _, dropped = self._answers.popitem(last=False)
+            self._num_tokens -= len(dropped) // 4
+
+    def get(self, name: bytes) -> list[int] | None:
+        found = self._answers.get(name)
+        if found is None:
+            return None
+        self._answers.move_to_end(name)
+        return np.frombuffer(found, "<u4").tolist()  # type: ignore[no-any-return]
+
+
+def prefix_state(tenant: str, tokens: Sequence[int]) -> hashlib.blake2b:
+    """A hash over tenant and tokens that can be gone on with."""
+    state = hashlib.blake2b(digest_size=32, person=b"antefix-answers")
+    state.update(len(tenant.encode()).to_bytes(4, "little") + tenant.encode())
+    state.update(np.asarray(tokens, "<u4").tobytes())
+    return state
+
+
+def answer_name(prefix: hashlib.blake2b, message: Message) -> bytes:
+    """Tool calls count by name and arguments: clients keep those, and some make up ids of their own."""
+    state = prefix.copy()
+    parts = [message.reasoning, message.content]
+    for call in message.tool_calls:
+        parts += [call.name, call.arguments]
+    for part in parts:
+        state.update(len(part.encode("utf-8", "surrogatepass")).to_bytes(8, "little"))
+        state.update(part.encode("utf-8", "surrogatepass"))
+    return state.digest()
