@@ -24,7 +24,8 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 0, 1, 2, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A subcommand: `module` has `add_arguments(parser)` and `run(args) -> int`, imported only when it is used."""
+    """A subcommand, imported only when it is used: `module` has `run(args) -> exit code`, and `add_arguments(parser)`
+    or, where it has commands of its own, `add_parser(subparsers)`."""
 
     module: str
     help: str
@@ -51,6 +52,16 @@ COMMANDS: dict[str, Command] = {
         module="antefix.commands.inspect",
         help="what a store directory holds",
         example="antefix inspect /var/lib/antefix/store",
+    ),
+    "simulate": Command(
+        module="simulate.cli",
+        help="compare window-state strategies on a trace",
+        example="antefix simulate --generate agents --strategy all",
+    ),
+    "usage": Command(
+        module="antefix.usage.cli",
+        help="export, verify and report what was used and billed",
+        example="antefix usage report --ledger antefix-data/ledger",
     ),
     "doctor": Command(
         module="antefix.commands.doctor",
@@ -94,11 +105,15 @@ def _run(args: list[str]) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run: Callable[[argparse.Namespace], int] | None = None
     for command, about in COMMANDS.items():
-        sub = _subparser(subparsers, command, about.help, about.example)
-        if command == name:
-            module = importlib.import_module(about.module)
-            module.add_arguments(sub)
-            run = module.run
+        if command != name:
+            _subparser(subparsers, command, about.help, about.example)
+            continue
+        module = importlib.import_module(about.module)
+        run = module.run
+        if hasattr(module, "add_parser"):
+            module.add_parser(subparsers)
+        else:
+            module.add_arguments(_subparser(subparsers, command, about.help, about.example))
     serve = _subparser(subparsers, "serve", "run one role", "antefix serve kvstore --dir /var/lib/antefix/store")
     if name == "serve":
         _add_roles(serve, args)
