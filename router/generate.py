@@ -103,6 +103,10 @@ class Generator:
             except (Unavailable, Overloaded) as err:
                 if len(tried) >= min(NUM_MOVES_MAX, len(self._decode.workers)):
                     raise
+                if len(request.emitted) >= request.sampling.max_tokens:
+                    # It died between its last token and its last message; nothing is left to ask anyone for.
+                    request.finish_reason = "length"
+                    return
                 log.warning("request %s moves to another decode worker: %s", request.request_id, err)
                 handoff = b""
 

@@ -123,6 +123,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 response.workers.add(
                     address=worker.address,
                     role=worker.role.value,
+                    serving=not worker.is_shunned(time.monotonic()),
                     num_requests=worker.num_requests,
                     num_tokens_queued=worker.num_tokens,
                 )

@@ -42,7 +42,9 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
     restored = await restore(engine, prompt)
     writer = RecordWriter(engine.store, engine.counters)
     try:
-        # 2. Compute the rest; finished blocks go to the store meanwhile.
+        # 2. Compute the rest; finished blocks go to the store meanwhile, and those that it lost but we still have:
+        #    without its ancestors it would refuse what follows.
+        await _put_back(engine, prompt, restored, writer)
         logits = await _compute(engine, prompt, restored, writer)
     except BaseException:
         await writer.flush()  # the rows must not be reused under a write; what is finished is worth keeping

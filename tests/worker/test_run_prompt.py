@@ -135,3 +135,13 @@ async def test_all_blocks_come_back_to_the_pool(make_engine, make_prompt, store)
         tokens = np.random.default_rng(seed).integers(0, 256, 900)
         await run(engine, make_prompt(engine, tokens))
     assert engine.blocks.num_available == 20
+
+
+async def test_what_the_store_lost_and_a_worker_still_has_is_stored_again(make_engine, make_prompt, store):
+    engine = make_engine("boundary")
+    await run(engine, make_prompt(engine, DOCUMENT))
+    store.records.clear()
+    warm = await run(engine, make_prompt(engine, np.concatenate((DOCUMENT, OTHER_END))))
+    assert warm[0].report.hit_tokens == 896
+    found = await store.lookup(warm[0].prompt.chain.hashes, fingerprint=engine.fingerprint)
+    assert found.num_blocks == 15
