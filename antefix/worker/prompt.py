@@ -64,6 +64,11 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
     return ComputedPrompt(prompt=prompt, sequence=restored.sequence, logits=logits, report=report)
 
 
+async def _put_back(engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter) -> None:
+    for index in range(restored.num_stored_blocks, restored.plan.resume_block):
+        await writer.put(block_record(engine, prompt, index, restored.sequence.block_table[index]))
+
+
 async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter) -> npt.NDArray[np.float32]:
     sequence = restored.sequence
     marks = {mark.block * engine.block_size: mark for mark in _marks(engine, prompt, restored)}
