@@ -27,19 +27,20 @@ class Tile:
     """Queries of one sequence in one window tile. keys: window KV of the tile before and of the own tile, [W, C].
 
     rows: which of the chunk's tokens, first and one past the last.  slot: the first query's place in its tile.
+    num_hidden: of the 2 W keys, how many lie before the sequence's start or before a bounded replay's cut.
     """
 
     rows: tuple[int, int]
     slot: int
-    has_previous: bool
+    num_hidden: int
     previous: Tensor
     own: Tensor
 
 
-def window_tiles(ring_WC: Tensor, new_TC: Tensor, position: int) -> Iterator[Tile]:
+def window_tiles(ring_WC: Tensor, new_TC: Tensor, position: int, cut: int = 0) -> Iterator[Tile]:
     """Cut a chunk of T tokens at `position` into tiles. ring: window KV before the chunk, slot p mod W.
 
-    The ring is not changed.
+    cut: tokens before it are not attended to.  The ring is not changed.
     """
     window, num_new = len(ring_WC), len(new_TC)
     slot = position % window
@@ -56,7 +57,7 @@ def window_tiles(ring_WC: Tensor, new_TC: Tensor, position: int) -> Iterator[Til
         yield Tile(
             rows=(start, stop),
             slot=(slot + start) % window,
-            has_previous=first_tile + i > 0,
+            num_hidden=max(cut - (first_tile + i - 1) * window, 0),
             previous=tiles[i],
             own=tiles[i + 1],
         )
@@ -79,7 +80,9 @@ def window_logits(q_FC: Tensor, tile: Tile, num_heads: int) -> Tensor:
     logits = torch.cat((torch.mm(q_FC, tile.previous.T), torch.mm(q_FC, tile.own.T)), dim=1)
     slots = torch.arange(tile.slot, tile.slot + num_queries, device=q_FC.device).unsqueeze(1)
     keys = torch.arange(window, device=q_FC.device)
-    hidden = torch.cat(((keys <= slots) if tile.has_previous else (keys >= 0).expand(num_queries, -1), keys > slots), 1)
+    hidden = torch.cat((keys <= slots, keys > slots), 1)
+    if tile.num_hidden:
+        hidden[:, : tile.num_hidden] = True
     live = logits[: num_queries * num_heads].view(num_queries, num_heads, 2 * window)
     live.masked_fill_(hidden.unsqueeze(1), NEGATIVE_INFINITY)
     return logits

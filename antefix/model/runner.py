@@ -143,7 +143,7 @@ class _LayerPass:
         ring = item.sequence.window.window[self.index]
         position = item.position
         item.pending.append(lambda: advance_ring(ring, entries_TC, position))
-        return list(window_tiles(ring, entries_TC, position))
+        return list(window_tiles(ring, entries_TC, position, item.sequence.window.cut))
 
     def _hca(self, item: _Item, q: Tensor, tiles: list[Tile], rows: Tensor) -> Tensor:
         attention = self.layer.self_attn

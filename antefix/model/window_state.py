@@ -45,6 +45,8 @@ class WindowState:
 
     window: [L, n_win, c]; the token at position p lies in slot p mod n_win.
     main, indexer: compressor states by layer.
+    cut: tokens before it are not attended to in windows. 0, except during a bounded replay, which starts there; not
+        part of the bytes, since n_win tokens later nothing of it is left.
     """
 
     def __init__(self, layout: BlockLayout, position: int = 0, device: str | torch.device = "cpu") -> None:
@@ -54,6 +56,7 @@ class WindowState:
         dtype = value_dtype(layout.kv_format)
         self.layout = layout
         self.position = position
+        self.cut = 0
         self.window = torch.zeros(geometry.num_layers, geometry.window, geometry.head_dim, dtype=dtype, device=device)
         self.main: dict[int, CompressorState] = {}
         self.indexer: dict[int, CompressorState] = {}
@@ -70,10 +73,17 @@ class WindowState:
         """An empty state at a position: where a sequence starts (0), or an exact replay (a block boundary)."""
         return cls(layout, position, device)
 
+    @classmethod
+    def cut_at(cls, layout: BlockLayout, position: int, device: str | torch.device = "cpu") -> WindowState:
+        """Where a bounded replay starts: as if the sequence began there, but for its position and its global KV."""
+        state = cls(layout, position, device)
+        state.cut = position
+        return state
+
     def clone(self) -> WindowState:
         """An independent copy: two continuations of one prompt."""
         copy = object.__new__(WindowState)
-        copy.layout, copy.position, copy.window = self.layout, self.position, self.window.clone()
+        copy.layout, copy.position, copy.cut, copy.window = self.layout, self.position, self.cut, self.window.clone()
         copy.main = {layer: state.clone() for layer, state in self.main.items()}
         copy.indexer = {layer: state.clone() for layer, state in self.indexer.items()}
         return copy
