@@ -91,7 +91,9 @@ def _linear_ok(k: int, o: int, generator: torch.Generator) -> bool:
     x = torch.randn(272, k, generator=generator)
     weight = torch.randn(o, k, generator=generator)
     whole = linear(x, weight)
-    return all(
+    wide = torch.cat((weight, torch.randn(512 - o, k, generator=generator)))
+    narrow = torch.cat([linear(x, part) for part in torch.split(wide, 64)], dim=1)
+    return torch.equal(linear(x, wide), narrow) and all(
         torch.equal(linear(x[start : start + n], weight), whole[start : start + n])
         for start, n in ((0, 1), (5, 3), (0, 16), (3, 17), (100, 128), (9, 200))
     )

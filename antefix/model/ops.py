@@ -19,13 +19,16 @@ from antefix.layout import BlockLayout, Part
 from antefix.model.attend import Tile, attend_segments, attend_selected
 from antefix.model.compressor import Compressor, finish_entries, pool_disjoint, pool_overlapping
 from antefix.model.indexer import index_scores, top_entries
+from antefix.model.numerics import ROW_TILE, pad_rows
 from antefix.model.pool import BlockPool
 from antefix.model.quant import round_entries, round_queries
 
-# Indexer keys scored by one product. Fixed, since a product's bits may depend on its number of columns.
-KEY_SEGMENT = 512
-# Queries scored at once: keeps [queries * heads, KEY_SEGMENT] floats within a core's L2 cache (measured).
+# Scores of one product, queries * heads * keys: a core's L2 cache holds them (2^17 floats are 512 KiB).
+SCORES = 1 << 17
+# Queries scored at once, and the width that keys are padded to. A score's bits do not depend on how many columns the
+# product has, as long as they are multiples of this width (`numerics.row_invariant_ok` checks it).
 SCORE_QUERIES = 32
+KEY_TILE = 64
 # HCA entries attended to by one product; 128 entries are 16K tokens at V4's ratio.
 HCA_SEGMENT = 128
 
@@ -105,8 +108,11 @@ class TorchOps:
         num_entries = int(num_visible_T.max())
         if num_entries <= k:
             return top_entries(queries.new_empty(len(queries), num_entries), num_visible_T, k)
-        segments = read_segments(keys, num_entries, KEY_SEGMENT)
-        indices = torch.arange(len(segments) * KEY_SEGMENT, device=queries.device)
+        rows = min(SCORE_QUERIES, len(queries)) * queries.shape[1]
+        # Up to 16 rows, one tile of rows is run anyway.
+        columns = max(SCORES // max(rows, ROW_TILE) // KEY_TILE, 1) * KEY_TILE
+        segments = torch.split(read_entries(keys, num_entries, KEY_TILE), columns)
+        indices = torch.arange(sum(map(len, segments)), device=queries.device)
         picked = []
         for start in range(0, len(queries), SCORE_QUERIES):
             part = slice(start, start + SCORE_QUERIES)
@@ -119,13 +125,12 @@ class TorchOps:
     def sparse_attention(
         self, q_THC: Tensor, tiles: list[Tile], sinks_H: Tensor, entries: Entries, picked_Tk: Tensor
     ) -> Tensor:
-        decoded = entries.pool.decoded(entries.part)
         outputs = []
         for tile in tiles:
             part = slice(*tile.rows)
-            live = picked_Tk[part] >= 0
-            blocks, rows = entries.locate(picked_Tk[part].clamp(min=0))
-            outputs.append(attend_selected(q_THC[part], tile, sinks_H, decoded[blocks, rows], live))
+            picked = picked_Tk[part]
+            values = gather_entries(entries, picked.clamp(min=0))
+            outputs.append(attend_selected(q_THC[part], tile, sinks_H, values, picked >= 0))
         return torch.cat(outputs)
 
     def full_attention(
@@ -133,7 +138,7 @@ class TorchOps:
     ) -> Tensor:
         segments: list[Tensor] = []
         if entries is not None:
-            segments = read_segments(entries, int(num_visible_T.max()), HCA_SEGMENT)
+            segments = _finite_segments(entries, int(num_visible_T.max()))
         outputs = []
         for tile in tiles:
             part = slice(*tile.rows)
@@ -143,20 +148,40 @@ class TorchOps:
         return torch.cat(outputs)
 
 
-def read_segments(entries: Entries, num_entries: int, size: int) -> list[Tensor]:
-    """The first `num_entries` decoded entries in segments of `size`, zeros after the end. Views where possible."""
+def _finite_segments(entries: Entries, num_entries: int) -> list[Tensor]:
+    """The entries in HCA_SEGMENTs, zeros after the last: values meet a weight of 0, and 0 times NaN would be NaN."""
     if not num_entries:
         return []
-    per_block = entries.part.num_rows
-    num_blocks = -(-num_entries // per_block)
-    block_ids = entries.block_ids[:num_blocks]
-    decoded = entries.pool.decoded(entries.part)
-    first, last = int(block_ids[0]), int(block_ids[-1])
-    side_by_side = last - first == num_blocks - 1 and bool((block_ids[1:] - block_ids[:-1] == 1).all())
-    picked = decoded[first : last + 1] if side_by_side else decoded[block_ids]
-    flat = picked.reshape(-1, picked.shape[-1])
-    segments = list(torch.split(flat, size))
-    if len(segments[-1]) < size:
-        tail = segments[-1]
-        segments[-1] = torch.cat((tail, tail.new_zeros(size - len(tail), tail.shape[1])))
+    segments = list(torch.split(read_entries(entries, num_entries, HCA_SEGMENT), HCA_SEGMENT))
+    if rest := num_entries % HCA_SEGMENT:
+        segments[-1] = pad_rows(segments[-1][:rest], HCA_SEGMENT)
     return segments
+
+
+def gather_entries(entries: Entries, indices: Tensor) -> Tensor:
+    """Decoded entries by their index in the sequence: indices [...] to [..., C]."""
+    decoded = entries.pool.decoded(entries.part)
+    blocks, rows = entries.locate(indices)
+    if not decoded.is_contiguous():
+        return decoded[blocks, rows]
+    flat = (blocks * decoded.shape[1] + rows).flatten()
+    return decoded.view(-1, decoded.shape[2]).index_select(0, flat).view(*indices.shape, -1)
+
+
+def read_entries(entries: Entries, num_entries: int, multiple: int) -> Tensor:
+    """At least the first `num_entries` decoded entries, filled up to a multiple of rows: [E, C].
+
+    Rows beyond `num_entries` mean nothing and may belong to others. A view where the blocks lie side by side.
+    """
+    decoded = entries.pool.decoded(entries.part)
+    per_block = decoded.shape[1]
+    wanted = -(-num_entries // multiple) * multiple
+    block_ids = entries.block_ids[: -(-num_entries // per_block)]
+    first = int(block_ids[0]) if num_entries else 0
+    if bool((block_ids == torch.arange(first, first + len(block_ids), device=block_ids.device)).all()):
+        # The pool's rows after the sequence's serve as padding, if there are any.
+        picked = decoded[first : first + -(-wanted // per_block)]
+    else:
+        picked = decoded[block_ids]
+    flat = picked.reshape(-1, picked.shape[-1])[:wanted]
+    return flat if len(flat) == wanted else pad_rows(flat, multiple)

@@ -20,6 +20,9 @@ from antefix.errors import InvalidRequest, Overloaded
 from antefix.layout import BlockLayout, KVFormat, Part, PartKind
 from antefix.model.quant import pack, unpack, value_dtype, width_of
 
+# Payload bytes decoded at once: large enough to hide the calls, small enough for a core's caches.
+_DECODE_BYTES = 256 << 10
+
 
 class BlockPool:
     """`num_blocks` rows of `layout.block_bytes` on `device`."""
@@ -29,7 +32,7 @@ class BlockPool:
             raise InvalidRequest(f"a pool needs at least one block, not {num_blocks}")
         self.layout = layout
         self.num_blocks = num_blocks
-        self.rows = torch.zeros(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
+        self.rows = _fresh_zeros((num_blocks, layout.block_bytes), torch.uint8, device)
         self._refs = np.zeros(num_blocks, np.int32)
         self._parts = {(part.layer, part.kind): part for part in layout.parts}
         self._decoded = {key: self._decoded_part(part) for key, part in self._parts.items()}
@@ -82,9 +85,13 @@ class BlockPool:
         if self.layout.kv_format is not KVFormat.FP8:
             return
         ids = torch.as_tensor(list(block_ids), dtype=torch.long, device=self.rows.device)
-        for key, part in self._parts.items():
-            records = self.records(part)[ids]
-            self._decoded[key][ids] = unpack(part.kind, records, self.layout)
+        # In pieces that stay in cache; a restore of a long prefix comes with thousands of blocks.
+        for piece in torch.split(ids, max(1, _DECODE_BYTES // self.layout.block_bytes)):
+            first, last = int(piece[0]), int(piece[-1])
+            neighbours = last - first == len(piece) - 1 and bool((piece[1:] > piece[:-1]).all())
+            where = slice(first, last + 1) if neighbours else piece
+            for key, part in self._parts.items():
+                self._decoded[key][where] = unpack(part.kind, self.records(part)[where], self.layout)
 
     def clear(self, block_ids: Iterable[int]) -> None:
         """Zero rows that are about to be written for the first time, so that no earlier owner's bytes linger."""
@@ -111,7 +118,7 @@ class BlockPool:
     def _decoded_part(self, part: Part) -> Tensor:
         width = width_of(part, self.layout)
         if self.layout.kv_format is KVFormat.FP8:
-            return torch.zeros(self.num_blocks, part.num_rows, width, device=self.rows.device)
+            return _fresh_zeros((self.num_blocks, part.num_rows, width), torch.float32, self.rows.device)
         dtype = value_dtype(self.layout.kv_format)
         return self._view(self.rows.view(dtype), part.offset // dtype.itemsize, part.num_rows, width)
 
@@ -125,6 +132,13 @@ class BlockPool:
         if len(ids) and (ids.min() < 0 or ids.max() >= self.num_blocks or (self._refs[ids] < 1).any()):
             raise InvalidRequest("a block id is outside the pool or not allocated")
         return ids
+
+
+def _fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """Zeros that take no memory until they are written (CPU): numpy asks for zeroed pages, torch would fill them."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, np.uint8 if dtype is torch.uint8 else np.float32))
 
 
 def _first_run(
