@@ -35,6 +35,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Replay a trace through the real window strategies, restore planner and eviction policy, under a "
         "cost model of a machine. Nothing is run and nothing is stored.",
     )
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `simulate`."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", type=Path, metavar="FILE", help="a trace file, plain or .gz; needs --format")
     source.add_argument("--generate", choices=sorted(SHAPES), help="a generated trace instead of a file")
@@ -69,7 +75,6 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of a generated trace (default 0)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot too, .svg or .png; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return parser
 
 
 def run(args: argparse.Namespace) -> int:

@@ -70,7 +70,7 @@ def _bars(axes: Any, simulation: Simulation) -> None:
 
 
 def _window_bytes(result: StrategyResult) -> int:
-    return min(result.checkpoint_bytes_written, result.bytes_kept_max)
+    return min(result.checkpoint_bytes_kept_max, result.bytes_kept_max)
 
 
 def _lines(axes: Any, simulations: Sequence[Simulation]) -> None:

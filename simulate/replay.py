@@ -54,6 +54,7 @@ class _Tally:
     recomputed_tokens: int = 0
     replayed_tokens: int = 0
     bytes_kept_max: int = 0
+    checkpoint_bytes_kept_max: int = 0
 
 
 def ideal_hit_tokens(trace: Trace) -> int:
@@ -102,6 +103,7 @@ class _Run:
     def serve(self, request: Request) -> None:
         names, now_s = request.names, request.at_s
         # 1. What is stored of the prompt, and where window state is.
+        self.store.expire(now_s)
         num_units = self.store.num_stored(names)
         found = self.store.last_checkpoint(names, num_units, now_s)
         # 2. Plan, and carry it out on the machine.
@@ -121,6 +123,8 @@ class _Run:
             self.store.touch_checkpoint(names, found[0], found[1], now_s)
         # 4. Store what is new, and leave the checkpoints that the strategy asks for.
         self._write(request, plan, num_units, tuple(checkpoints))
+        window_bytes = self.store.checkpoint_bytes_kept()
+        self.tally.checkpoint_bytes_kept_max = max(self.tally.checkpoint_bytes_kept_max, window_bytes)
 
     def _carry_out(self, plan: Plan) -> None:
         timing = carry_out(self.setup.machine, self.setup.sizes, plan, self.rng)
@@ -189,6 +193,7 @@ class _Run:
             bytes_kept=store.bytes_kept,
             bytes_kept_max=tally.bytes_kept_max,
             checkpoint_bytes_kept=store.checkpoint_bytes_kept(),
+            checkpoint_bytes_kept_max=tally.checkpoint_bytes_kept_max,
             bytes_written=store.bytes_written,
             checkpoint_bytes_written=store.checkpoint_bytes_written,
             recomputed_tokens=tally.recomputed_tokens,

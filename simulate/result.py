@@ -17,7 +17,7 @@ class StrategyResult:
     ideal_token_hit_rate: share in the longest prefix that any request had before, in whole units, less the last token:
         an endless store whose window state is free and everywhere.  It does not depend on the strategy.
     checkpoints_per_request: checkpoints written, to disk or pool, a request.
-    bytes_kept: on disk at the end, blocks and checkpoints that have not expired.  bytes_kept_max: the most at any time.
+    bytes_kept: on disk at the end, blocks and checkpoints that have not expired.  *_max: the most at any time.
     bytes_written: to disk and pool.
     recomputed_tokens: run again, by prefill or replay, although their global KV was stored at that time.
     ttft_*: of one request alone on the machine, without queueing: loading, replay and prefill.
@@ -34,6 +34,7 @@ class StrategyResult:
     bytes_kept: int
     bytes_kept_max: int
     checkpoint_bytes_kept: int
+    checkpoint_bytes_kept_max: int
     bytes_written: int
     checkpoint_bytes_written: int
     recomputed_tokens: int

@@ -6,6 +6,7 @@ checkpoint hangs on its block, as in the engine. Blocks' own TTL of three days i
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,6 +44,8 @@ class SimStore:
         self._disk: Forest[int] = Forest(policy)
         self._pool: Forest[int] = Forest(policy)
         self._expiry: dict[Tier, dict[int, tuple[float, float]]] = {tier: {} for tier in Tier}
+        self._due: list[tuple[float, int, Tier]] = []
+        self._dead: dict[Tier, set[int]] = {tier: set() for tier in Tier}
         self._swept_s = 0.0
 
     @property
@@ -51,7 +54,18 @@ class SimStore:
         return self._disk.nbytes
 
     def checkpoint_bytes_kept(self, tier: Tier = Tier.DISK) -> int:
+        """As of the last `expire`."""
         return self.sizes.checkpoint_bytes * len(self._expiry[tier])
+
+    def expire(self, now_s: float) -> None:
+        """Make what is past its time unusable; its bytes are given back by `sweep`."""
+        while self._due and self._due[0][0] <= now_s:
+            _, name, tier = heapq.heappop(self._due)
+            until_s = self._expiry[tier].get(name, (0.0, 0.0))[0]
+            if until_s > now_s:
+                heapq.heappush(self._due, (until_s, name, tier))
+            elif self._expiry[tier].pop(name, None):
+                self._dead[tier].add(name)
 
     def num_stored(self, names: Names) -> int:
         """Leading units that are stored: the set is prefix-closed, so the last one is found by bisection."""
@@ -108,9 +122,12 @@ class SimStore:
         """Leave one after `num_units` units; none where its block is not stored or it exists already."""
         block = 2 * int(names[num_units - 1])
         name, nbytes = block + 1, self.sizes.checkpoint_bytes
-        if block not in self._disk or name in self._forest(tier):
-            if name in self._expiry[tier]:
-                self._expiry[tier][name] = (now_s + ttl_s, ttl_s)
+        if block not in self._disk:
+            return
+        if name in self._dead[tier]:
+            self.sweep(now_s)
+        if name in self._expiry[tier]:
+            self._expiry[tier][name] = (now_s + ttl_s, ttl_s)
             return
         if tier is Tier.DISK:
             if not self._make_room(nbytes, now_s, block):
@@ -121,15 +138,16 @@ class SimStore:
         else:
             self._trim_pool(nbytes)
             self._pool.insert(name, parent=None, nbytes=nbytes, now_ms=_ms(now_s), cost_s=cost_s)
+        heapq.heappush(self._due, (now_s + ttl_s, name, tier))
         self.checkpoint_bytes_written += nbytes
         self.num_checkpoints_written += 1
         self._expiry[tier][name] = (now_s + ttl_s, ttl_s)
 
     def sweep(self, now_s: float) -> None:
         """Give back what has expired."""
+        self.expire(now_s)
         self._swept_s = now_s
-        for tier, table in self._expiry.items():
-            gone = {name for name, (until_s, _) in table.items() if until_s <= now_s}
+        for tier, gone in self._dead.items():
             if gone:
                 self._take(tier, self.sizes.checkpoint_bytes * len(gone), spare=_all_but(gone))
 
@@ -157,10 +175,12 @@ class SimStore:
     def _take(self, tier: Tier, nbytes: int, *, spare: Callable[[int], bool]) -> None:
         for name in self._forest(tier).evict(nbytes, keep=spare):
             self._expiry[tier].pop(name, None)
+            self._dead[tier].discard(name)
 
 
 def _all_but(names: set[int]) -> Callable[[int], bool]:
-    return lambda name: name not in names
+    only = frozenset(names)
+    return lambda name: name not in only
 
 
 def _ms(seconds: float) -> int:

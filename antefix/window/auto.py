@@ -9,7 +9,7 @@ What lies between is replayed or prefilled, whichever the planner finds cheaper;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from antefix.errors import ConfigError
 from antefix.window.fixed import output_end
@@ -54,13 +54,18 @@ SPARSE_RULES = (
 # from at their ends (agents leave a step of 8K to 16K tokens inside once in 170 times), so marks in them are dead.
 NEW_GROUND_RATIO = 8
 NEW_GROUND_TOKENS = 32_768
-# Sparse marks stop here, so that ends and forks always find room in the budget.
-SPARSE_SHARE_MAX = 0.9
+# From half of the budget on nothing sparse is left any more, and all else for a shorter time: what is used lives on,
+# because each use starts its time anew, and what is dead makes room the sooner the less there is.
+PRESSURE_FREE = 0.5
+TTL_MIN_S = 60.0
+
+
+_PRIORITY = (Reason.PROMPT_END, Reason.OUTPUT_END, Reason.FORK, Reason.SPARSE)
 
 
 @dataclass(frozen=True, slots=True)
 class Auto:
-    """Ends, forks and sparse marks, within a byte budget.
+    """Ends, forks and sparse marks, within a byte budget: never more than fit into it, ends first.
 
     budget_bytes: of checkpoints that the namespace may hold; None leaves it to the store.
     ends: where ends go: they are reused within minutes or never, so a window pool can spare the disk their writes.
@@ -80,17 +85,33 @@ class Auto:
         # request like this one resumes here, and state passes through on the way.
         wanted = [(fork, Reason.FORK)] if fork < end else []
         wanted.append((end, Reason.PROMPT_END))
-        if self._has_room(facts.budget, sizes):
+        if self._pressure(facts.budget) <= PRESSURE_FREE:
             start = max(fork, facts.resume_block)
             wanted += [(block, Reason.SPARSE) for block in _sparse_blocks(start, end, facts, sizes)]
-        return prompt_marks(facts, sizes, wanted, ends=self.ends)
+        return self._within(facts.budget, sizes, prompt_marks(facts, sizes, wanted, ends=self.ends))
 
     def at_output(self, facts: OutputFacts, sizes: Sizes) -> tuple[Mark, ...]:
-        return output_marks(facts, sizes, output_end(facts, sizes), ends=self.ends)
+        marks = output_marks(facts, sizes, output_end(facts, sizes), ends=self.ends)
+        return self._within(facts.budget, sizes, marks)
 
-    def _has_room(self, budget: BudgetState, sizes: Sizes) -> bool:
+    def _limit_bytes(self, budget: BudgetState) -> int | None:
         limits = [limit for limit in (self.budget_bytes, budget.limit_bytes) if limit is not None]
-        return not limits or budget.used_bytes + sizes.checkpoint_bytes <= SPARSE_SHARE_MAX * min(limits)
+        return min(limits, default=None)
+
+    def _pressure(self, budget: BudgetState) -> float:
+        """0 without a limit, 1 at it."""
+        limit = self._limit_bytes(budget)
+        return 0.0 if limit is None else min(budget.used_bytes / max(limit, 1), 1.0)
+
+    def _within(self, budget: BudgetState, sizes: Sizes, marks: tuple[Mark, ...]) -> tuple[Mark, ...]:
+        limit = self._limit_bytes(budget)
+        if limit is None:
+            return marks
+        room = max(limit - budget.used_bytes, 0) // sizes.checkpoint_bytes
+        first = sorted(marks, key=lambda mark: (_PRIORITY.index(mark.reason), -mark.block))[:room]
+        share = min((1 - self._pressure(budget)) / (1 - PRESSURE_FREE), 1.0)
+        kept = [replace(mark, ttl_s=max(mark.ttl_s * share, TTL_MIN_S)) for mark in first]
+        return tuple(sorted(kept, key=lambda mark: mark.block))
 
     def __str__(self) -> str:
         args = [] if self.budget_bytes is None else [f"budget={self.budget_bytes}"]

@@ -41,6 +41,17 @@ def test_a_checkpoint_is_found_until_its_time_and_use_prolongs_it() -> None:
     assert store.last_checkpoint(names, 3, 119.0) is None
 
 
+def test_an_expired_checkpoint_can_be_left_anew() -> None:
+    store, names = _store(), _names(1, 2)
+    store.put_units(names, 0, 0.0, 0.0)
+    _checkpoint(store, names, 1, 0.0)
+    store.expire(61.0)
+    assert store.checkpoint_bytes_kept() == 0
+    _checkpoint(store, names, 1, 61.0)
+    assert store.last_checkpoint(names, 2, 62.0) == (1, Tier.DISK)
+    assert store.bytes_kept == 2 * 100 + 50
+
+
 def test_sweeping_gives_back_expired_bytes_only() -> None:
     store, names = _store(), _names(1, 2)
     store.put_units(names, 0, 0.0, 0.0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antefix.window import parse
+from antefix.window import Mark, OutputFacts, PromptFacts, Sizes, Strategy, parse
 from simulate.generate import SHAPES, generate
 from simulate.machine import RATE_CARDS, Machine, model_sizes
 from simulate.replay import Setup, ideal_hit_tokens, simulate
@@ -127,6 +127,36 @@ def test_a_conversation_of_100k_saved_every_10k_takes_at_most_400_mb(name: str) 
     result = simulate(_trace(*requests), parse(name), _setup())
     assert result.checkpoint_bytes_written >= 9 * SIZES.checkpoint_bytes
     assert result.bytes_kept <= 0.40e9
+
+
+def test_auto_holds_its_byte_budget() -> None:
+    trace = generate("agents", num_requests=400, unit_tokens=128, seed=2)
+    budget = 40 * SIZES.checkpoint_bytes
+    tight = simulate(trace, parse(f"auto(budget={budget})"), _setup())
+    wide = simulate(trace, parse("auto"), _setup())
+    assert 0 < tight.checkpoint_bytes_kept_max <= budget < wide.checkpoint_bytes_kept_max
+    assert tight.token_hit_rate > simulate(trace, parse("zero"), _setup()).token_hit_rate
+
+
+class _Switched:
+    """Another strategy from the n-th prompt on, as an operator would switch a namespace."""
+
+    def __init__(self, before: Strategy, after: Strategy, at: int) -> None:
+        self.before, self.after, self.left = before, after, at
+
+    def at_prompt(self, facts: PromptFacts, sizes: Sizes) -> tuple[Mark, ...]:
+        self.left -= 1
+        return (self.before if self.left >= 0 else self.after).at_prompt(facts, sizes)
+
+    def at_output(self, facts: OutputFacts, sizes: Sizes) -> tuple[Mark, ...]:
+        return ()
+
+
+def test_what_one_strategy_left_is_used_after_switching_to_another() -> None:
+    requests = [(1000, list(range(7))), (2000, list(range(15))), (2000, [*range(7), 90, 91, 92])]
+    result = simulate(_trace(*requests), _Switched(parse("boundary"), parse("zero"), at=1), _setup())
+    assert result.checkpoints_per_request == 1 / 3
+    assert result.token_hit_rate == 2 * 896 / 5000
 
 
 def test_a_pool_that_forgets_is_survived_by_replay() -> None:

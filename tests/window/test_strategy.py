@@ -136,12 +136,35 @@ def test_auto_keeps_the_end_clear_of_the_templates_cue() -> None:
     assert _blocks(parse("auto").at_prompt(facts, SIZES))[-1] == 10
 
 
-def test_auto_without_room_keeps_ends_and_forks_and_drops_the_sparse_ones() -> None:
-    wide = PromptFacts(num_tokens=100_000, num_stored_blocks=50, resume_block=0)
-    full = BudgetState(used_bytes=10**9, limit_bytes=10**9)
-    tight = PromptFacts(num_tokens=100_000, num_stored_blocks=50, resume_block=0, budget=full)
-    assert Reason.SPARSE in _reasons(parse("auto").at_prompt(wide, SIZES)).values()
-    assert set(_reasons(parse("auto").at_prompt(tight, SIZES)).values()) == {Reason.FORK, Reason.PROMPT_END}
+def _under(used_bytes: int) -> PromptFacts:
+    budget = BudgetState(used_bytes=used_bytes, limit_bytes=10 * SIZES.checkpoint_bytes)
+    return PromptFacts(num_tokens=100_000, num_stored_blocks=50, resume_block=0, budget=budget)
+
+
+def test_auto_drops_sparse_marks_from_half_of_its_budget_on() -> None:
+    free = parse("auto").at_prompt(_under(5 * SIZES.checkpoint_bytes), SIZES)
+    tight = parse("auto").at_prompt(_under(6 * SIZES.checkpoint_bytes), SIZES)
+    assert Reason.SPARSE in _reasons(free).values()
+    assert set(_reasons(tight).values()) == {Reason.FORK, Reason.PROMPT_END}
+
+
+def test_auto_with_room_for_one_keeps_the_end_and_with_none_nothing() -> None:
+    one = parse("auto").at_prompt(_under(9 * SIZES.checkpoint_bytes), SIZES)
+    assert list(_reasons(one).values()) == [Reason.PROMPT_END]
+    assert parse("auto").at_prompt(_under(9 * SIZES.checkpoint_bytes + 1), SIZES) == ()
+    none = BudgetState(used_bytes=5, limit_bytes=4)
+    assert parse("auto").at_output(OutputFacts(num_tokens=900, prompt_tokens=10, budget=none), SIZES) == ()
+
+
+def test_the_fuller_the_budget_the_shorter_the_time_of_a_new_checkpoint() -> None:
+    ttls = [parse("auto").at_prompt(_under(n * SIZES.checkpoint_bytes), SIZES)[-1].ttl_s for n in (0, 5, 7, 9)]
+    assert ttls[0] == ttls[1] > ttls[2] > ttls[3] >= 60.0
+
+
+@given(facts=_facts(), limit=st.integers(0, 10**9))
+def test_auto_never_asks_for_more_than_its_budget_has_left(facts: PromptFacts, limit: int) -> None:
+    marks = parse(f"auto(budget={limit})").at_prompt(facts, SIZES)
+    assert not marks or facts.budget.used_bytes + len(marks) * SIZES.checkpoint_bytes <= limit
 
 
 def test_namespaces_switch_while_running_and_the_rest_keep_the_default() -> None:

@@ -1,0 +1,130 @@
+"""What does each window strategy give and cost on real traces, at which store sizes?
+
+    python benchmarks/simulate_windows.py --traces ../shared/traces --out /tmp/windows [--quick]
+
+Replays the agent, chat and document traces through the real strategies, planner and eviction (package `simulate`), with an
+endless store and with bounded ones, and without replay; writes one JSON and one SVG a trace, and prints the tables of
+docs/WINDOW_STATE.md. Uses two processes; about ten minutes, --quick a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from antefix.window import parse
+from simulate.breakeven import break_even, break_even_text
+from simulate.machine import RATE_CARDS, Machine, model_sizes
+from simulate.plot import plot
+from simulate.replay import Setup, simulate
+from simulate.report import as_text
+from simulate.result import Simulation
+from simulate.store import StoreLimits
+from simulate.trace import load
+
+STRATEGIES = ("auto", "boundary", "periodic(2048)", "periodic(8192)", "full", "zero")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A trace and the bounded store sizes that matter for it: from a tenth of what it writes up to nearly all."""
+
+    label: str
+    file: str
+    trace_format: str
+    store_gb: tuple[int, ...]
+
+
+SOURCES = (
+    Source(label="agents", file="claude_code_80.jsonl.gz", trace_format="claude-code", store_gb=(8, 16, 32, 64)),
+    Source(label="chat", file="mooncake_conversation.jsonl.gz", trace_format="mooncake", store_gb=(32, 64, 128, 256)),
+    Source(label="documents", file="mooncake_synthetic.jsonl.gz", trace_format="mooncake", store_gb=(8, 16, 32, 64)),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    source: Source
+    directory: Path
+    store_bytes: int | None
+    replay: bool
+    model: str
+
+
+def carry_out(job: Job) -> Simulation:
+    """One trace, one store size, all strategies."""
+    sizes = model_sizes(job.model)
+    trace = load(job.directory / job.source.file, job.source.trace_format, block_size=sizes.block_size)
+    setup = Setup(
+        sizes=sizes,
+        machine=Machine(),
+        card=RATE_CARDS[job.model],
+        limits=StoreLimits(store_bytes=job.store_bytes),
+        replay=job.replay,
+    )
+    return Simulation(
+        trace=job.source.label if job.replay else f"{job.source.label}, no replay",
+        num_requests=len(trace.requests),
+        prompt_tokens=trace.num_tokens,
+        unit_tokens=trace.unit_tokens,
+        model=job.model,
+        store_bytes=job.store_bytes,
+        results=tuple(simulate(trace, parse(name), setup) for name in STRATEGIES),
+    )
+
+
+def jobs(directory: Path, *, model: str, quick: bool) -> list[Job]:
+    found = [source for source in SOURCES if (directory / source.file).is_file()]
+    endless = [
+        Job(source=source, directory=directory, store_bytes=None, replay=replay, model=model)
+        for source in found
+        for replay in (True, False)
+    ]
+    bounded = [
+        Job(source=source, directory=directory, store_bytes=size * 10**9, replay=True, model=model)
+        for source in found
+        for size in source.store_gb
+    ]
+    return endless if quick else endless + bounded
+
+
+def write(simulations: Sequence[Simulation], out: Path, label: str) -> None:
+    """One JSON with everything, one plot of the endless store, one over the store sizes."""
+    (out / f"{label}.json").write_text(json.dumps([s.as_dict() for s in simulations], indent=1))
+    replayed = [s for s in simulations if "no replay" not in s.trace]
+    plot([s for s in replayed if s.store_bytes is None], out / f"{label}_endless.svg")
+    bounded = [s for s in replayed if s.store_bytes is not None]
+    if len(bounded) > 1:
+        plot(bounded, out / f"{label}_stores.svg")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", type=Path, required=True, help="directory of the trace files")
+    parser.add_argument("--out", type=Path, required=True, help="directory for JSON and plots")
+    parser.add_argument("--model", default="v4-flash", choices=sorted(RATE_CARDS), help="whose sizes and prices")
+    parser.add_argument("--quick", action="store_true", help="endless stores only")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    todo = jobs(args.traces, model=args.model, quick=args.quick)
+    if not todo:
+        sys.stderr.write(f"no trace found in {args.traces}\n")
+        return 2
+    done: list[tuple[Job, Simulation]] = []
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        for job, simulation in zip(todo, pool.map(carry_out, todo), strict=True):
+            done.append((job, simulation))
+            print(as_text(simulation), end="\n\n", flush=True)
+    for label in dict.fromkeys(job.source.label for job in todo):
+        write([simulation for job, simulation in done if job.source.label == label], args.out, label)
+    print(break_even_text(break_even(model_sizes(args.model), Machine())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
