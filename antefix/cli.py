@@ -112,6 +112,7 @@ def _run(args: list[str]) -> int:
         run = module.run
         if hasattr(module, "add_parser"):
             module.add_parser(subparsers)
+            subparsers.choices[name].epilog = _example(about.example)
         else:
             module.add_arguments(_subparser(subparsers, command, about.help, about.example))
     serve = _subparser(subparsers, "serve", "run one role", "antefix serve kvstore --dir /var/lib/antefix/store")
@@ -126,7 +127,11 @@ def _run(args: list[str]) -> int:
 def _subparser(
     subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
 ) -> argparse.ArgumentParser:
-    return subparsers.add_parser(name, help=help_text, description=help_text, epilog=f"example: {example}")
+    return subparsers.add_parser(name, help=help_text, description=help_text, epilog=_example(example))
+
+
+def _example(call: str) -> str:
+    return f"example: {call}"
 
 
 def _add_roles(parser: argparse.ArgumentParser, args: list[str]) -> None:

@@ -1,0 +1,37 @@
+"""A conversation over gRPC: each turn resends everything, and pays only for what is new.
+
+antefix up --address 127.0.0.1:7000 &
+python examples/conversation.py 127.0.0.1:7000
+"""
+
+import asyncio
+import sys
+
+import numpy as np
+
+from antefix.clients import RouterClient
+from antefix.wire import Sampling
+
+QUESTIONS = ("What is a prefix cache?", "Why does it help?", "When does it not?")
+
+
+async def main(address: str) -> None:
+    router = RouterClient(address)
+    history = np.empty(0, np.uint32)
+    for question in QUESTIONS:
+        turn = np.frombuffer(f"\nQ: {question}\nA:".encode(), np.uint8).astype(np.uint32)
+        history = np.concatenate((history, turn))
+        print(f"\nQ: {question}\nA:", end="", flush=True)
+        async for message in router.generate(history, Sampling(max_tokens=100), tenant="example"):
+            # Tokens, not text: what the model said is resent exactly, so the next turn hits it.
+            history = np.concatenate((history, message.tokens))
+            print(message.text, end="", flush=True)
+            last = message
+        usage = last.usage
+        print(
+            f"\n   [{usage.prompt_tokens} prompt tokens: {usage.cache_hit_tokens} hit, {usage.cache_miss_tokens} miss]"
+        )
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1]))

@@ -1,0 +1,52 @@
+"""What is shipped beside the code works: the sample settings are valid, the example runs."""
+
+import asyncio
+import importlib
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from antefix.cli import COMMANDS, ROLES
+from antefix.config import parse_value
+from antefix.deployment import Deployment, DeploymentConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_sample_settings_are_valid(role):
+    import dataclasses
+
+    values = tomllib.loads((ROOT / "deploy" / "antefix.toml").read_text())[role]
+    module, name = ROLES[role]
+    config_type = getattr(importlib.import_module(module), name)
+    fields = {field.name: field for field in dataclasses.fields(config_type)}
+    config = config_type(**{key: parse_value(fields[key], value, source=key) for key, value in values.items()})
+    assert config.address == values["address"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_help_with_an_example(command, capsys):
+    from antefix.cli import main
+
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert "example" in out and "usage: antefix" in out
+
+
+async def test_the_conversation_example_hits_its_own_answers(tmp_path):
+    config = DeploymentConfig(model=ROOT / "models" / "antefix-tiny", data_dir=tmp_path)
+    async with Deployment(config) as deployment:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(ROOT / "examples" / "conversation.py"), deployment.one("router").address),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        out, _ = await asyncio.wait_for(process.communicate(), 90)
+    text = out.decode()
+    assert process.returncode == 0, text
+    assert text.count("prompt tokens:") == 3
