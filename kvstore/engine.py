@@ -50,6 +50,10 @@ from kvstore.space import Space, note_end, parent_of
 
 # Touches wait in memory for the next transaction; past this the oldest knowledge is worth less than the memory.
 TOUCHED_MAX: Final = 65_536
+# How often `maintain` is to be called: what it may copy is metered by it.
+MAINTAIN_S: Final = 0.25
+# Background compaction takes segments of which this much is dead, so a byte is copied at most once for each freed.
+HALF_DEAD: Final = 0.5
 _PLAN_PREFIX: Final = b"plan"
 # A disk or an index without space, and a quota: the put is refused, reading goes on.
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
@@ -347,10 +351,11 @@ class Engine:
         return payload_checksum(raw[RECORD_HEADER_BYTES:]) == header.payload_checksum
 
     def maintain(self) -> None:
-        """What a store does when nobody asks for anything: touches, expiry, and dead readers' slots."""
+        """What a store does unasked: touches, expiry, compaction at its rate, and dead readers' slots."""
         with self._lock:
             self.flush_touches()
             self.space.expire()
+            self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
             self.index.env.reader_check()
 
     def totals(self) -> dict[bytes, tuple[int, int, int]]:

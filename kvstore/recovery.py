@@ -45,6 +45,7 @@ from antefix.store.format import (
     unpack_segment_header,
 )
 from antefix.store.index import TABLE_OF_KIND, Index
+from antefix.store.reader import wall_ms
 from kvstore.config import KvStoreConfig
 from kvstore.disk import Disk
 from kvstore.eviction import EvictionPolicy
@@ -58,6 +59,8 @@ CLEAN_FILE: Final = "CLEAN"
 _REBUILT_DIR: Final = "index.new"
 _DISCARDED_DIR: Final = "index.old"
 _INDEX_BYTES_MIN: Final = 256 << 20
+# Address space, not memory: a repair does not know the service's budget.
+_REPAIR_INDEX_BYTES: Final = 16 << 30
 _REBUILD_TXN_RECORDS: Final = 20_000
 _KNOWN_FILES: Final = {STORE_FILE, LOCK_FILE, CLEAN_FILE, INDEX_DIR, SEGMENT_DIR, _REBUILT_DIR, _DISCARDED_DIR}
 
@@ -100,7 +103,7 @@ def open_store(config: KvStoreConfig, disk: Disk, clock_ms: Callable[[], int]) -
     """Raises:  ConfigError: not a store, another format version, or open in another process."""
     directory = Path(config.dir)
     _prepare_directory(directory)
-    lock_fd = _lock(directory)
+    lock_fd = lock_directory(directory)
     try:
         # 1. Who this store is.
         identity = _identity(directory, disk, clock_ms)
@@ -113,7 +116,7 @@ def open_store(config: KvStoreConfig, disk: Disk, clock_ms: Callable[[], int]) -
         except _IndexAtOdds as err:
             log.warning("rebuilding the index: %s", err)
             index.close()
-            index = _rebuild(directory, config, segments)
+            index = _rebuild(directory, index_bytes_max(config), segments)
             _settle_segments(index, segments)
         return OpenStore(directory, identity, index, segments, disk, lock_fd)
     except BaseException:
@@ -137,7 +140,11 @@ def _prepare_directory(directory: Path) -> None:
         raise ConfigError(f"{directory} is not an Antefix store and not empty; name an empty directory")
 
 
-def _lock(directory: Path) -> int:
+def lock_directory(directory: Path) -> int:
+    """A descriptor that holds the store's lock until it is closed.
+
+    Raises:  ConfigError: another process has the store open.
+    """
     fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,7 +217,7 @@ def _open_index(directory: Path, config: KvStoreConfig, segments: Segments, disk
             fault = str(err)
     if segments.sizes:
         log.warning("rebuilding the index: %s", fault)
-    return _rebuild(directory, config, segments)
+    return _rebuild(directory, index_bytes_max(config), segments)
 
 
 def _index_fault(directory: Path, segments: Segments) -> str | None:
@@ -260,16 +267,31 @@ def _index_sum(directory: Path) -> bytes:
     return b"AFXCLEAN" + state.digest()
 
 
-def _rebuild(directory: Path, config: KvStoreConfig, segments: Segments) -> Index:
+def rebuild_store(directory: Path, disk: Disk, *, index_bytes: int = _REPAIR_INDEX_BYTES) -> None:
+    """Rebuild the index from the records whose payloads are right; the caller holds the lock. For repair."""
+    identity = _identity(directory, disk, wall_ms)
+    segments = Segments(directory / SEGMENT_DIR, identity, disk, segment_bytes=0)
+    for number in list(segments.sizes):
+        segments.rewrite_header(number, wall_ms())
+    (directory / CLEAN_FILE).unlink(missing_ok=True)
+    for leftover in (_REBUILT_DIR, _DISCARDED_DIR):
+        shutil.rmtree(directory / leftover, ignore_errors=True)
+    index = _rebuild(directory, index_bytes, segments, check_all=True)
+    _settle_segments(index, segments)
+    segments.close()
+    index.close()
+
+
+def _rebuild(directory: Path, index_bytes: int, segments: Segments, *, check_all: bool = False) -> Index:
     """A new index from the segments' headers, put in place only when it is whole."""
     new = directory / _REBUILT_DIR
     new.mkdir()
-    index = Index(new, map_bytes=index_bytes_max(config), write=True)
+    index = Index(new, map_bytes=index_bytes, write=True)
     headers: dict[tuple[RecordKind, bytes], RecordHeader] = {}
     last = max(segments.sizes, default=0)
     for number in sorted(segments.sizes):
         # The last segment may end in a batch that was never acknowledged; the others were synced before it began.
-        for header in segments.scan(number, check_payloads=number == last):
+        for header in segments.scan(number, check_payloads=check_all or number == last):
             headers[header.kind, header.hash] = header
     # Parents have smaller positions; a checkpoint comes after the block that it hangs on.
     order = sorted(headers.values(), key=lambda header: (header.position, header.kind))
@@ -284,7 +306,7 @@ def _rebuild(directory: Path, config: KvStoreConfig, segments: Segments) -> Inde
     segments.disk.rename(new, old)
     segments.disk.sync_directory(directory)
     shutil.rmtree(directory / _DISCARDED_DIR, ignore_errors=True)
-    return Index(old, map_bytes=index_bytes_max(config), write=True)
+    return Index(old, map_bytes=index_bytes, write=True)
 
 
 def index_headers(index: Index, headers: Iterable[RecordHeader]) -> int:

@@ -31,6 +31,7 @@ from antefix.store.format import (
     segment_name,
     segment_number,
     unpack_record_header,
+    unpack_segment_header,
 )
 from kvstore.disk import Disk
 
@@ -152,6 +153,22 @@ class Segments:
         self._fd, self.active = fd, number
         self.sizes[number] = SEGMENT_HEADER_BYTES
 
+    def rewrite_header(self, number: int, created_ms: int) -> None:
+        """Put a right header in place of a damaged one; the records behind it say themselves where they belong."""
+        with self.path(number).open("rb") as file:
+            try:
+                found, named = unpack_segment_header(file.read(SEGMENT_HEADER_BYTES))
+                if (found.store_id, named) == (self.identity.store_id, number):
+                    return
+            except BlockCorrupt:
+                pass
+        fd = self.disk.open(self.path(number))
+        try:
+            self.disk.write(fd, [pack_segment_header(self.identity, number, created_ms)], 0)
+            self.disk.sync_data(fd)
+        finally:
+            self.disk.close(fd)
+
     def drop(self, number: int) -> None:
         """Delete a segment that nothing refers to."""
         if number == self.active:
@@ -181,8 +198,8 @@ class Segments:
             offset: int | None = start
             while offset is not None and offset + RECORD_HEADER_BYTES <= size:
                 header = self._header_at(fd, number, offset)
-                if header is None and offset % BATCH_ALIGN:
-                    offset = align(offset, BATCH_ALIGN)
+                if header is None and (boundary := _end_of_padding(fd, offset)) > offset:
+                    offset = boundary
                     continue
                 if header is None or offset + header.extent_bytes > size:
                     offset = _find_magic(fd, offset + RECORD_ALIGN, size)
@@ -210,6 +227,12 @@ class Segments:
         if self.active is not None:
             self.disk.close(self._fd)
             self.active, self._fd = None, -1
+
+
+def _end_of_padding(fd: int, offset: int) -> int:
+    """The next batch's start, if nothing but zeros lies between, else `offset`."""
+    boundary = align(offset, BATCH_ALIGN)
+    return boundary if not os.pread(fd, boundary - offset, offset).strip(b"\0") else offset
 
 
 def _payload_is_right(fd: int, header: RecordHeader) -> bool:

@@ -22,6 +22,7 @@ from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
 from kvstore.index_writer import Name
+from kvstore.scrubber import Scrubber
 from kvstore.stats import collect
 from kvstore.window_pool import WindowPool
 from kvstore.writer import GroupCommitter
@@ -41,12 +42,16 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self.engine = engine
         self.writer = GroupCommitter(engine)
         self.pool = WindowPool(bytes_max=engine.config.handoff_bytes_max, ttl_s=engine.config.handoff_ttl_s)
+        self.scrubber = Scrubber(engine, max(engine.config.scrub_bytes_per_s, 1))
+        if engine.config.scrub_bytes_per_s:
+            self.scrubber.start()
         self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="antefix-serve")
         self._num_streams = 0
 
     async def close(self) -> None:
         """Commit what is queued and close the store."""
         loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self.scrubber.stop)
         await loop.run_in_executor(None, self.writer.stop)
         self._threads.shutdown()
         await loop.run_in_executor(None, self.engine.close)
@@ -181,6 +186,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 for kind, counted in stats.kinds.items()
             ],
             handoff_bytes_max=self.pool.bytes_max,
+            scrubbed_bytes=self.scrubber.counters.bytes,
         )
         response.kinds.add(
             kind=kvstore_pb2.RECORD_KIND_HANDOFF,

@@ -8,7 +8,8 @@ goes; a crash between leaves an unreferenced file, which opening drops.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from antefix.errors import StoreFull
@@ -54,6 +55,8 @@ class Space:
         self.budget_bytes = budget_bytes
         self.limit_bytes = budget_bytes - 2 * segments.segment_bytes
         self.counters = SpaceCounters()
+        # The segment being compacted and what of it has not been looked at yet.
+        self._compacting: tuple[int, deque[RecordHeader]] | None = None
         self.on_evicted: Callable[[Name, int], None] = lambda _name, _fingerprint_id: None
         self.on_corrupt: Callable[[Name], object] = lambda _name: None
 
@@ -167,6 +170,35 @@ class Space:
 
     def compact_one(self, gain_min: float) -> int | None:
         """Copy what is live of the deadest segment, then drop it. Returns the bytes copied, None if none pays."""
+        copied = self.compact_step(gain_min, self._segments.segment_bytes)
+        while self._compacting is not None:
+            copied = (copied or 0) + (self.compact_step(gain_min, self._segments.segment_bytes) or 0)
+        return copied
+
+    def compact_step(self, gain_min: float, nbytes: int) -> int | None:
+        """Go on compacting, or begin with the deadest segment; copies about `nbytes`. None if no segment pays."""
+        if self._compacting is None or self._compacting[0] not in self._segments.sizes:
+            number = self._deadest(gain_min)
+            if number is None:
+                self._compacting = None
+                return None
+            if number == self._segments.active:
+                self._segments.roll(self._now_ms())
+            headers = list(self._segments.scan(number, check_payloads=False))
+            self._compacting = (number, deque(self._live(headers)))
+        number, waiting = self._compacting
+        share: list[RecordHeader] = []
+        while waiting and nbytes > 0:
+            share.append(waiting.popleft())
+            nbytes -= share[-1].extent_bytes
+        copied = self._copy(share)
+        if not waiting:
+            self._compacting = None
+            self._drop_dead()
+        return copied
+
+    def _deadest(self, gain_min: float) -> int | None:
+        """The segment whose compaction frees most, if that is at least `gain_min` of it."""
         best, best_gain = None, 0
         for number, state in self._states().items():
             size = self._segments.sizes[number]
@@ -174,35 +206,38 @@ class Space:
             gain = size - SEGMENT_HEADER_BYTES - align(state.live_bytes, BATCH_ALIGN)
             if gain > max(best_gain, gain_min * size) and (number != self._segments.active or gain > size // 2):
                 best, best_gain = number, gain
-        if best is None:
-            return None
-        if best == self._segments.active:
-            self._segments.roll(self._now_ms())
-        return self._compact(best)
+        return best
 
-    def _compact(self, number: int) -> int:
-        headers = list(self._segments.scan(number, check_payloads=False))
-        with self._index.txn() as probe:
-            live = [h for h in headers if self._names(probe, h)]
-        drafts = [draft for header in live if (draft := self._load(header)) is not None]
-        copied = 0
-        if drafts:
-            placed = self._segments.append(drafts, self._now_ms())
+    def _copy(self, headers: Sequence[RecordHeader]) -> int:
+        """Move those records that the index still names to the active segment. Returns the bytes copied."""
+        drafts = [draft for header in self._live(headers) if (draft := self._load(header)) is not None]
+        if not drafts:
+            return 0
+        placed = self._segments.append(drafts, self._now_ms())
+        try:
             self._segments.sync()
             with IndexTxn(self._index) as txn:
                 for header in placed:
                     entry = txn.get((header.kind, header.hash))
                     assert entry is not None, "the engine's lock is held"
                     entry.segment, entry.offset = header.segment, header.offset
-                    copied += header.extent_bytes
                 note_end(txn, self._segments)
+        except BaseException:
+            self._segments.rollback(placed[0].offset)
+            raise
+        copied = sum(header.extent_bytes for header in placed)
         self.counters.compacted_bytes += copied
-        self._drop_dead()
         return copied
 
-    def _names(self, txn: object, header: RecordHeader) -> bool:
-        entry = self._index.entry(txn, header.kind, header.hash)
-        return entry is not None and (entry.segment, entry.offset) == (header.segment, header.offset)
+    def _live(self, headers: Sequence[RecordHeader]) -> list[RecordHeader]:
+        """Those that the index names."""
+        with self._index.txn() as txn:
+            entries = [(header, self._index.entry(txn, header.kind, header.hash)) for header in headers]
+        return [
+            header
+            for header, entry in entries
+            if entry and (entry.segment, entry.offset) == (header.segment, header.offset) and not entry.quarantined
+        ]
 
     def _load(self, header: RecordHeader) -> Draft | None:
         stored = self._segments.read(header.segment, header.offset + RECORD_HEADER_BYTES, header.stored_bytes)
@@ -213,7 +248,7 @@ class Space:
 
     def _drop_dead(self) -> int:
         """Drop segments that the index names nothing in. Returns how many."""
-        dead = [n for n, state in self._states().items() if state.live_records == 0 and n != self._segments.active]
+        dead = [n for n, state in self._states().items() if not state.live_records and n != self._segments.active]
         if not dead:
             return 0
         with IndexTxn(self._index) as txn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -13,11 +14,10 @@ from typing import Final
 from antefix.errors import Overloaded, Unavailable
 from antefix.store.api import PutResult, Record
 from kvstore.admission import check_record
-from kvstore.engine import Engine
+from kvstore.engine import MAINTAIN_S, Engine
 
 log = logging.getLogger("kvstore.writer")
 
-MAINTAIN_S: Final = 1.0
 # What a refused caller should wait: about the time of one commit of a full batch on a 1 GB/s disk.
 RETRY_AFTER_S: Final = 0.1
 
@@ -76,6 +76,7 @@ class GroupCommitter:
         self._thread.join()
 
     def _run(self) -> None:
+        tidied_s = time.monotonic()
         while True:
             with self._condition:
                 if not self._queue and not self._stopping:
@@ -85,8 +86,10 @@ class GroupCommitter:
                     return
             if group:
                 self._commit(group)
-            else:
+            # A store that is never idle must be kept tidy as well.
+            if time.monotonic() - tidied_s >= MAINTAIN_S:
                 self._tidy()
+                tidied_s = time.monotonic()
 
     def _take_group(self) -> list[_Put]:
         group: list[_Put] = []
@@ -112,5 +115,5 @@ class GroupCommitter:
             try:
                 chore()
             except Exception:
-                # A chore that fails is tried again in a second; puts must go on.
+                # A chore that fails is tried again; puts must go on.
                 log.exception("store maintenance failed")

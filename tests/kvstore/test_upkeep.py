@@ -1,0 +1,129 @@
+"""fsck, inspect, the scrubber and background compaction."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from antefix.errors import ConfigError
+from antefix.store.api import RecordKind
+from kvstore import fsck, inspect
+from kvstore.engine import Engine
+from kvstore.scrubber import Scrubber
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+
+OpenEngine = Callable[..., Engine]
+PROMPT = Prompt(list(range(BLOCK * 6)))
+
+
+def damage(directory: Path, payload: bytes) -> None:
+    path = next(p for p in (directory / "segments").iterdir() if payload in p.read_bytes())
+    with path.open("r+b") as file:
+        file.seek(path.read_bytes().find(payload) + 5)
+        file.write(b"!")
+
+
+def test_a_used_store_is_sound(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_engine(segment_bytes=64 << 10)
+    for number in range(30):
+        prompt = Prompt([number % 7] * BLOCK * 3 + [number] * BLOCK * 3, payload_bytes=2000)
+        engine.put([*prompt.blocks(), prompt.checkpoint(5)])
+    engine.space.evict(50_000)
+    engine.space.compact_one(0.0)
+    engine.close()
+    report = fsck.fsck(tmp_path / "store")
+    assert report.sound, fsck.render(report)
+    assert report.num_records > 50
+
+
+@pytest.mark.parametrize("target", ["payload", "header", "index", "identity", "segment header"])
+def test_repair_keeps_all_that_is_sound(open_engine: OpenEngine, tmp_path: Path, target: str) -> None:
+    engine = open_engine()
+    engine.put([*PROMPT.blocks(), PROMPT.checkpoint(1), PROMPT.checkpoint(5)])
+    engine.close()
+    store = tmp_path / "store"
+    expected = 6
+    if target == "payload":
+        damage(store, PROMPT.payload(3))
+        expected = 3
+    elif target == "header":
+        damage(store, PROMPT.hashes[3] + PROMPT.hashes[2])
+        expected = 3
+    elif target == "index":
+        shutil.rmtree(store / "index")
+    elif target == "identity":
+        (store / "STORE").write_bytes(b"nonsense")
+    else:
+        damage(store, b"AFXSEGMT")
+    report = fsck.fsck(store)
+    assert not report.sound
+    assert "damaged" in fsck.render(report)
+    report = fsck.fsck(store, repair=True)
+    assert report.repaired, fsck.render(report)
+    assert fsck.fsck(store).sound
+    engine = open_engine()
+    assert PROMPT.check(engine) == expected
+    assert engine.lookup(PROMPT.hashes, fingerprint=FINGERPRINT).checkpoints == ((2, 6) if expected == 6 else (2,))
+
+
+def test_fsck_leaves_a_running_store_alone(open_engine: OpenEngine, tmp_path: Path) -> None:
+    open_engine()
+    with pytest.raises(ConfigError, match="another process"):
+        fsck.fsck(tmp_path / "store")
+    with pytest.raises(ConfigError, match="not an Antefix store"):
+        fsck.fsck(tmp_path)
+
+
+def test_inspect_counts_and_draws(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_engine()
+    trunk = [0] * BLOCK * 4
+    prompts = [Prompt(trunk + [n] * BLOCK * 2) for n in (1, 2, 3)]
+    for prompt in prompts:
+        engine.put([*prompt.blocks(), prompt.checkpoint(5)])
+    report = inspect.inspect(tmp_path / "store")
+    blocks, checkpoints = report.holdings
+    assert (blocks.kind, blocks.num_records, blocks.payload_bytes) == (RecordKind.BLOCK, 10, 3000)
+    assert (checkpoints.kind, checkpoints.num_records) == (RecordKind.CHECKPOINT, 3)
+    assert [(run.depth, run.num_blocks, run.num_checkpoints) for run in report.forest] == [
+        (0, 4, 0),
+        (1, 2, 1),
+        (1, 2, 1),
+        (1, 2, 1),
+    ]
+    text = inspect.render(report)
+    assert "to token 32: 4 blocks" in text
+    with pytest.raises(ConfigError, match="not an Antefix store"):
+        inspect.inspect(tmp_path)
+
+
+def test_the_scrubber_finds_damage_before_a_reader_does(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_engine()
+    engine.put([*PROMPT.blocks(), PROMPT.checkpoint(1)])
+    scrubber = Scrubber(engine, 1 << 40)
+    assert scrubber.scrub() == 0
+    assert scrubber.counters.records == 7
+    damage(tmp_path / "store", PROMPT.payload(4))
+    damage(tmp_path / "store", PROMPT.payload(1, RecordKind.CHECKPOINT))
+    assert scrubber.scrub() == 2
+    found = engine.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)
+    assert (found.num_blocks, found.checkpoints) == (4, ())
+    assert scrubber.scrub() == 0
+
+
+def test_half_dead_segments_are_compacted_a_step_at_a_time(open_engine: OpenEngine) -> None:
+    engine = open_engine(segment_bytes=64 << 10, compact_bytes_per_s=40_000)
+    prompts = [Prompt([n] * BLOCK * 3, payload_bytes=3000) for n in range(20)]
+    for prompt in prompts:
+        engine.put(prompt.blocks())
+    before = engine.segments.used_bytes
+    for prompt in prompts[::3] + prompts[1::3]:
+        engine.evict([(RecordKind.BLOCK, prompt.hashes[0])])
+    engine.maintain()
+    assert 0 < engine.space.counters.compacted_bytes < 20_000
+    for _ in range(40):
+        engine.maintain()
+    assert engine.segments.used_bytes < before / 2
+    assert all(prompt.check(engine) == 3 for prompt in prompts[2::3])
