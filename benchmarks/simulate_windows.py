@@ -2,9 +2,9 @@
 
     python benchmarks/simulate_windows.py --traces ../shared/traces --out /tmp/windows [--quick]
 
-Replays the agent, chat and document traces through the real strategies, planner and eviction (package `simulate`), with an
-endless store and with bounded ones, and without replay; writes one JSON and one SVG a trace, and prints the tables of
-docs/WINDOW_STATE.md. Uses two processes; about ten minutes, --quick a minute.
+Replays the agent, chat and document traces through the real strategies, planner and eviction (package `simulate`), with
+an endless store and with bounded ones, and without replay; writes JSON and SVGs for each trace, and prints the tables
+of docs/WINDOW_STATE.md. Uses two processes; about ten minutes, --quick a minute.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from antefix.window import parse
 from simulate.breakeven import break_even, break_even_text
 from simulate.machine import RATE_CARDS, Machine, model_sizes
 from simulate.plot import plot
-from simulate.replay import Setup, simulate
+from simulate.replay import Setup, simulate, store_hit_tokens
 from simulate.report import as_text
 from simulate.result import Simulation
 from simulate.store import StoreLimits
@@ -74,6 +74,7 @@ def carry_out(job: Job) -> Simulation:
         unit_tokens=trace.unit_tokens,
         model=job.model,
         store_bytes=job.store_bytes,
+        store_ideal_token_hit_rate=store_hit_tokens(trace, setup) / trace.num_tokens,
         results=tuple(simulate(trace, parse(name), setup) for name in STRATEGIES),
     )
 

@@ -17,7 +17,7 @@ from simulate.breakeven import break_even, break_even_text
 from simulate.generate import SHAPES, generate
 from simulate.machine import RATE_CARDS, Machine, RateCard, model_sizes
 from simulate.plot import plot
-from simulate.replay import Setup, simulate
+from simulate.replay import Setup, simulate, store_hit_tokens
 from simulate.report import as_text
 from simulate.result import Simulation
 from simulate.store import StoreLimits
@@ -121,6 +121,7 @@ def _compare(trace: Trace, strategies: Sequence[Strategy], setup: Setup, model: 
         unit_tokens=trace.unit_tokens,
         model=model,
         store_bytes=setup.limits.store_bytes,
+        store_ideal_token_hit_rate=store_hit_tokens(trace, setup) / max(trace.num_tokens, 1),
         results=tuple(results),
     )
 

@@ -23,6 +23,7 @@ from antefix.window import (
     StoredPrefix,
     Strategy,
 )
+from simulate.habits import Habits
 from simulate.machine import Machine, RateCard, carry_out
 from simulate.result import StrategyResult, percentile
 from simulate.store import SimStore, StoreLimits
@@ -71,6 +72,20 @@ def ideal_hit_tokens(trace: Trace) -> int:
     return total
 
 
+def store_hit_tokens(trace: Trace, setup: Setup) -> int:
+    """Tokens that the same bounded store would spare if window state took no bytes: its own ideal."""
+    unit_blocks = trace.unit_tokens // setup.sizes.block_size
+    store = SimStore(setup.sizes, setup.limits, unit_blocks=unit_blocks)
+    unit_s = trace.unit_tokens / setup.machine.prefill_tokens_per_s
+    total = 0
+    for request in trace.requests:
+        num_units = store.num_stored(request.names)
+        total += min(num_units, (request.num_tokens - 1) // trace.unit_tokens) * trace.unit_tokens
+        store.touch(request.names, num_units, request.at_s)
+        store.put_units(request.names, num_units, request.at_s, unit_s)
+    return total
+
+
 def simulate(trace: Trace, strategy: Strategy, setup: Setup, progress: Progress | None = None) -> StrategyResult:
     """Replay the whole trace through `strategy`; `progress` is told how many requests of how many are done."""
     run = _Run(trace, strategy, setup)
@@ -99,6 +114,7 @@ class _Run:
         self.planner = RestorePlanner(setup.sizes, self.rates)
         self.rng = random.Random(1)
         self.tally = _Tally()
+        self.habits = Habits()
 
     def serve(self, request: Request) -> None:
         names, now_s = request.names, request.at_s
@@ -121,6 +137,7 @@ class _Run:
         self.store.touch(names, num_units, now_s)
         if found and plan.kind is PlanKind.CHECKPOINT:
             self.store.touch_checkpoint(names, found[0], found[1], now_s)
+            self.habits.use(int(names[found[0] - 1]), now_s)
         # 4. Store what is new, and leave the checkpoints that the strategy asks for.
         self._write(request, plan, num_units, tuple(checkpoints))
         window_bytes = self.store.checkpoint_bytes_kept()
@@ -165,15 +182,15 @@ class _Run:
         for mark in marks:
             unit = mark.block // self.unit_blocks
             # A mark between the trace's units (periodic(p) with p no multiple) is left at the unit before it.
-            if 0 < unit <= num_kept:
-                self.store.put_checkpoint(
-                    request.names,
-                    unit,
-                    tier=mark.tier,
-                    ttl_s=mark.ttl_s,
-                    now_s=now_s,
-                    cost_s=mark.saved_tokens / machine.prefill_tokens_per_s,
-                )
+            if 0 < unit <= num_kept and self.store.put_checkpoint(
+                request.names,
+                unit,
+                tier=mark.tier,
+                ttl_s=mark.ttl_s,
+                now_s=now_s,
+                cost_s=mark.saved_tokens / machine.prefill_tokens_per_s,
+            ):
+                self.habits.left(int(request.names[unit - 1]), mark.reason, now_s)
 
     def look(self, now_s: float) -> None:
         self.store.sweep(now_s)
@@ -208,4 +225,5 @@ class _Run:
             ),
             plans=tally.plans,
             plan_error=sum(tally.errors) / count,
+            reasons=self.habits.by_reason(),
         )

@@ -26,9 +26,11 @@ def as_text(simulation: Simulation) -> str:
     """A heading and an aligned table."""
     store = "endless store" if simulation.store_bytes is None else f"store of {human_bytes(simulation.store_bytes)}"
     ideal = simulation.results[0].ideal_token_hit_rate if simulation.results else 0.0
+    in_store = simulation.store_ideal_token_hit_rate
+    bounded = f", {in_store:.2%} with free window state in this store" if in_store < ideal else ""
     heading = (
         f"{simulation.trace}: {simulation.num_requests} requests, {simulation.prompt_tokens / 1e6:.1f}M prompt tokens, "
-        f"{simulation.model}, {store}, ideal hit rate {ideal:.2%}"
+        f"{simulation.model}, {store}, ideal hit rate {ideal:.2%}{bounded}"
     )
     rows = [[name for name, _ in _COLUMNS]]
     rows += [[cell(result) for _, cell in _COLUMNS] for result in simulation.results]

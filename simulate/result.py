@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from simulate.habits import ReasonUse
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyResult:
@@ -23,6 +25,7 @@ class StrategyResult:
     ttft_*: of one request alone on the machine, without queueing: loading, replay and prefill.
     dollars: the input tokens' price, hits as in token_hit_rate.
     plan_error: mean of |actual - predicted| / predicted of the planner's choices.
+    reasons: how the checkpoints that were left for each reason were used.
     """
 
     strategy: str
@@ -47,6 +50,7 @@ class StrategyResult:
     dollars: float
     plans: dict[str, int]
     plan_error: float
+    reasons: dict[str, ReasonUse]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,7 +58,10 @@ class StrategyResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
-    """All strategies over one trace with one store size."""
+    """All strategies over one trace with one store size.
+
+    store_ideal_token_hit_rate: what the same store would give if window state took no bytes and were everywhere.
+    """
 
     trace: str
     num_requests: int
@@ -62,12 +69,21 @@ class Simulation:
     unit_tokens: int
     model: str
     store_bytes: int | None
+    store_ideal_token_hit_rate: float
     results: tuple[StrategyResult, ...]
 
     def as_dict(self) -> dict[str, Any]:
         shared = {
             name: getattr(self, name)
-            for name in ("trace", "num_requests", "prompt_tokens", "unit_tokens", "model", "store_bytes")
+            for name in (
+                "trace",
+                "num_requests",
+                "prompt_tokens",
+                "unit_tokens",
+                "model",
+                "store_bytes",
+                "store_ideal_token_hit_rate",
+            )
         }
         return shared | {"strategies": {result.strategy: result.as_dict() for result in self.results}}
 

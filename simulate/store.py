@@ -118,21 +118,21 @@ class SimStore:
 
     def put_checkpoint(
         self, names: Names, num_units: int, *, tier: Tier, ttl_s: float, now_s: float, cost_s: float
-    ) -> None:
-        """Leave one after `num_units` units; none where its block is not stored or it exists already."""
+    ) -> bool:
+        """Leave one after `num_units` units; False where its block is not stored, it exists already or does not fit."""
         block = 2 * int(names[num_units - 1])
         name, nbytes = block + 1, self.sizes.checkpoint_bytes
         if block not in self._disk:
-            return
+            return False
         if name in self._dead[tier]:
             self.sweep(now_s)
         if name in self._expiry[tier]:
             self._expiry[tier][name] = (now_s + ttl_s, ttl_s)
-            return
+            return False
         if tier is Tier.DISK:
             if not self._make_room(nbytes, now_s, block):
                 self.num_refused += 1
-                return
+                return False
             self._disk.insert(name, parent=block, nbytes=nbytes, now_ms=_ms(now_s), cost_s=cost_s)
             self.bytes_written += nbytes
         else:
@@ -142,6 +142,7 @@ class SimStore:
         self.checkpoint_bytes_written += nbytes
         self.num_checkpoints_written += 1
         self._expiry[tier][name] = (now_s + ttl_s, ttl_s)
+        return True
 
     def sweep(self, now_s: float) -> None:
         """Give back what has expired."""

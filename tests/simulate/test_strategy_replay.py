@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from antefix.window import Mark, OutputFacts, PromptFacts, Sizes, Strategy, parse
 from simulate.generate import SHAPES, generate
 from simulate.machine import RATE_CARDS, Machine, model_sizes
-from simulate.replay import Setup, ideal_hit_tokens, simulate
+from simulate.replay import Setup, ideal_hit_tokens, simulate, store_hit_tokens
 from simulate.store import StoreLimits
 from simulate.trace import Request, Trace
 
@@ -43,6 +43,11 @@ HAND = _trace(
 
 def test_the_ideal_spares_every_prefix_that_was_there_before() -> None:
     assert ideal_hit_tokens(HAND) == 512 + 896 + 512
+
+
+def test_a_stores_own_ideal_is_the_ideal_where_nothing_is_evicted_and_less_where_it_is() -> None:
+    assert store_hit_tokens(HAND, _setup()) == ideal_hit_tokens(HAND)
+    assert store_hit_tokens(HAND, _setup(store_bytes=4 * SIZES.block_bytes)) < ideal_hit_tokens(HAND)
 
 
 def test_boundary_misses_the_fork_twice() -> None:
