@@ -53,6 +53,7 @@ class RoleProcess:
     process: asyncio.subprocess.Process
     address: str
     log_path: Path
+    http_address: str = ""
 
     @property
     def alive(self) -> bool:
@@ -158,7 +159,8 @@ class Deployment:
         if not line:
             await process.wait()
             raise ConfigError(f"{role} did not start: {_log_tail(log_path)}")
-        started.address = str(json.loads(line)["address"])
+        ready = json.loads(line)
+        started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         return started
 
     async def kill(self, process: RoleProcess) -> None:

@@ -251,13 +251,19 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 async def run_until_signal(
-    server: Server, *, role: str, stop: Callable[[], Awaitable[None]], watch_stdin: bool = False
+    server: Server,
+    *,
+    role: str,
+    stop: Callable[[], Awaitable[None]],
+    watch_stdin: bool = False,
+    http_address: str = "",
 ) -> None:
     """Announce the address on stdout as one JSON line, serve until SIGTERM or SIGINT, drain, then `stop`.
 
     watch_stdin: stop as well when stdin closes, which it does when the process that started us dies in any way.
     """
-    print(json.dumps({"ready": True, "role": role, "address": server.address}), flush=True)
+    ready = {"ready": True, "role": role, "address": server.address}
+    print(json.dumps({**ready, "http_address": http_address} if http_address else ready), flush=True)
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

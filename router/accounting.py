@@ -59,7 +59,12 @@ class Bill:
         self.opened = opened
         self.reservation = reservation
         self.reasoning_tokens = 0
+        self.ended_here = False
         self.settled: Settled | None = None
+
+    def end_here(self) -> None:
+        """The reader has found the end of the answer in it: closing the output now is its end, not a cancellation."""
+        self.ended_here = True
 
     @property
     def record(self) -> UsageRecord:
@@ -150,7 +155,13 @@ class Accounts:
                     yield tokens
             await asyncio.shield(opening)
             status = Status(bill.request.finish_reason)
-        except (GeneratorExit, asyncio.CancelledError):
+        except GeneratorExit:
+            if bill.ended_here:
+                status = Status.STOP
+            else:
+                detail = "the client went away"
+            raise
+        except asyncio.CancelledError:
             detail = "the client went away"
             raise
         except Exception as err:

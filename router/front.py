@@ -59,9 +59,18 @@ class Front:
         self._generator = generator
 
     async def admit(
-        self, tokens: Tokens, sampling: Sampling, *, tenant: str = "", user: str = "", request_id: str = ""
+        self,
+        tokens: Tokens,
+        sampling: Sampling,
+        *,
+        tenant: str = "",
+        user: str = "",
+        request_id: str = "",
+        breakpoints: tuple[tuple[int, float], ...] = (),
     ) -> Bill:
         """Check a request and open its bill. user: gets a cache of its own within the tenant's.
+
+        breakpoints: (number of prompt tokens, seconds) of prefixes that the client wants kept.
 
         Raises:  InvalidRequest: whatever is wrong with it, whatever our state is.  QuotaExceeded, Conflict: see there.
         """
@@ -78,6 +87,7 @@ class Front:
             tenant=cache_tenant(tenant, user),
             tokens=tokens,
             sampling=sampling,
+            breakpoints=breakpoints,
         )
         return await self.accounts.admit(request, tenant=tenant, user=user)
 
@@ -131,4 +141,3 @@ def open_front(
         tenants=tenants,
         signer=signer,
     )
-

@@ -49,12 +49,14 @@ class Names:
 
 @dataclass(slots=True)
 class Request:
-    """One request while it runs. `emitted` are the output tokens that the client has."""
+    """One request while it runs. `emitted` are the output tokens that the client has. breakpoints: (prompt tokens,
+    seconds) of prefixes that the client wants kept."""
 
     request_id: str
     tenant: str
     tokens: Tokens
     sampling: Sampling
+    breakpoints: tuple[tuple[int, float], ...] = ()
     emitted: list[int] = field(default_factory=list)
     restore: RestoreReport | None = None
     written_tokens: int = 0

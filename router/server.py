@@ -22,6 +22,7 @@ from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc, usage_pb2, usage_pb2_grpc
 from antefix.wire import report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
 from router.front import Front, open_front
+from router.gateway.app import start_http
 from router.gateway.config import GatewayConfig
 from router.generate import Generator, Names
 from router.usage_service import UsageServicer
@@ -143,9 +144,14 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageServicer(servicer.front), server)
 
+    http = await start_http(servicer.front, config) if config.http_address else None
+
     async def stop() -> None:
+        if http is not None:
+            await http.stop()
         await servicer.front.accounts.close()
         await store.close()
 
     server = await rpc.start_server(config.address, register, [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR])
-    await rpc.run_until_signal(server, role="router", stop=stop, watch_stdin=watch_stdin)
+    http_address = http.address if http is not None else ""
+    await rpc.run_until_signal(server, role="router", stop=stop, watch_stdin=watch_stdin, http_address=http_address)

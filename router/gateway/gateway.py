@@ -1,0 +1,150 @@
+"""What all APIs need: who calls, which model, the conversation as tokens, the request admitted. Knows no provider."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from antefix.block import as_tokens
+from antefix.errors import InvalidRequest
+from antefix.wire import Sampling
+from router.chat.formats import ChatFormat, PlainParser, choose_format
+from router.chat.memory import AnswerMemory
+from router.chat.messages import Conversation, Effort
+from router.chat.render import render_tokens
+from router.front import Front, cache_tenant
+from router.gateway.config import GatewayConfig
+from router.gateway.errors import NotFound
+from router.gateway.fields import Fields
+from router.gateway.http import read_json
+from router.gateway.output import Output, stop_tokens
+
+BREAKPOINTS_MAX = 4
+STOPS_MAX = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks, under which request id ("" lets us make one)."""
+
+    tenant: str
+    user: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knobs:
+    """How to sample, as the APIs say it. max_tokens None: the server's default."""
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+class Gateway:
+    """The HTTP side of one router."""
+
+    def __init__(self, front: Front, config: GatewayConfig) -> None:
+        self.front = front
+        self.config = config
+        self.memory = AnswerMemory()
+        self.format: ChatFormat = choose_format(config.chat_format, front.identity.path, front.tokenizer)
+        self.started = int(time.time())
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return (self.front.identity.name, *self.config.model_names)
+
+    def tenant(self, request: Request) -> str:
+        """Raises:  Unauthenticated: no key, or an unknown one, where keys are needed."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        bearer = token.strip() if scheme.lower() == "bearer" else ""
+        return self.front.tenants.authenticate(request.headers.get("x-api-key") or bearer)
+
+    async def fields(self, request: Request) -> Fields:
+        return Fields(await read_json(request, self.config.http_body_bytes_max))
+
+    def caller(self, request: Request, tenant: str, user: str) -> Caller:
+        return Caller(tenant=tenant, user=user, request_id=request.headers.get("idempotency-key", ""))
+
+    def check_model(self, name: str) -> str:
+        """Raises:  NotFound: another model."""
+        if name not in self.model_names:
+            raise NotFound(f"the model {name!r} is not served here; there is {', '.join(self.model_names)}")
+        return name
+
+    def check_effort(self, effort: Effort | None) -> Effort:
+        """None is the model's own way: high where it reasons, as DeepSeek's API has it, none where it cannot.
+
+        Raises:  InvalidRequest: reasoning was asked for, and the model has none.
+        """
+        if effort is None:
+            return Effort.HIGH if self.format.supports_reasoning else Effort.NONE
+        if effort is not Effort.NONE and not self.format.supports_reasoning:
+            raise InvalidRequest("this model does not reason before it answers; ask for no reasoning effort")
+        return effort
+
+    def tokens_of(self, conversation: Conversation, tenant: str) -> tuple[list[int], tuple[tuple[int, float], ...]]:
+        """The prompt's tokens, and where the client's cache breakpoints lie in them."""
+        pieces = self.format.render(conversation)
+        rendered = render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant)
+        if len(rendered.breakpoints) > BREAKPOINTS_MAX:
+            raise InvalidRequest(f"at most {BREAKPOINTS_MAX} cache breakpoints a request")
+        return rendered.tokens, rendered.breakpoints
+
+    async def chat(self, conversation: Conversation, knobs: Knobs, caller: Caller) -> Output:
+        """Admit a conversation's next answer.
+
+        Raises:  InvalidRequest, QuotaExceeded, Conflict: see `Front.admit`.
+        """
+        tokens, breakpoints = self.tokens_of(conversation, cache_tenant(caller.tenant, caller.user))
+        parser = self.format.parser(conversation)
+        bill = await self.front.admit(
+            as_tokens(tokens),
+            self._sampling(knobs, len(tokens)),
+            tenant=caller.tenant,
+            user=caller.user,
+            request_id=caller.request_id,
+            breakpoints=breakpoints,
+        )
+        memory = None if conversation.continue_last else self.memory
+        return Output(self.front, bill, parser, stop=knobs.stop, memory=memory)
+
+    async def complete(self, tokens: list[int], knobs: Knobs, caller: Caller) -> Output:
+        """Admit the continuation of tokens, as they are."""
+        bill = await self.front.admit(
+            as_tokens(tokens),
+            self._sampling(knobs, len(tokens)),
+            tenant=caller.tenant,
+            user=caller.user,
+            request_id=caller.request_id,
+        )
+        return Output(self.front, bill, PlainParser(), stop=knobs.stop, memory=None)
+
+    def _sampling(self, knobs: Knobs, num_prompt_tokens: int) -> Sampling:
+        if len(knobs.stop) > STOPS_MAX:
+            raise InvalidRequest(f"at most {STOPS_MAX} stop sequences")
+        max_tokens = knobs.max_tokens
+        if max_tokens is None:
+            max_tokens = max(1, min(self.config.http_max_tokens, self.front.identity.max_tokens - num_prompt_tokens))
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=knobs.temperature,
+            top_p=knobs.top_p,
+            seed=None if knobs.seed is None else knobs.seed & (2**63 - 1),
+            stop=stop_tokens(self.front.tokenizer, knobs.stop),
+        )
+
+
+def function_schema(name: str, description: Any, parameters: Any) -> dict[str, Any]:
+    """A tool as the model is shown it; absent parts stay absent, so that every API gives the same rendering."""
+    schema: dict[str, Any] = {"name": name}
+    if description is not None:
+        schema["description"] = description
+    schema["parameters"] = parameters if parameters is not None else {"type": "object", "properties": {}}
+    return schema

@@ -1,0 +1,142 @@
+"""OpenAI's chat messages and tools, with DeepSeek's additions, as a conversation. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from antefix.errors import InvalidRequest
+from router.chat.messages import Effort, Message, Role, ToolCall
+from router.gateway.fields import Fields
+from router.gateway.gateway import function_schema
+
+_ROLES = {
+    "system": Role.SYSTEM,
+    "developer": Role.SYSTEM,
+    "user": Role.USER,
+    "assistant": Role.ASSISTANT,
+    "tool": Role.TOOL,
+}
+# DeepSeek's own mapping of the efforts that other APIs name.
+EFFORTS = {
+    "none": Effort.NONE,
+    "minimal": Effort.LOW,
+    "low": Effort.LOW,
+    "medium": Effort.HIGH,
+    "high": Effort.HIGH,
+    "xhigh": Effort.HIGH,
+    "max": Effort.MAX,
+    "ultra": Effort.MAX,
+}
+CACHE_TTLS_S = {"5m": 300.0, "1h": 3600.0}
+
+
+def chat_messages(items: list[Any]) -> tuple[Message, ...]:
+    """Raises:  InvalidRequest: a message is not of a known form; the field is named."""
+    if not items:
+        raise InvalidRequest("messages is empty")
+    return tuple(_message(item, f"messages[{index}]") for index, item in enumerate(items))
+
+
+def _message(item: Any, where: str) -> Message:
+    fields = Fields(item, where)
+    role = fields.one_of("role", _ROLES, Role.USER)
+    content, breaks = content_of(fields.take("content", ""), f"{where}.content", ("text", "input_text", "output_text"))
+    calls: tuple[ToolCall, ...] = ()
+    call_id = reasoning = ""
+    if role is Role.ASSISTANT:
+        calls = tuple(_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(fields.items("tool_calls", [])))
+        reasoning = fields.text("reasoning_content", "")
+        fields.drop("refusal", "annotations", "prefix")
+        fields.only("audio", lambda value: not value, "audio is not supported")
+    if role is Role.TOOL:
+        call_id = fields.text("tool_call_id")
+        fields.drop("name")
+    fields.refuse_rest()
+    return Message(
+        role=role, content=content, reasoning=reasoning, tool_calls=calls, tool_call_id=call_id, breaks=breaks
+    )
+
+
+def content_of(value: Any, where: str, types: tuple[str, ...]) -> tuple[str, tuple[tuple[int, float], ...]]:
+    """Text, or text parts joined, with the cache breakpoints in them. Raises:  InvalidRequest: images and the like."""
+    if isinstance(value, str):
+        return value, ()
+    if not isinstance(value, list):
+        raise InvalidRequest(f"{where} must be a string or a list of parts")
+    text = ""
+    breaks: list[tuple[int, float]] = []
+    for index, part in enumerate(value):
+        fields = Fields(part, f"{where}[{index}]")
+        kind = fields.text("type")
+        if kind not in types:
+            raise InvalidRequest(f"{where}[{index}]: this model takes text only, not {kind!r}")
+        text += fields.text("text")
+        ttl_s = cache_control_of(fields.take("cache_control"), f"{where}[{index}].cache_control")
+        fields.drop("annotations", "logprobs", "citations")
+        fields.refuse_rest()
+        if ttl_s is not None:
+            breaks.append((len(text), ttl_s))
+    return text, tuple(breaks)
+
+
+def cache_control_of(value: Any, where: str) -> float | None:
+    """The lifetime that a cache breakpoint asks for, in seconds. Raises:  InvalidRequest: not of the known form."""
+    if value is None:
+        return None
+    fields = Fields(value, where)
+    if fields.text("type") != "ephemeral":
+        raise InvalidRequest(f"{where}.type must be 'ephemeral'")
+    ttl_s = fields.one_of("ttl", CACHE_TTLS_S, CACHE_TTLS_S["5m"])
+    fields.refuse_rest()
+    return ttl_s
+
+
+def _call(item: Any, where: str) -> ToolCall:
+    fields = Fields(item, where)
+    fields.only("type", lambda kind: kind == "function", "only function calls are supported")
+    function = Fields(fields.take("function"), f"{where}.function")
+    call = ToolCall(id=fields.text("id", ""), name=function.text("name"), arguments=function.text("arguments", ""))
+    function.refuse_rest()
+    fields.drop("index")
+    fields.refuse_rest()
+    return call
+
+
+def chat_tools(fields: Fields) -> tuple[dict[str, Any], ...]:
+    """`tools` with `tool_choice` and `parallel_tool_calls`. Raises:  InvalidRequest: what cannot be promised."""
+    items = fields.items("tools", [])
+    choice = fields.take("tool_choice", "auto")
+    if choice not in ("auto", "none"):
+        raise InvalidRequest("tool_choice: the model decides by itself; only 'auto' and 'none' are supported")
+    fields.only("parallel_tool_calls", lambda value: value is True or not items, "calls may always be parallel here")
+    tools = tuple(_tool(item, f"tools[{index}]") for index, item in enumerate(items))
+    return () if choice == "none" else tools
+
+
+def _tool(item: Any, where: str) -> dict[str, Any]:
+    fields = Fields(item, where)
+    if fields.text("type") != "function":
+        raise InvalidRequest(f"{where}.type: only functions are supported")
+    function = Fields(fields.take("function"), f"{where}.function")
+    schema = function_schema(function.text("name"), function.take("description"), function.take("parameters"))
+    function.only("strict", lambda value: not value, "arguments are not forced into a schema here")
+    function.refuse_rest()
+    fields.refuse_rest()
+    return schema
+
+
+def refuse_unsupported(fields: Fields) -> None:
+    """Fields of OpenAI's APIs that change the answer in ways that this model does not have; their defaults pass."""
+    fields.only("n", lambda value: value == 1, "one answer a request")
+    fields.only("best_of", lambda value: value == 1, "one answer a request")
+    for name in ("frequency_penalty", "presence_penalty"):
+        fields.only(name, lambda value: value == 0, "penalties are not supported")
+    fields.only("logit_bias", lambda value: not value, "logit bias is not supported")
+    fields.only("logprobs", lambda value: value is False, "log probabilities are not supported")
+    fields.only("top_logprobs", lambda value: value == 0, "log probabilities are not supported")
+    fields.only("modalities", lambda value: value == ["text"], "text only")
+    fields.only("service_tier", lambda value: value in ("auto", "default"), "there is one tier")
+    fields.only("verbosity", lambda value: value == "medium", "verbosity is not supported")
+    fields.only("prompt_cache_retention", lambda value: value in ("in_memory", "24h"), "in_memory or 24h")
+    # Placement goes by content, which is what the key is a hint for; the others say something about the caller.
+    fields.drop("prompt_cache_key", "metadata", "safety_identifier", "store")

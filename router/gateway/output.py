@@ -1,0 +1,148 @@
+"""One running answer, as all APIs see it: deltas of text, reasoning and calls, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from antefix.clients import Tokens
+from antefix.tokenizer import Tokenizer
+from antefix.usage.record import UsageRecord
+from antefix.worker.report import RestoreReport
+from router.accounting import Bill
+from router.chat.formats import OutputParser
+from router.chat.memory import AnswerMemory
+from router.chat.messages import Delta, Message, Role, ToolCall
+from router.front import Front
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """reason: "stop", "length" or "tool_calls".  stop: the stop text that ended it, if one did."""
+
+    reason: str
+    stop: str | None
+    record: UsageRecord
+
+
+class Output:
+    """Runs one admitted request and reads its answer."""
+
+    def __init__(
+        self, front: Front, bill: Bill, parser: OutputParser, *, stop: Sequence[str], memory: AnswerMemory | None
+    ) -> None:
+        self._front = front
+        self._bill = bill
+        self._parser = parser
+        self._stop = _StopTexts(stop)
+        self._memory = memory
+        self.content = ""
+        self.reasoning = ""
+        self.tool_calls: list[ToolCall] = []
+        self.num_output_tokens = 0
+
+    @property
+    def request_id(self) -> str:
+        return self._bill.request.request_id
+
+    @property
+    def restore(self) -> RestoreReport | None:
+        """Where the prompt's KV came from; there from the first delta on."""
+        return self._bill.request.restore
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._bill.request.tokens)
+
+    async def deltas(self, timeout_s: float) -> AsyncGenerator[Delta, None]:
+        """What the answer grows by. Closing this early cancels the request; after its end `ended` may be asked for."""
+        text = self._front.tokenizer.stream()
+        async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as outputs:
+            async for tokens in outputs:
+                for delta in self._take(self._stop.push(self._read(text.push([int(t) for t in tokens]), tokens))):
+                    yield delta
+                if self._stop.found is not None:
+                    self._bill.end_here()
+                    break
+        if self._stop.found is None:
+            rest = self._stop.push(text.finish()) + self._stop.finish()
+            for delta in self._take(rest):
+                yield delta
+        for delta in self._keep(self._parser.finish()):
+            yield delta
+        self._remember()
+
+    def ended(self) -> Ended:
+        """Raises:  AssertionError: `deltas` has not ended."""
+        request = self._bill.request
+        stop = self._stop.found
+        if stop is None and request.stop_number:
+            stop = self._stop.texts[request.stop_number - 1]
+        reason = "length" if request.finish_reason == "length" and stop is None else "stop"
+        if self.tool_calls and reason == "stop":
+            reason = "tool_calls"
+        return Ended(reason=reason, stop=stop, record=self._bill.record)
+
+    def _read(self, text: str, tokens: Tokens) -> str:
+        self.num_output_tokens += len(tokens)
+        if self._parser.in_reasoning:
+            self._bill.reasoning_tokens = self.num_output_tokens
+        return text
+
+    def _take(self, text: str) -> list[Delta]:
+        return self._keep(self._parser.push(text)) if text else []
+
+    def _keep(self, deltas: list[Delta]) -> list[Delta]:
+        for delta in deltas:
+            self.content += delta.content
+            self.reasoning += delta.reasoning
+            if delta.tool_call is not None:
+                self.tool_calls.append(delta.tool_call)
+        return deltas
+
+    def _remember(self) -> None:
+        if self._memory is None or self._stop.found is not None:
+            return
+        request = self._bill.request
+        message = Message(
+            role=Role.ASSISTANT, content=self.content, reasoning=self.reasoning, tool_calls=tuple(self.tool_calls)
+        )
+        self._memory.put(request.tokens.tolist(), message, request.emitted, tenant=request.tenant)
+
+
+class _StopTexts:
+    """Looks for stop texts in the answer: a text may be spelt in other tokens than the tokenizer gives for it, and then
+    the decode worker does not see it. Text that may begin one is held back."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = tuple(texts)
+        self.found: str | None = None
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        if not self.texts or self.found is not None:
+            return "" if self.found is not None else text
+        self._held += text
+        places = [(self._held.find(stop), stop) for stop in self.texts if stop in self._held]
+        if places:
+            place, self.found = min(places)
+            shown, self._held = self._held[:place], ""
+            return shown
+        keep = max((_num_begun(self._held, stop) for stop in self.texts), default=0)
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return shown
+
+    def finish(self) -> str:
+        text, self._held = self._held, ""
+        return text
+
+
+def _num_begun(text: str, stop: str) -> int:
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Stop texts as the decode worker looks for them; it ends at them without a round trip, and stores the output."""
+    return tuple(tuple(tokenizer.encode_plain(text)) for text in stop)

@@ -1,0 +1,96 @@
+"""Input items and tools of the Responses API as a conversation. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from antefix.errors import InvalidRequest
+from router.chat.messages import Message, Role, ToolCall
+from router.gateway.fields import Fields
+from router.gateway.gateway import function_schema
+from router.gateway.openai_messages import content_of
+
+_ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
+_TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text")
+
+
+def input_messages(instructions: str, value: Any) -> tuple[Message, ...]:
+    """Instructions first. Reasoning, text and calls that follow one another are one assistant turn.
+
+    Raises:  InvalidRequest: an item of a kind that the model cannot take; the field is named.
+    """
+    messages = [Message(role=Role.SYSTEM, content=instructions)] if instructions else []
+    if isinstance(value, str):
+        return (*messages, Message(role=Role.USER, content=value))
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest("input must be a string or a list of items")
+    open_turn = False
+    for index, item in enumerate(value):
+        message = _item(item, f"input[{index}]")
+        is_answer = message.role is Role.ASSISTANT
+        if is_answer and open_turn and not (message.content and messages[-1].content):
+            messages[-1] = _joined(messages[-1], message)
+        else:
+            messages.append(message)
+        open_turn = is_answer
+    return tuple(messages)
+
+
+def _item(item: Any, where: str) -> Message:
+    fields = Fields(item, where)
+    kind = fields.text("type", "message")
+    fields.drop("id", "status")
+    if kind == "message":
+        role = fields.one_of("role", _ROLES, Role.USER)
+        content, breaks = content_of(fields.take("content", ""), fields.name_of("content"), _TEXT_PARTS)
+        fields.drop("phase")
+        message = Message(role=role, content=content, breaks=breaks)
+    elif kind == "function_call":
+        call = ToolCall(id=fields.text("call_id"), name=fields.text("name"), arguments=fields.text("arguments", ""))
+        fields.drop("namespace", "caller")
+        message = Message(role=Role.ASSISTANT, tool_calls=(call,))
+    elif kind == "function_call_output":
+        content, breaks = content_of(fields.take("output", ""), fields.name_of("output"), _TEXT_PARTS)
+        fields.drop("caller")
+        message = Message(role=Role.TOOL, content=content, tool_call_id=fields.text("call_id"), breaks=breaks)
+    elif kind == "reasoning":
+        content, _ = content_of(fields.take("content", ""), fields.name_of("content"), _TEXT_PARTS)
+        fields.drop("summary", "encrypted_content")
+        message = Message(role=Role.ASSISTANT, reasoning=content)
+    else:
+        raise InvalidRequest(f"{where}.type: {kind!r} is not supported")
+    fields.refuse_rest()
+    return message
+
+
+def _joined(first: Message, second: Message) -> Message:
+    return replace(
+        first,
+        reasoning=first.reasoning + second.reasoning,
+        content=first.content + second.content,
+        tool_calls=first.tool_calls + second.tool_calls,
+    )
+
+
+def input_tools(fields: Fields) -> tuple[tuple[dict[str, Any], ...], list[Any]]:
+    """Schemas for the model, and the tools as they were sent, for the echo."""
+    items = fields.items("tools", [])
+    choice = fields.take("tool_choice", "auto")
+    if choice not in ("auto", "none"):
+        raise InvalidRequest("tool_choice: the model decides by itself; only 'auto' and 'none' are supported")
+    fields.only("parallel_tool_calls", lambda value: value is True or not items, "calls may always be parallel here")
+    tools = tuple(_tool(item, f"tools[{index}]") for index, item in enumerate(items))
+    return (() if choice == "none" else tools), items
+
+
+def _tool(item: Any, where: str) -> dict[str, Any]:
+    fields = Fields(item, where)
+    if fields.text("type") != "function":
+        raise InvalidRequest(f"{where}.type: only functions are supported")
+    schema = function_schema(fields.text("name"), fields.take("description"), fields.take("parameters"))
+    # Agents ask for strict schemas by default. Arguments usually keep to the schema; nothing here forces them to, which
+    # docs/HTTP_API.md says.
+    fields.drop("strict", "defer_loading")
+    fields.refuse_rest()
+    return schema
