@@ -92,20 +92,23 @@ class Engine:
         self.counters = Counters()
         self._lock = threading.RLock()
         self._touched: dict[Name, int] = {}
+        keys = KeyRing.from_file(Path(config.keys_file)) if config.keys_file else None
         self._store = open_store(config, disk or Disk(), clock_ms)
         self.identity = self._store.identity
         self.index = self._store.index
         self.segments = self._store.segments
-        keys = KeyRing.from_file(Path(config.keys_file)) if config.keys_file else None
-        decrypt = keys.decrypt if keys else None
-        self.reader = StoreReader(config.dir, clock_ms=clock_ms, decrypt=decrypt)
+        self.reader = StoreReader(config.dir, clock_ms=clock_ms, decrypt=keys.decrypt if keys else None)
         self.space = Space(self.segments, self.index, config.budget_bytes, now_ms=clock_ms)
         self.space.on_corrupt = self.quarantine
         self.compression = Compression(config.compression, lambda: read_bytes_per_s(Path(config.dir)))
-        self._load_plans()
-        if keys is not None:
-            self._drop_locked(keys)
         self._drafter = Drafter(config, self.compression, keys, clock_ms)
+        try:
+            self._load_plans()
+            if keys is not None:
+                self._drop_locked(keys)
+        except BaseException:
+            self.abandon()
+            raise
 
     @property
     def is_open(self) -> bool:

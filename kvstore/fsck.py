@@ -37,8 +37,9 @@ from antefix.store.format import (
 )
 from antefix.store.index import TABLE_OF_KIND, Index
 from kvstore.disk import Disk
+from kvstore.identity import lock_directory
 from kvstore.index_writer import Name, read_segments, read_totals
-from kvstore.recovery import lock_directory, rebuild_store
+from kvstore.recovery import rebuild_store
 from kvstore.space import parent_of
 
 NUM_EXAMPLES_MAX: Final = 20

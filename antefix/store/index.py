@@ -180,7 +180,7 @@ def _acquire(directory: Path, map_bytes: int, write: bool) -> _Shared:
     identity = _identity(directory)
     shared = _open.get(identity) if identity else None
     if shared is not None:
-        if write and shared.env.readonly:
+        if write and shared.env.flags()["readonly"]:
             raise Unavailable(f"a reader of this process has {directory} open; the writer must open it first")
         shared.num_users += 1
         return shared

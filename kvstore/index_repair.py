@@ -1,0 +1,178 @@
+"""The index as a derived thing: examined before it is trusted, rebuilt from the segments' headers when it is not sound.
+
+LMDB believes what it reads, so a damaged file must never reach it: an index is opened only when its checksum from the
+last clean close holds, or when py-lmdb's verifier, which does not use LMDB, finds its structure sound and every entry
+carries its own right checksum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final
+
+import lmdb
+import lmdb.verify
+import xxhash
+
+from antefix.errors import Unavailable
+from antefix.store.api import RecordKind
+from antefix.store.format import (
+    BATCH_ALIGN,
+    INDEX_DIR,
+    SEGMENT_HEADER_BYTES,
+    RecordHeader,
+    align,
+    unpack_entry,
+)
+from antefix.store.index import TABLE_OF_KIND, Index
+from kvstore.config import KvStoreConfig
+from kvstore.disk import Disk
+from kvstore.eviction import EvictionPolicy
+from kvstore.forest import insert_entry
+from kvstore.identity import CLEAN_FILE, DISCARDED_DIR, REBUILT_DIR
+from kvstore.index_writer import IndexTxn, SegmentState
+from kvstore.segments import Segments
+
+log = logging.getLogger("kvstore.index")
+
+_INDEX_BYTES_MIN: Final = 256 << 20
+_REBUILD_TXN_RECORDS: Final = 20_000
+
+
+def index_bytes_max(config: KvStoreConfig) -> int:
+    """Room for the index: an eighth of the budget, which small blocks need; V4-sized ones use a two-thousandth."""
+    return max(_INDEX_BYTES_MIN, config.budget_bytes // 8)
+
+
+def open_index(directory: Path, config: KvStoreConfig, segments: Segments, disk: Disk) -> Index:
+    remove_leftovers(directory)
+    fault = _index_fault(directory)
+    # From here on the index changes, and its sum would be a lie.
+    if (directory / CLEAN_FILE).exists():
+        disk.unlink(directory / CLEAN_FILE)
+        disk.sync_directory(directory)
+    if fault is None:
+        try:
+            return Index(directory / INDEX_DIR, map_bytes=index_bytes_max(config), write=True)
+        except Unavailable as err:
+            fault = str(err)
+    if segments.sizes:
+        log.warning("rebuilding the index: %s", fault)
+    return rebuild_index(directory, index_bytes_max(config), segments)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """What a rebuild that was interrupted left behind."""
+    for leftover in (REBUILT_DIR, DISCARDED_DIR):
+        shutil.rmtree(directory / leftover, ignore_errors=True)
+
+
+def _index_fault(directory: Path) -> str | None:
+    """Why the index must be rebuilt, or None. LMDB trusts what it reads, so a damaged file must not reach it."""
+    data = directory / INDEX_DIR / "data.mdb"
+    if not data.exists():
+        return "there is none"
+    clean = directory / CLEAN_FILE
+    if clean.exists() and clean.read_bytes() == index_sum(directory):
+        return None
+    try:
+        verify: Callable[..., object] = lmdb.verify.verify
+        verify(str(directory / INDEX_DIR), subdir=True)
+    except (lmdb.verify.VerifyError, OSError, ValueError) as err:
+        return f"it is damaged ({err})"
+    return _entry_fault(directory)
+
+
+def _entry_fault(directory: Path) -> str | None:
+    """Walk every entry of an index that is sound in structure: their own checksums must hold."""
+    try:
+        index = Index(directory / INDEX_DIR)
+    except Unavailable as err:
+        return str(err)
+    try:
+        with index.txn() as txn:
+            num_leaves = 0
+            for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
+                with txn.cursor(db=index.db[TABLE_OF_KIND[kind]]) as cursor:
+                    for key, value in cursor:
+                        entry = unpack_entry(value, bytes(key))
+                        if entry is None:
+                            return "an entry is damaged"
+                        num_leaves += entry.children == 0
+            if txn.stat(index.db["leaves"])["entries"] != num_leaves:
+                return "its leaves do not match its entries"
+        return None
+    finally:
+        index.close()
+
+
+def index_sum(directory: Path) -> bytes:
+    state = xxhash.xxh3_128()
+    with (directory / INDEX_DIR / "data.mdb").open("rb") as file:
+        while piece := file.read(4 << 20):
+            state.update(piece)
+    return b"AFXCLEAN" + state.digest()
+
+
+def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, check_all: bool = False) -> Index:
+    """A new index from the segments' headers, put in place only when it is whole."""
+    new = directory / REBUILT_DIR
+    new.mkdir()
+    index = Index(new, map_bytes=index_bytes, write=True)
+    try:
+        _fill(index, segments, check_all)
+    finally:
+        index.close()
+    old = directory / INDEX_DIR
+    if old.exists():
+        segments.disk.rename(old, directory / DISCARDED_DIR)
+    segments.disk.rename(new, old)
+    segments.disk.sync_directory(directory)
+    shutil.rmtree(directory / DISCARDED_DIR, ignore_errors=True)
+    return Index(old, map_bytes=index_bytes, write=True)
+
+
+def _fill(index: Index, segments: Segments, check_all: bool) -> None:
+    headers: dict[tuple[RecordKind, bytes], RecordHeader] = {}
+    last = max(segments.sizes, default=0)
+    for number in sorted(segments.sizes):
+        # The last segment may end in a batch that was never acknowledged; the others were synced before it began.
+        for header in segments.scan(number, check_payloads=check_all or number == last):
+            headers[header.kind, header.hash] = header
+    # Parents have smaller positions; a checkpoint comes after the block that it hangs on.
+    order = sorted(headers.values(), key=lambda header: (header.position, header.kind))
+    index_headers(index, order)
+    ends = ends_of(order)
+    with IndexTxn(index) as txn:
+        for number, size in segments.sizes.items():
+            set_end(txn, number, min(ends.get(number, SEGMENT_HEADER_BYTES), size))
+
+
+def index_headers(index: Index, headers: Iterable[RecordHeader]) -> int:
+    """Index records that lie in segments, parents first, leaving out those without one. Returns how many went in."""
+    policy = EvictionPolicy()
+    ordered = list(headers)
+    num_indexed = 0
+    for first in range(0, len(ordered), _REBUILD_TXN_RECORDS):
+        with IndexTxn(index) as txn:
+            for header in ordered[first : first + _REBUILD_TXN_RECORDS]:
+                # When it was last used is lost with the index; when it was written is the best guess.
+                num_indexed += insert_entry(txn, header, policy, used_ms=header.created_ms)
+    return num_indexed
+
+
+def ends_of(headers: Iterable[RecordHeader]) -> dict[int, int]:
+    """Per segment, where the batch of its last record ends."""
+    ends: dict[int, int] = {}
+    for header in headers:
+        end = align(header.offset + header.extent_bytes, BATCH_ALIGN)
+        ends[header.segment] = max(ends.get(header.segment, 0), end)
+    return ends
+
+
+def set_end(txn: IndexTxn, number: int, end: int) -> None:
+    txn.set_segment(number, dataclasses.replace(txn.segment(number) or SegmentState(), end=end))

@@ -1,0 +1,116 @@
+"""Power loss at any moment, with any earlier state of the index: nothing acknowledged is lost, no byte is wrong."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from antefix.store.api import RecordKind
+from kvstore.config import KvStoreConfig
+from kvstore.engine import Engine
+from tests.kvstore.power_loss import PowerLossDisk
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+
+PROMPTS = [Prompt([n if i >= 16 else 0 for i in range(BLOCK * 8)], payload_bytes=2500) for n in range(6)]
+
+
+class PowerLost(Exception):
+    """Raised in place of a file operation: from here on nothing reaches the disk."""
+
+
+class DyingDisk(PowerLossDisk):
+    """Loses power at the `fatal`-th file operation."""
+
+    def __init__(self, fatal: int) -> None:
+        super().__init__()
+        self.left = fatal
+
+    def _step(self) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            raise PowerLost
+
+    def write(self, fd, buffers, offset):  # type: ignore[no-untyped-def]
+        super().write(fd, buffers, offset)
+        self._step()
+
+    def sync_data(self, fd):  # type: ignore[no-untyped-def]
+        self._step()
+        super().sync_data(fd)
+
+    def sync_directory(self, path):  # type: ignore[no-untyped-def]
+        self._step()
+        super().sync_directory(path)
+
+    def unlink(self, path):  # type: ignore[no-untyped-def]
+        self._step()
+        super().unlink(path)
+
+
+def life(directory: Path, rng: random.Random, acknowledged: dict[int, int], indexes: list[Path]) -> None:
+    """Use the store until power is lost; then leave what a boot might find, with the index or an earlier one."""
+    disk = DyingDisk(rng.randrange(1, 40))
+    config = KvStoreConfig(dir=str(directory / "store"), budget_bytes=4 << 20, segment_bytes=64 << 10)
+    engine = None
+    try:
+        engine = Engine(config, disk=disk)
+        while True:
+            number, count = rng.randrange(len(PROMPTS)), rng.randrange(1, 9)
+            result = engine.put([*PROMPTS[number].blocks(count), PROMPTS[number].checkpoint(count - 1)])
+            assert not result.refused
+            acknowledged[number] = max(acknowledged[number], count)
+            if rng.random() < 0.3:
+                engine.space.compact_one(0.0)
+            if rng.random() < 0.5:
+                # LMDB syncs itself; but an older index must do too, as when a backup of it is put back.
+                saved = directory / f"index-{len(indexes)}"
+                saved.mkdir()
+                engine.index.env.copy(str(saved))
+                indexes.append(saved)
+    except PowerLost:
+        pass
+    finally:
+        if engine is not None:
+            engine.abandon()
+    disk.lose_power(rng)
+    if indexes and rng.random() < 0.5:
+        shutil.rmtree(directory / "store" / "index", ignore_errors=True)
+        shutil.copytree(rng.choice(indexes), directory / "store" / "index")
+
+
+def check(directory: Path, acknowledged: dict[int, int]) -> None:
+    config = KvStoreConfig(dir=str(directory / "store"), budget_bytes=4 << 20, segment_bytes=64 << 10)
+    engine = Engine(config)
+    for number, prompt in enumerate(PROMPTS):
+        num_good = prompt.check(engine)
+        assert num_good >= acknowledged[number], f"prompt {number}"
+        for index in range(num_good, len(prompt.hashes)):
+            assert engine.read(RecordKind.BLOCK, prompt.hashes[index], fingerprint=FINGERPRINT) is None
+    engine.close()
+
+
+def run_seed(directory: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    acknowledged = dict.fromkeys(range(len(PROMPTS)), 0)
+    indexes: list[Path] = []
+    for _ in range(3):
+        life(directory, rng, acknowledged, indexes)
+    check(directory, acknowledged)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_was_acknowledged_survives_power_loss(tmp_path: Path, seed: int) -> None:
+    run_seed(tmp_path, seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_thousand_power_losses(tmp_path: Path) -> None:
+    for seed in range(1000, 1350):
+        directory = tmp_path / str(seed)
+        directory.mkdir()
+        run_seed(directory, seed)
+        shutil.rmtree(directory)
