@@ -1,0 +1,130 @@
+"""docs/FORMAT.md and the constants say the same, and headers survive packing and no damage."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from antefix.errors import BlockCorrupt
+from antefix.store import format as fmt
+from antefix.store.api import RecordKind
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text()
+STRUCTS = ("STORE_HEADER", "SEGMENT_HEADER", "RECORD_HEADER", "INDEX_ENTRY", "SEGMENT_ENTRY")
+hashes = st.binary(min_size=32, max_size=32)
+
+
+def documented_fields(name: str) -> list[tuple[int, int]]:
+    table = DOCUMENT.split(f"<!-- table: {name} -->")[1].split("\n\n")[0]
+    return [(int(row[1]), int(row[2])) for row in re.finditer(r"^\| (\d+) \| (\d+) \|", table, re.MULTILINE)]
+
+
+def packed_fields(layout: struct.Struct) -> list[tuple[int, int]]:
+    offset, fields = 0, []
+    for count, code in re.findall(r"(\d*)([a-zA-Z])", layout.format):
+        nbytes = struct.calcsize(f"<{count}{code}")
+        step = nbytes if code == "s" else struct.calcsize(f"<{code}")
+        fields += [(offset + i * step, step) for i in range(nbytes // step)]
+        offset += nbytes
+    return fields
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_tables_match_the_structs(name: str) -> None:
+    assert documented_fields(name) == packed_fields(getattr(fmt, name))
+
+
+def test_constants_in_the_text_match() -> None:
+    for magic in (fmt.STORE_MAGIC, fmt.SEGMENT_MAGIC, fmt.RECORD_MAGIC):
+        assert f"`{magic.decode()}`" in DOCUMENT
+    assert f"The store on disk, version {fmt.FORMAT_VERSION}" in DOCUMENT
+    assert f"starts at a multiple of {fmt.BATCH_ALIGN:,}" in DOCUMENT
+    assert f"records start at multiples of {fmt.RECORD_ALIGN}" in DOCUMENT
+    assert f"at most {fmt.TENANT_BYTES_MAX}" in DOCUMENT
+
+
+headers = st.builds(
+    fmt.RecordHeader,
+    payload_checksum=st.binary(min_size=16, max_size=16),
+    hash=hashes,
+    parent=hashes,
+    fingerprint=hashes,
+    segment=st.integers(1, 1 << 31),
+    offset=st.integers(0, 1 << 40),
+    stored_bytes=st.integers(1, fmt.PAYLOAD_BYTES_MAX),
+    payload_bytes=st.integers(1, fmt.PAYLOAD_BYTES_MAX),
+    position=st.integers(0, 1 << 31),
+    created_ms=st.integers(0, 1 << 42),
+    expires_ms=st.integers(0, 1 << 42),
+    cost_us=st.integers(0, 1 << 50),
+    kind=st.sampled_from([RecordKind.BLOCK, RecordKind.CHECKPOINT]),
+    codec=st.sampled_from(list(fmt.Codec)),
+    flags=st.sampled_from([fmt.RecordFlag.NONE, fmt.RecordFlag.FIRST, fmt.RecordFlag.ENCRYPTED]),
+    tenant=st.text(max_size=11),
+    nonce=st.binary(min_size=12, max_size=12),
+)
+
+
+@given(header=headers, seed=st.integers(0, (1 << 64) - 1))
+def test_record_headers_round_trip(header: fmt.RecordHeader, seed: int) -> None:
+    assert fmt.unpack_record_header(fmt.pack_record_header(header, seed), seed) == header
+
+
+@given(header=headers, seed=st.integers(0, (1 << 64) - 1), bit=st.integers(0, 256 * 8 - 1))
+def test_a_flipped_bit_in_a_record_header_is_found(header: fmt.RecordHeader, seed: int, bit: int) -> None:
+    raw = bytearray(fmt.pack_record_header(header, seed))
+    raw[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(BlockCorrupt):
+        fmt.unpack_record_header(raw, seed)
+
+
+def test_a_header_of_another_store_is_not_accepted() -> None:
+    identity = fmt.StoreIdentity(store_id=bytes(range(16)), created_ms=5)
+    other = fmt.StoreIdentity(store_id=bytes(16), created_ms=5)
+    header = fmt.RecordHeader(
+        payload_checksum=bytes(16),
+        hash=bytes(32),
+        parent=bytes(32),
+        fingerprint=bytes(32),
+        segment=1,
+        offset=4096,
+        stored_bytes=1,
+        payload_bytes=1,
+        position=1,
+        created_ms=1,
+        expires_ms=0,
+        cost_us=0,
+        kind=RecordKind.BLOCK,
+        codec=fmt.Codec.RAW,
+        flags=fmt.RecordFlag.NONE,
+        tenant="",
+    )
+    with pytest.raises(BlockCorrupt):
+        fmt.unpack_record_header(fmt.pack_record_header(header, identity.seed), other.seed)
+
+
+@given(
+    numbers=st.lists(st.integers(0, (1 << 32) - 1), min_size=8, max_size=8),
+    parent=hashes,
+    key=hashes,
+    byte=st.integers(0, 115),
+)
+def test_index_entries_round_trip_and_notice_damage(numbers: list[int], parent: bytes, key: bytes, byte: int) -> None:
+    entry = fmt.IndexEntry(*numbers, 1, 2, 3, 4, 5, 6, 1, 2, parent)
+    raw = fmt.pack_entry(entry, key)
+    assert fmt.unpack_entry(raw, key) == entry
+    damaged = bytearray(raw)
+    damaged[byte] ^= 0x40
+    assert fmt.unpack_entry(bytes(damaged), key) is None
+    assert fmt.unpack_entry(raw, key[::-1] if key != key[::-1] else bytes([key[0] ^ 1]) + key[1:]) is None
+
+
+def test_segment_names_are_numbers() -> None:
+    assert fmt.segment_number(fmt.segment_name(17)) == 17
+    for name in ("17.seg", "000000000017.tmp", "00000000001x.seg", "STORE"):
+        assert fmt.segment_number(name) is None
