@@ -48,13 +48,15 @@ class Message:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """tools: JSON schemas as {"name", "description", "parameters"}.  continue_last: the last message is the beginning
-    of the answer, to be gone on with.  tools_break_s: lifetime of a cache breakpoint after the tools."""
+    of the answer, to be gone on with.  tools_break_s: lifetime of a cache breakpoint after the tools.
+    strict: tools whose calls are handed out only if their arguments keep to the schema."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     effort: Effort = Effort.NONE
     continue_last: bool = False
     tools_break_s: float | None = None
+    strict: frozenset[str] = frozenset()
     response_schema: dict[str, Any] | None = None
 
 

@@ -70,7 +70,8 @@ def _conversation(gateway: Gateway, fields: Fields) -> Conversation:
     fields.refuse_rest()
     return Conversation(
         messages=messages,
-        tools=tools,
+        tools=tools.schemas,
+        strict=tools.strict,
         tools_break_s=tools_break_s,
         effort=effort,
         continue_last=messages[-1].role is Role.ASSISTANT,

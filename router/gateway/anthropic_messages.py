@@ -10,7 +10,7 @@ from antefix.errors import InvalidRequest
 from router.chat.messages import Effort, Message, Role, ToolCall
 from router.gateway.fields import Fields
 from router.gateway.gateway import function_schema
-from router.gateway.openai_messages import EFFORTS, cache_control_of, content_of
+from router.gateway.openai_messages import EFFORTS, Tools, cache_control_of, content_of
 
 _ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT}
 
@@ -96,25 +96,27 @@ def _blocks(blocks: Any, where: str) -> list[tuple[Fields, str, float | None]]:
     return found
 
 
-def anthropic_tools(fields: Fields) -> tuple[tuple[dict[str, Any], ...], float | None]:
+def anthropic_tools(fields: Fields) -> tuple[Tools, float | None]:
     """The tools, and the lifetime of a breakpoint on one of them (all of them are written in one piece)."""
     choice = Fields(fields.take("tool_choice", {"type": "auto"}), "tool_choice")
     if (kind := choice.text("type")) not in ("auto", "none"):
         raise InvalidRequest("tool_choice: the model decides by itself; only 'auto' and 'none' are supported")
     choice.only("disable_parallel_tool_use", lambda value: value is False, "calls may always be parallel here")
     choice.refuse_rest()
-    tools: list[dict[str, Any]] = []
+    schemas: list[dict[str, Any]] = []
+    strict: set[str] = set()
     break_s: float | None = None
     for index, item in enumerate(fields.items("tools", [])):
         tool = Fields(item, f"tools[{index}]")
         tool.only("type", lambda value: value == "custom", "only the client's own tools are supported")
         ttl_s = cache_control_of(tool.take("cache_control"), tool.name_of("cache_control"))
         break_s = ttl_s if ttl_s is not None else break_s
-        tools.append(function_schema(tool.text("name"), tool.take("description"), tool.take("input_schema")))
-        tool.only("strict", lambda value: not value, "arguments are not forced into a schema here")
-        tool.drop("input_examples", "eager_input_streaming")
+        name = tool.text("name")
+        schemas.append(function_schema(name, tool.take("description"), tool.take("input_schema")))
+        strict |= {name} if tool.boolean("strict") else set()
         tool.refuse_rest()
-    return (() if kind == "none" else tuple(tools)), break_s
+    tools = Tools() if kind == "none" else Tools(schemas=tuple(schemas), strict=frozenset(strict))
+    return tools, break_s
 
 
 def anthropic_effort(fields: Fields) -> Effort | None:

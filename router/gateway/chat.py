@@ -37,7 +37,9 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     begun = messages[-1].role is Role.ASSISTANT
     if begun and not raw[-1].get("prefix"):
         raise InvalidRequest('the last message is the assistant\'s; say "prefix": true in it to have it gone on with')
-    conversation = Conversation(messages=messages, tools=tools, effort=effort, continue_last=begun)
+    conversation = Conversation(
+        messages=messages, tools=tools.schemas, strict=tools.strict, effort=effort, continue_last=begun
+    )
     output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user))
     return ChatCall(output, model, gateway.config.http_timeout_s, stream=stream, include_usage=include_usage)
 

@@ -113,7 +113,10 @@ class Gateway:
             breakpoints=breakpoints,
         )
         memory = None if conversation.continue_last else self.memory
-        return Output(self.front, bill, parser, stop=knobs.stop, memory=memory)
+        strict = {
+            tool["name"]: tool["parameters"] for tool in conversation.tools if tool["name"] in conversation.strict
+        }
+        return Output(self.front, bill, parser, stop=knobs.stop, memory=memory, strict=strict)
 
     async def complete(self, tokens: list[int], knobs: Knobs, caller: Caller) -> Output:
         """Admit the continuation of tokens, as they are."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from antefix.errors import InvalidRequest
@@ -102,27 +104,43 @@ def _call(item: Any, where: str) -> ToolCall:
     return call
 
 
-def chat_tools(fields: Fields) -> tuple[dict[str, Any], ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """The schemas that the model is shown, and the names of those that are strict."""
+
+    schemas: tuple[dict[str, Any], ...] = ()
+    strict: frozenset[str] = frozenset()
+
+
+def chat_tools(fields: Fields) -> Tools:
     """`tools` with `tool_choice` and `parallel_tool_calls`. Raises:  InvalidRequest: what cannot be promised."""
-    items = fields.items("tools", [])
+    items = [_function(item, f"tools[{index}]") for index, item in enumerate(fields.items("tools", []))]
+    return chosen_tools(fields, items)
+
+
+def chosen_tools(fields: Fields, items: Sequence[Fields]) -> Tools:
+    """Tools from their function objects, as OpenAI's two APIs have them."""
     choice = fields.take("tool_choice", "auto")
     if choice not in ("auto", "none"):
         raise InvalidRequest("tool_choice: the model decides by itself; only 'auto' and 'none' are supported")
     fields.only("parallel_tool_calls", lambda value: value is True or not items, "calls may always be parallel here")
-    tools = tuple(_tool(item, f"tools[{index}]") for index, item in enumerate(items))
-    return () if choice == "none" else tools
+    schemas: list[dict[str, Any]] = []
+    strict: set[str] = set()
+    for function in items:
+        name = function.text("name")
+        schemas.append(function_schema(name, function.take("description"), function.take("parameters")))
+        strict |= {name} if function.boolean("strict") else set()
+        function.refuse_rest()
+    return Tools() if choice == "none" else Tools(schemas=tuple(schemas), strict=frozenset(strict))
 
 
-def _tool(item: Any, where: str) -> dict[str, Any]:
+def _function(item: Any, where: str) -> Fields:
     fields = Fields(item, where)
     if fields.text("type") != "function":
         raise InvalidRequest(f"{where}.type: only functions are supported")
     function = Fields(fields.take("function"), f"{where}.function")
-    schema = function_schema(function.text("name"), function.take("description"), function.take("parameters"))
-    function.only("strict", lambda value: not value, "arguments are not forced into a schema here")
-    function.refuse_rest()
     fields.refuse_rest()
-    return schema
+    return function
 
 
 def refuse_unsupported(fields: Fields) -> None:

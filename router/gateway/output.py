@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from antefix.clients import Tokens
 from antefix.tokenizer import Tokenizer
@@ -14,6 +15,7 @@ from router.accounting import Bill
 from router.chat.formats import OutputParser
 from router.chat.memory import AnswerMemory
 from router.chat.messages import Delta, Message, Role, ToolCall
+from router.chat.strict import keeps_to
 from router.front import Front
 
 
@@ -30,13 +32,22 @@ class Output:
     """Runs one admitted request and reads its answer."""
 
     def __init__(
-        self, front: Front, bill: Bill, parser: OutputParser, *, stop: Sequence[str], memory: AnswerMemory | None
+        self,
+        front: Front,
+        bill: Bill,
+        parser: OutputParser,
+        *,
+        stop: Sequence[str],
+        memory: AnswerMemory | None,
+        strict: Mapping[str, Any] | None = None,
     ) -> None:
+        """strict: schemas of the tools whose calls must keep to them."""
         self._front = front
         self._bill = bill
         self._parser = parser
         self._stop = _StopTexts(stop)
         self._memory = memory
+        self._strict = strict or {}
         self.content = ""
         self.reasoning = ""
         self.tool_calls: list[ToolCall] = []
@@ -93,13 +104,21 @@ class Output:
     def _take(self, text: str) -> list[Delta]:
         return self._keep(self._parser.push(text)) if text else []
 
-    def _keep(self, deltas: list[Delta]) -> list[Delta]:
+    def _keep(self, parsed: list[Delta]) -> list[Delta]:
+        deltas = [self._checked(delta) for delta in parsed]
         for delta in deltas:
             self.content += delta.content
             self.reasoning += delta.reasoning
             if delta.tool_call is not None:
                 self.tool_calls.append(delta.tool_call)
         return deltas
+
+    def _checked(self, delta: Delta) -> Delta:
+        """A call that breaks its tool's strict schema is shown as text: nobody may carry it out."""
+        call = delta.tool_call
+        if call is None or keeps_to(call, self._strict):
+            return delta
+        return Delta(content=f"{call.name}({call.arguments})")
 
     def _remember(self) -> None:
         if self._memory is None or self._stop.found is not None:

@@ -39,7 +39,7 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
     _refuse_state(fields)
     refuse_unsupported(fields)
     fields.refuse_rest()
-    conversation = Conversation(messages=messages, tools=tools, effort=effort)
+    conversation = Conversation(messages=messages, tools=tools.schemas, strict=tools.strict, effort=effort)
     output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user))
     echo = {
         "instructions": instructions or None,

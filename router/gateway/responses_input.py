@@ -8,8 +8,7 @@ from typing import Any
 from antefix.errors import InvalidRequest
 from router.chat.messages import Message, Role, ToolCall
 from router.gateway.fields import Fields
-from router.gateway.gateway import function_schema
-from router.gateway.openai_messages import content_of
+from router.gateway.openai_messages import Tools, chosen_tools, content_of
 
 _ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text")
@@ -73,24 +72,15 @@ def _joined(first: Message, second: Message) -> Message:
     )
 
 
-def input_tools(fields: Fields) -> tuple[tuple[dict[str, Any], ...], list[Any]]:
-    """Schemas for the model, and the tools as they were sent, for the echo."""
+def input_tools(fields: Fields) -> tuple[Tools, list[Any]]:
+    """The tools, and how they were sent, for the echo."""
     items = fields.items("tools", [])
-    choice = fields.take("tool_choice", "auto")
-    if choice not in ("auto", "none"):
-        raise InvalidRequest("tool_choice: the model decides by itself; only 'auto' and 'none' are supported")
-    fields.only("parallel_tool_calls", lambda value: value is True or not items, "calls may always be parallel here")
-    tools = tuple(_tool(item, f"tools[{index}]") for index, item in enumerate(items))
-    return (() if choice == "none" else tools), items
+    return chosen_tools(fields, [_function(item, f"tools[{index}]") for index, item in enumerate(items)]), items
 
 
-def _tool(item: Any, where: str) -> dict[str, Any]:
-    fields = Fields(item, where)
-    if fields.text("type") != "function":
+def _function(item: Any, where: str) -> Fields:
+    function = Fields(item, where)
+    if function.text("type") != "function":
         raise InvalidRequest(f"{where}.type: only functions are supported")
-    schema = function_schema(fields.text("name"), fields.take("description"), fields.take("parameters"))
-    # Agents ask for strict schemas by default. Arguments usually keep to the schema; nothing here forces them to, which
-    # docs/HTTP_API.md says.
-    fields.drop("strict", "defer_loading")
-    fields.refuse_rest()
-    return schema
+    function.only("defer_loading", lambda value: value is False, "tools are all loaded at once")
+    return function

@@ -1,0 +1,97 @@
+"""A router whose workers are a script: real HTTP, real bill, made-up tokens. For what the small model never says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from antefix.model_dir import identify
+from antefix.secret import Keyring
+from antefix.tokenizer import load_tokenizer
+from antefix.usage.ledger import Ledger
+from antefix.usage.ratecard import RateCards
+from antefix.usage.tenants import TenantBook
+from antefix.worker.report import RestoreReport
+from router.accounting import Accounts, Served
+from router.front import Front
+from router.gateway.app import start_http
+from router.gateway.config import GatewayConfig
+
+MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
+
+
+@dataclass
+class Script:
+    """Answers each request with `say(prompt text)`, byte by byte; `hit` tokens of each prompt count as hits.
+
+    hold: waits before the first token until it is set.  fail_after: raises `error` after so many tokens."""
+
+    say: Callable[[str], str] = lambda prompt: "yes"
+    hit: int = 0
+    hold: asyncio.Event | None = None
+    pause_s: float = 0.0
+    error: Exception | None = None
+    fail_after: int = 0
+    prompts: list[list[int]] = field(default_factory=list)
+    requests: list = field(default_factory=list)
+    num_cancelled: int = 0
+
+    async def run(self, request, timeout_s):
+        self.requests.append(request)
+        self.prompts.append(request.tokens.tolist())
+        try:
+            if self.hold is not None:
+                await self.hold.wait()
+            hit = min(self.hit, len(request.tokens) - 1)
+            request.restore = RestoreReport(
+                plan="checkpoint" if hit else "cold",
+                hit_tokens=hit,
+                miss_tokens=len(request.tokens) - hit,
+                hit_store_tokens=hit,
+                last_hit_hash=b"\xab" * 32 if hit else b"",
+            )
+            prompt = bytes(t for t in request.tokens.tolist() if t < 256).decode(errors="replace")
+            answer = list(self.say(prompt).encode())
+            for number, token in enumerate(answer[: request.sampling.max_tokens]):
+                if self.error is not None and number == self.fail_after:
+                    raise self.error
+                request.emitted.append(token)
+                yield np.array([token], np.uint32)
+                await asyncio.sleep(self.pause_s)
+            if self.error is not None and self.fail_after >= len(answer):
+                raise self.error
+            request.finish_reason = "length" if len(answer) > request.sampling.max_tokens else "stop"
+        except (asyncio.CancelledError, GeneratorExit):
+            self.num_cancelled += 1
+            raise
+
+
+def make_front(
+    script: Script, *, ledger: Path | None, cards: RateCards | None = None, tenants: TenantBook | None = None
+):
+    identity = identify(MODEL, revision="test")
+    tenants = tenants or TenantBook()
+    accounts = Accounts(
+        Ledger(ledger) if ledger is not None else None,
+        served=Served(model=identity.name, revision="test", fingerprint="00"),
+        keyring=Keyring(b"0" * 16),
+        cards=cards or RateCards(),
+        tenants=tenants,
+    )
+    return Front(script, accounts, identity=identity, tokenizer=load_tokenizer(MODEL), tenants=tenants, signer=None)
+
+
+@contextlib.asynccontextmanager
+async def serving(front: Front, **settings) -> AsyncIterator[str]:
+    """The gateway's base URL."""
+    http = await start_http(front, GatewayConfig(http_address="127.0.0.1:0", **settings))
+    try:
+        yield f"http://{http.address}"
+    finally:
+        await http.stop()
+        await front.accounts.close()
