@@ -49,9 +49,14 @@ COMMANDS: dict[str, Command] = {
         example="antefix demo --json",
     ),
     "inspect": Command(
-        module="antefix.commands.inspect",
+        module="kvstore.commands.inspect",
         help="what a store directory holds",
         example="antefix inspect /var/lib/antefix/store",
+    ),
+    "fsck": Command(
+        module="kvstore.commands.fsck",
+        help="check a store that no service has open, and repair it",
+        example="antefix fsck /var/lib/antefix/store --repair",
     ),
     "simulate": Command(
         module="simulate.cli",
