@@ -46,6 +46,27 @@ _ATTRIBUTES = (
     ("password", "word"),
     ("home town", "city"),
 )
+# Only in training, so that wording varies; tests use the lists above and the first wording.
+_MORE_ATTRIBUTES = (
+    ("phone number", "number"),
+    ("room", "number"),
+    ("order id", "number"),
+    ("port", "number"),
+    ("nickname", "word"),
+    ("secret word", "word"),
+    ("next stop", "city"),
+    ("birthplace", "city"),
+)
+_NAMES = words(
+    "Alice Anton Bella Bruno Carla Cedric Dana Dmitri Elena Emil Fatima Felix Greta Hugo Ines Ivan Julia Karim Laura "
+    "Lucas Maria Milo Nadia Nils Olga Oscar Paula Pedro Rosa Samir Sofia Tomas Ursula Victor Wanda Xavier Yusuf Zoe"
+)
+_WORDINGS = (
+    ("The {attribute} of {key} is ", "What is the {attribute} of {key}?"),
+    ("{key} has the {attribute} ", "Which {attribute} does {key} have?"),
+    ("Remember that the {attribute} of {key} is ", "Tell me the {attribute} of {key}."),
+    ("{key}: {attribute} ", "{attribute} of {key}?"),
+)
 # Every eighth pair of words never appears in training, so that a test's keys are new.
 _HELD_OUT_SHARE = 8
 
@@ -57,15 +78,21 @@ class Fact:
     attribute: str
     key: str
     value: str
+    wording: int = 0
 
     @property
-    def subject(self) -> str:
-        """The statement up to its value."""
-        return f"The {self.attribute} of {self.key} is "
+    def planted(self) -> str:
+        """The statement in the text, up to its value."""
+        return _WORDINGS[self.wording][0].format(attribute=self.attribute, key=self.key)
 
     @property
     def question(self) -> str:
-        return f"What is the {self.attribute} of {self.key}?"
+        return _WORDINGS[self.wording][1].format(attribute=self.attribute, key=self.key)
+
+    @property
+    def subject(self) -> str:
+        """The answer up to its value: the same for every wording."""
+        return _WORDINGS[0][0].format(attribute=self.attribute, key=self.key)
 
 
 @dataclass(slots=True)
@@ -124,12 +151,16 @@ def random_value(rng: np.random.Generator, kind: str) -> str:
 
 
 def random_facts(rng: np.random.Generator, count: int, *, test: bool = False) -> list[Fact]:
-    """`count` facts about different keys."""
+    """`count` facts about different keys. For tests: unseen keys, one wording; else a third varies."""
     facts: dict[str, Fact] = {}
     while len(facts) < count:
-        attribute, kind = _ATTRIBUTES[rng.integers(len(_ATTRIBUTES))]
-        key = random_key(rng, test=test)
-        facts.setdefault(key, Fact(attribute=attribute, key=key, value=random_value(rng, kind)))
+        plain = test or rng.random() < 0.67
+        attributes = _ATTRIBUTES if plain else _ATTRIBUTES + _MORE_ATTRIBUTES
+        attribute, kind = attributes[rng.integers(len(attributes))]
+        named = not plain and rng.random() < 0.4
+        key = _NAMES[rng.integers(len(_NAMES))] if named else random_key(rng, test=test)
+        wording = 0 if plain else int(rng.integers(len(_WORDINGS)))
+        facts.setdefault(key, Fact(attribute=attribute, key=key, value=random_value(rng, kind), wording=wording))
     return list(facts.values())
 
 
@@ -174,7 +205,7 @@ def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
 def add_fact(sequence: Sequence, fact: Fact) -> None:
     """Plant a fact on a line of its own. Its key and value are unpredictable, so they weigh nothing."""
     sequence.add("\n", TEXT)
-    sequence.add(fact.subject + fact.value, NOISE)
+    sequence.add(fact.planted + fact.value, NOISE)
     sequence.add(".\n", TEXT)
 
 

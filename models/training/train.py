@@ -58,11 +58,15 @@ class Stage:
 
 EASY = {"text": 0.35, "facts": 0.25, "recall": 0.2, "repeat": 0.2}
 LATER = {"text": 0.5, "facts": 0.35, "recall": 0.05, "repeat": 0.1}
-STAGES = (
+# Going on from a finished model: mostly text, since looking things up is learnt by then and exercises in repeating
+# teach a small model to run in circles.
+MATURE = {"text": 0.75, "facts": 0.2, "recall": 0.02, "repeat": 0.03}
+FIRST_RUN = (
     Stage(share=0.45, length=2048, sequences=32, sparse=False, quantise=False, mixture=EASY),
     Stage(share=0.35, length=8192, sequences=8, sparse=True, quantise=True, mixture=LATER),
     Stage(share=0.20, length=32768, sequences=2, sparse=True, quantise=True, mixture=LATER),
 )
+SECOND_RUN = (Stage(share=1.0, length=16384, sequences=4, sparse=True, quantise=True, mixture=MATURE),)
 
 
 class Batches(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
@@ -84,12 +88,21 @@ class Batches(torch.utils.data.IterableDataset[tuple[Tensor, Tensor]]):
             yield torch.from_numpy(tokens), torch.from_numpy(classes.copy())
 
 
-def batches(text: corpus_module.Tokens, stage: Stage, *, seed: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where batches come from: the text, the seed, and how many processes make them."""
+
+    text: corpus_module.Tokens
+    seed: int
+    workers: int
+
+
+def batches(source: Source, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
     loader = torch.utils.data.DataLoader(
-        Batches(text, stage, seed),
+        Batches(source.text, stage, source.seed),
         batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        num_workers=source.workers,
+        prefetch_factor=4 if source.workers else None,
         pin_memory=torch.cuda.is_available(),
     )
     return iter(loader)
@@ -196,19 +209,17 @@ class Trainer:
             total(self.losses(tokens.to(self.device).long(), classes.to(self.device), stage, rope)).backward()
             self.optimizer.zero_grad()
 
-    def run(
-        self, text: corpus_module.Tokens, stages: tuple[Stage, ...], *, seconds: float, seed: int, workers: int
-    ) -> Iterator[int]:
+    def run(self, source: Source, stages: tuple[Stage, ...], *, seconds: float, peak: float) -> Iterator[int]:
         """Train for `seconds`; yields a stage's index when the stage is over."""
         start = time.monotonic()
         end_s = 0.0
         for number, stage in enumerate(stages):
             end_s += seconds * stage.share / sum(stage.share for stage in stages)
             rope = dense.rope_tables(self.config, stage.length, self.device)
-            source = batches(text, stage, seed=seed, workers=workers)
+            stream = batches(source, stage)
             while (elapsed := time.monotonic() - start) < end_s:
-                tokens, classes = (part.to(self.device, non_blocking=True) for part in next(source))
-                scale = schedule(elapsed / seconds, len(self.log))
+                tokens, classes = (part.to(self.device, non_blocking=True) for part in next(stream))
+                scale = peak * schedule(elapsed / seconds, len(self.log))
                 losses = self.step(tokens.long(), classes, stage, rope, scale)
                 self._record(losses, number, stage, elapsed, scale)
             yield number
@@ -243,8 +254,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, required=True, help="directory written by models.training.corpus")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0, help="from the start, compiling included")
-    parser.add_argument("--start", type=Path, help="master.safetensors to go on from")
-    parser.add_argument("--from-stage", type=int, default=0, help="leave out the stages before this one")
+    parser.add_argument("--start", type=Path, help="master.safetensors to go on from: makes this the second run")
+    parser.add_argument("--peak", type=float, default=1.0, help="factor on every learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--no-compile", action="store_true")
@@ -261,13 +272,14 @@ def main() -> None:
     first = load_parameters(arguments.start) if arguments.start else initial_parameters(config, seed=arguments.seed)
     trainer = Trainer(config, first, device, compiled=not arguments.no_compile)
     text = corpus_module.load(arguments.corpus / "train.xz")
-    stages = STAGES[arguments.from_stage :]
+    stages = SECOND_RUN if arguments.start else FIRST_RUN
     arguments.out.mkdir(parents=True, exist_ok=True)
     if not arguments.no_compile:
         trainer.compile(text, stages)
         print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
     seconds = arguments.minutes * 60 - (time.monotonic() - start)
-    for _ in trainer.run(text, stages, seconds=seconds, seed=arguments.seed, workers=arguments.workers):
+    source = Source(text=text, seed=arguments.seed, workers=arguments.workers)
+    for _ in trainer.run(source, stages, seconds=seconds, peak=arguments.peak):
         save_parameters(trainer.parameters, arguments.out / "model.safetensors")
         save_parameters(trainer.parameters, arguments.out / "master.safetensors", dtype=torch.float32)
         (arguments.out / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in trainer.log))
