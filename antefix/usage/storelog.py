@@ -7,6 +7,7 @@ are flushed, not synced: a line lost in a power cut makes a hit unsupported in t
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ class StoreEvent:
 
 
 class StoreLog:
-    """The writer; belongs to the one process that writes the store."""
+    """The writer; belongs to the one process that writes the store. Methods may be called from any thread."""
 
     def __init__(self, directory: Path, *, file_bytes: int = FILE_BYTES) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -41,6 +42,7 @@ class StoreLog:
         self._file_bytes = file_bytes
         self._file: IO[str] | None = None
         self._num_bytes = 0
+        self._mutex = threading.Lock()
 
     def stored(self, hashes: Sequence[bytes]) -> None:
         """These blocks are durable now."""
@@ -58,14 +60,15 @@ class StoreLog:
     def _write(self, kind: StoreEventKind, hashes: Sequence[bytes]) -> None:
         if not hashes:
             return
-        now_us = time.time_ns() // 1000
-        if self._file is None or self._num_bytes >= self._file_bytes:
-            self.close()
-            self._file = (self._directory / f"store-{now_us:017d}.log").open("a", buffering=1)
-            self._num_bytes = 0
-        line = f"{now_us} {kind.value} {','.join(name.hex() for name in hashes)}\n"
-        self._file.write(line)
-        self._num_bytes += len(line)
+        with self._mutex:
+            now_us = time.time_ns() // 1000
+            if self._file is None or self._num_bytes >= self._file_bytes:
+                self.close()
+                self._file = (self._directory / f"store-{now_us:017d}.log").open("a", buffering=1)
+                self._num_bytes = 0
+            line = f"{now_us} {kind.value} {','.join(name.hex() for name in hashes)}\n"
+            self._file.write(line)
+            self._num_bytes += len(line)
 
 
 def read_store_log(directory: Path) -> Iterator[StoreEvent]:
