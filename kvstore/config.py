@@ -33,7 +33,11 @@ class KvStoreConfig:
     compression: str = setting(
         "auto", "off, zstd (keep where it is smaller) or auto (measure disk and codec, then choose)"
     )
+    log_dir: str = setting("", "directory for the log of writes and reads that bills are checked against; none: no log")
     keys_file: str = setting("", "JSON file of tenants' 256-bit keys; when given, everything stored is encrypted")
+    usage_log_dir: str = setting(
+        "", "log which blocks were stored and read here, to reconcile the bill with; empty: none"
+    )
     durable: bool = setting(True, "sync before acknowledging a put; off trades the newest blocks for speed")
     batch_bytes_max: int = setting(64 * MIB, "payload bytes that one group commit takes", unit="bytes")
     queue_bytes_max: int = setting(

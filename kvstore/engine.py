@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -33,13 +33,16 @@ from antefix.store.format import (
     payload_checksum,
     unpack_record_header,
 )
+from antefix.store.index import Change
 from antefix.store.reader import ReadOutcome, StoreReader, verify, wall_ms
+from antefix.usage.storelog import StoreLog
 from kvstore.admission import Admission, admit, check_record
 from kvstore.compression import Compression
 from kvstore.config import KvStoreConfig
 from kvstore.disk import Disk
 from kvstore.disk_probe import read_bytes_per_s
 from kvstore.drafting import Drafter
+from kvstore.events import Event, EventLog
 from kvstore.eviction import EvictionPolicy
 from kvstore.forest import drop_false_roots, drop_subtrees, insert_entry
 from kvstore.index_writer import IndexTxn, Name, read_totals
@@ -98,10 +101,14 @@ class Engine:
         self.index = self._store.index
         self.segments = self._store.segments
         self.reader = StoreReader(config.dir, clock_ms=clock_ms, decrypt=keys.decrypt if keys else None)
+        self.events = EventLog(self.index)
+        self.index.on_change = self._publish
+        self._log = StoreLog(Path(config.log_dir)) if config.log_dir else None
         self.space = Space(self.segments, self.index, config.budget_bytes, now_ms=clock_ms)
         self.space.on_corrupt = self.quarantine
         self.compression = Compression(config.compression, lambda: read_bytes_per_s(Path(config.dir)))
         self._drafter = Drafter(config, self.compression, keys, clock_ms)
+        self._usage_log = StoreLog(Path(config.usage_log_dir)) if config.usage_log_dir else None
         try:
             self._load_plans()
             if keys is not None:
@@ -120,7 +127,11 @@ class Engine:
             self.flush_touches()
             self._drafter.close()
             self.reader.close()
+            if self._log is not None:
+                self._log.close()
             self._store.close()
+            if self._usage_log is not None:
+                self._usage_log.close()
 
     def abandon(self) -> None:
         """Let go of the files as a crash would: nothing is written, nothing is sealed. For tests of recovery."""
@@ -171,6 +182,10 @@ class Engine:
             self.counters.bytes_read += bytes_read
             for name in used:
                 self._touched[name] = now_ms
+                if self._log is not None and name[0] is RecordKind.BLOCK:
+                    self._log.read([name[1]])
+                if self._usage_log is not None and name[0] is RecordKind.BLOCK:
+                    self._usage_log.read([name[1]])
             if len(self._touched) > TOUCHED_MAX:
                 self.flush_touches()
         for name in suspects:
@@ -239,6 +254,8 @@ class Engine:
         except BaseException:
             self.segments.rollback(start)
             raise
+        if self._usage_log is not None:
+            self._usage_log.stored([record.hash for record in batch if record.kind is RecordKind.BLOCK])
         admission.anchors.update((record.kind, record.hash) for record in batch)
         self.counters.bytes_written += sum(header.extent_bytes for header in placed)
         self.counters.payload_bytes_written += sum(header.payload_bytes for header in placed)
@@ -360,6 +377,16 @@ class Engine:
             self.space.expire()
             self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
             self.index.env.reader_check()
+
+    def _publish(self, changes: list[Change]) -> None:
+        self.events.publish(changes)
+        if self._log is not None:
+            self._log.stored([change.hash for change in changes if change.present and change.kind is RecordKind.BLOCK])
+
+    def snapshot(self) -> tuple[int, Iterator[list[Event]]]:
+        """What is stored, for a watcher that cannot resume, and the number of the last event in it."""
+        with self._lock:
+            return self.events.snapshot()
 
     def totals(self) -> dict[bytes, tuple[int, int, int]]:
         with self.index.txn() as txn:

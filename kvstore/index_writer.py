@@ -16,7 +16,7 @@ from typing import Any, Final
 from antefix.errors import BlockCorrupt
 from antefix.store.api import RecordKind
 from antefix.store.format import SEGMENT_ENTRY, IndexEntry, pack_entry, unpack_entry
-from antefix.store.index import QUARANTINED_KEY, TABLE_OF_KIND, Index
+from antefix.store.index import QUARANTINED_KEY, TABLE_OF_KIND, Change, Index
 
 Name = tuple[RecordKind, bytes]
 TOTALS: Final = struct.Struct("<qqq")
@@ -50,6 +50,7 @@ class IndexTxn:
         self._old: dict[Name, bytes | None] = {}
         self._new: dict[Name, IndexEntry | None] = {}
         self._segments: dict[int, SegmentState | None] = {}
+        self._changes: list[Change] = []
 
     def __enter__(self) -> IndexTxn:
         return self
@@ -64,6 +65,8 @@ class IndexTxn:
             self._txn.abort()
             raise
         self._txn.commit()
+        if self._changes and self._index.on_change is not None:
+            self._index.on_change(self._changes)
 
     def get(self, name: Name) -> IndexEntry | None:
         """The entry as this transaction has it; what the caller changes in it is written at commit.
@@ -173,6 +176,7 @@ class IndexTxn:
                 continue
             old = None if raw is None else _entry(raw, name)
             self._derive(name, old, entry)
+            self._note_change(name, old, entry)
             for state, sign in ((old, -1), (entry, 1)):
                 if state is not None:
                     _count(totals, live, name[0], state, sign)
@@ -203,6 +207,12 @@ class IndexTxn:
                     self._txn.delete(before, db=self._index.db[table])
                 if after:
                     self._txn.put(after, b"", db=self._index.db[table])
+
+    def _note_change(self, name: Name, old: IndexEntry | None, new: IndexEntry | None) -> None:
+        was, is_now = (entry is not None and not entry.quarantined for entry in (old, new))
+        known = new or old
+        if was != is_now and known is not None:
+            self._changes.append(Change(name[0], name[1], known.fingerprint_id, is_now))
 
     def _add_totals(self, key: bytes, delta: list[int]) -> None:
         table = self._index.db["totals"]

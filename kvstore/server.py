@@ -7,6 +7,8 @@ it waits for the writer, and both count against the number of streams served at 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -17,10 +19,11 @@ from antefix import rpc
 from antefix.errors import InvalidRequest, Overloaded
 from antefix.store import codec
 from antefix.store.api import PutResult, Record, RecordKind
-from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, response_pieces, split_hashes
+from antefix.store.pieces import HASHES_MAX, RecordAssembler, join_hashes, kind_of, response_pieces, split_hashes
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
+from kvstore.events import Event
 from kvstore.index_writer import Name
 from kvstore.scrubber import Scrubber
 from kvstore.stats import collect
@@ -171,6 +174,32 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
         return kvstore_pb2.RegisterResponse()
 
+    async def Watch(
+        self, request: kvstore_pb2.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[kvstore_pb2.WatchResponse]:
+        """Events from a cursor, a snapshot before them where the cursor is unknown or too old."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        events = self.engine.events
+        epoch, number = request.epoch, request.after
+        unlisten = events.listen(lambda: _wake(loop, changed))
+        try:
+            while True:
+                changed.clear()
+                found = events.since(epoch, number)
+                if found is None:
+                    epoch = events.epoch
+                    number, pieces = await self._in_thread(self.engine.snapshot)
+                    while (piece := await self._in_thread(functools.partial(next, pieces, None))) is not None:
+                        yield _watch_response(epoch, number, piece, snapshot=True)
+                    yield _watch_response(epoch, number, [], snapshot=True, snapshot_end=True)
+                elif found:
+                    number = found[-1].number
+                    yield _watch_response(epoch, number, found)
+                else:
+                    await changed.wait()
+        finally:
+            unlisten()
+
     async def Stats(
         self, request: kvstore_pb2.StatsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.StatsResponse:
@@ -231,6 +260,31 @@ def _put_response(results: Sequence[PutResult]) -> kvstore_pb2.PutResponse:
             kvstore_pb2.Refusal(hash=block_hash, reason=reason)
             for result in results
             for block_hash, reason in result.refused.items()
+        ],
+    )
+
+
+def _wake(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
+    """From the writer's thread; a loop that has closed has no watchers."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(changed.set)
+
+
+def _watch_response(
+    epoch: bytes, number: int, events: Sequence[Event], *, snapshot: bool = False, snapshot_end: bool = False
+) -> kvstore_pb2.WatchResponse:
+    return kvstore_pb2.WatchResponse(
+        epoch=epoch,
+        number=number,
+        snapshot=snapshot,
+        snapshot_end=snapshot_end,
+        events=[
+            kvstore_pb2.StoreEvent(
+                kind=event.kind.value,  # type: ignore[arg-type]
+                hashes=join_hashes(event.hashes),
+                fingerprint=event.fingerprint,
+            )
+            for event in events
         ],
     )
 

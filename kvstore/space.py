@@ -57,7 +57,6 @@ class Space:
         self.counters = SpaceCounters()
         # The segment being compacted and what of it has not been looked at yet.
         self._compacting: tuple[int, deque[RecordHeader]] | None = None
-        self.on_evicted: Callable[[Name, int], None] = lambda _name, _fingerprint_id: None
         self.on_corrupt: Callable[[Name], object] = lambda _name: None
 
     @property
@@ -158,7 +157,6 @@ class Space:
         parent_name = parent_of(name, entry.parent)
         parent = txn.get(parent_name)
         txn.delete(name)
-        self.on_evicted(name, entry.fingerprint_id)
         if parent is None:
             return None
         parent.children -= 1

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,16 @@ _open_lock = threading.Lock()
 _open: dict[tuple[int, int], _Shared] = {}
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A record that became readable, or stopped being so, in a committed transaction."""
+
+    kind: RecordKind
+    hash: bytes
+    fingerprint_id: int
+    present: bool
+
+
 class _Shared:
     """One LMDB environment of this process and how many use it."""
 
@@ -49,6 +60,8 @@ class Index:
     def __init__(self, directory: Path, *, map_bytes: int = 0, write: bool = False) -> None:
         """Raises:  Unavailable: there is no index, or it cannot be opened."""
         self.directory = directory
+        # The writer's: told of what each transaction changed, after its commit.
+        self.on_change: Callable[[list[Change]], None] | None = None
         with _open_lock:
             self._shared = _acquire(directory, map_bytes, write)
         self.env = self._shared.env

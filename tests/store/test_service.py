@@ -185,3 +185,37 @@ async def test_a_piece_that_was_damaged_on_its_way_is_refused(service: Service) 
         await remote.stub.Put(iter(pieces), timeout=10)
     assert (await remote.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 0
     await remote.close()
+
+
+async def test_watching_gives_a_snapshot_then_changes_then_resumes(service: Service) -> None:
+    from antefix.store.watch import Cursor, StoreEventKind, watch
+
+    remote = RemoteStore(service.address)
+    await remote.put(PROMPT.blocks(2))
+    stream = watch(remote)
+    cursor = None
+    seen: list[bytes] = []
+    async with asyncio.timeout(10):
+        async for batch in stream:
+            assert not batch.snapshot_begins or not seen
+            seen += [h for event in batch.events for h in event.hashes]
+            if batch.cursor is not None and len(seen) == 2:
+                await remote.put(PROMPT.blocks(4))
+            if len(seen) == 4:
+                cursor = batch.cursor
+                break
+    assert seen == [*sorted(PROMPT.hashes[:2]), *PROMPT.hashes[2:4]]
+    await stream.aclose()
+    await remote.put([PROMPT.checkpoint(3)])
+    async with asyncio.timeout(10):
+        async for batch in watch(remote, cursor):
+            assert not batch.snapshot_begins
+            assert [(event.kind, event.hashes) for event in batch.events] == [
+                (StoreEventKind.CHECKPOINTED, [PROMPT.hashes[3]])
+            ]
+            break
+    async with asyncio.timeout(10):
+        async for batch in watch(remote, Cursor(epoch=b"x" * 16, number=5)):
+            assert batch.snapshot_begins
+            break
+    await remote.close()

@@ -1,0 +1,141 @@
+"""Events: whoever starts from a snapshot and follows the numbers knows what is stored, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from antefix.store.api import RecordKind
+from antefix.usage.storelog import StoreEventKind, read_store_log
+from kvstore import events
+from kvstore.engine import Engine
+from kvstore.events import Event, EventKind
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
+
+OpenEngine = Callable[..., Engine]
+
+
+class Follower:
+    """Keeps what events say is stored."""
+
+    def __init__(self) -> None:
+        self.known: set[tuple[RecordKind, bytes]] = set()
+
+    def apply(self, event: Event) -> None:
+        assert event.fingerprint == FINGERPRINT
+        kind = RecordKind.BLOCK if event.kind in (EventKind.STORED, EventKind.EVICTED) else RecordKind.CHECKPOINT
+        names = {(kind, block_hash) for block_hash in event.hashes}
+        if event.kind in (EventKind.STORED, EventKind.CHECKPOINTED):
+            self.known |= names
+        else:
+            assert names <= self.known
+            self.known -= names
+
+
+def stored(engine: Engine, prompts: list[Prompt]) -> set[tuple[RecordKind, bytes]]:
+    return {
+        (kind, h)
+        for prompt in prompts
+        for h in prompt.hashes
+        for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)
+        if engine.read(kind, h, fingerprint=FINGERPRINT) is not None
+    }
+
+
+def test_following_from_a_snapshot_tells_what_is_stored(open_engine: OpenEngine, clock: Clock, tmp_path: Path) -> None:
+    engine = open_engine(checkpoint_ttl_s=30.0)
+    prompts = [Prompt([0] * BLOCK * 2 + [n] * BLOCK * 4, payload_bytes=200) for n in range(8)]
+    rng = random.Random(3)
+    follower = Follower()
+    engine.put(prompts[0].blocks())
+    number, pieces = engine.snapshot()
+    # What is stored after the snapshot was taken is not in it, although it is read only now.
+    engine.put(prompts[1].blocks())
+    for piece in pieces:
+        for event in piece:
+            follower.apply(event)
+    for _ in range(60):
+        clock.advance(7)
+        prompt = rng.choice(prompts)
+        action = rng.randrange(4)
+        if action < 2:
+            engine.put([*prompt.blocks(rng.randrange(1, 7)), prompt.checkpoint(0)])
+        elif action == 2:
+            engine.space.evict(rng.randrange(2000))
+        else:
+            engine.maintain()
+        found = engine.events.since(engine.events.epoch, number)
+        assert found is not None
+        assert [event.number for event in found] == list(range(number + 1, number + 1 + len(found)))
+        for event in found:
+            follower.apply(event)
+        number = engine.events.number
+        engine.space.expire()
+        for event in engine.events.since(engine.events.epoch, number) or []:
+            follower.apply(event)
+        number = engine.events.number
+        assert follower.known == stored(engine, prompts)
+
+
+def test_quarantine_and_healing_are_events(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_engine()
+    prompt = Prompt([1] * BLOCK * 2)
+    engine.put(prompt.blocks())
+    number = engine.events.number
+    path = next((tmp_path / "store" / "segments").iterdir())
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(prompt.payload(1), b"!" * 300))
+    prompt.check(engine)
+    engine.put(prompt.blocks())
+    found = engine.events.since(engine.events.epoch, number)
+    assert found is not None
+    assert [(event.kind, event.hashes) for event in found] == [
+        (EventKind.EVICTED, (prompt.hashes[1],)),
+        (EventKind.STORED, (prompt.hashes[1],)),
+    ]
+
+
+def test_compaction_is_no_event(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    prompt = Prompt([1] * BLOCK * 9, payload_bytes=3000)
+    engine.put(prompt.blocks())
+    engine.evict([(RecordKind.BLOCK, prompt.hashes[1])])
+    number = engine.events.number
+    assert engine.space.compact_one(0.0) is not None
+    assert engine.events.number == number
+
+
+def test_a_watcher_that_fell_behind_must_take_a_snapshot(open_engine: OpenEngine, monkeypatch) -> None:
+    monkeypatch.setattr(events, "NUM_HASHES_MAX", 10)
+    engine = open_engine()
+    for number in range(10):
+        engine.put(Prompt([number] * BLOCK * 3).blocks())
+    log = engine.events
+    assert log.since(log.epoch, 1) is None
+    assert log.since(log.epoch, log.number) == []
+    assert log.since(log.epoch, log.number + 1) is None
+    assert log.since(b"another epoch...", log.number) is None
+    recent = log.since(log.epoch, log.number - 2)
+    assert recent is not None
+    assert len(recent) == 2
+
+
+def test_each_opening_is_an_epoch(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    epoch = engine.events.epoch
+    engine.close()
+    assert open_engine().events.epoch != epoch
+
+
+def test_the_log_that_bills_are_checked_against(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_engine(log_dir=str(tmp_path / "log"))
+    prompt = Prompt([1] * BLOCK * 3)
+    engine.put([*prompt.blocks(), prompt.checkpoint(2)])
+    prompt.check(engine)
+    engine.close()
+    found = [(event.kind, event.hash) for event in read_store_log(tmp_path / "log")]
+    assert found == [
+        *((StoreEventKind.STORED, h.hex()) for h in prompt.hashes),
+        (StoreEventKind.READ, prompt.hashes[2].hex()),
+    ]
