@@ -58,6 +58,11 @@ class Fingerprint:
         return state.digest()
 
 
+def exactness_of(bounded_windows: int) -> str:
+    """The fingerprint's `exactness` of a namespace that may replay `bounded_windows` windows approximately; 0: none."""
+    return f"bounded-{bounded_windows}" if bounded_windows else "exact"
+
+
 def tenant_key(secret: bytes, tenant: str) -> bytes:
     """The key that a tenant's block hashes are made with; `secret` is the deployment's, at least 16 bytes.
 

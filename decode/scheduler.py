@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from antefix.errors import AntefixError, Overloaded
 from antefix.model import Sequence, WindowState, forward
-from antefix.window import Mark, OutputFacts, Reason
 from antefix.worker.engine import Engine
-from antefix.worker.prompt import block_record, checkpoint_record, grow
+from antefix.worker.output import store_end, store_token
+from antefix.worker.prompt import grow
 from antefix.worker.restore import Prompt
 from antefix.worker.writer import RecordWriter
 from decode.sampling import Sampler
@@ -145,7 +145,7 @@ class Scheduler:
             return
         # 3. Store what is finished, choose the next tokens, hand out what may be shown.
         for running, row in zip(ready, logits, strict=True):
-            await self._finish_token(running)
+            await store_token(self._engine, running, running.next_token)
             token = running.sampler.choose(row, running.sequence.position)
             _emit(running, token)
         self._num_tokens += len(ready)
@@ -159,38 +159,9 @@ class Scheduler:
             return False
         return True
 
-    async def _finish_token(self, running: Running) -> None:
-        """Name and store the block that the token completed, if it did; keep window state there."""
-        engine = self._engine
-        running.prompt.chain.extend([running.next_token])
-        position = running.sequence.position
-        if position % engine.block_size:
-            return
-        index = position // engine.block_size - 1
-        block_id = running.sequence.block_table[index]
-        engine.blocks.publish(running.prompt.chain.hashes[index], block_id)
-        await running.writer.put(block_record(engine, running.prompt, index, block_id))
-        running.boundary_window = running.sequence.window.clone()
-        for mark in self._marks(running, position):
-            if mark.block == index + 1 and mark.reason is not Reason.OUTPUT_END:
-                await self._leave_checkpoint(running, mark)
-
     async def store_end(self, running: Running) -> None:
-        """The checkpoint at the output's last boundary, from which the next turn goes on; then all is durable."""
-        for mark in self._marks(running, running.sequence.position):
-            window = running.boundary_window
-            if window is not None and window.position == mark.block * self._engine.block_size:
-                await self._leave_checkpoint(running, mark)
-        await running.writer.flush()
-
-    async def _leave_checkpoint(self, running: Running, mark: Mark) -> None:
-        assert running.boundary_window is not None
-        data = await self._engine.compute.run(running.boundary_window.to_bytes)
-        await running.writer.put(checkpoint_record(self._engine, running.prompt, mark, data))
-
-    def _marks(self, running: Running, position: int) -> tuple[Mark, ...]:
-        facts = OutputFacts(num_tokens=position, prompt_tokens=running.prompt_tokens)
-        return self._engine.strategy.at_output(facts, self._engine.sizes)
+        """The output has ended: leave its last checkpoint and wait until all of it is durable."""
+        await store_end(self._engine, running)
 
 
 def _logits(engine: Engine, items: list[tuple[Sequence, npt.NDArray[np.uint32]]]) -> npt.NDArray[np.float32]:

@@ -15,10 +15,10 @@ from antefix.store.open import StoreAddress, open_store
 from antefix.tokenizer import load_tokenizer
 from antefix.v1 import decode_pb2, decode_pb2_grpc
 from antefix.wire import Sampling, report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
+from antefix.worker.adopt import Adopted, adopt, prefill_here, take_handoff
 from antefix.worker.engine import Engine, EngineConfig, build_engine
 from antefix.worker.restore import Prompt
 from antefix.worker.writer import RecordWriter
-from decode.adopt import Adopted, adopt, prefill_here, take_handoff
 from decode.sampling import Sampler
 from decode.scheduler import Running, Scheduler
 from decode.stopping import Stopper
@@ -81,7 +81,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             sequence=sequence,
             sampler=sampler,
             stopper=stopper,
-            writer=RecordWriter(self._engine.store, self._engine.counters),
+            writer=RecordWriter(self._engine.store, self._engine.counters, self._engine.window_pool),
             next_token=first,
             prompt_tokens=prompt.num_tokens,
         )

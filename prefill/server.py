@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 
 from antefix import rpc
-from antefix.block import HASH_BYTES
 from antefix.config import require, setting
-from antefix.store.api import Record, RecordKind
 from antefix.store.open import StoreAddress, open_store
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_to_wire, tokens_from_wire
+from antefix.worker.adopt import leave_handoff
 from antefix.worker.engine import Engine, EngineConfig, build_engine
-from antefix.worker.handoff import Handoff
-from antefix.worker.prompt import ComputedPrompt, run_prompt
+from antefix.worker.prompt import run_prompt
 from antefix.worker.restore import Prompt
-from antefix.worker.writer import put_quietly
 from prefill.queue import PrefillQueue
-
-# A handoff is taken as soon as decode has a place; this is for a decode worker that died and was replaced.
-HANDOFF_TTL_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +55,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             computed = await run_prompt(engine, prompt)
             try:
                 # 4. Leave what decode needs to go on.
-                handoff = await _leave_handoff(engine, computed)
+                handoff = await leave_handoff(engine, computed)
             finally:
                 engine.blocks.release(computed.sequence.block_table)
         return prefill_pb2.PrefillResponse(handoff=handoff, restore=report_to_wire(computed.report))
@@ -78,27 +71,6 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             num_resident_blocks=self._engine.blocks.num_resident,
             prefill_tokens_per_s=self._engine.rates.prefill_tokens_per_s,
         )
-
-
-async def _leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
-    """The handoff's name, or empty when the store could not keep it: decode prefills by itself then."""
-    sequence = computed.sequence
-    partial = sequence.position % engine.block_size
-    window = await engine.compute.run(sequence.window.to_bytes)
-    row = bytes(engine.pool.row(sequence.block_table[-1])) if partial else b""
-    handoff = Handoff(position=sequence.position, window=window, partial_row=row, logits=computed.logits)
-    chain = computed.prompt.chain
-    record = Record(
-        kind=RecordKind.HANDOFF,
-        hash=secrets.token_bytes(HASH_BYTES),  # unguessable: whoever knows the name may take the handoff
-        parent=chain.parent(len(chain)),
-        fingerprint=engine.fingerprint,
-        position=sequence.position,
-        payload=handoff.to_bytes(),
-        tenant=computed.prompt.tenant,
-        ttl_s=HANDOFF_TTL_S,
-    )
-    return record.hash if await put_quietly(engine.store, record, engine.counters) else b""
 
 
 async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:

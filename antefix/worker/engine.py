@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 
-from antefix.block import Chain
+from antefix.block import Chain, exactness_of
 from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import BlockLayout, KVFormat, PartKind
-from antefix.model import BlockPool, Model, load_model
+from antefix.model import BlockPool, Model, load_model, row_invariant_ok
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.api import Store
 from antefix.window import Rates, RestorePlanner, Sizes, Strategy, parse
+from antefix.window_pool import WindowPool, check_address, open_window_pool
+from antefix.worker.budget import CheckpointBudget, counter_of
 from antefix.worker.compute import ComputeThread
+from antefix.worker.plan_log import PlanLog
 from antefix.worker.report import StoreCounters
 from antefix.worker.resident import ResidentBlocks
 
@@ -33,6 +37,14 @@ class EngineConfig:
     pool_bytes: int = setting(1 << 30, "memory for the block pool", unit="bytes")
     prefill_chunk: int = setting(512, "prefill runs in chunks that end at multiples of this", unit="tokens")
     strategy: str = setting("boundary", "which checkpoints to leave: boundary, zero, full, periodic(p), auto")
+    bounded_windows: int = setting(
+        0, "allow approximate replays of so many windows; the namespace's KV then has names of its own; 0: exact only"
+    )
+    reproducible: bool = setting(
+        False, "hits equal cold runs to the bit on a GPU too: resume only at multiples of prefill_chunk"
+    )
+    window_pool: str = setting("disk", "where short-lived checkpoints go: disk, memory (the store's) or a redis:// URL")
+    window_pool_bytes: int = setting(4 << 30, "memory that Redis may use before checkpoints go to disk", unit="bytes")
 
     def __post_init__(self) -> None:
         require(bool(self.model), "--model is needed: a directory with config.json and *.safetensors")
@@ -40,12 +52,20 @@ class EngineConfig:
         require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
         require(self.prefill_chunk > 0, f"prefill_chunk must be positive, is {self.prefill_chunk}")
         require(self.threads >= 0, f"threads must not be negative, is {self.threads}")
+        require(self.bounded_windows >= 0, f"bounded_windows must not be negative, is {self.bounded_windows}")
         parse(self.strategy)
+        check_address(self.window_pool)
 
 
 @dataclass(slots=True)
 class Engine:
-    """What a worker works with. The event loop owns `blocks`; the compute thread alone calls the model."""
+    """What a worker works with. The event loop owns `blocks`; the compute thread alone calls the model.
+
+    strategy: may be replaced while running; it counts from the next request on.
+    bounded_windows: windows of approximate replays that the namespace allows. Its `fingerprint` says so as well:
+        every block that it reads or writes is named as approximate, whether it is or not.
+    align_tokens: 1, or in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
+    """
 
     identity: ModelIdentity
     model: Model
@@ -59,6 +79,12 @@ class Engine:
     prefill_chunk: int
     fingerprint: bytes
     counters: StoreCounters = field(default_factory=StoreCounters)
+    bounded_windows: int = 0
+    align_tokens: int = 1
+    window_pool: WindowPool | None = None
+    budget: CheckpointBudget = field(default_factory=CheckpointBudget)
+    plans: PlanLog = field(default_factory=PlanLog)
+    namespace: str = "default"
 
     @property
     def layout(self) -> BlockLayout:
@@ -75,6 +101,16 @@ class Engine:
     @property
     def block_size(self) -> int:
         return self.layout.geometry.block_size
+
+    @property
+    def align_blocks(self) -> int:
+        """Blocks between positions where a hit may resume: 1 wherever every boundary will do."""
+        return math.lcm(self.align_tokens, self.block_size) // self.block_size
+
+    @property
+    def stores_output(self) -> bool:
+        """Decoding runs other shapes than prefilling. Where that makes other bits, reproducible mode keeps none."""
+        return self.align_tokens == 1
 
     def chain(self, tenant: str) -> Chain:
         """An empty chain for a tenant's tokens."""
@@ -106,6 +142,9 @@ class Engine:
 
     async def close(self) -> None:
         self.compute.close()
+        await self.budget.close()
+        if self.window_pool is not None:
+            await self.window_pool.close()
         await self.store.close()
 
 
@@ -121,6 +160,10 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
     model = load_model(config.model, device=config.device, dtype=torch.float32, kv_format=kv_format)
     num_blocks = max(1, config.pool_bytes // pool_block_bytes(model.layout))
     pool = BlockPool(model.layout, num_blocks, config.device)
+    align_tokens = config.prefill_chunk if config.reproducible and not arithmetic_ignores_shapes(config.device) else 1
+    fingerprint = identity.fingerprint(
+        kv_format, namespace=config.namespace, exactness=exactness_of(config.bounded_windows)
+    )
     return Engine(
         identity=identity,
         model=model,
@@ -128,12 +171,22 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         blocks=ResidentBlocks(pool),
         store=store,
         strategy=parse(config.strategy),
-        planner=RestorePlanner(Sizes.of(model.layout), Rates()),
+        planner=RestorePlanner(Sizes.of(model.layout), Rates(), align_tokens=align_tokens),
         keyring=Keyring.from_file(config.secret_file),
         compute=ComputeThread("model"),
         prefill_chunk=config.prefill_chunk,
-        fingerprint=identity.fingerprint(kv_format, namespace=config.namespace).digest,
+        fingerprint=fingerprint.digest,
+        bounded_windows=config.bounded_windows,
+        align_tokens=align_tokens,
+        window_pool=open_window_pool(config.window_pool, store, bytes_max=config.window_pool_bytes),
+        budget=CheckpointBudget(counter_of(store)),
+        namespace=config.namespace,
     )
+
+
+def arithmetic_ignores_shapes(device: str) -> bool:
+    """Whether a token's bits are the same however its prompt is cut: so on a CPU, by construction and as probed."""
+    return torch.device(device).type == "cpu" and row_invariant_ok()
 
 
 def pool_block_bytes(layout: BlockLayout) -> int:

@@ -15,8 +15,10 @@ import numpy.typing as npt
 from antefix.errors import InvalidRequest
 from antefix.model import Sequence, forward
 from antefix.store.api import Record, RecordKind
-from antefix.window import Mark, PromptFacts
+from antefix.window import Mark
+from antefix.worker.checkpoints import leave_checkpoint, prompt_marks
 from antefix.worker.engine import Engine
+from antefix.worker.plan_log import PlanOutcome
 from antefix.worker.report import RestoreReport
 from antefix.worker.restore import Prompt, Restored, restore
 from antefix.worker.writer import RecordWriter
@@ -38,9 +40,10 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
     Raises:  Overloaded: no room in the pool.
     """
     started = time.perf_counter()
+    engine.budget.refresh_soon()
     # 1. Restore the longest prefix that is worth restoring.
     restored = await restore(engine, prompt)
-    writer = RecordWriter(engine.store, engine.counters)
+    writer = RecordWriter(engine.store, engine.counters, engine.window_pool)
     try:
         # 2. Compute the rest; finished blocks go to the store meanwhile, and those that it lost but we still have:
         #    without its ancestors it would refuse what follows.
@@ -60,7 +63,11 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
         raise
     report.written_tokens = writer.num_blocks_written * engine.block_size
     report.bytes_written = writer.bytes_written
-    engine.planner.record(restored.plan, report.restore_s + report.compute_s)
+    actual_s = report.restore_s + report.compute_s
+    engine.planner.record(restored.plan, actual_s)
+    engine.plans.add(
+        PlanOutcome(plan=restored.plan, plans=restored.plans, num_tokens=prompt.num_tokens, actual_s=actual_s)
+    )
     return ComputedPrompt(prompt=prompt, sequence=restored.sequence, logits=logits, report=report)
 
 
@@ -71,9 +78,9 @@ async def _put_back(engine: Engine, prompt: Prompt, restored: Restored, writer: 
 
 async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter) -> npt.NDArray[np.float32]:
     sequence = restored.sequence
-    marks = {mark.block * engine.block_size: mark for mark in _marks(engine, prompt, restored)}
+    marks = {mark.block * engine.block_size: mark for mark in prompt_marks(engine, prompt, restored)}
     if mark := marks.get(sequence.position):
-        await _leave_checkpoint(engine, prompt, sequence, mark, writer)
+        await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
     logits: npt.NDArray[np.float32] | None = None
     context, begun = sequence.position, time.perf_counter()
     while sequence.position < prompt.num_tokens:
@@ -86,21 +93,11 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
             logits = out[0].float().cpu().numpy()
         await _store_blocks(engine, prompt, sequence, first, restored.num_stored_blocks, writer)
         if mark := marks.get(stop):
-            await _leave_checkpoint(engine, prompt, sequence, mark, writer)
+            await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
     engine.rates.observe_prefill(prompt.num_tokens - context, context=context, seconds=time.perf_counter() - begun)
     if logits is None:
         raise InvalidRequest("a restored prefix left no token to run")
     return logits
-
-
-def _marks(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Mark, ...]:
-    facts = PromptFacts(
-        num_tokens=prompt.num_tokens,
-        num_stored_blocks=max(restored.num_stored_blocks, restored.plan.resume_block),
-        resume_block=restored.plan.resume_block,
-        checkpoints=restored.checkpoints,
-    )
-    return engine.strategy.at_prompt(facts, engine.sizes)
 
 
 def _next_stop(engine: Engine, prompt: Prompt, first: int, marks: dict[int, Mark]) -> int:
@@ -140,26 +137,4 @@ def block_record(engine: Engine, prompt: Prompt, index: int, block_id: int) -> R
         payload=engine.pool.row(block_id),
         tenant=prompt.tenant,
         cost_s=engine.rates.prefill_s(engine.block_size, context=index * engine.block_size),
-    )
-
-
-async def _leave_checkpoint(
-    engine: Engine, prompt: Prompt, sequence: Sequence, mark: Mark, writer: RecordWriter
-) -> None:
-    data = await engine.compute.run(sequence.window.to_bytes)
-    await writer.put(checkpoint_record(engine, prompt, mark, data))
-
-
-def checkpoint_record(engine: Engine, prompt: Prompt, mark: Mark, data: bytes) -> Record:
-    """Window state at `mark.block`, named by the block before it."""
-    return Record(
-        kind=RecordKind.CHECKPOINT,
-        hash=prompt.chain.hashes[mark.block - 1],
-        parent=prompt.chain.parent(mark.block - 1),
-        fingerprint=engine.fingerprint,
-        position=mark.block * engine.block_size,
-        payload=data,
-        tenant=prompt.tenant,
-        ttl_s=mark.ttl_s,
-        cost_s=engine.rates.replay_s(engine.sizes.replay_tokens, context=mark.block * engine.block_size),
     )

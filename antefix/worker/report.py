@@ -33,6 +33,7 @@ class StoreCounters:
     errors: int = 0
     refused: int = 0
     short_reads: int = 0
+    pool_refused: int = 0
     last_error: str = ""
     by_kind: dict[str, int] = field(default_factory=dict)
 

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from antefix.block import Chain
-from antefix.errors import AntefixError
+from antefix.block import Chain, exactness_of
+from antefix.errors import AntefixError, InvalidRequest
 from antefix.model import Sequence, WindowState, forward
 from antefix.store.api import LookupResult, RecordKind
-from antefix.window import Plan, PlanKind, StoredPrefix
+from antefix.window import Plan, PlanKind, StoredPrefix, Tier
+from antefix.window_pool import POOL_TIER
 from antefix.worker.compute import uninterrupted
 from antefix.worker.engine import Engine
 from antefix.worker.report import RestoreReport
 
+DISK_TIER = Tier.DISK.value
 MISS_REASONS = ("first_seen", "evicted", "expired", "window_missing", "below_minimum", "corrupt", "store_unavailable")
 
 
@@ -44,6 +46,7 @@ class Restored:
 
     sequence: Sequence
     plan: Plan
+    plans: tuple[Plan, ...]
     num_stored_blocks: int
     checkpoints: tuple[int, ...]
     report: RestoreReport
@@ -51,11 +54,15 @@ class Restored:
 
 @dataclass(slots=True)
 class _Known:
-    """What is believed to be there; shrinks with each disappointment."""
+    """What is believed to be there; shrinks with each disappointment.
+
+    checkpoints: boundary to tier.  pooled: window state that the pool has given already, by boundary.
+    """
 
     num_blocks: int
     num_in_store: int
-    checkpoints: set[int]
+    checkpoints: dict[int, str]
+    pooled: dict[int, bytes]
     reason: str
 
 
@@ -64,8 +71,10 @@ async def restore(engine: Engine, prompt: Prompt) -> Restored:
     started = time.perf_counter()
     report = RestoreReport()
     known = await _look_up(engine, prompt, report)
+    await _ask_pool(engine, prompt, known, report)
     while True:
-        plan = engine.planner.plan(_stored_prefix(engine, prompt, known)).plan
+        decision = engine.planner.plan(_stored_prefix(engine, prompt, known))
+        plan = decision.plan
         sequence = await _carry_out(engine, prompt, plan, known, report)
         if sequence is not None:
             break
@@ -74,6 +83,7 @@ async def restore(engine: Engine, prompt: Prompt) -> Restored:
     return Restored(
         sequence=sequence,
         plan=plan,
+        plans=decision.plans,
         num_stored_blocks=known.num_in_store,
         checkpoints=tuple(sorted(known.checkpoints)),
         report=report,
@@ -93,17 +103,46 @@ async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport) -> _Kn
     return _Known(
         num_blocks=max(found.num_blocks, num_resident),
         num_in_store=found.num_blocks,
-        checkpoints=set(found.checkpoints),
+        checkpoints=dict.fromkeys(found.checkpoints, DISK_TIER),
+        pooled={},
         reason=reason,
     )
+
+
+async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: RestoreReport) -> None:
+    """Whether the pool has a checkpoint after the disk's last one, near enough to beat a replay from the hit's end."""
+    if engine.window_pool is None:
+        return
+    step = engine.align_blocks
+    usable = min(known.num_blocks, (prompt.num_tokens - 1) // engine.block_size) // step * step
+    on_disk = max((block for block in known.checkpoints if block <= usable), default=0)
+    nearest = max(on_disk, usable - engine.sizes.blocks_up(engine.sizes.replay_tokens))
+    blocks = range(usable, nearest, -step)
+    names = [prompt.chain.hashes[block - 1] for block in blocks]
+    started = time.perf_counter()
+    try:
+        found = await engine.window_pool.nearest(names, fingerprint=engine.fingerprint)
+    except AntefixError as err:
+        engine.counters.note(err)
+        report.store_errors += 1
+        return
+    if found is not None:
+        block = blocks[found.index]
+        known.checkpoints[block] = POOL_TIER
+        known.pooled[block] = found.payload
+        report.bytes_read += len(found.payload)
+        engine.rates.observe_load(POOL_TIER, len(found.payload), time.perf_counter() - started)
 
 
 def _stored_prefix(engine: Engine, prompt: Prompt, known: _Known) -> StoredPrefix:
     return StoredPrefix(
         num_tokens=prompt.num_tokens,
         num_blocks=known.num_blocks,
-        checkpoints={block: "disk" for block in known.checkpoints if block <= known.num_blocks},
+        checkpoints={block: tier for block, tier in known.checkpoints.items() if block <= known.num_blocks},
+        blocks_tier=DISK_TIER,
         num_resident_blocks=engine.blocks.num_leading(prompt.chain.hashes),
+        resident_checkpoints=frozenset(known.pooled),
+        bounded_windows=engine.bounded_windows,
     )
 
 
@@ -136,6 +175,19 @@ async def _carry_out(
 async def _load_checkpoint(
     engine: Engine, prompt: Prompt, block: int, known: _Known, report: RestoreReport
 ) -> WindowState | None:
+    data = known.pooled.pop(block, None)
+    if data is None:
+        data = await _read_checkpoint(engine, prompt, block, report)
+    if data is not None:
+        try:
+            return WindowState.from_bytes(engine.layout, block * engine.block_size, data)
+        except InvalidRequest as err:
+            engine.counters.note(err)
+    known.checkpoints.pop(block, None)
+    return None
+
+
+async def _read_checkpoint(engine: Engine, prompt: Prompt, block: int, report: RestoreReport) -> bytes | None:
     started = time.perf_counter()
     try:
         name = prompt.chain.hashes[block - 1]
@@ -143,13 +195,11 @@ async def _load_checkpoint(
     except AntefixError as err:
         engine.counters.note(err)
         report.store_errors += 1
-        data = None
-    if data is None:
-        known.checkpoints.discard(block)
         return None
-    report.bytes_read += len(data)
-    engine.rates.observe_load("disk", len(data), time.perf_counter() - started)
-    return WindowState.from_bytes(engine.layout, block * engine.block_size, data)
+    if data is not None:
+        report.bytes_read += len(data)
+        engine.rates.observe_load(DISK_TIER, len(data), time.perf_counter() - started)
+    return data
 
 
 async def load_blocks(engine: Engine, hashes: Seq[bytes], report: RestoreReport) -> list[int]:
@@ -191,17 +241,26 @@ async def _read_into_pool(engine: Engine, hashes: Seq[bytes], block_ids: list[in
     nbytes = num_read * engine.layout.block_bytes
     report.bytes_read += nbytes
     if num_read == len(hashes):
-        engine.rates.observe_load("disk", nbytes, time.perf_counter() - started)
+        engine.rates.observe_load(DISK_TIER, nbytes, time.perf_counter() - started)
     else:
         engine.counters.short_reads += 1
     return num_read
 
 
 async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], report: RestoreReport) -> Sequence:
-    """Rebuild window state from stored global KV (docs/WINDOW_STATE.md, exact replay); writes no global KV."""
+    """Rebuild window state from stored global KV (docs/WINDOW_STATE.md, "Replay"); writes no global KV.
+
+    A bounded replay attends to nothing before its start, so its window state is approximate: allowed only in a
+    namespace whose fingerprint says so, where what is computed from it cannot be taken for exact.
+    """
     start = plan.replay_from_block * engine.block_size
     stop = plan.resume_block * engine.block_size
-    sequence = Sequence(block_table=table, window=WindowState.zeros(engine.layout, start))
+    if plan.kind is PlanKind.BOUNDED:
+        assert engine.bounded_windows, "a bounded replay in an exact namespace"
+        window = WindowState.cut_at(engine.layout, start)
+    else:
+        window = WindowState.zeros(engine.layout, start)
+    sequence = Sequence(block_table=table, window=window)
     started = time.perf_counter()
     while sequence.position < stop:
         end = min(stop, (sequence.position // engine.prefill_chunk + 1) * engine.prefill_chunk)
@@ -214,7 +273,7 @@ async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], 
 
 def _account(engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: RestoreReport) -> None:
     """hit = blocks that were not computed; what follows them is a miss, with the reason of the first one."""
-    report.plan = plan.kind.value
+    report.plan = exactness_of(engine.bounded_windows) if plan.kind is PlanKind.BOUNDED else plan.kind.value
     report.predicted_s = plan.predicted_s
     report.hit_tokens = plan.resume_block * engine.block_size
     report.miss_tokens = prompt.num_tokens - report.hit_tokens

@@ -1,5 +1,7 @@
-"""Writes a request's records to the store while it computes on. The cache may cost speed, never an answer:
-a failed write is counted, ends this request's writing (what follows would lack its parent), and is not raised.
+"""Writes a request's records to the store and the window pool while it computes on.
+
+The cache may cost speed, never an answer: a failed write is counted, ends this request's writing to the store (what
+follows would lack its parent), and is not raised.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from collections import deque
 
 from antefix.errors import AntefixError
 from antefix.store.api import Record, RecordKind, Store
+from antefix.window import Tier
+from antefix.window_pool import WindowPool
 from antefix.worker.compute import uninterrupted
 from antefix.worker.report import StoreCounters
 
@@ -24,10 +28,11 @@ PENDING_BYTES_MAX = 128 << 20
 class RecordWriter:
     """One per request. Payloads must stay unchanged until `flush` returns."""
 
-    def __init__(self, store: Store, counters: StoreCounters) -> None:
+    def __init__(self, store: Store, counters: StoreCounters, pool: WindowPool | None = None) -> None:
         self._store = store
         self._counters = counters
-        self._queue: deque[Record] = deque()
+        self._pool = pool
+        self._queue: deque[tuple[Record, Tier]] = deque()
         self._pending_bytes = 0
         self._wake = asyncio.Event()
         self._room = asyncio.Event()
@@ -39,12 +44,12 @@ class RecordWriter:
         self.num_checkpoints_written = 0
         self.bytes_written = 0
 
-    async def put(self, record: Record) -> None:
-        """Queue one record; waits only when too much is pending."""
-        if self._broken:
+    async def put(self, record: Record, *, tier: Tier = Tier.DISK) -> None:
+        """Queue one record; waits only when too much is pending. What the pool does not take goes to disk."""
+        if self._broken and tier is Tier.DISK:
             return
         await self._room.wait()
-        self._queue.append(record)
+        self._queue.append((record, tier if self._pool is not None else Tier.DISK))
         self._pending_bytes += len(record.payload)
         if self._pending_bytes >= PENDING_BYTES_MAX:
             self._room.clear()
@@ -67,22 +72,39 @@ class RecordWriter:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
-            batch, nbytes = self._next_batch()
-            if not self._broken:
+            batch, tier = self._next_batch()
+            if tier is Tier.DISK or not await self._pool_put(batch[0]):
                 await self._write(batch)
+            nbytes = sum(len(record.payload) for record in batch)
             self._pending_bytes -= nbytes
             if self._pending_bytes < PENDING_BYTES_MAX:
                 self._room.set()
 
-    def _next_batch(self) -> tuple[list[Record], int]:
-        batch: list[Record] = []
-        nbytes = 0
-        while self._queue and (not batch or nbytes + len(self._queue[0].payload) <= BATCH_BYTES_MAX):
-            batch.append(self._queue.popleft())
-            nbytes += len(batch[-1].payload)
-        return batch, nbytes
+    def _next_batch(self) -> tuple[list[Record], Tier]:
+        """The next records of one tier: one for the pool, up to BATCH_BYTES_MAX for the store."""
+        record, tier = self._queue.popleft()
+        batch, nbytes = [record], len(record.payload)
+        while tier is Tier.DISK and self._queue and self._queue[0][1] is Tier.DISK:
+            nbytes += len(self._queue[0][0].payload)
+            if nbytes > BATCH_BYTES_MAX:
+                break
+            batch.append(self._queue.popleft()[0])
+        return batch, tier
+
+    async def _pool_put(self, record: Record) -> bool:
+        assert self._pool is not None
+        try:
+            kept = await self._pool.put(record)
+        except AntefixError as err:
+            self._counters.note(err)
+            return False
+        self._counters.pool_refused += not kept
+        self.num_checkpoints_written += kept
+        return kept
 
     async def _write(self, batch: list[Record]) -> None:
+        if self._broken:
+            return
         try:
             result = await self._store.put(batch)
         except AntefixError as err:

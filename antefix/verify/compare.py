@@ -1,0 +1,85 @@
+"""Two outcomes of one prompt: the same bits, or how far apart and where.
+
+Errors are relative to the largest absolute value of the same kind in the cold run. Shapes: see `Outcome`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from antefix.layout import BlockLayout
+from antefix.model import Sequence, WindowState
+from antefix.model.quant import unpack
+from antefix.worker.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """All that a prompt leaves. logits: [V] float32 of the last token.  rows: [blocks, block_bytes] uint8."""
+
+    logits: npt.NDArray[np.float32]
+    rows: Tensor
+    window: WindowState
+
+    @classmethod
+    def of(cls, engine: Engine, sequence: Sequence, logits: npt.NDArray[np.float32]) -> Outcome:
+        rows = engine.pool.rows[sequence.block_table].clone()
+        return cls(logits=logits.copy(), rows=rows, window=sequence.window.clone())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """identical: in every bit of logits, global KV and window state.  error: the largest relative one, and where."""
+
+    identical: bool
+    error: float = 0.0
+    where: str = ""
+
+
+def compare(cold: Outcome, hit: Outcome) -> Difference:
+    """How `hit` differs from `cold`; outcomes of other lengths are as different as can be."""
+    if cold.rows.shape != hit.rows.shape or cold.window.position != hit.window.position:
+        return Difference(identical=False, error=float("inf"), where="length")
+    layout = cold.window.layout
+    found = [_largest(torch.from_numpy(cold.logits), torch.from_numpy(hit.logits), "logits")]
+    if not torch.equal(cold.rows, hit.rows):
+        found += _rows_differ(layout, cold.rows, hit.rows)
+    if cold.window.to_bytes() != hit.window.to_bytes():
+        found += _windows_differ(cold.window, hit.window)
+    differing = [difference for difference in found if not difference.identical]
+    return max(differing, key=lambda difference: difference.error, default=Difference(identical=True))
+
+
+def _largest(cold: Tensor, hit: Tensor, where: str) -> Difference:
+    if torch.equal(cold, hit):
+        return Difference(identical=True)
+    delta = torch.nan_to_num((cold - hit).abs(), nan=float("inf"), posinf=float("inf"))
+    return Difference(identical=False, error=float(delta.max() / cold.abs().max().clamp(min=1e-30)), where=where)
+
+
+def _rows_differ(layout: BlockLayout, cold: Tensor, hit: Tensor) -> list[Difference]:
+    # Bytes may differ where values do not (the sign of a zero): that is a difference all the same.
+    found = [Difference(identical=False, where="global KV")]
+    for part in layout.parts:
+        span = slice(part.offset, part.offset + part.nbytes)
+        shape = (len(cold), part.num_rows, part.record.nbytes)
+        pair = [unpack(part.kind, rows[:, span].reshape(shape), layout) for rows in (cold, hit)]
+        found.append(_largest(pair[0], pair[1], f"global KV, layer {part.layer}, {part.kind.value}"))
+    return found
+
+
+def _windows_differ(cold: WindowState, hit: WindowState) -> list[Difference]:
+    found = [Difference(identical=False, where="window state")]
+    found += [
+        _largest(a, b, f"window, layer {layer}")
+        for layer, (a, b) in enumerate(zip(cold.window, hit.window, strict=True))
+    ]
+    for layer, state in cold.main.items():
+        if state.overlap is not None and (other := hit.main[layer].overlap) is not None:
+            found.append(_largest(state.overlap, other, f"overlap state, layer {layer}"))
+    return found

@@ -1,0 +1,125 @@
+"""What is verified: a model directory, and small random models whose plans and ratios differ from it.
+
+In the random models every weight, bias, sink and routing table matters, so that nothing that a restore forgets goes
+unseen; with the small weights that training starts from, logits would hardly depend on window state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from antefix.layout import KVFormat
+from antefix.model import Model, ModelConfig, load_model
+from antefix.model_dir import ModelIdentity, identify
+
+_W, _C, _H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+_YARN: Final = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+_SMALL: Final[dict[str, Any]] = {
+    "model_type": "deepseek_v4",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "moe_intermediate_size": 24,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "q_lora_rank": 24,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "o_groups": 2,
+    "o_lora_rank": 8,
+    # With few indexer heads ReLU makes scores of exactly zero tie; 16 keep ties rare, and ties go to the lowest index.
+    "index_n_heads": 16,
+    "index_head_dim": 16,
+    "index_topk": 5,
+    "partial_rotary_factor": 0.25,
+    "num_hash_layers": 1,
+    "max_position_embeddings": 1 << 20,
+    "hc_sinkhorn_iters": 6,
+}
+# Layers, (m, m'), n_win, and what else differs.
+PLANS: Final[dict[str, dict[str, Any]]] = {
+    # V4-Flash: two window-only layers, then CSA and HCA in turn, its own ratios.
+    "flash": {"layers": [_W, _W, _C, _H, _C, _H], "ratios": (4, 128), "sliding_window": 16, "rope_parameters": _YARN},
+    # V4-Pro: HCA first; the window is longer than a block.
+    "pro": {"layers": [_H, _H, _C, _H, _C], "ratios": (4, 16), "sliding_window": 24, "index_head_dim": 64},
+    # Tiny groups, entries of two FP8 groups, no hash layer.
+    "small-ratios": {
+        "layers": [_W, _C, _H, _C],
+        "ratios": (2, 8),
+        "sliding_window": 8,
+        "head_dim": 96,
+        "index_head_dim": 32,
+        "num_hash_layers": 0,
+    },
+    # Ratios that are no powers of two, HCA groups that are no multiple of CSA's, a window of five.
+    "odd-ratios": {"layers": [_C, _H, _W], "ratios": (4, 6), "sliding_window": 5, "hc_mult": 2},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Subject:
+    """A loaded model with its names."""
+
+    name: str
+    identity: ModelIdentity
+    model: Model
+
+    @property
+    def kv_format(self) -> KVFormat:
+        return self.model.layout.kv_format
+
+    @property
+    def block_size(self) -> int:
+        return self.model.layout.geometry.block_size
+
+
+def load_subject(path: Path, kv_format: KVFormat) -> Subject:
+    """A model directory.  Raises:  ModelError: it is not usable."""
+    return Subject(name=path.name, identity=identify(path), model=load_model(path, kv_format=kv_format))
+
+
+def random_subject(plan: str, kv_format: KVFormat, *, seed: int = 1) -> Subject:
+    """A small random model of one of PLANS."""
+    fields = dict(PLANS[plan])
+    layers, (csa, hca) = fields.pop("layers"), fields.pop("ratios")
+    config = ModelConfig.from_dict(
+        _SMALL
+        | fields
+        | {"layer_types": layers, "num_hidden_layers": len(layers), "compress_rates": {_C: csa, _H: hca}}
+    )
+    model = Model(config, kv_format=kv_format).requires_grad_(False).eval()
+    _randomize(model, seed)
+    identity = ModelIdentity(
+        path=Path(plan),
+        geometry=config.geometry,
+        weights_revision=f"random-{plan}-{seed}",
+        tokenizer_revision="",
+        vocab_size=config.vocab_size,
+        max_tokens=config.max_position_embeddings,
+    )
+    return Subject(name=plan, identity=identity, model=model)
+
+
+def _randomize(model: Model, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator)
+
+    for name, weight in model.named_parameters():
+        if "norm" in name or name.endswith("scale"):
+            weight.copy_(1 + 0.2 * normal(weight))
+        elif name.endswith(("base", "sinks", "position_bias")):
+            weight.copy_(0.5 * normal(weight))
+        else:
+            weight.copy_(1.2 / weight.shape[-1] ** 0.5 * normal(weight))
+    for name, table in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            table.copy_(0.3 * normal(table))
+        elif name.endswith("tid2eid"):
+            ranks = torch.rand(len(table), model.config.num_experts, generator=generator).argsort(-1)
+            table.copy_(ranks[:, : table.shape[1]])

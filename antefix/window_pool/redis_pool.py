@@ -1,0 +1,126 @@
+"""A window pool in Redis, which several hosts share: one server, or a Redis Cluster.
+
+Each checkpoint is one key, and no command names two keys, so any key may live on any node of a cluster:
+    antefix:window:<fingerprint, 16 hex digits>:<block hash, 64 hex digits>     TTL: the mark's
+Redis may evict keys at any time (`maxmemory-policy volatile-lru` suits it); that is a miss. A server that does not
+answer is left alone for a while, so that a dead pool costs each request nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+from redis.asyncio import Redis, RedisCluster
+from redis.exceptions import RedisClusterException, RedisError
+
+from antefix.errors import BlockCorrupt, ConfigError, Unavailable
+from antefix.store.api import Record
+from antefix.window_pool.api import NAMES_MAX, Found
+from antefix.window_pool.format import HEADER_BYTES, pack, unpack
+
+T = TypeVar("T")
+# A checkpoint of 4.6 MB at 10 Gbit/s takes 4 ms; a pool slower than this is slower than a replay on most machines.
+TIMEOUT_S = 1.0
+# How long a server that failed is not asked again.
+DOWN_S = 2.0
+# How often the server's memory is looked at; what this worker wrote meanwhile is added.
+_LOOK_S = 1.0
+_TTL_DEFAULT_S = 600.0
+
+
+class RedisWindowPool:
+    """One worker's connection. Used from one event loop."""
+
+    def __init__(self, url: str, *, bytes_max: int, timeout_s: float = TIMEOUT_S, down_s: float = DOWN_S) -> None:
+        """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
+        self.url = url
+        self.bytes_max = bytes_max
+        self.num_corrupt = 0
+        self._timeout_s = timeout_s
+        self._down_s = down_s
+        self._down_until_s = 0.0
+        self._used_bytes = 0
+        self._looked_s = float("-inf")
+        try:
+            self._redis: Any = _connect(url, timeout_s)
+        except ValueError as err:
+            raise ConfigError(f"window_pool {url!r} is not a Redis URL: {err}") from err
+
+    async def put(self, record: Record) -> bool:
+        nbytes = memoryview(record.payload).nbytes + HEADER_BYTES
+        if self._is_down() or not await self._has_room(nbytes):
+            return False
+        ttl_ms = max(1, round(1000 * (_TTL_DEFAULT_S if record.ttl_s is None else record.ttl_s)))
+        await self._ask(self._redis.set(key_of(record.hash, record.fingerprint), pack(record), px=ttl_ms))
+        self._used_bytes += nbytes
+        return True
+
+    async def nearest(self, names: Sequence[bytes], *, fingerprint: bytes) -> Found | None:
+        if not names or self._is_down():
+            return None
+        keys = [key_of(name, fingerprint) for name in names[:NAMES_MAX]]
+        pipeline = self._redis.pipeline(transaction=False)
+        for key in keys:
+            pipeline.exists(key)
+        held = await self._ask(pipeline.execute())
+        for index, key in enumerate(keys):
+            if held[index] and (payload := await self._get(names[index], key, fingerprint)) is not None:
+                return Found(index=index, payload=payload)
+        return None
+
+    async def _get(self, name: bytes, key: str, fingerprint: bytes) -> bytes | None:
+        """None: gone by now, or damaged, in which case it is dropped."""
+        value = await self._ask(self._redis.get(key))
+        if value is None:
+            return None
+        try:
+            return unpack(value, name=name, fingerprint=fingerprint)
+        except BlockCorrupt:
+            self.num_corrupt += 1
+            await self._ask(self._redis.delete(key))
+            return None
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def _has_room(self, nbytes: int) -> bool:
+        """Whether the server stays within `bytes_max`, as it was a second ago and with what we wrote since."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s > _LOOK_S:
+            self._used_bytes = await self._memory_bytes()
+            self._looked_s = now_s
+        return self._used_bytes + nbytes <= self.bytes_max
+
+    async def _memory_bytes(self) -> int:
+        if isinstance(self._redis, RedisCluster):
+            nodes = await self._ask(self._redis.info("memory", target_nodes=RedisCluster.PRIMARIES))
+            infos = nodes.values() if all(isinstance(info, dict) for info in nodes.values()) else [nodes]
+            return sum(int(info["used_memory"]) for info in infos)
+        return int((await self._ask(self._redis.info("memory")))["used_memory"])
+
+    def _is_down(self) -> bool:
+        return time.monotonic() < self._down_until_s
+
+    async def _ask(self, call: Awaitable[T]) -> T:
+        """Raises:  Unavailable: the server failed or took too long; it is left alone for a while."""
+        try:
+            # The client's own timeouts are per socket operation: a trickling server would pass them for minutes.
+            return await asyncio.wait_for(call, 4 * self._timeout_s)
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as err:
+            self._down_until_s = time.monotonic() + self._down_s
+            raise Unavailable(f"the window pool does not answer: {type(err).__name__}: {err}") from err
+
+
+def key_of(name: bytes, fingerprint: bytes) -> str:
+    """The key of the checkpoint after block `name`; the fingerprint's part lets an operator drop one model's keys."""
+    return f"antefix:window:{fingerprint[:8].hex()}:{name.hex()}"
+
+
+def _connect(url: str, timeout_s: float) -> Redis | RedisCluster:
+    options: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
+    if url.startswith("redis+cluster://"):
+        return RedisCluster.from_url("redis://" + url.removeprefix("redis+cluster://"), **options)
+    return Redis.from_url(url, **options)

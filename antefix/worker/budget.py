@@ -1,0 +1,70 @@
+"""How many bytes of checkpoints are held, for the strategy's budget: the store's own count, some seconds old."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from antefix.errors import AntefixError
+from antefix.store.api import RecordKind, Store
+from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.stats import read_stats
+from antefix.window import BudgetState
+
+# The count decides whether another sparse checkpoint is worth its bytes: seconds old is soon enough.
+REFRESH_S = 5.0
+
+
+class CheckpointBudget:
+    """Counts what this worker leaves, and takes the store's number when it is due. Used from one event loop.
+
+    The store counts checkpoints of all namespaces together, so where several share it a budget errs to the safe side.
+    """
+
+    def __init__(self, count: Callable[[], Awaitable[int]] | None = None, limit_bytes: int | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self._count = count
+        self._used_bytes = 0
+        self._asked_s = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> BudgetState:
+        return BudgetState(used_bytes=self._used_bytes, limit_bytes=self.limit_bytes)
+
+    def add(self, nbytes: int) -> None:
+        self._used_bytes += nbytes
+
+    def refresh_soon(self) -> None:
+        """Ask the store in the background if the last answer is old; nobody waits for it."""
+        if self._count is None or self._asking is not None or time.monotonic() - self._asked_s < REFRESH_S:
+            return
+        self._asked_s = time.monotonic()
+        self._asking = asyncio.get_running_loop().create_task(self._ask(self._count))
+
+    async def _ask(self, count: Callable[[], Awaitable[int]]) -> None:
+        try:
+            self._used_bytes = await count()
+        except AntefixError:
+            # An old number is a worse choice of checkpoints, nothing else; the store's failures are counted by its use.
+            return
+        finally:
+            self._asking = None
+
+    async def close(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
+
+
+def counter_of(store: Store) -> Callable[[], Awaitable[int]] | None:
+    """What asks this store for its bytes of checkpoints; None where it cannot be asked."""
+    remote = store.remote if isinstance(store, LocalStore) else store
+    if not isinstance(remote, RemoteStore):
+        return None
+
+    async def count() -> int:
+        return (await read_stats(remote)).kinds[RecordKind.CHECKPOINT].stored_bytes
+
+    return count

@@ -1,0 +1,54 @@
+"""Leaving checkpoints: what the strategy is told, and the record that a mark becomes. Prefill and decode share it."""
+
+from __future__ import annotations
+
+from antefix.model import WindowState
+from antefix.store.api import Record, RecordKind
+from antefix.window import Mark, OutputFacts, PromptFacts
+from antefix.worker.engine import Engine
+from antefix.worker.restore import Prompt, Restored
+from antefix.worker.writer import RecordWriter
+
+
+def prompt_marks(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Mark, ...]:
+    """Checkpoints to leave while the rest of a prompt is computed."""
+    facts = PromptFacts(
+        num_tokens=prompt.num_tokens,
+        num_stored_blocks=max(restored.num_stored_blocks, restored.plan.resume_block),
+        resume_block=restored.plan.resume_block,
+        checkpoints=restored.checkpoints,
+        align_blocks=engine.align_blocks,
+        budget=engine.budget.state,
+    )
+    return engine.strategy.at_prompt(facts, engine.sizes)
+
+
+def output_marks(engine: Engine, *, num_tokens: int, prompt_tokens: int) -> tuple[Mark, ...]:
+    """Checkpoints to leave of an output; `num_tokens` counts the prompt as well."""
+    facts = OutputFacts(
+        num_tokens=num_tokens,
+        prompt_tokens=prompt_tokens,
+        align_blocks=engine.align_blocks,
+        budget=engine.budget.state,
+    )
+    return engine.strategy.at_output(facts, engine.sizes)
+
+
+async def leave_checkpoint(
+    engine: Engine, prompt: Prompt, window: WindowState, mark: Mark, writer: RecordWriter
+) -> None:
+    """Queue the window state for the tier that the mark names. `window` may move on when this returns."""
+    data = await engine.compute.run(window.to_bytes)
+    record = Record(
+        kind=RecordKind.CHECKPOINT,
+        hash=prompt.chain.hashes[mark.block - 1],
+        parent=prompt.chain.parent(mark.block - 1),
+        fingerprint=engine.fingerprint,
+        position=mark.block * engine.block_size,
+        payload=data,
+        tenant=prompt.tenant,
+        ttl_s=mark.ttl_s,
+        cost_s=engine.rates.replay_s(mark.saved_tokens, context=mark.block * engine.block_size),
+    )
+    engine.budget.add(len(data))
+    await writer.put(record, tier=mark.tier)

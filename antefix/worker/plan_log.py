@@ -1,0 +1,47 @@
+"""The last restores: what was predicted for every way, which one was taken, what it took. Knows no tensors."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from antefix.window import Plan
+
+NUM_KEPT = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOutcome:
+    """One decision. plans: all ways that were weighed, cheapest first; plan: the one that was carried out.
+
+    actual_s: until the prompt was computed and stored, as `plan.predicted_s` means it.
+    """
+
+    plan: Plan
+    plans: tuple[Plan, ...]
+    num_tokens: int
+    actual_s: float
+    at_s: float = field(default_factory=time.time)
+
+    @property
+    def error(self) -> float:
+        """Relative to the prediction."""
+        return abs(self.actual_s - self.plan.predicted_s) / max(self.plan.predicted_s, 1e-9)
+
+
+class PlanLog:
+    """The last NUM_KEPT outcomes, oldest first."""
+
+    def __init__(self) -> None:
+        self._kept: deque[PlanOutcome] = deque(maxlen=NUM_KEPT)
+
+    def add(self, outcome: PlanOutcome) -> None:
+        self._kept.append(outcome)
+
+    def __iter__(self) -> Iterator[PlanOutcome]:
+        return iter(tuple(self._kept))
+
+    def __len__(self) -> int:
+        return len(self._kept)
