@@ -1,17 +1,20 @@
 """Attention of one KV head (K = V) over packed entries: selected ones, or all of a sequence's, then its window.
 
 One program takes 16 to 64 heads of one query and a range of the query's list of entries. The list is the compressed
-entries first (selected: slots [T, K]; HCA: the first lens[t] of the sequence, through its block table), then the
+entries first (selected: row t of slots; HCA: the first lens[t] of the sequence, through its block table), then the
 window rows. Records are decoded to FP16 once a tile and used twice, as keys and as values. Where few queries would
 leave the card idle, the list is split, and a second kernel merges the parts.
 
 FP16 holds a decoded entry exactly (four bits of mantissa, power-of-two scales) while it lies in +-65,504; entries are
-RMS-normed, so they are under sqrt(D) times the largest norm weight. Probabilities keep three more bits than in BF16.
+RMS-normed, so they are under sqrt(D) times the largest norm weight. Queries come as FP16 too, so that the tensor cores
+can read them as they are loaded. Probabilities keep three more bits than in BF16.
 
 Shapes:  T = S * Q queries (S sequences of Q each, in order), H heads, D = nope + rope dims, K selected,
          P, E, R = blocks, entries a block, record bytes, B blocks a sequence, W window rows a sequence.
 """
 
+# mypy: disable-error-code="assignment"
+# (device code grows tuples of tensors in loops)
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -20,10 +23,14 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.finish import rotate_back
 from kernels.formats import EntryFormat, byte_alignment, check, check_records
 from kernels.rounding import bf16_bits, power_of_two
 
 _LOG2E = 1.4426950408889634
+# Dims decoded and multiplied at once; heads merged by one program.
+_CHUNK = 128
+_MERGE_HEADS = 4
 # Programs that fill the card, and the fewest tiles worth a program of their own.
 _PROGRAMS = 132
 _TILES_MIN = 2
@@ -53,151 +60,148 @@ class Heads:
 
 
 @triton.jit
-def _chunk(base, live, scales, AT: tl.constexpr, WIDTH: tl.constexpr, NOPE: tl.constexpr, N: tl.constexpr,
-           SCALE_OFFSET: tl.constexpr, WORD_SCALES: tl.constexpr):  # fmt: skip
-    """Decode WIDTH dims from AT on of the entries at byte pointers base [N]: FP16 [N, WIDTH]."""
-    GROUP: tl.constexpr = 64 if WIDTH > 64 else WIDTH
-    GROUPS: tl.constexpr = WIDTH // GROUP
-    d = AT + tl.arange(0, WIDTH)
-    if AT + WIDTH > NOPE:
-        codes = tl.load(base[:, None] + d[None, :], live[:, None] & (d < NOPE)[None, :], other=0)
-    else:
-        codes = tl.load(base[:, None] + d[None, :], live[:, None], other=0)
-    values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    g = AT // 64 + tl.arange(0, GROUPS)
+def _load_raw(entries, offset, C: tl.constexpr, CHUNKS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
+              UNIT: tl.constexpr, SCALE_OFFSET: tl.constexpr, WORD_SCALES: tl.constexpr):  # fmt: skip
+    """What is stored of the entries at offsets [N] (UNIT bytes each): a tuple of chunks of codes or RoPE values, a
+    chunk that has both twice; then their scales, in one word where they are eight."""
+    raw = ()
+    for c in tl.static_range(CHUNKS):
+        d = c * C + tl.arange(0, C)
+        if c * C < NOPE:
+            at = entries + (offset * UNIT)[:, None] + d[None, :]
+            if c * C + C <= NOPE:
+                raw = raw + (tl.load(at),)
+            else:
+                raw = raw + (tl.load(at, (d < NOPE)[None, :], other=0),)
+        if c * C + C > NOPE:
+            halves = (offset * (UNIT // 2))[:, None] + (NOPE // 2 + d - NOPE)[None, :]
+            at = entries.to(tl.pointer_type(tl.bfloat16)) + halves
+            if (c * C >= NOPE) & (c * C + C <= NOPE + ROPE):
+                raw = raw + (tl.load(at),)
+            else:
+                raw = raw + (tl.load(at, ((d >= NOPE) & (d < NOPE + ROPE))[None, :], other=0.0),)
     if WORD_SCALES:
-        scale = ((scales[:, None] >> (8 * g)[None, :]) & 0xFF).to(tl.int32)
+        raw = raw + (tl.load(entries.to(tl.pointer_type(tl.int64)) + (offset + SCALE_OFFSET // 8)),)
     else:
-        scale = tl.load(base[:, None] + (SCALE_OFFSET + g)[None, :], live[:, None], other=0).to(tl.int32)
-    factor = power_of_two(tl.maximum(scale - 127, -126)).to(tl.float16)
-    grouped = tl.reshape(values, (N, GROUPS, GROUP)) * factor[:, :, None]
-    return tl.reshape(grouped, (N, WIDTH))
+        GROUPS: tl.constexpr = (C + 63) // 64
+        for c in tl.static_range((NOPE + C - 1) // C):
+            g = c * C // 64 + tl.arange(0, GROUPS)
+            at = entries + (offset * UNIT)[:, None] + (SCALE_OFFSET + g)[None, :]
+            raw = raw + (tl.load(at, (g * 64 < NOPE)[None, :], other=0),)
+    return raw
 
 
 @triton.jit
-def _query(q, h, live, AT: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr):
-    d = AT + tl.arange(0, WIDTH)
-    return tl.load(q + h[:, None] + d[None, :], live[:, None] & (d < END)[None, :], other=0.0).to(tl.float16)
-
-
-@triton.jit
-def _rotate_back(x, cos, sin, HEADS: tl.constexpr, WIDTH: tl.constexpr, ROPE: tl.constexpr):
-    """Undo RoPE on x [HEADS, WIDTH], whose first ROPE columns are the RoPE dims."""
-    even, odd = tl.split(tl.reshape(x, (HEADS, WIDTH // 2, 2)))
-    i = tl.arange(0, WIDTH // 2)
-    c = tl.load(cos + i, i < ROPE // 2, other=1.0)[None, :]
-    s = tl.load(sin + i, i < ROPE // 2, other=0.0)[None, :]
-    return tl.reshape(tl.join(even * c + odd * s, odd * c - even * s), (HEADS, WIDTH))
-
-
-@triton.jit
-def _put(pointer, x, h, live, AT: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr, BF16: tl.constexpr):
-    d = AT + tl.arange(0, WIDTH)
-    mask = live[:, None] & (d < END)[None, :]
-    if BF16:
-        tl.store(pointer.to(tl.pointer_type(tl.int16)) + h[:, None] + d[None, :], bf16_bits(x), mask)
+def _decode(raw, c: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, NOPE: tl.constexpr, N: tl.constexpr,
+            WORD_SCALES: tl.constexpr):  # fmt: skip
+    """Chunk c of raw as FP16 [N, C], zeros past the last dim."""
+    MIXED: tl.constexpr = NOPE // C if NOPE % C else CHUNKS
+    # Chunks after the mixed one lie one place later; scales come last.
+    AT: tl.constexpr = c if c <= MIXED else c + 1
+    SCALES: tl.constexpr = CHUNKS if MIXED == CHUNKS else CHUNKS + 1
+    GROUPS: tl.constexpr = (C + 63) // 64
+    if c * C >= NOPE:
+        values = raw[AT].to(tl.float16)
     else:
-        tl.store(pointer + h[:, None] + d[None, :], x, mask)
+        values = raw[AT].to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        if WORD_SCALES:
+            g = c * C // 64 + tl.arange(0, GROUPS)
+            scale = ((raw[SCALES][:, None] >> (8 * g)[None, :]) & 0xFF).to(tl.int32)
+        else:
+            scale = raw[SCALES + c].to(tl.int32)
+        factor = power_of_two(tl.maximum(scale - 127, -126)).to(tl.float16)
+        if GROUPS > 1:
+            values = tl.reshape(tl.reshape(values, (N, GROUPS, C // GROUPS)) * factor[:, :, None], (N, C))
+        else:
+            values = values * factor
+        if c == MIXED:
+            d = c * C + tl.arange(0, C)
+            values = tl.where((d < NOPE)[None, :], values, raw[AT + 1].to(tl.float16))
+    return values
+
+
+@triton.jit
+def _places(tile, listed, compressed, first, slots, block_table, SELECTED: tl.constexpr, ENTRIES: tl.constexpr,
+            N: tl.constexpr):  # fmt: skip
+    """Where a tile's entries of the list are: pool slots [N]; -1 - i for row `first + i` of the window."""
+    # Beyond the list's end its last entry is read again and masked: every address and value stays valid.
+    n = tl.minimum(tile * N + tl.arange(0, N), tl.maximum(listed, 1) - 1)
+    if SELECTED:
+        slot = tl.load(slots + n, n < compressed, other=0)
+    else:
+        slot = tl.load(block_table + n // ENTRIES, n < compressed, other=0) * ENTRIES + n % ENTRIES
+    return tl.where(n < compressed, slot, compressed - 1 - n)
+
+
+@triton.jit
+def _offset(place, first, stride_p, window_offset, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, RAW: tl.constexpr):
+    """Offsets [N] of places in units of RAW to a record, the window's relative to the pool's start."""
+    slot = tl.maximum(place, 0)
+    stored = (slot // ENTRIES).to(tl.int64) * stride_p + (slot % ENTRIES) * RAW
+    ring = (first + tl.maximum(-1 - place, 0)) % WINDOW
+    return tl.where(place >= 0, stored, window_offset + ring * RAW)
 
 
 @triton.jit
 def _attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, counts, sinks, cos, sin, out, part_out,
                    part_lse, queries, heads, k, splits, scale_log2, stride_qt, stride_qh, stride_p, stride_b, stride_w,
                    stride_ot, stride_oh, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, RECORD: tl.constexpr,
-                   ALIGN: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, SCALE_OFFSET: tl.constexpr,
-                   C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, CR: tl.constexpr, WORD_SCALES: tl.constexpr,
-                   SELECTED: tl.constexpr, SPLIT: tl.constexpr, H: tl.constexpr, N: tl.constexpr,
-                   STAGES: tl.constexpr):  # fmt: skip
-    """H heads of one query over its share of the list; dims in chunks C0, C1, C2 (0: absent) and the RoPE chunk CR."""
+                   UNIT: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, SCALE_OFFSET: tl.constexpr,
+                   C: tl.constexpr, CHUNKS: tl.constexpr, WORD_SCALES: tl.constexpr, SELECTED: tl.constexpr,
+                   SPLIT: tl.constexpr, H: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """H heads of one query over its share of the list, dims in CHUNKS chunks of C."""
     t = tl.program_id(0).to(tl.int64)
     part = tl.program_id(2)
     sequence = t // queries
     h = tl.program_id(1) * H + tl.arange(0, H)
     live_h = h < heads
-    hq = h * stride_qh
+    DIM: tl.constexpr = NOPE + ROPE
     q += t * stride_qt
-    q0 = _query(q, hq, live_h, 0, C0, NOPE)
-    if C1 > 0:
-        q1 = _query(q, hq, live_h, C0, C1, NOPE)
-    if C2 > 0:
-        q2 = _query(q, hq, live_h, C0 + C1, C2, NOPE)
-    qr = _query(q, hq, live_h, NOPE, CR, NOPE + ROPE)
+    parts_q = ()
+    accs = ()
+    for c in tl.static_range(CHUNKS):
+        d = c * C + tl.arange(0, C)
+        at = q + h[:, None] * stride_qh + d[None, :]
+        parts_q = parts_q + (tl.load(at, live_h[:, None] & (d < DIM)[None, :], other=0.0),)
+        accs = accs + (tl.zeros((H, C), tl.float32),)
 
-    compressed = k if SELECTED else tl.load(lens + t)
+    compressed = tl.load(lens + t)
     first = tl.load(firsts + t)
-    count = tl.load(counts + t)
-    tiles = tl.cdiv(compressed + count, N)
+    listed = compressed + tl.load(counts + t)
+    tiles = tl.cdiv(listed, N)
     begin = tiles * part // splits
     end = tiles * (part + 1) // splits
     slots += t * k
     block_table += sequence * stride_b
+    window_offset = window_delta + sequence * stride_w
 
     top = tl.full((H,), float("-inf"), tl.float32)
     total = tl.zeros((H,), tl.float32)
-    acc0 = tl.zeros((H, C0), tl.float32)
-    if C1 > 0:
-        acc1 = tl.zeros((H, C1), tl.float32)
-    if C2 > 0:
-        acc2 = tl.zeros((H, C2), tl.float32)
-    accr = tl.zeros((H, CR), tl.float32)
-    for tile in tl.range(begin, end, num_stages=STAGES):
-        n = tile * N + tl.arange(0, N)
-        packed = n < compressed
-        if SELECTED:
-            slot = tl.load(slots + n, packed, other=-1)
-            live = slot >= 0
-            block = (slot // ENTRIES).to(tl.int64)
-            row = slot % ENTRIES
-        else:
-            block = tl.load(block_table + n // ENTRIES, packed, other=0).to(tl.int64)
-            row = n % ENTRIES
-            live = packed
-        ring = n - compressed
-        from_window = (ring >= 0) & (ring < count)
-        ring = (first + tl.where(from_window, ring, 0)) % WINDOW
-        offset = tl.where(
-            packed, block * stride_p + row.to(tl.int64) * RECORD,
-            window_delta + sequence * stride_w + ring.to(tl.int64) * RECORD,
-        )  # fmt: skip
-        live = live | from_window
-        offset = tl.multiple_of(tl.where(live, offset, 0), ALIGN)
-        base = entries + offset
-        if WORD_SCALES:
-            scales = tl.load(entries.to(tl.pointer_type(tl.int64)) + (offset + SCALE_OFFSET) // 8, live, other=0)
-        else:
-            scales = 0
-        k0 = _chunk(base, live, scales, 0, C0, NOPE, N, SCALE_OFFSET, WORD_SCALES)
-        s = tl.dot(q0, tl.trans(k0))
-        if C1 > 0:
-            k1 = _chunk(base, live, scales, C0, C1, NOPE, N, SCALE_OFFSET, WORD_SCALES)
-            s = tl.dot(q1, tl.trans(k1), s)
-        if C2 > 0:
-            k2 = _chunk(base, live, scales, C0 + C1, C2, NOPE, N, SCALE_OFFSET, WORD_SCALES)
-            s = tl.dot(q2, tl.trans(k2), s)
-        dr = tl.arange(0, CR)
-        halves = tl.multiple_of((offset + NOPE) // 2, ALIGN // 2)
-        rope_at = entries.to(tl.pointer_type(tl.bfloat16)) + halves[:, None] + dr[None, :]
-        if CR > ROPE:
-            kr = tl.load(rope_at, live[:, None] & (dr < ROPE)[None, :], other=0.0).to(tl.float16)
-        else:
-            kr = tl.load(rope_at, live[:, None], other=0.0).to(tl.float16)
-        s = tl.dot(qr, tl.trans(kr), s)
-
-        s = tl.where(live[None, :], s * scale_log2, float("-inf"))
+    RAW: tl.constexpr = RECORD // UNIT
+    # Slots come one tile early, and all of a tile's loads are in flight before the first is used. Copies through shared
+    # memory in pieces of 8 bytes, which is all that 584-byte records allow, measured no faster.
+    place = _places(begin, listed, compressed, first, slots, block_table, SELECTED, ENTRIES, N)
+    for tile in tl.range(begin, end, num_stages=1):
+        offset = _offset(place, first, stride_p, window_offset, WINDOW, ENTRIES, RAW)
+        raw = _load_raw(entries, offset, C, CHUNKS, NOPE, ROPE, UNIT, SCALE_OFFSET, WORD_SCALES)
+        place = _places(tile + 1, listed, compressed, first, slots, block_table, SELECTED, ENTRIES, N)
+        s = tl.zeros((H, N), tl.float32)
+        values = ()
+        for c in tl.static_range(CHUNKS):
+            v = _decode(raw, c, C, CHUNKS, NOPE, N, WORD_SCALES)
+            s = tl.dot(parts_q[c], tl.trans(v), s)
+            values = values + (v,)
+        s = tl.where((tile * N + tl.arange(0, N) < listed)[None, :], s * scale_log2, float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
-        # A tile of nothing but padding leaves -inf, whose difference with itself would be NaN.
-        safe = tl.where(new == float("-inf"), 0.0, new)
-        shrink = tl.exp2(top - safe)
-        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(top - new)
+        p = tl.exp2(s - new[:, None])
         total = total * shrink + tl.sum(p, 1)
         top = new
-        p = p.to(tl.float16)
-        acc0 = tl.dot(p, k0, acc0 * shrink[:, None])
-        if C1 > 0:
-            acc1 = tl.dot(p, k1, acc1 * shrink[:, None])
-        if C2 > 0:
-            acc2 = tl.dot(p, k2, acc2 * shrink[:, None])
-        accr = tl.dot(p, kr, accr * shrink[:, None])
+        weights = p.to(tl.float16)
+        grown = ()
+        for c in tl.static_range(CHUNKS):
+            grown = grown + (tl.dot(weights, values[c], accs[c] * shrink[:, None]),)
+        accs = grown
 
     if SPLIT:
         # A part is normed by itself; its log-sum tells the merge how much it counts.
@@ -205,22 +209,25 @@ def _attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, c
         lse = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))
         at = (t * splits + part) * heads
         tl.store(part_lse + at + h, lse, live_h)
-        target = part_out + at * (NOPE + ROPE)
-        ho = h * (NOPE + ROPE)
+        target = part_out + at * DIM
+        rows = h * DIM
     else:
         sink = tl.load(sinks + h, live_h, other=0.0) * 1.4426950408889634
         high = tl.maximum(top, sink)
-        grown = tl.exp2(top - high)
-        inverse = grown / (total * grown + tl.exp2(sink - high))
-        accr = _rotate_back(accr, cos + t * (ROPE // 2), sin + t * (ROPE // 2), H, CR, ROPE)
-        target = out + t * stride_ot
-        ho = h * stride_oh
-    _put(target, acc0 * inverse[:, None], ho, live_h, 0, C0, NOPE, not SPLIT)
-    if C1 > 0:
-        _put(target, acc1 * inverse[:, None], ho, live_h, C0, C1, NOPE, not SPLIT)
-    if C2 > 0:
-        _put(target, acc2 * inverse[:, None], ho, live_h, C0 + C1, C2, NOPE, not SPLIT)
-    _put(target, accr * inverse[:, None], ho, live_h, NOPE, CR, NOPE + ROPE, not SPLIT)
+        share = tl.exp2(top - high)
+        inverse = share / (total * share + tl.exp2(sink - high))
+        target = out.to(tl.pointer_type(tl.int16)) + t * stride_ot
+        rows = h * stride_oh
+    for c in tl.static_range(CHUNKS):
+        d = c * C + tl.arange(0, C)
+        x = accs[c] * inverse[:, None]
+        mask = live_h[:, None] & (d < DIM)[None, :]
+        if SPLIT:
+            tl.store(target + rows[:, None] + d[None, :], x, mask)
+        else:
+            if c * C + C > NOPE:
+                x = rotate_back(x, cos + t * (ROPE // 2), sin + t * (ROPE // 2), c * C, C, NOPE, ROPE, H)
+            tl.store(target + rows[:, None] + d[None, :], bf16_bits(x), mask)
 
 
 @triton.jit
@@ -259,25 +266,27 @@ def sparse_attention(
     q: torch.Tensor,
     records: torch.Tensor,
     slots: torch.Tensor,
+    picked: torch.Tensor,
     window: Window,
     heads: Heads,
     out: torch.Tensor,
     *,
     splits: int | None = None,
-    tile: tuple[int, int, int] | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> None:
-    """Attend to selected entries and the window (CSA), or to the window alone (K = 0).
+    """Attend to selected entries and the window (CSA), or to the window alone (picked all 0).
 
-    Shapes:  q and out [T, H, D] bfloat16, last dim contiguous, out written whole; records [P, E, R] uint8;
-             slots [T, K] int32 in [0, P * E), or -1 for none; window and heads as in their classes.
-             splits: programs a query's list is spread over, None chooses. tile: entries, warps, stages.
+    Shapes:  q [T, H, D] float16, last dim contiguous; out [T, H, D] bfloat16, likewise, written whole;
+             records [P, E, R] uint8; slots [T, K] int32, row t's first picked[t] in [0, P * E); picked [T] int32;
+             window and heads as in their classes. splits: programs a query's list is spread over, None chooses.
+             tile: entries and warps; None takes what measured best.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  V4 report, section 2.3.1, equations 17 to 19 and 2.3.3; oracle: reference.attention.
     """
     check(slots.dim() == 2 and slots.shape[0] == q.shape[0], "slots must be [T, K]")
     check(slots.dtype is torch.int32 and slots.is_contiguous(), "slots must be contiguous int32")
-    k = slots.shape[1]
-    _attend(q, records, slots, None, None, k, window, heads, out, splits, tile)
+    check(picked.shape == (q.shape[0],) and picked.dtype is torch.int32, "picked must be [T] int32")
+    _attend(q, records, slots, None, picked, slots.shape[1], window, heads, out, splits, tile)
 
 
 def hca_attention(
@@ -291,7 +300,7 @@ def hca_attention(
     out: torch.Tensor,
     *,
     splits: int | None = None,
-    tile: tuple[int, int, int] | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> None:
     """Attend to the first lens[t] entries of each query's sequence and the window (HCA).
 
@@ -312,39 +321,37 @@ def _attend(
     records: torch.Tensor,
     slots: torch.Tensor | None,
     block_table: torch.Tensor | None,
-    lens: torch.Tensor | None,
+    lens: torch.Tensor,
     entries_max: int,
     window: Window,
     heads: Heads,
     out: torch.Tensor,
     splits: int | None,
-    tile: tuple[int, int, int] | None,
+    tile: tuple[int, int] | None,
 ) -> None:
-    fmt = _check_operands(q, records, window, heads, out)
+    fmt = check_operands(q, records, window, heads, out)
     num_queries, num_heads, dim = q.shape
     if not num_queries:
         return
-    sequences = window.records.shape[0]
     head_tile = min(64, max(16, triton.next_power_of_2(num_heads)))
     head_tiles = triton.cdiv(num_heads, head_tile)
-    n, warps, stages = tile or (64, 8, 2)
+    n, warps = tile or (64, 8)
     tiles = triton.cdiv(entries_max + min(window.records.shape[1], 128), n)
     splits = splits or max(1, min(_PROGRAMS // (num_queries * head_tiles), tiles // _TILES_MIN))
     part_out = part_lse = out
     if splits > 1:
         part_out = torch.empty(num_queries, splits, num_heads, dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(num_queries, splits, num_heads, dtype=torch.float32, device=q.device)
-    nothing = window.firsts
-    c0, c1, c2 = _chunks(fmt.nope_dim)
-    align = min(byte_alignment(records), byte_alignment(window.records), 8)
-    word_scales = fmt.nbytes - fmt.scale_offset == 8 and align == 8 and fmt.scale_offset % 8 == 0
+    # Offsets count in the widest unit that divides them all, so that loads are that wide.
+    unit = min(byte_alignment(records), byte_alignment(window.records), 8)
+    chunk = min(_CHUNK, max(16, triton.next_power_of_2(dim)))
     _attend_kernel[(num_queries, head_tiles, splits)](
         q,
         records,
-        nothing if block_table is None else block_table,
-        nothing if slots is None else slots,
-        nothing if lens is None else lens,
-        window.records.data_ptr() - records.data_ptr(),
+        window.firsts if block_table is None else block_table,
+        window.firsts if slots is None else slots,
+        lens,
+        (window.records.data_ptr() - records.data_ptr()) // unit,
         window.firsts,
         window.counts,
         heads.sinks,
@@ -353,40 +360,36 @@ def _attend(
         out,
         part_out,
         part_lse,
-        num_queries // sequences,
+        num_queries // window.records.shape[0],
         num_heads,
-        entries_max if slots is not None else 0,
+        0 if slots is None else entries_max,
         splits,
         heads.scale * _LOG2E,
         q.stride(0),
         q.stride(1),
-        records.stride(0),
+        records.stride(0) // unit,
         0 if block_table is None else block_table.stride(0),
-        window.records.stride(0),
+        window.records.stride(0) // unit,
         out.stride(0),
         out.stride(1),
         WINDOW=window.records.shape[1],
         ENTRIES=records.shape[1],
         RECORD=fmt.nbytes,
-        ALIGN=align,
+        UNIT=unit,
         NOPE=fmt.nope_dim,
         ROPE=fmt.rope_dim,
         SCALE_OFFSET=fmt.scale_offset,
-        C0=c0,
-        C1=c1,
-        C2=c2,
-        CR=max(16, triton.next_power_of_2(fmt.rope_dim)),
-        WORD_SCALES=word_scales,
+        C=chunk,
+        CHUNKS=triton.cdiv(dim, chunk),
+        WORD_SCALES=fmt.nbytes - fmt.scale_offset == 8 and unit == 8,
         SELECTED=slots is not None,
         SPLIT=splits > 1,
         H=head_tile,
         N=n,
-        STAGES=stages,
         num_warps=warps,
     )
     if splits > 1:
-        merge_heads = 4
-        _merge_kernel[(num_queries, triton.cdiv(num_heads, merge_heads))](
+        _merge_kernel[(num_queries, triton.cdiv(num_heads, _MERGE_HEADS))](
             part_out,
             part_lse,
             heads.sinks,
@@ -400,27 +403,18 @@ def _attend(
             DIM=dim,
             ROPE=fmt.rope_dim,
             D=triton.next_power_of_2(dim),
-            H=merge_heads,
+            H=_MERGE_HEADS,
             num_warps=4,
         )
 
 
-def _chunks(nope_dim: int) -> tuple[int, int, int]:
-    """Cover nope_dim by up to three powers of two, each at least 16, the last padded (V4: 256 + 128 + 64)."""
-    chunks: list[int] = []
-    rest = nope_dim
-    while rest > 0 and len(chunks) < 3:
-        below = 1 << (rest.bit_length() - 1)
-        chunks.append(max(16, below if len(chunks) < 2 and below >= 16 else triton.next_power_of_2(rest)))
-        rest -= chunks[-1]
-    return (*chunks, 0, 0)[0], (*chunks, 0, 0)[1], (*chunks, 0, 0)[2]
-
-
-def _check_operands(
+def check_operands(
     q: torch.Tensor, records: torch.Tensor, window: Window, heads: Heads, out: torch.Tensor
 ) -> EntryFormat:
-    check(q.dim() == 3 and q.dtype is torch.bfloat16 and q.stride(2) == 1, "q must be [T, H, D] bfloat16")
-    check(out.shape == q.shape and out.dtype is torch.bfloat16 and out.stride(2) == 1, "out must be like q")
+    check(q.dim() == 3 and q.dtype is torch.float16 and q.stride(2) == 1, "q must be [T, H, D] float16")
+    check(
+        out.shape == q.shape and out.dtype is torch.bfloat16 and out.stride(2) == 1, "out must be like q, in bfloat16"
+    )
     num_queries, num_heads, dim = q.shape
     fmt = EntryFormat(head_dim=dim, rope_dim=2 * heads.cos.shape[-1])
     check_records(records, fmt.nbytes)

@@ -1,4 +1,4 @@
-"""Device functions that finish rows of KV: RMSNorm, RoPE, rounding, and the bytes of a record.
+"""Device functions that finish rows of KV: RMSNorm, RoPE, rounding, the bytes of a record; and RoPE undone on outputs.
 
 Shapes:  x [ROWS, D] float32, D the power of two that holds DIM columns; base [ROWS] byte pointers; live [ROWS] bool.
 """
@@ -77,3 +77,15 @@ def store_keys(x, base, live, ROWS: tl.constexpr, D: tl.constexpr, LOG2_D: tl.co
     tl.store(at, (low | (high << 4)).to(tl.uint8), live[:, None] & (tl.arange(0, D // 2) < D // 2)[None, :])
     g = tl.arange(0, GROUPS)
     tl.store(base[:, None] + (D // 2 + g)[None, :], (k + 127).to(tl.uint8), live[:, None] & (g < GROUPS)[None, :])
+
+
+@triton.jit
+def rotate_back(x, cos, sin, AT: tl.constexpr, C: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
+                 H: tl.constexpr):  # fmt: skip
+    """Undo RoPE on those of dims AT to AT + C of x [H, C] that are RoPE dims."""
+    even, odd = tl.split(tl.reshape(x, (H, C // 2, 2)))
+    pair = tl.arange(0, C // 2) + (AT - NOPE) // 2
+    turned = (pair >= 0) & (pair < ROPE // 2)
+    c = tl.load(cos + pair, turned, other=1.0)[None, :]
+    s = tl.load(sin + pair, turned, other=0.0)[None, :]
+    return tl.reshape(tl.join(even * c + odd * s, odd * c - even * s), (H, C))

@@ -14,7 +14,7 @@ from kernels.finish import record_offsets
 from kernels.formats import EntryFormat, KeyFormat, byte_alignment, check, check_records
 from kernels.rounding import power_of_two
 
-_FLOATS = (torch.bfloat16, torch.float32)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
@@ -83,8 +83,8 @@ def _copy_kernel(source, source_slots, dest, dest_slots, num_rows, stride_s, str
 def unpack_entries(records: torch.Tensor, slots: torch.Tensor, out: torch.Tensor, rope_dim: int) -> None:
     """Decode the named entries exactly.
 
-    Shapes:  records [P, E, R] uint8; slots [N] int32 in [0, P * E); out [N, c] bfloat16 or float32, last dim
-             contiguous, every element written.
+    Shapes:  records [P, E, R] uint8; slots [N] int32 in [0, P * E); out [N, c] bfloat16, float16 (values in its
+             range) or float32, last dim contiguous, every element written.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  oracle: reference.read_entries, equal to the bit.
     """
@@ -184,4 +184,4 @@ def copy_records(
 def _check_out(out: torch.Tensor, slots: torch.Tensor) -> None:
     check(slots.dim() == 1 and slots.dtype is torch.int32 and slots.is_contiguous(), "slots must be [N] int32")
     check(out.dim() == 2 and out.shape[0] == slots.shape[0], f"out must be [{slots.shape[0]}, dim]")
-    check(out.dtype in _FLOATS and out.stride(1) == 1, "out must be bfloat16 or float32, last dim contiguous")
+    check(out.dtype in _FLOATS and out.stride(1) == 1, "out must be bfloat16, float16 or float32, last dim contiguous")

@@ -22,6 +22,9 @@ from kernels.formats import EntryFormat, KeyFormat, byte_alignment, check, check
 # Columns of a group that one program pools where groups are long (HCA), and rows it has in flight.
 _POOL_COLUMNS = 64
 _POOL_ROWS = 32
+_POOL_WARPS = 4
+# Rows and warps of one program where rows are packed one by one.
+_ROW_TILE = (1, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +190,7 @@ def pack_hca(
     if groups:
         rows = min(_POOL_ROWS, triton.next_power_of_2(m))
         _pool_kernel[(groups, triton.cdiv(dim, _POOL_COLUMNS))](
-            kv, gate, bias, first_rows, pooled, kv.stride(0), M=m, DIM=dim, C=_POOL_COLUMNS, ROWS=rows, num_warps=4
+            kv, gate, bias, first_rows, pooled, kv.stride(0), M=m, DIM=dim, C=_POOL_COLUMNS, ROWS=rows, num_warps=_POOL_WARPS
         )
     _launch_rows(pooled, norm, target, 2 * norm.cos.shape[1])
 
@@ -244,7 +247,7 @@ def _launch_rows(values: torch.Tensor, norm: Norm | None, target: Target, rope_d
     _check_slots(target, num_rows)
     if not num_rows:
         return
-    rows = 4 if num_rows >= 2048 else 1
+    rows, warps = _ROW_TILE
     _rows_kernel[(triton.cdiv(num_rows, rows),)](
         values,
         norm.weight if norm else values,
@@ -265,7 +268,7 @@ def _launch_rows(values: torch.Tensor, norm: Norm | None, target: Target, rope_d
         D=triton.next_power_of_2(dim),
         ROWS=rows,
         NORM=norm is not None,
-        num_warps=4,
+        num_warps=warps,
     )
 
 

@@ -2,16 +2,16 @@
 
 Scores are compared as integers of the same order (float bits, negatives flipped). One program a query:
 
-1. A lower bound of the k-th largest score: the k-th largest of the group maxima, by bisection. Those k maxima are k
-   scores, so every score of the top k lies in a group whose maximum reaches the bound.
-2. List those groups, in order: for scores without structure little more than k of them.
+1. Bisect the k-th largest of the group maxima. The k groups that reach it (of ties the first ones) hold the top k:
+   their maxima are k scores that nothing outside beats, and what ties with them outside has a higher index.
+2. List those groups, in order.
 3. Bisect the k-th largest score itself over the listed groups' scores.
 4. Write the indices above it, and of those equal to it the first few, in order.
-
-Ties and clusters can make the list long, up to all groups; then steps 3 and 4 loop over it in pieces: slower, as exact.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -32,9 +32,9 @@ def _ordered(x):
 
 @triton.jit
 def _bisect(keys, low, high, k):
-    """Largest bound b in [low, high] with at least k of keys >= b, or any bound with exactly k.
+    """A bound that exactly k of keys reach, or, where ties allow none, the k-th largest key itself.
 
-    low must have at least k. Midpoints are taken so that sums cannot overflow.
+    At least k keys must reach low, and none may exceed high. Midpoints are taken so that no sum overflows.
     """
     found = False
     while (low < high) & (not found):
@@ -47,100 +47,83 @@ def _bisect(keys, low, high, k):
 
 
 @triton.jit
-def _listed_scores(scores, groups, first, listed, length, LISTED: tl.constexpr, GROUP: tl.constexpr):
-    """Indices and ordered scores [LISTED * GROUP] of the listed groups from `first` on, in ascending order."""
-    i = first + tl.arange(0, LISTED)
-    g = tl.load(groups + i, i < listed, other=0)
-    n = tl.reshape(g[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (LISTED * GROUP,))
-    inside = tl.reshape(tl.broadcast_to((i < listed)[:, None], (LISTED, GROUP)), (LISTED * GROUP,)) & (n < length)
-    return n, tl.where(inside, _ordered(tl.load(scores + n, inside, other=0.0)), _LOWEST)
+def _first_k(keys, bound, k):
+    """Which k of keys are picked: those above bound, then those equal to it, lowest first; and their places."""
+    picked = keys >= bound
+    place = tl.cumsum(picked.to(tl.int32), 0) - 1
+    if tl.sum(picked.to(tl.int32)) > k:
+        above = keys > bound
+        ties = k - tl.sum(above.to(tl.int32))
+        equal = keys == bound
+        picked = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties))
+        place = tl.cumsum(picked.to(tl.int32), 0) - 1
+    return picked, place
 
 
 @triton.jit
-def _write(n, keys, bound, ties, taken, tied, k, indices, slots, table, ENTRIES: tl.constexpr):
-    """Write the picks among keys in order, after `taken` earlier ones; returns taken and tied counts so far."""
-    above, equal = keys > bound, keys == bound
-    tie_rank = tied + tl.cumsum(equal.to(tl.int32), 0) - 1
-    picked = above | (equal & (tie_rank < ties))
-    at = taken + tl.cumsum(picked.to(tl.int32), 0) - 1
-    picked = picked & (at < k)
-    tl.store(indices + at, n, picked)
-    block = tl.load(table + n // ENTRIES, picked, other=0)
-    tl.store(slots + at, block * ENTRIES + n % ENTRIES, picked)
-    return taken + tl.sum(picked.to(tl.int32)), tied + tl.sum(equal.to(tl.int32))
-
-
-@triton.jit
-def _topk_kernel(scores, maxima, lens, block_table, groups, indices, slots, queries, k, stride_s, stride_m, stride_b,
-                 ENTRIES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LISTED: tl.constexpr,
+def _topk_kernel(scores, maxima, lens, block_table, groups, indices, slots, counts, queries, k, stride_s, stride_m,
+                 stride_b, ENTRIES: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, LISTED: tl.constexpr,
                  K: tl.constexpr):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     length = tl.load(lens + t)
     scores += t * stride_s
     maxima += t * stride_m
-    groups += t * stride_m
+    groups += t * LISTED
     indices += t * k
     slots += t * k
     table = block_table + (t // queries) * stride_b
+    tl.store(counts + t, tl.minimum(length, k))
     j = tl.arange(0, K)
     if length <= k:
         # Everything is picked.
         tl.store(indices + j, tl.where(j < length, j, -1), j < k)
-        block = tl.load(table + j // ENTRIES, j < length, other=0)
-        tl.store(slots + j, tl.where(j < length, block * ENTRIES + j % ENTRIES, -1), j < k)
+        home = tl.load(table + j // ENTRIES, j < length, other=0)
+        tl.store(slots + j, tl.where(j < length, home * ENTRIES + j % ENTRIES, -1), j < k)
     else:
-        # 1. A bound from the group maxima.
-        g = tl.arange(0, GROUPS)
-        used = g < tl.cdiv(length, GROUP)
-        best = tl.where(used, _ordered(tl.load(maxima + g, used, other=0.0)), _LOWEST)
-        highest = tl.max(best, 0)
-        lowest = tl.min(tl.where(used, best, highest), 0)
-        bound = lowest
-        if tl.cdiv(length, GROUP) > k:
-            bound = _bisect(best, lowest, highest, k)
-        # 2. The groups that reach it.
-        reach = used & (best >= bound)
-        listed = tl.sum(reach.to(tl.int32))
-        if (listed <= LISTED) | (tl.cdiv(length, GROUP) > k):
-            tl.store(groups + tl.cumsum(reach.to(tl.int32), 0) - 1, g, reach)
-        tl.debug_barrier()
-        if listed <= LISTED:
-            # 3. and 4. on one piece.
-            n, keys = _listed_scores(scores, groups, 0, listed, length, LISTED, GROUP)
-            floor = tl.min(tl.where(keys == _LOWEST, highest, keys), 0)
-            bound = _bisect(keys, floor, highest, k)
-            ties = k - tl.sum((keys > bound).to(tl.int32))
-            _write(n, keys, bound, ties, 0, 0, k, indices, slots, table, ENTRIES)
+        used = tl.cdiv(length, GROUP)
+        i = tl.arange(0, LISTED)
+        if used <= LISTED:
+            listed = used
+            g = i
         else:
-            low = _LOWEST + 1
-            high = highest
-            while low < high:
-                middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
-                count = 0
-                for first in range(0, listed, LISTED):
-                    n, keys = _listed_scores(scores, groups, first, listed, length, LISTED, GROUP)
-                    count += tl.sum((keys >= middle).to(tl.int32))
-                low = tl.where(count >= k, middle, low)
-                high = tl.where(count >= k, high, middle - 1)
-            above = 0
-            for first in range(0, listed, LISTED):
-                n, keys = _listed_scores(scores, groups, first, listed, length, LISTED, GROUP)
-                above += tl.sum((keys > low).to(tl.int32))
-            taken = 0
-            tied = 0
-            for first in range(0, listed, LISTED):
-                n, keys = _listed_scores(scores, groups, first, listed, length, LISTED, GROUP)
-                taken, tied = _write(n, keys, low, k - above, taken, tied, k, indices, slots, table, ENTRIES)
+            listed = tl.minimum(LISTED, k)
+            every = tl.arange(0, GROUPS)
+            best = tl.where(every < used, _ordered(tl.load(maxima + every, every < used, other=0.0)), _LOWEST)
+            top = tl.max(best, 0)
+            bound = _bisect(best, tl.min(tl.where(every < used, best, top), 0), top, k)
+            picked, place = _first_k(best, bound, k)
+            tl.store(groups + place, every, picked)
+            # The list is read back by other threads than wrote it.
+            tl.debug_barrier()
+            g = tl.load(groups + i, i < listed, other=0)
+        n = tl.reshape(g[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (LISTED * GROUP,))
+        inside = tl.reshape(tl.broadcast_to((i < listed)[:, None], (LISTED, GROUP)), (LISTED * GROUP,)) & (n < length)
+        keys = tl.where(inside, _ordered(tl.load(scores + n, inside, other=0.0)), _LOWEST)
+        top = tl.max(keys, 0)
+        bound = _bisect(keys, tl.min(tl.where(inside, keys, top), 0), top, k)
+        picked, place = _first_k(keys, bound, k)
+        tl.store(indices + place, n, picked)
+        block = tl.load(table + n // ENTRIES, picked, other=0)
+        tl.store(slots + place, block * ENTRIES + n % ENTRIES, picked)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picks:
+    """The picked entries: indices in the sequence and slots in the pool, both [T, k] int32, ascending by index; of a
+    row, the first counts[t] [T] int32 are valid, the rest -1."""
+
+    indices: torch.Tensor
+    slots: torch.Tensor
+    counts: torch.Tensor
 
 
 def topk_entries(
     scored: IndexScores, lens: torch.Tensor, block_table: torch.Tensor, entries_per_block: int, k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Picks:
     """Pick each query's k best entries among its first lens[t].
 
     Shapes:  scored as index_scores returns it, T = S * Q; lens [T] int32; block_table [S, B] int32 of the pool that
-             the picks will be read from. Returns indices and pool slots, both [T, k] int32, ascending by index,
-             padded with -1. Scores must not be NaN.
+             the picks will be read from. Scores must not be NaN.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  oracle: reference.topk_lowest, equal to the element for equal scores.
     """
@@ -153,21 +136,21 @@ def topk_entries(
     check(maxima.shape == (num_queries, scores.shape[1] // scored.group), "maxima do not belong to scores")
     check(k >= 1 and num_queries % block_table.shape[0] == 0, "k must be positive and T a multiple of S")
     indices = torch.empty(num_queries, k, dtype=torch.int32, device=scores.device)
-    slots = torch.empty_like(indices)
+    picks = Picks(indices=indices, slots=torch.empty_like(indices), counts=torch.empty_like(lens))
     if not num_queries:
-        return indices, slots
-    groups = torch.empty_like(maxima, dtype=torch.int32)
+        return picks
     groups_pad = triton.next_power_of_2(maxima.shape[1])
-    # Twice k groups cover scores without structure; where there are fewer groups, all of them fit.
-    listed = min(groups_pad, triton.next_power_of_2(2 * k))
+    listed = min(groups_pad, triton.next_power_of_2(k))
+    groups = torch.empty(num_queries, listed, dtype=torch.int32, device=scores.device)
     _topk_kernel[(num_queries,)](
         scores,
         maxima,
         lens,
         block_table,
         groups,
-        indices,
-        slots,
+        picks.indices,
+        picks.slots,
+        picks.counts,
         num_queries // block_table.shape[0],
         k,
         scores.stride(0),
@@ -178,6 +161,11 @@ def topk_entries(
         GROUPS=groups_pad,
         LISTED=listed,
         K=triton.next_power_of_2(k),
-        num_warps=16 if groups_pad >= 8192 else 8,
+        num_warps=_warps(max(groups_pad, listed * scored.group)),
     )
-    return indices, slots
+    return picks
+
+
+def _warps(width: int) -> int:
+    """Enough threads that each holds at most 32 of the wider search's keys."""
+    return max(4, min(16, width // 1024))

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import attention, reference
+from kernels import attention, prefill, reference
 from kernels.formats import EntryFormat
 
 
@@ -32,7 +32,7 @@ class Case:
         tables = torch.randperm(num_blocks, generator=draw, device=draw.device)[: sequences * blocks]
         self.table = tables.int().view(sequences, blocks)
         self.entries = entries
-        self.q = rand(total, heads, head_dim + 16).bfloat16()[..., 8 : 8 + head_dim]
+        self.q = rand(total, heads, head_dim + 16).half()[..., 8 : 8 + head_dim]
         angle = rand(total, self.rope_dim // 2)
         self.heads = attention.Heads(sinks=rand(heads), scale=head_dim**-0.5, cos=angle.cos(), sin=angle.sin())
         self.window = attention.Window(
@@ -85,14 +85,15 @@ def test_sparse_attention_equals_the_oracle(shape, splits, device, draw):
     size = case.table.shape[1] * case.entries
     k = size // 2 + 1
     order = torch.rand(4, size, generator=draw, device=device).argsort(1)[:, :k]
-    kept = order < case.lens.unsqueeze(1)
+    picked = case.lens.clamp(max=k)
+    kept = torch.arange(k, device=device) < picked.unsqueeze(1)
     sequence = torch.arange(4, device=device).unsqueeze(1) // 2
     slots = case.table[sequence, order // case.entries] * case.entries + order % case.entries
     slots = torch.where(kept, slots, -1).int()
-    picked = torch.zeros(4, size, dtype=torch.bool, device=device).scatter(1, order, kept)
+    seen = torch.zeros(4, size, dtype=torch.bool, device=device).scatter(1, order, kept)
     out = case.out[..., : case.fmt.head_dim]
-    attention.sparse_attention(case.q, case.pool, slots, case.window, case.heads, out, splits=splits, tile=(32, 8, 2))
-    assert case.error(case.want(picked)) < TOLERANCE
+    attention.sparse_attention(case.q, case.pool, slots, picked, case.window, case.heads, out, splits=splits)
+    assert case.error(case.want(seen)) < TOLERANCE
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -107,11 +108,32 @@ def test_hca_attention_equals_the_oracle(shape, splits, device, draw):
     assert case.error(case.want(picked)) < TOLERANCE
 
 
+@pytest.mark.parametrize("selected", [False, True])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_prefill_attention_equals_the_oracle(shape, selected, device, draw):
+    case = Case(draw, sequences=2, queries=3, **SHAPES[shape])
+    size = case.table.shape[1] * case.entries
+    values = prefill.decode_sequences(case.pool, case.table, size, case.ring, case.rope_dim, case.fmt.head_dim)
+    out = case.out[..., : case.fmt.head_dim]
+    if selected:
+        k = size // 2 + 1
+        order = torch.rand(6, size, generator=draw, device=device).argsort(1)[:, :k]
+        lens = case.lens.clamp(max=k)
+        kept = torch.arange(k, device=device) < lens.unsqueeze(1)
+        seen = torch.zeros(6, size, dtype=torch.bool, device=device).scatter(1, order, kept)
+        indices = torch.where(kept, order, -1).int()
+        prefill.prefill_attention(case.q, values, indices, lens, case.window, case.heads, out)
+    else:
+        seen = torch.arange(size, device=device) < case.lens.unsqueeze(1)
+        prefill.prefill_attention(case.q, values, None, case.lens, case.window, case.heads, out)
+    assert case.error(case.want(seen)) < TOLERANCE
+
+
 def test_window_attention_alone(device, draw):
     case = Case(draw, sequences=1, queries=3, **SHAPES["odd"])
-    none = torch.empty(3, 0, dtype=torch.int32, device=device)
+    none, zero = torch.empty(3, 0, dtype=torch.int32, device=device), torch.zeros(3, dtype=torch.int32, device=device)
     out = case.out[..., : case.fmt.head_dim]
-    attention.sparse_attention(case.q, case.pool, none, case.window, case.heads, out)
+    attention.sparse_attention(case.q, case.pool, none, zero, case.window, case.heads, out)
     size = case.table.shape[1] * case.entries
     assert case.error(case.want(torch.zeros(3, size, dtype=torch.bool, device=device))) < TOLERANCE
 
@@ -127,11 +149,12 @@ def test_wrong_operands_are_refused(device, draw):
     case = Case(draw, sequences=2, queries=1, **SHAPES["small"])
     slots = torch.zeros(2, 4, dtype=torch.int32, device=device)
     out = case.out[..., :32]
-    with pytest.raises(ValueError, match="bfloat16"):
-        attention.sparse_attention(case.q.float(), case.pool, slots, case.window, case.heads, out)
+    picked = torch.full((2,), 4, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="float16"):
+        attention.sparse_attention(case.q.float(), case.pool, slots, picked, case.window, case.heads, out)
     with pytest.raises(ValueError, match="int32"):
-        attention.sparse_attention(case.q, case.pool, slots.long(), case.window, case.heads, out)
+        attention.sparse_attention(case.q, case.pool, slots.long(), picked, case.window, case.heads, out)
     with pytest.raises(ValueError, match="exceeds"):
         attention.hca_attention(case.q, case.pool, case.table, case.lens, 73, case.window, case.heads, out)
     with pytest.raises(ValueError, match="records must be"):
-        attention.sparse_attention(case.q, case.pool[..., :-1], slots, case.window, case.heads, out)
+        attention.sparse_attention(case.q, case.pool[..., :-1], slots, picked, case.window, case.heads, out)

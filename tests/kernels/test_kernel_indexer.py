@@ -35,8 +35,9 @@ def make_keys(sequences, blocks, entries, dim, device, draw):
     [
         (3, 1, 64, 128, 5, 32, None),
         (2, 1, 5, 32, 3, 7, (64, 1, 4, 1)),
-        (1, 11, 4, 16, 6, 8, (32, 4, 4, 1)),
+        (1, 11, 4, 16, 6, 8, (64, 2, 4, 1)),
         (2, 9, 64, 128, 3, 32, (64, 4, 4, 1)),
+        (1, 70, 16, 32, 3, 32, None),
     ],
 )
 def test_scores_equal_the_oracle_on_visible_entries(
@@ -93,12 +94,13 @@ def test_topk_is_exact_and_ties_go_to_the_lowest_index(kind, size, group, k, dev
     lens = torch.randint(0, size + 1, (rows,), generator=draw, device=device).int()
     lens[:3] = torch.tensor([size, k, k + 1])
     table = torch.randperm(2 * size, generator=draw, device=device)[: 2 * size // entries].int().view(2, -1)
-    indices, slots = topk.topk_entries(scored_from(scores, group, lens), lens, table, entries, k)
+    picks = topk.topk_entries(scored_from(scores, group, lens), lens, table, entries, k)
     want = reference.topk_lowest(scores, lens, k)
-    assert torch.equal(indices, want)
+    assert torch.equal(picks.indices, want)
+    assert torch.equal(picks.counts, lens.clamp(max=k))
     sequence = torch.arange(rows, device=device).unsqueeze(1) // 3
     at = want.clamp_min(0).long()
-    assert torch.equal(slots, torch.where(want < 0, -1, table[sequence, at // entries] * entries + at % entries))
+    assert torch.equal(picks.slots, torch.where(want < 0, -1, table[sequence, at // entries] * entries + at % entries))
 
 
 def test_the_same_scores_give_the_same_picks_at_any_length_of_padding(device, draw):
@@ -106,9 +108,9 @@ def test_the_same_scores_give_the_same_picks_at_any_length_of_padding(device, dr
     lens = torch.tensor([100], dtype=torch.int32, device=device)
     table = torch.arange(64, dtype=torch.int32, device=device).view(1, 64)
     wide = torch.cat([scores, scores], 1)
-    a, _ = topk.topk_entries(scored_from(scores, 4, lens), lens, table, 8, 20)
-    b, _ = topk.topk_entries(scored_from(wide, 16, lens), lens, table, 8, 20)
-    assert torch.equal(a, b)
+    a = topk.topk_entries(scored_from(scores, 4, lens), lens, table, 8, 20)
+    b = topk.topk_entries(scored_from(wide, 16, lens), lens, table, 8, 20)
+    assert torch.equal(a.indices, b.indices)
 
 
 def test_wrong_operands_are_refused(device, draw):
