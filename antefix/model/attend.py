@@ -37,31 +37,44 @@ class Tile:
     own: Tensor
 
 
-def window_tiles(ring_WC: Tensor, new_TC: Tensor, position: int, cut: int = 0) -> Iterator[Tile]:
-    """Cut a chunk of T tokens at `position` into tiles. ring: window KV before the chunk, slot p mod W.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowLine:
+    """Window KV of one chunk lined up by position, from one tile before the first query's tile on.
 
-    cut: tokens before it are not attended to.  The ring is not changed.
+    values: [tiles + 1, W, C]; tokens that do not exist (yet) are zeros.  position: of the chunk's first token, whose
+    row is W + position mod W.  num_tokens: T.  cut: tokens before it are not attended to.
     """
+
+    values: Tensor
+    position: int
+    num_tokens: int
+    cut: int = 0
+
+    def tiles(self) -> Iterator[Tile]:
+        window = self.values.shape[1]
+        first_tile, slot = divmod(self.position, window)
+        start = 0
+        for i in range(len(self.values) - 1):
+            stop = min((i + 1) * window - slot, self.num_tokens)
+            yield Tile(
+                rows=(start, stop),
+                slot=(slot + start) % window,
+                num_hidden=max(self.cut - (first_tile + i - 1) * window, 0),
+                previous=self.values[i],
+                own=self.values[i + 1],
+            )
+            start = stop
+
+
+def line_up(ring_WC: Tensor, new_TC: Tensor, position: int, cut: int = 0) -> WindowLine:
+    """A chunk of T tokens at `position` behind the ring of window KV before it (slot p mod W), which is not changed."""
     window, num_new = len(ring_WC), len(new_TC)
     slot = position % window
-    first_tile = position // window
-    # Line up the last W tokens and the new ones by position, starting one tile before the first query's.
     num_tiles = -(-(slot + num_new) // window)
     line = ring_WC.new_zeros((num_tiles + 1) * window, ring_WC.shape[1])
     line[slot : slot + window] = ring_WC.roll(-slot, 0)
     line[slot + window : slot + window + num_new] = new_TC
-    tiles = line.view(num_tiles + 1, window, -1)
-    start = 0
-    for i in range(num_tiles):
-        stop = min((i + 1) * window - slot, num_new)
-        yield Tile(
-            rows=(start, stop),
-            slot=(slot + start) % window,
-            num_hidden=max(cut - (first_tile + i - 1) * window, 0),
-            previous=tiles[i],
-            own=tiles[i + 1],
-        )
-        start = stop
+    return WindowLine(values=line.view(num_tiles + 1, window, -1), position=position, num_tokens=num_new, cut=cut)
 
 
 def advance_ring(ring_WC: Tensor, new_TC: Tensor, position: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from antefix.layout import BlockLayout, Part
-from antefix.model.attend import Tile, attend_segments, attend_selected
+from antefix.model.attend import WindowLine, attend_segments, attend_selected
 from antefix.model.compressor import Compressor, finish_entries, pool_disjoint, pool_overlapping
 from antefix.model.indexer import index_scores, top_entries
 from antefix.model.numerics import ROW_TILE, pad_rows
@@ -72,12 +72,12 @@ class Ops(Protocol):
         """Each query's k best visible entries [T, k], ascending, then -1. Ties go to the lowest index."""
 
     def sparse_attention(
-        self, q_THC: Tensor, tiles: list[Tile], sinks_H: Tensor, entries: Entries, picked_Tk: Tensor
+        self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries, picked_Tk: Tensor
     ) -> Tensor:
         """Attention over the window and the picked entries: [T, H, C]."""
 
     def full_attention(
-        self, q_THC: Tensor, tiles: list[Tile], sinks_H: Tensor, entries: Entries | None, num_visible_T: Tensor
+        self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries | None, num_visible_T: Tensor
     ) -> Tensor:
         """Attention over the window and every visible entry (HCA; None: window only): [T, H, C]."""
 
@@ -123,10 +123,10 @@ class TorchOps:
         return torch.cat(picked)
 
     def sparse_attention(
-        self, q_THC: Tensor, tiles: list[Tile], sinks_H: Tensor, entries: Entries, picked_Tk: Tensor
+        self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries, picked_Tk: Tensor
     ) -> Tensor:
         outputs = []
-        for tile in tiles:
+        for tile in window.tiles():
             part = slice(*tile.rows)
             picked = picked_Tk[part]
             values = gather_entries(entries, picked.clamp(min=0))
@@ -134,13 +134,13 @@ class TorchOps:
         return torch.cat(outputs)
 
     def full_attention(
-        self, q_THC: Tensor, tiles: list[Tile], sinks_H: Tensor, entries: Entries | None, num_visible_T: Tensor
+        self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries | None, num_visible_T: Tensor
     ) -> Tensor:
         segments: list[Tensor] = []
         if entries is not None:
             segments = _finite_segments(entries, int(num_visible_T.max()))
         outputs = []
-        for tile in tiles:
+        for tile in window.tiles():
             part = slice(*tile.rows)
             visible = num_visible_T[part]
             needed = -(-int(visible.max()) // HCA_SEGMENT) if segments else 0

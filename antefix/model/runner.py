@@ -21,7 +21,7 @@ from torch import Tensor
 from antefix.block import Tokens, as_tokens
 from antefix.errors import InvalidRequest
 from antefix.layout import LayerKind, PartKind
-from antefix.model.attend import Tile, advance_ring, window_tiles
+from antefix.model.attend import WindowLine, advance_ring, line_up
 from antefix.model.attention import CSACompressor
 from antefix.model.compressor import Compressor
 from antefix.model.mhc import expand
@@ -128,33 +128,33 @@ class _LayerPass:
         attended = torch.zeros_like(q)
         for item in items:
             part = item.rows
-            tiles = self._window(item, window[part])
+            line = self._window(item, window[part])
             if rows is None:
-                attended[part] = self.ops.full_attention(q[part], tiles, attention.sinks, None, item.positions)
+                attended[part] = self.ops.full_attention(q[part], line, attention.sinks, None, item.positions)
             elif index is None:
-                attended[part] = self._hca(item, q[part], tiles, rows[:, part])
+                attended[part] = self._hca(item, q[part], line, rows[:, part])
             else:
                 mine = index[0][:, part], index[1][part], index[2][part]
-                attended[part] = self._csa(item, q[part], tiles, rows[:, part], mine)
+                attended[part] = self._csa(item, q[part], line, rows[:, part], mine)
         # 3. Project back.
         return attention.output(attended, *rope)
 
-    def _window(self, item: _Item, entries_TC: Tensor) -> list[Tile]:
+    def _window(self, item: _Item, entries_TC: Tensor) -> WindowLine:
         ring = item.sequence.window.window[self.index]
         position = item.position
         item.pending.append(lambda: advance_ring(ring, entries_TC, position))
-        return list(window_tiles(ring, entries_TC, position, item.sequence.window.cut))
+        return line_up(ring, entries_TC, position, item.sequence.window.cut)
 
-    def _hca(self, item: _Item, q: Tensor, tiles: list[Tile], rows: Tensor) -> Tensor:
+    def _hca(self, item: _Item, q: Tensor, line: WindowLine, rows: Tensor) -> Tensor:
         attention = self.layer.self_attn
         compressor = cast(Compressor, attention.compressor)
         entries = self._entries(item, PartKind.HCA_MAIN)
         self._compress(item, compressor, item.sequence.window.main[self.index], rows, entries)
         visible = torch.div(item.positions + 1, compressor.ratio, rounding_mode="floor")
-        return self.ops.full_attention(q, tiles, attention.sinks, entries, visible)
+        return self.ops.full_attention(q, line, attention.sinks, entries, visible)
 
     def _csa(
-        self, item: _Item, q: Tensor, tiles: list[Tile], rows: Tensor, index: tuple[Tensor, Tensor, Tensor]
+        self, item: _Item, q: Tensor, line: WindowLine, rows: Tensor, index: tuple[Tensor, Tensor, Tensor]
     ) -> Tensor:
         attention = self.layer.self_attn
         compressor = cast(CSACompressor, attention.compressor)
@@ -165,7 +165,7 @@ class _LayerPass:
         self._compress(item, compressor.indexer, item.sequence.window.indexer[self.index], index_rows, keys)
         visible = torch.div(item.positions + 1, compressor.ratio, rounding_mode="floor")
         picked = self.ops.indexer_topk(queries, weights, keys, visible, compressor.indexer.topk)
-        return self.ops.sparse_attention(q, tiles, attention.sinks, entries, picked)
+        return self.ops.sparse_attention(q, line, attention.sinks, entries, picked)
 
     def _entries(self, item: _Item, kind: PartKind) -> Entries:
         return Entries(pool=self.pool, part=self.pool.part(self.index, kind), block_ids=item.block_ids)
