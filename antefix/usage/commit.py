@@ -120,6 +120,10 @@ class LedgerWriter:
             except (AntefixError, OSError) as err:
                 _fail(batch, err)
                 continue
+            except BaseException as err:
+                _fail([*batch, *self._waiting], err)  # a bug of ours: nobody must wait for ever
+                self._waiting.clear()
+                raise
             self.counters.batches += 1
             self.counters.entries += len(batch)
             for (_, future), answer in zip(batch, answers, strict=True):
@@ -130,7 +134,7 @@ class LedgerWriter:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
 
-def _fail(batch: Sequence[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]], err: Exception) -> None:
+def _fail(batch: Sequence[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]], err: BaseException) -> None:
     for _, future in batch:
         if not future.done():
             future.set_exception(err)

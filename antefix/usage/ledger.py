@@ -117,6 +117,8 @@ class Ledger:
     def find(self, key: str) -> Settled | None:
         """The last settled attempt of a request, whenever it was. key: `record.request_key`."""
         with self._mutex:
+            if self._lock_fd < 0:
+                raise Unavailable("the ledger is closed")
             return self._find(key)
 
     def append(self, items: Sequence[OpenEntry | UsageRecord]) -> list[Settled | OpenEntry]:
@@ -145,6 +147,7 @@ class Ledger:
             if fd >= 0:
                 os.close(fd)
         self._fd = self._lock_fd = -1
+        self._broken = self._broken or "it is closed"
         self._index.close()
 
     def _add(self, batch: _Batch, item: OpenEntry | UsageRecord) -> Settled | OpenEntry:
