@@ -20,7 +20,11 @@ from antefix.usage.verify import verify
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `usage` with its own commands; `run` carries them out."""
-    parser = subparsers.add_parser("usage", help="export, verify and report what was used and billed")
+    add_arguments(subparsers.add_parser("usage", help="export, verify and report what was used and billed"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The commands under `antefix usage`."""
     commands = parser.add_subparsers(dest="usage_command", required=True)
 
     export = commands.add_parser("export", help="write records for a billing back-end")

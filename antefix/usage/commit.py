@@ -134,7 +134,9 @@ class LedgerWriter:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
 
-def _fail(batch: Sequence[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]], err: BaseException) -> None:
+def _fail(
+    batch: Sequence[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]], err: BaseException
+) -> None:
     for _, future in batch:
         if not future.done():
             future.set_exception(err)
