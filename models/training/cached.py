@@ -70,4 +70,4 @@ class CachedModel:
 def bits(logits: Tensor, targets: Tokens) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Bits [T] of each target under logits [T, vocab]."""
     losses = F.cross_entropy(logits.float(), torch.from_numpy(targets.astype(np.int64)), reduction="none")
-    return losses.double().numpy() / np.log(2.0)
+    return np.asarray(losses.double().numpy() / np.log(2.0))

@@ -1,0 +1,112 @@
+"""Plain references for the validation figure: an n-gram model as large as the network's file, and xz.
+
+    python -m models.training.baselines --corpus .corpus --size 7715650 --out baselines.json
+
+The n-gram model interpolates orders 0 to 7 by Witten and Bell's rule. It keeps the most frequent (context, byte) pairs
+of all orders that fit `--size` at ENTRY_BYTES each: a hash of the pair and a count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.training.corpus import load
+
+Keys = NDArray[np.uint64]
+Counts = NDArray[np.int64]
+
+MAX_ORDER = 7
+# A four-byte hash that tells pairs apart, and a two-byte count: what a compact table would store.
+ENTRY_BYTES = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """The kept pairs of one order, sorted, and each context's sum and number of followers."""
+
+    pairs: Keys
+    counts: Counts
+    contexts: Keys
+    totals: Counts
+    followers: Counts
+
+
+def pair_keys(data: NDArray[np.uint8], order: int) -> Keys:
+    """For each position from `order` on: the `order` bytes before it and the byte itself, packed into 64 bits."""
+    length = len(data) - order
+    keys = np.zeros(length, dtype=np.uint64)
+    for offset in range(order + 1):
+        keys = (keys << np.uint64(8)) | data[offset : offset + length].astype(np.uint64)
+    return keys
+
+
+def train(data: NDArray[np.uint8], *, size_bytes: int) -> list[Order]:
+    """Count all pairs, then keep the most frequent ones that fit."""
+    counted = [np.unique(pair_keys(data, order), return_counts=True) for order in range(MAX_ORDER + 1)]
+    budget = size_bytes // ENTRY_BYTES
+    frequencies = np.sort(np.concatenate([counts for _, counts in counted]))[::-1]
+    least = int(frequencies[budget]) + 1 if len(frequencies) > budget else 1
+    return [_kept(keys, counts, least) for keys, counts in counted]
+
+
+def _kept(keys: Keys, counts: Counts, least: int) -> Order:
+    keep = counts >= least
+    pairs, kept = keys[keep], counts[keep]
+    contexts, starts, followers = np.unique(pairs >> np.uint64(8), return_index=True, return_counts=True)
+    totals = np.add.reduceat(kept, starts) if len(kept) else kept
+    return Order(pairs=pairs, counts=kept, contexts=contexts, totals=totals, followers=followers)
+
+
+def bits_per_byte(orders: list[Order], data: NDArray[np.uint8]) -> float:
+    """Mean bits of each byte of `data` under the interpolated model."""
+    probability = np.full(len(data), 1 / 256)
+    for order, table in enumerate(orders):
+        keys = pair_keys(data, order)
+        count = _find(table.pairs, table.counts, keys)
+        total = _find(table.contexts, table.totals, keys >> np.uint64(8))
+        followers = _find(table.contexts, table.followers, keys >> np.uint64(8))
+        lower = probability[order:]
+        mixed = (count + followers * lower) / np.maximum(total + followers, 1)
+        probability[order:] = np.where(total > 0, mixed, lower)
+    return float(-np.log2(probability).mean())
+
+
+def _find(keys: Keys, values: Counts, wanted: Keys) -> Counts:
+    """Each wanted key's value, 0 where it is not there."""
+    if not len(keys):
+        return np.zeros(len(wanted), dtype=np.int64)
+    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[place] == wanted, values[place], 0)
+
+
+def xz_bits(train_text: bytes, valid_text: bytes) -> dict[str, float]:
+    """Bits a byte of the held-out text alone, and what it adds behind the training text in one window of 64 MiB."""
+    alone = len(lzma.compress(valid_text, preset=9))
+    added = len(lzma.compress(train_text + valid_text, preset=9)) - len(lzma.compress(train_text, preset=9))
+    return {"xz_alone": 8 * alone / len(valid_text), "xz_after_training_text": 8 * added / len(valid_text)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--size", type=int, required=True, help="bytes of the n-gram table")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    halves = [load(arguments.corpus / f"{half}.xz") for half in ("train", "valid")]
+    # A document starts with a NUL here, as in the files.
+    train_data, valid_data = (np.where(half > 255, 0, half).astype(np.uint8) for half in halves)
+    orders = train(train_data, size_bytes=arguments.size)
+    figures = {"ngram": bits_per_byte(orders, valid_data), "ngram_pairs": sum(len(order.pairs) for order in orders)}
+    figures |= xz_bits(train_data.tobytes(), valid_data.tobytes())
+    arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
