@@ -1,46 +1,145 @@
-"""Which worker probably has which blocks in memory, as far as this router's own placements tell.
+"""Who holds which blocks in memory, as far as events and this router's own placements tell.
 
-A guess that only steers placement: a worker that has lost a block reads it from the store. Bounded per worker, least
-recently used first out, as the workers' pools are.
+It steers placement and promises nothing: a worker that has lost a block reads it from the store. Blocks are known by
+64 bits of their hash (a collision costs a wrong guess), holders by the bits of one number, shared by all blocks that
+have the same holders: about 100 bytes a block whatever the number of holders.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Key = int
+
+# Bits of workers that are gone are taken out of all blocks when there are this many; one by one would cost a pass each.
+_GONE_MAX = 64
+# Distinct sets of holders that are kept for sharing; more than that are not shared.
+_SETS_MAX = 1 << 16
+
+
+def keys_of(hashes: Sequence[bytes]) -> list[Key]:
+    """The directory's names of blocks: the first 8 bytes of their hashes."""
+    if not hashes:
+        return []
+    words = len(hashes[0]) // 8
+    return [int(key) for key in np.frombuffer(b"".join(hashes), "<u8")[::words].tolist()]
 
 
 class Directory:
-    """Worker address -> recently placed block hashes. One entry takes about 150 bytes."""
+    """Bounded: two generations of half the blocks each. Using a block moves it to the young one; when that is full the
+    old one is forgotten. That is near to least recently used, at no cost a block."""
 
-    def __init__(self, num_blocks_max: int = 1 << 17) -> None:
-        self._num_blocks_max = num_blocks_max
-        self._blocks: dict[str, OrderedDict[bytes, None]] = {}
+    def __init__(self, num_blocks_max: int = 1 << 20) -> None:
+        self._half = max(1, num_blocks_max // 2)
+        self._young: dict[Key, int] = {}
+        self._old: dict[Key, int] = {}
+        self._sets: dict[int, int] = {}
+        self._bit: dict[str, int] = {}
+        self._row: dict[int, str] = {}
+        self._gone = 0
 
-    def placed(self, address: str, hashes: Sequence[bytes]) -> None:
-        """The worker has, or will soon have, these blocks."""
-        blocks = self._blocks.setdefault(address, OrderedDict())
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
+
+    def placed(self, address: str, keys: Sequence[Key]) -> None:
+        """The worker has, or will soon have, these blocks of one chain."""
+        bit = 1 << self._bit_of(address)
+        young, old = self._young, self._old
         # Deepest first, so that a prefix outlives what continues it.
-        for name in reversed(hashes[-self._num_blocks_max :]):
-            blocks[name] = None
-            blocks.move_to_end(name)
-        while len(blocks) > self._num_blocks_max:
-            blocks.popitem(last=False)
+        for key in reversed(keys):
+            held = young.get(key)
+            if held is None:
+                held = old.pop(key, 0)
+            elif held & bit:
+                continue
+            young[key] = self._shared(held | bit)
+            if len(young) >= self._half:
+                self._old, self._young = young, {}
+                young, old = self._young, self._old
+
+    def evicted(self, address: str, keys: Sequence[Key]) -> None:
+        """The worker says that it has dropped these blocks."""
+        keep = ~(1 << self._bit_of(address))
+        for key in keys:
+            for part in (self._young, self._old):
+                held = part.get(key)
+                if held is None:
+                    continue
+                if held & keep:
+                    part[key] = self._shared(held & keep)
+                else:
+                    del part[key]
 
     def forget(self, address: str) -> None:
         """The worker died or was replaced: its memory is gone."""
-        self._blocks.pop(address, None)
+        bit = self._bit.pop(address, None)
+        if bit is None:
+            return
+        del self._row[bit]
+        self._gone |= 1 << bit
+        if self._gone.bit_count() > _GONE_MAX:
+            self._sweep()
 
-    def num_leading(self, address: str, hashes: Sequence[bytes]) -> int:
-        """How many of the chain's first blocks the worker probably has. Bisection: prefixes outlive their ends."""
-        blocks = self._blocks.get(address)
-        if not blocks:
-            return 0
-        low, high = 0, len(hashes)
-        while low < high:
-            middle = (low + high) // 2
-            if hashes[middle] in blocks:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+    def leading(self, addresses: Sequence[str], keys: Sequence[Key]) -> npt.NDArray[np.int64]:
+        """How many of the chain's first blocks each worker probably has; [len(addresses)].
+
+        Bisection for all workers at once: prefixes outlive their ends, so each holds a leading part.
+        """
+        depths: dict[int, int] = {}
+        rows = [self._bit.get(address, -1) for address in addresses]
+        mask = 0
+        for bit in rows:
+            if bit >= 0:
+                mask |= 1 << bit
+        spans = [(0, len(keys), mask & self._held(keys[0]))] if keys else []
+        found = np.zeros(max(self._bit.values(), default=0) + 2, np.int64)
+        while spans:
+            low, high, holders = spans.pop()
+            if not holders:
+                continue
+            if low == high:
+                depths[holders] = low
+                continue
+            middle = (low + high + 1) // 2
+            deeper = holders & self._held(keys[middle - 1])
+            spans.append((middle, high, deeper))
+            spans.append((low, middle - 1, holders & ~deeper))
+        for holders, depth in depths.items():
+            found[_bits(holders)] = depth
+        return found[np.array(rows, np.int64)] if rows else found[:0]
+
+    def _held(self, key: Key) -> int:
+        held = self._young.get(key)
+        return self._old.get(key, 0) if held is None else held
+
+    def _bit_of(self, address: str) -> int:
+        bit = self._bit.get(address)
+        if bit is None:
+            bit = 0
+            while bit in self._row or self._gone >> bit & 1:
+                bit += 1
+            self._bit[address], self._row[bit] = bit, address
+        return bit
+
+    def _shared(self, holders: int) -> int:
+        if len(self._sets) > _SETS_MAX:
+            self._sets.clear()
+        return self._sets.setdefault(holders, holders)
+
+    def _sweep(self) -> None:
+        keep = ~self._gone
+        for part in (self._young, self._old):
+            for key in [key for key, held in part.items() if held & self._gone]:
+                if part[key] & keep:
+                    part[key] = self._shared(part[key] & keep)
+                else:
+                    del part[key]
+        self._gone = 0
+
+
+def _bits(holders: int) -> npt.NDArray[np.int64]:
+    raw = np.frombuffer(holders.to_bytes((holders.bit_length() + 7) // 8, "little"), np.uint8)
+    return np.flatnonzero(np.unpackbits(raw, bitorder="little"))

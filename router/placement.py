@@ -1,60 +1,100 @@
-"""Where a request goes: the worker with the least work, counted in tokens. Pure; never by the first block alone."""
+"""What placement decides by: the request's work, the workers' loads, and the one call that a policy answers.
+
+Workers are rows of arrays, so that a thousand of them are weighed in some vector operations. Pure: no clock, no RPC.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 # Loading a stored token costs this part of computing one: V4-Flash reads 3.5 KB at some GB/s where prefill takes 55 us.
 FETCH_WEIGHT = 0.02
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A worker as placement sees it. resident_tokens: of this prompt, probably in its memory."""
-
-    address: str
-    queued_tokens: int
-    num_requests: int
-    resident_tokens: int
-    num_served: int
-    shunned: bool = False
+Counts = npt.NDArray[np.int64]
+Amounts = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+Seeds = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What the request needs. stored_tokens: its prefix that the store holds.  affinity: names the prompt's prefix."""
+    """What a request needs.
+
+    stored_tokens: its prefix that the store holds; None where the store did not answer.
+    affinity: names the first block that nobody holds, 64 bits: where unseen prefixes part, so that twins meet.
+    head: names the first two blocks; never placed by alone (a system prompt would send all to one), a baseline's key.
+    """
 
     num_tokens: int
-    stored_tokens: int
-    affinity: bytes
+    stored_tokens: int | None
+    affinity: int
+    head: int = 0
 
 
-def cost(work: Work, candidate: Candidate) -> float:
-    """Tokens of work until this request's first token on that worker: queue, uncached rest, loading."""
-    cached = max(work.stored_tokens, candidate.resident_tokens)
-    loaded = max(0, work.stored_tokens - candidate.resident_tokens)
-    return candidate.queued_tokens + (work.num_tokens - cached) + FETCH_WEIGHT * loaded
+@dataclass(slots=True, kw_only=True)
+class Loads:
+    """The workers, a row each; all arrays have one length.
 
-
-def choose(work: Work, candidates: Sequence[Candidate]) -> Candidate:
-    """The least work; ties by running requests, then rendezvous on the prefix so that twins meet, then history.
-
-    Raises:  ValueError: there are no candidates.
+    seeds: from their addresses.  pending_tokens: of work placed and not done.  active_tokens: prompts' lengths of the
+    same.  resident_tokens: of this prompt, probably in the worker's memory.  num_served: requests ended, ever.
     """
-    return min(
-        candidates,
-        key=lambda c: (
-            c.shunned,
-            round(cost(work, c)),
-            c.num_requests,
-            _rendezvous(work.affinity, c.address),
-            c.num_served,
-        ),
-    )
+
+    seeds: Seeds
+    pending_tokens: Amounts
+    active_tokens: Amounts
+    num_requests: Counts
+    resident_tokens: Counts
+    num_served: Counts
+    shunned: Flags
+
+    def __len__(self) -> int:
+        return len(self.seeds)
 
 
-def _rendezvous(affinity: bytes, address: str) -> bytes:
-    """Highest random weight (Thaler and Ravishankar, 1998), lowest here: a lost worker moves only its own prefixes."""
-    return hashlib.blake2b(address.encode(), key=affinity[:64], digest_size=8).digest()
+class Policy(Protocol):
+    """One way to place requests. May keep state of its own (a counter, a generator of chance)."""
+
+    def choose(self, work: Work, loads: Loads) -> int:
+        """The row of the worker that gets the request; there is at least one, and not all are shunned."""
+
+
+def seed_of(address: str) -> int:
+    """A worker's number in rendezvous hashing: the same in every process."""
+    return int.from_bytes(hashlib.blake2b(address.encode(), digest_size=8).digest(), "little")
+
+
+def seeds_of(addresses: Sequence[str]) -> Seeds:
+    return np.array([seed_of(address) for address in addresses], np.uint64)
+
+
+def rendezvous(key: int, seeds: Seeds) -> Seeds:
+    """A weight a worker (Thaler and Ravishankar, 1998); the lowest wins: a lost worker moves only its own prefixes."""
+    mixed = seeds ^ np.uint64(key & 0xFFFFFFFFFFFFFFFF)
+    # The finaliser of splitmix64 (Steele, Lea and Flood, 2014): each bit of key and seed reaches each bit of weight.
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def cached_tokens(work: Work, loads: Loads) -> Amounts:
+    """Tokens of the prompt that each worker need not compute.
+
+    The store's word is final: what it does not hold is not promised, for a worker's memory is known by guess.
+    """
+    resident = loads.resident_tokens.astype(np.float64)
+    if work.stored_tokens is None:
+        return resident
+    return np.full(len(loads), float(work.stored_tokens))
+
+
+def own_work(work: Work, loads: Loads) -> Amounts:
+    """Tokens of work that the request itself is on each worker: the uncached rest, and loading what is not resident."""
+    cached = cached_tokens(work, loads)
+    fetched = np.maximum(0.0, cached - loads.resident_tokens)
+    return work.num_tokens - cached + FETCH_WEIGHT * fetched

@@ -21,10 +21,14 @@ from antefix.store.open import StoreAddress, open_store
 from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc, usage_pb2, usage_pb2_grpc
 from antefix.wire import report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
+from router.directory import Directory
 from router.front import Front, open_front
 from router.gateway.app import start_http
 from router.gateway.config import GatewayConfig
-from router.generate import Generator, Names
+from router.generate import Generator
+from router.naming import Names
+from router.policy import POLICIES, make_policy
+from router.prefilling import Prefilling
 from router.usage_service import UsageServicer
 from router.workers import Role, Workers
 
@@ -44,6 +48,7 @@ class RouterConfig(GatewayConfig):
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
     prefill_tokens_min: int = setting(0, "an uncached rest of at most this is left to decode", unit="tokens")
+    policy: str = setting("least_work", "placement: least_work, or a baseline to compare it with")
     prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
     decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
 
@@ -55,6 +60,7 @@ class RouterConfig(GatewayConfig):
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
         require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
         require(self.prefill_tokens_min >= 0, f"prefill_tokens_min must not be negative, is {self.prefill_tokens_min}")
+        require(self.policy in POLICIES, f"policy must be one of {', '.join(POLICIES)}, is {self.policy!r}")
         require(bool(self.decode), "--decode is needed: at least one decode worker's host:port")
 
 
@@ -65,18 +71,21 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._identity = identity
         self._tokenizer = tokenizer
         self._fingerprint = identity.fingerprint(KVFormat(config.kv_format), namespace=config.namespace).digest
-        self._prefill = Workers.at(Role.PREFILL, config.prefill)
-        self._decode = Workers.at(Role.DECODE, config.decode)
+        self._prefill = Workers(Role.PREFILL, make_policy(config.policy), config.prefill)
+        self._decode = Workers(Role.DECODE, make_policy(config.policy), config.decode)
         keyring = Keyring.from_file(config.secret_file)
-        names = Names(
+        names = Names(fingerprint=self._fingerprint, keyring=keyring, block_size=identity.geometry.block_size)
+        directory = Directory()
+        prefilling = Prefilling(
+            self._prefill,
+            store,
+            directory,
             fingerprint=self._fingerprint,
-            keyring=keyring,
-            block_size=identity.geometry.block_size,
             prefill_tokens_min=config.prefill_tokens_min,
         )
         self.front: Front = open_front(
             config,
-            Generator(self._prefill, self._decode, store, names),
+            Generator(prefilling, self._decode, names, directory),
             identity=identity,
             tokenizer=tokenizer,
             keyring=keyring,

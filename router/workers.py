@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
 
 from antefix.clients import DecodeClient, PrefillClient
 from antefix.errors import Unavailable
-from router.directory import Directory
-from router.placement import Candidate, Work, choose
+from router.backlog import Backlog
+from router.directory import Directory, Key
+from router.placement import Loads, Policy, Work, seed_of
 
 # A worker that failed is left alone this long, unless no other one is there.
 SHUN_S = 2.0
@@ -35,60 +39,93 @@ class Worker:
     client: PrefillClient | DecodeClient
     num_requests: int = 0
     num_tokens: int = 0
+    num_active_tokens: int = 0
     num_served: int = 0
     shunned_until: float = 0.0
+    draining: bool = False
+    backlog: Backlog = field(default_factory=Backlog)
+    seed: int = 0
 
     def is_shunned(self, now: float) -> bool:
         return now < self.shunned_until
 
 
-@dataclass(slots=True)
 class Workers:
-    """All workers of one role."""
+    """All workers of one role, placed by one policy."""
 
-    role: Role
-    workers: list[Worker]
+    def __init__(self, role: Role, policy: Policy, addresses: Sequence[str] = ()) -> None:
+        self.role = role
+        self.workers: list[Worker] = []
+        self._policy = policy
+        for address in addresses:
+            self.join(address)
 
-    @classmethod
-    def at(cls, role: Role, addresses: Sequence[str]) -> Workers:
-        make = PrefillClient if role is Role.PREFILL else DecodeClient
-        return cls(role=role, workers=[Worker(address=a, role=role, client=make(a)) for a in addresses])
+    def join(self, address: str) -> Worker:
+        """Know a worker from now on; one that is known already, back from draining perhaps, stays what it is."""
+        worker = self.find(address)
+        if worker is None:
+            client = PrefillClient(address) if self.role is Role.PREFILL else DecodeClient(address)
+            worker = Worker(address=address, role=self.role, client=client, seed=seed_of(address))
+            self.workers.append(worker)
+        worker.draining = False
+        return worker
+
+    def leave(self, address: str) -> None:
+        """Place nothing there any more. What runs there ends as it ends; its load is its own."""
+        self.workers = [worker for worker in self.workers if worker.address != address]
+
+    def find(self, address: str) -> Worker | None:
+        return next((worker for worker in self.workers if worker.address == address), None)
 
     def place(
-        self, work: Work, directory: Directory, chain: Sequence[bytes], block_size: int, exclude: frozenset[str]
+        self, work: Work, directory: Directory, keys: Sequence[Key], block_size: int, exclude: frozenset[str]
     ) -> Worker:
-        """The worker with the least work for this prompt.
+        """The policy's choice for this prompt. A worker that failed or drains is taken only where there is no other.
 
         Raises:  Unavailable: there is none besides the excluded ones.
         """
         now = time.monotonic()
-        by_address = {worker.address: worker for worker in self.workers if worker.address not in exclude}
-        if not by_address:
+        workers = [worker for worker in self.workers if worker.address not in exclude]
+        workers = [worker for worker in workers if not worker.draining] or workers
+        workers = [worker for worker in workers if not worker.is_shunned(now)] or workers
+        if not workers:
             raise Unavailable(f"no {self.role} worker is left to try")
-        candidates = [
-            Candidate(
-                address=worker.address,
-                queued_tokens=worker.num_tokens,
-                num_requests=worker.num_requests,
-                resident_tokens=directory.num_leading(worker.address, chain) * block_size,
-                num_served=worker.num_served,
-                shunned=worker.is_shunned(now),
-            )
-            for worker in by_address.values()
-        ]
-        return by_address[choose(work, candidates).address]
+        if len(workers) == 1:
+            return workers[0]
+        resident = directory.leading([worker.address for worker in workers], keys) * block_size
+        return workers[self._policy.choose(work, loads_of(workers, resident, now))]
 
     @contextlib.contextmanager
-    def load(self, worker: Worker, num_tokens: int) -> Iterator[None]:
-        """Count a request of `num_tokens` on the worker while the block runs."""
+    def load(self, worker: Worker, num_tokens: int, *, num_active_tokens: int = 0) -> Iterator[None]:
+        """Count a request on the worker while the block runs: tokens of work, and the length of its prompt."""
         worker.num_requests += 1
         worker.num_tokens += num_tokens
+        worker.num_active_tokens += num_active_tokens
+        ticket = worker.backlog.add(num_tokens, time.monotonic())
+        done = False
         try:
             yield
+            # Decode workers run all sequences at once: how long one took does not say what is left of the others.
+            done = self.role is Role.PREFILL
         except Unavailable:
             worker.shunned_until = time.monotonic() + SHUN_S
             raise
         finally:
+            worker.backlog.remove(ticket, time.monotonic(), done=done)
             worker.num_requests -= 1
             worker.num_tokens -= num_tokens
+            worker.num_active_tokens -= num_active_tokens
             worker.num_served += 1
+
+
+def loads_of(workers: Sequence[Worker], resident_tokens: npt.NDArray[np.int64], now: float) -> Loads:
+    """The workers as placement sees them."""
+    return Loads(
+        seeds=np.array([worker.seed for worker in workers], np.uint64),
+        pending_tokens=np.array([worker.backlog.pending_tokens(now) for worker in workers], np.float64),
+        active_tokens=np.array([worker.num_active_tokens for worker in workers], np.float64),
+        num_requests=np.array([worker.num_requests for worker in workers], np.int64),
+        resident_tokens=resident_tokens,
+        num_served=np.array([worker.num_served for worker in workers], np.int64),
+        shunned=np.zeros(len(workers), np.bool_),
+    )

@@ -1,108 +1,149 @@
-"""Placement: least work wins, never by the first block alone, and load always comes back to zero."""
+"""Load always comes back to zero, and the directory knows what it was told, within its bound."""
 
 import hashlib
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import Unavailable
-from router.directory import Directory
-from router.placement import Candidate, Work, choose, cost
+from router.backlog import Backlog
+from router.directory import Directory, keys_of
+from router.placement import Work
+from router.policy import make_policy
 from router.workers import Role, Workers
 
 ADDRESSES = [f"127.0.0.1:{port}" for port in range(7001, 7009)]
 
 
-def name(*path):
-    return hashlib.blake2b(repr(path).encode(), digest_size=32).digest()
-
-
-def candidate(address="a", queued=0, requests=0, resident=0, served=0, shunned=False):
-    return Candidate(
-        address=address,
-        queued_tokens=queued,
-        num_requests=requests,
-        resident_tokens=resident,
-        num_served=served,
-        shunned=shunned,
-    )
+def key(*path):
+    return int.from_bytes(hashlib.blake2b(repr(path).encode(), digest_size=8).digest(), "little")
 
 
 def work(num_tokens=1000, stored=0, prefix="p"):
-    return Work(num_tokens=num_tokens, stored_tokens=stored, affinity=name(prefix))
+    return Work(num_tokens=num_tokens, stored_tokens=stored, affinity=key(prefix))
 
 
-def test_a_prefix_in_memory_beats_one_on_disk_beats_none():
-    costs = [cost(work(1000, stored), candidate(resident=r)) for stored, r in ((900, 900), (900, 0), (0, 0))]
-    assert costs == sorted(costs) and len(set(costs)) == 3
-
-
-def test_a_long_queue_outweighs_a_prefix_in_memory():
-    chosen = choose(work(1000), [candidate("busy", queued=5000, resident=900), candidate("free")])
-    assert chosen.address == "free"
-
-
-def test_twins_that_nobody_has_seen_meet():
-    first = choose(work(prefix="twin"), [candidate(a) for a in ADDRESSES])
-    second = choose(work(prefix="twin"), [candidate(a) for a in reversed(ADDRESSES)])
-    assert first.address == second.address
-
-
-def test_prompts_with_a_common_beginning_spread_over_workers():
-    chosen = {
-        choose(work(prefix=f"system prompt, user {i}"), [candidate(a) for a in ADDRESSES]).address for i in range(100)
-    }
-    assert len(chosen) == len(ADDRESSES)
-
-
-def test_losing_a_worker_moves_only_its_own_prefixes():
-    works = [work(prefix=str(i)) for i in range(200)]
-    before = [choose(w, [candidate(a) for a in ADDRESSES]).address for w in works]
-    after = [choose(w, [candidate(a) for a in ADDRESSES[1:]]).address for w in works]
-    assert all(b == a for b, a in zip(before, after, strict=True) if b != ADDRESSES[0])
-
-
-def test_a_worker_that_just_failed_is_the_last_choice():
-    assert choose(work(), [candidate("failed", shunned=True), candidate("busy", queued=10**6)]).address == "busy"
+def workers_of(role, addresses):
+    return Workers(role, make_policy("least_work"), addresses)
 
 
 @given(failures=st.lists(st.sampled_from([None, Unavailable, ValueError, KeyboardInterrupt]), max_size=30))
 def test_load_is_given_back_however_a_request_ends(failures):
-    workers = Workers.at(Role.PREFILL, ADDRESSES[:2])
+    workers = workers_of(Role.PREFILL, ADDRESSES[:2])
     for kind in failures:
-        worker = workers.place(work(), Directory(), [name("x")], 64, frozenset())
+        worker = workers.place(work(), Directory(), [key("x")], 64, frozenset())
         try:
-            with workers.load(worker, 123):
+            with workers.load(worker, 123, num_active_tokens=7):
                 assert worker.num_tokens == 123
                 if kind:
                     raise kind()
         except (Unavailable, ValueError, KeyboardInterrupt):
             continue
-    assert all((w.num_requests, w.num_tokens) == (0, 0) for w in workers.workers)
+    assert all((w.num_requests, w.num_tokens, w.num_active_tokens) == (0, 0, 0) for w in workers.workers)
+    assert all(len(w.backlog) == 0 and w.backlog.pending_tokens(1e12) == 0 for w in workers.workers)
     assert sum(w.num_served for w in workers.workers) == len(failures)
 
 
 def test_with_nobody_left_placement_says_so():
-    workers = Workers.at(Role.DECODE, ADDRESSES[:1])
+    workers = workers_of(Role.DECODE, ADDRESSES[:1])
     with pytest.raises(Unavailable):
         workers.place(work(), Directory(), [], 64, frozenset(ADDRESSES))
 
 
-@given(length=st.integers(0, 40), known=st.integers(0, 40))
-def test_the_directory_finds_the_longest_known_prefix(length, known):
-    directory, chain = Directory(), [name(i) for i in range(length)]
-    directory.placed("w", chain[:known])
-    assert directory.num_leading("w", chain) == min(length, known)
-    assert directory.num_leading("other", chain) == 0
-    directory.forget("w")
-    assert directory.num_leading("w", chain) == 0
+def test_a_worker_that_failed_or_drains_is_taken_only_where_there_is_no_other():
+    workers = workers_of(Role.PREFILL, ADDRESSES[:2])
+    first, second = workers.workers
+    with pytest.raises(Unavailable), workers.load(first, 10):
+        raise Unavailable("gone")
+    assert workers.place(work(), Directory(), [], 64, frozenset()) is second
+    assert workers.place(work(), Directory(), [], 64, frozenset({second.address})) is first
+    second.draining = True
+    assert workers.place(work(), Directory(), [], 64, frozenset()) is first
 
 
-def test_the_directory_is_bounded_and_forgets_ends_before_beginnings():
-    directory = Directory(num_blocks_max=10)
-    old, new = [name("old", i) for i in range(8)], [name("new", i) for i in range(6)]
-    directory.placed("w", old)
-    directory.placed("w", new)
-    assert directory.num_leading("w", new) == 6
-    assert directory.num_leading("w", old) == 4
+@given(
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), st.integers(1, 10_000)),
+            st.tuples(st.just("end"), st.integers(0, 9), st.booleans()),
+        ),
+        max_size=40,
+    )
+)
+def test_a_backlog_is_never_negative_nor_more_than_what_was_added(steps):
+    backlog, tickets, now = Backlog(), {}, 0.0
+    for step in steps:
+        now += 0.25
+        if step[0] == "add":
+            tickets[backlog.add(step[1], now)] = step[1]
+        elif tickets:
+            ticket = list(tickets)[step[1] % len(tickets)]
+            backlog.remove(ticket, now, done=step[2])
+            del tickets[ticket]
+        assert 0 <= backlog.pending_tokens(now) <= sum(tickets.values()) + 1e-6
+    for ticket in tickets:
+        backlog.remove(ticket, now, done=False)
+    assert backlog.pending_tokens(now) == 0
+
+
+def test_a_backlog_counts_what_the_worker_has_done_of_the_first_request():
+    backlog = Backlog()
+    backlog.remove(backlog.add(1000, 0.0), 10.0, done=True)
+    assert backlog.tokens_per_s == 100
+    backlog.add(1000, 20.0)
+    backlog.add(500, 21.0)
+    assert backlog.pending_tokens(25.0) == 1000
+    assert backlog.pending_tokens(1000.0) == 500
+
+
+@given(length=st.integers(0, 40), known=st.lists(st.integers(0, 40), min_size=1, max_size=5))
+def test_the_directory_finds_each_workers_longest_known_prefix(length, known):
+    directory, chain = Directory(), [key(i) for i in range(length)]
+    for number, num_blocks in enumerate(known):
+        directory.placed(f"w{number}", chain[:num_blocks])
+    addresses = [*(f"w{number}" for number in range(len(known))), "other"]
+    assert directory.leading(addresses, chain).tolist() == [*(min(length, n) for n in known), 0]
+    directory.forget("w0")
+    assert directory.leading(addresses, chain)[0] == 0
+    assert directory.leading(addresses, chain)[1:].tolist() == [*(min(length, n) for n in known[1:]), 0]
+
+
+def test_what_a_worker_dropped_is_not_its_own_any_more_and_others_keep_theirs():
+    directory, chain = Directory(), [key(i) for i in range(8)]
+    directory.placed("a", chain)
+    directory.placed("b", chain)
+    directory.evicted("a", chain[5:])
+    assert directory.leading(["a", "b"], chain).tolist() == [5, 8]
+    directory.evicted("b", chain)
+    directory.evicted("a", chain)
+    assert len(directory) == 0
+
+
+def test_a_worker_that_comes_back_under_its_address_is_believed_empty():
+    directory, chain = Directory(), [key(i) for i in range(4)]
+    for _ in range(200):  # more than the bits that are kept of the gone
+        directory.placed("w", chain)
+        directory.forget("w")
+        assert directory.leading(["w"], chain).tolist() == [0]
+    directory.placed("v", chain[:2])
+    assert directory.leading(["w", "v"], chain).tolist() == [0, 2]
+
+
+def test_the_directory_is_bounded_and_forgets_what_was_not_used():
+    directory = Directory(num_blocks_max=100)
+    used = [key("used", i) for i in range(20)]
+    for number in range(50):
+        directory.placed("w", used)
+        directory.placed("w", [key(number, i) for i in range(20)])
+        assert len(directory) <= 100
+    assert directory.leading(["w"], used).tolist() == [20]
+    assert directory.leading(["w"], [key(0, i) for i in range(20)]).tolist() == [0]
+
+
+def test_keys_are_the_first_bytes_of_hashes():
+    hashes = [hashlib.blake2b(bytes([i]), digest_size=32).digest() for i in range(5)]
+    assert keys_of(hashes) == [int.from_bytes(name[:8], "little") for name in hashes]
+    assert keys_of([]) == []
+    assert all(isinstance(name, int) for name in keys_of(hashes)) and np.dtype("<u8").itemsize == 8

@@ -1,0 +1,53 @@
+"""Work that was given to one worker and is not done, in tokens of prefill; and how fast the worker does it.
+
+A worker computes one prompt after the other. So what is left of the first one shrinks while it is worked on: a count
+that forgets that makes a worker that is nearly done look like one that has just begun.
+"""
+
+from __future__ import annotations
+
+# A speed of 14 requests ago counts half.
+_MEMORY = 0.95
+# Below this a duration says more of calls than of computing.
+_TOKENS_MIN = 256.0
+
+
+class Backlog:
+    """Tickets in order of placement. Times are seconds of any steady clock, handed in."""
+
+    def __init__(self, tokens_per_s: float = 0.0) -> None:
+        self.tokens_per_s = tokens_per_s
+        self._waiting: dict[int, float] = {}
+        self._head_since = 0.0
+        self._total = 0.0
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, tokens: float, now: float) -> int:
+        """Count work of a new request; returns its ticket."""
+        if not self._waiting:
+            self._head_since = now
+        self._next += 1
+        self._waiting[self._next] = tokens
+        self._total += tokens
+        return self._next
+
+    def remove(self, ticket: int, now: float, *, done: bool) -> None:
+        """The request ended. done: it was computed to its end, so that its time says how fast the worker is."""
+        was_head = next(iter(self._waiting)) == ticket
+        tokens = self._waiting.pop(ticket)
+        self._total = self._total - tokens if self._waiting else 0.0
+        if was_head:
+            if done and tokens >= _TOKENS_MIN and now > self._head_since:
+                speed = tokens / (now - self._head_since)
+                self.tokens_per_s = _MEMORY * self.tokens_per_s + (1 - _MEMORY) * speed if self.tokens_per_s else speed
+            self._head_since = now
+
+    def pending_tokens(self, now: float) -> float:
+        """What is left to do."""
+        if not self._waiting:
+            return 0.0
+        head = next(iter(self._waiting.values()))
+        return self._total - min(head, max(0.0, now - self._head_since) * self.tokens_per_s)

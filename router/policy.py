@@ -1,0 +1,65 @@
+"""Placement policies by name: least_work, which the router runs, and the baselines that the simulator compares."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+
+from antefix.errors import InvalidRequest
+from router.baselines import DynamoLinear, LeastLoaded, LMetric, Rendezvous, RoundRobin, SglangThreshold
+from router.placement import Loads, Policy, Work, own_work, rendezvous
+
+# Costs this near are equal: predictions are not better than a block or two, and equals can be told apart by better.
+TIE_TOKENS = 256.0
+# Each request in a worker's queue waits for what is placed there now and stands for others that will.
+QUEUE_WEIGHT = 0.25
+
+
+class LeastWork:
+    """Least work until this request's first token, its own counted for those who will queue behind it too.
+
+    cost = pending + own * (1 + queue_weight * requests there), in tokens of prefill. Resident beats disk beats remote
+    within `own`. Ties: fewer requests; then an unseen prefix by rendezvous, another by history; then chance.
+    """
+
+    def __init__(self, seed: int = 0, *, queue_weight: float = QUEUE_WEIGHT, tie_tokens: float = TIE_TOKENS) -> None:
+        self._rng = random.Random(seed)
+        self._queue_weight = queue_weight
+        self._tie_tokens = tie_tokens
+
+    def choose(self, work: Work, loads: Loads) -> int:
+        # 1. The work; a worker that just failed is the last choice whatever it has.
+        costs = loads.pending_tokens + own_work(work, loads) * (1 + self._queue_weight * loads.num_requests)
+        costs = np.where(loads.shunned, np.inf, costs)
+        rows = np.flatnonzero(costs <= costs.min() + self._tie_tokens)
+        # 2. Load.
+        if len(rows) > 1:
+            rows = rows[loads.num_requests[rows] == loads.num_requests[rows].min()]
+        # 3. What nobody has: twins meet. What somebody has: who has served least.
+        if len(rows) > 1 and not loads.resident_tokens[rows].any():
+            return int(rows[np.argmin(rendezvous(work.affinity, loads.seeds[rows]))])
+        if len(rows) > 1:
+            rows = rows[loads.resident_tokens[rows] == loads.resident_tokens[rows].max()]
+            rows = rows[loads.num_served[rows] == loads.num_served[rows].min()]
+        # 4. Chance.
+        return int(rows[0]) if len(rows) == 1 else int(rows[self._rng.randrange(len(rows))])
+
+
+POLICIES: dict[str, Callable[[int], Policy]] = {
+    "least_work": LeastWork,
+    "round_robin": RoundRobin,
+    "least_loaded": LeastLoaded,
+    "rendezvous": Rendezvous,
+    "dynamo_linear": DynamoLinear,
+    "lmetric": LMetric,
+    "sglang_threshold": SglangThreshold,
+}
+
+
+def make_policy(name: str, seed: int = 0) -> Policy:
+    """Raises:  InvalidRequest: there is no policy of that name."""
+    if name not in POLICIES:
+        raise InvalidRequest(f"unknown policy {name!r}: use one of {', '.join(POLICIES)}")
+    return POLICIES[name](seed)
