@@ -21,11 +21,9 @@ import xxhash
 from antefix.errors import Unavailable
 from antefix.store.api import RecordKind
 from antefix.store.format import (
-    BATCH_ALIGN,
     INDEX_DIR,
     SEGMENT_HEADER_BYTES,
     RecordHeader,
-    align,
     unpack_entry,
 )
 from antefix.store.index import TABLE_OF_KIND, Index
@@ -166,11 +164,14 @@ def index_headers(index: Index, headers: Iterable[RecordHeader]) -> int:
 
 
 def ends_of(headers: Iterable[RecordHeader]) -> dict[int, int]:
-    """Per segment, where the batch of its last record ends."""
+    """Per segment, where its last record ends.
+
+    Exactly there, not at the next batch's start: a torn record's header may stand in between, and once another batch
+    lay over its payload a scan would step over that batch's beginning.
+    """
     ends: dict[int, int] = {}
     for header in headers:
-        end = align(header.offset + header.extent_bytes, BATCH_ALIGN)
-        ends[header.segment] = max(ends.get(header.segment, 0), end)
+        ends[header.segment] = max(ends.get(header.segment, 0), header.offset + header.extent_bytes)
     return ends
 
 

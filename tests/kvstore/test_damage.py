@@ -87,6 +87,28 @@ def test_a_truncated_segment_loses_only_its_tail(open_engine: OpenEngine, tmp_pa
     assert PROMPT.check(engine) == 6
 
 
+def test_a_torn_header_before_the_cut_does_not_hide_the_next_batch(open_engine: OpenEngine, tmp_path: Path) -> None:
+    """Found by simulated power loss: the next batch lay over the torn payload, and a scan stepped over both."""
+    engine = open_engine()
+    engine.put(PROMPT.blocks(1))
+    engine.abandon()
+    path = segment_files(tmp_path / "store")[0]
+    # A batch of two, of which the second was torn off after its header and some of its payload.
+    engine = open_engine()
+    engine.put([PROMPT.block(i, payload=PROMPT.payload(i) * 30) for i in (1, 2)])
+    engine.abandon()
+    torn = path.read_bytes()
+    second = torn.find(PROMPT.hashes[2] + PROMPT.hashes[1]) - 32
+    path.write_bytes(torn[: second + 256 + 500].ljust(second + 256 + 3000, b"\0"))
+    shutil.rmtree(tmp_path / "store" / "index")
+    engine = open_engine()
+    other = Prompt([5] * BLOCK * 3, payload_bytes=100)
+    engine.put(other.blocks())
+    # Compaction and repair find records by such a scan.
+    scanned = [header.hash for header in engine.segments.scan(1, check_payloads=False)]
+    assert scanned == [*PROMPT.hashes[:2], *other.hashes]
+
+
 def test_every_flipped_byte_of_a_segment_is_a_miss_or_harmless(open_engine: OpenEngine, tmp_path: Path) -> None:
     engine = open_engine()
     engine.put([*PROMPT.blocks(3), PROMPT.checkpoint(1)])
