@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from antefix.model.numerics import pad_rows
+from antefix.model.numerics import multiply, pad_rows
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -90,7 +90,7 @@ def window_logits(q_FC: Tensor, tile: Tile, num_heads: int) -> Tensor:
     """[F, 2W]: logits against the previous and the own tile, -inf outside each query's window."""
     window = len(tile.own)
     num_queries = tile.rows[1] - tile.rows[0]
-    logits = torch.cat((torch.mm(q_FC, tile.previous.T), torch.mm(q_FC, tile.own.T)), dim=1)
+    logits = torch.cat((multiply(q_FC, tile.previous.T), multiply(q_FC, tile.own.T)), dim=1)
     slots = torch.arange(tile.slot, tile.slot + num_queries, device=q_FC.device).unsqueeze(1)
     keys = torch.arange(window, device=q_FC.device)
     hidden = torch.cat((keys <= slots, keys > slots), 1)
@@ -133,7 +133,7 @@ def attend_segments(
     top = torch.maximum(near.amax(1, keepdim=True), sinks)
     far = []
     for index, segment in enumerate(segments):
-        logits = torch.mm(q_FC, segment.T)
+        logits = multiply(q_FC, segment.T)
         entries = torch.arange(index * len(segment), (index + 1) * len(segment), device=q_FC.device)
         hidden = (entries >= num_visible_n.unsqueeze(1)).unsqueeze(1)
         logits[:rows].view(num_queries, num_heads, -1).masked_fill_(hidden, NEGATIVE_INFINITY)
@@ -143,7 +143,7 @@ def attend_segments(
     for logits, segment in zip(far, segments, strict=True):
         weights = torch.exp(logits - top)
         total = total + weights.sum(1, keepdim=True)
-        weighted = weighted + torch.mm(weights, segment)
+        weighted = weighted + multiply(weights, segment)
     return (weighted / total)[:rows].view_as(q_nHC)
 
 
@@ -156,5 +156,5 @@ def _window_sums(near: Tensor, top: Tensor, sinks: Tensor, tile: Tile) -> tuple[
     window = len(tile.own)
     weights = torch.exp(near - top)
     total = torch.exp(sinks - top) + weights.sum(1, keepdim=True)
-    weighted = torch.mm(weights[:, :window], tile.previous) + torch.mm(weights[:, window:], tile.own)
+    weighted = multiply(weights[:, :window], tile.previous) + multiply(weights[:, window:], tile.own)
     return total, weighted

@@ -13,9 +13,6 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
-transformers = pytest.importorskip("transformers")
-
 W, C, H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
 # 16 indexer heads: with few, ReLU makes index scores of exactly zero tie, and transformers breaks ties by length.
@@ -56,6 +53,7 @@ def one_thread() -> Iterator[None]:
 
 def build_oracle(plan: str, seed: int = 1) -> Any:
     """transformers' model of a plan in float32; every weight, bias, sink and table is random and matters."""
+    transformers = pytest.importorskip("transformers")
     fields = {**SMALL, **PLANS[plan]}
     csa, hca = fields.pop("rates")
     fields |= {"compress_rates": {C: csa, H: hca}, "num_hidden_layers": len(fields["layer_types"])}
@@ -96,6 +94,7 @@ class _Float64Torch:
 @contextlib.contextmanager
 def lifted() -> Iterator[None]:
     """transformers computes norms, RoPE and softmaxes in float32 even in a float64 model; here it does not."""
+    modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
     plain_float = torch.Tensor.float
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling, "torch", _Float64Torch())
