@@ -32,12 +32,13 @@ from antefix.wire import Sampling
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("docs/ARCHITECTURE.md", "docs/FORMAT.md", "docs/WINDOW_STATE.md", "LICENSE")
 DOCUMENT_TOKENS_MIN = 16_000
-DOCUMENT_TOKENS_MAX = 24_000
-QUESTIONS = (
-    "What does this document describe?",
-    "How are cached blocks named?",
-    "Say that in fewer words.",
-    "Which license is this under?",
+DOCUMENT_CHARACTERS_MAX = 24_000
+# Facts planted in the document, each asked for by one step: an answer from the wrong KV would not know them.
+FACTS = (
+    ("access code", "silver-otter", "73914"),
+    ("home town", "misty-harbor", "Lisbon"),
+    ("serial number", "copper-lantern", "20583"),
+    ("password", "quiet-badger", "velkor"),
 )
 
 
@@ -47,6 +48,7 @@ class Step:
 
     name: str
     prompt: Tokens
+    fact: tuple[str, str, str]
     output: list[int] = field(default_factory=list)
     text: str = ""
     last: Generated | None = None
@@ -64,6 +66,8 @@ class Step:
             "replayed_tokens": restore.replayed_tokens if restore else 0,
             "bytes_read": restore.bytes_read if restore else 0,
             "ttft_s": round(usage.ttft_s, 4),
+            "answer": self.text,
+            "answer_right": self.fact[2] in self.text,
         }
 
 
@@ -109,26 +113,27 @@ class Demo:
         async with Deployment(self._config) as deployment:
             pids = [process.process.pid for process in deployment.processes]
             self._say(f"{len(pids)} processes are up")
-            await self._ask(deployment, "cold", self._turn(self._document, QUESTIONS[0]))
-            second = await self._ask(deployment, "hit", self._turn(self._document, QUESTIONS[1]))
-            history = np.concatenate((second.prompt, np.array(second.output, np.uint32)))
-            await self._ask(deployment, "third turn", self._turn(history, QUESTIONS[2]))
+            await self._ask(deployment, "cold", self._document, FACTS[0])
+            second = await self._ask(deployment, "hit", self._document, FACTS[1])
+            history = np.concatenate((second.prompt, np.array(second.output, np.uint32), self._next_turn))
+            await self._ask(deployment, "third turn", history, FACTS[2])
         # 2. New processes on the same directory: nothing is in memory now.
         async with Deployment(self._config) as deployment:
             pids += [process.process.pid for process in deployment.processes]
             self._say("all processes restarted on the same store")
-            await self._ask(deployment, "after restart", self._turn(self._document, QUESTIONS[3]))
+            await self._ask(deployment, "after restart", self._document, FACTS[3])
             stats = await read_stats(RemoteStore(deployment.one("kvstore").address))
         left = [pid for pid in pids if _is_running(pid)]
         # 3. The same prompts without any store.
         identical = await asyncio.to_thread(self._compare)
         return self._report(stats, identical, num_processes=len(pids) // 2, num_left=len(left))
 
-    async def _ask(self, deployment: Deployment, name: str, prompt: Tokens) -> Step:
-        step = Step(name=name, prompt=prompt)
-        self._say(f"{name}: {len(prompt)} tokens ...")
+    async def _ask(self, deployment: Deployment, name: str, history: Tokens, fact: tuple[str, str, str]) -> Step:
+        question = self._tokenizer.encode(f"\n\nWhat is the {fact[0]} of {fact[1]}?<|end|><|assistant|>")
+        step = Step(name=name, prompt=np.concatenate((history, np.array(question, np.uint32))), fact=fact)
+        self._say(f"{name}: {len(step.prompt)} tokens ...")
         sampling = Sampling(max_tokens=self._max_tokens)
-        async for message in deployment.router.generate(prompt, sampling):
+        async for message in deployment.router.generate(step.prompt, sampling):
             step.output.extend(int(token) for token in message.tokens)
             step.text += message.text
             step.last = message
@@ -144,9 +149,10 @@ class Demo:
             identical[step.name] = reference.generate(step.prompt, self._max_tokens) == step.output
         return identical
 
-    def _turn(self, history: Tokens, question: str) -> Tokens:
-        text = f"<|user|>{question}<|end|><|assistant|>"
-        return np.concatenate((history, np.array(self._tokenizer.encode(text), np.uint32)))
+    @property
+    def _next_turn(self) -> Tokens:
+        """What stands between an answer and the next question. The answer's own end token is not in its output."""
+        return np.array(self._tokenizer.encode("<|end|><|user|>"), np.uint32)
 
     def _report(
         self, stats: StoreTotals, identical: dict[str, bool], *, num_processes: int, num_left: int
@@ -165,6 +171,7 @@ class Demo:
             "restart_ttft_s": restarted["ttft_s"],
             "outputs_identical": all(identical.values()),
             "identical": identical,
+            "answers_right": all(bool(row["answer_right"]) for row in rows),
             "processes": num_processes,
             "processes_left": num_left,
             "store_bytes": stats.used_bytes,
@@ -183,10 +190,18 @@ def _document(args: argparse.Namespace, tokenizer: Tokenizer) -> Tokens:
         text = "\n\n".join(path.read_text() for path in paths if args.document or path.is_file())
     except (OSError, UnicodeDecodeError) as err:
         raise InvalidRequest(f"the document cannot be read: {err}") from err
-    tokens = tokenizer.encode(text)[:DOCUMENT_TOKENS_MAX]
+    tokens = tokenizer.encode(plant(text[:DOCUMENT_CHARACTERS_MAX]))
     if not args.document and len(tokens) < DOCUMENT_TOKENS_MIN:
         raise InvalidRequest(f"the shipped documents have {len(tokens)} tokens, the demo needs {DOCUMENT_TOKENS_MIN}")
     return np.array(tokens, np.uint32)
+
+
+def plant(text: str) -> str:
+    """The text as a user's turn, with a line for each fact spread over its first three quarters."""
+    lines = text.splitlines(keepends=True)
+    for index, (attribute, key, value) in enumerate(FACTS):
+        lines.insert(len(lines) * (3 * index + 1) // (4 * len(FACTS)), f"\nThe {attribute} of {key} is {value}.\n")
+    return "<|bos|><|user|>" + "".join(lines)
 
 
 def _is_running(pid: int) -> bool:
@@ -200,13 +215,13 @@ def _is_running(pid: int) -> bool:
 def _print(steps: list[Step], report: dict[str, object]) -> None:
     console = Console()
     table = Table(title="Antefix demo")
-    for column in ("step", "prompt", "hit", "miss", "plan", "read", "first token", "speed-up"):
-        table.add_column(column, justify="left" if column in ("step", "plan") else "right")
+    for column in ("step", "prompt", "hit", "miss", "plan", "read", "TTFT", "speed-up"):
+        table.add_column(column, justify="left" if column in ("step", "plan") else "right", no_wrap=True)
     cold_s = float(str(report["cold_ttft_s"]))
     for step in steps:
         row = step.row
         ttft_s = float(str(row["ttft_s"]))
-        replayed = f" ({row['replayed_tokens']} replayed)" if row["replayed_tokens"] else ""
+        replayed = f" of {row['replayed_tokens']}" if row["replayed_tokens"] else ""
         table.add_row(
             step.name,
             str(row["prompt_tokens"]),
@@ -219,7 +234,7 @@ def _print(steps: list[Step], report: dict[str, object]) -> None:
         )
     console.print(table)
     for step in steps:
-        console.print(f"[bold]{step.name}[/bold]: {step.text!r}", markup=True, highlight=False)
+        console.print(f"{step.name}: {step.text!r}", markup=False, highlight=False)
     verdict = "equal, token for token" if report["outputs_identical"] else f"NOT equal: {report['identical']}"
     console.print(f"\nOutputs against cold runs without any store: {verdict}.")
     console.print(
