@@ -31,6 +31,8 @@ _LOG2E = 1.4426950408889634
 # Dims decoded and multiplied at once; heads merged by one program.
 _CHUNK = 128
 _MERGE_HEADS = 4
+# Entries and warps of a program, measured best.
+_TILE = (64, 8)
 # Programs that fill the card, and the fewest tiles worth a program of their own.
 _PROGRAMS = 132
 _TILES_MIN = 2
@@ -335,7 +337,7 @@ def _attend(
         return
     head_tile = min(64, max(16, triton.next_power_of_2(num_heads)))
     head_tiles = triton.cdiv(num_heads, head_tile)
-    n, warps = tile or (64, 8)
+    n, warps = tile or _TILE
     tiles = triton.cdiv(entries_max + min(window.records.shape[1], 128), n)
     splits = splits or max(1, min(_PROGRAMS // (num_queries * head_tiles), tiles // _TILES_MIN))
     part_out = part_lse = out

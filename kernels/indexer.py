@@ -23,6 +23,9 @@ from kernels.rounding import e2m1_code, fp4_exponent, hadamard_rows, power_of_tw
 
 # Programs that fill the card in decode: measured best of 264 to 19,200.
 _DECODE_PROGRAMS = 1584
+# Keys of a tile, queries of a product (prefill), warps, stages (prefill): measured best.
+_DECODE_TILE = (64, 1, 4, 1)
+_PREFILL_TILE = (128, 2, 4, 2)
 # Queries that a decoded tile of keys serves before it is dropped.
 _PREFILL_QUERIES = 64
 
@@ -220,8 +223,8 @@ def _prefill_kernel(codes, weights, records, block_table, lens, scores, maxima, 
     most = tl.load(lens + t0 + count - 1)
     if start < most:
         blocks = _blocks(start, most, block_table + sequence.to(tl.int64) * stride_b, N, ENTRIES)
-        at = _offsets(blocks, start, most, stride_p, N, ENTRIES, STEP)
-        stored, scales = _load_keys(records, at, DIM, PACKED)
+        place = _offsets(blocks, start, most, stride_p, N, ENTRIES, STEP)
+        stored, scales = _load_keys(records, place, DIM, PACKED)
         factor, keys = _decode_keys(stored, scales, N, DIM, PACKED)
         n = start + tl.arange(0, N)[:, None]
         group = start // GROUP + tl.arange(0, N // GROUP)[:, None]
@@ -309,7 +312,7 @@ def index_scores(
     check(dim >= 16 and group & (group - 1) == 0, "need an indexer dim of at least 16 and a power-of-two group")
     check(num_entries_max <= block_table.shape[1] * records.shape[1], "num_entries_max exceeds the block tables")
     per_sequence = num_queries // sequences
-    keys, q_step, warps, stages = tile or _choose_tile(per_sequence)
+    keys, q_step, warps, stages = tile or (_DECODE_TILE if per_sequence == 1 else _PREFILL_TILE)
     check(keys >= 64, "a tile must have at least 64 keys: the compiler was seen to err below, at an indexer dim of 16")
     check(not _in_words(fmt) or byte_alignment(records) >= 4, "keys of whole words must start at multiples of 4")
     check(keys % group == 0, f"a tile of {keys} keys must hold whole groups of {group}")
@@ -338,11 +341,6 @@ def index_scores(
 def _in_words(fmt: KeyFormat) -> bool:
     """Whether a key is whole 32-bit words, one of them its four scales (V4's is)."""
     return fmt.dim == 128
-
-
-def _choose_tile(queries: int) -> tuple[int, int, int, int]:
-    """Keys, queries a product, warps, stages: measured best for decode and for prefill."""
-    return (64, 1, 4, 1) if queries == 1 else (128, 2, 8, 3)
 
 
 def group_for(num_entries: int, k: int) -> int:

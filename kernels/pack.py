@@ -21,10 +21,10 @@ from kernels.formats import EntryFormat, KeyFormat, byte_alignment, check, check
 
 # Columns of a group that one program pools where groups are long (HCA), and rows it has in flight.
 _POOL_COLUMNS = 64
-_POOL_ROWS = 32
-_POOL_WARPS = 4
+_POOL_ROWS = 128
+_POOL_WARPS = 8
 # Rows and warps of one program where rows are packed one by one.
-_ROW_TILE = (1, 1)
+_ROW_TILE = (2, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +190,17 @@ def pack_hca(
     if groups:
         rows = min(_POOL_ROWS, triton.next_power_of_2(m))
         _pool_kernel[(groups, triton.cdiv(dim, _POOL_COLUMNS))](
-            kv, gate, bias, first_rows, pooled, kv.stride(0), M=m, DIM=dim, C=_POOL_COLUMNS, ROWS=rows, num_warps=_POOL_WARPS
+            kv,
+            gate,
+            bias,
+            first_rows,
+            pooled,
+            kv.stride(0),
+            M=m,
+            DIM=dim,
+            C=_POOL_COLUMNS,
+            ROWS=rows,
+            num_warps=_POOL_WARPS,
         )
     _launch_rows(pooled, norm, target, 2 * norm.cos.shape[1])
 

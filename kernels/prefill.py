@@ -18,6 +18,9 @@ from kernels.formats import check
 from kernels.gather import unpack_entries
 from kernels.rounding import bf16_bits
 
+# Entries, warps and stages of a program, measured best: picked entries (an index load ahead of each), all entries.
+_TILE_PICKED = (64, 8, 3)
+_TILE_ALL = (64, 8, 2)
 _LOG2E = 1.4426950408889634
 
 
@@ -131,7 +134,7 @@ def prefill_attention(
     if not num_queries:
         return
     head_tile = min(64, max(16, triton.next_power_of_2(num_heads)))
-    n, warps, stages = tile or ((64, 8, 3) if indices is None else (32, 8, 5))
+    n, warps, stages = tile or (_TILE_ALL if indices is None else _TILE_PICKED)
     _prefill_kernel[(triton.cdiv(num_heads, head_tile), num_queries)](
         q,
         values,
