@@ -79,6 +79,16 @@ def break_even(
     return rows
 
 
+def chance_needed(sizes: Sizes, gap_tokens: int) -> float:
+    """How likely a checkpoint must be used, against the chance that its blocks are, to be worth its bytes.
+
+    A checkpoint `gap_tokens` after the one before saves that many tokens, at most a replay; a block saves its own. Both
+    cost bytes. At the returned ratio a byte of the one saves as much as a byte of the other, whatever the machine.
+    """
+    saved = min(gap_tokens, sizes.replay_tokens)
+    return (sizes.checkpoint_bytes / saved) / (sizes.block_bytes / sizes.block_size)
+
+
 def break_even_text(rows: Sequence[BreakEven]) -> str:
     """The winners as a table."""
     head = ["prefix", "disk", "age", "next turn: fastest", "per byte", "left inside: fastest", "per byte"]

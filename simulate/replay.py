@@ -22,6 +22,7 @@ from antefix.window import (
     Sizes,
     StoredPrefix,
     Strategy,
+    Turnover,
 )
 from simulate.habits import Habits
 from simulate.machine import Machine, RateCard, carry_out
@@ -31,6 +32,7 @@ from simulate.trace import Request, Trace
 
 # Progress is reported, expired checkpoints are swept and the bytes are looked at so many times in a run.
 _STEPS = 200
+_LOOK_EVERY_S = 5.0
 
 Progress = Callable[[int, int], None]
 
@@ -115,10 +117,13 @@ class _Run:
         self.rng = random.Random(1)
         self.tally = _Tally()
         self.habits = Habits()
+        self.turnover = Turnover()
+        self.looked_s = -_LOOK_EVERY_S
 
     def serve(self, request: Request) -> None:
         names, now_s = request.names, request.at_s
         # 1. What is stored of the prompt, and where window state is.
+        self._look_at_store(now_s)
         self.store.expire(now_s)
         num_units = self.store.num_stored(names)
         found = self.store.last_checkpoint(names, num_units, now_s)
@@ -142,6 +147,17 @@ class _Run:
         self._write(request, plan, num_units, tuple(checkpoints))
         window_bytes = self.store.checkpoint_bytes_kept()
         self.tally.checkpoint_bytes_kept_max = max(self.tally.checkpoint_bytes_kept_max, window_bytes)
+
+    def _look_at_store(self, now_s: float) -> None:
+        """As the worker does, every few seconds and not for every request."""
+        if now_s >= self.looked_s + _LOOK_EVERY_S:
+            self.looked_s = now_s
+            self.turnover.observe(
+                now_s,
+                bytes_written=self.store.bytes_written,
+                used_bytes=self.store.bytes_kept,
+                budget_bytes=self.setup.limits.store_bytes,
+            )
 
     def _carry_out(self, plan: Plan) -> None:
         timing = carry_out(self.setup.machine, self.setup.sizes, plan, self.rng)
@@ -174,7 +190,9 @@ class _Run:
             resume_block=plan.resume_block,
             checkpoints=checkpoints,
             align_blocks=self.unit_blocks,
-            budget=BudgetState(used_bytes=self.store.checkpoint_bytes_kept(), limit_bytes=None),
+            budget=BudgetState(
+                used_bytes=self.store.checkpoint_bytes_kept(), limit_bytes=None, turnover_s=self.turnover.seconds
+            ),
         )
         marks = self.strategy.at_prompt(facts, self.setup.sizes)
         unit_s = machine.compute_s(self.trace.unit_tokens, context=0) - machine.prefill_fixed_s

@@ -9,6 +9,7 @@ from antefix.window.planner import Decision, Plan, PlanKind, RestorePlanner, Sto
 from antefix.window.rates import RatePriors, Rates
 from antefix.window.sizes import Sizes
 from antefix.window.strategy import Strategies, parse
+from antefix.window.turnover import Turnover
 
 __all__ = [
     "BudgetState",
@@ -27,5 +28,6 @@ __all__ = [
     "Strategies",
     "Strategy",
     "Tier",
+    "Turnover",
     "parse",
 ]

@@ -30,6 +30,7 @@ class Reason(StrEnum):
     SPARSE = "sparse"
     PERIOD = "period"
     EVERY_BLOCK = "every_block"
+    CLIENT = "client"
 
 
 # How long after its last use a checkpoint is kept. Measured on agent traces, share of all uses of an end's checkpoint
@@ -67,10 +68,14 @@ class Mark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetState:
-    """Bytes of checkpoints that the namespace holds, and may hold (None: whatever the store's own budget allows)."""
+    """Bytes of checkpoints that the namespace holds, and may hold (None: whatever the store's own budget allows).
+
+    turnover_s: of the store (`Turnover.seconds`); None while it has room or nobody knows.
+    """
 
     used_bytes: int = 0
     limit_bytes: int | None = None
+    turnover_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simulate.breakeven import BreakEven, break_even, break_even_text
+from simulate.breakeven import BreakEven, break_even, break_even_text, chance_needed
 from simulate.machine import Machine, model_sizes
 
 SIZES = model_sizes("v4-flash")
@@ -37,6 +37,12 @@ def test_a_prefix_left_inside_is_fastest_with_every_boundary_kept() -> None:
     assert row.leave_fastest == "full"
     stored = {outcome.strategy: outcome.stored_bytes for outcome in row.outcomes}
     assert stored["full"] > 7 * stored["zero"]
+
+
+def test_a_checkpoint_at_every_block_needs_more_chances_than_there_are() -> None:
+    assert chance_needed(SIZES, 128) > 8
+    assert chance_needed(SIZES, 1_024) == pytest.approx(1, rel=0.02)
+    assert chance_needed(SIZES, 5_504) == chance_needed(SIZES, 500_000) == pytest.approx(0.188, rel=0.01)
 
 
 def test_the_table_has_a_line_for_each_combination() -> None:
