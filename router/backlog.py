@@ -6,10 +6,25 @@ that forgets that makes a worker that is nearly done look like one that has just
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 # A speed of 14 requests ago counts half.
 _MEMORY = 0.95
 # Below this a duration says more of calls than of computing.
 _TOKENS_MIN = 256.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BacklogState:
+    """What `pending_tokens` is made of, for whoever weighs many workers at once."""
+
+    total_tokens: float
+    head_tokens: float
+    head_since: float
+    tokens_per_s: float
+
+    def pending_tokens(self, now: float) -> float:
+        return self.total_tokens - min(self.head_tokens, max(0.0, now - self.head_since) * self.tokens_per_s)
 
 
 class Backlog:
@@ -45,9 +60,15 @@ class Backlog:
                 self.tokens_per_s = _MEMORY * self.tokens_per_s + (1 - _MEMORY) * speed if self.tokens_per_s else speed
             self._head_since = now
 
+    @property
+    def state(self) -> BacklogState:
+        return BacklogState(
+            total_tokens=self._total,
+            head_tokens=next(iter(self._waiting.values()), 0.0),
+            head_since=self._head_since,
+            tokens_per_s=self.tokens_per_s,
+        )
+
     def pending_tokens(self, now: float) -> float:
         """What is left to do."""
-        if not self._waiting:
-            return 0.0
-        head = next(iter(self._waiting.values()))
-        return self._total - min(head, max(0.0, now - self._head_since) * self.tokens_per_s)
+        return self.state.pending_tokens(now)

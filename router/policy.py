@@ -13,8 +13,9 @@ from router.placement import Loads, Policy, Work, own_work, rendezvous
 
 # Costs this near are equal: predictions are not better than a block or two, and equals can be told apart by better.
 TIE_TOKENS = 256.0
-# Each request in a worker's queue waits for what is placed there now and stands for others that will.
-QUEUE_WEIGHT = 0.25
+# Each request at a worker stands for one that will wait behind what is placed there now. Simulated on a chat trace, 8
+# workers at 86%: p90 to the first token is 3.9 s at 0, 2.9 s at 0.25, 2.4 s at 1.
+QUEUE_WEIGHT = 1.0
 
 
 class LeastWork:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from antefix.errors import InvalidRequest
-from antefix.window import Sizes, Strategy, parse
+from antefix.window import Strategy, parse
 from antefix.window.strategy import parse_bytes
+from simulate import cluster_cli
 from simulate.breakeven import break_even, break_even_text
 from simulate.generate import SHAPES, generate
 from simulate.machine import RATE_CARDS, Machine, RateCard, model_sizes
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of a generated trace (default 0)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot too, .svg or .png; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    cluster_cli.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,8 +89,11 @@ def run(args: argparse.Namespace) -> int:
         rows = break_even(sizes, machine)
         _emit(json.dumps([row.as_dict() for row in rows], indent=1) if args.json else break_even_text(rows))
         return 0
+    if args.workers:
+        unit_tokens = cluster_cli.unit_tokens(args, sizes)
+        return cluster_cli.run(args, _trace(args, unit_tokens), sizes, machine)
     # 1. What to replay, through what.
-    trace = _trace(args, sizes)
+    trace = _trace(args, sizes.block_size)
     setup = Setup(sizes=sizes, machine=machine, card=_card(args), limits=StoreLimits(), replay=not args.no_replay)
     strategies = _strategies(args.strategy or ["all"])
     # 2. Each store size, each strategy.
@@ -126,14 +131,14 @@ def _compare(trace: Trace, strategies: Sequence[Strategy], setup: Setup, model: 
     )
 
 
-def _trace(args: argparse.Namespace, sizes: Sizes) -> Trace:
+def _trace(args: argparse.Namespace, unit_tokens: int) -> Trace:
     if args.generate:
-        return generate(args.generate, num_requests=args.requests, unit_tokens=sizes.block_size, seed=args.seed)
+        return generate(args.generate, num_requests=args.requests, unit_tokens=unit_tokens, seed=args.seed)
     if args.format is None:
         raise InvalidRequest(f"--trace needs --format: {' or '.join(sorted(FORMATS))}")
     if not args.trace.is_file():
         raise InvalidRequest(f"there is no trace file {args.trace}")
-    return load(args.trace, args.format, block_size=sizes.block_size, spread_s=args.spread_s)
+    return load(args.trace, args.format, block_size=unit_tokens, spread_s=args.spread_s)
 
 
 def _strategies(texts: Sequence[str]) -> list[Strategy]:

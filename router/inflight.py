@@ -1,0 +1,41 @@
+"""Prefixes that are being computed now, so that equal ones are computed once. Pure: who waits, and how, is others'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+from router.directory import Key
+
+Flight = TypeVar("Flight")
+
+
+class InFlight(Generic[Flight]):
+    """Block key -> the request that computes it. A request in flight is the leader of the blocks it was first to claim.
+
+    Bounded by the requests that run: a flight's blocks are given back when it ends, however it ends.
+    """
+
+    def __init__(self) -> None:
+        self._leaders: dict[Key, Flight] = {}
+
+    def __len__(self) -> int:
+        return len(self._leaders)
+
+    def find(self, keys: Sequence[Key], num_stored: int) -> tuple[Flight, int] | None:
+        """Who computes the deepest block of this chain beyond the stored ones, and how many blocks lead to it."""
+        for index in range(len(keys) - 1, num_stored - 1, -1):
+            leader = self._leaders.get(keys[index])
+            if leader is not None:
+                return leader, index + 1
+        return None
+
+    def lead(self, flight: Flight, keys: Sequence[Key], num_stored: int) -> list[Key]:
+        """Claim what nobody computes yet; returns the keys to hand to `end`."""
+        claimed = [key for key in keys[num_stored:] if key not in self._leaders]
+        self._leaders.update(dict.fromkeys(claimed, flight))
+        return claimed
+
+    def end(self, claimed: Sequence[Key]) -> None:
+        for key in claimed:
+            del self._leaders[key]

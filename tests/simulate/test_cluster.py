@@ -1,0 +1,183 @@
+"""Fleets: every request ends once, load is even, a worker's death loses nothing but its memory."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from antefix.errors import InvalidRequest
+from antefix.window import parse
+from router.policy import POLICIES
+from simulate.cli import add_parser, run
+from simulate.cluster import Fleet, _Run, simulate_cluster
+from simulate.cluster_cli import copies
+from simulate.cluster_worker import Job, Memory
+from simulate.generate import generate
+from simulate.machine import Machine, model_sizes
+from simulate.trace import Request, Trace
+
+SIZES = model_sizes("v4-flash")
+STRATEGY = parse("auto")
+
+
+def fleet(**changes):
+    return Fleet(**{"num_prefill": 4, "num_decode": 2, "machine": Machine(jitter=0), **changes})
+
+
+def simulate(trace, policy="least_work", speedup=1.0, num_copies=1, **changes):
+    return simulate_cluster(
+        copies(trace, num_copies, speedup),
+        total=len(trace.requests) * num_copies,
+        unit_tokens=trace.unit_tokens,
+        policy=policy,
+        strategy=STRATEGY,
+        sizes=SIZES,
+        fleet=fleet(**changes),
+    )
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return generate("chat", num_requests=400, unit_tokens=512, seed=3)
+
+
+def started(trace, **changes):
+    one = _Run(trace.unit_tokens, "least_work", STRATEGY, SIZES, fleet(**changes))
+    for request in trace.requests:
+        one.until(request.at_s)
+        one.arrive(Job(request=request, arrived_s=request.at_s, names=request.names.tolist()))
+    return one
+
+
+def twins(count, num_tokens=20_480, gap_s=0.01):
+    names = np.arange(num_tokens // 512)
+    requests = tuple(
+        Request(at_s=i * gap_s, num_tokens=num_tokens + 1, output_tokens=5, names=names) for i in range(count)
+    )
+    return Trace(name="twins", unit_tokens=512, requests=requests)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shared_store", [True, False])
+def test_every_request_ends_once_and_load_returns_to_zero(chat, policy, shared_store):
+    one = _Run(512, policy, STRATEGY, SIZES, fleet(shared_store=shared_store, kills=((30.0, 60.0), (45.0, 0.0))))
+    for request, _ in copies(chat, 1, 4.0):
+        one.until(request.at_s)
+        one.arrive(Job(request=request, arrived_s=request.at_s, names=request.names.tolist()))
+    one.until(float("inf"))
+    assert len(one.outcomes.finished_s) == len(chat.requests)
+    assert min(one.outcomes.ttft_s) > 0
+    assert not one.loads.num_requests.any() and not one.loads.active_tokens.any() and not one.total.any()
+    assert not one.decode.num_requests.any() and len(one.in_flight) == 0
+
+
+def test_runs_are_the_same_twice(chat):
+    assert simulate(chat, speedup=4) == simulate(chat, speedup=4)
+
+
+def test_with_a_store_the_hit_rate_does_not_depend_on_the_policy(chat):
+    rates = [simulate(chat, policy).token_hit_rate for policy in POLICIES]
+    assert max(rates) - min(rates) < 0.01 and min(rates) > 0.3
+
+
+def test_without_a_store_round_robin_hits_less_than_going_to_who_has_it(chat):
+    ours = simulate(chat, shared_store=False, speedup=4).token_hit_rate
+    assert ours > simulate(chat, "round_robin", shared_store=False, speedup=4).token_hit_rate + 0.05
+
+
+def test_twins_are_computed_once():
+    together = simulate(twins(4))
+    apart = simulate(twins(4), coalesce=False)
+    assert together.coalesced_share == 0.75 and apart.coalesced_share == 0
+    assert together.token_hit_rate > 0.7 > 0.1 > apart.token_hit_rate
+
+
+def test_followers_outlive_their_leaders_worker():
+    one = started(twins(4), kills=((0.5, 0.0),), num_prefill=2)
+    leader = next(row for row, worker in enumerate(one.workers) if worker.running)
+    if leader != 0:
+        one._kill(leader)
+    one.until(float("inf"))
+    assert len(one.outcomes.finished_s) == 4 and one.outcomes.num_moved >= 1
+
+
+def test_a_killed_worker_costs_its_memory_only_where_there_is_no_store(chat):
+    kills = ((100.0, 0.0),)
+    before = simulate(chat)
+    with_store, without = simulate(chat, kills=kills), simulate(chat, shared_store=False, kills=kills)
+    assert abs(with_store.token_hit_rate - before.token_hit_rate) < 0.01
+    assert without.token_hit_rate < simulate(chat, shared_store=False).token_hit_rate
+    assert with_store.after_hit_rate is not None and with_store.before_ttft_p90_s is not None
+
+
+def test_a_worker_that_joins_takes_work():
+    trace = generate("documents", num_requests=200, unit_tokens=512, seed=1)
+    one = started(trace, num_prefill=1, joins=(5.0,))
+    one.until(float("inf"))
+    assert one.workers[1].busy_s > 0 and one.loads.num_served.sum() == 200
+
+
+def test_more_workers_wait_less(chat):
+    few, many = simulate(chat, speedup=8, num_prefill=1), simulate(chat, speedup=8, num_prefill=8)
+    assert many.ttft_p90_s < few.ttft_p90_s
+
+
+def test_copies_share_nothing_and_keep_the_order_of_time(chat):
+    pairs = list(copies(chat, 3, 2.0))
+    assert len(pairs) == 1200 and len({offset for _, offset in pairs}) == 3
+    times = [request.at_s for request, _ in pairs]
+    assert times == sorted(times)
+    assert simulate(chat, num_copies=3).token_hit_rate == pytest.approx(simulate(chat).token_hit_rate, abs=0.02)
+
+
+def test_memory_is_bounded_and_loses_ends_first():
+    memory = Memory(10)
+    assert memory.use(list(range(8)), [8]) == []
+    assert memory.last_checkpoint(list(range(8)), 8) == 8
+    gone = memory.use([100 + i for i in range(6)], [])
+    assert sorted(gone) == [4, 5, 6, 7] and memory.num_leading(list(range(8))) == 4
+    assert memory.last_checkpoint(list(range(8)), 4) == 0
+
+
+def _cli(*argv):
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    return run(parser.parse_args(["simulate", "--generate", "chat", "--requests", "60", *argv]))
+
+
+def test_json_has_every_policy_with_every_figure(capsys):
+    assert _cli("--workers", "3:2", "--policy", "all", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert list(shown["policies"]) == list(POLICIES) and shown["num_prefill"] == 3
+    wanted = "token_hit_rate fetched_share ttft_p50_s ttft_p90_s ttft_p99_s load_max_over_mean goodput"
+    assert all(set(wanted.split()) <= set(figures) for figures in shown["policies"].values())
+
+
+def test_the_table_and_the_plot_show_the_same_policies(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "fleet.svg"
+    assert _cli("--workers", "2:1", "--policy", "lmetric", "--policy", "least_work", "--plot", str(target)) == 0
+    text = capsys.readouterr().out
+    assert "lmetric" in text and "least_work" in text and "round_robin" not in text
+    assert target.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--workers", "8"),
+        ("--workers", "0:1"),
+        ("--workers", "1001:1"),
+        ("--workers", "1:1", "--policy", "best"),
+        ("--workers", "1:1", "--kill", "soon"),
+        ("--workers", "2:1", "--kill", "9:3"),
+        ("--workers", "1:1", "--kill", "5"),
+        ("--workers", "1:1", "--unit-tokens", "100"),
+        ("--workers", "1:1", "--speedup", "0"),
+        ("--workers", "1:1", "--strategy", "full", "--strategy", "zero"),
+    ],
+)
+def test_calls_that_make_no_sense_are_refused(argv):
+    with pytest.raises(InvalidRequest):
+        _cli(*argv)
