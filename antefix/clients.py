@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -79,8 +79,19 @@ class PrefillClient:
     def __post_init__(self) -> None:
         self._stub = prefill_pb2_grpc.PrefillServiceStub(rpc.channel(self.address))
 
-    async def prefill(self, tokens: Tokens, *, request_id: str, tenant: str, timeout_s: float) -> Prefilled:
+    async def prefill(
+        self,
+        tokens: Tokens,
+        *,
+        request_id: str,
+        tenant: str,
+        timeout_s: float,
+        keep: Sequence[tuple[int, float]] = (),
+    ) -> Prefilled:
+        """keep: (tokens, seconds) of prefixes that window state is to be left at."""
         request = prefill_pb2.PrefillRequest(request_id=request_id, tenant=tenant, prompt=tokens_to_wire(tokens))
+        for num_tokens, ttl_s in keep:
+            request.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
         with rpc.rpc_errors():
             response = await self._stub.Prefill(request, timeout=timeout_s)
         return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))

@@ -48,7 +48,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         # 2. Name the prompt's blocks.
         chain = engine.chain(request.tenant)
         chain.extend(tokens)
-        prompt = Prompt(tokens=tokens, chain=chain, tenant=request.tenant)
+        prompt = Prompt(
+            tokens=tokens,
+            chain=chain,
+            tenant=request.tenant,
+            keep=tuple((kept.num_tokens, kept.ttl_s) for kept in request.keep),
+        )
         # 3. Restore, compute, store.
         wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self._queue.num_waiting + 1)
         async with self._queue.turn(wait_s):

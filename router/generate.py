@@ -20,6 +20,7 @@ from antefix.errors import Overloaded, Unavailable
 from antefix.wire import Sampling
 from antefix.worker.report import RestoreReport
 from router.directory import Directory
+from router.keeper import Keeper
 from router.naming import Names, Prompt
 from router.placement import Work
 from router.prefilling import NUM_MOVES_MAX, Prefilling
@@ -51,7 +52,10 @@ class Request:
 class Generator:
     """Runs requests over the workers."""
 
-    def __init__(self, prefilling: Prefilling, decode: Workers, names: Names, directory: Directory) -> None:
+    def __init__(
+        self, prefilling: Prefilling, decode: Workers, names: Names, directory: Directory, keeper: Keeper
+    ) -> None:
+        self._keeper = keeper
         self._prefilling = prefilling
         self._decode = decode
         self._names = names
@@ -68,7 +72,10 @@ class Generator:
         # 1. Name the prompt's blocks.
         prompt = self._names.prompt(request.tenant, request.tokens)
         # 2. Prefill, which a short rest leaves to the decode worker.
-        prefilled = await self._prefilling.run(prompt, request_id=request.request_id, timeout_s=timeout_s)
+        prefilled = await self._prefilling.run(
+            prompt, request_id=request.request_id, timeout_s=timeout_s, keep=request.breakpoints
+        )
+        self._keeper.keep(prompt.chain, request.breakpoints, tenant=request.tenant)
         handoff, work = b"", prefilled.work
         if prefilled.answer is not None:
             handoff, request.restore = prefilled.answer.handoff, prefilled.answer.restore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from antefix.clients import PrefillClient, Prefilled
@@ -17,6 +18,8 @@ log = logging.getLogger("antefix.router")
 
 # How often one request may move to another worker; more means that something is wrong that moving does not cure.
 NUM_MOVES_MAX = 3
+
+Kept = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +42,17 @@ class Prefilling:
         self._fingerprint = fingerprint
         self._prefill_tokens_min = prefill_tokens_min
 
-    async def run(self, prompt: Prompt, *, request_id: str, timeout_s: float) -> Ready:
-        """Raises:  Overloaded: every worker that was asked is full."""
+    async def run(self, prompt: Prompt, *, request_id: str, timeout_s: float, keep: Kept = ()) -> Ready:
+        """keep: (tokens, seconds) of prefixes to leave window state at.
+
+        Raises:  Overloaded: every worker that was asked is full."""
         # 1. Ask what is stored: that decides how much work it is, and for whom.
         work = prompt.work(await self._num_stored_blocks(prompt, request_id))
         # 2. A short rest is left to the decode worker, which then needs no handoff.
         if work.num_tokens - (work.stored_tokens or 0) <= self._prefill_tokens_min:
             return Ready(work=work, answer=None)
         # 3. Prefill, elsewhere if a worker goes away.
-        return Ready(work=work, answer=await self._prefill(prompt, work, request_id, timeout_s))
+        return Ready(work=work, answer=await self._prefill(prompt, work, request_id, timeout_s, keep))
 
     async def _num_stored_blocks(self, prompt: Prompt, request_id: str) -> int | None:
         chain = prompt.chain
@@ -59,7 +64,9 @@ class Prefilling:
             return None
         return found.num_blocks
 
-    async def _prefill(self, prompt: Prompt, work: Work, request_id: str, timeout_s: float) -> Prefilled | None:
+    async def _prefill(
+        self, prompt: Prompt, work: Work, request_id: str, timeout_s: float, keep: Kept
+    ) -> Prefilled | None:
         tried: set[str] = set()
         while len(tried) < min(NUM_MOVES_MAX, len(self._workers.workers)):
             worker = self._workers.place(work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried))
@@ -71,7 +78,7 @@ class Prefilling:
             try:
                 with self._workers.load(worker, own, num_active_tokens=work.num_tokens):
                     answer = await client.prefill(
-                        prompt.tokens, request_id=request_id, tenant=prompt.tenant, timeout_s=timeout_s
+                        prompt.tokens, request_id=request_id, tenant=prompt.tenant, timeout_s=timeout_s, keep=keep
                     )
             except Unavailable as err:
                 log.warning("request %s: prefill worker %s: %s", request_id, worker.address, err)

@@ -26,6 +26,7 @@ from router.front import Front, open_front
 from router.gateway.app import start_http
 from router.gateway.config import GatewayConfig
 from router.generate import Generator
+from router.keeper import Keeper
 from router.naming import Names
 from router.policy import POLICIES, make_policy
 from router.prefilling import Prefilling
@@ -83,9 +84,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             fingerprint=self._fingerprint,
             prefill_tokens_min=config.prefill_tokens_min,
         )
+        self.keeper = Keeper(config.store_address)
         self.front: Front = open_front(
             config,
-            Generator(prefilling, self._decode, names, directory),
+            Generator(prefilling, self._decode, names, directory, self.keeper),
             identity=identity,
             tokenizer=tokenizer,
             keyring=keyring,
@@ -159,6 +161,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         if http is not None:
             await http.stop()
         await servicer.front.accounts.close()
+        await servicer.keeper.close()
         await store.close()
 
     server = await rpc.start_server(config.address, register, [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from antefix.model import WindowState
 from antefix.store.api import Record, RecordKind
-from antefix.window import Mark, OutputFacts, PromptFacts
+from antefix.window import Mark, OutputFacts, PromptFacts, Reason, Tier
 from antefix.worker.engine import Engine
 from antefix.worker.restore import Prompt, Restored
 from antefix.worker.writer import RecordWriter
@@ -20,7 +20,20 @@ def prompt_marks(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Ma
         align_blocks=engine.align_blocks,
         budget=engine.budget.state,
     )
-    return engine.strategy.at_prompt(facts, engine.sizes)
+    marks = {mark.block: mark for mark in engine.strategy.at_prompt(facts, engine.sizes)}
+    for num_tokens, ttl_s in prompt.keep:
+        # The client's own breakpoints: whatever the strategy, it has said that it will come back here.
+        block = num_tokens // engine.block_size
+        if restored.plan.resume_block <= block and block and block not in restored.checkpoints:
+            known = marks.get(block)
+            marks[block] = Mark(
+                block=block,
+                reason=Reason.CLIENT,
+                tier=Tier.DISK,
+                ttl_s=max(ttl_s, known.ttl_s if known else 0.0),
+                saved_tokens=engine.sizes.replay_tokens,
+            )
+    return tuple(marks[block] for block in sorted(marks))
 
 
 def output_marks(engine: Engine, *, num_tokens: int, prompt_tokens: int) -> tuple[Mark, ...]:

@@ -29,11 +29,12 @@ MISS_REASONS = ("first_seen", "evicted", "expired", "window_missing", "below_min
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A checked prompt with its names. tokens: [N] uint32."""
+    """A checked prompt with its names. tokens: [N] uint32. keep: (tokens, seconds) of prefixes to checkpoint."""
 
     tokens: npt.NDArray[np.uint32]
     chain: Chain
     tenant: str = ""
+    keep: tuple[tuple[int, float], ...] = ()
 
     @property
     def num_tokens(self) -> int:

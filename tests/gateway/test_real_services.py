@@ -1,0 +1,237 @@
+"""Real processes, real clients: conversations that hit, a bill that the store supports, a router that is killed."""
+
+import asyncio
+import itertools
+import json
+import sys
+import urllib.request
+
+import grpc
+import pytest
+
+from antefix import rpc
+from antefix.deployment import Deployment, DeploymentConfig
+from antefix.usage import cli
+from antefix.usage.ledger_files import read_settled
+from antefix.usage.ratecard import load_cards
+from antefix.usage.receipt import check_receipt
+from antefix.usage.record import Status
+from antefix.usage.verify import verify
+from antefix.v1 import usage_pb2, usage_pb2_grpc
+from tests.gateway.scripted import MODEL as MODEL_DIR
+from tests.usage.test_ratecard import DEPLOY
+
+anthropic = pytest.importorskip("anthropic")
+openai = pytest.importorskip("openai")
+httpx2 = pytest.importorskip("httpx2")
+
+MODEL = "antefix-tiny"
+BLOCK = 64
+SMALL_POOL = ("--pool-bytes", "64M")
+
+
+@pytest.fixture
+def deploy(tmp_path):
+    data = tmp_path / "data"
+    router = ("--ledger-dir", str(data / "ledger"), "--ratecards", str(DEPLOY / "example.toml"))
+    return Deployment(
+        DeploymentConfig(
+            model=MODEL_DIR,
+            data_dir=data,
+            extra_flags={
+                "router": (*router, "--http-address", "127.0.0.1:0"),
+                "kvstore": ("--budget-bytes", "256M", "--usage-log-dir", str(data / "store-log")),
+                "prefill": SMALL_POOL,
+                "decode": SMALL_POOL,
+            },
+        )
+    )
+
+
+def url_of(deployment):
+    return "http://" + deployment.one("router").http_address
+
+
+def settled(deployment):
+    return list(read_settled(deployment.config.data_dir / "ledger"))
+
+
+async def verified(deployment):
+    """The verdict; readers on this host tell the store what they used a moment later."""
+    data = deployment.config.data_dir
+    for _ in range(50):
+        verdict = verify(data / "ledger", store_log=data / "store-log")
+        if verdict.ok:
+            break
+        await asyncio.sleep(0.1)
+    return verdict
+
+
+async def openai_turns(deployment, num_turns):
+    """(prompt, answer, hit) of each turn; the whole conversation is sent again each time."""
+    turns = []
+    async with openai.AsyncOpenAI(base_url=url_of(deployment) + "/v1", api_key="-", max_retries=0) as client:
+        messages = [{"role": "system", "content": "You are brief. " * 20}]
+        for number in range(num_turns):
+            messages.append({"role": "user", "content": f"Question {number}: what comes next? <|end|>"})
+            answer = await client.chat.completions.create(
+                model=MODEL, messages=messages, max_tokens=80, temperature=1.0, seed=number
+            )
+            messages.append(answer.choices[0].message.model_dump(exclude_none=True))
+            usage = answer.usage
+            turns.append((usage.prompt_tokens, usage.completion_tokens, usage.prompt_tokens_details.cached_tokens))
+    return turns
+
+
+async def anthropic_turns(deployment, num_turns):
+    turns = []
+    async with anthropic.AsyncAnthropic(base_url=url_of(deployment), api_key="-", max_retries=0) as client:
+        messages = []
+        for number in range(num_turns):
+            messages.append({"role": "user", "content": f"Another question, {number}. " * 6})
+            async with client.messages.stream(
+                model=MODEL, messages=messages, system="Be brief. " * 20, max_tokens=80, extra_body={"temperature": 1.0}
+            ) as stream:
+                answer = await stream.get_final_message()
+            messages.append({"role": "assistant", "content": [block.model_dump() for block in answer.content]})
+            usage = answer.usage
+            prompt = usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens
+            turns.append((prompt, usage.output_tokens, usage.cache_read_input_tokens))
+    return turns
+
+
+@pytest.mark.parametrize("turns_of", [openai_turns, anthropic_turns])
+async def test_a_resent_conversation_hits_to_the_last_full_block(deploy, turns_of):
+    async with deploy as deployment:
+        turns = await turns_of(deployment, 4)
+        for (prompt, answer, _), (_, _, hit) in itertools.pairwise(turns):
+            # The last token of an answer that was cut off is chosen, not run: its KV is the next turn's to compute.
+            assert hit in ((prompt + answer - 1) // BLOCK * BLOCK, (prompt + answer) // BLOCK * BLOCK)
+        verdict = await verified(deployment)
+        assert verdict.ok and verdict.records == 4, verdict.to_json()
+        assert [item.record.cache_hit_tokens for item in settled(deployment)] == [hit for _, _, hit in turns]
+
+
+async def test_billed_hits_are_supported_by_the_stores_log_across_restarts(deploy, capsys):
+    async with deploy as deployment:
+        await openai_turns(deployment, 2)
+        # Workers restart: their memory is gone, so the next hits are read from the store.
+        for role in ("prefill", "decode"):
+            await deployment.kill(deployment.one(role))
+            await deployment.start_worker(role)
+        await deployment.kill(deployment.one("router"))
+        await deployment.start_router()
+        await openai_turns(deployment, 2)
+        verdict = await verified(deployment)
+        assert verdict.ok and verdict.unsupported_hits == 0, verdict.to_json()
+        records = [item.record for item in settled(deployment)]
+        assert records[2].hit_store_tokens > 0
+        data = deployment.config.data_dir
+    command = ("usage", "verify", "--ledger", str(data / "ledger"), "--store-log", str(data / "store-log"))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "antefix", *command), stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0 and json.loads(out)["unsupported_hits"] == 0
+    # A hit that the store never heard of shows.
+    for path in (data / "store-log").iterdir():
+        path.unlink()
+    assert not verify(data / "ledger", store_log=data / "store-log").ok
+
+
+async def test_a_killed_router_leaves_no_open_bill(deploy):
+    async with deploy as deployment:
+        async with openai.AsyncOpenAI(base_url=url_of(deployment) + "/v1", api_key="-", max_retries=0) as client:
+            stream = await client.completions.create(model=MODEL, prompt="abc " * 50, max_tokens=2000, stream=True)
+            await anext(aiter(stream))
+            await deployment.kill(deployment.one("router"))
+            with pytest.raises((openai.APIError, httpx2.HTTPError)):
+                async for _ in stream:
+                    pass
+        await deployment.start_router()
+        (item,) = settled(deployment)
+        assert (item.record.status, item.record.price) == (Status.CRASHED, 0)
+        await openai_turns(deployment, 1)
+        crashed, after = [item.record.status for item in settled(deployment)]
+        assert crashed is Status.CRASHED and after in (Status.STOP, Status.LENGTH)
+
+
+async def test_a_cache_breakpoint_leaves_a_checkpoint_where_the_strategy_would_not(deploy):
+    """The client marks the end of its long system text; another question behind it resumes there, without a replay."""
+    system = [{"type": "text", "text": "The rules are these. " * 30, "cache_control": {"type": "ephemeral"}}]
+    marked = len("<" + system[0]["text"]) // BLOCK * BLOCK
+
+    async def ask(client, question, blocks):
+        text = question * 40
+        answer = await client.messages.create(
+            model=MODEL, system=blocks, max_tokens=2, messages=[{"role": "user", "content": text}]
+        )
+        return answer.usage.cache_read_input_tokens
+
+    async with deploy as deployment:
+        async with anthropic.AsyncAnthropic(base_url=url_of(deployment), api_key="-", max_retries=0) as client:
+            plain = [{"type": "text", "text": "Other rules hold now. " * 30}]
+            hits = [await ask(client, f"{number} apples? ", system) for number in range(2)]
+            unmarked = [await ask(client, f"{number} pears? ", plain) for number in range(2)]
+        records = [item.record for item in settled(deployment)]
+    assert hits == [0, marked] and records[1].restore_plan == "checkpoint"
+    # Without the mark the same prefix is stored, but its window state is not: it is replayed, or computed again.
+    assert unmarked[0] == 0 and records[3].restore_plan != "checkpoint"
+
+
+async def test_a_receipt_is_fetched_and_checked_with_the_published_key(deploy):
+    async with deploy as deployment:
+        await openai_turns(deployment, 2)
+        request_id = settled(deployment)[1].record.request_id
+
+        def get(path):
+            with urllib.request.urlopen(url_of(deployment) + path) as response:
+                return json.load(response)
+
+        receipt = await asyncio.to_thread(get, f"/v1/usage/receipts/{request_id}")
+        key = bytes.fromhex((await asyncio.to_thread(get, "/v1/usage/public_key"))["public_key"])
+        checked = check_receipt(receipt, key, load_cards([DEPLOY / "example.toml"]))
+        assert checked.ok and checked.record.cache_hit_tokens > 0 and checked.record.price > 0
+
+
+async def test_usage_is_exported_over_grpc_from_a_cursor(deploy):
+    async with deploy as deployment:
+        await openai_turns(deployment, 3)
+        async with rpc.channel(deployment.one("router").address) as channel:
+            stub = usage_pb2_grpc.UsageServiceStub(channel)
+
+            async def export(cursor):
+                found = []
+                async for message in stub.Export(usage_pb2.ExportRequest(cursor=cursor), timeout=10):
+                    found += message.records
+                return found
+
+            everything = await export(0)
+            assert [r.record.request_id for r in everything] == [i.record.request_id for i in settled(deployment)]
+            assert [r.record.price for r in await export(everything[0].sequence)] == [
+                r.record.price for r in everything[1:]
+            ]
+            with pytest.raises(grpc.aio.AioRpcError):
+                await stub.GetReceipt(usage_pb2.GetReceiptRequest(request_id="nobody's"), timeout=5)
+
+
+async def test_curl_speaks_to_it(deploy):
+    async with deploy as deployment:
+        body = json.dumps(
+            {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream": True}
+        )
+        command = ("curl", "-sN", url_of(deployment) + "/v1/chat/completions", "-H", "content-type: application/json")
+        process = await asyncio.create_subprocess_exec(*command, "-d", body, stdout=asyncio.subprocess.PIPE)
+        out, _ = await process.communicate()
+    lines = [line for line in out.decode().splitlines() if line]
+    assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
+
+
+def test_the_usage_commands_have_help(capsys):
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser()
+    cli.add_parser(parser.add_subparsers())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["usage", "verify", "--help"])
+    assert "--store-log" in capsys.readouterr().out
