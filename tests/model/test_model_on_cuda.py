@@ -78,7 +78,7 @@ def test_float64_logits_equal_the_cpus(cuts: list[int]) -> None:
 def test_fp8_records_and_logits_agree_with_the_cpus(cuts: list[int]) -> None:
     want, rows, _ = run("cpu", KVFormat.FP8, torch.float32, [], num_tokens=48)
     got, rows_on_card, _ = run("cuda", KVFormat.FP8, torch.float32, cuts, num_tokens=48)
-    # Other orders of sums tip a few values over rounding borders, and rarely another expert or entry is picked. On a CPU,
+    # Other orders of sums tip a few values over rounding borders, and rarely pick another expert or entry. On a CPU,
     # weights changed by 2e-7 moved the median by up to 0.007 and up to 13% of the bytes (six seeds).
     assert ((got - want).abs().amax(-1) / want.abs().max()).median() < 5e-2
     written = np.frombuffer(rows, np.uint8)[: 3 * len(rows) // 16]
