@@ -79,14 +79,14 @@ class LedgerWriter:
 
     async def open(self, entry: OpenEntry) -> OpenEntry:
         """Durable when it returns. Raises:  as `settle`."""
-        return cast(OpenEntry, await self._submit(entry, len(entry.to_payload())))
+        return cast(OpenEntry, await self._submit(entry))
 
     async def settle(self, record: UsageRecord) -> Settled:
         """Durable when it returns; the answer is the record that stands, which a retry finds instead of its own.
 
         Raises:  Unavailable: not written.  Overloaded: too many wait.  InvalidRequest: it is too large.
         """
-        return cast(Settled, await self._submit(record, len(record.to_payload())))
+        return cast(Settled, await self._submit(record))
 
     async def find(self, key: str) -> Settled | None:
         """The request's settled record, if there is one. key: `record.request_key`."""
@@ -99,10 +99,13 @@ class LedgerWriter:
         await self._run(self.ledger.close)
         self._thread.shutdown()
 
-    async def _submit(self, item: OpenEntry | UsageRecord, nbytes: int) -> Settled | OpenEntry:
-        # Checked here, so that one bad entry does not fail the others of its batch.
-        if nbytes > PAYLOAD_BYTES_MAX:
-            raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes, this one has {nbytes}")
+    async def _submit(self, item: OpenEntry | UsageRecord) -> Settled | OpenEntry:
+        # Checked here, so that one bad entry does not fail the others of its batch. Only these come from outside; JSON
+        # makes at most six characters of one, and the other fields take under 2 KiB.
+        texts = (item.request_id, item.tenant, item.user, item.model)
+        detail = item.detail if isinstance(item, UsageRecord) else ""
+        if 6 * sum(map(len, (*texts, detail))) > PAYLOAD_BYTES_MAX - 2048:
+            raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes")
         if len(self._waiting) >= NUM_WAITING_MAX:
             raise Overloaded("too many requests wait for the ledger", retry_after_s=1.0)
         future: asyncio.Future[Settled | OpenEntry] = asyncio.get_running_loop().create_future()

@@ -127,10 +127,9 @@ class UsageRecord:
 
     def __post_init__(self) -> None:
         """Raises:  InvalidRequest: the counts contradict each other."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and value < 0:
-                raise InvalidRequest(f"usage of {self.request_id}: {field.name} is {value}")
+        for name in _COUNTS:
+            if getattr(self, name) < 0:
+                raise InvalidRequest(f"usage of {self.request_id}: {name} is {getattr(self, name)}")
         rules = (
             (self.cache_hit_tokens + self.cache_miss_tokens == self.prompt_tokens, "hit + miss must be the prompt"),
             (self.hit_memory_tokens + self.hit_store_tokens == self.cache_hit_tokens, "tiers must add up to the hit"),
@@ -165,7 +164,7 @@ class UsageRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; money as decimal strings without an exponent."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {name: getattr(self, name) for name in _NAMES}
         values["price"] = format(self.price, "f")
         values["saved"] = format(self.saved, "f")
         values["status"] = self.status.value
@@ -187,6 +186,10 @@ class UsageRecord:
             return cls(**values)
         except (KeyError, ValueError, TypeError, InvalidOperation) as err:
             raise InvalidRequest(f"not a usage record: {err}") from err
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(UsageRecord))
+_COUNTS = tuple(field.name for field in dataclasses.fields(UsageRecord) if field.type == "int")
 
 
 def request_key(tenant: str, request_id: str) -> str:

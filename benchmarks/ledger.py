@@ -1,0 +1,171 @@
+"""How many requests a second can the ledger make durable, alone and in groups, and what does one cost?
+
+    python benchmarks/ledger.py [--directory DIR] [--records N]
+
+Each request is one OPEN and one SETTLE entry, as in the router. "concurrent" is how many requests wait at a time: group
+commit lets them share an fdatasync. Prints one JSON object; medians of --runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import tempfile
+import time
+from decimal import Decimal
+from pathlib import Path
+
+from antefix.usage.commit import LedgerWriter
+from antefix.usage.ledger import Ledger
+from antefix.usage.ledger_files import read_settled
+from antefix.usage.record import MissReason, OpenEntry, Status, UsageRecord
+from antefix.usage.verify import verify
+
+NOW_US = 1_790_000_000_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, help="on the disk to measure (default: the temporary directory)")
+    parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.directory) as scratch:
+        rows = [measure(Path(scratch), args, concurrent) for concurrent in (1, 8, 64, 512)]
+        result = {
+            "fdatasync_ms": round(1000 * sync_s(Path(scratch)), 3),
+            "requests": rows,
+            "reading": reading(Path(scratch) / "512-0"),
+            "encode_us": round(1e6 * encode_s(), 1),
+        }
+    print(json.dumps(result, indent=2))
+
+
+def measure(scratch: Path, args: argparse.Namespace, concurrent: int) -> dict[str, object]:
+    """One row: requests a second, CPU time each, syncs each."""
+    runs = []
+    num_records = max(200, args.records // (20 if concurrent == 1 else 2 if concurrent == 8 else 1))
+    for number in range(args.runs):
+        directory = scratch / f"{concurrent}-{number}"
+        runs.append(asyncio.run(settle_all(directory, num_records, concurrent)))
+    seconds = statistics.median(run[0] for run in runs)
+    size = sum(path.stat().st_size for path in directory.glob("usage-*"))
+    return {
+        "concurrent": concurrent,
+        "requests_per_s": round(num_records / seconds),
+        "latency_ms": round(1000 * seconds * concurrent / num_records, 3),
+        "cpu_us_per_request": round(1e6 * statistics.median(run[1] for run in runs) / num_records, 1),
+        "requests_per_sync": round(statistics.median(run[2] for run in runs), 1),
+        "bytes_per_request": round(size / num_records),
+    }
+
+
+async def settle_all(directory: Path, num_records: int, concurrent: int) -> tuple[float, float, float]:
+    """(seconds, CPU seconds, requests a sync)."""
+    writer = LedgerWriter(Ledger(directory))
+    numbers = iter(range(num_records))
+
+    async def client() -> None:
+        for number in numbers:
+            await writer.open(opened(f"request-{number:024d}"))
+            await writer.settle(record(f"request-{number:024d}"))
+
+    started, cpu = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(client() for _ in range(concurrent)))
+    elapsed = time.perf_counter() - started, time.process_time() - cpu
+    shared = writer.counters.entries / writer.counters.batches / 2
+    await writer.close()
+    return (*elapsed, shared)
+
+
+def reading(directory: Path) -> dict[str, object]:
+    """Opening, verifying and exporting what was written."""
+    started = time.perf_counter()
+    Ledger(directory).close()
+    opened_s = time.perf_counter() - started
+    started = time.perf_counter()
+    verdict = verify(directory)
+    verified_s = time.perf_counter() - started
+    started = time.perf_counter()
+    num_records = sum(1 for _ in read_settled(directory))
+    read_s = time.perf_counter() - started
+    assert verdict.ok
+    return {
+        "records": num_records,
+        "open_s": round(opened_s, 3),
+        "verify_records_per_s": round(num_records / verified_s),
+        "export_records_per_s": round(num_records / read_s),
+    }
+
+
+def sync_s(directory: Path) -> float:
+    """One fdatasync of a small append: what a ledger without group commit would pay twice a request."""
+    times = []
+    with (directory / "probe").open("wb") as file:
+        for _ in range(200):
+            started = time.perf_counter()
+            file.write(bytes(1200))
+            file.flush()
+            os.fdatasync(file.fileno())
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def encode_s() -> float:
+    """Making and encoding one record."""
+    started = time.perf_counter()
+    for number in range(2000):
+        record(f"request-{number}").to_payload()
+    return (time.perf_counter() - started) / 2000
+
+
+def opened(request_id: str) -> OpenEntry:
+    return OpenEntry(
+        request_id=request_id,
+        attempt=1,
+        tenant="acme",
+        user="",
+        model="deepseek-v4-flash",
+        revision="a36048ab14f21df112e6c2b5691a870d",
+        fingerprint="94" * 32,
+        request_digest="cc" * 16,
+        prompt_tokens=122_379,
+        started_us=NOW_US,
+    )
+
+
+def record(request_id: str) -> UsageRecord:
+    return UsageRecord(
+        request_id=request_id,
+        source="antefix/0d42ccc8ce1abebd9f20d629b54c7543",
+        tenant="acme",
+        model="deepseek-v4-flash",
+        revision="a36048ab14f21df112e6c2b5691a870d",
+        fingerprint="94" * 32,
+        request_digest="cc" * 16,
+        prompt_tokens=122_379,
+        cache_hit_tokens=121_600,
+        cache_miss_tokens=779,
+        cache_write_tokens=640,
+        hit_memory_tokens=100_000,
+        hit_store_tokens=21_600,
+        output_tokens=440,
+        restore_plan="checkpoint",
+        last_hit_hash="fb" * 32,
+        miss_reason=MissReason.FIRST_SEEN,
+        status=Status.STOP,
+        rate_card="deepseek-flash/2026-09-10/peak",
+        currency="USD",
+        price=Decimal("0.0014913"),
+        saved=Decimal("0.0357504"),
+        started_us=NOW_US,
+        finished_us=NOW_US + 5_000_000,
+        ttft_us=300_000,
+    )
+
+
+if __name__ == "__main__":
+    main()
