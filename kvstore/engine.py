@@ -160,8 +160,8 @@ class Engine:
 
     def read_ahead(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, bytes_max: int
-    ) -> list[bytearray]:
-        """The leading payloads, in buffers of their own: at least one if it is stored, at most about `bytes_max`."""
+    ) -> list[memoryview]:
+        """As StoreReader.read_leading, noting the use: the payloads are gone with this thread's next call."""
         payloads, outcome = self.reader.read_leading(kind, hashes, fingerprint=fingerprint, bytes_max=bytes_max)
         used = [(kind, hashes[len(payloads) - 1])] if payloads else []
         self._settle(kind, outcome, used, num_missed=int(not payloads))

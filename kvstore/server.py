@@ -11,6 +11,7 @@ import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -18,8 +19,11 @@ import grpc
 from antefix import rpc
 from antefix.errors import InvalidRequest, Overloaded
 from antefix.store import codec
-from antefix.store.api import PutResult, Record, RecordKind
+from antefix.store.allocator import keep_large_buffers
+from antefix.store.api import Buffer, PutResult, Record, RecordKind
+from antefix.store.client import SERVICE
 from antefix.store.pieces import HASHES_MAX, RecordAssembler, join_hashes, kind_of, response_pieces, split_hashes
+from antefix.store.wire import Piece, pack_get_response, unpack_put_request
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
@@ -70,39 +74,49 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
 
     async def Get(
         self, request: kvstore_pb2.GetRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[kvstore_pb2.GetResponse]:
+    ) -> AsyncIterator[bytes]:
         kind, hashes = kind_of(request.kind), split_hashes(request.hashes)
         if len(hashes) > HASHES_MAX or request.first > len(hashes):
             raise InvalidRequest(f"at most {HASHES_MAX} hashes a stream, `first` among them")
         with _Counted(self):
             first, offset = request.first, request.offset
-            while first < len(hashes):
-                payloads = await self._read_ahead(kind, hashes[first:], request.fingerprint)
-                for index, payload in enumerate(payloads, start=first):
-                    for piece in response_pieces(index, payload, offset=offset):
-                        yield piece
-                    offset = 0
-                if not payloads:
-                    return
-                first += len(payloads)
+            reading = self._read_ahead(kind, hashes, request.fingerprint, first, offset)
+            try:
+                while (ahead := await reading).num_payloads:
+                    first += ahead.num_payloads
+                    # The next ones are read while these are sent.
+                    reading = self._read_ahead(kind, hashes, request.fingerprint, first, 0)
+                    for message in ahead.messages:
+                        yield message
+            finally:
+                reading.cancel()
 
-    async def _read_ahead(
-        self, kind: RecordKind, hashes: Sequence[bytes], fingerprint: bytes
-    ) -> Sequence[bytes | bytearray]:
-        if kind is RecordKind.HANDOFF:
-            payload = self.pool.get(hashes[0], fingerprint)
-            return [] if payload is None else [payload]
-        return await self._in_thread(
-            lambda: self.engine.read_ahead(kind, hashes, fingerprint=fingerprint, bytes_max=GET_AHEAD_BYTES)
-        )
+    def _read_ahead(
+        self, kind: RecordKind, hashes: Sequence[bytes], fingerprint: bytes, first: int, offset: int
+    ) -> asyncio.Future[_Ahead]:
+        """Begin to read payloads from number `first` on, as messages ready to be sent."""
+        kept = self.pool.get(hashes[first], fingerprint) if kind is RecordKind.HANDOFF and first < len(hashes) else None
+
+        def read() -> _Ahead:
+            payloads: Sequence[Buffer] = [] if kept is None else [kept]
+            if kind is not RecordKind.HANDOFF and first < len(hashes):
+                payloads = self.engine.read_ahead(
+                    kind, hashes[first:], fingerprint=fingerprint, bytes_max=GET_AHEAD_BYTES
+                )
+            pieces = response_pieces(first, payloads, offset=offset)
+            return _Ahead(len(payloads), [pack_get_response(piece) for piece in pieces])
+
+        return asyncio.get_running_loop().run_in_executor(self._threads, read)
 
     async def Put(
-        self, request_iterator: AsyncIterator[kvstore_pb2.PutRequest], context: grpc.aio.ServicerContext[Any, Any]
+        self,
+        request_iterator: AsyncIterator[Piece[kvstore_pb2.PutRequest]],
+        context: grpc.aio.ServicerContext[Any, Any],
     ) -> kvstore_pb2.PutResponse:
         with _Counted(self):
             return _put_response(await self._receive(request_iterator))
 
-    async def _receive(self, requests: AsyncIterator[kvstore_pb2.PutRequest]) -> list[PutResult]:
+    async def _receive(self, requests: AsyncIterator[Piece[kvstore_pb2.PutRequest]]) -> list[PutResult]:
         """Hand records to the writer in batches; one batch is committed while the next one arrives."""
         assembler = RecordAssembler(max(self.engine.config.record_bytes_max, self.pool.bytes_max))
         results: list[PutResult] = []
@@ -231,6 +245,14 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
 
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """Payloads that were read, as messages."""
+
+    num_payloads: int
+    messages: list[bytes]
+
+
 class _Counted:
     """Counts a payload stream, and refuses the one that is too many."""
 
@@ -289,19 +311,54 @@ def _watch_response(
     )
 
 
+def register(servicer: KvStoreServicer, server: grpc.aio.Server) -> None:
+    """Add the service to a server; the methods that carry payloads go past protobuf's copies."""
+    generated = _Handlers()
+    add: Callable[..., None] = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
+    add(servicer, generated)
+    handlers = {
+        **generated.handlers,
+        "Get": grpc.unary_stream_rpc_method_handler(
+            servicer.Get,
+            request_deserializer=kvstore_pb2.GetRequest.FromString,
+            # Packed where it was read, off the event loop.
+            response_serializer=None,
+        ),
+        "Put": grpc.stream_unary_rpc_method_handler(
+            servicer.Put,
+            request_deserializer=unpack_put_request,
+            response_serializer=kvstore_pb2.PutResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+class _Handlers:
+    """Stands in for a server, to see what the generated code would register: there is no other way to replace some."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    def add_generic_rpc_handlers(self, _: object) -> None:
+        """The same handlers as below, wrapped."""
+
+    def add_registered_method_handlers(self, _: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
+        self.handlers.update(handlers)
+
+
 async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     """Serve the store in `config.dir` until a signal.
 
     Raises:  ConfigError: the directory is not a store or is in use, or the address cannot be listened on.
     """
+    keep_large_buffers()
     loop = asyncio.get_running_loop()
     engine = await loop.run_in_executor(None, Engine, config)
-    add: Callable[..., None] = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
     servicer = KvStoreServicer(engine)
     try:
         server = await rpc.start_server(
             config.address,
-            lambda target: add(servicer, target),
+            lambda target: register(servicer, target),
             [kvstore_pb2.DESCRIPTOR],
         )
     except BaseException:

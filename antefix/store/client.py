@@ -22,9 +22,11 @@ from antefix.store.api import LookupResult, PutResult, Record, RecordKind
 from antefix.store.encryption import KeyRing
 from antefix.store.pieces import HASHES_MAX, join_hashes, piece_checksum, request_pieces
 from antefix.store.reader import ReadOutcome, StoreReader
+from antefix.store.wire import Piece, pack_put_request, unpack_get_response
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 T = TypeVar("T")
+SERVICE: Final = "antefix.v1.KvStoreService"
 CALL_DEADLINE_S: Final = 10.0
 # A stream of payloads: 3.5 GB, a 1M-token prefix, at 100 MB/s.
 STREAM_DEADLINE_S: Final = 60.0
@@ -51,6 +53,17 @@ class RemoteStore:
             self._channel = rpc.channel(self.address)
             stub_type: Callable[[grpc.aio.Channel], Any] = kvstore_pb2_grpc.KvStoreServiceStub
             self._stub = stub_type(self._channel)
+            # The two methods that carry payloads, past protobuf's copies.
+            self._stub.Get = self._channel.unary_stream(
+                f"/{SERVICE}/Get",
+                request_serializer=kvstore_pb2.GetRequest.SerializeToString,
+                response_deserializer=unpack_get_response,
+            )
+            self._stub.Put = self._channel.stream_unary(
+                f"/{SERVICE}/Put",
+                request_serializer=pack_put_request,
+                response_deserializer=kvstore_pb2.PutResponse.FromString,
+            )
         return self._stub
 
     async def close(self) -> None:
@@ -161,21 +174,25 @@ class _Progress:
     index: int = 0
     offset: int = 0
 
-    def accept(self, piece: kvstore_pb2.GetResponse, buffer: Callable[[int, int], memoryview]) -> None:
+    def accept(self, got: Piece[kvstore_pb2.GetResponse], buffer: Callable[[int, int], memoryview]) -> None:
+        piece, data = got.message, got.data
         if (piece.index, piece.offset) != (self.index, self.offset):
             raise BlockCorrupt("the store sent a piece out of order")
-        if piece_checksum(piece.data) != piece.checksum:
+        if piece_checksum(data) != piece.checksum:
             raise BlockCorrupt("a piece was damaged on its way from the store")
-        into = buffer(piece.index, piece.payload_bytes)
-        if into.nbytes != piece.payload_bytes:
-            raise InvalidRequest(f"buffer {piece.index} has {into.nbytes} bytes, the payload {piece.payload_bytes}")
-        into[piece.offset : piece.offset + len(piece.data)] = piece.data
-        self.offset += len(piece.data)
-        if self.offset == piece.payload_bytes:
-            self.index, self.offset = self.index + 1, 0
+        for payload_bytes in piece.payload_bytes:
+            into = buffer(self.index, payload_bytes)
+            if into.nbytes != payload_bytes:
+                raise InvalidRequest(f"buffer {self.index} has {into.nbytes} bytes, the payload {payload_bytes}")
+            part = data[: payload_bytes - self.offset]
+            data = data[part.nbytes :]
+            into[self.offset : self.offset + part.nbytes] = part
+            self.offset += part.nbytes
+            if self.offset == payload_bytes:
+                self.index, self.offset = self.index + 1, 0
 
 
-async def _in_turn(records: Sequence[Record]) -> AsyncIterator[kvstore_pb2.PutRequest]:
+async def _in_turn(records: Sequence[Record]) -> AsyncIterator[Piece[kvstore_pb2.PutRequest]]:
     for piece in request_pieces(records):
         yield piece
 

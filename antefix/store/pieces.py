@@ -10,6 +10,7 @@ import xxhash
 from antefix.errors import BlockCorrupt, InvalidRequest
 from antefix.store.api import Buffer, Record, RecordKind
 from antefix.store.format import HASH_BYTES
+from antefix.store.wire import Piece
 from antefix.v1 import kvstore_pb2
 
 PIECE_BYTES: Final = 1 << 20
@@ -31,17 +32,42 @@ def split_hashes(joined: bytes) -> list[bytes]:
     return [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
 
 
-def response_pieces(index: int, payload: Buffer, *, offset: int = 0) -> Iterator[kvstore_pb2.GetResponse]:
-    """The pieces of one payload from `offset` on."""
-    view = memoryview(payload).cast("B")
-    for start in range(offset, view.nbytes, PIECE_BYTES):
-        data = bytes(view[start : start + PIECE_BYTES])
-        yield kvstore_pb2.GetResponse(
-            index=index, offset=start, payload_bytes=view.nbytes, checksum=piece_checksum(data), data=data
-        )
+def response_pieces(
+    first: int, payloads: Sequence[Buffer], *, offset: int = 0
+) -> Iterator[Piece[kvstore_pb2.GetResponse]]:
+    """Payloads number `first` and on as pieces, from byte `offset` of the first one."""
+    parts: list[memoryview] = []
+    sizes: list[int] = []
+    room, index, start = PIECE_BYTES, first, offset
+    for number, payload in enumerate(payloads, start=first):
+        view = memoryview(payload).cast("B")
+        at = offset if number == first else 0
+        while at < view.nbytes:
+            if not parts:
+                index, start = number, at
+            part = view[at : at + room]
+            parts.append(part)
+            sizes.append(view.nbytes)
+            at += part.nbytes
+            room -= part.nbytes
+            if room == 0:
+                yield _response_piece(index, start, sizes, parts)
+                parts, sizes, room = [], [], PIECE_BYTES
+    if parts:
+        yield _response_piece(index, start, sizes, parts)
 
 
-def request_pieces(records: Iterable[Record]) -> Iterator[kvstore_pb2.PutRequest]:
+def _response_piece(
+    index: int, offset: int, sizes: list[int], parts: list[memoryview]
+) -> Piece[kvstore_pb2.GetResponse]:
+    checksum = xxhash.xxh3_64()
+    for part in parts:
+        checksum.update(part)
+    message = kvstore_pb2.GetResponse(index=index, offset=offset, payload_bytes=sizes, checksum=checksum.intdigest())
+    return Piece(message, parts[0], tuple(parts[1:]))
+
+
+def request_pieces(records: Iterable[Record]) -> Iterator[Piece[kvstore_pb2.PutRequest]]:
     """The pieces of a put."""
     for record in records:
         view = memoryview(record.payload).cast("B")
@@ -57,10 +83,11 @@ def request_pieces(records: Iterable[Record]) -> Iterator[kvstore_pb2.PutRequest
             cost_s=record.cost_s,
         )
         for start in range(0, max(view.nbytes, 1), PIECE_BYTES):
-            data = bytes(view[start : start + PIECE_BYTES])
-            yield kvstore_pb2.PutRequest(
-                header=None if start else header, offset=start, checksum=piece_checksum(data), data=data
+            data = view[start : start + PIECE_BYTES]
+            message = kvstore_pb2.PutRequest(
+                header=None if start else header, offset=start, checksum=piece_checksum(data)
             )
+            yield Piece(message, data)
 
 
 class RecordAssembler:
@@ -72,23 +99,24 @@ class RecordAssembler:
         self._payload = bytearray()
         self._filled = 0
 
-    def add(self, piece: kvstore_pb2.PutRequest) -> Record | None:
+    def add(self, piece: Piece[kvstore_pb2.PutRequest]) -> Record | None:
         """The record that this piece completes, if it does.
 
         Raises:  InvalidRequest: pieces out of order, or too many bytes.  BlockCorrupt: a piece's checksum is wrong.
         """
-        if piece.HasField("header"):
-            self._begin(piece.header)
+        message, data = piece.message, piece.data
+        if message.HasField("header"):
+            self._begin(message.header)
         if self._header is None:
             raise InvalidRequest("a put must begin with a record's header")
-        if len(piece.data) > PIECE_BYTES or piece.offset != self._filled:
+        if data.nbytes > PIECE_BYTES or message.offset != self._filled:
             raise InvalidRequest(f"expected a piece of at most {PIECE_BYTES} bytes at offset {self._filled}")
-        if self._filled + len(piece.data) > len(self._payload):
+        if self._filled + data.nbytes > len(self._payload):
             raise InvalidRequest(f"more bytes than the {len(self._payload)} announced")
-        if piece_checksum(piece.data) != piece.checksum:
+        if piece_checksum(data) != message.checksum:
             raise BlockCorrupt("a piece was damaged on its way to the store")
-        self._payload[self._filled : self._filled + len(piece.data)] = piece.data
-        self._filled += len(piece.data)
+        self._payload[self._filled : self._filled + data.nbytes] = data
+        self._filled += data.nbytes
         return self._finish() if self._filled == len(self._payload) else None
 
     def end(self) -> None:

@@ -9,12 +9,15 @@ segment does not hold is corrupt, and that is reported as a suspect for the stor
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from antefix.errors import BlockCorrupt, InvalidRequest, Unavailable
 from antefix.store import codec
@@ -101,6 +104,7 @@ class StoreReader:
         self._files = SegmentFiles(self.directory / SEGMENT_DIR)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="antefix-read")
         self._decrypt = decrypt
+        self._local = threading.local()
         self._clock_ms = clock_ms
 
     def close(self) -> None:
@@ -133,23 +137,44 @@ class StoreReader:
 
     def read_leading(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, bytes_max: int
-    ) -> tuple[list[bytearray], ReadOutcome]:
-        """The leading payloads in buffers of their own, up to about `bytes_max`, but at least one if it is stored."""
-        buffers: list[bytearray] = []
-        room = bytes_max
+    ) -> tuple[list[memoryview], ReadOutcome]:
+        """The leading payloads, up to about `bytes_max`, but at least one if it is stored.
+
+        They lie in a buffer of the calling thread and are gone with its next call: a fresh buffer each time would cost
+        more in page faults than reading does.
+        """
+        views: list[memoryview] = []
+        start = 0
 
         def allocate(_: int, nbytes: int) -> memoryview | None:
-            nonlocal room
-            if buffers and nbytes > room:
+            nonlocal start
+            if views and start + nbytes > bytes_max:
                 return None
-            room -= nbytes
-            buffers.append(bytearray(nbytes))
-            return memoryview(buffers[-1])
+            scratch = self._scratch(max(bytes_max, nbytes))
+            views.append(scratch[start : start + nbytes])
+            start += nbytes
+            return views[-1]
 
-        outcome = self._read(kind, hashes, allocate, fingerprint)
-        return buffers[: outcome.num_good], outcome
+        # In this thread alone: its caller reads for one stream of many.
+        outcome = self._read(kind, hashes, allocate, fingerprint, alone=True)
+        return views[: outcome.num_good], outcome
 
-    def _read(self, kind: RecordKind, hashes: Sequence[bytes], buffer: Allocate, fingerprint: bytes) -> ReadOutcome:
+    def _scratch(self, nbytes: int) -> memoryview:
+        """At least `nbytes`, the same for a thread each time."""
+        kept: memoryview | None = getattr(self._local, "scratch", None)
+        if kept is None or kept.nbytes < nbytes:
+            kept = self._local.scratch = np.empty(nbytes, np.uint8).data
+        return kept
+
+    def _read(
+        self,
+        kind: RecordKind,
+        hashes: Sequence[bytes],
+        buffer: Allocate,
+        fingerprint: bytes,
+        *,
+        alone: bool = False,
+    ) -> ReadOutcome:
         self._files.sweep()
         # 1. Where the leading records are, in one snapshot.
         wanted = self._locate(kind, hashes, buffer, fingerprint)
@@ -158,7 +183,7 @@ class StoreReader:
         outcome = ReadOutcome(num_good=len(wanted), locked=locked is not None)
         outcome.bytes_read = sum(w.entry.stored_bytes for w in wanted)
         # 2. Runs of neighbours, several in flight.
-        failed = self._read_runs(kind, wanted, fingerprint)
+        failed = self._read_runs(kind, wanted, fingerprint, alone)
         # 3. What failed has moved, has gone, or is corrupt.
         for want in sorted(failed, key=lambda w: w.number):
             if not self._read_again(kind, want, fingerprint, outcome):
@@ -182,10 +207,10 @@ class StoreReader:
                 wanted.append(_Wanted(number, block_hash, entry, into))
         return wanted
 
-    def _read_runs(self, kind: RecordKind, wanted: Sequence[_Wanted], fingerprint: bytes) -> list[_Wanted]:
+    def _read_runs(self, kind: RecordKind, wanted: Sequence[_Wanted], fingerprint: bytes, alone: bool) -> list[_Wanted]:
         runs = list(_runs(wanted))
-        if len(runs) == 1:
-            return self._read_run(kind, runs[0], fingerprint)
+        if alone or len(runs) == 1:
+            return [want for run in runs for want in self._read_run(kind, run, fingerprint)]
         futures = [self._pool.submit(self._read_run, kind, run, fingerprint) for run in runs]
         return [want for future in futures for want in future.result()]
 
