@@ -68,6 +68,11 @@ COMMANDS: dict[str, Command] = {
         help="export, verify and report what was used and billed",
         example="antefix usage report --ledger antefix-data/ledger",
     ),
+    "verify": Command(
+        module="antefix.commands.verify",
+        help="compare hits with cold runs, bit by bit, for every strategy and plan",
+        example="antefix verify --json",
+    ),
     "doctor": Command(
         module="antefix.commands.doctor",
         help="check this machine: packages, arithmetic, disk",

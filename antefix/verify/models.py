@@ -43,7 +43,7 @@ _SMALL: Final[dict[str, Any]] = {
 # Layers, (m, m'), n_win, and what else differs.
 PLANS: Final[dict[str, dict[str, Any]]] = {
     # V4-Flash: two window-only layers, then CSA and HCA in turn, its own ratios.
-    "flash": {"layers": [_W, _W, _C, _H, _C, _H], "ratios": (4, 128), "sliding_window": 16, "rope_parameters": _YARN},
+    "flash": {"layers": [_W, _W, _C, _H, _C, _H], "ratios": (4, 128), "sliding_window": 32, "rope_parameters": _YARN},
     # V4-Pro: HCA first; the window is longer than a block.
     "pro": {"layers": [_H, _H, _C, _H, _C], "ratios": (4, 16), "sliding_window": 24, "index_head_dim": 64},
     # Tiny groups, entries of two FP8 groups, no hash layer.

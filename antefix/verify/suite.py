@@ -16,11 +16,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from antefix.clients import Tokens
-from antefix.store.api import Store
+from antefix.store.api import LookupResult, Store
 from antefix.verify.compare import Difference, Outcome, compare
 from antefix.verify.models import Subject
 from antefix.verify.report import Case, Report
-from antefix.verify.runs import Restored, Workers, cold_and_one_more, generate, hand_over, run, run_cold
+from antefix.verify.runs import (
+    Restored,
+    Workers,
+    cold_and_one_more,
+    generate,
+    hand_over,
+    prompt_of,
+    run,
+    run_cold,
+)
 from antefix.verify.stores import PrefixView
 from antefix.window import PlanKind
 from antefix.worker.compute import ComputeThread
@@ -38,13 +47,17 @@ class Plan:
     """How much is verified of one model. Counts are of blocks, tokens or prompts.
 
     bounded_windows: which k of bounded replay.
+    every_pair: every boundary by every plan under every strategy. Otherwise what repeats is left out: replays do not
+        depend on the strategy, so they are run at every boundary under `zero` and at the last one elsewhere; a
+        checkpoint is resumed from once; forks are run under `auto`, which alone looks at them.
     """
 
     num_blocks: int
     num_output_blocks: int
     num_forks: int
     num_handoffs: int
-    bounded_windows: Sequence[int] = (1, 2)
+    bounded_windows: Sequence[int]
+    every_pair: bool
     prefill_chunk: int = 256
     seed: int = 0
 
@@ -72,7 +85,7 @@ class Suite:
                 await self._conversation(strategy, document, bounded_windows=0)
             for windows in self._plan.bounded_windows:
                 self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, bounded replay of {windows}")
-                await self._conversation(strategies[0], document, bounded_windows=windows)
+                await self._conversation("zero", document, bounded_windows=windows)
             await self._handoffs(document)
         finally:
             self._workers.compute.close()
@@ -88,20 +101,27 @@ class Suite:
         # 2. The next turn, cold and hit at every boundary by every plan.
         turn = np.concatenate((history, self._tokens(self._subject.block_size // 2 + 1)))
         cold = await run_cold(self._workers, turn)
+        found = await self._store.lookup(prompt_of(engine, turn).chain.hashes, fingerprint=engine.fingerprint)
         for num_blocks in range(1, len(history) // self._subject.block_size + 1):
-            for kind in self._kinds(num_blocks, history, bounded_windows):
+            is_last = num_blocks == len(history) // self._subject.block_size
+            kinds = [PlanKind.BOUNDED] if bounded_windows else self._kinds(strategy, num_blocks, found, is_last)
+            for kind in kinds:
                 await self._hit(strategy, kind, turn, cold, num_blocks, bounded_windows)
         # 3. Forks at random tokens.
-        if not bounded_windows:
+        if not bounded_windows and (self._plan.every_pair or strategy == "auto"):
             for _ in range(self._plan.num_forks):
                 await self._fork(strategy, history)
 
-    def _kinds(self, num_blocks: int, history: Tokens, bounded_windows: int) -> list[PlanKind]:
-        if bounded_windows:
-            return [PlanKind.BOUNDED]
+    def _kinds(self, strategy: str, num_blocks: int, found: LookupResult, is_last: bool) -> list[PlanKind]:
         # Cold is the same whatever is stored: once, with everything there.
-        is_last = num_blocks == len(history) // self._subject.block_size
-        return [PlanKind.CHECKPOINT, PlanKind.REPLAY, *([PlanKind.COLD] if is_last else [])]
+        if is_last:
+            return [PlanKind.CHECKPOINT, PlanKind.REPLAY, PlanKind.COLD]
+        if self._plan.every_pair:
+            return [PlanKind.CHECKPOINT, PlanKind.REPLAY]
+        if strategy == "zero":
+            return [PlanKind.REPLAY]
+        is_sampled = strategy != "full" or num_blocks % 3 == 1
+        return [PlanKind.CHECKPOINT] if num_blocks in found.checkpoints and is_sampled else []
 
     async def _hit(
         self, strategy: str, kind: PlanKind, turn: Tokens, cold: Outcome, num_blocks: int, bounded_windows: int
@@ -114,7 +134,8 @@ class Suite:
         hit = num_blocks * self._subject.block_size
         problem = _problem(kind, restored, view, stored_tokens=hit, errors=engine.counters.last_error)
         bound = BOUNDED_BOUND if bounded_windows else self._exact_bound
-        self._add(strategy, restored, len(turn), compare(cold, restored.outcome), bound=bound, problem=problem)
+        label = f"bounded({bounded_windows})" if bounded_windows else strategy
+        self._add(label, restored, len(turn), compare(cold, restored.outcome), bound=bound, problem=problem)
 
     async def _fork(self, strategy: str, history: Tokens) -> None:
         leaves_at = int(self._random.integers(self._subject.block_size, len(history)))
@@ -163,7 +184,7 @@ class Suite:
     ) -> None:
         self._report.add(
             Case(
-                strategy=strategy,
+                strategy="periodic(p)" if strategy.startswith("periodic") else strategy,
                 plan=restored.plan,
                 subject=self._subject.name,
                 kv_format=self._subject.kv_format.value,

@@ -1,0 +1,161 @@
+"""`antefix verify`: is a hit what a cold run gives? Every strategy, plan and boundary, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from antefix.deployment import Deployment, DeploymentConfig
+from antefix.errors import InvalidRequest
+from antefix.layout import KVFormat
+from antefix.store.api import Store
+from antefix.store.client import LocalStore
+from antefix.verify.models import PLANS, Subject, load_subject, random_subject
+from antefix.verify.report import Report, Tally
+from antefix.verify.suite import Plan, Suite
+
+ROOT = Path(__file__).parents[2]
+SHIPPED_MODEL = ROOT / "models" / "antefix-tiny"
+_FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
+# Blocks have 6 to 128 tokens in the random models and 64 in the shipped one, which takes most of the time.
+SHORT_SHIPPED = Plan(
+    num_blocks=6, num_output_blocks=1, num_forks=1, num_handoffs=3, bounded_windows=(1,), every_pair=False
+)
+SHORT_RANDOM = Plan(
+    num_blocks=7, num_output_blocks=2, num_forks=1, num_handoffs=5, bounded_windows=(1, 2), every_pair=False
+)
+SHORT_LARGE_BLOCKS = Plan(
+    num_blocks=4, num_output_blocks=1, num_forks=1, num_handoffs=3, bounded_windows=(1,), every_pair=False
+)
+LONG_SHIPPED = Plan(
+    num_blocks=24, num_output_blocks=2, num_forks=4, num_handoffs=16, bounded_windows=(1, 2, 4), every_pair=True
+)
+LONG_RANDOM = Plan(
+    num_blocks=24, num_output_blocks=3, num_forks=6, num_handoffs=32, bounded_windows=(1, 2, 4), every_pair=True
+)
+LONG_LARGE_BLOCKS = Plan(
+    num_blocks=10, num_output_blocks=1, num_forks=4, num_handoffs=16, bounded_windows=(1, 2, 4), every_pair=True
+)
+_LARGE_BLOCK = 64
+FAILURES_SHOWN = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="model directory to verify as well (default: the shipped one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument(
+        "--long", action="store_true", help="more and longer prompts, every plan in both formats; prints its progress"
+    )
+    parser.add_argument("--data-dir", type=Path, help="where the scratch store goes (default: a temporary directory)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    # The same bits as with any number of threads; on a busy machine one never waits for its other half.
+    torch.set_num_threads(1)
+    model = args.model or (SHIPPED_MODEL if SHIPPED_MODEL.is_dir() else None)
+    if model is not None and not model.is_dir():
+        raise InvalidRequest(f"--model: {model} is not a directory")
+    with tempfile.TemporaryDirectory(prefix="antefix-verify-", dir=args.data_dir) as scratch:
+        started = time.monotonic()
+        report = asyncio.run(_verify(model, args.long, Path(scratch), _progress(args.long, started)))
+    seconds = time.monotonic() - started
+    if args.json:
+        print(json.dumps(report.as_dict() | {"seconds": round(seconds, 2)}))
+    else:
+        _print(report, seconds)
+    return 0 if report.ok else 1
+
+
+def strategies_of(subject: Subject) -> tuple[str, ...]:
+    return "full", f"periodic({3 * subject.block_size})", "boundary", "auto", "zero"
+
+
+async def _verify(model: Path | None, is_long: bool, scratch: Path, progress: _Progress) -> Report:
+    report = Report()
+    async with _store_service(scratch) as store:
+        for subject, plan in _subjects(model, is_long):
+            await Suite(subject, store, plan, report, progress).run(strategies_of(subject))
+    return report
+
+
+def _subjects(model: Path | None, is_long: bool) -> Iterator[tuple[Subject, Plan]]:
+    """Loaded as they are needed. Short: each plan in one format, the formats in turn; the model in the served one."""
+    for number, plan in enumerate(PLANS):
+        for kv_format in _FORMATS if is_long else _FORMATS[number % 2 : number % 2 + 1]:
+            subject = random_subject(plan, kv_format)
+            if subject.block_size >= _LARGE_BLOCK:
+                yield subject, LONG_LARGE_BLOCKS if is_long else SHORT_LARGE_BLOCKS
+            else:
+                yield subject, LONG_RANDOM if is_long else SHORT_RANDOM
+    for kv_format in _FORMATS if is_long else _FORMATS[:1]:
+        if model is not None:
+            yield load_subject(model, kv_format), LONG_SHIPPED if is_long else SHORT_SHIPPED
+
+
+@asynccontextmanager
+async def _store_service(scratch: Path) -> AsyncIterator[Store]:
+    """A real store service on a scratch directory; blocks are read from its files as workers do."""
+    deployment = Deployment(DeploymentConfig(model=scratch, data_dir=scratch))
+    (scratch / "logs").mkdir()
+    try:
+        process = await deployment.start_role("kvstore", ["--dir", str(deployment.config.store_dir)])
+        store = LocalStore(deployment.config.store_dir, process.address)
+        try:
+            yield store
+        finally:
+            await store.close()
+    finally:
+        await deployment.stop()
+
+
+class _Progress:
+    """One line a step on stderr, or nothing."""
+
+    def __init__(self, shown: bool, started: float) -> None:
+        self._console = Console(stderr=True) if shown else None
+        self._started = started
+
+    def __call__(self, text: str) -> None:
+        if self._console is not None:
+            self._console.print(f"{time.monotonic() - self._started:7.1f} s  {text}", markup=False, highlight=False)
+
+
+def _progress(is_long: bool, started: float) -> _Progress:
+    return _Progress(is_long or sys.stderr.isatty(), started)
+
+
+def _print(report: Report, seconds: float) -> None:
+    table = Table(title="Cold against hit")
+    for column in ("strategy", "plan", "cases", "equal bits", "within bounds", "failed", "largest error"):
+        table.add_column(column, justify="left" if column in ("strategy", "plan") else "right")
+    for strategy, plans in report.by_plan.items():
+        for plan, tally in plans.items():
+            table.add_row(strategy, plan, *_cells(tally))
+    table.add_section()
+    table.add_row("all", "", *_cells(report.total))
+    console = Console()
+    console.print(table)
+    if report.total.where:
+        console.print(f"largest error: {report.total.max_error:.2g} of the largest value of its kind, in")
+        console.print(f"  {report.total.where}", markup=False, highlight=False)
+    for failure in report.failures[:FAILURES_SHOWN]:
+        console.print(f"failed: {failure}", markup=False, highlight=False)
+    verdict = "Every hit is what its bound allows" if report.ok else "NOT every hit is what its bound allows"
+    console.print(f"{verdict}; {report.total.cases} cases in {seconds:.1f} s.")
+
+
+def _cells(tally: Tally) -> tuple[str, ...]:
+    counts = tally.cases, tally.bit_identical, tally.within_bounds, tally.failed
+    return *(str(count) for count in counts), f"{tally.max_error:.2g}" if tally.max_error else "0"
