@@ -22,8 +22,9 @@ DISK_BYTES_PER_S = (50e6, 500e6, 1.5e9, 6e9)
 AGES_S = (60.0, 1_800.0, 6 * 3600.0, 48 * 3600.0)
 # The next turn's own tokens, and what follows where a prefix was left: the same, so that the columns compare.
 STEP_TOKENS = 512
-# A prefix is left at these shares of its length: evenly, because a break-even table should not assume what auto does.
-LEAVES = tuple((i + 0.5) / 16 for i in range(16))
+# A prefix is left at these shares of its length: evenly, because a break-even table should not assume what auto does,
+# and never at round fractions, where periodic checkpoints happen to be (golden-ratio steps).
+LEAVES = tuple((0.5 + i * 0.618_033_988_75) % 1 for i in range(32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
