@@ -358,8 +358,8 @@ class Engine:
             if entry is None or entry.quarantined or self._is_sound(txn, name, entry):
                 return False
             entry.flags |= RecordFlag.QUARANTINED
-            self.counters.corrupt += 1
-            return True
+        self.counters.corrupt += 1
+        return True
 
     def _is_sound(self, txn: IndexTxn, name: Name, entry: IndexEntry) -> bool:
         try:

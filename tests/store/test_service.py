@@ -108,12 +108,13 @@ async def test_a_restarted_service_is_found_again(store: Store, service: Service
     with pytest.raises(Unavailable):
         await store.put(PROMPT.blocks(3))
     await service.start()
-    for _ in range(50):
-        try:
-            await store.put(PROMPT.blocks(3))
-            break
-        except Unavailable:
-            await asyncio.sleep(0.1)
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await store.put(PROMPT.blocks(3))
+                break
+            except Unavailable:
+                await asyncio.sleep(0.1)
     assert (await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 3
 
 
@@ -142,10 +143,9 @@ async def test_a_corrupt_block_seen_by_a_local_reader_is_quarantined(service: Se
         file.seek(5000)
         file.write(b"damage")
     assert await client.get_blocks(PROMPT.hashes, PROMPT.buffers(), fingerprint=FINGERPRINT) == 0
-    for _ in range(50):
-        if service.servicer.engine.counters.corrupt:
-            break
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(30):
+        while not service.servicer.engine.counters.corrupt:
+            await asyncio.sleep(0.02)
     assert (await client.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 0
     await client.put(PROMPT.blocks())
     assert await client.get_blocks(PROMPT.hashes, PROMPT.buffers(), fingerprint=FINGERPRINT) == 6
