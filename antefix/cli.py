@@ -68,6 +68,11 @@ COMMANDS: dict[str, Command] = {
         help="export, verify and report what was used and billed",
         example="antefix usage report --ledger antefix-data/ledger",
     ),
+    "window": Command(
+        module="antefix.commands.window",
+        help="show or change the workers' window strategy, and how well they predict restores",
+        example="antefix window --router 127.0.0.1:8400 --strategy auto",
+    ),
     "verify": Command(
         module="antefix.commands.verify",
         help="compare hits with cold runs, bit by bit, for every strategy and plan",

@@ -18,6 +18,8 @@ from antefix.v1 import (
     router_pb2,
     router_pb2_grpc,
     usage_pb2,
+    window_pb2,
+    window_pb2_grpc,
 )
 from antefix.wire import Sampling, report_from_wire, sampling_to_wire, tokens_from_wire, tokens_to_wire
 from antefix.worker.report import RestoreReport
@@ -149,6 +151,29 @@ class DecodeClient:
         with rpc.rpc_errors():
             answer = await self._stub.DecodeStatus(decode_pb2.DecodeStatusRequest(), timeout=timeout_s)
         return cast(decode_pb2.DecodeStatusResponse, answer)
+
+
+@dataclass(slots=True)
+class WindowClient:
+    """Calls about window state to one prefill or decode worker: for operators."""
+
+    address: str
+    _stub: window_pb2_grpc.WindowServiceStub = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._stub = window_pb2_grpc.WindowServiceStub(rpc.channel(self.address))
+
+    async def status(self, *, num_plans_max: int = 0, timeout_s: float = 5.0) -> window_pb2.WindowStatusResponse:
+        request = window_pb2.WindowStatusRequest(num_plans_max=num_plans_max)
+        with rpc.rpc_errors():
+            answer = await self._stub.WindowStatus(request, timeout=timeout_s)
+        return cast(window_pb2.WindowStatusResponse, answer)
+
+    async def set_strategy(self, strategy: str, *, timeout_s: float = 5.0) -> str:
+        """Returns the strategy that was in force.  Raises:  InvalidRequest: not a strategy."""
+        with rpc.rpc_errors():
+            answer = await self._stub.SetStrategy(window_pb2.SetStrategyRequest(strategy=strategy), timeout=timeout_s)
+        return str(answer.previous)
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
+import grpc
 import numpy as np
 
 from antefix import rpc
@@ -13,11 +14,12 @@ from antefix.config import require, setting
 from antefix.errors import InvalidRequest
 from antefix.store.open import StoreAddress, open_store
 from antefix.tokenizer import load_tokenizer
-from antefix.v1 import decode_pb2, decode_pb2_grpc
+from antefix.v1 import decode_pb2, decode_pb2_grpc, window_pb2
 from antefix.wire import Sampling, report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
 from antefix.worker.adopt import Adopted, adopt, prefill_here, take_handoff
 from antefix.worker.engine import Engine, EngineConfig, build_engine
 from antefix.worker.restore import Prompt
+from antefix.worker.window_service import add_window_service
 from antefix.worker.writer import RecordWriter
 from decode.sampling import Sampler
 from decode.scheduler import Running, Scheduler
@@ -144,11 +146,12 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
     engine = build_engine(config, store)
     await engine.register()
     servicer = DecodeServicer(engine, load_tokenizer(config.model).eos_ids, config)
-    server = await rpc.start_server(
-        config.address,
-        lambda s: decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, s),
-        [decode_pb2.DESCRIPTOR],
-    )
+
+    def add_services(server: grpc.aio.Server) -> None:
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
+        add_window_service(engine, server)
+
+    server = await rpc.start_server(config.address, add_services, [decode_pb2.DESCRIPTOR, window_pb2.DESCRIPTOR])
 
     async def stop() -> None:
         await servicer.scheduler.close()

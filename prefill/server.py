@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import grpc
+
 from antefix import rpc
 from antefix.config import require, setting
 from antefix.store.open import StoreAddress, open_store
-from antefix.v1 import prefill_pb2, prefill_pb2_grpc
+from antefix.v1 import prefill_pb2, prefill_pb2_grpc, window_pb2
 from antefix.wire import report_to_wire, tokens_from_wire
 from antefix.worker.adopt import leave_handoff
 from antefix.worker.engine import Engine, EngineConfig, build_engine
 from antefix.worker.prompt import run_prompt
 from antefix.worker.restore import Prompt
+from antefix.worker.window_service import add_window_service
 from prefill.queue import PrefillQueue
 
 
@@ -87,9 +90,10 @@ async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
     engine = build_engine(config, store)
     await engine.register()
     servicer = PrefillServicer(engine, config)
-    server = await rpc.start_server(
-        config.address,
-        lambda s: prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, s),
-        [prefill_pb2.DESCRIPTOR],
-    )
+
+    def add_services(server: grpc.aio.Server) -> None:
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
+        add_window_service(engine, server)
+
+    server = await rpc.start_server(config.address, add_services, [prefill_pb2.DESCRIPTOR, window_pb2.DESCRIPTOR])
     await rpc.run_until_signal(server, role="prefill", stop=engine.close, watch_stdin=watch_stdin)

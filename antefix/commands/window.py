@@ -1,0 +1,108 @@
+"""`antefix window`: the strategy in force, switched without a restart, and predictions of restores against outcomes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.table import Column, Table
+
+from antefix.clients import RouterClient, WindowClient
+from antefix.errors import InvalidRequest
+from antefix.v1 import window_pb2
+from antefix.window import parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--router", metavar="HOST:PORT", help="ask all workers that this router knows")
+    parser.add_argument("--worker", metavar="HOST:PORT", action="append", default=[], help="ask this one; may repeat")
+    parser.add_argument("--strategy", help="full, periodic(TOKENS), boundary, auto or zero, from the next request on")
+    parser.add_argument("--plans", type=int, default=0, metavar="N", help="show the newest N restores of each worker")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not args.router and not args.worker:
+        raise InvalidRequest("say which workers: --router HOST:PORT or --worker HOST:PORT")
+    if args.strategy:
+        parse(args.strategy)
+    if args.plans < 0:
+        raise InvalidRequest(f"--plans must not be negative, is {args.plans}")
+    statuses = asyncio.run(_ask(args))
+    if args.json:
+        print(json.dumps({"workers": {address: _plain(status) for address, status in statuses.items()}}))
+    else:
+        _print(statuses)
+    return 0
+
+
+async def _ask(args: argparse.Namespace) -> dict[str, window_pb2.WindowStatusResponse]:
+    """Switch first where that is asked for, so that what is shown is what is in force."""
+    addresses = list(args.worker)
+    if args.router:
+        status = await RouterClient(args.router).status()
+        addresses += [worker.address for worker in status.workers if worker.address not in addresses]
+    statuses = {}
+    for address in addresses:
+        client = WindowClient(address)
+        if args.strategy:
+            await client.set_strategy(args.strategy)
+        statuses[address] = await client.status(num_plans_max=args.plans)
+    return statuses
+
+
+def _plain(status: window_pb2.WindowStatusResponse) -> dict[str, Any]:
+    return MessageToDict(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def _print(statuses: dict[str, window_pb2.WindowStatusResponse]) -> None:
+    console = Console()
+    for address, status in statuses.items():
+        exactness = f"bounded({status.bounded_windows})" if status.bounded_windows else "exact"
+        console.print(
+            f"{address}: namespace {status.namespace}, strategy {status.strategy}, {exactness},"
+            f" {status.checkpoint_bytes / 1e6:.1f} MB of checkpoints",
+            markup=False,
+        )
+        console.print(_kinds(status))
+        if status.plans:
+            console.print(_plans(status))
+
+
+def _kinds(status: window_pb2.WindowStatusResponse) -> Table:
+    table = Table("plan", *_right("chosen", "predicted", "took", "mean error", "stated error"))
+    for kind in status.kinds:
+        if kind.num_plans:
+            table.add_row(
+                kind.kind,
+                str(kind.num_plans),
+                f"{kind.predicted_s:.3f} s",
+                f"{kind.actual_s:.3f} s",
+                f"{kind.mean_error:.0%}",
+                f"{kind.stated_error:.0%}",
+            )
+    return table
+
+
+def _plans(status: window_pb2.WindowStatusResponse) -> Table:
+    table = Table("taken", *_right("prompt", "hit", "replayed", "predicted", "took", "cold was predicted"))
+    for plan in status.plans:
+        cold = next((way.predicted_s for way in plan.weighed if way.kind == "cold"), 0.0)
+        table.add_row(
+            plan.taken.kind,
+            str(plan.prompt_tokens),
+            str(plan.taken.resume_tokens),
+            str(plan.taken.replay_tokens),
+            f"{plan.taken.predicted_s:.4f} s",
+            f"{plan.actual_s:.4f} s",
+            f"{cold:.4f} s",
+        )
+    return table
+
+
+def _right(*names: str) -> list[Column]:
+    return [Column(name, justify="right") for name in names]
