@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.finish import rotate_back
+from kernels.finish import rotate_back, store_output
 from kernels.formats import EntryFormat, byte_alignment, check, check_records
-from kernels.rounding import bf16_bits, power_of_two
+from kernels.rounding import power_of_two
 
 _LOG2E = 1.4426950408889634
 # Dims decoded and multiplied at once; heads merged by one program.
@@ -218,7 +218,7 @@ def _attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, c
         high = tl.maximum(top, sink)
         share = tl.exp2(top - high)
         inverse = share / (total * share + tl.exp2(sink - high))
-        target = out.to(tl.pointer_type(tl.int16)) + t * stride_ot
+        target = out + t * stride_ot
         rows = h * stride_oh
     for c in tl.static_range(CHUNKS):
         d = c * C + tl.arange(0, C)
@@ -229,7 +229,7 @@ def _attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, c
         else:
             if c * C + C > NOPE:
                 x = rotate_back(x, cos + t * (ROPE // 2), sin + t * (ROPE // 2), c * C, C, NOPE, ROPE, H)
-            tl.store(target + rows[:, None] + d[None, :], bf16_bits(x), mask)
+            store_output(target, rows[:, None] + d[None, :], x, mask)
 
 
 @triton.jit
@@ -261,7 +261,7 @@ def _merge_kernel(part_out, part_lse, sinks, cos, sin, out, heads, splits, strid
     s = tl.load(sin + t * (ROPE // 2) + pair, turned, other=0.0)[None, :]
     acc = tl.reshape(tl.join(even * c + odd * s, odd * c - even * s), (H, D))
     at = t * stride_ot + h[:, None] * stride_oh + d[None, :]
-    tl.store(out.to(tl.pointer_type(tl.int16)) + at, bf16_bits(acc), live[:, None] & (d < DIM)[None, :])
+    store_output(out, at, acc, live[:, None] & (d < DIM)[None, :])
 
 
 def sparse_attention(
@@ -278,7 +278,7 @@ def sparse_attention(
 ) -> None:
     """Attend to selected entries and the window (CSA), or to the window alone (picked all 0).
 
-    Shapes:  q [T, H, D] float16, last dim contiguous; out [T, H, D] bfloat16, likewise, written whole;
+    Shapes:  q [T, H, D] float16, last dim contiguous; out [T, H, D] bfloat16 or float32, likewise, written whole;
              records [P, E, R] uint8; slots [T, K] int32, row t's first picked[t] in [0, P * E); picked [T] int32;
              window and heads as in their classes. splits: programs a query's list is spread over, None chooses.
              tile: entries and warps; None takes what measured best.
@@ -414,9 +414,8 @@ def check_operands(
     q: torch.Tensor, records: torch.Tensor, window: Window, heads: Heads, out: torch.Tensor
 ) -> EntryFormat:
     check(q.dim() == 3 and q.dtype is torch.float16 and q.stride(2) == 1, "q must be [T, H, D] float16")
-    check(
-        out.shape == q.shape and out.dtype is torch.bfloat16 and out.stride(2) == 1, "out must be like q, in bfloat16"
-    )
+    check(out.shape == q.shape and out.stride(2) == 1, "out must be [T, H, D], last dim contiguous")
+    check(out.dtype in (torch.bfloat16, torch.float32), f"out must be bfloat16 or float32, is {out.dtype}")
     num_queries, num_heads, dim = q.shape
     fmt = EntryFormat(head_dim=dim, rope_dim=2 * heads.cos.shape[-1])
     check_records(records, fmt.nbytes)

@@ -89,3 +89,12 @@ def rotate_back(x, cos, sin, AT: tl.constexpr, C: tl.constexpr, NOPE: tl.constex
     c = tl.load(cos + pair, turned, other=1.0)[None, :]
     s = tl.load(sin + pair, turned, other=0.0)[None, :]
     return tl.reshape(tl.join(even * c + odd * s, odd * c - even * s), (H, C))
+
+
+@triton.jit
+def store_output(pointer, at, x, mask):
+    """Write float32 x to a BF16 or float32 output."""
+    if pointer.dtype.element_ty == tl.float32:
+        tl.store(pointer + at, x, mask)
+    else:
+        tl.store(pointer.to(tl.pointer_type(tl.int16)) + at, bf16_bits(x), mask)

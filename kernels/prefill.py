@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 
 from kernels.attention import Heads, Window, check_operands
-from kernels.finish import rotate_back
+from kernels.finish import rotate_back, store_output
 from kernels.formats import check
 from kernels.gather import unpack_entries
-from kernels.rounding import bf16_bits
 
 # Entries, warps and stages of a program, measured best: picked entries (an index load ahead of each), all entries.
 _TILE_PICKED = (64, 8, 3)
@@ -69,8 +68,8 @@ def _prefill_kernel(q, values, indices, lens, firsts, counts, sinks, cos, sin, o
     share = tl.exp2(top - high)
     acc = acc * (share / (total * share + tl.exp2(sink - high)))[:, None]
     acc = rotate_back(acc, cos + t * (ROPE // 2), sin + t * (ROPE // 2), 0, D, NOPE, ROPE, H)
-    target = out.to(tl.pointer_type(tl.int16)) + t * stride_ot + h[:, None] * stride_oh + d[None, :]
-    tl.store(target, bf16_bits(acc), live_h[:, None] & (d < DIM)[None, :])
+    at = t * stride_ot + h[:, None] * stride_oh + d[None, :]
+    store_output(out, at, acc, live_h[:, None] & (d < DIM)[None, :])
 
 
 def decode_sequences(
@@ -116,8 +115,9 @@ def prefill_attention(
 ) -> None:
     """Attend to decoded entries and the window: to the picked ones (CSA), or to the first lens[t] (HCA).
 
-    Shapes:  q [T, H, D] float16; out likewise bfloat16; values as decode_sequences returns them for the same window;
-             indices [T, K] int32 into a sequence's entries, of which row t's first lens[t] count, or None; lens [T].
+    Shapes:  q [T, H, D] float16; out likewise bfloat16 or float32; values as decode_sequences returns them for the
+             same window; indices [T, K] int32 into a sequence's entries, of which row t's first lens[t] count, or None;
+             lens [T] int32.
              tile: entries, warps, stages; None takes what measured best.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  as attention.sparse_attention and attention.hca_attention; oracle: reference.attention.

@@ -1,0 +1,168 @@
+"""The five steps that touch cached KV, on a card: Triton kernels on the pool's packed records (FP8 format only).
+
+Needs no decoded mirrors: use it with a CardPool. Attention reads FP16, so its outputs agree with TorchOps' within
+about 1e-3; stored records agree but for values that another order of sums tips over a rounding border.
+
+Shapes:  as in antefix.model.ops; B = blocks of the sequence.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from antefix.errors import InvalidRequest
+from antefix.layout import BlockLayout, KVFormat, PartKind
+from antefix.model.attend import WindowLine
+from antefix.model.compressor import Compressor
+from antefix.model.ops import Entries
+from kernels import attention, gather, indexer, pack, prefill, topk
+
+# From this many queries on, decoding entries once costs less than decoding them for each.
+PREFILL_QUERIES_MIN = 16
+# Memory for index scores; longer chunks are scored in pieces.
+SCORES_BYTES_MAX = 1 << 30
+
+
+class TritonOps:
+    """An implementation of `Ops` for CUDA; in Triton's interpreter it runs on a CPU too, slowly.
+
+    Raises:  InvalidRequest: a layout of another record format than FP8.
+    """
+
+    def __init__(self, layout: BlockLayout) -> None:
+        if layout.kv_format is not KVFormat.FP8:
+            raise InvalidRequest(f"the kernels know the fp8 record format only, not {layout.kv_format.value}")
+        self._layout = layout
+
+    def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
+        records = self._pack(entries_TC)
+        out = torch.empty(entries_TC.shape, dtype=torch.float32, device=entries_TC.device)
+        gather.unpack_entries(records, _count(len(out), out.device), out, layout.geometry.rope_dim)
+        return out
+
+    def compress_and_pack(
+        self,
+        compressor: Compressor,
+        rows: Tensor,
+        overlap: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        to: Entries,
+        first: int,
+    ) -> None:
+        _, num_groups, m, series = rows.shape
+        kv, gate = (series_rows.reshape(num_groups * m, series) for series_rows in rows)
+        first_rows = _count(num_groups, rows.device) * m
+        # The rows' gates hold their position bias already.
+        bias = torch.zeros(m, series, dtype=torch.float32, device=rows.device)
+        norm = pack.Norm(
+            weight=compressor.kv_norm.weight.float(),
+            cos=cos.float().contiguous(),
+            sin=sin.float().contiguous(),
+            eps=compressor.kv_norm.eps,
+        )
+        indices = torch.arange(first, first + num_groups, device=rows.device)
+        target = pack.Target(records=to.pool.records(to.part), slots=_slots(to, indices))
+        if overlap is None:
+            pack.pack_hca(kv, gate, bias, first_rows, norm, target)
+            return
+        before = first_rows - m
+        before[0] = -1
+        state_kv, state_gate = overlap.float().unsqueeze(1).contiguous()
+        state = pack.Overlap(prior_rows=before, kv=state_kv, gate=state_gate)
+        packer = pack.pack_keys if to.part.kind is PartKind.INDEXER_KEYS else pack.pack_csa
+        packer(kv, gate, bias, first_rows, state, norm, target)
+
+    def indexer_topk(self, q_TIC: Tensor, weights_TI: Tensor, keys: Entries, num_visible_T: Tensor, k: int) -> Tensor:
+        records, table = keys.pool.records(keys.part), _table(keys)
+        num_entries_max = table.shape[1] * records.shape[1]
+        lens = num_visible_T.int()
+        group = indexer.group_for(num_entries_max, k)
+        picked = []
+        for part in torch.split(torch.arange(len(lens)), max(1, SCORES_BYTES_MAX // (4 * max(num_entries_max, 1)))):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            query = indexer.prepare_queries(q_TIC[rows].contiguous(), weights_TI[rows].float().contiguous(), 1.0)
+            scored = indexer.index_scores(query, records, table, lens[rows], num_entries_max, group=group)
+            picked.append(topk.topk_entries(scored, lens[rows], table, records.shape[1], k).indices)
+        return torch.cat(picked).long()
+
+    def sparse_attention(
+        self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries, picked_Tk: Tensor
+    ) -> Tensor:
+        line, heads, out = self._window(window), self._heads(q_THC, sinks_H), _output(q_THC)
+        records, q = entries.pool.records(entries.part), q_THC.half()
+        num_picked = (picked_Tk >= 0).sum(1).int()
+        if len(q) < PREFILL_QUERIES_MIN:
+            slots = _slots(entries, picked_Tk.clamp(min=0))
+            attention.sparse_attention(q, records, slots, num_picked, line, heads, out)
+        else:
+            values = self._decoded(entries, line)
+            prefill.prefill_attention(q, values, picked_Tk.int().contiguous(), num_picked, line, heads, out)
+        return out.to(q_THC.dtype)
+
+    def full_attention(
+        self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries | None, num_visible_T: Tensor
+    ) -> Tensor:
+        q, line, heads, out = q_THC.half(), self._window(window), self._heads(q_THC, sinks_H), _output(q_THC)
+        lens = num_visible_T.int()
+        if entries is None:
+            # No entry is ever picked, so which records and slots are named does not matter.
+            slots, none = lens.new_zeros(len(q), 1), torch.zeros_like(lens)
+            attention.sparse_attention(q, line.records, slots, none, line, heads, out)
+        elif len(q) < PREFILL_QUERIES_MIN:
+            records, table = entries.pool.records(entries.part), _table(entries)
+            num_entries_max = table.shape[1] * records.shape[1]
+            attention.hca_attention(q, records, table, lens, num_entries_max, line, heads, out)
+        else:
+            prefill.prefill_attention(q, self._decoded(entries, line), None, lens, line, heads, out)
+        return out.to(q_THC.dtype)
+
+    def _pack(self, entries_TC: Tensor) -> Tensor:
+        """Records [1, T, R] of entries."""
+        rows = entries_TC.float().contiguous()
+        nbytes = self._layout.window_bytes // (self._layout.geometry.num_layers * self._layout.geometry.window)
+        records = torch.empty(1, len(rows), nbytes, dtype=torch.uint8, device=rows.device)
+        target = pack.Target(records=records, slots=_count(len(rows), rows.device))
+        pack.pack_entries(rows, self._layout.geometry.rope_dim, target)
+        return records
+
+    def _window(self, line: WindowLine) -> attention.Window:
+        """The chunk's window line as records, which give its values back exactly, and each query's part of it."""
+        window = line.values.shape[1]
+        device = line.values.device
+        own = _count(line.num_tokens, device)
+        counts = (own + (line.position + 1 - line.cut)).clamp(max=window)
+        last = own + (window + line.position % window)
+        return attention.Window(records=self._pack(line.values.flatten(0, 1)), firsts=last - counts + 1, counts=counts)
+
+    def _heads(self, q_THC: Tensor, sinks_H: Tensor) -> attention.Heads:
+        """Queries come scaled, and the model turns outputs back itself."""
+        shape = (len(q_THC), self._layout.geometry.rope_dim // 2)
+        ones, zeros = torch.ones(shape, device=q_THC.device), torch.zeros(shape, device=q_THC.device)
+        return attention.Heads(sinks=sinks_H.float(), scale=1.0, cos=ones, sin=zeros)
+
+    def _decoded(self, entries: Entries, line: attention.Window) -> Tensor:
+        records, table = entries.pool.records(entries.part), _table(entries)
+        geometry = self._layout.geometry
+        num_entries = table.shape[1] * records.shape[1]
+        return prefill.decode_sequences(records, table, num_entries, line.records, geometry.rope_dim, geometry.head_dim)
+
+
+def _count(num: int, device: torch.device) -> Tensor:
+    return torch.arange(num, dtype=torch.int32, device=device)
+
+
+def _output(q_THC: Tensor) -> Tensor:
+    return torch.empty(q_THC.shape, dtype=torch.float32, device=q_THC.device)
+
+
+def _table(entries: Entries) -> Tensor:
+    """Block ids [1, B] int32."""
+    return entries.block_ids.int().unsqueeze(0)
+
+
+def _slots(entries: Entries, indices: Tensor) -> Tensor:
+    """Pool slots, int32, of entries by their index in the sequence."""
+    blocks, rows = entries.locate(indices)
+    return (blocks * entries.part.num_rows + rows).int()

@@ -1,0 +1,176 @@
+"""The model's forward pass with the kernels against the same pass in torch: in the interpreter, and on a card."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from antefix.errors import InvalidRequest
+from antefix.layout import BlockLayout, KVFormat, PartKind
+from antefix.model import BlockPool, Model, ModelConfig, Sequence, WindowState, forward, init_weights
+from antefix.model.backend import make_backend, uses_triton
+from antefix.model.card_pool import CardPool
+from antefix.model.ops import Entries, Ops, TorchOps
+from antefix.model.quant import unpack
+from antefix.model.triton_ops import TritonOps
+
+CONFIG = {
+    "model_type": "deepseek_v4",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
+    "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8},
+    "sliding_window": 8,
+    "num_attention_heads": 2,
+    "head_dim": 80,
+    "partial_rotary_factor": 0.2,
+    "q_lora_rank": 16,
+    "o_groups": 1,
+    "o_lora_rank": 16,
+    "index_n_heads": 16,
+    "index_head_dim": 32,
+    "index_topk": 4,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hash_layers": 1,
+}
+TOKENS = np.random.default_rng(0).integers(0, 64, 21).astype("<u4")
+# Chunks on both sides of the border between the decode and prefill kernels, and single tokens.
+CUTS = [17, 19, 20]
+
+
+def build(device: torch.device) -> Model:
+    model = init_weights(Model(ModelConfig.from_dict(CONFIG), kv_format=KVFormat.FP8), seed=3)
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            weight.data.mul_(8)
+    return model.to(device).requires_grad_(False)
+
+
+def run(model: Model, pool: BlockPool, ops: Ops) -> tuple[torch.Tensor, torch.Tensor, bytes]:
+    table = [5, 1, 2, 7, 0, 3]
+    pool.retain(pool.allocate(pool.num_blocks))
+    sequence = Sequence(table, WindowState.zeros(model.layout, 0, model.device))
+    pieces = [forward(model, pool, [(sequence, piece)], logits="all", ops=ops) for piece in np.split(TOKENS, CUTS)]
+    return torch.cat(pieces).cpu(), pool.rows[table].cpu(), sequence.window.to_bytes()
+
+
+class Compared:
+    """Runs every step in torch and with the kernels on the same inputs, checks them, goes on with torch's result."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.plain, self.kernels = TorchOps(), TritonOps(pool.layout)
+        self.card = CardPool(pool.layout, pool.num_blocks, pool.rows.device)
+        self.card.rows = pool.rows
+        self.checked: dict[str, int] = {}
+
+    def on_card(self, entries: Entries | None) -> Entries | None:
+        return entries and Entries(pool=self.card, part=entries.part, block_ids=entries.block_ids)
+
+    def close(self, name: str, got: torch.Tensor, want: torch.Tensor, bound: float) -> torch.Tensor:
+        self.checked[name] = self.checked.get(name, 0) + 1
+        assert float((got.double() - want.double()).norm()) <= bound * float(want.double().norm()), name
+        return want
+
+    def window_pack(self, entries, layout):
+        want = self.plain.window_pack(entries, layout)
+        return self.close("window_pack", self.kernels.window_pack(entries, layout), want, 0.0)
+
+    def compress_and_pack(self, compressor, rows, overlap, cos, sin, to, first):
+        self.kernels.compress_and_pack(compressor, rows, overlap, cos, sin, self.on_card(to), first)
+        got = self.card.records(to.part).clone()
+        self.plain.compress_and_pack(compressor, rows, overlap, cos, sin, to, first)
+        got, want = (unpack(to.part.kind, r, to.pool.layout) for r in (got, to.pool.records(to.part)))
+        # FP4 steps are up to a third of a value, FP8's a sixteenth; few values are tipped over a rounding border.
+        self.close(to.part.kind, got, want, 5e-2 if to.part.kind is PartKind.INDEXER_KEYS else 1e-2)
+
+    def indexer_topk(self, q, weights, keys, visible, k):
+        want = self.plain.indexer_topk(q, weights, keys, visible, k)
+        got = self.kernels.indexer_topk(q, weights, self.on_card(keys), visible, k)
+        assert got.dtype == want.dtype
+        assert ((got >= 0) == (want >= 0)).all()
+        # Scores whose sums differ in the last bits may change places.
+        assert (got == want).float().mean() > 0.95
+        self.checked["indexer_topk"] = self.checked.get("indexer_topk", 0) + 1
+        return want
+
+    def sparse_attention(self, q, window, sinks, entries, picked):
+        want = self.plain.sparse_attention(q, window, sinks, entries, picked)
+        got = self.kernels.sparse_attention(q, window, sinks, self.on_card(entries), picked)
+        return self.close("sparse_attention", got, want, 1e-3)
+
+    def full_attention(self, q, window, sinks, entries, visible):
+        want = self.plain.full_attention(q, window, sinks, entries, visible)
+        got = self.kernels.full_attention(q, window, sinks, self.on_card(entries), visible)
+        return self.close("window" if entries is None else "full_attention", got, want, 1e-3)
+
+
+def test_every_step_agrees_with_torch(device):
+    model = build(device)
+    pool = BlockPool(model.layout, 8, device)
+    ops = Compared(pool)
+    run(model, pool, ops)
+    assert set(ops.checked) == {
+        "window_pack",
+        "indexer_topk",
+        "sparse_attention",
+        "full_attention",
+        "window",
+        *PartKind,
+    }
+
+
+@pytest.mark.long
+def test_forward_with_the_kernels_agrees_with_torch(device):
+    model = build(device)
+    want, rows, state = run(model, BlockPool(model.layout, 8, device), TorchOps())
+    got, packed, packed_state = run(model, CardPool(model.layout, 8, device), TritonOps(model.layout))
+    # A value tipped over a rounding border may change what the indexer picks or where a token is routed, and then that
+    # token's logits; most tokens are hardly touched by that.
+    assert float(((got - want).norm(dim=1) / want.norm(dim=1)).median()) < 5e-2
+    assert (rows == packed).float().mean() > 0.95
+    same = np.frombuffer(state, np.uint8) == np.frombuffer(packed_state, np.uint8)
+    assert same[: model.layout.window_bytes].mean() > 0.95
+
+
+def test_a_cut_window_is_not_attended_to(device):
+    """A bounded replay starts at a block's border with the tokens before it out of sight."""
+    model = build(device)
+    pool = BlockPool(model.layout, 8, device)
+    run(model, pool, TorchOps())
+    sequence = Sequence([5, 1, 2, 7, 0, 3], WindowState.cut_at(model.layout, 16, device))
+    forward(model, pool, [(sequence, TOKENS[16:19])], write_global_kv=False, ops=Compared(pool))
+
+
+def test_payloads_travel_through_a_card_pool_unchanged(device):
+    layout = BlockLayout(geometry=ModelConfig.from_dict(CONFIG).geometry, kv_format=KVFormat.FP8)
+    source, target = CardPool(layout, 6, device), CardPool(layout, 6, device)
+    source.rows.random_(256)
+    for block_id, other in ((0, 3), (1, 4), (4, 0)):
+        target.row(other)[:] = source.row(block_id)
+    target.note_filled([3, 4, 0])
+    assert torch.equal(target.rows[[3, 4, 0]], source.rows[[0, 1, 4]])
+    assert not target.rows[[1, 2, 5]].any()
+
+
+def test_choosing_kernels():
+    geometry = ModelConfig.from_dict(CONFIG).geometry
+    fp8, floats = (BlockLayout(geometry=geometry, kv_format=f) for f in (KVFormat.FP8, KVFormat.FLOAT32))
+    assert uses_triton("auto", fp8, "cuda")
+    assert not uses_triton("auto", fp8, "cpu")
+    assert not uses_triton("auto", floats, "cuda")
+    assert not uses_triton("torch", fp8, "cuda")
+    with pytest.raises(InvalidRequest, match="CUDA device"):
+        uses_triton("triton", fp8, "cpu")
+    with pytest.raises(InvalidRequest, match="one of"):
+        uses_triton("cuda", fp8, "cpu")
+    with pytest.raises(InvalidRequest, match="fp8"):
+        TritonOps(floats)
+    pool, ops = make_backend("auto", fp8, 2, "cpu")
+    assert type(pool) is BlockPool
+    assert isinstance(ops, TorchOps)
