@@ -5,7 +5,7 @@ break that, and both are handled here and nowhere else:
     GEMMs       MKL picks another kernel, with another order of sums, for very few rows (measured: 1 and 2 rows, on
                 some shapes up to 7 with two threads), so `linear` never runs fewer than ROW_TILE rows. And from 8
                 threads on it splits long sums between threads when there are few rows (measured on a 16-core Xeon:
-                from 384 addends on), so `linear` cuts sums into pieces of SUM_TILE itself.
+                from 384 addends on), so `linear` cuts sums into pieces of SUM_TILE itself. ALIGN says the rest.
     sigmoid     PyTorch's vector body and scalar tail of sigmoid, silu and softplus round differently (about 4% of
                 values), so an element's result depends on its place. exp, log1p and division do not.
 `row_invariant_ok` checks the premises on the machine at hand.
@@ -23,6 +23,9 @@ from torch import Tensor
 ROW_TILE = 16
 # Most addends in one product; none of up to 256 was split, on any shape, with 1 to 16 threads.
 SUM_TILE = 256
+# Addends are filled up to a multiple of this. Where rows do not all start at aligned addresses, a row's bits depended on
+# its place among them (measured: widths of 5, 10, 30, 33, 250, 257 with up to 8 columns; never multiples of 16).
+ALIGN = 16
 
 
 def pad_rows(x: Tensor, multiple: int = ROW_TILE) -> Tensor:
@@ -47,6 +50,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a [N, K] times b [K, O], N a multiple of ROW_TILE: sums of at most SUM_TILE addends, added up in order."""
+    if missing := -a.shape[1] % ALIGN:
+        a, b = F.pad(a, (0, missing)), F.pad(b, (0, 0, 0, missing))
+    if a.shape[1] <= SUM_TILE:
+        return torch.mm(a, b)
     product = torch.mm(a[:, :SUM_TILE], b[:SUM_TILE])
     for start in range(SUM_TILE, a.shape[1], SUM_TILE):
         product.addmm_(a[:, start : start + SUM_TILE], b[start : start + SUM_TILE])

@@ -19,7 +19,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    width=st.sampled_from([1, 16, 24, 96, 192, 256, 257, 384, 768, 1024]),
+    width=st.sampled_from([1, 5, 10, 16, 24, 33, 96, 192, 250, 256, 257, 384, 513, 768, 1024]),
     out=st.sampled_from([1, 4, 24, 64, 192, 264]),
     start=st.integers(0, 300),
     num=st.integers(1, 100),
