@@ -31,7 +31,7 @@ def plot(simulations: Sequence[Simulation], path: Path) -> None:
             _lines(axes, simulations)
         first = simulations[0]
         figure.suptitle(f"{first.trace}, {first.model}: {first.num_requests} requests")
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     finally:
         pyplot.close(figure)
 
@@ -46,6 +46,9 @@ def load_pyplot() -> Any:
     except ImportError as err:
         raise InvalidRequest("plots need matplotlib: pip install matplotlib, or leave out --plot") from err
     matplotlib.use("Agg")
+    # Text as text and names by content: small files that stay the same when nothing has changed.
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams["svg.hashsalt"] = "antefix"
     import matplotlib.pyplot as pyplot
 
     return pyplot
