@@ -23,7 +23,7 @@ from torch import Tensor
 ROW_TILE = 16
 # Most addends in one product; none of up to 256 was split, on any shape, with 1 to 16 threads.
 SUM_TILE = 256
-# Addends are filled up to a multiple of this. Where rows do not all start at aligned addresses, a row's bits depended on
+# Addends are filled up to a multiple of this. Where rows do not all start at aligned addresses, a row's bits hung on
 # its place among them (measured: widths of 5, 10, 30, 33, 250, 257 with up to 8 columns; never multiples of 16).
 ALIGN = 16
 
