@@ -10,7 +10,16 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from antefix.errors import InvalidRequest
 from antefix.layout import BlockLayout, KVFormat, PartKind
-from antefix.model import BlockPool, Model, ModelConfig, Sequence, WindowState, forward, init_weights
+from antefix.model import (
+    BlockPool,
+    Model,
+    ModelConfig,
+    Sequence,
+    WindowState,
+    forward,
+    init_weights,
+    triton_ops,
+)
 from antefix.model.backend import make_backend, uses_triton
 from antefix.model.card_pool import CardPool
 from antefix.model.ops import Entries, Ops, TorchOps
@@ -23,8 +32,8 @@ CONFIG = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
     "layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
-    "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 8},
-    "sliding_window": 8,
+    "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+    "sliding_window": 4,
     "num_attention_heads": 2,
     "head_dim": 80,
     "partial_rotary_factor": 0.2,
@@ -39,9 +48,14 @@ CONFIG = {
     "num_experts_per_tok": 2,
     "num_hash_layers": 1,
 }
-TOKENS = np.random.default_rng(0).integers(0, 64, 21).astype("<u4")
+TOKENS = np.random.default_rng(0).integers(0, 64, 14).astype("<u4")
 # Chunks on both sides of the border between the decode and prefill kernels, and single tokens.
-CUTS = [17, 19, 20]
+CUTS = [10, 12, 13]
+
+
+@pytest.fixture(autouse=True)
+def short_chunks_take_the_prefill_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_ops, "PREFILL_QUERIES_MIN", 6)
 
 
 def build(device: torch.device) -> Model:
@@ -143,8 +157,8 @@ def test_a_cut_window_is_not_attended_to(device):
     model = build(device)
     pool = BlockPool(model.layout, 8, device)
     run(model, pool, TorchOps())
-    sequence = Sequence([5, 1, 2, 7, 0, 3], WindowState.cut_at(model.layout, 16, device))
-    forward(model, pool, [(sequence, TOKENS[16:19])], write_global_kv=False, ops=Compared(pool))
+    sequence = Sequence([5, 1, 2, 7, 0, 3], WindowState.cut_at(model.layout, 8, device))
+    forward(model, pool, [(sequence, TOKENS[8:11])], write_global_kv=False, ops=Compared(pool))
 
 
 def test_payloads_travel_through_a_card_pool_unchanged(device):
