@@ -29,7 +29,10 @@ _LOG_TAIL_BYTES = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentConfig:
-    """What to run. data_dir holds the secret, the store and the logs, and is made if it is not there."""
+    """What to run. data_dir holds the secret, the store, the bill and the logs, and is made if it is not there.
+
+    http_address: of the HTTP API; empty for none.  ratecards, tenants_file: docs/BILLING.md; without them all is free.
+    """
 
     model: Path
     data_dir: Path
@@ -38,11 +41,23 @@ class DeploymentConfig:
     kv_format: str = "fp8"
     strategy: str = "boundary"
     router_address: str = "127.0.0.1:0"
+    http_address: str = ""
+    ratecards: tuple[str, ...] = ()
+    tenants_file: str = ""
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def store_dir(self) -> Path:
         return self.data_dir / "store"
+
+    @property
+    def ledger_dir(self) -> Path:
+        return self.data_dir / "ledger"
+
+    @property
+    def usage_log_dir(self) -> Path:
+        """The store's own account, which the ledger is reconciled with."""
+        return self.data_dir / "usage-log"
 
 
 @dataclass(slots=True)
@@ -98,7 +113,7 @@ class Deployment:
         config = self.config
         (config.data_dir / "logs").mkdir(parents=True, exist_ok=True)
         create_secret_file(config.data_dir / "secret")
-        await self.start_role("kvstore", ["--dir", str(config.store_dir)])
+        await self.start_role("kvstore", ["--dir", str(config.store_dir), "--usage-log-dir", str(config.usage_log_dir)])
         await asyncio.gather(
             *(self.start_worker("prefill") for _ in range(config.num_prefill)),
             *(self.start_worker("decode") for _ in range(config.num_decode)),
@@ -113,6 +128,8 @@ class Deployment:
     async def start_router(self, address: str = "127.0.0.1:0") -> RoleProcess:
         """A router over the workers that are alive now."""
         flags = [*self._shared_flags(), "--address", address, "--decode", ",".join(self.addresses("decode"))]
+        flags += ["--ledger-dir", str(self.config.ledger_dir), "--http-address", self.config.http_address]
+        flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]
         return await self.start_role("router", flags)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import signal
 from pathlib import Path
@@ -26,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_arguments(parser)
     parser.add_argument("--data-dir", type=Path, default=Path("antefix-data"), help="secret, store and logs live here")
     parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
+    parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
+    parser.add_argument(
+        "--ratecards", nargs="*", default=(), metavar="FILE", help="prices (deploy/ratecards has examples)"
+    )
+    parser.add_argument("--tenants-file", default="", metavar="FILE", help="tenants' API keys and limits")
     parser.add_argument("--json", action="store_true", help="print addresses as one JSON line")
 
 
@@ -50,7 +56,13 @@ async def _run(args: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked.set)
-    async with Deployment(deployment_config(args, args.data_dir, args.address)) as deployment:
+    config = dataclasses.replace(
+        deployment_config(args, args.data_dir, args.address),
+        http_address=args.http_address,
+        ratecards=tuple(args.ratecards),
+        tenants_file=args.tenants_file,
+    )
+    async with Deployment(config) as deployment:
         _announce(deployment, as_json=args.json)
         await _until_stopped(deployment, asked)
     return 0
@@ -58,11 +70,14 @@ async def _run(args: argparse.Namespace) -> int:
 
 def _announce(deployment: Deployment, *, as_json: bool) -> None:
     rows = [{"role": p.role, "address": p.address, "pid": p.process.pid} for p in deployment.processes]
+    http_address = deployment.one("router").http_address
     if as_json:
-        print(json.dumps({"ready": True, "processes": rows}), flush=True)
+        print(json.dumps({"ready": True, "processes": rows, "http_address": http_address}), flush=True)
         return
     for row in rows:
         print(f"{row['role']:<8} {row['address']:<22} pid {row['pid']}")
+    if http_address:
+        print(f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1")
     print(f"\nTry:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'")
     print("Ctrl-C stops everything.", flush=True)
 

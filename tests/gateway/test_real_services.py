@@ -32,18 +32,13 @@ SMALL_POOL = ("--pool-bytes", "64M")
 
 @pytest.fixture
 def deploy(tmp_path):
-    data = tmp_path / "data"
-    router = ("--ledger-dir", str(data / "ledger"), "--ratecards", str(DEPLOY / "example.toml"))
     return Deployment(
         DeploymentConfig(
             model=MODEL_DIR,
-            data_dir=data,
-            extra_flags={
-                "router": (*router, "--http-address", "127.0.0.1:0"),
-                "kvstore": ("--budget-bytes", "256M", "--usage-log-dir", str(data / "store-log")),
-                "prefill": SMALL_POOL,
-                "decode": SMALL_POOL,
-            },
+            data_dir=tmp_path / "data",
+            http_address="127.0.0.1:0",
+            ratecards=(str(DEPLOY / "example.toml"),),
+            extra_flags={"kvstore": ("--budget-bytes", "256M"), "prefill": SMALL_POOL, "decode": SMALL_POOL},
         )
     )
 
@@ -53,14 +48,14 @@ def url_of(deployment):
 
 
 def settled(deployment):
-    return list(read_settled(deployment.config.data_dir / "ledger"))
+    return list(read_settled(deployment.config.ledger_dir))
 
 
 async def verified(deployment):
     """The verdict; readers on this host tell the store what they used a moment later."""
-    data = deployment.config.data_dir
+    config = deployment.config
     for _ in range(50):
-        verdict = verify(data / "ledger", store_log=data / "store-log")
+        verdict = verify(config.ledger_dir, store_log=config.usage_log_dir)
         if verdict.ok:
             break
         await asyncio.sleep(0.1)
@@ -126,17 +121,17 @@ async def test_billed_hits_are_supported_by_the_stores_log_across_restarts(deplo
         assert verdict.ok and verdict.unsupported_hits == 0, verdict.to_json()
         records = [item.record for item in settled(deployment)]
         assert records[2].hit_store_tokens > 0
-        data = deployment.config.data_dir
-    command = ("usage", "verify", "--ledger", str(data / "ledger"), "--store-log", str(data / "store-log"))
+        ledger, log = deployment.config.ledger_dir, deployment.config.usage_log_dir
+    command = ("usage", "verify", "--ledger", str(ledger), "--store-log", str(log))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "antefix", *command), stdout=asyncio.subprocess.PIPE
     )
     out, _ = await process.communicate()
     assert process.returncode == 0 and json.loads(out)["unsupported_hits"] == 0
     # A hit that the store never heard of shows.
-    for path in (data / "store-log").iterdir():
+    for path in log.iterdir():
         path.unlink()
-    assert not verify(data / "ledger", store_log=data / "store-log").ok
+    assert not verify(ledger, store_log=log).ok
 
 
 async def test_a_killed_router_leaves_no_open_bill(deploy):
