@@ -25,7 +25,8 @@ def keys_of(hashes: Sequence[bytes]) -> list[Key]:
     if not hashes:
         return []
     words = len(hashes[0]) // 8
-    return [int(key) for key in np.frombuffer(b"".join(hashes), "<u8")[::words].tolist()]
+    keys: list[Key] = np.frombuffer(b"".join(hashes), "<u8")[::words].tolist()
+    return keys
 
 
 class Directory:

@@ -9,6 +9,21 @@ from router.directory import Key
 
 Flight = TypeVar("Flight")
 
+# Waiting is worth it up to so many times what computing the shared blocks would take: it spares the work itself, too.
+WAIT_FACTOR = 2.0
+# Predictions are off by so much in any case; a leader that is late by it is not given up yet.
+WAIT_SLACK_S = 2.0
+
+
+def worth_waiting(remaining_s: float, shared_s: float) -> bool:
+    """Whether to wait for blocks that will be there in `remaining_s` and would take `shared_s` to compute."""
+    return remaining_s <= WAIT_FACTOR * shared_s
+
+
+def wait_deadline_s(remaining_s: float, shared_s: float) -> float:
+    """How long to wait at most: as long as would have been accepted, and the slack."""
+    return WAIT_FACTOR * max(remaining_s, shared_s, 0.0) + WAIT_SLACK_S
+
 
 class InFlight(Generic[Flight]):
     """Block key -> the request that computes it. A request in flight is the leader of the blocks it was first to claim.

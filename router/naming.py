@@ -64,11 +64,12 @@ class Names:
 
     def prompt(self, tenant: str, tokens: Tokens) -> Prompt:
         chain = Chain(self.fingerprint, self.keyring.key(tenant), self.block_size)
-        known = self._memo.hashes(tenant, tokens)
+        beginnings = self._memo.beginnings(tenant, tokens)
+        known = self._memo.hashes(tenant, tokens, beginnings)
         chain.hashes = known
         chain.num_tokens = len(known) * self.block_size
         chain.extend(tokens[chain.num_tokens :])
-        self._memo.keep(tenant, tokens, chain.hashes)
+        self._memo.keep(tenant, tokens, chain.hashes, beginnings)
         return Prompt(tokens=tokens, tenant=tenant, chain=chain, keys=keys_of(chain.hashes))
 
 
@@ -85,24 +86,22 @@ class _Memo:
         self._num_tokens = 0
         self._next = 0
 
-    def hashes(self, tenant: str, tokens: Tokens) -> list[bytes]:
+    def hashes(self, tenant: str, tokens: Tokens, beginnings: Sequence[int]) -> list[bytes]:
         """The hashes of the leading blocks that a kept prompt shares, as many as the best find has."""
-        if len(tokens) < _MEMO_BLOCKS_MIN * self._block_size:
-            return []
-        for beginning in reversed(self._beginnings(tenant, tokens)):
+        for beginning in reversed(beginnings):
             found = self._kept.get(self._by_beginning.get(beginning, -1))
             if found is None or found[0] != tenant:
                 continue
             shared = min(len(tokens), len(found[1]))
-            differs = np.flatnonzero(tokens[:shared] != found[1][:shared])
-            num_blocks = (int(differs[0]) if len(differs) else shared) // self._block_size
+            differs = tokens[:shared] != found[1][:shared]
+            first = int(differs.argmax())
+            num_blocks = (first if differs[first] else shared) // self._block_size
             return found[2][:num_blocks]
         return []
 
-    def keep(self, tenant: str, tokens: Tokens, hashes: list[bytes]) -> None:
-        if len(hashes) < _MEMO_BLOCKS_MIN:
+    def keep(self, tenant: str, tokens: Tokens, hashes: list[bytes], beginnings: list[int]) -> None:
+        if not beginnings:
             return
-        beginnings = self._beginnings(tenant, tokens)
         # A conversation's next turn takes its place: what it is the end of has nothing that it lacks.
         number = self._by_beginning.get(beginnings[-1], -1)
         older = self._kept.get(number)
@@ -122,7 +121,10 @@ class _Memo:
             if self._by_beginning.get(beginning) == number:
                 del self._by_beginning[beginning]
 
-    def _beginnings(self, tenant: str, tokens: Tokens) -> list[int]:
+    def beginnings(self, tenant: str, tokens: Tokens) -> list[int]:
+        """Fast hashes of the first 1, 2, 4, ... blocks; none of a prompt that is too short to be worth it."""
+        if len(tokens) < _MEMO_BLOCKS_MIN * self._block_size:
+            return []
         seed = xxhash.xxh3_64_intdigest(tenant.encode())
         digest = xxhash.xxh3_64(seed=seed)
         raw = np.ascontiguousarray(tokens).data.cast("B")

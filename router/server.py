@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import grpc
 
 from antefix import rpc
-from antefix.block import as_tokens
+from antefix.block import as_tokens, exactness_of
 from antefix.clients import Tokens, usage_to_wire
 from antefix.config import require, setting
 from antefix.layout import KVFormat
@@ -29,7 +29,7 @@ from router.generate import Generator
 from router.keeper import Keeper
 from router.naming import Names
 from router.policy import POLICIES, make_policy
-from router.prefilling import Prefilling
+from router.prefilling import Limits, Prefilling
 from router.usage_service import UsageServicer
 from router.workers import Role, Workers
 
@@ -45,10 +45,16 @@ class RouterConfig(GatewayConfig):
     model: str = setting("", "model directory: config.json, tokenizer (weights are hashed, never loaded)")
     kv_format: str = setting("fp8", "precision of KV: fp8 or float32; must be the workers'")
     namespace: str = setting("default", "requests share KV within a namespace only")
+    bounded_windows: int = setting(0, "as the workers have it: the namespace's KV may come from approximate replays")
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
-    prefill_tokens_min: int = setting(0, "an uncached rest of at most this is left to decode", unit="tokens")
+    prefill_tokens_min: int = setting(
+        -1, "an uncached rest of at most this is left to decode; -1: measured speeds decide", unit="tokens"
+    )
+    ttft_s_max: float = setting(
+        600.0, "refuse, with a retry hint, what would wait longer for its first token", unit="s"
+    )
     policy: str = setting("least_work", "placement: least_work, or a baseline to compare it with")
     prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
     decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
@@ -60,7 +66,8 @@ class RouterConfig(GatewayConfig):
         require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
         require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
-        require(self.prefill_tokens_min >= 0, f"prefill_tokens_min must not be negative, is {self.prefill_tokens_min}")
+        require(self.prefill_tokens_min >= -1, f"prefill_tokens_min must be at least -1, is {self.prefill_tokens_min}")
+        require(self.ttft_s_max > 0, f"ttft_s_max must be positive, is {self.ttft_s_max}")
         require(self.policy in POLICIES, f"policy must be one of {', '.join(POLICIES)}, is {self.policy!r}")
         require(bool(self.decode), "--decode is needed: at least one decode worker's host:port")
 
@@ -71,7 +78,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def __init__(self, identity: ModelIdentity, tokenizer: Tokenizer, store: Store, config: RouterConfig) -> None:
         self._identity = identity
         self._tokenizer = tokenizer
-        self._fingerprint = identity.fingerprint(KVFormat(config.kv_format), namespace=config.namespace).digest
+        exactness = exactness_of(config.bounded_windows)
+        self._fingerprint = identity.fingerprint(
+            KVFormat(config.kv_format), namespace=config.namespace, exactness=exactness
+        ).digest
         self._prefill = Workers(Role.PREFILL, make_policy(config.policy), config.prefill)
         self._decode = Workers(Role.DECODE, make_policy(config.policy), config.decode)
         keyring = Keyring.from_file(config.secret_file)
@@ -82,7 +92,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             store,
             directory,
             fingerprint=self._fingerprint,
-            prefill_tokens_min=config.prefill_tokens_min,
+            limits=Limits(prefill_tokens_min=config.prefill_tokens_min, ttft_s_max=config.ttft_s_max),
+            num_decoding=self._decode.num_running_least,
         )
         self.keeper = Keeper(config.store_address)
         self.front: Front = open_front(

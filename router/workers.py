@@ -77,6 +77,10 @@ class Workers:
     def find(self, address: str) -> Worker | None:
         return next((worker for worker in self.workers if worker.address == address), None)
 
+    def num_running_least(self) -> int:
+        """Requests on the worker that has fewest."""
+        return min((worker.num_requests for worker in self.workers), default=0)
+
     def place(
         self, work: Work, directory: Directory, keys: Sequence[Key], block_size: int, exclude: frozenset[str]
     ) -> Worker:

@@ -28,7 +28,7 @@ from antefix.window import (
 )
 from router.backlog import Backlog
 from router.directory import Directory
-from router.inflight import InFlight
+from router.inflight import InFlight, worth_waiting
 from router.placement import FETCH_WEIGHT, Loads, Policy, Work, seeds_of
 from router.policy import make_policy
 from simulate.cluster_result import RECOVERY_S, Outcomes, PolicyResult
@@ -47,7 +47,6 @@ class Fleet:
 
     kills: (second, second of return or 0 for never), of one prefill worker each, the first, the second, ...
     joins: seconds at which another prefill worker is added.  decode_step_*: of one decode step, by sequences running.
-    wait_factor: a request waits for another's blocks at most so many times as long as computing them would take.
     """
 
     num_prefill: int
@@ -57,7 +56,6 @@ class Fleet:
     store: StoreLimits = field(default_factory=StoreLimits)
     memory_bytes: int = 64 * 10**9
     coalesce: bool = True
-    wait_factor: float = 2.0
     kills: tuple[tuple[float, float], ...] = ()
     joins: tuple[float, ...] = ()
     decode_step_s: float = 0.02
@@ -154,7 +152,7 @@ class _Run:
         if self.fleet.coalesce and (found := self.in_flight.find(names, known)):
             leader, num_units = found
             shared_s = (num_units - known) * self.unit_tokens / self.fleet.machine.prefill_tokens_per_s
-            if job.waited_s == 0 and leader.pending_s - self.now <= self.fleet.wait_factor * shared_s:
+            if job.waited_s == 0 and worth_waiting(leader.pending_s - self.now, shared_s):
                 leader.followers.append(job)
                 return
         # 3. Place.

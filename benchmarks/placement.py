@@ -1,0 +1,162 @@
+"""How long placing a long prompt takes, from tokens to worker, and what the directory costs in bytes and time.
+
+    python benchmarks/placement.py --json
+
+A decision here is all of the router's own work: naming the prompt's blocks, finding their holders, choosing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+
+from antefix.block import chain_of
+from antefix.secret import Keyring
+from router.directory import Directory
+from router.naming import Names
+from router.policy import POLICIES, make_policy
+from router.workers import Role, Worker, Workers
+
+BLOCK_SIZE = 128
+FINGERPRINT = b"f" * 32
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--blocks", type=int, default=1_000_000, help="known to the directory")
+    parser.add_argument("--workers", type=int, default=64)
+    parser.add_argument("--decisions", type=int, default=1000)
+    parser.add_argument("--policy", choices=sorted(POLICIES), default="least_work")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    figures = measure(args)
+    text = json.dumps(figures, indent=1) if args.json else "\n".join(f"{k:32} {v:,.3f}" for k, v in figures.items())
+    sys.stdout.write(text + "\n")
+    return 0
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    names = Names(fingerprint=FINGERPRINT, keyring=Keyring(b"s" * 32), block_size=BLOCK_SIZE)
+    workers = fleet(args.workers, args.policy)
+    directory, told = fill(args.blocks, [worker.address for worker in workers.workers])
+    conversations = [rng.integers(0, 100_000, args.tokens * 2).astype(np.uint32) for _ in range(16)]
+    for worker, tokens in zip(workers.workers, conversations, strict=False):
+        directory.placed(worker.address, names.prompt("tenant", tokens[: args.tokens]).keys)
+    turns = decisions(args, names, workers, directory, conversations)
+    fresh = [rng.integers(0, 100_000, args.tokens).astype(np.uint32) for _ in range(64)]
+    first = [timed_decision(names, workers, directory, tokens) for tokens in fresh]
+    hashing = [timed_hashing(tokens) for tokens in fresh]
+    return {
+        **figures("decision", turns),
+        **figures("unseen", first),
+        "hashing_whole_prompt_ms": 1e3 * float(np.median(hashing)),
+        **told,
+    }
+
+
+def figures(label: str, taken: list[tuple[float, float]]) -> dict[str, float]:
+    """By the clock, and by the core's own time, which other processes on a busy machine do not lengthen."""
+    named = {}
+    for kind, seconds in zip(("", "_cpu"), np.array(taken).T, strict=True):
+        named[f"{label}s{kind}_per_s"] = float(1 / seconds.mean())
+        named[f"{label}{kind}_p50_ms"] = 1e3 * float(np.quantile(seconds, 0.5))
+        named[f"{label}{kind}_p99_ms"] = 1e3 * float(np.quantile(seconds, 0.99))
+    return named
+
+
+def fleet(count: int, policy: str) -> Workers:
+    workers = Workers(Role.PREFILL, make_policy(policy), [f"127.0.0.1:{20000 + i}" for i in range(count)])
+    rng = random.Random(0)
+    for worker in workers.workers:
+        load(worker, rng)
+    return workers
+
+
+def load(worker: Worker, rng: random.Random) -> None:
+    for _ in range(rng.randrange(4)):
+        worker.num_requests += 1
+        worker.backlog.add(rng.uniform(1e3, 1e5), time.monotonic())
+
+
+def fill(num_blocks: int, addresses: list[str]) -> tuple[Directory, dict[str, float]]:
+    """A directory of so many blocks, in chains of 500, each held by one to three workers; and what that took."""
+    rng = random.Random(0)
+    chains = [[rng.getrandbits(64) for _ in range(500)] for _ in range(num_blocks // 500)]
+    holders = [rng.sample(addresses, rng.choice((1, 1, 2, 3))) for _ in chains]
+    events = sum(len(chain) * len(held) for chain, held in zip(chains, holders, strict=True))
+    gc.collect()
+    # Time first, bytes in a second directory: tracing slows every allocation.
+    directory = Directory(num_blocks_max=4 * num_blocks)
+    start = time.perf_counter()
+    for chain, held in zip(chains, holders, strict=True):
+        for address in held:
+            directory.placed(address, chain)
+    stored_s = time.perf_counter() - start
+    start = time.perf_counter()
+    for chain, held in zip(chains[::4], holders[::4], strict=True):
+        directory.evicted(held[0], chain)
+    evicted_s = time.perf_counter() - start
+    traced_bytes = bytes_of(num_blocks, addresses)
+    return directory, {
+        "stored_events_per_s": events / stored_s,
+        "evicted_events_per_s": 500 * len(chains[::4]) / evicted_s,
+        "directory_bytes_per_block": traced_bytes[0],
+        "directory_bytes_per_block_and_holder": traced_bytes[1],
+    }
+
+
+def bytes_of(num_blocks: int, addresses: list[str]) -> tuple[float, float]:
+    """Keys, table and holder sets, a block, and a block and holder."""
+    rng = random.Random(1)
+    gc.collect()
+    tracemalloc.start()
+    directory, pairs = Directory(num_blocks_max=4 * num_blocks), 0
+    for _ in range(num_blocks // 500):
+        chain = [rng.getrandbits(64) for _ in range(500)]
+        held = rng.sample(addresses, rng.choice((1, 1, 2, 3)))
+        pairs += 500 * len(held)
+        for address in held:
+            directory.placed(address, chain)
+    nbytes = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    return nbytes / len(directory), nbytes / pairs
+
+
+def decisions(
+    args: argparse.Namespace, names: Names, workers: Workers, directory: Directory, conversations: list[np.ndarray]
+) -> list[tuple[float, float]]:
+    """Turns of growing conversations: each a few hundred tokens longer than the one before."""
+    taken = []
+    for number in range(args.decisions):
+        turn, which = divmod(number, len(conversations))
+        tokens = conversations[which][: args.tokens + 300 * (turn + 1)]
+        taken.append(timed_decision(names, workers, directory, tokens))
+    return taken
+
+
+def timed_decision(names: Names, workers: Workers, directory: Directory, tokens: np.ndarray) -> tuple[float, float]:
+    start, cpu = time.perf_counter(), time.thread_time()
+    prompt = names.prompt("tenant", tokens)
+    work = prompt.work(len(prompt.keys) - 4)
+    worker = workers.place(work, directory, prompt.keys, BLOCK_SIZE, frozenset())
+    directory.placed(worker.address, prompt.keys)
+    return time.perf_counter() - start, time.thread_time() - cpu
+
+
+def timed_hashing(tokens: np.ndarray) -> float:
+    start = time.perf_counter()
+    chain_of(tokens, fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_SIZE)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""Workers come and go by lease; one that drains or restarts is known to do so."""
+
+import asyncio
+import time
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from antefix.errors import ConfigError, FingerprintMismatch, InvalidRequest
+from router.directory import Directory
+from router.health import HealthWatch
+from router.leases import Leases
+from router.policy import make_policy
+from router.workers import Role, Workers
+
+FINGERPRINT = b"f" * 32
+ADDRESS = "127.0.0.1:7001"
+
+
+@pytest.fixture
+def fleet():
+    prefill, decode = (Workers(role, make_policy("least_work"), ["127.0.0.1:9"]) for role in Role)
+    directory = Directory()
+    return Leases(prefill, decode, directory, fingerprint=FINGERPRINT), prefill, decode, directory
+
+
+def renew(leases, address=ADDRESS, role="prefill", instance=b"1", ttl_s=10.0, fingerprint=FINGERPRINT):
+    leases.renew(role, address, instance=instance, fingerprint=fingerprint, ttl_s=ttl_s)
+
+
+def addresses(workers):
+    return [worker.address for worker in workers.workers]
+
+
+def test_a_lease_makes_a_worker_known_until_it_runs_out(fleet):
+    leases, prefill, decode, _ = fleet
+    renew(leases)
+    renew(leases, role="decode", address="127.0.0.1:7002")
+    assert addresses(prefill) == ["127.0.0.1:9", ADDRESS] and addresses(decode)[1:] == ["127.0.0.1:7002"]
+    leases.expire(time.monotonic() + 9)
+    assert len(prefill.workers) == 2
+    leases.expire(time.monotonic() + 11)
+    assert addresses(prefill) == addresses(decode) == ["127.0.0.1:9"]
+
+
+def test_a_worker_that_leaves_is_gone_at_once_and_one_of_the_settings_stays(fleet):
+    leases, prefill, _, _ = fleet
+    renew(leases)
+    renew(leases, ttl_s=0)
+    renew(leases, ttl_s=0, address="127.0.0.1:9")
+    assert addresses(prefill) == ["127.0.0.1:9"]
+
+
+def test_renewing_keeps_load_and_memory_and_a_new_process_starts_empty(fleet):
+    leases, prefill, _, directory = fleet
+    renew(leases)
+    worker = prefill.find(ADDRESS)
+    directory.placed(ADDRESS, [1, 2])
+    with prefill.load(worker, 100):
+        renew(leases)
+        assert prefill.find(ADDRESS) is worker and worker.num_tokens == 100
+    assert directory.leading([ADDRESS], [1, 2]).tolist() == [2]
+    renew(leases, instance=b"2")
+    assert directory.leading([ADDRESS], [1, 2]).tolist() == [0]
+
+
+def test_load_of_a_worker_that_left_is_given_back_without_harm(fleet):
+    leases, prefill, _, _ = fleet
+    renew(leases)
+    worker = prefill.find(ADDRESS)
+    with prefill.load(worker, 100):
+        renew(leases, ttl_s=0)
+        renew(leases)
+    assert worker.num_requests == 0 and prefill.find(ADDRESS).num_requests == 0
+
+
+def test_who_cannot_serve_here_gets_no_lease(fleet):
+    leases, prefill, _, _ = fleet
+    for kind, changes in (
+        (FingerprintMismatch, {"fingerprint": b"x" * 32}),
+        (InvalidRequest, {"role": "router"}),
+        (InvalidRequest, {"ttl_s": 0.01}),
+        (InvalidRequest, {"ttl_s": 1e9}),
+        (ConfigError, {"address": "nowhere"}),
+    ):
+        with pytest.raises(kind):
+            renew(leases, **changes)
+    assert addresses(prefill) == ["127.0.0.1:9"]
+
+
+async def until(condition):
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    pytest.fail("it did not come to be")
+
+
+async def test_a_worker_that_drains_is_known_to_and_one_that_died_has_forgotten():
+    server, health = grpc.aio.server(), HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    address = f"127.0.0.1:{port}"
+    workers, directory = Workers(Role.PREFILL, make_policy("least_work"), [address]), Directory()
+    watch, worker = HealthWatch(directory), workers.workers[0]
+    watch.follow((workers,))
+    try:
+        for status, draining in (("NOT_SERVING", True), ("SERVING", False), ("NOT_SERVING", True)):
+            await health.set("", health_pb2.HealthCheckResponse.ServingStatus.Value(status))
+            await until(lambda draining=draining: worker.draining is draining)
+        directory.placed(address, [1, 2])
+        await server.stop(0)
+        await until(lambda: directory.leading([address], [1, 2]).tolist() == [0])
+    finally:
+        await watch.close()
+        await server.stop(0)
