@@ -73,6 +73,11 @@ COMMANDS: dict[str, Command] = {
         help="show or change the workers' window strategy, and how well they predict restores",
         example="antefix window --router 127.0.0.1:8400 --strategy auto",
     ),
+    "explain": Command(
+        module="antefix.commands.explain",
+        help="why a prompt hits or misses, block by block",
+        example="antefix explain --data-dir antefix-data --prompt-file prompt.txt",
+    ),
     "verify": Command(
         module="antefix.commands.verify",
         help="compare hits with cold runs, bit by bit, for every strategy and plan",

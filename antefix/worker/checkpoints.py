@@ -23,7 +23,7 @@ def prompt_marks(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Ma
     marks = {mark.block: mark for mark in engine.strategy.at_prompt(facts, engine.sizes)}
     for num_tokens, ttl_s in prompt.keep:
         # The client's own breakpoints: whatever the strategy, it has said that it will come back here.
-        block = num_tokens // engine.block_size
+        block = num_tokens // engine.block_size // engine.align_blocks * engine.align_blocks
         if restored.plan.resume_block <= block and block and block not in restored.checkpoints:
             known = marks.get(block)
             marks[block] = Mark(

@@ -1,0 +1,198 @@
+"""`antefix explain` says of every block what became of it, and why the rest misses, from files alone."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from antefix.block import chain_of
+from antefix.cli import main
+from antefix.layout import KVFormat
+from antefix.model_dir import identify
+from antefix.secret import Keyring, create_secret_file
+from antefix.store.api import Record, RecordKind
+from antefix.usage.storelog import StoreLog
+from kvstore.config import KvStoreConfig
+from kvstore.engine import Engine
+
+MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
+SIZE = 64
+TOKENS = np.random.default_rng(41).integers(0, 256, 10 * SIZE + 7).astype(np.uint32)
+
+
+class Deployed:
+    """What `antefix up` leaves in its directory: a secret, a store with some of the prompt, the store's log."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.identity = identify(MODEL)
+        self.keyring = Keyring.from_file(create_secret_file(directory / "secret"))
+        self.now_ms = [time.time_ns() // 1_000_000]
+        config = KvStoreConfig(dir=str(directory / "store"), budget_bytes=64 << 20, compression="off")
+        self.store = Engine(config, clock_ms=lambda: self.now_ms[0])
+        (directory / "tokens.json").write_text(json.dumps([int(token) for token in TOKENS]))
+
+    def names(self, tokens=TOKENS, tenant="", kv_format=KVFormat.FP8, exactness="exact"):
+        digest = self.identity.fingerprint(kv_format, exactness=exactness).digest
+        return digest, chain_of(tokens, fingerprint_digest=digest, key=self.keyring.key(tenant), block_size=SIZE)
+
+    def put(self, num_blocks, checkpoints=(), ttl_s=None, **kwargs):
+        digest, chain = self.names(**kwargs)
+        layout = self.identity.layout(kwargs.get("kv_format", KVFormat.FP8))
+        records = []
+        for index in range(num_blocks):
+            shared = {
+                "hash": chain.hashes[index], "parent": chain.parent(index), "fingerprint": digest,
+                "position": (index + 1) * SIZE, "ttl_s": ttl_s,
+            }  # fmt: skip
+            payload = bytes([index + 1]) * layout.block_bytes
+            records.append(Record(kind=RecordKind.BLOCK, payload=payload, **shared))
+            if index + 1 in checkpoints:
+                records.append(Record(kind=RecordKind.CHECKPOINT, payload=bytes(layout.checkpoint_bytes), **shared))
+        assert not self.store.put(records).refused
+
+    def explain(self, capsys, *flags, as_json=True):
+        argv = ["explain", "--data-dir", str(self.directory), "--tokens-file", str(self.directory / "tokens.json")]
+        assert main([*argv, *flags, *(["--json"] if as_json else [])]) == 0
+        out = capsys.readouterr().out
+        return json.loads(out) if as_json else out
+
+    def states(self, answer):
+        return [block["state"] for block in answer["blocks"]]
+
+
+@pytest.fixture
+def deployed(tmp_path):
+    made = Deployed(tmp_path)
+    yield made
+    if made.store.is_open:
+        made.store.close()
+
+
+def test_an_empty_store_misses_from_the_first_block(deployed, capsys):
+    answer = deployed.explain(capsys)
+    assert deployed.states(answer) == ["first_seen"] * 10
+    assert (answer["hit_tokens"], answer["miss_reason"], answer["plan"]["kind"]) == (0, "first_seen", "cold")
+
+
+def test_a_stored_prefix_with_its_checkpoint_is_resumed(deployed, capsys):
+    deployed.put(8, checkpoints=(3, 8))
+    answer = deployed.explain(capsys, "--prefill-rate", "200")
+    assert deployed.states(answer) == ["stored"] * 8 + ["first_seen"] * 2
+    assert answer["checkpoints"] == [3 * SIZE, 8 * SIZE]
+    assert (answer["plan"]["kind"], answer["hit_tokens"], answer["miss_tokens"]) == ("checkpoint", 512, 135)
+    assert answer["miss_reason"] == "first_seen"
+    assert {plan["kind"] for plan in answer["plans"]} == {"checkpoint", "replay", "cold"}
+    place = answer["blocks"][7]["place"]
+    assert place["payload_bytes"] == deployed.identity.layout(KVFormat.FP8).block_bytes
+    assert place["expires_s"] > 3600
+    assert answer["blocks"][7]["checkpoint"] and not answer["blocks"][6]["checkpoint"]
+
+
+def test_without_a_checkpoint_near_the_end_window_state_is_what_is_missing(deployed, capsys):
+    deployed.put(10, checkpoints=(9,))
+    answer = deployed.explain(capsys, "--prefill-rate", "200")
+    assert (answer["stored_blocks"], answer["hit_tokens"], answer["miss_reason"]) == (10, 9 * SIZE, "window_missing")
+
+
+def test_the_whole_prompt_stored_leaves_nothing_to_explain(deployed, capsys):
+    deployed.put(10, checkpoints=(10,))
+    answer = deployed.explain(capsys, "--prefill-rate", "200")
+    assert (answer["hit_tokens"], answer["miss_reason"]) == (10 * SIZE, "")
+
+
+def test_expired_blocks_say_so(deployed, capsys):
+    deployed.now_ms[0] -= 60_000
+    deployed.put(4, ttl_s=5.0)
+    answer = deployed.explain(capsys)
+    assert deployed.states(answer)[:4] == ["stored"] * 3 + [
+        "expired"
+    ]  # a parent lives as long as its children are kept
+    assert answer["miss_reason"] in ("expired", "window_missing")
+
+
+def test_a_corrupt_block_is_found_by_reading_and_hides_what_follows(deployed, capsys, tmp_path):
+    deployed.put(6, checkpoints=(6,))
+    segment = next((tmp_path / "store").rglob("*.seg*"))
+    data = bytearray(segment.read_bytes())
+    at = data.find(b"\x03" * 1000)
+    data[at + 10] ^= 1
+    segment.write_bytes(bytes(data))
+    assert deployed.states(deployed.explain(capsys))[:6] == ["stored"] * 6
+    answer = deployed.explain(capsys, "--check", "--prefill-rate", "200")
+    assert deployed.states(answer)[:6] == ["stored"] * 2 + ["corrupt"] + ["unreachable"] * 3
+    assert answer["stored_blocks"] == 2 and answer["checkpoints"] == []
+
+
+def test_the_same_tokens_under_another_format_or_exactness_are_told(deployed, capsys):
+    deployed.put(5, kv_format=KVFormat.FLOAT32)
+    deployed.put(2, exactness="bounded-1")
+    answer = deployed.explain(capsys)
+    assert deployed.states(answer) == ["fingerprint_differs"] * 5 + ["first_seen"] * 5
+    assert answer["miss_reason"] == "fingerprint_differs" and answer["hit_tokens"] == 0
+    assert "float32" in answer["blocks"][4]["detail"]
+    assert deployed.explain(capsys, "--bounded-windows", "1")["stored_blocks"] == 2
+
+
+def test_the_stores_log_tells_evicted_from_never_seen(deployed, capsys):
+    _, chain = deployed.names()
+    log = StoreLog(deployed.directory / "usage-log")
+    log.stored(chain.hashes[:6])
+    log.close()
+    deployed.put(4)
+    answer = deployed.explain(capsys)
+    assert deployed.states(answer) == ["stored"] * 4 + ["evicted"] * 2 + ["first_seen"] * 4
+
+
+def test_another_tenants_and_users_blocks_are_never_seen(deployed, capsys):
+    deployed.put(3, tenant="acme")
+    deployed.put(4, tenant="acme\x1fann")
+    assert deployed.explain(capsys)["stored_blocks"] == 0
+    assert deployed.explain(capsys, "--tenant", "acme")["stored_blocks"] == 3
+    assert deployed.explain(capsys, "--tenant", "acme", "--user", "ann")["stored_blocks"] == 4
+
+
+def test_a_prompt_below_one_block_is_below_minimum(deployed, capsys):
+    (deployed.directory / "tokens.json").write_text("[1, 2, 3]")
+    answer = deployed.explain(capsys)
+    assert (answer["miss_reason"], answer["num_blocks"]) == ("below_minimum", 0)
+    assert "below_minimum" in deployed.explain(capsys, as_json=False)
+
+
+def test_the_text_says_what_is_there_what_is_done_and_why_the_rest_misses(deployed, capsys):
+    deployed.put(8, checkpoints=(8,))
+    text = deployed.explain(capsys, "--prefill-rate", "200", as_json=False)
+    for expected in (
+        "512 of 647 prompt tokens would be hits (79%), by resuming from a checkpoint",
+        "8 of 10 blocks can be used",
+        "tokens 0 to 511: stored",
+        "tokens 512 to 639: first_seen",
+        "-> checkpoint",
+        "Why the rest misses: first_seen",
+        "What to do:",
+    ):
+        assert expected in text, text
+
+
+def test_a_store_that_is_in_use_and_one_that_is_not_read_alike(deployed, capsys):
+    deployed.put(8, checkpoints=(8,))
+    while_open = deployed.explain(capsys)
+    deployed.store.close()
+    closed = deployed.explain(capsys)
+    assert deployed.states(while_open) == deployed.states(closed)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "told"),
+    [
+        ((), 2, "--data-dir"),
+        (("--data-dir", "/nowhere"), 2, "secret"),
+        (("--store-dir", "/nowhere", "--secret-file", "SECRET"), 3, "no readable store"),
+    ],
+)
+def test_a_wrong_call_says_what_is_missing(deployed, capsys, flags, code, told):
+    flags = [flag.replace("SECRET", str(deployed.directory / "secret")) for flag in flags]
+    assert main(["explain", "--prompt", "x" * 200, *flags]) == code
+    assert told in capsys.readouterr().err
