@@ -60,7 +60,7 @@ def _bars(axes: Any, simulation: Simulation) -> None:
     axes[0].barh(names, [100 * result.token_hit_rate for result in results], color="tab:blue")
     axes[0].axvline(100 * results[0].ideal_token_hit_rate, color="black", linestyle="--", label="ideal")
     axes[0].set_xlabel("prompt tokens not run again, %")
-    axes[0].legend()
+    axes[0].legend(loc="lower right")
     blocks = [(result.bytes_kept_max - _window_bytes(result)) / 1e9 for result in results]
     axes[1].barh(names, blocks, color="tab:gray", label="blocks")
     axes[1].barh(
@@ -89,4 +89,6 @@ def _lines(axes: Any, simulations: Sequence[Simulation]) -> None:
     for axis in axes:
         axis.set_xlabel("store, GB")
         axis.set_xscale("log", base=2)
-        axis.legend()
+        axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+    # Beside the plot: inside, it would hide lines.
+    axes[1].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
