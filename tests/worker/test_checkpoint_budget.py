@@ -5,10 +5,11 @@ import asyncio
 import numpy as np
 
 from antefix.errors import Unavailable
-from antefix.store.api import RecordKind
+from antefix.window import Reason, StoredPrefix
 from antefix.worker import budget as budget_module
 from antefix.worker.budget import CheckpointBudget, counter_of
-from antefix.worker.prompt import run_prompt
+from antefix.worker.checkpoints import prompt_marks
+from antefix.worker.restore import Restored
 
 LONG = np.random.default_rng(51).integers(0, 256, 8 * 1024)
 
@@ -53,17 +54,18 @@ def test_a_store_without_numbers_is_not_asked(store):
     assert counter_of(store) is None
 
 
-async def test_a_full_budget_ends_sparse_checkpoints_and_keeps_ends(make_engine, make_prompt, store):
-    """8,192 tokens of new ground: `auto` leaves sparse checkpoints there, unless the budget is used up."""
-    left = {}
-    for used_bytes in (0, 1 << 40):
-        store.records.clear()
-        store.puts.clear()
-        engine = make_engine(f"auto(budget={1 << 40})", num_blocks=140, prefill_chunk=1024)
+def test_a_full_budget_ends_sparse_checkpoints(make_engine, make_prompt):
+    """8,192 tokens of new ground: `auto` leaves sparse checkpoints there, unless the store's count is at the limit."""
+    limit = 1 << 40
+    marks = {}
+    for used_bytes in (0, limit - 1, limit):
+        engine = make_engine(f"auto(budget={limit})", num_blocks=1)
         engine.budget.add(used_bytes)
-        computed = await run_prompt(engine, make_prompt(engine, LONG))
-        engine.blocks.release(computed.sequence.block_table)
-        left[used_bytes] = [position for kind, position in store.puts if kind is RecordKind.CHECKPOINT]
-    assert len(left[0]) > 1
-    assert left[1 << 40] == left[0][-1:]
-    assert left[0][-1] > 8000
+        decision = engine.planner.plan(StoredPrefix(num_tokens=len(LONG), num_blocks=0))
+        nothing_stored = Restored(
+            sequence=None, plan=decision.plan, plans=(), num_stored_blocks=0, checkpoints=(), report=None
+        )
+        marks[used_bytes] = [mark.reason for mark in prompt_marks(engine, make_prompt(engine, LONG), nothing_stored)]
+    assert Reason.SPARSE in marks[0] and Reason.PROMPT_END in marks[0]
+    assert Reason.SPARSE not in marks[limit - 1]
+    assert Reason.SPARSE not in marks[limit]
