@@ -19,15 +19,19 @@ from antefix.store.api import Buffer, Record, RecordKind
 
 log = logging.getLogger("kvstore.compression")
 
-# Payloads that are coded and decoded before a fingerprint is judged; the best of them, so that a pause does not count.
+# Payloads of a kind that are coded and decoded before it is judged; the best of them, so that a pause does not count.
 NUM_SAMPLES: Final = 4
 # An NVMe disk's, for when there is no room to measure.
 DISK_BYTES_PER_S: Final = 2e9
 
 
+# Fingerprint and kind: what has one payload layout.
+Layout = tuple[bytes, RecordKind]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """Why a fingerprint's blocks are compressed or not. Speeds in payload bytes a second; codec: all cores together."""
+    """Why payloads of one layout are compressed or not. Speeds in payload bytes a second; codec: all cores together."""
 
     compress: bool
     ratio: float
@@ -51,31 +55,33 @@ class Compression:
 
     def __init__(self, mode: str, measure_disk: Callable[[], float]) -> None:
         self.mode = mode
-        self.judgements: dict[bytes, Judgement] = {}
+        self.judgements: dict[Layout, Judgement] = {}
         self._measure_disk = measure_disk
         self._disk_bytes_per_s = 0.0
         self._lock = threading.Lock()
-        self._plans: dict[bytes, codec.PlanePlan] = {}
-        self._samples: dict[bytes, list[tuple[float, float]]] = {}
+        self._plans: dict[Layout, codec.PlanePlan] = {}
+        self._samples: dict[Layout, list[tuple[float, float]]] = {}
 
-    def register(self, fingerprint: bytes, plan: codec.PlanePlan) -> None:
+    def register(self, fingerprint: bytes, kind: RecordKind, plan: codec.PlanePlan) -> None:
         with self._lock:
-            self._plans[fingerprint] = plan
+            self._plans[fingerprint, kind] = plan
 
     def wants(self, record: Record) -> bool:
         """Whether a payload is worth trying: its layout is known and the mode is for it."""
-        if self.mode == "off" or record.kind is not RecordKind.BLOCK or record.fingerprint not in self._plans:
+        layout = (record.fingerprint, record.kind)
+        if self.mode == "off" or layout not in self._plans:
             return False
-        judgement = self.judgements.get(record.fingerprint)
+        judgement = self.judgements.get(layout)
         return self.mode == "zstd" or judgement is None or judgement.compress
 
     def encode(self, record: Record) -> bytes | None:
         """The coded payload, or None where it is stored raw."""
         if not self.wants(record):
             return None
-        coded = codec.encode(record.payload, self._plans[record.fingerprint])
-        if self.mode == "auto" and record.fingerprint not in self.judgements:
-            self._sample(record.fingerprint, record.payload, coded)
+        layout = (record.fingerprint, record.kind)
+        coded = codec.encode(record.payload, self._plans[layout])
+        if self.mode == "auto" and layout not in self.judgements:
+            self._sample(layout, record.payload, coded)
         return coded
 
     def _measured_disk(self) -> float:
@@ -85,7 +91,7 @@ class Compression:
             log.warning("the disk cannot be measured (%s), taking %g bytes/s", err, DISK_BYTES_PER_S)
             return DISK_BYTES_PER_S
 
-    def _sample(self, fingerprint: bytes, payload: Buffer, coded: bytes | None) -> None:
+    def _sample(self, layout: Layout, payload: Buffer, coded: bytes | None) -> None:
         nbytes = memoryview(payload).nbytes
         ratio, bytes_per_s = 1.0, float("inf")
         if coded is not None:
@@ -95,15 +101,15 @@ class Compression:
             codec.decode(coded, out)
             ratio, bytes_per_s = nbytes / len(coded), nbytes / (time.perf_counter() - start)
         with self._lock:
-            samples = self._samples.setdefault(fingerprint, [])
+            samples = self._samples.setdefault(layout, [])
             samples.append((ratio, bytes_per_s))
-            if len(samples) < NUM_SAMPLES or fingerprint in self.judgements:
+            if len(samples) < NUM_SAMPLES or layout in self.judgements:
                 return
             if not self._disk_bytes_per_s:
                 self._disk_bytes_per_s = self._measured_disk()
-            self.judgements[fingerprint] = judge(
+            self.judgements[layout] = judge(
                 ratio=sum(ratio for ratio, _ in samples) / len(samples),
                 codec_bytes_per_s=max(speed for _, speed in samples) * (os.cpu_count() or 1),
                 disk_bytes_per_s=self._disk_bytes_per_s,
             )
-        log.info("compression of %s: %s", fingerprint.hex()[:16], self.judgements[fingerprint])
+        log.info("compression of %s %s: %s", layout[0].hex()[:16], layout[1].name, self.judgements[layout])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -271,15 +271,15 @@ class Engine:
             if relearned:
                 drop_false_roots(txn, self.space, state.id, tokens)
 
-    def register(self, fingerprint: bytes, block_tokens: int, plan: codec.PlanePlan | None) -> None:
-        """Tell what is behind a fingerprint: how many tokens a block has, and how its payload may be coded."""
+    def register(self, fingerprint: bytes, block_tokens: int, plans: Mapping[RecordKind, codec.PlanePlan]) -> None:
+        """Tell what is behind a fingerprint: how many tokens a block has, and how payloads may be coded."""
         with self._lock:
             with IndexTxn(self.index) as txn:
                 txn.set_fingerprint(fingerprint, block_tokens)
-                if plan is not None:
-                    txn.set_meta(_PLAN_PREFIX + fingerprint, plan.encoded)
-            if plan is not None:
-                self.compression.register(fingerprint, plan)
+                for kind, plan in plans.items():
+                    txn.set_meta(_PLAN_PREFIX + bytes([kind]) + fingerprint, plan.encoded)
+            for kind, plan in plans.items():
+                self.compression.register(fingerprint, kind, plan)
 
     def _drop_locked(self, keys: KeyRing) -> None:
         """Forget the records of tenants whose keys are gone: nobody can read them any more."""
@@ -299,7 +299,8 @@ class Engine:
         with self.index.txn() as txn, txn.cursor(db=self.index.db["meta"]) as cursor:
             for key, value in cursor:
                 if key.startswith(_PLAN_PREFIX):
-                    self.compression.register(key[len(_PLAN_PREFIX) :], codec.read_plan(value)[0])
+                    kind, fingerprint = RecordKind(key[len(_PLAN_PREFIX)]), key[len(_PLAN_PREFIX) + 1 :]
+                    self.compression.register(fingerprint, kind, codec.read_plan(value)[0])
 
     def flush_touches(self) -> None:
         with self._lock:

@@ -177,15 +177,17 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def Register(
         self, request: kvstore_pb2.RegisterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.RegisterResponse:
-        plan = codec.PlanePlan(
-            parts=tuple(
-                codec.PlanePart(num_rows=part.num_rows, fields=tuple((f.nbytes, f.width) for f in part.fields))
-                for part in request.parts
+        plans = {
+            kind: codec.PlanePlan(
+                parts=tuple(
+                    codec.PlanePart(num_rows=part.num_rows, fields=tuple((f.nbytes, f.width) for f in part.fields))
+                    for part in parts
+                )
             )
-        )
-        await self._in_thread(
-            lambda: self.engine.register(request.fingerprint, request.block_size, plan if plan.parts else None)
-        )
+            for kind, parts in ((RecordKind.BLOCK, request.parts), (RecordKind.CHECKPOINT, request.checkpoint_parts))
+            if parts
+        }
+        await self._in_thread(lambda: self.engine.register(request.fingerprint, request.block_size, plans))
         return kvstore_pb2.RegisterResponse()
 
     async def Watch(

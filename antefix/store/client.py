@@ -116,15 +116,11 @@ class RemoteStore:
 
     async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
         """Tell the store the byte layout behind a fingerprint; without it, blocks are stored uncompressed."""
-        parts = [
-            kvstore_pb2.PayloadPart(
-                num_rows=part.num_rows,
-                fields=[kvstore_pb2.PayloadField(nbytes=nbytes, width=width) for nbytes, width in part.fields],
-            )
-            for part in codec.plan_of_block(layout).parts
-        ]
         request = kvstore_pb2.RegisterRequest(
-            fingerprint=fingerprint, block_size=layout.geometry.block_size, parts=parts
+            fingerprint=fingerprint,
+            block_size=layout.geometry.block_size,
+            parts=_parts(codec.plan_of_block(layout)),
+            checkpoint_parts=_parts(codec.plan_of_checkpoint(layout)),
         )
         with rpc.rpc_errors():
             await self.stub.Register(request, timeout=CALL_DEADLINE_S)
@@ -322,3 +318,13 @@ class LocalStore:
 
 def _name(name: tuple[RecordKind, bytes]) -> kvstore_pb2.RecordName:
     return kvstore_pb2.RecordName(kind=name[0].value, hash=name[1])  # type: ignore[arg-type]
+
+
+def _parts(plan: codec.PlanePlan) -> list[kvstore_pb2.PayloadPart]:
+    return [
+        kvstore_pb2.PayloadPart(
+            num_rows=part.num_rows,
+            fields=[kvstore_pb2.PayloadField(nbytes=nbytes, width=width) for nbytes, width in part.fields],
+        )
+        for part in plan.parts
+    ]

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import zstandard
 
 from antefix.errors import BlockCorrupt
-from antefix.layout import BlockLayout
+from antefix.layout import BlockLayout, entry_record
 from antefix.store.api import Buffer
 
 # Level 3 gains nothing over 1 on this data, and negative levels store float data raw.
@@ -89,6 +89,15 @@ def plan_of_block(layout: BlockLayout) -> PlanePlan:
             for part in layout.parts
         )
     )
+
+
+def plan_of_checkpoint(layout: BlockLayout) -> PlanePlan:
+    """The planes of a checkpoint's payload: window entries of all layers, then overlap states as floats."""
+    entry = tuple((f.nbytes, f.width) for f in entry_record(layout.geometry, layout.kv_format).fields)
+    parts = [PlanePart(num_rows=layout.geometry.num_layers * layout.geometry.window, fields=entry)]
+    if layout.overlap_bytes:
+        parts.append(PlanePart(num_rows=1, fields=((layout.overlap_bytes, layout.kv_format.float_bytes),)))
+    return PlanePlan(parts=tuple(parts))
 
 
 def encode(payload: Buffer, plan: PlanePlan, *, level: int = ZSTD_LEVEL) -> bytes | None:

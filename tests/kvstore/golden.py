@@ -52,7 +52,7 @@ def write(target: Path, *, keys_file: str = "") -> None:
             keys_file=keys_file,
         )
         engine = Engine(config)
-        engine.register(CODED.fingerprint, BLOCK, PLAN)
+        engine.register(CODED.fingerprint, BLOCK, {RecordKind.BLOCK: PLAN})
         tenant = {"tenant": "acme"}
         engine.put([RAW.block(i, cost_s=0.5, **tenant) for i in range(5)])
         engine.put([RAW.checkpoint(4, **tenant)])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from antefix.store.api import RecordKind
 from antefix.store.codec import PlanePart, PlanePlan
 from kvstore.compression import Compression, judge
 from kvstore.engine import Engine
@@ -32,7 +33,7 @@ def test_registered_blocks_are_smaller_and_read_back_the_same(open_engine: OpenE
     before, after = Bells([1] * BLOCK * 4), Bells([2] * BLOCK * 4)
     engine.put(before.blocks())
     raw_bytes = engine.counters.bytes_written
-    engine.register(FINGERPRINT, BLOCK, PLAN)
+    engine.register(FINGERPRINT, BLOCK, {RecordKind.BLOCK: PLAN})
     engine.put(after.blocks())
     assert engine.counters.bytes_written - raw_bytes < 0.85 * raw_bytes
     assert (before.check(engine), after.check(engine)) == (4, 4)
@@ -40,7 +41,7 @@ def test_registered_blocks_are_smaller_and_read_back_the_same(open_engine: OpenE
 
 def test_layouts_are_remembered_over_restarts(open_engine: OpenEngine) -> None:
     engine = open_engine(compression="zstd")
-    engine.register(FINGERPRINT, BLOCK, PLAN)
+    engine.register(FINGERPRINT, BLOCK, {RecordKind.BLOCK: PLAN})
     engine.close()
     engine = open_engine(compression="zstd")
     prompt = Bells([1] * BLOCK * 4)
@@ -49,9 +50,21 @@ def test_layouts_are_remembered_over_restarts(open_engine: OpenEngine) -> None:
     assert prompt.check(engine) == 4
 
 
+def test_checkpoints_have_their_own_layout(open_engine: OpenEngine) -> None:
+    engine = open_engine(compression="zstd")
+    engine.register(FINGERPRINT, BLOCK, {RecordKind.CHECKPOINT: PLAN})
+    prompt = Bells([1] * BLOCK * 2)
+    engine.put(prompt.blocks())
+    raw_bytes = engine.counters.bytes_written
+    engine.put([prompt.checkpoint(0), prompt.checkpoint(1)])
+    assert engine.counters.bytes_written - raw_bytes < 0.85 * raw_bytes
+    stored = engine.read(RecordKind.CHECKPOINT, prompt.hashes[1], fingerprint=FINGERPRINT)
+    assert stored == prompt.payload(1, RecordKind.CHECKPOINT)
+
+
 def test_off_stores_raw(open_engine: OpenEngine) -> None:
     engine = open_engine(compression="off")
-    engine.register(FINGERPRINT, BLOCK, PLAN)
+    engine.register(FINGERPRINT, BLOCK, {RecordKind.BLOCK: PLAN})
     engine.put(Bells([1] * BLOCK * 4).blocks())
     assert engine.counters.bytes_written >= engine.counters.payload_bytes_written
 
@@ -61,10 +74,10 @@ def test_auto_follows_what_the_reader_is_short_of() -> None:
     prompt = Bells([1] * BLOCK * 8)
     for disk_bytes_per_s, compresses in ((1e4, True), (1e13, False)):
         compression = Compression("auto", lambda speed=disk_bytes_per_s: speed)
-        compression.register(FINGERPRINT, PLAN)
+        compression.register(FINGERPRINT, RecordKind.BLOCK, PLAN)
         for record in prompt.blocks():
             compression.encode(record)
-        assert compression.judgements[FINGERPRINT].compress is compresses
+        assert compression.judgements[FINGERPRINT, RecordKind.BLOCK].compress is compresses
         assert (compression.encode(prompt.block(0)) is not None) is compresses
 
 
@@ -73,10 +86,10 @@ def test_a_disk_that_cannot_be_measured_does_not_stop_a_put(open_engine: OpenEng
         raise OSError("no space")
 
     compression = Compression("auto", fails)
-    compression.register(FINGERPRINT, PLAN)
+    compression.register(FINGERPRINT, RecordKind.BLOCK, PLAN)
     for record in Bells([1] * BLOCK * 8).blocks():
         compression.encode(record)
-    assert FINGERPRINT in compression.judgements
+    assert (FINGERPRINT, RecordKind.BLOCK) in compression.judgements
 
 
 def test_judgement_at_the_break_even_point() -> None:

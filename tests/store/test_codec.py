@@ -63,6 +63,12 @@ def test_a_block_of_every_format_comes_back(kv_format: KVFormat) -> None:
     assert out == payload
 
 
+@pytest.mark.parametrize("kv_format", list(KVFormat))
+def test_the_checkpoint_plan_covers_a_checkpoint(kv_format: KVFormat) -> None:
+    layout = BlockLayout(geometry=GEOMETRY, kv_format=kv_format)
+    assert codec.plan_of_checkpoint(layout).payload_bytes == layout.checkpoint_bytes
+
+
 def test_noise_is_stored_raw() -> None:
     plan = codec.PlanePlan(parts=(codec.PlanePart(num_rows=64, fields=((64, 2),)),))
     assert codec.encode(np.random.default_rng(0).bytes(4096), plan) is None

@@ -1,0 +1,154 @@
+"""What does the store cost besides its payloads: look-ups, index, opening, eviction, compaction, amplification?"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from antefix.block import chain_of
+from antefix.store.api import Record, RecordKind
+from kvstore.config import KvStoreConfig
+from kvstore.engine import Engine
+
+FINGERPRINT = b"F" * 32
+BLOCK_TOKENS = 128
+PROMPT_BLOCKS = 7813
+SMALL_BYTES = 64
+
+OPEN = """
+import json, resource, sys, time
+from kvstore.config import KvStoreConfig
+from kvstore.engine import Engine
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+engine = Engine(KvStoreConfig(dir=sys.argv[1], budget_bytes=8 << 30, compression="off"))
+opened = time.perf_counter() - start
+print(json.dumps([opened, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+engine.close() if sys.argv[2] == "clean" else engine.abandon()
+"""
+
+
+def scale_figures(directory: Path, *, num_blocks: int) -> dict[str, float]:
+    """Figures of a store of `num_blocks` small blocks in chains of 7,813, a 1M-token prompt each."""
+    config = KvStoreConfig(dir=str(directory / "scale"), budget_bytes=8 << 30, compression="off", scrub_bytes_per_s=0)
+    engine = Engine(config)
+    num_prompts = max(1, num_blocks // PROMPT_BLOCKS)
+    start = time.perf_counter()
+    for number in range(num_prompts):
+        engine.put(_small_prompt(number))
+    put_s = time.perf_counter() - start
+    stored = num_prompts * PROMPT_BLOCKS
+    out = {"scale_blocks": float(stored), "scale_put_blocks_per_s": stored / put_s}
+    out |= _lookups(engine, num_prompts)
+    out["index_bytes_per_block"] = engine.space.index_bytes / stored
+    engine.close()
+    out |= _opening(directory / "scale")
+    out |= _upkeep(directory)
+    return out
+
+
+def _tokens(number: int) -> np.ndarray:
+    return np.arange(PROMPT_BLOCKS * BLOCK_TOKENS, dtype=np.uint32) + np.uint32(number)
+
+
+def _small_prompt(number: int) -> list[Record]:
+    chain = chain_of(_tokens(number), fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS)
+    return [
+        Record(
+            kind=RecordKind.BLOCK,
+            hash=block_hash,
+            parent=chain.parent(index),
+            fingerprint=FINGERPRINT,
+            position=(index + 1) * BLOCK_TOKENS,
+            payload=block_hash + block_hash,
+        )
+        for index, block_hash in enumerate(chain.hashes)
+    ]
+
+
+def _lookups(engine: Engine, num_prompts: int) -> dict[str, float]:
+    """Medians over prompts: from tokens to the answer, and the store's part of it."""
+    whole, store = [], []
+    for number in range(min(num_prompts, 20)):
+        tokens = _tokens(number)
+        start = time.perf_counter()
+        chain = chain_of(tokens, fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS)
+        hashed = time.perf_counter()
+        found = engine.lookup(chain.hashes, fingerprint=FINGERPRINT)
+        store.append(time.perf_counter() - hashed)
+        whole.append(time.perf_counter() - start)
+        assert found.num_blocks == PROMPT_BLOCKS
+    return {"lookup_ms": 1e3 * statistics.median(whole), "lookup_store_ms": 1e3 * statistics.median(store)}
+
+
+def _opening(directory: Path) -> dict[str, float]:
+    """Seconds and memory to open: after a clean close, after a crash, and without an index."""
+    import json
+    import shutil
+
+    out = {}
+    for state, then in (("clean", "crash"), ("crashed", "crash"), ("without_index", "clean")):
+        if state == "without_index":
+            shutil.rmtree(directory / "index")
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN, str(directory), then], capture_output=True, text=True, check=True
+        )
+        opened_s, grown_kib = json.loads(done.stdout)
+        out[f"open_{state}_s"] = opened_s
+        out[f"open_{state}_mib"] = grown_kib / 1024
+    return out
+
+
+def _upkeep(directory: Path) -> dict[str, float]:
+    """Conversations of 64 KiB blocks written to 4 times the budget: rates and write amplification."""
+    config = KvStoreConfig(
+        dir=str(directory / "upkeep"), budget_bytes=512 << 20, compression="off", scrub_bytes_per_s=0
+    )
+    engine = Engine(config)
+    rng = random.Random(1)
+    payload = os.urandom(64 << 10)
+    talks = [[number] * BLOCK_TOKENS for number in range(64)]
+    written, start = 0, time.perf_counter()
+    while written < 4 * config.budget_bytes:
+        talk = rng.choice(talks)
+        talk += [rng.randrange(1 << 30) for _ in range(BLOCK_TOKENS * 8)]
+        if len(talk) > BLOCK_TOKENS * 200:
+            del talk[BLOCK_TOKENS:]
+        chain = chain_of(talk, fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS)
+        result = engine.put(
+            [
+                Record(
+                    kind=RecordKind.BLOCK,
+                    hash=block_hash,
+                    parent=chain.parent(index),
+                    fingerprint=FINGERPRINT,
+                    position=(index + 1) * BLOCK_TOKENS,
+                    payload=payload,
+                )
+                for index, block_hash in enumerate(chain.hashes)
+            ]
+        )
+        assert not result.refused
+        written += result.num_stored * len(payload)
+    elapsed_s = time.perf_counter() - start
+    space, counters = engine.space.counters, engine.counters
+    out = {
+        "churn_gb_per_s": written / elapsed_s / 1e9,
+        "write_amplification": (counters.bytes_written + space.compacted_bytes) / counters.payload_bytes_written,
+        "evictions_per_s": space.evictions / elapsed_s,
+        "compacted_mb_per_s": space.compacted_bytes / elapsed_s / 1e6,
+        "churn_used_of_budget": space_used(engine),
+    }
+    engine.close()
+    return out
+
+
+def space_used(engine: Engine) -> float:
+    return engine.space.used_bytes / engine.space.budget_bytes
