@@ -1,4 +1,4 @@
-"""How many bytes of checkpoints are held, for the strategy's budget: the store's own count, some seconds old."""
+"""What strategies must know of the store: bytes of checkpoints, and how fast it turns over; some seconds old."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from antefix.errors import AntefixError
 from antefix.store.api import RecordKind, Store
 from antefix.store.client import LocalStore, RemoteStore
 from antefix.store.stats import read_stats
-from antefix.window import BudgetState
+from antefix.window import BudgetState, Turnover
 
 # The count decides whether another sparse checkpoint is worth its bytes: seconds old is soon enough.
 REFRESH_S = 5.0
 
 
 class CheckpointBudget:
-    """Counts what this worker leaves, and takes the store's number when it is due. Used from one event loop.
+    """Counts what this worker leaves, and takes the store's numbers when they are due. Used from one event loop.
 
     The store counts checkpoints of all namespaces together, so where several share it a budget errs to the safe side.
     """
 
-    def __init__(self, count: Callable[[], Awaitable[int]] | None = None, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self, count: Callable[[], Awaitable[StoreTotals]] | None = None, limit_bytes: int | None = None
+    ) -> None:
         self.limit_bytes = limit_bytes
+        self.turnover = Turnover()
         self._count = count
         self._used_bytes = 0
         self._asked_s = float("-inf")
@@ -31,7 +34,8 @@ class CheckpointBudget:
 
     @property
     def state(self) -> BudgetState:
-        return BudgetState(used_bytes=self._used_bytes, limit_bytes=self.limit_bytes)
+        turnover_s = self._count.turnover.seconds if isinstance(self._count, StoreCount) else None
+        return BudgetState(used_bytes=self._used_bytes, limit_bytes=self.limit_bytes, turnover_s=turnover_s)
 
     def add(self, nbytes: int) -> None:
         self._used_bytes += nbytes
@@ -43,9 +47,16 @@ class CheckpointBudget:
         self._asked_s = time.monotonic()
         self._asking = asyncio.get_running_loop().create_task(self._ask(self._count))
 
-    async def _ask(self, count: Callable[[], Awaitable[int]]) -> None:
+    async def _ask(self, count: Callable[[], Awaitable[StoreTotals]]) -> None:
         try:
-            self._used_bytes = await count()
+            totals = await count()
+            self._used_bytes = totals.kinds[RecordKind.CHECKPOINT].stored_bytes
+            self.turnover.observe(
+                time.monotonic(),
+                bytes_written=totals.bytes_written,
+                used_bytes=totals.used_bytes,
+                budget_bytes=totals.budget_bytes,
+            )
         except AntefixError:
             # An old number is a worse choice of checkpoints, nothing else; the store's failures are counted by its use.
             return
@@ -58,13 +69,25 @@ class CheckpointBudget:
             await asyncio.gather(self._asking, return_exceptions=True)
 
 
-def counter_of(store: Store) -> Callable[[], Awaitable[int]] | None:
+class StoreCount:
+    """Asks a store for its bytes of checkpoints, and learns from the same answers how fast it turns over."""
+
+    def __init__(self, store: RemoteStore) -> None:
+        self.turnover = Turnover()
+        self._store = store
+
+    async def __call__(self) -> int:
+        totals = await read_stats(self._store)
+        self.turnover.observe(
+            time.monotonic(),
+            bytes_written=totals.bytes_written,
+            used_bytes=totals.used_bytes,
+            budget_bytes=totals.budget_bytes,
+        )
+        return totals.kinds[RecordKind.CHECKPOINT].stored_bytes
+
+
+def counter_of(store: Store) -> StoreCount | None:
     """What asks this store for its bytes of checkpoints; None where it cannot be asked."""
     remote = store.remote if isinstance(store, LocalStore) else store
-    if not isinstance(remote, RemoteStore):
-        return None
-
-    async def count() -> int:
-        return (await read_stats(remote)).kinds[RecordKind.CHECKPOINT].stored_bytes
-
-    return count
+    return StoreCount(remote) if isinstance(remote, RemoteStore) else None

@@ -3,15 +3,26 @@
 import asyncio
 
 import numpy as np
+import pytest
 
 from antefix.errors import Unavailable
+from antefix.store.api import RecordKind
+from antefix.store.stats import KindTotals, StoreTotals
 from antefix.window import Reason, StoredPrefix
 from antefix.worker import budget as budget_module
-from antefix.worker.budget import CheckpointBudget, counter_of
+from antefix.worker.budget import CheckpointBudget, StoreCount, counter_of
 from antefix.worker.checkpoints import prompt_marks
 from antefix.worker.restore import Restored
 
 LONG = np.random.default_rng(51).integers(0, 256, 8 * 1024)
+
+
+def totals(checkpoint_bytes, *, used_bytes=0, bytes_written=0):
+    kinds = {RecordKind.CHECKPOINT: KindTotals(stored_bytes=checkpoint_bytes)}
+    return StoreTotals(
+        kinds=kinds, budget_bytes=1000, used_bytes=used_bytes, hits=0, misses=0, bytes_read=0,
+        bytes_written=bytes_written, evictions=0, corrupt=0,
+    )  # fmt: skip
 
 
 async def settled():
@@ -23,7 +34,7 @@ async def test_the_stores_count_replaces_our_own():
     counts = iter([1000, 5000])
 
     async def count():
-        return next(counts)
+        return totals(next(counts))
 
     budget = CheckpointBudget(count)
     budget.refresh_soon()
@@ -33,6 +44,21 @@ async def test_the_stores_count_replaces_our_own():
     budget.refresh_soon()  # too soon to ask again
     await settled()
     assert budget.state.used_bytes == 1300
+
+
+async def test_a_full_stores_turnover_reaches_the_strategy(monkeypatch):
+    monkeypatch.setattr(budget_module, "REFRESH_S", 0.0)
+    answers = iter([totals(0, used_bytes=1000), totals(0, used_bytes=1000, bytes_written=10**9)])
+
+    async def count():
+        return next(answers)
+
+    budget = CheckpointBudget(count)
+    assert budget.state.turnover_s is None
+    for _ in range(2):
+        budget.refresh_soon()
+        await settled()
+    assert 0 < budget.state.turnover_s < 60
 
 
 async def test_a_store_that_does_not_answer_leaves_the_old_number(monkeypatch):
@@ -52,6 +78,36 @@ async def test_a_store_that_does_not_answer_leaves_the_old_number(monkeypatch):
 
 def test_a_store_without_numbers_is_not_asked(store):
     assert counter_of(store) is None
+
+
+async def test_a_full_store_tells_how_fast_it_turns_over(monkeypatch):
+    monkeypatch.setattr(budget_module, "REFRESH_S", 0.0)
+    seconds = iter(range(0, 3000, 5))
+
+    async def read_stats(_store):
+        clock.append(next(seconds))
+        return StoreTotals(
+            kinds={RecordKind.CHECKPOINT: KindTotals(num_records=1, stored_bytes=7)},
+            budget_bytes=1000,
+            used_bytes=950,
+            hits=0,
+            misses=0,
+            bytes_read=0,
+            bytes_written=10 * clock[-1],
+            evictions=0,
+            corrupt=0,
+        )
+
+    clock = [0]
+    monkeypatch.setattr(budget_module, "read_stats", read_stats)
+    count = StoreCount(store=None)
+    budget = CheckpointBudget(count)
+    assert budget.state.turnover_s is None
+    with monkeypatch.context() as patch:
+        patch.setattr(budget_module.time, "monotonic", lambda: float(clock[-1]))
+        for _ in range(500):
+            assert await count() == 7
+    assert budget.state.turnover_s == pytest.approx(100, rel=0.01)
 
 
 def test_a_full_budget_ends_sparse_checkpoints(make_engine, make_prompt):
