@@ -165,7 +165,7 @@ class Scheduler:
 
 
 def _logits(engine: Engine, items: list[tuple[Sequence, npt.NDArray[np.uint32]]]) -> npt.NDArray[np.float32]:
-    out = forward(engine.model, engine.pool, items)
+    out = forward(engine.model, engine.pool, items, ops=engine.ops)
     return out.float().cpu().numpy()
 
 

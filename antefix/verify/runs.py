@@ -10,7 +10,8 @@ import numpy.typing as npt
 from antefix.block import exactness_of
 from antefix.clients import Tokens
 from antefix.errors import AntefixError
-from antefix.model import BlockPool, Sequence, WindowState, forward
+from antefix.model import Sequence, WindowState, forward
+from antefix.model.backend import make_backend
 from antefix.secret import Keyring
 from antefix.store.api import Store
 from antefix.verify.compare import Outcome
@@ -61,7 +62,8 @@ class Workers:
     ) -> Engine:
         """A worker whose pool has room for `num_tokens`. Each strategy is a namespace of its own."""
         subject, layout = self.subject, self.subject.model.layout
-        pool = BlockPool(layout, -(-num_tokens // subject.block_size) + 1)
+        num_blocks = -(-num_tokens // subject.block_size) + 1
+        pool, ops = make_backend("auto", layout, num_blocks, subject.model.device)
         fingerprint = subject.identity.fingerprint(
             subject.kv_format, namespace=strategy, exactness=exactness_of(bounded_windows)
         )
@@ -78,6 +80,7 @@ class Workers:
             prefill_chunk=self.prefill_chunk,
             fingerprint=fingerprint.digest,
             bounded_windows=bounded_windows,
+            ops=ops,
         )
 
 
@@ -134,7 +137,8 @@ async def generate(engine: Engine, tokens: Tokens, num_tokens: int) -> Tokens:
 async def step(engine: Engine, sequence: Sequence, token: int) -> npt.NDArray[np.float32]:
     """Run one token; logits [V] float32."""
     grow(engine, sequence, sequence.position + 1)
-    out = await engine.compute.run(forward, engine.model, engine.pool, [(sequence, np.array([token], np.uint32))])
+    batch = [(sequence, np.array([token], np.uint32))]
+    out = await engine.compute.run(forward, engine.model, engine.pool, batch, ops=engine.ops)
     logits: npt.NDArray[np.float32] = out[0].float().cpu().numpy()
     return logits
 

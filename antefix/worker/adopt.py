@@ -82,7 +82,7 @@ async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | N
         if len(table) < num_blocks:
             engine.blocks.release(table)
             return None
-        window = WindowState.from_bytes(engine.layout, prompt.num_tokens, handoff.window)
+        window = WindowState.from_bytes(engine.layout, prompt.num_tokens, handoff.window, engine.device)
         if prompt.num_tokens % engine.block_size:
             table.extend(engine.blocks.allocate(1))
             await _put_back_row(engine, table[-1], handoff.partial_row)

@@ -12,6 +12,8 @@ from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model import BlockPool, Model, load_model, row_invariant_ok
+from antefix.model.backend import KERNELS, make_backend, uses_triton
+from antefix.model.ops import Ops, TorchOps
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.api import Store
@@ -33,6 +35,7 @@ class EngineConfig:
     namespace: str = setting("default", "requests share KV within a namespace only")
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
     device: str = setting("cpu", "torch device")
+    kernels: str = setting("auto", "cache path: torch, triton (CUDA and fp8 only), or auto: triton where it can run")
     threads: int = setting(0, "torch threads; 0 leaves torch's own choice")
     pool_bytes: int = setting(1 << 30, "memory for the block pool", unit="bytes")
     prefill_chunk: int = setting(512, "prefill runs in chunks that end at multiples of this", unit="tokens")
@@ -50,6 +53,7 @@ class EngineConfig:
         require(bool(self.model), "--model is needed: a directory with config.json and *.safetensors")
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
         require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
+        require(self.kernels in KERNELS, f"kernels must be one of {', '.join(KERNELS)}, is {self.kernels!r}")
         require(self.prefill_chunk > 0, f"prefill_chunk must be positive, is {self.prefill_chunk}")
         require(self.threads >= 0, f"threads must not be negative, is {self.threads}")
         require(self.bounded_windows >= 0, f"bounded_windows must not be negative, is {self.bounded_windows}")
@@ -65,6 +69,7 @@ class Engine:
     bounded_windows: windows of approximate replays that the namespace allows. Its `fingerprint` says so as well:
         every block that it reads or writes is named as approximate, whether it is or not.
     align_tokens: 1, or in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
+    ops: the cache path's operations; they belong to the pool's kind.
     """
 
     identity: ModelIdentity
@@ -85,6 +90,12 @@ class Engine:
     budget: CheckpointBudget = field(default_factory=CheckpointBudget)
     plans: PlanLog = field(default_factory=PlanLog)
     namespace: str = "default"
+    ops: Ops = field(default_factory=TorchOps)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model, its pool and window states live."""
+        return self.model.device
 
     @property
     def layout(self) -> BlockLayout:
@@ -158,8 +169,10 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
     identity = identify(config.model)
     kv_format = KVFormat(config.kv_format)
     model = load_model(config.model, device=config.device, dtype=torch.float32, kv_format=kv_format)
-    num_blocks = max(1, config.pool_bytes // pool_block_bytes(model.layout))
-    pool = BlockPool(model.layout, num_blocks, config.device)
+    # The kernels read packed records; torch keeps decoded mirrors beside them.
+    packed = uses_triton(config.kernels, model.layout, config.device)
+    block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
+    pool, ops = make_backend(config.kernels, model.layout, max(1, config.pool_bytes // block_bytes), config.device)
     align_tokens = config.prefill_chunk if config.reproducible and not arithmetic_ignores_shapes(config.device) else 1
     fingerprint = identity.fingerprint(
         kv_format, namespace=config.namespace, exactness=exactness_of(config.bounded_windows)
@@ -181,6 +194,7 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         window_pool=open_window_pool(config.window_pool, store, bytes_max=config.window_pool_bytes),
         budget=CheckpointBudget(counter_of(store)),
         namespace=config.namespace,
+        ops=ops,
     )
 
 

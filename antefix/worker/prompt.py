@@ -88,7 +88,7 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
         stop = _next_stop(engine, prompt, first, marks)
         grow(engine, sequence, stop)
         batch = [(sequence, prompt.tokens[first:stop])]
-        out = await engine.compute.run(forward, engine.model, engine.pool, batch)
+        out = await engine.compute.run(forward, engine.model, engine.pool, batch, ops=engine.ops)
         if stop == prompt.num_tokens:
             logits = out[0].float().cpu().numpy()
         await _store_blocks(engine, prompt, sequence, first, restored.num_stored_blocks, writer)

@@ -152,7 +152,7 @@ async def _carry_out(
 ) -> Sequence | None:
     """The plan's sequence, or None with `known` corrected."""
     if plan.kind is PlanKind.COLD:
-        return Sequence(block_table=[], window=WindowState.zeros(engine.layout, 0))
+        return Sequence(block_table=[], window=WindowState.zeros(engine.layout, 0, engine.device))
     window: WindowState | None = None
     if plan.kind is PlanKind.CHECKPOINT:
         window = await _load_checkpoint(engine, prompt, plan.resume_block, known, report)
@@ -181,7 +181,7 @@ async def _load_checkpoint(
         data = await _read_checkpoint(engine, prompt, block, report)
     if data is not None:
         try:
-            return WindowState.from_bytes(engine.layout, block * engine.block_size, data)
+            return WindowState.from_bytes(engine.layout, block * engine.block_size, data, engine.device)
         except InvalidRequest as err:
             engine.counters.note(err)
     known.checkpoints.pop(block, None)
@@ -258,15 +258,16 @@ async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], 
     stop = plan.resume_block * engine.block_size
     if plan.kind is PlanKind.BOUNDED:
         assert engine.bounded_windows, "a bounded replay in an exact namespace"
-        window = WindowState.cut_at(engine.layout, start)
+        window = WindowState.cut_at(engine.layout, start, engine.device)
     else:
-        window = WindowState.zeros(engine.layout, start)
+        window = WindowState.zeros(engine.layout, start, engine.device)
     sequence = Sequence(block_table=table, window=window)
     started = time.perf_counter()
     while sequence.position < stop:
         end = min(stop, (sequence.position // engine.prefill_chunk + 1) * engine.prefill_chunk)
         tokens = prompt.tokens[sequence.position : end]
-        await engine.compute.run(forward, engine.model, engine.pool, [(sequence, tokens)], write_global_kv=False)
+        batch = [(sequence, tokens)]
+        await engine.compute.run(forward, engine.model, engine.pool, batch, write_global_kv=False, ops=engine.ops)
     report.replayed_tokens = stop - start
     engine.rates.observe_replay(stop - start, context=start, seconds=time.perf_counter() - started)
     return sequence
