@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Awaitable, Callable
 
 from antefix.errors import AntefixError
 from antefix.store.api import RecordKind, Store
 from antefix.store.client import LocalStore, RemoteStore
-from antefix.store.stats import read_stats
+from antefix.store.stats import StoreTotals, read_stats
 from antefix.window import BudgetState, Turnover
 
 # The count decides whether another sparse checkpoint is worth its bytes: seconds old is soon enough.
@@ -34,8 +35,7 @@ class CheckpointBudget:
 
     @property
     def state(self) -> BudgetState:
-        turnover_s = self._count.turnover.seconds if isinstance(self._count, StoreCount) else None
-        return BudgetState(used_bytes=self._used_bytes, limit_bytes=self.limit_bytes, turnover_s=turnover_s)
+        return BudgetState(used_bytes=self._used_bytes, limit_bytes=self.limit_bytes, turnover_s=self.turnover.seconds)
 
     def add(self, nbytes: int) -> None:
         self._used_bytes += nbytes
@@ -69,25 +69,7 @@ class CheckpointBudget:
             await asyncio.gather(self._asking, return_exceptions=True)
 
 
-class StoreCount:
-    """Asks a store for its bytes of checkpoints, and learns from the same answers how fast it turns over."""
-
-    def __init__(self, store: RemoteStore) -> None:
-        self.turnover = Turnover()
-        self._store = store
-
-    async def __call__(self) -> int:
-        totals = await read_stats(self._store)
-        self.turnover.observe(
-            time.monotonic(),
-            bytes_written=totals.bytes_written,
-            used_bytes=totals.used_bytes,
-            budget_bytes=totals.budget_bytes,
-        )
-        return totals.kinds[RecordKind.CHECKPOINT].stored_bytes
-
-
-def counter_of(store: Store) -> StoreCount | None:
-    """What asks this store for its bytes of checkpoints; None where it cannot be asked."""
+def counter_of(store: Store) -> Callable[[], Awaitable[StoreTotals]] | None:
+    """What asks this store for its numbers; None where it cannot be asked."""
     remote = store.remote if isinstance(store, LocalStore) else store
-    return StoreCount(remote) if isinstance(remote, RemoteStore) else None
+    return functools.partial(read_stats, remote) if isinstance(remote, RemoteStore) else None
