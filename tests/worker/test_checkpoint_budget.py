@@ -3,14 +3,13 @@
 import asyncio
 
 import numpy as np
-import pytest
 
 from antefix.errors import Unavailable
 from antefix.store.api import RecordKind
 from antefix.store.stats import KindTotals, StoreTotals
 from antefix.window import Reason, StoredPrefix
 from antefix.worker import budget as budget_module
-from antefix.worker.budget import CheckpointBudget, StoreCount, counter_of
+from antefix.worker.budget import CheckpointBudget, counter_of
 from antefix.worker.checkpoints import prompt_marks
 from antefix.worker.restore import Restored
 
@@ -78,36 +77,6 @@ async def test_a_store_that_does_not_answer_leaves_the_old_number(monkeypatch):
 
 def test_a_store_without_numbers_is_not_asked(store):
     assert counter_of(store) is None
-
-
-async def test_a_full_store_tells_how_fast_it_turns_over(monkeypatch):
-    monkeypatch.setattr(budget_module, "REFRESH_S", 0.0)
-    seconds = iter(range(0, 3000, 5))
-
-    async def read_stats(_store):
-        clock.append(next(seconds))
-        return StoreTotals(
-            kinds={RecordKind.CHECKPOINT: KindTotals(num_records=1, stored_bytes=7)},
-            budget_bytes=1000,
-            used_bytes=950,
-            hits=0,
-            misses=0,
-            bytes_read=0,
-            bytes_written=10 * clock[-1],
-            evictions=0,
-            corrupt=0,
-        )
-
-    clock = [0]
-    monkeypatch.setattr(budget_module, "read_stats", read_stats)
-    count = StoreCount(store=None)
-    budget = CheckpointBudget(count)
-    assert budget.state.turnover_s is None
-    with monkeypatch.context() as patch:
-        patch.setattr(budget_module.time, "monotonic", lambda: float(clock[-1]))
-        for _ in range(500):
-            assert await count() == 7
-    assert budget.state.turnover_s == pytest.approx(100, rel=0.01)
 
 
 def test_a_full_budget_ends_sparse_checkpoints(make_engine, make_prompt):
