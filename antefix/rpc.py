@@ -257,8 +257,9 @@ async def run_until_signal(
     stop: Callable[[], Awaitable[None]],
     watch_stdin: bool = False,
     http_address: str = "",
+    leave: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
-    """Announce the address on stdout as one JSON line, serve until SIGTERM or SIGINT, drain, then `stop`.
+    """Announce the address on stdout as one JSON line, serve until SIGTERM or SIGINT, `leave`, drain, then `stop`.
 
     watch_stdin: stop as well when stdin closes, which it does when the process that started us dies in any way.
     """
@@ -273,6 +274,8 @@ async def run_until_signal(
     if watcher:
         watcher.cancel()
     log.info("%s: draining", role)
+    if leave is not None:
+        await leave()
     await server.drain()
     await stop()
     sys.stdout.flush()

@@ -18,6 +18,7 @@ from antefix.v1 import decode_pb2, decode_pb2_grpc, window_pb2
 from antefix.wire import Sampling, report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
 from antefix.worker.adopt import Adopted, adopt, prefill_here, take_handoff
 from antefix.worker.engine import Engine, EngineConfig, build_engine
+from antefix.worker.lease import WorkerLease
 from antefix.worker.restore import Prompt
 from antefix.worker.window_service import add_window_service
 from antefix.worker.writer import RecordWriter
@@ -33,6 +34,7 @@ class DecodeConfig(EngineConfig):
     address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
+    routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
     num_running_max: int = setting(32, "sequences that run at once; more are refused with a retry hint")
 
     def __post_init__(self) -> None:
@@ -157,4 +159,6 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
         await servicer.scheduler.close()
         await engine.close()
 
-    await rpc.run_until_signal(server, role="decode", stop=stop, watch_stdin=watch_stdin)
+    lease = WorkerLease(config.routers, role="decode", address=server.address, fingerprint=engine.fingerprint)
+    async with lease:
+        await rpc.run_until_signal(server, role="decode", stop=stop, watch_stdin=watch_stdin, leave=lease.end)

@@ -13,6 +13,7 @@ from antefix.v1 import prefill_pb2, prefill_pb2_grpc, window_pb2
 from antefix.wire import report_to_wire, tokens_from_wire
 from antefix.worker.adopt import leave_handoff
 from antefix.worker.engine import Engine, EngineConfig, build_engine
+from antefix.worker.lease import WorkerLease
 from antefix.worker.prompt import run_prompt
 from antefix.worker.restore import Prompt
 from antefix.worker.window_service import add_window_service
@@ -26,6 +27,7 @@ class PrefillConfig(EngineConfig):
     address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
+    routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
     num_running_max: int = setting(2, "prompts at work at once")
     num_waiting_max: int = setting(64, "prompts waiting; more are refused with a retry hint")
 
@@ -96,4 +98,6 @@ async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
         add_window_service(engine, server)
 
     server = await rpc.start_server(config.address, add_services, [prefill_pb2.DESCRIPTOR, window_pb2.DESCRIPTOR])
-    await rpc.run_until_signal(server, role="prefill", stop=engine.close, watch_stdin=watch_stdin)
+    lease = WorkerLease(config.routers, role="prefill", address=server.address, fingerprint=engine.fingerprint)
+    async with lease:
+        await rpc.run_until_signal(server, role="prefill", stop=engine.close, watch_stdin=watch_stdin, leave=lease.end)

@@ -27,6 +27,7 @@ from router.gateway.app import start_http
 from router.gateway.config import GatewayConfig
 from router.generate import Generator
 from router.keeper import Keeper
+from router.leases import Leases
 from router.naming import Names
 from router.policy import POLICIES, make_policy
 from router.prefilling import Limits, Prefilling
@@ -58,6 +59,7 @@ class RouterConfig(GatewayConfig):
     policy: str = setting("least_work", "placement: least_work, or a baseline to compare it with")
     prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
     decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
+    leases: bool = setting(False, "start without workers: they register themselves")
 
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
@@ -69,7 +71,7 @@ class RouterConfig(GatewayConfig):
         require(self.prefill_tokens_min >= -1, f"prefill_tokens_min must be at least -1, is {self.prefill_tokens_min}")
         require(self.ttft_s_max > 0, f"ttft_s_max must be positive, is {self.ttft_s_max}")
         require(self.policy in POLICIES, f"policy must be one of {', '.join(POLICIES)}, is {self.policy!r}")
-        require(bool(self.decode), "--decode is needed: at least one decode worker's host:port")
+        require(bool(self.decode) or self.leases, "--decode or --leases is needed: workers named, or that register")
 
 
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
@@ -95,6 +97,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             limits=Limits(prefill_tokens_min=config.prefill_tokens_min, ttft_s_max=config.ttft_s_max),
             num_decoding=self._decode.num_running_least,
         )
+        self._counters = prefilling.counters
+        self.leases = Leases(self._prefill, self._decode, directory, fingerprint=self._fingerprint)
         self.keeper = Keeper(config.store_address)
         self.front: Front = open_front(
             config,
@@ -150,8 +154,27 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     serving=not worker.is_shunned(time.monotonic()),
                     num_requests=worker.num_requests,
                     num_tokens_queued=worker.num_tokens,
+                    draining=worker.draining,
                 )
+        counters = self._counters
+        response.counters.led = counters.num_led
+        response.counters.followed = counters.num_followed
+        response.counters.gave_up_waiting = counters.num_gave_up_waiting
+        response.counters.refused = counters.num_refused
+        response.counters.straight = counters.num_straight
         return response
+
+    async def RegisterWorker(
+        self, request: router_pb2.RegisterWorkerRequest, context: rpc.Context
+    ) -> router_pb2.RegisterWorkerResponse:
+        self.leases.renew(
+            request.role,
+            request.address,
+            instance=request.instance,
+            fingerprint=request.fingerprint,
+            ttl_s=request.ttl_s,
+        )
+        return router_pb2.RegisterWorkerResponse()
 
 
 async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
@@ -172,9 +195,11 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         if http is not None:
             await http.stop()
         await servicer.front.accounts.close()
+        await servicer.leases.close()
         await servicer.keeper.close()
         await store.close()
 
     server = await rpc.start_server(config.address, register, [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR])
+    servicer.leases.start()
     http_address = http.address if http is not None else ""
     await rpc.run_until_signal(server, role="router", stop=stop, watch_stdin=watch_stdin, http_address=http_address)

@@ -1,0 +1,193 @@
+"""Workers and routers that come, drain, go and come back, as real processes: no wrong answer and no lost one."""
+
+import asyncio
+import contextlib
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from antefix.clients import RouterClient
+from antefix.deployment import Deployment
+from antefix.errors import AntefixError, Unavailable
+from antefix.wire import Sampling
+
+LEASE_S = 20.0
+
+
+@pytest.fixture
+def prompt(document):
+    return document[:1000]
+
+
+class Fleet:
+    """A store, routers that nobody told of workers, and workers that register with them."""
+
+    def __init__(self, config):
+        self.deployment = Deployment(config)
+
+    async def __aenter__(self):
+        config = self.deployment.config
+        (config.data_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (config.data_dir / "secret").write_text("ab" * 32)
+        (config.data_dir / "secret").chmod(0o600)
+        await self.deployment.start_role("kvstore", ["--dir", str(config.store_dir)])
+        return self
+
+    async def __aexit__(self, *_):
+        await self.deployment.stop()
+
+    def flags(self):
+        return self.deployment._shared_flags()
+
+    async def router(self, address="127.0.0.1:0"):
+        started = await self.deployment.start_role("router", [*self.flags(), "--leases", "true", "--address", address])
+        return started, RouterClient(started.address)
+
+    async def worker(self, role, routers):
+        flags = ["--threads", "1", "--routers", ",".join(router.address for router in routers)]
+        return await self.deployment.start_role(role, [*self.flags(), *flags])
+
+
+@pytest.fixture
+def fleet(make_config):
+    return lambda: Fleet(make_config())
+
+
+async def until(condition, seconds=LEASE_S):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if await condition():
+            return
+        await asyncio.sleep(0.1)
+    pytest.fail("it did not come to be in time")
+
+
+def known(client, *processes):
+    async def check():
+        with contextlib.suppress(Unavailable):
+            workers = (await client.status()).workers
+            return {w.address for w in workers} == {p.address for p in processes}
+        return False
+
+    return check
+
+
+async def ask(client, prompt, max_tokens=24, **options):
+    output, last = [], None
+    sampling = Sampling(max_tokens=max_tokens)
+    async for message in client.generate(np.asarray(prompt, np.uint32), sampling, **options):
+        output += [int(token) for token in message.tokens]
+        last = message
+    return output, last
+
+
+async def test_equal_prompts_at_once_are_computed_once(deploy, prompt, reference):
+    async with deploy() as deployment:
+        results = await asyncio.gather(*(ask(deployment.router, prompt) for _ in range(4)))
+        counters = (await deployment.router.status()).counters
+    expected = reference.generate(prompt, 24)
+    assert [output for output, _ in results] == [expected] * 4
+    assert sorted(last.restore.written_tokens for _, last in results)[:3] == [0, 0, 0]
+    assert (counters.led + counters.straight, counters.followed) == (4, 3)
+
+
+async def test_a_worker_that_drains_ends_what_it_has_and_gets_nothing_new(deploy, prompt, reference):
+    async with deploy(num_decode=2) as deployment:
+        output = []
+        async for message in deployment.router.generate(prompt, Sampling(max_tokens=100, ignore_eos=True)):
+            output += [int(token) for token in message.tokens]
+            if len(output) == 10:
+                busy = next(
+                    w for w in (await deployment.router.status()).workers if w.role == "decode" and w.num_requests
+                )
+                drained = next(p for p in deployment.processes if p.address == busy.address)
+                drained.process.send_signal(signal.SIGTERM)
+        assert len(output) == 100
+        # It ended by itself, after its last token, not by force.
+        assert await asyncio.wait_for(drained.process.wait(), 30) == 0
+        assert b"moves to another" not in deployment.one("router").log_path.read_bytes()
+        again, _ = await ask(deployment.router, prompt)
+    assert again == reference.generate(prompt, 24)
+    whole = reference.generate(prompt, 100)
+    assert output[: len(whole)] == whole
+
+
+@pytest.mark.long
+async def test_workers_join_and_leave_two_routers_by_lease(fleet, prompt, reference):
+    async with fleet() as one:
+        (_, first), (_, second) = await one.router(), await one.router()
+        prefill = await one.worker("prefill", (first, second))
+        decode = await one.worker("decode", (first, second))
+        for client in (first, second):
+            await until(known(client, prefill, decode))
+        expected = reference.generate(prompt, 24)
+        assert (await ask(first, prompt))[0] == expected
+        output, last = await ask(second, prompt)
+        assert output == expected and last.usage.cache_hit_tokens > 0
+        # One more joins; the first is killed, and forgotten when its lease is over.
+        other = await one.worker("decode", (first, second))
+        await until(known(first, prefill, decode, other))
+        await one.deployment.kill(decode)
+        assert (await ask(second, prompt))[0] == expected
+        for client in (first, second):
+            await until(known(client, prefill, other))
+        # One that is stopped says so.
+        prefill.process.send_signal(signal.SIGTERM)
+        await until(known(first, other), seconds=5)
+        assert (await ask(first, prompt))[0] == expected
+
+
+@pytest.mark.long
+async def test_a_router_that_was_killed_knows_its_workers_again(fleet, prompt, reference):
+    async with fleet() as one:
+        process, client = await one.router()
+        prefill = await one.worker("prefill", (client,))
+        decode = await one.worker("decode", (client,))
+        await until(known(client, prefill, decode))
+        expected = reference.generate(prompt, 24)
+        assert (await ask(client, prompt))[0] == expected
+        await one.deployment.kill(process)
+        with pytest.raises(AntefixError):
+            await ask(client, prompt, timeout_s=5)
+        _, client = await one.router(process.address)
+        await until(known(client, prefill, decode))
+        output, last = await ask(client, prompt)
+        assert output == expected and last.usage.cache_hit_tokens == 960
+
+
+@pytest.mark.long
+@pytest.mark.timeout(500)
+async def test_an_agent_like_load_with_kills_and_cancels_has_no_wrong_answer_and_no_stuck_request(
+    deploy, document, reference
+):
+    """Conversations that grow, over 2 prefill and 2 decode workers, while decode and prefill workers are killed."""
+    rng = random.Random(5)
+    async with deploy(num_prefill=2, num_decode=2) as deployment:
+        wrong, num_done, num_cancelled = [], 0, 0
+
+        async def conversation(number):
+            nonlocal num_done, num_cancelled
+            tokens = np.concatenate((document[:640], np.full(30 + number, 65 + number, np.uint32)))
+            for _ in range(4):
+                if rng.random() < 0.2:
+                    with contextlib.suppress(TimeoutError, AntefixError):
+                        await asyncio.wait_for(ask(deployment.router, tokens, 64), 0.5)
+                    num_cancelled += 1
+                output, _ = await asyncio.wait_for(ask(deployment.router, tokens, 16), 120)
+                num_done += 1
+                if output != reference.generate(tokens, 16):
+                    wrong.append((number, len(tokens)))
+                tokens = np.concatenate((tokens, np.array(output, np.uint32), document[:90]))
+
+        async def killer():
+            for role in ("decode", "prefill"):
+                await asyncio.sleep(4)
+                await deployment.kill(deployment.one(role))
+
+        await asyncio.gather(killer(), *(conversation(number) for number in range(6)))
+        status = await deployment.router.status()
+        assert not wrong and num_done == 24
+        assert all((w.num_requests, w.num_tokens_queued) == (0, 0) for w in status.workers)
