@@ -2,8 +2,9 @@
 
     python -m models.training.baselines --corpus .corpus --size 7715650 --out baselines.json
 
-The n-gram model interpolates orders 0 to 7 by Witten and Bell's rule. It keeps the most frequent (context, byte) pairs
-of all orders that fit `--size` at ENTRY_BYTES each: a hash of the pair and a count.
+The n-gram model interpolates orders 0 to k by Witten and Bell's rule; the best k up to 7 is taken. It keeps the most
+frequent (context, byte) pairs of all orders that fit `--size`, pairs and contexts at ENTRY_BYTES each: a hash and a
+count. What a context loses by that goes to the order below, so that pruning does not make it too sure of itself.
 """
 
 from __future__ import annotations
@@ -23,19 +24,26 @@ Keys = NDArray[np.uint64]
 Counts = NDArray[np.int64]
 
 MAX_ORDER = 7
-# A four-byte hash that tells pairs apart, and a two-byte count: what a compact table would store.
+# A four-byte hash and a two-byte count: what a compact table would store.
 ENTRY_BYTES = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """The kept pairs of one order, sorted, and each context's sum and number of followers."""
+    """The kept pairs of one order, sorted; each context's sum of kept counts, and what it leaves to the order below.
+
+    The latter is Witten and Bell's number of different followers, and the counts of pairs that were not kept.
+    """
 
     pairs: Keys
     counts: Counts
     contexts: Keys
     totals: Counts
-    followers: Counts
+    escapes: Counts
+
+    @property
+    def num_entries(self) -> int:
+        return len(self.pairs) + len(self.contexts)
 
 
 def pair_keys(data: NDArray[np.uint8], order: int) -> Keys:
@@ -47,21 +55,35 @@ def pair_keys(data: NDArray[np.uint8], order: int) -> Keys:
     return keys
 
 
-def train(data: NDArray[np.uint8], *, size_bytes: int) -> list[Order]:
-    """Count all pairs, then keep the most frequent ones that fit."""
-    counted = [np.unique(pair_keys(data, order), return_counts=True) for order in range(MAX_ORDER + 1)]
+def count(data: NDArray[np.uint8], max_order: int = MAX_ORDER) -> list[tuple[Keys, Counts]]:
+    """All pairs of every order, sorted, and how often they occur."""
+    return [np.unique(pair_keys(data, order), return_counts=True) for order in range(max_order + 1)]
+
+
+def prune(counted: list[tuple[Keys, Counts]], *, size_bytes: int) -> list[Order]:
+    """Keep the most frequent pairs that fit."""
     budget = size_bytes // ENTRY_BYTES
     frequencies = np.sort(np.concatenate([counts for _, counts in counted]))[::-1]
     least = int(frequencies[budget]) + 1 if len(frequencies) > budget else 1
-    return [_kept(keys, counts, least) for keys, counts in counted]
+    # That leaves no room for contexts yet: raise the bar until they fit too.
+    while True:
+        orders = [_kept(keys, counts, least) for keys, counts in counted]
+        if sum(order.num_entries for order in orders) <= budget:
+            return orders
+        least += max(least // 10, 1)
 
 
 def _kept(keys: Keys, counts: Counts, least: int) -> Order:
     keep = counts >= least
     pairs, kept = keys[keep], counts[keep]
-    contexts, starts, followers = np.unique(pairs >> np.uint64(8), return_index=True, return_counts=True)
+    contexts, starts = np.unique(pairs >> np.uint64(8), return_index=True)
     totals = np.add.reduceat(kept, starts) if len(kept) else kept
-    return Order(pairs=pairs, counts=kept, contexts=contexts, totals=totals, followers=followers)
+    # All pairs of a context are neighbours, kept or not.
+    shifted = keys >> np.uint64(8)
+    first, last = np.searchsorted(shifted, contexts, side="left"), np.searchsorted(shifted, contexts, side="right")
+    running = np.concatenate([[0], np.cumsum(counts)])
+    escapes = (last - first) + (running[last] - running[first]) - totals
+    return Order(pairs=pairs, counts=kept, contexts=contexts, totals=totals, escapes=escapes)
 
 
 def bits_per_byte(orders: list[Order], data: NDArray[np.uint8]) -> float:
@@ -71,9 +93,9 @@ def bits_per_byte(orders: list[Order], data: NDArray[np.uint8]) -> float:
         keys = pair_keys(data, order)
         count = _find(table.pairs, table.counts, keys)
         total = _find(table.contexts, table.totals, keys >> np.uint64(8))
-        followers = _find(table.contexts, table.followers, keys >> np.uint64(8))
+        escape = _find(table.contexts, table.escapes, keys >> np.uint64(8))
         lower = probability[order:]
-        mixed = (count + followers * lower) / np.maximum(total + followers, 1)
+        mixed = (count + escape * lower) / np.maximum(total + escape, 1)
         probability[order:] = np.where(total > 0, mixed, lower)
     return float(-np.log2(probability).mean())
 
@@ -102,8 +124,12 @@ def main() -> None:
     halves = [load(arguments.corpus / f"{half}.xz") for half in ("train", "valid")]
     # A document starts with a NUL here, as in the files.
     train_data, valid_data = (np.where(half > 255, 0, half).astype(np.uint8) for half in halves)
-    orders = train(train_data, size_bytes=arguments.size)
-    figures = {"ngram": bits_per_byte(orders, valid_data), "ngram_pairs": sum(len(order.pairs) for order in orders)}
+    counted = count(train_data)
+    figures: dict[str, float] = {}
+    for max_order in range(3, MAX_ORDER + 1):
+        orders = prune(counted[: max_order + 1], size_bytes=arguments.size)
+        figures[f"ngram_{max_order}"] = bits_per_byte(orders, valid_data)
+    figures["ngram"] = min(figures.values())
     figures |= xz_bits(train_data.tobytes(), valid_data.tobytes())
     arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
 

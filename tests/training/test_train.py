@@ -76,7 +76,7 @@ def test_the_schedule_warms_up_holds_and_decays() -> None:
 
 def test_the_ngram_model_is_a_distribution() -> None:
     data = np.frombuffer(b"abracadabra, abracadabra and a brass candelabra. " * 40, dtype=np.uint8)
-    orders = baselines.train(data, size_bytes=baselines.ENTRY_BYTES * 1000)
+    orders = baselines.prune(baselines.count(data), size_bytes=baselines.ENTRY_BYTES * 1000)
     context = b"s cande"
     total = 0.0
     for byte in range(256):
@@ -89,8 +89,8 @@ def test_the_ngram_model_is_a_distribution() -> None:
 
 def test_the_ngram_model_keeps_to_its_size() -> None:
     data = np.random.default_rng(0).integers(97, 105, size=4000).astype(np.uint8)
-    orders = baselines.train(data, size_bytes=baselines.ENTRY_BYTES * 200)
-    assert 20 < sum(len(order.pairs) for order in orders) <= 200
+    orders = baselines.prune(baselines.count(data), size_bytes=baselines.ENTRY_BYTES * 200)
+    assert 20 < sum(order.num_entries for order in orders) <= 200
 
 
 def test_the_committed_checkpoint_has_the_config_shapes_and_size() -> None:
