@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from antefix.errors import InvalidRequest
-from antefix.layout import BlockLayout, KVFormat
+from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model.ops import Ops, TorchOps
 from antefix.model.pool import BlockPool
 
@@ -28,6 +28,8 @@ def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -
         missing.append("the triton package")
     if layout.kv_format is not KVFormat.FP8:
         missing.append("the fp8 record format")
+    elif not _fits(layout):
+        missing.append("records at addresses that its loads can take")
     if kernels == "triton" and missing:
         raise InvalidRequest(f"kernels=triton needs {', '.join(missing)}")
     return kernels != "torch" and not missing
@@ -43,3 +45,15 @@ def make_backend(
     from antefix.model.triton_ops import TritonOps
 
     return CardPool(layout, num_blocks, device), TritonOps(layout)
+
+
+def _fits(layout: BlockLayout) -> bool:
+    """Entries hold BF16, so they start at even addresses; keys of 128 dims are read in words of four bytes."""
+    geometry = layout.geometry
+    if geometry.nope_dim % 2 or not geometry.nope_dim or geometry.indexer_dim < 16:
+        return False
+    for part in layout.parts:
+        unit = 2 if part.kind is not PartKind.INDEXER_KEYS else 4 if geometry.indexer_dim == 128 else 1
+        if part.offset % unit or layout.block_bytes % unit:
+            return False
+    return True

@@ -179,6 +179,10 @@ def test_choosing_kernels():
     assert not uses_triton("auto", fp8, "cpu")
     assert not uses_triton("auto", floats, "cuda")
     assert not uses_triton("torch", fp8, "cuda")
+    # Three keys of 17 bytes leave the next layer's entries at an odd address.
+    odd = {**CONFIG, "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 6}}
+    odd_layout = BlockLayout(geometry=ModelConfig.from_dict(odd).geometry, kv_format=KVFormat.FP8)
+    assert not uses_triton("auto", odd_layout, "cuda")
     with pytest.raises(InvalidRequest, match="CUDA device"):
         uses_triton("triton", fp8, "cpu")
     with pytest.raises(InvalidRequest, match="one of"):
