@@ -27,7 +27,7 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     stream, include_usage = stream_options(fields)
     user = fields.text("user", "")
     echo = fields.boolean("echo")
-    text, tokens = _prompt(gateway, fields.take("prompt"))
+    text, tokens = _prompt(gateway, fields.take("prompt"), echo=echo)
     knobs = sampling_knobs(fields, "max_tokens")
     fields.only("suffix", lambda value: value == "", "this model does not fill in the middle")
     refuse_unsupported(fields)
@@ -39,7 +39,7 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     )
 
 
-def _prompt(gateway: Gateway, prompt: Any) -> tuple[str, list[int]]:
+def _prompt(gateway: Gateway, prompt: Any, *, echo: bool) -> tuple[str, list[int]]:
     """The prompt as text and as tokens. Here the caller writes for the model, so special tokens are what they say."""
     tokenizer = gateway.front.tokenizer
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
@@ -47,7 +47,7 @@ def _prompt(gateway: Gateway, prompt: Any) -> tuple[str, list[int]]:
     if isinstance(prompt, str):
         return prompt, tokenizer.encode(prompt)
     if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
-        return tokenizer.decode(prompt), prompt
+        return (tokenizer.decode(prompt) if echo else ""), prompt
     raise InvalidRequest("prompt must be one string or one list of token ids")
 
 

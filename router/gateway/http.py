@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Protocol
 
@@ -34,6 +35,8 @@ class Call(Protocol):
     def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
 
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Prepare = Callable[[Request], Awaitable[Call]]
 
@@ -138,9 +141,13 @@ async def read_json(request: Request, nbytes_max: int) -> Any:
         if len(body) > nbytes_max:
             raise TooLarge(f"the body has more than {nbytes_max} bytes")
     try:
-        return json.loads(bytes(body))
+        value = json.loads(bytes(body))
+        if _SURROGATE.search(body):
+            # Half of a pair is no character: there is no text that it could be sent to the model as.
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as err:
         raise InvalidRequest(f"the body is not JSON: {err}") from err
+    return value
 
 
 def event_bytes(data: Any, *, name: str = "") -> bytes:

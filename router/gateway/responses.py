@@ -67,7 +67,7 @@ def _refuse_state(fields: Fields) -> None:
         fields.only(name, lambda value: False, "requests are stateless here: send the whole input")
     fields.only("background", lambda value: value is False, "there is no background mode")
     fields.only("truncation", lambda value: value == "disabled", "input is never cut")
-    fields.only("include", lambda value: set(value) <= {"reasoning.encrypted_content"}, "nothing more can be included")
+    fields.only("include", lambda value: value in ([], ["reasoning.encrypted_content"]), "nothing more can be included")
     text = Fields(fields.take("text", {}), "text")
     kind = Fields(text.take("format", {"type": "text"}), "text.format").text("type")
     if kind != "text":

@@ -1,6 +1,7 @@
 """Real processes, real clients: conversations that hit, a bill that the store supports, a router that is killed."""
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import sys
@@ -31,16 +32,19 @@ SMALL_POOL = ("--pool-bytes", "64M")
 
 
 @pytest.fixture
-def deploy(tmp_path):
-    return Deployment(
-        DeploymentConfig(
-            model=MODEL_DIR,
-            data_dir=tmp_path / "data",
-            http_address="127.0.0.1:0",
-            ratecards=(str(DEPLOY / "example.toml"),),
-            extra_flags={"kvstore": ("--budget-bytes", "256M"), "prefill": SMALL_POOL, "decode": SMALL_POOL},
-        )
+def config(tmp_path):
+    return DeploymentConfig(
+        model=MODEL_DIR,
+        data_dir=tmp_path / "data",
+        http_address="127.0.0.1:0",
+        ratecards=(str(DEPLOY / "example.toml"),),
+        extra_flags={"kvstore": ("--budget-bytes", "256M"), "prefill": SMALL_POOL, "decode": SMALL_POOL},
     )
+
+
+@pytest.fixture
+def deploy(config):
+    return Deployment(config)
 
 
 def url_of(deployment):
@@ -172,6 +176,29 @@ async def test_a_cache_breakpoint_leaves_a_checkpoint_where_the_strategy_would_n
     assert hits == [0, marked] and records[1].restore_plan == "checkpoint"
     # Without the mark the same prefix is stored, but its window state is not: it is replayed, or computed again.
     assert unmarked[0] == 0 and records[3].restore_plan != "checkpoint"
+
+
+async def test_a_decode_worker_that_dies_in_mid_answer_leaves_one_record(config):
+    """The answer goes on elsewhere; the client is told, and charged, what it was given."""
+    async with Deployment(dataclasses.replace(config, num_decode=2)) as deployment:
+        async with openai.AsyncOpenAI(base_url=url_of(deployment) + "/v1", api_key="-", max_retries=0) as client:
+            settings = {"prompt": "def f(x):\n" * 30, "max_tokens": 300, "temperature": 1.0, "seed": 5}
+            whole = await client.completions.create(model=MODEL, **settings)
+            stream = await client.completions.create(
+                model=MODEL, **settings, stream=True, stream_options={"include_usage": True}
+            )
+            text, usage, num_chunks = "", None, 0
+            async for chunk in stream:
+                text += "".join(choice.text for choice in chunk.choices)
+                usage = chunk.usage or usage
+                num_chunks += 1
+                if num_chunks == 20:
+                    # The placement prefers the one that has the prompt in memory, which served the first request.
+                    await deployment.kill(deployment.one("decode"))
+        first, second = [item.record for item in settled(deployment)]
+    assert text == whole.choices[0].text
+    assert (usage.prompt_tokens, usage.completion_tokens) == (second.prompt_tokens, second.output_tokens)
+    assert (first.output_tokens, first.status) == (second.output_tokens, second.status)
 
 
 async def test_a_receipt_is_fetched_and_checked_with_the_published_key(deploy):

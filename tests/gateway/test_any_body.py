@@ -1,0 +1,136 @@
+"""Whatever JSON comes, it is answered or clearly refused: never an internal error, never a request left running."""
+
+import copy
+import json
+
+import httpx2
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.gateway.scripted import Script, make_front, serving
+
+TOOL = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+BODIES = {
+    "/v1/chat/completions": {
+        "model": "antefix-tiny",
+        "messages": [
+            {"role": "system", "content": "s"},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "u", "cache_control": {"type": "ephemeral", "ttl": "5m"}}],
+            },
+            {
+                "role": "assistant",
+                "content": "a",
+                "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            },
+            {"role": "tool", "tool_call_id": "1", "content": "r"},
+        ],
+        "tools": [{"type": "function", "function": TOOL}],
+        "thinking": {"type": "enabled"},
+        "stream_options": {"include_usage": True},
+        "stop": ["x"],
+        "temperature": 1,
+    },
+    "/v1/completions": {
+        "model": "antefix-tiny",
+        "prompt": [1, 2],
+        "echo": True,
+        "max_tokens": 3,
+        "stop": "x",
+        "seed": 1,
+    },
+    "/v1/responses": {
+        "model": "antefix-tiny",
+        "instructions": "i",
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "u"}]},
+            {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "t"}]},
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": "r"},
+        ],
+        "tools": [{"type": "function", **TOOL}],
+        "include": ["reasoning.encrypted_content"],
+        "reasoning": {"effort": "high"},
+        "text": {"format": {"type": "text"}},
+    },
+    "/v1/messages": {
+        "model": "antefix-tiny",
+        "max_tokens": 3,
+        "system": [{"type": "text", "text": "s"}],
+        "messages": [
+            {"role": "user", "content": "u"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "t", "signature": ""},
+                    {"type": "tool_use", "id": "1", "name": "f", "input": {"a": 1}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "1", "content": "r", "is_error": True}],
+            },
+        ],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+        "tool_choice": {"type": "auto"},
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "metadata": {"user_id": "u"},
+    },
+}
+JUNK = st.sampled_from(
+    [None, True, -1, 0, 10**30, 1e308, "", "x", "\ud800", "\x1f", [], [1], [None], [{}], {}, {"type": "x"}, {"a": [1]}]
+)
+
+
+def places(value, path=()):
+    """Every place in a JSON value that could hold something else."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from places(item, (*path, name))
+
+
+def changed(body, path, junk):
+    body = copy.deepcopy(body)
+    holder = body
+    for name in path[:-1]:
+        holder = holder[name]
+    holder[path[-1]] = junk
+    return body
+
+
+@pytest.mark.parametrize("address", BODIES)
+async def test_the_bodies_are_good_as_they_are(address):
+    async with serving(make_front(Script(), ledger=None), chat_format="deepseek-v4") as url:
+        async with httpx2.AsyncClient() as client:
+            answer = await client.post(url + address, json=BODIES[address])
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("address", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+async def test_no_body_is_an_internal_error(address, stream, data):
+    body = BODIES[address]
+    for _ in range(data.draw(st.integers(0, 2))):
+        path = data.draw(st.sampled_from(sorted(places(body), key=str)))
+        body = changed(body, path, data.draw(JUNK))
+    if stream:
+        body = {**body, "stream": True}
+    front = make_front(Script(), ledger=None)
+    async with serving(front, chat_format="deepseek-v4") as url, httpx2.AsyncClient() as client:
+        answer = await client.post(url + address, content=json.dumps(body).encode())
+    assert answer.status_code in (200, 400, 404), answer.text
+    assert not front.accounts._running
+
+
+async def test_what_is_no_json_is_refused():
+    front = make_front(Script(), ledger=None)
+    async with serving(front) as url, httpx2.AsyncClient() as client:
+        for content in (b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000):
+            answer = await client.post(url + "/v1/chat/completions", content=content)
+            assert answer.status_code == 400 and answer.json()["error"]["message"]
