@@ -39,6 +39,23 @@ def part_plan(layout: BlockLayout, kinds: Iterable[PartKind]) -> tuple[codec.Pla
     return codec.PlanePlan(parts=tuple(parts)), wanted
 
 
+def speeds(row: np.ndarray, plan: codec.PlanePlan) -> dict[str, float]:
+    """One core's best of 20: a shared machine only ever adds to it."""
+    into = memoryview(bytearray(row.nbytes))
+    encode_s, decode_s = [], []
+    for _ in range(20):
+        start = time.perf_counter()
+        coded = codec.encode(row.data, plan)
+        encode_s.append(time.perf_counter() - start)
+        if coded is not None:
+            start = time.perf_counter()
+            codec.decode(coded, into)
+            decode_s.append(time.perf_counter() - start)
+            assert into == row.data
+    out = {"encode_gb_per_s": row.nbytes / min(encode_s) / 1e9}
+    return out | ({"decode_gb_per_s": row.nbytes / min(decode_s) / 1e9} if decode_s else {})
+
+
 def ratios(layout: BlockLayout, payloads: np.ndarray) -> dict[str, float]:
     """Bytes over coded bytes, all blocks together, and the codec's speed on one core."""
     out = {}
@@ -50,9 +67,7 @@ def ratios(layout: BlockLayout, payloads: np.ndarray) -> dict[str, float]:
     for name, kinds in groups.items():
         plan, wanted = part_plan(layout, kinds)
         rows = [np.ascontiguousarray(row[wanted]) for row in payloads]
-        start = time.perf_counter()
         coded = [codec.encode(row.data, plan) for row in rows]
-        encode_s = time.perf_counter() - start
         nbytes = sum(row.nbytes for row in rows)
         coded_bytes = sum(row.nbytes if c is None else len(c) for row, c in zip(rows, coded, strict=True))
         out[f"{name}_ratio"] = nbytes / coded_bytes
@@ -60,14 +75,7 @@ def ratios(layout: BlockLayout, payloads: np.ndarray) -> dict[str, float]:
         together = codec.encode(np.concatenate(rows).data, codec.PlanePlan(parts=plan.parts * len(rows)))
         out[f"{name}_ratio_together"] = nbytes / (nbytes if together is None else len(together))
         if name == "block":
-            into = memoryview(bytearray(rows[0].nbytes))
-            start = time.perf_counter()
-            for row, c in zip(rows, coded, strict=True):
-                if c is not None:
-                    codec.decode(c, into)
-                    assert into == row.data
-            out["encode_gb_per_s"] = nbytes / encode_s / 1e9
-            out["decode_gb_per_s"] = nbytes / (time.perf_counter() - start) / 1e9
+            out |= speeds(rows[0], plan)
     return out
 
 

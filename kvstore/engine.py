@@ -12,8 +12,9 @@ Readers of any process see a record when step 4 has happened and not before. Blo
 from __future__ import annotations
 
 import errno
+import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -60,6 +61,7 @@ HALF_DEAD: Final = 0.5
 _PLAN_PREFIX: Final = b"plan"
 # A disk or an index without space, and a quota: the put is refused, reading goes on.
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_NEARLY_FULL_BYTES: Final = 8 << 20
 
 
 @dataclass(slots=True)
@@ -110,6 +112,7 @@ class Engine:
         self._drafter = Drafter(config, self.compression, keys, clock_ms)
         self._usage_log = StoreLog(Path(config.usage_log_dir)) if config.usage_log_dir else None
         try:
+            self.space.reserve.hold()
             self._load_plans()
             if keys is not None:
                 self._drop_locked(keys)
@@ -226,16 +229,21 @@ class Engine:
                     _refuse([record for record in batch if record.tenant == tenant], admission, reason)
                 batch = [record for record in batch if record.tenant not in refused]
                 drafts = [draft for draft in drafts if draft.header.tenant not in refused]
-            self.space.make_room(sum(draft.header.extent_bytes for draft in drafts), admission.anchors)
+            self._make_room(sum(draft.header.extent_bytes for draft in drafts), admission.anchors)
             self._append_and_commit(batch, drafts, admission)
-        except (StoreFull, lmdb.MapFullError, OSError) as err:
-            if isinstance(err, OSError) and err.errno not in _FULL:
+        except (StoreFull, lmdb.Error, OSError) as err:
+            if not isinstance(err, StoreFull) and not _is_full(err, self.index.directory):
                 raise
             _refuse(batch, admission, f"the store is full: {err}")
-        except lmdb.Error as err:
-            if "No space" not in str(err):
+
+    def _make_room(self, nbytes: int, keep: Collection[Name]) -> None:
+        try:
+            self.space.make_room(nbytes, keep)
+        except (lmdb.Error, OSError) as err:
+            # Letting go of records needs room too; that is what the reserve is for.
+            if not (_is_full(err, self.index.directory) and self.space.reserve.release()):
                 raise
-            _refuse(batch, admission, f"the store is full: {err}")
+            self.space.make_room(nbytes, keep)
 
     def _append_and_commit(self, batch: Sequence[Record], drafts: Sequence[Draft], admission: Admission) -> None:
         if not drafts:
@@ -376,6 +384,7 @@ class Engine:
         with self._lock:
             self.flush_touches()
             self.space.expire()
+            self.space.reserve.hold()
             self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
             self.index.env.reader_check()
 
@@ -418,6 +427,19 @@ def _without_orphans(batch: Sequence[Record], admission: Admission) -> list[Reco
         else:
             kept.append(record)
     return kept
+
+
+def _is_full(err: lmdb.Error | OSError, directory: Path) -> bool:
+    """The disk, the index's map or a file system quota has no room.
+
+    LMDB reports the disk's as a plain error, and a page that fitted only partly as an input/output error; whether that
+    is what happened, the file system tells.
+    """
+    if isinstance(err, OSError):
+        return err.errno in _FULL
+    if isinstance(err, lmdb.MapFullError) or "No space" in str(err):
+        return True
+    return "Input/output" in str(err) and shutil.disk_usage(directory).free < _NEARLY_FULL_BYTES
 
 
 def _refuse(batch: Sequence[Record], admission: Admission, reason: str) -> None:

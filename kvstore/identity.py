@@ -25,6 +25,7 @@ from antefix.store.format import (
     unpack_segment_header,
 )
 from kvstore.disk import Disk
+from kvstore.reserve import RESERVE_FILE
 
 log = logging.getLogger("kvstore.identity")
 
@@ -32,7 +33,16 @@ log = logging.getLogger("kvstore.identity")
 CLEAN_FILE: Final = "CLEAN"
 REBUILT_DIR: Final = "index.new"
 DISCARDED_DIR: Final = "index.old"
-_KNOWN_FILES: Final = {STORE_FILE, LOCK_FILE, CLEAN_FILE, INDEX_DIR, SEGMENT_DIR, REBUILT_DIR, DISCARDED_DIR}
+_KNOWN_FILES: Final = {
+    STORE_FILE,
+    LOCK_FILE,
+    CLEAN_FILE,
+    RESERVE_FILE,
+    INDEX_DIR,
+    SEGMENT_DIR,
+    REBUILT_DIR,
+    DISCARDED_DIR,
+}
 
 
 def prepare_directory(directory: Path) -> None:

@@ -25,6 +25,7 @@ from antefix.store.format import (
 from antefix.store.index import Index
 from kvstore.eviction import victims
 from kvstore.index_writer import IndexTxn, Name, SegmentState, read_segments
+from kvstore.reserve import Reserve
 from kvstore.segments import Draft, Segments
 
 # Live data may fill this much of what puts may use. The rest is dead space waiting for compaction: less of it means
@@ -53,6 +54,7 @@ class Space:
         self._index = index
         self._now_ms = now_ms
         self.budget_bytes = budget_bytes
+        self.reserve = Reserve(index.directory.parent, budget_bytes)
         self.limit_bytes = budget_bytes - 2 * segments.segment_bytes
         self.counters = SpaceCounters()
         # The segment being compacted and what of it has not been looked at yet.
@@ -65,7 +67,7 @@ class Space:
 
     @property
     def used_bytes(self) -> int:
-        return self._segments.used_bytes + self.index_bytes
+        return self._segments.used_bytes + self.index_bytes + self.reserve.nbytes
 
     def make_room(self, nbytes: int, keep: Collection[Name]) -> None:
         """See to it that a batch of `nbytes` may be appended.
@@ -76,7 +78,7 @@ class Space:
         if self.used_bytes + nbytes <= self.limit_bytes:
             return
         self.expire()
-        live_max = int(LIVE_SHARE_MAX * (self.limit_bytes - self.index_bytes))
+        live_max = int(LIVE_SHARE_MAX * (self.limit_bytes - self.index_bytes - self.reserve.nbytes))
         while self.used_bytes + nbytes > self.limit_bytes:
             if self._drop_dead():
                 continue

@@ -1,0 +1,51 @@
+"""Space set aside for the moment when the disk is full: LMDB copies pages before it frees any, so letting go of records
+needs room of its own. The file holds that room; it is deleted when an eviction runs out of space, and made again later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Final
+
+RESERVE_FILE: Final = "RESERVE"
+_BYTES_MIN: Final = 64 << 10
+_BYTES_MAX: Final = 4 << 20
+_BUDGET_SHARE: Final = 64
+
+
+class Reserve:
+    """A file of `nbytes` in the store's directory, there or not."""
+
+    def __init__(self, directory: Path, budget_bytes: int) -> None:
+        self._path = directory / RESERVE_FILE
+        self.nbytes = max(_BYTES_MIN, min(_BYTES_MAX, budget_bytes // _BUDGET_SHARE))
+        if self.held:
+            # Made under another budget.
+            self.nbytes = max(self.nbytes, self._path.stat().st_size)
+
+    @property
+    def held(self) -> bool:
+        return self._path.exists()
+
+    def hold(self) -> bool:
+        """Make the file if it is not there. Returns whether it is there now: a full disk has no room for it."""
+        if self.held:
+            return True
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.posix_fallocate(fd, 0, self.nbytes)
+        except OSError:
+            self.release()
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+    def release(self) -> bool:
+        """Give the space back to the file system. Returns whether there was any."""
+        with contextlib.suppress(FileNotFoundError):
+            self._path.unlink()
+            return True
+        return False
