@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from antefix.errors import InvalidRequest
-from antefix.store.api import Record, RecordKind
-from antefix.store.format import HASH_BYTES, TENANT_BYTES_MAX
+from antefix.store.api import PutResult, Record, RecordKind
+from antefix.store.format import HASH_BYTES, TENANT_BYTES_MAX, extent_bytes
 from antefix.store.index import Index
+from kvstore.config import KvStoreConfig
 from kvstore.index_writer import Name
 from kvstore.space import parent_of
 
@@ -108,3 +109,53 @@ def _block_tokens(index: Index, txn: Any, record: Record, following: Sequence[Re
                 known = following[0].position - record.position
         out.block_tokens[record.fingerprint] = known
     return out.block_tokens[record.fingerprint]
+
+
+def batches_of(records: Sequence[Record], config: KvStoreConfig) -> list[list[Record]]:
+    """Cut so that each fits a segment and the memory that a commit may take."""
+    limit = min(config.batch_bytes_max, config.record_bytes_max)
+    batches: list[list[Record]] = []
+    room = 0
+    for record in records:
+        nbytes = extent_bytes(memoryview(record.payload).nbytes)
+        if nbytes > room:
+            batches.append([])
+            room = limit
+        batches[-1].append(record)
+        room -= nbytes
+    return batches
+
+
+def without_orphans(batch: Sequence[Record], admission: Admission) -> list[Record]:
+    """Leave out what hangs on a record that an earlier batch could not store."""
+    kept = []
+    for record in batch:
+        if parent_of((record.kind, record.hash), record.parent) in admission.refused:
+            admission.refused[record.kind, record.hash] = "its parent was refused"
+        else:
+            kept.append(record)
+    return kept
+
+
+def refuse(batch: Sequence[Record], admission: Admission, reason: str) -> None:
+    admission.refused.update({(record.kind, record.hash): reason for record in batch})
+
+
+def results_of(puts: Sequence[Sequence[Record]], admission: Admission) -> list[PutResult]:
+    """Share the outcome out: a record that two puts bring was stored by the first of them."""
+    unclaimed = admission.names - admission.refused.keys()
+    results = []
+    for records in puts:
+        stored = existing = 0
+        refused = {}
+        for record in records:
+            name = (record.kind, record.hash)
+            if name in admission.refused:
+                refused[record.hash] = admission.refused[name]
+            elif name in unclaimed:
+                unclaimed.discard(name)
+                stored += 1
+            else:
+                existing += 1
+        results.append(PutResult(num_stored=stored, num_existing=existing, refused=refused))
+    return results

@@ -11,8 +11,6 @@ Readers of any process see a record when step 4 has happened and not before. Blo
 
 from __future__ import annotations
 
-import errno
-import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,14 +28,13 @@ from antefix.store.format import (
     IndexEntry,
     RecordFlag,
     RecordHeader,
-    extent_bytes,
     payload_checksum,
     unpack_record_header,
 )
 from antefix.store.index import Change
 from antefix.store.reader import ReadOutcome, StoreReader, verify, wall_ms
 from antefix.usage.storelog import StoreLog
-from kvstore.admission import Admission, admit, check_record
+from kvstore.admission import Admission, admit, batches_of, check_record, refuse, results_of, without_orphans
 from kvstore.compression import Compression
 from kvstore.config import KvStoreConfig
 from kvstore.disk import Disk
@@ -49,8 +46,9 @@ from kvstore.forest import drop_false_roots, drop_subtrees, insert_entry
 from kvstore.index_writer import IndexTxn, Name, read_totals
 from kvstore.quota import over_quota
 from kvstore.recovery import open_store
+from kvstore.reserve import is_full
 from kvstore.segments import Draft
-from kvstore.space import Space, note_end, parent_of
+from kvstore.space import Space, note_end
 
 # Touches wait in memory for the next transaction; past this the oldest knowledge is worth less than the memory.
 TOUCHED_MAX: Final = 65_536
@@ -59,9 +57,6 @@ MAINTAIN_S: Final = 0.25
 # Background compaction takes segments of which this much is dead, so a byte is copied at most once for each freed.
 HALF_DEAD: Final = 0.5
 _PLAN_PREFIX: Final = b"plan"
-# A disk or an index without space, and a quota: the put is refused, reading goes on.
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
-_NEARLY_FULL_BYTES: Final = 8 << 20
 
 
 @dataclass(slots=True)
@@ -212,36 +207,36 @@ class Engine:
             merged = [record for records in puts for record in records]
             with self.index.txn() as snapshot:
                 admission = admit(self.index, snapshot, merged, refusal=self._drafter.refusal)
-            for batch in _batches(admission.new, self.config):
+            for batch in batches_of(admission.new, self.config):
                 self._put_batch(batch, admission)
             self.counters.refused += len(admission.refused)
             for name in admission.existing:
                 self._touched[name] = self.clock_ms()
-            return _results(puts, admission)
+            return results_of(puts, admission)
 
     def _put_batch(self, batch: Sequence[Record], admission: Admission) -> None:
         """Steps 2 to 4 for records that share a sync; refuses them all when there is no space."""
-        batch = _without_orphans(batch, admission)
+        batch = without_orphans(batch, admission)
         try:
             drafts = self._drafter.drafts(batch, admission.first)
             if refused := over_quota(self.space, self.index, self.config, drafts, admission.anchors):
                 for tenant, reason in refused.items():
-                    _refuse([record for record in batch if record.tenant == tenant], admission, reason)
+                    refuse([record for record in batch if record.tenant == tenant], admission, reason)
                 batch = [record for record in batch if record.tenant not in refused]
                 drafts = [draft for draft in drafts if draft.header.tenant not in refused]
             self._make_room(sum(draft.header.extent_bytes for draft in drafts), admission.anchors)
             self._append_and_commit(batch, drafts, admission)
         except (StoreFull, lmdb.Error, OSError) as err:
-            if not isinstance(err, StoreFull) and not _is_full(err, self.index.directory):
+            if not isinstance(err, StoreFull) and not is_full(err, self.index.directory):
                 raise
-            _refuse(batch, admission, f"the store is full: {err}")
+            refuse(batch, admission, f"the store is full: {err}")
 
     def _make_room(self, nbytes: int, keep: Collection[Name]) -> None:
         try:
             self.space.make_room(nbytes, keep)
         except (lmdb.Error, OSError) as err:
             # Letting go of records needs room too; that is what the reserve is for.
-            if not (_is_full(err, self.index.directory) and self.space.reserve.release()):
+            if not (is_full(err, self.index.directory) and self.space.reserve.release()):
                 raise
             self.space.make_room(nbytes, keep)
 
@@ -401,66 +396,3 @@ class Engine:
     def totals(self) -> dict[bytes, tuple[int, int, int]]:
         with self.index.txn() as txn:
             return read_totals(self.index, txn)
-
-
-def _batches(records: Sequence[Record], config: KvStoreConfig) -> list[list[Record]]:
-    """Cut so that each fits a segment and the memory that a commit may take."""
-    limit = min(config.batch_bytes_max, config.record_bytes_max)
-    batches: list[list[Record]] = []
-    room = 0
-    for record in records:
-        nbytes = extent_bytes(memoryview(record.payload).nbytes)
-        if nbytes > room:
-            batches.append([])
-            room = limit
-        batches[-1].append(record)
-        room -= nbytes
-    return batches
-
-
-def _without_orphans(batch: Sequence[Record], admission: Admission) -> list[Record]:
-    """Leave out what hangs on a record that an earlier batch could not store."""
-    kept = []
-    for record in batch:
-        if parent_of((record.kind, record.hash), record.parent) in admission.refused:
-            admission.refused[record.kind, record.hash] = "its parent was refused"
-        else:
-            kept.append(record)
-    return kept
-
-
-def _is_full(err: lmdb.Error | OSError, directory: Path) -> bool:
-    """The disk, the index's map or a file system quota has no room.
-
-    LMDB reports the disk's as a plain error, and a page that fitted only partly as an input/output error; whether that
-    is what happened, the file system tells.
-    """
-    if isinstance(err, OSError):
-        return err.errno in _FULL
-    if isinstance(err, lmdb.MapFullError) or "No space" in str(err):
-        return True
-    return "Input/output" in str(err) and shutil.disk_usage(directory).free < _NEARLY_FULL_BYTES
-
-
-def _refuse(batch: Sequence[Record], admission: Admission, reason: str) -> None:
-    admission.refused.update({(record.kind, record.hash): reason for record in batch})
-
-
-def _results(puts: Sequence[Sequence[Record]], admission: Admission) -> list[PutResult]:
-    """Share the outcome out: a record that two puts bring was stored by the first of them."""
-    unclaimed = admission.names - admission.refused.keys()
-    results = []
-    for records in puts:
-        stored = existing = 0
-        refused = {}
-        for record in records:
-            name = (record.kind, record.hash)
-            if name in admission.refused:
-                refused[record.hash] = admission.refused[name]
-            elif name in unclaimed:
-                unclaimed.discard(name)
-                stored += 1
-            else:
-                existing += 1
-        results.append(PutResult(num_stored=stored, num_existing=existing, refused=refused))
-    return results

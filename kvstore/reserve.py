@@ -5,10 +5,17 @@ needs room of its own. The file holds that room; it is deleted when an eviction 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Final
 
+import lmdb
+
+# A disk without space, and a file system's quota.
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_NEARLY_FULL_BYTES: Final = 8 << 20
 RESERVE_FILE: Final = "RESERVE"
 _BYTES_MIN: Final = 64 << 10
 _BYTES_MAX: Final = 4 << 20
@@ -49,3 +56,16 @@ class Reserve:
             self._path.unlink()
             return True
         return False
+
+
+def is_full(err: lmdb.Error | OSError, directory: Path) -> bool:
+    """The disk, the index's map or a file system quota has no room.
+
+    LMDB reports the disk's as a plain error, and a page that fitted only partly as an input/output error; whether that
+    is what happened, the file system tells.
+    """
+    if isinstance(err, OSError):
+        return err.errno in _FULL
+    if isinstance(err, lmdb.MapFullError) or "No space" in str(err):
+        return True
+    return "Input/output" in str(err) and shutil.disk_usage(directory).free < _NEARLY_FULL_BYTES

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -246,3 +248,62 @@ async def test_a_plain_protobuf_client_is_understood(service: Service) -> None:
     get = kvstore_pb2.GetRequest(kind=kvstore_pb2.RECORD_KIND_BLOCK, hashes=PROMPT.hashes[0], fingerprint=FINGERPRINT)
     assert [piece.data async for piece in stub.Get(get, timeout=5)] == [b"hello"]
     await channel.close()
+
+
+async def test_a_local_reader_finds_a_rebuilt_index(service: Service) -> None:
+    """The service lost its index and made a new one: readers that have the old file open must notice."""
+    client = LocalStore(service.config.dir, service.address)
+    await client.put(PROMPT.blocks(3))
+    assert (await client.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 3
+    await service.stop()
+    shutil.rmtree(Path(service.config.dir) / "index")
+    await service.start()
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await client.put(PROMPT.blocks(5))
+                break
+            except Unavailable:
+                await asyncio.sleep(0.1)
+    assert (await client.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 5
+    into = PROMPT.buffers(5)
+    assert await client.get_blocks(PROMPT.hashes[:5], into, fingerprint=FINGERPRINT) == 5
+    assert [bytes(b) for b in into] == [PROMPT.payload(i) for i in range(5)]
+    await client.close()
+
+
+async def test_readers_in_other_processes_follow_the_writer(service: Service) -> None:
+    """A reader process looks up and reads while this one writes, evicts and compacts."""
+    client = RemoteStore(service.address)
+    await client.put(PROMPT.blocks(2))
+    script = (
+        "import sys, time\n"
+        "from antefix.store.reader import StoreReader\n"
+        "from tests.kvstore.small_store import *\n"
+        "prompt = Prompt(list(range(BLOCK * 6)), payload_bytes=2_500_001)\n"
+        "reader = StoreReader(sys.argv[1])\n"
+        "into, best, wrong = prompt.buffers(), 0, 0\n"
+        "print('ready', flush=True)\n"
+        "end = time.monotonic() + 20\n"
+        "while best < 6 and time.monotonic() < end:\n"
+        "    count = reader.lookup(prompt.hashes, fingerprint=FINGERPRINT).num_blocks\n"
+        "    good = reader.read_blocks(prompt.hashes[:count], into[:count], fingerprint=FINGERPRINT).num_good\n"
+        "    wrong += any(bytes(into[i]) != prompt.payload(i) for i in range(good))\n"
+        "    best = max(best, good)\n"
+        "print(best, wrong, flush=True)\n"
+    )
+    reader = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, service.config.dir, stdout=asyncio.subprocess.PIPE, cwd=Path(__file__).parents[2]
+    )
+    assert reader.stdout is not None
+    assert (await reader.stdout.readline()).strip() == b"ready"
+    engine = service.servicer.engine
+    for count in (3, 2, 4, 2, 6):
+        await client.put(PROMPT.blocks(count))
+        if count == 2:
+            engine.evict([(RecordKind.BLOCK, PROMPT.hashes[2])])
+            engine.space.compact_one(0.0)
+        await asyncio.sleep(0.05)
+    assert (await reader.stdout.readline()).split() == [b"6", b"0"]
+    assert await reader.wait() == 0
+    await client.close()
