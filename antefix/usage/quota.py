@@ -13,9 +13,12 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 
-from antefix.errors import QuotaExceeded
+from antefix.errors import Overloaded, QuotaExceeded
 from antefix.usage.pricing import moment_of
 from antefix.usage.record import UsageRecord
+
+# About 1 KB each.
+_NUM_TENANTS_MAX = 100_000
 
 
 class Window(StrEnum):
@@ -106,10 +109,13 @@ class QuotaBook:
     def reserve(self, tenant: str, *, tokens: int, money: Decimal, now: datetime) -> Reservation:
         """Set aside the most that a request can use.
 
-        Raises:  QuotaExceeded: it would pass a limit; `retry_after_s` is when the window ends.
+        Raises:  QuotaExceeded: it would pass a limit; `retry_after_s` is when the window ends.  Overloaded: too many
+        tenants at once.
         """
         limits = self._of(tenant)
         with self._mutex:
+            if len(self._tenants) >= _NUM_TENANTS_MAX:
+                self._forget_idle(now)
             state = self._tenants.setdefault(tenant, _Tenant())
             if limits.requests is not None and state.num_running >= limits.requests:
                 raise QuotaExceeded(f"{limits.requests} requests of this tenant are running", retry_after_s=1.0)
@@ -156,6 +162,18 @@ class QuotaBook:
         with self._mutex:
             usage = self._usage(tenant, window, now)
             return usage.tokens, usage.money
+
+    def _forget_idle(self, now: datetime) -> None:
+        """Drop tenants of whom nothing counts any more. Names come from callers, so there may be any number of them."""
+        idle = [
+            name
+            for name, state in self._tenants.items()
+            if not state.num_running and all(u.start < w.start(now) for w, u in state.windows.items())
+        ]
+        for name in idle:
+            del self._tenants[name]
+        if len(self._tenants) >= _NUM_TENANTS_MAX:
+            raise Overloaded(f"{_NUM_TENANTS_MAX} tenants are being counted", retry_after_s=60.0)
 
     def _of(self, tenant: str) -> TenantLimits:
         return self._limits.get(tenant, self._default)

@@ -51,6 +51,12 @@ class MissReason(StrEnum):
     FINGERPRINT_DIFFERS = "fingerprint_differs"
     CORRUPT = "corrupt"
     STORE_UNAVAILABLE = "store_unavailable"
+    UNKNOWN = "unknown"
+
+    @classmethod
+    def _missing_(cls, value: object) -> MissReason:
+        # A newer worker may know a reason that this process does not; a request must not fail for that.
+        return cls.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

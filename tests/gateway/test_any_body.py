@@ -104,9 +104,9 @@ def changed(body, path, junk):
 
 @pytest.mark.parametrize("address", BODIES)
 async def test_the_bodies_are_good_as_they_are(address):
-    async with serving(make_front(Script(), ledger=None), chat_format="deepseek-v4") as url:
-        async with httpx2.AsyncClient() as client:
-            answer = await client.post(url + address, json=BODIES[address])
+    front = make_front(Script(), ledger=None)
+    async with serving(front, chat_format="deepseek-v4") as url, httpx2.AsyncClient() as client:
+        answer = await client.post(url + address, json=BODIES[address])
     assert answer.status_code == 200, answer.text
 
 

@@ -4,7 +4,8 @@ from decimal import Decimal
 
 import pytest
 
-from antefix.errors import QuotaExceeded
+from antefix.errors import Overloaded, QuotaExceeded
+from antefix.usage import quota
 from antefix.usage.quota import Limit, QuotaBook, TenantLimits, Window
 from tests.usage.usage_records import NOW_US, record
 
@@ -105,3 +106,14 @@ def test_limits_hold_under_concurrency():
     assert peak[0] <= 10_000
     assert quotas.used("acme", Window.DAY, NOW) == (31 * admitted[0], Decimal("0.0005") * admitted[0])
     assert 10_000 - 97 < 31 * admitted[0] <= 10_000
+
+
+def test_names_that_count_nothing_any_more_are_forgotten(monkeypatch):
+    monkeypatch.setattr(quota, "_NUM_TENANTS_MAX", 10)
+    quotas = QuotaBook({}, default=TenantLimits(limits=(Limit(window=Window.MINUTE, tokens=100),)))
+    for number in range(10):
+        quotas.settle(quotas.reserve(f"t{number}", tokens=5, money=Decimal(0), now=NOW), tokens=5, money=Decimal(0))
+    with pytest.raises(Overloaded):
+        quotas.reserve("one more", tokens=5, money=Decimal(0), now=NOW)
+    quotas.reserve("one more", tokens=5, money=Decimal(0), now=NOW + timedelta(minutes=1))
+    assert list(quotas._tenants) == ["one more"]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import InvalidRequest
-from antefix.usage.record import OpenEntry, Status, UsageRecord
+from antefix.usage.record import MissReason, OpenEntry, Status, UsageRecord
 from tests.usage.usage_records import opened, record
 
 
@@ -59,3 +59,7 @@ def test_open_entry_survives_its_payload():
 def test_payload_of_another_version_is_refused():
     with pytest.raises(InvalidRequest, match="version"):
         UsageRecord.from_payload(record().to_payload().replace(b'"v":1', b'"v":2'))
+
+
+def test_a_reason_that_only_a_newer_worker_knows_is_kept_as_unknown():
+    assert MissReason("moved_to_another_planet") is MissReason.UNKNOWN
