@@ -16,6 +16,7 @@ from antefix.clients import PrefillClient, Prefilled
 from antefix.errors import AntefixError, Overloaded, Unavailable
 from antefix.store.api import Store
 from router.directory import Directory
+from router.feed import StoreFeed
 from router.inflight import InFlight, wait_deadline_s, worth_waiting
 from router.naming import Prompt
 from router.placement import FETCH_WEIGHT, Work
@@ -99,7 +100,9 @@ class Prefilling:
         fingerprint: bytes,
         limits: Limits,
         num_decoding: Callable[[], int] = lambda: 0,
+        feed: StoreFeed | None = None,
     ) -> None:
+        self._feed = feed
         self.counters = Counters()
         self._workers = workers
         self._store = store
@@ -118,7 +121,7 @@ class Prefilling:
         patience: float | None = None
         while True:
             # 1. Ask what is stored: that decides how much work it is, and for whom.
-            num_stored = await self._num_stored_blocks(prompt, request_id)
+            num_stored = await self._num_stored_blocks(prompt, request_id, ask=patience is not None)
             work = prompt.work(num_stored)
             # 2. A short rest is left to the decode worker, which then needs no handoff; but that one keeps nothing.
             if not keep and self._goes_straight(work):
@@ -141,7 +144,10 @@ class Prefilling:
         # 4. Prefill, elsewhere if a worker goes away.
         return Ready(work=work, answer=await self._lead(order, work, num_stored or 0))
 
-    async def _num_stored_blocks(self, prompt: Prompt, request_id: str) -> int | None:
+    async def _num_stored_blocks(self, prompt: Prompt, request_id: str, *, ask: bool) -> int | None:
+        """ask: the store itself, though its events may tell: what was stored this moment is not among them yet."""
+        if not ask and self._feed is not None and (known := self._feed.num_leading(prompt.keys)) is not None:
+            return known
         chain = prompt.chain
         try:
             found = await self._store.lookup(chain.hashes, fingerprint=self._fingerprint, tenant=prompt.tenant)

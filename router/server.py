@@ -17,11 +17,14 @@ from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.api import Store
+from antefix.store.client import RemoteStore
 from antefix.store.open import StoreAddress, open_store
+from antefix.store.watch import watch
 from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc, usage_pb2, usage_pb2_grpc
 from antefix.wire import report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
 from router.directory import Directory
+from router.feed import StoreFeed
 from router.front import Front, open_front
 from router.gateway.app import start_http
 from router.gateway.config import GatewayConfig
@@ -56,6 +59,7 @@ class RouterConfig(GatewayConfig):
     ttft_s_max: float = setting(
         600.0, "refuse, with a retry hint, what would wait longer for its first token", unit="s"
     )
+    store_events: bool = setting(False, "follow the store's events instead of asking it at every request")
     policy: str = setting("least_work", "placement: least_work, or a baseline to compare it with")
     prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
     decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
@@ -89,6 +93,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         keyring = Keyring.from_file(config.secret_file)
         names = Names(fingerprint=self._fingerprint, keyring=keyring, block_size=identity.geometry.block_size)
         directory = Directory()
+        remote = RemoteStore(config.store_address)
+        self.feed = StoreFeed(lambda cursor: watch(remote, cursor), fingerprint=self._fingerprint)
         prefilling = Prefilling(
             self._prefill,
             store,
@@ -96,6 +102,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             fingerprint=self._fingerprint,
             limits=Limits(prefill_tokens_min=config.prefill_tokens_min, ttft_s_max=config.ttft_s_max),
             num_decoding=self._decode.num_running_least,
+            feed=self.feed if config.store_events else None,
         )
         self._counters = prefilling.counters
         self.leases = Leases(self._prefill, self._decode, directory, fingerprint=self._fingerprint)
@@ -196,10 +203,13 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
             await http.stop()
         await servicer.front.accounts.close()
         await servicer.leases.close()
+        await servicer.feed.close()
         await servicer.keeper.close()
         await store.close()
 
     server = await rpc.start_server(config.address, register, [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR])
     servicer.leases.start()
+    if config.store_events:
+        servicer.feed.start()
     http_address = http.address if http is not None else ""
     await rpc.run_until_signal(server, role="router", stop=stop, watch_stdin=watch_stdin, http_address=http_address)

@@ -1,0 +1,62 @@
+"""The feed against the real store service: stored, evicted, killed and opened again, always what a lookup says."""
+
+import asyncio
+
+import pytest
+
+from antefix import rpc
+from antefix.store.client import RemoteStore
+from antefix.store.watch import watch
+from antefix.v1 import kvstore_pb2
+from kvstore.config import KvStoreConfig
+from kvstore.engine import Engine
+from kvstore.server import KvStoreServicer, register
+from router.directory import keys_of
+from router.feed import StoreFeed
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+
+PROMPTS = [Prompt([number] * BLOCK * 5) for number in range(4)]
+
+
+async def serve(directory, address="127.0.0.1:0"):
+    servicer = KvStoreServicer(Engine(KvStoreConfig(dir=str(directory), budget_bytes=256 << 20)))
+    server = await rpc.start_server(address, lambda target: register(servicer, target), [kvstore_pb2.DESCRIPTOR])
+    return servicer, server
+
+
+async def in_step(feed, store):
+    """Whether the feed comes to say of every prompt what a lookup says."""
+    for _ in range(500):
+        looked = [(await store.lookup(p.hashes, fingerprint=FINGERPRINT)).num_blocks for p in PROMPTS]
+        if [feed.num_leading(keys_of(p.hashes)) for p in PROMPTS] == looked:
+            return looked
+        await asyncio.sleep(0.02)
+    return pytest.fail(f"the store has {looked}")
+
+
+async def test_the_feed_says_what_a_lookup_says(tmp_path, monkeypatch):
+    monkeypatch.setattr("router.feed._RETRY_S", 0.05)
+    servicer, server = await serve(tmp_path)
+    store = RemoteStore(server.address)
+    feed = StoreFeed(lambda cursor: watch(store, cursor), fingerprint=FINGERPRINT)
+    try:
+        await store.put(PROMPTS[0].blocks())
+        feed.start()
+        assert await in_step(feed, store) == [5, 0, 0, 0]
+        await store.put(PROMPTS[1].blocks())
+        assert await in_step(feed, store) == [5, 5, 0, 0]
+        names = [kvstore_pb2.RecordName(kind=kvstore_pb2.RECORD_KIND_BLOCK, hash=PROMPTS[0].hashes[3])]
+        await store.stub.Evict(kvstore_pb2.EvictRequest(records=names), timeout=5)
+        assert (await in_step(feed, store))[:2] == [3, 5]
+        # Another opening of the store is another epoch: a snapshot again.
+        await server.drain(0.2)
+        await servicer.close()
+        servicer, server = await serve(tmp_path, server.address)
+        await store.put(PROMPTS[2].blocks())
+        assert await in_step(feed, store) == [3, 5, 5, 0]
+        assert feed.num_snapshots == 2
+    finally:
+        await feed.close()
+        await store.close()
+        await server.drain(0.2)
+        await servicer.close()
