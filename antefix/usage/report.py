@@ -114,7 +114,7 @@ def plot(records: Iterable[UsageRecord], path: Path) -> None:
     bottom = [0] * len(days)
     for name in ("cache_hit_tokens", "cache_miss_tokens", "output_tokens"):
         heights = [sum(getattr(line, name) for line in sums[day]) for day in days]
-        tokens.bar(days, heights, bottom=bottom, label=name.replace("_", " "))
+        tokens.bar(range(len(days)), heights, bottom=bottom, label=name.replace("_", " "))
         bottom = [low + high for low, high in zip(bottom, heights, strict=True)]
     for offset, name in ((-0.2, "price"), (0.2, "saved")):
         # Heights of bars, not amounts: here a float is what the plot needs.
@@ -124,7 +124,7 @@ def plot(records: Iterable[UsageRecord], path: Path) -> None:
     money.set_ylabel(currency or "money")
     for axes in (tokens, money):
         axes.legend()
-    money.tick_params(axis="x", rotation=45)
+    money.set_xticks(range(len(days)), days, rotation=45)
     figure.savefig(path)
 
 
