@@ -16,7 +16,6 @@ import functools
 import json
 import mmap
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -38,7 +37,7 @@ from antefix.store.api import Record, RecordKind
 from antefix.store.client import RemoteStore
 from benchmarks.store_payloads import blocks, layout_of
 from benchmarks.store_peers import PEERS, drop_cache
-from benchmarks.store_scale import scale_figures
+from benchmarks.store_scale import memory_kib, reset_peak_memory, scale_figures
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
 
@@ -278,7 +277,8 @@ def restore_long(directory: Path, payloads: Array) -> dict[str, float]:
     put_s = seconds(functools.partial(put_all, engine, wanted))
     drop_cache(directory / "long" / "segments")
     ring = [row.data for row in np.zeros((128, payloads.shape[1]), np.uint8)]
-    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reset_peak_memory()
+    before_kib = memory_kib("VmRSS")
 
     def restore() -> None:
         for first in range(0, len(names.hashes), 128):
@@ -287,7 +287,7 @@ def restore_long(directory: Path, payloads: Array) -> dict[str, float]:
             assert outcome.num_good == len(part)
 
     restore_s = seconds(restore)
-    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
+    grown_kib = memory_kib("VmHWM") - before_kib
     engine.close()
     shutil.rmtree(directory / "long")
     nbytes = len(names.hashes) * payloads.shape[1]
