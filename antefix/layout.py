@@ -301,7 +301,9 @@ def _layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     if names := config.get("layer_types"):
         unknown = sorted({name for name in names if name not in _LAYER_KINDS})
         if unknown or len(names) < num_layers:
-            raise InvalidRequest(f"layer_types must name {num_layers} layers of {sorted(_LAYER_KINDS)}; unknown: {unknown}")
+            raise InvalidRequest(
+                f"layer_types must name {num_layers} layers of {sorted(_LAYER_KINDS)}; unknown: {unknown}"
+            )
         return tuple(_LAYER_KINDS[name] for name in names[:num_layers])
     if ratios := config.get("compress_ratios"):
         unknown = sorted({ratio for ratio in ratios if ratio not in _LEGACY_RATIOS})
