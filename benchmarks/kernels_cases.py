@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import kernels_eager as eager
-from kernels import attention, gather, indexer, pack, prefill, topk
+from kernels import attention, gather, indexer, operands, pack, prefill, topk
 
 DEVICE = "cuda"
 CACHE_BYTES = 50 << 20
@@ -205,7 +205,7 @@ def indexer_cases(context: int, name: str, model: str, sequences: int, queries: 
     )
 
 
-def _attention_operands(total: int, heads: int, sequences: int) -> tuple[Tensor, attention.Window, attention.Heads]:
+def _attention_operands(total: int, heads: int, sequences: int) -> tuple[Tensor, operands.Window, operands.Heads]:
     q = torch.randn(total, heads, DIM, device=DEVICE).half()
     per_sequence = total // sequences
     rows = WINDOW if per_sequence == 1 else -(-(per_sequence + WINDOW) // 32) * 32
@@ -218,8 +218,8 @@ def _attention_operands(total: int, heads: int, sequences: int) -> tuple[Tensor,
     angle = torch.rand(total, ROPE // 2, device=DEVICE)
     return (
         q,
-        attention.Window(records=ring, firsts=firsts, counts=counts),
-        attention.Heads(sinks=torch.randn(heads, device=DEVICE), scale=DIM**-0.5, cos=angle.cos(), sin=angle.sin()),
+        operands.Window(records=ring, firsts=firsts, counts=counts),
+        operands.Heads(sinks=torch.randn(heads, device=DEVICE), scale=DIM**-0.5, cos=angle.cos(), sin=angle.sin()),
     )
 
 
@@ -228,8 +228,8 @@ def _attend_picked(
     records: Tensor,
     picks: Tensor,
     counts: Tensor,
-    window: attention.Window,
-    per_head: attention.Heads,
+    window: operands.Window,
+    per_head: operands.Heads,
     out: Tensor,
     size: int,
 ) -> None:
@@ -248,8 +248,8 @@ def _attend_all(
     table: Tensor,
     lens: Tensor,
     size: int,
-    window: attention.Window,
-    per_head: attention.Heads,
+    window: operands.Window,
+    per_head: operands.Heads,
     out: Tensor,
 ) -> None:
     if len(q) == len(window.records):

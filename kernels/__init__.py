@@ -5,6 +5,7 @@
     pack.py       compress and pack, window_pack                gather.py     unpack, copy of records
     indexer.py    index scores of FP4 keys                      topk.py       exact top-k, ties to the lowest index
     attention.py  sparse, HCA and window attention              prefill.py    the same over entries decoded once
+    operands.py   what attention takes besides entries
 
 Triton is needed by all but formats.py and reference.py. `TRITON_INTERPRET=1` runs them on the CPU. Each kernel is
 specified by the oracle of the same name in reference.py; docs/KERNELS.md has the measurements.

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention import Heads, Window, check_operands
 from kernels.finish import rotate_back, store_output
 from kernels.formats import check
 from kernels.gather import unpack_entries
+from kernels.operands import Heads, Window, check_operands
 
 # Entries, warps and stages of a program, measured best: picked entries (an index load ahead of each), all entries.
 _TILE_PICKED = (64, 8, 3)

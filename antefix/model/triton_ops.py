@@ -16,7 +16,7 @@ from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model.attend import WindowLine
 from antefix.model.compressor import Compressor
 from antefix.model.ops import Entries
-from kernels import attention, gather, indexer, pack, prefill, topk
+from kernels import attention, gather, indexer, operands, pack, prefill, topk
 
 # From this many queries on, decoding entries once costs less than decoding them for each.
 PREFILL_QUERIES_MIN = 16
@@ -127,22 +127,22 @@ class TritonOps:
         pack.pack_entries(rows, self._layout.geometry.rope_dim, target)
         return records
 
-    def _window(self, line: WindowLine) -> attention.Window:
+    def _window(self, line: WindowLine) -> operands.Window:
         """The chunk's window line as records, which give its values back exactly, and each query's part of it."""
         window = line.values.shape[1]
         device = line.values.device
         own = _count(line.num_tokens, device)
         counts = (own + (line.position + 1 - line.cut)).clamp(max=window)
         last = own + (window + line.position % window)
-        return attention.Window(records=self._pack(line.values.flatten(0, 1)), firsts=last - counts + 1, counts=counts)
+        return operands.Window(records=self._pack(line.values.flatten(0, 1)), firsts=last - counts + 1, counts=counts)
 
-    def _heads(self, q_THC: Tensor, sinks_H: Tensor) -> attention.Heads:
+    def _heads(self, q_THC: Tensor, sinks_H: Tensor) -> operands.Heads:
         """Queries come scaled, and the model turns outputs back itself."""
         shape = (len(q_THC), self._layout.geometry.rope_dim // 2)
         ones, zeros = torch.ones(shape, device=q_THC.device), torch.zeros(shape, device=q_THC.device)
-        return attention.Heads(sinks=sinks_H.float(), scale=1.0, cos=ones, sin=zeros)
+        return operands.Heads(sinks=sinks_H.float(), scale=1.0, cos=ones, sin=zeros)
 
-    def _decoded(self, entries: Entries, line: attention.Window) -> Tensor:
+    def _decoded(self, entries: Entries, line: operands.Window) -> Tensor:
         records, table = entries.pool.records(entries.part), _table(entries)
         geometry = self._layout.geometry
         num_entries = table.shape[1] * records.shape[1]

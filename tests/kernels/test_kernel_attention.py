@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import attention, prefill, reference
+from kernels import attention, operands, prefill, reference
 from kernels.formats import EntryFormat
 
 
@@ -34,8 +34,8 @@ class Case:
         self.entries = entries
         self.q = rand(total, heads, head_dim + 16).half()[..., 8 : 8 + head_dim]
         angle = rand(total, self.rope_dim // 2)
-        self.heads = attention.Heads(sinks=rand(heads), scale=head_dim**-0.5, cos=angle.cos(), sin=angle.sin())
-        self.window = attention.Window(
+        self.heads = operands.Heads(sinks=rand(heads), scale=head_dim**-0.5, cos=angle.cos(), sin=angle.sin())
+        self.window = operands.Window(
             records=self.ring, firsts=randint(0, ring, total), counts=randint(0, ring + 1, total)
         )
         self.lens = randint(0, blocks * entries + 1, total)
