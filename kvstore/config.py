@@ -33,7 +33,6 @@ class KvStoreConfig:
     compression: str = setting(
         "auto", "off, zstd (keep where it is smaller) or auto (measure disk and codec, then choose)"
     )
-    log_dir: str = setting("", "directory for the log of writes and reads that bills are checked against; none: no log")
     keys_file: str = setting("", "JSON file of tenants' 256-bit keys; when given, everything stored is encrypted")
     usage_log_dir: str = setting(
         "", "log which blocks were stored and read here, to reconcile the bill with; empty: none"

@@ -100,7 +100,6 @@ class Engine:
         self.reader = StoreReader(config.dir, clock_ms=clock_ms, decrypt=keys.decrypt if keys else None)
         self.events = EventLog(self.index)
         self.index.on_change = self._publish
-        self._log = StoreLog(Path(config.log_dir)) if config.log_dir else None
         self.space = Space(self.segments, self.index, config.budget_bytes, now_ms=clock_ms)
         self.space.on_corrupt = self.quarantine
         self.compression = Compression(config.compression, lambda: read_bytes_per_s(Path(config.dir)))
@@ -125,8 +124,6 @@ class Engine:
             self.flush_touches()
             self._drafter.close()
             self.reader.close()
-            if self._log is not None:
-                self._log.close()
             self._store.close()
             if self._usage_log is not None:
                 self._usage_log.close()
@@ -180,8 +177,6 @@ class Engine:
             self.counters.bytes_read += bytes_read
             for name in used:
                 self._touched[name] = now_ms
-                if self._log is not None and name[0] is RecordKind.BLOCK:
-                    self._log.read([name[1]])
                 if self._usage_log is not None and name[0] is RecordKind.BLOCK:
                     self._usage_log.read([name[1]])
             if len(self._touched) > TOUCHED_MAX:
@@ -257,8 +252,6 @@ class Engine:
         except BaseException:
             self.segments.rollback(start)
             raise
-        if self._usage_log is not None:
-            self._usage_log.stored([record.hash for record in batch if record.kind is RecordKind.BLOCK])
         admission.anchors.update((record.kind, record.hash) for record in batch)
         self.counters.bytes_written += sum(header.extent_bytes for header in placed)
         self.counters.payload_bytes_written += sum(header.payload_bytes for header in placed)
@@ -385,8 +378,10 @@ class Engine:
 
     def _publish(self, changes: list[Change]) -> None:
         self.events.publish(changes)
-        if self._log is not None:
-            self._log.stored([change.hash for change in changes if change.present and change.kind is RecordKind.BLOCK])
+        if self._usage_log is not None:
+            self._usage_log.stored(
+                [change.hash for change in changes if change.present and change.kind is RecordKind.BLOCK]
+            )
 
     def snapshot(self) -> tuple[int, Iterator[list[Event]]]:
         """What is stored, for a watcher that cannot resume, and the number of the last event in it."""

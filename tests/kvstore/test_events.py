@@ -129,7 +129,7 @@ def test_each_opening_is_an_epoch(open_engine: OpenEngine) -> None:
 
 
 def test_the_log_that_bills_are_checked_against(open_engine: OpenEngine, tmp_path: Path) -> None:
-    engine = open_engine(log_dir=str(tmp_path / "log"))
+    engine = open_engine(usage_log_dir=str(tmp_path / "log"))
     prompt = Prompt([1] * BLOCK * 3)
     engine.put([*prompt.blocks(), prompt.checkpoint(2)])
     prompt.check(engine)
