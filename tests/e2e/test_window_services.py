@@ -1,0 +1,139 @@
+"""Window state over real processes: the pool between workers, its loss, bounded namespaces, a switch of strategy."""
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from antefix.clients import WindowClient
+from antefix.deployment import Deployment, DeploymentConfig
+from antefix.layout import KVFormat
+from antefix.reference import Reference
+from antefix.store.api import RecordKind
+from antefix.store.client import RemoteStore
+from antefix.store.stats import read_stats
+from antefix.wire import Sampling
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
+RNG = np.random.default_rng(61)
+TURN = RNG.integers(0, 256, 1000).astype(np.uint32)
+NUM_NEW = 6
+
+
+def config_of(tmp_path, *, strategy, flags, router=()):
+    return DeploymentConfig(
+        model=MODEL,
+        data_dir=tmp_path / "data",
+        strategy=strategy,
+        extra_flags={"prefill": flags, "decode": flags, "router": router},
+    )
+
+
+async def ask(deployment, tokens):
+    output = []
+    async for message in deployment.router.generate(tokens, Sampling(max_tokens=NUM_NEW, ignore_eos=True)):
+        output += [int(token) for token in message.tokens]
+        last = message
+    return output, last.restore
+
+
+def next_turn(output):
+    return np.concatenate((TURN, np.array(output, np.uint32), RNG.integers(0, 256, 60).astype(np.uint32)))
+
+
+async def num_checkpoints_on_disk(deployment):
+    stats = await read_stats(RemoteStore(deployment.one("kvstore").address))
+    return stats.kinds[RecordKind.CHECKPOINT].num_records
+
+
+async def test_a_turn_resumes_from_the_stores_memory_and_strategies_switch(tmp_path):
+    flags = ("--window-pool", "memory")
+    async with Deployment(config_of(tmp_path, strategy="auto(ends=pool)", flags=flags)) as deployment:
+        output, _ = await ask(deployment, TURN)
+        assert await num_checkpoints_on_disk(deployment) == 0
+        turn = next_turn(output)
+        answer, restore = await ask(deployment, turn)
+        assert (restore.plan, restore.hit_tokens) == ("checkpoint", 960)
+        for role in ("prefill", "decode"):
+            await WindowClient(deployment.one(role).address).set_strategy("boundary")
+        await ask(deployment, next_turn(answer))
+        assert await num_checkpoints_on_disk(deployment) >= 1
+        # A short rest is prefilled by decode itself, so the plans are spread over both.
+        statuses = [
+            await WindowClient(deployment.one(r).address).status(num_plans_max=9) for r in ("prefill", "decode")
+        ]
+        taken = sorted(plan.taken.kind for status in statuses for plan in status.plans)
+        assert taken == ["checkpoint", "checkpoint", "cold"]
+    assert answer == await asyncio.to_thread(Reference(MODEL, KVFormat.FP8).generate, turn, NUM_NEW)
+
+
+async def test_a_redis_that_dies_costs_no_answer(tmp_path):
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    redis = await asyncio.to_thread(subprocess.Popen, command, stdout=subprocess.DEVNULL)
+    try:
+        await asyncio.to_thread(wait_for, port)
+        flags = ("--window-pool", f"redis://127.0.0.1:{port}/0")
+        async with Deployment(config_of(tmp_path, strategy="auto(ends=pool)", flags=flags)) as deployment:
+            output, _ = await ask(deployment, TURN)
+            turn = next_turn(output)
+            pooled, restore = await ask(deployment, turn)
+            assert restore.plan == "checkpoint"
+            redis.kill()
+            redis.wait()
+            again, restore = await ask(deployment, turn)
+            assert restore.plan in ("replay", "cold")
+            assert again == pooled
+            assert await num_checkpoints_on_disk(deployment) >= 1  # what the pool did not take
+    finally:
+        redis.kill()
+        redis.wait()
+
+
+def wait_for(port):
+    for _ in range(200):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise RuntimeError("redis-server did not answer")
+
+
+async def test_a_bounded_namespace_replays_one_window_and_an_exact_one_finds_nothing_of_it(tmp_path):
+    bounded = ("--bounded-windows", "1")
+    async with Deployment(config_of(tmp_path, strategy="zero", flags=bounded, router=bounded)) as deployment:
+        output, _ = await ask(deployment, TURN)
+        turn = next_turn(output)
+        _, restore = await ask(deployment, turn)
+        assert (restore.plan, restore.replayed_tokens) == ("bounded-1", 64)
+    async with Deployment(config_of(tmp_path, strategy="zero", flags=())) as deployment:
+        exact, restore = await ask(deployment, turn)
+        assert (restore.plan, restore.hit_tokens) == ("cold", 0)
+    assert exact == await asyncio.to_thread(Reference(MODEL, KVFormat.FP8).generate, turn, NUM_NEW)
+
+
+async def test_explain_reads_what_the_services_left(tmp_path):
+    config = config_of(tmp_path, strategy="boundary", flags=())
+    async with Deployment(config) as deployment:
+        await ask(deployment, TURN)
+    tokens = tmp_path / "tokens.json"
+    tokens.write_text(str([int(token) for token in TURN]))
+    command = [sys.executable, "-m", "antefix", "explain", "--data-dir", str(config.data_dir), "--check"]
+    command += ["--tokens-file", str(tokens)]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "15 of 15 blocks can be used" in done.stdout
+    assert "after so many tokens: 960" in done.stdout
