@@ -93,8 +93,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         keyring = Keyring.from_file(config.secret_file)
         names = Names(fingerprint=self._fingerprint, keyring=keyring, block_size=identity.geometry.block_size)
         directory = Directory()
-        remote = RemoteStore(config.store_address)
-        self.feed = StoreFeed(lambda cursor: watch(remote, cursor), fingerprint=self._fingerprint)
+        self.watched = RemoteStore(config.store_address)
+        self.feed = StoreFeed(lambda cursor: watch(self.watched, cursor), fingerprint=self._fingerprint)
         prefilling = Prefilling(
             self._prefill,
             store,
@@ -204,6 +204,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         await servicer.front.accounts.close()
         await servicer.leases.close()
         await servicer.feed.close()
+        await servicer.watched.close()
         await servicer.keeper.close()
         await store.close()
 
