@@ -79,7 +79,11 @@ class Index:
         return _identity(self.directory) != self._shared.identity
 
     def txn(self) -> Any:
-        return self.env.begin()
+        """A snapshot.  Raises:  Unavailable: the writer came back with a larger index than this process mapped."""
+        try:
+            return self.env.begin()
+        except lmdb.MapResizedError as err:
+            raise Unavailable(f"the index in {self.directory} has outgrown this process's map: restart it") from err
 
     def close(self) -> None:
         with _open_lock:
@@ -200,7 +204,8 @@ def _acquire(directory: Path, map_bytes: int, write: bool) -> _Shared:
     try:
         env = lmdb.Environment(
             str(directory),
-            map_size=map_bytes or 1 << 20,
+            # 0: as large as the writer made it. A reader whose map is smaller fails once the index has outgrown it.
+            map_size=map_bytes,
             readonly=not write,
             create=write,
             max_dbs=len(TABLES),
