@@ -249,7 +249,7 @@ async def _read_into_pool(engine: Engine, hashes: Seq[bytes], block_ids: list[in
 
 
 async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], report: RestoreReport) -> Sequence:
-    """Rebuild window state from stored global KV (docs/WINDOW_STATE.md, "Replay"); writes no global KV.
+    """Rebuild window state from stored global KV (docs/WINDOW_STATE.md, "The restore planner"); writes no global KV.
 
     A bounded replay attends to nothing before its start, so its window state is approximate: allowed only in a
     namespace whose fingerprint says so, where what is computed from it cannot be taken for exact.
