@@ -9,14 +9,26 @@ import time
 import pytest
 
 
+def free_port():
+    """One whose cluster bus, 10,000 above, is a port as well and free."""
+    while True:
+        with socket.socket() as probe, socket.socket() as bus:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+            if port + 10_000 < 1 << 16:
+                try:
+                    bus.bind(("127.0.0.1", port + 10_000))
+                except OSError:
+                    continue
+                return port
+
+
 class RedisServer:
     """One server process. `kill` ends it as a crash would; `start` brings an empty one up on the same port."""
 
     def __init__(self, binary, directory, *flags):
         self.binary, self.directory, self.flags = binary, directory, flags
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.process = None
 
     @property
