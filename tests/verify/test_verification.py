@@ -151,3 +151,30 @@ def test_the_command_verifies_through_a_real_store_service():
     report = json.loads(done.stdout)
     assert report["failed"] == 0 and report["cases"] == report["bit_identical"] + report["within_bounds"]
     assert {row["strategy"] for row in report["rows"]} >= {"full", "periodic(p)", "boundary", "auto", "zero"}
+
+
+def test_the_command_fails_when_a_case_failed(monkeypatch, capsys):
+    from antefix.cli import main
+    from antefix.commands import verify
+
+    outcome = Report()
+    outcome.add(case(0, 0))
+
+    async def fake(*_):
+        return outcome
+
+    monkeypatch.setattr(verify, "_verify", fake)
+    assert main(["verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["failed"] == 0
+    outcome.add(case(0.1, 0))
+    assert main(["verify", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["failed"] == 1
+    assert main(["verify"]) == 1
+    assert "NOT every hit" in capsys.readouterr().out
+
+
+def test_the_command_refuses_a_model_that_is_not_there(capsys):
+    from antefix.cli import main
+
+    assert main(["verify", "--model", "/nowhere/model"]) == 2
+    assert "/nowhere/model" in capsys.readouterr().err
