@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -214,8 +215,8 @@ def _is_running(pid: int) -> bool:
 
 def _print(steps: list[Step], report: dict[str, object]) -> None:
     console = Console()
-    table = Table(title="Antefix demo")
-    for column in ("step", "prompt", "hit", "miss", "plan", "read", "TTFT", "speed-up"):
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("step", "prompt", "hit", "miss", "plan", "read", "TTFT", "faster"):
         table.add_column(column, justify="left" if column in ("step", "plan") else "right", no_wrap=True)
     cold_s = float(str(report["cold_ttft_s"]))
     for step in steps:
