@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import json
 import signal
+import sys
 from pathlib import Path
 
 from antefix.deployment import Deployment, DeploymentConfig
@@ -56,6 +57,7 @@ async def _run(args: argparse.Namespace) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked.set)
+    print("starting services ...", file=sys.stderr, flush=True)
     config = dataclasses.replace(
         deployment_config(args, args.data_dir, args.address),
         http_address=args.http_address,
