@@ -83,10 +83,11 @@ def break_even(
 def chance_needed(sizes: Sizes, gap_tokens: int) -> float:
     """How likely a checkpoint must be used, against the chance that its blocks are, to be worth its bytes.
 
-    A checkpoint `gap_tokens` after the one before saves that many tokens, at most a replay; a block saves its own. Both
-    cost bytes. At the returned ratio a byte of the one saves as much as a byte of the other, whatever the machine.
+    A checkpoint `gap_tokens` after the one before saves that many tokens, at most a replay's work; a block saves its
+    own. Both cost bytes. At the returned ratio a byte of the one saves as much as a byte of the other, whatever the
+    machine.
     """
-    saved = min(gap_tokens, sizes.replay_tokens)
+    saved = min(gap_tokens, sizes.exact_replay_work_tokens)
     return (sizes.checkpoint_bytes / saved) / (sizes.block_bytes / sizes.block_size)
 
 

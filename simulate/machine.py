@@ -79,7 +79,7 @@ def carry_out(machine: Machine, sizes: Sizes, plan: Plan, rng: random.Random) ->
     return Timing(
         load_blocks_s=machine.load_s("disk", plan.load_bytes - window_bytes) * jitter(),
         load_checkpoint_s=machine.load_s(plan.checkpoint_tier, window_bytes) * jitter(),
-        replay_s=machine.compute_s(plan.replay_tokens, context=start) * jitter(),
+        replay_s=machine.compute_s(plan.replay_work_tokens, context=start) * jitter(),
         prefill_s=machine.compute_s(plan.prefill_tokens, context=start + plan.replay_tokens) * jitter(),
     )
 

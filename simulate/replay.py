@@ -56,6 +56,7 @@ class _Tally:
     hit_tokens: int = 0
     recomputed_tokens: int = 0
     replayed_tokens: int = 0
+    untouched_replay_tokens: int = 0
     bytes_kept_max: int = 0
     checkpoint_bytes_kept_max: int = 0
 
@@ -164,7 +165,7 @@ class _Run:
         start = plan.replay_from_block * self.setup.sizes.block_size
         self.rates.observe_prefill(plan.prefill_tokens, context=start + plan.replay_tokens, seconds=timing.prefill_s)
         if plan.replay_tokens:
-            self.rates.observe_replay(plan.replay_tokens, context=start, seconds=timing.replay_s)
+            self.rates.observe_replay(plan.replay_work_tokens, context=start, seconds=timing.replay_s)
         if timing.load_blocks_s:
             window_bytes = self.setup.sizes.checkpoint_bytes if plan.checkpoint_tier else 0
             self.rates.observe_load("disk", plan.load_bytes - window_bytes, timing.load_blocks_s)
@@ -176,10 +177,11 @@ class _Run:
     def _count(self, request: Request, plan: Plan, num_units: int) -> None:
         block_size = self.setup.sizes.block_size
         usable = min(num_units * self.unit_blocks, (request.num_tokens - 1) // block_size) * block_size
-        hit = plan.resume_block * block_size - plan.replay_tokens
+        hit = plan.resume_block * block_size - plan.replay_work_tokens
         self.tally.plans[plan.kind.value] += 1
         self.tally.hit_tokens += hit
         self.tally.replayed_tokens += plan.replay_tokens
+        self.tally.untouched_replay_tokens += plan.replay_tokens - plan.replay_work_tokens
         self.tally.recomputed_tokens += usable - hit
 
     def _write(self, request: Request, plan: Plan, num_units: int, checkpoints: tuple[int, ...]) -> None:
@@ -224,6 +226,7 @@ class _Run:
             token_hit_rate=tally.hit_tokens / tokens,
             ideal_token_hit_rate=ideal / tokens,
             share_of_ideal=tally.hit_tokens / ideal if ideal else 1.0,
+            whole_replay_share_of_ideal=(tally.hit_tokens - tally.untouched_replay_tokens) / ideal if ideal else 1.0,
             checkpoints_per_request=store.num_checkpoints_written / count,
             bytes_kept=store.bytes_kept,
             bytes_kept_max=tally.bytes_kept_max,

@@ -5,6 +5,7 @@ from antefix.model.loading import load_model, save_model
 from antefix.model.model import Model, init_weights
 from antefix.model.numerics import row_invariant_ok
 from antefix.model.pool import BlockPool
+from antefix.model.replay import replay
 from antefix.model.runner import forward
 from antefix.model.window_state import Sequence, WindowState, state_bytes
 
@@ -17,6 +18,7 @@ __all__ = [
     "forward",
     "init_weights",
     "load_model",
+    "replay",
     "row_invariant_ok",
     "save_model",
     "state_bytes",

@@ -158,7 +158,7 @@ def _chained(sizes: Sizes, wanted: Iterable[tuple[int, Reason]], before: int, en
     for block, reason in wanted:
         # Without an end or a fork a hit there is replayed: the checkpoints before are older and go first.
         since = 0 if reason in _RESUME_POINTS else before
-        saved = min((block - since) * sizes.block_size, sizes.replay_tokens)
+        saved = min((block - since) * sizes.block_size, sizes.exact_replay_work_tokens)
         if reason is Reason.SPARSE:
             saved = round(saved * SPARSE_CHANCE)
         tier = ends if reason in (Reason.PROMPT_END, Reason.OUTPUT_END) else Tier.DISK

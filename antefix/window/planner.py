@@ -59,6 +59,7 @@ class Plan:
 
     resume_block: boundary from which global KV is computed and written; blocks before it are only read.
     replay_from_block: where a replay starts; equal to resume_block where there is none.
+    replay_tokens: from there to resume_block.  replay_work_tokens: tokens of prefill that it takes as long as.
     checkpoint_tier: where the checkpoint at resume_block is read from; "" for none.
     load_bytes: from stores, resident ones excluded.  error_s: how far predicted_s may be off, by experience.
     """
@@ -69,6 +70,7 @@ class Plan:
     checkpoint_tier: str
     load_bytes: int
     replay_tokens: int
+    replay_work_tokens: int
     prefill_tokens: int
     predicted_s: float
     error_s: float
@@ -106,7 +108,8 @@ class KindRecord:
 class RestorePlanner:
     """Chooses by predicted seconds; learns from outcomes. One per worker and model; not shared between threads.
 
-    align_tokens: in reproducible mode the prefill chunk, so that a hit resumes only where a cold run starts a chunk.
+    align_tokens: in reproducible mode the prefill chunk, so that a hit resumes only where a cold run starts a chunk. A
+        replay then makes the calls of a cold run: every token through every layer.
     """
 
     def __init__(self, sizes: Sizes, rates: Rates, *, align_tokens: int = 1) -> None:
@@ -115,6 +118,7 @@ class RestorePlanner:
         self.sizes = sizes
         self.rates = rates
         self.records: dict[PlanKind, KindRecord] = {kind: KindRecord() for kind in PlanKind}
+        self._is_whole = align_tokens > 1
         # Smallest number of blocks whose end is a multiple of align_tokens.
         self._step = 1
         while self._step * sizes.block_size % align_tokens:
@@ -137,7 +141,7 @@ class RestorePlanner:
             replayed = stored.bounded_windows * self.sizes.window_tokens
             plans.append(self._replay(stored, usable, PlanKind.BOUNDED, replayed))
         # 3. The least predicted time wins. Cold is among them, so the choice is never predicted slower than cold.
-        plans.sort(key=lambda plan: (plan.predicted_s, plan.prefill_tokens + plan.replay_tokens))
+        plans.sort(key=lambda plan: (plan.predicted_s, plan.prefill_tokens + plan.replay_work_tokens))
         self.records[plans[0].kind].num_plans += 1
         return Decision(plan=plans[0], plans=tuple(plans))
 
@@ -162,7 +166,7 @@ class RestorePlanner:
 
     def _cold(self, num_tokens: int) -> Plan:
         seconds = self.rates.prefill_s(num_tokens, context=0)
-        return self._stated(PlanKind.COLD, 0, 0, "", 0, 0, num_tokens, seconds)
+        return self._stated(PlanKind.COLD, 0, 0, "", 0, 0, 0, num_tokens, seconds)
 
     def _checkpoint(self, stored: StoredPrefix, usable: int) -> Plan | None:
         """The best checkpoint is not always the last: a nearer one may sit in a slower tier, or loading may be slow."""
@@ -184,18 +188,19 @@ class RestorePlanner:
         window_bytes = 0 if block in stored.resident_checkpoints else self.sizes.checkpoint_bytes
         seconds = self.rates.load_s(stored.blocks_tier, block_bytes) + self.rates.load_s(tier, window_bytes)
         seconds += self.rates.prefill_s(tokens, context=context)
-        return self._stated(PlanKind.CHECKPOINT, block, block, tier, block_bytes + window_bytes, 0, tokens, seconds)
+        return self._stated(PlanKind.CHECKPOINT, block, block, tier, block_bytes + window_bytes, 0, 0, tokens, seconds)
 
     def _replay(self, stored: StoredPrefix, block: int, kind: PlanKind, replay_tokens: int) -> Plan:
         start = max(block - self.sizes.blocks_up(replay_tokens), 0) // self._step * self._step
         context = block * self.sizes.block_size
         replayed = (block - start) * self.sizes.block_size
+        work = replayed if self._is_whole else self.sizes.replay_work_tokens(replayed)
         tokens = stored.num_tokens - context
         block_bytes = self._block_bytes(stored, block)
         seconds = self.rates.load_s(stored.blocks_tier, block_bytes)
-        seconds += self.rates.replay_s(replayed, context=start * self.sizes.block_size)
+        seconds += self.rates.replay_s(work, context=start * self.sizes.block_size)
         seconds += self.rates.prefill_s(tokens, context=context)
-        return self._stated(kind, block, start, "", block_bytes, replayed, tokens, seconds)
+        return self._stated(kind, block, start, "", block_bytes, replayed, work, tokens, seconds)
 
     def _block_bytes(self, stored: StoredPrefix, num_blocks: int) -> int:
         return max(num_blocks - stored.num_resident_blocks, 0) * self.sizes.block_bytes
@@ -208,6 +213,7 @@ class RestorePlanner:
         checkpoint_tier: str,
         load_bytes: int,
         replay_tokens: int,
+        replay_work_tokens: int,
         prefill_tokens: int,
         predicted_s: float,
     ) -> Plan:
@@ -218,6 +224,7 @@ class RestorePlanner:
             checkpoint_tier=checkpoint_tier,
             load_bytes=load_bytes,
             replay_tokens=replay_tokens,
+            replay_work_tokens=replay_work_tokens,
             prefill_tokens=prefill_tokens,
             predicted_s=predicted_s,
             error_s=predicted_s * self.records[kind].stated_error,

@@ -119,6 +119,7 @@ class Rates:
         self._prefill.observe(_compute_features(tokens, context), seconds)
 
     def observe_replay(self, tokens: int, *, context: int, seconds: float) -> None:
+        """tokens: of work (`Plan.replay_work_tokens`), here and in `replay_s`."""
         self._replay.observe(_compute_features(tokens, context), seconds)
 
     def observe_load(self, tier: str, nbytes: int, seconds: float) -> None:
@@ -128,7 +129,7 @@ class Rates:
         return self._prefill.seconds(_compute_features(tokens, context)) if tokens else 0.0
 
     def replay_s(self, tokens: int, *, context: int) -> float:
-        """Until a replay was seen, prefill's law: a replay does a part of prefill's work and never more."""
+        """Until a replay was seen, prefill's law: a replay of so much work does a part of prefill's and never more."""
         law = self._replay if self._replay.num_observations else self._prefill
         return law.seconds(_compute_features(tokens, context)) if tokens else 0.0
 

@@ -31,7 +31,7 @@ def prompt_marks(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Ma
                 reason=Reason.CLIENT,
                 tier=Tier.DISK,
                 ttl_s=max(ttl_s, known.ttl_s if known else 0.0),
-                saved_tokens=engine.sizes.replay_tokens,
+                saved_tokens=engine.sizes.exact_replay_work_tokens,
             )
     return tuple(marks[block] for block in sorted(marks))
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from antefix.block import Chain, exactness_of
 from antefix.errors import AntefixError, InvalidRequest
-from antefix.model import Sequence, WindowState, forward
+from antefix.model import Sequence, WindowState, forward, replay
 from antefix.store.api import LookupResult, RecordKind
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
@@ -117,7 +117,7 @@ async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: Resto
     step = engine.align_blocks
     usable = min(known.num_blocks, (prompt.num_tokens - 1) // engine.block_size) // step * step
     on_disk = max((block for block in known.checkpoints if block <= usable), default=0)
-    nearest = max(on_disk, usable - engine.sizes.blocks_up(engine.sizes.replay_tokens))
+    nearest = max(on_disk, usable - engine.sizes.blocks_up(engine.sizes.exact_replay_work_tokens))
     blocks = range(usable, nearest, -step)
     names = [prompt.chain.hashes[block - 1] for block in blocks]
     started = time.perf_counter()
@@ -265,12 +265,18 @@ async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], 
     started = time.perf_counter()
     while sequence.position < stop:
         end = min(stop, (sequence.position // engine.prefill_chunk + 1) * engine.prefill_chunk)
-        tokens = prompt.tokens[sequence.position : end]
-        batch = [(sequence, tokens)]
-        await engine.compute.run(forward, engine.model, engine.pool, batch, write_global_kv=False, ops=engine.ops)
+        await engine.compute.run(_replay_piece, engine, sequence, prompt.tokens[sequence.position : end], stop)
     report.replayed_tokens = stop - start
-    engine.rates.observe_replay(stop - start, context=start, seconds=time.perf_counter() - started)
+    engine.rates.observe_replay(plan.replay_work_tokens, context=start, seconds=time.perf_counter() - started)
     return sequence
+
+
+def _replay_piece(engine: Engine, sequence: Sequence, tokens: npt.NDArray[np.uint32], stop: int) -> None:
+    if engine.align_tokens == 1:
+        replay(engine.model, engine.pool, sequence, tokens, stop=stop, ops=engine.ops)
+    else:
+        # Where bits depend on shapes, only calls of a cold run's shapes give a cold run's bits.
+        forward(engine.model, engine.pool, [(sequence, tokens)], write_global_kv=False, ops=engine.ops)
 
 
 def _account(engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: RestoreReport) -> None:

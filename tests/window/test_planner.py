@@ -12,7 +12,14 @@ from antefix.errors import InvalidRequest
 from antefix.window import Plan, PlanKind, Rates, RestorePlanner, Sizes, StoredPrefix
 from antefix.window.rates import RatePriors
 
-SIZES = Sizes(block_size=128, block_bytes=449_824, checkpoint_bytes=3_645_568, replay_tokens=5_504, window_tokens=128)
+SIZES = Sizes(
+    block_size=128,
+    block_bytes=449_824,
+    checkpoint_bytes=3_645_568,
+    replay_tokens=5_504,
+    window_tokens=128,
+    num_layers=43,
+)
 
 
 def _planner(
@@ -37,6 +44,21 @@ def test_a_near_checkpoint_beats_replay_and_a_far_one_loses_to_it() -> None:
     far = _planner().plan(StoredPrefix(num_tokens=100_000, num_blocks=700, checkpoints={100: "disk"}))
     assert (far.plan.kind, far.plan.resume_block, far.plan.replay_from_block) == (PlanKind.REPLAY, 700, 700 - 43)
     assert far.plan.replay_tokens == 5_504
+
+
+def test_a_replay_costs_the_layers_that_it_runs_and_in_reproducible_mode_all() -> None:
+    stored = StoredPrefix(num_tokens=100_000, num_blocks=700)
+    trimmed = _planner().plan(stored).plan
+    # 43 layers: the lowest runs 41 * 127 + 128 tokens, each one above 127 fewer, the last one none.
+    assert trimmed.replay_work_tokens == -(-sum(128 + 127 * above for above in range(42)) // 43) == 2_668
+    whole = next(p for p in _planner(align_tokens=512).plan(stored).plans if p.kind is PlanKind.REPLAY)
+    assert whole.replay_work_tokens == whole.replay_tokens == 5_632
+    bounded = next(
+        plan
+        for plan in _planner().plan(StoredPrefix(num_tokens=100_000, num_blocks=700, bounded_windows=1)).plans
+        if plan.kind is PlanKind.BOUNDED
+    )
+    assert (bounded.replay_tokens, bounded.replay_work_tokens) == (128, 126)
 
 
 def test_a_disk_slower_than_prefill_makes_cold_the_choice() -> None:
@@ -155,7 +177,7 @@ def _true_seconds(plan: Plan, rng: random.Random) -> float:
     """A machine that is not the planner's model: slower with context, with noise of a fifth."""
     load = 0.004 + plan.load_bytes / 1.5e9 if plan.load_bytes else 0.0
     context = plan.replay_from_block * 128
-    tokens = plan.replay_tokens + plan.prefill_tokens
+    tokens = plan.replay_work_tokens + plan.prefill_tokens
     compute = 0.02 + tokens / 9_000 * (1 + (context + tokens / 2) / 400_000)
     return (load + compute) * rng.uniform(0.8, 1.2)
 
@@ -177,7 +199,7 @@ def test_on_a_noisy_machine_no_choice_is_slower_than_cold_by_more_than_its_state
         if trial >= trials // 2:
             worst = max(worst, error)
         context = plan.replay_from_block * 128
-        tokens = plan.replay_tokens + plan.prefill_tokens
+        tokens = plan.replay_work_tokens + plan.prefill_tokens
         load_s = plan.load_bytes / 1.5e9 + 0.004
         planner.rates.observe_prefill(tokens, context=context, seconds=actual - (load_s if plan.load_bytes else 0.0))
         planner.rates.observe_load("disk", plan.load_bytes, load_s)

@@ -6,7 +6,14 @@ import pytest
 
 from antefix.window import BudgetState, PromptFacts, Reason, Sizes, Turnover, parse
 
-SIZES = Sizes(block_size=128, block_bytes=449_824, checkpoint_bytes=3_645_568, replay_tokens=5_504, window_tokens=128)
+SIZES = Sizes(
+    block_size=128,
+    block_bytes=449_824,
+    checkpoint_bytes=3_645_568,
+    replay_tokens=5_504,
+    window_tokens=128,
+    num_layers=43,
+)
 
 
 def _fed(*, used_bytes: int, budget_bytes: int | None) -> Turnover:

@@ -1,0 +1,186 @@
+"""Replay: tokens run again over stored global KV for window state alone, and only as far as the state depends on them.
+
+At layer l, the state after `stop` depends on the inputs of the last n_win + (L - 1 - l) * (n_win - 1) tokens: its own
+window, and n_win - 1 more for each layer above, whose windows are made of this layer's output. So each layer runs fewer
+tokens than the one below: of the top one only window KV is needed, no query at all; together about half of what running
+every token through every layer takes. Of compressors only CSA's last group leaves something behind at a block's end.
+
+Nothing here can write global KV: of the operations in `ops`, `compress_and_pack` alone writes, and it is never called.
+
+Shapes:  N = rows of one layer, a multiple of ROW_TILE; T = tokens of one call; D = hidden size; L = layers.
+Source:  V4 report, section 3.5 (caching no windows). Oracle: `forward(write_global_kv=False)`, on a CPU to the bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from antefix.block import Tokens, as_tokens
+from antefix.errors import InvalidRequest
+from antefix.layout import KVGeometry, PartKind
+from antefix.model.attend import WindowLine, advance_ring, line_up
+from antefix.model.attention import Attention, CSACompressor
+from antefix.model.compressor import Compressor
+from antefix.model.mhc import expand
+from antefix.model.model import DecoderLayer, Model
+from antefix.model.numerics import ROW_TILE, pad_rows
+from antefix.model.ops import Entries, Ops, TorchOps
+from antefix.model.pool import BlockPool
+from antefix.model.window_state import CompressorState, Sequence
+
+_TORCH_OPS = TorchOps()
+
+
+@torch.inference_mode()
+def replay(
+    model: Model, pool: BlockPool, sequence: Sequence, tokens: Tokens, *, stop: int, ops: Ops = _TORCH_OPS
+) -> None:
+    """Run the next tokens of a replay that ends at `stop`; the sequence's window state moves on, nothing else changes.
+
+    stop: the block boundary where the state is wanted, at least a block after where the replay started. Until then the
+        state is not one to go on from: layers leave out tokens that it will not depend on. A replay may be cut into
+        any number of calls.
+    Raises:  InvalidRequest: tokens beyond `stop`, a `stop` inside a block, or a block table that does not reach it.
+             After any other error the window state is of no use and the replay must start again.
+    """
+    given = as_tokens(tokens)
+    _check(model, pool, sequence, len(given), stop)
+    device, position = model.device, sequence.position
+    span = pad_rows(torch.from_numpy(given.astype("i8")).to(device))
+    positions = pad_rows(torch.arange(position, position + len(given), device=device))
+    block_ids = torch.tensor(sequence.block_table, dtype=torch.long, device=device)
+    streams = model.model.embed_tokens(span).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
+    first = 0
+    for index, module in enumerate(model.model.layers):
+        # 1. Leave out the rows whose input this layer does not need.
+        start = _first_row(model, index, stop, position, len(given))
+        if start == len(span):
+            break
+        streams, first = streams[start - first :], start
+        keep = _first_row(model, index + 1, stop, position, len(given))
+        layer = cast(DecoderLayer, module)
+        # 2. Window state takes in every row; rows before `keep` have no one above who wants their output.
+        part = _Part(model, pool, index, layer.self_attn, sequence, block_ids, stop, ops)
+        x, post, comb = layer.attn_hc(streams)
+        output = part.run(
+            layer.input_layernorm(x), positions[start:], position + start, len(given) - start, keep - start
+        )
+        if output is None:
+            continue
+        streams = expand(streams[keep - start :], output, post[keep - start :], comb[keep - start :])
+        first = keep
+        x, post, comb = layer.ffn_hc(streams)
+        num_live = len(given) - keep
+        x = layer.post_attention_layernorm(x)[:num_live]
+        streams = expand(streams, pad_rows(layer.mlp(x, span[keep : len(given)])), post, comb)
+    sequence.window.position += len(given)
+
+
+def needed_from(geometry: KVGeometry, layer: int, stop: int) -> int:
+    """The first token whose input at `layer` window state at `stop` depends on; at `num_layers`: `stop`, nothing does.
+
+    May be negative: then every token counts.
+    """
+    above = geometry.num_layers - 1 - layer
+    if above < 0:
+        return stop
+    return stop - max(geometry.window, geometry.csa_ratio) - above * (geometry.window - 1)
+
+
+def _first_row(model: Model, layer: int, stop: int, position: int, num_tokens: int) -> int:
+    """Of this call's padded rows, the first that the layer runs, in whole tiles; all of them if it runs none."""
+    skipped = needed_from(model.config.geometry, layer, stop) - position
+    if skipped >= num_tokens:
+        return -(-num_tokens // ROW_TILE) * ROW_TILE
+    return max(skipped, 0) // ROW_TILE * ROW_TILE
+
+
+def _check(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, stop: int) -> None:
+    block_size = model.config.geometry.block_size
+    if stop % block_size:
+        raise InvalidRequest(f"a replay must stop at a multiple of {block_size} tokens, not {stop}")
+    if not 0 < num_tokens <= stop - sequence.position:
+        raise InvalidRequest(f"cannot replay {num_tokens} tokens from {sequence.position} to {stop}")
+    if pool.layout != model.layout or sequence.window.layout != model.layout:
+        raise InvalidRequest("the pool or the window state was made for another layout than the model's")
+    if len(sequence.block_table) * block_size < stop:
+        raise InvalidRequest(f"{stop} tokens need more blocks than the {len(sequence.block_table)} of the block table")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One layer's attention over one call's rows."""
+
+    model: Model
+    pool: BlockPool
+    index: int
+    attention: Attention
+    sequence: Sequence
+    block_ids: Tensor
+    stop: int
+    ops: Ops
+
+    def run(self, x: Tensor, positions: Tensor, position: int, num_tokens: int, keep: int) -> Tensor | None:
+        """x [N, D], normed, of tokens from `position` on, `num_tokens` of them live: the output of rows from `keep` on.
+
+        None where there are none: then only window state was taken in.
+        """
+        attention, window = self.attention, self.sequence.window
+        rope = self.model.rope(attention.kind, positions)
+        # 1. Window KV of all rows: the ring takes in what is before the first query, the rest is lined up behind it.
+        entries = self.ops.window_pack(attention.window_entries(x, *rope), self.model.layout)[:num_tokens]
+        ring = window.window[self.index]
+        lead = min(keep, num_tokens)
+        advance_ring(ring, entries[:lead], position)
+        line = line_up(ring, entries[lead:], position + lead, window.cut)
+        advance_ring(ring, entries[lead:], position + lead)
+        # 2. What CSA's last group leaves behind.
+        if isinstance(attention.compressor, CSACompressor):
+            self._overlap(attention.compressor, window.main[self.index], x, position, num_tokens)
+            self._overlap(attention.compressor.indexer, window.indexer[self.index], x, position, num_tokens)
+        if keep >= num_tokens:
+            return None
+        # 3. Queries, of the rows that the layer above needs.
+        cos, sin = rope[0][keep:], rope[1][keep:]
+        residual = attention.query_residual(x[keep:])
+        q = attention.queries(residual, cos, sin)
+        attended = torch.zeros_like(q)
+        num_queries = num_tokens - keep
+        live = positions[keep:num_tokens]
+        attended[:num_queries] = self._attend(x[keep:], residual, (cos, sin), q[:num_queries], line, live)
+        return attention.output(attended, cos, sin)
+
+    def _attend(
+        self, x: Tensor, residual: Tensor, rope: tuple[Tensor, Tensor], q: Tensor, line: WindowLine, positions: Tensor
+    ) -> Tensor:
+        attention, compressor = self.attention, self.attention.compressor
+        if compressor is None:
+            return self.ops.full_attention(q, line, attention.sinks, None, positions)
+        visible = torch.div(positions + 1, compressor.ratio, rounding_mode="floor")
+        if not isinstance(compressor, CSACompressor):
+            return self.ops.full_attention(q, line, attention.sinks, self._entries(PartKind.HCA_MAIN), visible)
+        indexer, live = compressor.indexer, slice(len(positions))
+        queries, weights = indexer.queries(residual, *rope)[live], indexer.head_weights(x)[live]
+        keys = self._entries(PartKind.INDEXER_KEYS)
+        picked = self.ops.indexer_topk(queries, weights, keys, visible, indexer.topk)
+        return self.ops.sparse_attention(q, line, attention.sinks, self._entries(PartKind.CSA_MAIN), picked)
+
+    def _entries(self, kind: PartKind) -> Entries:
+        return Entries(pool=self.pool, part=self.pool.part(self.index, kind), block_ids=self.block_ids)
+
+    def _overlap(
+        self, compressor: Compressor, state: CompressorState, x: Tensor, position: int, num_tokens: int
+    ) -> None:
+        """Ca rows of the group that ends at `stop`, as far as its tokens are in this call."""
+        group = self.stop - compressor.ratio
+        first = max(group, position)
+        count = position + num_tokens - first
+        if count <= 0 or state.overlap is None:
+            return
+        live = torch.arange(first, first + count, device=x.device)
+        rows = compressor.project(x[first - position : first - position + count], live)
+        state.overlap[:, first - group : first - group + count] = rows[..., : compressor.width]
