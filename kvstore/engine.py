@@ -32,7 +32,7 @@ from antefix.store.format import (
     unpack_record_header,
 )
 from antefix.store.index import Change
-from antefix.store.reader import ReadOutcome, StoreReader, verify, wall_ms
+from antefix.store.reader import Parts, ReadOutcome, StoreReader, verify, wall_ms
 from antefix.usage.storelog import StoreLog
 from kvstore.admission import Admission, admit, batches_of, check_record, refuse, results_of, without_orphans
 from kvstore.compression import Compression
@@ -154,13 +154,24 @@ class Engine:
         return payload
 
     def read_ahead(
-        self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, bytes_max: int
-    ) -> list[memoryview]:
-        """As StoreReader.read_leading, noting the use: the payloads are gone with this thread's next call."""
-        payloads, outcome = self.reader.read_leading(kind, hashes, fingerprint=fingerprint, bytes_max=bytes_max)
-        used = [(kind, hashes[len(payloads) - 1])] if payloads else []
-        self._settle(kind, outcome, used, num_missed=int(not payloads))
-        return payloads
+        self,
+        kind: RecordKind,
+        hashes: Sequence[bytes],
+        *,
+        fingerprint: bytes,
+        bytes_max: int,
+        place: Callable[[list[int]], Parts],
+    ) -> int:
+        """Read leading payloads, up to about `bytes_max`, noting the use. Returns how many are right.
+
+        place: from the payloads' sizes to where their parts go.
+        """
+        located = self.reader.locate(kind, hashes, fingerprint=fingerprint, bytes_max=bytes_max)
+        # In this thread alone: its caller reads for one stream of many.
+        outcome = self.reader.fill(located, place(located.sizes), alone=True)
+        used = [(kind, hashes[outcome.num_good - 1])] if outcome.num_good else []
+        self._settle(kind, outcome, used, num_missed=int(not outcome.num_good))
+        return outcome.num_good
 
     def _settle(self, kind: RecordKind, outcome: ReadOutcome, used: list[Name], *, num_missed: int) -> None:
         suspects = [(kind, suspect) for suspect in outcome.suspects]

@@ -22,8 +22,9 @@ from antefix.store import codec
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.api import Buffer, PutResult, Record, RecordKind
 from antefix.store.client import SERVICE
-from antefix.store.pieces import HASHES_MAX, RecordAssembler, join_hashes, kind_of, response_pieces, split_hashes
-from antefix.store.wire import Piece, pack_get_response, unpack_put_request
+from antefix.store.pieces import HASHES_MAX, OutgoingPieces, RecordAssembler, join_hashes, kind_of, split_hashes
+from antefix.store.reader import Parts
+from antefix.store.wire import Piece, unpack_put_request
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
@@ -98,13 +99,18 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         kept = self.pool.get(hashes[first], fingerprint) if kind is RecordKind.HANDOFF and first < len(hashes) else None
 
         def read() -> _Ahead:
-            payloads: Sequence[Buffer] = [] if kept is None else [kept]
-            if kind is not RecordKind.HANDOFF and first < len(hashes):
-                payloads = self.engine.read_ahead(
-                    kind, hashes[first:], fingerprint=fingerprint, bytes_max=GET_AHEAD_BYTES
-                )
-            pieces = response_pieces(first, payloads, offset=offset)
-            return _Ahead(len(payloads), [pack_get_response(piece) for piece in pieces])
+            if kind is RecordKind.HANDOFF or first >= len(hashes):
+                return _ahead_of([] if kept is None else [kept], first, offset)
+            made: list[OutgoingPieces] = []
+
+            def place(sizes: list[int]) -> Parts:
+                made.append(OutgoingPieces(sizes, first=first, offset=offset))
+                return made[0].parts_of
+
+            num_good = self.engine.read_ahead(
+                kind, hashes[first:], fingerprint=fingerprint, bytes_max=GET_AHEAD_BYTES, place=place
+            )
+            return _Ahead(num_good, made[0].messages(num_good))
 
         return asyncio.get_running_loop().run_in_executor(self._threads, read)
 
@@ -253,6 +259,17 @@ class _Ahead:
 
     num_payloads: int
     messages: list[bytes]
+
+
+def _ahead_of(payloads: Sequence[Buffer], first: int, offset: int) -> _Ahead:
+    """Payloads that are in memory, as messages."""
+    pieces = OutgoingPieces([len(payload) for payload in payloads], first=first, offset=offset)
+    for number, payload in enumerate(payloads):
+        at = 0
+        for part in pieces.parts_of(number, len(payload)):
+            part[:] = memoryview(payload)[at : at + part.nbytes]
+            at += part.nbytes
+    return _Ahead(len(payloads), pieces.messages(len(payloads)))
 
 
 class _Counted:

@@ -101,14 +101,19 @@ class GroupCommitter:
         return group
 
     def _commit(self, group: Sequence[_Put]) -> None:
+        # From here on no caller can cancel: a result set on a cancelled future would end this thread, and all writes
+        # with it. Who has left already gets no result, but the records are here and good, so they are stored.
+        waiting = [put.done.set_running_or_notify_cancel() for put in group]
         try:
             results = self._engine.put_group([put.records for put in group])
         except Exception as err:  # noqa: BLE001 - handed to the callers, who wait for it
-            for put in group:
-                put.done.set_exception(err)
+            for put, waits in zip(group, waiting, strict=True):
+                if waits:
+                    put.done.set_exception(err)
             return
-        for put, result in zip(group, results, strict=True):
-            put.done.set_result(result)
+        for put, waits, result in zip(group, waiting, results, strict=True):
+            if waits:
+                put.done.set_result(result)
 
     def _tidy(self) -> None:
         for chore in self.chores:

@@ -177,8 +177,14 @@ def extent_bytes(stored_bytes: int) -> int:
     return RECORD_HEADER_BYTES + (stored_bytes + RECORD_ALIGN - 1) // RECORD_ALIGN * RECORD_ALIGN
 
 
-def payload_checksum(stored: bytes | bytearray | memoryview) -> bytes:
-    return xxhash.xxh3_128_digest(stored)
+def payload_checksum(*stored: bytes | bytearray | memoryview) -> bytes:
+    """Of the stored bytes, which may lie in several parts."""
+    if len(stored) == 1:
+        return xxhash.xxh3_128_digest(stored[0])
+    state = xxhash.xxh3_128()
+    for part in stored:
+        state.update(part)
+    return state.digest()
 
 
 def pack_identity(identity: StoreIdentity) -> bytes:

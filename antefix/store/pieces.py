@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import xxhash
@@ -10,7 +12,7 @@ import xxhash
 from antefix.errors import BlockCorrupt, InvalidRequest
 from antefix.store.api import Buffer, Record, RecordKind
 from antefix.store.format import HASH_BYTES
-from antefix.store.wire import Piece
+from antefix.store.wire import GET_RESPONSE_DATA, BlankMessage, Piece, head_of
 from antefix.v1 import kvstore_pb2
 
 PIECE_BYTES: Final = 1 << 20
@@ -32,39 +34,121 @@ def split_hashes(joined: bytes) -> list[bytes]:
     return [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
 
 
-def response_pieces(
-    first: int, payloads: Sequence[Buffer], *, offset: int = 0
-) -> Iterator[Piece[kvstore_pb2.GetResponse]]:
-    """Payloads number `first` and on as pieces, from byte `offset` of the first one."""
-    parts: list[memoryview] = []
-    sizes: list[int] = []
-    room, index, start = PIECE_BYTES, first, offset
-    for number, payload in enumerate(payloads, start=first):
-        view = memoryview(payload).cast("B")
-        at = offset if number == first else 0
-        while at < view.nbytes:
-            if not parts:
-                index, start = number, at
-            part = view[at : at + room]
-            parts.append(part)
-            sizes.append(view.nbytes)
-            at += part.nbytes
-            room -= part.nbytes
+@dataclass(slots=True)
+class _Cut:
+    """One piece of a stream: where it begins, and which payload bytes it has, by payload size and number."""
+
+    index: int
+    offset: int
+    sizes: list[int] = field(default_factory=list)
+    nbytes: int = 0
+    blank: BlankMessage | None = None
+
+    def message(self, checksum: int) -> kvstore_pb2.GetResponse:
+        return kvstore_pb2.GetResponse(
+            index=self.index, offset=self.offset, payload_bytes=self.sizes, checksum=checksum
+        )
+
+    def head(self, checksum: int) -> bytes:
+        return head_of(self.message(checksum), GET_RESPONSE_DATA, self.nbytes)
+
+
+class OutgoingPieces:
+    """The messages of a Get that carry payloads number `first` and on, from byte `offset` of the first one.
+
+    Laid out before the payloads are there, so that these are read straight to where gRPC takes them from: `parts_of`
+    says where. When they are verified, `messages` completes them.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, first: int, offset: int = 0) -> None:
+        """sizes: payload bytes of each.  Raises:  InvalidRequest: `offset` lies behind the first payload."""
+        if sizes and not 0 <= offset <= sizes[0]:
+            raise InvalidRequest(f"offset {offset} lies outside a payload of {sizes[0]} bytes")
+        self._sizes = sizes
+        self._offset = offset
+        self._cuts = _cut(sizes, first, offset)
+        for cut in self._cuts:
+            # A fixed64 takes as much room whatever it holds, but proto3 leaves a zero out.
+            cut.blank = BlankMessage(len(cut.head(1)), cut.nbytes)
+        self._parts = self._place()
+
+    def parts_of(self, number: int, _: int) -> Sequence[memoryview]:
+        """Where payload number `number`, counted from the first one here, goes; see reader.Parts."""
+        return self._parts[number]
+
+    def messages(self, num_good: int) -> list[bytes]:
+        """The messages of the leading `num_good` payloads; what comes after them is not sent."""
+        left = max(0, sum(self._sizes[:num_good]) - self._offset)
+        out = []
+        for cut in self._cuts:
+            if left <= 0:
+                break
+            assert cut.blank is not None
+            if cut.nbytes <= left:
+                out.append(_finish(cut, cut.blank))
+            else:
+                out.append(_finish(*_shortened(cut, left)))
+            left -= cut.nbytes
+        return out
+
+    def _place(self) -> list[list[memoryview]]:
+        rooms = deque(cut.blank.payload for cut in self._cuts if cut.blank is not None)
+        parts = []
+        for number, nbytes in enumerate(self._sizes):
+            mine: list[memoryview] = []
+            if number == 0 and self._offset:
+                # Read to be verified with the rest, not to be sent again.
+                mine.append(memoryview(bytearray(self._offset)))
+                nbytes -= self._offset
+            while nbytes:
+                room = rooms.popleft()
+                mine.append(room[:nbytes])
+                if room.nbytes > nbytes:
+                    rooms.appendleft(room[nbytes:])
+                nbytes -= mine[-1].nbytes
+            parts.append(mine)
+        return parts
+
+
+def _cut(sizes: Sequence[int], first: int, offset: int) -> list[_Cut]:
+    cuts: list[_Cut] = []
+    room = 0
+    for number, nbytes in enumerate(sizes):
+        at = offset if number == 0 else 0
+        while at < nbytes:
             if room == 0:
-                yield _response_piece(index, start, sizes, parts)
-                parts, sizes, room = [], [], PIECE_BYTES
-    if parts:
-        yield _response_piece(index, start, sizes, parts)
+                cuts.append(_Cut(first + number, at))
+                room = PIECE_BYTES
+            taken = min(room, nbytes - at)
+            cuts[-1].sizes.append(nbytes)
+            cuts[-1].nbytes += taken
+            at += taken
+            room -= taken
+    return cuts
 
 
-def _response_piece(
-    index: int, offset: int, sizes: list[int], parts: list[memoryview]
-) -> Piece[kvstore_pb2.GetResponse]:
-    checksum = xxhash.xxh3_64()
-    for part in parts:
-        checksum.update(part)
-    message = kvstore_pb2.GetResponse(index=index, offset=offset, payload_bytes=sizes, checksum=checksum.intdigest())
-    return Piece(message, parts[0], tuple(parts[1:]))
+def _finish(cut: _Cut, blank: BlankMessage) -> bytes:
+    checksum = piece_checksum(blank.payload)
+    head = cut.head(checksum)
+    if checksum == 0:
+        # One in 2^64: without the field the head is shorter than the room left for it.
+        return head + bytes(blank.payload)
+    return blank.finish(head)
+
+
+def _shortened(cut: _Cut, nbytes: int) -> tuple[_Cut, BlankMessage]:
+    """The leading bytes of a piece, whose last payload turned out bad."""
+    assert cut.blank is not None
+    short = _Cut(cut.index, cut.offset, nbytes=nbytes)
+    end = -cut.offset
+    for size in cut.sizes:
+        if end >= nbytes:
+            break
+        short.sizes.append(size)
+        end += size
+    blank = BlankMessage(len(short.head(1)), nbytes)
+    blank.payload[:] = cut.blank.payload[:nbytes]
+    return short, blank
 
 
 def request_pieces(records: Iterable[Record]) -> Iterator[Piece[kvstore_pb2.PutRequest]]:

@@ -21,6 +21,8 @@ from antefix.store.format import segment_name
 NUM_OPEN_MAX: Final = 256
 # How long the space of a deleted segment may stay taken by an idle reader.
 SWEEP_S: Final = 1.0
+# What preadv takes at most.
+_IOV_MAX: Final = 1024
 
 
 class _OpenFile:
@@ -87,8 +89,31 @@ class SegmentFiles:
             os.close(file.fd)
 
 
+def preadv_cached(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Bytes read without waiting for the disk: fewer than asked where the page cache lacks some, or cannot tell."""
+    try:
+        return os.preadv(fd, buffers, offset, os.RWF_NOWAIT)
+    except OSError:
+        # EAGAIN: the first page is not there.  EOPNOTSUPP: a file system that cannot tell.
+        return 0
+
+
 def preadv_full(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Like os.preadv, but goes on after a short read. Returns the bytes read: fewer than asked only at the end."""
+    """Like os.preadv, but of any number of buffers, and goes on after a short read.
+
+    Returns the bytes read: fewer than asked only at the end of the file.
+    """
+    total = 0
+    for first in range(0, len(buffers), _IOV_MAX):
+        part = buffers[first : first + _IOV_MAX]
+        got = _preadv(fd, part, offset + total)
+        total += got
+        if got < sum(buffer.nbytes for buffer in part):
+            break
+    return total
+
+
+def _preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     total = os.preadv(fd, buffers, offset)
     expected = sum(buffer.nbytes for buffer in buffers)
     if total == expected or total == 0:

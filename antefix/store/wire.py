@@ -7,6 +7,7 @@ to the store, and ours need not parse megabytes.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -20,18 +21,59 @@ PUT_REQUEST_DATA: Final = kvstore_pb2.PutRequest.DATA_FIELD_NUMBER
 
 M = TypeVar("M")
 
+# Bytes objects that are filled after they were made, which the C API provides for: until the first reference leaves
+# this module nobody has hashed, compared or shared them.
+_new_bytes: Final = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype = ctypes.py_object
+_new_bytes.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t)
+_address_of: Final = ctypes.pythonapi.PyBytes_AsString
+_address_of.restype = ctypes.c_void_p
+_address_of.argtypes = (ctypes.py_object,)
+
 
 @dataclass(frozen=True, slots=True)
 class Piece(Generic[M]):
-    """A message and, beside it, the content of its `data` field; a piece to be sent may be in several parts."""
+    """A message and, beside it, the content of its `data` field."""
 
     message: M
     data: memoryview
-    more: tuple[memoryview, ...] = ()
 
 
-def pack_get_response(piece: Piece[kvstore_pb2.GetResponse]) -> bytes:
-    return _pack(piece, GET_RESPONSE_DATA)
+class BlankMessage:
+    """A message whose payload is still to be read, straight into the bytes that gRPC will send.
+
+    gRPC takes nothing but bytes objects, and joining them from parts would copy every payload once more.
+    `fill` hands out the payload's place; `finish` writes what stands before it. Between the two only the owner has it.
+    """
+
+    def __init__(self, head_bytes: int, payload_bytes: int) -> None:
+        """head_bytes: of everything but the payload itself, its tag and length included; see `head_of`."""
+        nbytes = head_bytes + payload_bytes
+        self._raw: bytes = _new_bytes(None, nbytes)
+        whole = (ctypes.c_char * nbytes).from_address(_address_of(self._raw))
+        self._view = memoryview(whole).cast("B")
+        self._head_bytes = head_bytes
+
+    @property
+    def payload(self) -> memoryview:
+        """Writable until `finish`."""
+        return self._view[self._head_bytes :]
+
+    def finish(self, head: bytes) -> bytes:
+        """The message.  Raises:  ValueError: `head` has not the size that was announced."""
+        self._view[: self._head_bytes] = head
+        return self._raw
+
+
+def head_of(message: Any, field: int, payload_bytes: int) -> bytes:
+    """What stands before the payload, which is field number `field` of the message and its last."""
+    varint = bytearray([field << 3 | _LENGTH_DELIMITED])
+    while payload_bytes > 0x7F:
+        varint.append(payload_bytes & 0x7F | 0x80)
+        payload_bytes >>= 7
+    varint.append(payload_bytes)
+    head: bytes = message.SerializeToString() + varint
+    return head
 
 
 def unpack_get_response(raw: bytes) -> Piece[kvstore_pb2.GetResponse]:
@@ -40,22 +82,12 @@ def unpack_get_response(raw: bytes) -> Piece[kvstore_pb2.GetResponse]:
 
 
 def pack_put_request(piece: Piece[kvstore_pb2.PutRequest]) -> bytes:
-    return _pack(piece, PUT_REQUEST_DATA)
+    return b"".join((head_of(piece.message, PUT_REQUEST_DATA, piece.data.nbytes), piece.data))
 
 
 def unpack_put_request(raw: bytes) -> Piece[kvstore_pb2.PutRequest]:
     head, data = _split(raw, PUT_REQUEST_DATA)
     return Piece(kvstore_pb2.PutRequest.FromString(head), data)
-
-
-def _pack(piece: Piece[Any], field: int) -> bytes:
-    length = piece.data.nbytes + sum(part.nbytes for part in piece.more)
-    varint = bytearray([field << 3 | _LENGTH_DELIMITED])
-    while length > 0x7F:
-        varint.append(length & 0x7F | 0x80)
-        length >>= 7
-    varint.append(length)
-    return b"".join((piece.message.SerializeToString(), varint, piece.data, *piece.more))
 
 
 def _split(raw: bytes, field: int) -> tuple[bytes, memoryview]:
