@@ -1,0 +1,36 @@
+"""A caller that goes away while its put waits or is committed takes nobody with it: the writer goes on."""
+
+import threading
+
+import pytest
+
+from kvstore.writer import GroupCommitter
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+
+
+@pytest.mark.parametrize("when", ["waiting", "committing"])
+def test_a_put_whose_caller_left_is_stored_and_others_are_served(open_engine, when, monkeypatch):
+    engine = open_engine()
+    prompts = [Prompt([number] * BLOCK * 3) for number in range(3)]
+    begun, go_on = threading.Event(), threading.Event()
+    put_group = engine.put_group
+
+    def slow_put_group(puts):
+        begun.set()
+        assert go_on.wait(10)
+        return put_group(puts)
+
+    monkeypatch.setattr(engine, "put_group", slow_put_group)
+    writer = GroupCommitter(engine)
+    try:
+        first = writer.submit(prompts[0].blocks())
+        assert begun.wait(10)
+        second = writer.submit(prompts[1].blocks())
+        left = second if when == "waiting" else first
+        assert left.cancel() is (when == "waiting")
+        go_on.set()
+        assert writer.submit(prompts[2].blocks()).result(10).num_stored == 3
+        assert [engine.lookup(p.hashes, fingerprint=FINGERPRINT).num_blocks for p in prompts] == [3, 3, 3]
+    finally:
+        go_on.set()
+        writer.stop()
