@@ -126,7 +126,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            wrapped: Any = _guard_stream(handler.stream_stream or handler.unary_stream)
+            behaviour = handler.stream_stream or handler.unary_stream
+            # One that writes to its context itself (health's Watch does) is a coroutine, not a generator.
+            writes = inspect.iscoroutinefunction(behaviour)
+            wrapped: Any = _guard_unary(behaviour) if writes else _guard_stream(behaviour)
         else:
             make = (
                 grpc.stream_unary_rpc_method_handler

@@ -89,6 +89,16 @@ async def test_draining_says_not_serving_and_health_says_serving_before():
     await server.drain(0)
 
 
+async def test_health_can_be_watched_until_the_service_drains():
+    server = await start(RuntimeError())
+    watch = health_pb2_grpc.HealthStub(rpc.channel(server.address)).Watch(health_pb2.HealthCheckRequest(), timeout=5)
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+    await server.health.enter_graceful_shutdown()
+    assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    watch.cancel()
+    await server.drain(0)
+
+
 async def test_a_stock_reflection_client_finds_the_service():
     from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
