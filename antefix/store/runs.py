@@ -1,13 +1,12 @@
 """Reads neighbouring records of a segment into the caller's buffers, each one verified while it is in the CPU's cache.
 
 A run is what one thread reads at a time: large, because a cold disk wants large reads. What the page cache holds
-already is taken from it in bites that fit the core's own cache, so that a checksum does not fetch from memory again what
-was just written there: at 12 GB/s of memory traffic that second pass would cost a third of a warm read.
+already is taken from it in bites that fit a core's own cache, so that a checksum does not fetch from memory again what
+was just written there: that second pass would cost a third of a warm read.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
