@@ -19,8 +19,11 @@ from pathlib import Path
 from types import TracebackType
 
 from antefix.clients import RouterClient
+from antefix.config import require
 from antefix.errors import ConfigError, Unavailable
 from antefix.secret import create_secret_file
+from antefix.window_pool import DISK, check_window_settings
+from antefix.window_pool.open import MEMORY
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
@@ -32,6 +35,9 @@ class DeploymentConfig:
     """What to run. data_dir holds the secret, the store, the bill and the logs, and is made if it is not there.
 
     http_address: of the HTTP API; empty for none.  ratecards, tenants_file: docs/BILLING.md; without them all is free.
+    strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
+    store_bytes, window_pool_bytes: budgets of disk and of Redis' memory, such as "64G"; empty for the roles' defaults.
+    Raises:  ConfigError: window settings that are none, or contradict each other.
     """
 
     model: Path
@@ -39,12 +45,30 @@ class DeploymentConfig:
     num_prefill: int = 1
     num_decode: int = 1
     kv_format: str = "fp8"
-    strategy: str = "boundary"
+    namespace: str = "default"
+    strategy: str = "auto"
+    window_pool: str = DISK
+    window_pool_bytes: str = ""
+    bounded_windows: int = 0
+    reproducible: bool = False
+    store_bytes: str = ""
     router_address: str = "127.0.0.1:0"
     http_address: str = ""
     ratecards: tuple[str, ...] = ()
     tenants_file: str = ""
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_window_settings(
+            self.strategy,
+            window_pool=self.window_pool,
+            bounded_windows=self.bounded_windows,
+            reproducible=self.reproducible,
+        )
+        require(
+            not self.window_pool_bytes or self.window_pool not in (DISK, MEMORY),
+            f"window_pool_bytes bounds a Redis server's memory, but window_pool is {self.window_pool}",
+        )
 
     @property
     def store_dir(self) -> Path:
@@ -113,7 +137,8 @@ class Deployment:
         config = self.config
         (config.data_dir / "logs").mkdir(parents=True, exist_ok=True)
         create_secret_file(config.data_dir / "secret")
-        await self.start_role("kvstore", ["--dir", str(config.store_dir), "--usage-log-dir", str(config.usage_log_dir)])
+        flags = ["--dir", str(config.store_dir), "--usage-log-dir", str(config.usage_log_dir)]
+        await self.start_role("kvstore", flags + _given("--budget-bytes", config.store_bytes))
         await asyncio.gather(
             *(self.start_worker("prefill") for _ in range(config.num_prefill)),
             *(self.start_worker("decode") for _ in range(config.num_decode)),
@@ -122,7 +147,10 @@ class Deployment:
 
     async def start_worker(self, role: str) -> RoleProcess:
         """One more prefill or decode worker."""
-        flags = ["--strategy", self.config.strategy, "--threads", str(self._threads())]
+        config = self.config
+        flags = ["--strategy", config.strategy, "--threads", str(self._threads()), "--window-pool", config.window_pool]
+        flags += ["--reproducible", str(config.reproducible).lower()]
+        flags += _given("--window-pool-bytes", config.window_pool_bytes)
         return await self.start_role(role, [*self._shared_flags(), *flags])
 
     async def start_router(self, address: str = "127.0.0.1:0") -> RoleProcess:
@@ -143,6 +171,8 @@ class Deployment:
         return [
             *("--model", str(config.model)),
             *("--kv-format", config.kv_format),
+            *("--namespace", config.namespace),
+            *("--bounded-windows", str(config.bounded_windows)),
             *("--secret-file", str(config.data_dir / "secret")),
             *("--store-address", self.one("kvstore").address),
             *("--store-dir", str(config.store_dir)),
@@ -203,6 +233,10 @@ class Deployment:
         except TimeoutError:
             role.process.kill()
             await role.process.wait()
+
+
+def _given(flag: str, value: str) -> list[str]:
+    return [flag, value] if value else []
 
 
 def _child_environment() -> dict[str, str]:

@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "antefix-tiny")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--strategy", default="boundary")
+    parser.add_argument("--strategy", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()

@@ -19,13 +19,47 @@ def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every command that starts services has."""
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="model directory (default: the shipped one)")
     parser.add_argument("--kv-format", choices=("fp8", "float32"), default="fp8", help="precision of KV (default: fp8)")
-    parser.add_argument("--strategy", default="boundary", help="which checkpoints to leave (default: boundary)")
+    parser.add_argument(
+        "--strategy",
+        default="auto",
+        metavar="NAME",
+        help="which checkpoints to leave: auto, auto(budget=BYTES, ends=disk|pool), boundary, periodic(TOKENS), full, "
+        "zero; or by namespace, as in 'agents=periodic(8192); auto' (default: auto)",
+    )
     parser.add_argument("--num-prefill", type=int, default=1, metavar="N", help="prefill workers (default: 1)")
     parser.add_argument("--num-decode", type=int, default=1, metavar="N", help="decode workers (default: 1)")
 
 
+def add_window_arguments(parser: argparse.ArgumentParser) -> None:
+    """How window state is treated; docs/WINDOW_STATE.md, "In the services"."""
+    group = parser.add_argument_group("window state", "examples: docs/OPERATIONS.md")
+    group.add_argument("--namespace", default="default", metavar="NAME", help="whose KV this is (default: default)")
+    group.add_argument(
+        "--window-pool",
+        default="disk",
+        metavar="WHERE",
+        help="memory for checkpoints that are used within minutes or never: disk (none), memory (the store service's), "
+        "or a redis://, rediss://, unix:// or redis+cluster:// URL (default: disk)",
+    )
+    group.add_argument("--window-pool-bytes", default="", metavar="SIZE", help="of Redis' memory, such as 4G")
+    group.add_argument("--store-bytes", default="", metavar="SIZE", help="of disk, such as 200G (default: 64G)")
+    group.add_argument(
+        "--bounded-windows",
+        type=int,
+        default=0,
+        metavar="K",
+        help="allow approximate replays of K windows; the namespace's KV then has names of its own (default: 0, exact)",
+    )
+    group.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="hits equal cold runs to the bit on a GPU too; on a CPU they do anyway",
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_arguments(parser)
+    add_window_arguments(parser)
     parser.add_argument("--data-dir", type=Path, default=Path("antefix-data"), help="secret, store and logs live here")
     parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
     parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
@@ -49,23 +83,29 @@ def deployment_config(args: argparse.Namespace, data_dir: Path, address: str = "
 
 
 def run(args: argparse.Namespace) -> int:
-    return asyncio.run(_run(args))
+    config = dataclasses.replace(
+        deployment_config(args, args.data_dir, args.address),
+        namespace=args.namespace,
+        window_pool=args.window_pool,
+        window_pool_bytes=args.window_pool_bytes,
+        store_bytes=args.store_bytes,
+        bounded_windows=args.bounded_windows,
+        reproducible=args.reproducible,
+        http_address=args.http_address,
+        ratecards=tuple(args.ratecards),
+        tenants_file=args.tenants_file,
+    )
+    return asyncio.run(_run(config, as_json=args.json))
 
 
-async def _run(args: argparse.Namespace) -> int:
+async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
     asked = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked.set)
     print("starting services ...", file=sys.stderr, flush=True)
-    config = dataclasses.replace(
-        deployment_config(args, args.data_dir, args.address),
-        http_address=args.http_address,
-        ratecards=tuple(args.ratecards),
-        tenants_file=args.tenants_file,
-    )
     async with Deployment(config) as deployment:
-        _announce(deployment, as_json=args.json)
+        _announce(deployment, as_json=as_json)
         await _until_stopped(deployment, asked)
     return 0
 

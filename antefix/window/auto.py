@@ -73,10 +73,11 @@ class Auto:
 
     budget_bytes: of checkpoints that the namespace may hold; None leaves it to the store.
     ends: where ends go: they are reused within minutes or never, so a window pool can spare the disk their writes.
+        None leaves it to the deployment (`in_force`): to the pool where there is one; until then to disk.
     """
 
     budget_bytes: int | None = None
-    ends: Tier = Tier.DISK
+    ends: Tier | None = None
 
     def __post_init__(self) -> None:
         if self.budget_bytes is not None and self.budget_bytes < 0:
@@ -94,11 +95,15 @@ class Auto:
         if lasts and self._pressure(facts.budget) <= PRESSURE_FREE:
             start = max(fork, facts.resume_block)
             wanted += [(block, Reason.SPARSE) for block in _sparse_blocks(start, end, facts, sizes)]
-        return self._within(facts.budget, sizes, prompt_marks(facts, sizes, wanted, ends=self.ends))
+        return self._within(facts.budget, sizes, prompt_marks(facts, sizes, wanted, ends=self._ends))
 
     def at_output(self, facts: OutputFacts, sizes: Sizes) -> tuple[Mark, ...]:
-        marks = output_marks(facts, sizes, output_end(facts, sizes), ends=self.ends)
+        marks = output_marks(facts, sizes, output_end(facts, sizes), ends=self._ends)
         return self._within(facts.budget, sizes, marks)
+
+    @property
+    def _ends(self) -> Tier:
+        return self.ends or Tier.DISK
 
     def _limit_bytes(self, budget: BudgetState) -> int | None:
         limits = [limit for limit in (self.budget_bytes, budget.limit_bytes) if limit is not None]
@@ -121,7 +126,7 @@ class Auto:
 
     def __str__(self) -> str:
         args = [] if self.budget_bytes is None else [f"budget={self.budget_bytes}"]
-        args += [] if self.ends is Tier.DISK else [f"ends={self.ends}"]
+        args += [] if self.ends is None else [f"ends={self.ends}"]
         return f"auto({', '.join(args)})" if args else "auto"
 
 

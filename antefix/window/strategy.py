@@ -9,6 +9,7 @@ strategies decide writes, the planner reads whatever there is.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from antefix.errors import ConfigError
 from antefix.window.auto import Auto
@@ -16,6 +17,7 @@ from antefix.window.fixed import Boundary, Full, Periodic, Zero
 from antefix.window.marks import Strategy, Tier
 
 _CALL = re.compile(r"\s*(?P<name>[a-z]+)\s*(?:\(\s*(?P<args>[^()]*?)\s*\))?\s*")
+_ENTRY = re.compile(r"(?P<namespace>[^=;()\s]+)\s*=\s*(?P<strategy>.*)")
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]i?b?)?", re.IGNORECASE)
 _UNITS: dict[str, int] = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS: dict[str, int] = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -39,7 +41,8 @@ def parse(text: str) -> Strategy:
 
 
 def _parse_auto(text: str, args: str) -> Auto:
-    budget, ends = None, Tier.DISK
+    budget: int | None = None
+    ends: Tier | None = None
     for arg in args.split(","):
         key, _, value = (part.strip() for part in arg.partition("="))
         if key == "budget":
@@ -78,8 +81,32 @@ class Strategies:
         self._default: Strategy = default or Auto()
         self._by_namespace: dict[str, Strategy] = {}
 
+    @classmethod
+    def parse(cls, text: str) -> Strategies:
+        """`auto`, or `agents=periodic(8192); batch=zero; auto`: strategies of namespaces, and that of all others (auto
+        where none is given).
+
+        Raises:  ConfigError: a strategy that is none, or a namespace or the others given twice.
+        """
+        found = cls()
+        seen: set[str] = set()
+        for part in text.split(";") if text.strip() else ():
+            match = _ENTRY.fullmatch(part.strip())
+            name, strategy = (match["namespace"], match["strategy"]) if match else ("", part)
+            if name in seen:
+                raise ConfigError(f"strategy {text!r} is given twice for {name or 'all other namespaces'}")
+            seen.add(name)
+            if name:
+                found.set(name, parse(strategy))
+            else:
+                found._default = parse(strategy)
+        return found
+
     def of(self, namespace: str) -> Strategy:
         return self._by_namespace.get(namespace, self._default)
+
+    def all(self) -> tuple[Strategy, ...]:
+        return self._default, *self._by_namespace.values()
 
     def set(self, namespace: str, strategy: Strategy) -> None:
         self._by_namespace[namespace] = strategy
@@ -87,3 +114,26 @@ class Strategies:
     def as_dict(self) -> dict[str, str]:
         """Namespace to strategy, "*" for the default: what an operator is shown."""
         return {"*": str(self._default)} | {name: str(value) for name, value in sorted(self._by_namespace.items())}
+
+
+def in_force(strategy: Strategy, *, has_pool: bool) -> Strategy:
+    """The strategy as it works here: `auto` sends its ends to the window pool where there is one, unless told not to.
+
+    Raises:  ConfigError: it wants a window pool and there is none.
+    """
+    if not isinstance(strategy, Auto):
+        return strategy
+    if strategy.ends is Tier.POOL and not has_pool:
+        raise ConfigError(f"{strategy} needs a window pool: set window_pool to memory or to a redis:// URL")
+    return replace(strategy, ends=Tier.POOL) if has_pool and strategy.ends is None else strategy
+
+
+def check_exactness(*, bounded_windows: int, reproducible: bool) -> None:
+    """Raises:  ConfigError: a negative number of windows, or approximate and reproducible at once."""
+    if bounded_windows < 0:
+        raise ConfigError(f"bounded_windows must not be negative, is {bounded_windows}")
+    if bounded_windows and reproducible:
+        raise ConfigError(
+            f"bounded_windows={bounded_windows} allows approximate hits, reproducible wants hits that equal cold runs: "
+            "give one of the two"
+        )

@@ -10,15 +10,15 @@ import torch
 from antefix.block import Chain, exactness_of
 from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest
-from antefix.layout import BlockLayout, KVFormat, PartKind
+from antefix.layout import BlockLayout, KVFormat, KVGeometry, PartKind
 from antefix.model import BlockPool, Model, load_model, row_invariant_ok
 from antefix.model.backend import KERNELS, make_backend, uses_triton
 from antefix.model.ops import Ops, TorchOps
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.api import Store
-from antefix.window import Rates, RestorePlanner, Sizes, Strategy, parse
-from antefix.window_pool import WindowPool, check_address, open_window_pool
+from antefix.window import Rates, RestorePlanner, Sizes, Strategies, Strategy, in_force
+from antefix.window_pool import DISK, WindowPool, check_window_settings, open_window_pool
 from antefix.worker.budget import CheckpointBudget, counter_of
 from antefix.worker.compute import ComputeThread
 from antefix.worker.plan_log import PlanLog
@@ -39,7 +39,11 @@ class EngineConfig:
     threads: int = setting(0, "torch threads; 0 leaves torch's own choice")
     pool_bytes: int = setting(1 << 30, "memory for the block pool", unit="bytes")
     prefill_chunk: int = setting(512, "prefill runs in chunks that end at multiples of this", unit="tokens")
-    strategy: str = setting("boundary", "which checkpoints to leave: boundary, zero, full, periodic(p), auto")
+    strategy: str = setting(
+        "auto",
+        "which checkpoints to leave: auto, auto(budget=BYTES, ends=disk|pool), boundary, periodic(TOKENS), full, zero; "
+        "or by namespace: 'agents=periodic(8192); batch=zero; auto'. auto's ends go to the window pool if there is one",
+    )
     bounded_windows: int = setting(
         0, "allow approximate replays of so many windows; the namespace's KV then has names of its own; 0: exact only"
     )
@@ -56,9 +60,17 @@ class EngineConfig:
         require(self.kernels in KERNELS, f"kernels must be one of {', '.join(KERNELS)}, is {self.kernels!r}")
         require(self.prefill_chunk > 0, f"prefill_chunk must be positive, is {self.prefill_chunk}")
         require(self.threads >= 0, f"threads must not be negative, is {self.threads}")
-        require(self.bounded_windows >= 0, f"bounded_windows must not be negative, is {self.bounded_windows}")
-        parse(self.strategy)
-        check_address(self.window_pool)
+        check_window_settings(
+            self.strategy,
+            window_pool=self.window_pool,
+            bounded_windows=self.bounded_windows,
+            reproducible=self.reproducible,
+        )
+
+    @property
+    def strategy_in_force(self) -> Strategy:
+        """This worker's namespace's, as it works with this window pool."""
+        return in_force(Strategies.parse(self.strategy).of(self.namespace), has_pool=self.window_pool != DISK)
 
 
 @dataclass(slots=True)
@@ -168,6 +180,7 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         torch.set_num_threads(config.threads)
     identity = identify(config.model)
     kv_format = KVFormat(config.kv_format)
+    _check_bounded(config.bounded_windows, identity.geometry)
     model = load_model(config.model, device=config.device, dtype=torch.float32, kv_format=kv_format)
     # The kernels read packed records; torch keeps decoded mirrors beside them.
     packed = uses_triton(config.kernels, model.layout, config.device)
@@ -183,7 +196,7 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         pool=pool,
         blocks=ResidentBlocks(pool),
         store=store,
-        strategy=parse(config.strategy),
+        strategy=config.strategy_in_force,
         planner=RestorePlanner(Sizes.of(model.layout), Rates(), align_tokens=align_tokens),
         keyring=Keyring.from_file(config.secret_file),
         compute=ComputeThread("model"),
@@ -195,6 +208,15 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         budget=CheckpointBudget(counter_of(store)),
         namespace=config.namespace,
         ops=ops,
+    )
+
+
+def _check_bounded(num_windows: int, geometry: KVGeometry) -> None:
+    exact = geometry.replay_tokens
+    require(
+        num_windows * geometry.window < max(exact, 1) or not num_windows,
+        f"bounded_windows={num_windows} replays {num_windows * geometry.window} tokens, an exact replay of this model"
+        f" {exact}: leave it out, and every hit is exact",
     )
 
 

@@ -8,7 +8,7 @@ import grpc
 
 from antefix import rpc
 from antefix.v1 import window_pb2, window_pb2_grpc
-from antefix.window import Plan, parse
+from antefix.window import Plan, in_force, parse
 from antefix.worker.engine import Engine
 from antefix.worker.plan_log import PlanOutcome
 
@@ -51,7 +51,7 @@ class WindowServicer(window_pb2_grpc.WindowServiceServicer):
     async def SetStrategy(
         self, request: window_pb2.SetStrategyRequest, context: rpc.Context
     ) -> window_pb2.SetStrategyResponse:
-        strategy = parse(request.strategy)
+        strategy = in_force(parse(request.strategy), has_pool=self._engine.window_pool is not None)
         previous, self._engine.strategy = self._engine.strategy, strategy
         log.info("strategy of namespace %s: %s, was %s", self._engine.namespace, strategy, previous)
         return window_pb2.SetStrategyResponse(previous=str(previous))

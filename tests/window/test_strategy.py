@@ -7,7 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import ConfigError, InvalidRequest
-from antefix.window import BudgetState, Mark, OutputFacts, PromptFacts, Reason, Sizes, Strategies, Strategy, Tier, parse
+from antefix.window import (
+    BudgetState,
+    Mark,
+    OutputFacts,
+    PromptFacts,
+    Reason,
+    Sizes,
+    Strategies,
+    Strategy,
+    Tier,
+    in_force,
+    parse,
+)
 
 SIZES = Sizes(
     block_size=128,
@@ -17,7 +29,8 @@ SIZES = Sizes(
     window_tokens=128,
     num_layers=43,
 )
-ALL = ("full", "periodic(8192)", "periodic(1000)", "boundary", "auto", "auto(budget=9)", "auto(ends=pool)", "zero")
+FIXED = ("full", "periodic(8192)", "periodic(1000)", "boundary", "zero")
+ALL = (*FIXED, "auto", "auto(budget=9)", "auto(ends=pool)", "auto(ends=disk)")
 
 
 def _blocks(marks: tuple[Mark, ...]) -> list[int]:
@@ -223,3 +236,26 @@ def test_a_mark_is_worth_at_most_a_replay_and_a_sparse_one_a_fraction() -> None:
     assert max(value for block, value in saved.items() if block not in (20, 1000)) == round(2_668 / 8)
     full = {mark.saved_tokens for mark in parse("full").at_prompt(facts, SIZES)}
     assert full == {128}
+
+
+def test_strategies_of_namespaces_are_read_from_one_text() -> None:
+    book = Strategies.parse("agents=periodic(8192); batch = zero; auto(budget=9, ends=disk)")
+    assert book.as_dict() == {"*": "auto(budget=9, ends=disk)", "agents": "periodic(8192)", "batch": "zero"}
+    assert str(Strategies.parse("full").of("anyone")) == "full"
+    assert str(Strategies.parse("agents=full").of("others")) == str(Strategies.parse("").of("others")) == "auto"
+
+
+@pytest.mark.parametrize("text", ["agents=often", "a=full; a=zero", "full; zero", "=full", "auto; ;zero"])
+def test_a_text_that_names_no_strategy_or_one_twice_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError):
+        Strategies.parse(text)
+
+
+def test_autos_ends_go_to_the_window_pool_where_there_is_one_unless_told_otherwise() -> None:
+    assert str(in_force(parse("auto"), has_pool=True)) == "auto(ends=pool)"
+    assert str(in_force(parse("auto(budget=9)"), has_pool=True)) == "auto(budget=9, ends=pool)"
+    assert str(in_force(parse("auto(ends=disk)"), has_pool=True)) == "auto(ends=disk)"
+    assert str(in_force(parse("auto"), has_pool=False)) == "auto"
+    assert str(in_force(parse("full"), has_pool=True)) == "full"
+    with pytest.raises(ConfigError, match="needs a window pool"):
+        in_force(parse("auto(ends=pool)"), has_pool=False)
