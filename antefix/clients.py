@@ -21,7 +21,15 @@ from antefix.v1 import (
     window_pb2,
     window_pb2_grpc,
 )
-from antefix.wire import Sampling, report_from_wire, sampling_to_wire, tokens_from_wire, tokens_to_wire
+from antefix.wire import (
+    Sampling,
+    TokenLogprob,
+    logprobs_from_wire,
+    report_from_wire,
+    sampling_to_wire,
+    tokens_from_wire,
+    tokens_to_wire,
+)
 from antefix.worker.report import RestoreReport
 
 Tokens = npt.NDArray[np.uint32]
@@ -37,9 +45,13 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoded:
-    """One message of an output. finish_reason is set in the last one; stop_number: the stop sequence, from 1."""
+    """One message of an output. finish_reason is set in the last one; stop_number: the stop sequence, from 1.
+
+    logprobs: one a token, where they were asked for.
+    """
 
     tokens: Tokens
+    logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str = ""
     stop_number: int = 0
     restore: RestoreReport | None = None
@@ -69,6 +81,7 @@ class Generated:
     finish_reason: str = ""
     usage: Usage | None = None
     restore: RestoreReport | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(slots=True)
@@ -139,6 +152,7 @@ class DecodeClient:
                 async for message in call:
                     yield Decoded(
                         tokens=tokens_from_wire(message.tokens),
+                        logprobs=logprobs_from_wire(message.logprobs),
                         finish_reason=message.finish_reason,
                         stop_number=message.stop_number,
                         restore=report_from_wire(message.restore) if message.HasField("restore") else None,
@@ -221,6 +235,7 @@ def _generated(message: router_pb2.GenerateResponse) -> Generated:
         finish_reason=message.finish_reason,
         usage=usage_from_wire(message.usage) if message.HasField("usage") else None,
         restore=report_from_wire(message.restore) if message.HasField("restore") else None,
+        logprobs=logprobs_from_wire(message.logprobs),
     )
 
 

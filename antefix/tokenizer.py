@@ -32,6 +32,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are written out."""
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one token stands for; it may be a part of a character."""
+
     def stream(self) -> TextStream:
         """A fresh decoder that gives text as tokens come."""
 
@@ -70,6 +73,9 @@ class ByteTokenizer:
         stream = self.stream()
         return stream.push(ids) + stream.finish()
 
+    def token_bytes(self, token: int) -> bytes:
+        return bytes((token,)) if token < NUM_BYTES else self._names.get(token, "\ufffd").encode()
+
     def stream(self) -> TextStream:
         return _ByteStream(self._names)
 
@@ -93,6 +99,18 @@ class _ByteStream:
         return self._decoder.decode(b"", final=True)
 
 
+def _byte_of() -> dict[str, bytes]:
+    """How byte-level vocabularies write bytes as characters (GPT-2's encoder): printable ones as themselves, the others
+    from U+0100 on, in order."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    table = {chr(byte): bytes((byte,)) for byte in shown}
+    return table | {chr(0x100 + index): bytes((byte,)) for index, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_of()
+
+
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, through the tokenizers library."""
 
@@ -101,8 +119,10 @@ class HuggingFaceTokenizer:
 
         self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self.eos_ids = eos_ids
-        added = sorted((token.content for token in self._tokenizer.get_added_tokens_decoder().values()), key=len)
+        self._added_tokens = {n: token.content for n, token in self._tokenizer.get_added_tokens_decoder().items()}
+        added = sorted(self._added_tokens.values(), key=len)
         self._added = re.compile("|".join(map(re.escape, reversed(added)))) if added else None
+        self._is_byte_level = "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -118,6 +138,12 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def token_bytes(self, token: int) -> bytes:
+        text = self._tokenizer.id_to_token(token)
+        if text is None or token in self._added_tokens or not self._is_byte_level:
+            return self.decode([token]).encode()
+        return b"".join(_BYTE_OF.get(char, char.encode()) for char in text)
 
     def stream(self) -> TextStream:
         return _RedecodeStream(self)

@@ -19,11 +19,13 @@ import numpy.typing as npt
 
 from antefix.errors import AntefixError, Overloaded
 from antefix.model import Sequence, WindowState, forward
+from antefix.wire import TokenLogprob
 from antefix.worker.engine import Engine
 from antefix.worker.output import store_end, store_token
 from antefix.worker.prompt import grow
 from antefix.worker.restore import Prompt
 from antefix.worker.writer import RecordWriter
+from decode.logprobs import Logprobs
 from decode.sampling import Sampler
 from decode.stopping import Stopper
 
@@ -31,6 +33,14 @@ log = logging.getLogger("antefix.decode")
 
 # Tokens a client may lag behind before its sequence pauses.
 NUM_UNREAD_MAX = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """Tokens that may be shown now. logprobs: one a token, where they were asked for."""
+
+    tokens: list[int]
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +57,8 @@ class Running:
     writer: RecordWriter
     next_token: int
     prompt_tokens: int
-    unread: asyncio.Queue[list[int] | AntefixError | None] = field(default_factory=asyncio.Queue)
+    logprobs: Logprobs = field(default_factory=Logprobs)
+    unread: asyncio.Queue[Shown | AntefixError | None] = field(default_factory=asyncio.Queue)
     boundary_window: WindowState | None = None
     done: bool = False
 
@@ -104,8 +115,8 @@ class Scheduler:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def tokens(self, running: Running) -> AsyncIterator[list[int]]:
-        """Tokens to show, until the output is over.
+    async def tokens(self, running: Running) -> AsyncIterator[Shown]:
+        """What may be shown, until the output is over.
 
         Raises:  Overloaded: the pool had no room for another token.  AntefixError: the step failed.
         """
@@ -147,6 +158,7 @@ class Scheduler:
         for running, row in zip(ready, logits, strict=True):
             await store_token(self._engine, running, running.next_token)
             token = running.sampler.choose(row, running.sequence.position)
+            running.logprobs.push(row, token)
             _emit(running, token)
         self._num_tokens += len(ready)
         self._busy_s += time.perf_counter() - started
@@ -173,7 +185,7 @@ def _emit(running: Running, token: int) -> None:
     running.next_token = token
     shown = running.stopper.push(token)
     if shown:
-        running.unread.put_nowait(shown)
+        running.unread.put_nowait(Shown(tokens=shown, logprobs=running.logprobs.take(len(shown))))
     if running.stopper.finish_reason:
         running.done = True
         running.unread.put_nowait(None)

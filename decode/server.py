@@ -15,15 +15,23 @@ from antefix.errors import InvalidRequest
 from antefix.store.open import StoreAddress, open_store
 from antefix.tokenizer import load_tokenizer
 from antefix.v1 import decode_pb2, decode_pb2_grpc, window_pb2
-from antefix.wire import Sampling, report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
+from antefix.wire import (
+    Sampling,
+    logprobs_to_wire,
+    report_to_wire,
+    sampling_from_wire,
+    tokens_from_wire,
+    tokens_to_wire,
+)
 from antefix.worker.adopt import Adopted, adopt, prefill_here, take_handoff
 from antefix.worker.engine import Engine, EngineConfig, build_engine
 from antefix.worker.lease import WorkerLease
 from antefix.worker.restore import Prompt
 from antefix.worker.window_service import add_window_service
 from antefix.worker.writer import RecordWriter
+from decode.logprobs import Logprobs
 from decode.sampling import Sampler
-from decode.scheduler import Running, Scheduler
+from decode.scheduler import Running, Scheduler, Shown
 from decode.stopping import Stopper
 
 
@@ -60,20 +68,23 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         prompt, emitted = self._prompt(request, sampling)
         self.scheduler.check_room()
         sampler, stopper = Sampler(sampling), Stopper(sampling, self._eos_ids, emitted)
+        logprobs = Logprobs(sampling.num_top_logprobs)
         # 2. The first token comes from the handoff's logits, before any block is loaded.
         handoff = await take_handoff(self._engine, prompt, request.handoff)
         adopted = await prefill_here(self._engine, prompt) if handoff is None else None
         try:
             logits = adopted.logits if handoff is None and adopted else handoff.logits  # type: ignore[union-attr]
             first = sampler.choose(logits, prompt.num_tokens)
-            yield _response(stopper.push(first), adopted)
+            logprobs.push(logits, first)
+            shown = stopper.push(first)
+            yield _response(Shown(tokens=shown, logprobs=logprobs.take(len(shown))), adopted)
             if stopper.finish_reason:
                 yield decode_pb2.DecodeResponse(finish_reason=stopper.finish_reason, stop_number=stopper.stop_number)
                 return
             # 3. Load what the handoff does not hold; if a block is gone by now, prefill after all.
             if handoff is not None:
                 adopted = await adopt(self._engine, prompt, handoff) or await prefill_here(self._engine, prompt)
-                yield _response([], adopted)
+                yield _response(Shown(tokens=[]), adopted)
             assert adopted is not None
             sequence, adopted = adopted.sequence, None
         finally:
@@ -88,6 +99,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             writer=RecordWriter(self._engine.store, self._engine.counters, self._engine.window_pool),
             next_token=first,
             prompt_tokens=prompt.num_tokens,
+            logprobs=logprobs,
         )
         async with contextlib.aclosing(self._generate(running)) as responses:
             async for response in responses:
@@ -132,9 +144,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         )
 
 
-def _response(shown: list[int], adopted: Adopted | None) -> decode_pb2.DecodeResponse:
+def _response(shown: Shown, adopted: Adopted | None) -> decode_pb2.DecodeResponse:
     return decode_pb2.DecodeResponse(
-        tokens=tokens_to_wire(np.array(shown, np.uint32)) if shown else None,
+        tokens=tokens_to_wire(np.array(shown.tokens, np.uint32)) if shown.tokens else None,
+        logprobs=logprobs_to_wire(shown.logprobs),
         restore=report_to_wire(adopted.report) if adopted else None,
     )
 

@@ -256,7 +256,8 @@ class Accounts:
             request.sampling = sampling = dataclasses.replace(sampling, seed=int.from_bytes(drawn, "little"))
         # Keyed: whoever reads the ledger must not be able to try out guesses of a prompt.
         digest = hashlib.blake2b(key=self._keyring.key(tenant), digest_size=16, person=b"antefix-digest")
-        digest.update(repr(sampling).encode())
+        # Log probabilities tell of the answer and do not change it.
+        digest.update(repr(dataclasses.replace(sampling, num_top_logprobs=None)).encode())
         digest.update(request.tokens.tobytes())
         return OpenEntry(
             request_id=request.request_id,

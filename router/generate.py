@@ -17,7 +17,7 @@ import numpy as np
 
 from antefix.clients import DecodeClient, Tokens
 from antefix.errors import Overloaded, Unavailable
-from antefix.wire import Sampling
+from antefix.wire import Sampling, TokenLogprob
 from antefix.worker.report import RestoreReport
 from router.directory import Directory
 from router.keeper import Keeper
@@ -31,8 +31,8 @@ log = logging.getLogger("antefix.router")
 
 @dataclass(slots=True)
 class Request:
-    """One request while it runs. `emitted` are the output tokens that the client has. breakpoints: (prompt tokens,
-    seconds) of prefixes that the client wants kept."""
+    """One request while it runs. `emitted` are the output tokens that the client has, `logprobs` theirs where they were
+    asked for. breakpoints: (prompt tokens, seconds) of prefixes that the client wants kept."""
 
     request_id: str
     tenant: str
@@ -40,6 +40,7 @@ class Request:
     sampling: Sampling
     breakpoints: tuple[tuple[int, float], ...] = ()
     emitted: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     restore: RestoreReport | None = None
     written_tokens: int = 0
     output_written_tokens: int = 0
@@ -125,6 +126,7 @@ class Generator:
                     if len(decoded.tokens):
                         request.ttft_s = request.ttft_s or time.perf_counter() - request.started
                         request.emitted.extend(int(token) for token in decoded.tokens)
+                        request.logprobs.extend(decoded.logprobs)
                         yield decoded.tokens
                     if decoded.finish_reason:
                         request.finish_reason = decoded.finish_reason

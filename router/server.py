@@ -22,7 +22,7 @@ from antefix.store.open import StoreAddress, open_store
 from antefix.store.watch import watch
 from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc, usage_pb2, usage_pb2_grpc
-from antefix.wire import report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
+from antefix.wire import logprobs_to_wire, report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
 from router.directory import Directory
 from router.feed import StoreFeed
 from router.front import Front, open_front
@@ -128,11 +128,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         )
         request, text = bill.request, self._tokenizer.stream()
         outputs = self.front.run(bill, rpc.deadline_s(context, REQUEST_TIMEOUT_S))
+        num_sent = 0
         async with contextlib.aclosing(outputs):
             async for tokens in outputs:
                 yield router_pb2.GenerateResponse(
-                    tokens=tokens_to_wire(tokens), text=text.push([int(token) for token in tokens])
+                    tokens=tokens_to_wire(tokens),
+                    text=text.push([int(token) for token in tokens]),
+                    logprobs=logprobs_to_wire(request.logprobs[num_sent : num_sent + len(tokens)]),
                 )
+                num_sent += len(tokens)
         yield router_pb2.GenerateResponse(
             text=text.finish(),
             finish_reason=request.finish_reason,

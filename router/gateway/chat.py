@@ -29,7 +29,7 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     raw = fields.items("messages")
     messages = chat_messages(raw)
     tools = chat_tools(fields)
-    knobs = sampling_knobs(fields, "max_completion_tokens", "max_tokens")
+    knobs = sampling_knobs(fields, "max_completion_tokens", "max_tokens", num_top_logprobs=_num_top_logprobs(fields))
     _response_format(fields.take("response_format"))
     refuse_unsupported(fields)
     fields.refuse_rest()
@@ -54,7 +54,7 @@ def stream_options(fields: Fields) -> tuple[bool, bool]:
     return stream, include_usage
 
 
-def sampling_knobs(fields: Fields, *length_names: str) -> Knobs:
+def sampling_knobs(fields: Fields, *length_names: str, num_top_logprobs: int | None) -> Knobs:
     """Raises:  InvalidRequest: of a wrong type; values out of range are refused with the sampling."""
     lengths = [fields.integer(name, low=1) for name in length_names]
     return Knobs(
@@ -63,7 +63,16 @@ def sampling_knobs(fields: Fields, *length_names: str) -> Knobs:
         top_p=fields.number("top_p", 1.0),
         seed=fields.integer("seed", low=-(2**63)),
         stop=tuple(fields.texts("stop")),
+        num_top_logprobs=num_top_logprobs,
     )
+
+
+def _num_top_logprobs(fields: Fields) -> int | None:
+    is_wanted = fields.boolean("logprobs")
+    num_top = fields.integer("top_logprobs")
+    if num_top and not is_wanted:
+        raise InvalidRequest("top_logprobs needs logprobs to be true")
+    return (num_top or 0) if is_wanted else None
 
 
 def _effort(fields: Fields) -> Effort | None:
@@ -105,7 +114,7 @@ class ChatCall:
         if self._output.tool_calls:
             message["tool_calls"] = [_call_json(call) for call in self._output.tool_calls]
             message["content"] = self._output.content or None
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": ended.reason}
+        choice = {"index": 0, "message": message, "logprobs": self._logprobs(), "finish_reason": ended.reason}
         return {**self._head("chat.completion"), "choices": [choice], "usage": chat_usage(ended.record)}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -115,18 +124,23 @@ class ChatCall:
             if not opened:
                 yield self._chunk({"role": "assistant", "content": ""})
                 opened = True
-            yield self._chunk(_delta_json(delta, num_calls))
+            yield self._chunk(_delta_json(delta, num_calls), logprobs=self._logprobs())
             num_calls += delta.tool_call is not None
         if not opened:
             yield self._chunk({"role": "assistant", "content": ""})
         ended = self._output.ended()
-        yield self._chunk({}, finish_reason=ended.reason)
+        yield self._chunk({}, finish_reason=ended.reason, logprobs=self._logprobs())
         if self._include_usage:
             yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": chat_usage(ended.record)})
         yield event_bytes("[DONE]")
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _logprobs(self) -> dict[str, Any] | None:
+        return self._output.logprobs.chat(self._output.new_logprobs())
+
+    def _chunk(
+        self, delta: dict[str, Any], finish_reason: str | None = None, logprobs: dict[str, Any] | None = None
+    ) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
         # With include_usage every chunk has the field; clients that do not ask never see it.
         return event_bytes({**chunk, "usage": None} if self._include_usage else chunk)

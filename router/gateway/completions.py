@@ -28,7 +28,9 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     user = fields.text("user", "")
     echo = fields.boolean("echo")
     text, tokens = _prompt(gateway, fields.take("prompt"), echo=echo)
-    knobs = sampling_knobs(fields, "max_tokens")
+    knobs = sampling_knobs(fields, "max_tokens", num_top_logprobs=fields.integer("logprobs"))
+    if echo and knobs.num_top_logprobs is not None:
+        raise InvalidRequest("logprobs: with echo they would be of the prompt as well, which has none here")
     fields.only("suffix", lambda value: value == "", "this model does not fill in the middle")
     refuse_unsupported(fields)
     fields.refuse_rest()
@@ -47,6 +49,9 @@ def _prompt(gateway: Gateway, prompt: Any, *, echo: bool) -> tuple[str, list[int
     if isinstance(prompt, str):
         return prompt, tokenizer.encode(prompt)
     if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        vocab_size = gateway.front.identity.vocab_size
+        if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise InvalidRequest(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")
         return (tokenizer.decode(prompt) if echo else ""), prompt
     raise InvalidRequest("prompt must be one string or one list of token ids")
 
@@ -85,7 +90,9 @@ class CompletionCall:
         yield event_bytes("[DONE]")
 
     def _choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        spoken = self._output.new_logprobs()
+        logprobs = self._output.logprobs.completion(spoken) if spoken else None
+        return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
     def _head(self) -> dict[str, Any]:
         return {

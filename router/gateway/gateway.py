@@ -37,13 +37,14 @@ class Caller:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs:
-    """How to sample, as the APIs say it. max_tokens None: the server's default."""
+    """How to sample, as the APIs say it. max_tokens None: the server's default; num_top_logprobs None: none."""
 
     max_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    num_top_logprobs: int | None = None
 
 
 class Gateway:
@@ -141,6 +142,7 @@ class Gateway:
             top_p=knobs.top_p,
             seed=None if knobs.seed is None else knobs.seed & (2**63 - 1),
             stop=stop_tokens(self.front.tokenizer, knobs.stop),
+            num_top_logprobs=knobs.num_top_logprobs,
         )
 
 

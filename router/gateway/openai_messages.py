@@ -150,8 +150,6 @@ def refuse_unsupported(fields: Fields) -> None:
     for name in ("frequency_penalty", "presence_penalty"):
         fields.only(name, lambda value: value == 0, "penalties are not supported")
     fields.only("logit_bias", lambda value: not value, "logit bias is not supported")
-    fields.only("logprobs", lambda value: value is False, "log probabilities are not supported")
-    fields.only("top_logprobs", lambda value: value == 0, "log probabilities are not supported")
     fields.only("modalities", lambda value: value == ["text"], "text only")
     fields.only("service_tier", lambda value: value in ("auto", "default"), "there is one tier")
     fields.only("verbosity", lambda value: value == "medium", "verbosity is not supported")

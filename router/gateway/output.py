@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from antefix.clients import Tokens
-from antefix.tokenizer import Tokenizer
+from antefix.tokenizer import TextStream, Tokenizer
 from antefix.usage.record import UsageRecord
 from antefix.worker.report import RestoreReport
 from router.accounting import Bill
@@ -17,6 +17,7 @@ from router.chat.memory import AnswerMemory
 from router.chat.messages import Delta, Message, Role, ToolCall
 from router.chat.strict import keeps_to
 from router.front import Front
+from router.gateway.logprobs import LogprobWriter, SpokenToken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +53,8 @@ class Output:
         self.reasoning = ""
         self.tool_calls: list[ToolCall] = []
         self.num_output_tokens = 0
+        self.logprobs = LogprobWriter(front.tokenizer)
+        self._spoken: list[SpokenToken] = []
 
     @property
     def request_id(self) -> str:
@@ -71,7 +74,7 @@ class Output:
         text = self._front.tokenizer.stream()
         async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as outputs:
             async for tokens in outputs:
-                for delta in self._take(self._stop.push(self._read(text.push([int(t) for t in tokens]), tokens))):
+                for delta in self._read(tokens, text):
                     yield delta
                 if self._stop.found is not None:
                     self._bill.end_here()
@@ -95,11 +98,33 @@ class Output:
             reason = "tool_calls"
         return Ended(reason=reason, stop=stop, record=self._bill.record)
 
-    def _read(self, text: str, tokens: Tokens) -> str:
-        self.num_output_tokens += len(tokens)
-        if self._parser.in_reasoning:
+    def new_logprobs(self) -> list[SpokenToken]:
+        """The tokens of the text that was given out since this was last asked; none where they were not asked for."""
+        is_over = self._stop.is_finished
+        given = [each for each in self._spoken if is_over or each.start < self._stop.num_given]
+        self._spoken = self._spoken[len(given) :]
+        return given
+
+    def _read(self, tokens: Tokens, text: TextStream) -> list[Delta]:
+        """One token after the other: each belongs to what the parser was in when it came."""
+        deltas: list[Delta] = []
+        for token in tokens:
+            if self._stop.found is not None:
+                break
+            self._note(int(token))
+            deltas += self._take(self._stop.push(text.push([int(token)])))
+        return deltas
+
+    def _note(self, token: int) -> None:
+        in_reasoning, logprobs = self._parser.in_reasoning, self._bill.request.logprobs
+        if self.num_output_tokens < len(logprobs):
+            logprob = logprobs[self.num_output_tokens]
+            self._spoken.append(
+                SpokenToken(token=token, start=self._stop.num_taken, is_reasoning=in_reasoning, logprob=logprob)
+            )
+        self.num_output_tokens += 1
+        if in_reasoning:
             self._bill.reasoning_tokens = self.num_output_tokens
-        return text
 
     def _take(self, text: str) -> list[Delta]:
         return self._keep(self._parser.push(text)) if text else []
@@ -137,16 +162,26 @@ class _StopTexts:
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = tuple(texts)
         self.found: str | None = None
+        self.is_finished = False
+        self.num_taken = 0
         self._held = ""
 
+    @property
+    def num_given(self) -> int:
+        """Characters that were let through."""
+        return self.num_taken - len(self._held)
+
     def push(self, text: str) -> str:
-        if not self.texts or self.found is not None:
-            return "" if self.found is not None else text
+        if self.found is not None:
+            return ""
+        self.num_taken += len(text)
+        if not self.texts:
+            return text
         self._held += text
         places = [(self._held.find(stop), stop) for stop in self.texts if stop in self._held]
         if places:
             place, self.found = min(places)
-            shown, self._held = self._held[:place], ""
+            shown, self._held = self._held[:place], self._held[place:]
             return shown
         keep = max((_num_begun(self._held, stop) for stop in self.texts), default=0)
         shown = self._held[: len(self._held) - keep]
@@ -154,6 +189,8 @@ class _StopTexts:
         return shown
 
     def finish(self) -> str:
+        """The answer ended without a stop text."""
+        self.is_finished = True
         text, self._held = self._held, ""
         return text
 

@@ -19,6 +19,8 @@ from router.gateway.openai_messages import EFFORTS, refuse_unsupported
 from router.gateway.output import Ended, Output
 from router.gateway.responses_input import input_messages, input_tools
 
+_LOGPROBS = "message.output_text.logprobs"
+
 
 async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
     """Raises:  InvalidRequest and the others of `Gateway.chat`."""
@@ -35,6 +37,7 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
         max_tokens=fields.integer("max_output_tokens", low=1),
         temperature=fields.number("temperature", 1.0),
         top_p=fields.number("top_p", 1.0),
+        num_top_logprobs=_num_top_logprobs(fields),
     )
     _refuse_state(fields)
     refuse_unsupported(fields)
@@ -49,6 +52,17 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
         "tools": raw_tools,
     }
     return ResponsesCall(output, model, gateway.config.http_timeout_s, stream=stream, echo=echo)
+
+
+def _num_top_logprobs(fields: Fields) -> int | None:
+    """`include` asks for them, `top_logprobs` for how many beside each."""
+    wanted = fields.texts("include")
+    if unknown := set(wanted) - {_LOGPROBS, "reasoning.encrypted_content"}:
+        raise InvalidRequest(f"include: {', '.join(sorted(unknown))}: nothing of that can be included")
+    num_top = fields.integer("top_logprobs")
+    if num_top and _LOGPROBS not in wanted:
+        raise InvalidRequest(f"top_logprobs needs {_LOGPROBS!r} in include")
+    return (num_top or 0) if _LOGPROBS in wanted else None
 
 
 def _effort(value: Any) -> Effort | None:
@@ -67,7 +81,6 @@ def _refuse_state(fields: Fields) -> None:
         fields.only(name, lambda value: False, "requests are stateless here: send the whole input")
     fields.only("background", lambda value: value is False, "there is no background mode")
     fields.only("truncation", lambda value: value == "disabled", "input is never cut")
-    fields.only("include", lambda value: value in ([], ["reasoning.encrypted_content"]), "nothing more can be included")
     text = Fields(fields.take("text", {}), "text")
     kind = Fields(text.take("format", {"type": "text"}), "text.format").text("type")
     if kind != "text":
@@ -92,14 +105,14 @@ class ResponsesCall:
         self._created = int(time.time())
 
     async def whole(self) -> dict[str, Any]:
-        items = _Items()
+        items = _Items(self._output)
         async for delta in self._output.deltas(self._timeout_s):
             items.push(delta)
         items.finish()
         return self._response(items.done, self._output.ended())
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        items, number, started = _Items(), 0, False
+        items, number, started = _Items(self._output), 0, False
         async for delta in self._output.deltas(self._timeout_s):
             opening = [] if started else self._opening()
             started = True
@@ -144,11 +157,13 @@ class ResponsesCall:
 class _Items:
     """Output items, one after the other: reasoning, a message, calls. Gives the events of each step."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: Output) -> None:
         self.done: list[dict[str, Any]] = []
+        self._output = output
         self._kind = ""
         self._id = ""
         self._text = ""
+        self._logprobs: list[dict[str, Any]] = []
 
     def push(self, delta: Delta) -> list[dict[str, Any]]:
         if delta.tool_call is not None:
@@ -156,9 +171,15 @@ class _Items:
         kind, text = ("reasoning", delta.reasoning) if delta.reasoning else ("message", delta.content)
         events = [] if kind == self._kind else [*self._close(), *self._open(kind)]
         self._text += text
-        name = "response.output_text.delta" if kind == "message" else "response.reasoning_text.delta"
-        logprobs: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
-        return [*events, {"type": name, **self._place(), "delta": text, **logprobs}]
+        if kind == "reasoning":
+            return [*events, {"type": "response.reasoning_text.delta", **self._place(), "delta": text}]
+        logprobs = self._new_logprobs()
+        self._logprobs += logprobs
+        return [*events, {"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": logprobs}]
+
+    def _new_logprobs(self) -> list[dict[str, Any]]:
+        """Of the message's text; this API has no place for those of reasoning."""
+        return [self._output.logprobs.full(each) for each in self._output.new_logprobs() if not each.is_reasoning]
 
     def finish(self) -> list[dict[str, Any]]:
         """An answer without any text is still one message."""
@@ -169,7 +190,7 @@ class _Items:
 
     def _part(self) -> dict[str, Any]:
         if self._kind == "message":
-            return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": []}
+            return {"type": "output_text", "text": self._text, "annotations": [], "logprobs": [*self._logprobs]}
         return {"type": "reasoning_text", "text": self._text}
 
     def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
@@ -178,7 +199,7 @@ class _Items:
         return {"id": self._id, "type": "reasoning", "summary": [], "content": content, "status": status}
 
     def _open(self, kind: str) -> list[dict[str, Any]]:
-        self._kind, self._text = kind, ""
+        self._kind, self._text, self._logprobs = kind, "", []
         self._id = f"{'msg' if kind == 'message' else 'rs'}_{secrets.token_hex(12)}"
         item = self._item("in_progress", [])
         return [
@@ -189,9 +210,11 @@ class _Items:
     def _close(self) -> list[dict[str, Any]]:
         if not self._kind:
             return []
+        if self._kind == "message":
+            self._logprobs += self._new_logprobs()
         part = self._part()
         name = "response.output_text.done" if self._kind == "message" else "response.reasoning_text.done"
-        logprobs: dict[str, Any] = {"logprobs": []} if self._kind == "message" else {}
+        logprobs: dict[str, Any] = {"logprobs": part["logprobs"]} if self._kind == "message" else {}
         item = self._item("completed", [part])
         events = [
             {"type": name, **self._place(), "text": self._text, **logprobs},

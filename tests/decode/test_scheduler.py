@@ -10,6 +10,7 @@ from antefix.store.api import RecordKind
 from antefix.wire import Sampling
 from antefix.worker.prompt import run_prompt
 from antefix.worker.writer import RecordWriter
+from decode.logprobs import Logprobs
 from decode.sampling import Sampler
 from decode.scheduler import NUM_UNREAD_MAX, Running, Scheduler
 from decode.stopping import Stopper
@@ -18,7 +19,7 @@ RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(0, 256, size) for size in (90, 130, 200)]
 
 
-async def start(engine, prompt, max_tokens):
+async def start(engine, prompt, max_tokens, num_top_logprobs=None):
     sampling = Sampling(max_tokens=max_tokens, ignore_eos=True)
     computed = await run_prompt(engine, prompt)
     sampler, stopper = Sampler(sampling), Stopper(sampling, frozenset())
@@ -32,14 +33,15 @@ async def start(engine, prompt, max_tokens):
         writer=RecordWriter(engine.store, engine.counters),
         next_token=first,
         prompt_tokens=prompt.num_tokens,
+        logprobs=Logprobs(num_top_logprobs),
     )
     return running, shown
 
 
 async def finish(scheduler, running, shown):
     try:
-        async for tokens in scheduler.tokens(running):
-            shown += tokens
+        async for piece in scheduler.tokens(running):
+            shown += piece.tokens
         await scheduler.store_end(running)
     finally:
         await scheduler.leave(running)
@@ -77,6 +79,26 @@ async def test_the_next_turn_hits_the_models_own_answer(make_engine, make_prompt
     cold = await run_prompt(fresh, make_prompt(fresh, turn))
     assert np.array_equal(hit.logits, cold.logits)
     await scheduler.close()
+
+
+async def test_log_probabilities_of_a_hit_are_those_of_a_cold_run(make_engine, make_prompt, store):
+    async def logprobs_of(engine, tokens):
+        scheduler = Scheduler(engine, 8)
+        running, _ = await start(engine, make_prompt(engine, tokens), 30, num_top_logprobs=5)
+        scheduler.join(running)
+        found = []
+        async for piece in scheduler.tokens(running):
+            assert len(piece.logprobs) == len(piece.tokens)
+            found += zip(piece.tokens, piece.logprobs, strict=True)
+        await scheduler.leave(running)
+        await scheduler.close()
+        return found
+
+    first, other = make_engine("zero"), make_engine("zero")
+    cold = await logprobs_of(first, PROMPTS[2])
+    assert (await run_prompt(other, make_prompt(other, PROMPTS[2]))).report.hit_tokens == 192
+    assert await logprobs_of(other, PROMPTS[2]) == cold
+    assert len(cold) == 29 and all(logprob.top[0] == (token, logprob.logprob) for token, logprob in cold)
 
 
 async def test_a_reader_that_stops_reading_stops_only_itself(make_engine, make_prompt):

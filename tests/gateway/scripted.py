@@ -16,6 +16,7 @@ from antefix.tokenizer import load_tokenizer
 from antefix.usage.ledger import Ledger
 from antefix.usage.ratecard import RateCards
 from antefix.usage.tenants import TenantBook
+from antefix.wire import TokenLogprob
 from antefix.worker.report import RestoreReport
 from router.accounting import Accounts, Served
 from router.front import Front
@@ -61,6 +62,8 @@ class Script:
                 if self.error is not None and number == self.fail_after:
                     raise self.error
                 request.emitted.append(token)
+                if (num_top := request.sampling.num_top_logprobs) is not None:
+                    request.logprobs.append(script_logprob(token, num_top))
                 yield np.array([token], np.uint32)
                 await asyncio.sleep(self.pause_s)
             if self.error is not None and self.fail_after >= len(answer):
@@ -69,6 +72,12 @@ class Script:
         except (asyncio.CancelledError, GeneratorExit):
             self.num_cancelled += 1
             raise
+
+
+def script_logprob(token: int, num_top: int) -> TokenLogprob:
+    """Made up, and different for each token; the likeliest is the token itself."""
+    top = tuple(((token + index) % 256, -token / 1024 - index) for index in range(num_top))
+    return TokenLogprob(logprob=-token / 1024, top=top)
 
 
 def make_front(

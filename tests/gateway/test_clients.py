@@ -251,7 +251,8 @@ async def test_the_agents_framework_runs_its_tools(serve):
 
 UNSUPPORTED = [
     {"n": 2},
-    {"logprobs": True},
+    {"top_logprobs": 2},
+    {"logprobs": True, "top_logprobs": 21},
     {"frequency_penalty": 0.5},
     {"logit_bias": {"1": 2}},
     {"response_format": {"type": "json_object"}},

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from antefix import rpc
+from antefix.clients import RouterClient
 from antefix.deployment import Deployment, DeploymentConfig
 from antefix.usage import cli
 from antefix.usage.ledger_files import read_settled
@@ -19,6 +20,7 @@ from antefix.usage.receipt import check_receipt
 from antefix.usage.record import Status
 from antefix.usage.verify import verify
 from antefix.v1 import usage_pb2, usage_pb2_grpc
+from antefix.wire import Sampling
 from tests.gateway.scripted import MODEL as MODEL_DIR
 from tests.usage.test_ratecard import DEPLOY
 
@@ -109,6 +111,21 @@ async def test_a_resent_conversation_hits_to_the_last_full_block(deploy, turns_o
         verdict = await verified(deployment)
         assert verdict.ok and verdict.records == 4, verdict.to_json()
         assert [item.record.cache_hit_tokens for item in settled(deployment)] == [hit for _, _, hit in turns]
+
+
+async def test_log_probabilities_of_a_hit_are_those_of_the_cold_run(deploy):
+    """Through all services, to the last digit; gRPC's callers get the same numbers."""
+    prompt = "Twelve drummers drumming, eleven pipers piping. " * 8 + "What comes next?"
+    settings = {"model": MODEL, "prompt": prompt, "max_tokens": 24, "temperature": 0.7, "seed": 3, "logprobs": 5}
+    async with deploy as deployment:
+        async with openai.AsyncOpenAI(base_url=url_of(deployment) + "/v1", api_key="-", max_retries=0) as client:
+            cold, hit = [await client.completions.create(**settings) for _ in range(2)]
+        client = RouterClient(deployment.one("router").address)
+        sampling = Sampling(max_tokens=24, temperature=0.7, seed=3, num_top_logprobs=5)
+        over_grpc = [each async for message in client.generate(prompt, sampling) for each in message.logprobs]
+    assert (cold.usage.prompt_cache_hit_tokens, hit.usage.prompt_cache_hit_tokens) == (0, len(prompt) // BLOCK * BLOCK)
+    assert hit.choices[0].logprobs == cold.choices[0].logprobs and len(cold.choices[0].logprobs.tokens) == 24
+    assert [each.logprob for each in over_grpc] == cold.choices[0].logprobs.token_logprobs
 
 
 async def test_billed_hits_are_supported_by_the_stores_log_across_restarts(deploy, capsys):

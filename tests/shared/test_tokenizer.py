@@ -33,6 +33,11 @@ def test_a_character_is_never_shown_in_halves():
     assert [stream.push([byte]) for byte in "é".encode()] == ["", "é"]
 
 
+@given(text=st.text())
+def test_the_bytes_of_all_tokens_are_the_texts_bytes(text):
+    assert b"".join(TOKENIZER.token_bytes(number) for number in TOKENIZER.encode(text)) == text.encode()
+
+
 def test_special_tokens_have_ids_of_their_own():
     assert TOKENIZER.encode("<|user|>a<|end|>") == [258, 97, 259]
     assert TOKENIZER.eos_ids == {257, 259}
@@ -55,6 +60,7 @@ def test_a_hugging_face_tokenizer_streams_what_it_decodes(tmp_path):
     stream = tokenizer.stream()
     assert "".join(stream.push([number]) for number in ids) + stream.finish() == text == tokenizer.decode(ids)
     assert tokenizer.eos_ids == {1, 2}
+    assert b"".join(tokenizer.token_bytes(number) for number in ids) == text.encode()
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"type": "word"}', '{"type": "byte"}'])

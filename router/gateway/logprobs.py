@@ -1,0 +1,67 @@
+"""Log probabilities in OpenAI's three shapes. Pure: tokens with their numbers in, JSON out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from antefix.tokenizer import Tokenizer
+from antefix.wire import TokenLogprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpokenToken:
+    """One token of an answer. start: characters of the answer before it, before anything is parsed out of it."""
+
+    token: int
+    start: int
+    is_reasoning: bool
+    logprob: TokenLogprob
+
+
+class LogprobWriter:
+    """Writes them for one request's client."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def chat(self, tokens: Sequence[SpokenToken]) -> dict[str, Any] | None:
+        """`choices[].logprobs` of chat; reasoning apart, as DeepSeek has it. None where no token is told of."""
+        if not tokens:
+            return None
+        lists: dict[str, Any] = {"content": [self.full(each) for each in tokens if not each.is_reasoning]}
+        if reasoning := [self.full(each) for each in tokens if each.is_reasoning]:
+            lists["reasoning_content"] = reasoning
+        return {**lists, "refusal": None}
+
+    def completion(self, tokens: Sequence[SpokenToken]) -> dict[str, Any]:
+        """`choices[].logprobs` of text completions."""
+        return {
+            "tokens": [self._key(each.token) for each in tokens],
+            "token_logprobs": [each.logprob.logprob for each in tokens],
+            "top_logprobs": [self._top(each) for each in tokens],
+            "text_offset": [each.start for each in tokens],
+        }
+
+    def full(self, spoken: SpokenToken) -> dict[str, Any]:
+        """One token as chat has it, and a part of a response."""
+        top = [self._one(token, logprob) for token, logprob in spoken.logprob.top]
+        return {**self._one(spoken.token, spoken.logprob.logprob), "top_logprobs": top}
+
+    def _top(self, spoken: SpokenToken) -> dict[str, float]:
+        """The chosen token is among them even where it is not one of the likeliest."""
+        pairs = ((spoken.token, spoken.logprob.logprob), *spoken.logprob.top)
+        return {self._key(token): logprob for token, logprob in pairs}
+
+    def _one(self, token: int, logprob: float) -> dict[str, Any]:
+        raw = self._tokenizer.token_bytes(token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
+
+    def _key(self, token: int) -> str:
+        """Here tokens are keys: two halves of characters must not become one."""
+        raw = self._tokenizer.token_bytes(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
