@@ -32,7 +32,7 @@ from antefix.store.format import (
     unpack_record_header,
 )
 from antefix.store.index import Change
-from antefix.store.reader import Parts, ReadOutcome, StoreReader, verify, wall_ms
+from antefix.store.reader import ReadOutcome, StoreReader, verify, wall_ms
 from antefix.usage.storelog import StoreLog
 from kvstore.admission import Admission, admit, batches_of, check_record, refuse, results_of, without_orphans
 from kvstore.compression import Compression
@@ -49,9 +49,8 @@ from kvstore.recovery import open_store
 from kvstore.reserve import is_full
 from kvstore.segments import Draft
 from kvstore.space import Space, note_end
+from kvstore.touches import Touches
 
-# Touches wait in memory for the next transaction; past this the oldest knowledge is worth less than the memory.
-TOUCHED_MAX: Final = 65_536
 # How often `maintain` is to be called: what it may copy is metered by it.
 MAINTAIN_S: Final = 0.25
 # Background compaction takes segments of which this much is dead, so a byte is copied at most once for each freed.
@@ -91,7 +90,8 @@ class Engine:
         self.clock_ms = clock_ms
         self.counters = Counters()
         self._lock = threading.RLock()
-        self._touched: dict[Name, int] = {}
+        self._counters_lock = threading.Lock()
+        self._touches = Touches()
         keys = KeyRing.from_file(Path(config.keys_file)) if config.keys_file else None
         self._store = open_store(config, disk or Disk(), clock_ms)
         self.identity = self._store.identity
@@ -143,55 +143,35 @@ class Engine:
     def read_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> ReadOutcome:
         """Fill `into` and note the use; what the reader found broken is judged and quarantined."""
         outcome = self.reader.read_blocks(hashes, into, fingerprint=fingerprint)
-        used = [(RecordKind.BLOCK, hashes[outcome.num_good - 1])] if outcome.num_good else []
-        self._settle(RecordKind.BLOCK, outcome, used, num_missed=len(hashes) - outcome.num_good)
+        self.settle(RecordKind.BLOCK, hashes, outcome, num_missed=len(hashes) - outcome.num_good)
         return outcome
 
     def read(self, kind: RecordKind, block_hash: bytes, *, fingerprint: bytes) -> bytearray | None:
         payload, outcome = self.reader.read(kind, block_hash, fingerprint=fingerprint)
-        used = [(kind, block_hash)] if payload is not None else []
-        self._settle(kind, outcome, used, num_missed=int(payload is None))
+        self.settle(kind, [block_hash], outcome, num_missed=int(payload is None))
         return payload
 
-    def read_ahead(
-        self,
-        kind: RecordKind,
-        hashes: Sequence[bytes],
-        *,
-        fingerprint: bytes,
-        bytes_max: int,
-        place: Callable[[list[int]], Parts],
-    ) -> int:
-        """Read leading payloads, up to about `bytes_max`, noting the use. Returns how many are right.
-
-        place: from the payloads' sizes to where their parts go.
-        """
-        located = self.reader.locate(kind, hashes, fingerprint=fingerprint, bytes_max=bytes_max)
-        # In this thread alone: its caller reads for one stream of many.
-        outcome = self.reader.fill(located, place(located.sizes), alone=True)
+    def settle(self, kind: RecordKind, hashes: Sequence[bytes], outcome: ReadOutcome, *, num_missed: int) -> None:
+        """Note what a read of `hashes` found."""
         used = [(kind, hashes[outcome.num_good - 1])] if outcome.num_good else []
-        self._settle(kind, outcome, used, num_missed=int(not outcome.num_good))
-        return outcome.num_good
-
-    def _settle(self, kind: RecordKind, outcome: ReadOutcome, used: list[Name], *, num_missed: int) -> None:
         suspects = [(kind, suspect) for suspect in outcome.suspects]
         self.note_use(used, suspects, hits=outcome.num_good, misses=num_missed, bytes_read=outcome.bytes_read)
 
     def note_use(
         self, used: Iterable[Name], suspects: Iterable[Name], *, hits: int = 0, misses: int = 0, bytes_read: int = 0
     ) -> None:
-        """What readers did: the last record of each path that they used, and what they found broken."""
-        now_ms = self.clock_ms()
-        with self._lock:
+        """What readers did: the last record of each path that they used, and what they found broken.
+
+        Waits for no commit unless there are suspects, so that reads do not wait for writes.
+        """
+        names = list(used)
+        self._touches.add(names, self.clock_ms())
+        with self._counters_lock:
             self.counters.hits += hits
             self.counters.misses += misses
             self.counters.bytes_read += bytes_read
-            for name in used:
-                self._touched[name] = now_ms
-                if self._usage_log is not None and name[0] is RecordKind.BLOCK:
-                    self._usage_log.read([name[1]])
-            if len(self._touched) > TOUCHED_MAX:
-                self.flush_touches()
+        if self._usage_log is not None:
+            self._usage_log.read([block_hash for kind, block_hash in names if kind is RecordKind.BLOCK])
         for name in suspects:
             self.quarantine(name)
 
@@ -216,8 +196,7 @@ class Engine:
             for batch in batches_of(admission.new, self.config):
                 self._put_batch(batch, admission)
             self.counters.refused += len(admission.refused)
-            for name in admission.existing:
-                self._touched[name] = self.clock_ms()
+            self._touches.add(admission.existing, self.clock_ms())
             return results_of(puts, admission)
 
     def _put_batch(self, batch: Sequence[Record], admission: Admission) -> None:
@@ -311,13 +290,12 @@ class Engine:
 
     def flush_touches(self) -> None:
         with self._lock:
-            if self._touched:
+            if self._touches:
                 with IndexTxn(self.index) as txn:
                     self._apply_touches(txn)
 
     def _apply_touches(self, txn: IndexTxn) -> None:
-        touched, self._touched = self._touched, {}
-        for name, used_ms in touched.items():
+        for name, used_ms in self._touches.take().items():
             if name[0] not in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
                 continue
             entry = txn.get(name)

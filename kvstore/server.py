@@ -1,6 +1,6 @@
 """The store's gRPC service. Knows protobuf and the event loop; every disk access happens in other threads.
 
-Memory is bounded: a Get reads at most GET_AHEAD_BYTES before it is sent, a Put collects at most PUT_BATCH_BYTES before
+Memory is bounded: a Get reads two windows of 4 MiB before they are sent, a Put collects at most PUT_BATCH_BYTES before
 it waits for the writer, and both count against the number of streams served at once.
 """
 
@@ -11,7 +11,6 @@ import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -20,23 +19,23 @@ from antefix import rpc
 from antefix.errors import InvalidRequest, Overloaded
 from antefix.store import codec
 from antefix.store.allocator import keep_large_buffers
-from antefix.store.api import Buffer, PutResult, Record, RecordKind
-from antefix.store.client import SERVICE
-from antefix.store.pieces import HASHES_MAX, OutgoingPieces, RecordAssembler, join_hashes, kind_of, split_hashes
-from antefix.store.reader import Parts
+from antefix.store.api import PutResult, Record, RecordKind
+from antefix.store.gone import fate_of
+from antefix.store.payload_channel import SERVICE
+from antefix.store.pieces import HASHES_MAX, RecordAssembler, join_hashes, kind_of, messages_of, split_hashes
 from antefix.store.wire import Piece, unpack_put_request
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
 from kvstore.events import Event
 from kvstore.index_writer import Name
+from kvstore.payload_stream import GetRange, PayloadStream
 from kvstore.scrubber import Scrubber
 from kvstore.stats import collect
 from kvstore.window_pool import WindowPool
 from kvstore.writer import GroupCommitter
 
 T = TypeVar("T")
-GET_AHEAD_BYTES: Final = 8 << 20
 PUT_BATCH_BYTES: Final = 32 << 20
 STREAMS_MAX: Final = 64
 NAMES_MAX: Final = 65_536
@@ -73,6 +72,21 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             num_blocks=found.num_blocks, checkpoints=found.checkpoints, block_bytes=found.block_bytes
         )
 
+    async def Fate(
+        self, request: kvstore_pb2.FateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.FateResponse:
+        engine = self.engine
+        found = await self._in_thread(
+            lambda: fate_of(
+                engine.reader.directory,
+                engine.index,
+                request.hash,
+                fingerprint=request.fingerprint,
+                now_ms=engine.clock_ms(),
+            )
+        )
+        return kvstore_pb2.FateResponse(fate=found.fate.value, fingerprints=found.fingerprints)
+
     async def Get(
         self, request: kvstore_pb2.GetRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[bytes]:
@@ -80,39 +94,22 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         if len(hashes) > HASHES_MAX or request.first > len(hashes):
             raise InvalidRequest(f"at most {HASHES_MAX} hashes a stream, `first` among them")
         with _Counted(self):
-            first, offset = request.first, request.offset
-            reading = self._read_ahead(kind, hashes, request.fingerprint, first, offset)
-            try:
-                while (ahead := await reading).num_payloads:
-                    first += ahead.num_payloads
-                    # The next ones are read while these are sent.
-                    reading = self._read_ahead(kind, hashes, request.fingerprint, first, 0)
-                    for message in ahead.messages:
+            if kind is RecordKind.HANDOFF:
+                for number in range(request.first, len(hashes)):
+                    kept = self.pool.get(hashes[number], request.fingerprint)
+                    if kept is None:
+                        return
+                    for message in messages_of(kept, number, offset=request.offset if number == request.first else 0):
                         yield message
-            finally:
-                reading.cancel()
-
-    def _read_ahead(
-        self, kind: RecordKind, hashes: Sequence[bytes], fingerprint: bytes, first: int, offset: int
-    ) -> asyncio.Future[_Ahead]:
-        """Begin to read payloads from number `first` on, as messages ready to be sent."""
-        kept = self.pool.get(hashes[first], fingerprint) if kind is RecordKind.HANDOFF and first < len(hashes) else None
-
-        def read() -> _Ahead:
-            if kind is RecordKind.HANDOFF or first >= len(hashes):
-                return _ahead_of([] if kept is None else [kept], first, offset)
-            made: list[OutgoingPieces] = []
-
-            def place(sizes: list[int]) -> Parts:
-                made.append(OutgoingPieces(sizes, first=first, offset=offset))
-                return made[0].parts_of
-
-            num_good = self.engine.read_ahead(
-                kind, hashes[first:], fingerprint=fingerprint, bytes_max=GET_AHEAD_BYTES, place=place
+                return
+            wanted = GetRange(
+                kind=kind, hashes=hashes, fingerprint=request.fingerprint, first=request.first, offset=request.offset
             )
-            return _Ahead(num_good, made[0].messages(num_good))
-
-        return asyncio.get_running_loop().run_in_executor(self._threads, read)
+            stream = PayloadStream(self.engine, self._threads, wanted)
+            async with contextlib.aclosing(stream.windows()) as windows:
+                async for messages in windows:
+                    for message in messages:
+                        yield message
 
     async def Put(
         self,
@@ -251,25 +248,6 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ahead:
-    """Payloads that were read, as messages."""
-
-    num_payloads: int
-    messages: list[bytes]
-
-
-def _ahead_of(payloads: Sequence[Buffer], first: int, offset: int) -> _Ahead:
-    """Payloads that are in memory, as messages."""
-    pieces = OutgoingPieces([len(payload) for payload in payloads], first=first, offset=offset)
-    for number, payload in enumerate(payloads):
-        at = 0
-        for part in pieces.parts_of(number, len(payload)):
-            part[:] = memoryview(payload)[at : at + part.nbytes]
-            at += part.nbytes
-    return _Ahead(len(payloads), pieces.messages(len(payloads)))
 
 
 class _Counted:

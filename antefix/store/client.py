@@ -18,15 +18,16 @@ from antefix import rpc
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailable
 from antefix.layout import BlockLayout
 from antefix.store import codec
-from antefix.store.api import LookupResult, PutResult, Record, RecordKind
+from antefix.store.api import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind
 from antefix.store.encryption import KeyRing
-from antefix.store.pieces import HASHES_MAX, join_hashes, piece_checksum, request_pieces
-from antefix.store.reader import ReadOutcome, StoreReader
-from antefix.store.wire import Piece, pack_put_request, unpack_get_response
+from antefix.store.gone import fate_of
+from antefix.store.payload_channel import SERVICE, PayloadChannel, Progress
+from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
+from antefix.store.reader import ReadOutcome, StoreReader, wall_ms
+from antefix.store.wire import Piece, pack_put_request
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 T = TypeVar("T")
-SERVICE: Final = "antefix.v1.KvStoreService"
 CALL_DEADLINE_S: Final = 10.0
 # A stream of payloads: 3.5 GB, a 1M-token prefix, at 100 MB/s.
 STREAM_DEADLINE_S: Final = 60.0
@@ -39,13 +40,14 @@ _CLIENT_THREADS: Final = 4
 
 
 class RemoteStore:
-    """A store over gRPC."""
+    """A store over gRPC. Calls run on the event loop, but payloads are received in threads (`_receive`)."""
 
     def __init__(self, address: str, *, deadline_s: float = STREAM_DEADLINE_S) -> None:
         self.address = address
         self._deadline_s = deadline_s
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
+        self._payloads: PayloadChannel | None = None
 
     @property
     def stub(self) -> Any:
@@ -53,12 +55,7 @@ class RemoteStore:
             self._channel = rpc.channel(self.address)
             stub_type: Callable[[grpc.aio.Channel], Any] = kvstore_pb2_grpc.KvStoreServiceStub
             self._stub = stub_type(self._channel)
-            # The two methods that carry payloads, past protobuf's copies.
-            self._stub.Get = self._channel.unary_stream(
-                f"/{SERVICE}/Get",
-                request_serializer=kvstore_pb2.GetRequest.SerializeToString,
-                response_deserializer=unpack_get_response,
-            )
+            # Past protobuf's copies.
             self._stub.Put = self._channel.stream_unary(
                 f"/{SERVICE}/Put",
                 request_serializer=pack_put_request,
@@ -70,6 +67,9 @@ class RemoteStore:
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
+        if self._payloads is not None:
+            self._payloads.close()
+            self._payloads = None
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
         request = kvstore_pb2.LookupRequest(chain=join_hashes(chain), fingerprint=fingerprint, tenant=tenant)
@@ -80,6 +80,13 @@ class RemoteStore:
             checkpoints=tuple(response.checkpoints),
             block_bytes=response.block_bytes,
         )
+
+    async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
+        with rpc.rpc_errors():
+            request = kvstore_pb2.FateRequest(hash=hash, fingerprint=fingerprint)
+            response = await self.stub.Fate(request, timeout=CALL_DEADLINE_S)
+        fate = Fate(response.fate) if response.fate in set(Fate) else Fate.UNKNOWN
+        return BlockFate(fate=fate, fingerprints=tuple(response.fingerprints))
 
     async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
         if len(hashes) != len(into):
@@ -126,14 +133,12 @@ class RemoteStore:
             await self.stub.Register(request, timeout=CALL_DEADLINE_S)
 
     async def _receive(
-        self,
-        kind: RecordKind,
-        hashes: Sequence[bytes],
-        fingerprint: bytes,
-        buffer: Callable[[int, int], memoryview],
+        self, kind: RecordKind, hashes: Sequence[bytes], fingerprint: bytes, buffer: Callable[[int, int], memoryview]
     ) -> int:
         """Fill buffers from a stream, resuming where it broke. Returns the number of leading payloads received."""
-        done = _Progress()
+        if self._payloads is None:
+            self._payloads = PayloadChannel(self.address)
+        done = Progress()
         for attempt in range(NUM_RESUMES_MAX + 1):
             request = kvstore_pb2.GetRequest(
                 kind=kind.value,  # type: ignore[arg-type]
@@ -143,9 +148,7 @@ class RemoteStore:
                 offset=done.offset,
             )
             try:
-                with rpc.rpc_errors():
-                    async for piece in self.stub.Get(request, timeout=self._deadline_s):
-                        done.accept(piece, buffer)
+                await self._payloads.receive(request, done, buffer, deadline_s=self._deadline_s)
                 return done.index
             except (Unavailable, BlockCorrupt):
                 if attempt == NUM_RESUMES_MAX:
@@ -161,31 +164,6 @@ class _Buffers:
 
     def get(self, index: int, _: int) -> memoryview:
         return self.buffers[index]
-
-
-@dataclass(slots=True)
-class _Progress:
-    """Where a stream of payloads stands: byte `offset` of payload `index` comes next."""
-
-    index: int = 0
-    offset: int = 0
-
-    def accept(self, got: Piece[kvstore_pb2.GetResponse], buffer: Callable[[int, int], memoryview]) -> None:
-        piece, data = got.message, got.data
-        if (piece.index, piece.offset) != (self.index, self.offset):
-            raise BlockCorrupt("the store sent a piece out of order")
-        if piece_checksum(data) != piece.checksum:
-            raise BlockCorrupt("a piece was damaged on its way from the store")
-        for payload_bytes in piece.payload_bytes:
-            into = buffer(self.index, payload_bytes)
-            if into.nbytes != payload_bytes:
-                raise InvalidRequest(f"buffer {self.index} has {into.nbytes} bytes, the payload {payload_bytes}")
-            part = data[: payload_bytes - self.offset]
-            data = data[part.nbytes :]
-            into[self.offset : self.offset + part.nbytes] = part
-            self.offset += part.nbytes
-            if self.offset == payload_bytes:
-                self.index, self.offset = self.index + 1, 0
 
 
 async def _in_turn(records: Sequence[Record]) -> AsyncIterator[Piece[kvstore_pb2.PutRequest]]:
@@ -250,6 +228,11 @@ class LocalStore:
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
         return await self._in_thread(lambda reader: reader.lookup(chain, fingerprint=fingerprint))
+
+    async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
+        return await self._in_thread(
+            lambda reader: fate_of(reader.directory, reader.index, hash, fingerprint=fingerprint, now_ms=wall_ms())
+        )
 
     async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
         if not hashes:

@@ -34,6 +34,17 @@ def split_hashes(joined: bytes) -> list[bytes]:
     return [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
 
 
+def messages_of(payload: Buffer, number: int, *, offset: int = 0) -> list[bytes]:
+    """The messages of a Get for one payload that is in memory: the one of hash `number`."""
+    view = memoryview(payload).cast("B")
+    pieces = OutgoingPieces([view.nbytes], first=number, offset=offset)
+    at = 0
+    for part in pieces.parts_of(0, view.nbytes):
+        part[:] = view[at : at + part.nbytes]
+        at += part.nbytes
+    return pieces.messages(1)
+
+
 @dataclass(slots=True)
 class _Cut:
     """One piece of a stream: where it begins, and which payload bytes it has, by payload size and number."""

@@ -27,6 +27,9 @@ from antefix.store.runs import Decrypt, RunReader, Wanted, runs_of
 # and a warm one faster than 4 or 16 did. Prefetching by fadvise made both slower. More cores can keep more in flight.
 READS_IN_FLIGHT: Final = max(2, min(16, os.cpu_count() or 1))
 
+# Of small payloads; what is laid out and sent at once should not make others wait.
+_WINDOW_RECORDS_MAX: Final = 512
+
 # Where the parts of payload number i, of so many bytes, go.
 Parts = Callable[[int, int], Sequence[memoryview]]
 
@@ -62,6 +65,22 @@ class Located:
     def sizes(self) -> list[int]:
         """Payload bytes of each."""
         return [want.entry.payload_bytes for want in self.wanted]
+
+    @property
+    def plain(self) -> bool:
+        """All are stored as they are: reading them takes no decoding."""
+        return all(want.plain for want in self.wanted)
+
+    def window(self, first: int, bytes_max: int) -> Located:
+        """Those from number `first` on, up to about `bytes_max` but at least one, numbered from 0."""
+        window = Located(self.kind, self.fingerprint, [], self.locked)
+        nbytes = 0
+        for want in self.wanted[first : first + _WINDOW_RECORDS_MAX]:
+            nbytes += want.entry.payload_bytes
+            if window.wanted and nbytes > bytes_max:
+                break
+            window.wanted.append(Wanted(len(window.wanted), want.hash, want.entry))
+        return window
 
 
 class StoreReader:
@@ -119,13 +138,10 @@ class StoreReader:
         outcome = self.fill(located, lambda *_: (memoryview(payload),))
         return (payload if outcome.num_good else None), outcome
 
-    def locate(
-        self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, bytes_max: int | None = None
-    ) -> Located:
-        """The leading records that are stored, in one snapshot: up to about `bytes_max`, but at least one if it is."""
+    def locate(self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes) -> Located:
+        """The leading records that are stored, in one snapshot."""
         now_ms = self._clock_ms()
         located = Located(kind, fingerprint, [], False)
-        nbytes = 0
         with self.index.txn() as txn:
             fingerprint_id = self.index.fingerprint_id(txn, fingerprint)
             for number, block_hash in enumerate(hashes):
@@ -135,16 +151,15 @@ class StoreReader:
                 want = Wanted(number, block_hash, entry)
                 if want.locked and not self._reads_locked:
                     return Located(kind, fingerprint, located.wanted, True)
-                nbytes += entry.payload_bytes
-                if bytes_max is not None and located.wanted and nbytes > bytes_max:
-                    break
                 located.wanted.append(want)
         return located
 
-    def fill(self, located: Located, into: Parts, *, alone: bool = False) -> ReadOutcome:
+    def fill(self, located: Located, into: Parts, *, alone: bool = False, wait: bool = True) -> ReadOutcome:
         """Read located payloads into the given parts, verified.
 
         alone: in the calling thread only, for one that reads for one stream of many.
+        wait: whether reading may wait for the disk; not to wait, it must be alone.
+        Raises:  BlockingIOError: not to wait, and some of it is not in the page cache; the parts hold garbage.
         """
         self._runs.files.sweep()
         wanted = located.wanted
@@ -153,15 +168,17 @@ class StoreReader:
         outcome = ReadOutcome(num_good=len(wanted), locked=located.locked)
         outcome.bytes_read = sum(want.entry.stored_bytes for want in wanted)
         # What failed has moved, has gone, or is corrupt.
-        for want in sorted(self._read_runs(located, alone), key=lambda w: w.number):
+        for want in sorted(self._read_runs(located, alone, wait), key=lambda w: w.number):
             if not self._read_again(located, want, outcome):
                 outcome.num_good = min(outcome.num_good, want.number)
         return outcome
 
-    def _read_runs(self, located: Located, alone: bool) -> list[Wanted]:
+    def _read_runs(self, located: Located, alone: bool, wait_for_disk: bool) -> list[Wanted]:
         """All runs, several in flight; returns what failed."""
         runs = deque(runs_of(located.wanted))
-        num_helpers = 0 if alone else min(self._num_helpers, len(runs) - 1)
+        if alone:
+            return self._drain(located, runs, wait_for_disk)
+        num_helpers = max(0, min(self._num_helpers, len(runs) - 1))
         helpers = [self._pool.submit(self._drain, located, runs) for _ in range(num_helpers)]
         try:
             return self._drain(located, runs) + _results(helpers)
@@ -170,7 +187,7 @@ class StoreReader:
             runs.clear()
             wait([helper for helper in helpers if not helper.cancel()])
 
-    def _drain(self, located: Located, runs: deque[list[Wanted]]) -> list[Wanted]:
+    def _drain(self, located: Located, runs: deque[list[Wanted]], wait_for_disk: bool = True) -> list[Wanted]:
         """Read runs until none is left."""
         failed: list[Wanted] = []
         while True:
@@ -178,7 +195,7 @@ class StoreReader:
                 run = runs.popleft()
             except IndexError:
                 return failed
-            failed += self._runs.read(located.kind, run, located.fingerprint)
+            failed += self._runs.read(located.kind, run, located.fingerprint, wait=wait_for_disk)
 
     def _read_again(self, located: Located, want: Wanted, outcome: ReadOutcome) -> bool:
         """Look a failed record up again: compaction may have moved it, eviction may have taken it."""

@@ -53,6 +53,11 @@ class Wanted:
     def locked(self) -> bool:
         return bool(self.entry.flags & _ENCRYPTED)
 
+    @property
+    def plain(self) -> bool:
+        """What is stored is the payload itself."""
+        return self.entry.codec == _RAW and not self.entry.flags & _ENCRYPTED
+
 
 class RunReader:
     """Reads runs of one store's records of one fingerprint's payloads. Thread-safe."""
@@ -62,8 +67,11 @@ class RunReader:
         self._seed = seed
         self._decrypt = decrypt
 
-    def read(self, kind: RecordKind, run: Sequence[Wanted], fingerprint: bytes) -> list[Wanted]:
-        """Read one run; returns those records that are not what they should be, or that the disk cannot read."""
+    def read(self, kind: RecordKind, run: Sequence[Wanted], fingerprint: bytes, *, wait: bool = True) -> list[Wanted]:
+        """Read one run; returns those records that are not what they should be, or that the disk cannot read.
+
+        Raises:  BlockingIOError: not to wait for the disk, and some of the run is not in the page cache.
+        """
         failed: list[Wanted] = []
         done = 0
         try:
@@ -77,9 +85,13 @@ class RunReader:
                     done += len(bite)
                 # 2. From the first that is not, all the rest at once.
                 if done < len(run):
+                    if not wait:
+                        raise BlockingIOError("not in the page cache")
                     reading = _Reading(run[done:])
                     num_read = preadv_full(fd, reading.buffers, reading.start)
                     failed += self._rejected(kind, reading, num_read, fingerprint)
+        except BlockingIOError:
+            raise
         except OSError:
             # The segment is gone, or the disk cannot read it: who asked looks each of them up again.
             failed += run[done:]
@@ -123,8 +135,7 @@ class _Reading:
         for want in wanted:
             entry = want.entry
             gap = entry.offset - end + RECORD_HEADER_BYTES
-            raw = entry.codec == _RAW and not entry.flags & _ENCRYPTED
-            body = want.into if raw else (memoryview(bytearray(entry.stored_bytes)),)
+            body = want.into if want.plain else (memoryview(bytearray(entry.stored_bytes)),)
             self.buffers.append(heads[at : at + gap])
             self.buffers += body
             at += gap

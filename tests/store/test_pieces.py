@@ -1,0 +1,85 @@
+"""Pieces of a stream: laid out before the payloads are there, then read in place."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antefix.errors import BlockCorrupt, InvalidRequest
+from antefix.store.payload_channel import Progress
+from antefix.store.pieces import PIECE_BYTES, OutgoingPieces, messages_of
+from antefix.store.wire import unpack_get_response
+from antefix.v1 import kvstore_pb2
+
+SIZES = st.lists(st.integers(1, PIECE_BYTES * 2), min_size=1, max_size=5)
+
+
+def payloads_of(sizes: list[int]) -> list[bytes]:
+    return [random.Random(number).randbytes(size) for number, size in enumerate(sizes)]
+
+
+def sent(payloads: list[bytes], num_good: int, *, first: int = 0, offset: int = 0) -> list[bytes]:
+    """The messages of a stream, its payloads read in place as a reader does."""
+    pieces = OutgoingPieces([len(payload) for payload in payloads], first=first, offset=offset)
+    for number, payload in enumerate(payloads):
+        at = 0
+        for part in pieces.parts_of(number, len(payload)):
+            part[:] = payload[at : at + part.nbytes]
+            at += part.nbytes
+        assert at == len(payload)
+    return pieces.messages(num_good)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=SIZES, data=st.data())
+def test_what_is_received_is_what_was_sent_up_to_the_first_bad_payload(sizes: list[int], data: st.DataObject) -> None:
+    num_good = data.draw(st.integers(0, len(sizes)))
+    offset = data.draw(st.integers(0, sizes[0] - 1))
+    payloads = payloads_of(sizes)
+    into = [bytearray(size) for size in sizes]
+    done = Progress(index=3, offset=offset)
+    for message in sent(payloads, num_good, first=3, offset=offset):
+        done.accept(unpack_get_response(message), lambda number, _: memoryview(into[number - 3]))
+    assert (done.index, done.offset) == ((3 + num_good, 0) if num_good else (3, offset))
+    if num_good:
+        assert into[0][offset:] == payloads[0][offset:]
+        assert [bytes(buffer) for buffer in into[1:num_good]] == payloads[1:num_good]
+    assert not any(any(buffer) for buffer in into[num_good:])
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=SIZES)
+def test_messages_are_the_bytes_that_protobuf_would_make(sizes: list[int]) -> None:
+    """Any gRPC client can read them, and they carry at most 1 MiB of payload."""
+    for raw in sent(payloads_of(sizes), len(sizes)):
+        message = kvstore_pb2.GetResponse.FromString(raw)
+        assert message.SerializeToString() == raw
+        assert 0 < len(message.data) <= PIECE_BYTES
+
+
+def test_a_payload_in_memory_is_cut_alike() -> None:
+    payload = random.Random(0).randbytes(2_500_001)
+    into = bytearray(len(payload))
+    done = Progress(index=2, offset=PIECE_BYTES)
+    for message in messages_of(payload, 2, offset=PIECE_BYTES):
+        done.accept(unpack_get_response(message), lambda *_: memoryview(into))
+    assert into[PIECE_BYTES:] == payload[PIECE_BYTES:]
+
+
+def test_an_offset_behind_the_payload_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="outside a payload"):
+        OutgoingPieces([10], first=0, offset=11)
+
+
+def test_a_damaged_or_misplaced_piece_is_refused() -> None:
+    (message,) = sent([b"payload"], 1)
+    into = memoryview(bytearray(7))
+    with pytest.raises(BlockCorrupt, match="damaged"):
+        Progress().accept(unpack_get_response(message[:-1] + b"?"), lambda *_: into)
+    with pytest.raises(BlockCorrupt, match="out of order"):
+        Progress(index=1).accept(unpack_get_response(message), lambda *_: into)
+    with pytest.raises(InvalidRequest, match="has 6 bytes, the payload 7"):
+        Progress().accept(unpack_get_response(message), lambda *_: into[:6])
