@@ -24,6 +24,7 @@ from antefix.store.format import (
     unpack_identity,
     unpack_segment_header,
 )
+from antefix.store.gone import GONE_FILE
 from kvstore.disk import Disk
 from kvstore.reserve import RESERVE_FILE
 
@@ -38,6 +39,7 @@ _KNOWN_FILES: Final = {
     LOCK_FILE,
     CLEAN_FILE,
     RESERVE_FILE,
+    GONE_FILE,
     INDEX_DIR,
     SEGMENT_DIR,
     REBUILT_DIR,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from antefix.errors import StoreFull
-from antefix.store.api import RecordKind
+from antefix.store.api import Fate, RecordKind
 from antefix.store.format import (
     BATCH_ALIGN,
     RECORD_HEADER_BYTES,
@@ -22,6 +22,7 @@ from antefix.store.format import (
     align,
     payload_checksum,
 )
+from antefix.store.gone import GoneWriter
 from antefix.store.index import Index
 from kvstore.eviction import victims
 from kvstore.index_writer import IndexTxn, Name, SegmentState, read_segments
@@ -55,6 +56,7 @@ class Space:
         self._now_ms = now_ms
         self.budget_bytes = budget_bytes
         self.reserve = Reserve(index.directory.parent, budget_bytes)
+        self._gone = GoneWriter(index.directory.parent, budget_bytes)
         self.limit_bytes = budget_bytes - 2 * segments.segment_bytes
         self.counters = SpaceCounters()
         # The segment being compacted and what of it has not been looked at yet.
@@ -67,7 +69,7 @@ class Space:
 
     @property
     def used_bytes(self) -> int:
-        return self._segments.used_bytes + self.index_bytes + self.reserve.nbytes
+        return self._segments.used_bytes + self.index_bytes + self.reserve.nbytes + self._gone.nbytes
 
     def make_room(self, nbytes: int, keep: Collection[Name]) -> None:
         """See to it that a batch of `nbytes` may be appended.
@@ -78,7 +80,8 @@ class Space:
         if self.used_bytes + nbytes <= self.limit_bytes:
             return
         self.expire()
-        live_max = int(LIVE_SHARE_MAX * (self.limit_bytes - self.index_bytes - self.reserve.nbytes))
+        fixed = self.index_bytes + self.reserve.nbytes + self._gone.nbytes
+        live_max = int(LIVE_SHARE_MAX * (self.limit_bytes - fixed))
         while self.used_bytes + nbytes > self.limit_bytes:
             if self._drop_dead():
                 continue
@@ -156,6 +159,9 @@ class Space:
         """
         entry = txn.get(name)
         assert entry is not None and entry.children == 0, "only leaves are removed"
+        if name[0] is RecordKind.BLOCK:
+            is_over = entry.expires_ms and entry.expires_ms <= self._now_ms()
+            self._gone.note(name[1], Fate.EXPIRED if is_over else Fate.EVICTED)
         parent_name = parent_of(name, entry.parent)
         parent = txn.get(parent_name)
         txn.delete(name)

@@ -9,7 +9,7 @@ from antefix.errors import Unavailable
 from antefix.model import BlockPool, load_model
 from antefix.model_dir import identify
 from antefix.secret import Keyring
-from antefix.store.api import LookupResult, PutResult, RecordKind
+from antefix.store.api import BlockFate, Fate, LookupResult, PutResult, RecordKind
 from antefix.window import Rates, RestorePlanner, Sizes, parse
 from antefix.window.rates import RatePriors
 from antefix.worker.compute import ComputeThread
@@ -27,6 +27,7 @@ class MemoryStore:
         self.records = {}
         self.broken = set()
         self.puts = []
+        self.fates = {}
 
     def check(self, call):
         if call in self.broken:
@@ -39,6 +40,11 @@ class MemoryStore:
             num += 1
         marks = [i + 1 for i in range(num) if (RecordKind.CHECKPOINT, chain[i]) in self.records]
         return LookupResult(num_blocks=num, checkpoints=tuple(marks))
+
+    async def fate(self, hash, *, fingerprint):
+        self.check("fate")
+        stored = (RecordKind.BLOCK, hash) in self.records
+        return BlockFate(fate=Fate.STORED if stored else self.fates.get(hash, Fate.UNKNOWN))
 
     async def get_blocks(self, hashes, into, *, fingerprint):
         self.check("get_blocks")

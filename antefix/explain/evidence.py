@@ -8,8 +8,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from antefix.store.api import RecordKind
+from antefix.store.api import Fate, RecordKind
 from antefix.store.format import Codec, IndexEntry
+from antefix.store.gone import remembered
 from antefix.store.index import Index
 from antefix.store.reader import StoreReader, wall_ms
 from antefix.usage.storelog import StoreEventKind, read_store_log
@@ -77,25 +78,25 @@ def gather(
         with reader.index.txn() as txn:
             known = _stored_once(names.hashes, log) if log is not None else frozenset()
             elsewhere = _elsewhere(reader.index, txn, others, now_ms)
-            blocks = [
-                _block(reader.index, txn, number, names, known, broken, now_ms) for number in range(len(names.hashes))
-            ]
+            blocks = [_block(reader, txn, number, names, known, broken, now_ms) for number in range(len(names.hashes))]
     finally:
         reader.close()
     return _with_gaps(blocks, elsewhere)
 
 
 def _block(
-    index: Index, txn: Any, number: int, names: Names, known: frozenset[bytes], broken: Mapping[int, str], now_ms: int
+    reader: StoreReader,
+    txn: Any,
+    number: int,
+    names: Names,
+    known: frozenset[bytes],
+    broken: Mapping[int, str],
+    now_ms: int,
 ) -> BlockEvidence:
-    name = names.hashes[number]
+    name, index = names.hashes[number], reader.index
     entry = index.entry(txn, RecordKind.BLOCK, name)
     if entry is None:
-        if name in known:
-            detail = "the store's log has it, the index does not"
-            return BlockEvidence(index=number, hash=name, state=State.EVICTED, detail=detail)
-        detail = "never stored" if known else "never stored, or evicted: the store keeps no names of what it evicts"
-        return BlockEvidence(index=number, hash=name, state=State.FIRST_SEEN, detail=detail)
+        return _missing(reader.directory, number, name, known)
     place = _place(entry, now_ms)
     state, detail = State.STORED, ""
     if entry.fingerprint_id != index.fingerprint_id(txn, names.fingerprint):
@@ -115,6 +116,17 @@ def _block(
         checkpoint=_checkpoint(index, txn, name, names, now_ms),
         detail=detail,
     )
+
+
+def _missing(directory: Path, number: int, name: bytes, known: frozenset[bytes]) -> BlockEvidence:
+    fate = remembered(directory, name)
+    if fate is not Fate.UNKNOWN:
+        state, detail = State(fate.value), "the store remembers that it let it go"
+    elif name in known:
+        state, detail = State.EVICTED, "the store's log has it, the index does not"
+    else:
+        state, detail = State.FIRST_SEEN, "never stored" if known else "never stored, or gone for long"
+    return BlockEvidence(index=number, hash=name, state=state, detail=detail)
 
 
 def _checkpoint(index: Index, txn: Any, name: bytes, names: Names, now_ms: int) -> Place | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import Protocol
 
 from antefix.layout import BlockLayout
@@ -67,6 +67,26 @@ class PutResult:
     refused: dict[bytes, str] = field(default_factory=dict)
 
 
+class Fate(StrEnum):
+    """What became of a block. Values are those of a usage record's miss reasons where there is one."""
+
+    STORED = "stored"
+    # Never stored, or so long ago that the store has forgotten it.
+    UNKNOWN = "unknown"
+    EVICTED = "evicted"
+    EXPIRED = "expired"
+    CORRUPT = "corrupt"
+    FINGERPRINT_DIFFERS = "fingerprint_differs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockFate:
+    """fingerprints: all others under which the store has ever held something, the newest last."""
+
+    fate: Fate
+    fingerprints: tuple[bytes, ...] = ()
+
+
 class Store(Protocol):
     """The calls that workers and the router make. Same-host and remote clients implement it alike.
 
@@ -75,6 +95,9 @@ class Store(Protocol):
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
         """The longest stored prefix of `chain`. Never promises a block that a read would not find."""
+
+    async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
+        """What became of a block that was not found, to explain the miss."""
 
     async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
         """Fill `into[i]` with block `hashes[i]`, checksum, own hash and fingerprint verified.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from antefix.layout import BlockLayout
-from antefix.store.api import LookupResult, PutResult, Record, RecordKind, Store
+from antefix.store.api import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind, Store
 
 
 class EmptyStore:
@@ -13,6 +13,9 @@ class EmptyStore:
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
         return LookupResult(num_blocks=0)
+
+    async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
+        return BlockFate(fate=Fate.UNKNOWN)
 
     async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
         return 0
@@ -83,6 +86,9 @@ class PrefixView:
         num_blocks = min(found.num_blocks, self._num_blocks)
         checkpoints = tuple(block for block in found.checkpoints if block <= num_blocks)
         return LookupResult(num_blocks=num_blocks, checkpoints=checkpoints)
+
+    async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
+        return BlockFate(fate=Fate.UNKNOWN)
 
     async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
         return await self._store.get_blocks(hashes, into, fingerprint=fingerprint)

@@ -21,10 +21,10 @@ from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
 from antefix.worker.compute import uninterrupted
 from antefix.worker.engine import Engine
+from antefix.worker.miss import miss_reason
 from antefix.worker.report import RestoreReport
 
 DISK_TIER = Tier.DISK.value
-MISS_REASONS = ("first_seen", "evicted", "expired", "window_missing", "below_minimum", "corrupt", "store_unavailable")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,13 +58,15 @@ class _Known:
     """What is believed to be there; shrinks with each disappointment.
 
     checkpoints: boundary to tier.  pooled: window state that the pool has given already, by boundary.
+    store_failed: the store did not answer.  came_short: it promised blocks and did not give them.
     """
 
     num_blocks: int
     num_in_store: int
     checkpoints: dict[int, str]
     pooled: dict[int, bytes]
-    reason: str
+    store_failed: bool = False
+    came_short: bool = False
 
 
 async def restore(engine: Engine, prompt: Prompt) -> Restored:
@@ -79,7 +81,8 @@ async def restore(engine: Engine, prompt: Prompt) -> Restored:
         sequence = await _carry_out(engine, prompt, plan, known, report)
         if sequence is not None:
             break
-    _account(engine, prompt, plan, known, report)
+    _account(engine, prompt, plan, report)
+    report.miss_reason = await _miss_reason(engine, prompt, plan, known)
     report.restore_s = time.perf_counter() - started
     return Restored(
         sequence=sequence,
@@ -95,18 +98,18 @@ async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport) -> _Kn
     hashes = prompt.chain.hashes
     try:
         found = await engine.store.lookup(hashes, fingerprint=engine.fingerprint, tenant=prompt.tenant)
-        reason = "first_seen"
+        failed = False
     except AntefixError as err:
         engine.counters.note(err)
         report.store_errors += 1
-        found, reason = LookupResult(num_blocks=0), "store_unavailable"
+        found, failed = LookupResult(num_blocks=0), True
     num_resident = engine.blocks.num_leading(hashes)
     return _Known(
         num_blocks=max(found.num_blocks, num_resident),
         num_in_store=found.num_blocks,
         checkpoints=dict.fromkeys(found.checkpoints, DISK_TIER),
         pooled={},
-        reason=reason,
+        store_failed=failed,
     )
 
 
@@ -158,10 +161,12 @@ async def _carry_out(
         window = await _load_checkpoint(engine, prompt, plan.resume_block, known, report)
         if window is None:
             return None
+    num_errors = report.store_errors
     table = await load_blocks(engine, prompt.chain.hashes[: plan.resume_block], report)
     if len(table) < plan.resume_block:
         known.num_blocks = known.num_in_store = len(table)
-        known.reason = "corrupt" if known.reason == "first_seen" else known.reason
+        known.came_short = True
+        known.store_failed |= report.store_errors > num_errors
         engine.blocks.release(table)
         return None
     if window is not None:
@@ -238,7 +243,8 @@ async def _read_into_pool(engine: Engine, hashes: Seq[bytes], block_ids: list[in
         engine.counters.note(err)
         report.store_errors += 1
         return 0
-    await engine.compute.run(engine.pool.note_filled, block_ids[:num_read])
+    if num_read:
+        await engine.compute.run(engine.pool.note_filled, block_ids[:num_read])
     nbytes = num_read * engine.layout.block_bytes
     report.bytes_read += nbytes
     if num_read == len(hashes):
@@ -279,8 +285,8 @@ def _replay_piece(engine: Engine, sequence: Sequence, tokens: npt.NDArray[np.uin
         forward(engine.model, engine.pool, [(sequence, tokens)], write_global_kv=False, ops=engine.ops)
 
 
-def _account(engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: RestoreReport) -> None:
-    """hit = blocks that were not computed; what follows them is a miss, with the reason of the first one."""
+def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) -> None:
+    """hit = blocks that were not computed; what follows them is a miss."""
     report.plan = exactness_of(engine.bounded_windows) if plan.kind is PlanKind.BOUNDED else plan.kind.value
     report.predicted_s = plan.predicted_s
     report.hit_tokens = plan.resume_block * engine.block_size
@@ -289,8 +295,24 @@ def _account(engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: 
     report.hit_store_tokens = report.hit_tokens - report.hit_memory_tokens
     if plan.resume_block:
         report.last_hit_hash = prompt.chain.hashes[plan.resume_block - 1]
+
+
+async def _miss_reason(engine: Engine, prompt: Prompt, plan: Plan, known: _Known) -> str:
+    """Why the first block that missed did; empty where only the rest of the last one is left."""
     full_blocks = (prompt.num_tokens - 1) // engine.block_size
-    if plan.resume_block < full_blocks:
-        report.miss_reason = "window_missing" if plan.resume_block < known.num_blocks else known.reason
-    elif full_blocks == 0:
-        report.miss_reason = "below_minimum"
+    if full_blocks == 0:
+        return "below_minimum"
+    if plan.resume_block >= full_blocks:
+        return ""
+    if plan.resume_block < known.num_blocks:
+        return "window_missing"
+    if known.store_failed:
+        return "store_unavailable"
+    return await miss_reason(
+        engine,
+        prompt.chain,
+        prompt.tokens,
+        tenant=prompt.tenant,
+        index=plan.resume_block,
+        came_short=known.came_short,
+    )

@@ -146,6 +146,16 @@ def test_the_stores_log_tells_evicted_from_never_seen(deployed, capsys):
     assert deployed.states(answer) == ["stored"] * 4 + ["evicted"] * 2 + ["first_seen"] * 4
 
 
+def test_the_store_itself_remembers_what_it_let_go(deployed, capsys):
+    deployed.put(4)
+    _, chain = deployed.names()
+    deployed.store.evict([(RecordKind.BLOCK, chain.hashes[2])])
+    answer = deployed.explain(capsys)
+    assert deployed.states(answer) == ["stored"] * 2 + ["evicted"] * 2 + ["first_seen"] * 6
+    deployed.store.evict([(RecordKind.BLOCK, chain.hashes[0])])
+    assert deployed.explain(capsys)["miss_reason"] == "evicted"
+
+
 def test_another_tenants_and_users_blocks_are_never_seen(deployed, capsys):
     deployed.put(3, tenant="acme")
     deployed.put(4, tenant="acme\x1fann")
