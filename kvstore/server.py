@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -349,6 +350,8 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     Raises:  ConfigError: the directory is not a store or is in use, or the address cannot be listened on.
     """
     keep_large_buffers()
+    # What was imported stays: the collector need not walk it again and again while payloads stream.
+    gc.freeze()
     loop = asyncio.get_running_loop()
     engine = await loop.run_in_executor(None, Engine, config)
     servicer = KvStoreServicer(engine)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Final
 
 import xxhash
@@ -12,11 +13,13 @@ import xxhash
 from antefix.errors import BlockCorrupt, InvalidRequest
 from antefix.store.api import Buffer, Record, RecordKind
 from antefix.store.format import HASH_BYTES
-from antefix.store.wire import GET_RESPONSE_DATA, BlankMessage, Piece, head_of
+from antefix.store.wire import BlankMessage, Piece
 from antefix.v1 import kvstore_pb2
 
 PIECE_BYTES: Final = 1 << 20
 HASHES_MAX: Final = 16_384
+# Stands for one that is not known yet; 0 would be left out of the message.
+_ANY_CHECKSUM: Final = 1
 
 
 def piece_checksum(data: Buffer) -> int:
@@ -39,10 +42,10 @@ def messages_of(payload: Buffer, number: int, *, offset: int = 0) -> list[bytes]
     view = memoryview(payload).cast("B")
     pieces = OutgoingPieces([view.nbytes], first=number, offset=offset)
     at = 0
-    for part in pieces.parts_of(0, view.nbytes):
+    for part in pieces.parts_of(0):
         part[:] = view[at : at + part.nbytes]
         at += part.nbytes
-    return pieces.messages(1)
+    return pieces.messages(1, last=True)
 
 
 @dataclass(slots=True)
@@ -55,20 +58,20 @@ class _Cut:
     nbytes: int = 0
     blank: BlankMessage | None = None
 
-    def message(self, checksum: int) -> kvstore_pb2.GetResponse:
-        return kvstore_pb2.GetResponse(
-            index=self.index, offset=self.offset, payload_bytes=self.sizes, checksum=checksum
+    def draw_blank(self) -> BlankMessage:
+        """The message, its payload and checksum still to come."""
+        message = kvstore_pb2.GetResponse(
+            index=self.index, offset=self.offset, payload_bytes=self.sizes, checksum=_ANY_CHECKSUM
         )
-
-    def head(self, checksum: int) -> bytes:
-        return head_of(self.message(checksum), GET_RESPONSE_DATA, self.nbytes)
+        self.blank = BlankMessage(message, self.nbytes)
+        return self.blank
 
 
 class OutgoingPieces:
     """The messages of a Get that carry payloads number `first` and on, from byte `offset` of the first one.
 
     Laid out before the payloads are there, so that these are read straight to where gRPC takes them from: `parts_of`
-    says where. When they are verified, `messages` completes them.
+    says where. When payloads are verified, `messages` completes what they fill.
     """
 
     def __init__(self, sizes: Sequence[int], *, first: int, offset: int = 0) -> None:
@@ -77,48 +80,47 @@ class OutgoingPieces:
             raise InvalidRequest(f"offset {offset} lies outside a payload of {sizes[0]} bytes")
         self._sizes = sizes
         self._offset = offset
-        self._cuts = _cut(sizes, first, offset)
-        for cut in self._cuts:
-            # A fixed64 takes as much room whatever it holds, but proto3 leaves a zero out.
-            cut.blank = BlankMessage(len(cut.head(1)), cut.nbytes)
-        self._parts = self._place()
+        # Where each payload ends, counted from the first byte that is sent.
+        self._ends = [end - offset for end in accumulate(sizes, initial=0)]
+        cuts = _cut(sizes, first, offset)
+        self._unsent = deque(cuts)
+        self._unplaced = iter(cuts)
+        self._room = memoryview(b"")
+        self._num_placed = 0
+        self._sent_bytes = 0
 
-    def parts_of(self, number: int, _: int) -> Sequence[memoryview]:
-        """Where payload number `number`, counted from the first one here, goes; see reader.Parts."""
-        return self._parts[number]
-
-    def messages(self, num_good: int) -> list[bytes]:
-        """The messages of the leading `num_good` payloads; what comes after them is not sent."""
-        left = max(0, sum(self._sizes[:num_good]) - self._offset)
-        out = []
-        for cut in self._cuts:
-            if left <= 0:
-                break
-            assert cut.blank is not None
-            if cut.nbytes <= left:
-                out.append(_finish(cut, cut.blank))
-            else:
-                out.append(_finish(*_shortened(cut, left)))
-            left -= cut.nbytes
-        return out
-
-    def _place(self) -> list[list[memoryview]]:
-        rooms = deque(cut.blank.payload for cut in self._cuts if cut.blank is not None)
-        parts = []
-        for number, nbytes in enumerate(self._sizes):
-            mine: list[memoryview] = []
-            if number == 0 and self._offset:
-                # Read to be verified with the rest, not to be sent again.
-                mine.append(memoryview(bytearray(self._offset)))
-                nbytes -= self._offset
-            while nbytes:
-                room = rooms.popleft()
-                mine.append(room[:nbytes])
-                if room.nbytes > nbytes:
-                    rooms.appendleft(room[nbytes:])
-                nbytes -= mine[-1].nbytes
-            parts.append(mine)
+    def parts_of(self, number: int) -> list[memoryview]:
+        """Where payload `number` goes, counted from the first one here; to be asked in order, once each."""
+        assert number == self._num_placed
+        self._num_placed += 1
+        parts: list[memoryview] = []
+        nbytes = self._sizes[number]
+        if number == 0 and self._offset:
+            # Read to be verified with the rest, not to be sent again.
+            parts.append(memoryview(bytearray(self._offset)))
+            nbytes -= self._offset
+        while nbytes:
+            if not self._room:
+                self._room = next(self._unplaced).draw_blank().payload
+            parts.append(self._room[:nbytes])
+            nbytes -= parts[-1].nbytes
+            self._room = self._room[parts[-1].nbytes :]
         return parts
+
+    def messages(self, num_good: int, *, last: bool) -> list[bytes]:
+        """Those that the leading `num_good` payloads fill, without those returned before.
+
+        last: no more will come, so the end of the last good payload is sent as well, in a piece cut short.
+        """
+        end = self._ends[num_good]
+        out = []
+        while self._unsent and self._sent_bytes + self._unsent[0].nbytes <= end:
+            cut = self._unsent.popleft()
+            out.append(_finish(cut.blank))
+            self._sent_bytes += cut.nbytes
+        if last and self._sent_bytes < end:
+            out.append(_finish(_shortened(self._unsent.popleft(), end - self._sent_bytes)))
+        return out
 
 
 def _cut(sizes: Sequence[int], first: int, offset: int) -> list[_Cut]:
@@ -138,16 +140,12 @@ def _cut(sizes: Sequence[int], first: int, offset: int) -> list[_Cut]:
     return cuts
 
 
-def _finish(cut: _Cut, blank: BlankMessage) -> bytes:
-    checksum = piece_checksum(blank.payload)
-    head = cut.head(checksum)
-    if checksum == 0:
-        # One in 2^64: without the field the head is shorter than the room left for it.
-        return head + bytes(blank.payload)
-    return blank.finish(head)
+def _finish(blank: BlankMessage | None) -> bytes:
+    assert blank is not None, "payloads are read before they are sent"
+    return blank.finish(piece_checksum(blank.payload))
 
 
-def _shortened(cut: _Cut, nbytes: int) -> tuple[_Cut, BlankMessage]:
+def _shortened(cut: _Cut, nbytes: int) -> BlankMessage:
     """The leading bytes of a piece, whose last payload turned out bad."""
     assert cut.blank is not None
     short = _Cut(cut.index, cut.offset, nbytes=nbytes)
@@ -157,9 +155,9 @@ def _shortened(cut: _Cut, nbytes: int) -> tuple[_Cut, BlankMessage]:
             break
         short.sizes.append(size)
         end += size
-    blank = BlankMessage(len(short.head(1)), nbytes)
+    blank = short.draw_blank()
     blank.payload[:] = cut.blank.payload[:nbytes]
-    return short, blank
+    return blank
 
 
 def request_pieces(records: Iterable[Record]) -> Iterator[Piece[kvstore_pb2.PutRequest]]:

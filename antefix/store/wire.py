@@ -8,6 +8,7 @@ to the store, and ours need not parse megabytes.
 from __future__ import annotations
 
 import ctypes
+import struct
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -16,6 +17,7 @@ from antefix.v1 import kvstore_pb2
 
 _LENGTH_DELIMITED: Final = 2
 _FIXED_BYTES: Final = {1: 8, 5: 4}
+_CHECKSUM: Final = struct.Struct("<Q")
 GET_RESPONSE_DATA: Final = kvstore_pb2.GetResponse.DATA_FIELD_NUMBER
 PUT_REQUEST_DATA: Final = kvstore_pb2.PutRequest.DATA_FIELD_NUMBER
 
@@ -40,40 +42,42 @@ class Piece(Generic[M]):
 
 
 class BlankMessage:
-    """A message whose payload is still to be read, straight into the bytes that gRPC will send.
+    """A GetResponse whose payload is still to be read, straight into the bytes that gRPC will send.
 
-    gRPC takes nothing but bytes objects, and joining them from parts would copy every payload once more.
-    `fill` hands out the payload's place; `finish` writes what stands before it. Between the two only the owner has it.
+    gRPC takes nothing but bytes objects, and joining them from parts would copy every payload once more. Until `finish`
+    only the owner has it.
     """
 
-    def __init__(self, head_bytes: int, payload_bytes: int) -> None:
-        """head_bytes: of everything but the payload itself, its tag and length included; see `head_of`."""
-        nbytes = head_bytes + payload_bytes
+    def __init__(self, message: kvstore_pb2.GetResponse, payload_bytes: int) -> None:
+        """message: all but payload and checksum; its checksum must not be 0, which proto3 leaves out."""
+        head = head_of(message, GET_RESPONSE_DATA, payload_bytes)
+        nbytes = len(head) + payload_bytes
         self._raw: bytes = _new_bytes(None, nbytes)
-        whole = (ctypes.c_char * nbytes).from_address(_address_of(self._raw))
-        self._view = memoryview(whole).cast("B")
-        self._head_bytes = head_bytes
+        self._view = memoryview((ctypes.c_char * nbytes).from_address(_address_of(self._raw))).cast("B")
+        self._view[: len(head)] = head
+        # The last field before the payload's tag and length.
+        self._checksum_at = len(head) - len(_tag_and_length(GET_RESPONSE_DATA, payload_bytes)) - _CHECKSUM.size
+        self.payload = self._view[len(head) :]
 
-    @property
-    def payload(self) -> memoryview:
-        """Writable until `finish`."""
-        return self._view[self._head_bytes :]
-
-    def finish(self, head: bytes) -> bytes:
-        """The message.  Raises:  ValueError: `head` has not the size that was announced."""
-        self._view[: self._head_bytes] = head
+    def finish(self, checksum: int) -> bytes:
+        """The message; its payload is not to be written to any more."""
+        _CHECKSUM.pack_into(self._view, self._checksum_at, checksum)
         return self._raw
 
 
 def head_of(message: Any, field: int, payload_bytes: int) -> bytes:
     """What stands before the payload, which is field number `field` of the message and its last."""
-    varint = bytearray([field << 3 | _LENGTH_DELIMITED])
-    while payload_bytes > 0x7F:
-        varint.append(payload_bytes & 0x7F | 0x80)
-        payload_bytes >>= 7
-    varint.append(payload_bytes)
-    head: bytes = message.SerializeToString() + varint
+    head: bytes = message.SerializeToString() + _tag_and_length(field, payload_bytes)
     return head
+
+
+def _tag_and_length(field: int, nbytes: int) -> bytes:
+    varint = bytearray([field << 3 | _LENGTH_DELIMITED])
+    while nbytes > 0x7F:
+        varint.append(nbytes & 0x7F | 0x80)
+        nbytes >>= 7
+    varint.append(nbytes)
+    return bytes(varint)
 
 
 def unpack_get_response(raw: bytes) -> Piece[kvstore_pb2.GetResponse]:

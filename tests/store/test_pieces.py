@@ -22,15 +22,19 @@ def payloads_of(sizes: list[int]) -> list[bytes]:
 
 
 def sent(payloads: list[bytes], num_good: int, *, first: int = 0, offset: int = 0) -> list[bytes]:
-    """The messages of a stream, its payloads read in place as a reader does."""
+    """The messages of a stream, its payloads read in place one after the other, as a reader does."""
     pieces = OutgoingPieces([len(payload) for payload in payloads], first=first, offset=offset)
+    messages: list[bytes] = []
     for number, payload in enumerate(payloads):
         at = 0
-        for part in pieces.parts_of(number, len(payload)):
+        for part in pieces.parts_of(number):
             part[:] = payload[at : at + part.nbytes]
             at += part.nbytes
         assert at == len(payload)
-    return pieces.messages(num_good)
+        if number >= num_good:
+            break
+        messages += pieces.messages(number + 1, last=False)
+    return messages + pieces.messages(num_good, last=True)
 
 
 @settings(max_examples=40, deadline=None)
