@@ -207,9 +207,13 @@ class RouterClient:
         *,
         tenant: str = "",
         request_id: str = "",
+        session: str = "",
         timeout_s: float = 600.0,
     ) -> AsyncIterator[Generated]:
-        request = router_pb2.GenerateRequest(sampling=sampling_to_wire(sampling), tenant=tenant, request_id=request_id)
+        """session: the caller's name of the conversation, a hint where to place it."""
+        request = router_pb2.GenerateRequest(
+            sampling=sampling_to_wire(sampling), tenant=tenant, request_id=request_id, session=session
+        )
         if isinstance(prompt, str):
             request.text = prompt
         else:

@@ -39,6 +39,7 @@ MESSAGE_BYTES_MAX = 16 << 20
 # Client and server agree on keepalive: a client that pings more often than the server allows is cut off.
 KEEPALIVE_S = 30
 GRACE_S = 30.0
+_LAST_WORD_S = 0.1
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -114,7 +115,13 @@ def rpc_errors() -> Any:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns exceptions into statuses. What is not ours becomes INTERNAL with an id that the log has too."""
+    """Turns exceptions into statuses. What is not ours becomes INTERNAL with an id that the log has too.
+
+    draining: ends calls that last as long as the service (methods named Watch...), which would hold it up.
+    """
+
+    def __init__(self, draining: asyncio.Event) -> None:
+        self._draining = draining
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
@@ -127,9 +134,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 else grpc.unary_stream_rpc_method_handler
             )
             behaviour = handler.stream_stream or handler.unary_stream
-            # One that writes to its context itself (health's Watch does) is a coroutine, not a generator.
-            writes = inspect.iscoroutinefunction(behaviour)
-            wrapped: Any = _guard_unary(behaviour) if writes else _guard_stream(behaviour)
+            is_watch = handler_call_details.method.rpartition("/")[2].startswith("Watch")
+            wrapped: Any = _guard_watch(behaviour, self._draining) if is_watch else _guard_stream(behaviour)
         else:
             make = (
                 grpc.stream_unary_rpc_method_handler
@@ -167,6 +173,33 @@ def _guard_stream(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callab
     return guarded
 
 
+def _guard_watch(behaviour: Callable[[Any, Any], Any], draining: asyncio.Event) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def watch(request: Any, context: Context) -> None:
+        responses = behaviour(request, context)
+        if inspect.isawaitable(responses):
+            # The stock health service writes to its context itself.
+            await responses
+            return
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                await context.write(response)
+
+    async def until_drained(request: Any, context: Context) -> None:
+        tasks = [asyncio.create_task(watch(request, context)), asyncio.create_task(draining.wait())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                await tasks[0]
+                return
+            raise errors.Unavailable("the service is draining")
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    return _guard_unary(until_drained)
+
+
 async def _abort(context: Context, err: Exception) -> None:
     if isinstance(err, (grpc.aio.AbortError, grpc.RpcError)) and not isinstance(err, grpc.aio.AioRpcError):
         raise err
@@ -194,6 +227,7 @@ class Server:
     health: HealthServicer
     port: int
     host: str
+    draining: asyncio.Event
 
     @property
     def address(self) -> str:
@@ -201,6 +235,9 @@ class Server:
 
     async def drain(self, grace_s: float = GRACE_S) -> None:
         await self.health.enter_graceful_shutdown()
+        # Whoever watches our health hears of it first.
+        await asyncio.sleep(min(grace_s, _LAST_WORD_S))
+        self.draining.set()
         await self.server.stop(grace_s)
 
 
@@ -213,7 +250,8 @@ async def start_server(
     Raises:  ConfigError: the port is in use or not ours, or the host is not loopback.
     """
     host, port = parse_address(address)
-    server = grpc.aio.server(interceptors=[ErrorInterceptor()], options=list(SERVER_OPTIONS))
+    draining = asyncio.Event()
+    server = grpc.aio.server(interceptors=[ErrorInterceptor(draining)], options=list(SERVER_OPTIONS))
     register(server)
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -230,7 +268,7 @@ async def start_server(
     await server.start()
     for name in ("", *names):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(server=server, health=health, port=bound, host=host)
+    return Server(server=server, health=health, port=bound, host=host, draining=draining)
 
 
 def _port_error(address: str) -> errors.ConfigError:

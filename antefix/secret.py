@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 from pathlib import Path
@@ -30,6 +31,15 @@ class Keyring:
                 self._keys.clear()
             found = self._keys[tenant] = tenant_key(self._secret, tenant)
         return found
+
+    def proof(self, *parts: bytes) -> bytes:
+        """32 bytes over these parts that whoever has the secret can make, and nobody else."""
+        state = hashlib.blake2b(digest_size=32, key=self._secret, person=b"antefix-service")
+        for part in parts:
+            # Length first: without it ("ab", "c") and ("a", "bc") would have one proof.
+            state.update(len(part).to_bytes(4, "little"))
+            state.update(part)
+        return state.digest()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Keyring:

@@ -12,9 +12,10 @@ import numpy as np
 from antefix import rpc
 from antefix.config import require, setting
 from antefix.errors import InvalidRequest
+from antefix.events.redis_bus import MemoryPublisher, check_url
 from antefix.store.open import StoreAddress, open_store
 from antefix.tokenizer import load_tokenizer
-from antefix.v1 import decode_pb2, decode_pb2_grpc, window_pb2
+from antefix.v1 import decode_pb2, decode_pb2_grpc, memory_pb2, window_pb2
 from antefix.wire import (
     Sampling,
     logprobs_to_wire,
@@ -26,6 +27,7 @@ from antefix.wire import (
 from antefix.worker.adopt import Adopted, adopt, prefill_here, take_handoff
 from antefix.worker.engine import Engine, EngineConfig, build_engine
 from antefix.worker.lease import WorkerLease
+from antefix.worker.memory_service import add_memory_service
 from antefix.worker.restore import Prompt
 from antefix.worker.window_service import add_window_service
 from antefix.worker.writer import RecordWriter
@@ -43,12 +45,14 @@ class DecodeConfig(EngineConfig):
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
     routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
+    events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
     num_running_max: int = setting(32, "sequences that run at once; more are refused with a retry hint")
 
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         EngineConfig.__post_init__(self)
         require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
+        check_url(self.events_redis)
         require(self.num_running_max > 0, f"num_running_max must be positive, is {self.num_running_max}")
 
 
@@ -165,13 +169,21 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
     def add_services(server: grpc.aio.Server) -> None:
         decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
         add_window_service(engine, server)
+        add_memory_service(engine.blocks.events, server)
 
-    server = await rpc.start_server(config.address, add_services, [decode_pb2.DESCRIPTOR, window_pb2.DESCRIPTOR])
+    descriptors = [decode_pb2.DESCRIPTOR, window_pb2.DESCRIPTOR, memory_pb2.DESCRIPTOR]
+    server = await rpc.start_server(config.address, add_services, descriptors)
 
     async def stop() -> None:
         await servicer.scheduler.close()
         await engine.close()
 
-    lease = WorkerLease(config.routers, role="decode", address=server.address, fingerprint=engine.fingerprint)
-    async with lease:
+    lease = WorkerLease(
+        config.routers,
+        role="decode",
+        address=server.address,
+        fingerprint=engine.fingerprint,
+        keyring=engine.keyring,
+    )
+    async with lease, MemoryPublisher(config.events_redis, engine.blocks.events, server.address):
         await rpc.run_until_signal(server, role="decode", stop=stop, watch_stdin=watch_stdin, leave=lease.end)

@@ -8,12 +8,14 @@ import grpc
 
 from antefix import rpc
 from antefix.config import require, setting
+from antefix.events.redis_bus import MemoryPublisher, check_url
 from antefix.store.open import StoreAddress, open_store
-from antefix.v1 import prefill_pb2, prefill_pb2_grpc, window_pb2
+from antefix.v1 import memory_pb2, prefill_pb2, prefill_pb2_grpc, window_pb2
 from antefix.wire import report_to_wire, tokens_from_wire
 from antefix.worker.adopt import leave_handoff
 from antefix.worker.engine import Engine, EngineConfig, build_engine
 from antefix.worker.lease import WorkerLease
+from antefix.worker.memory_service import add_memory_service
 from antefix.worker.prompt import run_prompt
 from antefix.worker.restore import Prompt
 from antefix.worker.window_service import add_window_service
@@ -28,6 +30,7 @@ class PrefillConfig(EngineConfig):
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
     routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
+    events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
     num_running_max: int = setting(2, "prompts at work at once")
     num_waiting_max: int = setting(64, "prompts waiting; more are refused with a retry hint")
 
@@ -35,6 +38,7 @@ class PrefillConfig(EngineConfig):
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         EngineConfig.__post_init__(self)
         require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
+        check_url(self.events_redis)
         require(self.num_running_max > 0 and self.num_waiting_max > 0, "num_running_max and num_waiting_max start at 1")
 
 
@@ -96,8 +100,16 @@ async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
     def add_services(server: grpc.aio.Server) -> None:
         prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
         add_window_service(engine, server)
+        add_memory_service(engine.blocks.events, server)
 
-    server = await rpc.start_server(config.address, add_services, [prefill_pb2.DESCRIPTOR, window_pb2.DESCRIPTOR])
-    lease = WorkerLease(config.routers, role="prefill", address=server.address, fingerprint=engine.fingerprint)
-    async with lease:
+    descriptors = [prefill_pb2.DESCRIPTOR, window_pb2.DESCRIPTOR, memory_pb2.DESCRIPTOR]
+    server = await rpc.start_server(config.address, add_services, descriptors)
+    lease = WorkerLease(
+        config.routers,
+        role="prefill",
+        address=server.address,
+        fingerprint=engine.fingerprint,
+        keyring=engine.keyring,
+    )
+    async with lease, MemoryPublisher(config.events_redis, engine.blocks.events, server.address):
         await rpc.run_until_signal(server, role="prefill", stop=engine.close, watch_stdin=watch_stdin, leave=lease.end)

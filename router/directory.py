@@ -40,6 +40,8 @@ class Directory:
         self._sets: dict[int, int] = {}
         self._bit: dict[str, int] = {}
         self._row: dict[int, str] = {}
+        self._serials: dict[str, int] = {}
+        self._num_known = 0
         self._gone = 0
 
     def __len__(self) -> int:
@@ -74,9 +76,19 @@ class Directory:
                 else:
                     del part[key]
 
+    def know(self, address: str) -> int:
+        """Have a place for the worker, whatever it holds; returns the place's serial number."""
+        self._bit_of(address)
+        return self._serials[address]
+
+    def serial(self, address: str) -> int:
+        """Of the worker's place; another one after it was forgotten. 0: it has none."""
+        return self._serials.get(address, 0)
+
     def forget(self, address: str) -> None:
         """The worker died or was replaced: its memory is gone."""
         bit = self._bit.pop(address, None)
+        self._serials.pop(address, None)
         if bit is None:
             return
         del self._row[bit]
@@ -123,6 +135,8 @@ class Directory:
             while bit in self._row or self._gone >> bit & 1:
                 bit += 1
             self._bit[address], self._row[bit] = bit, address
+            self._num_known += 1
+            self._serials[address] = self._num_known
         return bit
 
     def _shared(self, holders: int) -> int:

@@ -66,11 +66,13 @@ class Front:
         tenant: str = "",
         user: str = "",
         request_id: str = "",
+        session: str = "",
         breakpoints: tuple[tuple[int, float], ...] = (),
     ) -> Bill:
         """Check a request and open its bill. user: gets a cache of its own within the tenant's.
 
         breakpoints: (number of prompt tokens, seconds) of prefixes that the client wants kept.
+        session: the client's name of the conversation: a hint where to place it.
 
         Raises:  InvalidRequest: whatever is wrong with it, whatever our state is.  QuotaExceeded, Conflict: see there.
         """
@@ -78,6 +80,7 @@ class Front:
             ("request_id", request_id, REQUEST_ID_BYTES_MAX),
             ("tenant", tenant, TENANT_BYTES_MAX),
             ("user", user, TENANT_BYTES_MAX),
+            ("session", session, TENANT_BYTES_MAX),
         ):
             if len(text.encode()) > nbytes_max:
                 raise InvalidRequest(f"{name} takes {nbytes_max} bytes")
@@ -88,6 +91,7 @@ class Front:
             tokens=tokens,
             sampling=sampling,
             breakpoints=breakpoints,
+            session=session,
         )
         return await self.accounts.admit(request, tenant=tenant, user=user)
 

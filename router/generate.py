@@ -24,7 +24,8 @@ from router.keeper import Keeper
 from router.naming import Names, Prompt
 from router.placement import Work
 from router.prefilling import NUM_MOVES_MAX, Prefilling
-from router.workers import Workers
+from router.sessions import Sessions
+from router.workers import Role, Workers
 
 log = logging.getLogger("antefix.router")
 
@@ -32,13 +33,15 @@ log = logging.getLogger("antefix.router")
 @dataclass(slots=True)
 class Request:
     """One request while it runs. `emitted` are the output tokens that the client has, `logprobs` theirs where they were
-    asked for. breakpoints: (prompt tokens, seconds) of prefixes that the client wants kept."""
+    asked for. breakpoints: (prompt tokens, seconds) of prefixes that the client wants kept. session: the client's name
+    of the conversation, a hint."""
 
     request_id: str
     tenant: str
     tokens: Tokens
     sampling: Sampling
     breakpoints: tuple[tuple[int, float], ...] = ()
+    session: str = ""
     emitted: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     restore: RestoreReport | None = None
@@ -54,8 +57,15 @@ class Generator:
     """Runs requests over the workers."""
 
     def __init__(
-        self, prefilling: Prefilling, decode: Workers, names: Names, directory: Directory, keeper: Keeper
+        self,
+        prefilling: Prefilling,
+        decode: Workers,
+        names: Names,
+        directory: Directory,
+        keeper: Keeper,
+        sessions: Sessions,
     ) -> None:
+        self._sessions = sessions
         self._keeper = keeper
         self._prefilling = prefilling
         self._decode = decode
@@ -74,7 +84,11 @@ class Generator:
         prompt = self._names.prompt(request.tenant, request.tokens)
         # 2. Prefill, which a short rest leaves to the decode worker.
         prefilled = await self._prefilling.run(
-            prompt, request_id=request.request_id, timeout_s=timeout_s, keep=request.breakpoints
+            prompt,
+            request_id=request.request_id,
+            timeout_s=timeout_s,
+            keep=request.breakpoints,
+            session=request.session,
         )
         self._keeper.keep(prompt.chain, request.breakpoints, tenant=request.tenant)
         handoff, work = b"", prefilled.work
@@ -103,8 +117,12 @@ class Generator:
     async def _run_decode(
         self, request: Request, prompt: Prompt, work: Work, handoff: bytes, tried: set[str], timeout_s: float
     ) -> AsyncGenerator[Tokens, None]:
-        worker = self._decode.place(work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried))
+        hint = self._sessions.last(request.tenant, request.session, Role.DECODE)
+        worker = self._decode.place(
+            work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
+        )
         tried.add(worker.address)
+        self._sessions.note(request.tenant, request.session, Role.DECODE, worker.address)
         self._directory.placed(worker.address, prompt.keys)
         client = worker.client
         assert isinstance(client, DecodeClient)

@@ -11,6 +11,7 @@ from antefix import rpc
 from antefix.errors import FingerprintMismatch, InvalidRequest, ResourceExhausted
 from router.directory import Directory
 from router.health import HealthWatch
+from router.memory_feed import MemoryFeed
 from router.workers import Role, Workers
 
 log = logging.getLogger("antefix.router")
@@ -28,9 +29,21 @@ class _Lease:
 
 
 class Leases:
-    """Who has a lease on which role. instance: made anew by each process; another one's memory starts empty."""
+    """Who has a lease on which role. instance: made anew by each process; another one's memory starts empty.
 
-    def __init__(self, prefill: Workers, decode: Workers, directory: Directory, *, fingerprint: bytes) -> None:
+    memory: told of who comes and goes, to follow what they hold.
+    """
+
+    def __init__(
+        self,
+        prefill: Workers,
+        decode: Workers,
+        directory: Directory,
+        *,
+        fingerprint: bytes,
+        memory: MemoryFeed | None = None,
+    ) -> None:
+        self._memory = memory
         self._groups = {Role.PREFILL: prefill, Role.DECODE: decode}
         self._directory = directory
         self._fingerprint = fingerprint
@@ -40,14 +53,18 @@ class Leases:
 
     def start(self) -> None:
         """From now on watch everybody's health and let leases run out. Needs a running event loop."""
-        self._health.follow(tuple(self._groups.values()))
         self._sweeper = asyncio.create_task(self._sweep())
+        if self._memory is not None:
+            self._memory.start()
+        self._followed()
 
     async def close(self) -> None:
         if self._sweeper is not None:
             self._sweeper.cancel()
             await asyncio.gather(self._sweeper, return_exceptions=True)
         await self._health.close()
+        if self._memory is not None:
+            await self._memory.close()
 
     def renew(self, role_name: str, address: str, *, instance: bytes, fingerprint: bytes, ttl_s: float) -> None:
         """Know the worker for `ttl_s` from now; a ttl of 0 ends its lease.
@@ -92,8 +109,12 @@ class Leases:
         self._followed()
 
     def _followed(self) -> None:
-        if self._sweeper is not None:
-            self._health.follow(tuple(self._groups.values()))
+        if self._sweeper is None:
+            return
+        groups = tuple(self._groups.values())
+        self._health.follow(groups)
+        if self._memory is not None:
+            self._memory.follow(worker.address for group in groups for worker in group.workers)
 
     async def _sweep(self) -> None:
         while True:

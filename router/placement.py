@@ -43,6 +43,7 @@ class Loads:
 
     seeds: from their addresses.  pending_tokens: of work placed and not done.  active_tokens: prompts' lengths of the
     same.  resident_tokens: of this prompt, probably in the worker's memory.  num_served: requests ended, ever.
+    hinted: the row that the request's conversation was last at; -1: none.
     """
 
     seeds: Seeds
@@ -52,6 +53,7 @@ class Loads:
     resident_tokens: Counts
     num_served: Counts
     shunned: Flags
+    hinted: int = -1
 
     def __len__(self) -> int:
         return len(self.seeds)

@@ -22,7 +22,8 @@ class LeastWork:
     """Least work until this request's first token, its own counted for those who will queue behind it too.
 
     cost = pending + own * (1 + queue_weight * requests there), in tokens of prefill. Resident beats disk beats remote
-    within `own`. Ties: fewer requests; then an unseen prefix by rendezvous, another by history; then chance.
+    within `own`. Ties: fewer requests; then where the conversation was; then an unseen prefix by rendezvous, another by
+    history; then chance.
     """
 
     def __init__(self, seed: int = 0, *, queue_weight: float = QUEUE_WEIGHT, tie_tokens: float = TIE_TOKENS) -> None:
@@ -38,13 +39,16 @@ class LeastWork:
         # 2. Load.
         if len(rows) > 1:
             rows = rows[loads.num_requests[rows] == loads.num_requests[rows].min()]
-        # 3. What nobody has: twins meet. What somebody has: who has served least.
+        # 3. The caller's hint: memory that no router was told of, such as the last turn's output, is likely there.
+        if len(rows) > 1 and loads.hinted in rows:
+            return loads.hinted
+        # 4. What nobody has: twins meet. What somebody has: who has served least.
         if len(rows) > 1 and not loads.resident_tokens[rows].any():
             return int(rows[np.argmin(rendezvous(work.affinity, loads.seeds[rows]))])
         if len(rows) > 1:
             rows = rows[loads.resident_tokens[rows] == loads.resident_tokens[rows].max()]
             rows = rows[loads.num_served[rows] == loads.num_served[rows].min()]
-        # 4. Chance.
+        # 5. Chance.
         return int(rows[0]) if len(rows) == 1 else int(rows[self._rng.randrange(len(rows))])
 
 

@@ -20,7 +20,8 @@ from router.feed import StoreFeed
 from router.inflight import InFlight, wait_deadline_s, worth_waiting
 from router.naming import Prompt
 from router.placement import FETCH_WEIGHT, Work
-from router.workers import Worker, Workers
+from router.sessions import Sessions
+from router.workers import Role, Worker, Workers
 
 log = logging.getLogger("antefix.router")
 
@@ -74,6 +75,7 @@ class _Order:
     request_id: str
     ends: float
     keep: Kept
+    session: str
 
     @property
     def timeout_s(self) -> float:
@@ -101,8 +103,10 @@ class Prefilling:
         limits: Limits,
         num_decoding: Callable[[], int] = lambda: 0,
         feed: StoreFeed | None = None,
+        sessions: Sessions | None = None,
     ) -> None:
         self._feed = feed
+        self._sessions = sessions or Sessions()
         self.counters = Counters()
         self._workers = workers
         self._store = store
@@ -112,12 +116,15 @@ class Prefilling:
         self._num_decoding = num_decoding
         self._in_flight: InFlight[_Flight] = InFlight()
 
-    async def run(self, prompt: Prompt, *, request_id: str, timeout_s: float, keep: Kept = ()) -> Ready:
-        """keep: (tokens, seconds) of prefixes to leave window state at.
+    async def run(
+        self, prompt: Prompt, *, request_id: str, timeout_s: float, keep: Kept = (), session: str = ""
+    ) -> Ready:
+        """keep: (tokens, seconds) of prefixes to leave window state at.  session: the caller's, a hint.
 
         Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.
         """
-        order = _Order(prompt=prompt, request_id=request_id, ends=time.monotonic() + timeout_s, keep=keep)
+        ends = time.monotonic() + timeout_s
+        order = _Order(prompt=prompt, request_id=request_id, ends=ends, keep=keep, session=session)
         patience: float | None = None
         while True:
             # 1. Ask what is stored: that decides how much work it is, and for whom.
@@ -188,8 +195,11 @@ class Prefilling:
         prompt = order.prompt
         stored = work.stored_tokens or 0
         own = round(work.num_tokens - stored + FETCH_WEIGHT * stored)
+        hint = self._sessions.last(prompt.tenant, order.session, Role.PREFILL)
         while len(tried) < min(NUM_MOVES_MAX, len(self._workers.workers)):
-            worker = self._workers.place(work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried))
+            worker = self._workers.place(
+                work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
+            )
             tried.add(worker.address)
             flight.until = time.monotonic() + self._admit(worker, own)
             try:
@@ -203,6 +213,7 @@ class Prefilling:
                     raise
                 continue
             self._directory.placed(worker.address, prompt.keys)
+            self._sessions.note(prompt.tenant, order.session, Role.PREFILL, worker.address)
             return answer
         return None
 

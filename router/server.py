@@ -13,8 +13,10 @@ from antefix import rpc
 from antefix.block import as_tokens, exactness_of
 from antefix.clients import Tokens, usage_to_wire
 from antefix.config import require, setting
+from antefix.events.redis_bus import check_url
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
+from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.store.api import Store
 from antefix.store.client import RemoteStore
@@ -31,9 +33,11 @@ from router.gateway.config import GatewayConfig
 from router.generate import Generator
 from router.keeper import Keeper
 from router.leases import Leases
+from router.memory_feed import MemoryFeed
 from router.naming import Names
 from router.policy import POLICIES, make_policy
 from router.prefilling import Limits, Prefilling
+from router.sessions import Sessions
 from router.usage_service import UsageServicer
 from router.workers import Role, Workers
 
@@ -60,6 +64,7 @@ class RouterConfig(GatewayConfig):
         600.0, "refuse, with a retry hint, what would wait longer for its first token", unit="s"
     )
     store_events: bool = setting(False, "follow the store's events instead of asking it at every request")
+    events_redis: str = setting("", "redis:// URL that workers tell memory events to; empty: each worker is asked")
     policy: str = setting("least_work", "placement: least_work, or a baseline to compare it with")
     prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
     decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
@@ -74,6 +79,7 @@ class RouterConfig(GatewayConfig):
         require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
         require(self.prefill_tokens_min >= -1, f"prefill_tokens_min must be at least -1, is {self.prefill_tokens_min}")
         require(self.ttft_s_max > 0, f"ttft_s_max must be positive, is {self.ttft_s_max}")
+        check_url(self.events_redis)
         require(self.policy in POLICIES, f"policy must be one of {', '.join(POLICIES)}, is {self.policy!r}")
         require(bool(self.decode) or self.leases, "--decode or --leases is needed: workers named, or that register")
 
@@ -92,7 +98,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._decode = Workers(Role.DECODE, make_policy(config.policy), config.decode)
         keyring = Keyring.from_file(config.secret_file)
         names = Names(fingerprint=self._fingerprint, keyring=keyring, block_size=identity.geometry.block_size)
-        directory = Directory()
+        directory, sessions = Directory(), Sessions()
         self.watched = RemoteStore(config.store_address)
         self.feed = StoreFeed(lambda cursor: watch(self.watched, cursor), fingerprint=self._fingerprint)
         prefilling = Prefilling(
@@ -102,14 +108,17 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             fingerprint=self._fingerprint,
             limits=Limits(prefill_tokens_min=config.prefill_tokens_min, ttft_s_max=config.ttft_s_max),
             num_decoding=self._decode.num_running_least,
+            sessions=sessions,
             feed=self.feed if config.store_events else None,
         )
         self._counters = prefilling.counters
-        self.leases = Leases(self._prefill, self._decode, directory, fingerprint=self._fingerprint)
+        self._keyring = keyring
+        self.memory = MemoryFeed(directory, redis_url=config.events_redis)
+        self.leases = Leases(self._prefill, self._decode, directory, fingerprint=self._fingerprint, memory=self.memory)
         self.keeper = Keeper(config.store_address)
         self.front: Front = open_front(
             config,
-            Generator(prefilling, self._decode, names, directory, self.keeper),
+            Generator(prefilling, self._decode, names, directory, self.keeper, sessions),
             identity=identity,
             tokenizer=tokenizer,
             keyring=keyring,
@@ -125,6 +134,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             tenant=message.tenant,
             user=message.user,
             request_id=message.request_id,
+            session=message.session,
         )
         request, text = bill.request, self._tokenizer.stream()
         outputs = self.front.run(bill, rpc.deadline_s(context, REQUEST_TIMEOUT_S))
@@ -166,6 +176,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     num_requests=worker.num_requests,
                     num_tokens_queued=worker.num_tokens,
                     draining=worker.draining,
+                    memory_known=self.memory.in_step(worker.address),
                 )
         counters = self._counters
         response.counters.led = counters.num_led
@@ -173,11 +184,22 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         response.counters.gave_up_waiting = counters.num_gave_up_waiting
         response.counters.refused = counters.num_refused
         response.counters.straight = counters.num_straight
+        response.counters.memory_events = self.memory.num_events
+        response.counters.memory_gaps = self.memory.num_gaps
+        response.counters.memory_snapshots = self.memory.num_snapshots
         return response
 
     async def RegisterWorker(
         self, request: router_pb2.RegisterWorkerRequest, context: rpc.Context
     ) -> router_pb2.RegisterWorkerResponse:
+        Registration(
+            role=request.role,
+            address=request.address,
+            fingerprint=request.fingerprint,
+            instance=request.instance,
+            ttl_s=request.ttl_s,
+            said_at_ms=request.said_at_ms,
+        ).check(self._keyring, request.proof)
         self.leases.renew(
             request.role,
             request.address,

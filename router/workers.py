@@ -82,10 +82,18 @@ class Workers:
         return min((worker.num_requests for worker in self.workers), default=0)
 
     def place(
-        self, work: Work, directory: Directory, keys: Sequence[Key], block_size: int, exclude: frozenset[str]
+        self,
+        work: Work,
+        directory: Directory,
+        keys: Sequence[Key],
+        block_size: int,
+        exclude: frozenset[str],
+        *,
+        hint: str = "",
     ) -> Worker:
         """The policy's choice for this prompt. A worker that failed or drains is taken only where there is no other.
 
+        hint: the address where the conversation's last turn was; decides between equals.
         Raises:  Unavailable: there is none besides the excluded ones.
         """
         now = time.monotonic()
@@ -97,7 +105,9 @@ class Workers:
         if len(workers) == 1:
             return workers[0]
         resident = directory.leading([worker.address for worker in workers], keys) * block_size
-        return workers[self._policy.choose(work, loads_of(workers, resident, now))]
+        loads = loads_of(workers, resident, now)
+        loads.hinted = next((row for row, worker in enumerate(workers) if worker.address == hint), -1) if hint else -1
+        return workers[self._policy.choose(work, loads)]
 
     @contextlib.contextmanager
     def load(self, worker: Worker, num_tokens: int, *, num_active_tokens: int = 0) -> Iterator[None]:

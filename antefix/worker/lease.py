@@ -8,11 +8,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Sequence
 from types import TracebackType
 
 from antefix import rpc
 from antefix.errors import AntefixError
+from antefix.registration import Registration
+from antefix.secret import Keyring
 from antefix.v1 import router_pb2, router_pb2_grpc
 
 log = logging.getLogger("antefix.worker")
@@ -26,11 +29,16 @@ _CALL_TIMEOUT_S = 2.0
 class WorkerLease:
     """`async with`: keeps the lease with every router; without routers it does nothing."""
 
-    def __init__(self, routers: Sequence[str], *, role: str, address: str, fingerprint: bytes) -> None:
+    def __init__(
+        self, routers: Sequence[str], *, role: str, address: str, fingerprint: bytes, keyring: Keyring
+    ) -> None:
         self._routers = tuple(dict.fromkeys(routers))
-        self._request = router_pb2.RegisterWorkerRequest(
-            address=address, role=role, fingerprint=fingerprint, instance=secrets.token_bytes(16), ttl_s=LEASE_TTL_S
-        )
+        self._role = role
+        self._address = address
+        self._fingerprint = fingerprint
+        self._keyring = keyring
+        self._instance = secrets.token_bytes(16)
+        self._ttl_s = LEASE_TTL_S
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> WorkerLease:
@@ -45,7 +53,7 @@ class WorkerLease:
     async def end(self) -> None:
         """Ask for no more work. A router that does not hear it finds out when the lease runs out, or by calling."""
         await self._stop()
-        self._request.ttl_s = 0
+        self._ttl_s = 0.0
         await asyncio.gather(*(self._say(router) for router in self._routers))
 
     async def _stop(self) -> None:
@@ -76,5 +84,22 @@ class WorkerLease:
                 log.info("router %s was not told that we leave: %s", router, err)
 
     async def _register(self, stub: router_pb2_grpc.RouterServiceStub) -> None:
+        registration = Registration(
+            role=self._role,
+            address=self._address,
+            fingerprint=self._fingerprint,
+            instance=self._instance,
+            ttl_s=self._ttl_s,
+            said_at_ms=round(1000 * time.time()),
+        )
+        request = router_pb2.RegisterWorkerRequest(
+            role=registration.role,
+            address=registration.address,
+            fingerprint=registration.fingerprint,
+            instance=registration.instance,
+            ttl_s=registration.ttl_s,
+            said_at_ms=registration.said_at_ms,
+            proof=registration.proof(self._keyring),
+        )
         with rpc.rpc_errors():
-            await stub.RegisterWorker(self._request, timeout=_CALL_TIMEOUT_S)
+            await stub.RegisterWorker(request, timeout=_CALL_TIMEOUT_S)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from antefix.errors import Overloaded
+from antefix.events import MemoryLog
 
 
 class Pool(Protocol):
@@ -24,7 +25,10 @@ class Pool(Protocol):
 
 
 class ResidentBlocks:
-    """Reference counts over a pool, and a least-recently-used list of finished blocks that nobody uses now."""
+    """Reference counts over a pool, and a least-recently-used list of finished blocks that nobody uses now.
+
+    events: what was published and evicted, for routers.
+    """
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -33,6 +37,7 @@ class ResidentBlocks:
         self._hash_of: dict[int, bytes] = {}
         self._by_hash: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self.events = MemoryLog(lambda: self._by_hash)
 
     @property
     def num_resident(self) -> int:
@@ -91,6 +96,7 @@ class ResidentBlocks:
         if name not in self._by_hash:
             self._by_hash[name] = block_id
             self._hash_of[block_id] = name
+            self.events.stored(name)
 
     def release(self, block_ids: Sequence[int]) -> None:
         """End a use. Later blocks become idle first, so they are evicted before the ones they depend on."""
@@ -107,6 +113,8 @@ class ResidentBlocks:
 
     def _evict_one(self) -> None:
         block_id, _ = self._idle.popitem(last=False)
-        del self._by_hash[self._hash_of.pop(block_id)]
+        name = self._hash_of.pop(block_id)
+        del self._by_hash[name]
+        self.events.evicted(name)
         self._pool.release([block_id])
         self._free += 1

@@ -3,16 +3,20 @@
 import asyncio
 import contextlib
 import random
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
 
+from antefix import rpc
 from antefix.clients import RouterClient
 from antefix.deployment import Deployment
-from antefix.errors import AntefixError, Unavailable
+from antefix.errors import AntefixError, Unauthenticated, Unavailable
+from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import Sampling
+from tests.window_pool.conftest import RedisServer
 
 LEASE_S = 20.0
 
@@ -27,6 +31,7 @@ class Fleet:
 
     def __init__(self, config):
         self.deployment = Deployment(config)
+        self.more_flags = []
 
     async def __aenter__(self):
         config = self.deployment.config
@@ -40,7 +45,7 @@ class Fleet:
         await self.deployment.stop()
 
     def flags(self):
-        return self.deployment._shared_flags()
+        return [*self.deployment._shared_flags(), *self.more_flags]
 
     async def router(self, address="127.0.0.1:0"):
         started = await self.deployment.start_role("router", [*self.flags(), "--leases", "true", "--address", address])
@@ -63,6 +68,21 @@ async def until(condition, seconds=LEASE_S):
             return
         await asyncio.sleep(0.1)
     pytest.fail("it did not come to be in time")
+
+
+def memory_known(client):
+    async def check():
+        workers = (await client.status()).workers
+        return bool(workers) and all(worker.memory_known for worker in workers)
+
+    return check
+
+
+def told_of_events(client, more_than=0):
+    async def check():
+        return (await client.status()).counters.memory_events > more_than
+
+    return check
 
 
 def known(client, *processes):
@@ -138,6 +158,53 @@ async def test_workers_join_and_leave_two_routers_by_lease(fleet, prompt, refere
         prefill.process.send_signal(signal.SIGTERM)
         await until(known(first, other), seconds=5)
         assert (await ask(first, prompt))[0] == expected
+
+
+async def test_routers_know_workers_memory_and_nobody_else_may_register(deploy, prompt, reference):
+    async with deploy() as deployment:
+        client = deployment.router
+        await until(memory_known(client))
+        output, _ = await ask(client, prompt, session="a conversation")
+        assert output == reference.generate(prompt, 24)
+        await until(told_of_events(client))
+        async with rpc.channel(deployment.one("router").address) as channel:
+            intruder = router_pb2.RegisterWorkerRequest(
+                address="127.0.0.1:6666", role="decode", fingerprint=(await client.status()).fingerprint, ttl_s=6
+            )
+            with pytest.raises(Unauthenticated), rpc.rpc_errors():
+                await router_pb2_grpc.RouterServiceStub(channel).RegisterWorker(intruder, timeout=5)
+        assert len((await client.status()).workers) == 2
+
+
+@pytest.mark.long
+async def test_routers_share_what_they_know_through_redis_and_outlive_it(fleet, prompt, reference, tmp_path):
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("redis-server is not installed")
+    redis = RedisServer(binary, str(tmp_path)).start()
+    try:
+        async with fleet() as one:
+            one.more_flags = ["--events-redis", redis.url]
+            (_, first), (_, second) = await one.router(), await one.router()
+            workers = [await one.worker(role, (first, second)) for role in ("prefill", "decode")]
+            for client in (first, second):
+                await until(known(client, *workers))
+                await until(memory_known(client))
+            expected = reference.generate(prompt, 24)
+            assert (await ask(first, prompt))[0] == expected
+            # The one that placed nothing hears of it as well.
+            await until(told_of_events(second))
+            redis.kill()
+            longer = np.concatenate((prompt, prompt[:200]))
+            assert (await ask(second, longer))[0] == reference.generate(longer, 24)
+            redis.start()
+            before = [(await client.status()).counters.memory_events for client in (first, second)]
+            await ask(second, np.concatenate((prompt[::-1], prompt[:300])))
+            for client, count in zip((first, second), before, strict=True):
+                await until(told_of_events(client, count))
+                await until(memory_known(client))
+    finally:
+        redis.kill()
 
 
 @pytest.mark.long

@@ -8,7 +8,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from antefix.errors import ConfigError, FingerprintMismatch, InvalidRequest
+from antefix.errors import ConfigError, FingerprintMismatch, InvalidRequest, Unauthenticated
+from antefix.registration import Registration
+from antefix.secret import Keyring
 from router.directory import Directory
 from router.health import HealthWatch
 from router.leases import Leases
@@ -88,6 +90,29 @@ def test_who_cannot_serve_here_gets_no_lease(fleet):
         with pytest.raises(kind):
             renew(leases, **changes)
     assert addresses(prefill) == ["127.0.0.1:9"]
+
+
+KEYRING = Keyring(b"s" * 32)
+
+
+def registration(**changes):
+    said = {"role": "prefill", "address": ADDRESS, "fingerprint": FINGERPRINT, "instance": b"1", "ttl_s": 6.0}
+    return Registration(**{**said, "said_at_ms": round(time.time() * 1000), **changes})
+
+
+def test_only_who_has_the_secret_may_register_and_only_with_what_was_said():
+    said = registration()
+    said.check(KEYRING, said.proof(KEYRING))
+    for proof in (b"", said.proof(Keyring(b"x" * 32)), KEYRING.key(""), said.proof(KEYRING)[:-1]):
+        with pytest.raises(Unauthenticated):
+            said.check(KEYRING, proof)
+    for changes in ({"address": "127.0.0.1:6666"}, {"role": "decode"}, {"ttl_s": 0.0}, {"instance": b"2"}):
+        with pytest.raises(Unauthenticated):
+            registration(said_at_ms=said.said_at_ms, **changes).check(KEYRING, said.proof(KEYRING))
+    for seconds in (-600, 600):
+        old = registration(said_at_ms=said.said_at_ms + 1000 * seconds)
+        with pytest.raises(Unauthenticated, match="old"):
+            old.check(KEYRING, old.proof(KEYRING))
 
 
 async def until(condition):

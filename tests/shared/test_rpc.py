@@ -1,5 +1,7 @@
 """gRPC: errors keep their class over the wire, health and reflection work, ports in use are errors."""
 
+import asyncio
+
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -91,12 +93,13 @@ async def test_draining_says_not_serving_and_health_says_serving_before():
 
 async def test_health_can_be_watched_until_the_service_drains():
     server = await start(RuntimeError())
-    watch = health_pb2_grpc.HealthStub(rpc.channel(server.address)).Watch(health_pb2.HealthCheckRequest(), timeout=5)
+    watch = health_pb2_grpc.HealthStub(rpc.channel(server.address)).Watch(health_pb2.HealthCheckRequest(), timeout=40)
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-    await server.health.enter_graceful_shutdown()
+    # It says so, and then ends: a call that lasts as long as the service must not hold it up for its whole grace.
+    drain = asyncio.create_task(server.drain(60))
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    watch.cancel()
-    await server.drain(0)
+    await asyncio.wait_for(drain, 20)
+    assert await watch.code() == grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_stock_reflection_client_finds_the_service():

@@ -1,0 +1,42 @@
+"""Who may register as a worker: whoever has the deployment's secret, which is proved without sending it.
+
+Applications call the router on the same port. One that registered an address of its own as a worker would be sent
+other tenants' prompts.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from antefix.errors import Unauthenticated
+from antefix.secret import Keyring
+
+# Clocks of one deployment differ by less; an observed registration can be said again for so long, and says the same.
+AGE_S_MAX: Final = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """A worker's statement. instance: made anew by each process.  ttl_s: 0 takes it out.  said_at_ms: Unix time."""
+
+    role: str
+    address: str
+    fingerprint: bytes
+    instance: bytes
+    ttl_s: float
+    said_at_ms: int
+
+    def proof(self, keyring: Keyring) -> bytes:
+        """32 bytes that only the secret's owners can make for this very statement."""
+        said = (self.role.encode(), self.address.encode(), self.fingerprint, self.instance)
+        return keyring.proof(b"register", *said, repr(float(self.ttl_s)).encode(), str(self.said_at_ms).encode())
+
+    def check(self, keyring: Keyring, proof: bytes) -> None:
+        """Raises:  Unauthenticated: made without the deployment's secret, or too long ago."""
+        if not hmac.compare_digest(self.proof(keyring), proof):
+            raise Unauthenticated("only workers with the deployment's secret may register")
+        if abs(time.time() - self.said_at_ms / 1000) > AGE_S_MAX:
+            raise Unauthenticated(f"the registration is more than {AGE_S_MAX:g} s old, or the clocks differ by as much")

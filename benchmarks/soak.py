@@ -1,0 +1,311 @@
+"""Do real processes stay right, quick and small for hours, while workers are killed and clients go away?
+
+    python benchmarks/soak.py --minutes 60 --trace ../shared/traces/claude_code_80.jsonl.gz --out soak.json
+
+One router, two prefill and two decode workers that register by lease, one store. Conversations of an agents' trace, one
+token for each of its 64-token hashes, are played by several clients at once, some requests as several twins, some
+cancelled. Every answer is compared with a run of the bare model. One worker of each role is killed (kill -9) at random
+times and started again; the others live on, and what memory they take is sampled, with a line fitted to the last half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.clients import RouterClient
+from antefix.deployment import Deployment, DeploymentConfig, RoleProcess
+from antefix.errors import AntefixError
+from antefix.layout import KVFormat
+from antefix.reference import Reference
+from antefix.wire import Sampling
+from simulate.trace import Request, load
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models" / "antefix-tiny"
+Tokens = npt.NDArray[np.uint32]
+
+# A system prompt that all conversations share, and the length beyond which the model on two cores is no soak.
+SYSTEM_TOKENS, PROMPT_TOKENS_MAX = 192, 4000
+STUCK_S = 180.0
+SAMPLE_S, SAVE_S = 10.0, 60.0
+RESTART_S = 3.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened, in requests."""
+
+    num_done: int = 0
+    num_wrong: int = 0
+    num_stuck: int = 0
+    num_cancelled: int = 0
+    num_kills: int = 0
+    hit_tokens: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    ttft_s: list[float] = field(default_factory=list)
+    errors: dict[str, int] = field(default_factory=dict)
+    wrong: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Soak:
+    """One run over one deployment."""
+
+    def __init__(self, args: argparse.Namespace, deployment: Deployment) -> None:
+        self.args = args
+        self.deployment = deployment
+        self.tally = Tally()
+        self.rng = random.Random(args.seed)
+        self.reference = Reference(MODEL, KVFormat.FP8)
+        self.computing = asyncio.Lock()
+        self.started = time.monotonic()
+        self.samples: dict[str, list[tuple[float, float, int]]] = {}
+        self.victims: dict[str, RoleProcess] = {}
+        self.steady: dict[str, RoleProcess] = {}
+        self.client: RouterClient
+        self.cpu_before_s = 0.0
+
+    @property
+    def ends(self) -> float:
+        return self.started + 60 * self.args.minutes
+
+    async def start(self) -> None:
+        """A store, a router that is told of no workers, and workers that register with it."""
+        config = self.deployment.config
+        (config.data_dir / "logs").mkdir(parents=True)
+        secret = config.data_dir / "secret"
+        secret.write_text("ab" * 32)
+        secret.chmod(0o600)
+        store = await self.deployment.start_role("kvstore", ["--dir", str(config.store_dir)])
+        flags = ["--leases", "true", "--ledger-dir", str(config.ledger_dir), "--prefill-tokens-min", "32"]
+        router = await self.deployment.start_role("router", [*self.shared(), *flags])
+        self.client = RouterClient(router.address)
+        self.steady = {"kvstore": store, "router": router}
+        for role in ("prefill", "decode"):
+            self.steady[role] = await self.worker(role)
+            self.victims[role] = await self.worker(role)
+        while len((await self.client.status()).workers) < 4:  # noqa: ASYNC110 - another process's state
+            await asyncio.sleep(0.2)
+        self.cpu_before_s = cpu_s(router)
+        self.started = time.monotonic()
+
+    def shared(self) -> list[str]:
+        return self.deployment._shared_flags()
+
+    async def worker(self, role: str) -> RoleProcess:
+        flags = ["--threads", "1", "--strategy", "auto", "--routers", self.client.address]
+        return await self.deployment.start_role(role, [*self.shared(), *flags])
+
+    async def run(self) -> None:
+        """Play until the time is over, then wait for what still runs."""
+        helpers = [asyncio.create_task(each()) for each in (self.sample, self.kill, self.save)]
+        conversations = playable(self.args.trace, self.rng)
+        try:
+            await asyncio.gather(*(self.play(conversations) for _ in range(self.args.clients)))
+        finally:
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
+
+    async def play(self, conversations: Iterator[list[Tokens]]) -> None:
+        """One client: one conversation after the other, at its own pace."""
+        for prompts in conversations:
+            for prompt in prompts:
+                await asyncio.sleep(self.rng.expovariate(1 / self.args.think_s))
+                if time.monotonic() > self.ends:
+                    return
+                twins = self.rng.choice((2, 3, 4)) if self.rng.random() < self.args.twins else 1
+                await asyncio.gather(*(self.request(prompt, self.rng.random()) for _ in range(twins)))
+
+    async def request(self, prompt: Tokens, chance: float) -> None:
+        if chance < self.args.cancels:
+            patience_s = self.rng.uniform(0.02, 1.0)
+            with contextlib.suppress(TimeoutError, AntefixError):
+                await asyncio.wait_for(self.ask(prompt), patience_s)
+            self.tally.num_cancelled += 1
+            return
+        tally = self.tally
+        try:
+            output = await asyncio.wait_for(self.ask(prompt, counted=True), STUCK_S)
+        except TimeoutError:
+            tally.num_stuck += 1
+            return
+        except AntefixError as err:
+            kind = f"{type(err).__name__}: {err}"[:120]
+            tally.errors[kind] = tally.errors.get(kind, 0) + 1
+            return
+        tally.num_done += 1
+        async with self.computing:
+            expected = await asyncio.to_thread(self.reference.generate, prompt, self.args.max_tokens)
+        if output != expected:
+            tally.num_wrong += 1
+            tally.wrong.append({"prompt_tokens": len(prompt), "output": output, "expected": expected})
+
+    async def ask(self, prompt: Tokens, *, counted: bool = False) -> list[int]:
+        output: list[int] = []
+        begun = time.monotonic()
+        last = None
+        async for message in self.client.generate(prompt, Sampling(max_tokens=self.args.max_tokens), timeout_s=STUCK_S):
+            if counted and not output and len(message.tokens):
+                self.tally.ttft_s.append(time.monotonic() - begun)
+            output += [int(token) for token in message.tokens]
+            last = message
+        if counted and last is not None and last.usage is not None:
+            self.tally.prompt_tokens += last.usage.prompt_tokens
+            self.tally.hit_tokens += last.usage.cache_hit_tokens
+            self.tally.output_tokens += last.usage.output_tokens
+        return output
+
+    async def kill(self) -> None:
+        """Now one, now the other; a new process takes its place after some seconds."""
+        while True:
+            await asyncio.sleep(self.rng.expovariate(1 / self.args.kill_every_s))
+            role = self.rng.choice(sorted(self.victims))
+            await self.deployment.kill(self.victims[role])
+            self.tally.num_kills += 1
+            await asyncio.sleep(RESTART_S)
+            self.victims[role] = await self.worker(role)
+
+    async def sample(self) -> None:
+        while True:
+            for role, process in self.steady.items():
+                row = (time.monotonic() - self.started, resident_mb(process), open_files(process))
+                self.samples.setdefault(role, []).append(row)
+            await asyncio.sleep(SAMPLE_S)
+
+    async def save(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_S)
+            await self.report()
+
+    async def report(self) -> dict[str, Any]:
+        """The result so far, also written to --out."""
+        tally, status = self.tally, await self.client.status()
+        counters = status.counters
+        num_routed = counters.led + counters.straight
+        shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+        ttft = {name: round(float(np.quantile(tally.ttft_s, at)), 3) for name, at in shares.items() if tally.ttft_s}
+        router_s = cpu_s(self.steady["router"]) - self.cpu_before_s
+        result = {
+            "minutes": round((time.monotonic() - self.started) / 60, 1),
+            "requests": {
+                name: getattr(tally, f"num_{name}") for name in ("done", "wrong", "stuck", "cancelled", "kills")
+            },
+            "errors": tally.errors,
+            "wrong": tally.wrong[:5],
+            "token_hit_rate": round(tally.hit_tokens / max(1, tally.prompt_tokens), 4),
+            "output_tokens": tally.output_tokens,
+            "ttft_s": ttft,
+            "counters": {name.name: getattr(counters, name.name) for name in counters.DESCRIPTOR.fields},
+            "coalesced_share": round(counters.followed / max(1, num_routed), 4),
+            "router_cpu_ms_per_request": round(1000 * router_s / max(1, num_routed), 2),
+            "load_left": sum(worker.num_requests for worker in status.workers),
+            "memory": {role: fitted(rows) for role, rows in self.samples.items()},
+            "load_average": [round(each, 1) for each in os.getloadavg()],
+        }
+        if self.args.out:
+            self.args.out.write_text(json.dumps(result, indent=1) + "\n")
+        return result
+
+
+def playable(path: Path, rng: random.Random) -> Iterator[list[Tokens]]:
+    """The trace's conversations without end, in an order by chance; each time round with other tokens."""
+    sessions: dict[str, list[Request]] = {}
+    for request in load(path, "claude-code", block_size=64).requests:
+        sessions.setdefault(request.session, []).append(request)
+    system = np.random.default_rng(0).integers(0, 256, SYSTEM_TOKENS).astype(np.uint32)
+    for salt in range(1 << 30):
+        for session in rng.sample(sorted(sessions), len(sessions)):
+            found = [tokens_of(request, salt, system) for request in sessions[session]]
+            yield [prompt for prompt in found if len(prompt) <= PROMPT_TOKENS_MAX]
+
+
+def tokens_of(request: Request, salt: int, system: Tokens) -> Tokens:
+    """A token for each hash: equal beginnings stay equal."""
+    mixed = (request.names.astype(np.uint64) + np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
+    own = (mixed >> np.uint64(56)).astype(np.uint32)
+    return np.concatenate((system, own, np.array([len(own) % 256], np.uint32)))
+
+
+def fitted(rows: list[tuple[float, float, int]]) -> dict[str, float]:
+    """Memory at the start, half-way and end, and the slope of a line through the last half."""
+    times, megabytes, files = (np.array(column, float) for column in zip(*rows, strict=True))
+    half = times >= times[-1] / 2
+    slope = np.polyfit(times[half], megabytes[half], 1)[0] if half.sum() > 2 else 0.0
+    return {
+        "first_mb": round(float(megabytes[0]), 1),
+        "half_mb": round(float(megabytes[half][0]), 1),
+        "last_mb": round(float(megabytes[-1]), 1),
+        "slope_mb_per_h": round(float(slope) * 3600, 2),
+        "files_first": int(files[0]),
+        "files_last": int(files[-1]),
+        "every_minute_mb": [round(float(each), 1) for each in megabytes[:: round(60 / SAMPLE_S)]],
+    }
+
+
+def resident_mb(process: RoleProcess) -> float:
+    text = Path(f"/proc/{process.process.pid}/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def open_files(process: RoleProcess) -> int:
+    return len(list(Path(f"/proc/{process.process.pid}/fd").iterdir()))
+
+
+def cpu_s(process: RoleProcess) -> float:
+    fields = Path(f"/proc/{process.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def soak(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    workers = ("--pool-bytes", args.pool_bytes)
+    flags = {"prefill": workers, "decode": workers, "kvstore": ("--budget-bytes", args.store_bytes)}
+    config = DeploymentConfig(model=MODEL, data_dir=scratch / "data", extra_flags=flags)
+    deployment = Deployment(config)
+    try:
+        run = Soak(args, deployment)
+        await run.start()
+        await run.run()
+        return await run.report()
+    finally:
+        await deployment.stop()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--trace", type=Path, default=ROOT.parent / "shared/traces/claude_code_80.jsonl.gz")
+    parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--think-s", type=float, default=15.0, help="mean pause of a client before each request")
+    parser.add_argument("--twins", type=float, default=0.15, help="share of requests sent several times at once")
+    parser.add_argument("--cancels", type=float, default=0.1, help="share of requests that are given up early")
+    parser.add_argument("--kill-every-s", type=float, default=90.0)
+    parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--pool-bytes", default="64M", help="of each worker: small, so that it is full early")
+    parser.add_argument("--store-bytes", default="128M", help="small, so that it evicts")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="antefix-soak-") as scratch:
+        result = asyncio.run(soak(args, Path(scratch)))
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    return 1 if result["requests"]["wrong"] or result["requests"]["stuck"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
