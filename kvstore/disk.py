@@ -5,10 +5,17 @@ Everything the engine writes goes through a Disk; LMDB writes its own file. Read
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
+
+# From fcntl.h: start to write what is dirty, wait for nothing.
+_SYNC_FILE_RANGE_WRITE: Final = 2
+_sync_file_range: Final = getattr(ctypes.CDLL(None), "sync_file_range", None)
+if _sync_file_range is not None:
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 # pwritev takes at most IOV_MAX buffers.
 IOV_MAX: Final = 1024
@@ -48,6 +55,14 @@ class Disk:
             if written:
                 buffers[0] = buffers[0][written:]
         return offset
+
+    def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
+        """Have the kernel begin to write what was written, so that the sync that follows has less to wait for.
+
+        A hint: promises nothing, and does nothing where the C library has no such call.
+        """
+        if _sync_file_range is not None:
+            _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
 
     def truncate(self, fd: int, nbytes: int) -> None:
         os.ftruncate(fd, nbytes)

@@ -1,20 +1,19 @@
-"""Turning records into what is written down: coded, encrypted, checksummed, headed. Holds no store state."""
+"""Turning records into what is written down: coded, encrypted, headed. Holds no store state."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from antefix.store.api import Record
 from antefix.store.encryption import TAG_BYTES, KeyRing, fresh_nonce
-from antefix.store.format import NONCE_BYTES, Codec, RecordFlag, RecordHeader, payload_checksum
+from antefix.store.format import NONCE_BYTES, Codec, RecordFlag, RecordHeader
 from kvstore.compression import Compression
 from kvstore.config import KvStoreConfig
 from kvstore.index_writer import Name
 from kvstore.segments import Draft
 
-# zstd, AES and XXH3 all release the GIL.
+# zstd and AES release the GIL.
 _NUM_THREADS = 4
 
 
@@ -72,4 +71,4 @@ class Drafter:
         )
         if self._keys is not None:
             body = memoryview(self._keys.encrypt(header, body))
-        return Draft(dataclasses.replace(header, payload_checksum=payload_checksum(body)), body)
+        return Draft(header, body)

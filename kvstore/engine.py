@@ -11,8 +11,10 @@ Readers of any process see a record when step 4 has happened and not before. Blo
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -92,6 +94,7 @@ class Engine:
         self._lock = threading.RLock()
         self._counters_lock = threading.Lock()
         self._touches = Touches()
+        self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="antefix-sync")
         keys = KeyRing.from_file(Path(config.keys_file)) if config.keys_file else None
         self._store = open_store(config, disk or Disk(), clock_ms)
         self.identity = self._store.identity
@@ -122,6 +125,7 @@ class Engine:
         """Write down what is only in memory, and seal the index so that the next opening can trust it."""
         with self._lock:
             self.flush_touches()
+            self._sync_thread.shutdown()
             self._drafter.close()
             self.reader.close()
             self._store.close()
@@ -131,6 +135,7 @@ class Engine:
     def abandon(self) -> None:
         """Let go of the files as a crash would: nothing is written, nothing is sealed. For tests of recovery."""
         with self._lock:
+            self._sync_thread.shutdown()
             self._drafter.close()
             self.reader.close()
             self._store.abandon()
@@ -231,10 +236,8 @@ class Engine:
         placed = self.segments.append(drafts, self.clock_ms())
         start = placed[0].offset
         try:
-            if self.config.durable:
-                self.segments.sync()
-                self.counters.syncs += 1
-            with IndexTxn(self.index) as txn:
+            # The index transaction is prepared while the disk works, and committed when the records are durable.
+            with self._syncing() as synced, IndexTxn(self.index, before_commit=synced) as txn:
                 for record, header in zip(batch, placed, strict=True):
                     self._insert(txn, record, header, admission)
                 note_end(txn, self.segments)
@@ -245,6 +248,19 @@ class Engine:
         admission.anchors.update((record.kind, record.hash) for record in batch)
         self.counters.bytes_written += sum(header.extent_bytes for header in placed)
         self.counters.payload_bytes_written += sum(header.payload_bytes for header in placed)
+
+    @contextlib.contextmanager
+    def _syncing(self) -> Iterator[Callable[[], None]]:
+        """Syncs the segments beside what is done inside; gives what waits for it. Not left before it has ended."""
+        if not self.config.durable:
+            yield lambda: None
+            return
+        syncing = self._sync_thread.submit(self.segments.sync)
+        self.counters.syncs += 1
+        try:
+            yield syncing.result
+        finally:
+            wait([syncing])
 
     def _insert(self, txn: IndexTxn, record: Record, header: RecordHeader, admission: Admission) -> None:
         insert_entry(txn, header, self.policy, used_ms=header.created_ms)

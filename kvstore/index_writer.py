@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,8 +43,10 @@ class FingerprintState:
 class IndexTxn:
     """One write transaction. Use as a context manager: commits at the end, aborts on an exception."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, *, before_commit: Callable[[], object] | None = None) -> None:
+        """before_commit: called when everything is ready to be committed; what it raises aborts."""
         self._index = index
+        self._before_commit = before_commit
         self._txn: Any = index.env.begin(write=True)
         # name -> what the table holds, and what it shall hold.
         self._old: dict[Name, bytes | None] = {}
@@ -61,6 +63,8 @@ class IndexTxn:
             return
         try:
             self._flush()
+            if self._before_commit is not None:
+                self._before_commit()
         except BaseException:
             self._txn.abort()
             raise

@@ -250,7 +250,7 @@ class Space:
         if payload_checksum(stored) != header.payload_checksum:
             self.on_corrupt((header.kind, header.hash))
             return None
-        return Draft(header, stored)
+        return Draft(header, stored, sealed=True)
 
     def _drop_dead(self) -> int:
         """Drop segments that the index names nothing in. Returns how many."""
