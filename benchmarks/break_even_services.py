@@ -1,36 +1,50 @@
 """Do the real services agree with the simulator about what each window strategy gives, and where not?
 
-    python benchmarks/break_even_services.py --lengths 2048 8192 --repeats 3
+    python benchmarks/break_even_services.py --write        about five minutes on two quiet cores
 
-For each strategy: one deployment prefills documents cold, a second one on the same store (so nothing is in a worker's
-memory) answers the next turn of each and a request that leaves it inside. The same cases go through the simulator's
-planner and machine model, whose speeds are fitted to the cold runs of this very run and to direct reads of this disk.
-Times are the client's, medians; prints a table with plan, measured and simulated time, and their ratio.
+One deployment a strategy, all up at once and asked in turn, so that a busy moment hits all of them alike: each prefills
+the same documents cold; new processes on the same stores (nothing is in a worker's memory then) answer the next turn of
+some and leave others inside. The same cases go through the simulator's planner and machine model, whose speeds are
+fitted to the cold runs of this very run and to direct reads of this disk. Times are the client's, medians; bytes are
+what the stores hold. --write puts JSON, plot and the table of docs/WINDOW_STATE.md in their places; --from FILE shows
+an earlier run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
+import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from break_even_report import plot_services, table, write_table
 from ttft import direct_read_rate
 
 from antefix.deployment import Deployment, DeploymentConfig
-from antefix.window import PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, parse
+from antefix.store.client import RemoteStore
+from antefix.store.stats import read_stats
+from antefix.window import Plan, PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, parse
+from antefix.window.rates import LinearLaw
 from antefix.wire import Sampling
 from simulate.machine import Machine, carry_out, model_sizes
-from simulate.report import align
 
 ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "break_even_services.json"
+PLOT = ROOT / "docs" / "plots" / "break_even_services.svg"
+DOC = ROOT / "docs" / "WINDOW_STATE.md"
 STRATEGIES = ("zero", "boundary", "auto", "full")
+CASES = ("next turn", "left inside")
 QUESTION_TOKENS = 40
 # Documents end inside a block, as real ones do: at a block's end `auto`, which leaves out the template's cue, gives
 # up a whole block for two tokens.
@@ -39,128 +53,240 @@ ODD_TOKENS = 17
 SHORT_TOKENS = 100
 # Inside a document, where no strategy but `full` has a checkpoint near.
 LEAVE_SHARE = 0.55
+WARM_UP_TOKENS = 1200
+
+Tokens = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One document; `case` says how it will be used again."""
+
+    length: int
+    case: str
+    tokens: Tokens
+
+    @property
+    def shared_tokens(self) -> int:
+        return shared_tokens(self.length, self.case)
+
+
+def shared_tokens(length: int, case: str) -> int:
+    return length + ODD_TOKENS if case == "next turn" else int(LEAVE_SHARE * length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One answer. case: "cold", "next turn" or "left inside"."""
+    """One answer. case: "cold", "next turn" or "left inside".  restore_s, compute_s: the worker's own."""
 
     strategy: str
     length: int
     case: str
     ttft_s: float
+    restore_s: float
+    compute_s: float
     plan: str
     run_tokens: int
 
 
-async def ask(
-    deployment: Deployment, prompt: npt.NDArray[np.uint32], *, strategy: str, length: int, case: str
-) -> Sample:
+class Measurement:
+    """All deployments at once; every prompt goes to each of them in turn, each time starting with another one."""
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self._rng = np.random.default_rng(args.seed)
+        self._turn = 0
+        self.samples: list[Sample] = []
+        self.stored_bytes: dict[tuple[str, int], float] = {}
+        self.configs = {
+            name: DeploymentConfig(model=args.model, data_dir=scratch / name, strategy=name) for name in STRATEGIES
+        }
+        self._lengths, self._repeats = args.lengths, args.repeats
+        self.documents = [
+            Document(length=length, case=case, tokens=self._tokens(length + ODD_TOKENS))
+            for length in args.lengths
+            for _ in range(args.repeats)
+            for case in CASES
+        ]
+
+    async def run(self) -> float:
+        """Everything; returns the disk's read rate."""
+        async with AsyncExitStack() as stack:
+            deployments = await self._start(stack)
+            await self._ask(deployments, self._tokens(600), length=0, case="warm-up")
+            for _ in range(2 * self._repeats):
+                await self._ask(deployments, self._tokens(SHORT_TOKENS), length=SHORT_TOKENS, case="cold")
+            for length in self._lengths:
+                before = await self._used(deployments)
+                here = [document for document in self.documents if document.length == length]
+                for document in here:
+                    await self._ask(deployments, document.tokens, length=length, case="cold")
+                after = await self._used(deployments)
+                for name in STRATEGIES:
+                    self.stored_bytes[name, length] = (after[name] - before[name]) / len(here)
+        async with AsyncExitStack() as stack:
+            deployments = await self._start(stack)
+            # The planners learn this machine's speeds from a few prompts, as they would in service.
+            for _ in range(4):
+                await self._ask(deployments, self._tokens(WARM_UP_TOKENS), length=0, case="warm-up")
+            for document in self.documents:
+                prompt = np.concatenate((document.tokens[: document.shared_tokens], self._tokens(QUESTION_TOKENS)))
+                await self._ask(deployments, prompt, length=document.length, case=document.case)
+            return statistics.median(direct_read_rate(config.store_dir) for config in self.configs.values())
+
+    async def _start(self, stack: AsyncExitStack) -> dict[str, Deployment]:
+        deployments = {name: Deployment(config) for name, config in self.configs.items()}
+        await asyncio.gather(*(stack.enter_async_context(deployment) for deployment in deployments.values()))
+        return deployments
+
+    async def _ask(self, deployments: dict[str, Deployment], prompt: Tokens, *, length: int, case: str) -> None:
+        self._turn += 1
+        for place in range(len(STRATEGIES)):
+            name = STRATEGIES[(self._turn + place) % len(STRATEGIES)]
+            self.samples.append(await _ask(deployments[name], prompt, strategy=name, length=length, case=case))
+        sys.stderr.write(f"\r{len(self.samples)} answers: {case}, {length} tokens        ")
+
+    async def _used(self, deployments: dict[str, Deployment]) -> dict[str, int]:
+        """Bytes of records, once the last ones are written."""
+        found: dict[str, int] = {}
+        for name, deployment in deployments.items():
+            before = -1
+            while before != found.get(name):
+                before = found.get(name, -2)
+                await asyncio.sleep(0.3)
+                stats = await read_stats(RemoteStore(deployment.one("kvstore").address))
+                found[name] = sum(kind.stored_bytes for kind in stats.kinds.values())
+        return found
+
+    def _tokens(self, count: int) -> Tokens:
+        return self._rng.integers(0, 256, count).astype(np.uint32)
+
+
+async def _ask(deployment: Deployment, prompt: Tokens, *, strategy: str, length: int, case: str) -> Sample:
     started = time.perf_counter()
     ttft_s = 0.0
     async for message in deployment.router.generate(prompt, Sampling(max_tokens=2, ignore_eos=True)):
         ttft_s = ttft_s or time.perf_counter() - started
         last = message
     restore = last.restore
-    run_tokens = restore.miss_tokens + restore.replayed_tokens
-    return Sample(strategy=strategy, length=length, case=case, ttft_s=ttft_s, plan=restore.plan, run_tokens=run_tokens)
-
-
-async def measure(strategy: str, args: argparse.Namespace) -> tuple[list[Sample], float]:
-    """All cases of one strategy, and the disk's read rate."""
-    rng = np.random.default_rng(args.seed)
-
-    def tokens(count: int) -> npt.NDArray[np.uint32]:
-        return rng.integers(0, 256, count).astype(np.uint32)
-
-    documents = [(length, tokens(length + ODD_TOKENS)) for length in args.lengths for _ in range(args.repeats)]
-    samples = []
-    with tempfile.TemporaryDirectory(prefix="antefix-bench-") as scratch:
-        config = DeploymentConfig(model=args.model, data_dir=Path(scratch), strategy=strategy)
-        async with Deployment(config) as deployment:
-            await ask(deployment, tokens(600), strategy=strategy, length=0, case="warm-up")
-            for length, document in documents:
-                samples.append(await ask(deployment, document, strategy=strategy, length=length, case="cold"))
-                short = tokens(SHORT_TOKENS)
-                samples.append(await ask(deployment, short, strategy=strategy, length=SHORT_TOKENS, case="cold"))
-        async with Deployment(config) as deployment:
-            # The planner learns this machine's speeds from a few prompts, as it would in service.
-            for _ in range(4):
-                await ask(deployment, tokens(1200), strategy=strategy, length=0, case="warm-up")
-            for length, document in documents:
-                cases = {"left inside": int(LEAVE_SHARE * length), "next turn": len(document)}
-                for case, shared in cases.items():
-                    prompt = np.concatenate((document[:shared], tokens(QUESTION_TOKENS)))
-                    samples.append(await ask(deployment, prompt, strategy=strategy, length=length, case=case))
-        return samples, direct_read_rate(config.store_dir)
-
-
-def fitted_machine(cold: list[Sample], disk_bytes_per_s: float) -> Machine:
-    """A machine without jitter: fixed cost from the shortest cold runs, rate from the median of all others."""
-    short = statistics.median(sample.ttft_s for sample in cold if sample.length == SHORT_TOKENS)
-    rate = statistics.median(
-        (sample.length - SHORT_TOKENS) / (sample.ttft_s - short) for sample in cold if sample.length > SHORT_TOKENS
+    assert restore is not None
+    return Sample(
+        strategy=strategy,
+        length=length,
+        case=case,
+        ttft_s=ttft_s,
+        restore_s=restore.restore_s,
+        compute_s=restore.compute_s,
+        plan=restore.plan,
+        run_tokens=restore.miss_tokens + restore.replayed_tokens,
     )
+
+
+def fitted_machine(cold: Sequence[Sample], disk_bytes_per_s: float) -> Machine:
+    """A machine without jitter whose fixed cost, rate and growth with context are fitted to the cold runs."""
+    law = LinearLaw((0.02, 1 / 2000, 0.0), (1.0, 2048.0, 2048.0 * 16384.0), memory=1.0)
+    for sample in cold:
+        tokens = float(sample.length + (ODD_TOKENS if sample.length != SHORT_TOKENS else 0))
+        law.observe((1.0, tokens, tokens * tokens / 2), sample.ttft_s)
+    fixed, per_token, growth = law.coefficients
     return Machine(
-        prefill_tokens_per_s=rate,
-        prefill_fixed_s=max(short - SHORT_TOKENS / rate, 0.001),
-        context_half_tokens=1e9,
+        prefill_tokens_per_s=1 / per_token,
+        prefill_fixed_s=max(fixed, 0.001),
+        context_half_tokens=min(per_token / growth, 1e9) if growth else 1e9,
         disk_bytes_per_s=disk_bytes_per_s,
         jitter=0.0,
     )
 
 
-def simulated(strategy: str, length: int, case: str, machine: Machine, sizes: Sizes) -> tuple[float, str]:
-    """Seconds and plan of the same case in the simulator."""
-    priors = RatePriors(
-        prefill_tokens_per_s=machine.prefill_tokens_per_s,
-        prefill_fixed_s=machine.prefill_fixed_s,
-        load_bytes_per_s=machine.disk_bytes_per_s,
-        load_fixed_s=machine.disk_fixed_s,
-    )
+def simulated(strategy: str, length: int, case: str, machine: Machine, sizes: Sizes) -> tuple[float, Plan]:
+    """Seconds and plan of the same case in the simulator, with a planner that knows the machine."""
+    rates = Rates(RatePriors(prefill_tokens_per_s=machine.prefill_tokens_per_s))
+    for _ in range(10):
+        for tokens in (64, 512, 4096, 16384):
+            rates.observe_prefill(tokens, context=0, seconds=machine.compute_s(tokens, context=0))
+            rates.observe_prefill(tokens, context=8192, seconds=machine.compute_s(tokens, context=8192))
+            rates.observe_load("disk", tokens * 1000, machine.load_s("disk", tokens * 1000))
     facts = PromptFacts(num_tokens=length + ODD_TOKENS, num_stored_blocks=0, resume_block=0)
-    marks = parse(strategy).at_prompt(facts, sizes)
-    shared = length + ODD_TOKENS if case == "next turn" else int(LEAVE_SHARE * length)
+    shared = shared_tokens(length, case)
+    num_blocks = shared // sizes.block_size
     stored = StoredPrefix(
         num_tokens=shared + QUESTION_TOKENS,
-        num_blocks=shared // sizes.block_size,
-        checkpoints={mark.block: "disk" for mark in marks if mark.block <= shared // sizes.block_size},
+        num_blocks=num_blocks,
+        checkpoints={
+            mark.block: "disk" for mark in parse(strategy).at_prompt(facts, sizes) if mark.block <= num_blocks
+        },
     )
-    plan = RestorePlanner(sizes, Rates(priors)).plan(stored).plan
-    return carry_out(machine, sizes, plan, random.Random(0)).total_s, plan.kind.value
+    plan = RestorePlanner(sizes, rates).plan(stored).plan
+    return carry_out(machine, sizes, plan, random.Random(0)).total_s, plan
+
+
+def simulated_bytes(strategy: str, length: int, sizes: Sizes) -> int:
+    facts = PromptFacts(num_tokens=length + ODD_TOKENS, num_stored_blocks=0, resume_block=0)
+    marks = parse(strategy).at_prompt(facts, sizes)
+    return length // sizes.block_size * sizes.block_bytes + len(marks) * sizes.checkpoint_bytes
+
+
+def report(measurement: Measurement, machine: Machine, sizes: Sizes, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is shown, plotted and kept. cold_s: of a prompt of that length, from the fit to cold runs."""
+    samples = measurement.samples
+    rows = []
+    for length in args.lengths:
+        for case in CASES:
+            for strategy in STRATEGIES:
+                group = [s for s in samples if (s.strategy, s.length, s.case) == (strategy, length, case)]
+                expected_s, plan = simulated(strategy, length, case, machine, sizes)
+                prompt_tokens = shared_tokens(length, case) + QUESTION_TOKENS
+                times = {
+                    name: statistics.median(getattr(s, name) for s in group)
+                    for name in ("ttft_s", "restore_s", "compute_s")
+                }
+                rows.append(
+                    {
+                        "tokens": length,
+                        "case": case,
+                        "strategy": strategy,
+                        "plans": sorted({s.plan for s in group}),
+                        "run_tokens": statistics.median(s.run_tokens for s in group),
+                        **times,
+                        "cold_s": machine.compute_s(prompt_tokens, context=0),
+                        "stored_bytes": measurement.stored_bytes[strategy, length],
+                        "simulated_plan": plan.kind.value,
+                        "simulated_ttft_s": expected_s,
+                        "simulated_bytes": simulated_bytes(strategy, length, sizes),
+                    }
+                )
+    return {
+        "model": args.model.name,
+        "repeats": args.repeats,
+        "replay_tokens": sizes.replay_tokens,
+        "machine": asdict(machine),
+        "rows": rows,
+        "samples": [asdict(sample) for sample in samples if sample.length],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "antefix-tiny")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--repeats", type=int, default=3, help="documents of each length and case (default: 3)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="replace JSON, plot and the document's table")
+    parser.add_argument("--from", dest="source", type=Path, help="show (and write) this run instead of a new one")
     args = parser.parse_args()
-    samples: list[Sample] = []
-    disks = []
-    for strategy in STRATEGIES:
-        found, disk = asyncio.run(measure(strategy, args))
-        samples += found
-        disks.append(disk)
-    sizes = model_sizes(str(args.model))
-    machine = fitted_machine([s for s in samples if s.case == "cold"], statistics.median(disks))
-    print(
-        f"cold: {machine.prefill_fixed_s * 1e3:.0f} ms + tokens at {machine.prefill_tokens_per_s:.0f}/s; "
-        f"disk {machine.disk_bytes_per_s / 1e9:.2f} GB/s; replay {sizes.replay_tokens} tokens"
-    )
-    rows = [["strategy", "tokens", "case", "plan", "tokens run", "measured", "simulated", "ratio", "simulated plan"]]
-    for strategy in STRATEGIES:
-        for length in args.lengths:
-            for case in ("next turn", "left inside"):
-                group = [s for s in samples if (s.strategy, s.length, s.case) == (strategy, length, case)]
-                measured = statistics.median(s.ttft_s for s in group)
-                expected, plan = simulated(strategy, length, case, machine, sizes)
-                run = statistics.median(s.run_tokens for s in group)
-                plans = "/".join(sorted({s.plan for s in group}))
-                times = [f"{measured * 1e3:.0f} ms", f"{expected * 1e3:.0f} ms", f"{measured / expected:.2f}"]
-                rows.append([strategy, str(length), case, plans, f"{run:.0f}", *times, plan])
-    print(align(rows))
+    if args.source:
+        found = json.loads(args.source.read_text())
+    else:
+        with tempfile.TemporaryDirectory(prefix="antefix-bench-") as scratch:
+            measurement = Measurement(args, Path(scratch))
+            disk = asyncio.run(measurement.run())
+        sys.stderr.write("\n")
+        machine = fitted_machine([s for s in measurement.samples if s.case == "cold"], disk)
+        found = report(measurement, machine, model_sizes(str(args.model)), args)
+    print("\n".join(table(found)))
+    if args.write:
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        plot_services(found, PLOT)
+        write_table(found, DOC)
 
 
 if __name__ == "__main__":

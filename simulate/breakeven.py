@@ -100,7 +100,7 @@ def break_even_text(rows: Sequence[BreakEven]) -> str:
             [
                 f"{row.prefix_tokens}",
                 f"{human_bytes(row.disk_bytes_per_s)}/s",
-                _human_age(row.age_s),
+                human_age(row.age_s),
                 row.continue_fastest,
                 row.continue_per_byte,
                 row.leave_fastest,
@@ -177,7 +177,8 @@ def _row(tokens: int, disk: float, age_s: float, outcomes: tuple[Outcome, ...]) 
     )
 
 
-def _human_age(seconds: float) -> str:
+def human_age(seconds: float) -> str:
+    """Minutes below an hour, hours from there on."""
     if seconds < 3600:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.0f} h"

@@ -15,6 +15,7 @@ from antefix.window import Strategy, parse
 from antefix.window.strategy import parse_bytes
 from simulate import cluster_cli
 from simulate.breakeven import break_even, break_even_text
+from simulate.breakeven_plot import plot_break_even
 from simulate.generate import SHAPES, generate
 from simulate.machine import RATE_CARDS, Machine, RateCard, model_sizes
 from simulate.plot import plot
@@ -88,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     if args.break_even:
         rows = break_even(sizes, machine)
         _emit(json.dumps([row.as_dict() for row in rows], indent=1) if args.json else break_even_text(rows))
+        if args.plot:
+            plot_break_even(rows, args.plot)
         return 0
     if args.workers:
         unit_tokens = cluster_cli.unit_tokens(args, sizes)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +16,22 @@ import numpy as np
 from antefix.block import chain_of, exactness_of
 from antefix.clients import PrefillClient, Tokens
 from antefix.commands.up import DEFAULT_MODEL
-from antefix.errors import InvalidRequest
+from antefix.errors import AntefixError, InvalidRequest
 from antefix.explain.answer import Explanation, explain
-from antefix.explain.evidence import Names, gather
+from antefix.explain.evidence import Names, State, gather, holdings
 from antefix.explain.text import lines
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
+from antefix.store.client import RemoteStore
 from antefix.tokenizer import load_tokenizer
 from antefix.window import RatePriors, Rates, RestorePlanner, Sizes
+from antefix.window_pool import DISK, check_address, open_window_pool
+from antefix.window_pool.open import MEMORY
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
 # Exactness that a namespace may have had before; a miss is explained when the tokens are stored under one of these.
-_BOUNDED_TRIED = (0, 1, 2, 4)
+_BOUNDED_TRIED = range(9)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bounded-windows", type=int, default=0, metavar="K", help="as the workers have it")
     parser.add_argument("--tenant", default="", help="whose prompt it is")
     parser.add_argument("--user", default="", help="the tenant's end user, if requests name one")
+    parser.add_argument(
+        "--also-namespace", action="append", default=[], metavar="NAME", help="look there too; may repeat"
+    )
+    parser.add_argument("--also-tenant", action="append", default=[], metavar="NAME", help="look there too; may repeat")
+    parser.add_argument("--also-model", action="append", default=[], type=Path, metavar="DIR", help="likewise")
+    parser.add_argument(
+        "--window-pool", default=DISK, metavar="WHERE", help="as the workers have it: disk, memory or a redis:// URL"
+    )
+    parser.add_argument("--store-address", metavar="HOST:PORT", help="of the kvstore service, for --window-pool memory")
     parser.add_argument("--check", action="store_true", help="read all stored blocks and verify their checksums")
     parser.add_argument("--worker", metavar="HOST:PORT", help="take the prefill speed from this running prefill worker")
     parser.add_argument(
@@ -72,27 +86,94 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) -> Explanation:
-    kv_format = KVFormat(args.kv_format)
+    check_address(args.window_pool)
     keyring = Keyring.from_file(_path(args, "secret_file", "secret"))
-    tenant = f"{args.tenant}\x1f{args.user}" if args.user else args.tenant
+    mine = Whose(identity=identity, kv_format=KVFormat(args.kv_format), namespace=args.namespace,
+                 tenant=_tenant(args, args.tenant), bounded_windows=args.bounded_windows)  # fmt: skip
+    names = mine.names(tokens, keyring)
+    # 1. What the store's files say.
+    directory = _path(args, "store_dir", "store")
+    others = [other.names(tokens, keyring, differs=label) for other, label in _others(args, mine)]
+    blocks = gather(directory, names, others, log=_log(args), check=args.check)
+    # 2. What the window pool has.
+    stored = sum(1 for _ in itertools.takewhile(lambda block: block.state is State.STORED, blocks))
+    pooled, pool_error = asyncio.run(_pooled(args, names, stored))
+    # 3. What a worker would make of it.
+    planner = RestorePlanner(Sizes.of(identity.layout(mine.kv_format)), Rates(_priors(args)))
+    return explain(
+        len(tokens),
+        blocks,
+        planner,
+        bounded_windows=args.bounded_windows,
+        pooled=pooled,
+        pool_error=pool_error,
+        holdings=holdings(directory, names.fingerprint),
+    )
 
-    def names(kv_format: KVFormat, bounded_windows: int) -> Names:
-        exactness = exactness_of(bounded_windows)
-        digest = identity.fingerprint(kv_format, namespace=args.namespace, exactness=exactness).digest
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whose:
+    """All that a name depends on besides the tokens and the deployment's secret."""
+
+    identity: ModelIdentity
+    kv_format: KVFormat
+    namespace: str
+    tenant: str
+    bounded_windows: int
+
+    def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> Names:
+        exactness = exactness_of(self.bounded_windows)
+        digest = self.identity.fingerprint(self.kv_format, namespace=self.namespace, exactness=exactness).digest
         chain = chain_of(
             tokens,
             fingerprint_digest=digest,
-            key=keyring.key(tenant),
-            block_size=identity.geometry.block_size,
+            key=keyring.key(self.tenant),
+            block_size=self.identity.geometry.block_size,
         )
-        label = f"kv_format {kv_format.value}, {exactness}"
-        return Names(label=label, fingerprint=digest, hashes=chain.hashes)
+        return Names(label=differs, fingerprint=digest, hashes=chain.hashes)
 
-    wanted = (kv_format, args.bounded_windows)
-    others = [names(f, k) for f in _FORMATS for k in _BOUNDED_TRIED if (f, k) != wanted]
-    blocks = gather(_path(args, "store_dir", "store"), names(*wanted), others, log=_log(args), check=args.check)
-    planner = RestorePlanner(Sizes.of(identity.layout(kv_format)), Rates(_priors(args)))
-    return explain(len(tokens), blocks, planner, bounded_windows=args.bounded_windows)
+
+def _others(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:
+    """Under which other names the same tokens may be stored, and what differs."""
+    for kv_format in _FORMATS:
+        for windows in _BOUNDED_TRIED:
+            if (kv_format, windows) != (mine.kv_format, mine.bounded_windows):
+                label = f"kv_format {kv_format.value}, {exactness_of(windows)}"
+                yield replace(mine, kv_format=kv_format, bounded_windows=windows), label
+    for namespace in args.also_namespace:
+        yield replace(mine, namespace=namespace), f"namespace {namespace}"
+    for tenant in args.also_tenant:
+        yield replace(mine, tenant=_tenant(args, tenant)), f"tenant {tenant}"
+    for directory in args.also_model:
+        identity = identify(directory)
+        if identity.geometry.block_size != mine.identity.geometry.block_size:
+            raise InvalidRequest(f"--also-model {directory}: its blocks have another size, so its KV cannot be meant")
+        yield replace(mine, identity=identity), f"model {directory}"
+
+
+def _tenant(args: argparse.Namespace, tenant: str) -> str:
+    return f"{tenant}\x1f{args.user}" if args.user else tenant
+
+
+async def _pooled(args: argparse.Namespace, names: Names, num_stored: int) -> tuple[tuple[int, ...] | None, str]:
+    """The boundary nearest to the stored prefix' end that the window pool has, None if there is no pool; and why a pool
+    did not answer.
+    """
+    if args.window_pool == DISK:
+        return None, ""
+    if args.window_pool == MEMORY and not args.store_address:
+        raise InvalidRequest("--window-pool memory is the store service's: say where it is with --store-address")
+    store = RemoteStore(args.store_address or "")
+    pool = open_window_pool(args.window_pool, store, bytes_max=1)
+    assert pool is not None
+    try:
+        found = await pool.nearest(list(reversed(names.hashes[:num_stored])), fingerprint=names.fingerprint)
+    except AntefixError as err:
+        return None, str(err)
+    finally:
+        await pool.close()
+        await store.close()
+    return (() if found is None else (num_stored - found.index,)), ""
 
 
 def _path(args: argparse.Namespace, name: str, within: str) -> Path:
@@ -120,7 +201,10 @@ def _priors(args: argparse.Namespace) -> RatePriors:
 
 def _tokens(args: argparse.Namespace) -> Tokens:
     if args.tokens_file is not None:
-        ids = json.loads(_read(args.tokens_file))
+        try:
+            ids = json.loads(_read(args.tokens_file))
+        except ValueError as err:
+            raise InvalidRequest(f"{args.tokens_file} is no JSON: {err}") from err
         if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 1 << 32 for i in ids):
             raise InvalidRequest("--tokens-file must hold a JSON list of token ids")
         return np.array(ids, np.uint32)

@@ -43,14 +43,26 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockEvidence:
-    """Block `index` of the prompt. checkpoint: window state after it, if that is stored and readable."""
+    """Block `index` of the prompt. checkpoint: window state after it, if that is stored and readable.
+
+    checkpoint_lost: why a checkpoint that is on record cannot be used; "" where there is none or it can.
+    """
 
     index: int
     hash: bytes
     state: State
     place: Place | None = None
     checkpoint: Place | None = None
+    checkpoint_lost: str = ""
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """Whose KV the store has: is this prompt's fingerprint among them, and how many others are?"""
+
+    is_known: bool
+    num_others: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +96,17 @@ def gather(
     return _with_gaps(blocks, elsewhere)
 
 
+def holdings(directory: Path, fingerprint: bytes) -> Holdings:
+    """Raises:  Unavailable: there is no store in `directory`."""
+    reader = StoreReader(directory)
+    try:
+        with reader.index.txn() as txn:
+            digests = set(reader.index.fingerprints(txn).values())
+    finally:
+        reader.close()
+    return Holdings(is_known=fingerprint in digests, num_others=len(digests - {fingerprint}))
+
+
 def _block(
     reader: StoreReader,
     txn: Any,
@@ -108,12 +131,14 @@ def _block(
         )
     elif not entry.live(now_ms):
         state, detail = State.EXPIRED, f"not used for its {entry.ttl_s} s; the space is taken back when it is needed"
+    checkpoint, lost = _checkpoint(index, txn, name, names, now_ms)
     return BlockEvidence(
         index=number,
         hash=name,
         state=state,
         place=place,
-        checkpoint=_checkpoint(index, txn, name, names, now_ms),
+        checkpoint=checkpoint,
+        checkpoint_lost=lost,
         detail=detail,
     )
 
@@ -129,11 +154,25 @@ def _missing(directory: Path, number: int, name: bytes, known: frozenset[bytes])
     return BlockEvidence(index=number, hash=name, state=state, detail=detail)
 
 
-def _checkpoint(index: Index, txn: Any, name: bytes, names: Names, now_ms: int) -> Place | None:
+def _checkpoint(index: Index, txn: Any, name: bytes, names: Names, now_ms: int) -> tuple[Place | None, str]:
+    """The checkpoint after a block, or why the one that is on record is of no use."""
     entry = index.entry(txn, RecordKind.CHECKPOINT, name)
-    if entry is None or not entry.live(now_ms) or entry.fingerprint_id != index.fingerprint_id(txn, names.fingerprint):
-        return None
-    return _place(entry, now_ms)
+    if entry is None:
+        return None, ""
+    if entry.fingerprint_id != index.fingerprint_id(txn, names.fingerprint):
+        return None, "has another fingerprint"
+    if entry.quarantined:
+        return None, "failed a check and is quarantined"
+    if not entry.live(now_ms):
+        return None, f"expired {human_s((now_ms - entry.expires_ms) / 1000)} ago"
+    return _place(entry, now_ms), ""
+
+
+def human_s(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _place(entry: IndexEntry, now_ms: int) -> Place:
@@ -202,6 +241,7 @@ def _with_gaps(blocks: list[BlockEvidence], elsewhere: Mapping[int, str]) -> lis
                 state=state,
                 place=block.place,
                 checkpoint=block.checkpoint,
+                checkpoint_lost=block.checkpoint_lost,
                 detail=detail,
             )
         )

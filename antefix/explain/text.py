@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from antefix.explain.answer import Explanation
 from antefix.explain.evidence import BlockEvidence, State
@@ -11,16 +11,16 @@ from antefix.window import Plan, PlanKind
 
 _ADVICE = {
     "below_minimum": "nothing is wrong: the prompt is too short to be cached.",
-    "first_seen": "nothing is wrong if this text is new. Else compare tenant, user, namespace, model and the very text:"
-    " one token that differs changes every block after it.",
+    "first_seen": "nothing is wrong if this text is new. Else compare tenant, user, secret and the very text: one token"
+    " that differs changes every block after it. --also-tenant NAME looks for it elsewhere.",
     "evicted": "the store was too small for how long this was unused: raise its budget, or pin the prefix.",
     "expired": "it was unused for longer than its time to live: raise block_ttl_s, or pin the prefix.",
     "corrupt": "the disk returned other bytes than were written: look at the disk; `antefix fsck` checks the store.",
-    "fingerprint_differs": "the KV was made under other settings: compare model files, kv_format, namespace and"
-    " bounded_windows of those who wrote it with those who read.",
+    "fingerprint_differs": "compare model files, kv_format, namespace and bounded_windows of those who write here with"
+    " those who read; --also-namespace NAME and --also-model DIR look for the tokens under others.",
     "unreachable": "an earlier block is missing; see the first one.",
-    "window_missing": "the KV is stored, but resuming needs window state: strategy `auto` leaves a checkpoint where"
-    " prompts are seen to fork, `full` at every block.",
+    "window_missing": "the KV is stored, but resuming needs window state, and without any here this way is the fastest."
+    " If prompts often leave here, strategy `auto` leaves a checkpoint after the first; `antefix window` tells which.",
 }
 
 
@@ -36,10 +36,7 @@ def lines(explanation: Explanation) -> Iterator[str]:
     if rest:
         yield f"  the last {rest} tokens    no whole block: always computed"
     yield ""
-    checkpoints = [block * size for block in explanation.checkpoints]
-    shown = ", ".join(str(tokens) for tokens in checkpoints[-12:]) or "none"
-    more = f" (and {len(checkpoints) - 12} before)" if len(checkpoints) > 12 else ""
-    yield f"Checkpoints of window state, after so many tokens: {shown}{more}"
+    yield from _window_state(explanation, size)
     yield ""
     yield "Ways to get there, fastest first, as predicted for a worker with empty memory:"
     for plan in explanation.decision.plans:
@@ -56,6 +53,33 @@ def _verdict(explanation: Explanation) -> Iterator[str]:
     yield f"{hit} of {num_tokens} prompt tokens would be hits ({hit / num_tokens:.0%}), by {_kind(plan)}:"
     yield f"{plan.predicted_s:.3f} s predicted, {cold_s:.3f} s cold."
     yield f"{explanation.num_stored_blocks} of {len(explanation.blocks)} blocks can be used."
+
+
+def _window_state(explanation: Explanation, size: int) -> Iterator[str]:
+    """Where a hit may resume, and where it might have."""
+    yield f"Checkpoints of window state on disk, after so many tokens: {_some(explanation.checkpoints, size)}"
+    if explanation.pool_error:
+        yield f"  the window pool does not answer, so workers do without it: {explanation.pool_error}"
+    elif explanation.pooled is None:
+        yield "  a window pool was not asked: give --window-pool as the workers have it"
+    else:
+        yield f"  in the window pool: {_some(explanation.pooled, size)}"
+    for reason, group in itertools.groupby(
+        (block for block in explanation.blocks if block.checkpoint_lost), key=lambda block: block.checkpoint_lost
+    ):
+        yield f"  after {_some([block.index + 1 for block in group], size)} tokens one {reason}"
+    plan = explanation.decision.plan
+    if plan.replay_tokens:
+        exactness = "to the bit" if plan.kind is PlanKind.REPLAY else "approximately"
+        yield (
+            f"  none where this prompt leaves: {plan.replay_tokens} tokens are run again to rebuild window state"
+            f" {exactness}, for {plan.replay_work_tokens} tokens' time; nothing is written"
+        )
+
+
+def _some(blocks: Sequence[int], size: int) -> str:
+    shown = ", ".join(str(block * size) for block in blocks[-12:]) or "none"
+    return shown + (f" (and {len(blocks) - 12} before)" if len(blocks) > 12 else "")
 
 
 def _group(state: State, blocks: list[BlockEvidence], size: int) -> Iterator[str]:

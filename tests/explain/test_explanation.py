@@ -1,21 +1,28 @@
 """`antefix explain` says of every block what became of it, and why the rest misses, from files alone."""
 
+import asyncio
 import json
+import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from antefix import rpc
 from antefix.block import chain_of
 from antefix.cli import main
 from antefix.layout import KVFormat
 from antefix.model_dir import identify
 from antefix.secret import Keyring, create_secret_file
 from antefix.store.api import Record, RecordKind
+from antefix.store.client import RemoteStore
 from antefix.usage.storelog import StoreLog
+from antefix.v1 import kvstore_pb2
+from antefix.window_pool import StoreMemoryPool
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
+from kvstore.server import KvStoreServicer, register
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 SIZE = 64
@@ -34,11 +41,11 @@ class Deployed:
         self.store = Engine(config, clock_ms=lambda: self.now_ms[0])
         (directory / "tokens.json").write_text(json.dumps([int(token) for token in TOKENS]))
 
-    def names(self, tokens=TOKENS, tenant="", kv_format=KVFormat.FP8, exactness="exact"):
-        digest = self.identity.fingerprint(kv_format, exactness=exactness).digest
+    def names(self, tokens=TOKENS, tenant="", kv_format=KVFormat.FP8, exactness="exact", namespace="default"):
+        digest = self.identity.fingerprint(kv_format, namespace=namespace, exactness=exactness).digest
         return digest, chain_of(tokens, fingerprint_digest=digest, key=self.keyring.key(tenant), block_size=SIZE)
 
-    def put(self, num_blocks, checkpoints=(), ttl_s=None, **kwargs):
+    def put(self, num_blocks, checkpoints=(), ttl_s=None, checkpoint_ttl_s=None, **kwargs):
         digest, chain = self.names(**kwargs)
         layout = self.identity.layout(kwargs.get("kv_format", KVFormat.FP8))
         records = []
@@ -50,6 +57,7 @@ class Deployed:
             payload = bytes([index + 1]) * layout.block_bytes
             records.append(Record(kind=RecordKind.BLOCK, payload=payload, **shared))
             if index + 1 in checkpoints:
+                shared["ttl_s"] = checkpoint_ttl_s or ttl_s
                 records.append(Record(kind=RecordKind.CHECKPOINT, payload=bytes(layout.checkpoint_bytes), **shared))
         assert not self.store.put(records).refused
 
@@ -192,6 +200,84 @@ def test_a_store_that_is_in_use_and_one_that_is_not_read_alike(deployed, capsys)
     deployed.store.close()
     closed = deployed.explain(capsys)
     assert deployed.states(while_open) == deployed.states(closed)
+
+
+def test_an_empty_store_and_one_that_has_only_others_kv_are_told_apart(deployed, capsys):
+    assert deployed.explain(capsys)["miss_detail"] == "the store is empty"
+    deployed.put(5, namespace="agents")
+    answer = deployed.explain(capsys)
+    assert (answer["miss_reason"], answer["hit_tokens"]) == ("fingerprint_differs", 0)
+    assert "another one is there" in answer["miss_detail"]
+
+
+def test_it_looks_under_other_namespaces_tenants_and_models_when_asked(deployed, capsys, tmp_path):
+    deployed.put(5, namespace="agents")
+    deployed.put(3, tenant="acme")
+    text = deployed.explain(capsys, "--also-namespace", "agents", as_json=False)
+    assert "these tokens are stored, but under namespace agents" in text
+    text = deployed.explain(capsys, "--also-tenant", "acme", as_json=False)
+    assert "these tokens are stored, but under tenant acme" in text
+    other = tmp_path / "other"
+    shutil.copytree(MODEL, other, ignore=shutil.ignore_patterns("figures"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    answer = deployed.explain(capsys, "--model", str(other), "--namespace", "agents", "--also-model", str(MODEL))
+    assert f"under model {MODEL}" in answer["blocks"][0]["detail"]
+
+
+def test_a_checkpoint_that_expired_is_told_with_its_age(deployed, capsys):
+    deployed.now_ms[0] -= 3_600_000
+    deployed.put(8, checkpoints=(8,), checkpoint_ttl_s=600.0)
+    text = deployed.explain(capsys, "--prefill-rate", "2000", as_json=False)
+    assert "after 512 tokens one expired 50 min ago" in text
+    assert "Checkpoints of window state on disk, after so many tokens: none" in text
+
+
+def test_a_replay_says_what_it_runs(deployed, capsys):
+    deployed.put(10)
+    text = deployed.explain(capsys, "--prefill-rate", "200", as_json=False)
+    assert (
+        "448 tokens are run again to rebuild window state to the bit, for 190 tokens' time; nothing is written" in text
+    )
+
+
+def test_a_window_pool_that_is_down_is_told_and_the_rest_explained(deployed, capsys):
+    deployed.put(10)
+    text = deployed.explain(capsys, "--window-pool", "redis://127.0.0.1:1/0", "--prefill-rate", "200", as_json=False)
+    assert "the window pool does not answer, so workers do without it" in text
+    assert "by exact replay" in text
+    assert "a window pool was not asked" in deployed.explain(capsys, as_json=False)
+
+
+async def test_a_checkpoint_in_the_store_services_memory_is_found(deployed, capsys):
+    digest, chain = deployed.names()
+    deployed.put(10)
+    record = Record(
+        kind=RecordKind.CHECKPOINT, hash=chain.hashes[9], parent=chain.parent(9), fingerprint=digest,
+        position=10 * SIZE, payload=bytes(deployed.identity.layout(KVFormat.FP8).checkpoint_bytes), ttl_s=60.0,
+    )  # fmt: skip
+    servicer = KvStoreServicer(deployed.store)
+    started = await rpc.start_server("127.0.0.1:0", lambda target: register(servicer, target), [kvstore_pb2.DESCRIPTOR])
+    store = RemoteStore(started.address)
+    try:
+        assert await StoreMemoryPool(store).put(record)
+        flags = ("--window-pool", "memory", "--store-address", started.address, "--prefill-rate", "200")
+        answer = await asyncio.to_thread(deployed.explain, capsys, *flags)
+    finally:
+        await store.close()
+        await started.drain(0.2)
+        await servicer.close()
+    assert (answer["plan"]["kind"], answer["plan"]["checkpoint_tier"]) == ("checkpoint", "pool")
+    assert answer["checkpoints_in_pool"] == [10 * SIZE] and answer["checkpoints"] == []
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "", '{"a": 1}', '["x"]', "[-1]"])
+def test_a_tokens_file_that_is_none_is_refused(deployed, capsys, text):
+    (deployed.directory / "tokens.json").write_text(text)
+    argv = ["explain", "--data-dir", str(deployed.directory), "--tokens-file", str(deployed.directory / "tokens.json")]
+    assert main(argv) == 2
+    told = capsys.readouterr().err
+    assert "is no JSON" in told or "a JSON list of token ids" in told
 
 
 @pytest.mark.parametrize(
