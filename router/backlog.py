@@ -23,9 +23,6 @@ class BacklogState:
     head_since: float
     tokens_per_s: float
 
-    def pending_tokens(self, now: float) -> float:
-        return self.total_tokens - min(self.head_tokens, max(0.0, now - self.head_since) * self.tokens_per_s)
-
 
 class Backlog:
     """Tickets in order of placement. Times are seconds of any steady clock, handed in."""
@@ -70,5 +67,8 @@ class Backlog:
         )
 
     def pending_tokens(self, now: float) -> float:
-        """What is left to do."""
-        return self.state.pending_tokens(now)
+        """What is left to do. Asked of every worker at every placement, so nothing is made for it."""
+        if not self._waiting:
+            return 0.0
+        done = max(0.0, now - self._head_since) * self.tokens_per_s
+        return self._total - min(next(iter(self._waiting.values())), done)

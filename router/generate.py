@@ -123,7 +123,7 @@ class Generator:
         )
         tried.add(worker.address)
         self._sessions.note(request.tenant, request.session, Role.DECODE, worker.address)
-        self._directory.placed(worker.address, prompt.keys)
+        self._directory.guess(worker.address, prompt.keys)
         client = worker.client
         assert isinstance(client, DecodeClient)
         tokens = np.concatenate((request.tokens, np.array(request.emitted, np.uint32)))

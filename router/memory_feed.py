@@ -47,7 +47,7 @@ class MemoryFeed:
         """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
         self._directory = directory
         self._watch = watch or _watch_worker
-        self._reader = MemoryReader(redis_url, self._take) if redis_url else None
+        self._reader = MemoryReader(redis_url, self._take, self._doubt_all) if redis_url else None
         self._known: dict[str, _Known] = {}
         self._waiting: dict[str, deque[MemoryBatch]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -71,8 +71,9 @@ class MemoryFeed:
         addresses = set(addresses)
         for address in set(self._tasks) - addresses:
             self._tasks.pop(address).cancel()
-            for table in (self._known, self._waiting, self._wanted):
-                table.pop(address, None)
+            self._lose(address)
+            self._waiting.pop(address, None)
+            self._wanted.pop(address, None)
         for address in addresses - set(self._tasks):
             self._wanted[address] = asyncio.Event()
             self._wanted[address].set()
@@ -96,11 +97,12 @@ class MemoryFeed:
         if known is None or batch.epoch != known.epoch or known.serial != self._directory.serial(address):
             return False
         if batch.number <= known.number:
-            # Told twice: Redis was read again from further back.
+            # Told twice: Redis was read again from further back. Or it is alive, and has no news.
+            self._directory.know(address)
             return True
         if batch.number - len(batch.events) != known.number:
             self.num_gaps += 1
-            del self._known[address]
+            self._lose(address)
             return False
         for event in batch.events:
             keys = _keys(event.keys)
@@ -109,6 +111,7 @@ class MemoryFeed:
             else:
                 self._directory.evicted(address, keys)
         self.num_events += len(batch.events)
+        self._directory.know(address)
         self._known[address] = _Known(epoch=batch.epoch, number=batch.number, serial=known.serial)
         return True
 
@@ -124,6 +127,10 @@ class MemoryFeed:
             serial = self._directory.know(address)
             self._known[address] = _Known(epoch=batch.epoch, number=batch.number, serial=serial)
 
+    def _lose(self, address: str) -> None:
+        self._known.pop(address, None)
+        self._directory.doubt(address)
+
     async def _follow(self, address: str) -> None:
         """The direct way: one stream, a snapshot first, that goes on where it broke."""
         while True:
@@ -132,12 +139,13 @@ class MemoryFeed:
             try:
                 async for batch in self._watch(address, cursor, False):
                     if not self.apply(address, batch):
-                        self._known.pop(address, None)
+                        self._lose(address)
                         break
                 else:
                     await asyncio.sleep(_RETRY_S)
             except AntefixError as err:
                 log.debug("worker %s tells nothing of its memory: %s", address, err)
+                self._directory.doubt(address)
                 await asyncio.sleep(_RETRY_S)
 
     async def _resync(self, address: str) -> None:
@@ -157,6 +165,10 @@ class MemoryFeed:
             self._wanted[address].clear()
             if not all(self.apply(address, batch) for batch in waiting):
                 self._wanted[address].set()
+
+    def _doubt_all(self) -> None:
+        for address in self._known:
+            self._directory.doubt(address)
 
     def _take(self, address: str, batch: MemoryBatch) -> None:
         """An event that Redis gave. Those of workers that are not ours, or unknown yet, are nobody's."""

@@ -74,7 +74,7 @@ class Names:
 
 
 class _Memo:
-    """Prompts and their hashes, by fast hashes of their beginnings of 1, 2, 4, ... blocks, tokens compared in full.
+    """Prompts and their hashes, by fast hashes of blocks 1, 2, 4, ... of their beginnings, tokens compared in full.
 
     The fast hash only finds; what is taken over is decided by equal tokens of the same tenant.
     """
@@ -122,18 +122,18 @@ class _Memo:
                 del self._by_beginning[beginning]
 
     def beginnings(self, tenant: str, tokens: Tokens) -> list[int]:
-        """Fast hashes of the first 1, 2, 4, ... blocks; none of a prompt that is too short to be worth it."""
+        """Fast hashes for the first 1, 2, 4, ... blocks; none of a prompt that is too short to be worth it."""
         if len(tokens) < _MEMO_BLOCKS_MIN * self._block_size:
             return []
         seed = xxhash.xxh3_64_intdigest(tenant.encode())
         digest = xxhash.xxh3_64(seed=seed)
         raw = np.ascontiguousarray(tokens).data.cast("B")
-        done, num_blocks, found = 0, 1, []
+        block_bytes, num_blocks, found = 4 * self._block_size, 1, []
         while num_blocks * self._block_size <= len(tokens):
-            end = num_blocks * self._block_size * 4
-            digest.update(raw[done:end])
+            # The last block of each stands for it: what this finds is compared in full.
+            digest.update(raw[(num_blocks - 1) * block_bytes : num_blocks * block_bytes])
             found.append(digest.intdigest())
-            done, num_blocks = end, num_blocks * 2
+            num_blocks *= 2
         return found
 
 

@@ -97,6 +97,7 @@ def cached_tokens(work: Work, loads: Loads) -> Amounts:
 
 def own_work(work: Work, loads: Loads) -> Amounts:
     """Tokens of work that the request itself is on each worker: the uncached rest, and loading what is not resident."""
-    cached = cached_tokens(work, loads)
-    fetched = np.maximum(0.0, cached - loads.resident_tokens)
-    return work.num_tokens - cached + FETCH_WEIGHT * fetched
+    if work.stored_tokens is None:
+        return work.num_tokens - loads.resident_tokens.astype(np.float64)
+    fetched = np.maximum(0, work.stored_tokens - loads.resident_tokens)
+    return (work.num_tokens - work.stored_tokens) + FETCH_WEIGHT * fetched

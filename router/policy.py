@@ -34,7 +34,8 @@ class LeastWork:
     def choose(self, work: Work, loads: Loads) -> int:
         # 1. The work; a worker that just failed is the last choice whatever it has.
         costs = loads.pending_tokens + own_work(work, loads) * (1 + self._queue_weight * loads.num_requests)
-        costs = np.where(loads.shunned, np.inf, costs)
+        if loads.shunned.any():
+            costs = np.where(loads.shunned, np.inf, costs)
         rows = np.flatnonzero(costs <= costs.min() + self._tie_tokens)
         # 2. Load.
         if len(rows) > 1:

@@ -212,7 +212,7 @@ class Prefilling:
                 if len(tried) >= min(NUM_MOVES_MAX, len(self._workers.workers)):
                     raise
                 continue
-            self._directory.placed(worker.address, prompt.keys)
+            self._directory.guess(worker.address, prompt.keys)
             self._sessions.note(prompt.tenant, order.session, Role.PREFILL, worker.address)
             return answer
         return None

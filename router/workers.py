@@ -97,9 +97,9 @@ class Workers:
         Raises:  Unavailable: there is none besides the excluded ones.
         """
         now = time.monotonic()
-        workers = [worker for worker in self.workers if worker.address not in exclude]
+        workers = [worker for worker in self.workers if worker.address not in exclude] if exclude else self.workers
         workers = [worker for worker in workers if not worker.draining] or workers
-        workers = [worker for worker in workers if not worker.is_shunned(now)] or workers
+        workers = [worker for worker in workers if now >= worker.shunned_until] or workers
         if not workers:
             raise Unavailable(f"no {self.role} worker is left to try")
         if len(workers) == 1:
@@ -134,12 +134,13 @@ class Workers:
 
 def loads_of(workers: Sequence[Worker], resident_tokens: npt.NDArray[np.int64], now: float) -> Loads:
     """The workers as placement sees them."""
+    rows = np.array([(w.num_requests, w.num_served, w.num_active_tokens) for w in workers], np.int64).reshape(-1, 3)
     return Loads(
         seeds=np.array([worker.seed for worker in workers], np.uint64),
         pending_tokens=np.array([worker.backlog.pending_tokens(now) for worker in workers], np.float64),
-        active_tokens=np.array([worker.num_active_tokens for worker in workers], np.float64),
-        num_requests=np.array([worker.num_requests for worker in workers], np.int64),
+        active_tokens=rows[:, 2].astype(np.float64),
+        num_requests=rows[:, 0],
         resident_tokens=resident_tokens,
-        num_served=np.array([worker.num_served for worker in workers], np.int64),
+        num_served=rows[:, 1],
         shunned=np.zeros(len(workers), np.bool_),
     )

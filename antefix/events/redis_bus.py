@@ -130,16 +130,17 @@ class MemoryPublisher:
 
 
 class MemoryReader:
-    """Reads all shards from now on and hands each batch on, in order within a worker.
+    """Reads all shards from now on and hands each batch on, in order within a worker. lost: called when Redis is away.
 
     After a break it goes on at the last entry it had. A server that came back empty is read from its beginning: what
     is told twice is known by its number.
     """
 
-    def __init__(self, url: str, take: Callable[[str, MemoryBatch], None]) -> None:
+    def __init__(self, url: str, take: Callable[[str, MemoryBatch], None], lost: Callable[[], None]) -> None:
         """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
         self._redis = connect(url)
         self._take = take
+        self._lost = lost
         self._tasks: list[asyncio.Task[None]] = []
         self._last: dict[int, str] = {}
         self.num_failures = 0
@@ -166,6 +167,7 @@ class MemoryReader:
                     log.warning("Redis gives no memory events: %s: %s", type(err).__name__, err)
                 in_step = False
                 self.num_failures += 1
+                self._lost()
                 await asyncio.sleep(_RETRY_S)
 
     async def _find_place(self, shard: int) -> None:

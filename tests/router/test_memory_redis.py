@@ -9,7 +9,7 @@ from redis.asyncio import Redis, RedisCluster
 from antefix.errors import ConfigError
 from antefix.events import redis_bus
 from antefix.events.redis_bus import MemoryPublisher, check_url, shard_of, stream_of
-from router.directory import Directory
+from router.directory import Directory, keys_of
 from router.memory_feed import MemoryFeed
 from tests.router.memory_worker import Worker, leading, names_of
 from tests.window_pool.conftest import RedisServer
@@ -150,12 +150,16 @@ async def test_redis_killed_in_mid_run_degrades_to_what_is_known_and_heals(start
     server.kill()
     worker.memory.store(CHAIN[:60])
     await asyncio.sleep(0.3)
-    # What it knew is still what it knows, and its own placements are known as well.
+    # What it knew is still what it knows, and its own placements count again.
     assert leading(directory, worker.address, CHAIN) == 30
+    directory.guess(worker.address, keys_of(CHAIN[:45]))
+    assert leading(directory, worker.address, CHAIN) == 45
     # It comes back empty, as after a crash without persistence: the worker's ring still has what was not told.
     server.start()
     await until(rack.is_known)
     assert [feed.num_snapshots for feed, _ in rack.routers] == settled
+    assert leading(directory, worker.address, CHAIN) == 60
+    directory.guess(worker.address, keys_of(CHAIN))
     assert leading(directory, worker.address, CHAIN) == 60
 
 
