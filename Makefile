@@ -10,7 +10,7 @@ PACKAGES := antefix prefill decode kvstore router kernels simulate
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-long lint fmt bench proto clean
+.PHONY: setup demo test test-long lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -49,5 +49,18 @@ fmt: setup
 bench: setup
 	$(BIN)/python benchmarks/ttft.py
 
+# What benchmarks/store.py compares the store with, in an environment of its own: none of it is a dependency. LMCache
+# declares GPU packages that its disk tier does not need, so what it does need is named here.
+PEERS := .venv-peers
+$(PEERS)/.ready: benchmarks/peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps lmcache==0.5.6
+	touch $@
+
+bench-peers: setup $(PEERS)/.ready
+	$(BIN)/antefix bench store
+
 clean:
-	rm -rf $(VENV) build *.egg-info antefix/v1
+	rm -rf $(VENV) $(PEERS) build *.egg-info antefix/v1

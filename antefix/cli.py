@@ -83,6 +83,11 @@ COMMANDS: dict[str, Command] = {
         help="compare hits with cold runs, bit by bit, for every strategy and plan",
         example="antefix verify --json",
     ),
+    "bench": Command(
+        module="antefix.commands.bench",
+        help="measure beside the machine's limits and beside peers (in a checkout)",
+        example="antefix bench store --json",
+    ),
     "doctor": Command(
         module="antefix.commands.doctor",
         help="check this machine: packages, arithmetic, disk",

@@ -1,42 +1,41 @@
 """How near is the store to its disk, and how far from its peers, with V4-sized payloads?
 
-    python -m benchmarks.store [--model flash|pro] [--dir DIR] [--repeats N] [--peers PYTHON] [--long] [--json]
+    antefix bench store [--model flash|pro] [--dir DIR] [--repeats N] [--peers PYTHON] [--long] [--json]
 
-One run, everything interleaved: each repeat measures the raw disk, the store and every peer in turn, and ratios are
-medians of each repeat's ratio, because a shared machine drifts more than these differ. Cold means that the kernel was
-told to forget the files; a virtual disk's host may still have them. --peers names a Python that has rocksdict, lmdb
-and diskcache. --long adds a 1M-token prefix and a store of a million small blocks.
+One run, everything interleaved: each round measures the raw disk, the store and every peer in turn, and ratios are
+medians of each round's ratio, because a shared machine drifts more than these differ. Cold means that the kernel was
+told to forget the files; a virtual disk's host may still have them. Peers are whatever of LMDB, RocksDB, LMCache and
+diskcache the Python of --peers has (`make bench-peers` makes one). --long adds a 1M-token prefix and a store of a
+million small blocks.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import functools
 import json
-import mmap
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 
 from antefix.block import Chain, chain_of
+from antefix.commands.bench import add_store_arguments
+from antefix.layout import BlockLayout
+from antefix.store import codec
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.api import Record, RecordKind
-from antefix.store.client import RemoteStore
+from benchmarks.store_limits import DIRECT_READERS, WARM_READERS, direct_read, drop_cache, raw_write, seconds, warm_read
 from benchmarks.store_payloads import blocks, layout_of
-from benchmarks.store_peers import PEERS, drop_cache
+from benchmarks.store_peers import MODULES, PEERS
+from benchmarks.store_remote import measure_remote
 from benchmarks.store_scale import memory_kib, reset_peak_memory, scale_figures
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
@@ -44,9 +43,29 @@ from kvstore.engine import Engine
 BLOCK_TOKENS = 128
 NUM_BLOCKS = 1024
 BATCH_BLOCKS = 128
+# A remote restore of this many blocks takes as long as the noise of a shared machine lasts.
+REMOTE_BLOCKS = 512
+WARM_ROUNDS = 3
 FINGERPRINT = b"F" * 32
 MIB = 1 << 20
 Array = Any
+
+
+def tell(what: str) -> None:
+    """Progress, beside the result."""
+    sys.stderr.write(f"bench store: {what}\n")
+    sys.stderr.flush()
+
+
+@dataclass
+class Found:
+    """Bytes a second of everything that was timed, in the order of the rounds."""
+
+    nbytes: int
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def note(self, name: str, elapsed_s: float) -> None:
+        self.values.setdefault(name, []).append(self.nbytes / elapsed_s)
 
 
 def chain(num_blocks: int, salt: int = 0) -> Chain:
@@ -66,59 +85,6 @@ def records(names: Chain, payloads: Array) -> list[Record]:
         )
         for number, block_hash in enumerate(names.hashes)
     ]
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-# --- the limits ------------------------------------------------------------------------------------------------------
-
-
-def raw_write(path: Path, payloads: Array) -> float:
-    """Sequential write and one fdatasync a batch, as much a batch as the store's."""
-
-    def write() -> None:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        for first in range(0, len(payloads), BATCH_BLOCKS):
-            os.pwrite(fd, payloads[first : first + BATCH_BLOCKS].reshape(-1).data, first * payloads.shape[1])
-            os.fdatasync(fd)
-        os.close(fd)
-
-    return seconds(write)
-
-
-def direct_read(path: Path, *, depth: int, piece_bytes: int) -> float:
-    """Seconds to read a file past the page cache, `depth` pieces in flight."""
-    local = threading.local()
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-
-    def read(offset: int) -> int:
-        if not hasattr(local, "buffer"):
-            local.buffer = mmap.mmap(-1, piece_bytes)
-        return os.preadv(fd, [local.buffer], offset)
-
-    size = path.stat().st_size
-    with ThreadPoolExecutor(depth) as pool:
-        elapsed_s = seconds(lambda: sum(pool.map(read, range(0, size, piece_bytes))))
-    os.close(fd)
-    return elapsed_s
-
-
-def warm_read(path: Path, into: Array, *, depth: int, num_blocks: int) -> float:
-    """Seconds of preadv from the page cache into the same warm buffers, `num_blocks` a call."""
-    fd = os.open(path, os.O_RDONLY)
-    nbytes = into.shape[1]
-
-    def read(first: int) -> int:
-        return os.preadv(fd, list(into[first : first + num_blocks]), first * nbytes)
-
-    with ThreadPoolExecutor(depth) as pool:
-        elapsed_s = seconds(lambda: sum(pool.map(read, range(0, len(into), num_blocks))))
-    os.close(fd)
-    return elapsed_s
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------
@@ -154,118 +120,78 @@ class Peer:
 # --- the store beside them -------------------------------------------------------------------------------------------
 
 
-def measure_disk(directory: Path, payloads: Array, repeats: int, python: str) -> dict[str, list[float]]:
-    """Bytes a second by name, one number a repeat."""
-    names, total = chain(len(payloads)), payloads.nbytes
+def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Callable[[Path, Path], list[Peer]]) -> Found:
+    """Bytes a second by name, as many numbers of each as are measured in all repeats."""
+    names = chain(len(payloads))
     into = np.zeros_like(payloads)
     views = [row.data for row in into]
     source = directory / "payloads.bin"
-    raw_write(source, payloads)
-    found: dict[str, list[float]] = {}
-
-    def note(name: str, elapsed_s: float) -> None:
-        found.setdefault(name, []).append(total / elapsed_s)
-
+    raw_write(source, payloads, BATCH_BLOCKS)
+    found = Found(payloads.nbytes)
     for repeat in range(repeats):
+        tell(f"disk, page cache and peers: round {repeat + 1} of {repeats}")
         place = directory / f"run-{repeat}"
         place.mkdir()
-        peers = [Peer(python, name, place / name, source, payloads.shape) for name in PEERS] if python else []
-        config = KvStoreConfig(dir=str(place / "store"), budget_bytes=16 << 30, compression="off", scrub_bytes_per_s=0)
-        engine = Engine(config)
+        peers = peers_of(place, source)
+        engine = Engine(config_of(place / "store"))
         restore = functools.partial(engine.reader.read_blocks, names.hashes, views, fingerprint=FINGERPRINT)
         # 1. Durable writes.
-        note("raw_write", raw_write(place / "raw.bin", payloads))
-        note("put", seconds(functools.partial(put_all, engine, records(names, payloads))))
+        found.note("raw_write", raw_write(place / "raw.bin", payloads, BATCH_BLOCKS))
+        found.note("put", seconds(functools.partial(put_all, engine, records(names, payloads))))
         for peer in peers:
-            note(f"put_{peer.name}", peer.ask("put"))
-        # 2. Cold reads. Depths and sizes vary: the best raw reader is the limit.
-        for depth, mib in ((1, 4), (4, 1), (16, 1), (16, 4)):
+            found.note(f"put_{peer.name}", peer.ask("put"))
+        # 2. Cold reads, ours after each raw reader: the best of those is the limit.
+        for depth, mib in DIRECT_READERS:
             drop_cache(place)
-            direct_s = direct_read(place / "raw.bin", depth=depth, piece_bytes=mib * MIB)
-            note(f"direct_depth{depth}_{mib}mib", direct_s)
-        drop_cache(place / "store" / "segments")
-        note("restore", seconds(restore))
+            found.note(f"direct_{depth}x{mib}mib", direct_read(place / "raw.bin", depth=depth, piece_bytes=mib * MIB))
+            drop_cache(place / "store" / "segments")
+            found.note("restore", seconds(restore))
         assert np.array_equal(into, payloads)
         for peer in peers:
-            note(f"restore_{peer.name}", peer.ask("cold"))
-        # 3. Warm reads.
+            found.note(f"restore_{peer.name}", peer.ask("cold"))
+        # 3. Warm reads, in turn as well.
         warm_read(place / "raw.bin", into, depth=2, num_blocks=1)
-        for depth, count in ((1, 1), (2, 1), (2, 9)):
-            note(f"pread_{depth}x{count}", warm_read(place / "raw.bin", into, depth=depth, num_blocks=count))
-            note("warm", seconds(restore))
+        for _ in range(WARM_ROUNDS):
+            for depth, count in WARM_READERS:
+                found.note(f"pread_{depth}x{count}", warm_read(place / "raw.bin", into, depth=depth, num_blocks=count))
+                found.note("warm", seconds(restore))
         for peer in peers:
             peer.ask("warm")
-            note(f"warm_{peer.name}", peer.ask("warm"))
+            found.note(f"warm_{peer.name}", peer.ask("warm"))
             peer.close()
         engine.close()
         shutil.rmtree(place)
     return found
 
 
+def measure_coded(directory: Path, layout: BlockLayout, payloads: Array, found: Found) -> float:
+    """Cold restores of blocks that are stored compressed, decoded in parallel. Returns the lossless ratio."""
+    tell("cold restore of compressed blocks")
+    names, into = chain(len(payloads)), np.zeros_like(payloads)
+    views = [row.data for row in into]
+    engine = Engine(config_of(directory / "coded", compression="zstd"))
+    engine.register(FINGERPRINT, BLOCK_TOKENS, {RecordKind.BLOCK: codec.plan_of_block(layout)})
+    put_all(engine, records(names, payloads))
+    for _ in range(3):
+        drop_cache(directory / "coded" / "segments")
+        found.note(
+            "restore_zstd",
+            seconds(lambda: engine.reader.read_blocks(names.hashes, views, fingerprint=FINGERPRINT)),
+        )
+    assert np.array_equal(into, payloads)
+    coded_ratio = engine.counters.payload_bytes_written / engine.counters.bytes_written
+    engine.close()
+    shutil.rmtree(directory / "coded")
+    return coded_ratio
+
+
+def config_of(directory: Path, *, compression: str = "off") -> KvStoreConfig:
+    return KvStoreConfig(dir=str(directory), budget_bytes=16 << 30, compression=compression, scrub_bytes_per_s=0)
+
+
 def put_all(engine: Engine, wanted: Sequence[Record]) -> None:
     for first in range(0, len(wanted), BATCH_BLOCKS):
         engine.put(wanted[first : first + BATCH_BLOCKS])
-
-
-BARE_SERVER = """
-import asyncio, grpc
-from antefix.store.allocator import keep_large_buffers
-keep_large_buffers()
-chunk = bytes(1 << 20)
-async def stream(request, context):
-    for _ in range(int(request)):
-        yield chunk
-async def main():
-    server = grpc.aio.server()
-    handlers = {"Stream": grpc.unary_stream_rpc_method_handler(stream)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Bare", handlers),))
-    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
-    await server.start()
-    await server.wait_for_termination()
-asyncio.run(main())
-"""
-
-
-def measure_remote(directory: Path, payloads: Array, repeats: int) -> dict[str, list[float]]:
-    """The service in its own process on loopback, beside a bare gRPC stream of 1 MiB chunks from another."""
-    bare = subprocess.Popen([sys.executable, "-c", BARE_SERVER], stdout=subprocess.PIPE, text=True)
-    command = [sys.executable, "-m", "antefix", "serve", "kvstore", "--dir", str(directory / "remote")]
-    served = subprocess.Popen([*command, "--budget-bytes", "8g"], stdout=subprocess.PIPE, text=True)
-    assert bare.stdout is not None
-    assert served.stdout is not None
-    try:
-        port, address = int(bare.stdout.readline()), json.loads(served.stdout.readline())["address"]
-        return asyncio.run(stream_both(port, address, payloads, repeats))
-    finally:
-        bare.kill()
-        served.terminate()
-        bare.wait()
-        served.wait()
-
-
-async def stream_both(port: int, address: str, payloads: Array, repeats: int) -> dict[str, list[float]]:
-    store, names = RemoteStore(address), chain(len(payloads))
-    start = time.perf_counter()
-    await store.put(records(names, payloads))
-    found = {"remote_put": [payloads.nbytes / (time.perf_counter() - start)], "bare_stream": [], "remote": []}
-    into = np.zeros_like(payloads)
-    views = [row.data for row in into]
-    options = [("grpc.max_receive_message_length", 16 * MIB)]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
-        call = channel.unary_stream("/Bare/Stream")
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            received = 0
-            async for piece in call(str(payloads.nbytes // MIB).encode()):
-                received += len(piece)
-            found["bare_stream"].append(received / (time.perf_counter() - start))
-            start = time.perf_counter()
-            assert await store.get_blocks(names.hashes, views, fingerprint=FINGERPRINT) == len(payloads)
-            found["remote"].append(payloads.nbytes / (time.perf_counter() - start))
-    assert np.array_equal(into, payloads)
-    await store.close()
-    # The first round fills buffers.
-    return {name: values if name == "remote_put" else values[1:] for name, values in found.items()}
 
 
 def restore_long(directory: Path, payloads: Array) -> dict[str, float]:
@@ -303,53 +229,94 @@ def restore_long(directory: Path, payloads: Array) -> dict[str, float]:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def ratio(found: dict[str, list[float]], ours: str, *limits: str) -> float:
-    """Median over repeats of ours over the best of the limits."""
-    best = [max(values) for values in zip(*(found[name] for name in limits), strict=True)]
-    step = len(found[ours]) // len(best)
-    return statistics.median(statistics.median(found[ours][i * step : (i + 1) * step]) / b for i, b in enumerate(best))
+def ratio(values: dict[str, list[float]], ours: str, *limits: str) -> float:
+    """Median over rounds of ours over the limit, which is the one of the `limits` with the best median."""
+    limit = values[max(limits, key=lambda name: statistics.median(values[name]))]
+    num_rounds = len(limit)
+    ours_by_round = np.array_split(np.array(values[ours]), num_rounds)
+    if len(values[ours]) < num_rounds:
+        ours_by_round = [np.array([statistics.median(values[ours])])] * num_rounds
+    return statistics.median(float(np.median(o)) / b for o, b in zip(ours_by_round, limit, strict=True))
 
 
-def report(found: dict[str, list[float]]) -> dict[str, float]:
-    direct = [name for name in found if name.startswith("direct")]
-    pread = [name for name in found if name.startswith("pread")]
-    out = {f"{name}_gb_per_s": statistics.median(values) / 1e9 for name, values in found.items()}
-    out["restore_ratio"] = ratio(found, "restore", *direct)
-    out["put_ratio"] = ratio(found, "put", "raw_write")
-    out["warm_ratio"] = ratio(found, "warm", *pread)
-    out["remote_ratio"] = ratio(found, "remote", "bare_stream")
+def report(values: dict[str, list[float]]) -> dict[str, float]:
+    direct = [name for name in values if name.startswith("direct")]
+    pread = [name for name in values if name.startswith("pread")]
+    out = {f"{name}_gb_per_s": statistics.median(found) / 1e9 for name, found in values.items()}
+    out["restore_ratio"] = ratio(values, "restore", *direct)
+    out["put_ratio"] = ratio(values, "put", "raw_write")
+    out["warm_ratio"] = ratio(values, "warm", *pread)
+    out["remote_ratio"] = ratio(values, "remote", "bare_stream")
+    out["restore_zstd_ratio"] = ratio(values, "restore_zstd", *direct)
+    best_direct = max(direct, key=lambda name: statistics.median(values[name]))
     for name in PEERS:
-        if f"put_{name}" in found:
+        if f"put_{name}" in values:
             for kind in ("put", "restore", "warm"):
-                out[f"{kind}_over_{name}"] = ratio(found, kind, f"{kind}_{name}")
+                out[f"{kind}_over_{name}"] = ratio(values, kind, f"{kind}_{name}")
+            # What a store without any cost of its own could reach.
+            out[f"disk_restore_over_{name}"] = ratio(values, best_direct, f"restore_{name}")
+            out[f"disk_put_over_{name}"] = ratio(values, "raw_write", f"put_{name}")
     return out
+
+
+def peers_in(python: str) -> list[str]:
+    """The peers that a Python has.  Raises:  SystemExit: there is no such Python."""
+    if not python:
+        return []
+    script = (
+        "import importlib.util,json,sys; print(json.dumps([bool(importlib.util.find_spec(m)) for m in sys.argv[1:]]))"
+    )
+    try:
+        done = subprocess.run([python, "-c", script, *MODULES.values()], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as err:
+        raise SystemExit(f"--peers: {python} does not run: {err}") from err
+    missing = {name for name, there in zip(MODULES, json.loads(done.stdout), strict=True) if not there}
+    if missing:
+        tell(f"not installed for {python}, left out: {', '.join(sorted(missing))}")
+    return [name for name in PEERS if name not in missing]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("flash", "pro"), default="flash")
-    parser.add_argument("--dir", type=Path, help="where to write; a temporary directory by default")
-    parser.add_argument("--blocks", type=int, default=NUM_BLOCKS)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peers", default="", metavar="PYTHON")
-    parser.add_argument("--long", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    add_store_arguments(parser)
     args = parser.parse_args()
     keep_large_buffers()
-    payloads = blocks(layout_of(args.model), args.blocks)
+    peers = peers_in(args.peers)
+    layout = layout_of(args.model)
+    tell("packing blocks")
+    payloads = blocks(layout, args.blocks)
     with tempfile.TemporaryDirectory(prefix="antefix-bench-", dir=args.dir) as name:
         directory = Path(name)
-        found = measure_disk(directory, payloads, args.repeats, args.peers)
-        found |= measure_remote(directory, payloads[:256], 3 * args.repeats)
-        out = report(found)
-        out |= scale_figures(directory, num_blocks=1_000_000 if args.long else 50_000)
-        if args.long:
-            out |= restore_long(directory, payloads)
+        out = measure(directory, layout, payloads, peers, args)
+    out = {"model": args.model, "block_bytes": int(payloads.shape[1]), "repeats": args.repeats, **out}
     if args.json:
-        print(json.dumps({"model": args.model, "block_bytes": int(payloads.shape[1]), **out}))
+        sys.stdout.write(json.dumps(out) + "\n")
     else:
         for key, value in out.items():
-            print(f"{key:40} {value:12.3f}")
+            sys.stdout.write(f"{key:40} {value if isinstance(value, str) else format(value, '12.3f')}\n")
+
+
+def measure(
+    directory: Path, layout: BlockLayout, payloads: Array, peers: Sequence[str], args: argparse.Namespace
+) -> dict[str, float]:
+    found = measure_disk(
+        directory,
+        payloads,
+        args.repeats,
+        lambda place, source: [Peer(args.peers, peer, place / peer, source, payloads.shape) for peer in peers],
+    )
+    coded_ratio = measure_coded(directory, layout, payloads, found)
+    tell("remote restore")
+    part = payloads[:REMOTE_BLOCKS]
+    names = chain(len(part))
+    found.values |= measure_remote(directory, names, records(names, part), part, 3 * args.repeats)
+    out = report(found.values) | {"coded_ratio": coded_ratio}
+    tell(f"a store of {'a million' if args.long else '50,000'} small blocks")
+    out |= scale_figures(directory, num_blocks=1_000_000 if args.long else 50_000)
+    if args.long:
+        tell("a prefix of a million tokens")
+        out |= restore_long(directory, payloads)
+    return out
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""What the disk, the page cache and gRPC give without a store: the limits that benchmarks/store.py compares with."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MIB = 1 << 20
+# Threads or requests in flight, and MiB a request.
+DIRECT_READERS = ((1, 4), (4, 1), (16, 1), (16, 4))
+# Threads, and blocks a call. With one thread for each core, and calls as large as the store's own runs.
+WARM_READERS = ((1, 1), (2, 1), (2, 9))
+Array = Any
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def raw_write(path: Path, payloads: Array, batch_blocks: int) -> float:
+    """Sequential write of a new file and one fdatasync a batch, as much a batch as the store's."""
+
+    def write() -> None:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        for first in range(0, len(payloads), batch_blocks):
+            os.pwrite(fd, payloads[first : first + batch_blocks].reshape(-1).data, first * payloads.shape[1])
+            os.fdatasync(fd)
+        os.close(fd)
+
+    return seconds(write)
+
+
+def direct_read(path: Path, *, depth: int, piece_bytes: int) -> float:
+    """Seconds to read a file past the page cache, `depth` pieces in flight."""
+    local = threading.local()
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+
+    def read(offset: int) -> int:
+        if not hasattr(local, "buffer"):
+            local.buffer = mmap.mmap(-1, piece_bytes)
+        return os.preadv(fd, [local.buffer], offset)
+
+    size = path.stat().st_size
+    with ThreadPoolExecutor(depth) as pool:
+        elapsed_s = seconds(lambda: sum(pool.map(read, range(0, size, piece_bytes))))
+    os.close(fd)
+    return elapsed_s
+
+
+def warm_read(path: Path, into: Array, *, depth: int, num_blocks: int) -> float:
+    """Seconds of preadv from the page cache into the same warm buffers, `num_blocks` a call, unverified."""
+    fd = os.open(path, os.O_RDONLY)
+    nbytes = into.shape[1]
+
+    def read(first: int) -> int:
+        return os.preadv(fd, list(into[first : first + num_blocks]), first * nbytes)
+
+    with ThreadPoolExecutor(depth) as pool:
+        elapsed_s = seconds(lambda: sum(pool.map(read, range(0, len(into), num_blocks))))
+    os.close(fd)
+    return elapsed_s
+
+
+def drop_cache(directory: Path) -> None:
+    """Have the kernel forget the files' pages, so that a read goes to the disk."""
+    os.sync()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
