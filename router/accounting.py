@@ -2,8 +2,9 @@
 
     admit: reserve quota, begin the OPEN entry -> run -> (OPEN is durable) first token ... -> settle -> response ends
 
-The OPEN entry is synced while the prompt is worked on, so it costs no time. Cancelled requests are settled behind the
-client's back; requests that a crash cut off are closed at the next start as crashed, and cost nothing.
+The OPEN entry is synced while the prompt is worked on, so it costs no time. Before each piece of output is handed on,
+how far the request is goes into the ledger's progress file. Cancelled requests are settled behind the client's back;
+requests that a crash cut off are closed at the next start, and cost what their clients were given.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
-from antefix.clients import Tokens, Usage
+from antefix.clients import Tokens
 from antefix.errors import AntefixError, Conflict, InvalidRequest, Overloaded
 from antefix.secret import Keyring
 from antefix.usage.commit import LedgerWriter, NoLedger, UsageWriter
@@ -29,8 +30,9 @@ from antefix.usage.ledger_files import Settled, read_settled, sequence_before
 from antefix.usage.pricing import priced, worst_price
 from antefix.usage.quota import QuotaBook, Reservation, Window
 from antefix.usage.ratecard import RateCards
-from antefix.usage.record import MissReason, OpenEntry, Status, UsageRecord, request_key
+from antefix.usage.record import OpenEntry, Status, UsageRecord, WorkDone, request_key
 from antefix.usage.tenants import TenantBook
+from router.bill import Bill, Served
 from router.generate import Request
 
 log = logging.getLogger("antefix.router")
@@ -40,51 +42,6 @@ NUM_REPEATS_MAX = 3
 _NUM_REPEATED_IDS_MAX = 65536
 
 Run = Callable[[Request, float], AsyncGenerator[Tokens, None]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """What all records of this router say alike."""
-
-    model: str
-    revision: str
-    fingerprint: str
-
-
-class Bill:
-    """One admitted request. `reasoning_tokens` is set by whoever reads the output, before its end."""
-
-    def __init__(self, request: Request, opened: OpenEntry, reservation: Reservation | None) -> None:
-        self.request = request
-        self.opened = opened
-        self.reservation = reservation
-        self.reasoning_tokens = 0
-        self.ended_here = False
-        self.settled: Settled | None = None
-
-    def end_here(self) -> None:
-        """The reader has found the end of the answer in it: closing the output now is its end, not a cancellation."""
-        self.ended_here = True
-
-    @property
-    def record(self) -> UsageRecord:
-        """The record that stands; there after the output's end."""
-        assert self.settled is not None
-        return self.settled.record
-
-    def usage(self) -> Usage:
-        """What the client is told: the record's counts, this run's times."""
-        record = self.record
-        return Usage(
-            request_id=record.request_id,
-            prompt_tokens=record.prompt_tokens,
-            cache_hit_tokens=record.cache_hit_tokens,
-            cache_miss_tokens=record.cache_miss_tokens,
-            output_tokens=record.output_tokens,
-            written_tokens=record.cache_write_tokens + record.output_write_tokens,
-            ttft_s=self.request.ttft_s,
-            total_s=time.perf_counter() - self.request.started,
-        )
 
 
 class Accounts:
@@ -107,11 +64,13 @@ class Accounts:
 
     def _take_up(self, ledger: Ledger) -> None:
         """Close what a crash left open, and count what tenants used before."""
-        crashed = [self._crashed(entry) for entry in ledger.unsettled()]
+        crashed = [self._crashed(ledger, entry) for entry in ledger.unsettled()]
         for start in range(0, len(crashed), 1024):
             ledger.append(crashed[start : start + 1024])
+        ledger.progress.clear()
         if crashed:
-            log.warning("%d requests were cut off by the last stop; they are closed and cost nothing", len(crashed))
+            num_charged = sum(record.is_charged for record in crashed)
+            log.warning("%d requests were cut off by the last stop; %d had output", len(crashed), num_charged)
         now = datetime.now(UTC)
         after = sequence_before(ledger.directory, Window.MONTH.start(now).timestamp())
         self._quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
@@ -131,8 +90,10 @@ class Accounts:
                 raise InvalidRequest(f"request id {request.request_id} was used for another request")
             if standing is not None and standing.record.is_final:
                 return self._repeat(request, opened, standing)
-            attempt = 1 if standing is None else standing.record.attempt + 1
-            return Bill(request, dataclasses.replace(opened, attempt=attempt), self._reserve(request, tenant))
+            if standing is None:
+                return Bill(request, opened, self._reserve(request, tenant))
+            opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1)
+            return Bill(request, opened, self._reserve(request, tenant), standing.record.paid)
         except BaseException:
             self._running.discard(opened.key)
             raise
@@ -152,6 +113,7 @@ class Accounts:
             async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
                 async for tokens in outputs:
                     await asyncio.shield(opening)
+                    self.writer.mark(bill.opened, bill.work_done(bill.num_given))
                     yield tokens
             await asyncio.shield(opening)
             status = Status(bill.request.finish_reason)
@@ -207,37 +169,29 @@ class Accounts:
                 self._quotas.settle(bill.reservation, tokens=tokens, money=price)
 
     def _record(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
-        """Without a restore report no prompt token was worked on to the end: none is counted."""
-        request, report = bill.request, bill.request.restore
-        hit = report.hit_tokens if report else 0
-        prompt = len(request.tokens) if report else 0
+        """Where we failed the client, output counts as far as it was given; else as far as it was made."""
+        num_output = bill.num_given if status.is_ours else len(bill.request.emitted)
         return UsageRecord(
             **self._common(bill.opened),
+            **bill.work_done(num_output).counts(),
             status=status,
             detail=detail,
-            prompt_tokens=prompt,
-            cache_hit_tokens=hit,
-            cache_miss_tokens=prompt - hit,
-            cache_write_tokens=min(report.written_tokens, prompt - hit) if report else 0,
-            output_tokens=len(request.emitted),
-            reasoning_tokens=min(bill.reasoning_tokens, len(request.emitted)),
-            output_write_tokens=request.output_written_tokens,
-            hit_memory_tokens=report.hit_memory_tokens if report else 0,
-            hit_store_tokens=report.hit_store_tokens if report else 0,
-            replayed_tokens=report.replayed_tokens if report else 0,
-            restore_plan=report.plan if report else "",
-            last_hit_hash=report.last_hit_hash.hex() if report and hit else "",
-            miss_reason=MissReason(report.miss_reason) if report else MissReason.NONE,
+            output_write_tokens=bill.request.output_written_tokens,
+            paid_before=bill.paid_before,
             finished_us=max(_now_us(), bill.opened.started_us),
-            ttft_us=round(request.ttft_s * 1e6),
         )
 
-    def _crashed(self, entry: OpenEntry) -> UsageRecord:
+    def _crashed(self, ledger: Ledger, entry: OpenEntry) -> UsageRecord:
+        """A request that the last process left open, as far as its progress was noted."""
+        standing = ledger.find(entry.key)
+        done = ledger.progress.found(entry.event_id) or WorkDone()
         return priced(
             UsageRecord(
                 **self._common(entry),
+                **done.counts(),
                 status=Status.CRASHED,
                 detail="the router stopped in the middle",
+                paid_before=Decimal(0) if standing is None else standing.record.paid,
                 finished_us=max(_now_us(), entry.started_us),
             ),
             self._cards,

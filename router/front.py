@@ -18,7 +18,8 @@ from antefix.usage.ratecard import RateCards, load_cards
 from antefix.usage.receipt import Signer
 from antefix.usage.tenants import TenantBook, load_tenants
 from antefix.wire import Sampling
-from router.accounting import Accounts, Bill, Served
+from router.accounting import Accounts
+from router.bill import Bill, Served
 from router.generate import Generator, Request
 
 REQUEST_ID_BYTES_MAX = 256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +14,17 @@ from antefix.errors import AntefixError, InvalidRequest, Overloaded
 from antefix.usage.ledger import Ledger
 from antefix.usage.ledger_files import Settled
 from antefix.usage.ledger_format import PAYLOAD_BYTES_MAX
-from antefix.usage.record import OpenEntry, UsageRecord
+from antefix.usage.record import OpenEntry, UsageRecord, WorkDone
+
+log = logging.getLogger("antefix.usage")
 
 T = TypeVar("T")
 
 # One batch is at most a few MB of entries, and the answer of the first is not kept waiting for the last of many.
 NUM_BATCH_MAX = 1024
 NUM_WAITING_MAX = 65536
+# A power cut may take the marks of this long; a crash of the process takes none.
+MARKS_SYNC_S = 1.0
 
 
 @dataclass(slots=True)
@@ -38,6 +43,8 @@ class UsageWriter(Protocol):
 
     async def open(self, entry: OpenEntry) -> OpenEntry: ...
 
+    def mark(self, entry: OpenEntry, done: WorkDone) -> None: ...
+
     async def settle(self, record: UsageRecord) -> Settled: ...
 
     async def find(self, key: str) -> Settled | None: ...
@@ -52,6 +59,9 @@ class NoLedger:
 
     async def open(self, entry: OpenEntry) -> OpenEntry:
         return entry
+
+    def mark(self, entry: OpenEntry, done: WorkDone) -> None:
+        return
 
     async def settle(self, record: UsageRecord) -> Settled:
         return Settled(sequence=0, hash=b"", previous_hash=b"", record=record)
@@ -72,6 +82,7 @@ class LedgerWriter:
         self._waiting: deque[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="antefix-ledger")
         self._task: asyncio.Task[None] | None = None
+        self._syncing: asyncio.Task[None] | None = None
 
     @property
     def source_name(self) -> str:
@@ -81,12 +92,23 @@ class LedgerWriter:
         """Durable when it returns. Raises:  as `settle`."""
         return cast(OpenEntry, await self._submit(entry))
 
+    def mark(self, entry: OpenEntry, done: WorkDone) -> None:
+        """Note how far an open request is; outlives this process when it returns, a power cut soon after.
+
+        Raises:  Unavailable: it could not be written.
+        """
+        self.ledger.progress.mark(entry.event_id, done)
+        if self._syncing is None or self._syncing.done():
+            self._syncing = asyncio.create_task(self._sync_soon())
+
     async def settle(self, record: UsageRecord) -> Settled:
         """Durable when it returns; the answer is the record that stands, which a retry finds instead of its own.
 
         Raises:  Unavailable: not written.  Overloaded: too many wait.  InvalidRequest: it is too large.
         """
-        return cast(Settled, await self._submit(record))
+        settled = cast(Settled, await self._submit(record))
+        self.ledger.progress.drop(record.event_id)
+        return settled
 
     async def find(self, key: str) -> Settled | None:
         """The request's settled record, if there is one. key: `record.request_key`."""
@@ -94,6 +116,9 @@ class LedgerWriter:
 
     async def close(self) -> None:
         """Write what waits, then close the ledger."""
+        if self._syncing is not None:
+            self._syncing.cancel()
+            await asyncio.gather(self._syncing, return_exceptions=True)
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
         await self._run(self.ledger.close)
@@ -132,6 +157,13 @@ class LedgerWriter:
             for (_, future), answer in zip(batch, answers, strict=True):
                 if not future.done():
                     future.set_result(answer)
+
+    async def _sync_soon(self) -> None:
+        await asyncio.sleep(MARKS_SYNC_S)
+        try:
+            await self._run(self.ledger.progress.sync)
+        except OSError as err:
+            log.warning("the ledger's progress file could not be synced: %s", err)
 
     async def _run(self, function: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)

@@ -25,6 +25,7 @@ EVENT_TYPE = "antefix.usage"
 # OpenMeter's documented limit is on bytes of a request; 1,000 events are under 1 MiB.
 EVENTS_A_BATCH = 1000
 _ROWS_A_GROUP = 16384
+_MONEY = ("price", "paid_before", "saved")
 
 
 class ExportFormat(StrEnum):
@@ -114,16 +115,13 @@ def _write_parquet(settled: Iterable[Settled], path: Path) -> int:
     except ImportError as err:
         raise ConfigError("export to Parquet needs pyarrow: pip install 'antefix[parquet]'") from err
     money = pa.decimal128(38, 12)
-    types = {
-        name: money if name in ("price", "saved") else pa.string() if _is_text(name) else pa.int64()
-        for name in columns()
-    }
+    types = {name: money if name in _MONEY else pa.string() if _is_text(name) else pa.int64() for name in columns()}
     schema = pa.schema(list(types.items()))
     rows, num_records = iter(settled), 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while group := [row_of(item) for item in islice(rows, _ROWS_A_GROUP)]:
             for row in group:
-                row["price"], row["saved"] = Decimal(row["price"]), Decimal(row["saved"])
+                row.update({name: Decimal(row[name]) for name in _MONEY})
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
             num_records += len(group)
     return num_records

@@ -47,6 +47,7 @@ from antefix.usage.ledger_format import (
     unpack_segment_header,
 )
 from antefix.usage.ledger_index import LedgerIndex, Place
+from antefix.usage.progress import ProgressJournal
 from antefix.usage.record import OpenEntry, UsageRecord
 
 # Opening reads the last segment whole: 16 MiB are some 15,000 requests and half a second.
@@ -92,6 +93,7 @@ class Ledger:
         prepare_directory(self.directory)
         self._lock_fd = take_lock(self.directory)
         self._index = LedgerIndex(self.directory / "index")
+        self.progress = ProgressJournal(self.directory)
         try:
             self.source = source_of(self.directory)
             self._recover()
@@ -149,6 +151,7 @@ class Ledger:
         self._fd = self._lock_fd = -1
         self._broken = self._broken or "it is closed"
         self._index.close()
+        self.progress.close()
 
     def _add(self, batch: _Batch, item: OpenEntry | UsageRecord) -> Settled | OpenEntry:
         if isinstance(item, OpenEntry):

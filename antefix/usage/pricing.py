@@ -28,15 +28,18 @@ def counts_of(record: UsageRecord) -> TokenCounts:
 
 
 def priced(record: UsageRecord, cards: RateCards) -> UsageRecord:
-    """The record by the card in force when the request started; uncharged ends cost nothing but name the card."""
+    """The record by the card in force when the request started; uncharged ends cost nothing but name the card.
+
+    What earlier attempts were charged is taken off: the dearest attempt is the most that a request costs.
+    """
     quote = cards.quote(record.model, moment_of(record.started_us))
-    charged = record.status.is_charged
+    charged = record.is_charged
     counts = counts_of(record)
     return dataclasses.replace(
         record,
         rate_card=quote.version,
         currency=quote.currency,
-        price=quote.prices.price(counts) if charged else Decimal(0),
+        price=max(Decimal(0), quote.prices.price(counts) - record.paid_before) if charged else Decimal(0),
         saved=quote.prices.saved(counts) if charged else Decimal(0),
     )
 

@@ -34,9 +34,9 @@ class Status(StrEnum):
     CRASHED = "crashed"
 
     @property
-    def is_charged(self) -> bool:
-        """What the client asked for is charged as far as it was done; what we broke is not."""
-        return self in (Status.STOP, Status.LENGTH, Status.CANCELLED)
+    def is_ours(self) -> bool:
+        """The client did nothing to end it so: a charge is for what it was given, and trying again is not one more."""
+        return self in (Status.FAILED, Status.CRASHED)
 
 
 class MissReason(StrEnum):
@@ -57,6 +57,33 @@ class MissReason(StrEnum):
     def _missing_(cls, value: object) -> MissReason:
         # A newer worker may know a reason that this process does not; a request must not fail for that.
         return cls.UNKNOWN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkDone:
+    """How far a request got: what its record says if it gets no further. output_tokens: those handed to the client."""
+
+    prompt_tokens: int = 0
+    cache_hit_tokens: int = 0
+    cache_write_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    hit_memory_tokens: int = 0
+    replayed_tokens: int = 0
+    restore_plan: str = ""
+    last_hit_hash: str = ""
+    miss_reason: MissReason = MissReason.NONE
+    ttft_us: int = 0
+
+    def counts(self) -> dict[str, Any]:
+        """As fields of a record."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        hit = self.cache_hit_tokens
+        return {
+            **values,
+            "cache_miss_tokens": self.prompt_tokens - hit,
+            "hit_store_tokens": hit - self.hit_memory_tokens,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +108,10 @@ class OpenEntry:
     def key(self) -> str:
         return request_key(self.tenant, self.request_id)
 
+    @property
+    def event_id(self) -> str:
+        return event_id(self.key, self.attempt)
+
     def to_payload(self) -> bytes:
         return _canonical({"v": PAYLOAD_VERSION, **dataclasses.asdict(self)})
 
@@ -93,7 +124,8 @@ class OpenEntry:
 class UsageRecord:
     """One request at its end. Times are Unix microseconds, hashes hex, money in `currency`.
 
-    attempt: 1, or more when an earlier attempt ended uncharged.  source: the router's ledger; (source, event_id) is
+    attempt: 1, or more when an earlier attempt broke off.  paid_before: what those were charged, which is taken off
+    this one's price: the same request is never paid for twice.  source: the router's ledger; (source, event_id) is
     unique.  cache_write_tokens: of the prompt, newly stored.  output_write_tokens: of the output, newly stored.
     replayed_tokens: run again to rebuild window state, billed as hits.  last_hit_hash: the evidence of the hit.
     saved: what the hit tokens would have cost more as misses.  detail: an error's class; never prompt text.
@@ -126,6 +158,7 @@ class UsageRecord:
     rate_card: str = ""
     currency: str = ""
     price: Decimal = Decimal(0)
+    paid_before: Decimal = Decimal(0)
     saved: Decimal = Decimal(0)
     started_us: int
     finished_us: int
@@ -143,8 +176,9 @@ class UsageRecord:
             (self.reasoning_tokens <= self.output_tokens, "reasoning tokens are part of the output"),
             (bool(self.last_hit_hash) == bool(self.cache_hit_tokens), "a hit has a last block's hash, a miss none"),
             (self.finished_us >= self.started_us, "it cannot end before it starts"),
-            (self.price >= 0 and self.saved >= 0, "money is not negative"),
-            (self.status.is_charged or self.price == 0, "what we broke is not charged"),
+            (self.price >= 0 and self.saved >= 0 and self.paid_before >= 0, "money is not negative"),
+            (self.is_charged or self.price == 0, "what we broke is charged only where output was given"),
+            (self.attempt > 1 or self.paid_before == 0, "nothing was paid before the first attempt"),
             (self.attempt >= 1 and bool(self.request_id), "it needs a request id and an attempt from 1 on"),
         )
         for holds, rule in rules:
@@ -156,22 +190,36 @@ class UsageRecord:
         return request_key(self.tenant, self.request_id)
 
     @property
+    def is_charged(self) -> bool:
+        """What the client asked for is charged as far as it was done; what we broke as far as the client has it."""
+        return not self.status.is_ours or self.output_tokens > 0
+
+    @property
     def is_final(self) -> bool:
-        """Whether nothing more may ever be recorded under this id: it is charged, or was given up with work done."""
-        return self.status.is_charged and (self.status is not Status.CANCELLED or self.prompt_tokens > 0)
+        """Whether nothing more may ever be recorded under this id: it has ended, or was given up with work done."""
+        return not self.status.is_ours and (self.status is not Status.CANCELLED or self.prompt_tokens > 0)
+
+    @property
+    def paid(self) -> Decimal:
+        """What this request was charged up to now, in all its attempts."""
+        return self.paid_before + self.price
 
     @property
     def event_id(self) -> str:
         """Unique within `source`."""
-        return self.key if self.attempt == 1 else f"{self.key}/{self.attempt}"
+        return event_id(self.key, self.attempt)
 
     def to_payload(self) -> bytes:
-        return _canonical({"v": PAYLOAD_VERSION, **self.to_dict()})
+        values = {"v": PAYLOAD_VERSION, **self.to_dict()}
+        if not self.paid_before:
+            del values["paid_before"]  # absent means nothing: most records, and all from before there was the field
+        return _canonical(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; money as decimal strings without an exponent."""
         values = {name: getattr(self, name) for name in _NAMES}
         values["price"] = format(self.price, "f")
+        values["paid_before"] = format(self.paid_before, "f")
         values["saved"] = format(self.saved, "f")
         values["status"] = self.status.value
         values["miss_reason"] = self.miss_reason.value
@@ -189,6 +237,7 @@ class UsageRecord:
             values["status"] = Status(values["status"])
             values["miss_reason"] = MissReason(values["miss_reason"])
             values["price"], values["saved"] = Decimal(values["price"]), Decimal(values["saved"])
+            values["paid_before"] = Decimal(values.get("paid_before", 0))
             return cls(**values)
         except (KeyError, ValueError, TypeError, InvalidOperation) as err:
             raise InvalidRequest(f"not a usage record: {err}") from err
@@ -196,6 +245,11 @@ class UsageRecord:
 
 _NAMES = tuple(field.name for field in dataclasses.fields(UsageRecord))
 _COUNTS = tuple(field.name for field in dataclasses.fields(UsageRecord) if field.type == "int")
+
+
+def event_id(key: str, attempt: int) -> str:
+    """Unique within a ledger."""
+    return key if attempt == 1 else f"{key}/{attempt}"
 
 
 def request_key(tenant: str, request_id: str) -> str:

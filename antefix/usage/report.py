@@ -36,7 +36,7 @@ class Line:
 
     def add(self, record: UsageRecord) -> None:
         self.requests += 1
-        self.charged += record.status.is_charged
+        self.charged += record.is_charged
         self.prompt_tokens += record.prompt_tokens
         self.cache_hit_tokens += record.cache_hit_tokens
         self.cache_miss_tokens += record.cache_miss_tokens

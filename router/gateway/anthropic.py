@@ -89,7 +89,7 @@ class MessagesCall:
         self._timeout_s = timeout_s
 
     async def whole(self) -> dict[str, Any]:
-        async for _ in self._output.deltas(self._timeout_s):
+        async for _ in self._output.deltas(self._timeout_s, held=True):
             pass
         ended, output = self._output.ended(), self._output
         content: list[dict[str, Any]] = []

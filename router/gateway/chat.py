@@ -105,7 +105,7 @@ class ChatCall:
         self._created = int(time.time())
 
     async def whole(self) -> dict[str, Any]:
-        async for _ in self._output.deltas(self._timeout_s):
+        async for _ in self._output.deltas(self._timeout_s, held=True):
             pass
         ended = self._output.ended()
         message: dict[str, Any] = {"role": "assistant", "content": self._output.content, "refusal": None}

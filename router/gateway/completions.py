@@ -72,7 +72,7 @@ class CompletionCall:
         self._created = int(time.time())
 
     async def whole(self) -> dict[str, Any]:
-        async for _ in self._output.deltas(self._timeout_s):
+        async for _ in self._output.deltas(self._timeout_s, held=True):
             pass
         ended = self._output.ended()
         choice = self._choice(self._echo + self._output.content, ended.reason)

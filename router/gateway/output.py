@@ -11,7 +11,7 @@ from antefix.clients import Tokens
 from antefix.tokenizer import TextStream, Tokenizer
 from antefix.usage.record import UsageRecord
 from antefix.worker.report import RestoreReport
-from router.accounting import Bill
+from router.bill import Bill
 from router.chat.formats import OutputParser
 from router.chat.memory import AnswerMemory
 from router.chat.messages import Delta, Message, Role, ToolCall
@@ -69,8 +69,12 @@ class Output:
     def num_prompt_tokens(self) -> int:
         return len(self._bill.request.tokens)
 
-    async def deltas(self, timeout_s: float) -> AsyncGenerator[Delta, None]:
-        """What the answer grows by. Closing this early cancels the request; after its end `ended` may be asked for."""
+    async def deltas(self, timeout_s: float, *, held: bool = False) -> AsyncGenerator[Delta, None]:
+        """What the answer grows by. Closing this early cancels the request; after its end `ended` may be asked for.
+
+        held: nothing of it goes out before all of it is there.
+        """
+        self._bill.is_held = held
         text = self._front.tokenizer.stream()
         async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as outputs:
             async for tokens in outputs:

@@ -106,7 +106,7 @@ class ResponsesCall:
 
     async def whole(self) -> dict[str, Any]:
         items = _Items(self._output)
-        async for delta in self._output.deltas(self._timeout_s):
+        async for delta in self._output.deltas(self._timeout_s, held=True):
             items.push(delta)
         items.finish()
         return self._response(items.done, self._output.ended())

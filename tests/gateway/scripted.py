@@ -18,7 +18,8 @@ from antefix.usage.ratecard import RateCards
 from antefix.usage.tenants import TenantBook
 from antefix.wire import TokenLogprob
 from antefix.worker.report import RestoreReport
-from router.accounting import Accounts, Served
+from router.accounting import Accounts
+from router.bill import Served
 from router.front import Front
 from router.gateway.app import start_http
 from router.gateway.config import GatewayConfig

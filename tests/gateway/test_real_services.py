@@ -15,6 +15,7 @@ from antefix.clients import RouterClient
 from antefix.deployment import Deployment, DeploymentConfig
 from antefix.usage import cli
 from antefix.usage.ledger_files import read_settled
+from antefix.usage.pricing import priced
 from antefix.usage.ratecard import load_cards
 from antefix.usage.receipt import check_receipt
 from antefix.usage.record import Status
@@ -155,21 +156,38 @@ async def test_billed_hits_are_supported_by_the_stores_log_across_restarts(deplo
     assert not verify(ledger, store_log=log).ok
 
 
-async def test_a_killed_router_leaves_no_open_bill(deploy):
-    async with deploy as deployment:
+async def test_a_killed_router_bills_what_its_client_was_given_and_a_retry_the_rest(deploy):
+    settings = {"model": MODEL, "prompt": "abc " * 50, "max_tokens": 400, "temperature": 1.0}
+    headers = {"Idempotency-Key": "once"}
+
+    async def ask(deployment, num_chunks=None):
+        """The text of a stream, or of so many chunks of it and then the router's end."""
+        text = ""
         async with openai.AsyncOpenAI(base_url=url_of(deployment) + "/v1", api_key="-", max_retries=0) as client:
-            stream = await client.completions.create(model=MODEL, prompt="abc " * 50, max_tokens=2000, stream=True)
-            await anext(aiter(stream))
-            await deployment.kill(deployment.one("router"))
-            with pytest.raises((openai.APIError, httpx2.HTTPError)):
-                async for _ in stream:
-                    pass
+            stream = await client.completions.create(**settings, extra_headers=headers, stream=True)
+            chunks = aiter(stream)
+            while (chunk := await anext(chunks, None)) is not None:
+                text += chunk.choices[0].text
+                if num_chunks is not None and (num_chunks := num_chunks - 1) == 0:
+                    await deployment.kill(deployment.one("router"))
+        return text
+
+    async with deploy as deployment:
+        with pytest.raises((openai.APIError, httpx2.HTTPError)):
+            await ask(deployment, 10)
         await deployment.start_router()
-        (item,) = settled(deployment)
-        assert (item.record.status, item.record.price) == (Status.CRASHED, 0)
-        await openai_turns(deployment, 1)
-        crashed, after = [item.record.status for item in settled(deployment)]
-        assert crashed is Status.CRASHED and after in (Status.STOP, Status.LENGTH)
+        (crashed,) = [item.record for item in settled(deployment)]
+        assert crashed.status is Status.CRASHED and crashed.price > 0
+        assert crashed.prompt_tokens == 200 and 10 <= crashed.output_tokens < 400
+        await ask(deployment)
+        whole = settled(deployment)[-1].record
+        assert whole.status in (Status.STOP, Status.LENGTH) and whole.output_tokens >= crashed.output_tokens
+        assert (whole.attempt, whole.paid_before) == (2, crashed.price) and whole.price < whole.paid
+        # The prompt was stored by then: it is a hit now, and was paid for as a miss before.
+        full = priced(dataclasses.replace(whole, paid_before=0), load_cards([DEPLOY / "example.toml"])).price
+        assert whole.paid == max(crashed.price, full)
+        verdict = await verified(deployment)
+        assert verdict.ok and verdict.open_requests == 0, verdict.to_json()
 
 
 async def test_a_cache_breakpoint_leaves_a_checkpoint_where_the_strategy_would_not(deploy):

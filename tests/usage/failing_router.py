@@ -26,7 +26,8 @@ from antefix.usage.tenants import TenantBook
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import sampling_from_wire, tokens_from_wire, tokens_to_wire
 from antefix.worker.report import RestoreReport
-from router.accounting import Accounts, Served
+from router.accounting import Accounts
+from router.bill import Served
 from router.generate import Request
 
 BLOCK_SIZE = 64

@@ -11,14 +11,16 @@ import pytest
 from antefix.block import as_tokens
 from antefix.errors import Conflict, InvalidRequest, Overloaded, QuotaExceeded, Unavailable
 from antefix.usage.ledger_files import read_settled
+from antefix.usage.pricing import priced
 from antefix.usage.quota import Limit, TenantLimits, Window
 from antefix.usage.ratecard import load_cards
-from antefix.usage.record import Status
+from antefix.usage.record import MissReason, Status
 from antefix.usage.tenants import TenantBook, load_tenants
 from antefix.wire import Sampling
 from tests.gateway.scripted import Script, make_front
 from tests.usage.test_ratecard import DEPLOY
 
+CARDS = load_cards([DEPLOY / "example.toml"])
 PROMPT = as_tokens(list(range(100)))
 SAMPLING = Sampling(max_tokens=20)
 
@@ -60,29 +62,92 @@ async def test_a_request_is_open_before_its_first_token_and_settled_at_its_end(t
     assert record == bill.record
 
 
-async def test_requests_that_a_crash_cut_off_are_closed_uncharged_and_may_be_tried_again(tmp_path, open_front):
-    front = open_front(Script())
+def price_of(hit, miss, output):
+    """By deploy/ratecards/example.toml."""
+    return (Decimal("0.01") * hit + Decimal("0.10") * miss + Decimal("0.40") * output) / 10**6
+
+
+async def _read(outputs, num_tokens):
+    for _ in range(num_tokens):
+        await anext(outputs)
+
+
+async def crash_after(open_front, num_tokens, *, held=False, **settings):
+    """A request that the router's end cuts off when its client has so many tokens; then the router starts again."""
+    hold = None if num_tokens else asyncio.Event()
+    front = open_front(Script(hit=64, hold=hold), cards=CARDS, **settings)
     bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
-    await anext(front.run(bill, 10.0))
+    bill.is_held = held
+    outputs = front.run(bill, 10.0)
+    reading = asyncio.create_task(_read(outputs, max(1, num_tokens)))
+    async with asyncio.timeout(5):
+        while not (reading.done() if num_tokens else front.accounts.ledger.unsettled()):  # noqa: ASYNC110 - threads
+            await asyncio.sleep(0.01)
     front.accounts.ledger.close()  # as kill -9 leaves it: open, never settled
-    again = open_front(Script())
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    return open_front(Script(hit=64), cards=CARDS, **settings)
+
+
+async def test_a_request_that_a_crash_cut_off_costs_what_its_client_was_given(tmp_path, open_front):
+    await crash_after(open_front, 2)
     (crashed,) = records(tmp_path)
-    assert (crashed.status, crashed.price, crashed.prompt_tokens) == (Status.CRASHED, 0, 0)
-    bill, _ = await ask(again, "r")
-    assert (bill.record.status, bill.record.attempt) == (Status.STOP, 2)
+    assert crashed.status is Status.CRASHED and crashed.miss_reason is MissReason.NONE
+    assert (crashed.prompt_tokens, crashed.cache_hit_tokens, crashed.output_tokens) == (100, 64, 2)
+    assert (crashed.hit_store_tokens, crashed.restore_plan, crashed.last_hit_hash) == (64, "checkpoint", "ab" * 32)
+    assert crashed.price == price_of(64, 36, 2)
 
 
-async def test_a_failed_request_costs_nothing_and_may_be_tried_again(tmp_path, open_front):
-    script = Script(error=Unavailable("gone"), fail_after=1)
-    front = open_front(script, cards=load_cards([DEPLOY / "example.toml"]))
+async def test_a_retry_after_a_crash_pays_only_the_rest(tmp_path, open_front):
+    again = await crash_after(open_front, 2)
+    bill, outputs = await ask(again, "r")
+    crashed, whole = records(tmp_path)
+    assert (whole.status, whole.attempt, whole.output_tokens, len(outputs)) == (Status.STOP, 2, 3, 3)
+    assert whole.paid_before == crashed.price and whole.paid == price_of(64, 36, 3) == crashed.price + whole.price
+    with_cards = priced(whole, CARDS)
+    assert (with_cards.price, bill.usage().output_tokens) == (whole.price, 3)
+
+
+@pytest.mark.parametrize(("num_tokens", "held"), [(0, False), (3, True)])
+async def test_a_crash_before_the_client_had_anything_costs_nothing(tmp_path, open_front, num_tokens, held):
+    again = await crash_after(open_front, num_tokens, held=held)
+    await ask(again, "r")
+    crashed, whole = records(tmp_path)
+    assert (crashed.status, crashed.price, crashed.output_tokens) == (Status.CRASHED, 0, 0)
+    assert (whole.attempt, whole.paid_before, whole.price) == (2, 0, price_of(64, 36, 3))
+
+
+async def test_crash_after_crash_never_costs_more_than_the_dearest_attempt(tmp_path, open_front):
+    for num_tokens in (1, 3, 2):
+        (await crash_after(open_front, num_tokens)).accounts.ledger.close()
+    prices = [record.price for record in records(tmp_path)]
+    assert prices == [price_of(64, 36, 1), price_of(0, 0, 2), 0]
+    again = open_front(Script(hit=64), cards=CARDS)
+    await ask(again, "r")
+    assert sum(record.price for record in records(tmp_path)) == price_of(64, 36, 3)
+
+
+async def test_what_a_crash_was_charged_counts_against_the_quota(tmp_path, open_front):
+    tenants = TenantBook(limits={"acme": TenantLimits(limits=(Limit(window=Window.MONTH, tokens=10_000),))})
+    again = await crash_after(open_front, 2, tenants=tenants)
+    assert again.accounts._quotas.used("acme", Window.MONTH, datetime.now(UTC)) == (102, price_of(64, 36, 2))
+
+
+@pytest.mark.parametrize(("fail_after", "held"), [(2, False), (0, False), (2, True)])
+async def test_a_failed_request_costs_what_its_client_was_given(tmp_path, open_front, fail_after, held):
+    script = Script(error=Unavailable("gone"), fail_after=fail_after)
+    front = open_front(script, cards=CARDS)
+    bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    bill.is_held = held
     with pytest.raises(Unavailable):
-        await ask(front, "r")
+        [piece async for piece in front.run(bill, 10.0)]
     script.error = None
     await ask(front, "r")
-    assert [(r.status, r.attempt, r.output_tokens, r.price > 0) for r in records(tmp_path)] == [
-        (Status.FAILED, 1, 1, False),
-        (Status.STOP, 2, 3, True),
-    ]
+    failed, whole = records(tmp_path)
+    num_given = 0 if held else fail_after
+    assert (failed.status, failed.attempt, failed.output_tokens) == (Status.FAILED, 1, num_given)
+    assert failed.price == (price_of(0, 100, num_given) if num_given else 0)
+    assert (whole.status, whole.attempt, failed.price + whole.price) == (Status.STOP, 2, price_of(0, 100, 3))
 
 
 async def test_a_cancelled_request_is_billed_for_what_was_done_and_its_id_is_used_up(tmp_path, open_front):

@@ -6,6 +6,8 @@ import os
 import random
 import sys
 import time
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,14 @@ import pytest
 from antefix.clients import RouterClient
 from antefix.errors import AntefixError, Conflict
 from antefix.usage.ledger_files import read_settled
+from antefix.usage.pricing import priced
+from antefix.usage.ratecard import load_cards
 from antefix.usage.record import Status
 from antefix.usage.verify import verify
 from antefix.wire import Sampling
+from tests.usage.test_ratecard import DEPLOY
 
+CARDS = load_cards([DEPLOY / "example.toml"])
 ROUTER = Path(__file__).parent / "failing_router.py"
 NUM_GROUPS, NUM_AT_ONCE = 50, 48
 CANCEL_RATE = 0.03
@@ -32,6 +38,7 @@ class World:
         self.kill_every_s = kill_every_s
         self.seen = {}
         self.cancelled = {}
+        self.broken = defaultdict(list)
         self.num_kills = self.num_errors = 0
         self.client = None
         self.up = asyncio.Event()
@@ -88,6 +95,8 @@ class World:
                         self.seen[tenant, request_id] = message.usage
             except AntefixError as err:
                 self.num_errors += 1
+                if num_received:
+                    self.broken[tenant, request_id].append(num_received)
                 await asyncio.sleep(0.2 if isinstance(err, Conflict) else 0.02)
                 continue
             return
@@ -135,11 +144,16 @@ def check(world, directory, num_requests):
         assert len(final) <= 1
         if final:
             assert final[0].output_tokens >= num_received and final[0].prompt_tokens == length
-    # 3. What we broke costs nothing.
+    # 3. What we broke costs what its client was given: at least what arrived, and nothing where nothing was given.
     records = [record for group in by_request.values() for record in group]
-    assert all(record.price == 0 for record in records if not record.status.is_charged)
+    assert all(record.price == 0 for record in records if not record.is_charged)
     assert set(by_request) <= set(world.seen) | set(world.cancelled)
-    # 4. Chain, duplicates, and the store's own log.
+    num_broken_received = sum(check_broken(received, by_request[key]) for key, received in world.broken.items())
+    # 4. In all its attempts together a request costs what the dearest of them would: nothing is paid for twice.
+    for group in by_request.values():
+        whole = [priced(replace(record, paid_before=0), CARDS).price for record in group if record.is_charged]
+        assert sum(record.price for record in group) == max(whole, default=0)
+    # 5. Chain, duplicates, and the store's own log.
     verdict = verify(directory / "ledger", store_log=directory / "store-log")
     assert verdict.ok and verdict.open_requests == 0, verdict.to_json()
     seen = world.seen.values()
@@ -154,6 +168,10 @@ def check(world, directory, num_requests):
         "cancelled": len(world.cancelled),
         "records": len(records),
         **{status.value: sum(record.status is status for record in records) for status in Status},
+        "broken_off_with_output": sum(r.status.is_ours and r.is_charged for r in records),
+        "broken_off_tokens_received": num_broken_received,
+        "broken_off_tokens_billed": sum(r.output_tokens for r in records if r.status.is_ours),
+        "price": str(sum(r.price for r in records)),
         "prompt_tokens": sum(r.prompt_tokens for r in charged),
         "hit_tokens": sum(r.cache_hit_tokens for r in charged),
         "output_tokens": sum(r.output_tokens for r in charged),
@@ -163,10 +181,26 @@ def check(world, directory, num_requests):
     }
 
 
+def check_broken(received, group):
+    """Each stream that broke off is an attempt with at least its tokens, or belongs to the record that stands.
+
+    Returns the tokens received in those of attempts that broke off.
+    """
+    ours = iter([record.output_tokens for record in group if record.status.is_ours])
+    final = max((record.output_tokens for record in group if record.is_final), default=0)
+    num_ours = 0
+    for num_received in received:
+        billed = next((num_tokens for num_tokens in ours if num_tokens >= num_received), None)
+        num_ours += num_received if billed is not None else 0
+        assert billed is not None or num_received <= final
+    return num_ours
+
+
 async def test_a_short_life_with_kills(tmp_path):
     world = await live(tmp_path, 1500, seed=1, kill_every_s=(0.3, 0.9))
     result = check(world, tmp_path, 1500)
     assert result["kills"] > 0 and result["failed"] > 0
+    assert result["broken_off_tokens_billed"] >= result["broken_off_tokens_received"] > 0
 
 
 @pytest.mark.long

@@ -33,15 +33,15 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(names=st.lists(IDS, min_size=1, max_size=4), output=st.integers(0, 1000), status=st.sampled_from(Status))
     def settle(self, names, output, status):
-        price = 1 if status.is_charged else 0
+        price = 1 if output or not status.is_ours else 0
         items = []
         for name in names:
             attempt = self.charged.get(name, {}).get("attempt", 0) + 1
             items.append(record(name, output_tokens=output, status=status, price=price, attempt=attempt))
         for name, item, answer in zip(names, items, self.ledger.append(items), strict=True):
             known = self.charged.get(name)
-            if known is None or (not known["charged"] and known["attempt"] < item.attempt):
-                known = {"attempt": item.attempt, "charged": status.is_charged, "output": output}
+            if known is None or (not known["final"] and known["attempt"] < item.attempt):
+                known = {"attempt": item.attempt, "final": not status.is_ours, "output": output}
                 self.charged[name] = known
                 self.open.discard(name)
             assert answer.record.output_tokens == known["output"]

@@ -114,9 +114,13 @@ def test_no_request_costs_more_than_its_worst_price(hit, miss, output, data):
     assert quote.prices.price(counts) <= worst_price(quote, prompt_tokens=hit + miss, output_tokens_max=output)
 
 
-def test_a_cancelled_request_pays_for_what_was_done_and_a_failed_one_nothing():
+def test_what_was_done_is_paid_and_of_what_we_broke_only_what_was_given():
     cards = load_cards([DEPLOY / "example.toml"])
     cancelled = priced(record(status=Status.CANCELLED, price=Decimal(0)), cards)
-    failed = priced(record(status=Status.FAILED, price=Decimal(0)), cards)
+    nothing = {"output_tokens": 0, "reasoning_tokens": 0, "price": Decimal(0)}
+    failed = priced(record(status=Status.FAILED, **nothing), cards)
+    broken = priced(record(status=Status.CRASHED, price=Decimal(0)), cards)
+    again = priced(record(attempt=2, paid_before=broken.price, price=Decimal(0)), cards)
     assert cancelled.price == Decimal("0.00001248") and cancelled.saved == Decimal("0.00001152")
     assert failed.price == 0 and failed.rate_card == "antefix-tiny/2026-01"
+    assert broken.price == cancelled.price and (again.price, again.paid) == (0, broken.price)
