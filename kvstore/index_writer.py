@@ -53,6 +53,9 @@ class IndexTxn:
         self._new: dict[Name, IndexEntry | None] = {}
         self._segments: dict[int, SegmentState | None] = {}
         self._changes: list[Change] = []
+        # Every record names both, and they are few.
+        self._fingerprints: dict[bytes, FingerprintState] = {}
+        self._tenant_ids: dict[str, int] = {}
 
     def __enter__(self) -> IndexTxn:
         return self
@@ -116,8 +119,13 @@ class IndexTxn:
                 yield name, _entry(value, name)
 
     def fingerprint(self, digest: bytes) -> FingerprintState | None:
-        value = self._txn.get(b"f" + digest, db=self._index.db["names"])
-        return None if value is None else self.fingerprint_of(int.from_bytes(value, "little"))
+        known = self._fingerprints.get(digest)
+        if known is None:
+            value = self._txn.get(b"f" + digest, db=self._index.db["names"])
+            if value is None:
+                return None
+            known = self._fingerprints[digest] = self.fingerprint_of(int.from_bytes(value, "little"))
+        return known
 
     def fingerprint_of(self, number: int) -> FingerprintState:
         value = self._txn.get(b"F" + number.to_bytes(4, "little"), db=self._index.db["names"])
@@ -131,9 +139,15 @@ class IndexTxn:
         names = self._index.db["names"]
         self._txn.put(b"f" + digest, number.to_bytes(4, "little"), db=names)
         self._txn.put(b"F" + number.to_bytes(4, "little"), digest + block_tokens.to_bytes(4, "little"), db=names)
-        return FingerprintState(id=number, digest=digest, block_tokens=block_tokens)
+        state = self._fingerprints[digest] = FingerprintState(id=number, digest=digest, block_tokens=block_tokens)
+        return state
 
     def tenant_id(self, tenant: str) -> int:
+        if tenant not in self._tenant_ids:
+            self._tenant_ids[tenant] = self._find_tenant_id(tenant)
+        return self._tenant_ids[tenant]
+
+    def _find_tenant_id(self, tenant: str) -> int:
         names = self._index.db["names"]
         value = self._txn.get(b"t" + tenant.encode(), db=names)
         if value is not None:
