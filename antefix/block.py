@@ -7,6 +7,7 @@ block. Nothing here is random or depends on a process: the golden test pins the 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -102,16 +103,16 @@ class Chain:
         data = np.concatenate((self._tail, new)) if len(self._tail) else new
         num_new = len(data) // self.block_size
         self._tail = data[num_new * self.block_size :].copy()
-        raw = memoryview(data[: num_new * self.block_size].tobytes())
-        step = self.block_size * _TOKEN_DTYPE.itemsize
+        raw = np.ascontiguousarray(data[: num_new * self.block_size]).data
         parent = self.hashes[-1] if self.hashes else self.root
         first = len(self.hashes)
-        for offset in range(0, len(raw), step):
-            state = self._keyed.copy()
-            state.update(parent)
-            state.update(raw[offset : offset + step])
+        copy, append = self._keyed.copy, self.hashes.append
+        # One pass in C cuts the blocks. Of a 128-token block's time three quarters are BLAKE2b itself.
+        for (block,) in struct.iter_unpack(f"{self.block_size * _TOKEN_DTYPE.itemsize}s", raw):
+            state = copy()
+            state.update(parent + block)
             parent = state.digest()
-            self.hashes.append(parent)
+            append(parent)
         return self.hashes[first:]
 
     def parent(self, index: int) -> bytes:
