@@ -35,6 +35,7 @@ from antefix.store.format import (
 )
 from antefix.store.index import Change
 from antefix.store.reader import ReadOutcome, StoreReader, verify, wall_ms
+from antefix.usage.evidence import announce_log
 from antefix.usage.storelog import StoreLog
 from kvstore.admission import Admission, admit, batches_of, check_record, refuse, results_of, without_orphans
 from kvstore.compression import Compression
@@ -108,8 +109,10 @@ class Engine:
         self.compression = Compression(config.compression, lambda: read_bytes_per_s(Path(config.dir)))
         self._drafter = Drafter(config, self.compression, keys, clock_ms)
         self._usage_log = StoreLog(Path(config.usage_log_dir)) if config.usage_log_dir else None
+        announce_log(Path(config.dir), config.usage_log_dir)
         try:
             self.space.reserve.hold()
+            self._log_newest()
             self._load_plans()
             if keys is not None:
                 self._drop_locked(keys)
@@ -295,6 +298,13 @@ class Engine:
                     if entry.tenant_id in locked and entry.flags & RecordFlag.ENCRYPTED
                 ]
                 drop_subtrees(txn, self.space, names)
+
+    def _log_newest(self) -> None:
+        """Log the blocks of the last two segments as stored: a crash may have come between their commit and the log."""
+        if self._usage_log is not None:
+            for number in sorted(self.segments.sizes)[-2:]:
+                headers = self.segments.scan(number, check_payloads=False)
+                self._usage_log.stored([header.hash for header in headers if header.kind is RecordKind.BLOCK])
 
     def _load_plans(self) -> None:
         """What was registered before: a restarted service must not wait for its workers to restart."""

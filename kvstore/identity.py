@@ -25,6 +25,7 @@ from antefix.store.format import (
     unpack_segment_header,
 )
 from antefix.store.gone import GONE_FILE
+from antefix.usage.evidence import USAGE_LOG_FILE
 from kvstore.disk import Disk
 from kvstore.reserve import RESERVE_FILE
 
@@ -40,6 +41,7 @@ _KNOWN_FILES: Final = {
     CLEAN_FILE,
     RESERVE_FILE,
     GONE_FILE,
+    USAGE_LOG_FILE,
     INDEX_DIR,
     SEGMENT_DIR,
     REBUILT_DIR,

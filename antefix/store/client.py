@@ -25,6 +25,7 @@ from antefix.store.payload_channel import SERVICE, PayloadChannel, Progress
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
 from antefix.store.reader import ReadOutcome, StoreReader, wall_ms
 from antefix.store.wire import Piece, pack_put_request
+from antefix.usage.evidence import ReadEvidence
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 T = TypeVar("T")
@@ -215,6 +216,7 @@ class LocalStore:
         self._reader: StoreReader | None = None
         self._threads = ThreadPoolExecutor(_CLIENT_THREADS, thread_name_prefix="antefix-store")
         self._uses = _Uses()
+        self._evidence: ReadEvidence | None = None
         self._telling: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
@@ -222,6 +224,8 @@ class LocalStore:
             await self._telling
         await self.remote.close()
         self._threads.shutdown()
+        if self._evidence is not None:
+            self._evidence.close()
         if self._reader is not None:
             self._reader.close()
             self._reader = None
@@ -239,6 +243,10 @@ class LocalStore:
             return 0
         outcome = await self._in_thread(lambda reader: reader.read_blocks(hashes, into, fingerprint=fingerprint))
         last = hashes[outcome.num_good - 1] if outcome.num_good else None
+        if last is not None:
+            # The service is told later, and neither it nor this process may live until then.
+            self._evidence = self._evidence or ReadEvidence(self.directory)
+            self._evidence.used(last)
         if outcome.locked and not outcome.suspects:
             done = outcome.num_good
             return done + await self.remote.get_blocks(hashes[done:], into[done:], fingerprint=fingerprint)
