@@ -8,7 +8,7 @@ from typing import Any
 
 from antefix.errors import InvalidRequest
 from simulate.breakeven import STRATEGIES, BreakEven, Outcome, human_age
-from simulate.plot import SUFFIXES, load_pyplot
+from simulate.plot import check_path, load_pyplot
 
 NOTHING = "none"
 COLORS = {
@@ -30,8 +30,7 @@ def plot_break_even(rows: Sequence[BreakEven], path: Path) -> None:
     a cold run per stored GB, and those seconds. Below, what every strategy saves per stored GB over prefix length.
     Raises:  InvalidRequest: matplotlib is not installed, another suffix, or nothing to plot.
     """
-    if path.suffix not in SUFFIXES:
-        raise InvalidRequest(f"cannot plot to {path.name}: use one of {', '.join(SUFFIXES)}")
+    check_path(path)
     if not rows:
         raise InvalidRequest("there is nothing to plot")
     pyplot = load_pyplot()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from simulate.breakeven import break_even, break_even_text
 from simulate.breakeven_plot import plot_break_even
 from simulate.generate import SHAPES, generate
 from simulate.machine import RATE_CARDS, Machine, RateCard, model_sizes
-from simulate.plot import plot
+from simulate.plot import check_path, plot
 from simulate.replay import Setup, simulate, store_hit_tokens
 from simulate.report import as_text
 from simulate.result import Simulation
@@ -85,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:  InvalidRequest, ConfigError: arguments or a trace that make no sense.
     """
+    if args.plot:
+        check_path(args.plot)
     sizes, machine = model_sizes(args.model), _machine(args)
     if args.break_even:
         rows = break_even(sizes, machine)
@@ -141,6 +144,8 @@ def _trace(args: argparse.Namespace, unit_tokens: int) -> Trace:
         raise InvalidRequest(f"--trace needs --format: {' or '.join(sorted(FORMATS))}")
     if not args.trace.is_file():
         raise InvalidRequest(f"there is no trace file {args.trace}")
+    if not math.isfinite(args.spread_s) or args.spread_s < 0:
+        raise InvalidRequest(f"--spread-s must be a number of seconds, is {args.spread_s}")
     return load(args.trace, args.format, block_size=unit_tokens, spread_s=args.spread_s)
 
 

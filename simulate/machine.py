@@ -6,6 +6,7 @@ Every number is a setting, not a measurement: put in what `benchmarks/` measured
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Machine:
 
     def __post_init__(self) -> None:
         for name in ("prefill_tokens_per_s", "context_half_tokens", "disk_bytes_per_s", "pool_bytes_per_s"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InvalidRequest(f"{name} must be positive, is {getattr(self, name)}")
 
     def compute_s(self, tokens: int, *, context: int) -> float:

@@ -18,8 +18,7 @@ def plot(simulations: Sequence[Simulation], path: Path) -> None:
     One store size: what each strategy pays in bytes for its hits. Several: hit rate over store size, a line a strategy.
     Raises:  InvalidRequest: matplotlib is not installed, another suffix, or nothing to plot.
     """
-    if path.suffix not in SUFFIXES:
-        raise InvalidRequest(f"cannot plot to {path.name}: use one of {', '.join(SUFFIXES)}")
+    check_path(path)
     if not simulations or not simulations[0].results:
         raise InvalidRequest("there is nothing to plot")
     pyplot = load_pyplot()
@@ -34,6 +33,17 @@ def plot(simulations: Sequence[Simulation], path: Path) -> None:
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     finally:
         pyplot.close(figure)
+
+
+def check_path(path: Path) -> None:
+    """Before anything is simulated for a plot that cannot be written.
+
+    Raises:  InvalidRequest: another suffix, or no such directory.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InvalidRequest(f"cannot plot to {path.name}: use one of {', '.join(SUFFIXES)}")
+    if not path.absolute().parent.is_dir():
+        raise InvalidRequest(f"cannot plot to {path}: there is no directory {path.parent}")
 
 
 def load_pyplot() -> Any:

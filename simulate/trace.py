@@ -10,6 +10,7 @@ import gzip
 import json
 import math
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ MOONCAKE_HASH_TOKENS = 512
 _LOCAL_IDS_MAX = 1 << 32
 # A line beyond this is no request of any model; reading on would only fill memory.
 LINE_BYTES_MAX = 256 * 2**20
+_WRONG = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,7 +60,8 @@ def load(path: Path, trace_format: str, *, block_size: int, spread_s: float = 36
     """Read a trace file (plain or .gz) in the named format.
 
     spread_s: conversations whose clocks all start at zero are started over this long, evenly at random, seeded.
-    Raises:  InvalidRequest: an unknown format, or a line that is not a request of it; the message names the line.
+    Raises:  InvalidRequest: an unknown format, a file that has no requests or cannot be read to its end, or a line that
+             is not a request of the format; the message names it.
     """
     if trace_format not in FORMATS:
         raise InvalidRequest(f"unknown trace format {trace_format!r}: use one of {', '.join(sorted(FORMATS))}")
@@ -72,16 +75,15 @@ def _load_mooncake(path: Path, block_size: int, spread_s: float) -> Trace:
         try:
             requests.append(
                 Request(
-                    at_s=float(row["timestamp"]) / 1000,
+                    at_s=_seconds(row["timestamp"]) / 1000,
                     num_tokens=int(row["input_length"]),
                     output_tokens=int(row["output_length"]),
                     names=_units(row["hash_ids"], 0, int(row["input_length"]), MOONCAKE_HASH_TOKENS, unit),
                 )
             )
-        except (KeyError, TypeError, ValueError) as err:
-            raise InvalidRequest(f"{where} is not a mooncake request: {err!r}") from err
-    requests.sort(key=lambda request: request.at_s)
-    return Trace(name=path.name, unit_tokens=unit, requests=tuple(requests))
+        except _WRONG as err:
+            raise _not_a("mooncake request", where, err) from err
+    return _trace(path, unit, requests)
 
 
 def _load_claude_code(path: Path, block_size: int, spread_s: float) -> Trace:
@@ -93,6 +95,8 @@ def _load_claude_code(path: Path, block_size: int, spread_s: float) -> Trace:
             if row["hash_id_scope"] != "local":
                 raise ValueError(f"hash_id_scope is {row['hash_id_scope']!r}, not local")
             hash_tokens = int(row["block_size"])
+            if hash_tokens < 1 or unit not in (0, math.lcm(block_size, hash_tokens)):
+                raise ValueError(f"block_size is {hash_tokens}; it must be positive and the same in all lines")
             unit = math.lcm(block_size, hash_tokens)
             start_s = rng.uniform(0, spread_s)
             for at_s, call in _calls(row["requests"], start_s):
@@ -105,10 +109,28 @@ def _load_claude_code(path: Path, block_size: int, spread_s: float) -> Trace:
                         session=str(row["id"]),
                     )
                 )
-        except (KeyError, TypeError, ValueError) as err:
-            raise InvalidRequest(f"{where} is not a claude-code conversation: {err!r}") from err
+        except _WRONG as err:
+            raise _not_a("claude-code conversation", where, err) from err
+    return _trace(path, unit or block_size, requests)
+
+
+def _trace(path: Path, unit_tokens: int, requests: list[Request]) -> Trace:
+    if not requests:
+        raise InvalidRequest(f"{path.name} has no requests")
     requests.sort(key=lambda request: request.at_s)
-    return Trace(name=path.name, unit_tokens=unit or block_size, requests=tuple(requests))
+    return Trace(name=path.name, unit_tokens=unit_tokens, requests=tuple(requests))
+
+
+def _not_a(what: str, where: str, err: Exception) -> InvalidRequest:
+    why = f"it has no {err}" if isinstance(err, KeyError) else str(err)
+    return InvalidRequest(f"{where} is not a {what}: {why}; --format must name what the trace is written in")
+
+
+def _seconds(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value} is no time")
+    return number
 
 
 FORMATS: dict[str, Callable[[Path, int, float], Trace]] = {
@@ -120,7 +142,7 @@ FORMATS: dict[str, Callable[[Path, int, float], Trace]] = {
 def _calls(rows: list[dict[str, Any]], start_s: float) -> Iterator[tuple[float, dict[str, Any]]]:
     """A conversation's model calls with their times; a sub-agent's calls count from its own start."""
     for row in rows:
-        at_s = start_s + float(row["t"])
+        at_s = start_s + _seconds(row["t"])
         if row["type"] == "subagent":
             yield from _calls(row["requests"], at_s)
         else:
@@ -142,7 +164,7 @@ def _units(hash_ids: list[int], base: int, num_tokens: int, hash_tokens: int, un
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(_bounded(lines), start=1):
+        for number, line in enumerate(_bounded(lines, path.name), start=1):
             where = f"{path.name}, line {number}"
             if not line.strip():
                 continue
@@ -155,8 +177,13 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
 
 
-def _bounded(lines: Any) -> Iterator[str]:
-    while line := lines.readline(LINE_BYTES_MAX):
-        if len(line) >= LINE_BYTES_MAX:
-            raise InvalidRequest(f"a line of the trace is longer than {LINE_BYTES_MAX} bytes")
-        yield line
+def _bounded(lines: Any, name: str) -> Iterator[str]:
+    try:
+        while line := lines.readline(LINE_BYTES_MAX):
+            if len(line) >= LINE_BYTES_MAX:
+                raise InvalidRequest(f"a line of {name} is longer than {LINE_BYTES_MAX} bytes")
+            yield line
+    except UnicodeDecodeError as err:
+        raise InvalidRequest(f"{name} is no text: {err}") from err
+    except (OSError, EOFError, zlib.error) as err:
+        raise InvalidRequest(f"{name} cannot be read to its end: {err}") from err

@@ -129,3 +129,17 @@ def test_generated_traces_and_local_models_work(tmp_path: Path, capsys: pytest.C
 def test_break_even_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("--break-even") == 0
     assert "next turn: fastest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", [("--break-even",), ("--generate", "agents", "--requests", "20")])
+def test_a_plot_that_cannot_be_written_is_refused_before_the_work(source: tuple[str, ...], tmp_path: Path) -> None:
+    for path in (tmp_path / "plot.gif", tmp_path / "no" / "plot.svg"):
+        with pytest.raises(InvalidRequest, match="cannot plot to"):
+            _run(*source, "--plot", str(path))
+
+
+def test_the_break_even_table_is_plotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert _run("--break-even", "--plot", str(tmp_path / "plot.svg")) == 0
+    assert "boundary" in capsys.readouterr().out
+    assert "seconds saved per stored GB" in (tmp_path / "plot.svg").read_text()

@@ -100,3 +100,40 @@ def test_global_ids_are_not_taken_for_local_ones(tmp_path: Path) -> None:
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="mooncake"):
         load(tmp_path / "a.jsonl", "qwen", block_size=128)
+
+
+@pytest.mark.parametrize("name", ["trace.jsonl", "trace.jsonl.gz"])
+@pytest.mark.parametrize("trace_format", ["mooncake", "claude-code"])
+def test_a_trace_without_requests_is_refused(tmp_path: Path, name: str, trace_format: str) -> None:
+    with pytest.raises(InvalidRequest, match="has no requests"):
+        load(_write(tmp_path / name, []), trace_format, block_size=128)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"\xff\xfe\x00", "is no text"),
+        ("a.jsonl.gz", b"\xff\xfe\x00", "cannot be read to its end"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(json.dumps(_mooncake(0, 600, [1])).encode() * 40)[:60],
+            "cannot be read to its end",
+        ),
+        ("a.jsonl", b'{"timestamp": 0', "line 1 is not JSON"),
+        ("a.jsonl", b'{"timestamp": NaN, "input_length": 600, "output_length": 1, "hash_ids": [1]}', "no time"),
+        ("a.jsonl", b'{"timestamp": 0, "input_length": 1e999, "output_length": 1, "hash_ids": [1]}', "line 1 is not a"),
+        ("a.jsonl", b'{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": 7}', "line 1 is not a"),
+        ("a.jsonl", b'{"t": 0}', "it has no 'timestamp'; --format must name"),
+    ],
+)
+def test_a_file_that_is_no_trace_says_why(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidRequest, match=message):
+        load(tmp_path / name, "mooncake", block_size=128)
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (64, 32)])
+def test_hashes_of_no_size_or_of_two_are_refused(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    rows = [_conversation("x", [_call(0, 130, [1, 2, 3, 4])]) | {"block_size": size} for size in sizes]
+    with pytest.raises(InvalidRequest, match="block_size"):
+        load(_write(tmp_path / "a.jsonl", rows), "claude-code", block_size=48)
