@@ -34,6 +34,7 @@ _LOG_TAIL_BYTES = 2000
 class DeploymentConfig:
     """What to run. data_dir holds the secret, the store, the bill and the logs, and is made if it is not there.
 
+    device, dtype, kernels: as workers' settings of these names (docs/OPERATIONS.md).
     http_address: of the HTTP API; empty for none.  ratecards, tenants_file: docs/BILLING.md; without them all is free.
     strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
     store_bytes, window_pool_bytes: budgets of disk and of Redis' memory, such as "64G"; empty for the roles' defaults.
@@ -52,6 +53,9 @@ class DeploymentConfig:
     bounded_windows: int = 0
     reproducible: bool = False
     store_bytes: str = ""
+    device: str = "cpu"
+    dtype: str = "float32"
+    kernels: str = "auto"
     router_address: str = "127.0.0.1:0"
     http_address: str = ""
     ratecards: tuple[str, ...] = ()
@@ -150,6 +154,7 @@ class Deployment:
         config = self.config
         flags = ["--strategy", config.strategy, "--threads", str(self._threads()), "--window-pool", config.window_pool]
         flags += ["--reproducible", str(config.reproducible).lower()]
+        flags += ["--device", config.device, "--dtype", config.dtype, "--kernels", config.kernels]
         flags += _given("--window-pool-bytes", config.window_pool_bytes)
         return await self.start_role(role, [*self._shared_flags(), *flags])
 

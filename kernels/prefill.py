@@ -102,6 +102,25 @@ def decode_sequences(
     return values
 
 
+def decode_slots(
+    records: torch.Tensor, slots: torch.Tensor, window: torch.Tensor, rope_dim: int, dim: int
+) -> torch.Tensor:
+    """Decode the named entries alone, and one sequence's window rows: for queries too few to decode all entries for.
+
+    Shapes:  records [P, E, R] uint8; slots [N] int32 in [0, P * E); window [1, W, R] uint8.
+             Returns [1, N + W, D] float16 as decode_sequences does; entry i is slot i's.
+    Raises:  ValueError: wrong dtype, shape or stride.
+    """
+    check(window.shape[0] == 1, "slots name the entries of one sequence")
+    padded = triton.next_power_of_2(dim)
+    make = torch.empty if padded == dim else torch.zeros
+    values = make(1, len(slots) + window.shape[1], padded, dtype=torch.float16, device=records.device)
+    unpack_entries(records, slots, values[0, : len(slots), :dim], rope_dim)
+    ring = torch.arange(window.shape[1], dtype=torch.int32, device=records.device)
+    unpack_entries(window, ring, values[0, len(slots) :, :dim], rope_dim)
+    return values
+
+
 def prefill_attention(
     q: torch.Tensor,
     values: torch.Tensor,

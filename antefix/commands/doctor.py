@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -80,7 +81,20 @@ def _gpu() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        return Finding(check="gpu", status="ok", detail=torch.cuda.get_device_name())
+        name = torch.cuda.get_device_name()
+        if importlib.util.find_spec("triton") is None:
+            advice = "pip install 'antefix[gpu]'"
+            return Finding(check="gpu", status="warn", detail=f"{name}; no Triton, so no kernels", advice=advice)
+        from antefix.model.numerics import card_invariant_ok
+
+        if card_invariant_ok():
+            return Finding(check="gpu", status="ok", detail=f"{name}; products do not depend on the number of rows")
+        return Finding(
+            check="gpu",
+            status="warn",
+            detail=f"{name}; a row of a product depends on how many rows there are",
+            advice="--reproducible will not hold here",
+        )
     return Finding(check="gpu", status="ok", detail="none; everything runs on the CPU")
 
 

@@ -26,6 +26,13 @@ def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
         help="which checkpoints to leave: auto, auto(budget=BYTES, ends=disk|pool), boundary, periodic(TOKENS), full, "
         "zero; or by namespace, as in 'agents=periodic(8192); auto' (default: auto)",
     )
+    parser.add_argument("--device", default="cpu", help="torch device of the workers (default: cpu)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights (default: float32)"
+    )
+    parser.add_argument(
+        "--kernels", choices=("auto", "triton", "torch"), default="auto", help="cache path on a card (default: auto)"
+    )
     parser.add_argument("--num-prefill", type=int, default=1, metavar="N", help="prefill workers (default: 1)")
     parser.add_argument("--num-decode", type=int, default=1, metavar="N", help="decode workers (default: 1)")
 
@@ -78,6 +85,9 @@ def deployment_config(args: argparse.Namespace, data_dir: Path, address: str = "
         num_decode=args.num_decode,
         kv_format=args.kv_format,
         strategy=args.strategy,
+        device=args.device,
+        dtype=args.dtype,
+        kernels=args.kernels,
         router_address=address,
     )
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from antefix.model.numerics import multiply, pad_rows
+from antefix.model.numerics import multiply, multiply_each, pad_rows
 
 NEGATIVE_INFINITY = float("-inf")
 
@@ -107,14 +107,14 @@ def attend_selected(q_nHC: Tensor, tile: Tile, sinks_H: Tensor, entries_nkC: Ten
     rows = num_queries * num_heads
     q_FC = pad_rows(q_nHC.flatten(0, 1))
     near = window_logits(q_FC, tile, num_heads)
-    far = torch.bmm(q_nHC, entries_nkC.transpose(1, 2)).masked_fill_(~live_nk.unsqueeze(1), NEGATIVE_INFINITY)
+    far = multiply_each(q_nHC, entries_nkC.transpose(1, 2)).masked_fill_(~live_nk.unsqueeze(1), NEGATIVE_INFINITY)
     sinks = _sink_rows(sinks_H, num_queries, len(q_FC))
     top = torch.maximum(near.amax(1, keepdim=True), sinks)
     top[:rows] = torch.maximum(top[:rows], far.flatten(0, 1).amax(1, keepdim=True))
     total, weighted = _window_sums(near, top, sinks, tile)
     far_weights = torch.exp(far - top[:rows].view(num_queries, num_heads, 1))
     total = total[:rows] + far_weights.sum(2).view(rows, 1)
-    weighted = weighted[:rows] + torch.bmm(far_weights, entries_nkC).flatten(0, 1)
+    weighted = weighted[:rows] + multiply_each(far_weights, entries_nkC).flatten(0, 1)
     return (weighted / total).view_as(q_nHC)
 
 

@@ -17,7 +17,7 @@ from antefix.layout import LayerKind
 from antefix.model.compressor import Compressor
 from antefix.model.config import ModelConfig
 from antefix.model.indexer import Indexer
-from antefix.model.norms_rope import RMSNorm, rms_norm, rotate
+from antefix.model.norms_rope import RMSNorm, norm_rotate, rms_norm, rotate
 from antefix.model.numerics import grouped_linear, linear
 
 
@@ -61,11 +61,12 @@ class Attention(nn.Module):
     def queries(self, q_residual_NQ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Normed, rotated queries [N, H, C], scaled by C^-1/2 for the dot products to come."""
         q = linear(q_residual_NQ, self.q_b_proj.weight).view(-1, self.num_heads, self.head_dim)
-        return rotate(rms_norm(q, None, self.eps), cos.unsqueeze(1), sin.unsqueeze(1)) * math.pow(self.head_dim, -0.5)
+        scale = math.pow(self.head_dim, -0.5)
+        return norm_rotate(q, None, self.eps, cos.unsqueeze(1), sin.unsqueeze(1), scale=scale)
 
     def window_entries(self, x_ND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Window KV [N, C] before rounding: key and value in one."""
-        return rotate(rms_norm(linear(x_ND, self.kv_proj.weight), self.kv_norm.weight, self.eps), cos, sin)
+        return norm_rotate(linear(x_ND, self.kv_proj.weight), self.kv_norm.weight, self.eps, cos, sin)
 
     def output(self, attended_NHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Undo the values' rotation at the query's position, then project to [N, D]."""

@@ -36,15 +36,18 @@ def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -
 
 
 def make_backend(
-    kernels: str, layout: BlockLayout, num_blocks: int, device: str | torch.device
+    kernels: str, layout: BlockLayout, num_blocks: int, device: str | torch.device, *, reproducible: bool = False
 ) -> tuple[BlockPool, Ops]:
-    """A pool on `device` and the operations that go with it; `kernels` is auto, triton or torch."""
+    """A pool on `device` and the operations that go with it; `kernels` is auto, triton or torch.
+
+    reproducible: kernels that give a query the same bits whatever else is computed; torch on a CPU does so anyway.
+    """
     if not uses_triton(kernels, layout, device):
         return BlockPool(layout, num_blocks, device), TorchOps()
     from antefix.model.card_pool import CardPool
     from antefix.model.triton_ops import TritonOps
 
-    return CardPool(layout, num_blocks, device), TritonOps(layout)
+    return CardPool(layout, num_blocks, device), TritonOps(layout, reproducible=reproducible)
 
 
 def _fits(layout: BlockLayout) -> bool:

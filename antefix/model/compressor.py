@@ -34,8 +34,9 @@ class Compressor(nn.Module):
 
     def project(self, x_ND: Tensor, positions_N: Tensor) -> Tensor:
         """Each token's rows [2, N, S]: kv, and gate with the bias of its place in the group added."""
-        kv = linear(x_ND, self.kv_proj.weight)
-        gate = linear(x_ND, self.gate_proj.weight) + self.position_bias[positions_N % self.ratio]
+        work = wide(x_ND.dtype)
+        kv = linear(x_ND, self.kv_proj.weight).to(work)
+        gate = linear(x_ND, self.gate_proj.weight).to(work) + self.position_bias[positions_N % self.ratio]
         return torch.stack((kv, gate))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from antefix.model.config import ModelConfig
-from antefix.model.numerics import linear, sigmoid, wide
+from antefix.model.numerics import has_kernels, linear, sigmoid, wide
 
 
 class HyperConnection(nn.Module):
@@ -30,6 +30,8 @@ class HyperConnection(nn.Module):
     def forward(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Collapse the streams: returns the block's input [N, D], and post [N, M] and comb [N, M, M] for `expand`."""
         num_streams = streams_NMD.shape[1]
+        if has_kernels(streams_NMD):
+            return self._on_card(streams_NMD)
         sizes = [num_streams, num_streams, num_streams * num_streams]
         logits = mixing_logits(streams_NMD, self.fn, self.norm_eps)
         pre_w, post_w, comb_w = torch.split(logits, sizes, dim=-1)
@@ -39,6 +41,15 @@ class HyperConnection(nn.Module):
         comb = sinkhorn((comb_w * self.scale[2] + comb_b).view(-1, num_streams, num_streams), self.num_iters, self.eps)
         dtype = streams_NMD.dtype
         return collapse(streams_NMD, pre), post.to(dtype), comb.to(dtype)
+
+    def _on_card(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same; post and comb stay float32."""
+        from kernels import tokens
+
+        logits = tokens.mixing_logits(streams_NMD, self.fn, self.norm_eps)
+        num_streams = streams_NMD.shape[1]
+        pre, post, comb = tokens.mixing_gates(logits, self.base, self.scale, num_streams, self.num_iters, self.eps)
+        return tokens.collapse(streams_NMD, pre), post, comb
 
 
 class HyperHead(nn.Module):
@@ -59,17 +70,29 @@ class HyperHead(nn.Module):
 
 def mixing_logits(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
     """RMS-normed streams [N, M * D] times fn [J, M * D]: [N, J]. The norm is a factor a row, so it goes last."""
+    if has_kernels(streams_NMD):
+        from kernels.tokens import mixing_logits as card_logits
+
+        return card_logits(streams_NMD, fn, eps)
     flat = streams_NMD.flatten(1).to(wide(streams_NMD.dtype))
     return linear(flat, fn.to(flat.dtype)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
 def collapse(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
     """The streams' weighted sum, [N, D]."""
+    if has_kernels(streams_NMD):
+        from kernels.tokens import collapse as card_collapse
+
+        return card_collapse(streams_NMD, pre_NM.float().contiguous())
     return torch.bmm(pre_NM.to(streams_NMD.dtype).unsqueeze(1), streams_NMD).squeeze(1)
 
 
 def expand(streams_NMD: Tensor, output_ND: Tensor, post_NM: Tensor, comb_NMM: Tensor) -> Tensor:
     """New streams: the old ones mixed (over comb's first axis) plus the block's output, spread by `post`."""
+    if has_kernels(streams_NMD):
+        from kernels.tokens import expand as card_expand
+
+        return card_expand(streams_NMD, output_ND, post_NM, comb_NMM)
     # contiguous: bmm runs strided batches one by one.
     mixed = torch.bmm(comb_NMM.transpose(1, 2).contiguous(), streams_NMD)
     return mixed + post_NM.unsqueeze(-1) * output_ND.unsqueeze(1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from antefix.model.config import ModelConfig
-from antefix.model.numerics import linear, sigmoid, silu, softplus
+from antefix.model.numerics import has_kernels, linear, sigmoid, silu, softplus, wide
 
 
 class Router(nn.Module):
@@ -34,14 +34,15 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids [N, K], ascending, and their weights [N, K]."""
-        scores = expert_scores(linear(x_ND, self.weight), self.scoring)
+        logits = linear(x_ND, self.weight)
+        scores = expert_scores(logits.to(wide(logits.dtype)), self.scoring)
         if self.hash_routed:
             experts = self.tid2eid[tokens_N].sort(-1).values
         else:
             experts = pick_experts(scores + self.e_score_correction_bias, self.num_picked)
         weights = scores.gather(1, experts)
         # 1e-20: as the reference; only all-zero scores would notice.
-        return experts, weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scaling
+        return experts, weights / (_row_sums(weights) + 1e-20) * self.scaling
 
 
 class Experts(nn.Module):
@@ -84,6 +85,11 @@ class SharedExpert(nn.Module):
         self.limit = config.swiglu_limit
 
     def forward(self, x_ND: Tensor) -> Tensor:
+        if has_kernels(x_ND):
+            from kernels.tokens import swiglu
+
+            halves = linear(x_ND, self.gate_proj.weight), linear(x_ND, self.up_proj.weight)
+            return linear(swiglu(torch.cat(halves, dim=1), self.limit), self.down_proj.weight)
         gate = linear(x_ND, self.gate_proj.weight).clamp(max=self.limit)
         up = linear(x_ND, self.up_proj.weight).clamp(-self.limit, self.limit)
         return linear(silu(gate) * up, self.down_proj.weight)
@@ -100,9 +106,33 @@ class MoE(nn.Module):
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
         experts, weights = self.gate(x_ND, tokens_N)
+        if has_kernels(x_ND):
+            return self._on_card(x_ND, experts, weights)
         routed: Tensor = self.experts(x_ND, experts, weights)
         shared: Tensor = self.shared_experts(x_ND)
         return routed + shared
+
+    def _on_card(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """All experts in one product; the host never asks which were picked."""
+        from kernels import linear as products
+        from kernels import tokens
+
+        stacks = self.experts
+        routing = products.route(experts_NK, len(stacks.gate_up_proj))
+        gate_up = products.multiply_routed(x_ND, stacks.gate_up_proj, routing, gathered=True)
+        inner = tokens.swiglu(gate_up, stacks.limit)
+        rows = products.multiply_routed(inner, stacks.down_proj, routing, gathered=False)
+        return tokens.combine(rows, routing.place, weights_NK, self.shared_experts(x_ND))
+
+
+def _row_sums(weights_NK: Tensor) -> Tensor:
+    """[N, 1]; column by column on a card, where a reduction's order hangs on the number of rows."""
+    if not has_kernels(weights_NK):
+        return weights_NK.sum(-1, keepdim=True)
+    total = weights_NK[:, :1]
+    for column in weights_NK[:, 1:].split(1, dim=1):
+        total = total + column
+    return total
 
 
 def expert_scores(logits_NE: Tensor, scoring: str) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from antefix.model.config import RopeConfig
-from antefix.model.numerics import wide
+from antefix.model.numerics import has_kernels, wide
 
 
 class RMSNorm(nn.Module):
@@ -29,6 +29,10 @@ class RMSNorm(nn.Module):
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [..., C] over the root mean square of its last dim, times weight [C] where one is given."""
+    if has_kernels(x):
+        from kernels.tokens import norm_turn
+
+        return norm_turn(x.reshape(-1, 1, x.shape[-1]), weight=weight, eps=eps).view(x.shape)
     wide_x = x.to(wide(x.dtype))
     normed = wide_x * torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps)
     return (normed if weight is None else weight * normed).to(x.dtype)
@@ -69,9 +73,30 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Rotating back, as V4 does with attention outputs, is `rotate(x, cos, -sin)`.
     """
+    if has_kernels(x):
+        return _on_card(x, None, None, cos, sin, 1.0)
     rope_dim = 2 * cos.shape[-1]
     head, tail = x[..., :-rope_dim], x[..., -rope_dim:]
     pairs = torch.unflatten(tail.to(cos.dtype), -1, (-1, 2))
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
     return torch.cat((head, turned.to(x.dtype)), dim=-1)
+
+
+def norm_rotate(
+    x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, *, scale: float = 1.0
+) -> Tensor:
+    """RMS norm, rotation and a factor: on a card in one pass over x."""
+    if has_kernels(x):
+        return _on_card(x, weight, eps, cos, sin, scale)
+    turned = rotate(rms_norm(x, weight, eps), cos, sin)
+    return turned if scale == 1.0 else turned * scale
+
+
+def _on_card(x: Tensor, weight: Tensor | None, eps: float | None, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """x [N, C] with angles [N, R / 2], or x [N, H, C] with angles [N, 1, R / 2]."""
+    from kernels.tokens import norm_turn
+
+    rows = x if x.dim() == 3 else x.unsqueeze(1)
+    cos, sin = (table.reshape(len(x), -1) for table in (cos, sin))
+    return norm_turn(rows, weight=weight, eps=eps, cos=cos, sin=sin, scale=scale).view(x.shape)

@@ -9,11 +9,16 @@ break that, and both are handled here and nowhere else:
     sigmoid     PyTorch's vector body and scalar tail of sigmoid, silu and softplus round differently (about 4% of
                 values), so an element's result depends on its place. exp, log1p and division do not.
 `row_invariant_ok` checks the premises on the machine at hand.
+On a card libraries choose by shape as well; there `kernels.linear` and `kernels.tokens` take over (`has_kernels`), in
+which a row's work is the same whatever else is computed.
 
 Shapes:  N = rows, K = input width, O = output width.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +41,31 @@ def pad_rows(x: Tensor, multiple: int = ROW_TILE) -> Tensor:
     return torch.cat((x, x.new_zeros(missing, *x.shape[1:])))
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether per-token steps on `x` run as kernels: on a card with Triton, without gradients, not in float64."""
+    return (
+        x.device.type == "cuda"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.is_grad_enabled()
+        and _has_triton()
+    )
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K] times weight [O, K] transposed, each row's bits independent of the other rows.
 
-    Gradients and other devices take the plain product: training does not need the invariance.
+    Gradients, float64 on a card and other devices take the plain product, without that promise.
     """
+    if has_kernels(x):
+        from kernels.linear import multiply as card_multiply
+
+        rows = x.reshape(-1, x.shape[-1])
+        return card_multiply(rows, weight).view(*x.shape[:-1], weight.shape[0])
     if x.device.type != "cpu" or x.requires_grad:
         return F.linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])
@@ -60,10 +85,25 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
+def multiply_each(a: Tensor, b: Tensor) -> Tensor:
+    """a [N, R, K] times b [N, K, O], pair by pair: sums of at most SUM_TILE addends, added up in order.
+
+    MKL runs one pair as a plain product, and was seen to split sums of 1,024 addends there, and nowhere else.
+    """
+    product = torch.bmm(a[:, :, :SUM_TILE], b[:, :SUM_TILE])
+    for start in range(SUM_TILE, a.shape[2], SUM_TILE):
+        product.baddbmm_(a[:, :, start : start + SUM_TILE], b[:, start : start + SUM_TILE])
+    return product
+
+
 def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Block-diagonal product: x [N, G, K] times weight [G * O, K], group by group, to [N, G, O]."""
     num_groups = x.shape[1]
     per_group = weight.view(num_groups, -1, weight.shape[1])
+    if has_kernels(x):
+        from kernels.linear import multiply_groups
+
+        return multiply_groups(x, per_group)
     if x.device.type != "cpu" or x.requires_grad:
         return torch.einsum("ngk,gok->ngo", x, per_group)
     return torch.stack([linear(x[:, g], per_group[g]) for g in range(num_groups)], dim=1)
@@ -104,11 +144,20 @@ def row_invariant_ok(hidden_sizes: tuple[int, ...] = (16, 64, 192, 384, 1024)) -
     return all(_linear_ok(k, o, generator) and _bmm_ok(k, o, generator) for k in hidden_sizes for o in (16, 24, 128))
 
 
-def _linear_ok(k: int, o: int, generator: torch.Generator) -> bool:
-    x = torch.randn(272, k, generator=generator)
-    weight = torch.randn(o, k, generator=generator)
+@torch.inference_mode()
+def card_invariant_ok(device: str = "cuda") -> bool:
+    """The same of the products that run on a card, in both of a model's types. Compiles them first."""
+    generator = torch.Generator().manual_seed(0)
+    types = torch.float32, torch.bfloat16
+    return all(_linear_ok(k, 128, generator, device, dtype) for k in (64, 4096) for dtype in types)
+
+
+def _linear_ok(
+    k: int, o: int, generator: torch.Generator, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> bool:
+    x, weight, more = (torch.randn(n, k, generator=generator).to(device, dtype) for n in (272, o, 512 - o))
     whole = linear(x, weight)
-    wide = torch.cat((weight, torch.randn(512 - o, k, generator=generator)))
+    wide = torch.cat((weight, more))
     narrow = torch.cat([linear(x, part) for part in torch.split(wide, 64)], dim=1)
     return torch.equal(linear(x, wide), narrow) and all(
         torch.equal(linear(x[start : start + n], weight), whole[start : start + n])
@@ -119,7 +168,7 @@ def _linear_ok(k: int, o: int, generator: torch.Generator) -> bool:
 def _bmm_ok(k: int, o: int, generator: torch.Generator) -> bool:
     a = torch.randn(33, 4, k, generator=generator)
     b = torch.randn(33, k, o, generator=generator)
-    whole = torch.bmm(a, b)
+    whole = multiply_each(a, b)
     return all(
-        torch.equal(torch.bmm(a[s : s + n], b[s : s + n]), whole[s : s + n]) for s, n in ((0, 1), (5, 2), (7, 16))
+        torch.equal(multiply_each(a[s : s + n], b[s : s + n]), whole[s : s + n]) for s, n in ((0, 1), (5, 2), (7, 16))
     )

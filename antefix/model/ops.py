@@ -105,6 +105,7 @@ class TorchOps:
 
     def indexer_topk(self, q_TIC: Tensor, weights_TI: Tensor, keys: Entries, num_visible_T: Tensor, k: int) -> Tensor:
         queries = round_queries(q_TIC, keys.pool.layout)
+        weights_TI = weights_TI.to(queries.dtype)
         num_entries = int(num_visible_T.max())
         if num_entries <= k:
             return top_entries(queries.new_empty(len(queries), num_entries), num_visible_T, k)
@@ -125,17 +126,19 @@ class TorchOps:
     def sparse_attention(
         self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries, picked_Tk: Tensor
     ) -> Tensor:
+        queries, sinks = q_THC.to(window.values.dtype), sinks_H.to(window.values.dtype)
         outputs = []
         for tile in window.tiles():
             part = slice(*tile.rows)
             picked = picked_Tk[part]
             values = gather_entries(entries, picked.clamp(min=0))
-            outputs.append(attend_selected(q_THC[part], tile, sinks_H, values, picked >= 0))
-        return torch.cat(outputs)
+            outputs.append(attend_selected(queries[part], tile, sinks, values, picked >= 0))
+        return torch.cat(outputs).to(q_THC.dtype)
 
     def full_attention(
         self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries | None, num_visible_T: Tensor
     ) -> Tensor:
+        queries, sinks = q_THC.to(window.values.dtype), sinks_H.to(window.values.dtype)
         segments: list[Tensor] = []
         if entries is not None:
             segments = _finite_segments(entries, int(num_visible_T.max()))
@@ -144,8 +147,8 @@ class TorchOps:
             part = slice(*tile.rows)
             visible = num_visible_T[part]
             needed = -(-int(visible.max()) // HCA_SEGMENT) if segments else 0
-            outputs.append(attend_segments(q_THC[part], tile, sinks_H, segments[:needed], visible))
-        return torch.cat(outputs)
+            outputs.append(attend_segments(queries[part], tile, sinks, segments[:needed], visible))
+        return torch.cat(outputs).to(q_THC.dtype)
 
 
 def _finite_segments(entries: Entries, num_entries: int) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """The paged pool of global KV: one row a block, whose bytes are the payload that goes to disk.
 
-A restore reads from disk straight into `row(block_id)` and then calls `note_filled`. Rows are reference counted, since
-sequences that share a prefix share its blocks. Belongs to one thread.
+A restore reads from disk straight into `landing(block_ids)` and then calls `note_filled`; what goes to disk comes from
+`payloads(block_ids)`. Here both are the rows themselves; a pool on a card has pinned host memory beside them. Rows are
+reference counted, since sequences that share a prefix share its blocks. Belongs to one thread.
 
 Memory: `num_blocks * layout.block_bytes` for the rows. The FP8 format also keeps decoded float32 mirrors, because
 decoding for every step would cost more than the attention: 3.5 to 7.5 times the rows (V4: 584 -> 2048 and 68 -> 512
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from antefix.errors import InvalidRequest, Overloaded
 from antefix.layout import BlockLayout, KVFormat, Part, PartKind
+from antefix.model.host_rows import HostRows
 from antefix.model.quant import pack, unpack, value_dtype, width_of
 
 # Payload bytes decoded at once: large enough to hide the calls, small enough for a core's caches.
@@ -33,6 +35,7 @@ class BlockPool:
         self.layout = layout
         self.num_blocks = num_blocks
         self.rows = _fresh_zeros((num_blocks, layout.block_bytes), torch.uint8, device)
+        self._host = None if self.rows.device.type == "cpu" else HostRows(self.rows)
         self._refs = np.zeros(num_blocks, np.int32)
         self._parts = {(part.layer, part.kind): part for part in layout.parts}
         self._decoded = {key: self._decoded_part(part) for key, part in self._parts.items()}
@@ -77,14 +80,25 @@ class BlockPool:
         return int(self._refs[block_id])
 
     def row(self, block_id: int) -> memoryview:
-        """The block's payload, writable in place (CPU pools). After writing, call `note_filled`."""
-        return self.rows[block_id].numpy().data
+        """The block's payload, writable in place. After writing, call `note_filled`."""
+        return self.payloads([block_id])[0]
+
+    def landing(self, block_ids: Iterable[int]) -> list[memoryview]:
+        """Host memory for the blocks' payloads, to be filled whole before `note_filled`."""
+        return self._views(block_ids) if self._host is None else self._host.landing(block_ids)
+
+    def payloads(self, block_ids: Iterable[int]) -> list[memoryview]:
+        """The blocks' payloads in host memory, until the blocks are written again."""
+        return self._views(block_ids) if self._host is None else self._host.fetch(block_ids)
 
     def note_filled(self, block_ids: Iterable[int]) -> None:
-        """Rows were written from outside: decode them anew."""
+        """Payloads have landed: move them to where the rows are, and decode them anew."""
+        block_ids = list(block_ids)
+        if self._host is not None:
+            self._host.send(block_ids)
         if self.layout.kv_format is not KVFormat.FP8:
             return
-        ids = torch.as_tensor(list(block_ids), dtype=torch.long, device=self.rows.device)
+        ids = torch.as_tensor(block_ids, dtype=torch.long, device=self.rows.device)
         # In pieces that stay in cache; a restore of a long prefix comes with thousands of blocks.
         for piece in torch.split(ids, max(1, _DECODE_BYTES // self.layout.block_bytes)):
             first, last = int(piece[0]), int(piece[-1])
@@ -114,6 +128,9 @@ class BlockPool:
         self.records(part)[block_ids, row_ids] = packed
         if self.layout.kv_format is KVFormat.FP8:
             self.decoded(part)[block_ids, row_ids] = unpack(part.kind, packed, self.layout)
+
+    def _views(self, block_ids: Iterable[int]) -> list[memoryview]:
+        return [self.rows[block_id].numpy().data for block_id in block_ids]
 
     def _decoded_part(self, part: Part) -> Tensor:
         width = width_of(part, self.layout)

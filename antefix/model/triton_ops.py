@@ -3,6 +3,10 @@
 Needs no decoded mirrors: use it with a CardPool. Attention reads FP16, so its outputs agree with TorchOps' within
 about 1e-3; stored records agree but for values that another order of sums tips over a rounding border.
 
+A query's bits depend on which kernel it takes and on how its entries are split among programs, both of which follow the
+number of queries. `reproducible` takes one kernel for all, unsplit: slower where queries are few, and the same bits
+however a prompt is cut.
+
 Shapes:  as in antefix.model.ops; B = blocks of the sequence.
 """
 
@@ -16,6 +20,7 @@ from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model.attend import WindowLine
 from antefix.model.compressor import Compressor
 from antefix.model.ops import Entries
+from antefix.model.quant import entry_bytes
 from kernels import attention, gather, indexer, operands, pack, prefill, topk
 
 # From this many queries on, decoding entries once costs less than decoding them for each.
@@ -27,13 +32,15 @@ SCORES_BYTES_MAX = 1 << 30
 class TritonOps:
     """An implementation of `Ops` for CUDA; in Triton's interpreter it runs on a CPU too, slowly.
 
+    reproducible: a query's bits do not depend on what else is computed.
     Raises:  InvalidRequest: a layout of another record format than FP8.
     """
 
-    def __init__(self, layout: BlockLayout) -> None:
+    def __init__(self, layout: BlockLayout, *, reproducible: bool = False) -> None:
         if layout.kv_format is not KVFormat.FP8:
             raise InvalidRequest(f"the kernels know the fp8 record format only, not {layout.kv_format.value}")
         self._layout = layout
+        self.reproducible = reproducible
 
     def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
         records = self._pack(entries_TC)
@@ -80,11 +87,18 @@ class TritonOps:
         lens = num_visible_T.int()
         group = indexer.group_for(num_entries_max, k)
         picked = []
-        for part in torch.split(torch.arange(len(lens)), max(1, SCORES_BYTES_MAX // (4 * max(num_entries_max, 1)))):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
-            query = indexer.prepare_queries(q_TIC[rows].contiguous(), weights_TI[rows].float().contiguous(), 1.0)
-            scored = indexer.index_scores(query, records, table, lens[rows], num_entries_max, group=group)
-            picked.append(topk.topk_entries(scored, lens[rows], table, records.shape[1], k).indices)
+        step = max(1, SCORES_BYTES_MAX // (4 * max(num_entries_max, 1)))
+        for start in range(0, len(lens), step):
+            rows = slice(start, start + step)
+            q, weights, visible = q_TIC[rows], weights_TI[rows].float(), lens[rows]
+            num_queries = len(q)
+            if self.reproducible and num_queries == 1:
+                # One query alone would take the decode kernel; beside itself it does not.
+                q, weights, visible = q.repeat(2, 1, 1), weights.repeat(2, 1), visible.repeat(2)
+            query = indexer.prepare_queries(q.contiguous(), weights.contiguous(), 1.0)
+            scored = indexer.index_scores(query, records, table, visible, num_entries_max, group=group)
+            picks = topk.topk_entries(scored, visible, table, records.shape[1], k)
+            picked.append(picks.indices[:num_queries])
         return torch.cat(picked).long()
 
     def sparse_attention(
@@ -93,36 +107,43 @@ class TritonOps:
         line, heads, out = self._window(window), self._heads(q_THC, sinks_H), _output(q_THC)
         records, q = entries.pool.records(entries.part), q_THC.half()
         num_picked = (picked_Tk >= 0).sum(1).int()
-        if len(q) < PREFILL_QUERIES_MIN:
-            slots = _slots(entries, picked_Tk.clamp(min=0))
-            attention.sparse_attention(q, records, slots, num_picked, line, heads, out)
-        else:
+        if len(q) >= PREFILL_QUERIES_MIN:
             values = self._decoded(entries, line)
             prefill.prefill_attention(q, values, picked_Tk.int().contiguous(), num_picked, line, heads, out)
+            return out.to(q_THC.dtype)
+        slots = _slots(entries, picked_Tk.clamp(min=0))
+        if self.reproducible:
+            # The prefill kernel, over a copy of what was picked alone.
+            geometry = self._layout.geometry
+            values = prefill.decode_slots(records, slots.flatten(), line.records, geometry.rope_dim, geometry.head_dim)
+            places = _count(slots.numel(), slots.device).view(slots.shape)
+            prefill.prefill_attention(q, values, places, num_picked, line, heads, out)
+        else:
+            attention.sparse_attention(q, records, slots, num_picked, line, heads, out)
         return out.to(q_THC.dtype)
 
     def full_attention(
         self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries | None, num_visible_T: Tensor
     ) -> Tensor:
         q, line, heads, out = q_THC.half(), self._window(window), self._heads(q_THC, sinks_H), _output(q_THC)
-        lens = num_visible_T.int()
-        if entries is None:
+        lens = num_visible_T.int() if entries is not None else torch.zeros_like(num_visible_T, dtype=torch.int32)
+        if self.reproducible or len(q) >= PREFILL_QUERIES_MIN:
+            prefill.prefill_attention(q, self._decoded(entries, line), None, lens, line, heads, out)
+        elif entries is None:
             # No entry is ever picked, so which records and slots are named does not matter.
-            slots, none = lens.new_zeros(len(q), 1), torch.zeros_like(lens)
-            attention.sparse_attention(q, line.records, slots, none, line, heads, out)
-        elif len(q) < PREFILL_QUERIES_MIN:
+            attention.sparse_attention(q, line.records, lens.unsqueeze(1), lens, line, heads, out)
+        else:
             records, table = entries.pool.records(entries.part), _table(entries)
             num_entries_max = table.shape[1] * records.shape[1]
             attention.hca_attention(q, records, table, lens, num_entries_max, line, heads, out)
-        else:
-            prefill.prefill_attention(q, self._decoded(entries, line), None, lens, line, heads, out)
         return out.to(q_THC.dtype)
 
-    def _pack(self, entries_TC: Tensor) -> Tensor:
-        """Records [1, T, R] of entries."""
+    def _pack(self, entries_TC: Tensor, num_records: int | None = None) -> Tensor:
+        """Records [1, T, R] of entries; where `num_records` asks for more, zero bytes follow."""
         rows = entries_TC.float().contiguous()
-        nbytes = self._layout.window_bytes // (self._layout.geometry.num_layers * self._layout.geometry.window)
-        records = torch.empty(1, len(rows), nbytes, dtype=torch.uint8, device=rows.device)
+        make = torch.empty if num_records is None else torch.zeros
+        shape = (1, num_records or len(rows), entry_bytes(self._layout))
+        records = make(shape, dtype=torch.uint8, device=rows.device)
         target = pack.Target(records=records, slots=_count(len(rows), rows.device))
         pack.pack_entries(rows, self._layout.geometry.rope_dim, target)
         return records
@@ -134,7 +155,10 @@ class TritonOps:
         own = _count(line.num_tokens, device)
         counts = (own + (line.position + 1 - line.cut)).clamp(max=window)
         last = own + (window + line.position % window)
-        return operands.Window(records=self._pack(line.values.flatten(0, 1)), firsts=last - counts + 1, counts=counts)
+        # Kernels are compiled for a number of rows: powers of two keep the lengths of chunks from being that many.
+        rows = line.values.flatten(0, 1)
+        records = self._pack(rows, 1 << (len(rows) - 1).bit_length())
+        return operands.Window(records=records, firsts=last - counts + 1, counts=counts)
 
     def _heads(self, q_THC: Tensor, sinks_H: Tensor) -> operands.Heads:
         """Queries come scaled, and the model turns outputs back itself."""
@@ -142,9 +166,13 @@ class TritonOps:
         ones, zeros = torch.ones(shape, device=q_THC.device), torch.zeros(shape, device=q_THC.device)
         return operands.Heads(sinks=sinks_H.float(), scale=1.0, cos=ones, sin=zeros)
 
-    def _decoded(self, entries: Entries, line: operands.Window) -> Tensor:
-        records, table = entries.pool.records(entries.part), _table(entries)
+    def _decoded(self, entries: Entries | None, line: operands.Window) -> Tensor:
+        """The sequence's entries and its window rows, or the latter alone, for the prefill kernel."""
         geometry = self._layout.geometry
+        if entries is None:
+            none = _count(0, line.records.device)
+            return prefill.decode_slots(line.records, none, line.records, geometry.rope_dim, geometry.head_dim)
+        records, table = entries.pool.records(entries.part), _table(entries)
         num_entries = table.shape[1] * records.shape[1]
         return prefill.decode_sequences(records, table, num_entries, line.records, geometry.rope_dim, geometry.head_dim)
 

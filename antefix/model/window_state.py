@@ -93,7 +93,8 @@ class WindowState:
         oldest_first = self.window.roll(-(self.position % self.layout.geometry.window), dims=1)
         pieces = [pack_entries(oldest_first, self.layout)]
         pieces += [piece.contiguous().view(torch.uint8) for piece in self._float_pieces()]
-        return b"".join(piece.cpu().numpy().tobytes() for piece in pieces)
+        # Laid out where it is, so that a card is asked once.
+        return torch.cat([piece.flatten() for piece in pieces]).cpu().numpy().tobytes()
 
     @classmethod
     def from_bytes(

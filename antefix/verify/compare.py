@@ -58,8 +58,10 @@ def compare(cold: Outcome, hit: Outcome) -> Difference:
 def _largest(cold: Tensor, hit: Tensor, where: str) -> Difference:
     if torch.equal(cold, hit):
         return Difference(identical=True)
-    delta = torch.nan_to_num((cold - hit).abs(), nan=float("inf"), posinf=float("inf"))
-    return Difference(identical=False, error=float(delta.max() / cold.abs().max().clamp(min=1e-30)), where=where)
+    # What is equal differs by nothing, infinite or not: the gates before the first group are.
+    delta = torch.nan_to_num(torch.where(cold == hit, 0.0, (cold - hit).abs()), nan=float("inf"), posinf=float("inf"))
+    largest = torch.where(cold.isfinite(), cold.abs(), 0.0).max().clamp(min=1e-30)
+    return Difference(identical=False, error=float(delta.max() / largest), where=where)
 
 
 def _rows_differ(layout: BlockLayout, cold: Tensor, hit: Tensor) -> list[Difference]:
@@ -79,7 +81,10 @@ def _windows_differ(cold: WindowState, hit: WindowState) -> list[Difference]:
         _largest(a, b, f"window, layer {layer}")
         for layer, (a, b) in enumerate(zip(cold.window, hit.window, strict=True))
     ]
-    for layer, state in cold.main.items():
-        if state.overlap is not None and (other := hit.main[layer].overlap) is not None:
-            found.append(_largest(state.overlap, other, f"overlap state, layer {layer}"))
+    for label, ours, theirs in (("main", cold.main, hit.main), ("indexer", cold.indexer, hit.indexer)):
+        for layer, state in ours.items():
+            other, count = theirs[layer], cold.position % cold.layout.geometry.ratio(layer)
+            found.append(_largest(state.tail[:, :count], other.tail[:, :count], f"{label} tail, layer {layer}"))
+            if state.overlap is not None and other.overlap is not None:
+                found.append(_largest(state.overlap, other.overlap, f"{label} overlap state, layer {layer}"))
     return found

@@ -77,13 +77,14 @@ class Subject:
         return self.model.layout.geometry.block_size
 
 
-def load_subject(path: Path, kv_format: KVFormat) -> Subject:
+def load_subject(path: Path, kv_format: KVFormat, *, device: str = "cpu") -> Subject:
     """A model directory.  Raises:  ModelError: it is not usable."""
-    return Subject(name=path.name, identity=identify(path), model=load_model(path, kv_format=kv_format))
+    model = load_model(path, device=device, kv_format=kv_format)
+    return Subject(name=path.name, identity=identify(path), model=model)
 
 
-def random_subject(plan: str, kv_format: KVFormat, *, seed: int = 1) -> Subject:
-    """A small random model of one of PLANS."""
+def random_subject(plan: str, kv_format: KVFormat, *, seed: int = 1, device: str = "cpu") -> Subject:
+    """A small random model of one of PLANS; the same weights on every device."""
     fields = dict(PLANS[plan])
     layers, (csa, hca) = fields.pop("layers"), fields.pop("ratios")
     config = ModelConfig.from_dict(
@@ -101,7 +102,7 @@ def random_subject(plan: str, kv_format: KVFormat, *, seed: int = 1) -> Subject:
         vocab_size=config.vocab_size,
         max_tokens=config.max_position_embeddings,
     )
-    return Subject(name=plan, identity=identity, model=model)
+    return Subject(name=plan, identity=identity, model=model.to(device))
 
 
 def _randomize(model: Model, seed: int) -> None:

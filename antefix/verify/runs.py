@@ -45,11 +45,16 @@ class FixedPlanner(RestorePlanner):
 
 @dataclass(slots=True)
 class Workers:
-    """Makes one worker after another over a loaded model: nothing is in the memory of a new one."""
+    """Makes one worker after another over a loaded model: nothing is in the memory of a new one.
+
+    kernels, reproducible: as a worker's settings of these names.
+    """
 
     subject: Subject
     compute: ComputeThread
     prefill_chunk: int
+    kernels: str = "auto"
+    reproducible: bool = True
 
     def new(
         self,
@@ -63,7 +68,8 @@ class Workers:
         """A worker whose pool has room for `num_tokens`. Each strategy is a namespace of its own."""
         subject, layout = self.subject, self.subject.model.layout
         num_blocks = -(-num_tokens // subject.block_size) + 1
-        pool, ops = make_backend("auto", layout, num_blocks, subject.model.device)
+        device = subject.model.device
+        pool, ops = make_backend(self.kernels, layout, num_blocks, device, reproducible=self.reproducible)
         fingerprint = subject.identity.fingerprint(
             subject.kv_format, namespace=strategy, exactness=exactness_of(bounded_windows)
         )

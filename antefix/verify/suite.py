@@ -6,6 +6,7 @@
    store shows a prefix that ends there, as it would after evicting the rest.
 3. Prompts that leave the conversation at random tokens are run cold and hit, the second time under `auto`'s fork.
 4. Once a model: handoffs at random positions, adopted by another worker that runs a token more.
+5. On a card: a prompt there against the same prompt on the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from antefix.clients import Tokens
+from antefix.model.backend import uses_triton
 from antefix.store.api import LookupResult, Store
+from antefix.verify.card import against_cpu
 from antefix.verify.compare import Difference, Outcome, compare
 from antefix.verify.models import Subject
 from antefix.verify.report import Case, Report
@@ -36,11 +39,32 @@ from antefix.worker.compute import ComputeThread
 from antefix.worker.engine import arithmetic_ignores_shapes
 
 # Relative errors that are accepted where a machine's arithmetic depends on shapes (`antefix doctor` says so). Float32
-# differs in its last bits there; a rounding to FP8 or FP4 that tips over moves a value by up to an eighth.
-SHAPE_BOUND = {"float32": 1e-3, "float64": 1e-9, "fp8": 0.125}
+# differs in its last bits there; a rounding that tips over moves a value by up to an eighth in FP8 and, where
+# 6 follows 4, by a third in FP4.
+SHAPE_BOUND = {"float32": 1e-3, "float64": 1e-9, "fp8": 0.334}
 # Bounded replays are approximate by design: two unrelated values of one size differ by at most 2, so more is garbage.
 # How good one is, by k, is measured by benchmarks/bounded_replay.py (docs/WINDOW_STATE.md, "Bounded replay").
 BOUNDED_BOUND = 2.0
+# Card against CPU, median over tokens of a logit's largest difference. Float16 in attention and other orders of sums
+# tip a few roundings over, and rarely pick another expert or entry, which moves that token's logits by any amount.
+CPU_BOUND = {"float32": 1e-3, "float64": 1e-9, "fp8": 5e-2}
+# Output of a conversation that need not be whole blocks.
+SHORT_OUTPUT_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """What is verified: a device, and the settings of these names."""
+
+    device: str = "cpu"
+    kernels: str = "auto"
+    reproducible: bool = True
+
+    def is_invariant(self, subject: Subject) -> bool:
+        return self.reproducible and uses_triton(self.kernels, subject.model.layout, self.device)
+
+
+CPU = Backend()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +74,9 @@ class Plan:
     bounded_windows: which k of bounded replay.
     every_pair: every boundary by every plan under every strategy. Otherwise what repeats is left out: replays do not
         depend on the strategy, so they are run at every boundary under `zero` and at the last one elsewhere; a
-        checkpoint is resumed from once; forks are run under `auto`, which alone looks at them.
+        checkpoint is resumed from once; forks are run under `auto`, which alone looks at them; only there are whole
+        blocks decoded, elsewhere the output just passes a boundary; cold is run under `auto` and `zero`.
+    num_output_blocks: 0 for just past a boundary.  stride: of the boundaries that are hit; the last one always is.
     """
 
     num_blocks: int
@@ -59,6 +85,7 @@ class Plan:
     num_handoffs: int
     bounded_windows: Sequence[int]
     every_pair: bool
+    stride: int = 1
     prefill_chunk: int = 256
     seed: int = 0
 
@@ -67,7 +94,13 @@ class Suite:
     """Verifies one model against a store. `progress` is told what is being done."""
 
     def __init__(
-        self, subject: Subject, store: Store, plan: Plan, report: Report, progress: Callable[[str], None]
+        self,
+        subject: Subject,
+        store: Store,
+        plan: Plan,
+        report: Report,
+        progress: Callable[[str], None],
+        backend: Backend = CPU,
     ) -> None:
         self._subject = subject
         self._store = store
@@ -75,12 +108,18 @@ class Suite:
         self._report = report
         self._progress = progress
         self._random = np.random.default_rng(plan.seed)
-        self._workers = Workers(subject, ComputeThread("verify"), plan.prefill_chunk)
-        self._exact_bound = 0.0 if arithmetic_ignores_shapes("cpu") else SHAPE_BOUND[subject.kv_format.value]
+        self._cold: tuple[bytes, Outcome] | None = None
+        self._workers = Workers(
+            subject, ComputeThread("verify"), plan.prefill_chunk, backend.kernels, backend.reproducible
+        )
+        is_free = arithmetic_ignores_shapes(backend.device, reproducible_kernels=backend.is_invariant(subject))
+        self._exact_bound = 0.0 if is_free else SHAPE_BOUND[subject.kv_format.value]
 
     async def run(self, strategies: Sequence[str]) -> None:
         try:
+            # It ends three tokens before a boundary, so that a few tokens of output pass it.
             document = self._tokens(self._plan.num_blocks * self._subject.block_size - 3)
+            self._question = self._tokens(self._subject.block_size // 2 + 1)
             for strategy in strategies:
                 self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, {strategy}")
                 await self._conversation(strategy, document, bounded_windows=0)
@@ -88,23 +127,28 @@ class Suite:
                 self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, bounded replay of {windows}")
                 await self._conversation("zero", document, bounded_windows=windows)
             await self._handoffs(document)
+            if self._subject.model.device.type != "cpu":
+                self._against_cpu(document)
         finally:
             self._workers.compute.close()
 
     async def _conversation(self, strategy: str, document: Tokens, *, bounded_windows: int) -> None:
         # 1. One turn, stored as the strategy says.
         num_output = self._plan.num_output_blocks * self._subject.block_size
+        if not num_output or (not self._plan.every_pair and (strategy != "auto" or bounded_windows)):
+            num_output = SHORT_OUTPUT_TOKENS
         engine = self._workers.new(
             self._store, len(document) + num_output, strategy=strategy, bounded_windows=bounded_windows
         )
         await self._store.register(engine.fingerprint, engine.layout)
         history = await generate(engine, document, num_output)
         # 2. The next turn, cold and hit at every boundary by every plan.
-        turn = np.concatenate((history, self._tokens(self._subject.block_size // 2 + 1)))
-        cold = await run_cold(self._workers, turn)
+        turn = np.concatenate((history, self._question))
+        cold = await self._run_cold(turn)
         found = await self._store.lookup(prompt_of(engine, turn).chain.hashes, fingerprint=engine.fingerprint)
-        for num_blocks in range(1, len(history) // self._subject.block_size + 1):
-            is_last = num_blocks == len(history) // self._subject.block_size
+        last = len(history) // self._subject.block_size
+        for num_blocks in (*range(1, last, self._plan.stride), last):
+            is_last = num_blocks == last
             kinds = [PlanKind.BOUNDED] if bounded_windows else self._kinds(strategy, num_blocks, found, is_last)
             for kind in kinds:
                 await self._hit(strategy, kind, turn, cold, num_blocks, bounded_windows)
@@ -113,10 +157,17 @@ class Suite:
             for _ in range(self._plan.num_forks):
                 await self._fork(strategy, history)
 
+    async def _run_cold(self, turn: Tokens) -> Outcome:
+        """Without a store; strategies change nothing in it, so the last one is kept."""
+        if self._cold is None or self._cold[0] != turn.tobytes():
+            self._cold = turn.tobytes(), await run_cold(self._workers, turn)
+        return self._cold[1]
+
     def _kinds(self, strategy: str, num_blocks: int, found: LookupResult, is_last: bool) -> list[PlanKind]:
-        # Cold is the same whatever is stored: once, with everything there.
         if is_last:
-            return [PlanKind.CHECKPOINT, PlanKind.REPLAY, PlanKind.COLD]
+            # Cold is the same whatever is stored: once, with everything there.
+            cold = [PlanKind.COLD] * (self._plan.every_pair or strategy in ("auto", "zero"))
+            return [PlanKind.CHECKPOINT, PlanKind.REPLAY, *cold]
         if self._plan.every_pair:
             return [PlanKind.CHECKPOINT, PlanKind.REPLAY]
         if strategy == "zero":
@@ -167,6 +218,22 @@ class Suite:
             problem = "" if taken is not None else "the handoff could not be taken"
             difference = compare(cold, restored.outcome)
             self._add("handoff", restored, position, difference, bound=self._exact_bound, problem=problem)
+
+    def _against_cpu(self, document: Tokens) -> None:
+        self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, card against CPU")
+        bound = CPU_BOUND[self._subject.kv_format.value]
+        self._report.add(
+            Case(
+                strategy="card against CPU",
+                plan="cold",
+                subject=self._subject.name,
+                kv_format=self._subject.kv_format.value,
+                hit_tokens=0,
+                prompt_tokens=len(document),
+                bound=bound,
+                difference=against_cpu(self._workers, document),
+            )
+        )
 
     async def _positions(self, num_tokens: int) -> AsyncIterator[int]:
         """A block boundary, its neighbours, and random positions."""

@@ -38,7 +38,8 @@ async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
     sequence = computed.sequence
     partial = sequence.position % engine.block_size
     window = await engine.compute.run(sequence.window.to_bytes)
-    row = bytes(engine.pool.row(sequence.block_table[-1])) if partial else b""
+    unfinished = sequence.block_table[-1:] if partial else []
+    row = b"".join(await engine.compute.run(engine.pool.payloads, unfinished))
     handoff = Handoff(position=sequence.position, window=window, partial_row=row, logits=computed.logits)
     chain = computed.prompt.chain
     record = Record(
@@ -101,7 +102,7 @@ async def prefill_here(engine: Engine, prompt: Prompt) -> Adopted:
 
 
 async def _put_back_row(engine: Engine, block_id: int, row: bytes) -> None:
-    target = engine.pool.row(block_id)
+    target = engine.pool.landing([block_id])[0]
     if len(row) != len(target):
         raise BlockCorrupt(f"the handoff's unfinished block has {len(row)} bytes, a row {len(target)}")
     target[:] = row

@@ -25,6 +25,8 @@ from antefix.worker.plan_log import PlanLog
 from antefix.worker.report import StoreCounters
 from antefix.worker.resident import ResidentBlocks
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
@@ -35,6 +37,7 @@ class EngineConfig:
     namespace: str = setting("default", "requests share KV within a namespace only")
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
     device: str = setting("cpu", "torch device")
+    dtype: str = setting("float32", "precision of weights and activations: float32 or bfloat16")
     kernels: str = setting("auto", "cache path: torch, triton (CUDA and fp8 only), or auto: triton where it can run")
     threads: int = setting(0, "torch threads; 0 leaves torch's own choice")
     pool_bytes: int = setting(1 << 30, "memory for the block pool", unit="bytes")
@@ -48,7 +51,9 @@ class EngineConfig:
         0, "allow approximate replays of so many windows; the namespace's KV then has names of its own; 0: exact only"
     )
     reproducible: bool = setting(
-        False, "hits equal cold runs to the bit on a GPU too: resume only at multiples of prefill_chunk"
+        False,
+        "hits equal cold runs to the bit on a GPU too: attention in one order whatever the batch; where no kernels run,"
+        " resume only at multiples of prefill_chunk",
     )
     window_pool: str = setting("disk", "where short-lived checkpoints go: disk, memory (the store's) or a redis:// URL")
     window_pool_bytes: int = setting(4 << 30, "memory that Redis may use before checkpoints go to disk", unit="bytes")
@@ -58,6 +63,7 @@ class EngineConfig:
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
         require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
         require(self.kernels in KERNELS, f"kernels must be one of {', '.join(KERNELS)}, is {self.kernels!r}")
+        require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
         require(self.prefill_chunk > 0, f"prefill_chunk must be positive, is {self.prefill_chunk}")
         require(self.threads >= 0, f"threads must not be negative, is {self.threads}")
         check_window_settings(
@@ -181,12 +187,14 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
     identity = identify(config.model)
     kv_format = KVFormat(config.kv_format)
     _check_bounded(config.bounded_windows, identity.geometry)
-    model = load_model(config.model, device=config.device, dtype=torch.float32, kv_format=kv_format)
+    model = load_model(config.model, device=config.device, dtype=DTYPES[config.dtype], kv_format=kv_format)
     # The kernels read packed records; torch keeps decoded mirrors beside them.
     packed = uses_triton(config.kernels, model.layout, config.device)
     block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
-    pool, ops = make_backend(config.kernels, model.layout, max(1, config.pool_bytes // block_bytes), config.device)
-    align_tokens = config.prefill_chunk if config.reproducible and not arithmetic_ignores_shapes(config.device) else 1
+    num_blocks = max(1, config.pool_bytes // block_bytes)
+    pool, ops = make_backend(config.kernels, model.layout, num_blocks, config.device, reproducible=config.reproducible)
+    free = arithmetic_ignores_shapes(config.device, reproducible_kernels=packed and config.reproducible)
+    align_tokens = config.prefill_chunk if config.reproducible and not free else 1
     fingerprint = identity.fingerprint(
         kv_format, namespace=config.namespace, exactness=exactness_of(config.bounded_windows)
     )
@@ -220,9 +228,12 @@ def _check_bounded(num_windows: int, geometry: KVGeometry) -> None:
     )
 
 
-def arithmetic_ignores_shapes(device: str) -> bool:
-    """Whether a token's bits are the same however its prompt is cut: so on a CPU, by construction and as probed."""
-    return torch.device(device).type == "cpu" and row_invariant_ok()
+def arithmetic_ignores_shapes(device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
+    """Whether a token's bits are the same however its prompt is cut: so on a CPU, by construction and as probed, and on
+    a card where the reproducible kernels run."""
+    if torch.device(device).type != "cpu":
+        return reproducible_kernels
+    return row_invariant_ok()
 
 
 def pool_block_bytes(layout: BlockLayout) -> int:

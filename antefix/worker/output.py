@@ -32,7 +32,8 @@ async def store_token(engine: Engine, output: Output, token: int) -> None:
     index = position // engine.block_size - 1
     block_id = output.sequence.block_table[index]
     engine.blocks.publish(output.prompt.chain.hashes[index], block_id)
-    await output.writer.put(block_record(engine, output.prompt, index, block_id))
+    payload = (await engine.compute.run(engine.pool.payloads, [block_id]))[0]
+    await output.writer.put(block_record(engine, output.prompt, index, payload))
     output.boundary_window = output.sequence.window.clone()
     for mark in output_marks(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):
         if mark.block == index + 1 and mark.reason is not Reason.OUTPUT_END:

@@ -72,8 +72,13 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
 
 
 async def _put_back(engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter) -> None:
-    for index in range(restored.num_stored_blocks, restored.plan.resume_block):
-        await writer.put(block_record(engine, prompt, index, restored.sequence.block_table[index]))
+    missing = range(restored.num_stored_blocks, restored.plan.resume_block)
+    block_ids = [restored.sequence.block_table[index] for index in missing]
+    if not block_ids:
+        return
+    payloads = await engine.compute.run(engine.pool.payloads, block_ids)
+    for index, payload in zip(missing, payloads, strict=True):
+        await writer.put(block_record(engine, prompt, index, payload))
 
 
 async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter) -> npt.NDArray[np.float32]:
@@ -87,11 +92,13 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
         first = sequence.position
         stop = _next_stop(engine, prompt, first, marks)
         grow(engine, sequence, stop)
-        batch = [(sequence, prompt.tokens[first:stop])]
-        out = await engine.compute.run(forward, engine.model, engine.pool, batch, ops=engine.ops)
-        if stop == prompt.num_tokens:
-            logits = out[0].float().cpu().numpy()
-        await _store_blocks(engine, prompt, sequence, first, restored.num_stored_blocks, writer)
+        new = range(max(first // engine.block_size, restored.num_stored_blocks), stop // engine.block_size)
+        tokens, is_last = prompt.tokens[first:stop], stop == prompt.num_tokens
+        logits, payloads = await engine.compute.run(_run_chunk, engine, sequence, tokens, new, is_last)
+        for index in range(first // engine.block_size, stop // engine.block_size):
+            engine.blocks.publish(prompt.chain.hashes[index], sequence.block_table[index])
+        for index, payload in zip(new, payloads, strict=True):
+            await writer.put(block_record(engine, prompt, index, payload))
         if mark := marks.get(stop):
             await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
     engine.rates.observe_prefill(prompt.num_tokens - context, context=context, seconds=time.perf_counter() - begun)
@@ -116,25 +123,25 @@ def grow(engine: Engine, sequence: Sequence, num_tokens: int) -> None:
         sequence.block_table.extend(engine.blocks.allocate(missing, after=after))
 
 
-async def _store_blocks(
-    engine: Engine, prompt: Prompt, sequence: Sequence, first: int, num_stored: int, writer: RecordWriter
-) -> None:
-    for index in range(first // engine.block_size, sequence.position // engine.block_size):
-        block_id = sequence.block_table[index]
-        engine.blocks.publish(prompt.chain.hashes[index], block_id)
-        if index >= num_stored:
-            await writer.put(block_record(engine, prompt, index, block_id))
+def _run_chunk(
+    engine: Engine, sequence: Sequence, tokens: npt.NDArray[np.uint32], new: range, is_last: bool
+) -> tuple[npt.NDArray[np.float32] | None, list[memoryview]]:
+    """In the compute thread: the last token's logits where they are wanted, and the payloads of blocks `new`."""
+    out = forward(engine.model, engine.pool, [(sequence, tokens)], ops=engine.ops)
+    logits: npt.NDArray[np.float32] | None = out[0].float().cpu().numpy() if is_last else None
+    # Without new blocks a card is not waited for: the next chunk is prepared while this one runs.
+    return logits, engine.pool.payloads([sequence.block_table[index] for index in new]) if new else []
 
 
-def block_record(engine: Engine, prompt: Prompt, index: int, block_id: int) -> Record:
-    """Block `index` of the chain, its payload read straight from the pool."""
+def block_record(engine: Engine, prompt: Prompt, index: int, payload: memoryview) -> Record:
+    """Block `index` of the chain, its payload where the pool has it."""
     return Record(
         kind=RecordKind.BLOCK,
         hash=prompt.chain.hashes[index],
         parent=prompt.chain.parent(index),
         fingerprint=engine.fingerprint,
         position=(index + 1) * engine.block_size,
-        payload=engine.pool.row(block_id),
+        payload=payload,
         tenant=prompt.tenant,
         cost_s=engine.rates.prefill_s(engine.block_size, context=index * engine.block_size),
     )

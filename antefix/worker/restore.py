@@ -236,7 +236,7 @@ async def load_blocks(engine: Engine, hashes: Seq[bytes], report: RestoreReport)
 
 async def _read_into_pool(engine: Engine, hashes: Seq[bytes], block_ids: list[int], report: RestoreReport) -> int:
     started = time.perf_counter()
-    rows = [engine.pool.row(block_id) for block_id in block_ids]
+    rows = engine.pool.landing(block_ids)
     try:
         num_read = await uninterrupted(engine.store.get_blocks(hashes, rows, fingerprint=engine.fingerprint))
     except AntefixError as err:

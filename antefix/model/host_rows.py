@@ -1,0 +1,58 @@
+"""Host memory beside a pool on a card: payloads land there before they go up, and are put there when they come down.
+
+    restore   disk -> landing(ids), pinned -> send(ids): one copy a run of neighbours -> rows on the card
+    capture   rows on the card -> fetch(ids): one copy a run -> pinned rows -> disk
+
+No other copy on either way. Memory: as much as the pool's rows, pinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+
+class HostRows:
+    """One host row for each of `rows` [num_blocks, block_bytes] uint8 on a card.
+
+    A host row holds its block's payload from `send` or `fetch` on, until the block is written again.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._is_card = rows.device.type == "cuda"
+        self._host = torch.empty(rows.shape, dtype=torch.uint8, pin_memory=self._is_card)
+
+    def landing(self, block_ids: Iterable[int]) -> list[memoryview]:
+        """Memory for the blocks' payloads; what it holds before it is filled means nothing."""
+        return [self._host[block_id].numpy().data for block_id in block_ids]
+
+    def send(self, block_ids: Iterable[int]) -> None:
+        """Landed payloads go to the card. The host rows may be filled again when this returns."""
+        for run in _runs(block_ids):
+            self._rows[run].copy_(self._host[run], non_blocking=True)
+        self._wait()
+
+    def fetch(self, block_ids: Iterable[int]) -> list[memoryview]:
+        """The blocks' payloads as they are now; waits for the card once."""
+        ids = list(block_ids)
+        for run in _runs(ids):
+            self._host[run].copy_(self._rows[run], non_blocking=True)
+        self._wait()
+        return self.landing(ids)
+
+    def _wait(self) -> None:
+        if self._is_card:
+            torch.cuda.current_stream(self._rows.device).synchronize()
+
+
+def _runs(block_ids: Iterable[int]) -> Iterator[slice]:
+    """Runs of neighbours, each id once."""
+    ids = sorted(set(block_ids))
+    start = 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or ids[i] != ids[i - 1] + 1:
+            yield slice(ids[start], ids[i - 1] + 1)
+            start = i

@@ -1,0 +1,340 @@
+"""On a card, how long does a long prompt take cold, how long restored from disk, and where does the time go?
+
+    python -m benchmarks.card_restore --lengths 16384 65536 262144 --out results
+
+A model of V4-Flash's width with as many layers as fit, in bfloat16, with random weights: times do not depend on what a
+model has learned, but for how evenly its experts are picked. Everything else is what workers run: store service,
+restore, chunks, writes. Before each restore the store's files are dropped from the page cache, and the worker is a new
+one with an empty pool. Kernels are compiled before anything is timed. Times are medians of `--repeats`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from antefix.deployment import Deployment, DeploymentConfig
+from antefix.layout import KVFormat
+from antefix.model import Model, ModelConfig, forward
+from antefix.model.norms_rope import inverse_frequencies
+from antefix.model_dir import ModelIdentity
+from antefix.store.api import LookupResult, PutResult, Record, RecordKind, Store
+from antefix.store.client import LocalStore
+from antefix.verify.models import Subject
+from antefix.verify.runs import Workers, prompt_of
+from antefix.verify.stores import EmptyStore
+from antefix.window import PlanKind
+from antefix.worker.compute import ComputeThread
+from antefix.worker.engine import Engine
+from antefix.worker.prompt import ComputedPrompt, grow, run_prompt
+from benchmarks.store_peers import drop_cache
+
+_W, _C, _H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+LAYERS = {"W": _W, "C": _C, "H": _H}
+# V4-Flash's own sizes are the defaults of a config; these fields have none.
+FLASH: dict[str, Any] = {
+    "model_type": "deepseek_v4",
+    "head_dim": 512,
+    "index_head_dim": 128,
+    "sliding_window": 128,
+    "compress_rates": {_C: 4, _H: 128},
+    "num_hash_layers": 0,
+}
+QUESTION_TOKENS = 100
+DECODE_STEPS = 16
+
+
+@dataclass(slots=True)
+class TimedStore:
+    """Another store, and how long its calls took."""
+
+    store: Store
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    async def _timed(self, name: str, call: Any) -> Any:
+        started = time.perf_counter()
+        result = await call
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        return result
+
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+        found: LookupResult = await self._timed("lookup", self.store.lookup(chain, fingerprint=fingerprint))
+        return found
+
+    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
+        read: int = await self._timed("read", self.store.get_blocks(hashes, into, fingerprint=fingerprint))
+        return read
+
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
+        data: bytes | None = await self._timed("checkpoint", self.store.get(kind, hash, fingerprint=fingerprint))
+        return data
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        return await self.store.put(records)
+
+    async def register(self, fingerprint: bytes, layout: Any) -> None:
+        await self.store.register(fingerprint, layout)
+
+    async def close(self) -> None:
+        await self.store.close()
+
+
+def random_model(layers: str, dtype: torch.dtype, device: str, small: bool) -> Subject:
+    """Drawn on the device itself: 13 GB a layer are too much to send."""
+    fields = dict(FLASH)
+    if small:
+        fields |= {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "head_dim": 96, "q_lora_rank": 16}
+        fields |= {"o_groups": 1, "o_lora_rank": 16, "index_n_heads": 16, "index_head_dim": 64, "index_topk": 8}
+        fields |= {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+        fields |= {"partial_rotary_factor": 0.25}
+    config = ModelConfig.from_dict(
+        fields | {"num_hidden_layers": len(layers), "layer_types": [LAYERS[kind] for kind in layers]}
+    )
+    with torch.device("meta"):
+        model = Model(config, kv_format=KVFormat.FP8).to(dtype).requires_grad_(False).eval()
+    model = model.to_empty(device=device)
+    model.rope_main = inverse_frequencies(config.rope_main, config.geometry.rope_dim).to(device)
+    model.rope_compress = inverse_frequencies(config.rope_compress, config.geometry.rope_dim).to(device)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "norm" in name or name.endswith("scale"):
+            weight.fill_(1.0)
+        else:
+            weight.normal_(0.0, weight.shape[-1] ** -0.5)
+    for name, table in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            table.zero_()
+    identity = ModelIdentity(
+        path=Path("random"),
+        geometry=config.geometry,
+        weights_revision=f"random-{layers}-{dtype}",
+        tokenizer_revision="",
+        vocab_size=config.vocab_size,
+        max_tokens=config.max_position_embeddings,
+    )
+    return Subject(name=f"flash-width {layers}", identity=identity, model=model)
+
+
+class Bench:
+    """One model, one store service, and workers made one after another."""
+
+    def __init__(self, subject: Subject, store: Store, directory: Path, args: argparse.Namespace) -> None:
+        self.subject, self.store, self.directory, self.args = subject, store, directory, args
+        self.compute = ComputeThread("bench")
+        self.random = np.random.default_rng(0)
+
+    def tokens(self, num_tokens: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+        return self.random.integers(0, self.subject.identity.vocab_size, num_tokens).astype(np.uint32)
+
+    def worker(self, store: Store, num_tokens: int, kind: PlanKind, *, reproducible: bool = False) -> Engine:
+        workers = Workers(self.subject, self.compute, self.args.chunk, reproducible=reproducible)
+        return workers.new(store, num_tokens + 2 * self.subject.block_size, kind=kind)
+
+    async def prompt(self, engine: Engine, tokens: Any) -> tuple[ComputedPrompt, float]:
+        started = time.perf_counter()
+        computed = await run_prompt(engine, prompt_of(engine, tokens))
+        return computed, time.perf_counter() - started
+
+    async def compute_only(self, tokens: Any, *, reproducible: bool) -> float:
+        """A cold prompt with no store behind it."""
+        engine = self.worker(EmptyStore(), len(tokens), PlanKind.COLD, reproducible=reproducible)
+        computed, seconds = await self.prompt(engine, tokens)
+        assert np.isfinite(computed.logits).all(), "logits are not finite"
+        return seconds
+
+    async def decode_ms(self, tokens: Any, *, reproducible: bool) -> float:
+        """One token after another behind a restored prompt, median."""
+        engine = self.worker(self.store, len(tokens), PlanKind.CHECKPOINT, reproducible=reproducible)
+        computed, _ = await self.prompt(engine, tokens)
+        spans = []
+        for _ in range(DECODE_STEPS):
+            grow(engine, computed.sequence, computed.sequence.position + 1)
+            started = time.perf_counter()
+            batch = [(computed.sequence, self.tokens(1))]
+            out = await engine.compute.run(forward, engine.model, engine.pool, batch, ops=engine.ops)
+            out.float().cpu()
+            spans.append(time.perf_counter() - started)
+        return 1e3 * statistics.median(spans)
+
+    async def cold(self, document: Any) -> dict[str, Any]:
+        """As a worker does it: blocks and a checkpoint are written meanwhile."""
+        engine = self.worker(self.store, len(document) + QUESTION_TOKENS, PlanKind.COLD)
+        await self.store.register(engine.fingerprint, engine.layout)
+        computed, seconds = await self.prompt(engine, document)
+        report = computed.report
+        return {
+            "seconds": seconds,
+            "until_logits_s": report.restore_s + report.compute_s,
+            "bytes_written": report.bytes_written,
+        }
+
+    async def restored(self, document: Any, kind: PlanKind) -> dict[str, Any]:
+        """The document and another question, from disk."""
+        drop_cache(self.directory / "segments")
+        store = TimedStore(self.store)
+        question = np.concatenate((document, self.tokens(QUESTION_TOKENS)))
+        engine = self.worker(store, len(question), kind)
+        copied = _timed_copy(engine)
+        computed, _ = await self.prompt(engine, question)
+        report = computed.report
+        assert report.plan == kind.value and report.hit_tokens == len(document), (report.plan, report.hit_tokens)
+        read = store.seconds
+        parts = {
+            "lookup_s": read["lookup"],
+            "read_s": read["read"],
+            "checkpoint_s": read.get("checkpoint", 0.0),
+            "copy_to_card_s": copied[0],
+            "compute_s": report.compute_s,
+        }
+        # A replay is a part of the restore.
+        rest = report.restore_s - sum(parts.values()) + report.compute_s
+        parts["replay_s" if report.replayed_tokens else "other_s"] = rest
+        return {
+            "until_logits_s": report.restore_s + report.compute_s,
+            "bytes_read": report.bytes_read,
+            "replayed_tokens": report.replayed_tokens,
+            "computed_tokens": report.miss_tokens,
+            **parts,
+        }
+
+
+def _timed_copy(engine: Engine) -> list[float]:
+    seconds = [0.0]
+    plain = engine.pool.note_filled
+
+    def note_filled(block_ids: Any) -> None:
+        started = time.perf_counter()
+        plain(block_ids)
+        seconds[0] += time.perf_counter() - started
+
+    engine.pool.note_filled = note_filled  # type: ignore[method-assign]
+    return seconds
+
+
+async def measure(subject: Subject, store: Store, directory: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    bench = Bench(subject, store, directory, args)
+    rows = []
+    for length in args.lengths:
+        row: dict[str, Any] = {"tokens": length}
+        warm = bench.tokens(length + QUESTION_TOKENS)
+        for name, reproducible in (("fast", False), ("reproducible", True)):
+            await bench.compute_only(warm, reproducible=reproducible)
+            spans = [await bench.compute_only(warm, reproducible=reproducible) for _ in range(args.repeats)]
+            row[f"compute_only_{name}_s"] = statistics.median(spans)
+        runs: dict[str, list[dict[str, Any]]] = {"cold": [], "checkpoint": [], "replay": []}
+        for repeat in range(args.repeats + 1):
+            document = bench.tokens(length)
+            measured = {
+                "cold": await bench.cold(document),
+                "checkpoint": await bench.restored(document, PlanKind.CHECKPOINT),
+                "replay": await bench.restored(document, PlanKind.REPLAY),
+            }
+            if repeat:  # the first round compiles what is left
+                for name, values in measured.items():
+                    runs[name].append(values)
+        row |= {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}
+        for name, reproducible in (("fast", False), ("reproducible", True)):
+            question = np.concatenate((document, bench.tokens(QUESTION_TOKENS)))
+            row[f"decode_{name}_ms"] = await bench.decode_ms(question, reproducible=reproducible)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    bench.compute.close()
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    head = (
+        "| tokens | cold, ms | restored, ms | times | lookup | read | MB read | copy to card | checkpoint | computing "
+    )
+    lines = [
+        f"# Cold prefill against restore from disk, on {result['device']}",
+        "",
+        f"Layers {result['layers']} of V4-Flash's width, {result['dtype']}, random weights; chunks of {result['chunk']}"
+        f", medians of {result['repeats']}. torch {result['torch']}. A restore computes {QUESTION_TOKENS} tokens.",
+        "",
+        head + "100 tokens | other |",
+        "| ---: " * 11 + "|",
+    ]
+    for row in result["rows"]:
+        cold, hit = row["cold"], row["checkpoint"]
+        cells = [f"{row['tokens']:,}", f"{1e3 * cold['until_logits_s']:.1f}", f"{1e3 * hit['until_logits_s']:.1f}"]
+        cells += [f"{cold['until_logits_s'] / hit['until_logits_s']:.1f}"]
+        cells += [f"{1e3 * hit['lookup_s']:.2f}", f"{1e3 * hit['read_s']:.2f}", f"{hit['bytes_read'] / 1e6:.1f}"]
+        cells += [f"{1e3 * hit[key]:.2f}" for key in ("copy_to_card_s", "checkpoint_s", "compute_s", "other_s")]
+        lines.append("| " + " | ".join(cells) + " |")
+    names = "| tokens | replay instead of a checkpoint, ms | of it replaying | tokens replayed |"
+    lines += ["", names + " cold, no store, ms | the same, reproducible | a decode step, ms | reproducible |"]
+    lines.append("| ---: " * 8 + "|")
+    for row in result["rows"]:
+        replay = row["replay"]
+        cells = [f"{row['tokens']:,}", f"{1e3 * replay['until_logits_s']:.1f}", f"{1e3 * replay['replay_s']:.1f}"]
+        cells += [f"{replay['replayed_tokens']:,}", f"{1e3 * row['compute_only_fast_s']:.1f}"]
+        cells += [f"{1e3 * row['compute_only_reproducible_s']:.1f}"]
+        cells += [f"{row['decode_fast_ms']:.2f}", f"{row['decode_reproducible_ms']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+async def run(args: argparse.Namespace) -> dict[str, Any]:
+    subject = random_model(args.layers, getattr(torch, args.dtype), args.device, args.small)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    with tempfile.TemporaryDirectory(prefix="antefix-card-", dir=args.data_dir) as scratch:
+        directory = Path(scratch)
+        (directory / "logs").mkdir()
+        deployment = Deployment(DeploymentConfig(model=directory, data_dir=directory))
+        try:
+            process = await deployment.start_role("kvstore", ["--dir", str(deployment.config.store_dir)])
+            store = LocalStore(deployment.config.store_dir, process.address)
+            rows = await measure(subject, store, deployment.config.store_dir, args)
+            await store.close()
+        finally:
+            await deployment.stop()
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "layers": args.layers,
+        "dtype": args.dtype,
+        "chunk": args.chunk,
+        "repeats": args.repeats,
+        "weights_gb": sum(p.numel() * p.element_size() for p in subject.model.parameters()) / 1e9,
+        "block_bytes": subject.model.layout.block_bytes,
+        "checkpoint_bytes": subject.model.layout.checkpoint_bytes,
+        "peak_card_gb": torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else 0.0,
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 262144])
+    parser.add_argument("--layers", default="WCHC", help="W window-only, C CSA, H HCA (default: WCHC)")
+    parser.add_argument("--chunk", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true", help="a few dims instead: does it run at all?")
+    parser.add_argument("--data-dir", help="where the scratch store goes (default: a temporary directory)")
+    parser.add_argument("--out", type=Path, help="directory for card_restore.json and card_restore.md")
+    args = parser.parse_args()
+    result = asyncio.run(run(args))
+    text = table(result)
+    print(text)
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "card_restore.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / "card_restore.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Per-token kernels: against plain torch, and to the bit the same whatever else is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from kernels import linear, tokens
+
+
+def close(got, want, bound):
+    assert got.dtype == want.dtype or want.dtype is torch.float64
+    assert float((got.double() - want.double()).norm()) <= bound * float(want.double().norm())
+
+
+def same(got, want):
+    """To the bit on a card. The interpreter multiplies by a library that minds where a row lies."""
+    assert torch.equal(got, want) if got.device.type == "cuda" else torch.allclose(got, want, 1e-2, 1e-4)
+
+
+def normal(draw, *shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=draw, device=draw.device).to(dtype)
+
+
+BOUND = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k", "o"), [(1, 16, 24), (70, 33, 130), (130, 96, 8)])
+def test_products(draw, dtype, n, k, o):
+    x, weight = normal(draw, n, k, dtype=dtype), normal(draw, o, k, dtype=dtype)
+    close(linear.multiply(x, weight), x.double() @ weight.double().T, BOUND[dtype])
+    wide = normal(draw, n, 3 * k, dtype=dtype)[:, k : 2 * k]
+    close(linear.multiply(wide, weight), wide.double() @ weight.double().T, BOUND[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_product_does_not_depend_on_the_other_rows(draw, dtype):
+    x, weight = normal(draw, 200, 80, dtype=dtype), normal(draw, 40, 80, dtype=dtype)
+    whole = linear.multiply(x, weight)
+    for start, stop in ((0, 1), (3, 20), (100, 200), (199, 200)):
+        same(linear.multiply(x[start:stop], weight), whole[start:stop])
+
+
+def test_groups_are_multiplied_apart(draw):
+    x, weights = normal(draw, 19, 3, 40), normal(draw, 3, 24, 40)
+    close(linear.multiply_groups(x, weights), torch.einsum("ngk,gok->ngo", x.double(), weights.double()), 1e-6)
+
+
+@pytest.mark.parametrize(("n", "num_experts", "picked"), [(1, 4, 2), (37, 5, 3), (90, 2, 1)])
+def test_routed_rows_meet_their_experts(draw, n, num_experts, picked):
+    x, inner = normal(draw, n, 32), normal(draw, num_experts, 24, 32)
+    outer, shared = normal(draw, num_experts, 48, 24), normal(draw, n, 48)
+    experts = torch.rand(n, num_experts, generator=draw, device=draw.device).argsort(1)[:, :picked]
+    weights = torch.rand(n, picked, generator=draw, device=draw.device)
+
+    def run(rows):
+        routing = linear.route(experts[rows], num_experts)
+        hidden = linear.multiply_routed(x[rows], inner, routing, gathered=True)
+        done = linear.multiply_routed(hidden, outer, routing, gathered=False)
+        return tokens.combine(done, routing.place, weights[rows].contiguous(), shared[rows].contiguous())
+
+    whole = run(slice(0, n))
+    each = torch.einsum("npi,npdi->npd", torch.einsum("nk,npik->npi", x, inner[experts]), outer[experts])
+    close(whole, shared.double() + (weights.unsqueeze(2).double() * each.double()).sum(1), 1e-5)
+    same(run(slice(n // 2, n)), whole[n // 2 :])
+
+
+def test_an_expert_that_nobody_picked_does_no_harm(draw):
+    experts = torch.full((5, 1), 2, device=draw.device)
+    x, weights = normal(draw, 5, 16), normal(draw, 4, 16, 16)
+    close(
+        linear.multiply_routed(x, weights, linear.route(experts, 4), gathered=True),
+        x.double() @ weights[2].T.double(),
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "columns", "rope"), [(1, 96, 24), (3, 32, 8), (2, 24, 0)])
+def test_norm_and_turn(draw, dtype, heads, columns, rope):
+    x, weight = normal(draw, 7, heads, columns, dtype=dtype), normal(draw, columns)
+    angles = normal(draw, 7, rope // 2)
+    cos, sin = (angles.cos(), angles.sin()) if rope else (None, None)
+    got = tokens.norm_turn(x, weight=weight, eps=1e-6, cos=cos, sin=sin, scale=0.5)
+    wide = x.double()
+    want = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+    if rope:
+        even, odd = want[..., -rope:].unflatten(-1, (-1, 2)).unbind(-1)
+        c, s = cos.double().unsqueeze(1), sin.double().unsqueeze(1)
+        turned = torch.stack((even * c - odd * s, odd * c + even * s), -1).flatten(-2)
+        want = torch.cat((want[..., :-rope], turned), -1)
+    close(got, want * 0.5, BOUND[dtype])
+    assert torch.equal(tokens.norm_turn(x[3:4], weight=weight, eps=1e-6, cos=cos if cos is None else cos[3:4],
+                                        sin=sin if sin is None else sin[3:4], scale=0.5), got[3:4])  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_streams", "width"), [(4, 40), (2, 32)])
+def test_mixing(draw, num_streams, width):
+    from antefix.model.mhc import sinkhorn
+
+    streams = normal(draw, 35, num_streams, width)
+    num_logits = (2 + num_streams) * num_streams
+    fn, base, scale = normal(draw, num_logits, num_streams * width), normal(draw, num_logits), normal(draw, 3)
+    logits = tokens.mixing_logits(streams, fn, 1e-6)
+    flat = streams.flatten(1).double()
+    close(logits, flat @ fn.double().T * torch.rsqrt(flat.square().mean(1, keepdim=True) + 1e-6), 1e-5)
+    pre, post, comb = tokens.mixing_gates(logits, base, scale, num_streams, 6, 1e-6)
+    a, b, c = torch.split(logits, [num_streams, num_streams, num_streams**2], 1)
+    a_base, b_base, c_base = torch.split(base, [num_streams, num_streams, num_streams**2])
+    close(pre, torch.sigmoid(a * scale[0] + a_base) + 1e-6, 1e-6)
+    close(post, 2 * torch.sigmoid(b * scale[1] + b_base), 1e-6)
+    close(comb, sinkhorn((c * scale[2] + c_base).view(-1, num_streams, num_streams), 6, 1e-6), 1e-5)
+    close(tokens.collapse(streams, pre), torch.einsum("nm,nmd->nd", pre, streams), 1e-6)
+    update = normal(draw, 35, width)
+    want = torch.einsum("nij,nid->njd", comb, streams) + post.unsqueeze(2) * update.unsqueeze(1)
+    close(tokens.expand(streams, update, post, comb), want, 1e-6)
+    alone = tokens.mixing_logits(streams[30:31].contiguous(), fn, 1e-6)
+    same(alone, logits[30:31])
+    for one, of in zip(tokens.mixing_gates(alone, base, scale, num_streams, 6, 1e-6), (pre, post, comb), strict=True):
+        same(one, of[30:31])
+
+
+def test_swiglu(draw):
+    gate_up = normal(draw, 9, 48) * 8
+    gate, up = gate_up.chunk(2, 1)
+    close(tokens.swiglu(gate_up, 10.0), torch.nn.functional.silu(gate.clamp(max=10)) * up.clamp(-10, 10), 1e-6)
