@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -35,7 +36,8 @@ class DeploymentConfig:
     """What to run. data_dir holds the secret, the store, the bill and the logs, and is made if it is not there.
 
     device, dtype, kernels: as workers' settings of these names (docs/OPERATIONS.md).
-    http_address: of the HTTP API; empty for none.  ratecards, tenants_file: docs/BILLING.md; without them all is free.
+    http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
+    ratecards, tenants_file: docs/BILLING.md; without them all is free.
     strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
     store_bytes, window_pool_bytes: budgets of disk and of Redis' memory, such as "64G"; empty for the roles' defaults.
     Raises:  ConfigError: window settings that are none, or contradict each other.
@@ -45,6 +47,7 @@ class DeploymentConfig:
     data_dir: Path
     num_prefill: int = 1
     num_decode: int = 1
+    num_routers: int = 1
     kv_format: str = "fp8"
     namespace: str = "default"
     strategy: str = "auto"
@@ -80,7 +83,12 @@ class DeploymentConfig:
 
     @property
     def ledger_dir(self) -> Path:
+        """The first router's ledger."""
         return self.data_dir / "ledger"
+
+    def ledger_dir_of(self, number: int) -> Path:
+        """Each router has a ledger of its own; number counts from 0."""
+        return self.ledger_dir if not number else self.data_dir / f"ledger-{number + 1}"
 
     @property
     def usage_log_dir(self) -> Path:
@@ -97,6 +105,7 @@ class RoleProcess:
     address: str
     log_path: Path
     http_address: str = ""
+    ledger_dir: Path | None = None
 
     @property
     def alive(self) -> bool:
@@ -147,7 +156,9 @@ class Deployment:
             *(self.start_worker("prefill") for _ in range(config.num_prefill)),
             *(self.start_worker("decode") for _ in range(config.num_decode)),
         )
-        await self.start_router(config.router_address)
+        await self.start_router(config.router_address, http_address=config.http_address)
+        for _ in range(1, config.num_routers):
+            await self.start_router(http_address="127.0.0.1:0" if config.http_address else "")
 
     async def start_worker(self, role: str) -> RoleProcess:
         """One more prefill or decode worker."""
@@ -158,14 +169,24 @@ class Deployment:
         flags += _given("--window-pool-bytes", config.window_pool_bytes)
         return await self.start_role(role, [*self._shared_flags(), *flags])
 
-    async def start_router(self, address: str = "127.0.0.1:0") -> RoleProcess:
-        """A router over the workers that are alive now."""
+    async def start_router(self, address: str = "127.0.0.1:0", *, http_address: str | None = None) -> RoleProcess:
+        """A router over the workers that are alive now. http_address None: the deployment's.
+
+        It takes the first ledger that no living router has: after a crash that is the dead one's, which it closes.
+        """
+        taken = {process.ledger_dir for process in self.processes if process.alive}
+        ledger_dir = next(path for n in itertools.count() if (path := self.config.ledger_dir_of(n)) not in taken)
+        http_address = self.config.http_address if http_address is None else http_address
         flags = [*self._shared_flags(), "--address", address, "--decode", ",".join(self.addresses("decode"))]
-        flags += ["--ledger-dir", str(self.config.ledger_dir), "--http-address", self.config.http_address]
+        flags += ["--ledger-dir", str(ledger_dir), "--http-address", http_address]
+        # One published key, whichever router signs.
+        flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
         flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]
-        return await self.start_role("router", flags)
+        started = await self.start_role("router", flags)
+        started.ledger_dir = ledger_dir
+        return started
 
     def _threads(self) -> int:
         """The cores, divided: two workers with all cores each wait for one another at every parallel loop's end."""

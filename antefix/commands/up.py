@@ -71,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
     parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
     parser.add_argument(
+        "--num-routers", type=int, default=1, metavar="N", help="each with a ledger of its own (default: 1)"
+    )
+    parser.add_argument(
         "--ratecards", nargs="*", default=(), metavar="FILE", help="prices (deploy/ratecards has examples)"
     )
     parser.add_argument("--tenants-file", default="", metavar="FILE", help="tenants' API keys and limits")
@@ -102,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         bounded_windows=args.bounded_windows,
         reproducible=args.reproducible,
         http_address=args.http_address,
+        num_routers=args.num_routers,
         ratecards=tuple(args.ratecards),
         tenants_file=args.tenants_file,
     )
@@ -122,13 +126,14 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
 
 def _announce(deployment: Deployment, *, as_json: bool) -> None:
     rows = [{"role": p.role, "address": p.address, "pid": p.process.pid} for p in deployment.processes]
-    http_address = deployment.one("router").http_address
+    http_addresses = [p.http_address for p in deployment.processes if p.http_address]
     if as_json:
+        http_address = deployment.one("router").http_address
         print(json.dumps({"ready": True, "processes": rows, "http_address": http_address}), flush=True)
         return
     for row in rows:
         print(f"{row['role']:<8} {row['address']:<22} pid {row['pid']}")
-    if http_address:
+    for http_address in http_addresses:
         print(f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1")
     print(f"\nTry:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'")
     print("Ctrl-C stops everything.", flush=True)

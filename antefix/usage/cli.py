@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 
 from antefix.errors import AntefixError, ConfigError
 from antefix.usage import report
 from antefix.usage.export import ExportFormat, write_export, write_text
-from antefix.usage.ledger_files import Settled, read_settled, source_of
+from antefix.usage.ledger_files import Settled, ledgers_of, read_settled, source_of
 from antefix.usage.ratecard import load_cards
 from antefix.usage.receipt import Signer, check_receipt
-from antefix.usage.verify import verify
+from antefix.usage.verify import verify_all
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,9 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export.add_argument("--output", type=Path, help="file to write (default: standard output; parquet needs a file)")
 
     check = commands.add_parser("verify", help="check the hash chain, and each billed hit against the store's log")
-    check.add_argument("--ledger", type=Path, required=True, help="ledger directory")
+    _add_ledgers(check)
     check.add_argument("--store-log", type=Path, help="directory of the store's log of hits and writes")
-    check.add_argument("--anchor", help="SEQUENCE:HASH that an earlier run reported; must still be there")
+    check.add_argument(
+        "--anchor",
+        action="append",
+        default=[],
+        metavar="[SOURCE:]SEQUENCE:HASH",
+        help="a head that an earlier run reported and that must still be there; of several ledgers with its source",
+    )
 
     sums = commands.add_parser("report", help="tokens, money and savings by tenant, model and day")
     _add_source(sums)
@@ -44,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sums.add_argument("--plot", type=Path, help="also draw tokens and money by day (SVG, PNG or PDF)")
 
     receipt = commands.add_parser("receipt", help="issue a request's signed receipt, or check one")
-    receipt.add_argument("--ledger", type=Path, help="ledger directory, to issue")
+    receipt.add_argument("--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, to issue")
     receipt.add_argument("--request-id", help="the request, to issue")
     receipt.add_argument("--key-file", type=Path, help="the deployment's receipt key, to issue")
     receipt.add_argument("--check", type=Path, help="receipt file to check instead")
@@ -62,8 +69,19 @@ def run(args: argparse.Namespace) -> int:
         return 2
 
 
+def _add_ledgers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ledger",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="ledger directories, one for each router, or a directory that holds them",
+    )
+
+
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ledger", type=Path, required=True, help="ledger directory")
+    _add_ledgers(parser)
     parser.add_argument(
         "--after", type=int, default=0, metavar="CURSOR", help="only entries after this sequence number"
     )
@@ -74,8 +92,10 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _settled(args: argparse.Namespace) -> Iterator[Settled]:
     since_us, until_us = _time_us(args.since), _time_us(args.until)
-    source_of(args.ledger)
-    for item in read_settled(args.ledger, after=args.after):
+    ledgers = ledgers_of(args.ledger)
+    if args.after and len(ledgers) > 1:
+        raise ConfigError("--after is a place in one ledger; export each of several on its own to go on from a cursor")
+    for item in chain.from_iterable(read_settled(ledger, after=args.after) for ledger in ledgers):
         record = item.record
         if args.tenant is not None and record.tenant != args.tenant:
             continue
@@ -99,18 +119,27 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    source_of(args.ledger)
-    anchor = None
-    if args.anchor:
-        sequence, _, hash = args.anchor.partition(":")
-        if not sequence.isdigit() or len(hash) != 64:
-            raise ConfigError(f"--anchor must be SEQUENCE:HASH, is {args.anchor!r}")
-        anchor = (int(sequence), hash.lower())
+    ledgers = ledgers_of(args.ledger)
+    anchors = dict(_anchor(text, ledgers) for text in args.anchor)
     if args.store_log is not None and not args.store_log.is_dir():
         raise ConfigError(f"--store-log {args.store_log} is not a directory")
-    verdict = verify(args.ledger, store_log=args.store_log, anchor=anchor)
+    verdict = verify_all(ledgers, store_log=args.store_log, anchors=anchors)
     sys.stdout.write(verdict.to_json() + "\n")
     return 0 if verdict.ok else 1
+
+
+def _anchor(text: str, ledgers: Sequence[Path]) -> tuple[bytes, tuple[int, str]]:
+    """(source, (sequence, hash)). Raises:  ConfigError: not of that form, or of none of these ledgers."""
+    *source, sequence, hash = text.lower().split(":") if text.count(":") in (1, 2) else ("", "", "")
+    if not sequence.isdigit() or len(hash) != 64:
+        raise ConfigError(f"--anchor must be SEQUENCE:HASH or SOURCE:SEQUENCE:HASH, is {text!r}")
+    if not source and len(ledgers) > 1:
+        raise ConfigError("with several ledgers --anchor needs the source: SOURCE:SEQUENCE:HASH")
+    known = {source_of(ledger).hex(): source_of(ledger) for ledger in ledgers}
+    name = source[0] if source else next(iter(known))
+    if name not in known:
+        raise ConfigError(f"--anchor names ledger {name}, which is not among these")
+    return known[name], (int(sequence), hash)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -129,10 +158,16 @@ def _receipt(args: argparse.Namespace) -> int:
         raise ConfigError(
             "issuing needs --ledger, --request-id and --key-file; checking needs --check and --public-key"
         )
-    found = [item for item in read_settled(args.ledger) if item.record.request_id == args.request_id]
+    found = [
+        (item, ledger)
+        for ledger in ledgers_of(args.ledger)
+        for item in read_settled(ledger)
+        if item.record.request_id == args.request_id
+    ]
     if not found:
         raise ConfigError(f"no record of request {args.request_id}")
-    receipt = Signer.from_file(args.key_file).receipt(found[-1], source_of(args.ledger))
+    settled, ledger = max(found, key=lambda pair: pair[0].record.finished_us)
+    receipt = Signer.from_file(args.key_file).receipt(settled, source_of(ledger))
     sys.stdout.write(json.dumps(receipt, indent=2) + "\n")
     return 0
 

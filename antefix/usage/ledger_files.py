@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +64,22 @@ def source_of(directory: Path) -> bytes:
         return bytes.fromhex((directory / "source").read_text().strip())
     except (OSError, ValueError) as err:
         raise ConfigError(f"{directory} is not a ledger: {err}") from err
+
+
+def ledgers_of(paths: Sequence[Path]) -> list[Path]:
+    """Ledger directories: each path is one, or a directory that holds some, as `antefix up`'s with several routers.
+
+    Raises:  ConfigError: there is none in a path, or one comes twice.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = [path] if (path / "source").is_file() else sorted(each.parent for each in path.glob("*/source"))
+        if not inside:
+            raise ConfigError(f"{path} is not a ledger and holds none")
+        found += inside
+    if len({source_of(path) for path in found}) != len(found):
+        raise ConfigError("a ledger is named twice, or was copied: two have the same source")
+    return found
 
 
 def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, Entry]]:
@@ -163,7 +179,9 @@ def take_lock(directory: Path) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as err:
         os.close(fd)
-        raise ConfigError(f"{directory}: another process writes this ledger") from err
+        raise ConfigError(
+            f"{directory}: another process writes this ledger; each router needs a directory of its own"
+        ) from err
     return fd
 
 

@@ -7,12 +7,13 @@ store's tier, read between the request's start and end. Tokens from a worker's m
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from antefix.errors import AntefixError
-from antefix.usage.ledger_files import Settled, read_entries, settled_of
+from antefix.usage.ledger_files import Settled, read_entries, settled_of, source_of
 from antefix.usage.ledger_format import EntryKind
 from antefix.usage.record import OpenEntry, UsageRecord
 from antefix.usage.storelog import StoreEventKind, read_store_log
@@ -46,6 +47,36 @@ class Verdict:
         return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdicts:
+    """Of several ledgers of one deployment, by directory. charged_twice: requests that two of them charged."""
+
+    ledgers: tuple[tuple[str, Verdict], ...]
+    charged_twice: int
+
+    @property
+    def ok(self) -> bool:
+        return all(verdict.ok for _, verdict in self.ledgers) and not self.charged_twice
+
+    def to_json(self) -> str:
+        """One ledger's as it always was; of several the sums, and each one's own."""
+        verdicts = [verdict for _, verdict in self.ledgers]
+        if len(verdicts) == 1:
+            return verdicts[0].to_json()
+        unsupported = [verdict.unsupported_hits for verdict in verdicts if verdict.unsupported_hits is not None]
+        sums = {
+            "ok": self.ok,
+            "records": sum(verdict.records for verdict in verdicts),
+            "open_requests": sum(verdict.open_requests for verdict in verdicts),
+            "chain_ok": all(verdict.chain_ok for verdict in verdicts),
+            "head_ok": all(verdict.head_ok for verdict in verdicts),
+            "duplicates": sum(verdict.duplicates for verdict in verdicts) + self.charged_twice,
+            "unsupported_hits": sum(unsupported) if unsupported else None,
+        }
+        each = [{"ledger": name, "ok": verdict.ok, **asdict(verdict)} for name, verdict in self.ledgers]
+        return json.dumps({**sums, "ledgers": each}, indent=2)
+
+
 @dataclass(slots=True)
 class _Chain:
     """The ledger as read."""
@@ -70,7 +101,30 @@ def verify(
     anchor: a head that an earlier run reported; the entry must still be there with that hash.
     """
     chain = _read(ledger, anchor)
-    unsupported = None if store_log is None else _unsupported(chain.settled, store_log, slack_us)
+    evidence = None if store_log is None else _Evidence.of(chain.settled, store_log)
+    return _verdict(chain, evidence, slack_us, has_anchor=anchor is not None)
+
+
+def verify_all(
+    ledgers: Sequence[Path], *, store_log: Path | None, anchors: Mapping[bytes, tuple[int, str]]
+) -> Verdicts:
+    """All ledgers of a deployment against the one store's log. anchors: by the ledger's source; see `verify`."""
+    named = [(ledger, anchors.get(source_of(ledger))) for ledger in ledgers]
+    chains = [_read(ledger, anchor) for ledger, anchor in named]
+    settled = [item for chain in chains for item in chain.settled]
+    evidence = None if store_log is None else _Evidence.of(settled, store_log)
+    ended = Counter(key for chain in chains for key in {i.record.key for i in chain.settled if i.record.is_final})
+    return Verdicts(
+        ledgers=tuple(
+            (str(ledger), _verdict(chain, evidence, CLOCK_SLACK_US, has_anchor=anchor is not None))
+            for (ledger, anchor), chain in zip(named, chains, strict=True)
+        ),
+        charged_twice=sum(count - 1 for count in ended.values()),
+    )
+
+
+def _verdict(chain: _Chain, evidence: _Evidence | None, slack_us: int, *, has_anchor: bool) -> Verdict:
+    unsupported = None if evidence is None else evidence.unsupported(chain.settled, slack_us)
     return Verdict(
         records=len(chain.settled),
         open_requests=chain.open_requests,
@@ -78,7 +132,7 @@ def verify(
         chain_error=chain.error,
         head_sequence=chain.sequence,
         head_hash=chain.hash.hex(),
-        head_ok=anchor is None or chain.anchor_seen,
+        head_ok=not has_anchor or chain.anchor_seen,
         duplicates=_num_duplicates(chain.settled),
         unsupported_hits=None if unsupported is None else len(unsupported),
         unsupported_examples=tuple(unsupported[:_NUM_EXAMPLES_MAX]) if unsupported else (),
@@ -118,29 +172,37 @@ def _num_duplicates(settled: list[Settled]) -> int:
     return num_duplicates
 
 
-def _unsupported(settled: list[Settled], store_log: Path, slack_us: int) -> list[str]:
-    """Event ids of records whose hit the store's log does not support."""
-    hits = [item.record for item in settled if item.record.cache_hit_tokens]
-    wanted = {record.last_hit_hash for record in hits}
-    stored: dict[str, int] = {}
-    reads: defaultdict[str, list[int]] = defaultdict(list)
-    for event in read_store_log(store_log):
-        if event.hash not in wanted:
-            continue
-        if event.kind is StoreEventKind.STORED:
-            stored[event.hash] = min(event.time_us, stored.get(event.hash, event.time_us))
-        else:
-            reads[event.hash].append(event.time_us)
-    return [record.event_id for record in hits if not _is_supported(record, stored, reads, slack_us)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Evidence:
+    """What the store's log says of the hashes that records name: when each was first stored, and when it was read."""
 
+    stored_us: dict[str, int]
+    reads_us: dict[str, list[int]]
 
-def _is_supported(
-    record: UsageRecord, stored: dict[str, int], reads: defaultdict[str, list[int]], slack_us: int
-) -> bool:
-    stored_us = stored.get(record.last_hit_hash)
-    if stored_us is None or stored_us > record.finished_us + slack_us:
-        return False
-    if record.hit_store_tokens == 0:
-        return True
-    start, stop = record.started_us - slack_us, record.finished_us + slack_us
-    return any(start <= read_us <= stop for read_us in reads.get(record.last_hit_hash, ()))
+    @classmethod
+    def of(cls, settled: Sequence[Settled], store_log: Path) -> _Evidence:
+        wanted = {item.record.last_hit_hash for item in settled if item.record.cache_hit_tokens}
+        stored: dict[str, int] = {}
+        reads: defaultdict[str, list[int]] = defaultdict(list)
+        for event in read_store_log(store_log):
+            if event.hash not in wanted:
+                continue
+            if event.kind is StoreEventKind.STORED:
+                stored[event.hash] = min(event.time_us, stored.get(event.hash, event.time_us))
+            else:
+                reads[event.hash].append(event.time_us)
+        return cls(stored_us=stored, reads_us=reads)
+
+    def unsupported(self, settled: Sequence[Settled], slack_us: int) -> list[str]:
+        """Event ids of records whose hit the log does not support."""
+        hits = [item.record for item in settled if item.record.cache_hit_tokens]
+        return [record.event_id for record in hits if not self._supports(record, slack_us)]
+
+    def _supports(self, record: UsageRecord, slack_us: int) -> bool:
+        stored_us = self.stored_us.get(record.last_hit_hash)
+        if stored_us is None or stored_us > record.finished_us + slack_us:
+            return False
+        if record.hit_store_tokens == 0:
+            return True
+        start, stop = record.started_us - slack_us, record.finished_us + slack_us
+        return any(start <= read_us <= stop for read_us in self.reads_us.get(record.last_hit_hash, ()))

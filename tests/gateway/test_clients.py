@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import socket
 
 import pytest
 
@@ -11,6 +12,8 @@ from antefix.usage.ledger_files import read_settled
 from antefix.usage.quota import Limit, TenantLimits, Window
 from antefix.usage.record import Status
 from antefix.usage.tenants import TenantBook
+from router.gateway.app import start_http
+from router.gateway.config import GatewayConfig
 from tests.gateway.scripted import Script, make_front, serving
 
 anthropic = pytest.importorskip("anthropic")
@@ -383,6 +386,24 @@ async def test_a_slow_client_does_not_stop_others(serve):
             for _ in range(5):
                 await client.chat.completions.create(model=MODEL, messages=ASK)
         await slow.close()
+
+
+async def test_answers_are_not_held_back_for_acknowledgements(ledger):
+    """Without TCP_NODELAY each answer waits 40 ms between head and body for the client's delayed acknowledgement."""
+    front = make_front(Script(), ledger=ledger)
+    http = await start_http(front, GatewayConfig(http_address="127.0.0.1:0"))
+    try:
+        host, _, port = http.address.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        connections = http._server.server_state.connections
+        await until(lambda: connections)
+        (connection,) = connections
+        accepted = connection.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+        writer.close()
+    finally:
+        await http.stop()
+        await front.accounts.close()
 
 
 async def test_bodies_and_requests_at_once_are_limited(serve):
