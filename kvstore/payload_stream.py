@@ -123,9 +123,7 @@ class PayloadStream:
 
     def _fill(self, window: _Window, *, wait: bool = True) -> list[bytes]:
         """Raises:  BlockingIOError: not to wait, and some of it is not in the page cache."""
-        outcome = self._engine.reader.fill(
-            window.located, lambda number, _: window.parts[number], alone=True, wait=wait
-        )
+        outcome = self._engine.reader.fill(window.located, lambda number, _: window.parts[number], wait=wait)
         self._num_read += outcome.num_good
         self._found.num_good += outcome.num_good
         self._found.bytes_read += outcome.bytes_read

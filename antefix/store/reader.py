@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -21,7 +21,15 @@ from antefix.errors import BlockCorrupt, InvalidRequest, Unavailable
 from antefix.store.api import LookupResult, RecordKind
 from antefix.store.format import INDEX_DIR, SEGMENT_DIR, STORE_FILE, IndexEntry, RecordHeader, unpack_identity
 from antefix.store.index import Index
-from antefix.store.runs import Decrypt, RunReader, Wanted, runs_of
+from antefix.store.runs import (
+    RUN_BYTES_MAX,
+    RUN_BYTES_MIN,
+    RUN_RECORDS_MAX,
+    Decrypt,
+    RunReader,
+    Wanted,
+    runs_of,
+)
 
 # Measured on two cores: 2 in flight, 4 MiB each, read a cold file at least as fast as direct I/O of any depth did,
 # and a warm one faster than 4 or 16 did. Prefetching by fadvise made both slower. More cores can keep more in flight.
@@ -125,11 +133,52 @@ class StoreReader:
         """
         if len(hashes) != len(into):
             raise InvalidRequest(f"{len(hashes)} hashes but {len(into)} buffers")
+        shares = deque(_shares(len(hashes), self._records_a_share(hashes, fingerprint)))
+        found: list[tuple[int, ReadOutcome]] = []
+
+        def work() -> None:
+            # Looking up and preparing one share takes the interpreter's lock, reading another does not.
+            while shares:
+                try:
+                    first, last = shares.popleft()
+                except IndexError:
+                    return
+                outcome = self._read_share(hashes[first:last], into[first:last], fingerprint)
+                found.append((first, outcome))
+                if outcome.num_good < last - first:
+                    # Nothing behind the first gap counts.
+                    shares.clear()
+
+        self._with_helpers(work, len(shares) - 1, shares.clear)
+        return _joined(found)
+
+    def _read_share(self, hashes: Sequence[bytes], into: Sequence[memoryview], fingerprint: bytes) -> ReadOutcome:
         located = self.locate(RecordKind.BLOCK, hashes, fingerprint=fingerprint)
         for number, nbytes in enumerate(located.sizes):
             if into[number].nbytes != nbytes:
-                raise InvalidRequest(f"buffer {number} has {into[number].nbytes} bytes, the payload {nbytes}")
+                raise InvalidRequest(f"a buffer has {into[number].nbytes} bytes, its payload {nbytes}")
         return self.fill(located, lambda number, _: (into[number].cast("B"),))
+
+    def _records_a_share(self, hashes: Sequence[bytes], fingerprint: bytes) -> int:
+        """As many as one thread reads at a time, and few enough that threads end together."""
+        first = self.locate(RecordKind.BLOCK, hashes[:1], fingerprint=fingerprint)
+        evenly = -(-len(hashes) // (4 * (self._num_helpers + 1)))
+        run = RUN_BYTES_MAX // first.wanted[0].entry.extent_bytes if first.wanted else 1
+        return max(1, min(run, max(evenly, RUN_BYTES_MIN * run // RUN_BYTES_MAX), RUN_RECORDS_MAX))
+
+    def _with_helpers(self, work: Callable[[], None], num_helpers: int, stop: Callable[[], None]) -> None:
+        """Do `work` in this thread, and beside it in up to `num_helpers` others; `stop` makes all of them end."""
+        helpers = [self._pool.submit(work) for _ in range(min(num_helpers, self._num_helpers))]
+        try:
+            work()
+            for helper in helpers:
+                # One that has not begun by now has nothing left to do.
+                if not helper.cancel():
+                    helper.result()
+        finally:
+            # Nobody writes to the caller's buffers after this returns, whatever happened.
+            stop()
+            wait([helper for helper in helpers if not helper.cancel()])
 
     def read(self, kind: RecordKind, block_hash: bytes, *, fingerprint: bytes) -> tuple[bytearray | None, ReadOutcome]:
         """One payload in a buffer of its own, or None."""
@@ -154,48 +203,24 @@ class StoreReader:
                 located.wanted.append(want)
         return located
 
-    def fill(self, located: Located, into: Parts, *, alone: bool = False, wait: bool = True) -> ReadOutcome:
-        """Read located payloads into the given parts, verified.
+    def fill(self, located: Located, into: Parts, *, wait: bool = True) -> ReadOutcome:
+        """Read located payloads into the given parts, verified, in the calling thread.
 
-        alone: in the calling thread only, for one that reads for one stream of many.
-        wait: whether reading may wait for the disk; not to wait, it must be alone.
+        wait: whether reading may wait for the disk.
         Raises:  BlockingIOError: not to wait, and some of it is not in the page cache; the parts hold garbage.
         """
         self._runs.files.sweep()
         wanted = located.wanted
+        outcome = ReadOutcome(num_good=len(wanted), locked=located.locked)
         for want in wanted:
             want.into = into(want.number, want.entry.payload_bytes)
-        outcome = ReadOutcome(num_good=len(wanted), locked=located.locked)
-        outcome.bytes_read = sum(want.entry.stored_bytes for want in wanted)
+            outcome.bytes_read += want.entry.stored_bytes
         # What failed has moved, has gone, or is corrupt.
-        for want in sorted(self._read_runs(located, alone, wait), key=lambda w: w.number):
-            if not self._read_again(located, want, outcome):
-                outcome.num_good = min(outcome.num_good, want.number)
+        for run in runs_of(wanted):
+            for want in self._runs.read(located.kind, run, located.fingerprint, wait=wait):
+                if not self._read_again(located, want, outcome):
+                    outcome.num_good = min(outcome.num_good, want.number)
         return outcome
-
-    def _read_runs(self, located: Located, alone: bool, wait_for_disk: bool) -> list[Wanted]:
-        """All runs, several in flight; returns what failed."""
-        runs = deque(runs_of(located.wanted))
-        if alone:
-            return self._drain(located, runs, wait_for_disk)
-        num_helpers = max(0, min(self._num_helpers, len(runs) - 1))
-        helpers = [self._pool.submit(self._drain, located, runs) for _ in range(num_helpers)]
-        try:
-            return self._drain(located, runs) + _results(helpers)
-        finally:
-            # Nobody writes to the caller's buffers after this returns, whatever happened.
-            runs.clear()
-            wait([helper for helper in helpers if not helper.cancel()])
-
-    def _drain(self, located: Located, runs: deque[list[Wanted]], wait_for_disk: bool = True) -> list[Wanted]:
-        """Read runs until none is left."""
-        failed: list[Wanted] = []
-        while True:
-            try:
-                run = runs.popleft()
-            except IndexError:
-                return failed
-            failed += self._runs.read(located.kind, run, located.fingerprint, wait=wait_for_disk)
 
     def _read_again(self, located: Located, want: Wanted, outcome: ReadOutcome) -> bool:
         """Look a failed record up again: compaction may have moved it, eviction may have taken it."""
@@ -214,9 +239,21 @@ class StoreReader:
         return False
 
 
-def _results(helpers: Sequence[Future[list[Wanted]]]) -> list[Wanted]:
-    """What failed in helpers; one that has not begun by now has nothing left to do."""
-    return [want for helper in helpers if not helper.cancel() for want in helper.result()]
+def _shares(count: int, size: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, count, size):
+        yield first, min(first + size, count)
+
+
+def _joined(found: list[tuple[int, ReadOutcome]]) -> ReadOutcome:
+    """What was read in all: good up to the first gap."""
+    joined = ReadOutcome()
+    for first, outcome in sorted(found, key=lambda share: share[0]):
+        joined.suspects += outcome.suspects
+        if first == joined.num_good:
+            joined.num_good += outcome.num_good
+            joined.bytes_read += outcome.bytes_read
+            joined.locked = outcome.locked
+    return joined
 
 
 def verify(header: RecordHeader, kind: RecordKind, block_hash: bytes, fingerprint: bytes, entry: IndexEntry) -> None:

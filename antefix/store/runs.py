@@ -1,9 +1,4 @@
-"""Reads neighbouring records of a segment into the caller's buffers, each one verified while it is in the CPU's cache.
-
-A run is what one thread reads at a time: large, because a cold disk wants large reads. What the page cache holds
-already is taken from it in bites that fit a core's own cache, so that a checksum does not fetch from memory again what
-was just written there: that second pass would cost a third of a warm read.
-"""
+"""Reads neighbouring records of a segment into the caller's buffers, each one verified."""
 
 from __future__ import annotations
 
@@ -16,6 +11,7 @@ from antefix.errors import BlockCorrupt
 from antefix.store import codec
 from antefix.store.api import RecordKind
 from antefix.store.format import (
+    RECORD_ALIGN,
     RECORD_HEADER_BYTES,
     Codec,
     IndexEntry,
@@ -27,13 +23,13 @@ from antefix.store.format import (
 )
 from antefix.store.segment_files import SegmentFiles, preadv_cached, preadv_full
 
-# A run of neighbours is cut here, so that 16 threads share even one long prefix.
+# What one preadv reads: from here on a cold disk got no faster, and smaller reads, whose checksums would find them in a
+# core's own cache, lost more to threads that wait for the interpreter's lock (0.5, 1, 2 and 4 MiB from the page cache:
+# 0.53, 0.59, 0.66 and 0.72 of unverified preadv). Small restores are shared out evenly, but not below the minimum.
 RUN_BYTES_MAX: Final = 4 << 20
+RUN_BYTES_MIN: Final = 1 << 20
 # preadv takes 1,024 buffers (IOV_MAX); a record uses two, one more for each piece of a stream that it crosses.
 RUN_RECORDS_MAX: Final = 448
-# Half of a core's second-level cache, 1 MiB on current servers. A larger record is a bite of its own.
-BITE_BYTES_MAX: Final = 512 << 10
-
 _RAW: Final = int(Codec.RAW)
 _ENCRYPTED: Final = int(RecordFlag.ENCRYPTED)
 
@@ -72,46 +68,48 @@ class RunReader:
 
         Raises:  BlockingIOError: not to wait for the disk, and some of the run is not in the page cache.
         """
-        failed: list[Wanted] = []
-        done = 0
+        reading = _Reading(run)
         try:
             with self.files.use(run[0].entry.segment) as fd:
-                # 1. What is in the page cache, bite by bite.
-                for bite in _bites(run):
-                    reading = _Reading(bite)
-                    if preadv_cached(fd, reading.buffers, reading.start) < reading.nbytes:
-                        break
-                    failed += self._rejected(kind, reading, reading.nbytes, fingerprint)
-                    done += len(bite)
-                # 2. From the first that is not, all the rest at once.
-                if done < len(run):
-                    if not wait:
-                        raise BlockingIOError("not in the page cache")
-                    reading = _Reading(run[done:])
+                if wait:
                     num_read = preadv_full(fd, reading.buffers, reading.start)
-                    failed += self._rejected(kind, reading, num_read, fingerprint)
+                elif (num_read := preadv_cached(fd, reading.buffers, reading.start)) < reading.nbytes:
+                    raise BlockingIOError("not in the page cache")
         except BlockingIOError:
             raise
         except OSError:
             # The segment is gone, or the disk cannot read it: who asked looks each of them up again.
-            failed += run[done:]
-        return failed
+            return list(run)
+        return self._rejected(kind, reading, num_read, fingerprint)
 
     def _rejected(self, kind: RecordKind, reading: _Reading, num_read: int, fingerprint: bytes) -> list[Wanted]:
+        # One after the other without anything between: hashing lets go of the interpreter's lock, and threads that wait
+        # for it from each other sleep and are woken again.
+        checksums = [
+            payload_checksum(*body) if end <= num_read else None
+            for body, end in zip(reading.bodies, reading.ends, strict=True)
+        ]
+        found = zip(reading.wanted, reading.heads, reading.bodies, checksums, strict=True)
         return [
             want
-            for want, head, body, end in reading.records
-            if end > num_read or not self._accept(kind, want, bytes(head), body, fingerprint)
+            for want, head, body, checksum in found
+            if checksum is None or not self._accept(kind, want, bytes(head), body, checksum, fingerprint)
         ]
 
     def _accept(
-        self, kind: RecordKind, want: Wanted, head: bytes, body: Sequence[memoryview], fingerprint: bytes
+        self,
+        kind: RecordKind,
+        want: Wanted,
+        head: bytes,
+        body: Sequence[memoryview],
+        checksum: bytes,
+        fingerprint: bytes,
     ) -> bool:
         """Verify one record, and decode it where it is coded."""
-        checksum = expected_checksum(
+        expected = expected_checksum(
             head, self._seed, kind=kind, block_hash=want.hash, fingerprint=fingerprint, entry=want.entry
         )
-        if checksum is None or payload_checksum(*body) != checksum:
+        if expected != checksum:
             return False
         if body is want.into:
             return True
@@ -123,14 +121,17 @@ class RunReader:
 
 
 class _Reading:
-    """The buffers of one preadv: per record padding and header, then the payload, or what it is decoded from."""
+    """One preadv: per record padding and header, then the payload, or what it is decoded from."""
 
     def __init__(self, wanted: Sequence[Wanted]) -> None:
+        self.wanted = wanted
         self.start = wanted[0].entry.offset
         self.buffers: list[memoryview] = []
-        # Record, header, stored bytes, and where it ends, counted from `start`.
-        self.records: list[tuple[Wanted, memoryview, Sequence[memoryview], int]] = []
-        heads = memoryview(bytearray(len(wanted) * (RECORD_HEADER_BYTES + 8)))
+        # Per record: header, stored bytes, and where it ends, counted from `start`.
+        self.heads: list[memoryview] = []
+        self.bodies: list[Sequence[memoryview]] = []
+        self.ends: list[int] = []
+        heads = memoryview(bytearray(len(wanted) * (RECORD_HEADER_BYTES + RECORD_ALIGN)))
         at, end = 0, self.start
         for want in wanted:
             entry = want.entry
@@ -140,7 +141,9 @@ class _Reading:
             self.buffers += body
             at += gap
             end = entry.offset + RECORD_HEADER_BYTES + entry.stored_bytes
-            self.records.append((want, heads[at - RECORD_HEADER_BYTES : at], body, end - self.start))
+            self.heads.append(heads[at - RECORD_HEADER_BYTES : at])
+            self.bodies.append(body)
+            self.ends.append(end - self.start)
         self.nbytes = end - self.start
 
 
@@ -162,33 +165,18 @@ def _decode(want: Wanted, head: bytes, body: memoryview, seed: int, decrypt: Dec
             at += part.nbytes
 
 
-def runs_of(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
-    """Cut at every gap, and into pieces that threads can share."""
-    run: list[Wanted] = []
-    nbytes = segment = end = 0
-    for want in wanted:
+def runs_of(wanted: Sequence[Wanted]) -> Iterator[Sequence[Wanted]]:
+    """Cut at every gap, and where one preadv should end."""
+    first = segment = end = nbytes = 0
+    for number, want in enumerate(wanted):
         entry = want.entry
-        if run:
-            neighbours = entry.segment == segment and entry.offset == end
-            if not neighbours or nbytes + entry.stored_bytes > RUN_BYTES_MAX or len(run) == RUN_RECORDS_MAX:
-                yield run
-                run, nbytes = [], 0
-        run.append(want)
         extent = entry.extent_bytes
+        is_gap = entry.segment != segment or entry.offset != end
+        is_full = nbytes + extent > RUN_BYTES_MAX or number - first == RUN_RECORDS_MAX
+        if number > first and (is_gap or is_full):
+            yield wanted[first:number]
+            first, nbytes = number, 0
         nbytes += extent
         segment, end = entry.segment, entry.offset + extent
-    if run:
-        yield run
-
-
-def _bites(run: Sequence[Wanted]) -> Iterator[list[Wanted]]:
-    bite: list[Wanted] = []
-    nbytes = 0
-    for want in run:
-        if bite and nbytes + want.entry.stored_bytes > BITE_BYTES_MAX:
-            yield bite
-            bite, nbytes = [], 0
-        bite.append(want)
-        nbytes += want.entry.extent_bytes
-    if bite:
-        yield bite
+    if wanted:
+        yield wanted[first:]
