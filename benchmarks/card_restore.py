@@ -39,6 +39,7 @@ from antefix.worker.compute import ComputeThread
 from antefix.worker.engine import Engine
 from antefix.worker.prompt import ComputedPrompt, grow, run_prompt
 from benchmarks.store_peers import drop_cache
+from benchmarks.ttft import direct_read_rate
 
 _W, _C, _H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 LAYERS = {"W": _W, "C": _C, "H": _H}
@@ -261,7 +262,8 @@ def table(result: dict[str, Any]) -> str:
         f"# Cold prefill against restore from disk, on {result['device']}",
         "",
         f"Layers {result['layers']} of V4-Flash's width, {result['dtype']}, random weights; chunks of {result['chunk']}"
-        f", medians of {result['repeats']}. torch {result['torch']}. A restore computes {QUESTION_TOKENS} tokens.",
+        f", medians of {result['repeats']}. torch {result['torch']}. A restore computes {QUESTION_TOKENS} tokens."
+        f" Direct reads of 1 MiB, one at a time: {result['disk_read_gb_s']:.2f} GB/s.",
         "",
         head + "100 tokens | other |",
         "| ---: " * 11 + "|",
@@ -297,6 +299,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             process = await deployment.start_role("kvstore", ["--dir", str(deployment.config.store_dir)])
             store = LocalStore(deployment.config.store_dir, process.address)
             rows = await measure(subject, store, deployment.config.store_dir, args)
+            disk_read_gb_s = direct_read_rate(deployment.config.store_dir) / 1e9
             await store.close()
         finally:
             await deployment.stop()
@@ -308,6 +311,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
         "chunk": args.chunk,
         "repeats": args.repeats,
         "weights_gb": sum(p.numel() * p.element_size() for p in subject.model.parameters()) / 1e9,
+        "disk_read_gb_s": disk_read_gb_s,
         "block_bytes": subject.model.layout.block_bytes,
         "checkpoint_bytes": subject.model.layout.checkpoint_bytes,
         "peak_card_gb": torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else 0.0,

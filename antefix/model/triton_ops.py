@@ -25,6 +25,10 @@ from kernels import attention, gather, indexer, operands, pack, prefill, topk
 
 # From this many queries on, decoding entries once costs less than decoding them for each.
 PREFILL_QUERIES_MIN = 16
+# Fewer queries than this may be rounded by products of another shape; in reproducible mode as many are rounded at
+# least, and scored by one kernel in tiles of one shape: keys, queries a product, warps, stages.
+REPRODUCIBLE_QUERIES_MIN = 256
+REPRODUCIBLE_TILE = (128, 2, 4, 2)
 # Memory for index scores; longer chunks are scored in pieces.
 SCORES_BYTES_MAX = 1 << 30
 
@@ -90,13 +94,13 @@ class TritonOps:
         step = max(1, SCORES_BYTES_MAX // (4 * max(num_entries_max, 1)))
         for start in range(0, len(lens), step):
             rows = slice(start, start + step)
-            q, weights, visible = q_TIC[rows], weights_TI[rows].float(), lens[rows]
-            num_queries = len(q)
-            if self.reproducible and num_queries == 1:
-                # One query alone would take the decode kernel; beside itself it does not.
-                q, weights, visible = q.repeat(2, 1, 1), weights.repeat(2, 1), visible.repeat(2)
-            query = indexer.prepare_queries(q.contiguous(), weights.contiguous(), 1.0)
-            scored = indexer.index_scores(query, records, table, visible, num_entries_max, group=group)
+            visible = lens[rows]
+            num_queries = len(visible)
+            query = self._index_query(q_TIC[rows], weights_TI[rows].float())
+            if len(query.codes) > num_queries:
+                visible = torch.cat((visible, visible[-1:]))
+            tile = REPRODUCIBLE_TILE if self.reproducible else None
+            scored = indexer.index_scores(query, records, table, visible, num_entries_max, group=group, tile=tile)
             picks = topk.topk_entries(scored, visible, table, records.shape[1], k)
             picked.append(picks.indices[:num_queries])
         return torch.cat(picked).long()
@@ -137,6 +141,15 @@ class TritonOps:
             num_entries_max = table.shape[1] * records.shape[1]
             attention.hca_attention(q, records, table, lens, num_entries_max, line, heads, out)
         return out.to(q_THC.dtype)
+
+    def _index_query(self, q_TIC: Tensor, weights_TI: Tensor) -> indexer.IndexQuery:
+        """Rounded queries; in reproducible mode one more than there are if that is one, which would score alone."""
+        if not self.reproducible:
+            return indexer.prepare_queries(q_TIC.contiguous(), weights_TI.contiguous(), 1.0)
+        q, weights = (fill_rows(x, REPRODUCIBLE_QUERIES_MIN) for x in (q_TIC, weights_TI))
+        query = indexer.prepare_queries(q.contiguous(), weights.contiguous(), 1.0)
+        num_scored = max(len(q_TIC), 2)
+        return indexer.IndexQuery(codes=query.codes[:num_scored], weights=query.weights[:num_scored])
 
     def _pack(self, entries_TC: Tensor, num_records: int | None = None) -> Tensor:
         """Records [1, T, R] of entries; where `num_records` asks for more, zero bytes follow."""
@@ -194,3 +207,9 @@ def _slots(entries: Entries, indices: Tensor) -> Tensor:
     """Pool slots, int32, of entries by their index in the sequence."""
     blocks, rows = entries.locate(indices)
     return (blocks * entries.part.num_rows + rows).int()
+
+
+def fill_rows(x: Tensor, num_rows: int) -> Tensor:
+    """x with its last row repeated until there are `num_rows`; x itself where there are as many."""
+    missing = num_rows - len(x)
+    return x if missing <= 0 else torch.cat((x, x[-1:].expand(missing, *x.shape[1:])))

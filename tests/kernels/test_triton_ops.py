@@ -18,6 +18,10 @@ from antefix.model import (
     WindowState,
     forward,
     init_weights,
+    mhc,
+    moe,
+    norms_rope,
+    numerics,
     triton_ops,
 )
 from antefix.model.backend import make_backend, uses_triton
@@ -77,8 +81,8 @@ def run(model: Model, pool: BlockPool, ops: Ops) -> tuple[torch.Tensor, torch.Te
 class Compared:
     """Runs every step in torch and with the kernels on the same inputs, checks them, goes on with torch's result."""
 
-    def __init__(self, pool: BlockPool) -> None:
-        self.plain, self.kernels = TorchOps(), TritonOps(pool.layout)
+    def __init__(self, pool: BlockPool, reproducible: bool = False) -> None:
+        self.plain, self.kernels = TorchOps(), TritonOps(pool.layout, reproducible=reproducible)
         self.card = CardPool(pool.layout, pool.num_blocks, pool.rows.device)
         self.card.rows = pool.rows  # never restored into: its host rows belong to others
         self.checked: dict[str, int] = {}
@@ -124,10 +128,13 @@ class Compared:
         return self.close("window" if entries is None else "full_attention", got, want, 1e-3)
 
 
-def test_every_step_agrees_with_torch(device):
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_every_step_agrees_with_torch(device, monkeypatch, reproducible):
+    # In the interpreter 256 queries would take their time.
+    monkeypatch.setattr(triton_ops, "REPRODUCIBLE_QUERIES_MIN", 16)
     model = build(device)
     pool = BlockPool(model.layout, 8, device)
-    ops = Compared(pool)
+    ops = Compared(pool, reproducible)
     run(model, pool, ops)
     assert set(ops.checked) == {
         "window_pack",
@@ -151,6 +158,53 @@ def test_forward_with_the_kernels_agrees_with_torch(device):
     same = np.frombuffer(state, np.uint8) == np.frombuffer(packed_state, np.uint8)
     # On a card 0.947 was seen.
     assert same[: model.layout.window_bytes].mean() > 0.9
+
+
+def test_per_token_kernels_give_the_models_logits(device, monkeypatch):
+    model = build(device).to(torch.float32)
+    want, rows, _ = run(model, BlockPool(model.layout, 8, device), TorchOps())
+    asked = []
+
+    def always(x):
+        asked.append(x.dtype)
+        return True
+
+    for module in (numerics, norms_rope, mhc, moe):
+        monkeypatch.setattr(module, "has_kernels", always)
+    got, rows_by_kernels, _ = run(model, BlockPool(model.layout, 8, device), TorchOps())
+    assert asked
+    # Other orders of sums; a rounding that tips over may move a token's logits.
+    assert float(((got - want).norm(dim=1) / want.norm(dim=1)).median()) < 2e-2
+    assert (rows == rows_by_kernels).float().mean() > 0.95
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_card_bits_do_not_depend_on_cuts_or_on_the_batch(dtype):
+    model = build(torch.device("cuda")).to(dtype)
+    model.rope_main, model.rope_compress = model.rope_main.float(), model.rope_compress.float()
+    ops = TritonOps(model.layout, reproducible=True)
+    tokens = np.random.default_rng(1).integers(0, 64, 600).astype("<u4")
+
+    def outcome(cuts, others):
+        pool = CardPool(model.layout, 512)
+        sequences = [
+            Sequence(pool.allocate(150), WindowState.zeros(model.layout, 0, "cuda")) for _ in range(1 + others)
+        ]
+        pieces = []
+        for piece in np.split(tokens, cuts):
+            batch = [(sequence, piece) for sequence in sequences]
+            pieces.append(forward(model, pool, batch, logits="all", ops=ops)[: len(piece)])
+        first = sequences[0]
+        return torch.cat(pieces), pool.rows[first.block_table], first.window.to_bytes()
+
+    logits, rows, state = outcome([], 0)
+    for cuts, others in (([300], 0), ([1, 2, 3, 40, 300, 301], 0), ([17, 256, 599], 2)):
+        other_logits, other_rows, other_state = outcome(cuts, others)
+        assert torch.equal(logits, other_logits)
+        assert torch.equal(rows, other_rows)
+        assert state == other_state
 
 
 def test_a_cut_window_is_not_attended_to(device):
