@@ -84,7 +84,7 @@ class OutgoingPieces:
         self._ends = [end - offset for end in accumulate(sizes, initial=0)]
         cuts = _cut(sizes, first, offset)
         self._unsent = deque(cuts)
-        self._unplaced = iter(cuts)
+        self._unplaced = deque(cuts)
         self._room = memoryview(b"")
         self._num_placed = 0
         self._sent_bytes = 0
@@ -101,7 +101,7 @@ class OutgoingPieces:
             nbytes -= self._offset
         while nbytes:
             if not self._room:
-                self._room = next(self._unplaced).draw_blank().payload
+                self._room = self._unplaced.popleft().draw_blank().payload
             parts.append(self._room[:nbytes])
             nbytes -= parts[-1].nbytes
             self._room = self._room[parts[-1].nbytes :]

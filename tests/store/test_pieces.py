@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -87,3 +88,15 @@ def test_a_damaged_or_misplaced_piece_is_refused() -> None:
         Progress(index=1).accept(unpack_get_response(message), lambda *_: into)
     with pytest.raises(InvalidRequest, match="has 6 bytes, the payload 7"):
         Progress().accept(unpack_get_response(message), lambda *_: into[:6])
+
+
+def test_a_message_that_was_handed_over_is_not_kept() -> None:
+    """A stream's memory is what it reads ahead, not all that it has sent."""
+    pieces = OutgoingPieces([PIECE_BYTES] * 4, first=0)
+    for number in range(4):
+        view = pieces.parts_of(number)[0]
+        view[:8] = b"8 bytes!"
+        del view
+        (message,) = pieces.messages(number + 1, last=False)
+        # Its name here and the argument: nobody else.
+        assert sys.getrefcount(message) == 2
