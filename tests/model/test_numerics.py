@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from antefix.model.mhc import expand, sinkhorn
 from antefix.model.moe import pick_experts
-from antefix.model.numerics import grouped_linear, linear, multiply, pad_rows, sigmoid, silu, softplus
+from antefix.model.numerics import (
+    grouped_linear,
+    linear,
+    multiply,
+    multiply_each,
+    pad_rows,
+    sigmoid,
+    silu,
+    softplus,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -42,6 +51,24 @@ def test_products_keep_leading_dims_and_take_transposed_weights() -> None:
         multiply(normal(16, 600), normal(600, 8)), normal(16, 600) @ normal(600, 8), rtol=1e-4, atol=1e-4
     )
     assert linear(normal(0, 40), weight).shape == (0, 11)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    width=st.sampled_from([1, 16, 128, 255, 256, 257, 512, 1024]),
+    out=st.sampled_from([1, 16, 64, 128]),
+    start=st.integers(0, 20),
+    num=st.sampled_from([1, 2, 16]),
+    num_threads=st.sampled_from([1, 2]),
+)
+def test_a_pairs_product_does_not_depend_on_the_pairs_beside_it(
+    width: int, out: int, start: int, num: int, num_threads: int
+) -> None:
+    torch.set_num_threads(num_threads)
+    a, b = normal(40, 4, width), normal(40, width, out, seed=1)
+    whole = multiply_each(a, b)
+    assert torch.equal(multiply_each(a[start : start + num], b[start : start + num]), whole[start : start + num])
+    torch.testing.assert_close(whole, torch.bmm(a, b), rtol=1e-4, atol=1e-3)
 
 
 def test_grouped_products_are_block_diagonal() -> None:
