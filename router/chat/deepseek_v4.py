@@ -2,6 +2,8 @@
 
     BOS [effort] system [tools] (USER text ASSISTANT think-tag answer [calls] EOS)*
 
+The checkpoint of July 31st (DeepSeek-V4-Flash-0731) has another ladder of efforts and is otherwise written alike.
+
 Non-thinking answers follow `</think>`, thinking ones `<think>`. Reasoning of earlier turns is left out, unless tools
 are there: then the model has to see why it called what it called. Tool results go into the next user turn, in the order
 of the calls. Tool calls are DSML: `<｜DSML｜tool_calls>` around `invoke` elements with one `parameter` each.
@@ -10,6 +12,7 @@ of the calls. Tool calls are DSML: `<｜DSML｜tool_calls>` around `invoke` elem
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -37,13 +40,23 @@ THINK: Final = "<think>"
 THINK_END: Final = "</think>"
 
 # The prompts below are part of what the model was trained on; a changed letter is another model.
-EFFORT_MAX: Final = (
+_ABSOLUTE: Final = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
     "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause,"
     " rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.\n"
     "Explicitly write out your entire deliberation process, documenting every intermediate step, considered"
     " alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.\n\n"
 )
+_BEYOND: Final = (
+    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
+    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the"
+    " problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying"
+    " cause rather than any surface symptom.\n"
+    "Do not stop reasoning until you have independently verified the solution from multiple angles and are certain that"
+    " no assumption remains unchecked and no error remains undiscovered.\n\n"
+)
+EFFORTS: Final = {Effort.MAX: _ABSOLUTE}
+EFFORTS_0731: Final = {Effort.HIGH: _ABSOLUTE, Effort.MAX: _BEYOND}
 _TOOLS_BEFORE: Final = f"""## Tools
 
 You have access to a set of tools to help answer the user's question. You can invoke tools by writing a\
@@ -77,17 +90,21 @@ _SCHEMA: Final = "## Response Format:\n\nYou MUST strictly adhere to the followi
 
 
 class DeepSeekV4Format:
-    """See the module."""
+    """See the module. efforts: what stands before everything else where the model is to think; EFFORTS_0731 for that
+    checkpoint."""
 
-    name = "deepseek-v4"
     supports_tools = True
     supports_reasoning = True
+
+    def __init__(self, efforts: Mapping[Effort, str] = EFFORTS) -> None:
+        self.name = "deepseek-v4" if efforts is EFFORTS else "deepseek-v4-0731"
+        self._efforts = efforts
 
     def render(self, conversation: Conversation) -> list[Piece]:
         messages = _in_call_order(conversation.messages)
         pieces: list[Piece] = [Special(text=BOS)]
-        if conversation.effort is Effort.MAX:
-            pieces.append(Special(text=EFFORT_MAX))
+        if conversation.effort in self._efforts:
+            pieces.append(Special(text=self._efforts[conversation.effort]))
         pieces += _preamble(conversation, messages)
         last_user = max((i for i, m in enumerate(messages) if m.role in (Role.USER, Role.TOOL)), default=-1)
         for index, message in enumerate(messages):

@@ -18,7 +18,9 @@ class GatewayConfig(BillingConfig):
     http_timeout_s: float = setting(600.0, "longest a request may take", unit="s")
     http_max_tokens: int = setting(4096, "output limit of requests that name none", unit="tokens")
     model_names: tuple[str, ...] = setting((), "further names that clients may use for the model")
-    chat_format: str = setting("auto", "how conversations are written: auto, plain, deepseek-v4 or template")
+    chat_format: str = setting(
+        "auto", "how conversations are written: auto, plain, deepseek-v4, deepseek-v4-0731 or template"
+    )
 
     def __post_init__(self) -> None:
         BillingConfig.__post_init__(self)
@@ -26,5 +28,5 @@ class GatewayConfig(BillingConfig):
         require(self.http_requests_max > 0, f"http_requests_max must be positive, is {self.http_requests_max}")
         require(self.http_timeout_s > 0, f"http_timeout_s must be positive, is {self.http_timeout_s}")
         require(self.http_max_tokens > 0, f"http_max_tokens must be positive, is {self.http_max_tokens}")
-        formats = ("auto", "plain", "deepseek-v4", "template")
+        formats = ("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template")
         require(self.chat_format in formats, f"chat_format must be one of {', '.join(formats)}")

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from antefix.errors import InvalidRequest
 from antefix.tokenizer import ByteTokenizer
-from router.chat.deepseek_v4 import DeepSeekV4Format
+from router.chat.deepseek_v4 import EFFORTS_0731, DeepSeekV4Format
 from router.chat.dsml import DeepSeekV4Parser
-from router.chat.formats import PlainParser
+from router.chat.formats import PlainParser, choose_format
 from router.chat.memory import AnswerMemory
 from router.chat.messages import Answer, Breakpoint, Conversation, Delta, Effort, Message, Role, ToolCall
 from router.chat.plain import PlainFormat
@@ -66,6 +66,44 @@ def test_v4_max_effort_begins_with_its_prompt():
         "<｜begin▁of▁sentence｜>Reasoning Effort: Absolute maximum with no shortcuts permitted.\nYou MUST"
     )
     assert text.endswith("assumption is left unchecked.\n\n<｜User｜>solve it<｜Assistant｜><think>")
+
+
+@pytest.mark.parametrize(
+    ("effort", "begins", "ends"),
+    [
+        (Effort.NONE, "<｜User｜>solve it", "</think>"),
+        (Effort.LOW, "<｜User｜>solve it", "<think>"),
+        (Effort.HIGH, "Reasoning Effort: Absolute maximum with no shortcuts permitted.\nYou MUST", "<think>"),
+        (Effort.MAX, "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\nYou", "<think>"),
+    ],
+)
+def test_the_later_v4_checkpoint_has_its_own_ladder_of_efforts(effort, begins, ends):
+    text = text_of(DeepSeekV4Format(EFFORTS_0731).render(Conversation(messages=(user("solve it"),), effort=effort)))
+    assert text.startswith("<｜begin▁of▁sentence｜>" + begins)
+    assert text.endswith("<｜User｜>solve it<｜Assistant｜>" + ends)
+    # The blank line that separates it from what follows is part of the prompt.
+    assert ("\n\n<｜User｜>" in text) == begins.startswith("Reasoning")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "directory", "encoder", "name"),
+    [
+        ("deepseek_v4", "DeepSeek-V4-Flash", None, "deepseek-v4"),
+        ("deepseek_v4", "DeepSeek-V4-Flash-0731", None, "deepseek-v4-0731"),
+        ("deepseek_v4", "renamed", 'MAX = "Reasoning Effort: Beyond maximum"', "deepseek-v4-0731"),
+        ("deepseek_v4", "mirror-of-0731-and-more", 'MAX = "Reasoning Effort: Absolute maximum"', "deepseek-v4"),
+        ("deepseek_v41", "DeepSeek-V4.1-Flash", None, "plain"),
+        ("llama", "llama", None, "plain"),
+    ],
+)
+def test_the_model_directory_says_which_format(tmp_path, model_type, directory, encoder, name):
+    model = tmp_path / directory
+    (model / "encoding").mkdir(parents=True)
+    (model / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if encoder is not None:
+        (model / "encoding" / "encoding.py").write_text(encoder)
+    # Any tokenizer but the byte tokenizer, which no released model has.
+    assert choose_format("auto", model, tokenizer=object()).name == name
 
 
 def test_v4_leaves_out_old_reasoning_without_tools():

@@ -1,0 +1,117 @@
+"""Agents resend everything, every turn: over real services, in DeepSeek-V4's format, each turn hits what came before.
+
+The small model calls no tools, so calls stand in the history as a client would send them back; its own answers, cut off
+wherever they were, are resent as the clients give them.
+"""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from antefix.deployment import Deployment, DeploymentConfig
+from tests.gateway.scripted import MODEL as MODEL_DIR
+
+anthropic = pytest.importorskip("anthropic")
+openai = pytest.importorskip("openai")
+
+MODEL, BLOCK, NUM_TURNS = "antefix-tiny", 64, 4
+SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
+TOOL = {"name": "read", "description": "Reads a file.", "parameters": SCHEMA}
+SYSTEM = ["You are an agent in a shell. ", "Be brief, and answer in plain text."]
+
+
+@dataclasses.dataclass
+class Turn:
+    """In tokens."""
+
+    prompt: int
+    answer: int
+    hit: int
+
+
+@pytest.fixture
+async def url(tmp_path):
+    pool = ("--pool-bytes", "64M")
+    config = DeploymentConfig(
+        model=MODEL_DIR,
+        data_dir=tmp_path / "data",
+        http_address="127.0.0.1:0",
+        extra_flags={
+            "kvstore": ("--budget-bytes", "256M"),
+            "prefill": pool,
+            "decode": pool,
+            "router": ("--chat-format", "deepseek-v4"),
+        },
+    )
+    async with Deployment(config) as deployment:
+        yield "http://" + deployment.one("router").http_address
+
+
+async def openai_turns(url, name, *, effort, tools):
+    """Content in parts, calls with their results in between, answers as the client dumps them."""
+    turns = []
+    messages = [{"role": "system", "content": [{"type": "text", "text": text} for text in (name, *SYSTEM)]}]
+    settings = {"tools": [{"type": "function", "function": TOOL}]} if tools else {}
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+        for number in range(NUM_TURNS):
+            parts = [f"Question {number}: what is in the file? ", "Look at it. " * 4]
+            messages.append({"role": "user", "content": [{"type": "text", "text": text} for text in parts]})
+            if tools and number % 2:
+                call = {"id": f"c{number}", "type": "function"}
+                function = {"name": "read", "arguments": '{"path": "/etc/motd",  "lines": [1, 2]}'}
+                messages.append({"role": "assistant", "content": None, "tool_calls": [{**call, "function": function}]})
+                messages.append({"role": "tool", "tool_call_id": f"c{number}", "content": f"line {number}\n" * 5})
+            answer = await client.chat.completions.create(
+                model=MODEL, messages=messages, max_tokens=50, seed=number, reasoning_effort=effort, **settings
+            )
+            messages.append(answer.choices[0].message.model_dump(exclude_none=True))
+            usage = answer.usage
+            turns.append(Turn(usage.prompt_tokens, usage.completion_tokens, usage.prompt_cache_hit_tokens))
+    return turns
+
+
+async def anthropic_turns(url, name, *, effort, tools):
+    turns, messages = [], []
+    system = [{"type": "text", "text": text} for text in (name, *SYSTEM)]
+    settings = {"tools": [{"name": "read", "description": "Reads a file.", "input_schema": SCHEMA}]} if tools else {}
+    thinks = {"type": "disabled"} if effort == "none" else {"type": "enabled", "budget_tokens": 1024}
+    async with anthropic.AsyncAnthropic(base_url=url, api_key="-", max_retries=0) as client:
+        for number in range(NUM_TURNS):
+            question = [{"type": "text", "text": f"Question {number}: "}, {"type": "text", "text": "what is it? " * 5}]
+            if tools and number % 2:
+                messages.append({"role": "user", "content": "Look at the file."})
+                use = {"type": "tool_use", "id": f"c{number}", "name": "read", "input": {"path": "/etc/motd"}}
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": "I look."}, use]})
+                result = {"type": "tool_result", "tool_use_id": f"c{number}", "content": f"line {number}\n" * 5}
+                question = [result, *question]
+            messages.append({"role": "user", "content": question})
+            answer = await client.messages.create(
+                model=MODEL, system=system, messages=messages, max_tokens=50, thinking=thinks, **settings
+            )
+            messages.append({"role": "assistant", "content": [block.model_dump() for block in answer.content]})
+            usage = answer.usage
+            prompt = usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens
+            turns.append(Turn(prompt, usage.output_tokens, usage.cache_read_input_tokens))
+    return turns
+
+
+@pytest.mark.parametrize("turns_of", [openai_turns, anthropic_turns])
+async def test_each_turn_hits_to_the_last_full_block_that_the_format_keeps(url, turns_of):
+    for effort, tools in (("none", False), ("none", True), ("high", True)):
+        turns = await turns_of(url, f"{effort} {tools} ", effort=effort, tools=tools)
+        for before, turn in itertools.pairwise(turns):
+            # The last token of an answer that was cut off is chosen, not run: its KV is the next turn's to compute.
+            kept = before.prompt + before.answer
+            full = {(kept - 1) // BLOCK * BLOCK, kept // BLOCK * BLOCK}
+            # A prompt that ends at a boundary has its checkpoint one block earlier, where it can be resumed itself.
+            full |= {before.prompt - BLOCK} & {end - BLOCK for end in full if end == before.prompt}
+            assert turn.hit in full, (effort, tools, turns)
+    # Without tools the format drops the reasoning of earlier turns: what is kept ends before the tag that opens it.
+    turns = await turns_of(url, "dropped ", effort="high", tools=False)
+    for before, turn in itertools.pairwise(turns):
+        kept = before.prompt - len("think>")
+        # The prompt's end has a checkpoint; where the tag crosses a block's boundary, the one before it may have none.
+        assert turn.hit <= kept // BLOCK * BLOCK
+        if kept // BLOCK == (before.prompt - 1) // BLOCK:
+            assert turn.hit == kept // BLOCK * BLOCK, turns
