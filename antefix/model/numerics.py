@@ -88,8 +88,11 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 def multiply_each(a: Tensor, b: Tensor) -> Tensor:
     """a [N, R, K] times b [N, K, O], pair by pair: sums of at most SUM_TILE addends, added up in order.
 
-    MKL runs one pair as a plain product, and was seen to split sums of 1,024 addends there, and nowhere else.
+    MKL runs one pair as a plain product, and was seen to split sums of 1,024 addends there, and nowhere else; with one
+    column it is a product with a vector, summed in yet another order, so there is a second one.
     """
+    if b.shape[2] == 1:
+        return multiply_each(a, F.pad(b, (0, 1)))[:, :, :1]
     product = torch.bmm(a[:, :, :SUM_TILE], b[:, :SUM_TILE])
     for start in range(SUM_TILE, a.shape[2], SUM_TILE):
         product.baddbmm_(a[:, :, start : start + SUM_TILE], b[:, start : start + SUM_TILE])
