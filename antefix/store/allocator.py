@@ -2,7 +2,7 @@
 
 By default every buffer of 128 KiB or more is mapped when it is allocated and unmapped when it is freed, and the page
 faults of a fresh 1 MiB buffer cost more than filling it: 1.2 to 1.9 GB/s instead of 10 to 25 was measured for reads,
-protobuf and zstd. Processes that move payloads call this once, when they start.
+protobuf and zstd. Processes that move payloads call this when they start to; again does nothing more.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from grpc.experimental import ChannelOptions
 
 from antefix import rpc
 from antefix.errors import BlockCorrupt, InvalidRequest
+from antefix.store.allocator import keep_large_buffers
 from antefix.store.pieces import piece_checksum
 from antefix.store.wire import Piece, unpack_get_response
 from antefix.v1 import kvstore_pb2
@@ -59,9 +60,10 @@ class Progress:
 
 
 class PayloadChannel:
-    """A connection for Get alone."""
+    """A connection for Get alone. Tells the allocator to keep buffers of a message's size."""
 
     def __init__(self, address: str) -> None:
+        keep_large_buffers()
         # The calling thread reads the stream itself, without one more thread in between.
         options = (*rpc.CHANNEL_OPTIONS, (ChannelOptions.SingleThreadedUnaryStream, 1))
         self._channel = grpc.insecure_channel(address, options=options)
