@@ -39,6 +39,9 @@ class InFlight(Generic[Flight]):
 
     def find(self, keys: Sequence[Key], num_stored: int) -> tuple[Flight, int] | None:
         """Who computes the deepest block of this chain beyond the stored ones, and how many blocks lead to it."""
+        # Most prompts share nothing with those in flight; to see that takes one pass without a line of Python.
+        if self._leaders.keys().isdisjoint(keys[num_stored:]):
+            return None
         for index in range(len(keys) - 1, num_stored - 1, -1):
             leader = self._leaders.get(keys[index])
             if leader is not None:

@@ -43,7 +43,8 @@ class Loads:
 
     seeds: from their addresses.  pending_tokens: of work placed and not done.  active_tokens: prompts' lengths of the
     same.  resident_tokens: of this prompt, probably in the worker's memory.  num_served: requests ended, ever.
-    hinted: the row that the request's conversation was last at; -1: none.
+    hinted: the row that the request's conversation was last at; -1: none.  leading: the row where the beginning of this
+    prompt is being computed for another request, soon_tokens of it; -1: nowhere.
     """
 
     seeds: Seeds
@@ -54,6 +55,8 @@ class Loads:
     num_served: Counts
     shunned: Flags
     hinted: int = -1
+    leading: int = -1
+    soon_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -95,9 +98,11 @@ def cached_tokens(work: Work, loads: Loads) -> Amounts:
     return np.full(len(loads), float(work.stored_tokens))
 
 
-def own_work(work: Work, loads: Loads) -> Amounts:
-    """Tokens of work that the request itself is on each worker: the uncached rest, and loading what is not resident."""
-    if work.stored_tokens is None:
-        return work.num_tokens - loads.resident_tokens.astype(np.float64)
-    fetched = np.maximum(0, work.stored_tokens - loads.resident_tokens)
-    return (work.num_tokens - work.stored_tokens) + FETCH_WEIGHT * fetched
+def own_work(work: Work, loads: Loads) -> tuple[Amounts, Amounts]:
+    """Tokens of work that the request itself is on each worker: computing the rest, and loading what is elsewhere."""
+    computing = work.num_tokens - cached_tokens(work, loads)
+    loading = FETCH_WEIGHT * np.maximum(0.0, work.num_tokens - computing - loads.resident_tokens)
+    if loads.leading >= 0 and computing[loads.leading] > work.num_tokens - loads.soon_tokens:
+        # It comes after the other one there, and finds those blocks in memory.
+        computing[loads.leading], loading[loads.leading] = work.num_tokens - loads.soon_tokens, 0.0
+    return computing, loading

@@ -13,27 +13,43 @@ from router.placement import Loads, Policy, Work, own_work, rendezvous
 
 # Costs this near are equal: predictions are not better than a block or two, and equals can be told apart by better.
 TIE_TOKENS = 256.0
-# Each request at a worker stands for one that will wait behind what is placed there now. Simulated on a chat trace, 8
-# workers at 86%: p90 to the first token is 3.9 s at 0, 2.9 s at 0.25, 2.4 s at 1.
-QUEUE_WEIGHT = 1.0
+# Each request at a worker stands for others that will wait behind what is placed there now.
+QUEUE_WEIGHT = 0.5
+# What one worker computes though another one has it is lost to the whole fleet, and a busy fleet misses it more: so
+# computing counts this much more than waiting, and more by the requests that a worker has on average. Where a store is
+# shared all compute the same, and it makes no difference.
+COMPUTE_WEIGHT, COMPUTE_WEIGHT_PER_REQUEST, COMPUTE_WEIGHT_MAX = 1.0, 1.0, 9.0
 
 
 class LeastWork:
     """Least work until this request's first token, its own counted for those who will queue behind it too.
 
-    cost = pending + own * (1 + queue_weight * requests there), in tokens of prefill. Resident beats disk beats remote
+    cost = pending + own * (1 + queue_weight * requests there) + compute_weight * computing, in tokens of prefill, where
+    own is computing and loading. Resident beats disk beats remote
     within `own`. Ties: fewer requests; then where the conversation was; then an unseen prefix by rendezvous, another by
     history; then chance.
     """
 
-    def __init__(self, seed: int = 0, *, queue_weight: float = QUEUE_WEIGHT, tie_tokens: float = TIE_TOKENS) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        queue_weight: float = QUEUE_WEIGHT,
+        compute_weight: float = COMPUTE_WEIGHT,
+        tie_tokens: float = TIE_TOKENS,
+    ) -> None:
         self._rng = random.Random(seed)
         self._queue_weight = queue_weight
+        self._compute_weight = compute_weight
         self._tie_tokens = tie_tokens
 
     def choose(self, work: Work, loads: Loads) -> int:
         # 1. The work; a worker that just failed is the last choice whatever it has.
-        costs = loads.pending_tokens + own_work(work, loads) * (1 + self._queue_weight * loads.num_requests)
+        computing, loading = own_work(work, loads)
+        busy = float(loads.num_requests.mean())
+        weight = min(COMPUTE_WEIGHT_MAX, self._compute_weight + COMPUTE_WEIGHT_PER_REQUEST * busy)
+        costs = loads.pending_tokens + weight * computing
+        costs += (computing + loading) * (1 + self._queue_weight * loads.num_requests)
         if loads.shunned.any():
             costs = np.where(loads.shunned, np.inf, costs)
         rows = np.flatnonzero(costs <= costs.min() + self._tie_tokens)

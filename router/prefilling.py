@@ -84,9 +84,10 @@ class _Order:
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A leader's prefill. until: when it should be done, by the router's clock."""
+    """A leader's prefill. until: when it should be done, by the router's clock.  address: the worker that has it."""
 
     until: float
+    address: str = ""
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -149,7 +150,9 @@ class Prefilling:
             if not await _set_within(flight.done, patience - now):
                 self.counters.num_gave_up_waiting += 1
         # 4. Prefill, elsewhere if a worker goes away.
-        return Ready(work=work, answer=await self._lead(order, work, num_stored or 0))
+        # Behind a leader that kept nobody waiting its blocks will be there in time; one that did is not believed again.
+        soon = (found[0].address, found[1]) if found and patience is None else None
+        return Ready(work=work, answer=await self._lead(order, work, num_stored or 0, soon))
 
     async def _num_stored_blocks(self, prompt: Prompt, request_id: str, *, ask: bool) -> int | None:
         """ask: the store itself, though its events may tell: what was stored this moment is not among them yet."""
@@ -180,17 +183,19 @@ class Prefilling:
         here_s = rest / rate * (1 + self._num_decoding())
         return here_s <= self.counters.overhead_s + (waiting + rest) / rate
 
-    async def _lead(self, order: _Order, work: Work, num_stored: int) -> Prefilled | None:
+    async def _lead(self, order: _Order, work: Work, num_stored: int, soon: tuple[str, int] | None) -> Prefilled | None:
         flight = _Flight(until=time.monotonic() + work.num_tokens / self._tokens_per_s())
         claimed = self._in_flight.lead(flight, order.prompt.keys, num_stored)
         self.counters.num_led += 1
         try:
-            return await self._prefill(order, work, flight)
+            return await self._prefill(order, work, flight, soon)
         finally:
             self._in_flight.end(claimed)
             flight.done.set()
 
-    async def _prefill(self, order: _Order, work: Work, flight: _Flight) -> Prefilled | None:
+    async def _prefill(
+        self, order: _Order, work: Work, flight: _Flight, soon: tuple[str, int] | None
+    ) -> Prefilled | None:
         tried: set[str] = set()
         prompt = order.prompt
         stored = work.stored_tokens or 0
@@ -198,9 +203,10 @@ class Prefilling:
         hint = self._sessions.last(prompt.tenant, order.session, Role.PREFILL)
         while len(tried) < min(NUM_MOVES_MAX, len(self._workers.workers)):
             worker = self._workers.place(
-                work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
+                work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint, soon=soon
             )
             tried.add(worker.address)
+            flight.address = worker.address
             flight.until = time.monotonic() + self._admit(worker, own)
             try:
                 answer = await self._call(worker, order, own)

@@ -90,10 +90,12 @@ class Workers:
         exclude: frozenset[str],
         *,
         hint: str = "",
+        soon: tuple[str, int] | None = None,
     ) -> Worker:
         """The policy's choice for this prompt. A worker that failed or drains is taken only where there is no other.
 
-        hint: the address where the conversation's last turn was; decides between equals.
+        hint: the address where the conversation's last turn was; decides between equals.  soon: where the prompt's
+        beginning is being computed, and how many blocks of it.
         Raises:  Unavailable: there is none besides the excluded ones.
         """
         now = time.monotonic()
@@ -106,7 +108,10 @@ class Workers:
             return workers[0]
         resident = directory.leading([worker.address for worker in workers], keys) * block_size
         loads = loads_of(workers, resident, now)
-        loads.hinted = next((row for row, worker in enumerate(workers) if worker.address == hint), -1) if hint else -1
+        loads.hinted = _row_of(hint, workers)
+        if soon is not None and soon[1]:
+            loads.leading = _row_of(soon[0], workers)
+            loads.soon_tokens = min(soon[1] * block_size, work.num_tokens - 1)
         return workers[self._policy.choose(work, loads)]
 
     @contextlib.contextmanager
@@ -130,6 +135,10 @@ class Workers:
             worker.num_tokens -= num_tokens
             worker.num_active_tokens -= num_active_tokens
             worker.num_served += 1
+
+
+def _row_of(address: str, workers: Sequence[Worker]) -> int:
+    return next((row for row, worker in enumerate(workers) if worker.address == address), -1) if address else -1
 
 
 def loads_of(workers: Sequence[Worker], resident_tokens: npt.NDArray[np.int64], now: float) -> Loads:

@@ -149,7 +149,8 @@ class _Run:
         resident = self.directory.leading(self.addresses, names)
         known = max(num_stored, int(resident.max()))
         # 2. Single flight.
-        if self.fleet.coalesce and (found := self.in_flight.find(names, known)):
+        found = self.in_flight.find(names, known) if self.fleet.coalesce else None
+        if found is not None:
             leader, num_units = found
             shared_s = (num_units - known) * self.unit_tokens / self.fleet.machine.prefill_tokens_per_s
             if job.waited_s == 0 and worth_waiting(leader.pending_s - self.now, shared_s):
@@ -164,9 +165,13 @@ class _Run:
         )
         self.loads.resident_tokens = np.minimum(resident * self.unit_tokens, num_tokens - 1)
         self.loads.pending_tokens = self.total - np.minimum(self.head[0], (self.now - self.head[1]) * self.head[2])
+        self.loads.leading = found[0].row if found else -1
+        self.loads.soon_tokens = min(found[1] * self.unit_tokens, num_tokens - 1) if found else 0
         row = self.policy.choose(work, self.loads)
         # 4. Count it, and start it if the worker is free.
         cached = max(work.stored_tokens or 0, int(self.loads.resident_tokens[row]))
+        if row == self.loads.leading:
+            cached = max(cached, self.loads.soon_tokens)
         fetched = max(0, cached - int(self.loads.resident_tokens[row]))
         job.own_tokens = round(num_tokens - cached + FETCH_WEIGHT * fetched)
         job.claimed = self.in_flight.lead(job, names, known)
@@ -178,6 +183,7 @@ class _Run:
         self.loads.active_tokens[row] += num_tokens
         self._mirror(row)
         worker.queue.append(job)
+        job.row = row
         if worker.running is None:
             self._start(row)
 
@@ -305,6 +311,8 @@ class _Run:
         worker.backlog = Backlog()
         self._mirror(row)
         self._set_alive(row, False)
+        for job in lost:
+            job.row = -1
         self.outcomes.num_moved += len(lost)
         for job in lost:
             self.in_flight.end(job.claimed)

@@ -12,7 +12,10 @@ from simulate.trace import Request
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request on its way. names: its units as plain numbers, as the directory's keys.  claimed: in flight."""
+    """One request on its way. names: its units as plain numbers, as the directory's keys.  claimed: in flight.
+
+    row: of the worker that has it; -1: none yet.
+    """
 
     request: Request
     arrived_s: float
@@ -24,6 +27,7 @@ class Job:
     ticket: int = 0
     own_tokens: int = 0
     num_moves: int = 0
+    row: int = -1
 
 
 class Memory:

@@ -35,10 +35,11 @@ class Router:
         self.stored = stored
 
     def place(self, tail, hint=""):
-        prompt = NAMES.prompt("t", np.concatenate((HOT, np.full(40, tail, np.uint32))))
+        prompt = NAMES.prompt("t", np.concatenate((HOT, np.full(300, tail, np.uint32))))
         work = prompt.work(100 if self.stored else None)
         worker = self.workers.place(work, self.directory, prompt.keys, BLOCK, frozenset(), hint=hint)
-        own = own_work(work, loads_of([worker], self.directory.leading([worker.address], prompt.keys) * BLOCK, 0.0))
+        held = self.directory.leading([worker.address], prompt.keys) * BLOCK
+        own = sum(own_work(work, loads_of([worker], held, 0.0)))
         self.directory.placed(worker.address, prompt.keys)
         return worker, round(float(own[0]))
 
@@ -160,4 +161,4 @@ def test_what_the_store_does_not_have_is_never_promised_whatever_workers_say(ste
         if known is not None:
             assert known == stored
             assert cached_tokens(work, loads).max() <= stored * BLOCK
-            assert own_work(work, loads).min() >= work.num_tokens - min(stored * BLOCK, work.num_tokens - 1)
+            assert own_work(work, loads)[0].min() >= work.num_tokens - min(stored * BLOCK, work.num_tokens - 1)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from antefix.errors import InvalidRequest
-from router.placement import Loads, Work, own_work, seeds_of
+from router.placement import Loads, Work, seeds_of
+from router.placement import own_work as work_parts
 from router.policy import POLICIES, LeastWork, make_policy
 
 ADDRESSES = [f"127.0.0.1:{port}" for port in range(7001, 7009)]
@@ -33,6 +34,10 @@ def loads(addresses=ADDRESSES, **columns):
     )
 
 
+def own_work(work, loads):
+    return sum(work_parts(work, loads))
+
+
 def test_a_prefix_in_memory_beats_one_on_disk_beats_none():
     in_memory = own_work(work(1000, 900), loads(["a"], resident=[900]))[0]
     on_disk = own_work(work(1000, 900), loads(["a"]))[0]
@@ -46,6 +51,22 @@ def test_what_the_store_does_not_have_is_not_promised():
 
 def test_without_the_stores_word_memory_counts():
     assert own_work(work(1000, None), loads(["a"], resident=[900]))[0] == 100
+
+
+def test_a_prefix_that_is_being_computed_there_counts_as_there():
+    behind = loads(["a", "leader"])
+    behind.leading, behind.soon_tokens = 1, 900
+    assert own_work(work(1000, 0), behind).tolist() == [1000, 100]
+    assert own_work(work(1000, 950), behind).tolist() == [50 + 0.02 * 950] * 2
+    assert LeastWork().choose(work(1000, None), behind) == 1
+
+
+def test_where_a_store_is_shared_the_weight_of_computing_makes_no_difference():
+    heavy, light = LeastWork(), LeastWork(compute_weight=0.0)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        busy = loads(pending=rng.integers(0, 9000, 8), requests=rng.integers(0, 9, 8), resident=rng.integers(0, 900, 8))
+        assert heavy.choose(work(1000, 900), busy) == light.choose(work(1000, 900), busy)
 
 
 def test_a_long_queue_outweighs_a_prefix_in_memory():
