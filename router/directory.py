@@ -43,6 +43,8 @@ class Directory:
         self._serials: dict[str, int] = {}
         self._num_known = 0
         self._telling: set[str] = set()
+        self._num_changes = 0
+        self._asked: tuple[int, list[str], npt.NDArray[np.int64], int] | None = None
         self._gone = 0
 
     def __len__(self) -> int:
@@ -114,6 +116,7 @@ class Directory:
         if bit is None:
             return
         del self._row[bit]
+        self._num_changes += 1
         self._gone |= 1 << bit
         if self._gone.bit_count() > _GONE_MAX:
             self._sweep()
@@ -124,13 +127,10 @@ class Directory:
         Bisection for all workers at once: prefixes outlive their ends, so each holds a leading part.
         """
         depths: dict[int, int] = {}
-        rows = [self._bit.get(address, -1) for address in addresses]
-        mask = 0
-        for bit in rows:
-            if bit >= 0:
-                mask |= 1 << bit
+        rows, mask = self._bits_of(addresses)
         spans = [(0, len(keys), mask & self._held(keys[0]))] if keys else []
-        found = np.zeros(max(self._bit.values(), default=0) + 2, np.int64)
+        # One more than bits: the last stands for workers that have none.
+        found = np.zeros(mask.bit_length() + 1, np.int64)
         while spans:
             low, high, holders = spans.pop()
             if not holders:
@@ -144,7 +144,15 @@ class Directory:
             spans.append((low, middle - 1, holders & ~deeper))
         for holders, depth in depths.items():
             found[_bits(holders)] = depth
-        return found[np.array(rows, np.int64)] if rows else found[:0]
+        return found[rows]
+
+    def _bits_of(self, addresses: Sequence[str]) -> tuple[npt.NDArray[np.int64], int]:
+        """Each one's bit, -1 for none, and all of them together; the same workers are asked for again and again."""
+        if self._asked is None or self._asked[0] != self._num_changes or self._asked[1] != addresses:
+            bits = [self._bit.get(address, -1) for address in addresses]
+            mask = sum(1 << bit for bit in bits if bit >= 0)
+            self._asked = self._num_changes, list(addresses), np.array(bits, np.int64), mask
+        return self._asked[2], self._asked[3]
 
     def _held(self, key: Key) -> int:
         held = self._young.get(key)
@@ -157,6 +165,7 @@ class Directory:
             while bit in self._row or self._gone >> bit & 1:
                 bit += 1
             self._bit[address], self._row[bit] = bit, address
+            self._num_changes += 1
             self._num_known += 1
             self._serials[address] = self._num_known
         return bit
