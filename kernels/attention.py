@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import hopper
 from kernels.finish import rotate_back, store_output
 from kernels.formats import byte_alignment, check
 from kernels.operands import Heads, Window, check_operands
@@ -35,6 +36,9 @@ _TILE = (64, 8)
 # Programs that fill the card, and the fewest tiles worth a program of their own.
 _PROGRAMS = 132
 _TILES_MIN = 2
+# From so many programs before the split and so many tiles on, the kernel with roles is the faster one.
+_ROLES_PROGRAMS_MIN = 32
+_ROLES_TILES_MIN = 8
 
 
 @triton.jit
@@ -315,6 +319,8 @@ def _attend(
     head_tiles = triton.cdiv(num_heads, head_tile)
     n, warps = tile or _TILE
     tiles = triton.cdiv(entries_max + min(window.records.shape[1], 128), n)
+    # Whoever names the splits gets one kernel, whatever the batch.
+    many = splits is not None or (num_queries * head_tiles >= _ROLES_PROGRAMS_MIN and tiles >= _ROLES_TILES_MIN)
     splits = splits or max(1, min(_PROGRAMS // (num_queries * head_tiles), tiles // _TILES_MIN))
     part_out = part_lse = out
     if splits > 1:
@@ -323,7 +329,7 @@ def _attend(
     # Offsets count in the widest unit that divides them all, so that loads are that wide.
     unit = min(byte_alignment(records), byte_alignment(window.records), 8)
     chunk = min(_CHUNK, max(16, triton.next_power_of_2(dim)))
-    _attend_kernel[(num_queries, head_tiles, splits)](
+    arguments = (
         q,
         records,
         window.firsts if block_table is None else block_table,
@@ -350,22 +356,32 @@ def _attend(
         window.records.stride(0) // unit,
         out.stride(0),
         out.stride(1),
-        WINDOW=window.records.shape[1],
-        ENTRIES=records.shape[1],
-        RECORD=fmt.nbytes,
-        UNIT=unit,
-        NOPE=fmt.nope_dim,
-        ROPE=fmt.rope_dim,
-        SCALE_OFFSET=fmt.scale_offset,
-        C=chunk,
-        CHUNKS=triton.cdiv(dim, chunk),
-        WORD_SCALES=fmt.nbytes - fmt.scale_offset == 8 and unit == 8,
-        SELECTED=slots is not None,
-        SPLIT=splits > 1,
-        H=head_tile,
-        N=n,
-        num_warps=warps,
     )
+    grid = (num_queries, head_tiles, splits)
+    layout = {"WINDOW": window.records.shape[1], "ENTRIES": records.shape[1]}
+    kind = {"SELECTED": slots is not None, "SPLIT": splits > 1}
+    known = tile is None and unit == 8 and num_heads >= 32 and (dim, fmt.rope_dim) == (512, 64)
+    if many and known and hopper.available(q):
+        from kernels.attention_hopper import attend_kernel
+
+        attend_kernel[grid](*arguments, **layout, **kind, num_warps=4)
+    else:
+        _attend_kernel[grid](
+            *arguments,
+            **layout,
+            **kind,
+            RECORD=fmt.nbytes,
+            UNIT=unit,
+            NOPE=fmt.nope_dim,
+            ROPE=fmt.rope_dim,
+            SCALE_OFFSET=fmt.scale_offset,
+            C=chunk,
+            CHUNKS=triton.cdiv(dim, chunk),
+            WORD_SCALES=fmt.nbytes - fmt.scale_offset == 8 and unit == 8,
+            H=head_tile,
+            N=n,
+            num_warps=warps,
+        )
     if splits > 1:
         _merge_kernel[(num_queries, triton.cdiv(num_heads, _MERGE_HEADS))](
             part_out,

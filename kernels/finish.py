@@ -30,7 +30,7 @@ def norm_rope(x, rows, live, weight, cos, sin, eps, ROWS: tl.constexpr, D: tl.co
                ROPE: tl.constexpr):  # fmt: skip
     """RMSNorm, then RoPE on the last ROPE of DIM dims, of x [ROWS, D] whose columns from DIM on are zero."""
     d = tl.arange(0, D)
-    x = x / tl.sqrt(tl.sum(x * x, 1) / DIM + eps)[:, None] * tl.load(weight + d, d < DIM, other=0.0)[None, :]
+    x = x * (1.0 / tl.sqrt(tl.sum(x * x, 1) / DIM + eps))[:, None] * tl.load(weight + d, d < DIM, other=0.0)[None, :]
     even, odd = tl.split(tl.reshape(x, (ROWS, D // 2, 2)))
     pair = tl.arange(0, D // 2) - (DIM - ROPE) // 2
     turned = live[:, None] & (pair >= 0)[None, :] & (pair < ROPE // 2)[None, :]
@@ -45,16 +45,24 @@ def store_entries(x, base, live, ROWS: tl.constexpr, D: tl.constexpr, DIM: tl.co
                    SCALE_OFFSET: tl.constexpr, RECORD: tl.constexpr):  # fmt: skip
     """Write x [ROWS, D] float32 as FP8 entries at byte pointers base [ROWS]."""
     NOPE: tl.constexpr = DIM - ROPE
+    d = tl.arange(0, D)
+    store_codes(x, base, live, ROWS, D, NOPE, SCALE_OFFSET, RECORD)
+    rope = (base + NOPE).to(tl.pointer_type(tl.int16))
+    tl.store(rope[:, None] + (d - NOPE)[None, :], bf16_bits(x), live[:, None] & ((d >= NOPE) & (d < DIM))[None, :])
+
+
+@triton.jit
+def store_codes(x, base, live, ROWS: tl.constexpr, D: tl.constexpr, NOPE: tl.constexpr, SCALE_OFFSET: tl.constexpr,
+                 RECORD: tl.constexpr):  # fmt: skip
+    """Write columns 0 to NOPE of x [ROWS, D] float32 as FP8 codes, their scales, and the record's padding."""
     GROUP: tl.constexpr = 64 if D > 64 else D
     GROUPS: tl.constexpr = D // GROUP
     d = tl.arange(0, D)
     nope = tl.reshape(tl.where((d < NOPE)[None, :], x, 0.0), (ROWS, GROUPS, GROUP))
     k = fp8_exponent(tl.max(tl.abs(nope), 2))
-    scaled = tl.minimum(tl.maximum(nope * power_of_two(-k)[:, :, None], -448.0), 448.0)
-    codes = tl.reshape(e4m3_code(scaled), (ROWS, D)).to(tl.uint8)
+    # By the choice of k no magnitude exceeds 448.
+    codes = tl.reshape(e4m3_code(nope * power_of_two(-k)[:, :, None]), (ROWS, D)).to(tl.uint8)
     tl.store(base[:, None] + d[None, :], codes, live[:, None] & (d < NOPE)[None, :])
-    rope = (base + NOPE).to(tl.pointer_type(tl.int16))
-    tl.store(rope[:, None] + (d - NOPE)[None, :], bf16_bits(x), live[:, None] & ((d >= NOPE) & (d < DIM))[None, :])
     g = tl.arange(0, GROUPS)
     used = (g * GROUP < NOPE)[None, :]
     tl.store(base[:, None] + (SCALE_OFFSET + g)[None, :], (k + 127).to(tl.uint8), live[:, None] & used)

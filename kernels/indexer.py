@@ -18,24 +18,23 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import hopper
 from kernels.formats import KeyFormat, byte_alignment, check, check_records
-from kernels.rounding import e2m1_code, fp4_exponent, hadamard_rows, power_of_two
+from kernels.index_queries import IndexQuery, as_half, in_words, prepare_queries
+from kernels.rounding import power_of_two
+
+__all__ = ["IndexQuery", "IndexScores", "group_for", "index_scores", "prepare_queries"]
 
 # Programs that fill the card in decode: measured best of 264 to 19,200.
 _DECODE_PROGRAMS = 1584
 # Keys of a tile, queries of a product (prefill), warps, stages (prefill): measured best.
 _DECODE_TILE = (64, 1, 4, 1)
 _PREFILL_TILE = (128, 2, 4, 2)
+# The same for the kernels of indexer_hopper.
+_HOPPER_PROGRAMS = 1584
+_HOPPER_QUERIES = 128
 # Queries that a decoded tile of keys serves before it is dropped.
 _PREFILL_QUERIES = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexQuery:
-    """Rounded queries: codes [T, H, d] float16 (dims in the order in which keys decode), weights [T, H] float32."""
-
-    codes: torch.Tensor
-    weights: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,42 +48,8 @@ class IndexScores:
 
 
 @triton.jit
-def _queries_kernel(q, weights, codes, out_weights, factor, stride_t, stride_h, stride_w, HEADS, DIM: tl.constexpr,
-                    LOG2_DIM: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
-    """Rotate and round ROWS heads of one query."""
-    t = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    live = h < HEADS
-    d = tl.arange(0, DIM)
-    GROUP: tl.constexpr = 32 if DIM > 32 else DIM
-    x = tl.load(q + t * stride_t + h[:, None] * stride_h + d[None, :], live[:, None], other=0.0).to(tl.float32)
-    x = tl.reshape(hadamard_rows(x, ROWS, DIM, LOG2_DIM), (ROWS, DIM // GROUP, GROUP))
-    k = fp4_exponent(tl.max(tl.abs(x), 2))
-    top = tl.max(k, 1)
-    code = e2m1_code(tl.minimum(tl.maximum(x * power_of_two(-k)[:, :, None], -6.0), 6.0))
-    half = (((code & 7) << 9) | ((code & 8) << 12)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    # 2^14 restores the value; far below the row's largest scale it fades to zero instead of wrapping.
-    share = power_of_two(tl.maximum(k - top[:, None], -100) + 14)
-    value = tl.reshape(half * share[:, :, None], (ROWS, DIM)).to(tl.float16)
-    # Word order: dim 8j + e goes to 8j + place(e), where keys of word j decode to 0 4 1 5 2 6 3 7.
-    e = d % 8
-    place = tl.where(e < 4, e * 2, e * 2 - 7) if WORDS else e
-    # Without words: even dims first, then odd ones.
-    spread = (d - e + place) if WORDS else (d // 2 + (d % 2) * (DIM // 2))
-    at = (t * HEADS + h.to(tl.int64))[:, None] * DIM + spread[None, :]
-    tl.store(codes + at, value, live[:, None])
-    w = tl.load(weights + t * stride_w + h, live, other=0.0).to(tl.float32)
-    tl.store(out_weights + t * HEADS + h, w * factor * power_of_two(top), live)
-
-
-@triton.jit
-def _half(bits):
-    return bits.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
 def _decode_words(words, N: tl.constexpr, WORDS: tl.constexpr):
-    """Nibbles of words [N, WORDS] int32 as FP16 [N, 8 * WORDS] times 2^-14, each word's in the order 0 4 1 5 2 6 3 7.
+    """Nibbles of words [N, WORDS] int32 as FP16 [N, 8 * WORDS] times 2^-14, in the order that _queries_kernel writes.
 
     A nibble s e e m is an FP16 s 0 0 0 e e m 0..: two nibbles move at once, one to each half of a word.
     """
@@ -93,17 +58,17 @@ def _decode_words(words, N: tl.constexpr, WORDS: tl.constexpr):
     b = ((words & 0x00700070) << 5) | ((words & 0x00800080) << 8)
     c = ((shifted & 0x00070007) << 9) | ((shifted & 0x00080008) << 12)
     d = ((shifted & 0x00700070) << 5) | ((shifted & 0x00800080) << 8)
-    ab = tl.join(tl.join(_half(a), _half(b)), tl.join(_half(a >> 16), _half(b >> 16)))
-    cd = tl.join(tl.join(_half(c), _half(d)), tl.join(_half(c >> 16), _half(d >> 16)))
-    # [N, WORDS, b or d, upper half, c or d] -> order a, a', b, b', c, c', d, d'.
-    every = tl.join(ab, cd)
-    return tl.reshape(tl.permute(every, (0, 1, 4, 2, 3)), (N, 8 * WORDS))
+    ab = tl.join(tl.join(as_half(a), as_half(b)), tl.join(as_half(a >> 16), as_half(b >> 16)))
+    cd = tl.join(tl.join(as_half(c), as_half(d)), tl.join(as_half(c >> 16), as_half(d >> 16)))
+    # [N, WORDS, b or d, upper half, c or d] -> of four words each a, a', then each b, b', and so on.
+    every = tl.permute(tl.join(ab, cd), (0, 1, 4, 2, 3))
+    return tl.reshape(tl.permute(tl.reshape(every, (N, WORDS // 4, 4, 4, 2)), (0, 1, 3, 2, 4)), (N, 8 * WORDS))
 
 
 @triton.jit
 def _shares(scale, top):
     """FP16 of 2^(14 + scale - top); zero where that is under FP16's normal range."""
-    return _half(tl.maximum(scale - top + 29, 0) << 10)
+    return as_half(tl.maximum(scale - top + 29, 0) << 10)
 
 
 @triton.jit
@@ -137,8 +102,8 @@ def _decode_keys(codes, scales, N: tl.constexpr, DIM: tl.constexpr, PACKED: tl.c
         share = _shares(scales, top[:, None])
         half = tl.reshape(tl.broadcast_to(share[:, :, None], (N, GROUPS, GROUP // 2)), (N, DIM // 2))
         spread = tl.reshape(tl.permute(tl.join(half, half), (0, 2, 1)), (N, DIM))
-        low = _half(((codes & 7) << 9) | ((codes & 8) << 12))
-        high = _half(((codes & 0x70) << 5) | ((codes & 0x80) << 8))
+        low = as_half(((codes & 7) << 9) | ((codes & 8) << 12))
+        high = as_half(((codes & 0x70) << 5) | ((codes & 0x80) << 8))
         values = tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (N, DIM))
     return power_of_two(tl.maximum(top - 127, -126)), values * spread
 
@@ -248,41 +213,6 @@ def _prefill_kernel(codes, weights, records, block_table, lens, scores, maxima, 
             tl.store(maxima + t * stride_m + group, best, group * GROUP < length)
 
 
-def prepare_queries(q: torch.Tensor, weights: torch.Tensor, factor: float) -> IndexQuery:
-    """Rotate (Hadamard) and round index queries to FP4, ready for index_scores.
-
-    Shapes:  q [T, H, d] float32 or bfloat16, RoPE applied, last dim contiguous; weights [T, H] float, last dim
-             contiguous; factor multiplies every weight (V4: d^-1/2 * H^-1/2).
-    Raises:  ValueError: wrong dtype, shape or stride.
-    Source:  released inference code; oracle: reference.prepare_queries.
-    """
-    check(q.dim() == 3 and q.stride(2) == 1, "q must be [T, H, d], last dim contiguous")
-    check(weights.shape == q.shape[:2] and weights.stride(1) == 1, "weights must be [T, H], last dim contiguous")
-    check(q.dtype in (torch.float32, torch.bfloat16), f"q must be float32 or bfloat16, is {q.dtype}")
-    (num_queries, heads, dim), fmt = q.shape, KeyFormat(dim=q.shape[2])
-    codes = torch.empty(num_queries, heads, dim, dtype=torch.float16, device=q.device)
-    out_weights = torch.empty(num_queries, heads, dtype=torch.float32, device=q.device)
-    rows = min(16, triton.next_power_of_2(heads))
-    if num_queries:
-        _queries_kernel[(num_queries, triton.cdiv(heads, rows))](
-            q,
-            weights,
-            codes,
-            out_weights,
-            factor,
-            q.stride(0),
-            q.stride(1),
-            weights.stride(0),
-            heads,
-            DIM=dim,
-            LOG2_DIM=dim.bit_length() - 1,
-            ROWS=rows,
-            WORDS=_in_words(fmt),
-            num_warps=4,
-        )
-    return IndexQuery(codes=codes, weights=out_weights)
-
-
 def index_scores(
     query: IndexQuery,
     records: torch.Tensor,
@@ -314,7 +244,7 @@ def index_scores(
     per_sequence = num_queries // sequences
     keys, q_step, warps, stages = tile or (_DECODE_TILE if per_sequence == 1 else _PREFILL_TILE)
     check(keys >= 64, "a tile must have at least 64 keys: the compiler was seen to err below, at an indexer dim of 16")
-    check(not _in_words(fmt) or byte_alignment(records) >= 4, "keys of whole words must start at multiples of 4")
+    check(not in_words(fmt) or byte_alignment(records) >= 4, "keys of whole words must start at multiples of 4")
     check(keys % group == 0, f"a tile of {keys} keys must hold whole groups of {group}")
     padded = triton.cdiv(max(num_entries_max, 1), keys) * keys
     scores = torch.empty(num_queries, padded, dtype=torch.float32, device=records.device)
@@ -322,12 +252,27 @@ def index_scores(
     if not num_queries or not num_entries_max:
         return IndexScores(scores=scores, maxima=maxima, group=group)
     tensors = (query.codes, query.weights, records, block_table, lens, scores, maxima)
-    unit = 4 if _in_words(fmt) else 1
+    unit = 4 if in_words(fmt) else 1
     strides = (records.stride(0) // unit, block_table.stride(0), scores.stride(0), maxima.stride(0))
     layout = {"ENTRIES": records.shape[1], "STEP": fmt.nbytes // unit}
     heads_pad = max(16, triton.next_power_of_2(heads))
-    sizes = {"DIM": dim, "H": heads_pad, "N": keys, "GROUP": group, "PACKED": _in_words(fmt), "num_warps": warps}
-    if per_sequence == 1:
+    sizes = {"DIM": dim, "H": heads_pad, "N": keys, "GROUP": group, "PACKED": in_words(fmt), "num_warps": warps}
+    on_hopper = tile is None and heads <= 64 and in_words(fmt) and hopper.available(records)
+    if on_hopper and per_sequence == 1 and records.shape[1] % 16 == 0:
+        parts = max(1, min(padded // keys, _HOPPER_PROGRAMS // num_queries))
+        from kernels.indexer_hopper import decode_kernel
+
+        decode_kernel[(parts, num_queries)](
+            *tensors, heads, *strides, ENTRIES=records.shape[1], GROUP=group, num_warps=4
+        )
+    elif on_hopper and heads == 64:
+        from kernels.indexer_hopper import describe_queries, prefill_kernel
+
+        described = describe_queries(query.codes)
+        grid = (triton.cdiv(num_entries_max, 256), sequences * triton.cdiv(per_sequence, _HOPPER_QUERIES))
+        sizes = {"Q_TILE": _HOPPER_QUERIES, "ENTRIES": records.shape[1], "GROUP": group}
+        prefill_kernel[grid](described, *tensors[1:], per_sequence, *strides, **sizes, num_warps=4)
+    elif per_sequence == 1:
         parts = max(1, min(padded // keys, _DECODE_PROGRAMS // num_queries))
         _decode_kernel[(parts, num_queries)](*tensors, heads, *strides, **layout, **sizes)
     else:
@@ -336,11 +281,6 @@ def index_scores(
         steps = {"Q_TILE": _PREFILL_QUERIES, "Q_STEP": q_step, "STAGES": stages}
         _prefill_kernel[grid](*tensors, per_sequence, heads, *strides, **layout, **sizes, **steps)
     return IndexScores(scores=scores, maxima=maxima, group=group)
-
-
-def _in_words(fmt: KeyFormat) -> bool:
-    """Whether a key is whole 32-bit words, one of them its four scales (V4's is)."""
-    return fmt.dim == 128
 
 
 def group_for(num_entries: int, k: int) -> int:

@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.finish import norm_rope, record_offsets, store_entries, store_keys
+from kernels.finish import norm_rope, record_offsets, store_codes, store_entries, store_keys
 from kernels.formats import EntryFormat, KeyFormat, byte_alignment, check, check_records
+from kernels.rounding import bf16_bits
 
 # Columns of a group that one program pools where groups are long (HCA), and rows it has in flight.
 _POOL_COLUMNS = 64
@@ -58,19 +59,35 @@ class Overlap:
 @triton.jit
 def _rows_kernel(values, weight, cos, sin, eps, records, slots, num_rows, stride_n, stride_p,
                  ENTRIES: tl.constexpr, RECORD: tl.constexpr, ALIGN: tl.constexpr, SCALE_OFFSET: tl.constexpr,
-                 DIM: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+                 DIM: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
                  NORM: tl.constexpr):  # fmt: skip
     """Norm (unless NORM is false), round and write ROWS rows."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(slots + rows, rows < num_rows, other=-1)
     live = slot >= 0
+    NOPE: tl.constexpr = DIM - ROPE
     d = tl.arange(0, D)
-    at = rows.to(tl.int64)[:, None] * stride_n + d[None, :]
-    x = tl.load(values + at, live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
-    if NORM:
-        x = norm_rope(x, rows, live, weight, cos, sin, eps, ROWS, D, DIM, ROPE)
+    start = values + rows.to(tl.int64) * stride_n
     base = records + record_offsets(tl.maximum(slot, 0), stride_p, ENTRIES, RECORD, ALIGN)
-    store_entries(x, base, live, ROWS, D, DIM, ROPE, SCALE_OFFSET, RECORD)
+    x = tl.load(start[:, None] + d[None, :], live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
+    # RoPE dims are few: they are read again, by themselves, rather than turned and rounded among the others.
+    pair = tl.arange(0, PAIRS)
+    turned = live[:, None] & (pair < ROPE // 2)[None, :]
+    r = tl.arange(0, 2 * PAIRS)
+    tail = live[:, None] & (r < ROPE)[None, :]
+    y = tl.load(start[:, None] + (NOPE + r)[None, :], tail, other=0.0).to(tl.float32)
+    if NORM:
+        inverse = (1.0 / tl.sqrt(tl.sum(x * x, 1) / DIM + eps))[:, None]
+        x = x * inverse * tl.load(weight + d, d < DIM, other=0.0)[None, :]
+        y = y * inverse * tl.load(weight + NOPE + r, r < ROPE, other=0.0)[None, :]
+        even, odd = tl.split(tl.reshape(y, (ROWS, PAIRS, 2)))
+        at = rows[:, None] * (ROPE // 2) + pair[None, :]
+        c = tl.load(cos + at, turned, other=1.0)
+        s = tl.load(sin + at, turned, other=0.0)
+        y = tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), (ROWS, 2 * PAIRS))
+    store_codes(x, base, live, ROWS, D, NOPE, SCALE_OFFSET, RECORD)
+    rope = (base + NOPE).to(tl.pointer_type(tl.int16))
+    tl.store(rope[:, None] + r[None, :], bf16_bits(y), tail)
 
 
 @triton.jit
@@ -276,6 +293,7 @@ def _launch_rows(values: torch.Tensor, norm: Norm | None, target: Target, rope_d
         DIM=dim,
         ROPE=rope_dim,
         D=triton.next_power_of_2(dim),
+        PAIRS=triton.next_power_of_2(rope_dim // 2),
         ROWS=rows,
         NORM=norm is not None,
         num_warps=warps,

@@ -168,3 +168,33 @@ def test_wrong_operands_are_refused(device, draw):
         attention.hca_attention(case.q, case.pool, case.table, case.lens, 73, case.window, case.heads, out)
     with pytest.raises(ValueError, match="records must be"):
         attention.sparse_attention(case.q, case.pool[..., :-1], slots, picked, case.window, case.heads, out)
+
+
+def test_named_splits_give_a_query_the_same_bits_in_any_batch_and_with_any_table(device, draw):
+    case = Case(draw, sequences=3, queries=1, heads=40, dims=(512, 64), blocks=33, entries=32, ring=128)
+    size = case.table.shape[1] * case.entries
+    case.lens[1], case.lens[2] = size, 530
+    out = case.out[..., :512]
+    attention.hca_attention(case.q, case.pool, case.table, case.lens, size, case.window, case.heads, out, splits=4)
+    assert case.error(case.want(torch.arange(size, device=device) < case.lens.unsqueeze(1))) < TOLERANCE
+    w, h = case.window, case.heads
+    alone = torch.full_like(out[2:], float("nan"))
+    attention.hca_attention(
+        case.q[2:],
+        case.pool,
+        case.table[2:, :17],
+        case.lens[2:],
+        17 * 32,
+        operands.Window(records=w.records[2:], firsts=w.firsts[2:], counts=w.counts[2:]),
+        operands.Heads(sinks=h.sinks, scale=h.scale, cos=h.cos[2:], sin=h.sin[2:]),
+        alone,
+        splits=4,
+    )
+    assert torch.equal(alone, out[2:])
+
+
+def test_heads_beyond_a_program_are_attended_to_as_well(device, draw):
+    case = Case(draw, sequences=1, queries=2, heads=72, dims=(512, 64), blocks=2, entries=32, ring=128)
+    out = case.out[..., :512]
+    attention.hca_attention(case.q, case.pool, case.table, case.lens, 64, case.window, case.heads, out, splits=1)
+    assert case.error(case.want(torch.arange(64, device=device) < case.lens.unsqueeze(1))) < TOLERANCE

@@ -1,0 +1,14 @@
+"""Where the Gluon kernels of attention_hopper and indexer_hopper run: an H100 or its like, a Triton that has Gluon."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+_GLUON = importlib.util.find_spec("triton.experimental.gluon") is not None
+
+
+def available(x: torch.Tensor) -> bool:
+    """Whether they run where x lies. They name Hopper's own instructions, so no other compute capability takes them."""
+    return _GLUON and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
