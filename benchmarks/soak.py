@@ -91,7 +91,7 @@ class Soak:
         secret = config.data_dir / "secret"
         secret.write_text("ab" * 32)
         secret.chmod(0o600)
-        store = await self.deployment.start_role("kvstore", ["--dir", str(config.store_dir)])
+        store = await self.store()
         flags = ["--leases", "true", "--ledger-dir", str(config.ledger_dir), "--prefill-tokens-min", "32"]
         router = await self.deployment.start_role("router", [*self.shared(), *flags])
         self.client = RouterClient(router.address)
@@ -106,6 +106,10 @@ class Soak:
 
     def shared(self) -> list[str]:
         return self.deployment._shared_flags()
+
+    async def store(self, address: str = "127.0.0.1:0") -> RoleProcess:
+        flags = ["--dir", str(self.deployment.config.store_dir), "--address", address]
+        return await self.deployment.start_role("kvstore", flags)
 
     async def worker(self, role: str) -> RoleProcess:
         flags = ["--threads", "1", "--strategy", "auto", "--routers", self.client.address]
@@ -175,15 +179,20 @@ class Soak:
         """Now one, now the other; a new process takes its place after some seconds."""
         while True:
             await asyncio.sleep(self.rng.expovariate(1 / self.args.kill_every_s))
-            role = self.rng.choice(sorted(self.victims))
-            await self.deployment.kill(self.victims[role])
+            role = self.rng.choice(sorted(self.victims) + ["kvstore"] * self.args.kill_store)
+            await self.deployment.kill(self.steady[role] if role == "kvstore" else self.victims[role])
             self.tally.num_kills += 1
             await asyncio.sleep(RESTART_S)
-            self.victims[role] = await self.worker(role)
+            if role == "kvstore":
+                self.steady[role] = await self.store(self.steady[role].address)
+            else:
+                self.victims[role] = await self.worker(role)
 
     async def sample(self) -> None:
         while True:
             for role, process in self.steady.items():
+                if not process.alive:
+                    continue
                 row = (time.monotonic() - self.started, resident_mb(process), open_files(process))
                 self.samples.setdefault(role, []).append(row)
             await asyncio.sleep(SAMPLE_S)
@@ -295,6 +304,7 @@ def main() -> int:
     parser.add_argument("--twins", type=float, default=0.15, help="share of requests sent several times at once")
     parser.add_argument("--cancels", type=float, default=0.1, help="share of requests that are given up early")
     parser.add_argument("--kill-every-s", type=float, default=90.0)
+    parser.add_argument("--kill-store", action="store_true", help="the store too; its memory is then not followed")
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--pool-bytes", default="64M", help="of each worker: small, so that it is full early")
     parser.add_argument("--store-bytes", default="128M", help="small, so that it evicts")

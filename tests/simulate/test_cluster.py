@@ -12,6 +12,7 @@ from router.policy import POLICIES
 from simulate.cli import add_parser, run
 from simulate.cluster import Fleet, _Run, simulate_cluster
 from simulate.cluster_cli import copies
+from simulate.cluster_result import RECOVERY_S
 from simulate.cluster_worker import Job, Memory
 from simulate.generate import generate
 from simulate.machine import Machine, model_sizes
@@ -109,6 +110,23 @@ def test_a_killed_worker_costs_its_memory_only_where_there_is_no_store(chat):
     assert abs(with_store.token_hit_rate - before.token_hit_rate) < 0.01
     assert without.token_hit_rate < simulate(chat, shared_store=False).token_hit_rate
     assert with_store.after_hit_rate is not None and with_store.before_ttft_p90_s is not None
+
+
+def test_a_minute_after_one_of_eight_workers_died_hits_and_waits_are_what_they_were():
+    """Beside the same minutes of a run in which nobody died: a trace has its own course."""
+    trace = generate("chat", num_requests=6000, unit_tokens=512, seed=4)
+    killed_s, speedup, windows = 60.0, 8.0, []
+    for kills in ((), ((killed_s, 0.0),)):
+        one = _Run(512, "least_work", STRATEGY, SIZES, fleet(num_prefill=8, num_decode=8, kills=kills))
+        for request, _ in copies(trace, 1, speedup):
+            one.until(request.at_s)
+            one.arrive(Job(request=request, arrived_s=request.at_s, names=request.names.tolist()))
+        one.until(float("inf"))
+        windows.append(one.outcomes.window(killed_s + RECOVERY_S, killed_s + RECOVERY_S + 60))
+    (hit, p90_s), (hit_after, p90_after_s) = windows
+    assert hit > 0.4
+    assert abs(hit_after - hit) < 0.01 * hit
+    assert p90_after_s < 1.2 * p90_s
 
 
 def test_a_worker_that_joins_takes_work():

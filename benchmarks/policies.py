@@ -1,0 +1,145 @@
+"""Which placement policy gives the first token soonest? All of them over chat and agents, small and large fleets.
+
+    python benchmarks/policies.py --out policies.json --plot ../docs/plots/policies.svg
+
+Each scene is a trace over a fleet with or without the shared store, at moderate load (about 60% busy) and near
+saturation (about 88%), the clock's speed-up chosen once per scene so that least_work is that busy. Then every policy
+runs at that speed-up. The agents' trace is cut where its conversations end and only some go on for a day.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from antefix.window import parse
+from router.policy import POLICIES
+from simulate.cluster import Fleet, simulate_cluster
+from simulate.cluster_cli import UNIT_TOKENS, copies
+from simulate.cluster_result import PolicyResult
+from simulate.machine import model_sizes
+from simulate.plot import load_pyplot
+from simulate.trace import Trace, load
+
+TRACES = Path(__file__).parents[2] / "shared" / "traces"
+# Half of the agents' requests come in this time.
+AGENTS_S = 4500.0
+LOADS = {"moderate": 0.60, "saturated": 0.88}
+# Where to begin looking for the speed-up, by trace and store.
+SPEEDUPS = {("chat", True): 3.2, ("chat", False): 2.7, ("agents", True): 6.0, ("agents", False): 4.0}
+
+
+def traces() -> dict[str, Trace]:
+    chat = load(TRACES / "mooncake_conversation.jsonl.gz", "mooncake", block_size=UNIT_TOKENS)
+    agents = load(TRACES / "claude_code_80.jsonl.gz", "claude-code", block_size=UNIT_TOKENS)
+    first_hour = tuple(request for request in agents.requests if request.at_s < AGENTS_S)
+    return {"chat": chat, "agents": replace(agents, requests=first_hour)}
+
+
+def run(trace: Trace, policy: str, workers: int, speedup: float, *, shared_store: bool) -> PolicyResult:
+    """As many copies of the trace as there are eights of workers."""
+    num_copies = max(1, workers // 8)
+    return simulate_cluster(
+        copies(trace, num_copies, speedup),
+        total=len(trace.requests) * num_copies,
+        unit_tokens=trace.unit_tokens,
+        policy=policy,
+        strategy=parse("auto"),
+        sizes=model_sizes("v4-flash"),
+        fleet=Fleet(num_prefill=workers, num_decode=workers, shared_store=shared_store),
+    )
+
+
+def speedup_for(trace: Trace, busy: float, start: float, *, shared_store: bool) -> float:
+    """The speed-up at which eight workers are so busy under least_work, to a hundredth or so."""
+    speedup = start
+    for _ in range(5):
+        found = run(trace, "least_work", 8, speedup, shared_store=shared_store).utilisation
+        if abs(found - busy) < 0.01:
+            break
+        speedup = round(speedup * min(2.0, busy / found), 2)
+    return speedup
+
+
+def scenes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    found = []
+    for name, trace in traces().items():
+        for shared_store in (True, False):
+            start = SPEEDUPS[name, shared_store]
+            for load_name, busy in LOADS.items():
+                start = speedup_for(trace, busy, start, shared_store=shared_store)
+                for workers in args.workers:
+                    scene = {"trace": name, "store": shared_store, "load": load_name, "workers": workers}
+                    policies = {}
+                    for policy in args.policy or POLICIES:
+                        begun = time.monotonic()
+                        policies[policy] = asdict(run(trace, policy, workers, start, shared_store=shared_store))
+                        sys.stderr.write(f"{scene} {policy}: {time.monotonic() - begun:.0f} s\n")
+                    found.append({**scene, "speedup": start, "policies": policies})
+                    if args.out:
+                        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """A Markdown table: ours, and the best of the others in each figure."""
+    lines = [
+        "| trace, workers | store | load | hit | p50 s | p90 s | p99 s | best other: hit | p50 s | p90 s | p99 s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for scene in found:
+        ours = scene["policies"]["least_work"]
+        others = {name: result for name, result in scene["policies"].items() if name != "least_work"}
+        cells = [f"{scene['trace']}, {scene['workers']}", "yes" if scene["store"] else "no", scene["load"]]
+        cells += [f"{ours['token_hit_rate']:.2%}", *(f"{ours[f'ttft_{q}_s']:.3g}" for q in ("p50", "p90", "p99"))]
+        name = max(others, key=lambda each: others[each]["token_hit_rate"])
+        cells.append(f"{others[name]['token_hit_rate']:.2%} {name}")
+        for quantile in ("p50", "p90", "p99"):
+            name = min(others, key=lambda each: others[each][f"ttft_{quantile}_s"])
+            cells.append(f"{others[name][f'ttft_{quantile}_s']:.3g} {name}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(found: list[dict[str, Any]], path: Path) -> None:
+    """p90 of each policy over its own hit rate, a panel a scene."""
+    pyplot = load_pyplot()
+    columns = 4
+    rows = -(-len(found) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(15, 3.4 * rows), layout="constrained", squeeze=False)
+    for panel, scene in zip(axes.flat, found, strict=False):
+        for name, result in scene["policies"].items():
+            marker = "*" if name == "least_work" else "o"
+            size = 180 if name == "least_work" else 45
+            panel.scatter(100 * result["token_hit_rate"], result["ttft_p90_s"], marker=marker, s=size, label=name)
+        panel.set_yscale("log")
+        panel.set_xlabel("tokens hit, %")
+        panel.set_ylabel("p90 to first token, s")
+        store = "store" if scene["store"] else "no store"
+        panel.set_title(f"{scene['trace']}, {scene['workers']} workers, {store}, {scene['load']}", fontsize=9)
+    axes.flat[0].legend(fontsize=7)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, nargs="*", default=[8, 64])
+    parser.add_argument("--policy", nargs="*", help="default: all")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    found = scenes(args)
+    if args.plot:
+        plot(found, args.plot)
+    sys.stdout.write(table(found) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
