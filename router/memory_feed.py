@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 
+import grpc
 import numpy as np
 
 from antefix import rpc
@@ -28,7 +29,7 @@ _RETRY_S = 1.0
 # Batches that come while a snapshot is fetched; more of them make a gap, and another snapshot.
 _WAITING_MAX = 1_024
 
-Watch = Callable[[str, MemoryCursor | None, bool], AsyncIterator[MemoryBatch]]
+Watch = Callable[[grpc.aio.Channel, MemoryCursor | None, bool], AsyncIterator[MemoryBatch]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,7 @@ class MemoryFeed:
 
     def __init__(self, directory: Directory, *, redis_url: str = "", watch: Watch | None = None) -> None:
         """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
+        # One channel a worker for as long as it is followed: making one a try would cost memory while one is away.
         self._directory = directory
         self._watch = watch or _watch_worker
         self._reader = MemoryReader(redis_url, self._take, self._doubt_all) if redis_url else None
@@ -133,38 +135,41 @@ class MemoryFeed:
 
     async def _follow(self, address: str) -> None:
         """The direct way: one stream, a snapshot first, that goes on where it broke."""
-        while True:
-            known = self._known.get(address) if self.in_step(address) else None
-            cursor = MemoryCursor(epoch=known.epoch, number=known.number) if known else None
-            try:
-                async for batch in self._watch(address, cursor, False):
-                    if not self.apply(address, batch):
-                        self._lose(address)
-                        break
-                else:
+        async with rpc.channel(address) as channel:
+            while True:
+                known = self._known.get(address) if self.in_step(address) else None
+                cursor = MemoryCursor(epoch=known.epoch, number=known.number) if known else None
+                try:
+                    async for batch in self._watch(channel, cursor, False):
+                        if not self.apply(address, batch):
+                            self._lose(address)
+                            break
+                    else:
+                        await asyncio.sleep(_RETRY_S)
+                except AntefixError as err:
+                    log.debug("worker %s tells nothing of its memory: %s", address, err)
+                    self._directory.doubt(address)
                     await asyncio.sleep(_RETRY_S)
-            except AntefixError as err:
-                log.debug("worker %s tells nothing of its memory: %s", address, err)
-                self._directory.doubt(address)
-                await asyncio.sleep(_RETRY_S)
 
     async def _resync(self, address: str) -> None:
         """Redis' way: snapshots when they are wanted; what came meanwhile is applied on top."""
-        while True:
-            await self._wanted[address].wait()
-            waiting = self._waiting[address] = deque(maxlen=_WAITING_MAX)
-            try:
-                async for batch in self._watch(address, None, True):
-                    self.apply(address, batch)
-            except AntefixError as err:
-                log.debug("worker %s gives no snapshot of its memory: %s", address, err)
-                await asyncio.sleep(_RETRY_S)
-                continue
-            # No await from here to the end, so that nothing comes in between.
-            del self._waiting[address]
-            self._wanted[address].clear()
-            if not all(self.apply(address, batch) for batch in waiting):
-                self._wanted[address].set()
+        async with rpc.channel(address) as channel:
+            while True:
+                await self._wanted[address].wait()
+                waiting = self._waiting[address] = deque(maxlen=_WAITING_MAX)
+                try:
+                    async for batch in self._watch(channel, None, True):
+                        self.apply(address, batch)
+                except AntefixError as err:
+                    log.debug("worker %s gives no snapshot of its memory: %s", address, err)
+                    await asyncio.sleep(_RETRY_S)
+                    continue
+                # No await from here to the end, so that nothing comes in between.
+                del self._waiting[address]
+                self._wanted[address].clear()
+                if not all(self.apply(address, batch) for batch in waiting):
+                    self._wanted[address].set()
+                    await asyncio.sleep(_RETRY_S)
 
     def _doubt_all(self) -> None:
         for address in self._known:
@@ -181,10 +186,10 @@ class MemoryFeed:
             wanted.set()
 
 
-async def _watch_worker(address: str, cursor: MemoryCursor | None, snapshot_only: bool) -> AsyncIterator[MemoryBatch]:
-    async with rpc.channel(address) as channel:
-        async for batch in watch_memory(channel, cursor, snapshot_only=snapshot_only):
-            yield batch
+def _watch_worker(
+    channel: grpc.aio.Channel, cursor: MemoryCursor | None, snapshot_only: bool
+) -> AsyncIterator[MemoryBatch]:
+    return watch_memory(channel, cursor, snapshot_only=snapshot_only)
 
 
 def _keys(raw: bytes) -> list[Key]:

@@ -158,7 +158,7 @@ async def test_a_stream_that_breaks_goes_on_at_its_cursor():
     memory, cursors, gate = Memory(), [], asyncio.Event()
     memory.store(CHAIN[:4])
 
-    async def watch(address, cursor, snapshot_only):
+    async def watch(channel, cursor, snapshot_only):
         cursors.append(cursor)
         for batch in batches(memory, *((cursor.epoch, cursor.number) if cursor else ())):
             yield batch
