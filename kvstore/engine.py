@@ -46,7 +46,7 @@ from kvstore.drafting import Drafter
 from kvstore.events import Event, EventLog
 from kvstore.eviction import EvictionPolicy
 from kvstore.forest import drop_false_roots, drop_subtrees, insert_entry
-from kvstore.index_writer import IndexTxn, Name, read_totals
+from kvstore.index_writer import PLAN_PREFIX, IndexTxn, Name, read_totals
 from kvstore.quota import over_quota
 from kvstore.recovery import open_store
 from kvstore.reserve import is_full
@@ -58,7 +58,6 @@ from kvstore.touches import Touches
 MAINTAIN_S: Final = 0.25
 # Background compaction takes segments of which this much is dead, so a byte is copied at most once for each freed.
 HALF_DEAD: Final = 0.5
-_PLAN_PREFIX: Final = b"plan"
 
 
 @dataclass(slots=True)
@@ -282,7 +281,7 @@ class Engine:
             with IndexTxn(self.index) as txn:
                 txn.set_fingerprint(fingerprint, block_tokens)
                 for kind, plan in plans.items():
-                    txn.set_meta(_PLAN_PREFIX + bytes([kind]) + fingerprint, plan.encoded)
+                    txn.set_meta(PLAN_PREFIX + bytes([kind]) + fingerprint, plan.encoded)
             for kind, plan in plans.items():
                 self.compression.register(fingerprint, kind, plan)
 
@@ -310,8 +309,8 @@ class Engine:
         """What was registered before: a restarted service must not wait for its workers to restart."""
         with self.index.txn() as txn, txn.cursor(db=self.index.db["meta"]) as cursor:
             for key, value in cursor:
-                if key.startswith(_PLAN_PREFIX):
-                    kind, fingerprint = RecordKind(key[len(_PLAN_PREFIX)]), key[len(_PLAN_PREFIX) + 1 :]
+                if key.startswith(PLAN_PREFIX):
+                    kind, fingerprint = RecordKind(key[len(PLAN_PREFIX)]), key[len(PLAN_PREFIX) + 1 :]
                     self.compression.register(fingerprint, kind, codec.read_plan(value)[0])
 
     def flush_touches(self) -> None:

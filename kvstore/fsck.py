@@ -156,13 +156,13 @@ def _check_segment_files(directory: Path, report: FsckReport) -> dict[int, int]:
 def _index_fault(directory: Path) -> str | None:
     if not (directory / INDEX_DIR / "data.mdb").exists():
         return "missing"
-    verify: Callable[..., object] = lmdb.verify.verify
+    verify: Callable[..., list[str]] = lmdb.verify.verify
     try:
-        verify(str(directory / INDEX_DIR), subdir=True)
+        faults = verify(str(directory / INDEX_DIR), subdir=True)
         Index(directory / INDEX_DIR).close()
     except (lmdb.verify.VerifyError, Unavailable, OSError, ValueError) as err:
         return str(err)
-    return None
+    return faults[0] if faults else None
 
 
 def _check_entries(index: Index, txn: Any, report: FsckReport) -> dict[Name, IndexEntry]:

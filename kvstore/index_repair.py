@@ -1,8 +1,8 @@
 """The index as a derived thing: examined before it is trusted, rebuilt from the segments' headers when it is not sound.
 
 LMDB believes what it reads, so a damaged file must never reach it: an index is opened only when its checksum from the
-last clean close holds, or when py-lmdb's verifier, which does not use LMDB, finds its structure sound and every entry
-carries its own right checksum.
+last clean close holds, or, after a crash, when py-lmdb's verifier, which does not use LMDB, finds its structure sound
+and its tables say what its entries say, which carry checksums of their own.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from antefix.store.format import (
     INDEX_DIR,
     SEGMENT_HEADER_BYTES,
     RecordHeader,
-    unpack_entry,
 )
-from antefix.store.index import TABLE_OF_KIND, Index
+from antefix.store.index import Index
 from kvstore.config import KvStoreConfig
 from kvstore.disk import Disk
 from kvstore.eviction import EvictionPolicy
 from kvstore.forest import insert_entry
 from kvstore.identity import CLEAN_FILE, DISCARDED_DIR, REBUILT_DIR
+from kvstore.index_check import content_fault
 from kvstore.index_writer import IndexTxn, SegmentState
 from kvstore.segments import Segments
 
@@ -78,35 +78,27 @@ def _index_fault(directory: Path) -> str | None:
     if not data.exists():
         return "there is none"
     clean = directory / CLEAN_FILE
-    if clean.exists() and clean.read_bytes() == index_sum(directory):
-        return None
+    if clean.exists():
+        # It is deleted before the index is changed: where both are there they agree, or one of them is damaged.
+        return None if clean.read_bytes() == index_sum(directory) else "it is not what it was when the store was closed"
     try:
-        verify: Callable[..., object] = lmdb.verify.verify
-        verify(str(directory / INDEX_DIR), subdir=True)
+        verify: Callable[..., list[str]] = lmdb.verify.verify
+        faults = verify(str(directory / INDEX_DIR), subdir=True)
     except (lmdb.verify.VerifyError, OSError, ValueError) as err:
         return f"it is damaged ({err})"
-    return _entry_fault(directory)
+    return f"it is damaged ({faults[0]})" if faults else _content_fault(directory)
 
 
-def _entry_fault(directory: Path) -> str | None:
-    """Walk every entry of an index that is sound in structure: their own checksums must hold."""
+def _content_fault(directory: Path) -> str | None:
+    """Whether an index that is sound in structure says what its entries say."""
     try:
         index = Index(directory / INDEX_DIR)
     except Unavailable as err:
         return str(err)
     try:
-        with index.txn() as txn:
-            num_leaves = 0
-            for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
-                with txn.cursor(db=index.db[TABLE_OF_KIND[kind]]) as cursor:
-                    for key, value in cursor:
-                        entry = unpack_entry(value, bytes(key))
-                        if entry is None:
-                            return "an entry is damaged"
-                        num_leaves += entry.children == 0
-            if txn.stat(index.db["leaves"])["entries"] != num_leaves:
-                return "its leaves do not match its entries"
-        return None
+        return content_fault(index)
+    except lmdb.Error as err:
+        return str(err)
     finally:
         index.close()
 

@@ -20,6 +20,8 @@ from antefix.store.index import QUARANTINED_KEY, TABLE_OF_KIND, Change, Index
 
 Name = tuple[RecordKind, bytes]
 TOTALS: Final = struct.Struct("<qqq")
+# In the table `meta`: this, the kind, the fingerprint.
+PLAN_PREFIX: Final = b"plan"
 _RANK: Final = struct.Struct(">QB")
 _U64: Final = struct.Struct("<Q")
 
@@ -197,7 +199,7 @@ class IndexTxn:
             self._note_change(name, old, entry)
             for state, sign in ((old, -1), (entry, 1)):
                 if state is not None:
-                    _count(totals, live, name[0], state, sign)
+                    count_entry(totals, live, name[0], state, sign)
                     num_quarantined += sign * state.quarantined
             if packed is None:
                 self._txn.delete(name[1], db=db[TABLE_OF_KIND[name[0]]])
@@ -217,7 +219,7 @@ class IndexTxn:
 
     def _derive(self, name: Name, old: IndexEntry | None, new: IndexEntry | None) -> None:
         """The leaf and expiry keys that an entry stands under."""
-        for table, of in (("leaves", _leaf_key), ("expiry", _expiry_key)):
+        for table, of in (("leaves", leaf_key), ("expiry", expiry_key)):
             before = of(name, old) if old else None
             after = of(name, new) if new else None
             if before != after:
@@ -282,18 +284,18 @@ def _keys(txn: Any, table: Any) -> Iterator[bytes]:
         yield from cursor.iternext(keys=True, values=False)
 
 
-def _leaf_key(name: Name, entry: IndexEntry) -> bytes | None:
+def leaf_key(name: Name, entry: IndexEntry) -> bytes | None:
     """A pinned leaf stands where its pin ends, so that eviction need not step over it again and again."""
     return None if entry.children else _RANK.pack(max(entry.rank_ms, entry.pinned_ms), name[0]) + name[1]
 
 
-def _expiry_key(name: Name, entry: IndexEntry) -> bytes | None:
+def expiry_key(name: Name, entry: IndexEntry) -> bytes | None:
     if entry.children or not entry.expires_ms:
         return None
     return _RANK.pack(max(entry.expires_ms, entry.pinned_ms), name[0]) + name[1]
 
 
-def _count(
+def count_entry(
     totals: dict[bytes, list[int]], live: dict[int, list[int]], kind: RecordKind, entry: IndexEntry, sign: int
 ) -> None:
     for key in (b"k" + bytes([kind]), b"t" + entry.tenant_id.to_bytes(4, "little")):

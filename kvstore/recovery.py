@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import lmdb
+
+from antefix.errors import BlockCorrupt
 from antefix.store.format import (
     RECORD_HEADER_BYTES,
     SEGMENT_DIR,
@@ -39,6 +43,7 @@ from kvstore.index_repair import (
     set_end,
 )
 from kvstore.index_writer import IndexTxn, read_segments
+from kvstore.reserve import is_full
 from kvstore.segments import Segments
 
 log = logging.getLogger("kvstore.recovery")
@@ -95,7 +100,9 @@ def open_store(config: KvStoreConfig, disk: Disk, clock_ms: Callable[[], int]) -
         # 3. Segments and index brought together.
         try:
             _settle(index, segments)
-        except _IndexAtOdds as err:
+        except (_IndexAtOdds, BlockCorrupt, struct.error, lmdb.Error) as err:
+            if isinstance(err, lmdb.Error) and is_full(err, directory):
+                raise
             log.warning("rebuilding the index: %s", err)
             index = rebuild_index(directory, index_bytes_max(config), segments)
             _settle(index, segments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from antefix.store.api import RecordKind
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
-from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 OpenEngine = Callable[..., Engine]
 PROMPT = Prompt(list(range(BLOCK * 6)), payload_bytes=100)
@@ -163,6 +164,32 @@ def flip_and_open(tmp_path: Path, state: str, target: str, *, step: int) -> None
         assert not engine.put(PROMPT.blocks(3)).refused
         assert PROMPT.check(engine) == 3
         engine.abandon()
+
+
+def test_an_index_that_a_crash_left_is_used_and_not_rebuilt(
+    open_engine: OpenEngine, clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What examines it must know every state that a healthy index can be in."""
+    rng = random.Random(3)
+    prompts = [Prompt([n] * BLOCK + list(range(BLOCK * 8)), payload_bytes=9_000) for n in range(40)]
+    for life in range(12):
+        engine = open_engine(budget_bytes=2 << 20, block_ttl_s=500.0, checkpoint_ttl_s=100.0)
+        for _ in range(20):
+            prompt, count = rng.choice(prompts), rng.randrange(1, 9)
+            engine.put([*prompt.blocks(count), prompt.checkpoint(count - 1)])
+            engine.pin([(RecordKind.BLOCK, prompt.hashes[count - 1])], rng.choice((0.0, 60.0)))
+            clock.advance(rng.randrange(1, 20))
+            engine.maintain()
+        last = rng.choice(prompts)
+        engine.put([last.block(0, tenant=f"tenant {life}")])
+        damaged = segment_files(tmp_path / "store")[-1]
+        at = damaged.read_bytes().rfind(last.payload(0))
+        if at >= 0:
+            flip(damaged, at)
+            last.check(engine)
+        engine.abandon()
+    assert not [record for record in caplog.records if "rebuilding" in record.message and "none" not in record.message]
+    assert engine.space.counters.evictions + engine.space.counters.expirations > 0
 
 
 @pytest.mark.parametrize("state", ["clean", "crashed"])
