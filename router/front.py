@@ -26,6 +26,10 @@ REQUEST_ID_BYTES_MAX = 256
 TENANT_BYTES_MAX = 512
 
 
+class ContextTooLong(InvalidRequest):
+    """Prompt and output do not fit the model's context. The caller shortens one of them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BillingConfig:
     """Settings of a router's bill."""
@@ -104,8 +108,9 @@ class Front:
         if len(tokens) == 0:
             raise InvalidRequest("the prompt is empty")
         if len(tokens) + max_tokens > self.identity.max_tokens:
-            raise InvalidRequest(
-                f"{len(tokens)} prompt tokens and max_tokens {max_tokens} exceed the model's {self.identity.max_tokens}"
+            raise ContextTooLong(
+                f"the prompt is too long: {len(tokens)} tokens and max_tokens {max_tokens} are more than the model's"
+                f" context length of {self.identity.max_tokens}"
             )
         if int(tokens.max()) >= self.identity.vocab_size:
             raise InvalidRequest(

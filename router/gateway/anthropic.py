@@ -21,7 +21,7 @@ from router.gateway.anthropic_messages import (
     user_of,
 )
 from router.gateway.errors import Provider, error_response
-from router.gateway.fields import Fields
+from router.gateway.fields import Fields, missing
 from router.gateway.gateway import Gateway, Knobs
 from router.gateway.http import event_bytes
 from router.gateway.output import Ended, Output
@@ -35,6 +35,8 @@ async def prepare_messages(gateway: Gateway, request: Request) -> MessagesCall:
     fields = await gateway.fields(request)
     model = gateway.check_model(fields.text("model"))
     max_tokens = fields.integer("max_tokens", low=1)
+    if max_tokens is None:
+        raise missing("max_tokens", "an integer of at least 1")  # as in Anthropic's API, which has no default
     stream = fields.boolean("stream")
     user = user_of(fields.take("metadata"))
     knobs = Knobs(

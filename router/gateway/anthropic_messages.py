@@ -8,7 +8,7 @@ from typing import Any
 
 from antefix.errors import InvalidRequest
 from router.chat.messages import Effort, Message, Role, ToolCall
-from router.gateway.fields import Fields
+from router.gateway.fields import Fields, missing
 from router.gateway.gateway import function_schema
 from router.gateway.openai_messages import EFFORTS, Tools, cache_control_of, content_of
 
@@ -30,8 +30,8 @@ def anthropic_messages(system: Any, items: list[Any]) -> tuple[Message, ...]:
     for index, item in enumerate(items):
         where = f"messages[{index}]"
         fields = Fields(item, where)
-        role = fields.one_of("role", _ROLES, Role.USER)
-        content = fields.take("content", "")
+        role = fields.one_of("role", _ROLES)
+        content = fields.take("content")
         fields.refuse_rest()
         turn = _assistant if role is Role.ASSISTANT else _user
         messages += turn([{"type": "text", "text": content}] if isinstance(content, str) else content, where)
@@ -86,6 +86,8 @@ def _assistant(blocks: Any, where: str) -> list[Message]:
 
 
 def _blocks(blocks: Any, where: str) -> list[tuple[Fields, str, float | None]]:
+    if blocks is None:
+        raise missing(f"{where}.content", "a string or a list of blocks")
     if not isinstance(blocks, list) or not blocks:
         raise InvalidRequest(f"{where}.content must be a string or a list of blocks")
     found = []

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from antefix.errors import InvalidRequest
 from antefix.usage.providers import chat_usage
 from router.chat.messages import Conversation, Delta, Effort, Role, ToolCall
-from router.gateway.fields import Fields
+from router.gateway.fields import Fields, unsupported
 from router.gateway.gateway import Gateway, Knobs
 from router.gateway.http import event_bytes
 from router.gateway.openai_messages import EFFORTS, chat_messages, chat_tools, refuse_unsupported
@@ -71,7 +71,7 @@ def _num_top_logprobs(fields: Fields) -> int | None:
     is_wanted = fields.boolean("logprobs")
     num_top = fields.integer("top_logprobs")
     if num_top and not is_wanted:
-        raise InvalidRequest("top_logprobs needs logprobs to be true")
+        raise unsupported("top_logprobs", " needs logprobs to be true")
     return (num_top or 0) if is_wanted else None
 
 
@@ -89,7 +89,7 @@ def _effort(fields: Fields) -> Effort | None:
 
 def _response_format(value: Any) -> None:
     if value is not None and Fields(value, "response_format").text("type") != "text":
-        raise InvalidRequest("response_format: output is not forced into a format here; only 'text' is supported")
+        raise unsupported("response_format", ": output is not forced into a format here; only 'text' is supported")
 
 
 class ChatCall:

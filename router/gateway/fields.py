@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from antefix.errors import InvalidRequest
 
@@ -12,12 +12,39 @@ T = TypeVar("T")
 _MISSING = object()
 
 
+class WrongField(InvalidRequest):
+    """A field of the request is missing, of a wrong type, or not supported. param: its name; code: which, in OpenAI's
+    words."""
+
+    def __init__(self, message: str, *, param: str, code: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+def missing(param: str, what: str) -> WrongField:
+    return WrongField(f"{param} is missing: it must be {what}", param=param, code="missing_required_parameter")
+
+
+def wrong_type(param: str, what: str) -> WrongField:
+    return WrongField(f"{param} must be {what}", param=param, code="invalid_type")
+
+
+def unsupported(param: str, why: str) -> WrongField:
+    return WrongField(f"{param}{why}", param=param, code="unsupported_value")
+
+
+def is_number(value: Any, number: float) -> bool:
+    """Whether a JSON value is this number; true and false are none."""
+    return value == number and not isinstance(value, bool)
+
+
 class Fields:
     """One JSON object. Take what is understood, then `refuse_rest`."""
 
     def __init__(self, values: Any, where: str = "") -> None:
         if not isinstance(values, dict):
-            raise InvalidRequest(f"{where or 'the request body'} must be a JSON object")
+            raise wrong_type(where or "the request body", "a JSON object")
         # null is how some clients leave a field out.
         self._values: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
         self._where = where
@@ -31,14 +58,16 @@ class Fields:
     def text(self, name: str, default: str | None = None) -> str:
         """Raises:  InvalidRequest: missing without a default, or not a string."""
         value = self._values.pop(name, default)
+        if value is None:
+            raise missing(self.name_of(name), "a string")
         if not isinstance(value, str):
-            raise InvalidRequest(f"{self.name_of(name)} must be a string")
+            raise wrong_type(self.name_of(name), "a string")
         return value
 
     def boolean(self, name: str, default: bool = False) -> bool:
         value = self._values.pop(name, default)
         if not isinstance(value, bool):
-            raise InvalidRequest(f"{self.name_of(name)} must be true or false")
+            raise wrong_type(self.name_of(name), "true or false")
         return value
 
     def integer(self, name: str, default: int | None = None, *, low: int = 0) -> int | None:
@@ -46,21 +75,21 @@ class Fields:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise InvalidRequest(f"{self.name_of(name)} must be an integer of at least {low}")
+            raise wrong_type(self.name_of(name), f"an integer of at least {low}")
         return value
 
     def number(self, name: str, default: float) -> float:
         value = self._values.pop(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise InvalidRequest(f"{self.name_of(name)} must be a number")
+            raise wrong_type(self.name_of(name), "a number")
         return float(value)
 
     def items(self, name: str, default: Any = _MISSING) -> list[Any]:
         value = self._values.pop(name, default)
         if value is _MISSING:
-            raise InvalidRequest(f"{self.name_of(name)} is missing")
+            raise missing(self.name_of(name), "a list")
         if not isinstance(value, list):
-            raise InvalidRequest(f"{self.name_of(name)} must be a list")
+            raise wrong_type(self.name_of(name), "a list")
         return value
 
     def texts(self, name: str) -> list[str]:
@@ -68,24 +97,25 @@ class Fields:
         value = self._values.pop(name, [])
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
-            raise InvalidRequest(f"{self.name_of(name)} must be a string or a list of strings that are not empty")
+            raise wrong_type(self.name_of(name), "a string or a list of strings that are not empty")
         return values
 
-    def one_of(self, name: str, choices: Mapping[str, T], default: T) -> T:
+    def one_of(self, name: str, choices: Mapping[str, T], default: Any = _MISSING) -> T:
+        """Raises:  WrongField: none of them, or missing without a default."""
         value = self._values.pop(name, _MISSING)
+        if value is _MISSING and default is _MISSING:
+            raise missing(self.name_of(name), f"one of {', '.join(choices)}")
         if value is _MISSING:
-            return default
+            return cast(T, default)
         if not isinstance(value, str) or value not in choices:
-            raise InvalidRequest(
-                f"{self.name_of(name)} must be one of {', '.join(choices)}; {value!r} is not supported"
-            )
+            raise unsupported(self.name_of(name), f" must be one of {', '.join(choices)}; {value!r} is not supported")
         return choices[value]
 
     def only(self, name: str, allowed: Callable[[Any], bool], why: str) -> None:
         """A field that may be there with values that change nothing."""
         value = self._values.pop(name, _MISSING)
         if value is not _MISSING and not allowed(value):
-            raise InvalidRequest(f"{self.name_of(name)}: {why}")
+            raise unsupported(self.name_of(name), f": {why}")
 
     def drop(self, *names: str) -> None:
         """Fields that say something about the caller, not about the answer."""
@@ -95,5 +125,5 @@ class Fields:
     def refuse_rest(self) -> None:
         """Raises:  InvalidRequest: fields are left that nobody understood."""
         if self._values:
-            names = ", ".join(self.name_of(name) for name in sorted(self._values))
-            raise InvalidRequest(f"not supported here: {names}")
+            names = [self.name_of(name) for name in sorted(self._values)]
+            raise WrongField(f"not supported here: {', '.join(names)}", param=names[0], code="unknown_parameter")

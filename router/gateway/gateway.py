@@ -17,7 +17,7 @@ from router.chat.messages import Conversation, Effort
 from router.chat.render import render_tokens
 from router.front import Front, cache_tenant
 from router.gateway.config import GatewayConfig
-from router.gateway.errors import NotFound
+from router.gateway.errors import ModelNotFound
 from router.gateway.fields import Fields
 from router.gateway.http import read_json
 from router.gateway.output import Output, stop_tokens
@@ -74,9 +74,9 @@ class Gateway:
         return Caller(tenant=tenant, user=user, request_id=request.headers.get("idempotency-key", ""))
 
     def check_model(self, name: str) -> str:
-        """Raises:  NotFound: another model."""
+        """Raises:  ModelNotFound: another model."""
         if name not in self.model_names:
-            raise NotFound(f"the model {name!r} is not served here; there is {', '.join(self.model_names)}")
+            raise ModelNotFound(f"the model {name!r} is not served here; there is {', '.join(self.model_names)}")
         return name
 
     def check_effort(self, effort: Effort | None) -> Effort:

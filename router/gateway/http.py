@@ -133,6 +133,8 @@ async def _disconnected(receive: Receive) -> None:
 
 async def read_json(request: Request, nbytes_max: int) -> Any:
     """The body. Raises:  TooLarge.  InvalidRequest: it is not JSON."""
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise InvalidRequest(f"content-encoding {coding!r} is not supported: send the body as it is")
     if int(request.headers.get("content-length") or 0) > nbytes_max:
         raise TooLarge(f"the body has more than {nbytes_max} bytes")
     body = bytearray()

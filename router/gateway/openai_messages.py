@@ -8,7 +8,7 @@ from typing import Any
 
 from antefix.errors import InvalidRequest
 from router.chat.messages import Effort, Message, Role, ToolCall
-from router.gateway.fields import Fields
+from router.gateway.fields import Fields, WrongField, is_number, missing, unsupported, wrong_type
 from router.gateway.gateway import function_schema
 
 _ROLES = {
@@ -35,14 +35,16 @@ CACHE_TTLS_S = {"5m": 300.0, "1h": 3600.0}
 def chat_messages(items: list[Any]) -> tuple[Message, ...]:
     """Raises:  InvalidRequest: a message is not of a known form; the field is named."""
     if not items:
-        raise InvalidRequest("messages is empty")
+        raise WrongField("messages is empty", param="messages", code="invalid_value")
     return tuple(_message(item, f"messages[{index}]") for index, item in enumerate(items))
 
 
 def _message(item: Any, where: str) -> Message:
     fields = Fields(item, where)
-    role = fields.one_of("role", _ROLES, Role.USER)
-    content, breaks = content_of(fields.take("content", ""), f"{where}.content", ("text", "input_text", "output_text"))
+    role = fields.one_of("role", _ROLES)
+    # What an assistant only called has no content; everybody else says something, if only the empty text.
+    content = fields.take("content", "" if role is Role.ASSISTANT else None)
+    content, breaks = content_of(content, f"{where}.content", ("text", "input_text", "output_text"))
     calls: tuple[ToolCall, ...] = ()
     call_id = reasoning = ""
     if role is Role.ASSISTANT:
@@ -63,15 +65,17 @@ def content_of(value: Any, where: str, types: tuple[str, ...]) -> tuple[str, tup
     """Text, or text parts joined, with the cache breakpoints in them. Raises:  InvalidRequest: images and the like."""
     if isinstance(value, str):
         return value, ()
+    if value is None:
+        raise missing(where, "a string or a list of parts")
     if not isinstance(value, list):
-        raise InvalidRequest(f"{where} must be a string or a list of parts")
+        raise wrong_type(where, "a string or a list of parts")
     text = ""
     breaks: list[tuple[int, float]] = []
     for index, part in enumerate(value):
         fields = Fields(part, f"{where}[{index}]")
         kind = fields.text("type")
         if kind not in types:
-            raise InvalidRequest(f"{where}[{index}]: this model takes text only, not {kind!r}")
+            raise unsupported(f"{where}[{index}]", f": this model takes text only, not {kind!r}")
         text += fields.text("text")
         ttl_s = cache_control_of(fields.take("cache_control"), f"{where}[{index}].cache_control")
         fields.drop("annotations", "logprobs", "citations")
@@ -122,7 +126,7 @@ def chosen_tools(fields: Fields, items: Sequence[Fields]) -> Tools:
     """Tools from their function objects, as OpenAI's two APIs have them."""
     choice = fields.take("tool_choice", "auto")
     if choice not in ("auto", "none"):
-        raise InvalidRequest("tool_choice: the model decides by itself; only 'auto' and 'none' are supported")
+        raise unsupported("tool_choice", ": the model decides by itself; only 'auto' and 'none' are supported")
     fields.only("parallel_tool_calls", lambda value: value is True or not items, "calls may always be parallel here")
     schemas: list[dict[str, Any]] = []
     strict: set[str] = set()
@@ -137,7 +141,7 @@ def chosen_tools(fields: Fields, items: Sequence[Fields]) -> Tools:
 def _function(item: Any, where: str) -> Fields:
     fields = Fields(item, where)
     if fields.text("type") != "function":
-        raise InvalidRequest(f"{where}.type: only functions are supported")
+        raise unsupported(f"{where}.type", ": only functions are supported")
     function = Fields(fields.take("function"), f"{where}.function")
     fields.refuse_rest()
     return function
@@ -145,10 +149,10 @@ def _function(item: Any, where: str) -> Fields:
 
 def refuse_unsupported(fields: Fields) -> None:
     """Fields of OpenAI's APIs that change the answer in ways that this model does not have; their defaults pass."""
-    fields.only("n", lambda value: value == 1, "one answer a request")
-    fields.only("best_of", lambda value: value == 1, "one answer a request")
+    fields.only("n", lambda value: is_number(value, 1), "one answer a request")
+    fields.only("best_of", lambda value: is_number(value, 1), "one answer a request")
     for name in ("frequency_penalty", "presence_penalty"):
-        fields.only(name, lambda value: value == 0, "penalties are not supported")
+        fields.only(name, lambda value: is_number(value, 0), "penalties are not supported")
     fields.only("logit_bias", lambda value: not value, "logit bias is not supported")
     fields.only("modalities", lambda value: value == ["text"], "text only")
     fields.only("service_tier", lambda value: value in ("auto", "default"), "there is one tier")

@@ -9,10 +9,9 @@ from typing import Any
 
 from starlette.requests import Request
 
-from antefix.errors import InvalidRequest
 from antefix.usage.providers import responses_usage
 from router.chat.messages import Conversation, Delta, Effort, ToolCall
-from router.gateway.fields import Fields
+from router.gateway.fields import Fields, unsupported
 from router.gateway.gateway import Gateway, Knobs
 from router.gateway.http import event_bytes
 from router.gateway.openai_messages import EFFORTS, refuse_unsupported
@@ -58,10 +57,10 @@ def _num_top_logprobs(fields: Fields) -> int | None:
     """`include` asks for them, `top_logprobs` for how many beside each."""
     wanted = fields.texts("include")
     if unknown := set(wanted) - {_LOGPROBS, "reasoning.encrypted_content"}:
-        raise InvalidRequest(f"include: {', '.join(sorted(unknown))}: nothing of that can be included")
+        raise unsupported("include", f": {', '.join(sorted(unknown))}: nothing of that can be included")
     num_top = fields.integer("top_logprobs")
     if num_top and _LOGPROBS not in wanted:
-        raise InvalidRequest(f"top_logprobs needs {_LOGPROBS!r} in include")
+        raise unsupported("top_logprobs", f" needs {_LOGPROBS!r} in include")
     return (num_top or 0) if _LOGPROBS in wanted else None
 
 
@@ -84,7 +83,7 @@ def _refuse_state(fields: Fields) -> None:
     text = Fields(fields.take("text", {}), "text")
     kind = Fields(text.take("format", {"type": "text"}), "text.format").text("type")
     if kind != "text":
-        raise InvalidRequest("text.format: output is not forced into a format here; only 'text' is supported")
+        raise unsupported("text.format", ": output is not forced into a format here; only 'text' is supported")
     refuse_unsupported(text)
     text.refuse_rest()
     options = Fields(fields.take("stream_options", {}), "stream_options")

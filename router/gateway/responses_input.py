@@ -41,7 +41,7 @@ def _item(item: Any, where: str) -> Message:
     kind = fields.text("type", "message")
     fields.drop("id", "status")
     if kind == "message":
-        role = fields.one_of("role", _ROLES, Role.USER)
+        role = fields.one_of("role", _ROLES)
         content, breaks = content_of(fields.take("content", ""), fields.name_of("content"), _TEXT_PARTS)
         fields.drop("phase")
         message = Message(role=role, content=content, breaks=breaks)

@@ -24,6 +24,7 @@ from antefix.usage.ratecard import load_cards
 from antefix.usage.verify import verify
 from antefix.wire import Sampling
 from tests.gateway.scripted import MODEL as MODEL_DIR
+from tests.usage.test_bill_under_failure import check_broken
 from tests.usage.test_ratecard import DEPLOY
 
 NUM_AT_ONCE, NUM_DOCUMENTS, CANCEL_RATE = 8, 12, 0.03
@@ -193,7 +194,7 @@ def check(world, num_requests):
         "records": len(records),
         "statuses": dict(Counter(record.status.value for record in records)),
         "miss_reasons": dict(Counter(record.miss_reason.value for record in records)),
-        "broken_off_tokens_received": sum(map(sum, world.broken.values())),
+        "broken_off_tokens_received": sum(check_broken(got, by_request[key]) for key, got in world.broken.items()),
         "broken_off_tokens_billed": sum(record.output_tokens for record in broken),
         "prompt_tokens": sum(record.prompt_tokens for record in ended),
         "hit_tokens": sum(record.cache_hit_tokens for record in ended),

@@ -18,6 +18,7 @@ from tests.gateway.scripted import Script, make_front, serving
 
 anthropic = pytest.importorskip("anthropic")
 openai = pytest.importorskip("openai")
+httpx2 = pytest.importorskip("httpx2")
 
 CALL = (
     '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n'
@@ -280,6 +281,47 @@ async def test_what_the_model_cannot_do_is_refused_by_name(serve, ledger, change
             await openai_client(url).chat.completions.create(**({"model": MODEL, "messages": ASK} | changes))
     assert caught.value.body["type"] == "invalid_request_error" and caught.value.body["message"]
     assert records(ledger) == []
+
+
+HUGE = 1 << 40
+NAMED = [
+    ({"temperature": "hot"}, "temperature", "invalid_type"),
+    ({"max_tokens": "5"}, "max_tokens", "invalid_type"),
+    ({"n": 2}, "n", "unsupported_value"),
+    ({"n": True}, "n", "unsupported_value"),
+    ({"extra_body": {"min_p": 0.1}}, "min_p", "unknown_parameter"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
+    ({"tool_choice": "required"}, "tool_choice", "unsupported_value"),
+    ({"messages": []}, "messages", "invalid_value"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter"),
+    ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "unsupported_value"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type"),
+    ({"top_logprobs": 2}, "top_logprobs", "unsupported_value"),
+    ({"max_tokens": HUGE}, None, "context_length_exceeded"),
+]
+
+
+@pytest.mark.parametrize(("changes", "param", "code"), NAMED, ids=lambda value: json.dumps(value)[:30])
+async def test_errors_name_the_field_and_say_what_is_wrong_with_it(serve, changes, param, code):
+    async with serve(Script()) as url:
+        with pytest.raises(openai.BadRequestError) as caught:
+            await openai_client(url).chat.completions.create(**({"model": MODEL, "messages": ASK} | changes))
+    assert (caught.value.param, caught.value.code, caught.value.type) == (param, code, "invalid_request_error")
+
+
+async def test_other_errors_have_the_codes_that_clients_know(serve):
+    async with serve(Script()) as url:
+        with pytest.raises(openai.NotFoundError) as unknown:
+            await openai_client(url).chat.completions.create(model="gpt-x", messages=ASK)
+        with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
+            await anthropic_client(url).messages.create(model=MODEL, messages=ASK, max_tokens=HUGE, timeout=9)
+        async with httpx2.AsyncClient(base_url=url) as plain:
+            unlimited = await plain.post("/v1/messages", json={"model": MODEL, "messages": ASK})
+            coded = await plain.post("/v1/completions", content=b"{}", headers={"content-encoding": "gzip"})
+    assert unknown.value.code == "model_not_found"
+    assert unlimited.status_code == 400 and "max_tokens" in unlimited.json()["error"]["message"]
+    assert coded.status_code == 400 and "gzip" in coded.json()["error"]["message"]
 
 
 async def test_defaults_that_clients_send_are_taken(serve):
