@@ -27,13 +27,8 @@ TURN = RNG.integers(0, 256, 1000).astype(np.uint32)
 NUM_NEW = 6
 
 
-def config_of(tmp_path, *, strategy, flags, router=()):
-    return DeploymentConfig(
-        model=MODEL,
-        data_dir=tmp_path / "data",
-        strategy=strategy,
-        extra_flags={"prefill": flags, "decode": flags, "router": router},
-    )
+def config_of(tmp_path, **settings):
+    return DeploymentConfig(model=MODEL, data_dir=tmp_path / "data", **settings)
 
 
 async def ask(deployment, tokens):
@@ -54,8 +49,9 @@ async def num_checkpoints_on_disk(deployment):
 
 
 async def test_a_turn_resumes_from_the_stores_memory_and_strategies_switch(tmp_path):
-    flags = ("--window-pool", "memory")
-    async with Deployment(config_of(tmp_path, strategy="auto(ends=pool)", flags=flags)) as deployment:
+    async with Deployment(config_of(tmp_path, window_pool="memory")) as deployment:
+        status = await WindowClient(deployment.one("prefill").address).status()
+        assert status.strategy == "auto(ends=pool)"
         output, _ = await ask(deployment, TURN)
         assert await num_checkpoints_on_disk(deployment) == 0
         turn = next_turn(output)
@@ -85,8 +81,7 @@ async def test_a_redis_that_dies_costs_no_answer(tmp_path):
     redis = await asyncio.to_thread(subprocess.Popen, command, stdout=subprocess.DEVNULL)
     try:
         await asyncio.to_thread(wait_for, port)
-        flags = ("--window-pool", f"redis://127.0.0.1:{port}/0")
-        async with Deployment(config_of(tmp_path, strategy="auto(ends=pool)", flags=flags)) as deployment:
+        async with Deployment(config_of(tmp_path, window_pool=f"redis://127.0.0.1:{port}/0")) as deployment:
             output, _ = await ask(deployment, TURN)
             turn = next_turn(output)
             pooled, restore = await ask(deployment, turn)
@@ -113,20 +108,19 @@ def wait_for(port):
 
 
 async def test_a_bounded_namespace_replays_one_window_and_an_exact_one_finds_nothing_of_it(tmp_path):
-    bounded = ("--bounded-windows", "1")
-    async with Deployment(config_of(tmp_path, strategy="zero", flags=bounded, router=bounded)) as deployment:
+    async with Deployment(config_of(tmp_path, strategy="zero", bounded_windows=1)) as deployment:
         output, _ = await ask(deployment, TURN)
         turn = next_turn(output)
         _, restore = await ask(deployment, turn)
         assert (restore.plan, restore.replayed_tokens) == ("bounded-1", 64)
-    async with Deployment(config_of(tmp_path, strategy="zero", flags=())) as deployment:
+    async with Deployment(config_of(tmp_path, strategy="zero")) as deployment:
         exact, restore = await ask(deployment, turn)
         assert (restore.plan, restore.hit_tokens) == ("cold", 0)
     assert exact == await asyncio.to_thread(Reference(MODEL, KVFormat.FP8).generate, turn, NUM_NEW)
 
 
 async def test_explain_reads_what_the_services_left(tmp_path):
-    config = config_of(tmp_path, strategy="boundary", flags=())
+    config = config_of(tmp_path, strategy="boundary")
     async with Deployment(config) as deployment:
         await ask(deployment, TURN)
     tokens = tmp_path / "tokens.json"
