@@ -14,7 +14,7 @@ from router.placement import Loads, Policy, Work, own_work, rendezvous
 # Costs this near are equal: predictions are not better than a block or two, and equals can be told apart by better.
 TIE_TOKENS = 256.0
 # Each request at a worker stands for others that will wait behind what is placed there now.
-QUEUE_WEIGHT = 0.5
+QUEUE_WEIGHT = 1.0
 # What one worker computes though another one has it is lost to the whole fleet, and a busy fleet misses it more: so
 # computing counts this much more than waiting, and more by the requests that a worker has on average. Where a store is
 # shared all compute the same, and it makes no difference.
