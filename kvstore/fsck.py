@@ -38,7 +38,8 @@ from antefix.store.format import (
 from antefix.store.index import TABLE_OF_KIND, Index
 from kvstore.disk import Disk
 from kvstore.identity import lock_directory
-from kvstore.index_writer import Name, read_segments, read_totals
+from kvstore.index_check import content_fault
+from kvstore.index_writer import Name, read_segments
 from kvstore.recovery import rebuild_store
 from kvstore.space import parent_of
 
@@ -120,7 +121,7 @@ def _check(directory: Path, progress: Progress | None) -> FsckReport:
             _check_records(directory, index, txn, entries, seed, report, progress)
             # 3. The relations between them.
             _check_forest(entries, report)
-            _check_derived(index, txn, entries, sizes, report)
+            _check_derived(index, txn, sizes, report)
     finally:
         index.close()
     return report
@@ -238,24 +239,9 @@ def _check_forest(entries: dict[Name, IndexEntry], report: FsckReport) -> None:
             report.note("children", f"{name[1].hex()[:16]} counts {entry.children}, there are {children[name]}")
 
 
-def _check_derived(
-    index: Index, txn: Any, entries: dict[Name, IndexEntry], sizes: dict[int, int], report: FsckReport
-) -> None:
-    num_leaves = sum(not entry.children for entry in entries.values())
-    if txn.stat(index.db["leaves"])["entries"] != num_leaves:
-        report.note("leaves", f"{num_leaves} entries are leaves, the table has others")
-    states = read_segments(index, txn)
-    live: Counter[int] = Counter()
-    for entry in entries.values():
-        if not entry.quarantined:
-            live[entry.segment] += entry.extent_bytes
-    for number in states.keys() | live.keys():
-        state = states.get(number)
-        if state is None or state.live_bytes != live[number] or sizes.get(number, 0) < state.end:
-            report.note("segment table", f"segment {number}: {state}, {live[number]} bytes are live")
-    totals = read_totals(index, txn)
-    for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
-        found = [entry for name, entry in entries.items() if name[0] is kind]
-        counted = (len(found), sum(e.extent_bytes for e in found), sum(e.payload_bytes for e in found))
-        if totals.get(b"k" + bytes([kind]), (0, 0, 0)) != counted:
-            report.note("totals", f"{kind.name}: {counted} are there")
+def _check_derived(index: Index, txn: Any, sizes: dict[int, int], report: FsckReport) -> None:
+    for number, state in read_segments(index, txn).items():
+        if state.live_records and sizes.get(number, 0) < state.end:
+            report.note("segment table", f"segment {number} should have {state.end} bytes")
+    if not report.problems["index entry"] and (fault := content_fault(index)):
+        report.note("index", fault)
