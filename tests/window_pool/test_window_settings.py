@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,12 +70,13 @@ async def test_up_hands_window_settings_to_the_roles_that_need_them(
 ) -> None:
     started: dict[str, list[str]] = {}
 
-    async def start_role(self: Deployment, role: str, flags: list[str]) -> None:
+    async def start_role(self: Deployment, role: str, flags: list[str]) -> SimpleNamespace:
         started[role] = list(flags)
+        return SimpleNamespace()
 
     monkeypatch.setattr(Deployment, "start_role", start_role)
     monkeypatch.setattr(Deployment, "addresses", lambda self, role: ["127.0.0.1:1"])
-    monkeypatch.setattr(Deployment, "one", lambda self, role: type("Role", (), {"address": "127.0.0.1:1"}))
+    monkeypatch.setattr(Deployment, "one", lambda self, role: SimpleNamespace(address="127.0.0.1:1"))
     settings = {"namespace": "agents", "strategy": "full", "window_pool": REDIS, "window_pool_bytes": "1G"}
     await Deployment(
         DeploymentConfig(model=MODEL, data_dir=tmp_path, bounded_windows=2, store_bytes="9G", **settings)  # type: ignore[arg-type]
