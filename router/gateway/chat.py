@@ -31,6 +31,7 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     tools = chat_tools(fields)
     knobs = sampling_knobs(fields, "max_completion_tokens", "max_tokens", num_top_logprobs=_num_top_logprobs(fields))
     _response_format(fields.take("response_format"))
+    session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
     fields.refuse_rest()
     # DeepSeek's prefix completion: the last message is an answer that was begun.
@@ -40,7 +41,7 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     conversation = Conversation(
         messages=messages, tools=tools.schemas, strict=tools.strict, effort=effort, continue_last=begun
     )
-    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user))
+    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user, session=session))
     return ChatCall(output, model, gateway.config.http_timeout_s, stream=stream, include_usage=include_usage)
 
 

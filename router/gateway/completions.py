@@ -32,9 +32,10 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     if echo and knobs.num_top_logprobs is not None:
         raise InvalidRequest("logprobs: with echo they would be of the prompt as well, which has none here")
     fields.only("suffix", lambda value: value == "", "this model does not fill in the middle")
+    session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
     fields.refuse_rest()
-    output = await gateway.complete(tokens, knobs, gateway.caller(request, tenant, user))
+    output = await gateway.complete(tokens, knobs, gateway.caller(request, tenant, user, session=session))
     timeout_s = gateway.config.http_timeout_s
     return CompletionCall(
         output, model, timeout_s, stream=stream, include_usage=include_usage, echo=text if echo else ""

@@ -28,11 +28,12 @@ STOPS_MAX = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who asks, under which request id ("" lets us make one)."""
+    """Who asks, under which request id ("" lets us make one), in which conversation (a hint for placement, or "")."""
 
     tenant: str
     user: str
     request_id: str
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +71,8 @@ class Gateway:
     async def fields(self, request: Request) -> Fields:
         return Fields(await read_json(request, self.config.http_body_bytes_max))
 
-    def caller(self, request: Request, tenant: str, user: str) -> Caller:
-        return Caller(tenant=tenant, user=user, request_id=request.headers.get("idempotency-key", ""))
+    def caller(self, request: Request, tenant: str, user: str, session: str = "") -> Caller:
+        return Caller(tenant=tenant, user=user, request_id=request.headers.get("idempotency-key", ""), session=session)
 
     def check_model(self, name: str) -> str:
         """Raises:  ModelNotFound: another model."""
@@ -111,6 +112,7 @@ class Gateway:
             tenant=caller.tenant,
             user=caller.user,
             request_id=caller.request_id,
+            session=caller.session,
             breakpoints=breakpoints,
         )
         memory = None if conversation.continue_last else self.memory
@@ -127,6 +129,7 @@ class Gateway:
             tenant=caller.tenant,
             user=caller.user,
             request_id=caller.request_id,
+            session=caller.session,
         )
         return Output(self.front, bill, PlainParser(), stop=knobs.stop, memory=None)
 

@@ -158,5 +158,5 @@ def refuse_unsupported(fields: Fields) -> None:
     fields.only("service_tier", lambda value: value in ("auto", "default"), "there is one tier")
     fields.only("verbosity", lambda value: value == "medium", "verbosity is not supported")
     fields.only("prompt_cache_retention", lambda value: value in ("in_memory", "24h"), "in_memory or 24h")
-    # Placement goes by content, which is what the key is a hint for; the others say something about the caller.
-    fields.drop("prompt_cache_key", "metadata", "safety_identifier", "store")
+    # They say something about the caller, which changes nothing here.
+    fields.drop("metadata", "safety_identifier", "store")

@@ -39,10 +39,11 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
         num_top_logprobs=_num_top_logprobs(fields),
     )
     _refuse_state(fields)
+    session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
     fields.refuse_rest()
     conversation = Conversation(messages=messages, tools=tools.schemas, strict=tools.strict, effort=effort)
-    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user))
+    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user, session=session))
     echo = {
         "instructions": instructions or None,
         "max_output_tokens": knobs.max_tokens,

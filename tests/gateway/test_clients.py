@@ -324,6 +324,19 @@ async def test_other_errors_have_the_codes_that_clients_know(serve):
     assert coded.status_code == 400 and "gzip" in coded.json()["error"]["message"]
 
 
+async def test_a_cache_key_names_the_conversation_to_the_router(serve):
+    script = Script()
+    async with serve(script) as url:
+        client = openai_client(url)
+        await client.chat.completions.create(model=MODEL, messages=ASK, prompt_cache_key="a")
+        await client.responses.create(model=MODEL, input="How is Bern?", prompt_cache_key="b")
+        await client.completions.create(model=MODEL, prompt="x", extra_body={"prompt_cache_key": "c"})
+        await client.chat.completions.create(model=MODEL, messages=ASK)
+        with pytest.raises(openai.BadRequestError, match="session takes 512 bytes"):
+            await client.chat.completions.create(model=MODEL, messages=ASK, prompt_cache_key="k" * 513)
+    assert [request.session for request in script.requests] == ["a", "b", "c", ""]
+
+
 async def test_defaults_that_clients_send_are_taken(serve):
     async with serve(Script()) as url:
         answer = await openai_client(url).chat.completions.create(
