@@ -34,7 +34,7 @@ SHORT_SHIPPED = Plan(
     num_blocks=9, num_output_blocks=0, num_forks=1, num_handoffs=2, bounded_windows=(1,), every_pair=False, stride=4
 )
 SHORT_RANDOM = Plan(
-    num_blocks=7, num_output_blocks=2, num_forks=1, num_handoffs=5, bounded_windows=(1, 2), every_pair=False
+    num_blocks=7, num_output_blocks=1, num_forks=1, num_handoffs=4, bounded_windows=(1, 2), every_pair=False
 )
 SHORT_LARGE_BLOCKS = Plan(
     num_blocks=3, num_output_blocks=0, num_forks=1, num_handoffs=3, bounded_windows=(1,), every_pair=False
