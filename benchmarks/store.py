@@ -246,7 +246,10 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
     out["restore_ratio"] = ratio(values, "restore", *direct)
     out["put_ratio"] = ratio(values, "put", "raw_write")
     out["warm_ratio"] = ratio(values, "warm", *pread)
+    out["warm_over_one_thread"] = ratio(values, "warm", "pread_1x1")
     out["remote_ratio"] = ratio(values, "remote", "bare_stream")
+    out["lean_ratio"] = ratio(values, "lean_stream", "bare_stream")
+    out["remote_over_lean"] = ratio(values, "remote", "lean_stream")
     out["restore_zstd_ratio"] = ratio(values, "restore_zstd", *direct)
     best_direct = max(direct, key=lambda name: statistics.median(values[name]))
     for name in PEERS:
