@@ -31,7 +31,8 @@ class Fingerprint:
     """All that must agree before KV may be shared. `digest` goes into every record and is compared at load.
 
     weights_revision: hash of the checkpoint's files.  tokenizer: hash of the tokenizer's files.
-    exactness: "exact", or "bounded-K" for KV computed after an approximate replay of K windows.
+    exactness: "exact", or "bounded-K" for KV computed after an approximate replay of K windows; and what computed it,
+    if that was not a CPU in float32: no two kinds of device or precision give the same bits.
     """
 
     weights_revision: str
@@ -59,9 +60,21 @@ class Fingerprint:
         return state.digest()
 
 
-def exactness_of(bounded_windows: int) -> str:
-    """The fingerprint's `exactness` of a namespace that may replay `bounded_windows` windows approximately; 0: none."""
-    return f"bounded-{bounded_windows}" if bounded_windows else "exact"
+CPU_FLOAT32: Final = "cpu-float32"
+
+
+def arithmetic_of(device: str, dtype: str) -> str:
+    """What computes, as far as KV's bits hang on it: "cpu-float32", "cuda-bfloat16". device: torch's name, "cuda:1"."""
+    return f"{device.partition(':')[0]}-{dtype}"
+
+
+def exactness_of(bounded_windows: int, arithmetic: str = CPU_FLOAT32) -> str:
+    """The fingerprint's `exactness`: who may take whose KV for its own.
+
+    bounded_windows: of approximate replays that the namespace allows; 0: none.  arithmetic: as `arithmetic_of` has it.
+    """
+    exactness = f"bounded-{bounded_windows}" if bounded_windows else "exact"
+    return exactness if arithmetic == CPU_FLOAT32 else f"{exactness}-{arithmetic}"
 
 
 def tenant_key(secret: bytes, tenant: str) -> bytes:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from antefix.block import arithmetic_of
 from antefix.clients import RouterClient
 from antefix.config import require
 from antefix.errors import ConfigError, Unavailable
@@ -179,6 +180,7 @@ class Deployment:
         http_address = self.config.http_address if http_address is None else http_address
         flags = [*self._shared_flags(), "--address", address, "--decode", ",".join(self.addresses("decode"))]
         flags += ["--ledger-dir", str(ledger_dir), "--http-address", http_address]
+        flags += ["--arithmetic", arithmetic_of(self.config.device, self.config.dtype)]
         # One published key, whichever router signs.
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
         flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]

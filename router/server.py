@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import grpc
 
 from antefix import rpc
-from antefix.block import as_tokens, exactness_of
+from antefix.block import CPU_FLOAT32, as_tokens, exactness_of
 from antefix.clients import Tokens, usage_to_wire
 from antefix.config import require, setting
 from antefix.events.redis_bus import check_url
@@ -54,6 +54,7 @@ class RouterConfig(GatewayConfig):
     kv_format: str = setting("fp8", "precision of KV: fp8 or float32; must be the workers'")
     namespace: str = setting("default", "requests share KV within a namespace only")
     bounded_windows: int = setting(0, "as the workers have it: the namespace's KV may come from approximate replays")
+    arithmetic: str = setting(CPU_FLOAT32, "what the workers compute with: their device and dtype, as in cuda-bfloat16")
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
@@ -73,6 +74,9 @@ class RouterConfig(GatewayConfig):
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         GatewayConfig.__post_init__(self)
+        device, _, dtype = self.arithmetic.partition("-")
+        named = device.isalpha() and dtype in ("float32", "bfloat16")
+        require(named, f"arithmetic is a device and a dtype, as in {CPU_FLOAT32}; is {self.arithmetic!r}")
         require(bool(self.model), "--model is needed: a directory with config.json and a tokenizer")
         require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
@@ -90,7 +94,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def __init__(self, identity: ModelIdentity, tokenizer: Tokenizer, store: Store, config: RouterConfig) -> None:
         self._identity = identity
         self._tokenizer = tokenizer
-        exactness = exactness_of(config.bounded_windows)
+        exactness = exactness_of(config.bounded_windows, config.arithmetic)
         self._fingerprint = identity.fingerprint(
             KVFormat(config.kv_format), namespace=config.namespace, exactness=exactness
         ).digest

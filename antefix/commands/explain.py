@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from antefix.block import chain_of, exactness_of
+from antefix.block import CPU_FLOAT32, chain_of, exactness_of
 from antefix.clients import PrefillClient, Tokens
 from antefix.commands.up import DEFAULT_MODEL
 from antefix.errors import AntefixError, InvalidRequest
@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-format", choices=[f.value for f in _FORMATS], default="fp8", help="default: fp8")
     parser.add_argument("--namespace", default="default", help="default: default")
     parser.add_argument("--bounded-windows", type=int, default=0, metavar="K", help="as the workers have it")
+    parser.add_argument(
+        "--arithmetic", default=CPU_FLOAT32, metavar="DEVICE-DTYPE", help="what the workers compute with (cpu-float32)"
+    )
     parser.add_argument("--tenant", default="", help="whose prompt it is")
     parser.add_argument("--user", default="", help="the tenant's end user, if requests name one")
     parser.add_argument(
@@ -89,7 +92,8 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     check_address(args.window_pool)
     keyring = Keyring.from_file(_path(args, "secret_file", "secret"))
     mine = Whose(identity=identity, kv_format=KVFormat(args.kv_format), namespace=args.namespace,
-                 tenant=_tenant(args, args.tenant), bounded_windows=args.bounded_windows)  # fmt: skip
+                 tenant=_tenant(args, args.tenant), bounded_windows=args.bounded_windows,
+                 arithmetic=args.arithmetic)  # fmt: skip
     names = mine.names(tokens, keyring)
     # 1. What the store's files say.
     directory = _path(args, "store_dir", "store")
@@ -120,9 +124,10 @@ class Whose:
     namespace: str
     tenant: str
     bounded_windows: int
+    arithmetic: str
 
     def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> Names:
-        exactness = exactness_of(self.bounded_windows)
+        exactness = exactness_of(self.bounded_windows, self.arithmetic)
         digest = self.identity.fingerprint(self.kv_format, namespace=self.namespace, exactness=exactness).digest
         chain = chain_of(
             tokens,
@@ -138,7 +143,7 @@ def _others(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]
     for kv_format in _FORMATS:
         for windows in _BOUNDED_TRIED:
             if (kv_format, windows) != (mine.kv_format, mine.bounded_windows):
-                label = f"kv_format {kv_format.value}, {exactness_of(windows)}"
+                label = f"kv_format {kv_format.value}, {exactness_of(windows, mine.arithmetic)}"
                 yield replace(mine, kv_format=kv_format, bounded_windows=windows), label
     for namespace in args.also_namespace:
         yield replace(mine, namespace=namespace), f"namespace {namespace}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from antefix.block import Chain, exactness_of
+from antefix.block import Chain, arithmetic_of, exactness_of
 from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import BlockLayout, KVFormat, KVGeometry, PartKind
@@ -195,9 +195,8 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
     pool, ops = make_backend(config.kernels, model.layout, num_blocks, config.device, reproducible=config.reproducible)
     free = arithmetic_ignores_shapes(config.device, reproducible_kernels=packed and config.reproducible)
     align_tokens = config.prefill_chunk if config.reproducible and not free else 1
-    fingerprint = identity.fingerprint(
-        kv_format, namespace=config.namespace, exactness=exactness_of(config.bounded_windows)
-    )
+    exactness = exactness_of(config.bounded_windows, arithmetic_of(config.device, config.dtype))
+    fingerprint = identity.fingerprint(kv_format, namespace=config.namespace, exactness=exactness)
     return Engine(
         identity=identity,
         model=model,

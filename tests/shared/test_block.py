@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antefix.block import Chain, Fingerprint, as_tokens, chain_of, tenant_key
+from antefix.block import Chain, Fingerprint, arithmetic_of, as_tokens, chain_of, exactness_of, tenant_key
 from antefix.errors import InvalidRequest
 from antefix.layout import KVFormat, KVGeometry
 
@@ -91,6 +91,18 @@ def test_every_part_of_the_fingerprint_counts():
     }
     digests = {dataclasses.replace(FINGERPRINT, **{name: value}).digest for name, value in changes.items()}
     assert len(digests | {FINGERPRINT.digest}) == len(changes) + 1
+
+
+def test_what_computes_is_part_of_the_name_and_which_card_is_not():
+    names = {
+        exactness_of(windows, arithmetic_of(device, dtype))
+        for windows in (0, 1)
+        for device in ("cpu", "cuda")
+        for dtype in ("float32", "bfloat16")
+    }
+    assert len(names) == 8
+    assert exactness_of(0, arithmetic_of("cpu", "float32")) == exactness_of(0) == "exact"
+    assert arithmetic_of("cuda:1", "bfloat16") == arithmetic_of("cuda", "bfloat16")
 
 
 def test_parts_of_the_fingerprint_do_not_run_together():
