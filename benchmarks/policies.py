@@ -118,11 +118,17 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
             size = 180 if name == "least_work" else 45
             panel.scatter(100 * result["token_hit_rate"], result["ttft_p90_s"], marker=marker, s=size, label=name)
         panel.set_yscale("log")
+        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            axis(lambda value, _: f"{value:g}")
+        panel.tick_params(axis="y", which="minor", labelsize=7)
+        panel.ticklabel_format(axis="x", useOffset=False)
         panel.set_xlabel("tokens hit, %")
         panel.set_ylabel("p90 to first token, s")
         store = "store" if scene["store"] else "no store"
         panel.set_title(f"{scene['trace']}, {scene['workers']} workers, {store}, {scene['load']}", fontsize=9)
-    axes.flat[0].legend(fontsize=7)
+    for panel in axes.flat[len(found) :]:
+        panel.axis("off")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
     figure.savefig(path)
     pyplot.close(figure)
 
