@@ -100,6 +100,13 @@ ROLES = {
     "decode": ("decode.server", "DecodeConfig"),
     "router": ("router.server", "RouterConfig"),
 }
+EXAMPLES = {
+    "kvstore": "antefix serve kvstore --dir store --address 127.0.0.1:7001 --budget-bytes 200G",
+    "prefill": "antefix serve prefill --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001",
+    "decode": "antefix serve decode --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001",
+    "router": "antefix serve router --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001"
+    " --prefill 127.0.0.1:7002 --decode 127.0.0.1:7003",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,7 +169,7 @@ def _example(call: str) -> str:
 def _add_roles(parser: argparse.ArgumentParser, args: list[str]) -> None:
     roles = parser.add_subparsers(dest="role", required=True, metavar="|".join(ROLES))
     for role, (module, config_name) in ROLES.items():
-        sub = roles.add_parser(role, help=f"run a {role} service")
+        sub = roles.add_parser(role, help=f"run a {role} service", epilog=_example(EXAMPLES[role]))
         sub.add_argument("--watch-stdin", action="store_true", help="stop when stdin closes (set by `antefix up`)")
         if role in args:
             add_flags(sub, getattr(importlib.import_module(module), config_name))

@@ -28,13 +28,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The commands under `antefix usage`."""
     commands = parser.add_subparsers(dest="usage_command", required=True)
 
-    export = commands.add_parser("export", help="write records for a billing back-end")
+    ledger = "--ledger antefix-data/ledger"
+    export = _command(
+        commands, "export", "write records for a billing back-end", f"{ledger} --format parquet --output usage.parquet"
+    )
     _add_source(export)
+    export.add_argument("--json", action="store_true", help="say on standard error as JSON how many were written")
     export.add_argument("--format", choices=[kind.value for kind in ExportFormat], default="cloudevents")
     export.add_argument("--output", type=Path, help="file to write (default: standard output; parquet needs a file)")
 
-    check = commands.add_parser("verify", help="check the hash chain, and each billed hit against the store's log")
+    check = _command(
+        commands,
+        "verify",
+        "check the hash chain, and each billed hit against the store's log; exit status 1 if something does not hold",
+        f"{ledger} --store-log antefix-data/usage-log",
+    )
     _add_ledgers(check)
+    check.add_argument("--json", action="store_true", help="print JSON, as it does without this as well")
     check.add_argument("--store-log", type=Path, help="directory of the store's log of hits and writes")
     check.add_argument(
         "--anchor",
@@ -44,19 +54,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a head that an earlier run reported and that must still be there; of several ledgers with its source",
     )
 
-    sums = commands.add_parser("report", help="tokens, money and savings by tenant, model and day")
+    sums = _command(
+        commands, "report", "tokens, money and savings by tenant, model and day", f"{ledger} --by tenant,day --json"
+    )
     _add_source(sums)
     sums.add_argument("--by", default=",".join(report.GROUPS), help="comma-separated, of tenant, model, day")
     sums.add_argument("--json", action="store_true", help="print JSON instead of a table")
     sums.add_argument("--plot", type=Path, help="also draw tokens and money by day (SVG, PNG or PDF)")
 
-    receipt = commands.add_parser("receipt", help="issue a request's signed receipt, or check one")
+    receipt = _command(
+        commands,
+        "receipt",
+        "issue a request's signed receipt, or check one",
+        "--check receipt.json --public-key HEX --ratecards deploy/ratecards/deepseek.toml",
+    )
+    receipt.add_argument("--json", action="store_true", help="print JSON, as it does without this as well")
     receipt.add_argument("--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, to issue")
     receipt.add_argument("--request-id", help="the request, to issue")
     receipt.add_argument("--key-file", type=Path, help="the deployment's receipt key, to issue")
     receipt.add_argument("--check", type=Path, help="receipt file to check instead")
     receipt.add_argument("--public-key", help="the published key, hex, to check")
     receipt.add_argument("--ratecards", type=Path, nargs="*", help="rate cards to recompute the price with")
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
+) -> argparse.ArgumentParser:
+    epilog = f"example: antefix usage {name} {example}"
+    return commands.add_parser(name, help=help_text, description=help_text, epilog=epilog)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,7 +139,7 @@ def _export(args: argparse.Namespace) -> int:
         raise ConfigError("--format parquet needs --output FILE")
     else:
         num_records = write_text(_settled(args), kind, sys.stdout)
-    sys.stderr.write(f"{num_records} records\n")
+    sys.stderr.write(json.dumps({"records": num_records}) + "\n" if args.json else f"{num_records} records\n")
     return 0
 
 

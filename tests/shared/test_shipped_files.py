@@ -27,12 +27,19 @@ def test_the_sample_settings_are_valid(role):
     assert config.address == values["address"]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_shows_help_with_an_example(command, capsys):
+SUBCOMMANDS = [
+    *(["usage", name] for name in ("export", "verify", "report", "receipt")),
+    *(["serve", role] for role in ROLES),
+    ["bench", "store"],
+]
+
+
+@pytest.mark.parametrize("words", [*([name] for name in COMMANDS), *SUBCOMMANDS], ids=" ".join)
+def test_every_command_shows_help_with_an_example(words, capsys):
     from antefix.cli import main
 
     with pytest.raises(SystemExit) as caught:
-        main([command, "--help"])
+        main([*words, "--help"])
     out = capsys.readouterr().out
     assert caught.value.code == 0
     assert "example" in out and "usage: antefix" in out
