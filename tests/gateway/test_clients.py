@@ -433,14 +433,34 @@ async def test_a_client_that_leaves_before_the_first_token_stops_the_work_and_pa
 
 
 async def test_a_slow_client_does_not_stop_others(serve):
-    async with serve(Script(say=lambda p: "x" * 200)) as url:
+    """It reads nothing of an answer that fits into no buffer on the way: its own output waits, and only that."""
+    num_tokens = 30_000
+    script = Script(say=lambda prompt: "x" * (num_tokens if "long" in prompt else 20))
+    async with serve(script) as url:
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(slow, (host, int(port)))
+        ask = {"model": MODEL, "prompt": "a long one", "stream": True, "max_tokens": num_tokens}
+        body = json.dumps(ask).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        await loop.sock_sendall(slow, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await until(lambda: script.requests and script.requests[0].emitted)
         client = openai_client(url)
-        slow = await client.chat.completions.create(model=MODEL, messages=ASK, stream=True)
-        await anext(aiter(slow))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             for _ in range(5):
-                await client.chat.completions.create(model=MODEL, messages=ASK)
-        await slow.close()
+                answer = await client.chat.completions.create(model=MODEL, messages=ASK)
+                assert answer.usage.completion_tokens == 20
+            # Held up by its own client, for as long as that does not read.
+            while (num := len(script.requests[0].emitted)) < num_tokens:
+                await asyncio.sleep(0.5)
+                if len(script.requests[0].emitted) == num:
+                    break
+        assert num < num_tokens
+        slow.close()
+        await until(lambda: script.num_cancelled)
 
 
 async def test_answers_are_not_held_back_for_acknowledgements(ledger):
