@@ -50,25 +50,36 @@ _KNOWN_FILES: Final = {
 
 
 def prepare_directory(directory: Path) -> None:
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"{directory} is not a directory")
-    directory.mkdir(parents=True, exist_ok=True)
-    names = {path.name for path in directory.iterdir()} - {"lost+found"}
+    """Raises:  ConfigError: no directory can be there, it cannot be read, or it has something else in it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in directory.iterdir()} - {"lost+found"}
+    except OSError as err:
+        raise _unusable(directory, err) from err
     if names and STORE_FILE not in names and SEGMENT_DIR not in names and not names <= _KNOWN_FILES:
         raise ConfigError(f"{directory} is not an Antefix store and not empty; name an empty directory")
+
+
+def _unusable(directory: Path, err: OSError) -> ConfigError:
+    return ConfigError(f"{directory} cannot be used as a store: {err}; nothing in it was changed")
 
 
 def lock_directory(directory: Path) -> int:
     """A descriptor that holds the store's lock until it is closed.
 
-    Raises:  ConfigError: another process has the store open.
+    Raises:  ConfigError: another process has the store open, or we may not write there.
     """
-    fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as err:
+        raise _unusable(directory, err) from err
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as err:
         os.close(fd)
-        raise ConfigError(f"the store in {directory} is open in another process") from err
+        raise ConfigError(
+            f"the store in {directory} is open in another process, which keeps it; stop that, or name another directory"
+        ) from err
     return fd
 
 
