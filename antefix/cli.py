@@ -178,7 +178,7 @@ def _add_roles(parser: argparse.ArgumentParser, args: list[str]) -> None:
 def _serve(args: argparse.Namespace) -> int:
     module_name, config_name = ROLES[args.role]
     module = importlib.import_module(module_name)
-    config = resolve(getattr(module, config_name), args, os.environ, section=args.role)
+    config = resolve(getattr(module, config_name), args, os.environ, section=args.role, sections=tuple(ROLES))
     if args.print_config:
         print(as_json(config))
         return EXIT_OK

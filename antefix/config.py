@@ -10,9 +10,9 @@ import argparse
 import dataclasses
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from antefix.errors import ConfigError
 
@@ -40,12 +40,20 @@ def add_flags(parser: argparse.ArgumentParser, config_type: type[Any]) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the settings in force as JSON, and stop")
 
 
-def resolve(config_type: type[T], args: argparse.Namespace, environ: Mapping[str, str], *, section: str) -> T:
+def resolve(
+    config_type: type[T],
+    args: argparse.Namespace,
+    environ: Mapping[str, str],
+    *,
+    section: str,
+    sections: Collection[str] = (),
+) -> T:
     """The settings in force: flag, then ANTEFIX_<SECTION>_<NAME>, then [section] of the file, then default.
 
+    sections: all that the file may have; each role reads its own. None given: any.
     Raises:  ConfigError: an unknown name in the file, or a value that does not parse or is refused.
     """
-    from_file = _read_file(getattr(args, "config", None), section)
+    from_file = _read_file(getattr(args, "config", None), section, sections)
     values: dict[str, Any] = {}
     names = {field.name for field in _fields(config_type)}
     if unknown := sorted(set(from_file) - names):
@@ -69,7 +77,10 @@ def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> An
         if kind == "bool":
             return _parse_bool(value)
         if kind == "int":
-            return parse_size(value) if field.metadata.get("unit") == "bytes" else int(value)
+            if field.metadata.get("unit") == "bytes":
+                kind = "size in bytes, such as 1048576 or 64G"
+                return parse_size(value)
+            return int(value)
         if kind == "float":
             return float(value)
         if kind.startswith("tuple"):
@@ -131,11 +142,21 @@ def _parse_bool(value: Any) -> bool:
     raise ValueError("expected true or false")
 
 
-def _read_file(path: str | None, section: str) -> dict[str, Any]:
+def _read_file(path: str | None, section: str, sections: Collection[str]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
         with Path(path).open("rb") as file:
-            return cast(dict[str, Any], tomllib.load(file).get(section, {}))
-    except (OSError, tomllib.TOMLDecodeError) as err:
+            tables = tomllib.load(file)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
         raise ConfigError(f"--config {path}: {err}") from err
+    # A misspelt section would leave its role at the defaults, and say nothing.
+    if sections and (unknown := sorted(set(tables) - set(sections))):
+        raise ConfigError(f"--config {path}: unknown {', '.join(unknown)}; its sections are {', '.join(sections)}")
+    return _table(tables.get(section, {}), path, section)
+
+
+def _table(found: Any, path: str, section: str) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise ConfigError(f"--config {path}: {section} must be a section, as in [{section}], is {found!r}")
+    return found

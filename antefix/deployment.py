@@ -41,7 +41,7 @@ class DeploymentConfig:
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
     strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
     store_bytes, window_pool_bytes: budgets of disk and of Redis' memory, such as "64G"; empty for the roles' defaults.
-    Raises:  ConfigError: window settings that are none, or contradict each other.
+    Raises:  ConfigError: too few of a role, or window settings that are none, or contradict each other.
     """
 
     model: Path
@@ -67,6 +67,9 @@ class DeploymentConfig:
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("num_prefill", "num_decode"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
+        require(self.num_routers > 0, f"num_routers must be at least 1, is {self.num_routers}")
         check_window_settings(
             self.strategy,
             window_pool=self.window_pool,
@@ -119,6 +122,8 @@ class Deployment:
     def __init__(self, config: DeploymentConfig) -> None:
         self.config = config
         self.processes: list[RoleProcess] = []
+        # Not the number of processes: roles that start together would get one number, and write into one log.
+        self._numbers = itertools.count()
 
     async def __aenter__(self) -> Deployment:
         try:
@@ -146,11 +151,15 @@ class Deployment:
     async def start(self) -> None:
         """Start all roles in order of need.
 
-        Raises:  ConfigError: a role refused its settings; the message is the role's own.
+        Raises:  ConfigError: the data directory cannot be made or written, or a role refused its settings: the message
+            is the role's own.
         """
         config = self.config
-        (config.data_dir / "logs").mkdir(parents=True, exist_ok=True)
-        create_secret_file(config.data_dir / "secret")
+        try:
+            (config.data_dir / "logs").mkdir(parents=True, exist_ok=True)
+            create_secret_file(config.data_dir / "secret")
+        except OSError as err:
+            raise ConfigError(f"--data-dir {config.data_dir} cannot be used: {err}; nothing was started") from err
         flags = ["--dir", str(config.store_dir), "--usage-log-dir", str(config.usage_log_dir)]
         await self.start_role("kvstore", flags + _given("--budget-bytes", config.store_bytes))
         await asyncio.gather(
@@ -192,7 +201,7 @@ class Deployment:
 
     def _threads(self) -> int:
         """The cores, divided: two workers with all cores each wait for one another at every parallel loop's end."""
-        return max(1, (os.cpu_count() or 1) // (self.config.num_prefill + self.config.num_decode))
+        return max(1, (os.cpu_count() or 1) // max(1, self.config.num_prefill + self.config.num_decode))
 
     def _shared_flags(self) -> list[str]:
         config = self.config
@@ -211,7 +220,10 @@ class Deployment:
 
         Raises:  ConfigError: it ended instead; the message has the end of its log.  Unavailable: it took too long.
         """
-        log_path = self.config.data_dir / "logs" / f"{role}-{len(self.processes)}.log"
+        log_path = self.config.data_dir / "logs" / f"{role}-{next(self._numbers)}.log"
+        if log_path.exists():
+            # What the last run said is kept beside it: after a crash it is what explains the crash.
+            log_path.replace(log_path.with_suffix(".old.log"))
         with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "antefix", "serve", role, "--watch-stdin"),

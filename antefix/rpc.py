@@ -99,6 +99,8 @@ def from_rpc_error(err: grpc.aio.AioRpcError) -> errors.AntefixError:
     if kind is None:
         kind = _BY_CODE.get(err.code(), errors.Unavailable)
     message = err.details() or err.code().name
+    if err.code() is grpc.StatusCode.UNIMPLEMENTED:
+        message = "what answers there is not such a service: the address is another role's, or another version runs"
     if issubclass(kind, errors.ResourceExhausted):
         retry = metadata.get(_RETRY_KEY)
         return kind(message, retry_after_s=float(retry) / 1000 if retry else None)

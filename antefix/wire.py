@@ -42,6 +42,8 @@ class Sampling:
             raise InvalidRequest(f"temperature must be in [0, {TEMPERATURE_MAX}], is {self.temperature}")
         if not 0.0 < self.top_p <= 1.0:
             raise InvalidRequest(f"top_p must be in (0, 1], is {self.top_p}")
+        if not 0 <= (self.seed or 0) < 1 << 64:
+            raise InvalidRequest(f"seed must be from 0 to 2**64 - 1, is {self.seed}")
         if len(self.stop) > STOP_SEQUENCES_MAX or any(not 0 < len(s) <= STOP_TOKENS_MAX for s in self.stop):
             raise InvalidRequest(f"at most {STOP_SEQUENCES_MAX} stop sequences of 1 to {STOP_TOKENS_MAX} tokens")
         if not 0 <= (self.num_top_logprobs or 0) <= NUM_TOP_LOGPROBS_MAX:

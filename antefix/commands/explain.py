@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from antefix.block import CPU_FLOAT32, chain_of, exactness_of
 from antefix.clients import PrefillClient, Tokens
+from antefix.commands.prompt_text import given_text, read_text
 from antefix.commands.up import DEFAULT_MODEL
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.explain.answer import Explanation, explain
@@ -200,26 +200,24 @@ def _log(args: argparse.Namespace) -> Path | None:
 def _priors(args: argparse.Namespace) -> RatePriors:
     rate = args.prefill_rate
     if args.worker:
-        rate = asyncio.run(PrefillClient(args.worker).status()).prefill_tokens_per_s
+        rate = asyncio.run(_measured_rate(args.worker))
     return RatePriors() if not rate else RatePriors(prefill_tokens_per_s=rate)
+
+
+async def _measured_rate(worker: str) -> float:
+    # The client is made here: a channel belongs to the loop that is running then.
+    return (await PrefillClient(worker).status()).prefill_tokens_per_s
 
 
 def _tokens(args: argparse.Namespace) -> Tokens:
     if args.tokens_file is not None:
         try:
-            ids = json.loads(_read(args.tokens_file))
+            ids = json.loads(read_text(args.tokens_file))
         except ValueError as err:
             raise InvalidRequest(f"{args.tokens_file} is no JSON: {err}") from err
         if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 1 << 32 for i in ids):
             raise InvalidRequest("--tokens-file must hold a JSON list of token ids")
         return np.array(ids, np.uint32)
-    text = args.prompt if args.prompt is not None else _read(args.prompt_file)
+    text = given_text(args.prompt) if args.prompt is not None else read_text(args.prompt_file)
     ids_of_text: Sequence[int] = load_tokenizer(args.model).encode(text)
     return np.array(ids_of_text, np.uint32)
-
-
-def _read(path: Path) -> str:
-    try:
-        return sys.stdin.read() if str(path) == "-" else path.read_text()
-    except (OSError, UnicodeDecodeError) as err:
-        raise InvalidRequest(f"{path} cannot be read: {err}") from err

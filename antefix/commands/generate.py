@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from antefix.clients import Generated, RouterClient
+from antefix.commands.prompt_text import given_text, read_text
 from antefix.commands.up import add_deployment_arguments, deployment_config
 from antefix.deployment import Deployment
 from antefix.errors import InvalidRequest
@@ -23,7 +24,7 @@ from antefix.wire import Sampling
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_arguments(parser)
     parser.add_argument("prompt", nargs="?", help="the prompt; without it, --file or standard input")
-    parser.add_argument("--file", type=Path, help="read the prompt from a file")
+    parser.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a file; - is standard input")
     parser.add_argument("--router", metavar="HOST:PORT", help="a running router; without it, services start for this")
     parser.add_argument("--data-dir", type=Path, help="keep the store here between calls (with no --router)")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="(default: 128)")
@@ -64,12 +65,9 @@ async def _run(args: argparse.Namespace) -> int:
 def _prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.file is not None:
         raise InvalidRequest("give a prompt or --file, not both")
-    if args.file is not None:
-        try:
-            return str(args.file.read_text())
-        except (OSError, UnicodeDecodeError) as err:
-            raise InvalidRequest(f"--file {args.file}: {err}") from err
-    return str(args.prompt) if args.prompt is not None else sys.stdin.read()
+    if args.prompt is not None:
+        return given_text(args.prompt)
+    return read_text(args.file if args.file is not None else Path("-"))
 
 
 @contextlib.asynccontextmanager

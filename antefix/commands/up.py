@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+from antefix.config import require
 from antefix.deployment import Deployment, DeploymentConfig
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
@@ -81,6 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def deployment_config(args: argparse.Namespace, data_dir: Path, address: str = "127.0.0.1:0") -> DeploymentConfig:
+    """Raises:  ConfigError: settings that cannot be, or nobody who could answer a request."""
+    # Decode workers can prefill by themselves; nobody else can decode.
+    require(args.num_decode > 0, f"--num-decode must be at least 1, is {args.num_decode}")
     return DeploymentConfig(
         model=args.model,
         data_dir=data_dir,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from antefix.errors import ModelError
+from antefix.errors import ConfigError, ModelError
 from antefix.layout import KVFormat
 from antefix.model.config import ModelConfig, read_config
 from antefix.model.model import Model
@@ -36,7 +36,9 @@ def load_model(
     """Load a `deepseek_v4` directory for inference (no gradients).
 
     Raises:  ModelError: a file or tensor is missing, misshapen, unexpected or unreadable; the message names it.
+        ConfigError: the device is none, or cannot be used here.
     """
+    _check_device(device)
     directory = Path(path)
     config = ModelConfig.from_dir(directory)
     with torch.device("meta"):
@@ -52,6 +54,17 @@ def load_model(
     model.rope_compress = inverse_frequencies(config.rope_compress, config.geometry.rope_dim).to(device)
     model.revision = revision_of([directory / "config.json", *files])
     return model.requires_grad_(False).eval()
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        # Torch says only when a tensor goes there that it was built without this device, or that no card is there.
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:
+        reason = str(err).strip().partition("\n")[0]
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used: {reason}; `antefix doctor` says what is there"
+        ) from err
 
 
 def save_model(model: Model, path: str | Path, *, config: dict[str, object] | None = None) -> None:

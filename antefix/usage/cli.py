@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     commands = {"export": _export, "verify": _verify, "report": _report, "receipt": _receipt}
     try:
         return commands[args.usage_command](args)
+    except BrokenPipeError:
+        raise  # whoever read our output has enough; nothing is wrong
     except (AntefixError, OSError) as err:
         sys.stderr.write(f"antefix usage {args.usage_command}: {err}\n")
         return 2

@@ -12,22 +12,23 @@ import pytest
 import safetensors.torch
 import torch
 
+from antefix.deployment import Deployment
 from antefix.errors import InvalidRequest
 from antefix.wire import Sampling
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 
 
-async def antefix(*args):
+async def antefix(*args, stdin=b""):
     """Run the command; returns its exit code, stdout and stderr."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "antefix", *map(str, args)),
-        stdin=asyncio.subprocess.DEVNULL,
+        *(sys.executable, "-m", "antefix", *(arg if isinstance(arg, bytes) else str(arg) for arg in args)),
+        stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        out, err = await asyncio.wait_for(process.communicate(), 90)
+        out, err = await asyncio.wait_for(process.communicate(stdin), 90)
     finally:
         if process.returncode is None:
             process.kill()
@@ -135,6 +136,15 @@ async def test_a_directory_that_is_no_store_is_left_alone(tmp_path):
         (["serve", "kvstore", "--budget-bytes", "lots"], 2),
         (["generate", "--router", "127.0.0.1:1", "hello"], 3),
         (["generate", "--model", "/nonexistent", "hello"], 2),
+        (["generate", "--router", "127.0.0.1:1", "--seed", "-1", "hello"], 2),
+        (["generate", "--router", "127.0.0.1:1", "--seed", str(2**64), "hello"], 2),
+        (["generate", "--router", "127.0.0.1:1", b"\xff\xfe"], 2),
+        (["up", "--data-dir", "/proc/none/data"], 2),
+        (["up", "--data-dir", str(Path(__file__))], 2),
+        (["up", "--num-decode", "0"], 2),
+        (["up", "--num-prefill", "-1"], 2),
+        (["up", "--num-routers", "0"], 2),
+        (["serve", "kvstore", "--dir", "/proc/none/store"], 2),
         (["frobnicate"], 2),
         (["--version"], 0),
         (["generate", "--help"], 0),
@@ -144,6 +154,36 @@ async def test_exit_codes_mean_something(args, code):
     got, _, err = await antefix(*args)
     assert got == code, err
     assert "Traceback" not in err
+
+
+async def test_a_prompt_that_is_not_utf8_is_refused_before_anything_is_sent(tmp_path):
+    (tmp_path / "prompt").write_bytes(b"abc\xff")
+    for args, stdin in ((["--file", tmp_path / "prompt"], b""), ([], b"abc\xff")):
+        code, _, err = await antefix("generate", "--router", "127.0.0.1:1", *args, stdin=stdin)
+        assert code == 2 and "not UTF-8 text (at byte 3)" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("device", ["potato", "cuda:99"])
+async def test_a_device_that_is_not_there_is_named(secret, device):
+    code, _, err = await antefix(
+        *("serve", "prefill", "--model", MODEL, "--secret-file", secret, "--store-address", "127.0.0.1:1"),
+        *("--device", device),
+    )
+    assert code == 2 and f"'{device}' cannot be used" in err and "Traceback" not in err
+
+
+async def test_roles_that_start_together_have_logs_of_their_own_and_the_last_runs_logs_are_kept(make_config, tmp_path):
+    (tmp_path / "data" / "logs").mkdir(parents=True)
+    for _ in range(2):
+        deployment = Deployment(make_config())
+        try:
+            stores = (["--dir", str(tmp_path / name)] for name in "ab")
+            started = await asyncio.gather(*(deployment.start_role("kvstore", flags) for flags in stores))
+        finally:
+            await deployment.stop()
+        logs = {process.log_path for process in started}
+        assert len(logs) == 2
+    assert all(b"draining" in path.with_suffix(".old.log").read_bytes() for path in logs)
 
 
 async def test_an_answer_comes_as_json(deploy):

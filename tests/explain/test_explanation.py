@@ -18,7 +18,7 @@ from antefix.secret import Keyring, create_secret_file
 from antefix.store.api import Record, RecordKind
 from antefix.store.client import RemoteStore
 from antefix.usage.storelog import StoreLog
-from antefix.v1 import kvstore_pb2
+from antefix.v1 import kvstore_pb2, prefill_pb2, prefill_pb2_grpc
 from antefix.window_pool import StoreMemoryPool
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
@@ -269,6 +269,29 @@ async def test_a_checkpoint_in_the_store_services_memory_is_found(deployed, caps
         await servicer.close()
     assert (answer["plan"]["kind"], answer["plan"]["checkpoint_tier"]) == ("checkpoint", "pool")
     assert answer["checkpoints_in_pool"] == [10 * SIZE] and answer["checkpoints"] == []
+
+
+async def test_a_running_workers_speed_is_asked_for(deployed, capsys):
+    class Worker(prefill_pb2_grpc.PrefillServiceServicer):
+        async def PrefillStatus(self, request, context):
+            return prefill_pb2.PrefillStatusResponse(prefill_tokens_per_s=5.0)
+
+    def register(server):
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(Worker(), server)
+
+    started = await rpc.start_server("127.0.0.1:0", register, [prefill_pb2.DESCRIPTOR])
+    try:
+        slow = await asyncio.to_thread(deployed.explain, capsys, "--worker", started.address)
+    finally:
+        await started.drain(0.2)
+    usual = await asyncio.to_thread(deployed.explain, capsys)
+    assert slow["plan"]["predicted_s"] > 10 * usual["plan"]["predicted_s"]
+
+
+def test_a_worker_that_does_not_answer_is_told(deployed, capsys):
+    argv = ["explain", "--data-dir", str(deployed.directory), "--tokens-file", str(deployed.directory / "tokens.json")]
+    assert main([*argv, "--worker", "127.0.0.1:1"]) == 3
+    assert "Unavailable" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "", '{"a": 1}', '["x"]', "[-1]"])

@@ -7,7 +7,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from antefix import errors, rpc
-from antefix.v1 import router_pb2, router_pb2_grpc
+from antefix.v1 import router_pb2, router_pb2_grpc, window_pb2, window_pb2_grpc
 
 
 class Failing(router_pb2_grpc.RouterServiceServicer):
@@ -77,6 +77,14 @@ async def test_nobody_listening_is_unavailable():
     stub = router_pb2_grpc.RouterServiceStub(rpc.channel(address))
     with pytest.raises(errors.Unavailable), rpc.rpc_errors():
         await stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=5)
+
+
+async def test_a_call_to_another_roles_address_says_so():
+    server = await start(RuntimeError())
+    stub = window_pb2_grpc.WindowServiceStub(rpc.channel(server.address))
+    with pytest.raises(errors.Unavailable, match="another role's"), rpc.rpc_errors():
+        await stub.WindowStatus(window_pb2.WindowStatusRequest(), timeout=5)
+    await server.drain(0)
 
 
 async def test_draining_says_not_serving_and_health_says_serving_before():

@@ -62,6 +62,16 @@ def test_an_unknown_name_in_the_file_is_named(tmp_path):
         load(text="[example]\nbudgit = 1\n", tmp_path=tmp_path)
 
 
+@pytest.mark.parametrize("text", ["[exampel]\nratio = 1\n", "ratio = 1\n", "example = 3\n"])
+def test_a_section_that_no_role_has_is_named(tmp_path, text):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, Example)
+    (tmp_path / "antefix.toml").write_text(text)
+    args = parser.parse_args(["--config", str(tmp_path / "antefix.toml")])
+    with pytest.raises(ConfigError, match=text.split()[0].strip("[]")):
+        resolve(Example, args, {}, section="example", sections=("example", "other"))
+
+
 @pytest.mark.parametrize(
     ("text", "nbytes"), [("512", 512), ("1k", 1024), ("1.5 MiB", 3 << 19), ("2GB", 2 << 30), ("1T", 1 << 40)]
 )

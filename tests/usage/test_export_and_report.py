@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 from argparse import ArgumentParser
 from decimal import Decimal
@@ -123,3 +124,14 @@ def test_receipts_are_issued_and_checked_from_the_command_line(directory, tmp_pa
     receipt.write_text(capsys.readouterr().out)
     assert run("receipt", "--check", receipt, "--public-key", public) == 0
     assert run("receipt", "--check", receipt, "--public-key", "00" * 32) in (1, 2)
+
+
+def test_a_reader_of_the_export_that_has_enough_is_no_error(directory, monkeypatch, capsys):
+    class Left(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Left())
+    with pytest.raises(BrokenPipeError):  # `antefix` itself ends with 0 then, and says nothing
+        run("export", "--ledger", directory, "--format", "jsonl")
+    assert capsys.readouterr().err == ""
