@@ -9,9 +9,10 @@ fills up and the sequence sits out.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from antefix.errors import AntefixError, Overloaded
 from antefix.model import Sequence, WindowState, forward
 from antefix.wire import TokenLogprob
+from antefix.worker.compute import uninterrupted
 from antefix.worker.engine import Engine
 from antefix.worker.output import store_end, store_token
 from antefix.worker.prompt import grow
@@ -73,6 +75,7 @@ class Scheduler:
     def __init__(self, engine: Engine, num_running_max: int) -> None:
         self._engine = engine
         self._num_running_max = num_running_max
+        self._num_placed = 0
         self._running: list[Running] = []
         self._wake = asyncio.Event()
         self._step_lock = asyncio.Lock()
@@ -88,10 +91,19 @@ class Scheduler:
     def tokens_per_s(self) -> float:
         return self._num_tokens / self._busy_s if self._busy_s else 0.0
 
-    def check_room(self) -> None:
-        """Raises:  Overloaded: as many sequences run as may."""
-        if len(self._running) >= self._num_running_max:
-            raise Overloaded(f"{len(self._running)} sequences are running already", retry_after_s=1.0)
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """One of the places, from a request's beginning on: many may be loading before the first of them joins.
+
+        Raises:  Overloaded: as many sequences run, or are about to, as may.
+        """
+        if self._num_placed >= self._num_running_max:
+            raise Overloaded(f"{self._num_placed} sequences are running already", retry_after_s=1.0)
+        self._num_placed += 1
+        try:
+            yield
+        finally:
+            self._num_placed -= 1
 
     def join(self, running: Running) -> None:
         """Add a sequence; it takes part from the next step on. The caller calls `leave` whatever happens."""
@@ -103,12 +115,18 @@ class Scheduler:
     async def leave(self, running: Running) -> None:
         """Take a sequence out and give its blocks back; waits for the step in hand, which may be using them."""
         running.done = True
+        # A caller that is cancelled here once more must not leave with its blocks still taken.
+        await uninterrupted(self._leave(running))
+
+    async def _leave(self, running: Running) -> None:
         async with self._step_lock:
             if running in self._running:
                 self._running.remove(running)
-        await running.writer.flush()
-        self._engine.blocks.release(running.sequence.block_table)
-        running.sequence.block_table = []
+        try:
+            await running.writer.flush()
+        finally:
+            self._engine.blocks.release(running.sequence.block_table)
+            running.sequence.block_table = []
 
     async def close(self) -> None:
         if self._task is not None:
@@ -156,12 +174,20 @@ class Scheduler:
             return
         # 3. Store what is finished, choose the next tokens, hand out what may be shown.
         for running, row in zip(ready, logits, strict=True):
-            await store_token(self._engine, running, running.next_token)
-            token = running.sampler.choose(row, running.sequence.position)
-            running.logprobs.push(row, token)
-            _emit(running, token)
+            try:
+                await self._finish_step(running, row)
+            except Exception as err:
+                # The loop must go on: if it ended, every sequence of this worker would wait for ever.
+                log.exception("a sequence failed after its decode step")
+                _fail(running, AntefixError(f"the sequence failed after its decode step: {err}"))
         self._num_tokens += len(ready)
         self._busy_s += time.perf_counter() - started
+
+    async def _finish_step(self, running: Running, logits: npt.NDArray[np.float32]) -> None:
+        await store_token(self._engine, running, running.next_token)
+        token = running.sampler.choose(logits, running.sequence.position)
+        running.logprobs.push(logits, token)
+        _emit(running, token)
 
     def _grow(self, running: Running) -> bool:
         try:

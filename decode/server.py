@@ -70,11 +70,18 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         # 1. Check.
         sampling = sampling_from_wire(request.sampling)
         prompt, emitted = self._prompt(request, sampling)
-        self.scheduler.check_room()
+        with self.scheduler.place():
+            async with contextlib.aclosing(self._decode(prompt, sampling, emitted, request.handoff)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def _decode(
+        self, prompt: Prompt, sampling: Sampling, emitted: list[int], name: bytes
+    ) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
         sampler, stopper = Sampler(sampling), Stopper(sampling, self._eos_ids, emitted)
         logprobs = Logprobs(sampling.num_top_logprobs)
         # 2. The first token comes from the handoff's logits, before any block is loaded.
-        handoff = await take_handoff(self._engine, prompt, request.handoff)
+        handoff = await take_handoff(self._engine, prompt, name)
         adopted = await prefill_here(self._engine, prompt) if handoff is None else None
         try:
             logits = adopted.logits if handoff is None and adopted else handoff.logits  # type: ignore[union-attr]

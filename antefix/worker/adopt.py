@@ -87,10 +87,13 @@ async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | N
         if prompt.num_tokens % engine.block_size:
             table.extend(engine.blocks.allocate(1))
             await _put_back_row(engine, table[-1], handoff.partial_row)
-    except (BlockCorrupt, AntefixError) as err:
+    except AntefixError as err:
         engine.blocks.release(table)
         engine.counters.note(err)
         return None
+    except BaseException:
+        engine.blocks.release(table)  # a client that left while its last row was put back
+        raise
     report.restore_s = time.perf_counter() - started
     return Adopted(sequence=Sequence(block_table=table, window=window), logits=handoff.logits, report=report)
 

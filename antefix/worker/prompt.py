@@ -43,23 +43,21 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
     engine.budget.refresh_soon()
     # 1. Restore the longest prefix that is worth restoring.
     restored = await restore(engine, prompt)
+    report = restored.report
     writer = RecordWriter(engine.store, engine.counters, engine.window_pool)
     try:
         # 2. Compute the rest; finished blocks go to the store meanwhile, and those that it lost but we still have:
         #    without its ancestors it would refuse what follows.
         await _put_back(engine, prompt, restored, writer)
         logits = await _compute(engine, prompt, restored, writer)
-    except BaseException:
-        await writer.flush()  # the rows must not be reused under a write; what is finished is worth keeping
-        engine.blocks.release(restored.sequence.block_table)
-        raise
-    report = restored.report
-    report.compute_s = time.perf_counter() - started - report.restore_s
-    # 3. The decode worker reads the blocks from the store, so they must be there when it is told of them.
-    try:
+        report.compute_s = time.perf_counter() - started - report.restore_s
+        # 3. The decode worker reads the blocks from the store, so they must be there when it is told of them.
         await writer.flush()
     except BaseException:
-        engine.blocks.release(restored.sequence.block_table)
+        try:
+            await writer.flush()  # the rows must not be reused under a write; what is finished is worth keeping
+        finally:
+            engine.blocks.release(restored.sequence.block_table)
         raise
     report.written_tokens = writer.num_blocks_written * engine.block_size
     report.bytes_written = writer.bytes_written

@@ -82,7 +82,11 @@ async def restore(engine: Engine, prompt: Prompt) -> Restored:
         if sequence is not None:
             break
     _account(engine, prompt, plan, report)
-    report.miss_reason = await _miss_reason(engine, prompt, plan, known)
+    try:
+        report.miss_reason = await _miss_reason(engine, prompt, plan, known)
+    except BaseException:
+        engine.blocks.release(sequence.block_table)
+        raise
     report.restore_s = time.perf_counter() - started
     return Restored(
         sequence=sequence,

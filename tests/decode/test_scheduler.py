@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from antefix.errors import Overloaded
+from antefix.errors import AntefixError, Overloaded
 from antefix.store.api import RecordKind
 from antefix.wire import Sampling
 from antefix.worker.prompt import run_prompt
@@ -145,4 +145,31 @@ async def test_outputs_leave_their_blocks_and_one_checkpoint(make_engine, make_p
     marks = [position for kind, position in store.puts if kind is RecordKind.CHECKPOINT]
     assert blocks == [64, 128, 192]
     assert marks == [64, 192]
+    await scheduler.close()
+
+
+async def test_no_more_are_let_in_than_may_run(make_engine):
+    scheduler = Scheduler(make_engine(), 2)
+    with scheduler.place():
+        with scheduler.place(), pytest.raises(Overloaded), scheduler.place():
+            pass
+        with scheduler.place():
+            pass
+
+
+async def test_one_sequence_that_fails_does_not_stop_the_others(make_engine, make_prompt):
+    class Broken:
+        def choose(self, logits, position):
+            raise FloatingPointError("no token can be chosen")
+
+    engine = make_engine()
+    scheduler = Scheduler(engine, 8)
+    bad, shown = await start(engine, make_prompt(engine, PROMPTS[0]), 50)
+    bad.sampler = Broken()
+    scheduler.join(bad)
+    good = asyncio.create_task(generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), 40))
+    with pytest.raises(AntefixError, match="failed after its decode step"):
+        await asyncio.wait_for(finish(scheduler, bad, shown), 30)
+    assert len(await asyncio.wait_for(good, 30)) == 40
+    assert engine.blocks.num_available == engine.pool.num_blocks
     await scheduler.close()
