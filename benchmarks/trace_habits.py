@@ -3,7 +3,8 @@
     python benchmarks/trace_habits.py --traces ../shared/traces
 
 For each trace, with a checkpoint at every prompt's end and at every fork: how often a first request leaves a stretch
-of new tokens, by the stretch's length, and in which fifth of it; then how `auto`'s checkpoints were used, by reason.
+of new tokens, by what lay before the stretch and by its length, and in which fifth of it; then how `auto`'s checkpoints
+were used, by reason.
 For the agent trace also: how often the next turn misses its prompt's last 64-token block, by what lay beyond it.
 """
 
@@ -17,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from antefix.window import parse
+from antefix.window.auto import NEW_GROUND_RATIO, NEW_GROUND_TOKENS
 from simulate.machine import RATE_CARDS, Machine, model_sizes
 from simulate.replay import Setup, simulate
 from simulate.report import align
@@ -32,50 +34,48 @@ STRETCHES = (0, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536)
 
 
 def leaves(trace: Trace) -> str:
-    """A table: stretches by length and by whether much lay before them, leaves a stretch, leaves by fifth of it."""
+    """A table: stretches of new tokens by what lay before them and by length; leaves a stretch, and where it is left.
+
+    Ground: new (as `auto` calls it), or behind an end, or behind a fork that the trace saw there for the first time.
+    """
     owner: dict[int, int] = {}
     spans: list[tuple[int, int]] = []
+    kinds: list[tuple[str, int]] = []
     known: set[int] = set()
-    left: list[tuple[int, float]] = []
+    left: list[tuple[int, int]] = []
     for index, request in enumerate(trace.requests):
         names = request.names.tolist()
         shared = next((i for i, name in enumerate(names) if name not in owner), len(names))
-        if shared and names[shared - 1] not in known:
-            donor = owner[names[shared - 1]]
-            start, end = spans[donor]
-            left.append((donor, (shared - start) / (end - start)))
+        forked = bool(shared) and names[shared - 1] not in known
+        if forked:
+            left.append((owner[names[shared - 1]], shared))
             known.add(names[shared - 1])
         owner.update((name, index) for name in names[shared:])
         spans.append((shared, len(names)))
+        kinds.append(_kind(shared, len(names), forked, trace.unit_tokens))
         if names:
             known.add(names[-1])
-    counts: Counter[tuple[bool, int]] = Counter()
-    fifths: Counter[tuple[bool, int, int]] = Counter()
-    for start, end in spans:
-        counts[_kind(start, end, trace.unit_tokens)] += 1
-    for donor, share in left:
-        fifths[(*_kind(*spans[donor], trace.unit_tokens), min(int(share * 5), 4))] += 1
-    rows = [["ground", "stretch from", "stretches", "left inside", "per stretch", "by fifth"]]
-    for new_ground, length in sorted(counts, key=lambda kind: (not kind[0], kind[1])):
-        by_fifth = [fifths[(new_ground, length, fifth)] for fifth in range(5)]
-        count = counts[(new_ground, length)]
-        label = "new" if new_ground else "known"
-        rows.append(
-            [
-                label,
-                str(length),
-                str(count),
-                str(sum(by_fifth)),
-                f"{sum(by_fifth) / count:.3f}",
-                " ".join(map(str, by_fifth)),
-            ]
-        )
+    counts = Counter(kinds)
+    fifths: Counter[tuple[tuple[str, int], int]] = Counter()
+    first_units: Counter[tuple[str, int]] = Counter()
+    for donor, end in left:
+        start, stop = spans[donor]
+        fifths[(kinds[donor], min((end - start) * 5 // (stop - start), 4))] += 1
+        first_units[kinds[donor]] += end == start + 1
+    rows = [["ground", "stretch from", "stretches", "left inside", "per stretch", "after one unit", "by fifth"]]
+    for kind in sorted(counts):
+        by_fifth = [fifths[(kind, fifth)] for fifth in range(5)]
+        per_stretch = f"{sum(by_fifth) / counts[kind]:.3f}"
+        cells = [kind[1], counts[kind], sum(by_fifth), per_stretch, first_units[kind], " ".join(map(str, by_fifth))]
+        rows.append([kind[0], *map(str, cells)])
     return align(rows)
 
 
-def _kind(start: int, end: int, unit_tokens: int) -> tuple[bool, int]:
+def _kind(start: int, end: int, forked: bool, unit_tokens: int) -> tuple[str, int]:
     length = (end - start) * unit_tokens
-    return end - start > 8 * start, max(limit for limit in STRETCHES if limit <= length)
+    is_new = end - start > NEW_GROUND_RATIO * start or length >= NEW_GROUND_TOKENS
+    ground = "new" if is_new else "behind a fork" if forked else "behind an end"
+    return ground, max(limit for limit in STRETCHES if limit <= length)
 
 
 def uses(trace: Trace) -> str:

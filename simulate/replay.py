@@ -54,9 +54,9 @@ class _Tally:
     errors: list[float] = field(default_factory=list)
     plans: dict[str, int] = field(default_factory=lambda: {kind.value: 0 for kind in PlanKind})
     hit_tokens: int = 0
+    spared_tokens: int = 0
     recomputed_tokens: int = 0
     replayed_tokens: int = 0
-    untouched_replay_tokens: int = 0
     bytes_kept_max: int = 0
     checkpoint_bytes_kept_max: int = 0
 
@@ -177,11 +177,11 @@ class _Run:
     def _count(self, request: Request, plan: Plan, num_units: int) -> None:
         block_size = self.setup.sizes.block_size
         usable = min(num_units * self.unit_blocks, (request.num_tokens - 1) // block_size) * block_size
-        hit = plan.resume_block * block_size - plan.replay_work_tokens
+        hit = plan.resume_block * block_size - plan.replay_tokens
         self.tally.plans[plan.kind.value] += 1
         self.tally.hit_tokens += hit
+        self.tally.spared_tokens += hit + plan.replay_tokens - plan.replay_work_tokens
         self.tally.replayed_tokens += plan.replay_tokens
-        self.tally.untouched_replay_tokens += plan.replay_tokens - plan.replay_work_tokens
         self.tally.recomputed_tokens += usable - hit
 
     def _write(self, request: Request, plan: Plan, num_units: int, checkpoints: tuple[int, ...]) -> None:
@@ -224,9 +224,10 @@ class _Run:
             strategy=str(self.strategy),
             num_requests=len(trace.requests),
             token_hit_rate=tally.hit_tokens / tokens,
+            work_hit_rate=tally.spared_tokens / tokens,
             ideal_token_hit_rate=ideal / tokens,
             share_of_ideal=tally.hit_tokens / ideal if ideal else 1.0,
-            whole_replay_share_of_ideal=(tally.hit_tokens - tally.untouched_replay_tokens) / ideal if ideal else 1.0,
+            work_share_of_ideal=tally.spared_tokens / ideal if ideal else 1.0,
             checkpoints_per_request=store.num_checkpoints_written / count,
             bytes_kept=store.bytes_kept,
             bytes_kept_max=tally.bytes_kept_max,
@@ -242,7 +243,7 @@ class _Run:
             ttft_p99_s=percentile(tally.ttft_s, 0.99),
             ttft_mean_s=sum(tally.ttft_s) / count,
             dollars=self.setup.card.dollars(
-                hit_tokens=tally.hit_tokens, miss_tokens=trace.num_tokens - tally.hit_tokens
+                hit_tokens=tally.spared_tokens, miss_tokens=trace.num_tokens - tally.spared_tokens
             ),
             plans=tally.plans,
             plan_error=sum(tally.errors) / count,

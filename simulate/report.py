@@ -10,6 +10,7 @@ _COLUMNS: tuple[tuple[str, Callable[[StrategyResult], str]], ...] = (
     ("strategy", lambda r: r.strategy),
     ("hit", lambda r: f"{r.token_hit_rate:.2%}"),
     ("of ideal", lambda r: f"{r.share_of_ideal:.2%}"),
+    ("spared", lambda r: f"{r.work_share_of_ideal:.2%}"),
     ("ckpt/req", lambda r: f"{r.checkpoints_per_request:.2f}"),
     ("kept", lambda r: human_bytes(r.bytes_kept)),
     ("windows", lambda r: human_bytes(r.checkpoint_bytes_kept)),

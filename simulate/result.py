@@ -15,18 +15,19 @@ from simulate.habits import ReasonUse
 class StrategyResult:
     """One strategy over one trace.
 
-    token_hit_rate: share of prompt tokens that the model did not run, neither by prefill nor by replay. A replayed
-        token counts with the layers that it ran through, about half of them (`Sizes.replay_work_tokens`).
+    token_hit_rate: share of prompt tokens that the model did not run, neither by prefill nor by replay: a replayed
+        token counts as not hit, though it ran through about half of the layers only.
+    work_hit_rate: the same with a replayed token counted by that share (`Sizes.replay_work_tokens`): what was spared.
     ideal_token_hit_rate: share in the longest prefix that any request had before, in whole units, less the last token:
         an endless store whose window state is free and everywhere.  It does not depend on the strategy.
-    share_of_ideal: token_hit_rate over that.  whole_replay_share_of_ideal: the same if a replayed token counted whole.
+    share_of_ideal, work_share_of_ideal: token_hit_rate and work_hit_rate over that.
     checkpoints_per_request: checkpoints written, to disk or pool, a request.
     bytes_kept: on disk at the end, blocks and checkpoints that have not expired.  *_max: the most at any time.
     bytes_written: to disk and pool.
-    recomputed_tokens: run again although their global KV was stored at that time: by prefill, or by replay, where they
-        count as above.  replayed_tokens: whole, from each replay's start to its end.
+    recomputed_tokens: run again although their global KV was stored at that time: by prefill, or by replay.
+    replayed_tokens: those of them that a replay ran, from its start to its end.
     ttft_*: of one request alone on the machine, without queueing: loading, replay and prefill.
-    dollars: the input tokens' price, hits as in token_hit_rate.
+    dollars: the input tokens' price, hits as in work_hit_rate.
     plan_error: mean of |actual - predicted| / predicted of the planner's choices.
     reasons: how the checkpoints that were left for each reason were used.
     """
@@ -34,9 +35,10 @@ class StrategyResult:
     strategy: str
     num_requests: int
     token_hit_rate: float
+    work_hit_rate: float
     ideal_token_hit_rate: float
     share_of_ideal: float
-    whole_replay_share_of_ideal: float
+    work_share_of_ideal: float
     checkpoints_per_request: float
     bytes_kept: int
     bytes_kept_max: int

@@ -76,14 +76,14 @@ def test_full_is_ideal_and_zero_replays() -> None:
     assert (zero.token_hit_rate, zero.checkpoint_bytes_written) == (0.0, 0)
 
 
-def test_a_replayed_token_is_a_miss_in_the_layers_it_runs_through() -> None:
+def test_a_replayed_token_is_no_hit_though_half_of_its_work_is_spared() -> None:
     long = list(range(1000))
     result = simulate(_trace((128_000, long), (128_500, long)), parse("zero"), _setup())
-    assert result.replayed_tokens == SIZES.replay_tokens
+    assert result.replayed_tokens == result.recomputed_tokens == SIZES.replay_tokens
+    assert result.token_hit_rate == (128_000 - SIZES.replay_tokens) / 256_500
     work = SIZES.replay_work_tokens(SIZES.replay_tokens)
-    assert result.token_hit_rate == (128_000 - work) / 256_500
-    assert result.recomputed_tokens == work
-    assert result.whole_replay_share_of_ideal == (128_000 - SIZES.replay_tokens) / 128_000
+    assert result.work_hit_rate == (128_000 - work) / 256_500
+    assert result.share_of_ideal < result.work_share_of_ideal == (128_000 - work) / 128_000
 
 
 def test_time_to_first_token_is_loading_and_computing() -> None:
@@ -115,7 +115,7 @@ def test_hits_never_exceed_the_ideal_nor_bytes_the_budget(
 ) -> None:
     trace = generate(shape, num_requests=60, unit_tokens=128, seed=seed)
     result = simulate(trace, parse(name), _setup(replay=replay, store_bytes=store))
-    assert 0 <= result.token_hit_rate <= result.ideal_token_hit_rate <= 1
+    assert 0 <= result.token_hit_rate <= result.work_hit_rate <= result.ideal_token_hit_rate <= 1
     assert result.bytes_kept <= result.bytes_written
     assert store is None or result.bytes_kept_max <= store
     assert sum(result.plans.values()) == result.num_requests == 60

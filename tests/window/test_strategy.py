@@ -214,11 +214,34 @@ def test_auto_sends_ends_to_the_pool_on_request_and_what_lasts_to_disk() -> None
         assert (mark.tier is Tier.POOL) == (mark.reason is Reason.PROMPT_END)
 
 
-def test_auto_marks_a_long_stretch_near_its_start_its_middle_and_its_end() -> None:
-    facts = PromptFacts(num_tokens=128_002, num_stored_blocks=0, resume_block=0)
-    assert _blocks(parse("auto").at_prompt(facts, SIZES)) == [150, 400, 936, 992, 1000]
-    short = PromptFacts(num_tokens=7_000, num_stored_blocks=0, resume_block=0)
-    assert _blocks(parse("auto").at_prompt(short, SIZES)) == [54]
+def _on_new_ground(num_tokens: int) -> list[int]:
+    return _blocks(
+        parse("auto").at_prompt(PromptFacts(num_tokens=num_tokens, num_stored_blocks=0, resume_block=0), SIZES)
+    )
+
+
+def test_auto_marks_a_new_stretch_near_its_start_its_middle_and_its_end_the_more_the_longer() -> None:
+    assert _on_new_ground(7_000) == [54]
+    assert _on_new_ground(8_194) == [9, 56, 64]
+    assert _on_new_ground(12_802) == [15, 92, 100]
+    assert _on_new_ground(25_602) == [30, 80, 136, 192, 200]
+    assert _on_new_ground(128_002) == [400, 936, 992, 1000]
+
+
+def test_auto_marks_the_place_a_little_after_an_unforeseen_fork() -> None:
+    turn = PromptFacts(num_tokens=20_000, num_stored_blocks=100, resume_block=90, checkpoints=(90,))
+    assert _reasons(parse("auto").at_prompt(turn, SIZES)) == {
+        100: Reason.FORK,
+        104: Reason.SPARSE,
+        156: Reason.PROMPT_END,
+    }
+    # At a checkpoint, or one block after an end that was left early for the cue, nothing was left inside.
+    for end in (100, 99):
+        known = PromptFacts(num_tokens=20_000, num_stored_blocks=100, resume_block=end, checkpoints=(end,))
+        assert 104 not in _blocks(parse("auto").at_prompt(known, SIZES))
+    short = PromptFacts(num_tokens=16_000, num_stored_blocks=100, resume_block=90, checkpoints=(90,))
+    assert _blocks(parse("auto").at_prompt(short, SIZES)) == [100, 124]
+    assert 4 not in _on_new_ground(20_000)
 
 
 def test_auto_leaves_no_sparse_marks_in_the_steps_of_a_running_conversation() -> None:
