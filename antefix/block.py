@@ -32,7 +32,8 @@ class Fingerprint:
 
     weights_revision: hash of the checkpoint's files.  tokenizer: hash of the tokenizer's files.
     exactness: "exact", or "bounded-K" for KV computed after an approximate replay of K windows; and what computed it,
-    if that was not a CPU in float32: no two kinds of device or precision give the same bits.
+    if that was not a CPU in float32: no two kinds of device or precision give the same bits, nor do a card's fast and
+    reproducible kernels.
     """
 
     weights_revision: str
@@ -63,9 +64,30 @@ class Fingerprint:
 CPU_FLOAT32: Final = "cpu-float32"
 
 
-def arithmetic_of(device: str, dtype: str) -> str:
-    """What computes, as far as KV's bits hang on it: "cpu-float32", "cuda-bfloat16". device: torch's name, "cuda:1"."""
-    return f"{device.partition(':')[0]}-{dtype}"
+_REPRODUCIBLE: Final = "-reproducible"
+
+
+def arithmetic_of(device: str, dtype: str, *, reproducible: bool = False) -> str:
+    """What computes, as far as KV's bits hang on it: "cpu-float32", "cuda-bfloat16". device: torch's name, "cuda:1".
+
+    reproducible: the setting of that name. A CPU is so anyway; a card then is "cuda-bfloat16-reproducible": KV that the
+    faster kernels wrote is good within bounds only, and a hit on it would not equal a cold run to the bit.
+    """
+    kind = device.partition(":")[0]
+    return f"{kind}-{dtype}{_REPRODUCIBLE if reproducible and kind != 'cpu' else ''}"
+
+
+def check_arithmetic(arithmetic: str) -> str:
+    """The same.  Raises:  InvalidRequest: `arithmetic_of` makes no such name."""
+    kind, _, dtype = arithmetic.removesuffix(_REPRODUCIBLE).partition("-")
+    reproducible = arithmetic.endswith(_REPRODUCIBLE)
+    is_dtype = dtype in ("float32", "bfloat16")
+    if not kind.isalpha() or not is_dtype or arithmetic_of(kind, dtype, reproducible=reproducible) != arithmetic:
+        raise InvalidRequest(
+            f"arithmetic is a device and a dtype, as in {CPU_FLOAT32}, cuda-bfloat16 or cuda-bfloat16{_REPRODUCIBLE};"
+            f" is {arithmetic!r}"
+        )
+    return arithmetic
 
 
 def exactness_of(bounded_windows: int, arithmetic: str = CPU_FLOAT32) -> str:

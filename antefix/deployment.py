@@ -189,7 +189,7 @@ class Deployment:
         http_address = self.config.http_address if http_address is None else http_address
         flags = [*self._shared_flags(), "--address", address, "--decode", ",".join(self.addresses("decode"))]
         flags += ["--ledger-dir", str(ledger_dir), "--http-address", http_address]
-        flags += ["--arithmetic", arithmetic_of(self.config.device, self.config.dtype)]
+        flags += ["--arithmetic", self._arithmetic()]
         # One published key, whichever router signs.
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
         flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
@@ -198,6 +198,9 @@ class Deployment:
         started = await self.start_role("router", flags)
         started.ledger_dir = ledger_dir
         return started
+
+    def _arithmetic(self) -> str:
+        return arithmetic_of(self.config.device, self.config.dtype, reproducible=self.config.reproducible)
 
     def _threads(self) -> int:
         """The cores, divided: two workers with all cores each wait for one another at every parallel loop's end."""

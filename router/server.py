@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import grpc
 
 from antefix import rpc
-from antefix.block import CPU_FLOAT32, as_tokens, exactness_of
+from antefix.block import CPU_FLOAT32, as_tokens, check_arithmetic, exactness_of
 from antefix.clients import Tokens, usage_to_wire
 from antefix.config import require, setting
 from antefix.events.redis_bus import check_url
@@ -54,7 +54,9 @@ class RouterConfig(GatewayConfig):
     kv_format: str = setting("fp8", "precision of KV: fp8 or float32; must be the workers'")
     namespace: str = setting("default", "requests share KV within a namespace only")
     bounded_windows: int = setting(0, "as the workers have it: the namespace's KV may come from approximate replays")
-    arithmetic: str = setting(CPU_FLOAT32, "what the workers compute with: their device and dtype, as in cuda-bfloat16")
+    arithmetic: str = setting(
+        CPU_FLOAT32, "what the workers compute with: cpu-float32, cuda-bfloat16, cuda-bfloat16-reproducible ..."
+    )
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
@@ -74,9 +76,7 @@ class RouterConfig(GatewayConfig):
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         GatewayConfig.__post_init__(self)
-        device, _, dtype = self.arithmetic.partition("-")
-        named = device.isalpha() and dtype in ("float32", "bfloat16")
-        require(named, f"arithmetic is a device and a dtype, as in {CPU_FLOAT32}; is {self.arithmetic!r}")
+        check_arithmetic(self.arithmetic)
         require(bool(self.model), "--model is needed: a directory with config.json and a tokenizer")
         require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from antefix.block import CPU_FLOAT32, chain_of, exactness_of
+from antefix.block import CPU_FLOAT32, chain_of, check_arithmetic, exactness_of
 from antefix.clients import PrefillClient, Tokens
 from antefix.commands.prompt_text import given_text, read_text
 from antefix.commands.up import DEFAULT_MODEL
@@ -93,7 +93,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     keyring = Keyring.from_file(_path(args, "secret_file", "secret"))
     mine = Whose(identity=identity, kv_format=KVFormat(args.kv_format), namespace=args.namespace,
                  tenant=_tenant(args, args.tenant), bounded_windows=args.bounded_windows,
-                 arithmetic=args.arithmetic)  # fmt: skip
+                 arithmetic=check_arithmetic(args.arithmetic))  # fmt: skip
     names = mine.names(tokens, keyring)
     # 1. What the store's files say.
     directory = _path(args, "store_dir", "store")

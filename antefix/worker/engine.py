@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ from antefix.worker.compute import ComputeThread
 from antefix.worker.plan_log import PlanLog
 from antefix.worker.report import StoreCounters
 from antefix.worker.resident import ResidentBlocks
+
+log = logging.getLogger("antefix.worker")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -194,8 +197,14 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
     num_blocks = max(1, config.pool_bytes // block_bytes)
     pool, ops = make_backend(config.kernels, model.layout, num_blocks, config.device, reproducible=config.reproducible)
     free = arithmetic_ignores_shapes(config.device, reproducible_kernels=packed and config.reproducible)
+    if not free and not config.reproducible and torch.device(config.device).type == "cpu":
+        log.warning(
+            "this machine's matrix products depend on the number of rows (see `antefix doctor`): hits equal cold runs"
+            " within rounding only; with --reproducible true they equal them to the bit"
+        )
     align_tokens = config.prefill_chunk if config.reproducible and not free else 1
-    exactness = exactness_of(config.bounded_windows, arithmetic_of(config.device, config.dtype))
+    arithmetic = arithmetic_of(config.device, config.dtype, reproducible=config.reproducible)
+    exactness = exactness_of(config.bounded_windows, arithmetic)
     fingerprint = identity.fingerprint(kv_format, namespace=config.namespace, exactness=exactness)
     return Engine(
         identity=identity,

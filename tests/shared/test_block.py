@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antefix.block import Chain, Fingerprint, arithmetic_of, as_tokens, chain_of, exactness_of, tenant_key
+from antefix.block import (
+    CPU_FLOAT32,
+    Chain,
+    Fingerprint,
+    arithmetic_of,
+    as_tokens,
+    chain_of,
+    check_arithmetic,
+    exactness_of,
+    tenant_key,
+)
 from antefix.errors import InvalidRequest
 from antefix.layout import KVFormat, KVGeometry
 
@@ -103,6 +113,23 @@ def test_what_computes_is_part_of_the_name_and_which_card_is_not():
     assert len(names) == 8
     assert exactness_of(0, arithmetic_of("cpu", "float32")) == exactness_of(0) == "exact"
     assert arithmetic_of("cuda:1", "bfloat16") == arithmetic_of("cuda", "bfloat16")
+
+
+def test_a_reproducible_worker_on_a_card_never_hits_what_the_fast_kernels_wrote():
+    fast, exact = (arithmetic_of("cuda", "bfloat16", reproducible=reproducible) for reproducible in (False, True))
+    assert exactness_of(0, fast) != exactness_of(0, exact)
+    # On a CPU the setting changes no bits, so it changes no names.
+    assert arithmetic_of("cpu", "float32", reproducible=True) == arithmetic_of("cpu", "float32")
+    for arithmetic in (fast, exact, CPU_FLOAT32):
+        assert check_arithmetic(arithmetic) == arithmetic
+
+
+@pytest.mark.parametrize(
+    "text", ["", "cuda", "cuda-float16", "-float32", "cpu-float32-reproducible", "cuda-bfloat16-x"]
+)
+def test_an_arithmetic_that_nothing_has_is_refused(text):
+    with pytest.raises(InvalidRequest, match="device and a dtype"):
+        check_arithmetic(text)
 
 
 def test_parts_of_the_fingerprint_do_not_run_together():
