@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import functools
 import gc
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
@@ -21,6 +21,7 @@ from antefix.errors import InvalidRequest, Overloaded
 from antefix.store import codec
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.api import PutResult, Record, RecordKind
+from antefix.store.format import FORMAT_VERSION
 from antefix.store.gone import fate_of
 from antefix.store.payload_channel import SERVICE
 from antefix.store.pieces import HASHES_MAX, RecordAssembler, join_hashes, kind_of, messages_of, split_hashes
@@ -88,29 +89,33 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
         return kvstore_pb2.FateResponse(fate=found.fate.value, fingerprints=found.fingerprints)
 
-    async def Get(
+    def Get(
         self, request: kvstore_pb2.GetRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         kind, hashes = kind_of(request.kind), split_hashes(request.hashes)
         if len(hashes) > HASHES_MAX or request.first > len(hashes):
             raise InvalidRequest(f"at most {HASHES_MAX} hashes a stream, `first` among them")
+        if kind is RecordKind.HANDOFF:
+            return self._handoffs(request, hashes)
+        wanted = GetRange(
+            kind=kind,
+            hashes=hashes,
+            fingerprint=request.fingerprint,
+            first=request.first,
+            offset=request.offset,
+            verifies=request.record_format == FORMAT_VERSION,
+        )
+        # Each generator around this one would cost every message once more.
+        return PayloadStream(self.engine, self._threads, wanted).messages(_Counted(self))
+
+    async def _handoffs(self, request: kvstore_pb2.GetRequest, hashes: Sequence[bytes]) -> AsyncGenerator[bytes, None]:
         with _Counted(self):
-            if kind is RecordKind.HANDOFF:
-                for number in range(request.first, len(hashes)):
-                    kept = self.pool.get(hashes[number], request.fingerprint)
-                    if kept is None:
-                        return
-                    for message in messages_of(kept, number, offset=request.offset if number == request.first else 0):
-                        yield message
-                return
-            wanted = GetRange(
-                kind=kind, hashes=hashes, fingerprint=request.fingerprint, first=request.first, offset=request.offset
-            )
-            stream = PayloadStream(self.engine, self._threads, wanted)
-            async with contextlib.aclosing(stream.windows()) as windows:
-                async for messages in windows:
-                    for message in messages:
-                        yield message
+            for number in range(request.first, len(hashes)):
+                kept = self.pool.get(hashes[number], request.fingerprint)
+                if kept is None:
+                    return
+                for message in messages_of(kept, number, offset=request.offset if number == request.first else 0):
+                    yield message
 
     async def Put(
         self,

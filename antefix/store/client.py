@@ -20,9 +20,11 @@ from antefix.layout import BlockLayout
 from antefix.store import codec
 from antefix.store.api import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind
 from antefix.store.encryption import KeyRing
+from antefix.store.format import FORMAT_VERSION
 from antefix.store.gone import fate_of
-from antefix.store.payload_channel import SERVICE, PayloadChannel, Progress
+from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
+from antefix.store.progress import Progress
 from antefix.store.reader import ReadOutcome, StoreReader, wall_ms
 from antefix.store.wire import Piece, pack_put_request
 from antefix.usage.evidence import ReadEvidence
@@ -139,7 +141,8 @@ class RemoteStore:
         """Fill buffers from a stream, resuming where it broke. Returns the number of leading payloads received."""
         if self._payloads is None:
             self._payloads = PayloadChannel(self.address)
-        done = Progress()
+        done = Progress(kind, hashes, fingerprint)
+        record_format = FORMAT_VERSION
         for attempt in range(NUM_RESUMES_MAX + 1):
             request = kvstore_pb2.GetRequest(
                 kind=kind.value,  # type: ignore[arg-type]
@@ -147,13 +150,18 @@ class RemoteStore:
                 fingerprint=fingerprint,
                 first=done.index,
                 offset=done.offset,
+                record_format=record_format,
             )
             try:
                 await self._payloads.receive(request, done, buffer, deadline_s=self._deadline_s)
                 return done.index
-            except (Unavailable, BlockCorrupt):
+            except (Unavailable, BlockCorrupt) as err:
                 if attempt == NUM_RESUMES_MAX:
                     raise
+                if isinstance(err, BlockCorrupt):
+                    # On its way or in the store: have the store look itself. What it finds bad it counts, quarantines
+                    # and does not send.
+                    record_format = 0
         raise AssertionError("unreachable")
 
 

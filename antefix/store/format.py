@@ -60,7 +60,11 @@ _HASH_AT: Final = slice(32, 64)
 _FINGERPRINT_AT: Final = slice(96, 128)
 _PLACE: Final = struct.Struct("<QQQQ")
 _PLACE_OFFSET: Final = 128
+_CHECKSUM_AT: Final = slice(_CHECK_OFFSET, _CHECK_OFFSET + 16)
 _KIND_OFFSET: Final = 192
+_CODEC_OFFSET: Final = 193
+_FLAGS_OFFSET: Final = 194
+_ENCRYPTED_BIT: Final = 2
 _QUARANTINED_BIT: Final = 128
 
 
@@ -156,6 +160,11 @@ class IndexEntry:
     @property
     def extent_bytes(self) -> int:
         return extent_bytes(self.stored_bytes)
+
+    @property
+    def end(self) -> int:
+        """Where in the segment the stored bytes end; padding follows."""
+        return self.offset + RECORD_HEADER_BYTES + self.stored_bytes
 
     @property
     def quarantined(self) -> bool:
@@ -288,18 +297,43 @@ def expected_checksum(
     What a reader does for every record: a whole RecordHeader would cost more than hashing a small payload.
     """
     if (
-        len(raw) != RECORD_HEADER_BYTES
-        or xxhash.xxh3_64_intdigest(raw[_CHECK_OFFSET:], seed) != int.from_bytes(raw[8:_CHECK_OFFSET], "little")
-        or raw[:8] != RECORD_MAGIC
-        or raw[_HASH_AT] != block_hash
-        or raw[_FINGERPRINT_AT] != fingerprint
+        not _is_header_of(raw, seed, kind, block_hash, fingerprint)
         or _PLACE.unpack_from(raw, _PLACE_OFFSET)
         != (entry.segment, entry.offset, entry.stored_bytes, entry.payload_bytes)
-        or raw[_KIND_OFFSET] != kind
-        or raw[_KIND_OFFSET + 1] != entry.codec
+        or raw[_CODEC_OFFSET] != entry.codec
     ):
         return None
-    return raw[_CHECK_OFFSET : _CHECK_OFFSET + 16]
+    return raw[_CHECKSUM_AT]
+
+
+def plain_record(
+    raw: bytes, seed: int, *, kind: int, block_hash: bytes, fingerprint: bytes, segment: int, offset: int
+) -> tuple[int, bytes] | None:
+    """Payload bytes and checksum in a header that is the one expected at this place, or None.
+
+    For readers without an index entry, of records that are stored as they are: neither coded nor encrypted.
+    """
+    if not _is_header_of(raw, seed, kind, block_hash, fingerprint):
+        return None
+    found_segment, found_offset, stored_bytes, payload_bytes = _PLACE.unpack_from(raw, _PLACE_OFFSET)
+    if (
+        (found_segment, found_offset, stored_bytes) != (segment, offset, payload_bytes)
+        or raw[_CODEC_OFFSET] != Codec.RAW
+        or raw[_FLAGS_OFFSET] & _ENCRYPTED_BIT
+    ):
+        return None
+    return payload_bytes, raw[_CHECKSUM_AT]
+
+
+def _is_header_of(raw: bytes, seed: int, kind: int, block_hash: bytes, fingerprint: bytes) -> bool:
+    return (
+        len(raw) == RECORD_HEADER_BYTES
+        and xxhash.xxh3_64_intdigest(raw[_CHECK_OFFSET:], seed) == int.from_bytes(raw[8:_CHECK_OFFSET], "little")
+        and raw[:8] == RECORD_MAGIC
+        and raw[_HASH_AT] == block_hash
+        and raw[_FINGERPRINT_AT] == fingerprint
+        and raw[_KIND_OFFSET] == kind
+    )
 
 
 def pack_entry(entry: IndexEntry, key: bytes) -> bytes:

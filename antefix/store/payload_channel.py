@@ -1,4 +1,4 @@
-"""Receives payloads from a store service into the caller's buffers: one copy, every piece checked.
+"""Receives payloads from a store service into the caller's buffers: one copy, every message checked.
 
 gRPC's blocking client, in a thread: it takes a quarter less of a core for a megabyte than the one for event loops, and
 checking and copying megabytes would hold up the loop. Nothing else of a store's client blocks.
@@ -9,54 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import grpc
 from grpc.experimental import ChannelOptions
 
 from antefix import rpc
-from antefix.errors import BlockCorrupt, InvalidRequest
 from antefix.store.allocator import keep_large_buffers
-from antefix.store.pieces import piece_checksum
-from antefix.store.wire import Piece, unpack_get_response
+from antefix.store.progress import BufferOf, Progress
 from antefix.v1 import kvstore_pb2
 
 SERVICE: Final = "antefix.v1.KvStoreService"
 # Streams at once; more wait for one of these to end.
 _NUM_THREADS: Final = 8
-
-# Payload number and bytes to where it goes.
-BufferOf = Callable[[int, int], memoryview]
-
-
-@dataclass(slots=True)
-class Progress:
-    """Where a stream of payloads stands: byte `offset` of payload `index` comes next."""
-
-    index: int = 0
-    offset: int = 0
-
-    def accept(self, got: Piece[kvstore_pb2.GetResponse], buffer: BufferOf) -> None:
-        """Check a piece and put its bytes where they belong.
-
-        Raises:  BlockCorrupt: damaged or out of order.  InvalidRequest: a buffer has another size than its payload.
-        """
-        piece, data = got.message, got.data
-        if (piece.index, piece.offset) != (self.index, self.offset):
-            raise BlockCorrupt("the store sent a piece out of order")
-        if piece_checksum(data) != piece.checksum:
-            raise BlockCorrupt("a piece was damaged on its way from the store")
-        for payload_bytes in piece.payload_bytes:
-            into = buffer(self.index, payload_bytes)
-            if into.nbytes != payload_bytes:
-                raise InvalidRequest(f"buffer {self.index} has {into.nbytes} bytes, the payload {payload_bytes}")
-            part = data[: payload_bytes - self.offset]
-            data = data[part.nbytes :]
-            into[self.offset : self.offset + part.nbytes] = part
-            self.offset += part.nbytes
-            if self.offset == payload_bytes:
-                self.index, self.offset = self.index + 1, 0
 
 
 class PayloadChannel:
@@ -70,7 +35,8 @@ class PayloadChannel:
         self._get: Callable[..., Any] = self._channel.unary_stream(
             f"/{SERVICE}/Get",
             request_serializer=kvstore_pb2.GetRequest.SerializeToString,
-            response_deserializer=unpack_get_response,
+            # Unpacked where its errors can be told apart.
+            response_deserializer=None,
         )
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="antefix-receive")
 
@@ -84,7 +50,7 @@ class PayloadChannel:
     ) -> None:
         """Fill buffers from where `done` stands, which moves along.
 
-        Raises:  BlockCorrupt: a piece was damaged.  AntefixError: what the service answered.
+        Raises:  BlockCorrupt: a message was damaged.  AntefixError: what the service answered.
         """
         call = self._get(request, timeout=deadline_s)
         work = asyncio.get_running_loop().run_in_executor(self._threads, _receive, call, done, buffer)
@@ -97,10 +63,10 @@ class PayloadChannel:
             raise
 
 
-def _receive(call: Iterator[Piece[kvstore_pb2.GetResponse]], done: Progress, buffer: BufferOf) -> None:
+def _receive(call: Iterator[bytes], done: Progress, buffer: BufferOf) -> None:
     try:
-        for piece in call:
-            done.accept(piece, buffer)
+        for message in call:
+            done.accept(message, buffer)
     except grpc.RpcError as err:
         # The blocking client's errors are calls, with the same methods as the other client's errors.
         raise rpc.from_rpc_error(cast("grpc.aio.AioRpcError", err)) from None

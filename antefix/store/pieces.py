@@ -13,7 +13,7 @@ import xxhash
 from antefix.errors import BlockCorrupt, InvalidRequest
 from antefix.store.api import Buffer, Record, RecordKind
 from antefix.store.format import HASH_BYTES
-from antefix.store.wire import BlankMessage, Piece
+from antefix.store.wire import GET_RESPONSE_DATA, BlankMessage, Piece, head_of
 from antefix.v1 import kvstore_pb2
 
 PIECE_BYTES: Final = 1 << 20
@@ -63,7 +63,7 @@ class _Cut:
         message = kvstore_pb2.GetResponse(
             index=self.index, offset=self.offset, payload_bytes=self.sizes, checksum=_ANY_CHECKSUM
         )
-        self.blank = BlankMessage(message, self.nbytes)
+        self.blank = BlankMessage(head_of(message, GET_RESPONSE_DATA, self.nbytes), self.nbytes)
         return self.blank
 
 
@@ -142,7 +142,7 @@ def _cut(sizes: Sequence[int], first: int, offset: int) -> list[_Cut]:
 
 def _finish(blank: BlankMessage | None) -> bytes:
     assert blank is not None, "payloads are read before they are sent"
-    return blank.finish(piece_checksum(blank.payload))
+    return blank.finish_piece(piece_checksum(blank.payload))
 
 
 def _shortened(cut: _Cut, nbytes: int) -> BlankMessage:

@@ -112,7 +112,7 @@ class StoreReader:
         except (FileNotFoundError, BlockCorrupt) as err:
             raise Unavailable(f"{self.directory} holds no readable store: {err}") from err
         self.index = Index(self.directory / INDEX_DIR)
-        self._runs = RunReader(self.directory / SEGMENT_DIR, self.seed, decrypt)
+        self.runs = RunReader(self.directory / SEGMENT_DIR, self.seed, decrypt)
         self._num_helpers = max(1, num_threads - 1)
         self._pool = ThreadPoolExecutor(self._num_helpers, thread_name_prefix="antefix-read")
         self._reads_locked = decrypt is not None
@@ -120,7 +120,7 @@ class StoreReader:
 
     def close(self) -> None:
         self._pool.shutdown()
-        self._runs.files.close()
+        self.runs.files.close()
         self.index.close()
 
     def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
@@ -209,7 +209,7 @@ class StoreReader:
         wait: whether reading may wait for the disk.
         Raises:  BlockingIOError: not to wait, and some of it is not in the page cache; the parts hold garbage.
         """
-        self._runs.files.sweep()
+        self.runs.files.sweep()
         wanted = located.wanted
         outcome = ReadOutcome(num_good=len(wanted), locked=located.locked)
         for want in wanted:
@@ -217,7 +217,7 @@ class StoreReader:
             outcome.bytes_read += want.entry.stored_bytes
         # What failed has moved, has gone, or is corrupt.
         for run in runs_of(wanted):
-            for want in self._runs.read(located.kind, run, located.fingerprint, wait=wait):
+            for want in self.runs.read(located.kind, run, located.fingerprint, wait=wait):
                 if not self._read_again(located, want, outcome):
                     outcome.num_good = min(outcome.num_good, want.number)
         return outcome
@@ -233,7 +233,7 @@ class StoreReader:
             if moved.locked and not self._reads_locked:
                 return False
             same = entry.payload_bytes == want.entry.payload_bytes
-            if same and not self._runs.read(located.kind, [moved], located.fingerprint):
+            if same and not self.runs.read(located.kind, [moved], located.fingerprint):
                 return True
         outcome.suspects.append(want.hash)
         return False

@@ -82,6 +82,28 @@ class RunReader:
             return list(run)
         return self._rejected(kind, reading, num_read, fingerprint)
 
+    def copy(self, segment: int, offset: int, into: memoryview, *, wait: bool = True) -> bool:
+        """Read a stretch of a segment as it is, without looking at its records.
+
+        Returns whether all of it could be read.  Raises:  BlockingIOError: as in `read`.
+        """
+        try:
+            file = self.files.borrow(segment)
+        except OSError:
+            return False
+        try:
+            if wait:
+                return preadv_full(file.fd, [into], offset) == into.nbytes
+            if preadv_cached(file.fd, [into], offset) < into.nbytes:
+                raise BlockingIOError("not in the page cache")
+            return True
+        except BlockingIOError:
+            raise
+        except OSError:
+            return False
+        finally:
+            self.files.give_back(file)
+
     def _rejected(self, kind: RecordKind, reading: _Reading, num_read: int, fingerprint: bytes) -> list[Wanted]:
         # One after the other without anything between: hashing lets go of the interpreter's lock, and threads that wait
         # for it from each other sleep and are woken again.
@@ -165,14 +187,14 @@ def _decode(want: Wanted, head: bytes, body: memoryview, seed: int, decrypt: Dec
             at += part.nbytes
 
 
-def runs_of(wanted: Sequence[Wanted]) -> Iterator[Sequence[Wanted]]:
+def runs_of(wanted: Sequence[Wanted], bytes_max: int = RUN_BYTES_MAX) -> Iterator[Sequence[Wanted]]:
     """Cut at every gap, and where one preadv should end."""
     first = segment = end = nbytes = 0
     for number, want in enumerate(wanted):
         entry = want.entry
         extent = entry.extent_bytes
         is_gap = entry.segment != segment or entry.offset != end
-        is_full = nbytes + extent > RUN_BYTES_MAX or number - first == RUN_RECORDS_MAX
+        is_full = nbytes + extent > bytes_max or number - first == RUN_RECORDS_MAX
         if number > first and (is_gap or is_full):
             yield wanted[first:number]
             first, nbytes = number, 0

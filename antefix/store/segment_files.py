@@ -25,7 +25,9 @@ SWEEP_S: Final = 1.0
 _IOV_MAX: Final = 1024
 
 
-class _OpenFile:
+class OpenFile:
+    """A descriptor, and how many are using it."""
+
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self.num_users = 0
@@ -38,7 +40,7 @@ class SegmentFiles:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock = threading.Lock()
-        self._files: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._files: OrderedDict[int, OpenFile] = OrderedDict()
         self._swept_s = time.monotonic()
 
     @contextlib.contextmanager
@@ -47,20 +49,17 @@ class SegmentFiles:
 
         Raises:  FileNotFoundError: the segment is gone; the index has moved on, look up again.
         """
-        file = self._borrow(segment)
+        file = self.borrow(segment)
         try:
             yield file.fd
         finally:
-            with self._lock:
-                file.num_users -= 1
-                if file.doomed and file.num_users == 0:
-                    os.close(file.fd)
+            self.give_back(file)
 
     def sweep(self) -> None:
         """Let go of deleted segments; cheap to call often."""
+        if time.monotonic() - self._swept_s < SWEEP_S:
+            return
         with self._lock:
-            if time.monotonic() - self._swept_s < SWEEP_S:
-                return
             self._swept_s = time.monotonic()
             for segment in [s for s, file in self._files.items() if os.fstat(file.fd).st_nlink == 0]:
                 self._doom(segment)
@@ -70,17 +69,24 @@ class SegmentFiles:
             for segment in list(self._files):
                 self._doom(segment)
 
-    def _borrow(self, segment: int) -> _OpenFile:
+    def borrow(self, segment: int) -> OpenFile:
+        """What `use` does, in two calls, for who makes thousands of them; raises what it raises."""
         with self._lock:
             file = self._files.get(segment)
             if file is None:
                 path = self._directory / segment_name(segment)
-                file = self._files[segment] = _OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                file = self._files[segment] = OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                 if len(self._files) > NUM_OPEN_MAX:
                     self._doom(next(iter(self._files)))
             self._files.move_to_end(segment)
             file.num_users += 1
             return file
+
+    def give_back(self, file: OpenFile) -> None:
+        with self._lock:
+            file.num_users -= 1
+            if file.doomed and file.num_users == 0:
+                os.close(file.fd)
 
     def _doom(self, segment: int) -> None:
         file = self._files.pop(segment)

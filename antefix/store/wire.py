@@ -12,7 +12,9 @@ import struct
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
-from antefix.errors import InvalidRequest
+from google.protobuf.message import DecodeError
+
+from antefix.errors import BlockCorrupt, InvalidRequest
 from antefix.v1 import kvstore_pb2
 
 _LENGTH_DELIMITED: Final = 2
@@ -20,6 +22,10 @@ _FIXED_BYTES: Final = {1: 8, 5: 4}
 _CHECKSUM: Final = struct.Struct("<Q")
 GET_RESPONSE_DATA: Final = kvstore_pb2.GetResponse.DATA_FIELD_NUMBER
 PUT_REQUEST_DATA: Final = kvstore_pb2.PutRequest.DATA_FIELD_NUMBER
+# Fields 6 to 9 of a GetResponse, each behind its tag, and the tag of the records, whose length follows.
+_RECORDS_HEAD: Final = struct.Struct("<BIBQBIBQB")
+_RECORDS_TAGS: Final = (6 << 3 | 5, 7 << 3 | 1, 8 << 3 | 5, 9 << 3 | 1, 10 << 3 | _LENGTH_DELIMITED)
+_RECORDS_BEGIN: Final = bytes(_RECORDS_TAGS[:1])
 
 M = TypeVar("M")
 
@@ -31,6 +37,10 @@ _new_bytes.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t)
 _address_of: Final = ctypes.pythonapi.PyBytes_AsString
 _address_of.restype = ctypes.c_void_p
 _address_of.argtypes = (ctypes.py_object,)
+_view_of: Final = ctypes.pythonapi.PyMemoryView_FromMemory
+_view_of.restype = ctypes.py_object
+_view_of.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_PYBUF_WRITE: Final = 0x200
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +58,45 @@ class BlankMessage:
     only the owner has it.
     """
 
-    def __init__(self, message: kvstore_pb2.GetResponse, payload_bytes: int) -> None:
-        """message: all but payload and checksum; its checksum must not be 0, which proto3 leaves out."""
-        head = head_of(message, GET_RESPONSE_DATA, payload_bytes)
+    __slots__ = ("_raw", "_view", "payload")
+
+    def __init__(self, head: bytes, payload_bytes: int) -> None:
+        """head: all before the payload, which comes last, with its tag and length."""
         nbytes = len(head) + payload_bytes
         self._raw: bytes = _new_bytes(None, nbytes)
-        self._view = memoryview((ctypes.c_char * nbytes).from_address(_address_of(self._raw))).cast("B")
+        # Good for as long as the bytes are, which is as long as this is.
+        self._view: memoryview = _view_of(_address_of(self._raw), nbytes, _PYBUF_WRITE)
         self._view[: len(head)] = head
-        # The last field before the payload's tag and length.
-        self._checksum_at = len(head) - len(_tag_and_length(GET_RESPONSE_DATA, payload_bytes)) - _CHECKSUM.size
         self.payload = self._view[len(head) :]
 
-    def finish(self, checksum: int) -> bytes:
+    def finish(self) -> bytes:
         """The message; its payload is not to be written to any more."""
-        _CHECKSUM.pack_into(self._view, self._checksum_at, checksum)
         return self._raw
+
+    def finish_piece(self, checksum: int) -> bytes:
+        """A piece, with its checksum: the last field before the payload's tag and length."""
+        head_bytes = self._view.nbytes - self.payload.nbytes
+        tag_bytes = len(_tag_and_length(GET_RESPONSE_DATA, self.payload.nbytes))
+        _CHECKSUM.pack_into(self._view, head_bytes - tag_bytes - _CHECKSUM.size, checksum)
+        return self._raw
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Records as they lie in a segment, from `offset` on; the first one is that of hash number `first`."""
+
+    first: int
+    seed: int
+    segment: int
+    offset: int
+    records: memoryview
+
+
+def records_head(*, first: int, seed: int, segment: int, offset: int, records_bytes: int) -> bytes:
+    """What stands before the records of a GetResponse."""
+    tags = _RECORDS_TAGS
+    head = _RECORDS_HEAD.pack(tags[0], first, tags[1], seed, tags[2], segment, tags[3], offset, tags[4])
+    return head + _varint_of(records_bytes)
 
 
 def head_of(message: Any, field: int, payload_bytes: int) -> bytes:
@@ -72,17 +106,36 @@ def head_of(message: Any, field: int, payload_bytes: int) -> bytes:
 
 
 def _tag_and_length(field: int, nbytes: int) -> bytes:
-    varint = bytearray([field << 3 | _LENGTH_DELIMITED])
-    while nbytes > 0x7F:
-        varint.append(nbytes & 0x7F | 0x80)
-        nbytes >>= 7
-    varint.append(nbytes)
+    return bytes([field << 3 | _LENGTH_DELIMITED]) + _varint_of(nbytes)
+
+
+def _varint_of(value: int) -> bytes:
+    varint = bytearray()
+    while value > 0x7F:
+        varint.append(value & 0x7F | 0x80)
+        value >>= 7
+    varint.append(value)
     return bytes(varint)
 
 
-def unpack_get_response(raw: bytes) -> Piece[kvstore_pb2.GetResponse]:
-    head, data = _split(raw, GET_RESPONSE_DATA)
-    return Piece(kvstore_pb2.GetResponse.FromString(head), data)
+def unpack_get_response(raw: bytes) -> Piece[kvstore_pb2.GetResponse] | Stretch:
+    """Raises:  BlockCorrupt: cut off, or not written as this module writes it."""
+    try:
+        if raw[:1] == _RECORDS_BEGIN:
+            return _stretch_of(raw)
+        head, data = _split(raw, GET_RESPONSE_DATA)
+        return Piece(kvstore_pb2.GetResponse.FromString(head), data)
+    except (InvalidRequest, DecodeError, struct.error) as err:
+        raise BlockCorrupt(f"the store sent a malformed message: {err}") from err
+
+
+def _stretch_of(raw: bytes) -> Stretch:
+    _, first, *tags_and_values, records_tag = _RECORDS_HEAD.unpack_from(raw)
+    seed_tag, seed, segment_tag, segment, offset_tag, offset = tags_and_values
+    length, at = _varint(raw, _RECORDS_HEAD.size)
+    if (seed_tag, segment_tag, offset_tag, records_tag) != _RECORDS_TAGS[1:] or at + length != len(raw):
+        raise BlockCorrupt("the store sent a message of records that is cut off, or its fields are not in order")
+    return Stretch(first, seed, segment, offset, memoryview(raw)[at:])
 
 
 def pack_put_request(piece: Piece[kvstore_pb2.PutRequest]) -> bytes:

@@ -10,12 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.store.payload_channel import Progress
+from antefix.store.api import RecordKind
 from antefix.store.pieces import PIECE_BYTES, OutgoingPieces, messages_of
-from antefix.store.wire import unpack_get_response
+from antefix.store.progress import Progress
 from antefix.v1 import kvstore_pb2
 
 SIZES = st.lists(st.integers(1, PIECE_BYTES * 2), min_size=1, max_size=5)
+
+
+def progress(index: int = 0, offset: int = 0) -> Progress:
+    return Progress(RecordKind.BLOCK, (), b"", index, offset)
 
 
 def payloads_of(sizes: list[int]) -> list[bytes]:
@@ -45,9 +49,9 @@ def test_what_is_received_is_what_was_sent_up_to_the_first_bad_payload(sizes: li
     offset = data.draw(st.integers(0, sizes[0] - 1))
     payloads = payloads_of(sizes)
     into = [bytearray(size) for size in sizes]
-    done = Progress(index=3, offset=offset)
+    done = progress(3, offset)
     for message in sent(payloads, num_good, first=3, offset=offset):
-        done.accept(unpack_get_response(message), lambda number, _: memoryview(into[number - 3]))
+        done.accept(message, lambda number, _: memoryview(into[number - 3]))
     assert (done.index, done.offset) == ((3 + num_good, 0) if num_good else (3, offset))
     if num_good:
         assert into[0][offset:] == payloads[0][offset:]
@@ -68,9 +72,9 @@ def test_messages_are_the_bytes_that_protobuf_would_make(sizes: list[int]) -> No
 def test_a_payload_in_memory_is_cut_alike() -> None:
     payload = random.Random(0).randbytes(2_500_001)
     into = bytearray(len(payload))
-    done = Progress(index=2, offset=PIECE_BYTES)
+    done = progress(2, PIECE_BYTES)
     for message in messages_of(payload, 2, offset=PIECE_BYTES):
-        done.accept(unpack_get_response(message), lambda *_: memoryview(into))
+        done.accept(message, lambda *_: memoryview(into))
     assert into[PIECE_BYTES:] == payload[PIECE_BYTES:]
 
 
@@ -83,11 +87,11 @@ def test_a_damaged_or_misplaced_piece_is_refused() -> None:
     (message,) = sent([b"payload"], 1)
     into = memoryview(bytearray(7))
     with pytest.raises(BlockCorrupt, match="damaged"):
-        Progress().accept(unpack_get_response(message[:-1] + b"?"), lambda *_: into)
+        progress().accept(message[:-1] + b"?", lambda *_: into)
     with pytest.raises(BlockCorrupt, match="out of order"):
-        Progress(index=1).accept(unpack_get_response(message), lambda *_: into)
+        progress(1).accept(message, lambda *_: into)
     with pytest.raises(InvalidRequest, match="has 6 bytes, the payload 7"):
-        Progress().accept(unpack_get_response(message), lambda *_: into[:6])
+        progress().accept(message, lambda *_: into[:6])
 
 
 def test_a_message_that_was_handed_over_is_not_kept() -> None:

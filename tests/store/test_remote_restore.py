@@ -1,0 +1,242 @@
+"""Remote restores against the real service: plain records are verified by the client, and nothing bad gets through."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from antefix import rpc
+from antefix.errors import BlockCorrupt
+from antefix.store.api import RecordKind
+from antefix.store.client import RemoteStore
+from antefix.store.format import FORMAT_VERSION
+from antefix.store.payload_channel import PayloadChannel
+from antefix.store.progress import Progress
+from antefix.v1 import kvstore_pb2
+from kvstore.config import KvStoreConfig
+from kvstore.engine import Engine
+from kvstore.server import KvStoreServicer, register
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+
+MIB = 1 << 20
+# Three of these share a message; four messages.
+PROMPT = Prompt(list(range(BLOCK * 10)), payload_bytes=300_001)
+
+
+@pytest.fixture
+async def servicer(tmp_path: Path) -> AsyncIterator[KvStoreServicer]:
+    config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=512 * MIB, compression="off", scrub_bytes_per_s=0)
+    served = KvStoreServicer(Engine(config))
+    server = await rpc.start_server("127.0.0.1:0", lambda target: register(served, target), [kvstore_pb2.DESCRIPTOR])
+    served.address = server.address  # type: ignore[attr-defined]
+    yield served
+    await server.drain(0.2)
+    await served.close()
+
+
+@pytest.fixture
+async def store(servicer: KvStoreServicer) -> AsyncIterator[RemoteStore]:
+    client = RemoteStore(servicer.address)  # type: ignore[attr-defined]
+    await client.put(PROMPT.blocks())
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What was asked for: record format and first payload of each Get."""
+    seen: list[tuple[int, int]] = []
+    receive = PayloadChannel.receive
+
+    async def noted(self: PayloadChannel, request: kvstore_pb2.GetRequest, *args: Any, **more: Any) -> None:
+        seen.append((request.record_format, request.first))
+        await receive(self, request, *args, **more)
+
+    monkeypatch.setattr(PayloadChannel, "receive", noted)
+    return seen
+
+
+async def restored(store: RemoteStore, prompt: Prompt = PROMPT) -> int:
+    """The number of blocks that come, every byte of which is right."""
+    into = prompt.buffers()
+    num_good = await store.get_blocks(prompt.hashes, into, fingerprint=FINGERPRINT)
+    assert [bytes(b) for b in into[:num_good]] == [prompt.payload(i) for i in range(num_good)]
+    return num_good
+
+
+def segment_of(servicer: KvStoreServicer) -> Path:
+    (path,) = (servicer.engine.reader.directory / "segments").iterdir()
+    return path
+
+
+def flip(path: Path, offset: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1
+    with path.open("r+b") as file:
+        file.write(raw)
+
+
+async def messages(store: RemoteStore, **fields: Any) -> list[kvstore_pb2.GetResponse]:
+    request = kvstore_pb2.GetRequest(
+        kind=kvstore_pb2.RECORD_KIND_BLOCK, hashes=b"".join(PROMPT.hashes), fingerprint=FINGERPRINT, **fields
+    )
+    return [message async for message in store.stub.Get(request, timeout=10)]
+
+
+async def test_plain_records_come_as_they_lie(store: RemoteStore, asked: list[tuple[int, int]]) -> None:
+    got = await messages(store, record_format=FORMAT_VERSION)
+    assert [message.first_record for message in got] == [0, 3, 6, 9]
+    assert all(0 < len(message.records) <= MIB and not message.data for message in got)
+    assert await restored(store) == 10
+    assert asked == [(FORMAT_VERSION, 0)]
+
+
+@pytest.mark.parametrize("record_format", [0, FORMAT_VERSION + 1])
+async def test_a_caller_that_does_not_know_the_format_gets_pieces(store: RemoteStore, record_format: int) -> None:
+    got = await messages(store, record_format=record_format)
+    assert not any(message.records for message in got)
+    assert b"".join(message.data for message in got) == b"".join(PROMPT.payload(i) for i in range(10))
+
+
+async def test_a_store_that_does_not_know_record_formats_is_understood(
+    store: RemoteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of another version: it sends what it verified itself."""
+    monkeypatch.setattr("kvstore.server.FORMAT_VERSION", FORMAT_VERSION + 1)
+    assert not any(message.records for message in await messages(store, record_format=FORMAT_VERSION))
+    assert await restored(store) == 10
+
+
+@pytest.mark.parametrize("cached", [True, False])
+async def test_a_stream_goes_on_at_a_byte(store: RemoteStore, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cached:
+        monkeypatch.setattr("antefix.store.runs.preadv_cached", lambda *_: 0)
+    got = await messages(store, record_format=FORMAT_VERSION, first=4, offset=123_456)
+    assert (got[0].index, got[0].offset) == (4, 123_456)
+    expected = PROMPT.payload(4)[123_456:] + b"".join(PROMPT.payload(i) for i in range(5, 10))
+    assert b"".join(message.data for message in got) == expected
+    got = await messages(store, record_format=FORMAT_VERSION, first=4)
+    assert [message.first_record for message in got] == [4, 7]
+
+
+async def test_what_is_not_in_the_page_cache_comes_all_the_same(
+    store: RemoteStore, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[int, int]]
+) -> None:
+    monkeypatch.setattr("antefix.store.runs.preadv_cached", lambda *_: 0)
+    assert await restored(store) == 10
+    assert asked == [(FORMAT_VERSION, 0)]
+
+
+@pytest.mark.parametrize("where", ["header", "payload", "last byte"])
+@pytest.mark.parametrize("number", [0, 4, 9])
+async def test_a_byte_that_flipped_on_disk_is_a_miss_counted_and_quarantined(
+    store: RemoteStore, servicer: KvStoreServicer, asked: list[tuple[int, int]], number: int, where: str
+) -> None:
+    path = segment_of(servicer)
+    begin = path.read_bytes().find(PROMPT.payload(number))
+    flip(path, {"header": begin - 100, "payload": begin + 5000, "last byte": begin + 300_000}[where])
+    # 1. What comes before it is right; the client found it, the store looked, and it ends there.
+    assert await restored(store) == number
+    assert asked == [(FORMAT_VERSION, 0), (0, number)]
+    for _ in range(600):
+        if servicer.engine.counters.corrupt:
+            break
+        await asyncio.sleep(0.01)
+    assert servicer.engine.counters.corrupt == 1
+    # 2. From now on it is a miss without a second look.
+    asked.clear()
+    assert await restored(store) == number
+    assert asked == [(FORMAT_VERSION, 0)]
+    assert (await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == number
+    # 3. Putting it again brings back what follows as well.
+    await store.put(PROMPT.blocks())
+    assert await restored(store) == 10
+
+
+async def test_a_record_of_another_name_in_its_place_is_a_miss(store: RemoteStore, servicer: KvStoreServicer) -> None:
+    """Two records change places, headers and checksums with them."""
+    path = segment_of(servicer)
+    raw = bytearray(path.read_bytes())
+    one, other = (raw.find(PROMPT.payload(i)) - 256 for i in (3, 7))
+    nbytes = 256 + 300_001
+    raw[one : one + nbytes], raw[other : other + nbytes] = raw[other : other + nbytes], raw[one : one + nbytes]
+    with path.open("r+b") as file:
+        file.write(raw)
+    assert await restored(store) == 3
+
+
+@pytest.mark.parametrize("left", [0, 1_000_000, 2_500_000])
+async def test_a_segment_that_was_cut_off_under_the_store_is_a_miss(
+    store: RemoteStore, servicer: KvStoreServicer, left: int
+) -> None:
+    path = segment_of(servicer)
+    with path.open("r+b") as file:
+        file.truncate(left)
+    assert await restored(store) == max(0, left - 4096) // (256 + 300_001)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_byte_that_flipped_on_its_way_is_asked_for_again(
+    store: RemoteStore,
+    servicer: KvStoreServicer,
+    asked: list[tuple[int, int]],
+    times: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The store finds nothing wrong, quarantines nothing, and sends it once more."""
+    damage(monkeypatch, times, lambda raw: raw[:500_000] + bytes([raw[500_000] ^ 1]) + raw[500_001:])
+    assert await restored(store) == 10
+    assert asked[:2] == [(FORMAT_VERSION, 0), (0, 1)]
+    assert len(asked) == 1 + times
+    assert servicer.engine.counters.corrupt == 0
+
+
+async def test_a_message_that_was_cut_off_on_its_way_is_asked_for_again(
+    store: RemoteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(monkeypatch, 1, lambda raw: raw[:-1])
+    assert await restored(store) == 10
+
+
+async def test_a_way_that_always_damages_is_an_error(store: RemoteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    damage(monkeypatch, 1000, lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]))
+    with pytest.raises(BlockCorrupt):
+        await restored(store)
+
+
+def damage(monkeypatch: pytest.MonkeyPatch, times: int, change: Callable[[bytes], bytes]) -> None:
+    """Have the first messages arrive changed."""
+    accept, left = Progress.accept, [times]
+
+    def changed(self: Progress, raw: bytes, buffer: Any) -> None:
+        left[0] -= 1
+        accept(self, change(raw) if left[0] >= 0 else raw, buffer)
+
+    monkeypatch.setattr(Progress, "accept", changed)
+
+
+async def test_records_that_moved_since_they_were_looked_up_are_found_again(
+    store: RemoteStore, servicer: KvStoreServicer, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[int, int]]
+) -> None:
+    """Compaction copies them and deletes their segment between the look-up and the read."""
+    engine = servicer.engine
+    other = Prompt([77] * BLOCK * 20, payload_bytes=300_001)
+    await store.put(other.blocks())
+    engine.evict([(RecordKind.BLOCK, other.hashes[0])])
+    locate, old = engine.reader.locate, segment_of(servicer)
+
+    def and_compact(*args: Any, **more: Any) -> Any:
+        located = locate(*args, **more)
+        if old.exists():
+            engine.space.compact_one(0.0)
+            assert not old.exists()
+        return located
+
+    monkeypatch.setattr(engine.reader, "locate", and_compact)
+    assert await restored(store) == 10
+    assert asked == [(FORMAT_VERSION, 0)]
+    assert engine.counters.corrupt == 0
