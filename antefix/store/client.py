@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import grpc
+import lmdb
 
 from antefix import rpc
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailable
@@ -277,7 +278,11 @@ class LocalStore:
         await self.remote.register(fingerprint, layout)
 
     async def _in_thread(self, call: Callable[[StoreReader], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(self._open_reader()))
+        """Raises:  Unavailable: the files cannot be read, however that shows: to a worker that is a miss."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(self._open_reader()))
+        except (lmdb.Error, OSError) as err:
+            raise Unavailable(f"the store in {self.directory} cannot be read, see `antefix fsck`: {err}") from err
 
     def _open_reader(self) -> StoreReader:
         """The reader, opened when the store first exists, and again after the service rebuilt the index."""
