@@ -114,14 +114,13 @@ class RecordWriter:
             return
         self._counters.refused += len(result.refused)
         self._broken = bool(result.refused)
-        for record in batch:
-            if record.hash in result.refused:
-                continue
-            self.bytes_written += len(record.payload)
-            if record.kind is RecordKind.BLOCK:
-                self.num_blocks_written += 1
-            else:
-                self.num_checkpoints_written += 1
+        taken = [record for record in batch if record.hash not in result.refused]
+        num_blocks = sum(record.kind is RecordKind.BLOCK for record in taken)
+        self.bytes_written += sum(len(record.payload) for record in taken)
+        # What another worker has stored meanwhile is not billed as written here. The store does not say which they were:
+        # blocks are what two workers compute at a time.
+        self.num_blocks_written += max(0, num_blocks - result.num_existing)
+        self.num_checkpoints_written += len(taken) - num_blocks
 
 
 async def put_quietly(store: Store, record: Record, counters: StoreCounters) -> bool:

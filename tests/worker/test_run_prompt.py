@@ -1,5 +1,7 @@
 """Restoring and computing a prompt: a hit equals a cold run to the bit, and nothing that fails changes an answer."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -145,3 +147,15 @@ async def test_what_the_store_lost_and_a_worker_still_has_is_stored_again(make_e
     assert warm[0].report.hit_tokens == 896
     found = await store.lookup(warm[0].prompt.chain.hashes, fingerprint=engine.fingerprint)
     assert found.num_blocks == 15
+
+
+async def test_what_another_worker_stored_meanwhile_is_not_counted_as_written(make_engine, make_prompt, store):
+    class Raced(type(store)):
+        """Two of the blocks are there already when they are put."""
+
+        async def put(self, records):
+            return dataclasses.replace(await super().put(records), num_existing=2)
+
+    engine = dataclasses.replace(make_engine("zero"), store=Raced())
+    computed = await run_prompt(engine, make_prompt(engine, DOCUMENT[: 5 * 64 + 3]))
+    assert computed.report.written_tokens == 3 * 64
