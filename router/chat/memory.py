@@ -17,6 +17,8 @@ from router.chat.messages import Message
 
 # 4 bytes a token: 32 MB.
 NUM_TOKENS_MAX = 8 << 20
+# What an answer takes besides its tokens, counted as so many of them: millions of answers of one token must not fit.
+_TOKENS_AN_ANSWER = 64
 
 
 class AnswerMemory:
@@ -29,16 +31,16 @@ class AnswerMemory:
 
     def put(self, before: Sequence[int], message: Message, tokens: Sequence[int], *, tenant: str) -> None:
         """Remember that after `before` (the prompt) the model wrote `tokens`, which the client saw as `message`."""
-        if not tokens or len(tokens) > self._num_tokens_max:
+        if not tokens or _cost(4 * len(tokens)) > self._num_tokens_max:
             return
         name = answer_name(prefix_state(tenant, before), message)
         if (old := self._answers.pop(name, None)) is not None:
-            self._num_tokens -= len(old) // 4
+            self._num_tokens -= _cost(len(old))
         self._answers[name] = np.asarray(tokens, "<u4").tobytes()
-        self._num_tokens += len(tokens)
+        self._num_tokens += _cost(4 * len(tokens))
         while self._num_tokens > self._num_tokens_max:
             _, dropped = self._answers.popitem(last=False)
-            self._num_tokens -= len(dropped) // 4
+            self._num_tokens -= _cost(len(dropped))
 
     def get(self, name: bytes) -> list[int] | None:
         found = self._answers.get(name)
@@ -46,6 +48,10 @@ class AnswerMemory:
             return None
         self._answers.move_to_end(name)
         return np.frombuffer(found, "<u4").tolist()  # type: ignore[no-any-return]
+
+
+def _cost(nbytes: int) -> int:
+    return nbytes // 4 + _TOKENS_AN_ANSWER
 
 
 def prefix_state(tenant: str, tokens: Sequence[int]) -> hashlib.blake2b:

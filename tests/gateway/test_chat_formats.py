@@ -200,10 +200,14 @@ def test_an_answer_is_remembered_for_its_own_prompt_and_tenant_only():
 
 
 def test_the_memory_is_bounded():
-    memory = AnswerMemory(num_tokens_max=10)
+    memory = AnswerMemory(num_tokens_max=1000)
     for number in range(100):
-        memory.put([number], assistant("x"), [1, 2, 3], tenant="")
-    assert len(memory._answers) == 3
+        memory.put([number], assistant("x"), [1] * 436, tenant="")
+    assert len(memory._answers) == 2
+    # An answer is more than its tokens: short ones must not be kept by the million.
+    for number in range(1000):
+        memory.put([number], assistant("y"), [1], tenant="")
+    assert len(memory._answers) == 15
 
 
 def test_breakpoints_do_not_change_the_tokens():
