@@ -33,8 +33,8 @@ def directory(tmp_path):
 def lose_the_way(path):
     """Have every branch of LMDB's trees name pages that are not there.
 
-    A page's header: number u64, pad u16, flags u16 (1: branch), end of the pointers u16, then the pointers, u16 each, to
-    nodes that begin with the child's page number in 48 bits.
+    A page's header: number u64, pad u16, flags u16 (1: branch), end of the pointers u16, then the pointers, u16 each,
+    to nodes that begin with the child's page number in 48 bits.
     """
     data = bytearray(path.read_bytes())
     for page in range(2 * PAGE, len(data), PAGE):
