@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arithmetic", default=CPU_FLOAT32, metavar="DEVICE-DTYPE", help="what the workers compute with (cpu-float32)"
     )
-    parser.add_argument("--tenant", default="", help="whose prompt it is")
+    parser.add_argument("--tenant", default="", help="whose prompt it is (default: no tenant, as without API keys)")
     parser.add_argument("--user", default="", help="the tenant's end user, if requests name one")
     parser.add_argument(
         "--also-namespace", action="append", default=[], metavar="NAME", help="look there too; may repeat"
@@ -97,8 +97,9 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     names = mine.names(tokens, keyring)
     # 1. What the store's files say.
     directory = _path(args, "store_dir", "store")
-    others = [other.names(tokens, keyring, differs=label) for other, label in _others(args, mine)]
-    blocks = gather(directory, names, others, log=_log(args), check=args.check)
+    asked = [other.names(tokens, keyring, differs=label) for other, label in _asked(args, mine)]
+    tried = [other.names(tokens, keyring, differs=label) for other, label in _tried(mine)]
+    blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
     # 2. What the window pool has.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.state is State.STORED, blocks))
     pooled, pool_error = asyncio.run(_pooled(args, names, stored))
@@ -112,6 +113,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
         pooled=pooled,
         pool_error=pool_error,
         holdings=holdings(directory, names.fingerprint),
+        asked=[other.label for other in asked],
     )
 
 
@@ -138,17 +140,21 @@ class Whose:
         return Names(label=differs, fingerprint=digest, hashes=chain.hashes)
 
 
-def _others(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:
-    """Under which other names the same tokens may be stored, and what differs."""
+def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
+    """Under which other names the same tokens may be stored by mistake, and what differs."""
     for kv_format in _FORMATS:
         for windows in _BOUNDED_TRIED:
             if (kv_format, windows) != (mine.kv_format, mine.bounded_windows):
                 label = f"kv_format {kv_format.value}, {exactness_of(windows, mine.arithmetic)}"
                 yield replace(mine, kv_format=kv_format, bounded_windows=windows), label
+
+
+def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:
+    """Where else the caller wants to know about, and what differs there."""
     for namespace in args.also_namespace:
         yield replace(mine, namespace=namespace), f"namespace {namespace}"
     for tenant in args.also_tenant:
-        yield replace(mine, tenant=_tenant(args, tenant)), f"tenant {tenant}"
+        yield replace(mine, tenant=_tenant(args, tenant)), f"tenant {tenant}" if tenant else "no tenant"
     for directory in args.also_model:
         identity = identify(directory)
         if identity.geometry.block_size != mine.identity.geometry.block_size:
@@ -186,7 +192,7 @@ def _path(args: argparse.Namespace, name: str, within: str) -> Path:
     if given is not None:
         return given
     if args.data_dir is None:
-        raise InvalidRequest(f"say where the store is: --data-dir, or --{name.replace('_', '-')}")
+        raise InvalidRequest("say where the deployment is: --data-dir, or both --store-dir and --secret-file")
     return Path(args.data_dir / within)
 
 

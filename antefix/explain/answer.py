@@ -16,6 +16,8 @@ class Explanation:
 
     pooled: boundaries whose checkpoint is in the window pool, in blocks; None where no pool was asked or none answered.
     pool_error: why it did not answer.
+    prefill_tokens_per_s: what the plans were predicted with.
+    absent_from: where else the tokens were asked for, and are not.
     """
 
     num_tokens: int
@@ -24,8 +26,10 @@ class Explanation:
     decision: Decision
     miss_reason: str
     miss_detail: str
+    prefill_tokens_per_s: float
     pooled: tuple[int, ...] | None = None
     pool_error: str = ""
+    absent_from: tuple[str, ...] = ()
 
     @property
     def num_stored_blocks(self) -> int:
@@ -54,6 +58,8 @@ class Explanation:
             "miss_tokens": self.num_tokens - self.hit_tokens,
             "miss_reason": self.miss_reason,
             "miss_detail": self.miss_detail,
+            "absent_from": list(self.absent_from),
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
             "plan": _plan(self.decision.plan, self.sizes),
             "plans": [_plan(plan, self.sizes) for plan in self.decision.plans],
             "blocks": [_block(block, self.sizes.block_size) for block in self.blocks],
@@ -69,10 +75,12 @@ def explain(
     pooled: tuple[int, ...] | None = None,
     pool_error: str = "",
     holdings: Holdings | None = None,
+    asked: Sequence[str] = (),
 ) -> Explanation:
     """Plan as a worker does. The planner's rates are the caller's: measured ones, or beliefs.
 
     pooled: boundaries whose checkpoint a window pool has; None if none was asked.  holdings: explains a first miss.
+    asked: labels of other names that somebody wants to know about.
     """
     sizes = planner.sizes
     num_stored = next((block.index for block in blocks if block.state is not State.STORED), len(blocks))
@@ -96,8 +104,10 @@ def explain(
         decision=decision,
         miss_reason=reason,
         miss_detail=detail,
+        prefill_tokens_per_s=planner.rates.prefill_tokens_per_s,
         pooled=pooled,
         pool_error=pool_error,
+        absent_from=tuple(label for label in asked if not any(b.detail.endswith(f"under {label}") for b in blocks)),
     )
 
 

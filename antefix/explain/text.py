@@ -16,8 +16,8 @@ _ADVICE = {
     "evicted": "the store was too small for how long this was unused: raise its budget, or pin the prefix.",
     "expired": "it was unused for longer than its time to live: raise block_ttl_s, or pin the prefix.",
     "corrupt": "the disk returned other bytes than were written: look at the disk; `antefix fsck` checks the store.",
-    "fingerprint_differs": "compare model files, kv_format, namespace and bounded_windows of those who write here with"
-    " those who read; --also-namespace NAME and --also-model DIR look for the tokens under others.",
+    "fingerprint_differs": "compare tenant, model files, kv_format, namespace and bounded_windows of those who write"
+    " here with those who read; --also-tenant NAME, --also-namespace NAME and --also-model DIR look there.",
     "unreachable": "an earlier block is missing; see the first one.",
     "window_missing": "the KV is stored, but resuming needs window state, and without any here this way is the fastest."
     " If prompts often leave here, strategy `auto` leaves a checkpoint after the first; `antefix window` tells which.",
@@ -38,12 +38,17 @@ def lines(explanation: Explanation) -> Iterator[str]:
     yield ""
     yield from _window_state(explanation, size)
     yield ""
-    yield "Ways to get there, fastest first, as predicted for a worker with empty memory:"
+    yield (
+        "Ways to get there, fastest first, as predicted for a worker with empty memory that prefills"
+        f" {explanation.prefill_tokens_per_s:.0f} tokens/s:"
+    )
     for plan in explanation.decision.plans:
         yield f"  {'->' if plan is explanation.decision.plan else '  '} {_way(plan, size)}"
     if explanation.miss_reason:
         yield ""
         yield f"Why the rest misses: {explanation.miss_reason}. {explanation.miss_detail}".rstrip(". ") + "."
+        if explanation.absent_from:
+            yield f"Nor are these tokens stored under {', '.join(explanation.absent_from)}."
         yield f"What to do: {_ADVICE.get(explanation.miss_reason, 'see docs/OPERATIONS.md.')}"
 
 

@@ -187,6 +187,7 @@ def test_the_text_says_what_is_there_what_is_done_and_why_the_rest_misses(deploy
         "8 of 10 blocks can be used",
         "tokens 0 to 511: stored",
         "tokens 512 to 639: first_seen",
+        "a worker with empty memory that prefills 200 tokens/s:",
         "-> checkpoint",
         "Why the rest misses: first_seen",
         "What to do:",
@@ -217,6 +218,11 @@ def test_it_looks_under_other_namespaces_tenants_and_models_when_asked(deployed,
     assert "these tokens are stored, but under namespace agents" in text
     text = deployed.explain(capsys, "--also-tenant", "acme", as_json=False)
     assert "these tokens are stored, but under tenant acme" in text
+    assert "Nor are these tokens" not in text
+    text = deployed.explain(capsys, "--also-tenant", "acm", "--also-namespace", "batch", as_json=False)
+    assert "Nor are these tokens stored under namespace batch, tenant acm." in text
+    text = deployed.explain(capsys, "--tenant", "acme", "--namespace", "agents", "--also-tenant", "", as_json=False)
+    assert "these tokens are stored, but under no tenant" in text
     other = tmp_path / "other"
     shutil.copytree(MODEL, other, ignore=shutil.ignore_patterns("figures"))
     config = json.loads((other / "config.json").read_text())
