@@ -248,6 +248,7 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
     out["warm_ratio"] = ratio(values, "warm", *pread)
     out["warm_over_one_thread"] = ratio(values, "warm", "pread_1x1")
     out["remote_ratio"] = ratio(values, "remote", "bare_stream")
+    out["remote_over_best_bare"] = ratio(values, "remote", "bare_stream", "bare_blocking_stream")
     out["lean_ratio"] = ratio(values, "lean_stream", "bare_stream")
     out["remote_over_lean"] = ratio(values, "remote", "lean_stream")
     out["restore_zstd_ratio"] = ratio(values, "restore_zstd", *direct)
@@ -312,8 +313,10 @@ def measure(
     tell("remote restore")
     part = payloads[:REMOTE_BLOCKS]
     names = chain(len(part))
-    found.values |= measure_remote(directory, names, records(names, part), part, 3 * args.repeats)
+    remote = measure_remote(directory, names, records(names, part), part, 3 * args.repeats)
+    found.values |= remote.rates
     out = report(found.values) | {"coded_ratio": coded_ratio}
+    out |= {f"{name}_cpu_us_per_mib": statistics.median(used) for name, used in remote.cpu_us.items()}
     tell(f"a store of {'a million' if args.long else '50,000'} small blocks")
     out |= scale_figures(directory, num_blocks=1_000_000 if args.long else 50_000)
     if args.long:

@@ -1,23 +1,28 @@
 """How near is a remote restore to a bare gRPC stream of 1 MiB chunks? Both on loopback, each from its own process.
 
-Between the two stands a lean stream, which does the least that a restore must: its server reads each chunk from the
-page cache, its client checksums it once and keeps it. What it loses against the bare one, no restore can win back.
+Between the two stands a ladder, each rung of which does one thing more that a restore must do: read each chunk from the
+page cache, checksum it, keep it in the caller's buffer. What the last of them loses against the bare stream, no restore
+can win back. The bare stream is measured with both of gRPC's clients, the one for event loops and the blocking one that
+the store's client uses, as do the rungs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import xxhash
+from grpc.experimental import ChannelOptions
 
 from antefix.block import Chain
 from antefix.store.api import Record
@@ -52,10 +57,18 @@ asyncio.run(main())
 """
 
 
+@dataclass
+class RemoteFound:
+    """By name, a number a round: bytes a second, and microseconds of CPU a MiB of both processes together."""
+
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    cpu_us: dict[str, list[float]] = field(default_factory=dict)
+
+
 def measure_remote(
     directory: Path, names: Chain, records: Sequence[Record], payloads: Array, rounds: int
-) -> dict[str, list[float]]:
-    """Bytes a second of "remote_put", and of "bare_stream", "lean_stream" and "remote" in turn, one number a round."""
+) -> RemoteFound:
+    """Rates of "remote_put", and of the bare streams, the ladder's rungs and "remote" in turn."""
     plain = directory / "plain"
     plain.write_bytes(payloads.data)
     bare = subprocess.Popen([sys.executable, "-c", BARE_SERVER], stdout=subprocess.PIPE, text=True)
@@ -67,7 +80,8 @@ def measure_remote(
     assert served.stdout is not None
     try:
         port, address = int(bare.stdout.readline()), json.loads(served.stdout.readline())["address"]
-        return asyncio.run(_stream_in_turn(port, address, plain, names, records, payloads, rounds))
+        ladder = _Ladder(port, bare.pid, plain, np.zeros_like(payloads))
+        return asyncio.run(_stream_in_turn(ladder, address, served.pid, names, records, payloads, rounds))
     finally:
         bare.kill()
         served.terminate()
@@ -76,51 +90,101 @@ def measure_remote(
 
 
 async def _stream_in_turn(
-    port: int, address: str, plain: Path, names: Chain, records: Sequence[Record], payloads: Array, rounds: int
-) -> dict[str, list[float]]:
+    ladder: _Ladder,
+    address: str,
+    pid: int,
+    names: Chain,
+    records: Sequence[Record],
+    payloads: Array,
+    rounds: int,
+) -> RemoteFound:
     store = RemoteStore(address)
     start = time.perf_counter()
     await store.put(records)
-    found: dict[str, list[float]] = {"remote_put": [payloads.nbytes / (time.perf_counter() - start)]}
-    into = np.zeros_like(payloads)
+    found = RemoteFound({"remote_put": [payloads.nbytes / (time.perf_counter() - start)]})
+    into = ladder.into
     views = [row.data for row in into]
-    fingerprint = records[0].fingerprint
-    options = [("grpc.max_receive_message_length", 16 * MIB)]
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
-        for number in range(rounds + 1):
-            seconds = {
-                "bare_stream": await _drop(channel, payloads.nbytes // MIB),
-                "lean_stream": await _keep(channel, plain, into),
-            }
-            assert np.array_equal(into, payloads)
+
+    async def restore() -> None:
+        assert await store.get_blocks(names.hashes, views, fingerprint=records[0].fingerprint) == len(payloads)
+
+    rungs: dict[str, tuple[int, Callable[[], Awaitable[None]]]] = {
+        **{name: (ladder.pid, rung) for name, rung in ladder.rungs.items()},
+        "remote": (pid, restore),
+    }
+    for number in range(rounds + 1):
+        for name, (server, run) in rungs.items():
             into[:] = 0
-            start = time.perf_counter()
-            assert await store.get_blocks(names.hashes, views, fingerprint=fingerprint) == len(payloads)
-            seconds["remote"] = time.perf_counter() - start
+            before_s, start = _cpu_s(server) + time.process_time(), time.perf_counter()
+            await run()
+            took_s, cpu_s = time.perf_counter() - start, _cpu_s(server) + time.process_time() - before_s
+            assert name not in ("lean_stream", "remote") or np.array_equal(into, payloads)
             # The first round fills buffers.
             if number:
-                for name, took in seconds.items():
-                    found.setdefault(name, []).append(payloads.nbytes / took)
-    assert np.array_equal(into, payloads)
+                found.rates.setdefault(name, []).append(payloads.nbytes / took_s)
+                found.cpu_us.setdefault(name, []).append(cpu_s / (payloads.nbytes / MIB) * 1e6)
     await store.close()
+    await ladder.close()
     return found
 
 
-async def _drop(channel: grpc.aio.Channel, num_chunks: int) -> float:
-    """Seconds of the bare stream; the last, partial MiB is left out, in its favour."""
-    start = time.perf_counter()
-    async for _ in channel.unary_stream("/Bare/Stream")(str(num_chunks).encode()):
-        pass
-    return time.perf_counter() - start
+class _Ladder:
+    """Streams from the bare server. The bare ones leave out the last, partial MiB, in their favour."""
+
+    def __init__(self, port: int, pid: int, plain: Path, into: Array) -> None:
+        self.pid = pid
+        self.into = into
+        self._view = memoryview(into).cast("B")
+        self._num_chunks, self._plain = str(into.nbytes // MIB).encode(), str(plain).encode()
+        options = [("grpc.max_receive_message_length", 16 * MIB)]
+        self._address = f"127.0.0.1:{port}"
+        self._channel = grpc.insecure_channel(
+            self._address, options=[*options, (ChannelOptions.SingleThreadedUnaryStream, 1)]
+        )
+        self._aio_options = options
+        self._aio: grpc.aio.Channel | None = None
+
+    @property
+    def rungs(self) -> dict[str, Callable[[], Awaitable[None]]]:
+        """In the order in which they are climbed."""
+        return {
+            "bare_stream": self._drop_aio,
+            "bare_blocking_stream": lambda: asyncio.to_thread(self._drop, "Stream", self._num_chunks),
+            "read_stream": lambda: asyncio.to_thread(self._drop, "Read", self._plain),
+            "checked_stream": lambda: asyncio.to_thread(self._check),
+            "lean_stream": lambda: asyncio.to_thread(self._keep),
+        }
+
+    async def close(self) -> None:
+        self._channel.close()
+        if self._aio is not None:
+            await self._aio.close()
+
+    async def _drop_aio(self) -> None:
+        self._aio = self._aio or grpc.aio.insecure_channel(self._address, options=self._aio_options)
+        async for _ in self._aio.unary_stream("/Bare/Stream")(self._num_chunks):
+            pass
+
+    def _drop(self, method: str, request: bytes) -> None:
+        for _ in self._channel.unary_stream(f"/Bare/{method}")(request):
+            pass
+
+    def _check(self) -> None:
+        for piece in self._channel.unary_stream("/Bare/Read")(self._plain):
+            xxhash.xxh3_128_digest(piece)
+
+    def _keep(self) -> None:
+        at = 0
+        for piece in self._channel.unary_stream("/Bare/Read")(self._plain):
+            xxhash.xxh3_128_digest(piece)
+            self._view[at : at + len(piece)] = piece
+            at += len(piece)
 
 
-async def _keep(channel: grpc.aio.Channel, plain: Path, into: Array) -> float:
-    """Seconds of the lean stream."""
-    view = memoryview(into).cast("B")
-    at = 0
-    start = time.perf_counter()
-    async for piece in channel.unary_stream("/Bare/Read")(str(plain).encode()):
-        xxhash.xxh3_64_digest(piece)
-        view[at : at + len(piece)] = piece
-        at += len(piece)
-    return time.perf_counter() - start
+def _cpu_s(pid: int) -> float:
+    """What all threads of another process have run; the kernel counts it in nanoseconds."""
+    nanoseconds = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            nanoseconds += int((task / "schedstat").read_text().split()[0])
+    return nanoseconds / 1e9
