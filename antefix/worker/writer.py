@@ -117,7 +117,7 @@ class RecordWriter:
         taken = [record for record in batch if record.hash not in result.refused]
         num_blocks = sum(record.kind is RecordKind.BLOCK for record in taken)
         self.bytes_written += sum(len(record.payload) for record in taken)
-        # What another worker has stored meanwhile is not billed as written here. The store does not say which records it
+        # What another worker has stored meanwhile is not billed as written here. The store does not say which it
         # had: blocks are what two workers compute at a time.
         self.num_blocks_written += max(0, num_blocks - result.num_existing)
         self.num_checkpoints_written += len(taken) - num_blocks
