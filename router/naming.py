@@ -29,12 +29,13 @@ _HEAD_BLOCKS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A named prompt. keys: the directory's names of its blocks."""
+    """A named prompt. keys: the directory's names of its blocks.  replay_tokens: of its model, for `Work`."""
 
     tokens: Tokens
     tenant: str
     chain: Chain
     keys: Sequence[Key]
+    replay_tokens: int = 0
 
     def work(self, num_stored_blocks: int | None, known_tokens: int = 0) -> Work:
         """What is to do for it, given how many leading blocks the store holds; None where it did not answer."""
@@ -47,6 +48,7 @@ class Prompt:
             stored_tokens=stored,
             affinity=self.keys[first_unseen] if self.keys else _key(self.tokens),
             head=head,
+            replay_tokens=self.replay_tokens,
         )
 
 
@@ -57,6 +59,7 @@ class Names:
     fingerprint: bytes
     keyring: Keyring
     block_size: int
+    replay_tokens: int = 0
     _memo: _Memo = field(init=False)
 
     def __post_init__(self) -> None:
@@ -70,7 +73,8 @@ class Names:
         chain.num_tokens = len(known) * self.block_size
         chain.extend(tokens[chain.num_tokens :])
         self._memo.keep(tenant, tokens, chain.hashes, beginnings)
-        return Prompt(tokens=tokens, tenant=tenant, chain=chain, keys=keys_of(chain.hashes))
+        keys = keys_of(chain.hashes)
+        return Prompt(tokens=tokens, tenant=tenant, chain=chain, keys=keys, replay_tokens=self.replay_tokens)
 
 
 class _Memo:

@@ -29,12 +29,14 @@ class Work:
     stored_tokens: its prefix that the store holds; None where the store did not answer.
     affinity: names the first block that nobody holds, 64 bits: where unseen prefixes part, so that twins meet.
     head: names the first two blocks; never placed by alone (a system prompt would send all to one), a baseline's key.
+    replay_tokens: how far back window state is rebuilt from where blocks are all there is; 0: it need not be.
     """
 
     num_tokens: int
     stored_tokens: int | None
     affinity: int
     head: int = 0
+    replay_tokens: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -92,17 +94,35 @@ def cached_tokens(work: Work, loads: Loads) -> Amounts:
 
     The store's word is final: what it does not hold is not promised, for a worker's memory is known by guess.
     """
-    resident = loads.resident_tokens.astype(np.float64)
     if work.stored_tokens is None:
-        return resident
+        return loads.resident_tokens.astype(np.float64)
     return np.full(len(loads), float(work.stored_tokens))
+
+
+def saved_by_replay(prefix_tokens: npt.ArrayLike, replay_tokens: int) -> Amounts:
+    """Tokens of prefill that blocks in memory save where window state has to be rebuilt from them.
+
+    Each layer replays some tokens less than the one below, and the top one none: of a replay of R tokens half is work,
+    and of a shorter prefix of P, whose replay starts at its beginning, P - P^2 / 2R.
+    """
+    prefix = np.asarray(prefix_tokens, np.float64)
+    if not replay_tokens:
+        return prefix
+    return np.where(prefix < replay_tokens, prefix * prefix / (2 * replay_tokens), prefix - replay_tokens / 2)
 
 
 def own_work(work: Work, loads: Loads) -> tuple[Amounts, Amounts]:
     """Tokens of work that the request itself is on each worker: computing the rest, and loading what is elsewhere."""
-    computing = work.num_tokens - cached_tokens(work, loads)
-    loading = FETCH_WEIGHT * np.maximum(0.0, work.num_tokens - computing - loads.resident_tokens)
-    if loads.leading >= 0 and computing[loads.leading] > work.num_tokens - loads.soon_tokens:
+    resident = loads.resident_tokens.astype(np.float64)
+    soon = float(loads.soon_tokens)
+    if work.stored_tokens is None:
+        computing = work.num_tokens - saved_by_replay(resident, work.replay_tokens)
+        loading = np.zeros(len(loads))
+        soon = float(saved_by_replay(soon, work.replay_tokens))
+    else:
+        computing = np.full(len(loads), float(work.num_tokens - work.stored_tokens))
+        loading = FETCH_WEIGHT * np.maximum(0.0, work.stored_tokens - resident)
+    if loads.leading >= 0 and computing[loads.leading] > work.num_tokens - soon:
         # It comes after the other one there, and finds those blocks in memory.
-        computing[loads.leading], loading[loads.leading] = work.num_tokens - loads.soon_tokens, 0.0
+        computing[loads.leading], loading[loads.leading] = work.num_tokens - soon, 0.0
     return computing, loading

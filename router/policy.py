@@ -13,21 +13,22 @@ from router.placement import Loads, Policy, Work, own_work, rendezvous
 
 # Costs this near are equal: predictions are not better than a block or two, and equals can be told apart by better.
 TIE_TOKENS = 256.0
-# Each request at a worker stands for others that will wait behind what is placed there now.
-QUEUE_WEIGHT = 1.0
-# What one worker computes though another one has it is lost to the whole fleet, and a busy fleet misses it more: so
-# computing counts this much more than waiting, and more by the requests that a worker has on average. Where a store is
-# shared all compute the same, and it makes no difference.
-COMPUTE_WEIGHT, COMPUTE_WEIGHT_PER_REQUEST, COMPUTE_WEIGHT_MAX = 1.0, 1.0, 9.0
+# Each request at a worker stands for others that will wait behind what is placed there now. Where only memory counts a
+# prefix is where it is, and so is who comes for it: keeping this one from that queue serves them less.
+QUEUE_WEIGHT, QUEUE_WEIGHT_MEMORY = 1.0, 0.25
+# What one worker computes though another one has it in memory is lost to all, and so is the room that the copy takes
+# there; waiting delays one. So computing counts this much more. From 5 to 10, tokens hit come from 0.2 points below the
+# most that any placement gets to 0.05 below, and the p90 rises by 4% (docs/ROUTING.md). Where a store is shared all
+# workers compute the same, and it makes no difference.
+COMPUTE_WEIGHT = 8.0
 
 
 class LeastWork:
     """Least work until this request's first token, its own counted for those who will queue behind it too.
 
     cost = pending + own * (1 + queue_weight * requests there) + compute_weight * computing, in tokens of prefill, where
-    own is computing and loading. Resident beats disk beats remote
-    within `own`. Ties: fewer requests; then where the conversation was; then an unseen prefix by rendezvous, another by
-    history; then chance.
+    own is computing and loading. Resident beats disk beats remote within `own`. Ties: fewer requests; then where the
+    conversation was; then an unseen prefix by rendezvous, another by history; then chance.
     """
 
     def __init__(
@@ -35,21 +36,22 @@ class LeastWork:
         seed: int = 0,
         *,
         queue_weight: float = QUEUE_WEIGHT,
+        queue_weight_memory: float = QUEUE_WEIGHT_MEMORY,
         compute_weight: float = COMPUTE_WEIGHT,
         tie_tokens: float = TIE_TOKENS,
     ) -> None:
         self._rng = random.Random(seed)
         self._queue_weight = queue_weight
+        self._queue_weight_memory = queue_weight_memory
         self._compute_weight = compute_weight
         self._tie_tokens = tie_tokens
 
     def choose(self, work: Work, loads: Loads) -> int:
         # 1. The work; a worker that just failed is the last choice whatever it has.
         computing, loading = own_work(work, loads)
-        busy = float(loads.num_requests.mean())
-        weight = min(COMPUTE_WEIGHT_MAX, self._compute_weight + COMPUTE_WEIGHT_PER_REQUEST * busy)
-        costs = loads.pending_tokens + weight * computing
-        costs += (computing + loading) * (1 + self._queue_weight * loads.num_requests)
+        queue_weight = self._queue_weight_memory if work.stored_tokens is None else self._queue_weight
+        costs = loads.pending_tokens + self._compute_weight * computing
+        costs += (computing + loading) * (1 + queue_weight * loads.num_requests)
         if loads.shunned.any():
             costs = np.where(loads.shunned, np.inf, costs)
         rows = np.flatnonzero(costs <= costs.min() + self._tie_tokens)

@@ -19,7 +19,7 @@ from router.directory import Directory
 from router.feed import StoreFeed
 from router.inflight import InFlight, wait_deadline_s, worth_waiting
 from router.naming import Prompt
-from router.placement import FETCH_WEIGHT, Work
+from router.placement import FETCH_WEIGHT, Work, saved_by_replay
 from router.sessions import Sessions
 from router.workers import Role, Worker, Workers
 
@@ -198,14 +198,13 @@ class Prefilling:
     ) -> Prefilled | None:
         tried: set[str] = set()
         prompt = order.prompt
-        stored = work.stored_tokens or 0
-        own = round(work.num_tokens - stored + FETCH_WEIGHT * stored)
         hint = self._sessions.last(prompt.tenant, order.session, Role.PREFILL)
         while len(tried) < min(NUM_MOVES_MAX, len(self._workers.workers)):
             worker = self._workers.place(
                 work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint, soon=soon
             )
             tried.add(worker.address)
+            own = self._own_tokens(worker, prompt, work)
             flight.address = worker.address
             flight.until = time.monotonic() + self._admit(worker, own)
             try:
@@ -222,6 +221,13 @@ class Prefilling:
             self._sessions.note(prompt.tenant, order.session, Role.PREFILL, worker.address)
             return answer
         return None
+
+    def _own_tokens(self, worker: Worker, prompt: Prompt, work: Work) -> int:
+        """What the request is to this worker; what it has in memory need not be loaded, or computed if nobody tells."""
+        resident = int(self._directory.leading([worker.address], prompt.keys)[0]) * prompt.chain.block_size
+        if work.stored_tokens is None:
+            return max(1, round(work.num_tokens - float(saved_by_replay(resident, work.replay_tokens))))
+        return round(work.num_tokens - work.stored_tokens + FETCH_WEIGHT * max(0, work.stored_tokens - resident))
 
     def _admit(self, worker: Worker, own_tokens: int) -> float:
         """Seconds until this worker would be done.

@@ -101,7 +101,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._prefill = Workers(Role.PREFILL, make_policy(config.policy), config.prefill)
         self._decode = Workers(Role.DECODE, make_policy(config.policy), config.decode)
         keyring = Keyring.from_file(config.secret_file)
-        names = Names(fingerprint=self._fingerprint, keyring=keyring, block_size=identity.geometry.block_size)
+        names = Names(
+            fingerprint=self._fingerprint,
+            keyring=keyring,
+            block_size=identity.geometry.block_size,
+            replay_tokens=identity.geometry.replay_tokens,
+        )
         directory, sessions = Directory(), Sessions()
         self.watched = RemoteStore(config.store_address)
         self.feed = StoreFeed(lambda cursor: watch(self.watched, cursor), fingerprint=self._fingerprint)

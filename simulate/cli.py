@@ -21,7 +21,7 @@ from simulate.generate import SHAPES, generate
 from simulate.machine import RATE_CARDS, Machine, RateCard, model_sizes
 from simulate.plot import check_path, plot
 from simulate.replay import Setup, simulate, store_hit_tokens
-from simulate.report import as_text
+from simulate.report import LEGEND, as_text
 from simulate.result import Simulation
 from simulate.store import StoreLimits
 from simulate.trace import FORMATS, Trace, load
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         shown = [simulation.as_dict() for simulation in simulations]
         _emit(json.dumps(shown[0] if len(shown) == 1 else shown, indent=1))
     else:
-        _emit("\n\n".join(as_text(simulation) for simulation in simulations))
+        _emit("\n\n".join([*map(as_text, simulations), LEGEND]))
     if args.plot:
         plot(simulations, args.plot)
     return 0

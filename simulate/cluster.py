@@ -29,7 +29,7 @@ from antefix.window import (
 from router.backlog import Backlog
 from router.directory import Directory
 from router.inflight import InFlight, worth_waiting
-from router.placement import FETCH_WEIGHT, Loads, Policy, Work, seeds_of
+from router.placement import Loads, Policy, Work, own_work, seeds_of
 from router.policy import make_policy
 from simulate.cluster_result import RECOVERY_S, Outcomes, PolicyResult
 from simulate.cluster_worker import Job, Memory, PrefillWorker
@@ -162,6 +162,7 @@ class _Run:
             stored_tokens=min(num_stored * self.unit_tokens, num_tokens - 1) if self.fleet.shared_store else None,
             affinity=_mixed(names[min(known, len(names) - 1)] if names else num_tokens),
             head=_mixed(names[min(2, len(names)) - 1] if names else num_tokens),
+            replay_tokens=self.sizes.replay_tokens,
         )
         self.loads.resident_tokens = np.minimum(resident * self.unit_tokens, num_tokens - 1)
         self.loads.pending_tokens = self.total - np.minimum(self.head[0], (self.now - self.head[1]) * self.head[2])
@@ -169,11 +170,8 @@ class _Run:
         self.loads.soon_tokens = min(found[1] * self.unit_tokens, num_tokens - 1) if found else 0
         row = self.policy.choose(work, self.loads)
         # 4. Count it, and start it if the worker is free.
-        cached = max(work.stored_tokens or 0, int(self.loads.resident_tokens[row]))
-        if row == self.loads.leading:
-            cached = max(cached, self.loads.soon_tokens)
-        fetched = max(0, cached - int(self.loads.resident_tokens[row]))
-        job.own_tokens = round(num_tokens - cached + FETCH_WEIGHT * fetched)
+        computing, loading = own_work(work, self.loads)
+        job.own_tokens = max(1, round(float(computing[row] + loading[row])))
         job.claimed = self.in_flight.lead(job, names, known)
         wait_tokens = float(self.loads.pending_tokens[row]) + job.own_tokens
         job.pending_s = self.now + wait_tokens / self.fleet.machine.prefill_tokens_per_s

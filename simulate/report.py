@@ -22,6 +22,12 @@ _COLUMNS: tuple[tuple[str, Callable[[StrategyResult], str]], ...] = (
     ("dollars", lambda r: f"{r.dollars:.2f}"),
 )
 
+LEGEND = """\
+hit: share of prompt tokens not run, replayed ones counted as run; of ideal: that over an endless store's with window
+state everywhere; spared: the same by work, since a replayed token runs through about half of the layers; ckpt/req:
+checkpoints written a request; kept: bytes at the end, windows: of them in checkpoints; recomputed: tokens run again
+although stored; p50 to p99: time to first token without queueing; dollars: price of all prompt tokens"""
+
 
 def as_text(simulation: Simulation) -> str:
     """A heading and an aligned table."""

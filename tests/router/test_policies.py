@@ -69,8 +69,39 @@ def test_where_a_store_is_shared_the_weight_of_computing_makes_no_difference():
         assert heavy.choose(work(1000, 900), busy) == light.choose(work(1000, 900), busy)
 
 
-def test_a_long_queue_outweighs_a_prefix_in_memory():
-    assert LeastWork().choose(work(1000, None), loads(["busy", "free"], pending=[5000, 0], resident=[900, 0])) == 1
+def test_a_copy_is_made_only_where_waiting_costs_more_than_computing_it_many_times():
+    def chosen(pending, **weights):
+        return LeastWork(**weights).choose(
+            work(1000, None), loads(["busy", "free"], pending=pending, resident=[900, 0])
+        )
+
+    # 900 tokens more to compute, once as the request's own time and eight times as what all lose.
+    assert chosen([7_500, 0]) == 0
+    assert chosen([9 * 900 + 300, 0]) == 1
+    assert chosen([2_200, 0], compute_weight=1.0) == 1
+
+
+def test_window_state_that_has_to_be_rebuilt_makes_a_prefix_in_memory_worth_less():
+    replaying = Work(num_tokens=10_000, stored_tokens=None, affinity=1, replay_tokens=4_000)
+    # All of a long prefix but half of the replay; of one as long as the replay half, of half of that an eighth of it.
+    assert own_work(replaying, loads(["a", "b", "c", "d"], resident=[9_000, 4_000, 2_000, 0])).tolist() == [
+        3_000,
+        8_000,
+        9_500,
+        10_000,
+    ]
+
+
+def test_with_the_stores_word_nothing_is_replayed():
+    stored = Work(num_tokens=10_000, stored_tokens=9_000, affinity=1, replay_tokens=4_000)
+    assert own_work(stored, loads(["a"], resident=[9_000])).tolist() == [1_000]
+
+
+def test_a_prefix_too_short_to_save_anything_keeps_no_request_from_an_idle_worker():
+    short = Work(num_tokens=10_000, stored_tokens=None, affinity=1, replay_tokens=5_504)
+    assert LeastWork().choose(short, loads(["busy", "free"], pending=[1_500, 0], resident=[1_000, 0])) == 1
+    long = Work(num_tokens=10_000, stored_tokens=None, affinity=1, replay_tokens=5_504)
+    assert LeastWork().choose(long, loads(["busy", "free"], pending=[1_500, 0], resident=[8_000, 0])) == 0
 
 
 def test_a_prefix_in_memory_is_gone_to_when_the_store_does_not_answer():
