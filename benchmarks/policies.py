@@ -1,6 +1,9 @@
 """Which placement policy gives the first token soonest? All of them over chat and agents, small and large fleets.
 
-    python benchmarks/policies.py --out policies.json --plot ../docs/plots/policies.svg
+    python benchmarks/policies.py --out policies.json --plot docs/plots/policies.svg
+
+The scenes need nothing of each other: `--trace chat --store no --out part.json` runs some of them, and several such
+parts are put together by `--parts part.json ... --out policies.json --plot ...`.
 
 Each scene is a trace over a fleet with or without the shared store, at moderate load and near saturation, the clock's
 speed-up chosen once per scene so that eight workers under least_work are that busy. Then every policy runs at that
@@ -72,7 +75,9 @@ def speedup_for(trace: Trace, busy: float, start: float, *, shared_store: bool) 
 def scenes(args: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     for name, trace in traces().items():
-        for shared_store in (True, False):
+        if name not in args.trace:
+            continue
+        for shared_store in [each == "yes" for each in args.store]:
             start = SPEEDUPS[name, shared_store]
             for load_name, busy in LOADS[name].items():
                 start = speedup_for(trace, busy, start, shared_store=shared_store)
@@ -140,10 +145,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="*", default=[8, 64])
     parser.add_argument("--policy", nargs="*", help="default: all")
+    parser.add_argument("--trace", nargs="*", choices=("chat", "agents"), default=["chat", "agents"])
+    parser.add_argument("--store", nargs="*", choices=("yes", "no"), default=["yes", "no"])
+    parser.add_argument("--parts", type=Path, nargs="*", help="run nothing; put these results of earlier runs together")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    found = scenes(args)
+    if args.parts:
+        found = [scene for part in args.parts for scene in json.loads(part.read_text())]
+        if args.out:
+            args.out.write_text(json.dumps(found, indent=1) + "\n")
+    else:
+        found = scenes(args)
     if args.plot:
         plot(found, args.plot)
     sys.stdout.write(table(found) + "\n")
