@@ -16,6 +16,8 @@ from antefix.errors import ModelError
 from antefix.layout import BlockLayout, KVFormat, KVGeometry
 
 CONFIG_FILE = "config.json"
+# Which of the files a sharded checkpoint is: another index is another model, though all files stay as they are.
+INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("antefix_tokenizer.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _READ_BYTES = 8 << 20
 
@@ -90,11 +92,16 @@ def identify(path: str | Path, *, revision: str = "") -> ModelIdentity:
     return ModelIdentity(
         path=path.resolve(),
         geometry=geometry,
-        weights_revision=revision or hash_files([path / CONFIG_FILE, *weight_files(path)]),
+        weights_revision=revision or hash_files(_revision_files(path)),
         tokenizer_revision=hash_files([path / name for name in TOKENIZER_FILES if (path / name).is_file()]),
         vocab_size=int(config.get("vocab_size", 129280)),
         max_tokens=int(config.get("max_position_embeddings", 1048576)),
     )
+
+
+def _revision_files(path: Path) -> list[Path]:
+    index = [path / INDEX_FILE] if (path / INDEX_FILE).is_file() else []
+    return [path / CONFIG_FILE, *index, *weight_files(path)]
 
 
 def hash_files(files: list[Path]) -> str:

@@ -5,7 +5,6 @@ A load is all or nothing: every tensor is accounted for by name and shape before
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from antefix.model.norms_rope import inverse_frequencies
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_HASH_PIECE_BYTES = 1 << 20
 
 
 def load_model(
@@ -52,7 +50,6 @@ def load_model(
     # These two are derived, not stored; they stay float32 whatever the model's dtype.
     model.rope_main = inverse_frequencies(config.rope_main, config.geometry.rope_dim).to(device)
     model.rope_compress = inverse_frequencies(config.rope_compress, config.geometry.rope_dim).to(device)
-    model.revision = revision_of([directory / "config.json", *files])
     return model.requires_grad_(False).eval()
 
 
@@ -104,17 +101,6 @@ def checkpoint_files(directory: Path) -> list[Path]:
         if file.parent != directory or not file.is_file():
             raise ModelError(f"{index} names {file.name}, which is not in {directory}")
     return files
-
-
-def revision_of(files: list[Path]) -> str:
-    """BLAKE2b-256 over the named files' names, sizes and bytes, in the order given, as hex."""
-    state = hashlib.blake2b(digest_size=32, person=b"antefix-weights")
-    for file in files:
-        state.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while piece := stream.read(_HASH_PIECE_BYTES):
-                state.update(piece)
-    return state.hexdigest()
 
 
 def _assemble(model: Model, files: list[Path]) -> dict[str, Tensor]:

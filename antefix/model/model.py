@@ -41,18 +41,17 @@ class Trunk(nn.Module):
 
 
 class Model(nn.Module):
-    """A DeepSeek-V4 model. `revision` names the exact weights; `layout` says how its KV is written down.
+    """A DeepSeek-V4 model. `layout` says how its KV is written down.
 
-    A model that was not loaded from a checkpoint has uninitialised weights until `init_weights`, and revision "".
+    A model that was not loaded from a checkpoint has uninitialised weights until `init_weights`.
     """
 
     rope_main: Tensor
     rope_compress: Tensor
 
-    def __init__(self, config: ModelConfig, *, kv_format: KVFormat = KVFormat.FP8, revision: str = "") -> None:
+    def __init__(self, config: ModelConfig, *, kv_format: KVFormat = KVFormat.FP8) -> None:
         super().__init__()
         self.config = config
-        self.revision = revision
         self.layout = BlockLayout(geometry=config.geometry, kv_format=kv_format)
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
