@@ -122,6 +122,8 @@ def _kind(field: dataclasses.Field[Any]) -> str:
 
 
 def _metavar(field: dataclasses.Field[Any]) -> str:
+    if field.metadata.get("unit") == "bytes":
+        return "SIZE"
     return {"int": "N", "float": "X", "bool": "true|false"}.get(_kind(field), "VALUE")
 
 

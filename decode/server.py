@@ -6,16 +6,13 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
-import grpc
 import numpy as np
 
 from antefix import rpc
 from antefix.config import require, setting
 from antefix.errors import InvalidRequest
-from antefix.events.redis_bus import MemoryPublisher, check_url
-from antefix.store.open import StoreAddress, open_store
 from antefix.tokenizer import load_tokenizer
-from antefix.v1 import decode_pb2, decode_pb2_grpc, memory_pb2, window_pb2
+from antefix.v1 import decode_pb2, decode_pb2_grpc
 from antefix.wire import (
     Sampling,
     logprobs_to_wire,
@@ -25,11 +22,9 @@ from antefix.wire import (
     tokens_to_wire,
 )
 from antefix.worker.adopt import Adopted, adopt, prefill_here, take_handoff
-from antefix.worker.engine import Engine, EngineConfig, build_engine
-from antefix.worker.lease import WorkerLease
-from antefix.worker.memory_service import add_memory_service
+from antefix.worker.engine import Engine
 from antefix.worker.restore import Prompt
-from antefix.worker.window_service import add_window_service
+from antefix.worker.service import WorkerConfig, serve_worker, start_engine
 from antefix.worker.writer import RecordWriter
 from decode.logprobs import Logprobs
 from decode.sampling import Sampler
@@ -38,21 +33,14 @@ from decode.stopping import Stopper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeConfig(EngineConfig):
+class DecodeConfig(WorkerConfig):
     """Settings of a decode worker."""
 
-    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
-    store_address: str = setting("", "host:port of the kvstore service")
-    store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
-    routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
-    events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
     num_running_max: int = setting(32, "sequences that run at once; more are refused with a retry hint")
 
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
-        EngineConfig.__post_init__(self)
-        require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
-        check_url(self.events_redis)
+        WorkerConfig.__post_init__(self)
         require(self.num_running_max > 0, f"num_running_max must be positive, is {self.num_running_max}")
 
 
@@ -168,29 +156,19 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
 
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
-    store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
-    engine = build_engine(config, store)
-    await engine.register()
+    engine = await start_engine(config)
     servicer = DecodeServicer(engine, load_tokenizer(config.model).eos_ids, config)
-
-    def add_services(server: grpc.aio.Server) -> None:
-        decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
-        add_window_service(engine, server)
-        add_memory_service(engine.blocks.events, server)
-
-    descriptors = [decode_pb2.DESCRIPTOR, window_pb2.DESCRIPTOR, memory_pb2.DESCRIPTOR]
-    server = await rpc.start_server(config.address, add_services, descriptors)
 
     async def stop() -> None:
         await servicer.scheduler.close()
         await engine.close()
 
-    lease = WorkerLease(
-        config.routers,
+    await serve_worker(
+        config,
+        engine,
         role="decode",
-        address=server.address,
-        fingerprint=engine.fingerprint,
-        keyring=engine.keyring,
+        add_service=lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
+        descriptors=[decode_pb2.DESCRIPTOR],
+        stop=stop,
+        watch_stdin=watch_stdin,
     )
-    async with lease, MemoryPublisher(config.events_redis, engine.blocks.events, server.address):
-        await rpc.run_until_signal(server, role="decode", stop=stop, watch_stdin=watch_stdin, leave=lease.end)

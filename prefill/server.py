@@ -4,41 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import grpc
-
 from antefix import rpc
 from antefix.config import require, setting
-from antefix.events.redis_bus import MemoryPublisher, check_url
-from antefix.store.open import StoreAddress, open_store
-from antefix.v1 import memory_pb2, prefill_pb2, prefill_pb2_grpc, window_pb2
+from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_to_wire, tokens_from_wire
 from antefix.worker.adopt import leave_handoff
-from antefix.worker.engine import Engine, EngineConfig, build_engine
-from antefix.worker.lease import WorkerLease
-from antefix.worker.memory_service import add_memory_service
+from antefix.worker.engine import Engine
 from antefix.worker.prompt import run_prompt
 from antefix.worker.restore import Prompt
-from antefix.worker.window_service import add_window_service
+from antefix.worker.service import WorkerConfig, serve_worker, start_engine
 from prefill.queue import PrefillQueue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillConfig(EngineConfig):
+class PrefillConfig(WorkerConfig):
     """Settings of a prefill worker."""
 
-    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
-    store_address: str = setting("", "host:port of the kvstore service")
-    store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
-    routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
-    events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
     num_running_max: int = setting(2, "prompts at work at once")
     num_waiting_max: int = setting(64, "prompts waiting; more are refused with a retry hint")
 
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
-        EngineConfig.__post_init__(self)
-        require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
-        check_url(self.events_redis)
+        WorkerConfig.__post_init__(self)
         require(self.num_running_max > 0 and self.num_waiting_max > 0, "num_running_max and num_waiting_max start at 1")
 
 
@@ -92,24 +79,14 @@ async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
 
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
-    store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
-    engine = build_engine(config, store)
-    await engine.register()
+    engine = await start_engine(config)
     servicer = PrefillServicer(engine, config)
-
-    def add_services(server: grpc.aio.Server) -> None:
-        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
-        add_window_service(engine, server)
-        add_memory_service(engine.blocks.events, server)
-
-    descriptors = [prefill_pb2.DESCRIPTOR, window_pb2.DESCRIPTOR, memory_pb2.DESCRIPTOR]
-    server = await rpc.start_server(config.address, add_services, descriptors)
-    lease = WorkerLease(
-        config.routers,
+    await serve_worker(
+        config,
+        engine,
         role="prefill",
-        address=server.address,
-        fingerprint=engine.fingerprint,
-        keyring=engine.keyring,
+        add_service=lambda server: prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server),
+        descriptors=[prefill_pb2.DESCRIPTOR],
+        stop=engine.close,
+        watch_stdin=watch_stdin,
     )
-    async with lease, MemoryPublisher(config.events_redis, engine.blocks.events, server.address):
-        await rpc.run_until_signal(server, role="prefill", stop=engine.close, watch_stdin=watch_stdin, leave=lease.end)
