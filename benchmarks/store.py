@@ -155,6 +155,9 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
             for depth, count in WARM_READERS:
                 found.note(f"pread_{depth}x{count}", warm_read(place / "raw.bin", into, depth=depth, num_blocks=count))
                 found.note("warm", seconds(restore))
+            depth, count = WARM_READERS[-1]
+            checked_s = warm_read(place / "raw.bin", into, depth=depth, num_blocks=count, checked=True)
+            found.note(f"checked_{depth}x{count}", checked_s)
         for peer in peers:
             peer.ask("warm")
             found.note(f"warm_{peer.name}", peer.ask("warm"))
@@ -247,6 +250,7 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
     out["put_ratio"] = ratio(values, "put", "raw_write")
     out["warm_ratio"] = ratio(values, "warm", *pread)
     out["warm_over_one_thread"] = ratio(values, "warm", "pread_1x1")
+    out["warm_over_checked"] = ratio(values, "warm", *(name for name in values if name.startswith("checked_2")))
     out["remote_ratio"] = ratio(values, "remote", "bare_stream")
     out["remote_over_best_bare"] = ratio(values, "remote", "bare_stream", "bare_blocking_stream")
     out["lean_ratio"] = ratio(values, "lean_stream", "bare_stream")

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 MIB = 1 << 20
 # Threads or requests in flight, and MiB a request.
 DIRECT_READERS = ((1, 4), (4, 1), (16, 1), (16, 4))
@@ -55,13 +57,21 @@ def direct_read(path: Path, *, depth: int, piece_bytes: int) -> float:
     return elapsed_s
 
 
-def warm_read(path: Path, into: Array, *, depth: int, num_blocks: int) -> float:
-    """Seconds of preadv from the page cache into the same warm buffers, `num_blocks` a call, unverified."""
+def warm_read(path: Path, into: Array, *, depth: int, num_blocks: int, checked: bool = False) -> float:
+    """Seconds of preadv from the page cache into the same warm buffers, `num_blocks` a call.
+
+    checked: with a checksum of each block, compared with nothing: what no reader that verifies can do without.
+    """
     fd = os.open(path, os.O_RDONLY)
     nbytes = into.shape[1]
 
     def read(first: int) -> int:
-        return os.preadv(fd, list(into[first : first + num_blocks]), first * nbytes)
+        rows = list(into[first : first + num_blocks])
+        num_read = os.preadv(fd, rows, first * nbytes)
+        if checked:
+            for row in rows:
+                xxhash.xxh3_128_digest(row)
+        return num_read
 
     with ThreadPoolExecutor(depth) as pool:
         elapsed_s = seconds(lambda: sum(pool.map(read, range(0, len(into), num_blocks))))
