@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from antefix.errors import InvalidRequest
-from simulate.result import Simulation, StrategyResult
+from simulate.result import Simulation
 
 SUFFIXES = (".svg", ".png")
 
@@ -76,19 +76,17 @@ def _bars(axes: Any, simulation: Simulation) -> None:
     axes[0].set_xlabel("of prompt tokens, %")
     # Below the bars: inside, it would hide them.
     axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize="small")
-    blocks = [(result.bytes_kept_max - _window_bytes(result)) / 1e9 for result in results]
-    axes[1].barh(names, blocks, color="tab:gray", label="blocks")
-    axes[1].barh(
-        names, [_window_bytes(result) / 1e9 for result in results], left=blocks, color="tab:orange", label="checkpoints"
-    )
+    # Side by side, not stacked: the two need not be at their most at the same time.
+    rows = range(len(names))
+    kept = [result.bytes_kept_max / 1e9 for result in results]
+    axes[1].barh([row - 0.2 for row in rows], kept, height=0.4, color="tab:gray", label="blocks and checkpoints")
+    windows = [result.checkpoint_bytes_kept_max / 1e9 for result in results]
+    axes[1].barh([row + 0.2 for row in rows], windows, height=0.4, color="tab:orange", label="checkpoints alone")
+    axes[1].set_yticks(rows, names)
     axes[1].set_xlabel("kept at most, GB")
     axes[1].legend()
     for axis in axes:
         axis.invert_yaxis()
-
-
-def _window_bytes(result: StrategyResult) -> int:
-    return min(result.checkpoint_bytes_kept_max, result.bytes_kept_max)
 
 
 def _lines(axes: Any, simulations: Sequence[Simulation]) -> None:

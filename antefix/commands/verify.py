@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, help="model directory to verify as well (default: the shipped one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
-        "--long", action="store_true", help="more and longer prompts, every plan in both formats; prints its progress"
+        "--long",
+        action="store_true",
+        help="longer prompts, every plan in both formats, for minutes; prints its progress",
     )
     parser.add_argument("--device", default="cpu", help="torch device to verify (default: cpu)")
     parser.add_argument(
@@ -158,8 +160,10 @@ def _progress(is_long: bool, started: float) -> _Progress:
 def _print(report: Report, seconds: float) -> None:
     table = Table(title="Cold against hit")
     for column in ("strategy", "plan", "cases", "equal bits", "within bounds", "failed", "largest error"):
-        table.add_column(column, justify="left" if column in ("strategy", "plan") else "right")
-    for strategy, plans in report.by_plan.items():
+        is_text = column in ("strategy", "plan")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
+    # A stable sort by name: strategies as they were run, but all bounded ones together.
+    for strategy, plans in sorted(report.by_plan.items(), key=lambda item: item[0].startswith("bounded")):
         for plan, tally in plans.items():
             table.add_row(strategy, plan, *_cells(tally))
     table.add_section()

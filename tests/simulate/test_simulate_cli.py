@@ -69,7 +69,10 @@ def test_the_table_names_each_strategy_and_the_ideal(trace_path: Path, capsys: p
     assert _run(*argv, "--strategy", "auto") == 0
     lines = capsys.readouterr().out.splitlines()
     assert "ideal hit rate" in lines[0]
-    assert [line.split()[0] for line in lines[1:]] == ["strategy", "auto", "zero"]
+    assert [line.split()[0] for line in lines[1:4]] == ["strategy", "auto", "zero"]
+    # What each column means stands below.
+    legend = " ".join(lines[4:])
+    assert all(f"{column}:" in legend for column in ("hit", "of ideal", "spared", "ckpt/req", "recomputed", "dollars"))
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
