@@ -30,8 +30,11 @@ _DECODE_PROGRAMS = 1584
 # Keys of a tile, queries of a product (prefill), warps, stages (prefill): measured best.
 _DECODE_TILE = (64, 1, 4, 1)
 _PREFILL_TILE = (128, 2, 4, 2)
-# The same for the kernels of indexer_hopper.
-_HOPPER_PROGRAMS = 1584
+# The same for the kernels of indexer_hopper: twice the decode programs that a card holds at once, four a multiprocessor
+# with so many registers a thread, each with tiles of so many keys.
+_HOPPER_PROGRAMS = 1056
+_HOPPER_REGISTERS = 128
+_HOPPER_KEYS = 128
 _HOPPER_QUERIES = 128
 # Queries that a decoded tile of keys serves before it is dropped.
 _PREFILL_QUERIES = 64
@@ -258,12 +261,12 @@ def index_scores(
     heads_pad = max(16, triton.next_power_of_2(heads))
     sizes = {"DIM": dim, "H": heads_pad, "N": keys, "GROUP": group, "PACKED": in_words(fmt), "num_warps": warps}
     on_hopper = tile is None and heads <= 64 and in_words(fmt) and hopper.available(records)
-    if on_hopper and per_sequence == 1 and records.shape[1] % 16 == 0:
-        parts = max(1, min(padded // keys, _HOPPER_PROGRAMS // num_queries))
+    if on_hopper and per_sequence == 1 and records.shape[1] % 32 == 0:
+        parts = max(1, min(triton.cdiv(padded, _HOPPER_KEYS), _HOPPER_PROGRAMS // num_queries))
         from kernels.indexer_hopper import decode_kernel
 
         decode_kernel[(parts, num_queries)](
-            *tensors, heads, *strides, ENTRIES=records.shape[1], GROUP=group, num_warps=4
+            *tensors, heads, *strides, ENTRIES=records.shape[1], GROUP=group, num_warps=4, maxnreg=_HOPPER_REGISTERS
         )
     elif on_hopper and heads == 64:
         from kernels.indexer_hopper import describe_queries, prefill_kernel

@@ -37,71 +37,153 @@ SIXTEENS = gl.constexpr(
 # Query tiles in flight in prefill.
 STAGES = gl.constexpr(4)
 
-# The same call before and after Triton 3.9's change of names.
+# The same calls before and after Triton 3.9's change of names.
 bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
-# Eight FP4 codes of a word times a pair of FP16 factors. A code s e e m is an FP16 s 0 0 0 e e m 0.. times 2^14: codes
-# i and i + 4 move at once, one to each half.
+# Eight FP4 codes of a word times a pair of FP16 factors. A code s e e m is an FP16 s 0 0 0 e e m 0.. times 2^14, all in
+# its upper byte: four codes move to four bytes at once, then two bytes to two halves of a word, codes i and i + 4.
 DECODE_FP4 = gl.constexpr("""{
-.reg .b32 a, b;
-shl.b32 a, $4, 9; and.b32 a, a, 0x0E000E00; shl.b32 b, $4, 12; lop3.b32 $0, b, 0x80008000, a, 0xEA;
-shl.b32 a, $4, 5; and.b32 a, a, 0x0E000E00; shl.b32 b, $4, 8; lop3.b32 $1, b, 0x80008000, a, 0xEA;
-shl.b32 a, $4, 1; and.b32 a, a, 0x0E000E00; shl.b32 b, $4, 4; lop3.b32 $2, b, 0x80008000, a, 0xEA;
-shr.u32 a, $4, 3; and.b32 a, a, 0x0E000E00; lop3.b32 $3, $4, 0x80008000, a, 0xEA;
+.reg .b32 a, b, odd, even;
+shr.u32 a, $4, 3; and.b32 a, a, 0x0E0E0E0E; lop3.b32 odd, $4, 0x80808080, a, 0xEA;
+shl.b32 b, $4, 4; shl.b32 a, $4, 1; and.b32 a, a, 0x0E0E0E0E; lop3.b32 even, b, 0x80808080, a, 0xEA;
+prmt.b32 $0, even, 0, 0x2404; prmt.b32 $1, odd, 0, 0x2404; and.b32 $2, even, 0xFF00FF00; and.b32 $3, odd, 0xFF00FF00;
 mul.rn.f16x2 $0, $0, $12; mul.rn.f16x2 $1, $1, $12; mul.rn.f16x2 $2, $2, $12; mul.rn.f16x2 $3, $3, $12;
 }""")
 
+# Decode: 128 keys a tile, 32 neighbours a warp, 16 of them in each of two products of 64 rows.
+TILE = gl.constexpr(128)
+PRODUCTS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+# [row, word, code]: a thread holds the four words of one scale group of two keys.
+WORDS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [8, 0, 0]],
+        [[0, 4, 0], [0, 8, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [[16, 0, 0], [32, 0, 0]],
+        [],
+        [64, CODES.value, 8],
+    )
+)
+# Sums over a thread's 16 heads [key, upper, lower bit of the lane in its four]: two keys of each half a thread. Key 16
+# changes places with the lower bit and that is summed, then key 8 with the upper one: a sum is left to each thread, and
+# the keys of a group lie in neighbouring lanes.
+SUMS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[8, 0, 0], [16, 0, 0]],
+        [[0, 0, 1], [0, 1, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [[32, 0, 0], [64, 0, 0]],
+        [],
+        [128, 2, 2],
+    )
+)
+SUMS_LOWER = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[8, 0, 0], [0, 0, 1]],
+        [[16, 0, 0], [0, 1, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [[32, 0, 0], [64, 0, 0]],
+        [],
+        [128, 2, 2],
+    )
+)
+SUMS_UPPER = gl.constexpr(
+    gl.DistributedLinearLayout([[0, 1]], [[16, 0], [8, 0], [1, 0], [2, 0], [4, 0]], [[32, 0], [64, 0]], [], [128, 2])
+)
+SCORES = gl.constexpr(gl.DistributedLinearLayout([], [[16], [8], [1], [2], [4]], [[32], [64]], [], [128]))
+
 
 @gluon.jit
-def _block_ids(start, last, block_table, ENTRIES: gl.constexpr):
-    """Block ids [4] of four times 16 keys from start on; past the last key its block again. Needs ENTRIES % 16 == 0."""
-    n = gl.minimum(start + 16 * gl.arange(0, 4, gl.SliceLayout(1, SIXTEENS)), last)
-    return gl.load(block_table + (n.to(gl.uint32) // ENTRIES).to(gl.int32))
-
-
-@gluon.jit
-def _offsets(start, block, stride_p, N: gl.constexpr, ENTRIES: gl.constexpr, rows: gl.constexpr):
-    """Offsets [64] of the keys from start on, in words: 16 neighbours, which a warp holds, lie in one block."""
-    i = gl.arange(0, 4, gl.SliceLayout(1, SIXTEENS))
-    j = gl.arange(0, 16, gl.SliceLayout(0, SIXTEENS))
-    inside = ((start + 16 * i).to(gl.uint32) % ENTRIES).to(gl.int32) * KEY
-    at = gl.expand_dims(block.to(gl.int64) * stride_p + inside, 1) + gl.expand_dims(j * KEY, 0)
-    return gl.convert_layout(gl.reshape(at, [N]), rows, assert_trivial=True)
-
-
-@gluon.jit
-def _decode(words, scales, N: gl.constexpr, wide: gl.constexpr, operand: gl.constexpr):
-    """Words [N, 16] and scales [N] to row factors [N] float32 and FP16 [N, 128] relative to them, as operand A.
-
-    Column 32 * (word / 4) + 8 * i + 2 * (word % 4) + j is code i + 4 * j of a word.
-    """
-    top = gl.maximum(
+def _top(scales):
+    """The largest of a word's four scale bytes."""
+    return gl.maximum(
         gl.maximum(scales & 0xFF, (scales >> 8) & 0xFF), gl.maximum((scales >> 16) & 0xFF, (scales >> 24) & 0xFF)
     )
-    group = gl.arange(0, CODES, gl.SliceLayout(0, gl.SliceLayout(2, wide))) // 4
+
+
+@gluon.jit
+def _factor(top):
+    """2^(top - 127) as float32: what a row's values are relative to."""
+    return (gl.maximum(top, 1) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _decode(words, scales, top, N: gl.constexpr, layout: gl.constexpr):
+    """Words [N, 16] and the scale words [N] of their keys to FP16 [N, 16, 8] relative to the row's largest scale.
+
+    Value 2 * i + j of a word is its code i + 4 * j.
+    """
+    group = gl.arange(0, CODES, gl.SliceLayout(0, gl.SliceLayout(2, layout))) // 4
     scale = (gl.expand_dims(scales, 1) >> gl.expand_dims(group * 8, 0)) & 0xFF
     # FP16's exponent field of 2^(14 + scale - top), in both halves; zero under its normal range.
     share = gl.maximum(scale + gl.expand_dims(29 - top, 1), 0) * 0x04000400
-    values = gl.inline_asm_elementwise(
+    return gl.inline_asm_elementwise(
         DECODE_FP4, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
         [gl.expand_dims(words, 2).broadcast_to([N, CODES, 8]), gl.expand_dims(share, 2).broadcast_to([N, CODES, 8])],
         dtype=gl.float16, is_pure=True, pack=8,
     )  # fmt: skip
-    values = gl.permute(gl.reshape(values, [N, 4, 4, 4, 2]), (0, 1, 3, 2, 4))
-    factor = (gl.maximum(top, 1) << 23).to(gl.float32, bitcast=True)
-    return factor, gl.convert_layout(gl.reshape(values, [N, DIM]), operand, assert_trivial=True)
 
 
 @gluon.jit
-def _weigh(s, weights, factor, layout: gl.constexpr):
-    """Scores [N] of products s [N, H]: relu, head weights, the rows' factors."""
-    s = gl.sum(gl.maximum(s, 0.0) * gl.expand_dims(weights, 0), 1)
-    return s * gl.convert_layout(factor, gl.SliceLayout(1, layout), assert_trivial=True)
+def _block_ids(tile, last, block_table, ENTRIES: gl.constexpr):
+    """Block ids [4] of the warps' 32 keys each; past the last key its block again. Needs ENTRIES % 32 == 0."""
+    n = gl.minimum(tile * TILE + 32 * gl.arange(0, 4, gl.SliceLayout(1, SIXTEENS)), last)
+    return gl.load(block_table + (n.to(gl.uint32) // ENTRIES).to(gl.int32))
+
+
+@gluon.jit
+def _offsets(tile, block, stride_p, ENTRIES: gl.constexpr):
+    """Offsets [64], in words, of each warp's first 16 keys of a tile."""
+    i = gl.arange(0, 4, gl.SliceLayout(1, SIXTEENS))
+    j = gl.arange(0, 16, gl.SliceLayout(0, SIXTEENS))
+    inside = ((tile * TILE + 32 * i).to(gl.uint32) % ENTRIES).to(gl.int32) * KEY
+    at = gl.expand_dims(block.to(gl.int64) * stride_p + inside, 1) + gl.expand_dims(j * KEY, 0)
+    return gl.convert_layout(gl.reshape(at, [64]), gl.SliceLayout(1, gl.SliceLayout(2, WORDS)), assert_trivial=True)
+
+
+@gluon.jit
+def _load(at):
+    """Words [64, 16] and scale words [64] of the keys at pointers [64]."""
+    word = gl.expand_dims(gl.arange(0, CODES, gl.SliceLayout(0, gl.SliceLayout(2, WORDS))), 0)
+    return gl.load(gl.expand_dims(at, 1) + word), gl.load(at + CODES)
+
+
+@gluon.jit
+def _multiply(words, scales, top, query):
+    """Products [64, H] of 64 keys, under way, and the keys, which must stay where they are until then."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, PRODUCTS, 2)
+    # Word 4 * t + g, of thread t's group, becomes columns 32 * g + 8 * i + 2 * t + j.
+    keys = gl.permute(gl.reshape(_decode(words, scales, top, 64, WORDS), [64, 4, 4, 4, 2]), (0, 2, 3, 1, 4))
+    keys = gl.convert_layout(gl.reshape(keys, [64, DIM]), operand, assert_trivial=True)
+    zero = gl.full([64, H], 0.0, gl.float32, PRODUCTS)
+    return warpgroup_mma(keys, query.permute((1, 0)), zero, use_acc=False, is_async=True), keys
+
+
+@gluon.jit
+def _weigh_part(s, weights, top):
+    """Scores [64, 4] of products s [64, H], each a thread's 16 heads: relu, halved head weights, the rows' factors.
+
+    s + |s| is twice relu(s), exactly: additions leave the pipe of maxima to the decoding.
+    """
+    s = (s + gl.abs(s)) * gl.expand_dims(weights, 0)
+    s = gl.permute(gl.reshape(s, [64, 8, 4, 2]), (0, 2, 1, 3))
+    s = gl.sum(gl.reshape(s, [64, 4, 16]), 2)
+    factor = gl.convert_layout(_factor(top), gl.SliceLayout(1, s.type.layout), assert_trivial=True)
+    return s * gl.expand_dims(factor, 1)
+
+
+@gluon.jit
+def _gather(first, second):
+    """Scores [128] of a tile, one a thread, of the parts [64, 4] of its two products."""
+    s = gl.reshape(gl.join(first, second), [4, 16, 4, 2])
+    s = gl.reshape(gl.permute(s, (0, 3, 1, 2)), [TILE, 2, 2])
+    s = gl.convert_layout(s, SUMS, assert_trivial=True)
+    s = gl.sum(gl.convert_layout(s, SUMS_LOWER), 2)
+    s = gl.sum(gl.convert_layout(s, SUMS_UPPER), 1)
+    return gl.convert_layout(s, SCORES, assert_trivial=True)
 
 
 @gluon.jit
 def _write(s, start, length, scores, maxima, N: gl.constexpr, GROUP: gl.constexpr, layout: gl.constexpr):
-    n = start + gl.arange(0, N, gl.SliceLayout(1, layout))
+    n = start + gl.arange(0, N, layout)
     gl.store(scores + n, s, mask=n < length)
     best = gl.max(gl.reshape(gl.where(n < length, s, float("-inf")), [N // GROUP, GROUP]), 1)
     group = start // GROUP + gl.arange(0, N // GROUP, best.type.layout)
@@ -111,21 +193,16 @@ def _write(s, start, length, scores, maxima, N: gl.constexpr, GROUP: gl.constexp
 @gluon.jit
 def decode_kernel(codes, weights, records, block_table, lens, scores, maxima, heads, stride_p, stride_b, stride_s,
                   stride_m, ENTRIES: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
-    """One query against its share of its sequence's keys: indexer.py's _decode_kernel."""
-    N: gl.constexpr = 64
-    products: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(0, products, 2)
-    wide: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 4, 0], [0, 8, 0], [8, 0, 0]],
-        [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        [[16, 0, 0], [32, 0, 0]], [], [N, 16, 8],
-    )  # fmt: skip
-    rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, wide))
-    spread: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    """One query against its share of its sequence's keys: indexer.py's _decode_kernel.
 
+    Four programs share a multiprocessor and fill each other's waits, so each goes in order: a half's words are asked
+    for again as soon as they are decoded, and come while both halves are multiplied and weighed.
+    """
+    SECOND: gl.constexpr = 16 * KEY
+    spread: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     t = gl.program_id(1).to(gl.int64)
     length = gl.load(lens + t)
-    tiles = (length + N - 1) // N
+    tiles = (length + TILE - 1) // TILE
     begin = tiles * gl.program_id(0) // gl.num_programs(0)
     end = tiles * (gl.program_id(0) + 1) // gl.num_programs(0)
     block_table += t * stride_b
@@ -133,43 +210,40 @@ def decode_kernel(codes, weights, records, block_table, lens, scores, maxima, he
     maxima += t * stride_m
     if begin < end:
         memory = records.to(gl.pointer_type(gl.int32))
-        word = gl.expand_dims(gl.arange(0, CODES, gl.SliceLayout(0, gl.SliceLayout(2, wide))), 0)
         last = length - 1
-        block = _block_ids(begin * N, last, block_table, ENTRIES)
+        block = _block_ids(begin, last, block_table, ENTRIES)
 
         query = gl.allocate_shared_memory(gl.float16, [H, DIM], gl.NVMMASharedLayout(128, 16, 2))
         h = gl.arange(0, H, gl.SliceLayout(1, spread))
         d = gl.arange(0, DIM, gl.SliceLayout(0, spread))
         at = codes + t * heads * DIM + gl.expand_dims(h * DIM, 1) + gl.expand_dims(d, 0)
-        query.store(gl.load(at, mask=gl.expand_dims(h < heads, 1), other=0.0))
+        q = gl.load(at, mask=gl.expand_dims(h < heads, 1), other=0.0)
+        # Columns change places as the keys' do.
+        query.store(gl.reshape(gl.permute(gl.reshape(q, [H, 4, 4, 4, 2]), (0, 3, 2, 1, 4)), [H, DIM]))
         fence_async_shared()
-        head = gl.arange(0, H, gl.SliceLayout(0, products))
-        w = gl.load(weights + t * heads + head, mask=head < heads, other=0.0)
+        # The tensor cores read what all threads stored: met here, or the compiler lets them meet in every round.
+        meet()
+        head = gl.arange(0, H, gl.SliceLayout(0, PRODUCTS))
+        w = gl.load(weights + t * heads + head, mask=head < heads, other=0.0) * 0.5
 
-        base = memory + _offsets(begin * N, block, stride_p, N, ENTRIES, rows)
-        words = gl.load(gl.expand_dims(base, 1) + word)
-        scales = gl.load(base + CODES)
-        block = _block_ids((begin + 1) * N, last, block_table, ENTRIES)
-        zero = gl.full([N, H], 0.0, gl.float32, products)
-        # A tile's products are under way while the tile before is weighed, its records while that one's are decoded.
-        factor, keys = _decode(words, scales, N, wide, operand)
-        s = warpgroup_mma(keys, query.permute((1, 0)), zero, use_acc=False, is_async=True)
-        base = memory + _offsets((begin + 1) * N, block, stride_p, N, ENTRIES, rows)
-        words = gl.load(gl.expand_dims(base, 1) + word)
-        scales = gl.load(base + CODES)
-        block = _block_ids((begin + 2) * N, last, block_table, ENTRIES)
-        s, _ = warpgroup_mma_wait(0, deps=(s, keys))
-        for tile in range(begin + 1, end):
-            next_factor, keys = _decode(words, scales, N, wide, operand)
-            following = warpgroup_mma(keys, query.permute((1, 0)), zero, use_acc=False, is_async=True)
-            base = memory + _offsets((tile + 1) * N, block, stride_p, N, ENTRIES, rows)
-            words = gl.load(gl.expand_dims(base, 1) + word)
-            scales = gl.load(base + CODES)
-            block = _block_ids((tile + 2) * N, last, block_table, ENTRIES)
-            _write(_weigh(s, w, factor, products), (tile - 1) * N, length, scores, maxima, N, GROUP, products)
-            s, _ = warpgroup_mma_wait(0, deps=(following, keys))
-            factor = next_factor
-        _write(_weigh(s, w, factor, products), (end - 1) * N, length, scores, maxima, N, GROUP, products)
+        at = memory + _offsets(begin, block, stride_p, ENTRIES)
+        block = _block_ids(begin + 1, last, block_table, ENTRIES)
+        words, scales = _load(at)
+        second_words, second_scales = _load(at + SECOND)
+        for tile in range(begin, end):
+            at = memory + _offsets(tile + 1, block, stride_p, ENTRIES)
+            block = _block_ids(tile + 2, last, block_table, ENTRIES)
+            top = _top(scales)
+            s, keys = _multiply(words, scales, top, query)
+            words, scales = _load(at)
+            s, _ = warpgroup_mma_wait(0, deps=(s, keys))
+            first = _weigh_part(s, w, top)
+            top = _top(second_scales)
+            s, keys = _multiply(second_words, second_scales, top, query)
+            second_words, second_scales = _load(at + SECOND)
+            s, _ = warpgroup_mma_wait(0, deps=(s, keys))
+            second = _weigh_part(s, w, top)
+            _write(_gather(first, second), tile * TILE, length, scores, maxima, TILE, GROUP, SCORES)
 
 
 @gluon.jit
@@ -199,7 +273,13 @@ def _score(weights, records, block_table, lens, scores, maxima, stride_p, stride
     block = gl.load(block_table + n // ENTRIES)
     base = records.to(gl.pointer_type(gl.int32)) + block.to(gl.int64) * stride_p + (n % ENTRIES) * KEY
     word = gl.expand_dims(gl.arange(0, CODES, gl.SliceLayout(0, gl.SliceLayout(2, wide))), 0)
-    factor, keys = _decode(gl.load(gl.expand_dims(base, 1) + word), gl.load(base + CODES), N, wide, operand)
+    scales = gl.load(base + CODES)
+    top = _top(scales)
+    # Word 4 * g + t becomes columns 32 * g + 8 * i + 2 * t + j.
+    keys = _decode(gl.load(gl.expand_dims(base, 1) + word), scales, top, N, wide)
+    keys = gl.permute(gl.reshape(keys, [N, 4, 4, 4, 2]), (0, 1, 3, 2, 4))
+    keys = gl.convert_layout(gl.reshape(keys, [N, DIM]), operand, assert_trivial=True)
+    factor = gl.convert_layout(_factor(top), gl.SliceLayout(1, products), assert_trivial=True)
     head = gl.arange(0, H, gl.SliceLayout(0, products))
     w = gl.load(weights + t0 * H + head)
     length = gl.load(lens + t0)
@@ -214,8 +294,8 @@ def _score(weights, records, block_table, lens, scores, maxima, stride_p, stride
         length_next = gl.load(lens + t0 + following)
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(empty.index(stage), count=1)
-        s = _weigh(s, w, factor, products)
-        _write(s, start, length, scores + t * stride_s, maxima + t * stride_m, N, GROUP, products)
+        s = gl.sum(gl.maximum(s, 0.0) * gl.expand_dims(w, 0), 1) * factor
+        _write(s, start, length, scores + t * stride_s, maxima + t * stride_m, N, GROUP, gl.SliceLayout(1, products))
         w = w_next
         length = length_next
 

@@ -1,11 +1,11 @@
 """Exact top-k of index scores, ties to the lowest index, whatever the length.
 
-Scores are compared as integers of the same order (float bits, negatives flipped). One program a query:
+One program a query:
 
 1. Bisect the k-th largest of the group maxima. The k groups that reach it (of ties the first ones) hold the top k:
    their maxima are k scores that nothing outside beats, and what ties with them outside has a higher index.
 2. List those groups, in order.
-3. Bisect the k-th largest score itself over the listed groups' scores.
+3. Bisect the k-th largest score itself over the listed groups' scores, from the bound of 1 upwards: k scores reach it.
 4. Write the indices above it, and of those equal to it the first few, in order.
 """
 
@@ -20,7 +20,11 @@ import triton.language as tl
 from kernels.formats import check
 from kernels.indexer import IndexScores
 
-_LOWEST = tl.constexpr(-(2**31))
+# Queries below which multiprocessors stay idle: one program a query then takes all the threads that help it.
+_FEW_QUERIES = 132
+_WARPS_FEW = 16
+# Rounds of the search that halve values before it halves what floats there are.
+_VALUE_ROUNDS = tl.constexpr(16)
 
 
 @triton.jit
@@ -31,32 +35,67 @@ def _ordered(x):
 
 
 @triton.jit
-def _bisect(keys, low, high, k):
-    """A bound that exactly k of keys reach, or, where ties allow none, the k-th largest key itself.
-
-    At least k keys must reach low, and none may exceed high. Midpoints are taken so that no sum overflows.
-    """
-    found = False
-    while (low < high) & (not found):
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)
-        count = tl.sum((keys >= middle).to(tl.int32))
-        found = count == k
-        low = tl.where(count >= k, middle, low)
-        high = tl.where(count >= k, high, middle - 1)
-    return low
+def _value(i):
+    """The float32 that _ordered makes i of."""
+    return tl.where(i < 0, -2147483648 - i, i).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _first_k(keys, bound, k):
+def _bisect(keys, low, high, k):
+    """A bound that exactly k of keys reach, or, where ties allow none, the k-th largest key itself.
+
+    At least k keys must reach low, and none may exceed high. The first rounds halve values, which scores of one
+    magnitude need; those after halve what floats there are between, which ends whatever the scores are.
+    """
+    low, high = _ordered(low), _ordered(high)
+    found = False
+    rounds = 0
+    while (low < high) & (not found):
+        middle = _ordered(_value(low) * 0.5 + _value(high) * 0.5)
+        middle = tl.minimum(tl.maximum(middle, low + 1), high)
+        middle = tl.where(rounds < _VALUE_ROUNDS, middle, (low >> 1) + (high >> 1) + ((low | high) & 1))
+        count = tl.sum((keys >= _value(middle)).to(tl.int32))
+        found = count == k
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count >= k, high, middle - 1)
+        rounds += 1
+    return _value(low)
+
+
+@triton.jit
+def _ranks(picked, N: tl.constexpr):
+    """How many of picked [N] come before each of them, and how many there are.
+
+    Counts of eight neighbours lie in the nibbles of a word, those of four eights in its bytes: a product with ones sums
+    what precedes. Only every 32nd count is left for a scan: scans of all made half of the kernel's instructions.
+    """
+    ones = picked.to(tl.int32)
+    if N % 32 == 0:
+        j = 4 * tl.arange(0, 8)[None, None, :]
+        r = 8 * tl.arange(0, 4)[None, :]
+        eights = tl.reshape(ones, (N // 32, 4, 8))
+        within = tl.sum(eights << j, 2) * 0x11111111
+        counts = (within >> 28) & 15
+        to_here = tl.sum(counts << r, 1) * 0x01010101
+        count = (to_here >> 24) & 0xFF
+        before = (tl.cumsum(count, 0) - count)[:, None] + ((to_here[:, None] >> r) & 0xFF) - counts
+        rank = before[:, :, None] + ((within[:, :, None] >> j) & 15) - eights
+        return tl.reshape(rank, (N,)), tl.sum(count)
+    else:  # noqa: RET505 - Triton compiles one branch only where they are branches
+        return tl.cumsum(ones, 0) - ones, tl.sum(ones)
+
+
+@triton.jit
+def _first_k(keys, bound, k, N: tl.constexpr):
     """Which k of keys are picked: those above bound, then those equal to it, lowest first; and their places."""
     picked = keys >= bound
-    place = tl.cumsum(picked.to(tl.int32), 0) - 1
-    if tl.sum(picked.to(tl.int32)) > k:
+    place, count = _ranks(picked, N)
+    if count > k:
         above = keys > bound
-        ties = k - tl.sum(above.to(tl.int32))
         equal = keys == bound
-        picked = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties))
-        place = tl.cumsum(picked.to(tl.int32), 0) - 1
+        rank, ties = _ranks(equal, N)
+        picked = above | (equal & (rank < k - (count - ties)))
+        place, count = _ranks(picked, N)
     return picked, place
 
 
@@ -85,23 +124,27 @@ def _topk_kernel(scores, maxima, lens, block_table, groups, indices, slots, coun
         if used <= LISTED:
             listed = used
             g = i
+            low = 0.0
         else:
             listed = tl.minimum(LISTED, k)
             every = tl.arange(0, GROUPS)
-            best = tl.where(every < used, _ordered(tl.load(maxima + every, every < used, other=0.0)), _LOWEST)
-            top = tl.max(best, 0)
-            bound = _bisect(best, tl.min(tl.where(every < used, best, top), 0), top, k)
-            picked, place = _first_k(best, bound, k)
+            best = tl.load(maxima + every, every < used, other=float("nan"))
+            low = tl.min(tl.where(every < used, best, float("inf")), 0)
+            high = tl.max(tl.where(every < used, best, float("-inf")), 0)
+            low = _bisect(best, low, high, k)
+            picked, place = _first_k(best, low, k, GROUPS)
             tl.store(groups + place, every, picked)
             # The list is read back by other threads than wrote it.
             tl.debug_barrier()
             g = tl.load(groups + i, i < listed, other=0)
         n = tl.reshape(g[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (LISTED * GROUP,))
         inside = tl.reshape(tl.broadcast_to((i < listed)[:, None], (LISTED, GROUP)), (LISTED * GROUP,)) & (n < length)
-        keys = tl.where(inside, _ordered(tl.load(scores + n, inside, other=0.0)), _LOWEST)
-        top = tl.max(keys, 0)
-        bound = _bisect(keys, tl.min(tl.where(inside, keys, top), 0), top, k)
-        picked, place = _first_k(keys, bound, k)
+        keys = tl.load(scores + n, inside, other=float("nan"))
+        if used <= LISTED:
+            low = tl.min(tl.where(inside, keys, float("inf")), 0)
+        # Else k groups reach low, so k scores do.
+        bound = _bisect(keys, low, tl.max(tl.where(inside, keys, float("-inf")), 0), k)
+        picked, place = _first_k(keys, bound, k, LISTED * GROUP)
         tl.store(indices + place, n, picked)
         block = tl.load(table + n // ENTRIES, picked, other=0)
         tl.store(slots + place, block * ENTRIES + n % ENTRIES, picked)
@@ -161,7 +204,7 @@ def topk_entries(
         GROUPS=groups_pad,
         LISTED=listed,
         K=triton.next_power_of_2(k),
-        num_warps=_warps(max(groups_pad, listed * scored.group)),
+        num_warps=_WARPS_FEW if num_queries < _FEW_QUERIES else _warps(max(groups_pad, listed * scored.group)),
     )
     return picks
 

@@ -31,17 +31,20 @@ def make_keys(sequences, blocks, entries, dim, device, draw):
 
 
 @pytest.mark.parametrize(
-    ("sequences", "queries", "heads", "dim", "blocks", "entries", "tile"),
+    ("sequences", "queries", "heads", "dim", "blocks", "entries", "group", "tile"),
     [
-        (3, 1, 64, 128, 5, 32, None),
-        (2, 1, 5, 32, 3, 7, (64, 1, 4, 1)),
-        (1, 11, 4, 16, 6, 8, (64, 2, 4, 1)),
-        (2, 9, 64, 128, 3, 32, (64, 4, 4, 1)),
-        (1, 70, 16, 32, 3, 32, None),
+        (3, 1, 64, 128, 5, 32, 8, None),
+        (3, 1, 64, 128, 9, 32, 2, None),
+        (2, 1, 33, 128, 4, 64, 16, None),
+        (2, 1, 5, 32, 3, 7, 8, (64, 1, 4, 1)),
+        (1, 11, 4, 16, 6, 8, 8, (64, 2, 4, 1)),
+        (2, 9, 64, 128, 3, 32, 4, (64, 4, 4, 1)),
+        (1, 5, 64, 128, 9, 32, 16, None),
+        (1, 70, 16, 32, 3, 32, 8, None),
     ],
 )
 def test_scores_equal_the_oracle_on_visible_entries(
-    sequences, queries, heads, dim, blocks, entries, tile, device, draw
+    sequences, queries, heads, dim, blocks, entries, group, tile, device, draw
 ):
     pool, table, keys = make_keys(sequences, blocks, entries, dim, device, draw)
     total = sequences * queries
@@ -52,7 +55,7 @@ def test_scores_equal_the_oracle_on_visible_entries(
     lens = torch.randint(0, size + 1, (sequences, queries), generator=draw, device=device).sort(1).values.int()
     lens[-1, -1] = size
     query = indexer.prepare_queries(q, weights, 0.25)
-    scored = indexer.index_scores(query, pool, table, lens.flatten(), size, group=8, tile=tile)
+    scored = indexer.index_scores(query, pool, table, lens.flatten(), size, group=group, tile=tile)
     for s in range(sequences):
         rows = slice(s * queries, (s + 1) * queries)
         rounded = reference.prepare_queries(q[rows].float()).double()
@@ -62,7 +65,7 @@ def test_scores_equal_the_oracle_on_visible_entries(
             # Norm against the sum of magnitudes: weights of both signs cancel, and what cancels keeps its rounding.
             scale = reference.index_scores(rounded, weights[rows].double().abs() * 0.25, keys[s])[row, :length].norm()
             assert float((got - want[row, :length]).norm()) <= 1e-6 * float(scale)
-            tops = torch.nn.functional.pad(got, (0, -length % 8), value=float("-inf")).view(-1, 8).amax(1)
+            tops = torch.nn.functional.pad(got, (0, -length % group), value=float("-inf")).view(-1, group).amax(1)
             assert torch.equal(scored.maxima[s * queries + row, : len(tops)].double(), tops)
 
 
@@ -83,10 +86,16 @@ def kinds_of_scores(rows: int, size: int, draw: torch.Generator) -> dict[str, to
     few = torch.randint(-2, 3, (rows, size), generator=draw, device=draw.device).float()
     zeros = torch.where(smooth > 1.5, smooth, 0.0) * torch.where(few > 0, 1.0, -1.0)  # zeros of both signs tie
     cluster = torch.sort(smooth, dim=1, descending=True).values
-    return {"smooth": smooth, "few": few, "zeros": zeros, "cluster": cluster, "equal": torch.ones_like(smooth) * -3}
+    wide = smooth * torch.exp2(few * 60)
+    # One outlier far above numbers that differ in their last bits: halving values finds nothing between those.
+    close = 1 + torch.randint(0, 99, (rows, size), generator=draw, device=draw.device) * 2.0**-23
+    close[:, size // 3] = 1e30
+    equal = torch.ones_like(smooth) * -3
+    kinds = {"smooth": smooth, "few": few, "zeros": zeros, "cluster": cluster, "equal": equal, "wide": wide}
+    return kinds | {"close": close, "infinite": torch.where(few == 2, float("inf"), torch.where(few < 0, -wide, wide))}
 
 
-@pytest.mark.parametrize("kind", ["smooth", "few", "zeros", "cluster", "equal"])
+@pytest.mark.parametrize("kind", ["smooth", "few", "zeros", "cluster", "equal", "wide", "close", "infinite"])
 @pytest.mark.parametrize(("size", "group", "k"), [(512, 4, 16), (1024, 8, 37), (256, 16, 100), (128, 2, 1)])
 def test_topk_is_exact_and_ties_go_to_the_lowest_index(kind, size, group, k, device, draw):
     rows, entries = 6, 8
