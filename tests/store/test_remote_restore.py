@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from antefix import rpc
-from antefix.errors import BlockCorrupt
+from antefix.errors import BlockCorrupt, InvalidRequest
 from antefix.store.api import RecordKind
 from antefix.store.client import RemoteStore
 from antefix.store.format import FORMAT_VERSION
@@ -21,6 +21,7 @@ from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
 from kvstore.server import KvStoreServicer, register
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.kvstore.test_compression import PLAN, Bells
 
 MIB = 1 << 20
 # Three of these share a message; four messages.
@@ -29,7 +30,7 @@ PROMPT = Prompt(list(range(BLOCK * 10)), payload_bytes=300_001)
 
 @pytest.fixture
 async def servicer(tmp_path: Path) -> AsyncIterator[KvStoreServicer]:
-    config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=512 * MIB, compression="off", scrub_bytes_per_s=0)
+    config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=512 * MIB, compression="zstd", scrub_bytes_per_s=0)
     served = KvStoreServicer(Engine(config))
     server = await rpc.start_server("127.0.0.1:0", lambda target: register(served, target), [kvstore_pb2.DESCRIPTOR])
     served.address = server.address  # type: ignore[attr-defined]
@@ -100,6 +101,46 @@ async def test_a_caller_that_does_not_know_the_format_gets_pieces(store: RemoteS
     got = await messages(store, record_format=record_format)
     assert not any(message.records for message in got)
     assert b"".join(message.data for message in got) == b"".join(PROMPT.payload(i) for i in range(10))
+
+
+async def test_coded_records_are_decoded_by_the_store(store: RemoteStore, servicer: KvStoreServicer) -> None:
+    """Some of a prompt plain, the rest coded: each comes as what it was."""
+    prompt = Bells([6] * BLOCK * 6)
+    await store.put(prompt.blocks(3))
+    servicer.engine.register(FINGERPRINT, BLOCK, {RecordKind.BLOCK: PLAN})
+    before = servicer.engine.counters.bytes_written
+    await store.put(prompt.blocks())
+    assert servicer.engine.counters.bytes_written - before < 3 * prompt.payload_bytes * 0.9
+    assert await restored(store, prompt) == 6
+    request = kvstore_pb2.GetRequest(
+        kind=kvstore_pb2.RECORD_KIND_BLOCK,
+        hashes=b"".join(prompt.hashes),
+        fingerprint=FINGERPRINT,
+        record_format=FORMAT_VERSION,
+    )
+    got = [message async for message in store.stub.Get(request, timeout=10)]
+    assert b"".join(message.data for message in got) == b"".join(prompt.payload(i) for i in range(6))
+
+
+async def test_a_record_larger_than_a_message_comes_in_pieces(store: RemoteStore, asked: list[tuple[int, int]]) -> None:
+    prompt = Prompt([5] * BLOCK * 2, payload_bytes=2_500_001)
+    await store.put([*prompt.blocks(), prompt.checkpoint(1)])
+    assert await restored(store, prompt) == 2
+    checkpoint = await store.get(RecordKind.CHECKPOINT, prompt.hashes[1], fingerprint=FINGERPRINT)
+    assert checkpoint == prompt.payload(1, RecordKind.CHECKPOINT)
+    assert asked == [(FORMAT_VERSION, 0)] * 2
+
+
+async def test_a_plain_checkpoint_comes_as_it_lies(store: RemoteStore) -> None:
+    await store.put([PROMPT.checkpoint(9)])
+    checkpoint = await store.get(RecordKind.CHECKPOINT, PROMPT.hashes[9], fingerprint=FINGERPRINT)
+    assert checkpoint == PROMPT.payload(9, RecordKind.CHECKPOINT)
+
+
+async def test_a_buffer_of_another_size_is_the_callers_mistake(store: RemoteStore) -> None:
+    with pytest.raises(InvalidRequest, match="buffer 1 has 5 bytes"):
+        into = [memoryview(bytearray(300_001)), memoryview(bytearray(5))]
+        await store.get_blocks(PROMPT.hashes[:2], into, fingerprint=FINGERPRINT)
 
 
 async def test_a_store_that_does_not_know_record_formats_is_understood(
