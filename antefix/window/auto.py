@@ -29,7 +29,7 @@ from antefix.window.sizes import Sizes
 
 # The last tokens of a prompt are the template's cue to answer; the next turn writes them differently, and a boundary
 # that they touch is missed by the whole gap. Of 162 prompts in Claude Code traces that were at most 1 token longer than
-# whole 64-token blocks, 157 were left one block early, of 5,160 others 53: two tokens change.
+# whole 64-token blocks, 157 were left one block early, of 5,157 others 53: two tokens change.
 CUE_TOKENS = 2
 
 
