@@ -8,7 +8,7 @@ parts are put together by `--parts part.json ... --out policies.json --plot ...`
 Each scene is a trace over a fleet with or without the shared store, at moderate load and near saturation, the clock's
 speed-up chosen once per scene so that eight workers under least_work are that busy. Then every policy runs at that
 speed-up. Eight workers get the trace once; more get as many copies of it as there are eights, each with prompts of its
-own and a shifted start. The agents' trace is cut where its conversations end and only some go on for a day.
+own and a shifted start (of chat the first 2,500 requests). The agents' trace is cut where its conversations end and only some go on for a day.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from simulate.trace import Trace, load
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
 # Half of the agents' requests come in this time.
 AGENTS_S = 4500.0
+# Of each copy of the chat trace, where a large fleet gets several: a fifth, so that all scenes take minutes.
+COPIED_REQUESTS = {"chat": 2_500}
 # Busy on average. Agents come and go and wait for their own answers, so eight workers' hands are full at less: at 56%
 # the median request waits, and no speed-up brings them near to 88%.
 LOADS = {"chat": {"moderate": 0.60, "saturated": 0.88}, "agents": {"moderate": 0.40, "saturated": 0.56}}
@@ -47,9 +49,11 @@ def traces() -> dict[str, Trace]:
     return {"chat": chat, "agents": replace(agents, requests=first_hour)}
 
 
-def run(trace: Trace, policy: str, workers: int, speedup: float, *, shared_store: bool) -> PolicyResult:
-    """As many copies of the trace as there are eights of workers."""
+def run(name: str, trace: Trace, policy: str, workers: int, speedup: float, *, shared_store: bool) -> PolicyResult:
+    """As many copies of the trace, or of its first requests, as there are eights of workers."""
     num_copies = max(1, workers // 8)
+    if num_copies > 1:
+        trace = replace(trace, requests=trace.requests[: COPIED_REQUESTS.get(name, None)])
     return simulate_cluster(
         copies(trace, num_copies, speedup),
         total=len(trace.requests) * num_copies,
@@ -61,11 +65,11 @@ def run(trace: Trace, policy: str, workers: int, speedup: float, *, shared_store
     )
 
 
-def speedup_for(trace: Trace, busy: float, start: float, *, shared_store: bool) -> float:
+def speedup_for(name: str, trace: Trace, busy: float, start: float, *, shared_store: bool) -> float:
     """The speed-up at which eight workers are so busy under least_work, to a hundredth or so."""
     speedup = start
     for _ in range(5):
-        found = run(trace, "least_work", 8, speedup, shared_store=shared_store).utilisation
+        found = run(name, trace, "least_work", 8, speedup, shared_store=shared_store).utilisation
         if abs(found - busy) < 0.01:
             break
         speedup = round(speedup * min(2.0, busy / found), 2)
@@ -80,13 +84,13 @@ def scenes(args: argparse.Namespace) -> list[dict[str, Any]]:
         for shared_store in [each == "yes" for each in args.store]:
             start = SPEEDUPS[name, shared_store]
             for load_name, busy in LOADS[name].items():
-                start = speedup_for(trace, busy, start, shared_store=shared_store)
+                start = speedup_for(name, trace, busy, start, shared_store=shared_store)
                 for workers in args.workers:
                     scene = {"trace": name, "store": shared_store, "load": load_name, "workers": workers}
                     policies = {}
                     for policy in args.policy or POLICIES:
                         begun = time.monotonic()
-                        policies[policy] = asdict(run(trace, policy, workers, start, shared_store=shared_store))
+                        policies[policy] = asdict(run(name, trace, policy, workers, start, shared_store=shared_store))
                         sys.stderr.write(f"{scene} {policy}: {time.monotonic() - begun:.0f} s\n")
                     found.append({**scene, "speedup": start, "policies": policies})
                     if args.out:
