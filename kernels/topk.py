@@ -20,9 +20,8 @@ import triton.language as tl
 from kernels.formats import check
 from kernels.indexer import IndexScores
 
-# Queries below which multiprocessors stay idle: one program a query then takes all the threads that help it.
+# Queries below which multiprocessors stay idle: each query's program then takes all the threads that help it.
 _FEW_QUERIES = 132
-_WARPS_FEW = 16
 # Rounds of the search that halve values before it halves what floats there are.
 _VALUE_ROUNDS = tl.constexpr(16)
 
@@ -204,11 +203,12 @@ def topk_entries(
         GROUPS=groups_pad,
         LISTED=listed,
         K=triton.next_power_of_2(k),
-        num_warps=_WARPS_FEW if num_queries < _FEW_QUERIES else _warps(max(groups_pad, listed * scored.group)),
+        num_warps=_warps(max(groups_pad, listed * scored.group), num_queries),
     )
     return picks
 
 
-def _warps(width: int) -> int:
-    """Enough threads that each holds at most 32 of the wider search's keys."""
-    return max(4, min(16, width // 1024))
+def _warps(width: int, num_queries: int) -> int:
+    """Enough threads that each holds at most 32 of the wider search's keys, 8 where queries are few."""
+    keys = 8 if num_queries < _FEW_QUERIES else 32
+    return max(4, min(16, width // (32 * keys)))
