@@ -127,6 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(err, EXIT_UNAVAILABLE)
     except AntefixError as err:
         return _fail(err, EXIT_FAILED)
+    except OSError as err:
+        # A file or directory of the caller's; anything else of the system's is for whoever mends the program.
+        if err.filename is None:
+            raise
+        return _fail(err, EXIT_USAGE)
 
 
 def _run(args: list[str]) -> int:
@@ -186,6 +191,6 @@ def _serve(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _fail(err: AntefixError, code: int) -> int:
+def _fail(err: Exception, code: int) -> int:
     print(f"antefix: {type(err).__name__}: {err}", file=sys.stderr)
     return code

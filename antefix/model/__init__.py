@@ -1,7 +1,7 @@
 """DeepSeek-V4's architecture in PyTorch, with an explicit cache: a paged pool of blocks and a small window state."""
 
 from antefix.model.config import ModelConfig
-from antefix.model.loading import load_model, save_model
+from antefix.model.loading import check_device, load_model, save_model
 from antefix.model.model import Model, init_weights
 from antefix.model.numerics import row_invariant_ok
 from antefix.model.pool import BlockPool
@@ -15,6 +15,7 @@ __all__ = [
     "ModelConfig",
     "Sequence",
     "WindowState",
+    "check_device",
     "forward",
     "init_weights",
     "load_model",

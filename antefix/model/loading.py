@@ -36,7 +36,7 @@ def load_model(
     Raises:  ModelError: a file or tensor is missing, misshapen, unexpected or unreadable; the message names it.
         ConfigError: the device is none, or cannot be used here.
     """
-    _check_device(device)
+    check_device(device)
     directory = Path(path)
     config = ModelConfig.from_dir(directory)
     with torch.device("meta"):
@@ -53,7 +53,8 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def _check_device(device: str | torch.device) -> None:
+def check_device(device: str | torch.device) -> None:
+    """Raises:  ConfigError: not a device, or one that cannot be used here."""
     try:
         # Torch says only when a tensor goes there that it was built without this device, or that no card is there.
         torch.empty(0, device=device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from antefix.layout import KVFormat
-from antefix.model import Model, ModelConfig, load_model
+from antefix.model import Model, ModelConfig, check_device, load_model
 from antefix.model_dir import ModelIdentity, identify
 
 _W, _C, _H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -84,7 +84,11 @@ def load_subject(path: Path, kv_format: KVFormat, *, device: str = "cpu") -> Sub
 
 
 def random_subject(plan: str, kv_format: KVFormat, *, seed: int = 1, device: str = "cpu") -> Subject:
-    """A small random model of one of PLANS; the same weights on every device."""
+    """A small random model of one of PLANS; the same weights on every device.
+
+    Raises:  ConfigError: the device cannot be used here.
+    """
+    check_device(device)
     fields = dict(PLANS[plan])
     layers, (csa, hca) = fields.pop("layers"), fields.pop("ratios")
     config = ModelConfig.from_dict(

@@ -145,6 +145,8 @@ async def test_a_directory_that_is_no_store_is_left_alone(tmp_path):
         (["up", "--num-prefill", "-1"], 2),
         (["up", "--num-routers", "0"], 2),
         (["serve", "kvstore", "--dir", "/proc/none/store"], 2),
+        (["verify", "--device", "cuda:99"], 2),
+        (["verify", "--data-dir", "/proc/none"], 2),
         (["frobnicate"], 2),
         (["--version"], 0),
         (["generate", "--help"], 0),
