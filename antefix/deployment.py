@@ -156,7 +156,8 @@ class Deployment:
         """
         config = self.config
         try:
-            (config.data_dir / "logs").mkdir(parents=True, exist_ok=True)
+            config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (config.data_dir / "logs").mkdir(exist_ok=True)
             create_secret_file(config.data_dir / "secret")
         except OSError as err:
             raise ConfigError(f"--data-dir {config.data_dir} cannot be used: {err}; nothing was started") from err

@@ -52,7 +52,8 @@ _KNOWN_FILES: Final = {
 def prepare_directory(directory: Path) -> None:
     """Raises:  ConfigError: no directory can be there, it cannot be read, or it has something else in it."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        # KV tells much of the prompts that it was made from: nobody else on the host reads it, whatever the umask.
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = {path.name for path in directory.iterdir()} - {"lost+found"}
     except OSError as err:
         raise _unusable(directory, err) from err

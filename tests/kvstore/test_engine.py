@@ -157,3 +157,19 @@ def test_a_payload_of_any_size_comes_back(open_engine: OpenEngine) -> None:
         prompt = Prompt([nbytes] * BLOCK * 3, payload_bytes=nbytes)
         engine.put(prompt.blocks())
         assert prompt.check(engine) == 3
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_a_new_stores_directory_is_its_owners_alone(tmp_path: Path, made_before: bool) -> None:
+    directory = tmp_path / "store"
+    if made_before:
+        directory.mkdir(mode=0o750)  # whoever made it has decided
+    Engine(KvStoreConfig(dir=str(directory), budget_bytes=64 << 20)).close()
+    assert directory.stat().st_mode & 0o777 == (0o750 if made_before else 0o700)
+
+
+def test_a_store_where_none_can_be_says_so(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear reader")
+    for place in (tmp_path / "letter.txt", tmp_path / "letter.txt" / "store"):
+        with pytest.raises(ConfigError, match=r"cannot be used as a store.*nothing in it was changed"):
+            Engine(KvStoreConfig(dir=str(place), budget_bytes=64 << 20))
