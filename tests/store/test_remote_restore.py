@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from antefix import rpc
@@ -16,6 +17,7 @@ from antefix.store.client import RemoteStore
 from antefix.store.format import FORMAT_VERSION
 from antefix.store.payload_channel import PayloadChannel
 from antefix.store.progress import Progress
+from antefix.store.segment_files import preadv_full
 from antefix.v1 import kvstore_pb2
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
@@ -247,6 +249,43 @@ async def test_a_way_that_always_damages_is_an_error(store: RemoteStore, monkeyp
     damage(monkeypatch, 1000, lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]))
     with pytest.raises(BlockCorrupt):
         await restored(store)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "cold"])
+@pytest.mark.parametrize("record_format", [0, FORMAT_VERSION])
+async def test_a_reader_that_does_not_read_holds_no_memory(
+    store: RemoteStore, record_format: int, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 90 MB, the store reads what the connection takes and two windows more; the rest when the reader goes on."""
+    prompt = Prompt([9] * BLOCK * 300, payload_bytes=300_001)
+    await store.put(prompt.blocks())
+    num_read = 0
+
+    def counted(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        nonlocal num_read
+        got = preadv_full(fd, buffers, offset)
+        num_read += got
+        return got
+
+    monkeypatch.setattr("antefix.store.runs.preadv_cached", counted if cached else lambda *_: 0)
+    monkeypatch.setattr("antefix.store.runs.preadv_full", counted)
+    request = kvstore_pb2.GetRequest(
+        kind=kvstore_pb2.RECORD_KIND_BLOCK,
+        hashes=b"".join(prompt.hashes),
+        fingerprint=FINGERPRINT,
+        record_format=record_format,
+    )
+    call = store.stub.Get(request, timeout=30)
+    received = (await call.read()).ByteSize()
+    seen = -1
+    while seen != num_read:
+        seen = num_read
+        await asyncio.sleep(0.3)
+    assert num_read < 24_000_000
+    while (message := await call.read()) is not grpc.aio.EOF:
+        received += message.ByteSize()
+    assert received >= 300 * 300_001
+    assert num_read >= 300 * 300_001
 
 
 def damage(monkeypatch: pytest.MonkeyPatch, times: int, change: Callable[[bytes], bytes]) -> None:
