@@ -7,8 +7,9 @@ parts are put together by `--parts part.json ... --out policies.json --plot ...`
 
 Each scene is a trace over a fleet with or without the shared store, at moderate load and near saturation, the clock's
 speed-up chosen once per scene so that eight workers under least_work are that busy. Then every policy runs at that
-speed-up. Eight workers get the trace once; more get as many copies of it as there are eights, each with prompts of its
-own and a shifted start (of chat the first 2,500 requests). The agents' trace is cut where its conversations end and only some go on for a day.
+speed-up. Eight workers get the trace once; more get as many copies of it as there are eights (of chat the first 2,500
+requests), each with prompts of its own and a shifted start. The agents' trace is cut where its conversations end and
+only some go on for a day.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def run(name: str, trace: Trace, policy: str, workers: int, speedup: float, *, s
     """As many copies of the trace, or of its first requests, as there are eights of workers."""
     num_copies = max(1, workers // 8)
     if num_copies > 1:
-        trace = replace(trace, requests=trace.requests[: COPIED_REQUESTS.get(name, None)])
+        trace = replace(trace, requests=trace.requests[: COPIED_REQUESTS.get(name)])
     return simulate_cluster(
         copies(trace, num_copies, speedup),
         total=len(trace.requests) * num_copies,

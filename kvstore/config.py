@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from antefix.config import parse_size, require, setting
+from antefix.events.address import check_url
 from antefix.store.api import RecordKind
 from antefix.store.format import PAYLOAD_BYTES_MAX
 
@@ -37,6 +38,10 @@ class KvStoreConfig:
     usage_log_dir: str = setting(
         "", "log which blocks were stored and read here, to reconcile the bill with; empty: none"
     )
+    events_redis: str = setting("", "redis:// URL that routers read the store's events from; empty: they ask the store")
+    events_name: str = setting(
+        "", "what routers call this store, their store_address; empty: the address it listens on"
+    )
     durable: bool = setting(True, "sync before acknowledging a put; off trades the newest blocks for speed")
     batch_bytes_max: int = setting(64 * MIB, "payload bytes that one group commit takes", unit="bytes")
     queue_bytes_max: int = setting(
@@ -59,6 +64,7 @@ class KvStoreConfig:
             require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
         for text in self.quotas:
             _parse_quota(text)
+        check_url(self.events_redis)
 
     @property
     def has_quotas(self) -> bool:

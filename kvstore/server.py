@@ -369,4 +369,15 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     except BaseException:
         await servicer.close()
         raise
-    await rpc.run_until_signal(server, role="kvstore", stop=servicer.close, watch_stdin=watch_stdin)
+    async with _telling(config, engine, server.address):
+        await rpc.run_until_signal(server, role="kvstore", stop=servicer.close, watch_stdin=watch_stdin)
+
+
+def _telling(config: KvStoreConfig, engine: Engine, address: str) -> contextlib.AbstractAsyncContextManager[object]:
+    """Tells Redis the store's events while it is entered, where that is wanted."""
+    if not config.events_redis:
+        return contextlib.nullcontext()
+    # Here, because Redis' client takes a good part of a small store's start.
+    from antefix.events.store_bus import StorePublisher
+
+    return StorePublisher(config.events_redis, engine.events, config.events_name or address)

@@ -13,7 +13,7 @@ from antefix import rpc
 from antefix.block import CPU_FLOAT32, as_tokens, check_arithmetic, exactness_of
 from antefix.clients import Tokens, usage_to_wire
 from antefix.config import require, setting
-from antefix.events.redis_bus import check_url
+from antefix.events.address import check_url
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
 from antefix.registration import Registration
@@ -67,7 +67,7 @@ class RouterConfig(GatewayConfig):
         600.0, "refuse, with a retry hint, what would wait longer for its first token", unit="s"
     )
     store_events: bool = setting(False, "follow the store's events instead of asking it at every request")
-    events_redis: str = setting("", "redis:// URL that workers tell memory events to; empty: each worker is asked")
+    events_redis: str = setting("", "redis:// URL that workers and store tell events to; empty: each of them is asked")
     policy: str = setting("least_work", "placement: least_work, or a baseline to compare it with")
     prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
     decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
@@ -109,7 +109,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         )
         directory, sessions = Directory(), Sessions()
         self.watched = RemoteStore(config.store_address)
-        self.feed = StoreFeed(lambda cursor: watch(self.watched, cursor), fingerprint=self._fingerprint)
+        self.feed = StoreFeed(
+            lambda cursor: watch(self.watched, cursor),
+            fingerprint=self._fingerprint,
+            redis_url=config.events_redis if config.store_events else "",
+            name=config.store_address,
+        )
         prefilling = Prefilling(
             self._prefill,
             store,

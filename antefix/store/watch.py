@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -48,7 +48,7 @@ class WatchBatch:
     events: list[StoreEvent]
 
 
-async def watch(store: RemoteStore, cursor: Cursor | None = None) -> AsyncIterator[WatchBatch]:
+async def watch(store: RemoteStore, cursor: Cursor | None = None) -> AsyncGenerator[WatchBatch, None]:
     """Yield batches until the stream breaks.
 
     Raises:  Unavailable: the service went away; call again with the last cursor.

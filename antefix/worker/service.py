@@ -12,7 +12,8 @@ from google.protobuf.descriptor import FileDescriptor
 
 from antefix import rpc
 from antefix.config import require, setting
-from antefix.events.redis_bus import MemoryPublisher, check_url
+from antefix.events.address import check_url
+from antefix.events.redis_bus import MemoryPublisher
 from antefix.store.format import STORE_FILE
 from antefix.store.open import StoreAddress, open_store
 from antefix.v1 import memory_pb2, window_pb2

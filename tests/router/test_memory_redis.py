@@ -7,8 +7,9 @@ import pytest
 from redis.asyncio import Redis, RedisCluster
 
 from antefix.errors import ConfigError
-from antefix.events import redis_bus
-from antefix.events.redis_bus import MemoryPublisher, check_url, shard_of, stream_of
+from antefix.events import redis_stream
+from antefix.events.address import check_url
+from antefix.events.redis_bus import MemoryPublisher, shard_of, stream_of
 from router.directory import Directory, keys_of
 from router.memory_feed import MemoryFeed
 from tests.router.memory_worker import Worker, leading, names_of
@@ -19,8 +20,8 @@ CHAIN = names_of("a", 400)
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(redis_bus, "_RETRY_S", 0.05)
-    monkeypatch.setattr(redis_bus, "_ALIVE_S", 0.2)
+    monkeypatch.setattr(redis_stream, "_RETRY_S", 0.05)
+    monkeypatch.setattr(redis_stream, "ALIVE_S", 0.2)
     monkeypatch.setattr("router.memory_feed._RETRY_S", 0.05)
 
 
@@ -215,7 +216,7 @@ async def test_a_restarted_worker_is_another_epoch_and_its_old_memory_is_forgott
 async def test_streams_are_bounded_and_a_router_that_fell_behind_the_trimming_recovers(
     start_redis, rack_at, monkeypatch
 ):
-    monkeypatch.setattr(redis_bus, "STREAM_LENGTH_MAX", 10)
+    monkeypatch.setattr(redis_stream, "STREAM_LENGTH_MAX", 10)
     server = start_redis("--stream-node-max-entries", "5")
     rack = rack_at(server.url)
     worker = await rack.worker()

@@ -1,0 +1,260 @@
+"""Several routers follow one store through one real Redis, lose it, and come to know again; never more than it has."""
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis, RedisCluster
+
+from antefix.errors import ConfigError
+from antefix.events import redis_stream
+from antefix.events.store_bus import StorePublisher, stream_of
+from antefix.store.client import RemoteStore
+from antefix.store.watch import watch
+from antefix.v1 import kvstore_pb2
+from kvstore.config import KvStoreConfig
+from router.directory import keys_of
+from router.feed import StoreFeed
+from tests.kvstore.small_store import FINGERPRINT
+from tests.router.test_feed_of_a_store import PROMPTS, serve
+from tests.router.test_memory_redis import start_redis, until
+from tests.window_pool.conftest import free_port
+
+__all__ = ["start_redis"]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(redis_stream, "_RETRY_S", 0.05)
+    monkeypatch.setattr(redis_stream, "ALIVE_S", 0.2)
+    monkeypatch.setattr("router.feed._RETRY_S", 0.05)
+
+
+class Rack:
+    """One store that tells one Redis, and routers that read it."""
+
+    def __init__(self, url, directory):
+        self.url, self.directory = url, directory
+        self.name, self.feeds, self.publisher = "", [], None
+
+    async def open(self):
+        self.servicer, self.server = await serve(self.directory, self.name or "127.0.0.1:0")
+        self.name = self.server.address
+        self.store = RemoteStore(self.name)
+        await self.publish()
+        return self
+
+    async def publish(self):
+        publisher = StorePublisher(self.url, self.servicer.engine.events, self.name)
+        self.publisher = await publisher.__aenter__()
+
+    async def hush(self):
+        if self.publisher is not None:
+            await self.publisher.__aexit__(None, None, None)
+            self.publisher = None
+
+    async def router(self):
+        feed = StoreFeed(
+            lambda cursor: watch(self.store, cursor), fingerprint=FINGERPRINT, redis_url=self.url, name=self.name
+        )
+        feed.start()
+        self.feeds.append(feed)
+        return feed
+
+    async def put(self, number):
+        await self.store.put(PROMPTS[number].blocks())
+
+    async def evict(self, number, block):
+        name = kvstore_pb2.RecordName(kind=kvstore_pb2.RECORD_KIND_BLOCK, hash=PROMPTS[number].hashes[block])
+        await self.store.stub.Evict(kvstore_pb2.EvictRequest(records=[name]), timeout=5)
+
+    async def known(self):
+        """What every router comes to say of every prompt, which is what a lookup says."""
+        looked = [(await self.store.lookup(p.hashes, fingerprint=FINGERPRINT)).num_blocks for p in PROMPTS]
+        await until(lambda: all(said(feed) == looked for feed in self.feeds))
+        return looked
+
+    async def shut(self):
+        await self.hush()
+        await self.store.close()
+        await self.server.drain(0.2)
+        await self.servicer.close()
+
+    async def close(self):
+        for feed in self.feeds:
+            await feed.close()
+        await self.shut()
+
+
+def said(feed):
+    return [feed.num_leading(keys_of(p.hashes)) for p in PROMPTS]
+
+
+@pytest.fixture
+async def rack_at(tmp_path):
+    racks = []
+
+    async def make(url):
+        racks.append(await Rack(url, tmp_path / "store").open())
+        return racks[-1]
+
+    yield make
+    for rack in racks:
+        await rack.close()
+
+
+async def test_all_routers_follow_the_store_through_redis_and_not_by_snapshots(start_redis, rack_at):
+    rack = await rack_at(start_redis().url)
+    await rack.put(0)
+    await rack.router()
+    await rack.router()
+    assert await rack.known() == [5, 0, 0, 0]
+    await rack.put(1)
+    await rack.evict(0, 3)
+    assert await rack.known() == [3, 5, 0, 0]
+    assert [feed.num_snapshots for feed in rack.feeds] == [1, 1]
+    await rack.router()
+    assert await rack.known() == [3, 5, 0, 0]
+
+
+async def test_redis_killed_in_mid_run_leaves_the_store_to_be_asked_and_heals(start_redis, rack_at):
+    server = start_redis()
+    rack = await rack_at(server.url)
+    feed, _ = await rack.router(), await rack.router()
+    await rack.put(0)
+    await rack.known()
+    server.kill()
+    await until(lambda: not any(feed.in_step for feed in rack.feeds))
+    assert said(feed) == [None] * 4
+    await rack.put(1)
+    await rack.evict(0, 2)
+    # It comes back empty, as after a crash without persistence: the store's ring still has what was not told.
+    server.start()
+    assert await rack.known() == [2, 5, 0, 0]
+    assert [feed.num_snapshots for feed in rack.feeds] == [1, 1]
+
+
+async def test_events_that_redis_took_and_lost_are_noticed_and_made_good_by_a_snapshot(start_redis, rack_at):
+    server = start_redis()
+    rack = await rack_at(server.url)
+    feed = await rack.router()
+    await rack.put(0)
+    await rack.known()
+    # The router is cut off while the store tells, and what it told is gone before the router is back.
+    take, feed._reader._take = feed._reader._take, lambda batch: None
+    await rack.put(1)
+    await until(lambda: rack.publisher._told == rack.servicer.engine.events.number)
+    await asyncio.sleep(0.3)
+    client = Redis.from_url(server.url)
+    await client.flushall()
+    await client.aclose()
+    feed._reader._take = take
+    # Without another change: the store's sign of life has the number that is missing.
+    assert await rack.known() == [5, 5, 0, 0]
+    assert (feed.num_gaps, feed.num_snapshots) == (1, 2)
+
+
+async def test_a_store_that_was_opened_again_is_another_epoch_and_its_old_words_count_no_more(start_redis, rack_at):
+    server = start_redis()
+    rack = await rack_at(server.url)
+    feed = await rack.router()
+    await rack.put(0)
+    await rack.known()
+    old = feed._cursor
+    await rack.shut()
+    await rack.open()
+    await rack.put(2)
+    assert await rack.known() == [5, 0, 5, 0]
+    assert feed.num_snapshots == 2
+    client = Redis.from_url(server.url)
+    entry = {"e": old.epoch, "n": old.number + 1, "k": 2, "f": FINGERPRINT, "b": PROMPTS[0].hashes[0][:8]}
+    await client.xadd(stream_of(rack.name), entry)
+    await client.aclose()
+    await rack.put(3)
+    assert await rack.known() == [5, 0, 5, 5]
+    assert feed.num_snapshots == 2
+
+
+async def test_a_store_that_redis_hears_nothing_of_is_asked(start_redis, rack_at, monkeypatch):
+    monkeypatch.setattr("router.feed._SILENT_S", 0.5)
+    rack = await rack_at(start_redis().url)
+    feed = await rack.router()
+    await rack.put(0)
+    await rack.known()
+    await rack.hush()
+    await until(lambda: not feed.in_step)
+    await rack.put(1)
+    assert said(feed) == [None] * 4
+    await rack.publish()
+    assert await rack.known() == [5, 5, 0, 0]
+
+
+async def test_what_others_write_there_stops_nobody(start_redis, rack_at):
+    server = start_redis()
+    rack = await rack_at(server.url)
+    feed = await rack.router()
+    await rack.known()
+    client = Redis.from_url(server.url)
+    good = {"e": feed._cursor.epoch, "n": 1, "k": 1, "f": FINGERPRINT, "b": b"12345678"}
+    for entry in ({"x": "y"}, {**good, "n": "one"}, {**good, "k": 9}, {**good, "b": b"short"}):
+        await client.xadd(stream_of(rack.name), entry)
+    await client.aclose()
+    await rack.put(0)
+    assert await rack.known() == [5, 0, 0, 0]
+    assert feed.num_snapshots == 1
+
+
+async def test_keys_are_fit_for_a_cluster(start_redis, rack_at):
+    server = start_redis("--cluster-enabled", "yes")
+    client = Redis.from_url(server.url)
+    await client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    for _ in range(200):
+        if "ok" in str(await client.execute_command("CLUSTER", "INFO")).partition("cluster_state")[2][:20]:
+            break
+        await asyncio.sleep(0.05)
+    await client.aclose()
+    rack = await rack_at(f"redis+cluster://127.0.0.1:{server.port}")
+    feed = await rack.router()
+    await rack.put(0)
+    assert await rack.known() == [5, 0, 0, 0]
+    assert isinstance(feed._reader._redis, RedisCluster)
+
+
+async def test_a_store_process_killed_and_started_again_is_followed_through_redis(start_redis, tmp_path):
+    url, address = start_redis().url, f"127.0.0.1:{free_port()}"
+    flags = ["--dir", str(tmp_path / "store"), "--address", address, "--events-redis", url, "--budget-bytes", "256M"]
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, "-m", "antefix", "serve", "kvstore", *flags],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=Path(__file__).parents[2],
+        )
+
+    process, store = start(), RemoteStore(address)
+    feed = StoreFeed(lambda cursor: watch(store, cursor), fingerprint=FINGERPRINT, redis_url=url, name=address)
+    try:
+        feed.start()
+        await until(lambda: feed.in_step, 60)
+        await store.put(PROMPTS[0].blocks())
+        await until(lambda: said(feed) == [5, 0, 0, 0])
+        assert feed.num_snapshots == 1
+        process.kill()
+        process.wait()
+        process = start()
+        await until(lambda: feed.num_snapshots == 2 and feed.in_step, 60)
+        await store.put(PROMPTS[1].blocks())
+        await until(lambda: said(feed) == [5, 5, 0, 0])
+    finally:
+        await feed.close()
+        await store.close()
+        process.kill()
+        process.wait()
+
+
+def test_a_store_refuses_an_address_that_is_not_of_redis(tmp_path):
+    with pytest.raises(ConfigError, match="redis"):
+        KvStoreConfig(dir=str(tmp_path), events_redis="http://127.0.0.1")
