@@ -24,13 +24,13 @@ import triton.language as tl
 from kernels import hopper
 from kernels.finish import rotate_back, store_output
 from kernels.formats import byte_alignment, check
+from kernels.merge import merge_parts
 from kernels.operands import Heads, Window, check_operands
 from kernels.rounding import power_of_two
 
 _LOG2E = 1.4426950408889634
-# Dims decoded and multiplied at once; heads merged by one program.
+# Dims decoded and multiplied at once.
 _CHUNK = 128
-_MERGE_HEADS = 4
 # Entries and warps of a program, measured best.
 _TILE = (64, 8)
 # Programs that fill the card, and the fewest tiles worth a program of their own.
@@ -212,38 +212,6 @@ def _attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, c
             store_output(target, rows[:, None] + d[None, :], x, mask)
 
 
-@triton.jit
-def _merge_kernel(part_out, part_lse, sinks, cos, sin, out, heads, splits, stride_ot, stride_oh, DIM: tl.constexpr,
-                  ROPE: tl.constexpr, D: tl.constexpr, H: tl.constexpr):  # fmt: skip
-    """Merge the parts of H heads of one query, add the sink, rotate back, write BF16."""
-    t = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * H + tl.arange(0, H)
-    live = h < heads
-    d = tl.arange(0, D)
-    sink = tl.load(sinks + h, live, other=0.0) * 1.4426950408889634
-    top = sink
-    total = tl.full((H,), 1.0, tl.float32)
-    acc = tl.zeros((H, D), tl.float32)
-    for part in tl.range(0, splits, num_stages=3):
-        at = (t * splits + part) * heads + h
-        lse = tl.load(part_lse + at, live, other=float("-inf"))
-        x = tl.load(part_out + at[:, None] * DIM + d[None, :], live[:, None] & (d < DIM)[None, :], other=0.0)
-        new = tl.maximum(top, lse)
-        shrink, share = tl.exp2(top - new), tl.exp2(lse - new)
-        total = total * shrink + share
-        acc = acc * shrink[:, None] + x * share[:, None]
-        top = new
-    acc = acc / total[:, None]
-    even, odd = tl.split(tl.reshape(acc, (H, D // 2, 2)))
-    pair = tl.arange(0, D // 2) - (DIM - ROPE) // 2
-    turned = (pair >= 0) & (pair < ROPE // 2)
-    c = tl.load(cos + t * (ROPE // 2) + pair, turned, other=1.0)[None, :]
-    s = tl.load(sin + t * (ROPE // 2) + pair, turned, other=0.0)[None, :]
-    acc = tl.reshape(tl.join(even * c + odd * s, odd * c - even * s), (H, D))
-    at = t * stride_ot + h[:, None] * stride_oh + d[None, :]
-    store_output(out, at, acc, live[:, None] & (d < DIM)[None, :])
-
-
 def sparse_attention(
     q: torch.Tensor,
     records: torch.Tensor,
@@ -360,7 +328,7 @@ def _attend(
     grid = (num_queries, head_tiles, splits)
     layout = {"WINDOW": window.records.shape[1], "ENTRIES": records.shape[1]}
     kind = {"SELECTED": slots is not None, "SPLIT": splits > 1}
-    known = tile is None and unit == 8 and num_heads >= 32 and (dim, fmt.rope_dim) == (512, 64)
+    known = tile is None and unit == 8 and num_heads >= 32 and (dim, fmt.rope_dim) == (512, 64) and heads.scale > 0
     if many and known and hopper.available(q):
         from kernels.attention_hopper import attend_kernel
 
@@ -383,20 +351,4 @@ def _attend(
             num_warps=warps,
         )
     if splits > 1:
-        _merge_kernel[(num_queries, triton.cdiv(num_heads, _MERGE_HEADS))](
-            part_out,
-            part_lse,
-            heads.sinks,
-            heads.cos,
-            heads.sin,
-            out,
-            num_heads,
-            splits,
-            out.stride(0),
-            out.stride(1),
-            DIM=dim,
-            ROPE=fmt.rope_dim,
-            D=triton.next_power_of_2(dim),
-            H=_MERGE_HEADS,
-            num_warps=4,
-        )
+        merge_parts(part_out, part_lse, heads, out)

@@ -198,3 +198,29 @@ def test_heads_beyond_a_program_are_attended_to_as_well(device, draw):
     out = case.out[..., :512]
     attention.hca_attention(case.q, case.pool, case.table, case.lens, 64, case.window, case.heads, out, splits=1)
     assert case.error(case.want(torch.arange(64, device=device) < case.lens.unsqueeze(1))) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_long_lists_of_picked_entries_take_many_tiles(kind, device, draw):
+    case = Case(draw, sequences=2, queries=1, heads=64, dims=(512, 64), blocks=40, entries=32, ring=128)
+    case.out = case.out.to(kind)
+    size = case.table.shape[1] * case.entries
+    k = size - 7
+    order = torch.rand(2, size, generator=draw, device=device).argsort(1)[:, :k]
+    picked = torch.tensor([k, 641], dtype=torch.int32, device=device)
+    kept = torch.arange(k, device=device) < picked.unsqueeze(1)
+    slots = case.table[torch.arange(2, device=device).unsqueeze(1), order // 32] * 32 + order % 32
+    slots = torch.where(kept, slots, -1).int()
+    seen = torch.zeros(2, size, dtype=torch.bool, device=device).scatter(1, order, kept)
+    out = case.out[..., :512]
+    attention.sparse_attention(case.q, case.pool, slots, picked, case.window, case.heads, out, splits=1)
+    assert case.error(case.want(seen)) < (TOLERANCE if kind is torch.bfloat16 else 1e-3)
+
+
+@pytest.mark.parametrize("splits", [2, 5, 9])
+def test_more_parts_than_are_merged_at_once_or_fewer(splits, device, draw):
+    case = Case(draw, sequences=2, queries=1, **SHAPES["odd"])
+    size = case.table.shape[1] * case.entries
+    out = case.out[..., : case.fmt.head_dim]
+    attention.hca_attention(case.q, case.pool, case.table, case.lens, size, case.window, case.heads, out, splits=splits)
+    assert case.error(case.want(torch.arange(size, device=device) < case.lens.unsqueeze(1))) < TOLERANCE
