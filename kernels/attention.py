@@ -328,6 +328,7 @@ def _attend(
     grid = (num_queries, head_tiles, splits)
     layout = {"WINDOW": window.records.shape[1], "ENTRIES": records.shape[1]}
     kind = {"SELECTED": slots is not None, "SPLIT": splits > 1}
+    # The kernel with roles is for V4's shapes alone, and takes a tile's largest score before it scales it.
     known = tile is None and unit == 8 and num_heads >= 32 and (dim, fmt.rope_dim) == (512, 64) and heads.scale > 0
     if many and known and hopper.available(q):
         from kernels.attention_hopper import attend_kernel
