@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from antefix.block import Chain, chain_of
 from antefix.commands.bench import add_store_arguments
@@ -156,7 +157,7 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
                 found.note(f"pread_{depth}x{count}", warm_read(place / "raw.bin", into, depth=depth, num_blocks=count))
                 found.note("warm", seconds(restore))
             depth, count = WARM_READERS[-1]
-            checked_s = warm_read(place / "raw.bin", into, depth=depth, num_blocks=count, checked=True)
+            checked_s = warm_read(place / "raw.bin", into, depth=depth, num_blocks=count, check=xxhash.xxh3_128_digest)
             found.note(f"checked_{depth}x{count}", checked_s)
         for peer in peers:
             peer.ask("warm")
