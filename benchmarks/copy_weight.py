@@ -1,0 +1,82 @@
+"""Without a shared store, what does hitting more cost? The weight of computing what another worker has, swept.
+
+    python benchmarks/copy_weight.py --workers 8 --out copy_weight.json
+
+Each row is least_work with another weight, or a baseline, over a fleet whose workers have their own memory only: on the
+whole trace, and on its first and second half apart, so that a weight chosen on one can be looked at on another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.policies import run, traces
+from router.policy import POLICIES, LeastWork
+from simulate.cluster_result import PolicyResult
+from simulate.trace import Trace
+
+WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0)
+BASELINES = ("lmetric", "dynamo_linear", "sglang_threshold", "rendezvous")
+# As benchmarks/policies.py found them for a moderate load without a store.
+SPEEDUPS = {"chat": 2.7, "agents": 10.42}
+
+
+def parts_of(trace: Trace) -> dict[str, Trace]:
+    """The trace, and its halves by number of requests, each from the beginning of time."""
+    middle = len(trace.requests) // 2
+    second = trace.requests[middle:]
+    later = tuple(replace(request, at_s=request.at_s - second[0].at_s) for request in second)
+    return {
+        "all": trace,
+        "first half": replace(trace, requests=trace.requests[:middle]),
+        "second half": replace(trace, requests=later),
+    }
+
+
+def sweep(name: str, trace: Trace, workers: int) -> dict[str, PolicyResult]:
+    found = {}
+    for weight in WEIGHTS:
+        label = f"least_work, weight {weight:g}"
+        POLICIES[label] = lambda seed, weight=weight: LeastWork(seed, compute_weight=weight)  # type: ignore[misc]
+        found[label] = run(name, trace, label, workers, SPEEDUPS[name], shared_store=False)
+        del POLICIES[label]
+    for policy in BASELINES:
+        found[policy] = run(name, trace, policy, workers, SPEEDUPS[name], shared_store=False)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--trace", nargs="*", choices=tuple(SPEEDUPS), default=list(SPEEDUPS))
+    parser.add_argument("--part", nargs="*", choices=("all", "first half", "second half"), help="default: each")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    found: list[dict[str, Any]] = []
+    for name, trace in traces().items():
+        if name not in args.trace:
+            continue
+        for part, requests in parts_of(trace).items():
+            if args.part and part not in args.part:
+                continue
+            results = sweep(name, requests, args.workers)
+            rows = {label: asdict(result) for label, result in results.items()}
+            found.append({"trace": name, "part": part, "workers": args.workers, "policies": rows})
+            for label, result in results.items():
+                sys.stdout.write(
+                    f"| {name}, {part}, {args.workers} | {label} | {result.token_hit_rate:.2%} | "
+                    f"{result.ttft_p50_s:.3g} | {result.ttft_p90_s:.3g} | {result.ttft_p99_s:.3g} |\n"
+                )
+                sys.stdout.flush()
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
