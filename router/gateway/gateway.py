@@ -11,7 +11,8 @@ from starlette.requests import Request
 from antefix.block import as_tokens
 from antefix.errors import InvalidRequest
 from antefix.wire import Sampling
-from router.chat.formats import ChatFormat, PlainParser, choose_format
+from router.chat.choice import choose_format
+from router.chat.formats import ChatFormat, PlainParser
 from router.chat.memory import AnswerMemory
 from router.chat.messages import Conversation, Effort
 from router.chat.render import render_tokens

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from antefix.errors import InvalidRequest
 from antefix.tokenizer import ByteTokenizer
+from router.chat.choice import choose_format
 from router.chat.deepseek_v4 import EFFORTS_0731, DeepSeekV4Format
 from router.chat.dsml import DeepSeekV4Parser
-from router.chat.formats import PlainParser, choose_format
+from router.chat.formats import PlainParser
 from router.chat.memory import AnswerMemory
 from router.chat.messages import Answer, Breakpoint, Conversation, Delta, Effort, Message, Role, ToolCall
 from router.chat.plain import PlainFormat
