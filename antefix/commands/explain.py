@@ -207,6 +207,8 @@ def _priors(args: argparse.Namespace) -> RatePriors:
     rate = args.prefill_rate
     if args.worker:
         rate = asyncio.run(_measured_rate(args.worker))
+    if args.prefill_rate is not None and not 0 < args.prefill_rate < float("inf"):
+        raise InvalidRequest(f"--prefill-rate must be above 0, is {args.prefill_rate}")
     return RatePriors() if not rate else RatePriors(prefill_tokens_per_s=rate)
 
 

@@ -314,10 +314,13 @@ def test_a_tokens_file_that_is_none_is_refused(deployed, capsys, text):
     [
         ((), 2, "--data-dir"),
         (("--data-dir", "/nowhere"), 2, "secret"),
+        (("--data-dir", "DATA", "--prefill-rate", "0"), 2, "--prefill-rate must be above 0"),
+        (("--data-dir", "DATA", "--arithmetic", "abacus"), 2, "device and a dtype"),
         (("--store-dir", "/nowhere", "--secret-file", "SECRET"), 3, "no readable store"),
     ],
 )
 def test_a_wrong_call_says_what_is_missing(deployed, capsys, flags, code, told):
-    flags = [flag.replace("SECRET", str(deployed.directory / "secret")) for flag in flags]
+    places = {"SECRET": str(deployed.directory / "secret"), "DATA": str(deployed.directory)}
+    flags = [places.get(flag, flag) for flag in flags]
     assert main(["explain", "--prompt", "x" * 200, *flags]) == code
     assert told in capsys.readouterr().err
