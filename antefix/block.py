@@ -154,6 +154,12 @@ class Chain:
         """The hash before block `index`: the root for the first."""
         return self.hashes[index - 1] if index else self.root
 
+    def digest(self) -> bytes:
+        """The name of all tokens so far, those of the unfinished block too. No block has it: those are whole."""
+        state = self._keyed.copy()
+        state.update(self.parent(len(self.hashes)) + self._tail.tobytes())
+        return state.digest()
+
     def __len__(self) -> int:
         return len(self.hashes)
 

@@ -40,8 +40,10 @@ async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
     window = await engine.compute.run(sequence.window.to_bytes)
     unfinished = sequence.block_table[-1:] if partial else []
     row = b"".join(await engine.compute.run(engine.pool.payloads, unfinished))
-    handoff = Handoff(position=sequence.position, window=window, partial_row=row, logits=computed.logits)
     chain = computed.prompt.chain
+    handoff = Handoff(
+        position=sequence.position, prompt=chain.digest(), window=window, partial_row=row, logits=computed.logits
+    )
     record = Record(
         kind=RecordKind.HANDOFF,
         hash=secrets.token_bytes(HASH_BYTES),  # unguessable: whoever knows the name may take the handoff
@@ -56,7 +58,7 @@ async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
 
 
 async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff | None:
-    """The handoff, or None where there is none (any more), or it is for another length."""
+    """The handoff, or None where there is none (any more), or it is another prompt's."""
     if not name:
         return None
     try:
@@ -65,9 +67,11 @@ async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff |
     except AntefixError as err:
         engine.counters.note(err)
         return None
-    if handoff is None or handoff.position != prompt.num_tokens or len(handoff.logits) != engine.identity.vocab_size:
+    if handoff is None:
         return None
-    return handoff
+    # The caller says which handoff is this prompt's: a mistake there must not become another prompt's answer.
+    is_ours = handoff.position == prompt.num_tokens and handoff.prompt == prompt.chain.digest()
+    return handoff if is_ours and len(handoff.logits) == engine.identity.vocab_size else None
 
 
 async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | None:

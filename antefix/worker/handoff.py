@@ -1,12 +1,13 @@
 """A handoff's bytes: live state after any number of tokens, which prefill leaves for decode.
 
     offset  size  field
-    0       4     magic "AFH1"
+    0       4     magic "AFH2"
     4       4     vocab_size, u32
     8       8     position, u64
     16      8     window state's bytes, u64
     24      8     bytes of the unfinished block's row, u64 (0 at a block boundary)
-    32      ...   window state, row, then vocab_size float32 logits of the last token
+    32      32    digest of the prompt
+    64      ...   window state, row, then vocab_size float32 logits of the last token
 
 The store checks the payload's integrity and the fingerprint; here only the shape is checked. Little-endian.
 """
@@ -21,21 +22,26 @@ import numpy.typing as npt
 
 from antefix.errors import BlockCorrupt
 
-_HEADER = struct.Struct("<4sIQQQ")
-_MAGIC = b"AFH1"
+_HEADER = struct.Struct("<4sIQQQ32s")
+_MAGIC = b"AFH2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handoff:
-    """What a decode worker needs besides the finished blocks. logits: [vocab_size] float32."""
+    """What a decode worker needs besides the finished blocks. logits: [vocab_size] float32.
+
+    prompt: `Chain.digest` of the tokens that it was made from; for any other prompt it is wrong, whatever its length.
+    """
 
     position: int
+    prompt: bytes
     window: bytes
     partial_row: bytes
     logits: npt.NDArray[np.float32]
 
     def to_bytes(self) -> bytes:
-        header = _HEADER.pack(_MAGIC, len(self.logits), self.position, len(self.window), len(self.partial_row))
+        sizes = len(self.logits), self.position, len(self.window), len(self.partial_row)
+        header = _HEADER.pack(_MAGIC, *sizes, self.prompt)
         return b"".join((header, self.window, self.partial_row, self.logits.astype("<f4").tobytes()))
 
     @classmethod
@@ -43,12 +49,13 @@ class Handoff:
         """Raises:  BlockCorrupt: not a handoff, or its parts do not add up."""
         if len(data) < _HEADER.size:
             raise BlockCorrupt(f"a handoff has at least {_HEADER.size} bytes, this has {len(data)}")
-        magic, vocab_size, position, window_bytes, row_bytes = _HEADER.unpack_from(data)
+        magic, vocab_size, position, window_bytes, row_bytes, prompt = _HEADER.unpack_from(data)
         if magic != _MAGIC or len(data) != _HEADER.size + window_bytes + row_bytes + 4 * vocab_size:
             raise BlockCorrupt("a handoff's header does not fit its length")
         row_at = _HEADER.size + window_bytes
         return cls(
             position=position,
+            prompt=prompt,
             window=data[_HEADER.size : row_at],
             partial_row=data[row_at : row_at + row_bytes],
             logits=np.frombuffer(data, "<f4", vocab_size, row_at + row_bytes).astype(np.float32),

@@ -160,3 +160,17 @@ def test_wider_integers_become_u32_unharmed():
 def test_a_bad_secret_is_refused(secret):
     with pytest.raises(InvalidRequest):
         tenant_key(secret, "tenant")
+
+
+@given(tokens=st.lists(st.integers(0, 999), min_size=1, max_size=40), place=st.integers(0, 39))
+def test_a_digest_names_every_token_and_no_block(tokens, place):
+    chain = chain_of(tokens, fingerprint_digest=FINGERPRINT.digest, key=KEY, block_size=8)
+    grown = Chain(FINGERPRINT.digest, KEY, 8)
+    for token in tokens:
+        grown.extend([token])
+    assert grown.digest() == chain.digest() and chain.digest() not in chain.hashes
+    other = [*tokens]
+    other[place % len(tokens)] += 1
+    for changed in (other, [*tokens, 1], tokens[:-1]):
+        digest = chain_of(changed, fingerprint_digest=FINGERPRINT.digest, key=KEY, block_size=8).digest()
+        assert digest != chain.digest()
