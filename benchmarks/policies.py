@@ -39,6 +39,8 @@ COPIED_REQUESTS = {"chat": 2_500}
 # Busy on average. Agents come and go and wait for their own answers, so eight workers' hands are full at less: at 56%
 # the median request waits, and no speed-up brings them near to 88%.
 LOADS = {"chat": {"moderate": 0.60, "saturated": 0.88}, "agents": {"moderate": 0.40, "saturated": 0.56}}
+# A panel shows at least so many points of hit rate.
+HIT_POINTS_MIN = 1.0
 # Where to begin looking for the speed-up, by trace and store.
 SPEEDUPS = {("chat", True): 3.2, ("chat", False): 2.7, ("agents", True): 18.0, ("agents", False): 10.0}
 
@@ -129,12 +131,18 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
         for name, result in scene["policies"].items():
             marker = "*" if name == "least_work" else "o"
             size = 180 if name == "least_work" else 45
-            panel.scatter(100 * result["token_hit_rate"], result["ttft_p90_s"], marker=marker, s=size, label=name)
+            hit = 100 * result["token_hit_rate"]
+            panel.scatter(hit, result["ttft_p90_s"], marker=marker, s=size, label=name, alpha=0.8)
         panel.set_yscale("log")
-        for axis in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            axis(lambda value, _: f"{value:g}")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
         panel.tick_params(axis="y", which="minor", labelsize=7)
         panel.ticklabel_format(axis="x", useOffset=False)
+        # Equal hits look equal.
+        low, high = panel.get_xlim()
+        if high - low < HIT_POINTS_MIN:
+            middle = (low + high) / 2
+            panel.set_xlim(middle - HIT_POINTS_MIN / 2, middle + HIT_POINTS_MIN / 2)
         panel.set_xlabel("tokens hit, %")
         panel.set_ylabel("p90 to first token, s")
         store = "store" if scene["store"] else "no store"

@@ -35,7 +35,7 @@ from router.keeper import Keeper
 from router.leases import Leases
 from router.memory_feed import MemoryFeed
 from router.naming import Names
-from router.policy import POLICIES, make_policy
+from router.policy import COMPUTE_WEIGHT, POLICIES, make_policy
 from router.prefilling import Limits, Prefilling
 from router.sessions import Sessions
 from router.usage_service import UsageServicer
@@ -69,6 +69,9 @@ class RouterConfig(GatewayConfig):
     store_events: bool = setting(False, "follow the store's events instead of asking it at every request")
     events_redis: str = setting("", "redis:// URL that workers and store tell events to; empty: each of them is asked")
     policy: str = setting("least_work", "placement: least_work, or a baseline to compare it with")
+    compute_weight: float = setting(
+        COMPUTE_WEIGHT, "least_work without a store: waiting that computing a token again is worth, in tokens"
+    )
     prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
     decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
     leases: bool = setting(False, "start without workers: they register themselves")
@@ -85,6 +88,7 @@ class RouterConfig(GatewayConfig):
         require(self.ttft_s_max > 0, f"ttft_s_max must be positive, is {self.ttft_s_max}")
         check_url(self.events_redis)
         require(self.policy in POLICIES, f"policy must be one of {', '.join(POLICIES)}, is {self.policy!r}")
+        require(self.compute_weight >= 0, f"compute_weight must not be negative, is {self.compute_weight}")
         require(bool(self.decode) or self.leases, "--decode or --leases is needed: workers named, or that register")
 
 
@@ -98,8 +102,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._fingerprint = identity.fingerprint(
             KVFormat(config.kv_format), namespace=config.namespace, exactness=exactness
         ).digest
-        self._prefill = Workers(Role.PREFILL, make_policy(config.policy), config.prefill)
-        self._decode = Workers(Role.DECODE, make_policy(config.policy), config.decode)
+        weight = config.compute_weight
+        self._prefill = Workers(Role.PREFILL, make_policy(config.policy, compute_weight=weight), config.prefill)
+        self._decode = Workers(Role.DECODE, make_policy(config.policy, compute_weight=weight), config.decode)
         keyring = Keyring.from_file(config.secret_file)
         names = Names(
             fingerprint=self._fingerprint,

@@ -81,6 +81,13 @@ def test_a_copy_is_made_only_where_waiting_costs_more_than_computing_it_many_tim
     assert chosen([2_200, 0], compute_weight=1.0) == 1
 
 
+def test_the_weight_of_computing_is_a_setting_of_least_work_alone():
+    near = loads(["busy", "free"], pending=[2_200, 0], resident=[900, 0])
+    assert make_policy("least_work", compute_weight=1.0).choose(work(1000, None), near) == 1
+    assert make_policy("least_work").choose(work(1000, None), near) == 0
+    assert make_policy("lmetric", compute_weight=1.0).choose(work(1000, None), near) == 1
+
+
 def test_window_state_that_has_to_be_rebuilt_makes_a_prefix_in_memory_worth_less():
     replaying = Work(num_tokens=10_000, stored_tokens=None, affinity=1, replay_tokens=4_000)
     # All of a long prefix but half of the replay; of one as long as the replay half, of half of that an eighth of it.
