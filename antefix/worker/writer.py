@@ -54,7 +54,7 @@ class RecordWriter:
         if self._pending_bytes >= PENDING_BYTES_MAX:
             self._room.clear()
         if self._task is None:
-            self._task = asyncio.create_task(self._run())
+            self._task = asyncio.create_task(self._write_all())
         self._wake.set()
 
     async def flush(self) -> None:
@@ -63,6 +63,14 @@ class RecordWriter:
         self._wake.set()
         if self._task is not None:
             await uninterrupted(self._task)
+
+    async def _write_all(self) -> None:
+        try:
+            await self._run()
+        finally:
+            # However it ended: a producer that waits for room must not wait for ever.
+            self._broken = True
+            self._room.set()
 
     async def _run(self) -> None:
         while True:
