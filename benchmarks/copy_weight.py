@@ -1,6 +1,6 @@
 """Without a shared store, what does hitting more cost? The weight of computing what another worker has, swept.
 
-    python benchmarks/copy_weight.py --workers 8 --out copy_weight.json
+    PYTHONPATH=. python benchmarks/copy_weight.py --workers 8 --out copy_weight.json
 
 Each row is least_work with another weight, or a baseline, over a fleet whose workers have their own memory only: on the
 whole trace, and on its first and second half apart, so that a weight chosen on one can be looked at on another.

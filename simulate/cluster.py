@@ -46,6 +46,7 @@ class Fleet:
     """The machines, and what happens to them.
 
     kills: (second, second of return or 0 for never), of one prefill worker each, the first, the second, ...
+    look_s: where nobody dies, the second around which the windows before and after lie, to compare with.
     joins: seconds at which another prefill worker is added.  decode_step_*: of one decode step, by sequences running.
     """
 
@@ -57,6 +58,7 @@ class Fleet:
     memory_bytes: int = 64 * 10**9
     coalesce: bool = True
     kills: tuple[tuple[float, float], ...] = ()
+    look_s: float | None = None
     joins: tuple[float, ...] = ()
     decode_step_s: float = 0.02
     decode_step_per_sequence_s: float = 0.0002
@@ -341,8 +343,8 @@ class _Run:
         good = sum(t <= fleet.ttft_limit_s and p <= fleet.tpot_limit_s for t, p in zip(ttft, out.tpot_s, strict=True))
         before: tuple[float | None, float | None] = (None, None)
         after = before
-        if fleet.kills:
-            first = fleet.kills[0][0]
+        first = fleet.kills[0][0] if fleet.kills else fleet.look_s
+        if first is not None:
             before = out.window(first - fleet.window_s, first)
             after = out.window(first + RECOVERY_S, first + RECOVERY_S + fleet.window_s)
         return PolicyResult(

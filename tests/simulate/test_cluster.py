@@ -112,6 +112,15 @@ def test_a_killed_worker_costs_its_memory_only_where_there_is_no_store(chat):
     assert with_store.after_hit_rate is not None and with_store.before_ttft_p90_s is not None
 
 
+def test_the_minutes_in_which_nobody_died_can_be_looked_at_as_well(chat):
+    assert simulate(chat).after_hit_rate is None
+    looked_at, killed = simulate(chat, look_s=100.0), simulate(chat, kills=((100.0, 0.0),))
+    # Until then nothing is different.
+    assert looked_at.before_ttft_p90_s == killed.before_ttft_p90_s is not None
+    assert looked_at.after_hit_rate is not None
+    assert looked_at.after_ttft_p90_s != killed.after_ttft_p90_s
+
+
 def test_a_minute_after_one_of_eight_workers_died_hits_and_waits_are_what_they_were():
     """Beside the same minutes of a run in which nobody died: a trace has its own course."""
     trace = generate("chat", num_requests=6000, unit_tokens=512, seed=4)
