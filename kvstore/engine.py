@@ -343,7 +343,7 @@ class Engine:
                 if (
                     entry is None
                     or entry.quarantined
-                    or (tenant is not None and txn.tenant_id(tenant) != entry.tenant_id)
+                    or (tenant is not None and txn.known_tenant_id(tenant) != entry.tenant_id)
                 ):
                     continue
                 entry.pinned_ms = until_ms
@@ -356,7 +356,7 @@ class Engine:
             roots = []
             for name in names:
                 entry = txn.get(name)
-                if entry is not None and (tenant is None or txn.tenant_id(tenant) == entry.tenant_id):
+                if entry is not None and (tenant is None or txn.known_tenant_id(tenant) == entry.tenant_id):
                     roots.append(name)
             return drop_subtrees(txn, self.space, roots)
 

@@ -17,6 +17,7 @@ from antefix.errors import BlockCorrupt
 from antefix.store.api import RecordKind
 from antefix.store.format import SEGMENT_ENTRY, IndexEntry, pack_entry, unpack_entry
 from antefix.store.index import QUARANTINED_KEY, TABLE_OF_KIND, Change, Index
+from kvstore.tenant_names import TenantNames, next_number
 
 Name = tuple[RecordKind, bytes]
 TOTALS: Final = struct.Struct("<qqq")
@@ -55,9 +56,9 @@ class IndexTxn:
         self._new: dict[Name, IndexEntry | None] = {}
         self._segments: dict[int, SegmentState | None] = {}
         self._changes: list[Change] = []
-        # Every record names both, and they are few.
+        # Every record names one, and they are few.
         self._fingerprints: dict[bytes, FingerprintState] = {}
-        self._tenant_ids: dict[str, int] = {}
+        self._tenants = TenantNames(index, self._txn)
 
     def __enter__(self) -> IndexTxn:
         return self
@@ -137,7 +138,7 @@ class IndexTxn:
 
     def set_fingerprint(self, digest: bytes, block_tokens: int) -> FingerprintState:
         known = self.fingerprint(digest)
-        number = known.id if known else self._next_id(b"F")
+        number = known.id if known else next_number(self._index, self._txn, b"F")
         names = self._index.db["names"]
         self._txn.put(b"f" + digest, number.to_bytes(4, "little"), db=names)
         self._txn.put(b"F" + number.to_bytes(4, "little"), digest + block_tokens.to_bytes(4, "little"), db=names)
@@ -145,29 +146,17 @@ class IndexTxn:
         return state
 
     def tenant_id(self, tenant: str) -> int:
-        if tenant not in self._tenant_ids:
-            self._tenant_ids[tenant] = self._find_tenant_id(tenant)
-        return self._tenant_ids[tenant]
+        """For a record that is about to be indexed: a tenant without a number gets one."""
+        return self._tenants.number(tenant)
 
-    def _find_tenant_id(self, tenant: str) -> int:
-        names = self._index.db["names"]
-        value = self._txn.get(b"t" + tenant.encode(), db=names)
-        if value is not None:
-            return int.from_bytes(value, "little")
-        number = self._next_id(b"T")
-        self._txn.put(b"t" + tenant.encode(), number.to_bytes(4, "little"), db=names)
-        self._txn.put(b"T" + number.to_bytes(4, "little"), tenant.encode(), db=names)
-        return number
+    def known_tenant_id(self, tenant: str) -> int | None:
+        return self._tenants.find(tenant)
 
     def tenants(self) -> dict[int, str]:
         return self._index.tenants(self._txn)
 
-    def _next_id(self, prefix: bytes) -> int:
-        key = b"#" + prefix
-        value = self._txn.get(key, db=self._index.db["names"])
-        number = 1 + (0 if value is None else int.from_bytes(value, "little"))
-        self._txn.put(key, number.to_bytes(4, "little"), db=self._index.db["names"])
-        return number
+    def forget_empty_tenants(self) -> None:
+        self._tenants.forget_all_empty()
 
     def segment(self, number: int) -> SegmentState | None:
         if number not in self._segments:
@@ -207,6 +196,7 @@ class IndexTxn:
                 self._txn.put(name[1], packed, db=db[TABLE_OF_KIND[name[0]]])
         for key, delta in totals.items():
             self._add_totals(key, delta)
+        self._tenants.forget_empty(int.from_bytes(key[1:], "little") for key in totals if key[:1] == b"t")
         for number, (nbytes, records) in live.items():
             before = self.segment(number) or SegmentState()
             self._segments[number] = dataclasses.replace(

@@ -151,6 +151,8 @@ def _settle_segments(index: Index, segments: Segments) -> None:
     with IndexTxn(index) as txn:
         for number, end in ends.items():
             set_end(txn, number, end)
+        # Earlier versions kept the name of everyone who ever stored something.
+        txn.forget_empty_tenants()
     _close_segments(index, segments, ends, max(states, default=0))
 
 

@@ -106,7 +106,9 @@ class Space:
         now_ms = self._now_ms()
         num_taken = freed = 0
         with IndexTxn(self._index) as txn:
-            owner = None if tenant is None else txn.tenant_id(tenant)
+            owner = None if tenant is None else txn.known_tenant_id(tenant)
+            if owner is None and tenant is not None:
+                return 0
 
             def evictable(name: Name) -> bool:
                 entry = txn.get(name)

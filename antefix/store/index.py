@@ -105,7 +105,7 @@ class Index:
         return None if value is None else int.from_bytes(value, "little")
 
     def tenants(self, txn: Any) -> dict[int, str]:
-        """The names of all tenants that ever stored something, by id."""
+        """The names of all tenants of which something is stored, by id."""
         return {number: value.decode() for number, value in self._named(txn, b"T")}
 
     def fingerprints(self, txn: Any) -> dict[int, bytes]:

@@ -14,6 +14,7 @@ from antefix.store.api import RecordKind
 from antefix.store.encryption import KeyRing
 from antefix.store.reader import StoreReader
 from kvstore.engine import Engine
+from kvstore.index_check import content_fault
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 OpenEngine = Callable[..., Engine]
@@ -52,6 +53,69 @@ def test_a_tenant_cannot_pin_or_evict_anothers(open_engine: OpenEngine) -> None:
     assert engine.evict(names, tenant="b") == 0
     assert engine.pin(names, 60, tenant="a") == 2
     assert engine.evict(names, tenant="a") == 2
+
+
+def names_in(engine: Engine) -> dict[int, str]:
+    """The tenants that the index knows, which must agree with every other table."""
+    assert content_fault(engine.index) is None
+    with engine.index.txn() as txn:
+        return engine.index.tenants(txn)
+
+
+def test_a_tenant_without_records_has_no_name_and_its_number_is_nobody_elses(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    prompts = {f"user-{number}": Prompt([number] * BLOCK * 2) for number in range(50)}
+    numbers = set()
+    for tenant, prompt in prompts.items():
+        engine.put([*blocks_of(prompt, tenant), prompt.checkpoint(1, tenant=tenant)])
+        numbers |= names_in(engine).keys()
+        if tenant != "user-7":
+            engine.evict([(RecordKind.BLOCK, prompt.hashes[0])], tenant=tenant)
+    assert list(names_in(engine).values()) == ["user-7"] and prompts["user-7"].check(engine) == 2
+    assert len(numbers) == 50 and len(engine.totals()) == 3  # two kinds and one tenant
+    engine.put(blocks_of(prompts["user-3"], "user-3"))
+    engine.close()
+    engine = open_engine()
+    assert sorted(names_in(engine).values()) == ["user-3", "user-7"]
+    assert len(numbers | names_in(engine).keys()) == 51
+    assert engine.evict([(RecordKind.BLOCK, prompts["user-3"].hashes[0])], tenant="user-7") == 0
+
+
+def test_asking_about_a_tenant_gives_it_no_name(open_engine: OpenEngine) -> None:
+    engine = open_engine(quotas=("late=1k",))
+    prompt = Prompt([1] * BLOCK * 2, payload_bytes=1000)
+    engine.put(blocks_of(prompt, "a"))
+    names = [(RecordKind.BLOCK, h) for h in prompt.hashes]
+    assert (engine.pin(names, 60, tenant="b"), engine.evict(names, tenant="c")) == (0, 0)
+    assert engine.put(blocks_of(Prompt([2] * BLOCK * 2, payload_bytes=1000), "late")).refused
+    assert list(names_in(engine).values()) == ["a"] and prompt.check(engine) == 2
+
+
+def test_names_that_an_earlier_version_left_go_when_the_store_is_opened(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    prompt = Prompt([1] * BLOCK)
+    engine.put(blocks_of(prompt, "kept"))
+    with engine.index.env.begin(write=True) as txn:
+        db, number = engine.index.db, (2).to_bytes(4, "little")
+        txn.put(b"tleft", number, db=db["names"])
+        txn.put(b"T" + number, b"left", db=db["names"])
+        txn.put(b"#T", number, db=db["names"])
+        txn.put(b"t" + number, bytes(24), db=db["totals"])
+    assert set(names_in(engine).values()) == {"kept", "left"}
+    engine.close()
+    engine = open_engine()
+    assert names_in(engine) == {1: "kept"}
+    engine.put(blocks_of(Prompt([2] * BLOCK), "new"))
+    assert names_in(engine) == {1: "kept", 3: "new"}
+
+
+def test_numbers_that_run_out_refuse_new_tenants_and_keep_the_old(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    engine.put(blocks_of(Prompt([1] * BLOCK), "a"))
+    with engine.index.env.begin(write=True) as txn:
+        txn.put(b"#T", b"\xff" * 4, db=engine.index.db["names"])
+    assert "numbers" in next(iter(engine.put(blocks_of(Prompt([2] * BLOCK), "b")).refused.values()))
+    assert not engine.put(blocks_of(Prompt([3] * BLOCK), "a")).refused
 
 
 @pytest.fixture
