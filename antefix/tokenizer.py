@@ -125,7 +125,8 @@ class HuggingFaceTokenizer:
         self._is_byte_level = "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
 
     def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        # `encode` would hold the interpreter's lock throughout, so that not even another thread could go on meanwhile.
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def encode_plain(self, text: str) -> list[int]:
         """Cut inside everything that reads like an added token, special or not: the halves are then only text."""

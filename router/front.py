@@ -20,6 +20,7 @@ from antefix.usage.tenants import TenantBook, load_tenants
 from antefix.wire import Sampling
 from router.accounting import Accounts
 from router.bill import Bill, Served
+from router.encoding import Encoding
 from router.generate import Generator, Request
 
 REQUEST_ID_BYTES_MAX = 256
@@ -61,6 +62,7 @@ class Front:
         self.tokenizer = tokenizer
         self.tenants = tenants
         self.signer = signer
+        self.encoding = Encoding()
         self._generator = generator
 
     async def admit(

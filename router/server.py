@@ -148,7 +148,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self, message: router_pb2.GenerateRequest, context: rpc.Context
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
         bill = await self.front.admit(
-            self._tokens(message),
+            await self._tokens(message),
             sampling_from_wire(message.sampling),
             tenant=message.tenant,
             user=message.user,
@@ -173,10 +173,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             restore=report_to_wire(request.restore) if request.restore else None,
         )
 
-    def _tokens(self, message: router_pb2.GenerateRequest) -> Tokens:
+    async def _tokens(self, message: router_pb2.GenerateRequest) -> Tokens:
         if message.WhichOneof("prompt") == "tokens":
             return tokens_from_wire(message.tokens)
-        return as_tokens(self._tokenizer.encode(message.text))
+        text: str = message.text
+        return await self.front.encoding.run(len(text), lambda: as_tokens(self._tokenizer.encode(text)))
 
     async def RouterStatus(
         self, request: router_pb2.RouterStatusRequest, context: rpc.Context

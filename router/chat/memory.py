@@ -8,6 +8,7 @@ all tokens before it and by what the client was told it said. In this process's 
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -22,11 +23,13 @@ _TOKENS_AN_ANSWER = 64
 
 
 class AnswerMemory:
-    """Answers of all tenants; the cache tenant is part of the name, so nobody meets another's."""
+    """Answers of all tenants; the cache tenant is part of the name, so nobody meets another's. Thread-safe."""
 
     def __init__(self, num_tokens_max: int = NUM_TOKENS_MAX) -> None:
         self._num_tokens_max = num_tokens_max
         self._num_tokens = 0
+        # Long prompts are encoded, and their answers looked up, in threads.
+        self._lock = threading.Lock()
         self._answers: OrderedDict[bytes, bytes] = OrderedDict()
 
     def put(self, before: Sequence[int], message: Message, tokens: Sequence[int], *, tenant: str) -> None:
@@ -34,19 +37,22 @@ class AnswerMemory:
         if not tokens or _cost(4 * len(tokens)) > self._num_tokens_max:
             return
         name = answer_name(prefix_state(tenant, before), message)
-        if (old := self._answers.pop(name, None)) is not None:
-            self._num_tokens -= _cost(len(old))
-        self._answers[name] = np.asarray(tokens, "<u4").tobytes()
-        self._num_tokens += _cost(4 * len(tokens))
-        while self._num_tokens > self._num_tokens_max:
-            _, dropped = self._answers.popitem(last=False)
-            self._num_tokens -= _cost(len(dropped))
+        packed = np.asarray(tokens, "<u4").tobytes()
+        with self._lock:
+            if (old := self._answers.pop(name, None)) is not None:
+                self._num_tokens -= _cost(len(old))
+            self._answers[name] = packed
+            self._num_tokens += _cost(len(packed))
+            while self._num_tokens > self._num_tokens_max:
+                _, dropped = self._answers.popitem(last=False)
+                self._num_tokens -= _cost(len(dropped))
 
     def get(self, name: bytes) -> list[int] | None:
-        found = self._answers.get(name)
-        if found is None:
-            return None
-        self._answers.move_to_end(name)
+        with self._lock:
+            found = self._answers.get(name)
+            if found is None:
+                return None
+            self._answers.move_to_end(name)
         return np.frombuffer(found, "<u4").tolist()  # type: ignore[no-any-return]
 
 

@@ -44,6 +44,16 @@ def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerM
     return Rendered(tokens=tokens, breakpoints=tuple(sorted(breakpoints)), num_remembered=num_remembered)
 
 
+def num_characters(pieces: Sequence[Piece]) -> int:
+    """How much text `render_tokens` has to encode: a breakpoint inside a text has what is before it encoded again."""
+    total = 0
+    for piece in pieces:
+        if not isinstance(piece, Breakpoint):
+            for part in piece.pieces if isinstance(piece, Answer) else (piece,):
+                total += len(part.text) + (sum(end for end, _ in part.breaks) if isinstance(part, Plain) else 0)
+    return total
+
+
 def _breaks(piece: Special | Plain, before: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int, float]]:
     """Where breakpoints lie in tokens. The text is never cut there: clients move their breakpoints from turn to turn,
     and a cut would change the tokens around it, and with them every block from there on."""

@@ -57,7 +57,7 @@ async def count_tokens(gateway: Gateway, request: Request) -> JSONResponse:
         tenant = gateway.tenant(request)
         fields = await gateway.fields(request)
         gateway.check_model(fields.text("model"))
-        tokens, _ = gateway.tokens_of(_conversation(gateway, fields), cache_tenant(tenant, ""))
+        tokens, _ = await gateway.tokens_of(_conversation(gateway, fields), cache_tenant(tenant, ""))
     except Exception as err:  # noqa: BLE001 - answered in the caller's shape
         return error_response(err, Provider.ANTHROPIC)
     return JSONResponse({"input_tokens": len(tokens)})

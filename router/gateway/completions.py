@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -27,7 +28,7 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     stream, include_usage = stream_options(fields)
     user = fields.text("user", "")
     echo = fields.boolean("echo")
-    text, tokens = _prompt(gateway, fields.take("prompt"), echo=echo)
+    text, tokens = await _prompt(gateway, fields.take("prompt"), echo=echo)
     knobs = sampling_knobs(fields, "max_tokens", num_top_logprobs=fields.integer("logprobs"))
     if echo and knobs.num_top_logprobs is not None:
         raise InvalidRequest("logprobs: with echo they would be of the prompt as well, which has none here")
@@ -42,13 +43,13 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     )
 
 
-def _prompt(gateway: Gateway, prompt: Any, *, echo: bool) -> tuple[str, list[int]]:
+async def _prompt(gateway: Gateway, prompt: Any, *, echo: bool) -> tuple[str, list[int]]:
     """The prompt as text and as tokens. Here the caller writes for the model, so special tokens are what they say."""
     tokenizer = gateway.front.tokenizer
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return prompt, tokenizer.encode(prompt)
+        return prompt, await gateway.front.encoding.run(len(prompt), partial(tokenizer.encode, prompt))
     if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
         vocab_size = gateway.front.identity.vocab_size
         if wrong := [token for token in prompt if not 0 <= token < vocab_size]:

@@ -15,7 +15,7 @@ from router.chat.choice import choose_format
 from router.chat.formats import ChatFormat, PlainParser
 from router.chat.memory import AnswerMemory
 from router.chat.messages import Conversation, Effort
-from router.chat.render import render_tokens
+from router.chat.render import num_characters, render_tokens
 from router.front import Front, cache_tenant
 from router.gateway.config import GatewayConfig
 from router.gateway.errors import ModelNotFound
@@ -92,10 +92,15 @@ class Gateway:
             raise InvalidRequest("this model does not reason before it answers; ask for no reasoning effort")
         return effort
 
-    def tokens_of(self, conversation: Conversation, tenant: str) -> tuple[list[int], tuple[tuple[int, float], ...]]:
+    async def tokens_of(
+        self, conversation: Conversation, tenant: str
+    ) -> tuple[list[int], tuple[tuple[int, float], ...]]:
         """The prompt's tokens, and where the client's cache breakpoints lie in them."""
         pieces = self.format.render(conversation)
-        rendered = render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant)
+        rendered = await self.front.encoding.run(
+            num_characters(pieces),
+            lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
+        )
         if len(rendered.breakpoints) > BREAKPOINTS_MAX:
             raise InvalidRequest(f"at most {BREAKPOINTS_MAX} cache breakpoints a request")
         return rendered.tokens, rendered.breakpoints
@@ -105,7 +110,7 @@ class Gateway:
 
         Raises:  InvalidRequest, QuotaExceeded, Conflict: see `Front.admit`.
         """
-        tokens, breakpoints = self.tokens_of(conversation, cache_tenant(caller.tenant, caller.user))
+        tokens, breakpoints = await self.tokens_of(conversation, cache_tenant(caller.tenant, caller.user))
         parser = self.format.parser(conversation)
         bill = await self.front.admit(
             as_tokens(tokens),

@@ -1,6 +1,8 @@
 """Tokenizers: exact inverses, streaming without broken characters."""
 
 import json
+import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -43,7 +45,9 @@ def test_special_tokens_have_ids_of_their_own():
     assert TOKENIZER.eos_ids == {257, 259}
 
 
-def test_a_hugging_face_tokenizer_streams_what_it_decodes(tmp_path):
+@pytest.fixture
+def hugging_face(tmp_path):
+    """A byte-level BPE tokenizer from a directory."""
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,13 +58,30 @@ def test_a_hugging_face_tokenizer_streams_what_it_decodes(tmp_path):
     made.train_from_iterator(["the prefix of a prompt, the prefix of a cache"] * 4, trainer)
     made.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2]}))
-    tokenizer = load_tokenizer(tmp_path)
+    return load_tokenizer(tmp_path)
+
+
+def test_a_hugging_face_tokenizer_streams_what_it_decodes(hugging_face):
+    tokenizer = hugging_face
     text = "the cache naïve 漢字 prefix"
     ids = tokenizer.encode(text)
     stream = tokenizer.stream()
     assert "".join(stream.push([number]) for number in ids) + stream.finish() == text == tokenizer.decode(ids)
     assert tokenizer.eos_ids == {1, 2}
     assert b"".join(tokenizer.token_bytes(number) for number in ids) == text.encode()
+
+
+def test_other_threads_go_on_while_a_hugging_face_tokenizer_encodes(hugging_face):
+    text = "the prefix of a prompt, 12 caches; " * 20_000
+    ended, num_turns = [], 0
+    encoding = threading.Thread(target=lambda: ended.append(len(hugging_face.encode(text))))
+    encoding.start()
+    while not ended:
+        time.sleep(0.001)
+        num_turns += 1
+    encoding.join()
+    # Holding the interpreter's lock it would leave at most the turns before and after.
+    assert num_turns > 5
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"type": "word"}', '{"type": "byte"}'])
