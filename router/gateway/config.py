@@ -14,6 +14,7 @@ class GatewayConfig(BillingConfig):
 
     http_address: str = setting("", "host:port of the HTTP API; port 0 takes a free one; empty: none")
     http_body_bytes_max: int = setting(32 << 20, "larger request bodies are refused", unit="bytes")
+    http_body_timeout_s: float = setting(60.0, "longest a request's body may take to arrive", unit="s")
     http_requests_max: int = setting(512, "HTTP requests at once; more are refused with a retry hint")
     http_timeout_s: float = setting(600.0, "longest a request may take", unit="s")
     http_max_tokens: int = setting(4096, "output limit of requests that name none", unit="tokens")
@@ -25,6 +26,7 @@ class GatewayConfig(BillingConfig):
     def __post_init__(self) -> None:
         BillingConfig.__post_init__(self)
         require(self.http_body_bytes_max > 0, f"http_body_bytes_max must be positive, is {self.http_body_bytes_max}")
+        require(self.http_body_timeout_s > 0, f"http_body_timeout_s must be positive, is {self.http_body_timeout_s}")
         require(self.http_requests_max > 0, f"http_requests_max must be positive, is {self.http_requests_max}")
         require(self.http_timeout_s > 0, f"http_timeout_s must be positive, is {self.http_timeout_s}")
         require(self.http_max_tokens > 0, f"http_max_tokens must be positive, is {self.http_max_tokens}")

@@ -33,9 +33,14 @@ class TooLarge(errors.InvalidRequest):
     """The body is larger than this server takes."""
 
 
+class TooSlow(errors.DeadlineExceeded):
+    """The body did not arrive in time. The caller sends it again."""
+
+
 # Most specific first: exception, HTTP status, OpenAI's type and code, Anthropic's type.
 _TABLE: tuple[tuple[type[Exception], int, str, str, str], ...] = (
     (TooLarge, 413, "invalid_request_error", "request_too_large", "request_too_large"),
+    (TooSlow, 408, "timeout_error", "request_timeout", "timeout_error"),
     (ModelNotFound, 404, "invalid_request_error", "model_not_found", "not_found_error"),
     (NotFound, 404, "invalid_request_error", "not_found", "not_found_error"),
     # Agents shorten their conversation when they see this code.
@@ -68,6 +73,9 @@ def error_response(err: Exception, provider: Provider) -> JSONResponse:
     headers = {}
     if isinstance(err, errors.ResourceExhausted) and err.retry_after_s is not None:
         headers["retry-after"] = str(max(1, round(err.retry_after_s)))
+    if isinstance(err, TooSlow):
+        # The rest of the body may still come, and is no new request.
+        headers["connection"] = "close"
     if isinstance(err, errors.Unauthenticated):
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(body, status_code=status, headers=headers)

@@ -70,7 +70,8 @@ class Gateway:
         return self.front.tenants.authenticate(request.headers.get("x-api-key") or bearer)
 
     async def fields(self, request: Request) -> Fields:
-        return Fields(await read_json(request, self.config.http_body_bytes_max))
+        config = self.config
+        return Fields(await read_json(request, config.http_body_bytes_max, timeout_s=config.http_body_timeout_s))
 
     def caller(self, request: Request, tenant: str, user: str, session: str = "") -> Caller:
         return Caller(tenant=tenant, user=user, request_id=request.headers.get("idempotency-key", ""), session=session)

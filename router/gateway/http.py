@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from antefix.errors import InvalidRequest, Overloaded
-from router.gateway.errors import Provider, TooLarge, error_body, error_response
+from router.gateway.errors import Provider, TooLarge, TooSlow, error_body, error_response
 
 log = logging.getLogger("antefix.gateway")
 
@@ -131,17 +131,22 @@ async def _disconnected(receive: Receive) -> None:
         continue
 
 
-async def read_json(request: Request, nbytes_max: int) -> Any:
-    """The body. Raises:  TooLarge.  InvalidRequest: it is not JSON."""
+async def read_json(request: Request, nbytes_max: int, *, timeout_s: float) -> Any:
+    """The body. Raises:  TooLarge.  TooSlow.  InvalidRequest: it is not JSON."""
     if (coding := request.headers.get("content-encoding", "identity")) != "identity":
         raise InvalidRequest(f"content-encoding {coding!r} is not supported: send the body as it is")
     if int(request.headers.get("content-length") or 0) > nbytes_max:
         raise TooLarge(f"the body has more than {nbytes_max} bytes")
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > nbytes_max:
-            raise TooLarge(f"the body has more than {nbytes_max} bytes")
+    try:
+        # Whoever sends has one of the slots of `Room` meanwhile.
+        async with asyncio.timeout(timeout_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > nbytes_max:
+                    raise TooLarge(f"the body has more than {nbytes_max} bytes")
+    except TimeoutError as err:
+        raise TooSlow(f"the body did not arrive within {timeout_s:g} s") from err
     try:
         value = json.loads(bytes(body))
         if _SURROGATE.search(body):
