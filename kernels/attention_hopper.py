@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.tiles_hopper import HALF, PLACED, ROWS, N, load_tiles, prefetch, view
+from kernels.tiles_hopper import HALF, PLACED, ROWS, N, load_tiles, prefetch, share, view
 
 H = gl.constexpr(64)
 ROPE_PAIRS = gl.constexpr(32)
@@ -85,14 +85,40 @@ def _queries(q, stride_qh, h0, heads):
 
 
 @gluon.jit
-def _scorer(q, sinks, target, part_lse, stride_qh, row_stride, h0, heads, scale_log2, begin, end, listed, q_left,
-            q_right, left, right, full, empty, probabilities, shrinks, inverses, ready, done, asked,
+def _norm(top, total, inverses, part_lse, h0, heads, SPLIT: gl.constexpr):
+    """What the sums are to be multiplied by, to where their sinks were; and a part's log-sum."""
+    rows: gl.constexpr = top.type.layout
+    total = gl.convert_layout(gl.sum(total, 1), rows)
+    if SPLIT:
+        # A part is normed by itself; its log-sum tells the merge how much it counts.
+        seen = gl.where(total > 0.0, total, 1.0)
+        inverse = 1.0 / seen
+        lse = gl.where(total > 0.0, top + gl.log2(seen), float("-inf"))
+        h = h0 + gl.arange(0, H, rows)
+        gl.store(part_lse + h, lse, mask=h < heads)
+    else:
+        sink = inverses.load(rows)
+        best = gl.maximum(top, sink)
+        kept = gl.exp2(top - best)
+        inverse = kept / (total * kept + gl.exp2(sink - best))
+    inverses.store(inverse)
+
+
+@gluon.jit
+def _scorer(q, sinks, target, part_lse, stride_qh, row_stride, h0, heads, scale_log2, lens, firsts, counts, splits,
+            q_left, q_right, left, right, full, empty, probabilities, shrinks, inverses, ready, done, asked,
             SPLIT: gl.constexpr):  # fmt: skip
     scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     rows: gl.constexpr = gl.SliceLayout(1, scores)
     rows_out: gl.constexpr = gl.SliceLayout(1, sums)
-    q_left.store(_queries(q, stride_qh, h0, heads))
+    x = _queries(q, stride_qh, h0, heads)
+    _, _, listed, begin, end = share(lens, firsts, counts, splits, SPLIT)
+    if not SPLIT:
+        # Sinks are asked for with the queries and wait where their inverses will be: the end waits for no memory.
+        h = h0 + gl.arange(0, H, rows)
+        inverses.store(gl.load(sinks + h, mask=h < heads, other=0.0) * 1.4426950408889634)
+    q_left.store(x)
     fence_async_shared()
     mbarrier.wait(asked, 0)
 
@@ -125,41 +151,48 @@ def _scorer(q, sinks, target, part_lse, stride_qh, row_stride, h0, heads, scale_
         fence_async_shared()
         last = (end - 1 - begin) % 2
         acc = warpgroup_mma(probabilities.index(last), left.index(last), acc, is_async=True)
+        _norm(top, total, inverses, part_lse, h0, heads, SPLIT)
+        mbarrier.arrive(done, count=1)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-
-    total = gl.convert_layout(gl.sum(total, 1), rows)
-    h = h0 + gl.arange(0, H, rows)
-    if SPLIT:
-        # A part is normed by itself; its log-sum tells the merge how much it counts.
-        seen = gl.where(total > 0.0, total, 1.0)
-        inverse = 1.0 / seen
-        lse = gl.where(total > 0.0, top + gl.log2(seen), float("-inf"))
-        gl.store(part_lse + h, lse, mask=h < heads)
     else:
-        sink = gl.load(sinks + h, mask=h < heads, other=0.0) * 1.4426950408889634
-        best = gl.maximum(top, sink)
-        share = gl.exp2(top - best)
-        inverse = share / (total * share + gl.exp2(sink - best))
-    inverses.store(inverse)
-    mbarrier.arrive(done, count=1)
-    x = acc * gl.expand_dims(gl.convert_layout(inverse, rows_out), 1)
+        _norm(top, total, inverses, part_lse, h0, heads, SPLIT)
+        mbarrier.arrive(done, count=1)
+    x = acc * gl.expand_dims(inverses.load(rows_out), 1)
     _write(x, q_left, target, row_stride, h0, heads)
 
 
 @gluon.jit
-def _summer(q, stride_qh, cos, sin, target, row_stride, h0, heads, begin, end, q_right, right, full, empty,
-            probabilities, shrinks, inverses, ready, done, asked, entries, listed, compressed, first, slots,
-            block_table, stride_p, window_offset, SPLIT: gl.constexpr, SELECTED: gl.constexpr, ENTRIES: gl.constexpr,
+def _halves(x):
+    """The halves of x's columns, without moving anything between threads."""
+    return gl.split(gl.permute(gl.reshape(x, [H, 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@gluon.jit
+def _whole(low, high):
+    high = gl.convert_layout(high, low.type.layout, assert_trivial=True)
+    return gl.reshape(gl.permute(gl.join(low, high), (0, 2, 1)), [H, 2 * low.shape[1]])
+
+
+@gluon.jit
+def _summer(q, stride_qh, cos, sin, target, row_stride, h0, heads, lens, firsts, counts, splits, q_right, right, full,
+            empty, probabilities, shrinks, inverses, turns, ready, done, asked, entries, slots, k, block_table,
+            stride_p, window_offset, SPLIT: gl.constexpr, SELECTED: gl.constexpr, ENTRIES: gl.constexpr,
             WINDOW: gl.constexpr):  # fmt: skip
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
     rows: gl.constexpr = gl.SliceLayout(1, sums)
-    stop = gl.minimum(listed, end * N)
     x = _queries(q + HALF, stride_qh, h0, heads)
-    # Tiles from the one summed to the one asked for, measured best: over a short list, queries had better come first.
-    ahead = 1
+    compressed, first, listed, begin, end = share(lens, firsts, counts, splits, SPLIT)
+    stop = gl.minimum(listed, end * N)
+    if not SPLIT:
+        # What turns the RoPE dims back is asked for with the queries too.
+        pair = gl.arange(0, ROPE_PAIRS, gl.BlockedLayout([1], [32], [4], [0]))
+        turns.index(0).store(gl.load(cos + pair))
+        turns.index(1).store(gl.load(sin + pair))
+    # Over a short list, queries had better come first: its first tiles are left to the loaders.
+    skipped = 1
     if end - begin > 24:
-        ahead = 2
-        prefetch(begin + 1, entries, stop, compressed, first, slots, block_table, stride_p, window_offset, SELECTED,
+        skipped = 0
+        prefetch(begin + 1, entries, stop, compressed, first, slots, k, block_table, stride_p, window_offset, SELECTED,
                  ENTRIES, WINDOW)  # fmt: skip
     q_right.store(x)
     fence_async_shared()
@@ -168,8 +201,9 @@ def _summer(q, stride_qh, cos, sin, target, row_stride, h0, heads, begin, end, q
     for tile in range(begin, end):
         i = tile - begin
         buffer = i % 2
-        prefetch(tile + ahead, entries, stop, compressed, first, slots, block_table, stride_p, window_offset, SELECTED,
-                  ENTRIES, WINDOW)  # fmt: skip
+        if i >= skipped:
+            prefetch(tile + 2, entries, stop, compressed, first, slots, k, block_table, stride_p, window_offset,
+                     SELECTED, ENTRIES, WINDOW)  # fmt: skip
         mbarrier.wait(full.index(buffer), (i // 2) & 1)
         mbarrier.wait(ready.index(buffer), (i // 2) & 1)
         fence_async_shared()
@@ -182,13 +216,14 @@ def _summer(q, stride_qh, cos, sin, target, row_stride, h0, heads, begin, end, q
     x = acc * gl.expand_dims(inverses.load(rows), 1)
     if not SPLIT:
         # Turn the RoPE dims back: pairs are neighbours in one thread.
-        even, odd = gl.split(gl.reshape(x, [H, HALF // 2, 2]))
-        pair = gl.arange(0, HALF // 2, gl.SliceLayout(0, even.type.layout)) - (HALF // 2 - ROPE_PAIRS)
-        c = gl.expand_dims(gl.load(cos + pair, mask=pair >= 0, other=1.0), 0)
-        s = gl.expand_dims(gl.load(sin + pair, mask=pair >= 0, other=0.0), 0)
-        x = gl.convert_layout(
-            gl.reshape(gl.join(even * c + odd * s, odd * c - even * s), [H, HALF]), sums, assert_trivial=True
-        )
+        low, high = _halves(x)
+        third, rope = _halves(high)
+        even, odd = gl.split(gl.reshape(rope, [H, ROPE_PAIRS, 2]))
+        pairs: gl.constexpr = gl.SliceLayout(0, even.type.layout)
+        c = gl.expand_dims(turns.index(0).load(pairs), 0)
+        s = gl.expand_dims(turns.index(1).load(pairs), 0)
+        rope = gl.reshape(gl.join(even * c + odd * s, odd * c - even * s), [H, 2 * ROPE_PAIRS])
+        x = gl.convert_layout(_whole(low, _whole(third, rope)), sums, assert_trivial=True)
     _write(x, q_right, target + HALF, row_stride, h0, heads)
 
 
@@ -198,16 +233,16 @@ def attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, co
                   stride_ot, stride_oh, WINDOW: gl.constexpr, ENTRIES: gl.constexpr, SELECTED: gl.constexpr,
                   SPLIT: gl.constexpr):  # fmt: skip
     """64 heads of one query over its share of the list: attention.py's _attend_kernel."""
-    t = gl.program_id(0).to(gl.int64)
+    # Programs of one query start one after another: what one has read of the list, the other finds in the L2 cache.
+    program = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+    row = program // gl.num_programs(1)
+    h0 = program % gl.num_programs(1) * H
     part = gl.program_id(2)
-    h0 = gl.program_id(1) * H
-    sequence = t // queries
-    compressed = gl.load(lens + t)
-    first = gl.load(firsts + t)
-    listed = compressed + gl.load(counts + t)
-    tiles = (listed + N - 1) // N
-    begin = tiles * part // splits
-    end = tiles * (part + 1) // splits
+    t = row.to(gl.int64)
+    sequence = (row // queries).to(gl.int64)
+    lens += t
+    firsts += t
+    counts += t
     q += t * stride_qt
     slots += t * k
     block_table += sequence * stride_b
@@ -231,6 +266,7 @@ def attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, co
     probabilities = gl.allocate_shared_memory(gl.float16, [2, H, N], tile_layout)
     shrinks = gl.allocate_shared_memory(gl.float32, [2, H], flat)
     inverses = gl.allocate_shared_memory(gl.float32, [H], flat)
+    turns = gl.allocate_shared_memory(gl.float32, [2, ROPE_PAIRS], flat)
     table = gl.allocate_shared_memory(gl.int64, [4 * PLACED, ROWS], flat)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -245,16 +281,16 @@ def attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, co
     mbarrier.init(done, count=1)
     gl.warp_specialize(
         [
-            (_scorer, (q, sinks, target, part_lse, stride_qh, row_stride, h0, heads, scale_log2, begin, end, listed,
-                       q_left, q_right, left, right, full, empty, probabilities, shrinks, inverses, ready, done,
-                       asked, SPLIT)),
-            (_summer, (q, stride_qh, cos, sin, target, row_stride, h0, heads, begin, end, q_right, right, full,
-                       empty, probabilities, shrinks, inverses, ready, done, asked, entries, listed, compressed, first,
-                       slots, block_table, stride_p, window_offset, SPLIT, SELECTED, ENTRIES, WINDOW)),
-            (load_tiles, (entries, block_table, slots, stride_p, window_offset, begin, end, listed, compressed, first,
-                       left, right, full, empty, table, SELECTED, ENTRIES, WINDOW, 0)),
-            (load_tiles, (entries, block_table, slots, stride_p, window_offset, begin, end, listed, compressed, first,
-                       left, right, full, empty, table, SELECTED, ENTRIES, WINDOW, 1)),
+            (_scorer, (q, sinks, target, part_lse, stride_qh, row_stride, h0, heads, scale_log2, lens, firsts, counts,
+                       splits, q_left, q_right, left, right, full, empty, probabilities, shrinks, inverses, ready,
+                       done, asked, SPLIT)),
+            (_summer, (q, stride_qh, cos, sin, target, row_stride, h0, heads, lens, firsts, counts, splits, q_right,
+                       right, full, empty, probabilities, shrinks, inverses, turns, ready, done, asked, entries,
+                       slots, k, block_table, stride_p, window_offset, SPLIT, SELECTED, ENTRIES, WINDOW)),
+            (load_tiles, (entries, block_table, slots, k, lens, firsts, counts, splits, stride_p, window_offset,
+                       left, right, full, empty, table, SELECTED, SPLIT, ENTRIES, WINDOW, 0)),
+            (load_tiles, (entries, block_table, slots, k, lens, firsts, counts, splits, stride_p, window_offset,
+                       left, right, full, empty, table, SELECTED, SPLIT, ENTRIES, WINDOW, 1)),
         ],
         [4, 4, 4],
         [160, 80, 80],

@@ -47,10 +47,12 @@ SCALE_PAIR = gl.constexpr("""{
 shl.b32 a, $1, 23; mov.b32 f, a; cvt.rn.f16x2.f32 $0, f, f;
 }""")
 # Brings a record's 584 bytes to the L2 cache: bulk copies take whole pieces of 16 bytes, and no piece that holds a byte
-# of a record reaches beyond its page.
+# of a record reaches beyond its page. What is read once leaves the cache first, there and below: queries that were just
+# written, parts and outputs then stay.
 PREFETCH = gl.constexpr("""{
-.reg .pred p; setp.ne.s32 p, $2, 0;
-@p cp.async.bulk.prefetch.L2.global [$1], 592;
+.reg .pred p; .reg .b64 c; setp.ne.s32 p, $2, 0;
+createpolicy.fractional.L2::evict_first.b64 c, 1.0;
+@p cp.async.bulk.prefetch.L2.global.L2::cache_hint [$1], 592, c;
 mov.u32 $0, 0;
 }""")
 
@@ -63,10 +65,28 @@ def view(memory, dtype, shape, layout, _semantic=None):
 
 
 @gluon.jit
-def _slots(n, compressed, slots, block_table, SELECTED: gl.constexpr, ENTRIES: gl.constexpr):
-    """Of entries n of the list: their slots, or their blocks; 0 of the window's."""
+def share(lens, firsts, counts, splits, SPLIT: gl.constexpr):
+    """Of a program's query: its compressed entries, its window's first row, its list's length; of the program: its
+    first tile, and the one after its last. Every role loads them for itself, so that none waits for another."""
+    compressed = gl.load(lens)
+    first = gl.load(firsts)
+    listed = compressed + gl.load(counts)
+    tiles = (listed + N - 1) // N
+    begin = 0
+    end = tiles
+    if SPLIT:
+        part = gl.program_id(2)
+        begin = tiles * part // splits
+        end = tiles * (part + 1) // splits
+    return compressed, first, listed, begin, end
+
+
+@gluon.jit
+def _slots(n, compressed, slots, k, block_table, SELECTED: gl.constexpr, ENTRIES: gl.constexpr):
+    """Of entries n of the list: their slots, or their blocks; anything of those that are not compressed. A row of slots
+    is read before it is known how many of them there are."""
     if SELECTED:
-        return gl.load(slots + n, mask=n < compressed, other=0)
+        return gl.load(slots + n, mask=n < k, other=0)
     return gl.load(block_table + n // ENTRIES, mask=n < compressed, other=0)
 
 
@@ -83,24 +103,23 @@ def _offsets(n, slot, compressed, first, stride_p, window_offset, SELECTED: gl.c
 
 
 @gluon.jit
-def _placed(group, begin, listed, PART: gl.constexpr):
-    """The entries of the list that a loader takes of PLACED tiles, PLACED * ROWS of them. Past the list's end its last
-    entry comes again: every address and value stays valid."""
+def _placed(group, begin, PART: gl.constexpr):
+    """The entries of the list that a loader takes of PLACED tiles, PLACED * ROWS of them, some past the list's end. Its
+    first entry then comes again in their place: every address and value stays valid."""
     i = gl.arange(0, PLACED * ROWS, gl.BlockedLayout([1], [32], [4], [0]))
-    n = (begin + group * PLACED + i // ROWS) * N + PART * ROWS + i % ROWS
-    return gl.minimum(n, gl.maximum(listed, 1) - 1)
+    return (begin + group * PLACED + i // ROWS) * N + PART * ROWS + i % ROWS
 
 
 @gluon.jit
-def prefetch(tile, entries, listed, compressed, first, slots, block_table, stride_p, window_offset,
+def prefetch(tile, entries, listed, compressed, first, slots, k, block_table, stride_p, window_offset,
               SELECTED: gl.constexpr, ENTRIES: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
     """Ask the L2 cache for the records of a tile."""
     # A warp issues bulk copies one by one, so each of the four has sixteen.
     lane: gl.constexpr = gl.DistributedLinearLayout([], [[1], [2], [4], [8], [64]], [[16], [32]], [], [2 * N])
     i = gl.arange(0, 2 * N, lane)
-    n = gl.minimum(tile * N + i, gl.maximum(listed, 1) - 1)
-    mine = (i < N) & (tile * N + i < listed)
-    slot = _slots(n, compressed, slots, block_table, SELECTED, ENTRIES)
+    n = tile * N + i
+    mine = (i < N) & (n < listed)
+    slot = _slots(n, compressed, slots, k, block_table, SELECTED, ENTRIES)
     offset = _offsets(n, slot, compressed, first, stride_p, window_offset, SELECTED, ENTRIES, WINDOW)
     at = (entries.to(gl.pointer_type(gl.int64)) + offset).to(gl.int64) & -16
     gl.inline_asm_elementwise(PREFETCH, "=r,l,r", [at, mine.to(gl.int32)], dtype=gl.int32, is_pure=False, pack=1)
@@ -137,9 +156,9 @@ def _side_by_side(a, b, c, d):
 
 
 @gluon.jit
-def load_tiles(entries, block_table, slots, stride_p, window_offset, begin, end, listed, compressed, first, left, right,
-            full, empty, table, SELECTED: gl.constexpr, ENTRIES: gl.constexpr, WINDOW: gl.constexpr,
-            PART: gl.constexpr):  # fmt: skip
+def load_tiles(entries, block_table, slots, k, lens, firsts, counts, splits, stride_p, window_offset, left, right, full,
+               empty, table, SELECTED: gl.constexpr, SPLIT: gl.constexpr, ENTRIES: gl.constexpr, WINDOW: gl.constexpr,
+               PART: gl.constexpr):  # fmt: skip
     """Rows PART * ROWS and on of every tile, as FP16, to shared memory."""
     # Eight threads a row: what they store at once is a whole row of the swizzle, in all banks.
     wide: gl.constexpr = gl.DistributedLinearLayout(
@@ -162,16 +181,23 @@ def load_tiles(entries, block_table, slots, stride_p, window_offset, begin, end,
 
     # Slots are loaded two groups of tiles ahead and placed one ahead: nobody waits for them among loads of records.
     places = view(table, gl.int64, [4, PLACED * ROWS], table.layout)
-    for early in gl.static_range(2):
-        n = _placed(early, begin, listed, PART)
-        slot = _slots(n, compressed, slots, block_table, SELECTED, ENTRIES)
-        places.index(PART * 2 + early).store(
+    compressed, first, listed, begin, end = share(lens, firsts, counts, splits, SPLIT)
+    head = gl.load(slots, mask=k > 0, other=0) if SELECTED else gl.load(block_table, mask=compressed > 0, other=0)
+    early = ()
+    for g in gl.static_range(2):
+        early = early + (_slots(_placed(g, begin, PART), compressed, slots, k, block_table, SELECTED, ENTRIES),)
+    for g in gl.static_range(2):
+        n = _placed(g, begin, PART)
+        slot = gl.where(n < listed, early[g], head)
+        n = gl.where(n < listed, n, 0)
+        places.index(PART * 2 + g).store(
             _offsets(n, slot, compressed, first, stride_p, window_offset, SELECTED, ENTRIES, WINDOW)
         )
     for start in range(begin, end, PLACED):
         group = (start - begin) // PLACED
-        n = _placed(group + 2, begin, listed, PART)
-        slot = _slots(n, compressed, slots, block_table, SELECTED, ENTRIES)
+        n = _placed(group + 2, begin, PART)
+        n = gl.where(n < listed, n, 0)
+        slot = _slots(n, compressed, slots, k, block_table, SELECTED, ENTRIES)
         for tile in range(start, gl.minimum(start + PLACED, end)):
             i = tile - begin
             buffer = i % 2
@@ -181,10 +207,10 @@ def load_tiles(entries, block_table, slots, stride_p, window_offset, begin, end,
             at = gl.expand_dims(base, 1) + w
             raw = ()
             for g in gl.static_range(GROUPS):
-                raw = raw + (gl.load(at + g * 8),)
+                raw = raw + (gl.load(at + g * 8, eviction_policy="evict_first"),)
             at_rope = gl.expand_dims(gl.convert_layout(base, rows_rope, assert_trivial=True), 1) + w_rope
-            rope = gl.load(at_rope + CODES)
-            scales = gl.load(base + (CODES + ROPE))
+            rope = gl.load(at_rope + CODES, eviction_policy="evict_first")
+            scales = gl.load(base + (CODES + ROPE), eviction_policy="evict_first")
             low = (scales & 0xFFFFFFFF).to(gl.int32)
             high = (scales >> 32).to(gl.int32)
             mbarrier.wait(empty.index(buffer), ((i // 2) & 1) ^ 1)
