@@ -38,6 +38,15 @@ class Judgement:
     codec_bytes_per_s: float
     disk_bytes_per_s: float
 
+    def __str__(self) -> str:
+        """Ends a sentence of the log that begins with what is stored."""
+        verdict = "compressed" if self.compress else "stored as they are"
+        decoded, disk = self.codec_bytes_per_s / 1e9, self.disk_bytes_per_s / 1e9
+        return (
+            f"{verdict}: coded they are {self.ratio:.2f} times smaller and decoded at {decoded:.2f} GB/s,"
+            f" the disk reads {disk:.2f} GB/s"
+        )
+
 
 def judge(*, ratio: float, codec_bytes_per_s: float, disk_bytes_per_s: float) -> Judgement:
     """Whether reading is faster with coded payloads."""
@@ -112,4 +121,4 @@ class Compression:
                 codec_bytes_per_s=max(speed for _, speed in samples) * (os.cpu_count() or 1),
                 disk_bytes_per_s=self._disk_bytes_per_s,
             )
-        log.info("compression of %s %s: %s", layout[0].hex()[:16], layout[1].name, self.judgements[layout])
+        log.info("%ss of fingerprint %s are %s", layout[1].name.lower(), layout[0].hex()[:16], self.judgements[layout])

@@ -92,6 +92,12 @@ def test_a_disk_that_cannot_be_measured_does_not_stop_a_put(open_engine: OpenEng
     assert (FINGERPRINT, RecordKind.BLOCK) in compression.judgements
 
 
+def test_a_judgement_is_said_in_words() -> None:
+    told = str(judge(ratio=1.5, codec_bytes_per_s=8e9, disk_bytes_per_s=5e8))
+    assert told.startswith("compressed: coded they are 1.50 times smaller") and "0.50 GB/s" in told
+    assert str(judge(ratio=1.0, codec_bytes_per_s=8e9, disk_bytes_per_s=5e8)).startswith("stored as they are: ")
+
+
 def test_judgement_at_the_break_even_point() -> None:
     # At ratio 1.25 a coded byte saves a fifth of the read; the codec may cost just that.
     assert judge(ratio=1.25, codec_bytes_per_s=5.1e9, disk_bytes_per_s=1e9).compress
