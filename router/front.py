@@ -16,7 +16,7 @@ from antefix.tokenizer import Tokenizer
 from antefix.usage.ledger import Ledger
 from antefix.usage.ratecard import RateCards, load_cards
 from antefix.usage.receipt import Signer
-from antefix.usage.tenants import TenantBook, load_tenants
+from antefix.usage.tenants import CONTROL, TenantBook, load_tenants
 from antefix.wire import Sampling
 from router.accounting import Accounts
 from router.bill import Bill, Served
@@ -123,8 +123,9 @@ class Front:
 def cache_tenant(tenant: str, user: str) -> str:
     """Whose blocks a request may hit: the tenant's, or those of one of its users."""
     for text in (tenant, user):
-        if "\x1f" in text:
-            raise InvalidRequest("tenant and user may not hold the character U+001F")
+        # U+001F separates the two; the others would end up on the terminal of whoever reads a bill.
+        if CONTROL.search(text):
+            raise InvalidRequest("tenant and user may not hold control characters")
     return f"{tenant}\x1f{user}" if user else tenant
 
 

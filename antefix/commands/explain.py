@@ -25,7 +25,7 @@ from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.client import RemoteStore
 from antefix.tokenizer import load_tokenizer
-from antefix.window import RatePriors, Rates, RestorePlanner, Sizes
+from antefix.window import RatePriors, Rates, RestorePlanner, Sizes, check_bounded, check_exactness
 from antefix.window_pool import DISK, check_address, open_window_pool
 from antefix.window_pool.open import MEMORY
 
@@ -90,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) -> Explanation:
     check_address(args.window_pool)
+    check_exactness(bounded_windows=args.bounded_windows, reproducible=False)
+    check_bounded(args.bounded_windows, identity.geometry)
     keyring = Keyring.from_file(_path(args, "secret_file", "secret"))
     mine = Whose(identity=identity, kv_format=KVFormat(args.kv_format), namespace=args.namespace,
                  tenant=_tenant(args, args.tenant), bounded_windows=args.bounded_windows,

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from antefix.config import require
 from antefix.deployment import Deployment, DeploymentConfig
+from antefix.errors import Unavailable
+from antefix.window_pool import DISK, RedisWindowPool
+from antefix.window_pool.open import MEMORY
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 
@@ -122,10 +125,24 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked.set)
     print("starting services ...", file=sys.stderr, flush=True)
+    await warn_of_pool(config.window_pool)
     async with Deployment(config) as deployment:
         _announce(deployment, as_json=as_json)
         await _until_stopped(deployment, asked)
     return 0
+
+
+async def warn_of_pool(address: str) -> None:
+    """An absent Redis is no error, since checkpoints go to disk meanwhile; but it may be a mistyped address."""
+    if address in (DISK, MEMORY):
+        return
+    pool = RedisWindowPool(address, bytes_max=1)
+    try:
+        await pool.check()
+    except Unavailable as err:
+        print(f"warning: {err}; checkpoints go to disk until it does", file=sys.stderr, flush=True)
+    finally:
+        await pool.close()
 
 
 def _announce(deployment: Deployment, *, as_json: bool) -> None:

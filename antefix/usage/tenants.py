@@ -12,14 +12,18 @@ A tenant named "*" holds the limits of everyone who is not named.
 from __future__ import annotations
 
 import hashlib
+import re
 import tomllib
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from antefix.errors import ConfigError, Unauthenticated
 from antefix.usage.quota import Limit, TenantLimits, Window
+
+# ASCII's and Latin-1's: what a terminal obeys instead of showing it.
+CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +55,8 @@ def load_tenants(path: str | Path) -> TenantBook:
         limits: dict[str, TenantLimits] = {}
         for table in tables.pop("tenant", []):
             name = str(table.pop("name"))
+            if CONTROL.search(name):
+                raise ConfigError(f"tenant {name!r} has control characters in its name")
             for digest in table.pop("api_key_sha256", []):
                 key = bytes.fromhex(digest)
                 if len(key) != hashlib.sha256().digest_size or key in keys:

@@ -8,7 +8,7 @@ from antefix.window.marks import BudgetState, Mark, OutputFacts, PromptFacts, Re
 from antefix.window.planner import Decision, Plan, PlanKind, RestorePlanner, StoredPrefix
 from antefix.window.rates import RatePriors, Rates
 from antefix.window.sizes import Sizes
-from antefix.window.strategy import Strategies, check_exactness, in_force, parse
+from antefix.window.strategy import Strategies, check_bounded, check_exactness, in_force, parse
 from antefix.window.turnover import Turnover
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Strategy",
     "Tier",
     "Turnover",
+    "check_bounded",
     "check_exactness",
     "in_force",
     "parse",

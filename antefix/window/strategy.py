@@ -11,7 +11,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from antefix.config import require
 from antefix.errors import ConfigError
+from antefix.layout import KVGeometry
 from antefix.window.auto import Auto
 from antefix.window.fixed import Boundary, Full, Periodic, Zero
 from antefix.window.marks import Strategy, Tier
@@ -137,3 +139,13 @@ def check_exactness(*, bounded_windows: int, reproducible: bool) -> None:
             f"bounded_windows={bounded_windows} allows approximate hits, reproducible wants hits that equal cold runs: "
             "give one of the two"
         )
+
+
+def check_bounded(num_windows: int, geometry: KVGeometry) -> None:
+    """Raises:  ConfigError: approximate replays that are no shorter than an exact one."""
+    exact = geometry.replay_tokens
+    require(
+        num_windows * geometry.window < max(exact, 1) or not num_windows,
+        f"bounded_windows={num_windows} replays {num_windows * geometry.window} tokens, an exact replay of this model"
+        f" {exact}: leave it out, and every hit is exact",
+    )

@@ -83,6 +83,10 @@ class RedisWindowPool:
             await self._ask(self._redis.delete(key))
             return None
 
+    async def check(self) -> None:
+        """Raises:  Unavailable: the server does not answer."""
+        await self._ask(self._redis.ping())
+
     async def close(self) -> None:
         await self._redis.aclose()
 

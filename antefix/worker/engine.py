@@ -11,14 +11,14 @@ import torch
 from antefix.block import Chain, arithmetic_of, exactness_of
 from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest
-from antefix.layout import BlockLayout, KVFormat, KVGeometry, PartKind
+from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model import BlockPool, Model, load_model, row_invariant_ok
 from antefix.model.backend import KERNELS, make_backend, uses_triton
 from antefix.model.ops import Ops, TorchOps
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.api import Store
-from antefix.window import Rates, RestorePlanner, Sizes, Strategies, Strategy, in_force
+from antefix.window import Rates, RestorePlanner, Sizes, Strategies, Strategy, check_bounded, in_force
 from antefix.window_pool import DISK, WindowPool, check_window_settings, open_window_pool
 from antefix.worker.budget import CheckpointBudget, counter_of
 from antefix.worker.compute import ComputeThread
@@ -189,7 +189,7 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         torch.set_num_threads(config.threads)
     identity = identify(config.model)
     kv_format = KVFormat(config.kv_format)
-    _check_bounded(config.bounded_windows, identity.geometry)
+    check_bounded(config.bounded_windows, identity.geometry)
     model = load_model(config.model, device=config.device, dtype=DTYPES[config.dtype], kv_format=kv_format)
     # The kernels read packed records; torch keeps decoded mirrors beside them.
     packed = uses_triton(config.kernels, model.layout, config.device)
@@ -224,15 +224,6 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         budget=CheckpointBudget(counter_of(store)),
         namespace=config.namespace,
         ops=ops,
-    )
-
-
-def _check_bounded(num_windows: int, geometry: KVGeometry) -> None:
-    exact = geometry.replay_tokens
-    require(
-        num_windows * geometry.window < max(exact, 1) or not num_windows,
-        f"bounded_windows={num_windows} replays {num_windows * geometry.window} tokens, an exact replay of this model"
-        f" {exact}: leave it out, and every hit is exact",
     )
 
 

@@ -324,3 +324,10 @@ def test_a_wrong_call_says_what_is_missing(deployed, capsys, flags, code, told):
     flags = [places.get(flag, flag) for flag in flags]
     assert main(["explain", "--prompt", "x" * 200, *flags]) == code
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("windows", "why"), [("99", "every hit is exact"), ("-1", "must not be negative")])
+def test_bounded_windows_that_workers_refuse_are_refused(deployed, capsys, windows, why):
+    argv = ["explain", "--data-dir", str(deployed.directory), "--prompt", "x" * 200, "--bounded-windows", windows]
+    assert main(argv) == 2
+    assert why in capsys.readouterr().err

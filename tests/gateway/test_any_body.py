@@ -8,6 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from antefix.errors import ConfigError, InvalidRequest
+from antefix.usage.tenants import load_tenants
+from router.front import cache_tenant
 from tests.gateway.scripted import Script, make_front, serving
 
 TOOL = {"name": "f", "description": "d", "parameters": {"type": "object"}}
@@ -134,3 +137,15 @@ async def test_what_is_no_json_is_refused():
         for content in (b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000):
             answer = await client.post(url + "/v1/chat/completions", content=content)
             assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "a\nb", "a\x1fb", "a\x7f", "a\x9b2J"])
+def test_names_that_a_terminal_would_obey_are_refused(name, tmp_path):
+    for tenant, user in ((name, ""), ("acme", name)):
+        with pytest.raises(InvalidRequest, match="control characters"):
+            cache_tenant(tenant, user)
+    path = tmp_path / "tenants.toml"
+    path.write_text(f"[[tenant]]\nname = {json.dumps(name)}\n")
+    with pytest.raises(ConfigError, match="control characters"):
+        load_tenants(path)
+    assert cache_tenant("Zürich 東", "é") == "Zürich 東\x1fé"

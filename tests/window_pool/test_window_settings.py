@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from antefix.cli import main
+from antefix.commands.up import warn_of_pool
 from antefix.deployment import Deployment, DeploymentConfig
 from antefix.errors import ConfigError
 from antefix.layout import KVGeometry
@@ -100,3 +102,13 @@ def test_up_says_what_is_wrong_and_starts_nothing(tmp_path: Path, capsys: pytest
     assert main(["up", "--data-dir", str(tmp_path / "data"), "--strategy", "auto(ends=pool)"]) == 2
     assert "set window_pool to memory or to a redis:// URL" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
+
+
+async def test_up_warns_of_a_redis_that_does_not_answer_and_of_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        await warn_of_pool(f"redis://127.0.0.1:{nobody.getsockname()[1]}/0")
+    assert "warning: the window pool does not answer" in capsys.readouterr().err
+    for address in ("disk", "memory"):
+        await warn_of_pool(address)
+    assert capsys.readouterr().err == ""
