@@ -47,6 +47,7 @@ from kvstore.events import Event, EventLog
 from kvstore.eviction import EvictionPolicy
 from kvstore.forest import drop_false_roots, drop_subtrees, insert_entry
 from kvstore.index_writer import PLAN_PREFIX, IndexTxn, Name, read_totals
+from kvstore.opening import drop_locked, load_plans, log_newest
 from kvstore.quota import over_quota
 from kvstore.recovery import open_store
 from kvstore.reserve import is_full
@@ -111,10 +112,11 @@ class Engine:
         announce_log(Path(config.dir), config.usage_log_dir)
         try:
             self.space.reserve.hold()
-            self._log_newest()
-            self._load_plans()
+            if self._usage_log is not None:
+                log_newest(self.segments, self._usage_log)
+            load_plans(self.index, self.compression)
             if keys is not None:
-                self._drop_locked(keys)
+                drop_locked(self.index, self.space, keys)
         except BaseException:
             self.abandon()
             raise
@@ -284,34 +286,6 @@ class Engine:
                     txn.set_meta(PLAN_PREFIX + bytes([kind]) + fingerprint, plan.encoded)
             for kind, plan in plans.items():
                 self.compression.register(fingerprint, kind, plan)
-
-    def _drop_locked(self, keys: KeyRing) -> None:
-        """Forget the records of tenants whose keys are gone: nobody can read them any more."""
-        with self._lock, IndexTxn(self.index) as txn:
-            locked = {number for number, tenant in txn.tenants().items() if tenant not in keys}
-            if locked:
-                names = [
-                    name
-                    for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)
-                    for name, entry in txn.names(kind)
-                    if entry.tenant_id in locked and entry.flags & RecordFlag.ENCRYPTED
-                ]
-                drop_subtrees(txn, self.space, names)
-
-    def _log_newest(self) -> None:
-        """Log the blocks of the last two segments as stored: a crash may have come between their commit and the log."""
-        if self._usage_log is not None:
-            for number in sorted(self.segments.sizes)[-2:]:
-                headers = self.segments.scan(number, check_payloads=False)
-                self._usage_log.stored([header.hash for header in headers if header.kind is RecordKind.BLOCK])
-
-    def _load_plans(self) -> None:
-        """What was registered before: a restarted service must not wait for its workers to restart."""
-        with self.index.txn() as txn, txn.cursor(db=self.index.db["meta"]) as cursor:
-            for key, value in cursor:
-                if key.startswith(PLAN_PREFIX):
-                    kind, fingerprint = RecordKind(key[len(PLAN_PREFIX)]), key[len(PLAN_PREFIX) + 1 :]
-                    self.compression.register(fingerprint, kind, codec.read_plan(value)[0])
 
     def flush_touches(self) -> None:
         with self._lock:
