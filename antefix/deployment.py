@@ -24,8 +24,9 @@ from antefix.clients import RouterClient
 from antefix.config import require
 from antefix.errors import ConfigError, Unavailable
 from antefix.secret import create_secret_file
-from antefix.window_pool import DISK, check_window_settings
+from antefix.window_pool import DISK
 from antefix.window_pool.open import MEMORY
+from antefix.window_settings import check_window_settings
 
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0

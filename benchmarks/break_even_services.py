@@ -32,7 +32,7 @@ from break_even_report import plot_services, table, write_table
 from ttft import direct_read_rate
 
 from antefix.deployment import Deployment, DeploymentConfig
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
 from antefix.store.stats import read_stats
 from antefix.window import Plan, PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, parse

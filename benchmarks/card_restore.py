@@ -29,7 +29,8 @@ from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, forward
 from antefix.model.norms_rope import inverse_frequencies
 from antefix.model_dir import ModelIdentity
-from antefix.store.api import LookupResult, PutResult, Record, RecordKind, Store
+from antefix.record import LookupResult, PutResult, Record, RecordKind
+from antefix.store.api import Store
 from antefix.store.client import LocalStore
 from antefix.verify.models import Subject
 from antefix.verify.runs import Workers, prompt_of

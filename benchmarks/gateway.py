@@ -26,12 +26,12 @@ import numpy as np
 from antefix import rpc
 from antefix.clients import Tokens
 from antefix.model_dir import identify
+from antefix.restore_report import RestoreReport
 from antefix.secret import create_secret_file
 from antefix.store.open import StoreAddress, open_store
 from antefix.tokenizer import load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import Sampling, sampling_to_wire, tokens_to_wire
-from antefix.worker.report import RestoreReport
 from router.gateway.app import start_http
 from router.generate import Request
 from router.server import RouterConfig, RouterServicer

@@ -30,9 +30,9 @@ import xxhash
 from antefix.block import Chain, chain_of
 from antefix.commands.bench import add_store_arguments
 from antefix.layout import BlockLayout
+from antefix.record import Record, RecordKind
 from antefix.store import codec
 from antefix.store.allocator import keep_large_buffers
-from antefix.store.api import Record, RecordKind
 from benchmarks.store_limits import DIRECT_READERS, WARM_READERS, direct_read, drop_cache, raw_write, seconds, warm_read
 from benchmarks.store_payloads import blocks, layout_of
 from benchmarks.store_peers import MODULES, PEERS

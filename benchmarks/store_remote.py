@@ -25,7 +25,7 @@ import xxhash
 from grpc.experimental import ChannelOptions
 
 from antefix.block import Chain
-from antefix.store.api import Record
+from antefix.record import Record
 from antefix.store.client import RemoteStore
 
 MIB = 1 << 20

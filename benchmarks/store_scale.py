@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from antefix.block import chain_of
-from antefix.store.api import Record, RecordKind
+from antefix.record import Record, RecordKind
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from antefix.errors import InvalidRequest
-from antefix.store.api import PutResult, Record, RecordKind
+from antefix.record import PutResult, Record, RecordKind
 from antefix.store.format import HASH_BYTES, TENANT_BYTES_MAX, extent_bytes
 from antefix.store.index import Index
 from kvstore.config import KvStoreConfig

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from antefix.record import Buffer, Record, RecordKind
 from antefix.store import codec
-from antefix.store.api import Buffer, Record, RecordKind
 
 log = logging.getLogger("kvstore.compression")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from antefix.config import parse_size, require, setting
 from antefix.events.address import check_url
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.format import PAYLOAD_BYTES_MAX
 
 MIB = 1 << 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from antefix.store.api import Record
+from antefix.record import Record
 from antefix.store.encryption import TAG_BYTES, KeyRing, fresh_nonce
 from antefix.store.format import NONCE_BYTES, Codec, RecordFlag, RecordHeader
 from kvstore.compression import Compression

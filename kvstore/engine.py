@@ -22,8 +22,8 @@ from typing import Final
 import lmdb
 
 from antefix.errors import BlockCorrupt, StoreFull
+from antefix.record import LookupResult, PutResult, Record, RecordKind
 from antefix.store import codec
-from antefix.store.api import LookupResult, PutResult, Record, RecordKind
 from antefix.store.encryption import KeyRing
 from antefix.store.format import (
     RECORD_HEADER_BYTES,

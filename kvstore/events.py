@@ -16,7 +16,7 @@ from enum import IntEnum
 from itertools import groupby
 from typing import Final
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.format import unpack_entry
 from antefix.store.index import TABLE_OF_KIND, Change, Index
 

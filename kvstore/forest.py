@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Final
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.format import IndexEntry, RecordFlag, RecordHeader
 from kvstore.eviction import EvictionPolicy
 from kvstore.index_writer import IndexTxn, Name

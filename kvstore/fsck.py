@@ -18,7 +18,7 @@ import lmdb
 import lmdb.verify
 
 from antefix.errors import BlockCorrupt, ConfigError, Unavailable
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.format import (
     INDEX_DIR,
     RECORD_HEADER_BYTES,

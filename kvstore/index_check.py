@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import xxhash
 
+from antefix.record import RecordKind
 from antefix.store import codec
-from antefix.store.api import RecordKind
 from antefix.store.format import HASH_BYTES, IndexEntry, RecordFlag, unpack_entry
 from antefix.store.index import TABLE_OF_KIND, Index
 from kvstore.index_writer import (

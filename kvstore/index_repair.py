@@ -20,7 +20,7 @@ import lmdb.verify
 import xxhash
 
 from antefix.errors import Unavailable
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.format import (
     INDEX_DIR,
     SEGMENT_HEADER_BYTES,

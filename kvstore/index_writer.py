@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from antefix.errors import BlockCorrupt
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.format import SEGMENT_ENTRY, IndexEntry, pack_entry, unpack_entry
 from antefix.store.index import QUARANTINED_KEY, TABLE_OF_KIND, Change, Index
 from kvstore.tenant_names import TenantNames, next_number

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import BlockCorrupt, ConfigError
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.format import (
     INDEX_DIR,
     SEGMENT_DIR,

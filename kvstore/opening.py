@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from antefix.record import RecordKind
 from antefix.store import codec
-from antefix.store.api import RecordKind
 from antefix.store.encryption import KeyRing
 from antefix.store.format import RecordFlag
 from antefix.store.index import Index

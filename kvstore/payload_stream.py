@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.reader import Located, ReadOutcome
 from kvstore.engine import Engine
 from kvstore.outgoing import PlainBatch, VerifiedBatch, can_go_plain

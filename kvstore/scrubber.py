@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.format import (
     RECORD_HEADER_BYTES,
     IndexEntry,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import BlockCorrupt
-from antefix.store.api import Buffer
+from antefix.record import Buffer
 from antefix.store.format import (
     BATCH_ALIGN,
     RECORD_ALIGN,

@@ -18,9 +18,9 @@ import grpc
 
 from antefix import rpc
 from antefix.errors import InvalidRequest, Overloaded
+from antefix.record import PutResult, Record, RecordKind
 from antefix.store import codec
 from antefix.store.allocator import keep_large_buffers
-from antefix.store.api import PutResult, Record, RecordKind
 from antefix.store.format import FORMAT_VERSION
 from antefix.store.gone import fate_of
 from antefix.store.payload_channel import SERVICE

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from antefix.errors import StoreFull
-from antefix.store.api import Fate, RecordKind
+from antefix.record import Fate, RecordKind
 from antefix.store.format import (
     BATCH_ALIGN,
     RECORD_HEADER_BYTES,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from kvstore.engine import Engine
 
 

@@ -6,7 +6,7 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from antefix.store.api import Record
+from antefix.record import Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from antefix.errors import Overloaded, Unavailable
-from antefix.store.api import PutResult, Record
+from antefix.record import PutResult, Record
 from kvstore.admission import check_record
 from kvstore.engine import MAINTAIN_S, Engine
 

@@ -8,8 +8,8 @@ from antefix import rpc
 from antefix.config import require, setting
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_to_wire, tokens_from_wire
-from antefix.worker.adopt import leave_handoff
 from antefix.worker.engine import Engine
+from antefix.worker.leave_handoff import leave_handoff
 from antefix.worker.prompt import run_prompt
 from antefix.worker.restore import Prompt
 from antefix.worker.service import WorkerConfig, serve_worker, start_engine

@@ -17,8 +17,8 @@ import numpy as np
 
 from antefix.clients import DecodeClient, Tokens
 from antefix.errors import Overloaded, Unavailable
+from antefix.restore_report import RestoreReport
 from antefix.wire import Sampling, TokenLogprob
-from antefix.worker.report import RestoreReport
 from router.directory import Directory
 from router.keeper import Keeper
 from router.naming import Names, Prompt

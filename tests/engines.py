@@ -8,8 +8,8 @@ import torch
 from antefix.errors import Unavailable
 from antefix.model import BlockPool, load_model
 from antefix.model_dir import identify
+from antefix.record import BlockFate, Fate, LookupResult, PutResult, RecordKind
 from antefix.secret import Keyring
-from antefix.store.api import BlockFate, Fate, LookupResult, PutResult, RecordKind
 from antefix.window import Rates, RestorePlanner, Sizes, parse
 from antefix.window.rates import RatePriors
 from antefix.worker.compute import ComputeThread

@@ -23,8 +23,8 @@ from antefix.deployment import Deployment, DeploymentConfig
 from antefix.errors import InvalidRequest
 from antefix.layout import KVFormat, KVGeometry
 from antefix.model_dir import read_config
+from antefix.record import RecordKind
 from antefix.reference import Reference
-from antefix.store.api import RecordKind
 from antefix.store.client import RemoteStore
 from antefix.store.stats import StoreTotals, read_stats
 from antefix.tokenizer import Tokenizer, load_tokenizer

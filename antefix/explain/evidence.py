@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from antefix.store.api import Fate, RecordKind
+from antefix.record import Fate, RecordKind
 from antefix.store.format import Codec, IndexEntry
 from antefix.store.gone import remembered
 from antefix.store.index import Index

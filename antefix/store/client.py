@@ -18,8 +18,8 @@ import lmdb
 from antefix import rpc
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailable
 from antefix.layout import BlockLayout
+from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind
 from antefix.store import codec
-from antefix.store.api import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind
 from antefix.store.encryption import KeyRing
 from antefix.store.format import FORMAT_VERSION
 from antefix.store.gone import fate_of

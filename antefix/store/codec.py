@@ -24,7 +24,7 @@ import zstandard
 
 from antefix.errors import BlockCorrupt
 from antefix.layout import BlockLayout, entry_record
-from antefix.store.api import Buffer
+from antefix.record import Buffer
 
 # Level 3 gains nothing over 1 on this data, and negative levels store float data raw.
 ZSTD_LEVEL: Final = 1

@@ -14,7 +14,7 @@ from typing import Final
 import xxhash
 
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 
 FORMAT_VERSION: Final = 1
 STORE_FILE: Final = "STORE"

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from antefix.store.api import BlockFate, Fate, RecordKind
+from antefix.record import BlockFate, Fate, RecordKind
 from antefix.store.index import Index
 
 GONE_FILE: Final = "GONE"

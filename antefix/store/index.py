@@ -21,7 +21,7 @@ from typing import Any, Final
 import lmdb
 
 from antefix.errors import Unavailable
-from antefix.store.api import LookupResult, RecordKind
+from antefix.record import LookupResult, RecordKind
 from antefix.store.format import IndexEntry, unpack_entry
 
 TABLES: Final = ("blocks", "checkpoints", "leaves", "expiry", "segments", "names", "totals", "meta")

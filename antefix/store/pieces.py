@@ -11,7 +11,7 @@ from typing import Final
 import xxhash
 
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.store.api import Buffer, Record, RecordKind
+from antefix.record import Buffer, Record, RecordKind
 from antefix.store.format import HASH_BYTES
 from antefix.store.wire import GET_RESPONSE_DATA, BlankMessage, Piece, head_of
 from antefix.v1 import kvstore_pb2

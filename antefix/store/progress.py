@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.format import RECORD_HEADER_BYTES, extent_bytes, payload_checksum, plain_record
 from antefix.store.pieces import piece_checksum
 from antefix.store.wire import Stretch, unpack_get_response

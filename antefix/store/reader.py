@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import BlockCorrupt, InvalidRequest, Unavailable
-from antefix.store.api import LookupResult, RecordKind
+from antefix.record import LookupResult, RecordKind
 from antefix.store.format import INDEX_DIR, SEGMENT_DIR, STORE_FILE, IndexEntry, RecordHeader, unpack_identity
 from antefix.store.index import Index
 from antefix.store.runs import (

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import BlockCorrupt
+from antefix.record import RecordKind
 from antefix.store import codec
-from antefix.store.api import RecordKind
 from antefix.store.format import (
     RECORD_ALIGN,
     RECORD_HEADER_BYTES,

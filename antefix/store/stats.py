@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from antefix import rpc
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
 from antefix.v1 import kvstore_pb2
 

@@ -18,9 +18,10 @@ from antefix.verify.compare import Outcome
 from antefix.verify.models import Subject
 from antefix.verify.stores import EmptyStore
 from antefix.window import Decision, PlanKind, Rates, RestorePlanner, Sizes, StoredPrefix, parse
-from antefix.worker.adopt import adopt, leave_handoff, take_handoff
+from antefix.worker.adopt import adopt, take_handoff
 from antefix.worker.compute import ComputeThread
 from antefix.worker.engine import Engine
+from antefix.worker.leave_handoff import leave_handoff
 from antefix.worker.output import store_end, store_token
 from antefix.worker.prompt import grow, run_prompt
 from antefix.worker.resident import ResidentBlocks

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from antefix.layout import BlockLayout
-from antefix.store.api import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind, Store
+from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind
+from antefix.store.api import Store
 
 
 class EmptyStore:

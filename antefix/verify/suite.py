@@ -18,7 +18,8 @@ import numpy as np
 
 from antefix.clients import Tokens
 from antefix.model.backend import uses_triton
-from antefix.store.api import LookupResult, Store
+from antefix.record import LookupResult
+from antefix.store.api import Store
 from antefix.verify.card import against_cpu
 from antefix.verify.compare import Difference, Outcome, compare
 from antefix.verify.models import Subject

@@ -5,7 +5,7 @@ a pool costs a replay, never an answer. docs/WINDOW_STATE.md, "Window pool", has
 """
 
 from antefix.window_pool.api import POOL_TIER, Found, WindowPool
-from antefix.window_pool.open import DISK, check_address, check_window_settings, open_window_pool
+from antefix.window_pool.open import DISK, check_address, open_window_pool
 from antefix.window_pool.redis_pool import RedisWindowPool
 from antefix.window_pool.store_memory import StoreMemoryPool
 
@@ -17,6 +17,5 @@ __all__ = [
     "StoreMemoryPool",
     "WindowPool",
     "check_address",
-    "check_window_settings",
     "open_window_pool",
 ]

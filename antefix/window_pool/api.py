@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from antefix.store.api import Record
+from antefix.record import Record
 
 # The tier's name in plans and in measured rates.
 POOL_TIER = "pool"

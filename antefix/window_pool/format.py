@@ -19,7 +19,7 @@ import struct
 import xxhash
 
 from antefix.errors import BlockCorrupt
-from antefix.store.api import Record
+from antefix.record import Record
 
 MAGIC = b"AFW1"
 _HEADER = struct.Struct("<4sIQ32s32s")

@@ -1,10 +1,9 @@
-"""The `window_pool` setting: "disk" (none), "memory", or the URL of a Redis server or cluster; what it goes with."""
+"""The `window_pool` setting: "disk" (none), "memory", or the URL of a Redis server or cluster."""
 
 from __future__ import annotations
 
 from antefix.config import require
 from antefix.store.api import Store
-from antefix.window import Strategies, check_exactness, in_force
 from antefix.window_pool.api import WindowPool
 from antefix.window_pool.redis_pool import RedisWindowPool
 from antefix.window_pool.store_memory import StoreMemoryPool
@@ -19,17 +18,6 @@ def check_address(address: str) -> None:
         address in (DISK, MEMORY) or address.startswith(_SCHEMES),
         f"window_pool must be disk, memory or a URL ({', '.join(_SCHEMES)}...), is {address!r}",
     )
-
-
-def check_window_settings(strategy: str, *, window_pool: str, bounded_windows: int, reproducible: bool) -> None:
-    """What `antefix up` and every worker refuse before anything is started.
-
-    Raises:  ConfigError: a setting that is none, or two that contradict each other.
-    """
-    check_address(window_pool)
-    check_exactness(bounded_windows=bounded_windows, reproducible=reproducible)
-    for each in Strategies.parse(strategy).all():
-        in_force(each, has_pool=window_pool != DISK)
 
 
 def open_window_pool(address: str, store: Store, *, bytes_max: int) -> WindowPool | None:

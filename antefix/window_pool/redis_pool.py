@@ -17,7 +17,7 @@ from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisClusterException, RedisError
 
 from antefix.errors import BlockCorrupt, ConfigError, Unavailable
-from antefix.store.api import Record
+from antefix.record import Record
 from antefix.window_pool.api import NAMES_MAX, Found
 from antefix.window_pool.format import HEADER_BYTES, pack, unpack
 

@@ -1,27 +1,21 @@
-"""Handing a prompt over: what prefill leaves, how decode takes it, and prefilling here where a part of it is gone."""
+"""Taking a prompt over from prefill, and prefilling here where a part of it is gone."""
 
 from __future__ import annotations
 
-import secrets
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from antefix.block import HASH_BYTES
 from antefix.errors import AntefixError, BlockCorrupt
 from antefix.model import Sequence, WindowState
-from antefix.store.api import Record, RecordKind
+from antefix.record import RecordKind
+from antefix.restore_report import RestoreReport
 from antefix.worker.engine import Engine
 from antefix.worker.handoff import Handoff
-from antefix.worker.prompt import ComputedPrompt, run_prompt
-from antefix.worker.report import RestoreReport
+from antefix.worker.prompt import run_prompt
 from antefix.worker.restore import Prompt, load_blocks
-from antefix.worker.writer import put_quietly
-
-# A handoff is taken as soon as decode has a place; this is for a decode worker that died and was replaced.
-HANDOFF_TTL_S = 120.0
 
 
 @dataclass(slots=True)
@@ -31,30 +25,6 @@ class Adopted:
     sequence: Sequence
     logits: npt.NDArray[np.float32]
     report: RestoreReport
-
-
-async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
-    """The handoff's name, or empty when the store could not keep it: decode prefills by itself then."""
-    sequence = computed.sequence
-    partial = sequence.position % engine.block_size
-    window = await engine.compute.run(sequence.window.to_bytes)
-    unfinished = sequence.block_table[-1:] if partial else []
-    row = b"".join(await engine.compute.run(engine.pool.payloads, unfinished))
-    chain = computed.prompt.chain
-    handoff = Handoff(
-        position=sequence.position, prompt=chain.digest(), window=window, partial_row=row, logits=computed.logits
-    )
-    record = Record(
-        kind=RecordKind.HANDOFF,
-        hash=secrets.token_bytes(HASH_BYTES),  # unguessable: whoever knows the name may take the handoff
-        parent=chain.parent(len(chain)),
-        fingerprint=engine.fingerprint,
-        position=sequence.position,
-        payload=handoff.to_bytes(),
-        tenant=computed.prompt.tenant,
-        ttl_s=HANDOFF_TTL_S,
-    )
-    return record.hash if await put_quietly(engine.store, record, engine.counters) else b""
 
 
 async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff | None:

@@ -8,7 +8,8 @@ import time
 from collections.abc import Awaitable, Callable
 
 from antefix.errors import AntefixError
-from antefix.store.api import RecordKind, Store
+from antefix.record import RecordKind
+from antefix.store.api import Store
 from antefix.store.client import LocalStore, RemoteStore
 from antefix.store.stats import StoreTotals, read_stats
 from antefix.window import BudgetState, Turnover

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from antefix.model import WindowState
-from antefix.store.api import Record, RecordKind
+from antefix.record import Record, RecordKind
 from antefix.window import Mark, OutputFacts, PromptFacts, Reason, Tier
 from antefix.worker.engine import Engine
 from antefix.worker.restore import Prompt, Restored

@@ -19,12 +19,13 @@ from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.api import Store
 from antefix.window import Rates, RestorePlanner, Sizes, Strategies, Strategy, check_bounded, in_force
-from antefix.window_pool import DISK, WindowPool, check_window_settings, open_window_pool
+from antefix.window_pool import DISK, WindowPool, open_window_pool
+from antefix.window_settings import check_window_settings
 from antefix.worker.budget import CheckpointBudget, counter_of
 from antefix.worker.compute import ComputeThread
 from antefix.worker.plan_log import PlanLog
-from antefix.worker.report import StoreCounters
 from antefix.worker.resident import ResidentBlocks
+from antefix.worker.store_counters import StoreCounters
 
 log = logging.getLogger("antefix.worker")
 

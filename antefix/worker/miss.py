@@ -6,7 +6,7 @@ from typing import Final
 
 from antefix.block import Chain, Tokens
 from antefix.errors import AntefixError
-from antefix.store.api import Fate
+from antefix.record import Fate
 from antefix.worker.engine import Engine
 
 # A store that serves many namespaces must not make a miss slow: naming 128K tokens anew takes 0.7 ms.

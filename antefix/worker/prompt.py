@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from antefix.errors import InvalidRequest
 from antefix.model import Sequence, forward
-from antefix.store.api import Record, RecordKind
+from antefix.record import Record, RecordKind
+from antefix.restore_report import RestoreReport
 from antefix.window import Mark
 from antefix.worker.checkpoints import leave_checkpoint, prompt_marks
 from antefix.worker.engine import Engine
 from antefix.worker.plan_log import PlanOutcome
-from antefix.worker.report import RestoreReport
 from antefix.worker.restore import Prompt, Restored, restore
 from antefix.worker.writer import RecordWriter
 

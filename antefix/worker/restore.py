@@ -16,13 +16,13 @@ import numpy.typing as npt
 from antefix.block import Chain, exactness_of
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.model import Sequence, WindowState, forward, replay
-from antefix.store.api import LookupResult, RecordKind
+from antefix.record import LookupResult, RecordKind
+from antefix.restore_report import RestoreReport
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
 from antefix.worker.compute import uninterrupted
 from antefix.worker.engine import Engine
 from antefix.worker.miss import miss_reason
-from antefix.worker.report import RestoreReport
 
 DISK_TIER = Tier.DISK.value
 

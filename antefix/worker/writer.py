@@ -11,11 +11,12 @@ import logging
 from collections import deque
 
 from antefix.errors import AntefixError
-from antefix.store.api import Record, RecordKind, Store
+from antefix.record import Record, RecordKind
+from antefix.store.api import Store
 from antefix.window import Tier
 from antefix.window_pool import WindowPool
 from antefix.worker.compute import uninterrupted
-from antefix.worker.report import StoreCounters
+from antefix.worker.store_counters import StoreCounters
 
 log = logging.getLogger("antefix.writer")
 

@@ -8,8 +8,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from antefix.restore_report import RestoreReport
 from antefix.usage.providers import messages_usage
-from antefix.worker.report import RestoreReport
 from router.chat.messages import Conversation, Delta, Role
 from router.front import cache_tenant
 from router.gateway.anthropic_messages import (

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from antefix.clients import Tokens
+from antefix.restore_report import RestoreReport
 from antefix.tokenizer import TextStream, Tokenizer
 from antefix.usage.record import UsageRecord
-from antefix.worker.report import RestoreReport
 from router.bill import Bill
 from router.chat.formats import OutputParser
 from router.chat.memory import AnswerMemory

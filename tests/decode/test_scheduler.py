@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from antefix.errors import AntefixError, Overloaded
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.wire import Sampling
 from antefix.worker.prompt import run_prompt
 from antefix.worker.writer import RecordWriter

@@ -14,8 +14,8 @@ import pytest
 from antefix.clients import WindowClient
 from antefix.deployment import Deployment, DeploymentConfig
 from antefix.layout import KVFormat
+from antefix.record import RecordKind
 from antefix.reference import Reference
-from antefix.store.api import RecordKind
 from antefix.store.client import RemoteStore
 from antefix.store.stats import read_stats
 from antefix.wire import Sampling

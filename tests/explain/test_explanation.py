@@ -14,8 +14,8 @@ from antefix.block import chain_of
 from antefix.cli import main
 from antefix.layout import KVFormat
 from antefix.model_dir import identify
+from antefix.record import Record, RecordKind
 from antefix.secret import Keyring, create_secret_file
-from antefix.store.api import Record, RecordKind
 from antefix.store.client import RemoteStore
 from antefix.usage.storelog import StoreLog
 from antefix.v1 import kvstore_pb2, prefill_pb2, prefill_pb2_grpc

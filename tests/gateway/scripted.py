@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from antefix.model_dir import identify
+from antefix.restore_report import RestoreReport
 from antefix.secret import Keyring
 from antefix.tokenizer import load_tokenizer
 from antefix.usage.ledger import Ledger
 from antefix.usage.ratecard import RateCards
 from antefix.usage.tenants import TenantBook
 from antefix.wire import TokenLogprob
-from antefix.worker.report import RestoreReport
 from router.accounting import Accounts
 from router.bill import Served
 from router.front import Front

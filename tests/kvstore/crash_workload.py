@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from kvstore.config import KvStoreConfig
 from kvstore.disk import Disk
 from kvstore.engine import Engine

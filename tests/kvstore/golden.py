@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.codec import PlanePart, PlanePlan
 from antefix.store.format import FORMAT_VERSION
 from kvstore.config import KvStoreConfig

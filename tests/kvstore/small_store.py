@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from antefix.block import Chain, chain_of
-from antefix.store.api import Record, RecordKind
+from antefix.record import Record, RecordKind
 from kvstore.engine import Engine
 
 FINGERPRINT = b"F" * 32

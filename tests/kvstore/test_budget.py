@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from kvstore.config import KvStoreConfig
 from kvstore.disk import Disk
 from kvstore.engine import Engine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.codec import PlanePart, PlanePlan
 from kvstore.compression import Compression, judge
 from kvstore.engine import Engine

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import ConfigError, InvalidRequest
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt

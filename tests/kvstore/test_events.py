@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.usage.storelog import StoreEventKind, read_store_log
 from kvstore import events
 from kvstore.engine import Engine

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.format import FORMAT_VERSION
 from kvstore import fsck
 from kvstore.config import KvStoreConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from antefix.store.api import Fate, RecordKind
+from antefix.record import Fate, RecordKind
 from antefix.store.gone import GONE_FILE, SLOT_BYTES, GoneWriter, fate_of, remembered
 from kvstore.engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
 from tests.kvstore.power_loss import PowerLossDisk

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import ConfigError
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.encryption import KeyRing
 from antefix.store.reader import StoreReader
 from kvstore.engine import Engine

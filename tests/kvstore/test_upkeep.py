@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import ConfigError
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from kvstore import fsck, inspect
 from kvstore.engine import Engine
 from kvstore.scrubber import Scrubber

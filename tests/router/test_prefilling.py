@@ -7,9 +7,9 @@ import pytest
 
 from antefix.clients import PrefillClient, Prefilled
 from antefix.errors import InvalidRequest, Overloaded, Unavailable
+from antefix.record import LookupResult
+from antefix.restore_report import RestoreReport
 from antefix.secret import Keyring
-from antefix.store.api import LookupResult
-from antefix.worker.report import RestoreReport
 from router import inflight
 from router.directory import Directory
 from router.naming import Names

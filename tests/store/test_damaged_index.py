@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from antefix.errors import Unavailable
-from antefix.store.api import Record, RecordKind
+from antefix.record import Record, RecordKind
 from antefix.store.client import LocalStore
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine

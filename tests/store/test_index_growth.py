@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from antefix.store.api import Record, RecordKind
+from antefix.record import Record, RecordKind
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.pieces import PIECE_BYTES, OutgoingPieces, messages_of
 from antefix.store.progress import Progress
 from antefix.v1 import kvstore_pb2

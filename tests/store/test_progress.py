@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.format import (
     RECORD_HEADER_BYTES,
     Codec,

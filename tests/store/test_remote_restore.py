@@ -12,7 +12,7 @@ import pytest
 
 from antefix import rpc
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
 from antefix.store.format import FORMAT_VERSION
 from antefix.store.payload_channel import PayloadChannel

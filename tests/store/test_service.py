@@ -12,7 +12,8 @@ import pytest
 
 from antefix import rpc
 from antefix.errors import InvalidRequest, Unavailable
-from antefix.store.api import Record, RecordKind, Store
+from antefix.record import Record, RecordKind
+from antefix.store.api import Store
 from antefix.store.client import LocalStore, RemoteStore
 from antefix.v1 import kvstore_pb2
 from kvstore.config import KvStoreConfig

@@ -18,6 +18,7 @@ from antefix import rpc
 from antefix.block import chain_of
 from antefix.clients import usage_to_wire
 from antefix.errors import Overloaded, Unavailable
+from antefix.restore_report import RestoreReport
 from antefix.secret import Keyring
 from antefix.usage.ledger import Ledger
 from antefix.usage.ratecard import load_cards
@@ -25,7 +26,6 @@ from antefix.usage.storelog import StoreLog, read_store_log
 from antefix.usage.tenants import TenantBook
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import sampling_from_wire, tokens_from_wire, tokens_to_wire
-from antefix.worker.report import RestoreReport
 from router.accounting import Accounts
 from router.bill import Served
 from router.generate import Request

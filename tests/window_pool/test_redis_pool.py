@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from antefix.errors import BlockCorrupt, ConfigError, Unavailable
-from antefix.store.api import Record, RecordKind
+from antefix.record import Record, RecordKind
 from antefix.window_pool import RedisWindowPool, check_address, open_window_pool
 from antefix.window_pool.format import HEADER_BYTES, pack, unpack
 from antefix.window_pool.redis_pool import key_of

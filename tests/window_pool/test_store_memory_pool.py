@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from antefix.errors import Unavailable
-from antefix.store.api import PutResult, Record, RecordKind
+from antefix.record import PutResult, Record, RecordKind
 from antefix.window_pool import StoreMemoryPool
 from antefix.window_pool.store_memory import pool_name
 from antefix.worker.prompt import run_prompt

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from antefix.block import exactness_of
-from antefix.store.api import Record, RecordKind
+from antefix.record import Record, RecordKind
 from antefix.window import PlanKind
 from antefix.worker.prompt import run_prompt
 from kvstore.config import KvStoreConfig

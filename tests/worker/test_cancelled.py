@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from antefix.worker.adopt import adopt, leave_handoff, take_handoff
+from antefix.worker.adopt import adopt, take_handoff
+from antefix.worker.leave_handoff import leave_handoff
 from antefix.worker.prompt import run_prompt
 
 # Six blocks of 64 and a rest; the stored prefix is the first three.

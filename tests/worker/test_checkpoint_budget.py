@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 
 from antefix.errors import Unavailable
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.stats import KindTotals, StoreTotals
 from antefix.window import Reason, StoredPrefix
 from antefix.worker import budget as budget_module

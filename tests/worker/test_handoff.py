@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import BlockCorrupt
-from antefix.worker.adopt import leave_handoff, take_handoff
+from antefix.worker.adopt import take_handoff
 from antefix.worker.handoff import Handoff
+from antefix.worker.leave_handoff import leave_handoff
 from antefix.worker.prompt import run_prompt
 
 

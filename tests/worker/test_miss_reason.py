@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from antefix import rpc
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.client import LocalStore, RemoteStore
 from antefix.v1 import kvstore_pb2
 from antefix.worker.prompt import run_prompt

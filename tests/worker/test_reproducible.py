@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.window import RestorePlanner
 from antefix.worker import prompt as prompt_module
 from antefix.worker import restore as restore_module

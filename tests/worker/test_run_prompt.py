@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from antefix.layout import KVFormat
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.worker.prompt import run_prompt
 
 RNG = np.random.default_rng(7)

@@ -9,7 +9,7 @@ from antefix import rpc
 from antefix.cli import main
 from antefix.clients import WindowClient
 from antefix.errors import InvalidRequest
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.v1 import window_pb2
 from antefix.worker.prompt import run_prompt
 from antefix.worker.window_service import add_window_service

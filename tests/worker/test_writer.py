@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from antefix.store.api import Record, RecordKind
-from antefix.worker.report import StoreCounters
+from antefix.record import Record, RecordKind
+from antefix.worker.store_counters import StoreCounters
 from antefix.worker.writer import PENDING_BYTES_MAX, RecordWriter
 
 
