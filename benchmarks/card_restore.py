@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from antefix.deployment import Deployment, DeploymentConfig
 from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, forward
 from antefix.model.norms_rope import inverse_frequencies
@@ -32,13 +31,14 @@ from antefix.model_dir import ModelIdentity
 from antefix.record import LookupResult, PutResult, Record, RecordKind
 from antefix.store.api import Store
 from antefix.store.client import LocalStore
-from antefix.verify.models import Subject
-from antefix.verify.runs import Workers, prompt_of
-from antefix.verify.stores import EmptyStore
 from antefix.window import PlanKind
-from antefix.worker.compute import ComputeThread
-from antefix.worker.engine import Engine
-from antefix.worker.prompt import ComputedPrompt, grow, run_prompt
+from antefix_console.deployment import Deployment, DeploymentConfig
+from antefix_console.verify.models import Subject
+from antefix_console.verify.paired_runs import Workers, prompt_of
+from antefix_console.verify.stores import EmptyStore
+from antefix_prefill.run_prompt import ComputedPrompt, grow, run_prompt
+from antefix_prefill.worker.compute_thread import ComputeThread
+from antefix_prefill.worker.engine import Engine
 from benchmarks.store_peers import drop_cache
 from benchmarks.ttft import direct_read_rate
 

@@ -28,12 +28,12 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.clients import RouterClient
-from antefix.deployment import Deployment, DeploymentConfig, RoleProcess
 from antefix.errors import AntefixError
 from antefix.layout import KVFormat
-from antefix.reference import Reference
 from antefix.wire import Sampling
-from simulate.trace import Request, load
+from antefix_console.bare_model import Reference
+from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
+from antefix_simulate.trace import Request, load
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"

@@ -72,7 +72,7 @@ def measure_remote(
     plain = directory / "plain"
     plain.write_bytes(payloads.data)
     bare = subprocess.Popen([sys.executable, "-c", BARE_SERVER], stdout=subprocess.PIPE, text=True)
-    command = [sys.executable, "-m", "antefix", "serve", "kvstore", "--dir", str(directory / "remote")]
+    command = [sys.executable, "-m", "antefix_console", "serve", "kvstore", "--dir", str(directory / "remote")]
     served = subprocess.Popen(
         [*command, "--budget-bytes", "8g"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -8,12 +8,12 @@ import socket
 import pytest
 
 from antefix.errors import Overloaded, Unavailable
-from antefix.usage.ledger_files import read_settled
-from antefix.usage.quota import Limit, TenantLimits, Window
-from antefix.usage.record import Status
-from antefix.usage.tenants import TenantBook
-from router.gateway.app import start_http
-from router.gateway.config import GatewayConfig
+from antefix_billing.ledger_files import read_settled
+from antefix_billing.limits import Limit, TenantLimits, Window
+from antefix_billing.tenants import TenantBook
+from antefix_billing.usage_record import Status
+from antefix_router.gateway.app import start_http
+from antefix_router.gateway.gateway_config import GatewayConfig
 from tests.gateway.scripted import Script, make_front, serving
 
 anthropic = pytest.importorskip("anthropic")

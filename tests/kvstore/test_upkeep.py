@@ -10,9 +10,10 @@ import pytest
 
 from antefix.errors import ConfigError
 from antefix.record import RecordKind
-from kvstore import fsck, inspect
-from kvstore.engine import Engine
-from kvstore.scrubber import Scrubber
+from antefix_kvstore import check_store as fsck
+from antefix_kvstore import describe_store as inspect
+from antefix_kvstore.scrubber import Scrubber
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 OpenEngine = Callable[..., Engine]

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antefix.window import Mark, OutputFacts, PromptFacts, Sizes, Strategy, parse
-from simulate.generate import SHAPES, generate
-from simulate.machine import RATE_CARDS, Machine, model_sizes
-from simulate.replay import Setup, ideal_hit_tokens, simulate, store_hit_tokens
-from simulate.store import StoreLimits
-from simulate.trace import Request, Trace
+from antefix_simulate.generated_traces import SHAPES, generate
+from antefix_simulate.machine import RATE_CARDS, Machine, model_sizes
+from antefix_simulate.simulated_store import StoreLimits
+from antefix_simulate.trace import Request, Trace
+from antefix_simulate.trace_replay import Setup, ideal_hit_tokens, simulate, store_hit_tokens
 
 SIZES = model_sizes("v4-flash")
 MACHINE = Machine(jitter=0.0)
