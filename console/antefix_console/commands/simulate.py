@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from antefix.byte_size import parse_byte_size
 from antefix.errors import InvalidRequest
 from antefix.window import Strategy, parse
-from antefix.window.strategy import parse_bytes
 from antefix_console.commands import simulate_cluster as cluster_cli
 from antefix_simulate.breakeven import break_even, break_even_text
 from antefix_simulate.breakeven_plot import plot_break_even
@@ -55,16 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategy",
         action="append",
         metavar="NAME",
-        help="full, periodic(TOKENS), boundary, auto, auto(budget=BYTES, ends=disk|pool), zero, or all "
+        help="full, periodic(TOKENS), boundary, auto, auto(budget=SIZE, ends=disk|pool), zero, or all "
         "(default all; may be given several times)",
     )
     parser.add_argument(
         "--store-bytes",
         action="append",
-        metavar="BYTES",
+        metavar="SIZE",
         help="the store's budget, such as 64GB (default endless; given several times, each is simulated)",
     )
-    parser.add_argument("--pool-bytes", metavar="BYTES", help="the window pool's budget (default endless)")
+    parser.add_argument("--pool-bytes", metavar="SIZE", help="the window pool's budget (default endless)")
     parser.add_argument("--no-replay", action="store_true", help="forbid exact replay: resume at checkpoints only")
     parser.add_argument("--model", default="v4-flash", help="v4-flash, v4-pro or a model directory (default v4-flash)")
     machine = Machine()
@@ -103,10 +103,10 @@ def run(args: argparse.Namespace) -> int:
     setup = Setup(sizes=sizes, machine=machine, card=_card(args), limits=StoreLimits(), replay=not args.no_replay)
     strategies = _strategies(args.strategy or ["all"])
     # 2. Each store size, each strategy.
-    pool_bytes = parse_bytes(args.pool_bytes) if args.pool_bytes else None
+    pool_bytes = parse_byte_size(args.pool_bytes) if args.pool_bytes else None
     simulations = []
     for text in args.store_bytes or [None]:
-        limits = StoreLimits(store_bytes=parse_bytes(text) if text else None, pool_bytes=pool_bytes)
+        limits = StoreLimits(store_bytes=parse_byte_size(text) if text else None, pool_bytes=pool_bytes)
         simulations.append(_compare(trace, strategies, replace(setup, limits=limits), args.model))
     # 3. Show it.
     if args.json:
