@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.layout import BlockLayout
 
 
@@ -27,9 +27,9 @@ class Sizes:
     def __post_init__(self) -> None:
         for name in ("block_size", "block_bytes", "checkpoint_bytes", "window_tokens", "num_layers"):
             if getattr(self, name) < 1:
-                raise InvalidRequest(f"{name} must be positive, is {getattr(self, name)}")
+                raise InternalError(f"{name} must be positive, is {getattr(self, name)}")
         if self.replay_tokens < 0 or self.replay_tokens % self.block_size:
-            raise InvalidRequest(f"replay_tokens must be whole blocks, is {self.replay_tokens}")
+            raise InternalError(f"replay_tokens must be whole blocks, is {self.replay_tokens}")
 
     @classmethod
     def of(cls, layout: BlockLayout) -> Sizes:
