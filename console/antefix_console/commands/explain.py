@@ -216,7 +216,8 @@ def _priors(args: argparse.Namespace) -> RatePriors:
 
 async def _measured_rate(worker: str) -> float:
     # The client is made here: a channel belongs to the loop that is running then.
-    return (await PrefillClient(worker).status()).prefill_tokens_per_s
+    async with PrefillClient(worker) as client:
+        return (await client.status()).prefill_tokens_per_s
 
 
 def _tokens(args: argparse.Namespace) -> Tokens:
