@@ -18,6 +18,6 @@ integers in, nothing of Antefix imported.
     linear.py                     products, row by row
     tokens.py                     norms, rotation, mixing, experts' sums
 
-Triton is needed by all but number_formats.py and torch_reference.py. `TRITON_INTERPRET=1` runs them on the CPU. Each kernel is
-specified by the oracle of the same name in torch_reference.py; docs/KERNELS.md has the measurements.
+All but number_formats.py and torch_reference.py need Triton. `TRITON_INTERPRET=1` runs them on the CPU. The oracle of
+the same name in torch_reference.py specifies each kernel; docs/KERNELS.md has the measurements.
 """
