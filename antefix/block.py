@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from antefix.errors import InternalError, InvalidRequest
+from antefix.errors import InvalidRequest
 from antefix.layout import KVFormat, KVGeometry
 
 HASH_BYTES: Final = 32
@@ -118,7 +118,7 @@ class Chain:
 
     def __init__(self, fingerprint_digest: bytes, key: bytes, block_size: int) -> None:
         if len(fingerprint_digest) != HASH_BYTES or not key:
-            raise InternalError("a chain needs a 32-byte fingerprint and a tenant key")
+            raise InvalidRequest("a chain needs a 32-byte fingerprint and a tenant key")
         self.block_size = block_size
         self.root = hashlib.blake2b(
             fingerprint_digest, digest_size=HASH_BYTES, key=key, person=b"antefix-root"

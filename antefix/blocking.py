@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from types import TracebackType
@@ -40,9 +41,13 @@ class LoopThread:
         self._thread: Final = threading.Thread(target=self._loop.run_forever, name="antefix-blocking", daemon=True)
         self._thread.start()
 
+    @property
+    def is_open(self) -> bool:
+        return not self._loop.is_closed()
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """What `work` returns or raises. An interrupt of the waiting thread cancels it."""
-        if self._loop.is_closed():
+        if not self.is_open:
             work.close()
             raise InvalidRequest("this client is closed; open another one")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -54,7 +59,7 @@ class LoopThread:
 
     def close(self) -> None:
         """Cancel what still runs, and end the thread. Closing again does nothing."""
-        if self._loop.is_closed():
+        if not self.is_open:
             return
         self.run(_cancel_the_rest())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -123,8 +128,13 @@ def _stream(
                 while True:
                     yield self._thread.run(_next(items))
         finally:
-            self._thread.run(items.aclose())
+            # A closed client has ended its streams.
+            if self._thread.is_open:
+                self._thread.run(items.aclose())
 
+    shown = inspect.signature(method)
+    items_of = str(shown.return_annotation).removeprefix("AsyncGenerator[").removesuffix(", None]")
+    call.__signature__ = shown.replace(return_annotation=f"Iterator[{items_of}]")  # type: ignore[attr-defined]
     return call
 
 

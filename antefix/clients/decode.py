@@ -56,6 +56,10 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
         num_emitted: int = 0,
         timeout_s: float,
     ) -> AsyncGenerator[Decoded, None]:
+        """Stream an output; leaving the stream stops the work.
+
+        num_emitted: tokens at the end of `tokens` that are of this output, and that the client has already.
+        """
         request = decode_pb2.DecodeRequest(
             request_id=request_id,
             tenant=tenant,
@@ -80,6 +84,7 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
             call.cancel()  # a caller that stops early stops the work; after the end this does nothing
 
     async def status(self, *, timeout_s: float = 5.0) -> DecodeStatus:
+        """What the worker does now."""
         with rpc.rpc_errors():
             answer = await self._stub.DecodeStatus(decode_pb2.DecodeStatusRequest(), timeout=timeout_s)
         return decode_status_from_wire(answer)

@@ -39,7 +39,10 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
         timeout_s: float,
         keep: Sequence[tuple[int, float]] = (),
     ) -> Prefilled:
-        """keep: (tokens, seconds) of prefixes that window state is to be left at."""
+        """Compute and store a prompt's KV, restoring what is stored of it.
+
+        keep: (tokens, seconds) of prefixes that window state is to be left at.
+        """
         request = prefill_pb2.PrefillRequest(request_id=request_id, tenant=tenant, prompt=tokens_to_wire(tokens))
         for num_tokens, ttl_s in keep:
             request.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
@@ -48,6 +51,7 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
         return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))
 
     async def status(self, *, timeout_s: float = 5.0) -> PrefillStatus:
+        """What the worker does now."""
         with rpc.rpc_errors():
             answer = await self._stub.PrefillStatus(prefill_pb2.PrefillStatusRequest(), timeout=timeout_s)
         return prefill_status_from_wire(answer)

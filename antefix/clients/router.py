@@ -53,7 +53,11 @@ class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
         session: str = "",
         timeout_s: float = 600.0,
     ) -> AsyncGenerator[Generated, None]:
-        """session: the caller's name of the conversation, a hint where to place it."""
+        """Stream an answer; leaving the stream stops the work.
+
+        session: the caller's name of the conversation, a hint where to place it.
+        request_id: sent again, it is a retry of the same request.
+        """
         request = router_pb2.GenerateRequest(
             sampling=sampling_to_wire(sampling), tenant=tenant, request_id=request_id, session=session
         )
@@ -70,6 +74,7 @@ class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
             call.cancel()
 
     async def status(self, *, timeout_s: float = 5.0) -> RouterStatus:
+        """The workers that the router knows, and what it counted."""
         with rpc.rpc_errors():
             answer = await self._stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=timeout_s)
         return router_status_from_wire(answer)

@@ -40,4 +40,5 @@ class Store(Protocol):
     async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
         """Tell the store how a fingerprint's payloads are laid out, so that it can compress them."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Let go of connections and files."""

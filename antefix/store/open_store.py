@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from antefix.store.api import Store
 from antefix.store.client import LocalStore, RemoteStore
 
 
@@ -17,8 +16,13 @@ class StoreAddress:
     directory: str = ""
 
 
-def open_store(where: StoreAddress) -> Store:
-    """A client; it connects when first used, and again after the service came back."""
+def open_store(where: StoreAddress | str) -> LocalStore | RemoteStore:
+    """A client of a store service; it connects when first used, and again after the service came back.
+
+    where: a StoreAddress, or "host:port" alone to reach everything over gRPC.
+    """
+    if isinstance(where, str):
+        return RemoteStore(where)
     if where.directory:
         return LocalStore(Path(where.directory), where.address)
     return RemoteStore(where.address)

@@ -123,6 +123,7 @@ class Deployment:
     def __init__(self, config: DeploymentConfig) -> None:
         self.config = config
         self.processes: list[RoleProcess] = []
+        self._client: RouterClient | None = None
         # Not the number of processes: roles that start together would get one number, and write into one log.
         self._numbers = itertools.count()
 
@@ -141,7 +142,11 @@ class Deployment:
 
     @property
     def router(self) -> RouterClient:
-        return RouterClient(self.one("router").address)
+        """A client of the router that runs now; closed with the deployment."""
+        address = self.one("router").address
+        if self._client is None or self._client.address != address:
+            self._client = RouterClient(address)
+        return self._client
 
     def one(self, role: str) -> RoleProcess:
         return next(process for process in self.processes if process.role == role and process.alive)
@@ -264,6 +269,8 @@ class Deployment:
 
     async def stop(self) -> None:
         """Stop the roles, those that use others first; what does not stop in time is killed."""
+        if self._client is not None:
+            await self._client.close()
         order = ("router", "decode", "prefill", "kvstore")
         for role in order:
             await asyncio.gather(*(self._stop_one(p) for p in self.processes if p.role == role))

@@ -197,7 +197,7 @@ class Segments:
         self._close_active()
 
     def read(self, number: int, offset: int, nbytes: int) -> bytes:
-        """For the writer's own checks; readers have antefix.store.reader."""
+        """For the writer's own checks; readers have antefix.store_files.segment_reader."""
         fd = os.open(self.path(number), os.O_RDONLY | os.O_CLOEXEC)
         try:
             return os.pread(fd, nbytes, offset)

@@ -187,17 +187,24 @@ class Engine:
     # --- writing -------------------------------------------------------------------------------------------------
 
     def put(self, records: Sequence[Record]) -> PutResult:
-        """One put on its own; see `put_group`."""
+        """One put on its own; see `put_group`.
+
+        Raises:  InvalidRequest: as `check`; nothing has been stored.
+        """
+        self.check(records)
         return self.put_group([records])[0]
+
+    def check(self, records: Sequence[Record]) -> None:
+        """Raises:  InvalidRequest: a malformed record, or a payload that its registered layout does not fit."""
+        for record in records:
+            registered_bytes = self.compression.registered_bytes(record.fingerprint, record.kind)
+            check_record(record, self.config.record_bytes_max, registered_bytes)
 
     def put_group(self, puts: Sequence[Sequence[Record]]) -> list[PutResult]:
         """Several puts with one sync. What is stored when this returns survives a power loss in `durable` mode.
 
-        Raises:  InvalidRequest: a malformed record; nothing has been stored.
+        Each was checked by `check`, on its own: a malformed record must not fail the puts of others.
         """
-        for records in puts:
-            for record in records:
-                check_record(record, self.config.record_bytes_max)
         with self._lock:
             merged = [record for records in puts for record in records]
             with self.index.txn() as snapshot:

@@ -20,6 +20,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.kvstore.test_embedded_store import LAYOUT
 
 PROMPT = Prompt(list(range(BLOCK * 6)), payload_bytes=2_500_001)
 MIB = 1 << 20
@@ -274,7 +275,7 @@ async def test_readers_in_other_processes_follow_the_writer(service: Service) ->
     await client.put(PROMPT.blocks(2))
     script = (
         "import sys, time\n"
-        "from antefix.store.reader import StoreReader\n"
+        "from antefix.store_files.segment_reader import StoreReader\n"
         "from tests.kvstore.small_store import *\n"
         "prompt = Prompt(list(range(BLOCK * 6)), payload_bytes=2_500_001)\n"
         "reader = StoreReader(sys.argv[1])\n"
@@ -303,3 +304,10 @@ async def test_readers_in_other_processes_follow_the_writer(service: Service) ->
     assert (await reader.stdout.readline()).split() == [b"6", b"0"]
     assert await reader.wait() == 0
     await client.close()
+
+
+async def test_a_payload_of_another_size_than_registered_is_refused(store: Store) -> None:
+    await store.register(FINGERPRINT, LAYOUT)
+    with pytest.raises(InvalidRequest, match=f"has {LAYOUT.block_bytes} bytes by its registered layout, .* has 7$"):
+        await store.put([PROMPT.block(0, payload=b"7 bytes")])
+    assert (await store.put([PROMPT.block(0, payload=bytes(LAYOUT.block_bytes))])).num_stored == 1
