@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from antefix.cache_tenant import split_tenant
 from antefix.errors import BlockCorrupt, ConfigError
 from antefix.record import RecordKind
 from antefix.store_files.index import TABLE_OF_KIND, Index
@@ -26,18 +27,25 @@ from antefix.store_files.record_format import (
     unpack_identity,
 )
 from antefix.store_files.segment_reader import wall_ms
+from antefix.text_table import text_table
 
+Progress = Callable[[int, int], None]
 NUM_LINES_MAX: Final = 40
+_PROGRESS_EVERY: Final = 10_000
 # Upper bounds of the age classes in seconds, and their names.
 AGES: Final = ((60, "< 1 min"), (3600, "< 1 h"), (86_400, "< 1 d"), (7 * 86_400, "< 7 d"), (float("inf"), "older"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
-    """Records of one namespace (fingerprint), tenant and kind.  ages: number of records by time since last use."""
+    """Records of one namespace (fingerprint), tenant, end user and kind.
+
+    user: empty where the cache is the tenant's own.  ages: number of records by time since last use.
+    """
 
     fingerprint: str
     tenant: str
+    user: str
     kind: RecordKind
     num_records: int
     stored_bytes: int
@@ -73,23 +81,25 @@ class StoreReport:
     num_runs_left_out: int = 0
 
 
-def inspect(directory: Path, *, num_lines_max: int = NUM_LINES_MAX) -> StoreReport:
-    """Raises:  ConfigError: not a store.  Unavailable: its index cannot be opened."""
+def inspect(
+    directory: Path, *, num_lines_max: int = NUM_LINES_MAX, progress: Progress = lambda done, total: None
+) -> StoreReport:
+    """progress: called with entries read and entries in all, now and then.
+
+    Raises:  ConfigError: not a store.  Unavailable: its index cannot be opened.
+    """
     try:
         identity = unpack_identity((directory / STORE_FILE).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, BlockCorrupt) as err:
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise ConfigError(f"{directory} is not an Antefix store: it has no file {STORE_FILE}") from err
+    except BlockCorrupt as err:
         raise ConfigError(f"{directory} is not an Antefix store: {err}") from err
     files = [path for path in (directory / SEGMENT_DIR).iterdir() if segment_number(path.name) is not None]
     index = Index(directory / INDEX_DIR)
     try:
         with index.txn() as txn:
             fingerprints, tenants = index.fingerprints(txn), index.tenants(txn)
-            entries = {
-                (kind, key): entry
-                for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)
-                for key, value in txn.cursor(db=index.db[TABLE_OF_KIND[kind]])
-                if (entry := unpack_entry(value, key)) is not None
-            }
+            entries = _entries(index, txn, progress)
     finally:
         index.close()
     runs = _forest(entries)
@@ -105,16 +115,33 @@ def inspect(directory: Path, *, num_lines_max: int = NUM_LINES_MAX) -> StoreRepo
     )
 
 
+def _entries(index: Index, txn: Any, progress: Progress) -> dict[tuple[RecordKind, bytes], IndexEntry]:
+    tables = {kind: index.db[TABLE_OF_KIND[kind]] for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)}
+    total = sum(txn.stat(table)["entries"] for table in tables.values())
+    entries, done = {}, 0
+    for kind, table in tables.items():
+        for key, value in txn.cursor(db=table):
+            entry = unpack_entry(value, key)
+            if entry is not None:
+                entries[kind, key] = entry
+            done += 1
+            if done % _PROGRESS_EVERY == 0:
+                progress(done, total)
+    return entries
+
+
 def _holdings(
     entries: dict[tuple[RecordKind, bytes], IndexEntry], fingerprints: dict[int, bytes], tenants: dict[int, str]
 ) -> list[Holding]:
     groups: dict[tuple[int, int, RecordKind], list[IndexEntry]] = defaultdict(list)
     for (kind, _), entry in entries.items():
         groups[entry.fingerprint_id, entry.tenant_id, kind].append(entry)
+    whose = {number: split_tenant(name) for number, name in tenants.items()}
     return [
         Holding(
             fingerprint=fingerprints.get(fingerprint, b"").hex(),
-            tenant=tenants.get(tenant, ""),
+            tenant=whose.get(tenant, ("", ""))[0],
+            user=whose.get(tenant, ("", ""))[1],
             kind=kind,
             num_records=len(found),
             stored_bytes=sum(entry.extent_bytes for entry in found),
@@ -188,13 +215,8 @@ def render(report: StoreReport) -> str:
         f"{num_records} records in {report.num_segments} segments of {_size(report.segment_bytes)}, "
         f"index {_size(report.index_bytes)}",
     ]
-    for holding in report.holdings:
-        ages = ", ".join(f"{count} {name}" for name, count in holding.ages.items() if count)
-        lines.append(
-            f"  {holding.fingerprint[:12]}  {holding.tenant or '(no tenant)'}  {holding.kind.name.lower()}: "
-            f"{holding.num_records} records, {_size(holding.payload_bytes)} stored in {_size(holding.stored_bytes)}; "
-            f"used {ages}" + (f"; {holding.num_quarantined} quarantined" if holding.num_quarantined else "")
-        )
+    if report.holdings:
+        lines += ["", text_table(_HEAD, map(_row, report.holdings), num_left=4), ""]
     if report.forest:
         lines.append("prefixes (tokens, blocks, * checkpoint):")
     for run in report.forest:
@@ -206,6 +228,18 @@ def render(report: StoreReport) -> str:
     if report.num_runs_left_out:
         lines.append(f"  ... and {report.num_runs_left_out} more runs")
     return "\n".join(lines)
+
+
+_HEAD = ("namespace", "tenant", "user", "kind", "records", "payload", "on disk", "bad", *(name for _, name in AGES))
+
+
+def _row(holding: Holding) -> list[str]:
+    """Ages are of the last use; bad: quarantined."""
+    return [
+        *(holding.fingerprint[:12], holding.tenant or "(none)", holding.user or "-", holding.kind.name.lower()),
+        *(str(holding.num_records), _size(holding.payload_bytes), _size(holding.stored_bytes)),
+        *(str(count) if count else "-" for count in (holding.num_quarantined, *holding.ages.values())),
+    ]
 
 
 def _size(nbytes: int) -> str:

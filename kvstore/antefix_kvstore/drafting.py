@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from antefix.cache_tenant import shown_tenant
 from antefix.record import Record
 from antefix.store_files.encryption import TAG_BYTES, KeyRing, fresh_nonce
 from antefix.store_files.record_format import NONCE_BYTES, Codec, RecordFlag, RecordHeader
@@ -35,7 +36,7 @@ class Drafter:
     def refusal(self, record: Record) -> str | None:
         """Why a record cannot be written down at all, or None."""
         if self._keys is not None and record.tenant not in self._keys:
-            return f"this store is encrypted and has no key for tenant {record.tenant!r}"
+            return f"this store is encrypted and has no key for {shown_tenant(record.tenant)}"
         return None
 
     def drafts(self, records: Sequence[Record], first: set[Name]) -> list[Draft]:

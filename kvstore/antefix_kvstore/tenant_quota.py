@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
+from antefix.cache_tenant import shown_tenant
 from antefix.store_files.index import Index
 from antefix_kvstore.index_writer import Name, read_totals
 from antefix_kvstore.kvstore_config import KvStoreConfig
@@ -30,7 +31,7 @@ def over_quota(
         if excess > 0:
             space.evict(excess, keep, tenant=tenant)
         if _used_bytes(index, tenant) + nbytes > quota:
-            refused[tenant] = f"the quota of tenant {tenant!r}, {quota} bytes, is used up"
+            refused[tenant] = f"the quota of {shown_tenant(tenant)}, {quota} bytes, is used up"
     return refused
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from antefix_console.progress_line import ProgressLine
+
 PACKAGES = ("grpcio", "protobuf", "lmdb", "zstandard", "xxhash", "numpy", "redis")
 # What prefill and decode need; a host that runs a router or a store has no use for them.
 WORKER_PACKAGES = ("torch", "safetensors")
@@ -41,10 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    findings = [_python(), *_packages()]
-    if importlib.util.find_spec("torch") is not None:
-        findings += [_arithmetic(), _gpu()]
-    findings += [_disk(args.data_dir), _open_files()]
+    with ProgressLine("checking this machine") as progress:
+        findings = [_python(), *_packages()]
+        if importlib.util.find_spec("torch") is not None:
+            progress.step("arithmetic")
+            findings.append(_arithmetic())
+            progress.step("GPU")
+            findings.append(_gpu())
+        progress.step("disk")
+        findings += [_disk(args.data_dir), _open_files()]
     failed = [finding for finding in findings if finding.status == "fail"]
     if args.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from antefix_console.progress_line import ProgressLine
 from antefix_kvstore.describe_store import NUM_LINES_MAX, inspect, render
 
 
@@ -20,7 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = inspect(args.directory, num_lines_max=args.lines)
+    with ProgressLine("reading the index") as progress:
+        report = inspect(args.directory, num_lines_max=args.lines, progress=progress.count)
     print(json.dumps(dataclasses.asdict(report), default=plain) if args.json else render(report))
     return 0
 

@@ -15,6 +15,7 @@ from antefix.byte_size import parse_byte_size
 from antefix.errors import InvalidRequest
 from antefix.window import Strategy, parse
 from antefix_console.commands import simulate_cluster as cluster_cli
+from antefix_console.progress_line import ProgressLine
 from antefix_simulate.breakeven import break_even, break_even_text
 from antefix_simulate.breakeven_plot import plot_break_even
 from antefix_simulate.generated_traces import SHAPES, generate
@@ -122,9 +123,8 @@ def run(args: argparse.Namespace) -> int:
 def _compare(trace: Trace, strategies: Sequence[Strategy], setup: Setup, model: str) -> Simulation:
     results = []
     for strategy in strategies:
-        progress = _Progress(f"{strategy}")
-        results.append(simulate(trace, strategy, setup, progress))
-        progress.done()
+        with ProgressLine(f"{strategy}: requests") as progress:
+            results.append(simulate(trace, strategy, setup, progress.count))
     return Simulation(
         trace=trace.name,
         num_requests=len(trace.requests),
@@ -175,20 +175,3 @@ def _add_number(parser: argparse.ArgumentParser, flag: str, default: float | Non
 
 def _emit(text: str) -> None:
     sys.stdout.write(text + "\n")
-
-
-class _Progress:
-    """One line on standard error that is written over; silent where that is not a terminal."""
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._shown = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._shown:
-            sys.stderr.write(f"\r{self._label}: {done} of {total} requests ")
-            sys.stderr.flush()
-
-    def done(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\033[K")

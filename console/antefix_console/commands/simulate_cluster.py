@@ -13,6 +13,7 @@ from pathlib import Path
 from antefix.byte_size import parse_byte_size
 from antefix.errors import InvalidRequest
 from antefix.window import Sizes, Strategy, parse
+from antefix_console.progress_line import ProgressLine
 from antefix_simulate.baselines import ALL_POLICIES
 from antefix_simulate.cluster import Fleet, simulate_cluster
 from antefix_simulate.cluster_result import ClusterSimulation, PolicyResult, cluster_text
@@ -92,8 +93,6 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) 
     results = []
     for name in _policies(args.policy or ["all"]):
         results.append(_simulate(name, args, trace, sizes, fleet, strategies[0]))
-        if sys.stderr.isatty():
-            sys.stderr.write("\r\033[K")
     simulation = ClusterSimulation(
         trace=trace.name,
         num_requests=len(trace.requests) * args.copies,
@@ -158,21 +157,17 @@ def plot_cluster(simulation: ClusterSimulation, path: Path) -> None:
 def _simulate(
     name: str, args: argparse.Namespace, trace: Trace, sizes: Sizes, fleet: Fleet, strategy: Strategy
 ) -> PolicyResult:
-    def progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r{name}: {done} of {total} requests ")
-            sys.stderr.flush()
-
-    return simulate_cluster(
-        copies(trace, args.copies, args.speedup),
-        total=len(trace.requests) * args.copies,
-        unit_tokens=trace.unit_tokens,
-        policy=name,
-        strategy=strategy,
-        sizes=sizes,
-        fleet=fleet,
-        progress=progress,
-    )
+    with ProgressLine(f"{name}: requests") as progress:
+        return simulate_cluster(
+            copies(trace, args.copies, args.speedup),
+            total=len(trace.requests) * args.copies,
+            unit_tokens=trace.unit_tokens,
+            policy=name,
+            strategy=strategy,
+            sizes=sizes,
+            fleet=fleet,
+            progress=progress.count,
+        )
 
 
 def _policies(names: list[str]) -> list[str]:

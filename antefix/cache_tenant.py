@@ -1,0 +1,28 @@
+"""Whose blocks they are, in one name: a tenant's, or those of one of its end users, who has a cache of its own.
+
+Stores, block hashes and quotas know one name. It is `tenant`, or `tenant` + U+001F + `user`; people are shown both.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Not admitted in tenants' and users' names, as no control character is.
+SEPARATOR: Final = "\x1f"
+
+
+def join_tenant(tenant: str, user: str) -> str:
+    """The one name that block hashes are keyed with."""
+    return f"{tenant}{SEPARATOR}{user}" if user else tenant
+
+
+def split_tenant(name: str) -> tuple[str, str]:
+    """(tenant, user); the user is empty where the cache is the tenant's own."""
+    tenant, _, user = name.partition(SEPARATOR)
+    return tenant, user
+
+
+def shown_tenant(name: str) -> str:
+    """For messages: tenant 'acme', or user 'ann' of tenant 'acme'."""
+    tenant, user = split_tenant(name)
+    return f"user {user!r} of tenant {tenant!r}" if user else f"tenant {tenant!r}"
