@@ -101,6 +101,8 @@ def from_rpc_error(err: grpc.aio.AioRpcError) -> errors.AntefixError:
         # INTERNAL without a name is gRPC's own word for a broken connection.
         kind = _BY_CODE.get(err.code(), errors.Unavailable)
     message = err.details() or err.code().name
+    if kind is errors.Unavailable and _ERROR_KEY not in metadata:
+        message = f"the service cannot be reached: {message}"
     if err.code() is grpc.StatusCode.UNIMPLEMENTED:
         message = "what answers there is not such a service: the address is another role's, or another version runs"
     if issubclass(kind, errors.ResourceExhausted):

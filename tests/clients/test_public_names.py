@@ -44,6 +44,7 @@ def test_all_errors_are_public() -> None:
     assert errors <= set(antefix.__all__)
 
 
+@pytest.mark.services
 def test_importing_the_package_loads_neither_grpc_nor_torch() -> None:
     program = "import sys, antefix; print([m for m in ('grpc', 'torch', 'numpy', 'lmdb') if m in sys.modules])"
     assert (
@@ -54,6 +55,7 @@ def test_importing_the_package_loads_neither_grpc_nor_torch() -> None:
     )
 
 
+@pytest.mark.services
 def test_clients_and_stores_need_no_torch() -> None:
     program = (
         "import sys, antefix, antefix_kvstore; [getattr(antefix, name) for name in antefix.__all__];"

@@ -28,6 +28,7 @@ def test_an_installed_package_says_where_benchmarks_are(
 
 
 @pytest.mark.long
+@pytest.mark.services
 def test_the_smallest_run_gives_every_ratio(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -1,7 +1,6 @@
 """Several routers learn of workers' memory through one real Redis, lose it, and come to know again."""
 
 import asyncio
-import shutil
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
@@ -13,7 +12,6 @@ from antefix.events.redis_bus import MemoryPublisher, shard_of, stream_of
 from antefix_router.placement.directory import Directory, keys_of
 from antefix_router.placement.memory_feed import MemoryFeed
 from tests.router.memory_worker import Worker, leading, names_of
-from tests.window_pool.conftest import RedisServer
 
 CHAIN = names_of("a", 400)
 
@@ -23,22 +21,6 @@ def soon(monkeypatch):
     monkeypatch.setattr(redis_stream, "_RETRY_S", 0.05)
     monkeypatch.setattr(redis_stream, "ALIVE_S", 0.2)
     monkeypatch.setattr("antefix_router.placement.memory_feed._RETRY_S", 0.05)
-
-
-@pytest.fixture
-def start_redis(tmp_path):
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    started = []
-
-    def start(*flags):
-        started.append(RedisServer(binary, str(tmp_path), *flags).start())
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.kill()
 
 
 class Rack:

@@ -18,11 +18,9 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_router.placement.directory import keys_of
 from antefix_router.placement.store_feed import StoreFeed
 from tests.kvstore.small_store import FINGERPRINT
+from tests.redis_server import free_port
 from tests.router.test_feed_of_a_store import PROMPTS, serve
-from tests.router.test_memory_redis import start_redis, until
-from tests.window_pool.conftest import free_port
-
-__all__ = ["start_redis"]
+from tests.router.test_memory_redis import until
 
 
 @pytest.fixture(autouse=True)

@@ -49,6 +49,7 @@ def test_names_are_the_golden_bytes():
     assert [name.hex() for name in named.hashes] == GOLDEN_HASHES
 
 
+@pytest.mark.services
 def test_names_do_not_depend_on_the_process():
     code = (
         "from antefix.block import *; from antefix.layout import *;"

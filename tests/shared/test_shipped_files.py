@@ -58,7 +58,6 @@ async def run_example(name, *arguments):
 
 
 @pytest.mark.services
-@pytest.mark.timeout(300)
 async def test_the_examples_of_the_router_run(tmp_path):
     config = DeploymentConfig(model=ROOT / "models" / "antefix-tiny", data_dir=tmp_path)
     async with Deployment(config) as deployment:
@@ -70,6 +69,7 @@ async def test_the_examples_of_the_router_run(tmp_path):
     assert int(re.findall(r"(\d+) hit", text)[-1]) > 0, "the last turn hits what was said before"
 
 
+@pytest.mark.services
 async def test_an_example_says_that_nobody_answers():
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(ROOT / "examples" / "generate.py"), "127.0.0.1:1", "x"),
@@ -81,6 +81,7 @@ async def test_an_example_says_that_nobody_answers():
     assert err.startswith(b"no answer: ") and b"Traceback" not in err
 
 
+@pytest.mark.services
 async def test_the_example_of_the_store_stores_and_restores(tmp_path):
     directory = tmp_path / "blocks"
     assert await run_example("store_blocks.py", directory) == "7 blocks stored, 0 were there, 7 restored, all equal\n"

@@ -112,7 +112,7 @@ async def test_a_restarted_service_is_found_again(store: Store, service: Service
     with pytest.raises(Unavailable):
         await store.put(PROMPT.blocks(3))
     await service.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(150):
         while True:
             try:
                 await store.put(PROMPT.blocks(3))
@@ -198,7 +198,7 @@ async def test_watching_gives_a_snapshot_then_changes_then_resumes(service: Serv
     stream = watch(remote)
     cursor = None
     seen: list[bytes] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(100):
         async for batch in stream:
             assert not batch.snapshot_begins or not seen
             seen += [h for event in batch.events for h in event.hashes]
@@ -210,14 +210,14 @@ async def test_watching_gives_a_snapshot_then_changes_then_resumes(service: Serv
     assert seen == [*sorted(PROMPT.hashes[:2]), *PROMPT.hashes[2:4]]
     await stream.aclose()
     await remote.put([PROMPT.checkpoint(3)])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(100):
         async for batch in watch(remote, cursor):
             assert not batch.snapshot_begins
             assert [(event.kind, event.hashes) for event in batch.events] == [
                 (StoreEventKind.CHECKPOINTED, [PROMPT.hashes[3]])
             ]
             break
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(100):
         async for batch in watch(remote, Cursor(epoch=b"x" * 16, number=5)):
             assert batch.snapshot_begins
             break
@@ -255,7 +255,7 @@ async def test_a_local_reader_finds_a_rebuilt_index(service: Service) -> None:
     await service.stop()
     shutil.rmtree(Path(service.config.dir) / "index")
     await service.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(150):
         while True:
             try:
                 await client.put(PROMPT.blocks(5))
@@ -269,6 +269,7 @@ async def test_a_local_reader_finds_a_rebuilt_index(service: Service) -> None:
     await client.close()
 
 
+@pytest.mark.services
 async def test_readers_in_other_processes_follow_the_writer(service: Service) -> None:
     """A reader process looks up and reads while this one writes, evicts and compacts."""
     client = RemoteStore(service.address)

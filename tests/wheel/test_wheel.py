@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.services
+
+
 ROOT = Path(__file__).parents[2]
 # Imports that roles without tensors must do without.
 TENSORS = ("torch", "triton", "transformers", "safetensors")
@@ -158,7 +161,7 @@ def test_router_store_and_command_line_start_without_torch(environment, tmp_path
     finally:
         for process in processes:
             process.terminate()
-        ends = [process.wait(60) for process in processes]
+        ends = [process.wait(300) for process in processes]
     assert ends == [0, 0]
     for command in (["--help"], ["up", "--help"], ["inspect", tmp_path / "store"], ["fsck", tmp_path / "store"]):
         run(environment / "bin/antefix", *command, **options)

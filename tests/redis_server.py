@@ -1,20 +1,22 @@
-"""A real Redis server on a free port, or a skip that says why."""
+"""A real Redis server of a test's own. Fixtures `start_redis` and `redis` (tests/conftest.py) give one."""
 
-import asyncio
-import shutil
+from __future__ import annotations
+
 import socket
 import subprocess
 import time
+from typing import Self
 
-import pytest
+# Ten times what a start takes on a busy machine.
+_START_S = 60
 
 
-def free_port():
+def free_port() -> int:
     """One whose cluster bus, 10,000 above, is a port as well and free."""
     while True:
         with socket.socket() as probe, socket.socket() as bus:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+            port = int(probe.getsockname()[1])
             if port + 10_000 < 1 << 16:
                 try:
                     bus.bind(("127.0.0.1", port + 10_000))
@@ -26,22 +28,23 @@ def free_port():
 class RedisServer:
     """One server process. `kill` ends it as a crash would; `start` brings an empty one up on the same port."""
 
-    def __init__(self, binary, directory, *flags):
+    def __init__(self, binary: str, directory: str, *flags: str) -> None:
         self.binary, self.directory, self.flags = binary, directory, flags
         self.port = free_port()
-        self.process = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     @property
-    def url(self):
+    def url(self) -> str:
         return f"redis://127.0.0.1:{self.port}/0"
 
-    def start(self):
+    def start(self) -> Self:
+        fixed = ("--bind", "127.0.0.1", "--save", "", "--dir", self.directory, "--appendonly", "no")
         self.process = subprocess.Popen(
-            [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self.directory,
-             "--appendonly", "no", *self.flags],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        deadline = time.monotonic() + 20
+            [self.binary, "--port", str(self.port), *fixed, *self.flags],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + _START_S
         while time.monotonic() < deadline:
             try:
                 with socket.create_connection(("127.0.0.1", self.port), timeout=1) as sock:
@@ -52,30 +55,8 @@ class RedisServer:
                 time.sleep(0.05)
         raise RuntimeError("redis-server did not answer")
 
-    def kill(self):
+    def kill(self) -> None:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
-
-
-@pytest.fixture
-def start_redis(tmp_path):
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    started = []
-
-    def start(*flags):
-        server = RedisServer(binary, str(tmp_path), *flags).start()
-        started.append(server)
-        return server
-
-    yield start
-    for server in started:
-        server.kill()
-
-
-@pytest.fixture
-async def redis(start_redis):
-    return await asyncio.to_thread(start_redis)
