@@ -17,7 +17,7 @@ import inspect
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from types import TracebackType
-from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, Self, TypeVar, cast
 
 from antefix.clients import DecodeClient, PrefillClient, RouterClient, WindowClient
 from antefix.errors import InvalidRequest
@@ -112,7 +112,7 @@ def _waiting(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> C
         work: Coroutine[Any, Any, T] = getattr(self._client, method.__name__)(*args, **kwargs)
         return self._thread.run(work)
 
-    return call
+    return cast("Callable[Concatenate[Any, P], T]", call)
 
 
 def _stream(
@@ -135,7 +135,7 @@ def _stream(
     shown = inspect.signature(method)
     items_of = str(shown.return_annotation).removeprefix("AsyncGenerator[").removesuffix(", None]")
     call.__signature__ = shown.replace(return_annotation=f"Iterator[{items_of}]")  # type: ignore[attr-defined]
-    return call
+    return cast("Callable[Concatenate[Any, P], Iterator[T]]", call)
 
 
 async def _next(items: AsyncGenerator[T, None]) -> T:

@@ -90,20 +90,17 @@ class EmbeddedStore:
             been stored.  Overloaded: too much is waiting for the disk.
         """
         lasting = [record for record in records if record.kind is not RecordKind.HANDOFF]
-        stored = await asyncio.wrap_future(self._writer.submit(lasting)) if lasting else None
-        refused = dict(stored.refused) if stored else {}
-        num_kept = 0
+        stored = PutResult(num_stored=0, num_existing=0)
+        if lasting:
+            stored = await asyncio.wrap_future(self._writer.submit(lasting))
+        num_kept, refused = 0, dict(stored.refused)
         for record in records:
             if record.kind is RecordKind.HANDOFF:
                 if self._memory.put(record):
                     num_kept += 1
                 else:
                     refused[record.hash] = "larger than the memory for handoffs"
-        return PutResult(
-            num_stored=num_kept + (stored.num_stored if stored else 0),
-            num_existing=stored.num_existing if stored else 0,
-            refused=refused,
-        )
+        return PutResult(num_stored=stored.num_stored + num_kept, num_existing=stored.num_existing, refused=refused)
 
     async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
         """Tell how a fingerprint's payloads are laid out: they may be compressed then, and others are refused."""
