@@ -76,6 +76,8 @@ def test_what_is_installed_is_called_antefix(built):
     tops = {name.split("/")[0] for name in names}
     assert all(top == "antefix" or top.startswith(("antefix_", "antefix-")) for top in tops), tops
     assert {"antefix/v1/router_pb2.py", "antefix/v1/kvstore_pb2_grpc.py"} <= set(names)
+    packages = {name.split("/")[0] for name in names if name.endswith("/__init__.py")}
+    assert len(packages) > 8 and {f"{package}/py.typed" for package in packages} <= set(names)
     shipped = "antefix_console/shipped/"
     assert {shipped + "models/antefix-tiny/model.safetensors", shipped + "docs/FORMAT.md"} <= set(names)
     assert not [name for name in names if "/tests/" in name or name.endswith(".log")]
