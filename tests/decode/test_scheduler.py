@@ -55,6 +55,7 @@ async def generate(engine, scheduler, prompt, max_tokens):
     return await finish(scheduler, running, shown)
 
 
+@pytest.mark.slow
 async def test_a_batch_gives_what_each_gives_alone(make_engine, make_prompt):
     engine = make_engine()
     scheduler = Scheduler(engine, 8)
@@ -66,6 +67,7 @@ async def test_a_batch_gives_what_each_gives_alone(make_engine, make_prompt):
     await scheduler.close()
 
 
+@pytest.mark.slow
 async def test_the_next_turn_hits_the_models_own_answer(make_engine, make_prompt, store):
     engine = make_engine("boundary")
     scheduler = Scheduler(engine, 8)
@@ -139,6 +141,7 @@ async def test_a_full_pool_fails_the_one_that_needs_more(make_engine, make_promp
     await scheduler.close()
 
 
+@pytest.mark.slow
 async def test_outputs_leave_their_blocks_and_one_checkpoint(make_engine, make_prompt, store):
     engine = make_engine("boundary")
     scheduler = Scheduler(engine, 8)

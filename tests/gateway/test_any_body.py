@@ -113,6 +113,7 @@ async def test_the_bodies_are_good_as_they_are(address):
     assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", BODIES)
 @pytest.mark.parametrize("stream", [False, True])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

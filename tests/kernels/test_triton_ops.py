@@ -128,6 +128,7 @@ class Compared:
         return self.close("window" if entries is None else "full_attention", got, want, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_every_step_agrees_with_torch(device, monkeypatch, reproducible):
     # In the interpreter 256 queries would take their time.

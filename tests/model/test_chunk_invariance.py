@@ -58,6 +58,7 @@ def test_this_machine_keeps_the_premises() -> None:
     assert row_invariant_ok()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("plan", PLANS)
@@ -83,6 +84,7 @@ def test_any_cutting_equals_one_go(
     assert_same_bits(whole, pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_token_by_token_equals_one_go(checkpoint: Checkpoint, prompt: Prompt, plan: str, kv_format: KVFormat) -> None:
@@ -94,6 +96,7 @@ def test_token_by_token_equals_one_go(checkpoint: Checkpoint, prompt: Prompt, pl
     assert_same_bits(whole, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("plan", PLANS)
 @CONFIG

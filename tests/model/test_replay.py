@@ -82,6 +82,7 @@ def start_state(case: Case, start: int, *, cut: bool, garbage: bool) -> WindowSt
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("plan", PLANS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -39,6 +39,7 @@ def moved(model: Model, pool: BlockPool, sequence: Sequence) -> tuple[BlockPool,
     return other, Sequence(table, WindowState.from_bytes(model.layout, sequence.position, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", [KVFormat.FP8, KVFormat.FLOAT32])
 @pytest.mark.parametrize("plan", PLANS)
 @CONFIG
