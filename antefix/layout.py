@@ -149,13 +149,25 @@ class KVGeometry:
         """Tokens an entry of this layer; 0 for a window-only layer."""
         return {LayerKind.WINDOW: 0, LayerKind.CSA: self.csa_ratio, LayerKind.HCA: self.hca_ratio}[self.layers[layer]]
 
+    @cached_property
+    def replay_reach(self) -> tuple[int, ...]:
+        """Of each layer, how many of the last tokens before a block's end shape the window state there by their input.
+
+        A layer's own state is its last n_win window entries and, in a CSA layer, its last group's m overlap rows; and
+        its output feeds the layers above, each query by n_win - 1 tokens before its own. Global KV counts for nothing:
+        a replay reads it. The only place where this bound is derived: replays run by it and are planned by it. Sharp,
+        window entries that are stored but never read again included (tests/model traces and measures it).
+        """
+        reach: list[int] = []
+        for kind in reversed(self.layers):
+            own = max(self.window, self.csa_ratio) if kind is LayerKind.CSA else self.window
+            reach.append(max(own, reach[-1] + self.window - 1) if reach else own)
+        return tuple(reversed(reach))
+
     @property
     def replay_tokens(self) -> int:
-        """Tokens after which an exact replay's window state is exact: L * (n_win - 1), rounded up to blocks.
-
-        The bound is sharp (REFERENCES of the V4 report's zero strategy; tests/model measures it).
-        """
-        return -(-self.num_layers * (self.window - 1) // self.block_size) * self.block_size
+        """Tokens after which an exact replay's window state is exact: the first layer's reach, rounded up to blocks."""
+        return -(-self.replay_reach[0] // self.block_size) * self.block_size
 
     def digest(self) -> bytes:
         """16 bytes that name this geometry; part of the fingerprint."""
