@@ -248,7 +248,9 @@ class BlockLayout:
 
     @cached_property
     def block_bytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        """Payload of a block. A model of window-only layers has no global KV; stores take no empty payload, so its
+        blocks have one zero byte: that they are there says that their tokens have been computed."""
+        return max(sum(part.nbytes for part in self.parts), 1)
 
     @property
     def bytes_per_token(self) -> float:

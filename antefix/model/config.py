@@ -19,7 +19,8 @@ from antefix.rope import RopeConfig, YarnScaling, read_ropes
 
 __all__ = ["SCORING_FUNCTIONS", "ModelConfig", "RopeConfig", "YarnScaling", "read_config"]
 
-# Not softmax: transformers cannot run it with V4, so there is nothing to hold ours against.
+# Not softmax: transformers cannot run it with V4, so there is nothing to hold ours against (DeepSeek's own code does
+# not norm its weights, as it does the others').
 SCORING_FUNCTIONS = ("sqrtsoftplus", "sigmoid")
 # A head's vote is zero for half of the entries (ReLU), so with n heads about one score in 2^n is zero.
 _FEW_HEADS = 8

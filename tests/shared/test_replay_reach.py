@@ -68,9 +68,6 @@ def test_each_layers_bound_is_what_the_trace_finds(geometry: KVGeometry) -> None
 
 @given(geometry=geometries)
 def test_model_and_planner_go_by_the_same_bound(geometry: KVGeometry) -> None:
-    # A model with global KV: of any other there is nothing to plan.
-    if LayerKind.CSA not in geometry.layers and LayerKind.HCA not in geometry.layers:
-        return
     sizes = Sizes.of(BlockLayout(geometry=geometry, kv_format=KVFormat.FLOAT32))
     blocks, rest = divmod(sizes.replay_tokens, geometry.block_size)
     assert rest == 0
