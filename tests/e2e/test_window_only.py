@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from antefix.deployment import Deployment
 from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, init_weights, save_model
-from antefix.reference import Reference
 from antefix.window_pool import DISK
+from antefix_console.bare_model import Reference
+from antefix_console.deployment import Deployment
 
 SOURCE = Path(__file__).parents[2] / "models" / "antefix-tiny"
 QUESTION = np.frombuffer(b"And then?", np.uint8).astype(np.uint32)

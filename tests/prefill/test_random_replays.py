@@ -10,8 +10,8 @@ import pytest
 
 from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, init_weights
-from antefix.store.api import RecordKind
-from antefix.worker.prompt import run_prompt
+from antefix.record import RecordKind
+from antefix_prefill.run_prompt import run_prompt
 from tests.engines import MemoryStore, build, prompt_of
 
 NAMES = {
