@@ -27,7 +27,6 @@ from antefix.store.format import (
     STORE_FILE,
     IndexEntry,
     RecordFlag,
-    expected_checksum,
     payload_checksum,
     segment_name,
     segment_number,
@@ -35,6 +34,7 @@ from antefix.store.format import (
     unpack_identity,
     unpack_segment_header,
 )
+from antefix.store.header import expected_checksum
 from antefix.store.index import TABLE_OF_KIND, Index
 from kvstore.disk import Disk
 from kvstore.identity import lock_directory

@@ -20,12 +20,9 @@ import lmdb.verify
 import xxhash
 
 from antefix.errors import Unavailable
-from antefix.store.api import RecordKind
-from antefix.store.format import (
-    INDEX_DIR,
-    SEGMENT_HEADER_BYTES,
-    RecordHeader,
-)
+from antefix.store.api import STORED_KINDS, RecordKind
+from antefix.store.format import INDEX_DIR, SEGMENT_HEADER_BYTES
+from antefix.store.header import RecordHeader
 from antefix.store.index import Index
 from kvstore.config import KvStoreConfig
 from kvstore.disk import Disk
@@ -143,7 +140,7 @@ def _fill(index: Index, segments: Segments, check_all: bool) -> None:
                 headers[header.kind, header.hash] = header
     # Parents have smaller positions; a checkpoint comes after the block that it hangs on.
     order = sorted(headers.values(), key=lambda header: (header.position, header.kind))
-    index_headers(index, order)
+    index_headers(index, [header for header in order if header.kind in STORED_KINDS])
     ends = ends_of(order)
     with IndexTxn(index) as txn:
         for number, size in segments.sizes.items():

@@ -13,10 +13,10 @@ from antefix.store.api import RecordKind
 from antefix.store.format import (
     RECORD_HEADER_BYTES,
     IndexEntry,
-    expected_checksum,
     payload_checksum,
     unpack_entry,
 )
+from antefix.store.header import expected_checksum
 from antefix.store.index import TABLE_OF_KIND
 from kvstore.engine import Engine
 from kvstore.index_writer import Name

@@ -131,8 +131,12 @@ class Whose:
     arithmetic: str
 
     def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> Names:
-        exactness = exactness_of(self.bounded_windows, self.arithmetic)
-        digest = self.identity.fingerprint(self.kv_format, namespace=self.namespace, exactness=exactness).digest
+        digest = self.identity.fingerprint(
+            self.kv_format,
+            namespace=self.namespace,
+            exactness=exactness_of(self.bounded_windows),
+            arithmetic=self.arithmetic,
+        ).digest
         chain = chain_of(
             tokens,
             fingerprint_digest=digest,
@@ -147,7 +151,7 @@ def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
     for kv_format in _FORMATS:
         for windows in _BOUNDED_TRIED:
             if (kv_format, windows) != (mine.kv_format, mine.bounded_windows):
-                label = f"kv_format {kv_format.value}, {exactness_of(windows, mine.arithmetic)}"
+                label = f"kv_format {kv_format.value}, {exactness_of(windows)}"
                 yield replace(mine, kv_format=kv_format, bounded_windows=windows), label
 
 

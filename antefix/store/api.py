@@ -1,9 +1,10 @@
 """What a store holds and what it can be asked. Knows hashes and bytes, never tokens, tensors or protobuf.
 
-Three kinds of records, each named by a block hash:
+Kinds of records, each named by a hash:
     BLOCK       global KV of one block; its parent is the previous block's hash; kept for days.
     CHECKPOINT  window state at the boundary after that block; kept while it is likely to be used.
     HANDOFF     live state after `position` tokens, named by a request; short-lived, kept in memory only.
+    POOLED      a checkpoint that is used within minutes or never; kept in memory only, named as on disk.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
+from antefix.block import NO_LABELS, Labels
 from antefix.layout import BlockLayout
 
 # Anything with the buffer protocol whose bytes are contiguous; reads fill one, writes take one, without a copy.
@@ -25,6 +27,17 @@ class RecordKind(IntEnum):
     BLOCK = 1
     CHECKPOINT = 2
     HANDOFF = 3
+    POOLED = 4
+    # Of tiers that seal and ship segments; scans step over them (docs/FORMAT.md, "Kinds").
+    STATEMENT = 5
+    FOOTER = 6
+
+
+# The kinds that the store writes to segments and names in its index, and those that its service keeps in memory.
+STORED_KINDS: Final = (RecordKind.BLOCK, RecordKind.CHECKPOINT)
+MEMORY_KINDS: Final = (RecordKind.HANDOFF, RecordKind.POOLED)
+# A tenant's digest and its user's (`antefix.secret.Keyring.owner`).
+OWNER_BYTES: Final = 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +46,8 @@ class Record:
 
     position: tokens from the start to the end of the record.  ttl_s: None means the store's default for the kind.
     cost_s: what computing it took, which eviction weighs; 0 when unknown.
+    tenant: whose it is: tenant and user digest.  generation, salt, mac: its seal (`antefix.store.seal`); 0: none.
+    version: 1 makes a record of version 1, whose tenant is a name in UTF-8 and which has neither seal nor labels.
     """
 
     kind: RecordKind
@@ -41,9 +56,14 @@ class Record:
     fingerprint: bytes
     position: int
     payload: Buffer
-    tenant: str = ""
+    tenant: bytes = bytes(OWNER_BYTES)
     ttl_s: float | None = None
     cost_s: float = 0.0
+    labels: Labels = NO_LABELS
+    generation: int = 0
+    salt: bytes = bytes(16)
+    mac: bytes = bytes(16)
+    version: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +78,39 @@ class LookupResult:
     block_bytes: int = 0
 
 
+class Reason(StrEnum):
+    """Why a record was refused. Part of the protocol; whoever does not know one treats it as OTHER."""
+
+    OTHER = "other"
+    # Malformed, or against a limit: no later try will succeed.
+    INVALID = "invalid"
+    # What it hangs on is not stored, or was refused: put that again, or with it.
+    NO_PARENT = "no_parent"
+    FULL = "full"
+    QUOTA = "quota"
+    # An encrypted store without a key for the tenant. No later try will succeed before an operator acts.
+    NO_KEY = "no_key"
+    TOO_LARGE = "too_large"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """reason: for counters.  text: for people."""
+
+    reason: Reason
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PutResult:
     """How many records were written, how many existed already, and the hashes refused, each with its reason."""
 
     num_stored: int
     num_existing: int
-    refused: dict[bytes, str] = field(default_factory=dict)
+    refused: dict[bytes, Refusal] = field(default_factory=dict)
 
 
 class Fate(StrEnum):
@@ -81,32 +127,41 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFate:
-    """fingerprints: all others under which the store has ever held something, the newest last."""
+    """fingerprints: all others under which the store has ever held something, the newest last.
+
+    statements: what they stand for, as far as the store was told; empty where not.
+    """
 
     fate: Fate
     fingerprints: tuple[bytes, ...] = ()
+    statements: tuple[bytes, ...] = ()
 
 
 class Store(Protocol):
     """The calls that workers and the router make. Same-host and remote clients implement it alike.
 
+    tenant: the owner that the records must have (`Keyring.owner`); empty: any. Clients with the deployment's secret
+    (`antefix.store.seal.Seals`) take sealed records only: what has no right seal is a miss.
+
     Every method may raise Unavailable or DeadlineExceeded; workers treat both as a miss and count them.
     """
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         """The longest stored prefix of `chain`. Never promises a block that a read would not find."""
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         """What became of a block that was not found, to explain the miss."""
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
-        """Fill `into[i]` with block `hashes[i]`, checksum, own hash and fingerprint verified.
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        """Fill `into[i]` with block `hashes[i]`, checksum, own hash, fingerprint and seal verified.
 
         Returns the number of leading blocks that are right; buffers from there on hold garbage. A short count is
         a miss, not an error: a corrupt block has been quarantined and counted.
         """
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
         """One verified payload, or None when it is not stored (any more) or was corrupt."""
 
     async def put(self, records: Sequence[Record]) -> PutResult:
@@ -115,7 +170,10 @@ class Store(Protocol):
         A block whose parent is not stored is refused: the store stays prefix-closed.
         """
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
-        """Tell the store how a fingerprint's payloads are laid out, so that it can compress them."""
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+        """Tell the store how a fingerprint's payloads are laid out, so that it can compress them.
+
+        statement: what it stands for, `Fingerprint.statement`; empty: not told.
+        """
 
     async def close(self) -> None: ...

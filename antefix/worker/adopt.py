@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from antefix.block import HASH_BYTES
 from antefix.errors import AntefixError, BlockCorrupt
 from antefix.model import Sequence, WindowState
-from antefix.store.api import Record, RecordKind
+from antefix.store.api import RecordKind
 from antefix.worker.engine import Engine
 from antefix.worker.handoff import Handoff
 from antefix.worker.prompt import ComputedPrompt, run_prompt
+from antefix.worker.records import handoff_record
 from antefix.worker.report import RestoreReport
 from antefix.worker.restore import Prompt, load_blocks
 from antefix.worker.writer import put_quietly
-
-# A handoff is taken as soon as decode has a place; this is for a decode worker that died and was replaced.
-HANDOFF_TTL_S = 120.0
 
 
 @dataclass(slots=True)
@@ -44,16 +40,7 @@ async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
     handoff = Handoff(
         position=sequence.position, prompt=chain.digest(), window=window, partial_row=row, logits=computed.logits
     )
-    record = Record(
-        kind=RecordKind.HANDOFF,
-        hash=secrets.token_bytes(HASH_BYTES),  # unguessable: whoever knows the name may take the handoff
-        parent=chain.parent(len(chain)),
-        fingerprint=engine.fingerprint,
-        position=sequence.position,
-        payload=handoff.to_bytes(),
-        tenant=computed.prompt.tenant,
-        ttl_s=HANDOFF_TTL_S,
-    )
+    record = handoff_record(engine, computed.prompt, handoff.to_bytes())
     return record.hash if await put_quietly(engine.store, record, engine.counters) else b""
 
 
@@ -62,6 +49,8 @@ async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff |
     if not name:
         return None
     try:
+        # Whose it is its digest says, which is made with the tenant's key; while secrets rotate, a prefill worker may
+        # have sealed it under another one than ours.
         data = await engine.store.get(RecordKind.HANDOFF, name, fingerprint=engine.fingerprint)
         handoff = Handoff.from_bytes(data) if data is not None else None
     except AntefixError as err:
@@ -82,7 +71,7 @@ async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | N
     started = time.perf_counter()
     report = RestoreReport(plan="handoff")
     num_blocks = prompt.num_tokens // engine.block_size
-    table = await load_blocks(engine, prompt.chain.hashes[:num_blocks], report)
+    table = await load_blocks(engine, prompt, num_blocks, report)
     try:
         if len(table) < num_blocks:
             engine.blocks.release(table)

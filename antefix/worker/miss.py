@@ -40,5 +40,6 @@ async def _is_stored_as(engine: Engine, fingerprint: bytes, tokens: Tokens, tena
     """Whether these whole blocks of tokens are stored under another fingerprint, of the same tenant."""
     chain = Chain(fingerprint, engine.keyring.key(tenant), engine.block_size)
     chain.extend(tokens)
-    found = await engine.store.lookup(chain.hashes, fingerprint=fingerprint, tenant=tenant)
+    owner = engine.keyring.owner(tenant)
+    found = await engine.store.lookup(chain.hashes, fingerprint=fingerprint, tenant=owner)
     return found.num_blocks == len(chain)

@@ -8,7 +8,7 @@ from antefix.model import Sequence, WindowState
 from antefix.window import Reason
 from antefix.worker.checkpoints import leave_checkpoint, output_marks
 from antefix.worker.engine import Engine
-from antefix.worker.prompt import block_record
+from antefix.worker.records import block_record
 from antefix.worker.restore import Prompt
 from antefix.worker.writer import RecordWriter
 

@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from antefix.errors import InvalidRequest
 from antefix.model import Sequence, forward
-from antefix.store.api import Record, RecordKind
 from antefix.window import Mark
 from antefix.worker.checkpoints import leave_checkpoint, prompt_marks
 from antefix.worker.engine import Engine
 from antefix.worker.plan_log import PlanOutcome
+from antefix.worker.records import block_record
 from antefix.worker.report import RestoreReport
 from antefix.worker.restore import Prompt, Restored, restore
 from antefix.worker.writer import RecordWriter
@@ -129,17 +129,3 @@ def _run_chunk(
     logits: npt.NDArray[np.float32] | None = out[0].float().cpu().numpy() if is_last else None
     # Without new blocks a card is not waited for: the next chunk is prepared while this one runs.
     return logits, engine.pool.payloads([sequence.block_table[index] for index in new]) if new else []
-
-
-def block_record(engine: Engine, prompt: Prompt, index: int, payload: memoryview) -> Record:
-    """Block `index` of the chain, its payload where the pool has it."""
-    return Record(
-        kind=RecordKind.BLOCK,
-        hash=prompt.chain.hashes[index],
-        parent=prompt.chain.parent(index),
-        fingerprint=engine.fingerprint,
-        position=(index + 1) * engine.block_size,
-        payload=payload,
-        tenant=prompt.tenant,
-        cost_s=engine.rates.prefill_s(engine.block_size, context=index * engine.block_size),
-    )
