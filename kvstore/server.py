@@ -262,7 +262,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         )
         for kind in MEMORY_KINDS:
             records, nbytes = self.pool.count(kind)
-            response.kinds.add(kind=kind.value, records=records, stored_bytes=nbytes, payload_bytes=nbytes)  # type: ignore[arg-type]
+            response.kinds.add(kind=kind.value, records=records, stored_bytes=nbytes, payload_bytes=nbytes)
         for name, value in stats.numbers.items():
             setattr(response, name, value)
         return response

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from antefix.block import CPU_FLOAT32, chain_of, check_arithmetic, exactness_of
+from antefix.block import CPU_FLOAT32, Fingerprint, chain_of, check_arithmetic, differing_fields, exactness_of
 from antefix.clients import PrefillClient, Tokens
 from antefix.commands.prompt_text import given_text, read_text
 from antefix.commands.up import DEFAULT_MODEL
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.explain.answer import Explanation, explain
-from antefix.explain.evidence import Names, State, gather, holdings
+from antefix.explain.evidence import Names, State, gather, holdings, statements
 from antefix.explain.text import lines
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
@@ -101,6 +101,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     directory = _path(args, "store_dir", "store")
     asked = [other.names(tokens, keyring, differs=label) for other, label in _asked(args, mine)]
     tried = [other.names(tokens, keyring, differs=label) for other, label in _tried(mine)]
+    tried += _stated(directory, mine, tokens, keyring)
     blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
     # 2. What the window pool has.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.state is State.STORED, blocks))
@@ -130,13 +131,20 @@ class Whose:
     bounded_windows: int
     arithmetic: str
 
-    def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> Names:
-        digest = self.identity.fingerprint(
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.identity.fingerprint(
             self.kv_format,
             namespace=self.namespace,
             exactness=exactness_of(self.bounded_windows),
             arithmetic=self.arithmetic,
-        ).digest
+        )
+
+    def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> Names:
+        return self.names_under(self.fingerprint.digest, tokens, keyring, differs)
+
+    def names_under(self, digest: bytes, tokens: Tokens, keyring: Keyring, differs: str) -> Names:
+        """The same tokens of the same tenant under any fingerprint whose blocks are as long."""
         chain = chain_of(
             tokens,
             fingerprint_digest=digest,
@@ -153,6 +161,17 @@ def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
             if (kv_format, windows) != (mine.kv_format, mine.bounded_windows):
                 label = f"kv_format {kv_format.value}, {exactness_of(windows)}"
                 yield replace(mine, kv_format=kv_format, bounded_windows=windows), label
+
+
+def _stated(directory: Path, mine: Whose, tokens: Tokens, keyring: Keyring) -> Iterator[Names]:
+    """The store's other fingerprints of this geometry, and in what they differ, as it was told."""
+    own = mine.fingerprint.statement
+    for digest, statement in statements(directory).items():
+        fields = differing_fields(own, statement)
+        if fields and "geometry" not in fields:
+            said = json.loads(statement)
+            label = ", ".join(f"{name} {said.get(name)}" for name in fields)
+            yield mine.names_under(digest, tokens, keyring, label)
 
 
 def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:

@@ -107,6 +107,18 @@ def holdings(directory: Path, fingerprint: bytes) -> Holdings:
     return Holdings(is_known=fingerprint in digests, num_others=len(digests - {fingerprint}))
 
 
+def statements(directory: Path) -> dict[bytes, bytes]:
+    """What the store's fingerprints stand for, where it was told.  Raises:  Unavailable: as above."""
+    reader = StoreReader(directory)
+    try:
+        with reader.index.txn() as txn:
+            digests = reader.index.fingerprints(txn).values()
+            said = {digest: reader.index.statement(txn, digest) for digest in digests}
+    finally:
+        reader.close()
+    return {digest: statement for digest, statement in said.items() if statement}
+
+
 def _block(
     reader: StoreReader,
     txn: Any,

@@ -129,7 +129,7 @@ class Fate(StrEnum):
 class BlockFate:
     """fingerprints: all others under which the store has ever held something, the newest last.
 
-    statements: what they stand for, as far as the store was told; empty where not.
+    statements: what each of them stands for, as far as the store was told; empty where not.
     """
 
     fate: Fate

@@ -157,14 +157,18 @@ class RemoteStore:
         with rpc.rpc_errors():
             await self.stub.Register(request, timeout=CALL_DEADLINE_S)
 
-    async def tell_forged(self, kind: RecordKind, hash: bytes) -> None:
-        """Have the store quarantine a record that has no right seal: it cannot tell by itself, and would keep it."""
-        log.warning("a %s that the store gave was not sealed by this deployment: %s", kind.name.lower(), hash.hex())
-        if kind in MEMORY_KINDS:
+    async def tell_forged(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        """Have the store quarantine records that have no right seal: it cannot tell by itself, and would keep them.
+
+        At once: what is put in their place next must not be taken for what is there already.
+        """
+        for forged in hashes:
+            log.warning("a %s in the store was not sealed by this deployment: %s", kind.name.lower(), forged.hex())
+        if not hashes or kind in MEMORY_KINDS:
             return
         try:
             with rpc.rpc_errors():
-                request = kvstore_pb2.TouchRequest(forged=[_name((kind, hash))])
+                request = kvstore_pb2.TouchRequest(forged=[_name((kind, forged)) for forged in hashes])
                 await self.stub.Touch(request, timeout=CALL_DEADLINE_S)
         except AntefixError as err:
             log.warning("the store could not be told: %s", err)
@@ -197,7 +201,7 @@ class RemoteStore:
                 return done.index
             except SealBroken:
                 # Whole, so the store would send it again.
-                await self.tell_forged(kind, hashes[done.index])
+                await self.tell_forged(kind, [hashes[done.index]])
                 return done.index
             except (Unavailable, BlockCorrupt) as err:
                 if attempt == NUM_RESUMES_MAX:
@@ -230,7 +234,6 @@ class _Uses:
 
     used: dict[bytes, set[tuple[RecordKind, bytes]]] = field(default_factory=dict)
     suspects: set[tuple[RecordKind, bytes]] = field(default_factory=set)
-    forged: set[tuple[RecordKind, bytes]] = field(default_factory=set)
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
@@ -238,7 +241,6 @@ class _Uses:
     def requests(self) -> list[kvstore_pb2.TouchRequest]:
         first = kvstore_pb2.TouchRequest(
             suspect=[_name(name) for name in self.suspects],
-            forged=[_name(name) for name in self.forged],
             hits=self.hits,
             misses=self.misses,
             bytes_read=self.bytes_read,
@@ -315,6 +317,7 @@ class LocalStore:
             rest = self.remote.get_blocks(hashes[done:], into[done:], fingerprint=fingerprint, tenant=tenant)
             return done + await rest
         self._note(RecordKind.BLOCK, last, len(hashes) - outcome.num_good, outcome, fingerprint)
+        await self.remote.tell_forged(RecordKind.BLOCK, outcome.forged)
         return outcome.num_good
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
@@ -326,6 +329,7 @@ class LocalStore:
         if outcome.locked:
             return await self.remote.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
         self._note(kind, hash if payload is not None else None, int(payload is None), outcome, fingerprint)
+        await self.remote.tell_forged(kind, outcome.forged)
         return None if payload is None else bytes(payload)
 
     async def put(self, records: Sequence[Record]) -> PutResult:
@@ -362,10 +366,6 @@ class LocalStore:
             names.add((kind, last))
         if len(uses.suspects) < NUM_TOLD_MAX:
             uses.suspects.update((kind, suspect) for suspect in outcome.suspects)
-        if len(uses.forged) < NUM_TOLD_MAX:
-            uses.forged.update((kind, forged) for forged in outcome.forged)
-        for forged in outcome.forged:
-            log.warning("a %s in the store was not sealed by this deployment: %s", kind.name.lower(), forged.hex())
         if self._telling is None or self._telling.done():
             self._telling = asyncio.get_running_loop().create_task(self._tell())
 

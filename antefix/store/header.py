@@ -315,6 +315,6 @@ def _place(raw: bytes, places: _Places) -> tuple[int, int, int, int]:
     """Segment, offset, stored bytes, payload bytes."""
     found = places.place.unpack_from(raw, places.place_offset)
     if places.payload_bytes_last:
-        return found  # type: ignore[return-value]
+        return found
     payload_bytes, segment, offset, stored_bytes = found
     return segment, offset, stored_bytes, payload_bytes

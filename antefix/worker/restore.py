@@ -265,7 +265,8 @@ def _stored_as(
 ) -> list[tuple[bytes, Seq[bytes]]]:
     """Owner and hashes of these blocks in the store, in one stretch or two."""
     first_older = blocks.stop if older is None else min(max(older.first, blocks.start), blocks.stop)
-    stretches = [(engine.keyring.owner(prompt.tenant), prompt.chain.hashes[blocks.start : first_older])]
+    owner, own = engine.keyring.owner(prompt.tenant), prompt.chain.hashes[blocks.start : first_older]
+    stretches: list[tuple[bytes, Seq[bytes]]] = [(owner, own)]
     if older is not None:
         stretches.append((older.owner, older.hashes[first_older : blocks.stop]))
     return [(owner, hashes) for owner, hashes in stretches if hashes]

@@ -1,4 +1,4 @@
-"""A store of version 1 in which version 2 is written: both are found, kept, moved, checked, and expire as they should."""
+"""A store of version 1 in which version 2 is written: both are found, moved, checked, and expire as they should."""
 
 from __future__ import annotations
 

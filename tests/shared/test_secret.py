@@ -1,4 +1,4 @@
-"""Secrets by generation, and what stands for tenants: of one length, apart from each other, and nobody's without them."""
+"""Secrets by generation, and what stands for tenants: of one length, and apart from each other."""
 
 import pytest
 from hypothesis import given, settings
