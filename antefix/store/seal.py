@@ -26,6 +26,7 @@ from antefix.store.header import SEALED_BYTES
 SIGNED: Final = struct.Struct("<32s32s32s24sIIHHBBBB")
 assert SIGNED.size + SALT_BYTES + MAC_BYTES == SEALED_BYTES
 _KIND_AT: Final = struct.calcsize("<32s32s32s24sIIHH")
+_POOLED: Final = int(RecordKind.POOLED)
 _KEY_BYTES: Final = 32
 # Each key is used for one record, so its nonce need not be fresh.
 _NONCE: Final = bytes(12)
@@ -51,14 +52,17 @@ class Seals:
     def __init__(self, keys: SealKeys) -> None:
         self._keys = keys
         self.num_broken = 0
+        # Records that are read together have one owner.
+        self._last: tuple[bytes, int, bytes | None] = (b"", 0, None)
 
     def seal(self, record: Record) -> Record:
         """The record with its seal, of the current generation."""
         generation = self._keys.generation
         key = self._keys.seal_key(record.tenant, generation)
         assert key is not None, "a keyring has its own generation's secret"
-        record = dataclasses.replace(record, generation=generation, salt=secrets.token_bytes(SALT_BYTES))
-        return dataclasses.replace(record, mac=_mac(key, signed_part(record), record.salt, record.payload))
+        salt = secrets.token_bytes(SALT_BYTES)
+        mac = _mac(key, signed_part(record, generation), salt, record.payload)
+        return dataclasses.replace(record, generation=generation, salt=salt, mac=mac)
 
     def holds(
         self,
@@ -84,16 +88,19 @@ class Seals:
         signed, salt, mac = _as_signed(sealed), sealed[SIGNED.size : -MAC_BYTES], sealed[-MAC_BYTES:]
         f = SIGNED.unpack(signed)
         owner, generation = f[3], f[6]
-        is_named = (f[0], f[2], f[4], f[8]) == (
-            block_hash,
-            fingerprint,
-            memoryview(payload).nbytes,
-            signed_kind(kind),
-        )
-        if not is_named or (tenant and owner != tenant):
+        if f[0] != block_hash or f[2] != fingerprint or f[8] != signed_kind(kind):
             return False
-        key = self._keys.seal_key(owner, generation)
+        if f[4] != memoryview(payload).nbytes or (tenant and owner != tenant):
+            return False
+        key = self._key(owner, generation)
         return key is not None and hmac.compare_digest(_mac(key, signed, salt, payload), mac)
+
+    def _key(self, owner: bytes, generation: int) -> bytes | None:
+        last_owner, last_generation, key = self._last
+        if (last_owner, last_generation) != (owner, generation):
+            key = self._keys.seal_key(owner, generation)
+            self._last = (owner, generation, key)
+        return key
 
 
 def signed_kind(kind: RecordKind) -> RecordKind:
@@ -103,12 +110,13 @@ def signed_kind(kind: RecordKind) -> RecordKind:
 
 def _as_signed(sealed: bytes) -> bytes:
     signed = sealed[: SIGNED.size]
-    if signed[_KIND_AT] != RecordKind.POOLED:
+    if signed[_KIND_AT] != _POOLED:
         return signed
     return signed[:_KIND_AT] + bytes([signed_kind(RecordKind.POOLED)]) + signed[_KIND_AT + 1 :]
 
 
-def signed_part(record: Record) -> bytes:
+def signed_part(record: Record, generation: int | None = None) -> bytes:
+    """generation: of the secret that it is about to be signed with; None: that it was."""
     return SIGNED.pack(
         record.hash,
         record.parent,
@@ -116,7 +124,7 @@ def signed_part(record: Record) -> bytes:
         record.tenant,
         memoryview(record.payload).nbytes,
         record.position,
-        record.generation,
+        record.generation if generation is None else generation,
         record.labels.num_cards,
         signed_kind(record.kind),
         record.labels.hash_kind,
