@@ -17,7 +17,7 @@ import xxhash
 from antefix.store import codec
 from antefix.store.api import RecordKind
 from antefix.store.format import HASH_BYTES, IndexEntry, RecordFlag, unpack_entry
-from antefix.store.index import TABLE_OF_KIND, Index
+from antefix.store.index import TABLE_OF_KIND, Index, owner_of
 from kvstore.index_writer import (
     PLAN_PREFIX,
     Name,
@@ -135,7 +135,7 @@ def _name_faults(index: Index, txn: Any, derived: _Derived) -> Iterator[str]:
     for letters, used in (((b"f",), derived.fingerprint_ids), ((b"t", b"o"), derived.tenant_ids)):
         to_id = {key: value for key, value in rows.items() if key[:1] in letters}
         names = {
-            key[1:]: letter + (value[:HASH_BYTES] if letter == b"f" else value)
+            key[1:]: letter + value[:HASH_BYTES] if letter == b"f" else owner_of(letter, value)
             for letter in letters
             for key, value in rows.items()
             if key[:1] == letter.upper()

@@ -145,9 +145,9 @@ class IndexTxn:
         state = self._fingerprints[digest] = FingerprintState(id=number, digest=digest, block_tokens=block_tokens)
         return state
 
-    def owner_id(self, owner: bytes) -> int:
+    def owner_id(self, owner: bytes, generation: int) -> int:
         """For a record that is about to be indexed: an owner without a number gets one."""
-        return self._owners.number(owner)
+        return self._owners.number(owner, generation)
 
     def known_owner_id(self, owner: bytes) -> int | None:
         return self._owners.find(owner)

@@ -41,13 +41,14 @@ class Holding:
     """Records of one namespace (fingerprint), owner and kind.  ages: number of records by time since last use.
 
     tenant: its name where that is known, else its digest.  about: what the fingerprint stands for, where that is known.
-    version: of the records.
+    version: of the records.  generation: of the secret that named and sealed them; 0: none did.
     """
 
     fingerprint: str
     about: dict[str, Any]
     tenant: str
     version: int
+    generation: int
     kind: RecordKind
     num_records: int
     stored_bytes: int
@@ -95,7 +96,7 @@ def inspect(directory: Path, *, num_lines_max: int = NUM_LINES_MAX, known: Known
     index = Index(directory / INDEX_DIR)
     try:
         with index.txn() as txn:
-            fingerprints, owners = index.fingerprints(txn), index.owners(txn)
+            fingerprints, owners, generations = index.fingerprints(txn), index.owners(txn), index.generations(txn)
             statements = {digest: index.statement(txn, digest) for digest in fingerprints.values()}
             entries = {
                 (kind, key): entry
@@ -112,7 +113,7 @@ def inspect(directory: Path, *, num_lines_max: int = NUM_LINES_MAX, known: Known
         num_segments=len(files),
         segment_bytes=sum(path.stat().st_size for path in files),
         index_bytes=(directory / INDEX_DIR / "data.mdb").stat().st_size,
-        holdings=_holdings(entries, fingerprints, statements, owners, known or KnownNames()),
+        holdings=_holdings(entries, fingerprints, statements, owners, generations, known or KnownNames()),
         forest=runs[:num_lines_max],
         num_runs_left_out=max(0, len(runs) - num_lines_max),
     )
@@ -123,6 +124,7 @@ def _holdings(
     fingerprints: dict[int, bytes],
     statements: dict[bytes, bytes],
     owners: dict[int, bytes],
+    generations: dict[int, int],
     known: KnownNames,
 ) -> list[Holding]:
     groups: dict[tuple[int, int, RecordKind], list[IndexEntry]] = defaultdict(list)
@@ -134,6 +136,7 @@ def _holdings(
             about=json.loads(statements.get(fingerprints.get(fingerprint, b"")) or b"{}"),
             tenant=known.name(owners.get(owner, b"t")),
             version=2 if owners.get(owner, b"t")[:1] == b"o" else 1,
+            generation=generations.get(owner, 0),
             kind=kind,
             num_records=len(found),
             stored_bytes=sum(entry.extent_bytes for entry in found),
@@ -214,6 +217,7 @@ def render(report: StoreReport) -> str:
             f"{holding.num_records} records, {_size(holding.payload_bytes)} stored in {_size(holding.stored_bytes)}; "
             f"used {ages}"
             + (f"; {holding.num_quarantined} quarantined" if holding.num_quarantined else "")
+            + (f"; secret {holding.generation}" if holding.generation else "")
             + ("; of version 1" if holding.version == 1 else "")
         )
     lines += _about(report)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from antefix.errors import StoreFull
-from antefix.store.index import Index
+from antefix.store.index import GENERATION_BYTES, Index, owner_of
 
 _NUMBER_MAX: Final = 0xFFFFFFFF
 
@@ -31,21 +31,24 @@ class OwnerNumbers:
         number = self._numbers.get(owner)
         return self._index.owner_id(self._txn, owner) if number is None else number
 
-    def number(self, owner: bytes) -> int:
+    def number(self, owner: bytes, generation: int) -> int:
         """The number of an owner of which a record is about to be indexed; a new one where it has none.
 
+        generation: of the secret that made the owner's digest.
         Raises:  StoreFull: see `next_number`.
         """
         if owner not in self._numbers:
             found = self._index.owner_id(self._txn, owner)
-            self._numbers[owner] = self._give(owner) if found is None else found
+            self._numbers[owner] = self._give(owner, generation) if found is None else found
         return self._numbers[owner]
 
-    def _give(self, owner: bytes) -> int:
+    def _give(self, owner: bytes, generation: int) -> int:
         number = next_number(self._index, self._txn, b"T")
         key, names = number.to_bytes(4, "little"), self._index.db["names"]
         self._txn.put(owner, key, db=names)
-        self._txn.put(owner[:1].upper() + key, owner[1:], db=names)
+        # A name of version 1 was made with no secret.
+        made_by = generation.to_bytes(GENERATION_BYTES, "little") if owner[:1] == b"o" else b""
+        self._txn.put(owner[:1].upper() + key, owner[1:] + made_by, db=names)
         self._given.add(number)
         return number
 
@@ -63,7 +66,7 @@ class OwnerNumbers:
             for letter in (b"t", b"o"):
                 value = self._txn.pop(letter.upper() + key, db=names)
                 if value is not None:
-                    self._txn.delete(letter + value, db=names)
+                    self._txn.delete(owner_of(letter, value), db=names)
 
     def forget_all_empty(self) -> None:
         """The same for all: stores of earlier versions hold the name of everyone who ever stored something."""

@@ -171,7 +171,8 @@ def _stated(directory: Path, mine: Whose, tokens: Tokens, keyring: Keyring) -> I
         if fields and "geometry" not in fields:
             said = json.loads(statement)
             label = ", ".join(f"{name} {said.get(name)}" for name in fields)
-            yield mine.names_under(digest, tokens, keyring, label)
+            names = mine.names_under(digest, tokens, keyring, label)
+            yield replace(names, state=State.ARITHMETIC_DIFFERS) if fields == ("arithmetic",) else names
 
 
 def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:

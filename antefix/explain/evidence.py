@@ -26,6 +26,7 @@ class State(StrEnum):
     EXPIRED = "expired"
     CORRUPT = "corrupt"
     FINGERPRINT_DIFFERS = "fingerprint_differs"
+    ARITHMETIC_DIFFERS = "arithmetic_differs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +68,15 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Names:
-    """A prompt's names under one fingerprint. label: what the fingerprint stands for, for people."""
+    """A prompt's names under one fingerprint. label: what the fingerprint stands for, for people.
+
+    state: of a block that is stored under this fingerprint only.
+    """
 
     label: str
     fingerprint: bytes
     hashes: Sequence[bytes]
+    state: State = State.FINGERPRINT_DIFFERS
 
 
 def gather(
@@ -219,9 +224,9 @@ def _stored_once(hashes: Sequence[bytes], log: Path) -> frozenset[bytes]:
     return frozenset(wanted[event.hash] for event in events if event.hash in wanted)
 
 
-def _elsewhere(index: Index, txn: Any, others: Sequence[Names], now_ms: int) -> dict[int, str]:
-    """Blocks that another fingerprint has, by number, with that fingerprint's label."""
-    found: dict[int, str] = {}
+def _elsewhere(index: Index, txn: Any, others: Sequence[Names], now_ms: int) -> dict[int, Names]:
+    """Blocks that another fingerprint has, by number."""
+    found: dict[int, Names] = {}
     for names in others:
         fingerprint_id = index.fingerprint_id(txn, names.fingerprint)
         if fingerprint_id is None:
@@ -230,11 +235,11 @@ def _elsewhere(index: Index, txn: Any, others: Sequence[Names], now_ms: int) -> 
             entry = index.entry(txn, RecordKind.BLOCK, name)
             if entry is None or not entry.live(now_ms) or entry.fingerprint_id != fingerprint_id:
                 break
-            found.setdefault(number, names.label)
+            found.setdefault(number, names)
     return found
 
 
-def _with_gaps(blocks: list[BlockEvidence], elsewhere: Mapping[int, str]) -> list[BlockEvidence]:
+def _with_gaps(blocks: list[BlockEvidence], elsewhere: Mapping[int, Names]) -> list[BlockEvidence]:
     """A block after a gap cannot be hit, whatever it is; a block that is only elsewhere says so."""
     out: list[BlockEvidence] = []
     is_reachable = True
@@ -243,8 +248,8 @@ def _with_gaps(blocks: list[BlockEvidence], elsewhere: Mapping[int, str]) -> lis
         if state is State.STORED and not is_reachable:
             state, detail = State.UNREACHABLE, "it is stored, but an earlier block is not: a hit is a prefix"
         elif state is State.FIRST_SEEN and block.index in elsewhere:
-            state = State.FINGERPRINT_DIFFERS
-            detail = f"these tokens are stored, but under {elsewhere[block.index]}"
+            state = elsewhere[block.index].state
+            detail = f"these tokens are stored, but under {elsewhere[block.index].label}"
         is_reachable &= state is State.STORED
         out.append(
             BlockEvidence(

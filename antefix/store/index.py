@@ -30,6 +30,7 @@ READERS_MAX: Final = 1024
 QUARANTINED_KEY: Final = b"quarantined"
 # In the table `meta`: this and the fingerprint.
 STATEMENT_PREFIX: Final = b"said"
+GENERATION_BYTES: Final = 2
 _U64: Final = struct.Struct("<Q")
 
 # LMDB forbids opening one environment twice in a process, so the engine and readers beside it share theirs.
@@ -109,8 +110,12 @@ class Index:
 
     def owners(self, txn: Any) -> dict[int, bytes]:
         """All owners of which something is stored, by id; as `owner_row` makes them."""
-        named = {number: b"t" + bytes(value) for number, value in self._named(txn, b"T")}
-        return named | {number: b"o" + bytes(value) for number, value in self._named(txn, b"O")}
+        named = {number: owner_of(b"t", value) for number, value in self._named(txn, b"T")}
+        return named | {number: owner_of(b"o", value) for number, value in self._named(txn, b"O")}
+
+    def generations(self, txn: Any) -> dict[int, int]:
+        """Which of the deployment's secrets made each owner's digest, by id."""
+        return {number: int.from_bytes(value[-GENERATION_BYTES:], "little") for number, value in self._named(txn, b"O")}
 
     def statement(self, txn: Any, fingerprint: bytes) -> bytes:
         """What a fingerprint stands for; empty where nobody has said."""
@@ -192,6 +197,11 @@ class Index:
                 if entry is not None and entry.live(now_ms):
                     counts.append(index + 1)
         return tuple(counts)
+
+
+def owner_of(letter: bytes, value: bytes) -> bytes:
+    """The owner in a row of the table `names`: behind a digest stands the generation of the secret that made it."""
+    return letter + bytes(value[:-GENERATION_BYTES] if letter == b"o" else value)
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:

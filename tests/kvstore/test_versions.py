@@ -30,7 +30,7 @@ from kvstore.server import KvStoreServicer, register
 from tests.kvstore.golden import CODED, GOLDEN, RAW
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
-KEYRING = Keyring(b"s" * 32)
+KEYRING = Keyring(b"s" * 32, generation=7)
 NEW = Prompt([5] * BLOCK * 4, payload_bytes=3000)
 OLD = Prompt([6] * BLOCK * 4, payload_bytes=3000, version=1)
 OpenEngine = Callable[..., Engine]
@@ -179,7 +179,7 @@ def test_inspect_names_whom_it_can(open_engine: OpenEngine, tmp_path: Path) -> N
         engine.register(FINGERPRINT, BLOCK, {}, statement=said.statement)
     for number, tenant in enumerate(("acme", "acme\x1fann", "other")):
         prompt = Prompt([number] * BLOCK, fingerprint=said.digest)
-        engine.put([prompt.block(0, tenant=KEYRING.owner(tenant))])
+        engine.put([prompt.block(0, tenant=KEYRING.owner(tenant), generation=KEYRING.generation)])
     engine.put([OLD.block(0, tenant=b"named")])
     engine.close()
     store = tmp_path / "store"
@@ -198,6 +198,8 @@ def test_inspect_names_whom_it_can(open_engine: OpenEngine, tmp_path: Path) -> N
     }  # fmt: skip
     text = inspect.render(report)
     assert f"acme, user digest:{user}" in text and "of version 1" in text
+    assert sorted((h.tenant, h.generation) for h in report.holdings)[-1] == ("named", 0)
+    assert {h.generation for h in report.holdings if h.version == 2} == {7} and "secret 7" in text
     assert "family deepseek_v4" in text and "num_cards 2" in text
 
 
