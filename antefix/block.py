@@ -27,7 +27,8 @@ PAYLOAD_VERSION: Final = 1
 USER_SEPARATOR: Final = "\x1f"
 _TOKEN_DTYPE: Final = np.dtype("<u4")
 
-Tokens = Sequence[int] | npt.NDArray[np.uint32]
+TokenArray = npt.NDArray[np.uint32]
+Tokens = Sequence[int] | TokenArray
 
 
 class Family(StrEnum):

@@ -19,28 +19,18 @@ import lmdb
 from antefix import rpc
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailable
 from antefix.layout import BlockLayout
-from antefix.store import codec
-from antefix.store.api import (
-    MEMORY_KINDS,
-    BlockFate,
-    Fate,
-    LookupResult,
-    PutResult,
-    Reason,
-    Record,
-    RecordKind,
-    Refusal,
-)
-from antefix.store.encryption import KeyRing
-from antefix.store.format import FORMAT_VERSION
-from antefix.store.gone import fate_of
+from antefix.record import MEMORY_KINDS, BlockFate, Fate, LookupResult, PutResult, Reason, Record, RecordKind, Refusal
 from antefix.store.payload_channel import SERVICE, PayloadChannel
+from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
-from antefix.store.progress import Progress
-from antefix.store.reader import ReadOutcome, StoreReader, wall_ms
-from antefix.store.seal import SealBroken, Seals
-from antefix.store.wire import Piece, pack_put_request
-from antefix.usage.evidence import ReadEvidence
+from antefix.store.stream_progress import Progress
+from antefix.store_files import codec
+from antefix.store_files.encryption import KeyRing
+from antefix.store_files.gone_blocks import fate_of
+from antefix.store_files.read_log import ReadEvidence
+from antefix.store_files.record_format import FORMAT_VERSION
+from antefix.store_files.seal import SealBroken, Seals
+from antefix.store_files.segment_reader import ReadOutcome, StoreReader, wall_ms
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 log = logging.getLogger("antefix.store")

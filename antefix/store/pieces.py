@@ -13,10 +13,10 @@ import xxhash
 
 from antefix.block import HashKind, Labels
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.store.api import Buffer, Record, RecordKind
-from antefix.store.format import HASH_BYTES
-from antefix.store.header import SEALED_BYTES
-from antefix.store.wire import BlankMessage, Piece, head_of_piece
+from antefix.record import Buffer, Record, RecordKind
+from antefix.store.payload_wire import BlankMessage, Piece, head_of_piece
+from antefix.store_files.record_format import HASH_BYTES
+from antefix.store_files.record_header import SEALED_BYTES
 from antefix.v1 import kvstore_pb2
 
 PIECE_BYTES: Final = 1 << 20

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from antefix.store.api import RecordKind
-from antefix.store.encryption import KeyRing
-from antefix.store.format import FORMAT_VERSION, unpack_identity
-from antefix.store.owners import Owners
-from antefix.store.reader import StoreReader
-from antefix.store.seal import Seals
-from kvstore import fsck
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix.record import RecordKind
+from antefix.store_files.encryption import KeyRing
+from antefix.store_files.owners import Owners
+from antefix.store_files.record_format import FORMAT_VERSION, unpack_identity
+from antefix.store_files.seal import Seals
+from antefix.store_files.segment_reader import StoreReader
+from antefix_kvstore import check_store as fsck
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.golden import CODED, GOLDEN, KEYRING, KEYS, RAW, SECRET
 
 

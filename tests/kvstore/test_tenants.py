@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import ConfigError
+from antefix.record import Reason, RecordKind
 from antefix.secret import Keyring
-from antefix.store.api import Reason, RecordKind
-from antefix.store.encryption import KeyRing
-from antefix.store.header import owner_row
-from antefix.store.owners import Owners
-from antefix.store.reader import StoreReader
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
-from kvstore.index_check import content_fault
-from kvstore.quota import Quotas
+from antefix.store_files.encryption import KeyRing
+from antefix.store_files.owners import Owners
+from antefix.store_files.record_header import owner_row
+from antefix.store_files.segment_reader import StoreReader
+from antefix_kvstore.index_check import content_fault
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.tenant_quota import Quotas
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 OpenEngine = Callable[..., Engine]

@@ -13,20 +13,25 @@ from antefix import rpc
 from antefix.block import Family, Fingerprint
 from antefix.errors import InvalidRequest
 from antefix.layout import KVFormat, KVGeometry
+from antefix.record import RecordKind
 from antefix.secret import Keyring
-from antefix.store.api import RecordKind
 from antefix.store.client import RemoteStore
-from antefix.store.format import FORMAT_VERSION, RECORD_HEADER_BYTES, unpack_identity, unpack_segment_header
-from antefix.store.header import unpack_record_header
-from antefix.store.owners import KnownNames, Owners
+from antefix.store.payload_wire import unpack_get_response
 from antefix.store.pieces import join_hashes
-from antefix.store.wire import unpack_get_response
+from antefix.store_files.owners import KnownNames, Owners
+from antefix.store_files.record_format import (
+    FORMAT_VERSION,
+    RECORD_HEADER_BYTES,
+    unpack_identity,
+    unpack_segment_header,
+)
+from antefix.store_files.record_header import unpack_record_header
 from antefix.v1 import kvstore_pb2
-from kvstore import fsck, inspect
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
-from kvstore.scrubber import Scrubber
-from kvstore.server import KvStoreServicer, register
+from antefix_kvstore import check_store, describe_store
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.scrubber import Scrubber
+from antefix_kvstore.server import KvStoreServicer, register
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.golden import CODED, GOLDEN, RAW
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
@@ -70,7 +75,7 @@ def test_a_store_of_version_1_goes_on_as_version_2(v1_store: Path, ending: str) 
     assert engine.lookup(RAW.hashes, fingerprint=RAW.fingerprint).checkpoints == (5,)
     assert Scrubber(engine, 1 << 30).scrub() == 0
     engine.close()
-    assert fsck.fsck(v1_store).sound
+    assert check_store.fsck(v1_store).sound
 
 
 def test_a_store_whose_identity_is_lost_is_of_its_newest_segments_version(v1_store: Path) -> None:
@@ -184,19 +189,19 @@ def test_inspect_names_whom_it_can(open_engine: OpenEngine, tmp_path: Path) -> N
     engine.close()
     store = tmp_path / "store"
     digest = {tenant: KEYRING.owner(tenant).hex() for tenant in ("acme", "acme\x1fann", "other")}
-    shown = {holding.tenant: holding.version for holding in inspect.inspect(store).holdings}
+    shown = {holding.tenant: holding.version for holding in describe_store.inspect(store).holdings}
     assert shown == {
         f"digest:{digest['acme'][:32]}": 2,
         f"digest:{digest['other'][:32]}": 2,
         "digest:" + digest["acme\x1fann"]: 2,
         "named": 1,
     }
-    report = inspect.inspect(store, known=KnownNames(("acme",), Owners(KEYRING)))
+    report = describe_store.inspect(store, known=KnownNames(("acme",), Owners(KEYRING)))
     user = digest["acme\x1fann"][32:]
     assert {h.tenant for h in report.holdings} == {
         "acme", f"acme\x1fdigest:{user}", f"digest:{digest['other'][:32]}", "named",
     }  # fmt: skip
-    text = inspect.render(report)
+    text = describe_store.render(report)
     assert f"acme, user digest:{user}" in text and "of version 1" in text
     assert sorted((h.tenant, h.generation) for h in report.holdings)[-1] == ("named", 0)
     assert {h.generation for h in report.holdings if h.version == 2} == {7} and "secret 7" in text
@@ -224,7 +229,7 @@ def test_statements_and_footers_are_stepped_over(open_engine: OpenEngine, tmp_pa
         engine.space.compact_one(0.0)
         assert NEW.check(engine) == 4
         engine.close()
-        assert fsck.fsck(tmp_path / "store").sound
+        assert check_store.fsck(tmp_path / "store").sound
 
 
 def test_a_message_with_seals_is_one_that_protobuf_reads() -> None:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from antefix.block import Family, Fingerprint
 from antefix.errors import BlockCorrupt
 from antefix.layout import KVGeometry
-from antefix.store import format as fmt
-from antefix.store import header as head
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
+from antefix.store_files import record_format as fmt
+from antefix.store_files import record_header as head
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text()
 STRUCTS = ("STORE_HEADER", "SEGMENT_HEADER", "RECORD_HEADER", "RECORD_HEADER_V1", "INDEX_ENTRY", "SEGMENT_ENTRY")

@@ -11,17 +11,18 @@ import pytest
 
 from antefix import rpc
 from antefix.block import Labels
+from antefix.record import Record, RecordKind
 from antefix.secret import Keyring
-from antefix.store.api import Record, RecordKind, Store
+from antefix.store.api import Store
 from antefix.store.client import LocalStore, RemoteStore
-from antefix.store.format import RECORD_HEADER_BYTES, payload_checksum
-from antefix.store.header import SEALED_PART, SIGNED_PART, pack_record_header, unpack_record_header
-from antefix.store.seal import Seals, sealed_part_of, signed_part
+from antefix.store_files.record_format import RECORD_HEADER_BYTES, payload_checksum
+from antefix.store_files.record_header import SEALED_PART, SIGNED_PART, pack_record_header, unpack_record_header
+from antefix.store_files.seal import Seals, sealed_part_of, signed_part
 from antefix.v1 import kvstore_pb2
-from antefix.window_pool.format import pack, unpack
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
-from kvstore.server import KvStoreServicer, register
+from antefix.window_pool.pool_format import pack, unpack
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.server import KvStoreServicer, register
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 KEYRING = Keyring(b"s" * 32, generation=2, older={1: b"o" * 32})
@@ -53,7 +54,7 @@ async def store(
     """A worker's client, and the three ways in which payloads reach it."""
     address = servicer.address  # type: ignore[attr-defined]
     if request.param == "pieces":
-        monkeypatch.setattr("kvstore.payload_stream.can_go_plain", lambda *_: False)
+        monkeypatch.setattr("antefix_kvstore.payload_stream.can_go_plain", lambda *_: False)
     seals = Seals(KEYRING)
     local = request.param == "local"
     client: Store = (

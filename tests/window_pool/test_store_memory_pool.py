@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from antefix.errors import Unavailable
-from antefix.store.api import PutResult, Reason, Record, RecordKind, Refusal
+from antefix.record import PutResult, Reason, Record, RecordKind, Refusal
 from antefix.window_pool import StoreMemoryPool
-from antefix.worker.prompt import run_prompt
+from antefix_prefill.run_prompt import run_prompt
 
 FINGERPRINT = b"f" * 32
 NAMES = [bytes([n]) * 32 for n in range(1, 30)]
