@@ -14,8 +14,8 @@ numbers of threads. On a CPU two things break that, and both are handled here an
     sums        PyTorch divides a sum over a middle dim between threads by columns, and its order of addition depends
                 on where they part; `sum_middle` adds in an order of its own. Sums over the last dim are one thread's.
 `antefix.model.arithmetic` probes all of it on the machine at hand, for the shapes of the model at hand.
-On a card libraries choose by shape as well; there `kernels.linear` and `kernels.tokens` take over (`has_kernels`), in
-which a row's work is the same whatever else is computed.
+On a card libraries choose by shape as well; there `antefix_kernels.linear` and `antefix_kernels.tokens` take over
+(`has_kernels`), in which a row's work is the same whatever else is computed.
 
 Shapes:  N = rows, K = input width, O = output width, R = rows of one pair.
 """
@@ -82,7 +82,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Gradients, float64 on a card and other devices take the plain product, without that promise.
     """
     if has_kernels(x):
-        from kernels.linear import multiply as card_multiply
+        from antefix_kernels.linear import multiply as card_multiply
 
         rows = x.reshape(-1, x.shape[-1])
         return card_multiply(rows, weight).view(*x.shape[:-1], weight.shape[0])
@@ -158,7 +158,7 @@ def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
     num_groups = x.shape[1]
     per_group = weight.view(num_groups, -1, weight.shape[1])
     if has_kernels(x):
-        from kernels.linear import multiply_groups
+        from antefix_kernels.linear import multiply_groups
 
         return multiply_groups(x, per_group)
     if is_plain(x, weight):
