@@ -91,7 +91,7 @@ def check_arithmetic(arithmetic: str) -> str:
     is_dtype = dtype in ("float32", "bfloat16")
     if not kind.isalpha() or not is_dtype or arithmetic_of(kind, dtype, reproducible=reproducible) != plain:
         raise InvalidRequest(
-            f"arithmetic is a device, a dtype and what a probe measured, as `antefix doctor` prints it, or"
+            f"arithmetic is a device and a dtype, and what was measured, as `antefix doctor` prints it, or"
             f" {CPU_FLOAT32}, cuda-bfloat16, cuda-bfloat16{_REPRODUCIBLE}; is {arithmetic!r}"
         )
     return arithmetic

@@ -75,7 +75,7 @@ def _python() -> Finding:
 
 
 def _packages() -> list[Finding]:
-    findings = []
+    findings: list[Finding] = []
     for name in PACKAGES:
         try:
             findings.append(Finding(check=name, status="ok", detail=importlib.metadata.version(name)))
@@ -100,7 +100,7 @@ def _arithmetic(args: argparse.Namespace) -> list[Finding]:
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    findings = []
+    findings: list[Finding] = []
     for where in dict.fromkeys(("cpu", device)):
         dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
         try:
@@ -125,7 +125,7 @@ def _workers(router: str, found: list[Finding]) -> list[Finding]:
         status = asyncio.run(_status_of(router))
     except AntefixError as err:
         return [Finding(check="workers", status="fail", detail=str(err), advice="is that a router's address?")]
-    findings = []
+    findings: list[Finding] = []
     for worker in status.workers:
         name = worker.arithmetic or "has not said what it computes"
         agrees = worker.arithmetic == status.arithmetic
