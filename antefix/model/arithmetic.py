@@ -250,7 +250,9 @@ def _functions(model: Model) -> Iterator[Step]:
         yield _function(f"sum of {width}", lambda x: x.sum(-1, keepdim=True), width, wide)
     if config.scoring_func == "softmax":
         yield _function("softmax", lambda x: torch.softmax(x, -1), config.num_experts, wide)
-    for ratio, width in sorted({(geometry.hca_ratio, geometry.head_dim), (2 * geometry.csa_ratio, geometry.head_dim)}):
+    groups = {LayerKind.HCA: geometry.hca_ratio, LayerKind.CSA: 2 * geometry.csa_ratio}
+    for kind in sorted(set(geometry.layers) & groups.keys()):
+        ratio, width = groups[kind], geometry.head_dim
         pool = functools.partial(_pool, ratio, width)
         yield Step(f"pool of {ratio} x {width}", wide, (5, ratio * width), ((0, 1), (1, 3)), pool, is_product=False)
 

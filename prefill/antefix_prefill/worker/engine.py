@@ -33,6 +33,8 @@ log = logging.getLogger("antefix_prefill.worker")
 
 # Of engines that are put together by hand, as tests do.
 NOT_PROBED = Arithmetic(name=CPU_FLOAT32, setup="not probed")
+# However small its KV, a block takes room for its name, its counts and its places in lists.
+BLOCK_BYTES_MIN = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -213,7 +215,7 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
     # The kernels read packed records; torch keeps decoded mirrors beside them.
     packed = uses_triton(config.kernels, model.layout, config.device)
     block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
-    num_blocks = max(1, config.pool_bytes // block_bytes)
+    num_blocks = max(1, config.pool_bytes // max(block_bytes, BLOCK_BYTES_MIN))
     pool, ops = make_backend(config.kernels, model.layout, num_blocks, config.device, reproducible=config.reproducible)
     measured = _measure(model, config, packed=packed)
     free = ignores_shapes(measured, config.device, reproducible_kernels=packed and config.reproducible)
