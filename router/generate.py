@@ -20,7 +20,7 @@ from antefix.errors import Overloaded, Unavailable
 from antefix.wire import Sampling, TokenLogprob
 from antefix.worker.report import RestoreReport
 from router.directory import Directory
-from router.keeper import Keeper
+from router.keeper import BreakpointPins
 from router.naming import Names, Prompt
 from router.placement import Work
 from router.prefilling import NUM_MOVES_MAX, Prefilling
@@ -62,11 +62,11 @@ class Generator:
         decode: Workers,
         names: Names,
         directory: Directory,
-        keeper: Keeper,
+        pins: BreakpointPins,
         sessions: Sessions,
     ) -> None:
         self._sessions = sessions
-        self._keeper = keeper
+        self._pins = pins
         self._prefilling = prefilling
         self._decode = decode
         self._names = names
@@ -87,10 +87,10 @@ class Generator:
             prompt,
             request_id=request.request_id,
             timeout_s=timeout_s,
-            keep=request.breakpoints,
+            breakpoints=request.breakpoints,
             session=request.session,
         )
-        self._keeper.keep(prompt.chain, request.breakpoints, tenant=request.tenant)
+        self._pins.pin(prompt.chain, request.breakpoints, tenant=request.tenant)
         handoff, work = b"", prefilled.work
         if prefilled.answer is not None:
             handoff, request.restore = prefilled.answer.handoff, prefilled.answer.restore

@@ -31,7 +31,7 @@ from router.front import Front, open_front
 from router.gateway.app import start_http
 from router.gateway.config import GatewayConfig
 from router.generate import Generator
-from router.keeper import Keeper
+from router.keeper import BreakpointPins
 from router.leases import Leases
 from router.memory_feed import MemoryFeed
 from router.naming import Names
@@ -134,10 +134,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._keyring = keyring
         self.memory = MemoryFeed(directory, redis_url=config.events_redis)
         self.leases = Leases(self._prefill, self._decode, directory, fingerprint=self._fingerprint, memory=self.memory)
-        self.keeper = Keeper(config.store_address)
+        self.pins = BreakpointPins(config.store_address)
         self.front: Front = open_front(
             config,
-            Generator(prefilling, self._decode, names, directory, self.keeper, sessions),
+            Generator(prefilling, self._decode, names, directory, self.pins, sessions),
             identity=identity,
             tokenizer=tokenizer,
             keyring=keyring,
@@ -251,7 +251,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         await servicer.leases.close()
         await servicer.feed.close()
         await servicer.watched.close()
-        await servicer.keeper.close()
+        await servicer.pins.close()
         await store.close()
 
     server = await rpc.start_server(config.address, register, [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -17,7 +18,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from antefix.errors import InvalidRequest, ModelError
 from router.chat.formats import OutputParser, PlainParser
-from router.chat.messages import Conversation, Message, Piece, Special
+from router.chat.messages import Conversation, Effort, Message, Piece, Role, Special, plain_of
 
 # A noncharacter: no text that is valid for interchange has it, so it cannot come from outside; it is removed anyway.
 _MARK: Final = "\ufdd0"
@@ -59,25 +60,52 @@ class TemplateFormat:
             raise InvalidRequest("this deployment has no tool calls for this model's chat template")
         if conversation.continue_last:
             raise InvalidRequest("this model's chat template cannot go on with an answer that was begun")
-        try:
-            text = self._template.render(
-                messages=[self._escaped(message) for message in conversation.messages],
-                add_generation_prompt=True,
-                **self._names,
-            )
-        except jinja2.TemplateError as err:
-            raise InvalidRequest(f"the model's chat template refuses this conversation: {err}") from err
+        text = self._written(conversation.messages)
         # Each part is tokenized by itself, so nothing that a mark cut apart is read as one token.
         return [Special(text=part) for part in text.split(_MARK) if part]
+
+    def _written(self, messages: tuple[Message, ...]) -> str:
+        """Templates differ in where they take system text: as it stands, as a user's turn, or as part of one."""
+        refusal: jinja2.TemplateError | None = None
+        for form in (messages, _as_user(messages), _joined(_as_user(messages))):
+            try:
+                return self._template.render(
+                    messages=[self._escaped(message) for message in form], add_generation_prompt=True, **self._names
+                )
+            except jinja2.TemplateError as err:
+                refusal = refusal or err
+        raise InvalidRequest(f"the model's chat template refuses this conversation: {refusal}") from refusal
 
     def parser(self, conversation: Conversation) -> OutputParser:
         return PlainParser()
 
+    def mode_name(self, effort: Effort) -> str:
+        return "off"
+
     def _escaped(self, message: Message) -> dict[str, str]:
-        text = message.content.replace(_MARK, "")
+        text = plain_of(message).text.replace(_MARK, "")
         if self._special is not None:
             text = self._special.sub(lambda match: match[0][:1] + _MARK + match[0][1:], text)
         return {"role": message.role.value, "content": text}
+
+
+def _as_user(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """System text after the head as what a user says."""
+    head = next((i for i, message in enumerate(messages) if message.role is not Role.SYSTEM), len(messages))
+    later = (replace(each, role=Role.USER) if each.role is Role.SYSTEM else each for each in messages[head:])
+    return (*messages[:head], *later)
+
+
+def _joined(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Turns of one role that follow one another as one turn: some templates want user and assistant by turns."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1].role is message.role:
+            text = f"{plain_of(joined[-1]).text}\n\n{plain_of(message).text}"
+            joined[-1] = Message(role=message.role, content=text)
+        else:
+            joined.append(message)
+    return tuple(joined)
 
 
 def _refuse(message: str) -> None:
