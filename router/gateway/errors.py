@@ -85,5 +85,7 @@ def _body(
     message: str, provider: Provider, openai_type: str, anthropic_type: str, code: str, param: str | None = None
 ) -> dict[str, Any]:
     if provider is Provider.ANTHROPIC:
-        return {"type": "error", "error": {"type": anthropic_type, "message": message}}
+        # Anthropic's API has no field for it; its clients pass on what they do not know.
+        named = {} if param is None else {"param": param}
+        return {"type": "error", "error": {"type": anthropic_type, "message": message, **named}}
     return {"error": {"message": message, "type": openai_type, "param": param, "code": code}}
