@@ -74,9 +74,10 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Special:
-    """Text that the format writes itself: special tokens in it become their ids."""
+    """Text that the format writes itself: special tokens in it become their ids. breakpoints: within it."""
 
     text: str
+    breakpoints: tuple[Breakpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerM
             num_hashed = len(tokens)
             known = memory.get(answer_name(prefix, piece.message))
             num_remembered += known is not None
-            if known is None or any(isinstance(part, Plain) and part.breakpoints for part in piece.pieces):
+            if known is None or any(part.breakpoints for part in piece.pieces):
                 written, inside = _encode(piece.pieces, tokenizer)
                 end = len(written) if known is None else len(known)
                 breakpoints += [(num_hashed + min(at, end), ttl_s) for at, ttl_s in inside]
@@ -53,12 +53,8 @@ def num_characters(pieces: Sequence[Piece]) -> int:
     for piece in pieces:
         if not isinstance(piece, Breakpoint):
             for part in piece.pieces if isinstance(piece, Answer) else (piece,):
-                total += len(part.text) + (_before_breakpoints(part) if isinstance(part, Plain) else 0)
+                total += len(part.text) + sum(each.offset or 0 for each in part.breakpoints)
     return total
-
-
-def _before_breakpoints(piece: Plain) -> int:
-    return sum(each.offset or 0 for each in piece.breakpoints)
 
 
 def _encode(pieces: Sequence[Special | Plain], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, float]]]:
@@ -67,10 +63,8 @@ def _encode(pieces: Sequence[Special | Plain], tokenizer: Tokenizer) -> tuple[li
     tokens: list[int] = []
     breakpoints: list[tuple[int, float]] = []
     for piece in pieces:
-        if isinstance(piece, Special):
-            tokens += tokenizer.encode(piece.text)
-            continue
+        encode = tokenizer.encode if isinstance(piece, Special) else tokenizer.encode_plain
         for each in piece.breakpoints:
-            breakpoints.append((len(tokens) + len(tokenizer.encode_plain(piece.text[: each.offset])), each.ttl_s))
-        tokens += tokenizer.encode_plain(piece.text)
+            breakpoints.append((len(tokens) + len(encode(piece.text[: each.offset])), each.ttl_s))
+        tokens += encode(piece.text)
     return tokens, breakpoints

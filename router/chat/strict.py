@@ -46,7 +46,7 @@ def _additional(validator: Any, rest: Any, instance: Any, schema: Any) -> Iterat
 
 
 _BY_PATTERN: Final = ("pattern", "patternProperties", "unevaluatedProperties", "unevaluatedItems")
-_Validator = validators.extend(
+_Validator = validators.extend(  # type: ignore[no-untyped-call]
     Draft202012Validator,
     {
         "$ref": _reference,

@@ -169,6 +169,7 @@ def _chosen_name(choice: dict[str, Any]) -> str | None:
     kind = choice.get("type", "function")
     if kind == "allowed_tools":
         return None
-    inner = choice.get("function") if isinstance(choice.get("function"), dict) else choice
+    function = choice.get("function")
+    inner = function if isinstance(function, dict) else choice
     name = inner.get("name", kind if kind not in _OWN_KINDS else None)
     return name if isinstance(name, str) else None

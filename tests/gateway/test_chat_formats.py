@@ -420,6 +420,44 @@ def test_a_template_is_rendered_and_users_cannot_forge_its_tokens(tmp_path):
     assert ByteTokenizer(SPECIAL).decode(tokens) == "<|bos|><|user|>hi <|end|><|assistant|><|end|><|assistant|>"
 
 
+TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_templates_prompt_has_breakpoints_and_does_not_depend_on_them(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": name} for name in SPECIAL]}))
+    tokenizer = ByteTokenizer(SPECIAL)
+
+    def render(template, *breakpoints):
+        turns = (system("ab <|end|>\ufdd1"), user("cdef", breakpoints=breakpoints), user("gh"))
+        pieces = TemplateFormat(template, tmp_path).render(Conversation(messages=turns))
+        return render_tokens(pieces, tokenizer, AnswerMemory(), tenant="")
+
+    marks = (Breakpoint(ttl_s=3.0), Breakpoint(offset=2, ttl_s=1.0))
+    marked = render(TEMPLATE, *marks)
+    assert marked.tokens == render(TEMPLATE).tokens
+    texts = [(tokenizer.decode(marked.tokens[:at])[-3:], ttl_s) for at, ttl_s in marked.breakpoints]
+    assert texts == [(">cd", 1.0), ("def", 3.0)]
+    # A template that does more with the text than write it: no breakpoints, and the same prompt.
+    for body in (
+        "{{ m.content | length }}",
+        "{{ m.content[:2] }}",
+        "{{ m.content | tojson }}",
+        "{{ m.content | upper }}",
+    ):
+        template = TEMPLATE.replace("{{ m.content }}", body)
+        assert render(template, *marks).tokens == render(template).tokens
+
+
+def test_a_template_that_takes_no_late_system_text_gets_it_as_a_users(tmp_path):
+    turns = (user("a"), assistant("b"), system("late"), user("c"))
+    pieces = TemplateFormat(ALTERNATING, tmp_path).render(Conversation(messages=turns))
+    assert text_of(pieces) == "<|user|>a<|assistant|>b<|user|>late\n\nc"
+
+
 def test_a_template_may_refuse(tmp_path):
     chat_format = TemplateFormat("{{ raise_exception('no') }}", tmp_path)
     with pytest.raises(InvalidRequest, match="no"):

@@ -462,9 +462,9 @@ async def test_system_text_in_mid_conversation_stands_where_it_was(door):
     }
     for address, body in bodies.items():
         await door.ok(address, body)
-        assert (
-            door.prompt
-            == "<｜begin▁of▁sentence｜>head<｜User｜>a<｜Assistant｜></think>b<｜end▁of▁sentence｜><｜User｜>late\n\nc<｜Assistant｜><think>"
+        assert door.prompt == (
+            "<｜begin▁of▁sentence｜>head<｜User｜>a<｜Assistant｜></think>b<｜end▁of▁sentence｜>"
+            "<｜User｜>late\n\nc<｜Assistant｜><think>"
         )
 
 
@@ -687,7 +687,8 @@ NAMESPACE = {
 @pytest.mark.parametrize("stream", [False, True])
 async def test_groups_of_functions_are_flattened_and_called_by_their_own_names(door, stream):
     door.script.say = lambda prompt: (
-        '</think>\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="agents__spawn">\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
+        '</think>\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="agents__spawn">\n</｜DSML｜invoke>\n'
+        "</｜DSML｜tool_calls>"
     )
     answer = await door.ok(RESPONSES_URL, {"model": MODEL, "input": "hi", "tools": [NAMESPACE], "stream": stream})
     assert answer.headers["antefix-flattened"] == "tools[0] (namespace agents)"
