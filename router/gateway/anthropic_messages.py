@@ -145,7 +145,7 @@ def read_context_management(fields: Fields) -> None:
         kind = edit.text("type")
         if not kind.startswith("clear_thinking"):
             raise unsupported(edit.name_of("type"), f": {kind[:80]!r} takes content out of the conversation")
-        edit.drop_rest()
+        edit.drop("keep")
         fields.notes.ignore(edit.where)
 
 

@@ -25,6 +25,24 @@ _UNSEEN = {
 }
 
 
+_MEDIA_FIELDS = (
+    *(
+        "type",
+        "source",
+        "image_url",
+        "input_audio",
+        "audio_url",
+        "video_url",
+        "file",
+        "data",
+        "url",
+        "detail",
+        "format",
+    ),
+    *("media_type", "file_id", "file_data", "file_url", "filename", "title", "context", "citations"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Unseen:
     """Something that only a placeholder stands for. path: where it was."""
@@ -40,6 +58,7 @@ class Content:
     text: str = ""
     breakpoints: list[Breakpoint] = field(default_factory=list)
     unseen: list[Unseen] = field(default_factory=list)
+    is_inner: bool = False
 
     def add(self, text: str, ttl_s: float | None = None) -> None:
         """A part, and the lifetime of the breakpoint behind it, if it has one."""
@@ -72,40 +91,51 @@ class Content:
         if kind in _UNSEEN:
             return self._document(part) or self._placeholder(part, _UNSEEN[kind])
         if kind == "search_result":
-            return _search_result(part)
+            return "[search result]" if self.is_inner else _search_result(part)
         if kind == "tool_reference":
             return f"[tool: {part.text('tool_name', '') or part.text('name', '')}]"
         raise unsupported(part.name_of("type"), f": this model takes text, not {kind[:80]!r}")
 
     def _document(self, part: Fields) -> str:
         """A document that is text itself."""
-        source = part.take("source")
+        source = part.peek("source")
         if not isinstance(source, dict):
             return ""
         if source.get("type") == "text" and isinstance(source.get("data"), str):
             title = part.text("title", "")
-            part.drop_rest()
-            return f"{title}\n{source['data']}" if title else source["data"]
-        if source.get("type") == "content":
-            inner = part.inside(source, part.name_of("source"))
+            self._drop_media(part)
+            return f"{title}\n{source['data']}" if title else str(source["data"])
+        if source.get("type") == "content" and not self.is_inner:
+            inner = part.inside(part.take("source"), part.name_of("source"))
             inner.drop("type")
-            said = content_of(inner, "content")
+            said = content_of(inner, "content", is_inner=True)
             self.unseen += said.unseen
-            part.drop_rest()
+            self._drop_media(part)
             return said.text
         return ""
 
     def _placeholder(self, part: Fields, what: str) -> str:
         self.unseen.append(Unseen(part.where, what))
-        part.drop_rest()
+        self._drop_media(part)
         return f"[{what}: not shown, this model reads text only]"
 
+    @staticmethod
+    def _drop_media(part: Fields) -> None:
+        """What makes up a picture or a document has been told of; whatever else the part has is ignored by name."""
+        for name in _MEDIA_FIELDS:
+            if isinstance(part.peek(name), dict):
+                part.inside(part.take(name), part.name_of(name)).drop(*_MEDIA_FIELDS)
+        part.drop(*_MEDIA_FIELDS)
 
-def content_of(fields: Fields, name: str, default: Any = None) -> Content:
-    """A string, or parts. Raises:  WrongField: neither, or a part of an unknown kind."""
+
+def content_of(fields: Fields, name: str, default: Any = None, *, is_inner: bool = False) -> Content:
+    """A string, or parts. is_inner: they are parts of a part, and have none themselves.
+
+    Raises:  WrongField: neither, or a part of an unknown kind.
+    """
     value = fields.take(name, default)
     where = fields.name_of(name)
-    content = Content()
+    content = Content(is_inner=is_inner)
     if isinstance(value, str):
         content.add(value)
         return content
@@ -184,7 +214,7 @@ class MessageList:
 def _search_result(part: Fields) -> str:
     source, title = part.take("source", ""), part.take("title", "")
     part.drop("citations")
-    text = content_of(part, "content", "").text
+    text = content_of(part, "content", "", is_inner=True).text
     return "\n".join(str(each) for each in (title, source, text) if each)
 
 

@@ -183,7 +183,6 @@ class Fields:
 
     def close(self) -> None:
         """Note what nobody took, here and further in."""
-        for name in self._values:
-            self.notes.ignore(self.name_of(name))
+        self.notes.ignore_all(self.where, self._values)
         for fields in self._inner:
             fields.close()

@@ -12,10 +12,13 @@ from antefix.config import require
 from antefix.errors import ConfigError
 from router.chat.messages import Effort
 from router.gateway.errors import ModelNotFound
+from router.gateway.fields import wrong_value
 
 MODES: Final = {"off": Effort.NONE, "low": Effort.LOW, "high": Effort.HIGH, "max": Effort.MAX}
 SERVE: Final = "serve"
 REFUSE: Final = "refuse"
+# It comes back with every piece of a streamed answer.
+NAME_CHARACTERS_MAX: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +53,9 @@ class ModelNames:
         return tuple(dict.fromkeys((*self.own, *aliases)))
 
     def find(self, name: str) -> NamedModel:
-        """Raises:  ModelNotFound: nobody knows the name, and unknown ones are not served."""
+        """Raises:  ModelNotFound: unknown, and unknown names are not served.  WrongField: too long for a name."""
+        if len(name) > NAME_CHARACTERS_MAX:
+            raise wrong_value("model", f" takes {NAME_CHARACTERS_MAX} characters")
         alias = next((each for each in self._aliases if fnmatchcase(name, each.pattern)), None)
         is_own = name in self.own
         if not is_own and alias is None and not self._serve_unknown:

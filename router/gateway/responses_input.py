@@ -13,7 +13,7 @@ from router.gateway.tools import grouped_name
 
 _ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
 # Items of tools that a provider runs. Their client cannot leave them out of the history.
-_SERVED_ELSEWHERE = ("_call", "_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response")
+_SERVED_ELSEWHERE = ("_call", "_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response")
 
 
 def input_messages(fields: Fields, instructions: str, signatures: Signatures) -> tuple[Message, ...]:

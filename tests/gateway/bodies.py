@@ -17,7 +17,14 @@ CHAT = {
                 {"id": "c1", "type": "function", "function": {"name": "read", "arguments": '{"path": "a.txt"}'}}
             ],
         },
-        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "hello"}]},
+        {
+            "role": "tool",
+            "tool_call_id": "c1",
+            "content": [
+                {"type": "text", "text": "hello"},
+                {"type": "image_url", "image_url": {"url": "https://example.org/a.png", "detail": "low"}},
+            ],
+        },
         {"role": "user", "content": "And now?"},
     ],
     "tools": [
@@ -68,7 +75,10 @@ MESSAGES = {
                 {
                     "type": "tool_result",
                     "tool_use_id": "c1",
-                    "content": [{"type": "text", "text": "hello"}],
+                    "content": [
+                        {"type": "text", "text": "hello"},
+                        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PIXEL}},
+                    ],
                     "cache_control": dict(EPHEMERAL),
                 }
             ],
@@ -91,7 +101,7 @@ BODIES = {
     "/v1/messages/count_tokens": MESSAGES,
 }
 # Objects that are content, not fields: whatever they hold is the model's to read.
-CONTENT = ("parameters", "input_schema", "properties", "input", "edits")
+CONTENT = ("parameters", "input_schema", "properties", "input")
 
 
 def objects_of(value, path=()):

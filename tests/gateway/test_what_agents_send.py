@@ -99,7 +99,7 @@ async def test_an_invented_key_at_any_level_is_answered_and_named(door, address)
 
 
 @pytest.mark.parametrize("address", BODIES)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 async def test_any_invented_key_is_named_in_a_header_that_is_one(door, address, data):
     body = BODIES[address]
@@ -435,6 +435,14 @@ async def test_refusals_names_and_old_calls_are_shown(door):
     )
     assert "ann: a" in door.prompt and "I will not." in door.prompt and "Nor that." in door.prompt
     assert '<｜DSML｜invoke name="f">' in door.prompt and "<tool_result>result</tool_result>" in door.prompt
+
+
+async def test_an_answer_that_comes_back_with_a_name_is_still_the_tokens_that_were_generated(door):
+    answer = await door.ok(CHAT_URL, chat(user("a"), thinking=False))
+    said = {**answer.json()["choices"][0]["message"], "name": "bob"}
+    await door.ok(CHAT_URL, chat(user("a"), said, user("b"), thinking=False))
+    so_far = door.script.prompts[0] + door.script.requests[0].emitted
+    assert door.script.prompts[1][: len(so_far)] == so_far and "bob" not in door.prompt
 
 
 async def test_system_text_in_mid_conversation_stands_where_it_was(door):
@@ -821,7 +829,7 @@ async def test_the_bodies_keep_the_meaning_of_the_conversation(door):
             "Read a.txt",
             "<think>Let me see.</think>",
             ">a.txt<",
-            "<tool_result>hello<",
+            "<tool_result>hello",
             "And now?",
         ):
             assert text in door.prompt, (address, text)
