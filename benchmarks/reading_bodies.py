@@ -17,11 +17,11 @@ from typing import Any
 import msgspec
 
 from antefix.secret import Keyring
-from router.gateway.anthropic_messages import anthropic_messages
-from router.gateway.fields import Fields
-from router.gateway.notes import Notes
-from router.gateway.signatures import Signatures
-from router.gateway.tools import anthropic_tools
+from antefix_router.gateway.anthropic_messages import anthropic_messages
+from antefix_router.gateway.fields import Fields
+from antefix_router.gateway.notes import Notes
+from antefix_router.gateway.signatures import Signatures
+from antefix_router.gateway.tools import anthropic_tools
 
 NUM_TOOLS, NUM_TURNS, NUM_ROUNDS = 20, 60, 5
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from antefix.deployment import Deployment, DeploymentConfig
 from antefix.layout import KVFormat
-from antefix.reference import Reference
 from antefix.wire import Sampling
+from antefix_console.bare_model import Reference
+from antefix_console.deployment import Deployment, DeploymentConfig
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 SMALL_POOL = ("--pool-bytes", "64M")

@@ -14,7 +14,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 async def test_up_takes_a_chat_format_and_model_aliases(tmp_path):
     flags = ("--chat-format", "deepseek-v4", "--model-aliases", str(ALIASES))
     up = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "antefix", "up", "--json", "--data-dir", str(tmp_path / "up"), *flags),
+        *(sys.executable, "-m", "antefix_console", "up", "--json", "--data-dir", str(tmp_path / "up"), *flags),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )

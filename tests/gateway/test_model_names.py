@@ -6,7 +6,7 @@ import httpx2
 import pytest
 
 from antefix.errors import ConfigError
-from router.gateway.model_names import load_aliases
+from antefix_router.gateway.model_names import load_aliases
 from tests.gateway.scripted import Script, make_front, serving
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "model_aliases.toml"

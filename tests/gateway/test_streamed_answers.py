@@ -5,7 +5,7 @@ import json
 import pytest
 
 from antefix.secret import Keyring
-from router.gateway.signatures import Signatures
+from antefix_router.gateway.signatures import Signatures
 from tests.gateway.scripted import Script, make_front, serving
 
 anthropic = pytest.importorskip("anthropic")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from antefix.usage.ledger_files import read_settled
-from router.gateway.notes import HEADER_BYTES_MAX, IgnoredFields, Notes
+from antefix_billing.ledger_files import read_settled
+from antefix_router.gateway.notes import HEADER_BYTES_MAX, IgnoredFields, Notes
 from tests.gateway.bodies import BODIES, CHAT, MESSAGES, PIXEL, RESPONSES, SCHEMA, json_path, objects_of
 from tests.gateway.scripted import Script, make_front, serving
 

@@ -1,0 +1,48 @@
+"""The small model's format: a token for who speaks, the text, a token for its end. No tools, no reasoning.
+
+<|bos|> [system text <|end|>] (<|user|> text <|end|> <|assistant|> text <|end|>)* <|user|> text <|end|> <|assistant|>
+"""
+
+from __future__ import annotations
+
+from antefix.errors import InvalidRequest
+from antefix_router.chat.chat_formats import OutputParser, PlainParser
+from antefix_router.chat.messages import Answer, Conversation, Effort, Piece, Role, Special, end_of, plain_of
+
+
+class PlainFormat:
+    """See the module."""
+
+    name = "plain"
+    supports_tools = False
+    supports_reasoning = False
+
+    def render(self, conversation: Conversation) -> list[Piece]:
+        if conversation.tools:
+            raise InvalidRequest("this model cannot call tools")
+        if conversation.response_schema is not None:
+            raise InvalidRequest("this model cannot keep to a response format")
+        pieces: list[Piece] = [Special(text="<|bos|>")]
+        last = len(conversation.messages) - 1
+        is_head = True
+        for index, message in enumerate(conversation.messages):
+            if message.role is Role.TOOL or message.tool_calls:
+                raise InvalidRequest("this model cannot call tools")
+            is_head &= message.role is Role.SYSTEM
+            if not is_head:
+                # System text has no token of its own: at the head it has none, later on it is a turn like the user's.
+                pieces.append(Special(text="<|assistant|>" if message.role is Role.ASSISTANT else "<|user|>"))
+            text = plain_of(message)
+            pieces.append(Answer(message=message, pieces=(text,)) if message.role is Role.ASSISTANT else text)
+            pieces += end_of(message)
+            if index == last and conversation.continue_last:
+                return pieces
+            pieces.append(Special(text="<|end|>"))
+        pieces.append(Special(text="<|assistant|>"))
+        return pieces
+
+    def parser(self, conversation: Conversation) -> OutputParser:
+        return PlainParser()
+
+    def mode_name(self, effort: Effort) -> str:
+        return "off"

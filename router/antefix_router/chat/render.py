@@ -1,0 +1,70 @@
+"""Pieces to tokens: special tokens where the format wrote them, plain text elsewhere, answers as they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from antefix.tokenizer import Tokenizer
+from antefix_router.chat.answer_memory import AnswerMemory, answer_name, prefix_state
+from antefix_router.chat.messages import Answer, Breakpoint, Piece, Plain, Special
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """A prompt. breakpoints: (number of tokens before it, lifetime in seconds), ascending."""
+
+    tokens: list[int]
+    breakpoints: tuple[tuple[int, float], ...]
+    num_remembered: int
+
+
+def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerMemory, *, tenant: str) -> Rendered:
+    """The prompt's tokens. tenant: the cache tenant, whose answers may be remembered."""
+    tokens: list[int] = []
+    breakpoints: list[tuple[int, float]] = []
+    # The hash over all tokens so far is carried along, so that many answers cost no more than one.
+    prefix, num_hashed, num_remembered = prefix_state(tenant, ()), 0, 0
+    for piece in pieces:
+        if isinstance(piece, Breakpoint):
+            breakpoints.append((len(tokens), piece.ttl_s))
+        elif isinstance(piece, Answer):
+            prefix.update(np.asarray(tokens[num_hashed:], "<u4").tobytes())
+            num_hashed = len(tokens)
+            known = memory.get(answer_name(prefix, piece.message))
+            num_remembered += known is not None
+            if known is None or any(part.breakpoints for part in piece.pieces):
+                written, inside = _encode(piece.pieces, tokenizer)
+                end = len(written) if known is None else len(known)
+                breakpoints += [(num_hashed + min(at, end), ttl_s) for at, ttl_s in inside]
+            tokens += known if known is not None else written
+        else:
+            written, inside = _encode((piece,), tokenizer)
+            breakpoints += [(len(tokens) + at, ttl_s) for at, ttl_s in inside]
+            tokens += written
+    return Rendered(tokens=tokens, breakpoints=tuple(sorted(breakpoints)), num_remembered=num_remembered)
+
+
+def num_characters(pieces: Sequence[Piece]) -> int:
+    """How much text `render_tokens` has to encode: a breakpoint inside a text has what is before it encoded again."""
+    total = 0
+    for piece in pieces:
+        if not isinstance(piece, Breakpoint):
+            for part in piece.pieces if isinstance(piece, Answer) else (piece,):
+                total += len(part.text) + sum(each.offset or 0 for each in part.breakpoints)
+    return total
+
+
+def _encode(pieces: Sequence[Special | Plain], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, float]]]:
+    """Tokens, and where breakpoints lie in them. The text is never cut there: clients move their breakpoints from turn
+    to turn, and a cut would change the tokens around it, and with them every block from there on."""
+    tokens: list[int] = []
+    breakpoints: list[tuple[int, float]] = []
+    for piece in pieces:
+        encode = tokenizer.encode if isinstance(piece, Special) else tokenizer.encode_plain
+        for each in piece.breakpoints:
+            breakpoints.append((len(tokens) + len(encode(piece.text[: each.offset])), each.ttl_s))
+        tokens += encode(piece.text)
+    return tokens, breakpoints

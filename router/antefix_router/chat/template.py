@@ -1,0 +1,178 @@
+"""A tokenizer's own chat template (Jinja), as Hugging Face directories have it. Sandboxed: it came with a download.
+
+The template sees the contents with a private mark inside everything that reads like a special token, and the marks cut
+the rendered text where it must not be read as one: so no message can speak as somebody else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from antefix.errors import InvalidRequest, ModelError
+from antefix_router.chat.chat_formats import OutputParser, PlainParser
+from antefix_router.chat.messages import Breakpoint, Conversation, Effort, Message, Piece, Role, Special, plain_of
+
+# A noncharacter: no text that is valid for interchange has it, so it cannot come from outside; it is removed anyway.
+_MARK: Final = "\ufdd0"
+# Another one, for where a breakpoint lies.
+_POINT: Final = "\ufdd1"
+
+
+def template_of(model: Path) -> str | None:
+    """The directory's template, or None."""
+    if (model / "chat_template.jinja").is_file():
+        return (model / "chat_template.jinja").read_text()
+    path = model / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    template = json.loads(path.read_text()).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+class TemplateFormat:
+    """See the module. Answers are taken as plain text: how calls are written differs from template to template."""
+
+    name = "template"
+    supports_tools = False
+    supports_reasoning = False
+
+    def __init__(self, template: str, model: Path) -> None:
+        """Raises:  ModelError: the template does not compile."""
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda text: datetime.now(UTC).strftime(text)
+        try:
+            self._template = environment.from_string(template)
+        except jinja2.TemplateError as err:
+            raise ModelError(f"the chat template of {model} does not compile: {err}") from err
+        self._names = _special_tokens(model)
+        texts = sorted(set(_added_tokens(model)) | set(self._names.values()), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    def render(self, conversation: Conversation) -> list[Piece]:
+        if conversation.tools or any(message.tool_calls for message in conversation.messages):
+            raise InvalidRequest("this deployment has no tool calls for this model's chat template")
+        if conversation.continue_last:
+            raise InvalidRequest("this model's chat template cannot go on with an answer that was begun")
+        text = self._written(conversation.messages)
+        places = self._breakpoints(conversation.messages, text)
+        pieces: list[Piece] = []
+        start = 0
+        # Each part is tokenized by itself, so nothing that a mark cut apart is read as one token.
+        for part in text.split(_MARK):
+            end = start + len(part)
+            inside = tuple(
+                Breakpoint(ttl_s=ttl_s, offset=place - start) for place, ttl_s in places if start < place <= end
+            )
+            pieces += [Special(text=part, breakpoints=inside)] if part else []
+            start = end + len(_MARK)
+        return pieces
+
+    def _breakpoints(self, messages: tuple[Message, ...], text: str) -> list[tuple[int, float]]:
+        """Where the messages' breakpoints lie in the rendered text: it is rendered once more with a character in each
+        place. Where the template does anything but write that character out, there are none: the prompt must not
+        depend on them."""
+        lifetimes = [each.ttl_s for message in messages for each in _sorted(message)]
+        if not lifetimes:
+            return []
+        parts = self._written(tuple(_pointed(message) for message in messages), pointed=True).split(_POINT)
+        if "".join(parts) != text or len(parts) != len(lifetimes) + 1:
+            return []
+        ends = itertools.accumulate(len(part) for part in parts[:-1])
+        return list(zip(ends, lifetimes, strict=True))
+
+    def _written(self, messages: tuple[Message, ...], *, pointed: bool = False) -> str:
+        """Templates differ in where they take system text: as it stands, as a user's turn, or as part of one.
+
+        pointed: breakpoints' characters are in the messages, and stay.
+        """
+        refusal: jinja2.TemplateError | None = None
+        for form in (messages, _as_user(messages), _joined(_as_user(messages))):
+            try:
+                return self._template.render(
+                    messages=[self._escaped(message, pointed=pointed) for message in form],
+                    add_generation_prompt=True,
+                    **self._names,
+                )
+            except jinja2.TemplateError as err:
+                refusal = refusal or err
+        raise InvalidRequest(f"the model's chat template refuses this conversation: {refusal}") from refusal
+
+    def parser(self, conversation: Conversation) -> OutputParser:
+        return PlainParser()
+
+    def mode_name(self, effort: Effort) -> str:
+        return "off"
+
+    def _escaped(self, message: Message, *, pointed: bool) -> dict[str, str]:
+        text = plain_of(message).text.replace(_MARK, "")
+        text = text if pointed else text.replace(_POINT, "")
+        if self._special is not None:
+            text = self._special.sub(lambda match: match[0][:1] + _MARK + match[0][1:], text)
+        return {"role": message.role.value, "content": text}
+
+
+def _sorted(message: Message) -> list[Breakpoint]:
+    end = len(message.content)
+    return sorted(message.breakpoints, key=lambda each: end if each.offset is None else each.offset)
+
+
+def _pointed(message: Message) -> Message:
+    """The message with a character wherever it has a breakpoint."""
+    text, start = "", 0
+    for each in _sorted(message):
+        end = len(message.content) if each.offset is None else each.offset
+        text += message.content[start:end].replace(_POINT, "") + _POINT
+        start = end
+    return replace(message, content=text + message.content[start:].replace(_POINT, ""), breakpoints=())
+
+
+def _as_user(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """System text after the head as what a user says."""
+    head = next((i for i, message in enumerate(messages) if message.role is not Role.SYSTEM), len(messages))
+    later = (replace(each, role=Role.USER) if each.role is Role.SYSTEM else each for each in messages[head:])
+    return (*messages[:head], *later)
+
+
+def _joined(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Turns of one role that follow one another as one turn: some templates want user and assistant by turns."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1].role is message.role:
+            text = f"{plain_of(joined[-1]).text}\n\n{plain_of(message).text}"
+            joined[-1] = Message(role=message.role, content=text)
+        else:
+            joined.append(message)
+    return tuple(joined)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _special_tokens(model: Path) -> dict[str, str]:
+    """bos_token, eos_token and so on, as templates use them."""
+    path = model / "tokenizer_config.json"
+    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    names = {}
+    for name, value in config.items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str) and text:
+            names[name] = text
+    return names
+
+
+def _added_tokens(model: Path) -> list[str]:
+    path = model / "tokenizer.json"
+    if not path.is_file():
+        return []
+    return [token["content"] for token in json.loads(path.read_text()).get("added_tokens", []) if token.get("content")]

@@ -1,0 +1,159 @@
+"""Anthropic's messages and system blocks as a conversation. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from antefix_router.chat.messages import Breakpoint, Message, Role, ToolCall
+from antefix_router.gateway.content import Content, MessageList, as_json, breakpoint_ttl, content_of, end_breakpoint
+from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_type, wrong_value
+from antefix_router.gateway.signatures import Signatures
+
+# Newer models take system text in mid-conversation, and clients send it.
+_ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT, "system": Role.SYSTEM, "developer": Role.SYSTEM}
+REDACTED = "[thinking redacted]"
+
+
+def anthropic_messages(fields: Fields, signatures: Signatures) -> tuple[Message, ...]:
+    """System text first, then the turns; a turn with tool results becomes one message for each of them.
+
+    Raises:  WrongField: a block of a kind that nobody knows; the field is named.
+    """
+    found = MessageList()
+    if fields.has("system"):
+        said = content_of(fields, "system")
+        if said.text:
+            found.add(Message(role=Role.SYSTEM, content=said.text, breakpoints=tuple(said.breakpoints)))
+    items = fields.children("messages")
+    if not items:
+        raise wrong_value("messages", " is empty")
+    for item in items:
+        role = item.one_of("role", _ROLES)
+        blocks = _blocks(item)
+        if role is Role.ASSISTANT:
+            found.add(_Answer(blocks, signatures).message(end_breakpoint(item)))
+        else:
+            _read_turn(blocks, role, found, end_breakpoint(item))
+    return found.finish(fields.notes)
+
+
+def _blocks(item: Fields) -> list[Fields]:
+    value = item.take("content")
+    where = item.name_of("content")
+    if value is None:
+        raise missing(where, "a string or a list of blocks")
+    if isinstance(value, str):
+        return [Fields({"type": "text", "text": value}, where)]
+    if not isinstance(value, list):
+        raise wrong_type(where, "a string or a list of blocks")
+    return [item.inside(block, f"{where}[{index}]") for index, block in enumerate(value)]
+
+
+def _read_turn(blocks: list[Fields], role: Role, found: MessageList, ends: tuple[Breakpoint, ...]) -> None:
+    """Tool results, then what the user says besides."""
+    said, has_results = Content(), False
+    for block in blocks:
+        if not block.takes("type", "tool_result"):
+            said.add_part(block)
+            continue
+        has_results = True
+        result = content_of(block, "content", "")
+        if block.boolean("is_error"):
+            # What failed is told in words: the model has no other field for it.
+            result.prepend("Error: ")
+        breakpoints = (*result.breakpoints, *end_breakpoint(block))
+        call_id = block.text("tool_use_id", "")
+        message = Message(role=Role.TOOL, content=result.text, tool_call_id=call_id, breakpoints=breakpoints)
+        found.add(message, result.unseen)
+    if said.text or not has_results:
+        found.add(Message(role=role, content=said.text, breakpoints=(*said.breakpoints, *ends)), said.unseen)
+    elif ends:
+        found.end_with(ends)
+
+
+class _Answer:
+    """An assistant's turn while its blocks are read."""
+
+    def __init__(self, blocks: list[Fields], signatures: Signatures) -> None:
+        self._said = Content()
+        self._reasoning = ""
+        self._calls: list[ToolCall] = []
+        self._ends: list[Breakpoint] = []
+        self._signatures = signatures
+        readers: dict[str, Callable[[Fields], None]] = {
+            "thinking": self._thinking,
+            "redacted_thinking": self._redacted,
+            "tool_use": self._tool_use,
+        }
+        for block in blocks:
+            kind = next((each for each in readers if block.takes("type", each)), None)
+            (self._other if kind is None else readers[kind])(block)
+
+    def message(self, ends: tuple[Breakpoint, ...]) -> Message:
+        return Message(
+            role=Role.ASSISTANT,
+            content=self._said.text,
+            reasoning=self._reasoning,
+            tool_calls=tuple(self._calls),
+            breakpoints=(*self._said.breakpoints, *self._ends, *ends),
+        )
+
+    def _thinking(self, block: Fields) -> None:
+        text = block.text("thinking", "")
+        if not self._signatures.is_ours(text, block.text("signature", "")):
+            block.notes.call_foreign(block.where)
+        self._reasoning += text
+        self._said.add("", breakpoint_ttl(block))
+
+    def _redacted(self, block: Fields) -> None:
+        block.drop("data")
+        block.notes.call_foreign(block.where)
+        self._reasoning += REDACTED
+
+    def _tool_use(self, block: Fields) -> None:
+        value = block.take("input", {})
+        arguments = value if isinstance(value, str) else as_json(value)
+        self._calls.append(ToolCall(id=block.text("id", ""), name=block.text("name"), arguments=arguments))
+        block.drop("caller")
+        self._ends += end_breakpoint(block)
+
+    def _other(self, block: Fields) -> None:
+        """Text; or what another provider's own tools did, in a word: whoever reads on should know that it happened."""
+        kind = block.take("type", "")
+        if not isinstance(kind, str) or not kind.endswith(("tool_use", "tool_result")):
+            self._said.add_part(block, kind)
+            return
+        block.notes.leave_out(block.where, kind)
+        if kind.endswith("tool_use"):
+            self._said.add(f"[{block.text('name', kind)} called with {as_json(block.take('input', {}))}]")
+        else:
+            self._said.add(f"[{kind}: not shown]")
+        block.drop_rest()
+
+
+def read_context_management(fields: Fields) -> None:
+    """Edits that only spare context change nothing here: the model's format has its own rule for old thinking.
+
+    Raises:  WrongField: an edit takes content away.
+    """
+    management = fields.child("context_management")
+    if management is None:
+        return
+    for edit in management.children("edits", []):
+        kind = edit.text("type")
+        if not kind.startswith("clear_thinking"):
+            raise unsupported(edit.name_of("type"), f": {kind[:80]!r} takes content out of the conversation")
+        edit.drop("keep")
+        fields.notes.ignore(edit.where)
+
+
+def user_of(fields: Fields) -> str:
+    """`metadata.user_id`: whose cache it is."""
+    metadata = fields.child("metadata")
+    return "" if metadata is None else metadata.text("user_id", "")
+
+
+def call_input(call: ToolCall) -> Any:
+    return json.loads(call.arguments or "{}")

@@ -1,0 +1,188 @@
+"""Reading JSON requests: what is understood is taken and checked, what is left is ignored and told of. Pure.
+
+Clients add fields every month, and most change nothing. So a reader takes the fields that it knows, refuses by name the
+few that would change the answer (`only`), and at the end `close` notes all others, at any level, with their JSON paths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar, cast
+
+from antefix.errors import InvalidRequest
+from antefix_router.gateway.notes import Notes
+
+T = TypeVar("T")
+_MISSING = object()
+
+
+class WrongField(InvalidRequest):
+    """A field of the request is missing, of a wrong type, or not supported. param: its name; code: which, in OpenAI's
+    words."""
+
+    def __init__(self, message: str, *, param: str, code: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+def missing(param: str, what: str) -> WrongField:
+    return WrongField(f"{param} is missing: it must be {what}", param=param, code="missing_required_parameter")
+
+
+def wrong_type(param: str, what: str) -> WrongField:
+    return WrongField(f"{param} must be {what}", param=param, code="invalid_type")
+
+
+def wrong_value(param: str, why: str) -> WrongField:
+    return WrongField(f"{param}{why}", param=param, code="invalid_value")
+
+
+def unsupported(param: str, why: str) -> WrongField:
+    return WrongField(f"{param}{why}", param=param, code="unsupported_value")
+
+
+def is_number(value: Any, number: float) -> bool:
+    """Whether a JSON value is this number; true and false are none."""
+    return value == number and not isinstance(value, bool)
+
+
+class Fields:
+    """One JSON object, and those inside it that were asked for. null is how some clients leave a field out."""
+
+    def __init__(self, values: Any, where: str = "", notes: Notes | None = None) -> None:
+        if not isinstance(values, dict):
+            raise wrong_type(where or "the request body", "a JSON object")
+        self.where = where
+        self.notes = notes or Notes()
+        self._values: dict[str, Any] = dict(values)
+        self._inner: list[Fields] = []
+
+    def name_of(self, name: str) -> str:
+        return f"{self.where}.{name}" if self.where else name
+
+    def take(self, name: str, default: Any = None) -> Any:
+        value = self._values.pop(name, None)
+        return default if value is None else value
+
+    def peek(self, name: str, default: Any = None) -> Any:
+        """As it was sent, and still to be taken."""
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def takes(self, name: str, value: str) -> bool:
+        """Take a field if it is this text; say whether it was."""
+        if self._values.get(name) != value:
+            return False
+        del self._values[name]
+        return True
+
+    def has(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def child(self, name: str) -> Fields | None:
+        """An object inside this one, or None where there is none. Raises:  WrongField: it is something else."""
+        value = self.take(name)
+        return None if value is None else self.inside(value, self.name_of(name))
+
+    def children(self, name: str, default: Any = _MISSING) -> list[Fields]:
+        """A list of objects."""
+        items = enumerate(self.items(name, default))
+        return [self.inside(item, f"{self.name_of(name)}[{index}]") for index, item in items]
+
+    def inside(self, value: Any, where: str) -> Fields:
+        """An object that belongs to this one: closed with it."""
+        fields = Fields(value, where, self.notes)
+        self._inner.append(fields)
+        return fields
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """Raises:  InvalidRequest: missing without a default, or not a string."""
+        value = self.take(name, default)
+        if value is None:
+            raise missing(self.name_of(name), "a string")
+        if not isinstance(value, str):
+            raise wrong_type(self.name_of(name), "a string")
+        return value
+
+    def boolean(self, name: str, default: bool = False) -> bool:
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            raise wrong_type(self.name_of(name), "true or false")
+        return value
+
+    def integer(self, name: str, default: int | None = None, *, low: int = 0) -> int | None:
+        value = self.take(name, default)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise wrong_type(self.name_of(name), f"an integer of at least {low}")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.take(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise wrong_type(self.name_of(name), "a number")
+        return float(value)
+
+    def items(self, name: str, default: Any = _MISSING) -> list[Any]:
+        value = self.take(name, default)
+        if value is _MISSING:
+            raise missing(self.name_of(name), "a list")
+        if not isinstance(value, list):
+            raise wrong_type(self.name_of(name), "a list")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """A string or a list of strings."""
+        value = self.take(name, [])
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
+            raise wrong_type(self.name_of(name), "a string or a list of strings that are not empty")
+        return values
+
+    def one_of(self, name: str, choices: Mapping[str, T], default: Any = _MISSING) -> T:
+        """Raises:  WrongField: none of them, or missing without a default."""
+        value = self.take(name, _MISSING)
+        if value is _MISSING and default is _MISSING:
+            raise missing(self.name_of(name), f"one of {', '.join(choices)}")
+        if value is _MISSING:
+            return cast(T, default)
+        if not isinstance(value, str) or value not in choices:
+            raise unsupported(
+                self.name_of(name), f" must be one of {', '.join(choices)}; {str(value)[:80]!r} is not supported"
+            )
+        return choices[value]
+
+    def known(self, name: str, choices: Mapping[str, T], default: T) -> T:
+        """A hint: a value that is none of them is ignored like a field that nobody knows."""
+        value = self._values.get(name)
+        if not isinstance(value, str) or value not in choices:
+            return default
+        del self._values[name]
+        return choices[value]
+
+    def only(self, name: str, allowed: Callable[[Any], bool], why: str) -> None:
+        """A field that would change the answer, except with these values.
+
+        Raises:  WrongField: it has another one.
+        """
+        value = self.take(name, _MISSING)
+        if value is not _MISSING and not allowed(value):
+            raise unsupported(self.name_of(name), f": {why}")
+
+    def drop(self, *names: str) -> None:
+        """Fields that our own answers have: they come back with every turn, and mean nothing then."""
+        for name in names:
+            self._values.pop(name, None)
+
+    def drop_rest(self, *, but: Iterable[str] = ()) -> None:
+        """The whole object has been left out and told of: its fields need not be."""
+        self._values = {name: self._values[name] for name in but if name in self._values}
+
+    def close(self) -> None:
+        """Note what nobody took, here and further in."""
+        self.notes.ignore_all(self.where, self._values)
+        for fields in self._inner:
+            fields.close()

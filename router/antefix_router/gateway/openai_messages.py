@@ -1,0 +1,156 @@
+"""OpenAI's chat messages, with DeepSeek's and others' additions, as a conversation. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from antefix_router.chat.messages import Message, Role, ToolCall
+from antefix_router.gateway.content import MessageList, as_json, content_of, end_breakpoint
+from antefix_router.gateway.fields import Fields, is_number, wrong_value
+
+_ROLES = {
+    "system": Role.SYSTEM,
+    "developer": Role.SYSTEM,
+    "user": Role.USER,
+    "assistant": Role.ASSISTANT,
+    "tool": Role.TOOL,
+    "function": Role.TOOL,  # before there were tools
+}
+
+
+def chat_messages(fields: Fields) -> tuple[tuple[Message, ...], bool]:
+    """The messages, and whether the last one is an answer to be gone on with.
+
+    Raises:  WrongField: a message is not of a known form; the field is named.
+    """
+    items = fields.children("messages")
+    if not items:
+        raise wrong_value("messages", " is empty")
+    found, begun = MessageList(), False
+    for item in items:
+        begun = item.take("prefix") is True
+        _read_message(item, found)
+    return found.finish(fields.notes), begun
+
+
+def _read_message(item: Fields, found: MessageList) -> None:
+    role = item.one_of("role", _ROLES)
+    # What an assistant only called has no content, and a tool may say nothing; everybody else says something.
+    silent = "" if role in (Role.ASSISTANT, Role.TOOL) else None
+    said = content_of(item, "content", silent)
+    calls: tuple[ToolCall, ...] = ()
+    call_id = reasoning = name = ""
+    if role is Role.ASSISTANT:
+        said.text = said.text or item.text("refusal", "")
+        calls = _calls(item)
+        reasoning = _reasoning(item)
+        item.drop("refusal", "annotations", "audio")
+    if role is Role.TOOL:
+        call_id = item.text("tool_call_id", "")
+        item.drop("name")  # the function's, which the call has said
+    else:
+        name = item.text("name", "")
+    message = Message(
+        role=role,
+        content=said.text,
+        name=name,
+        reasoning=reasoning,
+        tool_calls=calls,
+        tool_call_id=call_id,
+        breakpoints=(*said.breakpoints, *end_breakpoint(item)),
+    )
+    found.add(message, said.unseen)
+
+
+def _reasoning(item: Fields) -> str:
+    """DeepSeek's field, or what other servers call it. Details are the same text in parts."""
+    text = item.text("reasoning_content", "")
+    # Some servers send the text under several names.
+    other = item.take("reasoning", "")
+    details = _details(item)
+    return text or (other if isinstance(other, str) else "") or details
+
+
+def _details(item: Fields) -> str:
+    texts = []
+    for part in item.children("reasoning_details", []):
+        texts.append(part.take("text") or part.take("summary") or "")
+        part.drop("id", "type", "format", "index", "signature", "data", "text", "summary")
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _calls(item: Fields) -> tuple[ToolCall, ...]:
+    calls = tuple(_call(call) for call in item.children("tool_calls", []))
+    old = item.child("function_call")  # before there were tools
+    return calls if old is None else (*calls, _function_call(old, call_id=""))
+
+
+def _call(item: Fields) -> ToolCall:
+    item.drop("index")
+    kind = item.text("type", "function")
+    call_id = item.text("id", "")
+    if kind == "custom":
+        custom = item.child("custom") or item
+        return ToolCall(id=call_id, name=custom.text("name"), arguments=as_json({"input": custom.text("input", "")}))
+    return _function_call(item.child("function") or item, call_id)
+
+
+def _function_call(function: Fields, call_id: str) -> ToolCall:
+    arguments = function.take("arguments", "")
+    # Some clients send the object instead of its text.
+    text = arguments if isinstance(arguments, str) else as_json(arguments)
+    return ToolCall(id=call_id, name=function.text("name"), arguments=text)
+
+
+def _is_empty(value: Any) -> bool:
+    return not value
+
+
+# Fields that would change the answer in ways that this model does not have, with the values that change nothing.
+# Anything that is not named here and that nobody reads is a hint, and is ignored.
+_UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "n": (lambda value: is_number(value, 1), "one answer a request"),
+    "best_of": (lambda value: is_number(value, 1), "one answer a request"),
+    "frequency_penalty": (lambda value: is_number(value, 0), "penalties are not supported"),
+    "presence_penalty": (lambda value: is_number(value, 0), "penalties are not supported"),
+    "repetition_penalty": (lambda value: is_number(value, 1), "penalties are not supported"),
+    "length_penalty": (lambda value: is_number(value, 1), "penalties are not supported"),
+    "logit_bias": (_is_empty, "logit bias is not supported"),
+    "top_k": (lambda value: is_number(value, 0) or is_number(value, -1), "top_k is not supported; use top_p"),
+    "min_p": (lambda value: is_number(value, 0), "min_p is not supported; use top_p"),
+    "top_a": (lambda value: is_number(value, 0), "top_a is not supported; use top_p"),
+    "typical_p": (lambda value: is_number(value, 1), "typical_p is not supported; use top_p"),
+    "min_tokens": (lambda value: is_number(value, 0), "min_tokens is not supported"),
+    "stop_token_ids": (_is_empty, "stop_token_ids are not supported; use stop"),
+    "include_stop_str_in_output": (_is_empty, "stop texts are never part of the answer"),
+    "ignore_eos": (_is_empty, "an answer ends where the model ends it"),
+    "use_beam_search": (_is_empty, "there is no beam search"),
+    "bad_words": (_is_empty, "output is not restricted here"),
+    "allowed_token_ids": (_is_empty, "output is not restricted here"),
+    "logits_processors": (_is_empty, "output is not restricted here"),
+    "structured_outputs": (_is_empty, "output is not forced into a format here"),
+    "guided_json": (_is_empty, "output is not forced into a format here"),
+    "guided_regex": (_is_empty, "output is not forced into a format here"),
+    "guided_choice": (_is_empty, "output is not forced into a format here"),
+    "guided_grammar": (_is_empty, "output is not forced into a format here"),
+    "prompt_logprobs": (_is_empty, "prompts have no log probabilities here"),
+    "truncate_prompt_tokens": (_is_empty, "prompts are never cut"),
+    "chat_template": (_is_empty, "the model's own format is used"),
+    "continue_final_message": (_is_empty, 'say "prefix": true in the last message'),
+    "documents": (_is_empty, "put documents into messages"),
+    "functions": (_is_empty, "use tools"),
+    "function_call": (lambda value: value in ("auto", "none"), "use tool_choice"),
+    "modalities": (lambda value: value == ["text"], "text only"),
+    # Silence would share a cache that the caller wants apart.
+    "cache_salt": (_is_empty, "use `user`: it has a cache of its own"),
+}
+
+
+def refuse_unsupported(fields: Fields) -> None:
+    """Raises:  WrongField: a field that would change the answer has a value that does."""
+    for name, (allowed, why) in _UNSUPPORTED.items():
+        fields.only(name, allowed, why)
+    if fields.has("web_search_options"):
+        fields.notes.leave_out("web_search_options", "web_search")
+        fields.drop("web_search_options")

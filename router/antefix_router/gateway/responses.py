@@ -1,0 +1,175 @@
+"""OpenAI's /v1/responses, without server-side state: clients send the whole input, as agents with `store: false` do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+
+from antefix_billing.providers import responses_usage
+from antefix_router.chat.messages import Conversation, Effort
+from antefix_router.gateway.content import end_conversation
+from antefix_router.gateway.fields import Fields, unsupported
+from antefix_router.gateway.gateway import Gateway, Knobs
+from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.modes import read_wish
+from antefix_router.gateway.openai_messages import refuse_unsupported
+from antefix_router.gateway.output import Ended, Output
+from antefix_router.gateway.responses_input import input_messages
+from antefix_router.gateway.responses_items import Items
+from antefix_router.gateway.tools import openai_tools
+
+_LOGPROBS = "message.output_text.logprobs"
+_SEALED = "reasoning.encrypted_content"
+
+
+async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
+    """Raises:  InvalidRequest and the others of `Gateway.chat`."""
+    tenant = gateway.tenant(request)
+    fields = await gateway.fields(request)
+    model = gateway.model(fields)
+    signatures = gateway.signatures(tenant)
+    stream = fields.boolean("stream")
+    user = fields.text("user", "")
+    effort = gateway.choose_effort(read_wish(fields), model, Effort.HIGH, fields.notes)
+    instructions = fields.text("instructions", "")
+    messages = end_conversation(input_messages(fields, instructions, signatures), fields)
+    raw_tools = fields.peek("tools", [])
+    tools = openai_tools(fields)
+    wanted = fields.texts("include")
+    knobs = Knobs(
+        max_tokens=fields.integer("max_output_tokens", low=1),
+        temperature=fields.number("temperature", 1.0),
+        top_p=fields.number("top_p", 1.0),
+        num_top_logprobs=_num_top_logprobs(fields, wanted),
+    )
+    _refuse_state(fields)
+    session = fields.text("prompt_cache_key", "")
+    refuse_unsupported(fields)
+    fields.close()
+    fields.notes.close()
+    conversation = Conversation(
+        messages=messages,
+        tools=tools.schemas,
+        strict=tools.strict,
+        tools_breakpoint=tools.breakpoint,
+        effort=effort,
+    )
+    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user, session=session))
+    echo = {
+        "instructions": instructions or None,
+        "max_output_tokens": knobs.max_tokens,
+        "temperature": knobs.temperature,
+        "top_p": knobs.top_p,
+        "tools": raw_tools,
+    }
+    items = Items(output, tools.grouped, signatures if _SEALED in wanted else None)
+    timeout_s = gateway.config.http_timeout_s
+    headers = fields.notes.headers()
+    return ResponsesCall(output, items, model.asked_for, timeout_s, stream=stream, echo=echo, headers=headers)
+
+
+def _num_top_logprobs(fields: Fields, wanted: list[str]) -> int | None:
+    """`include` asks for them, `top_logprobs` for how many beside each. Of what else it asks for, there is nothing."""
+    for index, name in enumerate(wanted):
+        if name not in (_LOGPROBS, _SEALED):
+            fields.notes.ignore(f"include[{index}]")
+    num_top = fields.integer("top_logprobs")
+    if num_top and _LOGPROBS not in wanted:
+        raise unsupported("top_logprobs", f" needs {_LOGPROBS!r} in include")
+    return (num_top or 0) if _LOGPROBS in wanted else None
+
+
+def _refuse_state(fields: Fields) -> None:
+    """Nothing is kept between requests, so nothing can be referred to.
+
+    Raises:  WrongField: a field that would change the answer.
+    """
+    for name in ("previous_response_id", "conversation", "prompt"):
+        fields.only(name, lambda value: False, "requests are stateless here: send the whole input")
+    fields.only("background", lambda value: value is False, "there is no background mode")
+    fields.only("context_management", lambda value: not value, "content is never taken out of the input")
+    text = fields.child("text")
+    form = text.child("format") if text is not None else None
+    if form is not None and form.text("type") != "text":
+        raise unsupported("text.format", ": output is not forced into a format here; only 'text' is supported")
+    fields.child("stream_options")
+
+
+class ResponsesCall:
+    """One answer in the shapes of the Responses API."""
+
+    def __init__(
+        self,
+        output: Output,
+        items: Items,
+        model: str,
+        timeout_s: float,
+        *,
+        stream: bool,
+        echo: dict[str, Any],
+        headers: dict[str, str],
+    ) -> None:
+        self.stream = stream
+        self.headers = {"x-request-id": output.request_id, **headers}
+        self._output = output
+        self._items = items
+        self._model = model
+        self._timeout_s = timeout_s
+        self._echo = echo
+        self._created = int(time.time())
+
+    async def whole(self) -> dict[str, Any]:
+        items = self._items
+        async for delta in self._output.deltas(self._timeout_s, held=True):
+            items.push(delta)
+        items.finish(is_shown=False)
+        return self._response(items.done, self._output.ended())
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        items, number, started = self._items, 0, False
+        async for delta in self._output.deltas(self._timeout_s):
+            opening = [] if started else self._opening()
+            started = True
+            for event in [*opening, *items.push(delta)]:
+                yield _numbered(event, number)
+                number += 1
+        ended = self._output.ended()
+        last = self._response(items.done, ended)
+        closing = ([] if started else self._opening()) + items.finish()
+        last["output"] = items.done
+        kind = "response.incomplete" if ended.reason == "length" else "response.completed"
+        for event in [*closing, {"type": kind, "response": last}]:
+            yield _numbered(event, number)
+            number += 1
+
+    def _opening(self) -> list[dict[str, Any]]:
+        response = self._response([], None)
+        return [{"type": kind, "response": response} for kind in ("response.created", "response.in_progress")]
+
+    def _response(self, items: list[dict[str, Any]], ended: Ended | None) -> dict[str, Any]:
+        length = ended is not None and ended.reason == "length"
+        status = "in_progress" if ended is None else "incomplete" if length else "completed"
+        return {
+            "id": f"resp_{self._output.request_id}",
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if length else None,
+            "model": self._model,
+            "output": items,
+            "parallel_tool_calls": True,
+            "tool_choice": "auto",
+            "store": False,
+            "truncation": "disabled",
+            "metadata": {},
+            "usage": responses_usage(ended.record) if ended is not None else None,
+            **self._echo,
+        }
+
+
+def _numbered(event: dict[str, Any], number: int) -> bytes:
+    return event_bytes({**event, "sequence_number": number}, name=event["type"])
