@@ -138,7 +138,7 @@ def _row_sums(weights_NK: Tensor) -> Tensor:
 def expert_scores(logits_NE: Tensor, scoring: str) -> Tensor:
     if scoring == "sqrtsoftplus":
         return torch.sqrt(softplus(logits_NE))
-    return torch.softmax(logits_NE, dim=-1) if scoring == "softmax" else sigmoid(logits_NE)
+    return sigmoid(logits_NE)
 
 
 def pick_experts(scores_NE: Tensor, num_picked: int) -> Tensor:

@@ -29,6 +29,8 @@ from antefix_prefill.worker.store_counters import StoreCounters
 
 log = logging.getLogger("antefix_prefill.worker")
 
+# However small its KV, a block takes room for its name, its counts and its places in lists.
+BLOCK_BYTES_MIN = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -195,7 +197,7 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
     # The kernels read packed records; torch keeps decoded mirrors beside them.
     packed = uses_triton(config.kernels, model.layout, config.device)
     block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
-    num_blocks = max(1, config.pool_bytes // block_bytes)
+    num_blocks = max(1, config.pool_bytes // max(block_bytes, BLOCK_BYTES_MIN))
     pool, ops = make_backend(config.kernels, model.layout, num_blocks, config.device, reproducible=config.reproducible)
     free = arithmetic_ignores_shapes(config.device, reproducible_kernels=packed and config.reproducible)
     if not free and not config.reproducible and torch.device(config.device).type == "cpu":
