@@ -129,6 +129,7 @@ class UsageRecord:
     this one's price: the same request is never paid for twice.  source: the router's ledger; (source, event_id) is
     unique.  cache_write_tokens: of the prompt, newly stored.  output_write_tokens: of the output, newly stored.
     replayed_tokens: run again to rebuild window state, billed as hits.  last_hit_hash: the evidence of the hit.
+    mode: how the model thought ("off", "low", "high", "max"); empty for a prompt that is no conversation.
     saved: what the hit tokens would have cost more as misses.  detail: an error's class; never prompt text.
     """
 
@@ -164,6 +165,7 @@ class UsageRecord:
     started_us: int
     finished_us: int
     ttft_us: int = 0
+    mode: str = ""
 
     def __post_init__(self) -> None:
         """Raises:  InvalidRequest: the counts contradict each other."""
@@ -214,6 +216,8 @@ class UsageRecord:
         values = {"v": PAYLOAD_VERSION, **self.to_dict()}
         if not self.paid_before:
             del values["paid_before"]  # absent means nothing: most records, and all from before there was the field
+        if not self.mode:
+            del values["mode"]  # likewise
         return _canonical(values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class DeploymentConfig:
     device, dtype, kernels: as workers' settings of these names (docs/OPERATIONS.md).
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
+    chat_format, model_aliases: docs/HTTP_API.md.
     strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
     store_bytes, window_pool_bytes: budgets of disk and of Redis' memory, such as "64G"; empty for the roles' defaults.
     Raises:  ConfigError: too few of a role, or window settings that are none, or contradict each other.
@@ -67,6 +68,8 @@ class DeploymentConfig:
     http_address: str = ""
     ratecards: tuple[str, ...] = ()
     tenants_file: str = ""
+    chat_format: str = "auto"
+    model_aliases: str = ""
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -198,6 +201,7 @@ class Deployment:
         flags += ["--ledger-dir", str(ledger_dir), "--http-address", http_address]
         # One published key, whichever router signs.
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
+        flags += ["--chat-format", self.config.chat_format, "--model-aliases", self.config.model_aliases]
         flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]

@@ -168,6 +168,10 @@ class Accounts:
                 price = record.price if record and bill.settled else bill.reservation.money * 0
                 self._quotas.settle(bill.reservation, tokens=tokens, money=price)
 
+    @property
+    def keyring(self) -> Keyring:
+        return self._keyring
+
     def _record(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
         """Where we failed the client, output counts as far as it was given; else as far as it was made."""
         num_output = bill.num_given if status.is_ours else len(bill.request.emitted)
@@ -176,6 +180,7 @@ class Accounts:
             **bill.work_done(num_output).counts(),
             status=status,
             detail=detail,
+            mode=bill.mode,
             output_write_tokens=bill.request.output_written_tokens,
             paid_before=bill.paid_before,
             finished_us=max(_now_us(), bill.opened.started_us),

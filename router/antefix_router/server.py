@@ -31,7 +31,7 @@ from antefix_router.front import Front, open_front
 from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.generation import Generator
-from antefix_router.keeper import Keeper
+from antefix_router.keeper import BreakpointPins
 from antefix_router.naming import Names
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
@@ -138,10 +138,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._keyring = keyring
         self.memory = MemoryFeed(directory, redis_url=config.events_redis)
         self.leases = Leases(self._prefill, self._decode, directory, fingerprint=self._fingerprint, memory=self.memory)
-        self.keeper = Keeper(config.store_address)
+        self.pins = BreakpointPins(config.store_address)
         self.front: Front = open_front(
             config,
-            Generator(prefilling, self._decode, names, directory, self.keeper, sessions),
+            Generator(prefilling, self._decode, names, directory, self.pins, sessions),
             identity=identity,
             tokenizer=tokenizer,
             keyring=keyring,
@@ -306,7 +306,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         await servicer.leases.close()
         await servicer.feed.close()
         await servicer.watched.close()
-        await servicer.keeper.close()
+        await servicer.pins.close()
         await store.close()
 
     server = await rpc.start_server(config.address, register, [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR])

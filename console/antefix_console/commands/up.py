@@ -80,6 +80,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ratecards", nargs="*", default=(), metavar="FILE", help="prices (deploy/ratecards has examples)"
     )
     parser.add_argument("--tenants-file", default="", metavar="FILE", help="tenants' API keys and limits")
+    parser.add_argument(
+        "--chat-format",
+        choices=("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template"),
+        default="auto",
+        help="how conversations are written for the model; deepseek-v4 has tools and thinking (default: auto)",
+    )
+    parser.add_argument(
+        "--model-aliases", default="", metavar="FILE", help="names that clients may use (deploy/model_aliases.toml)"
+    )
     parser.add_argument("--json", action="store_true", help="print addresses as one JSON line")
 
 
@@ -114,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
         num_routers=args.num_routers,
         ratecards=tuple(args.ratecards),
         tenants_file=args.tenants_file,
+        chat_format=args.chat_format,
+        model_aliases=args.model_aliases,
     )
     return asyncio.run(_run(config, as_json=args.json))
 

@@ -19,6 +19,10 @@ class GatewayConfig(BillingConfig):
     http_timeout_s: float = setting(600.0, "longest a request may take", unit="s")
     http_max_tokens: int = setting(4096, "output limit of requests that name none", unit="tokens")
     model_names: tuple[str, ...] = setting((), "further names that clients may use for the model")
+    model_aliases: str = setting(
+        "", "file (TOML) of names that clients may use, with modes (deploy/model_aliases.toml)"
+    )
+    unknown_models: str = setting("serve", "what requests for another model get: serve (this one) or refuse")
     chat_format: str = setting(
         "auto", "how conversations are written: auto, plain, deepseek-v4, deepseek-v4-0731 or template"
     )
@@ -30,5 +34,6 @@ class GatewayConfig(BillingConfig):
         require(self.http_requests_max > 0, f"http_requests_max must be positive, is {self.http_requests_max}")
         require(self.http_timeout_s > 0, f"http_timeout_s must be positive, is {self.http_timeout_s}")
         require(self.http_max_tokens > 0, f"http_max_tokens must be positive, is {self.http_max_tokens}")
+        require(self.unknown_models in ("serve", "refuse"), "unknown_models must be serve or refuse")
         formats = ("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template")
         require(self.chat_format in formats, f"chat_format must be one of {', '.join(formats)}")
