@@ -5,6 +5,10 @@
 The OPEN entry is synced while the prompt is worked on, so it costs no time. Before each piece of output is handed on,
 how far the request is goes into the ledger's progress file. Cancelled requests are settled behind the client's back;
 requests that a crash cut off are closed at the next start, and cost what their clients were given.
+
+A request whose client named its id may be asked for again at any time: while it runs the second client reads the same
+answer from its start, afterwards it gets the kept one (`router.answers`). What was cancelled, failed or crashed is
+tried again as a new attempt, which pays only the rest.
 """
 
 from __future__ import annotations
@@ -16,13 +20,14 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 from antefix.clients import Tokens
-from antefix.errors import AntefixError, Conflict, InvalidRequest, Overloaded
+from antefix.errors import AntefixError, Conflict, Draining, InvalidRequest, Overloaded, Unavailable
 from antefix.secret import Keyring
 from antefix.usage.commit import LedgerWriter, NoLedger, UsageWriter
 from antefix.usage.ledger import Ledger
@@ -32,7 +37,9 @@ from antefix.usage.quota import QuotaBook, Reservation, Window
 from antefix.usage.ratecard import RateCards
 from antefix.usage.record import OpenEntry, Status, UsageRecord, WorkDone, request_key
 from antefix.usage.tenants import TenantBook
+from router.answers import KeptAnswer, RetryConfig, Run, SharedRun, Shelf
 from router.bill import Bill, Served
+from router.ending import Ending
 from router.generate import Request
 
 log = logging.getLogger("antefix.router")
@@ -40,15 +47,38 @@ log = logging.getLogger("antefix.router")
 # A finished request may be asked for again, with the same answer and without a second charge, this often.
 NUM_REPEATS_MAX = 3
 _NUM_REPEATED_IDS_MAX = 65536
+# Between being admitted to an answer and reading it a client is not counted as a reader; it needs milliseconds.
+_TO_READ_S = 2.0
+_CLIENT_LEFT = "the client went away"
 
-Run = Callable[[Request, float], AsyncGenerator[Tokens, None]]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerCounts:
+    """What is held for retries. unattended: made on without a client.  dropped: for room, since the start."""
+
+    running: int
+    unattended: int
+    unattended_max: int
+    kept: int
+    kept_bytes: int
+    kept_bytes_max: int
+    dropped: int
+    joined: int
+    given_again: int
 
 
 class Accounts:
     """The bills of one router; owns its ledger. Without one, requests are counted and priced but nothing is kept."""
 
     def __init__(
-        self, ledger: Ledger | None, *, served: Served, keyring: Keyring, cards: RateCards, tenants: TenantBook
+        self,
+        ledger: Ledger | None,
+        *,
+        served: Served,
+        keyring: Keyring,
+        cards: RateCards,
+        tenants: TenantBook,
+        retries: RetryConfig | None = None,
     ) -> None:
         self.ledger = ledger
         self.writer: UsageWriter = LedgerWriter(ledger) if ledger is not None else NoLedger()
@@ -58,7 +88,14 @@ class Accounts:
         self._quotas = QuotaBook(tenants.limits, tenants.default)
         self._running: set[str] = set()
         self._repeats: OrderedDict[str, int] = OrderedDict()
-        self._settling: set[asyncio.Task[None]] = set()
+        self._settling: dict[str, asyncio.Task[Settled | None]] = {}
+        self._admitting: dict[str, asyncio.Future[None]] = {}
+        self._retries = retries or RetryConfig()
+        self._shared: dict[str, SharedRun] = {}
+        self._shelf = Shelf(self._retries.kept_answers_bytes, self._retries.kept_answers_s)
+        self._num_joined = 0
+        self._is_draining = False
+        self.ending = Ending()
         if ledger is not None:
             self._take_up(ledger)
 
@@ -75,85 +112,245 @@ class Accounts:
         after = sequence_before(ledger.directory, Window.MONTH.start(now).timestamp())
         self._quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
 
-    async def admit(self, request: Request, *, tenant: str, user: str) -> Bill:
+    async def admit(self, request: Request, *, tenant: str, user: str, retryable: bool = False) -> Bill:
         """Check id, quota and budget. request.tenant says whose cache it is; `tenant` whose bill.
 
+        retryable: the client named the id, so another one may read the same answer, and it is kept.
         Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.
         """
         opened = self._open_entry(request, tenant, user)
+        while (busy := self._settling.get(opened.key) or self._admitting.get(opened.key)) is not None:
+            await asyncio.wait({busy})
+        if retryable and (shared := self._shared.get(opened.key)) is not None:
+            return self._join(shared, request, opened)
         if opened.key in self._running:
             raise Conflict(f"request {request.request_id} is running; wait for it or use another id")
         self._running.add(opened.key)
+        self._admitting[opened.key] = asyncio.get_running_loop().create_future()
         try:
-            standing = await self.writer.find(opened.key)
-            if standing is not None and standing.record.request_digest != opened.request_digest:
-                raise InvalidRequest(f"request id {request.request_id} was used for another request")
-            if standing is not None and standing.record.is_final:
-                return self._repeat(request, opened, standing)
-            if standing is None:
-                return Bill(request, opened, self._reserve(request, tenant))
-            opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1)
-            return Bill(request, opened, self._reserve(request, tenant), standing.record.paid)
+            bill = self._bill(request, opened, await self.writer.find(opened.key), tenant)
+            if retryable and bill.settled is None:
+                bill.shared = self._shared[opened.key] = SharedRun(bill)
+            return bill
         except BaseException:
             self._running.discard(opened.key)
             raise
+        finally:
+            self._admitting.pop(opened.key).set_result(None)
 
-    async def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+    def _bill(self, request: Request, opened: OpenEntry, standing: Settled | None, tenant: str) -> Bill:
+        """What is next for this id: its first attempt, another one, or its answer again."""
+        kept = self._shelf.get(opened.key)
+        kept = kept if kept is not None and kept.fits(request, opened) else None
+        if standing is None:
+            return Bill(request, opened, self._reserve(request, tenant))
+        if (standing.record.request_digest, standing.record.user) != (opened.request_digest, opened.user):
+            raise InvalidRequest(f"request id {request.request_id} was used for another request")
+        if standing.record.is_final:
+            bill = self._repeat(request, opened, standing, kept)
+        else:
+            # What was made for the attempt before was made in its time: its hits are in the store's log at that time.
+            started_us = opened.started_us if kept is None else kept.started_us
+            opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1, started_us=started_us)
+            bill = Bill(request, opened, self._reserve(request, tenant), standing.record.paid)
+        bill.kept = kept
+        self._shelf.num_given += kept is not None
+        return bill
+
+    def _join(self, shared: SharedRun, request: Request, opened: OpenEntry) -> Bill:
+        """Another client of a running answer; what is made of it so far comes first."""
+        first = shared.bill
+        if (first.opened.request_digest, first.opened.user) != (opened.request_digest, opened.user):
+            raise InvalidRequest(f"request id {request.request_id} is used for another request")
+        if shared.request.sampling.num_top_logprobs != request.sampling.num_top_logprobs:
+            raise Conflict(f"request {request.request_id} is running with other logprobs; wait for it")
+        self._num_joined += 1
+        if not shared.num_readers:
+            self._wait_for_a_reader(shared, _TO_READ_S)
+        bill = Bill(shared.request, first.opened, first.reservation, first.paid_before)
+        bill.shared = shared
+        return bill
+
+    def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
         """The request's output; when this ends, `bill.record` is durable.
 
-        Raises:  what running it raised, after settling.  Unavailable: the ledger could not be written.
+        Raises:  what running it raised, after settling.  Unavailable: the ledger could not be written.  Draining.
         """
+        run = run if bill.kept is None else bill.kept.run
         if bill.settled is not None:
-            async for tokens in self._run_again(bill, run, timeout_s):
-                yield tokens
-            return
+            return self._run_again(bill, run, timeout_s)
+        if bill.shared is not None:
+            return self._run_shared(bill, bill.shared, run, timeout_s)
+        return self._run_alone(bill, run, timeout_s)
+
+    async def _run_alone(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+        """For the one client that it may have: when that leaves, the work stops."""
         opening = asyncio.create_task(self.writer.open(bill.opened))
-        status, detail = Status.CANCELLED, ""
+        status, detail = Status.CANCELLED, _CLIENT_LEFT
         try:
             async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
-                async for tokens in outputs:
+                while (tokens := await self._next(outputs)) is not None:
                     await asyncio.shield(opening)
                     self.writer.mark(bill.opened, bill.work_done(bill.num_given))
                     yield tokens
             await asyncio.shield(opening)
-            status = Status(bill.request.finish_reason)
-        except GeneratorExit:
-            if bill.ended_here:
-                status = Status.STOP
-            else:
-                detail = "the client went away"
-            raise
-        except asyncio.CancelledError:
-            detail = "the client went away"
+            status, detail = Status(bill.request.finish_reason), ""
+        except (GeneratorExit, asyncio.CancelledError):
+            status, detail = self._ended_from_outside(bill)
             raise
         except Exception as err:
             status, detail = Status.FAILED, type(err).__name__
             raise
         finally:
-            # In a task of its own: whatever happens to the caller now, the record gets written.
-            task = asyncio.create_task(self._settle(bill, opening, status, detail))
-            self._settling.add(task)
-            task.add_done_callback(self._settling.discard)
+            task = self._settle_soon(bill, opening, status, detail)
             if status is not Status.CANCELLED:
                 await asyncio.shield(task)
 
-    async def close(self) -> None:
-        """Write what is being settled, then close the ledger."""
-        while self._settling:
-            await asyncio.gather(*self._settling, return_exceptions=True)
-        await self.writer.close()
+    async def _run_shared(
+        self, bill: Bill, shared: SharedRun, run: Run, timeout_s: float
+    ) -> AsyncGenerator[Tokens, None]:
+        """For one of the clients of an answer. The first who has all of it pays; without any it goes on for a while."""
+        if shared.settling is not None:
+            raise Unavailable("the request was just given up; send it again")
+        opening = shared.opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))
+        shared.begin(run, timeout_s, on_end=lambda: self._made(shared))
+        shared.enter()
+        num_read = 0
+        end: tuple[Status, str] | None = None
+        try:
+            async with contextlib.aclosing(shared.read()) as outputs:
+                while (tokens := await self._next(outputs)) is not None:
+                    await asyncio.shield(opening)
+                    is_first, num_read = not num_read, num_read + len(tokens)
+                    if shared.give(bill, num_read) or is_first:
+                        self.writer.mark(bill.opened, bill.work_done(bill.num_given))
+                    yield tokens
+            await asyncio.shield(opening)
+            end = Status(shared.request.finish_reason), ""
+        except (GeneratorExit, asyncio.CancelledError):
+            status, detail = self._ended_from_outside(bill)
+            if status is Status.STOP:
+                shared.cut(bill.num_read)
+            end = None if status is Status.CANCELLED else (status, detail)
+            raise
+        except Exception as err:
+            shared.error = shared.error or err
+            end = Status.FAILED, type(err).__name__
+            raise
+        finally:
+            shared.leave()
+            if end is not None:
+                bill.settled = await asyncio.shield(self._end_shared(shared, bill, *end))
+            elif not shared.num_readers and shared.settling is None:
+                self._left_alone(shared)
 
     async def _run_again(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
         try:
             async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
-                async for tokens in outputs:
+                while (tokens := await self._next(outputs)) is not None:
                     yield tokens
         finally:
             self._running.discard(bill.opened.key)
 
-    async def _settle(self, bill: Bill, opening: asyncio.Task[OpenEntry], status: Status, detail: str) -> None:
+    async def _next(self, outputs: AsyncGenerator[Tokens, None]) -> Tokens | None:
+        with self.ending.guard():
+            return await anext(outputs, None)
+
+    def _ended_from_outside(self, bill: Bill) -> tuple[Status, str]:
+        """What it means that whoever reads an output closes it."""
+        if bill.ended_here:
+            return Status.STOP, ""
+        return (Status.FAILED, Draining.__name__) if self.ending.is_over else (Status.CANCELLED, _CLIENT_LEFT)
+
+    def counts(self) -> AnswerCounts:
+        """What is held for retries."""
+        return AnswerCounts(
+            running=len(self._shared),
+            unattended=self._num_unattended,
+            unattended_max=self._retries.unattended_max,
+            kept=len(self._shelf),
+            kept_bytes=self._shelf.nbytes,
+            kept_bytes_max=self._shelf.bytes_max,
+            dropped=self._shelf.num_dropped,
+            joined=self._num_joined,
+            given_again=self._shelf.num_given,
+        )
+
+    def drain(self) -> None:
+        """No client can come for an answer any more: those that have none are given up, now and later."""
+        self._is_draining = True
+        for shared in [each for each in self._shared.values() if not each.num_readers]:
+            self._give_up(shared)
+
+    async def close(self) -> None:
+        """Write what is being settled, then close the ledger."""
+        self.drain()
+        while self._settling:
+            await asyncio.gather(*self._settling.values(), return_exceptions=True)
+        await self.writer.close()
+
+    @property
+    def _num_unattended(self) -> int:
+        return sum(not shared.num_readers for shared in self._shared.values())
+
+    def _left_alone(self, shared: SharedRun) -> None:
+        """The last client left. It may ask again: the answer is made on, within limits."""
+        config = self._retries
+        is_full = self._num_unattended > config.unattended_max
+        if shared.is_over or self._is_draining or is_full or not config.unattended_s:
+            self._give_up(shared)
+        else:
+            self._wait_for_a_reader(shared, config.unattended_s)
+
+    def _made(self, shared: SharedRun) -> None:
+        """The answer is whole, or has failed; without a reader it is settled, and kept for one."""
+        if not shared.num_readers and shared.settling is None:
+            self._wait_for_a_reader(shared, _TO_READ_S)
+
+    def _wait_for_a_reader(self, shared: SharedRun, seconds: float) -> None:
+        if shared.waiting_for_a_reader is not None:
+            shared.waiting_for_a_reader.cancel()
+        loop = asyncio.get_running_loop()
+        shared.waiting_for_a_reader = loop.call_later(seconds, self._give_up, shared)
+
+    def _give_up(self, shared: SharedRun) -> None:
+        if shared.num_readers or shared.settling is not None:
+            return
+        if shared.error is not None:
+            self._end_shared(shared, shared.bill, Status.FAILED, type(shared.error).__name__)
+        else:
+            self._end_shared(shared, shared.bill, Status.CANCELLED, _CLIENT_LEFT)
+
+    def _end_shared(self, shared: SharedRun, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:
+        """Settle the answer, once for all of its clients."""
+        if shared.settling is None:
+            request = shared.request
+            if shared.error is None and request.finish_reason and status is not Status.FAILED:
+                self._shelf.put(bill.opened.key, KeptAnswer.of(request, bill.opened))
+            del self._shared[bill.opened.key]
+            if status in (Status.STOP, Status.LENGTH):
+                shared.bill = bill
+            opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))
+            shared.settling = self._settle_soon(shared.bill, opening, status, detail)
+        return shared.settling
+
+    def _settle_soon(
+        self, bill: Bill, opening: asyncio.Task[OpenEntry], status: Status, detail: str
+    ) -> asyncio.Task[Settled | None]:
+        """In a task of its own: whatever happens to the caller now, the record gets written."""
+        key = bill.opened.key
+        task = asyncio.create_task(self._settle(bill, opening, status, detail))
+        self._settling[key] = task
+        task.add_done_callback(lambda _: self._settling.pop(key, None))
+        return task
+
+    async def _settle(
+        self, bill: Bill, opening: asyncio.Task[OpenEntry], status: Status, detail: str
+    ) -> Settled | None:
         record: UsageRecord | None = None
         try:
+            if bill.shared is not None:
+                await bill.shared.stop()
             await asyncio.gather(opening, return_exceptions=True)
             record = priced(self._record(bill, status, detail), self._cards)
             bill.settled = await self.writer.settle(record)
@@ -167,10 +364,12 @@ class Accounts:
                 tokens = record.prompt_tokens + record.output_tokens if record and bill.settled else 0
                 price = record.price if record and bill.settled else bill.reservation.money * 0
                 self._quotas.settle(bill.reservation, tokens=tokens, money=price)
+        return bill.settled
 
     def _record(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
-        """Where we failed the client, output counts as far as it was given; else as far as it was made."""
-        num_output = bill.num_given if status.is_ours else len(bill.request.emitted)
+        """Of an answer that ended, all of it counts; of one that broke off, what a client was given of it."""
+        has_ended = status in (Status.STOP, Status.LENGTH)
+        num_output = len(bill.request.emitted) if has_ended else bill.num_given
         return UsageRecord(
             **self._common(bill.opened),
             **bill.work_done(num_output).counts(),
@@ -236,18 +435,21 @@ class Accounts:
         tokens = len(request.tokens) + request.sampling.max_tokens
         return self._quotas.reserve(tenant, tokens=tokens, money=most, now=now)
 
-    def _repeat(self, request: Request, opened: OpenEntry, standing: Settled) -> Bill:
-        if standing.record.status is Status.CANCELLED:
-            raise Conflict(f"request {request.request_id} was cancelled and is settled; use another id")
+    def _repeat(self, request: Request, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None) -> Bill:
+        """The answer to a finished request again: kept, or made again, which is work that nobody pays for."""
+        if kept is None:
+            self._count_repeat(request, opened)
+        bill = Bill(request, opened, None)
+        bill.settled = standing
+        return bill
+
+    def _count_repeat(self, request: Request, opened: OpenEntry) -> None:
         num_repeats = self._repeats.pop(opened.key, 0) + 1
         if num_repeats > NUM_REPEATS_MAX:
             raise Overloaded(f"request {request.request_id} was repeated {NUM_REPEATS_MAX} times; use another id")
         self._repeats[opened.key] = num_repeats
         while len(self._repeats) > _NUM_REPEATED_IDS_MAX:
             self._repeats.popitem(last=False)
-        bill = Bill(request, opened, None)
-        bill.settled = standing
-        return bill
 
 
 def _now_us() -> int:

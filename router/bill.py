@@ -10,6 +10,7 @@ from antefix.clients import Usage
 from antefix.usage.ledger_files import Settled
 from antefix.usage.quota import Reservation
 from antefix.usage.record import MissReason, OpenEntry, UsageRecord, WorkDone
+from router.answers import KeptAnswer, SharedRun
 from router.generate import Request
 
 
@@ -26,6 +27,8 @@ class Bill:
     """One admitted request. `reasoning_tokens` is set by whoever reads the output, before its end.
 
     is_held: the reader keeps the output until all of it is there, so that a client has nothing of one that broke off.
+    shared: the answer is made for several readers, each with a bill of its own; one record is written for all of them.
+    kept: the answer is there already, and is not made.
     """
 
     def __init__(
@@ -42,11 +45,15 @@ class Bill:
         self.reasoning_tokens = 0
         self.is_held = False
         self.ended_here = False
+        self.num_read = 0
+        self.shared: SharedRun | None = None
+        self.kept: KeptAnswer | None = None
         self.settled: Settled | None = None
 
-    def end_here(self) -> None:
-        """The reader has found the end of the answer in it: closing the output now is its end, not a cancellation."""
+    def end_here(self, num_tokens: int) -> None:
+        """The reader has found the end of the answer in its first tokens: closing the output is no cancellation."""
         self.ended_here = True
+        self.num_read = num_tokens
 
     def work_done(self, num_output: int) -> WorkDone:
         """What the record says of it. Without a restore report no prompt token was worked on to the end."""
@@ -72,7 +79,9 @@ class Bill:
 
     @property
     def num_given(self) -> int:
-        """Output tokens that the client has been given, if it ended now."""
+        """Output tokens that the client has been given, if it ended now; of several clients, the one that has most."""
+        if self.shared is not None:
+            return self.shared.num_given
         return 0 if self.is_held else len(self.request.emitted)
 
     @property

@@ -196,8 +196,8 @@ class UsageRecord:
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing more may ever be recorded under this id: it has ended, or was given up with work done."""
-        return not self.status.is_ours and (self.status is not Status.CANCELLED or self.prompt_tokens > 0)
+        """Whether this is the last record under its id: the answer has ended. What broke off may be tried again."""
+        return self.status in (Status.STOP, Status.LENGTH)
 
     @property
     def paid(self) -> Decimal:

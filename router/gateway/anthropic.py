@@ -23,7 +23,7 @@ from router.gateway.anthropic_messages import (
 from router.gateway.errors import Provider, error_response
 from router.gateway.fields import Fields, missing
 from router.gateway.gateway import Gateway, Knobs
-from router.gateway.http import event_bytes
+from router.gateway.http import error_event, event_bytes
 from router.gateway.output import Ended, Output
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -125,6 +125,9 @@ class MessagesCall:
         delta_json = {"stop_reason": _stop_reason(ended), "stop_sequence": ended.stop}
         yield _event("message_delta", delta=delta_json, usage=messages_usage(ended.record))
         yield _event("message_stop")
+
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.ANTHROPIC)
 
     def _start(self) -> bytes:
         usage = _usage_so_far(self._output.restore, self._output.num_prompt_tokens)

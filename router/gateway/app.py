@@ -48,7 +48,11 @@ def build_app(front: Front, config: GatewayConfig) -> Starlette:
     gateway = Gateway(front, config)
     room = Room(config.http_requests_max)
     routes = [
-        Route(path, Endpoint(partial(prepare, gateway), provider, room), methods=["POST"])
+        Route(
+            path,
+            Endpoint(partial(prepare, gateway), provider, room, keep_alive_s=config.http_keep_alive_s),
+            methods=["POST"],
+        )
         for path, (prepare, provider) in _PREPARE.items()
     ]
     routes += [

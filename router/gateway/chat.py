@@ -11,9 +11,10 @@ from starlette.requests import Request
 from antefix.errors import InvalidRequest
 from antefix.usage.providers import chat_usage
 from router.chat.messages import Conversation, Delta, Effort, Role, ToolCall
+from router.gateway.errors import Provider
 from router.gateway.fields import Fields, unsupported
 from router.gateway.gateway import Gateway, Knobs
-from router.gateway.http import event_bytes
+from router.gateway.http import error_event, event_bytes
 from router.gateway.openai_messages import EFFORTS, chat_messages, chat_tools, refuse_unsupported
 from router.gateway.output import Output
 
@@ -134,6 +135,9 @@ class ChatCall:
         if self._include_usage:
             yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": chat_usage(ended.record)})
         yield event_bytes("[DONE]")
+
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.OPENAI)
 
     def _logprobs(self) -> dict[str, Any] | None:
         return self._output.logprobs.chat(self._output.new_logprobs())

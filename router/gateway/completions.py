@@ -15,7 +15,7 @@ from antefix.usage.providers import chat_usage
 from router.gateway.chat import sampling_knobs, stream_options
 from router.gateway.errors import Provider, error_response
 from router.gateway.gateway import Gateway
-from router.gateway.http import event_bytes
+from router.gateway.http import error_event, event_bytes
 from router.gateway.openai_messages import refuse_unsupported
 from router.gateway.output import Output
 
@@ -90,6 +90,9 @@ class CompletionCall:
         if self._include_usage:
             yield event_bytes({**self._head(), "choices": [], "usage": chat_usage(ended.record)})
         yield event_bytes("[DONE]")
+
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.OPENAI)
 
     def _choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
         spoken = self._output.new_logprobs()

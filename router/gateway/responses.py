@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from antefix.usage.providers import responses_usage
 from router.chat.messages import Conversation, Delta, Effort, ToolCall
+from router.gateway.errors import Provider, error_body
 from router.gateway.fields import Fields, unsupported
 from router.gateway.gateway import Gateway, Knobs
 from router.gateway.http import event_bytes
@@ -103,6 +104,7 @@ class ResponsesCall:
         self._timeout_s = timeout_s
         self._echo = echo
         self._created = int(time.time())
+        self._num_events = 0
 
     async def whole(self) -> dict[str, Any]:
         items = _Items(self._output)
@@ -112,21 +114,32 @@ class ResponsesCall:
         return self._response(items.done, self._output.ended())
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        items, number, started = _Items(self._output), 0, False
+        items, started = _Items(self._output), False
         async for delta in self._output.deltas(self._timeout_s):
             opening = [] if started else self._opening()
             started = True
             for event in [*opening, *items.push(delta)]:
-                yield _numbered(event, number)
-                number += 1
+                yield self._numbered(event)
         ended = self._output.ended()
         last = self._response(items.done, ended)
         closing = ([] if started else self._opening()) + items.finish()
         last["output"] = items.done
         kind = "response.incomplete" if ended.reason == "length" else "response.completed"
         for event in [*closing, {"type": kind, "response": last}]:
-            yield _numbered(event, number)
-            number += 1
+            yield self._numbered(event)
+
+    def failed(self, err: Exception) -> bytes:
+        """As OpenAI's own streams fail: an `error` event, which its clients raise, and the response's end as failed."""
+        _, body = error_body(err, Provider.OPENAI)
+        error = body["error"]
+        told = {"code": error["code"], "message": error["message"]}
+        response = {**self._response([], None), "status": "failed", "error": told}
+        events = ({"type": "error", **told, "param": error["param"], "error": error},)
+        return b"".join(self._numbered(each) for each in (*events, {"type": "response.failed", "response": response}))
+
+    def _numbered(self, event: dict[str, Any]) -> bytes:
+        number, self._num_events = self._num_events, self._num_events + 1
+        return event_bytes({**event, "sequence_number": number}, name=event["type"])
 
     def _opening(self) -> list[dict[str, Any]]:
         response = self._response([], None)
@@ -246,7 +259,3 @@ class _Items:
             },
             {"type": "response.output_item.done", "output_index": index, "item": done},
         ]
-
-
-def _numbered(event: dict[str, Any], number: int) -> bytes:
-    return event_bytes({**event, "sequence_number": number}, name=event["type"])

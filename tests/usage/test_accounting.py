@@ -9,7 +9,7 @@ from decimal import Decimal
 import pytest
 
 from antefix.block import as_tokens
-from antefix.errors import Conflict, InvalidRequest, Overloaded, QuotaExceeded, Unavailable
+from antefix.errors import InvalidRequest, Overloaded, QuotaExceeded, Unavailable
 from antefix.usage.ledger_files import read_settled
 from antefix.usage.pricing import priced
 from antefix.usage.quota import Limit, TenantLimits, Window
@@ -150,19 +150,24 @@ async def test_a_failed_request_costs_what_its_client_was_given(tmp_path, open_f
     assert (whole.status, whole.attempt, failed.price + whole.price) == (Status.STOP, 2, price_of(0, 100, 3))
 
 
-async def test_a_cancelled_request_is_billed_for_what_was_done_and_its_id_is_used_up(tmp_path, open_front):
-    front = open_front(Script(say=lambda prompt: "abcdef"), cards=load_cards([DEPLOY / "example.toml"]))
+@pytest.mark.parametrize("held", [False, True])
+async def test_a_cancelled_request_costs_what_was_given_and_its_retry_pays_the_rest(tmp_path, open_front, held):
+    front = open_front(Script(say=lambda prompt: "abcdef"), cards=CARDS)
     bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    bill.is_held = held
     outputs = front.run(bill, 10.0)
-    await anext(outputs)
+    await _read(outputs, 2)
     await outputs.aclose()
     await front.accounts.close()
-    (record,) = records(tmp_path)
-    assert (record.status, record.output_tokens, record.prompt_tokens) == (Status.CANCELLED, 1, 100)
-    assert record.price > 0
-    again = open_front(Script())
-    with pytest.raises(Conflict, match="cancelled"):
-        await again.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    (cancelled,) = records(tmp_path)
+    num_given = 0 if held else 2
+    assert (cancelled.status, cancelled.output_tokens, cancelled.prompt_tokens) == (Status.CANCELLED, num_given, 100)
+    assert cancelled.price == price_of(0, 100, num_given)
+    again = open_front(Script(say=lambda prompt: "abcdef"), cards=CARDS)
+    await ask(again, "r")
+    _, whole = records(tmp_path)
+    assert (whole.status, whole.attempt, whole.output_tokens) == (Status.STOP, 2, 6)
+    assert cancelled.price + whole.price == price_of(0, 100, 6)
 
 
 async def test_a_repeat_gives_the_same_answer_is_not_charged_and_is_bounded(tmp_path, open_front):
