@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antefix.config import parse_size, require, setting
+from antefix.config import grace_setting, parse_size, require, setting
 from antefix.events.address import check_url
 from antefix.store.api import RecordKind
 from antefix.store.format import PAYLOAD_BYTES_MAX
@@ -50,6 +50,8 @@ class KvStoreConfig:
     compact_bytes_per_s: int = setting(64 * MIB, "how fast background compaction may copy", unit="bytes")
     scrub_bytes_per_s: int = setting(8 * MIB, "how fast the scrubber may read; 0 turns it off", unit="bytes")
 
+    grace_s: float = grace_setting()
+
     def __post_init__(self) -> None:
         require(self.budget_bytes >= MIB, f"budget_bytes must be at least 1 MiB, is {self.budget_bytes}")
         require(
@@ -65,6 +67,7 @@ class KvStoreConfig:
         for text in self.quotas:
             _parse_quota(text)
         check_url(self.events_redis)
+        require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
 
     @property
     def has_quotas(self) -> bool:

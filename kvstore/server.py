@@ -370,7 +370,9 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
         await servicer.close()
         raise
     async with _telling(config, engine, server.address):
-        await rpc.run_until_signal(server, role="kvstore", stop=servicer.close, watch_stdin=watch_stdin)
+        await rpc.run_until_signal(
+            server, role="kvstore", stop=servicer.close, watch_stdin=watch_stdin, grace_s=config.grace_s
+        )
 
 
 def _telling(config: KvStoreConfig, engine: Engine, address: str) -> contextlib.AbstractAsyncContextManager[object]:

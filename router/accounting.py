@@ -262,6 +262,11 @@ class Accounts:
             return Status.STOP, ""
         return (Status.FAILED, Draining.__name__) if self.ending.is_over else (Status.CANCELLED, _CLIENT_LEFT)
 
+    @property
+    def num_running(self) -> int:
+        """Requests that were admitted and have not ended."""
+        return len(self._running)
+
     def counts(self) -> AnswerCounts:
         """What is held for retries."""
         return AnswerCounts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -207,6 +208,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         response.counters.memory_events = self.memory.num_events
         response.counters.memory_gaps = self.memory.num_gaps
         response.counters.memory_snapshots = self.memory.num_snapshots
+        response.num_running = self.front.accounts.num_running
+        for name, value in dataclasses.asdict(self.front.accounts.counts()).items():
+            setattr(response.answers, name, value)
         return response
 
     async def RegisterWorker(
@@ -244,10 +248,13 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
 
     http = await start_http(servicer.front, config) if config.http_address else None
 
+    accounts = servicer.front.accounts
+
+    async def leave() -> None:
+        accounts.drain()
+
     async def stop() -> None:
-        if http is not None:
-            await http.stop()
-        await servicer.front.accounts.close()
+        await accounts.close()
         await servicer.leases.close()
         await servicer.feed.close()
         await servicer.watched.close()
@@ -259,4 +266,14 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     if config.store_events:
         servicer.feed.start()
     http_address = http.address if http is not None else ""
-    await rpc.run_until_signal(server, role="router", stop=stop, watch_stdin=watch_stdin, http_address=http_address)
+    await rpc.run_until_signal(
+        server,
+        role="router",
+        stop=stop,
+        watch_stdin=watch_stdin,
+        http_address=http_address,
+        leave=leave,
+        grace_s=config.grace_s,
+        others=[http.stop] if http is not None else [],
+        end=accounts.ending.end,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -17,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from antefix.errors import AntefixError, ConfigError, Unavailable
-from antefix.rpc import parse_address
+from antefix.rpc import ENDING_S, parse_address
 from antefix.usage.record import request_key
 from router.front import Front
 from router.gateway.anthropic import count_tokens, prepare_messages
@@ -31,7 +32,6 @@ from router.gateway.responses import prepare_response
 
 log = logging.getLogger("antefix.gateway")
 
-GRACE_S = 30
 # A client that keeps its connection open between turns; longer than most clients' own limit, so that they close first.
 KEEP_ALIVE_S = 75
 
@@ -155,7 +155,8 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
             lifespan="off",
             access_log=False,
             log_config=None,
-            timeout_graceful_shutdown=GRACE_S,
+            # What does not end at our own ending (a client that does not read) is cut off a little later.
+            timeout_graceful_shutdown=math.ceil(config.grace_s + ENDING_S),
             timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antefix.config import require, setting
+from antefix.config import grace_setting, require, setting
 from router.front import BillingConfig
 
 
@@ -24,6 +24,8 @@ class GatewayConfig(BillingConfig):
         "auto", "how conversations are written: auto, plain, deepseek-v4, deepseek-v4-0731 or template"
     )
 
+    grace_s: float = grace_setting()
+
     def __post_init__(self) -> None:
         BillingConfig.__post_init__(self)
         require(self.http_body_bytes_max > 0, f"http_body_bytes_max must be positive, is {self.http_body_bytes_max}")
@@ -32,5 +34,6 @@ class GatewayConfig(BillingConfig):
         require(self.http_timeout_s > 0, f"http_timeout_s must be positive, is {self.http_timeout_s}")
         require(self.http_keep_alive_s > 0, f"http_keep_alive_s must be positive, is {self.http_keep_alive_s}")
         require(self.http_max_tokens > 0, f"http_max_tokens must be positive, is {self.http_max_tokens}")
+        require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
         formats = ("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template")
         require(self.chat_format in formats, f"chat_format must be one of {', '.join(formats)}")
