@@ -12,6 +12,7 @@ Readers of any process see a record when step 4 has happened and not before. Blo
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -21,7 +22,7 @@ from typing import Final
 
 import lmdb
 
-from antefix.errors import BlockCorrupt, StoreFull
+from antefix.errors import BlockCorrupt, InvalidRequest, StoreFull
 from antefix.store import codec
 from antefix.store.api import LookupResult, PutResult, Record, RecordKind
 from antefix.store.encryption import KeyRing
@@ -46,6 +47,7 @@ from kvstore.drafting import Drafter
 from kvstore.events import Event, EventLog
 from kvstore.eviction import EvictionPolicy
 from kvstore.forest import drop_false_roots, drop_subtrees, insert_entry
+from kvstore.free_space import FreeSpace
 from kvstore.index_writer import PLAN_PREFIX, IndexTxn, Name, read_totals
 from kvstore.opening import drop_locked, load_plans, log_newest
 from kvstore.quota import over_quota
@@ -54,6 +56,8 @@ from kvstore.reserve import is_full
 from kvstore.segments import Draft
 from kvstore.space import Space, note_end
 from kvstore.touches import Touches
+
+log = logging.getLogger("kvstore.engine")
 
 # How often `maintain` is to be called: what it may copy is metered by it.
 MAINTAIN_S: Final = 0.25
@@ -71,6 +75,9 @@ class Counters:
     corrupt: int = 0
     refused: int = 0
     syncs: int = 0
+    # Malformed, so that no state of the store could take them: whoever sends such is not served by the cache at all.
+    impossible: int = 0
+    last_impossible: str = ""
 
 
 class Engine:
@@ -83,6 +90,7 @@ class Engine:
         disk: Disk | None = None,
         clock_ms: Callable[[], int] = wall_ms,
         policy: EvictionPolicy | None = None,
+        free: FreeSpace | None = None,
     ) -> None:
         """Open or create the store in `config.dir`, whatever state a crash left it in.
 
@@ -104,8 +112,15 @@ class Engine:
         self.reader = StoreReader(config.dir, clock_ms=clock_ms, decrypt=keys.decrypt if keys else None)
         self.events = EventLog(self.index)
         self.index.on_change = self._publish
-        self.space = Space(self.segments, self.index, config.budget_bytes, now_ms=clock_ms)
+        self.space = Space(
+            self.segments,
+            self.index,
+            config.budget_bytes,
+            now_ms=clock_ms,
+            free=free or FreeSpace(Path(config.dir), config.free_bytes_min),
+        )
         self.space.on_corrupt = self.quarantine
+        self.space.on_dropped = self.reader.runs.files.let_go
         self.compression = Compression(config.compression, lambda: read_bytes_per_s(Path(config.dir)))
         self._drafter = Drafter(config, self.compression, keys, clock_ms)
         self._usage_log = StoreLog(Path(config.usage_log_dir)) if config.usage_log_dir else None
@@ -128,6 +143,9 @@ class Engine:
     def close(self) -> None:
         """Write down what is only in memory, and seal the index so that the next opening can trust it."""
         with self._lock:
+            if self.space.free.is_sudden:
+                # The seal needs room, and the next start takes this back.
+                self.space.reserve.release()
             self.flush_touches()
             self._sync_thread.shutdown()
             self._drafter.close()
@@ -196,8 +214,7 @@ class Engine:
         Raises:  InvalidRequest: a malformed record; nothing has been stored.
         """
         for records in puts:
-            for record in records:
-                check_record(record, self.config.record_bytes_max)
+            self.check(records)
         with self._lock:
             merged = [record for records in puts for record in records]
             with self.index.txn() as snapshot:
@@ -207,6 +224,17 @@ class Engine:
             self.counters.refused += len(admission.refused)
             self._touches.add(admission.existing, self.clock_ms())
             return results_of(puts, admission)
+
+    def check(self, records: Sequence[Record]) -> None:
+        """Raises:  InvalidRequest: a record that can never be stored; it is counted, and named in the statistics."""
+        try:
+            for record in records:
+                check_record(record, self.config.record_bytes_max)
+        except InvalidRequest as err:
+            with self._counters_lock:
+                self.counters.impossible += 1
+                self.counters.last_impossible = str(err)
+            raise
 
     def _put_batch(self, batch: Sequence[Record], admission: Admission) -> None:
         """Steps 2 to 4 for records that share a sync; refuses them all when there is no space."""
@@ -358,11 +386,24 @@ class Engine:
     def maintain(self) -> None:
         """What a store does unasked: touches, expiry, compaction at its rate, and dead readers' slots."""
         with self._lock:
-            self.flush_touches()
-            self.space.expire()
-            self.space.reserve.hold()
-            self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
-            self.index.env.reader_check()
+            try:
+                self._tidy()
+            except (lmdb.Error, OSError) as err:
+                # Reads go on without it; the next put, or the next time, finds room or says why not.
+                if not is_full(err, self.index.directory):
+                    raise
+                log.debug("no room to tidy up: %s", err)
+
+    def _tidy(self) -> None:
+        self.space.follow_disk()
+        self.flush_touches()
+        self.space.expire()
+        self.index.env.reader_check()
+        if self.space.free.is_sudden:
+            # Both take space before they give any; compaction copies before it deletes.
+            return
+        self.space.reserve.hold()
+        self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
 
     def _publish(self, changes: list[Change]) -> None:
         self.events.publish(changes)

@@ -30,6 +30,7 @@ from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
 from kvstore.events import Event
+from kvstore.free_space import fit_to_disk
 from kvstore.index_writer import Name
 from kvstore.payload_stream import GetRange, PayloadStream
 from kvstore.scrubber import Scrubber
@@ -248,7 +249,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             stored_bytes=self.pool.nbytes,
             payload_bytes=self.pool.nbytes,
         )
-        for name, value in stats.numbers.items():
+        for name, value in (*stats.numbers.items(), *stats.texts.items()):
             setattr(response, name, value)
         return response
 
@@ -358,6 +359,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     # What was imported stays: the collector need not walk it again and again while payloads stream.
     gc.freeze()
     loop = asyncio.get_running_loop()
+    config = fit_to_disk(config)
     engine = await loop.run_in_executor(None, Engine, config)
     servicer = KvStoreServicer(engine)
     try:
