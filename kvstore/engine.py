@@ -231,10 +231,14 @@ class Engine:
             for record in records:
                 check_record(record, self.config.record_bytes_max)
         except InvalidRequest as err:
-            with self._counters_lock:
-                self.counters.impossible += 1
-                self.counters.last_impossible = str(err)
+            self.note_impossible(err)
             raise
+
+    def note_impossible(self, err: InvalidRequest) -> None:
+        """A record came that can never be stored."""
+        with self._counters_lock:
+            self.counters.impossible += 1
+            self.counters.last_impossible = str(err)
 
     def _put_batch(self, batch: Sequence[Record], admission: Admission) -> None:
         """Steps 2 to 4 for records that share a sync; refuses them all when there is no space."""

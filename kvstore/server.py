@@ -134,7 +134,11 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         batch_bytes = 0
         committing: Future[PutResult] | None = None
         async for piece in requests:
-            record = assembler.add(piece)
+            try:
+                record = assembler.add(piece)
+            except InvalidRequest as err:
+                self.engine.note_impossible(err)
+                raise
             if record is None:
                 continue
             if record.kind is RecordKind.HANDOFF:

@@ -95,6 +95,9 @@ class Accounts:
         self._shelf = Shelf(self._retries.kept_answers_bytes, self._retries.kept_answers_s)
         self._num_joined = 0
         self._is_draining = False
+        # Requests whose KV could not all be stored, and why it could not the last time.
+        self.num_unstored = 0
+        self.unstored_reason = ""
         self.ending = Ending()
         if ledger is not None:
             self._take_up(ledger)
@@ -358,6 +361,8 @@ class Accounts:
                 await bill.shared.stop()
             await asyncio.gather(opening, return_exceptions=True)
             record = priced(self._record(bill, status, detail), self._cards)
+            if record.write_error and bill.kept is None:
+                self.num_unstored, self.unstored_reason = self.num_unstored + 1, record.write_error
             bill.settled = await self.writer.settle(record)
         except AntefixError as err:
             log.error("request %s could not be settled: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
@@ -381,6 +386,7 @@ class Accounts:
             status=status,
             detail=detail,
             output_write_tokens=bill.request.output_written_tokens,
+            write_error=bill.write_error,
             paid_before=bill.paid_before,
             finished_us=max(_now_us(), bill.opened.started_us),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Final
 
 from antefix.clients import Usage
 from antefix.usage.ledger_files import Settled
@@ -12,6 +13,9 @@ from antefix.usage.quota import Reservation
 from antefix.usage.record import MissReason, OpenEntry, UsageRecord, WorkDone
 from router.answers import KeptAnswer, SharedRun
 from router.generate import Request
+
+# Enough to say what is wrong; an entry of the ledger is bounded.
+WRITE_ERROR_CHARACTERS_MAX: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,12 @@ class Bill:
             miss_reason=MissReason(report.miss_reason),
             ttft_us=ttft_us,
         )
+
+    @property
+    def write_error(self) -> str:
+        """Why what was computed could not all be stored; empty where it was."""
+        report = self.request.restore
+        return ((report.write_error if report else "") or self.request.write_error)[:WRITE_ERROR_CHARACTERS_MAX]
 
     @property
     def num_given(self) -> int:

@@ -208,6 +208,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         response.counters.memory_events = self.memory.num_events
         response.counters.memory_gaps = self.memory.num_gaps
         response.counters.memory_snapshots = self.memory.num_snapshots
+        response.counters.unstored = self.front.accounts.num_unstored
+        response.counters.unstored_reason = self.front.accounts.unstored_reason
         response.num_running = self.front.accounts.num_running
         for name, value in dataclasses.asdict(self.front.accounts.counts()).items():
             setattr(response.answers, name, value)

@@ -128,6 +128,7 @@ class UsageRecord:
     this one's price: the same request is never paid for twice.  source: the router's ledger; (source, event_id) is
     unique.  cache_write_tokens: of the prompt, newly stored.  output_write_tokens: of the output, newly stored.
     replayed_tokens: run again to rebuild window state, billed as hits.  last_hit_hash: the evidence of the hit.
+    write_error: why what was computed could not all be stored; empty where it was.
     saved: what the hit tokens would have cost more as misses.  detail: an error's class; never prompt text.
     """
 
@@ -153,6 +154,7 @@ class UsageRecord:
     restore_plan: str = ""
     last_hit_hash: str = ""
     miss_reason: MissReason = MissReason.NONE
+    write_error: str = ""
     status: Status
     detail: str = ""
     rate_card: str = ""
@@ -211,8 +213,10 @@ class UsageRecord:
 
     def to_payload(self) -> bytes:
         values = {"v": PAYLOAD_VERSION, **self.to_dict()}
-        if not self.paid_before:
-            del values["paid_before"]  # absent means nothing: most records, and all from before there was the field
+        # Absent means nothing: most records, and all from before there were these fields.
+        for name in ("paid_before", "write_error"):
+            if not getattr(self, name):
+                del values[name]
         return _canonical(values)
 
     def to_dict(self) -> dict[str, Any]:

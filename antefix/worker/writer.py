@@ -43,6 +43,8 @@ class RecordWriter:
         self.num_blocks_written = 0
         self.num_checkpoints_written = 0
         self.bytes_written = 0
+        # Why something was not stored: the first reason, since what follows only lacks its parent.
+        self.error = ""
 
     async def put(self, record: Record, *, tier: Tier = Tier.DISK) -> None:
         """Queue one record; waits only when too much is pending. What the pool does not take goes to disk."""
@@ -118,10 +120,12 @@ class RecordWriter:
         except AntefixError as err:
             self._broken = True
             self._counters.note(err)
+            self.error = self.error or f"{type(err).__name__}: {err}"
             log.warning("store refused a write, this request stops writing: %s", err)
             return
         self._counters.refused += len(result.refused)
         self._broken = bool(result.refused)
+        self.error = self.error or next(iter(result.refused.values()), "")
         taken = [record for record in batch if record.hash not in result.refused]
         num_blocks = sum(record.kind is RecordKind.BLOCK for record in taken)
         self.bytes_written += sum(len(record.payload) for record in taken)

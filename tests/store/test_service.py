@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from antefix import rpc
+from antefix.commands import doctor
 from antefix.errors import InvalidRequest, Unavailable
 from antefix.store.api import Record, RecordKind, Store
 from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.stats import read_stats
 from antefix.v1 import kvstore_pb2
 from kvstore.config import KvStoreConfig
 from kvstore.engine import Engine
@@ -302,3 +304,23 @@ async def test_readers_in_other_processes_follow_the_writer(service: Service) ->
     assert (await reader.stdout.readline()).split() == [b"6", b"0"]
     assert await reader.wait() == 0
     await client.close()
+
+
+async def test_a_write_that_can_never_be_stored_is_counted_and_named(service: Service, capsys) -> None:
+    store = RemoteStore(service.address)
+    assert (await read_stats(store)).impossible_writes == 0
+    too_large = Prompt([1] * BLOCK, payload_bytes=service.config.record_bytes_max + 1)
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="payload"):
+            await store.put(too_large.blocks())
+    stats = await read_stats(store)
+    assert stats.impossible_writes == 2 and "payload" in stats.impossible_write
+    assert stats.free_bytes > stats.free_bytes_min > 0 == len(stats.stopped) and stats.limit_bytes > 0
+    await store.close()
+    writes, space = await asyncio.to_thread(doctor._store, service.address)
+    assert (writes.status, space.status) == ("fail", "ok") and "payload" in writes.detail
+    # Nothing is stored, and why: what the file system has left.
+    service.servicer.engine.space.free.margin_bytes = 1 << 60
+    assert (await LocalStore(service.config.dir, service.address).put(PROMPT.blocks())).num_stored == 0
+    _, space = await asyncio.to_thread(doctor._store, service.address)
+    assert space.status == "warn" and "nothing is stored now" in space.detail

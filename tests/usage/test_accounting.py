@@ -198,6 +198,18 @@ async def test_an_id_cannot_be_used_for_another_request(open_front):
     await ask(front, "r", tokens=as_tokens([1, 2, 3]), tenant="somebody else")
 
 
+async def test_what_could_not_be_stored_is_in_the_record_and_in_the_counters(tmp_path, open_front):
+    front = open_front(Script(hit=64))
+    await ask(front, "stored")
+    bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    bill.request.write_error = "InvalidRequest: a name is too long" + "x" * 500
+    [piece async for piece in front.run(bill, 10.0)]
+    stored, unstored = records(tmp_path)
+    assert not stored.write_error and b"write_error" not in stored.to_payload()
+    assert unstored.write_error.startswith("InvalidRequest: a name is too long") and len(unstored.write_error) == 200
+    assert (front.accounts.num_unstored, front.accounts.unstored_reason) == (1, unstored.write_error)
+
+
 async def test_no_bill_no_answer(tmp_path, open_front, monkeypatch):
     front = open_front(Script())
 
