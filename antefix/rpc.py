@@ -341,8 +341,9 @@ async def _drained(
     grace_s: float,
     end: Callable[[], None] | None,
 ) -> None:
-    drained, hurry = asyncio.gather(*draining), asyncio.create_task(hurried.wait())
-    await asyncio.wait({drained, hurry}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+    drained: asyncio.Future[Any] = asyncio.gather(*draining)
+    hurry: asyncio.Future[Any] = asyncio.ensure_future(hurried.wait())
+    await asyncio.wait([drained, hurry], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
     if not drained.done():
         log.warning("the grace period is over; what still runs ends now")
         if end is not None:

@@ -21,7 +21,6 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -37,34 +36,17 @@ from antefix.usage.quota import QuotaBook, Reservation, Window
 from antefix.usage.ratecard import RateCards
 from antefix.usage.record import OpenEntry, Status, UsageRecord, WorkDone, request_key
 from antefix.usage.tenants import TenantBook
-from router.answers import KeptAnswer, RetryConfig, Run, SharedRun, Shelf
+from router.answers import KeptAnswer, RetryConfig, Run, SharedRun
 from router.bill import Bill, Served
 from router.ending import Ending
 from router.generate import Request
+from router.retries import CLIENT_LEFT, Retries
 
 log = logging.getLogger("antefix.router")
 
 # A finished request may be asked for again, with the same answer and without a second charge, this often.
 NUM_REPEATS_MAX = 3
 _NUM_REPEATED_IDS_MAX = 65536
-# Between being admitted to an answer and reading it a client is not counted as a reader; it needs milliseconds.
-_TO_READ_S = 2.0
-_CLIENT_LEFT = "the client went away"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerCounts:
-    """What is held for retries. unattended: made on without a client.  dropped: for room, since the start."""
-
-    running: int
-    unattended: int
-    unattended_max: int
-    kept: int
-    kept_bytes: int
-    kept_bytes_max: int
-    dropped: int
-    joined: int
-    given_again: int
 
 
 class Accounts:
@@ -90,11 +72,7 @@ class Accounts:
         self._repeats: OrderedDict[str, int] = OrderedDict()
         self._settling: dict[str, asyncio.Task[Settled | None]] = {}
         self._admitting: dict[str, asyncio.Future[None]] = {}
-        self._retries = retries or RetryConfig()
-        self._shared: dict[str, SharedRun] = {}
-        self._shelf = Shelf(self._retries.kept_answers_bytes, self._retries.kept_answers_s)
-        self._num_joined = 0
-        self._is_draining = False
+        self.retries = Retries(retries or RetryConfig(), self._settle_shared)
         # Requests whose KV could not all be stored, and why it could not the last time.
         self.num_unstored = 0
         self.unstored_reason = ""
@@ -124,8 +102,8 @@ class Accounts:
         opened = self._open_entry(request, tenant, user)
         while (busy := self._settling.get(opened.key) or self._admitting.get(opened.key)) is not None:
             await asyncio.wait({busy})
-        if retryable and (shared := self._shared.get(opened.key)) is not None:
-            return self._join(shared, request, opened)
+        if retryable and (joined := self.retries.join(request, opened)) is not None:
+            return joined
         if opened.key in self._running:
             raise Conflict(f"request {request.request_id} is running; wait for it or use another id")
         self._running.add(opened.key)
@@ -133,7 +111,7 @@ class Accounts:
         try:
             bill = self._bill(request, opened, await self.writer.find(opened.key), tenant)
             if retryable and bill.settled is None:
-                bill.shared = self._shared[opened.key] = SharedRun(bill)
+                self.retries.share(bill)
             return bill
         except BaseException:
             self._running.discard(opened.key)
@@ -143,12 +121,14 @@ class Accounts:
 
     def _bill(self, request: Request, opened: OpenEntry, standing: Settled | None, tenant: str) -> Bill:
         """What is next for this id: its first attempt, another one, or its answer again."""
-        kept = self._shelf.get(opened.key)
-        kept = kept if kept is not None and kept.fits(request, opened) else None
         if standing is None:
-            return Bill(request, opened, self._reserve(request, tenant))
+            bill = Bill(request, opened, self._reserve(request, tenant))
+            # There is an answer already where it could not be recorded, or where nothing ever is.
+            bill.kept = self.retries.kept(request, opened)
+            return bill
         if (standing.record.request_digest, standing.record.user) != (opened.request_digest, opened.user):
             raise InvalidRequest(f"request id {request.request_id} was used for another request")
+        kept = self.retries.kept(request, opened)
         if standing.record.is_final:
             bill = self._repeat(request, opened, standing, kept)
         else:
@@ -157,21 +137,6 @@ class Accounts:
             opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1, started_us=started_us)
             bill = Bill(request, opened, self._reserve(request, tenant), standing.record.paid)
         bill.kept = kept
-        self._shelf.num_given += kept is not None
-        return bill
-
-    def _join(self, shared: SharedRun, request: Request, opened: OpenEntry) -> Bill:
-        """Another client of a running answer; what is made of it so far comes first."""
-        first = shared.bill
-        if (first.opened.request_digest, first.opened.user) != (opened.request_digest, opened.user):
-            raise InvalidRequest(f"request id {request.request_id} is used for another request")
-        if shared.request.sampling.num_top_logprobs != request.sampling.num_top_logprobs:
-            raise Conflict(f"request {request.request_id} is running with other logprobs; wait for it")
-        self._num_joined += 1
-        if not shared.num_readers:
-            self._wait_for_a_reader(shared, _TO_READ_S)
-        bill = Bill(shared.request, first.opened, first.reservation, first.paid_before)
-        bill.shared = shared
         return bill
 
     def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
@@ -189,7 +154,7 @@ class Accounts:
     async def _run_alone(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
         """For the one client that it may have: when that leaves, the work stops."""
         opening = asyncio.create_task(self.writer.open(bill.opened))
-        status, detail = Status.CANCELLED, _CLIENT_LEFT
+        status, detail = Status.CANCELLED, CLIENT_LEFT
         try:
             async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
                 while (tokens := await self._next(outputs)) is not None:
@@ -216,7 +181,7 @@ class Accounts:
         if shared.settling is not None:
             raise Unavailable("the request was just given up; send it again")
         opening = shared.opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))
-        shared.begin(run, timeout_s, on_end=lambda: self._made(shared))
+        shared.begin(run, timeout_s, on_end=lambda: self.retries.made(shared))
         shared.enter()
         num_read = 0
         end: tuple[Status, str] | None = None
@@ -243,9 +208,9 @@ class Accounts:
         finally:
             shared.leave()
             if end is not None:
-                bill.settled = await asyncio.shield(self._end_shared(shared, bill, *end))
-            elif not shared.num_readers and shared.settling is None:
-                self._left_alone(shared)
+                bill.settled = await asyncio.shield(self.retries.end(shared, bill, *end))
+            else:
+                self.retries.left(shared)
 
     async def _run_again(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
         try:
@@ -263,84 +228,25 @@ class Accounts:
         """What it means that whoever reads an output closes it."""
         if bill.ended_here:
             return Status.STOP, ""
-        return (Status.FAILED, Draining.__name__) if self.ending.is_over else (Status.CANCELLED, _CLIENT_LEFT)
+        return (Status.FAILED, Draining.__name__) if self.ending.is_over else (Status.CANCELLED, CLIENT_LEFT)
 
     @property
     def num_running(self) -> int:
         """Requests that were admitted and have not ended."""
         return len(self._running)
 
-    def counts(self) -> AnswerCounts:
-        """What is held for retries."""
-        return AnswerCounts(
-            running=len(self._shared),
-            unattended=self._num_unattended,
-            unattended_max=self._retries.unattended_max,
-            kept=len(self._shelf),
-            kept_bytes=self._shelf.nbytes,
-            kept_bytes_max=self._shelf.bytes_max,
-            dropped=self._shelf.num_dropped,
-            joined=self._num_joined,
-            given_again=self._shelf.num_given,
-        )
-
-    def drain(self) -> None:
-        """No client can come for an answer any more: those that have none are given up, now and later."""
-        self._is_draining = True
-        for shared in [each for each in self._shared.values() if not each.num_readers]:
-            self._give_up(shared)
-
     async def close(self) -> None:
         """Write what is being settled, then close the ledger."""
-        self.drain()
+        self.retries.drain()
         while self._settling:
             await asyncio.gather(*self._settling.values(), return_exceptions=True)
         await self.writer.close()
 
-    @property
-    def _num_unattended(self) -> int:
-        return sum(not shared.num_readers for shared in self._shared.values())
-
-    def _left_alone(self, shared: SharedRun) -> None:
-        """The last client left. It may ask again: the answer is made on, within limits."""
-        config = self._retries
-        is_full = self._num_unattended > config.unattended_max
-        if shared.is_over or self._is_draining or is_full or not config.unattended_s:
-            self._give_up(shared)
-        else:
-            self._wait_for_a_reader(shared, config.unattended_s)
-
-    def _made(self, shared: SharedRun) -> None:
-        """The answer is whole, or has failed; without a reader it is settled, and kept for one."""
-        if not shared.num_readers and shared.settling is None:
-            self._wait_for_a_reader(shared, _TO_READ_S)
-
-    def _wait_for_a_reader(self, shared: SharedRun, seconds: float) -> None:
-        if shared.waiting_for_a_reader is not None:
-            shared.waiting_for_a_reader.cancel()
-        loop = asyncio.get_running_loop()
-        shared.waiting_for_a_reader = loop.call_later(seconds, self._give_up, shared)
-
-    def _give_up(self, shared: SharedRun) -> None:
-        if shared.num_readers or shared.settling is not None:
-            return
-        if shared.error is not None:
-            self._end_shared(shared, shared.bill, Status.FAILED, type(shared.error).__name__)
-        else:
-            self._end_shared(shared, shared.bill, Status.CANCELLED, _CLIENT_LEFT)
-
-    def _end_shared(self, shared: SharedRun, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:
-        """Settle the answer, once for all of its clients."""
-        if shared.settling is None:
-            request = shared.request
-            if shared.error is None and request.finish_reason and status is not Status.FAILED:
-                self._shelf.put(bill.opened.key, KeptAnswer.of(request, bill.opened))
-            del self._shared[bill.opened.key]
-            if status in (Status.STOP, Status.LENGTH):
-                shared.bill = bill
-            opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))
-            shared.settling = self._settle_soon(shared.bill, opening, status, detail)
-        return shared.settling
+    def _settle_shared(self, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:
+        assert bill.shared is not None
+        # It was never begun where its one client left between admission and reading.
+        opening = bill.shared.opening or asyncio.create_task(self.writer.open(bill.opened))
+        return self._settle_soon(bill, opening, status, detail)
 
     def _settle_soon(
         self, bill: Bill, opening: asyncio.Task[OpenEntry], status: Status, detail: str

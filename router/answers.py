@@ -209,7 +209,6 @@ class Shelf:
         self.bytes_max = bytes_max
         self.nbytes = 0
         self.num_dropped = 0
-        self.num_given = 0
         self._ttl_s = ttl_s
         self._clock = clock
         self._kept: OrderedDict[str, tuple[KeptAnswer, float]] = OrderedDict()

@@ -211,7 +211,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         response.counters.unstored = self.front.accounts.num_unstored
         response.counters.unstored_reason = self.front.accounts.unstored_reason
         response.num_running = self.front.accounts.num_running
-        for name, value in dataclasses.asdict(self.front.accounts.counts()).items():
+        for name, value in dataclasses.asdict(self.front.accounts.retries.counts()).items():
             setattr(response.answers, name, value)
         return response
 
@@ -253,7 +253,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     accounts = servicer.front.accounts
 
     async def leave() -> None:
-        accounts.drain()
+        accounts.retries.drain()
 
     async def stop() -> None:
         await accounts.close()

@@ -47,7 +47,7 @@ class Call(Protocol):
 # Most of what is refused is refused before, and still gets its own status; clients wait a second for a head at most.
 HEAD_AFTER_S: Final = 0.5
 # Streams end by themselves or with our own error event (`router.ending`), never because a signal was seen.
-AppStatus.disable_automatic_graceful_drain()
+AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 

@@ -53,7 +53,7 @@ async def asking(tmp_path, path, *, stream, key="", **script):
 @pytest.mark.parametrize("path", BODIES)
 async def test_a_stream_that_outlives_the_grace_period_ends_with_an_error_event(tmp_path, path, key):
     async with asking(tmp_path, path, stream=True, key=key) as (front, http, asked):
-        front.accounts.drain()
+        front.accounts.retries.drain()
         stopping = asyncio.create_task(http.stop())
         await asyncio.sleep(0.1)
         # Draining does not touch it; the end of the grace period does.
@@ -88,8 +88,8 @@ async def test_a_whole_answer_that_outlives_the_grace_period_is_an_error_and_cos
 async def test_an_answer_without_a_client_is_given_up_when_nobody_can_come_for_it(tmp_path):
     async with asking(tmp_path, "/v1/completions", stream=False, key="k") as (front, http, asked):
         asked.cancel()
-        await until(lambda: front.accounts.counts().unattended == 1)
-        front.accounts.drain()
+        await until(lambda: front.accounts.retries.counts().unattended == 1)
+        front.accounts.retries.drain()
         await http.stop()
     (record,) = records(tmp_path)
     assert (record.status, record.output_tokens) == (Status.CANCELLED, 0)

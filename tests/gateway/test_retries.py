@@ -16,7 +16,7 @@ from antefix.usage.ratecard import load_cards
 from antefix.usage.record import Status
 from antefix.usage.verify import verify
 from antefix.wire import Sampling
-from router import accounting
+from router import retries
 from router.answers import KeptAnswer, RetryConfig, Shelf
 from tests.gateway.scripted import Script, make_front, serving
 from tests.usage.test_ratecard import DEPLOY
@@ -37,12 +37,12 @@ BODIES = {
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(accounting, "_TO_READ_S", 0.05)
+    monkeypatch.setattr(retries, "_MADE_S", 0.05)
 
 
 @contextlib.asynccontextmanager
-async def door(script, ledger, **retries):
-    front = make_front(script, ledger=ledger, cards=CARDS, retries=RetryConfig(**retries))
+async def door(script, ledger, **settings):
+    front = make_front(script, ledger=ledger, cards=CARDS, retries=RetryConfig(**settings))
     async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=30) as client:
         yield client, front
 
@@ -121,12 +121,20 @@ async def test_an_answer_that_ended_without_its_client_is_kept_and_only_then_pai
         assert text_of(path, answer) == TEXT
         again = await ask(client, path, stream=stream)
         assert text_of(path, again) == TEXT
-        assert (front.accounts.counts().kept, front.accounts.counts().given_again) == (1, 2)
+        assert (front.accounts.retries.counts().kept, front.accounts.retries.counts().given_again) == (1, 2)
     assert len(script.requests) == 1
     left, whole = records(ledger)
     assert (whole.status, whole.attempt, whole.output_tokens) == (Status.STOP, 2, len(TEXT))
     assert whole.paid_before == left.price and whole.started_us == left.started_us
     assert verify(ledger).ok
+
+
+async def test_an_answer_is_given_again_without_a_ledger_too():
+    script = Script(say=lambda prompt: TEXT)
+    async with door(script, None) as (client, _):
+        for _ in range(5):
+            assert text_of("/v1/completions", await ask(client, "/v1/completions")) == TEXT
+    assert len(script.requests) == 1
 
 
 async def test_the_openai_clients_own_retry_gets_the_answer_that_it_timed_out_on(tmp_path):
@@ -169,10 +177,10 @@ async def test_answers_without_a_client_are_bounded(tmp_path):
         for task in asking:
             await leave(task)
         await until(lambda: script.num_cancelled == 2)
-        counts = front.accounts.counts()
+        counts = front.accounts.retries.counts()
         assert (counts.running, counts.unattended, counts.unattended_max) == (2, 2, 2)
         hold.set()
-        await until(lambda: front.accounts.counts().kept == 2)
+        await until(lambda: front.accounts.retries.counts().kept == 2)
 
 
 async def test_a_stop_text_ends_a_shared_answer_where_it_was_found(tmp_path):
