@@ -23,7 +23,8 @@ HASH_BYTES: Final = 32
 RECORD_VERSION: Final = 1
 _TOKEN_DTYPE: Final = np.dtype("<u4")
 
-Tokens = Sequence[int] | npt.NDArray[np.uint32]
+TokenArray = npt.NDArray[np.uint32]
+Tokens = Sequence[int] | TokenArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

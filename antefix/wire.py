@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from antefix.block import as_tokens
 from antefix.errors import InvalidRequest
+from antefix.restore_report import RestoreReport
 from antefix.v1 import worker_pb2
-from antefix.worker.report import RestoreReport
 
 TEMPERATURE_MAX = 10.0
 STOP_SEQUENCES_MAX = 16

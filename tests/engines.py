@@ -8,14 +8,14 @@ import torch
 from antefix.errors import Unavailable
 from antefix.model import BlockPool, load_model
 from antefix.model_dir import identify
+from antefix.record import BlockFate, Fate, LookupResult, PutResult, RecordKind
 from antefix.secret import Keyring
-from antefix.store.api import BlockFate, Fate, LookupResult, PutResult, RecordKind
 from antefix.window import Rates, RestorePlanner, Sizes, parse
 from antefix.window.rates import RatePriors
-from antefix.worker.compute import ComputeThread
-from antefix.worker.engine import Engine
-from antefix.worker.resident import ResidentBlocks
-from antefix.worker.restore import Prompt
+from antefix_prefill.restore import Prompt
+from antefix_prefill.worker.compute_thread import ComputeThread
+from antefix_prefill.worker.engine import Engine
+from antefix_prefill.worker.resident_blocks import ResidentBlocks
 
 MODEL = Path(__file__).parents[1] / "models" / "antefix-tiny"
 

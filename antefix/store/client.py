@@ -18,17 +18,17 @@ import lmdb
 from antefix import rpc
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailable
 from antefix.layout import BlockLayout
-from antefix.store import codec
-from antefix.store.api import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind
-from antefix.store.encryption import KeyRing
-from antefix.store.format import FORMAT_VERSION
-from antefix.store.gone import fate_of
+from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind
 from antefix.store.payload_channel import SERVICE, PayloadChannel
+from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
-from antefix.store.progress import Progress
-from antefix.store.reader import ReadOutcome, StoreReader, wall_ms
-from antefix.store.wire import Piece, pack_put_request
-from antefix.usage.evidence import ReadEvidence
+from antefix.store.stream_progress import Progress
+from antefix.store_files import codec
+from antefix.store_files.encryption import KeyRing
+from antefix.store_files.gone_blocks import fate_of
+from antefix.store_files.read_log import ReadEvidence
+from antefix.store_files.record_format import FORMAT_VERSION
+from antefix.store_files.segment_reader import ReadOutcome, StoreReader, wall_ms
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 T = TypeVar("T")

@@ -11,9 +11,9 @@ from typing import Final
 import xxhash
 
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.store.api import Buffer, Record, RecordKind
-from antefix.store.format import HASH_BYTES
-from antefix.store.wire import GET_RESPONSE_DATA, BlankMessage, Piece, head_of
+from antefix.record import Buffer, Record, RecordKind
+from antefix.store.payload_wire import GET_RESPONSE_DATA, BlankMessage, Piece, head_of
+from antefix.store_files.record_format import HASH_BYTES
 from antefix.v1 import kvstore_pb2
 
 PIECE_BYTES: Final = 1 << 20

@@ -17,9 +17,9 @@ from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisClusterException, RedisError
 
 from antefix.errors import BlockCorrupt, ConfigError, Unavailable
-from antefix.store.api import Record
-from antefix.window_pool.api import NAMES_MAX, Found
-from antefix.window_pool.format import HEADER_BYTES, pack, unpack
+from antefix.record import Record
+from antefix.window_pool.pool_api import NAMES_MAX, Found
+from antefix.window_pool.pool_format import HEADER_BYTES, pack, unpack
 
 T = TypeVar("T")
 # A checkpoint of 4.6 MB at 10 Gbit/s takes 4 ms; a pool slower than this is slower than a replay on most machines.

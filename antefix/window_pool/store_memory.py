@@ -12,8 +12,9 @@ import hashlib
 from collections.abc import Sequence
 
 from antefix.block import HASH_BYTES
-from antefix.store.api import Record, RecordKind, Store
-from antefix.window_pool.api import NAMES_MAX, Found
+from antefix.record import Record, RecordKind
+from antefix.store.api import Store
+from antefix.window_pool.pool_api import NAMES_MAX, Found
 
 # Names asked for in one go after the first, which is the likely one: a turn goes on where the last one ended.
 _NAMES_AT_ONCE = 8

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from antefix.errors import AntefixError, Overloaded
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.wire import Sampling
-from antefix.worker.prompt import run_prompt
-from antefix.worker.writer import RecordWriter
-from decode.logprobs import Logprobs
-from decode.sampling import Sampler
-from decode.scheduler import NUM_UNREAD_MAX, Running, Scheduler
-from decode.stopping import Stopper
+from antefix_decode.logprobs import Logprobs
+from antefix_decode.sampling import Sampler
+from antefix_decode.scheduler import NUM_UNREAD_MAX, Running, Scheduler
+from antefix_decode.stopping import Stopper
+from antefix_prefill.record_writer import RecordWriter
+from antefix_prefill.run_prompt import run_prompt
 
 RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(0, 256, size) for size in (90, 130, 200)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from antefix.deployment import Deployment, DeploymentConfig
 from antefix.store.client import RemoteStore
-from antefix.store.stats import read_stats
-from antefix.usage.ledger_files import read_settled
-from antefix.usage.verify import verify
+from antefix.store.store_stats import read_stats
+from antefix_billing.ledger_files import read_settled
+from antefix_billing.reconcile import verify
+from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.e2e.conftest import MODEL, SMALL_POOL
 from tests.small_disk import fill, free_bytes, small_disk
 

@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from antefix import deployment
-from antefix.commands import up
-from antefix.deployment import Deployment, DeploymentConfig, RoleProcess
-from antefix.usage.ledger_files import read_settled
-from antefix.usage.record import Status
+from antefix_billing.ledger_files import read_settled
+from antefix_billing.usage_record import Status
+from antefix_console import deployment
+from antefix_console.commands import up
+from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
 from tests.e2e.conftest import MODEL
 
 httpx2 = pytest.importorskip("httpx2")
@@ -21,7 +21,17 @@ httpx2 = pytest.importorskip("httpx2")
 
 async def test_a_stream_that_outlives_the_grace_period_ends_properly_and_its_record_says_how(tmp_path):
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "antefix", "up", "--json", "--grace-s", "2", "--data-dir", str(tmp_path / "data")),
+        *(
+            sys.executable,
+            "-m",
+            "antefix_console",
+            "up",
+            "--json",
+            "--grace-s",
+            "2",
+            "--data-dir",
+            str(tmp_path / "data"),
+        ),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

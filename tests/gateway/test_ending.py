@@ -11,13 +11,13 @@ from antefix import rpc
 from antefix.block import as_tokens
 from antefix.clients import RouterClient
 from antefix.errors import Draining
-from antefix.usage.ledger_files import read_settled
-from antefix.usage.record import Status
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import Sampling, tokens_to_wire
-from router.answers import RetryConfig
-from router.gateway.app import start_http
-from router.gateway.config import GatewayConfig
+from antefix_billing.ledger_files import read_settled
+from antefix_billing.usage_record import Status
+from antefix_router.answers import RetryConfig
+from antefix_router.gateway.app import start_http
+from antefix_router.gateway.gateway_config import GatewayConfig
 from tests.gateway.scripted import Script, make_front
 from tests.gateway.test_retries import BODIES, MODEL
 

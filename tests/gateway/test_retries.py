@@ -10,16 +10,16 @@ import pytest
 
 from antefix.block import as_tokens
 from antefix.errors import Unavailable
-from antefix.usage.ledger_files import read_settled
-from antefix.usage.pricing import priced
-from antefix.usage.ratecard import load_cards
-from antefix.usage.record import Status
-from antefix.usage.verify import verify
 from antefix.wire import Sampling
-from router import retries
-from router.answers import KeptAnswer, RetryConfig, Shelf
+from antefix_billing.ledger_files import read_settled
+from antefix_billing.pricing import priced
+from antefix_billing.ratecard import load_cards
+from antefix_billing.reconcile import verify
+from antefix_billing.usage_record import Status
+from antefix_router import retries
+from antefix_router.answers import KeptAnswer, RetryConfig, Shelf
+from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import Script, make_front, serving
-from tests.usage.test_ratecard import DEPLOY
 
 openai = pytest.importorskip("openai")
 httpx2 = pytest.importorskip("httpx2")

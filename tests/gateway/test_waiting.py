@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from antefix.errors import Overloaded, Unavailable
-from router.gateway import http
+from antefix_router.gateway import http
 from tests.gateway.scripted import Script, make_front, serving
 from tests.gateway.test_retries import BODIES, MODEL, TEXT, text_of
 

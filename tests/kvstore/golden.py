@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from antefix.store.api import RecordKind
-from antefix.store.codec import PlanePart, PlanePlan
-from antefix.store.format import FORMAT_VERSION
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix.record import RecordKind
+from antefix.store_files.codec import PlanePart, PlanePlan
+from antefix.store_files.record_format import FORMAT_VERSION
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, Prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from antefix.block import Chain, chain_of
-from antefix.store.api import Record, RecordKind
-from kvstore.engine import Engine
+from antefix.record import Record, RecordKind
+from antefix_kvstore.storage_engine import Engine
 
 FINGERPRINT = b"F" * 32
 BLOCK = 8

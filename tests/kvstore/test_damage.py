@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from antefix.store.api import RecordKind
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
-from kvstore.fsck import fsck
+from antefix.record import RecordKind
+from antefix_kvstore.check_store import fsck
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 OpenEngine = Callable[..., Engine]

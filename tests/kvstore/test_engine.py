@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import ConfigError, InvalidRequest
-from antefix.store.api import RecordKind
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix.record import RecordKind
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 OpenEngine = Callable[..., Engine]
@@ -126,7 +126,7 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_format_version_is_refused(open_engine: OpenEngine, tmp_path: Path) -> None:
-    from antefix.store.format import StoreIdentity, pack_identity
+    from antefix.store_files.record_format import StoreIdentity, pack_identity
 
     open_engine().close()
     newer = StoreIdentity(store_id=bytes(16), created_ms=0, version=2)

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
-from kvstore.free_space import FreeSpace, fit_to_disk
-from kvstore.stats import collect
-from kvstore.writer import GroupCommitter
+from antefix_kvstore.engine_stats import collect
+from antefix_kvstore.free_space import FreeSpace, fit_to_disk
+from antefix_kvstore.group_commit import GroupCommitter
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, Prompt
 from tests.small_disk import fill, free_bytes, small_disk
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from antefix.store.api import RecordKind
-from antefix.store.format import FORMAT_VERSION
-from kvstore import fsck
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix.record import RecordKind
+from antefix.store_files.record_format import FORMAT_VERSION
+from antefix_kvstore import check_store as fsck
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.golden import CODED, GOLDEN, KEYS, RAW
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from antefix.store.api import RecordKind
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix.record import RecordKind
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.power_loss import PowerLossDisk
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 

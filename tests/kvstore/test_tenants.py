@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import ConfigError
-from antefix.store.api import RecordKind
-from antefix.store.encryption import KeyRing
-from antefix.store.reader import StoreReader
-from kvstore.engine import Engine
-from kvstore.index_check import content_fault
+from antefix.record import RecordKind
+from antefix.store_files.encryption import KeyRing
+from antefix.store_files.segment_reader import StoreReader
+from antefix_kvstore.index_check import content_fault
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 OpenEngine = Callable[..., Engine]

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import ConfigError
-from antefix.store.api import RecordKind
-from kvstore import fsck, inspect
-from kvstore.engine import Engine
-from kvstore.scrubber import Scrubber
+from antefix.record import RecordKind
+from antefix_kvstore import check_store as fsck
+from antefix_kvstore import describe_store as inspect
+from antefix_kvstore.scrubber import Scrubber
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 OpenEngine = Callable[..., Engine]

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import BlockCorrupt
-from antefix.store import format as fmt
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
+from antefix.store_files import record_format as fmt
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text()
 STRUCTS = ("STORE_HEADER", "SEGMENT_HEADER", "RECORD_HEADER", "INDEX_ENTRY", "SEGMENT_ENTRY")

@@ -8,8 +8,10 @@ import struct
 import pytest
 
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest
-from antefix.store.api import RecordKind
-from antefix.store.format import (
+from antefix.record import RecordKind
+from antefix.store.payload_wire import BlankMessage, records_head
+from antefix.store.stream_progress import Progress
+from antefix.store_files.record_format import (
     RECORD_HEADER_BYTES,
     Codec,
     RecordFlag,
@@ -18,8 +20,6 @@ from antefix.store.format import (
     pack_record_header,
     payload_checksum,
 )
-from antefix.store.progress import Progress
-from antefix.store.wire import BlankMessage, records_head
 from antefix.v1 import kvstore_pb2
 
 SEED, SEGMENT, START = 0x1122334455667788, 7, 4096

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from antefix.errors import Unavailable
-from antefix.store.api import PutResult, Record, RecordKind
+from antefix.record import PutResult, Record, RecordKind
 from antefix.window_pool import StoreMemoryPool
 from antefix.window_pool.store_memory import pool_name
-from antefix.worker.prompt import run_prompt
+from antefix_prefill.run_prompt import run_prompt
 
 FINGERPRINT = b"f" * 32
 NAMES = [bytes([n]) * 32 for n in range(1, 30)]

@@ -1,0 +1,88 @@
+"""Calls to a decode worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import cast
+
+from antefix import rpc
+from antefix.block import TokenArray as Tokens
+from antefix.restore_report import RestoreReport
+from antefix.v1 import decode_pb2, decode_pb2_grpc
+from antefix.wire import (
+    Sampling,
+    TokenLogprob,
+    logprobs_from_wire,
+    report_from_wire,
+    sampling_to_wire,
+    tokens_from_wire,
+    tokens_to_wire,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """One message of an output. finish_reason is set in the last one; stop_number: the stop sequence, from 1.
+
+    logprobs: one a token, where they were asked for.
+    """
+
+    tokens: Tokens
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str = ""
+    stop_number: int = 0
+    restore: RestoreReport | None = None
+    written_tokens: int = 0
+    write_error: str = ""
+
+
+@dataclass(slots=True)
+class DecodeClient:
+    """Calls to one decode worker."""
+
+    address: str
+    _stub: decode_pb2_grpc.DecodeServiceStub = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._stub = decode_pb2_grpc.DecodeServiceStub(rpc.channel(self.address))
+
+    async def decode(
+        self,
+        tokens: Tokens,
+        sampling: Sampling,
+        *,
+        request_id: str,
+        tenant: str,
+        handoff: bytes,
+        num_emitted: int = 0,
+        timeout_s: float,
+    ) -> AsyncGenerator[Decoded, None]:
+        request = decode_pb2.DecodeRequest(
+            request_id=request_id,
+            tenant=tenant,
+            prompt=tokens_to_wire(tokens),
+            sampling=sampling_to_wire(sampling),
+            handoff=handoff,
+            num_emitted=num_emitted,
+        )
+        call = self._stub.Decode(request, timeout=timeout_s)
+        try:
+            with rpc.rpc_errors():
+                async for message in call:
+                    yield Decoded(
+                        tokens=tokens_from_wire(message.tokens),
+                        logprobs=logprobs_from_wire(message.logprobs),
+                        finish_reason=message.finish_reason,
+                        stop_number=message.stop_number,
+                        restore=report_from_wire(message.restore) if message.HasField("restore") else None,
+                        written_tokens=message.written_tokens,
+                        write_error=message.write_error,
+                    )
+        finally:
+            call.cancel()  # a caller that stops early stops the work; after the end this does nothing
+
+    async def status(self, *, timeout_s: float = 5.0) -> decode_pb2.DecodeStatusResponse:
+        with rpc.rpc_errors():
+            answer = await self._stub.DecodeStatus(decode_pb2.DecodeStatusRequest(), timeout=timeout_s)
+        return cast(decode_pb2.DecodeStatusResponse, answer)

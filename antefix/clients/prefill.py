@@ -1,0 +1,54 @@
+"""Calls to a prefill worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from antefix import rpc
+from antefix.block import TokenArray as Tokens
+from antefix.restore_report import RestoreReport
+from antefix.v1 import prefill_pb2, prefill_pb2_grpc
+from antefix.wire import report_from_wire, tokens_to_wire
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefilled:
+    """handoff: what decode asks the store for; empty when the store could not keep it."""
+
+    handoff: bytes
+    restore: RestoreReport
+
+
+@dataclass(slots=True)
+class PrefillClient:
+    """Calls to one prefill worker."""
+
+    address: str
+    _stub: prefill_pb2_grpc.PrefillServiceStub = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._stub = prefill_pb2_grpc.PrefillServiceStub(rpc.channel(self.address))
+
+    async def prefill(
+        self,
+        tokens: Tokens,
+        *,
+        request_id: str,
+        tenant: str,
+        timeout_s: float,
+        keep: Sequence[tuple[int, float]] = (),
+    ) -> Prefilled:
+        """keep: (tokens, seconds) of prefixes that window state is to be left at."""
+        request = prefill_pb2.PrefillRequest(request_id=request_id, tenant=tenant, prompt=tokens_to_wire(tokens))
+        for num_tokens, ttl_s in keep:
+            request.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
+        with rpc.rpc_errors():
+            response = await self._stub.Prefill(request, timeout=timeout_s)
+        return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))
+
+    async def status(self, *, timeout_s: float = 5.0) -> prefill_pb2.PrefillStatusResponse:
+        with rpc.rpc_errors():
+            answer = await self._stub.PrefillStatus(prefill_pb2.PrefillStatusRequest(), timeout=timeout_s)
+        return cast(prefill_pb2.PrefillStatusResponse, answer)

@@ -1,0 +1,105 @@
+"""The store's own account of what was written and read, kept apart from the ledger so that the two can be compared.
+
+One line a call: `time_us kind hash[,hash...]`, kind "stored" or "read", hashes as hex. A read names the last block of a
+path that was used; using a block uses all before it. Files rotate by size, are named by their first line's time, and
+are flushed, not synced: a line lost in a power cut makes a hit unsupported in the report, never supported by mistake.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import IO
+
+log = logging.getLogger("antefix_billing")
+
+FILE_BYTES = 64 << 20
+_KINDS = ("stored", "read")
+
+
+class StoreEventKind(StrEnum):
+    STORED = "stored"
+    READ = "read"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreEvent:
+    """time_us: Unix microseconds.  hash: hex."""
+
+    time_us: int
+    kind: StoreEventKind
+    hash: str
+
+
+class StoreLog:
+    """The writer; belongs to the one process that writes the store. Methods may be called from any thread.
+
+    A line that cannot be written is lost, which costs evidence and never a read or a write of the store.
+    """
+
+    def __init__(self, directory: Path, *, file_bytes: int = FILE_BYTES) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._file_bytes = file_bytes
+        self._file: IO[str] | None = None
+        self._num_bytes = 0
+        self.num_lost = 0
+        self._mutex = threading.Lock()
+
+    def stored(self, hashes: Sequence[bytes]) -> None:
+        """These blocks are durable now."""
+        self._write(StoreEventKind.STORED, hashes)
+
+    def read(self, hashes: Sequence[bytes]) -> None:
+        """These blocks were handed out, or used in place by a reader on this host."""
+        self._write(StoreEventKind.READ, hashes)
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def _write(self, kind: StoreEventKind, hashes: Sequence[bytes]) -> None:
+        if not hashes:
+            return
+        with self._mutex:
+            now_us = time.time_ns() // 1000
+            line = f"{now_us} {kind.value} {','.join(name.hex() for name in hashes)}\n"
+            try:
+                self._append(line, now_us)
+            except OSError as err:
+                self.close()
+                if not self.num_lost:
+                    log.warning("the store's log cannot be written, and evidence of hits is lost: %s", err)
+                self.num_lost += 1
+
+    def _append(self, line: str, now_us: int) -> None:
+        if self._file is None or self._num_bytes >= self._file_bytes:
+            self.close()
+            self._file = (self._directory / f"store-{now_us:017d}.log").open("a", buffering=1)
+            self._num_bytes = 0
+        self._file.write(line)
+        self._num_bytes += len(line)
+
+
+def read_store_log(directory: Path) -> Iterator[StoreEvent]:
+    """All events, oldest file first. A line that is not whole (the end of a file after a crash) is skipped."""
+    for path in sorted(directory.glob("store-*.log")):
+        with path.open() as file:
+            for line in file:
+                yield from _parse(line)
+
+
+def _parse(line: str) -> Iterator[StoreEvent]:
+    parts = line.split()
+    if not line.endswith("\n") or len(parts) != 3 or not parts[0].isdigit() or parts[1] not in _KINDS:
+        return
+    for name in parts[2].split(","):
+        yield StoreEvent(time_us=int(parts[0]), kind=StoreEventKind(parts[1]), hash=name)

@@ -1,0 +1,110 @@
+"""Settings of the store service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from antefix.config import grace_setting, parse_size, require, setting
+from antefix.events.address import check_url
+from antefix.record import RecordKind
+from antefix.store_files.record_format import PAYLOAD_BYTES_MAX
+
+MIB = 1 << 20
+GIB = 1 << 30
+# Segments are cut so that dropping one frees at most a small part of the budget.
+SEGMENTS_PER_BUDGET = 32
+BUDGET_BYTES_MIN = MIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvStoreConfig:
+    """All sizes are hard limits. The defaults suit one machine."""
+
+    dir: str = setting("antefix-store", "directory of the store; created if it is missing or empty")
+    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    budget_bytes: int = setting(64 * GIB, "disk space that segments and index may take together", unit="bytes")
+    free_bytes_min: int = setting(
+        0, "what is left free on the store's file system; 0: a sixteenth of it, at most 256 MiB", unit="bytes"
+    )
+    segment_bytes: int = setting(
+        0, "size at which a segment is closed; 0 means budget / 32, at most 256 MiB", unit="bytes"
+    )
+    tenant_quota_bytes: int = setting(0, "disk space that one tenant may take; 0 for no limit", unit="bytes")
+    quotas: tuple[str, ...] = setting((), "exceptions from that, as tenant=size, separated by commas")
+    block_ttl_s: float = setting(72 * 3600.0, "how long a block stays after its last use; 0 for ever", unit="s")
+    checkpoint_ttl_s: float = setting(6 * 3600.0, "the same for checkpoints on disk", unit="s")
+    handoff_ttl_s: float = setting(300.0, "how long a handoff waits in memory for its decode worker", unit="s")
+    handoff_bytes_max: int = setting(1 * GIB, "memory that handoffs may take", unit="bytes")
+    compression: str = setting(
+        "auto", "off, zstd (keep where it is smaller) or auto (measure disk and codec, then choose)"
+    )
+    keys_file: str = setting("", "JSON file of tenants' 256-bit keys; when given, everything stored is encrypted")
+    usage_log_dir: str = setting(
+        "", "log which blocks were stored and read here, to reconcile the bill with; empty: none"
+    )
+    events_redis: str = setting("", "redis:// URL that routers read the store's events from; empty: they ask the store")
+    events_name: str = setting(
+        "", "what routers call this store, their store_address; empty: the address it listens on"
+    )
+    durable: bool = setting(True, "sync before acknowledging a put; off trades the newest blocks for speed")
+    batch_bytes_max: int = setting(64 * MIB, "payload bytes that one group commit takes", unit="bytes")
+    queue_bytes_max: int = setting(
+        256 * MIB, "payload bytes that may wait for the writer before puts are refused", unit="bytes"
+    )
+    compact_bytes_per_s: int = setting(64 * MIB, "how fast background compaction may copy", unit="bytes")
+    scrub_bytes_per_s: int = setting(8 * MIB, "how fast the scrubber may read; 0 turns it off", unit="bytes")
+
+    grace_s: float = grace_setting()
+
+    def __post_init__(self) -> None:
+        require(self.budget_bytes >= BUDGET_BYTES_MIN, f"budget_bytes must be at least 1 MiB, is {self.budget_bytes}")
+        require(self.free_bytes_min >= 0, f"free_bytes_min must not be negative, is {self.free_bytes_min}")
+        require(
+            self.segment_bytes == 0 or 64 << 10 <= self.segment_bytes <= self.budget_bytes // 4,
+            f"segment_bytes must be 0 or between 64 KiB and a quarter of the budget, is {self.segment_bytes}",
+        )
+        require(
+            self.compression in ("off", "zstd", "auto"),
+            f"compression must be off, zstd or auto, is {self.compression!r}",
+        )
+        for name in ("block_ttl_s", "checkpoint_ttl_s", "handoff_ttl_s"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
+        for text in self.quotas:
+            _parse_quota(text)
+        check_url(self.events_redis)
+        require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
+
+    @property
+    def has_quotas(self) -> bool:
+        return bool(self.tenant_quota_bytes or self.quotas)
+
+    def quota_bytes(self, tenant: str) -> int:
+        """0 means no limit."""
+        return dict(_parse_quota(text) for text in self.quotas).get(tenant, self.tenant_quota_bytes)
+
+    @property
+    def segment_bytes_in_force(self) -> int:
+        return self.segment_bytes or max(64 << 10, min(256 * MIB, self.budget_bytes // SEGMENTS_PER_BUDGET))
+
+    @property
+    def record_bytes_max(self) -> int:
+        """A larger record would not fit the reserve that compaction works in."""
+        return min(PAYLOAD_BYTES_MAX, self.segment_bytes_in_force - (8 << 10))
+
+    def ttl_s(self, kind: RecordKind) -> float:
+        return {
+            RecordKind.BLOCK: self.block_ttl_s,
+            RecordKind.CHECKPOINT: self.checkpoint_ttl_s,
+            RecordKind.HANDOFF: self.handoff_ttl_s,
+        }[kind]
+
+
+def _parse_quota(text: str) -> tuple[str, int]:
+    """Raises:  ConfigError: not of the form tenant=size."""
+    tenant, equals, size = text.rpartition("=")
+    try:
+        nbytes = parse_size(size)
+    except ValueError:
+        nbytes = -1
+    require(bool(equals) and nbytes >= 0, f"quotas must be tenant=size, is {text!r}")
+    return tenant, nbytes

@@ -1,0 +1,44 @@
+"""Why the first block that missed did, as far as the store can tell. It explains a bill and decides nothing."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from antefix.block import Chain, Tokens
+from antefix.errors import AntefixError
+from antefix.record import Fate
+from antefix_prefill.worker.engine import Engine
+
+# A store that serves many namespaces must not make a miss slow: naming 128K tokens anew takes 0.7 ms.
+_NUM_FINGERPRINTS_TRIED: Final = 4
+
+
+async def miss_reason(
+    engine: Engine, chain: Chain, tokens: Tokens, *, tenant: str, index: int, came_short: bool
+) -> str:
+    """The reason of block `index`, the first that is not there; asked before it is computed and stored.
+
+    came_short: the store promised the block and reading it failed.
+    """
+    try:
+        found = await engine.store.fate(chain.hashes[index], fingerprint=engine.fingerprint)
+        if found.fate is Fate.STORED:
+            # Read in vain, it is broken, though nobody may have judged it yet; else someone has stored it just now.
+            return Fate.CORRUPT.value if came_short else "first_seen"
+        if found.fate is not Fate.UNKNOWN:
+            return found.fate.value
+        for other in found.fingerprints[-_NUM_FINGERPRINTS_TRIED:]:
+            if await _is_stored_as(engine, other, tokens[: (index + 1) * chain.block_size], tenant):
+                return Fate.FINGERPRINT_DIFFERS.value
+    except AntefixError as err:
+        engine.counters.note(err)
+        return "store_unavailable"
+    return "first_seen"
+
+
+async def _is_stored_as(engine: Engine, fingerprint: bytes, tokens: Tokens, tenant: str) -> bool:
+    """Whether these whole blocks of tokens are stored under another fingerprint, of the same tenant."""
+    chain = Chain(fingerprint, engine.keyring.key(tenant), engine.block_size)
+    chain.extend(tokens)
+    found = await engine.store.lookup(chain.hashes, fingerprint=fingerprint, tenant=tenant)
+    return found.num_blocks == len(chain)

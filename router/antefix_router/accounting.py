@@ -1,0 +1,373 @@
+"""Every admitted request ends in exactly one ledger record, durable before its response ends.
+
+    admit: reserve quota, begin the OPEN entry -> run -> (OPEN is durable) first token ... -> settle -> response ends
+
+The OPEN entry is synced while the prompt is worked on, so it costs no time. Before each piece of output is handed on,
+how far the request is goes into the ledger's progress file. Cancelled requests are settled behind the client's back;
+requests that a crash cut off are closed at the next start, and cost what their clients were given.
+
+A request whose client named its id may be asked for again at any time: while it runs the second client reads the same
+answer from its start, afterwards it gets the kept one (`answers`). What was cancelled, failed or crashed is
+tried again as a new attempt, which pays only the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+from antefix.clients import Tokens
+from antefix.errors import AntefixError, Conflict, Draining, InvalidRequest, Overloaded, Unavailable
+from antefix.secret import Keyring
+from antefix_billing.ledger import Ledger
+from antefix_billing.ledger_files import Settled, read_settled, sequence_before
+from antefix_billing.limits import LimitWindow, QuotaBook, Reservation
+from antefix_billing.pricing import priced, worst_price
+from antefix_billing.ratecard import RateCards
+from antefix_billing.tenants import TenantBook
+from antefix_billing.usage_commit import LedgerWriter, NoLedger, UsageWriter
+from antefix_billing.usage_record import OpenEntry, Status, UsageRecord, WorkDone, request_key
+from antefix_router.answers import KeptAnswer, RetryConfig, Run, SharedRun
+from antefix_router.ending import Ending
+from antefix_router.generation import Request
+from antefix_router.open_bill import Bill, Served
+from antefix_router.retries import CLIENT_LEFT, Retries
+
+log = logging.getLogger("antefix.router")
+
+# A finished request may be asked for again, with the same answer and without a second charge, this often.
+NUM_REPEATS_MAX = 3
+_NUM_REPEATED_IDS_MAX = 65536
+
+
+class Accounts:
+    """The bills of one router; owns its ledger. Without one, requests are counted and priced but nothing is kept."""
+
+    def __init__(
+        self,
+        ledger: Ledger | None,
+        *,
+        served: Served,
+        keyring: Keyring,
+        cards: RateCards,
+        tenants: TenantBook,
+        retries: RetryConfig | None = None,
+    ) -> None:
+        self.ledger = ledger
+        self.writer: UsageWriter = LedgerWriter(ledger) if ledger is not None else NoLedger()
+        self._keyring = keyring
+        self._served = served
+        self._cards = cards
+        self._quotas = QuotaBook(tenants.limits, tenants.default)
+        self._running: set[str] = set()
+        self._repeats: OrderedDict[str, int] = OrderedDict()
+        self._settling: dict[str, asyncio.Task[Settled | None]] = {}
+        self._admitting: dict[str, asyncio.Future[None]] = {}
+        self.retries = Retries(retries or RetryConfig(), self._settle_shared)
+        # Requests whose KV could not all be stored, and why it could not the last time.
+        self.num_unstored = 0
+        self.unstored_reason = ""
+        self.ending = Ending()
+        if ledger is not None:
+            self._take_up(ledger)
+
+    def _take_up(self, ledger: Ledger) -> None:
+        """Close what a crash left open, and count what tenants used before."""
+        crashed = [self._crashed(ledger, entry) for entry in ledger.unsettled()]
+        for start in range(0, len(crashed), 1024):
+            ledger.append(crashed[start : start + 1024])
+        ledger.progress.clear()
+        if crashed:
+            num_charged = sum(record.is_charged for record in crashed)
+            log.warning("%d requests were cut off by the last stop; %d had output", len(crashed), num_charged)
+        now = datetime.now(UTC)
+        after = sequence_before(ledger.directory, LimitWindow.MONTH.start(now).timestamp())
+        self._quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
+
+    async def admit(self, request: Request, *, tenant: str, user: str, retryable: bool = False) -> Bill:
+        """Check id, quota and budget. request.tenant says whose cache it is; `tenant` whose bill.
+
+        retryable: the client named the id, so another one may read the same answer, and it is kept.
+        Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.
+        """
+        opened = self._open_entry(request, tenant, user)
+        while (busy := self._settling.get(opened.key) or self._admitting.get(opened.key)) is not None:
+            await asyncio.wait({busy})
+        if retryable and (joined := self.retries.join(request, opened)) is not None:
+            return joined
+        if opened.key in self._running:
+            raise Conflict(f"request {request.request_id} is running; wait for it or use another id")
+        self._running.add(opened.key)
+        self._admitting[opened.key] = asyncio.get_running_loop().create_future()
+        try:
+            bill = self._bill(request, opened, await self.writer.find(opened.key), tenant)
+            if retryable and bill.settled is None:
+                self.retries.share(bill)
+            return bill
+        except BaseException:
+            self._running.discard(opened.key)
+            raise
+        finally:
+            self._admitting.pop(opened.key).set_result(None)
+
+    def _bill(self, request: Request, opened: OpenEntry, standing: Settled | None, tenant: str) -> Bill:
+        """What is next for this id: its first attempt, another one, or its answer again."""
+        if standing is None:
+            bill = Bill(request, opened, self._reserve(request, tenant))
+            # There is an answer already where it could not be recorded, or where nothing ever is.
+            bill.kept = self.retries.kept(request, opened)
+            return bill
+        if (standing.record.request_digest, standing.record.user) != (opened.request_digest, opened.user):
+            raise InvalidRequest(f"request id {request.request_id} was used for another request")
+        kept = self.retries.kept(request, opened)
+        if standing.record.is_final:
+            bill = self._repeat(request, opened, standing, kept)
+        else:
+            # What was made for the attempt before was made in its time: its hits are in the store's log at that time.
+            started_us = opened.started_us if kept is None else kept.started_us
+            opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1, started_us=started_us)
+            bill = Bill(request, opened, self._reserve(request, tenant), standing.record.paid)
+        bill.kept = kept
+        return bill
+
+    def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+        """The request's output; when this ends, `bill.record` is durable.
+
+        Raises:  what running it raised, after settling.  Unavailable: the ledger could not be written.  Draining.
+        """
+        run = run if bill.kept is None else bill.kept.run
+        if bill.settled is not None:
+            return self._run_again(bill, run, timeout_s)
+        if bill.shared is not None:
+            return self._run_shared(bill, bill.shared, run, timeout_s)
+        return self._run_alone(bill, run, timeout_s)
+
+    async def _run_alone(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+        """For the one client that it may have: when that leaves, the work stops."""
+        opening = asyncio.create_task(self.writer.open(bill.opened))
+        status, detail = Status.CANCELLED, CLIENT_LEFT
+        try:
+            async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
+                while (tokens := await self._next(outputs)) is not None:
+                    await asyncio.shield(opening)
+                    self.writer.mark(bill.opened, bill.work_done(bill.num_given))
+                    yield tokens
+            await asyncio.shield(opening)
+            status, detail = Status(bill.request.finish_reason), ""
+        except (GeneratorExit, asyncio.CancelledError):
+            status, detail = self._ended_from_outside(bill)
+            raise
+        except Exception as err:
+            status, detail = Status.FAILED, type(err).__name__
+            raise
+        finally:
+            task = self._settle_soon(bill, opening, status, detail)
+            if status is not Status.CANCELLED:
+                await asyncio.shield(task)
+
+    async def _run_shared(
+        self, bill: Bill, shared: SharedRun, run: Run, timeout_s: float
+    ) -> AsyncGenerator[Tokens, None]:
+        """For one of the clients of an answer. The first who has all of it pays; without any it goes on for a while."""
+        if shared.settling is not None:
+            raise Unavailable("the request was just given up; send it again")
+        opening = shared.opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))
+        shared.begin(run, timeout_s, on_end=lambda: self.retries.made(shared))
+        shared.enter()
+        num_read = 0
+        end: tuple[Status, str] | None = None
+        try:
+            async with contextlib.aclosing(shared.read()) as outputs:
+                while (tokens := await self._next(outputs)) is not None:
+                    await asyncio.shield(opening)
+                    is_first, num_read = not num_read, num_read + len(tokens)
+                    if shared.give(bill, num_read) or is_first:
+                        self.writer.mark(bill.opened, bill.work_done(bill.num_given))
+                    yield tokens
+            await asyncio.shield(opening)
+            end = Status(shared.request.finish_reason), ""
+        except (GeneratorExit, asyncio.CancelledError):
+            status, detail = self._ended_from_outside(bill)
+            if status is Status.STOP:
+                shared.cut(bill.num_read)
+            end = None if status is Status.CANCELLED else (status, detail)
+            raise
+        except Exception as err:
+            shared.error = shared.error or err
+            end = Status.FAILED, type(err).__name__
+            raise
+        finally:
+            shared.leave()
+            if end is not None:
+                bill.settled = await asyncio.shield(self.retries.end(shared, bill, *end))
+            else:
+                self.retries.left(shared)
+
+    async def _run_again(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+        try:
+            async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
+                while (tokens := await self._next(outputs)) is not None:
+                    yield tokens
+        finally:
+            self._running.discard(bill.opened.key)
+
+    async def _next(self, outputs: AsyncGenerator[Tokens, None]) -> Tokens | None:
+        with self.ending.guard():
+            return await anext(outputs, None)
+
+    def _ended_from_outside(self, bill: Bill) -> tuple[Status, str]:
+        """What it means that whoever reads an output closes it."""
+        if bill.ended_here:
+            return Status.STOP, ""
+        return (Status.FAILED, Draining.__name__) if self.ending.is_over else (Status.CANCELLED, CLIENT_LEFT)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that were admitted and have not ended."""
+        return len(self._running)
+
+    async def close(self) -> None:
+        """Write what is being settled, then close the ledger."""
+        self.retries.drain()
+        while self._settling:
+            await asyncio.gather(*self._settling.values(), return_exceptions=True)
+        await self.writer.close()
+
+    def _settle_shared(self, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:
+        assert bill.shared is not None
+        # It was never begun where its one client left between admission and reading.
+        opening = bill.shared.opening or asyncio.create_task(self.writer.open(bill.opened))
+        return self._settle_soon(bill, opening, status, detail)
+
+    def _settle_soon(
+        self, bill: Bill, opening: asyncio.Task[OpenEntry], status: Status, detail: str
+    ) -> asyncio.Task[Settled | None]:
+        """In a task of its own: whatever happens to the caller now, the record gets written."""
+        key = bill.opened.key
+        task = asyncio.create_task(self._settle(bill, opening, status, detail))
+        self._settling[key] = task
+        task.add_done_callback(lambda _: self._settling.pop(key, None))
+        return task
+
+    async def _settle(
+        self, bill: Bill, opening: asyncio.Task[OpenEntry], status: Status, detail: str
+    ) -> Settled | None:
+        record: UsageRecord | None = None
+        try:
+            if bill.shared is not None:
+                await bill.shared.stop()
+            await asyncio.gather(opening, return_exceptions=True)
+            record = priced(self._record(bill, status, detail), self._cards)
+            if record.write_error and bill.kept is None:
+                self.num_unstored, self.unstored_reason = self.num_unstored + 1, record.write_error
+            bill.settled = await self.writer.settle(record)
+        except AntefixError as err:
+            log.error("request %s could not be settled: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
+            if status is not Status.CANCELLED and status is not Status.FAILED:
+                raise
+        finally:
+            self._running.discard(bill.opened.key)
+            if bill.reservation is not None:
+                tokens = record.prompt_tokens + record.output_tokens if record and bill.settled else 0
+                price = record.price if record and bill.settled else bill.reservation.money * 0
+                self._quotas.settle(bill.reservation, tokens=tokens, money=price)
+        return bill.settled
+
+    def _record(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
+        """Of an answer that ended, all of it counts; of one that broke off, what a client was given of it."""
+        has_ended = status in (Status.STOP, Status.LENGTH)
+        num_output = len(bill.request.emitted) if has_ended else bill.num_given
+        return UsageRecord(
+            **self._common(bill.opened),
+            **bill.work_done(num_output).counts(),
+            status=status,
+            detail=detail,
+            output_write_tokens=bill.request.output_written_tokens,
+            write_error=bill.write_error,
+            paid_before=bill.paid_before,
+            finished_us=max(_now_us(), bill.opened.started_us),
+        )
+
+    def _crashed(self, ledger: Ledger, entry: OpenEntry) -> UsageRecord:
+        """A request that the last process left open, as far as its progress was noted."""
+        standing = ledger.find(entry.key)
+        done = ledger.progress.found(entry.event_id) or WorkDone()
+        return priced(
+            UsageRecord(
+                **self._common(entry),
+                **done.counts(),
+                status=Status.CRASHED,
+                detail="the router stopped in the middle",
+                paid_before=Decimal(0) if standing is None else standing.record.paid,
+                finished_us=max(_now_us(), entry.started_us),
+            ),
+            self._cards,
+        )
+
+    def _common(self, entry: OpenEntry) -> dict[str, Any]:
+        values = dataclasses.asdict(entry)
+        del values["prompt_tokens"]
+        return {**values, "source": self.writer.source_name}
+
+    def _open_entry(self, request: Request, tenant: str, user: str) -> OpenEntry:
+        sampling = request.sampling
+        if sampling.temperature and sampling.seed is None:
+            # From the id, so that a repeat of this request draws the same numbers and gives the same answer.
+            drawn = hashlib.blake2b(request_key(tenant, request.request_id).encode(), digest_size=7).digest()
+            request.sampling = sampling = dataclasses.replace(sampling, seed=int.from_bytes(drawn, "little"))
+        # Keyed: whoever reads the ledger must not be able to try out guesses of a prompt.
+        digest = hashlib.blake2b(key=self._keyring.key(tenant), digest_size=16, person=b"antefix-digest")
+        # Log probabilities tell of the answer and do not change it.
+        digest.update(repr(dataclasses.replace(sampling, num_top_logprobs=None)).encode())
+        digest.update(request.tokens.tobytes())
+        return OpenEntry(
+            request_id=request.request_id,
+            attempt=1,
+            tenant=tenant,
+            user=user,
+            model=self._served.model,
+            revision=self._served.revision,
+            fingerprint=self._served.fingerprint,
+            request_digest=digest.hexdigest(),
+            prompt_tokens=len(request.tokens),
+            started_us=_now_us(),
+        )
+
+    def _reserve(self, request: Request, tenant: str) -> Reservation:
+        now = datetime.now(UTC)
+        most = worst_price(
+            self._cards.quote(self._served.model, now),
+            prompt_tokens=len(request.tokens),
+            output_tokens_max=request.sampling.max_tokens,
+        )
+        tokens = len(request.tokens) + request.sampling.max_tokens
+        return self._quotas.reserve(tenant, tokens=tokens, money=most, now=now)
+
+    def _repeat(self, request: Request, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None) -> Bill:
+        """The answer to a finished request again: kept, or made again, which is work that nobody pays for."""
+        if kept is None:
+            self._count_repeat(request, opened)
+        bill = Bill(request, opened, None)
+        bill.settled = standing
+        return bill
+
+    def _count_repeat(self, request: Request, opened: OpenEntry) -> None:
+        num_repeats = self._repeats.pop(opened.key, 0) + 1
+        if num_repeats > NUM_REPEATS_MAX:
+            raise Overloaded(f"request {request.request_id} was repeated {NUM_REPEATS_MAX} times; use another id")
+        self._repeats[opened.key] = num_repeats
+        while len(self._repeats) > _NUM_REPEATED_IDS_MAX:
+            self._repeats.popitem(last=False)
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000

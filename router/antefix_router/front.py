@@ -1,0 +1,160 @@
+"""What gRPC and HTTP have in common: checking a request, and running it with its bill. Knows neither protocol."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+
+from antefix.clients import Tokens
+from antefix.config import require, setting
+from antefix.errors import InvalidRequest
+from antefix.model_dir import ModelIdentity
+from antefix.secret import Keyring
+from antefix.tokenizer import Tokenizer
+from antefix.wire import Sampling
+from antefix_billing.ledger import Ledger
+from antefix_billing.ratecard import RateCards, load_cards
+from antefix_billing.receipt import Signer
+from antefix_billing.tenants import CONTROL, TenantBook, load_tenants
+from antefix_router.accounting import Accounts
+from antefix_router.answers import RetryConfig
+from antefix_router.encoding import Encoding
+from antefix_router.generation import Generator, Request
+from antefix_router.open_bill import Bill, Served
+
+REQUEST_ID_BYTES_MAX = 256
+TENANT_BYTES_MAX = 512
+
+
+class ContextTooLong(InvalidRequest):
+    """Prompt and output do not fit the model's context. The caller shortens one of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BillingConfig(RetryConfig):
+    """Settings of a router's bill."""
+
+    ledger_dir: str = setting("", "directory of the usage ledger; without one nothing is billed")
+    ratecards: tuple[str, ...] = setting((), "rate card files (TOML), separated by commas; without one all is free")
+    tenants_file: str = setting("", "TOML file with tenants' API keys and limits; without one callers need no key")
+    receipt_key_file: str = setting("", "Ed25519 key that signs receipts, made if missing (default: in ledger_dir)")
+
+    def __post_init__(self) -> None:
+        RetryConfig.__post_init__(self)
+        require(bool(self.ledger_dir) or not self.receipt_key_file, "--receipt-key-file needs --ledger-dir")
+
+
+class Front:
+    """The door behind the doors."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        accounts: Accounts,
+        *,
+        identity: ModelIdentity,
+        tokenizer: Tokenizer,
+        tenants: TenantBook,
+        signer: Signer | None,
+    ) -> None:
+        self.accounts = accounts
+        self.identity = identity
+        self.tokenizer = tokenizer
+        self.tenants = tenants
+        self.signer = signer
+        self.encoding = Encoding()
+        self._generator = generator
+
+    async def admit(
+        self,
+        tokens: Tokens,
+        sampling: Sampling,
+        *,
+        tenant: str = "",
+        user: str = "",
+        request_id: str = "",
+        session: str = "",
+        breakpoints: tuple[tuple[int, float], ...] = (),
+        retryable: bool = False,
+    ) -> Bill:
+        """Check a request and open its bill. user: gets a cache of its own within the tenant's.
+
+        breakpoints: (number of prompt tokens, seconds) of prefixes that the client wants kept.
+        session: the client's name of the conversation: a hint where to place it.
+        retryable: see `Accounts.admit`.
+
+        Raises:  InvalidRequest: whatever is wrong with it, whatever our state is.  QuotaExceeded, Conflict: see there.
+        """
+        for name, text, nbytes_max in (
+            ("request_id", request_id, REQUEST_ID_BYTES_MAX),
+            ("tenant", tenant, TENANT_BYTES_MAX),
+            ("user", user, TENANT_BYTES_MAX),
+            ("session", session, TENANT_BYTES_MAX),
+        ):
+            if len(text.encode()) > nbytes_max:
+                raise InvalidRequest(f"{name} takes {nbytes_max} bytes")
+        self._check_tokens(tokens, sampling.max_tokens)
+        request = Request(
+            request_id=request_id or secrets.token_hex(12),
+            tenant=cache_tenant(tenant, user),
+            tokens=tokens,
+            sampling=sampling,
+            breakpoints=breakpoints,
+            session=session,
+        )
+        return await self.accounts.admit(request, tenant=tenant, user=user, retryable=retryable)
+
+    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+        """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
+        return self.accounts.run(bill, self._generator.run, timeout_s)
+
+    def _check_tokens(self, tokens: Tokens, max_tokens: int) -> None:
+        if len(tokens) == 0:
+            raise InvalidRequest("the prompt is empty")
+        if len(tokens) + max_tokens > self.identity.max_tokens:
+            raise ContextTooLong(
+                f"the prompt is too long: {len(tokens)} tokens and max_tokens {max_tokens} are more than the model's"
+                f" context length of {self.identity.max_tokens}"
+            )
+        if int(tokens.max()) >= self.identity.vocab_size:
+            raise InvalidRequest(
+                f"token id {int(tokens.max())} is outside the vocabulary of {self.identity.vocab_size}"
+            )
+
+
+def cache_tenant(tenant: str, user: str) -> str:
+    """Whose blocks a request may hit: the tenant's, or those of one of its users."""
+    for text in (tenant, user):
+        # U+001F separates the two; the others would end up on the terminal of whoever reads a bill.
+        if CONTROL.search(text):
+            raise InvalidRequest("tenant and user may not hold control characters")
+    return f"{tenant}\x1f{user}" if user else tenant
+
+
+def open_front(
+    config: BillingConfig,
+    generator: Generator,
+    *,
+    identity: ModelIdentity,
+    tokenizer: Tokenizer,
+    keyring: Keyring,
+    fingerprint: bytes,
+) -> Front:
+    """Raises:  ConfigError: a file or directory named in the settings cannot be used.  LedgerCorrupt: see there."""
+    tenants = load_tenants(config.tenants_file) if config.tenants_file else TenantBook()
+    cards = load_cards(config.ratecards) if config.ratecards else RateCards()
+    ledger = Ledger(config.ledger_dir) if config.ledger_dir else None
+    served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
+    signer = None
+    if ledger is not None:
+        signer = Signer.create(Path(config.receipt_key_file or ledger.directory / "receipts.key"))
+    return Front(
+        generator,
+        Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants, retries=config),
+        identity=identity,
+        tokenizer=tokenizer,
+        tenants=tenants,
+        signer=signer,
+    )

@@ -1,0 +1,169 @@
+"""OpenAI's /v1/chat/completions, with DeepSeek's fields beside them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+
+from antefix.errors import InvalidRequest
+from antefix_billing.providers import chat_usage
+from antefix_router.chat.messages import Conversation, Delta, Effort, Role, ToolCall
+from antefix_router.gateway.fields import Fields, unsupported
+from antefix_router.gateway.gateway import Gateway, Knobs
+from antefix_router.gateway.http import error_event, event_bytes
+from antefix_router.gateway.http_errors import Provider
+from antefix_router.gateway.openai_messages import EFFORTS, chat_messages, chat_tools, refuse_unsupported
+from antefix_router.gateway.output import Output
+
+
+async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
+    """Raises:  InvalidRequest and the others of `Gateway.chat`."""
+    tenant = gateway.tenant(request)
+    fields = await gateway.fields(request)
+    model = gateway.check_model(fields.text("model"))
+    stream, include_usage = stream_options(fields)
+    user = fields.text("user", "") or fields.text("user_id", "")
+    effort = gateway.check_effort(_effort(fields))
+    raw = fields.items("messages")
+    messages = chat_messages(raw)
+    tools = chat_tools(fields)
+    knobs = sampling_knobs(fields, "max_completion_tokens", "max_tokens", num_top_logprobs=_num_top_logprobs(fields))
+    _response_format(fields.take("response_format"))
+    session = fields.text("prompt_cache_key", "")
+    refuse_unsupported(fields)
+    fields.refuse_rest()
+    # DeepSeek's prefix completion: the last message is an answer that was begun.
+    begun = messages[-1].role is Role.ASSISTANT
+    if begun and not raw[-1].get("prefix"):
+        raise InvalidRequest('the last message is the assistant\'s; say "prefix": true in it to have it gone on with')
+    conversation = Conversation(
+        messages=messages, tools=tools.schemas, strict=tools.strict, effort=effort, continue_last=begun
+    )
+    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user, session=session))
+    return ChatCall(output, model, gateway.config.http_timeout_s, stream=stream, include_usage=include_usage)
+
+
+def stream_options(fields: Fields) -> tuple[bool, bool]:
+    """(stream, include_usage)."""
+    stream = fields.boolean("stream")
+    options = Fields(fields.take("stream_options", {}), "stream_options")
+    include_usage = options.boolean("include_usage")
+    options.only("include_obfuscation", lambda value: value is False, "obfuscation is not supported")
+    options.refuse_rest()
+    return stream, include_usage
+
+
+def sampling_knobs(fields: Fields, *length_names: str, num_top_logprobs: int | None) -> Knobs:
+    """Raises:  InvalidRequest: of a wrong type; values out of range are refused with the sampling."""
+    lengths = [fields.integer(name, low=1) for name in length_names]
+    return Knobs(
+        max_tokens=next((length for length in lengths if length is not None), None),
+        temperature=fields.number("temperature", 1.0),
+        top_p=fields.number("top_p", 1.0),
+        seed=fields.integer("seed", low=-(2**63)),
+        stop=tuple(fields.texts("stop")),
+        num_top_logprobs=num_top_logprobs,
+    )
+
+
+def _num_top_logprobs(fields: Fields) -> int | None:
+    is_wanted = fields.boolean("logprobs")
+    num_top = fields.integer("top_logprobs")
+    if num_top and not is_wanted:
+        raise unsupported("top_logprobs", " needs logprobs to be true")
+    return (num_top or 0) if is_wanted else None
+
+
+def _effort(fields: Fields) -> Effort | None:
+    """OpenAI's reasoning_effort and DeepSeek's thinking switch; None: neither was given."""
+    effort: Effort | None = fields.one_of("reasoning_effort", EFFORTS, None)
+    thinking = fields.take("thinking")
+    if thinking is None:
+        return effort
+    options = Fields(thinking, "thinking")
+    enabled = options.one_of("type", {"enabled": True, "disabled": False}, True)
+    options.refuse_rest()
+    return (effort or Effort.HIGH) if enabled else Effort.NONE
+
+
+def _response_format(value: Any) -> None:
+    if value is not None and Fields(value, "response_format").text("type") != "text":
+        raise unsupported("response_format", ": output is not forced into a format here; only 'text' is supported")
+
+
+class ChatCall:
+    """One answer in OpenAI's shapes."""
+
+    def __init__(self, output: Output, model: str, timeout_s: float, *, stream: bool, include_usage: bool) -> None:
+        self.stream = stream
+        self.headers = {"x-request-id": output.request_id}
+        self._output = output
+        self._model = model
+        self._timeout_s = timeout_s
+        self._include_usage = include_usage
+        self._created = int(time.time())
+
+    async def whole(self) -> dict[str, Any]:
+        async for _ in self._output.deltas(self._timeout_s, held=True):
+            pass
+        ended = self._output.ended()
+        message: dict[str, Any] = {"role": "assistant", "content": self._output.content, "refusal": None}
+        if self._output.reasoning:
+            message["reasoning_content"] = self._output.reasoning
+        if self._output.tool_calls:
+            message["tool_calls"] = [_call_json(call) for call in self._output.tool_calls]
+            message["content"] = self._output.content or None
+        choice = {"index": 0, "message": message, "logprobs": self._logprobs(), "finish_reason": ended.reason}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": chat_usage(ended.record)}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        num_calls = 0
+        opened = False
+        async for delta in self._output.deltas(self._timeout_s):
+            if not opened:
+                yield self._chunk({"role": "assistant", "content": ""})
+                opened = True
+            yield self._chunk(_delta_json(delta, num_calls), logprobs=self._logprobs())
+            num_calls += delta.tool_call is not None
+        if not opened:
+            yield self._chunk({"role": "assistant", "content": ""})
+        ended = self._output.ended()
+        yield self._chunk({}, finish_reason=ended.reason, logprobs=self._logprobs())
+        if self._include_usage:
+            yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": chat_usage(ended.record)})
+        yield event_bytes("[DONE]")
+
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.OPENAI)
+
+    def _logprobs(self) -> dict[str, Any] | None:
+        return self._output.logprobs.chat(self._output.new_logprobs())
+
+    def _chunk(
+        self, delta: dict[str, Any], finish_reason: str | None = None, logprobs: dict[str, Any] | None = None
+    ) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
+        # With include_usage every chunk has the field; clients that do not ask never see it.
+        return event_bytes({**chunk, "usage": None} if self._include_usage else chunk)
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": f"chatcmpl-{self._output.request_id}",
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+        }
+
+
+def _call_json(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _delta_json(delta: Delta, num_calls: int) -> dict[str, Any]:
+    if delta.tool_call is not None:
+        return {"tool_calls": [{"index": num_calls, **_call_json(delta.tool_call)}]}
+    return {"reasoning_content": delta.reasoning} if delta.reasoning else {"content": delta.content}

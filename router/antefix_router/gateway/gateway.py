@@ -1,0 +1,167 @@
+"""What all APIs need: who calls, which model, the conversation as tokens, the request admitted. Knows no provider."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+
+from antefix.block import as_tokens
+from antefix.errors import InvalidRequest
+from antefix.wire import Sampling
+from antefix_router.chat.answer_memory import AnswerMemory
+from antefix_router.chat.chat_formats import ChatFormat, PlainParser
+from antefix_router.chat.choice import choose_format
+from antefix_router.chat.messages import Conversation, Effort
+from antefix_router.chat.render import num_characters, render_tokens
+from antefix_router.front import Front, cache_tenant
+from antefix_router.gateway.fields import Fields
+from antefix_router.gateway.gateway_config import GatewayConfig
+from antefix_router.gateway.http import read_json
+from antefix_router.gateway.http_errors import ModelNotFound
+from antefix_router.gateway.output import Output, stop_tokens
+
+BREAKPOINTS_MAX = 4
+STOPS_MAX = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks, under which request id ("" lets us make one), in which conversation (a hint for placement, or "")."""
+
+    tenant: str
+    user: str
+    request_id: str
+    session: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knobs:
+    """How to sample, as the APIs say it. max_tokens None: the server's default; num_top_logprobs None: none."""
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    num_top_logprobs: int | None = None
+
+
+class Gateway:
+    """The HTTP side of one router."""
+
+    def __init__(self, front: Front, config: GatewayConfig) -> None:
+        self.front = front
+        self.config = config
+        self.memory = AnswerMemory()
+        self.format: ChatFormat = choose_format(config.chat_format, front.identity.path, front.tokenizer)
+        self.started = int(time.time())
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return (self.front.identity.name, *self.config.model_names)
+
+    def tenant(self, request: Request) -> str:
+        """Raises:  Unauthenticated: no key, or an unknown one, where keys are needed."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        bearer = token.strip() if scheme.lower() == "bearer" else ""
+        return self.front.tenants.authenticate(request.headers.get("x-api-key") or bearer)
+
+    async def fields(self, request: Request) -> Fields:
+        config = self.config
+        return Fields(await read_json(request, config.http_body_bytes_max, timeout_s=config.http_body_timeout_s))
+
+    def caller(self, request: Request, tenant: str, user: str, session: str = "") -> Caller:
+        return Caller(tenant=tenant, user=user, request_id=request.headers.get("idempotency-key", ""), session=session)
+
+    def check_model(self, name: str) -> str:
+        """Raises:  ModelNotFound: another model."""
+        if name not in self.model_names:
+            raise ModelNotFound(f"the model {name!r} is not served here; there is {', '.join(self.model_names)}")
+        return name
+
+    def check_effort(self, effort: Effort | None) -> Effort:
+        """None is the model's own way: high where it reasons, as DeepSeek's API has it, none where it cannot.
+
+        Raises:  InvalidRequest: reasoning was asked for, and the model has none.
+        """
+        if effort is None:
+            return Effort.HIGH if self.format.supports_reasoning else Effort.NONE
+        if effort is not Effort.NONE and not self.format.supports_reasoning:
+            raise InvalidRequest("this model does not reason before it answers; ask for no reasoning effort")
+        return effort
+
+    async def tokens_of(
+        self, conversation: Conversation, tenant: str
+    ) -> tuple[list[int], tuple[tuple[int, float], ...]]:
+        """The prompt's tokens, and where the client's cache breakpoints lie in them."""
+        pieces = self.format.render(conversation)
+        rendered = await self.front.encoding.run(
+            num_characters(pieces),
+            lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
+        )
+        if len(rendered.breakpoints) > BREAKPOINTS_MAX:
+            raise InvalidRequest(f"at most {BREAKPOINTS_MAX} cache breakpoints a request")
+        return rendered.tokens, rendered.breakpoints
+
+    async def chat(self, conversation: Conversation, knobs: Knobs, caller: Caller) -> Output:
+        """Admit a conversation's next answer.
+
+        Raises:  InvalidRequest, QuotaExceeded, Conflict: see `Front.admit`.
+        """
+        tokens, breakpoints = await self.tokens_of(conversation, cache_tenant(caller.tenant, caller.user))
+        parser = self.format.parser(conversation)
+        bill = await self.front.admit(
+            as_tokens(tokens),
+            self._sampling(knobs, len(tokens)),
+            tenant=caller.tenant,
+            user=caller.user,
+            request_id=caller.request_id,
+            session=caller.session,
+            breakpoints=breakpoints,
+            retryable=bool(caller.request_id),
+        )
+        memory = None if conversation.continue_last else self.memory
+        strict = {
+            tool["name"]: tool["parameters"] for tool in conversation.tools if tool["name"] in conversation.strict
+        }
+        return Output(self.front, bill, parser, stop=knobs.stop, memory=memory, strict=strict)
+
+    async def complete(self, tokens: list[int], knobs: Knobs, caller: Caller) -> Output:
+        """Admit the continuation of tokens, as they are."""
+        bill = await self.front.admit(
+            as_tokens(tokens),
+            self._sampling(knobs, len(tokens)),
+            tenant=caller.tenant,
+            user=caller.user,
+            request_id=caller.request_id,
+            session=caller.session,
+            retryable=bool(caller.request_id),
+        )
+        return Output(self.front, bill, PlainParser(), stop=knobs.stop, memory=None)
+
+    def _sampling(self, knobs: Knobs, num_prompt_tokens: int) -> Sampling:
+        if len(knobs.stop) > STOPS_MAX:
+            raise InvalidRequest(f"at most {STOPS_MAX} stop sequences")
+        max_tokens = knobs.max_tokens
+        if max_tokens is None:
+            max_tokens = max(1, min(self.config.http_max_tokens, self.front.identity.max_tokens - num_prompt_tokens))
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=knobs.temperature,
+            top_p=knobs.top_p,
+            seed=None if knobs.seed is None else knobs.seed & (2**63 - 1),
+            stop=stop_tokens(self.front.tokenizer, knobs.stop),
+            num_top_logprobs=knobs.num_top_logprobs,
+        )
+
+
+def function_schema(name: str, description: Any, parameters: Any) -> dict[str, Any]:
+    """A tool as the model is shown it; absent parts stay absent, so that every API gives the same rendering."""
+    schema: dict[str, Any] = {"name": name}
+    if description is not None:
+        schema["description"] = description
+    schema["parameters"] = parameters if parameters is not None else {"type": "object", "properties": {}}
+    return schema
