@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import lmdb
-from antefix_billing.reserve import Reserve
 
 from antefix.errors import InvalidRequest, Unavailable
 from antefix_billing.ledger_files import (
@@ -52,6 +51,7 @@ from antefix_billing.ledger_format import (
 )
 from antefix_billing.ledger_index import EntryPlace, LedgerIndex
 from antefix_billing.progress_slots import ProgressJournal
+from antefix_billing.reserve import Reserve
 from antefix_billing.usage_record import OpenEntry, UsageRecord
 
 # Opening reads the last segment whole: 16 MiB are some 15,000 requests and half a second.

@@ -26,9 +26,8 @@ import zlib
 from pathlib import Path
 from typing import Final
 
-from antefix_billing.reserve import allocate
-
 from antefix.errors import Unavailable
+from antefix_billing.reserve import allocate
 from antefix_billing.usage_record import MissReason, WorkDone
 
 SLOT_BYTES: Final = 256
