@@ -99,9 +99,9 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def __init__(self, identity: ModelIdentity, tokenizer: Tokenizer, store: Store, config: RouterConfig) -> None:
         self._identity = identity
         self._tokenizer = tokenizer
-        exactness = exactness_of(config.bounded_windows, config.arithmetic)
+        exactness = exactness_of(config.bounded_windows)
         self._fingerprint = identity.fingerprint(
-            KVFormat(config.kv_format), namespace=config.namespace, exactness=exactness
+            KVFormat(config.kv_format), namespace=config.namespace, exactness=exactness, arithmetic=config.arithmetic
         ).digest
         weight = config.compute_weight
         self._prefill = Workers(Role.PREFILL, make_policy(config.policy, compute_weight=weight), config.prefill)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from antefix.block import Chain, arithmetic_of, exactness_of
+from antefix.block import NO_LABELS, Chain, Labels, arithmetic_of, exactness_of
 from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import BlockLayout, KVFormat, PartKind
@@ -18,6 +18,7 @@ from antefix.model.ops import Ops, TorchOps
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.api import Store
+from antefix.store_files.seal import Seals
 from antefix.window import Rates, RestorePlanner, Sizes, Strategies, Strategy, check_bounded, in_force
 from antefix.window_pool import DISK, WindowPool, open_window_pool
 from antefix.window_settings import check_window_settings
@@ -94,6 +95,7 @@ class Engine:
         every block that it reads or writes is named as approximate, whether it is or not.
     align_tokens: 1, or in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
     ops: the cache path's operations; they belong to the pool's kind.
+    labels, statement: of the fingerprint.  seals: with which every record is written.
     """
 
     identity: ModelIdentity
@@ -115,6 +117,12 @@ class Engine:
     plans: PlanLog = field(default_factory=PlanLog)
     namespace: str = "default"
     ops: Ops = field(default_factory=TorchOps)
+    labels: Labels = NO_LABELS
+    statement: bytes = b""
+    seals: Seals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seals = Seals(self.keyring)
 
     @property
     def device(self) -> torch.device:
@@ -147,9 +155,9 @@ class Engine:
         """Decoding runs other shapes than prefilling. Where that makes other bits, reproducible mode keeps none."""
         return self.align_tokens == 1
 
-    def chain(self, tenant: str) -> Chain:
-        """An empty chain for a tenant's tokens."""
-        return Chain(self.fingerprint, self.keyring.key(tenant), self.block_size)
+    def chain(self, tenant: str, generation: int = 0) -> Chain:
+        """An empty chain for a tenant's tokens.  generation: of the secret; 0: the present one."""
+        return Chain(self.fingerprint, self.keyring.key(tenant, generation), self.block_size)
 
     def check_prompt(self, num_tokens: int, largest_id: int, max_new_tokens: int = 0) -> None:
         """Raises:  InvalidRequest: empty, too long for the model or this pool, or an id outside the vocabulary."""
@@ -171,7 +179,7 @@ class Engine:
     async def register(self) -> None:
         """Tell the store how payloads are laid out, which lets it compress them; without that they stay as they are."""
         try:
-            await self.store.register(self.fingerprint, self.layout)
+            await self.store.register(self.fingerprint, self.layout, statement=self.statement)
         except AntefixError as err:
             self.counters.note(err)
 
@@ -183,8 +191,8 @@ class Engine:
         await self.store.close()
 
 
-def build_engine(config: EngineConfig, store: Store) -> Engine:
-    """Load the model and set everything up.
+def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = None) -> Engine:
+    """Load the model and set everything up.  keyring: where the caller has read the secret file already.
 
     Raises:  ModelError: the model directory is not usable.  ConfigError: a setting is not.
     """
@@ -207,8 +215,13 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         )
     align_tokens = config.prefill_chunk if config.reproducible and not free else 1
     arithmetic = arithmetic_of(config.device, config.dtype, reproducible=config.reproducible)
-    exactness = exactness_of(config.bounded_windows, arithmetic)
-    fingerprint = identity.fingerprint(kv_format, namespace=config.namespace, exactness=exactness)
+    fingerprint = identity.fingerprint(
+        kv_format,
+        namespace=config.namespace,
+        exactness=exactness_of(config.bounded_windows),
+        arithmetic=arithmetic,
+    )
+    secrets = keyring or Keyring.from_file(config.secret_file)
     return Engine(
         identity=identity,
         model=model,
@@ -217,13 +230,17 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         store=store,
         strategy=config.strategy_in_force,
         planner=RestorePlanner(Sizes.of(model.layout), Rates(), align_tokens=align_tokens),
-        keyring=Keyring.from_file(config.secret_file),
+        keyring=secrets,
         compute=ComputeThread("model"),
         prefill_chunk=config.prefill_chunk,
         fingerprint=fingerprint.digest,
+        labels=fingerprint.labels,
+        statement=fingerprint.statement,
         bounded_windows=config.bounded_windows,
         align_tokens=align_tokens,
-        window_pool=open_window_pool(config.window_pool, store, bytes_max=config.window_pool_bytes),
+        window_pool=open_window_pool(
+            config.window_pool, store, bytes_max=config.window_pool_bytes, seals=Seals(secrets)
+        ),
         budget=CheckpointBudget(counter_of(store)),
         namespace=config.namespace,
         ops=ops,
