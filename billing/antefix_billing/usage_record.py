@@ -130,6 +130,7 @@ class UsageRecord:
     unique.  cache_write_tokens: of the prompt, newly stored.  output_write_tokens: of the output, newly stored.
     replayed_tokens: run again to rebuild window state, billed as hits.  last_hit_hash: the evidence of the hit.
     mode: how the model thought ("off", "low", "high", "max"); empty for a prompt that is no conversation.
+    write_error: why what was computed could not all be stored; empty where it was.
     saved: what the hit tokens would have cost more as misses.  detail: an error's class; never prompt text.
     """
 
@@ -155,6 +156,7 @@ class UsageRecord:
     restore_plan: str = ""
     last_hit_hash: str = ""
     miss_reason: MissReason = MissReason.NONE
+    write_error: str = ""
     status: Status
     detail: str = ""
     rate_card: str = ""
@@ -199,8 +201,8 @@ class UsageRecord:
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing more may ever be recorded under this id: it has ended, or was given up with work done."""
-        return not self.status.is_ours and (self.status is not Status.CANCELLED or self.prompt_tokens > 0)
+        """Whether this is the last record under its id: the answer has ended. What broke off may be tried again."""
+        return self.status in (Status.STOP, Status.LENGTH)
 
     @property
     def paid(self) -> Decimal:
@@ -214,10 +216,10 @@ class UsageRecord:
 
     def to_payload(self) -> bytes:
         values = {"v": PAYLOAD_VERSION, **self.to_dict()}
-        if not self.paid_before:
-            del values["paid_before"]  # absent means nothing: most records, and all from before there was the field
-        if not self.mode:
-            del values["mode"]  # likewise
+        # Absent means nothing: most records, and all from before there were these fields.
+        for name in ("paid_before", "mode", "write_error"):
+            if not getattr(self, name):
+                del values[name]
         return _canonical(values)
 
     def to_dict(self) -> dict[str, Any]:

@@ -61,6 +61,7 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
         raise
     report.written_tokens = writer.num_blocks_written * engine.block_size
     report.bytes_written = writer.bytes_written
+    report.write_error = writer.error
     actual_s = report.restore_s + report.compute_s
     engine.planner.record(restored.plan, actual_s)
     engine.plans.add(

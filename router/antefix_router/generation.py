@@ -47,6 +47,7 @@ class Request:
     restore: RestoreReport | None = None
     written_tokens: int = 0
     output_written_tokens: int = 0
+    write_error: str = ""
     started: float = field(default_factory=time.perf_counter)
     ttft_s: float = 0.0
     finish_reason: str = ""
@@ -151,3 +152,4 @@ class Generator:
                         request.stop_number = decoded.stop_number
                         request.written_tokens += decoded.written_tokens
                         request.output_written_tokens = decoded.written_tokens
+                        request.write_error = decoded.write_error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -258,6 +259,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         response.counters.memory_events = self.memory.num_events
         response.counters.memory_gaps = self.memory.num_gaps
         response.counters.memory_snapshots = self.memory.num_snapshots
+        response.counters.unstored = self.front.accounts.num_unstored
+        response.counters.unstored_reason = self.front.accounts.unstored_reason
+        response.num_running = self.front.accounts.num_running
+        for name, value in dataclasses.asdict(self.front.accounts.retries.counts()).items():
+            setattr(response.answers, name, value)
         return response
 
     async def RegisterWorker(
@@ -299,10 +305,13 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     await servicer.learn()
     http = await start_http(servicer.front, config) if config.http_address else None
 
+    accounts = servicer.front.accounts
+
+    async def leave() -> None:
+        accounts.retries.drain()
+
     async def stop() -> None:
-        if http is not None:
-            await http.stop()
-        await servicer.front.accounts.close()
+        await accounts.close()
         await servicer.leases.close()
         await servicer.feed.close()
         await servicer.watched.close()
@@ -314,4 +323,14 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     if config.store_events:
         servicer.feed.start()
     http_address = http.address if http is not None else ""
-    await rpc.run_until_signal(server, role="router", stop=stop, watch_stdin=watch_stdin, http_address=http_address)
+    await rpc.run_until_signal(
+        server,
+        role="router",
+        stop=stop,
+        watch_stdin=watch_stdin,
+        http_address=http_address,
+        leave=leave,
+        grace_s=config.grace_s,
+        others=[http.stop] if http is not None else [],
+        end=accounts.ending.end,
+    )

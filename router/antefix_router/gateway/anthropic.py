@@ -17,7 +17,7 @@ from antefix_router.gateway.anthropic_messages import anthropic_messages, call_i
 from antefix_router.gateway.content import end_conversation
 from antefix_router.gateway.fields import Fields, missing
 from antefix_router.gateway.gateway import Gateway, Knobs
-from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.http import error_event, event_bytes
 from antefix_router.gateway.http_errors import Provider, error_response
 from antefix_router.gateway.modes import read_wish
 from antefix_router.gateway.openai_messages import refuse_unsupported
@@ -161,6 +161,9 @@ class MessagesCall:
         delta_json = {"stop_reason": _stop_reason(ended), "stop_sequence": ended.stop}
         yield _event("message_delta", delta=delta_json, usage=messages_usage(ended.record))
         yield _event("message_stop")
+
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.ANTHROPIC)
 
     def _start(self) -> bytes:
         usage = _usage_so_far(self._output.restore, self._output.num_prompt_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -17,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from antefix.errors import AntefixError, ConfigError, Unavailable
-from antefix.rpc import parse_address
+from antefix.rpc import ENDING_S, parse_address
 from antefix_billing.usage_record import request_key
 from antefix_router.front import Front
 from antefix_router.gateway.anthropic import count_tokens, prepare_messages
@@ -31,7 +32,6 @@ from antefix_router.gateway.responses import prepare_response
 
 log = logging.getLogger("antefix.gateway")
 
-GRACE_S = 30
 # A client that keeps its connection open between turns; longer than most clients' own limit, so that they close first.
 KEEP_ALIVE_S = 75
 
@@ -47,7 +47,11 @@ def build_app(gateway: Gateway, config: GatewayConfig) -> Starlette:
     """The ASGI application."""
     room = Room(config.http_requests_max)
     routes = [
-        Route(path, Endpoint(partial(prepare, gateway), provider, room), methods=["POST"])
+        Route(
+            path,
+            Endpoint(partial(prepare, gateway), provider, room, keep_alive_s=config.http_keep_alive_s),
+            methods=["POST"],
+        )
         for path, (prepare, provider) in _PREPARE.items()
     ]
     routes += [
@@ -152,7 +156,8 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
             lifespan="off",
             access_log=False,
             log_config=None,
-            timeout_graceful_shutdown=GRACE_S,
+            # What does not end at our own ending (a client that does not read) is cut off a little later.
+            timeout_graceful_shutdown=math.ceil(config.grace_s + ENDING_S),
             timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
         )

@@ -14,7 +14,8 @@ from antefix_router.chat.messages import CallDelta, Conversation, Delta, Effort,
 from antefix_router.gateway.content import end_conversation
 from antefix_router.gateway.fields import Fields, unsupported
 from antefix_router.gateway.gateway import Gateway, Knobs
-from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.http import error_event, event_bytes
+from antefix_router.gateway.http_errors import Provider
 from antefix_router.gateway.modes import read_wish
 from antefix_router.gateway.openai_messages import chat_messages, refuse_unsupported
 from antefix_router.gateway.output import Output
@@ -145,6 +146,9 @@ class ChatCall:
         if self._include_usage:
             yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": chat_usage(ended.record)})
         yield event_bytes("[DONE]")
+
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.OPENAI)
 
     def _logprobs(self) -> dict[str, Any] | None:
         return self._output.logprobs.chat(self._output.new_logprobs())

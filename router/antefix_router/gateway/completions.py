@@ -15,7 +15,7 @@ from antefix_billing.providers import chat_usage
 from antefix_router.gateway.chat import sampling_knobs, stream_options
 from antefix_router.gateway.fields import Fields
 from antefix_router.gateway.gateway import Gateway
-from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.http import error_event, event_bytes
 from antefix_router.gateway.http_errors import Provider, error_response
 from antefix_router.gateway.notes import Notes
 from antefix_router.gateway.openai_messages import refuse_unsupported
@@ -107,6 +107,9 @@ class CompletionCall:
         if self._include_usage:
             yield event_bytes({**self._head(), "choices": [], "usage": chat_usage(ended.record)})
         yield event_bytes("[DONE]")
+
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.OPENAI)
 
     def _choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
         spoken = self._output.new_logprobs()

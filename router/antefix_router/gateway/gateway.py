@@ -138,6 +138,7 @@ class Gateway:
             request_id=caller.request_id,
             session=caller.session,
             breakpoints=breakpoints,
+            retryable=bool(caller.request_id),
         )
         bill.mode = self.format.mode_name(conversation.effort)
         memory = None if conversation.continue_last else self.memory
@@ -155,6 +156,7 @@ class Gateway:
             user=caller.user,
             request_id=caller.request_id,
             session=caller.session,
+            retryable=bool(caller.request_id),
         )
         return Output(self.front, bill, PlainParser(), stop=knobs.stop, memory=None)
 

@@ -86,7 +86,7 @@ class Output:
                 for delta in self._read(tokens, text):
                     yield delta
                 if self._stop.found is not None:
-                    self._bill.end_here()
+                    self._bill.end_here(self.num_output_tokens)
                     break
         if self._stop.found is None:
             rest = self._stop.push(text.finish()) + self._stop.finish()

@@ -14,6 +14,7 @@ from antefix_router.gateway.content import end_conversation
 from antefix_router.gateway.fields import Fields, unsupported
 from antefix_router.gateway.gateway import Gateway, Knobs
 from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.http_errors import Provider, error_body
 from antefix_router.gateway.modes import read_wish
 from antefix_router.gateway.openai_messages import refuse_unsupported
 from antefix_router.gateway.output import Ended, Output
@@ -120,6 +121,7 @@ class ResponsesCall:
         self._timeout_s = timeout_s
         self._echo = echo
         self._created = int(time.time())
+        self._num_events = 0
 
     async def whole(self) -> dict[str, Any]:
         items = self._items
@@ -129,21 +131,32 @@ class ResponsesCall:
         return self._response(items.done, self._output.ended())
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        items, number, started = self._items, 0, False
+        items, started = self._items, False
         async for delta in self._output.deltas(self._timeout_s):
             opening = [] if started else self._opening()
             started = True
             for event in [*opening, *items.push(delta)]:
-                yield _numbered(event, number)
-                number += 1
+                yield self._numbered(event)
         ended = self._output.ended()
         last = self._response(items.done, ended)
         closing = ([] if started else self._opening()) + items.finish()
         last["output"] = items.done
         kind = "response.incomplete" if ended.reason == "length" else "response.completed"
         for event in [*closing, {"type": kind, "response": last}]:
-            yield _numbered(event, number)
-            number += 1
+            yield self._numbered(event)
+
+    def failed(self, err: Exception) -> bytes:
+        """As OpenAI's own streams fail: an `error` event, which its clients raise, and the response's end as failed."""
+        _, body = error_body(err, Provider.OPENAI)
+        error = body["error"]
+        told = {"code": error["code"], "message": error["message"]}
+        response = {**self._response([], None), "status": "failed", "error": told}
+        events = ({"type": "error", **told, "param": error["param"], "error": error},)
+        return b"".join(self._numbered(each) for each in (*events, {"type": "response.failed", "response": response}))
+
+    def _numbered(self, event: dict[str, Any]) -> bytes:
+        number, self._num_events = self._num_events, self._num_events + 1
+        return event_bytes({**event, "sequence_number": number}, name=event["type"])
 
     def _opening(self) -> list[dict[str, Any]]:
         response = self._response([], None)
@@ -169,7 +182,3 @@ class ResponsesCall:
             "usage": responses_usage(ended.record) if ended is not None else None,
             **self._echo,
         }
-
-
-def _numbered(event: dict[str, Any], number: int) -> bytes:
-    return event_bytes({**event, "sequence_number": number}, name=event["type"])
