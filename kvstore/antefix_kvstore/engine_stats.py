@@ -43,6 +43,7 @@ def collect(engine: Engine) -> StoreStats:
         "expirations": space.counters.expirations,
         "compacted_bytes": space.counters.compacted_bytes,
         "corrupt": counters.corrupt,
+        "forged": counters.forged,
         "hits": counters.hits,
         "misses": counters.misses,
         "bytes_read": counters.bytes_read,

@@ -26,7 +26,13 @@ class KvStoreConfig:
         0, "size at which a segment is closed; 0 means budget / 32, at most 256 MiB", unit="bytes"
     )
     tenant_quota_bytes: int = setting(0, "disk space that one tenant may take; 0 for no limit", unit="bytes")
-    quotas: tuple[str, ...] = setting((), "exceptions from that, as tenant=size, separated by commas")
+    quotas: tuple[str, ...] = setting(
+        (), "exceptions from that, as tenant=size, separated by commas; names take secret_file, or digest:HEX=size"
+    )
+    secret_file: str = setting(
+        "",
+        "file with the deployment's secret, to know tenants by name in quotas and keys_file; the store needs no other",
+    )
     block_ttl_s: float = setting(72 * 3600.0, "how long a block stays after its last use; 0 for ever", unit="s")
     checkpoint_ttl_s: float = setting(6 * 3600.0, "the same for checkpoints on disk", unit="s")
     handoff_ttl_s: float = setting(300.0, "how long a handoff waits in memory for its decode worker", unit="s")
@@ -67,12 +73,9 @@ class KvStoreConfig:
         check_url(self.events_redis)
 
     @property
-    def has_quotas(self) -> bool:
-        return bool(self.tenant_quota_bytes or self.quotas)
-
-    def quota_bytes(self, tenant: str) -> int:
-        """0 means no limit."""
-        return dict(_parse_quota(text) for text in self.quotas).get(tenant, self.tenant_quota_bytes)
+    def own_quotas(self) -> dict[str, int]:
+        """By tenant, as the setting has it."""
+        return dict(_parse_quota(text) for text in self.quotas)
 
     @property
     def segment_bytes_in_force(self) -> int:
@@ -88,6 +91,7 @@ class KvStoreConfig:
             RecordKind.BLOCK: self.block_ttl_s,
             RecordKind.CHECKPOINT: self.checkpoint_ttl_s,
             RecordKind.HANDOFF: self.handoff_ttl_s,
+            RecordKind.POOLED: self.handoff_ttl_s,
         }[kind]
 
 

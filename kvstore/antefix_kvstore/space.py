@@ -13,17 +13,17 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from antefix.errors import StoreFull
-from antefix.record import Fate, RecordKind
+from antefix.record import STORED_KINDS, Fate, RecordKind
 from antefix.store_files.gone_blocks import GoneWriter
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import (
     BATCH_ALIGN,
     RECORD_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
-    RecordHeader,
     align,
     payload_checksum,
 )
+from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.eviction import victims
 from antefix_kvstore.index_writer import IndexTxn, Name, SegmentState, read_segments
 from antefix_kvstore.reserve import Reserve
@@ -98,23 +98,23 @@ class Space:
                     raise StoreFull(f"the store's budget of {self.budget_bytes} bytes is too small for this record")
                 live_max -= int(EVICT_STEP_SHARE * self.limit_bytes) + nbytes
 
-    def evict(self, nbytes: int, keep: Collection[Name] = (), *, tenant: str | None = None) -> int:
+    def evict(self, nbytes: int, keep: Collection[Name] = (), *, owners: Collection[bytes] | None = None) -> int:
         """Take leaves, lowest rank first, until `nbytes` are dead. Returns how many records went.
 
-        tenant: take this tenant's only.
+        owners: take these owners' only.
         """
         now_ms = self._now_ms()
         num_taken = freed = 0
         with IndexTxn(self._index) as txn:
-            owner = None if tenant is None else txn.known_tenant_id(tenant)
-            if owner is None and tenant is not None:
+            numbers = None if owners is None else {txn.known_owner_id(owner) for owner in owners} - {None}
+            if numbers is not None and not numbers:
                 return 0
 
             def evictable(name: Name) -> bool:
                 entry = txn.get(name)
                 if entry is None or entry.children or entry.pinned_ms > now_ms or name in keep:
                     return False
-                return owner is None or entry.tenant_id == owner
+                return numbers is None or entry.tenant_id in numbers
 
             def remove(name: Name) -> tuple[int, Name] | None:
                 nonlocal freed
@@ -240,7 +240,11 @@ class Space:
     def _live(self, headers: Sequence[RecordHeader]) -> list[RecordHeader]:
         """Those that the index names."""
         with self._index.txn() as txn:
-            entries = [(header, self._index.entry(txn, header.kind, header.hash)) for header in headers]
+            entries = [
+                (header, self._index.entry(txn, header.kind, header.hash))
+                for header in headers
+                if header.kind in STORED_KINDS
+            ]
         return [
             header
             for header, entry in entries

@@ -10,8 +10,8 @@ import asyncio
 import logging
 from collections import deque
 
-from antefix.errors import AntefixError
-from antefix.record import Record, RecordKind
+from antefix.errors import AntefixError, InvalidRequest
+from antefix.record import Reason, Record, RecordKind, Refusal
 from antefix.store.api import Store
 from antefix.window import Tier
 from antefix.window_pool import WindowPool
@@ -124,10 +124,10 @@ class RecordWriter:
             result = await self._store.put(batch)
         except AntefixError as err:
             self._broken = True
-            self._counters.note(err)
+            _note_failure(self._counters, err, len(batch))
             log.warning("store refused a write, this request stops writing: %s", err)
             return
-        self._counters.refused += len(result.refused)
+        self._counters.note_refusals(result.refused.values())
         self._broken = bool(result.refused)
         taken = [record for record in batch if record.hash not in result.refused]
         num_blocks = sum(record.kind is RecordKind.BLOCK for record in taken)
@@ -143,6 +143,14 @@ async def put_quietly(store: Store, record: Record, counters: StoreCounters) -> 
     try:
         result = await store.put([record])
     except AntefixError as err:
-        counters.note(err)
+        _note_failure(counters, err, 1)
         return False
+    counters.note_refusals(result.refused.values())
     return not result.refused
+
+
+def _note_failure(counters: StoreCounters, err: AntefixError, num_records: int) -> None:
+    counters.note(err)
+    if isinstance(err, InvalidRequest):
+        # The store will say the same to the next try.
+        counters.note_refusals([Refusal(Reason.INVALID, str(err))] * num_records)

@@ -90,7 +90,7 @@ class Generator:
             keep=request.breakpoints,
             session=request.session,
         )
-        self._keeper.keep(prompt.chain, request.breakpoints, tenant=request.tenant)
+        self._keeper.keep(prompt.chain, request.breakpoints, owner=prompt.owner)
         handoff, work = b"", prefilled.work
         if prefilled.answer is not None:
             handoff, request.restore = prefilled.answer.handoff, prefilled.answer.restore

@@ -160,7 +160,7 @@ class Prefilling:
             return known
         chain = prompt.chain
         try:
-            found = await self._store.lookup(chain.hashes, fingerprint=self.fingerprint, tenant=prompt.tenant)
+            found = await self._store.lookup(chain.hashes, fingerprint=self.fingerprint, tenant=prompt.owner)
         except AntefixError as err:
             # Placement without the store's word is still placement; the worker finds out what is there.
             log.warning("request %s: the store did not answer: %s", request_id, err)

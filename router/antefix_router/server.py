@@ -150,9 +150,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
     def _fingerprint_of(self, arithmetic: str) -> bytes:
         config = self._config
-        exactness = exactness_of(config.bounded_windows, arithmetic)
-        kv_format = KVFormat(config.kv_format)
-        return self._identity.fingerprint(kv_format, namespace=config.namespace, exactness=exactness).digest
+        return self._identity.fingerprint(
+            KVFormat(config.kv_format),
+            namespace=config.namespace,
+            exactness=exactness_of(config.bounded_windows),
+            arithmetic=arithmetic,
+        ).digest
 
     async def learn(self) -> None:
         """Ask the workers that the settings name what they compute.  Raises:  ConfigError: they differ."""

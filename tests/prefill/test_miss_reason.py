@@ -100,15 +100,6 @@ async def test_tokens_stored_under_another_fingerprint_are_told_to_their_tenant_
     assert (await run(tenant="other")).miss_reason == "first_seen"
 
 
-async def test_tokens_that_another_set_up_computed_are_told_apart_from_other_settings(run):
-    other, further = b"\x07" * 32, b"\x08" * 32
-    await run(tenant="acme", fingerprint=other)
-    assert (await run(tenant="acme", relatives=frozenset({further}))).miss_reason == "fingerprint_differs"
-    await run(tenant="acme", fingerprint=other, tokens=TOKENS[::-1].copy())
-    report = await run(TOKENS[::-1].copy(), tenant="acme", relatives=frozenset({other}))
-    assert (report.hit_tokens, report.miss_reason) == (0, "arithmetic_differs")
-
-
 async def test_a_worker_that_borrows_names_writes_nothing_under_them(run):
     assert (await run(borrows=True)).written_tokens == 0
     report = await run()

@@ -29,7 +29,7 @@ class FakeStore:
         self.hashes = set()
         self.down = False
 
-    async def lookup(self, chain, *, fingerprint, tenant=""):
+    async def lookup(self, chain, *, fingerprint, tenant=b""):
         await asyncio.sleep(0)
         if self.down:
             raise Unavailable("store")

@@ -274,7 +274,7 @@ async def test_readers_in_other_processes_follow_the_writer(service: Service) ->
     await client.put(PROMPT.blocks(2))
     script = (
         "import sys, time\n"
-        "from antefix.store.reader import StoreReader\n"
+        "from antefix.store_files.segment_reader import StoreReader\n"
         "from tests.kvstore.small_store import *\n"
         "prompt = Prompt(list(range(BLOCK * 6)), payload_bytes=2_500_001)\n"
         "reader = StoreReader(sys.argv[1])\n"

@@ -14,8 +14,10 @@ from antefix import rpc
 from antefix.config import require, setting
 from antefix.events.address import check_url
 from antefix.events.redis_bus import MemoryPublisher
+from antefix.secret import Keyring
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.store_files.record_format import STORE_FILE
+from antefix.store_files.seal import Seals
 from antefix.v1 import memory_pb2, window_pb2
 from antefix_prefill.worker.engine import Engine, EngineConfig, build_engine
 from antefix_prefill.worker.memory_service import add_memory_service
@@ -50,7 +52,9 @@ async def start_engine(config: WorkerConfig) -> Engine:
     if config.store_dir and not (Path(config.store_dir) / STORE_FILE).exists():
         # The store may start after us, so it is no error; a misspelt directory would be silence.
         log.warning("there is no store in --store-dir %s; until there is one, every lookup misses", config.store_dir)
-    engine = build_engine(config, open_store(StoreAddress(address=config.store_address, directory=config.store_dir)))
+    keyring = Keyring.from_file(config.secret_file)
+    where = StoreAddress(address=config.store_address, directory=config.store_dir)
+    engine = build_engine(config, open_store(where, seals=Seals(keyring)), keyring)
     await engine.register()
     return engine
 
