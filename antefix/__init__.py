@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from antefix.blocking import BlockingRouterClient as BlockingRouterClient
     from antefix.blocking import BlockingStore as BlockingStore
     from antefix.blocking import BlockingWindowClient as BlockingWindowClient
+    from antefix.clients import AnswerCounters as AnswerCounters
     from antefix.clients import DecodeClient as DecodeClient
     from antefix.clients import Decoded as Decoded
     from antefix.clients import DecodeStatus as DecodeStatus
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from antefix.errors import ConfigError as ConfigError
     from antefix.errors import Conflict as Conflict
     from antefix.errors import DeadlineExceeded as DeadlineExceeded
+    from antefix.errors import Draining as Draining
     from antefix.errors import FingerprintMismatch as FingerprintMismatch
     from antefix.errors import InternalError as InternalError
     from antefix.errors import InvalidRequest as InvalidRequest
@@ -88,14 +90,14 @@ _NAMES = {
         "BlockingDecodeClient BlockingPrefillClient BlockingRouterClient BlockingStore BlockingWindowClient"
     ),
     "antefix.clients": (
-        "DecodeClient DecodeStatus Decoded Generated PlanKindStatus PlannedRestore PlannedWay PrefillClient "
-        "PrefillStatus Prefilled RouterClient RouterCounters RouterStatus Usage WindowClient WindowStatus "
-        "WorkerState"
+        "AnswerCounters DecodeClient DecodeStatus Decoded Generated PlanKindStatus PlannedRestore PlannedWay "
+        "PrefillClient PrefillStatus Prefilled RouterClient RouterCounters RouterStatus Usage WindowClient "
+        "WindowStatus WorkerState"
     ),
     "antefix.errors": (
-        "AntefixError BlockCorrupt BlockNotFound ConfigError Conflict DeadlineExceeded FingerprintMismatch "
-        "InternalError InvalidRequest LeaseExpired ModelError Overloaded PermissionDenied QuotaExceeded "
-        "ResourceExhausted StoreFull Unauthenticated Unavailable"
+        "AntefixError BlockCorrupt BlockNotFound ConfigError Conflict DeadlineExceeded Draining "
+        "FingerprintMismatch InternalError InvalidRequest LeaseExpired ModelError Overloaded PermissionDenied "
+        "QuotaExceeded ResourceExhausted StoreFull Unauthenticated Unavailable"
     ),
     "antefix.layout": "BlockLayout KVFormat KVGeometry",
     "antefix.record": "BlockFate Fate LookupResult PutResult Record RecordKind",

@@ -5,24 +5,15 @@ Stores, block hashes and quotas know one name. It is `tenant`, or `tenant` + U+0
 
 from __future__ import annotations
 
-from typing import Final
-
-# Not admitted in tenants' and users' names, as no control character is.
-SEPARATOR: Final = "\x1f"
+from antefix.block import USER_SEPARATOR
 
 
 def join_tenant(tenant: str, user: str) -> str:
     """The one name that block hashes are keyed with."""
-    return f"{tenant}{SEPARATOR}{user}" if user else tenant
+    return f"{tenant}{USER_SEPARATOR}{user}" if user else tenant
 
 
 def split_tenant(name: str) -> tuple[str, str]:
     """(tenant, user); the user is empty where the cache is the tenant's own."""
-    tenant, _, user = name.partition(SEPARATOR)
+    tenant, _, user = name.partition(USER_SEPARATOR)
     return tenant, user
-
-
-def shown_tenant(name: str) -> str:
-    """For messages: tenant 'acme', or user 'ann' of tenant 'acme'."""
-    tenant, user = split_tenant(name)
-    return f"user {user!r} of tenant {tenant!r}" if user else f"tenant {tenant!r}"

@@ -7,6 +7,7 @@ Heavy imports wait until a test asks for them.
 
 import asyncio
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,6 +26,9 @@ settings.load_profile("antefix")
 
 # Those that start services, Redis or another Python. A test that uses one is marked `services` by itself.
 PROCESS_FIXTURES = {"deploy", "start_redis"}
+
+# Asks `uname` once a process, whoever wants to know first.
+platform.processor()
 
 
 def _refuse(*_, **__):

@@ -5,6 +5,7 @@ from antefix.clients.decode import DecodeClient, Decoded
 from antefix.clients.prefill import PrefillClient, Prefilled
 from antefix.clients.router import Generated, RouterClient
 from antefix.clients.statuses import (
+    AnswerCounters,
     DecodeStatus,
     PlanKindStatus,
     PlannedRestore,
@@ -19,6 +20,7 @@ from antefix.clients.usage import Usage, usage_from_wire, usage_to_wire
 from antefix.clients.window import WindowClient
 
 __all__ = [
+    "AnswerCounters",
     "DecodeClient",
     "DecodeStatus",
     "Decoded",

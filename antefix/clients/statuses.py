@@ -16,6 +16,7 @@ class PrefillStatus:
     """num_resident_blocks: of the pool's num_blocks, with KV in them that a prompt may hit.
 
     prefill_tokens_per_s: as the worker measured it, without context.
+    arithmetic: what it computes, as measured at its start: equal names mean equal bits.  setup: where, for people.
     """
 
     fingerprint: bytes
@@ -24,11 +25,16 @@ class PrefillStatus:
     num_blocks: int
     num_resident_blocks: int
     prefill_tokens_per_s: float
+    arithmetic: str
+    setup: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeStatus:
-    """num_running: sequences in the batch.  num_resident_blocks: of the pool's num_blocks, with KV in them."""
+    """num_running: sequences in the batch.  num_resident_blocks: of the pool's num_blocks, with KV in them.
+
+    arithmetic: what it computes, as measured at its start: equal names mean equal bits.  setup: where, for people.
+    """
 
     fingerprint: bytes
     num_running: int
@@ -36,6 +42,8 @@ class DecodeStatus:
     num_blocks: int
     num_resident_blocks: int
     decode_tokens_per_s: float
+    arithmetic: str
+    setup: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +52,7 @@ class WorkerState:
 
     memory_known: whether the router knows what the worker last said of its memory; if not, it goes by its own
         placements.
+    arithmetic, setup: as the worker said; empty while the router has not heard it.
     """
 
     address: str
@@ -53,6 +62,8 @@ class WorkerState:
     num_tokens_queued: int
     draining: bool
     memory_known: bool
+    arithmetic: str
+    setup: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +72,7 @@ class RouterCounters:
 
     refused: the first token would have taken too long.  straight: left to decode, their uncached rest was short.
     memory_events, memory_gaps, memory_snapshots: of workers' memory: taken in, noticed, taken.
+    unstored: requests whose KV could not all be stored.  unstored_reason: why it could not the last time.
     """
 
     led: int
@@ -71,17 +83,46 @@ class RouterCounters:
     memory_events: int
     memory_gaps: int
     memory_snapshots: int
+    unstored: int
+    unstored_reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerCounters:
+    """What a router holds for retries. running, unattended: answers that clients may read while they are made; and
+    those of them that have no client now.
+
+    kept, kept_bytes: finished answers, for a retry.  dropped, joined, given_again: since the router started: let go for
+    room, retries that joined a running answer, and that were given a kept one.
+    """
+
+    running: int
+    unattended: int
+    unattended_max: int
+    kept: int
+    kept_bytes: int
+    kept_bytes_max: int
+    dropped: int
+    joined: int
+    given_again: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterStatus:
-    """The router's workers, the model that they serve, and what the router counted."""
+    """The router's workers, the model that they serve, and what the router counted.
+
+    arithmetic: of all workers: part of every name.  Empty until one has said it.  num_running: requests that were
+    admitted and have not ended.
+    """
 
     workers: tuple[WorkerState, ...]
     model: str
     fingerprint: bytes
     block_size: int
     counters: RouterCounters
+    arithmetic: str
+    num_running: int
+    answers: AnswerCounters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +197,7 @@ def router_status_from_wire(message: router_pb2.RouterStatusResponse) -> RouterS
         message,
         workers=tuple(_plain(WorkerState, worker) for worker in message.workers),
         counters=_plain(RouterCounters, message.counters),
+        answers=_plain(AnswerCounters, message.answers),
     )
 
 

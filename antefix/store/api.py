@@ -12,23 +12,28 @@ from antefix.record import BlockFate, LookupResult, PutResult, Record, RecordKin
 class Store(Protocol):
     """The calls that workers and the router make. Same-host and remote clients implement it alike.
 
+    tenant: the owner that the records must have (`Keyring.owner`); empty: any. Clients with the deployment's secret
+    (`antefix.store_files.seal.Seals`) take sealed records only: what has no right seal is a miss.
+
     Every method may raise Unavailable or DeadlineExceeded; workers treat both as a miss and count them.
     """
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         """The longest stored prefix of `chain`. Never promises a block that a read would not find."""
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         """What became of a block that was not found, to explain the miss."""
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
-        """Fill `into[i]` with block `hashes[i]`, checksum, own hash and fingerprint verified.
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        """Fill `into[i]` with block `hashes[i]`, checksum, own hash, fingerprint and seal verified.
 
         Returns the number of leading blocks that are right; buffers from there on hold garbage. A short count is
         a miss, not an error: a corrupt block has been quarantined and counted.
         """
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
         """One verified payload, or None when it is not stored (any more) or was corrupt."""
 
     async def put(self, records: Sequence[Record]) -> PutResult:
@@ -37,8 +42,11 @@ class Store(Protocol):
         A block whose parent is not stored is refused: the store stays prefix-closed.
         """
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
-        """Tell the store how a fingerprint's payloads are laid out, so that it can compress them."""
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+        """Tell the store how a fingerprint's payloads are laid out, so that it can compress them.
+
+        statement: what it stands for, `Fingerprint.statement`; empty: not told.
+        """
 
     async def close(self) -> None:
         """Let go of connections and files."""

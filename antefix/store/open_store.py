@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from antefix.store.client import LocalStore, RemoteStore
+from antefix.store_files.seal import Seals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,13 +17,14 @@ class StoreAddress:
     directory: str = ""
 
 
-def open_store(where: StoreAddress | str) -> LocalStore | RemoteStore:
+def open_store(where: StoreAddress | str, *, seals: Seals | None = None) -> LocalStore | RemoteStore:
     """A client of a store service; it connects when first used, and again after the service came back.
 
-    where: a StoreAddress, or "host:port" alone to reach everything over gRPC.
+    where: a StoreAddress, or "host:port" alone to reach everything over gRPC.  seals: of the deployment; with them only
+    sealed records are taken, as every worker must.
     """
     if isinstance(where, str):
-        return RemoteStore(where)
+        return RemoteStore(where, seals=seals)
     if where.directory:
-        return LocalStore(Path(where.directory), where.address)
-    return RemoteStore(where.address)
+        return LocalStore(Path(where.directory), where.address, seals=seals)
+    return RemoteStore(where.address, seals=seals)

@@ -1,10 +1,11 @@
-"""What a store directory holds: by namespace, tenant, kind and age, and a picture of its prefix forest.
+"""What a store directory holds: by namespace, owner, kind and age, and a picture of its prefix forest.
 
 Reads the index only, so it may run beside a service. The picture draws runs of blocks without a fork as one line.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from antefix.cache_tenant import split_tenant
 from antefix.errors import BlockCorrupt, ConfigError
 from antefix.record import RecordKind
 from antefix.store_files.index import TABLE_OF_KIND, Index
+from antefix.store_files.owners import KnownNames
 from antefix.store_files.record_format import (
     INDEX_DIR,
     SEGMENT_DIR,
@@ -32,20 +34,26 @@ from antefix.text_table import text_table
 Progress = Callable[[int, int], None]
 NUM_LINES_MAX: Final = 40
 _PROGRESS_EVERY: Final = 10_000
+_TOLD: Final = ("family", "kv_format", "namespace", "exactness", "arithmetic", "num_cards", "group", "shard")
 # Upper bounds of the age classes in seconds, and their names.
 AGES: Final = ((60, "< 1 min"), (3600, "< 1 h"), (86_400, "< 1 d"), (7 * 86_400, "< 7 d"), (float("inf"), "older"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
-    """Records of one namespace (fingerprint), tenant, end user and kind.
+    """Records of one namespace (fingerprint), owner and kind.
 
-    user: empty where the cache is the tenant's own.  ages: number of records by time since last use.
+    tenant, user: names where they are known, else digests; the user is empty where the cache is the tenant's own.
+    about: what the fingerprint stands for, where that is known.  version: of the records.  generation: of the secret
+    that named and sealed them; 0: none did.  ages: number of records by time since last use.
     """
 
     fingerprint: str
+    about: dict[str, Any]
     tenant: str
     user: str
+    version: int
+    generation: int
     kind: RecordKind
     num_records: int
     stored_bytes: int
@@ -82,9 +90,13 @@ class StoreReport:
 
 
 def inspect(
-    directory: Path, *, num_lines_max: int = NUM_LINES_MAX, progress: Progress = lambda done, total: None
+    directory: Path,
+    *,
+    num_lines_max: int = NUM_LINES_MAX,
+    known: KnownNames | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> StoreReport:
-    """progress: called with entries read and entries in all, now and then.
+    """known: tenants' names, to be shown instead of their digests.  progress: called with entries read and in all.
 
     Raises:  ConfigError: not a store.  Unavailable: its index cannot be opened.
     """
@@ -98,7 +110,8 @@ def inspect(
     index = Index(directory / INDEX_DIR)
     try:
         with index.txn() as txn:
-            fingerprints, tenants = index.fingerprints(txn), index.tenants(txn)
+            fingerprints, owners, generations = index.fingerprints(txn), index.owners(txn), index.generations(txn)
+            statements = {digest: index.statement(txn, digest) for digest in fingerprints.values()}
             entries = _entries(index, txn, progress)
     finally:
         index.close()
@@ -109,7 +122,7 @@ def inspect(
         num_segments=len(files),
         segment_bytes=sum(path.stat().st_size for path in files),
         index_bytes=(directory / INDEX_DIR / "data.mdb").stat().st_size,
-        holdings=_holdings(entries, fingerprints, tenants),
+        holdings=_holdings(entries, fingerprints, statements, owners, generations, known or KnownNames()),
         forest=runs[:num_lines_max],
         num_runs_left_out=max(0, len(runs) - num_lines_max),
     )
@@ -131,17 +144,25 @@ def _entries(index: Index, txn: Any, progress: Progress) -> dict[tuple[RecordKin
 
 
 def _holdings(
-    entries: dict[tuple[RecordKind, bytes], IndexEntry], fingerprints: dict[int, bytes], tenants: dict[int, str]
+    entries: dict[tuple[RecordKind, bytes], IndexEntry],
+    fingerprints: dict[int, bytes],
+    statements: dict[bytes, bytes],
+    owners: dict[int, bytes],
+    generations: dict[int, int],
+    known: KnownNames,
 ) -> list[Holding]:
     groups: dict[tuple[int, int, RecordKind], list[IndexEntry]] = defaultdict(list)
     for (kind, _), entry in entries.items():
         groups[entry.fingerprint_id, entry.tenant_id, kind].append(entry)
-    whose = {number: split_tenant(name) for number, name in tenants.items()}
+    whose = {owner: split_tenant(known.name(owners.get(owner, b"t"))) for _, owner, _ in groups}
     return [
         Holding(
             fingerprint=fingerprints.get(fingerprint, b"").hex(),
-            tenant=whose.get(tenant, ("", ""))[0],
-            user=whose.get(tenant, ("", ""))[1],
+            about=json.loads(statements.get(fingerprints.get(fingerprint, b"")) or b"{}"),
+            tenant=whose[owner][0],
+            user=whose[owner][1],
+            version=2 if owners.get(owner, b"t")[:1] == b"o" else 1,
+            generation=generations.get(owner, 0),
             kind=kind,
             num_records=len(found),
             stored_bytes=sum(entry.extent_bytes for entry in found),
@@ -150,7 +171,7 @@ def _holdings(
             num_quarantined=sum(entry.quarantined for entry in found),
             ages=_ages(found),
         )
-        for (fingerprint, tenant, kind), found in sorted(groups.items())
+        for (fingerprint, owner, kind), found in sorted(groups.items())
     ]
 
 
@@ -217,6 +238,7 @@ def render(report: StoreReport) -> str:
     ]
     if report.holdings:
         lines += ["", text_table(_HEAD, map(_row, report.holdings), num_left=4), ""]
+    lines += _about(report)
     if report.forest:
         lines.append("prefixes (tokens, blocks, * checkpoint):")
     for run in report.forest:
@@ -230,16 +252,30 @@ def render(report: StoreReport) -> str:
     return "\n".join(lines)
 
 
-_HEAD = ("namespace", "tenant", "user", "kind", "records", "payload", "on disk", "bad", *(name for _, name in AGES))
+_HEAD: Final = (
+    *("namespace", "tenant", "user", "kind", "records", "payload", "on disk", "secret", "version", "bad"),
+    *(name for _, name in AGES),
+)
 
 
 def _row(holding: Holding) -> list[str]:
     """Ages are of the last use; bad: quarantined."""
     return [
-        *(holding.fingerprint[:12], holding.tenant or "(none)", holding.user or "-", holding.kind.name.lower()),
+        *(holding.fingerprint[:12], holding.tenant or "(no tenant)", holding.user or "-", holding.kind.name.lower()),
         *(str(holding.num_records), _size(holding.payload_bytes), _size(holding.stored_bytes)),
+        *(str(holding.generation or "-"), str(holding.version)),
         *(str(count) if count else "-" for count in (holding.num_quarantined, *holding.ages.values())),
     ]
+
+
+def _about(report: StoreReport) -> list[str]:
+    """What each fingerprint stands for, without what says the least: digests of files."""
+    texts = {
+        holding.fingerprint[:12]: ", ".join(f"{name} {holding.about[name]}" for name in _TOLD if name in holding.about)
+        for holding in report.holdings
+        if holding.about
+    }
+    return ["fingerprints:", *(f"  {name}  {text}" for name, text in texts.items())] if texts else []
 
 
 def _size(nbytes: int) -> str:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from antefix.layout import BlockLayout
-from antefix.record import BlockFate, LookupResult, PutResult, Record, RecordKind
+from antefix.record import MEMORY_KINDS, BlockFate, LookupResult, PutResult, Reason, Record, RecordKind, Refusal
 from antefix.store_files import codec
 from antefix.store_files.gone_blocks import fate_of
 from antefix_kvstore.group_commit import GroupCommitter
@@ -24,6 +24,8 @@ _READ_THREADS: Final = 4
 
 class EmbeddedStore:
     """A store directory, open for writing in this process. Close it, or use it in `async with`.
+
+    It neither makes nor asks for seals: who can write the directory is trusted.
 
     Calls run in threads and wait for the disk there; they may be made from one event loop. `engine` is the same store
     without a loop. `BlockingStore(antefix_kvstore.open(...))` has the same calls without `await`.
@@ -58,7 +60,7 @@ class EmbeddedStore:
     ) -> None:
         await self.close()
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         """The longest stored prefix of `chain`."""
         return await self._in_thread(lambda: self.engine.lookup(chain, fingerprint=fingerprint))
 
@@ -71,17 +73,30 @@ class EmbeddedStore:
             )
         )
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
         """Fill `into[i]` with block `hashes[i]`, verified. Returns the number of leading blocks that are right."""
-        outcome = await self._in_thread(lambda: self.engine.read_blocks(hashes, into, fingerprint=fingerprint))
-        return outcome.num_good
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
+        def read() -> int:
+            outcome = self.engine.reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
+            self.engine.settle(RecordKind.BLOCK, hashes, outcome, num_missed=len(hashes) - outcome.num_good)
+            return outcome.num_good
+
+        return await self._in_thread(read)
+
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
         """One verified payload, or None when it is not stored (any more) or was corrupt."""
-        if kind is RecordKind.HANDOFF:
-            return self._memory.get(hash, fingerprint)
-        payload = await self._in_thread(lambda: self.engine.read(kind, hash, fingerprint=fingerprint))
-        return None if payload is None else bytes(payload)
+        if kind in MEMORY_KINDS:
+            kept = self._memory.get(kind, hash, fingerprint)
+            return None if kept is None else kept[0]
+
+        def read() -> bytes | None:
+            payload, outcome = self.engine.reader.read(kind, hash, fingerprint=fingerprint, tenant=tenant)
+            self.engine.settle(kind, [hash], outcome, num_missed=int(payload is None))
+            return None if payload is None else bytes(payload)
+
+        return await self._in_thread(read)
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         """Store records in order, durable when this returns (handoffs: in memory).
@@ -89,26 +104,28 @@ class EmbeddedStore:
         Raises:  InvalidRequest: a malformed record, or a payload that its registered layout does not fit; nothing has
             been stored.  Overloaded: too much is waiting for the disk.
         """
-        lasting = [record for record in records if record.kind is not RecordKind.HANDOFF]
+        lasting = [record for record in records if record.kind not in MEMORY_KINDS]
         stored = PutResult(num_stored=0, num_existing=0)
         if lasting:
             stored = await asyncio.wrap_future(self._writer.submit(lasting))
         num_kept, refused = 0, dict(stored.refused)
         for record in records:
-            if record.kind is RecordKind.HANDOFF:
+            if record.kind in MEMORY_KINDS:
                 if self._memory.put(record):
                     num_kept += 1
                 else:
-                    refused[record.hash] = "larger than the memory for handoffs"
+                    text = "larger than the memory for handoffs and pooled checkpoints"
+                    refused[record.hash] = Refusal(Reason.TOO_LARGE, text)
         return PutResult(num_stored=stored.num_stored + num_kept, num_existing=stored.num_existing, refused=refused)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
         """Tell how a fingerprint's payloads are laid out: they may be compressed then, and others are refused."""
         plans = {
             RecordKind.BLOCK: codec.plan_of_block(layout),
             RecordKind.CHECKPOINT: codec.plan_of_checkpoint(layout),
         }
-        await self._in_thread(lambda: self.engine.register(fingerprint, layout.geometry.block_size, plans))
+        block_size = layout.geometry.block_size
+        await self._in_thread(lambda: self.engine.register(fingerprint, block_size, plans, statement=statement))
 
     async def pin(self, names: Collection[tuple[RecordKind, bytes]], duration_s: float) -> int:
         """Keep records from eviction for a time; 0 lets go. Returns how many of them are stored."""

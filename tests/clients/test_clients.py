@@ -24,6 +24,7 @@ from antefix import (
     WindowClient,
     rpc,
 )
+from antefix.clients import statuses
 from antefix.v1 import (
     decode_pb2,
     decode_pb2_grpc,
@@ -145,6 +146,25 @@ async def test_status_is_a_value_with_no_protobuf_in_it(served: tuple[Router, st
             assert not _holds_protobuf(value)
             with pytest.raises(dataclasses.FrozenInstanceError):
                 setattr(value, dataclasses.fields(value)[0].name, b"")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (statuses.PrefillStatus, prefill_pb2.PrefillStatusResponse),
+        (statuses.DecodeStatus, decode_pb2.DecodeStatusResponse),
+        (statuses.RouterStatus, router_pb2.RouterStatusResponse),
+        (statuses.WorkerState, router_pb2.WorkerStatus),
+        (statuses.RouterCounters, router_pb2.RouterCounters),
+        (statuses.AnswerCounters, router_pb2.AnswerCounters),
+        (statuses.WindowStatus, window_pb2.WindowStatusResponse),
+        (statuses.PlanKindStatus, window_pb2.PlanKindStatus),
+        (statuses.PlannedRestore, window_pb2.PlanRecord),
+        (statuses.PlannedWay, window_pb2.PlannedWay),
+    ],
+)
+def test_a_status_has_every_field_of_its_message(value: Any, message: Any) -> None:
+    assert {field.name for field in dataclasses.fields(value)} == set(message.DESCRIPTOR.fields_by_name)
 
 
 async def test_a_closed_client_has_let_go_and_may_be_used_again(served: tuple[Router, str]) -> None:

@@ -17,7 +17,7 @@ from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_router.placement.directory import keys_of
 from antefix_router.placement.store_feed import StoreFeed
-from tests.kvstore.small_store import FINGERPRINT
+from tests.kvstore.small_store import FINGERPRINT, owner
 from tests.redis_server import free_port
 from tests.router.test_feed_of_a_store import PROMPTS, serve
 from tests.router.test_memory_redis import until
@@ -66,7 +66,7 @@ class Rack:
 
     async def evict(self, number, block):
         name = kvstore_pb2.RecordName(kind=kvstore_pb2.RECORD_KIND_BLOCK, hash=PROMPTS[number].hashes[block])
-        await self.store.stub.Evict(kvstore_pb2.EvictRequest(records=[name]), timeout=5)
+        await self.store.stub.Evict(kvstore_pb2.EvictRequest(records=[name], owner=owner("")), timeout=5)
 
     async def known(self):
         """What every router comes to say of every prompt, which is what a lookup says."""

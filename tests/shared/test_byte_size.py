@@ -82,7 +82,7 @@ def test_a_spelling_means_one_number_wherever_it_is_read(tmp_path: Path, text: s
     assert settings("--budget-bytes", text, environ={}).budget_bytes == nbytes
     assert settings("--config", str(file), environ={}).budget_bytes == nbytes
     assert settings(environ={"ANTEFIX_KVSTORE_BUDGET_BYTES": text}).budget_bytes == nbytes
-    assert settings("--quotas", f"acme={text}", environ={}).quota_bytes("acme") == nbytes
+    assert settings("--quotas", f"acme={text}", environ={}).own_quotas == {"acme": nbytes}
     assert str(parse(f"auto(budget={text})")) == f"auto(budget={nbytes})"
 
 

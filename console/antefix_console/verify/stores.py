@@ -12,22 +12,24 @@ from antefix.store.api import Store
 class EmptyStore:
     """Holds nothing and keeps nothing: behind a cold run."""
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         return LookupResult(num_blocks=0)
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         return BlockFate(fate=Fate.UNKNOWN)
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
         return 0
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
         return None
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         return PutResult(num_stored=len(records), num_existing=0)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
         pass
 
     async def close(self) -> None:
@@ -40,7 +42,7 @@ class MemoryStore(EmptyStore):
     def __init__(self) -> None:
         self._payloads: dict[tuple[RecordKind, bytes, bytes], bytes] = {}
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         num_blocks = 0
         while num_blocks < len(chain) and (RecordKind.BLOCK, fingerprint, chain[num_blocks]) in self._payloads:
             num_blocks += 1
@@ -51,7 +53,9 @@ class MemoryStore(EmptyStore):
         )
         return LookupResult(num_blocks=num_blocks, checkpoints=tuple(checkpoints))
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
         for number, (name, row) in enumerate(zip(hashes, into, strict=True)):
             payload = self._payloads.get((RecordKind.BLOCK, fingerprint, name))
             if payload is None:
@@ -59,7 +63,7 @@ class MemoryStore(EmptyStore):
             row[:] = payload
         return len(hashes)
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
         return self._payloads.get((kind, fingerprint, hash))
 
     async def put(self, records: Sequence[Record]) -> PutResult:
@@ -82,7 +86,7 @@ class PrefixView:
         self._num_blocks = num_blocks
         self.put_positions: list[int] = []
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         found = await self._store.lookup(chain, fingerprint=fingerprint, tenant=tenant)
         num_blocks = min(found.num_blocks, self._num_blocks)
         checkpoints = tuple(block for block in found.checkpoints if block <= num_blocks)
@@ -91,19 +95,21 @@ class PrefixView:
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         return BlockFate(fate=Fate.UNKNOWN)
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
-        return await self._store.get_blocks(hashes, into, fingerprint=fingerprint)
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        return await self._store.get_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
-        return await self._store.get(kind, hash, fingerprint=fingerprint)
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        return await self._store.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         """Nothing is kept: the next case must find what this one found."""
         self.put_positions += [record.position for record in records if record.kind is RecordKind.BLOCK]
         return PutResult(num_stored=len(records), num_existing=0)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
-        await self._store.register(fingerprint, layout)
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+        await self._store.register(fingerprint, layout, statement=statement)
 
     async def close(self) -> None:
         pass
