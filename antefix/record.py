@@ -23,6 +23,10 @@ class RecordKind(IntEnum):
     HANDOFF = 3
 
 
+# How a record is named where its fingerprint does not matter.
+RecordName = tuple[RecordKind, bytes]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One thing to put. `parent` is the previous block's hash (the chain's root for the first block).

@@ -6,7 +6,7 @@ again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,16 @@ import lmdb
 
 from antefix import rpc
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailable
+from antefix.events.block_events import StoreEvent
+from antefix.events.event_wire import batches_of
+from antefix.events.numbered_log import Batch, Cursor
 from antefix.layout import BlockLayout
-from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind
+from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind, RecordName
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
+from antefix.store.store_events import store_event_of
+from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.store.stream_progress import Progress
 from antefix.store_files import codec
 from antefix.store_files.encryption import KeyRing
@@ -136,6 +141,41 @@ class RemoteStore:
         with rpc.rpc_errors():
             await self.stub.Register(request, timeout=CALL_DEADLINE_S)
 
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, tenant: str = "") -> int:
+        request = kvstore_pb2.PinRequest(records=map(_name, names), duration_s=duration_s, tenant=tenant)
+        with rpc.rpc_errors():
+            return int((await self.stub.Pin(request, timeout=CALL_DEADLINE_S)).num_pinned)
+
+    async def evict(self, names: Sequence[RecordName], *, tenant: str = "") -> int:
+        request = kvstore_pb2.EvictRequest(records=map(_name, names), tenant=tenant)
+        with rpc.rpc_errors():
+            return int((await self.stub.Evict(request, timeout=CALL_DEADLINE_S)).num_evicted)
+
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[StoreEvent], None]:
+        start = cursor or Cursor()
+        request = kvstore_pb2.WatchRequest(epoch=start.epoch, after=start.number)
+        return batches_of(lambda: self.stub.Watch(request), store_event_of)
+
+    async def stats(self) -> StoreTotals:
+        with rpc.rpc_errors():
+            answer = await self.stub.Stats(kvstore_pb2.StatsRequest(), timeout=CALL_DEADLINE_S)
+        kinds = dict.fromkeys(RecordKind, KindTotals())
+        for kind in answer.kinds:
+            kinds[RecordKind(kind.kind)] = KindTotals(
+                num_records=kind.records, stored_bytes=kind.stored_bytes, payload_bytes=kind.payload_bytes
+            )
+        return StoreTotals(
+            kinds=kinds,
+            budget_bytes=answer.budget_bytes,
+            used_bytes=answer.used_bytes,
+            hits=answer.hits,
+            misses=answer.misses,
+            bytes_read=answer.bytes_read,
+            bytes_written=answer.bytes_written,
+            evictions=answer.evictions,
+            corrupt=answer.corrupt,
+        )
+
     async def _receive(
         self, kind: RecordKind, hashes: Sequence[bytes], fingerprint: bytes, buffer: Callable[[int, int], memoryview]
     ) -> int:
@@ -185,8 +225,8 @@ async def _in_turn(records: Sequence[Record]) -> AsyncIterator[Piece[kvstore_pb2
 class _Uses:
     """What this process read since the service was last told."""
 
-    used: dict[bytes, set[tuple[RecordKind, bytes]]] = field(default_factory=dict)
-    suspects: set[tuple[RecordKind, bytes]] = field(default_factory=set)
+    used: dict[bytes, set[RecordName]] = field(default_factory=dict)
+    suspects: set[RecordName] = field(default_factory=set)
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
@@ -277,6 +317,18 @@ class LocalStore:
     async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
         await self.remote.register(fingerprint, layout)
 
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, tenant: str = "") -> int:
+        return await self.remote.pin(names, duration_s=duration_s, tenant=tenant)
+
+    async def evict(self, names: Sequence[RecordName], *, tenant: str = "") -> int:
+        return await self.remote.evict(names, tenant=tenant)
+
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[StoreEvent], None]:
+        return self.remote.watch(cursor)
+
+    async def stats(self) -> StoreTotals:
+        return await self.remote.stats()
+
     async def _in_thread(self, call: Callable[[StoreReader], T]) -> T:
         """Raises:  Unavailable: the files cannot be read, however that shows: to a worker that is a miss."""
         try:
@@ -320,7 +372,7 @@ class LocalStore:
                 return
 
 
-def _name(name: tuple[RecordKind, bytes]) -> kvstore_pb2.RecordName:
+def _name(name: RecordName) -> kvstore_pb2.RecordName:
     return kvstore_pb2.RecordName(kind=name[0].value, hash=name[1])  # type: ignore[arg-type]
 
 

@@ -22,6 +22,8 @@ from typing import Final
 import lmdb
 
 from antefix.errors import BlockCorrupt, StoreFull
+from antefix.events.block_events import StoreEvent
+from antefix.events.numbered_log import Batch
 from antefix.record import LookupResult, PutResult, Record, RecordKind
 from antefix.store_files import codec
 from antefix.store_files.encryption import KeyRing
@@ -42,7 +44,7 @@ from antefix_kvstore.compression import Compression
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.disk_probe import read_bytes_per_s
 from antefix_kvstore.drafting import Drafter
-from antefix_kvstore.event_log import Event, EventLog
+from antefix_kvstore.event_log import EventLog
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.index_forest import drop_false_roots, drop_subtrees, insert_entry
 from antefix_kvstore.index_writer import PLAN_PREFIX, IndexTxn, Name, read_totals
@@ -371,8 +373,8 @@ class Engine:
                 [change.hash for change in changes if change.present and change.kind is RecordKind.BLOCK]
             )
 
-    def snapshot(self) -> tuple[int, Iterator[list[Event]]]:
-        """What is stored, for a watcher that cannot resume, and the number of the last event in it."""
+    def snapshot(self) -> Iterator[Batch[StoreEvent]]:
+        """What is stored, for a watcher that cannot resume."""
         with self._lock:
             return self.events.snapshot()
 

@@ -21,7 +21,7 @@ from antefix.store.api import Store
 from antefix.window import Rates, RestorePlanner, Sizes, Strategies, Strategy, check_bounded, in_force
 from antefix.window_pool import DISK, WindowPool, open_window_pool
 from antefix.window_settings import check_window_settings
-from antefix_prefill.worker.checkpoint_budget import CheckpointBudget, counter_of
+from antefix_prefill.worker.checkpoint_budget import CheckpointBudget
 from antefix_prefill.worker.compute_thread import ComputeThread
 from antefix_prefill.worker.plan_log import PlanLog
 from antefix_prefill.worker.resident_blocks import ResidentBlocks
@@ -222,7 +222,7 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         bounded_windows=config.bounded_windows,
         align_tokens=align_tokens,
         window_pool=open_window_pool(config.window_pool, store, bytes_max=config.window_pool_bytes),
-        budget=CheckpointBudget(counter_of(store)),
+        budget=CheckpointBudget(store.stats),
         namespace=config.namespace,
         ops=ops,
     )

@@ -13,7 +13,8 @@ from google.protobuf.descriptor import FileDescriptor
 from antefix import rpc
 from antefix.config import require, setting
 from antefix.events.address import check_url
-from antefix.events.redis_bus import MemoryPublisher
+from antefix.events.memory_wire import MEMORY_STREAM
+from antefix.events.redis_stream import StreamPublisher
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.store_files.record_format import STORE_FILE
 from antefix.v1 import memory_pb2, window_pb2
@@ -82,5 +83,6 @@ async def serve_worker(
         fingerprint=engine.fingerprint,
         keyring=engine.keyring,
     )
-    async with lease, MemoryPublisher(config.events_redis, engine.blocks.events, server.address):
+    events = StreamPublisher(config.events_redis, engine.blocks.events, MEMORY_STREAM, server.address)
+    async with lease, events:
         await rpc.run_until_signal(server, role=role, stop=stop, watch_stdin=watch_stdin, leave=lease.end)
