@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from antefix.errors import Unavailable
-from antefix.events.block_events import EventKind, StoreEvent
+from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.model import BlockPool, load_model
 from antefix.model_dir import identify
@@ -83,7 +83,7 @@ class MemoryStore:
 
     async def watch(self, cursor=None):
         names = [name for kind, name in self.records if kind is RecordKind.BLOCK]
-        event = StoreEvent(kind=EventKind.STORED, hashes=tuple(names), fingerprint=b"")
+        event = BlockEvent.of(EventKind.STORED, names, b"")
         yield Batch(cursor=Cursor(epoch=b"e"), events=(event,), snapshot=True, snapshot_begins=True, snapshot_ends=True)
 
     async def stats(self):

@@ -1,10 +1,15 @@
-"""What events say: which blocks came and which went. Values alone."""
+"""What an event says: which blocks came to a place, and which went."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
+
+import numpy as np
+
+from antefix.block import HASH_BYTES
 
 # Indexes know a block by this much of its hash: a wrong guess in 2^64 costs a placement that was not the best.
 KEY_BYTES: Final = 8
@@ -27,25 +32,34 @@ class EventKind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryEvent:
-    """Blocks in a worker's memory, in order. keys: KEY_BYTES of each hash, one after the other."""
+class BlockEvent:
+    """Blocks or checkpoints, in the order of their coming or going.
+
+    hashes: one after the other; of each at least the first KEY_BYTES, as `hash_bytes` says.
+    fingerprint: of all of them; empty where the source has one only.
+    """
 
     kind: EventKind
-    keys: bytes
+    hashes: bytes
+    hash_bytes: int = KEY_BYTES
+    fingerprint: bytes = b""
+
+    @classmethod
+    def of(cls, kind: EventKind, hashes: Iterable[bytes], fingerprint: bytes) -> BlockEvent:
+        """Of whole hashes."""
+        return cls(kind=kind, hashes=b"".join(hashes), hash_bytes=HASH_BYTES, fingerprint=fingerprint)
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.hashes) % self.hash_bytes == 0
 
     @property
     def num_blocks(self) -> int:
-        return len(self.keys) // KEY_BYTES
+        return len(self.hashes) // self.hash_bytes
 
+    def names(self) -> list[bytes]:
+        return [self.hashes[at : at + self.hash_bytes] for at in range(0, len(self.hashes), self.hash_bytes)]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreEvent:
-    """Records of a store, of one kind and fingerprint. hashes: through Redis only the first KEY_BYTES of each."""
-
-    kind: EventKind
-    hashes: tuple[bytes, ...]
-    fingerprint: bytes
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.hashes)
+    def keys(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        """What indexes know the blocks by."""
+        return np.frombuffer(self.hashes, "<u8")[:: self.hash_bytes // KEY_BYTES]

@@ -14,15 +14,13 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic
 
 from antefix.errors import AntefixError
-from antefix.events.numbered_log import Batch, Cursor
-from antefix.events.stream_format import ALIVE_S
+from antefix.events.numbered_log import ALIVE_S, Batch, Cursor, E
 
 log = logging.getLogger("antefix.events")
 
-E = TypeVar("E")
 Watch = Callable[[Cursor | None], AsyncGenerator[Batch[E], None]]
 
 _RETRY_S: Final = 0.5

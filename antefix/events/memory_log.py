@@ -5,25 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
-from antefix.events.block_events import KEY_BYTES, EventKind, MemoryEvent
-from antefix.events.numbered_log import (
-    EVENT_BLOCKS_MAX,
-    SNAPSHOT_BLOCKS,
-    Batch,
-    Cursor,
-    NumberedLog,
-    snapshot_batches,
-)
+from antefix.events.block_events import KEY_BYTES, BlockEvent, EventKind
+from antefix.events.numbered_log import EVENT_BLOCKS_MAX, SNAPSHOT_BLOCKS, Batch, Cursor, NumberedLog, snapshot_batches
 
 # Half a MiB of keys, some seconds of a busy worker.
 NUM_BLOCKS_MAX: Final = 65_536
 
 
-class MemoryLog(NumberedLog[MemoryEvent]):
+class MemoryLog(NumberedLog[BlockEvent]):
     """A log of blocks that come and go one by one. names: the hashes that are in memory now."""
 
     def __init__(self, names: Callable[[], Iterable[bytes]], *, num_blocks_max: int = NUM_BLOCKS_MAX) -> None:
-        super().__init__(lambda event: event.num_blocks, num_blocks_max=num_blocks_max)
+        super().__init__(num_blocks_max=num_blocks_max)
         self._names = names
         # Those of one kind that nobody has been told of yet become one event.
         self._open_kind = EventKind.STORED
@@ -40,14 +33,15 @@ class MemoryLog(NumberedLog[MemoryEvent]):
     def evicted(self, name: bytes) -> None:
         self._tell(EventKind.EVICTED, name)
 
-    def since(self, cursor: Cursor) -> Batch[MemoryEvent] | None:
+    def since(self, cursor: Cursor) -> Batch[BlockEvent] | None:
         self._close()
         return super().since(cursor)
 
-    def snapshot(self) -> Iterator[Batch[MemoryEvent]]:
+    def snapshot(self) -> Iterator[Batch[BlockEvent]]:
         """What is in memory as of this call."""
         names = list(self._names())
-        return snapshot_batches(self.cursor, map(_stored, _parts(names)))
+        parts = (names[first : first + SNAPSHOT_BLOCKS] for first in range(0, len(names), SNAPSHOT_BLOCKS))
+        return snapshot_batches(self.cursor, ([_stored(part)] for part in parts))
 
     def _tell(self, kind: EventKind, name: bytes) -> None:
         if self._open and (kind is not self._open_kind or len(self._open) >= EVENT_BLOCKS_MAX * KEY_BYTES):
@@ -61,15 +55,10 @@ class MemoryLog(NumberedLog[MemoryEvent]):
     def _close(self) -> None:
         """Number what is open: from now on it may be told, and does not change."""
         if self._open:
-            event = MemoryEvent(kind=self._open_kind, keys=bytes(self._open))
+            event = BlockEvent(kind=self._open_kind, hashes=bytes(self._open))
             self._open = bytearray()
             self._add([event])
 
 
-def _parts(names: list[bytes]) -> Iterator[list[bytes]]:
-    for first in range(0, len(names), SNAPSHOT_BLOCKS):
-        yield names[first : first + SNAPSHOT_BLOCKS]
-
-
-def _stored(names: list[bytes]) -> list[MemoryEvent]:
-    return [MemoryEvent(kind=EventKind.STORED, keys=b"".join([name[:KEY_BYTES] for name in names]))]
+def _stored(names: list[bytes]) -> BlockEvent:
+    return BlockEvent(kind=EventKind.STORED, hashes=b"".join([name[:KEY_BYTES] for name in names]))

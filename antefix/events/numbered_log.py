@@ -14,9 +14,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
-
-E = TypeVar("E")
+from typing import Final, Generic, Protocol, TypeVar
 
 # One batch, which is one message on a stream: at most so many events, of blocks whose hashes are 1 MiB.
 BATCH_EVENTS_MAX: Final = 256
@@ -24,6 +22,18 @@ BATCH_BLOCKS_MAX: Final = 32_768
 # One event, so that one that does not fit a message cannot come to be.
 EVENT_BLOCKS_MAX: Final = 1_024
 SNAPSHOT_BLOCKS: Final = 8_192
+# How often a source that has no news says that it is alive, where nothing else would show it.
+ALIVE_S: Final = 2.0
+
+
+class Event(Protocol):
+    """All that a log must know of what it numbers."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+
+E = TypeVar("E", bound=Event)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +59,9 @@ class Batch(Generic[E]):
 
 
 class NumberedLog(Generic[E]):
-    """The ring of a source's events. Thread-safe. num_blocks_of: how many blocks an event tells of."""
+    """The ring of a source's events. Thread-safe. num_blocks_max: how many are kept for watchers that fall behind."""
 
-    def __init__(self, num_blocks_of: Callable[[E], int], *, num_blocks_max: int) -> None:
-        """num_blocks_max: kept for watchers that fall behind; the last event is kept whatever its size."""
-        self._num_blocks_of = num_blocks_of
+    def __init__(self, *, num_blocks_max: int) -> None:
         self._num_blocks_max = num_blocks_max
         self._epoch = secrets.token_bytes(16)
         self._lock = threading.Lock()
@@ -82,7 +90,7 @@ class NumberedLog(Generic[E]):
             events: list[E] = []
             num_blocks = 0
             for index in range(first, min(len(self._ring), first + BATCH_EVENTS_MAX)):
-                num_blocks += self._num_blocks_of(self._ring[index])
+                num_blocks += self._ring[index].num_blocks
                 if events and num_blocks > BATCH_BLOCKS_MAX:
                     break
                 events.append(self._ring[index])
@@ -111,9 +119,9 @@ class NumberedLog(Generic[E]):
             for event in events:
                 self._number += 1
                 self._ring.append(event)
-                self._num_blocks += self._num_blocks_of(event)
+                self._num_blocks += event.num_blocks
             while self._num_blocks > self._num_blocks_max and len(self._ring) > 1:
-                self._num_blocks -= self._num_blocks_of(self._ring.popleft())
+                self._num_blocks -= self._ring.popleft().num_blocks
 
     def _wake(self) -> None:
         with self._lock:

@@ -1,5 +1,10 @@
 """Numbered events through Redis Streams: who has a log tells each event once, however many read.
 
+    antefix:memory:{<shard>}     a worker's shard follows from its address, so its entries are in order
+    antefix:store:{<name>}       a stream a store; the name is what routers call it, their store_address
+        a  the source: address or name      e  epoch      n  number of the event      k  kind, 0 alive
+        b  8 bytes of each hash, one after the other      f  a store's: fingerprint
+
 No command names two keys, and each key has its hash tag, so streams may lie anywhere in a cluster. Streams are trimmed:
 who falls behind sees a gap in the numbers and takes a snapshot from the source itself, as does whoever is new. A source
 says now and then that it is alive, with its last number: so the loss of its last events is noticed as well.
@@ -9,25 +14,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
 from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisClusterException, RedisError
 
 from antefix.errors import ConfigError
-from antefix.events.numbered_log import Batch, Cursor, NumberedLog
-from antefix.events.stream_format import ALIVE, ALIVE_S, Fields, StreamFormat
+from antefix.events.block_events import KEY_BYTES, BlockEvent, EventKind
+from antefix.events.numbered_log import ALIVE_S, Batch, Cursor, NumberedLog
 
 log = logging.getLogger("antefix.events")
 
 T = TypeVar("T")
-E = TypeVar("E")
 
+# An entry is at most 8 KiB of keys: a shard's stream takes 32 MiB at most.
+MEMORY_STREAMS: Final = tuple(f"antefix:memory:{{{shard}}}" for shard in range(8))
 # Entries a stream keeps, about: seconds to minutes of its sources.
 STREAM_LENGTH_MAX: Final = 4_096
+_ALIVE: Final = 0
 _ENTRIES_MAX: Final = 256
 _BLOCK_MS: Final = 1_000
 _TIMEOUT_S: Final = 3.0
@@ -46,23 +54,32 @@ def connect(url: str) -> Any:
         raise ConfigError(f"events_redis {url!r} is not a Redis URL: {err}") from err
 
 
-class StreamPublisher(Generic[E]):
+def memory_stream(address: str) -> str:
+    """The same in every process."""
+    return MEMORY_STREAMS[hashlib.blake2b(address.encode(), digest_size=1).digest()[0] % len(MEMORY_STREAMS)]
+
+
+def store_stream(name: str) -> str:
+    return f"antefix:store:{{{name}}}"
+
+
+class StreamPublisher:
     """`async with`: tells Redis what a source's log says for as long as it lives; without a URL it does nothing.
 
     The source never waits for it. What it could not tell while Redis was away it tells afterwards, if the log still
     has it; if not, the numbers have a gap.
     """
 
-    def __init__(self, url: str, source: NumberedLog[E], stream_format: StreamFormat[E], name: str) -> None:
+    def __init__(self, url: str, source: NumberedLog[BlockEvent], stream: str, name: str) -> None:
         """name: what readers call the source.  Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
         self._source = source
-        self._format = stream_format
+        self._stream = stream
         self._name = name
         self._redis = connect(url) if url else None
         self._told = Cursor(epoch=source.cursor.epoch)
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> StreamPublisher[E]:
+    async def __aenter__(self) -> StreamPublisher:
         if self._redis is not None:
             self._task = asyncio.create_task(self._tell(self._redis))
         return self
@@ -100,19 +117,19 @@ class StreamPublisher(Generic[E]):
         pipeline = redis.pipeline(transaction=False)
         first = batch.cursor.number - len(batch.events) + 1
         for number, event in enumerate(batch.events, first):
-            self._add(pipeline, number, self._format.pack(event))
+            self._add(pipeline, number, _pack(event))
         if not batch.events:
-            self._add(pipeline, batch.cursor.number, {"k": ALIVE})
+            self._add(pipeline, batch.cursor.number, {"k": _ALIVE})
         await asyncio.wait_for(pipeline.execute(), _TIMEOUT_S)
         self._told = batch.cursor
         return bool(batch.events) and batch.cursor != self._source.cursor
 
-    def _add(self, pipeline: Any, number: int, fields: Fields) -> None:
+    def _add(self, pipeline: Any, number: int, fields: dict[str, Any]) -> None:
         entry = {**fields, "a": self._name, "e": self._told.epoch, "n": number}
-        pipeline.xadd(self._format.stream_of(self._name), entry, maxlen=STREAM_LENGTH_MAX, approximate=True)
+        pipeline.xadd(self._stream, entry, maxlen=STREAM_LENGTH_MAX, approximate=True)
 
 
-class StreamReader(Generic[E]):
+class StreamReader:
     """Reads some streams from now on and hands each entry on with its source's name, in order within a stream.
 
     After a break it goes on at the last entry it had. A server that came back empty is read from its beginning: what
@@ -122,9 +139,8 @@ class StreamReader(Generic[E]):
     def __init__(
         self,
         url: str,
-        stream_format: StreamFormat[E],
         streams: Sequence[str],
-        take: Callable[[str, Batch[E]], object],
+        take: Callable[[str, Batch[BlockEvent]], object],
         lost: Callable[[str], None],
     ) -> None:
         """lost: called with a stream when it cannot be read.
@@ -132,7 +148,6 @@ class StreamReader(Generic[E]):
         Raises:  ConfigError: the URL cannot be read. Nothing connects yet.
         """
         self._redis = connect(url)
-        self._format = stream_format
         self._streams = streams
         self._take = take
         self._lost = lost
@@ -184,14 +199,29 @@ class StreamReader(Generic[E]):
         try:
             name = fields[b"a"].decode(errors="replace")
             cursor = Cursor(epoch=fields[b"e"], number=int(fields[b"n"]))
-            is_alive = int(fields[b"k"]) == ALIVE
-            batch: Batch[E] = Batch(cursor=cursor, events=() if is_alive else (self._format.unpack(fields),))
+            batch = Batch(cursor=cursor, events=_unpack(fields))
         except (KeyError, ValueError):
             return
         self._take(name, batch)
 
     async def _ask(self, call: Awaitable[T]) -> T:
         return await asyncio.wait_for(call, _BLOCK_MS / 1000 + _TIMEOUT_S)
+
+
+def _pack(event: BlockEvent) -> dict[str, Any]:
+    fields = {"k": int(event.kind), "b": event.keys().tobytes()}
+    return {**fields, "f": event.fingerprint} if event.fingerprint else fields
+
+
+def _unpack(fields: dict[bytes, bytes]) -> tuple[BlockEvent, ...]:
+    """Empty: a sign of life.  Raises:  KeyError, ValueError: nothing that we know, so it counts as no event."""
+    if int(fields[b"k"]) == _ALIVE:
+        return ()
+    kind = EventKind(int(fields[b"k"]))
+    event = BlockEvent(kind=kind, hashes=fields[b"b"], hash_bytes=KEY_BYTES, fingerprint=fields.get(b"f", b""))
+    if kind is EventKind.UNKNOWN or not event.is_whole:
+        raise ValueError("not an event")
+    return (event,)
 
 
 def _flat(entries: Sequence[Any]) -> Sequence[Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
-from antefix.events.block_events import StoreEvent
+from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.layout import BlockLayout
 from antefix.record import BlockFate, LookupResult, PutResult, Record, RecordKind, RecordName
@@ -54,7 +54,7 @@ class Store(Protocol):
     async def evict(self, names: Sequence[RecordName], *, tenant: str = "") -> int:
         """Drop a tenant's records with all that hangs on them, pinned or not. Returns how many went."""
 
-    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[StoreEvent], None]:
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
         """What is stored now, then every change, without gaps, until the stream breaks; or the changes since `cursor`.
 
         Breaking is Unavailable: watch again from the last batch's cursor.

@@ -17,15 +17,14 @@ import lmdb
 
 from antefix import rpc
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailable
-from antefix.events.block_events import StoreEvent
-from antefix.events.event_wire import batches_of
+from antefix.events.block_events import BlockEvent
+from antefix.events.event_wire import watch_store
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.layout import BlockLayout
 from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind, RecordName
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
-from antefix.store.store_events import store_event_of
 from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.store.stream_progress import Progress
 from antefix.store_files import codec
@@ -151,10 +150,8 @@ class RemoteStore:
         with rpc.rpc_errors():
             return int((await self.stub.Evict(request, timeout=CALL_DEADLINE_S)).num_evicted)
 
-    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[StoreEvent], None]:
-        start = cursor or Cursor()
-        request = kvstore_pb2.WatchRequest(epoch=start.epoch, after=start.number)
-        return batches_of(lambda: self.stub.Watch(request), store_event_of)
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
+        return watch_store(self.stub, cursor)
 
     async def stats(self) -> StoreTotals:
         with rpc.rpc_errors():
@@ -323,7 +320,7 @@ class LocalStore:
     async def evict(self, names: Sequence[RecordName], *, tenant: str = "") -> int:
         return await self.remote.evict(names, tenant=tenant)
 
-    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[StoreEvent], None]:
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
         return self.remote.watch(cursor)
 
     async def stats(self) -> StoreTotals:

@@ -6,15 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any, Final
 
-from antefix.events.block_events import EventKind, StoreEvent
-from antefix.events.numbered_log import (
-    EVENT_BLOCKS_MAX,
-    SNAPSHOT_BLOCKS,
-    Batch,
-    Cursor,
-    NumberedLog,
-    snapshot_batches,
-)
+from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.numbered_log import EVENT_BLOCKS_MAX, SNAPSHOT_BLOCKS, Batch, Cursor, NumberedLog, snapshot_batches
 from antefix.record import RecordKind
 from antefix.store_files.index import TABLE_OF_KIND, Change, Index
 from antefix.store_files.record_format import unpack_entry
@@ -30,11 +23,11 @@ _KIND_OF: Final = {
 }
 
 
-class EventLog(NumberedLog[StoreEvent]):
+class EventLog(NumberedLog[BlockEvent]):
     """A log of records of one kind and fingerprint that came or went in one transaction."""
 
     def __init__(self, index: Index) -> None:
-        super().__init__(lambda event: event.num_blocks, num_blocks_max=NUM_BLOCKS_MAX)
+        super().__init__(num_blocks_max=NUM_BLOCKS_MAX)
         self._index = index
         self._fingerprints: dict[int, bytes] = {}
 
@@ -48,7 +41,7 @@ class EventLog(NumberedLog[StoreEvent]):
             for event in self._events(_KIND_OF[kind, present], [change.hash for change in group], fingerprint_id)
         )
 
-    def snapshot(self) -> Iterator[Batch[StoreEvent]]:
+    def snapshot(self) -> Iterator[Batch[BlockEvent]]:
         """What is stored as of this call, read while it is taken.
 
         The caller holds the engine's lock during this call, not while it iterates.
@@ -59,11 +52,11 @@ class EventLog(NumberedLog[StoreEvent]):
         txn.stat(self._index.db["blocks"])
         return self._pieces(txn, cursor)
 
-    def _pieces(self, txn: Any, cursor: Cursor) -> Iterator[Batch[StoreEvent]]:
+    def _pieces(self, txn: Any, cursor: Cursor) -> Iterator[Batch[BlockEvent]]:
         with txn:
             yield from snapshot_batches(cursor, self._stored(txn))
 
-    def _stored(self, txn: Any) -> Iterator[list[StoreEvent]]:
+    def _stored(self, txn: Any) -> Iterator[list[BlockEvent]]:
         for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
             found: dict[int, list[bytes]] = {}
             count = 0
@@ -80,17 +73,17 @@ class EventLog(NumberedLog[StoreEvent]):
             if found:
                 yield self._piece(kind, found)
 
-    def _piece(self, kind: RecordKind, found: dict[int, list[bytes]]) -> list[StoreEvent]:
+    def _piece(self, kind: RecordKind, found: dict[int, list[bytes]]) -> list[BlockEvent]:
         return [
             event
             for fingerprint_id, hashes in found.items()
             for event in self._events(_KIND_OF[kind, True], hashes, fingerprint_id)
         ]
 
-    def _events(self, kind: EventKind, hashes: Sequence[bytes], fingerprint_id: int) -> Iterator[StoreEvent]:
+    def _events(self, kind: EventKind, hashes: Sequence[bytes], fingerprint_id: int) -> Iterator[BlockEvent]:
         fingerprint = self._fingerprint(fingerprint_id)
         for first in range(0, len(hashes), EVENT_BLOCKS_MAX):
-            yield StoreEvent(kind=kind, hashes=tuple(hashes[first : first + EVENT_BLOCKS_MAX]), fingerprint=fingerprint)
+            yield BlockEvent.of(kind, hashes[first : first + EVENT_BLOCKS_MAX], fingerprint)
 
     def _fingerprint(self, number: int) -> bytes:
         if number not in self._fingerprints:

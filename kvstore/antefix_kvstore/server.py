@@ -18,14 +18,14 @@ import grpc
 
 from antefix import rpc
 from antefix.errors import InvalidRequest, Overloaded
-from antefix.events.block_events import StoreEvent
+from antefix.events.block_events import BlockEvent
+from antefix.events.event_wire import store_response
 from antefix.events.numbered_log import Batch, Cursor, watch_log
 from antefix.record import PutResult, Record, RecordKind
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.payload_channel import SERVICE
 from antefix.store.payload_wire import Piece, unpack_put_request
 from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, messages_of, split_hashes
-from antefix.store.store_events import STORE_STREAM, store_response
 from antefix.store_files import codec
 from antefix.store_files.gone_blocks import fate_of
 from antefix.store_files.record_format import FORMAT_VERSION
@@ -210,7 +210,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             async for batch in batches:
                 yield store_response(batch)
 
-    async def _snapshot(self) -> AsyncGenerator[Batch[StoreEvent], None]:
+    async def _snapshot(self) -> AsyncGenerator[Batch[BlockEvent], None]:
         pieces = await self._in_thread(self.engine.snapshot)
         while (piece := await self._in_thread(functools.partial(next, pieces, None))) is not None:
             yield piece
@@ -343,6 +343,7 @@ def _telling(config: KvStoreConfig, engine: Engine, address: str) -> contextlib.
     if not config.events_redis:
         return contextlib.nullcontext()
     # Here, because Redis' client takes a good part of a small store's start.
-    from antefix.events.redis_stream import StreamPublisher
+    from antefix.events.redis_stream import StreamPublisher, store_stream
 
-    return StreamPublisher(config.events_redis, engine.events, STORE_STREAM, config.events_name or address)
+    name = config.events_name or address
+    return StreamPublisher(config.events_redis, engine.events, store_stream(name), name)

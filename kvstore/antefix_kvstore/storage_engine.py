@@ -22,7 +22,7 @@ from typing import Final
 import lmdb
 
 from antefix.errors import BlockCorrupt, StoreFull
-from antefix.events.block_events import StoreEvent
+from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch
 from antefix.record import LookupResult, PutResult, Record, RecordKind
 from antefix.store_files import codec
@@ -373,7 +373,7 @@ class Engine:
                 [change.hash for change in changes if change.present and change.kind is RecordKind.BLOCK]
             )
 
-    def snapshot(self) -> Iterator[Batch[StoreEvent]]:
+    def snapshot(self) -> Iterator[Batch[BlockEvent]]:
         """What is stored, for a watcher that cannot resume."""
         with self._lock:
             return self.events.snapshot()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from antefix.events.block_events import EventKind, StoreEvent
+from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.numbered_log import EVENT_BLOCKS_MAX, Batch
 from antefix.record import RecordKind
 from antefix.store_files.hit_log import StoreEventKind as LoggedKind
@@ -25,10 +25,10 @@ class Follower:
     def __init__(self) -> None:
         self.known: set[tuple[RecordKind, bytes]] = set()
 
-    def apply(self, event: StoreEvent) -> None:
+    def apply(self, event: BlockEvent) -> None:
         assert event.fingerprint == FINGERPRINT
         kind = RecordKind.BLOCK if event.kind in (EventKind.STORED, EventKind.EVICTED) else RecordKind.CHECKPOINT
-        names = {(kind, block_hash) for block_hash in event.hashes}
+        names = {(kind, block_hash) for block_hash in event.names()}
         if event.kind in (EventKind.STORED, EventKind.CHECKPOINTED):
             self.known |= names
         else:
@@ -96,9 +96,9 @@ def test_quarantine_and_healing_are_events(open_engine: OpenEngine, tmp_path: Pa
     engine.put(prompt.blocks())
     found = engine.events.since(cursor)
     assert found is not None
-    assert [(event.kind, event.hashes) for event in found.events] == [
-        (EventKind.EVICTED, (prompt.hashes[1],)),
-        (EventKind.STORED, (prompt.hashes[1],)),
+    assert [(event.kind, event.names()) for event in found.events] == [
+        (EventKind.EVICTED, [prompt.hashes[1]]),
+        (EventKind.STORED, [prompt.hashes[1]]),
     ]
 
 
@@ -136,7 +136,7 @@ def test_one_transaction_of_many_records_is_events_that_fit_a_message(open_engin
     told: list[tuple[EventKind, bytes]] = []
     while (found := engine.events.since(cursor)) is not None and found.events:
         assert all(event.num_blocks <= EVENT_BLOCKS_MAX for event in found.events)
-        told += [(event.kind, name) for event in found.events for name in event.hashes]
+        told += [(event.kind, name) for event in found.events for name in event.names()]
         cursor = found.cursor
     assert told[: len(prompt.hashes)] == [(EventKind.STORED, name) for name in prompt.hashes]
     assert set(told[len(prompt.hashes) :]) == {(EventKind.EVICTED, name) for name in prompt.hashes}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import Unavailable
-from antefix.events.block_events import EventKind, StoreEvent
+from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.numbered_log import Batch, Cursor, snapshot_batches
 from antefix_router.placement.directory import keys_of
 from antefix_router.placement.store_feed import StoreFeed
@@ -20,7 +20,7 @@ KEYS = keys_of(HASHES)
 
 
 def event(kind, hashes, fingerprint=FINGERPRINT):
-    return StoreEvent(kind=EventKind[kind], hashes=tuple(hashes), fingerprint=fingerprint)
+    return BlockEvent.of(EventKind[kind], hashes, fingerprint)
 
 
 def batch(number, *events, epoch=b"e"):

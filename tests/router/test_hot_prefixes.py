@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antefix.events.block_events import EventKind, StoreEvent
+from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.numbered_log import Batch, Cursor, snapshot_batches
 from antefix.secret import Keyring
 from antefix_router.naming import Names
@@ -143,7 +143,7 @@ def test_what_the_store_does_not_have_is_never_promised_whatever_workers_say(ste
         if kind is not None:
             names = prompt.chain.hashes[stored:count] if what == "put" else prompt.chain.hashes[count:stored]
             stored, number = (max(stored, count), number + 1) if what == "put" else (min(stored, count), number + 1)
-            event = StoreEvent(kind=kind, hashes=tuple(names), fingerprint=FINGERPRINT)
+            event = BlockEvent.of(kind, names, FINGERPRINT)
             assert store_feed.apply(Batch(cursor=Cursor(epoch=b"e", number=number), events=(event,)))
         elif what == "compute":
             memories[who].store(prompt.chain.hashes[:count])

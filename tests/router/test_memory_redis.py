@@ -8,9 +8,8 @@ from redis.asyncio import Redis, RedisCluster
 from antefix.errors import ConfigError
 from antefix.events import redis_stream
 from antefix.events.address import check_url
-from antefix.events.memory_wire import MEMORY_STREAM, stream_of
 from antefix.events.numbered_log import Cursor
-from antefix.events.redis_stream import StreamPublisher
+from antefix.events.redis_stream import StreamPublisher, memory_stream
 from antefix_router.placement.directory import Directory, keys_of
 from antefix_router.placement.memory_feed import MemoryFeed
 from tests.redis_servers import until
@@ -42,7 +41,7 @@ class Rack:
         return worker
 
     async def publish(self, worker):
-        publisher = StreamPublisher(self.url, worker.memory.log, MEMORY_STREAM, worker.address)
+        publisher = StreamPublisher(self.url, worker.memory.log, memory_stream(worker.address), worker.address)
         self.publishers.append(await publisher.__aenter__())
 
     async def router(self):
@@ -206,7 +205,7 @@ async def test_streams_are_bounded_and_a_router_that_fell_behind_the_trimming_re
         worker.memory.log.since(Cursor())
     await until(lambda: rack.publishers[0]._told == worker.memory.log.cursor)
     client = Redis.from_url(server.url)
-    assert await client.xlen(stream_of(worker.address)) < 25
+    assert await client.xlen(memory_stream(worker.address)) < 25
     await client.aclose()
     feed._reader.start()
     await until(rack.is_known)
@@ -231,7 +230,7 @@ async def test_what_others_write_there_stops_nobody(start_redis, rack_at):
     await rack.router()
     await until(rack.is_known)
     client = Redis.from_url(server.url)
-    stream = stream_of(worker.address)
+    stream = memory_stream(worker.address)
     good = {"a": worker.address, "e": worker.memory.log.cursor.epoch, "n": 1, "k": 1, "b": b"12345678"}
     for entry in ({"x": "y"}, {**good, "n": "one"}, {**good, "k": 9}, {**good, "b": b"short"}, {**good, "a": "nobody"}):
         await client.xadd(stream, entry)

@@ -10,10 +10,9 @@ from redis.asyncio import Redis, RedisCluster
 
 from antefix.errors import ConfigError
 from antefix.events import redis_stream
-from antefix.events.redis_stream import StreamPublisher
+from antefix.events.redis_stream import StreamPublisher, store_stream
 from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
-from antefix.store.store_events import STORE_STREAM
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_router.placement.directory import keys_of
 from antefix_router.placement.store_feed import StoreFeed
@@ -44,7 +43,7 @@ class Rack:
         return self
 
     async def publish(self):
-        publisher = StreamPublisher(self.url, self.servicer.engine.events, STORE_STREAM, self.name)
+        publisher = StreamPublisher(self.url, self.servicer.engine.events, store_stream(self.name), self.name)
         self.publisher = await publisher.__aenter__()
 
     async def hush(self):
@@ -171,7 +170,7 @@ async def test_a_store_that_was_opened_again_is_another_epoch_and_its_old_words_
         "f": FINGERPRINT,
         "b": PROMPTS[0].hashes[0][:8],
     }
-    await client.xadd(STORE_STREAM.stream_of(rack.name), entry)
+    await client.xadd(store_stream(rack.name), entry)
     await client.aclose()
     await rack.put(3)
     assert await rack.known() == [5, 0, 5, 5]
@@ -201,7 +200,7 @@ async def test_what_others_write_there_stops_nobody(start_redis, rack_at):
     good = {"a": rack.name, "e": feed._cursor.epoch, "n": 1, "k": 1, "f": FINGERPRINT, "b": b"12345678"}
     nameless = {key: value for key, value in good.items() if key != "a"}
     for entry in ({"x": "y"}, nameless, {**good, "n": "one"}, {**good, "k": 9}, {**good, "b": b"short"}):
-        await client.xadd(STORE_STREAM.stream_of(rack.name), entry)
+        await client.xadd(store_stream(rack.name), entry)
     await client.aclose()
     await rack.put(0)
     assert await rack.known() == [5, 0, 0, 0]

@@ -157,7 +157,7 @@ async def test_both_clients_watch(store: Store) -> None:
         assert whole.snapshot_begins and whole.snapshot_ends
         await store.evict([(RecordKind.BLOCK, PROMPT.hashes[1])])
         evicted = await anext(batches)
-        assert [(event.kind, event.hashes) for event in evicted.events] == [(EventKind.EVICTED, (PROMPT.hashes[1],))]
+        assert [(event.kind, event.names()) for event in evicted.events] == [(EventKind.EVICTED, [PROMPT.hashes[1]])]
     # A watcher who missed nothing is told so at once.
     async with asyncio.timeout(10), contextlib.aclosing(store.watch(evicted.cursor)) as batches:
         told = await anext(batches)
@@ -234,7 +234,7 @@ async def test_watching_gives_a_snapshot_then_changes_then_resumes(service: Serv
     async with asyncio.timeout(10):
         async for batch in stream:
             assert not batch.snapshot_begins or not seen
-            seen += [h for event in batch.events for h in event.hashes]
+            seen += [h for event in batch.events for h in event.names()]
             if batch.snapshot_ends:
                 await remote.put(PROMPT.blocks(4))
             if len(seen) == 4:
@@ -246,8 +246,8 @@ async def test_watching_gives_a_snapshot_then_changes_then_resumes(service: Serv
     async with asyncio.timeout(10):
         async for batch in remote.watch(cursor):
             assert not batch.snapshot_begins
-            assert [(event.kind, event.hashes) for event in batch.events] == [
-                (EventKind.CHECKPOINTED, (PROMPT.hashes[3],))
+            assert [(event.kind, event.names()) for event in batch.events] == [
+                (EventKind.CHECKPOINTED, [PROMPT.hashes[3]])
             ]
             break
     async with asyncio.timeout(10):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 
-from antefix.events.block_events import StoreEvent
+from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.layout import BlockLayout
 from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind, RecordName
@@ -39,7 +39,7 @@ class EmptyStore:
     async def evict(self, names: Sequence[RecordName], *, tenant: str = "") -> int:
         return 0
 
-    async def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[StoreEvent], None]:
+    async def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
         yield Batch(cursor=Cursor(epoch=b"empty"), snapshot=True, snapshot_begins=True, snapshot_ends=True)
 
     async def stats(self) -> StoreTotals:

@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, AsyncIterator
 import grpc
 
 from antefix import rpc
-from antefix.events.block_events import MemoryEvent
+from antefix.events.block_events import BlockEvent
+from antefix.events.event_wire import memory_response
 from antefix.events.memory_log import MemoryLog
-from antefix.events.memory_wire import memory_response
 from antefix.events.numbered_log import Batch, Cursor, watch_log
 from antefix.v1 import memory_pb2, memory_pb2_grpc
 
@@ -30,7 +30,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             async for batch in batches:
                 yield memory_response(batch)
 
-    async def _snapshot(self) -> AsyncGenerator[Batch[MemoryEvent], None]:
+    async def _snapshot(self) -> AsyncGenerator[Batch[BlockEvent], None]:
         for piece in self._log.snapshot():
             yield piece
 

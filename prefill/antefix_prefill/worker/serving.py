@@ -13,8 +13,7 @@ from google.protobuf.descriptor import FileDescriptor
 from antefix import rpc
 from antefix.config import require, setting
 from antefix.events.address import check_url
-from antefix.events.memory_wire import MEMORY_STREAM
-from antefix.events.redis_stream import StreamPublisher
+from antefix.events.redis_stream import StreamPublisher, memory_stream
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.store_files.record_format import STORE_FILE
 from antefix.v1 import memory_pb2, window_pb2
@@ -83,6 +82,7 @@ async def serve_worker(
         fingerprint=engine.fingerprint,
         keyring=engine.keyring,
     )
-    events = StreamPublisher(config.events_redis, engine.blocks.events, MEMORY_STREAM, server.address)
+    stream = memory_stream(server.address)
+    events = StreamPublisher(config.events_redis, engine.blocks.events, stream, server.address)
     async with lease, events:
         await rpc.run_until_signal(server, role=role, stop=stop, watch_stdin=watch_stdin, leave=lease.end)

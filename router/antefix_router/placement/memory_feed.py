@@ -11,20 +11,19 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from functools import partial
 
 import grpc
-import numpy as np
 
 from antefix import rpc
-from antefix.events.block_events import EventKind, MemoryEvent
+from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.event_wire import watch_memory
 from antefix.events.follower import FollowCounters, Follower
-from antefix.events.memory_wire import MEMORY_STREAM, STREAMS, watch_memory
 from antefix.events.numbered_log import Batch, Cursor
-from antefix.events.redis_stream import StreamReader
-from antefix_router.placement.directory import Directory, Key
+from antefix.events.redis_stream import MEMORY_STREAMS, StreamReader, memory_stream
+from antefix_router.placement.directory import Directory
 
-WatchMemory = Callable[[grpc.aio.Channel, Cursor | None], AsyncGenerator[Batch[MemoryEvent], None]]
+WatchMemory = Callable[[grpc.aio.Channel, Cursor | None], AsyncGenerator[Batch[BlockEvent], None]]
 
 
-class MemoryFollower(Follower[MemoryEvent]):
+class MemoryFollower(Follower[BlockEvent]):
     """What the directory knows of one worker."""
 
     def __init__(
@@ -46,9 +45,9 @@ class MemoryFollower(Follower[MemoryEvent]):
         self._directory.placed(self._address, ())
         self._serial = self._directory.serial(self._address)
 
-    def learn(self, events: Sequence[MemoryEvent]) -> bool:
+    def learn(self, events: Sequence[BlockEvent]) -> bool:
         for event in events:
-            keys: list[Key] = np.frombuffer(event.keys, "<u8").tolist()
+            keys = event.keys().tolist()
             if event.kind is EventKind.STORED:
                 self._directory.placed(self._address, keys)
             elif event.kind is EventKind.EVICTED:
@@ -72,7 +71,7 @@ class MemoryFeed:
         """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
         self._directory = directory
         self._watch = watch
-        self._reader = StreamReader(redis_url, MEMORY_STREAM, STREAMS, self._take, self._lose) if redis_url else None
+        self._reader = StreamReader(redis_url, MEMORY_STREAMS, self._take, self._lose) if redis_url else None
         self._followers: dict[str, MemoryFollower] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.counters = FollowCounters()
@@ -111,12 +110,12 @@ class MemoryFeed:
         async with rpc.channel(address) as channel:
             await follower.run(partial(self._watch, channel))
 
-    def _take(self, address: str, batch: Batch[MemoryEvent]) -> None:
+    def _take(self, address: str, batch: Batch[BlockEvent]) -> None:
         """What Redis gave. Events of workers that are not ours are nobody's."""
         if (follower := self._followers.get(address)) is not None:
             follower.take(batch)
 
     def _lose(self, stream: str) -> None:
         for address, follower in self._followers.items():
-            if MEMORY_STREAM.stream_of(address) == stream:
+            if memory_stream(address) == stream:
                 follower.lose()

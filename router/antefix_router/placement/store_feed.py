@@ -10,22 +10,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from antefix.events.block_events import EventKind, StoreEvent
+from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.follower import Follower, Watch
-from antefix.events.redis_stream import StreamReader
-from antefix.store.store_events import STORE_STREAM
-from antefix_router.placement.directory import Key, keys_of
+from antefix.events.redis_stream import StreamReader, store_stream
+from antefix_router.placement.directory import Key
 
 # At some 70 bytes each.
 NUM_BLOCKS_MAX = 1 << 23
 
 
-class StoreFeed(Follower[StoreEvent]):
+class StoreFeed(Follower[BlockEvent]):
     """The blocks of one fingerprint that the store holds. name: what the store's stream in Redis is called."""
 
     def __init__(
         self,
-        watch: Watch[StoreEvent],
+        watch: Watch[BlockEvent],
         *,
         fingerprint: bytes,
         num_blocks_max: int = NUM_BLOCKS_MAX,
@@ -38,12 +37,10 @@ class StoreFeed(Follower[StoreEvent]):
         self._fingerprint = fingerprint
         self._num_blocks_max = num_blocks_max
         self._blocks: set[Key] = set()
-        self._reader: StreamReader[StoreEvent] | None = None
+        self._reader: StreamReader | None = None
         if redis_url:
-            streams = [STORE_STREAM.stream_of(name)]
-            self._reader = StreamReader(
-                redis_url, STORE_STREAM, streams, lambda _, batch: self.take(batch), lambda _: self.lose()
-            )
+            streams = [store_stream(name)]
+            self._reader = StreamReader(redis_url, streams, lambda _, batch: self.take(batch), lambda _: self.lose())
         self._task: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -75,14 +72,14 @@ class StoreFeed(Follower[StoreEvent]):
     def forget_all(self) -> None:
         self._blocks = set()
 
-    def learn(self, events: Sequence[StoreEvent]) -> bool:
+    def learn(self, events: Sequence[BlockEvent]) -> bool:
         for event in events:
             if event.fingerprint != self._fingerprint:
                 continue
             if event.kind is EventKind.STORED:
-                self._blocks.update(keys_of(event.hashes))
+                self._blocks.update(event.keys().tolist())
             elif event.kind is EventKind.EVICTED:
-                self._blocks.difference_update(keys_of(event.hashes))
+                self._blocks.difference_update(event.keys().tolist())
         if len(self._blocks) <= self._num_blocks_max:
             return True
         self.forget_all()
