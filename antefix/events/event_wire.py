@@ -35,14 +35,14 @@ def watch_store(stub: Any, cursor: Cursor | None = None) -> AsyncGenerator[Batch
 def memory_response(batch: Batch[BlockEvent]) -> memory_pb2.WatchMemoryResponse:
     response = memory_pb2.WatchMemoryResponse(**_fields(batch))
     for event in batch.events:
-        response.events.add(kind=event.kind.value, keys=event.hashes)  # type: ignore[arg-type]
+        response.events.add(kind=event.kind.value, keys=event.hashes)
     return response
 
 
 def store_response(batch: Batch[BlockEvent]) -> kvstore_pb2.WatchResponse:
     response = kvstore_pb2.WatchResponse(**_fields(batch))
     for event in batch.events:
-        response.events.add(kind=event.kind.value, hashes=event.hashes, fingerprint=event.fingerprint)  # type: ignore[arg-type]
+        response.events.add(kind=event.kind.value, hashes=event.hashes, fingerprint=event.fingerprint)
     return response
 
 
