@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-long lint fmt bench bench-peers proto clean
+.PHONY: setup demo test test-long test-wheel lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -34,6 +34,10 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
+
+# Wheel and sdist in clean environments, everything from the package index: some minutes and 2 GB of disk.
+test-wheel: setup
+	$(BIN)/python -m pytest -m "long or not long" tests/wheel
 
 lint: setup
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ from antefix.store.client import LocalStore
 from antefix.window import PlanKind
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_console.verify.models import Subject
-from antefix_console.verify.paired_runs import Workers, prompt_of
+from antefix_console.verify.paired_runs import WorkerPair, prompt_of
 from antefix_console.verify.stores import EmptyStore
 from antefix_prefill.run_prompt import ComputedPrompt, grow, run_prompt
 from antefix_prefill.worker.compute_thread import ComputeThread
@@ -140,7 +140,7 @@ class Bench:
         return self.random.integers(0, self.subject.identity.vocab_size, num_tokens).astype(np.uint32)
 
     def worker(self, store: Store, num_tokens: int, kind: PlanKind, *, reproducible: bool = False) -> Engine:
-        workers = Workers(self.subject, self.compute, self.args.chunk, reproducible=reproducible)
+        workers = WorkerPair(self.subject, self.compute, self.args.chunk, reproducible=reproducible)
         return workers.new(store, num_tokens + 2 * self.subject.block_size, kind=kind)
 
     async def prompt(self, engine: Engine, tokens: Any) -> tuple[ComputedPrompt, float]:

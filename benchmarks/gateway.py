@@ -196,7 +196,7 @@ async def main() -> None:
             *(sys.executable, __file__, "--model", str(args.model), "--serve", scratch),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[1]), *sys.path))},
         )
         assert process.stdin is not None and process.stdout is not None
         ready = json.loads(await process.stdout.readline())

@@ -17,7 +17,7 @@ from antefix.errors import ConfigError, ModelError
 from antefix.layout import KVFormat
 from antefix.model.config import ModelConfig, read_config
 from antefix.model.model import Model
-from antefix.model.names import Target, checkpoint_name, expert_name, target_of
+from antefix.model.names import TensorTarget, checkpoint_name, expert_name, target_of
 from antefix.model.norms_rope import inverse_frequencies
 
 _SINGLE = "model.safetensors"
@@ -155,7 +155,7 @@ def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
         raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, the config asks for {list(shape)}")
 
 
-def _part_shape(target: Target, stack: torch.Size) -> torch.Size:
+def _part_shape(target: TensorTarget, stack: torch.Size) -> torch.Size:
     return torch.Size((stack[1], stack[2]) if target.part == 2 else (stack[1] // 2, stack[2]))
 
 

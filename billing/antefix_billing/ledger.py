@@ -46,7 +46,7 @@ from antefix_billing.ledger_format import (
     pack_entry,
     unpack_segment_header,
 )
-from antefix_billing.ledger_index import LedgerIndex, Place
+from antefix_billing.ledger_index import EntryPlace, LedgerIndex
 from antefix_billing.progress_slots import ProgressJournal
 from antefix_billing.usage_record import OpenEntry, UsageRecord
 
@@ -62,7 +62,7 @@ class _Tail:
     hash: bytes = GENESIS
     segment: int = 1
     offset: int = 0
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, EntryPlace] = field(default_factory=dict)
     unsettled: dict[str, OpenEntry] = field(default_factory=dict)
 
     def note_open(self, entry: OpenEntry) -> None:
@@ -70,7 +70,7 @@ class _Tail:
 
     def note_settled(self, key: str, sequence: int, offset: int) -> None:
         self.unsettled.pop(key, None)
-        self.places[key] = Place(sequence=sequence, segment=self.segment, offset=offset)
+        self.places[key] = EntryPlace(sequence=sequence, segment=self.segment, offset=offset)
 
     def note(self, entry: Entry) -> None:
         if entry.kind is EntryKind.OPEN:

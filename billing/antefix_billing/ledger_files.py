@@ -2,7 +2,7 @@
 
 usage-000000000001.ledger   segments, named by their first entry's sequence number
 index/                      LMDB, of sealed segments only; rebuilt from them when lost
-progress                    how far running requests are (antefix.usage.progress)
+progress                    how far running requests are (progress_slots.py)
 source                      this ledger's identity, 32 hex digits
 lock                        held by the one writer
 """

@@ -25,7 +25,7 @@ _OPEN: Final = b"open:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class EntryPlace:
     """An entry's sequence number, its segment's first sequence number, and its byte offset there."""
 
     sequence: int
@@ -47,14 +47,14 @@ class LedgerIndex:
             value = txn.get(_COVERED)
         return int.from_bytes(value, "little") if value else 0
 
-    def find(self, key: str) -> Place | None:
+    def find(self, key: str) -> EntryPlace | None:
         """Where the request's last settled attempt lies."""
         with self._env.begin() as txn:
             value = txn.get(_name(key))
         if value is None:
             return None
         sequence, segment, offset = _PLACE.unpack(value)
-        return Place(sequence=sequence, segment=segment, offset=offset)
+        return EntryPlace(sequence=sequence, segment=segment, offset=offset)
 
     def unsettled(self) -> dict[str, OpenEntry]:
         """Requests that were open when the last segment was sealed."""
@@ -68,7 +68,7 @@ class LedgerIndex:
                     found[entry.key] = entry
         return found
 
-    def seal(self, places: Mapping[str, Place], unsettled: Mapping[str, OpenEntry], covered: int) -> None:
+    def seal(self, places: Mapping[str, EntryPlace], unsettled: Mapping[str, OpenEntry], covered: int) -> None:
         """Take over a sealed segment's entries; durable when this returns."""
         with self._env.begin(write=True) as txn:
             for name in [_OPEN + _name(key) for key in self.unsettled()]:

@@ -21,23 +21,23 @@ from antefix_billing.usage_record import UsageRecord
 _NUM_TENANTS_MAX = 100_000
 
 
-class Window(StrEnum):
+class LimitWindow(StrEnum):
     MINUTE = "minute"
     DAY = "day"
     MONTH = "month"
 
     def start(self, moment: datetime) -> datetime:
         moment = moment.replace(second=0, microsecond=0)
-        if self is Window.MINUTE:
+        if self is LimitWindow.MINUTE:
             return moment
         day = moment.replace(minute=0, hour=0)
-        return day if self is Window.DAY else day.replace(day=1)
+        return day if self is LimitWindow.DAY else day.replace(day=1)
 
     def end(self, moment: datetime) -> datetime:
         start = self.start(moment)
-        if self is Window.MINUTE:
+        if self is LimitWindow.MINUTE:
             return start + timedelta(minutes=1)
-        if self is Window.DAY:
+        if self is LimitWindow.DAY:
             return start + timedelta(days=1)
         # The 28th plus four days is in the next month, whatever the month.
         return (start.replace(day=28) + timedelta(days=4)).replace(day=1)
@@ -47,7 +47,7 @@ class Window(StrEnum):
 class Limit:
     """At most this much in one window; None is no limit. tokens: prompt and output together."""
 
-    window: Window
+    window: LimitWindow
     tokens: int | None = None
     money: Decimal | None = None
 
@@ -81,7 +81,7 @@ class Reservation:
 
 @dataclass(slots=True)
 class _Tenant:
-    windows: dict[Window, _Usage] = field(default_factory=dict)
+    windows: dict[LimitWindow, _Usage] = field(default_factory=dict)
     num_running: int = 0
 
 
@@ -157,7 +157,7 @@ class QuotaBook:
         """Nothing was used."""
         self.settle(reservation, tokens=0, money=Decimal(0))
 
-    def used(self, tenant: str, window: Window, now: datetime) -> tuple[int, Decimal]:
+    def used(self, tenant: str, window: LimitWindow, now: datetime) -> tuple[int, Decimal]:
         """Tokens and money used or reserved in the running window."""
         with self._mutex:
             usage = self._usage(tenant, window, now)
@@ -178,7 +178,7 @@ class QuotaBook:
     def _of(self, tenant: str) -> TenantLimits:
         return self._limits.get(tenant, self._default)
 
-    def _usage(self, tenant: str, window: Window, now: datetime) -> _Usage:
+    def _usage(self, tenant: str, window: LimitWindow, now: datetime) -> _Usage:
         windows = self._tenants.setdefault(tenant, _Tenant()).windows
         start = window.start(now)
         usage = windows.get(window)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from antefix.errors import ConfigError, Unauthenticated
-from antefix_billing.limits import Limit, TenantLimits, Window
+from antefix_billing.limits import Limit, LimitWindow, TenantLimits
 
 # ASCII's and Latin-1's: what a terminal obeys instead of showing it.
 CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -80,7 +80,7 @@ def _limits(table: dict[str, Any]) -> TenantLimits:
         if money is not None and not isinstance(money, str):
             raise ConfigError(f'money must be a string of digits, like "2.50"; is {money!r}')
         limit = Limit(
-            window=Window(row.pop("window")),
+            window=LimitWindow(row.pop("window")),
             tokens=None if tokens is None else int(tokens),
             money=None if money is None else Decimal(money),
         )

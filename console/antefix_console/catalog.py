@@ -29,7 +29,7 @@ class Command:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Role:
+class Service:
     """One service. load: its settings' class, and the function that serves until told to stop."""
 
     load: Callable[[], tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]]
@@ -195,20 +195,20 @@ COMMANDS: dict[str, Command] = {
         example="antefix doctor --json",
     ),
 }
-ROLES: dict[str, Role] = {
-    "kvstore": Role(
+ROLES: dict[str, Service] = {
+    "kvstore": Service(
         load=_kvstore_role,
         example="antefix serve kvstore --dir store --address 127.0.0.1:7001 --budget-bytes 200G",
     ),
-    "prefill": Role(
+    "prefill": Service(
         load=_prefill_role,
         example="antefix serve prefill --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001",
     ),
-    "decode": Role(
+    "decode": Service(
         load=_decode_role,
         example="antefix serve decode --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001",
     ),
-    "router": Role(
+    "router": Service(
         load=_router_role,
         example="antefix serve router --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001"
         " --prefill 127.0.0.1:7002 --decode 127.0.0.1:7003",

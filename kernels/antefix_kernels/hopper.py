@@ -1,4 +1,5 @@
-"""Where the Gluon kernels of attention_hopper and indexer_hopper run: an H100 or its like, a Triton that has Gluon.
+"""Whether the Gluon kernels (decode_attention_hopper, index_scores_hopper) run here: on an H100 or its like, in a
+Triton that has Gluon.
 
 They are the default there. ANTEFIX_GLUON=0 turns them off: the plain Triton kernels compute the same.
 """

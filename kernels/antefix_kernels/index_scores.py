@@ -30,8 +30,8 @@ _DECODE_PROGRAMS = 1584
 # Keys of a tile, queries of a product (prefill), warps, stages (prefill): measured best.
 _DECODE_TILE = (64, 1, 4, 1)
 _PREFILL_TILE = (128, 2, 4, 2)
-# The same for the kernels of indexer_hopper: twice the decode programs that a card holds at once, four a multiprocessor
-# with so many registers a thread, each with tiles of so many keys.
+# The same for the kernels of index_scores_hopper: twice the decode programs that a card holds at once, four per
+# multiprocessor with so many registers a thread, each with tiles of so many keys.
 _HOPPER_PROGRAMS = 1056
 _HOPPER_REGISTERS = 128
 _HOPPER_KEYS = 128

@@ -1,4 +1,4 @@
-"""Packed records to FP16 tiles in shared memory: the loading role of attention_hopper.py, and its prefetch.
+"""Packed records to FP16 tiles in shared memory: the loading role of decode_attention_hopper.py, and its prefetch.
 
 Two loaders of 4 warps take half of every tile each, not in step with one another. The entries of a query's list are
 compressed ones (selected: row t of slots; HCA: through the block table), then the window's.

@@ -26,7 +26,7 @@ from antefix.errors import AntefixError, Conflict, InvalidRequest, Overloaded
 from antefix.secret import Keyring
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import Settled, read_settled, sequence_before
-from antefix_billing.limits import QuotaBook, Reservation, Window
+from antefix_billing.limits import LimitWindow, QuotaBook, Reservation
 from antefix_billing.pricing import priced, worst_price
 from antefix_billing.ratecard import RateCards
 from antefix_billing.tenants import TenantBook
@@ -72,7 +72,7 @@ class Accounts:
             num_charged = sum(record.is_charged for record in crashed)
             log.warning("%d requests were cut off by the last stop; %d had output", len(crashed), num_charged)
         now = datetime.now(UTC)
-        after = sequence_before(ledger.directory, Window.MONTH.start(now).timestamp())
+        after = sequence_before(ledger.directory, LimitWindow.MONTH.start(now).timestamp())
         self._quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
 
     async def admit(self, request: Request, *, tenant: str, user: str) -> Bill:

@@ -28,7 +28,7 @@ LEAVES = tuple((0.5 + i * 0.618_033_988_75) % 1 for i in range(32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class PointOutcome:
     """One strategy at one point. stored_bytes: at that age.  *_saved_s: against a cold run of the same request."""
 
     strategy: str
@@ -49,7 +49,7 @@ class BreakEven:
     prefix_tokens: int
     disk_bytes_per_s: float
     age_s: float
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[PointOutcome, ...]
     continue_fastest: str
     continue_per_byte: str
     leave_fastest: str
@@ -122,7 +122,7 @@ def _planner(sizes: Sizes, machine: Machine) -> RestorePlanner:
     return RestorePlanner(sizes, rates)
 
 
-def _outcome(strategy: Strategy, tokens: int, age_s: float, planner: RestorePlanner, machine: Machine) -> Outcome:
+def _outcome(strategy: Strategy, tokens: int, age_s: float, planner: RestorePlanner, machine: Machine) -> PointOutcome:
     sizes = planner.sizes
     # 1. What the first request left, and what is still there.
     marks = strategy.at_prompt(PromptFacts(num_tokens=tokens, num_stored_blocks=0, resume_block=0), sizes)
@@ -145,7 +145,7 @@ def _outcome(strategy: Strategy, tokens: int, age_s: float, planner: RestorePlan
     # 2. The next turn, and requests that leave it inside.
     on = ttft_s(tokens, alive)
     left = [ttft_s(int(share * tokens), alive) for share in LEAVES]
-    return Outcome(
+    return PointOutcome(
         strategy=str(strategy),
         stored_bytes=stored,
         continue_ttft_s=on[0],
@@ -155,7 +155,7 @@ def _outcome(strategy: Strategy, tokens: int, age_s: float, planner: RestorePlan
     )
 
 
-def _row(tokens: int, disk: float, age_s: float, outcomes: tuple[Outcome, ...]) -> BreakEven:
+def _row(tokens: int, disk: float, age_s: float, outcomes: tuple[PointOutcome, ...]) -> BreakEven:
     def winner(values: Sequence[float]) -> str:
         best = max(values)
         # Within a thousandth is equal: then fewer bytes win.

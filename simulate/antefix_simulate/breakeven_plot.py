@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from antefix.errors import InvalidRequest
-from antefix_simulate.breakeven import STRATEGIES, BreakEven, Outcome, human_age
+from antefix_simulate.breakeven import STRATEGIES, BreakEven, PointOutcome, human_age
 from antefix_simulate.plot import check_path, load_pyplot
 
 NOTHING = "none"
@@ -53,7 +53,7 @@ def plot_break_even(rows: Sequence[BreakEven], path: Path) -> None:
         pyplot.close(figure)
 
 
-def saved_per_gb(outcome: Outcome, case: str) -> float:
+def saved_per_gb(outcome: PointOutcome, case: str) -> float:
     """Seconds against a cold run per stored GB."""
     saved: float = getattr(outcome, f"{case}_saved_s")
     return saved / max(outcome.stored_bytes, 1) * 1e9

@@ -36,7 +36,7 @@ from antefix_simulate.cluster_worker import Job, Memory, PrefillWorker
 from antefix_simulate.machine import Machine, carry_out
 from antefix_simulate.replay_result import percentile
 from antefix_simulate.simulated_store import SimStore, StoreLimits
-from antefix_simulate.trace import Request
+from antefix_simulate.trace import TraceRequest
 
 Progress = Callable[[int, int], None]
 
@@ -68,7 +68,7 @@ class Fleet:
 
 
 def simulate_cluster(
-    requests: Iterable[tuple[Request, int]],
+    requests: Iterable[tuple[TraceRequest, int]],
     *,
     total: int,
     unit_tokens: int,

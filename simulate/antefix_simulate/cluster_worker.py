@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from antefix_router.placement.backlog import Backlog
-from antefix_simulate.trace import Request
+from antefix_simulate.trace import TraceRequest
 
 
 @dataclass(slots=True, eq=False)
@@ -17,7 +17,7 @@ class Job:
     row: of the worker that has it; -1: none yet.
     """
 
-    request: Request
+    request: TraceRequest
     arrived_s: float
     names: list[int]
     claimed: list[int] = field(default_factory=list)

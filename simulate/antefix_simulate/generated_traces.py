@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from antefix.errors import InvalidRequest
-from antefix_simulate.trace import Request, Trace
+from antefix_simulate.trace import Trace, TraceRequest
 
 REQUESTS_MAX = 1_000_000
 
@@ -88,7 +88,7 @@ def generate(shape_name: str, *, num_requests: int, unit_tokens: int, seed: int 
     shape, rng = SHAPES[shape_name], random.Random(seed)
     fresh = itertools.count()
     preamble = [next(fresh) for _ in range(shape.preamble_tokens // unit_tokens)] if shape.shared_preamble else []
-    requests: list[Request] = []
+    requests: list[TraceRequest] = []
     start_s = 0.0
     while len(requests) < num_requests:
         start_s += rng.expovariate(shape.sessions_per_s)
@@ -112,12 +112,12 @@ class _Session:
         self.names = list(preamble)
         self.num_tokens = len(preamble) * unit_tokens
 
-    def requests(self, name: str, start_s: float) -> Iterator[Request]:
+    def requests(self, name: str, start_s: float) -> Iterator[TraceRequest]:
         at_s = start_s
         base = self._grow(self.shape.first_tokens)
         for _ in range(1 + int(self.rng.expovariate(1 / self.shape.turns))):
             output_tokens = 1 + int(self.rng.expovariate(1 / self.shape.output_tokens))
-            yield Request(
+            yield TraceRequest(
                 at_s=at_s,
                 num_tokens=self.num_tokens,
                 output_tokens=output_tokens,

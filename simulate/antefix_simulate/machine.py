@@ -86,7 +86,7 @@ def carry_out(machine: Machine, sizes: Sizes, plan: Plan, rng: random.Random) ->
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RateCard:
+class TokenPrices:
     """Dollars a million input tokens."""
 
     hit: float
@@ -97,7 +97,7 @@ class RateCard:
 
 
 # Off-peak prices of 2026; they have changed four times since April, so they are settings too.
-RATE_CARDS = {"v4-flash": RateCard(hit=0.003, miss=0.15), "v4-pro": RateCard(hit=0.022, miss=0.66)}
+RATE_CARDS = {"v4-flash": TokenPrices(hit=0.003, miss=0.15), "v4-pro": TokenPrices(hit=0.022, miss=0.66)}
 
 
 def _v4(first: LayerKind, num_layers: int) -> KVGeometry:

@@ -33,7 +33,7 @@ _WRONG = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Request:
+class TraceRequest:
     """at_s: arrival from the start of the trace.  names: complete units of the prompt, in order."""
 
     at_s: float
@@ -49,7 +49,7 @@ class Trace:
 
     name: str
     unit_tokens: int
-    requests: tuple[Request, ...]
+    requests: tuple[TraceRequest, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -74,7 +74,7 @@ def _load_mooncake(path: Path, block_size: int, spread_s: float) -> Trace:
     for where, row in _rows(path):
         try:
             requests.append(
-                Request(
+                TraceRequest(
                     at_s=_seconds(row["timestamp"]) / 1000,
                     num_tokens=int(row["input_length"]),
                     output_tokens=int(row["output_length"]),
@@ -88,7 +88,7 @@ def _load_mooncake(path: Path, block_size: int, spread_s: float) -> Trace:
 
 def _load_claude_code(path: Path, block_size: int, spread_s: float) -> Trace:
     rng = random.Random(0)
-    requests: list[Request] = []
+    requests: list[TraceRequest] = []
     unit = 0
     for index, (where, row) in enumerate(_rows(path)):
         try:
@@ -101,7 +101,7 @@ def _load_claude_code(path: Path, block_size: int, spread_s: float) -> Trace:
             start_s = rng.uniform(0, spread_s)
             for at_s, call in _calls(row["requests"], start_s):
                 requests.append(
-                    Request(
+                    TraceRequest(
                         at_s=at_s,
                         num_tokens=int(call["in"]),
                         output_tokens=int(call["out"]),
@@ -114,7 +114,7 @@ def _load_claude_code(path: Path, block_size: int, spread_s: float) -> Trace:
     return _trace(path, unit or block_size, requests)
 
 
-def _trace(path: Path, unit_tokens: int, requests: list[Request]) -> Trace:
+def _trace(path: Path, unit_tokens: int, requests: list[TraceRequest]) -> Trace:
     if not requests:
         raise InvalidRequest(f"{path.name} has no requests")
     requests.sort(key=lambda request: request.at_s)

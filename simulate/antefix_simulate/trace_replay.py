@@ -25,10 +25,10 @@ from antefix.window import (
     Turnover,
 )
 from antefix_simulate.habits import Habits
-from antefix_simulate.machine import Machine, RateCard, carry_out
+from antefix_simulate.machine import Machine, TokenPrices, carry_out
 from antefix_simulate.replay_result import StrategyResult, percentile
 from antefix_simulate.simulated_store import SimStore, StoreLimits
-from antefix_simulate.trace import Request, Trace
+from antefix_simulate.trace import Trace, TraceRequest
 
 # Progress is reported, expired checkpoints are swept and the bytes are looked at so many times in a run.
 _STEPS = 200
@@ -43,7 +43,7 @@ class Setup:
 
     sizes: Sizes
     machine: Machine
-    card: RateCard
+    card: TokenPrices
     limits: StoreLimits
     replay: bool = True
 
@@ -121,7 +121,7 @@ class _Run:
         self.turnover = Turnover()
         self.looked_s = -_LOOK_EVERY_S
 
-    def serve(self, request: Request) -> None:
+    def serve(self, request: TraceRequest) -> None:
         names, now_s = request.names, request.at_s
         # 1. What is stored of the prompt, and where window state is.
         self._look_at_store(now_s)
@@ -174,7 +174,7 @@ class _Run:
         self.tally.errors.append(self.planner.record(plan, timing.total_s))
         self.tally.ttft_s.append(timing.total_s)
 
-    def _count(self, request: Request, plan: Plan, num_units: int) -> None:
+    def _count(self, request: TraceRequest, plan: Plan, num_units: int) -> None:
         block_size = self.setup.sizes.block_size
         usable = min(num_units * self.unit_blocks, (request.num_tokens - 1) // block_size) * block_size
         hit = plan.resume_block * block_size - plan.replay_tokens
@@ -184,7 +184,7 @@ class _Run:
         self.tally.replayed_tokens += plan.replay_tokens
         self.tally.recomputed_tokens += usable - hit
 
-    def _write(self, request: Request, plan: Plan, num_units: int, checkpoints: tuple[int, ...]) -> None:
+    def _write(self, request: TraceRequest, plan: Plan, num_units: int, checkpoints: tuple[int, ...]) -> None:
         now_s, machine = request.at_s, self.setup.machine
         facts = PromptFacts(
             num_tokens=request.num_tokens,

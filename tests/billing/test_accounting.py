@@ -12,7 +12,7 @@ from antefix.block import as_tokens
 from antefix.errors import Conflict, InvalidRequest, Overloaded, QuotaExceeded, Unavailable
 from antefix.wire import Sampling
 from antefix_billing.ledger_files import read_settled
-from antefix_billing.limits import Limit, TenantLimits, Window
+from antefix_billing.limits import Limit, LimitWindow, TenantLimits
 from antefix_billing.pricing import priced
 from antefix_billing.ratecard import load_cards
 from antefix_billing.tenants import TenantBook, load_tenants
@@ -128,9 +128,9 @@ async def test_crash_after_crash_never_costs_more_than_the_dearest_attempt(tmp_p
 
 
 async def test_what_a_crash_was_charged_counts_against_the_quota(tmp_path, open_front):
-    tenants = TenantBook(limits={"acme": TenantLimits(limits=(Limit(window=Window.MONTH, tokens=10_000),))})
+    tenants = TenantBook(limits={"acme": TenantLimits(limits=(Limit(window=LimitWindow.MONTH, tokens=10_000),))})
     again = await crash_after(open_front, 2, tenants=tenants)
-    assert again.accounts._quotas.used("acme", Window.MONTH, datetime.now(UTC)) == (102, price_of(64, 36, 2))
+    assert again.accounts._quotas.used("acme", LimitWindow.MONTH, datetime.now(UTC)) == (102, price_of(64, 36, 2))
 
 
 @pytest.mark.parametrize(("fail_after", "held"), [(2, False), (0, False), (2, True)])
@@ -209,7 +209,7 @@ async def test_no_bill_no_answer(tmp_path, open_front, monkeypatch):
 
 
 async def test_quotas_hold_across_a_restart(tmp_path, open_front):
-    tenants = TenantBook(limits={"acme": TenantLimits(limits=(Limit(window=Window.MONTH, tokens=230),))})
+    tenants = TenantBook(limits={"acme": TenantLimits(limits=(Limit(window=LimitWindow.MONTH, tokens=230),))})
     front = open_front(Script(), tenants=tenants)
     await ask(front)
     await front.accounts.close()
@@ -218,11 +218,11 @@ async def test_quotas_hold_across_a_restart(tmp_path, open_front):
     with pytest.raises(QuotaExceeded) as caught:
         await ask(again)
     assert 0 < caught.value.retry_after_s <= 31 * 86400
-    assert again.accounts._quotas.used("acme", Window.MONTH, datetime.now(UTC))[0] == 206
+    assert again.accounts._quotas.used("acme", LimitWindow.MONTH, datetime.now(UTC))[0] == 206
 
 
 async def test_budgets_hold_for_requests_at_once(open_front):
-    tenants = TenantBook(limits={"acme": TenantLimits(limits=(Limit(window=Window.MONTH, tokens=500),))})
+    tenants = TenantBook(limits={"acme": TenantLimits(limits=(Limit(window=LimitWindow.MONTH, tokens=500),))})
     front = open_front(Script(pause_s=0.01), tenants=tenants)
     results = await asyncio.gather(*(ask(front) for _ in range(10)), return_exceptions=True)
     assert sum(isinstance(result, QuotaExceeded) for result in results) == 6

@@ -51,7 +51,8 @@ class World:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             cwd=Path(__file__).parents[2],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            # For `tests`; the packages themselves are where they are for us.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[2]), *sys.path))},
         )
         line = await self.process.stdout.readline()
         self.client = RouterClient(json.loads(line)["address"])

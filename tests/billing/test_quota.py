@@ -6,7 +6,7 @@ import pytest
 
 from antefix.errors import Overloaded, QuotaExceeded
 from antefix_billing import limits as quota
-from antefix_billing.limits import Limit, QuotaBook, TenantLimits, Window
+from antefix_billing.limits import Limit, LimitWindow, QuotaBook, TenantLimits
 from tests.billing.usage_records import NOW_US, record
 
 NOW = datetime(2026, 9, 22, 12, 30, 15, tzinfo=UTC)
@@ -17,7 +17,7 @@ def book(**limits):
 
 
 def test_a_request_that_may_pass_the_limit_is_refused_with_the_time_to_wait():
-    quotas = book(window=Window.DAY, tokens=1000)
+    quotas = book(window=LimitWindow.DAY, tokens=1000)
     quotas.reserve("acme", tokens=900, money=Decimal(0), now=NOW)
     with pytest.raises(QuotaExceeded) as caught:
         quotas.reserve("acme", tokens=200, money=Decimal(0), now=NOW)
@@ -25,15 +25,15 @@ def test_a_request_that_may_pass_the_limit_is_refused_with_the_time_to_wait():
 
 
 def test_what_was_not_used_is_given_back():
-    quotas = book(window=Window.DAY, tokens=1000)
+    quotas = book(window=LimitWindow.DAY, tokens=1000)
     reservation = quotas.reserve("acme", tokens=900, money=Decimal(0), now=NOW)
     quotas.settle(reservation, tokens=100, money=Decimal(0))
     quotas.reserve("acme", tokens=900, money=Decimal(0), now=NOW)
-    assert quotas.used("acme", Window.DAY, NOW) == (1000, 0)
+    assert quotas.used("acme", LimitWindow.DAY, NOW) == (1000, 0)
 
 
 def test_money_has_its_own_limit():
-    quotas = book(window=Window.MONTH, money=Decimal("0.10"))
+    quotas = book(window=LimitWindow.MONTH, money=Decimal("0.10"))
     quotas.reserve("acme", tokens=10**9, money=Decimal("0.09"), now=NOW)
     with pytest.raises(QuotaExceeded, match="budget"):
         quotas.reserve("acme", tokens=1, money=Decimal("0.02"), now=NOW)
@@ -41,7 +41,11 @@ def test_money_has_its_own_limit():
 
 @pytest.mark.parametrize(
     ("window", "later"),
-    [(Window.MINUTE, timedelta(seconds=50)), (Window.DAY, timedelta(hours=12)), (Window.MONTH, timedelta(days=9))],
+    [
+        (LimitWindow.MINUTE, timedelta(seconds=50)),
+        (LimitWindow.DAY, timedelta(hours=12)),
+        (LimitWindow.MONTH, timedelta(days=9)),
+    ],
 )
 def test_a_new_window_starts_at_zero(window, later):
     quotas = book(window=window, tokens=100)
@@ -63,25 +67,29 @@ def test_requests_at_a_time_are_limited_and_tenants_do_not_share():
 
 def test_a_refused_request_reserves_nothing():
     quotas = QuotaBook(
-        {"acme": TenantLimits(limits=(Limit(window=Window.DAY, tokens=1000), Limit(window=Window.MONTH, tokens=500)))}
+        {
+            "acme": TenantLimits(
+                limits=(Limit(window=LimitWindow.DAY, tokens=1000), Limit(window=LimitWindow.MONTH, tokens=500))
+            )
+        }
     )
     with pytest.raises(QuotaExceeded):
         quotas.reserve("acme", tokens=600, money=Decimal(0), now=NOW)
-    assert quotas.used("acme", Window.DAY, NOW)[0] == 0
+    assert quotas.used("acme", LimitWindow.DAY, NOW)[0] == 0
 
 
 def test_counts_come_back_from_the_ledger():
     now = datetime.fromtimestamp(NOW_US // 1_000_000, tz=UTC)
-    quotas = book(window=Window.DAY, tokens=500)
+    quotas = book(window=LimitWindow.DAY, tokens=500)
     records = [record("a"), record("b"), record("old", started_us=NOW_US - 90_000_000_000)]
     quotas.restore(records, now)
-    assert quotas.used("acme", Window.DAY, now) == (420, Decimal("0.000002"))
+    assert quotas.used("acme", LimitWindow.DAY, now) == (420, Decimal("0.000002"))
     with pytest.raises(QuotaExceeded):
         quotas.reserve("acme", tokens=100, money=Decimal(0), now=now)
 
 
 def test_limits_hold_under_concurrency():
-    quotas = book(window=Window.DAY, tokens=10_000, money=Decimal("1"))
+    quotas = book(window=LimitWindow.DAY, tokens=10_000, money=Decimal("1"))
     peak, admitted, errors = [0], [0], []
     mutex = threading.Lock()
 
@@ -93,7 +101,7 @@ def test_limits_hold_under_concurrency():
                 continue
             with mutex:
                 admitted[0] += 1
-                peak[0] = max(peak[0], quotas.used("acme", Window.DAY, NOW)[0])
+                peak[0] = max(peak[0], quotas.used("acme", LimitWindow.DAY, NOW)[0])
             quotas.settle(held, tokens=31, money=Decimal("0.0005"))
         errors.append(None)
 
@@ -104,13 +112,13 @@ def test_limits_hold_under_concurrency():
         thread.join()
     assert len(errors) == 8
     assert peak[0] <= 10_000
-    assert quotas.used("acme", Window.DAY, NOW) == (31 * admitted[0], Decimal("0.0005") * admitted[0])
+    assert quotas.used("acme", LimitWindow.DAY, NOW) == (31 * admitted[0], Decimal("0.0005") * admitted[0])
     assert 10_000 - 97 < 31 * admitted[0] <= 10_000
 
 
 def test_names_that_count_nothing_any_more_are_forgotten(monkeypatch):
     monkeypatch.setattr(quota, "_NUM_TENANTS_MAX", 10)
-    quotas = QuotaBook({}, default=TenantLimits(limits=(Limit(window=Window.MINUTE, tokens=100),)))
+    quotas = QuotaBook({}, default=TenantLimits(limits=(Limit(window=LimitWindow.MINUTE, tokens=100),)))
     for number in range(10):
         quotas.settle(quotas.reserve(f"t{number}", tokens=5, money=Decimal(0), now=NOW), tokens=5, money=Decimal(0))
     with pytest.raises(Overloaded):

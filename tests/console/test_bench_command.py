@@ -22,7 +22,7 @@ def test_a_wrong_option_is_refused_before_anything_runs(options: list[str], caps
 def test_an_installed_package_says_where_benchmarks_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "_ROOT", tmp_path)
+    monkeypatch.setattr(bench, "CHECKOUT", tmp_path)
     assert main(["bench", "store"]) == 2
     assert "part of a checkout" in capsys.readouterr().err
 

@@ -15,15 +15,15 @@ from antefix.window import RestorePlanner
 from antefix_console.verify import suite as suite_module
 from antefix_console.verify.compare import Difference, compare
 from antefix_console.verify.models import PLANS, load_subject, random_subject
-from antefix_console.verify.paired_runs import Workers, run_cold
-from antefix_console.verify.suite import Plan, Suite
+from antefix_console.verify.paired_runs import WorkerPair, run_cold
+from antefix_console.verify.suite import Coverage, Suite
 from antefix_console.verify.verdict import Case, Report
 from antefix_prefill.worker.compute_thread import ComputeThread
 from tests.engines import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("full", "boundary", "auto", "zero", "periodic(40)")
-SMALL = Plan(num_blocks=5, num_output_blocks=2, num_forks=1, num_handoffs=3, bounded_windows=(1,), every_pair=False)
+SMALL = Coverage(num_blocks=5, num_output_blocks=2, num_forks=1, num_handoffs=3, bounded_windows=(1,), every_pair=False)
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,9 @@ def test_every_exact_hit_of_a_random_model_is_bit_identical(name, kv_format):
 
 
 def test_the_shipped_models_hits_are_bit_identical():
-    plan = Plan(num_blocks=4, num_output_blocks=1, num_forks=1, num_handoffs=2, bounded_windows=(), every_pair=False)
+    plan = Coverage(
+        num_blocks=4, num_output_blocks=1, num_forks=1, num_handoffs=2, bounded_windows=(), every_pair=False
+    )
     report = verified(load_subject(ROOT / "models" / "antefix-tiny", KVFormat.FP8), plan, ("auto", "zero"))
     assert report.total.bit_identical == report.total.cases >= 15
 
@@ -67,7 +69,9 @@ def test_a_replay_that_is_one_block_short_is_caught(monkeypatch):
         return plain(self, stored, block, kind, replay_tokens // 2)
 
     monkeypatch.setattr(RestorePlanner, "_replay", short)
-    plan = Plan(num_blocks=9, num_output_blocks=1, num_forks=0, num_handoffs=0, bounded_windows=(), every_pair=False)
+    plan = Coverage(
+        num_blocks=9, num_output_blocks=1, num_forks=0, num_handoffs=0, bounded_windows=(), every_pair=False
+    )
     report = verified(subject, plan, ("zero",))
     assert not report.ok
     assert report.total.failed > 0 and report.total.max_error > 0
@@ -82,7 +86,9 @@ def test_a_checkpoint_of_another_boundary_is_caught():
             return self.records[other[0]] if kind == 2 else None
 
     report = Report()
-    plan = Plan(num_blocks=4, num_output_blocks=1, num_forks=0, num_handoffs=0, bounded_windows=(), every_pair=False)
+    plan = Coverage(
+        num_blocks=4, num_output_blocks=1, num_forks=0, num_handoffs=0, bounded_windows=(), every_pair=False
+    )
     subject = random_subject("pro", KVFormat.FP8)
     asyncio.run(Suite(subject, Mixed(), plan, report, lambda _: None).run(("full",)))
     tally = report.by_plan["full"]["checkpoint"]
@@ -91,7 +97,7 @@ def test_a_checkpoint_of_another_boundary_is_caught():
 
 def test_a_flipped_bit_is_a_difference_and_says_where():
     subject = random_subject("pro", KVFormat.FP8)
-    workers = Workers(subject, ComputeThread("test"), 64)
+    workers = WorkerPair(subject, ComputeThread("test"), 64)
     tokens = np.arange(40, dtype=np.uint32)
     one, two = (asyncio.run(run_cold(workers, tokens)) for _ in range(2))
     assert compare(one, two) == Difference(identical=True)

@@ -12,9 +12,9 @@ from antefix.layout import KVFormat
 from antefix.model import WindowState
 from antefix_console.commands import verify as command
 from antefix_console.verify.card import against_cpu, typical_difference
-from antefix_console.verify.compare import Outcome, compare
+from antefix_console.verify.compare import RunOutcome, compare
 from antefix_console.verify.models import random_subject
-from antefix_console.verify.paired_runs import Workers
+from antefix_console.verify.paired_runs import WorkerPair
 from antefix_console.verify.suite import Backend
 from antefix_prefill.worker.compute_thread import ComputeThread
 
@@ -33,7 +33,7 @@ def test_one_wild_token_is_told_apart_from_many_wrong_ones() -> None:
 
 def test_a_device_that_computes_the_same_is_identical() -> None:
     subject = random_subject("pro", KVFormat.FP8)
-    workers = Workers(subject, ComputeThread("test"), 16)
+    workers = WorkerPair(subject, ComputeThread("test"), 16)
     assert against_cpu(workers, np.arange(40, dtype=np.uint32)).identical
     workers.compute.close()
 
@@ -45,7 +45,7 @@ def test_tails_and_infinite_gates_are_compared() -> None:
     two.main[1].tail[0, 0, 0] = 0.5
     one.main[1].tail[0, 0, 0] = 0.5 + 2**-20
     rows, logits = torch.zeros(1, layout.block_bytes, dtype=torch.uint8), np.ones(4, np.float32)
-    found = compare(*(Outcome(logits=logits, rows=rows, window=window) for window in (one, two)))
+    found = compare(*(RunOutcome(logits=logits, rows=rows, window=window) for window in (one, two)))
     assert not found.identical and "main tail, layer 1" in found.where
     assert 0 < found.error < 1e-5
 

@@ -69,6 +69,23 @@ def test_more_blocks_than_it_may_hold_are_not_half_known():
     assert feed.num_leading(KEYS) is None
 
 
+async def test_a_store_with_too_many_blocks_is_not_asked_for_a_snapshot_again_and_again(monkeypatch):
+    monkeypatch.setattr("antefix.events.follower._RETRY_S", 0.0)
+    cursors = []
+
+    async def watch(cursor):
+        cursors.append(cursor)
+        for each in snapshot():
+            yield each
+
+    feed = StoreFeed(watch, fingerprint=FINGERPRINT, num_blocks_max=3)
+    feed.start()
+    await until(lambda: cursors)
+    await asyncio.sleep(0.1)
+    assert cursors == [None] and not feed.in_step
+    await feed.close()
+
+
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 10)), max_size=30))
 def test_the_feed_is_the_store_after_every_event(steps):
     feed, stored, number = feed_of(*snapshot_batches(Cursor(epoch=b"e"), ())), 0, 0

@@ -16,7 +16,7 @@ from antefix_simulate.cluster_result import RECOVERY_S
 from antefix_simulate.cluster_worker import Job, Memory
 from antefix_simulate.generated_traces import generate
 from antefix_simulate.machine import Machine, model_sizes
-from antefix_simulate.trace import Request, Trace
+from antefix_simulate.trace import Trace, TraceRequest
 
 SIZES = model_sizes("v4-flash")
 STRATEGY = parse("auto")
@@ -54,7 +54,7 @@ def started(trace, **changes):
 def twins(count, num_tokens=20_480, gap_s=0.01):
     names = np.arange(num_tokens // 512)
     requests = tuple(
-        Request(at_s=i * gap_s, num_tokens=num_tokens + 1, output_tokens=5, names=names) for i in range(count)
+        TraceRequest(at_s=i * gap_s, num_tokens=num_tokens + 1, output_tokens=5, names=names) for i in range(count)
     )
     return Trace(name="twins", unit_tokens=512, requests=requests)
 

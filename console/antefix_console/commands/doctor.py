@@ -17,7 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "grpcio", "protobuf", "lmdb", "zstandard", "xxhash", "numpy", "safetensors", "redis")
+PACKAGES = ("grpcio", "protobuf", "lmdb", "zstandard", "xxhash", "numpy", "redis")
+# What prefill and decode need; a host that runs a router or a store has no use for them.
+WORKER_PACKAGES = ("torch", "safetensors")
 _PROBE_BYTES = 64 << 20
 # Below this a durable put of one V4-Flash block (450 KB) takes longer than computing it on a fast GPU.
 _DISK_WRITE_MIN = 50e6
@@ -39,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    findings = [_python(), *_packages(), _arithmetic(), _gpu(), _disk(args.data_dir), _open_files()]
+    findings = [_python(), *_packages()]
+    if importlib.util.find_spec("torch") is not None:
+        findings += [_arithmetic(), _gpu()]
+    findings += [_disk(args.data_dir), _open_files()]
     failed = [finding for finding in findings if finding.status == "fail"]
     if args.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
@@ -60,7 +65,13 @@ def _packages() -> list[Finding]:
         try:
             findings.append(Finding(check=name, status="ok", detail=importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding(check=name, status="fail", detail="not installed", advice="run `make setup`"))
+            findings.append(Finding(check=name, status="fail", detail="not installed", advice="pip install antefix"))
+    for name in WORKER_PACKAGES:
+        try:
+            findings.append(Finding(check=name, status="ok", detail=importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            detail = "not installed: no prefill or decode worker can run here"
+            findings.append(Finding(check=name, status="warn", detail=detail, advice="pip install 'antefix[worker]'"))
     return findings
 
 

@@ -26,7 +26,7 @@ from antefix.window_pool.open_pool import MEMORY
 from antefix_console import shipped
 from antefix_console.commands.prompt_text import given_text, read_text
 from antefix_console.explain.answer import Explanation, explain
-from antefix_console.explain.block_evidence import Names, State, gather, holdings
+from antefix_console.explain.block_evidence import NamedChain, State, gather, holdings
 from antefix_console.explain.text import lines
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
@@ -130,7 +130,7 @@ class Whose:
     bounded_windows: int
     arithmetic: str
 
-    def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> Names:
+    def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> NamedChain:
         exactness = exactness_of(self.bounded_windows, self.arithmetic)
         digest = self.identity.fingerprint(self.kv_format, namespace=self.namespace, exactness=exactness).digest
         chain = chain_of(
@@ -139,7 +139,7 @@ class Whose:
             key=keyring.key(self.tenant),
             block_size=self.identity.geometry.block_size,
         )
-        return Names(label=differs, fingerprint=digest, hashes=chain.hashes)
+        return NamedChain(label=differs, fingerprint=digest, hashes=chain.hashes)
 
 
 def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
@@ -168,7 +168,7 @@ def _tenant(args: argparse.Namespace, tenant: str) -> str:
     return f"{tenant}\x1f{args.user}" if args.user else tenant
 
 
-async def _pooled(args: argparse.Namespace, names: Names, num_stored: int) -> tuple[tuple[int, ...] | None, str]:
+async def _pooled(args: argparse.Namespace, names: NamedChain, num_stored: int) -> tuple[tuple[int, ...] | None, str]:
     """The boundary nearest to the stored prefix' end that the window pool has, None if there is no pool; and why a pool
     did not answer.
     """

@@ -18,7 +18,7 @@ from antefix_console.commands import simulate_cluster as cluster_cli
 from antefix_simulate.breakeven import break_even, break_even_text
 from antefix_simulate.breakeven_plot import plot_break_even
 from antefix_simulate.generated_traces import SHAPES, generate
-from antefix_simulate.machine import RATE_CARDS, Machine, RateCard, model_sizes
+from antefix_simulate.machine import RATE_CARDS, Machine, TokenPrices, model_sizes
 from antefix_simulate.plot import check_path, plot
 from antefix_simulate.replay_result import Simulation
 from antefix_simulate.result_table import LEGEND, as_text
@@ -162,10 +162,10 @@ def _machine(args: argparse.Namespace) -> Machine:
     )
 
 
-def _card(args: argparse.Namespace) -> RateCard:
+def _card(args: argparse.Namespace) -> TokenPrices:
     card = RATE_CARDS.get(args.model, RATE_CARDS["v4-flash"])
     hit, miss = args.hit_price, args.miss_price
-    return RateCard(hit=card.hit if hit is None else hit, miss=card.miss if miss is None else miss)
+    return TokenPrices(hit=card.hit if hit is None else hit, miss=card.miss if miss is None else miss)
 
 
 def _add_number(parser: argparse.ArgumentParser, flag: str, default: float | None, text: str) -> None:

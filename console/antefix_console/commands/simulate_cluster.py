@@ -19,7 +19,7 @@ from antefix_simulate.cluster_result import ClusterSimulation, PolicyResult, clu
 from antefix_simulate.machine import Machine
 from antefix_simulate.plot import SUFFIXES, load_pyplot
 from antefix_simulate.simulated_store import StoreLimits
-from antefix_simulate.trace import Request, Trace
+from antefix_simulate.trace import Trace, TraceRequest
 
 WORKERS_MAX = 1000
 UNIT_TOKENS = 512
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) 
     return 0
 
 
-def copies(trace: Trace, num_copies: int, speedup: float) -> Iterator[tuple[Request, int]]:
+def copies(trace: Trace, num_copies: int, speedup: float) -> Iterator[tuple[TraceRequest, int]]:
     """The requests of all copies in order of arrival, each with what its copy adds to the names."""
     rng = random.Random(0)
     shifts = [0.0, *(rng.uniform(0, _COPY_SHIFT_S) for _ in range(num_copies - 1))]

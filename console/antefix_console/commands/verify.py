@@ -23,28 +23,28 @@ from antefix.store.client import LocalStore
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_console.verify.models import PLANS, Subject, load_subject, random_subject
-from antefix_console.verify.suite import Backend, Plan, Suite
+from antefix_console.verify.suite import Backend, Coverage, Suite
 from antefix_console.verify.verdict import Report, Tally
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
 # Blocks have 12 to 128 tokens in the random models and 64 in the shipped one. Short ones are also decoded whole.
 # Nine blocks: an exact replay of the shipped model is seven long, so the last ones start inside the document.
-SHORT_SHIPPED = Plan(
+SHORT_SHIPPED = Coverage(
     num_blocks=9, num_output_blocks=0, num_forks=1, num_handoffs=2, bounded_windows=(1,), every_pair=False, stride=4
 )
-SHORT_RANDOM = Plan(
+SHORT_RANDOM = Coverage(
     num_blocks=7, num_output_blocks=1, num_forks=1, num_handoffs=4, bounded_windows=(1, 2), every_pair=False
 )
-SHORT_LARGE_BLOCKS = Plan(
+SHORT_LARGE_BLOCKS = Coverage(
     num_blocks=3, num_output_blocks=0, num_forks=1, num_handoffs=3, bounded_windows=(1,), every_pair=False
 )
-LONG_SHIPPED = Plan(
+LONG_SHIPPED = Coverage(
     num_blocks=24, num_output_blocks=2, num_forks=4, num_handoffs=16, bounded_windows=(1, 2, 4), every_pair=True
 )
-LONG_RANDOM = Plan(
+LONG_RANDOM = Coverage(
     num_blocks=24, num_output_blocks=3, num_forks=6, num_handoffs=32, bounded_windows=(1, 2, 4), every_pair=True
 )
-LONG_LARGE_BLOCKS = Plan(
+LONG_LARGE_BLOCKS = Coverage(
     num_blocks=10, num_output_blocks=1, num_forks=4, num_handoffs=16, bounded_windows=(1, 2, 4), every_pair=True
 )
 _LARGE_BLOCK = 64
@@ -96,7 +96,7 @@ def strategies_of(subject: Subject) -> tuple[str, ...]:
 
 
 async def _verify(
-    subjects: Iterator[tuple[Subject, Plan]], backend: Backend, scratch: Path, progress: _Progress
+    subjects: Iterator[tuple[Subject, Coverage]], backend: Backend, scratch: Path, progress: _Progress
 ) -> Report:
     report = Report()
     async with _store_service(scratch) as store:
@@ -105,7 +105,9 @@ async def _verify(
     return report
 
 
-def _subjects(model: Path | None, is_long: bool, device: str, plans: Sequence[str]) -> Iterator[tuple[Subject, Plan]]:
+def _subjects(
+    model: Path | None, is_long: bool, device: str, plans: Sequence[str]
+) -> Iterator[tuple[Subject, Coverage]]:
     """Loaded as they are needed. Short: each plan in one format, the formats in turn; the model in the served one.
 
     On a card all in FP8, the format that its kernels know.

@@ -29,7 +29,7 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class RecordPlace:
     """Where a record lies, and until when. expires_s, pinned_s: from now, 0 for never; negative: since then."""
 
     segment: int
@@ -51,8 +51,8 @@ class BlockEvidence:
     index: int
     hash: bytes
     state: State
-    place: Place | None = None
-    checkpoint: Place | None = None
+    place: RecordPlace | None = None
+    checkpoint: RecordPlace | None = None
     checkpoint_lost: str = ""
     detail: str = ""
 
@@ -66,7 +66,7 @@ class Holdings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Names:
+class NamedChain:
     """A prompt's names under one fingerprint. label: what the fingerprint stands for, for people."""
 
     label: str
@@ -75,7 +75,12 @@ class Names:
 
 
 def gather(
-    directory: Path, names: Names, others: Sequence[Names] = (), *, log: Path | None = None, check: bool = False
+    directory: Path,
+    names: NamedChain,
+    others: Sequence[NamedChain] = (),
+    *,
+    log: Path | None = None,
+    check: bool = False,
 ) -> list[BlockEvidence]:
     """Evidence of each block of the prompt, in order.
 
@@ -111,7 +116,7 @@ def _block(
     reader: StoreReader,
     txn: Any,
     number: int,
-    names: Names,
+    names: NamedChain,
     known: frozenset[bytes],
     broken: Mapping[int, str],
     now_ms: int,
@@ -154,7 +159,7 @@ def _missing(directory: Path, number: int, name: bytes, known: frozenset[bytes])
     return BlockEvidence(index=number, hash=name, state=state, detail=detail)
 
 
-def _checkpoint(index: Index, txn: Any, name: bytes, names: Names, now_ms: int) -> tuple[Place | None, str]:
+def _checkpoint(index: Index, txn: Any, name: bytes, names: NamedChain, now_ms: int) -> tuple[RecordPlace | None, str]:
     """The checkpoint after a block, or why the one that is on record is of no use."""
     entry = index.entry(txn, RecordKind.CHECKPOINT, name)
     if entry is None:
@@ -175,8 +180,8 @@ def human_s(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _place(entry: IndexEntry, now_ms: int) -> Place:
-    return Place(
+def _place(entry: IndexEntry, now_ms: int) -> RecordPlace:
+    return RecordPlace(
         segment=entry.segment,
         offset=entry.offset,
         stored_bytes=entry.stored_bytes,
@@ -187,7 +192,7 @@ def _place(entry: IndexEntry, now_ms: int) -> Place:
     )
 
 
-def _check(reader: StoreReader, names: Names) -> dict[int, str]:
+def _check(reader: StoreReader, names: NamedChain) -> dict[int, str]:
     """Read every block that can be located; those that are not what they should be, by number."""
     broken: dict[int, str] = {}
     for number, name in enumerate(names.hashes):
@@ -207,7 +212,7 @@ def _stored_once(hashes: Sequence[bytes], log: Path) -> frozenset[bytes]:
     return frozenset(wanted[event.hash] for event in events if event.hash in wanted)
 
 
-def _elsewhere(index: Index, txn: Any, others: Sequence[Names], now_ms: int) -> dict[int, str]:
+def _elsewhere(index: Index, txn: Any, others: Sequence[NamedChain], now_ms: int) -> dict[int, str]:
     """Blocks that another fingerprint has, by number, with that fingerprint's label."""
     found: dict[int, str] = {}
     for names in others:

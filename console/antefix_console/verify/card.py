@@ -13,10 +13,10 @@ from antefix.model import BlockPool, Model, Sequence, WindowState, forward
 from antefix.model.backend import make_backend
 from antefix.model.ops import Ops, TorchOps
 from antefix_console.verify.compare import Difference
-from antefix_console.verify.paired_runs import Workers
+from antefix_console.verify.paired_runs import WorkerPair
 
 
-def against_cpu(workers: Workers, tokens: Tokens) -> Difference:
+def against_cpu(workers: WorkerPair, tokens: Tokens) -> Difference:
     """The median over tokens of the largest difference of a logit, relative to the largest logit."""
     model = workers.subject.model
     num_blocks = -(-len(tokens) // workers.subject.block_size)

@@ -1,6 +1,6 @@
 """Two outcomes of one prompt: the same bits, or how far apart and where.
 
-Errors are relative to the largest absolute value of the same kind in the cold run. Shapes: see `Outcome`.
+Errors are relative to the largest absolute value of the same kind in the cold run. Shapes: see `RunOutcome`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from antefix_prefill.worker.engine import Engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Outcome:
+class RunOutcome:
     """All that a prompt leaves. logits: [V] float32 of the last token.  rows: [blocks, block_bytes] uint8."""
 
     logits: npt.NDArray[np.float32]
@@ -27,7 +27,7 @@ class Outcome:
     window: WindowState
 
     @classmethod
-    def of(cls, engine: Engine, sequence: Sequence, logits: npt.NDArray[np.float32]) -> Outcome:
+    def of(cls, engine: Engine, sequence: Sequence, logits: npt.NDArray[np.float32]) -> RunOutcome:
         rows = engine.pool.rows[sequence.block_table].clone()
         return cls(logits=logits.copy(), rows=rows, window=sequence.window.clone())
 
@@ -41,7 +41,7 @@ class Difference:
     where: str = ""
 
 
-def compare(cold: Outcome, hit: Outcome) -> Difference:
+def compare(cold: RunOutcome, hit: RunOutcome) -> Difference:
     """How `hit` differs from `cold`; outcomes of other lengths are as different as can be."""
     if cold.rows.shape != hit.rows.shape or cold.window.position != hit.window.position:
         return Difference(identical=False, error=float("inf"), where="length")

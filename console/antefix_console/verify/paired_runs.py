@@ -15,7 +15,7 @@ from antefix.model.backend import make_backend
 from antefix.secret import Keyring
 from antefix.store.api import Store
 from antefix.window import Decision, PlanKind, Rates, RestorePlanner, Sizes, StoredPrefix, parse
-from antefix_console.verify.compare import Outcome
+from antefix_console.verify.compare import RunOutcome
 from antefix_console.verify.models import Subject
 from antefix_console.verify.stores import EmptyStore
 from antefix_decode.adopt import adopt, take_handoff
@@ -45,7 +45,7 @@ class FixedPlanner(RestorePlanner):
 
 
 @dataclass(slots=True)
-class Workers:
+class WorkerPair:
     """Makes one worker after another over a loaded model: nothing is in the memory of a new one.
 
     kernels, reproducible: as a worker's settings of these names.
@@ -92,23 +92,23 @@ class Workers:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Restored:
+class RestoredRun:
     """What a prompt left, and how it was restored ("cold", "checkpoint", "replay", "bounded-K")."""
 
-    outcome: Outcome
+    outcome: RunOutcome
     plan: str
     hit_tokens: int
 
 
-async def run(engine: Engine, tokens: Tokens) -> Restored:
+async def run(engine: Engine, tokens: Tokens) -> RestoredRun:
     """Restore, compute, store. The pool is empty again afterwards."""
     computed = await run_prompt(engine, prompt_of(engine, tokens))
-    outcome = Outcome.of(engine, computed.sequence, computed.logits)
+    outcome = RunOutcome.of(engine, computed.sequence, computed.logits)
     engine.blocks.release(computed.sequence.block_table)
-    return Restored(outcome=outcome, plan=computed.report.plan, hit_tokens=computed.report.hit_tokens)
+    return RestoredRun(outcome=outcome, plan=computed.report.plan, hit_tokens=computed.report.hit_tokens)
 
 
-async def run_cold(workers: Workers, tokens: Tokens) -> Outcome:
+async def run_cold(workers: WorkerPair, tokens: Tokens) -> RunOutcome:
     """The prompt with no store behind it."""
     return (await run(workers.new(EmptyStore(), len(tokens)), tokens)).outcome
 
@@ -150,7 +150,7 @@ async def step(engine: Engine, sequence: Sequence, token: int) -> npt.NDArray[np
     return logits
 
 
-async def hand_over(workers: Workers, store: Store, tokens: Tokens, next_token: int) -> Outcome | None:
+async def hand_over(workers: WorkerPair, store: Store, tokens: Tokens, next_token: int) -> RunOutcome | None:
     """Prefill in one worker, adopt in another, run one token more there; None where a part did not come through."""
     prefill = workers.new(store, len(tokens))
     computed = await run_prompt(prefill, prompt_of(prefill, tokens))
@@ -167,16 +167,16 @@ async def hand_over(workers: Workers, store: Store, tokens: Tokens, next_token: 
     return await _one_more(decode, adopted.sequence, next_token)
 
 
-async def cold_and_one_more(workers: Workers, tokens: Tokens, next_token: int) -> Outcome:
+async def cold_and_one_more(workers: WorkerPair, tokens: Tokens, next_token: int) -> RunOutcome:
     """What `hand_over` must equal: one worker, no store."""
     engine = workers.new(EmptyStore(), len(tokens) + 1)
     computed = await run_prompt(engine, prompt_of(engine, tokens))
     return await _one_more(engine, computed.sequence, next_token)
 
 
-async def _one_more(engine: Engine, sequence: Sequence, token: int) -> Outcome:
+async def _one_more(engine: Engine, sequence: Sequence, token: int) -> RunOutcome:
     logits = await step(engine, sequence, token)
-    outcome = Outcome.of(engine, sequence, logits)
+    outcome = RunOutcome.of(engine, sequence, logits)
     engine.blocks.release(sequence.block_table)
     return outcome
 

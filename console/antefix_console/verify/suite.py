@@ -22,11 +22,11 @@ from antefix.record import LookupResult
 from antefix.store.api import Store
 from antefix.window import PlanKind
 from antefix_console.verify.card import against_cpu
-from antefix_console.verify.compare import Difference, Outcome, compare
+from antefix_console.verify.compare import Difference, RunOutcome, compare
 from antefix_console.verify.models import Subject
 from antefix_console.verify.paired_runs import (
-    Restored,
-    Workers,
+    RestoredRun,
+    WorkerPair,
     cold_and_one_more,
     generate,
     hand_over,
@@ -69,7 +69,7 @@ CPU = Backend()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Coverage:
     """How much is verified of one model. Counts are of blocks, tokens or prompts.
 
     bounded_windows: which k of bounded replay.
@@ -98,7 +98,7 @@ class Suite:
         self,
         subject: Subject,
         store: Store,
-        plan: Plan,
+        plan: Coverage,
         report: Report,
         progress: Callable[[str], None],
         backend: Backend = CPU,
@@ -109,8 +109,8 @@ class Suite:
         self._report = report
         self._progress = progress
         self._random = np.random.default_rng(plan.seed)
-        self._cold: tuple[bytes, Outcome] | None = None
-        self._workers = Workers(
+        self._cold: tuple[bytes, RunOutcome] | None = None
+        self._workers = WorkerPair(
             subject, ComputeThread("verify"), plan.prefill_chunk, backend.kernels, backend.reproducible
         )
         is_free = arithmetic_ignores_shapes(backend.device, reproducible_kernels=backend.is_invariant(subject))
@@ -160,7 +160,7 @@ class Suite:
             for _ in range(self._plan.num_forks):
                 await self._fork(strategy, history)
 
-    async def _run_cold(self, turn: Tokens) -> Outcome:
+    async def _run_cold(self, turn: Tokens) -> RunOutcome:
         """Without a store; strategies change nothing in it, so the last one is kept."""
         if self._cold is None or self._cold[0] != turn.tobytes():
             self._cold = turn.tobytes(), await run_cold(self._workers, turn)
@@ -179,7 +179,7 @@ class Suite:
         return [PlanKind.CHECKPOINT] if num_blocks in found.checkpoints and is_sampled else []
 
     async def _hit(
-        self, strategy: str, kind: PlanKind, turn: Tokens, cold: Outcome, num_blocks: int, bounded_windows: int
+        self, strategy: str, kind: PlanKind, turn: Tokens, cold: RunOutcome, num_blocks: int, bounded_windows: int
     ) -> None:
         view = PrefixView(self._store, num_blocks)
         engine = self._workers.new(view, len(turn), strategy=strategy, kind=kind, bounded_windows=bounded_windows)
@@ -217,7 +217,7 @@ class Suite:
             tokens, next_token = document[:position], int(document[position])
             cold = await cold_and_one_more(self._workers, tokens, next_token)
             taken = await hand_over(self._workers, self._store, tokens, next_token)
-            restored = Restored(outcome=taken or cold, plan="handoff", hit_tokens=position)
+            restored = RestoredRun(outcome=taken or cold, plan="handoff", hit_tokens=position)
             problem = "" if taken is not None else "the handoff could not be taken"
             difference = compare(cold, restored.outcome)
             self._add("handoff", restored, position, difference, bound=self._exact_bound, problem=problem)
@@ -251,7 +251,14 @@ class Suite:
         return self._random.integers(0, min(self._subject.identity.vocab_size, 256), num_tokens).astype(np.uint32)
 
     def _add(
-        self, strategy: str, restored: Restored, num_tokens: int, difference: Difference, *, bound: float, problem: str
+        self,
+        strategy: str,
+        restored: RestoredRun,
+        num_tokens: int,
+        difference: Difference,
+        *,
+        bound: float,
+        problem: str,
     ) -> None:
         self._report.add(
             Case(
@@ -268,7 +275,7 @@ class Suite:
         )
 
 
-def _problem(kind: PlanKind, restored: Restored, view: PrefixView, *, stored_tokens: int, errors: str) -> str:
+def _problem(kind: PlanKind, restored: RestoredRun, view: PrefixView, *, stored_tokens: int, errors: str) -> str:
     """What went wrong besides the comparison: another plan than asked for, or global KV written that existed."""
     if not restored.plan.startswith(kind.value):
         return f"asked for {kind.value}, got {restored.plan} {errors}"
