@@ -189,7 +189,8 @@ class Follower(ABC, Generic[E]):
     async def _until_wanted(self) -> None:
         while not self._wanted.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wanted.wait(), _SILENT_S)
+                async with asyncio.timeout(_SILENT_S):
+                    await self._wanted.wait()
             if self._is_current and self._is_silent():
                 self.lose()
 

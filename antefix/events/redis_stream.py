@@ -25,6 +25,7 @@ from redis.exceptions import RedisClusterException, RedisError
 
 from antefix.errors import ConfigError
 from antefix.events.block_events import KEY_BYTES, BlockEvent, EventKind
+from antefix.events.end_tasks import end_tasks
 from antefix.events.numbered_log import ALIVE_S, Batch, Cursor, NumberedLog
 
 log = logging.getLogger("antefix.events")
@@ -88,8 +89,7 @@ class StreamPublisher:
         self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._task is not None and self._redis is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks([self._task])
             await self._redis.aclose()
 
     async def _tell(self, redis: Any) -> None:
@@ -108,7 +108,8 @@ class StreamPublisher:
                     await asyncio.sleep(_RETRY_S)
                     continue
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), ALIVE_S)
+                    async with asyncio.timeout(ALIVE_S):
+                        await changed.wait()
 
     async def _tell_some(self, redis: Any) -> bool:
         """Tell what is new, or that the source is alive; whether there is more."""
@@ -120,7 +121,8 @@ class StreamPublisher:
             self._add(pipeline, number, _pack(event))
         if not batch.events:
             self._add(pipeline, batch.cursor.number, {"k": _ALIVE})
-        await asyncio.wait_for(pipeline.execute(), _TIMEOUT_S)
+        async with asyncio.timeout(_TIMEOUT_S):
+            await pipeline.execute()
         self._told = batch.cursor
         return bool(batch.events) and batch.cursor != self._source.cursor
 
@@ -158,9 +160,7 @@ class StreamReader:
         self._tasks = [asyncio.create_task(self._follow(stream)) for stream in self._streams]
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         await self._redis.aclose()
 
     async def _follow(self, stream: str) -> None:
@@ -205,7 +205,8 @@ class StreamReader:
         self._take(name, batch)
 
     async def _ask(self, call: Awaitable[T]) -> T:
-        return await asyncio.wait_for(call, _BLOCK_MS / 1000 + _TIMEOUT_S)
+        async with asyncio.timeout(_BLOCK_MS / 1000 + _TIMEOUT_S):
+            return await call
 
 
 def _pack(event: BlockEvent) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from antefix.store.api import Store
 
 log = logging.getLogger("antefix.router")
 
+
 class Keeper:
     """Pins beside the requests: a pin that fails costs a later hit, never an answer."""
 

@@ -304,6 +304,23 @@ async def test_a_source_that_redis_hears_nothing_of_is_not_believed(source, star
     await level(source, router)
 
 
+@pytest.mark.parametrize("turns", range(5))
+async def test_what_ends_in_the_moment_of_news_does_end(source, started, redis, turns):
+    await source.publish(redis.url)
+    router = started(redis.url)
+    await level(source, router)
+    await source.hold(1)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await source.hush()
+    router.follower._wanted.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await router.close()
+
+
 # The race: a snapshot is on its way while events come through Redis.
 
 

@@ -14,6 +14,7 @@ import grpc
 
 from antefix import rpc
 from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.end_tasks import end_tasks
 from antefix.events.event_wire import watch_memory
 from antefix.events.follower import FollowCounters, Follower
 from antefix.events.numbered_log import Batch, Cursor
@@ -101,7 +102,7 @@ class MemoryFeed:
     async def close(self) -> None:
         tasks = list(self._tasks.values())
         self.follow(())
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
         if self._reader is not None:
             await self._reader.close()
 

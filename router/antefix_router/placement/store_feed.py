@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Sequence
 
 from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.end_tasks import end_tasks
 from antefix.events.follower import Follower, Watch
 from antefix.events.redis_stream import StreamReader, store_stream
 from antefix_router.placement.directory import Key
@@ -64,8 +65,7 @@ class StoreFeed(Follower[BlockEvent]):
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks([self._task])
         if self._reader is not None:
             await self._reader.close()
 
