@@ -37,7 +37,7 @@ class MemoryStore:
         if call in self.broken:
             raise Unavailable(f"{call} is broken")
 
-    async def lookup(self, chain, *, fingerprint, tenant=""):
+    async def lookup(self, chain, *, fingerprint, tenant=b""):
         self.check("lookup")
         num = 0
         while num < len(chain) and (RecordKind.BLOCK, chain[num]) in self.records:
@@ -50,7 +50,7 @@ class MemoryStore:
         stored = (RecordKind.BLOCK, hash) in self.records
         return BlockFate(fate=Fate.STORED if stored else self.fates.get(hash, Fate.UNKNOWN))
 
-    async def get_blocks(self, hashes, into, *, fingerprint):
+    async def get_blocks(self, hashes, into, *, fingerprint, tenant=b""):
         self.check("get_blocks")
         for index, (name, row) in enumerate(zip(hashes, into, strict=True)):
             payload = self.records.get((RecordKind.BLOCK, name))
@@ -59,7 +59,7 @@ class MemoryStore:
             row[:] = payload
         return len(hashes)
 
-    async def get(self, kind, hash, *, fingerprint):
+    async def get(self, kind, hash, *, fingerprint, tenant=b""):
         self.check("get")
         return self.records.get((kind, hash))
 
@@ -70,15 +70,15 @@ class MemoryStore:
             self.puts.append((record.kind, record.position))
         return PutResult(num_stored=len(records), num_existing=0)
 
-    async def register(self, fingerprint, layout):
+    async def register(self, fingerprint, layout, *, statement=b""):
         pass
 
-    async def pin(self, names, *, duration_s, tenant=""):
+    async def pin(self, names, *, duration_s, owner):
         self.check("pin")
-        self.pins.append((list(names), duration_s, tenant))
+        self.pins.append((list(names), duration_s, owner))
         return sum(name in self.records for name in names)
 
-    async def evict(self, names, *, tenant=""):
+    async def evict(self, names, *, owner):
         return sum(self.records.pop(name, None) is not None for name in names)
 
     async def watch(self, cursor=None):

@@ -6,6 +6,7 @@ A load is all or nothing: every tensor is accounted for by name and shape before
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from antefix.model.config import ModelConfig, read_config
 from antefix.model.model import Model
 from antefix.model.names import TensorTarget, checkpoint_name, expert_name, target_of
 from antefix.model.norms_rope import inverse_frequencies
+
+log = logging.getLogger("antefix.model")
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -39,6 +42,8 @@ def load_model(
     check_device(device)
     directory = Path(path)
     config = ModelConfig.from_dir(directory)
+    for note in config.notes:
+        log.warning("%s: %s", directory / "config.json", note)
     with torch.device("meta"):
         model = Model(config, kv_format=kv_format)
     files = checkpoint_files(directory)

@@ -18,7 +18,11 @@ class KindTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreTotals:
-    """kinds: all of them.  used_bytes: of the budget, segments and index together. Counters are since it was opened."""
+    """kinds: of each.  used_bytes: of the budget, segments and index together. Counters are since it was opened.
+
+    limit_bytes: what it may use now, of the budget; free_bytes, free_bytes_min: of its file system, and what it leaves
+    of that.  stopped: why nothing is stored now, or empty.  impossible_writes: could never be stored; the last reason.
+    """
 
     kinds: dict[RecordKind, KindTotals] = field(default_factory=lambda: dict.fromkeys(RecordKind, KindTotals()))
     budget_bytes: int = 0
@@ -29,3 +33,9 @@ class StoreTotals:
     bytes_written: int = 0
     evictions: int = 0
     corrupt: int = 0
+    limit_bytes: int = 0
+    free_bytes: int = 0
+    free_bytes_min: int = 0
+    stopped: str = ""
+    impossible_writes: int = 0
+    impossible_write: str = ""

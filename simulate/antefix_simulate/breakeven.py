@@ -7,6 +7,7 @@ by then is gone. Real strategies say what is left, the real planner what is done
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -88,6 +89,9 @@ def chance_needed(sizes: Sizes, gap_tokens: int) -> float:
     machine.
     """
     saved = min(gap_tokens, sizes.exact_replay_work_tokens)
+    if not saved:
+        # A single layer's replay runs no query: its checkpoints save nothing.
+        return math.inf
     return (sizes.checkpoint_bytes / saved) / (sizes.block_bytes / sizes.block_size)
 
 

@@ -81,7 +81,7 @@ def test_a_checkpoint_of_another_boundary_is_caught():
     class Mixed(MemoryStore):
         """Answers with the checkpoint of another boundary, which has as many bytes."""
 
-        async def get(self, kind, hash, *, fingerprint):
+        async def get(self, kind, hash, *, fingerprint, tenant=b""):
             other = [name for name in self.records if name[0] == kind and name[1] != hash]
             return self.records[other[0]] if kind == 2 else None
 

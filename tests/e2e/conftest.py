@@ -19,7 +19,8 @@ def make_config(tmp_path):
     def make(**changes):
         flags = {"prefill": SMALL_POOL, "decode": SMALL_POOL, "kvstore": ("--budget-bytes", "256M")}
         flags.update(changes.pop("extra_flags", {}))
-        return DeploymentConfig(model=MODEL, data_dir=tmp_path / "data", extra_flags=flags, **changes)
+        model = changes.pop("model", MODEL)
+        return DeploymentConfig(model=model, data_dir=tmp_path / "data", extra_flags=flags, **changes)
 
     return make
 

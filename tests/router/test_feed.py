@@ -86,6 +86,31 @@ async def test_a_store_with_too_many_blocks_is_not_asked_for_a_snapshot_again_an
     await feed.close()
 
 
+async def test_a_feed_that_is_renamed_in_mid_snapshot_knows_the_other_fingerprints_blocks_alone():
+    other, gate = b"other" * 6 + b"xx", asyncio.Event()
+
+    async def watch(cursor):
+        yield Batch(
+            cursor=Cursor(epoch=b"e", number=5),
+            events=(event("STORED", HASHES[:4]), event("STORED", HASHES[:7], other)),
+            snapshot=True,
+            snapshot_begins=True,
+        )
+        await gate.wait()
+        yield Batch(cursor=Cursor(epoch=b"e", number=5), snapshot=True, snapshot_ends=True)
+        await asyncio.Event().wait()
+
+    feed = StoreFeed(watch, fingerprint=FINGERPRINT)
+    feed.start()
+    await until(lambda: len(feed) == 4)
+    feed.rename(other)
+    gate.set()
+    assert feed.num_leading(KEYS) is None
+    await until(lambda: feed.in_step)
+    assert feed.num_leading(KEYS) == 7
+    await feed.close()
+
+
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 10)), max_size=30))
 def test_the_feed_is_the_store_after_every_event(steps):
     feed, stored, number = feed_of(*snapshot_batches(Cursor(epoch=b"e"), ())), 0, 0

@@ -13,7 +13,7 @@ from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import Engine
 from antefix_router.placement.directory import keys_of
 from antefix_router.placement.store_feed import StoreFeed
-from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
 
 PROMPTS = [Prompt([number] * BLOCK * 5) for number in range(4)]
 
@@ -45,7 +45,7 @@ async def test_the_feed_says_what_a_lookup_says(tmp_path, monkeypatch):
         assert await in_step(feed, store) == [5, 0, 0, 0]
         await store.put(PROMPTS[1].blocks())
         assert await in_step(feed, store) == [5, 5, 0, 0]
-        await store.evict([(RecordKind.BLOCK, PROMPTS[0].hashes[3])])
+        await store.evict([(RecordKind.BLOCK, PROMPTS[0].hashes[3])], owner=owner(""))
         assert (await in_step(feed, store))[:2] == [3, 5]
         # Another opening of the store is another epoch: a snapshot again.
         await server.drain(0.2)

@@ -16,7 +16,7 @@ from antefix.store.client import RemoteStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_router.placement.directory import keys_of
 from antefix_router.placement.store_feed import StoreFeed
-from tests.kvstore.small_store import FINGERPRINT
+from tests.kvstore.small_store import FINGERPRINT, owner
 from tests.redis_servers import free_port, until
 from tests.router.test_feed_of_a_store import PROMPTS, serve
 
@@ -61,7 +61,7 @@ class Rack:
         await self.store.put(PROMPTS[number].blocks())
 
     async def evict(self, number, block):
-        await self.store.evict([(RecordKind.BLOCK, PROMPTS[number].hashes[block])])
+        await self.store.evict([(RecordKind.BLOCK, PROMPTS[number].hashes[block])], owner=owner(""))
 
     async def known(self):
         """What every router comes to say of every prompt, which is what a lookup says."""

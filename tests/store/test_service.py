@@ -15,14 +15,15 @@ from antefix import rpc
 from antefix.errors import InvalidRequest, Unavailable
 from antefix.events.block_events import EventKind
 from antefix.events.numbered_log import Cursor
-from antefix.record import Record, RecordKind, RecordName
+from antefix.record import STORED_KINDS, Record, RecordKind, RecordName
 from antefix.store.api import Store
 from antefix.store.client import LocalStore, RemoteStore
 from antefix.v1 import kvstore_pb2
+from antefix_console.commands import doctor
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import Engine
-from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
 
 PROMPT = Prompt(list(range(BLOCK * 6)), payload_bytes=2_500_001)
 MIB = 1 << 20
@@ -135,18 +136,21 @@ async def test_both_clients_pin_evict_and_count_a_tenants_records(store: Store) 
     def block(index: int) -> RecordName:
         return RecordKind.BLOCK, PROMPT.hashes[index]
 
+    mine = owner("")
     await store.put([*PROMPT.blocks(3), PROMPT.checkpoint(2)])
-    assert await store.pin([block(2), (RecordKind.CHECKPOINT, PROMPT.hashes[2]), block(4)], duration_s=60) == 2
-    assert await store.pin([block(2)], duration_s=0) == 1
-    assert await store.pin([block(2)], duration_s=60, tenant="somebody else") == 0
-    assert await store.evict([block(1)], tenant="somebody else") == 0
+    assert (
+        await store.pin([block(2), (RecordKind.CHECKPOINT, PROMPT.hashes[2]), block(4)], duration_s=60, owner=mine) == 2
+    )
+    assert await store.pin([block(2)], duration_s=0, owner=mine) == 1
+    assert await store.pin([block(2)], duration_s=60, owner=owner("other")) == 0
+    assert await store.evict([block(1)], owner=owner("other")) == 0
     before = await store.stats()
-    assert [before.kinds[kind].num_records for kind in RecordKind] == [3, 1, 0]
+    assert [before.kinds[kind].num_records for kind in STORED_KINDS] == [3, 1]
     assert before.kinds[RecordKind.BLOCK].payload_bytes == 3 * PROMPT.payload_bytes
     # All that hangs on it goes with it.
-    assert await store.evict([block(1)]) == 3
+    assert await store.evict([block(1)], owner=mine) == 3
     after = await store.stats()
-    assert [after.kinds[kind].num_records for kind in RecordKind] == [1, 0, 0]
+    assert [after.kinds[kind].num_records for kind in STORED_KINDS] == [1, 0]
     assert 0 < after.used_bytes < after.budget_bytes
 
 
@@ -155,7 +159,7 @@ async def test_both_clients_watch(store: Store) -> None:
     async with asyncio.timeout(10), contextlib.aclosing(store.watch()) as batches:
         whole = await anext(batches)
         assert whole.snapshot_begins and whole.snapshot_ends
-        await store.evict([(RecordKind.BLOCK, PROMPT.hashes[1])])
+        await store.evict([(RecordKind.BLOCK, PROMPT.hashes[1])], owner=owner(""))
         evicted = await anext(batches)
         assert [(event.kind, event.names()) for event in evicted.events] == [(EventKind.EVICTED, [PROMPT.hashes[1]])]
     # A watcher who missed nothing is told so at once.
@@ -337,3 +341,27 @@ async def test_readers_in_other_processes_follow_the_writer(service: Service) ->
     assert (await reader.stdout.readline()).split() == [b"6", b"0"]
     assert await reader.wait() == 0
     await client.close()
+
+
+async def test_a_write_that_can_never_be_stored_is_counted_and_named(tmp_path: Path) -> None:
+    # Records so small that one is a single message: gRPC hides why a longer stream was refused in its middle.
+    service = Service(tmp_path / "store", segment_bytes=128 << 10)
+    await service.start()
+    store = RemoteStore(service.address)
+    assert (await store.stats()).impossible_writes == 0
+    too_large = Prompt([1] * BLOCK, payload_bytes=service.config.record_bytes_max + 1)
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="payload"):
+            await store.put(too_large.blocks())
+    stats = await store.stats()
+    assert stats.impossible_writes == 2 and "payload" in stats.impossible_write
+    assert stats.free_bytes > stats.free_bytes_min > 0 == len(stats.stopped) and stats.limit_bytes > 0
+    writes, space = await asyncio.to_thread(doctor._store, service.address)
+    assert (writes.status, space.status) == ("fail", "ok") and "payload" in writes.detail
+    # Nothing is stored, and why: what the file system has left.
+    service.servicer.engine.space.free.margin_bytes = 1 << 60
+    assert (await store.put(Prompt([2] * BLOCK).blocks())).num_stored == 0
+    await store.close()
+    _, space = await asyncio.to_thread(doctor._store, service.address)
+    assert space.status == "warn" and "nothing is stored now" in space.detail
+    await service.stop()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from antefix.block import CPU_FLOAT32, chain_of, check_arithmetic, exactness_of
+from antefix.block import CPU_FLOAT32, Fingerprint, chain_of, check_arithmetic, differing_fields, exactness_of
 from antefix.clients import PrefillClient, Tokens
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import KVFormat
@@ -25,8 +25,9 @@ from antefix.window_pool import DISK, check_address, open_window_pool
 from antefix.window_pool.open_pool import MEMORY
 from antefix_console import shipped
 from antefix_console.commands.prompt_text import given_text, read_text
+from antefix_console.deployment import ARITHMETIC_FILE
 from antefix_console.explain.answer import Explanation, explain
-from antefix_console.explain.block_evidence import NamedChain, State, gather, holdings
+from antefix_console.explain.block_evidence import NamedChain, State, gather, holdings, statements
 from antefix_console.explain.text import lines
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
@@ -48,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--namespace", default="default", help="default: default")
     parser.add_argument("--bounded-windows", type=int, default=0, metavar="K", help="as the workers have it")
     parser.add_argument(
-        "--arithmetic", default=CPU_FLOAT32, metavar="DEVICE-DTYPE", help="what the workers compute with (cpu-float32)"
+        "--arithmetic",
+        metavar="NAME",
+        help="what the workers compute, as `antefix doctor` names it (default: what the last `antefix up` found)",
     )
     parser.add_argument("--tenant", default="", help="whose prompt it is (default: no tenant, as without API keys)")
     parser.add_argument("--user", default="", help="the tenant's end user, if requests name one")
@@ -95,12 +98,13 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     keyring = Keyring.from_file(_path(args, "secret_file", "secret"))
     mine = Whose(identity=identity, kv_format=KVFormat(args.kv_format), namespace=args.namespace,
                  tenant=_tenant(args, args.tenant), bounded_windows=args.bounded_windows,
-                 arithmetic=check_arithmetic(args.arithmetic))  # fmt: skip
+                 arithmetic=_arithmetic(args))  # fmt: skip
     names = mine.names(tokens, keyring)
     # 1. What the store's files say.
     directory = _path(args, "store_dir", "store")
     asked = [other.names(tokens, keyring, differs=label) for other, label in _asked(args, mine)]
     tried = [other.names(tokens, keyring, differs=label) for other, label in _tried(mine)]
+    tried += _stated(directory, mine, tokens, keyring)
     blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
     # 2. What the window pool has.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.state is State.STORED, blocks))
@@ -130,9 +134,20 @@ class Whose:
     bounded_windows: int
     arithmetic: str
 
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.identity.fingerprint(
+            self.kv_format,
+            namespace=self.namespace,
+            exactness=exactness_of(self.bounded_windows),
+            arithmetic=self.arithmetic,
+        )
+
     def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> NamedChain:
-        exactness = exactness_of(self.bounded_windows, self.arithmetic)
-        digest = self.identity.fingerprint(self.kv_format, namespace=self.namespace, exactness=exactness).digest
+        return self.names_under(self.fingerprint.digest, tokens, keyring, differs)
+
+    def names_under(self, digest: bytes, tokens: Tokens, keyring: Keyring, differs: str) -> NamedChain:
+        """The same tokens of the same tenant under any fingerprint whose blocks are as long."""
         chain = chain_of(
             tokens,
             fingerprint_digest=digest,
@@ -147,8 +162,27 @@ def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
     for kv_format in _FORMATS:
         for windows in _BOUNDED_TRIED:
             if (kv_format, windows) != (mine.kv_format, mine.bounded_windows):
-                label = f"kv_format {kv_format.value}, {exactness_of(windows, mine.arithmetic)}"
+                label = f"kv_format {kv_format.value}, {exactness_of(windows)}"
                 yield replace(mine, kv_format=kv_format, bounded_windows=windows), label
+
+
+def _stated(directory: Path, mine: Whose, tokens: Tokens, keyring: Keyring) -> Iterator[NamedChain]:
+    """The store's other fingerprints of this geometry, and in what they differ, as it was told."""
+    own = mine.fingerprint.statement
+    for digest, statement in statements(directory).items():
+        fields = differing_fields(own, statement)
+        if fields and "geometry" not in fields:
+            said = json.loads(statement)
+            label = ", ".join(f"{name} {said.get(name)}" for name in fields)
+            names = mine.names_under(digest, tokens, keyring, label)
+            yield replace(names, state=State.ARITHMETIC_DIFFERS) if fields == ("arithmetic",) else names
+
+
+def _arithmetic(args: argparse.Namespace) -> str:
+    if args.arithmetic:
+        return check_arithmetic(args.arithmetic)
+    file = args.data_dir / ARITHMETIC_FILE if args.data_dir else None
+    return check_arithmetic(file.read_text().strip()) if file and file.is_file() else CPU_FLOAT32
 
 
 def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:

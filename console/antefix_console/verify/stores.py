@@ -15,28 +15,30 @@ from antefix.store.store_stats import StoreTotals
 class EmptyStore:
     """Holds nothing and keeps nothing: behind a cold run."""
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         return LookupResult(num_blocks=0)
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         return BlockFate(fate=Fate.UNKNOWN)
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
         return 0
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
         return None
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         return PutResult(num_stored=len(records), num_existing=0)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
         pass
 
-    async def pin(self, names: Sequence[RecordName], *, duration_s: float, tenant: str = "") -> int:
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
         return 0
 
-    async def evict(self, names: Sequence[RecordName], *, tenant: str = "") -> int:
+    async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
         return 0
 
     async def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
@@ -60,22 +62,24 @@ class PrefixView(EmptyStore):
         self._num_blocks = num_blocks
         self.put_positions: list[int] = []
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         found = await self._store.lookup(chain, fingerprint=fingerprint, tenant=tenant)
         num_blocks = min(found.num_blocks, self._num_blocks)
         checkpoints = tuple(block for block in found.checkpoints if block <= num_blocks)
         return LookupResult(num_blocks=num_blocks, checkpoints=checkpoints)
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
-        return await self._store.get_blocks(hashes, into, fingerprint=fingerprint)
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        return await self._store.get_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
-        return await self._store.get(kind, hash, fingerprint=fingerprint)
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        return await self._store.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         """Nothing is kept: the next case must find what this one found."""
         self.put_positions += [record.position for record in records if record.kind is RecordKind.BLOCK]
         return PutResult(num_stored=len(records), num_existing=0)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
-        await self._store.register(fingerprint, layout)
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+        await self._store.register(fingerprint, layout, statement=statement)

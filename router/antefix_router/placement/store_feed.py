@@ -44,6 +44,16 @@ class StoreFeed(Follower[BlockEvent]):
             self._reader = StreamReader(redis_url, streams, lambda _, batch: self.take(batch), lambda _: self.lose())
         self._task: asyncio.Task[None] | None = None
 
+    def rename(self, fingerprint: bytes) -> None:
+        """Follow another fingerprint's blocks; what is known of the former is forgotten."""
+        self._fingerprint = fingerprint
+        self.forget_all()
+        self._lose()
+        if self._task is not None:
+            # With the snapshot that may be under way, of which a part was taken for the former.
+            self._task.cancel()
+            self._task = asyncio.create_task(self.run(self._watch))
+
     def __len__(self) -> int:
         return len(self._blocks)
 
