@@ -129,6 +129,7 @@ class UsageRecord:
     this one's price: the same request is never paid for twice.  source: the router's ledger; (source, event_id) is
     unique.  cache_write_tokens: of the prompt, newly stored.  output_write_tokens: of the output, newly stored.
     replayed_tokens: run again to rebuild window state, billed as hits.  last_hit_hash: the evidence of the hit.
+    mode: how the model thought ("off", "low", "high", "max"); empty for a prompt that is no conversation.
     write_error: why what was computed could not all be stored; empty where it was.
     saved: what the hit tokens would have cost more as misses.  detail: an error's class; never prompt text.
     """
@@ -166,6 +167,7 @@ class UsageRecord:
     started_us: int
     finished_us: int
     ttft_us: int = 0
+    mode: str = ""
 
     def __post_init__(self) -> None:
         """Raises:  InvalidRequest: the counts contradict each other."""
@@ -215,7 +217,7 @@ class UsageRecord:
     def to_payload(self) -> bytes:
         values = {"v": PAYLOAD_VERSION, **self.to_dict()}
         # Absent means nothing: most records, and all from before there were these fields.
-        for name in ("paid_before", "write_error"):
+        for name in ("paid_before", "mode", "write_error"):
             if not getattr(self, name):
                 del values[name]
         return _canonical(values)

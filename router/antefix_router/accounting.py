@@ -65,7 +65,7 @@ class Accounts:
         self.ledger = ledger
         self.writer: UsageWriter = LedgerWriter(ledger) if ledger is not None else NoLedger()
         self._keyring = keyring
-        self._served = served
+        self.served = served
         self._cards = cards
         self._quotas = QuotaBook(tenants.limits, tenants.default)
         self._running: set[str] = set()
@@ -282,6 +282,10 @@ class Accounts:
                 self._quotas.settle(bill.reservation, tokens=tokens, money=price)
         return bill.settled
 
+    @property
+    def keyring(self) -> Keyring:
+        return self._keyring
+
     def _record(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
         """Of an answer that ended, all of it counts; of one that broke off, what a client was given of it."""
         has_ended = status in (Status.STOP, Status.LENGTH)
@@ -291,6 +295,7 @@ class Accounts:
             **bill.work_done(num_output).counts(),
             status=status,
             detail=detail,
+            mode=bill.mode,
             output_write_tokens=bill.request.output_written_tokens,
             write_error=bill.write_error,
             paid_before=bill.paid_before,
@@ -334,9 +339,9 @@ class Accounts:
             attempt=1,
             tenant=tenant,
             user=user,
-            model=self._served.model,
-            revision=self._served.revision,
-            fingerprint=self._served.fingerprint,
+            model=self.served.model,
+            revision=self.served.revision,
+            fingerprint=self.served.fingerprint,
             request_digest=digest.hexdigest(),
             prompt_tokens=len(request.tokens),
             started_us=_now_us(),
@@ -345,7 +350,7 @@ class Accounts:
     def _reserve(self, request: Request, tenant: str) -> Reservation:
         now = datetime.now(UTC)
         most = worst_price(
-            self._cards.quote(self._served.model, now),
+            self._cards.quote(self.served.model, now),
             prompt_tokens=len(request.tokens),
             output_tokens_max=request.sampling.max_tokens,
         )

@@ -19,7 +19,7 @@ from antefix.clients import DecodeClient, Tokens
 from antefix.errors import Overloaded, Unavailable
 from antefix.restore_report import RestoreReport
 from antefix.wire import Sampling, TokenLogprob
-from antefix_router.keeper import Keeper
+from antefix_router.keeper import BreakpointPins
 from antefix_router.naming import Names, Prompt
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
@@ -63,11 +63,11 @@ class Generator:
         decode: Workers,
         names: Names,
         directory: Directory,
-        keeper: Keeper,
+        pins: BreakpointPins,
         sessions: Sessions,
     ) -> None:
         self._sessions = sessions
-        self._keeper = keeper
+        self._pins = pins
         self._prefilling = prefilling
         self._decode = decode
         self._names = names
@@ -88,10 +88,10 @@ class Generator:
             prompt,
             request_id=request.request_id,
             timeout_s=timeout_s,
-            keep=request.breakpoints,
+            breakpoints=request.breakpoints,
             session=request.session,
         )
-        self._keeper.keep(prompt.chain, request.breakpoints, owner=prompt.owner)
+        self._pins.pin(prompt.chain, request.breakpoints, owner=prompt.owner)
         handoff, work = b"", prefilled.work
         if prefilled.answer is not None:
             handoff, request.restore = prefilled.answer.handoff, prefilled.answer.restore

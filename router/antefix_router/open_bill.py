@@ -30,6 +30,8 @@ class Served:
 class Bill:
     """One admitted request. `reasoning_tokens` is set by whoever reads the output, before its end.
 
+    mode: how the model thinks, as clients are told; empty where nobody asked it to hold a conversation.
+
     is_held: the reader keeps the output until all of it is there, so that a client has nothing of one that broke off.
     shared: the answer is made for several readers, each with a bill of its own; one record is written for all of them.
     kept: the answer is there already, and is not made.
@@ -47,6 +49,7 @@ class Bill:
         self.reservation = reservation
         self.paid_before = paid_before
         self.reasoning_tokens = 0
+        self.mode = ""
         self.is_held = False
         self.ended_here = False
         self.num_read = 0

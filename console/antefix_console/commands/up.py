@@ -82,6 +82,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tenants-file", default="", metavar="FILE", help="tenants' API keys and limits")
     parser.add_argument(
+        "--chat-format",
+        choices=("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template"),
+        default="auto",
+        help="how conversations are written for the model; deepseek-v4 has tools and thinking (default: auto)",
+    )
+    parser.add_argument(
+        "--model-aliases", default="", metavar="FILE", help="names that clients may use (deploy/model_aliases.toml)"
+    )
+    parser.add_argument(
         "--grace-s",
         type=float,
         default=GRACE_S,
@@ -122,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
         num_routers=args.num_routers,
         ratecards=tuple(args.ratecards),
         tenants_file=args.tenants_file,
+        chat_format=args.chat_format,
+        model_aliases=args.model_aliases,
         grace_s=args.grace_s,
     )
     return asyncio.run(_run(config, as_json=args.json))

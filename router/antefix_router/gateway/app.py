@@ -43,9 +43,8 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 }
 
 
-def build_app(front: Front, config: GatewayConfig) -> Starlette:
+def build_app(gateway: Gateway, config: GatewayConfig) -> Starlette:
     """The ASGI application."""
-    gateway = Gateway(front, config)
     room = Room(config.http_requests_max)
     routes = [
         Route(
@@ -124,7 +123,8 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """A started gateway."""
 
-    def __init__(self, server: _Server, serving: asyncio.Task[None], address: str) -> None:
+    def __init__(self, server: _Server, serving: asyncio.Task[None], address: str, gateway: Gateway) -> None:
+        self.gateway = gateway
         self._server = server
         self._serving = serving
         self.address = address
@@ -136,7 +136,8 @@ class HttpServer:
 
 
 async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
-    """Raises:  ConfigError: the address cannot be listened on."""
+    """Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form."""
+    gateway = Gateway(front, config)
     host, port = parse_address(config.http_address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio sets TCP_NODELAY only where it is: without that, each answer waits 40 ms for
@@ -151,7 +152,7 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
         raise ConfigError(f"--http-address {config.http_address}: {err}") from err
     server = _Server(
         uvicorn.Config(
-            build_app(front, config),
+            build_app(gateway, config),
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -167,4 +168,4 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
     ready.cancel()
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
-    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}")
+    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}", gateway)

@@ -20,6 +20,10 @@ class GatewayConfig(BillingConfig):
     http_keep_alive_s: float = setting(4.0, "how often a stream tells its client that it is alive", unit="s")
     http_max_tokens: int = setting(4096, "output limit of requests that name none", unit="tokens")
     model_names: tuple[str, ...] = setting((), "further names that clients may use for the model")
+    model_aliases: str = setting(
+        "", "file (TOML) of names that clients may use, with modes (deploy/model_aliases.toml)"
+    )
+    unknown_models: str = setting("serve", "what requests for another model get: serve (this one) or refuse")
     chat_format: str = setting(
         "auto", "how conversations are written: auto, plain, deepseek-v4, deepseek-v4-0731 or template"
     )
@@ -34,6 +38,7 @@ class GatewayConfig(BillingConfig):
         require(self.http_timeout_s > 0, f"http_timeout_s must be positive, is {self.http_timeout_s}")
         require(self.http_keep_alive_s > 0, f"http_keep_alive_s must be positive, is {self.http_keep_alive_s}")
         require(self.http_max_tokens > 0, f"http_max_tokens must be positive, is {self.http_max_tokens}")
+        require(self.unknown_models in ("serve", "refuse"), "unknown_models must be serve or refuse")
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
         formats = ("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template")
         require(self.chat_format in formats, f"chat_format must be one of {', '.join(formats)}")
