@@ -5,15 +5,17 @@ PROCESS_FOLDERS. Any other that tries is stopped: whoever adds a test cannot slo
 Heavy imports wait until a test asks for them.
 """
 
-import asyncio
 import os
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.redis_servers import redis, shared_redis, start_cluster, start_redis
+
+__all__ = ["redis", "shared_redis", "start_cluster", "start_redis"]
 
 # Triton reads this when it is first imported, whoever imports it (transformers does): without a card the kernels' tests
 # run in its interpreter.
@@ -25,7 +27,7 @@ settings.register_profile("antefix", deadline=None)
 settings.load_profile("antefix")
 
 # Those that start services, Redis or another Python. A test that uses one is marked `services` by itself.
-PROCESS_FIXTURES = {"deploy", "start_redis"}
+PROCESS_FIXTURES = {"deploy", "redis", "shared_redis", "start_cluster", "start_redis"}
 PROCESS_FOLDERS = {"e2e", "wheel"}
 
 # Asks `uname` once a process, whoever wants to know first.
@@ -55,30 +57,6 @@ def pytest_runtest_protocol(item, nextitem):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess.Popen, "__init__", _refuse)
         return (yield)
-
-
-@pytest.fixture
-def start_redis(tmp_path):
-    """`start_redis(*flags)` starts a Redis server on a free port; all of a test's are killed at its end."""
-    from tests.redis_server import RedisServer
-
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    started = []
-
-    def start(*flags):
-        started.append(RedisServer(binary, str(tmp_path), *flags).start())
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.kill()
-
-
-@pytest.fixture
-async def redis(start_redis):
-    return await asyncio.to_thread(start_redis)
 
 
 @pytest.fixture(scope="session")
