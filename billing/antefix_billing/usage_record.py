@@ -49,6 +49,7 @@ class MissReason(StrEnum):
     WINDOW_MISSING = "window_missing"
     BELOW_MINIMUM = "below_minimum"
     FINGERPRINT_DIFFERS = "fingerprint_differs"
+    ARITHMETIC_DIFFERS = "arithmetic_differs"
     CORRUPT = "corrupt"
     STORE_UNAVAILABLE = "store_unavailable"
     UNKNOWN = "unknown"

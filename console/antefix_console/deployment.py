@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from antefix.block import arithmetic_of
 from antefix.clients import RouterClient
 from antefix.config import require
 from antefix.errors import ConfigError, Unavailable
@@ -28,6 +27,9 @@ from antefix.window_pool import DISK
 from antefix.window_pool.open_pool import MEMORY
 from antefix.window_settings import check_window_settings
 
+# In the data directory: what workers measured at their starts, and the name of what those of the last start computed.
+ARITHMETIC_DIR = "arithmetic"
+ARITHMETIC_FILE = "arithmetic.txt"
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 _LOG_TAIL_BYTES = 2000
@@ -168,7 +170,9 @@ class Deployment:
             *(self.start_worker("prefill") for _ in range(config.num_prefill)),
             *(self.start_worker("decode") for _ in range(config.num_decode)),
         )
+        # A router refuses to start over workers that cannot share, and says what differs.
         await self.start_router(config.router_address, http_address=config.http_address)
+        (config.data_dir / ARITHMETIC_FILE).write_text((await self.router.status()).arithmetic + "\n")
         for _ in range(1, config.num_routers):
             await self.start_router(http_address="127.0.0.1:0" if config.http_address else "")
 
@@ -177,6 +181,7 @@ class Deployment:
         config = self.config
         flags = ["--strategy", config.strategy, "--threads", str(self._threads()), "--window-pool", config.window_pool]
         flags += ["--reproducible", str(config.reproducible).lower()]
+        flags += ["--arithmetic-cache", str(config.data_dir / ARITHMETIC_DIR)]
         flags += ["--device", config.device, "--dtype", config.dtype, "--kernels", config.kernels]
         flags += _given("--window-pool-bytes", config.window_pool_bytes)
         return await self.start_role(role, [*self._shared_flags(), *flags])
@@ -191,7 +196,6 @@ class Deployment:
         http_address = self.config.http_address if http_address is None else http_address
         flags = [*self._shared_flags(), "--address", address, "--decode", ",".join(self.addresses("decode"))]
         flags += ["--ledger-dir", str(ledger_dir), "--http-address", http_address]
-        flags += ["--arithmetic", self._arithmetic()]
         # One published key, whichever router signs.
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
         flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
@@ -200,9 +204,6 @@ class Deployment:
         started = await self.start_role("router", flags)
         started.ledger_dir = ledger_dir
         return started
-
-    def _arithmetic(self) -> str:
-        return arithmetic_of(self.config.device, self.config.dtype, reproducible=self.config.reproducible)
 
     def _threads(self) -> int:
         """The cores, divided: two workers with all cores each wait for one another at every parallel loop's end."""

@@ -95,7 +95,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             sequence=sequence,
             sampler=sampler,
             stopper=stopper,
-            writer=RecordWriter(self._engine.store, self._engine.counters, self._engine.window_pool),
+            writer=RecordWriter(
+                self._engine.store,
+                self._engine.counters,
+                self._engine.window_pool,
+                writes=not self._engine.borrows,
+            ),
             next_token=first,
             prompt_tokens=prompt.num_tokens,
             logprobs=logprobs,
@@ -140,6 +145,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             num_blocks=self._engine.pool.num_blocks,
             num_resident_blocks=self._engine.blocks.num_resident,
             decode_tokens_per_s=self.scheduler.tokens_per_s,
+            arithmetic=self._engine.arithmetic.name,
+            setup=self._engine.arithmetic.setup,
         )
 
 

@@ -9,6 +9,8 @@ from antefix.errors import AntefixError
 from antefix.record import Fate
 from antefix_prefill.worker.engine import Engine
 
+# The same tokens of the same model are stored, computed by a set-up that rounds differently.
+ARITHMETIC_DIFFERS: Final = "arithmetic_differs"
 # A store that serves many namespaces must not make a miss slow: naming 128K tokens anew takes 0.7 ms.
 _NUM_FINGERPRINTS_TRIED: Final = 4
 
@@ -29,7 +31,7 @@ async def miss_reason(
             return found.fate.value
         for other in found.fingerprints[-_NUM_FINGERPRINTS_TRIED:]:
             if await _is_stored_as(engine, other, tokens[: (index + 1) * chain.block_size], tenant):
-                return Fate.FINGERPRINT_DIFFERS.value
+                return ARITHMETIC_DIFFERS if other in engine.relatives else Fate.FINGERPRINT_DIFFERS.value
     except AntefixError as err:
         engine.counters.note(err)
         return "store_unavailable"

@@ -27,9 +27,15 @@ PENDING_BYTES_MAX = 128 << 20
 
 
 class RecordWriter:
-    """One per request. Payloads must stay unchanged until `flush` returns."""
+    """One per request. Payloads must stay unchanged until `flush` returns.
 
-    def __init__(self, store: Store, counters: StoreCounters, pool: WindowPool | None = None) -> None:
+    writes: False for a worker whose KV has no right to the names that it works with: everything is dropped.
+    """
+
+    def __init__(
+        self, store: Store, counters: StoreCounters, pool: WindowPool | None = None, *, writes: bool = True
+    ) -> None:
+        self._writes = writes
         self._store = store
         self._counters = counters
         self._pool = pool
@@ -47,7 +53,7 @@ class RecordWriter:
 
     async def put(self, record: Record, *, tier: Tier = Tier.DISK) -> None:
         """Queue one record; waits only when too much is pending. What the pool does not take goes to disk."""
-        if self._broken and tier is Tier.DISK:
+        if not self._writes or (self._broken and tier is Tier.DISK):
             return
         await self._room.wait()
         self._queue.append((record, tier if self._pool is not None else Tier.DISK))

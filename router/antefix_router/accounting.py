@@ -53,7 +53,7 @@ class Accounts:
         self.ledger = ledger
         self.writer: UsageWriter = LedgerWriter(ledger) if ledger is not None else NoLedger()
         self._keyring = keyring
-        self._served = served
+        self.served = served
         self._cards = cards
         self._quotas = QuotaBook(tenants.limits, tenants.default)
         self._running: set[str] = set()
@@ -218,9 +218,9 @@ class Accounts:
             attempt=1,
             tenant=tenant,
             user=user,
-            model=self._served.model,
-            revision=self._served.revision,
-            fingerprint=self._served.fingerprint,
+            model=self.served.model,
+            revision=self.served.revision,
+            fingerprint=self.served.fingerprint,
             request_digest=digest.hexdigest(),
             prompt_tokens=len(request.tokens),
             started_us=_now_us(),
@@ -229,7 +229,7 @@ class Accounts:
     def _reserve(self, request: Request, tenant: str) -> Reservation:
         now = datetime.now(UTC)
         most = worst_price(
-            self._cards.quote(self._served.model, now),
+            self._cards.quote(self.served.model, now),
             prompt_tokens=len(request.tokens),
             output_tokens_max=request.sampling.max_tokens,
         )

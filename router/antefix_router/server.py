@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -13,6 +14,7 @@ from antefix import rpc
 from antefix.block import CPU_FLOAT32, as_tokens, check_arithmetic, exactness_of
 from antefix.clients import Tokens, usage_to_wire
 from antefix.config import require, setting
+from antefix.errors import FingerprintMismatch
 from antefix.events.address import check_url
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
@@ -40,6 +42,9 @@ from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.workers import Role, Workers
 from antefix_router.prefilling import Limits, Prefilling
 from antefix_router.usage_service import UsageServicer
+from antefix_router.workers_arithmetic import Said, difference, learn
+
+log = logging.getLogger("antefix_router")
 
 # A caller without a deadline gets this one; nothing runs for ever.
 REQUEST_TIMEOUT_S = 3600.0
@@ -54,9 +59,7 @@ class RouterConfig(GatewayConfig):
     kv_format: str = setting("fp8", "precision of KV: fp8 or float32; must be the workers'")
     namespace: str = setting("default", "requests share KV within a namespace only")
     bounded_windows: int = setting(0, "as the workers have it: the namespace's KV may come from approximate replays")
-    arithmetic: str = setting(
-        CPU_FLOAT32, "what the workers compute with: cpu-float32, cuda-bfloat16, cuda-bfloat16-reproducible ..."
-    )
+    arithmetic: str = setting("", "what the workers compute, as `antefix doctor` names it; empty: they are asked")
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
@@ -79,7 +82,8 @@ class RouterConfig(GatewayConfig):
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         GatewayConfig.__post_init__(self)
-        check_arithmetic(self.arithmetic)
+        if self.arithmetic:
+            check_arithmetic(self.arithmetic)
         require(bool(self.model), "--model is needed: a directory with config.json and a tokenizer")
         require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
@@ -98,15 +102,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def __init__(self, identity: ModelIdentity, tokenizer: Tokenizer, store: Store, config: RouterConfig) -> None:
         self._identity = identity
         self._tokenizer = tokenizer
-        exactness = exactness_of(config.bounded_windows, config.arithmetic)
-        self._fingerprint = identity.fingerprint(
-            KVFormat(config.kv_format), namespace=config.namespace, exactness=exactness
-        ).digest
+        self._config = config
+        # Without workers nothing is named; the first that is there says what goes into names.
+        self._arithmetic = config.arithmetic or CPU_FLOAT32
+        self._fingerprint = self._fingerprint_of(self._arithmetic)
         weight = config.compute_weight
         self._prefill = Workers(Role.PREFILL, make_policy(config.policy, compute_weight=weight), config.prefill)
         self._decode = Workers(Role.DECODE, make_policy(config.policy, compute_weight=weight), config.decode)
         keyring = Keyring.from_file(config.secret_file)
-        names = Names(
+        self._names = names = Names(
             fingerprint=self._fingerprint,
             keyring=keyring,
             block_size=identity.geometry.block_size,
@@ -120,7 +124,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             redis_url=config.events_redis if config.store_events else "",
             name=config.store_address,
         )
-        prefilling = Prefilling(
+        self._prefilling = prefilling = Prefilling(
             self._prefill,
             store,
             directory,
@@ -143,6 +147,47 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             keyring=keyring,
             fingerprint=self._fingerprint,
         )
+
+    def _fingerprint_of(self, arithmetic: str) -> bytes:
+        config = self._config
+        exactness = exactness_of(config.bounded_windows, arithmetic)
+        kv_format = KVFormat(config.kv_format)
+        return self._identity.fingerprint(kv_format, namespace=config.namespace, exactness=exactness).digest
+
+    async def learn(self) -> None:
+        """Ask the workers that the settings name what they compute.  Raises:  ConfigError: they differ."""
+        workers = [*self._prefill.workers, *self._decode.workers]
+        if workers and not self._config.arithmetic:
+            self._adopt(await learn(workers))
+
+    def _adopt(self, arithmetic: str) -> None:
+        """Name everything by this from now on."""
+        log.info("workers compute %s", arithmetic)
+        self._arithmetic, self._fingerprint = arithmetic, self._fingerprint_of(arithmetic)
+        self._names.fingerprint = self._prefilling.fingerprint = self.leases.fingerprint = self._fingerprint
+        self.feed.rename(self._fingerprint)
+        accounts = self.front.accounts
+        accounts.served = replace(accounts.served, fingerprint=self._fingerprint.hex())
+
+    def _check_arithmetic(self, request: router_pb2.RegisterWorkerRequest) -> None:
+        """The first worker says what a router computes with that was not told; others must say the same.
+
+        Raises:  FingerprintMismatch: this one computes something else.
+        """
+        if not request.arithmetic or not request.ttl_s or request.arithmetic == self._arithmetic:
+            return
+        others = [*self._prefill.workers, *self._decode.workers]
+        is_ours = request.fingerprint == self._fingerprint_of(request.arithmetic)
+        if is_ours and not others and not self._config.arithmetic:
+            self._adopt(request.arithmetic)
+        elif is_ours:
+            known = next((worker for worker in others if worker.arithmetic), None)
+            who = f"{known.role} worker {known.address}" if known else "this router's --arithmetic"
+            here = Said(who=who, arithmetic=self._arithmetic, setup=known.setup if known else "a setting")
+            who = f"{request.role} worker {request.address}"
+            raise FingerprintMismatch(
+                difference(here, Said(who=who, arithmetic=request.arithmetic, setup=request.setup))
+            )
 
     async def Generate(
         self, message: router_pb2.GenerateRequest, context: rpc.Context
@@ -186,6 +231,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             model=self._identity.name,
             fingerprint=self._fingerprint,
             block_size=self._identity.geometry.block_size,
+            arithmetic=self._arithmetic,
         )
         for workers in (self._prefill, self._decode):
             for worker in workers.workers:
@@ -197,6 +243,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     num_tokens_queued=worker.num_tokens,
                     draining=worker.draining,
                     memory_known=self.memory.in_step(worker.address),
+                    arithmetic=worker.arithmetic,
+                    setup=worker.setup,
                 )
         counters = self._counters
         response.counters.led = counters.num_led
@@ -220,12 +268,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             ttl_s=request.ttl_s,
             said_at_ms=request.said_at_ms,
         ).check(self._keyring, request.proof)
+        self._check_arithmetic(request)
         self.leases.renew(
             request.role,
             request.address,
             instance=request.instance,
             fingerprint=request.fingerprint,
             ttl_s=request.ttl_s,
+            arithmetic=request.arithmetic,
+            setup=request.setup,
         )
         return router_pb2.RegisterWorkerResponse()
 
@@ -242,6 +293,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageServicer(servicer.front), server)
 
+    await servicer.learn()
     http = await start_http(servicer.front, config) if config.http_address else None
 
     async def stop() -> None:

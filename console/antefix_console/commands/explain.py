@@ -16,6 +16,7 @@ from antefix.block import CPU_FLOAT32, chain_of, check_arithmetic, exactness_of
 from antefix.clients import PrefillClient, Tokens
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import KVFormat
+from antefix.measured import known_names
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.client import RemoteStore
@@ -25,6 +26,7 @@ from antefix.window_pool import DISK, check_address, open_window_pool
 from antefix.window_pool.open_pool import MEMORY
 from antefix_console import shipped
 from antefix_console.commands.prompt_text import given_text, read_text
+from antefix_console.deployment import ARITHMETIC_DIR, ARITHMETIC_FILE
 from antefix_console.explain.answer import Explanation, explain
 from antefix_console.explain.block_evidence import NamedChain, State, gather, holdings
 from antefix_console.explain.text import lines
@@ -48,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--namespace", default="default", help="default: default")
     parser.add_argument("--bounded-windows", type=int, default=0, metavar="K", help="as the workers have it")
     parser.add_argument(
-        "--arithmetic", default=CPU_FLOAT32, metavar="DEVICE-DTYPE", help="what the workers compute with (cpu-float32)"
+        "--arithmetic",
+        metavar="NAME",
+        help="what the workers compute, as `antefix doctor` names it (default: what the last `antefix up` found)",
     )
     parser.add_argument("--tenant", default="", help="whose prompt it is (default: no tenant, as without API keys)")
     parser.add_argument("--user", default="", help="the tenant's end user, if requests name one")
@@ -95,12 +99,14 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     keyring = Keyring.from_file(_path(args, "secret_file", "secret"))
     mine = Whose(identity=identity, kv_format=KVFormat(args.kv_format), namespace=args.namespace,
                  tenant=_tenant(args, args.tenant), bounded_windows=args.bounded_windows,
-                 arithmetic=check_arithmetic(args.arithmetic))  # fmt: skip
+                 arithmetic=_arithmetic(args))  # fmt: skip
     names = mine.names(tokens, keyring)
     # 1. What the store's files say.
     directory = _path(args, "store_dir", "store")
     asked = [other.names(tokens, keyring, differs=label) for other, label in _asked(args, mine)]
     tried = [other.names(tokens, keyring, differs=label) for other, label in _tried(mine)]
+    tried += [other.names(tokens, keyring, differs=label, reason=State.ARITHMETIC_DIFFERS)
+              for other, label in _computed_elsewhere(args, mine)]  # fmt: skip
     blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
     # 2. What the window pool has.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.state is State.STORED, blocks))
@@ -130,7 +136,13 @@ class Whose:
     bounded_windows: int
     arithmetic: str
 
-    def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> NamedChain:
+    def names(
+        self,
+        tokens: Tokens,
+        keyring: Keyring,
+        differs: str = "",
+        reason: State = State.FINGERPRINT_DIFFERS,
+    ) -> NamedChain:
         exactness = exactness_of(self.bounded_windows, self.arithmetic)
         digest = self.identity.fingerprint(self.kv_format, namespace=self.namespace, exactness=exactness).digest
         chain = chain_of(
@@ -139,7 +151,7 @@ class Whose:
             key=keyring.key(self.tenant),
             block_size=self.identity.geometry.block_size,
         )
-        return NamedChain(label=differs, fingerprint=digest, hashes=chain.hashes)
+        return NamedChain(label=differs, fingerprint=digest, hashes=chain.hashes, reason=reason)
 
 
 def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
@@ -149,6 +161,21 @@ def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
             if (kv_format, windows) != (mine.kv_format, mine.bounded_windows):
                 label = f"kv_format {kv_format.value}, {exactness_of(windows, mine.arithmetic)}"
                 yield replace(mine, kv_format=kv_format, bounded_windows=windows), label
+
+
+def _computed_elsewhere(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:
+    """The same under every other arithmetic that this deployment's workers were ever found to have."""
+    if args.data_dir:
+        for name in known_names(str(args.data_dir / ARITHMETIC_DIR)):
+            if name != mine.arithmetic:
+                yield replace(mine, arithmetic=name), f"arithmetic {name}"
+
+
+def _arithmetic(args: argparse.Namespace) -> str:
+    if args.arithmetic:
+        return check_arithmetic(args.arithmetic)
+    file = args.data_dir / ARITHMETIC_FILE if args.data_dir else None
+    return check_arithmetic(file.read_text().strip()) if file and file.is_file() else CPU_FLOAT32
 
 
 def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:

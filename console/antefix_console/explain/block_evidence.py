@@ -26,6 +26,7 @@ class State(StrEnum):
     EXPIRED = "expired"
     CORRUPT = "corrupt"
     FINGERPRINT_DIFFERS = "fingerprint_differs"
+    ARITHMETIC_DIFFERS = "arithmetic_differs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +68,15 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedChain:
-    """A prompt's names under one fingerprint. label: what the fingerprint stands for, for people."""
+    """A prompt's names under one fingerprint. label: what the fingerprint stands for, for people.
+
+    reason: why a block that is stored under this fingerprint alone cannot be hit.
+    """
 
     label: str
     fingerprint: bytes
     hashes: Sequence[bytes]
+    reason: State = State.FINGERPRINT_DIFFERS
 
 
 def gather(
@@ -212,9 +217,9 @@ def _stored_once(hashes: Sequence[bytes], log: Path) -> frozenset[bytes]:
     return frozenset(wanted[event.hash] for event in events if event.hash in wanted)
 
 
-def _elsewhere(index: Index, txn: Any, others: Sequence[NamedChain], now_ms: int) -> dict[int, str]:
-    """Blocks that another fingerprint has, by number, with that fingerprint's label."""
-    found: dict[int, str] = {}
+def _elsewhere(index: Index, txn: Any, others: Sequence[NamedChain], now_ms: int) -> dict[int, NamedChain]:
+    """Blocks that another fingerprint has, by number, with their first names of this kind."""
+    found: dict[int, NamedChain] = {}
     for names in others:
         fingerprint_id = index.fingerprint_id(txn, names.fingerprint)
         if fingerprint_id is None:
@@ -223,11 +228,11 @@ def _elsewhere(index: Index, txn: Any, others: Sequence[NamedChain], now_ms: int
             entry = index.entry(txn, RecordKind.BLOCK, name)
             if entry is None or not entry.live(now_ms) or entry.fingerprint_id != fingerprint_id:
                 break
-            found.setdefault(number, names.label)
+            found.setdefault(number, names)
     return found
 
 
-def _with_gaps(blocks: list[BlockEvidence], elsewhere: Mapping[int, str]) -> list[BlockEvidence]:
+def _with_gaps(blocks: list[BlockEvidence], elsewhere: Mapping[int, NamedChain]) -> list[BlockEvidence]:
     """A block after a gap cannot be hit, whatever it is; a block that is only elsewhere says so."""
     out: list[BlockEvidence] = []
     is_reachable = True
@@ -236,8 +241,8 @@ def _with_gaps(blocks: list[BlockEvidence], elsewhere: Mapping[int, str]) -> lis
         if state is State.STORED and not is_reachable:
             state, detail = State.UNREACHABLE, "it is stored, but an earlier block is not: a hit is a prefix"
         elif state is State.FIRST_SEEN and block.index in elsewhere:
-            state = State.FINGERPRINT_DIFFERS
-            detail = f"these tokens are stored, but under {elsewhere[block.index]}"
+            other = elsewhere[block.index]
+            state, detail = other.reason, f"these tokens are stored, but under {other.label}"
         is_reachable &= state is State.STORED
         out.append(
             BlockEvidence(

@@ -16,6 +16,7 @@ _ADVICE = {
     "evicted": "the store was too small for how long this was unused: raise its budget, or pin the prefix.",
     "expired": "it was unused for longer than its time to live: raise block_ttl_s, or pin the prefix.",
     "corrupt": "the disk returned other bytes than were written: look at the disk; `antefix fsck` checks the store.",
+    "arithmetic_differs": "run the workers on set-ups that `antefix doctor` gives one name, or compute it again here.",
     "fingerprint_differs": "compare tenant, model files, kv_format, namespace and bounded_windows of those who write"
     " here with those who read; --also-tenant NAME, --also-namespace NAME and --also-model DIR look there.",
     "unreachable": "an earlier block is missing; see the first one.",

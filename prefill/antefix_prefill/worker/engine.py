@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from antefix.block import Chain, arithmetic_of, exactness_of
+from antefix.block import CPU_FLOAT32, Chain, check_arithmetic, exactness_of
 from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import BlockLayout, KVFormat, PartKind
-from antefix.model import BlockPool, Model, load_model, row_invariant_ok
+from antefix.measured import known_names
+from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
 from antefix.model.backend import KERNELS, make_backend, uses_triton
 from antefix.model.ops import Ops, TorchOps
 from antefix.model_dir import ModelIdentity, identify
@@ -31,6 +33,8 @@ log = logging.getLogger("antefix_prefill.worker")
 
 # However small its KV, a block takes room for its name, its counts and its places in lists.
 BLOCK_BYTES_MIN = 1024
+# Of engines that are put together by hand, as tests do.
+NOT_PROBED = Arithmetic(name=CPU_FLOAT32, setup="not probed")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,6 +50,12 @@ class EngineConfig:
     dtype: str = setting("float32", "precision of weights and activations: float32 or bfloat16")
     kernels: str = setting("auto", "cache path: torch, triton (CUDA and fp8 only), or auto: triton where it can run")
     threads: int = setting(0, "torch threads; 0 leaves torch's own choice")
+    arithmetic: str = setting(
+        "",
+        "take KV of this arithmetic for one's own, as `antefix doctor` names it; where it is not this worker's, nothing"
+        " is stored; empty: this worker's own",
+    )
+    arithmetic_cache: str = setting("", "directory that keeps what was measured at start, for the next start")
     pool_bytes: int = setting(1 << 30, "memory for the block pool", unit="bytes")
     prefill_chunk: int = setting(512, "prefill runs in chunks that end at multiples of this", unit="tokens")
     strategy: str = setting(
@@ -71,6 +81,8 @@ class EngineConfig:
         require(self.kernels in KERNELS, f"kernels must be one of {', '.join(KERNELS)}, is {self.kernels!r}")
         require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
         require(self.prefill_chunk > 0, f"prefill_chunk must be positive, is {self.prefill_chunk}")
+        if self.arithmetic:
+            check_arithmetic(self.arithmetic)
         require(self.threads >= 0, f"threads must not be negative, is {self.threads}")
         check_window_settings(
             self.strategy,
@@ -94,6 +106,9 @@ class Engine:
         every block that it reads or writes is named as approximate, whether it is or not.
     align_tokens: 1, or in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
     ops: the cache path's operations; they belong to the pool's kind.
+    arithmetic: what was measured here; its name is that of the KV that this worker takes for its own.
+    borrows: it computes another arithmetic than that of the KV that it reads, so it writes none under these names.
+    relatives: fingerprints that differ from ours in nothing but the arithmetic, as far as they were met here before.
     """
 
     identity: ModelIdentity
@@ -115,6 +130,9 @@ class Engine:
     plans: PlanLog = field(default_factory=PlanLog)
     namespace: str = "default"
     ops: Ops = field(default_factory=TorchOps)
+    arithmetic: Arithmetic = NOT_PROBED
+    borrows: bool = False
+    relatives: frozenset[bytes] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +163,7 @@ class Engine:
     @property
     def stores_output(self) -> bool:
         """Decoding runs other shapes than prefilling. Where that makes other bits, reproducible mode keeps none."""
-        return self.align_tokens == 1
+        return self.align_tokens == 1 and not self.borrows
 
     def chain(self, tenant: str) -> Chain:
         """An empty chain for a tenant's tokens."""
@@ -199,16 +217,13 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
     block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
     num_blocks = max(1, config.pool_bytes // max(block_bytes, BLOCK_BYTES_MIN))
     pool, ops = make_backend(config.kernels, model.layout, num_blocks, config.device, reproducible=config.reproducible)
-    free = arithmetic_ignores_shapes(config.device, reproducible_kernels=packed and config.reproducible)
-    if not free and not config.reproducible and torch.device(config.device).type == "cpu":
-        log.warning(
-            "this machine's matrix products depend on the number of rows (see `antefix doctor`): hits equal cold runs"
-            " within rounding only; with --reproducible true they equal them to the bit"
-        )
+    measured = _measure(model, config, packed=packed)
+    free = ignores_shapes(measured, config.device, reproducible_kernels=packed and config.reproducible)
     align_tokens = config.prefill_chunk if config.reproducible and not free else 1
-    arithmetic = arithmetic_of(config.device, config.dtype, reproducible=config.reproducible)
-    exactness = exactness_of(config.bounded_windows, arithmetic)
-    fingerprint = identity.fingerprint(kv_format, namespace=config.namespace, exactness=exactness)
+    names = functools.partial(_fingerprint, identity, config)
+    own, fingerprint = measured.name, names(config.arithmetic or measured.name)
+    if fingerprint != names(own):
+        log.warning("this worker computes %s and takes KV of %s for its own: it stores nothing", own, config.arithmetic)
     return Engine(
         identity=identity,
         model=model,
@@ -220,22 +235,44 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         keyring=Keyring.from_file(config.secret_file),
         compute=ComputeThread("model"),
         prefill_chunk=config.prefill_chunk,
-        fingerprint=fingerprint.digest,
+        fingerprint=fingerprint,
         bounded_windows=config.bounded_windows,
         align_tokens=align_tokens,
         window_pool=open_window_pool(config.window_pool, store, bytes_max=config.window_pool_bytes),
         budget=CheckpointBudget(counter_of(store)),
         namespace=config.namespace,
         ops=ops,
+        arithmetic=replace(measured, name=config.arithmetic or own),
+        borrows=fingerprint != names(own),
+        relatives=frozenset(map(names, known_names(config.arithmetic_cache))) - {fingerprint},
     )
 
 
-def arithmetic_ignores_shapes(device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
+def _fingerprint(identity: ModelIdentity, config: EngineConfig, arithmetic: str) -> bytes:
+    exactness = exactness_of(config.bounded_windows, arithmetic)
+    return identity.fingerprint(KVFormat(config.kv_format), namespace=config.namespace, exactness=exactness).digest
+
+
+def _measure(model: Model, config: EngineConfig, *, packed: bool) -> Arithmetic:
+    """What this process computes for this model, said in the log as well."""
+    measured = probe(
+        model,
+        reproducible=config.reproducible,
+        kernels="triton" if packed else "torch",
+        cache_dir=config.arithmetic_cache,
+    )
+    log.info("arithmetic %s on %s", measured.name, measured.setup)
+    for text in measured.failed:
+        log.warning("not exact here: %s (see `antefix doctor`); with --reproducible true hits are all the same", text)
+    if measured.unproved:
+        log.info("not proved here: %s", "; ".join(measured.unproved))
+    return measured
+
+
+def ignores_shapes(measured: Arithmetic, device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
     """Whether a token's bits are the same however its prompt is cut: so on a CPU, by construction and as probed, and on
     a card where the reproducible kernels run."""
-    if torch.device(device).type != "cpu":
-        return reproducible_kernels
-    return row_invariant_ok()
+    return reproducible_kernels if torch.device(device).type != "cpu" else measured.ignores_shapes
 
 
 def pool_block_bytes(layout: BlockLayout) -> int:

@@ -81,6 +81,8 @@ async def serve_worker(
         address=server.address,
         fingerprint=engine.fingerprint,
         keyring=engine.keyring,
+        arithmetic=engine.arithmetic.name,
+        setup=engine.arithmetic.setup,
     )
     async with lease, MemoryPublisher(config.events_redis, engine.blocks.events, server.address):
         await rpc.run_until_signal(server, role=role, stop=stop, watch_stdin=watch_stdin, leave=lease.end)
