@@ -1,0 +1,55 @@
+"""Reproducible mode, on a simulated machine whose bits depend on the shapes of calls.
+
+Real processors that we know do not need it, so without the simulation it would never be tried where it matters.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from antefix.clients import Tokens
+from antefix.layout import BlockLayout
+from antefix.model.ops import TorchOps
+from antefix.store.api import Store
+from antefix.window import PlanKind, Sizes
+from antefix_console.verify.compare import compare
+from antefix_console.verify.paired_runs import FixedPlanner, WorkerPair, run
+from antefix_console.verify.stores import MemoryStore
+from antefix_console.verify.verdict import Cases
+from antefix_prefill.worker.engine import Engine
+
+
+async def check_aligned(workers: WorkerPair, history: Tokens, turn: Tokens, cases: Cases) -> None:
+    """A hit must resume where a cold run starts a chunk, and must make the calls of a cold run."""
+    size = workers.subject.block_size
+    chunk = 2 * size
+
+    def worker(store: Store, kind: PlanKind) -> Engine:
+        return _shaped_worker(workers, store, len(turn), chunk, kind)
+
+    cold = (await run(worker(MemoryStore(), PlanKind.COLD), turn)).outcome
+    for kind in (PlanKind.CHECKPOINT, PlanKind.REPLAY):
+        store = MemoryStore()
+        await run(worker(store, PlanKind.COLD), history)
+        for _ in range(2):  # the second hits what the first one left
+            restored = await run(worker(store, kind), turn)
+            found = compare(cold, restored.outcome)
+            problem = "" if found.identical else f"not the calls of a cold run: {found.where}"
+            if restored.hit_tokens % chunk:
+                problem = f"a hit resumed at {restored.hit_tokens}, between chunks of {chunk}"
+            cases.add("reproducible", restored.plan, len(turn), found, hit_tokens=restored.hit_tokens, problem=problem)
+
+
+def _shaped_worker(workers: WorkerPair, store: Store, num_tokens: int, chunk: int, kind: PlanKind) -> Engine:
+    engine = workers.new(store, num_tokens, strategy="full", kind=kind)
+    engine.ops = _ShapedOps()
+    engine.prefill_chunk = engine.align_tokens = chunk
+    engine.planner = FixedPlanner(Sizes.of(engine.layout), kind, align_tokens=chunk)
+    return engine
+
+
+class _ShapedOps(TorchOps):
+    """Window entries depend on the number of rows in the call, far above rounding."""
+
+    def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
+        return super().window_pack(entries_TC * (1 + len(entries_TC) / 256), layout)
