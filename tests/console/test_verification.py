@@ -138,7 +138,8 @@ def test_an_empty_report_is_not_ok_and_failures_are_told():
 
 def test_the_random_models_differ_in_plan_ratio_and_window():
     geometries = {random_subject(name, KVFormat.FP8).identity.geometry for name in PLANS}
-    assert len({(g.csa_ratio, g.hca_ratio) for g in geometries}) == len(PLANS)
+    assert len({(g.layers, g.csa_ratio, g.hca_ratio, g.window) for g in geometries}) == len(PLANS)
+    assert any(g.csa_ratio > g.window for g in geometries)
     assert any(g.window > g.block_size for g in geometries) and any(g.window < g.block_size for g in geometries)
 
 
@@ -150,7 +151,7 @@ def test_the_stated_bounds_are_finite():
 @pytest.mark.timeout(600)
 def test_the_command_verifies_through_a_real_store_service():
     done = subprocess.run(
-        [sys.executable, "-m", "antefix_console", "verify", "--json"],
+        [sys.executable, "-m", "antefix_console", "verify", "--json", "--seed", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -159,7 +160,9 @@ def test_the_command_verifies_through_a_real_store_service():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["failed"] == 0 and report["cases"] == report["bit_identical"] + report["within_bounds"]
+    assert report["seed"] == 1
     assert {row["strategy"] for row in report["rows"]} >= {"full", "periodic(p)", "boundary", "auto", "zero"}
+    assert {row["strategy"] for row in report["rows"]} >= {"cuts", "served", "reused rows", "set-ups", "known answer"}
 
 
 def test_the_command_fails_when_a_case_failed(monkeypatch, capsys):

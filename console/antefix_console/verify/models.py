@@ -93,10 +93,6 @@ class Subject:
     def block_size(self) -> int:
         return self.model.layout.geometry.block_size
 
-    @property
-    def topk(self) -> int:
-        return self.model.config.index_topk
-
 
 def load_subject(path: Path, kv_format: KVFormat, *, device: str = "cpu") -> Subject:
     """A model directory.  Raises:  ModelError: it is not usable."""

@@ -14,7 +14,7 @@ from antefix.store.api import Store
 from antefix.window import PlanKind, Sizes
 from antefix_console.verify.compare import compare
 from antefix_console.verify.paired_runs import FixedPlanner, WorkerPair, run
-from antefix_console.verify.stores import MemoryStore
+from antefix_console.verify.stores import MemoryStore, PrefixView
 from antefix_console.verify.verdict import Cases
 from antefix_prefill.worker.engine import Engine
 
@@ -28,15 +28,18 @@ async def check_aligned(workers: WorkerPair, history: Tokens, turn: Tokens, case
         return _shaped_worker(workers, store, len(turn), chunk, kind)
 
     cold = (await run(worker(MemoryStore(), PlanKind.COLD), turn)).outcome
+    store = MemoryStore()
+    # What a shorter prompt leaves comes first: its last chunk is no chunk of the longer one.
+    for tokens in (history, turn):
+        await run(worker(store, PlanKind.REPLAY), tokens)
+    last = len(turn) // chunk * 2
     for kind in (PlanKind.CHECKPOINT, PlanKind.REPLAY):
-        store = MemoryStore()
-        await run(worker(store, PlanKind.COLD), history)
-        for _ in range(2):  # the second hits what the first one left
-            restored = await run(worker(store, kind), turn)
+        for num_blocks in (last - 1, last):
+            restored = await run(worker(PrefixView(store, num_blocks), kind), turn)
             found = compare(cold, restored.outcome)
             problem = "" if found.identical else f"not the calls of a cold run: {found.where}"
-            if restored.hit_tokens % chunk:
-                problem = f"a hit resumed at {restored.hit_tokens}, between chunks of {chunk}"
+            if restored.hit_tokens % chunk or not restored.hit_tokens:
+                problem = f"a hit resumed at {restored.hit_tokens} tokens, chunks have {chunk}"
             cases.add("reproducible", restored.plan, len(turn), found, hit_tokens=restored.hit_tokens, problem=problem)
 
 

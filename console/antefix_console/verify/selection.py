@@ -12,7 +12,7 @@ from antefix_console.verify.models import Subject, load_subject, random_subject
 from antefix_console.verify.suite import LARGE_BLOCK, Coverage
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
-NUM_DRAWN_SHORT = 3
+NUM_DRAWN_SHORT = 2
 NUM_DRAWN_LONG = 40
 # Plans that are run for what their layers and ratios are; the others for one extreme, under two strategies.
 FULL_PLANS = ("flash", "pro", "small-ratios", "odd-ratios")

@@ -13,8 +13,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -53,6 +55,8 @@ from antefix_console.verify.worker_checks import (
     check_reused_rows,
 )
 from antefix_prefill.worker.compute_thread import ComputeThread
+
+log = logging.getLogger("antefix.verify")
 
 # Relative errors that are accepted where a machine's arithmetic depends on shapes (`antefix doctor` says so). Float32
 # differs in its last bits there; a rounding that tips over moves a value by up to an eighth in FP8 and, where
@@ -116,6 +120,12 @@ class Coverage:
     seed: int = 0
 
 
+PARTS: Final = (
+    *("arithmetic", "conversations", "handoffs", "cuts", "rows", "served", "names", "ties", "answers"),
+    "reproducible",
+)
+
+
 class Suite:
     """Verifies one model against a store. `progress` is told what is being done."""
 
@@ -142,24 +152,76 @@ class Suite:
         is_free = backend.device == "cpu" or backend.is_invariant(subject)
         self._exact_bound = 0.0 if is_free else SHAPE_BOUND[subject.kv_format.value]
 
-    async def run(self, strategies: Sequence[str]) -> None:
+    async def run(self, strategies: Sequence[str], parts: Sequence[str] = PARTS) -> None:
+        """parts: of PARTS, which to run."""
         try:
-            self._arithmetic()
             # It ends three tokens before a boundary, so that a few tokens of output pass it.
             document = self._tokens(self._plan.num_blocks * self._subject.block_size - 3)
             self._question = self._tokens(self._subject.block_size // 2 + 1)
-            for strategy in strategies:
-                self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, {strategy}")
-                await self._conversation(strategy, document, bounded_windows=0)
-            for windows in self._plan.bounded_windows:
-                self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, bounded replay of {windows}")
-                await self._conversation("zero", document, bounded_windows=windows)
-            await self._handoffs(document)
-            await self._others(document, strategies)
-            if self._subject.model.device.type != "cpu":
+            for part in parts:
+                try:
+                    await self._run_part(part, document, strategies)
+                except Exception as err:
+                    # What crashes is wrong as well, and the other parts may say more about it.
+                    log.debug("%s failed", part, exc_info=True)
+                    self._cases.add(part, "crashed", 0, problem=f"{part}: {type(err).__name__}: {err}")
+            if "answers" in parts and self._subject.model.device.type != "cpu":
                 self._against_cpu(document)
         finally:
             self._workers.compute.close()
+
+    async def _run_part(self, part: str, document: Tokens, strategies: Sequence[str]) -> None:
+        self._tell(part)
+        size, workers, cases, bound = self._subject.block_size, self._workers, self._cases, self._exact_bound
+        match part:
+            case "arithmetic":
+                self._arithmetic()
+            case "conversations":
+                await self._conversations(document, strategies)
+            case "handoffs":
+                await self._handoffs(document)
+                foreign = self._tokens(size + 1)
+                await check_foreign_handoff(workers, self._store, document[: size + 1], foreign, cases)
+            case "cuts":
+                # Three blocks are enough to show what depends on a row's place, and at least two tiles of rows.
+                tokens = self._tokens(min(max(3 * size + 3, 40), 2 * LARGE_BLOCK))
+                ways = {"num_cuts": self._plan.num_cuts, "num_batches": self._plan.num_batches}
+                check_cuts(workers, tokens, self._random, cases, **ways, bound=bound)
+            case "rows" if self._plan.num_served:
+                prompts = [self._tokens(blocks * size + rest) for blocks, rest in ((3, 1), (2, size - 1), (3, 2))]
+                await check_reused_rows(workers, prompts, cases, bound=bound)
+            case "served" if self._plan.num_served and not bound:
+                prompts = [self._tokens(int(n)) for n in self._random.integers(1, 3 * size, self._plan.num_served)]
+                await check_served(workers, prompts, cases, num_tokens=min(size + 3, SERVED_TOKENS))
+            case "names":
+                await check_names(workers, self._store, document, strategies, cases)
+                check_fingerprints(workers, cases)
+            case "ties":
+                num_entries = self._subject.model.config.index_topk + 2
+                check_ties(workers, self._tokens(num_entries * self._subject.identity.geometry.csa_ratio), cases)
+            case "answers" if self._subject.model.device.type == "cpu":
+                check_answer(self._subject, self._cases.report)
+            case "reproducible" if self._can_simulate_shapes:
+                history = self._tokens(3 * size + 1)
+                await check_aligned(workers, history, np.concatenate((history, self._tokens(4 * size))), cases)
+
+    @property
+    def _can_simulate_shapes(self) -> bool:
+        """Rounding to FP8 would swallow what the simulated machine adds."""
+        if self._subject.model.device.type != "cpu" or self._subject.kv_format is not KVFormat.FLOAT32:
+            return False
+        return self._subject.block_size < LARGE_BLOCK and (self._plan.every_pair or not self._plan.is_extreme)
+
+    def _tell(self, what: str) -> None:
+        self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, {what}")
+
+    async def _conversations(self, document: Tokens, strategies: Sequence[str]) -> None:
+        for strategy in strategies:
+            self._tell(strategy)
+            await self._conversation(strategy, document, bounded_windows=0)
+        for windows in self._plan.bounded_windows:
+            self._tell(f"bounded replay of {windows}")
+            await self._conversation("zero", document, bounded_windows=windows)
 
     async def _conversation(self, strategy: str, document: Tokens, *, bounded_windows: int) -> None:
         # 1. One turn, stored as the strategy says.
@@ -240,7 +302,6 @@ class Suite:
             await run(self._workers.new(self._store, len(turn), strategy=strategy, kind=PlanKind.REPLAY), turn)
 
     async def _handoffs(self, document: Tokens) -> None:
-        self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, handoffs")
         async for position in self._positions(len(document)):
             tokens, next_token = document[:position], int(document[position])
             cold = await cold_and_one_more(self._workers, tokens, next_token)
@@ -259,33 +320,8 @@ class Suite:
             self._cases.add("arithmetic", "probe", 0, problem=f"arithmetic: {text}")
         self._cases.add("arithmetic", "probe", 0, problem="" if measured.num_proved else "the probe checked nothing")
 
-    async def _others(self, document: Tokens, strategies: Sequence[str]) -> None:
-        """What needs no strategy: once a model."""
-        self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, cuts, batches, rows and names")
-        size, workers, cases, bound = self._subject.block_size, self._workers, self._cases, self._exact_bound
-        # Three blocks are enough to show what depends on a row's place, and at least two tiles of rows.
-        cut = self._tokens(min(max(3 * size + 3, 40), 2 * LARGE_BLOCK))
-        ways = {"num_cuts": self._plan.num_cuts, "num_batches": self._plan.num_batches}
-        check_cuts(workers, cut, self._random, cases, **ways, bound=bound)
-        prompts = [self._tokens(num_blocks * size + rest) for num_blocks, rest in ((3, 1), (2, size - 1), (3, 2))]
-        if self._plan.num_served:
-            await check_reused_rows(workers, prompts, cases, bound=bound)
-        if self._plan.num_served and not bound:
-            served = [self._tokens(int(n)) for n in self._random.integers(1, 3 * size, self._plan.num_served)]
-            await check_served(workers, served, cases, num_tokens=min(size + 3, SERVED_TOKENS))
-        await check_names(workers, self._store, document, strategies, cases)
-        check_fingerprints(workers, cases)
-        await check_foreign_handoff(workers, self._store, document[: size + 1], self._tokens(size + 1), cases)
-        check_ties(workers, self._tokens((self._subject.topk + 2) * self._subject.identity.geometry.csa_ratio), cases)
-        if self._subject.model.device.type == "cpu":
-            check_answer(workers, cases)
-            # Rounding to FP8 would swallow what the simulated machine adds.
-            is_plain = self._subject.kv_format is KVFormat.FLOAT32 and size < LARGE_BLOCK
-            if is_plain and (self._plan.every_pair or not self._plan.is_extreme):
-                await check_aligned(workers, prompts[0], np.concatenate((prompts[0], self._tokens(4 * size))), cases)
-
     def _against_cpu(self, document: Tokens) -> None:
-        self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, card against CPU")
+        self._tell("card against CPU")
         bound = CPU_BOUND[self._subject.kv_format.value]
         self._cases.add("card against CPU", "cold", len(document), against_cpu(self._workers, document), bound=bound)
 
