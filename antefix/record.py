@@ -1,15 +1,19 @@
 """What a store holds: records and the answers about them. Knows hashes and bytes, never tokens, tensors or protobuf.
 
-Three kinds of records, each named by a block hash:
+Kinds of records, each named by a hash:
     BLOCK       global KV of one block; its parent is the previous block's hash; kept for days.
     CHECKPOINT  window state at the boundary after that block; kept while it is likely to be used.
     HANDOFF     live state after `position` tokens, named by a request; short-lived, kept in memory only.
+    POOLED      a checkpoint that is used within minutes or never; kept in memory only, named as on disk.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from typing import Final
+
+from antefix.block import NO_LABELS, Labels
 
 # Anything with the buffer protocol whose bytes are contiguous; reads fill one, writes take one, without a copy.
 Buffer = bytes | bytearray | memoryview
@@ -21,6 +25,21 @@ class RecordKind(IntEnum):
     BLOCK = 1
     CHECKPOINT = 2
     HANDOFF = 3
+    POOLED = 4
+    # Of tiers that seal and ship segments; scans step over them (docs/FORMAT.md, "Kinds").
+    STATEMENT = 5
+    FOOTER = 6
+
+
+# The kinds that the store writes to segments and names in its index, and those that its service keeps in memory.
+STORED_KINDS: Final = (RecordKind.BLOCK, RecordKind.CHECKPOINT)
+MEMORY_KINDS: Final = (RecordKind.HANDOFF, RecordKind.POOLED)
+# A tenant's digest and its user's (`antefix.secret.Keyring.owner`).
+OWNER_BYTES: Final = 24
+
+
+# How a record is named where its fingerprint does not matter.
+RecordName = tuple[RecordKind, bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +48,8 @@ class Record:
 
     position: tokens from the start to the end of the record.  ttl_s: None means the store's default for the kind.
     cost_s: what computing it took, which eviction weighs; 0 when unknown.
+    tenant: whose it is: tenant and user digest.  generation, salt, mac: its seal (`antefix.store_files.seal`); 0: none.
+    version: 1 makes a record of version 1, whose tenant is a name in UTF-8 and which has neither seal nor labels.
     """
 
     kind: RecordKind
@@ -37,9 +58,14 @@ class Record:
     fingerprint: bytes
     position: int
     payload: Buffer
-    tenant: str = ""
+    tenant: bytes = bytes(OWNER_BYTES)
     ttl_s: float | None = None
     cost_s: float = 0.0
+    labels: Labels = NO_LABELS
+    generation: int = 0
+    salt: bytes = bytes(16)
+    mac: bytes = bytes(16)
+    version: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +80,39 @@ class LookupResult:
     block_bytes: int = 0
 
 
+class Reason(StrEnum):
+    """Why a record was refused. Part of the protocol; whoever does not know one treats it as OTHER."""
+
+    OTHER = "other"
+    # Malformed, or against a limit: no later try will succeed.
+    INVALID = "invalid"
+    # What it hangs on is not stored, or was refused: put that again, or with it.
+    NO_PARENT = "no_parent"
+    FULL = "full"
+    QUOTA = "quota"
+    # An encrypted store without a key for the tenant. No later try will succeed before an operator acts.
+    NO_KEY = "no_key"
+    TOO_LARGE = "too_large"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """reason: for counters.  text: for people."""
+
+    reason: Reason
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PutResult:
     """How many records were written, how many existed already, and the hashes refused, each with its reason."""
 
     num_stored: int
     num_existing: int
-    refused: dict[bytes, str] = field(default_factory=dict)
+    refused: dict[bytes, Refusal] = field(default_factory=dict)
 
 
 class Fate(StrEnum):
@@ -77,7 +129,11 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFate:
-    """fingerprints: all others under which the store has ever held something, the newest last."""
+    """fingerprints: all others under which the store has ever held something, the newest last.
+
+    statements: what each of them stands for, as far as the store was told; empty where not.
+    """
 
     fate: Fate
     fingerprints: tuple[bytes, ...] = ()
+    statements: tuple[bytes, ...] = ()

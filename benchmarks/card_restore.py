@@ -70,23 +70,29 @@ class TimedStore:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
         return result
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         found: LookupResult = await self._timed("lookup", self.store.lookup(chain, fingerprint=fingerprint))
         return found
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
-        read: int = await self._timed("read", self.store.get_blocks(hashes, into, fingerprint=fingerprint))
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        read: int = await self._timed(
+            "read", self.store.get_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
+        )
         return read
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
-        data: bytes | None = await self._timed("checkpoint", self.store.get(kind, hash, fingerprint=fingerprint))
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        data: bytes | None = await self._timed(
+            "checkpoint", self.store.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
+        )
         return data
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         return await self.store.put(records)
 
-    async def register(self, fingerprint: bytes, layout: Any) -> None:
-        await self.store.register(fingerprint, layout)
+    async def register(self, fingerprint: bytes, layout: Any, *, statement: bytes = b"") -> None:
+        await self.store.register(fingerprint, layout, statement=statement)
 
     async def close(self) -> None:
         await self.store.close()

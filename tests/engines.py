@@ -6,10 +6,13 @@ import numpy as np
 import torch
 
 from antefix.errors import Unavailable
+from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.numbered_log import Batch, Cursor
 from antefix.model import BlockPool, load_model
 from antefix.model_dir import identify
 from antefix.record import BlockFate, Fate, LookupResult, PutResult, RecordKind
 from antefix.secret import Keyring
+from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.window import Rates, RestorePlanner, Sizes, parse
 from antefix.window.rates import RatePriors
 from antefix_prefill.restore import Prompt
@@ -27,13 +30,14 @@ class MemoryStore:
         self.records = {}
         self.broken = set()
         self.puts = []
+        self.pins = []
         self.fates = {}
 
     def check(self, call):
         if call in self.broken:
             raise Unavailable(f"{call} is broken")
 
-    async def lookup(self, chain, *, fingerprint, tenant=""):
+    async def lookup(self, chain, *, fingerprint, tenant=b""):
         self.check("lookup")
         num = 0
         while num < len(chain) and (RecordKind.BLOCK, chain[num]) in self.records:
@@ -46,7 +50,7 @@ class MemoryStore:
         stored = (RecordKind.BLOCK, hash) in self.records
         return BlockFate(fate=Fate.STORED if stored else self.fates.get(hash, Fate.UNKNOWN))
 
-    async def get_blocks(self, hashes, into, *, fingerprint):
+    async def get_blocks(self, hashes, into, *, fingerprint, tenant=b""):
         self.check("get_blocks")
         for index, (name, row) in enumerate(zip(hashes, into, strict=True)):
             payload = self.records.get((RecordKind.BLOCK, name))
@@ -55,7 +59,7 @@ class MemoryStore:
             row[:] = payload
         return len(hashes)
 
-    async def get(self, kind, hash, *, fingerprint):
+    async def get(self, kind, hash, *, fingerprint, tenant=b""):
         self.check("get")
         return self.records.get((kind, hash))
 
@@ -66,8 +70,28 @@ class MemoryStore:
             self.puts.append((record.kind, record.position))
         return PutResult(num_stored=len(records), num_existing=0)
 
-    async def register(self, fingerprint, layout):
+    async def register(self, fingerprint, layout, *, statement=b""):
         pass
+
+    async def pin(self, names, *, duration_s, owner):
+        self.check("pin")
+        self.pins.append((list(names), duration_s, owner))
+        return sum(name in self.records for name in names)
+
+    async def evict(self, names, *, owner):
+        return sum(self.records.pop(name, None) is not None for name in names)
+
+    async def watch(self, cursor=None):
+        names = [name for kind, name in self.records if kind is RecordKind.BLOCK]
+        event = BlockEvent.of(EventKind.STORED, names, b"")
+        yield Batch(cursor=Cursor(epoch=b"e"), events=(event,), snapshot=True, snapshot_begins=True, snapshot_ends=True)
+
+    async def stats(self):
+        kinds = {}
+        for kind in RecordKind:
+            sizes = [len(payload) for name, payload in self.records.items() if name[0] is kind]
+            kinds[kind] = KindTotals(num_records=len(sizes), stored_bytes=sum(sizes), payload_bytes=sum(sizes))
+        return StoreTotals(kinds=kinds)
 
     async def close(self):
         pass

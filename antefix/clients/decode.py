@@ -34,6 +34,7 @@ class Decoded:
     stop_number: int = 0
     restore: RestoreReport | None = None
     written_tokens: int = 0
+    write_error: str = ""
 
 
 @dataclass(slots=True)
@@ -76,6 +77,7 @@ class DecodeClient:
                         stop_number=message.stop_number,
                         restore=report_from_wire(message.restore) if message.HasField("restore") else None,
                         written_tokens=message.written_tokens,
+                        write_error=message.write_error,
                     )
         finally:
             call.cancel()  # a caller that stops early stops the work; after the end this does nothing

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antefix.model.config import ModelConfig
-from antefix.model.numerics import ALIGN, ROW_TILE, has_kernels, linear, multiply, multiply_each, sigmoid, wide
+from antefix.model.numerics import ALIGN, ROW_TILE, has_kernels, linear, multiply_each, multiply_tiles, sigmoid, wide
 
 
 class HyperConnection(nn.Module):
@@ -114,11 +114,11 @@ def sinkhorn(logits_NMM: Tensor, num_iters: int, eps: float) -> Tensor:
     # Whole tiles from here on: nothing is padded and cut off again at every step. Padding is 1 and sums to about 1.
     num_tokens, num_cells = x.shape
     x = F.pad(x, (0, len(row_sums) - num_cells, 0, -num_tokens % ROW_TILE), value=1.0)
-    x = x / multiply(x, row_sums) + eps
-    x = x / multiply(x, column_sums, bias=floor)
+    x = x / multiply_tiles(x, row_sums) + eps
+    x = x / multiply_tiles(x, column_sums, floor)
     for _ in range(num_iters - 1):
-        x = x / multiply(x, row_sums, bias=floor)
-        x = x / multiply(x, column_sums, bias=floor)
+        x = x / multiply_tiles(x, row_sums, floor)
+        x = x / multiply_tiles(x, column_sums, floor)
     return x[:num_tokens, :num_cells].reshape(logits_NMM.shape)
 
 

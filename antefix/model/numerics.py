@@ -69,11 +69,9 @@ def has_kernels(x: Tensor) -> bool:
     )
 
 
-def is_plain(*tensors: Tensor) -> bool:
+def is_plain(a: Tensor, b: Tensor) -> bool:
     """Whether PyTorch's own operations will do: with gradients, and on other devices, nothing is promised."""
-    return any(x.device.type != "cpu" for x in tensors) or (
-        torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    )
+    return not a.is_cpu or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -88,31 +86,39 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return card_multiply(rows, weight).view(*x.shape[:-1], weight.shape[0])
     if is_plain(x, weight):
         return F.linear(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    return multiply(rows, weight.T).view(*x.shape[:-1], weight.shape[0])
+    if x.dim() == 2:
+        return multiply(x, weight.T)
+    return multiply(x.reshape(-1, x.shape[-1]), weight.T).view(*x.shape[:-1], weight.shape[0])
 
 
-def multiply(a: Tensor, b: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """a [N, K] times b [K, O], plus `bias` (a scalar), contiguous. Each element is its row's and column's alone.
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a [N, K] times b [K, O], contiguous. Each element is its row's and column's alone.
 
     Sums of at most SUM_TILE addends are each one chain of multiply-adds; they are added up in order.
     """
     if is_plain(a, b):
-        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
-    num_rows, num_columns = a.shape[0], b.shape[1]
-    more_addends, more_columns = -a.shape[1] % ALIGN, -num_columns % COLUMN_TILE
-    a = pad_rows(F.pad(a, (0, more_addends)) if more_addends else a)
+        return torch.mm(a, b)
+    num_rows, num_addends = a.shape
+    num_columns = b.shape[1]
+    more_rows, more_addends, more_columns = -num_rows % ROW_TILE, -num_addends % ALIGN, -num_columns % COLUMN_TILE
+    # A decode step has hundreds of products, most of them in whole tiles already: those must cost nothing more.
+    if not (more_rows or more_addends or more_columns):
+        return multiply_tiles(a, b)
+    if more_rows or more_addends:
+        a = F.pad(a, (0, more_addends, 0, more_rows))
     if more_columns and num_columns > _PADDED_COLUMNS_MAX:
         whole = num_columns - num_columns % COLUMN_TILE
         b = _pad_matrix(b, more_addends, 0)
-        return torch.cat((multiply(a, b[:, :whole], bias=bias), multiply(a, b[:, whole:], bias=bias)), 1)[:num_rows]
-    product = _add_tiles(a, _pad_matrix(b, more_addends, more_columns), bias)
-    return product[:num_rows, :num_columns].contiguous()
+        return torch.cat((multiply(a, b[:, :whole]), multiply(a, b[:, whole:])), 1)[:num_rows]
+    product = multiply_tiles(a, _pad_matrix(b, more_addends, more_columns))
+    return product[:num_rows, :num_columns].contiguous() if more_columns else product[:num_rows]
 
 
-def _add_tiles(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    first, second = a[:, :SUM_TILE], b[:SUM_TILE]
-    product = torch.mm(first, second) if bias is None else torch.addmm(bias, first, second)
+def multiply_tiles(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same of operands that are whole tiles already, plus `bias`, a scalar."""
+    if a.shape[1] <= SUM_TILE:
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+    product = multiply_tiles(a[:, :SUM_TILE], b[:SUM_TILE], bias)
     for start in range(SUM_TILE, a.shape[1], SUM_TILE):
         product.addmm_(a[:, start : start + SUM_TILE], b[start : start + SUM_TILE])
     return product
@@ -127,11 +133,15 @@ def multiply_each(a: Tensor, b: Tensor) -> Tensor:
     more_addends = max(-(-_PAIR_WORK_MIN // ((rows + more_rows) * (columns + more_columns))) - addends, 0)
     if more_rows or more_addends:
         a = F.pad(a, (0, more_addends, 0, more_rows))
-    b = _pad_matrix(b, more_addends, more_columns)
-    product = torch.bmm(a[:, :, :SUM_TILE], b[:, :SUM_TILE])
-    for start in range(SUM_TILE, a.shape[2], SUM_TILE):
-        product.baddbmm_(a[:, :, start : start + SUM_TILE], b[:, start : start + SUM_TILE])
-    return product[:, :rows, :columns]
+    if more_columns or more_addends:
+        b = _pad_matrix(b, more_addends, more_columns)
+    if a.shape[2] <= SUM_TILE:
+        product = torch.bmm(a, b)
+    else:
+        product = torch.bmm(a[:, :, :SUM_TILE], b[:, :SUM_TILE])
+        for start in range(SUM_TILE, a.shape[2], SUM_TILE):
+            product.baddbmm_(a[:, :, start : start + SUM_TILE], b[:, start : start + SUM_TILE])
+    return product[:, :rows, :columns] if more_rows or more_columns else product
 
 
 def _pad_matrix(b: Tensor, more_rows: int, more_columns: int) -> Tensor:

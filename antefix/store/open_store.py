@@ -7,6 +7,7 @@ from pathlib import Path
 
 from antefix.store.api import Store
 from antefix.store.client import LocalStore, RemoteStore
+from antefix.store_files.seal import Seals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,8 +18,11 @@ class StoreAddress:
     directory: str = ""
 
 
-def open_store(where: StoreAddress) -> Store:
-    """A client; it connects when first used, and again after the service came back."""
+def open_store(where: StoreAddress, *, seals: Seals | None = None) -> Store:
+    """A client; it connects when first used, and again after the service came back.
+
+    seals: of the deployment; with them only sealed records are taken, as every worker must.
+    """
     if where.directory:
-        return LocalStore(Path(where.directory), where.address)
-    return RemoteStore(where.address)
+        return LocalStore(Path(where.directory), where.address, seals=seals)
+    return RemoteStore(where.address, seals=seals)

@@ -21,6 +21,7 @@ _LENGTH_DELIMITED: Final = 2
 _FIXED_BYTES: Final = {1: 8, 5: 4}
 _CHECKSUM: Final = struct.Struct("<Q")
 GET_RESPONSE_DATA: Final = kvstore_pb2.GetResponse.DATA_FIELD_NUMBER
+GET_RESPONSE_SEALS: Final = kvstore_pb2.GetResponse.SEALS_FIELD_NUMBER
 PUT_REQUEST_DATA: Final = kvstore_pb2.PutRequest.DATA_FIELD_NUMBER
 # Fields 6 to 9 of a GetResponse, each behind its tag, and the tag of the records, whose length follows.
 _RECORDS_HEAD: Final = struct.Struct("<BIBQBIBQB")
@@ -58,11 +59,12 @@ class BlankMessage:
     only the owner has it.
     """
 
-    __slots__ = ("_raw", "_view", "payload")
+    __slots__ = ("_raw", "_seals_at", "_view", "payload")
 
-    def __init__(self, head: bytes, payload_bytes: int) -> None:
-        """head: all before the payload, which comes last, with its tag and length."""
+    def __init__(self, head: bytes, payload_bytes: int, *, seals_at: int = 0) -> None:
+        """head: all before the payload, which comes last, with its tag and length.  seals_at: see `head_of_piece`."""
         nbytes = len(head) + payload_bytes
+        self._seals_at = seals_at
         self._raw: bytes = _new_bytes(None, nbytes)
         # Good for as long as the bytes are, which is as long as this is.
         self._view: memoryview = _view_of(_address_of(self._raw), nbytes, _PYBUF_WRITE)
@@ -73,8 +75,9 @@ class BlankMessage:
         """The message; its payload is not to be written to any more."""
         return self._raw
 
-    def finish_piece(self, checksum: int) -> bytes:
-        """A piece, with its checksum: the last field before the payload's tag and length."""
+    def finish_piece(self, checksum: int, seals: bytes = b"") -> bytes:
+        """A piece, with its seals, if any, and its checksum: the last field before the payload's tag and length."""
+        self._view[self._seals_at : self._seals_at + len(seals)] = seals
         head_bytes = self._view.nbytes - self.payload.nbytes
         tag_bytes = len(_tag_and_length(GET_RESPONSE_DATA, self.payload.nbytes))
         _CHECKSUM.pack_into(self._view, head_bytes - tag_bytes - _CHECKSUM.size, checksum)
@@ -103,6 +106,16 @@ def head_of(message: Any, field: int, payload_bytes: int) -> bytes:
     """What stands before the payload, which is field number `field` of the message and its last."""
     head: bytes = message.SerializeToString() + _tag_and_length(field, payload_bytes)
     return head
+
+
+def head_of_piece(message: Any, payload_bytes: int, seals_bytes: int) -> tuple[bytes, int]:
+    """`head_of` a piece, in front of it room for seals that are not known yet; and where in it that room is."""
+    head = head_of(message, GET_RESPONSE_DATA, payload_bytes)
+    if not seals_bytes:
+        return head, 0
+    # Protobuf takes fields in any order; in front they need not be looked for.
+    tag = _tag_and_length(GET_RESPONSE_SEALS, seals_bytes)
+    return b"".join((tag, bytes(seals_bytes), head)), len(tag)
 
 
 def _tag_and_length(field: int, nbytes: int) -> bytes:

@@ -53,8 +53,9 @@ def fate_of(directory: Path, index: Index, block_hash: bytes, *, fingerprint: by
     """What the index says of a block and, where it says nothing, what is remembered; with all other fingerprints."""
     with index.txn() as txn:
         others = tuple(digest for digest in index.fingerprints(txn).values() if digest != fingerprint)
+        statements = tuple(index.statement(txn, digest) for digest in others)
         fate = _indexed(index, txn, block_hash, fingerprint, now_ms)
-    return BlockFate(fate=fate or remembered(directory, block_hash), fingerprints=others)
+    return BlockFate(fate=fate or remembered(directory, block_hash), fingerprints=others, statements=statements)
 
 
 def _indexed(index: Index, txn: Any, block_hash: bytes, fingerprint: bytes, now_ms: int) -> Fate | None:

@@ -4,9 +4,9 @@ Tables:  blocks, checkpoints   hash -> format.INDEX_ENTRY
          leaves                rank, kind, hash -> nothing; what eviction takes first comes first
          expiry                expiry time, kind, hash -> nothing; leaves only
          segments              number -> format.SEGMENT_ENTRY
-         names                 fingerprints and tenants to the small ids that entries carry, and back
-         totals                per kind, per tenant: records, extent bytes, payload bytes
-         meta                  epoch, event number, number of quarantined records
+         names                 fingerprints and owners to the small ids that entries carry, and back
+         totals                per kind, per owner: records, extent bytes, payload bytes
+         meta                  number of quarantined records; plans and statements of fingerprints
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ TABLES: Final = ("blocks", "checkpoints", "leaves", "expiry", "segments", "names
 TABLE_OF_KIND: Final = {RecordKind.BLOCK: "blocks", RecordKind.CHECKPOINT: "checkpoints"}
 READERS_MAX: Final = 1024
 QUARANTINED_KEY: Final = b"quarantined"
+# In the table `meta`: this and the fingerprint.
+STATEMENT_PREFIX: Final = b"said"
+GENERATION_BYTES: Final = 2
 _U64: Final = struct.Struct("<Q")
 
 # LMDB forbids opening one environment twice in a process, so the engine and readers beside it share theirs.
@@ -100,13 +103,24 @@ class Index:
         value = txn.get(b"f" + fingerprint, db=self.db["names"])
         return None if value is None else int.from_bytes(value, "little")
 
-    def tenant_id(self, txn: Any, tenant: str) -> int | None:
-        value = txn.get(b"t" + tenant.encode(), db=self.db["names"])
+    def owner_id(self, txn: Any, owner: bytes) -> int | None:
+        """owner: as `antefix.store_files.record_header.owner_row` makes it."""
+        value = txn.get(owner, db=self.db["names"])
         return None if value is None else int.from_bytes(value, "little")
 
-    def tenants(self, txn: Any) -> dict[int, str]:
-        """The names of all tenants of which something is stored, by id."""
-        return {number: value.decode() for number, value in self._named(txn, b"T")}
+    def owners(self, txn: Any) -> dict[int, bytes]:
+        """All owners of which something is stored, by id; as `owner_row` makes them."""
+        named = {number: owner_of(b"t", value) for number, value in self._named(txn, b"T")}
+        return named | {number: owner_of(b"o", value) for number, value in self._named(txn, b"O")}
+
+    def generations(self, txn: Any) -> dict[int, int]:
+        """Which of the deployment's secrets made each owner's digest, by id."""
+        return {number: int.from_bytes(value[-GENERATION_BYTES:], "little") for number, value in self._named(txn, b"O")}
+
+    def statement(self, txn: Any, fingerprint: bytes) -> bytes:
+        """What a fingerprint stands for; empty where nobody has said."""
+        value = txn.get(STATEMENT_PREFIX + fingerprint, db=self.db["meta"])
+        return b"" if value is None else bytes(value)
 
     def fingerprints(self, txn: Any) -> dict[int, bytes]:
         """The digests of all fingerprints, by id."""
@@ -183,6 +197,11 @@ class Index:
                 if entry is not None and entry.live(now_ms):
                     counts.append(index + 1)
         return tuple(counts)
+
+
+def owner_of(letter: bytes, value: bytes) -> bytes:
+    """The owner in a row of the table `names`: behind a digest stands the generation of the secret that made it."""
+    return letter + bytes(value[:-GENERATION_BYTES] if letter == b"o" else value)
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:

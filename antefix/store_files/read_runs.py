@@ -16,11 +16,10 @@ from antefix.store_files.record_format import (
     Codec,
     IndexEntry,
     RecordFlag,
-    RecordHeader,
-    expected_checksum,
     payload_checksum,
-    unpack_record_header,
 )
+from antefix.store_files.record_header import RecordHeader, expected_checksum, sealed_part, unpack_record_header
+from antefix.store_files.seal import Seals
 from antefix.store_files.segment_files import SegmentFiles, preadv_cached, preadv_full
 
 # What one preadv reads: from here on a cold disk got no faster, and smaller reads, whose checksums would find them in a
@@ -32,18 +31,29 @@ RUN_BYTES_MIN: Final = 1 << 20
 RUN_RECORDS_MAX: Final = 448
 _RAW: Final = int(Codec.RAW)
 _ENCRYPTED: Final = int(RecordFlag.ENCRYPTED)
+_SEALED: Final = int(RecordFlag.SEALED)
 
 Decrypt = Callable[[RecordHeader, memoryview], bytes]
 
 
 @dataclass(slots=True)
 class Wanted:
-    """One record to read: where the index says that it is, and where its payload goes, in one or more parts."""
+    """One record to read: where the index says that it is, and where its payload goes, in one or more parts.
+
+    sealed: of the header, when it has been read.  forged: what was read is whole, and has no right seal.
+    """
 
     number: int
     hash: bytes
     entry: IndexEntry
     into: Sequence[memoryview] = ()
+    sealed: bytes = b""
+    forged: bool = False
+
+    @property
+    def version(self) -> int:
+        """Of the record's header."""
+        return 2 if self.entry.flags & _SEALED else 1
 
     @property
     def locked(self) -> bool:
@@ -58,13 +68,19 @@ class Wanted:
 class RunReader:
     """Reads runs of one store's records of one fingerprint's payloads. Thread-safe."""
 
-    def __init__(self, directory: Path, seed: int, decrypt: Decrypt | None) -> None:
+    def __init__(self, directory: Path, seed: int, decrypt: Decrypt | None, seals: Seals | None) -> None:
+        """seals: where given, only sealed records are right."""
         self.files = SegmentFiles(directory)
         self._seed = seed
         self._decrypt = decrypt
+        self._seals = seals
 
-    def read(self, kind: RecordKind, run: Sequence[Wanted], fingerprint: bytes, *, wait: bool = True) -> list[Wanted]:
+    def read(
+        self, kind: RecordKind, run: Sequence[Wanted], fingerprint: bytes, *, tenant: bytes = b"", wait: bool = True
+    ) -> list[Wanted]:
         """Read one run; returns those records that are not what they should be, or that the disk cannot read.
+
+        tenant: whose they must be, where there are seals to tell; empty: anybody's.
 
         Raises:  BlockingIOError: not to wait for the disk, and some of the run is not in the page cache.
         """
@@ -80,7 +96,10 @@ class RunReader:
         except OSError:
             # The segment is gone, or the disk cannot read it: who asked looks each of them up again.
             return list(run)
-        return self._rejected(kind, reading, num_read, fingerprint)
+        rejected = self._damaged(kind, reading, num_read, fingerprint)
+        return (
+            rejected if self._seals is None else rejected + self._forged(kind, reading, rejected, fingerprint, tenant)
+        )
 
     def copy(self, segment: int, offset: int, into: memoryview, *, wait: bool = True) -> bool:
         """Read a stretch of a segment as it is, without looking at its records.
@@ -104,7 +123,19 @@ class RunReader:
         finally:
             self.files.give_back(file)
 
-    def _rejected(self, kind: RecordKind, reading: _Reading, num_read: int, fingerprint: bytes) -> list[Wanted]:
+    def _forged(
+        self, kind: RecordKind, reading: _Reading, damaged: Sequence[Wanted], fingerprint: bytes, tenant: bytes
+    ) -> list[Wanted]:
+        """Those whose payloads were decoded, and were not sealed under their names."""
+        assert self._seals is not None
+        for want in reading.wanted:
+            payload = want.into[0] if len(want.into) == 1 else b"".join(want.into)
+            want.forged = want not in damaged and not self._seals.holds(
+                want.sealed, payload, kind=kind, block_hash=want.hash, fingerprint=fingerprint, tenant=tenant
+            )
+        return [want for want in reading.wanted if want.forged]
+
+    def _damaged(self, kind: RecordKind, reading: _Reading, num_read: int, fingerprint: bytes) -> list[Wanted]:
         # One after the other without anything between: hashing lets go of the interpreter's lock, and threads that wait
         # for it from each other sleep and are woken again.
         checksums = [
@@ -133,6 +164,7 @@ class RunReader:
         )
         if expected != checksum:
             return False
+        want.sealed = sealed_part(head)
         if body is want.into:
             return True
         try:

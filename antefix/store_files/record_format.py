@@ -1,4 +1,5 @@
-"""The bytes of a store: identity file, segment header, record header, index entry. Knows bytes, never files.
+"""The bytes of a store: identity file, segment header, index entry, and what a record's header is made of. Knows bytes,
+never files. `antefix.store_files.record_header` packs and reads headers.
 
 docs/FORMAT.md has the same numbers as tables, and a test compares them. All integers are little-endian, except in
 index keys, which are big-endian so that their byte order is their numeric order.
@@ -13,10 +14,10 @@ from typing import Final
 
 import xxhash
 
-from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.record import RecordKind
+from antefix.errors import BlockCorrupt
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+FORMAT_VERSIONS: Final = (1, 2)
 STORE_FILE: Final = "STORE"
 LOCK_FILE: Final = "LOCK"
 INDEX_DIR: Final = "index"
@@ -26,25 +27,36 @@ SEGMENT_DIR: Final = "segments"
 BATCH_ALIGN: Final = 4096
 RECORD_ALIGN: Final = 8
 HASH_BYTES: Final = 32
-TENANT_BYTES_MAX: Final = 44
 NONCE_BYTES: Final = 12
+SALT_BYTES: Final = 16
+MAC_BYTES: Final = 16
+# Of version 1, where a record had its tenant's name.
+TENANT_BYTES_MAX_V1: Final = 44
 # Lengths are u32 in the index.
 PAYLOAD_BYTES_MAX: Final = 1 << 30
 
 STORE_MAGIC: Final = b"AFXSTORE"
 SEGMENT_MAGIC: Final = b"AFXSEGMT"
-RECORD_MAGIC: Final = b"AFXRECRD"
+RECORD_MAGIC: Final = b"AFXRECD2"
+RECORD_MAGIC_V1: Final = b"AFXRECRD"
+# What a scan looks for.
+RECORD_MAGICS_BEGIN: Final = b"AFXREC"
 
 # magic, checksum of the rest, version, zero, store id, created (unix ms)
 STORE_HEADER: Final = struct.Struct("<8sQII16sQ")
 # magic, checksum of the rest, version, zero, store id, segment, created (unix ms); then zeros up to BATCH_ALIGN
 SEGMENT_HEADER: Final = struct.Struct("<8sQII16sQQ")
 SEGMENT_HEADER_BYTES: Final = BATCH_ALIGN
+# magic, checksum of the rest, payload checksum; the sealed part: hash, parent, fingerprint, tenant, user, payload
+# bytes, position, key generation, cards, kind, hash kind, family, zero, salt, MAC; then nonce, segment, offset, stored
+# bytes, codec, flags, zero, created ms, expires ms, cost us, zero
+RECORD_HEADER: Final = struct.Struct("<8sQ16s32s32s32s16s8sIIHHBBBB16s16s12sIQIBBHQQII")
 # magic, checksum of the rest, payload checksum, hash, parent, fingerprint, segment, offset, stored bytes,
 # payload bytes, position, created ms, expires ms, cost us, kind, codec, flags, tenant bytes, tenant, nonce, zero
-RECORD_HEADER: Final = struct.Struct("<8sQ16s32s32s32sQQQQQQQQBBBB44s12sI")
+RECORD_HEADER_V1: Final = struct.Struct("<8sQ16s32s32s32sQQQQQQQQBBBB44s12sI")
+# Of both versions, so that the length of a record does not depend on its version.
 RECORD_HEADER_BYTES: Final = 256
-assert RECORD_HEADER.size == RECORD_HEADER_BYTES
+assert RECORD_HEADER.size == RECORD_HEADER_V1.size == RECORD_HEADER_BYTES
 # segment, offset, stored bytes, payload bytes, position, fingerprint id, tenant id, children, rank ms, expires ms,
 # pinned until ms, prefix bytes, cost ms, ttl s, codec, flags, zero, parent, checksum of key and value
 INDEX_ENTRY: Final = struct.Struct("<IQIIIIIIQQQQIIBBH32sI")
@@ -54,17 +66,7 @@ assert _ENTRY_FIELDS.size == INDEX_ENTRY.size
 _ENTRY_BODY_BYTES: Final = INDEX_ENTRY.size - 4
 # committed end, live bytes, live records
 SEGMENT_ENTRY: Final = struct.Struct("<QQQ")
-_CHECK_OFFSET: Final = 16
-# Fields of a record header that a reader compares.
-_HASH_AT: Final = slice(32, 64)
-_FINGERPRINT_AT: Final = slice(96, 128)
-_PLACE: Final = struct.Struct("<QQQQ")
-_PLACE_OFFSET: Final = 128
-_CHECKSUM_AT: Final = slice(_CHECK_OFFSET, _CHECK_OFFSET + 16)
-_KIND_OFFSET: Final = 192
-_CODEC_OFFSET: Final = 193
-_FLAGS_OFFSET: Final = 194
-_ENCRYPTED_BIT: Final = 2
+CHECK_OFFSET: Final = 16
 _QUARANTINED_BIT: Final = 128
 
 
@@ -80,18 +82,20 @@ class RecordFlag(IntFlag):
 
     FIRST: the first block of its chain; its parent, the chain's root, is never stored.
     ENCRYPTED: the stored bytes are AES-256-GCM of the coded payload, with a tag of 16 bytes behind them.
+    SEALED: index only; the record is of version 2, which has a seal.
     QUARANTINED: index only; the record failed a check and is a miss until it is put again.
     """
 
     NONE = 0
     FIRST = 1
     ENCRYPTED = 2
+    SEALED = 64
     QUARANTINED = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreIdentity:
-    """What the STORE file says."""
+    """What the STORE file says.  version: of the store, or of the segment that says it."""
 
     store_id: bytes
     created_ms: int
@@ -101,34 +105,6 @@ class StoreIdentity:
     def seed(self) -> int:
         """Seed of header checksums: a header from another store is as wrong as a damaged one."""
         return int.from_bytes(self.store_id[:8], "little")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordHeader:
-    """The 256 bytes before each payload."""
-
-    payload_checksum: bytes
-    hash: bytes
-    parent: bytes
-    fingerprint: bytes
-    segment: int
-    offset: int
-    stored_bytes: int
-    payload_bytes: int
-    position: int
-    created_ms: int
-    expires_ms: int
-    cost_us: int
-    kind: RecordKind
-    codec: Codec
-    flags: RecordFlag
-    tenant: str
-    nonce: bytes = bytes(NONCE_BYTES)
-
-    @property
-    def extent_bytes(self) -> int:
-        """Header, stored bytes and padding."""
-        return extent_bytes(self.stored_bytes)
 
 
 @dataclass(slots=True)
@@ -198,12 +174,12 @@ def payload_checksum(*stored: bytes | bytearray | memoryview) -> bytes:
 
 def pack_identity(identity: StoreIdentity) -> bytes:
     raw = STORE_HEADER.pack(STORE_MAGIC, 0, identity.version, 0, identity.store_id, identity.created_ms)
-    return _sign(raw, 0)
+    return sign(raw, 0)
 
 
 def unpack_identity(raw: bytes) -> StoreIdentity:
     """Raises:  BlockCorrupt: not an identity file, or damaged."""
-    if len(raw) != STORE_HEADER.size or raw[:8] != STORE_MAGIC or _sign(raw, 0) != raw:
+    if len(raw) != STORE_HEADER.size or raw[:8] != STORE_MAGIC or sign(raw, 0) != raw:
         raise BlockCorrupt("the STORE file is not an Antefix store's, or damaged")
     _, _, version, _, store_id, created_ms = STORE_HEADER.unpack(raw)
     return StoreIdentity(store_id=store_id, created_ms=created_ms, version=version)
@@ -211,7 +187,7 @@ def unpack_identity(raw: bytes) -> StoreIdentity:
 
 def pack_segment_header(identity: StoreIdentity, segment: int, created_ms: int) -> bytes:
     raw = SEGMENT_HEADER.pack(SEGMENT_MAGIC, 0, identity.version, 0, identity.store_id, segment, created_ms)
-    return _sign(raw, 0).ljust(SEGMENT_HEADER_BYTES, b"\0")
+    return sign(raw, 0).ljust(SEGMENT_HEADER_BYTES, b"\0")
 
 
 def unpack_segment_header(raw: bytes) -> tuple[StoreIdentity, int]:
@@ -220,120 +196,10 @@ def unpack_segment_header(raw: bytes) -> tuple[StoreIdentity, int]:
     Raises:  BlockCorrupt: not a segment's header, or damaged.
     """
     head = bytes(raw[: SEGMENT_HEADER.size])
-    if len(head) != SEGMENT_HEADER.size or head[:8] != SEGMENT_MAGIC or _sign(head, 0) != head:
+    if len(head) != SEGMENT_HEADER.size or head[:8] != SEGMENT_MAGIC or sign(head, 0) != head:
         raise BlockCorrupt("not a segment header, or damaged")
     _, _, version, _, store_id, segment, created_ms = SEGMENT_HEADER.unpack(head)
     return StoreIdentity(store_id=store_id, created_ms=created_ms, version=version), segment
-
-
-def pack_record_header(header: RecordHeader, seed: int) -> bytes:
-    """Raises:  InvalidRequest: the tenant's name is longer than 44 bytes."""
-    tenant = header.tenant.encode()
-    if len(tenant) > TENANT_BYTES_MAX:
-        raise InvalidRequest(f"a tenant's name must have at most {TENANT_BYTES_MAX} bytes, has {len(tenant)}")
-    raw = RECORD_HEADER.pack(
-        RECORD_MAGIC,
-        0,
-        header.payload_checksum,
-        header.hash,
-        header.parent,
-        header.fingerprint,
-        header.segment,
-        header.offset,
-        header.stored_bytes,
-        header.payload_bytes,
-        header.position,
-        header.created_ms,
-        header.expires_ms,
-        header.cost_us,
-        header.kind,
-        header.codec,
-        header.flags,
-        len(tenant),
-        tenant,
-        header.nonce,
-        0,
-    )
-    return _sign(raw, seed)
-
-
-def unpack_record_header(raw: bytes | bytearray | memoryview, seed: int) -> RecordHeader:
-    """Raises:  BlockCorrupt: wrong magic, checksum or a field outside its range."""
-    data = bytes(raw)
-    if len(data) != RECORD_HEADER_BYTES or data[:8] != RECORD_MAGIC:
-        raise BlockCorrupt("no record header here")
-    if xxhash.xxh3_64_intdigest(data[_CHECK_OFFSET:], seed) != int.from_bytes(data[8:_CHECK_OFFSET], "little"):
-        raise BlockCorrupt("record header: wrong checksum")
-    f = RECORD_HEADER.unpack(data)
-    try:
-        return RecordHeader(
-            payload_checksum=f[2],
-            hash=f[3],
-            parent=f[4],
-            fingerprint=f[5],
-            segment=f[6],
-            offset=f[7],
-            stored_bytes=f[8],
-            payload_bytes=f[9],
-            position=f[10],
-            created_ms=f[11],
-            expires_ms=f[12],
-            cost_us=f[13],
-            kind=RecordKind(f[14]),
-            codec=Codec(f[15]),
-            flags=RecordFlag(f[16]),
-            tenant=f[18][: f[17]].decode(),
-            nonce=f[19],
-        )
-    except ValueError as err:
-        raise BlockCorrupt(f"record header: {err}") from err
-
-
-def expected_checksum(
-    raw: bytes, seed: int, *, kind: int, block_hash: bytes, fingerprint: bytes, entry: IndexEntry
-) -> bytes | None:
-    """The payload checksum in a header that is exactly the one expected, or None.
-
-    What a reader does for every record: a whole RecordHeader would cost more than hashing a small payload.
-    """
-    if (
-        not _is_header_of(raw, seed, kind, block_hash, fingerprint)
-        or _PLACE.unpack_from(raw, _PLACE_OFFSET)
-        != (entry.segment, entry.offset, entry.stored_bytes, entry.payload_bytes)
-        or raw[_CODEC_OFFSET] != entry.codec
-    ):
-        return None
-    return raw[_CHECKSUM_AT]
-
-
-def plain_record(
-    raw: bytes, seed: int, *, kind: int, block_hash: bytes, fingerprint: bytes, segment: int, offset: int
-) -> tuple[int, bytes] | None:
-    """Payload bytes and checksum in a header that is the one expected at this place, or None.
-
-    For readers without an index entry, of records that are stored as they are: neither coded nor encrypted.
-    """
-    if not _is_header_of(raw, seed, kind, block_hash, fingerprint):
-        return None
-    found_segment, found_offset, stored_bytes, payload_bytes = _PLACE.unpack_from(raw, _PLACE_OFFSET)
-    if (
-        (found_segment, found_offset, stored_bytes) != (segment, offset, payload_bytes)
-        or raw[_CODEC_OFFSET] != Codec.RAW
-        or raw[_FLAGS_OFFSET] & _ENCRYPTED_BIT
-    ):
-        return None
-    return payload_bytes, raw[_CHECKSUM_AT]
-
-
-def _is_header_of(raw: bytes, seed: int, kind: int, block_hash: bytes, fingerprint: bytes) -> bool:
-    return (
-        len(raw) == RECORD_HEADER_BYTES
-        and xxhash.xxh3_64_intdigest(raw[_CHECK_OFFSET:], seed) == int.from_bytes(raw[8:_CHECK_OFFSET], "little")
-        and raw[:8] == RECORD_MAGIC
-        and raw[_HASH_AT] == block_hash
-        and raw[_FINGERPRINT_AT] == fingerprint
-        and raw[_KIND_OFFSET] == kind
-    )
 
 
 def pack_entry(entry: IndexEntry, key: bytes) -> bytes:
@@ -380,6 +246,6 @@ def segment_number(name: str) -> int | None:
     return int(stem) if suffix == "seg" and len(stem) == 12 and stem.isdigit() else None
 
 
-def _sign(raw: bytes, seed: int) -> bytes:
+def sign(raw: bytes, seed: int) -> bytes:
     """`raw` with the XXH3-64 of its bytes from 16 on at bytes 8 to 16."""
-    return raw[:8] + xxhash.xxh3_64_intdigest(raw[_CHECK_OFFSET:], seed).to_bytes(8, "little") + raw[_CHECK_OFFSET:]
+    return raw[:8] + xxhash.xxh3_64_intdigest(raw[CHECK_OFFSET:], seed).to_bytes(8, "little") + raw[CHECK_OFFSET:]

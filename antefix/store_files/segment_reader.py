@@ -29,14 +29,9 @@ from antefix.store_files.read_runs import (
     Wanted,
     runs_of,
 )
-from antefix.store_files.record_format import (
-    INDEX_DIR,
-    SEGMENT_DIR,
-    STORE_FILE,
-    IndexEntry,
-    RecordHeader,
-    unpack_identity,
-)
+from antefix.store_files.record_format import INDEX_DIR, SEGMENT_DIR, STORE_FILE, IndexEntry, unpack_identity
+from antefix.store_files.record_header import RecordHeader
+from antefix.store_files.seal import Seals
 
 # Measured on two cores: 2 in flight, 4 MiB each, read a cold file at least as fast as direct I/O of any depth did,
 # and a warm one faster than 4 or 16 did. Prefetching by fadvise made both slower. More cores can keep more in flight.
@@ -59,12 +54,14 @@ class ReadOutcome:
     """num_good: leading records that are right.  suspects: named by the index, but not what the segment holds.
 
     locked: the read stopped at an encrypted record for which this reader has no keys; the service may have them.
+    forged: what the segment holds is whole, but has no right seal. The store cannot tell, so it must be told.
     """
 
     num_good: int = 0
     bytes_read: int = 0
     locked: bool = False
     suspects: list[bytes] = field(default_factory=list)
+    forged: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +72,7 @@ class Located:
     fingerprint: bytes
     wanted: list[Wanted]
     locked: bool
+    tenant: bytes = b""
 
     @property
     def sizes(self) -> list[int]:
@@ -88,7 +86,7 @@ class Located:
 
     def window(self, first: int, bytes_max: int) -> Located:
         """Those from number `first` on, up to about `bytes_max` but at least one, numbered from 0."""
-        window = Located(self.kind, self.fingerprint, [], self.locked)
+        window = Located(self.kind, self.fingerprint, [], self.locked, self.tenant)
         nbytes = 0
         for want in self.wanted[first : first + _WINDOW_RECORDS_MAX]:
             nbytes += want.entry.payload_bytes
@@ -107,9 +105,10 @@ class StoreReader:
         *,
         num_threads: int = READS_IN_FLIGHT,
         decrypt: Decrypt | None = None,
+        seals: Seals | None = None,
         clock_ms: Callable[[], int] = wall_ms,
     ) -> None:
-        """num_threads: runs in flight, the calling thread's among them.
+        """num_threads: runs in flight, the calling thread's among them.  seals: with them, only sealed is right.
 
         Raises:  Unavailable: there is no store (yet), or its index cannot be opened.
         """
@@ -119,7 +118,7 @@ class StoreReader:
         except (FileNotFoundError, BlockCorrupt) as err:
             raise Unavailable(f"{self.directory} holds no readable store: {err}") from err
         self.index = Index(self.directory / INDEX_DIR)
-        self.runs = RunReader(self.directory / SEGMENT_DIR, self.seed, decrypt)
+        self.runs = RunReader(self.directory / SEGMENT_DIR, self.seed, decrypt, seals)
         self._num_helpers = max(1, num_threads - 1)
         self._pool = ThreadPoolExecutor(self._num_helpers, thread_name_prefix="antefix-read")
         self._reads_locked = decrypt is not None
@@ -133,7 +132,9 @@ class StoreReader:
     def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
         return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self._clock_ms())
 
-    def read_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> ReadOutcome:
+    def read_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> ReadOutcome:
         """Fill `into[i]` with block `hashes[i]`; see api.Store.get_blocks.
 
         Raises:  InvalidRequest: a buffer has another size than its payload.
@@ -150,7 +151,7 @@ class StoreReader:
                     first, last = shares.popleft()
                 except IndexError:
                     return
-                outcome = self._read_share(hashes[first:last], into[first:last], fingerprint)
+                outcome = self._read_share(hashes[first:last], into[first:last], fingerprint, tenant)
                 found.append((first, outcome))
                 if outcome.num_good < last - first:
                     # Nothing behind the first gap counts.
@@ -159,8 +160,10 @@ class StoreReader:
         self._with_helpers(work, len(shares) - 1, shares.clear)
         return _joined(found)
 
-    def _read_share(self, hashes: Sequence[bytes], into: Sequence[memoryview], fingerprint: bytes) -> ReadOutcome:
-        located = self.locate(RecordKind.BLOCK, hashes, fingerprint=fingerprint)
+    def _read_share(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], fingerprint: bytes, tenant: bytes
+    ) -> ReadOutcome:
+        located = self.locate(RecordKind.BLOCK, hashes, fingerprint=fingerprint, tenant=tenant)
         for number, nbytes in enumerate(located.sizes):
             if into[number].nbytes != nbytes:
                 raise InvalidRequest(f"a buffer has {into[number].nbytes} bytes, its payload {nbytes}")
@@ -187,17 +190,19 @@ class StoreReader:
             stop()
             wait([helper for helper in helpers if not helper.cancel()])
 
-    def read(self, kind: RecordKind, block_hash: bytes, *, fingerprint: bytes) -> tuple[bytearray | None, ReadOutcome]:
+    def read(
+        self, kind: RecordKind, block_hash: bytes, *, fingerprint: bytes, tenant: bytes = b""
+    ) -> tuple[bytearray | None, ReadOutcome]:
         """One payload in a buffer of its own, or None."""
-        located = self.locate(kind, [block_hash], fingerprint=fingerprint)
+        located = self.locate(kind, [block_hash], fingerprint=fingerprint, tenant=tenant)
         payload = bytearray(sum(located.sizes))
         outcome = self.fill(located, lambda *_: (memoryview(payload),))
         return (payload if outcome.num_good else None), outcome
 
-    def locate(self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes) -> Located:
+    def locate(self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Located:
         """The leading records that are stored, in one snapshot."""
         now_ms = self._clock_ms()
-        located = Located(kind, fingerprint, [], False)
+        located = Located(kind, fingerprint, [], False, tenant)
         with self.index.txn() as txn:
             fingerprint_id = self.index.fingerprint_id(txn, fingerprint)
             for number, block_hash in enumerate(hashes):
@@ -206,7 +211,7 @@ class StoreReader:
                     break
                 want = Wanted(number, block_hash, entry)
                 if want.locked and not self._reads_locked:
-                    return Located(kind, fingerprint, located.wanted, True)
+                    return Located(kind, fingerprint, located.wanted, True, tenant)
                 located.wanted.append(want)
         return located
 
@@ -224,7 +229,7 @@ class StoreReader:
             outcome.bytes_read += want.entry.stored_bytes
         # What failed has moved, has gone, or is corrupt.
         for run in runs_of(wanted):
-            for want in self.runs.read(located.kind, run, located.fingerprint, wait=wait):
+            for want in self.runs.read(located.kind, run, located.fingerprint, tenant=located.tenant, wait=wait):
                 if not self._read_again(located, want, outcome):
                     outcome.num_good = min(outcome.num_good, want.number)
         return outcome
@@ -240,9 +245,11 @@ class StoreReader:
             if moved.locked and not self._reads_locked:
                 return False
             same = entry.payload_bytes == want.entry.payload_bytes
-            if same and not self.runs.read(located.kind, [moved], located.fingerprint):
+            if same and not self.runs.read(located.kind, [moved], located.fingerprint, tenant=located.tenant):
+                want.sealed = moved.sealed
                 return True
-        outcome.suspects.append(want.hash)
+            want.forged = moved.forged
+        (outcome.forged if want.forged else outcome.suspects).append(want.hash)
         return False
 
 
@@ -256,6 +263,7 @@ def _joined(found: list[tuple[int, ReadOutcome]]) -> ReadOutcome:
     joined = ReadOutcome()
     for first, outcome in sorted(found, key=lambda share: share[0]):
         joined.suspects += outcome.suspects
+        joined.forged += outcome.forged
         if first == joined.num_good:
             joined.num_good += outcome.num_good
             joined.bytes_read += outcome.bytes_read

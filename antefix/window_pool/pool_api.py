@@ -29,7 +29,10 @@ class WindowPool(Protocol):
     async def put(self, record: Record) -> bool:
         """Keep a checkpoint for `record.ttl_s`. False: no room, or the pool is known to be down; put it elsewhere."""
 
-    async def nearest(self, names: Sequence[bytes], *, fingerprint: bytes) -> Found | None:
-        """The first of `names` that is here, with its payload: at these sizes asking costs as much as loading."""
+    async def nearest(self, names: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Found | None:
+        """The first of `names` that is here, with its payload: at these sizes asking costs as much as loading.
+
+        tenant: whose it must be, as in `antefix.store.api.Store`.
+        """
 
     async def close(self) -> None: ...

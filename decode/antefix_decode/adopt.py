@@ -32,6 +32,8 @@ async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff |
     if not name:
         return None
     try:
+        # Whose it is its digest says, which is made with the tenant's key; while secrets rotate, a prefill worker may
+        # have sealed it under another one than ours.
         data = await engine.store.get(RecordKind.HANDOFF, name, fingerprint=engine.fingerprint)
         handoff = Handoff.from_bytes(data) if data is not None else None
     except AntefixError as err:
@@ -52,7 +54,7 @@ async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | N
     started = time.perf_counter()
     report = RestoreReport(plan="handoff")
     num_blocks = prompt.num_tokens // engine.block_size
-    table = await load_blocks(engine, prompt.chain.hashes[:num_blocks], report)
+    table = await load_blocks(engine, prompt, num_blocks, report)
     try:
         if len(table) < num_blocks:
             engine.blocks.release(table)

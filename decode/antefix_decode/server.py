@@ -121,6 +121,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 stop_number=running.stopper.stop_number,
                 written_tokens=running.writer.num_blocks_written * self._engine.block_size,
                 written_checkpoints=running.writer.num_checkpoints_written,
+                write_error=running.writer.error,
             )
         finally:
             await self.scheduler.leave(running)

@@ -9,7 +9,7 @@ from antefix.window import Reason
 from antefix_prefill.leave_checkpoints import leave_checkpoint, output_marks
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt
-from antefix_prefill.run_prompt import block_record
+from antefix_prefill.sealed_records import block_record
 from antefix_prefill.worker.engine import Engine
 
 

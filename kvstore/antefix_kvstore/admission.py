@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from antefix.errors import InvalidRequest
-from antefix.record import PutResult, Record, RecordKind
+from antefix.record import OWNER_BYTES, STORED_KINDS, PutResult, Reason, Record, RecordKind, Refusal
 from antefix.store_files.index import Index
-from antefix.store_files.record_format import HASH_BYTES, TENANT_BYTES_MAX, extent_bytes
+from antefix.store_files.record_format import (
+    HASH_BYTES,
+    MAC_BYTES,
+    SALT_BYTES,
+    TENANT_BYTES_MAX_V1,
+    extent_bytes,
+)
 from antefix_kvstore.index_writer import Name
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.space import parent_of
@@ -27,7 +33,7 @@ class Admission:
     first: set[Name] = field(default_factory=set)
     existing: list[Name] = field(default_factory=list)
     anchors: set[Name] = field(default_factory=set)
-    refused: dict[Name, str] = field(default_factory=dict)
+    refused: dict[Name, Refusal] = field(default_factory=dict)
     block_tokens: dict[bytes, int] = field(default_factory=dict)
 
 
@@ -42,14 +48,37 @@ def check_record(record: Record, record_bytes_max: int) -> None:
         raise InvalidRequest(f"a payload must have 1 to {record_bytes_max} bytes, has {nbytes}")
     if not 0 <= record.position < 1 << 32:
         raise InvalidRequest(f"position must fit 32 bits, is {record.position}")
-    if len(record.tenant.encode()) > TENANT_BYTES_MAX:
-        raise InvalidRequest(f"a tenant's name must have at most {TENANT_BYTES_MAX} bytes")
+    if record.kind not in STORED_KINDS:
+        raise InvalidRequest(f"records of kind {record.kind.name.lower()} do not go to disk")
+    (_check_v1 if record.version == 1 else _check_v2)(record)
     if record.ttl_s is not None and not 0 <= record.ttl_s < 1 << 31:
         raise InvalidRequest(f"ttl_s must be in [0, 2^31), is {record.ttl_s}")
 
 
+def _check_v1(record: Record) -> None:
+    if len(record.tenant) > TENANT_BYTES_MAX_V1:
+        raise InvalidRequest(f"version 1 takes {TENANT_BYTES_MAX_V1} bytes of a tenant's name")
+
+
+def _check_v2(record: Record) -> None:
+    for name, value, nbytes in (
+        ("tenant", record.tenant, OWNER_BYTES),
+        ("salt", record.salt, SALT_BYTES),
+        ("mac", record.mac, MAC_BYTES),
+    ):
+        if len(value) != nbytes:
+            raise InvalidRequest(f"{name} must be {nbytes} bytes, is {len(value)}")
+    for name, number, most in (
+        ("generation", record.generation, 0xFFFF),
+        ("num_cards", record.labels.num_cards, 0xFFFF),
+        ("family", record.labels.family, 0xFF),
+    ):
+        if not 0 <= number <= most:
+            raise InvalidRequest(f"{name} must be in [0, {most}], is {number}")
+
+
 def admit(
-    index: Index, txn: Any, records: Sequence[Record], *, refusal: Callable[[Record], str | None] = lambda _: None
+    index: Index, txn: Any, records: Sequence[Record], *, refusal: Callable[[Record], Refusal | None] = lambda _: None
 ) -> Admission:
     """Sort out one put, in order. `txn` is the snapshot it is judged by; `refusal` says what else stands against it."""
     out = Admission()
@@ -72,7 +101,7 @@ def admit(
     return out
 
 
-def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record], out: Admission) -> str | None:
+def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record], out: Admission) -> Refusal | None:
     """Why a record may not be stored, or None. Notes its anchor, or that it begins a chain."""
     name = (record.kind, record.hash)
     parent = parent_of(name, record.parent)
@@ -81,19 +110,26 @@ def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record]
     entry = index.entry(txn, *parent)
     if entry is not None:
         if entry.quarantined:
-            return "its parent is quarantined; put that again first"
+            return _no_parent("its parent is quarantined; put that again first")
         out.anchors.add(parent)
         return None
     if parent in out.refused:
-        return "its parent was refused"
+        return _PARENT_REFUSED
     if record.kind is RecordKind.CHECKPOINT:
-        return "its block is not stored"
+        return _no_parent("its block is not stored")
     if record.position > _block_tokens(index, txn, record, following, out):
-        return "its parent is not stored"
+        return _no_parent("its parent is not stored")
     # Below what was learned: a first put that was no chain's beginning taught a wrong number.
     out.block_tokens[record.fingerprint] = record.position
     out.first.add(name)
     return None
+
+
+def _no_parent(text: str) -> Refusal:
+    return Refusal(Reason.NO_PARENT, text)
+
+
+_PARENT_REFUSED: Final = _no_parent("its parent was refused")
 
 
 def _block_tokens(index: Index, txn: Any, record: Record, following: Sequence[Record], out: Admission) -> int:
@@ -131,13 +167,13 @@ def without_orphans(batch: Sequence[Record], admission: Admission) -> list[Recor
     kept = []
     for record in batch:
         if parent_of((record.kind, record.hash), record.parent) in admission.refused:
-            admission.refused[record.kind, record.hash] = "its parent was refused"
+            admission.refused[record.kind, record.hash] = _PARENT_REFUSED
         else:
             kept.append(record)
     return kept
 
 
-def refuse(batch: Sequence[Record], admission: Admission, reason: str) -> None:
+def refuse(batch: Sequence[Record], admission: Admission, reason: Refusal) -> None:
     admission.refused.update({(record.kind, record.hash): reason for record in batch})
 
 

@@ -28,7 +28,6 @@ from antefix.store_files.record_format import (
     STORE_FILE,
     IndexEntry,
     RecordFlag,
-    expected_checksum,
     payload_checksum,
     segment_name,
     segment_number,
@@ -36,6 +35,7 @@ from antefix.store_files.record_format import (
     unpack_identity,
     unpack_segment_header,
 )
+from antefix.store_files.record_header import expected_checksum
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.identity import lock_directory
 from antefix_kvstore.index_check import content_fault

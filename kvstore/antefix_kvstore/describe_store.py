@@ -1,20 +1,23 @@
-"""What a store directory holds: by namespace, tenant, kind and age, and a picture of its prefix forest.
+"""What a store directory holds: by namespace, owner, kind and age, and a picture of its prefix forest.
 
 Reads the index only, so it may run beside a service. The picture draws runs of blocks without a fork as one line.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from antefix.block import USER_SEPARATOR
 from antefix.errors import BlockCorrupt, ConfigError
 from antefix.record import RecordKind
 from antefix.store_files.index import TABLE_OF_KIND, Index
+from antefix.store_files.owners import KnownNames
 from antefix.store_files.record_format import (
     INDEX_DIR,
     SEGMENT_DIR,
@@ -28,16 +31,24 @@ from antefix.store_files.record_format import (
 from antefix.store_files.segment_reader import wall_ms
 
 NUM_LINES_MAX: Final = 40
+_TOLD: Final = ("family", "kv_format", "namespace", "exactness", "arithmetic", "num_cards", "group", "shard")
 # Upper bounds of the age classes in seconds, and their names.
 AGES: Final = ((60, "< 1 min"), (3600, "< 1 h"), (86_400, "< 1 d"), (7 * 86_400, "< 7 d"), (float("inf"), "older"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
-    """Records of one namespace (fingerprint), tenant and kind.  ages: number of records by time since last use."""
+    """Records of one namespace (fingerprint), owner and kind.  ages: number of records by time since last use.
+
+    tenant: its name where that is known, else its digest.  about: what the fingerprint stands for, where that is known.
+    version: of the records.  generation: of the secret that named and sealed them; 0: none did.
+    """
 
     fingerprint: str
+    about: dict[str, Any]
     tenant: str
+    version: int
+    generation: int
     kind: RecordKind
     num_records: int
     stored_bytes: int
@@ -73,8 +84,10 @@ class StoreReport:
     num_runs_left_out: int = 0
 
 
-def inspect(directory: Path, *, num_lines_max: int = NUM_LINES_MAX) -> StoreReport:
-    """Raises:  ConfigError: not a store.  Unavailable: its index cannot be opened."""
+def inspect(directory: Path, *, num_lines_max: int = NUM_LINES_MAX, known: KnownNames | None = None) -> StoreReport:
+    """known: tenants' names, to be shown instead of their digests.
+
+    Raises:  ConfigError: not a store.  Unavailable: its index cannot be opened."""
     try:
         identity = unpack_identity((directory / STORE_FILE).read_bytes())
     except (FileNotFoundError, NotADirectoryError, BlockCorrupt) as err:
@@ -83,7 +96,8 @@ def inspect(directory: Path, *, num_lines_max: int = NUM_LINES_MAX) -> StoreRepo
     index = Index(directory / INDEX_DIR)
     try:
         with index.txn() as txn:
-            fingerprints, tenants = index.fingerprints(txn), index.tenants(txn)
+            fingerprints, owners, generations = index.fingerprints(txn), index.owners(txn), index.generations(txn)
+            statements = {digest: index.statement(txn, digest) for digest in fingerprints.values()}
             entries = {
                 (kind, key): entry
                 for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)
@@ -99,14 +113,19 @@ def inspect(directory: Path, *, num_lines_max: int = NUM_LINES_MAX) -> StoreRepo
         num_segments=len(files),
         segment_bytes=sum(path.stat().st_size for path in files),
         index_bytes=(directory / INDEX_DIR / "data.mdb").stat().st_size,
-        holdings=_holdings(entries, fingerprints, tenants),
+        holdings=_holdings(entries, fingerprints, statements, owners, generations, known or KnownNames()),
         forest=runs[:num_lines_max],
         num_runs_left_out=max(0, len(runs) - num_lines_max),
     )
 
 
 def _holdings(
-    entries: dict[tuple[RecordKind, bytes], IndexEntry], fingerprints: dict[int, bytes], tenants: dict[int, str]
+    entries: dict[tuple[RecordKind, bytes], IndexEntry],
+    fingerprints: dict[int, bytes],
+    statements: dict[bytes, bytes],
+    owners: dict[int, bytes],
+    generations: dict[int, int],
+    known: KnownNames,
 ) -> list[Holding]:
     groups: dict[tuple[int, int, RecordKind], list[IndexEntry]] = defaultdict(list)
     for (kind, _), entry in entries.items():
@@ -114,7 +133,10 @@ def _holdings(
     return [
         Holding(
             fingerprint=fingerprints.get(fingerprint, b"").hex(),
-            tenant=tenants.get(tenant, ""),
+            about=json.loads(statements.get(fingerprints.get(fingerprint, b"")) or b"{}"),
+            tenant=known.name(owners.get(owner, b"t")),
+            version=2 if owners.get(owner, b"t")[:1] == b"o" else 1,
+            generation=generations.get(owner, 0),
             kind=kind,
             num_records=len(found),
             stored_bytes=sum(entry.extent_bytes for entry in found),
@@ -123,7 +145,7 @@ def _holdings(
             num_quarantined=sum(entry.quarantined for entry in found),
             ages=_ages(found),
         )
-        for (fingerprint, tenant, kind), found in sorted(groups.items())
+        for (fingerprint, owner, kind), found in sorted(groups.items())
     ]
 
 
@@ -191,10 +213,14 @@ def render(report: StoreReport) -> str:
     for holding in report.holdings:
         ages = ", ".join(f"{count} {name}" for name, count in holding.ages.items() if count)
         lines.append(
-            f"  {holding.fingerprint[:12]}  {holding.tenant or '(no tenant)'}  {holding.kind.name.lower()}: "
+            f"  {holding.fingerprint[:12]}  {_shown(holding.tenant)}  {holding.kind.name.lower()}: "
             f"{holding.num_records} records, {_size(holding.payload_bytes)} stored in {_size(holding.stored_bytes)}; "
-            f"used {ages}" + (f"; {holding.num_quarantined} quarantined" if holding.num_quarantined else "")
+            f"used {ages}"
+            + (f"; {holding.num_quarantined} quarantined" if holding.num_quarantined else "")
+            + (f"; secret {holding.generation}" if holding.generation else "")
+            + ("; of version 1" if holding.version == 1 else "")
         )
+    lines += _about(report)
     if report.forest:
         lines.append("prefixes (tokens, blocks, * checkpoint):")
     for run in report.forest:
@@ -206,6 +232,21 @@ def render(report: StoreReport) -> str:
     if report.num_runs_left_out:
         lines.append(f"  ... and {report.num_runs_left_out} more runs")
     return "\n".join(lines)
+
+
+def _shown(tenant: str) -> str:
+    name, _, user = tenant.partition(USER_SEPARATOR)
+    return f"{name or '(no tenant)'}, user {user}" if user else name or "(no tenant)"
+
+
+def _about(report: StoreReport) -> list[str]:
+    """What each fingerprint stands for, without what says the least: digests of files."""
+    texts = {
+        holding.fingerprint[:12]: ", ".join(f"{name} {holding.about[name]}" for name in _TOLD if name in holding.about)
+        for holding in report.holdings
+        if holding.about
+    }
+    return ["fingerprints:", *(f"  {name}  {text}" for name, text in texts.items())] if texts else []
 
 
 def _size(nbytes: int) -> str:

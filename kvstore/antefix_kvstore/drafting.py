@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from antefix.record import Record
+from antefix.record import Reason, Record, Refusal
 from antefix.store_files.encryption import TAG_BYTES, KeyRing, fresh_nonce
-from antefix.store_files.record_format import NONCE_BYTES, Codec, RecordFlag, RecordHeader
+from antefix.store_files.record_format import NONCE_BYTES, Codec, RecordFlag
+from antefix.store_files.record_header import RecordHeader, owner_row
 from antefix_kvstore.compression import Compression
 from antefix_kvstore.index_writer import Name
 from antefix_kvstore.kvstore_config import KvStoreConfig
@@ -32,10 +33,10 @@ class Drafter:
     def close(self) -> None:
         self._pool.shutdown()
 
-    def refusal(self, record: Record) -> str | None:
+    def refusal(self, record: Record) -> Refusal | None:
         """Why a record cannot be written down at all, or None."""
-        if self._keys is not None and record.tenant not in self._keys:
-            return f"this store is encrypted and has no key for tenant {record.tenant!r}"
+        if self._keys is not None and owner_row(record.version, record.tenant) not in self._keys:
+            return Refusal(Reason.NO_KEY, f"this store is encrypted and has no key for tenant {record.tenant.hex()}")
         return None
 
     def drafts(self, records: Sequence[Record], first: set[Name]) -> list[Draft]:
@@ -67,6 +68,13 @@ class Drafter:
             flags=(RecordFlag.FIRST if is_first else RecordFlag.NONE)
             | (RecordFlag.ENCRYPTED if self._keys else RecordFlag.NONE),
             tenant=record.tenant,
+            generation=record.generation,
+            num_cards=record.labels.num_cards,
+            hash_kind=record.labels.hash_kind,
+            family=record.labels.family,
+            salt=record.salt,
+            mac=record.mac,
+            version=record.version,
             nonce=fresh_nonce() if self._keys else bytes(NONCE_BYTES),
         )
         if self._keys is not None:

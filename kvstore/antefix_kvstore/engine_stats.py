@@ -17,10 +17,11 @@ class KindCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreStats:
-    """numbers: named like the fields of StatsResponse in kvstore.proto; counters since the engine was opened."""
+    """numbers, texts: named like the fields of StatsResponse in kvstore.proto; counters since the engine was opened."""
 
     kinds: dict[RecordKind, KindCount]
     numbers: dict[str, int]
+    texts: dict[str, str]
 
 
 def collect(engine: Engine) -> StoreStats:
@@ -43,11 +44,17 @@ def collect(engine: Engine) -> StoreStats:
         "expirations": space.counters.expirations,
         "compacted_bytes": space.counters.compacted_bytes,
         "corrupt": counters.corrupt,
+        "forged": counters.forged,
         "hits": counters.hits,
         "misses": counters.misses,
         "bytes_read": counters.bytes_read,
         "bytes_written": counters.bytes_written,
         "refused": counters.refused,
         "syncs": counters.syncs,
+        "limit_bytes": max(0, space.limit_bytes),
+        "free_bytes": space.free.nbytes,
+        "free_bytes_min": space.free.margin_bytes,
+        "impossible_writes": counters.impossible,
     }
-    return StoreStats(kinds=kinds, numbers=numbers)
+    texts = {"stopped": space.stopped, "impossible_write": counters.last_impossible}
+    return StoreStats(kinds=kinds, numbers=numbers, texts=texts)

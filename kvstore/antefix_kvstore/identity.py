@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import logging
 import os
@@ -15,6 +16,7 @@ from antefix.store_files.gone_blocks import GONE_FILE
 from antefix.store_files.read_log import USAGE_LOG_FILE
 from antefix.store_files.record_format import (
     FORMAT_VERSION,
+    FORMAT_VERSIONS,
     INDEX_DIR,
     LOCK_FILE,
     SEGMENT_DIR,
@@ -104,16 +106,22 @@ def read_identity(directory: Path, disk: Disk, clock_ms: Callable[[], int]) -> S
         identity = StoreIdentity(store_id=secrets.token_bytes(16), created_ms=clock_ms())
         segment_dir.mkdir(exist_ok=True)
         disk.replace_file(path, pack_identity(identity))
-    if identity.version != FORMAT_VERSION:
+    if identity.version not in FORMAT_VERSIONS:
         raise ConfigError(
-            f"{directory} has format version {identity.version}; this build reads version {FORMAT_VERSION}"
+            f"{directory} has format version {identity.version}; this build reads"
+            f" {' and '.join(map(str, FORMAT_VERSIONS))}"
         )
     segment_dir.mkdir(exist_ok=True)
+    if identity.version != FORMAT_VERSION:
+        # From here on a build that knows the old version only would not find all that is stored.
+        identity = dataclasses.replace(identity, version=FORMAT_VERSION)
+        disk.replace_file(path, pack_identity(identity))
     return identity
 
 
 def _identity_of_segments(segment_dir: Path) -> StoreIdentity | None:
-    for path in sorted(segment_dir.iterdir()):
+    # The newest first: its version is the store's.
+    for path in sorted(segment_dir.iterdir(), reverse=True):
         if segment_number(path.name) is None:
             continue
         try:

@@ -16,7 +16,7 @@ import xxhash
 
 from antefix.record import RecordKind
 from antefix.store_files import codec
-from antefix.store_files.index import TABLE_OF_KIND, Index
+from antefix.store_files.index import TABLE_OF_KIND, Index, owner_of
 from antefix.store_files.record_format import HASH_BYTES, IndexEntry, RecordFlag, unpack_entry
 from antefix_kvstore.index_writer import (
     PLAN_PREFIX,
@@ -131,13 +131,18 @@ def _name_faults(index: Index, txn: Any, derived: _Derived) -> Iterator[str]:
     """Names and ids must lead to each other, and every id that is used must be among them."""
     with txn.cursor(db=index.db["names"]) as cursor:
         rows = {bytes(key): bytes(value) for key, value in cursor}
-    for letter, used in ((b"f", derived.fingerprint_ids), (b"t", derived.tenant_ids)):
-        to_id = {key[1:]: value for key, value in rows.items() if key[:1] == letter}
-        of_id = {key[1:]: value for key, value in rows.items() if key[:1] == letter.upper()}
-        names = {number: value[:HASH_BYTES] if letter == b"f" else value for number, value in of_id.items()}
+    # Owners have two kinds of names, and one row of ids.
+    for letters, used in (((b"f",), derived.fingerprint_ids), ((b"t", b"o"), derived.tenant_ids)):
+        to_id = {key: value for key, value in rows.items() if key[:1] in letters}
+        names = {
+            key[1:]: letter + value[:HASH_BYTES] if letter == b"f" else owner_of(letter, value)
+            for letter in letters
+            for key, value in rows.items()
+            if key[:1] == letter.upper()
+        }
         if {number: name for name, number in to_id.items()} != names or len(to_id) != len(names):
             yield "its names and ids do not lead to each other"
-        last = int.from_bytes(rows.get(b"#" + letter.upper(), b""), "little")
+        last = int.from_bytes(rows.get(b"#" + letters[0].upper(), b""), "little")
         if any(len(number) != 4 or int.from_bytes(number, "little") > last for number in names):
             yield "it gave out an id that it does not know of"
         if used - {int.from_bytes(number, "little") for number in names}:

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Final
 
 from antefix.record import RecordKind
-from antefix.store_files.record_format import IndexEntry, RecordFlag, RecordHeader
+from antefix.store_files.record_format import IndexEntry, RecordFlag
+from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.index_writer import IndexTxn, Name
 from antefix_kvstore.space import Space, parent_of
 
 _FIRST: Final = int(RecordFlag.FIRST)
+_SEALED: Final = int(RecordFlag.SEALED)
 
 
 def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *, used_ms: int) -> bool:
@@ -45,7 +47,7 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
             payload_bytes=header.payload_bytes,
             position=header.position,
             fingerprint_id=fingerprint.id,
-            tenant_id=txn.tenant_id(header.tenant),
+            tenant_id=txn.owner_id(header.owner, header.generation),
             children=old.children if old else 0,
             rank_ms=policy.rank_ms(used_ms=used_ms, cost_s=cost_s, nbytes=header.extent_bytes),
             expires_ms=header.expires_ms,
@@ -54,7 +56,7 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
             cost_ms=min(header.cost_us // 1000, 0xFFFFFFFF),
             ttl_s=-(-(header.expires_ms - header.created_ms) // 1000) if header.expires_ms else 0,
             codec=int(header.codec),
-            flags=flags,
+            flags=flags | (0 if header.version == 1 else _SEALED),
             parent=header.parent,
         ),
     )

@@ -20,9 +20,10 @@ import lmdb.verify
 import xxhash
 
 from antefix.errors import Unavailable
-from antefix.record import RecordKind
+from antefix.record import STORED_KINDS, RecordKind
 from antefix.store_files.index import Index
-from antefix.store_files.record_format import INDEX_DIR, SEGMENT_HEADER_BYTES, RecordHeader
+from antefix.store_files.record_format import INDEX_DIR, SEGMENT_HEADER_BYTES
+from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.identity import CLEAN_FILE, DISCARDED_DIR, REBUILT_DIR
@@ -139,7 +140,7 @@ def _fill(index: Index, segments: Segments, check_all: bool) -> None:
                 headers[header.kind, header.hash] = header
     # Parents have smaller positions; a checkpoint comes after the block that it hangs on.
     order = sorted(headers.values(), key=lambda header: (header.position, header.kind))
-    index_headers(index, order)
+    index_headers(index, [header for header in order if header.kind in STORED_KINDS])
     ends = ends_of(order)
     with IndexTxn(index) as txn:
         for number, size in segments.sizes.items():

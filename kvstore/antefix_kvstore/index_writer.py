@@ -17,7 +17,7 @@ from antefix.errors import BlockCorrupt
 from antefix.record import RecordKind
 from antefix.store_files.index import QUARANTINED_KEY, TABLE_OF_KIND, Change, Index
 from antefix.store_files.record_format import SEGMENT_ENTRY, IndexEntry, pack_entry, unpack_entry
-from antefix_kvstore.tenant_names import TenantNames, next_number
+from antefix_kvstore.owner_numbers import OwnerNumbers, next_number
 
 Name = tuple[RecordKind, bytes]
 TOTALS: Final = struct.Struct("<qqq")
@@ -58,7 +58,7 @@ class IndexTxn:
         self._changes: list[Change] = []
         # Every record names one, and they are few.
         self._fingerprints: dict[bytes, FingerprintState] = {}
-        self._tenants = TenantNames(index, self._txn)
+        self._owners = OwnerNumbers(index, self._txn)
 
     def __enter__(self) -> IndexTxn:
         return self
@@ -145,18 +145,18 @@ class IndexTxn:
         state = self._fingerprints[digest] = FingerprintState(id=number, digest=digest, block_tokens=block_tokens)
         return state
 
-    def tenant_id(self, tenant: str) -> int:
-        """For a record that is about to be indexed: a tenant without a number gets one."""
-        return self._tenants.number(tenant)
+    def owner_id(self, owner: bytes, generation: int) -> int:
+        """For a record that is about to be indexed: an owner without a number gets one."""
+        return self._owners.number(owner, generation)
 
-    def known_tenant_id(self, tenant: str) -> int | None:
-        return self._tenants.find(tenant)
+    def known_owner_id(self, owner: bytes) -> int | None:
+        return self._owners.find(owner)
 
-    def tenants(self) -> dict[int, str]:
-        return self._index.tenants(self._txn)
+    def owners(self) -> dict[int, bytes]:
+        return self._index.owners(self._txn)
 
-    def forget_empty_tenants(self) -> None:
-        self._tenants.forget_all_empty()
+    def forget_empty_owners(self) -> None:
+        self._owners.forget_all_empty()
 
     def segment(self, number: int) -> SegmentState | None:
         if number not in self._segments:
@@ -196,7 +196,7 @@ class IndexTxn:
                 self._txn.put(name[1], packed, db=db[TABLE_OF_KIND[name[0]]])
         for key, delta in totals.items():
             self._add_totals(key, delta)
-        self._tenants.forget_empty(int.from_bytes(key[1:], "little") for key in totals if key[:1] == b"t")
+        self._owners.forget_empty(int.from_bytes(key[1:], "little") for key in totals if key[:1] == b"t")
         for number, (nbytes, records) in live.items():
             before = self.segment(number) or SegmentState()
             self._segments[number] = dataclasses.replace(
@@ -252,7 +252,7 @@ def read_segments(index: Index, txn: Any) -> dict[int, SegmentState]:
 
 
 def read_totals(index: Index, txn: Any) -> dict[bytes, tuple[int, int, int]]:
-    """Per b"k" + kind and per b"t" + tenant id: records, extent bytes, payload bytes."""
+    """Per b"k" + kind and per b"t" + owner id: records, extent bytes, payload bytes."""
     with txn.cursor(db=index.db["totals"]) as cursor:
         return {bytes(key): TOTALS.unpack(value) for key, value in cursor}
 

@@ -18,7 +18,9 @@ from antefix_kvstore.space import Space
 def drop_locked(index: Index, space: Space, keys: KeyRing) -> None:
     """Forget the records of tenants whose keys are gone: nobody can read them any more."""
     with IndexTxn(index) as txn:
-        locked = {number for number, tenant in txn.tenants().items() if tenant not in keys}
+        # Keys that are given by name say nothing of digests.
+        judged = {number: owner for number, owner in txn.owners().items() if keys.is_complete or owner[:1] == b"t"}
+        locked = {number for number, owner in judged.items() if owner not in keys}
         if locked:
             names = [
                 name

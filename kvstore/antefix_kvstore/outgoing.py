@@ -23,9 +23,12 @@ _CACHED_BYTES: Final = 1 << 20
 _COLD_BYTES: Final = 4 << 20
 
 
-def can_go_plain(located: Located) -> bool:
-    """Whether a caller can verify all of these itself, each in one message."""
-    return all(want.plain and want.entry.extent_bytes <= PIECE_BYTES for want in located.wanted)
+def can_go_plain(located: Located, record_format: int) -> bool:
+    """Whether a caller that knows records up to version `record_format` can verify all of these, each in a message."""
+    return all(
+        want.plain and want.version <= record_format and want.entry.extent_bytes <= PIECE_BYTES
+        for want in located.wanted
+    )
 
 
 @dataclass(slots=True)
@@ -109,14 +112,24 @@ class VerifiedBatch:
     verified: ClassVar[bool] = True
 
     def __init__(
-        self, reader: StoreReader, located: Located, found: ReadOutcome, *, first: int, offset: int = 0
+        self,
+        reader: StoreReader,
+        located: Located,
+        found: ReadOutcome,
+        *,
+        first: int,
+        offset: int = 0,
+        has_seals: bool = False,
     ) -> None:
-        """offset: where in the first payload to begin.  Raises:  InvalidRequest: it lies behind that payload."""
+        """offset: where in the first payload to begin.  has_seals: send the sealed part of each.
+
+        Raises:  InvalidRequest: the offset lies behind that payload.
+        """
         self.broken = False
         self._reader = reader
         self._found = found
         self._located = located
-        self._pieces = OutgoingPieces(located.sizes, first=first, offset=offset)
+        self._pieces = OutgoingPieces(located.sizes, first=first, offset=offset, has_seals=has_seals)
         self._num_cut = self._num_read = 0
         # Laid out, but not in the page cache when it was to be read without waiting.
         self._waiting: _Window | None = None
@@ -142,6 +155,8 @@ class VerifiedBatch:
     def _fill(self, window: _Window, *, wait: bool) -> list[bytes]:
         outcome = self._reader.fill(window.located, lambda number, _: window.parts[number], wait=wait)
         self._waiting = None
+        for number, want in enumerate(window.located.wanted[: outcome.num_good], start=self._num_read):
+            self._pieces.note_sealed(number, want.sealed)
         self._num_read += outcome.num_good
         self._found.num_good += outcome.num_good
         self._found.bytes_read += outcome.bytes_read

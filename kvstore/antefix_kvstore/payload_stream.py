@@ -26,14 +26,18 @@ _NUM_LOCATED: Final = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetRange:
-    """Payloads of hashes[first:], the first one from byte `offset` on. verifies: the caller takes plain records."""
+    """Payloads of hashes[first:], the first one from byte `offset` on.
+
+    record_format: the newest version of plain records that the caller can check; 0: none.  wants_seals: of the others.
+    """
 
     kind: RecordKind
     hashes: Sequence[bytes]
     fingerprint: bytes
     first: int
     offset: int
-    verifies: bool = False
+    record_format: int = 0
+    wants_seals: bool = False
 
 
 class PayloadStream:
@@ -46,7 +50,7 @@ class PayloadStream:
         # What was read in all.
         self._found = ReadOutcome()
         # Whether the caller verifies what comes; what was looked up last, and whether that was all there is to send.
-        self._sends_plain = wanted.verifies
+        self._sends_plain = bool(wanted.record_format)
         self._is_last = False
         self._batch = self._batch_of(Located(wanted.kind, wanted.fingerprint, [], False))
 
@@ -105,9 +109,11 @@ class PayloadStream:
     def _batch_of(self, located: Located) -> PlainBatch | VerifiedBatch:
         reader, first = self._engine.reader, self._wanted.first + self._found.num_good
         offset = 0 if self._found.num_good else self._wanted.offset
-        if self._sends_plain and not offset and can_go_plain(located):
+        if self._sends_plain and not offset and can_go_plain(located, self._wanted.record_format):
             return PlainBatch(reader, located, self._found, first=first)
-        return VerifiedBatch(reader, located, self._found, first=first, offset=offset)
+        return VerifiedBatch(
+            reader, located, self._found, first=first, offset=offset, has_seals=self._wanted.wants_seals
+        )
 
     def _note(self) -> None:
         """One use of the last payload stands for all before it."""

@@ -19,15 +19,16 @@ from typing import Final
 import lmdb
 
 from antefix.errors import BlockCorrupt
+from antefix.record import STORED_KINDS
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import (
     RECORD_HEADER_BYTES,
     SEGMENT_DIR,
     SEGMENT_HEADER_BYTES,
     IndexEntry,
-    RecordHeader,
     StoreIdentity,
 )
+from antefix.store_files.record_header import RecordHeader
 from antefix.store_files.segment_reader import wall_ms
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.identity import CLEAN_FILE, lock_directory, prepare_directory, read_identity
@@ -68,7 +69,10 @@ class OpenStore:
         self.segments.close()
         self.index.env.sync(True)
         self.index.close()
-        self.disk.replace_file(self.directory / CLEAN_FILE, index_sum(self.directory))
+        try:
+            self.disk.replace_file(self.directory / CLEAN_FILE, index_sum(self.directory))
+        except OSError as err:
+            log.warning("the store could not be sealed: %s; its next start examines the index", err)
         self._unlock()
 
     def abandon(self) -> None:
@@ -152,13 +156,14 @@ def _settle_segments(index: Index, segments: Segments) -> None:
         for number, end in ends.items():
             set_end(txn, number, end)
         # Earlier versions kept the name of everyone who ever stored something.
-        txn.forget_empty_tenants()
+        txn.forget_empty_owners()
     _close_segments(index, segments, ends, max(states, default=0))
 
 
 def _index_tails(index: Index, found: list[RecordHeader]) -> None:
     with index.txn() as txn:
-        new = [header for header in found if _is_news(index.entry(txn, header.kind, header.hash))]
+        stored = [header for header in found if header.kind in STORED_KINDS]
+        new = [header for header in stored if _is_news(index.entry(txn, header.kind, header.hash))]
     index_headers(index, sorted(new, key=lambda header: (header.position, header.kind)))
 
 

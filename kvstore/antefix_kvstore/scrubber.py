@@ -14,10 +14,10 @@ from antefix.store_files.index import TABLE_OF_KIND
 from antefix.store_files.record_format import (
     RECORD_HEADER_BYTES,
     IndexEntry,
-    expected_checksum,
     payload_checksum,
     unpack_entry,
 )
+from antefix.store_files.record_header import expected_checksum
 from antefix_kvstore.index_writer import Name
 from antefix_kvstore.storage_engine import Engine
 

@@ -18,17 +18,21 @@ import grpc
 
 from antefix import rpc
 from antefix.errors import InvalidRequest, Overloaded
-from antefix.record import PutResult, Record, RecordKind
+from antefix.events.block_events import BlockEvent
+from antefix.events.event_wire import store_response
+from antefix.events.numbered_log import Batch, Cursor, watch_log
+from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Reason, Record, RecordKind, Refusal
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.payload_channel import SERVICE
 from antefix.store.payload_wire import Piece, unpack_put_request
-from antefix.store.pieces import HASHES_MAX, RecordAssembler, join_hashes, kind_of, messages_of, split_hashes
+from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, messages_of, split_hashes
 from antefix.store_files import codec
 from antefix.store_files.gone_blocks import fate_of
-from antefix.store_files.record_format import FORMAT_VERSION
+from antefix.store_files.record_format import FORMAT_VERSIONS
+from antefix.store_files.record_header import owner_row
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from antefix_kvstore.engine_stats import collect
-from antefix_kvstore.event_log import Event
+from antefix_kvstore.free_space import fit_to_disk
 from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.index_writer import Name
 from antefix_kvstore.kvstore_config import KvStoreConfig
@@ -87,7 +91,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 now_ms=engine.clock_ms(),
             )
         )
-        return kvstore_pb2.FateResponse(fate=found.fate.value, fingerprints=found.fingerprints)
+        return kvstore_pb2.FateResponse(
+            fate=found.fate.value, fingerprints=found.fingerprints, statements=found.statements
+        )
 
     def Get(
         self, request: kvstore_pb2.GetRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -95,26 +101,33 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         kind, hashes = kind_of(request.kind), split_hashes(request.hashes)
         if len(hashes) > HASHES_MAX or request.first > len(hashes):
             raise InvalidRequest(f"at most {HASHES_MAX} hashes a stream, `first` among them")
-        if kind is RecordKind.HANDOFF:
-            return self._handoffs(request, hashes)
+        if kind in MEMORY_KINDS:
+            return self._from_memory(kind, request, hashes)
+        known = request.record_format in FORMAT_VERSIONS
         wanted = GetRange(
             kind=kind,
             hashes=hashes,
             fingerprint=request.fingerprint,
             first=request.first,
             offset=request.offset,
-            verifies=request.record_format == FORMAT_VERSION,
+            record_format=request.record_format if known else 0,
+            wants_seals=request.wants_seals,
         )
         # Each generator around this one would cost every message once more.
         return PayloadStream(self.engine, self._threads, wanted).messages(_Counted(self))
 
-    async def _handoffs(self, request: kvstore_pb2.GetRequest, hashes: Sequence[bytes]) -> AsyncGenerator[bytes, None]:
+    async def _from_memory(
+        self, kind: RecordKind, request: kvstore_pb2.GetRequest, hashes: Sequence[bytes]
+    ) -> AsyncGenerator[bytes, None]:
         with _Counted(self):
             for number in range(request.first, len(hashes)):
-                kept = self.pool.get(hashes[number], request.fingerprint)
+                kept = self.pool.get(kind, hashes[number], request.fingerprint)
                 if kept is None:
                     return
-                for message in messages_of(kept, number, offset=request.offset if number == request.first else 0):
+                payload, sealed = kept
+                offset = request.offset if number == request.first else 0
+                sealed = sealed if request.wants_seals else b""
+                for message in messages_of(payload, number, offset=offset, sealed=sealed):
                     yield message
 
     async def Put(
@@ -133,11 +146,15 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         batch_bytes = 0
         committing: Future[PutResult] | None = None
         async for piece in requests:
-            record = assembler.add(piece)
+            try:
+                record = assembler.add(piece)
+            except InvalidRequest as err:
+                self.engine.note_impossible(str(err))
+                raise
             if record is None:
                 continue
-            if record.kind is RecordKind.HANDOFF:
-                results.append(self._keep_handoff(record))
+            if record.kind in MEMORY_KINDS:
+                results.append(self._keep_in_memory(record))
                 continue
             batch.append(record)
             batch_bytes += len(record.payload)
@@ -153,18 +170,24 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             results.append(await asyncio.wrap_future(self.writer.submit(batch)))
         return results
 
-    def _keep_handoff(self, record: Record) -> PutResult:
+    def _keep_in_memory(self, record: Record) -> PutResult:
         if self.pool.put(record):
             return PutResult(num_stored=1, num_existing=0)
-        return PutResult(num_stored=0, num_existing=0, refused={record.hash: "larger than the memory for handoffs"})
+        refusal = Refusal(Reason.TOO_LARGE, "larger than the memory for handoffs and pooled checkpoints")
+        return PutResult(num_stored=0, num_existing=0, refused={record.hash: refusal})
 
     async def Touch(
         self, request: kvstore_pb2.TouchRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.TouchResponse:
-        used, suspects = _names(request.used), _names(request.suspect)
+        used, suspects, forged = _names(request.used), _names(request.suspect), _stored_names(request.forged)
         await self._in_thread(
             lambda: self.engine.note_use(
-                used, suspects, hits=request.hits, misses=request.misses, bytes_read=request.bytes_read
+                used,
+                suspects,
+                forged=forged,
+                hits=request.hits,
+                misses=request.misses,
+                bytes_read=request.bytes_read,
             )
         )
         return kvstore_pb2.TouchResponse()
@@ -172,15 +195,15 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def Pin(
         self, request: kvstore_pb2.PinRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.PinResponse:
-        names = _names(request.records)
-        num_pinned = await self._in_thread(lambda: self.engine.pin(names, request.duration_s, tenant=request.tenant))
+        names, owner = _stored_names(request.records), _owner_of(request)
+        num_pinned = await self._in_thread(lambda: self.engine.pin(names, request.duration_s, owner=owner))
         return kvstore_pb2.PinResponse(num_pinned=num_pinned)
 
     async def Evict(
         self, request: kvstore_pb2.EvictRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.EvictResponse:
-        names = _names(request.records)
-        num_evicted = await self._in_thread(lambda: self.engine.evict(names, tenant=request.tenant))
+        names, owner = _stored_names(request.records), _owner_of(request)
+        num_evicted = await self._in_thread(lambda: self.engine.evict(names, owner=owner))
         return kvstore_pb2.EvictResponse(num_evicted=num_evicted)
 
     async def Register(
@@ -196,34 +219,24 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             for kind, parts in ((RecordKind.BLOCK, request.parts), (RecordKind.CHECKPOINT, request.checkpoint_parts))
             if parts
         }
-        await self._in_thread(lambda: self.engine.register(request.fingerprint, request.block_size, plans))
+        await self._in_thread(
+            lambda: self.engine.register(request.fingerprint, request.block_size, plans, statement=request.statement)
+        )
         return kvstore_pb2.RegisterResponse()
 
     async def Watch(
         self, request: kvstore_pb2.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[kvstore_pb2.WatchResponse]:
         """Events from a cursor, a snapshot before them where the cursor is unknown or too old."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-        events = self.engine.events
-        epoch, number = request.epoch, request.after
-        unlisten = events.listen(lambda: _wake(loop, changed))
-        try:
-            while True:
-                changed.clear()
-                found = events.since(epoch, number)
-                if found is None:
-                    epoch = events.epoch
-                    number, pieces = await self._in_thread(self.engine.snapshot)
-                    while (piece := await self._in_thread(functools.partial(next, pieces, None))) is not None:
-                        yield _watch_response(epoch, number, piece, snapshot=True)
-                    yield _watch_response(epoch, number, [], snapshot=True, snapshot_end=True)
-                elif found:
-                    number = found[-1].number
-                    yield _watch_response(epoch, number, found)
-                else:
-                    await changed.wait()
-        finally:
-            unlisten()
+        cursor = Cursor(epoch=request.epoch, number=request.after)
+        async with contextlib.aclosing(watch_log(self.engine.events, cursor, self._snapshot)) as batches:
+            async for batch in batches:
+                yield store_response(batch)
+
+    async def _snapshot(self) -> AsyncGenerator[Batch[BlockEvent], None]:
+        pieces = await self._in_thread(self.engine.snapshot)
+        while (piece := await self._in_thread(functools.partial(next, pieces, None))) is not None:
+            yield piece
 
     async def Stats(
         self, request: kvstore_pb2.StatsRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -242,13 +255,10 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             handoff_bytes_max=self.pool.bytes_max,
             scrubbed_bytes=self.scrubber.counters.bytes,
         )
-        response.kinds.add(
-            kind=kvstore_pb2.RECORD_KIND_HANDOFF,
-            records=len(self.pool),
-            stored_bytes=self.pool.nbytes,
-            payload_bytes=self.pool.nbytes,
-        )
-        for name, value in stats.numbers.items():
+        for kind in MEMORY_KINDS:
+            records, nbytes = self.pool.count(kind)
+            response.kinds.add(kind=kind.value, records=records, stored_bytes=nbytes, payload_bytes=nbytes)
+        for name, value in (*stats.numbers.items(), *stats.texts.items()):
             setattr(response, name, value)
         return response
 
@@ -277,39 +287,27 @@ def _names(records: Sequence[kvstore_pb2.RecordName]) -> list[Name]:
     return [(kind_of(record.kind), record.hash) for record in records]
 
 
+def _stored_names(records: Sequence[kvstore_pb2.RecordName]) -> list[Name]:
+    """Raises:  InvalidRequest: a kind that is not kept on disk."""
+    names = _names(records)
+    if any(kind not in STORED_KINDS for kind, _ in names):
+        raise InvalidRequest("only blocks and checkpoints are kept on disk")
+    return names
+
+
+def _owner_of(request: kvstore_pb2.PinRequest | kvstore_pb2.EvictRequest) -> bytes:
+    """Whose records are meant; a caller of version 1 gives a name."""
+    return owner_row(2, request.owner) if request.owner else owner_row(1, request.tenant.encode())
+
+
 def _put_response(results: Sequence[PutResult]) -> kvstore_pb2.PutResponse:
     return kvstore_pb2.PutResponse(
         num_stored=sum(result.num_stored for result in results),
         num_existing=sum(result.num_existing for result in results),
         refused=[
-            kvstore_pb2.Refusal(hash=block_hash, reason=reason)
+            kvstore_pb2.Refusal(hash=block_hash, reason=refusal.text, code=refusal.reason.value)
             for result in results
-            for block_hash, reason in result.refused.items()
-        ],
-    )
-
-
-def _wake(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
-    """From the writer's thread; a loop that has closed has no watchers."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(changed.set)
-
-
-def _watch_response(
-    epoch: bytes, number: int, events: Sequence[Event], *, snapshot: bool = False, snapshot_end: bool = False
-) -> kvstore_pb2.WatchResponse:
-    return kvstore_pb2.WatchResponse(
-        epoch=epoch,
-        number=number,
-        snapshot=snapshot,
-        snapshot_end=snapshot_end,
-        events=[
-            kvstore_pb2.StoreEvent(
-                kind=event.kind.value,  # type: ignore[arg-type]
-                hashes=join_hashes(event.hashes),
-                fingerprint=event.fingerprint,
-            )
-            for event in events
+            for block_hash, refusal in result.refused.items()
         ],
     )
 
@@ -358,6 +356,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     # What was imported stays: the collector need not walk it again and again while payloads stream.
     gc.freeze()
     loop = asyncio.get_running_loop()
+    config = fit_to_disk(config)
     engine = await loop.run_in_executor(None, Engine, config)
     servicer = KvStoreServicer(engine)
     try:
@@ -370,7 +369,9 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
         await servicer.close()
         raise
     async with _telling(config, engine, server.address):
-        await rpc.run_until_signal(server, role="kvstore", stop=servicer.close, watch_stdin=watch_stdin)
+        await rpc.run_until_signal(
+            server, role="kvstore", stop=servicer.close, watch_stdin=watch_stdin, grace_s=config.grace_s
+        )
 
 
 def _telling(config: KvStoreConfig, engine: Engine, address: str) -> contextlib.AbstractAsyncContextManager[object]:
@@ -378,6 +379,7 @@ def _telling(config: KvStoreConfig, engine: Engine, address: str) -> contextlib.
     if not config.events_redis:
         return contextlib.nullcontext()
     # Here, because Redis' client takes a good part of a small store's start.
-    from antefix.events.store_bus import StorePublisher
+    from antefix.events.redis_stream import StreamPublisher, store_stream
 
-    return StorePublisher(config.events_redis, engine.events, config.events_name or address)
+    name = config.events_name or address
+    return StreamPublisher(config.events_redis, engine.events, store_stream(name), name)

@@ -12,6 +12,7 @@ Readers of any process see a record when step 4 has happened and not before. Blo
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -21,29 +22,29 @@ from typing import Final
 
 import lmdb
 
-from antefix.errors import BlockCorrupt, StoreFull
-from antefix.record import LookupResult, PutResult, Record, RecordKind
+from antefix.block import digest_of
+from antefix.errors import BlockCorrupt, InvalidRequest, StoreFull
+from antefix.events.block_events import BlockEvent
+from antefix.events.numbered_log import Batch
+from antefix.record import STORED_KINDS, LookupResult, PutResult, Reason, Record, RecordKind, Refusal
+from antefix.secret import Keyring
 from antefix.store_files import codec
 from antefix.store_files.encryption import KeyRing
 from antefix.store_files.hit_log import StoreLog
-from antefix.store_files.index import Change
+from antefix.store_files.index import STATEMENT_PREFIX, Change
+from antefix.store_files.owners import Owners
 from antefix.store_files.read_log import announce_log
-from antefix.store_files.record_format import (
-    RECORD_HEADER_BYTES,
-    IndexEntry,
-    RecordFlag,
-    RecordHeader,
-    payload_checksum,
-    unpack_record_header,
-)
+from antefix.store_files.record_format import RECORD_HEADER_BYTES, IndexEntry, RecordFlag, payload_checksum
+from antefix.store_files.record_header import RecordHeader, owner_row, unpack_record_header
 from antefix.store_files.segment_reader import ReadOutcome, StoreReader, verify, wall_ms
 from antefix_kvstore.admission import Admission, admit, batches_of, check_record, refuse, results_of, without_orphans
 from antefix_kvstore.compression import Compression
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.disk_probe import read_bytes_per_s
 from antefix_kvstore.drafting import Drafter
-from antefix_kvstore.event_log import Event, EventLog
+from antefix_kvstore.event_log import EventLog
 from antefix_kvstore.eviction import EvictionPolicy
+from antefix_kvstore.free_space import FreeSpace
 from antefix_kvstore.index_forest import drop_false_roots, drop_subtrees, insert_entry
 from antefix_kvstore.index_writer import PLAN_PREFIX, IndexTxn, Name, read_totals
 from antefix_kvstore.kvstore_config import KvStoreConfig
@@ -52,13 +53,17 @@ from antefix_kvstore.recovery import open_store
 from antefix_kvstore.reserve import is_full
 from antefix_kvstore.segments import Draft
 from antefix_kvstore.space import Space, note_end
-from antefix_kvstore.tenant_quota import over_quota
+from antefix_kvstore.tenant_quota import Quotas
 from antefix_kvstore.touches import Touches
+
+log = logging.getLogger("antefix_kvstore.storage_engine")
 
 # How often `maintain` is to be called: what it may copy is metered by it.
 MAINTAIN_S: Final = 0.25
 # Background compaction takes segments of which this much is dead, so a byte is copied at most once for each freed.
 HALF_DEAD: Final = 0.5
+# No state that the store gets into by itself makes such a record one that it takes.
+_FOR_EVER: Final = (Reason.INVALID, Reason.NO_KEY, Reason.TOO_LARGE)
 
 
 @dataclass(slots=True)
@@ -69,8 +74,12 @@ class Counters:
     bytes_written: int = 0
     payload_bytes_written: int = 0
     corrupt: int = 0
+    forged: int = 0
     refused: int = 0
     syncs: int = 0
+    # Malformed, so that no state of the store could take them: whoever sends such is not served by the cache at all.
+    impossible: int = 0
+    last_impossible: str = ""
 
 
 class Engine:
@@ -83,6 +92,7 @@ class Engine:
         disk: Disk | None = None,
         clock_ms: Callable[[], int] = wall_ms,
         policy: EvictionPolicy | None = None,
+        free: FreeSpace | None = None,
     ) -> None:
         """Open or create the store in `config.dir`, whatever state a crash left it in.
 
@@ -96,7 +106,9 @@ class Engine:
         self._counters_lock = threading.Lock()
         self._touches = Touches()
         self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="antefix-sync")
-        keys = KeyRing.from_file(Path(config.keys_file)) if config.keys_file else None
+        owners = Owners(Keyring.from_file(config.secret_file) if config.secret_file else None)
+        keys = KeyRing.from_file(Path(config.keys_file), owners) if config.keys_file else None
+        self._quotas = Quotas(config, owners)
         self._store = open_store(config, disk or Disk(), clock_ms)
         self.identity = self._store.identity
         self.index = self._store.index
@@ -104,8 +116,15 @@ class Engine:
         self.reader = StoreReader(config.dir, clock_ms=clock_ms, decrypt=keys.decrypt if keys else None)
         self.events = EventLog(self.index)
         self.index.on_change = self._publish
-        self.space = Space(self.segments, self.index, config.budget_bytes, now_ms=clock_ms)
+        self.space = Space(
+            self.segments,
+            self.index,
+            config.budget_bytes,
+            now_ms=clock_ms,
+            free=free or FreeSpace(Path(config.dir), config.free_bytes_min),
+        )
         self.space.on_corrupt = self.quarantine
+        self.space.on_dropped = self.reader.runs.files.let_go
         self.compression = Compression(config.compression, lambda: read_bytes_per_s(Path(config.dir)))
         self._drafter = Drafter(config, self.compression, keys, clock_ms)
         self._usage_log = StoreLog(Path(config.usage_log_dir)) if config.usage_log_dir else None
@@ -128,6 +147,9 @@ class Engine:
     def close(self) -> None:
         """Write down what is only in memory, and seal the index so that the next opening can trust it."""
         with self._lock:
+            if self.space.free.is_sudden:
+                # The seal needs room, and the next start takes this back.
+                self.space.reserve.release()
             self.flush_touches()
             self._sync_thread.shutdown()
             self._drafter.close()
@@ -167,9 +189,16 @@ class Engine:
         self.note_use(used, suspects, hits=outcome.num_good, misses=num_missed, bytes_read=outcome.bytes_read)
 
     def note_use(
-        self, used: Iterable[Name], suspects: Iterable[Name], *, hits: int = 0, misses: int = 0, bytes_read: int = 0
+        self,
+        used: Iterable[Name],
+        suspects: Iterable[Name],
+        *,
+        forged: Iterable[Name] = (),
+        hits: int = 0,
+        misses: int = 0,
+        bytes_read: int = 0,
     ) -> None:
-        """What readers did: the last record of each path that they used, and what they found broken.
+        """What readers did: the last record of each path that they used, what they found broken, and what not sealed.
 
         Waits for no commit unless there are suspects, so that reads do not wait for writes.
         """
@@ -183,6 +212,8 @@ class Engine:
             self._usage_log.read([block_hash for kind, block_hash in names if kind is RecordKind.BLOCK])
         for name in suspects:
             self.quarantine(name)
+        for name in forged:
+            self.counters.forged += self.quarantine(name, judge=False)
 
     # --- writing -------------------------------------------------------------------------------------------------
 
@@ -196,8 +227,7 @@ class Engine:
         Raises:  InvalidRequest: a malformed record; nothing has been stored.
         """
         for records in puts:
-            for record in records:
-                check_record(record, self.config.record_bytes_max)
+            self.check(records)
         with self._lock:
             merged = [record for records in puts for record in records]
             with self.index.txn() as snapshot:
@@ -205,25 +235,43 @@ class Engine:
             for batch in batches_of(admission.new, self.config):
                 self._put_batch(batch, admission)
             self.counters.refused += len(admission.refused)
+            for refusal in admission.refused.values():
+                if refusal.reason in _FOR_EVER:
+                    self.note_impossible(refusal.text)
             self._touches.add(admission.existing, self.clock_ms())
             return results_of(puts, admission)
+
+    def check(self, records: Sequence[Record]) -> None:
+        """Raises:  InvalidRequest: a record that can never be stored; it is counted, and named in the statistics."""
+        try:
+            for record in records:
+                check_record(record, self.config.record_bytes_max)
+        except InvalidRequest as err:
+            self.note_impossible(str(err))
+            raise
+
+    def note_impossible(self, reason: str) -> None:
+        """A record came that can never be stored, as things are."""
+        with self._counters_lock:
+            self.counters.impossible += 1
+            self.counters.last_impossible = reason
 
     def _put_batch(self, batch: Sequence[Record], admission: Admission) -> None:
         """Steps 2 to 4 for records that share a sync; refuses them all when there is no space."""
         batch = without_orphans(batch, admission)
         try:
             drafts = self._drafter.drafts(batch, admission.first)
-            if refused := over_quota(self.space, self.index, self.config, drafts, admission.anchors):
-                for tenant, reason in refused.items():
-                    refuse([record for record in batch if record.tenant == tenant], admission, reason)
-                batch = [record for record in batch if record.tenant not in refused]
-                drafts = [draft for draft in drafts if draft.header.tenant not in refused]
+            if refused := self._quotas.over(self.space, self.index, drafts, admission.anchors):
+                for owner, reason in refused.items():
+                    refuse([record for record in batch if _owner_of(record) == owner], admission, reason)
+                batch = [record for record in batch if _owner_of(record) not in refused]
+                drafts = [draft for draft in drafts if draft.header.owner not in refused]
             self._make_room(sum(draft.header.extent_bytes for draft in drafts), admission.anchors)
             self._append_and_commit(batch, drafts, admission)
         except (StoreFull, lmdb.Error, OSError) as err:
             if not isinstance(err, StoreFull) and not is_full(err, self.index.directory):
                 raise
-            refuse(batch, admission, f"the store is full: {err}")
+            refuse(batch, admission, Refusal(Reason.FULL, f"the store is full: {err}"))
 
     def _make_room(self, nbytes: int, keep: Collection[Name]) -> None:
         try:
@@ -277,11 +325,25 @@ class Engine:
             if relearned:
                 drop_false_roots(txn, self.space, state.id, tokens)
 
-    def register(self, fingerprint: bytes, block_tokens: int, plans: Mapping[RecordKind, codec.PlanePlan]) -> None:
-        """Tell what is behind a fingerprint: how many tokens a block has, and how payloads may be coded."""
+    def register(
+        self,
+        fingerprint: bytes,
+        block_tokens: int,
+        plans: Mapping[RecordKind, codec.PlanePlan],
+        *,
+        statement: bytes = b"",
+    ) -> None:
+        """Tell what is behind a fingerprint: tokens in a block, how payloads may be coded, what it stands for.
+
+        Raises:  InvalidRequest: the statement is another fingerprint's.
+        """
+        if statement and digest_of(statement) != fingerprint:
+            raise InvalidRequest("the statement is not the one that the fingerprint is the digest of")
         with self._lock:
             with IndexTxn(self.index) as txn:
                 txn.set_fingerprint(fingerprint, block_tokens)
+                if statement:
+                    txn.set_meta(STATEMENT_PREFIX + fingerprint, statement)
                 for kind, plan in plans.items():
                     txn.set_meta(PLAN_PREFIX + bytes([kind]) + fingerprint, plan.encoded)
             for kind, plan in plans.items():
@@ -295,7 +357,7 @@ class Engine:
 
     def _apply_touches(self, txn: IndexTxn) -> None:
         for name, used_ms in self._touches.take().items():
-            if name[0] not in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
+            if name[0] not in STORED_KINDS:
                 continue
             entry = txn.get(name)
             if entry is None:
@@ -307,8 +369,11 @@ class Engine:
 
     # --- keeping -------------------------------------------------------------------------------------------------
 
-    def pin(self, names: Iterable[Name], duration_s: float, *, tenant: str | None = None) -> int:
-        """Keep records from eviction for a time; 0 lets go. Returns how many of them are stored."""
+    def pin(self, names: Iterable[Name], duration_s: float, *, owner: bytes | None = None) -> int:
+        """Keep records from eviction for a time; 0 lets go. Returns how many of them are stored.
+
+        owner: whose they must be (`antefix.store_files.record_header.owner_row`); None: anybody's.
+        """
         until_ms = self.clock_ms() + round(duration_s * 1000) if duration_s > 0 else 0
         num_pinned = 0
         with self._lock, IndexTxn(self.index) as txn:
@@ -317,33 +382,36 @@ class Engine:
                 if (
                     entry is None
                     or entry.quarantined
-                    or (tenant is not None and txn.known_tenant_id(tenant) != entry.tenant_id)
+                    or (owner is not None and txn.known_owner_id(owner) != entry.tenant_id)
                 ):
                     continue
                 entry.pinned_ms = until_ms
                 num_pinned += 1
         return num_pinned
 
-    def evict(self, names: Iterable[Name], *, tenant: str | None = None) -> int:
+    def evict(self, names: Iterable[Name], *, owner: bytes | None = None) -> int:
         """Drop records with all that hangs on them, pinned or not. Returns how many went."""
         with self._lock, IndexTxn(self.index) as txn:
             roots = []
             for name in names:
                 entry = txn.get(name)
-                if entry is not None and (tenant is None or txn.known_tenant_id(tenant) == entry.tenant_id):
+                if entry is not None and (owner is None or txn.known_owner_id(owner) == entry.tenant_id):
                     roots.append(name)
             return drop_subtrees(txn, self.space, roots)
 
-    def quarantine(self, name: Name) -> bool:
-        """Read a suspect again; if it is broken, make it a miss. Returns whether it was."""
-        if name[0] not in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
+    def quarantine(self, name: Name, *, judge: bool = True) -> bool:
+        """Read a suspect again; if it is broken, make it a miss. Returns whether it was made one.
+
+        judge: False where only the caller can tell: what has no right seal has right checksums.
+        """
+        if name[0] not in STORED_KINDS:
             return False
         with self._lock, IndexTxn(self.index) as txn:
             entry = txn.get(name)
-            if entry is None or entry.quarantined or self._is_sound(txn, name, entry):
+            if entry is None or entry.quarantined or (judge and self._is_sound(txn, name, entry)):
                 return False
             entry.flags |= RecordFlag.QUARANTINED
-        self.counters.corrupt += 1
+        self.counters.corrupt += judge
         return True
 
     def _is_sound(self, txn: IndexTxn, name: Name, entry: IndexEntry) -> bool:
@@ -358,11 +426,24 @@ class Engine:
     def maintain(self) -> None:
         """What a store does unasked: touches, expiry, compaction at its rate, and dead readers' slots."""
         with self._lock:
-            self.flush_touches()
-            self.space.expire()
-            self.space.reserve.hold()
-            self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
-            self.index.env.reader_check()
+            try:
+                self._tidy()
+            except (lmdb.Error, OSError) as err:
+                # Reads go on without it; the next put, or the next time, finds room or says why not.
+                if not is_full(err, self.index.directory):
+                    raise
+                log.debug("no room to tidy up: %s", err)
+
+    def _tidy(self) -> None:
+        self.space.follow_disk()
+        self.flush_touches()
+        self.space.expire()
+        self.index.env.reader_check()
+        if self.space.free.is_sudden:
+            # Both take space before they give any; compaction copies before it deletes.
+            return
+        self.space.reserve.hold()
+        self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
 
     def _publish(self, changes: list[Change]) -> None:
         self.events.publish(changes)
@@ -371,11 +452,15 @@ class Engine:
                 [change.hash for change in changes if change.present and change.kind is RecordKind.BLOCK]
             )
 
-    def snapshot(self) -> tuple[int, Iterator[list[Event]]]:
-        """What is stored, for a watcher that cannot resume, and the number of the last event in it."""
+    def snapshot(self) -> Iterator[Batch[BlockEvent]]:
+        """What is stored, for a watcher that cannot resume."""
         with self._lock:
             return self.events.snapshot()
 
     def totals(self) -> dict[bytes, tuple[int, int, int]]:
         with self.index.txn() as txn:
             return read_totals(self.index, txn)
+
+
+def _owner_of(record: Record) -> bytes:
+    return owner_row(record.version, record.tenant)

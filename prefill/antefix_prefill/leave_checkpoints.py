@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from antefix.model import WindowState
-from antefix.record import Record, RecordKind
 from antefix.window import Mark, OutputFacts, PromptFacts, Reason, Tier
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt, Restored
+from antefix_prefill.sealed_records import checkpoint_record
 from antefix_prefill.worker.engine import Engine
 
 
@@ -52,16 +52,5 @@ async def leave_checkpoint(
 ) -> None:
     """Queue the window state for the tier that the mark names. `window` may move on when this returns."""
     data = await engine.compute.run(window.to_bytes)
-    record = Record(
-        kind=RecordKind.CHECKPOINT,
-        hash=prompt.chain.hashes[mark.block - 1],
-        parent=prompt.chain.parent(mark.block - 1),
-        fingerprint=engine.fingerprint,
-        position=mark.block * engine.block_size,
-        payload=data,
-        tenant=prompt.tenant,
-        ttl_s=mark.ttl_s,
-        cost_s=engine.rates.replay_s(mark.saved_tokens, context=mark.block * engine.block_size),
-    )
     engine.budget.add(len(data))
-    await writer.put(record, tier=mark.tier)
+    await writer.put(checkpoint_record(engine, prompt, mark, data), tier=mark.tier)

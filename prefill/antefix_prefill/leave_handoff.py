@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import secrets
-
-from antefix.block import HASH_BYTES
-from antefix.record import Record, RecordKind
 from antefix_prefill.handoff import Handoff
 from antefix_prefill.record_writer import put_quietly
 from antefix_prefill.run_prompt import ComputedPrompt
+from antefix_prefill.sealed_records import handoff_record
 from antefix_prefill.worker.engine import Engine
-
-# A handoff is taken as soon as decode has a place; this is for a decode worker that died and was replaced.
-HANDOFF_TTL_S = 120.0
 
 
 async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
@@ -29,14 +23,5 @@ async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
     handoff = Handoff(
         position=sequence.position, prompt=chain.digest(), window=window, partial_row=row, logits=computed.logits
     )
-    record = Record(
-        kind=RecordKind.HANDOFF,
-        hash=secrets.token_bytes(HASH_BYTES),  # unguessable: whoever knows the name may take the handoff
-        parent=chain.parent(len(chain)),
-        fingerprint=engine.fingerprint,
-        position=sequence.position,
-        payload=handoff.to_bytes(),
-        tenant=computed.prompt.tenant,
-        ttl_s=HANDOFF_TTL_S,
-    )
+    record = handoff_record(engine, computed.prompt, handoff.to_bytes())
     return record.hash if await put_quietly(engine.store, record, engine.counters) else b""

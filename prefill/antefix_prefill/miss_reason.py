@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from antefix.block import Chain, Tokens
+from antefix.block import Chain, Tokens, differing_fields
 from antefix.errors import AntefixError
 from antefix.record import Fate
 from antefix_prefill.worker.engine import Engine
@@ -29,18 +29,27 @@ async def miss_reason(
             return Fate.CORRUPT.value if came_short else "first_seen"
         if found.fate is not Fate.UNKNOWN:
             return found.fate.value
-        for other in found.fingerprints[-_NUM_FINGERPRINTS_TRIED:]:
+        others = list(zip(found.fingerprints, found.statements, strict=True))
+        for other, statement in others[-_NUM_FINGERPRINTS_TRIED:]:
             if await _is_stored_as(engine, other, tokens[: (index + 1) * chain.block_size], tenant):
-                return ARITHMETIC_DIFFERS if other in engine.relatives else Fate.FINGERPRINT_DIFFERS.value
+                return _what_differs(engine.statement, statement)
     except AntefixError as err:
         engine.counters.note(err)
         return "store_unavailable"
     return "first_seen"
 
 
+def _what_differs(mine: bytes, other: bytes) -> str:
+    """Set-ups whose arithmetic alone differs are meant to share, and do not."""
+    if mine and other and differing_fields(mine, other) == ("arithmetic",):
+        return ARITHMETIC_DIFFERS
+    return Fate.FINGERPRINT_DIFFERS.value
+
+
 async def _is_stored_as(engine: Engine, fingerprint: bytes, tokens: Tokens, tenant: str) -> bool:
     """Whether these whole blocks of tokens are stored under another fingerprint, of the same tenant."""
     chain = Chain(fingerprint, engine.keyring.key(tenant), engine.block_size)
     chain.extend(tokens)
-    found = await engine.store.lookup(chain.hashes, fingerprint=fingerprint, tenant=tenant)
+    owner = engine.keyring.owner(tenant)
+    found = await engine.store.lookup(chain.hashes, fingerprint=fingerprint, tenant=owner)
     return found.num_blocks == len(chain)

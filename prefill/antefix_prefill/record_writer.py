@@ -10,8 +10,8 @@ import asyncio
 import logging
 from collections import deque
 
-from antefix.errors import AntefixError
-from antefix.record import Record, RecordKind
+from antefix.errors import AntefixError, InvalidRequest
+from antefix.record import Reason, Record, RecordKind, Refusal
 from antefix.store.api import Store
 from antefix.window import Tier
 from antefix.window_pool import WindowPool
@@ -50,6 +50,8 @@ class RecordWriter:
         self.num_blocks_written = 0
         self.num_checkpoints_written = 0
         self.bytes_written = 0
+        # Why something was not stored: the first reason, since what follows only lacks its parent.
+        self.error = ""
 
     async def put(self, record: Record, *, tier: Tier = Tier.DISK) -> None:
         """Queue one record; waits only when too much is pending. What the pool does not take goes to disk."""
@@ -124,11 +126,13 @@ class RecordWriter:
             result = await self._store.put(batch)
         except AntefixError as err:
             self._broken = True
-            self._counters.note(err)
+            _note_failure(self._counters, err, len(batch))
+            self.error = self.error or f"{type(err).__name__}: {err}"
             log.warning("store refused a write, this request stops writing: %s", err)
             return
-        self._counters.refused += len(result.refused)
+        self._counters.note_refusals(result.refused.values())
         self._broken = bool(result.refused)
+        self.error = self.error or next((refusal.text for refusal in result.refused.values()), "")
         taken = [record for record in batch if record.hash not in result.refused]
         num_blocks = sum(record.kind is RecordKind.BLOCK for record in taken)
         self.bytes_written += sum(len(record.payload) for record in taken)
@@ -143,6 +147,14 @@ async def put_quietly(store: Store, record: Record, counters: StoreCounters) -> 
     try:
         result = await store.put([record])
     except AntefixError as err:
-        counters.note(err)
+        _note_failure(counters, err, 1)
         return False
+    counters.note_refusals(result.refused.values())
     return not result.refused
+
+
+def _note_failure(counters: StoreCounters, err: AntefixError, num_records: int) -> None:
+    counters.note(err)
+    if isinstance(err, InvalidRequest):
+        # The store will say the same to the next try.
+        counters.note_refusals([Refusal(Reason.INVALID, str(err))] * num_records)

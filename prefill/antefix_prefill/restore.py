@@ -21,6 +21,7 @@ from antefix.restore_report import RestoreReport
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
 from antefix_prefill.miss_reason import miss_reason
+from antefix_prefill.older_names import OlderNames, find_older
 from antefix_prefill.worker.compute_thread import uninterrupted
 from antefix_prefill.worker.engine import Engine
 
@@ -59,6 +60,7 @@ class _Known:
 
     checkpoints: boundary to tier.  pooled: window state that the pool has given already, by boundary.
     store_failed: the store did not answer.  came_short: it promised blocks and did not give them.
+    older: what is stored under an older secret's names only.
     """
 
     num_blocks: int
@@ -67,6 +69,13 @@ class _Known:
     pooled: dict[int, bytes]
     store_failed: bool = False
     came_short: bool = False
+    older: OlderNames | None = None
+
+    @property
+    def own_checkpoints(self) -> tuple[int, ...]:
+        """Those under the present names: the others are to be left anew."""
+        older = self.older.checkpoints if self.older else frozenset()
+        return tuple(sorted(self.checkpoints.keys() - older))
 
 
 async def restore(engine: Engine, prompt: Prompt) -> Restored:
@@ -93,7 +102,7 @@ async def restore(engine: Engine, prompt: Prompt) -> Restored:
         plan=plan,
         plans=decision.plans,
         num_stored_blocks=known.num_in_store,
-        checkpoints=tuple(sorted(known.checkpoints)),
+        checkpoints=known.own_checkpoints,
         report=report,
     )
 
@@ -101,19 +110,23 @@ async def restore(engine: Engine, prompt: Prompt) -> Restored:
 async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport) -> _Known:
     hashes = prompt.chain.hashes
     try:
-        found = await engine.store.lookup(hashes, fingerprint=engine.fingerprint, tenant=prompt.tenant)
+        owner = engine.keyring.owner(prompt.tenant)
+        found = await engine.store.lookup(hashes, fingerprint=engine.fingerprint, tenant=owner)
+        older = await find_older(engine, prompt.tenant, prompt.tokens, found)
         failed = False
     except AntefixError as err:
         engine.counters.note(err)
         report.store_errors += 1
-        found, failed = LookupResult(num_blocks=0), True
+        found, older, failed = LookupResult(num_blocks=0), None, True
     num_resident = engine.blocks.num_leading(hashes)
+    checkpoints = {*found.checkpoints, *(older.checkpoints if older else ())}
     return _Known(
-        num_blocks=max(found.num_blocks, num_resident),
+        num_blocks=max(found.num_blocks, num_resident, older.num_blocks if older else 0),
         num_in_store=found.num_blocks,
-        checkpoints=dict.fromkeys(found.checkpoints, DISK_TIER),
+        checkpoints=dict.fromkeys(checkpoints, DISK_TIER),
         pooled={},
         store_failed=failed,
+        older=older,
     )
 
 
@@ -129,7 +142,8 @@ async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: Resto
     names = [prompt.chain.hashes[block - 1] for block in blocks]
     started = time.perf_counter()
     try:
-        found = await engine.window_pool.nearest(names, fingerprint=engine.fingerprint)
+        owner = engine.keyring.owner(prompt.tenant)
+        found = await engine.window_pool.nearest(names, fingerprint=engine.fingerprint, tenant=owner)
     except AntefixError as err:
         engine.counters.note(err)
         report.store_errors += 1
@@ -166,9 +180,9 @@ async def _carry_out(
         if window is None:
             return None
     num_errors = report.store_errors
-    table = await load_blocks(engine, prompt.chain.hashes[: plan.resume_block], report)
+    table = await load_blocks(engine, prompt, plan.resume_block, report, known.older)
     if len(table) < plan.resume_block:
-        known.num_blocks = known.num_in_store = len(table)
+        known.num_blocks, known.num_in_store = len(table), min(known.num_in_store, len(table))
         known.came_short = True
         known.store_failed |= report.store_errors > num_errors
         engine.blocks.release(table)
@@ -187,7 +201,7 @@ async def _load_checkpoint(
 ) -> WindowState | None:
     data = known.pooled.pop(block, None)
     if data is None:
-        data = await _read_checkpoint(engine, prompt, block, report)
+        data = await _read_checkpoint(engine, prompt, block, known.older, report)
     if data is not None:
         try:
             return WindowState.from_bytes(engine.layout, block * engine.block_size, data, engine.device)
@@ -197,11 +211,15 @@ async def _load_checkpoint(
     return None
 
 
-async def _read_checkpoint(engine: Engine, prompt: Prompt, block: int, report: RestoreReport) -> bytes | None:
+async def _read_checkpoint(
+    engine: Engine, prompt: Prompt, block: int, older: OlderNames | None, report: RestoreReport
+) -> bytes | None:
     started = time.perf_counter()
+    name, owner = prompt.chain.hashes[block - 1], engine.keyring.owner(prompt.tenant)
+    if older is not None and block in older.checkpoints:
+        name, owner = older.hashes[block - 1], older.owner
     try:
-        name = prompt.chain.hashes[block - 1]
-        data = await engine.store.get(RecordKind.CHECKPOINT, name, fingerprint=engine.fingerprint)
+        data = await engine.store.get(RecordKind.CHECKPOINT, name, fingerprint=engine.fingerprint, tenant=owner)
     except AntefixError as err:
         engine.counters.note(err)
         report.store_errors += 1
@@ -212,11 +230,14 @@ async def _read_checkpoint(engine: Engine, prompt: Prompt, block: int, report: R
     return data
 
 
-async def load_blocks(engine: Engine, hashes: Seq[bytes], report: RestoreReport) -> list[int]:
-    """As many of the chain's leading blocks as there are, resident ones first, the rest from the store.
+async def load_blocks(
+    engine: Engine, prompt: Prompt, num_blocks: int, report: RestoreReport, older: OlderNames | None = None
+) -> list[int]:
+    """As many of the prompt's first `num_blocks` as there are, resident ones first, the rest from the store.
 
     Raises:  Overloaded: the pool has no room.
     """
+    hashes = prompt.chain.hashes[:num_blocks]
     table = engine.blocks.take(hashes)
     report.hit_memory_tokens = len(table) * engine.block_size
     wanted = hashes[len(table) :]
@@ -228,7 +249,8 @@ async def load_blocks(engine: Engine, hashes: Seq[bytes], report: RestoreReport)
         engine.blocks.release(table)
         raise
     try:
-        num_read = await _read_into_pool(engine, wanted, fresh, report)
+        stored_as = _stored_as(engine, prompt, range(len(table), num_blocks), older)
+        num_read = await _read_into_pool(engine, stored_as, fresh, report)
     except BaseException:
         engine.blocks.release([*table, *fresh])
         raise
@@ -238,11 +260,32 @@ async def load_blocks(engine: Engine, hashes: Seq[bytes], report: RestoreReport)
     return table + fresh[:num_read]
 
 
-async def _read_into_pool(engine: Engine, hashes: Seq[bytes], block_ids: list[int], report: RestoreReport) -> int:
+def _stored_as(
+    engine: Engine, prompt: Prompt, blocks: range, older: OlderNames | None
+) -> list[tuple[bytes, Seq[bytes]]]:
+    """Owner and hashes of these blocks in the store, in one stretch or two."""
+    first_older = blocks.stop if older is None else min(max(older.first, blocks.start), blocks.stop)
+    owner, own = engine.keyring.owner(prompt.tenant), prompt.chain.hashes[blocks.start : first_older]
+    stretches: list[tuple[bytes, Seq[bytes]]] = [(owner, own)]
+    if older is not None:
+        stretches.append((older.owner, older.hashes[first_older : blocks.stop]))
+    return [(owner, hashes) for owner, hashes in stretches if hashes]
+
+
+async def _read_into_pool(
+    engine: Engine, stored_as: Seq[tuple[bytes, Seq[bytes]]], block_ids: list[int], report: RestoreReport
+) -> int:
     started = time.perf_counter()
     rows = engine.pool.landing(block_ids)
+    num_read = 0
     try:
-        num_read = await uninterrupted(engine.store.get_blocks(hashes, rows, fingerprint=engine.fingerprint))
+        for owner, hashes in stored_as:
+            part = rows[num_read : num_read + len(hashes)]
+            reading = engine.store.get_blocks(hashes, part, fingerprint=engine.fingerprint, tenant=owner)
+            num_good = await uninterrupted(reading)
+            num_read += num_good
+            if num_good < len(hashes):
+                break
     except AntefixError as err:
         engine.counters.note(err)
         report.store_errors += 1
@@ -251,7 +294,7 @@ async def _read_into_pool(engine: Engine, hashes: Seq[bytes], block_ids: list[in
         await engine.compute.run(engine.pool.note_filled, block_ids[:num_read])
     nbytes = num_read * engine.layout.block_bytes
     report.bytes_read += nbytes
-    if num_read == len(hashes):
+    if num_read == len(block_ids):
         engine.rates.observe_load(DISK_TIER, nbytes, time.perf_counter() - started)
     else:
         engine.counters.short_reads += 1

@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 from antefix.errors import InvalidRequest
 from antefix.model import Sequence, forward
-from antefix.record import Record, RecordKind
 from antefix.restore_report import RestoreReport
 from antefix.window import Mark
 from antefix_prefill.leave_checkpoints import leave_checkpoint, prompt_marks
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt, Restored, restore
+from antefix_prefill.sealed_records import block_record
 from antefix_prefill.worker.engine import Engine
 from antefix_prefill.worker.plan_log import PlanOutcome
 
@@ -62,6 +62,7 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
         raise
     report.written_tokens = writer.num_blocks_written * engine.block_size
     report.bytes_written = writer.bytes_written
+    report.write_error = writer.error
     actual_s = report.restore_s + report.compute_s
     engine.planner.record(restored.plan, actual_s)
     engine.plans.add(
@@ -132,17 +133,3 @@ def _run_chunk(
     logits: npt.NDArray[np.float32] | None = out[0].float().cpu().numpy() if is_last else None
     # Without new blocks a card is not waited for: the next chunk is prepared while this one runs.
     return logits, engine.pool.payloads([sequence.block_table[index] for index in new]) if new else []
-
-
-def block_record(engine: Engine, prompt: Prompt, index: int, payload: memoryview) -> Record:
-    """Block `index` of the chain, its payload where the pool has it."""
-    return Record(
-        kind=RecordKind.BLOCK,
-        hash=prompt.chain.hashes[index],
-        parent=prompt.chain.parent(index),
-        fingerprint=engine.fingerprint,
-        position=(index + 1) * engine.block_size,
-        payload=payload,
-        tenant=prompt.tenant,
-        cost_s=engine.rates.prefill_s(engine.block_size, context=index * engine.block_size),
-    )

@@ -19,6 +19,7 @@ from antefix_billing.ratecard import RateCards, load_cards
 from antefix_billing.receipt import Signer
 from antefix_billing.tenants import CONTROL, TenantBook, load_tenants
 from antefix_router.accounting import Accounts
+from antefix_router.answers import RetryConfig
 from antefix_router.encoding import Encoding
 from antefix_router.generation import Generator, Request
 from antefix_router.open_bill import Bill, Served
@@ -32,7 +33,7 @@ class ContextTooLong(InvalidRequest):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BillingConfig:
+class BillingConfig(RetryConfig):
     """Settings of a router's bill."""
 
     ledger_dir: str = setting("", "directory of the usage ledger; without one nothing is billed")
@@ -41,6 +42,7 @@ class BillingConfig:
     receipt_key_file: str = setting("", "Ed25519 key that signs receipts, made if missing (default: in ledger_dir)")
 
     def __post_init__(self) -> None:
+        RetryConfig.__post_init__(self)
         require(bool(self.ledger_dir) or not self.receipt_key_file, "--receipt-key-file needs --ledger-dir")
 
 
@@ -75,11 +77,13 @@ class Front:
         request_id: str = "",
         session: str = "",
         breakpoints: tuple[tuple[int, float], ...] = (),
+        retryable: bool = False,
     ) -> Bill:
         """Check a request and open its bill. user: gets a cache of its own within the tenant's.
 
         breakpoints: (number of prompt tokens, seconds) of prefixes that the client wants kept.
         session: the client's name of the conversation: a hint where to place it.
+        retryable: see `Accounts.admit`.
 
         Raises:  InvalidRequest: whatever is wrong with it, whatever our state is.  QuotaExceeded, Conflict: see there.
         """
@@ -100,7 +104,7 @@ class Front:
             breakpoints=breakpoints,
             session=session,
         )
-        return await self.accounts.admit(request, tenant=tenant, user=user)
+        return await self.accounts.admit(request, tenant=tenant, user=user, retryable=retryable)
 
     def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[Tokens, None]:
         """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
@@ -148,7 +152,7 @@ def open_front(
         signer = Signer.create(Path(config.receipt_key_file or ledger.directory / "receipts.key"))
     return Front(
         generator,
-        Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants),
+        Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants, retries=config),
         identity=identity,
         tokenizer=tokenizer,
         tenants=tenants,

@@ -19,7 +19,7 @@ from antefix.clients import DecodeClient, Tokens
 from antefix.errors import Overloaded, Unavailable
 from antefix.restore_report import RestoreReport
 from antefix.wire import Sampling, TokenLogprob
-from antefix_router.keeper import Keeper
+from antefix_router.keeper import BreakpointPins
 from antefix_router.naming import Names, Prompt
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
@@ -47,6 +47,7 @@ class Request:
     restore: RestoreReport | None = None
     written_tokens: int = 0
     output_written_tokens: int = 0
+    write_error: str = ""
     started: float = field(default_factory=time.perf_counter)
     ttft_s: float = 0.0
     finish_reason: str = ""
@@ -62,11 +63,11 @@ class Generator:
         decode: Workers,
         names: Names,
         directory: Directory,
-        keeper: Keeper,
+        pins: BreakpointPins,
         sessions: Sessions,
     ) -> None:
         self._sessions = sessions
-        self._keeper = keeper
+        self._pins = pins
         self._prefilling = prefilling
         self._decode = decode
         self._names = names
@@ -87,10 +88,10 @@ class Generator:
             prompt,
             request_id=request.request_id,
             timeout_s=timeout_s,
-            keep=request.breakpoints,
+            breakpoints=request.breakpoints,
             session=request.session,
         )
-        self._keeper.keep(prompt.chain, request.breakpoints, tenant=request.tenant)
+        self._pins.pin(prompt.chain, request.breakpoints, owner=prompt.owner)
         handoff, work = b"", prefilled.work
         if prefilled.answer is not None:
             handoff, request.restore = prefilled.answer.handoff, prefilled.answer.restore
@@ -151,3 +152,4 @@ class Generator:
                         request.stop_number = decoded.stop_number
                         request.written_tokens += decoded.written_tokens
                         request.output_written_tokens = decoded.written_tokens
+                        request.write_error = decoded.write_error

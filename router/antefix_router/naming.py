@@ -29,10 +29,14 @@ _HEAD_BLOCKS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A named prompt. keys: the directory's names of its blocks.  replay_tokens: of its model, for `Work`."""
+    """A named prompt. keys: the directory's names of its blocks.  replay_tokens: of its model, for `Work`.
+
+    owner: what stands for the tenant in the store.
+    """
 
     tokens: Tokens
     tenant: str
+    owner: bytes
     chain: Chain
     keys: Sequence[Key]
     replay_tokens: int = 0
@@ -74,7 +78,14 @@ class Names:
         chain.extend(tokens[chain.num_tokens :])
         self._memo.keep(tenant, tokens, chain.hashes, beginnings)
         keys = keys_of(chain.hashes)
-        return Prompt(tokens=tokens, tenant=tenant, chain=chain, keys=keys, replay_tokens=self.replay_tokens)
+        return Prompt(
+            tokens=tokens,
+            tenant=tenant,
+            owner=self.keyring.owner(tenant),
+            chain=chain,
+            keys=keys,
+            replay_tokens=self.replay_tokens,
+        )
 
 
 class _Memo:

@@ -33,7 +33,7 @@ _TOKENS_PER_S_PRIOR = 1_000.0
 _STRAIGHT_TOKENS_MAX = 1024
 _MEMORY = 0.9
 
-Kept = Sequence[tuple[int, float]]
+Breakpoints = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ class _Order:
     prompt: Prompt
     request_id: str
     ends: float
-    keep: Kept
+    breakpoints: Breakpoints
     session: str
 
     @property
@@ -118,21 +118,21 @@ class Prefilling:
         self._in_flight: InFlight[_Flight] = InFlight()
 
     async def run(
-        self, prompt: Prompt, *, request_id: str, timeout_s: float, keep: Kept = (), session: str = ""
+        self, prompt: Prompt, *, request_id: str, timeout_s: float, breakpoints: Breakpoints = (), session: str = ""
     ) -> Ready:
-        """keep: (tokens, seconds) of prefixes to leave window state at.  session: the caller's, a hint.
+        """breakpoints: (tokens, seconds), where to leave window state at.  session: the caller's, a hint.
 
         Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.
         """
         ends = time.monotonic() + timeout_s
-        order = _Order(prompt=prompt, request_id=request_id, ends=ends, keep=keep, session=session)
+        order = _Order(prompt=prompt, request_id=request_id, ends=ends, breakpoints=breakpoints, session=session)
         patience: float | None = None
         while True:
             # 1. Ask what is stored: that decides how much work it is, and for whom.
             num_stored = await self._num_stored_blocks(prompt, request_id, ask=patience is not None)
             work = prompt.work(num_stored)
             # 2. A short rest is left to the decode worker, which then needs no handoff; but that one keeps nothing.
-            if not keep and self._goes_straight(work):
+            if not breakpoints and self._goes_straight(work):
                 self.counters.num_straight += 1
                 return Ready(work=work, answer=None)
             # 3. What is being computed already is waited for. No await from here to `lead`: two would lead.
@@ -160,7 +160,7 @@ class Prefilling:
             return known
         chain = prompt.chain
         try:
-            found = await self._store.lookup(chain.hashes, fingerprint=self.fingerprint, tenant=prompt.tenant)
+            found = await self._store.lookup(chain.hashes, fingerprint=self.fingerprint, tenant=prompt.owner)
         except AntefixError as err:
             # Placement without the store's word is still placement; the worker finds out what is there.
             log.warning("request %s: the store did not answer: %s", request_id, err)
@@ -256,7 +256,7 @@ class Prefilling:
                 request_id=order.request_id,
                 tenant=order.prompt.tenant,
                 timeout_s=order.timeout_s,
-                keep=order.keep,
+                keep=order.breakpoints,
             )
         if was_idle:
             spent_s = time.monotonic() - start - answer.restore.restore_s - answer.restore.compute_s

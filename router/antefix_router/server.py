@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -21,9 +22,7 @@ from antefix.model_dir import ModelIdentity, identify
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.store.api import Store
-from antefix.store.client import RemoteStore
 from antefix.store.open_store import StoreAddress, open_store
-from antefix.store.store_watch import watch
 from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc, usage_pb2, usage_pb2_grpc
 from antefix.wire import logprobs_to_wire, report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
@@ -31,7 +30,7 @@ from antefix_router.front import Front, open_front
 from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.generation import Generator
-from antefix_router.keeper import Keeper
+from antefix_router.keeper import BreakpointPins
 from antefix_router.naming import Names
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
@@ -117,9 +116,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             replay_tokens=identity.geometry.replay_tokens,
         )
         directory, sessions = Directory(), Sessions()
-        self.watched = RemoteStore(config.store_address)
         self.feed = StoreFeed(
-            lambda cursor: watch(self.watched, cursor),
+            store.watch,
             fingerprint=self._fingerprint,
             redis_url=config.events_redis if config.store_events else "",
             name=config.store_address,
@@ -138,10 +136,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._keyring = keyring
         self.memory = MemoryFeed(directory, redis_url=config.events_redis)
         self.leases = Leases(self._prefill, self._decode, directory, fingerprint=self._fingerprint, memory=self.memory)
-        self.keeper = Keeper(config.store_address)
+        self.pins = BreakpointPins(store)
         self.front: Front = open_front(
             config,
-            Generator(prefilling, self._decode, names, directory, self.keeper, sessions),
+            Generator(prefilling, self._decode, names, directory, self.pins, sessions),
             identity=identity,
             tokenizer=tokenizer,
             keyring=keyring,
@@ -150,9 +148,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
 
     def _fingerprint_of(self, arithmetic: str) -> bytes:
         config = self._config
-        exactness = exactness_of(config.bounded_windows, arithmetic)
-        kv_format = KVFormat(config.kv_format)
-        return self._identity.fingerprint(kv_format, namespace=config.namespace, exactness=exactness).digest
+        return self._identity.fingerprint(
+            KVFormat(config.kv_format),
+            namespace=config.namespace,
+            exactness=exactness_of(config.bounded_windows),
+            arithmetic=arithmetic,
+        ).digest
 
     async def learn(self) -> None:
         """Ask the workers that the settings name what they compute.  Raises:  ConfigError: they differ."""
@@ -252,9 +253,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         response.counters.gave_up_waiting = counters.num_gave_up_waiting
         response.counters.refused = counters.num_refused
         response.counters.straight = counters.num_straight
-        response.counters.memory_events = self.memory.num_events
-        response.counters.memory_gaps = self.memory.num_gaps
-        response.counters.memory_snapshots = self.memory.num_snapshots
+        told = self.memory.counters
+        response.counters.memory_events = told.num_events
+        response.counters.memory_gaps = told.num_gaps
+        response.counters.memory_snapshots = told.num_snapshots
+        response.counters.unstored = self.front.accounts.num_unstored
+        response.counters.unstored_reason = self.front.accounts.unstored_reason
+        response.num_running = self.front.accounts.num_running
+        for name, value in dataclasses.asdict(self.front.accounts.retries.counts()).items():
+            setattr(response.answers, name, value)
         return response
 
     async def RegisterWorker(
@@ -296,14 +303,16 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     await servicer.learn()
     http = await start_http(servicer.front, config) if config.http_address else None
 
+    accounts = servicer.front.accounts
+
+    async def leave() -> None:
+        accounts.retries.drain()
+
     async def stop() -> None:
-        if http is not None:
-            await http.stop()
-        await servicer.front.accounts.close()
+        await accounts.close()
         await servicer.leases.close()
         await servicer.feed.close()
-        await servicer.watched.close()
-        await servicer.keeper.close()
+        await servicer.pins.close()
         await store.close()
 
     server = await rpc.start_server(config.address, register, [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR])
@@ -311,4 +320,14 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     if config.store_events:
         servicer.feed.start()
     http_address = http.address if http is not None else ""
-    await rpc.run_until_signal(server, role="router", stop=stop, watch_stdin=watch_stdin, http_address=http_address)
+    await rpc.run_until_signal(
+        server,
+        role="router",
+        stop=stop,
+        watch_stdin=watch_stdin,
+        http_address=http_address,
+        leave=leave,
+        grace_s=config.grace_s,
+        others=[http.stop] if http is not None else [],
+        end=accounts.ending.end,
+    )

@@ -331,3 +331,23 @@ def test_bounded_windows_that_workers_refuse_are_refused(deployed, capsys, windo
     argv = ["explain", "--data-dir", str(deployed.directory), "--prompt", "x" * 200, "--bounded-windows", windows]
     assert main(argv) == 2
     assert why in capsys.readouterr().err
+
+
+def test_what_a_machine_with_other_arithmetic_stored_is_told_as_a_worker_does(deployed, capsys):
+    other = deployed.identity.fingerprint(KVFormat.FP8, arithmetic="cpu-float32-0123abcd")
+    deployed.store.register(other.digest, SIZE, {}, statement=other.statement)
+    chain = chain_of(TOKENS, fingerprint_digest=other.digest, key=deployed.keyring.key(""), block_size=SIZE)
+    payload = bytes(deployed.identity.layout(KVFormat.FP8).block_bytes)
+    deployed.store.put(
+        [
+            Record(
+                kind=RecordKind.BLOCK, hash=chain.hashes[i], parent=chain.parent(i), fingerprint=other.digest,
+                position=(i + 1) * SIZE, payload=payload,
+            )
+            for i in range(3)
+        ]
+    )  # fmt: skip
+    answer = deployed.explain(capsys)
+    assert deployed.states(answer) == ["arithmetic_differs"] * 3 + ["first_seen"] * 7
+    assert (answer["miss_reason"], answer["hit_tokens"]) == ("arithmetic_differs", 0)
+    assert "under arithmetic cpu-float32-0123abcd" in deployed.explain(capsys, as_json=False)

@@ -22,7 +22,9 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
-PROMPTS = [Prompt([n if i >= 24 else 0 for i in range(BLOCK * 12)], payload_bytes=3000) for n in range(8)]
+PROMPTS = [
+    Prompt([n if i >= 24 else 0 for i in range(BLOCK * 12)], payload_bytes=3000, version=1 + n % 2) for n in range(8)
+]
 NUM_LIVES = 4
 BUDGET_BYTES = 1 << 20
 SEGMENT_BYTES = 64 << 10

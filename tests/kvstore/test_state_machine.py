@@ -16,7 +16,11 @@ from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 # Prompts that share prefixes of different lengths, so that chains fork.
-PROMPTS = [Prompt([min(i, fork) if i >= fork else 0 for i in range(BLOCK * 6)]) for fork in (0, 9, 17, 30, 48)]
+# Records of both versions, on shared prefixes too.
+PROMPTS = [
+    Prompt([min(i, fork) if i >= fork else 0 for i in range(BLOCK * 6)], version=1 + fork % 2)
+    for fork in (0, 9, 17, 30, 48)
+]
 MIB = 1 << 20
 
 

@@ -30,7 +30,8 @@ def damage(directory: Path, payload: bytes) -> None:
 def test_a_used_store_is_sound(open_engine: OpenEngine, tmp_path: Path) -> None:
     engine = open_engine(segment_bytes=64 << 10)
     for number in range(30):
-        prompt = Prompt([number % 7] * BLOCK * 3 + [number] * BLOCK * 3, payload_bytes=2000)
+        tokens = [number % 7] * BLOCK * 3 + [number] * BLOCK * 3
+        prompt = Prompt(tokens, payload_bytes=2000, version=1 + number % 2)
         engine.put([*prompt.blocks(), prompt.checkpoint(5)])
     engine.space.evict(50_000)
     engine.space.compact_one(0.0)

@@ -32,6 +32,7 @@ AWKWARD: dict[str, dict[str, Any]] = {
         "hidden_size": 33, "q_lora_rank": 17, "o_lora_rank": 7, "moe_intermediate_size": 20, "hc_mult": 5,
         "vocab_size": 531, "index_n_heads": 3, "n_routed_experts": 7,
     },
+    "window only": {"layer_types": [W, W, W], "hc_mult": 2},
     "one head": {"num_attention_heads": 1, "o_groups": 1, "index_topk": 33, "hc_mult": 1, "num_experts_per_tok": 1},
     "three heads": {"num_attention_heads": 3, "o_groups": 1, "hc_mult": 6, "scoring_func": "sigmoid"},
 }  # fmt: skip

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 
 from antefix.block import check_arithmetic
 from antefix.errors import InvalidRequest
-from antefix.measured import known_names
 from antefix.model import arithmetic_cache, numerics, probe
-from antefix.model.arithmetic import COLUMNS_MAX, steps_of
+from antefix.model.arithmetic import COLUMNS_MAX, numbers, steps_of
 from antefix.model.setup import Setup, setup_of
 from tests.model.random_models import make
 
@@ -84,7 +83,7 @@ def test_another_rounding_is_another_name() -> None:
 
 
 def test_a_row_alone_that_takes_another_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numerics, "pad_rows", lambda x: x)
+    monkeypatch.setattr(numerics, "ROW_TILE", 1)
     measured = probe(make("plain"))
     assert not measured.ignores_shapes
     assert measured.failed
@@ -112,8 +111,8 @@ def test_columns_that_threads_divide_between_them_are_seen(monkeypatch: pytest.M
 def test_bits_that_depend_on_threads_are_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = numerics.multiply
 
-    def divided(a: torch.Tensor, b: torch.Tensor, *, bias: torch.Tensor | None = None) -> torch.Tensor:
-        product = plain(a, b, bias=bias)
+    def divided(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        product = plain(a, b)
         return product * (1 + 1e-6) if torch.get_num_threads() == 2 else product
 
     model = make("plain")
@@ -143,7 +142,6 @@ def test_a_cache_saves_time_and_claims_nothing(tmp_path: Path, monkeypatch: pyte
     again = probe(model, cache_dir=cache)
     assert (first.is_cached, again.is_cached) == (False, True)
     assert (again.name, again.num_proved) == (first.name, first.num_proved)
-    assert known_names(cache) == [first.name]
     # Another set-up, model or thread count does not find it.
     setup = setup_of(model.device)
     for other in (Setup(processor="other", libraries=setup.libraries, threads=1),
@@ -190,7 +188,18 @@ def test_a_cards_kind_driver_and_kernels_are_part_of_its_name() -> None:
         for kernels in ("torch", "triton")
     }
     assert len(names | {probe(model, time_s_max=0.0).name}) == 5
-    assert any("attention kernels" in text for text in probe(model, setup=setups[0]).unproved)
+    assert any("attention and mixing kernels" in text for text in probe(model, setup=setups[0]).unproved)
+
+
+def test_on_a_card_only_what_runs_there_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("plain")
+    everywhere = {step.label for step in steps_of(model)}
+    monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda")))
+    labels = {step.label for step in steps_of(model)}
+    assert f"{model.config.hidden_size} x {model.config.vocab_size}" in labels & everywhere
+    assert not any(label.startswith(("sinkhorn", "pairs", "sum", "pool")) for label in labels)
+    for step in steps_of(model):
+        assert len(step.run(numbers((16, *step.shape[1:]), 0, step.dtype), 0)) == 16
 
 
 @pytest.mark.parametrize("text", ["cpu-float32-12", "cpu-float32-0123456789", "cpu-float32-0123456789-012345678g"])

@@ -29,7 +29,7 @@ class FakeStore:
         self.hashes = set()
         self.down = False
 
-    async def lookup(self, chain, *, fingerprint, tenant=""):
+    async def lookup(self, chain, *, fingerprint, tenant=b""):
         await asyncio.sleep(0)
         if self.down:
             raise Unavailable("store")
@@ -66,9 +66,11 @@ def build(num_workers=1, **limits):
     return Prefilling(workers, store, Directory(), fingerprint=FINGERPRINT, limits=limits), workers, clients, store
 
 
-def start(prefilling, request_id, tokens=TOKENS, timeout_s=20.0, keep=()):
+def start(prefilling, request_id, tokens=TOKENS, timeout_s=20.0, breakpoints=()):
     prompt = NAMES.prompt("t", tokens)
-    return asyncio.create_task(prefilling.run(prompt, request_id=request_id, timeout_s=timeout_s, keep=keep))
+    return asyncio.create_task(
+        prefilling.run(prompt, request_id=request_id, timeout_s=timeout_s, breakpoints=breakpoints)
+    )
 
 
 async def settled():
@@ -216,7 +218,7 @@ async def test_a_short_rest_goes_straight_to_decode():
 async def test_what_is_to_be_kept_is_asked_of_a_prefill_worker():
     prefilling, _, (client,), _ = build(prefill_tokens_min=1000)
     client.gate.set()
-    assert (await start(prefilling, "r", keep=((256, 60.0),))).answer is not None
+    assert (await start(prefilling, "r", breakpoints=((256, 60.0),))).answer is not None
     assert client.kept == ((256, 60.0),)
 
 

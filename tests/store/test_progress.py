@@ -15,11 +15,10 @@ from antefix.store_files.record_format import (
     RECORD_HEADER_BYTES,
     Codec,
     RecordFlag,
-    RecordHeader,
     extent_bytes,
-    pack_record_header,
     payload_checksum,
 )
+from antefix.store_files.record_header import RecordHeader, pack_record_header
 from antefix.v1 import kvstore_pb2
 
 SEED, SEGMENT, START = 0x1122334455667788, 7, 4096
@@ -47,7 +46,7 @@ def record(number: int, at: int, **changes: object) -> bytes:
         "kind": RecordKind.BLOCK,
         "codec": Codec.RAW,
         "flags": RecordFlag.NONE,
-        "tenant": "",
+        "tenant": bytes(24),
     }
     return pack_record_header(RecordHeader(**{**fields, **changes}), SEED) + payload  # type: ignore[arg-type]
 

@@ -149,7 +149,7 @@ async def test_a_store_that_does_not_know_record_formats_is_understood(
     store: RemoteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of another version: it sends what it verified itself."""
-    monkeypatch.setattr("antefix_kvstore.server.FORMAT_VERSION", FORMAT_VERSION + 1)
+    monkeypatch.setattr("antefix_kvstore.server.FORMAT_VERSIONS", (FORMAT_VERSION + 1,))
     assert not any(message.records for message in await messages(store, record_format=FORMAT_VERSION))
     assert await restored(store) == 10
 

@@ -14,12 +14,16 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from antefix.v1 import router_pb2
 from antefix_console import shipped
+
+if TYPE_CHECKING:
+    from antefix.store.store_stats import StoreTotals
 
 PACKAGES = ("grpcio", "protobuf", "lmdb", "zstandard", "xxhash", "numpy", "redis")
 # What prefill and decode need; a host that runs a router or a store has no use for them.
@@ -28,6 +32,8 @@ _ARITHMETIC_ON = "arithmetic on "
 _PROBE_BYTES = 64 << 20
 # Below this a durable put of one V4-Flash block (450 KB) takes longer than computing it on a fast GPU.
 _DISK_WRITE_MIN = 50e6
+# Of a store's budget: two segments are kept for compaction, a sixteenth where segments have their usual size.
+_BUDGET_HELD_MIN = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="", help="probe here too (default: a card, if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="as workers have it")
     parser.add_argument("--reproducible", action="store_true", help="on a card: as workers have it")
-    parser.add_argument("--router", metavar="HOST:PORT", help="ask this router what its workers compute, and compare")
+    parser.add_argument(
+        "--store", metavar="HOST:PORT", help="ask this store service as well: is all stored, is there room"
+    )
+    parser.add_argument(
+        "--router", metavar="HOST:PORT", help="ask this router too: do its workers compute the same, is all stored"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -60,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if args.router:
         findings += _workers(args.router, findings)
     findings += [_disk(args.data_dir), _open_files()]
+    findings += _store(args.store) if args.store else []
+    findings += _router(args.router) if args.router else []
     failed = [finding for finding in findings if finding.status == "fail"]
     if args.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
@@ -179,6 +192,51 @@ def _disk(directory: Path | None) -> Finding:
         return Finding(check="disk", status="fail", detail=str(err), advice="choose another --data-dir")
     status = "ok" if rate > _DISK_WRITE_MIN else "warn"
     return Finding(check="disk", status=status, detail=f"{rate / 1e9:.2f} GB/s durable sequential write")
+
+
+def _store(address: str) -> list[Finding]:
+    """Whether a running store takes what it is given. Raises:  Unavailable: it does not answer."""
+    from antefix.store.client import RemoteStore
+
+    async def ask() -> StoreTotals:
+        store = RemoteStore(address)
+        try:
+            return await store.stats()
+        finally:
+            await store.close()
+
+    stats = asyncio.run(ask())
+    writes = Finding(check="store writes", status="ok", detail="none that could never be stored")
+    if stats.impossible_writes:
+        detail = f"{stats.impossible_writes} could never be stored; the last: {stats.impossible_write}"
+        advice = "these callers are served without the cache: mend what is named"
+        writes = Finding(check="store writes", status="fail", detail=detail, advice=advice)
+    space = (
+        f"{stats.used_bytes / 1e6:.0f} of {stats.limit_bytes / 1e6:.0f} MB used, {stats.free_bytes / 1e6:.0f} MB free"
+    )
+    if stats.stopped:
+        advice = "free space on its file system; hits are served meanwhile"
+        room = Finding(
+            check="store space", status="warn", detail=f"nothing is stored now: {stats.stopped}", advice=advice
+        )
+    elif stats.limit_bytes < stats.budget_bytes * _BUDGET_HELD_MIN:
+        advice = f"its file system cannot hold the budget of {stats.budget_bytes / 1e6:.0f} MB: lower it, or make room"
+        room = Finding(check="store space", status="warn", detail=space, advice=advice)
+    else:
+        room = Finding(check="store space", status="ok", detail=space)
+    return [writes, room]
+
+
+def _router(address: str) -> list[Finding]:
+    """Whether what its requests compute is stored. Raises:  Unavailable: it does not answer."""
+    from antefix.clients import RouterClient
+
+    counters = asyncio.run(RouterClient(address).status()).counters
+    if not counters.unstored:
+        return [Finding(check="requests stored", status="ok", detail="all that were computed")]
+    detail = f"{counters.unstored} could not all be stored; the last: {counters.unstored_reason}"
+    advice = "usage records name the requests: write_error"
+    return [Finding(check="requests stored", status="warn", detail=detail, advice=advice)]
 
 
 def _open_files() -> Finding:

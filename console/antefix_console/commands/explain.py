@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from antefix.block import CPU_FLOAT32, chain_of, check_arithmetic, exactness_of
+from antefix.block import CPU_FLOAT32, Fingerprint, chain_of, check_arithmetic, differing_fields, exactness_of
 from antefix.clients import PrefillClient, Tokens
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import KVFormat
-from antefix.measured import known_names
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.client import RemoteStore
@@ -26,9 +25,9 @@ from antefix.window_pool import DISK, check_address, open_window_pool
 from antefix.window_pool.open_pool import MEMORY
 from antefix_console import shipped
 from antefix_console.commands.prompt_text import given_text, read_text
-from antefix_console.deployment import ARITHMETIC_DIR, ARITHMETIC_FILE
+from antefix_console.deployment import ARITHMETIC_FILE
 from antefix_console.explain.answer import Explanation, explain
-from antefix_console.explain.block_evidence import NamedChain, State, gather, holdings
+from antefix_console.explain.block_evidence import NamedChain, State, gather, holdings, statements
 from antefix_console.explain.text import lines
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
@@ -105,8 +104,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     directory = _path(args, "store_dir", "store")
     asked = [other.names(tokens, keyring, differs=label) for other, label in _asked(args, mine)]
     tried = [other.names(tokens, keyring, differs=label) for other, label in _tried(mine)]
-    tried += [other.names(tokens, keyring, differs=label, reason=State.ARITHMETIC_DIFFERS)
-              for other, label in _computed_elsewhere(args, mine)]  # fmt: skip
+    tried += _stated(directory, mine, tokens, keyring)
     blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
     # 2. What the window pool has.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.state is State.STORED, blocks))
@@ -136,22 +134,27 @@ class Whose:
     bounded_windows: int
     arithmetic: str
 
-    def names(
-        self,
-        tokens: Tokens,
-        keyring: Keyring,
-        differs: str = "",
-        reason: State = State.FINGERPRINT_DIFFERS,
-    ) -> NamedChain:
-        exactness = exactness_of(self.bounded_windows, self.arithmetic)
-        digest = self.identity.fingerprint(self.kv_format, namespace=self.namespace, exactness=exactness).digest
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.identity.fingerprint(
+            self.kv_format,
+            namespace=self.namespace,
+            exactness=exactness_of(self.bounded_windows),
+            arithmetic=self.arithmetic,
+        )
+
+    def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> NamedChain:
+        return self.names_under(self.fingerprint.digest, tokens, keyring, differs)
+
+    def names_under(self, digest: bytes, tokens: Tokens, keyring: Keyring, differs: str) -> NamedChain:
+        """The same tokens of the same tenant under any fingerprint whose blocks are as long."""
         chain = chain_of(
             tokens,
             fingerprint_digest=digest,
             key=keyring.key(self.tenant),
             block_size=self.identity.geometry.block_size,
         )
-        return NamedChain(label=differs, fingerprint=digest, hashes=chain.hashes, reason=reason)
+        return NamedChain(label=differs, fingerprint=digest, hashes=chain.hashes)
 
 
 def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
@@ -159,16 +162,20 @@ def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
     for kv_format in _FORMATS:
         for windows in _BOUNDED_TRIED:
             if (kv_format, windows) != (mine.kv_format, mine.bounded_windows):
-                label = f"kv_format {kv_format.value}, {exactness_of(windows, mine.arithmetic)}"
+                label = f"kv_format {kv_format.value}, {exactness_of(windows)}"
                 yield replace(mine, kv_format=kv_format, bounded_windows=windows), label
 
 
-def _computed_elsewhere(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:
-    """The same under every other arithmetic that this deployment's workers were ever found to have."""
-    if args.data_dir:
-        for name in known_names(str(args.data_dir / ARITHMETIC_DIR)):
-            if name != mine.arithmetic:
-                yield replace(mine, arithmetic=name), f"arithmetic {name}"
+def _stated(directory: Path, mine: Whose, tokens: Tokens, keyring: Keyring) -> Iterator[NamedChain]:
+    """The store's other fingerprints of this geometry, and in what they differ, as it was told."""
+    own = mine.fingerprint.statement
+    for digest, statement in statements(directory).items():
+        fields = differing_fields(own, statement)
+        if fields and "geometry" not in fields:
+            said = json.loads(statement)
+            label = ", ".join(f"{name} {said.get(name)}" for name in fields)
+            names = mine.names_under(digest, tokens, keyring, label)
+            yield replace(names, state=State.ARITHMETIC_DIFFERS) if fields == ("arithmetic",) else names
 
 
 def _arithmetic(args: argparse.Namespace) -> str:

@@ -70,13 +70,13 @@ class Holdings:
 class NamedChain:
     """A prompt's names under one fingerprint. label: what the fingerprint stands for, for people.
 
-    reason: why a block that is stored under this fingerprint alone cannot be hit.
+    state: of a block that is stored under this fingerprint only.
     """
 
     label: str
     fingerprint: bytes
     hashes: Sequence[bytes]
-    reason: State = State.FINGERPRINT_DIFFERS
+    state: State = State.FINGERPRINT_DIFFERS
 
 
 def gather(
@@ -115,6 +115,18 @@ def holdings(directory: Path, fingerprint: bytes) -> Holdings:
     finally:
         reader.close()
     return Holdings(is_known=fingerprint in digests, num_others=len(digests - {fingerprint}))
+
+
+def statements(directory: Path) -> dict[bytes, bytes]:
+    """What the store's fingerprints stand for, where it was told.  Raises:  Unavailable: as above."""
+    reader = StoreReader(directory)
+    try:
+        with reader.index.txn() as txn:
+            digests = reader.index.fingerprints(txn).values()
+            said = {digest: reader.index.statement(txn, digest) for digest in digests}
+    finally:
+        reader.close()
+    return {digest: statement for digest, statement in said.items() if statement}
 
 
 def _block(
@@ -218,7 +230,7 @@ def _stored_once(hashes: Sequence[bytes], log: Path) -> frozenset[bytes]:
 
 
 def _elsewhere(index: Index, txn: Any, others: Sequence[NamedChain], now_ms: int) -> dict[int, NamedChain]:
-    """Blocks that another fingerprint has, by number, with their first names of this kind."""
+    """Blocks that another fingerprint has, by number."""
     found: dict[int, NamedChain] = {}
     for names in others:
         fingerprint_id = index.fingerprint_id(txn, names.fingerprint)
@@ -241,8 +253,8 @@ def _with_gaps(blocks: list[BlockEvidence], elsewhere: Mapping[int, NamedChain])
         if state is State.STORED and not is_reachable:
             state, detail = State.UNREACHABLE, "it is stored, but an earlier block is not: a hit is a prefix"
         elif state is State.FIRST_SEEN and block.index in elsewhere:
-            other = elsewhere[block.index]
-            state, detail = other.reason, f"these tokens are stored, but under {other.label}"
+            state = elsewhere[block.index].state
+            detail = f"these tokens are stored, but under {elsewhere[block.index].label}"
         is_reachable &= state is State.STORED
         out.append(
             BlockEvidence(

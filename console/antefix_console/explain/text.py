@@ -16,9 +16,10 @@ _ADVICE = {
     "evicted": "the store was too small for how long this was unused: raise its budget, or pin the prefix.",
     "expired": "it was unused for longer than its time to live: raise block_ttl_s, or pin the prefix.",
     "corrupt": "the disk returned other bytes than were written: look at the disk; `antefix fsck` checks the store.",
-    "arithmetic_differs": "run the workers on set-ups that `antefix doctor` gives one name, or compute it again here.",
     "fingerprint_differs": "compare tenant, model files, kv_format, namespace and bounded_windows of those who write"
     " here with those who read; --also-tenant NAME, --also-namespace NAME and --also-model DIR look there.",
+    "arithmetic_differs": "the same model computed it on a machine that gives other bits: give all workers processors,"
+    " libraries and settings of one kind, or keep their prompts apart; `antefix doctor` shows what a machine has.",
     "unreachable": "an earlier block is missing; see the first one.",
     "window_missing": "the KV is stored, but resuming needs window state, and without any here this way is the fastest."
     " If prompts often leave here, strategy `auto` leaves a checkpoint after the first; `antefix window` tells which.",

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from antefix.block import CPU_FLOAT32, Chain, check_arithmetic, exactness_of
+from antefix.block import CPU_FLOAT32, NO_LABELS, Chain, Fingerprint, Labels, check_arithmetic, exactness_of
 from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import BlockLayout, KVFormat, PartKind
-from antefix.measured import known_names
 from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
 from antefix.model.backend import KERNELS, make_backend, uses_triton
 from antefix.model.ops import Ops, TorchOps
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.api import Store
+from antefix.store_files.seal import Seals
 from antefix.window import Rates, RestorePlanner, Sizes, Strategies, Strategy, check_bounded, in_force
 from antefix.window_pool import DISK, WindowPool, open_window_pool
 from antefix.window_settings import check_window_settings
-from antefix_prefill.worker.checkpoint_budget import CheckpointBudget, counter_of
+from antefix_prefill.worker.checkpoint_budget import CheckpointBudget
 from antefix_prefill.worker.compute_thread import ComputeThread
 from antefix_prefill.worker.plan_log import PlanLog
 from antefix_prefill.worker.resident_blocks import ResidentBlocks
@@ -31,10 +30,10 @@ from antefix_prefill.worker.store_counters import StoreCounters
 
 log = logging.getLogger("antefix_prefill.worker")
 
-# However small its KV, a block takes room for its name, its counts and its places in lists.
-BLOCK_BYTES_MIN = 1024
 # Of engines that are put together by hand, as tests do.
 NOT_PROBED = Arithmetic(name=CPU_FLOAT32, setup="not probed")
+# However small its KV, a block takes room for its name, its counts and its places in lists.
+BLOCK_BYTES_MIN = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -108,7 +107,7 @@ class Engine:
     ops: the cache path's operations; they belong to the pool's kind.
     arithmetic: what was measured here; its name is that of the KV that this worker takes for its own.
     borrows: it computes another arithmetic than that of the KV that it reads, so it writes none under these names.
-    relatives: fingerprints that differ from ours in nothing but the arithmetic, as far as they were met here before.
+    labels, statement: of the fingerprint.  seals: with which every record is written.
     """
 
     identity: ModelIdentity
@@ -132,7 +131,12 @@ class Engine:
     ops: Ops = field(default_factory=TorchOps)
     arithmetic: Arithmetic = NOT_PROBED
     borrows: bool = False
-    relatives: frozenset[bytes] = frozenset()
+    labels: Labels = NO_LABELS
+    statement: bytes = b""
+    seals: Seals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seals = Seals(self.keyring)
 
     @property
     def device(self) -> torch.device:
@@ -165,9 +169,9 @@ class Engine:
         """Decoding runs other shapes than prefilling. Where that makes other bits, reproducible mode keeps none."""
         return self.align_tokens == 1 and not self.borrows
 
-    def chain(self, tenant: str) -> Chain:
-        """An empty chain for a tenant's tokens."""
-        return Chain(self.fingerprint, self.keyring.key(tenant), self.block_size)
+    def chain(self, tenant: str, generation: int = 0) -> Chain:
+        """An empty chain for a tenant's tokens.  generation: of the secret; 0: the present one."""
+        return Chain(self.fingerprint, self.keyring.key(tenant, generation), self.block_size)
 
     def check_prompt(self, num_tokens: int, largest_id: int, max_new_tokens: int = 0) -> None:
         """Raises:  InvalidRequest: empty, too long for the model or this pool, or an id outside the vocabulary."""
@@ -189,7 +193,7 @@ class Engine:
     async def register(self) -> None:
         """Tell the store how payloads are laid out, which lets it compress them; without that they stay as they are."""
         try:
-            await self.store.register(self.fingerprint, self.layout)
+            await self.store.register(self.fingerprint, self.layout, statement=self.statement)
         except AntefixError as err:
             self.counters.note(err)
 
@@ -201,8 +205,8 @@ class Engine:
         await self.store.close()
 
 
-def build_engine(config: EngineConfig, store: Store) -> Engine:
-    """Load the model and set everything up.
+def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = None) -> Engine:
+    """Load the model and set everything up.  keyring: where the caller has read the secret file already.
 
     Raises:  ModelError: the model directory is not usable.  ConfigError: a setting is not.
     """
@@ -220,10 +224,15 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
     measured = _measure(model, config, packed=packed)
     free = ignores_shapes(measured, config.device, reproducible_kernels=packed and config.reproducible)
     align_tokens = config.prefill_chunk if config.reproducible and not free else 1
-    names = functools.partial(_fingerprint, identity, config)
-    own, fingerprint = measured.name, names(config.arithmetic or measured.name)
-    if fingerprint != names(own):
-        log.warning("this worker computes %s and takes KV of %s for its own: it stores nothing", own, config.arithmetic)
+    fingerprint = _fingerprint(identity, config, config.arithmetic or measured.name)
+    borrows = fingerprint.arithmetic != measured.name
+    if borrows:
+        log.warning(
+            "this worker computes %s and takes KV of %s for its own: it stores nothing",
+            measured.name,
+            config.arithmetic,
+        )
+    secrets = keyring or Keyring.from_file(config.secret_file)
     return Engine(
         identity=identity,
         model=model,
@@ -232,25 +241,32 @@ def build_engine(config: EngineConfig, store: Store) -> Engine:
         store=store,
         strategy=config.strategy_in_force,
         planner=RestorePlanner(Sizes.of(model.layout), Rates(), align_tokens=align_tokens),
-        keyring=Keyring.from_file(config.secret_file),
+        keyring=secrets,
         compute=ComputeThread("model"),
         prefill_chunk=config.prefill_chunk,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint.digest,
+        labels=fingerprint.labels,
+        statement=fingerprint.statement,
         bounded_windows=config.bounded_windows,
         align_tokens=align_tokens,
-        window_pool=open_window_pool(config.window_pool, store, bytes_max=config.window_pool_bytes),
-        budget=CheckpointBudget(counter_of(store)),
+        window_pool=open_window_pool(
+            config.window_pool, store, bytes_max=config.window_pool_bytes, seals=Seals(secrets)
+        ),
+        budget=CheckpointBudget(store.stats),
         namespace=config.namespace,
         ops=ops,
-        arithmetic=replace(measured, name=config.arithmetic or own),
-        borrows=fingerprint != names(own),
-        relatives=frozenset(map(names, known_names(config.arithmetic_cache))) - {fingerprint},
+        arithmetic=replace(measured, name=fingerprint.arithmetic),
+        borrows=borrows,
     )
 
 
-def _fingerprint(identity: ModelIdentity, config: EngineConfig, arithmetic: str) -> bytes:
-    exactness = exactness_of(config.bounded_windows, arithmetic)
-    return identity.fingerprint(KVFormat(config.kv_format), namespace=config.namespace, exactness=exactness).digest
+def _fingerprint(identity: ModelIdentity, config: EngineConfig, arithmetic: str) -> Fingerprint:
+    return identity.fingerprint(
+        KVFormat(config.kv_format),
+        namespace=config.namespace,
+        exactness=exactness_of(config.bounded_windows),
+        arithmetic=arithmetic,
+    )
 
 
 def _measure(model: Model, config: EngineConfig, *, packed: bool) -> Arithmetic:

@@ -11,11 +11,13 @@ import grpc
 from google.protobuf.descriptor import FileDescriptor
 
 from antefix import rpc
-from antefix.config import require, setting
+from antefix.config import grace_setting, require, setting
 from antefix.events.address import check_url
-from antefix.events.redis_bus import MemoryPublisher
+from antefix.events.redis_stream import StreamPublisher, memory_stream
+from antefix.secret import Keyring
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.store_files.record_format import STORE_FILE
+from antefix.store_files.seal import Seals
 from antefix.v1 import memory_pb2, window_pb2
 from antefix_prefill.worker.engine import Engine, EngineConfig, build_engine
 from antefix_prefill.worker.memory_service import add_memory_service
@@ -34,12 +36,14 @@ class WorkerConfig(EngineConfig):
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
     routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
     events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
+    grace_s: float = grace_setting()
 
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         EngineConfig.__post_init__(self)
         require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
         check_url(self.events_redis)
+        require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
 
 
 async def start_engine(config: WorkerConfig) -> Engine:
@@ -50,7 +54,9 @@ async def start_engine(config: WorkerConfig) -> Engine:
     if config.store_dir and not (Path(config.store_dir) / STORE_FILE).exists():
         # The store may start after us, so it is no error; a misspelt directory would be silence.
         log.warning("there is no store in --store-dir %s; until there is one, every lookup misses", config.store_dir)
-    engine = build_engine(config, open_store(StoreAddress(address=config.store_address, directory=config.store_dir)))
+    keyring = Keyring.from_file(config.secret_file)
+    where = StoreAddress(address=config.store_address, directory=config.store_dir)
+    engine = build_engine(config, open_store(where, seals=Seals(keyring)), keyring)
     await engine.register()
     return engine
 
@@ -84,5 +90,9 @@ async def serve_worker(
         arithmetic=engine.arithmetic.name,
         setup=engine.arithmetic.setup,
     )
-    async with lease, MemoryPublisher(config.events_redis, engine.blocks.events, server.address):
-        await rpc.run_until_signal(server, role=role, stop=stop, watch_stdin=watch_stdin, leave=lease.end)
+    stream = memory_stream(server.address)
+    events = StreamPublisher(config.events_redis, engine.blocks.events, stream, server.address)
+    async with lease, events:
+        await rpc.run_until_signal(
+            server, role=role, stop=stop, watch_stdin=watch_stdin, leave=lease.end, grace_s=config.grace_s
+        )

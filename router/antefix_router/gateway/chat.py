@@ -10,49 +10,63 @@ from starlette.requests import Request
 
 from antefix.errors import InvalidRequest
 from antefix_billing.providers import chat_usage
-from antefix_router.chat.messages import Conversation, Delta, Effort, Role, ToolCall
+from antefix_router.chat.messages import CallDelta, Conversation, Delta, Effort, Role, ToolCall
+from antefix_router.gateway.content import end_conversation
 from antefix_router.gateway.fields import Fields, unsupported
 from antefix_router.gateway.gateway import Gateway, Knobs
-from antefix_router.gateway.http import event_bytes
-from antefix_router.gateway.openai_messages import EFFORTS, chat_messages, chat_tools, refuse_unsupported
+from antefix_router.gateway.http import error_event, event_bytes
+from antefix_router.gateway.http_errors import Provider
+from antefix_router.gateway.modes import read_wish
+from antefix_router.gateway.openai_messages import chat_messages, refuse_unsupported
 from antefix_router.gateway.output import Output
+from antefix_router.gateway.tools import openai_tools
 
 
 async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     """Raises:  InvalidRequest and the others of `Gateway.chat`."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
-    model = gateway.check_model(fields.text("model"))
+    model = gateway.model(fields)
     stream, include_usage = stream_options(fields)
     user = fields.text("user", "") or fields.text("user_id", "")
-    effort = gateway.check_effort(_effort(fields))
-    raw = fields.items("messages")
-    messages = chat_messages(raw)
-    tools = chat_tools(fields)
+    effort = gateway.choose_effort(read_wish(fields), model, Effort.HIGH, fields.notes)
+    messages, begun = chat_messages(fields)
+    messages = end_conversation(messages, fields)
+    tools = openai_tools(fields)
     knobs = sampling_knobs(fields, "max_completion_tokens", "max_tokens", num_top_logprobs=_num_top_logprobs(fields))
-    _response_format(fields.take("response_format"))
+    _response_format(fields)
     session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
-    fields.refuse_rest()
     # DeepSeek's prefix completion: the last message is an answer that was begun.
-    begun = messages[-1].role is Role.ASSISTANT
-    if begun and not raw[-1].get("prefix"):
+    is_answer = messages[-1].role is Role.ASSISTANT
+    if is_answer and not begun:
         raise InvalidRequest('the last message is the assistant\'s; say "prefix": true in it to have it gone on with')
+    fields.close()
+    fields.notes.close()
     conversation = Conversation(
-        messages=messages, tools=tools.schemas, strict=tools.strict, effort=effort, continue_last=begun
+        messages=messages,
+        tools=tools.schemas,
+        strict=tools.strict,
+        tools_breakpoint=tools.breakpoint,
+        effort=effort,
+        continue_last=is_answer,
     )
     output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user, session=session))
-    return ChatCall(output, model, gateway.config.http_timeout_s, stream=stream, include_usage=include_usage)
+    return ChatCall(
+        output,
+        model.asked_for,
+        gateway.config.http_timeout_s,
+        stream=stream,
+        include_usage=include_usage,
+        headers=fields.notes.headers(),
+    )
 
 
 def stream_options(fields: Fields) -> tuple[bool, bool]:
     """(stream, include_usage)."""
     stream = fields.boolean("stream")
-    options = Fields(fields.take("stream_options", {}), "stream_options")
-    include_usage = options.boolean("include_usage")
-    options.only("include_obfuscation", lambda value: value is False, "obfuscation is not supported")
-    options.refuse_rest()
-    return stream, include_usage
+    options = fields.child("stream_options")
+    return stream, options is not None and options.boolean("include_usage")
 
 
 def sampling_knobs(fields: Fields, *length_names: str, num_top_logprobs: int | None) -> Knobs:
@@ -76,29 +90,27 @@ def _num_top_logprobs(fields: Fields) -> int | None:
     return (num_top or 0) if is_wanted else None
 
 
-def _effort(fields: Fields) -> Effort | None:
-    """OpenAI's reasoning_effort and DeepSeek's thinking switch; None: neither was given."""
-    effort: Effort | None = fields.one_of("reasoning_effort", EFFORTS, None)
-    thinking = fields.take("thinking")
-    if thinking is None:
-        return effort
-    options = Fields(thinking, "thinking")
-    enabled = options.one_of("type", {"enabled": True, "disabled": False}, True)
-    options.refuse_rest()
-    return (effort or Effort.HIGH) if enabled else Effort.NONE
-
-
-def _response_format(value: Any) -> None:
-    if value is not None and Fields(value, "response_format").text("type") != "text":
+def _response_format(fields: Fields) -> None:
+    wanted = fields.child("response_format")
+    if wanted is not None and wanted.text("type") != "text":
         raise unsupported("response_format", ": output is not forced into a format here; only 'text' is supported")
 
 
 class ChatCall:
     """One answer in OpenAI's shapes."""
 
-    def __init__(self, output: Output, model: str, timeout_s: float, *, stream: bool, include_usage: bool) -> None:
+    def __init__(
+        self,
+        output: Output,
+        model: str,
+        timeout_s: float,
+        *,
+        stream: bool,
+        include_usage: bool,
+        headers: dict[str, str],
+    ) -> None:
         self.stream = stream
-        self.headers = {"x-request-id": output.request_id}
+        self.headers = {"x-request-id": output.request_id, **headers}
         self._output = output
         self._model = model
         self._timeout_s = timeout_s
@@ -119,14 +131,14 @@ class ChatCall:
         return {**self._head("chat.completion"), "choices": [choice], "usage": chat_usage(ended.record)}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        num_calls = 0
+        call_ids: list[str] = []
         opened = False
         async for delta in self._output.deltas(self._timeout_s):
             if not opened:
                 yield self._chunk({"role": "assistant", "content": ""})
                 opened = True
-            yield self._chunk(_delta_json(delta, num_calls), logprobs=self._logprobs())
-            num_calls += delta.tool_call is not None
+            if (piece := _delta_json(delta, call_ids)) is not None:
+                yield self._chunk(piece, logprobs=self._logprobs())
         if not opened:
             yield self._chunk({"role": "assistant", "content": ""})
         ended = self._output.ended()
@@ -134,6 +146,9 @@ class ChatCall:
         if self._include_usage:
             yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": chat_usage(ended.record)})
         yield event_bytes("[DONE]")
+
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.OPENAI)
 
     def _logprobs(self) -> dict[str, Any] | None:
         return self._output.logprobs.chat(self._output.new_logprobs())
@@ -159,7 +174,17 @@ def _call_json(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _delta_json(delta: Delta, num_calls: int) -> dict[str, Any]:
-    if delta.tool_call is not None:
-        return {"tool_calls": [{"index": num_calls, **_call_json(delta.tool_call)}]}
-    return {"reasoning_content": delta.reasoning} if delta.reasoning else {"content": delta.content}
+def _delta_json(delta: Delta, call_ids: list[str]) -> dict[str, Any] | None:
+    """call_ids: the calls so far, in order; grown here. None: nothing that this API has words for."""
+    if delta.call is None:
+        return {"reasoning_content": delta.reasoning} if delta.reasoning else {"content": delta.content}
+    call = delta.call
+    if call.id not in call_ids:
+        call_ids.append(call.id)
+        return {"tool_calls": [{"index": len(call_ids) - 1, **_call_json(_begun(call))}]}
+    piece = {"index": call_ids.index(call.id), "function": {"arguments": call.arguments}}
+    return {"tool_calls": [piece]} if call.arguments else None
+
+
+def _begun(call: CallDelta) -> ToolCall:
+    return ToolCall(id=call.id, name=call.name, arguments=call.arguments)

@@ -13,9 +13,11 @@ from starlette.responses import JSONResponse
 from antefix.errors import InvalidRequest
 from antefix_billing.providers import chat_usage
 from antefix_router.gateway.chat import sampling_knobs, stream_options
+from antefix_router.gateway.fields import Fields
 from antefix_router.gateway.gateway import Gateway
-from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.http import error_event, event_bytes
 from antefix_router.gateway.http_errors import Provider, error_response
+from antefix_router.gateway.notes import Notes
 from antefix_router.gateway.openai_messages import refuse_unsupported
 from antefix_router.gateway.output import Output
 
@@ -24,7 +26,7 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     """Raises:  InvalidRequest and the others of `Gateway.complete`."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
-    model = gateway.check_model(fields.text("model"))
+    model = gateway.model(fields)
     stream, include_usage = stream_options(fields)
     user = fields.text("user", "")
     echo = fields.boolean("echo")
@@ -35,11 +37,18 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     fields.only("suffix", lambda value: value == "", "this model does not fill in the middle")
     session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
-    fields.refuse_rest()
+    fields.close()
+    fields.notes.close()
     output = await gateway.complete(tokens, knobs, gateway.caller(request, tenant, user, session=session))
     timeout_s = gateway.config.http_timeout_s
     return CompletionCall(
-        output, model, timeout_s, stream=stream, include_usage=include_usage, echo=text if echo else ""
+        output,
+        model.asked_for,
+        timeout_s,
+        stream=stream,
+        include_usage=include_usage,
+        echo=text if echo else "",
+        headers=fields.notes.headers(),
     )
 
 
@@ -62,10 +71,18 @@ class CompletionCall:
     """One answer in the shape of text completions."""
 
     def __init__(
-        self, output: Output, model: str, timeout_s: float, *, stream: bool, include_usage: bool, echo: str
+        self,
+        output: Output,
+        model: str,
+        timeout_s: float,
+        *,
+        stream: bool,
+        include_usage: bool,
+        echo: str,
+        headers: dict[str, str],
     ) -> None:
         self.stream = stream
-        self.headers = {"x-request-id": output.request_id}
+        self.headers = {"x-request-id": output.request_id, **headers}
         self._output = output
         self._model = model
         self._timeout_s = timeout_s
@@ -91,6 +108,9 @@ class CompletionCall:
             yield event_bytes({**self._head(), "choices": [], "usage": chat_usage(ended.record)})
         yield event_bytes("[DONE]")
 
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.OPENAI)
+
     def _choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
         spoken = self._output.new_logprobs()
         logprobs = self._output.logprobs.completion(spoken) if spoken else None
@@ -112,8 +132,10 @@ async def list_models(gateway: Gateway, request: Request) -> JSONResponse:
         gateway.tenant(request)
         name = request.path_params.get("name")
         if name is not None:
-            return JSONResponse(_model(gateway, gateway.check_model(name)))
-        models = [_model(gateway, each) for each in gateway.model_names]
+            notes = Notes()
+            found = gateway.model(Fields({"model": name}, notes=notes))
+            return JSONResponse(_model(gateway, found.asked_for), headers=notes.headers())
+        models = [_model(gateway, each) for each in gateway.models.listed]
     except Exception as err:  # noqa: BLE001 - answered in the caller's shape
         return error_response(err, provider)
     page = {"has_more": False, "first_id": models[0]["id"], "last_id": models[-1]["id"]}

@@ -14,8 +14,8 @@ from antefix_billing.usage_record import UsageRecord
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import OutputParser
 from antefix_router.chat.messages import Delta, Message, Role, ToolCall
-from antefix_router.chat.strict import keeps_to
 from antefix_router.front import Front
+from antefix_router.gateway.calls import Calls
 from antefix_router.gateway.logprob_fields import LogprobWriter, SpokenToken
 from antefix_router.open_bill import Bill
 
@@ -48,13 +48,18 @@ class Output:
         self._parser = parser
         self._stop = _StopTexts(stop)
         self._memory = memory
-        self._strict = strict or {}
+        self._calls = Calls(strict or {})
+        self._is_held = False
         self.content = ""
         self.reasoning = ""
-        self.tool_calls: list[ToolCall] = []
         self.num_output_tokens = 0
         self.logprobs = LogprobWriter(front.tokenizer)
         self._spoken: list[SpokenToken] = []
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Those that are whole."""
+        return self._calls.done
 
     @property
     def request_id(self) -> str:
@@ -74,14 +79,14 @@ class Output:
 
         held: nothing of it goes out before all of it is there.
         """
-        self._bill.is_held = held
+        self._bill.is_held = self._is_held = held
         text = self._front.tokenizer.stream()
         async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as outputs:
             async for tokens in outputs:
                 for delta in self._read(tokens, text):
                     yield delta
                 if self._stop.found is not None:
-                    self._bill.end_here()
+                    self._bill.end_here(self.num_output_tokens)
                     break
         if self._stop.found is None:
             rest = self._stop.push(text.finish()) + self._stop.finish()
@@ -134,28 +139,21 @@ class Output:
         return self._keep(self._parser.push(text)) if text else []
 
     def _keep(self, parsed: list[Delta]) -> list[Delta]:
-        deltas = [self._checked(delta) for delta in parsed]
+        deltas: list[Delta] = []
+        for delta in parsed:
+            deltas += [delta] if delta.call is None else self._calls.push(delta.call)
         for delta in deltas:
             self.content += delta.content
             self.reasoning += delta.reasoning
-            if delta.tool_call is not None:
-                self.tool_calls.append(delta.tool_call)
         return deltas
-
-    def _checked(self, delta: Delta) -> Delta:
-        """A call that breaks its tool's strict schema is shown as text: nobody may carry it out."""
-        call = delta.tool_call
-        if call is None or keeps_to(call, self._strict):
-            return delta
-        return Delta(content=f"{call.name}({call.arguments})")
 
     def _remember(self) -> None:
         if self._memory is None or self._stop.found is not None:
             return
-        request = self._bill.request
-        message = Message(
-            role=Role.ASSISTANT, content=self.content, reasoning=self.reasoning, tool_calls=tuple(self.tool_calls)
-        )
+        request, calls = self._bill.request, [*self.tool_calls]
+        if self._calls.cut_off is not None and not self._is_held:
+            calls.append(self._calls.cut_off)
+        message = Message(role=Role.ASSISTANT, content=self.content, reasoning=self.reasoning, tool_calls=tuple(calls))
         self._memory.put(request.tokens.tolist(), message, request.emitted, tenant=request.tenant)
 
 
