@@ -24,8 +24,9 @@ from antefix.model.attend import advance_ring
 from antefix.model.ops import TorchOps
 from antefix.model.replay import _Part
 from antefix.model_dir import ModelIdentity
+from antefix.record import RecordKind
 from antefix.rope import read_ropes
-from antefix.store_files import record_format
+from antefix.store_files import record_header
 from antefix.store_files.index import Index
 from antefix.store_files.read_runs import Wanted
 from antefix.store_files.segment_reader import Located, StoreReader
@@ -94,8 +95,10 @@ def sigmoid_of_the_library(patch: Patch) -> None:
 def arithmetic_left_out_of_names(patch: Patch) -> None:
     right = ModelIdentity.fingerprint
 
-    def fingerprint(self: ModelIdentity, *args: Any, exactness: str = "exact", **kwargs: Any) -> Any:
-        return right(self, *args, exactness=re.sub(r"-[0-9a-f]{10}", "", exactness), **kwargs)
+    def fingerprint(self: ModelIdentity, *args: Any, arithmetic: str = "", **kwargs: Any) -> Any:
+        # The device and the precision are left, as they were before bits were measured.
+        plain = re.sub(r"(-[0-9a-f]{10}){2}", "", arithmetic)
+        return right(self, *args, arithmetic=plain, **kwargs)
 
     patch.setattr(ModelIdentity, "fingerprint", fingerprint)
 
@@ -122,7 +125,7 @@ def overlap_row_lost(patch: Patch) -> None:
 
 def lookup_ignores_the_fingerprint(patch: Patch) -> None:
     def present(self: Index, txn: Any, block_hash: bytes, fingerprint_id: int, now_ms: int) -> bool:
-        entry = self.entry(txn, record_format.RecordKind.BLOCK, block_hash)
+        entry = self.entry(txn, RecordKind.BLOCK, block_hash)
         return entry is not None and entry.live(now_ms)
 
     patch.setattr(Index, "_present", present)
@@ -131,8 +134,8 @@ def lookup_ignores_the_fingerprint(patch: Patch) -> None:
 def reader_ignores_the_fingerprint(patch: Patch) -> None:
     """Both where it looks a record up and where it checks its header: either alone would stop it."""
 
-    def locate(self: StoreReader, kind: Any, hashes: Any, *, fingerprint: bytes) -> Located:
-        located = Located(kind, fingerprint, [], False)
+    def locate(self: StoreReader, kind: Any, hashes: Any, *, fingerprint: bytes, tenant: bytes = b"") -> Located:
+        located = Located(kind, fingerprint, [], False, tenant)
         with self.index.txn() as txn:
             for number, block_hash in enumerate(hashes):
                 if (entry := self.index.entry(txn, kind, block_hash)) is None:
@@ -141,12 +144,12 @@ def reader_ignores_the_fingerprint(patch: Patch) -> None:
         return located
 
     patch.setattr(StoreReader, "locate", locate)
-    right = record_format._is_header_of
+    right = record_header._places_of
 
-    def is_header_of(raw: bytes, seed: int, kind: int, block_hash: bytes, fingerprint: bytes) -> bool:
-        return right(raw, seed, kind, block_hash, bytes(raw[record_format._FINGERPRINT_AT]))
+    def places_of(raw: bytes, seed: int, kind: int, block_hash: bytes, fingerprint: bytes) -> Any:
+        return right(raw, seed, kind, block_hash, bytes(raw[record_header._FINGERPRINT_AT]))
 
-    patch.setattr(record_format, "_is_header_of", is_header_of)
+    patch.setattr(record_header, "_places_of", places_of)
 
 
 def evicted_row_keeps_its_name(patch: Patch) -> None:

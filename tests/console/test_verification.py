@@ -16,10 +16,10 @@ from antefix_console.verify import suite as suite_module
 from antefix_console.verify.compare import Difference, compare
 from antefix_console.verify.models import PLANS, load_subject, random_subject
 from antefix_console.verify.paired_runs import WorkerPair, run_cold
+from antefix_console.verify.stores import MemoryStore
 from antefix_console.verify.suite import Coverage, Suite
 from antefix_console.verify.verdict import Case, Report
 from antefix_prefill.worker.compute_thread import ComputeThread
-from tests.engines import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("full", "boundary", "auto", "zero", "periodic(40)")
@@ -34,9 +34,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def verified(subject, plan=SMALL, strategies=STRATEGIES):
+def verified(subject, plan=SMALL, strategies=STRATEGIES, parts=("conversations", "handoffs")):
     report = Report()
-    asyncio.run(Suite(subject, MemoryStore(), plan, report, lambda _: None).run(strategies))
+    asyncio.run(Suite(subject, MemoryStore(), plan, report, lambda _: None).run(strategies, parts))
     return report
 
 
@@ -82,15 +82,15 @@ def test_a_checkpoint_of_another_boundary_is_caught():
         """Answers with the checkpoint of another boundary, which has as many bytes."""
 
         async def get(self, kind, hash, *, fingerprint, tenant=b""):
-            other = [name for name in self.records if name[0] == kind and name[1] != hash]
-            return self.records[other[0]] if kind == 2 else None
+            other = [name for name in self.payloads if name[:2] == (kind, fingerprint) and name[2] != hash]
+            return self.payloads[other[0]] if kind == 2 else None
 
     report = Report()
     plan = Coverage(
         num_blocks=4, num_output_blocks=1, num_forks=0, num_handoffs=0, bounded_windows=(), every_pair=False
     )
     subject = random_subject("pro", KVFormat.FP8)
-    asyncio.run(Suite(subject, Mixed(), plan, report, lambda _: None).run(("full",)))
+    asyncio.run(Suite(subject, Mixed(), plan, report, lambda _: None).run(("full",), ("conversations",)))
     tally = report.by_plan["full"]["checkpoint"]
     assert tally.failed == tally.cases > 0 and "hit" in report.failures[0]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
+
 from antefix_console.cli import main
 
 
@@ -14,6 +16,7 @@ async def against(capsys, *addresses):
     return code, capsys.readouterr()
 
 
+@pytest.mark.long
 async def test_workers_are_compared_through_a_router_and_straight(deploy, capsys):
     async with deploy() as deployment:
         router, decode = deployment.one("router").address, deployment.one("decode").address

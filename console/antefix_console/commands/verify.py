@@ -9,7 +9,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -91,19 +91,17 @@ def run(args: argparse.Namespace) -> int:
 def _run_against(args: argparse.Namespace, seed: int) -> int:
     started = time.monotonic()
     report = Report()
-    found = asyncio.run(compare_workers(args.against, report, seed=seed))
-    code = _conclude(args, report, seed, time.monotonic() - started)
-    if not args.json:
-        for line in found:
-            print(line)
-    return code
+    notes = asyncio.run(compare_workers(args.against, report, seed=seed))
+    return _conclude(args, report, seed, time.monotonic() - started, notes)
 
 
-def _conclude(args: argparse.Namespace, report: Report, seed: int, seconds: float) -> int:
+def _conclude(args: argparse.Namespace, report: Report, seed: int, seconds: float, notes: Sequence[str] = ()) -> int:
     if args.json:
-        print(json.dumps(report.as_dict() | {"seed": seed, "seconds": round(seconds, 2)}))
+        print(json.dumps(report.as_dict() | {"notes": list(notes), "seed": seed, "seconds": round(seconds, 2)}))
     else:
         _print(report, seconds)
+        for note in notes:
+            print(note)
         print(f"seed {seed}: --seed {seed} runs the same prompts, cuts and random models again.")
     return 0 if report.ok else 1
 
@@ -152,7 +150,7 @@ def _progress(is_long: bool, started: float) -> _Progress:
 
 
 def _print(report: Report, seconds: float) -> None:
-    table = Table(title="Cold against hit")
+    table = Table(title="Exactness")
     for column in ("strategy", "plan", "cases", "equal bits", "within bounds", "failed", "largest error"):
         is_text = column in ("strategy", "plan")
         table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)

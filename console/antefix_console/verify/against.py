@@ -24,6 +24,8 @@ from antefix_console.verify.verdict import Cases, Report
 
 # A short one, some blocks of a small model, and some of V4's.
 PROMPT_TOKENS = (33, 200, 521)
+# Ids that any vocabulary has.
+_NUM_IDS = 61
 _OUTPUT_TOKENS = 12
 _NUM_TOP = 5
 _TEMPERATURE = 0.8
@@ -65,8 +67,7 @@ async def compare_workers(addresses: Sequence[str], report: Report, *, seed: int
     nonce, random = secrets.token_hex(8), np.random.default_rng(seed)
     hit_tokens = 0
     for number, num_tokens in enumerate(PROMPT_TOKENS):
-        # Ids that any vocabulary has.
-        prompt = random.integers(0, 256, num_tokens).astype(np.uint32)
+        prompt = random.integers(0, _NUM_IDS, num_tokens).astype(np.uint32)
         tenants = [f"verify-{nonce}-{index}" for index in range(len(peers))]
         wanted, _ = await _ask(first, first, prompt, tenants[0], number)
         for tenant, other in zip(tenants[1:], others, strict=True):

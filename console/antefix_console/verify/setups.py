@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from antefix.block import exactness_of
 from antefix.errors import AntefixError
 from antefix.layout import KVFormat
 from antefix.model import probe
@@ -88,8 +87,7 @@ def said(subject: Subject) -> Said:
 
 def _compare(subject: Subject, ours: Said, theirs: Said, label: str, cases: Cases) -> None:
     names = [
-        subject.identity.fingerprint(subject.kv_format, exactness=exactness_of(0, each.arithmetic)).digest
-        for each in (ours, theirs)
+        subject.identity.fingerprint(subject.kv_format, arithmetic=each.arithmetic).digest for each in (ours, theirs)
     ]
     problem = ""
     if names[0] == names[1] and ours.bits != theirs.bits:

@@ -80,7 +80,8 @@ async def check_names(workers: WorkerPair, store: Store, tokens: Tokens, strateg
 
 
 def check_fingerprints(workers: WorkerPair, cases: Cases) -> None:
-    """Whatever changes bits changes the fingerprint: weights, geometry, format, tokenizer, exactness, namespace."""
+    """Whatever changes bits changes the fingerprint: weights, geometry, format, tokenizer, exactness, arithmetic,
+    cards, namespace."""
     subject = workers.subject
     identity, own = subject.identity, subject.kv_format
     plain = identity.fingerprint(own).digest
@@ -91,6 +92,8 @@ def check_fingerprints(workers: WorkerPair, cases: Cases) -> None:
         "tokenizer": replace(identity, tokenizer_revision="others").fingerprint(own),
         "KV format": identity.fingerprint(KVFormat.FLOAT64),
         "exactness": identity.fingerprint(own, exactness="bounded-1"),
+        "arithmetic": identity.fingerprint(own, arithmetic="cpu-bfloat16"),
+        "number of cards": identity.fingerprint(own, num_cards=2),
         "namespace": identity.fingerprint(own, namespace="others"),
     }
     for name, other in others.items():
