@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +40,7 @@ async def worker(subject: Subject, store: MemoryStore) -> AsyncIterator[str]:
     """A decode worker over gRPC, in this process; yields its address."""
     compute = ComputeThread("worker")
     engine = WorkerPair(subject, compute, 64).new(store, 4096, kind=PlanKind.REPLAY)
-    config = DecodeConfig(model=Path(subject.name), store_address="none", secret_file="none")
+    config = DecodeConfig(model=subject.name, store_address="none", secret_file="none")
     servicer = DecodeServicer(engine, frozenset(), config)
     server = await rpc.start_server(
         "127.0.0.1:0",

@@ -137,8 +137,9 @@ def _model(model: Model, name: str) -> list[Finding]:
     """What of the config is computed otherwise than by others, and how much of its KV a worker holds by default."""
     from antefix_prefill.worker.engine import BLOCK_BYTES_MIN, EngineConfig, pool_block_bytes
 
-    pool_bytes = {field.name: field.default for field in fields(EngineConfig)}["pool_bytes"]
-    num_blocks = int(pool_bytes) // max(pool_block_bytes(model.layout), BLOCK_BYTES_MIN)
+    (pool_bytes,) = (field.default for field in fields(EngineConfig) if field.name == "pool_bytes")
+    assert isinstance(pool_bytes, int)
+    num_blocks = pool_bytes // max(pool_block_bytes(model.layout), BLOCK_BYTES_MIN)
     num_tokens = num_blocks * model.layout.geometry.block_size
     detail = f"{name}: {num_tokens} tokens of KV fit into a worker's default pool on a CPU"
     pool = Finding(check="model", status="ok" if num_blocks else "warn", detail=detail, advice="")

@@ -136,16 +136,21 @@ async def _ask(peer: Peer, decode: Peer, prompt: Tokens, tenant: str, seed: int)
     sampling = Sampling(
         max_tokens=_OUTPUT_TOKENS, temperature=_TEMPERATURE, seed=seed, num_top_logprobs=_NUM_TOP, ignore_eos=True
     )
-    request = {"request_id": f"verify-{secrets.token_hex(8)}", "tenant": tenant, "timeout_s": _TIMEOUT_S}
+    request_id = f"verify-{secrets.token_hex(8)}"
     handoff, restored, target = b"", None, peer
     if peer.role == "prefill":
-        prefilled = await PrefillClient(peer.address).prefill(prompt, **request)
+        prefilled = await PrefillClient(peer.address).prefill(
+            prompt, request_id=request_id, tenant=tenant, timeout_s=_TIMEOUT_S
+        )
         handoff, restored, target = prefilled.handoff, prefilled.restore, decode
         if not handoff:
             raise AntefixError(f"{peer.label} could not leave a handoff: its store took none")
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []
-    async for message in DecodeClient(target.address).decode(prompt, sampling, handoff=handoff, **request):
+    answer = DecodeClient(target.address).decode(
+        prompt, sampling, request_id=request_id, tenant=tenant, handoff=handoff, timeout_s=_TIMEOUT_S
+    )
+    async for message in answer:
         tokens += [int(token) for token in message.tokens]
         logprobs += message.logprobs
         restored = restored or message.restore

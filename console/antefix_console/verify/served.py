@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -89,7 +88,7 @@ class _Server:
         size = workers.subject.block_size
         room = sum(-(-(len(prompt) + num_tokens) // size) + 2 for prompt in prompts) * size
         self._engine = workers.new(store, room, kind=kind)
-        config = DecodeConfig(model=Path(workers.subject.name), store_address="none", secret_file="none")
+        config = DecodeConfig(model=workers.subject.name, store_address="none", secret_file="none")
         self._servicer = DecodeServicer(self._engine, frozenset(), config)
 
     async def ask(self, prompt: Tokens, seed: int, num_tokens: int, *, num_emitted: int = 0) -> Answer:
