@@ -6,10 +6,9 @@ import argparse
 import asyncio
 import json
 import secrets
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from antefix.store.api import Store
 from antefix.store.client import LocalStore
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
+from antefix_console.progress_line import ProgressLine
 from antefix_console.verify.against import compare_workers
 from antefix_console.verify.models import PLANS
 from antefix_console.verify.selection import Selection, strategies_of
@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
             num_drawn=args.drawn,
             seed=seed,
         )
-        report = asyncio.run(_verify(selection, backend, Path(scratch), _progress(args.long, started)))
+        with ProgressLine("verifying", lines=args.long) as progress:
+            report = asyncio.run(_verify(selection, backend, Path(scratch), progress.step))
     return _conclude(args, report, seed, time.monotonic() - started)
 
 
@@ -106,7 +107,7 @@ def _conclude(args: argparse.Namespace, report: Report, seed: int, seconds: floa
     return 0 if report.ok else 1
 
 
-async def _verify(selection: Selection, backend: Backend, scratch: Path, progress: _Progress) -> Report:
+async def _verify(selection: Selection, backend: Backend, scratch: Path, progress: Callable[[str], None]) -> Report:
     report = Report()
     async with _store_service(scratch) as store, asyncio.TaskGroup() as others:
         if backend.device == "cpu":
@@ -131,22 +132,6 @@ async def _store_service(scratch: Path) -> AsyncIterator[Store]:
             await store.close()
     finally:
         await deployment.stop()
-
-
-class _Progress:
-    """One line a step on stderr, or nothing."""
-
-    def __init__(self, shown: bool, started: float) -> None:
-        self._console = Console(stderr=True) if shown else None
-        self._started = started
-
-    def __call__(self, text: str) -> None:
-        if self._console is not None:
-            self._console.print(f"{time.monotonic() - self._started:7.1f} s  {text}", markup=False, highlight=False)
-
-
-def _progress(is_long: bool, started: float) -> _Progress:
-    return _Progress(is_long or sys.stderr.isatty(), started)
 
 
 def _print(report: Report, seconds: float) -> None:
