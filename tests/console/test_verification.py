@@ -40,6 +40,7 @@ def verified(subject, plan=SMALL, strategies=STRATEGIES, parts=("conversations",
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kv_format"), [("pro", KVFormat.FP8), ("odd-ratios", KVFormat.FLOAT32)])
 def test_every_exact_hit_of_a_random_model_is_bit_identical(name, kv_format):
     report = verified(random_subject(name, kv_format))
@@ -52,6 +53,7 @@ def test_every_exact_hit_of_a_random_model_is_bit_identical(name, kv_format):
     assert set(report.by_plan["auto"]) == {"checkpoint", "replay", "cold"}
 
 
+@pytest.mark.slow
 def test_the_shipped_models_hits_are_bit_identical():
     plan = Coverage(
         num_blocks=4, num_output_blocks=1, num_forks=1, num_handoffs=2, bounded_windows=(), every_pair=False
