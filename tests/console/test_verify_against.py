@@ -26,6 +26,8 @@ from antefix_console.verify.verdict import Cases, Report
 from antefix_decode.server import DecodeConfig, DecodeServicer
 from antefix_prefill.worker.compute_thread import ComputeThread
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def one_thread() -> Any:
