@@ -6,10 +6,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-import numpy as np
-import numpy.typing as npt
-
 from antefix import rpc
+from antefix.generation import GenerationRequest, Tokens
+from antefix.sampling import Sampling
 from antefix.v1 import (
     decode_pb2,
     decode_pb2_grpc,
@@ -22,7 +21,6 @@ from antefix.v1 import (
     window_pb2_grpc,
 )
 from antefix.wire import (
-    Sampling,
     TokenLogprob,
     logprobs_from_wire,
     report_from_wire,
@@ -31,8 +29,6 @@ from antefix.wire import (
     tokens_to_wire,
 )
 from antefix.worker.report import RestoreReport
-
-Tokens = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +70,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """One message of the router's answer; the last one has finish_reason, usage and restore."""
+    """One message of the router's answer. sample: which of the outputs it belongs to.
+
+    Each output's last message has its finish_reason; the last of all has usage and restore.
+    """
 
     tokens: Tokens
     text: str
@@ -82,6 +81,7 @@ class Generated:
     usage: Usage | None = None
     restore: RestoreReport | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    sample: int = 0
 
 
 @dataclass(slots=True)
@@ -94,21 +94,15 @@ class PrefillClient:
     def __post_init__(self) -> None:
         self._stub = prefill_pb2_grpc.PrefillServiceStub(rpc.channel(self.address))
 
-    async def prefill(
-        self,
-        tokens: Tokens,
-        *,
-        request_id: str,
-        tenant: str,
-        timeout_s: float,
-        keep: Sequence[tuple[int, float]] = (),
-    ) -> Prefilled:
-        """keep: (tokens, seconds) of prefixes that window state is to be left at."""
-        request = prefill_pb2.PrefillRequest(request_id=request_id, tenant=tenant, prompt=tokens_to_wire(tokens))
-        for num_tokens, ttl_s in keep:
-            request.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
+    async def prefill(self, request: GenerationRequest, *, timeout_s: float) -> Prefilled:
+        """Window state is left at the request's breakpoints."""
+        message = prefill_pb2.PrefillRequest(
+            request_id=request.request_id, tenant=request.cache_tenant, prompt=tokens_to_wire(request.tokens)
+        )
+        for num_tokens, ttl_s in request.breakpoints:
+            message.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
         with rpc.rpc_errors():
-            response = await self._stub.Prefill(request, timeout=timeout_s)
+            response = await self._stub.Prefill(message, timeout=timeout_s)
         return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))
 
     async def status(self, *, timeout_s: float = 5.0) -> prefill_pb2.PrefillStatusResponse:
@@ -129,34 +123,33 @@ class DecodeClient:
 
     async def decode(
         self,
-        tokens: Tokens,
+        request: GenerationRequest,
         sampling: Sampling,
         *,
-        request_id: str,
-        tenant: str,
         handoff: bytes,
-        num_emitted: int = 0,
+        emitted: Sequence[int],
         timeout_s: float,
     ) -> AsyncGenerator[Decoded, None]:
-        request = decode_pb2.DecodeRequest(
-            request_id=request_id,
-            tenant=tenant,
-            prompt=tokens_to_wire(tokens),
+        """One output. sampling: this one's, with a seed of its own.  emitted: what was given out of it before."""
+        message = decode_pb2.DecodeRequest(
+            request_id=request.request_id,
+            tenant=request.cache_tenant,
+            prompt=tokens_to_wire(request.followed_by(emitted)),
             sampling=sampling_to_wire(sampling),
             handoff=handoff,
-            num_emitted=num_emitted,
+            num_emitted=len(emitted),
         )
-        call = self._stub.Decode(request, timeout=timeout_s)
+        call = self._stub.Decode(message, timeout=timeout_s)
         try:
             with rpc.rpc_errors():
-                async for message in call:
+                async for answer in call:
                     yield Decoded(
-                        tokens=tokens_from_wire(message.tokens),
-                        logprobs=logprobs_from_wire(message.logprobs),
-                        finish_reason=message.finish_reason,
-                        stop_number=message.stop_number,
-                        restore=report_from_wire(message.restore) if message.HasField("restore") else None,
-                        written_tokens=message.written_tokens,
+                        tokens=tokens_from_wire(answer.tokens),
+                        logprobs=logprobs_from_wire(answer.logprobs),
+                        finish_reason=answer.finish_reason,
+                        stop_number=answer.stop_number,
+                        restore=report_from_wire(answer.restore) if answer.HasField("restore") else None,
+                        written_tokens=answer.written_tokens,
                     )
         finally:
             call.cancel()  # a caller that stops early stops the work; after the end this does nothing
@@ -208,11 +201,16 @@ class RouterClient:
         tenant: str = "",
         request_id: str = "",
         session: str = "",
+        num_samples: int = 1,
         timeout_s: float = 600.0,
     ) -> AsyncIterator[Generated]:
-        """session: the caller's name of the conversation, a hint where to place it."""
+        """session: the caller's name of the conversation, a hint where to place it.  num_samples: outputs to make."""
         request = router_pb2.GenerateRequest(
-            sampling=sampling_to_wire(sampling), tenant=tenant, request_id=request_id, session=session
+            sampling=sampling_to_wire(sampling),
+            tenant=tenant,
+            request_id=request_id,
+            session=session,
+            num_samples=num_samples,
         )
         if isinstance(prompt, str):
             request.text = prompt
@@ -240,6 +238,7 @@ def _generated(message: router_pb2.GenerateResponse) -> Generated:
         usage=usage_from_wire(message.usage) if message.HasField("usage") else None,
         restore=report_from_wire(message.restore) if message.HasField("restore") else None,
         logprobs=logprobs_from_wire(message.logprobs),
+        sample=message.sample,
     )
 
 

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from antefix.clients import Tokens
 from antefix.errors import AntefixError, Conflict, InvalidRequest, Overloaded
+from antefix.generation import GenerationRequest
 from antefix.secret import Keyring
 from antefix.usage.commit import LedgerWriter, NoLedger, UsageWriter
 from antefix.usage.ledger import Ledger
@@ -33,7 +33,7 @@ from antefix.usage.ratecard import RateCards
 from antefix.usage.record import OpenEntry, Status, UsageRecord, WorkDone, request_key
 from antefix.usage.tenants import TenantBook
 from router.bill import Bill, Served
-from router.generate import Request
+from router.generate import Generation, Piece
 
 log = logging.getLogger("antefix.router")
 
@@ -41,7 +41,7 @@ log = logging.getLogger("antefix.router")
 NUM_REPEATS_MAX = 3
 _NUM_REPEATED_IDS_MAX = 65536
 
-Run = Callable[[Request, float], AsyncGenerator[Tokens, None]]
+Run = Callable[[Generation, float], AsyncGenerator[Piece, None]]
 
 
 class Accounts:
@@ -75,12 +75,13 @@ class Accounts:
         after = sequence_before(ledger.directory, Window.MONTH.start(now).timestamp())
         self._quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
 
-    async def admit(self, request: Request, *, tenant: str, user: str) -> Bill:
-        """Check id, quota and budget. request.tenant says whose cache it is; `tenant` whose bill.
+    async def admit(self, request: GenerationRequest) -> Bill:
+        """Check id, quota and budget.
 
         Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.
         """
-        opened = self._open_entry(request, tenant, user)
+        tenant = request.caller.tenant
+        request, opened = self._open_entry(request)
         if opened.key in self._running:
             raise Conflict(f"request {request.request_id} is running; wait for it or use another id")
         self._running.add(opened.key)
@@ -91,39 +92,33 @@ class Accounts:
             if standing is not None and standing.record.is_final:
                 return self._repeat(request, opened, standing)
             if standing is None:
-                return Bill(request, opened, self._reserve(request, tenant))
+                return Bill(Generation(request), opened, self._reserve(request, tenant))
             opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1)
-            return Bill(request, opened, self._reserve(request, tenant), standing.record.paid)
+            return Bill(Generation(request), opened, self._reserve(request, tenant), standing.record.paid)
         except BaseException:
             self._running.discard(opened.key)
             raise
 
-    async def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+    async def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
         """The request's output; when this ends, `bill.record` is durable.
 
         Raises:  what running it raised, after settling.  Unavailable: the ledger could not be written.
         """
         if bill.settled is not None:
-            async for tokens in self._run_again(bill, run, timeout_s):
-                yield tokens
+            async for piece in self._run_again(bill, run, timeout_s):
+                yield piece
             return
         opening = asyncio.create_task(self.writer.open(bill.opened))
         status, detail = Status.CANCELLED, ""
         try:
-            async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
-                async for tokens in outputs:
+            async with contextlib.aclosing(run(bill.generation, timeout_s)) as outputs:
+                async for piece in outputs:
                     await asyncio.shield(opening)
                     self.writer.mark(bill.opened, bill.work_done(bill.num_given))
-                    yield tokens
+                    yield piece
             await asyncio.shield(opening)
-            status = Status(bill.request.finish_reason)
-        except GeneratorExit:
-            if bill.ended_here:
-                status = Status.STOP
-            else:
-                detail = "the client went away"
-            raise
-        except asyncio.CancelledError:
+            status = bill.status
+        except (GeneratorExit, asyncio.CancelledError):
             detail = "the client went away"
             raise
         except Exception as err:
@@ -143,11 +138,11 @@ class Accounts:
             await asyncio.gather(*self._settling, return_exceptions=True)
         await self.writer.close()
 
-    async def _run_again(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+    async def _run_again(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
         try:
-            async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
-                async for tokens in outputs:
-                    yield tokens
+            async with contextlib.aclosing(run(bill.generation, timeout_s)) as outputs:
+                async for piece in outputs:
+                    yield piece
         finally:
             self._running.discard(bill.opened.key)
 
@@ -170,13 +165,13 @@ class Accounts:
 
     def _record(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
         """Where we failed the client, output counts as far as it was given; else as far as it was made."""
-        num_output = bill.num_given if status.is_ours else len(bill.request.emitted)
+        num_output = bill.num_given if status.is_ours else bill.generation.num_emitted
         return UsageRecord(
             **self._common(bill.opened),
             **bill.work_done(num_output).counts(),
             status=status,
             detail=detail,
-            output_write_tokens=bill.request.output_written_tokens,
+            output_write_tokens=bill.generation.output_written_tokens,
             paid_before=bill.paid_before,
             finished_us=max(_now_us(), bill.opened.started_us),
         )
@@ -202,22 +197,26 @@ class Accounts:
         del values["prompt_tokens"]
         return {**values, "source": self.writer.source_name}
 
-    def _open_entry(self, request: Request, tenant: str, user: str) -> OpenEntry:
-        sampling = request.sampling
+    def _open_entry(self, request: GenerationRequest) -> tuple[GenerationRequest, OpenEntry]:
+        """The request with a seed, and how its record begins."""
+        sampling, tenant = request.sampling, request.caller.tenant
         if sampling.temperature and sampling.seed is None:
             # From the id, so that a repeat of this request draws the same numbers and gives the same answer.
             drawn = hashlib.blake2b(request_key(tenant, request.request_id).encode(), digest_size=7).digest()
-            request.sampling = sampling = dataclasses.replace(sampling, seed=int.from_bytes(drawn, "little"))
+            sampling = dataclasses.replace(sampling, seed=int.from_bytes(drawn, "little"))
+            request = dataclasses.replace(request, sampling=sampling)
         # Keyed: whoever reads the ledger must not be able to try out guesses of a prompt.
         digest = hashlib.blake2b(key=self._keyring.key(tenant), digest_size=16, person=b"antefix-digest")
         # Log probabilities tell of the answer and do not change it.
         digest.update(repr(dataclasses.replace(sampling, num_top_logprobs=None)).encode())
         digest.update(request.tokens.tobytes())
-        return OpenEntry(
+        if request.num_samples > 1:
+            digest.update(f"{request.num_samples} samples".encode())
+        return request, OpenEntry(
             request_id=request.request_id,
             attempt=1,
             tenant=tenant,
-            user=user,
+            user=request.caller.user,
             model=self._served.model,
             revision=self._served.revision,
             fingerprint=self._served.fingerprint,
@@ -226,17 +225,18 @@ class Accounts:
             started_us=_now_us(),
         )
 
-    def _reserve(self, request: Request, tenant: str) -> Reservation:
+    def _reserve(self, request: GenerationRequest, tenant: str) -> Reservation:
         now = datetime.now(UTC)
+        num_output = request.sampling.max_tokens * request.num_samples
         most = worst_price(
             self._cards.quote(self._served.model, now),
             prompt_tokens=len(request.tokens),
-            output_tokens_max=request.sampling.max_tokens,
+            output_tokens_max=num_output,
         )
-        tokens = len(request.tokens) + request.sampling.max_tokens
+        tokens = len(request.tokens) + num_output
         return self._quotas.reserve(tenant, tokens=tokens, money=most, now=now)
 
-    def _repeat(self, request: Request, opened: OpenEntry, standing: Settled) -> Bill:
+    def _repeat(self, request: GenerationRequest, opened: OpenEntry, standing: Settled) -> Bill:
         if standing.record.status is Status.CANCELLED:
             raise Conflict(f"request {request.request_id} was cancelled and is settled; use another id")
         num_repeats = self._repeats.pop(opened.key, 0) + 1
@@ -245,7 +245,7 @@ class Accounts:
         self._repeats[opened.key] = num_repeats
         while len(self._repeats) > _NUM_REPEATED_IDS_MAX:
             self._repeats.popitem(last=False)
-        bill = Bill(request, opened, None)
+        bill = Bill(Generation(request), opened, None)
         bill.settled = standing
         return bill
 

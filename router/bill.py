@@ -9,8 +9,8 @@ from decimal import Decimal
 from antefix.clients import Usage
 from antefix.usage.ledger_files import Settled
 from antefix.usage.quota import Reservation
-from antefix.usage.record import MissReason, OpenEntry, UsageRecord, WorkDone
-from router.generate import Request
+from antefix.usage.record import MissReason, OpenEntry, Status, UsageRecord, WorkDone
+from router.generate import Generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,32 +30,27 @@ class Bill:
 
     def __init__(
         self,
-        request: Request,
+        generation: Generation,
         opened: OpenEntry,
         reservation: Reservation | None,
         paid_before: Decimal = Decimal(0),
     ) -> None:
-        self.request = request
+        self.generation = generation
         self.opened = opened
         self.reservation = reservation
         self.paid_before = paid_before
         self.reasoning_tokens = 0
         self.is_held = False
-        self.ended_here = False
         self.settled: Settled | None = None
-
-    def end_here(self) -> None:
-        """The reader has found the end of the answer in it: closing the output now is its end, not a cancellation."""
-        self.ended_here = True
 
     def work_done(self, num_output: int) -> WorkDone:
         """What the record says of it. Without a restore report no prompt token was worked on to the end."""
-        request, report = self.request, self.request.restore
+        generation, report = self.generation, self.generation.restore
         reasoning = min(self.reasoning_tokens, num_output)
-        ttft_us = round(request.ttft_s * 1e6)
+        ttft_us = round(generation.ttft_s * 1e6)
         if report is None:
             return WorkDone(output_tokens=num_output, reasoning_tokens=reasoning, ttft_us=ttft_us)
-        prompt, hit = len(request.tokens), report.hit_tokens
+        prompt, hit = len(generation.tokens), report.hit_tokens
         return WorkDone(
             prompt_tokens=prompt,
             cache_hit_tokens=hit,
@@ -71,9 +66,15 @@ class Bill:
         )
 
     @property
+    def status(self) -> Status:
+        """How a request ended that ran to its end: cut off by its limit where one of its outputs was."""
+        reasons = {sample.finish_reason for sample in self.generation.samples}
+        return Status.LENGTH if "length" in reasons else Status(min(reasons))
+
+    @property
     def num_given(self) -> int:
         """Output tokens that the client has been given, if it ended now."""
-        return 0 if self.is_held else len(self.request.emitted)
+        return 0 if self.is_held else self.generation.num_emitted
 
     @property
     def record(self) -> UsageRecord:
@@ -91,6 +92,6 @@ class Bill:
             cache_miss_tokens=record.cache_miss_tokens,
             output_tokens=record.output_tokens,
             written_tokens=record.cache_write_tokens + record.output_write_tokens,
-            ttft_s=self.request.ttft_s,
-            total_s=time.perf_counter() - self.request.started,
+            ttft_s=self.generation.ttft_s,
+            total_s=time.perf_counter() - self.generation.started,
         )

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from antefix.errors import InvalidRequest
 from router.chat.dsml import DSML, DeepSeekV4Parser
+from router.chat.dsml_grammar import dsml_grammar
 from router.chat.formats import OutputParser
 from router.chat.messages import (
     Answer,
@@ -123,10 +124,15 @@ class DeepSeekV4Format:
         return [*pieces, *_opening(conversation.effort, True)]
 
     def parser(self, conversation: Conversation) -> OutputParser:
-        continues = conversation.continue_last and bool(conversation.messages[-1].content)
-        return DeepSeekV4Parser(
-            in_reasoning=conversation.effort is not Effort.NONE and not continues, has_tools=bool(conversation.tools)
-        )
+        return DeepSeekV4Parser(in_reasoning=_begins_thinking(conversation), has_tools=bool(conversation.tools))
+
+    def grammar(self, conversation: Conversation) -> str:
+        return dsml_grammar(conversation, thinks=_begins_thinking(conversation)) if conversation.has_form else ""
+
+
+def _begins_thinking(conversation: Conversation) -> bool:
+    continues = conversation.continue_last and bool(conversation.messages[-1].content)
+    return conversation.effort is not Effort.NONE and not continues
 
 
 def _preamble(conversation: Conversation, messages: tuple[Message, ...]) -> list[Piece]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from antefix.errors import InvalidRequest
 from router.chat.formats import OutputParser, PlainParser
+from router.chat.grammar import json_grammar
 from router.chat.messages import Answer, Conversation, Piece, Plain, Role, Special
 
 _OPENING = {Role.SYSTEM: "", Role.USER: "<|user|>", Role.ASSISTANT: "<|assistant|>"}
@@ -22,8 +23,6 @@ class PlainFormat:
     def render(self, conversation: Conversation) -> list[Piece]:
         if conversation.tools:
             raise InvalidRequest("this model cannot call tools")
-        if conversation.response_schema is not None:
-            raise InvalidRequest("this model cannot keep to a response format")
         pieces: list[Piece] = [Special(text="<|bos|>")]
         last = len(conversation.messages) - 1
         for index, message in enumerate(conversation.messages):
@@ -41,3 +40,7 @@ class PlainFormat:
 
     def parser(self, conversation: Conversation) -> OutputParser:
         return PlainParser()
+
+    def grammar(self, conversation: Conversation) -> str:
+        """The model is not told of a schema: its answer is held to it."""
+        return json_grammar(conversation.response_schema) if conversation.answers_json else ""

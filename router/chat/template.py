@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from antefix.errors import InvalidRequest, ModelError
 from router.chat.formats import OutputParser, PlainParser
+from router.chat.grammar import json_grammar
 from router.chat.messages import Conversation, Message, Piece, Special
 
 # A noncharacter: no text that is valid for interchange has it, so it cannot come from outside; it is removed anyway.
@@ -72,6 +73,9 @@ class TemplateFormat:
 
     def parser(self, conversation: Conversation) -> OutputParser:
         return PlainParser()
+
+    def grammar(self, conversation: Conversation) -> str:
+        return json_grammar(conversation.response_schema) if conversation.answers_json else ""
 
     def _escaped(self, message: Message) -> dict[str, str]:
         text = message.content.replace(_MARK, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -12,6 +13,7 @@ from antefix.usage.providers import messages_usage
 from antefix.worker.report import RestoreReport
 from router.chat.messages import Conversation, Delta, Role
 from router.front import cache_tenant
+from router.gateway.answer_form import ANTHROPIC_NAMES, flat_form
 from router.gateway.anthropic_messages import (
     anthropic_effort,
     anthropic_messages,
@@ -22,8 +24,9 @@ from router.gateway.anthropic_messages import (
 )
 from router.gateway.errors import Provider, error_response
 from router.gateway.fields import Fields, missing
-from router.gateway.gateway import Gateway, Knobs
+from router.gateway.gateway import Gateway
 from router.gateway.http import event_bytes
+from router.gateway.knobs import read_knobs
 from router.gateway.output import Ended, Output
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -39,15 +42,10 @@ async def prepare_messages(gateway: Gateway, request: Request) -> MessagesCall:
         raise missing("max_tokens", "an integer of at least 1")  # as in Anthropic's API, which has no default
     stream = fields.boolean("stream")
     user = user_of(fields.take("metadata"))
-    knobs = Knobs(
-        max_tokens=max_tokens,
-        temperature=fields.number("temperature", 1.0),
-        top_p=fields.number("top_p", 1.0),
-        stop=tuple(fields.texts("stop_sequences")),
-    )
+    knobs = replace(read_knobs(fields, stop_name="stop_sequences"), max_tokens=max_tokens)
     fields.only("service_tier", lambda value: value in ("auto", "standard_only"), "there is one tier")
     conversation = _conversation(gateway, fields)
-    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user))
+    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user), ANTHROPIC_NAMES)
     return MessagesCall(output, model, gateway.config.http_timeout_s, stream=stream)
 
 
@@ -57,6 +55,7 @@ async def count_tokens(gateway: Gateway, request: Request) -> JSONResponse:
         tenant = gateway.tenant(request)
         fields = await gateway.fields(request)
         gateway.check_model(fields.text("model"))
+        fields.drop("max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "stream")
         tokens, _ = await gateway.tokens_of(_conversation(gateway, fields), cache_tenant(tenant, ""))
     except Exception as err:  # noqa: BLE001 - answered in the caller's shape
         return error_response(err, Provider.ANTHROPIC)
@@ -64,16 +63,21 @@ async def count_tokens(gateway: Gateway, request: Request) -> JSONResponse:
 
 
 def _conversation(gateway: Gateway, fields: Fields) -> Conversation:
-    effort = gateway.check_effort(anthropic_effort(fields))
+    config = Fields(fields.take("output_config", {}), "output_config")
+    effort = gateway.check_effort(anthropic_effort(fields, config))
+    form = flat_form(config.take("format"), "output_config.format")
+    config.refuse_rest()
     tools, tools_break_s = anthropic_tools(fields)
     messages = anthropic_messages(fields.take("system"), fields.items("messages"))
     messages = top_level_cache_control(messages, fields.take("cache_control"))
-    fields.only("top_k", lambda value: value == 0, "top_k is not supported; use top_p")
     fields.refuse_rest()
     return Conversation(
         messages=messages,
         tools=tools.schemas,
         strict=tools.strict,
+        tool_rule=tools.rule,
+        answers_json=form.is_json,
+        response_schema=form.schema,
         tools_break_s=tools_break_s,
         effort=effort,
         continue_last=messages[-1].role is Role.ASSISTANT,

@@ -8,6 +8,7 @@ from typing import Any
 
 from antefix.errors import InvalidRequest
 from router.chat.messages import Effort, Message, Role, ToolCall
+from router.gateway.answer_form import anthropic_rule
 from router.gateway.fields import Fields, missing
 from router.gateway.gateway import function_schema
 from router.gateway.openai_messages import EFFORTS, Tools, cache_control_of, content_of
@@ -100,11 +101,6 @@ def _blocks(blocks: Any, where: str) -> list[tuple[Fields, str, float | None]]:
 
 def anthropic_tools(fields: Fields) -> tuple[Tools, float | None]:
     """The tools, and the lifetime of a breakpoint on one of them (all of them are written in one piece)."""
-    choice = Fields(fields.take("tool_choice", {"type": "auto"}), "tool_choice")
-    if (kind := choice.text("type")) not in ("auto", "none"):
-        raise InvalidRequest("tool_choice: the model decides by itself; only 'auto' and 'none' are supported")
-    choice.only("disable_parallel_tool_use", lambda value: value is False, "calls may always be parallel here")
-    choice.refuse_rest()
     schemas: list[dict[str, Any]] = []
     strict: set[str] = set()
     break_s: float | None = None
@@ -117,15 +113,15 @@ def anthropic_tools(fields: Fields) -> tuple[Tools, float | None]:
         schemas.append(function_schema(name, tool.take("description"), tool.take("input_schema")))
         strict |= {name} if tool.boolean("strict") else set()
         tool.refuse_rest()
-    tools = Tools() if kind == "none" else Tools(schemas=tuple(schemas), strict=frozenset(strict))
-    return tools, break_s
+    rule = anthropic_rule(fields.take("tool_choice"), [schema["name"] for schema in schemas])
+    if rule is None:
+        return Tools(), break_s
+    return Tools(schemas=tuple(schemas), strict=frozenset(strict), rule=rule), break_s
 
 
-def anthropic_effort(fields: Fields) -> Effort | None:
+def anthropic_effort(fields: Fields, config: Fields) -> Effort | None:
     """`thinking` and `output_config.effort`; without either the model does not think, as with Anthropic."""
-    config = Fields(fields.take("output_config", {}), "output_config")
     effort: Effort | None = config.one_of("effort", EFFORTS, None)
-    config.refuse_rest()
     value = fields.take("thinking")
     if value is None:
         return effort or Effort.NONE

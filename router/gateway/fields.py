@@ -52,6 +52,10 @@ class Fields:
     def name_of(self, name: str) -> str:
         return f"{self._where}.{name}" if self._where else name
 
+    def peek(self, name: str, default: Any = None) -> Any:
+        """What stands there, left for whoever takes it."""
+        return self._values.get(name, default)
+
     def take(self, name: str, default: Any = None) -> Any:
         return self._values.pop(name, default)
 
@@ -116,6 +120,11 @@ class Fields:
         value = self._values.pop(name, _MISSING)
         if value is not _MISSING and not allowed(value):
             raise unsupported(self.name_of(name), f": {why}")
+
+    def rest(self) -> dict[str, Any]:
+        """All that has not been taken yet, where the names are the client's."""
+        rest, self._values = self._values, {}
+        return rest
 
     def drop(self, *names: str) -> None:
         """Fields that say something about the caller, not about the answer."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from antefix.errors import InvalidRequest
-from router.chat.messages import Effort, Message, Role, ToolCall
-from router.gateway.fields import Fields, WrongField, is_number, missing, unsupported, wrong_type
+from router.chat.messages import ANY_CALLS, Effort, Message, Role, ToolCall, ToolRule
+from router.gateway.answer_form import openai_rule
+from router.gateway.fields import Fields, WrongField, missing, unsupported, wrong_type
 from router.gateway.gateway import function_schema
 
 _ROLES = {
@@ -110,10 +111,11 @@ def _call(item: Any, where: str) -> ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tools:
-    """The schemas that the model is shown, and the names of those that are strict."""
+    """The schemas that the model is shown, the names of those that are strict, and which of them are to be called."""
 
     schemas: tuple[dict[str, Any], ...] = ()
     strict: frozenset[str] = frozenset()
+    rule: ToolRule = ANY_CALLS
 
 
 def chat_tools(fields: Fields) -> Tools:
@@ -124,10 +126,7 @@ def chat_tools(fields: Fields) -> Tools:
 
 def chosen_tools(fields: Fields, items: Sequence[Fields]) -> Tools:
     """Tools from their function objects, as OpenAI's two APIs have them."""
-    choice = fields.take("tool_choice", "auto")
-    if choice not in ("auto", "none"):
-        raise unsupported("tool_choice", ": the model decides by itself; only 'auto' and 'none' are supported")
-    fields.only("parallel_tool_calls", lambda value: value is True or not items, "calls may always be parallel here")
+    parallel = fields.boolean("parallel_tool_calls", True)
     schemas: list[dict[str, Any]] = []
     strict: set[str] = set()
     for function in items:
@@ -135,7 +134,8 @@ def chosen_tools(fields: Fields, items: Sequence[Fields]) -> Tools:
         schemas.append(function_schema(name, function.take("description"), function.take("parameters")))
         strict |= {name} if function.boolean("strict") else set()
         function.refuse_rest()
-    return Tools() if choice == "none" else Tools(schemas=tuple(schemas), strict=frozenset(strict))
+    rule = openai_rule(fields.take("tool_choice"), [schema["name"] for schema in schemas], parallel=parallel)
+    return Tools() if rule is None else Tools(schemas=tuple(schemas), strict=frozenset(strict), rule=rule)
 
 
 def _function(item: Any, where: str) -> Fields:
@@ -149,11 +149,6 @@ def _function(item: Any, where: str) -> Fields:
 
 def refuse_unsupported(fields: Fields) -> None:
     """Fields of OpenAI's APIs that change the answer in ways that this model does not have; their defaults pass."""
-    fields.only("n", lambda value: is_number(value, 1), "one answer a request")
-    fields.only("best_of", lambda value: is_number(value, 1), "one answer a request")
-    for name in ("frequency_penalty", "presence_penalty"):
-        fields.only(name, lambda value: is_number(value, 0), "penalties are not supported")
-    fields.only("logit_bias", lambda value: not value, "logit bias is not supported")
     fields.only("modalities", lambda value: value == ["text"], "text only")
     fields.only("service_tier", lambda value: value in ("auto", "default"), "there is one tier")
     fields.only("verbosity", lambda value: value == "medium", "verbosity is not supported")

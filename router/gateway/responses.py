@@ -11,9 +11,11 @@ from starlette.requests import Request
 
 from antefix.usage.providers import responses_usage
 from router.chat.messages import Conversation, Delta, Effort, ToolCall
+from router.gateway.answer_form import RESPONSES_NAMES, AnswerForm, flat_form
 from router.gateway.fields import Fields, unsupported
-from router.gateway.gateway import Gateway, Knobs
+from router.gateway.gateway import Gateway
 from router.gateway.http import event_bytes
+from router.gateway.knobs import read_knobs
 from router.gateway.openai_messages import EFFORTS, refuse_unsupported
 from router.gateway.output import Ended, Output
 from router.gateway.responses_input import input_messages, input_tools
@@ -31,25 +33,34 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
     effort = gateway.check_effort(_effort(fields.take("reasoning")))
     instructions = fields.text("instructions", "")
     messages = input_messages(instructions, fields.take("input"))
-    tools, raw_tools = input_tools(fields)
-    knobs = Knobs(
-        max_tokens=fields.integer("max_output_tokens", low=1),
-        temperature=fields.number("temperature", 1.0),
-        top_p=fields.number("top_p", 1.0),
-        num_top_logprobs=_num_top_logprobs(fields),
-    )
+    raw_text = fields.take("text", {})
+    tools = input_tools(fields)
+    knobs = read_knobs(fields, "max_output_tokens", num_top_logprobs=_num_top_logprobs(fields))
+    form = _form(raw_text)
     _refuse_state(fields)
     session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
     fields.refuse_rest()
-    conversation = Conversation(messages=messages, tools=tools.schemas, strict=tools.strict, effort=effort)
-    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user, session=session))
+    conversation = Conversation(
+        messages=messages,
+        tools=tools.tools.schemas,
+        strict=tools.tools.strict,
+        tool_rule=tools.tools.rule,
+        effort=effort,
+        answers_json=form.is_json,
+        response_schema=form.schema,
+    )
+    caller = gateway.caller(request, tenant, user, session=session)
+    output = await gateway.chat(conversation, knobs, caller, RESPONSES_NAMES)
     echo = {
         "instructions": instructions or None,
         "max_output_tokens": knobs.max_tokens,
         "temperature": knobs.temperature,
         "top_p": knobs.top_p,
-        "tools": raw_tools,
+        "tools": tools.raw,
+        "tool_choice": tools.raw_choice,
+        "parallel_tool_calls": tools.tools.rule.parallel,
+        "text": raw_text or {"format": {"type": "text"}},
     }
     return ResponsesCall(output, model, gateway.config.http_timeout_s, stream=stream, echo=echo)
 
@@ -75,18 +86,21 @@ def _effort(value: Any) -> Effort | None:
     return effort
 
 
+def _form(value: Any) -> AnswerForm:
+    """`text.format`."""
+    text = Fields(value, "text")
+    form = flat_form(text.take("format"), "text.format")
+    refuse_unsupported(text)
+    text.refuse_rest()
+    return form
+
+
 def _refuse_state(fields: Fields) -> None:
     """Nothing is kept between requests, so nothing can be referred to."""
     for name in ("previous_response_id", "conversation", "prompt", "context_management", "max_tool_calls"):
         fields.only(name, lambda value: False, "requests are stateless here: send the whole input")
     fields.only("background", lambda value: value is False, "there is no background mode")
     fields.only("truncation", lambda value: value == "disabled", "input is never cut")
-    text = Fields(fields.take("text", {}), "text")
-    kind = Fields(text.take("format", {"type": "text"}), "text.format").text("type")
-    if kind != "text":
-        raise unsupported("text.format", ": output is not forced into a format here; only 'text' is supported")
-    refuse_unsupported(text)
-    text.refuse_rest()
     options = Fields(fields.take("stream_options", {}), "stream_options")
     options.drop("include_obfuscation")
     options.refuse_rest()
@@ -144,8 +158,6 @@ class ResponsesCall:
             "incomplete_details": {"reason": "max_output_tokens"} if length else None,
             "model": self._model,
             "output": items,
-            "parallel_tool_calls": True,
-            "tool_choice": "auto",
             "store": False,
             "truncation": "disabled",
             "metadata": {},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from antefix.errors import InvalidRequest
@@ -72,10 +72,19 @@ def _joined(first: Message, second: Message) -> Message:
     )
 
 
-def input_tools(fields: Fields) -> tuple[Tools, list[Any]]:
-    """The tools, and how they were sent, for the echo."""
-    items = fields.items("tools", [])
-    return chosen_tools(fields, [_function(item, f"tools[{index}]") for index, item in enumerate(items)]), items
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputTools:
+    """The tools, and how they and the choice among them were sent, for the echo."""
+
+    tools: Tools
+    raw: list[Any]
+    raw_choice: Any
+
+
+def input_tools(fields: Fields) -> InputTools:
+    items, choice = fields.items("tools", []), fields.peek("tool_choice", "auto")
+    functions = [_function(item, f"tools[{index}]") for index, item in enumerate(items)]
+    return InputTools(tools=chosen_tools(fields, functions), raw=items, raw_choice=choice)
 
 
 def _function(item: Any, where: str) -> Fields:

@@ -10,6 +10,7 @@ import pytest
 
 from antefix.block import as_tokens
 from antefix.errors import Conflict, InvalidRequest, Overloaded, QuotaExceeded, Unavailable
+from antefix.generation import Caller, GenerationRequest
 from antefix.usage.ledger_files import read_settled
 from antefix.usage.pricing import priced
 from antefix.usage.quota import Limit, TenantLimits, Window
@@ -43,15 +44,20 @@ def records(tmp_path):
     return [item.record for item in read_settled(tmp_path / "ledger")]
 
 
-async def ask(front, request_id="", *, tokens=PROMPT, sampling=SAMPLING, tenant="acme"):
-    bill = await front.admit(tokens, sampling, tenant=tenant, request_id=request_id)
-    outputs = [int(token) async for piece in front.run(bill, 10.0) for token in piece]
+def request_of(request_id="r", *, tokens=PROMPT, sampling=SAMPLING, tenant="acme", num_samples=1):
+    caller = Caller(tenant=tenant, request_id=request_id)
+    return GenerationRequest(tokens=tokens, sampling=sampling, caller=caller, num_samples=num_samples)
+
+
+async def ask(front, request_id="", **settings):
+    bill = await front.admit(request_of(request_id, **settings))
+    outputs = [int(token) async for piece in front.run(bill, 10.0) for token in piece.tokens]
     return bill, outputs
 
 
 async def test_a_request_is_open_before_its_first_token_and_settled_at_its_end(tmp_path, open_front):
     front = open_front(Script(hit=64), cards=load_cards([DEPLOY / "example.toml"]))
-    bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    bill = await front.admit(request_of())
     outputs = front.run(bill, 10.0)
     await anext(outputs)
     assert [entry.request_id for entry in front.accounts.ledger.unsettled()] == ["r"]
@@ -76,7 +82,7 @@ async def crash_after(open_front, num_tokens, *, held=False, **settings):
     """A request that the router's end cuts off when its client has so many tokens; then the router starts again."""
     hold = None if num_tokens else asyncio.Event()
     front = open_front(Script(hit=64, hold=hold), cards=CARDS, **settings)
-    bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    bill = await front.admit(request_of())
     bill.is_held = held
     outputs = front.run(bill, 10.0)
     reading = asyncio.create_task(_read(outputs, max(1, num_tokens)))
@@ -137,7 +143,7 @@ async def test_what_a_crash_was_charged_counts_against_the_quota(tmp_path, open_
 async def test_a_failed_request_costs_what_its_client_was_given(tmp_path, open_front, fail_after, held):
     script = Script(error=Unavailable("gone"), fail_after=fail_after)
     front = open_front(script, cards=CARDS)
-    bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    bill = await front.admit(request_of())
     bill.is_held = held
     with pytest.raises(Unavailable):
         [piece async for piece in front.run(bill, 10.0)]
@@ -152,7 +158,7 @@ async def test_a_failed_request_costs_what_its_client_was_given(tmp_path, open_f
 
 async def test_a_cancelled_request_is_billed_for_what_was_done_and_its_id_is_used_up(tmp_path, open_front):
     front = open_front(Script(say=lambda prompt: "abcdef"), cards=load_cards([DEPLOY / "example.toml"]))
-    bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    bill = await front.admit(request_of())
     outputs = front.run(bill, 10.0)
     await anext(outputs)
     await outputs.aclose()
@@ -162,7 +168,7 @@ async def test_a_cancelled_request_is_billed_for_what_was_done_and_its_id_is_use
     assert record.price > 0
     again = open_front(Script())
     with pytest.raises(Conflict, match="cancelled"):
-        await again.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+        await again.admit(request_of())
 
 
 async def test_a_repeat_gives_the_same_answer_is_not_charged_and_is_bounded(tmp_path, open_front):

@@ -1,0 +1,212 @@
+"""JSON schemas of clients as the grammar engine takes them: what only describes is dropped, what it cannot enforce is
+refused, or dropped too where a client asked for no promise. Pure.
+
+The engine reads schemas by itself; here are the bounds that it does not have, and the parts that must be taken apart
+because a format writes them in another way than JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from antefix.errors import InvalidRequest
+
+# Levels of JSON nesting; the engine stops at 128, and Python's own parser far beyond.
+DEPTH_MAX = 64
+SCHEMA_BYTES_MAX = 128 << 10
+# The engine takes so many milliseconds for a multiple of so many tens of thousands.
+_MULTIPLE_MAX = 10_000
+_REFERENCES_MAX = 32
+
+_MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_LISTS: Final = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+_SCHEMAS: Final = frozenset({"items", "additionalProperties"})
+_VALUES: Final = frozenset(
+    {
+        *("$ref", "type", "enum", "const", "required", "minProperties", "maxProperties", "minItems", "maxItems"),
+        *("minLength", "maxLength", "pattern", "format", "multipleOf"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    }
+)
+# They say something about a value that the engine has no way to keep to.
+_UNENFORCED: Final = frozenset(
+    {
+        *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames"),
+        *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems"),
+        *("additionalItems", "$dynamicRef", "$recursiveRef"),
+    }
+)
+# Of the formats those that the engine knows; all others are annotations, as JSON Schema has them by default.
+_FORMATS: Final = frozenset(
+    {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
+)
+_ROOT: Final = "antefix root"
+
+
+class UnusableSchema(InvalidRequest):
+    """A schema that no output can be held to: it is wrong, impossible, or says what cannot be enforced."""
+
+
+class UnusableTool(UnusableSchema):
+    """The schema of one of the tools is. number: which of them."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+def prepared(schema: Any, *, strict: bool) -> Any:
+    """The schema, checked and with its annotations gone.  strict: what cannot be enforced is refused, not dropped.
+
+    Raises:  UnusableSchema
+    """
+    if not isinstance(schema, (dict, bool)):
+        raise UnusableSchema("a schema is an object, or true or false")
+    if len(json.dumps(schema)) > SCHEMA_BYTES_MAX:
+        raise UnusableSchema(f"a schema takes {SCHEMA_BYTES_MAX} bytes")
+    return _prepared(schema, strict, 0)
+
+
+def _prepared(schema: Any, strict: bool, depth: int) -> Any:
+    if depth > DEPTH_MAX // 2:
+        raise UnusableSchema(f"a schema may be nested {DEPTH_MAX // 2} deep")
+    if isinstance(schema, bool):
+        return schema
+    if not isinstance(schema, dict):
+        raise UnusableSchema(f"a schema is an object, or true or false, not {json.dumps(schema)[:40]}")
+    made: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _MAPS:
+            made[name] = {key: _prepared(each, strict, depth + 1) for key, each in _of(dict, name, value).items()}
+        elif name in _LISTS:
+            made[name] = [_prepared(each, strict, depth + 1) for each in _of(list, name, value)]
+        elif name == "items" and isinstance(value, list):
+            made["prefixItems"] = [_prepared(each, strict, depth + 1) for each in value]  # as before 2020
+        elif name in _SCHEMAS:
+            made[name] = _prepared(value, strict, depth + 1)
+        elif name in _VALUES:
+            made[name] = value
+        elif name in _UNENFORCED and strict and not _is_idle(name, value):
+            raise UnusableSchema(f"{name!r} cannot be enforced")
+    _check_values(made, strict)
+    return made
+
+
+def _of(kind: type, name: str, value: Any) -> Any:
+    if not isinstance(value, kind):
+        raise UnusableSchema(f"{name!r} must be a JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
+def _is_idle(name: str, value: Any) -> bool:
+    """Whether it allows everything, as schemas that are made by programs have it."""
+    return (name == "uniqueItems" and value is False) or (
+        name in ("propertyNames", "unevaluatedProperties", "unevaluatedItems", "additionalItems")
+        and value in (True, {}, {"type": "string"})
+    )
+
+
+def _check_values(schema: dict[str, Any], strict: bool) -> None:
+    """Take out what says nothing, and what the engine would take for ever over."""
+    if schema.get("format") not in _FORMATS:
+        schema.pop("format", None)
+    if (num := schema.get("minProperties", 0)) and not isinstance(num, bool):
+        # A name may come twice in what a grammar writes, and counts once where it is read.
+        if num > len(schema.get("required", ())) and strict:
+            raise UnusableSchema("'minProperties' beyond the required ones cannot be enforced")
+        del schema["minProperties"]
+    multiple = schema.get("multipleOf")
+    if isinstance(multiple, (int, float)) and (multiple > _MULTIPLE_MAX or multiple < 1 / _MULTIPLE_MAX):
+        if strict:
+            raise UnusableSchema(f"'multipleOf' must be from {1 / _MULTIPLE_MAX:g} to {_MULTIPLE_MAX}")
+        del schema["multipleOf"]
+    for name, value in schema.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise UnusableSchema(f"{name!r} is too large a number")
+    if not str(schema.get("$ref", "#")).startswith("#"):
+        raise UnusableSchema(f"'$ref' may refer into the schema only, not to {schema['$ref']!r}")
+
+
+def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
+    """The schema with its own reference and its `allOf` put in place; those further inside stay."""
+    for _ in range(_REFERENCES_MAX):
+        if not isinstance(schema, dict):
+            return schema
+        if "$ref" in schema:
+            rest = {name: value for name, value in schema.items() if name != "$ref"}
+            schema = merged(rest, _pointed(schema["$ref"], root))
+        elif "allOf" in schema:
+            parts, schema = schema["allOf"], {name: value for name, value in schema.items() if name != "allOf"}
+            for part in parts:
+                schema = merged(schema, resolved(part, root))
+        else:
+            return schema
+    raise UnusableSchema(f"its references are more than {_REFERENCES_MAX} deep")
+
+
+def _pointed(reference: str, root: Mapping[str, Any]) -> Any:
+    found: Any = root
+    for name in reference.removeprefix("#").split("/")[1:]:
+        name = name.replace("~1", "/").replace("~0", "~")
+        if not isinstance(found, dict) or name not in found:
+            raise UnusableSchema(f"'$ref' refers to {reference!r}, which is not there")
+        found = found[name]
+    return found
+
+
+def merged(first: Any, second: Any) -> Any:
+    """What both allow.  Raises:  UnusableSchema: two keywords say different things about the same."""
+    if isinstance(first, bool) or isinstance(second, bool):
+        if first is False or second is False:
+            return False
+        return second if first is True else first
+    made = dict(first)
+    for name, value in second.items():
+        if name not in made or made[name] == value:
+            made[name] = value
+        elif name == "required":
+            made[name] = [*made[name], *(each for each in value if each not in made[name])]
+        elif name in ("properties", "$defs", "definitions"):
+            both = made[name].keys() & value.keys()
+            made[name] = {**made[name], **value, **{each: merged(made[name][each], value[each]) for each in both}}
+        elif name == "type":
+            made[name] = [each for each in types_of(first) if each in types_of(second)]
+        else:
+            raise UnusableSchema(f"{name!r} is said twice of the same value, which cannot be enforced")
+    return made
+
+
+ALL_TYPES: Final = ("object", "array", "string", "number", "boolean", "null")
+
+
+def types_of(schema: Mapping[str, Any]) -> tuple[str, ...]:
+    """What kinds of values it allows by `type` alone."""
+    kinds = schema.get("type", ALL_TYPES)
+    return (kinds,) if isinstance(kinds, str) else tuple(kinds)
+
+
+def standalone(schema: Any, root: Mapping[str, Any]) -> Any:
+    """A part of `root` as a schema of its own: its references find what they found before."""
+    if '"$ref"' not in json.dumps(schema):
+        return schema
+    defined = {name: root[name] for name in ("$defs", "definitions") if name in root}
+    whole = {name: value for name, value in root.items() if name not in defined}
+    made: dict[str, Any] = _moved({**defined, **schema})
+    if f"#/$defs/{_ROOT}" in json.dumps(made):
+        made["$defs"] = {**made.get("$defs", {}), _ROOT: _moved(whole)}
+    return made
+
+
+def _moved(value: Any) -> Any:
+    """With references into the root itself turned to where it is put."""
+    if isinstance(value, list):
+        return [_moved(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    made = {name: _moved(each) for name, each in value.items()}
+    reference = made.get("$ref")
+    if isinstance(reference, str) and not reference.startswith(("#/$defs/", "#/definitions/")):
+        made["$ref"] = f"#/$defs/{_ROOT}{reference.removeprefix('#')}"
+    return made
