@@ -50,7 +50,7 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """vocab_size: the model's, which may be more than the tokenizer names."""
         self.size = vocab_size
-        special = tokenizer.special_ids | tokenizer.eos_ids
+        special = tokenizer.special_ids | tokenizer.eos_ids | frozenset(range(tokenizer.num_tokens, vocab_size))
         tokens = [b"" if token in special else tokenizer.token_bytes(token) for token in range(vocab_size)]
         unsaid = [token for token, text in enumerate(tokens) if not text]
         for token in unsaid:

@@ -117,7 +117,7 @@ def _objects(schema: Any, root: Mapping[str, Any], strict: bool) -> Iterator[dic
 
 
 def _argument_rules(name: str, schema: dict[str, Any], root: Mapping[str, Any], strict: bool) -> Iterator[str]:
-    """Each parameter is followed by the rest of them; optional ones may be left out. With none there is a blank line."""
+    """Each parameter is followed by the rest of them; optional ones may be left out. None at all is a blank line."""
     properties = dict(schema.get("properties", {}))
     required = list(dict.fromkeys(schema.get("required", ())))
     for each in required:

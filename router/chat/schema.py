@@ -42,7 +42,7 @@ _UNENFORCED: Final = frozenset(
 _FORMATS: Final = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 )
-_ROOT: Final = "antefix root"
+_ROOT: Final = "antefix-root"
 
 
 class UnusableSchema(InvalidRequest):
