@@ -48,8 +48,7 @@ class Vocabulary:
     """A model's tokens. Special tokens are no text to a grammar; the end tokens end what it describes."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """vocab_size: the model's, which may be more than the tokenizer names."""
-        self.size = vocab_size
+        """vocab_size: the model's, which may be more than the tokenizer names.  size: the engine's, one more at times."""
         special = tokenizer.special_ids | tokenizer.eos_ids | frozenset(range(tokenizer.num_tokens, vocab_size))
         tokens = [b"" if token in special else tokenizer.token_bytes(token) for token in range(vocab_size)]
         unsaid = [token for token, text in enumerate(tokens) if not text]
@@ -60,6 +59,7 @@ class Vocabulary:
         if ends == [vocab_size]:
             tokens.append(_SPECIAL + b"<|end|>")
             unsaid.append(vocab_size)
+        self.size = len(tokens)
         words = _Words(tokenizer, tokens, unsaid, ends[0])
         self.engine = llguidance.LLTokenizer(words, n_vocab=len(tokens), eos_token=ends)  # type: ignore[arg-type]
 
