@@ -48,7 +48,8 @@ class Vocabulary:
     """A model's tokens. Special tokens are no text to a grammar; the end tokens end what it describes."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """vocab_size: the model's, which may be more than the tokenizer names.  size: the engine's, one more at times."""
+        """vocab_size: the model's, which may be more than the tokenizer names."""
+        # For the engine it may be one more: see below.
         special = tokenizer.special_ids | tokenizer.eos_ids | frozenset(range(tokenizer.num_tokens, vocab_size))
         tokens = [b"" if token in special else tokenizer.token_bytes(token) for token in range(vocab_size)]
         unsaid = [token for token, text in enumerate(tokens) if not text]

@@ -25,7 +25,7 @@ TOKENIZER = load_tokenizer(MODEL)
 CLOSERS = [ord(char) for char in '"]}<'] + sorted(TOKENIZER.eos_ids)
 
 
-_TAG = list("</｜DSML｜parameter>".encode())
+_TAGS = [list(tag.encode()) for tag in ("</｜DSML｜parameter>", "</think>")]
 
 
 def random_logits(seed: int, before: Sequence[int]) -> np.ndarray:
@@ -33,9 +33,10 @@ def random_logits(seed: int, before: Sequence[int]) -> np.ndarray:
     logits = np.random.default_rng((seed, len(before))).normal(size=VOCAB_SIZE).astype(np.float32)
     logits[CLOSERS] += 3.0
     logits[128:256] -= 4.0
-    for size in range(1, len(_TAG)):
-        if list(before[-size:]) == _TAG[:size]:
-            logits[_TAG[size]] += 12.0
+    for tag in _TAGS:
+        for size in range(1, len(tag)):
+            if list(before[-size:]) == tag[:size]:
+                logits[tag[size]] += 12.0
     return logits
 
 
