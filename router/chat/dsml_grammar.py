@@ -8,6 +8,7 @@ without naming them are not written.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,12 +26,11 @@ from router.chat.schema import (
     standalone,
     types_of,
 )
+from router.chat.tagless import tagless
 
 _CLOSE: Final = f"</{DSML}parameter>"
 # No text may hold the beginning of a closing tag: the parser takes the first for the end.
 _NO_TAG: Final = rf"~/(?s:.*)<\/{DSML}(?s:.*)/"
-# The same inside JSON, where only a pattern can say it: no "</" before the tag's first letter.
-_NO_TAG_PATTERN: Final = "^(?:[^<]|<(?:<|/<)*(?:[^</]|/[^<｜]))*(?:<(?:<|/<)*/?)?$"
 _NAME: Final = re.compile(r"[^\"<>\n\r]{1,256}")
 _FORMATS: Final = {
     "date": r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])",
@@ -200,7 +200,10 @@ def _parameter_rules(rule: str, name: str, kinds: _Kinds, root: Mapping[str, Any
         yield f"{terminal}: {' & '.join(_text_regexes(schema))}"
     for number, schema in enumerate(kinds.others):
         ways.append(f"{other} {rule}_j{number} {quoted(_CLOSE + chr(10))}")
-        yield f"{rule}_j{number}: {json_rule(_tagless(standalone(schema, root)))}"
+        alone = tagless(standalone(schema, root))
+        if f"</{DSML}" in json.dumps(alone, ensure_ascii=False):
+            raise UnusableSchema("a closing tag in it cannot be written")
+        yield f"{rule}_j{number}: {json_rule(alone)}"
     yield f"{rule}: {' | '.join(ways)}"
 
 
@@ -215,23 +218,3 @@ def _text_regexes(schema: Mapping[str, Any]) -> Iterator[str]:
         yield search_regex(schema["pattern"])
     if schema.get("format") in _FORMATS:
         yield f"/{_FORMATS[schema['format']]}/"
-
-
-def _tagless(schema: Any) -> Any:
-    """The schema with a pattern for texts that are free otherwise: none holds the beginning of a closing tag."""
-    if isinstance(schema, list):
-        return [_tagless(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {
-        name: value
-        if name in ("enum", "const")
-        else {key: _tagless(each) for key, each in value.items()}
-        if name in ("properties", "patternProperties", "$defs", "definitions")
-        else _tagless(value)
-        for name, value in schema.items()
-    }
-    is_text = "string" in types_of(made) and "type" in made
-    if is_text and not made.keys() & {"pattern", "format", "enum", "const"}:
-        made["pattern"] = _NO_TAG_PATTERN
-    return made

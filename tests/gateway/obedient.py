@@ -30,13 +30,14 @@ _TAGS = [list(tag.encode()) for tag in ("</｜DSML｜parameter>", "</think>")]
 
 def random_logits(seed: int, before: Sequence[int]) -> np.ndarray:
     """For what comes after these tokens; a closing tag that was begun tends to be gone on with."""
-    logits = np.random.default_rng((seed, len(before))).normal(size=VOCAB_SIZE).astype(np.float32)
+    noise = np.random.default_rng((seed, len(before))).normal(size=VOCAB_SIZE).astype(np.float32)
+    logits = noise.copy()
     logits[CLOSERS] += 3.0
     logits[128:256] -= 4.0
     for tag in _TAGS:
         for size in range(1, len(tag)):
             if list(before[-size:]) == tag[:size]:
-                logits[tag[size]] += 12.0
+                logits[tag[size]] = 8.0 + noise[tag[size]]
     return logits
 
 

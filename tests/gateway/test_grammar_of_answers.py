@@ -224,6 +224,29 @@ def test_what_no_one_was_promised_is_dropped_where_it_cannot_be_enforced():
         assert arguments.keys() == {"tags", "map"} and all(isinstance(each, int) for each in arguments["map"].values())
 
 
+@pytest.mark.parametrize(
+    ("schema", "value", "expected"),
+    [
+        ({"type": "array"}, '["</p>", "<b>"]', True),
+        ({"type": "array"}, f'["</{DSML}parameter>"]', False),
+        ({"type": "object"}, '{"a": [{"b": "</"}]}', True),
+        ({"type": "object"}, f'{{"a": [{{"b": "</{DSML}x"}}]}}', False),
+        ({"type": "object"}, f'{{"</{DSML}": 1}}', False),
+        ({"type": ["array", "object"], "items": {}}, f'[["</{DSML}"]]', False),
+        ({"type": "object", "properties": {"a": {}}}, f'{{"a": "</{DSML}"}}', False),
+        ({"type": "object", "additionalProperties": {"type": "string"}}, '{"x": "y"}', True),
+        ({"type": "object", "additionalProperties": {"type": "string"}}, f'{{"x": "</{DSML}"}}', False),
+        ({"type": "object", "required": ["a"]}, '{"a": 1}', True),
+        ({"type": "object", "properties": {"a": {}, "b": {}}, "anyOf": [{"required": ["b"]}]}, '{"b": 1}', True),
+    ],
+)
+def test_no_closing_tag_stands_inside_a_parameter(schema, value, expected):
+    tool = {"name": "t", "parameters": {"type": "object", "properties": {"v": schema}, "required": ["v"]}}
+    grammar = FORMAT.grammar(asking([tool], tool_rule=ToolRule(must_call=True)))
+    parameter = f'<{DSML}parameter name="v" string="false">{value}</{DSML}parameter>\n'
+    assert accepts(grammar, block(f'<{DSML}invoke name="t">\n{parameter}</{DSML}invoke>\n')) is expected
+
+
 def test_references_into_the_whole_schema_still_find_it():
     tree = {
         "type": "object",
