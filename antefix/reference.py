@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from antefix.block import as_tokens
-from antefix.clients import Tokens
+from antefix.generation import Tokens
 from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model
 from antefix.tokenizer import load_tokenizer

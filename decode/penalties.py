@@ -31,13 +31,16 @@ class Penalties:
     ) -> None:
         """stop_ids: all tokens that may end the output, the model's end tokens too where they are ignored."""
         self._sampling = sampling
-        self._prompt = np.unique(np.asarray(prompt, np.int64)) if sampling.repetition_penalty != 1.0 else None
-        self._output: dict[int, int] = {}
+        self._output = _Counts()
+        self._repeated = _Counts() if sampling.repetition_penalty != 1.0 else None
+        if self._repeated is not None:
+            for token in np.unique(np.asarray(prompt, np.int64)).tolist():
+                self._repeated.add(token)
         self._num_output = 0
         self._stop_ids = np.array(sorted({*stop_ids, *sampling.stop_token_ids}), np.int64)
         self._biased = np.array([token for token, _ in sampling.logit_bias], np.int64)
         self._bias = np.array([bias for _, bias in sampling.logit_bias], np.float32)
-        self._counts = bool(sampling.frequency_penalty or sampling.presence_penalty or self._prompt is not None)
+        self._counts = bool(sampling.frequency_penalty or sampling.presence_penalty or self._repeated is not None)
         for token in emitted:
             self.push(token)
 
@@ -45,7 +48,9 @@ class Penalties:
         """The output has one token more."""
         self._num_output += 1
         if self._counts:
-            self._output[token] = self._output.get(token, 0) + 1
+            self._output.add(token)
+        if self._repeated is not None:
+            self._repeated.add(token)
 
     def apply(self, logits: Logits) -> Logits:
         """logits: [vocab] float32, left as they are.  Returns the same array where there is nothing to do."""
@@ -64,15 +69,40 @@ class Penalties:
         return self._num_output < self._sampling.min_tokens
 
     def _penalize(self, logits: Logits) -> None:
-        seen = np.fromiter(self._output, np.int64, len(self._output))
-        counts = np.fromiter(self._output.values(), np.float32, len(self._output))
-        if self._prompt is not None:
+        if self._repeated is not None:
             # The penalty of Keskar et al., 2019: towards less likely on either side of zero.
-            repeated = np.union1d(self._prompt, seen)
-            values, penalty = logits[repeated], np.float32(self._sampling.repetition_penalty)
-            logits[repeated] = np.where(values > 0, values * (np.float32(1.0) / penalty), values * penalty)
-        logits[seen] -= np.float32(self._sampling.frequency_penalty) * counts
-        logits[seen] -= np.float32(self._sampling.presence_penalty)
+            tokens = self._repeated.tokens
+            values, penalty = logits[tokens], np.float32(self._sampling.repetition_penalty)
+            logits[tokens] = np.where(values > 0, values * (np.float32(1.0) / penalty), values * penalty)
+        tokens = self._output.tokens
+        logits[tokens] -= np.float32(self._sampling.frequency_penalty) * self._output.counts
+        logits[tokens] -= np.float32(self._sampling.presence_penalty)
+
+
+class _Counts:
+    """How often each token came, as two arrays that grow: a step adds one token, and must not go over all of them."""
+
+    def __init__(self) -> None:
+        self._index: dict[int, int] = {}
+        self._tokens = np.zeros(64, np.int64)
+        self._counts = np.zeros(64, np.float32)
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """[N], each once, in the order in which they first came."""
+        return self._tokens[: len(self._index)]
+
+    @property
+    def counts(self) -> npt.NDArray[np.float32]:
+        return self._counts[: len(self._index)]
+
+    def add(self, token: int) -> None:
+        place = self._index.setdefault(token, len(self._index))
+        if place == len(self._tokens):
+            self._tokens = np.concatenate((self._tokens, np.zeros_like(self._tokens)))
+            self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+        self._tokens[place] = token
+        self._counts[place] += 1
 
 
 def _forbid(logits: Logits, tokens: npt.NDArray[np.int64]) -> None:

@@ -73,7 +73,9 @@ class Sampler:
             ]
             probabilities[probabilities < least] = 0.0
         probabilities /= probabilities.sum()
-        order = np.argsort(-probabilities, kind="stable")
+        # Where a grammar or a limit leaves few tokens, only those are sorted.
+        left = np.flatnonzero(probabilities)
+        order = left[np.argsort(-probabilities[left], kind="stable")]
         cumulative = np.cumsum(probabilities[order])
         # The nucleus: the fewest likeliest ids that reach top_p (Holtzman et al., 2020); always at least one.
         num_kept = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1

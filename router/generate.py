@@ -16,9 +16,9 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from antefix.clients import DecodeClient, Tokens
+from antefix.clients import DecodeClient
 from antefix.errors import Overloaded, Unavailable
-from antefix.generation import GenerationRequest
+from antefix.generation import GenerationRequest, Tokens
 from antefix.sampling import Sampling
 from antefix.wire import TokenLogprob
 from antefix.worker.report import RestoreReport

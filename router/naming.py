@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from antefix.block import Chain
-from antefix.clients import Tokens
+from antefix.generation import Tokens
 from antefix.secret import Keyring
 from router.directory import Key, keys_of
 from router.placement import Work

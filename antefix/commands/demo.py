@@ -17,10 +17,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from antefix.clients import Generated, Tokens
+from antefix.clients import Generated
 from antefix.commands.up import add_deployment_arguments, deployment_config
 from antefix.deployment import Deployment, DeploymentConfig
 from antefix.errors import InvalidRequest
+from antefix.generation import Tokens
 from antefix.layout import KVFormat, KVGeometry
 from antefix.model_dir import read_config
 from antefix.reference import Reference

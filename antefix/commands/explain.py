@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from antefix.block import CPU_FLOAT32, chain_of, check_arithmetic, exactness_of
-from antefix.clients import PrefillClient, Tokens
+from antefix.clients import PrefillClient
 from antefix.commands.prompt_text import given_text, read_text
 from antefix.commands.up import DEFAULT_MODEL
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.explain.answer import Explanation, explain
 from antefix.explain.evidence import Names, State, gather, holdings
 from antefix.explain.text import lines
+from antefix.generation import Tokens
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from antefix.clients import Tokens
+from antefix.generation import Tokens
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward
 from antefix.model.backend import make_backend
 from antefix.model.ops import Ops, TorchOps

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.block import exactness_of
-from antefix.clients import Tokens
 from antefix.errors import AntefixError
+from antefix.generation import Tokens
 from antefix.model import Sequence, WindowState, forward
 from antefix.model.backend import make_backend
 from antefix.secret import Keyring

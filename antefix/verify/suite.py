@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from antefix.clients import Tokens
+from antefix.generation import Tokens
 from antefix.model.backend import uses_triton
 from antefix.store.api import LookupResult, Store
 from antefix.verify.card import against_cpu

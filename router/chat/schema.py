@@ -19,6 +19,7 @@ SCHEMA_BYTES_MAX = 128 << 10
 # The engine takes so many milliseconds for a multiple of so many tens of thousands.
 _MULTIPLE_MAX = 10_000
 _REFERENCES_MAX = 32
+_STEPS_MAX = 20_000
 
 _MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _LISTS: Final = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
@@ -66,7 +67,59 @@ def prepared(schema: Any, *, strict: bool) -> Any:
         raise UnusableSchema("a schema is an object, or true or false")
     if len(json.dumps(schema)) > SCHEMA_BYTES_MAX:
         raise UnusableSchema(f"a schema takes {SCHEMA_BYTES_MAX} bytes")
-    return _prepared(schema, strict, 0)
+    made = _prepared(schema, strict, 0)
+    if not _Ends(made).ends(made):
+        raise UnusableSchema("no value of it has an end: it asks for itself, or for what cannot be")
+    return made
+
+
+class _Ends:
+    """Whether a schema has a value that ends: one that requires itself has none, and its output would never end."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._known: set[str] = set()
+        self._num_steps = 0
+
+    def ends(self, schema: Any, within: frozenset[str] = frozenset()) -> bool:
+        """within: references that are being followed; who meets one of them again gets nowhere this way."""
+        self._num_steps += 1
+        if self._num_steps > _STEPS_MAX:
+            raise UnusableSchema("it refers to itself in too many ways")
+        if isinstance(schema, bool):
+            return schema
+        if "$ref" in schema and not self._reference_ends(schema["$ref"], within):
+            return False
+        for name, quantifier in (("anyOf", any), ("oneOf", any), ("allOf", all)):
+            if name in schema and not quantifier(self.ends(each, within) for each in schema[name]):
+                return False
+        if "enum" in schema or "const" in schema:
+            return True
+        kinds = types_of(schema)
+        if set(kinds) - {"object", "array"}:
+            return True
+        return ("array" in kinds and self._array_ends(schema, within)) or (
+            "object" in kinds and self._object_ends(schema, within)
+        )
+
+    def _reference_ends(self, reference: str, within: frozenset[str]) -> bool:
+        if reference in within:
+            return False
+        if reference not in self._known and self.ends(_pointed(reference, self._root), within | {reference}):
+            self._known.add(reference)
+        return reference in self._known
+
+    def _array_ends(self, schema: Mapping[str, Any], within: frozenset[str]) -> bool:
+        first, num_min = schema.get("prefixItems", []), schema.get("minItems", 0)
+        if not isinstance(num_min, int):
+            return True  # the engine says what is wrong with it
+        needed = first[:num_min] + ([schema.get("items", True)] if num_min > len(first) else [])
+        return all(self.ends(each, within) for each in needed)
+
+    def _object_ends(self, schema: Mapping[str, Any], within: frozenset[str]) -> bool:
+        properties, rest = schema.get("properties", {}), schema.get("additionalProperties", True)
+        rest = True if "patternProperties" in schema else rest
+        return all(self.ends(properties.get(each, rest), within) for each in schema.get("required", ()))
 
 
 def _prepared(schema: Any, strict: bool, depth: int) -> Any:

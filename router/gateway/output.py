@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from antefix.clients import Tokens
+from antefix.generation import Tokens
 from antefix.tokenizer import Tokenizer
 from antefix.usage.record import UsageRecord
 from antefix.worker.report import RestoreReport

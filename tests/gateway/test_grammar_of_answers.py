@@ -187,6 +187,18 @@ def test_anchors_inside_are_refused(pattern):
         {"type": "object", "properties": {"a": {"if": {"const": 1}, "then": {}}}},
         {"type": "object", "required": ["a"], "additionalProperties": False},
         {"type": "object", "minProperties": 1},
+        {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+        {
+            "type": "object",
+            "properties": {"a": {"type": "array", "items": {"$ref": "#"}, "minItems": 1}},
+            "required": ["a"],
+        },
+        {
+            "type": "object",
+            "properties": {"a": {"$ref": "#/$defs/0"}},
+            "required": ["a"],
+            "$defs": {str(i): {"anyOf": [{"$ref": f"#/$defs/{(i + j) % 40}"} for j in range(1, 9)]} for i in range(40)},
+        },
         {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1/x"}}},
         {"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}},
         {"type": "object", "properties": {"a": {"$ref": "#/properties/a"}}},
