@@ -32,12 +32,12 @@ from break_even_report import plot_services, table, write_table
 from ttft import direct_read_rate
 
 from antefix.deployment import Deployment, DeploymentConfig
+from antefix.sampling import Sampling
 from antefix.store.api import RecordKind
 from antefix.store.client import RemoteStore
 from antefix.store.stats import read_stats
 from antefix.window import Plan, PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, parse
 from antefix.window.rates import LinearLaw
-from antefix.wire import Sampling
 from simulate.machine import Machine, carry_out, model_sizes
 
 ROOT = Path(__file__).parents[1]

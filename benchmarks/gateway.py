@@ -25,11 +25,12 @@ import numpy as np
 
 from antefix import rpc
 from antefix.model_dir import identify
+from antefix.sampling import Sampling
 from antefix.secret import create_secret_file
 from antefix.store.open import StoreAddress, open_store
 from antefix.tokenizer import load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc
-from antefix.wire import Sampling, sampling_to_wire, tokens_to_wire
+from antefix.wire import sampling_to_wire, tokens_to_wire
 from antefix.worker.report import RestoreReport
 from router.gateway.app import start_http
 from router.generate import Generation, Piece

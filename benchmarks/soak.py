@@ -32,7 +32,7 @@ from antefix.deployment import Deployment, DeploymentConfig, RoleProcess
 from antefix.errors import AntefixError
 from antefix.layout import KVFormat
 from antefix.reference import Reference
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 from simulate.trace import Request, load
 
 ROOT = Path(__file__).parents[1]

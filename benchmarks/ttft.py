@@ -26,7 +26,7 @@ from rich.table import Table
 from antefix.deployment import Deployment, DeploymentConfig
 from antefix.layout import BlockLayout, KVFormat
 from antefix.model_dir import identify
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 
 ROOT = Path(__file__).parents[1]
 QUESTION_TOKENS = 40

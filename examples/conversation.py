@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 from antefix.clients import RouterClient
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 
 QUESTIONS = ("What is a prefix cache?", "Why does it help?", "When does it not?")
 

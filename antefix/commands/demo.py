@@ -25,11 +25,11 @@ from antefix.generation import Tokens
 from antefix.layout import KVFormat, KVGeometry
 from antefix.model_dir import read_config
 from antefix.reference import Reference
+from antefix.sampling import Sampling
 from antefix.store.api import RecordKind
 from antefix.store.client import RemoteStore
 from antefix.store.stats import StoreTotals, read_stats
 from antefix.tokenizer import Tokenizer, load_tokenizer
-from antefix.wire import Sampling
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("docs/ARCHITECTURE.md", "docs/FORMAT.md", "docs/WINDOW_STATE.md", "LICENSE")

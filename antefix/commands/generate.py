@@ -17,8 +17,8 @@ from antefix.commands.prompt_text import given_text, read_text
 from antefix.commands.up import add_deployment_arguments, deployment_config
 from antefix.deployment import Deployment
 from antefix.errors import InvalidRequest
+from antefix.sampling import Sampling
 from antefix.tokenizer import load_tokenizer
-from antefix.wire import Sampling
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

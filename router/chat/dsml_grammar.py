@@ -18,11 +18,11 @@ from router.chat.dsml import DSML
 from router.chat.grammar import json_answer, json_rule, quoted, search_regex
 from router.chat.messages import Conversation
 from router.chat.schema import (
+    Resolver,
     UnusableSchema,
     UnusableTool,
     merged,
     prepared,
-    resolved,
     standalone,
     types_of,
 )
@@ -90,33 +90,43 @@ def call_rules(name: str, tool: Mapping[str, Any], *, strict: bool) -> Iterator[
     root = prepared(tool["parameters"], strict=strict)
     if not _NAME.fullmatch(tool["name"]):
         raise UnusableSchema(f"a tool named {tool['name']!r} cannot be called")
-    objects = list(_objects(root, root, strict))
+    whole = _Whole(root, strict=strict)
+    objects = list(_objects(root, whole))
     arguments = [f"{name}_{number}" for number in range(len(objects))]
     opening = f'<{DSML}invoke name="{tool["name"]}">\n'
     yield f"{name}: {quoted(opening)} ({' | '.join(arguments)}) {quoted(f'</{DSML}invoke>{chr(10)}')}"
     for rule, each in zip(arguments, objects, strict=True):
-        yield from _argument_rules(rule, each, root, strict)
+        yield from _argument_rules(rule, each, whole)
 
 
-def _objects(schema: Any, root: Mapping[str, Any], strict: bool) -> Iterator[dict[str, Any]]:
+class _Whole(Resolver):
+    """A tool's whole schema.  strict: what cannot be enforced is refused."""
+
+    def __init__(self, root: Mapping[str, Any], *, strict: bool) -> None:
+        super().__init__(root)
+        self.strict = strict
+
+
+def _objects(schema: Any, whole: _Whole, depth: int = 0) -> Iterator[dict[str, Any]]:
     """The kinds of objects that a call's arguments may be."""
-    schema = resolved(schema, root)
+    whole.step(depth)
+    schema = whole.resolved(schema)
     if schema is True:
         schema = {}
     if schema is False or "object" not in types_of(schema) or "enum" in schema or "const" in schema:
         raise UnusableSchema("a tool's parameters must be an object")
     for name in ("anyOf", "oneOf"):
         if name in schema:
-            if name == "oneOf" and strict and len(schema[name]) > 1:
+            if name == "oneOf" and whole.strict and len(schema[name]) > 1:
                 raise UnusableSchema("'oneOf' of whole objects cannot be enforced; 'anyOf' can")
             rest = {key: value for key, value in schema.items() if key != name}
             for option in schema[name]:
-                yield from _objects(merged(rest, resolved(option, root)), root, strict)
+                yield from _objects(merged(rest, whole.resolved(option)), whole, depth + 1)
             return
     yield schema
 
 
-def _argument_rules(name: str, schema: dict[str, Any], root: Mapping[str, Any], strict: bool) -> Iterator[str]:
+def _argument_rules(name: str, schema: dict[str, Any], whole: _Whole) -> Iterator[str]:
     """Each parameter is followed by the rest of them; optional ones may be left out. None at all is a blank line."""
     properties = dict(schema.get("properties", {}))
     required = list(dict.fromkeys(schema.get("required", ())))
@@ -125,12 +135,12 @@ def _argument_rules(name: str, schema: dict[str, Any], root: Mapping[str, Any], 
             if schema.get("patternProperties"):
                 raise UnusableSchema(f"the required {each!r} must stand under 'properties'")
             properties[each] = schema.get("additionalProperties", True)
-    known = {each: kinds for each, part in properties.items() if (kinds := _kinds(part, root, strict)) is not None}
+    known = {each: kinds for each, part in properties.items() if (kinds := _kinds(part, whole)) is not None}
     if missing := [each for each in required if each not in known]:
         raise UnusableSchema(f"nothing can be the required {missing[0]!r}")
     if len(required) > schema.get("maxProperties", len(required)):
         raise UnusableSchema("'maxProperties' is less than what is required")
-    if strict and len(known) > schema.get("maxProperties", len(known)):
+    if whole.strict and len(known) > schema.get("maxProperties", len(known)):
         raise UnusableSchema("'maxProperties' of a tool's parameters cannot be enforced")
     names = list(known)
     last = max((names.index(each) for each in required), default=-1)
@@ -141,13 +151,14 @@ def _argument_rules(name: str, schema: dict[str, Any], root: Mapping[str, Any], 
         follows = "" if is_end else f" {rest}" if number < last else f" {rest}?"
         skipped = "" if each in required or is_end else f" | {rest}"
         yield f"{name}_from_{number}: {here}{follows}{skipped}"
-        yield from _parameter_rules(here, each, known[each], root)
+        yield from _parameter_rules(here, each, known[each], whole.root)
 
 
-def _kinds(schema: Any, root: Mapping[str, Any], strict: bool, depth: int = 0) -> _Kinds | None:
+def _kinds(schema: Any, whole: _Whole, depth: int = 0) -> _Kinds | None:
     """None: nothing is allowed."""
-    schema = resolved(schema, root)
-    if schema is False or depth > 16:
+    whole.step(depth)
+    schema = whole.resolved(schema)
+    if schema is False:
         return None
     kinds = _Kinds()
     schema = {} if schema is True else schema
@@ -155,11 +166,11 @@ def _kinds(schema: Any, root: Mapping[str, Any], strict: bool, depth: int = 0) -
         if name in schema:
             rest = {key: value for key, value in schema.items() if key != name}
             for option in schema[name]:
-                if (found := _kinds(merged(rest, resolved(option, root)), root, strict, depth + 1)) is not None:
+                if (found := _kinds(merged(rest, whole.resolved(option)), whole, depth + 1)) is not None:
                     kinds.literals += found.literals
                     kinds.texts += found.texts
                     kinds.others.append({"anyOf": found.others})
-            if name == "oneOf" and strict and (len(kinds.texts) > 1 or (kinds.texts and kinds.literals)):
+            if name == "oneOf" and whole.strict and (len(kinds.texts) > 1 or (kinds.texts and kinds.literals)):
                 raise UnusableSchema("'oneOf' of several texts cannot be enforced; 'anyOf' can")
             kinds.others = [{name: options}] if (options := [each for each in kinds.others if each["anyOf"]]) else []
             return kinds if kinds.literals or kinds.texts or kinds.others else None

@@ -19,7 +19,8 @@ SCHEMA_BYTES_MAX = 128 << 10
 # The engine takes so many milliseconds for a multiple of so many tens of thousands.
 _MULTIPLE_MAX = 10_000
 _REFERENCES_MAX = 32
-_STEPS_MAX = 20_000
+# Of following references and options: some 20 ms. The largest schemas that clients send take hundreds.
+_STEPS_MAX = 5_000
 
 _MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _LISTS: Final = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
@@ -65,7 +66,11 @@ def prepared(schema: Any, *, strict: bool) -> Any:
     """
     if not isinstance(schema, (dict, bool)):
         raise UnusableSchema("a schema is an object, or true or false")
-    if len(json.dumps(schema)) > SCHEMA_BYTES_MAX:
+    try:
+        nbytes = len(json.dumps(schema))
+    except RecursionError as err:
+        raise UnusableSchema("it is nested too deep") from err
+    if nbytes > SCHEMA_BYTES_MAX:
         raise UnusableSchema(f"a schema takes {SCHEMA_BYTES_MAX} bytes")
     made = _prepared(schema, strict, 0)
     if not _Ends(made).ends(made):
@@ -182,21 +187,33 @@ def _check_values(schema: dict[str, Any], strict: bool) -> None:
         raise UnusableSchema(f"'$ref' may refer into the schema only, not to {schema['$ref']!r}")
 
 
-def resolved(schema: Any, root: Mapping[str, Any]) -> Any:
-    """The schema with its own reference and its `allOf` put in place; those further inside stay."""
-    for _ in range(_REFERENCES_MAX):
+class Resolver:
+    """Puts references and `allOf` of one whole schema in place, as far as it is looked at; with a limit on how far."""
+
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self.root = root
+        self._num_steps = 0
+
+    def step(self, depth: int) -> None:
+        """Raises:  UnusableSchema: it refers to itself, or branches, without an end."""
+        self._num_steps += 1
+        if self._num_steps > _STEPS_MAX or depth > _REFERENCES_MAX:
+            raise UnusableSchema("it refers to itself in too many ways")
+
+    def resolved(self, schema: Any, depth: int = 0) -> Any:
+        """The schema with its own reference and its `allOf` put in place; those further inside stay."""
+        self.step(depth)
         if not isinstance(schema, dict):
             return schema
         if "$ref" in schema:
             rest = {name: value for name, value in schema.items() if name != "$ref"}
-            schema = merged(rest, _pointed(schema["$ref"], root))
-        elif "allOf" in schema:
-            parts, schema = schema["allOf"], {name: value for name, value in schema.items() if name != "allOf"}
-            for part in parts:
-                schema = merged(schema, resolved(part, root))
-        else:
-            return schema
-    raise UnusableSchema(f"its references are more than {_REFERENCES_MAX} deep")
+            return self.resolved(merged(rest, _pointed(schema["$ref"], self.root)), depth + 1)
+        if "allOf" in schema:
+            made: Any = {name: value for name, value in schema.items() if name != "allOf"}
+            for part in schema["allOf"]:
+                made = merged(made, self.resolved(part, depth + 1))
+            return self.resolved(made, depth + 1)
+        return schema
 
 
 def _pointed(reference: str, root: Mapping[str, Any]) -> Any:

@@ -21,8 +21,8 @@ from tests.gateway.scripted import MODEL
 
 VOCAB_SIZE = 264
 TOKENIZER = load_tokenizer(MODEL)
-# What ends things is likelier, so that texts and lists do not go on for ever.
-CLOSERS = [ord(char) for char in '"]}<'] + sorted(TOKENIZER.eos_ids)
+# What ends things is likelier, so that texts and lists do not go on for ever; some patterns need a letter.
+CLOSERS = [ord(char) for char in '"]}<ab'] + sorted(TOKENIZER.eos_ids)
 
 
 _TAGS = [list(tag.encode()) for tag in ("</｜DSML｜parameter>", "</think>")]

@@ -95,6 +95,13 @@ def block(*calls):
     return f"\n\n<{DSML}tool_calls>\n{''.join(calls)}</{DSML}tool_calls>"
 
 
+def nested_schema(depth):
+    schema = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 EMPTY = f'<{DSML}invoke name="clock">\n\n</{DSML}invoke>\n'
 MUST = FORMAT.grammar(asking([WEATHER, CLOCK], tool_rule=ToolRule(must_call=True)))
 ONE = FORMAT.grammar(asking([WEATHER, CLOCK], tool_rule=ToolRule(must_call=True, parallel=False)))
@@ -187,6 +194,11 @@ def test_anchors_inside_are_refused(pattern):
         {"type": "object", "properties": {"a": {"if": {"const": 1}, "then": {}}}},
         {"type": "object", "required": ["a"], "additionalProperties": False},
         {"type": "object", "minProperties": 1},
+        {"anyOf": [{"$ref": "#"}]},
+        {"anyOf": [{"type": "object"}, {"$ref": "#"}, {"$ref": "#"}]},
+        {"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}, *({"$ref": "#/properties/a"},) * 8]}}},
+        {"type": "object", "properties": {"a": {"allOf": [{"$ref": "#/properties/a"}] * 2}}},
+        {"type": "object", "properties": {"a": {"items": nested_schema(200)}}},
         {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
         {
             "type": "object",
