@@ -5,25 +5,24 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROTOS := $(wildcard proto/antefix/v1/*.proto)
 PROTO_READY := antefix/v1/__init__.py
-PACKAGES := antefix prefill decode kvstore router kernels simulate
 
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-long lint fmt bench bench-peers proto clean
+.PHONY: setup demo test test-long test-wheel lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
 # torch comes first and pinned: a plain `torch` elsewhere in the list would pull gigabytes of CUDA packages.
-$(READY): pyproject.toml constraints.txt setup.py
+$(READY): pyproject.toml constraints.txt hatch_build.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Antefix needs Python 3.11 or newer, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-$(PROTO_READY): $(PROTOS) setup.py | $(READY)
-	$(BIN)/python -c 'import setup; setup.compile_protos()'
+$(PROTO_READY): $(PROTOS) proto/generate.py | $(READY)
+	$(BIN)/python proto/generate.py
 
 proto: $(PROTO_READY)
 
@@ -35,6 +34,10 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
+
+# Wheel and sdist in clean environments, everything from the package index: some minutes and 2 GB of disk.
+test-wheel: setup
+	$(BIN)/python -m pytest -m "long or not long" tests/wheel
 
 lint: setup
 	$(BIN)/ruff check .

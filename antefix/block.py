@@ -1,4 +1,4 @@
-"""Names of cached things: fingerprints and keyed, chained block hashes (docs/ARCHITECTURE.md, "Names").
+"""Names of cached things: fingerprints and keyed, chained block hashes (docs/FORMAT.md, "Names").
 
 Two requests share KV exactly when they share fingerprint, tenant key and every token up to and including the
 block. Nothing here is random or depends on a process: the golden test pins the bytes. Never sees tensors.
@@ -7,23 +7,71 @@ block. Nothing here is random or depends on a process: the golden test pins the 
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from enum import IntEnum, StrEnum
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from antefix.errors import InvalidRequest
-from antefix.layout import KVFormat, KVGeometry
 
 HASH_BYTES: Final = 32
+NAMES_VERSION: Final = 2
 # Version of how KV is written down; raising it makes every stored block a miss instead of a wrong hit.
-RECORD_VERSION: Final = 1
+PAYLOAD_VERSION: Final = 1
+# Between a tenant's name and its user's. Neither may hold control characters.
+USER_SEPARATOR: Final = "\x1f"
 _TOKEN_DTYPE: Final = np.dtype("<u4")
 
-Tokens = Sequence[int] | npt.NDArray[np.uint32]
+TokenArray = npt.NDArray[np.uint32]
+Tokens = Sequence[int] | TokenArray
+
+
+class Family(StrEnum):
+    """Whose KV it is. OPAQUE: an engine's pages in a layout that we do not know and never take apart."""
+
+    V4 = "deepseek_v4"
+    V41 = "deepseek_v41"
+    GQA = "gqa"
+    MLA = "mla"
+    OPAQUE = "opaque"
+
+    @property
+    def code(self) -> int:
+        """The number that stands for it in a record's header. Part of the format: never renumber."""
+        return _FAMILY_CODES[self]
+
+
+_FAMILY_CODES: Final = {Family.V4: 1, Family.V41: 2, Family.GQA: 3, Family.MLA: 4, Family.OPAQUE: 255}
+
+
+class HashKind(IntEnum):
+    """How block hashes are made. Values are part of the format: never renumber."""
+
+    CHAINED_BLAKE2B = 1
+
+
+class Geometry(Protocol):
+    """What decides whether two models' blocks have the same shape; `antefix.layout.KVGeometry` is V4's."""
+
+    def digest(self) -> bytes:
+        """16 bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Labels:
+    """What a record's header says of who made it, besides names. `Fingerprint.labels` makes them."""
+
+    family: int = 0
+    hash_kind: HashKind = HashKind.CHAINED_BLAKE2B
+    num_cards: int = 1
+
+
+NO_LABELS: Final = Labels()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,34 +79,65 @@ class Fingerprint:
     """All that must agree before KV may be shared. `digest` goes into every record and is compared at load.
 
     weights_revision: hash of the checkpoint's files.  tokenizer: hash of the tokenizer's files.
-    exactness: "exact", or "bounded-K" for KV computed after an approximate replay of K windows; and what computed it,
-    if that was not a CPU in float32: no two kinds of device or precision give the same bits, nor do a card's fast and
-    reproducible kernels.
+    exactness: "exact", or "bounded-K" for KV computed after an approximate replay of K windows.
+    arithmetic: what computed it. Equal strings mean equal bits; no two kinds of device or precision give the same ones,
+    nor do a card's fast and reproducible kernels.  num_cards: that computed it together, where it changes bits.
+    group: which of a model's cache groups, where an engine keeps several.  shard: "rank/ranks" of a group that is cut
+    over ranks; empty where all ranks have the same.
     """
 
     weights_revision: str
-    geometry: KVGeometry
-    kv_format: KVFormat
+    geometry: Geometry
+    kv_format: str
     tokenizer: str
     exactness: str = "exact"
+    arithmetic: str = "cpu-float32"
     namespace: str = "default"
+    family: Family = Family.V4
+    num_cards: int = 1
+    hash_kind: HashKind = HashKind.CHAINED_BLAKE2B
+    group: str = ""
+    shard: str = ""
+
+    @property
+    def statement(self) -> bytes:
+        """Everything above as JSON; what two fingerprints differ in can be read from theirs."""
+        fields = {
+            "arithmetic": self.arithmetic,
+            "exactness": self.exactness,
+            "family": self.family.value,
+            "geometry": self.geometry.digest().hex(),
+            "group": self.group,
+            "hash_kind": int(self.hash_kind),
+            "kv_format": str(self.kv_format),
+            "namespace": self.namespace,
+            "num_cards": self.num_cards,
+            "payload_version": PAYLOAD_VERSION,
+            "shard": self.shard,
+            "tokenizer": self.tokenizer,
+            "version": NAMES_VERSION,
+            "weights_revision": self.weights_revision,
+        }
+        return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode("ascii")
 
     @property
     def digest(self) -> bytes:
-        state = hashlib.blake2b(digest_size=HASH_BYTES, person=b"antefix-fingerpr")
-        for part in (
-            self.weights_revision.encode(),
-            self.geometry.digest(),
-            self.kv_format.value.encode(),
-            str(RECORD_VERSION).encode(),
-            self.tokenizer.encode(),
-            self.exactness.encode(),
-            self.namespace.encode(),
-        ):
-            # Length first: without it ("ab", "c") and ("a", "bc") would share a name.
-            state.update(len(part).to_bytes(4, "little"))
-            state.update(part)
-        return state.digest()
+        return digest_of(self.statement)
+
+    @property
+    def labels(self) -> Labels:
+        return Labels(family=self.family.code, hash_kind=self.hash_kind, num_cards=self.num_cards)
+
+
+def digest_of(statement: bytes) -> bytes:
+    """The fingerprint that a statement makes."""
+    return hashlib.blake2b(statement, digest_size=HASH_BYTES, person=b"antefix-name-v2").digest()
+
+
+def differing_fields(one: bytes, other: bytes) -> tuple[str, ...]:
+    """The names of the fields in which two statements differ, in order; of statements of this version of names."""
+    mine, theirs = json.loads(one), json.loads(other)
+    return tuple(sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)))
 
 
 CPU_FLOAT32: Final = "cpu-float32"
@@ -90,18 +169,15 @@ def check_arithmetic(arithmetic: str) -> str:
     return arithmetic
 
 
-def exactness_of(bounded_windows: int, arithmetic: str = CPU_FLOAT32) -> str:
-    """The fingerprint's `exactness`: who may take whose KV for its own.
-
-    bounded_windows: of approximate replays that the namespace allows; 0: none.  arithmetic: as `arithmetic_of` has it.
-    """
-    exactness = f"bounded-{bounded_windows}" if bounded_windows else "exact"
-    return exactness if arithmetic == CPU_FLOAT32 else f"{exactness}-{arithmetic}"
+def exactness_of(bounded_windows: int) -> str:
+    """The fingerprint's `exactness`. bounded_windows: of approximate replays that the namespace allows; 0: none."""
+    return f"bounded-{bounded_windows}" if bounded_windows else "exact"
 
 
 def tenant_key(secret: bytes, tenant: str) -> bytes:
     """The key that a tenant's block hashes are made with; `secret` is the deployment's, at least 16 bytes.
 
+    tenant: its name and, behind USER_SEPARATOR, its user's, of any length.
     Raises:  InvalidRequest: the secret is too short, or longer than BLAKE2b takes (64 bytes).
     """
     if not 16 <= len(secret) <= 64:

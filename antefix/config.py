@@ -1,6 +1,6 @@
 """Settings: one frozen dataclass a service, read from flags over environment over file over default.
 
-A field's metadata has its help and unit. A malformed value is fatal and says which one it is. Only `antefix.cli`
+A field's metadata has its help and unit. A malformed value is fatal and says which one it is. Only the command line
 hands in the environment; nothing else reads it.
 """
 

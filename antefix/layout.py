@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
 from antefix.errors import InvalidRequest
+from antefix.rope import read_ropes
 
 # Group sizes of the released inference code: FP8 entries scale in groups of 64, FP4 keys in groups of 32.
 FP8_GROUP = 64
@@ -149,13 +150,25 @@ class KVGeometry:
         """Tokens an entry of this layer; 0 for a window-only layer."""
         return {LayerKind.WINDOW: 0, LayerKind.CSA: self.csa_ratio, LayerKind.HCA: self.hca_ratio}[self.layers[layer]]
 
+    @cached_property
+    def replay_reach(self) -> tuple[int, ...]:
+        """Of each layer, how many of the last tokens before a block's end shape the window state there by their input.
+
+        A layer's own state is its last n_win window entries and, in a CSA layer, its last group's m overlap rows; and
+        its output feeds the layers above, each query by n_win - 1 tokens before its own. Global KV counts for nothing:
+        a replay reads it. The only place where this bound is derived: replays run by it and are planned by it. Sharp,
+        window entries that are stored but never read again included (tests/model traces and measures it).
+        """
+        reach: list[int] = []
+        for kind in reversed(self.layers):
+            own = max(self.window, self.csa_ratio) if kind is LayerKind.CSA else self.window
+            reach.append(max(own, reach[-1] + self.window - 1) if reach else own)
+        return tuple(reversed(reach))
+
     @property
     def replay_tokens(self) -> int:
-        """Tokens after which an exact replay's window state is exact: L * (n_win - 1), rounded up to blocks.
-
-        The bound is sharp (REFERENCES of the V4 report's zero strategy; tests/model measures it).
-        """
-        return -(-self.num_layers * (self.window - 1) // self.block_size) * self.block_size
+        """Tokens after which an exact replay's window state is exact: the first layer's reach, rounded up to blocks."""
+        return -(-self.replay_reach[0] // self.block_size) * self.block_size
 
     def digest(self) -> bytes:
         """16 bytes that name this geometry; part of the fingerprint."""
@@ -235,7 +248,9 @@ class BlockLayout:
 
     @cached_property
     def block_bytes(self) -> int:
-        return sum(part.nbytes for part in self.parts)
+        """Payload of a block. A model of window-only layers has no global KV; stores take no empty payload, so its
+        blocks have one zero byte: that they are there says that their tokens have been computed."""
+        return max(sum(part.nbytes for part in self.parts), 1)
 
     @property
     def bytes_per_token(self) -> float:
@@ -274,17 +289,13 @@ def _geometry_from_config(config: Mapping[str, Any]) -> KVGeometry:
     if config.get("model_type", "deepseek_v4") != "deepseek_v4":
         raise InvalidRequest(f"model_type must be deepseek_v4, is {config['model_type']!r}")
     head_dim = _positive(config, "head_dim")
-    rates = dict(config.get("compress_rates") or {})
-    rope_dim = config.get("qk_rope_head_dim")
-    if rope_dim is None:
-        rope_dim = int(head_dim * (config.get("partial_rotary_factor") or 64 / 512))
     return KVGeometry(
         layers=_layer_kinds(config),
         head_dim=head_dim,
-        rope_dim=int(rope_dim),
+        rope_dim=read_ropes(config, head_dim).dim,
         indexer_dim=_positive(config, "index_head_dim"),
-        csa_ratio=int(config.get("compress_rate_csa") or rates.get("compressed_sparse_attention", 4)),
-        hca_ratio=int(config.get("compress_rate_hca") or rates.get("heavily_compressed_attention", 128)),
+        csa_ratio=_ratio(config, "compress_rate_csa", "compressed_sparse_attention", 4),
+        hca_ratio=_ratio(config, "compress_rate_hca", "heavily_compressed_attention", 128),
         window=_positive(config, "sliding_window"),
     )
 
@@ -296,20 +307,38 @@ def _positive(config: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _ratio(config: Mapping[str, Any], legacy_name: str, name: str, default: int) -> int:
+    """Tokens an entry. The legacy field goes first, as in transformers."""
+    rates = config.get("compress_rates")
+    rates = {} if rates is None else rates
+    if not isinstance(rates, Mapping):
+        raise InvalidRequest(f"config field compress_rates must be an object, is {rates!r}")
+    legacy = config.get(legacy_name)
+    field, value = (f"compress_rates.{name}", rates.get(name, default)) if legacy is None else (legacy_name, legacy)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidRequest(f"config field {field} must be a positive integer, is {value!r}")
+    return value
+
+
+def per_layer(field: str, given: object, num_layers: int, known: Collection[object]) -> list[Any]:
+    """A config's list of one value for each layer; values beyond the last layer are cut off.
+
+    Raises:  InvalidRequest: not a list, too short, or with a value that is not known.
+    """
+    names = given if isinstance(given, list | tuple) else ()
+    unknown = sorted({repr(name) for name in names if not isinstance(name, Hashable) or name not in known})
+    if unknown or len(names) < num_layers:
+        raise InvalidRequest(
+            f"{field} must give {num_layers} of {', '.join(map(str, known))}, is {given!r:.200}; unknown: {unknown}"
+        )
+    return list(names[:num_layers])
+
+
 def _layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     num_layers = _positive(config, "num_hidden_layers")
-    if names := config.get("layer_types"):
-        unknown = sorted({name for name in names if name not in _LAYER_KINDS})
-        if unknown or len(names) < num_layers:
-            raise InvalidRequest(
-                f"layer_types must name {num_layers} layers of {sorted(_LAYER_KINDS)}; unknown: {unknown}"
-            )
-        return tuple(_LAYER_KINDS[name] for name in names[:num_layers])
-    if ratios := config.get("compress_ratios"):
-        unknown = sorted({ratio for ratio in ratios if ratio not in _LEGACY_RATIOS})
-        if unknown or len(ratios) < num_layers:
-            raise InvalidRequest(f"compress_ratios must give {num_layers} of 0, 4, 128; unknown: {unknown}")
-        return tuple(_LEGACY_RATIOS[ratio] for ratio in ratios[:num_layers])
+    for field, kinds in (("layer_types", _LAYER_KINDS), ("compress_ratios", _LEGACY_RATIOS)):
+        if (names := config.get(field)) is not None:
+            return tuple(kinds[name] for name in per_layer(field, names, num_layers, kinds))
     # V4-Pro's plan: two HCA layers, then HCA and CSA in turn (transformers' default).
     rest = (LayerKind.CSA if i % 2 else LayerKind.HCA for i in range(max(num_layers - 2, 0)))
     return (LayerKind.HCA,) * min(num_layers, 2) + tuple(rest)

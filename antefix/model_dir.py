@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from antefix.block import Fingerprint
+from antefix.block import CPU_FLOAT32, Fingerprint
 from antefix.errors import ModelError
 from antefix.layout import BlockLayout, KVFormat, KVGeometry
 
@@ -37,13 +37,23 @@ class ModelIdentity:
     def name(self) -> str:
         return self.path.name
 
-    def fingerprint(self, kv_format: KVFormat, *, namespace: str = "default", exactness: str = "exact") -> Fingerprint:
+    def fingerprint(
+        self,
+        kv_format: KVFormat,
+        *,
+        namespace: str = "default",
+        exactness: str = "exact",
+        arithmetic: str = CPU_FLOAT32,
+        num_cards: int = 1,
+    ) -> Fingerprint:
         return Fingerprint(
             weights_revision=self.weights_revision,
             geometry=self.geometry,
             kv_format=kv_format,
             tokenizer=self.tokenizer_revision,
             exactness=exactness,
+            arithmetic=arithmetic,
+            num_cards=num_cards,
             namespace=namespace,
         )
 

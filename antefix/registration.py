@@ -6,7 +6,6 @@ other tenants' prompts.
 
 from __future__ import annotations
 
-import hmac
 import time
 from dataclasses import dataclass
 from typing import Final
@@ -31,12 +30,15 @@ class Registration:
 
     def proof(self, keyring: Keyring) -> bytes:
         """32 bytes that only the secret's owners can make for this very statement."""
-        said = (self.role.encode(), self.address.encode(), self.fingerprint, self.instance)
-        return keyring.proof(b"register", *said, repr(float(self.ttl_s)).encode(), str(self.said_at_ms).encode())
+        return keyring.proof(*self._parts())
 
     def check(self, keyring: Keyring, proof: bytes) -> None:
         """Raises:  Unauthenticated: made without the deployment's secret, or too long ago."""
-        if not hmac.compare_digest(self.proof(keyring), proof):
+        if not keyring.proves(proof, *self._parts()):
             raise Unauthenticated("only workers with the deployment's secret may register")
         if abs(time.time() - self.said_at_ms / 1000) > AGE_S_MAX:
             raise Unauthenticated(f"the registration is more than {AGE_S_MAX:g} s old, or the clocks differ by as much")
+
+    def _parts(self) -> tuple[bytes, ...]:
+        said = (self.role.encode(), self.address.encode(), self.fingerprint, self.instance)
+        return (b"register", *said, repr(float(self.ttl_s)).encode(), str(self.said_at_ms).encode())

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from antefix.block import as_tokens
 from antefix.errors import InvalidRequest
+from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.v1 import worker_pb2
-from antefix.worker.report import RestoreReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

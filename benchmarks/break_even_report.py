@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from simulate.breakeven_plot import COLORS
-from simulate.plot import load_pyplot
+from antefix_simulate.breakeven_plot import COLORS
+from antefix_simulate.plot import load_pyplot
 
 BEGIN, END = "<!-- break-even services -->", "<!-- end of break-even services -->"
 

@@ -31,14 +31,14 @@ import numpy.typing as npt
 from break_even_report import plot_services, table, write_table
 from ttft import direct_read_rate
 
-from antefix.deployment import Deployment, DeploymentConfig
+from antefix.record import RecordKind
 from antefix.sampling import Sampling
-from antefix.store.api import RecordKind
 from antefix.store.client import RemoteStore
-from antefix.store.stats import read_stats
+from antefix.store.store_stats import read_stats
 from antefix.window import Plan, PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, parse
 from antefix.window.rates import LinearLaw
-from simulate.machine import Machine, carry_out, model_sizes
+from antefix_console.deployment import Deployment, DeploymentConfig
+from antefix_simulate.machine import Machine, carry_out, model_sizes
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "break_even_services.json"

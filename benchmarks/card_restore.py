@@ -24,20 +24,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from antefix.deployment import Deployment, DeploymentConfig
 from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, forward
 from antefix.model.norms_rope import inverse_frequencies
 from antefix.model_dir import ModelIdentity
-from antefix.store.api import LookupResult, PutResult, Record, RecordKind, Store
+from antefix.record import LookupResult, PutResult, Record, RecordKind
+from antefix.store.api import Store
 from antefix.store.client import LocalStore
-from antefix.verify.models import Subject
-from antefix.verify.runs import Workers, prompt_of
-from antefix.verify.stores import EmptyStore
 from antefix.window import PlanKind
-from antefix.worker.compute import ComputeThread
-from antefix.worker.engine import Engine
-from antefix.worker.prompt import ComputedPrompt, grow, run_prompt
+from antefix_console.deployment import Deployment, DeploymentConfig
+from antefix_console.verify.models import Subject
+from antefix_console.verify.paired_runs import WorkerPair, prompt_of
+from antefix_console.verify.stores import EmptyStore
+from antefix_prefill.run_prompt import ComputedPrompt, grow, run_prompt
+from antefix_prefill.worker.compute_thread import ComputeThread
+from antefix_prefill.worker.engine import Engine
 from benchmarks.store_peers import drop_cache
 from benchmarks.ttft import direct_read_rate
 
@@ -69,23 +70,29 @@ class TimedStore:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
         return result
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         found: LookupResult = await self._timed("lookup", self.store.lookup(chain, fingerprint=fingerprint))
         return found
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
-        read: int = await self._timed("read", self.store.get_blocks(hashes, into, fingerprint=fingerprint))
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        read: int = await self._timed(
+            "read", self.store.get_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
+        )
         return read
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
-        data: bytes | None = await self._timed("checkpoint", self.store.get(kind, hash, fingerprint=fingerprint))
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        data: bytes | None = await self._timed(
+            "checkpoint", self.store.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
+        )
         return data
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         return await self.store.put(records)
 
-    async def register(self, fingerprint: bytes, layout: Any) -> None:
-        await self.store.register(fingerprint, layout)
+    async def register(self, fingerprint: bytes, layout: Any, *, statement: bytes = b"") -> None:
+        await self.store.register(fingerprint, layout, statement=statement)
 
     async def close(self) -> None:
         await self.store.close()
@@ -139,7 +146,7 @@ class Bench:
         return self.random.integers(0, self.subject.identity.vocab_size, num_tokens).astype(np.uint32)
 
     def worker(self, store: Store, num_tokens: int, kind: PlanKind, *, reproducible: bool = False) -> Engine:
-        workers = Workers(self.subject, self.compute, self.args.chunk, reproducible=reproducible)
+        workers = WorkerPair(self.subject, self.compute, self.args.chunk, reproducible=reproducible)
         return workers.new(store, num_tokens + 2 * self.subject.block_size, kind=kind)
 
     async def prompt(self, engine: Engine, tokens: Any) -> tuple[ComputedPrompt, float]:

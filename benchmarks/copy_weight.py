@@ -15,10 +15,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from antefix_router.placement.policy import LeastWork
+from antefix_simulate.baselines import ALL_POLICIES
+from antefix_simulate.cluster_result import PolicyResult
+from antefix_simulate.trace import Trace
 from benchmarks.policies import run, traces
-from router.policy import POLICIES, LeastWork
-from simulate.cluster_result import PolicyResult
-from simulate.trace import Trace
 
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0)
 BASELINES = ("lmetric", "dynamo_linear", "sglang_threshold", "rendezvous")
@@ -42,9 +43,9 @@ def sweep(name: str, trace: Trace, workers: int) -> dict[str, PolicyResult]:
     found = {}
     for weight in WEIGHTS:
         label = f"least_work, weight {weight:g}"
-        POLICIES[label] = lambda seed, weight=weight: LeastWork(seed, compute_weight=weight)  # type: ignore[misc]
+        ALL_POLICIES[label] = lambda seed, weight=weight: LeastWork(seed, compute_weight=weight)  # type: ignore[misc]
         found[label] = run(name, trace, label, workers, SPEEDUPS[name], shared_store=False)
-        del POLICIES[label]
+        del ALL_POLICIES[label]
     for policy in BASELINES:
         found[policy] = run(name, trace, policy, workers, SPEEDUPS[name], shared_store=False)
     return found

@@ -16,10 +16,10 @@ import time
 from dataclasses import replace
 
 from antefix.window import parse
-from simulate.cluster import Fleet, simulate_cluster
-from simulate.cluster_cli import copies
-from simulate.generate import SHAPES, generate
-from simulate.machine import model_sizes
+from antefix_console.commands.simulate_cluster import copies
+from antefix_simulate.cluster import Fleet, simulate_cluster
+from antefix_simulate.generated_traces import SHAPES, generate
+from antefix_simulate.machine import model_sizes
 
 UNIT_TOKENS = 2048
 DOCUMENT_TOKENS = 200_000

@@ -25,16 +25,16 @@ import numpy as np
 
 from antefix import rpc
 from antefix.model_dir import identify
+from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.secret import create_secret_file
-from antefix.store.open import StoreAddress, open_store
+from antefix.store.open_store import StoreAddress, open_store
 from antefix.tokenizer import load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import sampling_to_wire, tokens_to_wire
-from antefix.worker.report import RestoreReport
-from router.gateway.app import start_http
-from router.generate import Generation, Piece
-from router.server import RouterConfig, RouterServicer
+from antefix_router.gateway.app import start_http
+from antefix_router.generation import Generation, Piece
+from antefix_router.server import RouterConfig, RouterServicer
 
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 1024, 16
 CONCURRENT = 32
@@ -197,7 +197,7 @@ async def main() -> None:
             *(sys.executable, __file__, "--model", str(args.model), "--serve", scratch),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[1]), *sys.path))},
         )
         assert process.stdin is not None and process.stdout is not None
         ready = json.loads(await process.stdout.readline())

@@ -14,16 +14,16 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+from decode.grammar import Grammars, Matcher
+from decode.penalties import Penalties
+from router.chat.grammar import json_grammar
 
 from antefix.grammar import Vocabulary
 from antefix.sampling import Sampling
 from antefix.tokenizer import ByteTokenizer
-from decode.grammar import Grammars, Matcher
-from decode.penalties import Penalties
-from decode.sampling import Sampler
-from router.chat.deepseek_v4 import DeepSeekV4Format
-from router.chat.grammar import json_grammar
-from router.chat.messages import Conversation, Message, Role, ToolRule
+from antefix_decode.sampling import Sampler
+from antefix_router.chat.deepseek_v4 import DeepSeekV4Format
+from antefix_router.chat.messages import Conversation, Message, Role, ToolRule
 
 VOCAB_SIZE = 129_280
 SCHEMA = {

@@ -15,8 +15,22 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from antefix_kernels import (
+    decode_attention as attention,
+)
+from antefix_kernels import (
+    gather,
+    operands,
+    pack,
+    topk,
+)
+from antefix_kernels import (
+    index_scores as indexer,
+)
+from antefix_kernels import (
+    prefill_attention as prefill,
+)
 from benchmarks import kernels_eager as eager
-from kernels import attention, gather, indexer, operands, pack, prefill, topk
 
 DEVICE = "cuda"
 CACHE_BYTES = 50 << 20

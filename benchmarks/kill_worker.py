@@ -13,12 +13,12 @@ import json
 import sys
 
 from antefix.window import parse
+from antefix_console.commands.simulate_cluster import copies
+from antefix_simulate.cluster import Fleet, simulate_cluster
+from antefix_simulate.cluster_result import PolicyResult
+from antefix_simulate.machine import model_sizes
+from antefix_simulate.trace import Trace
 from benchmarks.policies import traces
-from simulate.cluster import Fleet, simulate_cluster
-from simulate.cluster_cli import copies
-from simulate.cluster_result import PolicyResult
-from simulate.machine import model_sizes
-from simulate.trace import Trace
 
 NUM_WORKERS = 8
 KILL_S = 300.0

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from antefix.deployment import Deployment, DeploymentConfig
 from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, init_weights, save_model
 from antefix.sampling import Sampling
 from antefix.store.client import RemoteStore
-from antefix.store.stats import read_stats
+from antefix.store.store_stats import read_stats
 from antefix.tokenizer import load_tokenizer
+from antefix_console.deployment import Deployment, DeploymentConfig
 
 ROOT = Path(__file__).parents[1]
 QUESTION_TOKENS = 40

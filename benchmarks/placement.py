@@ -19,10 +19,10 @@ import numpy as np
 
 from antefix.block import chain_of
 from antefix.secret import Keyring
-from router.directory import Directory
-from router.naming import Names
-from router.policy import POLICIES, make_policy
-from router.workers import Role, Worker, Workers
+from antefix_router.naming import Names
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.workers import Role, Worker, Workers
+from antefix_simulate.baselines import ALL_POLICIES, make_policy
 
 BLOCK_SIZE = 128
 FINGERPRINT = b"f" * 32
@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=1_000_000, help="known to the directory")
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--decisions", type=int, default=1000)
-    parser.add_argument("--policy", choices=sorted(POLICIES), default="least_work")
+    parser.add_argument("--policy", choices=sorted(ALL_POLICIES), default="least_work")
     parser.add_argument("--guess", action="store_true", help="workers do not tell what they hold: the router notes it")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

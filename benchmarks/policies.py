@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from antefix.window import parse
-from router.policy import POLICIES
-from simulate.cluster import Fleet, simulate_cluster
-from simulate.cluster_cli import UNIT_TOKENS, copies
-from simulate.cluster_result import PolicyResult
-from simulate.machine import model_sizes
-from simulate.plot import load_pyplot
-from simulate.trace import Trace, load
+from antefix_console.commands.simulate_cluster import UNIT_TOKENS, copies
+from antefix_simulate.baselines import ALL_POLICIES
+from antefix_simulate.cluster import Fleet, simulate_cluster
+from antefix_simulate.cluster_result import PolicyResult
+from antefix_simulate.machine import model_sizes
+from antefix_simulate.plot import load_pyplot
+from antefix_simulate.trace import Trace, load
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
 # Half of the agents' requests come in this time.
@@ -91,7 +91,7 @@ def scenes(args: argparse.Namespace) -> list[dict[str, Any]]:
                 for workers in args.workers:
                     scene = {"trace": name, "store": shared_store, "load": load_name, "workers": workers}
                     policies = {}
-                    for policy in args.policy or POLICIES:
+                    for policy in args.policy or ALL_POLICIES:
                         begun = time.monotonic()
                         policies[policy] = asdict(run(name, trace, policy, workers, start, shared_store=shared_store))
                         sys.stderr.write(f"{scene} {policy}: {time.monotonic() - begun:.0f} s\n")

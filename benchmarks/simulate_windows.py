@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from antefix.window import parse
-from simulate.breakeven import break_even, break_even_text
-from simulate.machine import RATE_CARDS, Machine, model_sizes
-from simulate.plot import plot
-from simulate.replay import Setup, simulate, store_hit_tokens
-from simulate.report import as_text
-from simulate.result import Simulation
-from simulate.store import StoreLimits
-from simulate.trace import load
+from antefix_simulate.breakeven import break_even, break_even_text
+from antefix_simulate.machine import RATE_CARDS, Machine, model_sizes
+from antefix_simulate.plot import plot
+from antefix_simulate.replay_result import Simulation
+from antefix_simulate.result_table import as_text
+from antefix_simulate.simulated_store import StoreLimits
+from antefix_simulate.trace import load
+from antefix_simulate.trace_replay import Setup, simulate, store_hit_tokens
 
 STRATEGIES = ("auto", "boundary", "periodic(2048)", "periodic(8192)", "full", "zero")
 

@@ -28,12 +28,12 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.clients import RouterClient
-from antefix.deployment import Deployment, DeploymentConfig, RoleProcess
 from antefix.errors import AntefixError
 from antefix.layout import KVFormat
-from antefix.reference import Reference
 from antefix.sampling import Sampling
-from simulate.trace import Request, load
+from antefix_console.bare_model import Reference
+from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
+from antefix_simulate.trace import TraceRequest, load
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
@@ -234,7 +234,7 @@ class Soak:
 
 def playable(path: Path, rng: random.Random) -> Iterator[list[Tokens]]:
     """The trace's conversations without end, in an order by chance; each time round with other tokens."""
-    sessions: dict[str, list[Request]] = {}
+    sessions: dict[str, list[TraceRequest]] = {}
     for request in load(path, "claude-code", block_size=64).requests:
         sessions.setdefault(request.session, []).append(request)
     system = np.random.default_rng(0).integers(0, 256, SYSTEM_TOKENS).astype(np.uint32)
@@ -244,7 +244,7 @@ def playable(path: Path, rng: random.Random) -> Iterator[list[Tokens]]:
             yield [prompt for prompt in found if len(prompt) <= PROMPT_TOKENS_MAX]
 
 
-def tokens_of(request: Request, salt: int, system: Tokens) -> Tokens:
+def tokens_of(request: TraceRequest, salt: int, system: Tokens) -> Tokens:
     """A token for each hash: equal beginnings stay equal."""
     mixed = (request.names.astype(np.uint64) + np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
     own = (mixed >> np.uint64(56)).astype(np.uint32)

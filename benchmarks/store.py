@@ -28,18 +28,18 @@ import numpy as np
 import xxhash
 
 from antefix.block import Chain, chain_of
-from antefix.commands.bench import add_store_arguments
 from antefix.layout import BlockLayout
-from antefix.store import codec
+from antefix.record import Record, RecordKind
 from antefix.store.allocator import keep_large_buffers
-from antefix.store.api import Record, RecordKind
+from antefix.store_files import codec
+from antefix_console.commands.bench import add_store_arguments
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from benchmarks.store_limits import DIRECT_READERS, WARM_READERS, direct_read, drop_cache, raw_write, seconds, warm_read
 from benchmarks.store_payloads import blocks, layout_of
 from benchmarks.store_peers import MODULES, PEERS
 from benchmarks.store_remote import measure_remote
 from benchmarks.store_scale import memory_kib, reset_peak_memory, scale_figures
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
 
 BLOCK_TOKENS = 128
 NUM_BLOCKS = 1024

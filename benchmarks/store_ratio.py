@@ -21,7 +21,7 @@ from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model import BlockPool, load_model
 from antefix.model.runner import forward
 from antefix.model.window_state import Sequence, WindowState
-from antefix.store import codec
+from antefix.store_files import codec
 from benchmarks.store_payloads import blocks, layout_of
 
 CHUNK_TOKENS = 256

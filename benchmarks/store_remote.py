@@ -25,7 +25,7 @@ import xxhash
 from grpc.experimental import ChannelOptions
 
 from antefix.block import Chain
-from antefix.store.api import Record
+from antefix.record import Record
 from antefix.store.client import RemoteStore
 
 MIB = 1 << 20
@@ -72,7 +72,7 @@ def measure_remote(
     plain = directory / "plain"
     plain.write_bytes(payloads.data)
     bare = subprocess.Popen([sys.executable, "-c", BARE_SERVER], stdout=subprocess.PIPE, text=True)
-    command = [sys.executable, "-m", "antefix", "serve", "kvstore", "--dir", str(directory / "remote")]
+    command = [sys.executable, "-m", "antefix_console", "serve", "kvstore", "--dir", str(directory / "remote")]
     served = subprocess.Popen(
         [*command, "--budget-bytes", "8g"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

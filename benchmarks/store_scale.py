@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from antefix.block import chain_of
-from antefix.store.api import Record, RecordKind
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix.record import Record, RecordKind
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 
 FINGERPRINT = b"F" * 32
 BLOCK_TOKENS = 128
@@ -26,8 +26,8 @@ SMALL_BYTES = 64
 OPEN = """
 import json, sys, time
 from benchmarks.store_scale import memory_kib
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 before = memory_kib("VmRSS")
 start = time.perf_counter()
 engine = Engine(KvStoreConfig(dir=sys.argv[1], budget_bytes=8 << 30, compression="off"))

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from antefix.window import parse
 from antefix.window.auto import NEW_GROUND_RATIO, NEW_GROUND_TOKENS
-from simulate.machine import RATE_CARDS, Machine, model_sizes
-from simulate.replay import Setup, simulate
-from simulate.report import align
-from simulate.store import StoreLimits
-from simulate.trace import Trace, load
+from antefix_simulate.machine import RATE_CARDS, Machine, model_sizes
+from antefix_simulate.result_table import align
+from antefix_simulate.simulated_store import StoreLimits
+from antefix_simulate.trace import Trace, load
+from antefix_simulate.trace_replay import Setup, simulate
 
 SOURCES = (
     ("agents", "claude_code_80.jsonl.gz", "claude-code"),

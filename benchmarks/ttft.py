@@ -23,10 +23,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from antefix.deployment import Deployment, DeploymentConfig
 from antefix.layout import BlockLayout, KVFormat
 from antefix.model_dir import identify
 from antefix.sampling import Sampling
+from antefix_console.deployment import Deployment, DeploymentConfig
 
 ROOT = Path(__file__).parents[1]
 QUESTION_TOKENS = 40

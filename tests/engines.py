@@ -8,14 +8,14 @@ import torch
 from antefix.errors import Unavailable
 from antefix.model import BlockPool, load_model
 from antefix.model_dir import identify
+from antefix.record import BlockFate, Fate, LookupResult, PutResult, RecordKind
 from antefix.secret import Keyring
-from antefix.store.api import BlockFate, Fate, LookupResult, PutResult, RecordKind
 from antefix.window import Rates, RestorePlanner, Sizes, parse
 from antefix.window.rates import RatePriors
-from antefix.worker.compute import ComputeThread
-from antefix.worker.engine import Engine
-from antefix.worker.resident import ResidentBlocks
-from antefix.worker.restore import Prompt
+from antefix_prefill.restore import Prompt
+from antefix_prefill.worker.compute_thread import ComputeThread
+from antefix_prefill.worker.engine import Engine
+from antefix_prefill.worker.resident_blocks import ResidentBlocks
 
 MODEL = Path(__file__).parents[1] / "models" / "antefix-tiny"
 
@@ -33,7 +33,7 @@ class MemoryStore:
         if call in self.broken:
             raise Unavailable(f"{call} is broken")
 
-    async def lookup(self, chain, *, fingerprint, tenant=""):
+    async def lookup(self, chain, *, fingerprint, tenant=b""):
         self.check("lookup")
         num = 0
         while num < len(chain) and (RecordKind.BLOCK, chain[num]) in self.records:
@@ -46,7 +46,7 @@ class MemoryStore:
         stored = (RecordKind.BLOCK, hash) in self.records
         return BlockFate(fate=Fate.STORED if stored else self.fates.get(hash, Fate.UNKNOWN))
 
-    async def get_blocks(self, hashes, into, *, fingerprint):
+    async def get_blocks(self, hashes, into, *, fingerprint, tenant=b""):
         self.check("get_blocks")
         for index, (name, row) in enumerate(zip(hashes, into, strict=True)):
             payload = self.records.get((RecordKind.BLOCK, name))
@@ -55,7 +55,7 @@ class MemoryStore:
             row[:] = payload
         return len(hashes)
 
-    async def get(self, kind, hash, *, fingerprint):
+    async def get(self, kind, hash, *, fingerprint, tenant=b""):
         self.check("get")
         return self.records.get((kind, hash))
 
@@ -66,7 +66,7 @@ class MemoryStore:
             self.puts.append((record.kind, record.position))
         return PutResult(num_stored=len(records), num_existing=0)
 
-    async def register(self, fingerprint, layout):
+    async def register(self, fingerprint, layout, *, statement=b""):
         pass
 
     async def close(self):

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Final
 
-from antefix.events.log import KEY_BYTES, MemoryBatch, MemoryEvent, MemoryEventKind, MemoryLog
+from antefix.events.memory_log import KEY_BYTES, MemoryBatch, MemoryEvent, MemoryEventKind, MemoryLog
 from antefix.events.redis_stream import ALIVE, Fields, StreamPublisher, StreamReader
 
 # An entry is at most 8 KiB: a shard's stream takes 32 MiB at most.

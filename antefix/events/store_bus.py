@@ -14,9 +14,9 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from antefix.events.log import KEY_BYTES
+from antefix.events.memory_log import KEY_BYTES
 from antefix.events.redis_stream import ALIVE, Fields, NumberedLog, StreamPublisher, StreamReader
-from antefix.store.watch import Cursor, StoreEvent, StoreEventKind, WatchBatch
+from antefix.store.store_watch import Cursor, StoreEvent, StoreEventKind, WatchBatch
 
 
 class Told(Protocol):

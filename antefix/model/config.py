@@ -1,7 +1,8 @@
 """A model's config.json, checked and frozen. Knows numbers and names, never tensors or files of weights.
 
 Reads what transformers' DeepseekV4Config writes and the spellings of released checkpoints (`compress_ratios`,
-`num_hash_layers`, `qk_rope_head_dim`, `rope_scaling`).
+`num_hash_layers`, `qk_rope_head_dim`, `rope_scaling`). A config is computed as its references do, or refused by the
+field's name, or loaded with a note; docs/MODEL_CONFIGS.md says which and why.
 """
 
 from __future__ import annotations
@@ -13,28 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from antefix.errors import InvalidRequest, ModelError
-from antefix.layout import KVGeometry
+from antefix.layout import KVGeometry, per_layer
+from antefix.rope import RopeConfig, YarnScaling, read_ropes
 
-SCORING_FUNCTIONS = ("sqrtsoftplus", "softmax", "sigmoid")
+__all__ = ["SCORING_FUNCTIONS", "ModelConfig", "RopeConfig", "YarnScaling", "read_config"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class YarnScaling:
-    """YaRN's stretch of the compressed branches' RoPE (arXiv 2309.00071); no attention factor in V4."""
-
-    factor: float
-    original_max_positions: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """One RoPE: its base and, where contexts are stretched, how. `attention_factor` scales cos and sin."""
-
-    theta: float
-    yarn: YarnScaling | None = None
-    attention_factor: float = 1.0
+# Not softmax: transformers cannot run it with V4, so there is nothing to hold ours against (DeepSeek's own code does
+# not norm its weights, as it does the others').
+SCORING_FUNCTIONS = ("sqrtsoftplus", "sigmoid")
+# A head's vote is zero for half of the entries (ReLU), so with n heads about one score in 2^n is zero.
+_FEW_HEADS = 8
+# Other names of two fields, which transformers reads too.
+_ALIASES = {"moe_intermediate_size": "intermediate_size", "n_routed_experts": "num_local_experts"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +34,7 @@ class ModelConfig:
 
     hash_routed[l]: layer l's experts come from a token-id table instead of a learned top-k.
     eos_token_ids: any of them ends an answer.
+    notes: what of the config is ignored, or computed otherwise than by transformers; said once when a model loads.
     """
 
     geometry: KVGeometry
@@ -72,6 +64,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    notes: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -113,12 +106,25 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
         raise ModelError(f"model_type must be deepseek_v4, is {config.get('model_type')!r}")
     if config.get("quantization_config"):
         raise ModelError("quantised checkpoints cannot be loaded; convert the weights to bfloat16 or float32 first")
-    _require(config, "hidden_act", "silu", "silu")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ModelError(f"config field hidden_act must be 'silu', is {config['hidden_act']!r}")
     _require(config, "num_key_value_heads", 1, 1)
     _require(config, "n_shared_experts", 1, 1)
-    for name in ("attention_bias", "mlp_bias"):
-        _require(config, name, False, False)
+    _require(config, "mlp_bias", False, False)
+    _require(config, "is_causal", True, True)
+    if config.get("per_layer_config"):
+        raise ModelError("config field per_layer_config cannot be honoured: all layers of a kind are alike here")
     geometry = KVGeometry.from_config(config)
+    ropes = read_ropes(config, geometry.head_dim)
+    notes = ropes.notes
+    if _flag(config, "attention_bias"):
+        notes += ("attention_bias is ignored, as transformers ignores it: V4's attention has no biases",)
+    index_num_heads = _count(config, "index_n_heads", 64)
+    if index_num_heads < _FEW_HEADS:
+        notes += (
+            f"index_n_heads {index_num_heads}: with so few heads many index scores are exactly zero; of equal ones the"
+            " oldest are kept here, whichever torch.topk returns in transformers",
+        )
     parsed = ModelConfig(
         geometry=geometry,
         vocab_size=_count(config, "vocab_size", 129280),
@@ -127,26 +133,28 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
         q_lora_rank=_count(config, "q_lora_rank", 1024),
         o_groups=_count(config, "o_groups", 8),
         o_lora_rank=_count(config, "o_lora_rank", 1024),
-        index_num_heads=_count(config, "index_n_heads", 64),
+        index_num_heads=index_num_heads,
         index_topk=_count(config, "index_topk", 512),
         moe_intermediate_size=_count(config, "moe_intermediate_size", 2048),
         num_experts=_count(config, "n_routed_experts", 256),
         num_experts_per_token=_count(config, "num_experts_per_tok", 6),
         scoring_func=str(config.get("scoring_func", "sqrtsoftplus")),
-        routed_scaling_factor=_number(config, "routed_scaling_factor", 1.5),
+        routed_scaling_factor=_number(config, "routed_scaling_factor", 1.5, zero=True),
         swiglu_limit=_number(config, "swiglu_limit", 10.0),
         hash_routed=_hash_routed(config, geometry.num_layers),
         hc_mult=_count(config, "hc_mult", 4),
-        hc_sinkhorn_iters=_count(config, "hc_sinkhorn_iters", 20),
-        hc_eps=_number(config, "hc_eps", 1e-6),
-        rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
-        rope_main=_rope(config, "main", _number(config, "rope_theta", 10000.0)),
-        rope_compress=_rope(config, "compress", _number(config, "compress_rope_theta", 160000.0)),
+        # The first iteration is always run, in the references too: 0 means 1.
+        hc_sinkhorn_iters=max(_count(config, "hc_sinkhorn_iters", 20, least=0), 1),
+        hc_eps=_number(config, "hc_eps", 1e-6, zero=True),
+        rms_norm_eps=_number(config, "rms_norm_eps", 1e-6, zero=True),
+        rope_main=ropes.main,
+        rope_compress=ropes.compress,
         max_position_embeddings=_count(config, "max_position_embeddings", 1048576),
-        bos_token_id=config.get("bos_token_id", 0),
+        bos_token_id=_bos(config.get("bos_token_id", 0)),
         eos_token_ids=_eos(config.get("eos_token_id", 1)),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        initializer_range=_number(config, "initializer_range", 0.02),
+        tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+        initializer_range=_number(config, "initializer_range", 0.02, zero=True),
+        notes=notes,
     )
     _check(parsed)
     return parsed
@@ -156,11 +164,16 @@ def _check(config: ModelConfig) -> None:
     if config.scoring_func not in SCORING_FUNCTIONS:
         raise ModelError(f"scoring_func must be one of {SCORING_FUNCTIONS}, is {config.scoring_func!r}")
     if config.num_experts_per_token > config.num_experts:
-        raise ModelError(f"num_experts_per_tok {config.num_experts_per_token} exceeds {config.num_experts} experts")
+        raise ModelError(
+            f"num_experts_per_tok {config.num_experts_per_token} exceeds n_routed_experts {config.num_experts}"
+        )
     if config.num_heads * config.geometry.head_dim % config.o_groups:
-        raise ModelError(f"o_groups {config.o_groups} must divide heads times head_dim")
+        raise ModelError(f"o_groups {config.o_groups} must divide num_attention_heads times head_dim")
     if config.geometry.rope_dim > config.geometry.indexer_dim:
-        raise ModelError(f"index_head_dim must be at least the RoPE dim {config.geometry.rope_dim}")
+        raise ModelError(
+            f"index_head_dim must be at least the {config.geometry.rope_dim} RoPE dims that partial_rotary_factor or"
+            f" qk_rope_head_dim gives, is {config.geometry.indexer_dim}"
+        )
 
 
 def _require(config: Mapping[str, Any], name: str, default: object, wanted: object) -> None:
@@ -168,51 +181,52 @@ def _require(config: Mapping[str, Any], name: str, default: object, wanted: obje
         raise ModelError(f"config field {name} must be {wanted!r}, is {config[name]!r}")
 
 
-def _count(config: Mapping[str, Any], name: str, default: int) -> int:
-    value = config.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"config field {name} must be a positive integer, is {value!r}")
+def _flag(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name, False)
+    if not isinstance(value, bool):
+        raise ModelError(f"config field {name} must be true or false, is {value!r}")
     return value
 
 
-def _number(config: Mapping[str, Any], name: str, default: float) -> float:
+def _count(config: Mapping[str, Any], name: str, default: int, *, least: int = 1) -> int:
     value = config.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ModelError(f"config field {name} must be a positive number, is {value!r}")
+    alias = _ALIASES.get(name, "")
+    if alias in config:
+        if name in config and config[alias] != value:
+            raise ModelError(f"config fields {name} ({value!r}) and {alias} ({config[alias]!r}) are one and must agree")
+        name, value = alias, config[alias]
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        kind = "a positive" if least else "a non-negative"
+        raise ModelError(f"config field {name} must be {kind} integer, is {value!r}")
+    return value
+
+
+def _number(config: Mapping[str, Any], name: str, default: float, *, zero: bool = False) -> float:
+    value = config.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not (value > 0 or (zero and value == 0)):
+        kind = "zero or a positive" if zero else "a positive"
+        raise ModelError(f"config field {name} must be {kind} number, is {value!r}")
     return float(value)
 
 
 def _hash_routed(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:
-    if names := config.get("mlp_layer_types"):
-        unknown = sorted(set(names) - {"hash_moe", "moe"})
-        if unknown or len(names) < num_layers:
-            raise ModelError(f"mlp_layer_types must name {num_layers} of hash_moe, moe; unknown: {unknown}")
-        return tuple(name == "hash_moe" for name in names[:num_layers])
+    if (names := config.get("mlp_layer_types")) is not None:
+        return tuple(
+            name == "hash_moe" for name in per_layer("mlp_layer_types", names, num_layers, ("hash_moe", "moe"))
+        )
     # transformers' default for configs of released checkpoints, which give a number instead.
-    num_hash = int(config.get("num_hash_layers", 3))
+    num_hash = config.get("num_hash_layers")
+    if num_hash is None:
+        num_hash = 3
+    if not isinstance(num_hash, int):
+        raise ModelError(f"config field num_hash_layers must be an integer, is {num_hash!r}")
     return tuple(layer < num_hash for layer in range(num_layers))
 
 
-def _rope(config: Mapping[str, Any], label: str, theta: float) -> RopeConfig:
-    """`label` is main (window-only layers: never scaled) or compress (CSA, HCA and indexer)."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    nested = given.get(label)
-    params: Mapping[str, Any] = nested if isinstance(nested, Mapping) else given
-    if nested is None and label == "main":
-        return RopeConfig(theta=theta)
-    kind = params.get("rope_type", params.get("type", "default"))
-    theta = float(params.get("rope_theta", theta)) if nested is not None else theta
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind != "yarn":
-        raise ModelError(f"rope type of {label} must be default or yarn, is {kind!r}")
-    yarn = YarnScaling(
-        factor=_number(params, "factor", 1.0),
-        original_max_positions=_count(params, "original_max_position_embeddings", 65536),
-        beta_fast=_number(params, "beta_fast", 32.0),
-        beta_slow=_number(params, "beta_slow", 1.0),
-    )
-    return RopeConfig(theta=theta, yarn=yarn, attention_factor=float(params.get("attention_factor", 1.0)))
+def _bos(value: object) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise ModelError(f"config field bos_token_id must be a token id, is {value!r}")
+    return value
 
 
 def _eos(value: object) -> tuple[int, ...]:

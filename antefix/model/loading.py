@@ -6,6 +6,7 @@ A load is all or nothing: every tensor is accounted for by name and shape before
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import torch
@@ -17,8 +18,10 @@ from antefix.errors import ConfigError, ModelError
 from antefix.layout import KVFormat
 from antefix.model.config import ModelConfig, read_config
 from antefix.model.model import Model
-from antefix.model.names import Target, checkpoint_name, expert_name, target_of
+from antefix.model.names import TensorTarget, checkpoint_name, expert_name, target_of
 from antefix.model.norms_rope import inverse_frequencies
+
+log = logging.getLogger("antefix.model")
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -39,6 +42,8 @@ def load_model(
     check_device(device)
     directory = Path(path)
     config = ModelConfig.from_dir(directory)
+    for note in config.notes:
+        log.warning("%s: %s", directory / "config.json", note)
     with torch.device("meta"):
         model = Model(config, kv_format=kv_format)
     files = checkpoint_files(directory)
@@ -155,7 +160,7 @@ def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
         raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, the config asks for {list(shape)}")
 
 
-def _part_shape(target: Target, stack: torch.Size) -> torch.Size:
+def _part_shape(target: TensorTarget, stack: torch.Size) -> torch.Size:
     return torch.Size((stack[1], stack[2]) if target.part == 2 else (stack[1] // 2, stack[2]))
 
 

@@ -44,7 +44,7 @@ class HyperConnection(nn.Module):
 
     def _on_card(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same; post and comb stay float32."""
-        from kernels import tokens
+        from antefix_kernels import tokens
 
         logits = tokens.mixing_logits(streams_NMD, self.fn, self.norm_eps)
         num_streams = streams_NMD.shape[1]
@@ -71,7 +71,7 @@ class HyperHead(nn.Module):
 def mixing_logits(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
     """RMS-normed streams [N, M * D] times fn [J, M * D]: [N, J]. The norm is a factor a row, so it goes last."""
     if has_kernels(streams_NMD):
-        from kernels.tokens import mixing_logits as card_logits
+        from antefix_kernels.tokens import mixing_logits as card_logits
 
         return card_logits(streams_NMD, fn, eps)
     flat = streams_NMD.flatten(1).to(wide(streams_NMD.dtype))
@@ -81,7 +81,7 @@ def mixing_logits(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
 def collapse(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
     """The streams' weighted sum, [N, D]."""
     if has_kernels(streams_NMD):
-        from kernels.tokens import collapse as card_collapse
+        from antefix_kernels.tokens import collapse as card_collapse
 
         return card_collapse(streams_NMD, pre_NM.float().contiguous())
     return torch.bmm(pre_NM.to(streams_NMD.dtype).unsqueeze(1), streams_NMD).squeeze(1)
@@ -90,7 +90,7 @@ def collapse(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
 def expand(streams_NMD: Tensor, output_ND: Tensor, post_NM: Tensor, comb_NMM: Tensor) -> Tensor:
     """New streams: the old ones mixed (over comb's first axis) plus the block's output, spread by `post`."""
     if has_kernels(streams_NMD):
-        from kernels.tokens import expand as card_expand
+        from antefix_kernels.tokens import expand as card_expand
 
         return card_expand(streams_NMD, output_ND, post_NM, comb_NMM)
     # contiguous: bmm runs strided batches one by one.

@@ -86,7 +86,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         if has_kernels(x_ND):
-            from kernels.tokens import swiglu
+            from antefix_kernels.tokens import swiglu
 
             halves = linear(x_ND, self.gate_proj.weight), linear(x_ND, self.up_proj.weight)
             return linear(swiglu(torch.cat(halves, dim=1), self.limit), self.down_proj.weight)
@@ -114,8 +114,8 @@ class MoE(nn.Module):
 
     def _on_card(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """All experts in one product; the host never asks which were picked."""
-        from kernels import linear as products
-        from kernels import tokens
+        from antefix_kernels import linear as products
+        from antefix_kernels import tokens
 
         stacks = self.experts
         routing = products.route(experts_NK, len(stacks.gate_up_proj))
@@ -138,7 +138,7 @@ def _row_sums(weights_NK: Tensor) -> Tensor:
 def expert_scores(logits_NE: Tensor, scoring: str) -> Tensor:
     if scoring == "sqrtsoftplus":
         return torch.sqrt(softplus(logits_NE))
-    return torch.softmax(logits_NE, dim=-1) if scoring == "softmax" else sigmoid(logits_NE)
+    return sigmoid(logits_NE)
 
 
 def pick_experts(scores_NE: Tensor, num_picked: int) -> Tensor:

@@ -61,7 +61,7 @@ _TO_RELEASED = {module: released for released, module in _LAYER_NAMES.items() if
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class TensorTarget:
     """Where a checkpoint's tensor goes: a module's tensor, or one expert's part (1 gate, 2 down, 3 up) of it."""
 
     name: str
@@ -69,20 +69,20 @@ class Target:
     part: int = 0
 
 
-def target_of(name: str) -> Target | None:
+def target_of(name: str) -> TensorTarget | None:
     """The place of a checkpoint's tensor; None for tensors that are not part of the model that is run."""
     if _IGNORED.search(name):
         return None
     if name in _TOP_NAMES:
-        return Target(name=_TOP_NAMES[name])
+        return TensorTarget(name=_TOP_NAMES[name])
     match = _LAYER.match(name)
     if match is None:
-        return Target(name=name if name.startswith(("model.", "lm_head.")) else f"model.{name}")
+        return TensorTarget(name=name if name.startswith(("model.", "lm_head.")) else f"model.{name}")
     prefix, rest = f"model.layers.{match[1]}.", match[2]
     if expert := _EXPERT.match(rest):
         stacked = "down_proj" if expert[2] == "2" else "gate_up_proj"
-        return Target(name=f"{prefix}mlp.experts.{stacked}", expert=int(expert[1]), part=int(expert[2]))
-    return Target(name=prefix + _LAYER_NAMES.get(rest, rest))
+        return TensorTarget(name=f"{prefix}mlp.experts.{stacked}", expert=int(expert[1]), part=int(expert[2]))
+    return TensorTarget(name=prefix + _LAYER_NAMES.get(rest, rest))
 
 
 def checkpoint_name(name: str) -> str:

@@ -30,7 +30,7 @@ class RMSNorm(nn.Module):
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [..., C] over the root mean square of its last dim, times weight [C] where one is given."""
     if has_kernels(x):
-        from kernels.tokens import norm_turn
+        from antefix_kernels.tokens import norm_turn
 
         return norm_turn(x.reshape(-1, 1, x.shape[-1]), weight=weight, eps=eps).view(x.shape)
     wide_x = x.to(wide(x.dtype))
@@ -95,7 +95,7 @@ def norm_rotate(
 
 def _on_card(x: Tensor, weight: Tensor | None, eps: float | None, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
     """x [N, C] with angles [N, R / 2], or x [N, H, C] with angles [N, 1, R / 2]."""
-    from kernels.tokens import norm_turn
+    from antefix_kernels.tokens import norm_turn
 
     rows = x if x.dim() == 3 else x.unsqueeze(1)
     cos, sin = (table.reshape(len(x), -1) for table in (cos, sin))

@@ -9,8 +9,8 @@ break that, and both are handled here and nowhere else:
     sigmoid     PyTorch's vector body and scalar tail of sigmoid, silu and softplus round differently (about 4% of
                 values), so an element's result depends on its place. exp, log1p and division do not.
 `row_invariant_ok` checks the premises on the machine at hand.
-On a card libraries choose by shape as well; there `kernels.linear` and `kernels.tokens` take over (`has_kernels`), in
-which a row's work is the same whatever else is computed.
+On a card libraries choose by shape as well; there `antefix_kernels.linear` and `antefix_kernels.tokens` take over
+(`has_kernels`), in which a row's work is the same whatever else is computed.
 
 Shapes:  N = rows, K = input width, O = output width.
 """
@@ -62,7 +62,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Gradients, float64 on a card and other devices take the plain product, without that promise.
     """
     if has_kernels(x):
-        from kernels.linear import multiply as card_multiply
+        from antefix_kernels.linear import multiply as card_multiply
 
         rows = x.reshape(-1, x.shape[-1])
         return card_multiply(rows, weight).view(*x.shape[:-1], weight.shape[0])
@@ -104,7 +104,7 @@ def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
     num_groups = x.shape[1]
     per_group = weight.view(num_groups, -1, weight.shape[1])
     if has_kernels(x):
-        from kernels.linear import multiply_groups
+        from antefix_kernels.linear import multiply_groups
 
         return multiply_groups(x, per_group)
     if x.device.type != "cpu" or x.requires_grad:

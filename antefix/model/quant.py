@@ -192,9 +192,9 @@ def _as_bytes(x: Tensor) -> Tensor:
 
 
 def _from_bytes(records: Tensor, dtype: torch.dtype) -> Tensor:
-    # A copy: slices of a record need not be aligned to the wider type.
-    return (
-        records.contiguous().clone().view(dtype)
-        if records.data_ptr() % dtype.itemsize
-        else records.contiguous().view(dtype)
-    )
+    packed, width = records.contiguous(), dtype.itemsize
+    # A copy: slices of a record need not be aligned to the wider type, nor the strides of dims that have one element,
+    # which `contiguous` leaves as they are.
+    if packed.data_ptr() % width or any(stride % width for stride in packed.stride()[:-1]):
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    return packed.view(dtype)

@@ -1,9 +1,9 @@
 """Replay: tokens run again over stored global KV for window state alone, and only as far as the state depends on them.
 
-At layer l, the state after `stop` depends on the inputs of the last n_win + (L - 1 - l) * (n_win - 1) tokens: its own
-window, and n_win - 1 more for each layer above, whose windows are made of this layer's output. So each layer runs fewer
-tokens than the one below: of the top one only window KV is needed, no query at all; together about half of what running
-every token through every layer takes. Of compressors only CSA's last group leaves something behind at a block's end.
+At layer l, the state after `stop` depends on the inputs of the last `KVGeometry.replay_reach[l]` tokens: its own window
+and, of CSA's compressors, its last group, and n_win - 1 more for each layer above, whose state is made of this layer's
+output. So each layer runs fewer tokens than the one below: of the top one only window KV is needed, no query at all;
+together about half of what running every token through every layer takes.
 
 Nothing here can write global KV: of the operations in `ops`, `compress_and_pack` alone writes, and it is never called.
 
@@ -85,10 +85,7 @@ def needed_from(geometry: KVGeometry, layer: int, stop: int) -> int:
 
     May be negative: then every token counts.
     """
-    above = geometry.num_layers - 1 - layer
-    if above < 0:
-        return stop
-    return stop - max(geometry.window, geometry.csa_ratio) - above * (geometry.window - 1)
+    return stop - geometry.replay_reach[layer] if layer < geometry.num_layers else stop
 
 
 def _first_row(model: Model, layer: int, stop: int, position: int, num_tokens: int) -> int:

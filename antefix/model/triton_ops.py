@@ -21,7 +21,21 @@ from antefix.model.attend import WindowLine
 from antefix.model.compressor import Compressor
 from antefix.model.ops import Entries
 from antefix.model.quant import entry_bytes
-from kernels import attention, gather, indexer, operands, pack, prefill, topk
+from antefix_kernels import (
+    decode_attention as attention,
+)
+from antefix_kernels import (
+    gather,
+    operands,
+    pack,
+    topk,
+)
+from antefix_kernels import (
+    index_scores as indexer,
+)
+from antefix_kernels import (
+    prefill_attention as prefill,
+)
 
 # From this many queries on, decoding entries once costs less than decoding them for each.
 PREFILL_QUERIES_MIN = 16

@@ -6,6 +6,7 @@ again.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,18 +19,21 @@ import lmdb
 from antefix import rpc
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailable
 from antefix.layout import BlockLayout
-from antefix.store import codec
-from antefix.store.api import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind
-from antefix.store.encryption import KeyRing
-from antefix.store.format import FORMAT_VERSION
-from antefix.store.gone import fate_of
+from antefix.record import MEMORY_KINDS, BlockFate, Fate, LookupResult, PutResult, Reason, Record, RecordKind, Refusal
 from antefix.store.payload_channel import SERVICE, PayloadChannel
+from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
-from antefix.store.progress import Progress
-from antefix.store.reader import ReadOutcome, StoreReader, wall_ms
-from antefix.store.wire import Piece, pack_put_request
-from antefix.usage.evidence import ReadEvidence
+from antefix.store.stream_progress import Progress
+from antefix.store_files import codec
+from antefix.store_files.encryption import KeyRing
+from antefix.store_files.gone_blocks import fate_of
+from antefix.store_files.read_log import ReadEvidence
+from antefix.store_files.record_format import FORMAT_VERSION
+from antefix.store_files.seal import SealBroken, Seals
+from antefix.store_files.segment_reader import ReadOutcome, StoreReader, wall_ms
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
+
+log = logging.getLogger("antefix.store")
 
 T = TypeVar("T")
 CALL_DEADLINE_S: Final = 10.0
@@ -46,8 +50,10 @@ _CLIENT_THREADS: Final = 4
 class RemoteStore:
     """A store over gRPC. Calls run on the event loop, but payloads are received in threads (`_receive`)."""
 
-    def __init__(self, address: str, *, deadline_s: float = STREAM_DEADLINE_S) -> None:
+    def __init__(self, address: str, *, deadline_s: float = STREAM_DEADLINE_S, seals: Seals | None = None) -> None:
+        """seals: where given, only sealed records are taken."""
         self.address = address
+        self._seals = seals
         self._deadline_s = deadline_s
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
@@ -75,8 +81,8 @@ class RemoteStore:
             self._payloads.close()
             self._payloads = None
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
-        request = kvstore_pb2.LookupRequest(chain=join_hashes(chain), fingerprint=fingerprint, tenant=tenant)
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
+        request = kvstore_pb2.LookupRequest(chain=join_hashes(chain), fingerprint=fingerprint, owner=tenant)
         with rpc.rpc_errors():
             response = await self.stub.Lookup(request, timeout=CALL_DEADLINE_S)
         return LookupResult(
@@ -90,22 +96,26 @@ class RemoteStore:
             request = kvstore_pb2.FateRequest(hash=hash, fingerprint=fingerprint)
             response = await self.stub.Fate(request, timeout=CALL_DEADLINE_S)
         fate = Fate(response.fate) if response.fate in set(Fate) else Fate.UNKNOWN
-        return BlockFate(fate=fate, fingerprints=tuple(response.fingerprints))
+        # A service of version 1 sends none of the latter.
+        statements = tuple(response.statements) or (b"",) * len(response.fingerprints)
+        return BlockFate(fate=fate, fingerprints=tuple(response.fingerprints), statements=statements)
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
         if len(hashes) != len(into):
             raise InvalidRequest(f"{len(hashes)} hashes but {len(into)} buffers")
         num_good = 0
         for first in range(0, len(hashes), HASHES_MAX):
             part = hashes[first : first + HASHES_MAX]
             buffers = _Buffers([buffer.cast("B") for buffer in into[first : first + HASHES_MAX]])
-            got = await self._receive(RecordKind.BLOCK, part, fingerprint, buffers.get)
+            got = await self._receive(RecordKind.BLOCK, part, fingerprint, tenant, buffers.get)
             num_good += got
             if got < len(part):
                 break
         return num_good
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
         payloads: list[bytearray] = []
 
         def allocate(_: int, nbytes: int) -> memoryview:
@@ -113,7 +123,7 @@ class RemoteStore:
                 payloads.append(bytearray(nbytes))
             return memoryview(payloads[0])
 
-        num_good = await self._receive(kind, [hash], fingerprint, allocate)
+        num_good = await self._receive(kind, [hash], fingerprint, tenant, allocate)
         return bytes(payloads[0]) if num_good else None
 
     async def put(self, records: Sequence[Record]) -> PutResult:
@@ -122,27 +132,49 @@ class RemoteStore:
         return PutResult(
             num_stored=response.num_stored,
             num_existing=response.num_existing,
-            refused={refusal.hash: refusal.reason for refusal in response.refused},
+            refused={refusal.hash: Refusal(_reason_of(refusal.code), refusal.reason) for refusal in response.refused},
         )
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
         """Tell the store the byte layout behind a fingerprint; without it, blocks are stored uncompressed."""
         request = kvstore_pb2.RegisterRequest(
             fingerprint=fingerprint,
             block_size=layout.geometry.block_size,
             parts=_parts(codec.plan_of_block(layout)),
             checkpoint_parts=_parts(codec.plan_of_checkpoint(layout)),
+            statement=statement,
         )
         with rpc.rpc_errors():
             await self.stub.Register(request, timeout=CALL_DEADLINE_S)
 
+    async def tell_forged(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        """Have the store quarantine records that have no right seal: it cannot tell by itself, and would keep them.
+
+        At once: what is put in their place next must not be taken for what is there already.
+        """
+        for forged in hashes:
+            log.warning("a %s in the store was not sealed by this deployment: %s", kind.name.lower(), forged.hex())
+        if not hashes or kind in MEMORY_KINDS:
+            return
+        try:
+            with rpc.rpc_errors():
+                request = kvstore_pb2.TouchRequest(forged=[_name((kind, forged)) for forged in hashes])
+                await self.stub.Touch(request, timeout=CALL_DEADLINE_S)
+        except AntefixError as err:
+            log.warning("the store could not be told: %s", err)
+
     async def _receive(
-        self, kind: RecordKind, hashes: Sequence[bytes], fingerprint: bytes, buffer: Callable[[int, int], memoryview]
+        self,
+        kind: RecordKind,
+        hashes: Sequence[bytes],
+        fingerprint: bytes,
+        tenant: bytes,
+        buffer: Callable[[int, int], memoryview],
     ) -> int:
         """Fill buffers from a stream, resuming where it broke. Returns the number of leading payloads received."""
         if self._payloads is None:
             self._payloads = PayloadChannel(self.address)
-        done = Progress(kind, hashes, fingerprint)
+        done = Progress(kind, hashes, fingerprint, tenant=tenant, seals=self._seals)
         record_format = FORMAT_VERSION
         for attempt in range(NUM_RESUMES_MAX + 1):
             request = kvstore_pb2.GetRequest(
@@ -152,9 +184,14 @@ class RemoteStore:
                 first=done.index,
                 offset=done.offset,
                 record_format=record_format,
+                wants_seals=self._seals is not None,
             )
             try:
                 await self._payloads.receive(request, done, buffer, deadline_s=self._deadline_s)
+                return done.index
+            except SealBroken:
+                # Whole, so the store would send it again.
+                await self.tell_forged(kind, [hashes[done.index]])
                 return done.index
             except (Unavailable, BlockCorrupt) as err:
                 if attempt == NUM_RESUMES_MAX:
@@ -217,11 +254,16 @@ class LocalStore:
         *,
         deadline_s: float = STREAM_DEADLINE_S,
         keys: KeyRing | None = None,
+        seals: Seals | None = None,
     ) -> None:
-        """keys: for stores that are encrypted; without them, encrypted records are read through the service."""
+        """keys: for stores that are encrypted; without them, encrypted records are read through the service.
+
+        seals: where given, only sealed records are taken.
+        """
         self.directory = Path(directory)
         self._decrypt = keys.decrypt if keys else None
-        self.remote = RemoteStore(address, deadline_s=deadline_s)
+        self._seals = seals
+        self.remote = RemoteStore(address, deadline_s=deadline_s, seals=seals)
         self._reader: StoreReader | None = None
         self._threads = ThreadPoolExecutor(_CLIENT_THREADS, thread_name_prefix="antefix-store")
         self._uses = _Uses()
@@ -239,7 +281,7 @@ class LocalStore:
             self._reader.close()
             self._reader = None
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: str = "") -> LookupResult:
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         return await self._in_thread(lambda reader: reader.lookup(chain, fingerprint=fingerprint))
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
@@ -247,35 +289,44 @@ class LocalStore:
             lambda reader: fate_of(reader.directory, reader.index, hash, fingerprint=fingerprint, now_ms=wall_ms())
         )
 
-    async def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> int:
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
         if not hashes:
             return 0
-        outcome = await self._in_thread(lambda reader: reader.read_blocks(hashes, into, fingerprint=fingerprint))
+        outcome = await self._in_thread(
+            lambda reader: reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
+        )
         last = hashes[outcome.num_good - 1] if outcome.num_good else None
         if last is not None:
             # The service is told later, and neither it nor this process may live until then.
             self._evidence = self._evidence or ReadEvidence(self.directory)
             self._evidence.used(last)
-        if outcome.locked and not outcome.suspects:
+        if outcome.locked and not outcome.suspects and not outcome.forged:
             done = outcome.num_good
-            return done + await self.remote.get_blocks(hashes[done:], into[done:], fingerprint=fingerprint)
+            rest = self.remote.get_blocks(hashes[done:], into[done:], fingerprint=fingerprint, tenant=tenant)
+            return done + await rest
         self._note(RecordKind.BLOCK, last, len(hashes) - outcome.num_good, outcome, fingerprint)
+        await self.remote.tell_forged(RecordKind.BLOCK, outcome.forged)
         return outcome.num_good
 
-    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes) -> bytes | None:
-        if kind is RecordKind.HANDOFF:
-            return await self.remote.get(kind, hash, fingerprint=fingerprint)
-        payload, outcome = await self._in_thread(lambda reader: reader.read(kind, hash, fingerprint=fingerprint))
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        if kind in MEMORY_KINDS:
+            return await self.remote.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
+        payload, outcome = await self._in_thread(
+            lambda reader: reader.read(kind, hash, fingerprint=fingerprint, tenant=tenant)
+        )
         if outcome.locked:
-            return await self.remote.get(kind, hash, fingerprint=fingerprint)
+            return await self.remote.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
         self._note(kind, hash if payload is not None else None, int(payload is None), outcome, fingerprint)
+        await self.remote.tell_forged(kind, outcome.forged)
         return None if payload is None else bytes(payload)
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         return await self.remote.put(records)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout) -> None:
-        await self.remote.register(fingerprint, layout)
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+        await self.remote.register(fingerprint, layout, statement=statement)
 
     async def _in_thread(self, call: Callable[[StoreReader], T]) -> T:
         """Raises:  Unavailable: the files cannot be read, however that shows: to a worker that is a miss."""
@@ -289,7 +340,7 @@ class LocalStore:
         reader = self._reader
         if reader is None or reader.index.replaced:
             # The old one is left to the collector: another thread may still be reading through it.
-            reader = self._reader = StoreReader(self.directory, decrypt=self._decrypt)
+            reader = self._reader = StoreReader(self.directory, decrypt=self._decrypt, seals=self._seals)
         return reader
 
     def _note(
@@ -322,6 +373,10 @@ class LocalStore:
 
 def _name(name: tuple[RecordKind, bytes]) -> kvstore_pb2.RecordName:
     return kvstore_pb2.RecordName(kind=name[0].value, hash=name[1])  # type: ignore[arg-type]
+
+
+def _reason_of(code: str) -> Reason:
+    return Reason(code) if code in set(Reason) else Reason.OTHER
 
 
 def _parts(plan: codec.PlanePlan) -> list[kvstore_pb2.PayloadPart]:

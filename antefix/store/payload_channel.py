@@ -16,7 +16,7 @@ from grpc.experimental import ChannelOptions
 
 from antefix import rpc
 from antefix.store.allocator import keep_large_buffers
-from antefix.store.progress import BufferOf, Progress
+from antefix.store.stream_progress import BufferOf, Progress
 from antefix.v1 import kvstore_pb2
 
 SERVICE: Final = "antefix.v1.KvStoreService"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Final
+from typing import Any, Final
 
 import xxhash
 
+from antefix.block import HashKind, Labels
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.store.api import Buffer, Record, RecordKind
-from antefix.store.format import HASH_BYTES
-from antefix.store.wire import GET_RESPONSE_DATA, BlankMessage, Piece, head_of
+from antefix.record import Buffer, Record, RecordKind
+from antefix.store.payload_wire import BlankMessage, Piece, head_of_piece
+from antefix.store_files.record_format import HASH_BYTES
+from antefix.store_files.record_header import SEALED_BYTES
 from antefix.v1 import kvstore_pb2
 
 PIECE_BYTES: Final = 1 << 20
@@ -37,10 +40,14 @@ def split_hashes(joined: bytes) -> list[bytes]:
     return [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
 
 
-def messages_of(payload: Buffer, number: int, *, offset: int = 0) -> list[bytes]:
-    """The messages of a Get for one payload that is in memory: the one of hash `number`."""
+def messages_of(payload: Buffer, number: int, *, offset: int = 0, sealed: bytes = b"") -> list[bytes]:
+    """The messages of a Get for one payload that is in memory: the one of hash `number`.
+
+    sealed: its sealed part, if the caller wants that.
+    """
     view = memoryview(payload).cast("B")
-    pieces = OutgoingPieces([view.nbytes], first=number, offset=offset)
+    pieces = OutgoingPieces([view.nbytes], first=number, offset=offset, has_seals=bool(sealed))
+    pieces.note_sealed(0, sealed)
     at = 0
     for part in pieces.parts_of(0):
         part[:] = view[at : at + part.nbytes]
@@ -58,12 +65,18 @@ class _Cut:
     nbytes: int = 0
     blank: BlankMessage | None = None
 
-    def draw_blank(self) -> BlankMessage:
-        """The message, its payload and checksum still to come."""
+    @property
+    def beginning(self) -> range:
+        """The payloads that begin in this piece, by their numbers in the stream."""
+        return range(self.index + (self.offset > 0), self.index + len(self.sizes))
+
+    def draw_blank(self, *, has_seals: bool) -> BlankMessage:
+        """The message, its payload, checksum and seals still to come."""
         message = kvstore_pb2.GetResponse(
             index=self.index, offset=self.offset, payload_bytes=self.sizes, checksum=_ANY_CHECKSUM
         )
-        self.blank = BlankMessage(head_of(message, GET_RESPONSE_DATA, self.nbytes), self.nbytes)
+        head, seals_at = head_of_piece(message, self.nbytes, len(self.beginning) * SEALED_BYTES if has_seals else 0)
+        self.blank = BlankMessage(head, self.nbytes, seals_at=seals_at)
         return self.blank
 
 
@@ -74,12 +87,17 @@ class OutgoingPieces:
     says where. When payloads are verified, `messages` completes what they fill.
     """
 
-    def __init__(self, sizes: Sequence[int], *, first: int, offset: int = 0) -> None:
-        """sizes: payload bytes of each.  Raises:  InvalidRequest: `offset` lies behind the first payload."""
+    def __init__(self, sizes: Sequence[int], *, first: int, offset: int = 0, has_seals: bool = False) -> None:
+        """sizes: payload bytes of each.  has_seals: the sealed part of each goes with it.
+
+        Raises:  InvalidRequest: `offset` lies behind the first payload."""
         if sizes and not 0 <= offset <= sizes[0]:
             raise InvalidRequest(f"offset {offset} lies outside a payload of {sizes[0]} bytes")
         self._sizes = sizes
         self._offset = offset
+        self._first = first
+        self._has_seals = has_seals
+        self._sealed: dict[int, bytes] = {}
         # Where each payload ends, counted from the first byte that is sent.
         self._ends = [end - offset for end in accumulate(sizes, initial=0)]
         cuts = _cut(sizes, first, offset)
@@ -101,11 +119,16 @@ class OutgoingPieces:
             nbytes -= self._offset
         while nbytes:
             if not self._room:
-                self._room = self._unplaced.popleft().draw_blank().payload
+                self._room = self._unplaced.popleft().draw_blank(has_seals=self._has_seals).payload
             parts.append(self._room[:nbytes])
             nbytes -= parts[-1].nbytes
             self._room = self._room[parts[-1].nbytes :]
         return parts
+
+    def note_sealed(self, number: int, sealed: bytes) -> None:
+        """The sealed part of payload `number`, counted from the first one here; known when it has been read."""
+        if self._has_seals:
+            self._sealed[self._first + number] = sealed
 
     def messages(self, num_good: int, *, last: bool) -> list[bytes]:
         """Those that the leading `num_good` payloads fill, without those returned before.
@@ -116,11 +139,29 @@ class OutgoingPieces:
         out = []
         while self._unsent and self._sent_bytes + self._unsent[0].nbytes <= end:
             cut = self._unsent.popleft()
-            out.append(_finish(cut.blank))
+            out.append(self._finish(cut))
             self._sent_bytes += cut.nbytes
         if last and self._sent_bytes < end:
-            out.append(_finish(_shortened(self._unsent.popleft(), end - self._sent_bytes)))
+            out.append(self._finish(self._shortened(self._unsent.popleft(), end - self._sent_bytes)))
         return out
+
+    def _finish(self, cut: _Cut) -> bytes:
+        assert cut.blank is not None, "payloads are read before they are sent"
+        seals = b"".join([self._sealed.pop(number) for number in cut.beginning]) if self._has_seals else b""
+        return cut.blank.finish_piece(piece_checksum(cut.blank.payload), seals)
+
+    def _shortened(self, cut: _Cut, nbytes: int) -> _Cut:
+        """The leading bytes of a piece, whose last payload turned out bad."""
+        assert cut.blank is not None
+        short = _Cut(cut.index, cut.offset, nbytes=nbytes)
+        end = -cut.offset
+        for size in cut.sizes:
+            if end >= nbytes:
+                break
+            short.sizes.append(size)
+            end += size
+        short.draw_blank(has_seals=self._has_seals).payload[:] = cut.blank.payload[:nbytes]
+        return short
 
 
 def _cut(sizes: Sequence[int], first: int, offset: int) -> list[_Cut]:
@@ -140,26 +181,6 @@ def _cut(sizes: Sequence[int], first: int, offset: int) -> list[_Cut]:
     return cuts
 
 
-def _finish(blank: BlankMessage | None) -> bytes:
-    assert blank is not None, "payloads are read before they are sent"
-    return blank.finish_piece(piece_checksum(blank.payload))
-
-
-def _shortened(cut: _Cut, nbytes: int) -> BlankMessage:
-    """The leading bytes of a piece, whose last payload turned out bad."""
-    assert cut.blank is not None
-    short = _Cut(cut.index, cut.offset, nbytes=nbytes)
-    end = -cut.offset
-    for size in cut.sizes:
-        if end >= nbytes:
-            break
-        short.sizes.append(size)
-        end += size
-    blank = short.draw_blank()
-    blank.payload[:] = cut.blank.payload[:nbytes]
-    return blank
-
-
 def request_pieces(records: Iterable[Record]) -> Iterator[Piece[kvstore_pb2.PutRequest]]:
     """The pieces of a put."""
     for record in records:
@@ -171,9 +192,9 @@ def request_pieces(records: Iterable[Record]) -> Iterator[Piece[kvstore_pb2.PutR
             fingerprint=record.fingerprint,
             position=record.position,
             payload_bytes=view.nbytes,
-            tenant=record.tenant,
             ttl_s=record.ttl_s,
             cost_s=record.cost_s,
+            **(_v1_fields(record) if record.version == 1 else _v2_fields(record)),
         )
         for start in range(0, max(view.nbytes, 1), PIECE_BYTES):
             data = view[start : start + PIECE_BYTES]
@@ -181,6 +202,22 @@ def request_pieces(records: Iterable[Record]) -> Iterator[Piece[kvstore_pb2.PutR
                 header=None if start else header, offset=start, checksum=piece_checksum(data)
             )
             yield Piece(message, data)
+
+
+def _v1_fields(record: Record) -> dict[str, Any]:
+    return {"tenant": record.tenant.decode()}
+
+
+def _v2_fields(record: Record) -> dict[str, Any]:
+    return {
+        "owner": record.tenant,
+        "key_generation": record.generation,
+        "num_cards": record.labels.num_cards,
+        "hash_kind": int(record.labels.hash_kind),
+        "family": record.labels.family,
+        "salt": record.salt,
+        "mac": record.mac,
+    }
 
 
 class RecordAssembler:
@@ -227,16 +264,28 @@ class RecordAssembler:
         header, payload = self._header, self._payload
         assert header is not None
         self._header, self._payload, self._filled = None, bytearray(), 0
-        return Record(
+        record = Record(
             kind=kind_of(header.kind),
             hash=header.hash,
             parent=header.parent,
             fingerprint=header.fingerprint,
             position=header.position,
             payload=payload,
-            tenant=header.tenant,
             ttl_s=header.ttl_s if header.HasField("ttl_s") else None,
             cost_s=header.cost_s,
+        )
+        if not header.owner:
+            return dataclasses.replace(record, version=1, tenant=header.tenant.encode())
+        labels = Labels(
+            family=header.family, hash_kind=_hash_kind_of(header.hash_kind), num_cards=max(1, header.num_cards)
+        )
+        return dataclasses.replace(
+            record,
+            tenant=header.owner,
+            labels=labels,
+            generation=header.key_generation,
+            salt=header.salt,
+            mac=header.mac,
         )
 
 
@@ -246,3 +295,11 @@ def kind_of(number: int) -> RecordKind:
         return RecordKind(number)
     except ValueError as err:
         raise InvalidRequest(f"{number} is not a record kind") from err
+
+
+def _hash_kind_of(number: int) -> HashKind:
+    """Raises:  InvalidRequest: no such kind of block hashes."""
+    try:
+        return HashKind(number)
+    except ValueError as err:
+        raise InvalidRequest(f"{number} is not a kind of block hashes") from err

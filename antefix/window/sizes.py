@@ -14,22 +14,21 @@ class Sizes:
     """Tokens and bytes of one model's KV.
 
     block_size: tokens a block.  block_bytes: global KV of a block.  checkpoint_bytes: window state of a checkpoint.
-    replay_tokens: how far before its end an exact replay starts, whole blocks.  window_tokens: n_win.
+    window_tokens: n_win.  replay_reach: `KVGeometry.replay_reach`, the one bound of exact replays.
     """
 
     block_size: int
     block_bytes: int
     checkpoint_bytes: int
-    replay_tokens: int
     window_tokens: int
-    num_layers: int
+    replay_reach: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "block_bytes", "checkpoint_bytes", "window_tokens", "num_layers"):
+        for name in ("block_size", "block_bytes", "checkpoint_bytes", "window_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} must be positive, is {getattr(self, name)}")
-        if self.replay_tokens < 0 or self.replay_tokens % self.block_size:
-            raise InvalidRequest(f"replay_tokens must be whole blocks, is {self.replay_tokens}")
+        if not self.replay_reach or min(self.replay_reach) < 1:
+            raise InvalidRequest(f"replay_reach must give each layer's tokens, is {self.replay_reach}")
 
     @classmethod
     def of(cls, layout: BlockLayout) -> Sizes:
@@ -37,10 +36,14 @@ class Sizes:
             block_size=layout.geometry.block_size,
             block_bytes=layout.block_bytes,
             checkpoint_bytes=layout.checkpoint_bytes,
-            replay_tokens=layout.geometry.replay_tokens,
             window_tokens=layout.geometry.window,
-            num_layers=layout.geometry.num_layers,
+            replay_reach=layout.geometry.replay_reach,
         )
+
+    @property
+    def replay_tokens(self) -> int:
+        """How far before its end an exact replay starts, whole blocks."""
+        return self.blocks_up(self.replay_reach[0]) * self.block_size
 
     def blocks_up(self, tokens: int) -> int:
         """Whole blocks that cover `tokens`."""
@@ -49,11 +52,11 @@ class Sizes:
     def replay_work_tokens(self, replayed: int) -> int:
         """Tokens that take as long to prefill as a replay that starts `replayed` tokens before its end.
 
-        Each layer runs n_win - 1 tokens fewer than the one below, and the top one none (`antefix.model.replay`), so an
-        exact replay's work is about half of its tokens. Window KV and projections of the tokens left out are not
-        counted: the measured replay law, which has these tokens as its unit, knows them.
+        Each layer runs the tokens that the ones above it need, the top one none (`antefix.model.replay`), so an exact
+        replay's work is about half of its tokens. Window KV and projections of the tokens left out are not counted:
+        the measured replay law, which has these tokens as its unit, knows them.
         """
-        return _replay_work_tokens(replayed, self.window_tokens, self.num_layers)
+        return _replay_work_tokens(replayed, self.replay_reach)
 
     @property
     def exact_replay_work_tokens(self) -> int:
@@ -62,7 +65,6 @@ class Sizes:
 
 # Asked for some prefixes of each request; a simulated fleet asks millions of times.
 @functools.lru_cache(maxsize=4096)
-def _replay_work_tokens(replayed: int, window_tokens: int, num_layers: int) -> int:
-    step = window_tokens - 1
-    run = sum(min(replayed, window_tokens + above * step) for above in range(num_layers - 1))
-    return -(-run // num_layers)
+def _replay_work_tokens(replayed: int, reach: tuple[int, ...]) -> int:
+    run = sum(min(replayed, above) for above in reach[1:])
+    return -(-run // len(reach))

@@ -17,9 +17,10 @@ from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisClusterException, RedisError
 
 from antefix.errors import BlockCorrupt, ConfigError, Unavailable
-from antefix.store.api import Record
-from antefix.window_pool.api import NAMES_MAX, Found
-from antefix.window_pool.format import HEADER_BYTES, pack, unpack
+from antefix.record import Record
+from antefix.store_files.seal import Seals
+from antefix.window_pool.pool_api import NAMES_MAX, Found
+from antefix.window_pool.pool_format import HEADER_BYTES, pack, unpack
 
 T = TypeVar("T")
 # A checkpoint of 4.6 MB at 10 Gbit/s takes 4 ms; a pool slower than this is slower than a replay on most machines.
@@ -34,11 +35,22 @@ _TTL_DEFAULT_S = 600.0
 class RedisWindowPool:
     """One worker's connection. Used from one event loop."""
 
-    def __init__(self, url: str, *, bytes_max: int, timeout_s: float = TIMEOUT_S, down_s: float = DOWN_S) -> None:
-        """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        bytes_max: int,
+        seals: Seals | None = None,
+        timeout_s: float = TIMEOUT_S,
+        down_s: float = DOWN_S,
+    ) -> None:
+        """seals: where given, only sealed checkpoints are taken.
+
+        Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
         self.url = url
         self.bytes_max = bytes_max
         self.num_corrupt = 0
+        self._seals = seals
         self._timeout_s = timeout_s
         self._down_s = down_s
         self._down_until_s = 0.0
@@ -58,7 +70,7 @@ class RedisWindowPool:
         self._used_bytes += nbytes
         return True
 
-    async def nearest(self, names: Sequence[bytes], *, fingerprint: bytes) -> Found | None:
+    async def nearest(self, names: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Found | None:
         if not names or self._is_down():
             return None
         keys = [key_of(name, fingerprint) for name in names[:NAMES_MAX]]
@@ -67,17 +79,20 @@ class RedisWindowPool:
             pipeline.exists(key)
         held = await self._ask(pipeline.execute())
         for index, key in enumerate(keys):
-            if held[index] and (payload := await self._get(names[index], key, fingerprint)) is not None:
+            if not held[index]:
+                continue
+            payload = await self._get(names[index], key, fingerprint, tenant)
+            if payload is not None:
                 return Found(index=index, payload=payload)
         return None
 
-    async def _get(self, name: bytes, key: str, fingerprint: bytes) -> bytes | None:
-        """None: gone by now, or damaged, in which case it is dropped."""
+    async def _get(self, name: bytes, key: str, fingerprint: bytes, tenant: bytes) -> bytes | None:
+        """None: gone by now, or damaged or forged, in which case it is counted and dropped."""
         value = await self._ask(self._redis.get(key))
         if value is None:
             return None
         try:
-            return unpack(value, name=name, fingerprint=fingerprint)
+            return unpack(value, name=name, fingerprint=fingerprint, tenant=tenant, seals=self._seals)
         except BlockCorrupt:
             self.num_corrupt += 1
             await self._ask(self._redis.delete(key))

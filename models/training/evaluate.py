@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from antefix.model import dense
 from antefix.model.config import ModelConfig
-from antefix.model.dense_attention import DenseOptions
+from models.training import dense
 from models.training.corpus import Tokens, load
+from models.training.dense_attention import DenseOptions
 from models.training.parameters import Parameters, load_parameters, read_config
 from models.training.tasks import random_slice, retrieval_sequence
 

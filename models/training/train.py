@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from antefix.model import dense
 from antefix.model.config import ModelConfig
-from antefix.model.dense_attention import DenseOptions, attention
 from models.training import corpus as corpus_module
+from models.training import dense
+from models.training.dense_attention import DenseOptions, attention
 from models.training.optimizer import Optimizer
 from models.training.parameters import (
     Parameters,

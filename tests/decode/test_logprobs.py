@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.wire import TokenLogprob, logprobs_from_wire, logprobs_to_wire
-from decode.logprobs import Logprobs, token_logprob
+from antefix_decode.logprobs import Logprobs, token_logprob
 
 logits_of = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=50).map(lambda x: np.array(x, np.float32))
 

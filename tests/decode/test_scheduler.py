@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 
 from antefix.errors import AntefixError, InvalidRequest, Overloaded
+from antefix.record import RecordKind
 from antefix.sampling import Sampling
-from antefix.store.api import RecordKind
 from antefix.tokenizer import load_tokenizer
 from antefix.v1 import decode_pb2
 from antefix.wire import sampling_to_wire, tokens_from_wire, tokens_to_wire
-from antefix.worker.prompt import run_prompt
-from antefix.worker.writer import RecordWriter
-from decode.logprobs import Logprobs
-from decode.sampling import Sampler
-from decode.scheduler import NUM_UNREAD_MAX, Running, Scheduler
-from decode.server import DecodeConfig, DecodeServicer
-from decode.stopping import Stopper
+from antefix_decode.logprobs import Logprobs
+from antefix_decode.sampling import Sampler
+from antefix_decode.scheduler import NUM_UNREAD_MAX, Running, Scheduler
+from antefix_decode.server import DecodeConfig, DecodeServicer
+from antefix_decode.stopping import Stopper
+from antefix_prefill.record_writer import RecordWriter
+from antefix_prefill.run_prompt import run_prompt
 from tests.engines import MODEL
 
 RNG = np.random.default_rng(3)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.wire import Sampling
-from decode.stopping import LENGTH, STOP, Stopper
+from antefix_decode.stopping import LENGTH, STOP, Stopper
 
 EOS = frozenset({9})
 outputs = st.lists(st.integers(0, 3), min_size=1, max_size=30)

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from antefix.deployment import Deployment, DeploymentConfig
 from antefix.layout import KVFormat
-from antefix.reference import Reference
 from antefix.wire import Sampling
+from antefix_console.bare_model import Reference
+from antefix_console.deployment import Deployment, DeploymentConfig
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 SMALL_POOL = ("--pool-bytes", "64M")
@@ -19,7 +19,8 @@ def make_config(tmp_path):
     def make(**changes):
         flags = {"prefill": SMALL_POOL, "decode": SMALL_POOL, "kvstore": ("--budget-bytes", "256M")}
         flags.update(changes.pop("extra_flags", {}))
-        return DeploymentConfig(model=MODEL, data_dir=tmp_path / "data", extra_flags=flags, **changes)
+        model = changes.pop("model", MODEL)
+        return DeploymentConfig(model=model, data_dir=tmp_path / "data", extra_flags=flags, **changes)
 
     return make
 

@@ -12,9 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from antefix.deployment import Deployment
 from antefix.errors import InvalidRequest
 from antefix.wire import Sampling
+from antefix_console.deployment import Deployment
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 
@@ -22,7 +22,7 @@ MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 async def antefix(*args, stdin=b""):
     """Run the command; returns its exit code, stdout and stderr."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "antefix", *(arg if isinstance(arg, bytes) else str(arg) for arg in args)),
+        *(sys.executable, "-m", "antefix_console", *(arg if isinstance(arg, bytes) else str(arg) for arg in args)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

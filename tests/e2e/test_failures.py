@@ -106,7 +106,7 @@ async def test_a_store_of_another_format_is_all_misses(deploy, ask, prompt):
 
 async def test_roles_end_when_the_process_that_started_them_is_killed(tmp_path, make_config):
     starter = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "antefix", "up", "--json", "--data-dir", str(tmp_path / "up")),
+        *(sys.executable, "-m", "antefix_console", "up", "--json", "--data-dir", str(tmp_path / "up")),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )

@@ -12,10 +12,10 @@ import pytest
 
 from antefix import rpc
 from antefix.clients import RouterClient
-from antefix.deployment import Deployment
 from antefix.errors import AntefixError, Unauthenticated, Unavailable
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import Sampling
+from antefix_console.deployment import Deployment
 from tests.window_pool.conftest import RedisServer
 
 LEASE_S = 20.0

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from antefix.clients import WindowClient
-from antefix.deployment import Deployment, DeploymentConfig
 from antefix.layout import KVFormat
-from antefix.reference import Reference
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
-from antefix.store.stats import read_stats
+from antefix.store.store_stats import read_stats
 from antefix.wire import Sampling
+from antefix_console.bare_model import Reference
+from antefix_console.deployment import Deployment, DeploymentConfig
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
@@ -125,7 +125,7 @@ async def test_explain_reads_what_the_services_left(tmp_path):
         await ask(deployment, TURN)
     tokens = tmp_path / "tokens.json"
     tokens.write_text(str([int(token) for token in TURN]))
-    command = [sys.executable, "-m", "antefix", "explain", "--data-dir", str(config.data_dir), "--check"]
+    command = [sys.executable, "-m", "antefix_console", "explain", "--data-dir", str(config.data_dir), "--check"]
     command += ["--tokens-file", str(tokens)]
     done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

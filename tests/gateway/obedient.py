@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-
-from antefix.grammar import Vocabulary
-from antefix.tokenizer import load_tokenizer
-from antefix.wire import TokenLogprob
-from antefix.worker.report import RestoreReport
 from decode.grammar import Grammars, Matcher
 from decode.penalties import Penalties
-from decode.sampling import Sampler
-from decode.stopping import Stopper
-from router.generate import Piece
+
+from antefix.grammar import Vocabulary
+from antefix.restore_report import RestoreReport
+from antefix.tokenizer import load_tokenizer
+from antefix.wire import TokenLogprob
+from antefix_decode.sampling import Sampler
+from antefix_decode.stopping import Stopper
+from antefix_router.generation import Piece
 from tests.gateway.scripted import MODEL
 
 VOCAB_SIZE = 264

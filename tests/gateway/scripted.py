@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 
 from antefix.model_dir import identify
+from antefix.restore_report import RestoreReport
 from antefix.secret import Keyring
 from antefix.tokenizer import load_tokenizer
-from antefix.usage.ledger import Ledger
-from antefix.usage.ratecard import RateCards
-from antefix.usage.tenants import TenantBook
 from antefix.wire import TokenLogprob
-from antefix.worker.report import RestoreReport
-from router.accounting import Accounts
-from router.bill import Served
-from router.front import Front
-from router.gateway.app import start_http
-from router.gateway.config import GatewayConfig
-from router.generate import Piece
+from antefix_billing.ledger import Ledger
+from antefix_billing.ratecard import RateCards
+from antefix_billing.tenants import TenantBook
+from antefix_router.accounting import Accounts
+from antefix_router.front import Front
+from antefix_router.gateway.app import start_http
+from antefix_router.gateway.gateway_config import GatewayConfig
+from antefix_router.generation import Piece
+from antefix_router.open_bill import Served
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from antefix.errors import ConfigError, InvalidRequest
-from antefix.usage.tenants import load_tenants
-from router.front import cache_tenant
+from antefix_billing.tenants import load_tenants
+from antefix_router.front import cache_tenant
 from tests.gateway.scripted import Script, make_front, serving
 
 TOOL = {"name": "f", "description": "d", "parameters": {"type": "object"}}

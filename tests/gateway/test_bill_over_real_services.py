@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 
 from antefix.clients import RouterClient
-from antefix.deployment import Deployment, DeploymentConfig
 from antefix.errors import AntefixError, Conflict
 from antefix.secret import create_secret_file
-from antefix.usage.ledger_files import read_settled
-from antefix.usage.pricing import priced
-from antefix.usage.ratecard import load_cards
-from antefix.usage.verify import verify
 from antefix.wire import Sampling
+from antefix_billing.ledger_files import read_settled
+from antefix_billing.pricing import priced
+from antefix_billing.ratecard import load_cards
+from antefix_billing.reconcile import verify
+from antefix_console.deployment import Deployment, DeploymentConfig
+from tests.billing.test_bill_under_failure import check_broken
+from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import MODEL as MODEL_DIR
-from tests.usage.test_bill_under_failure import check_broken
-from tests.usage.test_ratecard import DEPLOY
 
 NUM_AT_ONCE, NUM_DOCUMENTS, CANCEL_RATE = 8, 12, 0.03
 CARDS = load_cards([DEPLOY / "example.toml"])

@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 
 from antefix.errors import InvalidRequest
 from antefix.tokenizer import ByteTokenizer
-from router.chat.choice import choose_format
-from router.chat.deepseek_v4 import EFFORTS_0731, DeepSeekV4Format
-from router.chat.dsml import DeepSeekV4Parser
-from router.chat.formats import PlainParser
-from router.chat.memory import AnswerMemory
-from router.chat.messages import Answer, Breakpoint, Conversation, Delta, Effort, Message, Role, ToolCall
-from router.chat.plain import PlainFormat
-from router.chat.render import render_tokens
-from router.chat.template import TemplateFormat
+from antefix_router.chat.answer_memory import AnswerMemory
+from antefix_router.chat.chat_formats import PlainParser
+from antefix_router.chat.choice import choose_format
+from antefix_router.chat.deepseek_v4 import EFFORTS_0731, DeepSeekV4Format
+from antefix_router.chat.dsml import DeepSeekV4Parser
+from antefix_router.chat.messages import Answer, Breakpoint, Conversation, Delta, Effort, Message, Role, ToolCall
+from antefix_router.chat.plain import PlainFormat
+from antefix_router.chat.render import render_tokens
+from antefix_router.chat.template import TemplateFormat
 
 SPECIAL = {"<|bos|>": 256, "<|eos|>": 257, "<|user|>": 258, "<|assistant|>": 259, "<|end|>": 260}
 

@@ -8,12 +8,12 @@ import socket
 import pytest
 
 from antefix.errors import Overloaded, Unavailable
-from antefix.usage.ledger_files import read_settled
-from antefix.usage.quota import Limit, TenantLimits, Window
-from antefix.usage.record import Status
-from antefix.usage.tenants import TenantBook
-from router.gateway.app import start_http
-from router.gateway.config import GatewayConfig
+from antefix_billing.ledger_files import read_settled
+from antefix_billing.limits import Limit, LimitWindow, TenantLimits
+from antefix_billing.tenants import TenantBook
+from antefix_billing.usage_record import Status
+from antefix_router.gateway.app import start_http
+from antefix_router.gateway.gateway_config import GatewayConfig
 from tests.gateway.scripted import Script, make_front, serving
 
 anthropic = pytest.importorskip("anthropic")
@@ -509,7 +509,7 @@ async def test_bodies_and_requests_at_once_are_limited(serve):
 async def test_tenants_have_keys_limits_and_caches_of_their_own(serve, ledger):
     tenants = TenantBook(
         keys={hashlib.sha256(key.encode()).digest(): name for key, name in (("ka", "a"), ("kb", "b"))},
-        limits={"a": TenantLimits(limits=(Limit(window=Window.MONTH, tokens=300),))},
+        limits={"a": TenantLimits(limits=(Limit(window=LimitWindow.MONTH, tokens=300),))},
     )
     script = Script()
     async with serve(script, tenants=tenants) as url:

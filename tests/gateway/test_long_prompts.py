@@ -8,7 +8,7 @@ import threading
 import httpx
 import pytest
 
-from router.encoding import CHARACTERS_MIN, Encoding
+from antefix_router.encoding import CHARACTERS_MIN, Encoding
 from tests.gateway.scripted import Script, make_front, serving
 
 MODEL = "antefix-tiny"

@@ -12,18 +12,18 @@ import pytest
 
 from antefix import rpc
 from antefix.clients import RouterClient
-from antefix.deployment import Deployment, DeploymentConfig
-from antefix.usage import cli
-from antefix.usage.ledger_files import read_settled
-from antefix.usage.pricing import priced
-from antefix.usage.ratecard import load_cards
-from antefix.usage.receipt import check_receipt
-from antefix.usage.record import Status
-from antefix.usage.verify import verify
 from antefix.v1 import usage_pb2, usage_pb2_grpc
 from antefix.wire import Sampling
+from antefix_billing.ledger_files import read_settled
+from antefix_billing.pricing import priced
+from antefix_billing.ratecard import load_cards
+from antefix_billing.receipt import check_receipt
+from antefix_billing.reconcile import verify
+from antefix_billing.usage_record import Status
+from antefix_console.commands import usage as cli
+from antefix_console.deployment import Deployment, DeploymentConfig
+from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import MODEL as MODEL_DIR
-from tests.usage.test_ratecard import DEPLOY
 
 anthropic = pytest.importorskip("anthropic")
 openai = pytest.importorskip("openai")
@@ -146,7 +146,7 @@ async def test_billed_hits_are_supported_by_the_stores_log_across_restarts(deplo
         ledger, log = deployment.config.ledger_dir, deployment.config.usage_log_dir
     command = ("usage", "verify", "--ledger", str(ledger), "--store-log", str(log))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "antefix", *command), stdout=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "antefix_console", *command), stdout=asyncio.subprocess.PIPE
     )
     out, _ = await process.communicate()
     assert process.returncode == 0 and json.loads(out)["unsupported_hits"] == 0

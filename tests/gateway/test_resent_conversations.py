@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 
-from antefix.deployment import Deployment, DeploymentConfig
+from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
 
 anthropic = pytest.importorskip("anthropic")

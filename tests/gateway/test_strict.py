@@ -1,6 +1,6 @@
 import pytest
 
-from router.chat.strict import matches
+from antefix_router.chat.strict import matches
 
 SCHEMA = {
     "type": "object",

@@ -6,7 +6,7 @@ from typing import Literal
 import jsonschema
 import pytest
 
-from antefix.usage.ledger_files import read_settled
+from antefix_billing.ledger_files import read_settled
 from tests.gateway.obedient import Obedient
 from tests.gateway.scripted import Script, make_front, serving
 

@@ -7,9 +7,9 @@ import jsonschema
 import pytest
 
 from antefix.clients import RouterClient
-from antefix.deployment import Deployment, DeploymentConfig
 from antefix.sampling import Sampling
-from antefix.usage.ledger_files import read_settled
+from antefix_billing.ledger_files import read_settled
+from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
 
 openai = pytest.importorskip("openai")

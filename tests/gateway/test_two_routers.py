@@ -5,11 +5,11 @@ import urllib.request
 
 import pytest
 
-from antefix.deployment import Deployment, DeploymentConfig
-from antefix.usage.ledger_files import ledgers_of, read_settled
-from antefix.usage.receipt import check_receipt
-from antefix.usage.record import Status
-from antefix.usage.verify import verify_all
+from antefix_billing.ledger_files import ledgers_of, read_settled
+from antefix_billing.receipt import check_receipt
+from antefix_billing.reconcile import verify_all
+from antefix_billing.usage_record import Status
+from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
 
 openai = pytest.importorskip("openai")

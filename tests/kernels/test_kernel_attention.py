@@ -7,8 +7,19 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import attention, operands, prefill, reference
-from kernels.formats import EntryFormat
+from antefix_kernels import (
+    decode_attention as attention,
+)
+from antefix_kernels import (
+    operands,
+)
+from antefix_kernels import (
+    prefill_attention as prefill,
+)
+from antefix_kernels import (
+    torch_reference as reference,
+)
+from antefix_kernels.number_formats import EntryFormat
 
 
 class Case:

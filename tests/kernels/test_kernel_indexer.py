@@ -7,8 +7,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import indexer, reference, topk
-from kernels.formats import KeyFormat
+from antefix_kernels import index_scores as indexer
+from antefix_kernels import topk
+from antefix_kernels import torch_reference as reference
+from antefix_kernels.number_formats import KeyFormat
 
 
 def make_keys(sequences, blocks, entries, dim, device, draw):

@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import gather, pack, reference
-from kernels.formats import EntryFormat, KeyFormat
+from antefix_kernels import gather, pack
+from antefix_kernels import torch_reference as reference
+from antefix_kernels.number_formats import EntryFormat, KeyFormat
 
 # (head_dim, rope_dim): V4's, a small one, one whose last scale group is partial, one not a power of two.
 ENTRY_DIMS = [(512, 64), (32, 8), (112, 16), (96, 32)]

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from kernels import linear, tokens
+from antefix_kernels import linear, tokens
 
 
 def close(got, want, bound):

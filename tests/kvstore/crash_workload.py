@@ -15,14 +15,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from antefix.store.api import RecordKind
-from kvstore.config import KvStoreConfig
-from kvstore.disk import Disk
-from kvstore.engine import Engine
-from kvstore.index_writer import IndexTxn
+from antefix.record import RecordKind
+from antefix_kvstore.disk import Disk
+from antefix_kvstore.index_writer import IndexTxn
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
-PROMPTS = [Prompt([n if i >= 24 else 0 for i in range(BLOCK * 12)], payload_bytes=3000) for n in range(8)]
+PROMPTS = [
+    Prompt([n if i >= 24 else 0 for i in range(BLOCK * 12)], payload_bytes=3000, version=1 + n % 2) for n in range(8)
+]
 NUM_LIVES = 4
 BUDGET_BYTES = 1 << 20
 SEGMENT_BYTES = 64 << 10

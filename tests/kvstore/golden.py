@@ -12,15 +12,21 @@ from pathlib import Path
 
 import numpy as np
 
-from antefix.store.api import RecordKind
-from antefix.store.codec import PlanePart, PlanePlan
-from antefix.store.format import FORMAT_VERSION
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix.block import Family, Labels
+from antefix.record import RecordKind
+from antefix.secret import Keyring
+from antefix.store_files.codec import PlanePart, PlanePlan
+from antefix.store_files.record_format import FORMAT_VERSION
+from antefix.store_files.seal import Seals
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, Prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = {"acme": "11" * 32}
+# Of version 2: what names its owner, and seals its records.
+SECRET = bytes(range(32))
+KEYRING = Keyring(SECRET, generation=3)
 PLAN = PlanePlan(parts=(PlanePart(num_rows=32, fields=((48, 1), (32, 2))),))
 RAW = Prompt(list(range(BLOCK * 5)), payload_bytes=333)
 
@@ -39,7 +45,7 @@ class Coded(Prompt):
 CODED = Coded()
 
 
-def write(target: Path, *, keys_file: str = "") -> None:
+def write(target: Path, *, keys_file: str = "", secret_file: str = "") -> None:
     """One store as a tar file: raw and coded blocks, checkpoints, two segments, an evicted record."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "store"
@@ -50,14 +56,16 @@ def write(target: Path, *, keys_file: str = "") -> None:
             checkpoint_ttl_s=0,
             compression="zstd",
             keys_file=keys_file,
+            secret_file=secret_file,
         )
         engine = Engine(config)
         engine.register(CODED.fingerprint, BLOCK, {RecordKind.BLOCK: PLAN})
-        tenant = {"tenant": "acme"}
-        engine.put([RAW.block(i, cost_s=0.5, **tenant) for i in range(5)])
-        engine.put([RAW.checkpoint(4, **tenant)])
+        tenant = {"tenant": KEYRING.owner("acme"), "labels": Labels(family=Family.V4.code, num_cards=2)}
+        seals = Seals(KEYRING)
+        engine.put([seals.seal(RAW.block(i, cost_s=0.5, **tenant)) for i in range(5)])
+        engine.put([seals.seal(RAW.checkpoint(4, **tenant))])
         engine.segments.roll(engine.clock_ms())
-        engine.put([CODED.block(i, **tenant) for i in range(3)])
+        engine.put([seals.seal(CODED.block(i, **tenant)) for i in range(3)])
         engine.close()
         with tarfile.open(target, "w:gz") as tar:
             tar.add(directory, "store")
@@ -70,7 +78,9 @@ def main() -> None:
         keys = Path(name) / "keys.json"
         keys.write_text(json.dumps(KEYS))
         keys.chmod(0o600)
-        write(GOLDEN / f"store-v{FORMAT_VERSION}-encrypted.tar.gz", keys_file=str(keys))
+        secret = Path(name) / "secret"
+        secret.write_text(f"3 {SECRET.hex()}\n")
+        write(GOLDEN / f"store-v{FORMAT_VERSION}-encrypted.tar.gz", keys_file=str(keys), secret_file=str(secret))
 
 
 if __name__ == "__main__":

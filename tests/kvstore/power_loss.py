@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvstore.disk import Disk
+from antefix_kvstore.disk import Disk
 
 SECTOR = 512
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from antefix.block import Chain, chain_of
-from antefix.store.api import Record, RecordKind
-from kvstore.engine import Engine
+from antefix.record import OWNER_BYTES, Record, RecordKind
+from antefix_kvstore.storage_engine import Engine
 
 FINGERPRINT = b"F" * 32
 BLOCK = 8
 
 
-class Prompt:
-    """A chain with one payload a block."""
+def owner(name: str) -> bytes:
+    """Stands for a tenant where no secret is needed: short names of their own, without a user."""
+    return name.encode().ljust(OWNER_BYTES, b"\0")
 
-    def __init__(self, tokens: list[int], *, payload_bytes: int = 300, fingerprint: bytes = FINGERPRINT) -> None:
+
+class Prompt:
+    """A chain with one payload per block.  version: of the records that it makes."""
+
+    def __init__(
+        self, tokens: list[int], *, payload_bytes: int = 300, fingerprint: bytes = FINGERPRINT, version: int = 2
+    ) -> None:
         self.fingerprint = fingerprint
+        self.version = version
         self.chain: Chain = chain_of(tokens, fingerprint_digest=fingerprint, key=b"k" * 32, block_size=BLOCK)
         self.hashes = self.chain.hashes
         self.payload_bytes = payload_bytes
@@ -32,6 +40,8 @@ class Prompt:
             "fingerprint": self.fingerprint,
             "position": (index + 1) * BLOCK,
             "payload": self.payload(index),
+            "version": self.version,
+            "tenant": b"" if self.version == 1 else owner(""),
         }
         return Record(**{**fields, **changes})  # type: ignore[arg-type]
 

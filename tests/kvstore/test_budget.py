@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from antefix.store.api import RecordKind
-from kvstore.config import KvStoreConfig
-from kvstore.disk import Disk
-from kvstore.engine import Engine
+from antefix.record import RecordKind
+from antefix_kvstore.disk import Disk
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 OpenEngine = Callable[..., Engine]
@@ -135,7 +135,7 @@ def test_a_full_disk_refuses_writes_and_goes_on_reading(tmp_path: Path) -> None:
     disk.room_bytes = 700
     result = engine.put(second.blocks())
     assert set(result.refused) == set(second.hashes)
-    assert all("full" in reason for reason in result.refused.values())
+    assert all("full" in str(reason) for reason in result.refused.values())
     assert (first.check(engine), second.check(engine)) == (3, 0)
     # Space comes back without a restart.
     disk.room_bytes = 1 << 40

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from kvstore.writer import GroupCommitter
+from antefix_kvstore.group_commit import GroupCommitter
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 

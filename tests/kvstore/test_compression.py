@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from antefix.store.api import RecordKind
-from antefix.store.codec import PlanePart, PlanePlan
-from kvstore.compression import Compression, judge
-from kvstore.engine import Engine
+from antefix.record import RecordKind
+from antefix.store_files.codec import PlanePart, PlanePlan
+from antefix_kvstore.compression import Compression, judge
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 OpenEngine = Callable[..., Engine]

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from antefix.store.api import RecordKind
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
-from kvstore.fsck import fsck
-from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
+from antefix.record import RecordKind
+from antefix_kvstore.check_store import fsck
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt, owner
 
 OpenEngine = Callable[..., Engine]
 PROMPT = Prompt(list(range(BLOCK * 6)), payload_bytes=100)
@@ -172,7 +172,7 @@ def test_an_index_that_a_crash_left_is_used_and_not_rebuilt(
 ) -> None:
     """What examines it must know every state that a healthy index can be in."""
     rng = random.Random(3)
-    prompts = [Prompt([n] * BLOCK + list(range(BLOCK * 8)), payload_bytes=9_000) for n in range(40)]
+    prompts = [Prompt([n] * BLOCK + list(range(BLOCK * 8)), payload_bytes=9_000, version=1 + n % 2) for n in range(40)]
     for life in range(12):
         engine = open_engine(budget_bytes=2 << 20, block_ttl_s=500.0, checkpoint_ttl_s=100.0)
         for _ in range(20):
@@ -182,7 +182,7 @@ def test_an_index_that_a_crash_left_is_used_and_not_rebuilt(
             clock.advance(rng.randrange(1, 20))
             engine.maintain()
         last = rng.choice(prompts)
-        engine.put([last.block(0, tenant=f"tenant {life}")])
+        engine.put([last.block(0, tenant=owner(f"tenant {life}"))])
         damaged = segment_files(tmp_path / "store")[-1]
         at = damaged.read_bytes().rfind(last.payload(0))
         if at >= 0:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from antefix.block import Labels
 from antefix.errors import ConfigError, InvalidRequest
-from antefix.store.api import RecordKind
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix.record import RecordKind
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 OpenEngine = Callable[..., Engine]
@@ -95,7 +96,12 @@ def test_malformed_records_change_nothing(open_engine: OpenEngine) -> None:
         PROMPT.block(0, payload=b""),
         PROMPT.block(0, payload=bytes(8 << 20)),
         PROMPT.block(0, position=1 << 40),
-        PROMPT.block(0, tenant="t" * 45),
+        PROMPT.block(0, tenant=b"t" * 45),
+        PROMPT.block(0, tenant=b"t" * 45, version=1),
+        PROMPT.block(0, mac=bytes(15)),
+        PROMPT.block(0, generation=1 << 16),
+        PROMPT.block(0, labels=Labels(num_cards=1 << 16)),
+        PROMPT.block(0, kind=RecordKind.POOLED),
         PROMPT.block(0, ttl_s=-1.0),
     ):
         with pytest.raises(InvalidRequest):
@@ -126,12 +132,12 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_format_version_is_refused(open_engine: OpenEngine, tmp_path: Path) -> None:
-    from antefix.store.format import StoreIdentity, pack_identity
+    from antefix.store_files.record_format import StoreIdentity, pack_identity
 
     open_engine().close()
-    newer = StoreIdentity(store_id=bytes(16), created_ms=0, version=2)
+    newer = StoreIdentity(store_id=bytes(16), created_ms=0, version=3)
     (tmp_path / "store" / "STORE").write_bytes(pack_identity(newer))
-    with pytest.raises(ConfigError, match="format version 2"):
+    with pytest.raises(ConfigError, match="format version 3"):
         open_engine()
 
 

@@ -6,11 +6,11 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from antefix.store.api import RecordKind
-from antefix.usage.storelog import StoreEventKind, read_store_log
-from kvstore import events
-from kvstore.engine import Engine
-from kvstore.events import Event, EventKind
+from antefix.record import RecordKind
+from antefix.store_files.hit_log import StoreEventKind, read_store_log
+from antefix_kvstore import event_log as events
+from antefix_kvstore.event_log import Event, EventKind
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 OpenEngine = Callable[..., Engine]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, Prompt
 
 FILESYSTEM_BYTES = 8 << 20

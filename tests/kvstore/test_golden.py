@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from antefix.store.api import RecordKind
-from antefix.store.format import FORMAT_VERSION
-from kvstore import fsck
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
-from tests.kvstore.golden import CODED, GOLDEN, KEYS, RAW
+from antefix.record import RecordKind
+from antefix.store_files.encryption import KeyRing
+from antefix.store_files.owners import Owners
+from antefix.store_files.record_format import FORMAT_VERSION, unpack_identity
+from antefix.store_files.seal import Seals
+from antefix.store_files.segment_reader import StoreReader
+from antefix_kvstore import check_store as fsck
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
+from tests.kvstore.golden import CODED, GOLDEN, KEYRING, KEYS, RAW, SECRET
 
 
 @pytest.mark.parametrize("version", range(1, FORMAT_VERSION + 1))
@@ -30,7 +34,11 @@ def test_a_golden_store_opens(tmp_path: Path, version: int, index: str, variant:
     assert fsck.fsck(store).sound
     if index == "lost":
         shutil.rmtree(store / "index")
-    config = KvStoreConfig(dir=str(store), budget_bytes=1 << 20, keys_file=str(keys) if variant else "")
+    secret = tmp_path / "secret"
+    secret.write_text(f"3 {SECRET.hex()}\n")
+    config = KvStoreConfig(
+        dir=str(store), budget_bytes=1 << 20, keys_file=str(keys) if variant else "", secret_file=str(secret)
+    )
     engine = Engine(config)
     assert (RAW.check(engine), CODED.check(engine)) == (5, 3)
     found = engine.lookup(RAW.hashes, fingerprint=RAW.fingerprint)
@@ -38,4 +46,14 @@ def test_a_golden_store_opens(tmp_path: Path, version: int, index: str, variant:
     assert engine.read(RecordKind.CHECKPOINT, RAW.hashes[4], fingerprint=RAW.fingerprint) == RAW.payload(
         4, RecordKind.CHECKPOINT
     )
+    # Who has the secret takes what it seals, as it was read: decoded and decrypted. Version 1 has no seals.
+    ring = KeyRing.from_file(keys, Owners(KEYRING)) if variant else None
+    reader = StoreReader(store, decrypt=ring.decrypt if ring else None, seals=Seals(KEYRING), clock_ms=engine.clock_ms)
+    for prompt, count in ((RAW, 5), (CODED, 3)):
+        into = prompt.buffers(count)
+        outcome = reader.read_blocks(prompt.hashes, into, fingerprint=prompt.fingerprint, tenant=KEYRING.owner("acme"))
+        assert (outcome.num_good, bool(outcome.forged)) == ((count, False) if version == 2 else (0, True))
+    reader.close()
     engine.close()
+    assert unpack_identity((store / "STORE").read_bytes()).version == FORMAT_VERSION
+    assert fsck.fsck(store).sound

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from antefix.store.api import Fate, RecordKind
-from antefix.store.gone import GONE_FILE, SLOT_BYTES, GoneWriter, fate_of, remembered
-from kvstore.engine import Engine
+from antefix.record import Fate, RecordKind
+from antefix.store_files.gone_blocks import GONE_FILE, SLOT_BYTES, GoneWriter, fate_of, remembered
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 OpenEngine = Callable[..., Engine]

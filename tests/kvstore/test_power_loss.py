@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from antefix.store.api import RecordKind
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix.record import RecordKind
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.power_loss import PowerLossDisk
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
-PROMPTS = [Prompt([n if i >= 16 else 0 for i in range(BLOCK * 8)], payload_bytes=2500) for n in range(6)]
+PROMPTS = [
+    Prompt([n if i >= 16 else 0 for i in range(BLOCK * 8)], payload_bytes=2500, version=1 + n % 2) for n in range(6)
+]
 
 
 class PowerLost(Exception):

@@ -10,13 +10,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from antefix.store.api import RecordKind
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix.record import RecordKind
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 # Prompts that share prefixes of different lengths, so that chains fork.
-PROMPTS = [Prompt([min(i, fork) if i >= fork else 0 for i in range(BLOCK * 6)]) for fork in (0, 9, 17, 30, 48)]
+# Records of both versions, on shared prefixes too.
+PROMPTS = [
+    Prompt([min(i, fork) if i >= fork else 0 for i in range(BLOCK * 6)], version=1 + fork % 2)
+    for fork in (0, 9, 17, 30, 48)
+]
 MIB = 1 << 20
 
 

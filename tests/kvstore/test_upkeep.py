@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import ConfigError
-from antefix.store.api import RecordKind
-from kvstore import fsck, inspect
-from kvstore.engine import Engine
-from kvstore.scrubber import Scrubber
+from antefix.record import RecordKind
+from antefix_kvstore import check_store as fsck
+from antefix_kvstore import describe_store as inspect
+from antefix_kvstore.scrubber import Scrubber
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 OpenEngine = Callable[..., Engine]
@@ -29,7 +30,8 @@ def damage(directory: Path, payload: bytes) -> None:
 def test_a_used_store_is_sound(open_engine: OpenEngine, tmp_path: Path) -> None:
     engine = open_engine(segment_bytes=64 << 10)
     for number in range(30):
-        prompt = Prompt([number % 7] * BLOCK * 3 + [number] * BLOCK * 3, payload_bytes=2000)
+        tokens = [number % 7] * BLOCK * 3 + [number] * BLOCK * 3
+        prompt = Prompt(tokens, payload_bytes=2000, version=1 + number % 2)
         engine.put([*prompt.blocks(), prompt.checkpoint(5)])
     engine.space.evict(50_000)
     engine.space.compact_one(0.0)

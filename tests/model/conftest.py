@@ -39,6 +39,8 @@ PLANS: dict[str, dict[str, Any]] = {
     },
     # No window-only layer, HCA groups that are no multiple of CSA's, sigmoid scores.
     "coprime_ratios": {"layer_types": [C, H], "rates": (4, 6), "scoring_func": "sigmoid", "num_hash_layers": 2},
+    # CSA's groups are longer than the window: of what a replay must run, the overlap reaches furthest.
+    "wide_overlap": {"layer_types": [H, C, C, W], "rates": (12, 6), "sliding_window": 3},
 }  # fmt: skip
 
 

@@ -131,3 +131,21 @@ def test_cleared_rows_hold_nothing_of_their_last_owner() -> None:
 def test_a_pool_needs_a_block() -> None:
     with pytest.raises(InvalidRequest, match="at least one block"):
         BlockPool(layout(), 0)
+
+
+def test_one_block_of_one_entry_is_decoded_whatever_its_row_is_aligned_to() -> None:
+    """Its row has an odd number of bytes: 48 of the entry, 9 of the key."""
+    geometry = KVGeometry(
+        layers=(LayerKind.CSA,), head_dim=32, rope_dim=8, indexer_dim=16, csa_ratio=8, hca_ratio=4, window=8
+    )
+    one = BlockLayout(geometry=geometry, kv_format=KVFormat.FP8)
+    assert one.block_bytes == 57
+    pool = BlockPool(one, 3)
+    part = pool.part(0, PartKind.CSA_MAIN)
+    blocks = torch.arange(3)
+    pool.write(part, blocks, torch.zeros(3, dtype=torch.long), torch.randn(3, 32))
+    wanted = pool.decoded(part).clone()
+    for block in range(3):
+        pool.decoded(part).zero_()
+        pool.note_filled([block])
+        assert torch.equal(pool.decoded(part)[block], wanted[block])

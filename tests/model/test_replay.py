@@ -19,7 +19,7 @@ from antefix.model.ops import TorchOps
 from antefix.model.replay import needed_from, replay
 
 Checkpoint = Callable[[str], Path]
-PLANS = ("flash", "pro", "small_ratios", "odd_ratios", "coprime_ratios")
+PLANS = ("flash", "pro", "small_ratios", "odd_ratios", "coprime_ratios", "wide_overlap")
 FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from router import workers
+from antefix_router.placement import workers
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,8 +5,8 @@ import hashlib
 from antefix import rpc
 from antefix.events import MemoryLog
 from antefix.v1 import memory_pb2
-from antefix.worker.memory_service import add_memory_service
-from router.directory import keys_of
+from antefix_prefill.worker.memory_service import add_memory_service
+from antefix_router.placement.directory import keys_of
 
 
 def names_of(prefix, count):

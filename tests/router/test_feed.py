@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import Unavailable
-from antefix.store.watch import Cursor, StoreEvent, StoreEventKind, WatchBatch
-from router.directory import keys_of
-from router.feed import StoreFeed
+from antefix.store.store_watch import Cursor, StoreEvent, StoreEventKind, WatchBatch
+from antefix_router.placement.directory import keys_of
+from antefix_router.placement.store_feed import StoreFeed
 
 FINGERPRINT = b"f" * 32
 HASHES = [hashlib.blake2b(bytes([i]), digest_size=32).digest() for i in range(10)]
@@ -92,7 +92,7 @@ async def until(condition):
 
 
 async def test_a_stream_that_breaks_goes_on_at_its_cursor_and_says_nothing_meanwhile(monkeypatch):
-    monkeypatch.setattr("router.feed._RETRY_S", 0.01)
+    monkeypatch.setattr("antefix_router.placement.store_feed._RETRY_S", 0.01)
     cursors, gate = [], asyncio.Event()
 
     async def watch(cursor):

@@ -6,14 +6,14 @@ import pytest
 
 from antefix import rpc
 from antefix.store.client import RemoteStore
-from antefix.store.watch import watch
+from antefix.store.store_watch import watch
 from antefix.v1 import kvstore_pb2
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
-from kvstore.server import KvStoreServicer, register
-from router.directory import keys_of
-from router.feed import StoreFeed
-from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.server import KvStoreServicer, register
+from antefix_kvstore.storage_engine import Engine
+from antefix_router.placement.directory import keys_of
+from antefix_router.placement.store_feed import StoreFeed
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
 
 PROMPTS = [Prompt([number] * BLOCK * 5) for number in range(4)]
 
@@ -35,7 +35,7 @@ async def in_step(feed, store):
 
 
 async def test_the_feed_says_what_a_lookup_says(tmp_path, monkeypatch):
-    monkeypatch.setattr("router.feed._RETRY_S", 0.05)
+    monkeypatch.setattr("antefix_router.placement.store_feed._RETRY_S", 0.05)
     servicer, server = await serve(tmp_path)
     store = RemoteStore(server.address)
     feed = StoreFeed(lambda cursor: watch(store, cursor), fingerprint=FINGERPRINT)
@@ -46,7 +46,7 @@ async def test_the_feed_says_what_a_lookup_says(tmp_path, monkeypatch):
         await store.put(PROMPTS[1].blocks())
         assert await in_step(feed, store) == [5, 5, 0, 0]
         names = [kvstore_pb2.RecordName(kind=kvstore_pb2.RECORD_KIND_BLOCK, hash=PROMPTS[0].hashes[3])]
-        await store.stub.Evict(kvstore_pb2.EvictRequest(records=names), timeout=5)
+        await store.stub.Evict(kvstore_pb2.EvictRequest(records=names, owner=owner("")), timeout=5)
         assert (await in_step(feed, store))[:2] == [3, 5]
         # Another opening of the store is another epoch: a snapshot again.
         await server.drain(0.2)

@@ -8,15 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.secret import Keyring
-from antefix.store.watch import Cursor, StoreEvent, StoreEventKind, WatchBatch
-from router.directory import Directory
-from router.feed import StoreFeed
-from router.memory_feed import MemoryFeed
-from router.naming import Names
-from router.placement import cached_tokens, own_work
-from router.policy import make_policy
-from router.sessions import Sessions
-from router.workers import Role, Workers, loads_of
+from antefix.store.store_watch import Cursor, StoreEvent, StoreEventKind, WatchBatch
+from antefix_router.naming import Names
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.memory_feed import MemoryFeed
+from antefix_router.placement.policy import make_policy
+from antefix_router.placement.sessions import Sessions
+from antefix_router.placement.store_feed import StoreFeed
+from antefix_router.placement.work import cached_tokens, own_work
+from antefix_router.placement.workers import Role, Workers, loads_of
 from tests.router.memory_worker import Memory
 
 ADDRESSES = [f"127.0.0.1:{port}" for port in range(7001, 7005)]

@@ -11,11 +11,11 @@ from grpc_health.v1._async import HealthServicer
 from antefix.errors import ConfigError, FingerprintMismatch, InvalidRequest, Unauthenticated
 from antefix.registration import Registration
 from antefix.secret import Keyring
-from router.directory import Directory
-from router.health import HealthWatch
-from router.leases import Leases
-from router.policy import make_policy
-from router.workers import Role, Workers
+from antefix_router.health import HealthWatch
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.leases import Leases
+from antefix_router.placement.policy import make_policy
+from antefix_router.placement.workers import Role, Workers
 
 FINGERPRINT = b"f" * 32
 ADDRESS = "127.0.0.1:7001"

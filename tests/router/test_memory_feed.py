@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from antefix.errors import Unavailable
 from antefix.events import MemoryBatch
-from router.directory import Directory
-from router.memory_feed import MemoryFeed
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.memory_feed import MemoryFeed
 from tests.router.memory_worker import Memory, Worker, leading, names_of
 
 ADDRESS = "127.0.0.1:7001"
@@ -18,7 +18,7 @@ CHAIN = names_of("a", 20)
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr("router.memory_feed._RETRY_S", 0.02)
+    monkeypatch.setattr("antefix_router.placement.memory_feed._RETRY_S", 0.02)
 
 
 def batches(memory, epoch=b"", number=0):

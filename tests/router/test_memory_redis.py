@@ -10,8 +10,8 @@ from antefix.errors import ConfigError
 from antefix.events import redis_stream
 from antefix.events.address import check_url
 from antefix.events.redis_bus import MemoryPublisher, shard_of, stream_of
-from router.directory import Directory, keys_of
-from router.memory_feed import MemoryFeed
+from antefix_router.placement.directory import Directory, keys_of
+from antefix_router.placement.memory_feed import MemoryFeed
 from tests.router.memory_worker import Worker, leading, names_of
 from tests.window_pool.conftest import RedisServer
 
@@ -22,7 +22,7 @@ CHAIN = names_of("a", 400)
 def soon(monkeypatch):
     monkeypatch.setattr(redis_stream, "_RETRY_S", 0.05)
     monkeypatch.setattr(redis_stream, "ALIVE_S", 0.2)
-    monkeypatch.setattr("router.memory_feed._RETRY_S", 0.05)
+    monkeypatch.setattr("antefix_router.placement.memory_feed._RETRY_S", 0.05)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from antefix.block import chain_of
 from antefix.secret import Keyring
-from router import naming
-from router.naming import Names
+from antefix_router import naming
+from antefix_router.naming import Names
 
 FINGERPRINT = b"f" * 32
 KEYRING = Keyring(b"s" * 32)

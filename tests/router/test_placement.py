@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import Unavailable
-from router.backlog import Backlog
-from router.directory import Directory, keys_of
-from router.placement import Work
-from router.policy import make_policy
-from router.workers import Role, Workers
+from antefix_router.placement.backlog import Backlog
+from antefix_router.placement.directory import Directory, keys_of
+from antefix_router.placement.policy import make_policy
+from antefix_router.placement.work import Work
+from antefix_router.placement.workers import Role, Workers
 
 ADDRESSES = [f"127.0.0.1:{port}" for port in range(7001, 7009)]
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from antefix.errors import InvalidRequest
-from router.placement import Loads, Work, seeds_of
-from router.placement import own_work as work_parts
-from router.policy import POLICIES, LeastWork, make_policy
+from antefix_router.placement.policy import LeastWork
+from antefix_router.placement.work import Loads, Work, seeds_of
+from antefix_router.placement.work import own_work as work_parts
+from antefix_simulate.baselines import ALL_POLICIES, make_policy
 
 ADDRESSES = [f"127.0.0.1:{port}" for port in range(7001, 7009)]
 
@@ -141,14 +142,14 @@ def test_ties_go_by_requests_then_history_then_chance():
     assert {policy.choose(work(1000, 900), tied) for _ in range(50)} == {0, 1}
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ALL_POLICIES)
 def test_every_policy_leaves_workers_that_failed_alone(name):
     policy = make_policy(name)
     shunned = loads(shunned=[True] * 7 + [False], pending=[0] * 7 + [1e6], requests=[0] * 7 + [99])
     assert {policy.choose(work(prefix=str(i), head=str(i)), shunned) for i in range(30)} == {7}
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", ALL_POLICIES)
 def test_every_policy_uses_all_idle_workers(name):
     policy = make_policy(name)
     chosen = {policy.choose(work(prefix=str(i), head=str(i)), loads()) for i in range(300)}

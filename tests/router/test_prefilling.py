@@ -7,17 +7,17 @@ import pytest
 
 from antefix.clients import PrefillClient, Prefilled
 from antefix.errors import InvalidRequest, Overloaded, Unavailable
-from antefix.generation import Caller, GenerationRequest
+from antefix.generation_request import Caller, GenerationRequest
+from antefix.record import LookupResult
+from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.secret import Keyring
-from antefix.store.api import LookupResult
-from antefix.worker.report import RestoreReport
-from router import inflight
-from router.directory import Directory
-from router.naming import Names
-from router.policy import make_policy
-from router.prefilling import Limits, Prefilling
-from router.workers import Role, Workers
+from antefix_router import inflight
+from antefix_router.naming import Names
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.policy import make_policy
+from antefix_router.placement.workers import Role, Workers
+from antefix_router.prefilling import Limits, Prefilling
 
 FINGERPRINT = b"f" * 32
 NAMES = Names(fingerprint=FINGERPRINT, keyring=Keyring(b"s" * 32), block_size=4)
@@ -31,7 +31,7 @@ class FakeStore:
         self.hashes = set()
         self.down = False
 
-    async def lookup(self, chain, *, fingerprint, tenant=""):
+    async def lookup(self, chain, *, fingerprint, tenant=b""):
         await asyncio.sleep(0)
         if self.down:
             raise Unavailable("store")
@@ -174,7 +174,7 @@ async def test_followers_do_not_wait_for_ever(monkeypatch):
     prefilling, workers, clients, _ = build(num_workers=2)
     leader = start(prefilling, "stuck")
     await settled()
-    monkeypatch.setattr("router.prefilling.worth_waiting", lambda remaining_s, shared_s: True)
+    monkeypatch.setattr("antefix_router.prefilling.worth_waiting", lambda remaining_s, shared_s: True)
     follower = start(prefilling, "follower")
     idle = next(client for client in clients if not client.calls)
     idle.gate.set()

@@ -12,12 +12,12 @@ from antefix.errors import ConfigError
 from antefix.events import redis_stream
 from antefix.events.store_bus import StorePublisher, stream_of
 from antefix.store.client import RemoteStore
-from antefix.store.watch import watch
+from antefix.store.store_watch import watch
 from antefix.v1 import kvstore_pb2
-from kvstore.config import KvStoreConfig
-from router.directory import keys_of
-from router.feed import StoreFeed
-from tests.kvstore.small_store import FINGERPRINT
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_router.placement.directory import keys_of
+from antefix_router.placement.store_feed import StoreFeed
+from tests.kvstore.small_store import FINGERPRINT, owner
 from tests.router.test_feed_of_a_store import PROMPTS, serve
 from tests.router.test_memory_redis import start_redis, until
 from tests.window_pool.conftest import free_port
@@ -29,7 +29,7 @@ __all__ = ["start_redis"]
 def soon(monkeypatch):
     monkeypatch.setattr(redis_stream, "_RETRY_S", 0.05)
     monkeypatch.setattr(redis_stream, "ALIVE_S", 0.2)
-    monkeypatch.setattr("router.feed._RETRY_S", 0.05)
+    monkeypatch.setattr("antefix_router.placement.store_feed._RETRY_S", 0.05)
 
 
 class Rack:
@@ -68,7 +68,7 @@ class Rack:
 
     async def evict(self, number, block):
         name = kvstore_pb2.RecordName(kind=kvstore_pb2.RECORD_KIND_BLOCK, hash=PROMPTS[number].hashes[block])
-        await self.store.stub.Evict(kvstore_pb2.EvictRequest(records=[name]), timeout=5)
+        await self.store.stub.Evict(kvstore_pb2.EvictRequest(records=[name], owner=owner("")), timeout=5)
 
     async def known(self):
         """What every router comes to say of every prompt, which is what a lookup says."""
@@ -178,7 +178,7 @@ async def test_a_store_that_was_opened_again_is_another_epoch_and_its_old_words_
 
 
 async def test_a_store_that_redis_hears_nothing_of_is_asked(start_redis, rack_at, monkeypatch):
-    monkeypatch.setattr("router.feed._SILENT_S", 0.5)
+    monkeypatch.setattr("antefix_router.placement.store_feed._SILENT_S", 0.5)
     rack = await rack_at(start_redis().url)
     feed = await rack.router()
     await rack.put(0)
@@ -228,7 +228,7 @@ async def test_a_store_process_killed_and_started_again_is_followed_through_redi
 
     def start():
         return subprocess.Popen(
-            [sys.executable, "-m", "antefix", "serve", "kvstore", *flags],
+            [sys.executable, "-m", "antefix_console", "serve", "kvstore", *flags],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd=Path(__file__).parents[2],

@@ -1,5 +1,6 @@
 """Names of blocks: stable bytes, chained, keyed, incremental."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -12,25 +13,43 @@ from hypothesis import strategies as st
 from antefix.block import (
     CPU_FLOAT32,
     Chain,
+    Family,
     Fingerprint,
     arithmetic_of,
     as_tokens,
     chain_of,
     check_arithmetic,
+    differing_fields,
     exactness_of,
     tenant_key,
 )
+from antefix.block_v1 import digest_v1
 from antefix.errors import InvalidRequest
 from antefix.layout import KVFormat, KVGeometry
+from antefix.secret import Keyring
 
 GEOMETRY = KVGeometry.from_config({"num_hidden_layers": 4, "head_dim": 64, "index_head_dim": 32, "sliding_window": 64})
 FINGERPRINT = Fingerprint(weights_revision="w1", geometry=GEOMETRY, kv_format=KVFormat.FP8, tokenizer="t1")
 KEY = tenant_key(b"0123456789abcdef", "tenant")
 
 # Written down once; a change of any of these makes every store in the world a miss.
-GOLDEN_FINGERPRINT = "3a32963abd372277d6c3b4c10fb4e0be295298ac5ab5bf410d97ede5eb013a65"
-GOLDEN_ROOT = "280fafb80234151dfc3fa98e7f4c13c0f1441bd3cb70c9c94c96c4a73ce2bb22"
+GOLDEN_FINGERPRINT = "ffcb08cd70d002c43a27baba8a62cf56b28d5bb0fcaf17305bb4e06b4be47dd6"
+GOLDEN_ROOT = "d7f130ccf351a0830f3235106de59e8ec84534bcd52837545b8698d54c9b9996"
 GOLDEN_HASHES = [
+    "93a3d7c26f2cc7a0f59c428b5e51673e83b3906dcddcd087af989833845b343e",
+    "9a66ba180cc1cdec65fd5a5d9811667fecc31d13357c8bab72a8ef2444822210",
+]
+GOLDEN_STATEMENT = (
+    b'{"arithmetic":"cpu-float32","exactness":"exact","family":"deepseek_v4",'
+    b'"geometry":"67a9747b7a8c04684fcf04c61dc33a50","group":"","hash_kind":1,"kv_format":"fp8","namespace":"default",'
+    b'"num_cards":1,"payload_version":1,"shard":"","tokenizer":"t1","version":2,"weights_revision":"w1"}'
+)
+GOLDEN_OWNER = "15d1cce7be34834ec610a799b8491445"
+GOLDEN_USER = "ac61c6687c0b23c2"
+GOLDEN_SEAL_KEY = "c404cd6ecaf4e48b1985f1f86ecbf281916f7a702c85eb06bb0f2776eadc8522"
+# Of version 1, whose stores must be readable for ever.
+GOLDEN_FINGERPRINT_V1 = "3a32963abd372277d6c3b4c10fb4e0be295298ac5ab5bf410d97ede5eb013a65"
+GOLDEN_HASHES_V1 = [
     "0098bec8de3ecbe84a916f826e287caa60e3c4a10e0636072d154246e5db8a5a",
     "bd526ba9fe545b468d8960d26564fbd525db2f131a9dedf77cd743fed5d9f631",
 ]
@@ -44,9 +63,26 @@ def chain(tokens, key=KEY, digest=FINGERPRINT.digest, block_size=8):
 
 def test_names_are_the_golden_bytes():
     named = chain(range(16))
+    assert FINGERPRINT.statement == GOLDEN_STATEMENT
     assert FINGERPRINT.digest.hex() == GOLDEN_FINGERPRINT
     assert named.root.hex() == GOLDEN_ROOT
     assert [name.hex() for name in named.hashes] == GOLDEN_HASHES
+
+
+def test_names_of_version_1_are_the_golden_bytes():
+    digest = digest_v1(FINGERPRINT)
+    assert digest.hex() == GOLDEN_FINGERPRINT_V1
+    assert [name.hex() for name in chain(range(16), digest=digest).hashes] == GOLDEN_HASHES_V1
+    # What computed the KV stood in `exactness` then.
+    card = dataclasses.replace(FINGERPRINT, arithmetic="cuda-bfloat16")
+    assert digest_v1(card) == digest_v1(dataclasses.replace(FINGERPRINT, exactness="exact-cuda-bfloat16"))
+
+
+def test_owners_are_the_golden_bytes():
+    keyring = Keyring(b"0123456789abcdef")
+    assert keyring.owner("tenant").hex() == GOLDEN_OWNER + "00" * 8
+    assert keyring.owner("tenant\x1fann").hex() == GOLDEN_OWNER + GOLDEN_USER
+    assert keyring.seal_key(keyring.owner("tenant"), 1).hex() == GOLDEN_SEAL_KEY
 
 
 def test_names_do_not_depend_on_the_process():
@@ -89,8 +125,6 @@ def test_a_changed_token_renames_its_block_and_all_later_ones(tokens, index):
 
 
 def test_every_part_of_the_fingerprint_counts():
-    import dataclasses
-
     changes = {
         "weights_revision": "w2",
         "geometry": dataclasses.replace(GEOMETRY, window=32),
@@ -98,26 +132,35 @@ def test_every_part_of_the_fingerprint_counts():
         "tokenizer": "t2",
         "exactness": "bounded-1",
         "namespace": "other",
+        "arithmetic": "cuda-bfloat16",
+        "family": Family.MLA,
+        "num_cards": 2,
+        "group": "c128",
+        "shard": "0/4",
     }
-    digests = {dataclasses.replace(FINGERPRINT, **{name: value}).digest for name, value in changes.items()}
-    assert len(digests | {FINGERPRINT.digest}) == len(changes) + 1
+    # `hash_kind` has one value yet, and is in the statement.
+    assert set(changes) | {"hash_kind"} == {field.name for field in dataclasses.fields(Fingerprint)}
+    others = [dataclasses.replace(FINGERPRINT, **{name: value}) for name, value in changes.items()]
+    assert len({other.digest for other in others} | {FINGERPRINT.digest}) == len(changes) + 1
+    assert [differing_fields(FINGERPRINT.statement, other.statement) for other in others] == [(n,) for n in changes]
 
 
 def test_what_computes_is_part_of_the_name_and_which_card_is_not():
     names = {
-        exactness_of(windows, arithmetic_of(device, dtype))
+        dataclasses.replace(
+            FINGERPRINT, exactness=exactness_of(windows), arithmetic=arithmetic_of(device, dtype)
+        ).digest
         for windows in (0, 1)
         for device in ("cpu", "cuda")
         for dtype in ("float32", "bfloat16")
     }
     assert len(names) == 8
-    assert exactness_of(0, arithmetic_of("cpu", "float32")) == exactness_of(0) == "exact"
     assert arithmetic_of("cuda:1", "bfloat16") == arithmetic_of("cuda", "bfloat16")
 
 
 def test_a_reproducible_worker_on_a_card_never_hits_what_the_fast_kernels_wrote():
     fast, exact = (arithmetic_of("cuda", "bfloat16", reproducible=reproducible) for reproducible in (False, True))
-    assert exactness_of(0, fast) != exactness_of(0, exact)
+    assert fast != exact
     # On a CPU the setting changes no bits, so it changes no names.
     assert arithmetic_of("cpu", "float32", reproducible=True) == arithmetic_of("cpu", "float32")
     for arithmetic in (fast, exact, CPU_FLOAT32):
@@ -133,8 +176,6 @@ def test_an_arithmetic_that_nothing_has_is_refused(text):
 
 
 def test_parts_of_the_fingerprint_do_not_run_together():
-    import dataclasses
-
     one = dataclasses.replace(FINGERPRINT, tokenizer="ab", exactness="c")
     two = dataclasses.replace(FINGERPRINT, tokenizer="a", exactness="bc")
     assert one.digest != two.digest

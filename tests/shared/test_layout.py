@@ -52,7 +52,8 @@ def test_parts_fill_the_block_without_gap_or_overlap(geometry, kv_format):
         assert part.offset == offset
         assert sum(field.nbytes for field in part.record.fields) == part.record.nbytes
         offset += part.nbytes
-    assert offset == layout.block_bytes
+    # Stores take no empty payload: a block without global KV has one byte.
+    assert max(offset, 1) == layout.block_bytes
     assert geometry.block_size == math.lcm(geometry.csa_ratio, geometry.hca_ratio)
 
 

@@ -1,16 +1,15 @@
 """What is shipped beside the code works: the sample settings are valid, the example runs."""
 
 import asyncio
-import importlib
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from antefix.cli import COMMANDS, ROLES
 from antefix.config import parse_value
-from antefix.deployment import Deployment, DeploymentConfig
+from antefix_console.catalog import COMMANDS, ROLES
+from antefix_console.deployment import Deployment, DeploymentConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,8 +19,7 @@ def test_the_sample_settings_are_valid(role):
     import dataclasses
 
     values = tomllib.loads((ROOT / "deploy" / "antefix.toml").read_text())[role]
-    module, name = ROLES[role]
-    config_type = getattr(importlib.import_module(module), name)
+    config_type, _ = ROLES[role].load()
     fields = {field.name: field for field in dataclasses.fields(config_type)}
     config = config_type(**{key: parse_value(fields[key], value, source=key) for key, value in values.items()})
     assert config.address == values["address"]
@@ -36,7 +34,7 @@ SUBCOMMANDS = [
 
 @pytest.mark.parametrize("words", [*([name] for name in COMMANDS), *SUBCOMMANDS], ids=" ".join)
 def test_every_command_shows_help_with_an_example(words, capsys):
-    from antefix.cli import main
+    from antefix_console.cli import main
 
     with pytest.raises(SystemExit) as caught:
         main([*words, "--help"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from simulate.breakeven import BreakEven, break_even, break_even_text, chance_needed
-from simulate.machine import Machine, model_sizes
+from antefix_simulate.breakeven import BreakEven, break_even, break_even_text, chance_needed
+from antefix_simulate.machine import Machine, model_sizes
 
 SIZES = model_sizes("v4-flash")
 

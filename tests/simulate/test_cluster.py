@@ -8,15 +8,15 @@ import pytest
 
 from antefix.errors import InvalidRequest
 from antefix.window import parse
-from router.policy import POLICIES
-from simulate.cli import add_parser, run
-from simulate.cluster import Fleet, _Run, simulate_cluster
-from simulate.cluster_cli import copies
-from simulate.cluster_result import RECOVERY_S
-from simulate.cluster_worker import Job, Memory
-from simulate.generate import generate
-from simulate.machine import Machine, model_sizes
-from simulate.trace import Request, Trace
+from antefix_console.commands.simulate import add_parser, run
+from antefix_console.commands.simulate_cluster import copies
+from antefix_simulate.baselines import ALL_POLICIES
+from antefix_simulate.cluster import Fleet, _Run, simulate_cluster
+from antefix_simulate.cluster_result import RECOVERY_S
+from antefix_simulate.cluster_worker import Job, Memory
+from antefix_simulate.generated_traces import generate
+from antefix_simulate.machine import Machine, model_sizes
+from antefix_simulate.trace import Trace, TraceRequest
 
 SIZES = model_sizes("v4-flash")
 STRATEGY = parse("auto")
@@ -54,12 +54,12 @@ def started(trace, **changes):
 def twins(count, num_tokens=20_480, gap_s=0.01):
     names = np.arange(num_tokens // 512)
     requests = tuple(
-        Request(at_s=i * gap_s, num_tokens=num_tokens + 1, output_tokens=5, names=names) for i in range(count)
+        TraceRequest(at_s=i * gap_s, num_tokens=num_tokens + 1, output_tokens=5, names=names) for i in range(count)
     )
     return Trace(name="twins", unit_tokens=512, requests=requests)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ALL_POLICIES)
 @pytest.mark.parametrize("shared_store", [True, False])
 def test_every_request_ends_once_and_load_returns_to_zero(chat, policy, shared_store):
     one = _Run(512, policy, STRATEGY, SIZES, fleet(shared_store=shared_store, kills=((30.0, 60.0), (45.0, 0.0))))
@@ -78,7 +78,7 @@ def test_runs_are_the_same_twice(chat):
 
 
 def test_with_a_store_the_hit_rate_does_not_depend_on_the_policy(chat):
-    rates = [simulate(chat, policy).token_hit_rate for policy in POLICIES]
+    rates = [simulate(chat, policy).token_hit_rate for policy in ALL_POLICIES]
     assert max(rates) - min(rates) < 0.01 and min(rates) > 0.3
 
 
@@ -176,7 +176,7 @@ def _cli(*argv):
 def test_json_has_every_policy_with_every_figure(capsys):
     assert _cli("--workers", "3:2", "--policy", "all", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert list(shown["policies"]) == list(POLICIES) and shown["num_prefill"] == 3
+    assert list(shown["policies"]) == list(ALL_POLICIES) and shown["num_prefill"] == 3
     wanted = "token_hit_rate fetched_share ttft_p50_s ttft_p90_s ttft_p99_s load_max_over_mean goodput"
     assert all(set(wanted.split()) <= set(figures) for figures in shown["policies"].values())
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from antefix.window import parse
-from simulate.machine import RATE_CARDS, Machine, model_sizes
-from simulate.replay import Setup, ideal_hit_tokens, simulate
-from simulate.store import StoreLimits
-from simulate.trace import Trace, load
+from antefix_simulate.machine import RATE_CARDS, Machine, model_sizes
+from antefix_simulate.simulated_store import StoreLimits
+from antefix_simulate.trace import Trace, load
+from antefix_simulate.trace_replay import Setup, ideal_hit_tokens, simulate
 
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
 SETUP = Setup(

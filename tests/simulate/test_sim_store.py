@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from antefix.window import Sizes, Tier
-from simulate.store import SimStore, StoreLimits
+from antefix_simulate.simulated_store import SimStore, StoreLimits
 
-SIZES = Sizes(block_size=128, block_bytes=100, checkpoint_bytes=50, replay_tokens=256, window_tokens=128, num_layers=2)
+SIZES = Sizes(block_size=128, block_bytes=100, checkpoint_bytes=50, window_tokens=128, replay_reach=(255, 128))
 
 
 def _names(*names: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from antefix.errors import AntefixError, ConfigError, InvalidRequest
-from simulate.cli import ALL_STRATEGIES, add_parser, run
+from antefix_console.commands.simulate import ALL_STRATEGIES, add_parser, run
 
 FIELDS = {
     "token_hit_rate",

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antefix.window import Mark, OutputFacts, PromptFacts, Sizes, Strategy, parse
-from simulate.generate import SHAPES, generate
-from simulate.machine import RATE_CARDS, Machine, model_sizes
-from simulate.replay import Setup, ideal_hit_tokens, simulate, store_hit_tokens
-from simulate.store import StoreLimits
-from simulate.trace import Request, Trace
+from antefix_simulate.generated_traces import SHAPES, generate
+from antefix_simulate.machine import RATE_CARDS, Machine, model_sizes
+from antefix_simulate.simulated_store import StoreLimits
+from antefix_simulate.trace import Trace, TraceRequest
+from antefix_simulate.trace_replay import Setup, ideal_hit_tokens, simulate, store_hit_tokens
 
 SIZES = model_sizes("v4-flash")
 MACHINE = Machine(jitter=0.0)
@@ -26,7 +26,7 @@ def _setup(*, replay: bool = True, store_bytes: int | None = None) -> Setup:
 
 def _trace(*requests: tuple[int, list[int]]) -> Trace:
     made = [
-        Request(at_s=float(i), num_tokens=tokens, output_tokens=1, names=np.asarray(names, dtype=np.int64))
+        TraceRequest(at_s=float(i), num_tokens=tokens, output_tokens=1, names=np.asarray(names, dtype=np.int64))
         for i, (tokens, names) in enumerate(requests)
     ]
     return Trace(name="hand", unit_tokens=128, requests=tuple(made))
@@ -173,7 +173,7 @@ def test_a_pool_that_forgets_is_survived_by_replay() -> None:
         name="late",
         unit_tokens=128,
         requests=tuple(
-            Request(at_s=at, num_tokens=128_100, output_tokens=1, names=np.asarray(units, dtype=np.int64))
+            TraceRequest(at_s=at, num_tokens=128_100, output_tokens=1, names=np.asarray(units, dtype=np.int64))
             for at in (0.0, 100.0, 10_000.0)
         ),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from antefix.errors import InvalidRequest
-from simulate.trace import load
+from antefix_simulate.trace import load
 
 
 def _write(path: Path, rows: list[Any]) -> Path:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from antefix.errors import BlockCorrupt
 from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind
-from antefix.store import codec
+from antefix.store_files import codec
 
 GEOMETRY = KVGeometry(
     layers=(LayerKind.WINDOW, LayerKind.CSA, LayerKind.HCA, LayerKind.CSA),

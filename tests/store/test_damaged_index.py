@@ -5,10 +5,10 @@ import struct
 import pytest
 
 from antefix.errors import Unavailable
-from antefix.store.api import Record, RecordKind
+from antefix.record import Record, RecordKind
 from antefix.store.client import LocalStore
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 
 FINGERPRINT, ROOT = b"f" * 32, b"r" * 32
 NAMES = [i.to_bytes(32, "little") for i in range(1, 1001)]

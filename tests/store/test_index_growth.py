@@ -3,16 +3,16 @@
 import subprocess
 import sys
 
-from antefix.store.api import Record, RecordKind
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
+from antefix.record import Record, RecordKind
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import Engine
 
 FINGERPRINT, ROOT = b"f" * 32, b"r" * 32
 # 4,000 entries with their ranks and times take about 1.6 MiB of index.
 NUM_RECORDS = 4000
 READER = """
 import sys
-from antefix.store.reader import StoreReader
+from antefix.store_files.segment_reader import StoreReader
 reader = StoreReader(sys.argv[1])
 chain = [i.to_bytes(32, "little") for i in range(1, int(sys.argv[2]) + 1)]
 print(reader.lookup(chain, fingerprint=b"f" * 32).num_blocks, flush=True)

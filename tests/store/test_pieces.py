@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.pieces import PIECE_BYTES, OutgoingPieces, messages_of
-from antefix.store.progress import Progress
+from antefix.store.stream_progress import Progress
 from antefix.v1 import kvstore_pb2
 
 SIZES = st.lists(st.integers(1, PIECE_BYTES * 2), min_size=1, max_size=5)

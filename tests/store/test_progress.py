@@ -8,18 +8,17 @@ import struct
 import pytest
 
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest
-from antefix.store.api import RecordKind
-from antefix.store.format import (
+from antefix.record import RecordKind
+from antefix.store.payload_wire import BlankMessage, records_head
+from antefix.store.stream_progress import Progress
+from antefix.store_files.record_format import (
     RECORD_HEADER_BYTES,
     Codec,
     RecordFlag,
-    RecordHeader,
     extent_bytes,
-    pack_record_header,
     payload_checksum,
 )
-from antefix.store.progress import Progress
-from antefix.store.wire import BlankMessage, records_head
+from antefix.store_files.record_header import RecordHeader, pack_record_header
 from antefix.v1 import kvstore_pb2
 
 SEED, SEGMENT, START = 0x1122334455667788, 7, 4096
@@ -47,7 +46,7 @@ def record(number: int, at: int, **changes: object) -> bytes:
         "kind": RecordKind.BLOCK,
         "codec": Codec.RAW,
         "flags": RecordFlag.NONE,
-        "tenant": "",
+        "tenant": bytes(24),
     }
     return pack_record_header(RecordHeader(**{**fields, **changes}), SEED) + payload  # type: ignore[arg-type]
 

@@ -12,16 +12,16 @@ import pytest
 
 from antefix import rpc
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.store.api import RecordKind
+from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
-from antefix.store.format import FORMAT_VERSION
 from antefix.store.payload_channel import PayloadChannel
-from antefix.store.progress import Progress
-from antefix.store.segment_files import preadv_full
+from antefix.store.stream_progress import Progress
+from antefix.store_files.record_format import FORMAT_VERSION
+from antefix.store_files.segment_files import preadv_full
 from antefix.v1 import kvstore_pb2
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
-from kvstore.server import KvStoreServicer, register
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.server import KvStoreServicer, register
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 from tests.kvstore.test_compression import PLAN, Bells
 
@@ -149,7 +149,7 @@ async def test_a_store_that_does_not_know_record_formats_is_understood(
     store: RemoteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of another version: it sends what it verified itself."""
-    monkeypatch.setattr("kvstore.server.FORMAT_VERSION", FORMAT_VERSION + 1)
+    monkeypatch.setattr("antefix_kvstore.server.FORMAT_VERSIONS", (FORMAT_VERSION + 1,))
     assert not any(message.records for message in await messages(store, record_format=FORMAT_VERSION))
     assert await restored(store) == 10
 
@@ -157,7 +157,7 @@ async def test_a_store_that_does_not_know_record_formats_is_understood(
 @pytest.mark.parametrize("cached", [True, False])
 async def test_a_stream_goes_on_at_a_byte(store: RemoteStore, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not cached:
-        monkeypatch.setattr("antefix.store.runs.preadv_cached", lambda *_: 0)
+        monkeypatch.setattr("antefix.store_files.read_runs.preadv_cached", lambda *_: 0)
     got = await messages(store, record_format=FORMAT_VERSION, first=4, offset=123_456)
     assert (got[0].index, got[0].offset) == (4, 123_456)
     expected = PROMPT.payload(4)[123_456:] + b"".join(PROMPT.payload(i) for i in range(5, 10))
@@ -169,7 +169,7 @@ async def test_a_stream_goes_on_at_a_byte(store: RemoteStore, cached: bool, monk
 async def test_what_is_not_in_the_page_cache_comes_all_the_same(
     store: RemoteStore, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[int, int]]
 ) -> None:
-    monkeypatch.setattr("antefix.store.runs.preadv_cached", lambda *_: 0)
+    monkeypatch.setattr("antefix.store_files.read_runs.preadv_cached", lambda *_: 0)
     assert await restored(store) == 10
     assert asked == [(FORMAT_VERSION, 0)]
 
@@ -267,8 +267,8 @@ async def test_a_reader_that_does_not_read_holds_no_memory(
         num_read += got
         return got
 
-    monkeypatch.setattr("antefix.store.runs.preadv_cached", counted if cached else lambda *_: 0)
-    monkeypatch.setattr("antefix.store.runs.preadv_full", counted)
+    monkeypatch.setattr("antefix.store_files.read_runs.preadv_cached", counted if cached else lambda *_: 0)
+    monkeypatch.setattr("antefix.store_files.read_runs.preadv_full", counted)
     request = kvstore_pb2.GetRequest(
         kind=kvstore_pb2.RECORD_KIND_BLOCK,
         hashes=b"".join(prompt.hashes),

@@ -12,12 +12,13 @@ import pytest
 
 from antefix import rpc
 from antefix.errors import InvalidRequest, Unavailable
-from antefix.store.api import Record, RecordKind, Store
+from antefix.record import Record, RecordKind
+from antefix.store.api import Store
 from antefix.store.client import LocalStore, RemoteStore
 from antefix.v1 import kvstore_pb2
-from kvstore.config import KvStoreConfig
-from kvstore.engine import Engine
-from kvstore.server import KvStoreServicer, register
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.server import KvStoreServicer, register
+from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 PROMPT = Prompt(list(range(BLOCK * 6)), payload_bytes=2_500_001)
@@ -175,8 +176,8 @@ async def test_a_broken_stream_goes_on_where_it_stopped(service: Service) -> Non
 
 
 async def test_a_piece_that_was_damaged_on_its_way_is_refused(service: Service) -> None:
+    from antefix.store.payload_wire import Piece
     from antefix.store.pieces import request_pieces
-    from antefix.store.wire import Piece
 
     pieces = list(request_pieces(PROMPT.blocks(1)))
     damaged = bytes([pieces[1].data[0] ^ 1]) + bytes(pieces[1].data[1:])
@@ -189,7 +190,7 @@ async def test_a_piece_that_was_damaged_on_its_way_is_refused(service: Service) 
 
 
 async def test_watching_gives_a_snapshot_then_changes_then_resumes(service: Service) -> None:
-    from antefix.store.watch import Cursor, StoreEventKind, watch
+    from antefix.store.store_watch import Cursor, StoreEventKind, watch
 
     remote = RemoteStore(service.address)
     await remote.put(PROMPT.blocks(2))
@@ -273,7 +274,7 @@ async def test_readers_in_other_processes_follow_the_writer(service: Service) ->
     await client.put(PROMPT.blocks(2))
     script = (
         "import sys, time\n"
-        "from antefix.store.reader import StoreReader\n"
+        "from antefix.store_files.segment_reader import StoreReader\n"
         "from tests.kvstore.small_store import *\n"
         "prompt = Prompt(list(range(BLOCK * 6)), payload_bytes=2_500_001)\n"
         "reader = StoreReader(sys.argv[1])\n"

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from antefix.layout import BlockLayout, KVFormat, KVGeometry
-from antefix.model import dense, quant
+from antefix.model import quant
 from antefix.model.config import ModelConfig
-from antefix.model.dense_attention import DenseOptions
-from antefix.model.dense_rounding import round_entries, round_keys
+from models.training import dense
 from models.training.cached import CachedModel
+from models.training.dense_attention import DenseOptions
+from models.training.dense_rounding import round_entries, round_keys
 from models.training.parameters import Parameters, trainable
 
 NUM_TOKENS = 128

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from antefix.model import dense
-from models.training import baselines
+from models.training import baselines, dense
 from models.training.corpus import Tokens
 from models.training.optimizer import Optimizer, is_muon, orthogonalise
 from models.training.parameters import Parameters, initial_parameters, load_parameters, parameter_shapes, read_config

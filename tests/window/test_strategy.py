@@ -25,9 +25,8 @@ SIZES = Sizes(
     block_size=128,
     block_bytes=449_824,
     checkpoint_bytes=3_645_568,
-    replay_tokens=5_504,
     window_tokens=128,
-    num_layers=43,
+    replay_reach=tuple(layers * 127 + 1 for layers in range(43, 0, -1)),
 )
 FIXED = ("full", "periodic(8192)", "periodic(1000)", "boundary", "zero")
 ALL = (*FIXED, "auto", "auto(budget=9)", "auto(ends=pool)", "auto(ends=disk)")

@@ -10,9 +10,8 @@ SIZES = Sizes(
     block_size=128,
     block_bytes=449_824,
     checkpoint_bytes=3_645_568,
-    replay_tokens=5_504,
     window_tokens=128,
-    num_layers=43,
+    replay_reach=tuple(layers * 127 + 1 for layers in range(43, 0, -1)),
 )
 
 

@@ -8,11 +8,11 @@ import pytest
 from redis.asyncio import Redis
 
 from antefix.errors import BlockCorrupt, ConfigError, Unavailable
-from antefix.store.api import Record, RecordKind
+from antefix.record import Record, RecordKind
 from antefix.window_pool import RedisWindowPool, check_address, open_window_pool
-from antefix.window_pool.format import HEADER_BYTES, pack, unpack
+from antefix.window_pool.pool_format import HEADER_BYTES, pack, unpack
 from antefix.window_pool.redis_pool import key_of
-from antefix.worker.prompt import run_prompt
+from antefix_prefill.run_prompt import run_prompt
 
 FINGERPRINT, OTHER = b"f" * 32, b"o" * 32
 NAMES = [bytes([n]) * 32 for n in range(1, 9)]

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from antefix.errors import Unavailable
-from antefix.store.api import PutResult, Record, RecordKind
+from antefix.record import PutResult, Reason, Record, RecordKind, Refusal
 from antefix.window_pool import StoreMemoryPool
-from antefix.window_pool.store_memory import pool_name
-from antefix.worker.prompt import run_prompt
+from antefix_prefill.run_prompt import run_prompt
 
 FINGERPRINT = b"f" * 32
 NAMES = [bytes([n]) * 32 for n in range(1, 30)]
@@ -35,12 +34,12 @@ async def test_the_nearest_one_comes_back(store):
 async def test_a_checkpoint_never_meets_a_handoff_of_the_same_name(store):
     await StoreMemoryPool(store).put(checkpoint(NAMES[0], b"window"))
     assert (RecordKind.HANDOFF, NAMES[0]) not in store.records
-    assert (RecordKind.HANDOFF, pool_name(NAMES[0])) in store.records
+    assert (RecordKind.POOLED, NAMES[0]) in store.records
 
 
 async def test_no_room_is_told(store):
     async def full(records):
-        return PutResult(num_stored=0, num_existing=0, refused={records[0].hash: "full"})
+        return PutResult(num_stored=0, num_existing=0, refused={records[0].hash: Refusal(Reason.FULL, "full")})
 
     store.put = full
     assert not await StoreMemoryPool(store).put(checkpoint(NAMES[0], b"window"))
@@ -74,7 +73,7 @@ async def test_a_payload_of_a_wrong_size_is_a_miss(make_engine, make_prompt, sto
     computed = await run_prompt(first, make_prompt(first, TURN))
     first.blocks.release(computed.sequence.block_table)
     for name, payload in list(store.records.items()):
-        if name[0] is RecordKind.HANDOFF:
+        if name[0] is RecordKind.POOLED:
             store.records[name] = payload[:-8]
     second = make_engine("auto(ends=pool)")
     second.window_pool = StoreMemoryPool(store)

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from antefix.cli import main
-from antefix.commands.up import warn_of_pool
-from antefix.deployment import Deployment, DeploymentConfig
 from antefix.errors import ConfigError
 from antefix.layout import KVGeometry
 from antefix.model_dir import read_config
-from antefix.worker.engine import EngineConfig, build_engine
+from antefix_console.cli import main
+from antefix_console.commands.up import warn_of_pool
+from antefix_console.deployment import Deployment, DeploymentConfig
+from antefix_prefill.worker.engine import EngineConfig, build_engine
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 REDIS = "redis://127.0.0.1:1/0"

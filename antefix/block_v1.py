@@ -1,0 +1,32 @@
+"""Names of version 1, to find what stores of that version hold. Nothing new is stored under them."""
+
+from __future__ import annotations
+
+import hashlib
+
+from antefix.block import CPU_FLOAT32, HASH_BYTES, Fingerprint
+
+
+def digest_v1(fingerprint: Fingerprint) -> bytes:
+    """What version 1 made of the fields that it had; the others must be as they were understood then.
+
+    What computed the KV stood in `exactness`, unless it was a CPU in float32. Chains, tenant keys and block hashes are
+    as in version 2.
+    """
+    exactness = fingerprint.exactness
+    if fingerprint.arithmetic != CPU_FLOAT32:
+        exactness = f"{exactness}-{fingerprint.arithmetic}"
+    state = hashlib.blake2b(digest_size=HASH_BYTES, person=b"antefix-fingerpr")
+    for part in (
+        fingerprint.weights_revision.encode(),
+        fingerprint.geometry.digest(),
+        str(fingerprint.kv_format).encode(),
+        b"1",
+        fingerprint.tokenizer.encode(),
+        exactness.encode(),
+        fingerprint.namespace.encode(),
+    ):
+        # Length first: without it ("ab", "c") and ("a", "bc") would share a name.
+        state.update(len(part).to_bytes(4, "little"))
+        state.update(part)
+    return state.digest()

@@ -1,0 +1,86 @@
+"""Calls to a decode worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+from antefix import rpc
+from antefix.block import TokenArray as Tokens
+from antefix.generation_request import GenerationRequest
+from antefix.restore_report import RestoreReport
+from antefix.sampling import Sampling
+from antefix.v1 import decode_pb2, decode_pb2_grpc
+from antefix.wire import (
+    TokenLogprob,
+    logprobs_from_wire,
+    report_from_wire,
+    sampling_to_wire,
+    tokens_from_wire,
+    tokens_to_wire,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """One message of an output. finish_reason is set in the last one; stop_number: the stop sequence, from 1.
+
+    logprobs: one a token, where they were asked for.
+    """
+
+    tokens: Tokens
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str = ""
+    stop_number: int = 0
+    restore: RestoreReport | None = None
+    written_tokens: int = 0
+
+
+@dataclass(slots=True)
+class DecodeClient:
+    """Calls to one decode worker."""
+
+    address: str
+    _stub: decode_pb2_grpc.DecodeServiceStub = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._stub = decode_pb2_grpc.DecodeServiceStub(rpc.channel(self.address))
+
+    async def decode(
+        self,
+        request: GenerationRequest,
+        sampling: Sampling,
+        *,
+        handoff: bytes,
+        emitted: Sequence[int],
+        timeout_s: float,
+    ) -> AsyncGenerator[Decoded, None]:
+        """One output. sampling: this one's, with a seed of its own.  emitted: what was given out of it before."""
+        message = decode_pb2.DecodeRequest(
+            request_id=request.request_id,
+            tenant=request.cache_tenant,
+            prompt=tokens_to_wire(request.followed_by(emitted)),
+            sampling=sampling_to_wire(sampling),
+            handoff=handoff,
+            num_emitted=len(emitted),
+        )
+        call = self._stub.Decode(message, timeout=timeout_s)
+        try:
+            with rpc.rpc_errors():
+                async for answer in call:
+                    yield Decoded(
+                        tokens=tokens_from_wire(answer.tokens),
+                        logprobs=logprobs_from_wire(answer.logprobs),
+                        finish_reason=answer.finish_reason,
+                        stop_number=answer.stop_number,
+                        restore=report_from_wire(answer.restore) if answer.HasField("restore") else None,
+                        written_tokens=answer.written_tokens,
+                    )
+        finally:
+            call.cancel()  # a caller that stops early stops the work; after the end this does nothing
+
+    async def status(self, *, timeout_s: float = 5.0) -> decode_pb2.DecodeStatusResponse:
+        with rpc.rpc_errors():
+            answer = await self._stub.DecodeStatus(decode_pb2.DecodeStatusRequest(), timeout=timeout_s)
+        return cast(decode_pb2.DecodeStatusResponse, answer)

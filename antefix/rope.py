@@ -1,0 +1,229 @@
+"""RoPE as a config.json gives it: the main one of window-only layers, and the compressed branches'. Knows no tensors.
+
+Two forms are read. Flat, as V4 was released: `rope_theta`, `compress_rope_theta`, `qk_rope_head_dim` and a YaRN in
+`rope_scaling` that stretches the compressed branches alone. Nested, as transformers saves it: `rope_parameters` with
+`main` and `compress`. What DeepSeek's own code and transformers read differently is refused or noted
+(docs/MODEL_CONFIGS.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from antefix.errors import InvalidRequest
+
+# Defaults of DeepseekV4Config in transformers 5.23, for configs that leave a field out.
+_THETAS = {"main": ("rope_theta", 10000.0), "compress": ("compress_rope_theta", 160000.0)}
+_ROTARY_FACTOR = 64 / 512
+_MAX_POSITIONS = 1048576
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class YarnScaling:
+    """YaRN's stretch of a RoPE (arXiv 2309.00071)."""
+
+    factor: float
+    original_max_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """One RoPE: its base and, where contexts are stretched, how. `attention_factor` scales cos and sin."""
+
+    theta: float
+    yarn: YarnScaling | None = None
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ropes:
+    """Both RoPEs of a model.
+
+    dim: how many of a head's last dims they turn.  notes: what transformers would compute otherwise.
+    """
+
+    main: RopeConfig
+    compress: RopeConfig
+    dim: int
+    notes: tuple[str, ...] = ()
+
+
+def read_ropes(config: Mapping[str, Any], head_dim: int) -> Ropes:
+    """Raises:  InvalidRequest: a field that makes no sense, or that cannot be computed as its reference does."""
+    name, given = _given(config)
+    nested = [label for label in _THETAS if label in given]
+    if not nested:
+        theta, default = _THETAS["main"]
+        main = RopeConfig(theta=number(config, theta, default))
+        compress, notes = _rope(config, "compress", name, given)
+        return Ropes(main=main, compress=compress, dim=_flat_dim(config, head_dim), notes=notes)
+    if not all(isinstance(given.get(label), Mapping) for label in _THETAS):
+        raise InvalidRequest(
+            f"{name} must hold main and compress as objects, both or neither; transformers drops one alone"
+        )
+    main, main_notes = _rope(config, "main", f"{name}.main", given["main"])
+    compress, compress_notes = _rope(config, "compress", f"{name}.compress", given["compress"])
+    dim, dim_notes = _nested_dim(config, head_dim, name, given)
+    return Ropes(main=main, compress=compress, dim=dim, notes=(*main_notes, *compress_notes, *dim_notes))
+
+
+def number(fields: Mapping[str, Any], name: str, default: float | None, *, where: str = "config field") -> float:
+    """A positive number.  Raises:  InvalidRequest: it is none, or there is neither value nor default."""
+    value = fields.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise InvalidRequest(f"{where} {name} must be a positive number, is {value!r}")
+    return float(value)
+
+
+def _count(fields: Mapping[str, Any], name: str, default: int, *, where: str) -> int:
+    value = fields.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidRequest(f"{where} {name} must be a positive integer, is {value!r}")
+    return value
+
+
+def _given(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The field that holds the parameters, and them: `rope_scaling` goes first, as in transformers."""
+    for name in ("rope_scaling", "rope_parameters"):
+        given = config.get(name)
+        if given and not isinstance(given, Mapping):
+            raise InvalidRequest(f"config field {name} must be an object, is {given!r}")
+        if given:
+            return name, given
+    return "rope_parameters", {}
+
+
+def _rope(
+    config: Mapping[str, Any], label: str, name: str, params: Mapping[str, Any]
+) -> tuple[RopeConfig, tuple[str, ...]]:
+    """One RoPE from its own parameters (nested), or the compressed branches' from the flat ones."""
+    theta = _theta(config, label, name, params)
+    kind = params.get("rope_type", params.get("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta=theta), ()
+    if kind != "yarn":
+        raise InvalidRequest(f"{name}: rope type of {label} must be default or yarn, is {kind!r}: V4 has no other")
+    if theta == 1.0:
+        raise InvalidRequest(f"{name}: YaRN needs a rope_theta other than 1")
+    yarn = _yarn(config, name, params)
+    factor, notes = _attention_factor(label, name, params, yarn.factor)
+    return RopeConfig(theta=theta, yarn=yarn, attention_factor=factor), notes
+
+
+def _theta(config: Mapping[str, Any], label: str, name: str, params: Mapping[str, Any]) -> float:
+    field, default = _THETAS[label]
+    top = number(config, field, default)
+    if not name.endswith(f".{label}"):
+        return top
+    if "rope_theta" not in params and top != number(config, *_THETAS["main"]):
+        # transformers would take the window-only layers' base, V4's own code the compressed branches'.
+        raise InvalidRequest(f"{name} must give rope_theta: its references disagree on which base it has otherwise")
+    return number(params, "rope_theta", top, where=f"{name}:")
+
+
+def _yarn(config: Mapping[str, Any], name: str, params: Mapping[str, Any]) -> YarnScaling:
+    where = f"{name}:"
+    max_positions = _count(config, "max_position_embeddings", _MAX_POSITIONS, where="config field")
+    original = _count(params, "original_max_position_embeddings", max_positions, where=where)
+    if "factor" in params and params["factor"] is None:
+        factor = number({"factor": max_positions / original}, "factor", None, where=where)
+    else:
+        factor = number(params, "factor", None, where=where)
+    betas = {field: params.get(field) for field in ("beta_fast", "beta_slow")}
+    return YarnScaling(
+        factor=factor,
+        original_max_positions=original,
+        **{field: number(betas, field, None, where=where) for field, value in betas.items() if value is not None},
+    )
+
+
+def _attention_factor(label: str, name: str, params: Mapping[str, Any], factor: float) -> tuple[float, tuple[str, ...]]:
+    """What cos and sin are multiplied by.
+
+    V4's own code has no such factor. transformers agrees where the config is flat (whatever mscale says), and takes
+    YaRN's paper's, 0.1 ln(factor) + 1, where it is nested and gives none.
+    """
+    given = params.get("attention_factor")
+    if given is not None:
+        if not isinstance(given, int | float) or isinstance(given, bool) or not math.isfinite(given):
+            raise InvalidRequest(f"{name}: attention_factor must be a number, is {given!r}")
+        return float(given), ()
+    is_flat = not name.endswith(f".{label}")
+    if (is_flat and "attention_factor" not in params) or factor <= 1:
+        return 1.0, ()
+    scales = {field: params[field] for field in ("mscale", "mscale_all_dim") if params.get(field) is not None}
+    if len(scales) == 2:
+        over, under = (0.1 * number(scales, field, None, where=f"{name}:") * math.log(factor) + 1 for field in scales)
+        return over / under, ()
+    if scales:
+        raise InvalidRequest(
+            f"{name}: {next(iter(scales))} alone says nothing (transformers ignores it): give mscale and"
+            " mscale_all_dim, or attention_factor"
+        )
+    paper = 0.1 * math.log(factor) + 1
+    if label == "main":
+        # V4's own code never stretches window-only layers, so transformers alone says what such a config means.
+        return paper, ()
+    return 1.0, (
+        f"{name} gives no attention_factor: taken as 1.0, as DeepSeek-V4's own code does; transformers would take"
+        f" {paper:.4f}",
+    )
+
+
+def _flat_dim(config: Mapping[str, Any], head_dim: int) -> int:
+    """RoPE dims where no nested `partial_rotary_factor` decides."""
+    share, dim = config.get("partial_rotary_factor"), config.get("qk_rope_head_dim")
+    if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
+        raise InvalidRequest(f"config field qk_rope_head_dim must be an integer, is {dim!r}")
+    if share is None and dim is not None:
+        return dim
+    by_share = _dim_of("config field partial_rotary_factor", _ROTARY_FACTOR if share is None else share, head_dim)
+    if dim not in (None, by_share):
+        raise InvalidRequest(
+            f"qk_rope_head_dim is {dim}, partial_rotary_factor {share} of head_dim {head_dim} is {by_share}: which of"
+            " the two holds depends on who reads the config"
+        )
+    return by_share
+
+
+def _nested_dim(
+    config: Mapping[str, Any], head_dim: int, name: str, given: Mapping[str, Any]
+) -> tuple[int, tuple[str, ...]]:
+    """RoPE dims of a nested config. transformers turns what each part says; our records have one number for both."""
+    top, notes, dims = config.get("partial_rotary_factor"), [], {}
+    for label in _THETAS:
+        field = f"{name}.{label}.partial_rotary_factor"
+        share = given[label].get("partial_rotary_factor", top)
+        if share is not None:
+            dims[label] = _dim_of(field, share, head_dim)
+        elif "partial_rotary_factor" not in given[label] and config.get("qk_rope_head_dim") is not None:
+            dims[label] = _flat_dim(config, head_dim)
+            notes.append(
+                f"{field} is missing: {dims[label]} dims are turned, as qk_rope_head_dim says and DeepSeek-V4's own"
+                " code does; transformers may turn others"
+            )
+        else:
+            raise InvalidRequest(f"{field} must be given: without it, transformers would turn whole heads or an eighth")
+    if dims["main"] != dims["compress"]:
+        raise InvalidRequest(f"{name}: partial_rotary_factor of main and compress must be equal; they turn {dims} dims")
+    if config.get("qk_rope_head_dim", dims["main"]) != dims["main"]:
+        raise InvalidRequest(
+            f"{name}: partial_rotary_factor gives {dims['main']} dims, qk_rope_head_dim says otherwise"
+        )
+    return dims["main"], tuple(notes)
+
+
+def _dim_of(name: str, share: object, head_dim: int) -> int:
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+        raise InvalidRequest(f"{name} must be a number in (0, 1], is {share!r}")
+    dim = int(head_dim * share)
+    if dim < 2 or dim % 2:
+        raise InvalidRequest(
+            f"{name} {share} gives {dim} RoPE dims of head_dim {head_dim}; they turn in pairs, two at least"
+        )
+    return dim

@@ -1,0 +1,28 @@
+"""Choosing how to reach a store: straight from its files on the same host, or over gRPC only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from antefix.store.api import Store
+from antefix.store.client import LocalStore, RemoteStore
+from antefix.store_files.seal import Seals
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreAddress:
+    """Where the kvstore service listens, and its directory if that is on this host ("" if not)."""
+
+    address: str
+    directory: str = ""
+
+
+def open_store(where: StoreAddress, *, seals: Seals | None = None) -> Store:
+    """A client; it connects when first used, and again after the service came back.
+
+    seals: of the deployment; with them only sealed records are taken, as every worker must.
+    """
+    if where.directory:
+        return LocalStore(Path(where.directory), where.address, seals=seals)
+    return RemoteStore(where.address, seals=seals)

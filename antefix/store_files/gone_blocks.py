@@ -1,0 +1,86 @@
+"""What became of blocks that are not stored any more: a bounded memory in one file beside the index.
+
+GONE is an array of 16-byte slots: 15 bytes of a block's hash, one byte why it went. A hash has one slot, so a later one
+may take it over: what was forgotten is answered as never seen. It is written without a sync and read without a lock:
+what it says explains a miss and decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, Final
+
+from antefix.record import BlockFate, Fate, RecordKind
+from antefix.store_files.index import Index
+
+GONE_FILE: Final = "GONE"
+SLOT_BYTES: Final = 16
+_NAME_BYTES: Final = SLOT_BYTES - 1
+# One slot for 32 KiB of budget: some ten times as many as blocks of a large model fit, in a 2,000th of the space.
+_BUDGET_BYTES_A_SLOT: Final = 32 << 10
+_NUM_SLOTS_MIN: Final = 256
+_NUM_SLOTS_MAX: Final = 1 << 22
+# Values are part of the format: never renumber.
+_CODES: Final = {1: Fate.EVICTED, 2: Fate.EXPIRED}
+
+
+class GoneWriter:
+    """The engine's side. Failing to write costs an explanation, so it never raises."""
+
+    def __init__(self, directory: Path, budget_bytes: int) -> None:
+        num_slots = max(_NUM_SLOTS_MIN, min(_NUM_SLOTS_MAX, budget_bytes // _BUDGET_BYTES_A_SLOT))
+        self.nbytes = num_slots * SLOT_BYTES
+        self._path = directory / GONE_FILE
+
+    def note(self, block_hash: bytes, fate: Fate) -> None:
+        """This block is being removed."""
+        code = next(code for code, known in _CODES.items() if known is fate)
+        with contextlib.suppress(OSError):
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if os.fstat(fd).st_size != self.nbytes:
+                    # New, or made under another budget, where each hash has another slot.
+                    os.ftruncate(fd, 0)
+                    os.ftruncate(fd, self.nbytes)
+                os.pwrite(fd, block_hash[:_NAME_BYTES] + bytes((code,)), _offset(block_hash, self.nbytes))
+            finally:
+                os.close(fd)
+
+
+def fate_of(directory: Path, index: Index, block_hash: bytes, *, fingerprint: bytes, now_ms: int) -> BlockFate:
+    """What the index says of a block and, where it says nothing, what is remembered; with all other fingerprints."""
+    with index.txn() as txn:
+        others = tuple(digest for digest in index.fingerprints(txn).values() if digest != fingerprint)
+        statements = tuple(index.statement(txn, digest) for digest in others)
+        fate = _indexed(index, txn, block_hash, fingerprint, now_ms)
+    return BlockFate(fate=fate or remembered(directory, block_hash), fingerprints=others, statements=statements)
+
+
+def _indexed(index: Index, txn: Any, block_hash: bytes, fingerprint: bytes, now_ms: int) -> Fate | None:
+    entry = index.entry(txn, RecordKind.BLOCK, block_hash)
+    if entry is None:
+        return None
+    if entry.fingerprint_id != index.fingerprint_id(txn, fingerprint):
+        return Fate.FINGERPRINT_DIFFERS
+    if entry.quarantined:
+        return Fate.CORRUPT
+    return Fate.STORED if entry.live(now_ms) else Fate.EXPIRED
+
+
+def remembered(directory: Path, block_hash: bytes) -> Fate:
+    """EVICTED, EXPIRED, or UNKNOWN: of a block that the index does not name."""
+    try:
+        with (directory / GONE_FILE).open("rb", buffering=0) as file:
+            nbytes = os.fstat(file.fileno()).st_size
+            slot = os.pread(file.fileno(), SLOT_BYTES, _offset(block_hash, nbytes)) if nbytes >= SLOT_BYTES else b""
+    except OSError:
+        return Fate.UNKNOWN
+    if len(slot) != SLOT_BYTES or slot[:_NAME_BYTES] != block_hash[:_NAME_BYTES]:
+        return Fate.UNKNOWN
+    return _CODES.get(slot[_NAME_BYTES], Fate.UNKNOWN)
+
+
+def _offset(block_hash: bytes, nbytes: int) -> int:
+    return int.from_bytes(block_hash[-8:], "little") % (nbytes // SLOT_BYTES) * SLOT_BYTES

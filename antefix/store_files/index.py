@@ -1,0 +1,244 @@
+"""Reading the LMDB index: what is stored, and where. Used by every process on the host; only the engine writes it.
+
+Tables:  blocks, checkpoints   hash -> format.INDEX_ENTRY
+         leaves                rank, kind, hash -> nothing; what eviction takes first comes first
+         expiry                expiry time, kind, hash -> nothing; leaves only
+         segments              number -> format.SEGMENT_ENTRY
+         names                 fingerprints and owners to the small ids that entries carry, and back
+         totals                per kind, per owner: records, extent bytes, payload bytes
+         meta                  number of quarantined records; plans and statements of fingerprints
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import lmdb
+
+from antefix.errors import Unavailable
+from antefix.record import LookupResult, RecordKind
+from antefix.store_files.record_format import IndexEntry, unpack_entry
+
+TABLES: Final = ("blocks", "checkpoints", "leaves", "expiry", "segments", "names", "totals", "meta")
+TABLE_OF_KIND: Final = {RecordKind.BLOCK: "blocks", RecordKind.CHECKPOINT: "checkpoints"}
+READERS_MAX: Final = 1024
+QUARANTINED_KEY: Final = b"quarantined"
+# In the table `meta`: this and the fingerprint.
+STATEMENT_PREFIX: Final = b"said"
+GENERATION_BYTES: Final = 2
+_U64: Final = struct.Struct("<Q")
+
+# LMDB forbids opening one environment twice in a process, so the engine and readers beside it share theirs.
+_open_lock = threading.Lock()
+_open: dict[tuple[int, int], _Shared] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A record that became readable, or stopped being so, in a committed transaction."""
+
+    kind: RecordKind
+    hash: bytes
+    fingerprint_id: int
+    present: bool
+
+
+class _Shared:
+    """One LMDB environment of this process and how many use it."""
+
+    def __init__(self, env: lmdb.Environment, identity: tuple[int, int]) -> None:
+        self.env = env
+        self.identity = identity
+        self.num_users = 0
+
+
+class Index:
+    """An open index. `txn()` gives a snapshot; every read goes through one."""
+
+    def __init__(self, directory: Path, *, map_bytes: int = 0, write: bool = False) -> None:
+        """Raises:  Unavailable: there is no index, or it cannot be opened."""
+        self.directory = directory
+        # The writer's: told of what each transaction changed, after its commit.
+        self.on_change: Callable[[list[Change]], None] | None = None
+        with _open_lock:
+            self._shared = _acquire(directory, map_bytes, write)
+        self.env = self._shared.env
+        self.db: dict[str, Any] = {}
+        try:
+            for name in TABLES:
+                self.db[name] = self.env.open_db(name.encode(), create=write)
+        except lmdb.Error as err:
+            self.close()
+            raise Unavailable(f"the index in {directory} cannot be read: {err}") from err
+
+    @property
+    def replaced(self) -> bool:
+        """True when the files under our path are no longer the ones that we have open: the index was rebuilt."""
+        return _identity(self.directory) != self._shared.identity
+
+    def txn(self) -> Any:
+        """A snapshot.  Raises:  Unavailable: the writer came back with a larger index than this process mapped."""
+        try:
+            return self.env.begin()
+        except lmdb.MapResizedError as err:
+            raise Unavailable(f"the index in {self.directory} has outgrown this process's map: restart it") from err
+
+    def close(self) -> None:
+        with _open_lock:
+            self._shared.num_users -= 1
+            if self._shared.num_users == 0:
+                _open.pop(self._shared.identity, None)
+                self.env.close()
+
+    def entry(self, txn: Any, kind: RecordKind, block_hash: bytes) -> IndexEntry | None:
+        value = txn.get(block_hash, db=self.db[TABLE_OF_KIND[kind]])
+        return None if value is None else unpack_entry(value, block_hash)
+
+    def fingerprint_id(self, txn: Any, fingerprint: bytes) -> int | None:
+        value = txn.get(b"f" + fingerprint, db=self.db["names"])
+        return None if value is None else int.from_bytes(value, "little")
+
+    def owner_id(self, txn: Any, owner: bytes) -> int | None:
+        """owner: as `antefix.store_files.record_header.owner_row` makes it."""
+        value = txn.get(owner, db=self.db["names"])
+        return None if value is None else int.from_bytes(value, "little")
+
+    def owners(self, txn: Any) -> dict[int, bytes]:
+        """All owners of which something is stored, by id; as `owner_row` makes them."""
+        named = {number: owner_of(b"t", value) for number, value in self._named(txn, b"T")}
+        return named | {number: owner_of(b"o", value) for number, value in self._named(txn, b"O")}
+
+    def generations(self, txn: Any) -> dict[int, int]:
+        """Which of the deployment's secrets made each owner's digest, by id."""
+        return {number: int.from_bytes(value[-GENERATION_BYTES:], "little") for number, value in self._named(txn, b"O")}
+
+    def statement(self, txn: Any, fingerprint: bytes) -> bytes:
+        """What a fingerprint stands for; empty where nobody has said."""
+        value = txn.get(STATEMENT_PREFIX + fingerprint, db=self.db["meta"])
+        return b"" if value is None else bytes(value)
+
+    def fingerprints(self, txn: Any) -> dict[int, bytes]:
+        """The digests of all fingerprints, by id."""
+        return {number: bytes(value[:32]) for number, value in self._named(txn, b"F")}
+
+    def _named(self, txn: Any, prefix: bytes) -> Iterator[tuple[int, bytes]]:
+        with txn.cursor(db=self.db["names"]) as cursor:
+            for key, value in cursor:
+                if key[:1] == prefix and len(key) == 5:
+                    yield int.from_bytes(key[1:], "little"), value
+
+    def block_tokens(self, txn: Any, fingerprint: bytes) -> int:
+        """Tokens in a block of this fingerprint, 0 when that is not known yet."""
+        number = txn.get(b"f" + fingerprint, db=self.db["names"])
+        value = None if number is None else txn.get(b"F" + number, db=self.db["names"])
+        return 0 if value is None else int.from_bytes(value[32:], "little")
+
+    def num_quarantined(self, txn: Any) -> int:
+        value = txn.get(QUARANTINED_KEY, db=self.db["meta"])
+        return 0 if value is None else int(_U64.unpack(value)[0])
+
+    def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, now_ms: int) -> LookupResult:
+        """The longest stored prefix of `chain` and the checkpoints inside it, in one snapshot."""
+        with self.txn() as txn:
+            fingerprint_id = self.fingerprint_id(txn, fingerprint)
+            if fingerprint_id is None or not chain:
+                return LookupResult(num_blocks=0)
+            # 1. The store is prefix-closed, so "is stored" is true up to a point and false after it.
+            if self.num_quarantined(txn):
+                num_blocks = self._scan(txn, chain, fingerprint_id, now_ms)
+            else:
+                num_blocks = self._bisect(txn, chain, fingerprint_id, now_ms)
+            if not num_blocks:
+                return LookupResult(num_blocks=0)
+            # 2. Checkpoints are few: most of these keys miss in a small table.
+            last = self.entry(txn, RecordKind.BLOCK, chain[num_blocks - 1])
+            return LookupResult(
+                num_blocks=num_blocks,
+                checkpoints=self._checkpoints(txn, chain[:num_blocks], now_ms),
+                block_bytes=last.prefix_bytes if last else 0,
+            )
+
+    def _present(self, txn: Any, block_hash: bytes, fingerprint_id: int, now_ms: int) -> bool:
+        entry = self.entry(txn, RecordKind.BLOCK, block_hash)
+        return entry is not None and entry.fingerprint_id == fingerprint_id and entry.live(now_ms)
+
+    def _bisect(self, txn: Any, chain: Sequence[bytes], fingerprint_id: int, now_ms: int) -> int:
+        low, high = 0, len(chain)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._present(txn, chain[middle - 1], fingerprint_id, now_ms):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _scan(self, txn: Any, chain: Sequence[bytes], fingerprint_id: int, now_ms: int) -> int:
+        """Block by block: a quarantined record is a hole that its descendants outlive until it is put again."""
+        for index, block_hash in enumerate(chain):
+            if not self._present(txn, block_hash, fingerprint_id, now_ms):
+                return index
+        return len(chain)
+
+    def _checkpoints(self, txn: Any, chain: Sequence[bytes], now_ms: int) -> tuple[int, ...]:
+        with txn.cursor(db=self.db["checkpoints"]) as cursor:
+            found = dict(cursor.getmulti(chain))
+        if not found:
+            return ()
+        counts = []
+        for index, block_hash in enumerate(chain):
+            value = found.get(block_hash)
+            if value is not None:
+                entry = unpack_entry(value, block_hash)
+                if entry is not None and entry.live(now_ms):
+                    counts.append(index + 1)
+        return tuple(counts)
+
+
+def owner_of(letter: bytes, value: bytes) -> bytes:
+    """The owner in a row of the table `names`: behind a digest stands the generation of the secret that made it."""
+    return letter + bytes(value[:-GENERATION_BYTES] if letter == b"o" else value)
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    try:
+        stat = (directory / "data.mdb").stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+def _acquire(directory: Path, map_bytes: int, write: bool) -> _Shared:
+    identity = _identity(directory)
+    shared = _open.get(identity) if identity else None
+    if shared is not None:
+        if write and shared.env.flags()["readonly"]:
+            raise Unavailable(f"a reader of this process has {directory} open; the writer must open it first")
+        shared.num_users += 1
+        return shared
+    try:
+        env = lmdb.Environment(
+            str(directory),
+            # 0: as large as the writer made it. A reader whose map is smaller fails once the index has outgrown it.
+            map_size=map_bytes,
+            readonly=not write,
+            create=write,
+            max_dbs=len(TABLES),
+            max_readers=READERS_MAX,
+            # Looking up a chain touches pages at random; reading ahead would fetch megabytes for nothing.
+            readahead=False,
+            meminit=False,
+            max_spare_txns=16,
+        )
+    except lmdb.Error as err:
+        raise Unavailable(f"no index can be opened in {directory}: {err}") from err
+    identity = _identity(directory)
+    assert identity is not None
+    shared = _Shared(env, identity)
+    shared.num_users = 1
+    _open[identity] = shared
+    return shared

@@ -1,0 +1,81 @@
+"""Whose records are meant: from a tenant's name, or its digest, to what stands for it in a store.
+
+A store has digests, which only the deployment's secret makes. Whoever has it may name tenants; others give digests.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from antefix.block import USER_SEPARATOR
+from antefix.errors import ConfigError
+from antefix.secret import OWNER_BYTES, TENANT_BYTES, USER_BYTES, Keyring
+from antefix.store_files.record_header import owner_row
+
+DIGEST_PREFIX: Final = "digest:"
+_NO_USER: Final = bytes(USER_BYTES)
+_ACCOUNT_ROW_BYTES: Final = 1 + TENANT_BYTES
+
+
+class Owners:
+    """Names to owners. keyring: None without the secret: names then mean records of version 1 only."""
+
+    def __init__(self, keyring: Keyring | None = None) -> None:
+        self._keyring = keyring
+
+    def rows(self, tenant: str) -> tuple[bytes, ...]:
+        """All that may stand for a tenant: its digest under each secret, and its name in records of version 1.
+
+        Raises:  ConfigError: behind "digest:" there is none.
+        """
+        if tenant.startswith(DIGEST_PREFIX):
+            return (owner_row(2, _digest_of(tenant)),)
+        named = owner_row(1, tenant.encode())
+        if self._keyring is None:
+            return (named,)
+        digests = [self._keyring.owner(tenant, number) for number in self._keyring.generations]
+        return (*(owner_row(2, digest) for digest in digests), named)
+
+
+NO_OWNERS: Final = Owners()
+
+
+class KnownNames:
+    """Owners back to names: those that somebody named. Nobody can turn a digest back."""
+
+    def __init__(self, tenants: tuple[str, ...] = (), owners: Owners = NO_OWNERS) -> None:
+        self._names = {row: tenant for tenant in ("", *tenants) for row in owners.rows(tenant)}
+
+    def name(self, owner: bytes) -> str:
+        """For people: the name where it is known, else the digest."""
+        if owner[:1] == b"t":
+            return owner[1:].decode(errors="replace")
+        if owner in self._names:
+            return self._names[owner]
+        account, user = owner[:_ACCOUNT_ROW_BYTES] + _NO_USER, owner[_ACCOUNT_ROW_BYTES:]
+        if user == _NO_USER:
+            return DIGEST_PREFIX + owner[1:_ACCOUNT_ROW_BYTES].hex()
+        if account in self._names:
+            return f"{self._names[account]}{USER_SEPARATOR}{DIGEST_PREFIX}{user.hex()}"
+        return DIGEST_PREFIX + owner[1:].hex()
+
+
+def account_of(owner: bytes) -> bytes:
+    """The tenant, whoever of its users is meant."""
+    return owner[:_ACCOUNT_ROW_BYTES] if owner[:1] == b"o" else owner
+
+
+def without_user(owner: bytes) -> bytes:
+    """The tenant where no user is named, else this user of it."""
+    return account_of(owner) if owner.endswith(_NO_USER) else owner
+
+
+def _digest_of(tenant: str) -> bytes:
+    text = tenant.removeprefix(DIGEST_PREFIX)
+    try:
+        digest = bytes.fromhex(text)
+    except ValueError:
+        digest = b""
+    if len(digest) not in (TENANT_BYTES, OWNER_BYTES):
+        raise ConfigError(f"a tenant's digest has {2 * TENANT_BYTES} or {2 * OWNER_BYTES} hex digits, is {text!r}")
+    return digest.ljust(OWNER_BYTES, b"\0")

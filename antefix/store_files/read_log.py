@@ -1,0 +1,45 @@
+"""A reader's own lines in the store's log: written as it reads, so that no process's end takes the evidence of a hit.
+
+The writer of a store that keeps a log leaves the log's directory in USAGE_LOG beside the segments; readers on its host
+append what they used to files of their own there. Readers elsewhere are logged by the service that serves them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Final
+
+from antefix.store_files.hit_log import StoreLog
+
+USAGE_LOG_FILE: Final = "USAGE_LOG"
+
+
+def announce_log(store_directory: Path, log_directory: str) -> None:
+    """Tell readers where the log is, or, without a directory, that there is none."""
+    path = store_directory / USAGE_LOG_FILE
+    if not log_directory:
+        path.unlink(missing_ok=True)
+        return
+    part = path.with_suffix(".part")
+    part.write_text(str(Path(log_directory).resolve()) + "\n")
+    part.rename(path)
+
+
+class ReadEvidence:
+    """One reader's. Failing to write costs evidence, never an answer; the service is told of the use as well."""
+
+    def __init__(self, store_directory: Path) -> None:
+        self._log: StoreLog | None = None
+        with contextlib.suppress(OSError):
+            self._log = StoreLog(Path((store_directory / USAGE_LOG_FILE).read_text().strip()))
+
+    def used(self, block_hash: bytes) -> None:
+        """The last block of a path that was read."""
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                self._log.read([block_hash])
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()

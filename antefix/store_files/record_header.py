@@ -1,0 +1,320 @@
+"""A record's header: packing, reading, and the checks that a reader makes of one. Knows bytes, never files.
+
+Version 2 is what is written; version 1 is read, and copied as it is by compaction. Both have 256 bytes and keep hash
+and fingerprint in one place. docs/FORMAT.md has the tables.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+import xxhash
+
+from antefix.block import HashKind
+from antefix.errors import BlockCorrupt, InvalidRequest
+from antefix.record import OWNER_BYTES, RecordKind
+from antefix.store_files.record_format import (
+    CHECK_OFFSET,
+    MAC_BYTES,
+    NONCE_BYTES,
+    RECORD_HEADER,
+    RECORD_HEADER_BYTES,
+    RECORD_HEADER_V1,
+    RECORD_MAGIC,
+    RECORD_MAGIC_V1,
+    SALT_BYTES,
+    TENANT_BYTES_MAX_V1,
+    Codec,
+    IndexEntry,
+    RecordFlag,
+    extent_bytes,
+    sign,
+)
+
+# What a writer made and the store never changes, and the part of it that the seal covers besides the payload.
+SEALED_PART: Final = slice(32, 200)
+SIGNED_PART: Final = slice(32, 168)
+SEALED_BYTES: Final = 200 - 32
+_COST_US_MAX: Final = 0xFFFFFFFF
+_ENCRYPTED_BIT: Final = int(RecordFlag.ENCRYPTED)
+
+# Where a reader looks. In both versions:
+_CHECKSUM_AT: Final = slice(CHECK_OFFSET, CHECK_OFFSET + 16)
+_HASH_AT: Final = slice(32, 64)
+_FINGERPRINT_AT: Final = slice(96, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where a version has the rest. place: segment, offset, stored bytes, payload bytes."""
+
+    kind: int
+    codec: int
+    flags: int
+    place: struct.Struct
+    place_offset: int
+    payload_bytes_last: bool
+
+
+_PLACES: Final = {
+    RECORD_MAGIC: _Places(164, 228, 229, struct.Struct("<I56xIQI"), 152, False),
+    RECORD_MAGIC_V1: _Places(192, 193, 194, struct.Struct("<QQQQ"), 128, True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordHeader:
+    """The 256 bytes before each payload.
+
+    tenant: tenant and user digest, 24 bytes; of version 1 the tenant's name in UTF-8.
+    generation: of the secret that named and sealed the record; 0: it has no seal.  family: `antefix.block.Family.code`.
+    """
+
+    payload_checksum: bytes
+    hash: bytes
+    parent: bytes
+    fingerprint: bytes
+    segment: int
+    offset: int
+    stored_bytes: int
+    payload_bytes: int
+    position: int
+    created_ms: int
+    expires_ms: int
+    cost_us: int
+    kind: RecordKind
+    codec: Codec
+    flags: RecordFlag
+    tenant: bytes = bytes(OWNER_BYTES)
+    nonce: bytes = bytes(NONCE_BYTES)
+    generation: int = 0
+    num_cards: int = 1
+    hash_kind: HashKind = HashKind.CHAINED_BLAKE2B
+    family: int = 0
+    salt: bytes = bytes(SALT_BYTES)
+    mac: bytes = bytes(MAC_BYTES)
+    version: int = 2
+
+    @property
+    def extent_bytes(self) -> int:
+        """Header, stored bytes and padding."""
+        return extent_bytes(self.stored_bytes)
+
+    @property
+    def owner(self) -> bytes:
+        """Whose it is, as the index has it."""
+        return owner_row(self.version, self.tenant)
+
+
+def owner_row(version: int, tenant: bytes) -> bytes:
+    """The key in the index's table of names. A name of version 1 is never taken for a digest with the same bytes."""
+    return (b"t" if version == 1 else b"o") + tenant
+
+
+def pack_record_header(header: RecordHeader, seed: int) -> bytes:
+    """Raises:  InvalidRequest: a tenant that the version has no room for."""
+    return sign(_pack_v1(header) if header.version == 1 else _pack_v2(header), seed)
+
+
+def _pack_v2(header: RecordHeader) -> bytes:
+    if len(header.tenant) != OWNER_BYTES:
+        raise InvalidRequest(f"a record's tenant is a digest of {OWNER_BYTES} bytes, not of {len(header.tenant)}")
+    return RECORD_HEADER.pack(
+        RECORD_MAGIC,
+        0,
+        header.payload_checksum,
+        header.hash,
+        header.parent,
+        header.fingerprint,
+        header.tenant[:16],
+        header.tenant[16:],
+        header.payload_bytes,
+        header.position,
+        header.generation,
+        header.num_cards,
+        header.kind,
+        header.hash_kind,
+        header.family,
+        0,
+        header.salt,
+        header.mac,
+        header.nonce,
+        header.segment,
+        header.offset,
+        header.stored_bytes,
+        header.codec,
+        header.flags,
+        0,
+        header.created_ms,
+        header.expires_ms,
+        min(header.cost_us, _COST_US_MAX),
+        0,
+    )
+
+
+def _pack_v1(header: RecordHeader) -> bytes:
+    if len(header.tenant) > TENANT_BYTES_MAX_V1:
+        raise InvalidRequest(
+            f"version 1 takes {TENANT_BYTES_MAX_V1} bytes of a tenant's name, this one has {len(header.tenant)}"
+        )
+    return RECORD_HEADER_V1.pack(
+        RECORD_MAGIC_V1,
+        0,
+        header.payload_checksum,
+        header.hash,
+        header.parent,
+        header.fingerprint,
+        header.segment,
+        header.offset,
+        header.stored_bytes,
+        header.payload_bytes,
+        header.position,
+        header.created_ms,
+        header.expires_ms,
+        header.cost_us,
+        header.kind,
+        header.codec,
+        header.flags,
+        len(header.tenant),
+        header.tenant,
+        header.nonce,
+        0,
+    )
+
+
+def unpack_record_header(raw: bytes | bytearray | memoryview, seed: int) -> RecordHeader:
+    """Raises:  BlockCorrupt: wrong magic, checksum or a field outside its range."""
+    data = bytes(raw)
+    if len(data) != RECORD_HEADER_BYTES or data[:8] not in _PLACES:
+        raise BlockCorrupt("no record header here")
+    if xxhash.xxh3_64_intdigest(data[CHECK_OFFSET:], seed) != int.from_bytes(data[8:CHECK_OFFSET], "little"):
+        raise BlockCorrupt("record header: wrong checksum")
+    try:
+        return _unpack_v2(data) if data[:8] == RECORD_MAGIC else _unpack_v1(data)
+    except ValueError as err:
+        raise BlockCorrupt(f"record header: {err}") from err
+
+
+def _unpack_v2(data: bytes) -> RecordHeader:
+    f = RECORD_HEADER.unpack(data)
+    return RecordHeader(
+        payload_checksum=f[2],
+        hash=f[3],
+        parent=f[4],
+        fingerprint=f[5],
+        tenant=f[6] + f[7],
+        payload_bytes=f[8],
+        position=f[9],
+        generation=f[10],
+        num_cards=f[11],
+        kind=RecordKind(f[12]),
+        hash_kind=HashKind(f[13]),
+        family=f[14],
+        salt=f[16],
+        mac=f[17],
+        nonce=f[18],
+        segment=f[19],
+        offset=f[20],
+        stored_bytes=f[21],
+        codec=Codec(f[22]),
+        flags=RecordFlag(f[23]),
+        created_ms=f[25],
+        expires_ms=f[26],
+        cost_us=f[27],
+    )
+
+
+def _unpack_v1(data: bytes) -> RecordHeader:
+    f = RECORD_HEADER_V1.unpack(data)
+    return RecordHeader(
+        version=1,
+        payload_checksum=f[2],
+        hash=f[3],
+        parent=f[4],
+        fingerprint=f[5],
+        segment=f[6],
+        offset=f[7],
+        stored_bytes=f[8],
+        payload_bytes=f[9],
+        position=f[10],
+        created_ms=f[11],
+        expires_ms=f[12],
+        cost_us=f[13],
+        kind=RecordKind(f[14]),
+        codec=Codec(f[15]),
+        flags=RecordFlag(f[16]),
+        tenant=f[18][: f[17]],
+        nonce=f[19],
+    )
+
+
+def signed_part_of(header: RecordHeader) -> bytes:
+    """Of a header of version 2."""
+    return _pack_v2(header)[SIGNED_PART]
+
+
+def sealed_part(raw: bytes) -> bytes:
+    """What of a header its reader checks the seal of; zeros, which no seal fits, where it is of version 1."""
+    return raw[SEALED_PART] if raw[:8] == RECORD_MAGIC else bytes(SEALED_BYTES)
+
+
+def expected_checksum(
+    raw: bytes, seed: int, *, kind: int, block_hash: bytes, fingerprint: bytes, entry: IndexEntry
+) -> bytes | None:
+    """The payload checksum in a header that is exactly the one expected, or None.
+
+    What a reader does for every record: a whole RecordHeader would cost more than hashing a small payload.
+    """
+    places = _places_of(raw, seed, kind, block_hash, fingerprint)
+    if (
+        places is None
+        or _place(raw, places) != (entry.segment, entry.offset, entry.stored_bytes, entry.payload_bytes)
+        or raw[places.codec] != entry.codec
+    ):
+        return None
+    return raw[_CHECKSUM_AT]
+
+
+def plain_record(
+    raw: bytes, seed: int, *, kind: int, block_hash: bytes, fingerprint: bytes, segment: int, offset: int
+) -> tuple[int, bytes] | None:
+    """Payload bytes and checksum in a header that is the one expected at this place, or None.
+
+    For readers without an index entry, of records that are stored as they are: neither coded nor encrypted.
+    """
+    places = _places_of(raw, seed, kind, block_hash, fingerprint)
+    if places is None:
+        return None
+    found_segment, found_offset, stored_bytes, payload_bytes = _place(raw, places)
+    if (
+        (found_segment, found_offset, stored_bytes) != (segment, offset, payload_bytes)
+        or raw[places.codec] != Codec.RAW
+        or raw[places.flags] & _ENCRYPTED_BIT
+    ):
+        return None
+    return payload_bytes, raw[_CHECKSUM_AT]
+
+
+def _places_of(raw: bytes, seed: int, kind: int, block_hash: bytes, fingerprint: bytes) -> _Places | None:
+    """Where a sound header has its fields; None where it is damaged, or another record's."""
+    places = _PLACES.get(raw[:8])
+    is_its = (
+        places is not None
+        and len(raw) == RECORD_HEADER_BYTES
+        and xxhash.xxh3_64_intdigest(raw[CHECK_OFFSET:], seed) == int.from_bytes(raw[8:CHECK_OFFSET], "little")
+        and raw[_HASH_AT] == block_hash
+        and raw[_FINGERPRINT_AT] == fingerprint
+        and raw[places.kind] == kind
+    )
+    return places if is_its else None
+
+
+def _place(raw: bytes, places: _Places) -> tuple[int, int, int, int]:
+    """Segment, offset, stored bytes, payload bytes."""
+    found = places.place.unpack_from(raw, places.place_offset)
+    if places.payload_bytes_last:
+        return found
+    payload_bytes, segment, offset, stored_bytes = found
+    return segment, offset, stored_bytes, payload_bytes

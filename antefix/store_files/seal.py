@@ -1,0 +1,144 @@
+"""Seals: what a worker signs when it writes a record, and what it checks wherever one comes back from outside.
+
+The MAC covers the payload as the worker made it and all of the header that the store never changes, so coding,
+encryption and compaction need no secret (docs/FORMAT.md, "Seal"). AES-GMAC with a key of its own for each record:
+measured on a core with AES instructions 17.7 GB/s and 2.4 us per record, where BLAKE2b makes 0.8 GB/s, HMAC-SHA256 1.8
+and a restore 1.6. XXH3 under a MAC would be of no use: payloads that collide can be made for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import hmac
+import secrets
+import struct
+from typing import Final, Protocol
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from antefix.errors import BlockCorrupt
+from antefix.record import Buffer, Record, RecordKind
+from antefix.store_files.record_format import MAC_BYTES, SALT_BYTES
+from antefix.store_files.record_header import SEALED_BYTES
+
+# hash, parent, fingerprint, owner, payload bytes, position, key generation, cards, kind, hash kind, family, zero
+SIGNED: Final = struct.Struct("<32s32s32s24sIIHHBBBB")
+assert SIGNED.size + SALT_BYTES + MAC_BYTES == SEALED_BYTES
+_KIND_AT: Final = struct.calcsize("<32s32s32s24sIIHH")
+_POOLED: Final = int(RecordKind.POOLED)
+_KEY_BYTES: Final = 32
+# Each key is used for one record, so its nonce need not be fresh.
+_NONCE: Final = bytes(12)
+
+
+class SealKeys(Protocol):
+    """Where seal keys come from: `antefix.secret.Keyring`, or who was given one owner's."""
+
+    @property
+    def generation(self) -> int:
+        """The one that is written with."""
+
+    def seal_key(self, owner: bytes, generation: int) -> bytes | None: ...
+
+
+class SealBroken(BlockCorrupt):
+    """A record that passes for what was asked for, and was not sealed by anybody with the deployment's secret."""
+
+
+class Seals:
+    """Signs and checks with the keys that it was given. Thread-safe.  num_broken: records that failed the check."""
+
+    def __init__(self, keys: SealKeys) -> None:
+        self._keys = keys
+        self.num_broken = 0
+        # Records that are read together have one owner.
+        self._last: tuple[bytes, int, bytes | None] = (b"", 0, None)
+
+    def seal(self, record: Record) -> Record:
+        """The record with its seal, of the current generation."""
+        generation = self._keys.generation
+        key = self._keys.seal_key(record.tenant, generation)
+        assert key is not None, "a keyring has its own generation's secret"
+        salt = secrets.token_bytes(SALT_BYTES)
+        mac = _mac(key, signed_part(record, generation), salt, record.payload)
+        return dataclasses.replace(record, generation=generation, salt=salt, mac=mac)
+
+    def holds(
+        self,
+        sealed: bytes,
+        payload: Buffer,
+        *,
+        kind: RecordKind,
+        block_hash: bytes,
+        fingerprint: bytes,
+        tenant: bytes = b"",
+    ) -> bool:
+        """Whether this very payload was sealed under this name. sealed: a header's sealed part.  tenant: empty: any."""
+        if self._holds(sealed, payload, kind, block_hash, fingerprint, tenant):
+            return True
+        self.num_broken += 1
+        return False
+
+    def _holds(
+        self, sealed: bytes, payload: Buffer, kind: RecordKind, block_hash: bytes, fingerprint: bytes, tenant: bytes
+    ) -> bool:
+        if len(sealed) != SEALED_BYTES:
+            return False
+        signed, salt, mac = _as_signed(sealed), sealed[SIGNED.size : -MAC_BYTES], sealed[-MAC_BYTES:]
+        f = SIGNED.unpack(signed)
+        owner, generation = f[3], f[6]
+        if f[0] != block_hash or f[2] != fingerprint or f[8] != signed_kind(kind):
+            return False
+        if f[4] != memoryview(payload).nbytes or (tenant and owner != tenant):
+            return False
+        key = self._key(owner, generation)
+        return key is not None and hmac.compare_digest(_mac(key, signed, salt, payload), mac)
+
+    def _key(self, owner: bytes, generation: int) -> bytes | None:
+        last_owner, last_generation, key = self._last
+        if (last_owner, last_generation) != (owner, generation):
+            key = self._keys.seal_key(owner, generation)
+            self._last = (owner, generation, key)
+        return key
+
+
+def signed_kind(kind: RecordKind) -> RecordKind:
+    """A pooled checkpoint is signed as one on disk, so that it may move as it is."""
+    return RecordKind.CHECKPOINT if kind is RecordKind.POOLED else kind
+
+
+def _as_signed(sealed: bytes) -> bytes:
+    signed = sealed[: SIGNED.size]
+    if signed[_KIND_AT] != _POOLED:
+        return signed
+    return signed[:_KIND_AT] + bytes([signed_kind(RecordKind.POOLED)]) + signed[_KIND_AT + 1 :]
+
+
+def signed_part(record: Record, generation: int | None = None) -> bytes:
+    """generation: of the secret that it is about to be signed with; None: that it was."""
+    return SIGNED.pack(
+        record.hash,
+        record.parent,
+        record.fingerprint,
+        record.tenant,
+        memoryview(record.payload).nbytes,
+        record.position,
+        record.generation if generation is None else generation,
+        record.labels.num_cards,
+        signed_kind(record.kind),
+        record.labels.hash_kind,
+        record.labels.family,
+        0,
+    )
+
+
+def sealed_part_of(record: Record) -> bytes:
+    """As it stands in the record's header."""
+    return signed_part(record) + record.salt + record.mac
+
+
+def _mac(key: bytes, signed: bytes, salt: bytes, payload: Buffer) -> bytes:
+    one_time = hashlib.blake2b(signed + salt, digest_size=_KEY_BYTES, key=key, person=b"antefix-record").digest()
+    # What is authenticated and not encrypted: with nothing to encrypt this is GMAC, and the tag is all that comes out.
+    return AESGCM(one_time).encrypt(_NONCE, b"", payload)

@@ -1,0 +1,38 @@
+"""What a window pool can be asked. Knows hashes and bytes, never tokens or tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from antefix.record import Record
+
+# The tier's name in plans and in measured rates.
+POOL_TIER = "pool"
+# Boundaries asked for at once. A checkpoint further from the hit's end than a replay is long is never worth loading,
+# and V4's replays are 43 to 61 blocks long.
+NAMES_MAX = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """index: which of the names asked for.  payload: its checkpoint, verified."""
+
+    index: int
+    payload: bytes
+
+
+class WindowPool(Protocol):
+    """Checkpoints by block hash. Any method may raise Unavailable, which the caller counts and treats as a miss."""
+
+    async def put(self, record: Record) -> bool:
+        """Keep a checkpoint for `record.ttl_s`. False: no room, or the pool is known to be down; put it elsewhere."""
+
+    async def nearest(self, names: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Found | None:
+        """The first of `names` that is here, with its payload: at these sizes asking costs as much as loading.
+
+        tenant: whose it must be, as in `antefix.store.api.Store`.
+        """
+
+    async def close(self) -> None: ...

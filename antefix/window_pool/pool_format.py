@@ -1,0 +1,63 @@
+"""A checkpoint as one Redis value: a record's header of version 2 (docs/FORMAT.md), then the payload as it is.
+
+The header is that of a pooled checkpoint which lies nowhere: segment and offset are 0, and so is the seed of its
+checksum. Fingerprint and hash are inside, so a value under the wrong key is caught like a damaged one. What anybody
+with the Redis password can make, with right checksums, has no right seal.
+"""
+
+from __future__ import annotations
+
+from antefix.errors import BlockCorrupt
+from antefix.record import Record, RecordKind
+from antefix.store_files.record_format import RECORD_HEADER_BYTES, Codec, RecordFlag, payload_checksum
+from antefix.store_files.record_header import RecordHeader, pack_record_header, plain_record, sealed_part
+from antefix.store_files.seal import SealBroken, Seals
+
+HEADER_BYTES = RECORD_HEADER_BYTES
+_SEED = 0
+
+
+def pack(record: Record) -> bytes:
+    payload = memoryview(record.payload).cast("B")
+    header = RecordHeader(
+        payload_checksum=payload_checksum(payload),
+        hash=record.hash,
+        parent=record.parent,
+        fingerprint=record.fingerprint,
+        segment=0,
+        offset=0,
+        stored_bytes=payload.nbytes,
+        payload_bytes=payload.nbytes,
+        position=record.position,
+        created_ms=0,
+        expires_ms=0,
+        cost_us=0,
+        kind=RecordKind.POOLED,
+        codec=Codec.RAW,
+        flags=RecordFlag.NONE,
+        tenant=record.tenant,
+        generation=record.generation,
+        num_cards=record.labels.num_cards,
+        hash_kind=record.labels.hash_kind,
+        family=record.labels.family,
+        salt=record.salt,
+        mac=record.mac,
+    )
+    return b"".join((pack_record_header(header, _SEED), payload))
+
+
+def unpack(value: bytes, *, name: bytes, fingerprint: bytes, tenant: bytes = b"", seals: Seals | None = None) -> bytes:
+    """The payload of the checkpoint after block `name`.  seals, tenant: where given, it must be sealed, and be theirs.
+
+    Raises:  BlockCorrupt: the value is damaged, or it is another checkpoint's.  SealBroken: it is forged.
+    """
+    head, payload = value[:HEADER_BYTES], memoryview(value)[HEADER_BYTES:]
+    kind = RecordKind.POOLED
+    found = plain_record(head, _SEED, kind=kind, block_hash=name, fingerprint=fingerprint, segment=0, offset=0)
+    if found is None or found != (payload.nbytes, payload_checksum(payload)):
+        raise BlockCorrupt(f"the pooled checkpoint after block {name.hex()[:16]} is damaged, or another one's")
+    if seals is not None and not seals.holds(
+        sealed_part(head), payload, kind=kind, block_hash=name, fingerprint=fingerprint, tenant=tenant
+    ):
+        raise SealBroken(f"the pooled checkpoint after block {name.hex()[:16]} has no right seal")
+    return bytes(payload)

@@ -1,0 +1,138 @@
+"""Records for billing back-ends: CloudEvents batches, JSON Lines, CSV, Parquet. Streams; holds one batch at a time.
+
+CloudEvents 1.0 in JSON: (source, id) is unique, so a back-end that sees an event twice may drop it (OpenMeter does).
+`subject` is the tenant. One event type; meters group by model, status and the rest.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from antefix.errors import ConfigError
+from antefix_billing.ledger_files import Settled
+from antefix_billing.usage_record import UsageRecord
+
+EVENT_TYPE = "antefix_billing"
+# OpenMeter's documented limit is on bytes of a request; 1,000 events are under 1 MiB.
+EVENTS_A_BATCH = 1000
+_ROWS_A_GROUP = 16384
+_MONEY = ("price", "paid_before", "saved")
+
+
+class ExportFormat(StrEnum):
+    CLOUDEVENTS = "cloudevents"
+    JSONL = "jsonl"
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+def cloud_event(settled: Settled) -> dict[str, Any]:
+    """One CloudEvent. Money is a decimal string: a JSON number would become a float on the way."""
+    record = settled.record
+    data = record.to_dict()
+    data["sequence"], data["entry_hash"] = settled.sequence, settled.hash.hex()
+    data["total_tokens"] = record.prompt_tokens + record.output_tokens
+    return {
+        "specversion": "1.0",
+        "id": record.event_id,
+        "source": record.source,
+        "type": EVENT_TYPE,
+        # OpenMeter refuses events without a subject; the tenant of an open deployment is the empty name.
+        "subject": record.tenant or "default",
+        "time": _rfc3339(record.finished_us),
+        "datacontenttype": "application/json",
+        "data": data,
+    }
+
+
+def cloud_event_batches(settled: Iterable[Settled]) -> Iterator[list[dict[str, Any]]]:
+    """Bodies for application/cloudevents-batch+json."""
+    events = (cloud_event(item) for item in settled)
+    while batch := list(islice(events, EVENTS_A_BATCH)):
+        yield batch
+
+
+def write_export(settled: Iterable[Settled], kind: ExportFormat, path: Path) -> int:
+    """Write all; returns how many. CloudEvents: one batch (a JSON array) a line.
+
+    Raises:  ConfigError: Parquet without pyarrow installed.
+    """
+    if kind is ExportFormat.PARQUET:
+        return _write_parquet(settled, path)
+    with path.open("w", newline="") as file:
+        return write_text(settled, kind, file)
+
+
+def write_text(settled: Iterable[Settled], kind: ExportFormat, file: IO[str]) -> int:
+    """One of the text formats to an open file; returns how many records."""
+    num_records = 0
+    if kind is ExportFormat.CLOUDEVENTS:
+        for batch in cloud_event_batches(settled):
+            file.write(json.dumps(batch, separators=(",", ":")) + "\n")
+            num_records += len(batch)
+        return num_records
+    writer = csv.DictWriter(file, fieldnames=columns()) if kind is ExportFormat.CSV else None
+    if writer is not None:
+        writer.writeheader()
+    for item in settled:
+        row = row_of(item)
+        if writer is not None:
+            writer.writerow({name: _no_formula(value) for name, value in row.items()})
+        else:
+            file.write(json.dumps(row, separators=(",", ":")) + "\n")
+        num_records += 1
+    return num_records
+
+
+def columns() -> list[str]:
+    return ["sequence", "entry_hash", *(field.name for field in dataclasses.fields(UsageRecord))]
+
+
+def row_of(settled: Settled) -> dict[str, Any]:
+    return {"sequence": settled.sequence, "entry_hash": settled.hash.hex(), **settled.record.to_dict()}
+
+
+def _no_formula(value: Any) -> Any:
+    # Ids and tenants come from callers, and spreadsheets run what begins like a formula.
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return value
+
+
+def _write_parquet(settled: Iterable[Settled], path: Path) -> int:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as err:
+        raise ConfigError("export to Parquet needs pyarrow: pip install 'antefix[parquet]'") from err
+    money = pa.decimal128(38, 12)
+    types = {name: money if name in _MONEY else pa.string() if _is_text(name) else pa.int64() for name in columns()}
+    schema = pa.schema(list(types.items()))
+    rows, num_records = iter(settled), 0
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while group := [row_of(item) for item in islice(rows, _ROWS_A_GROUP)]:
+            for row in group:
+                row.update({name: Decimal(row[name]) for name in _MONEY})
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            num_records += len(group)
+    return num_records
+
+
+def _is_text(name: str) -> bool:
+    return name == "entry_hash" or any(
+        field.name == name and field.type not in ("int", "Decimal") for field in dataclasses.fields(UsageRecord)
+    )
+
+
+def _rfc3339(time_us: int) -> str:
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=time_us)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")

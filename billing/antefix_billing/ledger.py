@@ -1,0 +1,322 @@
+"""The ledger: an append-only file chain that says once, and for ever, what each request used.
+
+    admit -> OPEN entry (durable before the first token)  ...  end -> SETTLE entry (durable before the response ends)
+
+One process writes. Entries are appended in batches, one write and one fdatasync each. A crash leaves at worst a torn
+tail that was never acknowledged, which opening truncates; anything else that does not fit is refused, not repaired.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import lmdb
+
+from antefix.errors import InvalidRequest, Unavailable
+from antefix_billing.ledger_files import (
+    Settled,
+    first_sequence_of,
+    prepare_directory,
+    read_entries,
+    read_entry_at,
+    segment_path,
+    segments_of,
+    settled_of,
+    source_of,
+    sync_directory,
+    take_lock,
+)
+from antefix_billing.ledger_format import (
+    FLAG_BATCH_START,
+    GENESIS,
+    PAYLOAD_BYTES_MAX,
+    SEGMENT_HEADER_BYTES,
+    Entry,
+    EntryKind,
+    LedgerCorrupt,
+    SegmentHeader,
+    chain_hash,
+    entries_of,
+    has_later_batch,
+    pack_entry,
+    unpack_segment_header,
+)
+from antefix_billing.ledger_index import EntryPlace, LedgerIndex
+from antefix_billing.progress_slots import ProgressJournal
+from antefix_billing.usage_record import OpenEntry, UsageRecord
+
+# Opening reads the last segment whole: 16 MiB are some 15,000 requests and half a second.
+SEGMENT_BYTES = 16 << 20
+
+
+@dataclass(slots=True)
+class _Tail:
+    """Where the ledger ends, and what its last segment holds."""
+
+    sequence: int = 0
+    hash: bytes = GENESIS
+    segment: int = 1
+    offset: int = 0
+    places: dict[str, EntryPlace] = field(default_factory=dict)
+    unsettled: dict[str, OpenEntry] = field(default_factory=dict)
+
+    def note_open(self, entry: OpenEntry) -> None:
+        self.unsettled[entry.key] = entry
+
+    def note_settled(self, key: str, sequence: int, offset: int) -> None:
+        self.unsettled.pop(key, None)
+        self.places[key] = EntryPlace(sequence=sequence, segment=self.segment, offset=offset)
+
+    def note(self, entry: Entry) -> None:
+        if entry.kind is EntryKind.OPEN:
+            self.note_open(OpenEntry.from_payload(entry.payload))
+        else:
+            self.note_settled(UsageRecord.from_payload(entry.payload).key, entry.sequence, entry.offset)
+
+
+class Ledger:
+    """The writer of one ledger directory. Methods may be called from any thread; they run one at a time."""
+
+    def __init__(self, directory: str | Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """Raises:  ConfigError: another process writes it, or no ledger can be there.  LedgerCorrupt: see there."""
+        self.directory = Path(directory)
+        self._segment_bytes = segment_bytes
+        self._mutex = threading.Lock()
+        self._broken = ""
+        self._tail = _Tail()
+        self._fd = -1
+        prepare_directory(self.directory)
+        self._lock_fd = take_lock(self.directory)
+        self._index = LedgerIndex(self.directory / "index")
+        self.progress = ProgressJournal(self.directory)
+        try:
+            self.source = source_of(self.directory)
+            self._recover()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def source_name(self) -> str:
+        """As it stands in records and CloudEvents."""
+        return f"antefix/{self.source.hex()}"
+
+    @property
+    def sequence(self) -> int:
+        """The last entry's number; 0 for an empty ledger."""
+        return self._tail.sequence
+
+    def unsettled(self) -> list[OpenEntry]:
+        """Admitted and not settled: running now or, right after opening, lost in a crash."""
+        with self._mutex:
+            return list(self._tail.unsettled.values())
+
+    def find(self, key: str) -> Settled | None:
+        """The last settled attempt of a request, whenever it was. key: `record.request_key`."""
+        with self._mutex:
+            if self._lock_fd < 0:
+                raise Unavailable("the ledger is closed")
+            return self._find(key)
+
+    def append(self, items: Sequence[OpenEntry | UsageRecord]) -> list[Settled | OpenEntry]:
+        """Write entries, durable when this returns. Answers in order.
+
+        A record whose request is settled for good, or whose attempt is settled, is not written again: the answer is
+        what stands. The same goes for an open entry of a request that is open.
+        Raises:  Unavailable: it could not be written; nothing was.  InvalidRequest: a payload is too large.
+        """
+        with self._mutex:
+            if self._broken:
+                raise Unavailable(f"the ledger takes no more entries: {self._broken}")
+            try:
+                self._make_room()
+            except (OSError, lmdb.Error) as err:
+                raise Unavailable(f"the ledger cannot start a segment: {err}") from err
+            batch = _Batch(self._tail)
+            answers = [self._add(batch, item) for item in items]
+            if batch.data:
+                self._write(bytes(batch.data))
+                batch.accept()
+            return answers
+
+    def close(self) -> None:
+        for fd in (self._fd, self._lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._lock_fd = -1
+        self._broken = self._broken or "it is closed"
+        self._index.close()
+        self.progress.close()
+
+    def _add(self, batch: _Batch, item: OpenEntry | UsageRecord) -> Settled | OpenEntry:
+        if isinstance(item, OpenEntry):
+            return batch.unsettled(item.key) or batch.open(item)
+        standing = batch.settled(item.key) or self._find(item.key)
+        if standing is not None and (standing.record.is_final or standing.record.attempt >= item.attempt):
+            return standing
+        return batch.settle(item)
+
+    def _find(self, key: str) -> Settled | None:
+        place = self._tail.places.get(key) or self._index.find(key)
+        if place is None:
+            return None
+        path = segment_path(self.directory, place.segment)
+        entry = read_entry_at(path, place.offset)
+        settled = settled_of(_hash_before(path, entry), entry)
+        return settled if settled.record.key == key else None
+
+    def _write(self, data: bytes) -> None:
+        try:
+            written = 0
+            while written < len(data):
+                written += os.write(self._fd, data[written:])
+            os.fdatasync(self._fd)
+        except OSError as err:
+            # After a failed fdatasync nobody knows what the disk has (and a second one would say "fine"). Cutting the
+            # batch off and going on is right only if that works and is durable.
+            try:
+                os.ftruncate(self._fd, self._tail.offset)
+                os.fsync(self._fd)
+            except OSError as second:
+                self._broken = str(second)
+            raise Unavailable(f"the ledger cannot be written: {err}") from err
+
+    def _make_room(self) -> None:
+        tail = self._tail
+        if self._fd >= 0 and tail.offset >= self._segment_bytes:
+            self._index.seal(tail.places, tail.unsettled, tail.sequence)
+            os.close(self._fd)
+            self._fd = -1
+        if self._fd < 0:
+            self._start_segment()
+
+    def _start_segment(self) -> None:
+        tail = self._tail
+        path = segment_path(self.directory, tail.sequence + 1)
+        header = SegmentHeader(first_sequence=tail.sequence + 1, previous_hash=tail.hash, source=self.source).pack()
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        try:
+            os.write(fd, header)
+            os.fsync(fd)
+            sync_directory(self.directory)
+        except OSError:
+            os.close(fd)
+            raise
+        self._fd = fd
+        tail.segment, tail.offset, tail.places = tail.sequence + 1, len(header), {}
+
+    def _recover(self) -> None:
+        """Catch the index up, read the last segment, cut off its torn tail."""
+        paths = segments_of(self.directory)
+        if paths and paths[-1].stat().st_size <= SEGMENT_HEADER_BYTES:
+            paths.pop().unlink()  # started and not used, perhaps not even whole: started anew when needed
+        if not paths:
+            self._start_segment()
+            return
+        last = paths[-1]
+        self._catch_up([first_sequence_of(path) for path in paths])
+        data = last.read_bytes()
+        header = unpack_segment_header(data)
+        if header.source != self.source:
+            raise LedgerCorrupt(f"{last.name} belongs to another ledger")
+        tail = self._tail
+        tail.sequence, tail.hash = header.first_sequence - 1, header.previous_hash
+        tail.segment, tail.offset, tail.places = header.first_sequence, SEGMENT_HEADER_BYTES, {}
+        for entry in entries_of(data):
+            if entry.hash != chain_hash(tail.hash, tail.sequence + 1, entry.kind, entry.payload):
+                raise LedgerCorrupt(f"entry {tail.sequence + 1} does not continue the chain")
+            tail.note(entry)
+            tail.sequence, tail.hash, tail.offset = entry.sequence, entry.hash, entry.end
+        if has_later_batch(data, tail.offset) or self._index.covered > tail.sequence:
+            raise LedgerCorrupt(f"{last.name} is damaged at byte {tail.offset}, and durable entries followed")
+        self._fd = os.open(last, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        os.ftruncate(self._fd, tail.offset)
+        os.fsync(self._fd)
+
+    def _catch_up(self, firsts: Sequence[int]) -> None:
+        """Bring sealed segments into the index that a crash, or the loss of the index, left out."""
+        covered, tail = self._index.covered, self._tail
+        tail.unsettled = self._index.unsettled()
+        for _, entry in read_entries(self.directory, after=covered) if covered < firsts[-1] - 1 else ():
+            first = firsts[bisect_right(firsts, entry.sequence) - 1]
+            if first != tail.segment and tail.places:
+                self._index.seal(tail.places, tail.unsettled, entry.sequence - 1)
+                tail.places = {}
+            if first == firsts[-1]:
+                return
+            tail.segment = first
+            tail.note(entry)
+        if tail.places:
+            self._index.seal(tail.places, tail.unsettled, firsts[-1] - 1)
+
+
+class _Batch:
+    """Entries on their way into one write; the tail changes only in `accept`, when they are durable."""
+
+    def __init__(self, tail: _Tail) -> None:
+        self._tail = tail
+        self._sequence, self._hash = tail.sequence, tail.hash
+        self._notes: list[tuple[OpenEntry | Settled, int]] = []
+        self._last: dict[str, OpenEntry | Settled] = {}
+        self._settled: dict[str, Settled] = {}
+        self.data = bytearray()
+
+    def unsettled(self, key: str) -> OpenEntry | None:
+        if isinstance(self._last.get(key), Settled):
+            return None
+        opened = self._last.get(key) or self._tail.unsettled.get(key)
+        return opened if isinstance(opened, OpenEntry) else None
+
+    def settled(self, key: str) -> Settled | None:
+        return self._settled.get(key)
+
+    def open(self, item: OpenEntry) -> OpenEntry:
+        self._put(EntryKind.OPEN, item.to_payload())
+        self._note(item.key, item, 0)
+        return item
+
+    def settle(self, item: UsageRecord) -> Settled:
+        previous, offset = self._hash, self._tail.offset + len(self.data)
+        self._put(EntryKind.SETTLE, item.to_payload())
+        settled = Settled(sequence=self._sequence, hash=self._hash, previous_hash=previous, record=item)
+        self._note(item.key, settled, offset)
+        self._settled[item.key] = settled
+        return settled
+
+    def _note(self, key: str, note: OpenEntry | Settled, offset: int) -> None:
+        self._notes.append((note, offset))
+        self._last[key] = note
+
+    def _put(self, kind: EntryKind, payload: bytes) -> None:
+        if len(payload) > PAYLOAD_BYTES_MAX:
+            raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}")
+        flags = 0 if self.data else FLAG_BATCH_START
+        self._sequence += 1
+        self._hash = chain_hash(self._hash, self._sequence, kind, payload)
+        self.data += pack_entry(self._sequence, kind, flags, self._hash, payload)
+
+    def accept(self) -> None:
+        tail = self._tail
+        for note, offset in self._notes:
+            if isinstance(note, OpenEntry):
+                tail.note_open(note)
+            else:
+                tail.note_settled(note.record.key, note.sequence, offset)
+        tail.sequence, tail.hash = self._sequence, self._hash
+        tail.offset += len(self.data)
+
+
+def _hash_before(path: Path, entry: Entry) -> bytes:
+    """Entries have no back pointers: this is asked for receipts and retries, which are rare, and reads one segment."""
+    data = path.read_bytes()
+    previous = unpack_segment_header(data).previous_hash
+    for other in entries_of(data):
+        if other.sequence == entry.sequence:
+            return previous
+        previous = other.hash
+    raise LedgerCorrupt(f"entry {entry.sequence} is not in {path.name}")

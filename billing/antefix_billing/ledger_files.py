@@ -1,0 +1,193 @@
+"""The files of a ledger's directory, for readers. Any process may read while one writes.
+
+usage-000000000001.ledger   segments, named by their first entry's sequence number
+index/                      LMDB, of sealed segments only; rebuilt from them when lost
+progress                    how far running requests are (progress_slots.py)
+source                      this ledger's identity, 32 hex digits
+lock                        held by the one writer
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from antefix.errors import ConfigError
+from antefix_billing.ledger_format import (
+    GENESIS,
+    SEGMENT_HEADER_BYTES,
+    SOURCE_BYTES,
+    Entry,
+    EntryKind,
+    LedgerCorrupt,
+    chain_hash,
+    entries_of,
+    has_later_batch,
+    unpack_entry,
+    unpack_segment_header,
+)
+from antefix_billing.usage_record import UsageRecord
+
+_GLOB = "usage-*.ledger"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """One settled request with its place: `previous_hash` lets anyone recompute `hash` from the payload."""
+
+    sequence: int
+    hash: bytes
+    previous_hash: bytes
+    record: UsageRecord
+
+
+def segment_path(directory: Path, first_sequence: int) -> Path:
+    return directory / f"usage-{first_sequence:012d}.ledger"
+
+
+def segments_of(directory: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(directory.glob(_GLOB))
+
+
+def first_sequence_of(path: Path) -> int:
+    return int(path.stem.removeprefix("usage-"))
+
+
+def source_of(directory: Path) -> bytes:
+    """Raises:  ConfigError: not a ledger directory."""
+    try:
+        return bytes.fromhex((directory / "source").read_text().strip())
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"{directory} is not a ledger: {err}") from err
+
+
+def ledgers_of(paths: Sequence[Path]) -> list[Path]:
+    """Ledger directories: each path is one, or a directory that holds some, as `antefix up`'s with several routers.
+
+    Raises:  ConfigError: there is none in a path, or one comes twice.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = [path] if (path / "source").is_file() else sorted(each.parent for each in path.glob("*/source"))
+        if not inside:
+            raise ConfigError(f"{path} is not a ledger and holds none")
+        found += inside
+    if len({source_of(path) for path in found}) != len(found):
+        raise ConfigError("a ledger is named twice, or was copied: two have the same source")
+    return found
+
+
+def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, Entry]]:
+    """(previous hash, entry) with sequence > `after`, the chain checked on the way.
+
+    Segments that end before `after` are not read, so the first hash read is trusted; `verify` reads them all.
+    Raises:  LedgerCorrupt: the chain is broken, entries are missing, or a sealed segment is damaged.
+    """
+    paths = segments_of(directory)
+    firsts = [first_sequence_of(path) for path in paths]
+    start = max((i for i, first in enumerate(firsts) if first <= after + 1), default=0)
+    previous: bytes | None = None if start else GENESIS
+    expected = firsts[start] if start < len(firsts) else 1
+    if not start and expected != 1:
+        raise LedgerCorrupt(f"the ledger begins with entry {expected}: earlier segments are missing")
+    for index in range(start, len(paths)):
+        data = paths[index].read_bytes()
+        is_last = index == len(paths) - 1
+        if is_last and len(data) <= SEGMENT_HEADER_BYTES:
+            return
+        header = unpack_segment_header(data)
+        if header.first_sequence != expected or (previous is not None and header.previous_hash != previous):
+            raise LedgerCorrupt(f"{paths[index].name} does not continue the segment before it")
+        previous = header.previous_hash
+        stop = 0
+        for entry in entries_of(data):
+            if entry.sequence != expected or entry.hash != chain_hash(previous, expected, entry.kind, entry.payload):
+                raise LedgerCorrupt(f"entry {expected} in {paths[index].name} does not continue the chain")
+            if entry.sequence > after:
+                yield previous, entry
+            previous, expected, stop = entry.hash, expected + 1, entry.end
+        if stop and stop != len(data) and (not is_last or has_later_batch(data, stop)):
+            raise LedgerCorrupt(f"{paths[index].name} is damaged at byte {stop}")
+        if not stop and not is_last:
+            raise LedgerCorrupt(f"{paths[index].name} holds no entry")
+
+
+def read_settled(directory: Path, *, after: int = 0) -> Iterator[Settled]:
+    """Settled requests in ledger order. Raises:  as `read_entries`."""
+    for previous, entry in read_entries(directory, after=after):
+        if entry.kind is EntryKind.SETTLE:
+            yield settled_of(previous, entry)
+
+
+def settled_of(previous: bytes, entry: Entry) -> Settled:
+    return Settled(
+        sequence=entry.sequence,
+        hash=entry.hash,
+        previous_hash=previous,
+        record=UsageRecord.from_payload(entry.payload),
+    )
+
+
+def sequence_before(directory: Path, time_s: float) -> int:
+    """A sequence number up to which nothing was written after `time_s` (Unix seconds), by the segments' file times."""
+    paths = segments_of(directory)
+    return next((first_sequence_of(path) - 1 for path in paths if path.stat().st_mtime >= time_s), 0)
+
+
+def read_entry_at(path: Path, offset: int) -> Entry:
+    """Raises:  LedgerCorrupt: there is no whole entry there."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        entry = unpack_entry(file.read(72 << 10), 0)
+    if entry is None:
+        raise LedgerCorrupt(f"{path.name}: no entry at byte {offset}")
+    return entry
+
+
+def prepare_directory(directory: Path) -> None:
+    """Make the directory and its identity, durably, if they are not there.
+
+    Raises:  ConfigError: there are segments but no identity, so it is not known whose they are.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "source"
+    if path.exists():
+        return
+    if segments_of(directory):
+        raise ConfigError(f"{directory} has segments but no source file: restore it from a copy")
+    part = directory / "source.part"
+    with part.open("w") as file:
+        file.write(secrets.token_hex(SOURCE_BYTES) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(path)
+    sync_directory(directory)
+
+
+def take_lock(directory: Path) -> int:
+    """The writer's lock as a file descriptor; closing it, or dying, gives it back.
+
+    Raises:  ConfigError: another process has it.
+    """
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        os.close(fd)
+        raise ConfigError(
+            f"{directory}: another process writes this ledger; each router needs a directory of its own"
+        ) from err
+    return fd
+
+
+def sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

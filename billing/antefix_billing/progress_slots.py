@@ -1,0 +1,145 @@
+"""How far the requests that are running have got, so that a crash does not leave them without a bill.
+
+A file of 256-byte slots beside the ledger, one for each running request, written over before each piece of output is
+handed out and freed when the request is settled. A write is a `pwrite` within one page and without a sync, some
+microseconds: it outlives the process, whatever ends it. Once a second all of it is synced, so a power cut costs us at
+most that second's output. What a slot says goes into the ledger when the next start closes the request.
+
+    offset  size  slot
+    0       4     magic "AFPG"
+    4       4     crc-32 of bytes 8 to 144
+    8       16    hash of the event id
+    24      32    u32: prompt, hit, hit in memory, written, output, reasoning, replayed tokens, zero
+    56      8     time to the first token, microseconds
+    64      24    restore plan, padded with zeros
+    88      24    miss reason, padded with zeros
+    112     32    hash of the last block that was hit; zeros without a hit
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Final
+
+from antefix.errors import Unavailable
+from antefix_billing.usage_record import MissReason, WorkDone
+
+SLOT_BYTES: Final = 256
+PROGRESS_FILE: Final = "progress"
+_MAGIC: Final = b"AFPG"
+_HEAD: Final = struct.Struct("<4sI")
+_BODY: Final = struct.Struct("<16s8IQ24s24s32s")
+_GROW_SLOTS: Final = 64
+
+
+class ProgressJournal:
+    """The file of one ledger. Called from one thread, but for `sync`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._fd = os.open(directory / PROGRESS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        self._slots: dict[str, int] = {}
+        self._free: list[int] = []
+        self._found: dict[bytes, WorkDone] = {}
+        self._num_slots = os.fstat(self._fd).st_size // SLOT_BYTES
+        for number in range(self._num_slots):
+            found = _unpack(os.pread(self._fd, SLOT_BYTES, number * SLOT_BYTES))
+            if found is not None:
+                self._found[found[0]] = found[1]
+
+    def found(self, event_id: str) -> WorkDone | None:
+        """How far a request had got when the process before us ended."""
+        return self._found.get(_name(event_id))
+
+    def clear(self) -> None:
+        """What was found has been put into the ledger."""
+        self._found.clear()
+        os.ftruncate(self._fd, 0)
+        self._slots, self._free, self._num_slots = {}, [], 0
+
+    def mark(self, event_id: str, done: WorkDone) -> None:
+        """Note how far a request is; outlives this process when this returns.
+
+        Raises:  Unavailable: it could not be written.
+        """
+        try:
+            number = self._slots.get(event_id)
+            if number is None:
+                number = self._slots[event_id] = self._take()
+            os.pwrite(self._fd, _pack(event_id, done), number * SLOT_BYTES)
+        except OSError as err:
+            raise Unavailable(f"the ledger's progress file cannot be written: {err}") from err
+
+    def drop(self, event_id: str) -> None:
+        """The request is settled. A slot that a crash leaves behind names a settled request and is not looked at."""
+        number = self._slots.pop(event_id, None)
+        if number is not None:
+            self._free.append(number)
+
+    def sync(self) -> None:
+        """On disk when this returns. Raises:  OSError."""
+        os.fdatasync(self._fd)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def _take(self) -> int:
+        if not self._free:
+            first, self._num_slots = self._num_slots, self._num_slots + _GROW_SLOTS
+            # Allocated now: a write into a hole could find the disk full later.
+            os.posix_fallocate(self._fd, first * SLOT_BYTES, _GROW_SLOTS * SLOT_BYTES)
+            self._free = list(range(self._num_slots - 1, first - 1, -1))
+        return self._free.pop()
+
+
+def _pack(event_id: str, done: WorkDone) -> bytes:
+    body = _BODY.pack(
+        _name(event_id),
+        done.prompt_tokens,
+        done.cache_hit_tokens,
+        done.hit_memory_tokens,
+        done.cache_write_tokens,
+        done.output_tokens,
+        done.reasoning_tokens,
+        done.replayed_tokens,
+        0,
+        done.ttft_us,
+        done.restore_plan.encode(),
+        done.miss_reason.value.encode(),
+        bytes.fromhex(done.last_hit_hash),
+    )
+    return _HEAD.pack(_MAGIC, zlib.crc32(body)) + body
+
+
+def _unpack(data: bytes) -> tuple[bytes, WorkDone] | None:
+    """(name, work), or None where a slot was never used, or torn by a power cut."""
+    if len(data) < _HEAD.size + _BODY.size:
+        return None
+    magic, crc = _HEAD.unpack_from(data)
+    if magic != _MAGIC or zlib.crc32(data[_HEAD.size : _HEAD.size + _BODY.size]) != crc:
+        return None
+    name, prompt, hit, memory, written, output, reasoning, replayed, _, ttft_us, plan, reason, last = _BODY.unpack_from(
+        data, _HEAD.size
+    )
+    return name, WorkDone(
+        prompt_tokens=prompt,
+        cache_hit_tokens=hit,
+        hit_memory_tokens=memory,
+        cache_write_tokens=written,
+        output_tokens=output,
+        reasoning_tokens=reasoning,
+        replayed_tokens=replayed,
+        ttft_us=ttft_us,
+        restore_plan=plan.rstrip(b"\0").decode(),
+        miss_reason=MissReason(reason.rstrip(b"\0").decode()),
+        last_hit_hash=last.hex() if hit else "",
+    )
+
+
+def _name(event_id: str) -> bytes:
+    return hashlib.blake2b(event_id.encode(), digest_size=16, person=b"antefix-progress").digest()

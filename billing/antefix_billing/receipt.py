@@ -1,0 +1,116 @@
+"""Receipts: one settled record with its place in the ledger, signed with Ed25519, checkable without asking us.
+
+A receipt is a JSON object:
+    payload         the ledger entry's payload, byte for byte, as text
+    sequence, previous_hash, hash, source      its place; hash = chain_hash(previous_hash, sequence, SETTLE, payload)
+    key_id          first 8 bytes of the public key, hex
+    signature       Ed25519 over "antefix-receipt\\0" || source || sequence u64 le || hash
+
+The signature covers the hash, the hash covers the payload: nothing in a receipt can change unnoticed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from antefix.errors import ConfigError, InvalidRequest
+from antefix_billing.ledger_files import Settled
+from antefix_billing.ledger_format import EntryKind, chain_hash
+from antefix_billing.pricing import priced
+from antefix_billing.ratecard import RateCards
+from antefix_billing.usage_record import UsageRecord
+
+_DOMAIN = b"antefix-receipt\0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiptCheck:
+    """What checking found. price_ok is None where no rate cards were given."""
+
+    record: UsageRecord
+    signature_ok: bool
+    hash_ok: bool
+    price_ok: bool | None
+
+    @property
+    def ok(self) -> bool:
+        return self.signature_ok and self.hash_ok and self.price_ok is not False
+
+
+class Signer:
+    """The deployment's receipt key. The public half is published; the private half never leaves the router's host."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        self.public_key = key.public_key().public_bytes_raw()
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Signer:
+        """Raises:  ConfigError: the file cannot be read or does not hold 32 bytes as hex."""
+        try:
+            return cls(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(Path(path).read_text().strip())))
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"receipt key {path}: {err}") from err
+
+    @classmethod
+    def create(cls, path: Path) -> Signer:
+        """The key in the file, made if it is not there, readable by its owner only."""
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return cls.from_file(path)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return cls.from_file(path)
+
+    def receipt(self, settled: Settled, source: bytes) -> dict[str, Any]:
+        return {
+            "payload": settled.record.to_payload().decode(),
+            "sequence": settled.sequence,
+            "previous_hash": settled.previous_hash.hex(),
+            "hash": settled.hash.hex(),
+            "source": source.hex(),
+            "key_id": self.public_key[:8].hex(),
+            "signature": self._key.sign(_signed(source, settled.sequence, settled.hash)).hex(),
+        }
+
+
+def check_receipt(receipt: dict[str, Any], public_key: bytes, cards: RateCards | None = None) -> ReceiptCheck:
+    """Verify a receipt with the published key; with rate cards, recompute the price as well.
+
+    Raises:  InvalidRequest: not a receipt at all.
+    """
+    try:
+        payload = str(receipt["payload"]).encode()
+        sequence = int(receipt["sequence"])
+        previous, hash, source, signature = (
+            bytes.fromhex(receipt[name]) for name in ("previous_hash", "hash", "source", "signature")
+        )
+        key = Ed25519PublicKey.from_public_bytes(public_key)
+        signed = _signed(source, sequence, hash)
+        hash_ok = chain_hash(previous, sequence, EntryKind.SETTLE, payload) == hash
+    except (KeyError, ValueError, TypeError, OverflowError) as err:
+        raise InvalidRequest(f"not a receipt: {err}") from err
+    try:
+        key.verify(signature, signed)
+        signature_ok = True
+    except InvalidSignature:
+        signature_ok = False
+    record = UsageRecord.from_payload(payload)
+    price_ok = None
+    if cards is not None:
+        again = priced(record, cards)
+        price_ok = (again.price, again.rate_card) == (record.price, record.rate_card)
+    return ReceiptCheck(record=record, signature_ok=signature_ok, hash_ok=hash_ok, price_ok=price_ok)
+
+
+def _signed(source: bytes, sequence: int, hash: bytes) -> bytes:
+    return _DOMAIN + source + sequence.to_bytes(8, "little") + hash

@@ -1,0 +1,208 @@
+"""Is the ledger whole, and is every billed hit supported by the store's own log? Reads only; trusts neither side.
+
+A hit of a record is supported when its last block was stored before the request ended, and, for tokens billed from the
+store's tier, read between the request's start and end. Tokens from a worker's memory were stored before, not read then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from antefix.errors import AntefixError
+from antefix.store_files.hit_log import StoreEventKind, read_store_log
+from antefix_billing.ledger_files import Settled, read_entries, settled_of, source_of
+from antefix_billing.ledger_format import EntryKind
+from antefix_billing.usage_record import OpenEntry, UsageRecord
+
+# Store and router have a clock each; hosts of one deployment are kept within a second of one another by NTP.
+CLOCK_SLACK_US = 2_000_000
+_NUM_EXAMPLES_MAX = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What verification found. head: last sequence number and its hash, to be kept elsewhere: a ledger cut at its end
+    is still a good chain, but no longer has that entry. unsupported_hits is None where no store log was given."""
+
+    records: int
+    open_requests: int
+    chain_ok: bool
+    chain_error: str
+    head_sequence: int
+    head_hash: str
+    head_ok: bool
+    duplicates: int
+    unsupported_hits: int | None
+    unsupported_examples: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return self.chain_ok and self.head_ok and not self.duplicates and not self.unsupported_hits
+
+    def to_json(self) -> str:
+        return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdicts:
+    """Of several ledgers of one deployment, by directory. charged_twice: requests that two of them charged."""
+
+    ledgers: tuple[tuple[str, Verdict], ...]
+    charged_twice: int
+
+    @property
+    def ok(self) -> bool:
+        return all(verdict.ok for _, verdict in self.ledgers) and not self.charged_twice
+
+    def to_json(self) -> str:
+        """One ledger's as it always was; of several the sums, and each one's own."""
+        verdicts = [verdict for _, verdict in self.ledgers]
+        if len(verdicts) == 1:
+            return verdicts[0].to_json()
+        unsupported = [verdict.unsupported_hits for verdict in verdicts if verdict.unsupported_hits is not None]
+        sums = {
+            "ok": self.ok,
+            "records": sum(verdict.records for verdict in verdicts),
+            "open_requests": sum(verdict.open_requests for verdict in verdicts),
+            "chain_ok": all(verdict.chain_ok for verdict in verdicts),
+            "head_ok": all(verdict.head_ok for verdict in verdicts),
+            "duplicates": sum(verdict.duplicates for verdict in verdicts) + self.charged_twice,
+            "unsupported_hits": sum(unsupported) if unsupported else None,
+        }
+        each = [{"ledger": name, "ok": verdict.ok, **asdict(verdict)} for name, verdict in self.ledgers]
+        return json.dumps({**sums, "ledgers": each}, indent=2)
+
+
+@dataclass(slots=True)
+class _Chain:
+    """The ledger as read."""
+
+    settled: list[Settled]
+    open_requests: int = 0
+    sequence: int = 0
+    hash: bytes = b""
+    anchor_seen: bool = False
+    error: str = ""
+
+
+def verify(
+    ledger: Path,
+    *,
+    store_log: Path | None = None,
+    anchor: tuple[int, str] | None = None,
+    slack_us: int = CLOCK_SLACK_US,
+) -> Verdict:
+    """Read the whole ledger and, where given, the store's log.
+
+    anchor: a head that an earlier run reported; the entry must still be there with that hash.
+    """
+    chain = _read(ledger, anchor)
+    evidence = None if store_log is None else _Evidence.of(chain.settled, store_log)
+    return _verdict(chain, evidence, slack_us, has_anchor=anchor is not None)
+
+
+def verify_all(
+    ledgers: Sequence[Path], *, store_log: Path | None, anchors: Mapping[bytes, tuple[int, str]]
+) -> Verdicts:
+    """All ledgers of a deployment against the one store's log. anchors: by the ledger's source; see `verify`."""
+    named = [(ledger, anchors.get(source_of(ledger))) for ledger in ledgers]
+    chains = [_read(ledger, anchor) for ledger, anchor in named]
+    settled = [item for chain in chains for item in chain.settled]
+    evidence = None if store_log is None else _Evidence.of(settled, store_log)
+    ended = Counter(key for chain in chains for key in {i.record.key for i in chain.settled if i.record.is_final})
+    return Verdicts(
+        ledgers=tuple(
+            (str(ledger), _verdict(chain, evidence, CLOCK_SLACK_US, has_anchor=anchor is not None))
+            for (ledger, anchor), chain in zip(named, chains, strict=True)
+        ),
+        charged_twice=sum(count - 1 for count in ended.values()),
+    )
+
+
+def _verdict(chain: _Chain, evidence: _Evidence | None, slack_us: int, *, has_anchor: bool) -> Verdict:
+    unsupported = None if evidence is None else evidence.unsupported(chain.settled, slack_us)
+    return Verdict(
+        records=len(chain.settled),
+        open_requests=chain.open_requests,
+        chain_ok=not chain.error,
+        chain_error=chain.error,
+        head_sequence=chain.sequence,
+        head_hash=chain.hash.hex(),
+        head_ok=not has_anchor or chain.anchor_seen,
+        duplicates=_num_duplicates(chain.settled),
+        unsupported_hits=None if unsupported is None else len(unsupported),
+        unsupported_examples=tuple(unsupported[:_NUM_EXAMPLES_MAX]) if unsupported else (),
+    )
+
+
+def _read(ledger: Path, anchor: tuple[int, str] | None) -> _Chain:
+    chain, opened = _Chain(settled=[]), set[str]()
+    try:
+        for previous, entry in read_entries(ledger):
+            chain.sequence, chain.hash = entry.sequence, entry.hash
+            chain.anchor_seen = chain.anchor_seen or (entry.sequence, entry.hash.hex()) == anchor
+            if entry.kind is EntryKind.OPEN:
+                opened.add(OpenEntry.from_payload(entry.payload).key)
+                continue
+            settled = settled_of(previous, entry)
+            opened.discard(settled.record.key)
+            chain.settled.append(settled)
+    except AntefixError as err:
+        chain.error = str(err)
+    chain.open_requests = len(opened)
+    return chain
+
+
+def _num_duplicates(settled: list[Settled]) -> int:
+    """Records beyond the one that each attempt may have, and charges beyond the one that each request may have."""
+    seen: set[str] = set()
+    final: set[str] = set()
+    num_duplicates = 0
+    for item in settled:
+        record = item.record
+        twice = record.event_id in seen or (record.is_final and record.key in final)
+        num_duplicates += twice
+        seen.add(record.event_id)
+        if record.is_final:
+            final.add(record.key)
+    return num_duplicates
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Evidence:
+    """What the store's log says of the hashes that records name: when each was first stored, and when it was read."""
+
+    stored_us: dict[str, int]
+    reads_us: dict[str, list[int]]
+
+    @classmethod
+    def of(cls, settled: Sequence[Settled], store_log: Path) -> _Evidence:
+        wanted = {item.record.last_hit_hash for item in settled if item.record.cache_hit_tokens}
+        stored: dict[str, int] = {}
+        reads: defaultdict[str, list[int]] = defaultdict(list)
+        for event in read_store_log(store_log):
+            if event.hash not in wanted:
+                continue
+            if event.kind is StoreEventKind.STORED:
+                stored[event.hash] = min(event.time_us, stored.get(event.hash, event.time_us))
+            else:
+                reads[event.hash].append(event.time_us)
+        return cls(stored_us=stored, reads_us=reads)
+
+    def unsupported(self, settled: Sequence[Settled], slack_us: int) -> list[str]:
+        """Event ids of records whose hit the log does not support."""
+        hits = [item.record for item in settled if item.record.cache_hit_tokens]
+        return [record.event_id for record in hits if not self._supports(record, slack_us)]
+
+    def _supports(self, record: UsageRecord, slack_us: int) -> bool:
+        stored_us = self.stored_us.get(record.last_hit_hash)
+        if stored_us is None or stored_us > record.finished_us + slack_us:
+            return False
+        if record.hit_store_tokens == 0:
+            return True
+        start, stop = record.started_us - slack_us, record.finished_us + slack_us
+        return any(start <= read_us <= stop for read_us in self.reads_us.get(record.last_hit_hash, ()))

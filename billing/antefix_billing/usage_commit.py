@@ -1,0 +1,178 @@
+"""Group commit: many requests at a time wait for one write and one fdatasync of the ledger, off the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, cast
+
+from antefix.errors import AntefixError, InvalidRequest, Overloaded
+from antefix_billing.ledger import Ledger
+from antefix_billing.ledger_files import Settled
+from antefix_billing.ledger_format import PAYLOAD_BYTES_MAX
+from antefix_billing.usage_record import OpenEntry, UsageRecord, WorkDone
+
+log = logging.getLogger("antefix_billing")
+
+T = TypeVar("T")
+
+# One batch is at most a few MB of entries, and the answer of the first is not kept waiting for the last of many.
+NUM_BATCH_MAX = 1024
+NUM_WAITING_MAX = 65536
+# A power cut may take the marks of this long; a crash of the process takes none.
+MARKS_SYNC_S = 1.0
+
+
+@dataclass(slots=True)
+class CommitCounters:
+    """entries / batches is how many requests share a sync."""
+
+    batches: int = 0
+    entries: int = 0
+
+
+class UsageWriter(Protocol):
+    """Where records go."""
+
+    @property
+    def source_name(self) -> str: ...
+
+    async def open(self, entry: OpenEntry) -> OpenEntry: ...
+
+    def mark(self, entry: OpenEntry, done: WorkDone) -> None: ...
+
+    async def settle(self, record: UsageRecord) -> Settled: ...
+
+    async def find(self, key: str) -> Settled | None: ...
+
+    async def close(self) -> None: ...
+
+
+class NoLedger:
+    """For a router that keeps no bill: requests are counted and priced, and nothing is kept."""
+
+    source_name = "antefix/unkept"
+
+    async def open(self, entry: OpenEntry) -> OpenEntry:
+        return entry
+
+    def mark(self, entry: OpenEntry, done: WorkDone) -> None:
+        return
+
+    async def settle(self, record: UsageRecord) -> Settled:
+        return Settled(sequence=0, hash=b"", previous_hash=b"", record=record)
+
+    async def find(self, key: str) -> Settled | None:
+        return None
+
+    async def close(self) -> None:
+        return
+
+
+class LedgerWriter:
+    """Asynchronous front of a ledger; owns it. All file work runs on its one thread, in order."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.counters = CommitCounters()
+        self._waiting: deque[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]] = deque()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="antefix-ledger")
+        self._task: asyncio.Task[None] | None = None
+        self._syncing: asyncio.Task[None] | None = None
+
+    @property
+    def source_name(self) -> str:
+        return self.ledger.source_name
+
+    async def open(self, entry: OpenEntry) -> OpenEntry:
+        """Durable when it returns. Raises:  as `settle`."""
+        return cast(OpenEntry, await self._submit(entry))
+
+    def mark(self, entry: OpenEntry, done: WorkDone) -> None:
+        """Note how far an open request is; outlives this process when it returns, a power cut soon after.
+
+        Raises:  Unavailable: it could not be written.
+        """
+        self.ledger.progress.mark(entry.event_id, done)
+        if self._syncing is None or self._syncing.done():
+            self._syncing = asyncio.create_task(self._sync_soon())
+
+    async def settle(self, record: UsageRecord) -> Settled:
+        """Durable when it returns; the answer is the record that stands, which a retry finds instead of its own.
+
+        Raises:  Unavailable: not written.  Overloaded: too many wait.  InvalidRequest: it is too large.
+        """
+        settled = cast(Settled, await self._submit(record))
+        self.ledger.progress.drop(record.event_id)
+        return settled
+
+    async def find(self, key: str) -> Settled | None:
+        """The request's settled record, if there is one. key: `record.request_key`."""
+        return await self._run(self.ledger.find, key)
+
+    async def close(self) -> None:
+        """Write what waits, then close the ledger."""
+        if self._syncing is not None:
+            self._syncing.cancel()
+            await asyncio.gather(self._syncing, return_exceptions=True)
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+        await self._run(self.ledger.close)
+        self._thread.shutdown()
+
+    async def _submit(self, item: OpenEntry | UsageRecord) -> Settled | OpenEntry:
+        # Checked here, so that one bad entry does not fail the others of its batch. Only these come from outside; JSON
+        # makes at most six characters of one, and the other fields take under 2 KiB.
+        texts = (item.request_id, item.tenant, item.user, item.model)
+        detail = item.detail if isinstance(item, UsageRecord) else ""
+        if 6 * sum(map(len, (*texts, detail))) > PAYLOAD_BYTES_MAX - 2048:
+            raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes")
+        if len(self._waiting) >= NUM_WAITING_MAX:
+            raise Overloaded("too many requests wait for the ledger", retry_after_s=1.0)
+        future: asyncio.Future[Settled | OpenEntry] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._drain())
+        # The entry is written even if its caller is cancelled meanwhile.
+        return await asyncio.shield(future)
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(NUM_BATCH_MAX, len(self._waiting)))]
+            try:
+                answers = await self._run(self.ledger.append, [item for item, _ in batch])
+            except (AntefixError, OSError) as err:
+                _fail(batch, err)
+                continue
+            except BaseException as err:
+                _fail([*batch, *self._waiting], err)  # a bug of ours: nobody must wait for ever
+                self._waiting.clear()
+                raise
+            self.counters.batches += 1
+            self.counters.entries += len(batch)
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)
+
+    async def _sync_soon(self) -> None:
+        await asyncio.sleep(MARKS_SYNC_S)
+        try:
+            await self._run(self.ledger.progress.sync)
+        except OSError as err:
+            log.warning("the ledger's progress file could not be synced: %s", err)
+
+    async def _run(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+
+
+def _fail(
+    batch: Sequence[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]], err: BaseException
+) -> None:
+    for _, future in batch:
+        if not future.done():
+            future.set_exception(err)
+            future.exception()  # a caller that was cancelled never asks

@@ -1,0 +1,272 @@
+"""One usage record: what a request used, with the evidence. Knows no protobuf and no file.
+
+    prompt_tokens = cache_hit_tokens + cache_miss_tokens
+    cache_hit_tokens = hit_memory_tokens + hit_store_tokens
+    cache_write_tokens is part of cache_miss_tokens, reasoning_tokens of output_tokens
+
+A record that breaks one of these cannot be made. Payload bytes are canonical JSON: sorted keys, no spaces, money as
+decimal strings, so the same record always has the same bytes and the same hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from enum import StrEnum
+from typing import Any, Final, cast
+from urllib.parse import quote
+
+from antefix.errors import InvalidRequest
+
+# Version of the payload's fields; a reader refuses what it does not know instead of guessing.
+PAYLOAD_VERSION: Final = 1
+
+
+class Status(StrEnum):
+    """How a request ended. Values are part of the ledger's format: never renamed."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    CRASHED = "crashed"
+
+    @property
+    def is_ours(self) -> bool:
+        """The client did nothing to end it so: a charge is for what it was given, and trying again is not one more."""
+        return self in (Status.FAILED, Status.CRASHED)
+
+
+class MissReason(StrEnum):
+    """Why the first block that missed did."""
+
+    NONE = ""
+    FIRST_SEEN = "first_seen"
+    EVICTED = "evicted"
+    EXPIRED = "expired"
+    WINDOW_MISSING = "window_missing"
+    BELOW_MINIMUM = "below_minimum"
+    FINGERPRINT_DIFFERS = "fingerprint_differs"
+    ARITHMETIC_DIFFERS = "arithmetic_differs"
+    CORRUPT = "corrupt"
+    STORE_UNAVAILABLE = "store_unavailable"
+    UNKNOWN = "unknown"
+
+    @classmethod
+    def _missing_(cls, value: object) -> MissReason:
+        # A newer worker may know a reason that this process does not; a request must not fail for that.
+        return cls.UNKNOWN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkDone:
+    """How far a request got: what its record says if it gets no further. output_tokens: those handed to the client."""
+
+    prompt_tokens: int = 0
+    cache_hit_tokens: int = 0
+    cache_write_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    hit_memory_tokens: int = 0
+    replayed_tokens: int = 0
+    restore_plan: str = ""
+    last_hit_hash: str = ""
+    miss_reason: MissReason = MissReason.NONE
+    ttft_us: int = 0
+
+    def counts(self) -> dict[str, Any]:
+        """As fields of a record."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        hit = self.cache_hit_tokens
+        return {
+            **values,
+            "cache_miss_tokens": self.prompt_tokens - hit,
+            "hit_store_tokens": hit - self.hit_memory_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenEntry:
+    """A request that was admitted: written before its first token goes out, so that a crash leaves a trace of it.
+
+    request_digest: keyed hash of prompt and sampling, hex; a retry must have the same. started_us: Unix microseconds.
+    """
+
+    request_id: str
+    attempt: int
+    tenant: str
+    user: str
+    model: str
+    revision: str
+    fingerprint: str
+    request_digest: str
+    prompt_tokens: int
+    started_us: int
+
+    @property
+    def key(self) -> str:
+        return request_key(self.tenant, self.request_id)
+
+    @property
+    def event_id(self) -> str:
+        return event_id(self.key, self.attempt)
+
+    def to_payload(self) -> bytes:
+        return _canonical({"v": PAYLOAD_VERSION, **dataclasses.asdict(self)})
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> OpenEntry:
+        return cls(**_fields_of(payload))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageRecord:
+    """One request at its end. Times are Unix microseconds, hashes hex, money in `currency`.
+
+    attempt: 1, or more when an earlier attempt broke off.  paid_before: what those were charged, which is taken off
+    this one's price: the same request is never paid for twice.  source: the router's ledger; (source, event_id) is
+    unique.  cache_write_tokens: of the prompt, newly stored.  output_write_tokens: of the output, newly stored.
+    replayed_tokens: run again to rebuild window state, billed as hits.  last_hit_hash: the evidence of the hit.
+    saved: what the hit tokens would have cost more as misses.  detail: an error's class; never prompt text.
+    """
+
+    request_id: str
+    attempt: int = 1
+    source: str
+    tenant: str = ""
+    user: str = ""
+    model: str
+    revision: str = ""
+    fingerprint: str = ""
+    request_digest: str = ""
+    prompt_tokens: int = 0
+    cache_hit_tokens: int = 0
+    cache_miss_tokens: int = 0
+    cache_write_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    output_write_tokens: int = 0
+    hit_memory_tokens: int = 0
+    hit_store_tokens: int = 0
+    replayed_tokens: int = 0
+    restore_plan: str = ""
+    last_hit_hash: str = ""
+    miss_reason: MissReason = MissReason.NONE
+    status: Status
+    detail: str = ""
+    rate_card: str = ""
+    currency: str = ""
+    price: Decimal = Decimal(0)
+    paid_before: Decimal = Decimal(0)
+    saved: Decimal = Decimal(0)
+    started_us: int
+    finished_us: int
+    ttft_us: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises:  InvalidRequest: the counts contradict each other."""
+        for name in _COUNTS:
+            if getattr(self, name) < 0:
+                raise InvalidRequest(f"usage of {self.request_id}: {name} is {getattr(self, name)}")
+        rules = (
+            (self.cache_hit_tokens + self.cache_miss_tokens == self.prompt_tokens, "hit + miss must be the prompt"),
+            (self.hit_memory_tokens + self.hit_store_tokens == self.cache_hit_tokens, "tiers must add up to the hit"),
+            (self.cache_write_tokens <= self.cache_miss_tokens, "written prompt tokens are part of the miss"),
+            (self.reasoning_tokens <= self.output_tokens, "reasoning tokens are part of the output"),
+            (bool(self.last_hit_hash) == bool(self.cache_hit_tokens), "a hit has a last block's hash, a miss none"),
+            (self.finished_us >= self.started_us, "it cannot end before it starts"),
+            (self.price >= 0 and self.saved >= 0 and self.paid_before >= 0, "money is not negative"),
+            (self.is_charged or self.price == 0, "what we broke is charged only where output was given"),
+            (self.attempt > 1 or self.paid_before == 0, "nothing was paid before the first attempt"),
+            (self.attempt >= 1 and bool(self.request_id), "it needs a request id and an attempt from 1 on"),
+        )
+        for holds, rule in rules:
+            if not holds:
+                raise InvalidRequest(f"usage of {self.request_id!r}: {rule}")
+
+    @property
+    def key(self) -> str:
+        return request_key(self.tenant, self.request_id)
+
+    @property
+    def is_charged(self) -> bool:
+        """What the client asked for is charged as far as it was done; what we broke as far as the client has it."""
+        return not self.status.is_ours or self.output_tokens > 0
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing more may ever be recorded under this id: it has ended, or was given up with work done."""
+        return not self.status.is_ours and (self.status is not Status.CANCELLED or self.prompt_tokens > 0)
+
+    @property
+    def paid(self) -> Decimal:
+        """What this request was charged up to now, in all its attempts."""
+        return self.paid_before + self.price
+
+    @property
+    def event_id(self) -> str:
+        """Unique within `source`."""
+        return event_id(self.key, self.attempt)
+
+    def to_payload(self) -> bytes:
+        values = {"v": PAYLOAD_VERSION, **self.to_dict()}
+        if not self.paid_before:
+            del values["paid_before"]  # absent means nothing: most records, and all from before there was the field
+        return _canonical(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; money as decimal strings without an exponent."""
+        values = {name: getattr(self, name) for name in _NAMES}
+        values["price"] = format(self.price, "f")
+        values["paid_before"] = format(self.paid_before, "f")
+        values["saved"] = format(self.saved, "f")
+        values["status"] = self.status.value
+        values["miss_reason"] = self.miss_reason.value
+        return values
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> UsageRecord:
+        return cls.from_dict(_fields_of(payload))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> UsageRecord:
+        """Raises:  InvalidRequest: unknown or malformed fields, or counts that contradict each other."""
+        values = dict(values)
+        try:
+            values["status"] = Status(values["status"])
+            values["miss_reason"] = MissReason(values["miss_reason"])
+            values["price"], values["saved"] = Decimal(values["price"]), Decimal(values["saved"])
+            values["paid_before"] = Decimal(values.get("paid_before", 0))
+            return cls(**values)
+        except (KeyError, ValueError, TypeError, InvalidOperation) as err:
+            raise InvalidRequest(f"not a usage record: {err}") from err
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(UsageRecord))
+_COUNTS = tuple(field.name for field in dataclasses.fields(UsageRecord) if field.type == "int")
+
+
+def event_id(key: str, attempt: int) -> str:
+    """Unique within a ledger."""
+    return key if attempt == 1 else f"{key}/{attempt}"
+
+
+def request_key(tenant: str, request_id: str) -> str:
+    """What a request is known by. Ids come from callers, so one tenant's must never meet another's."""
+    return f"{quote(tenant, safe='')}:{request_id}" if tenant else request_id
+
+
+def _canonical(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _fields_of(payload: bytes) -> dict[str, Any]:
+    try:
+        values = cast(dict[str, Any], json.loads(payload))
+    except ValueError as err:
+        raise InvalidRequest(f"a ledger payload is not JSON: {err}") from err
+    if values.pop("v", None) != PAYLOAD_VERSION:
+        raise InvalidRequest(f"a ledger payload is not of version {PAYLOAD_VERSION}; a newer Antefix wrote it")
+    return values

@@ -1,0 +1,216 @@
+"""Every command and every role by name: what it is for, and how to load it. One row per command.
+
+A loader imports inside a function, so that only what is asked for is imported: `antefix --help` must not wait for
+torch, and the router and the store must start where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class CommandModule(Protocol):
+    """A module under `commands/`. It also has `add_arguments(parser)`, or `add_parser(subparsers)` where the command
+    has subcommands of its own."""
+
+    def run(self, args: argparse.Namespace, /) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One subcommand of `antefix`."""
+
+    load: Callable[[], CommandModule]
+    help: str
+    example: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """One service. load: its settings' class, and the function that serves until told to stop."""
+
+    load: Callable[[], tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]]
+    example: str
+
+
+def _up() -> CommandModule:
+    from antefix_console.commands import up
+
+    return up
+
+
+def _generate() -> CommandModule:
+    from antefix_console.commands import generate
+
+    return generate
+
+
+def _demo() -> CommandModule:
+    from antefix_console.commands import demo
+
+    return demo
+
+
+def _inspect() -> CommandModule:
+    from antefix_console.commands import inspect
+
+    return inspect
+
+
+def _fsck() -> CommandModule:
+    from antefix_console.commands import fsck
+
+    return fsck
+
+
+def _simulate() -> CommandModule:
+    from antefix_console.commands import simulate
+
+    return simulate
+
+
+def _usage() -> CommandModule:
+    from antefix_console.commands import usage
+
+    return usage
+
+
+def _window() -> CommandModule:
+    from antefix_console.commands import window
+
+    return window
+
+
+def _explain() -> CommandModule:
+    from antefix_console.commands import explain
+
+    return explain
+
+
+def _verify() -> CommandModule:
+    from antefix_console.commands import verify
+
+    return verify
+
+
+def _bench() -> CommandModule:
+    from antefix_console.commands import bench
+
+    return bench
+
+
+def _doctor() -> CommandModule:
+    from antefix_console.commands import doctor
+
+    return doctor
+
+
+def _kvstore_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
+    from antefix_kvstore.kvstore_config import KvStoreConfig
+    from antefix_kvstore.server import run
+
+    return KvStoreConfig, run
+
+
+def _prefill_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
+    from antefix_prefill.server import PrefillConfig, run
+
+    return PrefillConfig, run
+
+
+def _decode_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
+    from antefix_decode.server import DecodeConfig, run
+
+    return DecodeConfig, run
+
+
+def _router_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
+    from antefix_router.server import RouterConfig, run
+
+    return RouterConfig, run
+
+
+COMMANDS: dict[str, Command] = {
+    "up": Command(
+        load=_up,
+        help="run all roles on this machine until Ctrl-C",
+        example="antefix up --model models/antefix-tiny --data-dir /var/lib/antefix",
+    ),
+    "generate": Command(
+        load=_generate,
+        help="generate from a prompt, streaming to the terminal",
+        example="antefix generate 'def fibonacci(n):' --max-tokens 64",
+    ),
+    "demo": Command(
+        load=_demo,
+        help="show hits from disk on a real document, and that they change nothing",
+        example="antefix demo --json",
+    ),
+    "inspect": Command(
+        load=_inspect,
+        help="what a store directory holds",
+        example="antefix inspect /var/lib/antefix/store",
+    ),
+    "fsck": Command(
+        load=_fsck,
+        help="check a store that no service has open, and repair it",
+        example="antefix fsck /var/lib/antefix/store --repair",
+    ),
+    "simulate": Command(
+        load=_simulate,
+        help="compare window-state strategies on a trace",
+        example="antefix simulate --generate agents --strategy all",
+    ),
+    "usage": Command(
+        load=_usage,
+        help="export, verify and report what was used and billed",
+        example="antefix usage report --ledger antefix-data/ledger",
+    ),
+    "window": Command(
+        load=_window,
+        help="show or change the workers' window strategy, and how well they predict restores",
+        example="antefix window --router 127.0.0.1:8400 --strategy auto",
+    ),
+    "explain": Command(
+        load=_explain,
+        help="why a prompt hits or misses, block by block",
+        example="antefix explain --data-dir antefix-data --prompt-file prompt.txt",
+    ),
+    "verify": Command(
+        load=_verify,
+        help="compare hits with cold runs, bit by bit, for every strategy and plan",
+        example="antefix verify --json",
+    ),
+    "bench": Command(
+        load=_bench,
+        help="measure beside the machine's limits and beside peers (in a checkout)",
+        example="antefix bench store --json",
+    ),
+    "doctor": Command(
+        load=_doctor,
+        help="check this machine: packages, arithmetic, disk",
+        example="antefix doctor --json",
+    ),
+}
+ROLES: dict[str, Service] = {
+    "kvstore": Service(
+        load=_kvstore_role,
+        example="antefix serve kvstore --dir store --address 127.0.0.1:7001 --budget-bytes 200G",
+    ),
+    "prefill": Service(
+        load=_prefill_role,
+        example="antefix serve prefill --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001",
+    ),
+    "decode": Service(
+        load=_decode_role,
+        example="antefix serve decode --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001",
+    ),
+    "router": Service(
+        load=_router_role,
+        example="antefix serve router --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001"
+        " --prefill 127.0.0.1:7002 --decode 127.0.0.1:7003",
+    ),
+}

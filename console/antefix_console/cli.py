@@ -1,0 +1,117 @@
+"""The `antefix` command. Parses, hands over, turns errors into exit codes; the only place that reads the environment.
+
+Exit codes: 0 done; 1 the command ran and what it checks is not so; 2 a wrong call, setting or model; 3 a service could
+not be reached or is full; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import antefix
+from antefix import __version__
+from antefix.config import add_flags, as_json, resolve
+from antefix.errors import AntefixError, InvalidRequest, ResourceExhausted, Unavailable
+from antefix_console.catalog import COMMANDS, ROLES
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+# What the extra `worker` brings; router, store and most commands work without it.
+_WORKER_PACKAGES = ("torch", "safetensors", "triton")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left (`antefix ... | head`): nothing is wrong, and nobody is there to be told.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
+    except ModuleNotFoundError as err:
+        if err.name not in _WORKER_PACKAGES:
+            raise
+        print(f"antefix: this needs {err.name}: pip install 'antefix[worker]'", file=sys.stderr)
+        return EXIT_USAGE
+    except InvalidRequest as err:
+        return _fail(err, EXIT_USAGE)
+    except (Unavailable, ResourceExhausted) as err:
+        return _fail(err, EXIT_UNAVAILABLE)
+    except AntefixError as err:
+        return _fail(err, EXIT_FAILED)
+    except OSError as err:
+        # A file or directory of the caller's; anything else of the system's is for whoever mends the program.
+        if err.filename is None:
+            raise
+        return _fail(err, EXIT_USAGE)
+
+
+def _run(args: list[str]) -> int:
+    # Only the command that is asked for is imported: `antefix --help` must not wait for torch.
+    name = next((arg for arg in args if not arg.startswith("-")), "")
+    parser = argparse.ArgumentParser(prog="antefix", description=antefix.__doc__)
+    parser.add_argument("--version", action="version", version=f"antefix {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run: Callable[[argparse.Namespace], int] | None = None
+    for command, about in COMMANDS.items():
+        if command != name:
+            _subparser(subparsers, command, about.help, about.example)
+            continue
+        module: Any = about.load()
+        run = module.run
+        if hasattr(module, "add_parser"):
+            module.add_parser(subparsers)
+            subparsers.choices[name].epilog = _example(about.example)
+        else:
+            module.add_arguments(_subparser(subparsers, command, about.help, about.example))
+    serve = _subparser(subparsers, "serve", "run one role", "antefix serve kvstore --dir /var/lib/antefix/store")
+    if name == "serve":
+        _add_roles(serve, args)
+        run = _serve
+    parsed = parser.parse_args(args)
+    assert run is not None
+    return run(parsed)
+
+
+def _subparser(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
+) -> argparse.ArgumentParser:
+    return subparsers.add_parser(name, help=help_text, description=help_text, epilog=_example(example))
+
+
+def _example(call: str) -> str:
+    return f"example: {call}"
+
+
+def _add_roles(parser: argparse.ArgumentParser, args: list[str]) -> None:
+    roles = parser.add_subparsers(dest="role", required=True, metavar="|".join(ROLES))
+    for role, about in ROLES.items():
+        sub = roles.add_parser(role, help=f"run a {role} service", epilog=_example(about.example))
+        sub.add_argument("--watch-stdin", action="store_true", help="stop when stdin closes (set by `antefix up`)")
+        if role in args:
+            add_flags(sub, about.load()[0])
+
+
+def _serve(args: argparse.Namespace) -> int:
+    config_type, serve = ROLES[args.role].load()
+    config = resolve(config_type, args, os.environ, section=args.role, sections=tuple(ROLES))
+    if args.print_config:
+        print(as_json(config))
+        return EXIT_OK
+    asyncio.run(serve(config, watch_stdin=args.watch_stdin))
+    return EXIT_OK
+
+
+def _fail(err: Exception, code: int) -> int:
+    print(f"antefix: {type(err).__name__}: {err}", file=sys.stderr)
+    return code

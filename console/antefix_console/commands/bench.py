@@ -1,0 +1,68 @@
+"""`antefix bench`: the benchmarks of a checkout, one question each. They are not part of an installed package."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from antefix.errors import InvalidRequest
+from antefix_console.shipped import CHECKOUT
+
+# Beside the checkout's environment; `make bench-peers` makes it.
+_PEERS_PYTHON = CHECKOUT / ".venv-peers" / "bin" / "python"
+_ABOUT_STORE = "how near the store is to its disk, and how far from its peers"
+
+
+def add_parser(subparsers: Any) -> None:
+    bench = subparsers.add_parser("bench", help="measure beside the machine's limits and beside peers")
+    which = bench.add_subparsers(dest="bench", required=True, metavar="store")
+    store = which.add_parser(
+        "store",
+        help=_ABOUT_STORE,
+        description=f"{_ABOUT_STORE}, in one interleaved run of some minutes",
+        epilog="example: antefix bench store --json > store.json",
+    )
+    add_store_arguments(store)
+
+
+def add_store_arguments(parser: argparse.ArgumentParser) -> None:
+    """What benchmarks/store.py takes."""
+    parser.add_argument("--model", choices=("flash", "pro"), default="flash", help="whose blocks (default: flash)")
+    parser.add_argument("--dir", type=Path, help="where to write about 4 GB; a temporary directory by default")
+    parser.add_argument("--blocks", type=int, default=1024, help="of 128 tokens (default: 1024, a 128K prefix)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of everything (default: 3)")
+    parser.add_argument(
+        "--peers",
+        default=str(_PEERS_PYTHON) if _PEERS_PYTHON.exists() else "",
+        metavar="PYTHON",
+        help="a Python that has the peers; by default the one of `make bench-peers`, where it was made",
+    )
+    parser.add_argument("--long", action="store_true", help="add a 1M-token prefix and a store of a million blocks")
+    parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when everything was measured, 1 when not.
+
+    Raises:  InvalidRequest: this is not a checkout, or an option makes no sense.
+    """
+    if not (CHECKOUT / "benchmarks" / "store.py").exists():
+        raise InvalidRequest(
+            f"benchmarks are part of a checkout of Antefix, not of the package installed in {CHECKOUT}; run it there"
+        )
+    if args.blocks < 1 or args.repeats < 1:
+        raise InvalidRequest("--blocks and --repeats must be at least 1")
+    if args.peers and shutil.which(args.peers) is None:
+        raise InvalidRequest(f"--peers: there is no Python at {args.peers}")
+    command = [
+        *(sys.executable, "-m", "benchmarks.store", "--model", args.model, "--peers", args.peers),
+        *("--blocks", str(args.blocks), "--repeats", str(args.repeats)),
+        *(["--dir", str(args.dir.resolve())] if args.dir else []),
+        *(["--long"] if args.long else []),
+        *(["--json"] if args.json else []),
+    ]
+    return 0 if subprocess.run(command, cwd=CHECKOUT, check=False).returncode == 0 else 1

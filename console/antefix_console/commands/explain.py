@@ -1,0 +1,257 @@
+"""`antefix explain`: why a prompt hits or misses, from the store's directory; no service needs to run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from antefix.block import CPU_FLOAT32, Fingerprint, chain_of, check_arithmetic, differing_fields, exactness_of
+from antefix.clients import PrefillClient, Tokens
+from antefix.errors import AntefixError, InvalidRequest
+from antefix.layout import KVFormat
+from antefix.model_dir import ModelIdentity, identify
+from antefix.secret import Keyring
+from antefix.store.client import RemoteStore
+from antefix.tokenizer import load_tokenizer
+from antefix.window import RatePriors, Rates, RestorePlanner, Sizes, check_bounded, check_exactness
+from antefix.window_pool import DISK, check_address, open_window_pool
+from antefix.window_pool.open_pool import MEMORY
+from antefix_console import shipped
+from antefix_console.commands.prompt_text import given_text, read_text
+from antefix_console.explain.answer import Explanation, explain
+from antefix_console.explain.block_evidence import NamedChain, State, gather, holdings, statements
+from antefix_console.explain.text import lines
+
+_FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
+# Exactness that a namespace may have had before; a miss is explained when the tokens are stored under one of these.
+_BOUNDED_TRIED = range(9)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the prompt; - reads stdin")
+    prompt.add_argument("--tokens-file", type=Path, metavar="FILE", help="JSON list of token ids; - reads stdin")
+    parser.add_argument("--data-dir", type=Path, help="of `antefix up`: has the store, the secret and the store's log")
+    parser.add_argument("--store-dir", type=Path, help="the store's directory, where it is not in --data-dir")
+    parser.add_argument("--secret-file", type=Path, help="the deployment's secret, where it is not in --data-dir")
+    parser.add_argument("--store-log", type=Path, help="the store's log: tells evicted blocks from those never seen")
+    parser.add_argument("--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped one)")
+    parser.add_argument("--kv-format", choices=[f.value for f in _FORMATS], default="fp8", help="default: fp8")
+    parser.add_argument("--namespace", default="default", help="default: default")
+    parser.add_argument("--bounded-windows", type=int, default=0, metavar="K", help="as the workers have it")
+    parser.add_argument(
+        "--arithmetic", default=CPU_FLOAT32, metavar="DEVICE-DTYPE", help="what the workers compute with (cpu-float32)"
+    )
+    parser.add_argument("--tenant", default="", help="whose prompt it is (default: no tenant, as without API keys)")
+    parser.add_argument("--user", default="", help="the tenant's end user, if requests name one")
+    parser.add_argument(
+        "--also-namespace", action="append", default=[], metavar="NAME", help="look there too; may repeat"
+    )
+    parser.add_argument("--also-tenant", action="append", default=[], metavar="NAME", help="look there too; may repeat")
+    parser.add_argument("--also-model", action="append", default=[], type=Path, metavar="DIR", help="likewise")
+    parser.add_argument(
+        "--window-pool", default=DISK, metavar="WHERE", help="as the workers have it: disk, memory or a redis:// URL"
+    )
+    parser.add_argument("--store-address", metavar="HOST:PORT", help="of the kvstore service, for --window-pool memory")
+    parser.add_argument("--check", action="store_true", help="read all stored blocks and verify their checksums")
+    parser.add_argument("--worker", metavar="HOST:PORT", help="take the prefill speed from this running prefill worker")
+    parser.add_argument(
+        "--prefill-rate",
+        type=float,
+        metavar="N",
+        help="prefill tokens per second to predict with, if no worker is asked",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every block")
+
+
+def run(args: argparse.Namespace) -> int:
+    identity = identify(args.model)
+    tokens = _tokens(args)
+    if len(tokens) == 0:
+        raise InvalidRequest("the prompt is empty")
+    if int(tokens.max()) >= identity.vocab_size:
+        raise InvalidRequest(f"token id {int(tokens.max())} is outside the vocabulary of {identity.vocab_size}")
+    explanation = _explain(args, identity, tokens)
+    if args.json:
+        print(json.dumps(explanation.as_dict()))
+    else:
+        for line in lines(explanation):
+            print(line)
+    return 0
+
+
+def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) -> Explanation:
+    check_address(args.window_pool)
+    check_exactness(bounded_windows=args.bounded_windows, reproducible=False)
+    check_bounded(args.bounded_windows, identity.geometry)
+    keyring = Keyring.from_file(_path(args, "secret_file", "secret"))
+    mine = Whose(identity=identity, kv_format=KVFormat(args.kv_format), namespace=args.namespace,
+                 tenant=_tenant(args, args.tenant), bounded_windows=args.bounded_windows,
+                 arithmetic=check_arithmetic(args.arithmetic))  # fmt: skip
+    names = mine.names(tokens, keyring)
+    # 1. What the store's files say.
+    directory = _path(args, "store_dir", "store")
+    asked = [other.names(tokens, keyring, differs=label) for other, label in _asked(args, mine)]
+    tried = [other.names(tokens, keyring, differs=label) for other, label in _tried(mine)]
+    tried += _stated(directory, mine, tokens, keyring)
+    blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
+    # 2. What the window pool has.
+    stored = sum(1 for _ in itertools.takewhile(lambda block: block.state is State.STORED, blocks))
+    pooled, pool_error = asyncio.run(_pooled(args, names, stored))
+    # 3. What a worker would make of it.
+    planner = RestorePlanner(Sizes.of(identity.layout(mine.kv_format)), Rates(_priors(args)))
+    return explain(
+        len(tokens),
+        blocks,
+        planner,
+        bounded_windows=args.bounded_windows,
+        pooled=pooled,
+        pool_error=pool_error,
+        holdings=holdings(directory, names.fingerprint),
+        asked=[other.label for other in asked],
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Whose:
+    """All that a name depends on besides the tokens and the deployment's secret."""
+
+    identity: ModelIdentity
+    kv_format: KVFormat
+    namespace: str
+    tenant: str
+    bounded_windows: int
+    arithmetic: str
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.identity.fingerprint(
+            self.kv_format,
+            namespace=self.namespace,
+            exactness=exactness_of(self.bounded_windows),
+            arithmetic=self.arithmetic,
+        )
+
+    def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> NamedChain:
+        return self.names_under(self.fingerprint.digest, tokens, keyring, differs)
+
+    def names_under(self, digest: bytes, tokens: Tokens, keyring: Keyring, differs: str) -> NamedChain:
+        """The same tokens of the same tenant under any fingerprint whose blocks are as long."""
+        chain = chain_of(
+            tokens,
+            fingerprint_digest=digest,
+            key=keyring.key(self.tenant),
+            block_size=self.identity.geometry.block_size,
+        )
+        return NamedChain(label=differs, fingerprint=digest, hashes=chain.hashes)
+
+
+def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
+    """Under which other names the same tokens may be stored by mistake, and what differs."""
+    for kv_format in _FORMATS:
+        for windows in _BOUNDED_TRIED:
+            if (kv_format, windows) != (mine.kv_format, mine.bounded_windows):
+                label = f"kv_format {kv_format.value}, {exactness_of(windows)}"
+                yield replace(mine, kv_format=kv_format, bounded_windows=windows), label
+
+
+def _stated(directory: Path, mine: Whose, tokens: Tokens, keyring: Keyring) -> Iterator[NamedChain]:
+    """The store's other fingerprints of this geometry, and in what they differ, as it was told."""
+    own = mine.fingerprint.statement
+    for digest, statement in statements(directory).items():
+        fields = differing_fields(own, statement)
+        if fields and "geometry" not in fields:
+            said = json.loads(statement)
+            label = ", ".join(f"{name} {said.get(name)}" for name in fields)
+            names = mine.names_under(digest, tokens, keyring, label)
+            yield replace(names, state=State.ARITHMETIC_DIFFERS) if fields == ("arithmetic",) else names
+
+
+def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:
+    """Where else the caller wants to know about, and what differs there."""
+    for namespace in args.also_namespace:
+        yield replace(mine, namespace=namespace), f"namespace {namespace}"
+    for tenant in args.also_tenant:
+        yield replace(mine, tenant=_tenant(args, tenant)), f"tenant {tenant}" if tenant else "no tenant"
+    for directory in args.also_model:
+        identity = identify(directory)
+        if identity.geometry.block_size != mine.identity.geometry.block_size:
+            raise InvalidRequest(f"--also-model {directory}: its blocks have another size, so its KV cannot be meant")
+        yield replace(mine, identity=identity), f"model {directory}"
+
+
+def _tenant(args: argparse.Namespace, tenant: str) -> str:
+    return f"{tenant}\x1f{args.user}" if args.user else tenant
+
+
+async def _pooled(args: argparse.Namespace, names: NamedChain, num_stored: int) -> tuple[tuple[int, ...] | None, str]:
+    """The boundary nearest to the stored prefix' end that the window pool has, None if there is no pool; and why a pool
+    did not answer.
+    """
+    if args.window_pool == DISK:
+        return None, ""
+    if args.window_pool == MEMORY and not args.store_address:
+        raise InvalidRequest("--window-pool memory is the store service's: say where it is with --store-address")
+    store = RemoteStore(args.store_address or "")
+    pool = open_window_pool(args.window_pool, store, bytes_max=1)
+    assert pool is not None
+    try:
+        found = await pool.nearest(list(reversed(names.hashes[:num_stored])), fingerprint=names.fingerprint)
+    except AntefixError as err:
+        return None, str(err)
+    finally:
+        await pool.close()
+        await store.close()
+    return (() if found is None else (num_stored - found.index,)), ""
+
+
+def _path(args: argparse.Namespace, name: str, within: str) -> Path:
+    given: Path | None = getattr(args, name)
+    if given is not None:
+        return given
+    if args.data_dir is None:
+        raise InvalidRequest("say where the deployment is: --data-dir, or both --store-dir and --secret-file")
+    return Path(args.data_dir / within)
+
+
+def _log(args: argparse.Namespace) -> Path | None:
+    given: Path | None = args.store_log
+    if given is None and args.data_dir is not None:
+        given = args.data_dir / "usage-log"
+    return given if given is not None and given.is_dir() else None
+
+
+def _priors(args: argparse.Namespace) -> RatePriors:
+    rate = args.prefill_rate
+    if args.worker:
+        rate = asyncio.run(_measured_rate(args.worker))
+    if args.prefill_rate is not None and not 0 < args.prefill_rate < float("inf"):
+        raise InvalidRequest(f"--prefill-rate must be above 0, is {args.prefill_rate}")
+    return RatePriors() if not rate else RatePriors(prefill_tokens_per_s=rate)
+
+
+async def _measured_rate(worker: str) -> float:
+    # The client is made here: a channel belongs to the loop that is running then.
+    return (await PrefillClient(worker).status()).prefill_tokens_per_s
+
+
+def _tokens(args: argparse.Namespace) -> Tokens:
+    if args.tokens_file is not None:
+        try:
+            ids = json.loads(read_text(args.tokens_file))
+        except ValueError as err:
+            raise InvalidRequest(f"{args.tokens_file} is no JSON: {err}") from err
+        if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 1 << 32 for i in ids):
+            raise InvalidRequest("--tokens-file must hold a JSON list of token ids")
+        return np.array(ids, np.uint32)
+    text = given_text(args.prompt) if args.prompt is not None else read_text(args.prompt_file)
+    ids_of_text: Sequence[int] = load_tokenizer(args.model).encode(text)
+    return np.array(ids_of_text, np.uint32)

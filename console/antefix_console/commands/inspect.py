@@ -1,0 +1,62 @@
+"""`antefix inspect DIR`: what a store holds. Reads beside a running service as well as without one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from antefix.config import require
+from antefix.errors import ConfigError
+from antefix.secret import Keyring
+from antefix.store_files.owners import KnownNames, Owners
+from antefix_kvstore.describe_store import NUM_LINES_MAX, inspect, render
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a store directory")
+    parser.add_argument(
+        "--lines", type=int, default=NUM_LINES_MAX, metavar="N", help="of the prefix forest (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--secret-file",
+        metavar="FILE",
+        help="the deployment's secret, to find tenants by name (default: `secret` next to DIR, if it is there)",
+    )
+    parser.add_argument(
+        "--tenant", action="append", default=[], metavar="NAME", help="show this one by name; may repeat"
+    )
+    parser.add_argument("--tenants-file", metavar="FILE", help="show all tenants of this file by name")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    report = inspect(args.directory, num_lines_max=args.lines, known=_known(args))
+    print(json.dumps(dataclasses.asdict(report), default=plain) if args.json else render(report))
+    return 0
+
+
+def _known(args: argparse.Namespace) -> KnownNames:
+    """Raises:  ConfigError: tenants were named and there is no secret to find them with, or a file cannot be read."""
+    tenants = [*args.tenant, *(_named_in(args.tenants_file) if args.tenants_file else ())]
+    at_hand = args.directory.resolve().parent / "secret"
+    if args.secret_file is None and not at_hand.is_file():
+        require(not tenants, "--secret-file is needed: a store has digests of tenants' names, which only it can make")
+        return KnownNames()
+    return KnownNames(tuple(tenants), Owners(Keyring.from_file(args.secret_file or at_hand)))
+
+
+def _named_in(path: str) -> list[str]:
+    """The tenants of a tenants file; whether its limits make sense is none of our business."""
+    try:
+        return [str(table["name"]) for table in tomllib.loads(Path(path).read_text()).get("tenant", [])]
+    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as err:
+        raise ConfigError(f"tenants file {path}: {err}") from err
+
+
+def plain(value: Any) -> str:
+    """What JSON has no form for: hashes and ids."""
+    return value.hex() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,194 @@
+"""`antefix simulate`: traces through the real strategies, planner and eviction, on a model of a machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from antefix.errors import InvalidRequest
+from antefix.window import Strategy, parse
+from antefix.window.strategy import parse_bytes
+from antefix_console.commands import simulate_cluster as cluster_cli
+from antefix_simulate.breakeven import break_even, break_even_text
+from antefix_simulate.breakeven_plot import plot_break_even
+from antefix_simulate.generated_traces import SHAPES, generate
+from antefix_simulate.machine import RATE_CARDS, Machine, TokenPrices, model_sizes
+from antefix_simulate.plot import check_path, plot
+from antefix_simulate.replay_result import Simulation
+from antefix_simulate.result_table import LEGEND, as_text
+from antefix_simulate.simulated_store import StoreLimits
+from antefix_simulate.trace import FORMATS, Trace, load
+from antefix_simulate.trace_replay import Setup, simulate, store_hit_tokens
+
+# What `--strategy all` compares: every kind, and two periods that bracket what periodic checkpoints are worth.
+ALL_STRATEGIES = ("auto", "boundary", "periodic(2048)", "periodic(8192)", "full", "zero")
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the `simulate` command to an argparse subparsers object; `run` carries it out."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "simulate",
+        help="compare window-state strategies on a trace",
+        description="Replay a trace through the real window strategies, restore planner and eviction policy, under a "
+        "cost model of a machine. Nothing is run and nothing is stored.",
+    )
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `simulate`."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--trace", type=Path, metavar="FILE", help="a trace file, plain or .gz; needs --format")
+    source.add_argument("--generate", choices=sorted(SHAPES), help="a generated trace instead of a file")
+    source.add_argument(
+        "--break-even", action="store_true", help="the best strategy for each prefix length, disk speed and reuse age"
+    )
+    parser.add_argument("--format", choices=sorted(FORMATS), help="what the trace file is written in")
+    parser.add_argument(
+        "--strategy",
+        action="append",
+        metavar="NAME",
+        help="full, periodic(TOKENS), boundary, auto, auto(budget=BYTES, ends=disk|pool), zero, or all "
+        "(default all; may be given several times)",
+    )
+    parser.add_argument(
+        "--store-bytes",
+        action="append",
+        metavar="BYTES",
+        help="the store's budget, such as 64GB (default endless; given several times, each is simulated)",
+    )
+    parser.add_argument("--pool-bytes", metavar="BYTES", help="the window pool's budget (default endless)")
+    parser.add_argument("--no-replay", action="store_true", help="forbid exact replay: resume at checkpoints only")
+    parser.add_argument("--model", default="v4-flash", help="v4-flash, v4-pro or a model directory (default v4-flash)")
+    machine = Machine()
+    _add_number(parser, "--prefill-tokens-per-s", machine.prefill_tokens_per_s, "prefill speed without context")
+    _add_number(parser, "--disk-gb-per-s", machine.disk_bytes_per_s / 1e9, "read speed of the store")
+    _add_number(parser, "--pool-gb-per-s", machine.pool_bytes_per_s / 1e9, "read speed of the window pool")
+    _add_number(parser, "--hit-price", None, "dollars a million hit tokens (default: the model's rate card)")
+    _add_number(parser, "--miss-price", None, "dollars a million other input tokens (default: the same)")
+    _add_number(parser, "--spread-s", 3600.0, "over how long a claude-code trace's conversations start")
+    parser.add_argument("--requests", type=int, default=2000, help="of a generated trace (default 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of a generated trace (default 0)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot too, .svg or .png; needs matplotlib")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    cluster_cli.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the parsed command: results to standard output, progress to standard error. Returns the exit status.
+
+    Raises:  InvalidRequest, ConfigError: arguments or a trace that make no sense.
+    """
+    if args.plot:
+        check_path(args.plot)
+    sizes, machine = model_sizes(args.model), _machine(args)
+    if args.break_even:
+        rows = break_even(sizes, machine)
+        _emit(json.dumps([row.as_dict() for row in rows], indent=1) if args.json else break_even_text(rows))
+        if args.plot:
+            plot_break_even(rows, args.plot)
+        return 0
+    if args.workers:
+        unit_tokens = cluster_cli.unit_tokens(args, sizes)
+        return cluster_cli.run(args, _trace(args, unit_tokens), sizes, machine)
+    # 1. What to replay, through what.
+    trace = _trace(args, sizes.block_size)
+    setup = Setup(sizes=sizes, machine=machine, card=_card(args), limits=StoreLimits(), replay=not args.no_replay)
+    strategies = _strategies(args.strategy or ["all"])
+    # 2. Each store size, each strategy.
+    pool_bytes = parse_bytes(args.pool_bytes) if args.pool_bytes else None
+    simulations = []
+    for text in args.store_bytes or [None]:
+        limits = StoreLimits(store_bytes=parse_bytes(text) if text else None, pool_bytes=pool_bytes)
+        simulations.append(_compare(trace, strategies, replace(setup, limits=limits), args.model))
+    # 3. Show it.
+    if args.json:
+        shown = [simulation.as_dict() for simulation in simulations]
+        _emit(json.dumps(shown[0] if len(shown) == 1 else shown, indent=1))
+    else:
+        _emit("\n\n".join([*map(as_text, simulations), LEGEND]))
+    if args.plot:
+        plot(simulations, args.plot)
+    return 0
+
+
+def _compare(trace: Trace, strategies: Sequence[Strategy], setup: Setup, model: str) -> Simulation:
+    results = []
+    for strategy in strategies:
+        progress = _Progress(f"{strategy}")
+        results.append(simulate(trace, strategy, setup, progress))
+        progress.done()
+    return Simulation(
+        trace=trace.name,
+        num_requests=len(trace.requests),
+        prompt_tokens=trace.num_tokens,
+        unit_tokens=trace.unit_tokens,
+        model=model,
+        store_bytes=setup.limits.store_bytes,
+        store_ideal_token_hit_rate=store_hit_tokens(trace, setup) / max(trace.num_tokens, 1),
+        results=tuple(results),
+    )
+
+
+def _trace(args: argparse.Namespace, unit_tokens: int) -> Trace:
+    if args.generate:
+        return generate(args.generate, num_requests=args.requests, unit_tokens=unit_tokens, seed=args.seed)
+    if args.format is None:
+        raise InvalidRequest(f"--trace needs --format: {' or '.join(sorted(FORMATS))}")
+    if not args.trace.is_file():
+        raise InvalidRequest(f"there is no trace file {args.trace}")
+    if not math.isfinite(args.spread_s) or args.spread_s < 0:
+        raise InvalidRequest(f"--spread-s must be a number of seconds, is {args.spread_s}")
+    return load(args.trace, args.format, block_size=unit_tokens, spread_s=args.spread_s)
+
+
+def _strategies(texts: Sequence[str]) -> list[Strategy]:
+    names = [name for text in texts for name in (ALL_STRATEGIES if text == "all" else (text,))]
+    return [parse(name) for name in dict.fromkeys(names)]
+
+
+def _machine(args: argparse.Namespace) -> Machine:
+    return Machine(
+        prefill_tokens_per_s=args.prefill_tokens_per_s,
+        disk_bytes_per_s=args.disk_gb_per_s * 1e9,
+        pool_bytes_per_s=args.pool_gb_per_s * 1e9,
+    )
+
+
+def _card(args: argparse.Namespace) -> TokenPrices:
+    card = RATE_CARDS.get(args.model, RATE_CARDS["v4-flash"])
+    hit, miss = args.hit_price, args.miss_price
+    return TokenPrices(hit=card.hit if hit is None else hit, miss=card.miss if miss is None else miss)
+
+
+def _add_number(parser: argparse.ArgumentParser, flag: str, default: float | None, text: str) -> None:
+    shown = "" if default is None else f" (default {default:g})"
+    parser.add_argument(flag, type=float, default=default, metavar="N", help=text + shown)
+
+
+def _emit(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+class _Progress:
+    """One line on standard error that is written over; silent where that is not a terminal."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._shown = sys.stderr.isatty()
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._shown:
+            sys.stderr.write(f"\r{self._label}: {done} of {total} requests ")
+            sys.stderr.flush()
+
+    def done(self) -> None:
+        if self._shown:
+            sys.stderr.write("\r\033[K")

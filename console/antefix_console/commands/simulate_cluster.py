@@ -1,0 +1,200 @@
+"""`antefix simulate --workers P:D`: placement policies compared on a fleet. Flags, trace copies, table, plot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from antefix.errors import InvalidRequest
+from antefix.window import Sizes, Strategy, parse
+from antefix.window.strategy import parse_bytes
+from antefix_simulate.baselines import ALL_POLICIES
+from antefix_simulate.cluster import Fleet, simulate_cluster
+from antefix_simulate.cluster_result import ClusterSimulation, PolicyResult, cluster_text
+from antefix_simulate.machine import Machine
+from antefix_simulate.plot import SUFFIXES, load_pyplot
+from antefix_simulate.simulated_store import StoreLimits
+from antefix_simulate.trace import Trace, TraceRequest
+
+WORKERS_MAX = 1000
+UNIT_TOKENS = 512
+# Names of one copy of a trace lie below this: a Claude Code trace numbers its conversations from 2^32 on.
+_COPY_NAMES = 1 << 50
+# Copies start within this long: each is a population of its own, at the same time of day.
+_COPY_SHIFT_S = 60.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a fleet."""
+    fleet = parser.add_argument_group("a fleet", "many workers under a placement policy, with queues; needs --workers")
+    fleet.add_argument("--workers", metavar="P:D", help=f"prefill and decode workers, up to {WORKERS_MAX} each")
+    fleet.add_argument(
+        "--policy", action="append", metavar="NAME", help=f"{', '.join(ALL_POLICIES)}, or all (default all; may repeat)"
+    )
+    fleet.add_argument("--no-store", action="store_true", help="no shared store: workers have their own memory only")
+    fleet.add_argument("--no-coalesce", action="store_true", help="compute equal prefixes in flight more than once")
+    fleet.add_argument("--worker-memory", default="64GB", metavar="BYTES", help="of KV a prefill worker (default 64GB)")
+    fleet.add_argument("--unit-tokens", type=int, default=UNIT_TOKENS, metavar="N", help="resolution (default 512)")
+    fleet.add_argument("--copies", type=int, default=1, metavar="N", help="of the trace, each with its own prompts")
+    fleet.add_argument("--speedup", type=float, default=1.0, metavar="N", help="of the trace's clock")
+    fleet.add_argument("--kill", action="append", metavar="S[:BACK]", help="a prefill worker dies, and comes back")
+    fleet.add_argument("--join", action="append", type=float, metavar="S", help="one more prefill worker joins")
+    fleet.add_argument("--ttft-limit", type=float, default=2.0, metavar="S", help="of a good request (default 2)")
+
+
+def unit_tokens(args: argparse.Namespace, sizes: Sizes) -> int:
+    """The resolution asked for.
+
+    Raises:  InvalidRequest: it is not whole blocks.
+    """
+    tokens = int(args.unit_tokens)
+    if tokens < 1 or tokens % sizes.block_size:
+        raise InvalidRequest(f"--unit-tokens must be a multiple of the block of {sizes.block_size}, is {tokens}")
+    return tokens
+
+
+def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) -> int:
+    """Carry out the parsed command. Returns the exit status.
+
+    Raises:  InvalidRequest: arguments that make no sense.
+    """
+    num_prefill, num_decode = _workers(args.workers)
+    if args.copies < 1 or args.speedup <= 0:
+        raise InvalidRequest("--copies and --speedup must be positive")
+    strategies = [parse(name) for name in args.strategy or ["auto"] if name != "all"]
+    if len(strategies) != 1:
+        raise InvalidRequest("a fleet is simulated with one --strategy (default auto)")
+    store_bytes = [parse_bytes(text) for text in args.store_bytes or []]
+    if len(store_bytes) > 1:
+        raise InvalidRequest("a fleet is simulated with one --store-bytes")
+    fleet = Fleet(
+        num_prefill=num_prefill,
+        num_decode=num_decode,
+        machine=machine,
+        shared_store=not args.no_store,
+        store=StoreLimits(
+            store_bytes=store_bytes[0] if store_bytes else None,
+            pool_bytes=parse_bytes(args.pool_bytes) if args.pool_bytes else None,
+        ),
+        memory_bytes=parse_bytes(args.worker_memory),
+        coalesce=not args.no_coalesce,
+        kills=tuple(_kill(text) for text in args.kill or ()),
+        joins=tuple(args.join or ()),
+        ttft_limit_s=args.ttft_limit,
+    )
+    if len(fleet.kills) >= num_prefill + len(fleet.joins):
+        raise InvalidRequest("--kill leaves no prefill worker")
+    results = []
+    for name in _policies(args.policy or ["all"]):
+        results.append(_simulate(name, args, trace, sizes, fleet, strategies[0]))
+        if sys.stderr.isatty():
+            sys.stderr.write("\r\033[K")
+    simulation = ClusterSimulation(
+        trace=trace.name,
+        num_requests=len(trace.requests) * args.copies,
+        prompt_tokens=trace.num_tokens * args.copies,
+        unit_tokens=trace.unit_tokens,
+        num_prefill=num_prefill,
+        num_decode=num_decode,
+        shared_store=fleet.shared_store,
+        results=tuple(results),
+    )
+    sys.stdout.write((json.dumps(simulation.as_dict(), indent=1) if args.json else cluster_text(simulation)) + "\n")
+    if args.plot:
+        plot_cluster(simulation, args.plot)
+    return 0
+
+
+def copies(trace: Trace, num_copies: int, speedup: float) -> Iterator[tuple[TraceRequest, int]]:
+    """The requests of all copies in order of arrival, each with what its copy adds to the names."""
+    rng = random.Random(0)
+    shifts = [0.0, *(rng.uniform(0, _COPY_SHIFT_S) for _ in range(num_copies - 1))]
+    order = sorted(
+        (request.at_s / speedup + shift, copy, index)
+        for copy, shift in enumerate(shifts)
+        for index, request in enumerate(trace.requests)
+    )
+    for at_s, copy, index in order:
+        yield replace(trace.requests[index], at_s=at_s), copy * _COPY_NAMES
+
+
+def plot_cluster(simulation: ClusterSimulation, path: Path) -> None:
+    """Times to first token and balance, a bar a policy, to an .svg or .png file.
+
+    Raises:  InvalidRequest: matplotlib is not installed, or another suffix.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InvalidRequest(f"cannot plot to {path.name}: use one of {', '.join(SUFFIXES)}")
+    pyplot = load_pyplot()
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.5), layout="constrained", sharey=True)
+    try:
+        names = [result.policy for result in simulation.results]
+        for shift, (label, share) in enumerate((("p99", "ttft_p99_s"), ("p90", "ttft_p90_s"), ("p50", "ttft_p50_s"))):
+            values = [getattr(result, share) for result in simulation.results]
+            axes[0].barh(names, values, label=label, color=("tab:gray", "tab:orange", "tab:blue")[shift])
+        axes[0].set_xlabel("time to first token, s")
+        axes[0].set_xscale("log")
+        axes[0].legend()
+        axes[1].barh(names, [100 * result.token_hit_rate for result in simulation.results], label="not run again")
+        axes[1].barh(
+            names, [100 * result.fetched_share for result in simulation.results], label="loaded from the store"
+        )
+        axes[1].set_xlabel("prompt tokens, %")
+        axes[1].legend()
+        axes[2].barh(names, [result.load_max_over_mean for result in simulation.results])
+        axes[2].set_xlabel("busiest prefill worker over mean")
+        axes[0].invert_yaxis()
+        figure.suptitle(f"{simulation.trace}: {simulation.num_prefill} prefill, {simulation.num_decode} decode workers")
+        figure.savefig(path, dpi=150)
+    finally:
+        pyplot.close(figure)
+
+
+def _simulate(
+    name: str, args: argparse.Namespace, trace: Trace, sizes: Sizes, fleet: Fleet, strategy: Strategy
+) -> PolicyResult:
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{name}: {done} of {total} requests ")
+            sys.stderr.flush()
+
+    return simulate_cluster(
+        copies(trace, args.copies, args.speedup),
+        total=len(trace.requests) * args.copies,
+        unit_tokens=trace.unit_tokens,
+        policy=name,
+        strategy=strategy,
+        sizes=sizes,
+        fleet=fleet,
+        progress=progress,
+    )
+
+
+def _policies(names: list[str]) -> list[str]:
+    wanted = list(dict.fromkeys(each for name in names for each in (ALL_POLICIES if name == "all" else (name,))))
+    if unknown := [name for name in wanted if name not in ALL_POLICIES]:
+        raise InvalidRequest(f"unknown policy {unknown[0]!r}: use one of {', '.join(ALL_POLICIES)} or all")
+    return wanted
+
+
+def _workers(text: str) -> tuple[int, int]:
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdigit() and 1 <= int(part) <= WORKERS_MAX for part in parts):
+        raise InvalidRequest(f"--workers must be P:D with 1 to {WORKERS_MAX} each, is {text!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _kill(text: str) -> tuple[float, float]:
+    try:
+        at_s, _, back_s = text.partition(":")
+        kill = (float(at_s), float(back_s or 0))
+    except ValueError as err:
+        raise InvalidRequest(f"--kill must be SECOND or SECOND:SECOND, is {text!r}") from err
+    if kill[0] < 0 or (kill[1] and kill[1] <= kill[0]):
+        raise InvalidRequest(f"--kill {text}: a worker comes back after it died")
+    return kill

@@ -1,0 +1,173 @@
+"""`antefix up`: every role on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+
+from antefix.config import require
+from antefix.errors import Unavailable
+from antefix.window_pool import DISK, RedisWindowPool
+from antefix.window_pool.open_pool import MEMORY
+from antefix_console import shipped
+from antefix_console.deployment import Deployment, DeploymentConfig
+
+
+def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that every command that starts services has."""
+    parser.add_argument("--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped one)")
+    parser.add_argument("--kv-format", choices=("fp8", "float32"), default="fp8", help="precision of KV (default: fp8)")
+    parser.add_argument(
+        "--strategy",
+        default="auto",
+        metavar="NAME",
+        help="which checkpoints to leave: auto, auto(budget=BYTES, ends=disk|pool), boundary, periodic(TOKENS), full, "
+        "zero; or by namespace, as in 'agents=periodic(8192); auto' (default: auto)",
+    )
+    parser.add_argument("--device", default="cpu", help="torch device of the workers (default: cpu)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights (default: float32)"
+    )
+    parser.add_argument(
+        "--kernels", choices=("auto", "triton", "torch"), default="auto", help="cache path on a card (default: auto)"
+    )
+    parser.add_argument("--num-prefill", type=int, default=1, metavar="N", help="prefill workers (default: 1)")
+    parser.add_argument("--num-decode", type=int, default=1, metavar="N", help="decode workers (default: 1)")
+
+
+def add_window_arguments(parser: argparse.ArgumentParser) -> None:
+    """How window state is treated; docs/WINDOW_STATE.md, "In the services"."""
+    group = parser.add_argument_group("window state", "examples: docs/OPERATIONS.md")
+    group.add_argument("--namespace", default="default", metavar="NAME", help="whose KV this is (default: default)")
+    group.add_argument(
+        "--window-pool",
+        default="disk",
+        metavar="WHERE",
+        help="memory for checkpoints that are used within minutes or never: disk (none), memory (the store service's), "
+        "or a redis://, rediss://, unix:// or redis+cluster:// URL (default: disk)",
+    )
+    group.add_argument("--window-pool-bytes", default="", metavar="SIZE", help="of Redis' memory, such as 4G")
+    group.add_argument("--store-bytes", default="", metavar="SIZE", help="of disk, such as 200G (default: 64G)")
+    group.add_argument(
+        "--bounded-windows",
+        type=int,
+        default=0,
+        metavar="K",
+        help="allow approximate replays of K windows; the namespace's KV then has names of its own (default: 0, exact)",
+    )
+    group.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="hits equal cold runs to the bit on a GPU too; on a CPU they do anyway",
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_deployment_arguments(parser)
+    add_window_arguments(parser)
+    parser.add_argument("--data-dir", type=Path, default=Path("antefix-data"), help="secret, store and logs live here")
+    parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
+    parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
+    parser.add_argument(
+        "--num-routers", type=int, default=1, metavar="N", help="each with a ledger of its own (default: 1)"
+    )
+    parser.add_argument(
+        "--ratecards", nargs="*", default=(), metavar="FILE", help="prices (deploy/ratecards has examples)"
+    )
+    parser.add_argument("--tenants-file", default="", metavar="FILE", help="tenants' API keys and limits")
+    parser.add_argument("--json", action="store_true", help="print addresses as one JSON line")
+
+
+def deployment_config(args: argparse.Namespace, data_dir: Path, address: str = "127.0.0.1:0") -> DeploymentConfig:
+    """Raises:  ConfigError: settings that cannot be, or nobody who could answer a request."""
+    # Decode workers can prefill by themselves; nobody else can decode.
+    require(args.num_decode > 0, f"--num-decode must be at least 1, is {args.num_decode}")
+    return DeploymentConfig(
+        model=args.model,
+        data_dir=data_dir,
+        num_prefill=args.num_prefill,
+        num_decode=args.num_decode,
+        kv_format=args.kv_format,
+        strategy=args.strategy,
+        device=args.device,
+        dtype=args.dtype,
+        kernels=args.kernels,
+        router_address=address,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    config = dataclasses.replace(
+        deployment_config(args, args.data_dir, args.address),
+        namespace=args.namespace,
+        window_pool=args.window_pool,
+        window_pool_bytes=args.window_pool_bytes,
+        store_bytes=args.store_bytes,
+        bounded_windows=args.bounded_windows,
+        reproducible=args.reproducible,
+        http_address=args.http_address,
+        num_routers=args.num_routers,
+        ratecards=tuple(args.ratecards),
+        tenants_file=args.tenants_file,
+    )
+    return asyncio.run(_run(config, as_json=args.json))
+
+
+async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, asked.set)
+    print("starting services ...", file=sys.stderr, flush=True)
+    await warn_of_pool(config.window_pool)
+    async with Deployment(config) as deployment:
+        _announce(deployment, as_json=as_json)
+        await _until_stopped(deployment, asked)
+    return 0
+
+
+async def warn_of_pool(address: str) -> None:
+    """An absent Redis is no error, since checkpoints go to disk meanwhile; but it may be a mistyped address."""
+    if address in (DISK, MEMORY):
+        return
+    pool = RedisWindowPool(address, bytes_max=1)
+    try:
+        await pool.check()
+    except Unavailable as err:
+        print(f"warning: {err}; checkpoints go to disk until it does", file=sys.stderr, flush=True)
+    finally:
+        await pool.close()
+
+
+def _announce(deployment: Deployment, *, as_json: bool) -> None:
+    rows = [{"role": p.role, "address": p.address, "pid": p.process.pid} for p in deployment.processes]
+    http_addresses = [p.http_address for p in deployment.processes if p.http_address]
+    if as_json:
+        http_address = deployment.one("router").http_address
+        print(json.dumps({"ready": True, "processes": rows, "http_address": http_address}), flush=True)
+        return
+    for row in rows:
+        print(f"{row['role']:<8} {row['address']:<22} pid {row['pid']}")
+    for http_address in http_addresses:
+        print(f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1")
+    print(f"\nTry:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'")
+    print("Ctrl-C stops everything.", flush=True)
+
+
+async def _until_stopped(deployment: Deployment, asked: asyncio.Event) -> None:
+    """Until asked, saying so when a role dies: the rest goes on without it, slower."""
+    seen: set[int] = set()
+    while not asked.is_set():
+        for process in deployment.processes:
+            if not process.alive and process.process.pid not in seen:
+                seen.add(process.process.pid)
+                print(f"{process.role} ended with {process.process.returncode}; see {process.log_path}", flush=True)
+        try:
+            await asyncio.wait_for(asked.wait(), 1.0)
+        except TimeoutError:
+            continue

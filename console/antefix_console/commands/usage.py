@@ -1,0 +1,223 @@
+"""`antefix usage`: export, verify, report, receipt. Reads ledger directories; needs no running service and no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from itertools import chain
+from pathlib import Path
+
+from antefix.errors import AntefixError, ConfigError
+from antefix_billing import usage_report as report
+from antefix_billing.export import ExportFormat, write_export, write_text
+from antefix_billing.ledger_files import Settled, ledgers_of, read_settled, source_of
+from antefix_billing.ratecard import load_cards
+from antefix_billing.receipt import Signer, check_receipt
+from antefix_billing.reconcile import verify_all
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `usage` with its own commands; `run` carries them out."""
+    add_arguments(subparsers.add_parser("usage", help="export, verify and report what was used and billed"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The commands under `antefix usage`."""
+    commands = parser.add_subparsers(dest="usage_command", required=True)
+
+    ledger = "--ledger antefix-data/ledger"
+    export = _command(
+        commands, "export", "write records for a billing back-end", f"{ledger} --format parquet --output usage.parquet"
+    )
+    _add_source(export)
+    export.add_argument("--json", action="store_true", help="say on standard error as JSON how many were written")
+    export.add_argument("--format", choices=[kind.value for kind in ExportFormat], default="cloudevents")
+    export.add_argument("--output", type=Path, help="file to write (default: standard output; parquet needs a file)")
+
+    check = _command(
+        commands,
+        "verify",
+        "check the hash chain, and each billed hit against the store's log; exit status 1 if something does not hold",
+        f"{ledger} --store-log antefix-data/usage-log",
+    )
+    _add_ledgers(check)
+    check.add_argument("--json", action="store_true", help="print JSON, as it does without this as well")
+    check.add_argument("--store-log", type=Path, help="directory of the store's log of hits and writes")
+    check.add_argument(
+        "--anchor",
+        action="append",
+        default=[],
+        metavar="[SOURCE:]SEQUENCE:HASH",
+        help="a head that an earlier run reported and that must still be there; of several ledgers with its source",
+    )
+
+    sums = _command(
+        commands, "report", "tokens, money and savings by tenant, model and day", f"{ledger} --by tenant,day --json"
+    )
+    _add_source(sums)
+    sums.add_argument("--by", default=",".join(report.GROUPS), help="comma-separated, of tenant, model, day")
+    sums.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sums.add_argument("--plot", type=Path, help="also draw tokens and money by day (SVG, PNG or PDF)")
+
+    receipt = _command(
+        commands,
+        "receipt",
+        "issue a request's signed receipt, or check one",
+        "--check receipt.json --public-key HEX --ratecards deploy/ratecards/deepseek.toml",
+    )
+    receipt.add_argument("--json", action="store_true", help="print JSON, as it does without this as well")
+    receipt.add_argument("--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, to issue")
+    receipt.add_argument("--request-id", help="the request, to issue")
+    receipt.add_argument("--key-file", type=Path, help="the deployment's receipt key, to issue")
+    receipt.add_argument("--check", type=Path, help="receipt file to check instead")
+    receipt.add_argument("--public-key", help="the published key, hex, to check")
+    receipt.add_argument("--ratecards", type=Path, nargs="*", help="rate cards to recompute the price with")
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
+) -> argparse.ArgumentParser:
+    epilog = f"example: antefix usage {name} {example}"
+    return commands.add_parser(name, help=help_text, description=help_text, epilog=epilog)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0, or 1 where something does not hold, or 2 where the command cannot be carried out."""
+    commands = {"export": _export, "verify": _verify, "report": _report, "receipt": _receipt}
+    try:
+        return commands[args.usage_command](args)
+    except BrokenPipeError:
+        raise  # whoever read our output has enough; nothing is wrong
+    except (AntefixError, OSError) as err:
+        sys.stderr.write(f"antefix usage {args.usage_command}: {err}\n")
+        return 2
+
+
+def _add_ledgers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ledger",
+        type=Path,
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="ledger directories, one for each router, or a directory that holds them",
+    )
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    _add_ledgers(parser)
+    parser.add_argument(
+        "--after", type=int, default=0, metavar="CURSOR", help="only entries after this sequence number"
+    )
+    parser.add_argument("--since", help="only requests that started at or after this date or time (UTC)")
+    parser.add_argument("--until", help="only requests that started before this date or time (UTC)")
+    parser.add_argument("--tenant", help="only this tenant's")
+
+
+def _settled(args: argparse.Namespace) -> Iterator[Settled]:
+    since_us, until_us = _time_us(args.since), _time_us(args.until)
+    ledgers = ledgers_of(args.ledger)
+    if args.after and len(ledgers) > 1:
+        raise ConfigError("--after is a place in one ledger; export each of several on its own to go on from a cursor")
+    for item in chain.from_iterable(read_settled(ledger, after=args.after) for ledger in ledgers):
+        record = item.record
+        if args.tenant is not None and record.tenant != args.tenant:
+            continue
+        if since_us is not None and record.started_us < since_us:
+            continue
+        if until_us is not None and record.started_us >= until_us:
+            continue
+        yield item
+
+
+def _export(args: argparse.Namespace) -> int:
+    kind = ExportFormat(args.format)
+    if args.output is not None:
+        num_records = write_export(_settled(args), kind, args.output)
+    elif kind is ExportFormat.PARQUET:
+        raise ConfigError("--format parquet needs --output FILE")
+    else:
+        num_records = write_text(_settled(args), kind, sys.stdout)
+    sys.stderr.write(json.dumps({"records": num_records}) + "\n" if args.json else f"{num_records} records\n")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    ledgers = ledgers_of(args.ledger)
+    anchors = dict(_anchor(text, ledgers) for text in args.anchor)
+    if args.store_log is not None and not args.store_log.is_dir():
+        raise ConfigError(f"--store-log {args.store_log} is not a directory")
+    verdict = verify_all(ledgers, store_log=args.store_log, anchors=anchors)
+    sys.stdout.write(verdict.to_json() + "\n")
+    return 0 if verdict.ok else 1
+
+
+def _anchor(text: str, ledgers: Sequence[Path]) -> tuple[bytes, tuple[int, str]]:
+    """(source, (sequence, hash)). Raises:  ConfigError: not of that form, or of none of these ledgers."""
+    *source, sequence, hash = text.lower().split(":") if text.count(":") in (1, 2) else ("", "", "")
+    if not sequence.isdigit() or len(hash) != 64:
+        raise ConfigError(f"--anchor must be SEQUENCE:HASH or SOURCE:SEQUENCE:HASH, is {text!r}")
+    if not source and len(ledgers) > 1:
+        raise ConfigError("with several ledgers --anchor needs the source: SOURCE:SEQUENCE:HASH")
+    known = {source_of(ledger).hex(): source_of(ledger) for ledger in ledgers}
+    name = source[0] if source else next(iter(known))
+    if name not in known:
+        raise ConfigError(f"--anchor names ledger {name}, which is not among these")
+    return known[name], (int(sequence), hash)
+
+
+def _report(args: argparse.Namespace) -> int:
+    by = tuple(name.strip() for name in args.by.split(",") if name.strip())
+    lines = report.summarize((item.record for item in _settled(args)), by)
+    sys.stdout.write((report.as_json(lines, by) if args.json else report.as_text(lines, by)) + "\n")
+    if args.plot is not None:
+        report.plot((item.record for item in _settled(args)), args.plot)
+    return 0
+
+
+def _receipt(args: argparse.Namespace) -> int:
+    if args.check is not None:
+        return _check_receipt(args)
+    if not (args.ledger and args.request_id and args.key_file):
+        raise ConfigError(
+            "issuing needs --ledger, --request-id and --key-file; checking needs --check and --public-key"
+        )
+    found = [
+        (item, ledger)
+        for ledger in ledgers_of(args.ledger)
+        for item in read_settled(ledger)
+        if item.record.request_id == args.request_id
+    ]
+    if not found:
+        raise ConfigError(f"no record of request {args.request_id}")
+    settled, ledger = max(found, key=lambda pair: pair[0].record.finished_us)
+    receipt = Signer.from_file(args.key_file).receipt(settled, source_of(ledger))
+    sys.stdout.write(json.dumps(receipt, indent=2) + "\n")
+    return 0
+
+
+def _check_receipt(args: argparse.Namespace) -> int:
+    try:
+        receipt, key = json.loads(args.check.read_text()), bytes.fromhex(args.public_key or "")
+    except ValueError as err:
+        raise ConfigError(f"the receipt must be JSON and --public-key 64 hex digits: {err}") from err
+    checked = check_receipt(receipt, key, load_cards(args.ratecards) if args.ratecards else None)
+    result: dict[str, object] = {"ok": checked.ok, "signature_ok": checked.signature_ok, "hash_ok": checked.hash_ok}
+    result["price_ok"] = checked.price_ok if checked.price_ok is not None else "not checked"
+    sys.stdout.write(json.dumps({**result, "record": checked.record.to_dict()}, indent=2) + "\n")
+    return 0 if checked.ok else 1
+
+
+def _time_us(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as err:
+        raise ConfigError(f"{text!r} is not a date or time like 2026-09-10 or 2026-09-10T06:00:00Z") from err
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return int(moment.timestamp() * 1_000_000)

@@ -1,0 +1,306 @@
+"""All roles on one machine as processes of their own: what `antefix up`, the demo and the end-to-end tests run.
+
+    kvstore -> prefill, decode -> router      each told the addresses of those before it
+
+A role announces its address on stdout once it serves. Its stdin is a pipe of ours: however we end, it ends too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from antefix.block import arithmetic_of
+from antefix.clients import RouterClient
+from antefix.config import require
+from antefix.errors import ConfigError, Unavailable
+from antefix.secret import create_secret_file
+from antefix.window_pool import DISK
+from antefix.window_pool.open_pool import MEMORY
+from antefix.window_settings import check_window_settings
+
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 20.0
+_LOG_TAIL_BYTES = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentConfig:
+    """What to run. data_dir holds the secret, the store, the bill and the logs, and is made if it is not there.
+
+    device, dtype, kernels: as workers' settings of these names (docs/OPERATIONS.md).
+    http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
+    ratecards, tenants_file: docs/BILLING.md; without them all is free.
+    strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
+    store_bytes, window_pool_bytes: budgets of disk and of Redis' memory, such as "64G"; empty for the roles' defaults.
+    Raises:  ConfigError: too few of a role, or window settings that are none, or contradict each other.
+    """
+
+    model: Path
+    data_dir: Path
+    num_prefill: int = 1
+    num_decode: int = 1
+    num_routers: int = 1
+    kv_format: str = "fp8"
+    namespace: str = "default"
+    strategy: str = "auto"
+    window_pool: str = DISK
+    window_pool_bytes: str = ""
+    bounded_windows: int = 0
+    reproducible: bool = False
+    store_bytes: str = ""
+    device: str = "cpu"
+    dtype: str = "float32"
+    kernels: str = "auto"
+    router_address: str = "127.0.0.1:0"
+    http_address: str = ""
+    ratecards: tuple[str, ...] = ()
+    tenants_file: str = ""
+    extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("num_prefill", "num_decode"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
+        require(self.num_routers > 0, f"num_routers must be at least 1, is {self.num_routers}")
+        check_window_settings(
+            self.strategy,
+            window_pool=self.window_pool,
+            bounded_windows=self.bounded_windows,
+            reproducible=self.reproducible,
+        )
+        require(
+            not self.window_pool_bytes or self.window_pool not in (DISK, MEMORY),
+            f"window_pool_bytes bounds a Redis server's memory, but window_pool is {self.window_pool}",
+        )
+
+    @property
+    def store_dir(self) -> Path:
+        return self.data_dir / "store"
+
+    @property
+    def ledger_dir(self) -> Path:
+        """The first router's ledger."""
+        return self.data_dir / "ledger"
+
+    def ledger_dir_of(self, number: int) -> Path:
+        """Each router has a ledger of its own; number counts from 0."""
+        return self.ledger_dir if not number else self.data_dir / f"ledger-{number + 1}"
+
+    @property
+    def usage_log_dir(self) -> Path:
+        """The store's own account, which the ledger is reconciled with."""
+        return self.data_dir / "usage-log"
+
+
+@dataclass(slots=True)
+class RoleProcess:
+    """One running role."""
+
+    role: str
+    process: asyncio.subprocess.Process
+    address: str
+    log_path: Path
+    http_address: str = ""
+    ledger_dir: Path | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.process.returncode is None
+
+
+class Deployment:
+    """`async with Deployment(config) as deployment:` starts everything, and stops everything at the end."""
+
+    def __init__(self, config: DeploymentConfig) -> None:
+        self.config = config
+        self.processes: list[RoleProcess] = []
+        # Not the number of processes: roles that start together would get one number, and write into one log.
+        self._numbers = itertools.count()
+
+    async def __aenter__(self) -> Deployment:
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    @property
+    def router(self) -> RouterClient:
+        return RouterClient(self.one("router").address)
+
+    def one(self, role: str) -> RoleProcess:
+        return next(process for process in self.processes if process.role == role and process.alive)
+
+    def addresses(self, role: str) -> list[str]:
+        return [process.address for process in self.processes if process.role == role and process.alive]
+
+    async def start(self) -> None:
+        """Start all roles in order of need.
+
+        Raises:  ConfigError: the data directory cannot be made or written, or a role refused its settings: the message
+            is the role's own.
+        """
+        config = self.config
+        try:
+            config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (config.data_dir / "logs").mkdir(exist_ok=True)
+            create_secret_file(config.data_dir / "secret")
+        except OSError as err:
+            raise ConfigError(f"--data-dir {config.data_dir} cannot be used: {err}; nothing was started") from err
+        flags = ["--dir", str(config.store_dir), "--usage-log-dir", str(config.usage_log_dir)]
+        await self.start_role("kvstore", flags + _given("--budget-bytes", config.store_bytes))
+        await asyncio.gather(
+            *(self.start_worker("prefill") for _ in range(config.num_prefill)),
+            *(self.start_worker("decode") for _ in range(config.num_decode)),
+        )
+        await self.start_router(config.router_address, http_address=config.http_address)
+        for _ in range(1, config.num_routers):
+            await self.start_router(http_address="127.0.0.1:0" if config.http_address else "")
+
+    async def start_worker(self, role: str) -> RoleProcess:
+        """One more prefill or decode worker."""
+        config = self.config
+        flags = ["--strategy", config.strategy, "--threads", str(self._threads()), "--window-pool", config.window_pool]
+        flags += ["--reproducible", str(config.reproducible).lower()]
+        flags += ["--device", config.device, "--dtype", config.dtype, "--kernels", config.kernels]
+        flags += _given("--window-pool-bytes", config.window_pool_bytes)
+        return await self.start_role(role, [*self._shared_flags(), *flags])
+
+    async def start_router(self, address: str = "127.0.0.1:0", *, http_address: str | None = None) -> RoleProcess:
+        """A router over the workers that are alive now. http_address None: the deployment's.
+
+        It takes the first ledger that no living router has: after a crash that is the dead one's, which it closes.
+        """
+        taken = {process.ledger_dir for process in self.processes if process.alive}
+        ledger_dir = next(path for n in itertools.count() if (path := self.config.ledger_dir_of(n)) not in taken)
+        http_address = self.config.http_address if http_address is None else http_address
+        flags = [*self._shared_flags(), "--address", address, "--decode", ",".join(self.addresses("decode"))]
+        flags += ["--ledger-dir", str(ledger_dir), "--http-address", http_address]
+        flags += ["--arithmetic", self._arithmetic()]
+        # One published key, whichever router signs.
+        flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
+        flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
+        if prefill := self.addresses("prefill"):
+            flags += ["--prefill", ",".join(prefill)]
+        started = await self.start_role("router", flags)
+        started.ledger_dir = ledger_dir
+        return started
+
+    def _arithmetic(self) -> str:
+        return arithmetic_of(self.config.device, self.config.dtype, reproducible=self.config.reproducible)
+
+    def _threads(self) -> int:
+        """The cores, divided: two workers with all cores each wait for one another at every parallel loop's end."""
+        return max(1, (os.cpu_count() or 1) // max(1, self.config.num_prefill + self.config.num_decode))
+
+    def _shared_flags(self) -> list[str]:
+        config = self.config
+        return [
+            *("--model", str(config.model)),
+            *("--kv-format", config.kv_format),
+            *("--namespace", config.namespace),
+            *("--bounded-windows", str(config.bounded_windows)),
+            *("--secret-file", str(config.data_dir / "secret")),
+            *("--store-address", self.one("kvstore").address),
+            *("--store-dir", str(config.store_dir)),
+        ]
+
+    async def start_role(self, role: str, flags: Sequence[str]) -> RoleProcess:
+        """Start one process and wait until it serves.
+
+        Raises:  ConfigError: it ended instead; the message has the end of its log.  Unavailable: it took too long.
+        """
+        log_path = self.config.data_dir / "logs" / f"{role}-{next(self._numbers)}.log"
+        if log_path.exists():
+            # What the last run said is kept beside it: after a crash it is what explains the crash.
+            log_path.replace(log_path.with_suffix(".old.log"))
+        with log_path.open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                # -P: a folder called `antefix` in the working directory is not the package.
+                *(sys.executable, "-P", "-m", "antefix_console", "serve", role, "--watch-stdin"),
+                *flags,
+                *self.config.extra_flags.get(role, ()),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                # Its own group: a Ctrl-C at the terminal reaches us, and we stop the roles in order.
+                start_new_session=True,
+                env=_child_environment(),
+            )
+        started = RoleProcess(role=role, process=process, address="", log_path=log_path)
+        self.processes.append(started)
+        assert process.stdout is not None
+        try:
+            line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
+        except TimeoutError as err:
+            raise Unavailable(f"{role} did not start within {START_TIMEOUT_S:.0f} s; see {log_path}") from err
+        if not line:
+            await process.wait()
+            raise ConfigError(f"{role} did not start: {_log_tail(log_path)}")
+        ready = json.loads(line)
+        started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
+        return started
+
+    async def kill(self, process: RoleProcess) -> None:
+        """kill -9, for tests of failure."""
+        if process.alive:
+            process.process.kill()
+        await process.process.wait()
+
+    async def stop(self) -> None:
+        """Stop the roles, those that use others first; what does not stop in time is killed."""
+        order = ("router", "decode", "prefill", "kvstore")
+        for role in order:
+            await asyncio.gather(*(self._stop_one(p) for p in self.processes if p.role == role))
+        self.processes.clear()
+
+    async def _stop_one(self, role: RoleProcess) -> None:
+        if not role.alive:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            role.process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(role.process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            role.process.kill()
+            await role.process.wait()
+
+
+def _given(flag: str, value: str) -> list[str]:
+    return [flag, value] if value else []
+
+
+def _child_environment() -> dict[str, str]:
+    """Ours, tuned for workers.
+
+    glibc would map and unmap each 1 to 4 MiB buffer anew. OpenMP threads would spin at the end of each loop, on a busy
+    machine for a thread that is not running: a prefill of 3,000 tokens took 6.9 s instead of 0.9 s.
+    """
+    tuned = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        "MALLOC_TOP_PAD_": str(64 << 20),
+    }
+    return {**tuned, **os.environ}
+
+
+def _log_tail(path: Path) -> str:
+    data = path.read_bytes()[-_LOG_TAIL_BYTES:]
+    lines = data.decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("antefix: ") if lines else "it said nothing"

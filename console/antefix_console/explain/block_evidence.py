@@ -1,0 +1,270 @@
+"""What a store's directory knows of a prompt's blocks. Reads the index, the log and, when asked, the payloads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from antefix.record import Fate, RecordKind
+from antefix.store_files.gone_blocks import remembered
+from antefix.store_files.hit_log import StoreEventKind, read_store_log
+from antefix.store_files.index import Index
+from antefix.store_files.record_format import Codec, IndexEntry
+from antefix.store_files.segment_reader import StoreReader, wall_ms
+
+
+class State(StrEnum):
+    """What became of a block. Names are those of a usage record's miss reasons where there is one."""
+
+    STORED = "stored"
+    UNREACHABLE = "unreachable"
+    FIRST_SEEN = "first_seen"
+    EVICTED = "evicted"
+    EXPIRED = "expired"
+    CORRUPT = "corrupt"
+    FINGERPRINT_DIFFERS = "fingerprint_differs"
+    ARITHMETIC_DIFFERS = "arithmetic_differs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordPlace:
+    """Where a record lies, and until when. expires_s, pinned_s: from now, 0 for never; negative: since then."""
+
+    segment: int
+    offset: int
+    stored_bytes: int
+    payload_bytes: int
+    codec: str
+    expires_s: float
+    pinned_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockEvidence:
+    """Block `index` of the prompt. checkpoint: window state after it, if that is stored and readable.
+
+    checkpoint_lost: why a checkpoint that is on record cannot be used; "" where there is none or it can.
+    """
+
+    index: int
+    hash: bytes
+    state: State
+    place: RecordPlace | None = None
+    checkpoint: RecordPlace | None = None
+    checkpoint_lost: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """Whose KV the store has: is this prompt's fingerprint among them, and how many others are?"""
+
+    is_known: bool
+    num_others: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedChain:
+    """A prompt's names under one fingerprint. label: what the fingerprint stands for, for people.
+
+    state: of a block that is stored under this fingerprint only.
+    """
+
+    label: str
+    fingerprint: bytes
+    hashes: Sequence[bytes]
+    state: State = State.FINGERPRINT_DIFFERS
+
+
+def gather(
+    directory: Path,
+    names: NamedChain,
+    others: Sequence[NamedChain] = (),
+    *,
+    log: Path | None = None,
+    check: bool = False,
+) -> list[BlockEvidence]:
+    """Evidence of each block of the prompt, in order.
+
+    others: the same tokens under other fingerprints, which explain a miss.  log: the store's log, which tells blocks
+    that were evicted from those never seen.  check: read every stored block and verify its checksum.
+    Raises:  Unavailable: there is no store in `directory`.
+    """
+    reader = StoreReader(directory)
+    try:
+        broken = _check(reader, names) if check else {}
+        now_ms = wall_ms()
+        with reader.index.txn() as txn:
+            known = _stored_once(names.hashes, log) if log is not None else frozenset()
+            elsewhere = _elsewhere(reader.index, txn, others, now_ms)
+            blocks = [_block(reader, txn, number, names, known, broken, now_ms) for number in range(len(names.hashes))]
+    finally:
+        reader.close()
+    return _with_gaps(blocks, elsewhere)
+
+
+def holdings(directory: Path, fingerprint: bytes) -> Holdings:
+    """Raises:  Unavailable: there is no store in `directory`."""
+    reader = StoreReader(directory)
+    try:
+        with reader.index.txn() as txn:
+            digests = set(reader.index.fingerprints(txn).values())
+    finally:
+        reader.close()
+    return Holdings(is_known=fingerprint in digests, num_others=len(digests - {fingerprint}))
+
+
+def statements(directory: Path) -> dict[bytes, bytes]:
+    """What the store's fingerprints stand for, where it was told.  Raises:  Unavailable: as above."""
+    reader = StoreReader(directory)
+    try:
+        with reader.index.txn() as txn:
+            digests = reader.index.fingerprints(txn).values()
+            said = {digest: reader.index.statement(txn, digest) for digest in digests}
+    finally:
+        reader.close()
+    return {digest: statement for digest, statement in said.items() if statement}
+
+
+def _block(
+    reader: StoreReader,
+    txn: Any,
+    number: int,
+    names: NamedChain,
+    known: frozenset[bytes],
+    broken: Mapping[int, str],
+    now_ms: int,
+) -> BlockEvidence:
+    name, index = names.hashes[number], reader.index
+    entry = index.entry(txn, RecordKind.BLOCK, name)
+    if entry is None:
+        return _missing(reader.directory, number, name, known)
+    place = _place(entry, now_ms)
+    state, detail = State.STORED, ""
+    if entry.fingerprint_id != index.fingerprint_id(txn, names.fingerprint):
+        state, detail = State.FINGERPRINT_DIFFERS, "a record of this name has another fingerprint: it is never served"
+    elif entry.quarantined or number in broken:
+        state, detail = (
+            State.CORRUPT,
+            broken.get(number, "quarantined: it failed a check; recomputing replaces it"),
+        )
+    elif not entry.live(now_ms):
+        state, detail = State.EXPIRED, f"not used for its {entry.ttl_s} s; the space is taken back when it is needed"
+    checkpoint, lost = _checkpoint(index, txn, name, names, now_ms)
+    return BlockEvidence(
+        index=number,
+        hash=name,
+        state=state,
+        place=place,
+        checkpoint=checkpoint,
+        checkpoint_lost=lost,
+        detail=detail,
+    )
+
+
+def _missing(directory: Path, number: int, name: bytes, known: frozenset[bytes]) -> BlockEvidence:
+    fate = remembered(directory, name)
+    if fate is not Fate.UNKNOWN:
+        state, detail = State(fate.value), "the store remembers that it let it go"
+    elif name in known:
+        state, detail = State.EVICTED, "the store's log has it, the index does not"
+    else:
+        state, detail = State.FIRST_SEEN, "never stored" if known else "never stored, or gone for long"
+    return BlockEvidence(index=number, hash=name, state=state, detail=detail)
+
+
+def _checkpoint(index: Index, txn: Any, name: bytes, names: NamedChain, now_ms: int) -> tuple[RecordPlace | None, str]:
+    """The checkpoint after a block, or why the one that is on record is of no use."""
+    entry = index.entry(txn, RecordKind.CHECKPOINT, name)
+    if entry is None:
+        return None, ""
+    if entry.fingerprint_id != index.fingerprint_id(txn, names.fingerprint):
+        return None, "has another fingerprint"
+    if entry.quarantined:
+        return None, "failed a check and is quarantined"
+    if not entry.live(now_ms):
+        return None, f"expired {human_s((now_ms - entry.expires_ms) / 1000)} ago"
+    return _place(entry, now_ms), ""
+
+
+def human_s(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _place(entry: IndexEntry, now_ms: int) -> RecordPlace:
+    return RecordPlace(
+        segment=entry.segment,
+        offset=entry.offset,
+        stored_bytes=entry.stored_bytes,
+        payload_bytes=entry.payload_bytes,
+        codec=Codec(entry.codec).name.lower(),
+        expires_s=(entry.expires_ms - now_ms) / 1000 if entry.expires_ms else 0.0,
+        pinned_s=(entry.pinned_ms - now_ms) / 1000 if entry.pinned_ms else 0.0,
+    )
+
+
+def _check(reader: StoreReader, names: NamedChain) -> dict[int, str]:
+    """Read every block that can be located; those that are not what they should be, by number."""
+    broken: dict[int, str] = {}
+    for number, name in enumerate(names.hashes):
+        with reader.index.txn() as txn:
+            entry = reader.index.entry(txn, RecordKind.BLOCK, name)
+        if entry is None or entry.quarantined:
+            continue
+        payload, outcome = reader.read(RecordKind.BLOCK, name, fingerprint=names.fingerprint)
+        if payload is None and outcome.suspects:
+            broken[number] = "its bytes on disk are not what the index says: it will be quarantined when it is read"
+    return broken
+
+
+def _stored_once(hashes: Sequence[bytes], log: Path) -> frozenset[bytes]:
+    wanted = {name.hex(): name for name in hashes}
+    events = (event for event in read_store_log(log) if event.kind is StoreEventKind.STORED)
+    return frozenset(wanted[event.hash] for event in events if event.hash in wanted)
+
+
+def _elsewhere(index: Index, txn: Any, others: Sequence[NamedChain], now_ms: int) -> dict[int, NamedChain]:
+    """Blocks that another fingerprint has, by number."""
+    found: dict[int, NamedChain] = {}
+    for names in others:
+        fingerprint_id = index.fingerprint_id(txn, names.fingerprint)
+        if fingerprint_id is None:
+            continue
+        for number, name in enumerate(names.hashes):
+            entry = index.entry(txn, RecordKind.BLOCK, name)
+            if entry is None or not entry.live(now_ms) or entry.fingerprint_id != fingerprint_id:
+                break
+            found.setdefault(number, names)
+    return found
+
+
+def _with_gaps(blocks: list[BlockEvidence], elsewhere: Mapping[int, NamedChain]) -> list[BlockEvidence]:
+    """A block after a gap cannot be hit, whatever it is; a block that is only elsewhere says so."""
+    out: list[BlockEvidence] = []
+    is_reachable = True
+    for block in blocks:
+        state, detail = block.state, block.detail
+        if state is State.STORED and not is_reachable:
+            state, detail = State.UNREACHABLE, "it is stored, but an earlier block is not: a hit is a prefix"
+        elif state is State.FIRST_SEEN and block.index in elsewhere:
+            state = elsewhere[block.index].state
+            detail = f"these tokens are stored, but under {elsewhere[block.index].label}"
+        is_reachable &= state is State.STORED
+        out.append(
+            BlockEvidence(
+                index=block.index,
+                hash=block.hash,
+                state=state,
+                place=block.place,
+                checkpoint=block.checkpoint,
+                checkpoint_lost=block.checkpoint_lost,
+                detail=detail,
+            )
+        )
+    return out

@@ -1,0 +1,123 @@
+"""An explanation for the engineer on call: what is there, what would be done with it, what to do about the rest."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from antefix.window import Plan, PlanKind
+from antefix_console.explain.answer import Explanation
+from antefix_console.explain.block_evidence import BlockEvidence, State
+
+_ADVICE = {
+    "below_minimum": "nothing is wrong: the prompt is too short to be cached.",
+    "first_seen": "nothing is wrong if this text is new. Else compare tenant, user, secret and the very text: one token"
+    " that differs changes every block after it. --also-tenant NAME looks for it elsewhere.",
+    "evicted": "the store was too small for how long this was unused: raise its budget, or pin the prefix.",
+    "expired": "it was unused for longer than its time to live: raise block_ttl_s, or pin the prefix.",
+    "corrupt": "the disk returned other bytes than were written: look at the disk; `antefix fsck` checks the store.",
+    "fingerprint_differs": "compare tenant, model files, kv_format, namespace and bounded_windows of those who write"
+    " here with those who read; --also-tenant NAME, --also-namespace NAME and --also-model DIR look there.",
+    "arithmetic_differs": "the same model computed it on a machine that gives other bits: give all workers processors,"
+    " libraries and settings of one kind, or keep their prompts apart; `antefix doctor` shows what a machine has.",
+    "unreachable": "an earlier block is missing; see the first one.",
+    "window_missing": "the KV is stored, but resuming needs window state, and without any here this way is the fastest."
+    " If prompts often leave here, strategy `auto` leaves a checkpoint after the first; `antefix window` tells which.",
+}
+
+
+def lines(explanation: Explanation) -> Iterator[str]:
+    """The answer first, then what it rests on."""
+    size = explanation.sizes.block_size
+    yield from _verdict(explanation)
+    yield ""
+    yield f"Blocks of {size} tokens:"
+    for state, group in itertools.groupby(explanation.blocks, key=lambda block: block.state):
+        yield from _group(state, list(group), size)
+    rest = explanation.num_tokens - len(explanation.blocks) * size
+    if rest:
+        yield f"  the last {rest} tokens    no whole block: always computed"
+    yield ""
+    yield from _window_state(explanation, size)
+    yield ""
+    yield (
+        "Ways to get there, fastest first, as predicted for a worker with empty memory that prefills"
+        f" {explanation.prefill_tokens_per_s:.0f} tokens/s:"
+    )
+    for plan in explanation.decision.plans:
+        yield f"  {'->' if plan is explanation.decision.plan else '  '} {_way(plan, size)}"
+    if explanation.miss_reason:
+        yield ""
+        yield f"Why the rest misses: {explanation.miss_reason}. {explanation.miss_detail}".rstrip(". ") + "."
+        if explanation.absent_from:
+            yield f"Nor are these tokens stored under {', '.join(explanation.absent_from)}."
+        yield f"What to do: {_ADVICE.get(explanation.miss_reason, 'see docs/OPERATIONS.md.')}"
+
+
+def _verdict(explanation: Explanation) -> Iterator[str]:
+    hit, num_tokens = explanation.hit_tokens, explanation.num_tokens
+    plan, cold_s = explanation.decision.plan, explanation.decision.cold.predicted_s
+    yield f"{hit} of {num_tokens} prompt tokens would be hits ({hit / num_tokens:.0%}), by {_kind(plan)}:"
+    yield f"{plan.predicted_s:.3f} s predicted, {cold_s:.3f} s cold."
+    yield f"{explanation.num_stored_blocks} of {len(explanation.blocks)} blocks can be used."
+
+
+def _window_state(explanation: Explanation, size: int) -> Iterator[str]:
+    """Where a hit may resume, and where it might have."""
+    yield f"Checkpoints of window state on disk, after so many tokens: {_some(explanation.checkpoints, size)}"
+    if explanation.pool_error:
+        yield f"  the window pool does not answer, so workers do without it: {explanation.pool_error}"
+    elif explanation.pooled is None:
+        yield "  a window pool was not asked: give --window-pool as the workers have it"
+    else:
+        yield f"  in the window pool: {_some(explanation.pooled, size)}"
+    for reason, group in itertools.groupby(
+        (block for block in explanation.blocks if block.checkpoint_lost), key=lambda block: block.checkpoint_lost
+    ):
+        yield f"  after {_some([block.index + 1 for block in group], size)} tokens one {reason}"
+    plan = explanation.decision.plan
+    if plan.replay_tokens:
+        exactness = "to the bit" if plan.kind is PlanKind.REPLAY else "approximately"
+        yield (
+            f"  none where this prompt leaves: {plan.replay_tokens} tokens are run again to rebuild window state"
+            f" {exactness}, for {plan.replay_work_tokens} tokens' time; nothing is written"
+        )
+
+
+def _some(blocks: Sequence[int], size: int) -> str:
+    shown = ", ".join(str(block * size) for block in blocks[-12:]) or "none"
+    return shown + (f" (and {len(blocks) - 12} before)" if len(blocks) > 12 else "")
+
+
+def _group(state: State, blocks: list[BlockEvidence], size: int) -> Iterator[str]:
+    first, last = blocks[0], blocks[-1]
+    span = f"{first.index}" if first is last else f"{first.index} to {last.index}"
+    line = f"  {span:<12} tokens {first.index * size} to {(last.index + 1) * size - 1}: {state.value}"
+    places = [block.place for block in blocks if block.place is not None]
+    if places:
+        stored, payload = sum(p.stored_bytes for p in places), sum(p.payload_bytes for p in places)
+        segments = sorted({p.segment for p in places})
+        named = f"segment {segments[0]}" if len(segments) == 1 else f"segments {segments[0]} to {segments[-1]}"
+        line += f", {stored / 1e6:.2f} MB on disk ({payload / stored:.2f}x compressed) in {named}"
+    yield line
+    if blocks[0].detail:
+        yield f"               {blocks[0].detail}"
+
+
+def _kind(plan: Plan) -> str:
+    return {
+        PlanKind.CHECKPOINT: "resuming from a checkpoint",
+        PlanKind.REPLAY: "exact replay",
+        PlanKind.BOUNDED: "bounded (approximate) replay",
+        PlanKind.COLD: "starting cold",
+    }[plan.kind]
+
+
+def _way(plan: Plan, size: int) -> str:
+    steps = []
+    if plan.load_bytes:
+        steps.append(f"load {plan.load_bytes / 1e6:.2f} MB")
+    if plan.replay_tokens:
+        steps.append(f"replay {plan.replay_tokens} tokens from {plan.replay_from_block * size}")
+    steps.append(f"prefill {plan.prefill_tokens} tokens from {plan.resume_block * size}")
+    return f"{plan.kind.value:<11} {plan.predicted_s:8.3f} s (off by up to {plan.error_s:.3f} s): {', '.join(steps)}"

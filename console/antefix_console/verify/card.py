@@ -1,0 +1,44 @@
+"""A prompt on a card against the same prompt on the CPU: another order of sums, so within bounds, never to the bit."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from antefix.clients import Tokens
+from antefix.model import BlockPool, Model, Sequence, WindowState, forward
+from antefix.model.backend import make_backend
+from antefix.model.ops import Ops, TorchOps
+from antefix_console.verify.compare import Difference
+from antefix_console.verify.paired_runs import WorkerPair
+
+
+def against_cpu(workers: WorkerPair, tokens: Tokens) -> Difference:
+    """The median over tokens of the largest difference of a logit, relative to the largest logit."""
+    model = workers.subject.model
+    num_blocks = -(-len(tokens) // workers.subject.block_size)
+    pool, ops = make_backend(workers.kernels, model.layout, num_blocks, model.device, reproducible=workers.reproducible)
+    on_card = _logits(model, pool, ops, tokens, workers.prefill_chunk)
+    twin = copy.deepcopy(model).to("cpu")
+    on_cpu = _logits(twin, BlockPool(model.layout, num_blocks), TorchOps(), tokens, workers.prefill_chunk)
+    return typical_difference(on_cpu, on_card)
+
+
+def typical_difference(cpu: Tensor, card: Tensor) -> Difference:
+    """Of logits [T, V]. NaN counts as the largest difference."""
+    errors = torch.nan_to_num((card - cpu).abs().amax(1) / cpu.abs().max(), nan=float("inf"))
+    if not errors.any():
+        return Difference(identical=True)
+    where = f"median over {len(errors)} tokens; worst token {errors.max():.2g}"
+    # A median of exactly zero beside worse tokens is not identity.
+    return Difference(identical=False, error=max(float(errors.median()), 1e-12), where=where)
+
+
+def _logits(model: Model, pool: BlockPool, ops: Ops, tokens: Tokens, chunk: int) -> Tensor:
+    table = pool.allocate(pool.num_blocks)
+    sequence = Sequence(table, WindowState.zeros(model.layout, 0, model.device))
+    pieces = np.split(tokens, range(chunk, len(tokens), chunk))
+    return torch.cat([forward(model, pool, [(sequence, piece)], logits="all", ops=ops).cpu() for piece in pieces])

@@ -1,0 +1,115 @@
+"""Stores for verification: nothing, a dictionary, and a store of which only a prefix can be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from antefix.layout import BlockLayout
+from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind
+from antefix.store.api import Store
+
+
+class EmptyStore:
+    """Holds nothing and keeps nothing: behind a cold run."""
+
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
+        return LookupResult(num_blocks=0)
+
+    async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
+        return BlockFate(fate=Fate.UNKNOWN)
+
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        return 0
+
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        return None
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        return PutResult(num_stored=len(records), num_existing=0)
+
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+
+class MemoryStore(EmptyStore):
+    """What `antefix.store.api.Store` promises, in a dictionary, for runs without a store service."""
+
+    def __init__(self) -> None:
+        self._payloads: dict[tuple[RecordKind, bytes, bytes], bytes] = {}
+
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
+        num_blocks = 0
+        while num_blocks < len(chain) and (RecordKind.BLOCK, fingerprint, chain[num_blocks]) in self._payloads:
+            num_blocks += 1
+        checkpoints = (
+            number
+            for number in range(1, num_blocks + 1)
+            if (RecordKind.CHECKPOINT, fingerprint, chain[number - 1]) in self._payloads
+        )
+        return LookupResult(num_blocks=num_blocks, checkpoints=tuple(checkpoints))
+
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        for number, (name, row) in enumerate(zip(hashes, into, strict=True)):
+            payload = self._payloads.get((RecordKind.BLOCK, fingerprint, name))
+            if payload is None:
+                return number
+            row[:] = payload
+        return len(hashes)
+
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        return self._payloads.get((kind, fingerprint, hash))
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        num_existing = 0
+        for record in records:
+            name = (record.kind, record.fingerprint, record.hash)
+            num_existing += name in self._payloads
+            self._payloads.setdefault(name, bytes(record.payload))
+        return PutResult(num_stored=len(records) - num_existing, num_existing=num_existing)
+
+
+class PrefixView:
+    """A store whose later blocks were evicted, which goes from the end of a chain: only `num_blocks` can be seen.
+
+    Notes which blocks were put, by the tokens before their end.
+    """
+
+    def __init__(self, store: Store, num_blocks: int) -> None:
+        self._store = store
+        self._num_blocks = num_blocks
+        self.put_positions: list[int] = []
+
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
+        found = await self._store.lookup(chain, fingerprint=fingerprint, tenant=tenant)
+        num_blocks = min(found.num_blocks, self._num_blocks)
+        checkpoints = tuple(block for block in found.checkpoints if block <= num_blocks)
+        return LookupResult(num_blocks=num_blocks, checkpoints=checkpoints)
+
+    async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
+        return BlockFate(fate=Fate.UNKNOWN)
+
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        return await self._store.get_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
+
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        return await self._store.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        """Nothing is kept: the next case must find what this one found."""
+        self.put_positions += [record.position for record in records if record.kind is RecordKind.BLOCK]
+        return PutResult(num_stored=len(records), num_existing=0)
+
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+        await self._store.register(fingerprint, layout, statement=statement)
+
+    async def close(self) -> None:
+        pass

@@ -1,0 +1,88 @@
+"""Taking a prompt over from prefill, and prefilling here where a part of it is gone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.errors import AntefixError, BlockCorrupt
+from antefix.model import Sequence, WindowState
+from antefix.record import RecordKind
+from antefix.restore_report import RestoreReport
+from antefix_prefill.handoff import Handoff
+from antefix_prefill.restore import Prompt, load_blocks
+from antefix_prefill.run_prompt import run_prompt
+from antefix_prefill.worker.engine import Engine
+
+
+@dataclass(slots=True)
+class Adopted:
+    """A sequence whose prompt is in this worker's pool. logits: [vocab] float32 of the prompt's last token."""
+
+    sequence: Sequence
+    logits: npt.NDArray[np.float32]
+    report: RestoreReport
+
+
+async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff | None:
+    """The handoff, or None where there is none (any more), or it is another prompt's."""
+    if not name:
+        return None
+    try:
+        # Whose it is its digest says, which is made with the tenant's key; while secrets rotate, a prefill worker may
+        # have sealed it under another one than ours.
+        data = await engine.store.get(RecordKind.HANDOFF, name, fingerprint=engine.fingerprint)
+        handoff = Handoff.from_bytes(data) if data is not None else None
+    except AntefixError as err:
+        engine.counters.note(err)
+        return None
+    if handoff is None:
+        return None
+    # The caller says which handoff is this prompt's: a mistake there must not become another prompt's answer.
+    is_ours = handoff.position == prompt.num_tokens and handoff.prompt == prompt.chain.digest()
+    return handoff if is_ours and len(handoff.logits) == engine.identity.vocab_size else None
+
+
+async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | None:
+    """Blocks from the store, the rest from the handoff; None where a block is missing or a part does not fit.
+
+    Raises:  Overloaded: no room in the pool.
+    """
+    started = time.perf_counter()
+    report = RestoreReport(plan="handoff")
+    num_blocks = prompt.num_tokens // engine.block_size
+    table = await load_blocks(engine, prompt, num_blocks, report)
+    try:
+        if len(table) < num_blocks:
+            engine.blocks.release(table)
+            return None
+        window = WindowState.from_bytes(engine.layout, prompt.num_tokens, handoff.window, engine.device)
+        if prompt.num_tokens % engine.block_size:
+            table.extend(engine.blocks.allocate(1))
+            await _put_back_row(engine, table[-1], handoff.partial_row)
+    except AntefixError as err:
+        engine.blocks.release(table)
+        engine.counters.note(err)
+        return None
+    except BaseException:
+        engine.blocks.release(table)  # a client that left while its last row was put back
+        raise
+    report.restore_s = time.perf_counter() - started
+    return Adopted(sequence=Sequence(block_table=table, window=window), logits=handoff.logits, report=report)
+
+
+async def prefill_here(engine: Engine, prompt: Prompt) -> Adopted:
+    """The whole way from the store, or from nothing."""
+    computed = await run_prompt(engine, prompt)
+    return Adopted(sequence=computed.sequence, logits=computed.logits, report=computed.report)
+
+
+async def _put_back_row(engine: Engine, block_id: int, row: bytes) -> None:
+    target = engine.pool.landing([block_id])[0]
+    if len(row) != len(target):
+        raise BlockCorrupt(f"the handoff's unfinished block has {len(row)} bytes, a row {len(target)}")
+    target[:] = row
+    await engine.compute.run(engine.pool.note_filled, [block_id])

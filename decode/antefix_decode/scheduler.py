@@ -1,0 +1,224 @@
+"""Continuous batching: each step runs one token of every sequence that can take one.
+
+    join -> [step: grow, forward, choose, emit, store finished blocks]* -> leave
+
+Sequences join and leave between steps. A client that does not read stops only its own sequence: its bounded queue
+fills up and the sequence sits out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.errors import AntefixError, Overloaded
+from antefix.model import Sequence, WindowState, forward
+from antefix.wire import TokenLogprob
+from antefix_decode.logprobs import Logprobs
+from antefix_decode.sampling import Sampler
+from antefix_decode.stopping import Stopper
+from antefix_decode.store_output import store_end, store_token
+from antefix_prefill.record_writer import RecordWriter
+from antefix_prefill.restore import Prompt
+from antefix_prefill.run_prompt import grow
+from antefix_prefill.worker.compute_thread import uninterrupted
+from antefix_prefill.worker.engine import Engine
+
+log = logging.getLogger("antefix.decode")
+
+# Tokens a client may lag behind before its sequence pauses.
+NUM_UNREAD_MAX = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """Tokens that may be shown now. logprobs: one a token, where they were asked for."""
+
+    tokens: list[int]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """One sequence being generated. `next_token` is chosen but not yet run; `prompt.chain` grows with the output.
+
+    Compared by identity: two sequences with equal fields are still two.
+    """
+
+    prompt: Prompt
+    sequence: Sequence
+    sampler: Sampler
+    stopper: Stopper
+    writer: RecordWriter
+    next_token: int
+    prompt_tokens: int
+    logprobs: Logprobs = field(default_factory=Logprobs)
+    unread: asyncio.Queue[Shown | AntefixError | None] = field(default_factory=asyncio.Queue)
+    boundary_window: WindowState | None = None
+    done: bool = False
+
+    @property
+    def can_run(self) -> bool:
+        return not self.done and self.unread.qsize() < NUM_UNREAD_MAX
+
+
+class Scheduler:
+    """Owns the decode loop of one worker."""
+
+    def __init__(self, engine: Engine, num_running_max: int) -> None:
+        self._engine = engine
+        self._num_running_max = num_running_max
+        self._num_placed = 0
+        self._running: list[Running] = []
+        self._wake = asyncio.Event()
+        self._step_lock = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self._num_tokens = 0
+        self._busy_s = 0.0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._num_tokens / self._busy_s if self._busy_s else 0.0
+
+    @contextlib.contextmanager
+    def place(self) -> Iterator[None]:
+        """One of the places, from a request's beginning on: many may be loading before the first of them joins.
+
+        Raises:  Overloaded: as many sequences run, or are about to, as may.
+        """
+        if self._num_placed >= self._num_running_max:
+            raise Overloaded(f"{self._num_placed} sequences are running already", retry_after_s=1.0)
+        self._num_placed += 1
+        try:
+            yield
+        finally:
+            self._num_placed -= 1
+
+    def join(self, running: Running) -> None:
+        """Add a sequence; it takes part from the next step on. The caller calls `leave` whatever happens."""
+        self._running.append(running)
+        self._wake.set()
+        if self._task is None:
+            self._task = asyncio.create_task(self._loop())
+
+    async def leave(self, running: Running) -> None:
+        """Take a sequence out and give its blocks back; waits for the step in hand, which may be using them."""
+        running.done = True
+        # A caller that is cancelled here once more must not leave with its blocks still taken.
+        await uninterrupted(self._leave(running))
+
+    async def _leave(self, running: Running) -> None:
+        async with self._step_lock:
+            if running in self._running:
+                self._running.remove(running)
+        try:
+            await running.writer.flush()
+        finally:
+            self._engine.blocks.release(running.sequence.block_table)
+            running.sequence.block_table = []
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def tokens(self, running: Running) -> AsyncIterator[Shown]:
+        """What may be shown, until the output is over.
+
+        Raises:  Overloaded: the pool had no room for another token.  AntefixError: the step failed.
+        """
+        while (item := await running.unread.get()) is not None:
+            if isinstance(item, AntefixError):
+                raise item
+            self._wake.set()  # it may have been paused for being unread
+            yield item
+
+    async def _loop(self) -> None:
+        while True:
+            self._wake.clear()
+            async with self._step_lock:
+                batch = [running for running in self._running if running.can_run]
+                if batch:
+                    await self._step(batch)
+            if batch:
+                await asyncio.sleep(0)  # let sequences join and leave, and tokens go out
+            else:
+                await self._wake.wait()
+
+    async def _step(self, batch: list[Running]) -> None:
+        engine = self._engine
+        started = time.perf_counter()
+        # 1. Room for one more token each; a sequence that gets none fails alone.
+        ready = [running for running in batch if self._grow(running)]
+        if not ready:
+            return
+        # 2. Run the tokens.
+        items = [(r.sequence, np.array([r.next_token], np.uint32)) for r in ready]
+        try:
+            logits = await engine.compute.run(_logits, engine, items)
+        except Exception as err:
+            log.exception("a decode step failed")
+            for running in ready:
+                _fail(running, AntefixError(f"the decode step failed: {err}"))
+            return
+        # 3. Store what is finished, choose the next tokens, hand out what may be shown.
+        for running, row in zip(ready, logits, strict=True):
+            try:
+                await self._finish_step(running, row)
+            except AntefixError as err:
+                _fail(running, err)  # its own grammar, say
+            except Exception as err:
+                # The loop must go on: if it ended, every sequence of this worker would wait for ever.
+                log.exception("a sequence failed after its decode step")
+                _fail(running, AntefixError(f"the sequence failed after its decode step: {err}"))
+        self._num_tokens += len(ready)
+        self._busy_s += time.perf_counter() - started
+
+    async def _finish_step(self, running: Running, logits: npt.NDArray[np.float32]) -> None:
+        await store_token(self._engine, running, running.next_token)
+        token = running.sampler.choose(logits, running.sequence.position)
+        running.logprobs.push(logits, token)
+        _emit(running, token, is_last=running.sampler.is_over)
+
+    def _grow(self, running: Running) -> bool:
+        try:
+            grow(self._engine, running.sequence, running.sequence.position + 1)
+        except Overloaded as err:
+            _fail(running, err)
+            return False
+        return True
+
+    async def store_end(self, running: Running) -> None:
+        """The output has ended: leave its last checkpoint and wait until all of it is durable."""
+        await store_end(self._engine, running)
+
+
+def _logits(engine: Engine, items: list[tuple[Sequence, npt.NDArray[np.uint32]]]) -> npt.NDArray[np.float32]:
+    out = forward(engine.model, engine.pool, items, ops=engine.ops)
+    return out.float().cpu().numpy()
+
+
+def _emit(running: Running, token: int, *, is_last: bool) -> None:
+    running.next_token = token
+    shown = running.stopper.push(token, is_last=is_last)
+    if shown:
+        running.unread.put_nowait(Shown(tokens=shown, logprobs=running.logprobs.take(len(shown))))
+    if running.stopper.finish_reason:
+        running.done = True
+        running.unread.put_nowait(None)
+
+
+def _fail(running: Running, err: AntefixError) -> None:
+    running.done = True
+    running.unread.put_nowait(err)

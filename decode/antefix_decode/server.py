@@ -1,0 +1,193 @@
+"""DecodeService: gRPC in front of the scheduler. Protobuf stops here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+
+import numpy as np
+from decode.grammar import Grammars
+from decode.penalties import Penalties
+
+from antefix import rpc
+from antefix.config import require, setting
+from antefix.errors import InvalidRequest
+from antefix.grammar import Vocabulary
+from antefix.sampling import Sampling
+from antefix.tokenizer import Tokenizer, load_tokenizer
+from antefix.v1 import decode_pb2, decode_pb2_grpc
+from antefix.wire import (
+    logprobs_to_wire,
+    report_to_wire,
+    sampling_from_wire,
+    tokens_from_wire,
+    tokens_to_wire,
+)
+from antefix_decode.adopt import Adopted, adopt, prefill_here, take_handoff
+from antefix_decode.logprobs import Logprobs
+from antefix_decode.sampling import Sampler
+from antefix_decode.scheduler import Running, Scheduler, Shown
+from antefix_decode.stopping import Stopper
+from antefix_prefill.record_writer import RecordWriter
+from antefix_prefill.restore import Prompt
+from antefix_prefill.worker.engine import Engine
+from antefix_prefill.worker.serving import WorkerConfig, serve_worker, start_engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig(WorkerConfig):
+    """Settings of a decode worker."""
+
+    num_running_max: int = setting(32, "sequences that run at once; more are refused with a retry hint")
+
+    def __post_init__(self) -> None:
+        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        WorkerConfig.__post_init__(self)
+        require(self.num_running_max > 0, f"num_running_max must be positive, is {self.num_running_max}")
+
+
+class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
+    """One worker's calls."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: DecodeConfig) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._grammars: Grammars | None = None
+        self.scheduler = Scheduler(engine, config.num_running_max)
+
+    async def Decode(
+        self, request: decode_pb2.DecodeRequest, context: rpc.Context
+    ) -> AsyncIterator[decode_pb2.DecodeResponse]:
+        # 1. Check.
+        sampling = sampling_from_wire(request.sampling)
+        prompt, emitted = self._prompt(request, sampling)
+        with self.scheduler.place():
+            async with contextlib.aclosing(self._decode(prompt, sampling, emitted, request.handoff)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def _decode(
+        self, prompt: Prompt, sampling: Sampling, emitted: list[int], name: bytes
+    ) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
+        sampler = await self._sampler(sampling, prompt, emitted)
+        stopper = Stopper(sampling, self._tokenizer.eos_ids, emitted)
+        logprobs = Logprobs(sampling.num_top_logprobs)
+        # 2. The first token comes from the handoff's logits, before any block is loaded.
+        handoff = await take_handoff(self._engine, prompt, name)
+        adopted = await prefill_here(self._engine, prompt) if handoff is None else None
+        try:
+            logits = adopted.logits if handoff is None and adopted else handoff.logits  # type: ignore[union-attr]
+            first = sampler.choose(logits, prompt.num_tokens)
+            logprobs.push(logits, first)
+            shown = stopper.push(first, is_last=sampler.is_over)
+            yield _response(Shown(tokens=shown, logprobs=logprobs.take(len(shown))), adopted)
+            if stopper.finish_reason:
+                yield decode_pb2.DecodeResponse(finish_reason=stopper.finish_reason, stop_number=stopper.stop_number)
+                return
+            # 3. Load what the handoff does not hold; if a block is gone by now, prefill after all.
+            if handoff is not None:
+                adopted = await adopt(self._engine, prompt, handoff) or await prefill_here(self._engine, prompt)
+                yield _response(Shown(tokens=[]), adopted)
+            assert adopted is not None
+            sequence, adopted = adopted.sequence, None
+        finally:
+            if adopted is not None:
+                self._engine.blocks.release(adopted.sequence.block_table)
+        # 4. Generate with the others.
+        running = Running(
+            prompt=prompt,
+            sequence=sequence,
+            sampler=sampler,
+            stopper=stopper,
+            writer=RecordWriter(self._engine.store, self._engine.counters, self._engine.window_pool),
+            next_token=first,
+            prompt_tokens=prompt.num_tokens,
+            logprobs=logprobs,
+        )
+        async with contextlib.aclosing(self._generate(running)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _generate(self, running: Running) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
+        self.scheduler.join(running)
+        try:
+            async for shown in self.scheduler.tokens(running):
+                yield _response(shown, None)
+            # 5. The output's KV must be durable when the client is told of the end: its next turn may follow at once.
+            await self.scheduler.store_end(running)
+            yield decode_pb2.DecodeResponse(
+                finish_reason=running.stopper.finish_reason,
+                stop_number=running.stopper.stop_number,
+                written_tokens=running.writer.num_blocks_written * self._engine.block_size,
+                written_checkpoints=running.writer.num_checkpoints_written,
+            )
+        finally:
+            await self.scheduler.leave(running)
+
+    async def _sampler(self, sampling: Sampling, prompt: Prompt, emitted: list[int]) -> Sampler:
+        """Raises:  InvalidRequest: its grammar cannot be used."""
+        asked = prompt.tokens[: prompt.num_tokens - len(emitted)]
+        penalties = Penalties(sampling, stop_ids=self._tokenizer.eos_ids, prompt=asked, emitted=emitted)
+        if not sampling.grammar:
+            return Sampler(sampling, penalties)
+        if self._grammars is None:
+            # A large vocabulary takes a second to take in, which a worker without grammars never needs.
+            size = self._engine.identity.vocab_size
+            self._grammars = Grammars(await asyncio.to_thread(Vocabulary, self._tokenizer, size))
+        return Sampler(sampling, penalties, await self._grammars.matcher(sampling.grammar, emitted))
+
+    def _prompt(self, request: decode_pb2.DecodeRequest, sampling: Sampling) -> tuple[Prompt, list[int]]:
+        tokens = tokens_from_wire(request.prompt)
+        if request.num_emitted > len(tokens) or request.num_emitted >= sampling.max_tokens:
+            raise InvalidRequest(f"num_emitted is {request.num_emitted}: nothing is left to generate")
+        remaining = sampling.max_tokens - request.num_emitted
+        sampling.check_vocabulary(self._engine.identity.vocab_size)
+        self._engine.check_prompt(len(tokens), int(tokens.max(initial=0)), remaining)
+        chain = self._engine.chain(request.tenant)
+        chain.extend(tokens)
+        emitted = [int(token) for token in tokens[len(tokens) - request.num_emitted :]]
+        return Prompt(tokens=tokens, chain=chain, tenant=request.tenant), emitted
+
+    async def DecodeStatus(
+        self, request: decode_pb2.DecodeStatusRequest, context: rpc.Context
+    ) -> decode_pb2.DecodeStatusResponse:
+        return decode_pb2.DecodeStatusResponse(
+            fingerprint=self._engine.fingerprint,
+            num_running=self.scheduler.num_running,
+            num_blocks=self._engine.pool.num_blocks,
+            num_resident_blocks=self._engine.blocks.num_resident,
+            decode_tokens_per_s=self.scheduler.tokens_per_s,
+        )
+
+
+def _response(shown: Shown, adopted: Adopted | None) -> decode_pb2.DecodeResponse:
+    return decode_pb2.DecodeResponse(
+        tokens=tokens_to_wire(np.array(shown.tokens, np.uint32)) if shown.tokens else None,
+        logprobs=logprobs_to_wire(shown.logprobs),
+        restore=report_to_wire(adopted.report) if adopted else None,
+    )
+
+
+async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
+    """Serve until told to stop.
+
+    Raises:  ModelError, ConfigError: the model or a setting is not usable.
+    """
+    engine = await start_engine(config)
+    servicer = DecodeServicer(engine, load_tokenizer(config.model), config)
+
+    async def stop() -> None:
+        await servicer.scheduler.close()
+        await engine.close()
+
+    await serve_worker(
+        config,
+        engine,
+        role="decode",
+        add_service=lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
+        descriptors=[decode_pb2.DESCRIPTOR],
+        stop=stop,
+        watch_stdin=watch_stdin,
+    )

@@ -1,0 +1,50 @@
+"""Storing an output's KV while it grows: finished blocks at once, the checkpoint of its end when it has ended."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from antefix.model import Sequence, WindowState
+from antefix.window import Reason
+from antefix_prefill.leave_checkpoints import leave_checkpoint, output_marks
+from antefix_prefill.record_writer import RecordWriter
+from antefix_prefill.restore import Prompt
+from antefix_prefill.sealed_records import block_record
+from antefix_prefill.worker.engine import Engine
+
+
+class Output(Protocol):
+    """A sequence being generated. `prompt.chain` grows with it; boundary_window: state at its last block boundary."""
+
+    prompt: Prompt
+    sequence: Sequence
+    writer: RecordWriter
+    prompt_tokens: int
+    boundary_window: WindowState | None
+
+
+async def store_token(engine: Engine, output: Output, token: int) -> None:
+    """`token` has been run. Name and store the block that it completed, if it did; keep window state there."""
+    output.prompt.chain.extend([token])
+    position = output.sequence.position
+    if position % engine.block_size or not engine.stores_output:
+        return
+    index = position // engine.block_size - 1
+    block_id = output.sequence.block_table[index]
+    engine.blocks.publish(output.prompt.chain.hashes[index], block_id)
+    payload = (await engine.compute.run(engine.pool.payloads, [block_id]))[0]
+    await output.writer.put(block_record(engine, output.prompt, index, payload))
+    output.boundary_window = output.sequence.window.clone()
+    for mark in output_marks(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):
+        if mark.block == index + 1 and mark.reason is not Reason.OUTPUT_END:
+            await leave_checkpoint(engine, output.prompt, output.boundary_window, mark, output.writer)
+
+
+async def store_end(engine: Engine, output: Output) -> None:
+    """The checkpoint at the output's last boundary, from which the next turn goes on; then all is durable."""
+    window = output.boundary_window
+    position = output.sequence.position
+    for mark in output_marks(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):
+        if window is not None and window.position == mark.block * engine.block_size:
+            await leave_checkpoint(engine, output.prompt, window, mark, output.writer)
+    await output.writer.flush()

@@ -1,0 +1,131 @@
+"""Index queries as index_scores multiplies them: rotated (Hadamard), rounded to FP4, relative to each row's scale.
+
+Shapes:  T queries, H index heads, d indexer dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from antefix_kernels.number_formats import KeyFormat, check
+from antefix_kernels.rounding import e2m1_code, fp4_exponent, power_of_two
+
+# Queries that one program rounds, at most, and programs below which each takes fewer.
+_QUERIES_MAX = 8
+_QUERY_PROGRAMS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexQuery:
+    """Rounded queries: codes [T, H, d] float16 (dims in the order in which keys decode), weights [T, H] float32."""
+
+    codes: torch.Tensor
+    weights: torch.Tensor
+
+
+@triton.jit
+def as_half(bits):
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _rotation(DIM: tl.constexpr, LOG2_DIM: tl.constexpr):
+    """The Hadamard matrix [DIM, DIM] in natural order, unscaled."""
+    both = tl.arange(0, DIM)[:, None] & tl.arange(0, DIM)[None, :]
+    for shift in tl.static_range(4, LOG2_DIM, 4):
+        both = both ^ (both >> shift)
+    # Bit n of 0x6996 is the parity of n; one is 0x3C00.
+    return as_half((((0x6996 >> (both & 15)) & 1) << 15) | 0x3C00)
+
+
+@triton.jit
+def _queries_kernel(q, weights, codes, out_weights, factor, num_queries, stride_t, stride_h, stride_w, HEADS,
+                    DIM: tl.constexpr, LOG2_DIM: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+                    QUERIES: tl.constexpr):  # fmt: skip
+    """Rotate and round ROWS heads of QUERIES queries.
+
+    The tensor cores rotate, in FP16: with its largest magnitude brought to 1 .. 2, a BF16 row is exact in it but for
+    what is 2^25 smaller, and a float32 row is the sum of two.
+    """
+    h = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    live = h < HEADS
+    d = tl.arange(0, DIM)
+    GROUP: tl.constexpr = 32 if DIM > 32 else DIM
+    rotation = _rotation(DIM, LOG2_DIM)
+    first = tl.program_id(0).to(tl.int64) * QUERIES
+    for t in range(first, tl.minimum(first + QUERIES, num_queries)):
+        x = tl.load(q + t * stride_t + h[:, None] * stride_h + d[None, :], live[:, None], other=0.0)
+        x = x.to(tl.float32)
+        size = tl.maximum((tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) >> 23) - 127, -126)
+        x = x * power_of_two(-size)[:, None]
+        high = x.to(tl.float16)
+        turned = tl.dot(high, rotation)
+        if q.dtype.element_ty == tl.float32:
+            turned = tl.dot((x - high.to(tl.float32)).to(tl.float16), rotation, turned)
+        groups = tl.reshape(turned * (DIM**-0.5) * power_of_two(size)[:, None], (ROWS, DIM // GROUP, GROUP))
+        k = fp4_exponent(tl.max(tl.abs(groups), 2))
+        top = tl.max(k, 1)
+        code = e2m1_code(tl.minimum(tl.maximum(groups * power_of_two(-k)[:, :, None], -6.0), 6.0))
+        half = (((code & 7) << 9) | ((code & 8) << 12)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        # 2^14 restores the value; far below the row's largest scale it fades to zero instead of wrapping.
+        share = power_of_two(tl.maximum(k - top[:, None], -100) + 14)
+        value = (half * share[:, :, None]).to(tl.float16)
+        # In words of eight: column 8 * i + 2 * (word % 4) + j of 32 is code i + 4 * j of its word. Without words: even
+        # dims first, then odd ones.
+        if WORDS:
+            value = tl.permute(tl.reshape(value, (ROWS, DIM // 32, 4, 2, 4)), (0, 1, 4, 2, 3))
+        else:
+            value = tl.permute(tl.reshape(value, (ROWS, DIM // 2, 2)), (0, 2, 1))
+        at = (t * HEADS + h)[:, None] * DIM + d[None, :]
+        tl.store(codes + at, tl.reshape(value, (ROWS, DIM)), live[:, None])
+        w = tl.load(weights + t * stride_w + h, live, other=0.0).to(tl.float32)
+        tl.store(out_weights + t * HEADS + h, w * factor * power_of_two(top), live)
+
+
+def prepare_queries(q: torch.Tensor, weights: torch.Tensor, factor: float) -> IndexQuery:
+    """Rotate (Hadamard) and round index queries to FP4, ready for index_scores.
+
+    Shapes:  q [T, H, d] float32 or bfloat16, RoPE applied, last dim contiguous; weights [T, H] float, last dim
+             contiguous; factor multiplies every weight (V4: d^-1/2 * H^-1/2).
+    Raises:  ValueError: wrong dtype, shape or stride.
+    Source:  released inference code; oracle: reference.prepare_queries.
+    """
+    check(q.dim() == 3 and q.stride(2) == 1, "q must be [T, H, d], last dim contiguous")
+    check(weights.shape == q.shape[:2] and weights.stride(1) == 1, "weights must be [T, H], last dim contiguous")
+    check(q.dtype in (torch.float32, torch.bfloat16), f"q must be float32 or bfloat16, is {q.dtype}")
+    (num_queries, heads, dim), fmt = q.shape, KeyFormat(dim=q.shape[2])
+    codes = torch.empty(num_queries, heads, dim, dtype=torch.float16, device=q.device)
+    out_weights = torch.empty(num_queries, heads, dtype=torch.float32, device=q.device)
+    check(dim >= 16, "need an indexer dim of at least 16")
+    # Few queries are spread over more programs of fewer heads.
+    rows = 16 if num_queries < _QUERY_PROGRAMS else min(64, max(16, triton.next_power_of_2(heads)))
+    if num_queries:
+        each = min(_QUERIES_MAX, max(1, triton.next_power_of_2(num_queries) // _QUERY_PROGRAMS))
+        _queries_kernel[(triton.cdiv(num_queries, each), triton.cdiv(heads, rows))](
+            q,
+            weights,
+            codes,
+            out_weights,
+            factor,
+            num_queries,
+            q.stride(0),
+            q.stride(1),
+            weights.stride(0),
+            heads,
+            DIM=dim,
+            LOG2_DIM=dim.bit_length() - 1,
+            ROWS=rows,
+            WORDS=in_words(fmt),
+            QUERIES=each,
+            num_warps=4,
+        )
+    return IndexQuery(codes=codes, weights=out_weights)
+
+
+def in_words(fmt: KeyFormat) -> bool:
+    """Whether a key is whole 32-bit words, one of them its four scales (V4's is)."""
+    return fmt.dim == 128

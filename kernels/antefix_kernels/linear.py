@@ -1,0 +1,222 @@
+"""Matrix products whose rows do not depend on one another: the same tile and the same order of sums for any row count.
+
+Libraries choose a product's algorithm by its shape, so a token's numbers would hang on how many tokens are computed
+beside it. Here a tile's shape depends on the weight alone, a sum runs over K in steps of fixed size, and is never
+split. Three products share one kernel: plain, block-diagonal (groups side by side), and routed (rows to experts).
+
+Shapes:  N = rows, K = addends, O = outputs, G = groups, E = experts, R = routed rows (a row for each token and pick).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from antefix_kernels.finish import store_output
+from antefix_kernels.number_formats import check
+
+_FLOATS = (torch.bfloat16, torch.float32)
+# Rows, outputs, addends, warps and stages of a tile. Fewer rows for experts: a chunk gives each of them few. Routed
+# tiles have as many rows in float32, or `route` would cut them wrongly.
+_TILE_WIDE = (128, 256, 64, 8, 3)
+_TILE_NARROW = (128, 128, 64, 8, 3)
+_TILE_ROUTED = (64, 256, 64, 8, 3)
+# Float32 models are small ones; their products are exact, on no tensor core.
+_TILE_FLOAT32 = (64, 64, 32, 4, 2)
+# From this many outputs on a tile is wide.
+_OUTPUTS_WIDE = 2048
+# Tiles of rows that run side by side, so that weights are read from the cache.
+_ROW_TILES_TOGETHER = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """Which rows go to which expert, sorted by expert, without asking the card: nothing here waits for it.
+
+    order: [R] int64, the (token, pick) pair of each sorted row.  place: [R] int64, its inverse.
+    experts, firsts, stops: [tiles] int32, each tile's expert (E for none) and its range of sorted rows.
+    """
+
+    order: torch.Tensor
+    place: torch.Tensor
+    experts: torch.Tensor
+    firsts: torch.Tensor
+    stops: torch.Tensor
+    num_picked: int
+
+
+@triton.jit
+def _product_kernel(x, weights, out, experts, firsts, stops, sources, num_rows, num_outputs, num_addends, num_experts,
+                    stride_xn, stride_xg, stride_wg, stride_wo, stride_on, stride_og, ROUTED: tl.constexpr,
+                    GATHERED: tl.constexpr, PICKED: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
+                    WIDEN: tl.constexpr,
+                    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
+                    STAGES: tl.constexpr):  # fmt: skip
+    """One tile [M, N] of x times weights transposed, of one group or expert."""
+    row_tiles = tl.num_programs(0) // tl.cdiv(num_outputs, N)
+    columns = tl.cdiv(num_outputs, N)
+    span = TOGETHER * columns
+    first_tile = tl.program_id(0) // span * TOGETHER
+    together = tl.minimum(row_tiles - first_tile, TOGETHER)
+    tile = first_tile + tl.program_id(0) % span % together
+    column = tl.program_id(0) % span // together
+    if ROUTED:
+        group = tl.load(experts + tile)
+        first = tl.load(firsts + tile)
+        stop = tl.load(stops + tile)
+    else:
+        group = tl.program_id(1)
+        first = tile * M
+        stop = num_rows
+    if group < num_experts:
+        rows = tl.minimum(first + tl.arange(0, M), stop - 1)
+        source = rows
+        if GATHERED:
+            source = (tl.load(sources + rows) // PICKED).to(tl.int32)
+        o = column * N + tl.arange(0, N)
+        k = tl.arange(0, K)
+        # Rows and outputs past the end repeat the last one and are not stored.
+        at_x = x + source.to(tl.int64)[:, None] * stride_xn + (0 if ROUTED else group * stride_xg) + k[None, :]
+        outputs = tl.minimum(o, num_outputs - 1)
+        at_w = weights + group.to(tl.int64) * stride_wg + outputs.to(tl.int64)[None, :] * stride_wo + k[:, None]
+        acc = tl.zeros((M, N), tl.float32)
+        for step in tl.range(0, tl.cdiv(num_addends, K), num_stages=STAGES):
+            if EVEN:
+                a = tl.load(at_x)
+                b = tl.load(at_w)
+            else:
+                left = num_addends - step * K
+                a = tl.load(at_x, (k < left)[None, :], other=0.0)
+                b = tl.load(at_w, (k < left)[:, None], other=0.0)
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            if EXACT:
+                acc = tl.dot(a, b, acc, input_precision="ieee")
+            else:
+                acc = tl.dot(a, b, acc)
+            at_x += K
+            at_w += K
+        live = (first + tl.arange(0, M) < stop)[:, None] & (o < num_outputs)[None, :]
+        at = (first + tl.arange(0, M)).to(tl.int64)[:, None] * stride_on + (0 if ROUTED else group * stride_og)
+        store_output(out, at + o[None, :], acc, live)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x times weight transposed.
+
+    Shapes:  x [N, K], weight [O, K], both float32 or both bfloat16, last dim contiguous. Returns [N, O] of their type.
+    Raises:  ValueError: wrong dtype, shape or stride.
+    """
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
+    _launch(x.unsqueeze(1), weight.unsqueeze(0), out.unsqueeze(1), None, gathered=False)
+    return out
+
+
+def multiply_groups(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Block-diagonal product: each group's inputs times its own weight.
+
+    Shapes:  x [N, G, K], weights [G, O, K]; as multiply. Returns [N, G, O].
+    Raises:  ValueError: wrong dtype, shape or stride.
+    """
+    out = torch.empty(x.shape[0], x.shape[1], weights.shape[1], dtype=x.dtype, device=x.device)
+    _launch(x, weights, out, None, gathered=False)
+    return out
+
+
+def route(experts: torch.Tensor, num_experts: int) -> Routing:
+    """Sort picks by expert and cut each expert's rows into tiles.
+
+    Shapes:  experts [N, P] int64 in [0, num_experts).
+    """
+    rows, device = experts.numel(), experts.device
+    tile = _TILE_ROUTED[0]
+    flat = experts.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
+    ends = counts.cumsum(0)
+    tile_ends = ((counts + tile - 1) // tile).cumsum(0)
+    # As many tiles as there can be at most: how many there are only the card knows.
+    number = torch.arange(min(rows, rows // tile + num_experts), device=device)
+    owner = torch.searchsorted(tile_ends, number, right=True)
+    held = owner.clamp(max=num_experts - 1)
+    tiles_before = torch.where(held > 0, tile_ends[(held - 1).clamp(min=0)], 0)
+    firsts = ends[held] - counts[held] + (number - tiles_before) * tile
+    return Routing(
+        order=order,
+        place=torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=device)),
+        experts=owner.int(),
+        firsts=firsts.int(),
+        stops=torch.minimum(firsts + tile, ends[held]).int(),
+        num_picked=experts.shape[1],
+    )
+
+
+def multiply_routed(x: torch.Tensor, weights: torch.Tensor, routing: Routing, *, gathered: bool) -> torch.Tensor:
+    """Each row times its expert's weight; rows and results in the routing's order.
+
+    Shapes:  x [R, K] sorted, or with `gathered` the tokens' rows [N, K]; weights [E, O, K]. Returns [R, O].
+    Raises:  ValueError: wrong dtype, shape or stride.
+    """
+    out = torch.empty(len(routing.order), weights.shape[1], dtype=x.dtype, device=x.device)
+    _launch(x.unsqueeze(1), weights, out.unsqueeze(1), routing, gathered=gathered)
+    return out
+
+
+def _launch(
+    x: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, routing: Routing | None, *, gathered: bool
+) -> None:
+    """x [N, G, K], weights [G or E, O, K], out [N, G, O]."""
+    check(x.dtype in _FLOATS and x.dtype == weights.dtype, f"need float32 or bfloat16, got {x.dtype}, {weights.dtype}")
+    check(x.stride(2) == 1 and weights.stride(2) == 1, "the last dims must be contiguous")
+    check(x.shape[2] == weights.shape[2], f"inputs have {x.shape[2]} addends, weights {weights.shape[2]}")
+    check(routing is not None or x.shape[1] == weights.shape[0], "inputs and weights have other numbers of groups")
+    num_groups, num_outputs, num_addends = weights.shape
+    if not out.shape[0]:
+        return
+    m, n, k, warps, stages = _tile(x.dtype, num_outputs, is_routed=routing is not None)
+    row_tiles = triton.cdiv(out.shape[0], m) if routing is None else len(routing.experts)
+    empty = x if routing is None else routing.order
+    _product_kernel[(row_tiles * triton.cdiv(num_outputs, n), 1 if routing else num_groups)](
+        x,
+        weights,
+        out,
+        empty if routing is None else routing.experts,
+        empty if routing is None else routing.firsts,
+        empty if routing is None else routing.stops,
+        empty,
+        out.shape[0],
+        num_outputs,
+        num_addends,
+        num_groups,
+        x.stride(0),
+        x.stride(1),
+        weights.stride(0),
+        weights.stride(1),
+        out.stride(0),
+        out.stride(1),
+        ROUTED=routing is not None,
+        GATHERED=gathered,
+        PICKED=routing.num_picked if routing else 1,
+        EVEN=num_addends % k == 0,
+        EXACT=x.dtype is torch.float32,
+        # On a CPU this is the interpreter, whose dot takes BF16's bits for integers.
+        WIDEN=x.device.type == "cpu" and x.dtype is torch.bfloat16,
+        M=m,
+        N=n,
+        K=k,
+        TOGETHER=_ROW_TILES_TOGETHER,
+        STAGES=stages,
+        num_warps=warps,
+    )
+
+
+def _tile(dtype: torch.dtype, num_outputs: int, *, is_routed: bool) -> tuple[int, int, int, int, int]:
+    """By the weight alone: how many rows there are must not matter."""
+    if dtype is torch.float32:
+        return _TILE_FLOAT32
+    if is_routed:
+        return _TILE_ROUTED
+    return _TILE_WIDE if num_outputs >= _OUTPUTS_WIDE else _TILE_NARROW

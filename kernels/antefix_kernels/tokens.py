@@ -1,0 +1,314 @@
+"""What a layer computes for each token alone, besides products: norms, rotary turns, mixing of residual streams,
+experts' activations and their sum. One row is one program's (or a fixed tile's), so that its bits depend on nothing
+beside it.
+
+Shapes:  N = tokens, H = heads (1 where there are none), C = columns of a row, R = RoPE dims, M = streams,
+         D = hidden size, J = (2 + M) * M mixing logits, P = picked experts, I = inner size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from antefix_kernels.finish import store_output
+from antefix_kernels.number_formats import check
+
+# Elements that one program has at once.
+_ELEMENTS = 4096
+_COLUMNS = 1024
+# Tokens of a program that mixes, and addends of a step: 16 is the least that a product has.
+_MIX_TOKENS, _MIX_STEP = 16, 128
+_GATE_TOKENS = 32
+
+
+@triton.jit
+def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, stride_n, stride_h, C: tl.constexpr,
+                      COLUMNS: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
+                      ROWS: tl.constexpr):  # fmt: skip
+    """ROWS rows: normed if NORM, their last ROPE dims turned, scaled."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token, head = rows // heads, rows % heads
+    c = tl.arange(0, COLUMNS)
+    live = (rows < num_rows)[:, None] & (c < C)[None, :]
+    start = token.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h
+    v = tl.load(x + start[:, None] + c[None, :], live, other=0.0).to(tl.float32)
+    if NORM:
+        v = v * tl.rsqrt(tl.sum(v * v, 1) / C + eps)[:, None]
+        if WEIGHT:
+            v = v * tl.load(weight + c, c < C, other=0.0).to(tl.float32)[None, :]
+    if ROPE:
+        even, odd = tl.split(tl.reshape(v, (ROWS, COLUMNS // 2, 2)))
+        pair = tl.arange(0, COLUMNS // 2) - (C - ROPE) // 2
+        turned = (rows < num_rows)[:, None] & ((pair >= 0) & (pair < ROPE // 2))[None, :]
+        at = token[:, None] * (ROPE // 2) + pair[None, :]
+        a = tl.load(cos + at, turned, other=1.0)
+        b = tl.load(sin + at, turned, other=0.0)
+        v = tl.reshape(tl.join(even * a - odd * b, odd * a + even * b), (ROWS, COLUMNS))
+    store_output(out, rows.to(tl.int64)[:, None] * C + c[None, :], v * scale, live)
+
+
+@triton.jit
+def _mixing_kernel(streams, fn, logits, num_tokens, width, eps, J: tl.constexpr, J_PAD: tl.constexpr, T: tl.constexpr,
+                   K: tl.constexpr):  # fmt: skip
+    """T tokens' streams, RMS-normed, times fn."""
+    t = tl.program_id(0) * T + tl.arange(0, T)
+    j = tl.arange(0, J_PAD)
+    k = tl.arange(0, K)
+    squares = tl.zeros((T, K), tl.float32)
+    acc = tl.zeros((T, J_PAD), tl.float32)
+    row = streams + tl.minimum(t, num_tokens - 1).to(tl.int64)[:, None] * width
+    for start in tl.range(0, width, K, num_stages=3):
+        inside = start + k < width
+        x = tl.load(row + start + k[None, :], inside[None, :], other=0.0).to(tl.float32)
+        f = tl.load(fn + j[None, :] * width + start + k[:, None], inside[:, None] & (j < J)[None, :], other=0.0)
+        acc = tl.dot(x, f.to(tl.float32), acc, input_precision="tf32x3")
+        squares += x * x
+    out = acc * tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
+    tl.store(logits + t[:, None] * J + j[None, :], out, (t < num_tokens)[:, None] & (j < J)[None, :])
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _gates_kernel(logits, base, scale, pre, post, comb, num_tokens, eps, iterations, M: tl.constexpr,
+                  M_PAD: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """Collapse weights, expand weights and the doubly stochastic mixing matrix of T tokens."""
+    t = tl.program_id(0) * T + tl.arange(0, T)
+    m = tl.arange(0, M_PAD)
+    J: tl.constexpr = (2 + M) * M
+    live = (t < num_tokens)[:, None] & (m < M)[None, :]
+    at = t[:, None] * J + m[None, :]
+    x = tl.load(logits + at, live, other=0.0) * tl.load(scale) + tl.load(base + m, m < M, other=0.0)[None, :]
+    tl.store(pre + t[:, None] * M + m[None, :], _sigmoid(x) + eps, live)
+    x = tl.load(logits + at + M, live, other=0.0) * tl.load(scale + 1)
+    x += tl.load(base + M + m, m < M, other=0.0)[None, :]
+    tl.store(post + t[:, None] * M + m[None, :], 2.0 * _sigmoid(x), live)
+    row, column = m[None, :, None], m[None, None, :]
+    inside = (row < M) & (column < M)
+    live_3 = (t < num_tokens)[:, None, None] & inside
+    cell = row * M + column
+    y = tl.load(logits + t[:, None, None] * J + 2 * M + cell, live_3, other=0.0) * tl.load(scale + 2)
+    y = tl.where(inside, y + tl.load(base + 2 * M + cell, inside, other=0.0), float("-inf"))
+    top = tl.max(y, 2)[:, :, None]
+    y = tl.where(inside, tl.exp(y - tl.where(top == float("-inf"), 0.0, top)), 0.0)
+    total = tl.sum(y, 2)[:, :, None]
+    y = tl.where(inside, y / tl.where(total > 0.0, total, 1.0) + eps, 0.0)
+    y = y / (tl.sum(y, 1)[:, None, :] + eps)
+    for _ in range(iterations - 1):
+        y = y / (tl.sum(y, 2)[:, :, None] + eps)
+        y = y / (tl.sum(y, 1)[:, None, :] + eps)
+    tl.store(comb + t[:, None, None] * (M * M) + cell, y, live_3)
+
+
+@triton.jit
+def _collapse_kernel(streams, pre, out, width, M: tl.constexpr, COLUMNS: tl.constexpr):
+    """One token's weighted sum of streams, COLUMNS of it, streams in order."""
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros((COLUMNS,), tl.float32)
+    for m in tl.static_range(M):
+        x = tl.load(streams + (n * M + m) * width + d, d < width, other=0.0).to(tl.float32)
+        acc += tl.load(pre + n * M + m) * x
+    store_output(out, n * width + d, acc, d < width)
+
+
+@triton.jit
+def _expand_kernel(streams, update, post, comb, out, width, M: tl.constexpr, COLUMNS: tl.constexpr):
+    """One token's new streams: the old ones mixed over comb's first axis, plus the update."""
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    added = tl.load(update + n * width + d, d < width, other=0.0).to(tl.float32)
+    for j in tl.static_range(M):
+        acc = tl.load(post + n * M + j) * added
+        for i in tl.static_range(M):
+            x = tl.load(streams + (n * M + i) * width + d, d < width, other=0.0).to(tl.float32)
+            acc += tl.load(comb + (n * M + i) * M + j) * x
+        store_output(out, (n * M + j) * width + d, acc, d < width)
+
+
+@triton.jit
+def _swiglu_kernel(gate_up, out, inner, limit, COLUMNS: tl.constexpr):
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    gate = tl.load(gate_up + n * 2 * inner + i, i < inner, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + n * 2 * inner + inner + i, i < inner, other=0.0).to(tl.float32)
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    store_output(out, n * inner + i, gate * _sigmoid(gate) * up, i < inner)
+
+
+@triton.jit
+def _combine_kernel(rows, place, weights, shared, out, width, P: tl.constexpr, COLUMNS: tl.constexpr):
+    """One token's experts' outputs, weighted and added up in the order of its picks, plus the shared expert's."""
+    n = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.load(shared + n * width + d, d < width, other=0.0).to(tl.float32)
+    for p in tl.static_range(P):
+        row = tl.load(place + n * P + p)
+        x = tl.load(rows + row * width + d, d < width, other=0.0).to(tl.float32)
+        acc += tl.load(weights + n * P + p).to(tl.float32) * x
+    store_output(out, n * width + d, acc, d < width)
+
+
+def norm_turn(
+    x: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """RMS-norm rows where eps is given, turn their last R dims by each token's angles where cos and sin are, scale.
+
+    Shapes:  x [N, H, C] float32 or bfloat16, last dim contiguous; weight [C]; cos, sin [N, R / 2] float32.
+             Returns [N, H, C], contiguous, of x's type.
+    Raises:  ValueError: wrong dtype, shape or stride.
+    """
+    num_tokens, heads, columns = x.shape
+    check(x.stride(2) == 1 and x.dtype in (torch.bfloat16, torch.float32), "x: float32 or bfloat16, contiguous rows")
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if cos is not None and sin is not None:
+        for table in (cos, sin):
+            check(table.shape == (num_tokens, cos.shape[1]) and table.dtype is torch.float32, "cos, sin: [N, R / 2]")
+            check(table.is_contiguous(), "cos and sin must be contiguous")
+    if not x.numel():
+        return out
+    padded = max(2, triton.next_power_of_2(columns))
+    rows = max(1, _ELEMENTS // padded // 4)
+    _norm_turn_kernel[(triton.cdiv(num_tokens * heads, rows),)](
+        x,
+        x if weight is None else weight,
+        x if cos is None else cos,
+        x if sin is None else sin,
+        out,
+        num_tokens * heads,
+        heads,
+        0.0 if eps is None else eps,
+        scale,
+        x.stride(0),
+        x.stride(1),
+        C=columns,
+        COLUMNS=padded,
+        ROPE=0 if cos is None else 2 * cos.shape[1],
+        NORM=eps is not None,
+        WEIGHT=weight is not None,
+        ROWS=rows,
+        num_warps=4 if padded > 1024 else 2,
+    )
+    return out
+
+
+def mixing_logits(streams: torch.Tensor, fn: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS-normed streams times fn.
+
+    Shapes:  streams [N, M, D] contiguous, float32 or bfloat16; fn [J, M * D] contiguous. Returns [N, J] float32.
+    Raises:  ValueError: wrong shape or stride.
+    """
+    width = streams.shape[1] * streams.shape[2]
+    check(streams.is_contiguous() and fn.is_contiguous(), "streams and fn must be contiguous")
+    check(fn.dim() == 2 and fn.shape[1] == width, f"fn must be [J, {width}]")
+    logits = torch.empty(len(streams), len(fn), dtype=torch.float32, device=streams.device)
+    if len(streams):
+        _mixing_kernel[(triton.cdiv(len(streams), _MIX_TOKENS),)](
+            streams,
+            fn,
+            logits,
+            len(streams),
+            width,
+            eps,
+            J=len(fn),
+            J_PAD=max(16, triton.next_power_of_2(len(fn))),
+            T=_MIX_TOKENS,
+            K=_MIX_STEP,
+            num_warps=4,
+        )
+    return logits
+
+
+def mixing_gates(
+    logits: torch.Tensor, base: torch.Tensor, scale: torch.Tensor, num_streams: int, iterations: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gates of a mixing, and Sinkhorn's iterations, of logits [N, J] float32.
+
+    Returns pre [N, M], post [N, M] and comb [N, M, M], float32.
+    Raises:  ValueError: wrong shape or dtype.
+    """
+    num_tokens = len(logits)
+    check(logits.shape[1] == (2 + num_streams) * num_streams == len(base), "logits and base must have (2 + M) * M")
+    check(logits.is_contiguous() and logits.dtype is torch.float32 and len(scale) == 3, "logits: contiguous float32")
+    pre, post = (torch.empty(num_tokens, num_streams, device=logits.device) for _ in range(2))
+    comb = torch.empty(num_tokens, num_streams, num_streams, device=logits.device)
+    if num_tokens:
+        _gates_kernel[(triton.cdiv(num_tokens, _GATE_TOKENS),)](
+            logits,
+            base.float(),
+            scale.float(),
+            pre,
+            post,
+            comb,
+            num_tokens,
+            eps,
+            iterations,
+            M=num_streams,
+            M_PAD=triton.next_power_of_2(num_streams),
+            T=_GATE_TOKENS,
+            num_warps=1,
+        )
+    return pre, post, comb
+
+
+def collapse(streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
+    """Weighted sum [N, D] of streams [N, M, D], weights [N, M] float32; both contiguous."""
+    num_tokens, num_streams, width = streams.shape
+    check(streams.is_contiguous() and pre.is_contiguous() and pre.dtype is torch.float32, "need contiguous operands")
+    out = torch.empty(num_tokens, width, dtype=streams.dtype, device=streams.device)
+    grid = (num_tokens, triton.cdiv(width, _COLUMNS))
+    _collapse_kernel[grid](streams, pre, out, width, M=num_streams, COLUMNS=_COLUMNS, num_warps=4)
+    return out
+
+
+def expand(streams: torch.Tensor, update: torch.Tensor, post: torch.Tensor, comb: torch.Tensor) -> torch.Tensor:
+    """New streams [N, M, D] from the old ones, an update [N, D], post [N, M] and comb [N, M, M] float32."""
+    num_tokens, num_streams, width = streams.shape
+    for tensor in (streams, update, post, comb):
+        check(tensor.is_contiguous(), "need contiguous operands")
+    out = torch.empty_like(streams)
+    grid = (num_tokens, triton.cdiv(width, _COLUMNS))
+    _expand_kernel[grid](streams, update, post, comb, out, width, M=num_streams, COLUMNS=_COLUMNS, num_warps=4)
+    return out
+
+
+def swiglu(gate_up: torch.Tensor, limit: float) -> torch.Tensor:
+    """silu(gate) * up of gate_up [N, 2 I] contiguous, gate clamped from above, up on both sides: [N, I]."""
+    check(gate_up.dim() == 2 and gate_up.is_contiguous(), "gate_up must be contiguous [N, 2 I]")
+    num_rows, inner = len(gate_up), gate_up.shape[1] // 2
+    out = torch.empty(num_rows, inner, dtype=gate_up.dtype, device=gate_up.device)
+    if num_rows:
+        grid = (num_rows, triton.cdiv(inner, _COLUMNS))
+        _swiglu_kernel[grid](gate_up, out, inner, limit, COLUMNS=_COLUMNS, num_warps=4)
+    return out
+
+
+def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """Each token's experts' rows, weighted and added to the shared expert's.
+
+    Shapes:  rows [N * P, D], place [N * P] int64 (row of each (token, pick) pair), weights [N, P], shared [N, D],
+             all contiguous. Returns [N, D].
+    Raises:  ValueError: wrong shape or stride.
+    """
+    num_tokens, num_picked = weights.shape
+    check(len(rows) == len(place) == num_tokens * num_picked, "rows, place and weights do not fit together")
+    for tensor in (rows, place, weights, shared):
+        check(tensor.is_contiguous(), "need contiguous operands")
+    out = torch.empty_like(shared)
+    grid = (num_tokens, triton.cdiv(shared.shape[1], _COLUMNS))
+    _combine_kernel[grid](
+        rows, place, weights, shared, out, shared.shape[1], P=num_picked, COLUMNS=_COLUMNS, num_warps=4
+    )
+    return out

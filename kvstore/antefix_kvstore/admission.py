@@ -1,0 +1,197 @@
+"""Which records of a put are written, which exist already, which are refused, and why. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from antefix.errors import InvalidRequest
+from antefix.record import OWNER_BYTES, STORED_KINDS, PutResult, Reason, Record, RecordKind, Refusal
+from antefix.store_files.index import Index
+from antefix.store_files.record_format import (
+    HASH_BYTES,
+    MAC_BYTES,
+    SALT_BYTES,
+    TENANT_BYTES_MAX_V1,
+    extent_bytes,
+)
+from antefix_kvstore.index_writer import Name
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.space import parent_of
+
+
+@dataclass(slots=True)
+class Admission:
+    """new: records to write, parents first; names: theirs.  first: which of them begin a chain.
+
+    anchors: stored records that the new ones hang on or that were put again; eviction spares them meanwhile.
+    """
+
+    new: list[Record] = field(default_factory=list)
+    names: set[Name] = field(default_factory=set)
+    first: set[Name] = field(default_factory=set)
+    existing: list[Name] = field(default_factory=list)
+    anchors: set[Name] = field(default_factory=set)
+    refused: dict[Name, Refusal] = field(default_factory=dict)
+    block_tokens: dict[bytes, int] = field(default_factory=dict)
+
+
+def check_record(record: Record, record_bytes_max: int) -> None:
+    """Raises:  InvalidRequest: a field that no state of the store could make right."""
+    for name in ("hash", "parent", "fingerprint"):
+        value = getattr(record, name)
+        if not isinstance(value, bytes) or len(value) != HASH_BYTES:
+            raise InvalidRequest(f"{name} must be {HASH_BYTES} bytes")
+    nbytes = memoryview(record.payload).nbytes
+    if not 0 < nbytes <= record_bytes_max:
+        raise InvalidRequest(f"a payload must have 1 to {record_bytes_max} bytes, has {nbytes}")
+    if not 0 <= record.position < 1 << 32:
+        raise InvalidRequest(f"position must fit 32 bits, is {record.position}")
+    if record.kind not in STORED_KINDS:
+        raise InvalidRequest(f"records of kind {record.kind.name.lower()} do not go to disk")
+    (_check_v1 if record.version == 1 else _check_v2)(record)
+    if record.ttl_s is not None and not 0 <= record.ttl_s < 1 << 31:
+        raise InvalidRequest(f"ttl_s must be in [0, 2^31), is {record.ttl_s}")
+
+
+def _check_v1(record: Record) -> None:
+    if len(record.tenant) > TENANT_BYTES_MAX_V1:
+        raise InvalidRequest(f"version 1 takes {TENANT_BYTES_MAX_V1} bytes of a tenant's name")
+
+
+def _check_v2(record: Record) -> None:
+    for name, value, nbytes in (
+        ("tenant", record.tenant, OWNER_BYTES),
+        ("salt", record.salt, SALT_BYTES),
+        ("mac", record.mac, MAC_BYTES),
+    ):
+        if len(value) != nbytes:
+            raise InvalidRequest(f"{name} must be {nbytes} bytes, is {len(value)}")
+    for name, number, most in (
+        ("generation", record.generation, 0xFFFF),
+        ("num_cards", record.labels.num_cards, 0xFFFF),
+        ("family", record.labels.family, 0xFF),
+    ):
+        if not 0 <= number <= most:
+            raise InvalidRequest(f"{name} must be in [0, {most}], is {number}")
+
+
+def admit(
+    index: Index, txn: Any, records: Sequence[Record], *, refusal: Callable[[Record], Refusal | None] = lambda _: None
+) -> Admission:
+    """Sort out one put, in order. `txn` is the snapshot it is judged by; `refusal` says what else stands against it."""
+    out = Admission()
+    for number, record in enumerate(records):
+        name = (record.kind, record.hash)
+        entry = index.entry(txn, record.kind, record.hash)
+        if name in out.names:
+            out.existing.append(name)
+            continue
+        if entry is not None and not entry.quarantined:
+            out.existing.append(name)
+            out.anchors.add(name)
+            continue
+        reason = refusal(record) or _refusal(index, txn, record, records[number + 1 : number + 2], out)
+        if reason:
+            out.refused[name] = reason
+        else:
+            out.new.append(record)
+            out.names.add(name)
+    return out
+
+
+def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record], out: Admission) -> Refusal | None:
+    """Why a record may not be stored, or None. Notes its anchor, or that it begins a chain."""
+    name = (record.kind, record.hash)
+    parent = parent_of(name, record.parent)
+    if parent in out.names:
+        return None
+    entry = index.entry(txn, *parent)
+    if entry is not None:
+        if entry.quarantined:
+            return _no_parent("its parent is quarantined; put that again first")
+        out.anchors.add(parent)
+        return None
+    if parent in out.refused:
+        return _PARENT_REFUSED
+    if record.kind is RecordKind.CHECKPOINT:
+        return _no_parent("its block is not stored")
+    if record.position > _block_tokens(index, txn, record, following, out):
+        return _no_parent("its parent is not stored")
+    # Below what was learned: a first put that was no chain's beginning taught a wrong number.
+    out.block_tokens[record.fingerprint] = record.position
+    out.first.add(name)
+    return None
+
+
+def _no_parent(text: str) -> Refusal:
+    return Refusal(Reason.NO_PARENT, text)
+
+
+_PARENT_REFUSED: Final = _no_parent("its parent was refused")
+
+
+def _block_tokens(index: Index, txn: Any, record: Record, following: Sequence[Record], out: Admission) -> int:
+    """Tokens in a block of this fingerprint: registered, or learned from the first block that it ever put.
+
+    A store must tell a chain's first block from one whose parent was evicted, and a record does not say which it is.
+    """
+    if record.fingerprint not in out.block_tokens:
+        known = index.block_tokens(txn, record.fingerprint)
+        if not known:
+            known = record.position
+            if following and following[0].kind is RecordKind.BLOCK and following[0].parent == record.hash:
+                known = following[0].position - record.position
+        out.block_tokens[record.fingerprint] = known
+    return out.block_tokens[record.fingerprint]
+
+
+def batches_of(records: Sequence[Record], config: KvStoreConfig) -> list[list[Record]]:
+    """Cut so that each fits a segment and the memory that a commit may take."""
+    limit = min(config.batch_bytes_max, config.record_bytes_max)
+    batches: list[list[Record]] = []
+    room = 0
+    for record in records:
+        nbytes = extent_bytes(memoryview(record.payload).nbytes)
+        if nbytes > room:
+            batches.append([])
+            room = limit
+        batches[-1].append(record)
+        room -= nbytes
+    return batches
+
+
+def without_orphans(batch: Sequence[Record], admission: Admission) -> list[Record]:
+    """Leave out what hangs on a record that an earlier batch could not store."""
+    kept = []
+    for record in batch:
+        if parent_of((record.kind, record.hash), record.parent) in admission.refused:
+            admission.refused[record.kind, record.hash] = _PARENT_REFUSED
+        else:
+            kept.append(record)
+    return kept
+
+
+def refuse(batch: Sequence[Record], admission: Admission, reason: Refusal) -> None:
+    admission.refused.update({(record.kind, record.hash): reason for record in batch})
+
+
+def results_of(puts: Sequence[Sequence[Record]], admission: Admission) -> list[PutResult]:
+    """Share the outcome out: a record that two puts bring was stored by the first of them."""
+    unclaimed = admission.names - admission.refused.keys()
+    results = []
+    for records in puts:
+        stored = existing = 0
+        refused = {}
+        for record in records:
+            name = (record.kind, record.hash)
+            if name in admission.refused:
+                refused[record.hash] = admission.refused[name]
+            elif name in unclaimed:
+                unclaimed.discard(name)
+                stored += 1
+            else:
+                existing += 1
+        results.append(PutResult(num_stored=stored, num_existing=existing, refused=refused))
+    return results

@@ -1,0 +1,124 @@
+"""Which payloads are compressed. Holds the plane plans that clients registered; the codec is antefix.store.codec.
+
+auto: reading coded bytes takes 1 / (ratio * disk) + 1 / codec seconds a byte, raw ones 1 / disk; what is less wins.
+The disk is measured once, codec and ratio on the first payloads of each fingerprint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from antefix.record import Buffer, Record, RecordKind
+from antefix.store_files import codec
+
+log = logging.getLogger("antefix_kvstore.compression")
+
+# Payloads of a kind that are coded and decoded before it is judged; the best of them, so that a pause does not count.
+NUM_SAMPLES: Final = 4
+# An NVMe disk's, for when there is no room to measure.
+DISK_BYTES_PER_S: Final = 2e9
+
+
+# Fingerprint and kind: what has one payload layout.
+Layout = tuple[bytes, RecordKind]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """Why payloads of one layout are compressed or not. Speeds in payload bytes a second; codec: all cores together."""
+
+    compress: bool
+    ratio: float
+    codec_bytes_per_s: float
+    disk_bytes_per_s: float
+
+    def __str__(self) -> str:
+        """Ends a sentence of the log that begins with what is stored."""
+        verdict = "compressed" if self.compress else "stored as they are"
+        decoded, disk = self.codec_bytes_per_s / 1e9, self.disk_bytes_per_s / 1e9
+        return (
+            f"{verdict}: coded they are {self.ratio:.2f} times smaller and decoded at {decoded:.2f} GB/s,"
+            f" the disk reads {disk:.2f} GB/s"
+        )
+
+
+def judge(*, ratio: float, codec_bytes_per_s: float, disk_bytes_per_s: float) -> Judgement:
+    """Whether reading is faster with coded payloads."""
+    coded_s_per_byte = 1 / (ratio * disk_bytes_per_s) + 1 / codec_bytes_per_s
+    return Judgement(
+        compress=coded_s_per_byte < 1 / disk_bytes_per_s,
+        ratio=ratio,
+        codec_bytes_per_s=codec_bytes_per_s,
+        disk_bytes_per_s=disk_bytes_per_s,
+    )
+
+
+class Compression:
+    """`mode`: off, zstd (keep what is smaller) or auto. Thread-safe."""
+
+    def __init__(self, mode: str, measure_disk: Callable[[], float]) -> None:
+        self.mode = mode
+        self.judgements: dict[Layout, Judgement] = {}
+        self._measure_disk = measure_disk
+        self._disk_bytes_per_s = 0.0
+        self._lock = threading.Lock()
+        self._plans: dict[Layout, codec.PlanePlan] = {}
+        self._samples: dict[Layout, list[tuple[float, float]]] = {}
+
+    def register(self, fingerprint: bytes, kind: RecordKind, plan: codec.PlanePlan) -> None:
+        with self._lock:
+            self._plans[fingerprint, kind] = plan
+
+    def wants(self, record: Record) -> bool:
+        """Whether a payload is worth trying: its layout is known and the mode is for it."""
+        layout = (record.fingerprint, record.kind)
+        if self.mode == "off" or layout not in self._plans:
+            return False
+        judgement = self.judgements.get(layout)
+        return self.mode == "zstd" or judgement is None or judgement.compress
+
+    def encode(self, record: Record) -> bytes | None:
+        """The coded payload, or None where it is stored raw."""
+        if not self.wants(record):
+            return None
+        layout = (record.fingerprint, record.kind)
+        coded = codec.encode(record.payload, self._plans[layout])
+        if self.mode == "auto" and layout not in self.judgements:
+            self._sample(layout, record.payload, coded)
+        return coded
+
+    def _measured_disk(self) -> float:
+        try:
+            return self._measure_disk()
+        except OSError as err:
+            log.warning("the disk cannot be measured (%s), taking %g bytes/s", err, DISK_BYTES_PER_S)
+            return DISK_BYTES_PER_S
+
+    def _sample(self, layout: Layout, payload: Buffer, coded: bytes | None) -> None:
+        nbytes = memoryview(payload).nbytes
+        ratio, bytes_per_s = 1.0, float("inf")
+        if coded is not None:
+            out = memoryview(bytearray(nbytes))
+            codec.decode(coded, out)
+            start = time.perf_counter()
+            codec.decode(coded, out)
+            ratio, bytes_per_s = nbytes / len(coded), nbytes / (time.perf_counter() - start)
+        with self._lock:
+            samples = self._samples.setdefault(layout, [])
+            samples.append((ratio, bytes_per_s))
+            if len(samples) < NUM_SAMPLES or layout in self.judgements:
+                return
+            if not self._disk_bytes_per_s:
+                self._disk_bytes_per_s = self._measured_disk()
+            self.judgements[layout] = judge(
+                ratio=sum(ratio for ratio, _ in samples) / len(samples),
+                codec_bytes_per_s=max(speed for _, speed in samples) * (os.cpu_count() or 1),
+                disk_bytes_per_s=self._disk_bytes_per_s,
+            )
+        log.info("%ss of fingerprint %s are %s", layout[1].name.lower(), layout[0].hex()[:16], self.judgements[layout])

@@ -1,0 +1,124 @@
+"""The one thread that writes: gathers puts that wait into one commit, and keeps the store tidy when nobody writes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Final
+
+from antefix.errors import Overloaded, Unavailable
+from antefix.record import PutResult, Record
+from antefix_kvstore.admission import check_record
+from antefix_kvstore.storage_engine import MAINTAIN_S, Engine
+
+log = logging.getLogger("antefix_kvstore.group_commit")
+
+# What a refused caller should wait: about the time of one commit of a full batch on a 1 GB/s disk.
+RETRY_AFTER_S: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Put:
+    records: Sequence[Record]
+    nbytes: int
+    done: Future[PutResult]
+
+
+class GroupCommitter:
+    """Puts queue up here while a commit runs; the next commit takes all of them. Thread-safe."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._batch_bytes_max = engine.config.batch_bytes_max
+        self._queue_bytes_max = engine.config.queue_bytes_max
+        self._condition = threading.Condition()
+        self._queue: deque[_Put] = deque()
+        self._queued_bytes = 0
+        self._stopping = False
+        # Work to do between commits: called with nothing, bounded each time.
+        self.chores: list[Callable[[], None]] = [engine.maintain]
+        self._thread = threading.Thread(target=self._run, name="antefix-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def queued_bytes(self) -> int:
+        return self._queued_bytes
+
+    def submit(self, records: Sequence[Record]) -> Future[PutResult]:
+        """Queue a put; the future's result comes when it is durable.
+
+        Raises:  InvalidRequest: malformed.  Overloaded: too much is waiting already.  Unavailable: stopping.
+        """
+        for record in records:
+            check_record(record, self._engine.config.record_bytes_max)
+        nbytes = sum(memoryview(record.payload).nbytes for record in records)
+        with self._condition:
+            if self._stopping:
+                raise Unavailable("the store is stopping")
+            if self._queue and self._queued_bytes + nbytes > self._queue_bytes_max:
+                raise Overloaded("too many puts are waiting for the disk", retry_after_s=RETRY_AFTER_S)
+            put = _Put(records, nbytes, Future())
+            self._queue.append(put)
+            self._queued_bytes += nbytes
+            self._condition.notify()
+        return put.done
+
+    def stop(self) -> None:
+        """Commit what is queued, then end. Blocks."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        tidied_s = time.monotonic()
+        while True:
+            with self._condition:
+                if not self._queue and not self._stopping:
+                    self._condition.wait(MAINTAIN_S)
+                group = self._take_group()
+                if not group and self._stopping:
+                    return
+            if group:
+                self._commit(group)
+            # A store that is never idle must be kept tidy as well.
+            if time.monotonic() - tidied_s >= MAINTAIN_S:
+                self._tidy()
+                tidied_s = time.monotonic()
+
+    def _take_group(self) -> list[_Put]:
+        group: list[_Put] = []
+        nbytes = 0
+        while self._queue and (not group or nbytes + self._queue[0].nbytes <= self._batch_bytes_max):
+            group.append(self._queue.popleft())
+            nbytes += group[-1].nbytes
+        self._queued_bytes -= nbytes
+        return group
+
+    def _commit(self, group: Sequence[_Put]) -> None:
+        # From here on no caller can cancel: a result set on a cancelled future would end this thread, and all writes
+        # with it. Who has left already gets no result, but the records are here and good, so they are stored.
+        waiting = [put.done.set_running_or_notify_cancel() for put in group]
+        try:
+            results = self._engine.put_group([put.records for put in group])
+        except Exception as err:  # noqa: BLE001 - handed to the callers, who wait for it
+            for put, waits in zip(group, waiting, strict=True):
+                if waits:
+                    put.done.set_exception(err)
+            return
+        for put, waits, result in zip(group, waiting, results, strict=True):
+            if waits:
+                put.done.set_result(result)
+
+    def _tidy(self) -> None:
+        for chore in self.chores:
+            try:
+                chore()
+            except Exception:
+                # A chore that fails is tried again; puts must go on.
+                log.exception("store maintenance failed")

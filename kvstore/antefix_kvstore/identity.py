@@ -1,0 +1,132 @@
+"""Whose directory this is: the STORE file, the lock, and the refusal to touch anything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from antefix.errors import BlockCorrupt, ConfigError
+from antefix.store_files.gone_blocks import GONE_FILE
+from antefix.store_files.read_log import USAGE_LOG_FILE
+from antefix.store_files.record_format import (
+    FORMAT_VERSION,
+    FORMAT_VERSIONS,
+    INDEX_DIR,
+    LOCK_FILE,
+    SEGMENT_DIR,
+    SEGMENT_HEADER_BYTES,
+    STORE_FILE,
+    StoreIdentity,
+    pack_identity,
+    segment_number,
+    unpack_identity,
+    unpack_segment_header,
+)
+from antefix_kvstore.disk import Disk
+from antefix_kvstore.reserve import RESERVE_FILE
+
+log = logging.getLogger("antefix_kvstore.identity")
+
+# Holds the index's checksum while the store is closed.
+CLEAN_FILE: Final = "CLEAN"
+REBUILT_DIR: Final = "index.new"
+DISCARDED_DIR: Final = "index.old"
+_KNOWN_FILES: Final = {
+    STORE_FILE,
+    LOCK_FILE,
+    CLEAN_FILE,
+    RESERVE_FILE,
+    GONE_FILE,
+    USAGE_LOG_FILE,
+    INDEX_DIR,
+    SEGMENT_DIR,
+    REBUILT_DIR,
+    DISCARDED_DIR,
+}
+
+
+def prepare_directory(directory: Path) -> None:
+    """Raises:  ConfigError: no directory can be there, it cannot be read, or it has something else in it."""
+    try:
+        # KV tells much of the prompts that it was made from: nobody else on the host reads it, whatever the umask.
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        names = {path.name for path in directory.iterdir()} - {"lost+found"}
+    except OSError as err:
+        raise _unusable(directory, err) from err
+    if names and STORE_FILE not in names and SEGMENT_DIR not in names and not names <= _KNOWN_FILES:
+        raise ConfigError(f"{directory} is not an Antefix store and not empty; name an empty directory")
+
+
+def _unusable(directory: Path, err: OSError) -> ConfigError:
+    return ConfigError(f"{directory} cannot be used as a store: {err}; nothing in it was changed")
+
+
+def lock_directory(directory: Path) -> int:
+    """A descriptor that holds the store's lock until it is closed.
+
+    Raises:  ConfigError: another process has the store open, or we may not write there.
+    """
+    try:
+        fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as err:
+        raise _unusable(directory, err) from err
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        os.close(fd)
+        raise ConfigError(
+            f"the store in {directory} is open in another process, which keeps it; stop that, or name another directory"
+        ) from err
+    return fd
+
+
+def read_identity(directory: Path, disk: Disk, clock_ms: Callable[[], int]) -> StoreIdentity:
+    """The STORE file's, or that of the segments where it is lost or damaged, or a new one."""
+    path = directory / STORE_FILE
+    segment_dir = directory / SEGMENT_DIR
+    identity = None
+    if path.exists():
+        try:
+            identity = unpack_identity(path.read_bytes())
+        except BlockCorrupt as err:
+            log.warning("%s", err)
+    if identity is None and segment_dir.exists():
+        identity = _identity_of_segments(segment_dir)
+        if identity is not None:
+            disk.replace_file(path, pack_identity(identity))
+    if identity is None:
+        if path.exists() and segment_dir.exists() and any(segment_dir.iterdir()):
+            raise ConfigError(f"{directory}: neither the STORE file nor any segment can be read; not an Antefix store")
+        identity = StoreIdentity(store_id=secrets.token_bytes(16), created_ms=clock_ms())
+        segment_dir.mkdir(exist_ok=True)
+        disk.replace_file(path, pack_identity(identity))
+    if identity.version not in FORMAT_VERSIONS:
+        raise ConfigError(
+            f"{directory} has format version {identity.version}; this build reads"
+            f" {' and '.join(map(str, FORMAT_VERSIONS))}"
+        )
+    segment_dir.mkdir(exist_ok=True)
+    if identity.version != FORMAT_VERSION:
+        # From here on a build that knows the old version only would not find all that is stored.
+        identity = dataclasses.replace(identity, version=FORMAT_VERSION)
+        disk.replace_file(path, pack_identity(identity))
+    return identity
+
+
+def _identity_of_segments(segment_dir: Path) -> StoreIdentity | None:
+    # The newest first: its version is the store's.
+    for path in sorted(segment_dir.iterdir(), reverse=True):
+        if segment_number(path.name) is None:
+            continue
+        try:
+            with path.open("rb") as file:
+                return unpack_segment_header(file.read(SEGMENT_HEADER_BYTES))[0]
+        except BlockCorrupt:
+            continue
+    return None

@@ -1,0 +1,176 @@
+"""The index as a derived thing: examined before it is trusted, rebuilt from the segments' headers when it is not sound.
+
+LMDB believes what it reads, so a damaged file must never reach it: an index is opened only when its checksum from the
+last clean close holds, or, after a crash, when py-lmdb's verifier, which does not use LMDB, finds its structure sound
+and its tables say what its entries say, which carry checksums of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import lmdb
+import lmdb.verify
+import xxhash
+
+from antefix.errors import Unavailable
+from antefix.record import STORED_KINDS, RecordKind
+from antefix.store_files.index import Index
+from antefix.store_files.record_format import INDEX_DIR, SEGMENT_HEADER_BYTES
+from antefix.store_files.record_header import RecordHeader
+from antefix_kvstore.disk import Disk
+from antefix_kvstore.eviction import EvictionPolicy
+from antefix_kvstore.identity import CLEAN_FILE, DISCARDED_DIR, REBUILT_DIR
+from antefix_kvstore.index_check import content_fault
+from antefix_kvstore.index_forest import insert_entry
+from antefix_kvstore.index_writer import IndexTxn, SegmentState
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.segments import Segments
+
+log = logging.getLogger("kvstore.index")
+
+_INDEX_BYTES_MIN: Final = 256 << 20
+_REBUILD_TXN_RECORDS: Final = 20_000
+# Segments scanned at once: headers of large records lie far apart, and a disk answers many such reads as fast as one.
+_SCAN_THREADS: Final = 8
+
+
+def index_bytes_max(config: KvStoreConfig) -> int:
+    """Room for the index: an eighth of the budget, which small blocks need; V4-sized ones use a two-thousandth."""
+    return max(_INDEX_BYTES_MIN, config.budget_bytes // 8)
+
+
+def open_index(directory: Path, config: KvStoreConfig, segments: Segments, disk: Disk) -> Index:
+    remove_leftovers(directory)
+    fault = _index_fault(directory)
+    # From here on the index changes, and its sum would be a lie.
+    if (directory / CLEAN_FILE).exists():
+        disk.unlink(directory / CLEAN_FILE)
+        disk.sync_directory(directory)
+    if fault is None:
+        try:
+            return Index(directory / INDEX_DIR, map_bytes=index_bytes_max(config), write=True)
+        except Unavailable as err:
+            fault = str(err)
+    if segments.sizes:
+        log.warning("rebuilding the index: %s", fault)
+    return rebuild_index(directory, index_bytes_max(config), segments)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """What a rebuild that was interrupted left behind."""
+    for leftover in (REBUILT_DIR, DISCARDED_DIR):
+        shutil.rmtree(directory / leftover, ignore_errors=True)
+
+
+def _index_fault(directory: Path) -> str | None:
+    """Why the index must be rebuilt, or None. LMDB trusts what it reads, so a damaged file must not reach it."""
+    data = directory / INDEX_DIR / "data.mdb"
+    if not data.exists():
+        return "there is none"
+    clean = directory / CLEAN_FILE
+    if clean.exists():
+        # It is deleted before the index is changed: where both are there they agree, or one of them is damaged.
+        return None if clean.read_bytes() == index_sum(directory) else "it is not what it was when the store was closed"
+    try:
+        verify: Callable[..., list[str]] = lmdb.verify.verify
+        faults = verify(str(directory / INDEX_DIR), subdir=True)
+    except (lmdb.verify.VerifyError, OSError, ValueError) as err:
+        return f"it is damaged ({err})"
+    return f"it is damaged ({faults[0]})" if faults else _content_fault(directory)
+
+
+def _content_fault(directory: Path) -> str | None:
+    """Whether an index that is sound in structure says what its entries say."""
+    try:
+        index = Index(directory / INDEX_DIR)
+    except Unavailable as err:
+        return str(err)
+    try:
+        return content_fault(index)
+    except lmdb.Error as err:
+        return str(err)
+    finally:
+        index.close()
+
+
+def index_sum(directory: Path) -> bytes:
+    state = xxhash.xxh3_128()
+    with (directory / INDEX_DIR / "data.mdb").open("rb") as file:
+        while piece := file.read(4 << 20):
+            state.update(piece)
+    return b"AFXCLEAN" + state.digest()
+
+
+def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, check_all: bool = False) -> Index:
+    """A new index from the segments' headers, put in place only when it is whole."""
+    new = directory / REBUILT_DIR
+    new.mkdir()
+    index = Index(new, map_bytes=index_bytes, write=True)
+    try:
+        _fill(index, segments, check_all)
+    finally:
+        index.close()
+    old = directory / INDEX_DIR
+    if old.exists():
+        segments.disk.rename(old, directory / DISCARDED_DIR)
+    segments.disk.rename(new, old)
+    segments.disk.sync_directory(directory)
+    shutil.rmtree(directory / DISCARDED_DIR, ignore_errors=True)
+    return Index(old, map_bytes=index_bytes, write=True)
+
+
+def _fill(index: Index, segments: Segments, check_all: bool) -> None:
+    headers: dict[tuple[RecordKind, bytes], RecordHeader] = {}
+    last = max(segments.sizes, default=0)
+
+    def scan(number: int) -> list[RecordHeader]:
+        # The last segment may end in a batch that was never acknowledged; the others were synced before it began.
+        return list(segments.scan(number, check_payloads=check_all or number == last))
+
+    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
+        for found in pool.map(scan, sorted(segments.sizes)):
+            for header in found:
+                headers[header.kind, header.hash] = header
+    # Parents have smaller positions; a checkpoint comes after the block that it hangs on.
+    order = sorted(headers.values(), key=lambda header: (header.position, header.kind))
+    index_headers(index, [header for header in order if header.kind in STORED_KINDS])
+    ends = ends_of(order)
+    with IndexTxn(index) as txn:
+        for number, size in segments.sizes.items():
+            set_end(txn, number, min(ends.get(number, SEGMENT_HEADER_BYTES), size))
+
+
+def index_headers(index: Index, headers: Iterable[RecordHeader]) -> int:
+    """Index records that lie in segments, parents first, leaving out those without one. Returns how many went in."""
+    policy = EvictionPolicy()
+    ordered = list(headers)
+    num_indexed = 0
+    for first in range(0, len(ordered), _REBUILD_TXN_RECORDS):
+        with IndexTxn(index) as txn:
+            for header in ordered[first : first + _REBUILD_TXN_RECORDS]:
+                # When it was last used is lost with the index; when it was written is the best guess.
+                num_indexed += insert_entry(txn, header, policy, used_ms=header.created_ms)
+    return num_indexed
+
+
+def ends_of(headers: Iterable[RecordHeader]) -> dict[int, int]:
+    """Per segment, where its last record ends.
+
+    Exactly there, not at the next batch's start: a torn record's header may stand in between, and once another batch
+    lay over its payload a scan would step over that batch's beginning.
+    """
+    ends: dict[int, int] = {}
+    for header in headers:
+        ends[header.segment] = max(ends.get(header.segment, 0), header.offset + header.extent_bytes)
+    return ends
+
+
+def set_end(txn: IndexTxn, number: int, end: int) -> None:
+    txn.set_segment(number, dataclasses.replace(txn.segment(number) or SegmentState(), end=end))

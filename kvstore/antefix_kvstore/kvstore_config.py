@@ -1,0 +1,106 @@
+"""Settings of the store service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from antefix.config import parse_size, require, setting
+from antefix.events.address import check_url
+from antefix.record import RecordKind
+from antefix.store_files.record_format import PAYLOAD_BYTES_MAX
+
+MIB = 1 << 20
+GIB = 1 << 30
+# Segments are cut so that dropping one frees at most a small part of the budget.
+SEGMENTS_PER_BUDGET = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvStoreConfig:
+    """All sizes are hard limits. The defaults suit one machine."""
+
+    dir: str = setting("antefix-store", "directory of the store; created if it is missing or empty")
+    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    budget_bytes: int = setting(64 * GIB, "disk space that segments and index may take together", unit="bytes")
+    segment_bytes: int = setting(
+        0, "size at which a segment is closed; 0 means budget / 32, at most 256 MiB", unit="bytes"
+    )
+    tenant_quota_bytes: int = setting(0, "disk space that one tenant may take; 0 for no limit", unit="bytes")
+    quotas: tuple[str, ...] = setting(
+        (), "exceptions from that, as tenant=size, separated by commas; names take secret_file, or digest:HEX=size"
+    )
+    secret_file: str = setting(
+        "",
+        "file with the deployment's secret, to know tenants by name in quotas and keys_file; the store needs no other",
+    )
+    block_ttl_s: float = setting(72 * 3600.0, "how long a block stays after its last use; 0 for ever", unit="s")
+    checkpoint_ttl_s: float = setting(6 * 3600.0, "the same for checkpoints on disk", unit="s")
+    handoff_ttl_s: float = setting(300.0, "how long a handoff waits in memory for its decode worker", unit="s")
+    handoff_bytes_max: int = setting(1 * GIB, "memory that handoffs may take", unit="bytes")
+    compression: str = setting(
+        "auto", "off, zstd (keep where it is smaller) or auto (measure disk and codec, then choose)"
+    )
+    keys_file: str = setting("", "JSON file of tenants' 256-bit keys; when given, everything stored is encrypted")
+    usage_log_dir: str = setting(
+        "", "log which blocks were stored and read here, to reconcile the bill with; empty: none"
+    )
+    events_redis: str = setting("", "redis:// URL that routers read the store's events from; empty: they ask the store")
+    events_name: str = setting(
+        "", "what routers call this store, their store_address; empty: the address it listens on"
+    )
+    durable: bool = setting(True, "sync before acknowledging a put; off trades the newest blocks for speed")
+    batch_bytes_max: int = setting(64 * MIB, "payload bytes that one group commit takes", unit="bytes")
+    queue_bytes_max: int = setting(
+        256 * MIB, "payload bytes that may wait for the writer before puts are refused", unit="bytes"
+    )
+    compact_bytes_per_s: int = setting(64 * MIB, "how fast background compaction may copy", unit="bytes")
+    scrub_bytes_per_s: int = setting(8 * MIB, "how fast the scrubber may read; 0 turns it off", unit="bytes")
+
+    def __post_init__(self) -> None:
+        require(self.budget_bytes >= MIB, f"budget_bytes must be at least 1 MiB, is {self.budget_bytes}")
+        require(
+            self.segment_bytes == 0 or 64 << 10 <= self.segment_bytes <= self.budget_bytes // 4,
+            f"segment_bytes must be 0 or between 64 KiB and a quarter of the budget, is {self.segment_bytes}",
+        )
+        require(
+            self.compression in ("off", "zstd", "auto"),
+            f"compression must be off, zstd or auto, is {self.compression!r}",
+        )
+        for name in ("block_ttl_s", "checkpoint_ttl_s", "handoff_ttl_s"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
+        for text in self.quotas:
+            _parse_quota(text)
+        check_url(self.events_redis)
+
+    @property
+    def own_quotas(self) -> dict[str, int]:
+        """By tenant, as the setting has it."""
+        return dict(_parse_quota(text) for text in self.quotas)
+
+    @property
+    def segment_bytes_in_force(self) -> int:
+        return self.segment_bytes or max(64 << 10, min(256 * MIB, self.budget_bytes // SEGMENTS_PER_BUDGET))
+
+    @property
+    def record_bytes_max(self) -> int:
+        """A larger record would not fit the reserve that compaction works in."""
+        return min(PAYLOAD_BYTES_MAX, self.segment_bytes_in_force - (8 << 10))
+
+    def ttl_s(self, kind: RecordKind) -> float:
+        return {
+            RecordKind.BLOCK: self.block_ttl_s,
+            RecordKind.CHECKPOINT: self.checkpoint_ttl_s,
+            RecordKind.HANDOFF: self.handoff_ttl_s,
+            RecordKind.POOLED: self.handoff_ttl_s,
+        }[kind]
+
+
+def _parse_quota(text: str) -> tuple[str, int]:
+    """Raises:  ConfigError: not of the form tenant=size."""
+    tenant, equals, size = text.rpartition("=")
+    try:
+        nbytes = parse_size(size)
+    except ValueError:
+        nbytes = -1
+    require(bool(equals) and nbytes >= 0, f"quotas must be tenant=size, is {text!r}")
+    return tenant, nbytes

@@ -1,0 +1,70 @@
+"""Window state that is dead within minutes: handoffs and pooled checkpoints, kept in memory with a time to live and a
+bound in bytes."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from antefix.record import Record, RecordKind
+from antefix.store_files.seal import sealed_part_of
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    payload: bytes
+    sealed: bytes
+    fingerprint: bytes
+    expires_s: float
+
+
+class WindowPool:
+    """Payloads by kind and hash. The oldest go first when the bound is reached. Used from one event loop."""
+
+    def __init__(self, *, bytes_max: int, ttl_s: float) -> None:
+        self.bytes_max = bytes_max
+        self.nbytes = 0
+        self._ttl_s = ttl_s
+        self._kept: OrderedDict[tuple[RecordKind, bytes], _Kept] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def count(self, kind: RecordKind) -> tuple[int, int]:
+        """How many of a kind, and their bytes."""
+        found = [len(kept.payload) for (each, _), kept in self._kept.items() if each is kind]
+        return len(found), sum(found)
+
+    def put(self, record: Record) -> bool:
+        """Keep a payload; replaces one of the same name. False when it alone is over the bound."""
+        name = (record.kind, record.hash)
+        self._drop(name)
+        nbytes = memoryview(record.payload).nbytes
+        if nbytes > self.bytes_max:
+            return False
+        self.expire()
+        while self._kept and self.nbytes + nbytes > self.bytes_max:
+            self._drop(next(iter(self._kept)))
+        ttl_s = self._ttl_s if record.ttl_s is None else record.ttl_s
+        expires_s = time.monotonic() + ttl_s if ttl_s else float("inf")
+        self._kept[name] = _Kept(bytes(record.payload), sealed_part_of(record), record.fingerprint, expires_s)
+        self.nbytes += nbytes
+        return True
+
+    def get(self, kind: RecordKind, name: bytes, fingerprint: bytes) -> tuple[bytes, bytes] | None:
+        """A payload and its sealed part."""
+        kept = self._kept.get((kind, name))
+        if kept is None or kept.fingerprint != fingerprint or kept.expires_s <= time.monotonic():
+            return None
+        return kept.payload, kept.sealed
+
+    def expire(self) -> None:
+        now_s = time.monotonic()
+        for name in [name for name, kept in self._kept.items() if kept.expires_s <= now_s]:
+            self._drop(name)
+
+    def _drop(self, name: tuple[RecordKind, bytes]) -> None:
+        kept = self._kept.pop(name, None)
+        if kept is not None:
+            self.nbytes -= len(kept.payload)

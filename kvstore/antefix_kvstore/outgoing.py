@@ -1,0 +1,172 @@
+"""Payloads that were looked up together, on their way into messages. Knows the reader and the wire, never gRPC.
+
+Plain records go out as they lie in their segments, and the caller verifies them, end to end: the store only copies.
+All else is verified here: what is coded or encrypted, what is larger than a message, what a caller asks for in the
+middle, and what a caller found bad.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+from antefix.store.payload_wire import BlankMessage, records_head
+from antefix.store.pieces import PIECE_BYTES, OutgoingPieces
+from antefix.store_files.read_runs import runs_of
+from antefix.store_files.segment_reader import Located, ReadOutcome, StoreReader
+
+# Read at once while the page cache has it: so little that it is still in the core's own cache when it is sent.
+_CACHED_BYTES: Final = 1 << 20
+# Read at once by a thread: large enough for a cold disk.
+_COLD_BYTES: Final = 4 << 20
+
+
+def can_go_plain(located: Located, record_format: int) -> bool:
+    """Whether a caller that knows records up to version `record_format` can verify all of these, each in a message."""
+    return all(
+        want.plain and want.version <= record_format and want.entry.extent_bytes <= PIECE_BYTES
+        for want in located.wanted
+    )
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """Neighbouring records, and what stands before them in their message."""
+
+    head: bytes
+    segment: int
+    offset: int
+    nbytes: int
+    stored_bytes: int
+    num_records: int
+
+
+class PlainBatch:
+    """Stretches of segments, each copied into one message."""
+
+    verified: ClassVar[bool] = False
+
+    def __init__(self, reader: StoreReader, located: Located, found: ReadOutcome, *, first: int) -> None:
+        """first: number of the first payload.  found: counts what is read."""
+        self.broken = False
+        self._runs = reader.runs
+        self._runs.files.sweep()
+        self._found = found
+        # All drawn up at once. Between messages, whose bytes drive all else out of the core's caches, each line of
+        # Python takes several times as long.
+        self._unread = deque(_stretches(located, reader.seed, first))
+
+    @property
+    def drained(self) -> bool:
+        return not self._unread
+
+    def read_cached(self) -> list[bytes]:
+        """The next message.  Raises:  BlockingIOError: some of it is not in the page cache."""
+        return self._read_next(wait=False)
+
+    def read(self) -> list[bytes]:
+        """The next messages, however long it takes."""
+        messages: list[bytes] = []
+        while self._unread and sum(map(len, messages)) < _COLD_BYTES:
+            messages += self._read_next(wait=True)
+        return messages
+
+    def _read_next(self, *, wait: bool) -> list[bytes]:
+        stretch = self._unread[0]
+        blank = BlankMessage(stretch.head, stretch.nbytes)
+        if not self._runs.copy(stretch.segment, stretch.offset, blank.payload, wait=wait):
+            # Moved or gone since it was looked up, or the disk cannot read it.
+            self.broken = True
+            self._unread.clear()
+            return []
+        self._unread.popleft()
+        self._found.num_good += stretch.num_records
+        self._found.bytes_read += stretch.stored_bytes
+        return [blank.finish()]
+
+
+def _stretches(located: Located, seed: int, first: int) -> Iterator[_Stretch]:
+    for run in runs_of(located.wanted, PIECE_BYTES):
+        segment, offset = run[0].entry.segment, run[0].entry.offset
+        # The padding behind the last record may not be there yet.
+        nbytes = run[-1].entry.end - offset
+        head = records_head(first=first, seed=seed, segment=segment, offset=offset, records_bytes=nbytes)
+        yield _Stretch(head, segment, offset, nbytes, sum(want.entry.stored_bytes for want in run), len(run))
+        first += len(run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Payloads to be read next, and where the parts of each go. last: of those that were looked up."""
+
+    located: Located
+    parts: list[list[memoryview]]
+    last: bool
+
+
+class VerifiedBatch:
+    """Payloads that are read, decoded and verified here, in pieces that follow each other without gaps."""
+
+    verified: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        reader: StoreReader,
+        located: Located,
+        found: ReadOutcome,
+        *,
+        first: int,
+        offset: int = 0,
+        has_seals: bool = False,
+    ) -> None:
+        """offset: where in the first payload to begin.  has_seals: send the sealed part of each.
+
+        Raises:  InvalidRequest: the offset lies behind that payload.
+        """
+        self.broken = False
+        self._reader = reader
+        self._found = found
+        self._located = located
+        self._pieces = OutgoingPieces(located.sizes, first=first, offset=offset, has_seals=has_seals)
+        self._num_cut = self._num_read = 0
+        # Laid out, but not in the page cache when it was to be read without waiting.
+        self._waiting: _Window | None = None
+
+    @property
+    def drained(self) -> bool:
+        return self.broken or (self._waiting is None and self._num_cut == len(self._located.wanted))
+
+    def read_cached(self) -> list[bytes]:
+        """The next messages, none where a piece takes more than one call.
+
+        Raises:  BlockingIOError: some of it is not in the page cache, or must be decoded.
+        """
+        window = self._waiting = self._waiting or self._cut(_CACHED_BYTES)
+        if not window.located.plain:
+            raise BlockingIOError("must be decoded")
+        return self._fill(window, wait=False)
+
+    def read(self) -> list[bytes]:
+        """The next messages, however long it takes; none where a piece takes more than one call."""
+        return self._fill(self._waiting or self._cut(_COLD_BYTES), wait=True)
+
+    def _fill(self, window: _Window, *, wait: bool) -> list[bytes]:
+        outcome = self._reader.fill(window.located, lambda number, _: window.parts[number], wait=wait)
+        self._waiting = None
+        for number, want in enumerate(window.located.wanted[: outcome.num_good], start=self._num_read):
+            self._pieces.note_sealed(number, want.sealed)
+        self._num_read += outcome.num_good
+        self._found.num_good += outcome.num_good
+        self._found.bytes_read += outcome.bytes_read
+        self._found.suspects += outcome.suspects
+        self.broken = outcome.num_good < len(window.parts)
+        return self._pieces.messages(self._num_read, last=window.last or self.broken)
+
+    def _cut(self, bytes_max: int) -> _Window:
+        """The next of what was looked up."""
+        located = self._located.window(self._num_cut, bytes_max)
+        parts = [self._pieces.parts_of(self._num_cut + number) for number in range(len(located.wanted))]
+        self._num_cut += len(parts)
+        return _Window(located, parts, self._num_cut == len(self._located.wanted))

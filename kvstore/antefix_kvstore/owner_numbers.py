@@ -1,0 +1,90 @@
+"""Owners and their numbers in the index: given with an owner's first record, forgotten with its last.
+
+With one owner for each end user there are as many as users, so what is kept must follow what is stored. A
+number is never given twice in the life of an index: an entry, snapshot or reader that still has it can only find that
+it means nobody any more, never that it means somebody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from antefix.errors import StoreFull
+from antefix.store_files.index import GENERATION_BYTES, Index, owner_of
+
+_NUMBER_MAX: Final = 0xFFFFFFFF
+
+
+class OwnerNumbers:
+    """The owners of one write transaction, as `antefix.store_files.record_header.owner_row` makes them."""
+
+    def __init__(self, index: Index, txn: Any) -> None:
+        self._index = index
+        self._txn = txn
+        # Every record names its owner, and in one transaction they are few.
+        self._numbers: dict[bytes, int] = {}
+        self._given: set[int] = set()
+
+    def find(self, owner: bytes) -> int | None:
+        """The number of an owner that has something stored, or just got one."""
+        number = self._numbers.get(owner)
+        return self._index.owner_id(self._txn, owner) if number is None else number
+
+    def number(self, owner: bytes, generation: int) -> int:
+        """The number of an owner of which a record is about to be indexed; a new one where it has none.
+
+        generation: of the secret that made the owner's digest.
+        Raises:  StoreFull: see `next_number`.
+        """
+        if owner not in self._numbers:
+            found = self._index.owner_id(self._txn, owner)
+            self._numbers[owner] = self._give(owner, generation) if found is None else found
+        return self._numbers[owner]
+
+    def _give(self, owner: bytes, generation: int) -> int:
+        number = next_number(self._index, self._txn, b"T")
+        key, names = number.to_bytes(4, "little"), self._index.db["names"]
+        self._txn.put(owner, key, db=names)
+        # A name of version 1 was made with no secret.
+        made_by = generation.to_bytes(GENERATION_BYTES, "little") if owner[:1] == b"o" else b""
+        self._txn.put(owner[:1].upper() + key, owner[1:] + made_by, db=names)
+        self._given.add(number)
+        return number
+
+    def forget_empty(self, changed: Iterable[int]) -> None:
+        """Drop the names of which nothing is stored, among those in `changed` and those given in this transaction.
+
+        To be called when the totals are written: they say what is stored.
+        """
+        names, totals = self._index.db["names"], self._index.db["totals"]
+        for number in {*changed, *self._given}:
+            key = number.to_bytes(4, "little")
+            if any(self._txn.get(b"t" + key, db=totals) or b""):
+                continue
+            self._txn.delete(b"t" + key, db=totals)
+            for letter in (b"t", b"o"):
+                value = self._txn.pop(letter.upper() + key, db=names)
+                if value is not None:
+                    self._txn.delete(owner_of(letter, value), db=names)
+
+    def forget_all_empty(self) -> None:
+        """The same for all: stores of earlier versions hold the name of everyone who ever stored something."""
+        self.forget_empty(self._index.owners(self._txn))
+
+
+def next_number(index: Index, txn: Any, prefix: bytes) -> int:
+    """A number that was never given before in this index.
+
+    Raises:  StoreFull: all four billion were given; a rebuilt index begins again at 1.
+    """
+    key, names = b"#" + prefix, index.db["names"]
+    value = txn.get(key, db=names)
+    number = 1 + (0 if value is None else int.from_bytes(value, "little"))
+    if number > _NUMBER_MAX:
+        raise StoreFull(
+            f"the index has given out all its numbers: stop the service and delete {index.directory}, which is then"
+            " rebuilt from the segments"
+        )
+    txn.put(key, number.to_bytes(4, "little"), db=names)
+    return number

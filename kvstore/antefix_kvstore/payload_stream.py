@@ -1,0 +1,121 @@
+"""The payloads that one Get asks for, as messages ready to be sent. Knows the engine, never gRPC.
+
+What is in the page cache is read on the event loop itself, which costs less than handing it to a thread and waking the
+loop again. The first window that would wait for the disk sends the rest of the stream to threads, which then read each
+window while the one before it is sent. So is what must be decoded. Memory is bounded by two windows a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Final
+
+from antefix.record import RecordKind
+from antefix.store_files.segment_reader import Located, ReadOutcome
+from antefix_kvstore.outgoing import PlainBatch, VerifiedBatch, can_go_plain
+from antefix_kvstore.storage_engine import Engine
+
+# Looked up at once, in a thread: the index may be cold, and the event loop must not wait for its pages.
+_NUM_LOCATED: Final = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetRange:
+    """Payloads of hashes[first:], the first one from byte `offset` on.
+
+    record_format: the newest version of plain records that the caller can check; 0: none.  wants_seals: of the others.
+    """
+
+    kind: RecordKind
+    hashes: Sequence[bytes]
+    fingerprint: bytes
+    first: int
+    offset: int
+    record_format: int = 0
+    wants_seals: bool = False
+
+
+class PayloadStream:
+    """One Get's payloads. Tells the engine what was read when it ends."""
+
+    def __init__(self, engine: Engine, threads: ThreadPoolExecutor, wanted: GetRange) -> None:
+        self._engine = engine
+        self._threads = threads
+        self._wanted = wanted
+        # What was read in all.
+        self._found = ReadOutcome()
+        # Whether the caller verifies what comes; what was looked up last, and whether that was all there is to send.
+        self._sends_plain = bool(wanted.record_format)
+        self._is_last = False
+        self._batch = self._batch_of(Located(wanted.kind, wanted.fingerprint, [], False))
+
+    async def messages(self, counted: AbstractContextManager[None]) -> AsyncGenerator[bytes, None]:
+        """As they get ready; ends at the first payload that is missing or not what it should be.
+
+        counted: held while the stream lasts.
+        """
+        in_thread, threads = asyncio.get_running_loop().run_in_executor, self._threads
+        upcoming: asyncio.Future[list[bytes] | None] | None = None
+        with counted:
+            try:
+                # 1. What the page cache has.
+                with contextlib.suppress(BlockingIOError):
+                    while not self._batch.drained or await in_thread(threads, self._locate):
+                        for message in self._batch.read_cached():
+                            yield message
+                    return
+                # 2. What comes next takes a thread, and so will the rest.
+                upcoming = in_thread(threads, self._read)
+                while (messages := await upcoming) is not None:
+                    upcoming = in_thread(threads, self._read)
+                    for message in messages:
+                        yield message
+            finally:
+                if upcoming is not None:
+                    upcoming.cancel()
+                # Not awaited: a stream that is closed early must not wait for the index. No thread is left in a closing
+                # service, which then forgets this use.
+                with contextlib.suppress(RuntimeError):
+                    threads.submit(self._note)
+
+    def _read(self) -> list[bytes] | None:
+        """What comes next, however long it takes. None at the end."""
+        while not self._batch.drained or self._locate():
+            if messages := self._batch.read():
+                return messages
+        return None
+
+    def _locate(self) -> bool:
+        """Look up what comes next. Returns whether there is more."""
+        wanted = self._wanted
+        if self._batch.broken:
+            # What could not be copied is looked at; what is bad then ends the stream.
+            self._is_last = self._batch.verified
+            self._sends_plain = False
+        first = wanted.first + self._found.num_good
+        hashes = wanted.hashes[first : first + _NUM_LOCATED]
+        if self._is_last or not hashes:
+            return False
+        located = self._engine.reader.locate(wanted.kind, hashes, fingerprint=wanted.fingerprint)
+        self._is_last = len(located.wanted) < len(hashes)
+        self._batch = self._batch_of(located)
+        return bool(located.wanted)
+
+    def _batch_of(self, located: Located) -> PlainBatch | VerifiedBatch:
+        reader, first = self._engine.reader, self._wanted.first + self._found.num_good
+        offset = 0 if self._found.num_good else self._wanted.offset
+        if self._sends_plain and not offset and can_go_plain(located, self._wanted.record_format):
+            return PlainBatch(reader, located, self._found, first=first)
+        return VerifiedBatch(
+            reader, located, self._found, first=first, offset=offset, has_seals=self._wanted.wants_seals
+        )
+
+    def _note(self) -> None:
+        """One use of the last payload stands for all before it."""
+        hashes = self._wanted.hashes[self._wanted.first :]
+        self._engine.settle(self._wanted.kind, hashes, self._found, num_missed=int(self._found.num_good < len(hashes)))

@@ -1,0 +1,203 @@
+"""Opening a store in whatever state it was left: identity, lock, index checked or rebuilt, segment tails settled.
+
+After a crash the index may be older than the segments, never newer in a way that matters: records are durable before
+the index names them. So what lies behind the indexed end of a segment is checked and indexed, the rest is cut off; a
+segment that the index names nothing in is dropped; and an index that is lost, damaged or at odds with the files is
+rebuilt from the headers. docs/FORMAT.md goes through the cases one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import lmdb
+
+from antefix.errors import BlockCorrupt
+from antefix.record import STORED_KINDS
+from antefix.store_files.index import Index
+from antefix.store_files.record_format import (
+    RECORD_HEADER_BYTES,
+    SEGMENT_DIR,
+    SEGMENT_HEADER_BYTES,
+    IndexEntry,
+    StoreIdentity,
+)
+from antefix.store_files.record_header import RecordHeader
+from antefix.store_files.segment_reader import wall_ms
+from antefix_kvstore.disk import Disk
+from antefix_kvstore.identity import CLEAN_FILE, lock_directory, prepare_directory, read_identity
+from antefix_kvstore.index_repair import (
+    ends_of,
+    index_bytes_max,
+    index_headers,
+    index_sum,
+    open_index,
+    rebuild_index,
+    remove_leftovers,
+    set_end,
+)
+from antefix_kvstore.index_writer import IndexTxn, read_segments
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.reserve import is_full
+from antefix_kvstore.segments import Segments
+
+log = logging.getLogger("antefix_kvstore.recovery")
+
+# Address space, not memory: a repair does not know the service's budget.
+_REPAIR_INDEX_BYTES: Final = 16 << 30
+
+
+@dataclass(slots=True)
+class OpenStore:
+    """What opening hands to the engine."""
+
+    directory: Path
+    identity: StoreIdentity
+    index: Index
+    segments: Segments
+    disk: Disk
+    lock_fd: int
+
+    def close(self) -> None:
+        """Close cleanly: the index's checksum is written down, so that the next opening need not examine it."""
+        self.segments.close()
+        self.index.env.sync(True)
+        self.index.close()
+        self.disk.replace_file(self.directory / CLEAN_FILE, index_sum(self.directory))
+        self._unlock()
+
+    def abandon(self) -> None:
+        """Let go without the clean mark, as a crash would."""
+        self.segments.close()
+        self.index.close()
+        self._unlock()
+
+    @property
+    def is_open(self) -> bool:
+        return self.lock_fd >= 0
+
+    def _unlock(self) -> None:
+        os.close(self.lock_fd)
+        self.lock_fd = -1
+
+
+def open_store(config: KvStoreConfig, disk: Disk, clock_ms: Callable[[], int]) -> OpenStore:
+    """Raises:  ConfigError: not a store, another format version, or open in another process."""
+    directory = Path(config.dir)
+    prepare_directory(directory)
+    lock_fd = lock_directory(directory)
+    try:
+        # 1. Who this store is.
+        identity = read_identity(directory, disk, clock_ms)
+        segments = Segments(directory / SEGMENT_DIR, identity, disk, segment_bytes=config.segment_bytes_in_force)
+        # 2. An index that can be trusted.
+        index = open_index(directory, config, segments, disk)
+        # 3. Segments and index brought together.
+        try:
+            _settle(index, segments)
+        except (_IndexAtOdds, BlockCorrupt, struct.error, lmdb.Error) as err:
+            if isinstance(err, lmdb.Error) and is_full(err, directory):
+                raise
+            log.warning("rebuilding the index: %s", err)
+            index = rebuild_index(directory, index_bytes_max(config), segments)
+            _settle(index, segments)
+        return OpenStore(directory, identity, index, segments, disk, lock_fd)
+    except BaseException:
+        os.close(lock_fd)
+        raise
+
+
+def _settle(index: Index, segments: Segments) -> None:
+    """As below; lets go of both when that fails."""
+    try:
+        _settle_segments(index, segments)
+    except BaseException:
+        segments.close()
+        index.close()
+        raise
+
+
+class _IndexAtOdds(Exception):
+    """Index and segments cannot both be right; the segments are."""
+
+
+def _settle_segments(index: Index, segments: Segments) -> None:
+    """Index what lies whole behind the committed ends, cut off the rest, drop what nothing refers to."""
+    with index.txn() as txn:
+        states = read_segments(index, txn)
+    for number, state in states.items():
+        if state.live_records and segments.sizes.get(number, 0) < state.end:
+            raise _IndexAtOdds(f"segment {number} is missing or shorter than {state.end} bytes")
+    with IndexTxn(index) as txn:
+        for number in set(states) - set(segments.sizes):
+            txn.set_segment(number, None)
+    found: list[RecordHeader] = []
+    ends: dict[int, int] = {}
+    for number, size in segments.sizes.items():
+        known = states[number].end if number in states else 0
+        start = max(known, SEGMENT_HEADER_BYTES)
+        tail = list(segments.scan(number, start, check_payloads=True)) if size > start else []
+        if tail:
+            # Seen in the page cache is not yet on the disk, and the index must not be ahead of the segments.
+            segments.sync_file(number)
+        found += tail
+        ends[number] = min(size, max(start, ends_of(tail).get(number, 0)))
+    _index_tails(index, found)
+    with IndexTxn(index) as txn:
+        for number, end in ends.items():
+            set_end(txn, number, end)
+        # Earlier versions kept the name of everyone who ever stored something.
+        txn.forget_empty_owners()
+    _close_segments(index, segments, ends, max(states, default=0))
+
+
+def _index_tails(index: Index, found: list[RecordHeader]) -> None:
+    with index.txn() as txn:
+        stored = [header for header in found if header.kind in STORED_KINDS]
+        new = [header for header in stored if _is_news(index.entry(txn, header.kind, header.hash))]
+    index_headers(index, sorted(new, key=lambda header: (header.position, header.kind)))
+
+
+def _is_news(entry: IndexEntry | None) -> bool:
+    return entry is None or entry.quarantined
+
+
+def _close_segments(index: Index, segments: Segments, ends: dict[int, int], last_known: int) -> None:
+    """Cut tails, drop the dead, and go on appending to the last one if it has room."""
+    with index.txn() as txn:
+        states = read_segments(index, txn)
+    segments.start_after(last_known)
+    for number in sorted(ends):
+        if states[number].live_records == 0:
+            segments.drop(number)
+            with IndexTxn(index) as txn:
+                txn.set_segment(number, None)
+        elif segments.sizes[number] > ends[number]:
+            segments.resume(number, ends[number])
+    last = max(segments.sizes, default=None)
+    if last is not None and segments.sizes[last] + RECORD_HEADER_BYTES < segments.segment_bytes:
+        segments.resume(last, segments.sizes[last])
+    else:
+        segments.close()
+
+
+def rebuild_store(directory: Path, disk: Disk, *, index_bytes: int = _REPAIR_INDEX_BYTES) -> None:
+    """Rebuild the index from the records whose payloads are right; the caller holds the lock. For repair."""
+    identity = read_identity(directory, disk, wall_ms)
+    segments = Segments(directory / SEGMENT_DIR, identity, disk, segment_bytes=0)
+    for number in list(segments.sizes):
+        segments.rewrite_header(number, wall_ms())
+    (directory / CLEAN_FILE).unlink(missing_ok=True)
+    remove_leftovers(directory)
+    index = rebuild_index(directory, index_bytes, segments, check_all=True)
+    try:
+        _settle_segments(index, segments)
+    finally:
+        segments.close()
+        index.close()

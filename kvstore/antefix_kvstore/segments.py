@@ -1,0 +1,279 @@
+"""Segment files from the writer's side: append, sync, roll over, scan, drop. Knows files and headers, never the index.
+
+A batch (one group commit) starts at a multiple of 4,096 bytes, so that a torn write of a later batch cannot reach the
+sectors of an acknowledged one. Records inside a batch follow each other at multiples of 8.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from antefix.errors import BlockCorrupt
+from antefix.record import Buffer
+from antefix.store_files.record_format import (
+    BATCH_ALIGN,
+    RECORD_ALIGN,
+    RECORD_HEADER_BYTES,
+    RECORD_MAGICS_BEGIN,
+    SEGMENT_HEADER_BYTES,
+    StoreIdentity,
+    align,
+    pack_segment_header,
+    payload_checksum,
+    segment_name,
+    segment_number,
+    unpack_segment_header,
+)
+from antefix.store_files.record_header import RecordHeader, pack_record_header, unpack_record_header
+from antefix_kvstore.disk import Disk
+
+# Checksummed, copied and handed to the disk at once: measured 1.2 times as fast as a whole batch of 57 MB.
+_WRITE_BYTES: Final = 4 << 20
+_SCAN_PIECE_BYTES: Final = 4 << 20
+_PADDING: Final = bytes(BATCH_ALIGN)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A record that has no place yet: `header` without segment and offset, and the bytes to store.
+
+    sealed: the header has the payload's checksum already, from when the payload was first written.
+    """
+
+    header: RecordHeader
+    stored: Buffer
+    sealed: bool = False
+
+
+class Segments:
+    """The segment files of one store. One writer; not thread-safe."""
+
+    def __init__(self, directory: Path, identity: StoreIdentity, disk: Disk, *, segment_bytes: int) -> None:
+        self.directory = directory
+        self.identity = identity
+        self.segment_bytes = segment_bytes
+        self.disk = disk
+        # File sizes; what the budget counts.
+        self.sizes: dict[int, int] = {}
+        self.active: int | None = None
+        self._fd = -1
+        self._next = 1
+        for path in directory.iterdir():
+            number = segment_number(path.name)
+            if number is not None:
+                self.sizes[number] = path.stat().st_size
+                self._next = max(self._next, number + 1)
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+    def path(self, number: int) -> Path:
+        return self.directory / segment_name(number)
+
+    def start_after(self, number: int) -> None:
+        """Never use a number again: a reader might still hold the old file under it."""
+        self._next = max(self._next, number + 1)
+
+    def resume(self, number: int, end: int) -> None:
+        """Go on appending to a segment that ends at `end`; anything behind it is cut off."""
+        self._close_active()
+        self._fd = self.disk.open(self.path(number))
+        self.active = number
+        self._truncate(end)
+
+    def append(self, drafts: Sequence[Draft], created_ms: int) -> list[RecordHeader]:
+        """Write a batch behind the last one, not yet durable. Returns the headers with their places.
+
+        Raises:  OSError: nothing of the batch counts; what was written of it has been cut off again.
+        """
+        nbytes = sum(draft.header.extent_bytes for draft in drafts)
+        if self.active is None or self.sizes[self.active] + nbytes > self.segment_bytes:
+            self.roll(created_ms)
+        assert self.active is not None
+        # Recovery may have cut the file inside a sector.
+        start = align(self.sizes[self.active], BATCH_ALIGN)
+        end = start
+        headers: list[RecordHeader] = []
+        try:
+            for group in _groups(drafts):
+                placed, buffers = self._place(group, self.active, end)
+                headers += placed
+                nbytes = placed[-1].offset + placed[-1].extent_bytes - end
+                if len(headers) == len(drafts):
+                    gap = align(end + nbytes, BATCH_ALIGN) - end - nbytes
+                    buffers.append(_PADDING[:gap])
+                    nbytes += gap
+                self.disk.write(self._fd, buffers, end)
+                # The disk is busy from the first group on, not from the last.
+                self.disk.start_writeback(self._fd, end, nbytes)
+                end += nbytes
+        except OSError:
+            self.rollback(start)
+            raise
+        self.sizes[self.active] = end
+        return headers
+
+    def _place(self, drafts: Sequence[Draft], segment: int, start: int) -> tuple[list[RecordHeader], list[Buffer]]:
+        headers: list[RecordHeader] = []
+        buffers: list[Buffer] = []
+        offset = start
+        for draft in drafts:
+            checksum = draft.header.payload_checksum if draft.sealed else payload_checksum(draft.stored)
+            header = dataclasses.replace(draft.header, payload_checksum=checksum, segment=segment, offset=offset)
+            headers.append(header)
+            padding = align(header.stored_bytes, RECORD_ALIGN) - header.stored_bytes
+            buffers += [pack_record_header(header, self.identity.seed), draft.stored]
+            if padding:
+                buffers.append(_PADDING[:padding])
+            offset += header.extent_bytes
+        return headers, buffers
+
+    def sync(self) -> None:
+        self.disk.sync_data(self._fd)
+
+    def sync_file(self, number: int) -> None:
+        """Make a segment that is not the active one durable."""
+        fd = self.disk.open(self.path(number))
+        try:
+            self.disk.sync_data(fd)
+        finally:
+            self.disk.close(fd)
+
+    def rollback(self, end: int) -> None:
+        """Cut the active segment back to `end`, where an append or its index transaction failed."""
+        if self.active is not None:
+            self._truncate(end)
+
+    def roll(self, created_ms: int) -> None:
+        """Start a new segment. Its name is durable before anything refers to it."""
+        number = self._next
+        self._next += 1
+        fd = self.disk.create(self.path(number))
+        try:
+            self.disk.write(fd, [pack_segment_header(self.identity, number, created_ms)], 0)
+            self.disk.sync_directory(self.directory)
+        except OSError:
+            self.disk.close(fd)
+            with contextlib.suppress(OSError):
+                self.disk.unlink(self.path(number))
+            raise
+        self._close_active()
+        self._fd, self.active = fd, number
+        self.sizes[number] = SEGMENT_HEADER_BYTES
+
+    def rewrite_header(self, number: int, created_ms: int) -> None:
+        """Put a right header in place of a damaged one; the records behind it say themselves where they belong."""
+        with self.path(number).open("rb") as file:
+            try:
+                found, named = unpack_segment_header(file.read(SEGMENT_HEADER_BYTES))
+                if (found.store_id, named) == (self.identity.store_id, number):
+                    return
+            except BlockCorrupt:
+                pass
+        fd = self.disk.open(self.path(number))
+        try:
+            self.disk.write(fd, [pack_segment_header(self.identity, number, created_ms)], 0)
+            self.disk.sync_data(fd)
+        finally:
+            self.disk.close(fd)
+
+    def drop(self, number: int) -> None:
+        """Delete a segment that nothing refers to."""
+        if number == self.active:
+            self._close_active()
+        self.disk.unlink(self.path(number))
+        del self.sizes[number]
+
+    def close(self) -> None:
+        self._close_active()
+
+    def read(self, number: int, offset: int, nbytes: int) -> bytes:
+        """For the writer's own checks; readers have antefix.store_files.segment_reader."""
+        fd = os.open(self.path(number), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(fd, nbytes, offset)
+        finally:
+            os.close(fd)
+
+    def scan(self, number: int, start: int = SEGMENT_HEADER_BYTES, *, check_payloads: bool) -> Iterator[RecordHeader]:
+        """Headers of the whole records from `start` on, stepping over what is damaged.
+
+        check_payloads: also read and verify every payload, and leave out those that are wrong.
+        """
+        size = self.path(number).stat().st_size
+        fd = os.open(self.path(number), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            offset: int | None = start
+            while offset is not None and offset + RECORD_HEADER_BYTES <= size:
+                header = self._header_at(fd, number, offset)
+                if header is None and (boundary := _end_of_padding(fd, offset)) > offset:
+                    offset = boundary
+                    continue
+                if header is None or offset + header.extent_bytes > size:
+                    offset = _find_magic(fd, offset + RECORD_ALIGN, size)
+                    continue
+                if not check_payloads or _payload_is_right(fd, header):
+                    yield header
+                offset += header.extent_bytes
+        finally:
+            os.close(fd)
+
+    def _header_at(self, fd: int, number: int, offset: int) -> RecordHeader | None:
+        try:
+            header = unpack_record_header(os.pread(fd, RECORD_HEADER_BYTES, offset), self.identity.seed)
+        except BlockCorrupt:
+            return None
+        # A payload may contain what looks like a header; only one that names its own place is one.
+        return header if (header.segment, header.offset) == (number, offset) else None
+
+    def _truncate(self, end: int) -> None:
+        assert self.active is not None
+        self.disk.truncate(self._fd, end)
+        self.sizes[self.active] = end
+
+    def _close_active(self) -> None:
+        if self.active is not None:
+            self.disk.close(self._fd)
+            self.active, self._fd = None, -1
+
+
+def _groups(drafts: Sequence[Draft]) -> Iterator[Sequence[Draft]]:
+    """Cut where enough has gathered for the disk to begin."""
+    first = nbytes = 0
+    for number, draft in enumerate(drafts, start=1):
+        nbytes += draft.header.extent_bytes
+        if nbytes >= _WRITE_BYTES or number == len(drafts):
+            yield drafts[first:number]
+            first, nbytes = number, 0
+
+
+def _end_of_padding(fd: int, offset: int) -> int:
+    """The next batch's start, if nothing but zeros lies between, else `offset`."""
+    boundary = align(offset, BATCH_ALIGN)
+    return boundary if not os.pread(fd, boundary - offset, offset).strip(b"\0") else offset
+
+
+def _payload_is_right(fd: int, header: RecordHeader) -> bool:
+    stored = os.pread(fd, header.stored_bytes, header.offset + RECORD_HEADER_BYTES)
+    return payload_checksum(stored) == header.payload_checksum
+
+
+def _find_magic(fd: int, start: int, size: int) -> int | None:
+    """The next aligned place at which a record header might begin."""
+    overlap = len(RECORD_MAGICS_BEGIN) - 1
+    while start < size:
+        piece = os.pread(fd, _SCAN_PIECE_BYTES + overlap, start)
+        at = piece.find(RECORD_MAGICS_BEGIN)
+        while at >= 0:
+            if (start + at) % RECORD_ALIGN == 0:
+                return start + at
+            at = piece.find(RECORD_MAGICS_BEGIN, at + 1)
+        start += _SCAN_PIECE_BYTES
+    return None

@@ -1,0 +1,411 @@
+"""The store's gRPC service. Knows protobuf and the event loop; every disk access happens in other threads.
+
+Memory is bounded: a Get reads two windows of 4 MiB before they are sent, a Put collects at most PUT_BATCH_BYTES before
+it waits for the writer, and both count against the number of streams served at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+import grpc
+
+from antefix import rpc
+from antefix.errors import InvalidRequest, Overloaded
+from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Reason, Record, RecordKind, Refusal
+from antefix.store.allocator import keep_large_buffers
+from antefix.store.payload_channel import SERVICE
+from antefix.store.payload_wire import Piece, unpack_put_request
+from antefix.store.pieces import HASHES_MAX, RecordAssembler, join_hashes, kind_of, messages_of, split_hashes
+from antefix.store_files import codec
+from antefix.store_files.gone_blocks import fate_of
+from antefix.store_files.record_format import FORMAT_VERSIONS
+from antefix.store_files.record_header import owner_row
+from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
+from antefix_kvstore.engine_stats import collect
+from antefix_kvstore.event_log import Event
+from antefix_kvstore.group_commit import GroupCommitter
+from antefix_kvstore.index_writer import Name
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.memory_records import WindowPool
+from antefix_kvstore.payload_stream import GetRange, PayloadStream
+from antefix_kvstore.scrubber import Scrubber
+from antefix_kvstore.storage_engine import Engine
+
+T = TypeVar("T")
+PUT_BATCH_BYTES: Final = 32 << 20
+STREAMS_MAX: Final = 64
+NAMES_MAX: Final = 65_536
+_READ_THREADS: Final = 8
+
+
+class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
+    """One engine behind one service."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.writer = GroupCommitter(engine)
+        self.pool = WindowPool(bytes_max=engine.config.handoff_bytes_max, ttl_s=engine.config.handoff_ttl_s)
+        self.scrubber = Scrubber(engine, max(engine.config.scrub_bytes_per_s, 1))
+        if engine.config.scrub_bytes_per_s:
+            self.scrubber.start()
+        self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="antefix-serve")
+        self._num_streams = 0
+
+    async def close(self) -> None:
+        """Commit what is queued and close the store."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self.scrubber.stop)
+        await loop.run_in_executor(None, self.writer.stop)
+        self._threads.shutdown()
+        await loop.run_in_executor(None, self.engine.close)
+
+    async def Lookup(
+        self, request: kvstore_pb2.LookupRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.LookupResponse:
+        chain = split_hashes(request.chain)
+        found = await self._in_thread(lambda: self.engine.lookup(chain, fingerprint=request.fingerprint))
+        return kvstore_pb2.LookupResponse(
+            num_blocks=found.num_blocks, checkpoints=found.checkpoints, block_bytes=found.block_bytes
+        )
+
+    async def Fate(
+        self, request: kvstore_pb2.FateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.FateResponse:
+        engine = self.engine
+        found = await self._in_thread(
+            lambda: fate_of(
+                engine.reader.directory,
+                engine.index,
+                request.hash,
+                fingerprint=request.fingerprint,
+                now_ms=engine.clock_ms(),
+            )
+        )
+        return kvstore_pb2.FateResponse(
+            fate=found.fate.value, fingerprints=found.fingerprints, statements=found.statements
+        )
+
+    def Get(
+        self, request: kvstore_pb2.GetRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[bytes, None]:
+        kind, hashes = kind_of(request.kind), split_hashes(request.hashes)
+        if len(hashes) > HASHES_MAX or request.first > len(hashes):
+            raise InvalidRequest(f"at most {HASHES_MAX} hashes a stream, `first` among them")
+        if kind in MEMORY_KINDS:
+            return self._from_memory(kind, request, hashes)
+        known = request.record_format in FORMAT_VERSIONS
+        wanted = GetRange(
+            kind=kind,
+            hashes=hashes,
+            fingerprint=request.fingerprint,
+            first=request.first,
+            offset=request.offset,
+            record_format=request.record_format if known else 0,
+            wants_seals=request.wants_seals,
+        )
+        # Each generator around this one would cost every message once more.
+        return PayloadStream(self.engine, self._threads, wanted).messages(_Counted(self))
+
+    async def _from_memory(
+        self, kind: RecordKind, request: kvstore_pb2.GetRequest, hashes: Sequence[bytes]
+    ) -> AsyncGenerator[bytes, None]:
+        with _Counted(self):
+            for number in range(request.first, len(hashes)):
+                kept = self.pool.get(kind, hashes[number], request.fingerprint)
+                if kept is None:
+                    return
+                payload, sealed = kept
+                offset = request.offset if number == request.first else 0
+                sealed = sealed if request.wants_seals else b""
+                for message in messages_of(payload, number, offset=offset, sealed=sealed):
+                    yield message
+
+    async def Put(
+        self,
+        request_iterator: AsyncIterator[Piece[kvstore_pb2.PutRequest]],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> kvstore_pb2.PutResponse:
+        with _Counted(self):
+            return _put_response(await self._receive(request_iterator))
+
+    async def _receive(self, requests: AsyncIterator[Piece[kvstore_pb2.PutRequest]]) -> list[PutResult]:
+        """Hand records to the writer in batches; one batch is committed while the next one arrives."""
+        assembler = RecordAssembler(max(self.engine.config.record_bytes_max, self.pool.bytes_max))
+        results: list[PutResult] = []
+        batch: list[Record] = []
+        batch_bytes = 0
+        committing: Future[PutResult] | None = None
+        async for piece in requests:
+            record = assembler.add(piece)
+            if record is None:
+                continue
+            if record.kind in MEMORY_KINDS:
+                results.append(self._keep_in_memory(record))
+                continue
+            batch.append(record)
+            batch_bytes += len(record.payload)
+            if batch_bytes >= PUT_BATCH_BYTES:
+                if committing is not None:
+                    results.append(await asyncio.wrap_future(committing))
+                committing = self.writer.submit(batch)
+                batch, batch_bytes = [], 0
+        assembler.end()
+        if committing is not None:
+            results.append(await asyncio.wrap_future(committing))
+        if batch:
+            results.append(await asyncio.wrap_future(self.writer.submit(batch)))
+        return results
+
+    def _keep_in_memory(self, record: Record) -> PutResult:
+        if self.pool.put(record):
+            return PutResult(num_stored=1, num_existing=0)
+        refusal = Refusal(Reason.TOO_LARGE, "larger than the memory for handoffs and pooled checkpoints")
+        return PutResult(num_stored=0, num_existing=0, refused={record.hash: refusal})
+
+    async def Touch(
+        self, request: kvstore_pb2.TouchRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.TouchResponse:
+        used, suspects, forged = _names(request.used), _names(request.suspect), _stored_names(request.forged)
+        await self._in_thread(
+            lambda: self.engine.note_use(
+                used,
+                suspects,
+                forged=forged,
+                hits=request.hits,
+                misses=request.misses,
+                bytes_read=request.bytes_read,
+            )
+        )
+        return kvstore_pb2.TouchResponse()
+
+    async def Pin(
+        self, request: kvstore_pb2.PinRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.PinResponse:
+        names, owner = _stored_names(request.records), _owner_of(request)
+        num_pinned = await self._in_thread(lambda: self.engine.pin(names, request.duration_s, owner=owner))
+        return kvstore_pb2.PinResponse(num_pinned=num_pinned)
+
+    async def Evict(
+        self, request: kvstore_pb2.EvictRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.EvictResponse:
+        names, owner = _stored_names(request.records), _owner_of(request)
+        num_evicted = await self._in_thread(lambda: self.engine.evict(names, owner=owner))
+        return kvstore_pb2.EvictResponse(num_evicted=num_evicted)
+
+    async def Register(
+        self, request: kvstore_pb2.RegisterRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.RegisterResponse:
+        plans = {
+            kind: codec.PlanePlan(
+                parts=tuple(
+                    codec.PlanePart(num_rows=part.num_rows, fields=tuple((f.nbytes, f.width) for f in part.fields))
+                    for part in parts
+                )
+            )
+            for kind, parts in ((RecordKind.BLOCK, request.parts), (RecordKind.CHECKPOINT, request.checkpoint_parts))
+            if parts
+        }
+        await self._in_thread(
+            lambda: self.engine.register(request.fingerprint, request.block_size, plans, statement=request.statement)
+        )
+        return kvstore_pb2.RegisterResponse()
+
+    async def Watch(
+        self, request: kvstore_pb2.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[kvstore_pb2.WatchResponse]:
+        """Events from a cursor, a snapshot before them where the cursor is unknown or too old."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        events = self.engine.events
+        epoch, number = request.epoch, request.after
+        unlisten = events.listen(lambda: _wake(loop, changed))
+        try:
+            while True:
+                changed.clear()
+                found = events.since(epoch, number)
+                if found is None:
+                    epoch = events.epoch
+                    number, pieces = await self._in_thread(self.engine.snapshot)
+                    while (piece := await self._in_thread(functools.partial(next, pieces, None))) is not None:
+                        yield _watch_response(epoch, number, piece, snapshot=True)
+                    yield _watch_response(epoch, number, [], snapshot=True, snapshot_end=True)
+                elif found:
+                    number = found[-1].number
+                    yield _watch_response(epoch, number, found)
+                else:
+                    await changed.wait()
+        finally:
+            unlisten()
+
+    async def Stats(
+        self, request: kvstore_pb2.StatsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.StatsResponse:
+        stats = await self._in_thread(lambda: collect(self.engine))
+        response = kvstore_pb2.StatsResponse(
+            kinds=[
+                kvstore_pb2.KindStats(
+                    kind=kind.value,  # type: ignore[arg-type]
+                    records=counted.records,
+                    stored_bytes=counted.stored_bytes,
+                    payload_bytes=counted.payload_bytes,
+                )
+                for kind, counted in stats.kinds.items()
+            ],
+            handoff_bytes_max=self.pool.bytes_max,
+            scrubbed_bytes=self.scrubber.counters.bytes,
+        )
+        for kind in MEMORY_KINDS:
+            records, nbytes = self.pool.count(kind)
+            response.kinds.add(kind=kind.value, records=records, stored_bytes=nbytes, payload_bytes=nbytes)
+        for name, value in stats.numbers.items():
+            setattr(response, name, value)
+        return response
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+class _Counted:
+    """Counts a payload stream, and refuses the one that is too many."""
+
+    def __init__(self, servicer: KvStoreServicer) -> None:
+        self._servicer = servicer
+
+    def __enter__(self) -> None:
+        if self._servicer._num_streams >= STREAMS_MAX:
+            raise Overloaded(f"{STREAMS_MAX} payload streams are being served", retry_after_s=0.5)
+        self._servicer._num_streams += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._servicer._num_streams -= 1
+
+
+def _names(records: Sequence[kvstore_pb2.RecordName]) -> list[Name]:
+    if len(records) > NAMES_MAX:
+        raise InvalidRequest(f"at most {NAMES_MAX} records a call")
+    return [(kind_of(record.kind), record.hash) for record in records]
+
+
+def _stored_names(records: Sequence[kvstore_pb2.RecordName]) -> list[Name]:
+    """Raises:  InvalidRequest: a kind that is not kept on disk."""
+    names = _names(records)
+    if any(kind not in STORED_KINDS for kind, _ in names):
+        raise InvalidRequest("only blocks and checkpoints are kept on disk")
+    return names
+
+
+def _owner_of(request: kvstore_pb2.PinRequest | kvstore_pb2.EvictRequest) -> bytes:
+    """Whose records are meant; a caller of version 1 gives a name."""
+    return owner_row(2, request.owner) if request.owner else owner_row(1, request.tenant.encode())
+
+
+def _put_response(results: Sequence[PutResult]) -> kvstore_pb2.PutResponse:
+    return kvstore_pb2.PutResponse(
+        num_stored=sum(result.num_stored for result in results),
+        num_existing=sum(result.num_existing for result in results),
+        refused=[
+            kvstore_pb2.Refusal(hash=block_hash, reason=refusal.text, code=refusal.reason.value)
+            for result in results
+            for block_hash, refusal in result.refused.items()
+        ],
+    )
+
+
+def _wake(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
+    """From the writer's thread; a loop that has closed has no watchers."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(changed.set)
+
+
+def _watch_response(
+    epoch: bytes, number: int, events: Sequence[Event], *, snapshot: bool = False, snapshot_end: bool = False
+) -> kvstore_pb2.WatchResponse:
+    return kvstore_pb2.WatchResponse(
+        epoch=epoch,
+        number=number,
+        snapshot=snapshot,
+        snapshot_end=snapshot_end,
+        events=[
+            kvstore_pb2.StoreEvent(
+                kind=event.kind.value,  # type: ignore[arg-type]
+                hashes=join_hashes(event.hashes),
+                fingerprint=event.fingerprint,
+            )
+            for event in events
+        ],
+    )
+
+
+def register(servicer: KvStoreServicer, server: grpc.aio.Server) -> None:
+    """Add the service to a server; the methods that carry payloads go past protobuf's copies."""
+    generated = _Handlers()
+    add: Callable[..., None] = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
+    add(servicer, generated)
+    handlers = {
+        **generated.handlers,
+        "Get": grpc.unary_stream_rpc_method_handler(
+            servicer.Get,
+            request_deserializer=kvstore_pb2.GetRequest.FromString,
+            # Packed where it was read, off the event loop.
+            response_serializer=None,
+        ),
+        "Put": grpc.stream_unary_rpc_method_handler(
+            servicer.Put,
+            request_deserializer=unpack_put_request,
+            response_serializer=kvstore_pb2.PutResponse.SerializeToString,
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+
+class _Handlers:
+    """Stands in for a server, to see what the generated code would register: there is no other way to replace some."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    def add_generic_rpc_handlers(self, _: object) -> None:
+        """The same handlers as below, wrapped."""
+
+    def add_registered_method_handlers(self, _: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
+        self.handlers.update(handlers)
+
+
+async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
+    """Serve the store in `config.dir` until a signal.
+
+    Raises:  ConfigError: the directory is not a store or is in use, or the address cannot be listened on.
+    """
+    keep_large_buffers()
+    # What was imported stays: the collector need not walk it again and again while payloads stream.
+    gc.freeze()
+    loop = asyncio.get_running_loop()
+    engine = await loop.run_in_executor(None, Engine, config)
+    servicer = KvStoreServicer(engine)
+    try:
+        server = await rpc.start_server(
+            config.address,
+            lambda target: register(servicer, target),
+            [kvstore_pb2.DESCRIPTOR],
+        )
+    except BaseException:
+        await servicer.close()
+        raise
+    async with _telling(config, engine, server.address):
+        await rpc.run_until_signal(server, role="kvstore", stop=servicer.close, watch_stdin=watch_stdin)
+
+
+def _telling(config: KvStoreConfig, engine: Engine, address: str) -> contextlib.AbstractAsyncContextManager[object]:
+    """Tells Redis the store's events while it is entered, where that is wanted."""
+    if not config.events_redis:
+        return contextlib.nullcontext()
+    # Here, because Redis' client takes a good part of a small store's start.
+    from antefix.events.store_bus import StorePublisher
+
+    return StorePublisher(config.events_redis, engine.events, config.events_name or address)

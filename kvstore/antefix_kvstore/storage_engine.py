@@ -1,0 +1,414 @@
+"""The store as a library: one writer, durable puts, checked reads, a hard budget.
+
+    1. admit     which records are new, which exist, which have no parent
+    2. make room expire, evict, compact, until the batch fits the budget
+    3. append    to the active segment, then fdatasync
+    4. commit    the index transaction; only now is a record stored
+
+Readers of any process see a record when step 4 has happened and not before. Blocking: callers that must not wait use
+`antefix_kvstore.group_commit`. Never sees tokens, tensors or protobuf.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import lmdb
+
+from antefix.block import digest_of
+from antefix.errors import BlockCorrupt, InvalidRequest, StoreFull
+from antefix.record import STORED_KINDS, LookupResult, PutResult, Reason, Record, RecordKind, Refusal
+from antefix.secret import Keyring
+from antefix.store_files import codec
+from antefix.store_files.encryption import KeyRing
+from antefix.store_files.hit_log import StoreLog
+from antefix.store_files.index import STATEMENT_PREFIX, Change
+from antefix.store_files.owners import Owners
+from antefix.store_files.read_log import announce_log
+from antefix.store_files.record_format import RECORD_HEADER_BYTES, IndexEntry, RecordFlag, payload_checksum
+from antefix.store_files.record_header import RecordHeader, owner_row, unpack_record_header
+from antefix.store_files.segment_reader import ReadOutcome, StoreReader, verify, wall_ms
+from antefix_kvstore.admission import Admission, admit, batches_of, check_record, refuse, results_of, without_orphans
+from antefix_kvstore.compression import Compression
+from antefix_kvstore.disk import Disk
+from antefix_kvstore.disk_probe import read_bytes_per_s
+from antefix_kvstore.drafting import Drafter
+from antefix_kvstore.event_log import Event, EventLog
+from antefix_kvstore.eviction import EvictionPolicy
+from antefix_kvstore.index_forest import drop_false_roots, drop_subtrees, insert_entry
+from antefix_kvstore.index_writer import PLAN_PREFIX, IndexTxn, Name, read_totals
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.opening import drop_locked, load_plans, log_newest
+from antefix_kvstore.recovery import open_store
+from antefix_kvstore.reserve import is_full
+from antefix_kvstore.segments import Draft
+from antefix_kvstore.space import Space, note_end
+from antefix_kvstore.tenant_quota import Quotas
+from antefix_kvstore.touches import Touches
+
+# How often `maintain` is to be called: what it may copy is metered by it.
+MAINTAIN_S: Final = 0.25
+# Background compaction takes segments of which this much is dead, so a byte is copied at most once for each freed.
+HALF_DEAD: Final = 0.5
+
+
+@dataclass(slots=True)
+class Counters:
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    payload_bytes_written: int = 0
+    corrupt: int = 0
+    forged: int = 0
+    refused: int = 0
+    syncs: int = 0
+
+
+class Engine:
+    """One store directory, open for writing. Thread-safe; writes take turns."""
+
+    def __init__(
+        self,
+        config: KvStoreConfig,
+        *,
+        disk: Disk | None = None,
+        clock_ms: Callable[[], int] = wall_ms,
+        policy: EvictionPolicy | None = None,
+    ) -> None:
+        """Open or create the store in `config.dir`, whatever state a crash left it in.
+
+        Raises:  ConfigError: not a store, another format version, or in use by another process.
+        """
+        self.config = config
+        self.policy = policy or EvictionPolicy()
+        self.clock_ms = clock_ms
+        self.counters = Counters()
+        self._lock = threading.RLock()
+        self._counters_lock = threading.Lock()
+        self._touches = Touches()
+        self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="antefix-sync")
+        owners = Owners(Keyring.from_file(config.secret_file) if config.secret_file else None)
+        keys = KeyRing.from_file(Path(config.keys_file), owners) if config.keys_file else None
+        self._quotas = Quotas(config, owners)
+        self._store = open_store(config, disk or Disk(), clock_ms)
+        self.identity = self._store.identity
+        self.index = self._store.index
+        self.segments = self._store.segments
+        self.reader = StoreReader(config.dir, clock_ms=clock_ms, decrypt=keys.decrypt if keys else None)
+        self.events = EventLog(self.index)
+        self.index.on_change = self._publish
+        self.space = Space(self.segments, self.index, config.budget_bytes, now_ms=clock_ms)
+        self.space.on_corrupt = self.quarantine
+        self.compression = Compression(config.compression, lambda: read_bytes_per_s(Path(config.dir)))
+        self._drafter = Drafter(config, self.compression, keys, clock_ms)
+        self._usage_log = StoreLog(Path(config.usage_log_dir)) if config.usage_log_dir else None
+        announce_log(Path(config.dir), config.usage_log_dir)
+        try:
+            self.space.reserve.hold()
+            if self._usage_log is not None:
+                log_newest(self.segments, self._usage_log)
+            load_plans(self.index, self.compression)
+            if keys is not None:
+                drop_locked(self.index, self.space, keys)
+        except BaseException:
+            self.abandon()
+            raise
+
+    @property
+    def is_open(self) -> bool:
+        return self._store.is_open
+
+    def close(self) -> None:
+        """Write down what is only in memory, and seal the index so that the next opening can trust it."""
+        with self._lock:
+            self.flush_touches()
+            self._sync_thread.shutdown()
+            self._drafter.close()
+            self.reader.close()
+            self._store.close()
+            if self._usage_log is not None:
+                self._usage_log.close()
+
+    def abandon(self) -> None:
+        """Let go of the files as a crash would: nothing is written, nothing is sealed. For tests of recovery."""
+        with self._lock:
+            self._sync_thread.shutdown()
+            self._drafter.close()
+            self.reader.close()
+            self._store.abandon()
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
+        return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self.clock_ms())
+
+    def read_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> ReadOutcome:
+        """Fill `into` and note the use; what the reader found broken is judged and quarantined."""
+        outcome = self.reader.read_blocks(hashes, into, fingerprint=fingerprint)
+        self.settle(RecordKind.BLOCK, hashes, outcome, num_missed=len(hashes) - outcome.num_good)
+        return outcome
+
+    def read(self, kind: RecordKind, block_hash: bytes, *, fingerprint: bytes) -> bytearray | None:
+        payload, outcome = self.reader.read(kind, block_hash, fingerprint=fingerprint)
+        self.settle(kind, [block_hash], outcome, num_missed=int(payload is None))
+        return payload
+
+    def settle(self, kind: RecordKind, hashes: Sequence[bytes], outcome: ReadOutcome, *, num_missed: int) -> None:
+        """Note what a read of `hashes` found."""
+        used = [(kind, hashes[outcome.num_good - 1])] if outcome.num_good else []
+        suspects = [(kind, suspect) for suspect in outcome.suspects]
+        self.note_use(used, suspects, hits=outcome.num_good, misses=num_missed, bytes_read=outcome.bytes_read)
+
+    def note_use(
+        self,
+        used: Iterable[Name],
+        suspects: Iterable[Name],
+        *,
+        forged: Iterable[Name] = (),
+        hits: int = 0,
+        misses: int = 0,
+        bytes_read: int = 0,
+    ) -> None:
+        """What readers did: the last record of each path that they used, what they found broken, and what not sealed.
+
+        Waits for no commit unless there are suspects, so that reads do not wait for writes.
+        """
+        names = list(used)
+        self._touches.add(names, self.clock_ms())
+        with self._counters_lock:
+            self.counters.hits += hits
+            self.counters.misses += misses
+            self.counters.bytes_read += bytes_read
+        if self._usage_log is not None:
+            self._usage_log.read([block_hash for kind, block_hash in names if kind is RecordKind.BLOCK])
+        for name in suspects:
+            self.quarantine(name)
+        for name in forged:
+            self.counters.forged += self.quarantine(name, judge=False)
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    def put(self, records: Sequence[Record]) -> PutResult:
+        """One put on its own; see `put_group`."""
+        return self.put_group([records])[0]
+
+    def put_group(self, puts: Sequence[Sequence[Record]]) -> list[PutResult]:
+        """Several puts with one sync. What is stored when this returns survives a power loss in `durable` mode.
+
+        Raises:  InvalidRequest: a malformed record; nothing has been stored.
+        """
+        for records in puts:
+            for record in records:
+                check_record(record, self.config.record_bytes_max)
+        with self._lock:
+            merged = [record for records in puts for record in records]
+            with self.index.txn() as snapshot:
+                admission = admit(self.index, snapshot, merged, refusal=self._drafter.refusal)
+            for batch in batches_of(admission.new, self.config):
+                self._put_batch(batch, admission)
+            self.counters.refused += len(admission.refused)
+            self._touches.add(admission.existing, self.clock_ms())
+            return results_of(puts, admission)
+
+    def _put_batch(self, batch: Sequence[Record], admission: Admission) -> None:
+        """Steps 2 to 4 for records that share a sync; refuses them all when there is no space."""
+        batch = without_orphans(batch, admission)
+        try:
+            drafts = self._drafter.drafts(batch, admission.first)
+            if refused := self._quotas.over(self.space, self.index, drafts, admission.anchors):
+                for owner, reason in refused.items():
+                    refuse([record for record in batch if _owner_of(record) == owner], admission, reason)
+                batch = [record for record in batch if _owner_of(record) not in refused]
+                drafts = [draft for draft in drafts if draft.header.owner not in refused]
+            self._make_room(sum(draft.header.extent_bytes for draft in drafts), admission.anchors)
+            self._append_and_commit(batch, drafts, admission)
+        except (StoreFull, lmdb.Error, OSError) as err:
+            if not isinstance(err, StoreFull) and not is_full(err, self.index.directory):
+                raise
+            refuse(batch, admission, Refusal(Reason.FULL, f"the store is full: {err}"))
+
+    def _make_room(self, nbytes: int, keep: Collection[Name]) -> None:
+        try:
+            self.space.make_room(nbytes, keep)
+        except (lmdb.Error, OSError) as err:
+            # Letting go of records needs room too; that is what the reserve is for.
+            if not (is_full(err, self.index.directory) and self.space.reserve.release()):
+                raise
+            self.space.make_room(nbytes, keep)
+
+    def _append_and_commit(self, batch: Sequence[Record], drafts: Sequence[Draft], admission: Admission) -> None:
+        if not drafts:
+            return
+        placed = self.segments.append(drafts, self.clock_ms())
+        start = placed[0].offset
+        try:
+            # The index transaction is prepared while the disk works, and committed when the records are durable.
+            with self._syncing() as synced, IndexTxn(self.index, before_commit=synced) as txn:
+                for record, header in zip(batch, placed, strict=True):
+                    self._insert(txn, record, header, admission)
+                note_end(txn, self.segments)
+                self._apply_touches(txn)
+        except BaseException:
+            self.segments.rollback(start)
+            raise
+        admission.anchors.update((record.kind, record.hash) for record in batch)
+        self.counters.bytes_written += sum(header.extent_bytes for header in placed)
+        self.counters.payload_bytes_written += sum(header.payload_bytes for header in placed)
+
+    @contextlib.contextmanager
+    def _syncing(self) -> Iterator[Callable[[], None]]:
+        """Syncs the segments beside what is done inside; gives what waits for it. Not left before it has ended."""
+        if not self.config.durable:
+            yield lambda: None
+            return
+        syncing = self._sync_thread.submit(self.segments.sync)
+        self.counters.syncs += 1
+        try:
+            yield syncing.result
+        finally:
+            wait([syncing])
+
+    def _insert(self, txn: IndexTxn, record: Record, header: RecordHeader, admission: Admission) -> None:
+        insert_entry(txn, header, self.policy, used_ms=header.created_ms)
+        state = txn.fingerprint(record.fingerprint)
+        tokens = admission.block_tokens.get(record.fingerprint)
+        assert state is not None
+        if tokens is not None and (state.block_tokens == 0 or tokens < state.block_tokens):
+            relearned = state.block_tokens != 0
+            txn.set_fingerprint(record.fingerprint, tokens)
+            if relearned:
+                drop_false_roots(txn, self.space, state.id, tokens)
+
+    def register(
+        self,
+        fingerprint: bytes,
+        block_tokens: int,
+        plans: Mapping[RecordKind, codec.PlanePlan],
+        *,
+        statement: bytes = b"",
+    ) -> None:
+        """Tell what is behind a fingerprint: tokens in a block, how payloads may be coded, what it stands for.
+
+        Raises:  InvalidRequest: the statement is another fingerprint's.
+        """
+        if statement and digest_of(statement) != fingerprint:
+            raise InvalidRequest("the statement is not the one that the fingerprint is the digest of")
+        with self._lock:
+            with IndexTxn(self.index) as txn:
+                txn.set_fingerprint(fingerprint, block_tokens)
+                if statement:
+                    txn.set_meta(STATEMENT_PREFIX + fingerprint, statement)
+                for kind, plan in plans.items():
+                    txn.set_meta(PLAN_PREFIX + bytes([kind]) + fingerprint, plan.encoded)
+            for kind, plan in plans.items():
+                self.compression.register(fingerprint, kind, plan)
+
+    def flush_touches(self) -> None:
+        with self._lock:
+            if self._touches:
+                with IndexTxn(self.index) as txn:
+                    self._apply_touches(txn)
+
+    def _apply_touches(self, txn: IndexTxn) -> None:
+        for name, used_ms in self._touches.take().items():
+            if name[0] not in STORED_KINDS:
+                continue
+            entry = txn.get(name)
+            if entry is None:
+                continue
+            rank = self.policy.rank_ms(used_ms=used_ms, cost_s=entry.cost_ms / 1000, nbytes=entry.extent_bytes)
+            entry.rank_ms = max(entry.rank_ms, rank)
+            if entry.expires_ms:
+                entry.expires_ms = max(entry.expires_ms, used_ms + entry.ttl_s * 1000)
+
+    # --- keeping -------------------------------------------------------------------------------------------------
+
+    def pin(self, names: Iterable[Name], duration_s: float, *, owner: bytes | None = None) -> int:
+        """Keep records from eviction for a time; 0 lets go. Returns how many of them are stored.
+
+        owner: whose they must be (`antefix.store_files.record_header.owner_row`); None: anybody's.
+        """
+        until_ms = self.clock_ms() + round(duration_s * 1000) if duration_s > 0 else 0
+        num_pinned = 0
+        with self._lock, IndexTxn(self.index) as txn:
+            for name in names:
+                entry = txn.get(name)
+                if (
+                    entry is None
+                    or entry.quarantined
+                    or (owner is not None and txn.known_owner_id(owner) != entry.tenant_id)
+                ):
+                    continue
+                entry.pinned_ms = until_ms
+                num_pinned += 1
+        return num_pinned
+
+    def evict(self, names: Iterable[Name], *, owner: bytes | None = None) -> int:
+        """Drop records with all that hangs on them, pinned or not. Returns how many went."""
+        with self._lock, IndexTxn(self.index) as txn:
+            roots = []
+            for name in names:
+                entry = txn.get(name)
+                if entry is not None and (owner is None or txn.known_owner_id(owner) == entry.tenant_id):
+                    roots.append(name)
+            return drop_subtrees(txn, self.space, roots)
+
+    def quarantine(self, name: Name, *, judge: bool = True) -> bool:
+        """Read a suspect again; if it is broken, make it a miss. Returns whether it was made one.
+
+        judge: False where only the caller can tell: what has no right seal has right checksums.
+        """
+        if name[0] not in STORED_KINDS:
+            return False
+        with self._lock, IndexTxn(self.index) as txn:
+            entry = txn.get(name)
+            if entry is None or entry.quarantined or (judge and self._is_sound(txn, name, entry)):
+                return False
+            entry.flags |= RecordFlag.QUARANTINED
+        self.counters.corrupt += judge
+        return True
+
+    def _is_sound(self, txn: IndexTxn, name: Name, entry: IndexEntry) -> bool:
+        try:
+            raw = self.segments.read(entry.segment, entry.offset, RECORD_HEADER_BYTES + entry.stored_bytes)
+            header = unpack_record_header(raw[:RECORD_HEADER_BYTES], self.identity.seed)
+            verify(header, name[0], name[1], txn.fingerprint_of(entry.fingerprint_id).digest, entry)
+        except (BlockCorrupt, OSError):
+            return False
+        return payload_checksum(raw[RECORD_HEADER_BYTES:]) == header.payload_checksum
+
+    def maintain(self) -> None:
+        """What a store does unasked: touches, expiry, compaction at its rate, and dead readers' slots."""
+        with self._lock:
+            self.flush_touches()
+            self.space.expire()
+            self.space.reserve.hold()
+            self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
+            self.index.env.reader_check()
+
+    def _publish(self, changes: list[Change]) -> None:
+        self.events.publish(changes)
+        if self._usage_log is not None:
+            self._usage_log.stored(
+                [change.hash for change in changes if change.present and change.kind is RecordKind.BLOCK]
+            )
+
+    def snapshot(self) -> tuple[int, Iterator[list[Event]]]:
+        """What is stored, for a watcher that cannot resume, and the number of the last event in it."""
+        with self._lock:
+            return self.events.snapshot()
+
+    def totals(self) -> dict[bytes, tuple[int, int, int]]:
+        with self.index.txn() as txn:
+            return read_totals(self.index, txn)
+
+
+def _owner_of(record: Record) -> bytes:
+    return owner_row(record.version, record.tenant)

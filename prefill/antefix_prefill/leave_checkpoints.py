@@ -1,0 +1,56 @@
+"""Leaving checkpoints: what the strategy is told, and the record that a mark becomes. Prefill and decode share it."""
+
+from __future__ import annotations
+
+from antefix.model import WindowState
+from antefix.window import Mark, OutputFacts, PromptFacts, Reason, Tier
+from antefix_prefill.record_writer import RecordWriter
+from antefix_prefill.restore import Prompt, Restored
+from antefix_prefill.sealed_records import checkpoint_record
+from antefix_prefill.worker.engine import Engine
+
+
+def prompt_marks(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Mark, ...]:
+    """Checkpoints to leave while the rest of a prompt is computed."""
+    facts = PromptFacts(
+        num_tokens=prompt.num_tokens,
+        num_stored_blocks=max(restored.num_stored_blocks, restored.plan.resume_block),
+        resume_block=restored.plan.resume_block,
+        checkpoints=restored.checkpoints,
+        align_blocks=engine.align_blocks,
+        budget=engine.budget.state,
+    )
+    marks = {mark.block: mark for mark in engine.strategy.at_prompt(facts, engine.sizes)}
+    for num_tokens, ttl_s in prompt.keep:
+        # The client's own breakpoints: whatever the strategy, it has said that it will come back here.
+        block = num_tokens // engine.block_size // engine.align_blocks * engine.align_blocks
+        if restored.plan.resume_block <= block and block and block not in restored.checkpoints:
+            known = marks.get(block)
+            marks[block] = Mark(
+                block=block,
+                reason=Reason.CLIENT,
+                tier=Tier.DISK,
+                ttl_s=max(ttl_s, known.ttl_s if known else 0.0),
+                saved_tokens=engine.sizes.exact_replay_work_tokens,
+            )
+    return tuple(marks[block] for block in sorted(marks))
+
+
+def output_marks(engine: Engine, *, num_tokens: int, prompt_tokens: int) -> tuple[Mark, ...]:
+    """Checkpoints to leave of an output; `num_tokens` counts the prompt as well."""
+    facts = OutputFacts(
+        num_tokens=num_tokens,
+        prompt_tokens=prompt_tokens,
+        align_blocks=engine.align_blocks,
+        budget=engine.budget.state,
+    )
+    return engine.strategy.at_output(facts, engine.sizes)
+
+
+async def leave_checkpoint(
+    engine: Engine, prompt: Prompt, window: WindowState, mark: Mark, writer: RecordWriter
+) -> None:
+    """Queue the window state for the tier that the mark names. `window` may move on when this returns."""
+    data = await engine.compute.run(window.to_bytes)
+    engine.budget.add(len(data))
+    await writer.put(checkpoint_record(engine, prompt, mark, data), tier=mark.tier)

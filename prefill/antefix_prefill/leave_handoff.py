@@ -1,0 +1,24 @@
+"""What prefill leaves for decode: the live state after a prompt, under a name that nobody can guess."""
+
+from __future__ import annotations
+
+from antefix_prefill.handoff import Handoff
+from antefix_prefill.record_writer import put_quietly
+from antefix_prefill.run_prompt import ComputedPrompt
+from antefix_prefill.sealed_records import handoff_record
+from antefix_prefill.worker.engine import Engine
+
+
+async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
+    """The handoff's name, or empty when the store could not keep it: decode prefills by itself then."""
+    sequence = computed.sequence
+    partial = sequence.position % engine.block_size
+    window = await engine.compute.run(sequence.window.to_bytes)
+    unfinished = sequence.block_table[-1:] if partial else []
+    row = b"".join(await engine.compute.run(engine.pool.payloads, unfinished))
+    chain = computed.prompt.chain
+    handoff = Handoff(
+        position=sequence.position, prompt=chain.digest(), window=window, partial_row=row, logits=computed.logits
+    )
+    record = handoff_record(engine, computed.prompt, handoff.to_bytes())
+    return record.hash if await put_quietly(engine.store, record, engine.counters) else b""

@@ -1,0 +1,150 @@
+"""Writes a request's records to the store and the window pool while it computes on.
+
+The cache may cost speed, never an answer: a failed write is counted, ends this request's writing to the store (what
+follows would lack its parent), and is not raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+
+from antefix.errors import AntefixError, InvalidRequest
+from antefix.record import Reason, Record, RecordKind, Refusal
+from antefix.store.api import Store
+from antefix.window import Tier
+from antefix.window_pool import WindowPool
+from antefix_prefill.worker.compute_thread import uninterrupted
+from antefix_prefill.worker.store_counters import StoreCounters
+
+log = logging.getLogger("antefix.writer")
+
+# One put carries at most this much: large enough that a commit is shared by many blocks, small enough to overlap.
+BATCH_BYTES_MAX = 16 << 20
+# A producer waits when this much is not yet written; rows stay in the pool until then.
+PENDING_BYTES_MAX = 128 << 20
+
+
+class RecordWriter:
+    """One per request. Payloads must stay unchanged until `flush` returns."""
+
+    def __init__(self, store: Store, counters: StoreCounters, pool: WindowPool | None = None) -> None:
+        self._store = store
+        self._counters = counters
+        self._pool = pool
+        self._queue: deque[tuple[Record, Tier]] = deque()
+        self._pending_bytes = 0
+        self._wake = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._broken = False
+        self._closing = False
+        self._task: asyncio.Task[None] | None = None
+        self.num_blocks_written = 0
+        self.num_checkpoints_written = 0
+        self.bytes_written = 0
+
+    async def put(self, record: Record, *, tier: Tier = Tier.DISK) -> None:
+        """Queue one record; waits only when too much is pending. What the pool does not take goes to disk."""
+        if self._broken and tier is Tier.DISK:
+            return
+        await self._room.wait()
+        self._queue.append((record, tier if self._pool is not None else Tier.DISK))
+        self._pending_bytes += len(record.payload)
+        if self._pending_bytes >= PENDING_BYTES_MAX:
+            self._room.clear()
+        if self._task is None:
+            self._task = asyncio.create_task(self._write_all())
+        self._wake.set()
+
+    async def flush(self) -> None:
+        """Until everything queued is durable, or has failed. Ends the writer; finishes also when cancelled."""
+        self._closing = True
+        self._wake.set()
+        if self._task is not None:
+            await uninterrupted(self._task)
+
+    async def _write_all(self) -> None:
+        try:
+            await self._run()
+        finally:
+            # However it ended: a producer that waits for room must not wait for ever.
+            self._broken = True
+            self._room.set()
+
+    async def _run(self) -> None:
+        while True:
+            if not self._queue:
+                if self._closing:
+                    return
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            batch, tier = self._next_batch()
+            if tier is Tier.DISK or not await self._pool_put(batch[0]):
+                await self._write(batch)
+            nbytes = sum(len(record.payload) for record in batch)
+            self._pending_bytes -= nbytes
+            if self._pending_bytes < PENDING_BYTES_MAX:
+                self._room.set()
+
+    def _next_batch(self) -> tuple[list[Record], Tier]:
+        """The next records of one tier: one for the pool, up to BATCH_BYTES_MAX for the store."""
+        record, tier = self._queue.popleft()
+        batch, nbytes = [record], len(record.payload)
+        while tier is Tier.DISK and self._queue and self._queue[0][1] is Tier.DISK:
+            nbytes += len(self._queue[0][0].payload)
+            if nbytes > BATCH_BYTES_MAX:
+                break
+            batch.append(self._queue.popleft()[0])
+        return batch, tier
+
+    async def _pool_put(self, record: Record) -> bool:
+        assert self._pool is not None
+        try:
+            kept = await self._pool.put(record)
+        except AntefixError as err:
+            self._counters.note(err)
+            return False
+        self._counters.pool_refused += not kept
+        self.num_checkpoints_written += kept
+        return kept
+
+    async def _write(self, batch: list[Record]) -> None:
+        if self._broken:
+            return
+        try:
+            result = await self._store.put(batch)
+        except AntefixError as err:
+            self._broken = True
+            _note_failure(self._counters, err, len(batch))
+            log.warning("store refused a write, this request stops writing: %s", err)
+            return
+        self._counters.note_refusals(result.refused.values())
+        self._broken = bool(result.refused)
+        taken = [record for record in batch if record.hash not in result.refused]
+        num_blocks = sum(record.kind is RecordKind.BLOCK for record in taken)
+        self.bytes_written += sum(len(record.payload) for record in taken)
+        # What another worker has stored meanwhile is not billed as written here. The store does not say which it
+        # had: blocks are what two workers compute at a time.
+        self.num_blocks_written += max(0, num_blocks - result.num_existing)
+        self.num_checkpoints_written += len(taken) - num_blocks
+
+
+async def put_quietly(store: Store, record: Record, counters: StoreCounters) -> bool:
+    """Put one record now; False, counted, when the store could not take it."""
+    try:
+        result = await store.put([record])
+    except AntefixError as err:
+        _note_failure(counters, err, 1)
+        return False
+    counters.note_refusals(result.refused.values())
+    return not result.refused
+
+
+def _note_failure(counters: StoreCounters, err: AntefixError, num_records: int) -> None:
+    counters.note(err)
+    if isinstance(err, InvalidRequest):
+        # The store will say the same to the next try.
+        counters.note_refusals([Refusal(Reason.INVALID, str(err))] * num_records)

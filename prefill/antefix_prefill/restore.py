@@ -1,0 +1,365 @@
+"""Restoring a prompt's prefix: what is stored, which way is cheapest, loading it, rebuilding window state.
+
+Each thing that turns out not to be there (a block evicted meanwhile, a corrupt checkpoint, a dead store) makes the
+known prefix shorter and plans again, so the worst case is a cold run. Never raises for the store's sake.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.block import Chain, exactness_of
+from antefix.errors import AntefixError, InvalidRequest
+from antefix.model import Sequence, WindowState, forward, replay
+from antefix.record import LookupResult, RecordKind
+from antefix.restore_report import RestoreReport
+from antefix.window import Plan, PlanKind, StoredPrefix, Tier
+from antefix.window_pool import POOL_TIER
+from antefix_prefill.miss_reason import miss_reason
+from antefix_prefill.older_names import OlderNames, find_older
+from antefix_prefill.worker.compute_thread import uninterrupted
+from antefix_prefill.worker.engine import Engine
+
+DISK_TIER = Tier.DISK.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prompt:
+    """A checked prompt with its names. tokens: [N] uint32. keep: (tokens, seconds) of prefixes to checkpoint."""
+
+    tokens: npt.NDArray[np.uint32]
+    chain: Chain
+    tenant: str = ""
+    keep: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(slots=True)
+class Restored:
+    """A sequence ready to go on from `sequence.position`, and what was known of the prompt's prefix."""
+
+    sequence: Sequence
+    plan: Plan
+    plans: tuple[Plan, ...]
+    num_stored_blocks: int
+    checkpoints: tuple[int, ...]
+    report: RestoreReport
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is believed to be there; shrinks with each disappointment.
+
+    checkpoints: boundary to tier.  pooled: window state that the pool has given already, by boundary.
+    store_failed: the store did not answer.  came_short: it promised blocks and did not give them.
+    older: what is stored under an older secret's names only.
+    """
+
+    num_blocks: int
+    num_in_store: int
+    checkpoints: dict[int, str]
+    pooled: dict[int, bytes]
+    store_failed: bool = False
+    came_short: bool = False
+    older: OlderNames | None = None
+
+    @property
+    def own_checkpoints(self) -> tuple[int, ...]:
+        """Those under the present names: the others are to be left anew."""
+        older = self.older.checkpoints if self.older else frozenset()
+        return tuple(sorted(self.checkpoints.keys() - older))
+
+
+async def restore(engine: Engine, prompt: Prompt) -> Restored:
+    """The prompt's prefix by the cheapest way that works. The caller owns the returned sequence's blocks."""
+    started = time.perf_counter()
+    report = RestoreReport()
+    known = await _look_up(engine, prompt, report)
+    await _ask_pool(engine, prompt, known, report)
+    while True:
+        decision = engine.planner.plan(_stored_prefix(engine, prompt, known))
+        plan = decision.plan
+        sequence = await _carry_out(engine, prompt, plan, known, report)
+        if sequence is not None:
+            break
+    _account(engine, prompt, plan, report)
+    try:
+        report.miss_reason = await _miss_reason(engine, prompt, plan, known)
+    except BaseException:
+        engine.blocks.release(sequence.block_table)
+        raise
+    report.restore_s = time.perf_counter() - started
+    return Restored(
+        sequence=sequence,
+        plan=plan,
+        plans=decision.plans,
+        num_stored_blocks=known.num_in_store,
+        checkpoints=known.own_checkpoints,
+        report=report,
+    )
+
+
+async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport) -> _Known:
+    hashes = prompt.chain.hashes
+    try:
+        owner = engine.keyring.owner(prompt.tenant)
+        found = await engine.store.lookup(hashes, fingerprint=engine.fingerprint, tenant=owner)
+        older = await find_older(engine, prompt.tenant, prompt.tokens, found)
+        failed = False
+    except AntefixError as err:
+        engine.counters.note(err)
+        report.store_errors += 1
+        found, older, failed = LookupResult(num_blocks=0), None, True
+    num_resident = engine.blocks.num_leading(hashes)
+    checkpoints = {*found.checkpoints, *(older.checkpoints if older else ())}
+    return _Known(
+        num_blocks=max(found.num_blocks, num_resident, older.num_blocks if older else 0),
+        num_in_store=found.num_blocks,
+        checkpoints=dict.fromkeys(checkpoints, DISK_TIER),
+        pooled={},
+        store_failed=failed,
+        older=older,
+    )
+
+
+async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: RestoreReport) -> None:
+    """Whether the pool has a checkpoint after the disk's last one, near enough to beat a replay from the hit's end."""
+    if engine.window_pool is None:
+        return
+    step = engine.align_blocks
+    usable = min(known.num_blocks, (prompt.num_tokens - 1) // engine.block_size) // step * step
+    on_disk = max((block for block in known.checkpoints if block <= usable), default=0)
+    nearest = max(on_disk, usable - engine.sizes.blocks_up(engine.sizes.exact_replay_work_tokens))
+    blocks = range(usable, nearest, -step)
+    names = [prompt.chain.hashes[block - 1] for block in blocks]
+    started = time.perf_counter()
+    try:
+        owner = engine.keyring.owner(prompt.tenant)
+        found = await engine.window_pool.nearest(names, fingerprint=engine.fingerprint, tenant=owner)
+    except AntefixError as err:
+        engine.counters.note(err)
+        report.store_errors += 1
+        return
+    if found is not None:
+        block = blocks[found.index]
+        known.checkpoints[block] = POOL_TIER
+        known.pooled[block] = found.payload
+        report.bytes_read += len(found.payload)
+        engine.rates.observe_load(POOL_TIER, len(found.payload), time.perf_counter() - started)
+
+
+def _stored_prefix(engine: Engine, prompt: Prompt, known: _Known) -> StoredPrefix:
+    return StoredPrefix(
+        num_tokens=prompt.num_tokens,
+        num_blocks=known.num_blocks,
+        checkpoints={block: tier for block, tier in known.checkpoints.items() if block <= known.num_blocks},
+        blocks_tier=DISK_TIER,
+        num_resident_blocks=engine.blocks.num_leading(prompt.chain.hashes),
+        resident_checkpoints=frozenset(known.pooled),
+        bounded_windows=engine.bounded_windows,
+    )
+
+
+async def _carry_out(
+    engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: RestoreReport
+) -> Sequence | None:
+    """The plan's sequence, or None with `known` corrected."""
+    if plan.kind is PlanKind.COLD:
+        return Sequence(block_table=[], window=WindowState.zeros(engine.layout, 0, engine.device))
+    window: WindowState | None = None
+    if plan.kind is PlanKind.CHECKPOINT:
+        window = await _load_checkpoint(engine, prompt, plan.resume_block, known, report)
+        if window is None:
+            return None
+    num_errors = report.store_errors
+    table = await load_blocks(engine, prompt, plan.resume_block, report, known.older)
+    if len(table) < plan.resume_block:
+        known.num_blocks, known.num_in_store = len(table), min(known.num_in_store, len(table))
+        known.came_short = True
+        known.store_failed |= report.store_errors > num_errors
+        engine.blocks.release(table)
+        return None
+    if window is not None:
+        return Sequence(block_table=table, window=window)
+    try:
+        return await _replay(engine, prompt, plan, table, report)
+    except BaseException:
+        engine.blocks.release(table)
+        raise
+
+
+async def _load_checkpoint(
+    engine: Engine, prompt: Prompt, block: int, known: _Known, report: RestoreReport
+) -> WindowState | None:
+    data = known.pooled.pop(block, None)
+    if data is None:
+        data = await _read_checkpoint(engine, prompt, block, known.older, report)
+    if data is not None:
+        try:
+            return WindowState.from_bytes(engine.layout, block * engine.block_size, data, engine.device)
+        except InvalidRequest as err:
+            engine.counters.note(err)
+    known.checkpoints.pop(block, None)
+    return None
+
+
+async def _read_checkpoint(
+    engine: Engine, prompt: Prompt, block: int, older: OlderNames | None, report: RestoreReport
+) -> bytes | None:
+    started = time.perf_counter()
+    name, owner = prompt.chain.hashes[block - 1], engine.keyring.owner(prompt.tenant)
+    if older is not None and block in older.checkpoints:
+        name, owner = older.hashes[block - 1], older.owner
+    try:
+        data = await engine.store.get(RecordKind.CHECKPOINT, name, fingerprint=engine.fingerprint, tenant=owner)
+    except AntefixError as err:
+        engine.counters.note(err)
+        report.store_errors += 1
+        return None
+    if data is not None:
+        report.bytes_read += len(data)
+        engine.rates.observe_load(DISK_TIER, len(data), time.perf_counter() - started)
+    return data
+
+
+async def load_blocks(
+    engine: Engine, prompt: Prompt, num_blocks: int, report: RestoreReport, older: OlderNames | None = None
+) -> list[int]:
+    """As many of the prompt's first `num_blocks` as there are, resident ones first, the rest from the store.
+
+    Raises:  Overloaded: the pool has no room.
+    """
+    hashes = prompt.chain.hashes[:num_blocks]
+    table = engine.blocks.take(hashes)
+    report.hit_memory_tokens = len(table) * engine.block_size
+    wanted = hashes[len(table) :]
+    if not wanted:
+        return table
+    try:
+        fresh = engine.blocks.allocate(len(wanted), after=table[-1] if table else None)
+    except BaseException:
+        engine.blocks.release(table)
+        raise
+    try:
+        stored_as = _stored_as(engine, prompt, range(len(table), num_blocks), older)
+        num_read = await _read_into_pool(engine, stored_as, fresh, report)
+    except BaseException:
+        engine.blocks.release([*table, *fresh])
+        raise
+    for name, block_id in zip(wanted[:num_read], fresh[:num_read], strict=True):
+        engine.blocks.publish(name, block_id)
+    engine.blocks.release(fresh[num_read:])
+    return table + fresh[:num_read]
+
+
+def _stored_as(
+    engine: Engine, prompt: Prompt, blocks: range, older: OlderNames | None
+) -> list[tuple[bytes, Seq[bytes]]]:
+    """Owner and hashes of these blocks in the store, in one stretch or two."""
+    first_older = blocks.stop if older is None else min(max(older.first, blocks.start), blocks.stop)
+    owner, own = engine.keyring.owner(prompt.tenant), prompt.chain.hashes[blocks.start : first_older]
+    stretches: list[tuple[bytes, Seq[bytes]]] = [(owner, own)]
+    if older is not None:
+        stretches.append((older.owner, older.hashes[first_older : blocks.stop]))
+    return [(owner, hashes) for owner, hashes in stretches if hashes]
+
+
+async def _read_into_pool(
+    engine: Engine, stored_as: Seq[tuple[bytes, Seq[bytes]]], block_ids: list[int], report: RestoreReport
+) -> int:
+    started = time.perf_counter()
+    rows = engine.pool.landing(block_ids)
+    num_read = 0
+    try:
+        for owner, hashes in stored_as:
+            part = rows[num_read : num_read + len(hashes)]
+            reading = engine.store.get_blocks(hashes, part, fingerprint=engine.fingerprint, tenant=owner)
+            num_good = await uninterrupted(reading)
+            num_read += num_good
+            if num_good < len(hashes):
+                break
+    except AntefixError as err:
+        engine.counters.note(err)
+        report.store_errors += 1
+        return 0
+    if num_read:
+        await engine.compute.run(engine.pool.note_filled, block_ids[:num_read])
+    nbytes = num_read * engine.layout.block_bytes
+    report.bytes_read += nbytes
+    if num_read == len(block_ids):
+        engine.rates.observe_load(DISK_TIER, nbytes, time.perf_counter() - started)
+    else:
+        engine.counters.short_reads += 1
+    return num_read
+
+
+async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], report: RestoreReport) -> Sequence:
+    """Rebuild window state from stored global KV (docs/WINDOW_STATE.md, "The restore planner"); writes no global KV.
+
+    A bounded replay attends to nothing before its start, so its window state is approximate: allowed only in a
+    namespace whose fingerprint says so, where what is computed from it cannot be taken for exact.
+    """
+    start = plan.replay_from_block * engine.block_size
+    stop = plan.resume_block * engine.block_size
+    if plan.kind is PlanKind.BOUNDED:
+        assert engine.bounded_windows, "a bounded replay in an exact namespace"
+        window = WindowState.cut_at(engine.layout, start, engine.device)
+    else:
+        window = WindowState.zeros(engine.layout, start, engine.device)
+    sequence = Sequence(block_table=table, window=window)
+    started = time.perf_counter()
+    while sequence.position < stop:
+        end = min(stop, (sequence.position // engine.prefill_chunk + 1) * engine.prefill_chunk)
+        await engine.compute.run(_replay_piece, engine, sequence, prompt.tokens[sequence.position : end], stop)
+    report.replayed_tokens = stop - start
+    engine.rates.observe_replay(plan.replay_work_tokens, context=start, seconds=time.perf_counter() - started)
+    return sequence
+
+
+def _replay_piece(engine: Engine, sequence: Sequence, tokens: npt.NDArray[np.uint32], stop: int) -> None:
+    if engine.align_tokens == 1:
+        replay(engine.model, engine.pool, sequence, tokens, stop=stop, ops=engine.ops)
+    else:
+        # Where bits depend on shapes, only calls of a cold run's shapes give a cold run's bits.
+        forward(engine.model, engine.pool, [(sequence, tokens)], write_global_kv=False, ops=engine.ops)
+
+
+def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) -> None:
+    """hit = blocks that were not computed; what follows them is a miss."""
+    report.plan = exactness_of(engine.bounded_windows) if plan.kind is PlanKind.BOUNDED else plan.kind.value
+    report.predicted_s = plan.predicted_s
+    report.hit_tokens = plan.resume_block * engine.block_size
+    report.miss_tokens = prompt.num_tokens - report.hit_tokens
+    report.hit_memory_tokens = min(report.hit_memory_tokens, report.hit_tokens)
+    report.hit_store_tokens = report.hit_tokens - report.hit_memory_tokens
+    if plan.resume_block:
+        report.last_hit_hash = prompt.chain.hashes[plan.resume_block - 1]
+
+
+async def _miss_reason(engine: Engine, prompt: Prompt, plan: Plan, known: _Known) -> str:
+    """Why the first block that missed did; empty where only the rest of the last one is left."""
+    full_blocks = (prompt.num_tokens - 1) // engine.block_size
+    if full_blocks == 0:
+        return "below_minimum"
+    if plan.resume_block >= full_blocks:
+        return ""
+    if plan.resume_block < known.num_blocks:
+        return "window_missing"
+    if known.store_failed:
+        return "store_unavailable"
+    return await miss_reason(
+        engine,
+        prompt.chain,
+        prompt.tokens,
+        tenant=prompt.tenant,
+        index=plan.resume_block,
+        came_short=known.came_short,
+    )

@@ -1,0 +1,131 @@
+"""Running a prompt: restore what is stored, compute the rest in chunks, write what is new.
+
+Chunks end at multiples of `prefill_chunk` counted from token 0, never from the hit, and where a checkpoint is to be
+left; on a CPU results do not depend on the cuts at all (docs/ARCHITECTURE.md, "Exactness").
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.errors import InvalidRequest
+from antefix.model import Sequence, forward
+from antefix.restore_report import RestoreReport
+from antefix.window import Mark
+from antefix_prefill.leave_checkpoints import leave_checkpoint, prompt_marks
+from antefix_prefill.record_writer import RecordWriter
+from antefix_prefill.restore import Prompt, Restored, restore
+from antefix_prefill.sealed_records import block_record
+from antefix_prefill.worker.engine import Engine
+from antefix_prefill.worker.plan_log import PlanOutcome
+
+
+@dataclass(slots=True)
+class ComputedPrompt:
+    """A prompt's KV in the pool and the logits of its last token. `release` when done. logits: [vocab] float32."""
+
+    prompt: Prompt
+    sequence: Sequence
+    logits: npt.NDArray[np.float32]
+    report: RestoreReport
+
+
+async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
+    """The prompt's KV, everything new stored (or counted as not storable). The caller releases the blocks.
+
+    Raises:  Overloaded: no room in the pool.
+    """
+    started = time.perf_counter()
+    engine.budget.refresh_soon()
+    # 1. Restore the longest prefix that is worth restoring.
+    restored = await restore(engine, prompt)
+    report = restored.report
+    writer = RecordWriter(engine.store, engine.counters, engine.window_pool)
+    try:
+        # 2. Compute the rest; finished blocks go to the store meanwhile, and those that it lost but we still have:
+        #    without its ancestors it would refuse what follows.
+        await _put_back(engine, prompt, restored, writer)
+        logits = await _compute(engine, prompt, restored, writer)
+        report.compute_s = time.perf_counter() - started - report.restore_s
+        # 3. The decode worker reads the blocks from the store, so they must be there when it is told of them.
+        await writer.flush()
+    except BaseException:
+        try:
+            await writer.flush()  # the rows must not be reused under a write; what is finished is worth keeping
+        finally:
+            engine.blocks.release(restored.sequence.block_table)
+        raise
+    report.written_tokens = writer.num_blocks_written * engine.block_size
+    report.bytes_written = writer.bytes_written
+    actual_s = report.restore_s + report.compute_s
+    engine.planner.record(restored.plan, actual_s)
+    engine.plans.add(
+        PlanOutcome(plan=restored.plan, plans=restored.plans, num_tokens=prompt.num_tokens, actual_s=actual_s)
+    )
+    return ComputedPrompt(prompt=prompt, sequence=restored.sequence, logits=logits, report=report)
+
+
+async def _put_back(engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter) -> None:
+    missing = range(restored.num_stored_blocks, restored.plan.resume_block)
+    block_ids = [restored.sequence.block_table[index] for index in missing]
+    if not block_ids:
+        return
+    payloads = await engine.compute.run(engine.pool.payloads, block_ids)
+    for index, payload in zip(missing, payloads, strict=True):
+        await writer.put(block_record(engine, prompt, index, payload))
+
+
+async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter) -> npt.NDArray[np.float32]:
+    sequence = restored.sequence
+    marks = {mark.block * engine.block_size: mark for mark in prompt_marks(engine, prompt, restored)}
+    if mark := marks.get(sequence.position):
+        await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
+    logits: npt.NDArray[np.float32] | None = None
+    context, begun = sequence.position, time.perf_counter()
+    while sequence.position < prompt.num_tokens:
+        first = sequence.position
+        stop = _next_stop(engine, prompt, first, marks)
+        grow(engine, sequence, stop)
+        new = range(max(first // engine.block_size, restored.num_stored_blocks), stop // engine.block_size)
+        tokens, is_last = prompt.tokens[first:stop], stop == prompt.num_tokens
+        logits, payloads = await engine.compute.run(_run_chunk, engine, sequence, tokens, new, is_last)
+        for index in range(first // engine.block_size, stop // engine.block_size):
+            engine.blocks.publish(prompt.chain.hashes[index], sequence.block_table[index])
+        for index, payload in zip(new, payloads, strict=True):
+            await writer.put(block_record(engine, prompt, index, payload))
+        if mark := marks.get(stop):
+            await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
+    engine.rates.observe_prefill(prompt.num_tokens - context, context=context, seconds=time.perf_counter() - begun)
+    if logits is None:
+        raise InvalidRequest("a restored prefix left no token to run")
+    return logits
+
+
+def _next_stop(engine: Engine, prompt: Prompt, first: int, marks: dict[int, Mark]) -> int:
+    grid = (first // engine.prefill_chunk + 1) * engine.prefill_chunk
+    return min([prompt.num_tokens, grid, *(position for position in marks if position > first)])
+
+
+def grow(engine: Engine, sequence: Sequence, num_tokens: int) -> None:
+    """Give the sequence blocks for `num_tokens` in all.
+
+    Raises:  Overloaded: no room in the pool.
+    """
+    missing = -(-num_tokens // engine.block_size) - len(sequence.block_table)
+    if missing > 0:
+        after = sequence.block_table[-1] if sequence.block_table else None
+        sequence.block_table.extend(engine.blocks.allocate(missing, after=after))
+
+
+def _run_chunk(
+    engine: Engine, sequence: Sequence, tokens: npt.NDArray[np.uint32], new: range, is_last: bool
+) -> tuple[npt.NDArray[np.float32] | None, list[memoryview]]:
+    """In the compute thread: the last token's logits where they are wanted, and the payloads of blocks `new`."""
+    out = forward(engine.model, engine.pool, [(sequence, tokens)], ops=engine.ops)
+    logits: npt.NDArray[np.float32] | None = out[0].float().cpu().numpy() if is_last else None
+    # Without new blocks a card is not waited for: the next chunk is prepared while this one runs.
+    return logits, engine.pool.payloads([sequence.block_table[index] for index in new]) if new else []

@@ -1,0 +1,68 @@
+"""The records that a worker makes, each sealed: blocks, checkpoints and handoffs."""
+
+from __future__ import annotations
+
+import secrets
+
+from antefix.block import HASH_BYTES
+from antefix.record import Buffer, Record, RecordKind
+from antefix.window import Mark
+from antefix_prefill.restore import Prompt
+from antefix_prefill.worker.engine import Engine
+
+# A handoff is taken as soon as decode has a place; this is for a decode worker that died and was replaced.
+HANDOFF_TTL_S = 120.0
+
+
+def block_record(engine: Engine, prompt: Prompt, index: int, payload: memoryview) -> Record:
+    """Block `index` of the chain, its payload where the pool has it."""
+    return engine.seals.seal(
+        Record(
+            kind=RecordKind.BLOCK,
+            hash=prompt.chain.hashes[index],
+            parent=prompt.chain.parent(index),
+            fingerprint=engine.fingerprint,
+            position=(index + 1) * engine.block_size,
+            payload=payload,
+            tenant=engine.keyring.owner(prompt.tenant),
+            labels=engine.labels,
+            cost_s=engine.rates.prefill_s(engine.block_size, context=index * engine.block_size),
+        )
+    )
+
+
+def checkpoint_record(engine: Engine, prompt: Prompt, mark: Mark, payload: Buffer) -> Record:
+    """Window state at the boundary that the mark names."""
+    position = mark.block * engine.block_size
+    return engine.seals.seal(
+        Record(
+            kind=RecordKind.CHECKPOINT,
+            hash=prompt.chain.hashes[mark.block - 1],
+            parent=prompt.chain.parent(mark.block - 1),
+            fingerprint=engine.fingerprint,
+            position=position,
+            payload=payload,
+            tenant=engine.keyring.owner(prompt.tenant),
+            labels=engine.labels,
+            ttl_s=mark.ttl_s,
+            cost_s=engine.rates.replay_s(mark.saved_tokens, context=position),
+        )
+    )
+
+
+def handoff_record(engine: Engine, prompt: Prompt, payload: Buffer) -> Record:
+    """Live state after the whole prompt, under a name that nobody can guess: whoever knows it may take the handoff."""
+    chain = prompt.chain
+    return engine.seals.seal(
+        Record(
+            kind=RecordKind.HANDOFF,
+            hash=secrets.token_bytes(HASH_BYTES),
+            parent=chain.parent(len(chain)),
+            fingerprint=engine.fingerprint,
+            position=prompt.num_tokens,
+            payload=payload,
+            tenant=engine.keyring.owner(prompt.tenant),
+            labels=engine.labels,
+            ttl_s=HANDOFF_TTL_S,
+        )
+    )

@@ -1,0 +1,92 @@
+"""PrefillService: gRPC in front of `antefix_prefill.run_prompt`. Protobuf stops here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from antefix import rpc
+from antefix.config import require, setting
+from antefix.v1 import prefill_pb2, prefill_pb2_grpc
+from antefix.wire import report_to_wire, tokens_from_wire
+from antefix_prefill.leave_handoff import leave_handoff
+from antefix_prefill.prefill_queue import PrefillQueue
+from antefix_prefill.restore import Prompt
+from antefix_prefill.run_prompt import run_prompt
+from antefix_prefill.worker.engine import Engine
+from antefix_prefill.worker.serving import WorkerConfig, serve_worker, start_engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig(WorkerConfig):
+    """Settings of a prefill worker."""
+
+    num_running_max: int = setting(2, "prompts at work at once")
+    num_waiting_max: int = setting(64, "prompts waiting; more are refused with a retry hint")
+
+    def __post_init__(self) -> None:
+        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        WorkerConfig.__post_init__(self)
+        require(self.num_running_max > 0 and self.num_waiting_max > 0, "num_running_max and num_waiting_max start at 1")
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
+    """One worker's calls."""
+
+    def __init__(self, engine: Engine, config: PrefillConfig) -> None:
+        self._engine = engine
+        self._queue = PrefillQueue(config.num_running_max, config.num_waiting_max)
+
+    async def Prefill(self, request: prefill_pb2.PrefillRequest, context: rpc.Context) -> prefill_pb2.PrefillResponse:
+        engine = self._engine
+        # 1. Check before queueing: a request that cannot work must not wait to be told so.
+        tokens = tokens_from_wire(request.prompt)
+        engine.check_prompt(len(tokens), int(tokens.max(initial=0)))
+        # 2. Name the prompt's blocks.
+        chain = engine.chain(request.tenant)
+        chain.extend(tokens)
+        prompt = Prompt(
+            tokens=tokens,
+            chain=chain,
+            tenant=request.tenant,
+            keep=tuple((kept.num_tokens, kept.ttl_s) for kept in request.keep),
+        )
+        # 3. Restore, compute, store.
+        wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self._queue.num_waiting + 1)
+        async with self._queue.turn(wait_s):
+            computed = await run_prompt(engine, prompt)
+            try:
+                # 4. Leave what decode needs to go on.
+                handoff = await leave_handoff(engine, computed)
+            finally:
+                engine.blocks.release(computed.sequence.block_table)
+        return prefill_pb2.PrefillResponse(handoff=handoff, restore=report_to_wire(computed.report))
+
+    async def PrefillStatus(
+        self, request: prefill_pb2.PrefillStatusRequest, context: rpc.Context
+    ) -> prefill_pb2.PrefillStatusResponse:
+        return prefill_pb2.PrefillStatusResponse(
+            fingerprint=self._engine.fingerprint,
+            num_running=self._queue.num_running,
+            num_waiting=self._queue.num_waiting,
+            num_blocks=self._engine.pool.num_blocks,
+            num_resident_blocks=self._engine.blocks.num_resident,
+            prefill_tokens_per_s=self._engine.rates.prefill_tokens_per_s,
+        )
+
+
+async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
+    """Serve until told to stop.
+
+    Raises:  ModelError, ConfigError: the model or a setting is not usable.
+    """
+    engine = await start_engine(config)
+    servicer = PrefillServicer(engine, config)
+    await serve_worker(
+        config,
+        engine,
+        role="prefill",
+        add_service=lambda server: prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server),
+        descriptors=[prefill_pb2.DESCRIPTOR],
+        stop=engine.close,
+        watch_stdin=watch_stdin,
+    )

@@ -1,0 +1,264 @@
+"""A worker's parts in one place: model, pool, store, what it believes about speeds, and its compute thread."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from antefix.block import NO_LABELS, Chain, Labels, arithmetic_of, exactness_of
+from antefix.config import require, setting
+from antefix.errors import AntefixError, InvalidRequest
+from antefix.layout import BlockLayout, KVFormat, PartKind
+from antefix.model import BlockPool, Model, load_model, row_invariant_ok
+from antefix.model.backend import KERNELS, make_backend, uses_triton
+from antefix.model.ops import Ops, TorchOps
+from antefix.model_dir import ModelIdentity, identify
+from antefix.secret import Keyring
+from antefix.store.api import Store
+from antefix.store_files.seal import Seals
+from antefix.window import Rates, RestorePlanner, Sizes, Strategies, Strategy, check_bounded, in_force
+from antefix.window_pool import DISK, WindowPool, open_window_pool
+from antefix.window_settings import check_window_settings
+from antefix_prefill.worker.checkpoint_budget import CheckpointBudget, counter_of
+from antefix_prefill.worker.compute_thread import ComputeThread
+from antefix_prefill.worker.plan_log import PlanLog
+from antefix_prefill.worker.resident_blocks import ResidentBlocks
+from antefix_prefill.worker.store_counters import StoreCounters
+
+log = logging.getLogger("antefix_prefill.worker")
+
+# However small its KV, a block takes room for its name, its counts and its places in lists.
+BLOCK_BYTES_MIN = 1024
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings that prefill and decode workers share."""
+
+    model: str = setting("", "model directory: config.json, *.safetensors, a tokenizer")
+    kv_format: str = setting("fp8", "precision of KV in the pool and on disk: fp8 or float32")
+    namespace: str = setting("default", "requests share KV within a namespace only")
+    secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
+    device: str = setting("cpu", "torch device")
+    dtype: str = setting("float32", "precision of weights and activations: float32 or bfloat16")
+    kernels: str = setting("auto", "cache path: torch, triton (CUDA and fp8 only), or auto: triton where it can run")
+    threads: int = setting(0, "torch threads; 0 leaves torch's own choice")
+    pool_bytes: int = setting(1 << 30, "memory for the block pool", unit="bytes")
+    prefill_chunk: int = setting(512, "prefill runs in chunks that end at multiples of this", unit="tokens")
+    strategy: str = setting(
+        "auto",
+        "which checkpoints to leave: auto, auto(budget=BYTES, ends=disk|pool), boundary, periodic(TOKENS), full, zero; "
+        "or by namespace: 'agents=periodic(8192); batch=zero; auto'. auto's ends go to the window pool if there is one",
+    )
+    bounded_windows: int = setting(
+        0, "allow approximate replays of so many windows; the namespace's KV then has names of its own; 0: exact only"
+    )
+    reproducible: bool = setting(
+        False,
+        "hits equal cold runs to the bit on a GPU too: attention in one order whatever the batch; where no kernels run,"
+        " resume only at multiples of prefill_chunk",
+    )
+    window_pool: str = setting("disk", "where short-lived checkpoints go: disk, memory (the store's) or a redis:// URL")
+    window_pool_bytes: int = setting(4 << 30, "memory that Redis may use before checkpoints go to disk", unit="bytes")
+
+    def __post_init__(self) -> None:
+        require(bool(self.model), "--model is needed: a directory with config.json and *.safetensors")
+        require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
+        require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
+        require(self.kernels in KERNELS, f"kernels must be one of {', '.join(KERNELS)}, is {self.kernels!r}")
+        require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
+        require(self.prefill_chunk > 0, f"prefill_chunk must be positive, is {self.prefill_chunk}")
+        require(self.threads >= 0, f"threads must not be negative, is {self.threads}")
+        check_window_settings(
+            self.strategy,
+            window_pool=self.window_pool,
+            bounded_windows=self.bounded_windows,
+            reproducible=self.reproducible,
+        )
+
+    @property
+    def strategy_in_force(self) -> Strategy:
+        """This worker's namespace's, as it works with this window pool."""
+        return in_force(Strategies.parse(self.strategy).of(self.namespace), has_pool=self.window_pool != DISK)
+
+
+@dataclass(slots=True)
+class Engine:
+    """What a worker works with. The event loop owns `blocks`; the compute thread alone calls the model.
+
+    strategy: may be replaced while running; it counts from the next request on.
+    bounded_windows: windows of approximate replays that the namespace allows. Its `fingerprint` says so as well:
+        every block that it reads or writes is named as approximate, whether it is or not.
+    align_tokens: 1, or in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
+    ops: the cache path's operations; they belong to the pool's kind.
+    labels, statement: of the fingerprint.  seals: with which every record is written.
+    """
+
+    identity: ModelIdentity
+    model: Model
+    pool: BlockPool
+    blocks: ResidentBlocks
+    store: Store
+    strategy: Strategy
+    planner: RestorePlanner
+    keyring: Keyring
+    compute: ComputeThread
+    prefill_chunk: int
+    fingerprint: bytes
+    counters: StoreCounters = field(default_factory=StoreCounters)
+    bounded_windows: int = 0
+    align_tokens: int = 1
+    window_pool: WindowPool | None = None
+    budget: CheckpointBudget = field(default_factory=CheckpointBudget)
+    plans: PlanLog = field(default_factory=PlanLog)
+    namespace: str = "default"
+    ops: Ops = field(default_factory=TorchOps)
+    labels: Labels = NO_LABELS
+    statement: bytes = b""
+    seals: Seals = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seals = Seals(self.keyring)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model, its pool and window states live."""
+        return self.model.device
+
+    @property
+    def layout(self) -> BlockLayout:
+        return self.model.layout
+
+    @property
+    def rates(self) -> Rates:
+        return self.planner.rates
+
+    @property
+    def sizes(self) -> Sizes:
+        return self.planner.sizes
+
+    @property
+    def block_size(self) -> int:
+        return self.layout.geometry.block_size
+
+    @property
+    def align_blocks(self) -> int:
+        """Blocks between positions where a hit may resume: 1 wherever every boundary will do."""
+        return math.lcm(self.align_tokens, self.block_size) // self.block_size
+
+    @property
+    def stores_output(self) -> bool:
+        """Decoding runs other shapes than prefilling. Where that makes other bits, reproducible mode keeps none."""
+        return self.align_tokens == 1
+
+    def chain(self, tenant: str, generation: int = 0) -> Chain:
+        """An empty chain for a tenant's tokens.  generation: of the secret; 0: the present one."""
+        return Chain(self.fingerprint, self.keyring.key(tenant, generation), self.block_size)
+
+    def check_prompt(self, num_tokens: int, largest_id: int, max_new_tokens: int = 0) -> None:
+        """Raises:  InvalidRequest: empty, too long for the model or this pool, or an id outside the vocabulary."""
+        if num_tokens == 0:
+            raise InvalidRequest("the prompt is empty")
+        if num_tokens + max_new_tokens > self.identity.max_tokens:
+            raise InvalidRequest(
+                f"{num_tokens} prompt tokens and {max_new_tokens} new exceed the model's {self.identity.max_tokens}"
+            )
+        num_blocks = -(-(num_tokens + max_new_tokens) // self.block_size)
+        if num_blocks > self.pool.num_blocks:
+            raise InvalidRequest(
+                f"the request needs {num_blocks} blocks, this worker's pool has {self.pool.num_blocks};"
+                " raise pool_bytes or shorten the request"
+            )
+        if largest_id >= self.identity.vocab_size:
+            raise InvalidRequest(f"token id {largest_id} is outside the vocabulary of {self.identity.vocab_size}")
+
+    async def register(self) -> None:
+        """Tell the store how payloads are laid out, which lets it compress them; without that they stay as they are."""
+        try:
+            await self.store.register(self.fingerprint, self.layout, statement=self.statement)
+        except AntefixError as err:
+            self.counters.note(err)
+
+    async def close(self) -> None:
+        self.compute.close()
+        await self.budget.close()
+        if self.window_pool is not None:
+            await self.window_pool.close()
+        await self.store.close()
+
+
+def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = None) -> Engine:
+    """Load the model and set everything up.  keyring: where the caller has read the secret file already.
+
+    Raises:  ModelError: the model directory is not usable.  ConfigError: a setting is not.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    identity = identify(config.model)
+    kv_format = KVFormat(config.kv_format)
+    check_bounded(config.bounded_windows, identity.geometry)
+    model = load_model(config.model, device=config.device, dtype=DTYPES[config.dtype], kv_format=kv_format)
+    # The kernels read packed records; torch keeps decoded mirrors beside them.
+    packed = uses_triton(config.kernels, model.layout, config.device)
+    block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
+    num_blocks = max(1, config.pool_bytes // max(block_bytes, BLOCK_BYTES_MIN))
+    pool, ops = make_backend(config.kernels, model.layout, num_blocks, config.device, reproducible=config.reproducible)
+    free = arithmetic_ignores_shapes(config.device, reproducible_kernels=packed and config.reproducible)
+    if not free and not config.reproducible and torch.device(config.device).type == "cpu":
+        log.warning(
+            "this machine's matrix products depend on the number of rows (see `antefix doctor`): hits equal cold runs"
+            " within rounding only; with --reproducible true they equal them to the bit"
+        )
+    align_tokens = config.prefill_chunk if config.reproducible and not free else 1
+    arithmetic = arithmetic_of(config.device, config.dtype, reproducible=config.reproducible)
+    fingerprint = identity.fingerprint(
+        kv_format,
+        namespace=config.namespace,
+        exactness=exactness_of(config.bounded_windows),
+        arithmetic=arithmetic,
+    )
+    secrets = keyring or Keyring.from_file(config.secret_file)
+    return Engine(
+        identity=identity,
+        model=model,
+        pool=pool,
+        blocks=ResidentBlocks(pool),
+        store=store,
+        strategy=config.strategy_in_force,
+        planner=RestorePlanner(Sizes.of(model.layout), Rates(), align_tokens=align_tokens),
+        keyring=secrets,
+        compute=ComputeThread("model"),
+        prefill_chunk=config.prefill_chunk,
+        fingerprint=fingerprint.digest,
+        labels=fingerprint.labels,
+        statement=fingerprint.statement,
+        bounded_windows=config.bounded_windows,
+        align_tokens=align_tokens,
+        window_pool=open_window_pool(
+            config.window_pool, store, bytes_max=config.window_pool_bytes, seals=Seals(secrets)
+        ),
+        budget=CheckpointBudget(counter_of(store)),
+        namespace=config.namespace,
+        ops=ops,
+    )
+
+
+def arithmetic_ignores_shapes(device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
+    """Whether a token's bits are the same however its prompt is cut: so on a CPU, by construction and as probed, and on
+    a card where the reproducible kernels run."""
+    if torch.device(device).type != "cpu":
+        return reproducible_kernels
+    return row_invariant_ok()
+
+
+def pool_block_bytes(layout: BlockLayout) -> int:
+    """Memory a pool block takes: its row, and on a CPU the float32 mirror of an FP8 row (see `antefix.model.pool`)."""
+    if layout.kv_format is not KVFormat.FP8:
+        return layout.block_bytes
+    geometry = layout.geometry
+    width = {PartKind.INDEXER_KEYS: geometry.indexer_dim}
+    return layout.block_bytes + sum(p.num_rows * width.get(p.kind, geometry.head_dim) * 4 for p in layout.parts)

@@ -1,0 +1,105 @@
+"""A worker's standing with its routers: registered while it serves, again and again, and taken out before it drains.
+
+A router that is away is asked again; it knows the worker within a third of a lease of coming back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+from antefix import rpc
+from antefix.errors import AntefixError
+from antefix.registration import Registration
+from antefix.secret import Keyring
+from antefix.v1 import router_pb2, router_pb2_grpc
+
+log = logging.getLogger("antefix_prefill.worker")
+
+LEASE_TTL_S = 6.0
+# Two renewals may be lost before the lease is.
+_RENEW_S = LEASE_TTL_S / 3
+_CALL_TIMEOUT_S = 2.0
+
+
+class WorkerLease:
+    """`async with`: keeps the lease with every router; without routers it does nothing."""
+
+    def __init__(
+        self, routers: Sequence[str], *, role: str, address: str, fingerprint: bytes, keyring: Keyring
+    ) -> None:
+        self._routers = tuple(dict.fromkeys(routers))
+        self._role = role
+        self._address = address
+        self._fingerprint = fingerprint
+        self._keyring = keyring
+        self._instance = secrets.token_bytes(16)
+        self._ttl_s = LEASE_TTL_S
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> WorkerLease:
+        self._tasks = [asyncio.create_task(self._keep(router)) for router in self._routers]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stop()
+
+    async def end(self) -> None:
+        """Ask for no more work. A router that does not hear it finds out when the lease runs out, or by calling."""
+        await self._stop()
+        self._ttl_s = 0.0
+        await asyncio.gather(*(self._say(router) for router in self._routers))
+
+    async def _stop(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep(self, router: str) -> None:
+        known = True
+        async with rpc.channel(router) as channel:
+            stub = router_pb2_grpc.RouterServiceStub(channel)
+            while True:
+                try:
+                    await self._register(stub)
+                    known = True
+                except AntefixError as err:
+                    if known:
+                        log.warning("router %s does not know us: %s", router, err)
+                    known = False
+                await asyncio.sleep(_RENEW_S)
+
+    async def _say(self, router: str) -> None:
+        async with rpc.channel(router) as channel:
+            try:
+                await self._register(router_pb2_grpc.RouterServiceStub(channel))
+            except AntefixError as err:
+                log.info("router %s was not told that we leave: %s", router, err)
+
+    async def _register(self, stub: router_pb2_grpc.RouterServiceStub) -> None:
+        registration = Registration(
+            role=self._role,
+            address=self._address,
+            fingerprint=self._fingerprint,
+            instance=self._instance,
+            ttl_s=self._ttl_s,
+            said_at_ms=round(1000 * time.time()),
+        )
+        request = router_pb2.RegisterWorkerRequest(
+            role=registration.role,
+            address=registration.address,
+            fingerprint=registration.fingerprint,
+            instance=registration.instance,
+            ttl_s=registration.ttl_s,
+            said_at_ms=registration.said_at_ms,
+            proof=registration.proof(self._keyring),
+        )
+        with rpc.rpc_errors():
+            await stub.RegisterWorker(request, timeout=_CALL_TIMEOUT_S)

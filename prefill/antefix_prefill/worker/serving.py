@@ -1,0 +1,90 @@
+"""What prefill and decode workers share as services: their settings, and starting, registering and serving."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from google.protobuf.descriptor import FileDescriptor
+
+from antefix import rpc
+from antefix.config import require, setting
+from antefix.events.address import check_url
+from antefix.events.redis_bus import MemoryPublisher
+from antefix.secret import Keyring
+from antefix.store.open_store import StoreAddress, open_store
+from antefix.store_files.record_format import STORE_FILE
+from antefix.store_files.seal import Seals
+from antefix.v1 import memory_pb2, window_pb2
+from antefix_prefill.worker.engine import Engine, EngineConfig, build_engine
+from antefix_prefill.worker.memory_service import add_memory_service
+from antefix_prefill.worker.router_lease import WorkerLease
+from antefix_prefill.worker.window_service import add_window_service
+
+log = logging.getLogger("antefix_prefill.worker")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig(EngineConfig):
+    """An engine's settings, and those of the service around it."""
+
+    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    store_address: str = setting("", "host:port of the kvstore service")
+    store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
+    routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
+    events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
+
+    def __post_init__(self) -> None:
+        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        EngineConfig.__post_init__(self)
+        require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
+        check_url(self.events_redis)
+
+
+async def start_engine(config: WorkerConfig) -> Engine:
+    """The worker's engine over its store, which is told how payloads are laid out.
+
+    Raises:  ModelError, ConfigError: the model or a setting is not usable.
+    """
+    if config.store_dir and not (Path(config.store_dir) / STORE_FILE).exists():
+        # The store may start after us, so it is no error; a misspelt directory would be silence.
+        log.warning("there is no store in --store-dir %s; until there is one, every lookup misses", config.store_dir)
+    keyring = Keyring.from_file(config.secret_file)
+    where = StoreAddress(address=config.store_address, directory=config.store_dir)
+    engine = build_engine(config, open_store(where, seals=Seals(keyring)), keyring)
+    await engine.register()
+    return engine
+
+
+async def serve_worker(
+    config: WorkerConfig,
+    engine: Engine,
+    *,
+    role: str,
+    add_service: Callable[[grpc.aio.Server], None],
+    descriptors: Sequence[FileDescriptor],
+    stop: Callable[[], Awaitable[None]],
+    watch_stdin: bool,
+) -> None:
+    """Serve the worker's own service and what all workers have, registered with the routers, until told to stop."""
+
+    def add_services(server: grpc.aio.Server) -> None:
+        add_service(server)
+        add_window_service(engine, server)
+        add_memory_service(engine.blocks.events, server)
+
+    server = await rpc.start_server(
+        config.address, add_services, [*descriptors, window_pb2.DESCRIPTOR, memory_pb2.DESCRIPTOR]
+    )
+    lease = WorkerLease(
+        config.routers,
+        role=role,
+        address=server.address,
+        fingerprint=engine.fingerprint,
+        keyring=engine.keyring,
+    )
+    async with lease, MemoryPublisher(config.events_redis, engine.blocks.events, server.address):
+        await rpc.run_until_signal(server, role=role, stop=stop, watch_stdin=watch_stdin, leave=lease.end)

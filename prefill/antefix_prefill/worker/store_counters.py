@@ -1,0 +1,45 @@
+"""How the store behaved towards one worker: each error became a recompute and a count here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from antefix.record import Reason, Refusal
+
+_HOPELESS: Final = (Reason.INVALID, Reason.TOO_LARGE, Reason.NO_KEY)
+
+
+@dataclass(slots=True)
+class StoreCounters:
+    """How the store behaved towards this worker since it started; each error became a recompute.
+
+    refused_by_reason: records that the store did not take, by `antefix.record.Reason`.
+    """
+
+    errors: int = 0
+    refused: int = 0
+    short_reads: int = 0
+    pool_refused: int = 0
+    last_error: str = ""
+    by_kind: dict[str, int] = field(default_factory=dict)
+    refused_by_reason: dict[str, int] = field(default_factory=dict)
+    last_refusal: str = ""
+
+    def note(self, err: Exception) -> None:
+        self.errors += 1
+        self.last_error = f"{type(err).__name__}: {err}"
+        name = type(err).__name__
+        self.by_kind[name] = self.by_kind.get(name, 0) + 1
+
+    @property
+    def num_hopeless(self) -> int:
+        """Records that no later try will get stored before an operator acts."""
+        return sum(self.refused_by_reason.get(reason, 0) for reason in _HOPELESS)
+
+    def note_refusals(self, refusals: Iterable[Refusal]) -> None:
+        for refusal in refusals:
+            self.refused += 1
+            self.refused_by_reason[refusal.reason] = self.refused_by_reason.get(refusal.reason, 0) + 1
+            self.last_refusal = refusal.text

@@ -1,0 +1,48 @@
+"""Which format a model's conversations are written in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from antefix.errors import ConfigError
+from antefix.tokenizer import ByteTokenizer, Tokenizer
+from antefix_router.chat.chat_formats import ChatFormat
+from antefix_router.chat.deepseek_v4 import EFFORTS_0731, DeepSeekV4Format
+from antefix_router.chat.plain import PlainFormat
+from antefix_router.chat.template import TemplateFormat, template_of
+
+
+def choose_format(name: str, model: Path, tokenizer: Tokenizer) -> ChatFormat:
+    """The format by setting; "auto" looks at the model directory: its own template, then V4, then plain.
+
+    Raises:  ConfigError: the model directory has no template but one was asked for.
+    """
+    template = template_of(model)
+    if name == "auto":
+        if template is not None:
+            name = "template"
+        elif isinstance(tokenizer, ByteTokenizer):
+            name = "plain"
+        else:
+            name = _deepseek_v4(model) or "plain"
+    if name == "template":
+        if template is None:
+            raise ConfigError(f"--chat-format template: {model} has no chat template")
+        return TemplateFormat(template, model)
+    if name == "deepseek-v4-0731":
+        return DeepSeekV4Format(EFFORTS_0731)
+    return DeepSeekV4Format() if name == "deepseek-v4" else PlainFormat()
+
+
+def _deepseek_v4(model: Path) -> str:
+    """The format of a V4 checkpoint, or empty. Its config does not tell the later checkpoint from the first; the
+    encoder that is shipped beside it does, and else its name."""
+    config = json.loads((model / "config.json").read_text())
+    if config.get("model_type") != "deepseek_v4":
+        return ""  # DeepSeek-V4.1 ("deepseek_v41") is another architecture with another format
+    encoders = list((model / "encoding").glob("*.py"))
+    is_later = "0731" in model.name
+    if encoders:
+        is_later = any("Beyond maximum" in path.read_text(errors="replace") for path in encoders)
+    return "deepseek-v4-0731" if is_later else "deepseek-v4"

@@ -1,0 +1,228 @@
+"""DeepSeek-V4's format, written from the description that comes with the model (its repository's `encoding/README.md`).
+
+    BOS [effort] system [tools] (USER text ASSISTANT think-tag answer [calls] EOS)*
+
+The checkpoint of July 31st (DeepSeek-V4-Flash-0731) has another ladder of efforts and is otherwise written alike.
+
+Non-thinking answers follow `</think>`, thinking ones `<think>`. Reasoning of earlier turns is left out, unless tools
+are there: then the model has to see why it called what it called. Tool results go into the next user turn, in the order
+of the calls. Tool calls are DSML: `<｜DSML｜tool_calls>` around `invoke` elements with one `parameter` each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from router.chat.dsml_grammar import dsml_grammar
+
+from antefix.errors import InvalidRequest
+from antefix_router.chat.chat_formats import OutputParser
+from antefix_router.chat.dsml import DSML, DeepSeekV4Parser
+from antefix_router.chat.messages import (
+    Answer,
+    Breakpoint,
+    Conversation,
+    Effort,
+    Message,
+    Piece,
+    Plain,
+    Role,
+    Special,
+    ToolCall,
+)
+
+BOS: Final = "<｜begin▁of▁sentence｜>"
+EOS: Final = "<｜end▁of▁sentence｜>"
+USER: Final = "<｜User｜>"
+ASSISTANT: Final = "<｜Assistant｜>"
+THINK: Final = "<think>"
+THINK_END: Final = "</think>"
+
+# The prompts below are part of what the model was trained on; a changed letter is another model.
+_ABSOLUTE: Final = (
+    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
+    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause,"
+    " rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.\n"
+    "Explicitly write out your entire deliberation process, documenting every intermediate step, considered"
+    " alternative, and rejected hypothesis to ensure absolutely no assumption is left unchecked.\n\n"
+)
+_BEYOND: Final = (
+    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
+    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the"
+    " problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying"
+    " cause rather than any surface symptom.\n"
+    "Do not stop reasoning until you have independently verified the solution from multiple angles and are certain that"
+    " no assumption remains unchecked and no error remains undiscovered.\n\n"
+)
+EFFORTS: Final = {Effort.MAX: _ABSOLUTE}
+EFFORTS_0731: Final = {Effort.HIGH: _ABSOLUTE, Effort.MAX: _BEYOND}
+_TOOLS_BEFORE: Final = f"""## Tools
+
+You have access to a set of tools to help answer the user's question. You can invoke tools by writing a\
+ "<{DSML}tool_calls>" block like the following:
+
+<{DSML}tool_calls>
+<{DSML}invoke name="$TOOL_NAME">
+<{DSML}parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</{DSML}parameter>
+...
+</{DSML}invoke>
+<{DSML}invoke name="$TOOL_NAME2">
+...
+</{DSML}invoke>
+</{DSML}tool_calls>
+
+String parameters should be specified as is and set `string="true"`. For all other types (numbers, booleans, arrays,\
+ objects), pass the value in JSON format and set `string="false"`.
+
+If thinking_mode is enabled (triggered by {THINK}), you MUST output your complete reasoning inside\
+ {THINK}...{THINK_END} BEFORE any tool calls or final response.
+
+Otherwise, output directly after {THINK_END} with tool calls or final response.
+
+### Available Tool Schemas
+
+"""
+_TOOLS_AFTER: Final = (
+    "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
+)
+_SCHEMA: Final = "## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
+
+
+class DeepSeekV4Format:
+    """See the module. efforts: what stands before everything else where the model is to think; EFFORTS_0731 for that
+    checkpoint."""
+
+    supports_tools = True
+    supports_reasoning = True
+
+    def __init__(self, efforts: Mapping[Effort, str] = EFFORTS) -> None:
+        self.name = "deepseek-v4" if efforts is EFFORTS else "deepseek-v4-0731"
+        self._efforts = efforts
+
+    def render(self, conversation: Conversation) -> list[Piece]:
+        messages = _in_call_order(conversation.messages)
+        pieces: list[Piece] = [Special(text=BOS)]
+        if conversation.effort in self._efforts:
+            pieces.append(Special(text=self._efforts[conversation.effort]))
+        pieces += _preamble(conversation, messages)
+        last_user = max((i for i, m in enumerate(messages) if m.role in (Role.USER, Role.TOOL)), default=-1)
+        for index, message in enumerate(messages):
+            keeps_reasoning = bool(conversation.tools) or index > last_user
+            ends = index == len(messages) - 1
+            if message.role is Role.ASSISTANT:
+                pieces += _opening(conversation.effort, keeps_reasoning)
+                pieces.append(_answer(message, conversation.effort, keeps_reasoning))
+                if ends and conversation.continue_last:
+                    return pieces
+                pieces.append(Special(text=EOS))
+            elif message.role in (Role.USER, Role.TOOL):
+                follows = index > 0 and messages[index - 1].role in (Role.USER, Role.TOOL)
+                pieces.append(Special(text="\n\n" if follows else USER))
+                pieces += _spoken(message)
+        return [*pieces, *_opening(conversation.effort, True)]
+
+    def parser(self, conversation: Conversation) -> OutputParser:
+        return DeepSeekV4Parser(in_reasoning=_begins_thinking(conversation), has_tools=bool(conversation.tools))
+
+    def grammar(self, conversation: Conversation) -> str:
+        return dsml_grammar(conversation, thinks=_begins_thinking(conversation)) if conversation.has_form else ""
+
+
+def _begins_thinking(conversation: Conversation) -> bool:
+    continues = conversation.continue_last and bool(conversation.messages[-1].content)
+    return conversation.effort is not Effort.NONE and not continues
+
+
+def _preamble(conversation: Conversation, messages: tuple[Message, ...]) -> list[Piece]:
+    """System text, tools, response format, in the order that the model was trained on."""
+    pieces: list[Piece] = []
+    systems = [message for message in messages if message.role is Role.SYSTEM]
+    if any(message.role is Role.SYSTEM for message in messages[len(systems) :]):
+        raise InvalidRequest("system messages must come before all others for this model")
+    for index, message in enumerate(systems):
+        pieces += [Special(text="\n\n")] if index else []
+        pieces.append(Plain(text=message.content, breaks=message.breaks))
+    if conversation.tools:
+        schemas = "\n".join(_json(tool) for tool in conversation.tools)
+        pieces += [Special(text="\n\n" + _TOOLS_BEFORE), Plain(text=schemas), Special(text=_TOOLS_AFTER)]
+    if conversation.tools_break_s is not None:
+        pieces.append(Breakpoint(ttl_s=conversation.tools_break_s))
+    if conversation.response_schema is not None:
+        pieces += [Special(text="\n\n" + _SCHEMA), Plain(text=_json(conversation.response_schema))]
+    return pieces
+
+
+def _opening(effort: Effort, keeps_reasoning: bool) -> list[Piece]:
+    thinks = effort is not Effort.NONE and keeps_reasoning
+    return [Special(text=ASSISTANT + (THINK if thinks else THINK_END))]
+
+
+def _answer(message: Message, effort: Effort, keeps_reasoning: bool) -> Answer:
+    pieces: list[Special | Plain] = []
+    shown = message
+    if effort is not Effort.NONE and keeps_reasoning:
+        pieces += [Plain(text=message.reasoning), Special(text=THINK_END)]
+    else:
+        shown = replace(shown, reasoning="")
+    pieces.append(Plain(text=message.content, breaks=message.breaks))
+    if message.tool_calls:
+        pieces.append(Special(text=f"\n\n<{DSML}tool_calls>\n"))
+        for call in message.tool_calls:
+            pieces += _call(call)
+        pieces.append(Special(text=f"</{DSML}tool_calls>"))
+    return Answer(message=shown, pieces=tuple(pieces))
+
+
+def _call(call: ToolCall) -> list[Special | Plain]:
+    try:
+        arguments = json.loads(call.arguments or "{}")
+    except ValueError as err:
+        raise InvalidRequest(f"the arguments of tool call {call.id!r} are not JSON: {err}") from err
+    if not isinstance(arguments, dict):
+        raise InvalidRequest(f"the arguments of tool call {call.id!r} must be a JSON object")
+    pieces: list[Special | Plain] = [Special(text=f'<{DSML}invoke name="'), Plain(text=call.name), Special(text='">\n')]
+    for name, value in arguments.items():
+        is_text = isinstance(value, str)
+        pieces += [
+            Special(text=f'<{DSML}parameter name="'),
+            Plain(text=str(name)),
+            Special(text=f'" string="{"true" if is_text else "false"}">'),
+            Plain(text=value if is_text else _json(value)),
+            Special(text=f"</{DSML}parameter>\n"),
+        ]
+    # A call without parameters keeps the empty line that the model writes there.
+    return [*pieces, Special(text=f"{'' if arguments else chr(10)}</{DSML}invoke>\n")]
+
+
+def _spoken(message: Message) -> list[Piece]:
+    if message.role is Role.TOOL:
+        return [
+            Special(text="<tool_result>"),
+            Plain(text=message.content, breaks=message.breaks),
+            Special(text="</tool_result>"),
+        ]
+    return [Plain(text=message.content, breaks=message.breaks)]
+
+
+def _in_call_order(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Results of parallel calls in the order of the calls, however the client sent them: one rendering, one prefix."""
+    ordered = list(messages)
+    order: dict[str, int] = {}
+    start = 0
+    while start < len(ordered):
+        if ordered[start].role is Role.ASSISTANT:
+            order = {call.id: index for index, call in enumerate(ordered[start].tool_calls)}
+        stop = start
+        while stop < len(ordered) and ordered[stop].role is Role.TOOL:
+            stop += 1
+        if stop > start:
+            ordered[start:stop] = sorted(ordered[start:stop], key=lambda m: order.get(m.tool_call_id, len(order)))
+        start = max(stop, start + 1)
+    return tuple(ordered)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

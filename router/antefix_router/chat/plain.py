@@ -1,0 +1,47 @@
+"""The small model's format: a token for who speaks, the text, a token for its end. No tools, no reasoning.
+
+<|bos|> [system text <|end|>] (<|user|> text <|end|> <|assistant|> text <|end|>)* <|user|> text <|end|> <|assistant|>
+"""
+
+from __future__ import annotations
+
+from router.chat.grammar import json_grammar
+
+from antefix.errors import InvalidRequest
+from antefix_router.chat.chat_formats import OutputParser, PlainParser
+from antefix_router.chat.messages import Answer, Conversation, Piece, Plain, Role, Special
+
+_OPENING = {Role.SYSTEM: "", Role.USER: "<|user|>", Role.ASSISTANT: "<|assistant|>"}
+
+
+class PlainFormat:
+    """See the module."""
+
+    name = "plain"
+    supports_tools = False
+    supports_reasoning = False
+
+    def render(self, conversation: Conversation) -> list[Piece]:
+        if conversation.tools:
+            raise InvalidRequest("this model cannot call tools")
+        pieces: list[Piece] = [Special(text="<|bos|>")]
+        last = len(conversation.messages) - 1
+        for index, message in enumerate(conversation.messages):
+            if message.role not in _OPENING or message.tool_calls:
+                raise InvalidRequest("this model cannot call tools")
+            if _OPENING[message.role]:
+                pieces.append(Special(text=_OPENING[message.role]))
+            text = Plain(text=message.content, breaks=message.breaks)
+            pieces.append(Answer(message=message, pieces=(text,)) if message.role is Role.ASSISTANT else text)
+            if index == last and conversation.continue_last:
+                return pieces
+            pieces.append(Special(text="<|end|>"))
+        pieces.append(Special(text="<|assistant|>"))
+        return pieces
+
+    def parser(self, conversation: Conversation) -> OutputParser:
+        return PlainParser()
+
+    def grammar(self, conversation: Conversation) -> str:
+        """The model is not told of a schema: its answer is held to it."""
+        return json_grammar(conversation.response_schema) if conversation.answers_json else ""

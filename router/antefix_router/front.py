@@ -1,0 +1,162 @@
+"""What gRPC and HTTP have in common: checking a request, and running it with its bill. Knows neither protocol."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from router.grammar_check import GrammarCheck
+
+from antefix.clients import Tokens
+from antefix.config import require, setting
+from antefix.errors import InvalidRequest
+from antefix.generation_request import Caller, GenerationRequest
+from antefix.model_dir import ModelIdentity
+from antefix.sampling import WrongSetting
+from antefix.secret import Keyring
+from antefix.tokenizer import Tokenizer
+from antefix_billing.ledger import Ledger
+from antefix_billing.ratecard import RateCards, load_cards
+from antefix_billing.receipt import Signer
+from antefix_billing.tenants import CONTROL, TenantBook, load_tenants
+from antefix_router.accounting import Accounts
+from antefix_router.encoding import Encoding
+from antefix_router.generation import Generator, Piece
+from antefix_router.open_bill import Bill, Served
+
+REQUEST_ID_BYTES_MAX = 256
+TENANT_BYTES_MAX = 512
+# Each of a request's outputs takes a place at a decode worker.
+NUM_SAMPLES_MAX = 16
+
+
+class ContextTooLong(InvalidRequest):
+    """Prompt and output do not fit the model's context. The caller shortens one of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BillingConfig:
+    """Settings of a router's bill."""
+
+    ledger_dir: str = setting("", "directory of the usage ledger; without one nothing is billed")
+    ratecards: tuple[str, ...] = setting((), "rate card files (TOML), separated by commas; without one all is free")
+    tenants_file: str = setting("", "TOML file with tenants' API keys and limits; without one callers need no key")
+    receipt_key_file: str = setting("", "Ed25519 key that signs receipts, made if missing (default: in ledger_dir)")
+
+    def __post_init__(self) -> None:
+        require(bool(self.ledger_dir) or not self.receipt_key_file, "--receipt-key-file needs --ledger-dir")
+
+
+class Front:
+    """The door behind the doors."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        accounts: Accounts,
+        *,
+        identity: ModelIdentity,
+        tokenizer: Tokenizer,
+        tenants: TenantBook,
+        signer: Signer | None,
+    ) -> None:
+        self.accounts = accounts
+        self.identity = identity
+        self.tokenizer = tokenizer
+        self.tenants = tenants
+        self.signer = signer
+        self.encoding = Encoding()
+        self.grammars = GrammarCheck(identity.path, identity.vocab_size)
+        self._generator = generator
+
+    async def admit(self, request: GenerationRequest) -> Bill:
+        """Check a request and open its bill; without an id it gets one.
+
+        Raises:  InvalidRequest: whatever is wrong with it, whatever our state is.  QuotaExceeded, Conflict: see there.
+        """
+        caller = request.caller
+        for name, text, nbytes_max in (
+            ("request_id", caller.request_id, REQUEST_ID_BYTES_MAX),
+            ("tenant", caller.tenant, TENANT_BYTES_MAX),
+            ("user", caller.user, TENANT_BYTES_MAX),
+            ("session", caller.session, TENANT_BYTES_MAX),
+        ):
+            if len(text.encode()) > nbytes_max:
+                raise InvalidRequest(f"{name} takes {nbytes_max} bytes")
+        cache_tenant(caller.tenant, caller.user)
+        self._check_tokens(request.tokens, request.sampling.max_tokens)
+        request.sampling.check_vocabulary(self.identity.vocab_size)
+        check_samples(request)
+        if request.sampling.grammar:
+            await self.grammars.check(request.sampling.grammar)
+        if not caller.request_id:
+            request = replace(request, caller=replace(caller, request_id=secrets.token_hex(12)))
+        return await self.accounts.admit(request)
+
+    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[Piece, None]:
+        """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
+        return self.accounts.run(bill, self._generator.run, timeout_s)
+
+    async def close(self) -> None:
+        """Settle what is running, and end what checks grammars."""
+        await self.accounts.close()
+        await self.grammars.close()
+
+    def _check_tokens(self, tokens: Tokens, max_tokens: int) -> None:
+        if len(tokens) == 0:
+            raise InvalidRequest("the prompt is empty")
+        if len(tokens) + max_tokens > self.identity.max_tokens:
+            raise ContextTooLong(
+                f"the prompt is too long: {len(tokens)} tokens and max_tokens {max_tokens} are more than the model's"
+                f" context length of {self.identity.max_tokens}"
+            )
+        if int(tokens.max()) >= self.identity.vocab_size:
+            raise InvalidRequest(
+                f"token id {int(tokens.max())} is outside the vocabulary of {self.identity.vocab_size}"
+            )
+
+
+def cache_tenant(tenant: str, user: str) -> str:
+    """Whose blocks a request may hit: the tenant's, or those of one of its users."""
+    for text in (tenant, user):
+        # U+001F separates the two in a cache's name; the others would end up on the terminal of whoever reads a bill.
+        if CONTROL.search(text):
+            raise InvalidRequest("tenant and user may not hold control characters")
+    return Caller(tenant=tenant, user=user).cache_tenant
+
+
+def check_samples(request: GenerationRequest) -> None:
+    """Raises:  WrongSetting: more outputs than may be, or several that would all be the same."""
+    if not 1 <= request.num_samples <= NUM_SAMPLES_MAX:
+        raise WrongSetting("n", f"must be from 1 to {NUM_SAMPLES_MAX}, is {request.num_samples}")
+    if request.num_samples > 1 and request.sampling.temperature == 0.0:
+        raise WrongSetting("n", "must be 1 when using greedy sampling: all outputs would be the same")
+
+
+def open_front(
+    config: BillingConfig,
+    generator: Generator,
+    *,
+    identity: ModelIdentity,
+    tokenizer: Tokenizer,
+    keyring: Keyring,
+    fingerprint: bytes,
+) -> Front:
+    """Raises:  ConfigError: a file or directory named in the settings cannot be used.  LedgerCorrupt: see there."""
+    tenants = load_tenants(config.tenants_file) if config.tenants_file else TenantBook()
+    cards = load_cards(config.ratecards) if config.ratecards else RateCards()
+    ledger = Ledger(config.ledger_dir) if config.ledger_dir else None
+    served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
+    signer = None
+    if ledger is not None:
+        signer = Signer.create(Path(config.receipt_key_file or ledger.directory / "receipts.key"))
+    return Front(
+        generator,
+        Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants),
+        identity=identity,
+        tokenizer=tokenizer,
+        tenants=tenants,
+        signer=signer,
+    )

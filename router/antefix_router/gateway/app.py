@@ -1,0 +1,165 @@
+"""The HTTP server: addresses to handlers, start and graceful stop. Runs in the router's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from antefix.errors import AntefixError, ConfigError, Unavailable
+from antefix.rpc import parse_address
+from antefix_billing.usage_record import request_key
+from antefix_router.front import Front
+from antefix_router.gateway.anthropic import count_tokens, prepare_messages
+from antefix_router.gateway.chat import prepare_chat
+from antefix_router.gateway.completions import list_models, prepare_completion
+from antefix_router.gateway.gateway import Gateway
+from antefix_router.gateway.gateway_config import GatewayConfig
+from antefix_router.gateway.http import Call, Endpoint, Room
+from antefix_router.gateway.http_errors import NotFound, Provider, error_response
+from antefix_router.gateway.responses import prepare_response
+
+log = logging.getLogger("antefix.gateway")
+
+GRACE_S = 30
+# A client that keeps its connection open between turns; longer than most clients' own limit, so that they close first.
+KEEP_ALIVE_S = 75
+
+_PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provider]] = {
+    "/v1/chat/completions": (prepare_chat, Provider.OPENAI),
+    "/v1/completions": (prepare_completion, Provider.OPENAI),
+    "/v1/responses": (prepare_response, Provider.OPENAI),
+    "/v1/messages": (prepare_messages, Provider.ANTHROPIC),
+}
+
+
+def build_app(front: Front, config: GatewayConfig) -> Starlette:
+    """The ASGI application."""
+    gateway = Gateway(front, config)
+    room = Room(config.http_requests_max)
+    routes = [
+        Route(path, Endpoint(partial(prepare, gateway), provider, room), methods=["POST"])
+        for path, (prepare, provider) in _PREPARE.items()
+    ]
+    routes += [
+        Route("/v1/messages/count_tokens", partial(count_tokens, gateway), methods=["POST"]),
+        Route("/v1/models", partial(list_models, gateway), methods=["GET"]),
+        Route("/v1/models/{name:path}", partial(list_models, gateway), methods=["GET"]),
+        Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, gateway), methods=["GET"]),
+        Route("/v1/usage/public_key", partial(_public_key, gateway), methods=["GET"]),
+        Route("/healthz", _healthz, methods=["GET"]),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+
+
+async def _receipt(gateway: Gateway, request: Request) -> Response:
+    """A tenant's own request's receipt."""
+    try:
+        tenant = gateway.tenant(request)
+        front = gateway.front
+        if front.accounts.ledger is None or front.signer is None:
+            raise Unavailable("this router keeps no ledger")
+        request_id = request.path_params["request_id"]
+        settled = await front.accounts.writer.find(request_key(tenant, request_id))
+        if settled is None:
+            raise NotFound(f"there is no record of request {request_id!r}")
+        return JSONResponse(front.signer.receipt(settled, front.accounts.ledger.source))
+    except AntefixError as err:
+        return error_response(err, Provider.OPENAI)
+
+
+async def _public_key(gateway: Gateway, request: Request) -> Response:
+    signer = gateway.front.signer
+    if signer is None:
+        return error_response(Unavailable("this router keeps no ledger"), Provider.OPENAI)
+    return JSONResponse({"algorithm": "Ed25519", "public_key": signer.public_key.hex()})
+
+
+async def _healthz(request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def _http_error(request: Request, err: Exception) -> Response:
+    """Unknown addresses and methods, in the shape that the caller's client reads."""
+    status = err.status_code if isinstance(err, HTTPException) else 500
+    anthropic = "anthropic-version" in request.headers
+    response = error_response(
+        NotFound(f"there is no {request.method} {request.url.path}"),
+        Provider.ANTHROPIC if anthropic else Provider.OPENAI,
+    )
+    response.status_code = status
+    return response
+
+
+class _Server(uvicorn.Server):
+    """Signals are the router's business. `ready` is set when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.ready.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """A started gateway."""
+
+    def __init__(self, server: _Server, serving: asyncio.Task[None], address: str) -> None:
+        self._server = server
+        self._serving = serving
+        self.address = address
+
+    async def stop(self) -> None:
+        """Take no more requests, let running ones finish, then stop."""
+        self._server.should_exit = True
+        await asyncio.gather(self._serving, return_exceptions=True)
+
+
+async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
+    """Raises:  ConfigError: the address cannot be listened on."""
+    host, port = parse_address(config.http_address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named because asyncio sets TCP_NODELAY only where it is: without that, each answer waits 40 ms for
+    # the client's delayed acknowledgement between head and body.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host.strip("[]"), port))
+        listener.listen(1024)
+    except OSError as err:
+        listener.close()
+        raise ConfigError(f"--http-address {config.http_address}: {err}") from err
+    server = _Server(
+        uvicorn.Config(
+            build_app(front, config),
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=GRACE_S,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            server_header=False,
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    ready = asyncio.create_task(server.ready.wait())
+    await asyncio.wait({ready, serving}, return_when=asyncio.FIRST_COMPLETED)
+    ready.cancel()
+    if serving.done():
+        raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
+    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}")

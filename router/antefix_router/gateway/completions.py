@@ -1,0 +1,147 @@
+"""OpenAI's /v1/completions (the prompt as it is, text or token ids) and /v1/models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from functools import partial
+from typing import Any
+
+from router.gateway.answer_form import chat_form
+from router.gateway.choices import Choices
+from router.gateway.knobs import read_knobs
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from antefix.errors import InvalidRequest
+from antefix_billing.providers import chat_usage
+from antefix_router.gateway.chat import stream_options
+from antefix_router.gateway.gateway import Gateway
+from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.http_errors import Provider, error_response
+from antefix_router.gateway.openai_messages import refuse_unsupported
+from antefix_router.gateway.output import Output
+
+
+async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCall:
+    """Raises:  InvalidRequest and the others of `Gateway.complete`."""
+    tenant = gateway.tenant(request)
+    fields = await gateway.fields(request)
+    model = gateway.check_model(fields.text("model"))
+    stream, include_usage = stream_options(fields)
+    user = fields.text("user", "")
+    echo = fields.boolean("echo")
+    text, tokens = await _prompt(gateway, fields.take("prompt"), echo=echo)
+    knobs = read_knobs(fields, "max_tokens", num_top_logprobs=fields.integer("logprobs"), several=True)
+    form = chat_form(fields.take("response_format"))
+    if echo and knobs.num_top_logprobs is not None:
+        raise InvalidRequest("logprobs: with echo they would be of the prompt as well, which has none here")
+    fields.only("suffix", lambda value: value == "", "this model does not fill in the middle")
+    session = fields.text("prompt_cache_key", "")
+    refuse_unsupported(fields)
+    fields.refuse_rest()
+    choices = await gateway.complete(tokens, knobs, gateway.caller(request, tenant, user, session=session), form)
+    timeout_s = gateway.config.http_timeout_s
+    return CompletionCall(
+        choices, model, timeout_s, stream=stream, include_usage=include_usage, echo=text if echo else ""
+    )
+
+
+async def _prompt(gateway: Gateway, prompt: Any, *, echo: bool) -> tuple[str, list[int]]:
+    """The prompt as text and as tokens. Here the caller writes for the model, so special tokens are what they say."""
+    tokenizer = gateway.front.tokenizer
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return prompt, await gateway.front.encoding.run(len(prompt), partial(tokenizer.encode, prompt))
+    if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        vocab_size = gateway.front.identity.vocab_size
+        if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise InvalidRequest(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")
+        return (tokenizer.decode(prompt) if echo else ""), prompt
+    raise InvalidRequest("prompt must be one string or one list of token ids")
+
+
+class CompletionCall:
+    """One answer, or several, in the shape of text completions."""
+
+    def __init__(
+        self, choices: Choices, model: str, timeout_s: float, *, stream: bool, include_usage: bool, echo: str
+    ) -> None:
+        self.stream = stream
+        self.headers = {"x-request-id": choices.request_id}
+        self._choices = choices
+        self._model = model
+        self._timeout_s = timeout_s
+        self._include_usage = include_usage
+        self._echo = echo
+        self._created = int(time.time())
+
+    async def whole(self) -> dict[str, Any]:
+        async for _ in self._choices.deltas(self._timeout_s, held=True):
+            pass
+        shown = self._choices.shown
+        choices = [
+            _choice(index, output, self._echo + output.content, output.ended().reason)
+            for index, output in enumerate(shown)
+        ]
+        return {**self._head(), "choices": choices, "usage": chat_usage(shown[0].ended().record)}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        if self._echo:
+            for index, output in enumerate(self._choices.shown):
+                yield self._event([_choice(index, output, self._echo, None)])
+        async for index, delta in self._choices.deltas(self._timeout_s):
+            yield self._event([_choice(index, self._choices.shown[index], delta.content, None)])
+        shown = self._choices.shown
+        for index, output in enumerate(shown):
+            yield self._event([_choice(index, output, "", output.ended().reason)])
+        if self._include_usage:
+            yield self._event([], usage=chat_usage(shown[0].ended().record))
+        yield event_bytes("[DONE]")
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return event_bytes({**self._head(), "choices": choices, **more})
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": f"cmpl-{self._choices.request_id}",
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+        }
+
+
+def _choice(index: int, output: Output, text: str, finish_reason: str | None) -> dict[str, Any]:
+    spoken = output.new_logprobs()
+    logprobs = output.logprobs.completion(spoken) if spoken else None
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+async def list_models(gateway: Gateway, request: Request) -> JSONResponse:
+    """GET /v1/models and /v1/models/{name}, in OpenAI's shape with what Anthropic's clients look for."""
+    provider = Provider.ANTHROPIC if "anthropic-version" in request.headers else Provider.OPENAI
+    try:
+        gateway.tenant(request)
+        name = request.path_params.get("name")
+        if name is not None:
+            return JSONResponse(_model(gateway, gateway.check_model(name)))
+        models = [_model(gateway, each) for each in gateway.model_names]
+    except Exception as err:  # noqa: BLE001 - answered in the caller's shape
+        return error_response(err, provider)
+    page = {"has_more": False, "first_id": models[0]["id"], "last_id": models[-1]["id"]}
+    return JSONResponse({"object": "list", "data": models, **page})
+
+
+def _model(gateway: Gateway, name: str) -> dict[str, Any]:
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(gateway.started))
+    return {
+        "id": name,
+        "object": "model",
+        "created": gateway.started,
+        "owned_by": "antefix",
+        "type": "model",
+        "display_name": name,
+        "created_at": created,
+        "max_model_len": gateway.front.identity.max_tokens,
+    }

@@ -1,0 +1,216 @@
+"""What all APIs need: who calls, which model, the conversation as tokens, the request admitted. Knows no provider."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from router.chat.grammar import json_grammar
+from router.chat.schema import UnusableSchema, UnusableTool
+from router.gateway.answer_form import CHAT_NAMES, AnswerForm, SchemaNames
+from router.gateway.choices import Choices
+from router.gateway.knobs import Knobs
+from router.grammar_check import UnusableGrammar
+from starlette.requests import Request
+
+from antefix.block import as_tokens
+from antefix.errors import InvalidRequest
+from antefix.generation_request import Caller, GenerationRequest
+from antefix_router.chat.answer_memory import AnswerMemory
+from antefix_router.chat.chat_formats import ChatFormat, OutputParser, PlainParser
+from antefix_router.chat.choice import choose_format
+from antefix_router.chat.messages import Conversation, Effort, ToolRule
+from antefix_router.chat.render import num_characters, render_tokens
+from antefix_router.front import Front, cache_tenant
+from antefix_router.gateway.fields import Fields, WrongField
+from antefix_router.gateway.gateway_config import GatewayConfig
+from antefix_router.gateway.http import read_json
+from antefix_router.gateway.http_errors import ModelNotFound
+from antefix_router.gateway.output import Output
+
+BREAKPOINTS_MAX = 4
+# Making a schema's grammar takes as long as encoding so much text.
+_SCHEMA_CHARACTERS = 4096
+
+
+class Gateway:
+    """The HTTP side of one router."""
+
+    def __init__(self, front: Front, config: GatewayConfig) -> None:
+        self.front = front
+        self.config = config
+        self.memory = AnswerMemory()
+        self.format: ChatFormat = choose_format(config.chat_format, front.identity.path, front.tokenizer)
+        self.started = int(time.time())
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        return (self.front.identity.name, *self.config.model_names)
+
+    def tenant(self, request: Request) -> str:
+        """Raises:  Unauthenticated: no key, or an unknown one, where keys are needed."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        bearer = token.strip() if scheme.lower() == "bearer" else ""
+        return self.front.tenants.authenticate(request.headers.get("x-api-key") or bearer)
+
+    async def fields(self, request: Request) -> Fields:
+        config = self.config
+        return Fields(await read_json(request, config.http_body_bytes_max, timeout_s=config.http_body_timeout_s))
+
+    def caller(self, request: Request, tenant: str, user: str, session: str = "") -> Caller:
+        return Caller(tenant=tenant, user=user, request_id=request.headers.get("idempotency-key", ""), session=session)
+
+    def check_model(self, name: str) -> str:
+        """Raises:  ModelNotFound: another model."""
+        if name not in self.model_names:
+            raise ModelNotFound(f"the model {name!r} is not served here; there is {', '.join(self.model_names)}")
+        return name
+
+    def check_effort(self, effort: Effort | None) -> Effort:
+        """None is the model's own way: high where it reasons, as DeepSeek's API has it, none where it cannot.
+
+        Raises:  InvalidRequest: reasoning was asked for, and the model has none.
+        """
+        if effort is None:
+            return Effort.HIGH if self.format.supports_reasoning else Effort.NONE
+        if effort is not Effort.NONE and not self.format.supports_reasoning:
+            raise InvalidRequest("this model does not reason before it answers; ask for no reasoning effort")
+        return effort
+
+    async def tokens_of(
+        self, conversation: Conversation, tenant: str
+    ) -> tuple[list[int], tuple[tuple[int, float], ...]]:
+        """The prompt's tokens, and where the client's cache breakpoints lie in them."""
+        pieces = self.format.render(conversation)
+        rendered = await self.front.encoding.run(
+            num_characters(pieces),
+            lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
+        )
+        if len(rendered.breakpoints) > BREAKPOINTS_MAX:
+            raise InvalidRequest(f"at most {BREAKPOINTS_MAX} cache breakpoints a request")
+        return rendered.tokens, rendered.breakpoints
+
+    async def chat(
+        self, conversation: Conversation, knobs: Knobs, caller: Caller, names: SchemaNames = CHAT_NAMES
+    ) -> Output:
+        """Admit a conversation's next answer.  names: where the API has its schemas.
+
+        Raises:  InvalidRequest, QuotaExceeded, Conflict: see `Front.admit`.
+        """
+        return (await self.chat_choices(conversation, knobs, caller, names)).shown[0]
+
+    async def chat_choices(
+        self, conversation: Conversation, knobs: Knobs, caller: Caller, names: SchemaNames = CHAT_NAMES
+    ) -> Choices:
+        """Admit a conversation's next answers, as many as the knobs say.  Raises: as `chat`."""
+        grammar = await self._grammar(conversation, names)
+        tokens, breakpoints = await self.tokens_of(conversation, cache_tenant(caller.tenant, caller.user))
+        request = self._request(tokens, knobs, caller, grammar=grammar, breakpoints=breakpoints)
+        memory = None if conversation.continue_last else self.memory
+        strict = {
+            tool["name"]: tool["parameters"] for tool in conversation.tools if tool["name"] in conversation.strict
+        }
+        return await self._admit(request, knobs, lambda: self.format.parser(conversation), memory=memory, strict=strict)
+
+    async def complete(self, tokens: list[int], knobs: Knobs, caller: Caller, form: AnswerForm) -> Choices:
+        """Admit continuations of tokens, as they are."""
+        grammar = ""
+        if form.is_json:
+            try:
+                grammar = json_grammar(form.schema)
+                await self.front.grammars.check(grammar)
+            except (UnusableSchema, UnusableGrammar) as err:
+                raise wrong_schema(form.param, err) from err
+        request = self._request(tokens, knobs, caller, grammar=grammar)
+        return await self._admit(request, knobs, PlainParser)
+
+    async def _admit(
+        self,
+        request: GenerationRequest,
+        knobs: Knobs,
+        parser: Callable[[], OutputParser],
+        *,
+        memory: AnswerMemory | None = None,
+        strict: Mapping[str, Any] | None = None,
+    ) -> Choices:
+        bill = await self.front.admit(request)
+        outputs = [
+            Output(
+                self.front,
+                bill,
+                parser(),
+                stop=knobs.stop,
+                memory=memory,
+                strict=strict,
+                index=index,
+                tells_logprobs=knobs.num_top_logprobs is not None,
+            )
+            for index in range(request.num_samples)
+        ]
+        return Choices(self.front, bill, outputs, num_shown=knobs.n)
+
+    def _request(
+        self,
+        tokens: list[int],
+        knobs: Knobs,
+        caller: Caller,
+        *,
+        grammar: str,
+        breakpoints: tuple[tuple[int, float], ...] = (),
+    ) -> GenerationRequest:
+        most = self.front.identity.max_tokens - len(tokens)
+        sampling = knobs.sampling(
+            self.front.tokenizer, max_tokens_default=max(1, min(self.config.http_max_tokens, most)), grammar=grammar
+        )
+        return GenerationRequest(
+            tokens=as_tokens(tokens),
+            sampling=sampling,
+            caller=caller,
+            breakpoints=breakpoints,
+            num_samples=knobs.best_of,
+        )
+
+    async def _grammar(self, conversation: Conversation, names: SchemaNames) -> str:
+        """What the answer has to be, tried out; empty: anything.  Raises:  WrongField: the schema at fault is named."""
+        if not conversation.has_form:
+            return ""
+        size = _SCHEMA_CHARACTERS * (1 + len(conversation.tools))
+        try:
+            grammar = await self.front.encoding.run(size, lambda: self.format.grammar(conversation))
+        except UnusableTool as err:
+            raise wrong_schema(names.of_tool(err.number), err) from err
+        except UnusableSchema as err:
+            raise wrong_schema(names.answer, err) from err
+        if conversation.continue_last:
+            raise InvalidRequest("an answer that was begun cannot be held to a form: leave its beginning out")
+        try:
+            await self.front.grammars.check(grammar)
+        except UnusableGrammar as err:
+            raise wrong_schema(await self._at_fault(conversation, names), err) from err
+        return grammar
+
+    async def _at_fault(self, conversation: Conversation, names: SchemaNames) -> str:
+        """The field whose schema cannot be followed, found by trying each tool alone."""
+        for number, tool in enumerate(conversation.tools):
+            rule = ToolRule(must_call=True, names=frozenset((tool["name"],)))
+            alone = replace(conversation, tool_rule=rule, answers_json=False, effort=Effort.NONE)
+            try:
+                await self.front.grammars.check(self.format.grammar(alone))
+            except (UnusableSchema, UnusableGrammar):
+                return names.of_tool(number)
+        return names.answer if conversation.answers_json else "tools"
+
+
+def wrong_schema(param: str, err: InvalidRequest) -> WrongField:
+    return WrongField(f"{param}: {err}", param=param, code="invalid_value")
+
+
+def function_schema(name: str, description: Any, parameters: Any) -> dict[str, Any]:
+    """A tool as the model is shown it; absent parts stay absent, so that every API gives the same rendering."""
+    schema: dict[str, Any] = {"name": name}
+    if description is not None:
+        schema["description"] = description
+    schema["parameters"] = parameters if parameters is not None else {"type": "object", "properties": {}}
+    return schema

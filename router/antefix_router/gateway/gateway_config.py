@@ -1,0 +1,34 @@
+"""Settings of the HTTP gateway."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from antefix.config import require, setting
+from antefix_router.front import BillingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig(BillingConfig):
+    """Without an address there is no gateway."""
+
+    http_address: str = setting("", "host:port of the HTTP API; port 0 takes a free one; empty: none")
+    http_body_bytes_max: int = setting(32 << 20, "larger request bodies are refused", unit="bytes")
+    http_body_timeout_s: float = setting(60.0, "longest a request's body may take to arrive", unit="s")
+    http_requests_max: int = setting(512, "HTTP requests at once; more are refused with a retry hint")
+    http_timeout_s: float = setting(600.0, "longest a request may take", unit="s")
+    http_max_tokens: int = setting(4096, "output limit of requests that name none", unit="tokens")
+    model_names: tuple[str, ...] = setting((), "further names that clients may use for the model")
+    chat_format: str = setting(
+        "auto", "how conversations are written: auto, plain, deepseek-v4, deepseek-v4-0731 or template"
+    )
+
+    def __post_init__(self) -> None:
+        BillingConfig.__post_init__(self)
+        require(self.http_body_bytes_max > 0, f"http_body_bytes_max must be positive, is {self.http_body_bytes_max}")
+        require(self.http_body_timeout_s > 0, f"http_body_timeout_s must be positive, is {self.http_body_timeout_s}")
+        require(self.http_requests_max > 0, f"http_requests_max must be positive, is {self.http_requests_max}")
+        require(self.http_timeout_s > 0, f"http_timeout_s must be positive, is {self.http_timeout_s}")
+        require(self.http_max_tokens > 0, f"http_max_tokens must be positive, is {self.http_max_tokens}")
+        formats = ("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template")
+        require(self.chat_format in formats, f"chat_format must be one of {', '.join(formats)}")

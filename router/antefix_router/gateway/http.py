@@ -1,0 +1,164 @@
+"""One HTTP call from first byte to last: limits, the body, the answer whole or as events, clients that leave.
+
+ASGI by hand, because the work must stop when the client goes, also while nothing is sent: a prompt may take minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from antefix.errors import InvalidRequest, Overloaded
+from antefix_router.gateway.http_errors import Provider, TooLarge, TooSlow, error_body, error_response
+
+log = logging.getLogger("antefix.gateway")
+
+
+class Call(Protocol):
+    """One checked and admitted request."""
+
+    stream: bool
+    headers: dict[str, str]
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one JSON object."""
+
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events."""
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+Prepare = Callable[[Request], Awaitable[Call]]
+
+
+class Room:
+    """How many calls run at once."""
+
+    def __init__(self, num_max: int) -> None:
+        self._num_max = num_max
+        self.num_running = 0
+
+    @contextlib.contextmanager
+    def taken(self) -> Any:
+        """Raises:  Overloaded: no room."""
+        if self.num_running >= self._num_max:
+            raise Overloaded(f"{self.num_running} requests are running already", retry_after_s=1.0)
+        self.num_running += 1
+        try:
+            yield
+        finally:
+            self.num_running -= 1
+
+
+class Endpoint:
+    """An ASGI application for one address."""
+
+    def __init__(self, prepare: Prepare, provider: Provider, room: Room) -> None:
+        self._prepare = prepare
+        self._provider = provider
+        self._room = room
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answering = asyncio.create_task(self._answer(Request(scope, receive), scope, receive, send))
+        try:
+            await asyncio.shield(answering)
+        except asyncio.CancelledError:
+            answering.cancel()
+            await asyncio.gather(answering, return_exceptions=True)
+            raise
+
+    async def _answer(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._room.taken():
+                call = await self._prepare(request)
+                work = self._send_events(call, send) if call.stream else self._send_whole(call, scope, receive, send)
+                await _unless_gone(work, receive)
+        except Exception as err:  # noqa: BLE001 - the one place where HTTP turns exceptions into answers
+            await error_response(err, self._provider)(scope, receive, send)
+
+    async def _send_whole(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
+        await JSONResponse(await call.whole(), headers=call.headers)(scope, receive, send)
+
+    async def _send_events(self, call: Call, send: Send) -> None:
+        """Headers go out with the first event, so that what fails before it still gets its own status."""
+        async with contextlib.aclosing(call.events()) as events:
+            first = await anext(events)
+            headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", **call.headers}
+            raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": raw})
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+            try:
+                async for event in events:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            except Exception as err:  # noqa: BLE001 - the status is sent already, so the error goes as an event
+                await send({"type": "http.response.body", "body": self._error_event(err), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _error_event(self, err: Exception) -> bytes:
+        _, body = error_body(err, self._provider)
+        return event_bytes(body, name="error" if self._provider is Provider.ANTHROPIC else "")
+
+
+async def _unless_gone(work: Any, receive: Receive) -> None:
+    """Run `work`; cancel it when the client disconnects."""
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            log.info("a client left; its request is cancelled")
+    finally:
+        watching.cancel()
+        if not working.done():
+            working.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+    if not working.cancelled():
+        working.result()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def read_json(request: Request, nbytes_max: int, *, timeout_s: float) -> Any:
+    """The body. Raises:  TooLarge.  TooSlow.  InvalidRequest: it is not JSON."""
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise InvalidRequest(f"content-encoding {coding!r} is not supported: send the body as it is")
+    if int(request.headers.get("content-length") or 0) > nbytes_max:
+        raise TooLarge(f"the body has more than {nbytes_max} bytes")
+    body = bytearray()
+    try:
+        # Whoever sends has one of the slots of `Room` meanwhile.
+        async with asyncio.timeout(timeout_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > nbytes_max:
+                    raise TooLarge(f"the body has more than {nbytes_max} bytes")
+    except TimeoutError as err:
+        raise TooSlow(f"the body did not arrive within {timeout_s:g} s") from err
+    try:
+        value = json.loads(bytes(body))
+        if _SURROGATE.search(body):
+            # Half of a pair is no character: there is no text that it could be sent to the model as.
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as err:
+        raise InvalidRequest(f"the body is not JSON: {err}") from err
+    return value
+
+
+def event_bytes(data: Any, *, name: str = "") -> bytes:
+    """One server-sent event."""
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {text}\n\n".encode("utf-8", "backslashreplace")

@@ -1,0 +1,91 @@
+"""Our exceptions as HTTP statuses, in the shape that each provider's clients read. Pure."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from enum import StrEnum
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from antefix import errors
+from antefix.sampling import WrongSetting
+from antefix_router.front import ContextTooLong
+from antefix_router.gateway.fields import WrongField
+
+log = logging.getLogger("antefix.gateway")
+
+
+class Provider(StrEnum):
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+
+class NotFound(errors.AntefixError):
+    """No such model or address. The caller fixes the call."""
+
+
+class ModelNotFound(NotFound):
+    """Another model."""
+
+
+class TooLarge(errors.InvalidRequest):
+    """The body is larger than this server takes."""
+
+
+class TooSlow(errors.DeadlineExceeded):
+    """The body did not arrive in time. The caller sends it again."""
+
+
+# Most specific first: exception, HTTP status, OpenAI's type and code, Anthropic's type.
+_TABLE: tuple[tuple[type[Exception], int, str, str, str], ...] = (
+    (TooLarge, 413, "invalid_request_error", "request_too_large", "request_too_large"),
+    (TooSlow, 408, "timeout_error", "request_timeout", "timeout_error"),
+    (ModelNotFound, 404, "invalid_request_error", "model_not_found", "not_found_error"),
+    (NotFound, 404, "invalid_request_error", "not_found", "not_found_error"),
+    # Agents shorten their conversation when they see this code.
+    (ContextTooLong, 400, "invalid_request_error", "context_length_exceeded", "invalid_request_error"),
+    (errors.InvalidRequest, 400, "invalid_request_error", "invalid_value", "invalid_request_error"),
+    (errors.Unauthenticated, 401, "authentication_error", "invalid_api_key", "authentication_error"),
+    (errors.PermissionDenied, 403, "permission_error", "permission_denied", "permission_error"),
+    (errors.Conflict, 409, "conflict_error", "conflict", "invalid_request_error"),
+    (errors.QuotaExceeded, 429, "insufficient_quota", "insufficient_quota", "rate_limit_error"),
+    (errors.ResourceExhausted, 429, "rate_limit_error", "rate_limit_exceeded", "rate_limit_error"),
+    (errors.DeadlineExceeded, 504, "timeout_error", "timeout", "timeout_error"),
+    (errors.Unavailable, 503, "service_unavailable_error", "service_unavailable", "overloaded_error"),
+)
+
+
+def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]:
+    """Status and body. What is not ours says only an id, which the log has too."""
+    for kind, status, openai_type, code, anthropic_type in _TABLE:
+        if isinstance(err, kind):
+            param = err.param if isinstance(err, (WrongField, WrongSetting)) else None
+            code = err.code if isinstance(err, WrongField) else code
+            return status, _body(str(err), provider, openai_type, anthropic_type, code, param)
+    error_id = secrets.token_hex(6)
+    log.error("internal error %s", error_id, exc_info=err)
+    message = f"internal error {error_id}; the service's log has it"
+    return 500, _body(message, provider, "server_error", "api_error", "internal_error")
+
+
+def error_response(err: Exception, provider: Provider) -> JSONResponse:
+    status, body = error_body(err, provider)
+    headers = {}
+    if isinstance(err, errors.ResourceExhausted) and err.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(err.retry_after_s)))
+    if isinstance(err, TooSlow):
+        # The rest of the body may still come, and is no new request.
+        headers["connection"] = "close"
+    if isinstance(err, errors.Unauthenticated):
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def _body(
+    message: str, provider: Provider, openai_type: str, anthropic_type: str, code: str, param: str | None = None
+) -> dict[str, Any]:
+    if provider is Provider.ANTHROPIC:
+        return {"type": "error", "error": {"type": anthropic_type, "message": message}}
+    return {"error": {"message": message, "type": openai_type, "param": param, "code": code}}

@@ -1,0 +1,230 @@
+"""One running answer, as all APIs see it: deltas of text, reasoning and calls, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from antefix.clients import Tokens
+from antefix.restore_report import RestoreReport
+from antefix.tokenizer import Tokenizer
+from antefix_billing.usage_record import UsageRecord
+from antefix_router.chat.answer_memory import AnswerMemory
+from antefix_router.chat.chat_formats import OutputParser
+from antefix_router.chat.messages import Delta, Message, Role, ToolCall
+from antefix_router.chat.strict import keeps_to
+from antefix_router.front import Front
+from antefix_router.gateway.logprob_fields import LogprobWriter, SpokenToken
+from antefix_router.open_bill import Bill
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """reason: "stop", "length" or "tool_calls".  stop: the stop text that ended it, if one did."""
+
+    reason: str
+    stop: str | None
+    record: UsageRecord
+
+
+class Output:
+    """Runs one admitted request and reads its answer."""
+
+    def __init__(
+        self,
+        front: Front,
+        bill: Bill,
+        parser: OutputParser,
+        *,
+        stop: Sequence[str],
+        memory: AnswerMemory | None,
+        strict: Mapping[str, Any] | None = None,
+        index: int = 0,
+        tells_logprobs: bool = True,
+    ) -> None:
+        """strict: schemas of the tools whose calls must keep to them.  index: which of the request's outputs it is.
+
+        tells_logprobs: those that there are, are for the client.
+        """
+        self._front = front
+        self._bill = bill
+        self._sample = bill.generation.samples[index]
+        self._tells_logprobs = tells_logprobs
+        self._text = front.tokenizer.stream()
+        self._parser = parser
+        self._stop = StopTexts(stop)
+        self._memory = memory
+        self._strict = strict or {}
+        self.content = ""
+        self.reasoning = ""
+        self.tool_calls: list[ToolCall] = []
+        self.num_output_tokens = 0
+        self.logprobs = LogprobWriter(front.tokenizer)
+        self._spoken: list[SpokenToken] = []
+
+    @property
+    def request_id(self) -> str:
+        return self._bill.generation.request.request_id
+
+    @property
+    def restore(self) -> RestoreReport | None:
+        """Where the prompt's KV came from; there from the first delta on."""
+        return self._bill.generation.restore
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._bill.generation.tokens)
+
+    @property
+    def total_logprob(self) -> float:
+        """Of all its tokens, where they were asked for."""
+        return sum(each.logprob for each in self._sample.logprobs)
+
+    async def deltas(self, timeout_s: float, *, held: bool = False) -> AsyncGenerator[Delta, None]:
+        """What the answer grows by. Closing this early cancels the request; after its end `ended` may be asked for.
+
+        held: nothing of it goes out before all of it is there.
+        """
+        self._bill.is_held = held
+        async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as pieces:
+            async for _, tokens in pieces:
+                for delta in self.read(tokens):
+                    yield delta
+        for delta in self.finish():
+            yield delta
+
+    def read(self, tokens: Tokens) -> list[Delta]:
+        """One token after the other: each belongs to what the parser was in when it came."""
+        deltas: list[Delta] = []
+        for token in tokens:
+            if self._stop.found is not None:
+                break
+            self._note(int(token))
+            may_stop = self.num_output_tokens > self._bill.generation.request.sampling.min_tokens
+            deltas += self._take(self._stop.push(self._text.push([int(token)]), may_stop=may_stop))
+        if self._stop.found is not None:
+            self._sample.end()
+        return deltas
+
+    def finish(self) -> list[Delta]:
+        """The output is over: what waited is what it looks like."""
+        deltas: list[Delta] = []
+        if self._stop.found is None:
+            deltas += self._take(self._stop.push(self._text.finish()) + self._stop.finish())
+        deltas += self._keep(self._parser.finish())
+        self._remember()
+        return deltas
+
+    def ended(self) -> Ended:
+        """Raises:  AssertionError: `deltas` has not ended."""
+        sample = self._sample
+        stop = self._stop.found
+        if stop is None and sample.stop_number:
+            stop = self._stop.texts[sample.stop_number - 1]
+        reason = "length" if sample.finish_reason == "length" and stop is None else "stop"
+        if self.tool_calls and reason == "stop":
+            reason = "tool_calls"
+        return Ended(reason=reason, stop=stop, record=self._bill.record)
+
+    def new_logprobs(self) -> list[SpokenToken]:
+        """The tokens of the text that was given out since this was last asked; none where they were not asked for."""
+        is_over = self._stop.is_finished
+        given = [each for each in self._spoken if is_over or each.start < self._stop.num_given]
+        self._spoken = self._spoken[len(given) :]
+        return given
+
+    def _note(self, token: int) -> None:
+        in_reasoning, logprobs = self._parser.in_reasoning, self._sample.logprobs
+        if self._tells_logprobs and self.num_output_tokens < len(logprobs):
+            logprob = logprobs[self.num_output_tokens]
+            self._spoken.append(
+                SpokenToken(token=token, start=self._stop.num_taken, is_reasoning=in_reasoning, logprob=logprob)
+            )
+        self.num_output_tokens += 1
+        if in_reasoning:
+            self._bill.reasoning_tokens += 1
+
+    def _take(self, text: str) -> list[Delta]:
+        return self._keep(self._parser.push(text)) if text else []
+
+    def _keep(self, parsed: list[Delta]) -> list[Delta]:
+        deltas = [self._checked(delta) for delta in parsed]
+        for delta in deltas:
+            self.content += delta.content
+            self.reasoning += delta.reasoning
+            if delta.tool_call is not None:
+                self.tool_calls.append(delta.tool_call)
+        return deltas
+
+    def _checked(self, delta: Delta) -> Delta:
+        """A call that breaks its tool's strict schema is shown as text: nobody may carry it out."""
+        call = delta.tool_call
+        if call is None or keeps_to(call, self._strict):
+            return delta
+        return Delta(content=f"{call.name}({call.arguments})")
+
+    def _remember(self) -> None:
+        if self._memory is None or self._stop.found is not None:
+            return
+        request = self._bill.generation.request
+        message = Message(
+            role=Role.ASSISTANT, content=self.content, reasoning=self.reasoning, tool_calls=tuple(self.tool_calls)
+        )
+        self._memory.put(request.tokens.tolist(), message, self._sample.emitted, tenant=request.cache_tenant)
+
+
+class StopTexts:
+    """Looks for stop texts in the answer: a text may be spelt in other tokens than the tokenizer gives for it, and then
+    the decode worker does not see it. Text that may begin one is held back."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = tuple(texts)
+        self.found: str | None = None
+        self.is_finished = False
+        self.num_taken = 0
+        self._held = ""
+
+    @property
+    def num_given(self) -> int:
+        """Characters that were let through."""
+        return self.num_taken - len(self._held)
+
+    def push(self, text: str, *, may_stop: bool = True) -> str:
+        """may_stop: a stop text that ends in `text` ends the answer."""
+        if self.found is not None:
+            return ""
+        self.num_taken += len(text)
+        if not self.texts:
+            return text
+        num_held = len(self._held)
+        self._held += text
+        places = []
+        for stop in self.texts if may_stop else ():
+            # One that ended before was let through then.
+            place = self._held.find(stop, max(0, num_held - len(stop) + 1))
+            places += [(place, stop)] if place >= 0 else []
+        if places:
+            place, self.found = min(places)
+            shown, self._held = self._held[:place], self._held[place:]
+            return shown
+        keep = max((_num_begun(self._held, stop) for stop in self.texts), default=0)
+        shown = self._held[: len(self._held) - keep]
+        self._held = self._held[len(self._held) - keep :]
+        return shown
+
+    def finish(self) -> str:
+        """The answer ended without a stop text."""
+        self.is_finished = True
+        text, self._held = self._held, ""
+        return text
+
+
+def _num_begun(text: str, stop: str) -> int:
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Stop texts as the decode worker looks for them; it ends at them without a round trip, and stores the output."""
+    return tuple(tuple(tokenizer.encode_plain(text)) for text in stop)

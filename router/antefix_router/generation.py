@@ -1,0 +1,215 @@
+"""One request, from tokens to its last token: place, prefill, decode, relay, account.
+
+A worker that fails before its part is done is replaced, and the client sees no gap and no repeat: an output is
+continued elsewhere from the prompt plus the tokens that the client already has. Several outputs over one prompt share
+its prefill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from router.merge import merged
+
+from antefix.clients import DecodeClient, Tokens
+from antefix.errors import Overloaded, Unavailable
+from antefix.generation_request import GenerationRequest
+from antefix.restore_report import RestoreReport
+from antefix.sampling import Sampling
+from antefix.wire import TokenLogprob
+from antefix_router.keeper import Keeper
+from antefix_router.naming import Names, Prompt
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.sessions import Sessions
+from antefix_router.placement.work import Work
+from antefix_router.placement.workers import Role, Workers
+from antefix_router.prefilling import NUM_MOVES_MAX, Prefilling
+
+log = logging.getLogger("antefix.router")
+
+_SEEDS = 1 << 64
+
+
+class Piece(NamedTuple):
+    """What one of a request's outputs grows by."""
+
+    sample: int
+    tokens: Tokens
+
+
+@dataclass(slots=True)
+class Sample:
+    """One output while it is made. `emitted` are the tokens that the client has, `logprobs` theirs where asked for.
+
+    stop_number: the stop sequence that ended it, from 1.  is_ended: its reader has found its end in it.
+    """
+
+    emitted: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str = ""
+    stop_number: int = 0
+    is_ended: bool = False
+
+    def end(self) -> None:
+        """Nothing more of it is wanted: what the reader has is all of it."""
+        self.is_ended = True
+
+
+@dataclass(slots=True)
+class Generation:
+    """A request while it runs: what was asked, and what has come of it."""
+
+    request: GenerationRequest
+    samples: list[Sample] = field(init=False)
+    restore: RestoreReport | None = None
+    output_written_tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    ttft_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.samples = [Sample() for _ in range(self.request.num_samples)]
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.request.tokens
+
+    @property
+    def num_emitted(self) -> int:
+        return sum(len(sample.emitted) for sample in self.samples)
+
+    def sampling(self, index: int) -> Sampling:
+        """One output's: as vLLM has it, each has the seed after the one before."""
+        sampling = self.request.sampling
+        if sampling.seed is None or index == 0:
+            return sampling
+        return replace(sampling, seed=(sampling.seed + index) % _SEEDS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready:
+    """A prompt that its outputs begin from. first: set when the prompt's KV is somewhere for all of them."""
+
+    prompt: Prompt
+    work: Work
+    handoff: bytes
+    first: asyncio.Event
+
+
+class Generator:
+    """Runs requests over the workers."""
+
+    def __init__(
+        self,
+        prefilling: Prefilling,
+        decode: Workers,
+        names: Names,
+        directory: Directory,
+        keeper: Keeper,
+        sessions: Sessions,
+    ) -> None:
+        self._sessions = sessions
+        self._keeper = keeper
+        self._prefilling = prefilling
+        self._decode = decode
+        self._names = names
+        self._directory = directory
+
+    async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[Piece, None]:
+        """Output tokens as they come. Afterwards `generation` has finish reasons, restore and counts.
+
+        Raises:  what the last worker tried raised.
+        """
+        request = generation.request
+        if request.sampling.temperature and request.sampling.seed is None:
+            # Fixed here, so that a continuation on another worker draws the same numbers.
+            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
+            generation.request = request
+        # 1. Name the prompt's blocks.
+        prompt = self._names.prompt(request.cache_tenant, request.tokens)
+        # 2. Prefill, which a short rest leaves to the decode worker.
+        prefilled = await self._prefilling.run(request, prompt, timeout_s=timeout_s)
+        self._keeper.keep(prompt.chain, request.breakpoints, owner=prompt.owner)
+        handoff, first = b"", asyncio.Event()
+        if prefilled.answer is not None:
+            handoff, generation.restore = prefilled.answer.handoff, prefilled.answer.restore
+            first.set()
+        ready = _Ready(prompt=prompt, work=prefilled.work, handoff=handoff, first=first)
+        # 3. Decode.
+        outputs = [self._run_sample(generation, index, ready, timeout_s) for index in range(request.num_samples)]
+        async with contextlib.aclosing(merged(outputs) if len(outputs) > 1 else outputs[0]) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _run_sample(
+        self, generation: Generation, index: int, ready: _Ready, timeout_s: float
+    ) -> AsyncGenerator[Piece, None]:
+        """One output, elsewhere if a worker goes away."""
+        if index:
+            # Where the decode worker prefills, the first output does it, and the others find what it left.
+            await ready.first.wait()
+        sample, handoff = generation.samples[index], ready.handoff
+        tried: set[str] = set()
+        while not sample.finish_reason:
+            try:
+                async with contextlib.aclosing(
+                    self._run_decode(generation, index, replace(ready, handoff=handoff), tried, timeout_s)
+                ) as outputs:
+                    async for tokens in outputs:
+                        yield Piece(index, tokens)
+                        if sample.is_ended:
+                            sample.finish_reason = "stop"
+                            break
+            except (Unavailable, Overloaded) as err:
+                if len(tried) >= min(NUM_MOVES_MAX, len(self._decode.workers)):
+                    raise
+                if len(sample.emitted) >= generation.request.sampling.max_tokens:
+                    # It died between its last token and its last message; nothing is left to ask anyone for.
+                    sample.finish_reason = "length"
+                    break
+                log.warning("request %s moves to another decode worker: %s", generation.request.request_id, err)
+                handoff = b""
+        ready.first.set()
+
+    async def _run_decode(
+        self, generation: Generation, index: int, ready: _Ready, tried: set[str], timeout_s: float
+    ) -> AsyncGenerator[Tokens, None]:
+        request, sample, prompt = generation.request, generation.samples[index], ready.prompt
+        session = request.caller.session
+        hint = self._sessions.last(request.cache_tenant, session, Role.DECODE)
+        worker = self._decode.place(
+            ready.work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
+        )
+        tried.add(worker.address)
+        self._sessions.note(request.cache_tenant, session, Role.DECODE, worker.address)
+        self._directory.guess(worker.address, prompt.keys)
+        client = worker.client
+        assert isinstance(client, DecodeClient)
+        with self._decode.load(worker, request.sampling.max_tokens):
+            outputs = client.decode(
+                request,
+                generation.sampling(index),
+                handoff=ready.handoff,
+                emitted=sample.emitted,
+                timeout_s=timeout_s,
+            )
+            async with contextlib.aclosing(outputs):
+                async for decoded in outputs:
+                    ready.first.set()
+                    if decoded.restore is not None and generation.restore is None:
+                        generation.restore = decoded.restore
+                    if len(decoded.tokens):
+                        generation.ttft_s = generation.ttft_s or time.perf_counter() - generation.started
+                        sample.emitted.extend(int(token) for token in decoded.tokens)
+                        sample.logprobs.extend(decoded.logprobs)
+                        yield decoded.tokens
+                    if decoded.finish_reason:
+                        sample.finish_reason = decoded.finish_reason
+                        sample.stop_number = decoded.stop_number
+                        generation.output_written_tokens += decoded.written_tokens

@@ -1,0 +1,60 @@
+"""What workers say of their own health: one that drains gets no new work, one that went away has an empty memory.
+
+A watch a worker (grpc.health.v1). It steers placement only; whether a call fails is found out by calling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from antefix import rpc
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.workers import Worker, Workers
+
+log = logging.getLogger("antefix.router")
+
+# A worker that cannot be reached is asked again this often.
+_RETRY_S = 1.0
+
+
+class HealthWatch:
+    """Keeps `draining` of all workers as they say it is. `follow` again whenever workers come or go."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def follow(self, groups: tuple[Workers, ...]) -> None:
+        """Watch these workers and no others."""
+        known = {worker.address: worker for group in groups for worker in group.workers}
+        for address in set(self._tasks) - set(known):
+            self._tasks.pop(address).cancel()
+        for address in set(known) - set(self._tasks):
+            self._tasks[address] = asyncio.create_task(self._watch(known[address]))
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        self._tasks.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _watch(self, worker: Worker) -> None:
+        async with rpc.channel(worker.address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            while True:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    # No deadline: a watch lasts as long as the worker; keepalive finds out when that is over.
+                    async for answer in stub.Watch(health_pb2.HealthCheckRequest(service="")):
+                        draining = answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+                        if draining != worker.draining:
+                            log.info("worker %s %s", worker.address, "drains" if draining else "serves")
+                        worker.draining = draining
+                # Its process is gone, or out of reach: what it remembered is forgotten, here as there.
+                self._directory.forget(worker.address)
+                await asyncio.sleep(_RETRY_S)

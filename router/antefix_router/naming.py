@@ -1,0 +1,156 @@
+"""Names of prompts' blocks. A conversation that grows is hashed only where it is new.
+
+Hashing 128K tokens takes longer than all the rest of placement, and most of them were in the turn before. So the last
+prompts are kept with their hashes, in memory and bounded; a prompt that starts like one of them takes its hashes over.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+
+from antefix.block import Chain
+from antefix.clients import Tokens
+from antefix.secret import Keyring
+from antefix_router.placement.directory import Key, keys_of
+from antefix_router.placement.work import Work
+
+# Kept prompts, together: a hundred conversations of 160K tokens.
+_MEMO_TOKENS_MAX = 1 << 24
+# Prompts shorter than this many blocks are hashed faster than they are looked up.
+_MEMO_BLOCKS_MIN = 8
+# Baselines place by the hash of this many blocks.
+_HEAD_BLOCKS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A named prompt. keys: the directory's names of its blocks.  replay_tokens: of its model, for `Work`.
+
+    owner: what stands for the tenant in the store.
+    """
+
+    tokens: Tokens
+    tenant: str
+    owner: bytes
+    chain: Chain
+    keys: Sequence[Key]
+    replay_tokens: int = 0
+
+    def work(self, num_stored_blocks: int | None, known_tokens: int = 0) -> Work:
+        """What is to do for it, given how many leading blocks the store holds; None where it did not answer."""
+        num_tokens, size = len(self.tokens), self.chain.block_size
+        stored = None if num_stored_blocks is None else min(num_stored_blocks * size, num_tokens - 1)
+        first_unseen = min(max(num_stored_blocks or 0, known_tokens // size), len(self.keys) - 1)
+        head = self.keys[min(_HEAD_BLOCKS, len(self.keys)) - 1] if self.keys else 0
+        return Work(
+            num_tokens=num_tokens,
+            stored_tokens=stored,
+            affinity=self.keys[first_unseen] if self.keys else _key(self.tokens),
+            head=head,
+            replay_tokens=self.replay_tokens,
+        )
+
+
+@dataclass(slots=True)
+class Names:
+    """How blocks are named here."""
+
+    fingerprint: bytes
+    keyring: Keyring
+    block_size: int
+    replay_tokens: int = 0
+    _memo: _Memo = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._memo = _Memo(self.block_size)
+
+    def prompt(self, tenant: str, tokens: Tokens) -> Prompt:
+        chain = Chain(self.fingerprint, self.keyring.key(tenant), self.block_size)
+        beginnings = self._memo.beginnings(tenant, tokens)
+        known = self._memo.hashes(tenant, tokens, beginnings)
+        chain.hashes = known
+        chain.num_tokens = len(known) * self.block_size
+        chain.extend(tokens[chain.num_tokens :])
+        self._memo.keep(tenant, tokens, chain.hashes, beginnings)
+        keys = keys_of(chain.hashes)
+        return Prompt(
+            tokens=tokens,
+            tenant=tenant,
+            owner=self.keyring.owner(tenant),
+            chain=chain,
+            keys=keys,
+            replay_tokens=self.replay_tokens,
+        )
+
+
+class _Memo:
+    """Prompts and their hashes, by fast hashes of blocks 1, 2, 4, ... of their beginnings, tokens compared in full.
+
+    The fast hash only finds; what is taken over is decided by equal tokens of the same tenant.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._kept: OrderedDict[int, tuple[str, Tokens, list[bytes], list[int]]] = OrderedDict()
+        self._by_beginning: dict[int, int] = {}
+        self._num_tokens = 0
+        self._next = 0
+
+    def hashes(self, tenant: str, tokens: Tokens, beginnings: Sequence[int]) -> list[bytes]:
+        """The hashes of the leading blocks that a kept prompt shares, as many as the best find has."""
+        for beginning in reversed(beginnings):
+            found = self._kept.get(self._by_beginning.get(beginning, -1))
+            if found is None or found[0] != tenant:
+                continue
+            shared = min(len(tokens), len(found[1]))
+            differs = tokens[:shared] != found[1][:shared]
+            first = int(differs.argmax())
+            num_blocks = (first if differs[first] else shared) // self._block_size
+            return found[2][:num_blocks]
+        return []
+
+    def keep(self, tenant: str, tokens: Tokens, hashes: list[bytes], beginnings: list[int]) -> None:
+        if not beginnings:
+            return
+        # A conversation's next turn takes its place: what it is the end of has nothing that it lacks.
+        number = self._by_beginning.get(beginnings[-1], -1)
+        older = self._kept.get(number)
+        if older is not None and older[2] == hashes[: len(older[2])]:
+            self._drop(number)
+        self._next += 1
+        self._kept[self._next] = (tenant, tokens[: len(hashes) * self._block_size], list(hashes), beginnings)
+        self._by_beginning.update(dict.fromkeys(beginnings, self._next))
+        self._num_tokens += len(hashes) * self._block_size
+        while self._num_tokens > _MEMO_TOKENS_MAX and len(self._kept) > 1:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, number: int) -> None:
+        _, tokens, _, beginnings = self._kept.pop(number)
+        self._num_tokens -= len(tokens)
+        for beginning in beginnings:
+            if self._by_beginning.get(beginning) == number:
+                del self._by_beginning[beginning]
+
+    def beginnings(self, tenant: str, tokens: Tokens) -> list[int]:
+        """Fast hashes for the first 1, 2, 4, ... blocks; none of a prompt that is too short to be worth it."""
+        if len(tokens) < _MEMO_BLOCKS_MIN * self._block_size:
+            return []
+        seed = xxhash.xxh3_64_intdigest(tenant.encode())
+        digest = xxhash.xxh3_64(seed=seed)
+        raw = np.ascontiguousarray(tokens).data.cast("B")
+        block_bytes, num_blocks, found = 4 * self._block_size, 1, []
+        while num_blocks * self._block_size <= len(tokens):
+            # The last block of each stands for it: what this finds is compared in full.
+            digest.update(raw[(num_blocks - 1) * block_bytes : num_blocks * block_bytes])
+            found.append(digest.intdigest())
+            num_blocks *= 2
+        return found
+
+
+def _key(tokens: Tokens) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).tobytes())

@@ -1,0 +1,97 @@
+"""One admitted request on its way to its record: what was done of it, and what of that its client has."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from decimal import Decimal
+
+from antefix.clients import Usage
+from antefix_billing.ledger_files import Settled
+from antefix_billing.limits import Reservation
+from antefix_billing.usage_record import MissReason, OpenEntry, Status, UsageRecord, WorkDone
+from antefix_router.generation import Generation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What all records of this router say alike."""
+
+    model: str
+    revision: str
+    fingerprint: str
+
+
+class Bill:
+    """One admitted request. `reasoning_tokens` is set by whoever reads the output, before its end.
+
+    is_held: the reader keeps the output until all of it is there, so that a client has nothing of one that broke off.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        opened: OpenEntry,
+        reservation: Reservation | None,
+        paid_before: Decimal = Decimal(0),
+    ) -> None:
+        self.generation = generation
+        self.opened = opened
+        self.reservation = reservation
+        self.paid_before = paid_before
+        self.reasoning_tokens = 0
+        self.is_held = False
+        self.settled: Settled | None = None
+
+    def work_done(self, num_output: int) -> WorkDone:
+        """What the record says of it. Without a restore report no prompt token was worked on to the end."""
+        generation, report = self.generation, self.generation.restore
+        reasoning = min(self.reasoning_tokens, num_output)
+        ttft_us = round(generation.ttft_s * 1e6)
+        if report is None:
+            return WorkDone(output_tokens=num_output, reasoning_tokens=reasoning, ttft_us=ttft_us)
+        prompt, hit = len(generation.tokens), report.hit_tokens
+        return WorkDone(
+            prompt_tokens=prompt,
+            cache_hit_tokens=hit,
+            cache_write_tokens=min(report.written_tokens, prompt - hit),
+            output_tokens=num_output,
+            reasoning_tokens=reasoning,
+            hit_memory_tokens=report.hit_memory_tokens,
+            replayed_tokens=report.replayed_tokens,
+            restore_plan=report.plan,
+            last_hit_hash=report.last_hit_hash.hex() if hit else "",
+            miss_reason=MissReason(report.miss_reason),
+            ttft_us=ttft_us,
+        )
+
+    @property
+    def status(self) -> Status:
+        """How a request ended that ran to its end: cut off by its limit where one of its outputs was."""
+        reasons = {sample.finish_reason for sample in self.generation.samples}
+        return Status.LENGTH if "length" in reasons else Status(min(reasons))
+
+    @property
+    def num_given(self) -> int:
+        """Output tokens that the client has been given, if it ended now."""
+        return 0 if self.is_held else self.generation.num_emitted
+
+    @property
+    def record(self) -> UsageRecord:
+        """The record that stands; there after the output's end."""
+        assert self.settled is not None
+        return self.settled.record
+
+    def usage(self) -> Usage:
+        """What the client is told: the record's counts, this run's times."""
+        record = self.record
+        return Usage(
+            request_id=record.request_id,
+            prompt_tokens=record.prompt_tokens,
+            cache_hit_tokens=record.cache_hit_tokens,
+            cache_miss_tokens=record.cache_miss_tokens,
+            output_tokens=record.output_tokens,
+            written_tokens=record.cache_write_tokens + record.output_write_tokens,
+            ttft_s=self.generation.ttft_s,
+            total_s=time.perf_counter() - self.generation.started,
+        )

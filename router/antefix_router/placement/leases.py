@@ -1,0 +1,129 @@
+"""Workers that register themselves: known as long as they renew their lease. Those named in the settings need none."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+from antefix import rpc
+from antefix.errors import FingerprintMismatch, InvalidRequest, ResourceExhausted
+from antefix_router.health import HealthWatch
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.memory_feed import MemoryFeed
+from antefix_router.placement.workers import Role, Workers
+
+log = logging.getLogger("antefix.router")
+
+TTL_S_MIN, TTL_S_MAX = 0.5, 300.0
+# More leases than that are a fault somewhere, not a fleet.
+NUM_LEASES_MAX = 4096
+_SWEEP_S = 0.5
+
+
+@dataclass(slots=True)
+class _Lease:
+    instance: bytes
+    until: float
+
+
+class Leases:
+    """Who has a lease on which role. instance: made anew by each process; another one's memory starts empty.
+
+    memory: told of who comes and goes, to follow what they hold.
+    """
+
+    def __init__(
+        self,
+        prefill: Workers,
+        decode: Workers,
+        directory: Directory,
+        *,
+        fingerprint: bytes,
+        memory: MemoryFeed | None = None,
+    ) -> None:
+        self._memory = memory
+        self._groups = {Role.PREFILL: prefill, Role.DECODE: decode}
+        self._directory = directory
+        self._fingerprint = fingerprint
+        self._leases: dict[tuple[Role, str], _Lease] = {}
+        self._health = HealthWatch(directory)
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """From now on watch everybody's health and let leases run out. Needs a running event loop."""
+        self._sweeper = asyncio.create_task(self._sweep())
+        if self._memory is not None:
+            self._memory.start()
+        self._followed()
+
+    async def close(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+        await self._health.close()
+        if self._memory is not None:
+            await self._memory.close()
+
+    def renew(self, role_name: str, address: str, *, instance: bytes, fingerprint: bytes, ttl_s: float) -> None:
+        """Know the worker for `ttl_s` from now; a ttl of 0 ends its lease.
+
+        Raises:  InvalidRequest, FingerprintMismatch: it cannot serve here.  ResourceExhausted: too many leases.
+        """
+        role = _role(role_name)
+        rpc.parse_address(address)
+        if fingerprint != self._fingerprint:
+            raise FingerprintMismatch(
+                f"the worker at {address} has other weights, format or namespace than this router"
+            )
+        if ttl_s and not TTL_S_MIN <= ttl_s <= TTL_S_MAX:
+            raise InvalidRequest(f"a lease lasts {TTL_S_MIN:g} to {TTL_S_MAX:g} s, not {ttl_s:g}")
+        key = (role, address)
+        lease = self._leases.get(key)
+        if not ttl_s:
+            self._end(key, "left")
+            return
+        if lease is None and len(self._leases) >= NUM_LEASES_MAX:
+            raise ResourceExhausted(f"there are {NUM_LEASES_MAX} leases already")
+        if lease is None or lease.instance != instance:
+            log.info("%s worker %s joins", role, address)
+            self._directory.forget(address)
+        self._leases[key] = _Lease(instance=instance, until=time.monotonic() + ttl_s)
+        if self._groups[role].find(address) is None:
+            self._groups[role].join(address)
+            self._followed()
+
+    def expire(self, now: float) -> None:
+        """End what has run out."""
+        for key in [key for key, lease in self._leases.items() if lease.until <= now]:
+            self._end(key, "did not renew its lease")
+
+    def _end(self, key: tuple[Role, str], why: str) -> None:
+        if self._leases.pop(key, None) is None:
+            return
+        role, address = key
+        log.info("%s worker %s %s", role, address, why)
+        self._groups[role].leave(address)
+        self._directory.forget(address)
+        self._followed()
+
+    def _followed(self) -> None:
+        if self._sweeper is None:
+            return
+        groups = tuple(self._groups.values())
+        self._health.follow(groups)
+        if self._memory is not None:
+            self._memory.follow(worker.address for group in groups for worker in group.workers)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            self.expire(time.monotonic())
+
+
+def _role(name: str) -> Role:
+    try:
+        return Role(name)
+    except ValueError as err:
+        raise InvalidRequest(f"role must be prefill or decode, is {name!r}") from err

@@ -1,0 +1,43 @@
+"""Where the last turn of each conversation was: a hint for its next one, never a promise. Bounded; oldest go first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Final
+
+import xxhash
+
+from antefix_router.placement.workers import Role
+
+# At some 200 bytes each.
+NUM_SESSIONS_MAX: Final = 1 << 16
+
+
+class Sessions:
+    """(tenant, session) -> the address of the worker of each role that it was last placed on. Names are not kept."""
+
+    def __init__(self, num_max: int = NUM_SESSIONS_MAX) -> None:
+        self._num_max = num_max
+        self._last: OrderedDict[tuple[int, Role], str] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._last)
+
+    def last(self, tenant: str, session: str, role: Role) -> str:
+        """Empty: the request named no session, or it is a new one."""
+        return self._last.get((_key(tenant, session), role), "") if session else ""
+
+    def note(self, tenant: str, session: str, role: Role, address: str) -> None:
+        """The session's request was placed there."""
+        if not session:
+            return
+        key = (_key(tenant, session), role)
+        self._last[key] = address
+        self._last.move_to_end(key)
+        while len(self._last) > self._num_max:
+            self._last.popitem(last=False)
+
+
+def _key(tenant: str, session: str) -> int:
+    # Length first: one tenant's session must never be taken for another's.
+    return xxhash.xxh3_64_intdigest(f"{len(tenant)}:{tenant}{session}".encode())

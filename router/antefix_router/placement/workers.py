@@ -1,0 +1,155 @@
+"""The workers a router knows, and the load it has put on each.
+
+Load belongs to the router's own requests: it is taken when a request is placed and given back when that part of the
+request ends, however it ends. Nothing else may change it: a health check that reset it would send all to one worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.clients import DecodeClient, PrefillClient
+from antefix.errors import Unavailable
+from antefix_router.placement.backlog import Backlog
+from antefix_router.placement.directory import Directory, Key
+from antefix_router.placement.work import Loads, Policy, Work, seed_of
+
+# A worker that failed is left alone this long, unless no other one is there.
+SHUN_S = 2.0
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker process and what the router gave it. num_tokens: of requests placed and not ended."""
+
+    address: str
+    role: Role
+    client: PrefillClient | DecodeClient
+    num_requests: int = 0
+    num_tokens: int = 0
+    num_active_tokens: int = 0
+    num_served: int = 0
+    shunned_until: float = 0.0
+    draining: bool = False
+    backlog: Backlog = field(default_factory=Backlog)
+    seed: int = 0
+
+    def is_shunned(self, now: float) -> bool:
+        return now < self.shunned_until
+
+
+class Workers:
+    """All workers of one role, placed by one policy."""
+
+    def __init__(self, role: Role, policy: Policy, addresses: Sequence[str] = ()) -> None:
+        self.role = role
+        self.workers: list[Worker] = []
+        self._policy = policy
+        for address in addresses:
+            self.join(address)
+
+    def join(self, address: str) -> Worker:
+        """Know a worker from now on; one that is known already, back from draining perhaps, stays what it is."""
+        worker = self.find(address)
+        if worker is None:
+            client = PrefillClient(address) if self.role is Role.PREFILL else DecodeClient(address)
+            worker = Worker(address=address, role=self.role, client=client, seed=seed_of(address))
+            self.workers.append(worker)
+        worker.draining = False
+        return worker
+
+    def leave(self, address: str) -> None:
+        """Place nothing there any more. What runs there ends as it ends; its load is its own."""
+        self.workers = [worker for worker in self.workers if worker.address != address]
+
+    def find(self, address: str) -> Worker | None:
+        return next((worker for worker in self.workers if worker.address == address), None)
+
+    def num_running_least(self) -> int:
+        """Requests on the worker that has fewest."""
+        return min((worker.num_requests for worker in self.workers), default=0)
+
+    def place(
+        self,
+        work: Work,
+        directory: Directory,
+        keys: Sequence[Key],
+        block_size: int,
+        exclude: frozenset[str],
+        *,
+        hint: str = "",
+        soon: tuple[str, int] | None = None,
+    ) -> Worker:
+        """The policy's choice for this prompt. A worker that failed or drains is taken only where there is no other.
+
+        hint: the address where the conversation's last turn was; decides between equals.  soon: where the prompt's
+        beginning is being computed, and how many blocks of it.
+        Raises:  Unavailable: there is none besides the excluded ones.
+        """
+        now = time.monotonic()
+        workers = [worker for worker in self.workers if worker.address not in exclude] if exclude else self.workers
+        workers = [worker for worker in workers if not worker.draining] or workers
+        workers = [worker for worker in workers if now >= worker.shunned_until] or workers
+        if not workers:
+            raise Unavailable(f"no {self.role} worker is left to try")
+        if len(workers) == 1:
+            return workers[0]
+        resident = directory.leading([worker.address for worker in workers], keys) * block_size
+        loads = loads_of(workers, resident, now)
+        loads.hinted = _row_of(hint, workers)
+        if soon is not None and soon[1]:
+            loads.leading = _row_of(soon[0], workers)
+            loads.soon_tokens = min(soon[1] * block_size, work.num_tokens - 1)
+        return workers[self._policy.choose(work, loads)]
+
+    @contextlib.contextmanager
+    def load(self, worker: Worker, num_tokens: int, *, num_active_tokens: int = 0) -> Iterator[None]:
+        """Count a request on the worker while the block runs: tokens of work, and the length of its prompt."""
+        worker.num_requests += 1
+        worker.num_tokens += num_tokens
+        worker.num_active_tokens += num_active_tokens
+        ticket = worker.backlog.add(num_tokens, time.monotonic())
+        done = False
+        try:
+            yield
+            # Decode workers run all sequences at once: how long one took does not say what is left of the others.
+            done = self.role is Role.PREFILL
+        except Unavailable:
+            worker.shunned_until = time.monotonic() + SHUN_S
+            raise
+        finally:
+            worker.backlog.remove(ticket, time.monotonic(), done=done)
+            worker.num_requests -= 1
+            worker.num_tokens -= num_tokens
+            worker.num_active_tokens -= num_active_tokens
+            worker.num_served += 1
+
+
+def _row_of(address: str, workers: Sequence[Worker]) -> int:
+    return next((row for row, worker in enumerate(workers) if worker.address == address), -1) if address else -1
+
+
+def loads_of(workers: Sequence[Worker], resident_tokens: npt.NDArray[np.int64], now: float) -> Loads:
+    """The workers as placement sees them."""
+    rows = np.array([(w.num_requests, w.num_served, w.num_active_tokens) for w in workers], np.int64).reshape(-1, 3)
+    return Loads(
+        seeds=np.array([worker.seed for worker in workers], np.uint64),
+        pending_tokens=np.array([worker.backlog.pending_tokens(now) for worker in workers], np.float64),
+        active_tokens=rows[:, 2].astype(np.float64),
+        num_requests=rows[:, 0],
+        resident_tokens=resident_tokens,
+        num_served=rows[:, 1],
+        shunned=np.zeros(len(workers), np.bool_),
+    )

@@ -1,0 +1,72 @@
+"""UsageService: the ledger over gRPC. Protobuf stops here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from itertools import islice, takewhile
+from typing import Any
+
+import grpc
+
+from antefix.errors import InvalidRequest, Unavailable
+from antefix.v1 import usage_pb2, usage_pb2_grpc
+from antefix_billing.ledger import Ledger
+from antefix_billing.ledger_files import Settled, read_settled
+from antefix_billing.usage_record import request_key
+from antefix_router.front import Front
+
+# 256 records are some 200 KB: far under the message limit, far over a call's overhead.
+RECORDS_A_MESSAGE = 256
+FOLLOW_EVERY_S = 0.5
+
+
+class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
+    """Reads the ledger's files as any process may; the writer is not disturbed."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+
+    async def Export(
+        self, request: usage_pb2.ExportRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[usage_pb2.ExportResponse]:
+        ledger, cursor = self._ledger(), request.cursor
+        while True:
+            # Only what is durable: an entry that a crash takes back must not have been exported.
+            durable = ledger.sequence
+            found = read_settled(ledger.directory, after=cursor)
+            records = takewhile(lambda item: item.sequence <= durable, found)  # noqa: B023 - read before it changes
+            while batch := await asyncio.to_thread(_take, records):
+                cursor = batch[-1].sequence
+                chosen = [item for item in batch if request.tenant in ("", item.record.tenant)]
+                yield usage_pb2.ExportResponse(records=[_to_wire(item) for item in chosen], cursor=cursor)
+            if not request.follow:
+                return
+            await asyncio.sleep(FOLLOW_EVERY_S)
+
+    async def GetReceipt(
+        self, request: usage_pb2.GetReceiptRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> usage_pb2.GetReceiptResponse:
+        ledger, signer = self._ledger(), self._front.signer
+        assert signer is not None
+        settled = await self._front.accounts.writer.find(request_key(request.tenant, request.request_id))
+        if settled is None:
+            raise InvalidRequest(f"there is no record of request {request.request_id!r}")
+        receipt = json.dumps(signer.receipt(settled, ledger.source))
+        return usage_pb2.GetReceiptResponse(receipt=receipt, public_key=signer.public_key)
+
+    def _ledger(self) -> Ledger:
+        ledger = self._front.accounts.ledger
+        if ledger is None:
+            raise Unavailable("this router keeps no ledger (--ledger-dir)")
+        return ledger
+
+
+def _take(records: Iterator[Settled]) -> list[Settled]:
+    return list(islice(records, RECORDS_A_MESSAGE))
+
+
+def _to_wire(item: Settled) -> usage_pb2.ExportedRecord:
+    record = usage_pb2.UsageRecord(**item.record.to_dict())
+    return usage_pb2.ExportedRecord(record=record, sequence=item.sequence, hash=item.hash)

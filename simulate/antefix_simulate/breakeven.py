@@ -1,0 +1,188 @@
+"""The break-even table: for prefix length, disk speed and reuse age, which strategy saves most time per stored byte?
+
+One prompt of P tokens was prefilled cold and left what its strategy leaves. After `age_s` a second one comes: it either
+goes on from the end (the next turn) or leaves the prefix inside (another question, another document); what has expired
+by then is gone. Real strategies say what is left, the real planner what is done, the model machine how long it takes.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from antefix.window import PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, Strategy, parse
+from antefix_simulate.machine import Machine, carry_out
+from antefix_simulate.result_table import align, human_bytes
+
+STRATEGIES = ("zero", "boundary", "auto", "periodic(8192)", "periodic(2048)", "full")
+PREFIX_TOKENS = (1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576)
+DISK_BYTES_PER_S = (50e6, 500e6, 1.5e9, 6e9)
+AGES_S = (60.0, 1_800.0, 6 * 3600.0, 48 * 3600.0)
+# The next turn's own tokens, and what follows where a prefix was left: the same, so that the columns compare.
+STEP_TOKENS = 512
+# A prefix is left at these shares of its length: evenly, because a break-even table should not assume what auto does,
+# and never at round fractions, where periodic checkpoints happen to be (golden-ratio steps).
+LEAVES = tuple((0.5 + i * 0.618_033_988_75) % 1 for i in range(32))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointOutcome:
+    """One strategy at one point. stored_bytes: at that age.  *_saved_s: against a cold run of the same request."""
+
+    strategy: str
+    stored_bytes: int
+    continue_ttft_s: float
+    continue_saved_s: float
+    leave_ttft_s: float
+    leave_saved_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakEven:
+    """All strategies at one point, and the winners: `*_fastest` by time, `*_per_byte` by seconds saved a stored byte.
+
+    A winner is "none" where nothing stored beats a cold run; of equals the one that stores least wins.
+    """
+
+    prefix_tokens: int
+    disk_bytes_per_s: float
+    age_s: float
+    outcomes: tuple[PointOutcome, ...]
+    continue_fastest: str
+    continue_per_byte: str
+    leave_fastest: str
+    leave_per_byte: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def break_even(
+    sizes: Sizes,
+    machine: Machine,
+    *,
+    prefixes: Sequence[int] = PREFIX_TOKENS,
+    disks: Sequence[float] = DISK_BYTES_PER_S,
+    ages: Sequence[float] = AGES_S,
+) -> list[BreakEven]:
+    """Every combination, disks outermost. The machine's own disk speed and jitter are not used."""
+    strategies = [parse(name) for name in STRATEGIES]
+    rows = []
+    for disk in disks:
+        exact = replace(machine, disk_bytes_per_s=disk, jitter=0.0)
+        planner = _planner(sizes, exact)
+        for tokens in prefixes:
+            for age_s in ages:
+                outcomes = tuple(_outcome(strategy, tokens, age_s, planner, exact) for strategy in strategies)
+                rows.append(_row(tokens, disk, age_s, outcomes))
+    return rows
+
+
+def chance_needed(sizes: Sizes, gap_tokens: int) -> float:
+    """How likely a checkpoint must be used, against the chance that its blocks are, to be worth its bytes.
+
+    A checkpoint `gap_tokens` after the one before saves that many tokens, at most a replay's work; a block saves its
+    own. Both cost bytes. At the returned ratio a byte of the one saves as much as a byte of the other, whatever the
+    machine.
+    """
+    saved = min(gap_tokens, sizes.exact_replay_work_tokens)
+    if not saved:
+        # A single layer's replay runs no query: its checkpoints save nothing.
+        return math.inf
+    return (sizes.checkpoint_bytes / saved) / (sizes.block_bytes / sizes.block_size)
+
+
+def break_even_text(rows: Sequence[BreakEven]) -> str:
+    """The winners as a table."""
+    head = ["prefix", "disk", "age", "next turn: fastest", "per byte", "left inside: fastest", "per byte"]
+    table = [head]
+    for row in rows:
+        table.append(
+            [
+                f"{row.prefix_tokens}",
+                f"{human_bytes(row.disk_bytes_per_s)}/s",
+                human_age(row.age_s),
+                row.continue_fastest,
+                row.continue_per_byte,
+                row.leave_fastest,
+                row.leave_per_byte,
+            ]
+        )
+    return align(table)
+
+
+def _planner(sizes: Sizes, machine: Machine) -> RestorePlanner:
+    """A planner that knows the machine: its laws are fed with the machine's own answers."""
+    rates = Rates(RatePriors(prefill_tokens_per_s=machine.prefill_tokens_per_s))
+    for _ in range(3):
+        for tokens in (128, 4_096, 65_536, 1_048_576):
+            rates.observe_prefill(tokens, context=0, seconds=machine.compute_s(tokens, context=0))
+            rates.observe_prefill(tokens, context=500_000, seconds=machine.compute_s(tokens, context=500_000))
+            rates.observe_load("disk", tokens * 1000, machine.load_s("disk", tokens * 1000))
+            rates.observe_load("pool", tokens * 1000, machine.load_s("pool", tokens * 1000))
+    return RestorePlanner(sizes, rates)
+
+
+def _outcome(strategy: Strategy, tokens: int, age_s: float, planner: RestorePlanner, machine: Machine) -> PointOutcome:
+    sizes = planner.sizes
+    # 1. What the first request left, and what is still there.
+    marks = strategy.at_prompt(PromptFacts(num_tokens=tokens, num_stored_blocks=0, resume_block=0), sizes)
+    alive = {mark.block: mark.tier.value for mark in marks if mark.ttl_s > age_s}
+    num_blocks = tokens // sizes.block_size
+    stored = num_blocks * sizes.block_bytes + len(alive) * sizes.checkpoint_bytes
+
+    def ttft_s(shared_tokens: int, checkpoints: dict[int, str]) -> tuple[float, float]:
+        shared = shared_tokens // sizes.block_size
+        prefix = StoredPrefix(
+            num_tokens=shared_tokens + STEP_TOKENS,
+            num_blocks=shared,
+            checkpoints=checkpoints,
+        )
+        decision = planner.plan(prefix)
+        rng = random.Random(0)
+        seconds = carry_out(machine, sizes, decision.plan, rng).total_s
+        return seconds, carry_out(machine, sizes, decision.cold, rng).total_s - seconds
+
+    # 2. The next turn, and requests that leave it inside.
+    on = ttft_s(tokens, alive)
+    left = [ttft_s(int(share * tokens), alive) for share in LEAVES]
+    return PointOutcome(
+        strategy=str(strategy),
+        stored_bytes=stored,
+        continue_ttft_s=on[0],
+        continue_saved_s=on[1],
+        leave_ttft_s=sum(seconds for seconds, _ in left) / len(left),
+        leave_saved_s=sum(saved for _, saved in left) / len(left),
+    )
+
+
+def _row(tokens: int, disk: float, age_s: float, outcomes: tuple[PointOutcome, ...]) -> BreakEven:
+    def winner(values: Sequence[float]) -> str:
+        best = max(values)
+        # Within a thousandth is equal: then fewer bytes win.
+        near = [o for o, value in zip(outcomes, values, strict=True) if value >= best - abs(best) / 1000]
+        return min(near, key=lambda o: o.stored_bytes).strategy if best > 1e-9 else "none"
+
+    on = [o.continue_saved_s for o in outcomes]
+    left = [o.leave_saved_s for o in outcomes]
+    stored = [max(o.stored_bytes, 1) for o in outcomes]
+    return BreakEven(
+        prefix_tokens=tokens,
+        disk_bytes_per_s=disk,
+        age_s=age_s,
+        outcomes=outcomes,
+        continue_fastest=winner(on),
+        continue_per_byte=winner([saved / nbytes for saved, nbytes in zip(on, stored, strict=True)]),
+        leave_fastest=winner(left),
+        leave_per_byte=winner([saved / nbytes for saved, nbytes in zip(left, stored, strict=True)]),
+    )
+
+
+def human_age(seconds: float) -> str:
+    """Minutes below an hour, hours from there on."""
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h"

@@ -1,0 +1,391 @@
+"""Many workers under one placement policy: a trace's requests in their own time, through the router's real code.
+
+Real: placement policies, directory, backlogs, single flight, restore planner, window strategies, store eviction.
+Modelled: the time that loading, computing and generating take (simulate.machine). Events run in order of time; a
+prefill worker does one prompt after the other; what it computed is stored when it is done.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from antefix.window import (
+    BudgetState,
+    Plan,
+    PromptFacts,
+    RatePriors,
+    Rates,
+    RestorePlanner,
+    Sizes,
+    StoredPrefix,
+    Strategy,
+)
+from antefix_router.inflight import InFlight, worth_waiting
+from antefix_router.placement.backlog import Backlog
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.work import Loads, Policy, Work, own_work, seeds_of
+from antefix_simulate.baselines import make_policy
+from antefix_simulate.cluster_result import RECOVERY_S, Outcomes, PolicyResult
+from antefix_simulate.cluster_worker import Job, Memory, PrefillWorker
+from antefix_simulate.machine import Machine, carry_out
+from antefix_simulate.replay_result import percentile
+from antefix_simulate.simulated_store import SimStore, StoreLimits
+from antefix_simulate.trace import TraceRequest
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fleet:
+    """The machines, and what happens to them.
+
+    kills: (second, second of return or 0 for never), of one prefill worker each, the first, the second, ...
+    look_s: where nobody dies, the second around which the windows before and after lie, to compare with.
+    joins: seconds at which another prefill worker is added.  decode_step_*: of one decode step, by sequences running.
+    """
+
+    num_prefill: int
+    num_decode: int
+    machine: Machine = field(default_factory=Machine)
+    shared_store: bool = True
+    store: StoreLimits = field(default_factory=StoreLimits)
+    memory_bytes: int = 64 * 10**9
+    coalesce: bool = True
+    kills: tuple[tuple[float, float], ...] = ()
+    look_s: float | None = None
+    joins: tuple[float, ...] = ()
+    decode_step_s: float = 0.02
+    decode_step_per_sequence_s: float = 0.0002
+    ttft_limit_s: float = 2.0
+    tpot_limit_s: float = 0.1
+    window_s: float = 300.0
+
+
+def simulate_cluster(
+    requests: Iterable[tuple[TraceRequest, int]],
+    *,
+    total: int,
+    unit_tokens: int,
+    policy: str,
+    strategy: Strategy,
+    sizes: Sizes,
+    fleet: Fleet,
+    progress: Progress | None = None,
+) -> PolicyResult:
+    """Run (request, offset of its names) pairs, in order of arrival, under the named policy."""
+    run = _Run(unit_tokens, policy, strategy, sizes, fleet)
+    every = max(total // 200, 1)
+    for index, (request, offset) in enumerate(requests):
+        run.until(request.at_s)
+        run.arrive(Job(request=request, arrived_s=request.at_s, names=(request.names + offset).tolist()))
+        if progress and index % every == 0:
+            progress(index, total)
+    run.until(float("inf"))
+    return run.result(policy)
+
+
+class _Run:
+    def __init__(self, unit_tokens: int, policy: str, strategy: Strategy, sizes: Sizes, fleet: Fleet) -> None:
+        self.fleet, self.sizes, self.strategy, self.unit_tokens = fleet, sizes, strategy, unit_tokens
+        self.unit_blocks = unit_tokens // sizes.block_size
+        self.policy: Policy = make_policy(policy)
+        self.decode_policy: Policy = make_policy(policy)
+        self.directory = Directory(num_blocks_max=1 << 24)
+        self.in_flight: InFlight[Job] = InFlight()
+        self.store = SimStore(sizes, fleet.store, unit_blocks=self.unit_blocks)
+        # The planner knows the machine: learning it is what the other simulation is about.
+        machine = fleet.machine
+        self.planner = RestorePlanner(
+            sizes,
+            Rates(
+                RatePriors(
+                    prefill_tokens_per_s=machine.prefill_tokens_per_s,
+                    prefill_fixed_s=machine.prefill_fixed_s,
+                    load_bytes_per_s=machine.disk_bytes_per_s,
+                    load_fixed_s=machine.disk_fixed_s,
+                )
+            ),
+        )
+        self.rng = random.Random(1)
+        self.now = 0.0
+        self.outcomes = Outcomes()
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        # Workers that will join have their row from the start, and are out of reach until then.
+        self.workers = [self._worker(i) for i in range(fleet.num_prefill + len(fleet.joins))]
+        self.addresses = [worker.address for worker in self.workers]
+        self.loads = _loads(self.addresses)
+        self.head = np.zeros((3, len(self.workers)))  # head's tokens, since when, tokens a second
+        self.total = np.zeros(len(self.workers))
+        self.decode = _loads([f"decode-{i}" for i in range(fleet.num_decode)])
+        for row in range(fleet.num_prefill, len(self.workers)):
+            self._set_alive(row, False)
+            self.at(fleet.joins[row - fleet.num_prefill], lambda row=row: self._set_alive(row, True))  # type: ignore[misc]
+        for row, (kill_s, back_s) in enumerate(fleet.kills):
+            self.at(kill_s, lambda row=row: self._kill(row))  # type: ignore[misc]
+            if back_s:
+                self.at(back_s, lambda row=row: self._set_alive(row, True))  # type: ignore[misc]
+
+    def at(self, when_s: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (when_s, next(self._order), action))
+
+    def until(self, when_s: float) -> None:
+        """Let everything happen that is due by then."""
+        while self._events and self._events[0][0] <= when_s:
+            self.now, _, action = heapq.heappop(self._events)
+            action()
+        if when_s < float("inf"):
+            self.now = when_s
+
+    def arrive(self, job: Job) -> None:
+        """Place a request, or let it wait for another's blocks."""
+        names, num_tokens = job.names, job.request.num_tokens
+        # 1. What is stored, and who has what in memory.
+        num_stored = self.store.num_stored(np.asarray(names)) if self.fleet.shared_store else 0
+        resident = self.directory.leading(self.addresses, names)
+        known = max(num_stored, int(resident.max()))
+        # 2. Single flight.
+        found = self.in_flight.find(names, known) if self.fleet.coalesce else None
+        if found is not None:
+            leader, num_units = found
+            shared_s = (num_units - known) * self.unit_tokens / self.fleet.machine.prefill_tokens_per_s
+            if job.waited_s == 0 and worth_waiting(leader.pending_s - self.now, shared_s):
+                leader.followers.append(job)
+                return
+        # 3. Place.
+        work = Work(
+            num_tokens=num_tokens,
+            stored_tokens=min(num_stored * self.unit_tokens, num_tokens - 1) if self.fleet.shared_store else None,
+            affinity=_mixed(names[min(known, len(names) - 1)] if names else num_tokens),
+            head=_mixed(names[min(2, len(names)) - 1] if names else num_tokens),
+            replay_tokens=self.sizes.replay_tokens,
+        )
+        self.loads.resident_tokens = np.minimum(resident * self.unit_tokens, num_tokens - 1)
+        self.loads.pending_tokens = self.total - np.minimum(self.head[0], (self.now - self.head[1]) * self.head[2])
+        self.loads.leading = found[0].row if found else -1
+        self.loads.soon_tokens = min(found[1] * self.unit_tokens, num_tokens - 1) if found else 0
+        row = self.policy.choose(work, self.loads)
+        # 4. Count it, and start it if the worker is free.
+        computing, loading = own_work(work, self.loads)
+        job.own_tokens = max(1, round(float(computing[row] + loading[row])))
+        job.claimed = self.in_flight.lead(job, names, known)
+        wait_tokens = float(self.loads.pending_tokens[row]) + job.own_tokens
+        job.pending_s = self.now + wait_tokens / self.fleet.machine.prefill_tokens_per_s
+        worker = self.workers[row]
+        job.ticket = worker.backlog.add(job.own_tokens, self.now)
+        self.loads.num_requests[row] += 1
+        self.loads.active_tokens[row] += num_tokens
+        self._mirror(row)
+        worker.queue.append(job)
+        job.row = row
+        if worker.running is None:
+            self._start(row)
+
+    def _start(self, row: int) -> None:
+        worker = self.workers[row]
+        if not worker.queue:
+            return
+        job = worker.running = worker.queue.popleft()
+        stored, plan = self._plan(worker, job)
+        timing = carry_out(self.fleet.machine, self.sizes, plan, self.rng)
+        worker.busy_s += timing.total_s
+        epoch = worker.epoch
+        self.at(self.now + timing.total_s, lambda: self._finish(row, epoch, job, plan, stored))
+
+    def _plan(self, worker: PrefillWorker, job: Job) -> tuple[StoredPrefix, Plan]:
+        names = job.names
+        array = np.asarray(names, np.int64)
+        resident = worker.memory.num_leading(names)
+        in_memory = worker.memory.last_checkpoint(names, resident)
+        num_stored, checkpoints = resident, dict[int, str]()
+        if self.fleet.shared_store:
+            self.store.expire(self.now)
+            num_stored = max(resident, self.store.num_stored(array))
+            if found := self.store.last_checkpoint(array, num_stored, self.now):
+                checkpoints[found[0] * self.unit_blocks] = found[1].value
+        stored = StoredPrefix(
+            num_tokens=job.request.num_tokens,
+            num_blocks=num_stored * self.unit_blocks,
+            checkpoints=checkpoints,
+            num_resident_blocks=resident * self.unit_blocks,
+            resident_checkpoints=frozenset({in_memory * self.unit_blocks} if in_memory else ()),
+        )
+        return stored, self.planner.plan(stored).plan
+
+    def _finish(self, row: int, epoch: int, job: Job, plan: Plan, stored: StoredPrefix) -> None:
+        worker = self.workers[row]
+        if worker.epoch != epoch:
+            return
+        # 1. The books.
+        self._count(job, plan, stored)
+        self._give_back(row, job, done=True)
+        # 2. What is in memory and in the store now.
+        marks = self._keep(worker, job, plan, stored)
+        self.directory.placed(worker.address, job.names)
+        self.directory.evicted(worker.address, worker.memory.use(job.names, marks))
+        # 3. Those who waited, decode, and the next one.
+        self._release(job)
+        self._generate(job)
+        worker.running = None
+        self._start(row)
+
+    def _count(self, job: Job, plan: Plan, stored: StoredPrefix) -> None:
+        size, out = self.sizes.block_size, self.outcomes
+        out.arrived_s.append(job.arrived_s)
+        out.finished_s.append(self.now)
+        out.prompt_tokens.append(job.request.num_tokens)
+        out.hit_tokens.append(plan.resume_block * size - plan.replay_tokens)
+        out.fetched_tokens.append(max(0, plan.resume_block - stored.num_resident_blocks) * size)
+
+    def _keep(self, worker: PrefillWorker, job: Job, plan: Plan, stored: StoredPrefix) -> list[int]:
+        """Store what is new; returns the units after which the strategy leaves window state."""
+        boundaries = {*stored.checkpoints, *stored.resident_checkpoints}
+        facts = PromptFacts(
+            num_tokens=job.request.num_tokens,
+            num_stored_blocks=max(stored.num_blocks, plan.resume_block),
+            resume_block=plan.resume_block,
+            checkpoints=tuple(sorted(boundaries)),
+            align_blocks=self.unit_blocks,
+            budget=BudgetState(used_bytes=self.store.checkpoint_bytes_kept(), limit_bytes=None),
+        )
+        marks = self.strategy.at_prompt(facts, self.sizes)
+        units = [mark.block // self.unit_blocks for mark in marks]
+        if self.fleet.shared_store:
+            names = np.asarray(job.names, np.int64)
+            first = min(self.store.num_stored(names), len(names))
+            unit_s = self.unit_tokens / self.fleet.machine.prefill_tokens_per_s
+            self.store.touch(names, first, self.now)
+            num_kept = self.store.put_units(names, first, self.now, unit_s)
+            for mark, unit in zip(marks, units, strict=True):
+                if 0 < unit <= num_kept:
+                    cost_s = mark.saved_tokens / self.fleet.machine.prefill_tokens_per_s
+                    self.store.put_checkpoint(
+                        names, unit, tier=mark.tier, ttl_s=mark.ttl_s, now_s=self.now, cost_s=cost_s
+                    )
+        return [unit for unit in units if 0 < unit <= len(job.names)]
+
+    def _give_back(self, row: int, job: Job, *, done: bool) -> None:
+        self.workers[row].backlog.remove(job.ticket, self.now, done=done)
+        self.loads.num_requests[row] -= 1
+        self.loads.active_tokens[row] -= job.request.num_tokens
+        self.loads.num_served[row] += 1
+        self._mirror(row)
+
+    def _release(self, job: Job) -> None:
+        self.in_flight.end(job.claimed)
+        job.claimed = []
+        followers, job.followers = job.followers, []
+        for follower in followers:
+            follower.waited_s = self.now - follower.arrived_s or 1e-9
+            self.outcomes.num_coalesced += 1
+            self.arrive(follower)
+
+    def _generate(self, job: Job) -> None:
+        """Decode at the speed of the batch that it joins."""
+        decode = self.decode
+        work = Work(num_tokens=job.request.num_tokens, stored_tokens=job.request.num_tokens - 1, affinity=0)
+        row = self.decode_policy.choose(work, decode)
+        running = int(decode.num_requests[row]) + 1
+        step_s = self.fleet.decode_step_s + self.fleet.decode_step_per_sequence_s * running
+        tokens = job.request.output_tokens
+        self.outcomes.tpot_s.append(step_s)
+        _add(decode, row, 1, tokens, job.request.num_tokens)
+        self.at(self.now + tokens * step_s, lambda: _add(decode, row, -1, -tokens, -job.request.num_tokens))
+
+    def _kill(self, row: int) -> None:
+        """The worker is gone with its memory; what it had to do is placed elsewhere."""
+        worker = self.workers[row]
+        lost = [*([worker.running] if worker.running else []), *worker.queue]
+        worker.epoch += 1
+        worker.running, worker.memory = None, self._memory()
+        worker.queue.clear()
+        self.directory.forget(worker.address)
+        for job in lost:
+            self._give_back(row, job, done=False)
+        worker.backlog = Backlog()
+        self._mirror(row)
+        self._set_alive(row, False)
+        for job in lost:
+            job.row = -1
+        self.outcomes.num_moved += len(lost)
+        for job in lost:
+            self.in_flight.end(job.claimed)
+            job.claimed = []
+        for job in lost:
+            self.arrive(job)
+
+    def _set_alive(self, row: int, alive: bool) -> None:
+        self.workers[row].alive = alive
+        self.loads.shunned[row] = not alive
+
+    def _mirror(self, row: int) -> None:
+        state = self.workers[row].backlog.state
+        self.total[row] = state.total_tokens
+        self.head[:, row] = state.head_tokens, state.head_since, state.tokens_per_s
+
+    def _worker(self, index: int) -> PrefillWorker:
+        return PrefillWorker(address=f"prefill-{index}", memory=self._memory())
+
+    def _memory(self) -> Memory:
+        return Memory(max(1, self.fleet.memory_bytes // (self.unit_blocks * self.sizes.block_bytes)))
+
+    def result(self, policy: str) -> PolicyResult:
+        out, fleet = self.outcomes, self.fleet
+        ttft, tokens = out.ttft_s, max(sum(out.prompt_tokens), 1)
+        busy = np.array([worker.busy_s for worker in self.workers])
+        span_s = max(max(out.finished_s, default=1.0), 1e-9)
+        good = sum(t <= fleet.ttft_limit_s and p <= fleet.tpot_limit_s for t, p in zip(ttft, out.tpot_s, strict=True))
+        before: tuple[float | None, float | None] = (None, None)
+        after = before
+        first = fleet.kills[0][0] if fleet.kills else fleet.look_s
+        if first is not None:
+            before = out.window(first - fleet.window_s, first)
+            after = out.window(first + RECOVERY_S, first + RECOVERY_S + fleet.window_s)
+        return PolicyResult(
+            policy=policy,
+            token_hit_rate=sum(out.hit_tokens) / tokens,
+            fetched_share=sum(out.fetched_tokens) / tokens,
+            ttft_p50_s=percentile(ttft, 0.5),
+            ttft_p90_s=percentile(ttft, 0.9),
+            ttft_p99_s=percentile(ttft, 0.99),
+            ttft_mean_s=sum(ttft) / max(len(ttft), 1),
+            goodput=good / span_s,
+            load_max_over_mean=float(busy.max() / max(busy.mean(), 1e-9)),
+            utilisation=float(busy.mean() / span_s),
+            coalesced_share=out.num_coalesced / max(len(ttft), 1),
+            num_moved=out.num_moved,
+            before_hit_rate=before[0],
+            after_hit_rate=after[0],
+            before_ttft_p90_s=before[1],
+            after_ttft_p90_s=after[1],
+        )
+
+
+def _loads(addresses: list[str]) -> Loads:
+    count = len(addresses)
+    return Loads(
+        seeds=seeds_of(addresses),
+        pending_tokens=np.zeros(count),
+        active_tokens=np.zeros(count),
+        num_requests=np.zeros(count, np.int64),
+        resident_tokens=np.zeros(count, np.int64),
+        num_served=np.zeros(count, np.int64),
+        shunned=np.zeros(count, np.bool_),
+    )
+
+
+def _add(loads: Loads, row: int, requests: int, pending: int, active: int) -> None:
+    loads.num_requests[row] += requests
+    loads.pending_tokens[row] += pending
+    loads.active_tokens[row] += active
+
+
+def _mixed(name: int) -> int:
+    """Trace names count up; keys are hashes."""
+    return (name * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF

@@ -1,0 +1,127 @@
+"""What a simulated fleet achieved under one placement policy, as numbers and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from antefix_simulate.replay_result import percentile
+from antefix_simulate.result_table import align
+
+# A fleet that lost a worker is looked at again after this long.
+RECOVERY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyResult:
+    """One policy over one trace.
+
+    token_hit_rate: share of prompt tokens that no worker ran.  fetched_share: share that was loaded from the store.
+    ttft_*: from arrival to first token: waiting, loading, computing.  goodput: requests a second within both limits.
+    load_max_over_mean: seconds at work, the busiest prefill worker's over the mean.  coalesced_share: requests that
+    waited for another's blocks.  before_*, after_*: the windows before the first kill and from a minute after it.
+    """
+
+    policy: str
+    token_hit_rate: float
+    fetched_share: float
+    ttft_p50_s: float
+    ttft_p90_s: float
+    ttft_p99_s: float
+    ttft_mean_s: float
+    goodput: float
+    load_max_over_mean: float
+    utilisation: float
+    coalesced_share: float
+    num_moved: int
+    before_hit_rate: float | None
+    after_hit_rate: float | None
+    before_ttft_p90_s: float | None
+    after_ttft_p90_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSimulation:
+    """All policies over one trace on one fleet."""
+
+    trace: str
+    num_requests: int
+    prompt_tokens: int
+    unit_tokens: int
+    num_prefill: int
+    num_decode: int
+    shared_store: bool
+    results: tuple[PolicyResult, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        shared = {name: value for name, value in asdict(self).items() if name != "results"}
+        return shared | {"policies": {result.policy: asdict(result) for result in self.results}}
+
+
+@dataclass(slots=True)
+class Outcomes:
+    """One row a finished request."""
+
+    finished_s: list[float] = field(default_factory=list)
+    arrived_s: list[float] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    hit_tokens: list[int] = field(default_factory=list)
+    fetched_tokens: list[int] = field(default_factory=list)
+    tpot_s: list[float] = field(default_factory=list)
+    num_coalesced: int = 0
+    num_moved: int = 0
+
+    @property
+    def ttft_s(self) -> list[float]:
+        return [finished - arrived for finished, arrived in zip(self.finished_s, self.arrived_s, strict=True)]
+
+    def window(self, start_s: float, end_s: float) -> tuple[float | None, float | None]:
+        """Hit rate and p90 of the requests that arrived in that time; None where there were none."""
+        arrived = np.asarray(self.arrived_s)
+        rows = np.flatnonzero((arrived >= start_s) & (arrived < end_s))
+        if not len(rows):
+            return None, None
+        tokens, hits = np.asarray(self.prompt_tokens)[rows], np.asarray(self.hit_tokens)[rows]
+        return float(hits.sum() / tokens.sum()), percentile(np.asarray(self.ttft_s)[rows].tolist(), 0.9)
+
+
+_COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
+    ("policy", lambda r: r.policy),
+    ("hit", lambda r: f"{r.token_hit_rate:.2%}"),
+    ("fetched", lambda r: f"{r.fetched_share:.2%}"),
+    ("p50 s", lambda r: f"{r.ttft_p50_s:.3f}"),
+    ("p90 s", lambda r: f"{r.ttft_p90_s:.3f}"),
+    ("p99 s", lambda r: f"{r.ttft_p99_s:.3f}"),
+    ("goodput/s", lambda r: f"{r.goodput:.2f}"),
+    ("max/mean", lambda r: f"{r.load_max_over_mean:.2f}"),
+    ("busy", lambda r: f"{r.utilisation:.0%}"),
+    ("coalesced", lambda r: f"{r.coalesced_share:.2%}"),
+)
+_KILL_COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
+    ("hit before", lambda r: _shown(r.before_hit_rate, "{:.2%}")),
+    ("hit after", lambda r: _shown(r.after_hit_rate, "{:.2%}")),
+    ("p90 before", lambda r: _shown(r.before_ttft_p90_s, "{:.3f}")),
+    ("p90 after", lambda r: _shown(r.after_ttft_p90_s, "{:.3f}")),
+)
+
+
+def cluster_text(simulation: ClusterSimulation) -> str:
+    """A heading and an aligned table."""
+    store = "with the shared store" if simulation.shared_store else "without a shared store"
+    heading = (
+        f"{simulation.trace}: {simulation.num_requests} requests, {simulation.prompt_tokens / 1e6:.1f}M prompt tokens, "
+        f"{simulation.num_prefill} prefill and {simulation.num_decode} decode workers, {store}"
+    )
+    columns: Sequence[tuple[str, Callable[[PolicyResult], str]]] = _COLUMNS
+    if any(result.after_hit_rate is not None for result in simulation.results):
+        columns = (*_COLUMNS, *_KILL_COLUMNS)
+    rows = [[name for name, _ in columns]]
+    rows += [[cell(result) for _, cell in columns] for result in simulation.results]
+    return heading + "\n" + align(rows)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

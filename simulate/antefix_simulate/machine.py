@@ -1,0 +1,133 @@
+"""The cost model: how long tokens and bytes take on a machine, how big a model's KV is, what tokens cost.
+
+Every number is a setting, not a measurement: put in what `benchmarks/` measured on yours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from antefix.errors import InvalidRequest
+from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind
+from antefix.window import Plan, Sizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One prefill worker and its disk. The defaults are eight H100 with V4-Flash and one NVMe disk.
+
+    prefill_tokens_per_s: 64K tokens cold in 3.62 s (vLLM, V4.1-Flash).  context_half_tokens: context at which a token
+    takes twice as long as at none; V4's sparse attention makes it large; an assumption.  jitter: of every duration, as
+    the sigma of a lognormal factor, so that the planner meets a machine that it cannot know exactly.
+    """
+
+    prefill_tokens_per_s: float = 18_000.0
+    prefill_fixed_s: float = 0.02
+    context_half_tokens: float = 1_000_000.0
+    disk_bytes_per_s: float = 6e9
+    disk_fixed_s: float = 0.001
+    pool_bytes_per_s: float = 10e9
+    pool_fixed_s: float = 0.0005
+    jitter: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_tokens_per_s", "context_half_tokens", "disk_bytes_per_s", "pool_bytes_per_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidRequest(f"{name} must be positive, is {getattr(self, name)}")
+
+    def compute_s(self, tokens: int, *, context: int) -> float:
+        """Prefill or replay of `tokens` after `context` others, without jitter."""
+        if not tokens:
+            return 0.0
+        growth = 1 + (context + tokens / 2) / self.context_half_tokens
+        return self.prefill_fixed_s + tokens / self.prefill_tokens_per_s * growth
+
+    def load_s(self, tier: str, nbytes: int) -> float:
+        if not nbytes:
+            return 0.0
+        fixed, rate = (
+            (self.pool_fixed_s, self.pool_bytes_per_s) if tier == "pool" else (self.disk_fixed_s, self.disk_bytes_per_s)
+        )
+        return fixed + nbytes / rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """What a plan really took, part by part, in seconds."""
+
+    load_blocks_s: float
+    load_checkpoint_s: float
+    replay_s: float
+    prefill_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.load_blocks_s + self.load_checkpoint_s + self.replay_s + self.prefill_s
+
+
+def carry_out(machine: Machine, sizes: Sizes, plan: Plan, rng: random.Random) -> Timing:
+    """The machine's answer to a plan: loads and compute one after the other, as the worker does them."""
+    window_bytes = sizes.checkpoint_bytes if plan.checkpoint_tier else 0
+    start = plan.replay_from_block * sizes.block_size
+
+    def jitter() -> float:
+        return rng.lognormvariate(0.0, machine.jitter) if machine.jitter else 1.0
+
+    return Timing(
+        load_blocks_s=machine.load_s("disk", plan.load_bytes - window_bytes) * jitter(),
+        load_checkpoint_s=machine.load_s(plan.checkpoint_tier, window_bytes) * jitter(),
+        replay_s=machine.compute_s(plan.replay_work_tokens, context=start) * jitter(),
+        prefill_s=machine.compute_s(plan.prefill_tokens, context=start + plan.replay_tokens) * jitter(),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenPrices:
+    """Dollars a million input tokens."""
+
+    hit: float
+    miss: float
+
+    def dollars(self, *, hit_tokens: int, miss_tokens: int) -> float:
+        return (hit_tokens * self.hit + miss_tokens * self.miss) / 1e6
+
+
+# Off-peak prices of 2026; they have changed four times since April, so they are settings too.
+RATE_CARDS = {"v4-flash": TokenPrices(hit=0.003, miss=0.15), "v4-pro": TokenPrices(hit=0.022, miss=0.66)}
+
+
+def _v4(first: LayerKind, num_layers: int) -> KVGeometry:
+    rest = (LayerKind.HCA if i % 2 else LayerKind.CSA for i in range(num_layers - 2))
+    return KVGeometry(
+        layers=(first, first, *rest),
+        head_dim=512,
+        rope_dim=64,
+        indexer_dim=128,
+        csa_ratio=4,
+        hca_ratio=128,
+        window=128,
+    )
+
+
+# V4 report, section 4: Flash has two window-only layers, then 21 CSA and 20 HCA; Pro's first two are HCA (30, 31).
+GEOMETRIES = {"v4-flash": _v4(LayerKind.WINDOW, 43), "v4-pro": _v4(LayerKind.HCA, 61)}
+
+
+def model_sizes(model: str, kv_format: KVFormat = KVFormat.FP8) -> Sizes:
+    """Sizes of `v4-flash`, `v4-pro`, or the model whose directory (with a config.json) is named.
+
+    Raises:  InvalidRequest: neither; or a config.json of another architecture.
+    """
+    if model in GEOMETRIES:
+        return Sizes.of(BlockLayout(geometry=GEOMETRIES[model], kv_format=kv_format))
+    config = Path(model) / "config.json"
+    try:
+        geometry = KVGeometry.from_config(json.loads(config.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as err:
+        names = ", ".join(sorted(GEOMETRIES))
+        raise InvalidRequest(f"model {model!r} is neither {names} nor a directory with a config.json: {err}") from err
+    return Sizes.of(BlockLayout(geometry=geometry, kv_format=kv_format))

@@ -1,0 +1,188 @@
+"""The simulated store: bytes only, kept and evicted by the real policy (`antefix_kvstore.eviction`).
+
+Names: a unit of a prefix is its trace name; its block record and its checkpoint are told apart by the lowest bit, and a
+checkpoint hangs on its block, as in the engine. Blocks' own TTL of three days is longer than any trace and left out.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from antefix.window import Sizes, Tier
+from antefix_kvstore.eviction import EvictionPolicy, Forest
+from antefix_simulate.trace import Names
+
+# As the engine: eviction frees a little more than asked, so that not every put has to evict.
+_EVICT_STEP_SHARE = 1 / 128
+# Checkpoints past their time are unusable at once; when room is short, their bytes are swept this often.
+_SWEEP_EVERY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreLimits:
+    """store_bytes: of blocks and checkpoints together; None for endless.  pool_bytes: of the window pool."""
+
+    store_bytes: int | None = None
+    pool_bytes: int | None = None
+
+
+class SimStore:
+    """Prefix-closed set of units, checkpoints on them, and a window pool beside it. Times in seconds of the trace."""
+
+    def __init__(self, sizes: Sizes, limits: StoreLimits, *, unit_blocks: int) -> None:
+        self.sizes = sizes
+        self.limits = limits
+        self.unit_blocks = unit_blocks
+        self.unit_bytes = unit_blocks * sizes.block_bytes
+        self.bytes_written = 0
+        self.checkpoint_bytes_written = 0
+        self.num_checkpoints_written = 0
+        self.num_refused = 0
+        policy = EvictionPolicy()
+        self._disk: Forest[int] = Forest(policy)
+        self._pool: Forest[int] = Forest(policy)
+        self._expiry: dict[Tier, dict[int, tuple[float, float]]] = {tier: {} for tier in Tier}
+        self._due: list[tuple[float, int, Tier]] = []
+        self._dead: dict[Tier, set[int]] = {tier: set() for tier in Tier}
+        self._swept_s = 0.0
+
+    @property
+    def bytes_kept(self) -> int:
+        """On disk; the pool is memory."""
+        return self._disk.nbytes
+
+    def checkpoint_bytes_kept(self, tier: Tier = Tier.DISK) -> int:
+        """As of the last `expire`."""
+        return self.sizes.checkpoint_bytes * len(self._expiry[tier])
+
+    def expire(self, now_s: float) -> None:
+        """Make what is past its time unusable; its bytes are given back by `sweep`."""
+        while self._due and self._due[0][0] <= now_s:
+            _, name, tier = heapq.heappop(self._due)
+            until_s = self._expiry[tier].get(name, (0.0, 0.0))[0]
+            if until_s > now_s:
+                heapq.heappush(self._due, (until_s, name, tier))
+            elif self._expiry[tier].pop(name, None):
+                self._dead[tier].add(name)
+
+    def num_stored(self, names: Names) -> int:
+        """Leading units that are stored: the set is prefix-closed, so the last one is found by bisection."""
+        low, high = 0, len(names)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if 2 * int(names[middle - 1]) in self._disk:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def last_checkpoint(self, names: Names, num_units: int, now_s: float) -> tuple[int, Tier] | None:
+        """The last boundary at or before `num_units` with a checkpoint that has not expired, and where it is."""
+        tiers = [(tier, table) for tier, table in self._expiry.items() if table]
+        if not tiers:
+            return None
+        for unit in range(num_units, 0, -1):
+            name = 2 * int(names[unit - 1]) + 1
+            for tier, table in tiers:
+                if name in table and table[name][0] > now_s:
+                    return unit, tier
+        return None
+
+    def touch(self, names: Names, num_units: int, now_s: float) -> None:
+        """Blocks up to there were read; their ancestors' ranks follow when they become leaves."""
+        if num_units:
+            self._disk.touch(2 * int(names[num_units - 1]), _ms(now_s))
+
+    def touch_checkpoint(self, names: Names, num_units: int, tier: Tier, now_s: float) -> None:
+        """Using a checkpoint starts its time anew."""
+        name = 2 * int(names[num_units - 1]) + 1
+        _, ttl_s = self._expiry[tier][name]
+        self._expiry[tier][name] = (now_s + ttl_s, ttl_s)
+        self._forest(tier).touch(name, _ms(now_s))
+
+    def put_units(self, names: Names, first: int, now_s: float, cost_s: float) -> int:
+        """Store units [first, end) in order, as far as they fit; returns how many leading units are stored then."""
+        parent = 2 * int(names[first - 1]) if first else None
+        for unit in range(first, len(names)):
+            name = 2 * int(names[unit])
+            if name not in self._disk:
+                if not self._make_room(self.unit_bytes, now_s, parent):
+                    self.num_refused += len(names) - unit
+                    return unit
+                self._disk.insert(name, parent=parent, nbytes=self.unit_bytes, now_ms=_ms(now_s), cost_s=cost_s)
+                self.bytes_written += self.unit_bytes
+            parent = name
+        return len(names)
+
+    def put_checkpoint(
+        self, names: Names, num_units: int, *, tier: Tier, ttl_s: float, now_s: float, cost_s: float
+    ) -> bool:
+        """Leave one after `num_units` units; False where its block is not stored, it exists already or does not fit."""
+        block = 2 * int(names[num_units - 1])
+        name, nbytes = block + 1, self.sizes.checkpoint_bytes
+        if block not in self._disk:
+            return False
+        if name in self._dead[tier]:
+            self.sweep(now_s)
+        if name in self._expiry[tier]:
+            self._expiry[tier][name] = (now_s + ttl_s, ttl_s)
+            return False
+        if tier is Tier.DISK:
+            if not self._make_room(nbytes, now_s, block):
+                self.num_refused += 1
+                return False
+            self._disk.insert(name, parent=block, nbytes=nbytes, now_ms=_ms(now_s), cost_s=cost_s)
+            self.bytes_written += nbytes
+        else:
+            self._trim_pool(nbytes)
+            self._pool.insert(name, parent=None, nbytes=nbytes, now_ms=_ms(now_s), cost_s=cost_s)
+        heapq.heappush(self._due, (now_s + ttl_s, name, tier))
+        self.checkpoint_bytes_written += nbytes
+        self.num_checkpoints_written += 1
+        self._expiry[tier][name] = (now_s + ttl_s, ttl_s)
+        return True
+
+    def sweep(self, now_s: float) -> None:
+        """Give back what has expired."""
+        self.expire(now_s)
+        self._swept_s = now_s
+        for tier, gone in self._dead.items():
+            if gone:
+                self._take(tier, self.sizes.checkpoint_bytes * len(gone), spare=_all_but(gone))
+
+    def _forest(self, tier: Tier) -> Forest[int]:
+        return self._disk if tier is Tier.DISK else self._pool
+
+    def _make_room(self, nbytes: int, now_s: float, kept: int | None) -> bool:
+        """See to it that `nbytes` fit, sparing the block that they will hang on; False if they cannot."""
+        limit = self.limits.store_bytes
+        if limit is None or self._disk.nbytes + nbytes <= limit:
+            return True
+        if now_s >= self._swept_s + _SWEEP_EVERY_S:
+            self.sweep(now_s)
+        excess = self._disk.nbytes + nbytes - limit
+        if excess > 0:
+            self._take(Tier.DISK, excess + int(_EVICT_STEP_SHARE * limit), spare=lambda name: name == kept)
+        return self._disk.nbytes + nbytes <= limit
+
+    def _trim_pool(self, nbytes: int) -> None:
+        limit = self.limits.pool_bytes
+        if limit is not None and self._pool.nbytes + nbytes > limit:
+            step = self._pool.nbytes + nbytes - limit + int(_EVICT_STEP_SHARE * limit)
+            self._take(Tier.POOL, step, spare=lambda _: False)
+
+    def _take(self, tier: Tier, nbytes: int, *, spare: Callable[[int], bool]) -> None:
+        for name in self._forest(tier).evict(nbytes, keep=spare):
+            self._expiry[tier].pop(name, None)
+            self._dead[tier].discard(name)
+
+
+def _all_but(names: set[int]) -> Callable[[int], bool]:
+    only = frozenset(names)
+    return lambda name: name not in only
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)

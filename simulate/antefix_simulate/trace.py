@@ -1,0 +1,189 @@
+"""Traces: requests with lengths, times and the names of their prefixes; never any text.
+
+A request's `names[i]` stands for its first (i + 1) * unit_tokens tokens: equal names mean equal prefixes. A trace's
+resolution limits what can be simulated: its unit is the smallest multiple of a block that its hashes can tell apart.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.errors import InvalidRequest
+
+Names = npt.NDArray[np.int64]
+
+# Tokens that one hash stands for, by the format's definition.
+MOONCAKE_HASH_TOKENS = 512
+# Hash ids of a Claude Code conversation are its own; this many of them fit before two conversations would meet.
+_LOCAL_IDS_MAX = 1 << 32
+# A line beyond this is no request of any model; reading on would only fill memory.
+LINE_BYTES_MAX = 256 * 2**20
+_WRONG = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TraceRequest:
+    """at_s: arrival from the start of the trace.  names: complete units of the prompt, in order."""
+
+    at_s: float
+    num_tokens: int
+    output_tokens: int
+    names: Names
+    session: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Requests in order of arrival."""
+
+    name: str
+    unit_tokens: int
+    requests: tuple[TraceRequest, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(request.num_tokens for request in self.requests)
+
+
+def load(path: Path, trace_format: str, *, block_size: int, spread_s: float = 3600.0) -> Trace:
+    """Read a trace file (plain or .gz) in the named format.
+
+    spread_s: conversations whose clocks all start at zero are started over this long, evenly at random, seeded.
+    Raises:  InvalidRequest: an unknown format, a file that has no requests or cannot be read to its end, or a line that
+             is not a request of the format; the message names it.
+    """
+    if trace_format not in FORMATS:
+        raise InvalidRequest(f"unknown trace format {trace_format!r}: use one of {', '.join(sorted(FORMATS))}")
+    return FORMATS[trace_format](path, block_size, spread_s)
+
+
+def _load_mooncake(path: Path, block_size: int, spread_s: float) -> Trace:
+    unit = math.lcm(block_size, MOONCAKE_HASH_TOKENS)
+    requests = []
+    for where, row in _rows(path):
+        try:
+            requests.append(
+                TraceRequest(
+                    at_s=_seconds(row["timestamp"]) / 1000,
+                    num_tokens=int(row["input_length"]),
+                    output_tokens=int(row["output_length"]),
+                    names=_units(row["hash_ids"], 0, int(row["input_length"]), MOONCAKE_HASH_TOKENS, unit),
+                )
+            )
+        except _WRONG as err:
+            raise _not_a("mooncake request", where, err) from err
+    return _trace(path, unit, requests)
+
+
+def _load_claude_code(path: Path, block_size: int, spread_s: float) -> Trace:
+    rng = random.Random(0)
+    requests: list[TraceRequest] = []
+    unit = 0
+    for index, (where, row) in enumerate(_rows(path)):
+        try:
+            if row["hash_id_scope"] != "local":
+                raise ValueError(f"hash_id_scope is {row['hash_id_scope']!r}, not local")
+            hash_tokens = int(row["block_size"])
+            if hash_tokens < 1 or unit not in (0, math.lcm(block_size, hash_tokens)):
+                raise ValueError(f"block_size is {hash_tokens}; it must be positive and the same in all lines")
+            unit = math.lcm(block_size, hash_tokens)
+            start_s = rng.uniform(0, spread_s)
+            for at_s, call in _calls(row["requests"], start_s):
+                requests.append(
+                    TraceRequest(
+                        at_s=at_s,
+                        num_tokens=int(call["in"]),
+                        output_tokens=int(call["out"]),
+                        names=_units(call["hash_ids"], index * _LOCAL_IDS_MAX, int(call["in"]), hash_tokens, unit),
+                        session=str(row["id"]),
+                    )
+                )
+        except _WRONG as err:
+            raise _not_a("claude-code conversation", where, err) from err
+    return _trace(path, unit or block_size, requests)
+
+
+def _trace(path: Path, unit_tokens: int, requests: list[TraceRequest]) -> Trace:
+    if not requests:
+        raise InvalidRequest(f"{path.name} has no requests")
+    requests.sort(key=lambda request: request.at_s)
+    return Trace(name=path.name, unit_tokens=unit_tokens, requests=tuple(requests))
+
+
+def _not_a(what: str, where: str, err: Exception) -> InvalidRequest:
+    why = f"it has no {err}" if isinstance(err, KeyError) else str(err)
+    return InvalidRequest(f"{where} is not a {what}: {why}; --format must name what the trace is written in")
+
+
+def _seconds(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value} is no time")
+    return number
+
+
+FORMATS: dict[str, Callable[[Path, int, float], Trace]] = {
+    "mooncake": _load_mooncake,
+    "claude-code": _load_claude_code,
+}
+
+
+def _calls(rows: list[dict[str, Any]], start_s: float) -> Iterator[tuple[float, dict[str, Any]]]:
+    """A conversation's model calls with their times; a sub-agent's calls count from its own start."""
+    for row in rows:
+        at_s = start_s + _seconds(row["t"])
+        if row["type"] == "subagent":
+            yield from _calls(row["requests"], at_s)
+        else:
+            yield at_s, row
+
+
+def _units(hash_ids: list[int], base: int, num_tokens: int, hash_tokens: int, unit_tokens: int) -> Names:
+    """Names of the complete units. Hashes are chained, so the last one of a unit names all that is before it."""
+    step = unit_tokens // hash_tokens
+    num_units = num_tokens // unit_tokens
+    if num_tokens < 1 or len(hash_ids) < num_units * step:
+        raise ValueError(f"{len(hash_ids)} hashes for {num_tokens} tokens")
+    names = np.asarray(hash_ids[step - 1 : num_units * step : step], dtype=np.int64)
+    if len(names) and (int(names.min()) < 0 or int(names.max()) >= _LOCAL_IDS_MAX):
+        raise ValueError("hash ids must be in [0, 2^32)")
+    return names + base
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(_bounded(lines, path.name), start=1):
+            where = f"{path.name}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as err:
+                raise InvalidRequest(f"{where} is not JSON: {err}") from err
+            if not isinstance(row, dict):
+                raise InvalidRequest(f"{where} is not a JSON object")
+            yield where, row
+
+
+def _bounded(lines: Any, name: str) -> Iterator[str]:
+    try:
+        while line := lines.readline(LINE_BYTES_MAX):
+            if len(line) >= LINE_BYTES_MAX:
+                raise InvalidRequest(f"a line of {name} is longer than {LINE_BYTES_MAX} bytes")
+            yield line
+    except UnicodeDecodeError as err:
+        raise InvalidRequest(f"{name} is no text: {err}") from err
+    except (OSError, EOFError, zlib.error) as err:
+        raise InvalidRequest(f"{name} cannot be read to its end: {err}") from err

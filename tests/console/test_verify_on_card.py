@@ -1,0 +1,68 @@
+"""What verification says of a card: the typical token counts, and what may differ is bounded by how it was computed."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+
+from antefix.layout import KVFormat
+from antefix.model import WindowState
+from antefix_console.commands import verify as command
+from antefix_console.verify.card import against_cpu, typical_difference
+from antefix_console.verify.compare import RunOutcome, compare
+from antefix_console.verify.models import random_subject
+from antefix_console.verify.paired_runs import WorkerPair
+from antefix_console.verify.suite import Backend
+from antefix_prefill.worker.compute_thread import ComputeThread
+
+
+def test_one_wild_token_is_told_apart_from_many_wrong_ones() -> None:
+    cpu = torch.linspace(-1, 1, 90).view(9, 10)
+    assert typical_difference(cpu, cpu.clone()).identical
+    one, all_wrong = cpu.clone(), cpu + 0.3
+    one[4] += 0.5
+    found = typical_difference(cpu, one)
+    assert not found.identical and 0 < found.error <= 1e-12 and "worst token 0.5" in found.where
+    assert typical_difference(cpu, all_wrong).error == pytest.approx(0.3, rel=1e-3)
+    all_wrong[:] = float("nan")
+    assert typical_difference(cpu, all_wrong).error == float("inf")
+
+
+def test_a_device_that_computes_the_same_is_identical() -> None:
+    subject = random_subject("pro", KVFormat.FP8)
+    workers = WorkerPair(subject, ComputeThread("test"), 16)
+    assert against_cpu(workers, np.arange(40, dtype=np.uint32)).identical
+    workers.compute.close()
+
+
+def test_tails_and_infinite_gates_are_compared() -> None:
+    layout = random_subject("pro", KVFormat.FP8).model.layout
+    one, two = (WindowState.zeros(layout, 3) for _ in range(2))
+    # Gates before the first group are -inf on both sides, which is no difference.
+    two.main[1].tail[0, 0, 0] = 0.5
+    one.main[1].tail[0, 0, 0] = 0.5 + 2**-20
+    rows, logits = torch.zeros(1, layout.block_bytes, dtype=torch.uint8), np.ones(4, np.float32)
+    found = compare(*(RunOutcome(logits=logits, rows=rows, window=window) for window in (one, two)))
+    assert not found.identical and "main tail, layer 1" in found.where
+    assert 0 < found.error < 1e-5
+
+
+def test_bits_are_demanded_where_the_reproducible_kernels_run() -> None:
+    fp8, floats = random_subject("pro", KVFormat.FP8), random_subject("odd-ratios", KVFormat.FLOAT32)
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert Backend(device="cuda").is_invariant(fp8)
+    assert not Backend(device="cuda", reproducible=False).is_invariant(fp8)
+    assert not Backend(device="cuda", kernels="torch").is_invariant(fp8)
+    assert not Backend(device="cuda").is_invariant(floats)
+
+
+def test_the_command_takes_plans_and_backends() -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    args = parser.parse_args(["--device", "cuda", "--kernels", "torch", "--fast", "--plans", "pro", "flash"])
+    assert (args.device, args.kernels, args.fast, args.plans) == ("cuda", "torch", True, ["pro", "flash"])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--plans", "nothing"])

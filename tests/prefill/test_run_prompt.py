@@ -1,0 +1,162 @@
+"""Restoring and computing a prompt: a hit equals a cold run to the bit, and nothing that fails changes an answer."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from antefix.layout import KVFormat
+from antefix.record import RecordKind
+from antefix_prefill.run_prompt import run_prompt
+
+RNG = np.random.default_rng(7)
+DOCUMENT = RNG.integers(0, 256, 900)
+OTHER_END = RNG.integers(0, 256, 70)
+
+
+async def run(engine, prompt):
+    computed = await run_prompt(engine, prompt)
+    rows = [bytes(engine.pool.row(block)) for block in computed.sequence.block_table]
+    window = computed.sequence.window.to_bytes()
+    engine.blocks.release(computed.sequence.block_table)
+    return computed, rows, window
+
+
+def same(one, two):
+    """Logits, every block's bytes, the window state: all to the bit."""
+    return np.array_equal(one[0].logits, two[0].logits) and one[1] == two[1] and one[2] == two[2]
+
+
+@pytest.mark.parametrize("kv_format", [KVFormat.FP8, KVFormat.FLOAT32])
+@pytest.mark.parametrize(("strategy", "plan"), [("boundary", "checkpoint"), ("zero", "replay")])
+async def test_a_hit_equals_a_cold_run_to_the_bit(make_engine, make_prompt, store, kv_format, strategy, plan):
+    first = make_engine(strategy, kv_format)
+    await run(first, make_prompt(first, DOCUMENT))
+    longer = np.concatenate((DOCUMENT, OTHER_END))
+    other = make_engine(strategy, kv_format)  # another worker: nothing is in its memory
+    hit = await run(other, make_prompt(other, longer))
+    store.records.clear()
+    fresh = make_engine(strategy, kv_format)
+    cold = await run(fresh, make_prompt(fresh, longer))
+    assert (hit[0].report.plan, cold[0].report.plan) == (plan, "cold")
+    assert same(hit, cold)
+
+
+async def test_a_fork_without_a_checkpoint_is_replayed_exactly(make_engine, make_prompt, store):
+    engine = make_engine("boundary")
+    await run(engine, make_prompt(engine, DOCUMENT))
+    fork = np.concatenate((DOCUMENT[:700], OTHER_END))
+    other = make_engine("boundary")
+    hit = await run(other, make_prompt(other, fork))
+    store.records.clear()
+    fresh = make_engine("boundary")
+    assert same(hit, await run(fresh, make_prompt(fresh, fork)))
+    assert hit[0].report.plan == "replay"
+    assert hit[0].report.hit_tokens == 640
+    assert hit[0].report.replayed_tokens == engine.sizes.replay_tokens
+
+
+async def test_a_replay_writes_no_block_again(make_engine, make_prompt, store):
+    engine = make_engine("zero")
+    await run(engine, make_prompt(engine, DOCUMENT))
+    store.puts.clear()
+    other = make_engine("zero")
+    await run(other, make_prompt(other, np.concatenate((DOCUMENT, OTHER_END))))
+    written = [position for kind, position in store.puts if kind is RecordKind.BLOCK]
+    assert written == [960]
+
+
+async def test_counts_add_up(make_engine, make_prompt):
+    engine = make_engine("boundary")
+    cold = (await run(engine, make_prompt(engine, DOCUMENT)))[0].report
+    assert (cold.hit_tokens, cold.miss_tokens, cold.miss_reason) == (0, 900, "first_seen")
+    assert cold.written_tokens == 896
+    warm = (await run(engine, make_prompt(engine, DOCUMENT)))[0].report
+    assert (warm.hit_tokens, warm.miss_tokens, warm.miss_reason) == (896, 4, "")
+    assert warm.hit_memory_tokens == 896 and warm.bytes_read > 0
+    assert warm.written_tokens == 0
+    other = make_engine("boundary")
+    disk = (await run(other, make_prompt(other, DOCUMENT)))[0].report
+    assert (disk.hit_tokens, disk.hit_store_tokens, disk.hit_memory_tokens) == (896, 896, 0)
+    assert disk.last_hit_hash == make_prompt(engine, DOCUMENT).chain.hashes[13]
+
+
+async def test_a_prompt_that_ends_at_a_boundary_still_runs_its_last_token(make_engine, make_prompt):
+    engine = make_engine("boundary")
+    cold = await run(engine, make_prompt(engine, DOCUMENT[:640]))
+    other = make_engine("boundary")
+    hit = await run(other, make_prompt(other, DOCUMENT[:640]))
+    assert hit[0].report.hit_tokens < 640
+    assert same(cold, hit)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"lookup"}, {"get_blocks"}, {"get"}, {"put"}, {"lookup", "get", "get_blocks", "put"}]
+)
+async def test_a_broken_store_costs_speed_never_an_answer(make_engine, make_prompt, store, broken):
+    engine = make_engine("boundary")
+    longer = np.concatenate((DOCUMENT, OTHER_END))
+    cold = await run(engine, make_prompt(engine, longer))
+    store.records.clear()
+    await run(make_engine("boundary"), make_prompt(engine, DOCUMENT))
+    store.broken = broken
+    other = make_engine("boundary")
+    answer = await run(other, make_prompt(other, longer))
+    assert same(cold, answer)
+    assert other.counters.errors > 0
+
+
+async def test_a_block_lost_between_lookup_and_read_shortens_the_hit(make_engine, make_prompt, store):
+    engine = make_engine("boundary")
+    prompt = make_prompt(engine, DOCUMENT)
+    cold = await run(engine, prompt)
+    lookup = store.lookup
+
+    async def stale(chain, **kwargs):
+        found = await lookup(chain, **kwargs)
+        store.records.pop((RecordKind.BLOCK, prompt.chain.hashes[9]), None)
+        return found
+
+    store.lookup = stale
+    other = make_engine("boundary")
+    hit = await run(other, make_prompt(other, DOCUMENT))
+    assert same(cold, hit)
+    assert hit[0].report.hit_tokens == 9 * 64
+
+
+async def test_tenants_do_not_hit_each_other(make_engine, make_prompt):
+    engine = make_engine("boundary")
+    await run(engine, make_prompt(engine, DOCUMENT, tenant="a"))
+    other = (await run(engine, make_prompt(engine, DOCUMENT, tenant="b")))[0].report
+    assert other.hit_tokens == 0
+
+
+async def test_all_blocks_come_back_to_the_pool(make_engine, make_prompt, store):
+    engine = make_engine("boundary", num_blocks=20)
+    for seed in range(4):
+        tokens = np.random.default_rng(seed).integers(0, 256, 900)
+        await run(engine, make_prompt(engine, tokens))
+    assert engine.blocks.num_available == 20
+
+
+async def test_what_the_store_lost_and_a_worker_still_has_is_stored_again(make_engine, make_prompt, store):
+    engine = make_engine("boundary")
+    await run(engine, make_prompt(engine, DOCUMENT))
+    store.records.clear()
+    warm = await run(engine, make_prompt(engine, np.concatenate((DOCUMENT, OTHER_END))))
+    assert warm[0].report.hit_tokens == 896
+    found = await store.lookup(warm[0].prompt.chain.hashes, fingerprint=engine.fingerprint)
+    assert found.num_blocks == 15
+
+
+async def test_what_another_worker_stored_meanwhile_is_not_counted_as_written(make_engine, make_prompt, store):
+    class Raced(type(store)):
+        """The first block is there already when it is put."""
+
+        async def put(self, records):
+            num_existing = sum(record.position == 64 for record in records)
+            return dataclasses.replace(await super().put(records), num_existing=num_existing)
+
+    engine = dataclasses.replace(make_engine("zero"), store=Raced())
+    computed = await run_prompt(engine, make_prompt(engine, DOCUMENT[: 5 * 64 + 3]))
+    assert computed.report.written_tokens == 4 * 64

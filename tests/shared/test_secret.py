@@ -1,0 +1,68 @@
+"""Secrets by generation, and what stands for tenants: of one length, and apart from each other."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from antefix.errors import ConfigError, InvalidRequest
+from antefix.registration import Registration
+from antefix.secret import OWNER_BYTES, Keyring
+
+OLD, NEW = b"o" * 32, b"n" * 32
+names = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=512)
+
+
+def from_text(tmp_path, text):
+    path = tmp_path / "secret"
+    path.write_text(text)
+    return Keyring.from_file(path)
+
+
+def test_a_file_of_one_secret_is_its_first_generation(tmp_path):
+    keyring = from_text(tmp_path, OLD.hex() + "\n")
+    assert (keyring.generation, keyring.generations) == (1, (1,))
+    assert keyring.key("a") == Keyring(OLD).key("a")
+
+
+def test_the_first_line_writes_and_the_others_are_read(tmp_path):
+    keyring = from_text(tmp_path, f"2 {NEW.hex()}\n\n{OLD.hex()}\n")
+    assert (keyring.generation, keyring.generations) == (2, (2, 1))
+    assert keyring.key("a") == Keyring(NEW).key("a")
+    assert keyring.key("a", 1) == Keyring(OLD).key("a")
+    assert keyring.owner("a", 1) == Keyring(OLD).owner("a") != keyring.owner("a")
+    assert keyring.seal_key(bytes(OWNER_BYTES), 3) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "zz", "00ff", f"1 {OLD.hex()}\n{NEW.hex()}", f"0 {OLD.hex()}", f"65536 {OLD.hex()}", f"1 2 {OLD.hex()}"],
+)
+def test_a_secret_file_that_makes_no_sense_is_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match="secret file"):
+        from_text(tmp_path, text)
+
+
+def test_a_bad_generation_is_refused():
+    with pytest.raises(InvalidRequest, match="generation"):
+        Keyring(OLD, generation=0)
+    with pytest.raises(InvalidRequest, match="two secrets"):
+        Keyring(NEW, generation=1, older={1: OLD})
+
+
+def test_a_worker_registers_with_either_secret_while_they_rotate():
+    said = Registration(role="decode", address="h:1", fingerprint=b"f", instance=b"i", ttl_s=0, said_at_ms=0)
+    both = Keyring(NEW, generation=2, older={1: OLD})
+    for one in (Keyring(OLD), Keyring(NEW, generation=2)):
+        assert both.proves(said.proof(one), *said._parts())
+    assert not Keyring(OLD).proves(said.proof(both), *said._parts())
+
+
+@settings(max_examples=200)
+@given(first=st.tuples(names, names), second=st.tuples(names, names))
+def test_owners_have_one_length_and_are_equal_for_equal_names_only(first, second):
+    keyring = Keyring(OLD)
+    owners = [keyring.owner(f"{tenant}\x1f{user}" if user else tenant) for tenant, user in (first, second)]
+    assert [len(owner) for owner in owners] == [OWNER_BYTES] * 2
+    assert (owners[0] == owners[1]) == (first == second)
+    # All users of a tenant share its part, and nobody else does.
+    assert (owners[0][:16] == owners[1][:16]) == (first[0] == second[0])
