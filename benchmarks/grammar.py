@@ -14,15 +14,15 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from decode.grammar import Grammars, Matcher
-from decode.penalties import Penalties
-from router.chat.grammar import json_grammar
 
 from antefix.grammar import Vocabulary
 from antefix.sampling import Sampling
 from antefix.tokenizer import ByteTokenizer
+from antefix_decode.grammar import Grammars, Matcher
+from antefix_decode.penalties import Penalties
 from antefix_decode.sampling import Sampler
 from antefix_router.chat.deepseek_v4 import DeepSeekV4Format
+from antefix_router.chat.grammar import json_grammar
 from antefix_router.chat.messages import Conversation, Message, Role, ToolRule
 
 VOCAB_SIZE = 129_280

@@ -11,9 +11,9 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from decode.penalties import Logits, Penalties
 
 from antefix.sampling import Sampling
+from antefix_decode.penalties import Logits, Penalties
 
 
 class Constraint(Protocol):

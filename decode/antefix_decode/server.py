@@ -8,8 +8,6 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
 import numpy as np
-from decode.grammar import Grammars
-from decode.penalties import Penalties
 
 from antefix import rpc
 from antefix.config import require, setting
@@ -26,7 +24,9 @@ from antefix.wire import (
     tokens_to_wire,
 )
 from antefix_decode.adopt import Adopted, adopt, prefill_here, take_handoff
+from antefix_decode.grammar import Grammars
 from antefix_decode.logprobs import Logprobs
+from antefix_decode.penalties import Penalties
 from antefix_decode.sampling import Sampler
 from antefix_decode.scheduler import Running, Scheduler, Shown
 from antefix_decode.stopping import Stopper

@@ -7,8 +7,6 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from router.grammar_check import GrammarCheck
-
 from antefix.clients import Tokens
 from antefix.config import require, setting
 from antefix.errors import InvalidRequest
@@ -24,6 +22,7 @@ from antefix_billing.tenants import CONTROL, TenantBook, load_tenants
 from antefix_router.accounting import Accounts
 from antefix_router.encoding import Encoding
 from antefix_router.generation import Generator, Piece
+from antefix_router.grammar_check import GrammarCheck
 from antefix_router.open_bill import Bill, Served
 
 REQUEST_ID_BYTES_MAX = 256

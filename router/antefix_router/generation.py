@@ -16,8 +16,6 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from router.merge import merged
-
 from antefix.clients import DecodeClient, Tokens
 from antefix.errors import Overloaded, Unavailable
 from antefix.generation_request import GenerationRequest
@@ -25,6 +23,7 @@ from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.wire import TokenLogprob
 from antefix_router.keeper import Keeper
+from antefix_router.merge import merged
 from antefix_router.naming import Names, Prompt
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions

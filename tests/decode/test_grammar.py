@@ -6,13 +6,13 @@ import time
 import llguidance
 import numpy as np
 import pytest
-from decode.grammar import Grammars
 
 from antefix.errors import InvalidRequest
 from antefix.grammar import Vocabulary
 from antefix.sampling import Sampling
 from antefix.tokenizer import ByteTokenizer, load_tokenizer
 from antefix_decode import grammar as grammars
+from antefix_decode.grammar import Grammars
 from antefix_decode.sampling import Sampler
 from tests.engines import MODEL
 

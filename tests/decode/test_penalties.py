@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from decode.penalties import Penalties
 from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import InvalidRequest
 from antefix.sampling import Sampling
 from antefix.wire import sampling_from_wire, sampling_to_wire
+from antefix_decode.penalties import Penalties
 from antefix_decode.sampling import Sampler
 
 VOCAB = 12

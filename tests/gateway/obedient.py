@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from decode.grammar import Grammars, Matcher
-from decode.penalties import Penalties
 
 from antefix.grammar import Vocabulary
 from antefix.restore_report import RestoreReport
 from antefix.tokenizer import load_tokenizer
 from antefix.wire import TokenLogprob
+from antefix_decode.grammar import Grammars, Matcher
+from antefix_decode.penalties import Penalties
 from antefix_decode.sampling import Sampler
 from antefix_decode.stopping import Stopper
 from antefix_router.generation import Piece

@@ -6,16 +6,16 @@ from functools import cache
 
 import jsonschema
 import pytest
-from decode.grammar import Grammars
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from router.chat.grammar import json_grammar, search_regex
-from router.chat.schema import UnusableSchema, UnusableTool
 
 from antefix.grammar import Vocabulary
+from antefix_decode.grammar import Grammars
 from antefix_router.chat.deepseek_v4 import DeepSeekV4Format
+from antefix_router.chat.grammar import json_grammar, search_regex
 from antefix_router.chat.messages import Conversation, Effort, Message, Role, ToolRule
 from antefix_router.chat.plain import PlainFormat
+from antefix_router.chat.schema import UnusableSchema, UnusableTool
 from tests.gateway.obedient import TOKENIZER, VOCAB_SIZE, text_of, walk
 from tests.gateway.schemas import objects, rooted, schemas
 

@@ -5,10 +5,10 @@ import json
 import time
 
 import pytest
-from router.grammar_check import GrammarCheck, UnusableGrammar
 
 from antefix.errors import Overloaded
 from antefix_router import grammar_check
+from antefix_router.grammar_check import GrammarCheck, UnusableGrammar
 from tests.engines import MODEL
 
 

@@ -16,11 +16,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from router.chat.dsml_grammar import dsml_grammar
-
 from antefix.errors import InvalidRequest
 from antefix_router.chat.chat_formats import OutputParser
 from antefix_router.chat.dsml import DSML, DeepSeekV4Parser
+from antefix_router.chat.dsml_grammar import dsml_grammar
 from antefix_router.chat.messages import (
     Answer,
     Breakpoint,

@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from router.chat.grammar import json_answer, json_rule, quoted, search_regex
-from router.chat.schema import (
+from antefix_router.chat.dsml import DSML
+from antefix_router.chat.grammar import json_answer, json_rule, quoted, search_regex
+from antefix_router.chat.messages import Conversation
+from antefix_router.chat.schema import (
     Resolver,
     UnusableSchema,
     UnusableTool,
@@ -24,10 +26,7 @@ from router.chat.schema import (
     standalone,
     types_of,
 )
-from router.chat.tagless import tagless
-
-from antefix_router.chat.dsml import DSML
-from antefix_router.chat.messages import Conversation
+from antefix_router.chat.tagless import tagless
 
 _CLOSE: Final = f"</{DSML}parameter>"
 # No text may hold the beginning of a closing tag: the parser takes the first for the end.

@@ -10,7 +10,8 @@ import json
 from typing import Any, Final
 
 import llguidance
-from router.chat.schema import UnusableSchema, prepared
+
+from antefix_router.chat.schema import UnusableSchema, prepared
 
 # One way to write each value: a model that may put white space anywhere may go on with it for ever.
 _WRITTEN: Final = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}

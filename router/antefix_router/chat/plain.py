@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from router.chat.grammar import json_grammar
-
 from antefix.errors import InvalidRequest
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
+from antefix_router.chat.grammar import json_grammar
 from antefix_router.chat.messages import Answer, Conversation, Piece, Plain, Role, Special
 
 _OPENING = {Role.SYSTEM: "", Role.USER: "<|user|>", Role.ASSISTANT: "<|assistant|>"}

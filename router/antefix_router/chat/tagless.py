@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-from router.chat.schema import ALL_TYPES, types_of
+from antefix_router.chat.schema import ALL_TYPES, types_of
 
 # No "</" before a full-width bar, the first letter of DSML's tags.
 _FREE_TEXT: Final = "^(?:[^<]|<(?:<|/<)*(?:[^</]|/[^<｜]))*(?:<(?:<|/<)*/?)?$"

@@ -14,10 +14,10 @@ from typing import Any, Final
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from router.chat.grammar import json_grammar
 
 from antefix.errors import InvalidRequest, ModelError
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
+from antefix_router.chat.grammar import json_grammar
 from antefix_router.chat.messages import Conversation, Message, Piece, Special
 
 # A noncharacter: no text that is valid for interchange has it, so it cannot come from outside; it is removed anyway.

@@ -6,8 +6,6 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
-from router.gateway.answer_form import ANTHROPIC_NAMES, flat_form
-from router.gateway.knobs import read_knobs
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
@@ -15,6 +13,7 @@ from antefix.restore_report import RestoreReport
 from antefix_billing.providers import messages_usage
 from antefix_router.chat.messages import Conversation, Delta, Role
 from antefix_router.front import cache_tenant
+from antefix_router.gateway.answer_form import ANTHROPIC_NAMES, flat_form
 from antefix_router.gateway.anthropic_messages import (
     anthropic_effort,
     anthropic_messages,
@@ -27,6 +26,7 @@ from antefix_router.gateway.fields import Fields, missing
 from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.http import event_bytes
 from antefix_router.gateway.http_errors import Provider, error_response
+from antefix_router.gateway.knobs import read_knobs
 from antefix_router.gateway.output import Ended, Output
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}

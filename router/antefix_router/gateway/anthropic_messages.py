@@ -6,10 +6,9 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from router.gateway.answer_form import anthropic_rule
-
 from antefix.errors import InvalidRequest
 from antefix_router.chat.messages import Effort, Message, Role, ToolCall
+from antefix_router.gateway.answer_form import anthropic_rule
 from antefix_router.gateway.fields import Fields, missing
 from antefix_router.gateway.gateway import function_schema
 from antefix_router.gateway.openai_messages import EFFORTS, Tools, cache_control_of, content_of

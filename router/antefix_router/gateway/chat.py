@@ -6,17 +6,17 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from router.gateway.answer_form import chat_form
-from router.gateway.choices import Choices
-from router.gateway.knobs import read_knobs
 from starlette.requests import Request
 
 from antefix.errors import InvalidRequest
 from antefix_billing.providers import chat_usage
 from antefix_router.chat.messages import Conversation, Delta, Effort, Role, ToolCall
+from antefix_router.gateway.answer_form import chat_form
+from antefix_router.gateway.choices import Choices
 from antefix_router.gateway.fields import Fields, unsupported
 from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.knobs import read_knobs
 from antefix_router.gateway.openai_messages import EFFORTS, chat_messages, chat_tools, refuse_unsupported
 from antefix_router.gateway.output import Output
 

@@ -7,18 +7,18 @@ from collections.abc import AsyncGenerator
 from functools import partial
 from typing import Any
 
-from router.gateway.answer_form import chat_form
-from router.gateway.choices import Choices
-from router.gateway.knobs import read_knobs
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from antefix.errors import InvalidRequest
 from antefix_billing.providers import chat_usage
+from antefix_router.gateway.answer_form import chat_form
 from antefix_router.gateway.chat import stream_options
+from antefix_router.gateway.choices import Choices
 from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.http import event_bytes
 from antefix_router.gateway.http_errors import Provider, error_response
+from antefix_router.gateway.knobs import read_knobs
 from antefix_router.gateway.openai_messages import refuse_unsupported
 from antefix_router.gateway.output import Output
 

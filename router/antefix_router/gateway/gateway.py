@@ -7,12 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from router.chat.grammar import json_grammar
-from router.chat.schema import UnusableSchema, UnusableTool
-from router.gateway.answer_form import CHAT_NAMES, AnswerForm, SchemaNames
-from router.gateway.choices import Choices
-from router.gateway.knobs import Knobs
-from router.grammar_check import UnusableGrammar
 from starlette.requests import Request
 
 from antefix.block import as_tokens
@@ -21,14 +15,20 @@ from antefix.generation_request import Caller, GenerationRequest
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import ChatFormat, OutputParser, PlainParser
 from antefix_router.chat.choice import choose_format
+from antefix_router.chat.grammar import json_grammar
 from antefix_router.chat.messages import Conversation, Effort, ToolRule
 from antefix_router.chat.render import num_characters, render_tokens
+from antefix_router.chat.schema import UnusableSchema, UnusableTool
 from antefix_router.front import Front, cache_tenant
+from antefix_router.gateway.answer_form import CHAT_NAMES, AnswerForm, SchemaNames
+from antefix_router.gateway.choices import Choices
 from antefix_router.gateway.fields import Fields, WrongField
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import read_json
 from antefix_router.gateway.http_errors import ModelNotFound
+from antefix_router.gateway.knobs import Knobs
 from antefix_router.gateway.output import Output
+from antefix_router.grammar_check import UnusableGrammar
 
 BREAKPOINTS_MAX = 4
 # Making a schema's grammar takes as long as encoding so much text.

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from router.gateway.answer_form import openai_rule
-
 from antefix.errors import InvalidRequest
 from antefix_router.chat.messages import ANY_CALLS, Effort, Message, Role, ToolCall, ToolRule
+from antefix_router.gateway.answer_form import openai_rule
 from antefix_router.gateway.fields import Fields, WrongField, missing, unsupported, wrong_type
 from antefix_router.gateway.gateway import function_schema
 

@@ -7,15 +7,15 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from router.gateway.answer_form import RESPONSES_NAMES, AnswerForm, flat_form
-from router.gateway.knobs import read_knobs
 from starlette.requests import Request
 
 from antefix_billing.providers import responses_usage
 from antefix_router.chat.messages import Conversation, Delta, Effort, ToolCall
+from antefix_router.gateway.answer_form import RESPONSES_NAMES, AnswerForm, flat_form
 from antefix_router.gateway.fields import Fields, unsupported
 from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.knobs import read_knobs
 from antefix_router.gateway.openai_messages import EFFORTS, refuse_unsupported
 from antefix_router.gateway.output import Ended, Output
 from antefix_router.gateway.responses_input import input_messages, input_tools
