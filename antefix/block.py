@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,15 +157,20 @@ def arithmetic_of(device: str, dtype: str, *, reproducible: bool = False) -> str
     return f"{kind}-{dtype}{_REPRODUCIBLE if reproducible and kind != 'cpu' else ''}"
 
 
+# What `antefix.model.arithmetic` adds to a name: digests of the bits, and the threads where they matter.
+_MEASURED: Final = re.compile(r"-[0-9a-f]{10}-[0-9a-f]{10}(-t[0-9]+)?$")
+
+
 def check_arithmetic(arithmetic: str) -> str:
-    """The same.  Raises:  InvalidRequest: `arithmetic_of` makes no such name."""
-    kind, _, dtype = arithmetic.removesuffix(_REPRODUCIBLE).partition("-")
-    reproducible = arithmetic.endswith(_REPRODUCIBLE)
+    """The same.  Raises:  InvalidRequest: neither `arithmetic_of` nor a probe makes such a name."""
+    plain = _MEASURED.sub("", arithmetic)
+    kind, _, dtype = plain.removesuffix(_REPRODUCIBLE).partition("-")
+    reproducible = plain.endswith(_REPRODUCIBLE)
     is_dtype = dtype in ("float32", "bfloat16")
-    if not kind.isalpha() or not is_dtype or arithmetic_of(kind, dtype, reproducible=reproducible) != arithmetic:
+    if not kind.isalpha() or not is_dtype or arithmetic_of(kind, dtype, reproducible=reproducible) != plain:
         raise InvalidRequest(
-            f"arithmetic is a device and a dtype, as in {CPU_FLOAT32}, cuda-bfloat16 or cuda-bfloat16{_REPRODUCIBLE};"
-            f" is {arithmetic!r}"
+            f"arithmetic is a device and a dtype, and what was measured, as `antefix doctor` prints it, or"
+            f" {CPU_FLOAT32}, cuda-bfloat16, cuda-bfloat16{_REPRODUCIBLE}; is {arithmetic!r}"
         )
     return arithmetic
 

@@ -17,12 +17,19 @@ from typing import Any, TypeVar
 from antefix.errors import ConfigError
 
 T = TypeVar("T")
+# How long calls that run may take after a service was told to stop: the same for every role, the HTTP API and `up`.
+GRACE_S = 120.0
 _SIZE_SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def setting(default: Any, help_text: str, *, unit: str = "") -> Any:
     """A dataclass field with its help text; `unit` is one of "", "bytes", "s", "tokens"."""
     return dataclasses.field(default=default, metadata={"help": help_text, "unit": unit})
+
+
+def grace_setting() -> Any:
+    """The grace period, which all roles have alike."""
+    return setting(GRACE_S, "how long calls that run may take after it was told to stop; then they end", unit="s")
 
 
 def add_flags(parser: argparse.ArgumentParser, config_type: type[Any]) -> None:

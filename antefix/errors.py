@@ -67,6 +67,10 @@ class Unavailable(AntefixError):
     """The peer is down or draining. The caller tries another replica."""
 
 
+class Draining(Unavailable):
+    """It is stopping, and its grace period is over. The caller sends the request again, there or to another replica."""
+
+
 class DeadlineExceeded(AntefixError):
     """The call's deadline passed. What was stored stays stored."""
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class RestoreReport:
-    """Filled while a prompt is worked on. hit + miss is the prompt's length; the tiers add up to hit_tokens."""
+    """Filled while a prompt is worked on. hit + miss is the prompt's length; the tiers add up to hit_tokens.
+
+    write_error: why what was computed could not all be stored; empty where it was.
+    """
 
     plan: str = "cold"
     hit_tokens: int = 0
@@ -24,3 +27,4 @@ class RestoreReport:
     restore_s: float = 0.0
     compute_s: float = 0.0
     store_errors: int = 0
+    write_error: str = ""

@@ -26,6 +26,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from antefix import errors
+from antefix.config import GRACE_S
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -38,8 +39,9 @@ log = logging.getLogger("antefix.rpc")
 MESSAGE_BYTES_MAX = 16 << 20
 # Client and server agree on keepalive: a client that pings more often than the server allows is cut off.
 KEEPALIVE_S = 30
-GRACE_S = 30.0
 _LAST_WORD_S = 0.1
+# After the grace period: the errors that end what runs are sent, and its records written.
+ENDING_S = 5.0
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -301,27 +303,55 @@ async def run_until_signal(
     watch_stdin: bool = False,
     http_address: str = "",
     leave: Callable[[], Awaitable[None]] | None = None,
+    grace_s: float = GRACE_S,
+    others: Sequence[Callable[[], Awaitable[None]]] = (),
+    end: Callable[[], None] | None = None,
 ) -> None:
     """Announce the address on stdout as one JSON line, serve until SIGTERM or SIGINT, `leave`, drain, then `stop`.
 
     watch_stdin: stop as well when stdin closes, which it does when the process that started us dies in any way.
+    grace_s: calls that run may take so long; a SIGINT while they do ends them at once.  others: drained beside the
+    server.  end: makes what still runs then end by itself, with an error; without it, it is cut off.
     """
     ready = {"ready": True, "role": role, "address": server.address}
     print(json.dumps({**ready, "http_address": http_address} if http_address else ready), flush=True)
-    asked = asyncio.Event()
+    asked, hurried = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
+    # A second SIGTERM is no hurry: a supervisor sends one to all of its processes, and `antefix up` sends its own.
+    loop.add_signal_handler(signal.SIGTERM, asked.set)
+    loop.add_signal_handler(signal.SIGINT, lambda: hurried.set() if asked.is_set() else asked.set())
     watcher = asyncio.create_task(_watch_stdin(asked)) if watch_stdin else None
     await asked.wait()
     if watcher:
         watcher.cancel()
-    log.info("%s: draining", role)
+    log.info("%s: stopping; calls that run may take %g s more", role, grace_s)
     if leave is not None:
         await leave()
-    await server.drain()
+    draining = [asyncio.ensure_future(server.drain(grace_s + ENDING_S if end else grace_s))]
+    draining += [asyncio.ensure_future(other()) for other in others]
+    await _drained(server, draining, hurried, grace_s, end)
     await stop()
     sys.stdout.flush()
+
+
+async def _drained(
+    server: Server,
+    draining: Sequence[asyncio.Future[None]],
+    hurried: asyncio.Event,
+    grace_s: float,
+    end: Callable[[], None] | None,
+) -> None:
+    drained: asyncio.Future[Any] = asyncio.gather(*draining)
+    hurry: asyncio.Future[Any] = asyncio.ensure_future(hurried.wait())
+    await asyncio.wait([drained, hurry], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+    if not drained.done():
+        log.warning("the grace period is over; what still runs ends now")
+        if end is not None:
+            end()
+        elif hurry.done():
+            await server.server.stop(0)
+    hurry.cancel()
+    await drained
 
 
 async def _watch_stdin(asked: asyncio.Event) -> None:

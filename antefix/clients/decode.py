@@ -35,6 +35,7 @@ class Decoded:
     stop_number: int = 0
     restore: RestoreReport | None = None
     written_tokens: int = 0
+    write_error: str = ""
 
 
 @dataclass(slots=True)
@@ -76,6 +77,7 @@ class DecodeClient:
                         stop_number=answer.stop_number,
                         restore=report_from_wire(answer.restore) if answer.HasField("restore") else None,
                         written_tokens=answer.written_tokens,
+                        write_error=answer.write_error,
                     )
         finally:
             call.cancel()  # a caller that stops early stops the work; after the end this does nothing

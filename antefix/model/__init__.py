@@ -1,15 +1,16 @@
 """DeepSeek-V4's architecture in PyTorch, with an explicit cache: a paged pool of blocks and a small window state."""
 
+from antefix.model.arithmetic import Arithmetic, probe
 from antefix.model.config import ModelConfig
 from antefix.model.loading import check_device, load_model, save_model
 from antefix.model.model import Model, init_weights
-from antefix.model.numerics import row_invariant_ok
 from antefix.model.pool import BlockPool
 from antefix.model.replay import replay
 from antefix.model.runner import forward
 from antefix.model.window_state import Sequence, WindowState, state_bytes
 
 __all__ = [
+    "Arithmetic",
     "BlockPool",
     "Model",
     "ModelConfig",
@@ -20,7 +21,7 @@ __all__ = [
     "init_weights",
     "load_model",
     "replay",
-    "row_invariant_ok",
+    "probe",
     "save_model",
     "state_bytes",
 ]

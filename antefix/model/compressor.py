@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from antefix.layout import LayerKind
 from antefix.model.config import ModelConfig
 from antefix.model.norms_rope import RMSNorm, rms_norm, rotate
-from antefix.model.numerics import linear, wide
+from antefix.model.numerics import linear, sum_middle, wide
 
 
 class Compressor(nn.Module):
@@ -61,8 +61,8 @@ def _pool(kv_GmC: Tensor, gate_GmC: Tensor) -> Tensor:
     gate = gate_GmC.to(wide(gate_GmC.dtype))
     weights = torch.exp(gate - gate.amax(1, keepdim=True))
     # Dividing the sum instead of each weight saves a pass over [G, m, C].
-    pooled = (kv_GmC * weights.to(kv_GmC.dtype)).sum(1)
-    return pooled / weights.sum(1).to(kv_GmC.dtype)
+    pooled = sum_middle(kv_GmC * weights.to(kv_GmC.dtype))
+    return pooled / sum_middle(weights).to(kv_GmC.dtype)
 
 
 def finish_entries(pooled_GC: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:

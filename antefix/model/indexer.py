@@ -16,7 +16,7 @@ from antefix.layout import LayerKind
 from antefix.model.compressor import Compressor
 from antefix.model.config import ModelConfig
 from antefix.model.norms_rope import rotate
-from antefix.model.numerics import linear
+from antefix.model.numerics import linear, multiply_each
 
 
 class Scorer(nn.Module):
@@ -51,7 +51,7 @@ class Indexer(Compressor):
 def index_scores(q_NIC: Tensor, weights_NI: Tensor, keys_EC: Tensor) -> Tensor:
     """Scores [N, E]: over heads, the weighted sum of ReLU(query times key)."""
     hits = linear(q_NIC, keys_EC).relu_()
-    return torch.bmm(weights_NI.unsqueeze(1), hits).squeeze(1)
+    return multiply_each(weights_NI.unsqueeze(1), hits).squeeze(1)
 
 
 def top_entries(scores_NE: Tensor, num_visible_N: Tensor, k: int) -> Tensor:

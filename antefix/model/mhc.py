@@ -6,11 +6,14 @@ Source:  V4 report, section 2.2; oracle: transformers' DeepseekV4HyperConnection
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antefix.model.config import ModelConfig
-from antefix.model.numerics import has_kernels, linear, sigmoid, wide
+from antefix.model.numerics import ALIGN, ROW_TILE, has_kernels, linear, multiply_each, multiply_tiles, sigmoid, wide
 
 
 class HyperConnection(nn.Module):
@@ -84,7 +87,7 @@ def collapse(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
         from antefix_kernels.tokens import collapse as card_collapse
 
         return card_collapse(streams_NMD, pre_NM.float().contiguous())
-    return torch.bmm(pre_NM.to(streams_NMD.dtype).unsqueeze(1), streams_NMD).squeeze(1)
+    return multiply_each(pre_NM.to(streams_NMD.dtype).unsqueeze(1), streams_NMD).squeeze(1)
 
 
 def expand(streams_NMD: Tensor, output_ND: Tensor, post_NM: Tensor, comb_NMM: Tensor) -> Tensor:
@@ -93,8 +96,8 @@ def expand(streams_NMD: Tensor, output_ND: Tensor, post_NM: Tensor, comb_NMM: Te
         from antefix_kernels.tokens import expand as card_expand
 
         return card_expand(streams_NMD, output_ND, post_NM, comb_NMM)
-    # contiguous: bmm runs strided batches one by one.
-    mixed = torch.bmm(comb_NMM.transpose(1, 2).contiguous(), streams_NMD)
+    # contiguous: a batched product runs strided batches one by one.
+    mixed = multiply_each(comb_NMM.transpose(1, 2).contiguous(), streams_NMD)
     return mixed + post_NM.unsqueeze(-1) * output_ND.unsqueeze(1)
 
 
@@ -105,13 +108,27 @@ def sinkhorn(logits_NMM: Tensor, num_iters: int, eps: float) -> Tensor:
     the four that M by M reductions take, which is most of a decode step's overhead.
     """
     num_streams = logits_NMM.shape[1]
-    ones, eye = logits_NMM.new_ones(num_streams, num_streams), torch.eye(num_streams, device=logits_NMM.device)
-    row_sums, column_sums = torch.kron(eye.to(ones.dtype), ones), torch.kron(ones, eye.to(ones.dtype))
-    floor = ones.new_tensor(eps)
+    row_sums, column_sums = _sum_matrices(num_streams, logits_NMM.dtype, logits_NMM.device)
+    floor = row_sums.new_tensor(eps)
     x = torch.exp(logits_NMM - logits_NMM.amax(-1, keepdim=True)).flatten(1)
-    x = x / torch.mm(x, row_sums) + eps
-    x = x / torch.addmm(floor, x, column_sums)
+    # Whole tiles from here on: nothing is padded and cut off again at every step. Padding is 1 and sums to about 1.
+    num_tokens, num_cells = x.shape
+    x = F.pad(x, (0, len(row_sums) - num_cells, 0, -num_tokens % ROW_TILE), value=1.0)
+    x = x / multiply_tiles(x, row_sums) + eps
+    x = x / multiply_tiles(x, column_sums, floor)
     for _ in range(num_iters - 1):
-        x = x / torch.addmm(floor, x, row_sums)
-        x = x / torch.addmm(floor, x, column_sums)
-    return x.view_as(logits_NMM)
+        x = x / multiply_tiles(x, row_sums, floor)
+        x = x / multiply_tiles(x, column_sums, floor)
+    return x[:num_tokens, :num_cells].reshape(logits_NMM.shape)
+
+
+@functools.cache
+def _sum_matrices(num_streams: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """0/1 matrices that give each of M * M cells its row's sum, and its column's; filled up to ALIGN with ones on the
+    diagonal."""
+    with torch.inference_mode(False):
+        ones, eye = torch.ones(num_streams, num_streams), torch.eye(num_streams)
+        rest = torch.eye(-(num_streams * num_streams) % ALIGN)
+        row_sums, column_sums = torch.kron(eye, ones), torch.kron(ones, eye)
+        row_sums, column_sums = (torch.block_diag(cells, rest) for cells in (row_sums, column_sums))
+        return row_sums.to(device, dtype), column_sums.to(device, dtype)

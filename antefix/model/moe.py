@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from antefix.model.config import ModelConfig
-from antefix.model.numerics import has_kernels, linear, sigmoid, silu, softplus, wide
+from antefix.model.numerics import has_kernels, linear, multiply_each, sigmoid, silu, softplus, wide
 
 
 class Router(nn.Module):
@@ -70,7 +70,7 @@ class Experts(nn.Module):
                 outputs.append(linear(inner, self.down_proj[expert]))
         # 3. Back to token order; one small product a token keeps the order of the sum fixed.
         slots = torch.cat(outputs).index_select(0, order.argsort()).view(num_tokens, num_picked, -1)
-        return torch.bmm(weights_NK.to(slots.dtype).unsqueeze(1), slots).squeeze(1)
+        return multiply_each(weights_NK.to(slots.dtype).unsqueeze(1), slots).squeeze(1)
 
 
 class SharedExpert(nn.Module):

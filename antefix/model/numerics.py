@@ -1,18 +1,23 @@
-"""Row-invariant building blocks: a token's numbers do not depend on how many tokens are computed beside it.
+"""Products and functions whose results for a row do not depend on the other rows, nor on the number of threads.
 
-A cache hit must equal a cold run to the bit, though the two cut a prompt into different pieces. On a CPU two things
-break that, and both are handled here and nowhere else:
-    GEMMs       MKL picks another kernel, with another order of sums, for very few rows (measured: 1 and 2 rows, on
-                some shapes up to 7 with two threads), so `linear` never runs fewer than ROW_TILE rows. And from 8
-                threads on it splits long sums between threads when there are few rows (measured on a 16-core Xeon:
-                from 384 addends on), so `linear` cuts sums into pieces of SUM_TILE itself. ALIGN says the rest.
+A cache hit must equal a cold run to the bit, though the two cut a prompt into different pieces, on workers with other
+numbers of threads. On a CPU two things break that, and both are handled here and nowhere else:
+    products    MKL has many kernels, and picks one by rows, columns, addends and threads. Most of them add up in one
+                order: a chain of fused multiply-adds over the addends. Those for few rows, for less than a tile of
+                columns and for more than SUM_TILE addends do not, and threads that share a product leave such
+                remainders where one thread has none. So every product of the model goes through `multiply` or
+                `multiply_each`, which fill rows and columns up to whole tiles and cut long sums themselves.
+                Measured with 1 to 16 threads on an AMD EPYC (AVX2 kernels) and an Intel Xeon (AVX-512 kernels): plain
+                products in whole tiles are the chain on both, so both give the same bits.
     sigmoid     PyTorch's vector body and scalar tail of sigmoid, silu and softplus round differently (about 4% of
                 values), so an element's result depends on its place. exp, log1p and division do not.
-`row_invariant_ok` checks the premises on the machine at hand.
+    sums        PyTorch divides a sum over a middle dim between threads by columns, and its order of addition depends
+                on where they part; `sum_middle` adds in an order of its own. Sums over the last dim are one thread's.
+`antefix.model.arithmetic` probes all of it on the machine at hand, for the shapes of the model at hand.
 On a card libraries choose by shape as well; there `antefix_kernels.linear` and `antefix_kernels.tokens` take over
 (`has_kernels`), in which a row's work is the same whatever else is computed.
 
-Shapes:  N = rows, K = input width, O = output width.
+Shapes:  N = rows, K = input width, O = output width, R = rows of one pair.
 """
 
 from __future__ import annotations
@@ -24,13 +29,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Fewest rows that any GEMM runs, and what row counts are padded to. 8 was enough for every shape tried; 16 has margin.
+# What row counts are padded to. From 4 rows on every kernel that was tried is the chain; 16 has margin.
 ROW_TILE = 16
-# Most addends in one product; none of up to 256 was split, on any shape, with 1 to 16 threads.
-SUM_TILE = 256
-# Addends are filled up to a multiple of this. Where rows do not all start at aligned addresses, a row's bits hung on
-# its place among them (measured: widths of 5, 10, 30, 33, 250, 257 with up to 8 columns; never multiples of 16).
+# What column counts are padded to. Of 24 columns three threads take 8 each, and a kernel for 8 has another order.
+COLUMN_TILE = 16
+# Most addends in one product: MKL's AVX2 kernels cut longer sums in halves, its AVX-512 kernels from 384 on.
+SUM_TILE = 192
+# Addends are filled up to a multiple of this, so that all rows start at aligned addresses: under MKL_CBWR a row's bits
+# depend on that.
 ALIGN = 16
+# What the rows of one pair of `multiply_each` are padded to: fewer, or a number in between, take other kernels.
+PAIR_ROWS = 4
+# Pairs with fewer multiplications are run by PyTorch's own loop, which rounds differently.
+_PAIR_WORK_MIN = 400
+# A matrix with more columns than this is not copied to be padded: what exceeds whole tiles is a product of its own.
+_PADDED_COLUMNS_MAX = 512
 
 
 def pad_rows(x: Tensor, multiple: int = ROW_TILE) -> Tensor:
@@ -56,6 +69,11 @@ def has_kernels(x: Tensor) -> bool:
     )
 
 
+def is_plain(a: Tensor, b: Tensor) -> bool:
+    """Whether PyTorch's own operations will do: with gradients, and on other devices, nothing is promised."""
+    return not a.is_cpu or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [..., K] times weight [O, K] transposed, each row's bits independent of the other rows.
 
@@ -66,37 +84,83 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
         rows = x.reshape(-1, x.shape[-1])
         return card_multiply(rows, weight).view(*x.shape[:-1], weight.shape[0])
-    if x.device.type != "cpu" or x.requires_grad:
+    if is_plain(x, weight):
         return F.linear(x, weight)
-    rows = x.reshape(-1, x.shape[-1])
-    num_rows = rows.shape[0]
-    return multiply(pad_rows(rows), weight.T)[:num_rows].view(*x.shape[:-1], weight.shape[0])
+    if x.dim() == 2:
+        return multiply(x, weight.T)
+    return multiply(x.reshape(-1, x.shape[-1]), weight.T).view(*x.shape[:-1], weight.shape[0])
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a [N, K] times b [K, O], N a multiple of ROW_TILE: sums of at most SUM_TILE addends, added up in order."""
-    if missing := -a.shape[1] % ALIGN:
-        a, b = F.pad(a, (0, missing)), F.pad(b, (0, 0, 0, missing))
-    if a.shape[1] <= SUM_TILE:
+    """a [N, K] times b [K, O], contiguous. Each element is its row's and column's alone.
+
+    Sums of at most SUM_TILE addends are each one chain of multiply-adds; they are added up in order.
+    """
+    if is_plain(a, b):
         return torch.mm(a, b)
-    product = torch.mm(a[:, :SUM_TILE], b[:SUM_TILE])
+    num_rows, num_addends = a.shape
+    num_columns = b.shape[1]
+    more_rows, more_addends, more_columns = -num_rows % ROW_TILE, -num_addends % ALIGN, -num_columns % COLUMN_TILE
+    # A decode step has hundreds of products, most of them in whole tiles already: those must cost nothing more.
+    if not (more_rows or more_addends or more_columns):
+        return multiply_tiles(a, b)
+    if more_rows or more_addends:
+        a = F.pad(a, (0, more_addends, 0, more_rows))
+    if more_columns and num_columns > _PADDED_COLUMNS_MAX:
+        whole = num_columns - num_columns % COLUMN_TILE
+        b = _pad_matrix(b, more_addends, 0)
+        return torch.cat((multiply(a, b[:, :whole]), multiply(a, b[:, whole:])), 1)[:num_rows]
+    product = multiply_tiles(a, _pad_matrix(b, more_addends, more_columns))
+    return product[:num_rows, :num_columns].contiguous() if more_columns else product[:num_rows]
+
+
+def multiply_tiles(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same of operands that are whole tiles already, plus `bias`, a scalar."""
+    if a.shape[1] <= SUM_TILE:
+        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+    product = multiply_tiles(a[:, :SUM_TILE], b[:SUM_TILE], bias)
     for start in range(SUM_TILE, a.shape[1], SUM_TILE):
         product.addmm_(a[:, start : start + SUM_TILE], b[start : start + SUM_TILE])
     return product
 
 
 def multiply_each(a: Tensor, b: Tensor) -> Tensor:
-    """a [N, R, K] times b [N, K, O], pair by pair: sums of at most SUM_TILE addends, added up in order.
+    """a [N, R, K] times b [N, K, O], pair by pair, each pair's bits independent of the other pairs."""
+    if is_plain(a, b):
+        return torch.bmm(a, b)
+    rows, addends, columns = a.shape[1], a.shape[2], b.shape[2]
+    more_rows, more_columns = -rows % PAIR_ROWS, -columns % COLUMN_TILE
+    more_addends = max(-(-_PAIR_WORK_MIN // ((rows + more_rows) * (columns + more_columns))) - addends, 0)
+    if more_rows or more_addends:
+        a = F.pad(a, (0, more_addends, 0, more_rows))
+    if more_columns or more_addends:
+        b = _pad_matrix(b, more_addends, more_columns)
+    if a.shape[2] <= SUM_TILE:
+        product = torch.bmm(a, b)
+    else:
+        product = torch.bmm(a[:, :, :SUM_TILE], b[:, :SUM_TILE])
+        for start in range(SUM_TILE, a.shape[2], SUM_TILE):
+            product.baddbmm_(a[:, :, start : start + SUM_TILE], b[:, start : start + SUM_TILE])
+    return product[:, :rows, :columns] if more_rows or more_columns else product
 
-    MKL runs one pair as a plain product, and was seen to split sums of 1,024 addends there, and nowhere else; with one
-    column it is a product with a vector, summed in yet another order, so there is a second one.
-    """
-    if b.shape[2] == 1:
-        return multiply_each(a, F.pad(b, (0, 1)))[:, :, :1]
-    product = torch.bmm(a[:, :, :SUM_TILE], b[:, :SUM_TILE])
-    for start in range(SUM_TILE, a.shape[2], SUM_TILE):
-        product.baddbmm_(a[:, :, start : start + SUM_TILE], b[:, start : start + SUM_TILE])
-    return product
+
+def _pad_matrix(b: Tensor, more_rows: int, more_columns: int) -> Tensor:
+    """b [..., K, O] with zero rows and columns appended. A transposed one stays transposed: MKL takes other kernels for
+    the two."""
+    if not more_rows and not more_columns:
+        return b
+    if b.stride(-2) == 1 and b.stride(-1) != 1:
+        return F.pad(b.mT, (0, more_rows, 0, more_columns)).mT
+    return F.pad(b, (0, more_columns, 0, more_rows))
+
+
+def sum_middle(x: Tensor) -> Tensor:
+    """x [G, m, C] summed over m: halves are added until one row is left."""
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        folded = x[:, :half] + x[:, half : 2 * half]
+        x = torch.cat((folded, x[:, 2 * half :]), 1) if x.shape[1] % 2 else folded
+    return x[:, 0]
 
 
 def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -107,7 +171,7 @@ def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
         from antefix_kernels.linear import multiply_groups
 
         return multiply_groups(x, per_group)
-    if x.device.type != "cpu" or x.requires_grad:
+    if is_plain(x, weight):
         return torch.einsum("ngk,gok->ngo", x, per_group)
     return torch.stack([linear(x[:, g], per_group[g]) for g in range(num_groups)], dim=1)
 
@@ -133,45 +197,3 @@ def softplus(x: Tensor) -> Tensor:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type that norms, gates and rotations compute in: float32, or float64 for float64 models."""
     return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def row_invariant_ok(hidden_sizes: tuple[int, ...] = (16, 64, 192, 384, 1024)) -> bool:
-    """Whether this machine's GEMMs and elementwise functions keep the premises above. A few milliseconds."""
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(1024, generator=generator) * 4
-    for function in (torch.exp, torch.log1p, torch.cos, torch.sin, torch.rsqrt):
-        x = values.abs() if function in (torch.log1p, torch.rsqrt) else values
-        pieces = torch.cat([function(part) for part in torch.split(x, 7)])
-        if not torch.equal(function(x), pieces):
-            return False
-    return all(_linear_ok(k, o, generator) and _bmm_ok(k, o, generator) for k in hidden_sizes for o in (16, 24, 128))
-
-
-@torch.inference_mode()
-def card_invariant_ok(device: str = "cuda") -> bool:
-    """The same of the products that run on a card, in both of a model's types. Compiles them first."""
-    generator = torch.Generator().manual_seed(0)
-    types = torch.float32, torch.bfloat16
-    return all(_linear_ok(k, 128, generator, device, dtype) for k in (64, 4096) for dtype in types)
-
-
-def _linear_ok(
-    k: int, o: int, generator: torch.Generator, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> bool:
-    x, weight, more = (torch.randn(n, k, generator=generator).to(device, dtype) for n in (272, o, 512 - o))
-    whole = linear(x, weight)
-    wide = torch.cat((weight, more))
-    narrow = torch.cat([linear(x, part) for part in torch.split(wide, 64)], dim=1)
-    return torch.equal(linear(x, wide), narrow) and all(
-        torch.equal(linear(x[start : start + n], weight), whole[start : start + n])
-        for start, n in ((0, 1), (5, 3), (0, 16), (3, 17), (100, 128), (9, 200))
-    )
-
-
-def _bmm_ok(k: int, o: int, generator: torch.Generator) -> bool:
-    a = torch.randn(33, 4, k, generator=generator)
-    b = torch.randn(33, k, o, generator=generator)
-    whole = multiply_each(a, b)
-    return all(
-        torch.equal(multiply_each(a[s : s + n], b[s : s + n]), whole[s : s + n]) for s, n in ((0, 1), (5, 2), (7, 16))
-    )

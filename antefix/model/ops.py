@@ -26,7 +26,7 @@ from antefix.model.quant import round_entries, round_queries
 # Scores of one product, queries * heads * keys: a core's L2 cache holds them (2^17 floats are 512 KiB).
 SCORES = 1 << 17
 # Queries scored at once, and the width that keys are padded to. A score's bits do not depend on how many columns the
-# product has, as long as they are multiples of this width (`numerics.row_invariant_ok` checks it).
+# product has, as long as they are multiples of this width (`antefix.model.arithmetic` checks it).
 SCORE_QUERIES = 32
 KEY_TILE = 64
 # HCA entries attended to by one product; 128 entries are 16K tokens at V4's ratio.

@@ -23,7 +23,11 @@ class KindTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreTotals:
-    """used_bytes: of the budget, segments and index together. Counters are since the service started."""
+    """used_bytes: of the budget, segments and index together. Counters are since the service started.
+
+    limit_bytes: what it may use now, of the budget; free_bytes, free_bytes_min: of its file system, and what it leaves
+    of that.  stopped: why nothing is stored now, or empty.  impossible_writes: could never be stored; the last reason.
+    """
 
     kinds: dict[RecordKind, KindTotals]
     budget_bytes: int
@@ -34,6 +38,12 @@ class StoreTotals:
     bytes_written: int
     evictions: int
     corrupt: int
+    limit_bytes: int = 0
+    free_bytes: int = 0
+    free_bytes_min: int = 0
+    stopped: str = ""
+    impossible_writes: int = 0
+    impossible_write: str = ""
 
 
 async def read_stats(store: RemoteStore) -> StoreTotals:
@@ -59,4 +69,10 @@ async def read_stats(store: RemoteStore) -> StoreTotals:
         bytes_written=answer.bytes_written,
         evictions=answer.evictions,
         corrupt=answer.corrupt,
+        limit_bytes=answer.limit_bytes,
+        free_bytes=answer.free_bytes,
+        free_bytes_min=answer.free_bytes_min,
+        stopped=answer.stopped,
+        impossible_writes=answer.impossible_writes,
+        impossible_write=answer.impossible_write,
     )

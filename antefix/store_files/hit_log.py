@@ -7,6 +7,8 @@ are flushed, not synced: a line lost in a power cut makes a hit unsupported in t
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import IO
+
+log = logging.getLogger("antefix_billing")
 
 FILE_BYTES = 64 << 20
 _KINDS = ("stored", "read")
@@ -34,7 +38,10 @@ class StoreEvent:
 
 
 class StoreLog:
-    """The writer; belongs to the one process that writes the store. Methods may be called from any thread."""
+    """The writer; belongs to the one process that writes the store. Methods may be called from any thread.
+
+    A line that cannot be written is lost, which costs evidence and never a read or a write of the store.
+    """
 
     def __init__(self, directory: Path, *, file_bytes: int = FILE_BYTES) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -42,6 +49,7 @@ class StoreLog:
         self._file_bytes = file_bytes
         self._file: IO[str] | None = None
         self._num_bytes = 0
+        self.num_lost = 0
         self._mutex = threading.Lock()
 
     def stored(self, hashes: Sequence[bytes]) -> None:
@@ -53,22 +61,32 @@ class StoreLog:
         self._write(StoreEventKind.READ, hashes)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _write(self, kind: StoreEventKind, hashes: Sequence[bytes]) -> None:
         if not hashes:
             return
         with self._mutex:
             now_us = time.time_ns() // 1000
-            if self._file is None or self._num_bytes >= self._file_bytes:
-                self.close()
-                self._file = (self._directory / f"store-{now_us:017d}.log").open("a", buffering=1)
-                self._num_bytes = 0
             line = f"{now_us} {kind.value} {','.join(name.hex() for name in hashes)}\n"
-            self._file.write(line)
-            self._num_bytes += len(line)
+            try:
+                self._append(line, now_us)
+            except OSError as err:
+                self.close()
+                if not self.num_lost:
+                    log.warning("the store's log cannot be written, and evidence of hits is lost: %s", err)
+                self.num_lost += 1
+
+    def _append(self, line: str, now_us: int) -> None:
+        if self._file is None or self._num_bytes >= self._file_bytes:
+            self.close()
+            self._file = (self._directory / f"store-{now_us:017d}.log").open("a", buffering=1)
+            self._num_bytes = 0
+        self._file.write(line)
+        self._num_bytes += len(line)
 
 
 def read_store_log(directory: Path) -> Iterator[StoreEvent]:

@@ -21,8 +21,12 @@ def announce_log(store_directory: Path, log_directory: str) -> None:
     if not log_directory:
         path.unlink(missing_ok=True)
         return
+    text = str(Path(log_directory).resolve()) + "\n"
+    with contextlib.suppress(OSError):
+        if path.read_text() == text:
+            return  # also on a disk that has no room to say it again
     part = path.with_suffix(".part")
-    part.write_text(str(Path(log_directory).resolve()) + "\n")
+    part.write_text(text)
     part.rename(path)
 
 

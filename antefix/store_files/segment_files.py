@@ -57,8 +57,11 @@ class SegmentFiles:
 
     def sweep(self) -> None:
         """Let go of deleted segments; cheap to call often."""
-        if time.monotonic() - self._swept_s < SWEEP_S:
-            return
+        if time.monotonic() - self._swept_s >= SWEEP_S:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Close what was deleted, now."""
         with self._lock:
             self._swept_s = time.monotonic()
             for segment in [s for s, file in self._files.items() if os.fstat(file.fd).st_nlink == 0]:

@@ -2,12 +2,15 @@
 
     admit -> OPEN entry (durable before the first token)  ...  end -> SETTLE entry (durable before the response ends)
 
+Space is allocated ahead of its end (`antefix_billing.reserve`): a disk that others fill does not stop it at once.
+
 One process writes. Entries are appended in batches, one write and one fdatasync each. A crash leaves at worst a torn
 tail that was never acknowledged, which opening truncates; anything else that does not fit is refused, not repaired.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from bisect import bisect_right
@@ -48,6 +51,7 @@ from antefix_billing.ledger_format import (
 )
 from antefix_billing.ledger_index import EntryPlace, LedgerIndex
 from antefix_billing.progress_slots import ProgressJournal
+from antefix_billing.reserve import Reserve
 from antefix_billing.usage_record import OpenEntry, UsageRecord
 
 # Opening reads the last segment whole: 16 MiB are some 15,000 requests and half a second.
@@ -91,6 +95,7 @@ class Ledger:
         self._tail = _Tail()
         self._fd = -1
         prepare_directory(self.directory)
+        self._reserve = Reserve(self.directory)
         self._lock_fd = take_lock(self.directory)
         self._index = LedgerIndex(self.directory / "index")
         self.progress = ProgressJournal(self.directory)
@@ -110,6 +115,11 @@ class Ledger:
     def sequence(self) -> int:
         """The last entry's number; 0 for an empty ledger."""
         return self._tail.sequence
+
+    @property
+    def reserve_bytes(self) -> int:
+        """What may still be written when nothing else may."""
+        return self._reserve.held(self._tail.offset)
 
     def unsettled(self) -> list[OpenEntry]:
         """Admitted and not settled: running now or, right after opening, lost in a crash."""
@@ -142,6 +152,7 @@ class Ledger:
             if batch.data:
                 self._write(bytes(batch.data))
                 batch.accept()
+                self._reserve.hold(self._fd, self._tail.offset)
             return answers
 
     def close(self) -> None:
@@ -180,6 +191,7 @@ class Ledger:
             # After a failed fdatasync nobody knows what the disk has (and a second one would say "fine"). Cutting the
             # batch off and going on is right only if that works and is durable.
             try:
+                self._reserve.moved()
                 os.ftruncate(self._fd, self._tail.offset)
                 os.fsync(self._fd)
             except OSError as second:
@@ -187,27 +199,41 @@ class Ledger:
             raise Unavailable(f"the ledger cannot be written: {err}") from err
 
     def _make_room(self) -> None:
-        tail = self._tail
-        if self._fd >= 0 and tail.offset >= self._segment_bytes:
-            self._index.seal(tail.places, tail.unsettled, tail.sequence)
-            os.close(self._fd)
-            self._fd = -1
-        if self._fd < 0:
+        if self._fd >= 0 and self._tail.offset < self._segment_bytes:
+            return
+        try:
             self._start_segment()
+        except (OSError, lmdb.Error):
+            # On a full disk the segment in hand grows on into its reserve; the next one starts when there is space.
+            if self._fd < 0 or not self._reserve.held(self._tail.offset):
+                raise
 
     def _start_segment(self) -> None:
+        """Open the next segment, then seal the one before; where one of the two fails, that one stays in hand."""
         tail = self._tail
         path = segment_path(self.directory, tail.sequence + 1)
         header = SegmentHeader(first_sequence=tail.sequence + 1, previous_hash=tail.hash, source=self.source).pack()
+        reserve = Reserve(self.directory)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o640)
         try:
-            os.write(fd, header)
+            if os.write(fd, header) < len(header):
+                raise OSError(errno.ENOSPC, "no space for a segment's header")
+            reserve.hold(fd, len(header))
+            if self._fd >= 0 and reserve.held(len(header)) < self._reserve.held(tail.offset):
+                raise OSError(errno.ENOSPC, "no space for a segment's reserve")
             os.fsync(fd)
             sync_directory(self.directory)
-        except OSError:
+            if self._fd >= 0:
+                self._index.seal(tail.places, tail.unsettled, tail.sequence)
+        except (OSError, lmdb.Error):
             os.close(fd)
+            path.unlink()
             raise
-        self._fd = fd
+        if self._fd >= 0:
+            # What is allocated behind its end goes back.
+            os.ftruncate(self._fd, tail.offset)
+            os.close(self._fd)
+        self._fd, self._reserve = fd, reserve
         tail.segment, tail.offset, tail.places = tail.sequence + 1, len(header), {}
 
     def _recover(self) -> None:
@@ -235,8 +261,10 @@ class Ledger:
         if has_later_batch(data, tail.offset) or self._index.covered > tail.sequence:
             raise LedgerCorrupt(f"{last.name} is damaged at byte {tail.offset}, and durable entries followed")
         self._fd = os.open(last, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        os.ftruncate(self._fd, tail.offset)
+        if len(data) != tail.offset:
+            os.ftruncate(self._fd, tail.offset)
         os.fsync(self._fd)
+        self._reserve.hold(self._fd, tail.offset)
 
     def _catch_up(self, firsts: Sequence[int]) -> None:
         """Bring sealed segments into the index that a crash, or the loss of the index, left out."""

@@ -18,6 +18,7 @@ most that second's output. What a slot says goes into the ledger when the next s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import Unavailable
+from antefix_billing.reserve import allocate
 from antefix_billing.usage_record import MissReason, WorkDone
 
 SLOT_BYTES: Final = 256
@@ -34,6 +36,7 @@ _MAGIC: Final = b"AFPG"
 _HEAD: Final = struct.Struct("<4sI")
 _BODY: Final = struct.Struct("<16s8IQ24s24s32s")
 _GROW_SLOTS: Final = 64
+_RESERVE_SLOTS: Final = 1024
 
 
 class ProgressJournal:
@@ -45,6 +48,7 @@ class ProgressJournal:
         self._free: list[int] = []
         self._found: dict[bytes, WorkDone] = {}
         self._num_slots = os.fstat(self._fd).st_size // SLOT_BYTES
+        self._hold()
         for number in range(self._num_slots):
             found = _unpack(os.pread(self._fd, SLOT_BYTES, number * SLOT_BYTES))
             if found is not None:
@@ -59,6 +63,7 @@ class ProgressJournal:
         self._found.clear()
         os.ftruncate(self._fd, 0)
         self._slots, self._free, self._num_slots = {}, [], 0
+        self._hold()
 
     def mark(self, event_id: str, done: WorkDone) -> None:
         """Note how far a request is; outlives this process when this returns.
@@ -87,6 +92,11 @@ class ProgressJournal:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
+
+    def _hold(self) -> None:
+        """Have room for a busy router's requests before the disk may be full; there is none to be had where it is."""
+        with contextlib.suppress(OSError):
+            allocate(self._fd, 0, _RESERVE_SLOTS * SLOT_BYTES)
 
     def _take(self) -> int:
         if not self._free:

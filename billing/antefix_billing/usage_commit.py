@@ -128,8 +128,8 @@ class LedgerWriter:
         # Checked here, so that one bad entry does not fail the others of its batch. Only these come from outside; JSON
         # makes at most six characters of one, and the other fields take under 2 KiB.
         texts = (item.request_id, item.tenant, item.user, item.model)
-        detail = item.detail if isinstance(item, UsageRecord) else ""
-        if 6 * sum(map(len, (*texts, detail))) > PAYLOAD_BYTES_MAX - 2048:
+        outcome = (item.detail, item.write_error) if isinstance(item, UsageRecord) else ()
+        if 6 * sum(map(len, (*texts, *outcome))) > PAYLOAD_BYTES_MAX - 2048:
             raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes")
         if len(self._waiting) >= NUM_WAITING_MAX:
             raise Overloaded("too many requests wait for the ledger", retry_after_s=1.0)

@@ -129,6 +129,8 @@ class UsageRecord:
     this one's price: the same request is never paid for twice.  source: the router's ledger; (source, event_id) is
     unique.  cache_write_tokens: of the prompt, newly stored.  output_write_tokens: of the output, newly stored.
     replayed_tokens: run again to rebuild window state, billed as hits.  last_hit_hash: the evidence of the hit.
+    mode: how the model thought ("off", "low", "high", "max"); empty for a prompt that is no conversation.
+    write_error: why what was computed could not all be stored; empty where it was.
     saved: what the hit tokens would have cost more as misses.  detail: an error's class; never prompt text.
     """
 
@@ -154,6 +156,7 @@ class UsageRecord:
     restore_plan: str = ""
     last_hit_hash: str = ""
     miss_reason: MissReason = MissReason.NONE
+    write_error: str = ""
     status: Status
     detail: str = ""
     rate_card: str = ""
@@ -164,6 +167,7 @@ class UsageRecord:
     started_us: int
     finished_us: int
     ttft_us: int = 0
+    mode: str = ""
 
     def __post_init__(self) -> None:
         """Raises:  InvalidRequest: the counts contradict each other."""
@@ -197,8 +201,8 @@ class UsageRecord:
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing more may ever be recorded under this id: it has ended, or was given up with work done."""
-        return not self.status.is_ours and (self.status is not Status.CANCELLED or self.prompt_tokens > 0)
+        """Whether this is the last record under its id: the answer has ended. What broke off may be tried again."""
+        return self.status in (Status.STOP, Status.LENGTH)
 
     @property
     def paid(self) -> Decimal:
@@ -212,8 +216,10 @@ class UsageRecord:
 
     def to_payload(self) -> bytes:
         values = {"v": PAYLOAD_VERSION, **self.to_dict()}
-        if not self.paid_before:
-            del values["paid_before"]  # absent means nothing: most records, and all from before there was the field
+        # Absent means nothing: most records, and all from before there were these fields.
+        for name in ("paid_before", "mode", "write_error"):
+            if not getattr(self, name):
+                del values[name]
         return _canonical(values)
 
     def to_dict(self) -> dict[str, Any]:

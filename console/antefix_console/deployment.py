@@ -14,22 +14,27 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from antefix.block import arithmetic_of
 from antefix.clients import RouterClient
-from antefix.config import require
+from antefix.config import GRACE_S, require
 from antefix.errors import ConfigError, Unavailable
 from antefix.secret import create_secret_file
 from antefix.window_pool import DISK
 from antefix.window_pool.open_pool import MEMORY
 from antefix.window_settings import check_window_settings
 
+# In the data directory: what workers measured at their starts, and the name of what those of the last start computed.
+ARITHMETIC_DIR = "arithmetic"
+ARITHMETIC_FILE = "arithmetic.txt"
 START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 20.0
+# What a role needs beyond the grace period, to end what runs and to write down what it has.
+STOP_MARGIN_S = 20.0
+_TELL_EVERY_S = 10.0
 _LOG_TAIL_BYTES = 2000
 
 
@@ -40,7 +45,9 @@ class DeploymentConfig:
     device, dtype, kernels: as workers' settings of these names (docs/OPERATIONS.md).
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
+    chat_format, model_aliases: docs/HTTP_API.md.
     strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
+    grace_s: how long requests that run may take when it stops.
     store_bytes, window_pool_bytes: budgets of disk and of Redis' memory, such as "64G"; empty for the roles' defaults.
     Raises:  ConfigError: too few of a role, or window settings that are none, or contradict each other.
     """
@@ -65,11 +72,15 @@ class DeploymentConfig:
     http_address: str = ""
     ratecards: tuple[str, ...] = ()
     tenants_file: str = ""
+    chat_format: str = "auto"
+    model_aliases: str = ""
+    grace_s: float = GRACE_S
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_prefill", "num_decode"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
+        require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
         require(self.num_routers > 0, f"num_routers must be at least 1, is {self.num_routers}")
         check_window_settings(
             self.strategy,
@@ -125,6 +136,7 @@ class Deployment:
         self.processes: list[RoleProcess] = []
         # Not the number of processes: roles that start together would get one number, and write into one log.
         self._numbers = itertools.count()
+        self._stop_by = 0.0
 
     async def __aenter__(self) -> Deployment:
         try:
@@ -168,7 +180,9 @@ class Deployment:
             *(self.start_worker("prefill") for _ in range(config.num_prefill)),
             *(self.start_worker("decode") for _ in range(config.num_decode)),
         )
+        # A router refuses to start over workers that cannot share, and says what differs.
         await self.start_router(config.router_address, http_address=config.http_address)
+        (config.data_dir / ARITHMETIC_FILE).write_text((await self.router.status()).arithmetic + "\n")
         for _ in range(1, config.num_routers):
             await self.start_router(http_address="127.0.0.1:0" if config.http_address else "")
 
@@ -177,6 +191,7 @@ class Deployment:
         config = self.config
         flags = ["--strategy", config.strategy, "--threads", str(self._threads()), "--window-pool", config.window_pool]
         flags += ["--reproducible", str(config.reproducible).lower()]
+        flags += ["--arithmetic-cache", str(config.data_dir / ARITHMETIC_DIR)]
         flags += ["--device", config.device, "--dtype", config.dtype, "--kernels", config.kernels]
         flags += _given("--window-pool-bytes", config.window_pool_bytes)
         return await self.start_role(role, [*self._shared_flags(), *flags])
@@ -191,18 +206,15 @@ class Deployment:
         http_address = self.config.http_address if http_address is None else http_address
         flags = [*self._shared_flags(), "--address", address, "--decode", ",".join(self.addresses("decode"))]
         flags += ["--ledger-dir", str(ledger_dir), "--http-address", http_address]
-        flags += ["--arithmetic", self._arithmetic()]
         # One published key, whichever router signs.
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
+        flags += ["--chat-format", self.config.chat_format, "--model-aliases", self.config.model_aliases]
         flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]
         started = await self.start_role("router", flags)
         started.ledger_dir = ledger_dir
         return started
-
-    def _arithmetic(self) -> str:
-        return arithmetic_of(self.config.device, self.config.dtype, reproducible=self.config.reproducible)
 
     def _threads(self) -> int:
         """The cores, divided: two workers with all cores each wait for one another at every parallel loop's end."""
@@ -233,6 +245,7 @@ class Deployment:
             process = await asyncio.create_subprocess_exec(
                 # -P: a folder called `antefix` in the working directory is not the package.
                 *(sys.executable, "-P", "-m", "antefix_console", "serve", role, "--watch-stdin"),
+                *("--grace-s", str(self.config.grace_s)),
                 *flags,
                 *self.config.extra_flags.get(role, ()),
                 stdin=asyncio.subprocess.PIPE,
@@ -262,23 +275,50 @@ class Deployment:
             process.process.kill()
         await process.process.wait()
 
-    async def stop(self) -> None:
-        """Stop the roles, those that use others first; what does not stop in time is killed."""
-        order = ("router", "decode", "prefill", "kvstore")
-        for role in order:
-            await asyncio.gather(*(self._stop_one(p) for p in self.processes if p.role == role))
-        self.processes.clear()
+    async def stop(self, tell: Callable[[str], None] = lambda _: None) -> list[RoleProcess]:
+        """Stop the roles, those that use others first. Returns those that had to be killed.
 
-    async def _stop_one(self, role: RoleProcess) -> None:
+        tell: is told what is waited for.
+        """
+        self._stop_by = time.monotonic() + self.config.grace_s
+        order = ("router", "decode", "prefill", "kvstore")
+        killed: list[RoleProcess] = []
+        for role in order:
+            stopping = [process for process in self.processes if process.role == role]
+            ended = await asyncio.gather(*(self._stop_one(process, tell) for process in stopping))
+            killed += [process for process, has_ended in zip(stopping, ended, strict=True) if not has_ended]
+        self.processes.clear()
+        return killed
+
+    def hurry(self) -> None:
+        """While `stop` waits: what still runs ends now, with an error for its client."""
+        self._stop_by = time.monotonic()
+        for process in self.processes:
+            if process.alive:
+                process.process.send_signal(signal.SIGINT)
+
+    async def num_running(self) -> int:
+        """Requests that the routers have not ended. Raises:  Unavailable: one does not answer."""
+        routers = [RouterClient(address) for address in self.addresses("router")]
+        return sum(status.num_running for status in await asyncio.gather(*(router.status() for router in routers)))
+
+    async def _stop_one(self, role: RoleProcess, tell: Callable[[str], None]) -> bool:
+        """Returns whether it ended by itself."""
         if not role.alive:
-            return
+            return True
         with contextlib.suppress(ProcessLookupError):
             role.process.send_signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(role.process.wait(), STOP_TIMEOUT_S)
-        except TimeoutError:
-            role.process.kill()
-            await role.process.wait()
+        name, started = f"{role.role} (pid {role.process.pid})", time.monotonic()
+        while (left_s := max(self._stop_by, started) + STOP_MARGIN_S - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(role.process.wait(), min(left_s, _TELL_EVERY_S))
+                return True
+            grace_left_s = max(0.0, self._stop_by - time.monotonic())
+            tell(f"waiting for {name}: what runs may take {grace_left_s:.0f} s more")
+        tell(f"{name} did not stop and was killed; see {role.log_path}")
+        role.process.kill()
+        await role.process.wait()
+        return False
 
 
 def _given(flag: str, value: str) -> list[str]:

@@ -101,7 +101,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             sequence=sequence,
             sampler=sampler,
             stopper=stopper,
-            writer=RecordWriter(self._engine.store, self._engine.counters, self._engine.window_pool),
+            writer=RecordWriter(
+                self._engine.store,
+                self._engine.counters,
+                self._engine.window_pool,
+                writes=not self._engine.borrows,
+            ),
             next_token=first,
             prompt_tokens=prompt.num_tokens,
             logprobs=logprobs,
@@ -122,6 +127,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 stop_number=running.stopper.stop_number,
                 written_tokens=running.writer.num_blocks_written * self._engine.block_size,
                 written_checkpoints=running.writer.num_checkpoints_written,
+                write_error=running.writer.error,
             )
         finally:
             await self.scheduler.leave(running)
@@ -159,6 +165,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             num_blocks=self._engine.pool.num_blocks,
             num_resident_blocks=self._engine.blocks.num_resident,
             decode_tokens_per_s=self.scheduler.tokens_per_s,
+            arithmetic=self._engine.arithmetic.name,
+            setup=self._engine.arithmetic.setup,
         )
 
 

@@ -17,10 +17,11 @@ class KindCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreStats:
-    """numbers: named like the fields of StatsResponse in kvstore.proto; counters since the engine was opened."""
+    """numbers, texts: named like the fields of StatsResponse in kvstore.proto; counters since the engine was opened."""
 
     kinds: dict[RecordKind, KindCount]
     numbers: dict[str, int]
+    texts: dict[str, str]
 
 
 def collect(engine: Engine) -> StoreStats:
@@ -50,5 +51,10 @@ def collect(engine: Engine) -> StoreStats:
         "bytes_written": counters.bytes_written,
         "refused": counters.refused,
         "syncs": counters.syncs,
+        "limit_bytes": max(0, space.limit_bytes),
+        "free_bytes": space.free.nbytes,
+        "free_bytes_min": space.free.margin_bytes,
+        "impossible_writes": counters.impossible,
     }
-    return StoreStats(kinds=kinds, numbers=numbers)
+    texts = {"stopped": space.stopped, "impossible_write": counters.last_impossible}
+    return StoreStats(kinds=kinds, numbers=numbers, texts=texts)

@@ -13,7 +13,6 @@ from typing import Final
 
 from antefix.errors import Overloaded, Unavailable
 from antefix.record import PutResult, Record
-from antefix_kvstore.admission import check_record
 from antefix_kvstore.storage_engine import MAINTAIN_S, Engine
 
 log = logging.getLogger("antefix_kvstore.group_commit")
@@ -54,8 +53,7 @@ class GroupCommitter:
 
         Raises:  InvalidRequest: malformed.  Overloaded: too much is waiting already.  Unavailable: stopping.
         """
-        for record in records:
-            check_record(record, self._engine.config.record_bytes_max)
+        self._engine.check(records)
         nbytes = sum(memoryview(record.payload).nbytes for record in records)
         with self._condition:
             if self._stopping:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antefix.config import parse_size, require, setting
+from antefix.config import grace_setting, parse_size, require, setting
 from antefix.events.address import check_url
 from antefix.record import RecordKind
 from antefix.store_files.record_format import PAYLOAD_BYTES_MAX
@@ -13,6 +13,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 # Segments are cut so that dropping one frees at most a small part of the budget.
 SEGMENTS_PER_BUDGET = 32
+BUDGET_BYTES_MIN = MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,9 @@ class KvStoreConfig:
     dir: str = setting("antefix-store", "directory of the store; created if it is missing or empty")
     address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
     budget_bytes: int = setting(64 * GIB, "disk space that segments and index may take together", unit="bytes")
+    free_bytes_min: int = setting(
+        0, "what is left free on the store's file system; 0: a sixteenth of it, at most 256 MiB", unit="bytes"
+    )
     segment_bytes: int = setting(
         0, "size at which a segment is closed; 0 means budget / 32, at most 256 MiB", unit="bytes"
     )
@@ -56,8 +60,11 @@ class KvStoreConfig:
     compact_bytes_per_s: int = setting(64 * MIB, "how fast background compaction may copy", unit="bytes")
     scrub_bytes_per_s: int = setting(8 * MIB, "how fast the scrubber may read; 0 turns it off", unit="bytes")
 
+    grace_s: float = grace_setting()
+
     def __post_init__(self) -> None:
-        require(self.budget_bytes >= MIB, f"budget_bytes must be at least 1 MiB, is {self.budget_bytes}")
+        require(self.budget_bytes >= BUDGET_BYTES_MIN, f"budget_bytes must be at least 1 MiB, is {self.budget_bytes}")
+        require(self.free_bytes_min >= 0, f"free_bytes_min must not be negative, is {self.free_bytes_min}")
         require(
             self.segment_bytes == 0 or 64 << 10 <= self.segment_bytes <= self.budget_bytes // 4,
             f"segment_bytes must be 0 or between 64 KiB and a quarter of the budget, is {self.segment_bytes}",
@@ -71,6 +78,7 @@ class KvStoreConfig:
         for text in self.quotas:
             _parse_quota(text)
         check_url(self.events_redis)
+        require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
 
     @property
     def own_quotas(self) -> dict[str, int]:

@@ -69,7 +69,10 @@ class OpenStore:
         self.segments.close()
         self.index.env.sync(True)
         self.index.close()
-        self.disk.replace_file(self.directory / CLEAN_FILE, index_sum(self.directory))
+        try:
+            self.disk.replace_file(self.directory / CLEAN_FILE, index_sum(self.directory))
+        except OSError as err:
+            log.warning("the store could not be sealed: %s; its next start examines the index", err)
         self._unlock()
 
     def abandon(self) -> None:

@@ -30,6 +30,7 @@ from antefix.store_files.record_header import owner_row
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.event_log import Event
+from antefix_kvstore.free_space import fit_to_disk
 from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.index_writer import Name
 from antefix_kvstore.kvstore_config import KvStoreConfig
@@ -143,7 +144,11 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         batch_bytes = 0
         committing: Future[PutResult] | None = None
         async for piece in requests:
-            record = assembler.add(piece)
+            try:
+                record = assembler.add(piece)
+            except InvalidRequest as err:
+                self.engine.note_impossible(str(err))
+                raise
             if record is None:
                 continue
             if record.kind in MEMORY_KINDS:
@@ -263,7 +268,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         for kind in MEMORY_KINDS:
             records, nbytes = self.pool.count(kind)
             response.kinds.add(kind=kind.value, records=records, stored_bytes=nbytes, payload_bytes=nbytes)
-        for name, value in stats.numbers.items():
+        for name, value in (*stats.numbers.items(), *stats.texts.items()):
             setattr(response, name, value)
         return response
 
@@ -386,6 +391,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     # What was imported stays: the collector need not walk it again and again while payloads stream.
     gc.freeze()
     loop = asyncio.get_running_loop()
+    config = fit_to_disk(config)
     engine = await loop.run_in_executor(None, Engine, config)
     servicer = KvStoreServicer(engine)
     try:
@@ -398,7 +404,9 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
         await servicer.close()
         raise
     async with _telling(config, engine, server.address):
-        await rpc.run_until_signal(server, role="kvstore", stop=servicer.close, watch_stdin=watch_stdin)
+        await rpc.run_until_signal(
+            server, role="kvstore", stop=servicer.close, watch_stdin=watch_stdin, grace_s=config.grace_s
+        )
 
 
 def _telling(config: KvStoreConfig, engine: Engine, address: str) -> contextlib.AbstractAsyncContextManager[object]:

@@ -1,6 +1,7 @@
 """Keeping the store inside its budget: expiry, leaf-first eviction, dropping dead segments, compacting half-dead ones.
 
-The budget covers everything under the directory. A reserve of two segments inside it is never given to puts, so that
+The budget covers everything under the directory; how much of it may be used follows what the file system has free
+(`antefix_kvstore.free_space`). A reserve of two segments inside it is never given to puts, so that
 compaction, which copies before it deletes, always has room. Order everywhere: the index lets go first, then the file
 goes; a crash between leaves an unreferenced file, which opening drops.
 """
@@ -8,6 +9,7 @@ goes; a crash between leaves an unreferenced file, which opening drops.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Final
@@ -25,9 +27,12 @@ from antefix.store_files.record_format import (
 )
 from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.eviction import victims
+from antefix_kvstore.free_space import FreeSpace
 from antefix_kvstore.index_writer import IndexTxn, Name, SegmentState, read_segments
 from antefix_kvstore.reserve import Reserve
 from antefix_kvstore.segments import Draft, Segments
+
+log = logging.getLogger("antefix_kvstore.space")
 
 # Live data may fill this much of what puts may use. The rest is dead space waiting for compaction: less of it means
 # that compaction copies more for each byte it frees.
@@ -50,18 +55,31 @@ class SpaceCounters:
 class Space:
     """Not thread-safe: the engine's lock covers it."""
 
-    def __init__(self, segments: Segments, index: Index, budget_bytes: int, *, now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        segments: Segments,
+        index: Index,
+        budget_bytes: int,
+        *,
+        now_ms: Callable[[], int],
+        free: FreeSpace,
+    ) -> None:
         self._segments = segments
         self._index = index
         self._now_ms = now_ms
         self.budget_bytes = budget_bytes
         self.reserve = Reserve(index.directory.parent, budget_bytes)
         self._gone = GoneWriter(index.directory.parent, budget_bytes)
-        self.limit_bytes = budget_bytes - 2 * segments.segment_bytes
+        self._limit_bytes_max = budget_bytes - 2 * segments.segment_bytes
+        self.limit_bytes = self._limit_bytes_max
+        self.free = free
+        # Why nothing is stored now; empty while it is.
+        self.stopped = ""
         self.counters = SpaceCounters()
         # The segment being compacted and what of it has not been looked at yet.
         self._compacting: tuple[int, deque[RecordHeader]] | None = None
         self.on_corrupt: Callable[[Name], object] = lambda _name: None
+        self.on_dropped: Callable[[], object] = lambda: None
 
     @property
     def index_bytes(self) -> int:
@@ -77,8 +95,35 @@ class Space:
         keep: records that the batch hangs on.  Raises:  StoreFull: the budget cannot hold it.
         """
         nbytes += BATCH_ALIGN + SEGMENT_HEADER_BYTES
-        if self.used_bytes + nbytes <= self.limit_bytes:
-            return
+        if self.free.is_sudden:
+            self._leave_margin(nbytes)
+        if self.used_bytes + nbytes > self.limit_bytes:
+            self._free_up(nbytes, keep)
+        self._leave_margin(nbytes)
+
+    def follow_disk(self) -> None:
+        """Let the limit follow what the file system has, as when a ledger beside the store grows."""
+        free = self.free
+        if not free.is_sudden:
+            can_hold = self.used_bytes + free.room() - 2 * self._segments.segment_bytes
+            self.limit_bytes = min(self._limit_bytes_max, max(can_hold, free.fair_share_bytes))
+        if self.stopped and free.room() > 0:
+            self._leave_margin(0)  # says that it goes on
+
+    def _leave_margin(self, nbytes: int) -> None:
+        """Raises:  StoreFull: writing so much would leave too little of the disk to others."""
+        free = self.free
+        stopped = "" if free.has_room(nbytes) else f"the file system has no more than {free.nbytes} bytes free"
+        if bool(stopped) != bool(self.stopped):
+            if stopped:
+                log.warning("nothing is stored now: %s, and %d are for others", stopped, free.margin_bytes)
+            else:
+                log.warning("the file system has room again: the store goes on storing")
+        self.stopped = stopped
+        if stopped:
+            raise StoreFull(stopped)
+
+    def _free_up(self, nbytes: int, keep: Collection[Name]) -> None:
         self.expire()
         fixed = self.index_bytes + self.reserve.nbytes + self._gone.nbytes
         live_max = int(LIVE_SHARE_MAX * (self.limit_bytes - fixed))
@@ -268,6 +313,7 @@ class Space:
                 txn.set_segment(number, None)
         for number in dead:
             self._segments.drop(number)
+        self.on_dropped()
         self.counters.dropped_segments += len(dead)
         return len(dead)
 

@@ -12,6 +12,7 @@ Readers of any process see a record when step 4 has happened and not before. Blo
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -41,6 +42,7 @@ from antefix_kvstore.disk_probe import read_bytes_per_s
 from antefix_kvstore.drafting import Drafter
 from antefix_kvstore.event_log import Event, EventLog
 from antefix_kvstore.eviction import EvictionPolicy
+from antefix_kvstore.free_space import FreeSpace
 from antefix_kvstore.index_forest import drop_false_roots, drop_subtrees, insert_entry
 from antefix_kvstore.index_writer import PLAN_PREFIX, IndexTxn, Name, read_totals
 from antefix_kvstore.kvstore_config import KvStoreConfig
@@ -52,10 +54,14 @@ from antefix_kvstore.space import Space, note_end
 from antefix_kvstore.tenant_quota import Quotas
 from antefix_kvstore.touches import Touches
 
+log = logging.getLogger("antefix_kvstore.storage_engine")
+
 # How often `maintain` is to be called: what it may copy is metered by it.
 MAINTAIN_S: Final = 0.25
 # Background compaction takes segments of which this much is dead, so a byte is copied at most once for each freed.
 HALF_DEAD: Final = 0.5
+# No state that the store gets into by itself makes such a record one that it takes.
+_FOR_EVER: Final = (Reason.INVALID, Reason.NO_KEY, Reason.TOO_LARGE)
 
 
 @dataclass(slots=True)
@@ -69,6 +75,9 @@ class Counters:
     forged: int = 0
     refused: int = 0
     syncs: int = 0
+    # Malformed, so that no state of the store could take them: whoever sends such is not served by the cache at all.
+    impossible: int = 0
+    last_impossible: str = ""
 
 
 class Engine:
@@ -81,6 +90,7 @@ class Engine:
         disk: Disk | None = None,
         clock_ms: Callable[[], int] = wall_ms,
         policy: EvictionPolicy | None = None,
+        free: FreeSpace | None = None,
     ) -> None:
         """Open or create the store in `config.dir`, whatever state a crash left it in.
 
@@ -104,8 +114,15 @@ class Engine:
         self.reader = StoreReader(config.dir, clock_ms=clock_ms, decrypt=keys.decrypt if keys else None)
         self.events = EventLog(self.index)
         self.index.on_change = self._publish
-        self.space = Space(self.segments, self.index, config.budget_bytes, now_ms=clock_ms)
+        self.space = Space(
+            self.segments,
+            self.index,
+            config.budget_bytes,
+            now_ms=clock_ms,
+            free=free or FreeSpace(Path(config.dir), config.free_bytes_min),
+        )
         self.space.on_corrupt = self.quarantine
+        self.space.on_dropped = self.reader.runs.files.let_go
         self.compression = Compression(config.compression, lambda: read_bytes_per_s(Path(config.dir)))
         self._drafter = Drafter(config, self.compression, keys, clock_ms)
         self._usage_log = StoreLog(Path(config.usage_log_dir)) if config.usage_log_dir else None
@@ -128,6 +145,9 @@ class Engine:
     def close(self) -> None:
         """Write down what is only in memory, and seal the index so that the next opening can trust it."""
         with self._lock:
+            if self.space.free.is_sudden:
+                # The seal needs room, and the next start takes this back.
+                self.space.reserve.release()
             self.flush_touches()
             self._sync_thread.shutdown()
             self._drafter.close()
@@ -205,8 +225,7 @@ class Engine:
         Raises:  InvalidRequest: a malformed record; nothing has been stored.
         """
         for records in puts:
-            for record in records:
-                check_record(record, self.config.record_bytes_max)
+            self.check(records)
         with self._lock:
             merged = [record for records in puts for record in records]
             with self.index.txn() as snapshot:
@@ -214,8 +233,26 @@ class Engine:
             for batch in batches_of(admission.new, self.config):
                 self._put_batch(batch, admission)
             self.counters.refused += len(admission.refused)
+            for refusal in admission.refused.values():
+                if refusal.reason in _FOR_EVER:
+                    self.note_impossible(refusal.text)
             self._touches.add(admission.existing, self.clock_ms())
             return results_of(puts, admission)
+
+    def check(self, records: Sequence[Record]) -> None:
+        """Raises:  InvalidRequest: a record that can never be stored; it is counted, and named in the statistics."""
+        try:
+            for record in records:
+                check_record(record, self.config.record_bytes_max)
+        except InvalidRequest as err:
+            self.note_impossible(str(err))
+            raise
+
+    def note_impossible(self, reason: str) -> None:
+        """A record came that can never be stored, as things are."""
+        with self._counters_lock:
+            self.counters.impossible += 1
+            self.counters.last_impossible = reason
 
     def _put_batch(self, batch: Sequence[Record], admission: Admission) -> None:
         """Steps 2 to 4 for records that share a sync; refuses them all when there is no space."""
@@ -387,11 +424,24 @@ class Engine:
     def maintain(self) -> None:
         """What a store does unasked: touches, expiry, compaction at its rate, and dead readers' slots."""
         with self._lock:
-            self.flush_touches()
-            self.space.expire()
-            self.space.reserve.hold()
-            self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
-            self.index.env.reader_check()
+            try:
+                self._tidy()
+            except (lmdb.Error, OSError) as err:
+                # Reads go on without it; the next put, or the next time, finds room or says why not.
+                if not is_full(err, self.index.directory):
+                    raise
+                log.debug("no room to tidy up: %s", err)
+
+    def _tidy(self) -> None:
+        self.space.follow_disk()
+        self.flush_touches()
+        self.space.expire()
+        self.index.env.reader_check()
+        if self.space.free.is_sudden:
+            # Both take space before they give any; compaction copies before it deletes.
+            return
+        self.space.reserve.hold()
+        self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
 
     def _publish(self, changes: list[Change]) -> None:
         self.events.publish(changes)

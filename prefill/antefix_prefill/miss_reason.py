@@ -9,9 +9,10 @@ from antefix.errors import AntefixError
 from antefix.record import Fate
 from antefix_prefill.worker.engine import Engine
 
+# The same tokens of the same model are stored, computed by a set-up that rounds differently.
+ARITHMETIC_DIFFERS: Final = "arithmetic_differs"
 # A store that serves many namespaces must not make a miss slow: naming 128K tokens anew takes 0.7 ms.
 _NUM_FINGERPRINTS_TRIED: Final = 4
-ARITHMETIC_DIFFERS: Final = "arithmetic_differs"
 
 
 async def miss_reason(

@@ -27,9 +27,15 @@ PENDING_BYTES_MAX = 128 << 20
 
 
 class RecordWriter:
-    """One per request. Payloads must stay unchanged until `flush` returns."""
+    """One per request. Payloads must stay unchanged until `flush` returns.
 
-    def __init__(self, store: Store, counters: StoreCounters, pool: WindowPool | None = None) -> None:
+    writes: False for a worker whose KV has no right to the names that it works with: everything is dropped.
+    """
+
+    def __init__(
+        self, store: Store, counters: StoreCounters, pool: WindowPool | None = None, *, writes: bool = True
+    ) -> None:
+        self._writes = writes
         self._store = store
         self._counters = counters
         self._pool = pool
@@ -44,10 +50,12 @@ class RecordWriter:
         self.num_blocks_written = 0
         self.num_checkpoints_written = 0
         self.bytes_written = 0
+        # Why something was not stored: the first reason, since what follows only lacks its parent.
+        self.error = ""
 
     async def put(self, record: Record, *, tier: Tier = Tier.DISK) -> None:
         """Queue one record; waits only when too much is pending. What the pool does not take goes to disk."""
-        if self._broken and tier is Tier.DISK:
+        if not self._writes or (self._broken and tier is Tier.DISK):
             return
         await self._room.wait()
         self._queue.append((record, tier if self._pool is not None else Tier.DISK))
@@ -119,10 +127,12 @@ class RecordWriter:
         except AntefixError as err:
             self._broken = True
             _note_failure(self._counters, err, len(batch))
+            self.error = self.error or f"{type(err).__name__}: {err}"
             log.warning("store refused a write, this request stops writing: %s", err)
             return
         self._counters.note_refusals(result.refused.values())
         self._broken = bool(result.refused)
+        self.error = self.error or next((refusal.text for refusal in result.refused.values()), "")
         taken = [record for record in batch if record.hash not in result.refused]
         num_blocks = sum(record.kind is RecordKind.BLOCK for record in taken)
         self.bytes_written += sum(len(record.payload) for record in taken)

@@ -44,7 +44,7 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
     # 1. Restore the longest prefix that is worth restoring.
     restored = await restore(engine, prompt)
     report = restored.report
-    writer = RecordWriter(engine.store, engine.counters, engine.window_pool)
+    writer = RecordWriter(engine.store, engine.counters, engine.window_pool, writes=not engine.borrows)
     try:
         # 2. Compute the rest; finished blocks go to the store meanwhile, and those that it lost but we still have:
         #    without its ancestors it would refuse what follows.
@@ -61,6 +61,7 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
         raise
     report.written_tokens = writer.num_blocks_written * engine.block_size
     report.bytes_written = writer.bytes_written
+    report.write_error = writer.error
     actual_s = report.restore_s + report.compute_s
     engine.planner.record(restored.plan, actual_s)
     engine.plans.add(

@@ -71,6 +71,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             num_blocks=self._engine.pool.num_blocks,
             num_resident_blocks=self._engine.blocks.num_resident,
             prefill_tokens_per_s=self._engine.rates.prefill_tokens_per_s,
+            arithmetic=self._engine.arithmetic.name,
+            setup=self._engine.arithmetic.setup,
         )
 
 

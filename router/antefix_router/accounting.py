@@ -5,6 +5,10 @@
 The OPEN entry is synced while the prompt is worked on, so it costs no time. Before each piece of output is handed on,
 how far the request is goes into the ledger's progress file. Cancelled requests are settled behind the client's back;
 requests that a crash cut off are closed at the next start, and cost what their clients were given.
+
+A request whose client named its id may be asked for again at any time: while it runs the second client reads the same
+answer from its start, afterwards it gets the kept one (`answers`). What was cancelled, failed or crashed is
+tried again as a new attempt, which pays only the rest.
 """
 
 from __future__ import annotations
@@ -16,12 +20,12 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from antefix.errors import AntefixError, Conflict, InvalidRequest, Overloaded
+from antefix.errors import AntefixError, Conflict, Draining, InvalidRequest, Overloaded, Unavailable
 from antefix.generation_request import GenerationRequest
 from antefix.secret import Keyring
 from antefix_billing.ledger import Ledger
@@ -32,8 +36,11 @@ from antefix_billing.ratecard import RateCards
 from antefix_billing.tenants import TenantBook
 from antefix_billing.usage_commit import LedgerWriter, NoLedger, UsageWriter
 from antefix_billing.usage_record import OpenEntry, Status, UsageRecord, WorkDone, request_key
+from antefix_router.answers import KeptAnswer, RetryConfig, Run, SharedRun
+from antefix_router.ending import Ending
 from antefix_router.generation import Generation, Piece
 from antefix_router.open_bill import Bill, Served
+from antefix_router.retries import CLIENT_LEFT, Retries
 
 log = logging.getLogger("antefix.router")
 
@@ -41,24 +48,35 @@ log = logging.getLogger("antefix.router")
 NUM_REPEATS_MAX = 3
 _NUM_REPEATED_IDS_MAX = 65536
 
-Run = Callable[[Generation, float], AsyncGenerator[Piece, None]]
-
 
 class Accounts:
     """The bills of one router; owns its ledger. Without one, requests are counted and priced but nothing is kept."""
 
     def __init__(
-        self, ledger: Ledger | None, *, served: Served, keyring: Keyring, cards: RateCards, tenants: TenantBook
+        self,
+        ledger: Ledger | None,
+        *,
+        served: Served,
+        keyring: Keyring,
+        cards: RateCards,
+        tenants: TenantBook,
+        retries: RetryConfig | None = None,
     ) -> None:
         self.ledger = ledger
         self.writer: UsageWriter = LedgerWriter(ledger) if ledger is not None else NoLedger()
         self._keyring = keyring
-        self._served = served
+        self.served = served
         self._cards = cards
         self._quotas = QuotaBook(tenants.limits, tenants.default)
         self._running: set[str] = set()
         self._repeats: OrderedDict[str, int] = OrderedDict()
-        self._settling: set[asyncio.Task[None]] = set()
+        self._settling: dict[str, asyncio.Task[Settled | None]] = {}
+        self._admitting: dict[str, asyncio.Future[None]] = {}
+        self.retries = Retries(retries or RetryConfig(), self._settle_shared)
+        # Requests whose KV could not all be stored, and why it could not the last time.
+        self.num_unstored = 0
+        self.unstored_reason = ""
+        self.ending = Ending()
         if ledger is not None:
             self._take_up(ledger)
 
@@ -75,82 +93,182 @@ class Accounts:
         after = sequence_before(ledger.directory, LimitWindow.MONTH.start(now).timestamp())
         self._quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
 
-    async def admit(self, request: GenerationRequest) -> Bill:
+    async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
         """Check id, quota and budget.
 
+        retryable: the client named the id, so another one may read the same answer, and it is kept.
         Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.
         """
-        tenant = request.caller.tenant
         request, opened = self._open_entry(request)
+        while (busy := self._settling.get(opened.key) or self._admitting.get(opened.key)) is not None:
+            await asyncio.wait({busy})
+        if retryable and (joined := self.retries.join(request, opened)) is not None:
+            return joined
         if opened.key in self._running:
             raise Conflict(f"request {request.request_id} is running; wait for it or use another id")
         self._running.add(opened.key)
+        self._admitting[opened.key] = asyncio.get_running_loop().create_future()
         try:
-            standing = await self.writer.find(opened.key)
-            if standing is not None and standing.record.request_digest != opened.request_digest:
-                raise InvalidRequest(f"request id {request.request_id} was used for another request")
-            if standing is not None and standing.record.is_final:
-                return self._repeat(request, opened, standing)
-            if standing is None:
-                return Bill(Generation(request), opened, self._reserve(request, tenant))
-            opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1)
-            return Bill(Generation(request), opened, self._reserve(request, tenant), standing.record.paid)
+            bill = self._bill(request, opened, await self.writer.find(opened.key))
+            if retryable and bill.settled is None:
+                self.retries.share(bill)
+            return bill
         except BaseException:
             self._running.discard(opened.key)
             raise
+        finally:
+            self._admitting.pop(opened.key).set_result(None)
 
-    async def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
+    def _bill(self, request: GenerationRequest, opened: OpenEntry, standing: Settled | None) -> Bill:
+        """What is next for this id: its first attempt, another one, or its answer again."""
+        if standing is None:
+            bill = Bill(Generation(request), opened, self._reserve(request))
+            # There is an answer already where it could not be recorded, or where nothing ever is.
+            bill.kept = self.retries.kept(request, opened)
+            return bill
+        if (standing.record.request_digest, standing.record.user) != (opened.request_digest, opened.user):
+            raise InvalidRequest(f"request id {request.request_id} was used for another request")
+        kept = self.retries.kept(request, opened)
+        if standing.record.is_final:
+            bill = self._repeat(request, opened, standing, kept)
+        else:
+            # What was made for the attempt before was made in its time: its hits are in the store's log at that time.
+            started_us = opened.started_us if kept is None else kept.started_us
+            opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1, started_us=started_us)
+            bill = Bill(Generation(request), opened, self._reserve(request), standing.record.paid)
+        bill.kept = kept
+        return bill
+
+    def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
         """The request's output; when this ends, `bill.record` is durable.
 
-        Raises:  what running it raised, after settling.  Unavailable: the ledger could not be written.
+        Raises:  what running it raised, after settling.  Unavailable: the ledger could not be written.  Draining.
         """
+        run = run if bill.kept is None else bill.kept.run
         if bill.settled is not None:
-            async for piece in self._run_again(bill, run, timeout_s):
-                yield piece
-            return
+            return self._run_again(bill, run, timeout_s)
+        if bill.shared is not None:
+            return self._run_shared(bill, bill.shared, run, timeout_s)
+        return self._run_alone(bill, run, timeout_s)
+
+    async def _run_alone(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
+        """For the one client that it may have: when that leaves, the work stops."""
         opening = asyncio.create_task(self.writer.open(bill.opened))
-        status, detail = Status.CANCELLED, ""
+        status, detail = Status.CANCELLED, CLIENT_LEFT
         try:
             async with contextlib.aclosing(run(bill.generation, timeout_s)) as outputs:
-                async for piece in outputs:
+                while (piece := await self._next(outputs)) is not None:
                     await asyncio.shield(opening)
                     self.writer.mark(bill.opened, bill.work_done(bill.num_given))
                     yield piece
             await asyncio.shield(opening)
-            status = bill.status
+            status, detail = Status(bill.generation.finish_reason), ""
         except (GeneratorExit, asyncio.CancelledError):
-            detail = "the client went away"
+            status, detail = self._ended_from_outside(bill)
             raise
         except Exception as err:
             status, detail = Status.FAILED, type(err).__name__
             raise
         finally:
-            # In a task of its own: whatever happens to the caller now, the record gets written.
-            task = asyncio.create_task(self._settle(bill, opening, status, detail))
-            self._settling.add(task)
-            task.add_done_callback(self._settling.discard)
+            task = self._settle_soon(bill, opening, status, detail)
             if status is not Status.CANCELLED:
                 await asyncio.shield(task)
 
-    async def close(self) -> None:
-        """Write what is being settled, then close the ledger."""
-        while self._settling:
-            await asyncio.gather(*self._settling, return_exceptions=True)
-        await self.writer.close()
+    async def _run_shared(
+        self, bill: Bill, shared: SharedRun, run: Run, timeout_s: float
+    ) -> AsyncGenerator[Piece, None]:
+        """For one of the clients of an answer. The first who has all of it pays; without any it goes on for a while."""
+        if shared.settling is not None:
+            raise Unavailable("the request was just given up; send it again")
+        opening = shared.opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))
+        shared.begin(run, timeout_s, on_end=lambda: self.retries.made(shared))
+        shared.enter()
+        num_read = 0
+        end: tuple[Status, str] | None = None
+        try:
+            async with contextlib.aclosing(shared.read()) as outputs:
+                while (piece := await self._next(outputs)) is not None:
+                    await asyncio.shield(opening)
+                    is_first, num_read = not num_read, num_read + len(piece.tokens)
+                    if shared.give(bill, num_read) or is_first:
+                        self.writer.mark(bill.opened, bill.work_done(bill.num_given))
+                    yield piece
+            await asyncio.shield(opening)
+            end = Status(shared.generation.finish_reason), ""
+        except (GeneratorExit, asyncio.CancelledError):
+            status, detail = self._ended_from_outside(bill)
+            if status is Status.STOP:
+                shared.cut(bill.num_read)
+            end = None if status is Status.CANCELLED else (status, detail)
+            raise
+        except Exception as err:
+            shared.error = shared.error or err
+            end = Status.FAILED, type(err).__name__
+            raise
+        finally:
+            shared.leave()
+            if end is not None:
+                bill.settled = await asyncio.shield(self.retries.end(shared, bill, *end))
+            else:
+                self.retries.left(shared)
 
     async def _run_again(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
         try:
             async with contextlib.aclosing(run(bill.generation, timeout_s)) as outputs:
-                async for piece in outputs:
+                while (piece := await self._next(outputs)) is not None:
                     yield piece
         finally:
             self._running.discard(bill.opened.key)
 
-    async def _settle(self, bill: Bill, opening: asyncio.Task[OpenEntry], status: Status, detail: str) -> None:
+    async def _next(self, outputs: AsyncGenerator[Piece, None]) -> Piece | None:
+        with self.ending.guard():
+            return await anext(outputs, None)
+
+    def _ended_from_outside(self, bill: Bill) -> tuple[Status, str]:
+        """What it means that whoever reads an output closes it."""
+        if bill.ended_here:
+            return Status.STOP, ""
+        return (Status.FAILED, Draining.__name__) if self.ending.is_over else (Status.CANCELLED, CLIENT_LEFT)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that were admitted and have not ended."""
+        return len(self._running)
+
+    async def close(self) -> None:
+        """Write what is being settled, then close the ledger."""
+        self.retries.drain()
+        while self._settling:
+            await asyncio.gather(*self._settling.values(), return_exceptions=True)
+        await self.writer.close()
+
+    def _settle_shared(self, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:
+        assert bill.shared is not None
+        # It was never begun where its one client left between admission and reading.
+        opening = bill.shared.opening or asyncio.create_task(self.writer.open(bill.opened))
+        return self._settle_soon(bill, opening, status, detail)
+
+    def _settle_soon(
+        self, bill: Bill, opening: asyncio.Task[OpenEntry], status: Status, detail: str
+    ) -> asyncio.Task[Settled | None]:
+        """In a task of its own: whatever happens to the caller now, the record gets written."""
+        key = bill.opened.key
+        task = asyncio.create_task(self._settle(bill, opening, status, detail))
+        self._settling[key] = task
+        task.add_done_callback(lambda _: self._settling.pop(key, None))
+        return task
+
+    async def _settle(
+        self, bill: Bill, opening: asyncio.Task[OpenEntry], status: Status, detail: str
+    ) -> Settled | None:
         record: UsageRecord | None = None
         try:
+            if bill.shared is not None:
+                await bill.shared.stop()
             await asyncio.gather(opening, return_exceptions=True)
             record = priced(self._record(bill, status, detail), self._cards)
+            if record.write_error and bill.kept is None:
+                self.num_unstored, self.unstored_reason = self.num_unstored + 1, record.write_error
             bill.settled = await self.writer.settle(record)
         except AntefixError as err:
             log.error("request %s could not be settled: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
@@ -162,16 +280,24 @@ class Accounts:
                 tokens = record.prompt_tokens + record.output_tokens if record and bill.settled else 0
                 price = record.price if record and bill.settled else bill.reservation.money * 0
                 self._quotas.settle(bill.reservation, tokens=tokens, money=price)
+        return bill.settled
+
+    @property
+    def keyring(self) -> Keyring:
+        return self._keyring
 
     def _record(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
-        """Where we failed the client, output counts as far as it was given; else as far as it was made."""
-        num_output = bill.num_given if status.is_ours else bill.generation.num_emitted
+        """Of an answer that ended, all of it counts; of one that broke off, what a client was given of it."""
+        has_ended = status in (Status.STOP, Status.LENGTH)
+        num_output = bill.generation.num_emitted if has_ended else bill.num_given
         return UsageRecord(
             **self._common(bill.opened),
             **bill.work_done(num_output).counts(),
             status=status,
             detail=detail,
+            mode=bill.mode,
             output_write_tokens=bill.generation.output_written_tokens,
+            write_error=bill.write_error,
             paid_before=bill.paid_before,
             finished_us=max(_now_us(), bill.opened.started_us),
         )
@@ -217,37 +343,42 @@ class Accounts:
             attempt=1,
             tenant=tenant,
             user=request.caller.user,
-            model=self._served.model,
-            revision=self._served.revision,
-            fingerprint=self._served.fingerprint,
+            model=self.served.model,
+            revision=self.served.revision,
+            fingerprint=self.served.fingerprint,
             request_digest=digest.hexdigest(),
             prompt_tokens=len(request.tokens),
             started_us=_now_us(),
         )
 
-    def _reserve(self, request: GenerationRequest, tenant: str) -> Reservation:
+    def _reserve(self, request: GenerationRequest) -> Reservation:
         now = datetime.now(UTC)
         num_output = request.sampling.max_tokens * request.num_samples
         most = worst_price(
-            self._cards.quote(self._served.model, now),
+            self._cards.quote(self.served.model, now),
             prompt_tokens=len(request.tokens),
             output_tokens_max=num_output,
         )
         tokens = len(request.tokens) + num_output
-        return self._quotas.reserve(tenant, tokens=tokens, money=most, now=now)
+        return self._quotas.reserve(request.caller.tenant, tokens=tokens, money=most, now=now)
 
-    def _repeat(self, request: GenerationRequest, opened: OpenEntry, standing: Settled) -> Bill:
-        if standing.record.status is Status.CANCELLED:
-            raise Conflict(f"request {request.request_id} was cancelled and is settled; use another id")
+    def _repeat(
+        self, request: GenerationRequest, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None
+    ) -> Bill:
+        """The answer to a finished request again: kept, or made again, which is work that nobody pays for."""
+        if kept is None:
+            self._count_repeat(request, opened)
+        bill = Bill(Generation(request), opened, None)
+        bill.settled = standing
+        return bill
+
+    def _count_repeat(self, request: GenerationRequest, opened: OpenEntry) -> None:
         num_repeats = self._repeats.pop(opened.key, 0) + 1
         if num_repeats > NUM_REPEATS_MAX:
             raise Overloaded(f"request {request.request_id} was repeated {NUM_REPEATS_MAX} times; use another id")
         self._repeats[opened.key] = num_repeats
         while len(self._repeats) > _NUM_REPEATED_IDS_MAX:
             self._repeats.popitem(last=False)
-        bill = Bill(Generation(request), opened, None)
-        bill.settled = standing
-        return bill
 
 
 def _now_us() -> int:

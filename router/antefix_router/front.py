@@ -20,6 +20,7 @@ from antefix_billing.ratecard import RateCards, load_cards
 from antefix_billing.receipt import Signer
 from antefix_billing.tenants import CONTROL, TenantBook, load_tenants
 from antefix_router.accounting import Accounts
+from antefix_router.answers import RetryConfig
 from antefix_router.encoding import Encoding
 from antefix_router.generation import Generator, Piece
 from antefix_router.grammar_check import GrammarCheck
@@ -36,7 +37,7 @@ class ContextTooLong(InvalidRequest):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BillingConfig:
+class BillingConfig(RetryConfig):
     """Settings of a router's bill."""
 
     ledger_dir: str = setting("", "directory of the usage ledger; without one nothing is billed")
@@ -45,6 +46,7 @@ class BillingConfig:
     receipt_key_file: str = setting("", "Ed25519 key that signs receipts, made if missing (default: in ledger_dir)")
 
     def __post_init__(self) -> None:
+        RetryConfig.__post_init__(self)
         require(bool(self.ledger_dir) or not self.receipt_key_file, "--receipt-key-file needs --ledger-dir")
 
 
@@ -70,8 +72,8 @@ class Front:
         self.grammars = GrammarCheck(identity.path, identity.vocab_size)
         self._generator = generator
 
-    async def admit(self, request: GenerationRequest) -> Bill:
-        """Check a request and open its bill; without an id it gets one.
+    async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
+        """Check a request and open its bill; without an id it gets one.  retryable: see `Accounts.admit`.
 
         Raises:  InvalidRequest: whatever is wrong with it, whatever our state is.  QuotaExceeded, Conflict: see there.
         """
@@ -92,7 +94,7 @@ class Front:
             await self.grammars.check(request.sampling.grammar)
         if not caller.request_id:
             request = replace(request, caller=replace(caller, request_id=secrets.token_hex(12)))
-        return await self.accounts.admit(request)
+        return await self.accounts.admit(request, retryable=retryable)
 
     def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[Piece, None]:
         """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
@@ -153,7 +155,7 @@ def open_front(
         signer = Signer.create(Path(config.receipt_key_file or ledger.directory / "receipts.key"))
     return Front(
         generator,
-        Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants),
+        Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants, retries=config),
         identity=identity,
         tokenizer=tokenizer,
         tenants=tenants,

@@ -22,7 +22,7 @@ from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.wire import TokenLogprob
-from antefix_router.keeper import Keeper
+from antefix_router.keeper import BreakpointPins
 from antefix_router.merge import merged
 from antefix_router.naming import Names, Prompt
 from antefix_router.placement.directory import Directory
@@ -47,18 +47,29 @@ class Piece(NamedTuple):
 class Sample:
     """One output while it is made. `emitted` are the tokens that the client has, `logprobs` theirs where asked for.
 
-    stop_number: the stop sequence that ended it, from 1.  is_ended: its reader has found its end in it.
+    stop_number: the stop sequence that ended it, from 1.
+    num_wanted: so many of its tokens, where its reader has found its end in them.
     """
 
     emitted: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = ""
     stop_number: int = 0
-    is_ended: bool = False
+    num_wanted: int | None = None
 
-    def end(self) -> None:
-        """Nothing more of it is wanted: what the reader has is all of it."""
-        self.is_ended = True
+    @property
+    def is_ended(self) -> bool:
+        return self.num_wanted is not None
+
+    def end(self, num_tokens: int) -> None:
+        """The reader has found its end in its first tokens: nothing more of it is wanted."""
+        self.num_wanted = num_tokens
+
+    def cut(self) -> None:
+        """It is over: what was made behind its end is no part of it."""
+        del self.emitted[self.num_wanted :]
+        del self.logprobs[self.num_wanted :]
+        self.finish_reason = "stop"
 
 
 @dataclass(slots=True)
@@ -69,6 +80,7 @@ class Generation:
     samples: list[Sample] = field(init=False)
     restore: RestoreReport | None = None
     output_written_tokens: int = 0
+    write_error: str = ""
     started: float = field(default_factory=time.perf_counter)
     ttft_s: float = 0.0
 
@@ -82,6 +94,12 @@ class Generation:
     @property
     def num_emitted(self) -> int:
         return sum(len(sample.emitted) for sample in self.samples)
+
+    @property
+    def finish_reason(self) -> str:
+        """Of all its outputs: cut off by the limit where one was; empty while one is being made."""
+        reasons = {sample.finish_reason for sample in self.samples}
+        return "" if "" in reasons else "length" if "length" in reasons else "stop"
 
     def sampling(self, index: int) -> Sampling:
         """One output's: as vLLM has it, each has the seed after the one before."""
@@ -110,11 +128,11 @@ class Generator:
         decode: Workers,
         names: Names,
         directory: Directory,
-        keeper: Keeper,
+        pins: BreakpointPins,
         sessions: Sessions,
     ) -> None:
         self._sessions = sessions
-        self._keeper = keeper
+        self._pins = pins
         self._prefilling = prefilling
         self._decode = decode
         self._names = names
@@ -134,7 +152,7 @@ class Generator:
         prompt = self._names.prompt(request.cache_tenant, request.tokens)
         # 2. Prefill, which a short rest leaves to the decode worker.
         prefilled = await self._prefilling.run(request, prompt, timeout_s=timeout_s)
-        self._keeper.keep(prompt.chain, request.breakpoints, owner=prompt.owner)
+        self._pins.pin(prompt.chain, request.breakpoints, owner=prompt.owner)
         handoff, first = b"", asyncio.Event()
         if prefilled.answer is not None:
             handoff, generation.restore = prefilled.answer.handoff, prefilled.answer.restore
@@ -163,7 +181,7 @@ class Generator:
                     async for tokens in outputs:
                         yield Piece(index, tokens)
                         if sample.is_ended:
-                            sample.finish_reason = "stop"
+                            sample.cut()
                             break
             except (Unavailable, Overloaded) as err:
                 if len(tried) >= min(NUM_MOVES_MAX, len(self._decode.workers)):
@@ -212,3 +230,4 @@ class Generator:
                         sample.finish_reason = decoded.finish_reason
                         sample.stop_number = decoded.stop_number
                         generation.output_written_tokens += decoded.written_tokens
+                        generation.write_error = generation.write_error or decoded.write_error

@@ -1,4 +1,4 @@
-"""Prefixes that clients want kept (cache breakpoints): their records are pinned in the store for their time."""
+"""What lies before clients' cache breakpoints: its records are pinned in the store for their time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("antefix.router")
 PIN_TIMEOUT_S = 5.0
 
 
-class Keeper:
+class BreakpointPins:
     """Pins beside the requests: a pin that fails costs a later hit, never an answer."""
 
     def __init__(self, store_address: str) -> None:
@@ -24,7 +24,7 @@ class Keeper:
         self._stub = kvstore_pb2_grpc.KvStoreServiceStub(self._channel)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def keep(self, chain: Chain, breakpoints: Sequence[tuple[int, float]], *, owner: bytes) -> None:
+    def pin(self, chain: Chain, breakpoints: Sequence[tuple[int, float]], *, owner: bytes) -> None:
         """Pin the last whole block before each breakpoint, which keeps all before it, and its checkpoint.
 
         breakpoints: (number of tokens, seconds).  owner: whose records they are.

@@ -5,12 +5,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Final
 
 from antefix.clients import Usage
 from antefix_billing.ledger_files import Settled
 from antefix_billing.limits import Reservation
-from antefix_billing.usage_record import MissReason, OpenEntry, Status, UsageRecord, WorkDone
+from antefix_billing.usage_record import MissReason, OpenEntry, UsageRecord, WorkDone
+from antefix_router.answers import KeptAnswer, SharedRun
 from antefix_router.generation import Generation
+
+# Enough to say what is wrong; an entry of the ledger is bounded.
+WRITE_ERROR_CHARACTERS_MAX: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +30,11 @@ class Served:
 class Bill:
     """One admitted request. `reasoning_tokens` is set by whoever reads the output, before its end.
 
+    mode: how the model thinks, as clients are told; empty where nobody asked it to hold a conversation.
+
     is_held: the reader keeps the output until all of it is there, so that a client has nothing of one that broke off.
+    shared: the answer is made for several readers, each with a bill of its own; one record is written for all of them.
+    kept: the answer is there already, and is not made.
     """
 
     def __init__(
@@ -40,8 +49,18 @@ class Bill:
         self.reservation = reservation
         self.paid_before = paid_before
         self.reasoning_tokens = 0
+        self.mode = ""
         self.is_held = False
+        self.ended_here = False
+        self.num_read = 0
+        self.shared: SharedRun | None = None
+        self.kept: KeptAnswer | None = None
         self.settled: Settled | None = None
+
+    def end_here(self, num_tokens: int) -> None:
+        """The reader has found the end of the answer in its first tokens: closing the output is no cancellation."""
+        self.ended_here = True
+        self.num_read = num_tokens
 
     def work_done(self, num_output: int) -> WorkDone:
         """What the record says of it. Without a restore report no prompt token was worked on to the end."""
@@ -66,14 +85,16 @@ class Bill:
         )
 
     @property
-    def status(self) -> Status:
-        """How a request ended that ran to its end: cut off by its limit where one of its outputs was."""
-        reasons = {sample.finish_reason for sample in self.generation.samples}
-        return Status.LENGTH if "length" in reasons else Status(min(reasons))
+    def write_error(self) -> str:
+        """Why what was computed could not all be stored; empty where it was."""
+        report = self.generation.restore
+        return ((report.write_error if report else "") or self.generation.write_error)[:WRITE_ERROR_CHARACTERS_MAX]
 
     @property
     def num_given(self) -> int:
-        """Output tokens that the client has been given, if it ended now."""
+        """Output tokens that the client has been given, if it ended now; of several clients, the one that has most."""
+        if self.shared is not None:
+            return self.shared.num_given
         return 0 if self.is_held else self.generation.num_emitted
 
     @property

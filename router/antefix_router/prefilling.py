@@ -109,7 +109,7 @@ class Prefilling:
         self._workers = workers
         self._store = store
         self._directory = directory
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._limits = limits
         self._num_decoding = num_decoding
         self._in_flight: InFlight[_Flight] = InFlight()
@@ -156,7 +156,7 @@ class Prefilling:
             return known
         chain = prompt.chain
         try:
-            found = await self._store.lookup(chain.hashes, fingerprint=self._fingerprint, tenant=prompt.owner)
+            found = await self._store.lookup(chain.hashes, fingerprint=self.fingerprint, tenant=prompt.owner)
         except AntefixError as err:
             # Placement without the store's word is still placement; the worker finds out what is there.
             log.warning("request %s: the store did not answer: %s", request_id, err)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 
@@ -13,6 +15,7 @@ from antefix import rpc
 from antefix.block import CPU_FLOAT32, as_tokens, check_arithmetic, exactness_of
 from antefix.clients import Tokens, usage_to_wire
 from antefix.config import require, setting
+from antefix.errors import FingerprintMismatch
 from antefix.events.address import check_url
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.layout import KVFormat
@@ -30,7 +33,7 @@ from antefix_router.front import Front, open_front
 from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.generation import Generator
-from antefix_router.keeper import Keeper
+from antefix_router.keeper import BreakpointPins
 from antefix_router.naming import Names
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
@@ -41,6 +44,9 @@ from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.workers import Role, Workers
 from antefix_router.prefilling import Limits, Prefilling
 from antefix_router.usage_service import UsageServicer
+from antefix_router.workers_arithmetic import Said, difference, learn
+
+log = logging.getLogger("antefix_router")
 
 # A caller without a deadline gets this one; nothing runs for ever.
 REQUEST_TIMEOUT_S = 3600.0
@@ -55,9 +61,7 @@ class RouterConfig(GatewayConfig):
     kv_format: str = setting("fp8", "precision of KV: fp8 or float32; must be the workers'")
     namespace: str = setting("default", "requests share KV within a namespace only")
     bounded_windows: int = setting(0, "as the workers have it: the namespace's KV may come from approximate replays")
-    arithmetic: str = setting(
-        CPU_FLOAT32, "what the workers compute with: cpu-float32, cuda-bfloat16, cuda-bfloat16-reproducible ..."
-    )
+    arithmetic: str = setting("", "what the workers compute, as `antefix doctor` names it; empty: they are asked")
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
@@ -80,7 +84,8 @@ class RouterConfig(GatewayConfig):
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         GatewayConfig.__post_init__(self)
-        check_arithmetic(self.arithmetic)
+        if self.arithmetic:
+            check_arithmetic(self.arithmetic)
         require(bool(self.model), "--model is needed: a directory with config.json and a tokenizer")
         require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
@@ -99,15 +104,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     def __init__(self, identity: ModelIdentity, tokenizer: Tokenizer, store: Store, config: RouterConfig) -> None:
         self._identity = identity
         self._tokenizer = tokenizer
-        exactness = exactness_of(config.bounded_windows)
-        self._fingerprint = identity.fingerprint(
-            KVFormat(config.kv_format), namespace=config.namespace, exactness=exactness, arithmetic=config.arithmetic
-        ).digest
+        self._config = config
+        # Without workers nothing is named; the first that is there says what goes into names.
+        self._arithmetic = config.arithmetic or CPU_FLOAT32
+        self._fingerprint = self._fingerprint_of(self._arithmetic)
         weight = config.compute_weight
         self._prefill = Workers(Role.PREFILL, make_policy(config.policy, compute_weight=weight), config.prefill)
         self._decode = Workers(Role.DECODE, make_policy(config.policy, compute_weight=weight), config.decode)
         keyring = Keyring.from_file(config.secret_file)
-        names = Names(
+        self._names = names = Names(
             fingerprint=self._fingerprint,
             keyring=keyring,
             block_size=identity.geometry.block_size,
@@ -121,7 +126,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             redis_url=config.events_redis if config.store_events else "",
             name=config.store_address,
         )
-        prefilling = Prefilling(
+        self._prefilling = prefilling = Prefilling(
             self._prefill,
             store,
             directory,
@@ -135,15 +140,59 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._keyring = keyring
         self.memory = MemoryFeed(directory, redis_url=config.events_redis)
         self.leases = Leases(self._prefill, self._decode, directory, fingerprint=self._fingerprint, memory=self.memory)
-        self.keeper = Keeper(config.store_address)
+        self.pins = BreakpointPins(config.store_address)
         self.front: Front = open_front(
             config,
-            Generator(prefilling, self._decode, names, directory, self.keeper, sessions),
+            Generator(prefilling, self._decode, names, directory, self.pins, sessions),
             identity=identity,
             tokenizer=tokenizer,
             keyring=keyring,
             fingerprint=self._fingerprint,
         )
+
+    def _fingerprint_of(self, arithmetic: str) -> bytes:
+        config = self._config
+        return self._identity.fingerprint(
+            KVFormat(config.kv_format),
+            namespace=config.namespace,
+            exactness=exactness_of(config.bounded_windows),
+            arithmetic=arithmetic,
+        ).digest
+
+    async def learn(self) -> None:
+        """Ask the workers that the settings name what they compute.  Raises:  ConfigError: they differ."""
+        workers = [*self._prefill.workers, *self._decode.workers]
+        if workers and not self._config.arithmetic:
+            self._adopt(await learn(workers))
+
+    def _adopt(self, arithmetic: str) -> None:
+        """Name everything by this from now on."""
+        log.info("workers compute %s", arithmetic)
+        self._arithmetic, self._fingerprint = arithmetic, self._fingerprint_of(arithmetic)
+        self._names.fingerprint = self._prefilling.fingerprint = self.leases.fingerprint = self._fingerprint
+        self.feed.rename(self._fingerprint)
+        accounts = self.front.accounts
+        accounts.served = replace(accounts.served, fingerprint=self._fingerprint.hex())
+
+    def _check_arithmetic(self, request: router_pb2.RegisterWorkerRequest) -> None:
+        """The first worker says what a router computes with that was not told; others must say the same.
+
+        Raises:  FingerprintMismatch: this one computes something else.
+        """
+        if not request.arithmetic or not request.ttl_s or request.arithmetic == self._arithmetic:
+            return
+        others = [*self._prefill.workers, *self._decode.workers]
+        is_ours = request.fingerprint == self._fingerprint_of(request.arithmetic)
+        if is_ours and not others and not self._config.arithmetic:
+            self._adopt(request.arithmetic)
+        elif is_ours:
+            known = next((worker for worker in others if worker.arithmetic), None)
+            who = f"{known.role} worker {known.address}" if known else "this router's --arithmetic"
+            here = Said(who=who, arithmetic=self._arithmetic, setup=known.setup if known else "a setting")
+            who = f"{request.role} worker {request.address}"
+            raise FingerprintMismatch(
+                difference(here, Said(who=who, arithmetic=request.arithmetic, setup=request.setup))
+            )
 
     async def Generate(
         self, message: router_pb2.GenerateRequest, context: rpc.Context
@@ -194,6 +243,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             model=self._identity.name,
             fingerprint=self._fingerprint,
             block_size=self._identity.geometry.block_size,
+            arithmetic=self._arithmetic,
         )
         for workers in (self._prefill, self._decode):
             for worker in workers.workers:
@@ -205,6 +255,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     num_tokens_queued=worker.num_tokens,
                     draining=worker.draining,
                     memory_known=self.memory.in_step(worker.address),
+                    arithmetic=worker.arithmetic,
+                    setup=worker.setup,
                 )
         counters = self._counters
         response.counters.led = counters.num_led
@@ -215,6 +267,11 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         response.counters.memory_events = self.memory.num_events
         response.counters.memory_gaps = self.memory.num_gaps
         response.counters.memory_snapshots = self.memory.num_snapshots
+        response.counters.unstored = self.front.accounts.num_unstored
+        response.counters.unstored_reason = self.front.accounts.unstored_reason
+        response.num_running = self.front.accounts.num_running
+        for name, value in dataclasses.asdict(self.front.accounts.retries.counts()).items():
+            setattr(response.answers, name, value)
         return response
 
     async def RegisterWorker(
@@ -228,12 +285,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             ttl_s=request.ttl_s,
             said_at_ms=request.said_at_ms,
         ).check(self._keyring, request.proof)
+        self._check_arithmetic(request)
         self.leases.renew(
             request.role,
             request.address,
             instance=request.instance,
             fingerprint=request.fingerprint,
             ttl_s=request.ttl_s,
+            arithmetic=request.arithmetic,
+            setup=request.setup,
         )
         return router_pb2.RegisterWorkerResponse()
 
@@ -250,16 +310,20 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageServicer(servicer.front), server)
 
+    await servicer.learn()
     http = await start_http(servicer.front, config) if config.http_address else None
 
+    accounts = servicer.front.accounts
+
+    async def leave() -> None:
+        accounts.retries.drain()
+
     async def stop() -> None:
-        if http is not None:
-            await http.stop()
         await servicer.front.close()
         await servicer.leases.close()
         await servicer.feed.close()
         await servicer.watched.close()
-        await servicer.keeper.close()
+        await servicer.pins.close()
         await store.close()
 
     server = await rpc.start_server(config.address, register, [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR])
@@ -267,4 +331,14 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     if config.store_events:
         servicer.feed.start()
     http_address = http.address if http is not None else ""
-    await rpc.run_until_signal(server, role="router", stop=stop, watch_stdin=watch_stdin, http_address=http_address)
+    await rpc.run_until_signal(
+        server,
+        role="router",
+        stop=stop,
+        watch_stdin=watch_stdin,
+        http_address=http_address,
+        leave=leave,
+        grace_s=config.grace_s,
+        others=[http.stop] if http is not None else [],
+        end=accounts.ending.end,
+    )

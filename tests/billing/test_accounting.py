@@ -9,7 +9,7 @@ from decimal import Decimal
 import pytest
 
 from antefix.block import as_tokens
-from antefix.errors import Conflict, InvalidRequest, Overloaded, QuotaExceeded, Unavailable
+from antefix.errors import InvalidRequest, Overloaded, QuotaExceeded, Unavailable
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.wire import Sampling
 from antefix_billing.ledger_files import read_settled
@@ -156,19 +156,24 @@ async def test_a_failed_request_costs_what_its_client_was_given(tmp_path, open_f
     assert (whole.status, whole.attempt, failed.price + whole.price) == (Status.STOP, 2, price_of(0, 100, 3))
 
 
-async def test_a_cancelled_request_is_billed_for_what_was_done_and_its_id_is_used_up(tmp_path, open_front):
-    front = open_front(Script(say=lambda prompt: "abcdef"), cards=load_cards([DEPLOY / "example.toml"]))
+@pytest.mark.parametrize("held", [False, True])
+async def test_a_cancelled_request_costs_what_was_given_and_its_retry_pays_the_rest(tmp_path, open_front, held):
+    front = open_front(Script(say=lambda prompt: "abcdef"), cards=CARDS)
     bill = await front.admit(request_of())
+    bill.is_held = held
     outputs = front.run(bill, 10.0)
-    await anext(outputs)
+    await _read(outputs, 2)
     await outputs.aclose()
     await front.accounts.close()
-    (record,) = records(tmp_path)
-    assert (record.status, record.output_tokens, record.prompt_tokens) == (Status.CANCELLED, 1, 100)
-    assert record.price > 0
-    again = open_front(Script())
-    with pytest.raises(Conflict, match="cancelled"):
-        await again.admit(request_of())
+    (cancelled,) = records(tmp_path)
+    num_given = 0 if held else 2
+    assert (cancelled.status, cancelled.output_tokens, cancelled.prompt_tokens) == (Status.CANCELLED, num_given, 100)
+    assert cancelled.price == price_of(0, 100, num_given)
+    again = open_front(Script(say=lambda prompt: "abcdef"), cards=CARDS)
+    await ask(again, "r")
+    _, whole = records(tmp_path)
+    assert (whole.status, whole.attempt, whole.output_tokens) == (Status.STOP, 2, 6)
+    assert cancelled.price + whole.price == price_of(0, 100, 6)
 
 
 async def test_a_repeat_gives_the_same_answer_is_not_charged_and_is_bounded(tmp_path, open_front):
@@ -197,6 +202,18 @@ async def test_an_id_cannot_be_used_for_another_request(open_front):
     with pytest.raises(InvalidRequest, match="another request"):
         await ask(front, "r", sampling=dataclasses.replace(SAMPLING, max_tokens=21))
     await ask(front, "r", tokens=as_tokens([1, 2, 3]), tenant="somebody else")
+
+
+async def test_what_could_not_be_stored_is_in_the_record_and_in_the_counters(tmp_path, open_front):
+    front = open_front(Script(hit=64))
+    await ask(front, "stored")
+    bill = await front.admit(request_of())
+    bill.generation.write_error = "InvalidRequest: a name is too long" + "x" * 500
+    [piece async for piece in front.run(bill, 10.0)]
+    stored, unstored = records(tmp_path)
+    assert not stored.write_error and b"write_error" not in stored.to_payload()
+    assert unstored.write_error.startswith("InvalidRequest: a name is too long") and len(unstored.write_error) == 200
+    assert (front.accounts.num_unstored, front.accounts.unstored_reason) == (1, unstored.write_error)
 
 
 async def test_no_bill_no_answer(tmp_path, open_front, monkeypatch):

@@ -41,7 +41,8 @@ class LedgerMachine(RuleBasedStateMachine):
         for name, item, answer in zip(names, items, self.ledger.append(items), strict=True):
             known = self.charged.get(name)
             if known is None or (not known["final"] and known["attempt"] < item.attempt):
-                known = {"attempt": item.attempt, "final": not status.is_ours, "output": output}
+                is_final = status in (Status.STOP, Status.LENGTH)
+                known = {"attempt": item.attempt, "final": is_final, "output": output}
                 self.charged[name] = known
                 self.open.discard(name)
             assert answer.record.output_tokens == known["output"]

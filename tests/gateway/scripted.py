@@ -19,6 +19,7 @@ from antefix_billing.ledger import Ledger
 from antefix_billing.ratecard import RateCards
 from antefix_billing.tenants import TenantBook
 from antefix_router.accounting import Accounts
+from antefix_router.answers import RetryConfig
 from antefix_router.front import Front
 from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway_config import GatewayConfig
@@ -91,7 +92,12 @@ def script_logprob(token: int, num_top: int) -> TokenLogprob:
 
 
 def make_front(
-    script: Script, *, ledger: Path | None, cards: RateCards | None = None, tenants: TenantBook | None = None
+    script: Script,
+    *,
+    ledger: Path | None,
+    cards: RateCards | None = None,
+    tenants: TenantBook | None = None,
+    retries: RetryConfig | None = None,
 ):
     identity = identify(MODEL, revision="test")
     tenants = tenants or TenantBook()
@@ -101,6 +107,7 @@ def make_front(
         keyring=Keyring(b"0" * 16),
         cards=cards or RateCards(),
         tenants=tenants,
+        retries=retries,
     )
     return Front(script, accounts, identity=identity, tokenizer=load_tokenizer(MODEL), tenants=tenants, signer=None)
 

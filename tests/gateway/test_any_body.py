@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from antefix.errors import ConfigError, InvalidRequest
 from antefix_billing.tenants import load_tenants
 from antefix_router.front import cache_tenant
+from tests.gateway import bodies
 from tests.gateway.scripted import Script, make_front, serving
 
 TOOL = {"name": "f", "description": "d", "parameters": {"type": "object"}}
@@ -113,20 +114,32 @@ async def test_the_bodies_are_good_as_they_are(address):
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.parametrize("address", BODIES)
-@pytest.mark.parametrize("stream", [False, True])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.fixture
+async def front():
+    return make_front(Script(), ledger=None)
+
+
+@pytest.fixture
+async def client(front):
+    """One server for all examples of a test: to start one takes longer than to ask it."""
+    async with (
+        serving(front, chat_format="deepseek-v4") as url,
+        httpx2.AsyncClient(base_url=url, timeout=30) as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("address", bodies.BODIES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-async def test_no_body_is_an_internal_error(address, stream, data):
-    body = BODIES[address]
+async def test_no_body_is_an_internal_error(front, client, address, data):
+    body = data.draw(st.sampled_from([known[address] for known in (BODIES, bodies.BODIES) if address in known]))
     for _ in range(data.draw(st.integers(0, 2))):
         path = data.draw(st.sampled_from(sorted(places(body), key=str)))
         body = changed(body, path, data.draw(JUNK))
-    if stream:
+    if data.draw(st.booleans()):
         body = {**body, "stream": True}
-    front = make_front(Script(), ledger=None)
-    async with serving(front, chat_format="deepseek-v4") as url, httpx2.AsyncClient() as client:
-        answer = await client.post(url + address, content=json.dumps(body).encode())
+    answer = await client.post(address, content=json.dumps(body).encode())
     assert answer.status_code in (200, 400, 404), answer.text
     assert not front.accounts._running
 
@@ -137,6 +150,46 @@ async def test_what_is_no_json_is_refused():
         for content in (b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000):
             answer = await client.post(url + "/v1/chat/completions", content=content)
             assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("depth", [20, 150, 250, 400, 900])
+async def test_what_is_nested_deeply_is_answered_or_refused(depth):
+    deep = '{"a":' * depth + "1" + "}" * depth
+    documents = '{"type":"document","source":{"type":"content","content":[' * depth + '"x"' + "]}}" * depth
+    user = '{"role":"user","content":"x"}'
+    tool_use = f'{{"role":"assistant","content":[{{"type":"tool_use","id":"1","name":"f","input":{deep}}}]}}'
+    call = f'{{"id":"1","function":{{"name":"f","arguments":{json.dumps(deep)}}}}}'
+    bodies = [
+        ("/v1/messages", f'"messages":[{{"role":"user","content":[{documents}]}}]'),
+        ("/v1/messages", f'"messages":[{user},{tool_use},{user}]'),
+        (
+            "/v1/messages",
+            f'"messages":[{user}],"tools":[{{"name":"f","strict":true,"input_schema":{{"enum":[{deep}]}}}}]',
+        ),
+        ("/v1/messages", f'"messages":[{user}],"tools":[{{"name":"f","input_schema":{deep}}}]'),
+        ("/v1/chat/completions", f'"messages":[{user},{{"role":"assistant","tool_calls":[{call}]}},{user}]'),
+        ("/v1/chat/completions", f'"messages":[{user}],"colour":{deep},"metadata":{deep}'),
+        ("/v1/chat/completions", f'"messages":[{{"role":"user","content":{"[" * depth + "]" * depth}}}]'),
+        ("/v1/responses", f'"input":[{{"type":"local_shell_call","action":{deep}}},{user}]'),
+    ]
+    front = make_front(Script(), ledger=None)
+    async with serving(front, chat_format="deepseek-v4") as url, httpx2.AsyncClient() as client:
+        for address, body in bodies:
+            content = f'{{"model":"antefix-tiny","max_tokens":3,{body}}}'
+            answer = await client.post(url + address, content=content.encode())
+            assert answer.status_code in (200, 400), (address, answer.text[:300])
+    assert not front.accounts._running
+
+
+async def test_many_keys_are_counted_and_not_each_named():
+    front = make_front(Script(), ledger=None)
+    body = {"model": "antefix-tiny", "prompt": "x", **{f"k{number}": 1 for number in range(200_000)}}
+    async with serving(front) as url, httpx2.AsyncClient() as client:
+        answer = await client.post(url + "/v1/completions", content=json.dumps(body).encode(), timeout=60)
+        long_name = await client.post(url + "/v1/completions", json={"model": "m" * 257, "prompt": "x"})
+    named = answer.headers["antefix-ignored"].split(", ")
+    assert answer.status_code == 200 and named[-1] == f"+{200_000 - len(named) + 1} more"
+    assert long_name.status_code == 400 and long_name.json()["error"]["param"] == "model"
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2J", "a\nb", "a\x1fb", "a\x7f", "a\x9b2J"])

@@ -148,11 +148,27 @@ def test_v4_goes_on_with_an_answer_that_was_begun():
     assert text == "<｜begin▁of▁sentence｜><｜User｜>write<｜Assistant｜></think>partial answer"
 
 
-def test_v4_refuses_what_it_has_no_words_for():
-    with pytest.raises(InvalidRequest, match="system messages"):
-        v4(user("a"), system("late"))
-    with pytest.raises(InvalidRequest, match="not JSON"):
-        v4(user("a"), assistant(tool_calls=(ToolCall(id="1", name="f", arguments="{oops"),)))
+def test_v4_writes_late_system_text_where_it_stands():
+    assert v4(system("first"), user("a"), assistant("b"), system("late"), user("c")) == (
+        "<｜begin▁of▁sentence｜>first<｜User｜>a<｜Assistant｜></think>b<｜end▁of▁sentence｜>"
+        "<｜User｜>late\n\nc<｜Assistant｜></think>"
+    )
+
+
+@pytest.mark.parametrize("broken", ["{oops", "[1]", "null", '{"a": 1} and more', "[" * 100_000])
+def test_v4_writes_arguments_that_are_no_json_object_as_text(broken):
+    text = v4(user("a"), assistant(tool_calls=(ToolCall(id="1", name="f", arguments=broken),)))
+    assert f'<｜DSML｜parameter name="arguments" string="true">{broken}</｜DSML｜parameter>' in text
+
+
+def test_names_say_who_speaks():
+    text = v4(system("s"), user("a", name="ann"), assistant("b", name="bob"), user("c"))
+    assert "<｜User｜>ann: a<｜Assistant｜></think>bob: b<｜end▁of▁sentence｜><｜User｜>c" in text
+
+
+def test_plain_writes_late_system_text_as_a_users_turn():
+    pieces = PlainFormat().render(Conversation(messages=(system("s"), user("a"), assistant("b"), system("late"))))
+    assert text_of(pieces) == "<|bos|>s<|end|><|user|>a<|end|><|assistant|>b<|end|><|user|>late<|end|><|assistant|>"
 
 
 def test_plain_refuses_tools():
@@ -214,14 +230,38 @@ def test_the_memory_is_bounded():
 def test_breakpoints_do_not_change_the_tokens():
     tokenizer, memory = ByteTokenizer(SPECIAL), AnswerMemory()
 
-    def render(*breaks):
-        conversation = Conversation(messages=(system("abc"), user("defgh", breaks=breaks)))
+    def render(*breakpoints):
+        conversation = Conversation(messages=(system("abc"), user("defgh", breakpoints=breakpoints)))
         return render_tokens(PlainFormat().render(conversation), tokenizer, memory, tenant="")
 
-    marked = render((2, 300.0), (5, 3600.0))
+    marked = render(Breakpoint(offset=2, ttl_s=300.0), Breakpoint(offset=5, ttl_s=3600.0), Breakpoint(ttl_s=9.0))
     assert marked.tokens == render().tokens
     # <|bos|> abc <|end|> <|user|> de | fgh |
-    assert marked.breakpoints == ((8, 300.0), (11, 3600.0))
+    assert marked.breakpoints == ((8, 300.0), (11, 9.0), (11, 3600.0))
+
+
+def test_a_breakpoint_in_an_answer_lies_where_it_stands_remembered_or_not():
+    tokenizer, memory = ByteTokenizer(SPECIAL), AnswerMemory()
+    call = ToolCall(id="1", name="f", arguments="{}")
+    marks = (Breakpoint(offset=2, ttl_s=1.0), Breakpoint(ttl_s=2.0))
+    said = assistant("abc", reasoning="why", tool_calls=(call,), breakpoints=marks)
+    turns = Conversation(messages=(user("q"), said, user("r")), effort=Effort.HIGH, tools=({"name": "f"},))
+    pieces = DeepSeekV4Format().render(turns)
+
+    def places():
+        rendered = render_tokens(pieces, tokenizer, memory, tenant="")
+        text = tokenizer.decode(rendered.tokens)
+        return rendered, [text.encode()[:at].decode().rpartition("<think>")[2] for at, _ in rendered.breakpoints]
+
+    rendered, inside = places()
+    assert inside[0] == "why</think>ab" and inside[1].endswith("</｜DSML｜tool_calls>")
+    prompt = render_tokens(
+        pieces[: pieces.index(next(p for p in pieces if isinstance(p, Answer)))], tokenizer, memory, tenant=""
+    )
+    answer = rendered.tokens[len(prompt.tokens) : rendered.breakpoints[1][0]]
+    memory.put(prompt.tokens, said, answer, tenant="")
+    again, inside_again = places()
+    assert again.num_remembered == 1 and inside_again == inside and again.tokens == rendered.tokens
 
 
 ANSWER = (
@@ -239,34 +279,128 @@ def parse(parser, text, cuts):
     return deltas + parser.finish()
 
 
+CONTENT_ANSWER = ANSWER.split("</think>")[1]
+
+
+def said_in(deltas):
+    """(reasoning, content, calls); a call is [name, arguments so far, is it whole]."""
+    calls = {}
+    for delta in deltas:
+        if delta.call is not None:
+            call = calls.setdefault(delta.call.id, ["", "", False])
+            assert not call[2], "a call goes on after its end"
+            call[0] += delta.call.name
+            call[1] += delta.call.arguments
+            call[2] = delta.call.is_last
+    return "".join(d.reasoning for d in deltas), "".join(d.content for d in deltas), [*calls.values()]
+
+
+def read(text, cuts=(), *, in_reasoning=False, has_tools=True):
+    return said_in(parse(DeepSeekV4Parser(in_reasoning=in_reasoning, has_tools=has_tools), text, cuts))
+
+
 @given(cuts=st.sets(st.integers(0, len(ANSWER))))
 def test_v4_answers_are_read_alike_however_they_are_cut(cuts):
-    deltas = parse(DeepSeekV4Parser(in_reasoning=True, has_tools=True), ANSWER, cuts)
-    assert "".join(delta.reasoning for delta in deltas) == "thinking about it"
-    assert "".join(delta.content for delta in deltas) == "Let me look."
-    (call,) = [delta.tool_call for delta in deltas if delta.tool_call]
-    assert call.name == "get" and json.loads(call.arguments) == {"city": "Bern", "days": 3}
+    reasoning, content, ((name, arguments, is_whole),) = read(ANSWER, cuts, in_reasoning=True)
+    assert (reasoning, content, name, is_whole) == ("thinking about it", "Let me look.", "get", True)
+    assert arguments == '{"city": "Bern", "days": 3}'
 
 
-@pytest.mark.parametrize("broken", [ANSWER[:-5], ANSWER.replace('days" string="false">3', 'days" string="false">x')])
-def test_what_is_no_valid_call_stays_text(broken):
-    deltas = parse(DeepSeekV4Parser(in_reasoning=True, has_tools=True), broken, {10, 40, 90})
-    assert not any(delta.tool_call for delta in deltas)
-    assert "".join(d.reasoning for d in deltas) + "</think>" + "".join(d.content for d in deltas) == broken
+@pytest.mark.parametrize("end", range(len(ANSWER) + 1))
+def test_an_answer_cut_off_anywhere_shows_no_markup(end):
+    """As max_tokens does it, at each place."""
+    reasoning, content, calls = read(ANSWER[:end], range(end), in_reasoning=True)
+    assert "thinking about it".startswith(reasoning) or reasoning == "thinking about it" + ANSWER[17:end]
+    assert "Let me look.".startswith(content.removesuffix("\n").removesuffix("\n"))
+    assert "｜" not in reasoning + content
+    for name, arguments, is_whole in calls:
+        assert name == "get" and '{"city": "Bern", "days": 3}'.startswith(arguments)
+        assert is_whole == ("</｜DSML｜invoke>" in ANSWER[:end])
 
 
-def test_without_tools_calls_are_text():
-    text = ANSWER.split("</think>")[1]
-    deltas = parse(DeepSeekV4Parser(in_reasoning=False, has_tools=False), text, {5})
-    assert "".join(delta.content for delta in deltas) == text
-
-
-def test_v4_calls_come_back_as_they_were_rendered():
-    """What the parser reads is what the next turn's rendering writes."""
+def test_arguments_go_out_as_they_come():
     parser = DeepSeekV4Parser(in_reasoning=False, has_tools=True)
-    deltas = parse(parser, ANSWER.split("</think>")[1], {7})
-    said = assistant("Let me look.", tool_calls=tuple(delta.tool_call for delta in deltas if delta.tool_call))
-    assert "</think>" + ANSWER.split("</think>")[1] + "<｜end▁of▁sentence｜>" in v4(user("a"), said, user("b"))
+    text = CONTENT_ANSWER.replace("Bern", 'a "quoted"\nline\\ and é' * 3)
+    pieces = [delta.call.arguments for char in text for delta in parser.push(char) if delta.call is not None]
+    assert len(pieces) > 60 and max(map(len, pieces)) < 20
+    assert json.loads("".join(pieces)) == {"city": 'a "quoted"\nline\\ and é' * 3, "days": 3}
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(
+    arguments=st.dictionaries(st.from_regex("[a-z_]{1,8}", fullmatch=True), VALUES, max_size=4),
+    cuts=st.sets(st.integers(0, 300), max_size=20),
+)
+def test_v4_calls_come_back_as_they_were_rendered(arguments, cuts):
+    """What the parser reads is what the next turn's rendering writes: rendered, read and rendered again is the same."""
+    call = ToolCall(id="1", name="get", arguments=json.dumps(arguments, ensure_ascii=False))
+    rendered = v4(user("a"), assistant("Let me look.", tool_calls=(call, call)))
+    answer = rendered.partition("</think>")[2].partition("<｜end▁of▁sentence｜>")[0]
+    _, content, calls = read(answer, cuts)
+    assert content == "Let me look."
+    assert calls == [["get", call.arguments, True]] * 2
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('<｜DSML｜parameter name="a" string="false">ls</｜DSML｜parameter>', {"a": "ls"}),
+        ('<｜DSML｜parameter name="a" string="false">NaN</｜DSML｜parameter>', {"a": "NaN"}),
+        ('<｜DSML｜parameter name="a" string="false">1e999</｜DSML｜parameter>', {"a": "1e999"}),
+        ('<｜DSML｜parameter name="a" string="false">"\\ud800"</｜DSML｜parameter>', {"a": '"\\ud800"'}),
+        ('<｜DSML｜parameter name="a">[1, 2]</｜DSML｜parameter>', {"a": [1, 2]}),
+        ('<｜DSML｜parameter name="a" string="true">1</｜DSML｜parameter> and so', {"a": "1"}),
+        (
+            '<｜DSML｜parameter name="a" string="true">2>&1 </b> <｜DSML｜invoke></｜DSML｜parameter>',
+            {"a": "2>&1 </b> <｜DSML｜invoke>"},
+        ),
+        ('<｜DSML｜parameter name="a" string="true">x</｜DSML｜parameter>' * 2, {"a": "x"}),
+        ("", {}),
+    ],
+)
+@pytest.mark.parametrize("frame", ["block", "no newline", "no block", "old name", "no end", "next call"])
+def test_calls_are_read_as_they_are_meant(written, arguments, frame):
+    invoke = f'<｜DSML｜invoke name="f">\n{written}\n</｜DSML｜invoke>\n'
+    text = {
+        "block": f"<｜DSML｜tool_calls>\n{invoke}</｜DSML｜tool_calls>",
+        "no newline": f"<｜DSML｜tool_calls>{invoke.replace(chr(10), '')}</｜DSML｜tool_calls>",
+        "no block": invoke,
+        "old name": f"<｜DSML｜function_calls>\n{invoke}</｜DSML｜function_calls>",
+        "no end": f"<｜DSML｜tool_calls>\n{invoke.replace('</｜DSML｜invoke>', '')}</｜DSML｜tool_calls>",
+        "next call": f"<｜DSML｜tool_calls>\n{invoke.replace('</｜DSML｜invoke>', '')}{invoke}</｜DSML｜tool_calls>",
+    }[frame]
+    _, content, calls = read("Now.\n\n" + text, range(0, len(text), 7))
+    assert content == "Now." and len(calls) == (2 if frame == "next call" else 1)
+    for name, said, is_whole in calls:
+        assert (name, json.loads(said), is_whole) == ("f", arguments, True)
+
+
+def test_calls_that_nobody_could_carry_out_are_left_out():
+    assert read(CONTENT_ANSWER + " Done.", has_tools=False) == ("", "Let me look.Done.", [])
+    assert read("Say" + CONTENT_ANSWER[12:] + " or not</think>No.", in_reasoning=True) == ("Sayor not", "No.", [])
+
+
+@given(
+    text=st.lists(
+        st.sampled_from(["<｜DSML｜", "</｜DSML｜", "invoke", "tool_calls", ">", '" name="x"', "\n", "a", "<"]),
+        max_size=12,
+    )
+)
+def test_no_markup_is_ever_shown(text):
+    text = "".join(text)
+    for has_tools in (True, False):
+        for in_reasoning in (True, False):
+            reasoning, content, calls = read(text, range(len(text)), in_reasoning=in_reasoning, has_tools=has_tools)
+            assert "｜DSML｜" not in reasoning + content
+            assert has_tools or not calls
+            for _, arguments, is_whole in calls:
+                assert not is_whole or isinstance(json.loads(arguments), dict)
 
 
 def test_plain_parser_passes_everything():
@@ -284,6 +418,44 @@ def test_a_template_is_rendered_and_users_cannot_forge_its_tokens(tmp_path):
     tokens = render_tokens(pieces, ByteTokenizer(SPECIAL), AnswerMemory(), tenant="").tokens
     assert [token for token in tokens if token >= 256] == [256, 258, 260, 259]
     assert ByteTokenizer(SPECIAL).decode(tokens) == "<|bos|><|user|>hi <|end|><|assistant|><|end|><|assistant|>"
+
+
+TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+ALTERNATING = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_templates_prompt_has_breakpoints_and_does_not_depend_on_them(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": name} for name in SPECIAL]}))
+    tokenizer = ByteTokenizer(SPECIAL)
+
+    def render(template, *breakpoints):
+        turns = (system("ab <|end|>\ufdd1"), user("cdef", breakpoints=breakpoints), user("gh"))
+        pieces = TemplateFormat(template, tmp_path).render(Conversation(messages=turns))
+        return render_tokens(pieces, tokenizer, AnswerMemory(), tenant="")
+
+    marks = (Breakpoint(ttl_s=3.0), Breakpoint(offset=2, ttl_s=1.0))
+    marked = render(TEMPLATE, *marks)
+    assert marked.tokens == render(TEMPLATE).tokens
+    texts = [(tokenizer.decode(marked.tokens[:at])[-3:], ttl_s) for at, ttl_s in marked.breakpoints]
+    assert texts == [(">cd", 1.0), ("def", 3.0)]
+    # A template that does more with the text than write it: no breakpoints, and the same prompt.
+    for body in (
+        "{{ m.content | length }}",
+        "{{ m.content[:2] }}",
+        "{{ m.content | tojson }}",
+        "{{ m.content | upper }}",
+    ):
+        template = TEMPLATE.replace("{{ m.content }}", body)
+        assert render(template, *marks).tokens == render(template).tokens
+
+
+def test_a_template_that_takes_no_late_system_text_gets_it_as_a_users(tmp_path):
+    turns = (user("a"), assistant("b"), system("late"), user("c"))
+    pieces = TemplateFormat(ALTERNATING, tmp_path).render(Conversation(messages=turns))
+    assert text_of(pieces) == "<|user|>a<|assistant|>b<|user|>late\n\nc"
 
 
 def test_a_template_may_refuse(tmp_path):

@@ -114,7 +114,5 @@ async def test_responses_include_them_when_asked(client):
             final = event.response.output[0].content[0]
     assert final.logprobs == whole.logprobs
     assert [delta.logprob for delta in deltas] == [entry.logprob for entry in whole.logprobs]
-    with pytest.raises(openai.BadRequestError, match="include"):
-        await client.responses.create(model=MODEL, input="x", include=["file_search_call.results"])
     with pytest.raises(openai.BadRequestError, match="top_logprobs"):
         await client.responses.create(model=MODEL, input="x", top_logprobs=3)

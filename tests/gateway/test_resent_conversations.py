@@ -37,11 +37,11 @@ async def url(tmp_path):
         model=MODEL_DIR,
         data_dir=tmp_path / "data",
         http_address="127.0.0.1:0",
+        chat_format="deepseek-v4",
         extra_flags={
             "kvstore": ("--budget-bytes", "256M"),
             "prefill": pool,
             "decode": pool,
-            "router": ("--chat-format", "deepseek-v4"),
         },
     )
     async with Deployment(config) as deployment:

@@ -361,3 +361,34 @@ async def test_a_stop_text_does_not_count_before_min_tokens(tmp_path):
                 model=MODEL, prompt="x", max_tokens=20, stop="X", extra_body={"min_tokens": min_tokens}
             )
             assert answer.choices[0].text == expected
+
+
+async def test_a_retry_is_given_several_outputs_again_and_they_are_billed_once(front, workers, tmp_path):
+    asking = {"model": MODEL, "messages": ASK, "n": 3, "max_tokens": 12, "extra_body": {"min_tokens": 4}}
+    async with serving(front) as url, openai_client(url) as client:
+        first, again = [
+            await client.chat.completions.create(**asking, extra_headers={"Idempotency-Key": "k"}) for _ in range(2)
+        ]
+    assert [choice.message.content for choice in again.choices] == [choice.message.content for choice in first.choices]
+    assert len(workers.generations) == 1 and len(records(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_text_ends_one_of_several_outputs_alone(tmp_path, stream):
+    """The first output says nothing of it; the second ends in its number, which is the stop text."""
+    front = make_front(Script(say=lambda prompt: "abc"), ledger=tmp_path / "ledger")
+    asking = {"model": MODEL, "prompt": "x", "max_tokens": 20, "n": 3, "stop": "1"}
+    texts, reasons = ["", "", ""], [None] * 3
+    async with serving(front) as url, openai_client(url) as client:
+        if stream:
+            async for chunk in await client.completions.create(**asking, stream=True):
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.text
+                    reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+        else:
+            answer = await client.completions.create(**asking)
+            texts = [choice.text for choice in answer.choices]
+            reasons = [choice.finish_reason for choice in answer.choices]
+    assert (texts, reasons) == (["abc", "abc", "abc2"], ["stop"] * 3)
+    (record,) = records(tmp_path)
+    assert record.output_tokens == 3 + 4 + 4

@@ -100,6 +100,13 @@ async def test_tokens_stored_under_another_fingerprint_are_told_to_their_tenant_
     assert (await run(tenant="other")).miss_reason == "first_seen"
 
 
+async def test_a_worker_that_borrows_names_writes_nothing_under_them(run):
+    assert (await run(borrows=True)).written_tokens == 0
+    report = await run()
+    assert (report.hit_tokens, report.miss_reason) == (0, "first_seen")
+    assert (await run(borrows=True)).hit_tokens == 384
+
+
 async def test_a_short_prompt_is_below_the_minimum(run):
     assert (await run(TOKENS[:64])).miss_reason == "below_minimum"
     assert (await run(TOKENS[100:165])).miss_reason == "first_seen"

@@ -1,8 +1,11 @@
 """Reproducible mode where arithmetic depends on shapes: a hit resumes only where a cold run starts a chunk."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from antefix.model import Arithmetic
 from antefix.record import RecordKind
 from antefix.window import RestorePlanner
 from antefix_decode.store_output import store_token
@@ -10,7 +13,7 @@ from antefix_prefill import restore as restore_module
 from antefix_prefill import run_prompt as prompt_module
 from antefix_prefill.restore import forward as plain_forward
 from antefix_prefill.run_prompt import run_prompt
-from antefix_prefill.worker.engine import arithmetic_ignores_shapes
+from antefix_prefill.worker.engine import ignores_shapes
 
 CHUNK = 192
 RNG = np.random.default_rng(31)
@@ -50,8 +53,11 @@ def shapes(monkeypatch):
 
 
 def test_on_a_cpu_it_holds_by_construction():
-    assert arithmetic_ignores_shapes("cpu")
-    assert not arithmetic_ignores_shapes("cuda")
+    measured = Arithmetic(name="cpu-float32", setup="", failed=("24 x 16: depends on the number of threads",))
+    assert ignores_shapes(measured, "cpu")
+    assert not ignores_shapes(measured, "cuda")
+    assert ignores_shapes(measured, "cuda", reproducible_kernels=True)
+    assert not ignores_shapes(replace(measured, failed=("24 x 16: depends on a row's place",)), "cpu")
 
 
 @pytest.mark.parametrize("strategy", ["full", "boundary", "auto", "periodic(100)", "zero"])

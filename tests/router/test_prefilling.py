@@ -69,17 +69,17 @@ def build(num_workers=1, **limits):
     return Prefilling(workers, store, Directory(), fingerprint=FINGERPRINT, limits=limits), workers, clients, store
 
 
-def start(prefilling, request_id, tokens=TOKENS, timeout_s=20.0, keep=()):
-    request = request_of(request_id, tokens, keep)
+def start(prefilling, request_id, tokens=TOKENS, timeout_s=20.0, breakpoints=()):
+    request = request_of(request_id, tokens, breakpoints)
     return asyncio.create_task(prefilling.run(request, NAMES.prompt("t", tokens), timeout_s=timeout_s))
 
 
-def request_of(request_id, tokens=TOKENS, keep=(), session="", num_samples=1):
+def request_of(request_id, tokens=TOKENS, breakpoints=(), session="", num_samples=1):
     return GenerationRequest(
         tokens=tokens,
         sampling=Sampling(max_tokens=1),
         caller=Caller(tenant="t", request_id=request_id, session=session),
-        breakpoints=tuple(keep),
+        breakpoints=tuple(breakpoints),
         num_samples=num_samples,
     )
 
@@ -229,7 +229,7 @@ async def test_a_short_rest_goes_straight_to_decode():
 async def test_what_is_to_be_kept_is_asked_of_a_prefill_worker():
     prefilling, _, (client,), _ = build(prefill_tokens_min=1000)
     client.gate.set()
-    assert (await start(prefilling, "r", keep=((256, 60.0),))).answer is not None
+    assert (await start(prefilling, "r", breakpoints=((256, 60.0),))).answer is not None
     assert client.kept == ((256, 60.0),)
 
 

@@ -15,7 +15,9 @@ from antefix.errors import InvalidRequest, Unavailable
 from antefix.record import Record, RecordKind
 from antefix.store.api import Store
 from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.store_stats import read_stats
 from antefix.v1 import kvstore_pb2
+from antefix_console.commands import doctor
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import Engine
@@ -303,3 +305,27 @@ async def test_readers_in_other_processes_follow_the_writer(service: Service) ->
     assert (await reader.stdout.readline()).split() == [b"6", b"0"]
     assert await reader.wait() == 0
     await client.close()
+
+
+async def test_a_write_that_can_never_be_stored_is_counted_and_named(tmp_path: Path) -> None:
+    # Records so small that one is a single message: gRPC hides why a longer stream was refused in its middle.
+    service = Service(tmp_path / "store", segment_bytes=128 << 10)
+    await service.start()
+    store = RemoteStore(service.address)
+    assert (await read_stats(store)).impossible_writes == 0
+    too_large = Prompt([1] * BLOCK, payload_bytes=service.config.record_bytes_max + 1)
+    for _ in range(2):
+        with pytest.raises(InvalidRequest, match="payload"):
+            await store.put(too_large.blocks())
+    stats = await read_stats(store)
+    assert stats.impossible_writes == 2 and "payload" in stats.impossible_write
+    assert stats.free_bytes > stats.free_bytes_min > 0 == len(stats.stopped) and stats.limit_bytes > 0
+    writes, space = await asyncio.to_thread(doctor._store, service.address)
+    assert (writes.status, space.status) == ("fail", "ok") and "payload" in writes.detail
+    # Nothing is stored, and why: what the file system has left.
+    service.servicer.engine.space.free.margin_bytes = 1 << 60
+    assert (await store.put(Prompt([2] * BLOCK).blocks())).num_stored == 0
+    await store.close()
+    _, space = await asyncio.to_thread(doctor._store, service.address)
+    assert space.status == "warn" and "nothing is stored now" in space.detail
+    await service.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib.metadata
 import importlib.util
 import json
@@ -13,16 +14,26 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from antefix.v1 import router_pb2
+from antefix_console import shipped
+
+if TYPE_CHECKING:
+    from antefix.store.store_stats import StoreTotals
+
 PACKAGES = ("grpcio", "protobuf", "lmdb", "zstandard", "xxhash", "numpy", "redis")
 # What prefill and decode need; a host that runs a router or a store has no use for them.
 WORKER_PACKAGES = ("torch", "safetensors")
+_ARITHMETIC_ON = "arithmetic on "
 _PROBE_BYTES = 64 << 20
 # Below this a durable put of one V4-Flash block (450 KB) takes longer than computing it on a fast GPU.
 _DISK_WRITE_MIN = 50e6
+# Of a store's budget: two segments are kept for compaction, a sixteenth where segments have their usual size.
+_BUDGET_HELD_MIN = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +48,31 @@ class Finding:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, help="probe this directory's disk (default: the temporary directory)")
+    parser.add_argument(
+        "--model", type=Path, default=shipped.MODEL, help="probe this model's shapes (default: shipped)"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="torch threads, as a worker has them")
+    parser.add_argument("--device", default="", help="probe here too (default: a card, if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="as workers have it")
+    parser.add_argument("--reproducible", action="store_true", help="on a card: as workers have it")
+    parser.add_argument(
+        "--store", metavar="HOST:PORT", help="ask this store service as well: is all stored, is there room"
+    )
+    parser.add_argument(
+        "--router", metavar="HOST:PORT", help="ask this router too: do its workers compute the same, is all stored"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     findings = [_python(), *_packages()]
     if importlib.util.find_spec("torch") is not None:
-        findings += [_arithmetic(), _gpu()]
+        findings += [*_arithmetic(args), _gpu()]
+    if args.router:
+        findings += _workers(args.router, findings)
     findings += [_disk(args.data_dir), _open_files()]
+    findings += _store(args.store) if args.store else []
+    findings += _router(args.router) if args.router else []
     failed = [finding for finding in findings if finding.status == "fail"]
     if args.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
@@ -60,7 +88,7 @@ def _python() -> Finding:
 
 
 def _packages() -> list[Finding]:
-    findings = []
+    findings: list[Finding] = []
     for name in PACKAGES:
         try:
             findings.append(Finding(check=name, status="ok", detail=importlib.metadata.version(name)))
@@ -75,38 +103,78 @@ def _packages() -> list[Finding]:
     return findings
 
 
-def _arithmetic() -> Finding:
-    from antefix.model import row_invariant_ok
+def _arithmetic(args: argparse.Namespace) -> list[Finding]:
+    """What this machine computes for the model with these threads: its name, and what was not found exact."""
+    import torch
 
-    if row_invariant_ok():
-        return Finding(check="arithmetic", status="ok", detail="matrix products do not depend on the number of rows")
-    return Finding(
-        check="arithmetic",
-        status="warn",
-        detail="a row of a matrix product depends on how many rows there are",
-        advice="hits agree with cold runs within rounding here, not to the bit",
-    )
+    from antefix.errors import AntefixError
+    from antefix.model import load_model, probe
+    from antefix.model.backend import uses_triton
+
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    findings: list[Finding] = []
+    for where in dict.fromkeys(("cpu", device)):
+        dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+        try:
+            model = load_model(args.model, device=where, dtype=dtype)
+        except AntefixError as err:
+            return [*findings, Finding(check="arithmetic", status="fail", detail=str(err), advice="see --model")]
+        kernels = "triton" if uses_triton("auto", model.layout, where) else "torch"
+        measured = probe(model, reproducible=args.reproducible, kernels=kernels)
+        detail = f"{measured.name}: {measured.num_proved} checks of {args.model.name} held on {measured.setup}"
+        findings.append(Finding(check=f"{_ARITHMETIC_ON}{where}", status="ok", detail=detail))
+        advice = "hits agree with cold runs within rounding, not to the bit; --reproducible true keeps them exact"
+        findings += [Finding(check="exactness", status="warn", detail=text, advice=advice) for text in measured.failed]
+        findings += [Finding(check="not proved", status="ok", detail=text) for text in measured.unproved]
+    return findings
+
+
+def _workers(router: str, found: list[Finding]) -> list[Finding]:
+    """What a deployment's workers said that they compute, and whether a worker here would share with them."""
+    from antefix.errors import AntefixError
+
+    try:
+        status = asyncio.run(_status_of(router))
+    except AntefixError as err:
+        return [Finding(check="workers", status="fail", detail=str(err), advice="is that a router's address?")]
+    findings: list[Finding] = []
+    for worker in status.workers:
+        name = worker.arithmetic or "has not said what it computes"
+        agrees = worker.arithmetic == status.arithmetic
+        detail = f"{name} on {worker.setup}" if worker.setup else name
+        advice = "" if agrees else f"hits nothing of the others, who compute {status.arithmetic}"
+        status_word = "ok" if agrees else "warn"
+        findings.append(
+            Finding(check=f"{worker.role} {worker.address}", status=status_word, detail=detail, advice=advice)
+        )
+    here = [finding for finding in found if finding.check.startswith(_ARITHMETIC_ON)]
+    shares = any(finding.detail.startswith(f"{status.arithmetic}:") for finding in here)
+    if here and not shares:
+        detail = f"a worker here would hit nothing of theirs: they compute {status.arithmetic}"
+        advice = "compare the set-ups above; the model, threads and dtype must be theirs too"
+        findings.append(Finding(check="sharing", status="warn", detail=detail, advice=advice))
+    elif here:
+        findings.append(Finding(check="sharing", status="ok", detail="a worker here computes what they compute"))
+    return findings
+
+
+async def _status_of(router: str) -> router_pb2.RouterStatusResponse:
+    from antefix.clients import RouterClient
+
+    return await RouterClient(router).status()
 
 
 def _gpu() -> Finding:
     import torch
 
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        if importlib.util.find_spec("triton") is None:
-            advice = "pip install 'antefix[gpu]'"
-            return Finding(check="gpu", status="warn", detail=f"{name}; no Triton, so no kernels", advice=advice)
-        from antefix.model.numerics import card_invariant_ok
-
-        if card_invariant_ok():
-            return Finding(check="gpu", status="ok", detail=f"{name}; products do not depend on the number of rows")
-        return Finding(
-            check="gpu",
-            status="warn",
-            detail=f"{name}; a row of a product depends on how many rows there are",
-            advice="--reproducible will not hold here",
-        )
-    return Finding(check="gpu", status="ok", detail="none; everything runs on the CPU")
+    if not torch.cuda.is_available():
+        return Finding(check="gpu", status="ok", detail="none; everything runs on the CPU")
+    name = torch.cuda.get_device_name()
+    if importlib.util.find_spec("triton") is None:
+        advice = "pip install 'antefix[gpu]'"
+        return Finding(check="gpu", status="warn", detail=f"{name}; no Triton, so no kernels", advice=advice)
+    return Finding(check="gpu", status="ok", detail=name)
 
 
 def _disk(directory: Path | None) -> Finding:
@@ -124,6 +192,52 @@ def _disk(directory: Path | None) -> Finding:
         return Finding(check="disk", status="fail", detail=str(err), advice="choose another --data-dir")
     status = "ok" if rate > _DISK_WRITE_MIN else "warn"
     return Finding(check="disk", status=status, detail=f"{rate / 1e9:.2f} GB/s durable sequential write")
+
+
+def _store(address: str) -> list[Finding]:
+    """Whether a running store takes what it is given. Raises:  Unavailable: it does not answer."""
+    from antefix.store.client import RemoteStore
+    from antefix.store.store_stats import read_stats
+
+    async def ask() -> StoreTotals:
+        store = RemoteStore(address)
+        try:
+            return await read_stats(store)
+        finally:
+            await store.close()
+
+    stats = asyncio.run(ask())
+    writes = Finding(check="store writes", status="ok", detail="none that could never be stored")
+    if stats.impossible_writes:
+        detail = f"{stats.impossible_writes} could never be stored; the last: {stats.impossible_write}"
+        advice = "these callers are served without the cache: mend what is named"
+        writes = Finding(check="store writes", status="fail", detail=detail, advice=advice)
+    space = (
+        f"{stats.used_bytes / 1e6:.0f} of {stats.limit_bytes / 1e6:.0f} MB used, {stats.free_bytes / 1e6:.0f} MB free"
+    )
+    if stats.stopped:
+        advice = "free space on its file system; hits are served meanwhile"
+        room = Finding(
+            check="store space", status="warn", detail=f"nothing is stored now: {stats.stopped}", advice=advice
+        )
+    elif stats.limit_bytes < stats.budget_bytes * _BUDGET_HELD_MIN:
+        advice = f"its file system cannot hold the budget of {stats.budget_bytes / 1e6:.0f} MB: lower it, or make room"
+        room = Finding(check="store space", status="warn", detail=space, advice=advice)
+    else:
+        room = Finding(check="store space", status="ok", detail=space)
+    return [writes, room]
+
+
+def _router(address: str) -> list[Finding]:
+    """Whether what its requests compute is stored. Raises:  Unavailable: it does not answer."""
+    from antefix.clients import RouterClient
+
+    counters = asyncio.run(RouterClient(address).status()).counters
+    if not counters.unstored:
+        return [Finding(check="requests stored", status="ok", detail="all that were computed")]
+    detail = f"{counters.unstored} could not all be stored; the last: {counters.unstored_reason}"
+    advice = "usage records name the requests: write_error"
+    return [Finding(check="requests stored", status="warn", detail=detail, advice=advice)]
 
 
 def _open_files() -> Finding:

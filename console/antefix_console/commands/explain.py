@@ -25,6 +25,7 @@ from antefix.window_pool import DISK, check_address, open_window_pool
 from antefix.window_pool.open_pool import MEMORY
 from antefix_console import shipped
 from antefix_console.commands.prompt_text import given_text, read_text
+from antefix_console.deployment import ARITHMETIC_FILE
 from antefix_console.explain.answer import Explanation, explain
 from antefix_console.explain.block_evidence import NamedChain, State, gather, holdings, statements
 from antefix_console.explain.text import lines
@@ -48,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--namespace", default="default", help="default: default")
     parser.add_argument("--bounded-windows", type=int, default=0, metavar="K", help="as the workers have it")
     parser.add_argument(
-        "--arithmetic", default=CPU_FLOAT32, metavar="DEVICE-DTYPE", help="what the workers compute with (cpu-float32)"
+        "--arithmetic",
+        metavar="NAME",
+        help="what the workers compute, as `antefix doctor` names it (default: what the last `antefix up` found)",
     )
     parser.add_argument("--tenant", default="", help="whose prompt it is (default: no tenant, as without API keys)")
     parser.add_argument("--user", default="", help="the tenant's end user, if requests name one")
@@ -95,7 +98,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     keyring = Keyring.from_file(_path(args, "secret_file", "secret"))
     mine = Whose(identity=identity, kv_format=KVFormat(args.kv_format), namespace=args.namespace,
                  tenant=_tenant(args, args.tenant), bounded_windows=args.bounded_windows,
-                 arithmetic=check_arithmetic(args.arithmetic))  # fmt: skip
+                 arithmetic=_arithmetic(args))  # fmt: skip
     names = mine.names(tokens, keyring)
     # 1. What the store's files say.
     directory = _path(args, "store_dir", "store")
@@ -173,6 +176,13 @@ def _stated(directory: Path, mine: Whose, tokens: Tokens, keyring: Keyring) -> I
             label = ", ".join(f"{name} {said.get(name)}" for name in fields)
             names = mine.names_under(digest, tokens, keyring, label)
             yield replace(names, state=State.ARITHMETIC_DIFFERS) if fields == ("arithmetic",) else names
+
+
+def _arithmetic(args: argparse.Namespace) -> str:
+    if args.arithmetic:
+        return check_arithmetic(args.arithmetic)
+    file = args.data_dir / ARITHMETIC_FILE if args.data_dir else None
+    return check_arithmetic(file.read_text().strip()) if file and file.is_file() else CPU_FLOAT32
 
 
 def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:

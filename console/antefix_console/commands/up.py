@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import signal
 import sys
 from pathlib import Path
 
-from antefix.config import require
-from antefix.errors import Unavailable
+from antefix.config import GRACE_S, require
+from antefix.errors import AntefixError, Unavailable
 from antefix.window_pool import DISK, RedisWindowPool
 from antefix.window_pool.open_pool import MEMORY
 from antefix_console import shipped
@@ -80,6 +81,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ratecards", nargs="*", default=(), metavar="FILE", help="prices (deploy/ratecards has examples)"
     )
     parser.add_argument("--tenants-file", default="", metavar="FILE", help="tenants' API keys and limits")
+    parser.add_argument(
+        "--chat-format",
+        choices=("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template"),
+        default="auto",
+        help="how conversations are written for the model; deepseek-v4 has tools and thinking (default: auto)",
+    )
+    parser.add_argument(
+        "--model-aliases", default="", metavar="FILE", help="names that clients may use (deploy/model_aliases.toml)"
+    )
+    parser.add_argument(
+        "--grace-s",
+        type=float,
+        default=GRACE_S,
+        metavar="S",
+        help=f"how long running requests may take when it stops (default: {GRACE_S:g})",
+    )
     parser.add_argument("--json", action="store_true", help="print addresses as one JSON line")
 
 
@@ -114,6 +131,9 @@ def run(args: argparse.Namespace) -> int:
         num_routers=args.num_routers,
         ratecards=tuple(args.ratecards),
         tenants_file=args.tenants_file,
+        chat_format=args.chat_format,
+        model_aliases=args.model_aliases,
+        grace_s=args.grace_s,
     )
     return asyncio.run(_run(config, as_json=args.json))
 
@@ -128,7 +148,26 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
     async with Deployment(config) as deployment:
         _announce(deployment, as_json=as_json)
         await _until_stopped(deployment, asked)
-    return 0
+        loop.add_signal_handler(signal.SIGINT, deployment.hurry)
+        # A supervisor may repeat itself; only Ctrl-C is a hurry.
+        loop.add_signal_handler(signal.SIGTERM, lambda: None)
+        return await _stop(deployment)
+
+
+async def _stop(deployment: Deployment) -> int:
+    """Returns 1 where a role had to be killed."""
+    _tell("stopping ...")
+    with contextlib.suppress(AntefixError):
+        if num_running := await deployment.num_running():
+            grace_s = deployment.config.grace_s
+            _tell(f"waiting for {num_running} running requests, {grace_s:g} s at most; Ctrl-C ends them now")
+    killed = await deployment.stop(_tell)
+    _tell(f"{len(killed)} processes had to be killed" if killed else "stopped")
+    return 1 if killed else 0
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 async def warn_of_pool(address: str) -> None:

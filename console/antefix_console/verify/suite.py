@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from antefix.clients import Tokens
+from antefix.model import probe
 from antefix.model.backend import uses_triton
 from antefix.record import LookupResult
 from antefix.store.api import Store
@@ -37,7 +38,7 @@ from antefix_console.verify.paired_runs import (
 from antefix_console.verify.stores import PrefixView
 from antefix_console.verify.verdict import Case, Report
 from antefix_prefill.worker.compute_thread import ComputeThread
-from antefix_prefill.worker.engine import arithmetic_ignores_shapes
+from antefix_prefill.worker.engine import ignores_shapes
 
 # Relative errors that are accepted where a machine's arithmetic depends on shapes (`antefix doctor` says so). Float32
 # differs in its last bits there; a rounding that tips over moves a value by up to an eighth in FP8 and, where
@@ -113,7 +114,9 @@ class Suite:
         self._workers = WorkerPair(
             subject, ComputeThread("verify"), plan.prefill_chunk, backend.kernels, backend.reproducible
         )
-        is_free = arithmetic_ignores_shapes(backend.device, reproducible_kernels=backend.is_invariant(subject))
+        is_free = ignores_shapes(
+            probe(subject.model), backend.device, reproducible_kernels=backend.is_invariant(subject)
+        )
         self._exact_bound = 0.0 if is_free else SHAPE_BOUND[subject.kv_format.value]
 
     async def run(self, strategies: Sequence[str]) -> None:

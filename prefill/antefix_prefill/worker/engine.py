@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from antefix.block import NO_LABELS, Chain, Labels, arithmetic_of, exactness_of
+from antefix.block import CPU_FLOAT32, NO_LABELS, Chain, Fingerprint, Labels, check_arithmetic, exactness_of
 from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import BlockLayout, KVFormat, PartKind
-from antefix.model import BlockPool, Model, load_model, row_invariant_ok
+from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
 from antefix.model.backend import KERNELS, make_backend, uses_triton
 from antefix.model.ops import Ops, TorchOps
 from antefix.model_dir import ModelIdentity, identify
@@ -30,6 +30,8 @@ from antefix_prefill.worker.store_counters import StoreCounters
 
 log = logging.getLogger("antefix_prefill.worker")
 
+# Of engines that are put together by hand, as tests do.
+NOT_PROBED = Arithmetic(name=CPU_FLOAT32, setup="not probed")
 # However small its KV, a block takes room for its name, its counts and its places in lists.
 BLOCK_BYTES_MIN = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,6 +49,12 @@ class EngineConfig:
     dtype: str = setting("float32", "precision of weights and activations: float32 or bfloat16")
     kernels: str = setting("auto", "cache path: torch, triton (CUDA and fp8 only), or auto: triton where it can run")
     threads: int = setting(0, "torch threads; 0 leaves torch's own choice")
+    arithmetic: str = setting(
+        "",
+        "take KV of this arithmetic for one's own, as `antefix doctor` names it; where it is not this worker's, nothing"
+        " is stored; empty: this worker's own",
+    )
+    arithmetic_cache: str = setting("", "directory that keeps what was measured at start, for the next start")
     pool_bytes: int = setting(1 << 30, "memory for the block pool", unit="bytes")
     prefill_chunk: int = setting(512, "prefill runs in chunks that end at multiples of this", unit="tokens")
     strategy: str = setting(
@@ -72,6 +80,8 @@ class EngineConfig:
         require(self.kernels in KERNELS, f"kernels must be one of {', '.join(KERNELS)}, is {self.kernels!r}")
         require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
         require(self.prefill_chunk > 0, f"prefill_chunk must be positive, is {self.prefill_chunk}")
+        if self.arithmetic:
+            check_arithmetic(self.arithmetic)
         require(self.threads >= 0, f"threads must not be negative, is {self.threads}")
         check_window_settings(
             self.strategy,
@@ -96,6 +106,8 @@ class Engine:
     align_tokens: 1, or in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
     ops: the cache path's operations; they belong to the pool's kind.
     labels, statement: of the fingerprint.  seals: with which every record is written.
+    arithmetic: what was measured here; its name is that of the KV that this worker takes for its own.
+    borrows: it computes another arithmetic than that of the KV that it reads, so it writes none under these names.
     """
 
     identity: ModelIdentity
@@ -119,6 +131,8 @@ class Engine:
     ops: Ops = field(default_factory=TorchOps)
     labels: Labels = NO_LABELS
     statement: bytes = b""
+    arithmetic: Arithmetic = NOT_PROBED
+    borrows: bool = False
     seals: Seals = field(init=False)
 
     def __post_init__(self) -> None:
@@ -153,7 +167,7 @@ class Engine:
     @property
     def stores_output(self) -> bool:
         """Decoding runs other shapes than prefilling. Where that makes other bits, reproducible mode keeps none."""
-        return self.align_tokens == 1
+        return self.align_tokens == 1 and not self.borrows
 
     def chain(self, tenant: str, generation: int = 0) -> Chain:
         """An empty chain for a tenant's tokens.  generation: of the secret; 0: the present one."""
@@ -207,20 +221,14 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
     block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
     num_blocks = max(1, config.pool_bytes // max(block_bytes, BLOCK_BYTES_MIN))
     pool, ops = make_backend(config.kernels, model.layout, num_blocks, config.device, reproducible=config.reproducible)
-    free = arithmetic_ignores_shapes(config.device, reproducible_kernels=packed and config.reproducible)
-    if not free and not config.reproducible and torch.device(config.device).type == "cpu":
-        log.warning(
-            "this machine's matrix products depend on the number of rows (see `antefix doctor`): hits equal cold runs"
-            " within rounding only; with --reproducible true they equal them to the bit"
-        )
+    measured = _measure(model, config, packed=packed)
+    free = ignores_shapes(measured, config.device, reproducible_kernels=packed and config.reproducible)
     align_tokens = config.prefill_chunk if config.reproducible and not free else 1
-    arithmetic = arithmetic_of(config.device, config.dtype, reproducible=config.reproducible)
-    fingerprint = identity.fingerprint(
-        kv_format,
-        namespace=config.namespace,
-        exactness=exactness_of(config.bounded_windows),
-        arithmetic=arithmetic,
-    )
+    own = measured.name
+    fingerprint = _fingerprint(identity, config, config.arithmetic or own)
+    borrows = fingerprint.digest != _fingerprint(identity, config, own).digest
+    if borrows:
+        log.warning("this worker computes %s and takes KV of %s for its own: it stores nothing", own, config.arithmetic)
     secrets = keyring or Keyring.from_file(config.secret_file)
     return Engine(
         identity=identity,
@@ -244,15 +252,40 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
         budget=CheckpointBudget(counter_of(store)),
         namespace=config.namespace,
         ops=ops,
+        arithmetic=replace(measured, name=config.arithmetic or own),
+        borrows=borrows,
     )
 
 
-def arithmetic_ignores_shapes(device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
+def _fingerprint(identity: ModelIdentity, config: EngineConfig, arithmetic: str) -> Fingerprint:
+    return identity.fingerprint(
+        KVFormat(config.kv_format),
+        namespace=config.namespace,
+        exactness=exactness_of(config.bounded_windows),
+        arithmetic=arithmetic,
+    )
+
+
+def _measure(model: Model, config: EngineConfig, *, packed: bool) -> Arithmetic:
+    """What this process computes for this model, said in the log as well."""
+    measured = probe(
+        model,
+        reproducible=config.reproducible,
+        kernels="triton" if packed else "torch",
+        cache_dir=config.arithmetic_cache,
+    )
+    log.info("arithmetic %s on %s", measured.name, measured.setup)
+    for text in measured.failed:
+        log.warning("not exact here: %s (see `antefix doctor`); with --reproducible true hits are all the same", text)
+    if measured.unproved:
+        log.info("not proved here: %s", "; ".join(measured.unproved))
+    return measured
+
+
+def ignores_shapes(measured: Arithmetic, device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
     """Whether a token's bits are the same however its prompt is cut: so on a CPU, by construction and as probed, and on
     a card where the reproducible kernels run."""
-    if torch.device(device).type != "cpu":
-        return reproducible_kernels
-    return row_invariant_ok()
+    return reproducible_kernels if torch.device(device).type != "cpu" else measured.ignores_shapes
 
 
 def pool_block_bytes(layout: BlockLayout) -> int:

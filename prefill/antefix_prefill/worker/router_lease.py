@@ -30,8 +30,17 @@ class WorkerLease:
     """`async with`: keeps the lease with every router; without routers it does nothing."""
 
     def __init__(
-        self, routers: Sequence[str], *, role: str, address: str, fingerprint: bytes, keyring: Keyring
+        self,
+        routers: Sequence[str],
+        *,
+        role: str,
+        address: str,
+        fingerprint: bytes,
+        keyring: Keyring,
+        arithmetic: str = "",
+        setup: str = "",
     ) -> None:
+        self._arithmetic, self._setup = arithmetic, setup
         self._routers = tuple(dict.fromkeys(routers))
         self._role = role
         self._address = address
@@ -100,6 +109,8 @@ class WorkerLease:
             ttl_s=registration.ttl_s,
             said_at_ms=registration.said_at_ms,
             proof=registration.proof(self._keyring),
+            arithmetic=self._arithmetic,
+            setup=self._setup,
         )
         with rpc.rpc_errors():
             await stub.RegisterWorker(request, timeout=_CALL_TIMEOUT_S)

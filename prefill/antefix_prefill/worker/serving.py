@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.descriptor import FileDescriptor
 
 from antefix import rpc
-from antefix.config import require, setting
+from antefix.config import grace_setting, require, setting
 from antefix.events.address import check_url
 from antefix.events.redis_bus import MemoryPublisher
 from antefix.secret import Keyring
@@ -36,12 +36,14 @@ class WorkerConfig(EngineConfig):
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
     routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
     events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
+    grace_s: float = grace_setting()
 
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         EngineConfig.__post_init__(self)
         require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
         check_url(self.events_redis)
+        require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
 
 
 async def start_engine(config: WorkerConfig) -> Engine:
@@ -85,6 +87,10 @@ async def serve_worker(
         address=server.address,
         fingerprint=engine.fingerprint,
         keyring=engine.keyring,
+        arithmetic=engine.arithmetic.name,
+        setup=engine.arithmetic.setup,
     )
     async with lease, MemoryPublisher(config.events_redis, engine.blocks.events, server.address):
-        await rpc.run_until_signal(server, role=role, stop=stop, watch_stdin=watch_stdin, leave=lease.end)
+        await rpc.run_until_signal(
+            server, role=role, stop=stop, watch_stdin=watch_stdin, leave=lease.end, grace_s=config.grace_s
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from antefix_router.chat.messages import Conversation, Delta, Piece
+from antefix_router.chat.messages import Conversation, Delta, Effort, Piece
 
 
 class OutputParser(Protocol):
@@ -35,6 +35,14 @@ class ChatFormat(Protocol):
 
         Raises:  UnusableSchema: a schema in it cannot be enforced.
         """
+
+    def mode_name(self, effort: Effort) -> str:
+        """What clients and bills are told of how the model thought: "off", "low", "high" or "max"."""
+
+
+def mode_name(effort: Effort) -> str:
+    """As clients and bills have it, where a format tells all efforts apart."""
+    return "off" if effort is Effort.NONE else effort.value
 
 
 class PlainParser:

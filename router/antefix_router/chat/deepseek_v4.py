@@ -7,6 +7,8 @@ The checkpoint of July 31st (DeepSeek-V4-Flash-0731) has another ladder of effor
 Non-thinking answers follow `</think>`, thinking ones `<think>`. Reasoning of earlier turns is left out, unless tools
 are there: then the model has to see why it called what it called. Tool results go into the next user turn, in the order
 of the calls. Tool calls are DSML: `<｜DSML｜tool_calls>` around `invoke` elements with one `parameter` each.
+
+The format has system text at the head only. What comes later stands where the client put it, as text of a user's turn.
 """
 
 from __future__ import annotations
@@ -16,13 +18,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from antefix.errors import InvalidRequest
-from antefix_router.chat.chat_formats import OutputParser
+from antefix_router.chat.chat_formats import OutputParser, mode_name
 from antefix_router.chat.dsml import DSML, DeepSeekV4Parser
 from antefix_router.chat.dsml_grammar import dsml_grammar
 from antefix_router.chat.messages import (
     Answer,
-    Breakpoint,
     Conversation,
     Effort,
     Message,
@@ -31,6 +31,8 @@ from antefix_router.chat.messages import (
     Role,
     Special,
     ToolCall,
+    end_of,
+    plain_of,
 )
 
 BOS: Final = "<｜begin▁of▁sentence｜>"
@@ -107,21 +109,29 @@ class DeepSeekV4Format:
         if conversation.effort in self._efforts:
             pieces.append(Special(text=self._efforts[conversation.effort]))
         pieces += _preamble(conversation, messages)
-        last_user = max((i for i, m in enumerate(messages) if m.role in (Role.USER, Role.TOOL)), default=-1)
-        for index, message in enumerate(messages):
+        head = _num_system(messages)
+        last_user = max((i for i, m in enumerate(messages) if i >= head and m.role is not Role.ASSISTANT), default=-1)
+        for index, message in enumerate(messages[head:], head):
             keeps_reasoning = bool(conversation.tools) or index > last_user
             ends = index == len(messages) - 1
             if message.role is Role.ASSISTANT:
                 pieces += _opening(conversation.effort, keeps_reasoning)
                 pieces.append(_answer(message, conversation.effort, keeps_reasoning))
+                pieces += end_of(message)
                 if ends and conversation.continue_last:
                     return pieces
                 pieces.append(Special(text=EOS))
-            elif message.role in (Role.USER, Role.TOOL):
-                follows = index > 0 and messages[index - 1].role in (Role.USER, Role.TOOL)
+            else:
+                follows = index > head and messages[index - 1].role is not Role.ASSISTANT
                 pieces.append(Special(text="\n\n" if follows else USER))
                 pieces += _spoken(message)
         return [*pieces, *_opening(conversation.effort, True)]
+
+    def mode_name(self, effort: Effort) -> str:
+        """LOW and HIGH are one and the same, but for the later checkpoint's own ladder."""
+        if effort is Effort.LOW and self._efforts is not EFFORTS_0731:
+            return Effort.HIGH.value
+        return mode_name(effort)
 
     def parser(self, conversation: Conversation) -> OutputParser:
         return DeepSeekV4Parser(in_reasoning=_begins_thinking(conversation), has_tools=bool(conversation.tools))
@@ -138,20 +148,22 @@ def _begins_thinking(conversation: Conversation) -> bool:
 def _preamble(conversation: Conversation, messages: tuple[Message, ...]) -> list[Piece]:
     """System text, tools, response format, in the order that the model was trained on."""
     pieces: list[Piece] = []
-    systems = [message for message in messages if message.role is Role.SYSTEM]
-    if any(message.role is Role.SYSTEM for message in messages[len(systems) :]):
-        raise InvalidRequest("system messages must come before all others for this model")
-    for index, message in enumerate(systems):
+    for index, message in enumerate(messages[: _num_system(messages)]):
         pieces += [Special(text="\n\n")] if index else []
-        pieces.append(Plain(text=message.content, breaks=message.breaks))
+        pieces += [plain_of(message), *end_of(message)]
     if conversation.tools:
         schemas = "\n".join(_json(tool) for tool in conversation.tools)
         pieces += [Special(text="\n\n" + _TOOLS_BEFORE), Plain(text=schemas), Special(text=_TOOLS_AFTER)]
-    if conversation.tools_break_s is not None:
-        pieces.append(Breakpoint(ttl_s=conversation.tools_break_s))
+    if conversation.tools_breakpoint is not None:
+        pieces.append(conversation.tools_breakpoint)
     if conversation.response_schema is not None:
         pieces += [Special(text="\n\n" + _SCHEMA), Plain(text=_json(conversation.response_schema))]
     return pieces
+
+
+def _num_system(messages: tuple[Message, ...]) -> int:
+    """How many messages at the head are system text."""
+    return next((i for i, message in enumerate(messages) if message.role is not Role.SYSTEM), len(messages))
 
 
 def _opening(effort: Effort, keeps_reasoning: bool) -> list[Piece]:
@@ -166,7 +178,7 @@ def _answer(message: Message, effort: Effort, keeps_reasoning: bool) -> Answer:
         pieces += [Plain(text=message.reasoning), Special(text=THINK_END)]
     else:
         shown = replace(shown, reasoning="")
-    pieces.append(Plain(text=message.content, breaks=message.breaks))
+    pieces.append(plain_of(message))
     if message.tool_calls:
         pieces.append(Special(text=f"\n\n<{DSML}tool_calls>\n"))
         for call in message.tool_calls:
@@ -176,12 +188,7 @@ def _answer(message: Message, effort: Effort, keeps_reasoning: bool) -> Answer:
 
 
 def _call(call: ToolCall) -> list[Special | Plain]:
-    try:
-        arguments = json.loads(call.arguments or "{}")
-    except ValueError as err:
-        raise InvalidRequest(f"the arguments of tool call {call.id!r} are not JSON: {err}") from err
-    if not isinstance(arguments, dict):
-        raise InvalidRequest(f"the arguments of tool call {call.id!r} must be a JSON object")
+    arguments = _arguments(call.arguments)
     pieces: list[Special | Plain] = [Special(text=f'<{DSML}invoke name="'), Plain(text=call.name), Special(text='">\n')]
     for name, value in arguments.items():
         is_text = isinstance(value, str)
@@ -196,14 +203,21 @@ def _call(call: ToolCall) -> list[Special | Plain]:
     return [*pieces, Special(text=f"{'' if arguments else chr(10)}</{DSML}invoke>\n")]
 
 
+def _arguments(text: str) -> dict[str, Any]:
+    """What an old call was made with. Text that is no JSON object stays text: the model may as well see its mistake,
+    and a conversation must not be refused for it from then on."""
+    try:
+        arguments = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    return arguments if isinstance(arguments, dict) else {"arguments": text}
+
+
 def _spoken(message: Message) -> list[Piece]:
+    said: list[Piece] = [plain_of(message)]
     if message.role is Role.TOOL:
-        return [
-            Special(text="<tool_result>"),
-            Plain(text=message.content, breaks=message.breaks),
-            Special(text="</tool_result>"),
-        ]
-    return [Plain(text=message.content, breaks=message.breaks)]
+        said = [Special(text="<tool_result>"), *said, Special(text="</tool_result>")]
+    return [*said, *end_of(message)]
 
 
 def _in_call_order(messages: tuple[Message, ...]) -> tuple[Message, ...]:

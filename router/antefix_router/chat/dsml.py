@@ -1,113 +1,253 @@
-"""Reading DeepSeek-V4's answers: reasoning, text, and tool calls in DSML. Text that is no valid call stays text."""
+"""Reading DeepSeek-V4's answers as they come: reasoning, text, and tool calls in DSML.
+
+A call is handed on piece by piece: its name, then its arguments as pieces of a JSON object. No markup is ever part of
+the text, whole or cut off: what belongs to a call is told as a call or, where nobody could carry it out, left out.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import secrets
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
-from antefix_router.chat.messages import Delta, ToolCall
+from antefix_router.chat.messages import CallDelta, Delta
 
 DSML: Final = "｜DSML｜"
 _THINK_END: Final = "</think>"
-_CALLS: Final = f"<{DSML}tool_calls>"
+_TAGS: Final = (f"<{DSML}", f"</{DSML}")
 _CALLS_END: Final = f"</{DSML}tool_calls>"
-_INVOKE: Final = re.compile(rf'\s*<{DSML}invoke name="(.*?)">\n(.*?)\n?</{DSML}invoke>', re.DOTALL)
-_PARAMETER: Final = re.compile(
-    rf'\s*<{DSML}parameter name="(.*?)" string="(true|false)">(.*?)</{DSML}parameter>', re.DOTALL
-)
+_INVOKE_END: Final = f"</{DSML}invoke>"
+_PARAMETER_END: Final = f"</{DSML}parameter>"
+# `function_calls` is what the version before called the block.
+_TAG: Final = re.compile(rf"<(/?){DSML}([a-z_]*)([^<>\n]*)>")
+# Longer than any name; what goes on without an end is no tag.
+_TAG_CHARACTERS_MAX: Final = 512
+_BLOCK_NAMES: Final = ("tool_calls", "function_calls")
+_NAME: Final = re.compile(r'name="([^"]*)"')
+_IS_TEXT: Final = re.compile(r'string="true"')
 
 
 class DeepSeekV4Parser:
-    """One answer. Text that may be the beginning of a tag waits until that is decided."""
+    """One answer. Text that may be the beginning of a tag waits until that is decided.
+
+    text -> block -> call -> value        each state reads `_waiting` and says which comes next
+    """
 
     def __init__(self, *, in_reasoning: bool, has_tools: bool) -> None:
         self.in_reasoning = in_reasoning
         self._has_tools = has_tools
         self._waiting = ""
-        self._calls: str | None = None
+        self._state: Callable[[list[Delta]], bool] = self._text
+        self._after_block = False
+        self._call = _Call()
 
     def push(self, text: str) -> list[Delta]:
         self._waiting += text
         deltas: list[Delta] = []
-        if self.in_reasoning:
-            deltas += self._reasoning()
-        if not self.in_reasoning and self._calls is None:
-            deltas += self._content()
-        if self._calls is not None:
-            self._calls, self._waiting = self._calls + self._waiting, ""
-            if _CALLS_END in self._calls:
-                deltas += self._end_calls()
+        while self._state(deltas):
+            pass
         return deltas
 
     def finish(self) -> list[Delta]:
-        """The output is over: what waited is what it looks like."""
+        """The output is over: what waited is text, unless it is markup that was cut off."""
         text, self._waiting = self._waiting, ""
-        if self._calls is not None:
-            text, self._calls = "\n\n" + _CALLS + self._calls, None
+        if self._state != self._text:
+            return []
+        before, begun, tag = text.partition("<")
+        if begun and (before.endswith("\n\n") or "｜" in tag):
+            text = before.removesuffix("\n\n")
+        return self._said(text)
+
+    def _text(self, deltas: list[Delta]) -> bool:
+        """Reasoning or content, up to the next tag. Returns whether there is more to read now, as all states do."""
+        places = [self._waiting.find(tag) for tag in self._ends()]
+        place = min((each for each in places if each >= 0), default=-1)
+        if place < 0:
+            # The block begins after an empty line, which is not part of the text before it.
+            tags = (*self._ends(), *(f"\n\n{tag}" for tag in _TAGS))
+            certain, self._waiting = _split_undecided(self._waiting, tags)
+            deltas += self._said(certain)
+            return False
+        if self._waiting.startswith(_THINK_END, place):
+            deltas += self._said(self._waiting[:place])
+            self._waiting = self._waiting[place + len(_THINK_END) :]
+            self.in_reasoning = False
+            return True
+        tag = _TAG.match(self._waiting, place)
+        if tag is None:
+            return self._wait_for_tag(place, deltas)
+        closes, name, _ = tag.groups()
+        opens_block = not closes and name in _BLOCK_NAMES
+        before, self._waiting = self._waiting[:place], self._waiting[tag.end() :]
+        if opens_block or (not closes and name == "invoke"):
+            before = before.removesuffix("\n\n")
+            # A call in the middle of reasoning is an idea, and one without tools is nobody's: neither is carried out.
+            self._state = self._block if self._has_tools and not self.in_reasoning else self._hidden
+            self._waiting = self._waiting if opens_block else tag.group() + self._waiting
+        deltas += self._said(before)
+        return True
+
+    def _wait_for_tag(self, place: int, deltas: list[Delta]) -> bool:
+        """The tag at `place` is not all there; the empty line before it may belong to it."""
+        rest = self._waiting[place + 1 :]
+        if len(rest) > _TAG_CHARACTERS_MAX or "\n" in rest or "<" in rest:
+            # It never will be. Its beginning is dropped, and what follows is text.
+            begun = next(tag for tag in _TAGS if self._waiting.startswith(tag, place))
+            deltas += self._said(self._waiting[:place])
+            self._waiting = self._waiting[place + len(begun) :]
+            return True
+        certain = self._waiting[:place].removesuffix("\n\n")
+        deltas += self._said(certain)
+        self._waiting = self._waiting[len(certain) :]
+        return False
+
+    def _ends(self) -> tuple[str, ...]:
+        return (_THINK_END, *_TAGS) if self.in_reasoning else _TAGS
+
+    def _said(self, text: str) -> list[Delta]:
+        if self._after_block:
+            text = text.lstrip()
         if not text:
             return []
+        self._after_block = False
         return [Delta(reasoning=text) if self.in_reasoning else Delta(content=text)]
 
-    def _reasoning(self) -> list[Delta]:
-        before, tag, after = self._waiting.partition(_THINK_END)
-        if tag:
-            self.in_reasoning, self._waiting = False, after
-            return [Delta(reasoning=before)] if before else []
-        shown, self._waiting = _split_undecided(self._waiting, (_THINK_END,))
-        return [Delta(reasoning=shown)] if shown else []
+    def _hidden(self, deltas: list[Delta]) -> bool:
+        """A block that nobody gets to see."""
+        ends = (_CALLS_END, _THINK_END) if self.in_reasoning else (_CALLS_END,)
+        found = sorted((place, end) for end in ends if (place := self._waiting.find(end)) >= 0)
+        if not found:
+            _, self._waiting = _split_undecided(self._waiting, ends)
+            return False
+        place, end = found[0]
+        self._waiting = self._waiting[place + (len(end) if end == _CALLS_END else 0) :]
+        return self._leave_block()
 
-    def _content(self) -> list[Delta]:
-        if not self._has_tools:
-            shown, self._waiting = self._waiting, ""
-            return [Delta(content=shown)] if shown else []
-        before, tag, after = self._waiting.partition(_CALLS)
-        if tag:
-            self._calls, self._waiting = "", after
-            before = before.removesuffix("\n\n")
-            return [Delta(content=before)] if before else []
-        # The block begins after an empty line, which is not part of the text before it.
-        shown, self._waiting = _split_undecided(self._waiting, ("\n\n" + _CALLS, _CALLS))
-        return [Delta(content=shown)] if shown else []
+    def _leave_block(self) -> bool:
+        self._state, self._after_block = self._text, True
+        return True
 
-    def _end_calls(self) -> list[Delta]:
-        assert self._calls is not None
-        body, _, rest = self._calls.partition(_CALLS_END)
-        self._calls = None
-        calls = parse_calls(body)
-        if calls is None:
-            return [Delta(content=f"\n\n{_CALLS}{body}{_CALLS_END}{rest}")]
-        deltas = [Delta(tool_call=call) for call in calls]
-        return [*deltas, Delta(content=rest)] if rest.strip() else deltas
+    def _block(self, deltas: list[Delta]) -> bool:
+        """Between calls. Whatever is no tag is dropped."""
+        tag = self._next_tag()
+        if tag is None:
+            return False
+        closes, name, attributes = tag.groups()
+        if closes and name in _BLOCK_NAMES:
+            return self._leave_block()
+        if not closes and name == "invoke":
+            self._call = _Call()
+            deltas.append(Delta(call=self._call.begin(_name_in(attributes))))
+            self._state = self._parameters
+        return True
+
+    def _parameters(self, deltas: list[Delta]) -> bool:
+        """In a call, between its parameters."""
+        tag = self._next_tag()
+        if tag is None:
+            return False
+        closes, name, attributes = tag.groups()
+        if not closes and name == "parameter":
+            piece = self._call.begin_value(_name_in(attributes), is_text=_IS_TEXT.search(attributes) is not None)
+            deltas += _call_delta(piece)
+            self._state = self._value
+        elif name == "invoke" or (closes and name in _BLOCK_NAMES):
+            # Its own end, or one that says the same: the block's, or the next call's beginning.
+            deltas.append(Delta(call=self._call.end()))
+            self._state = self._block
+            if name != "invoke" or not closes:
+                self._waiting = tag.group() + self._waiting
+        return True
+
+    def _value(self, deltas: list[Delta]) -> bool:
+        """In a parameter: only its own end ends it, since its text may speak of anything, markup too."""
+        value, end, rest = self._waiting.partition(_PARAMETER_END)
+        if end:
+            self._waiting, self._state = rest, self._parameters
+            deltas += _call_delta(self._call.add(value))
+            deltas += _call_delta(self._call.end_value())
+            return True
+        value, self._waiting = _split_undecided(self._waiting, (_PARAMETER_END,))
+        deltas += _call_delta(self._call.add(value))
+        return False
+
+    def _next_tag(self) -> re.Match[str] | None:
+        """The next whole tag, taken out of what waits with all before it."""
+        tag = _TAG.search(self._waiting)
+        if tag is not None:
+            self._waiting = self._waiting[tag.end() :]
+            return tag
+        place = max(self._waiting.rfind(each) for each in _TAGS)
+        self._waiting = self._waiting[place:] if place >= 0 else _split_undecided(self._waiting, _TAGS)[1]
+        return None
 
 
-def parse_calls(body: str) -> list[ToolCall] | None:
-    """The calls of a `tool_calls` block's inside, or None where it is not well formed."""
-    calls: list[ToolCall] = []
-    position = 0
-    while match := _INVOKE.match(body, position):
-        arguments = _arguments(match.group(2))
-        if arguments is None:
-            return None
-        calls.append(ToolCall(id=f"call_{secrets.token_hex(12)}", name=match.group(1), arguments=arguments))
-        position = match.end()
-    return calls if calls and not body[position:].strip() else None
+class _Call:
+    """One call's arguments, written as JSON while they are read. Spaced as `json.dumps` does it: clients that keep an
+    object instead of the text send back the very same text."""
+
+    def __init__(self) -> None:
+        self.id = f"call_{secrets.token_hex(12)}"
+        self._names: set[str] = set()
+        self._is_text = False
+        self._is_repeated = False
+        self._held = ""
+
+    def begin(self, name: str) -> CallDelta:
+        return CallDelta(id=self.id, name=name)
+
+    def begin_value(self, name: str, *, is_text: bool) -> CallDelta:
+        self._is_text, self._held = is_text, ""
+        # Of a parameter that is there twice the first one counts: JSON has no word for two.
+        self._is_repeated = name in self._names
+        if self._is_repeated:
+            return CallDelta(id=self.id)
+        separator = ", " if self._names else "{"
+        self._names.add(name)
+        return CallDelta(id=self.id, arguments=f"{separator}{_json(name)}: " + ('"' if is_text else ""))
+
+    def add(self, text: str) -> CallDelta:
+        """Text goes out as it comes. Another value is held until it is whole: only then is it known to be JSON."""
+        if self._is_repeated:
+            return CallDelta(id=self.id)
+        if self._is_text:
+            return CallDelta(id=self.id, arguments=_json(text)[1:-1])
+        self._held += text
+        return CallDelta(id=self.id)
+
+    def end_value(self) -> CallDelta:
+        if self._is_repeated:
+            return CallDelta(id=self.id)
+        return CallDelta(id=self.id, arguments='"' if self._is_text else _json(_value_of(self._held)))
+
+    def end(self) -> CallDelta:
+        return CallDelta(id=self.id, arguments="}" if self._names else "{}", is_last=True)
 
 
-def _arguments(text: str) -> str | None:
-    values: dict[str, object] = {}
-    position = 0
-    while match := _PARAMETER.match(text, position):
-        name, is_text, value = match.groups()
-        if name in values:
-            return None
-        try:
-            values[name] = value if is_text == "true" else json.loads(value)
-        except ValueError:
-            return None
-        position = match.end()
-    return json.dumps(values, ensure_ascii=False) if not text[position:].strip() else None
+def _value_of(text: str) -> Any:
+    """A JSON value, or the text itself where the model promised JSON and wrote none."""
+    try:
+        value = json.loads(text)
+        # Python reads more than JSON has words for: NaN, numbers beyond all bounds, halves of characters.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        return text
+    return value
+
+
+def _call_delta(piece: CallDelta) -> list[Delta]:
+    return [Delta(call=piece)] if piece.arguments else []
+
+
+def _name_in(attributes: str) -> str:
+    found = _NAME.search(attributes)
+    return found.group(1) if found is not None else ""
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _split_undecided(text: str, tags: tuple[str, ...]) -> tuple[str, str]:

@@ -33,16 +33,28 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Breakpoint:
+    """A client's cache breakpoint: all before it is to be kept for `ttl_s`.
+
+    offset: characters of the text before it; None: it stands at the end of whatever it is given with.
+    """
+
+    ttl_s: float
+    offset: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn. tool_call_id: which call a TOOL message answers.  breaks: cache breakpoints, as (characters of the
-    content before it, lifetime in seconds)."""
+    """One turn. name: who speaks, where several do.  tool_call_id: which call a TOOL message answers.
+    breakpoints: within `content`, or at the end of the whole turn."""
 
     role: Role
     content: str = ""
+    name: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
-    breaks: tuple[tuple[int, float], ...] = ()
+    breakpoints: tuple[Breakpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +79,7 @@ ANY_CALLS = ToolRule()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """tools: JSON schemas as {"name", "description", "parameters"}.  continue_last: the last message is the beginning
-    of the answer, to be gone on with.  tools_break_s: lifetime of a cache breakpoint after the tools.
+    of the answer, to be gone on with.  tools_breakpoint: after the tools.
     strict: tools whose calls always keep to the schema.
     answers_json: the answer is JSON, which keeps to response_schema where there is one."""
 
@@ -75,7 +87,7 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     effort: Effort = Effort.NONE
     continue_last: bool = False
-    tools_break_s: float | None = None
+    tools_breakpoint: Breakpoint | None = None
     strict: frozenset[str] = frozenset()
     tool_rule: ToolRule = ANY_CALLS
     answers_json: bool = False
@@ -89,17 +101,18 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Special:
-    """Text that the format writes itself: special tokens in it become their ids."""
+    """Text that the format writes itself: special tokens in it become their ids. breakpoints: within it."""
 
     text: str
+    breakpoints: tuple[Breakpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plain:
-    """Text that came from outside: never read as special tokens, whatever it holds. breaks: as in `Message`."""
+    """Text that came from outside: never read as special tokens, whatever it holds. breakpoints: within it."""
 
     text: str
-    breaks: tuple[tuple[int, float], ...] = ()
+    breakpoints: tuple[Breakpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,20 +123,43 @@ class Answer:
     pieces: tuple[Special | Plain, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Breakpoint:
-    """A cache breakpoint between pieces."""
-
-    ttl_s: float
-
-
+# A breakpoint as a piece stands between its neighbours.
 Piece = Special | Plain | Answer | Breakpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallDelta:
+    """What some new output text adds to a tool call. The pieces of `arguments` together are a JSON object.
+
+    name: with the call's first piece only.  is_last: the call is whole; a call without a last piece was cut off.
+    """
+
+    id: str
+    name: str = ""
+    arguments: str = ""
+    is_last: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What some new output text adds to the answer. tool_call: a finished call; calls are not streamed in parts."""
+    """What some new output text adds to the answer: one of the three."""
 
     reasoning: str = ""
     content: str = ""
-    tool_call: ToolCall | None = None
+    call: CallDelta | None = None
+
+
+def plain_of(message: Message) -> Plain:
+    """A turn's content, with who says it. Breakpoints at the turn's end are not in it: see `end_of`."""
+    said_by = f"{message.name}: " if message.name else ""
+    inside = tuple(
+        Breakpoint(ttl_s=each.ttl_s, offset=len(said_by) + each.offset)
+        for each in message.breakpoints
+        if each.offset is not None
+    )
+    return Plain(text=said_by + message.content, breakpoints=inside)
+
+
+def end_of(message: Message) -> list[Piece]:
+    """The breakpoints at the end of a turn."""
+    return [each for each in message.breakpoints if each.offset is None]

@@ -8,9 +8,7 @@ from __future__ import annotations
 from antefix.errors import InvalidRequest
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
 from antefix_router.chat.grammar import json_grammar
-from antefix_router.chat.messages import Answer, Conversation, Piece, Plain, Role, Special
-
-_OPENING = {Role.SYSTEM: "", Role.USER: "<|user|>", Role.ASSISTANT: "<|assistant|>"}
+from antefix_router.chat.messages import Answer, Conversation, Effort, Piece, Role, Special, end_of, plain_of
 
 
 class PlainFormat:
@@ -25,13 +23,17 @@ class PlainFormat:
             raise InvalidRequest("this model cannot call tools")
         pieces: list[Piece] = [Special(text="<|bos|>")]
         last = len(conversation.messages) - 1
+        is_head = True
         for index, message in enumerate(conversation.messages):
-            if message.role not in _OPENING or message.tool_calls:
+            if message.role is Role.TOOL or message.tool_calls:
                 raise InvalidRequest("this model cannot call tools")
-            if _OPENING[message.role]:
-                pieces.append(Special(text=_OPENING[message.role]))
-            text = Plain(text=message.content, breaks=message.breaks)
+            is_head &= message.role is Role.SYSTEM
+            if not is_head:
+                # System text has no token of its own: at the head it has none, later on it is a turn like the user's.
+                pieces.append(Special(text="<|assistant|>" if message.role is Role.ASSISTANT else "<|user|>"))
+            text = plain_of(message)
             pieces.append(Answer(message=message, pieces=(text,)) if message.role is Role.ASSISTANT else text)
+            pieces += end_of(message)
             if index == last and conversation.continue_last:
                 return pieces
             pieces.append(Special(text="<|end|>"))
@@ -44,3 +46,6 @@ class PlainFormat:
     def grammar(self, conversation: Conversation) -> str:
         """The model is not told of a schema: its answer is held to it."""
         return json_grammar(conversation.response_schema) if conversation.answers_json else ""
+
+    def mode_name(self, effort: Effort) -> str:
+        return "off"

@@ -35,12 +35,15 @@ def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerM
             num_hashed = len(tokens)
             known = memory.get(answer_name(prefix, piece.message))
             num_remembered += known is not None
-            for part in piece.pieces:
-                breakpoints += _breaks(part, tokens, tokenizer)
-            tokens += known if known is not None else _encode(piece.pieces, tokenizer)
+            if known is None or any(part.breakpoints for part in piece.pieces):
+                written, inside = _encode(piece.pieces, tokenizer)
+                end = len(written) if known is None else len(known)
+                breakpoints += [(num_hashed + min(at, end), ttl_s) for at, ttl_s in inside]
+            tokens += known if known is not None else written
         else:
-            breakpoints += _breaks(piece, tokens, tokenizer)
-            tokens += _encode((piece,), tokenizer)
+            written, inside = _encode((piece,), tokenizer)
+            breakpoints += [(len(tokens) + at, ttl_s) for at, ttl_s in inside]
+            tokens += written
     return Rendered(tokens=tokens, breakpoints=tuple(sorted(breakpoints)), num_remembered=num_remembered)
 
 
@@ -50,20 +53,18 @@ def num_characters(pieces: Sequence[Piece]) -> int:
     for piece in pieces:
         if not isinstance(piece, Breakpoint):
             for part in piece.pieces if isinstance(piece, Answer) else (piece,):
-                total += len(part.text) + (sum(end for end, _ in part.breaks) if isinstance(part, Plain) else 0)
+                total += len(part.text) + sum(each.offset or 0 for each in part.breakpoints)
     return total
 
 
-def _breaks(piece: Special | Plain, before: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int, float]]:
-    """Where breakpoints lie in tokens. The text is never cut there: clients move their breakpoints from turn to turn,
-    and a cut would change the tokens around it, and with them every block from there on."""
-    if not isinstance(piece, Plain):
-        return []
-    return [(len(before) + len(tokenizer.encode_plain(piece.text[:end])), ttl_s) for end, ttl_s in piece.breaks]
-
-
-def _encode(pieces: Sequence[Special | Plain], tokenizer: Tokenizer) -> list[int]:
+def _encode(pieces: Sequence[Special | Plain], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, float]]]:
+    """Tokens, and where breakpoints lie in them. The text is never cut there: clients move their breakpoints from turn
+    to turn, and a cut would change the tokens around it, and with them every block from there on."""
     tokens: list[int] = []
+    breakpoints: list[tuple[int, float]] = []
     for piece in pieces:
-        tokens += tokenizer.encode(piece.text) if isinstance(piece, Special) else tokenizer.encode_plain(piece.text)
-    return tokens
+        encode = tokenizer.encode if isinstance(piece, Special) else tokenizer.encode_plain
+        for each in piece.breakpoints:
+            breakpoints.append((len(tokens) + len(encode(piece.text[: each.offset])), each.ttl_s))
+        tokens += encode(piece.text)
+    return tokens, breakpoints

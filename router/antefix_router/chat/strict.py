@@ -1,68 +1,96 @@
-"""Does a call's JSON keep to its tool's schema? The part of JSON Schema that strict tools are written in. Pure."""
+"""Do a call's arguments keep to its tool's JSON schema? Schemas come from clients: checking one must stay bounded.
+
+Three things of JSON Schema are not done for them: references to other documents are never fetched, regular expressions
+(`pattern` and what hangs on it) are not run, and a schema may not unfold without end by referring to itself.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, Final
 
+import referencing
+from jsonschema import Draft202012Validator, exceptions, validators
+
+from antefix.errors import InvalidRequest
 from antefix_router.chat.messages import ToolCall
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "object": (dict,),
-    "array": (list,),
-    "string": (str,),
-    "boolean": (bool,),
-    "null": (type(None),),
-    "integer": (int,),
-    "number": (int, float),
-}
+# Ten levels that each refer to the next one twice are 1,024 references; no tool comes near.
+_NUM_REFERENCES_MAX: Final = 10_000
+_num_references: ContextVar[list[int]] = ContextVar("num_references")
+
+
+class _TooMuch(Exception):
+    """A schema that refers to itself too often."""
+
+
+def _reference(validator: Any, reference: str, instance: Any, schema: Any) -> Iterator[Any]:
+    counted = _num_references.get()
+    counted[0] += 1
+    if counted[0] > _NUM_REFERENCES_MAX:
+        raise _TooMuch
+    yield from Draft202012Validator.VALIDATORS["$ref"](validator, reference, instance, schema) or ()
+
+
+def _skipped(validator: Any, value: Any, instance: Any, schema: Any) -> None:
+    """A regular expression can take for ever; nobody's tool is worth everybody's tokens."""
+
+
+def _additional(validator: Any, rest: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    """Which properties are additional is the patterns' to say, where there are any."""
+    if "patternProperties" not in schema:
+        yield from Draft202012Validator.VALIDATORS["additionalProperties"](validator, rest, instance, schema) or ()
+
+
+_BY_PATTERN: Final = ("pattern", "patternProperties", "unevaluatedProperties", "unevaluatedItems")
+_Validator = validators.extend(  # type: ignore[no-untyped-call]
+    Draft202012Validator,
+    {
+        "$ref": _reference,
+        "$dynamicRef": _skipped,
+        "additionalProperties": _additional,
+        **dict.fromkeys(_BY_PATTERN, _skipped),
+    },
+)
+# Looking through a schema takes 2 ms (measured), and agents send the same ones every turn.
+_NUM_CHECKED_MAX: Final = 4096
+_checked: set[bytes] = set()
+
+
+def check_schema(schema: Any) -> None:
+    """Raises:  InvalidRequest: it is no JSON schema."""
+    digest = hashlib.blake2b(json.dumps(schema).encode(), digest_size=16).digest()
+    if digest in _checked:
+        return
+    try:
+        Draft202012Validator.check_schema(schema)
+    except exceptions.SchemaError as err:
+        raise InvalidRequest(f"not a JSON schema: {err.message[:200]}") from err
+    except RecursionError as err:
+        raise InvalidRequest("not a JSON schema: it is nested too deeply") from err
+    if len(_checked) >= _NUM_CHECKED_MAX:
+        _checked.clear()
+    _checked.add(digest)
 
 
 def keeps_to(call: ToolCall, schemas: Mapping[str, Any]) -> bool:
     """Whether a call may be handed out: its tool is not strict, or its arguments are as the schema says."""
     if call.name not in schemas:
         return True
-    return matches(json.loads(call.arguments or "{}"), schemas[call.name], schemas[call.name])
+    return matches(json.loads(call.arguments or "{}"), schemas[call.name])
 
 
-def matches(value: Any, schema: Any, root: Any) -> bool:
-    """Whether a JSON value is valid. `root` is what "$ref" refers into. Keywords not known here allow everything."""
-    if not isinstance(schema, dict):
-        return schema is not False
-    if isinstance(reference := schema.get("$ref"), str):
-        return matches(value, _resolved(reference, root), root)
-    if "enum" in schema and value not in schema["enum"]:
+def matches(value: Any, schema: Any) -> bool:
+    """Whether a JSON value is valid. What cannot be decided within bounds is not."""
+    token = _num_references.set([0])
+    try:
+        return bool(_Validator(schema, registry=referencing.Registry()).is_valid(value))
+    except (_TooMuch, RecursionError, referencing.exceptions.Unresolvable):
         return False
-    if "const" in schema and value != schema["const"]:
+    except exceptions.UnknownType:
         return False
-    if "anyOf" in schema and not any(matches(value, option, root) for option in schema["anyOf"]):
-        return False
-    kinds = schema.get("type", [])
-    if kinds and not any(_is_of(value, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)):
-        return False
-    if isinstance(value, dict):
-        return _object_matches(value, schema, root)
-    return not isinstance(value, list) or all(matches(item, schema.get("items", True), root) for item in value)
-
-
-def _object_matches(value: dict[str, Any], schema: dict[str, Any], root: Any) -> bool:
-    properties = schema.get("properties", {})
-    rest = schema.get("additionalProperties", True)
-    return all(name in value for name in schema.get("required", ())) and all(
-        matches(item, properties.get(name, rest), root) for name, item in value.items()
-    )
-
-
-def _is_of(value: Any, kind: str) -> bool:
-    # True is an int to Python, and no number to JSON.
-    if isinstance(value, bool) and kind != "boolean":
-        return False
-    return isinstance(value, _TYPES.get(kind, (object,)))
-
-
-def _resolved(reference: str, root: Any) -> Any:
-    found = root
-    for name in reference.removeprefix("#/").split("/") if reference != "#" else ():
-        found = found.get(name, True) if isinstance(found, dict) else True
-    return found
+    finally:
+        _num_references.reset(token)

@@ -6,8 +6,10 @@ the rendered text where it must not be read as one: so no message can speak as s
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
@@ -18,10 +20,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from antefix.errors import InvalidRequest, ModelError
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
 from antefix_router.chat.grammar import json_grammar
-from antefix_router.chat.messages import Conversation, Message, Piece, Special
+from antefix_router.chat.messages import Breakpoint, Conversation, Effort, Message, Piece, Role, Special, plain_of
 
 # A noncharacter: no text that is valid for interchange has it, so it cannot come from outside; it is removed anyway.
 _MARK: Final = "\ufdd0"
+# Another one, for where a breakpoint lies.
+_POINT: Final = "\ufdd1"
 
 
 def template_of(model: Path) -> str | None:
@@ -60,16 +64,49 @@ class TemplateFormat:
             raise InvalidRequest("this deployment has no tool calls for this model's chat template")
         if conversation.continue_last:
             raise InvalidRequest("this model's chat template cannot go on with an answer that was begun")
-        try:
-            text = self._template.render(
-                messages=[self._escaped(message) for message in conversation.messages],
-                add_generation_prompt=True,
-                **self._names,
-            )
-        except jinja2.TemplateError as err:
-            raise InvalidRequest(f"the model's chat template refuses this conversation: {err}") from err
+        text = self._written(conversation.messages)
+        places = self._breakpoints(conversation.messages, text)
+        pieces: list[Piece] = []
+        start = 0
         # Each part is tokenized by itself, so nothing that a mark cut apart is read as one token.
-        return [Special(text=part) for part in text.split(_MARK) if part]
+        for part in text.split(_MARK):
+            end = start + len(part)
+            inside = tuple(
+                Breakpoint(ttl_s=ttl_s, offset=place - start) for place, ttl_s in places if start < place <= end
+            )
+            pieces += [Special(text=part, breakpoints=inside)] if part else []
+            start = end + len(_MARK)
+        return pieces
+
+    def _breakpoints(self, messages: tuple[Message, ...], text: str) -> list[tuple[int, float]]:
+        """Where the messages' breakpoints lie in the rendered text: it is rendered once more with a character in each
+        place. Where the template does anything but write that character out, there are none: the prompt must not
+        depend on them."""
+        lifetimes = [each.ttl_s for message in messages for each in _sorted(message)]
+        if not lifetimes:
+            return []
+        parts = self._written(tuple(_pointed(message) for message in messages), pointed=True).split(_POINT)
+        if "".join(parts) != text or len(parts) != len(lifetimes) + 1:
+            return []
+        ends = itertools.accumulate(len(part) for part in parts[:-1])
+        return list(zip(ends, lifetimes, strict=True))
+
+    def _written(self, messages: tuple[Message, ...], *, pointed: bool = False) -> str:
+        """Templates differ in where they take system text: as it stands, as a user's turn, or as part of one.
+
+        pointed: breakpoints' characters are in the messages, and stay.
+        """
+        refusal: jinja2.TemplateError | None = None
+        for form in (messages, _as_user(messages), _joined(_as_user(messages))):
+            try:
+                return self._template.render(
+                    messages=[self._escaped(message, pointed=pointed) for message in form],
+                    add_generation_prompt=True,
+                    **self._names,
+                )
+            except jinja2.TemplateError as err:
+                refusal = refusal or err
+        raise InvalidRequest(f"the model's chat template refuses this conversation: {refusal}") from refusal
 
     def parser(self, conversation: Conversation) -> OutputParser:
         return PlainParser()
@@ -77,11 +114,49 @@ class TemplateFormat:
     def grammar(self, conversation: Conversation) -> str:
         return json_grammar(conversation.response_schema) if conversation.answers_json else ""
 
-    def _escaped(self, message: Message) -> dict[str, str]:
-        text = message.content.replace(_MARK, "")
+    def mode_name(self, effort: Effort) -> str:
+        return "off"
+
+    def _escaped(self, message: Message, *, pointed: bool) -> dict[str, str]:
+        text = plain_of(message).text.replace(_MARK, "")
+        text = text if pointed else text.replace(_POINT, "")
         if self._special is not None:
             text = self._special.sub(lambda match: match[0][:1] + _MARK + match[0][1:], text)
         return {"role": message.role.value, "content": text}
+
+
+def _sorted(message: Message) -> list[Breakpoint]:
+    end = len(message.content)
+    return sorted(message.breakpoints, key=lambda each: end if each.offset is None else each.offset)
+
+
+def _pointed(message: Message) -> Message:
+    """The message with a character wherever it has a breakpoint."""
+    text, start = "", 0
+    for each in _sorted(message):
+        end = len(message.content) if each.offset is None else each.offset
+        text += message.content[start:end].replace(_POINT, "") + _POINT
+        start = end
+    return replace(message, content=text + message.content[start:].replace(_POINT, ""), breakpoints=())
+
+
+def _as_user(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """System text after the head as what a user says."""
+    head = next((i for i, message in enumerate(messages) if message.role is not Role.SYSTEM), len(messages))
+    later = (replace(each, role=Role.USER) if each.role is Role.SYSTEM else each for each in messages[head:])
+    return (*messages[:head], *later)
+
+
+def _joined(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Turns of one role that follow one another as one turn: some templates want user and assistant by turns."""
+    joined: list[Message] = []
+    for message in messages:
+        if joined and joined[-1].role is message.role:
+            text = f"{plain_of(joined[-1]).text}\n\n{plain_of(message).text}"
+            joined[-1] = Message(role=message.role, content=text)
+        else:
+            joined.append(message)
+    return tuple(joined)
 
 
 def _refuse(message: str) -> None:

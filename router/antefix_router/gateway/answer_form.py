@@ -6,9 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from antefix.errors import InvalidRequest
 from antefix_router.chat.messages import ToolRule
-from antefix_router.gateway.fields import Fields, WrongField, unsupported
+from antefix_router.gateway.fields import Fields, WrongField, missing, unsupported, wrong_value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,25 +35,26 @@ RESPONSES_NAMES = SchemaNames(answer="text.format.schema", tool="tools[{}].param
 ANTHROPIC_NAMES = SchemaNames(answer="output_config.format.schema", tool="tools[{}].input_schema")
 
 
-def chat_form(value: Any) -> AnswerForm:
+def chat_form(fields: Fields) -> AnswerForm:
     """OpenAI's `response_format`.  Raises:  WrongField: another kind, or of a wrong type."""
-    if value is None:
+    form = fields.child("response_format")
+    if form is None:
         return AnswerForm()
-    fields = Fields(value, "response_format")
-    kind = fields.text("type")
+    kind = form.text("type")
     if kind == "json_schema":
-        inner = Fields(fields.take("json_schema"), "response_format.json_schema")
-        return _schema_form(inner, "response_format")
-    return _plain_form(kind, "response_format")
+        inner = form.child("json_schema")
+        if inner is None:
+            raise missing("response_format.json_schema", "an object with a schema")
+        return _schema_form(inner, form.where)
+    return _plain_form(kind, form.where)
 
 
-def flat_form(value: Any, where: str) -> AnswerForm:
+def flat_form(form: Fields | None) -> AnswerForm:
     """`text.format` of the Responses API, `output_config.format` of Anthropic's: the schema lies in it directly."""
-    if value is None:
+    if form is None:
         return AnswerForm()
-    fields = Fields(value, where)
-    kind = fields.text("type")
-    return _schema_form(fields, where) if kind == "json_schema" else _plain_form(kind, where)
+    kind = form.text("type")
+    return _schema_form(form, form.where) if kind == "json_schema" else _plain_form(kind, form.where)
 
 
 def _schema_form(fields: Fields, param: str) -> AnswerForm:
@@ -84,14 +84,12 @@ def openai_rule(choice: Any, names: Collection[str], *, parallel: bool) -> ToolR
     if choice == "required":
         return _must_call(None, names, parallel)
     if not isinstance(choice, Mapping):
-        raise unsupported("tool_choice", f": {choice!r} is not supported; there are auto, none, required and a tool")
-    kind = choice.get("type")
-    if kind == "allowed_tools":
+        kinds = "auto, none, required and a tool"
+        raise unsupported("tool_choice", f": {str(choice)[:80]!r} is not supported; there are {kinds}")
+    if choice.get("type") == "allowed_tools":
         allowed = choice.get("allowed_tools", choice)
         return _allowed(allowed if isinstance(allowed, Mapping) else {}, names, parallel)
-    if kind == "function":
-        return _must_call([_name(choice)], names, parallel)
-    raise unsupported("tool_choice", f": {kind!r} is not supported; only functions are")
+    return _must_call([_name(choice)], names, parallel)
 
 
 def _allowed(allowed: Mapping[str, Any], names: Collection[str], parallel: bool) -> ToolRule:
@@ -103,19 +101,23 @@ def _allowed(allowed: Mapping[str, Any], names: Collection[str], parallel: bool)
 
 
 def _name(tool: Any) -> str:
-    """Chat wraps the name in "function", Responses does not."""
-    inner = tool.get("function", tool) if isinstance(tool, Mapping) else {}
-    name = inner.get("name") if isinstance(inner, Mapping) else None
+    """The tool that a choice names: chat wraps the name in "function", Responses does not. Choices of a provider's tool
+    name its kind."""
+    tool = tool if isinstance(tool, Mapping) else {}
+    kind = tool.get("type", "function")
+    inner = tool.get("function", tool)
+    name = inner.get("name", None if kind in ("function", "custom") else kind) if isinstance(inner, Mapping) else None
     if not isinstance(name, str):
-        raise WrongField("tool_choice names no function", param="tool_choice", code="missing_required_parameter")
+        raise WrongField("tool_choice names no tool", param="tool_choice", code="missing_required_parameter")
     return name
 
 
-def anthropic_rule(choice: Any, names: Collection[str]) -> ToolRule | None:
+def anthropic_rule(choice: Fields | None, names: Collection[str]) -> ToolRule | None:
     """Anthropic's `tool_choice`; None: no tool may be called.  Raises:  WrongField"""
-    fields = Fields({"type": "auto"} if choice is None else choice, "tool_choice")
-    kind = fields.text("type")
-    parallel = not fields.boolean("disable_parallel_tool_use")
+    if choice is None:
+        return ToolRule()
+    kind = choice.text("type")
+    parallel = not choice.boolean("disable_parallel_tool_use")
     if kind == "none":
         return None
     if kind == "auto":
@@ -123,20 +125,19 @@ def anthropic_rule(choice: Any, names: Collection[str]) -> ToolRule | None:
     if kind == "any":
         return _must_call(None, names, parallel)
     if kind == "tool":
-        return _must_call([fields.text("name")], names, parallel)
+        return _must_call([choice.text("name")], names, parallel)
     raise unsupported("tool_choice.type", f" must be one of auto, any, tool, none; {kind!r} is not supported")
 
 
 def _must_call(chosen: list[str] | None, names: Collection[str], parallel: bool) -> ToolRule:
-    if not names:
-        raise WrongField("tool_choice needs tools", param="tool_choice", code="invalid_value")
+    if not names and chosen is None:
+        raise wrong_value("tool_choice", ": there is no tool that could be called here")
     return ToolRule(must_call=True, names=None if chosen is None else _known(chosen, names), parallel=parallel)
 
 
 def _known(chosen: list[str], names: Collection[str]) -> frozenset[str]:
     if unknown := [name for name in chosen if name not in names]:
-        message = f"tool_choice names {unknown[0]!r}, which is not among the tools"
-        raise WrongField(message, param="tool_choice", code="invalid_value")
+        raise wrong_value("tool_choice", f": there is no tool {unknown[0][:80]!r} that could be called here")
     if not chosen:
-        raise InvalidRequest("tool_choice names no tool")
+        raise wrong_value("tool_choice", " names no tool")
     return frozenset(chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -11,85 +11,116 @@ from starlette.responses import JSONResponse
 
 from antefix.restore_report import RestoreReport
 from antefix_billing.providers import messages_usage
-from antefix_router.chat.messages import Conversation, Delta, Role
+from antefix_router.chat.messages import CallDelta, Conversation, Delta, Effort, Role
 from antefix_router.front import cache_tenant
 from antefix_router.gateway.answer_form import ANTHROPIC_NAMES, flat_form
-from antefix_router.gateway.anthropic_messages import (
-    anthropic_effort,
-    anthropic_messages,
-    anthropic_tools,
-    call_input,
-    top_level_cache_control,
-    user_of,
-)
+from antefix_router.gateway.anthropic_messages import anthropic_messages, call_input, read_context_management, user_of
+from antefix_router.gateway.content import end_conversation
 from antefix_router.gateway.fields import Fields, missing
 from antefix_router.gateway.gateway import Gateway
-from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.http import error_event, event_bytes
 from antefix_router.gateway.http_errors import Provider, error_response
-from antefix_router.gateway.knobs import read_knobs
+from antefix_router.gateway.knobs import Knobs, read_knobs
+from antefix_router.gateway.modes import read_wish
+from antefix_router.gateway.openai_messages import refuse_unsupported
 from antefix_router.gateway.output import Ended, Output
+from antefix_router.gateway.signatures import Signatures
+from antefix_router.gateway.tools import anthropic_tools
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A request, read."""
+
+    model: str
+    user: str
+    stream: bool
+    knobs: Knobs
+    conversation: Conversation
 
 
 async def prepare_messages(gateway: Gateway, request: Request) -> MessagesCall:
     """Raises:  InvalidRequest and the others of `Gateway.chat`."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
-    model = gateway.check_model(fields.text("model"))
-    max_tokens = fields.integer("max_tokens", low=1)
-    if max_tokens is None:
+    asked = _read(gateway, fields, tenant)
+    if asked.knobs.max_tokens is None:
         raise missing("max_tokens", "an integer of at least 1")  # as in Anthropic's API, which has no default
-    stream = fields.boolean("stream")
-    user = user_of(fields.take("metadata"))
-    knobs = replace(read_knobs(fields, stop_name="stop_sequences"), max_tokens=max_tokens)
-    fields.only("service_tier", lambda value: value in ("auto", "standard_only"), "there is one tier")
-    conversation = _conversation(gateway, fields)
-    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user), ANTHROPIC_NAMES)
-    return MessagesCall(output, model, gateway.config.http_timeout_s, stream=stream)
+    caller = gateway.caller(request, tenant, asked.user)
+    output = await gateway.chat(asked.conversation, asked.knobs, caller, ANTHROPIC_NAMES)
+    return MessagesCall(
+        output,
+        asked.model,
+        gateway.config.http_timeout_s,
+        stream=asked.stream,
+        signatures=gateway.signatures(tenant),
+        headers=fields.notes.headers(),
+    )
 
 
 async def count_tokens(gateway: Gateway, request: Request) -> JSONResponse:
-    """The prompt's length, without running it."""
+    """The prompt's length, without running it. Takes whatever `prepare_messages` takes."""
     try:
         tenant = gateway.tenant(request)
         fields = await gateway.fields(request)
-        gateway.check_model(fields.text("model"))
-        fields.drop("max_tokens", "temperature", "top_p", "top_k", "stop_sequences", "stream")
-        tokens, _ = await gateway.tokens_of(_conversation(gateway, fields), cache_tenant(tenant, ""))
+        asked = _read(gateway, fields, tenant)
+        tokens, _ = await gateway.tokens_of(asked.conversation, cache_tenant(tenant, asked.user))
     except Exception as err:  # noqa: BLE001 - answered in the caller's shape
         return error_response(err, Provider.ANTHROPIC)
-    return JSONResponse({"input_tokens": len(tokens)})
+    return JSONResponse({"input_tokens": len(tokens)}, headers=fields.notes.headers())
 
 
-def _conversation(gateway: Gateway, fields: Fields) -> Conversation:
-    config = Fields(fields.take("output_config", {}), "output_config")
-    effort = gateway.check_effort(anthropic_effort(fields, config))
-    form = flat_form(config.take("format"), "output_config.format")
-    config.refuse_rest()
-    tools, tools_break_s = anthropic_tools(fields)
-    messages = anthropic_messages(fields.take("system"), fields.items("messages"))
-    messages = top_level_cache_control(messages, fields.take("cache_control"))
-    fields.refuse_rest()
-    return Conversation(
+def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
+    model = gateway.model(fields)
+    stream = fields.boolean("stream")
+    user = user_of(fields)
+    knobs = read_knobs(fields, "max_tokens", stop_name="stop_sequences")
+    config = fields.child("output_config")
+    effort = gateway.choose_effort(read_wish(fields, config), model, Effort.NONE, fields.notes)
+    # The API had it beside the other fields first.
+    early, late = fields.child("output_format"), None if config is None else config.child("format")
+    form = flat_form(early if late is None else late)
+    tools = anthropic_tools(fields)
+    messages = anthropic_messages(fields, gateway.signatures(tenant))
+    messages = end_conversation(messages, fields)
+    read_context_management(fields)
+    if servers := fields.items("mcp_servers", []):
+        fields.notes.leave_out("mcp_servers", f"{len(servers)} servers")
+    refuse_unsupported(fields)
+    fields.close()
+    fields.notes.close()
+    conversation = Conversation(
         messages=messages,
         tools=tools.schemas,
         strict=tools.strict,
         tool_rule=tools.rule,
+        tools_breakpoint=tools.breakpoint,
         answers_json=form.is_json,
         response_schema=form.schema,
-        tools_break_s=tools_break_s,
         effort=effort,
         continue_last=messages[-1].role is Role.ASSISTANT,
     )
+    return _Asked(model=model.asked_for, user=user, stream=stream, knobs=knobs, conversation=conversation)
 
 
 class MessagesCall:
     """One answer in Anthropic's shapes."""
 
-    def __init__(self, output: Output, model: str, timeout_s: float, *, stream: bool) -> None:
+    def __init__(
+        self,
+        output: Output,
+        model: str,
+        timeout_s: float,
+        *,
+        stream: bool,
+        signatures: Signatures,
+        headers: dict[str, str],
+    ) -> None:
         self.stream = stream
-        self.headers = {"request-id": output.request_id}
+        self.headers = {"request-id": output.request_id, **headers}
+        self._signatures = signatures
         self._output = output
         self._model = model
         self._timeout_s = timeout_s
@@ -100,7 +131,8 @@ class MessagesCall:
         ended, output = self._output.ended(), self._output
         content: list[dict[str, Any]] = []
         if output.reasoning:
-            content.append({"type": "thinking", "thinking": output.reasoning, "signature": ""})
+            signature = self._signatures.sign(output.reasoning)
+            content.append({"type": "thinking", "thinking": output.reasoning, "signature": signature})
         if output.content or not output.tool_calls:
             content.append({"type": "text", "text": output.content})
         for call in output.tool_calls:
@@ -113,7 +145,7 @@ class MessagesCall:
         }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        blocks = _Blocks()
+        blocks = _Blocks(self._signatures)
         started = False
         async for delta in self._output.deltas(self._timeout_s):
             if not started:
@@ -129,6 +161,9 @@ class MessagesCall:
         delta_json = {"stop_reason": _stop_reason(ended), "stop_sequence": ended.stop}
         yield _event("message_delta", delta=delta_json, usage=messages_usage(ended.record))
         yield _event("message_stop")
+
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.ANTHROPIC)
 
     def _start(self) -> bytes:
         usage = _usage_so_far(self._output.restore, self._output.num_prompt_tokens)
@@ -146,34 +181,50 @@ class MessagesCall:
 
 
 class _Blocks:
-    """Content blocks open one after the other: thinking, text, then one for each call."""
+    """Content blocks open one after the other: thinking, text, then one for each call. Thinking ends with its
+    signature, without which clients do not keep it."""
 
-    def __init__(self) -> None:
+    def __init__(self, signatures: Signatures) -> None:
+        self._signatures = signatures
         self._index = -1
         self._open = ""
+        self._thinking = ""
 
     def push(self, delta: Delta) -> list[bytes]:
-        if delta.tool_call is not None:
-            call = delta.tool_call
-            block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
-            events = self._begin("tool_use", block, anew=True)
-            return [*events, self._delta({"type": "input_json_delta", "partial_json": call.arguments})]
+        if delta.call is not None:
+            return self._push_call(delta.call)
         if delta.reasoning:
             events = self._begin("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+            self._thinking += delta.reasoning
             return [*events, self._delta({"type": "thinking_delta", "thinking": delta.reasoning})]
         events = self._begin("text", {"type": "text", "text": ""})
         return [*events, self._delta({"type": "text_delta", "text": delta.content})]
 
+    def _push_call(self, call: CallDelta) -> list[bytes]:
+        events = self._begin(call.id, {"type": "tool_use", "id": call.id, "name": call.name, "input": {}})
+        if call.arguments:
+            events.append(self._delta({"type": "input_json_delta", "partial_json": call.arguments}))
+        return events
+
     def finish(self) -> list[bytes]:
         events = self._begin("text", {"type": "text", "text": ""}) if self._index < 0 else []
-        return [*events, _event("content_block_stop", index=self._index)]
+        return [*events, *self._end()]
 
-    def _begin(self, kind: str, block: dict[str, Any], *, anew: bool = False) -> list[bytes]:
-        if self._open == kind and not anew:
+    def _begin(self, what: str, block: dict[str, Any]) -> list[bytes]:
+        """what: the kind of block, or which call it is."""
+        if self._open == what:
             return []
-        events = [_event("content_block_stop", index=self._index)] if self._open else []
-        self._index, self._open = self._index + 1, kind
+        events = self._end() if self._open else []
+        self._index, self._open = self._index + 1, what
         return [*events, _event("content_block_start", index=self._index, content_block=block)]
+
+    def _end(self) -> list[bytes]:
+        events = [_event("content_block_stop", index=self._index)]
+        if self._open == "thinking":
+            signature = self._signatures.sign(self._thinking)
+            events.insert(0, self._delta({"type": "signature_delta", "signature": signature}))
+            self._thinking = ""
+        return events
 
     def _delta(self, delta: dict[str, Any]) -> bytes:
         return _event("content_block_delta", index=self._index, delta=delta)

@@ -1,156 +1,158 @@
-"""Anthropic's messages, system blocks and tools as a conversation. Pure."""
+"""Anthropic's messages and system blocks as a conversation. Pure."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
-from antefix.errors import InvalidRequest
-from antefix_router.chat.messages import Effort, Message, Role, ToolCall
-from antefix_router.gateway.answer_form import anthropic_rule
-from antefix_router.gateway.fields import Fields, missing
-from antefix_router.gateway.gateway import function_schema
-from antefix_router.gateway.openai_messages import EFFORTS, Tools, cache_control_of, content_of
+from antefix_router.chat.messages import Breakpoint, Message, Role, ToolCall
+from antefix_router.gateway.content import Content, MessageList, as_json, breakpoint_ttl, content_of, end_breakpoint
+from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_type, wrong_value
+from antefix_router.gateway.signatures import Signatures
 
-_ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT}
+# Newer models take system text in mid-conversation, and clients send it.
+_ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT, "system": Role.SYSTEM, "developer": Role.SYSTEM}
+REDACTED = "[thinking redacted]"
 
 
-def anthropic_messages(system: Any, items: list[Any]) -> tuple[Message, ...]:
+def anthropic_messages(fields: Fields, signatures: Signatures) -> tuple[Message, ...]:
     """System text first, then the turns; a turn with tool results becomes one message for each of them.
 
-    Raises:  InvalidRequest: a block of a kind that the model cannot take; the field is named.
+    Raises:  WrongField: a block of a kind that nobody knows; the field is named.
     """
-    messages: list[Message] = []
-    if system is not None:
-        text, breaks = content_of(system, "system", ("text",))
-        if text:
-            messages.append(Message(role=Role.SYSTEM, content=text, breaks=breaks))
+    found = MessageList()
+    if fields.has("system"):
+        said = content_of(fields, "system")
+        if said.text:
+            found.add(Message(role=Role.SYSTEM, content=said.text, breakpoints=tuple(said.breakpoints)))
+    items = fields.children("messages")
     if not items:
-        raise InvalidRequest("messages is empty")
-    for index, item in enumerate(items):
-        where = f"messages[{index}]"
-        fields = Fields(item, where)
-        role = fields.one_of("role", _ROLES)
-        content = fields.take("content")
-        fields.refuse_rest()
-        turn = _assistant if role is Role.ASSISTANT else _user
-        messages += turn([{"type": "text", "text": content}] if isinstance(content, str) else content, where)
-    return tuple(messages)
+        raise wrong_value("messages", " is empty")
+    for item in items:
+        role = item.one_of("role", _ROLES)
+        blocks = _blocks(item)
+        if role is Role.ASSISTANT:
+            found.add(_Answer(blocks, signatures).message(end_breakpoint(item)))
+        else:
+            _read_turn(blocks, role, found, end_breakpoint(item))
+    return found.finish(fields.notes)
 
 
-def _user(blocks: Any, where: str) -> list[Message]:
+def _blocks(item: Fields) -> list[Fields]:
+    value = item.take("content")
+    where = item.name_of("content")
+    if value is None:
+        raise missing(where, "a string or a list of blocks")
+    if isinstance(value, str):
+        return [Fields({"type": "text", "text": value}, where)]
+    if not isinstance(value, list):
+        raise wrong_type(where, "a string or a list of blocks")
+    return [item.inside(block, f"{where}[{index}]") for index, block in enumerate(value)]
+
+
+def _read_turn(blocks: list[Fields], role: Role, found: MessageList, ends: tuple[Breakpoint, ...]) -> None:
     """Tool results, then what the user says besides."""
-    messages: list[Message] = []
-    text, breaks = "", list[tuple[int, float]]()
-    for fields, kind, ttl_s in _blocks(blocks, where):
-        if kind == "tool_result":
-            content, inner = content_of(fields.take("content", ""), fields.name_of("content"), ("text",))
-            ends = ((len(content), ttl_s),) if ttl_s is not None else inner
+    said, has_results = Content(), False
+    for block in blocks:
+        if not block.takes("type", "tool_result"):
+            said.add_part(block)
+            continue
+        has_results = True
+        result = content_of(block, "content", "")
+        if block.boolean("is_error"):
             # What failed is told in words: the model has no other field for it.
-            content = f"Error: {content}" if fields.boolean("is_error") else content
-            call_id = fields.text("tool_use_id")
-            messages.append(Message(role=Role.TOOL, content=content, tool_call_id=call_id, breaks=ends))
-        elif kind == "text":
-            text += fields.text("text")
-            fields.drop("citations")
-            breaks += [(len(text), ttl_s)] if ttl_s is not None else []
+            result.prepend("Error: ")
+        breakpoints = (*result.breakpoints, *end_breakpoint(block))
+        call_id = block.text("tool_use_id", "")
+        message = Message(role=Role.TOOL, content=result.text, tool_call_id=call_id, breakpoints=breakpoints)
+        found.add(message, result.unseen)
+    if said.text or not has_results:
+        found.add(Message(role=role, content=said.text, breakpoints=(*said.breakpoints, *ends)), said.unseen)
+    elif ends:
+        found.end_with(ends)
+
+
+class _Answer:
+    """An assistant's turn while its blocks are read."""
+
+    def __init__(self, blocks: list[Fields], signatures: Signatures) -> None:
+        self._said = Content()
+        self._reasoning = ""
+        self._calls: list[ToolCall] = []
+        self._ends: list[Breakpoint] = []
+        self._signatures = signatures
+        readers: dict[str, Callable[[Fields], None]] = {
+            "thinking": self._thinking,
+            "redacted_thinking": self._redacted,
+            "tool_use": self._tool_use,
+        }
+        for block in blocks:
+            kind = next((each for each in readers if block.takes("type", each)), None)
+            (self._other if kind is None else readers[kind])(block)
+
+    def message(self, ends: tuple[Breakpoint, ...]) -> Message:
+        return Message(
+            role=Role.ASSISTANT,
+            content=self._said.text,
+            reasoning=self._reasoning,
+            tool_calls=tuple(self._calls),
+            breakpoints=(*self._said.breakpoints, *self._ends, *ends),
+        )
+
+    def _thinking(self, block: Fields) -> None:
+        text = block.text("thinking", "")
+        if not self._signatures.is_ours(text, block.text("signature", "")):
+            block.notes.call_foreign(block.where)
+        self._reasoning += text
+        self._said.add("", breakpoint_ttl(block))
+
+    def _redacted(self, block: Fields) -> None:
+        block.drop("data")
+        block.notes.call_foreign(block.where)
+        self._reasoning += REDACTED
+
+    def _tool_use(self, block: Fields) -> None:
+        value = block.take("input", {})
+        arguments = value if isinstance(value, str) else as_json(value)
+        self._calls.append(ToolCall(id=block.text("id", ""), name=block.text("name"), arguments=arguments))
+        block.drop("caller")
+        self._ends += end_breakpoint(block)
+
+    def _other(self, block: Fields) -> None:
+        """Text; or what another provider's own tools did, in a word: whoever reads on should know that it happened."""
+        kind = block.take("type", "")
+        if not isinstance(kind, str) or not kind.endswith(("tool_use", "tool_result")):
+            self._said.add_part(block, kind)
+            return
+        block.notes.leave_out(block.where, kind)
+        if kind.endswith("tool_use"):
+            self._said.add(f"[{block.text('name', kind)} called with {as_json(block.take('input', {}))}]")
         else:
-            raise InvalidRequest(f"{fields.name_of('type')}: this model takes text and tool results, not {kind!r}")
-        fields.refuse_rest()
-    if text or not messages:
-        messages.append(Message(role=Role.USER, content=text, breaks=tuple(breaks)))
-    return messages
+            self._said.add(f"[{kind}: not shown]")
+        block.drop_rest()
 
 
-def _assistant(blocks: Any, where: str) -> list[Message]:
-    text, reasoning, calls = "", "", list[ToolCall]()
-    breaks: list[tuple[int, float]] = []
-    for fields, kind, ttl_s in _blocks(blocks, where):
-        if kind == "text":
-            text += fields.text("text")
-            fields.drop("citations")
-        elif kind == "thinking":
-            reasoning += fields.text("thinking")
-            fields.drop("signature")
-        elif kind == "tool_use":
-            arguments = json.dumps(fields.take("input", {}), ensure_ascii=False)
-            calls.append(ToolCall(id=fields.text("id"), name=fields.text("name"), arguments=arguments))
-            fields.drop("caller")
-        else:
-            raise InvalidRequest(f"{fields.name_of('type')}: {kind!r} is not supported")
-        fields.refuse_rest()
-        breaks += [(len(text), ttl_s)] if ttl_s is not None else []
-    return [
-        Message(role=Role.ASSISTANT, content=text, reasoning=reasoning, tool_calls=tuple(calls), breaks=tuple(breaks))
-    ]
+def read_context_management(fields: Fields) -> None:
+    """Edits that only spare context change nothing here: the model's format has its own rule for old thinking.
+
+    Raises:  WrongField: an edit takes content away.
+    """
+    management = fields.child("context_management")
+    if management is None:
+        return
+    for edit in management.children("edits", []):
+        kind = edit.text("type")
+        if not kind.startswith("clear_thinking"):
+            raise unsupported(edit.name_of("type"), f": {kind[:80]!r} takes content out of the conversation")
+        edit.drop("keep")
+        fields.notes.ignore(edit.where)
 
 
-def _blocks(blocks: Any, where: str) -> list[tuple[Fields, str, float | None]]:
-    if blocks is None:
-        raise missing(f"{where}.content", "a string or a list of blocks")
-    if not isinstance(blocks, list) or not blocks:
-        raise InvalidRequest(f"{where}.content must be a string or a list of blocks")
-    found = []
-    for index, block in enumerate(blocks):
-        fields = Fields(block, f"{where}.content[{index}]")
-        ttl_s = cache_control_of(fields.take("cache_control"), fields.name_of("cache_control"))
-        found.append((fields, fields.text("type"), ttl_s))
-    return found
-
-
-def anthropic_tools(fields: Fields) -> tuple[Tools, float | None]:
-    """The tools, and the lifetime of a breakpoint on one of them (all of them are written in one piece)."""
-    schemas: list[dict[str, Any]] = []
-    strict: set[str] = set()
-    break_s: float | None = None
-    for index, item in enumerate(fields.items("tools", [])):
-        tool = Fields(item, f"tools[{index}]")
-        tool.only("type", lambda value: value == "custom", "only the client's own tools are supported")
-        ttl_s = cache_control_of(tool.take("cache_control"), tool.name_of("cache_control"))
-        break_s = ttl_s if ttl_s is not None else break_s
-        name = tool.text("name")
-        schemas.append(function_schema(name, tool.take("description"), tool.take("input_schema")))
-        strict |= {name} if tool.boolean("strict") else set()
-        tool.refuse_rest()
-    rule = anthropic_rule(fields.take("tool_choice"), [schema["name"] for schema in schemas])
-    if rule is None:
-        return Tools(), break_s
-    return Tools(schemas=tuple(schemas), strict=frozenset(strict), rule=rule), break_s
-
-
-def anthropic_effort(fields: Fields, config: Fields) -> Effort | None:
-    """`thinking` and `output_config.effort`; without either the model does not think, as with Anthropic."""
-    effort: Effort | None = config.one_of("effort", EFFORTS, None)
-    value = fields.take("thinking")
-    if value is None:
-        return effort or Effort.NONE
-    thinking = Fields(value, "thinking")
-    enabled = thinking.one_of("type", {"enabled": True, "adaptive": True, "disabled": False}, False)
-    # How long the model thinks is up to its effort; a budget is an upper bound that max_tokens keeps as well.
-    thinking.integer("budget_tokens", low=1)
-    thinking.drop("display")
-    thinking.refuse_rest()
-    return (effort or Effort.HIGH) if enabled else Effort.NONE
-
-
-def top_level_cache_control(messages: tuple[Message, ...], value: Any) -> tuple[Message, ...]:
-    """`cache_control` of the whole request: a breakpoint at the end of the last message."""
-    ttl_s = cache_control_of(value, "cache_control")
-    if ttl_s is None:
-        return messages
-    last = messages[-1]
-    return (*messages[:-1], replace(last, breaks=(*last.breaks, (len(last.content), ttl_s))))
-
-
-def user_of(value: Any) -> str:
+def user_of(fields: Fields) -> str:
     """`metadata.user_id`: whose cache it is."""
-    if value is None:
-        return ""
-    fields = Fields(value, "metadata")
-    user = fields.text("user_id", "")
-    fields.refuse_rest()
-    return user
+    metadata = fields.child("metadata")
+    return "" if metadata is None else metadata.text("user_id", "")
 
 
 def call_input(call: ToolCall) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -17,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from antefix.errors import AntefixError, ConfigError, Unavailable
-from antefix.rpc import parse_address
+from antefix.rpc import ENDING_S, parse_address
 from antefix_billing.usage_record import request_key
 from antefix_router.front import Front
 from antefix_router.gateway.anthropic import count_tokens, prepare_messages
@@ -31,7 +32,6 @@ from antefix_router.gateway.responses import prepare_response
 
 log = logging.getLogger("antefix.gateway")
 
-GRACE_S = 30
 # A client that keeps its connection open between turns; longer than most clients' own limit, so that they close first.
 KEEP_ALIVE_S = 75
 
@@ -43,12 +43,15 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 }
 
 
-def build_app(front: Front, config: GatewayConfig) -> Starlette:
+def build_app(gateway: Gateway, config: GatewayConfig) -> Starlette:
     """The ASGI application."""
-    gateway = Gateway(front, config)
     room = Room(config.http_requests_max)
     routes = [
-        Route(path, Endpoint(partial(prepare, gateway), provider, room), methods=["POST"])
+        Route(
+            path,
+            Endpoint(partial(prepare, gateway), provider, room, keep_alive_s=config.http_keep_alive_s),
+            methods=["POST"],
+        )
         for path, (prepare, provider) in _PREPARE.items()
     ]
     routes += [
@@ -120,7 +123,8 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """A started gateway."""
 
-    def __init__(self, server: _Server, serving: asyncio.Task[None], address: str) -> None:
+    def __init__(self, server: _Server, serving: asyncio.Task[None], address: str, gateway: Gateway) -> None:
+        self.gateway = gateway
         self._server = server
         self._serving = serving
         self.address = address
@@ -132,7 +136,8 @@ class HttpServer:
 
 
 async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
-    """Raises:  ConfigError: the address cannot be listened on."""
+    """Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form."""
+    gateway = Gateway(front, config)
     host, port = parse_address(config.http_address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio sets TCP_NODELAY only where it is: without that, each answer waits 40 ms for
@@ -147,11 +152,12 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
         raise ConfigError(f"--http-address {config.http_address}: {err}") from err
     server = _Server(
         uvicorn.Config(
-            build_app(front, config),
+            build_app(gateway, config),
             lifespan="off",
             access_log=False,
             log_config=None,
-            timeout_graceful_shutdown=GRACE_S,
+            # What does not end at our own ending (a client that does not read) is cut off a little later.
+            timeout_graceful_shutdown=math.ceil(config.grace_s + ENDING_S),
             timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
         )
@@ -162,4 +168,4 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
     ready.cancel()
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
-    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}")
+    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}", gateway)

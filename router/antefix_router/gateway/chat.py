@@ -10,60 +10,70 @@ from starlette.requests import Request
 
 from antefix.errors import InvalidRequest
 from antefix_billing.providers import chat_usage
-from antefix_router.chat.messages import Conversation, Delta, Effort, Role, ToolCall
+from antefix_router.chat.messages import CallDelta, Conversation, Delta, Effort, Role, ToolCall
 from antefix_router.gateway.answer_form import chat_form
 from antefix_router.gateway.choices import Choices
+from antefix_router.gateway.content import end_conversation
 from antefix_router.gateway.fields import Fields, unsupported
 from antefix_router.gateway.gateway import Gateway
-from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.http import error_event, event_bytes
+from antefix_router.gateway.http_errors import Provider
 from antefix_router.gateway.knobs import read_knobs
-from antefix_router.gateway.openai_messages import EFFORTS, chat_messages, chat_tools, refuse_unsupported
+from antefix_router.gateway.modes import read_wish
+from antefix_router.gateway.openai_messages import chat_messages, refuse_unsupported
 from antefix_router.gateway.output import Output
+from antefix_router.gateway.tools import openai_tools
 
 
 async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     """Raises:  InvalidRequest and the others of `Gateway.chat`."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
-    model = gateway.check_model(fields.text("model"))
+    model = gateway.model(fields)
     stream, include_usage = stream_options(fields)
     user = fields.text("user", "") or fields.text("user_id", "")
-    effort = gateway.check_effort(_effort(fields))
-    raw = fields.items("messages")
-    messages = chat_messages(raw)
-    tools = chat_tools(fields)
+    effort = gateway.choose_effort(read_wish(fields), model, Effort.HIGH, fields.notes)
+    messages, begun = chat_messages(fields)
+    messages = end_conversation(messages, fields)
+    tools = openai_tools(fields)
     num_top = _num_top_logprobs(fields)
     knobs = read_knobs(fields, "max_completion_tokens", "max_tokens", num_top_logprobs=num_top, several=True)
-    form = chat_form(fields.take("response_format"))
+    form = chat_form(fields)
     session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
-    fields.refuse_rest()
     # DeepSeek's prefix completion: the last message is an answer that was begun.
-    begun = messages[-1].role is Role.ASSISTANT
-    if begun and not raw[-1].get("prefix"):
+    is_answer = messages[-1].role is Role.ASSISTANT
+    if is_answer and not begun:
         raise InvalidRequest('the last message is the assistant\'s; say "prefix": true in it to have it gone on with')
+    fields.close()
+    fields.notes.close()
     conversation = Conversation(
         messages=messages,
         tools=tools.schemas,
         strict=tools.strict,
         tool_rule=tools.rule,
+        tools_breakpoint=tools.breakpoint,
         effort=effort,
-        continue_last=begun,
+        continue_last=is_answer,
         answers_json=form.is_json,
         response_schema=form.schema,
     )
     choices = await gateway.chat_choices(conversation, knobs, gateway.caller(request, tenant, user, session=session))
-    return ChatCall(choices, model, gateway.config.http_timeout_s, stream=stream, include_usage=include_usage)
+    return ChatCall(
+        choices,
+        model.asked_for,
+        gateway.config.http_timeout_s,
+        stream=stream,
+        include_usage=include_usage,
+        headers=fields.notes.headers(),
+    )
 
 
 def stream_options(fields: Fields) -> tuple[bool, bool]:
     """(stream, include_usage)."""
     stream = fields.boolean("stream")
-    options = Fields(fields.take("stream_options", {}), "stream_options")
-    include_usage = options.boolean("include_usage")
-    options.only("include_obfuscation", lambda value: value is False, "obfuscation is not supported")
-    options.refuse_rest()
-    return stream, include_usage
+    options = fields.child("stream_options")
+    return stream, options is not None and options.boolean("include_usage")
 
 
 def _num_top_logprobs(fields: Fields) -> int | None:
@@ -74,24 +84,21 @@ def _num_top_logprobs(fields: Fields) -> int | None:
     return (num_top or 0) if is_wanted else None
 
 
-def _effort(fields: Fields) -> Effort | None:
-    """OpenAI's reasoning_effort and DeepSeek's thinking switch; None: neither was given."""
-    effort: Effort | None = fields.one_of("reasoning_effort", EFFORTS, None)
-    thinking = fields.take("thinking")
-    if thinking is None:
-        return effort
-    options = Fields(thinking, "thinking")
-    enabled = options.one_of("type", {"enabled": True, "disabled": False}, True)
-    options.refuse_rest()
-    return (effort or Effort.HIGH) if enabled else Effort.NONE
-
-
 class ChatCall:
     """One answer, or several, in OpenAI's shapes."""
 
-    def __init__(self, choices: Choices, model: str, timeout_s: float, *, stream: bool, include_usage: bool) -> None:
+    def __init__(
+        self,
+        choices: Choices,
+        model: str,
+        timeout_s: float,
+        *,
+        stream: bool,
+        include_usage: bool,
+        headers: dict[str, str],
+    ) -> None:
         self.stream = stream
-        self.headers = {"x-request-id": choices.request_id}
+        self.headers = {"x-request-id": choices.request_id, **headers}
         self._choices = choices
         self._model = model
         self._timeout_s = timeout_s
@@ -107,24 +114,26 @@ class ChatCall:
         return {**self._head("chat.completion"), "choices": choices, "usage": usage}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        num_calls: dict[int, int] = {}
+        call_ids: dict[int, list[str]] = {}
         async for index, delta in self._choices.deltas(self._timeout_s):
-            if index not in num_calls:
+            if index not in call_ids:
                 yield self._chunk(index, {"role": "assistant", "content": ""})
-                num_calls[index] = 0
-            # Asked for now: of the best outputs it is not known before which they are.
-            logprobs = _logprobs(self._choices.shown[index])
-            yield self._chunk(index, _delta_json(delta, num_calls[index]), logprobs=logprobs)
-            num_calls[index] += delta.tool_call is not None
+                call_ids[index] = []
+            if (piece := _delta_json(delta, call_ids[index])) is not None:
+                # Asked for now: of the best outputs it is not known before which they are.
+                yield self._chunk(index, piece, logprobs=_logprobs(self._choices.shown[index]))
         shown = self._choices.shown
         for index, output in enumerate(shown):
-            if index not in num_calls:
+            if index not in call_ids:
                 yield self._chunk(index, {"role": "assistant", "content": ""})
             yield self._chunk(index, {}, finish_reason=output.ended().reason, logprobs=_logprobs(output))
         if self._include_usage:
             usage = chat_usage(shown[0].ended().record)
             yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": usage})
         yield event_bytes("[DONE]")
+
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.OPENAI)
 
     def _chunk(
         self,
@@ -166,7 +175,17 @@ def _call_json(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _delta_json(delta: Delta, num_calls: int) -> dict[str, Any]:
-    if delta.tool_call is not None:
-        return {"tool_calls": [{"index": num_calls, **_call_json(delta.tool_call)}]}
-    return {"reasoning_content": delta.reasoning} if delta.reasoning else {"content": delta.content}
+def _delta_json(delta: Delta, call_ids: list[str]) -> dict[str, Any] | None:
+    """call_ids: the calls so far, in order; grown here. None: nothing that this API has words for."""
+    if delta.call is None:
+        return {"reasoning_content": delta.reasoning} if delta.reasoning else {"content": delta.content}
+    call = delta.call
+    if call.id not in call_ids:
+        call_ids.append(call.id)
+        return {"tool_calls": [{"index": len(call_ids) - 1, **_call_json(_begun(call))}]}
+    piece = {"index": call_ids.index(call.id), "function": {"arguments": call.arguments}}
+    return {"tool_calls": [piece]} if call.arguments else None
+
+
+def _begun(call: CallDelta) -> ToolCall:
+    return ToolCall(id=call.id, name=call.name, arguments=call.arguments)

@@ -35,21 +35,30 @@ class Choices:
 
         held: nothing of them goes out before all of it is there.
         """
+        if len(self._outputs) == 1:
+            async with contextlib.aclosing(self._outputs[0].deltas(timeout_s, held=held)) as deltas:
+                async for delta in deltas:
+                    yield 0, delta
+            return
         chooses = self._num_shown < len(self._outputs)
         self._bill.is_held = held or chooses
         kept: list[list[Delta]] = [[] for _ in self._outputs]
         async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as pieces:
             async for index, tokens in pieces:
-                for delta in self._outputs[index].read(tokens):
+                output = self._outputs[index]
+                for delta in output.read(tokens):
                     if chooses:
                         kept[index].append(delta)
                     else:
                         yield index, delta
+                if output.has_ended:
+                    self._bill.generation.samples[index].end(output.num_output_tokens)
         for index, output in enumerate(self._outputs):
+            output.is_held = held
             kept[index] += output.finish()
         if chooses:
             order = sorted(range(len(self._outputs)), key=lambda index: -self._outputs[index].total_logprob)
             self._outputs, kept = [self._outputs[index] for index in order], [kept[index] for index in order]
-        for index, deltas in enumerate(kept[: self._num_shown]):
-            for delta in deltas:
+        for index, deltas_left in enumerate(kept[: self._num_shown]):
+            for delta in deltas_left:
                 yield index, delta

@@ -15,10 +15,12 @@ from antefix_billing.providers import chat_usage
 from antefix_router.gateway.answer_form import chat_form
 from antefix_router.gateway.chat import stream_options
 from antefix_router.gateway.choices import Choices
+from antefix_router.gateway.fields import Fields
 from antefix_router.gateway.gateway import Gateway
-from antefix_router.gateway.http import event_bytes
+from antefix_router.gateway.http import error_event, event_bytes
 from antefix_router.gateway.http_errors import Provider, error_response
 from antefix_router.gateway.knobs import read_knobs
+from antefix_router.gateway.notes import Notes
 from antefix_router.gateway.openai_messages import refuse_unsupported
 from antefix_router.gateway.output import Output
 
@@ -27,23 +29,30 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     """Raises:  InvalidRequest and the others of `Gateway.complete`."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
-    model = gateway.check_model(fields.text("model"))
+    model = gateway.model(fields)
     stream, include_usage = stream_options(fields)
     user = fields.text("user", "")
     echo = fields.boolean("echo")
     text, tokens = await _prompt(gateway, fields.take("prompt"), echo=echo)
     knobs = read_knobs(fields, "max_tokens", num_top_logprobs=fields.integer("logprobs"), several=True)
-    form = chat_form(fields.take("response_format"))
+    form = chat_form(fields)
     if echo and knobs.num_top_logprobs is not None:
         raise InvalidRequest("logprobs: with echo they would be of the prompt as well, which has none here")
     fields.only("suffix", lambda value: value == "", "this model does not fill in the middle")
     session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
-    fields.refuse_rest()
+    fields.close()
+    fields.notes.close()
     choices = await gateway.complete(tokens, knobs, gateway.caller(request, tenant, user, session=session), form)
     timeout_s = gateway.config.http_timeout_s
     return CompletionCall(
-        choices, model, timeout_s, stream=stream, include_usage=include_usage, echo=text if echo else ""
+        choices,
+        model.asked_for,
+        timeout_s,
+        stream=stream,
+        include_usage=include_usage,
+        echo=text if echo else "",
+        headers=fields.notes.headers(),
     )
 
 
@@ -66,10 +75,18 @@ class CompletionCall:
     """One answer, or several, in the shape of text completions."""
 
     def __init__(
-        self, choices: Choices, model: str, timeout_s: float, *, stream: bool, include_usage: bool, echo: str
+        self,
+        choices: Choices,
+        model: str,
+        timeout_s: float,
+        *,
+        stream: bool,
+        include_usage: bool,
+        echo: str,
+        headers: dict[str, str],
     ) -> None:
         self.stream = stream
-        self.headers = {"x-request-id": choices.request_id}
+        self.headers = {"x-request-id": choices.request_id, **headers}
         self._choices = choices
         self._model = model
         self._timeout_s = timeout_s
@@ -103,6 +120,9 @@ class CompletionCall:
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return event_bytes({**self._head(), "choices": choices, **more})
 
+    def failed(self, err: Exception) -> bytes:
+        return error_event(err, Provider.OPENAI)
+
     def _head(self) -> dict[str, Any]:
         return {
             "id": f"cmpl-{self._choices.request_id}",
@@ -125,8 +145,10 @@ async def list_models(gateway: Gateway, request: Request) -> JSONResponse:
         gateway.tenant(request)
         name = request.path_params.get("name")
         if name is not None:
-            return JSONResponse(_model(gateway, gateway.check_model(name)))
-        models = [_model(gateway, each) for each in gateway.model_names]
+            notes = Notes()
+            found = gateway.model(Fields({"model": name}, notes=notes))
+            return JSONResponse(_model(gateway, found.asked_for), headers=notes.headers())
+        models = [_model(gateway, each) for each in gateway.models.listed]
     except Exception as err:  # noqa: BLE001 - answered in the caller's shape
         return error_response(err, provider)
     page = {"has_more": False, "first_id": models[0]["id"], "last_id": models[-1]["id"]}

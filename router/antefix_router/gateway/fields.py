@@ -1,12 +1,17 @@
-"""Reading JSON requests strictly: each field is used, known to change nothing, or refused by name. Pure."""
+"""Reading JSON requests: what is understood is taken and checked, what is left is ignored and told of. Pure.
+
+Clients add fields every month, and most change nothing. So a reader takes the fields that it knows, refuses by name the
+few that would change the answer (`only`), and at the end `close` notes all others, at any level, with their JSON paths.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 from antefix.errors import InvalidRequest
+from antefix_router.gateway.notes import Notes
 
 T = TypeVar("T")
 _MISSING = object()
@@ -30,6 +35,10 @@ def wrong_type(param: str, what: str) -> WrongField:
     return WrongField(f"{param} must be {what}", param=param, code="invalid_type")
 
 
+def wrong_value(param: str, why: str) -> WrongField:
+    return WrongField(f"{param}{why}", param=param, code="invalid_value")
+
+
 def unsupported(param: str, why: str) -> WrongField:
     return WrongField(f"{param}{why}", param=param, code="unsupported_value")
 
@@ -40,28 +49,57 @@ def is_number(value: Any, number: float) -> bool:
 
 
 class Fields:
-    """One JSON object. Take what is understood, then `refuse_rest`."""
+    """One JSON object, and those inside it that were asked for. null is how some clients leave a field out."""
 
-    def __init__(self, values: Any, where: str = "") -> None:
+    def __init__(self, values: Any, where: str = "", notes: Notes | None = None) -> None:
         if not isinstance(values, dict):
             raise wrong_type(where or "the request body", "a JSON object")
-        # null is how some clients leave a field out.
-        self._values: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
-        self._where = where
+        self.where = where
+        self.notes = notes or Notes()
+        self._values: dict[str, Any] = dict(values)
+        self._inner: list[Fields] = []
 
     def name_of(self, name: str) -> str:
-        return f"{self._where}.{name}" if self._where else name
-
-    def peek(self, name: str, default: Any = None) -> Any:
-        """What stands there, left for whoever takes it."""
-        return self._values.get(name, default)
+        return f"{self.where}.{name}" if self.where else name
 
     def take(self, name: str, default: Any = None) -> Any:
-        return self._values.pop(name, default)
+        value = self._values.pop(name, None)
+        return default if value is None else value
+
+    def peek(self, name: str, default: Any = None) -> Any:
+        """As it was sent, and still to be taken."""
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def takes(self, name: str, value: str) -> bool:
+        """Take a field if it is this text; say whether it was."""
+        if self._values.get(name) != value:
+            return False
+        del self._values[name]
+        return True
+
+    def has(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def child(self, name: str) -> Fields | None:
+        """An object inside this one, or None where there is none. Raises:  WrongField: it is something else."""
+        value = self.take(name)
+        return None if value is None else self.inside(value, self.name_of(name))
+
+    def children(self, name: str, default: Any = _MISSING) -> list[Fields]:
+        """A list of objects."""
+        items = enumerate(self.items(name, default))
+        return [self.inside(item, f"{self.name_of(name)}[{index}]") for index, item in items]
+
+    def inside(self, value: Any, where: str) -> Fields:
+        """An object that belongs to this one: closed with it."""
+        fields = Fields(value, where, self.notes)
+        self._inner.append(fields)
+        return fields
 
     def text(self, name: str, default: str | None = None) -> str:
         """Raises:  InvalidRequest: missing without a default, or not a string."""
-        value = self._values.pop(name, default)
+        value = self.take(name, default)
         if value is None:
             raise missing(self.name_of(name), "a string")
         if not isinstance(value, str):
@@ -69,13 +107,13 @@ class Fields:
         return value
 
     def boolean(self, name: str, default: bool = False) -> bool:
-        value = self._values.pop(name, default)
+        value = self.take(name, default)
         if not isinstance(value, bool):
             raise wrong_type(self.name_of(name), "true or false")
         return value
 
     def integer(self, name: str, default: int | None = None, *, low: int = 0) -> int | None:
-        value = self._values.pop(name, default)
+        value = self.take(name, default)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -83,13 +121,13 @@ class Fields:
         return value
 
     def number(self, name: str, default: float) -> float:
-        value = self._values.pop(name, default)
+        value = self.take(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise wrong_type(self.name_of(name), "a number")
         return float(value)
 
     def items(self, name: str, default: Any = _MISSING) -> list[Any]:
-        value = self._values.pop(name, default)
+        value = self.take(name, default)
         if value is _MISSING:
             raise missing(self.name_of(name), "a list")
         if not isinstance(value, list):
@@ -98,7 +136,7 @@ class Fields:
 
     def texts(self, name: str) -> list[str]:
         """A string or a list of strings."""
-        value = self._values.pop(name, [])
+        value = self.take(name, [])
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
             raise wrong_type(self.name_of(name), "a string or a list of strings that are not empty")
@@ -106,18 +144,31 @@ class Fields:
 
     def one_of(self, name: str, choices: Mapping[str, T], default: Any = _MISSING) -> T:
         """Raises:  WrongField: none of them, or missing without a default."""
-        value = self._values.pop(name, _MISSING)
+        value = self.take(name, _MISSING)
         if value is _MISSING and default is _MISSING:
             raise missing(self.name_of(name), f"one of {', '.join(choices)}")
         if value is _MISSING:
             return cast(T, default)
         if not isinstance(value, str) or value not in choices:
-            raise unsupported(self.name_of(name), f" must be one of {', '.join(choices)}; {value!r} is not supported")
+            raise unsupported(
+                self.name_of(name), f" must be one of {', '.join(choices)}; {str(value)[:80]!r} is not supported"
+            )
+        return choices[value]
+
+    def known(self, name: str, choices: Mapping[str, T], default: T) -> T:
+        """A hint: a value that is none of them is ignored like a field that nobody knows."""
+        value = self._values.get(name)
+        if not isinstance(value, str) or value not in choices:
+            return default
+        del self._values[name]
         return choices[value]
 
     def only(self, name: str, allowed: Callable[[Any], bool], why: str) -> None:
-        """A field that may be there with values that change nothing."""
-        value = self._values.pop(name, _MISSING)
+        """A field that would change the answer, except with these values.
+
+        Raises:  WrongField: it has another one.
+        """
+        value = self.take(name, _MISSING)
         if value is not _MISSING and not allowed(value):
             raise unsupported(self.name_of(name), f": {why}")
 
@@ -127,12 +178,16 @@ class Fields:
         return rest
 
     def drop(self, *names: str) -> None:
-        """Fields that say something about the caller, not about the answer."""
+        """Fields that our own answers have: they come back with every turn, and mean nothing then."""
         for name in names:
             self._values.pop(name, None)
 
-    def refuse_rest(self) -> None:
-        """Raises:  InvalidRequest: fields are left that nobody understood."""
-        if self._values:
-            names = [self.name_of(name) for name in sorted(self._values)]
-            raise WrongField(f"not supported here: {', '.join(names)}", param=names[0], code="unknown_parameter")
+    def drop_rest(self, *, but: Iterable[str] = ()) -> None:
+        """The whole object has been left out and told of: its fields need not be."""
+        self._values = {name: self._values[name] for name in but if name in self._values}
+
+    def close(self) -> None:
+        """Note what nobody took, here and further in."""
+        self.notes.ignore_all(self.where, self._values)
+        for fields in self._inner:
+            fields.close()

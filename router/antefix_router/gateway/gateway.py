@@ -25,14 +25,19 @@ from antefix_router.gateway.choices import Choices
 from antefix_router.gateway.fields import Fields, WrongField
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import read_json
-from antefix_router.gateway.http_errors import ModelNotFound
 from antefix_router.gateway.knobs import Knobs
+from antefix_router.gateway.model_names import REFUSE, ModelNames, NamedModel, load_aliases
+from antefix_router.gateway.modes import Wish
+from antefix_router.gateway.notes import IgnoredFields, Notes
 from antefix_router.gateway.output import Output
+from antefix_router.gateway.signatures import Signatures
 from antefix_router.grammar_check import UnusableGrammar
 
 BREAKPOINTS_MAX = 4
 # Making a schema's grammar takes as long as encoding so much text.
 _SCHEMA_CHARACTERS = 4096
+# They turn on what a request may then ask for in its body, where it is read, or not.
+_BETA_HEADERS = ("anthropic-beta", "openai-beta")
 
 
 class Gateway:
@@ -44,10 +49,12 @@ class Gateway:
         self.memory = AnswerMemory()
         self.format: ChatFormat = choose_format(config.chat_format, front.identity.path, front.tokenizer)
         self.started = int(time.time())
-
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        return (self.front.identity.name, *self.config.model_names)
+        self.ignored = IgnoredFields()
+        self.models = ModelNames(
+            (front.identity.name, *config.model_names),
+            load_aliases(config.model_aliases) if config.model_aliases else (),
+            serve_unknown=config.unknown_models != REFUSE,
+        )
 
     def tenant(self, request: Request) -> str:
         """Raises:  Unauthenticated: no key, or an unknown one, where keys are needed."""
@@ -56,27 +63,39 @@ class Gateway:
         return self.front.tenants.authenticate(request.headers.get("x-api-key") or bearer)
 
     async def fields(self, request: Request) -> Fields:
+        """The body, with the request's notes. Raises:  InvalidRequest: it is no JSON object."""
         config = self.config
-        return Fields(await read_json(request, config.http_body_bytes_max, timeout_s=config.http_body_timeout_s))
+        body = await read_json(request, config.http_body_bytes_max, timeout_s=config.http_body_timeout_s)
+        notes = Notes(self.ignored)
+        for name in _BETA_HEADERS:
+            if name in request.headers:
+                notes.ignore(name)
+        return Fields(body, notes=notes)
 
     def caller(self, request: Request, tenant: str, user: str, session: str = "") -> Caller:
         return Caller(tenant=tenant, user=user, request_id=request.headers.get("idempotency-key", ""), session=session)
 
-    def check_model(self, name: str) -> str:
-        """Raises:  ModelNotFound: another model."""
-        if name not in self.model_names:
-            raise ModelNotFound(f"the model {name!r} is not served here; there is {', '.join(self.model_names)}")
-        return name
+    def model(self, fields: Fields) -> NamedModel:
+        """Which model is asked for. Raises:  ModelNotFound: one that is not here."""
+        found = self.models.find(fields.text("model"))
+        if not found.is_own:
+            fields.notes.model = self.front.identity.name
+        return found
 
-    def check_effort(self, effort: Effort | None) -> Effort:
-        """None is the model's own way: high where it reasons, as DeepSeek's API has it, none where it cannot.
+    def signatures(self, tenant: str) -> Signatures:
+        return Signatures(self.front.accounts.keyring, tenant)
 
-        Raises:  InvalidRequest: reasoning was asked for, and the model has none.
+    def choose_effort(self, wish: Wish, model: NamedModel, default: Effort, notes: Notes) -> Effort:
+        """How the model is to think: as the request says, else as the model's name does, else by default.
+
+        A model that cannot think answers without; what asked for it is noted as ignored.
         """
-        if effort is None:
-            return Effort.HIGH if self.format.supports_reasoning else Effort.NONE
-        if effort is not Effort.NONE and not self.format.supports_reasoning:
-            raise InvalidRequest("this model does not reason before it answers; ask for no reasoning effort")
+        effort = wish.effort or model.effort or default
+        if not self.format.supports_reasoning:
+            effort = Effort.NONE
+            for path in wish.asked_by:
+                notes.ignore(path)
+        notes.mode = self.format.mode_name(effort)
         return effort
 
     async def tokens_of(
@@ -88,9 +107,8 @@ class Gateway:
             num_characters(pieces),
             lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
         )
-        if len(rendered.breakpoints) > BREAKPOINTS_MAX:
-            raise InvalidRequest(f"at most {BREAKPOINTS_MAX} cache breakpoints a request")
-        return rendered.tokens, rendered.breakpoints
+        # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
+        return rendered.tokens, rendered.breakpoints[-BREAKPOINTS_MAX:]
 
     async def chat(
         self, conversation: Conversation, knobs: Knobs, caller: Caller, names: SchemaNames = CHAT_NAMES
@@ -112,7 +130,14 @@ class Gateway:
         strict = {
             tool["name"]: tool["parameters"] for tool in conversation.tools if tool["name"] in conversation.strict
         }
-        return await self._admit(request, knobs, lambda: self.format.parser(conversation), memory=memory, strict=strict)
+        return await self._admit(
+            request,
+            knobs,
+            lambda: self.format.parser(conversation),
+            memory=memory,
+            strict=strict,
+            mode=self.format.mode_name(conversation.effort),
+        )
 
     async def complete(self, tokens: list[int], knobs: Knobs, caller: Caller, form: AnswerForm) -> Choices:
         """Admit continuations of tokens, as they are."""
@@ -134,8 +159,10 @@ class Gateway:
         *,
         memory: AnswerMemory | None = None,
         strict: Mapping[str, Any] | None = None,
+        mode: str = "",
     ) -> Choices:
-        bill = await self.front.admit(request)
+        bill = await self.front.admit(request, retryable=bool(request.request_id))
+        bill.mode = mode
         outputs = [
             Output(
                 self.front,
@@ -205,12 +232,3 @@ class Gateway:
 
 def wrong_schema(param: str, err: InvalidRequest) -> WrongField:
     return WrongField(f"{param}: {err}", param=param, code="invalid_value")
-
-
-def function_schema(name: str, description: Any, parameters: Any) -> dict[str, Any]:
-    """A tool as the model is shown it; absent parts stay absent, so that every API gives the same rendering."""
-    schema: dict[str, Any] = {"name": name}
-    if description is not None:
-        schema["description"] = description
-    schema["parameters"] = parameters if parameters is not None else {"type": "object", "properties": {}}
-    return schema

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antefix.config import require, setting
+from antefix.config import grace_setting, require, setting
 from antefix_router.front import BillingConfig
 
 
@@ -17,11 +17,18 @@ class GatewayConfig(BillingConfig):
     http_body_timeout_s: float = setting(60.0, "longest a request's body may take to arrive", unit="s")
     http_requests_max: int = setting(512, "HTTP requests at once; more are refused with a retry hint")
     http_timeout_s: float = setting(600.0, "longest a request may take", unit="s")
+    http_keep_alive_s: float = setting(4.0, "how often a stream tells its client that it is alive", unit="s")
     http_max_tokens: int = setting(4096, "output limit of requests that name none", unit="tokens")
     model_names: tuple[str, ...] = setting((), "further names that clients may use for the model")
+    model_aliases: str = setting(
+        "", "file (TOML) of names that clients may use, with modes (deploy/model_aliases.toml)"
+    )
+    unknown_models: str = setting("serve", "what requests for another model get: serve (this one) or refuse")
     chat_format: str = setting(
         "auto", "how conversations are written: auto, plain, deepseek-v4, deepseek-v4-0731 or template"
     )
+
+    grace_s: float = grace_setting()
 
     def __post_init__(self) -> None:
         BillingConfig.__post_init__(self)
@@ -29,6 +36,9 @@ class GatewayConfig(BillingConfig):
         require(self.http_body_timeout_s > 0, f"http_body_timeout_s must be positive, is {self.http_body_timeout_s}")
         require(self.http_requests_max > 0, f"http_requests_max must be positive, is {self.http_requests_max}")
         require(self.http_timeout_s > 0, f"http_timeout_s must be positive, is {self.http_timeout_s}")
+        require(self.http_keep_alive_s > 0, f"http_keep_alive_s must be positive, is {self.http_keep_alive_s}")
         require(self.http_max_tokens > 0, f"http_max_tokens must be positive, is {self.http_max_tokens}")
+        require(self.unknown_models in ("serve", "refuse"), "unknown_models must be serve or refuse")
+        require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
         formats = ("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template")
         require(self.chat_format in formats, f"chat_format must be one of {', '.join(formats)}")

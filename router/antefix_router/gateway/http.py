@@ -1,6 +1,9 @@
 """One HTTP call from first byte to last: limits, the body, the answer whole or as events, clients that leave.
 
-ASGI by hand, because the work must stop when the client goes, also while nothing is sent: a prompt may take minutes.
+A stream's head goes out with its first event, or HEAD_AFTER_S after admission: what fails before has a status of its
+own, what fails later is an error event. From then on the client is told regularly that we are still at work.
+
+A whole answer is watched by hand, because the work must stop when the client goes, also while nothing is sent.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any, Final, Protocol
 
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
@@ -35,6 +40,14 @@ class Call(Protocol):
     def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
 
+    def failed(self, err: Exception) -> bytes:
+        """What ends `events` where they raise after the head was sent."""
+
+
+# Most of what is refused is refused before, and still gets its own status; clients wait a second for a head at most.
+HEAD_AFTER_S: Final = 0.5
+# Streams end by themselves or with our own error event (`antefix_router.ending`), never because a signal was seen.
+AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -61,12 +74,13 @@ class Room:
 
 
 class Endpoint:
-    """An ASGI application for one address."""
+    """An ASGI application for one address. keep_alive_s: how often a stream says that it is alive."""
 
-    def __init__(self, prepare: Prepare, provider: Provider, room: Room) -> None:
+    def __init__(self, prepare: Prepare, provider: Provider, room: Room, *, keep_alive_s: float) -> None:
         self._prepare = prepare
         self._provider = provider
         self._room = room
+        self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answering = asyncio.create_task(self._answer(Request(scope, receive), scope, receive, send))
@@ -81,32 +95,54 @@ class Endpoint:
         try:
             with self._room.taken():
                 call = await self._prepare(request)
-                work = self._send_events(call, send) if call.stream else self._send_whole(call, scope, receive, send)
-                await _unless_gone(work, receive)
+                if call.stream:
+                    await self._send_events(call, scope, receive, send)
+                else:
+                    await _unless_gone(self._send_whole(call, scope, receive, send), receive)
         except Exception as err:  # noqa: BLE001 - the one place where HTTP turns exceptions into answers
             await error_response(err, self._provider)(scope, receive, send)
 
     async def _send_whole(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         await JSONResponse(await call.whole(), headers=call.headers)(scope, receive, send)
 
-    async def _send_events(self, call: Call, send: Send) -> None:
-        """Headers go out with the first event, so that what fails before it still gets its own status."""
+    async def _send_events(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(call.events()) as events:
-            first = await anext(events)
-            headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store", **call.headers}
-            raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-            await send({"type": "http.response.start", "status": 200, "headers": raw})
-            await send({"type": "http.response.body", "body": first, "more_body": True})
+            first = asyncio.create_task(_first(events))
             try:
-                async for event in events:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-            except Exception as err:  # noqa: BLE001 - the status is sent already, so the error goes as an event
-                await send({"type": "http.response.body", "body": self._error_event(err), "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await asyncio.wait({first}, timeout=HEAD_AFTER_S)
+                if first.done():
+                    first.result()
+                response = EventSourceResponse(
+                    _body(call, first, events),
+                    headers=call.headers,
+                    ping=self._keep_alive_s,
+                    ping_message_factory=_PINGS[self._provider],
+                    sep="\n",
+                )
+                await response(scope, receive, send)
+            finally:
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
 
-    def _error_event(self, err: Exception) -> bytes:
-        _, body = error_body(err, self._provider)
-        return event_bytes(body, name="error" if self._provider is Provider.ANTHROPIC else "")
+
+async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(events)
+
+
+async def _body(call: Call, first: asyncio.Task[bytes], events: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    try:
+        yield await first
+        async for event in events:
+            yield event
+    except Exception as err:  # noqa: BLE001 - the status is sent already, so the error goes as an event
+        yield call.failed(err)
+
+
+# Before Anthropic's `message_start` too: its clients pass over pings wherever they stand.
+_PINGS: Final = {
+    Provider.OPENAI: lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
+    Provider.ANTHROPIC: lambda: ServerSentEvent(event="ping", data='{"type":"ping"}', sep="\n"),
+}
 
 
 async def _unless_gone(work: Any, receive: Receive) -> None:
@@ -160,5 +196,10 @@ async def read_json(request: Request, nbytes_max: int, *, timeout_s: float) -> A
 def event_bytes(data: Any, *, name: str = "") -> bytes:
     """One server-sent event."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    head = f"event: {name}\n" if name else ""
-    return f"{head}data: {text}\n\n".encode("utf-8", "backslashreplace")
+    return ServerSentEvent(text, event=name or None, sep="\n").encode()
+
+
+def error_event(err: Exception, provider: Provider) -> bytes:
+    """As the provider's own streams end where something fails in them."""
+    _, body = error_body(err, provider)
+    return event_bytes(body, name="error" if provider is Provider.ANTHROPIC else "")

@@ -64,6 +64,9 @@ def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]
             param = err.param if isinstance(err, (WrongField, WrongSetting)) else None
             code = err.code if isinstance(err, WrongField) else code
             return status, _body(str(err), provider, openai_type, anthropic_type, code, param)
+    if isinstance(err, RecursionError):
+        # Whoever looked through the body, and wherever: it holds more brackets in each other than anybody means.
+        return error_body(errors.InvalidRequest("the body is nested too deeply"), provider)
     error_id = secrets.token_hex(6)
     log.error("internal error %s", error_id, exc_info=err)
     message = f"internal error {error_id}; the service's log has it"
@@ -87,5 +90,7 @@ def _body(
     message: str, provider: Provider, openai_type: str, anthropic_type: str, code: str, param: str | None = None
 ) -> dict[str, Any]:
     if provider is Provider.ANTHROPIC:
-        return {"type": "error", "error": {"type": anthropic_type, "message": message}}
+        # Anthropic's API has no field for it; its clients pass on what they do not know.
+        named = {} if param is None else {"param": param}
+        return {"type": "error", "error": {"type": anthropic_type, "message": message, **named}}
     return {"error": {"message": message, "type": openai_type, "param": param, "code": code}}

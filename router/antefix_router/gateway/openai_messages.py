@@ -1,16 +1,13 @@
-"""OpenAI's chat messages and tools, with DeepSeek's additions, as a conversation. Pure."""
+"""OpenAI's chat messages, with DeepSeek's and others' additions, as a conversation. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-from antefix.errors import InvalidRequest
-from antefix_router.chat.messages import ANY_CALLS, Effort, Message, Role, ToolCall, ToolRule
-from antefix_router.gateway.answer_form import openai_rule
-from antefix_router.gateway.fields import Fields, WrongField, missing, unsupported, wrong_type
-from antefix_router.gateway.gateway import function_schema
+from antefix_router.chat.messages import Message, Role, ToolCall
+from antefix_router.gateway.content import MessageList, as_json, content_of, end_breakpoint
+from antefix_router.gateway.fields import Fields, is_number, wrong_value
 
 _ROLES = {
     "system": Role.SYSTEM,
@@ -18,140 +15,133 @@ _ROLES = {
     "user": Role.USER,
     "assistant": Role.ASSISTANT,
     "tool": Role.TOOL,
+    "function": Role.TOOL,  # before there were tools
 }
-# DeepSeek's own mapping of the efforts that other APIs name.
-EFFORTS = {
-    "none": Effort.NONE,
-    "minimal": Effort.LOW,
-    "low": Effort.LOW,
-    "medium": Effort.HIGH,
-    "high": Effort.HIGH,
-    "xhigh": Effort.HIGH,
-    "max": Effort.MAX,
-    "ultra": Effort.MAX,
-}
-CACHE_TTLS_S = {"5m": 300.0, "1h": 3600.0}
 
 
-def chat_messages(items: list[Any]) -> tuple[Message, ...]:
-    """Raises:  InvalidRequest: a message is not of a known form; the field is named."""
+def chat_messages(fields: Fields) -> tuple[tuple[Message, ...], bool]:
+    """The messages, and whether the last one is an answer to be gone on with.
+
+    Raises:  WrongField: a message is not of a known form; the field is named.
+    """
+    items = fields.children("messages")
     if not items:
-        raise WrongField("messages is empty", param="messages", code="invalid_value")
-    return tuple(_message(item, f"messages[{index}]") for index, item in enumerate(items))
+        raise wrong_value("messages", " is empty")
+    found, begun = MessageList(), False
+    for item in items:
+        begun = item.take("prefix") is True
+        _read_message(item, found)
+    return found.finish(fields.notes), begun
 
 
-def _message(item: Any, where: str) -> Message:
-    fields = Fields(item, where)
-    role = fields.one_of("role", _ROLES)
-    # What an assistant only called has no content; everybody else says something, if only the empty text.
-    content = fields.take("content", "" if role is Role.ASSISTANT else None)
-    content, breaks = content_of(content, f"{where}.content", ("text", "input_text", "output_text"))
+def _read_message(item: Fields, found: MessageList) -> None:
+    role = item.one_of("role", _ROLES)
+    # What an assistant only called has no content, and a tool may say nothing; everybody else says something.
+    silent = "" if role in (Role.ASSISTANT, Role.TOOL) else None
+    said = content_of(item, "content", silent)
     calls: tuple[ToolCall, ...] = ()
-    call_id = reasoning = ""
+    call_id = reasoning = name = ""
     if role is Role.ASSISTANT:
-        calls = tuple(_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(fields.items("tool_calls", [])))
-        reasoning = fields.text("reasoning_content", "")
-        fields.drop("refusal", "annotations", "prefix")
-        fields.only("audio", lambda value: not value, "audio is not supported")
+        said.text = said.text or item.text("refusal", "")
+        calls = _calls(item)
+        reasoning = _reasoning(item)
+        item.drop("refusal", "annotations", "audio")
     if role is Role.TOOL:
-        call_id = fields.text("tool_call_id")
-        fields.drop("name")
-    fields.refuse_rest()
-    return Message(
-        role=role, content=content, reasoning=reasoning, tool_calls=calls, tool_call_id=call_id, breaks=breaks
+        call_id = item.text("tool_call_id", "")
+        item.drop("name")  # the function's, which the call has said
+    else:
+        name = item.text("name", "")
+    message = Message(
+        role=role,
+        content=said.text,
+        name=name,
+        reasoning=reasoning,
+        tool_calls=calls,
+        tool_call_id=call_id,
+        breakpoints=(*said.breakpoints, *end_breakpoint(item)),
     )
+    found.add(message, said.unseen)
 
 
-def content_of(value: Any, where: str, types: tuple[str, ...]) -> tuple[str, tuple[tuple[int, float], ...]]:
-    """Text, or text parts joined, with the cache breakpoints in them. Raises:  InvalidRequest: images and the like."""
-    if isinstance(value, str):
-        return value, ()
-    if value is None:
-        raise missing(where, "a string or a list of parts")
-    if not isinstance(value, list):
-        raise wrong_type(where, "a string or a list of parts")
-    text = ""
-    breaks: list[tuple[int, float]] = []
-    for index, part in enumerate(value):
-        fields = Fields(part, f"{where}[{index}]")
-        kind = fields.text("type")
-        if kind not in types:
-            raise unsupported(f"{where}[{index}]", f": this model takes text only, not {kind!r}")
-        text += fields.text("text")
-        ttl_s = cache_control_of(fields.take("cache_control"), f"{where}[{index}].cache_control")
-        fields.drop("annotations", "logprobs", "citations")
-        fields.refuse_rest()
-        if ttl_s is not None:
-            breaks.append((len(text), ttl_s))
-    return text, tuple(breaks)
+def _reasoning(item: Fields) -> str:
+    """DeepSeek's field, or what other servers call it. Details are the same text in parts."""
+    text = item.text("reasoning_content", "")
+    # Some servers send the text under several names.
+    other = item.take("reasoning", "")
+    details = _details(item)
+    return text or (other if isinstance(other, str) else "") or details
 
 
-def cache_control_of(value: Any, where: str) -> float | None:
-    """The lifetime that a cache breakpoint asks for, in seconds. Raises:  InvalidRequest: not of the known form."""
-    if value is None:
-        return None
-    fields = Fields(value, where)
-    if fields.text("type") != "ephemeral":
-        raise InvalidRequest(f"{where}.type must be 'ephemeral'")
-    ttl_s = fields.one_of("ttl", CACHE_TTLS_S, CACHE_TTLS_S["5m"])
-    fields.refuse_rest()
-    return ttl_s
+def _details(item: Fields) -> str:
+    texts = []
+    for part in item.children("reasoning_details", []):
+        texts.append(part.take("text") or part.take("summary") or "")
+        part.drop("id", "type", "format", "index", "signature", "data", "text", "summary")
+    return "".join(text for text in texts if isinstance(text, str))
 
 
-def _call(item: Any, where: str) -> ToolCall:
-    fields = Fields(item, where)
-    fields.only("type", lambda kind: kind == "function", "only function calls are supported")
-    function = Fields(fields.take("function"), f"{where}.function")
-    call = ToolCall(id=fields.text("id", ""), name=function.text("name"), arguments=function.text("arguments", ""))
-    function.refuse_rest()
-    fields.drop("index")
-    fields.refuse_rest()
-    return call
+def _calls(item: Fields) -> tuple[ToolCall, ...]:
+    calls = tuple(_call(call) for call in item.children("tool_calls", []))
+    old = item.child("function_call")  # before there were tools
+    return calls if old is None else (*calls, _function_call(old, call_id=""))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tools:
-    """The schemas that the model is shown, the names of those that are strict, and which of them are to be called."""
-
-    schemas: tuple[dict[str, Any], ...] = ()
-    strict: frozenset[str] = frozenset()
-    rule: ToolRule = ANY_CALLS
-
-
-def chat_tools(fields: Fields) -> Tools:
-    """`tools` with `tool_choice` and `parallel_tool_calls`. Raises:  InvalidRequest: what cannot be promised."""
-    items = [_function(item, f"tools[{index}]") for index, item in enumerate(fields.items("tools", []))]
-    return chosen_tools(fields, items)
+def _call(item: Fields) -> ToolCall:
+    item.drop("index")
+    kind = item.text("type", "function")
+    call_id = item.text("id", "")
+    if kind == "custom":
+        custom = item.child("custom") or item
+        return ToolCall(id=call_id, name=custom.text("name"), arguments=as_json({"input": custom.text("input", "")}))
+    return _function_call(item.child("function") or item, call_id)
 
 
-def chosen_tools(fields: Fields, items: Sequence[Fields]) -> Tools:
-    """Tools from their function objects, as OpenAI's two APIs have them."""
-    parallel = fields.boolean("parallel_tool_calls", True)
-    schemas: list[dict[str, Any]] = []
-    strict: set[str] = set()
-    for function in items:
-        name = function.text("name")
-        schemas.append(function_schema(name, function.take("description"), function.take("parameters")))
-        strict |= {name} if function.boolean("strict") else set()
-        function.refuse_rest()
-    rule = openai_rule(fields.take("tool_choice"), [schema["name"] for schema in schemas], parallel=parallel)
-    return Tools() if rule is None else Tools(schemas=tuple(schemas), strict=frozenset(strict), rule=rule)
+def _function_call(function: Fields, call_id: str) -> ToolCall:
+    arguments = function.take("arguments", "")
+    # Some clients send the object instead of its text.
+    text = arguments if isinstance(arguments, str) else as_json(arguments)
+    return ToolCall(id=call_id, name=function.text("name"), arguments=text)
 
 
-def _function(item: Any, where: str) -> Fields:
-    fields = Fields(item, where)
-    if fields.text("type") != "function":
-        raise unsupported(f"{where}.type", ": only functions are supported")
-    function = Fields(fields.take("function"), f"{where}.function")
-    fields.refuse_rest()
-    return function
+def _is_empty(value: Any) -> bool:
+    return not value
+
+
+# Fields that would change the answer in ways that this model does not have, with the values that change nothing.
+# Anything that is not named here and that nobody reads is a hint, and is ignored.
+_UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "n": (lambda value: is_number(value, 1), "one answer a request"),
+    "best_of": (lambda value: is_number(value, 1), "one answer a request"),
+    "length_penalty": (lambda value: is_number(value, 1), "penalties are not supported"),
+    "top_a": (lambda value: is_number(value, 0), "top_a is not supported; use top_p"),
+    "typical_p": (lambda value: is_number(value, 1), "typical_p is not supported; use top_p"),
+    "include_stop_str_in_output": (_is_empty, "stop texts are never part of the answer"),
+    "use_beam_search": (_is_empty, "there is no beam search"),
+    "bad_words": (_is_empty, "output is not restricted here"),
+    "allowed_token_ids": (_is_empty, "output is not restricted here"),
+    "logits_processors": (_is_empty, "output is not restricted here"),
+    "structured_outputs": (_is_empty, "output is not forced into a format here"),
+    "guided_json": (_is_empty, "output is not forced into a format here"),
+    "guided_regex": (_is_empty, "output is not forced into a format here"),
+    "guided_choice": (_is_empty, "output is not forced into a format here"),
+    "guided_grammar": (_is_empty, "output is not forced into a format here"),
+    "prompt_logprobs": (_is_empty, "prompts have no log probabilities here"),
+    "truncate_prompt_tokens": (_is_empty, "prompts are never cut"),
+    "chat_template": (_is_empty, "the model's own format is used"),
+    "continue_final_message": (_is_empty, 'say "prefix": true in the last message'),
+    "documents": (_is_empty, "put documents into messages"),
+    "functions": (_is_empty, "use tools"),
+    "function_call": (lambda value: value in ("auto", "none"), "use tool_choice"),
+    "modalities": (lambda value: value == ["text"], "text only"),
+    # Silence would share a cache that the caller wants apart.
+    "cache_salt": (_is_empty, "use `user`: it has a cache of its own"),
+}
 
 
 def refuse_unsupported(fields: Fields) -> None:
-    """Fields of OpenAI's APIs that change the answer in ways that this model does not have; their defaults pass."""
-    fields.only("modalities", lambda value: value == ["text"], "text only")
-    fields.only("service_tier", lambda value: value in ("auto", "default"), "there is one tier")
-    fields.only("verbosity", lambda value: value == "medium", "verbosity is not supported")
-    fields.only("prompt_cache_retention", lambda value: value in ("in_memory", "24h"), "in_memory or 24h")
-    # They say something about the caller, which changes nothing here.
-    fields.drop("metadata", "safety_identifier", "store")
+    """Raises:  WrongField: a field that would change the answer has a value that does."""
+    for name, (allowed, why) in _UNSUPPORTED.items():
+        fields.only(name, allowed, why)
+    if fields.has("web_search_options"):
+        fields.notes.leave_out("web_search_options", "web_search")
+        fields.drop("web_search_options")

@@ -14,8 +14,8 @@ from antefix_billing.usage_record import UsageRecord
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import OutputParser
 from antefix_router.chat.messages import Delta, Message, Role, ToolCall
-from antefix_router.chat.strict import keeps_to
 from antefix_router.front import Front
+from antefix_router.gateway.calls import Calls
 from antefix_router.gateway.logprob_fields import LogprobWriter, SpokenToken
 from antefix_router.open_bill import Bill
 
@@ -56,13 +56,18 @@ class Output:
         self._parser = parser
         self._stop = StopTexts(stop)
         self._memory = memory
-        self._strict = strict or {}
+        self._calls = Calls(strict or {})
+        self.is_held = False
         self.content = ""
         self.reasoning = ""
-        self.tool_calls: list[ToolCall] = []
         self.num_output_tokens = 0
         self.logprobs = LogprobWriter(front.tokenizer)
         self._spoken: list[SpokenToken] = []
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Those that are whole."""
+        return self._calls.done
 
     @property
     def request_id(self) -> str:
@@ -82,16 +87,24 @@ class Output:
         """Of all its tokens, where they were asked for."""
         return sum(each.logprob for each in self._sample.logprobs)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether a stop text was found in it: what comes behind is no part of it."""
+        return self._stop.found is not None
+
     async def deltas(self, timeout_s: float, *, held: bool = False) -> AsyncGenerator[Delta, None]:
         """What the answer grows by. Closing this early cancels the request; after its end `ended` may be asked for.
 
         held: nothing of it goes out before all of it is there.
         """
-        self._bill.is_held = held
+        self._bill.is_held = self.is_held = held
         async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as pieces:
             async for _, tokens in pieces:
                 for delta in self.read(tokens):
                     yield delta
+                if self.has_ended:
+                    self._bill.end_here(self.num_output_tokens)
+                    break
         for delta in self.finish():
             yield delta
 
@@ -99,19 +112,17 @@ class Output:
         """One token after the other: each belongs to what the parser was in when it came."""
         deltas: list[Delta] = []
         for token in tokens:
-            if self._stop.found is not None:
+            if self.has_ended:
                 break
             self._note(int(token))
             may_stop = self.num_output_tokens > self._bill.generation.request.sampling.min_tokens
             deltas += self._take(self._stop.push(self._text.push([int(token)]), may_stop=may_stop))
-        if self._stop.found is not None:
-            self._sample.end()
         return deltas
 
     def finish(self) -> list[Delta]:
         """The output is over: what waited is what it looks like."""
         deltas: list[Delta] = []
-        if self._stop.found is None:
+        if not self.has_ended:
             deltas += self._take(self._stop.push(self._text.finish()) + self._stop.finish())
         deltas += self._keep(self._parser.finish())
         self._remember()
@@ -150,28 +161,21 @@ class Output:
         return self._keep(self._parser.push(text)) if text else []
 
     def _keep(self, parsed: list[Delta]) -> list[Delta]:
-        deltas = [self._checked(delta) for delta in parsed]
+        deltas: list[Delta] = []
+        for delta in parsed:
+            deltas += [delta] if delta.call is None else self._calls.push(delta.call)
         for delta in deltas:
             self.content += delta.content
             self.reasoning += delta.reasoning
-            if delta.tool_call is not None:
-                self.tool_calls.append(delta.tool_call)
         return deltas
 
-    def _checked(self, delta: Delta) -> Delta:
-        """A call that breaks its tool's strict schema is shown as text: nobody may carry it out."""
-        call = delta.tool_call
-        if call is None or keeps_to(call, self._strict):
-            return delta
-        return Delta(content=f"{call.name}({call.arguments})")
-
     def _remember(self) -> None:
-        if self._memory is None or self._stop.found is not None:
+        if self._memory is None or self.has_ended:
             return
-        request = self._bill.generation.request
-        message = Message(
-            role=Role.ASSISTANT, content=self.content, reasoning=self.reasoning, tool_calls=tuple(self.tool_calls)
-        )
+        request, calls = self._bill.generation.request, [*self.tool_calls]
+        if self._calls.cut_off is not None and not self.is_held:
+            calls.append(self._calls.cut_off)
+        message = Message(role=Role.ASSISTANT, content=self.content, reasoning=self.reasoning, tool_calls=tuple(calls))
         self._memory.put(request.tokens.tolist(), message, self._sample.emitted, tenant=request.cache_tenant)
 
 

@@ -1,66 +1,123 @@
-"""Input items and tools of the Responses API as a conversation. Pure."""
+"""Input items of the Responses API as a conversation. Pure."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from antefix.errors import InvalidRequest
 from antefix_router.chat.messages import Message, Role, ToolCall
-from antefix_router.gateway.fields import Fields
-from antefix_router.gateway.openai_messages import Tools, chosen_tools, content_of
+from antefix_router.gateway.content import Content, MessageList, as_json, content_of, end_breakpoint
+from antefix_router.gateway.fields import Fields, unsupported, wrong_type, wrong_value
+from antefix_router.gateway.signatures import Signatures
+from antefix_router.gateway.tools import grouped_name
 
 _ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
-_TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text")
+# Items of tools that a provider runs. Their client cannot leave them out of the history.
+_SERVED_ELSEWHERE = ("_call", "_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response")
 
 
-def input_messages(instructions: str, value: Any) -> tuple[Message, ...]:
+def input_messages(fields: Fields, instructions: str, signatures: Signatures) -> tuple[Message, ...]:
     """Instructions first. Reasoning, text and calls that follow one another are one assistant turn.
 
-    Raises:  InvalidRequest: an item of a kind that the model cannot take; the field is named.
+    Raises:  WrongField: an item of a kind that nobody knows; the field is named.
     """
-    messages = [Message(role=Role.SYSTEM, content=instructions)] if instructions else []
+    found = MessageList()
+    if instructions:
+        found.add(Message(role=Role.SYSTEM, content=instructions))
+    value = fields.take("input")
     if isinstance(value, str):
-        return (*messages, Message(role=Role.USER, content=value))
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest("input must be a string or a list of items")
-    open_turn = False
+        found.add(Message(role=Role.USER, content=value))
+        return found.finish(fields.notes)
+    if not isinstance(value, list):
+        raise wrong_type("input", "a string or a list of items")
+    if not value:
+        raise wrong_value("input", " is empty")
+    reader = _Reader(value, signatures)
     for index, item in enumerate(value):
-        message = _item(item, f"input[{index}]")
+        reader.read(fields.inside(item, f"input[{index}]"), found)
+    return found.finish(fields.notes)
+
+
+class _Reader:
+    """One request's items. Each gives one message, which may go on with the last one's turn."""
+
+    def __init__(self, items: list[Any], signatures: Signatures) -> None:
+        self._by_id = {
+            item["id"]: item
+            for item in items
+            if isinstance(item, dict) and isinstance(item.get("id"), str) and item.get("type") != "item_reference"
+        }
+        self._signatures = signatures
+        self._is_open = False
+
+    def read(self, item: Fields, found: MessageList) -> None:
+        if item.takes("type", "item_reference"):
+            item = self._referred(item)
+        message, said = self._message(item)
         is_answer = message.role is Role.ASSISTANT
-        if is_answer and open_turn and not (message.content and messages[-1].content):
-            messages[-1] = _joined(messages[-1], message)
+        if is_answer and self._is_open and not (message.content and found.messages[-1].content):
+            found.messages[-1] = _joined(found.messages[-1], message)
         else:
-            messages.append(message)
-        open_turn = is_answer
-    return tuple(messages)
+            found.add(message, said.unseen)
+        self._is_open = is_answer
+
+    def _referred(self, item: Fields) -> Fields:
+        name = item.text("id")
+        if name not in self._by_id:
+            raise unsupported(item.name_of("id"), f": {name[:80]!r} is not in this input, and nothing is kept here")
+        return item.inside(self._by_id[name], item.where)
+
+    def _message(self, item: Fields) -> tuple[Message, Content]:
+        kind = item.text("type", "message")
+        item.drop("id", "status")
+        ends = end_breakpoint(item)
+        if kind == "message":
+            role = item.one_of("role", _ROLES)
+            said = content_of(item, "content", "")
+            item.drop("phase")
+            message = Message(
+                role=role, content=said.text, name=item.text("name", ""), breakpoints=tuple(said.breakpoints)
+            )
+        elif kind in ("function_call", "custom_tool_call", "local_shell_call"):
+            said, message = Content(), Message(role=Role.ASSISTANT, tool_calls=(_call(item, kind),))
+        elif kind in ("function_call_output", "custom_tool_call_output", "local_shell_call_output"):
+            said = content_of(item, "output", "")
+            item.drop("caller", "name")
+            call_id = item.text("call_id", "")
+            message = Message(
+                role=Role.TOOL, content=said.text, tool_call_id=call_id, breakpoints=tuple(said.breakpoints)
+            )
+        elif kind == "reasoning":
+            said, message = Content(), Message(role=Role.ASSISTANT, reasoning=self._reasoning(item))
+        elif kind.endswith(_SERVED_ELSEWHERE):
+            item.notes.leave_out(item.where, kind)
+            item.drop_rest()
+            said, message = Content(), Message(role=Role.ASSISTANT, content=f"[{kind}: not shown]")
+        else:
+            raise unsupported(item.name_of("type"), f": {kind[:80]!r} is not supported")
+        return replace(message, breakpoints=(*message.breakpoints, *ends)), said
+
+    def _reasoning(self, item: Fields) -> str:
+        """As it was shown; or as it was sealed, for clients that send nothing else back; or another model's summary."""
+        shown = content_of(item, "content", "").text
+        summary = content_of(item, "summary", "").text
+        sealed = item.text("encrypted_content", "")
+        opened = self._signatures.open(sealed) if sealed else None
+        if sealed and opened is None:
+            item.notes.call_foreign(item.where)
+        return shown or opened or summary
 
 
-def _item(item: Any, where: str) -> Message:
-    fields = Fields(item, where)
-    kind = fields.text("type", "message")
-    fields.drop("id", "status")
-    if kind == "message":
-        role = fields.one_of("role", _ROLES)
-        content, breaks = content_of(fields.take("content", ""), fields.name_of("content"), _TEXT_PARTS)
-        fields.drop("phase")
-        message = Message(role=role, content=content, breaks=breaks)
-    elif kind == "function_call":
-        call = ToolCall(id=fields.text("call_id"), name=fields.text("name"), arguments=fields.text("arguments", ""))
-        fields.drop("namespace", "caller")
-        message = Message(role=Role.ASSISTANT, tool_calls=(call,))
-    elif kind == "function_call_output":
-        content, breaks = content_of(fields.take("output", ""), fields.name_of("output"), _TEXT_PARTS)
-        fields.drop("caller")
-        message = Message(role=Role.TOOL, content=content, tool_call_id=fields.text("call_id"), breaks=breaks)
-    elif kind == "reasoning":
-        content, _ = content_of(fields.take("content", ""), fields.name_of("content"), _TEXT_PARTS)
-        fields.drop("summary", "encrypted_content")
-        message = Message(role=Role.ASSISTANT, reasoning=content)
-    else:
-        raise InvalidRequest(f"{where}.type: {kind!r} is not supported")
-    fields.refuse_rest()
-    return message
+def _call(item: Fields, kind: str) -> ToolCall:
+    item.drop("caller")
+    call_id = item.text("call_id", "")
+    if kind == "local_shell_call":
+        return ToolCall(id=call_id, name="local_shell", arguments=as_json(item.take("action", {})))
+    name = grouped_name(item.text("namespace", ""), item.text("name"))
+    if kind == "custom_tool_call":
+        return ToolCall(id=call_id, name=name, arguments=as_json({"input": item.text("input", "")}))
+    arguments = item.take("arguments", "")
+    return ToolCall(id=call_id, name=name, arguments=arguments if isinstance(arguments, str) else as_json(arguments))
 
 
 def _joined(first: Message, second: Message) -> Message:
@@ -69,27 +126,5 @@ def _joined(first: Message, second: Message) -> Message:
         reasoning=first.reasoning + second.reasoning,
         content=first.content + second.content,
         tool_calls=first.tool_calls + second.tool_calls,
+        breakpoints=(*first.breakpoints, *second.breakpoints),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InputTools:
-    """The tools, and how they and the choice among them were sent, for the echo."""
-
-    tools: Tools
-    raw: list[Any]
-    raw_choice: Any
-
-
-def input_tools(fields: Fields) -> InputTools:
-    items, choice = fields.items("tools", []), fields.peek("tool_choice", "auto")
-    functions = [_function(item, f"tools[{index}]") for index, item in enumerate(items)]
-    return InputTools(tools=chosen_tools(fields, functions), raw=items, raw_choice=choice)
-
-
-def _function(item: Any, where: str) -> Fields:
-    function = Fields(item, where)
-    if function.text("type") != "function":
-        raise InvalidRequest(f"{where}.type: only functions are supported")
-    function.only("defer_loading", lambda value: value is False, "tools are all loaded at once")
-    return function

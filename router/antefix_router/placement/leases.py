@@ -46,7 +46,7 @@ class Leases:
         self._memory = memory
         self._groups = {Role.PREFILL: prefill, Role.DECODE: decode}
         self._directory = directory
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._leases: dict[tuple[Role, str], _Lease] = {}
         self._health = HealthWatch(directory)
         self._sweeper: asyncio.Task[None] | None = None
@@ -66,14 +66,24 @@ class Leases:
         if self._memory is not None:
             await self._memory.close()
 
-    def renew(self, role_name: str, address: str, *, instance: bytes, fingerprint: bytes, ttl_s: float) -> None:
+    def renew(
+        self,
+        role_name: str,
+        address: str,
+        *,
+        instance: bytes,
+        fingerprint: bytes,
+        ttl_s: float,
+        arithmetic: str = "",
+        setup: str = "",
+    ) -> None:
         """Know the worker for `ttl_s` from now; a ttl of 0 ends its lease.
 
         Raises:  InvalidRequest, FingerprintMismatch: it cannot serve here.  ResourceExhausted: too many leases.
         """
         role = _role(role_name)
         rpc.parse_address(address)
-        if fingerprint != self._fingerprint:
+        if fingerprint != self.fingerprint:
             raise FingerprintMismatch(
                 f"the worker at {address} has other weights, format or namespace than this router"
             )
@@ -91,7 +101,8 @@ class Leases:
             self._directory.forget(address)
         self._leases[key] = _Lease(instance=instance, until=time.monotonic() + ttl_s)
         if self._groups[role].find(address) is None:
-            self._groups[role].join(address)
+            worker = self._groups[role].join(address)
+            worker.arithmetic, worker.setup = arithmetic, setup
             self._followed()
 
     def expire(self, now: float) -> None:

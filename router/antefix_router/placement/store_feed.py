@@ -67,6 +67,15 @@ class StoreFeed:
         self.num_snapshots = 0
         self.num_gaps = 0
 
+    def rename(self, fingerprint: bytes) -> None:
+        """Follow another fingerprint's blocks; what is known of the former is forgotten."""
+        self._fingerprint = fingerprint
+        self._blocks, self._cursor, self._in_step = set(), None, False
+        if self._task is not None and self._reader is None:
+            self._task.cancel()
+            self._task = asyncio.create_task(self._follow())
+        self._wanted.set()
+
     def __len__(self) -> int:
         return len(self._blocks)
 

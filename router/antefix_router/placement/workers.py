@@ -32,7 +32,10 @@ class Role(StrEnum):
 
 @dataclass(slots=True)
 class Worker:
-    """One worker process and what the router gave it. num_tokens: of requests placed and not ended."""
+    """One worker process and what the router gave it. num_tokens: of requests placed and not ended.
+
+    arithmetic, setup: what it said that it computes, and where; empty while it has not.
+    """
 
     address: str
     role: Role
@@ -45,6 +48,8 @@ class Worker:
     draining: bool = False
     backlog: Backlog = field(default_factory=Backlog)
     seed: int = 0
+    arithmetic: str = ""
+    setup: str = ""
 
     def is_shunned(self, now: float) -> bool:
         return now < self.shunned_until

@@ -1,0 +1,320 @@
+"""What a set-up computes, as a name: equal names mean equal bits, by measurement.
+
+A hit equals a cold run only where the KV was written by the same arithmetic: another processor, library, driver or
+setting of theirs may round differently. So every process that loads a model probes it: fixed inputs go through each
+product and function that the model runs, in the model's own shapes, and the results' bits are hashed into the name that
+goes into all names of KV. Set-ups that agree share; others miss.
+
+    cpu-float32-1f3a5b7c9d-0a2c4e6f81       device and precision; digest of products; digest of functions and sums
+    cpu-float32-1f3a5b7c9d-0a2c4e6f81-t3    ... whose bits were seen to depend on the number of threads, here 3
+    cuda-bfloat16-reproducible-...          on a card both digests cover card, driver and libraries too
+
+The probe also checks what exactness rests on: that a row's results are the same whole and cut, and that they are the
+same with one thread. It takes at most TIME_S_MAX, and says what it found (`failed`) and could not check (`unproved`).
+Never sees tokens or stores. Inputs are made from integers, so that they are the same everywhere.
+
+Shapes:  K = addends, O = columns, R = rows of a pair.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from antefix.block import arithmetic_of
+from antefix.layout import LayerKind
+from antefix.model import arithmetic_cache, numerics
+from antefix.model.mhc import sinkhorn
+from antefix.model.model import Model
+from antefix.model.ops import HCA_SEGMENT, KEY_TILE
+from antefix.model.quant import value_dtype
+from antefix.model.setup import Setup, setup_of
+
+# The whole probe's time: what is not checked until then is reported as unproved.
+TIME_S_MAX: Final = 30.0
+# Of wider products so many columns are probed: a 129,280-token vocabulary would take gigabytes.
+COLUMNS_MAX: Final = 8192
+_ROWS: Final = 144
+# First row and number of rows: single rows, less than a tile, across tiles, whole tiles.
+_ROW_CUTS: Final = ((0, 1), (5, 3), (3, 17), (21, 64), (64, 80))
+_PAIRS: Final = 19
+_PAIR_CUTS: Final = ((0, 1), (5, 2), (3, 16))
+_DIGITS: Final = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """name: as above.  setup: where it was measured, for people.  num_proved: checks that held.
+
+    failed: what was seen to depend on a row's place, or on the number of threads.  unproved: what was not checked.
+    """
+
+    name: str
+    setup: str
+    num_proved: int = 0
+    failed: tuple[str, ...] = ()
+    unproved: tuple[str, ...] = ()
+    is_cached: bool = False
+
+    @property
+    def ignores_shapes(self) -> bool:
+        """Whether nothing was seen to depend on how a prompt is cut."""
+        return not any(text.endswith(_PLACE) for text in self.failed)
+
+
+_PLACE: Final = "depends on a row's place"
+_THREADS: Final = "depends on the number of threads"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing that the model runs. run: over the first dim of its input, whose rows must not mind each other.
+
+    shape: of the input.  cuts: pieces of it that must come out as in the whole.  note: what of it is not probed.
+    """
+
+    label: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    cuts: tuple[tuple[int, int], ...]
+    run: Callable[[Tensor, int], Tensor]
+    is_product: bool = True
+    note: str = ""
+
+
+def probe(
+    model: Model,
+    *,
+    reproducible: bool = False,
+    kernels: str = "torch",
+    cache_dir: str = "",
+    time_s_max: float = TIME_S_MAX,
+    setup: Setup | None = None,
+) -> Arithmetic:
+    """Measure what this process computes for this model, with the number of threads that is set.
+
+    reproducible, kernels: the cache path's, which are part of a card's name.  cache_dir: where an earlier probe of the
+    same set-up may be found and this one is left; it is believed only where the bits of a sample still agree.
+    setup: of another machine, for tests.
+    """
+    setup = setup or setup_of(model.device)
+    steps = list(steps_of(model))
+    prefix = arithmetic_of(str(model.device), str(model.dtype).removeprefix("torch."), reproducible=reproducible)
+    is_card = setup.card != ""
+    # A card's attention kernels are not probed: which they are is part of the name.
+    salt = f"{setup.card} kernels {kernels}" if is_card else ""
+    with torch.inference_mode():
+        key = arithmetic_cache.key(setup, prefix, salt, [f"{step.label} {step.shape} {step.dtype}" for step in steps])
+        sample = _digest(_sample(steps), model.device, salt)
+        if found := arithmetic_cache.load(cache_dir, key, sample):
+            return replace(Arithmetic(**found), is_cached=True)
+        started = time.perf_counter()
+        products, functions = (
+            _digest([step for step in steps if step.is_product is kind], model.device, salt) for kind in (True, False)
+        )
+        checked = _check(steps, model.device, setup, started + time_s_max, is_card=is_card)
+    name = f"{prefix}-{products}-{functions}"
+    if any(text.endswith(_THREADS) for text in checked.failed):
+        name += f"-t{setup.threads}"
+    measured = replace(checked, name=name, setup=setup.text)
+    arithmetic_cache.save(cache_dir, key, sample, measured)
+    return measured
+
+
+def steps_of(model: Model) -> Iterator[Step]:
+    """Everything that a forward pass of the model computes from more than one number, once per shape."""
+    seen: set[tuple[str, torch.dtype, tuple[int, ...]]] = set()
+    for step in (*_products(model), *_pairs(model), *_functions(model)):
+        name = (step.label, step.dtype, step.shape)
+        if name not in seen:
+            seen.add(name)
+            yield step
+
+
+def _products(model: Model) -> Iterator[Step]:
+    config, dtype = model.config, model.dtype
+    geometry = config.geometry
+    wide = numerics.wide(dtype)
+    for addends, columns in sorted(_matrices(model)):
+        yield _linear(addends, columns, dtype)
+    mixing = (2 + config.hc_mult) * config.hc_mult
+    for columns in (mixing, config.hc_mult):
+        yield _linear(config.hc_mult * config.hidden_size, columns, wide)
+    cached = value_dtype(model.layout.kv_format)
+    dim, window = geometry.head_dim, geometry.window
+    for entries in (window, HCA_SEGMENT) if LayerKind.HCA in geometry.layers else (window,):
+        yield _linear(dim, entries, cached)
+        yield _weighted(entries, dim, cached)
+    if LayerKind.CSA in geometry.layers:
+        for tiles in (1, 2, 32):
+            yield _linear(geometry.indexer_dim, tiles * KEY_TILE, cached)
+    streams = config.hc_mult
+
+    def mix(x: Tensor, _: int) -> Tensor:
+        return sinkhorn(x.view(-1, streams, streams) / 4, 2, config.hc_eps)
+
+    yield Step(f"sinkhorn of {streams} streams", wide, (_ROWS, streams * streams), _ROW_CUTS, mix)
+
+
+def _matrices(model: Model) -> set[tuple[int, int]]:
+    """(K, O) of every matrix of weights that tokens are multiplied with in the model's own precision."""
+    found = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            # Of the grouped output projection each group is a product of its own.
+            groups = model.config.o_groups if name.endswith("o_a_proj") else 1
+            found.add((module.in_features, module.out_features // groups))
+    return found | _matrices_of_experts(model)
+
+
+def _matrices_of_experts(model: Model) -> set[tuple[int, int]]:
+    config = model.config
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    return {(hidden, 2 * inner), (hidden, inner), (inner, hidden), (hidden, config.num_experts)}
+
+
+def _linear(addends: int, columns: int, dtype: torch.dtype) -> Step:
+    """x times a matrix of weights, transposed."""
+    probed = columns if columns <= COLUMNS_MAX else COLUMNS_MAX + columns % numerics.COLUMN_TILE
+    note = "" if probed == columns else f"{columns} columns of {addends} addends: probed as {probed}"
+
+    def run(x: Tensor, salt: int) -> Tensor:
+        return numerics.linear(x, numbers((probed, addends), salt, x.dtype, x.device))
+
+    return Step(f"{addends} x {columns}", dtype, (_ROWS, addends), _ROW_CUTS, run, note=note)
+
+
+def _weighted(addends: int, columns: int, dtype: torch.dtype) -> Step:
+    """Probabilities times values, which lie as they are."""
+
+    def run(x: Tensor, salt: int) -> Tensor:
+        return numerics.multiply(x, numbers((addends, columns), salt, x.dtype, x.device))
+
+    return Step(f"{addends} x {columns}, not transposed", dtype, (_ROWS, addends), _ROW_CUTS, run)
+
+
+def _pairs(model: Model) -> Iterator[Step]:
+    config, geometry = model.config, model.config.geometry
+    streams, hidden, dtype = config.hc_mult, config.hidden_size, model.dtype
+    yield _pair(1, streams, hidden, dtype)
+    yield _pair(streams, streams, hidden, dtype)
+    yield _pair(1, config.num_experts_per_token, hidden, dtype)
+    if LayerKind.CSA in geometry.layers:
+        cached = value_dtype(model.layout.kv_format)
+        yield _pair(config.num_heads, geometry.head_dim, config.index_topk, cached, transposed=True)
+        yield _pair(config.num_heads, config.index_topk, geometry.head_dim, cached)
+        for tiles in (1, 2, 32):
+            yield _pair(1, config.index_num_heads, tiles * KEY_TILE, cached)
+
+
+def _pair(rows: int, addends: int, columns: int, dtype: torch.dtype, *, transposed: bool = False) -> Step:
+    shape = (columns, addends) if transposed else (addends, columns)
+
+    def run(x: Tensor, salt: int) -> Tensor:
+        # Each pair's right side is cut from its left side's row: cut pieces get the same ones.
+        left, seeds = x[:, : rows * addends].view(-1, rows, addends), x[:, rows * addends :]
+        right = numbers(shape, salt, x.dtype, x.device) * seeds.view(-1, 1, 1)
+        return numerics.multiply_each(left, right.mT if transposed else right)
+
+    label = f"pairs of {rows} x {addends} x {columns}{', transposed' if transposed else ''}"
+    return Step(label, dtype, (_PAIRS, rows * addends + 1), _PAIR_CUTS, run)
+
+
+def _functions(model: Model) -> Iterator[Step]:
+    config, geometry = model.config, model.config.geometry
+    wide = numerics.wide(model.dtype)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "exp": torch.exp,
+        "rsqrt": lambda x: torch.rsqrt(x.square() + 1e-6),
+        "cos": lambda x: torch.cos(x * 65536),
+        "sin": lambda x: torch.sin(x * 65536),
+        "division": lambda x: 1 / (x.square() + 0.1),
+        "sigmoid": numerics.sigmoid,
+        "silu": numerics.silu,
+        "sqrt of softplus": lambda x: torch.sqrt(numerics.softplus(x)),
+    }
+    for name, function in functions.items():
+        yield _function(name, function, 1021, wide)
+    widths = {config.hidden_size, config.q_lora_rank, geometry.head_dim, geometry.indexer_dim}
+    for width in sorted(widths | {config.hc_mult * config.hidden_size}):
+        yield _function(f"mean of {width}", lambda x: x.square().mean(-1, keepdim=True), width, wide)
+    for width in sorted({2 * geometry.window, config.index_topk, HCA_SEGMENT, config.num_experts_per_token}):
+        yield _function(f"sum of {width}", lambda x: x.sum(-1, keepdim=True), width, wide)
+    if config.scoring_func == "softmax":
+        yield _function("softmax", lambda x: torch.softmax(x, -1), config.num_experts, wide)
+    groups = {LayerKind.HCA: geometry.hca_ratio, LayerKind.CSA: 2 * geometry.csa_ratio}
+    for kind in sorted(set(geometry.layers) & groups.keys()):
+        ratio, width = groups[kind], geometry.head_dim
+        pool = functools.partial(_pool, ratio, width)
+        yield Step(f"pool of {ratio} x {width}", wide, (5, ratio * width), ((0, 1), (1, 3)), pool, is_product=False)
+
+
+def _function(name: str, function: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> Step:
+    return Step(name, dtype, (_ROWS, width), _ROW_CUTS, lambda x, _: function(x), is_product=False)
+
+
+def _pool(ratio: int, width: int, x: Tensor, _: int) -> Tensor:
+    return numerics.sum_middle(x.view(-1, ratio, width))
+
+
+def _sample(steps: list[Step]) -> list[Step]:
+    """A few cheap steps of every kind: what must still be so for an earlier probe to be believed."""
+    cheap = [step for step in steps if step.shape[0] * step.shape[1] <= 1 << 18 and not step.note]
+    return [replace(step, shape=(min(step.shape[0], 17), step.shape[1])) for step in cheap[:: max(len(cheap) // 12, 1)]]
+
+
+def _digest(steps: list[Step], device: torch.device, salt: str) -> str:
+    state = hashlib.blake2b(salt.encode(), digest_size=_DIGITS // 2, person=b"antefix-arithmet")
+    for number, step in enumerate(steps):
+        state.update(f"{step.label} {step.dtype}".encode())
+        state.update(_bits(step.run(numbers(step.shape, number, step.dtype, device), number)))
+    return state.hexdigest()
+
+
+def _bits(result: Tensor) -> bytes:
+    # Positive and negative zero are one number, and none of ours divides by it.
+    return (result + 0.0).cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _check(steps: list[Step], device: torch.device, setup: Setup, deadline: float, *, is_card: bool) -> Arithmetic:
+    """Each step whole against cut, and against one thread."""
+    failed, unproved, num_proved = [], [], 0
+    threads = torch.get_num_threads()
+    for number, step in enumerate(steps):
+        if step.note:
+            unproved.append(step.note)
+        if time.perf_counter() > deadline:
+            unproved.append(f"{step.label}: no time")
+            continue
+        x = numbers(step.shape, number, step.dtype, device)
+        whole = step.run(x, number)
+        pieces = [(step.run(x[start : start + count], number), start, count) for start, count in step.cuts]
+        if not all(torch.equal(piece, whole[start : start + count]) for piece, start, count in pieces):
+            failed.append(f"{step.label}: {_PLACE}")
+            continue
+        if not is_card and threads > 1:
+            torch.set_num_threads(1)
+            alone = step.run(x, number)
+            torch.set_num_threads(threads)
+            if not torch.equal(alone, whole):
+                failed.append(f"{step.label}: {_THREADS}")
+                continue
+        num_proved += 1
+    if is_card:
+        unproved.append("attention kernels: named by their versions, not probed")
+    return Arithmetic(name="", setup="", num_proved=num_proved, failed=tuple(failed), unproved=tuple(unproved))
+
+
+def numbers(shape: tuple[int, ...], salt: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Fixed numbers between -2 and 2 with full mantissas, made from integers: the same on every machine."""
+    count = int(np.prod(shape))
+    drawn = np.random.Generator(np.random.PCG64(salt)).integers(-(1 << 23), 1 << 23, count, dtype=np.int32)
+    return (torch.from_numpy(drawn).view(shape).to(torch.float32) * 2.0**-22).to(device, dtype)

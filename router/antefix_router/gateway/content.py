@@ -1,0 +1,223 @@
+"""What a message holds, as text: parts of all APIs, cache breakpoints, and what a model of text cannot see. Pure.
+
+Histories are resent whole, so a part that is refused once is refused for ever. Only the newest user message is answered
+to, so only there is an image refused; anywhere else a short placeholder stands for it, the same one in every turn.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from antefix_router.chat.messages import Breakpoint, Message, Role
+from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_type
+from antefix_router.gateway.notes import Notes
+
+CACHE_TTLS_S = {"5m": 300.0, "1h": 3600.0}
+_TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
+# What each API calls what a model of text cannot see.
+_UNSEEN = {
+    **dict.fromkeys(("image", "image_url", "input_image", "computer_screenshot", "image_file"), "image"),
+    **dict.fromkeys(("input_audio", "audio", "audio_url"), "audio"),
+    **dict.fromkeys(("video", "video_url", "input_video"), "video"),
+    **dict.fromkeys(("document", "file", "input_file", "container_upload"), "document"),
+}
+
+
+_MEDIA_FIELDS = (
+    *(
+        "type",
+        "source",
+        "image_url",
+        "input_audio",
+        "audio_url",
+        "video_url",
+        "file",
+        "data",
+        "url",
+        "detail",
+        "format",
+    ),
+    *("media_type", "file_id", "file_data", "file_url", "filename", "title", "context", "citations"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """Something that only a placeholder stands for. path: where it was."""
+
+    path: str
+    what: str
+
+
+@dataclass(slots=True)
+class Content:
+    """Text that grows part by part."""
+
+    text: str = ""
+    breakpoints: list[Breakpoint] = field(default_factory=list)
+    unseen: list[Unseen] = field(default_factory=list)
+    is_inner: bool = False
+
+    def add(self, text: str, ttl_s: float | None = None) -> None:
+        """A part, and the lifetime of the breakpoint behind it, if it has one."""
+        self.text += text
+        if ttl_s is not None:
+            self.breakpoints.append(Breakpoint(ttl_s=ttl_s, offset=len(self.text)))
+
+    def add_part(self, part: Fields, kind: Any = None) -> None:
+        """kind: its type, where that has been taken already.
+
+        Raises:  WrongField: a kind of part that nobody knows.
+        """
+        ttl_s = breakpoint_ttl(part)
+        if kind is None:
+            kind = part.text("type")
+        self.add(self._text_of(part, str(kind)), ttl_s)
+
+    def prepend(self, text: str) -> None:
+        self.text = text + self.text
+        self.breakpoints = [
+            Breakpoint(ttl_s=each.ttl_s, offset=len(text) + (each.offset or 0)) for each in self.breakpoints
+        ]
+
+    def _text_of(self, part: Fields, kind: str) -> str:
+        if kind in _TEXT_PARTS:
+            part.drop("annotations", "logprobs", "citations")
+            return part.text("text")
+        if kind == "refusal":
+            return part.text("refusal")
+        if kind in _UNSEEN:
+            return self._document(part) or self._placeholder(part, _UNSEEN[kind])
+        if kind == "search_result":
+            return "[search result]" if self.is_inner else _search_result(part)
+        if kind == "tool_reference":
+            return f"[tool: {part.text('tool_name', '') or part.text('name', '')}]"
+        raise unsupported(part.name_of("type"), f": this model takes text, not {kind[:80]!r}")
+
+    def _document(self, part: Fields) -> str:
+        """A document that is text itself."""
+        source = part.peek("source")
+        if not isinstance(source, dict):
+            return ""
+        if source.get("type") == "text" and isinstance(source.get("data"), str):
+            title = part.text("title", "")
+            self._drop_media(part)
+            return f"{title}\n{source['data']}" if title else str(source["data"])
+        if source.get("type") == "content" and not self.is_inner:
+            inner = part.inside(part.take("source"), part.name_of("source"))
+            inner.drop("type")
+            said = content_of(inner, "content", is_inner=True)
+            self.unseen += said.unseen
+            self._drop_media(part)
+            return said.text
+        return ""
+
+    def _placeholder(self, part: Fields, what: str) -> str:
+        self.unseen.append(Unseen(part.where, what))
+        self._drop_media(part)
+        return f"[{what}: not shown, this model reads text only]"
+
+    @staticmethod
+    def _drop_media(part: Fields) -> None:
+        """What makes up a picture or a document has been told of; whatever else the part has is ignored by name."""
+        for name in _MEDIA_FIELDS:
+            if isinstance(part.peek(name), dict):
+                part.inside(part.take(name), part.name_of(name)).drop(*_MEDIA_FIELDS)
+        part.drop(*_MEDIA_FIELDS)
+
+
+def content_of(fields: Fields, name: str, default: Any = None, *, is_inner: bool = False) -> Content:
+    """A string, or parts. is_inner: they are parts of a part, and have none themselves.
+
+    Raises:  WrongField: neither, or a part of an unknown kind.
+    """
+    value = fields.take(name, default)
+    where = fields.name_of(name)
+    content = Content(is_inner=is_inner)
+    if isinstance(value, str):
+        content.add(value)
+        return content
+    if value is None:
+        raise missing(where, "a string or a list of parts")
+    if isinstance(value, dict):
+        value = [value]  # Anthropic's tools may give one block as it is
+    if not isinstance(value, list):
+        raise wrong_type(where, "a string or a list of parts")
+    for index, item in enumerate(value):
+        if isinstance(item, str):
+            content.add(item)
+        else:
+            content.add_part(fields.inside(item, f"{where}[{index}]"))
+    return content
+
+
+def breakpoint_ttl(fields: Fields) -> float | None:
+    """The lifetime that `cache_control` asks for, in seconds. Of an unknown kind it asks for nothing."""
+    control = fields.child("cache_control")
+    if control is None or not control.known("type", {"ephemeral": True}, False):
+        return None
+    return control.known("ttl", CACHE_TTLS_S, CACHE_TTLS_S["5m"])
+
+
+def end_breakpoint(fields: Fields) -> tuple[Breakpoint, ...]:
+    """A breakpoint at the end of what `fields` describes."""
+    ttl_s = breakpoint_ttl(fields)
+    return () if ttl_s is None else (Breakpoint(ttl_s=ttl_s),)
+
+
+def end_conversation(messages: tuple[Message, ...], fields: Fields) -> tuple[Message, ...]:
+    """The messages, with the breakpoint that `cache_control` of the whole request asks for."""
+    last = messages[-1]
+    return (*messages[:-1], replace(last, breakpoints=(*last.breakpoints, *end_breakpoint(fields))))
+
+
+class MessageList:
+    """The messages of a conversation while they are read, and what in them the model cannot see."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self._unseen: list[tuple[int, Unseen]] = []
+
+    def add(self, message: Message, unseen: list[Unseen] | None = None) -> None:
+        self._unseen += [(len(self.messages), each) for each in unseen or ()]
+        self.messages.append(message)
+
+    def end_with(self, breakpoints: tuple[Breakpoint, ...]) -> None:
+        """Breakpoints at the end of the last message."""
+        last = self.messages[-1]
+        self.messages[-1] = replace(last, breakpoints=(*last.breakpoints, *breakpoints))
+
+    def finish(self, notes: Notes) -> tuple[Message, ...]:
+        """Raises:  WrongField: the newest user message has something that the model cannot see."""
+        newest = self._newest_question()
+        for index, unseen in self._unseen:
+            if index == newest:
+                raise unsupported(
+                    unseen.path, f": this model reads text only, and this {unseen.what} is to be answered"
+                )
+            notes.leave_out(unseen.path, unseen.what)
+        return tuple(self.messages)
+
+    def _newest_question(self) -> int:
+        """The user message that is to be answered, or -1. What follows a tool's result is a tool's result: clients send
+        a screenshot so where their API has no other place for it."""
+        last = len(self.messages) - 1
+        if last > 0 and self.messages[last].role is Role.ASSISTANT:
+            last -= 1  # an answer that was begun
+        if last < 0 or self.messages[last].role is not Role.USER:
+            return -1
+        return -1 if last and self.messages[last - 1].role is Role.TOOL else last
+
+
+def _search_result(part: Fields) -> str:
+    source, title = part.take("source", ""), part.take("title", "")
+    part.drop("citations")
+    text = content_of(part, "content", "", is_inner=True).text
+    return "\n".join(str(each) for each in (title, source, text) if each)
+
+
+def as_json(value: Any) -> str:
+    """As a call's arguments are written; the same spacing everywhere, so that a resent one is the same text."""
+    return json.dumps(value, ensure_ascii=False)

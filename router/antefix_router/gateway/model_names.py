@@ -1,0 +1,84 @@
+"""Which names clients may use for the model. There is one model, so a name only says what the client is used to."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Final
+
+from antefix.config import require
+from antefix.errors import ConfigError
+from antefix_router.chat.messages import Effort
+from antefix_router.gateway.fields import wrong_value
+from antefix_router.gateway.http_errors import ModelNotFound
+
+MODES: Final = {"off": Effort.NONE, "low": Effort.LOW, "high": Effort.HIGH, "max": Effort.MAX}
+SERVE: Final = "serve"
+REFUSE: Final = "refuse"
+# It comes back with every piece of a streamed answer.
+NAME_CHARACTERS_MAX: Final = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alias:
+    """pattern: a name, or a beginning with `*`.  effort: how requests by this name think if they do not say."""
+
+    pattern: str
+    effort: Effort | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedModel:
+    """asked_for: what the client calls it, and gets back in the answer.  is_own: that is the model's own name."""
+
+    asked_for: str
+    effort: Effort | None
+    is_own: bool
+
+
+class ModelNames:
+    """own: the model's name and those that the operator gave it."""
+
+    def __init__(self, own: tuple[str, ...], aliases: tuple[Alias, ...] = (), *, serve_unknown: bool = True) -> None:
+        self.own = own
+        self._aliases = aliases
+        self._serve_unknown = serve_unknown
+
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """The names that a client can be told of."""
+        aliases = (alias.pattern for alias in self._aliases if "*" not in alias.pattern)
+        return tuple(dict.fromkeys((*self.own, *aliases)))
+
+    def find(self, name: str) -> NamedModel:
+        """Raises:  ModelNotFound: unknown, and unknown names are not served.  WrongField: too long for a name."""
+        if len(name) > NAME_CHARACTERS_MAX:
+            raise wrong_value("model", f" takes {NAME_CHARACTERS_MAX} characters")
+        alias = next((each for each in self._aliases if fnmatchcase(name, each.pattern)), None)
+        is_own = name in self.own
+        if not is_own and alias is None and not self._serve_unknown:
+            raise ModelNotFound(f"the model {name[:200]!r} is not served here; there is {', '.join(self.listed)}")
+        return NamedModel(asked_for=name, effort=alias.effort if alias is not None else None, is_own=is_own)
+
+
+def load_aliases(path: str) -> tuple[Alias, ...]:
+    """From a TOML file of `[[alias]]` tables with `name` and, if wanted, `mode`; deploy/model_aliases.toml is one.
+
+    Raises:  ConfigError: it cannot be read, or is of another form.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"model aliases {path}: {err}") from err
+    require(set(content) <= {"alias"}, f"model aliases {path}: only [[alias]] tables are known")
+    aliases = []
+    for number, table in enumerate(content.get("alias", []), 1):
+        where = f"model aliases {path}: alias {number}"
+        require(isinstance(table, dict) and set(table) <= {"name", "mode"}, f"{where} takes name and mode")
+        name, mode = table.get("name"), table.get("mode")
+        require(isinstance(name, str) and bool(name), f"{where} needs a name")
+        require(mode is None or mode in MODES, f"{where}: mode must be one of {', '.join(MODES)}, is {mode!r}")
+        aliases.append(Alias(pattern=name, effort=None if mode is None else MODES[mode]))
+    return tuple(aliases)

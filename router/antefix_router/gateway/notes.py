@@ -1,0 +1,114 @@
+"""What was not taken as the client sent it: named in the answer's headers, counted, and logged once per field."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable
+from itertools import islice
+from typing import Final
+from urllib.parse import quote
+
+log = logging.getLogger("antefix.gateway")
+
+# Proxies commonly take 8 KiB of headers in all.
+HEADER_BYTES_MAX: Final = 1024
+_NAME_BYTES_MAX: Final = 128
+# Of one request. A body of 32 MB has room for millions of keys, and naming each would hold up everybody's tokens.
+_NUM_IGNORED_MAX: Final = 1000
+_INDEX: Final = re.compile(r"\[\d+\]")
+
+
+class IgnoredFields:
+    """How often each field was ignored, over all requests. Names come from clients, so there is room for so many."""
+
+    NUM_NAMES_MAX: Final = 1000
+    OTHERS: Final = "(others)"
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self.counts: dict[str, int] = {}
+
+    def count(self, names: Iterable[str], *, num_unnamed: int = 0) -> None:
+        """One request's; each name is logged the first time that it is met."""
+        self.num_requests += 1
+        if num_unnamed:
+            self.counts[self.OTHERS] = self.counts.get(self.OTHERS, 0) + num_unnamed
+        for name in names:
+            if name not in self.counts and len(self.counts) >= self.NUM_NAMES_MAX:
+                name = self.OTHERS
+            if name not in self.counts:
+                log.info("requests have the field %s, which changes nothing here; it is ignored and counted", name)
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+
+class Notes:
+    """One request's. Paths are JSON paths, such as "messages[0].content[1].colour"."""
+
+    def __init__(self, ignored: IgnoredFields | None = None) -> None:
+        self.mode = ""
+        self.model = ""
+        self._counter = ignored
+        # By their names without indices: a field that all of a thousand messages have is told of once.
+        self._ignored: dict[str, str] = {}
+        self._num_unnamed = 0
+        self._left_out: list[str] = []
+        self._flattened: list[str] = []
+        self._foreign: list[str] = []
+
+    def ignore(self, path: str) -> None:
+        """A field that changes nothing here."""
+        self._ignored.setdefault(_printable(_INDEX.sub("[]", path)), path)
+
+    def ignore_all(self, where: str, names: Collection[str]) -> None:
+        """Fields of the object at `where` that nobody took."""
+        room = max(0, _NUM_IGNORED_MAX - len(self._ignored))
+        for name in islice(names, room):
+            self.ignore(f"{where}.{name}" if where else name)
+        self._num_unnamed += max(0, len(names) - room)
+
+    def leave_out(self, path: str, what: str) -> None:
+        """Something that the model is not shown; it may be shown a placeholder instead."""
+        self._left_out.append(f"{path} ({what})")
+
+    def flatten(self, path: str, what: str) -> None:
+        """Something that the model is shown in another form."""
+        self._flattened.append(f"{path} ({what})")
+
+    def call_foreign(self, path: str) -> None:
+        """Thinking that did not come from here: the model is shown it, and nobody vouches for it."""
+        self._foreign.append(path)
+
+    def close(self) -> None:
+        """The request is read."""
+        if self._ignored and self._counter is not None:
+            self._counter.count(self._ignored, num_unnamed=self._num_unnamed)
+
+    def headers(self) -> dict[str, str]:
+        values = {
+            "antefix-ignored": _listed([*self._ignored.values()], num_more=self._num_unnamed),
+            "antefix-left-out": _listed(self._left_out),
+            "antefix-flattened": _listed(self._flattened),
+            "antefix-foreign-thinking": _listed(self._foreign),
+            "antefix-mode": self.mode,
+            "antefix-model": _printable(self.model),
+        }
+        return {name: value for name, value in values.items() if value}
+
+
+def _listed(paths: list[str], *, num_more: int = 0) -> str:
+    """As many as fit, and how many more there are."""
+    text = ""
+    for number, path in enumerate(paths):
+        longer = f"{text}, {_printable(path)}" if text else _printable(path)
+        if len(longer) > HEADER_BYTES_MAX:
+            return f"{text}, +{len(paths) - number + num_more} more"
+        text = longer
+    return f"{text}, +{num_more} more" if num_more else text
+
+
+def _printable(text: str) -> str:
+    """Clients choose the names: nothing of them may end a header or reach a terminal."""
+    shown = quote(text[:_NAME_BYTES_MAX], safe="[]().*_-:/@$+!~' ")
+    is_whole = len(text) <= _NAME_BYTES_MAX and len(shown) <= _NAME_BYTES_MAX
+    return shown if is_whole else shown[: _NAME_BYTES_MAX - 3] + "..."

@@ -1,0 +1,148 @@
+"""Which answers retries may have at one router: who reads a running one, when one without clients is given up, what is
+kept. Settles nothing by itself: `settle` does, once for all clients of an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from antefix.errors import Conflict, InvalidRequest
+from antefix.generation_request import GenerationRequest
+from antefix_billing.ledger_files import Settled
+from antefix_billing.usage_record import OpenEntry, Status
+from antefix_router.answers import KeptAnswer, RetryConfig, SharedRun, Shelf
+from antefix_router.open_bill import Bill
+
+CLIENT_LEFT: Final = "the client went away"
+# Between being admitted to an answer and reading it a client is not counted as a reader; it needs milliseconds.
+_ADMITTED_S: Final = 30.0
+# A whole answer without a client is settled after this, so that one who was just admitted finds it as it is.
+_MADE_S: Final = 2.0
+
+Settle = Callable[[Bill, Status, str], asyncio.Task[Settled | None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerCounts:
+    """What is held for retries. unattended: made on without a client.  dropped: for room, since the start."""
+
+    running: int
+    unattended: int
+    unattended_max: int
+    kept: int
+    kept_bytes: int
+    kept_bytes_max: int
+    dropped: int
+    joined: int
+    given_again: int
+
+
+class Retries:
+    """One router's. settle: writes an answer's record."""
+
+    def __init__(self, config: RetryConfig, settle: Settle) -> None:
+        self._config = config
+        self._settle = settle
+        self._shared: dict[str, SharedRun] = {}
+        self._shelf = Shelf(config.kept_answers_bytes, config.kept_answers_s)
+        self._num_joined = 0
+        self._num_given = 0
+        self._is_draining = False
+
+    def counts(self) -> AnswerCounts:
+        return AnswerCounts(
+            running=len(self._shared),
+            unattended=self._num_unattended,
+            unattended_max=self._config.unattended_max,
+            kept=len(self._shelf),
+            kept_bytes=self._shelf.nbytes,
+            kept_bytes_max=self._shelf.bytes_max,
+            dropped=self._shelf.num_dropped,
+            joined=self._num_joined,
+            given_again=self._num_given,
+        )
+
+    def kept(self, request: GenerationRequest, opened: OpenEntry) -> KeptAnswer | None:
+        """The finished answer to this request, if it is still here and is all that is asked for."""
+        kept = self._shelf.get(opened.key)
+        if kept is None or not kept.fits(request, opened):
+            return None
+        self._num_given += 1
+        return kept
+
+    def share(self, bill: Bill) -> None:
+        """An admitted request's answer may be read by others from now on."""
+        bill.shared = self._shared[bill.opened.key] = SharedRun(bill)
+        self._wait_for_a_reader(bill.shared, _ADMITTED_S)
+
+    def join(self, request: GenerationRequest, opened: OpenEntry) -> Bill | None:
+        """Another client of a running answer; what is made of it so far comes first. None: it does not run.
+
+        Raises:  InvalidRequest: its id is another request's.  Conflict: it lacks what this one asks for.
+        """
+        shared = self._shared.get(opened.key)
+        if shared is None:
+            return None
+        first = shared.bill
+        if (first.opened.request_digest, first.opened.user) != (opened.request_digest, opened.user):
+            raise InvalidRequest(f"request id {request.request_id} is used for another request")
+        if shared.generation.request.sampling.num_top_logprobs != request.sampling.num_top_logprobs:
+            raise Conflict(f"request {request.request_id} is running with other logprobs; wait for it")
+        self._num_joined += 1
+        if not shared.num_readers:
+            self._wait_for_a_reader(shared, _ADMITTED_S)
+        bill = Bill(shared.generation, first.opened, first.reservation, first.paid_before)
+        bill.shared = shared
+        return bill
+
+    def left(self, shared: SharedRun) -> None:
+        """A client left. If it was the last, it may ask again: the answer is made on, within limits."""
+        if shared.num_readers or shared.settling is not None:
+            return
+        is_full = self._num_unattended > self._config.unattended_max
+        if shared.is_over or self._is_draining or is_full or not self._config.unattended_s:
+            self._give_up(shared)
+        else:
+            self._wait_for_a_reader(shared, self._config.unattended_s)
+
+    def made(self, shared: SharedRun) -> None:
+        """The answer is whole, or has failed; without a reader it is settled, and kept for one."""
+        if not shared.num_readers and shared.settling is None:
+            self._wait_for_a_reader(shared, _MADE_S)
+
+    def end(self, shared: SharedRun, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:
+        """Settle the answer, once for all of its clients. bill: whose client has all of it, where one has."""
+        if shared.settling is None:
+            if shared.error is None and shared.generation.finish_reason and status is not Status.FAILED:
+                self._shelf.put(bill.opened.key, KeptAnswer.of(shared.generation, bill.opened))
+            del self._shared[bill.opened.key]
+            if status in (Status.STOP, Status.LENGTH):
+                shared.bill = bill
+            shared.settling = self._settle(shared.bill, status, detail)
+        return shared.settling
+
+    def drain(self) -> None:
+        """No client can come for an answer any more: those that have none are given up, now and later."""
+        self._is_draining = True
+        for shared in [each for each in self._shared.values() if not each.num_readers]:
+            self._give_up(shared)
+
+    @property
+    def _num_unattended(self) -> int:
+        return sum(not shared.num_readers for shared in self._shared.values())
+
+    def _wait_for_a_reader(self, shared: SharedRun, seconds: float) -> None:
+        if shared.waiting_for_a_reader is not None:
+            shared.waiting_for_a_reader.cancel()
+        loop = asyncio.get_running_loop()
+        shared.waiting_for_a_reader = loop.call_later(seconds, self._give_up, shared)
+
+    def _give_up(self, shared: SharedRun) -> None:
+        if shared.num_readers or shared.settling is not None:
+            return
+        if shared.error is not None:
+            self.end(shared, shared.bill, Status.FAILED, type(shared.error).__name__)
+        else:
+            self.end(shared, shared.bill, Status.CANCELLED, CLIENT_LEFT)

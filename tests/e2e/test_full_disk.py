@@ -1,0 +1,44 @@
+"""Store, ledger and logs of real processes on one small file system that somebody else fills."""
+
+from __future__ import annotations
+
+import asyncio
+
+from antefix.store.client import RemoteStore
+from antefix.store.store_stats import read_stats
+from antefix_billing.ledger_files import read_settled
+from antefix_billing.reconcile import verify
+from antefix_console.deployment import Deployment, DeploymentConfig
+from tests.e2e.conftest import MODEL, SMALL_POOL
+from tests.small_disk import fill, free_bytes, small_disk
+
+MIB = 1 << 20
+
+
+async def test_hits_are_answered_and_billed_at_every_fill_level(tmp_path, ask, document):
+    with small_disk(tmp_path / "small", 24 * MIB) as disk:
+        flags = {"prefill": SMALL_POOL, "decode": SMALL_POOL}
+        config = DeploymentConfig(model=MODEL, data_dir=disk / "data", extra_flags=flags)
+        async with Deployment(config) as deployment:
+            # The default budget is 64 GiB; it takes what there is.
+            store = RemoteStore(deployment.one("kvstore").address)
+            assert (await read_stats(store)).budget_bytes < 24 * MIB
+            first, _ = await ask(deployment, document)
+            # Another answer each time, since a prompt that is computed twice is stored once.
+            for number, but in enumerate((4 * MIB, MIB, 256 << 10, 16 << 10, 0)):
+                fill(disk / f"ballast{number}", but=but)
+                again, last = await ask(deployment, document)
+                assert again == first and last.usage.cache_hit_tokens > 2000
+                fresh, _ = await ask(deployment, document[::-1][number * 100 :].copy())
+                assert fresh
+            assert free_bytes(disk) < MIB and (await read_stats(store)).stopped
+            # Space comes back without a restart.
+            for number in range(5):
+                (disk / f"ballast{number}").unlink(missing_ok=True)
+            async with asyncio.timeout(20):
+                while (await read_stats(store)).stopped:  # noqa: ASYNC110 - another process's state
+                    await asyncio.sleep(0.1)
+            await store.close()
+        records = [item.record for item in read_settled(config.ledger_dir)]
+        assert len(records) == 11 and verify(config.ledger_dir).ok
+        assert any("bytes free" in record.write_error for record in records)

@@ -1,0 +1,207 @@
+"""The probe: equal names where and only where cold runs have equal bits, and no claim that was not measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from antefix.block import check_arithmetic
+from antefix.errors import InvalidRequest
+from antefix.model import arithmetic_cache, numerics, probe
+from antefix.model.arithmetic import COLUMNS_MAX, steps_of
+from antefix.model.setup import Setup, setup_of
+from tests.model.random_models import make
+
+ROOT = Path(__file__).parents[2]
+# One process each: what MKL and PyTorch read from the environment counts from the first product on.
+SETUPS: dict[str, tuple[dict[str, str], tuple[int, ...]]] = {
+    "plain": ({}, (1, 2, 3, 4)),
+    "another library path": ({"MKL_CBWR": "COMPATIBLE"}, (1, 2)),
+    "PyTorch's plain path": ({"ATEN_CPU_CAPABILITY": "default"}, (1,)),
+}
+SCRIPT = """
+import json, sys, torch
+from antefix.layout import KVFormat
+from antefix.model import probe
+from tests.model.random_models import bits, make
+models = [make(name, kv_format=KVFormat.FLOAT32) for name in ("plain", "three streams")]
+for threads in map(int, sys.argv[1:]):
+    torch.set_num_threads(threads)
+    print(json.dumps([[probe(model).name, bits(model, (21, 40, 41), num_tokens=42, others=1)] for model in models]))
+"""
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[tuple[str, int], list[list[str]]]:
+    """By set-up and threads: each model's name of the arithmetic, and the bits of a cold run."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("MKL_", "ATEN_"))}
+    plain |= {"PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path)), "OMP_WAIT_POLICY": "PASSIVE"}
+    running = {}
+    for name, (variables, threads) in SETUPS.items():
+        command = [sys.executable, "-c", SCRIPT, *map(str, threads)]
+        running[name] = subprocess.Popen(command, env=plain | variables, cwd=ROOT, stdout=subprocess.PIPE)
+    found = {}
+    for name, process in running.items():
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0
+        for threads, line in zip(SETUPS[name][1], output.splitlines(), strict=True):
+            found[name, threads] = json.loads(line)
+    return found
+
+
+def test_names_are_equal_where_and_only_where_bits_are(measured: dict[tuple[str, int], list[list[str]]]) -> None:
+    for one in measured.values():
+        for other in measured.values():
+            for (name, bits), (other_name, other_bits) in zip(one, other, strict=True):
+                assert (name == other_name) is (bits == other_bits)
+
+
+def test_threads_change_neither_names_nor_bits(measured: dict[tuple[str, int], list[list[str]]]) -> None:
+    plain = measured["plain", 1]
+    assert all(measured["plain", threads] == plain for threads in (2, 3, 4))
+    assert measured["another library path", 1] != plain
+    assert measured["PyTorch's plain path", 1] != plain
+
+
+def test_another_rounding_is_another_name() -> None:
+    model = make("plain")
+    name = probe(model).name
+    assert probe(model).name == name
+    check_arithmetic(name)
+    with pytest.MonkeyPatch.context() as patch:
+        # One bit of one function.
+        patch.setattr(numerics, "silu", lambda x: torch.nextafter(x * numerics.sigmoid(x), torch.tensor(9e9)))
+        assert probe(model).name.split("-")[2] == name.split("-")[2]
+        assert probe(model).name != name
+
+
+def test_a_row_alone_that_takes_another_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "ROW_TILE", 1)
+    measured = probe(make("plain"))
+    assert not measured.ignores_shapes
+    assert measured.failed
+
+
+def test_weights_that_are_padded_after_they_were_transposed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not probe(make("hidden 100, 6 experts")).failed
+    monkeypatch.setattr(numerics, "COLUMN_TILE", 1)
+    monkeypatch.setattr(numerics, "_pad_matrix", lambda b, rows, columns: F.pad(b, (0, columns, 0, rows)))
+    measured = probe(make("hidden 100, 6 experts"))
+    assert any(text.startswith("100 x 6:") for text in measured.failed)
+    assert not measured.ignores_shapes
+
+
+def test_columns_that_threads_divide_between_them_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four streams need 24 columns: three threads take eight each, and the kernel for eight has another order."""
+    monkeypatch.setattr(numerics, "COLUMN_TILE", 8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    measured = probe(make("plain"))
+    torch.set_num_threads(before)
+    assert measured.name.endswith("-t3")
+
+
+def test_bits_that_depend_on_threads_are_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = numerics.multiply
+
+    def divided(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        product = plain(a, b)
+        return product * (1 + 1e-6) if torch.get_num_threads() == 2 else product
+
+    model = make("plain")
+    monkeypatch.setattr(numerics, "multiply", divided)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    measured = probe(model)
+    torch.set_num_threads(before)
+    assert measured.name.endswith("-t2")
+    assert measured.ignores_shapes
+    assert any("number of threads" in text for text in measured.failed)
+    check_arithmetic(measured.name)
+
+
+def test_what_was_not_checked_is_said() -> None:
+    measured = probe(make("plain"), time_s_max=0.0)
+    assert measured.num_proved == 0
+    assert len(measured.unproved) == len(list(steps_of(make("plain"))))
+    model = make("plain")
+    model.lm_head = torch.nn.Linear(32, COLUMNS_MAX + 21, bias=False).requires_grad_(False)
+    assert any(str(COLUMNS_MAX + 21) in text for text in probe(model, time_s_max=0.0).unproved)
+
+
+def test_a_cache_saves_time_and_claims_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, cache = make("plain"), str(tmp_path / "cache")
+    first = probe(model, cache_dir=cache)
+    again = probe(model, cache_dir=cache)
+    assert (first.is_cached, again.is_cached) == (False, True)
+    assert (again.name, again.num_proved) == (first.name, first.num_proved)
+    # Another set-up, model or thread count does not find it.
+    setup = setup_of(model.device)
+    for other in (Setup(processor="other", libraries=setup.libraries, threads=1),
+                  Setup(processor=setup.processor, libraries="other", threads=1)):  # fmt: skip
+        assert not probe(model, cache_dir=cache, setup=other).is_cached
+    assert not probe(make("three streams"), cache_dir=cache).is_cached
+    # The same file where other bits come out: it is not believed, and what is measured is said.
+    monkeypatch.setattr(numerics, "sigmoid", lambda x: torch.nextafter(1 / (1 + torch.exp(-x)), torch.tensor(2.0)))
+    changed = probe(model, cache_dir=cache)
+    assert not changed.is_cached
+    assert changed.name != first.name
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "null", "flip", "claim"])
+def test_a_damaged_cache_is_as_if_there_were_none(damage: str, tmp_path: Path) -> None:
+    model = make("plain")
+    probe(model, cache_dir=str(tmp_path), time_s_max=0.0)
+    (file,) = tmp_path.glob("*.json")
+    text = file.read_text()
+    if damage == "claim":
+        # It says that everything was proved, as a hand or another version might have written it.
+        data = json.loads(text)
+        data["arithmetic"] |= {"num_proved": 99, "unproved": []}
+        damage = json.dumps(data)
+    file.write_text(text.replace("unproved", "unprowed") if damage == "flip" else damage)
+    measured = probe(model, cache_dir=str(tmp_path))
+    assert not measured.is_cached
+    assert measured.num_proved == len(list(steps_of(model)))
+
+
+def test_a_directory_that_cannot_be_written_costs_time_only(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert probe(make("plain"), cache_dir=str(tmp_path / "file" / "cache"), time_s_max=0.0).name
+
+
+def test_a_cards_kind_driver_and_kernels_are_part_of_its_name() -> None:
+    """A processor stands for the card: its products run, and the rest of the name is the card's."""
+    model = make("plain")
+    card = "H200 9.0, driver 1, CUDA 13, Triton 3"
+    setups = [Setup(processor="", libraries="", threads=1, card=text) for text in (card, card.replace("r 1", "r 2"))]
+    names = {
+        probe(model, setup=setup, kernels=kernels, time_s_max=0.0).name
+        for setup in setups
+        for kernels in ("torch", "triton")
+    }
+    assert len(names | {probe(model, time_s_max=0.0).name}) == 5
+    assert any("attention kernels" in text for text in probe(model, setup=setups[0]).unproved)
+
+
+@pytest.mark.parametrize("text", ["cpu-float32-12", "cpu-float32-0123456789", "cpu-float32-0123456789-012345678g"])
+def test_a_name_that_no_probe_makes_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="doctor"):
+        check_arithmetic(text)
+
+
+def test_the_cache_knows_which_code_computed() -> None:
+    setup = setup_of(torch.device("cpu"))
+    key = arithmetic_cache.key(setup, "cpu-float32", "", ["1 x 1"])
+    assert key == arithmetic_cache.key(setup, "cpu-float32", "", ["1 x 1"])
+    assert key != arithmetic_cache.key(setup, "cpu-float32", "", ["1 x 2"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arithmetic_cache, "_code", lambda: "other")
+        assert key != arithmetic_cache.key(setup, "cpu-float32", "", ["1 x 1"])

@@ -1,0 +1,36 @@
+"""A file system of a few MiB that a test may fill."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, nbytes: int) -> Iterator[Path]:
+    """A tmpfs of that size at `path`; skips the test where nobody may mount one."""
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(path)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill(path: Path, *, but: int = 0) -> None:
+    """Take what is left, but for so many bytes, into the file `path`."""
+    with path.open("ab", buffering=0) as file:
+        if (nbytes := (free_bytes(path.parent) - but) // 4096 * 4096) > 0:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+
+
+def free_bytes(path: Path) -> int:
+    space = os.statvfs(path)
+    return space.f_bavail * space.f_frsize
