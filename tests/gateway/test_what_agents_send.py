@@ -734,7 +734,8 @@ REFUSED = [
         "invalid_value",
     ),
     (CHAT_URL, chat(user("a"), functions=[{"name": "f"}]), "functions", "unsupported_value"),
-    (CHAT_URL, chat(user("a"), top_k=5), "top_k", "unsupported_value"),
+    (CHAT_URL, chat(user("a"), top_k=-5), "top_k", "invalid_type"),
+    (CHAT_URL, chat(user("a"), bad_words=["a"]), "bad_words", "unsupported_value"),
     (CHAT_URL, chat(user("a"), guided_json={"type": "object"}), "guided_json", "unsupported_value"),
     (CHAT_URL, chat(user("a"), cache_salt="s"), "cache_salt", "unsupported_value"),
     (CHAT_URL, chat(user("a"), modalities=["text", "audio"]), "modalities", "unsupported_value"),
@@ -789,7 +790,7 @@ REFUSED = [
         None,
     ),
     (MESSAGES_URL, asked(user("a"), output_config={"format": {"type": "json_schema"}}), "output_config.format", None),
-    (MESSAGES_URL, asked(user("a"), top_k=5), "top_k", None),
+    (MESSAGES_URL, asked(user("a"), top_k=-5), "top_k", None),
 ]
 
 

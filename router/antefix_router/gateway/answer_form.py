@@ -58,7 +58,9 @@ def flat_form(form: Fields | None) -> AnswerForm:
 
 
 def _schema_form(fields: Fields, param: str) -> AnswerForm:
-    schema = fields.take("schema", {})
+    schema = fields.take("schema")
+    if schema is None:
+        raise missing(fields.name_of("schema"), "a JSON schema")
     if not isinstance(schema, dict):
         raise WrongField(f"{fields.name_of('schema')} must be a JSON object", param=param, code="invalid_type")
     # Whatever `strict` says, the answer keeps to it; the name and the description are for people.
