@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.redis_servers import redis, shared_redis, start_cluster, start_redis
+
+__all__ = ["redis", "shared_redis", "start_cluster", "start_redis"]
+
 # Triton reads this when it is first imported, whoever imports it (transformers does): without a card the kernels' tests
 # run in its interpreter.
 if not Path("/dev/nvidiactl").exists():

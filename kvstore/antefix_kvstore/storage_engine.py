@@ -24,6 +24,8 @@ import lmdb
 
 from antefix.block import digest_of
 from antefix.errors import BlockCorrupt, InvalidRequest, StoreFull
+from antefix.events.block_events import BlockEvent
+from antefix.events.numbered_log import Batch
 from antefix.record import STORED_KINDS, LookupResult, PutResult, Reason, Record, RecordKind, Refusal
 from antefix.secret import Keyring
 from antefix.store_files import codec
@@ -40,7 +42,7 @@ from antefix_kvstore.compression import Compression
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.disk_probe import read_bytes_per_s
 from antefix_kvstore.drafting import Drafter
-from antefix_kvstore.event_log import Event, EventLog
+from antefix_kvstore.event_log import EventLog
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.free_space import FreeSpace
 from antefix_kvstore.index_forest import drop_false_roots, drop_subtrees, insert_entry
@@ -450,8 +452,8 @@ class Engine:
                 [change.hash for change in changes if change.present and change.kind is RecordKind.BLOCK]
             )
 
-    def snapshot(self) -> tuple[int, Iterator[list[Event]]]:
-        """What is stored, for a watcher that cannot resume, and the number of the last event in it."""
+    def snapshot(self) -> Iterator[Batch[BlockEvent]]:
+        """What is stored, for a watcher that cannot resume."""
         with self._lock:
             return self.events.snapshot()
 

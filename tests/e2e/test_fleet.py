@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import random
-import shutil
 import signal
 import time
 
@@ -16,7 +15,6 @@ from antefix.errors import AntefixError, Unauthenticated, Unavailable
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import Sampling
 from antefix_console.deployment import Deployment
-from tests.window_pool.conftest import RedisServer
 
 LEASE_S = 20.0
 
@@ -177,34 +175,28 @@ async def test_routers_know_workers_memory_and_nobody_else_may_register(deploy, 
 
 
 @pytest.mark.long
-async def test_routers_share_what_they_know_through_redis_and_outlive_it(fleet, prompt, reference, tmp_path):
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    redis = RedisServer(binary, str(tmp_path)).start()
-    try:
-        async with fleet() as one:
-            one.more_flags = ["--events-redis", redis.url]
-            (_, first), (_, second) = await one.router(), await one.router()
-            workers = [await one.worker(role, (first, second)) for role in ("prefill", "decode")]
-            for client in (first, second):
-                await until(known(client, *workers))
-                await until(memory_known(client))
-            expected = reference.generate(prompt, 24)
-            assert (await ask(first, prompt))[0] == expected
-            # The one that placed nothing hears of it as well.
-            await until(told_of_events(second))
-            redis.kill()
-            longer = np.concatenate((prompt, prompt[:200]))
-            assert (await ask(second, longer))[0] == reference.generate(longer, 24)
-            redis.start()
-            before = [(await client.status()).counters.memory_events for client in (first, second)]
-            await ask(second, np.concatenate((prompt[::-1], prompt[:300])))
-            for client, count in zip((first, second), before, strict=True):
-                await until(told_of_events(client, count))
-                await until(memory_known(client))
-    finally:
+async def test_routers_share_what_they_know_through_redis_and_outlive_it(fleet, prompt, reference, start_redis):
+    redis = await asyncio.to_thread(start_redis)
+    async with fleet() as one:
+        one.more_flags = ["--events-redis", redis.url]
+        (_, first), (_, second) = await one.router(), await one.router()
+        workers = [await one.worker(role, (first, second)) for role in ("prefill", "decode")]
+        for client in (first, second):
+            await until(known(client, *workers))
+            await until(memory_known(client))
+        expected = reference.generate(prompt, 24)
+        assert (await ask(first, prompt))[0] == expected
+        # The one that placed nothing hears of it as well.
+        await until(told_of_events(second))
         redis.kill()
+        longer = np.concatenate((prompt, prompt[:200]))
+        assert (await ask(second, longer))[0] == reference.generate(longer, 24)
+        redis.start()
+        before = [(await client.status()).counters.memory_events for client in (first, second)]
+        await ask(second, np.concatenate((prompt[::-1], prompt[:300])))
+        for client, count in zip((first, second), before, strict=True):
+            await until(told_of_events(client, count))
+            await until(memory_known(client))
 
 
 @pytest.mark.long

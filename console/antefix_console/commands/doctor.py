@@ -197,12 +197,11 @@ def _disk(directory: Path | None) -> Finding:
 def _store(address: str) -> list[Finding]:
     """Whether a running store takes what it is given. Raises:  Unavailable: it does not answer."""
     from antefix.store.client import RemoteStore
-    from antefix.store.store_stats import read_stats
 
     async def ask() -> StoreTotals:
         store = RemoteStore(address)
         try:
-            return await read_stats(store)
+            return await store.stats()
         finally:
             await store.close()
 
