@@ -110,7 +110,7 @@ async def test_any_invented_key_is_named_in_a_header_that_is_one(door, address, 
     named = answer.headers["antefix-ignored"]
     assert named.isascii() and named.isprintable() and len(named) <= HEADER_BYTES_MAX + 20
     whole = quote(json_path(path, key), safe="[]().*_-:/@$+!~' ")
-    assert (whole if len(whole) <= 128 else whole[:125]) in named
+    assert (whole.rstrip(" ") if len(whole) <= 128 else whole[:125].rstrip(" ")) in named
 
 
 @pytest.mark.parametrize("address", [CHAT_URL, RESPONSES_URL, MESSAGES_URL, "/v1/completions"])
@@ -789,7 +789,12 @@ REFUSED = [
         "context_management.edits[0].type",
         None,
     ),
-    (MESSAGES_URL, asked(user("a"), output_config={"format": {"type": "json_schema"}}), "output_config.format", None),
+    (
+        MESSAGES_URL,
+        asked(user("a"), output_config={"format": {"type": "json_schema"}}),
+        "output_config.format.schema",
+        None,
+    ),
     (MESSAGES_URL, asked(user("a"), top_k=-5), "top_k", None),
 ]
 
