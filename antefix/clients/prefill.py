@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
+
+import grpc
 
 from antefix import rpc
+from antefix.clients.service_client import ServiceClient
+from antefix.clients.statuses import PrefillStatus, prefill_status_from_wire
 from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
@@ -20,18 +23,17 @@ class Prefilled:
     restore: RestoreReport
 
 
-@dataclass(slots=True)
-class PrefillClient:
+class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
     """Calls to one prefill worker."""
 
-    address: str
-    _stub: prefill_pb2_grpc.PrefillServiceStub = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._stub = prefill_pb2_grpc.PrefillServiceStub(rpc.channel(self.address))
+    def _make_stub(self, channel: grpc.aio.Channel) -> prefill_pb2_grpc.PrefillServiceStub:
+        return prefill_pb2_grpc.PrefillServiceStub(channel)
 
     async def prefill(self, request: GenerationRequest, *, timeout_s: float) -> Prefilled:
-        """Window state is left at the request's breakpoints."""
+        """Compute and store a prompt's KV, restoring what is stored of it.
+
+        Window state is left at the request's breakpoints.
+        """
         message = prefill_pb2.PrefillRequest(
             request_id=request.request_id, tenant=request.cache_tenant, prompt=tokens_to_wire(request.tokens)
         )
@@ -41,7 +43,8 @@ class PrefillClient:
             response = await self._stub.Prefill(message, timeout=timeout_s)
         return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))
 
-    async def status(self, *, timeout_s: float = 5.0) -> prefill_pb2.PrefillStatusResponse:
+    async def status(self, *, timeout_s: float = 5.0) -> PrefillStatus:
+        """What the worker does now."""
         with rpc.rpc_errors():
             answer = await self._stub.PrefillStatus(prefill_pb2.PrefillStatusRequest(), timeout=timeout_s)
-        return cast(prefill_pb2.PrefillStatusResponse, answer)
+        return prefill_status_from_wire(answer)

@@ -71,4 +71,5 @@ class Store(Protocol):
     async def stats(self) -> StoreTotals:
         """What it holds, and has done since it was opened."""
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Let go of connections and files."""

@@ -218,16 +218,18 @@ class Engine:
     # --- writing -------------------------------------------------------------------------------------------------
 
     def put(self, records: Sequence[Record]) -> PutResult:
-        """One put on its own; see `put_group`."""
+        """One put on its own; see `put_group`.
+
+        Raises:  InvalidRequest: as `check`; nothing has been stored.
+        """
+        self.check(records)
         return self.put_group([records])[0]
 
     def put_group(self, puts: Sequence[Sequence[Record]]) -> list[PutResult]:
         """Several puts with one sync. What is stored when this returns survives a power loss in `durable` mode.
 
-        Raises:  InvalidRequest: a malformed record; nothing has been stored.
+        Each was checked by `check`, on its own: a malformed record must not fail the puts of others.
         """
-        for records in puts:
-            self.check(records)
         with self._lock:
             merged = [record for records in puts for record in records]
             with self.index.txn() as snapshot:
@@ -245,7 +247,8 @@ class Engine:
         """Raises:  InvalidRequest: a record that can never be stored; it is counted, and named in the statistics."""
         try:
             for record in records:
-                check_record(record, self.config.record_bytes_max)
+                registered_bytes = self.compression.registered_bytes(record.fingerprint, record.kind)
+                check_record(record, self.config.record_bytes_max, registered_bytes)
         except InvalidRequest as err:
             self.note_impossible(str(err))
             raise

@@ -7,10 +7,11 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from antefix.cache_tenant import join_tenant
 from antefix.clients import Tokens
 from antefix.config import require, setting
 from antefix.errors import InvalidRequest
-from antefix.generation_request import Caller, GenerationRequest
+from antefix.generation_request import GenerationRequest
 from antefix.model_dir import ModelIdentity
 from antefix.sampling import WrongSetting
 from antefix.secret import Keyring
@@ -122,10 +123,10 @@ class Front:
 def cache_tenant(tenant: str, user: str) -> str:
     """Whose blocks a request may hit: the tenant's, or those of one of its users."""
     for text in (tenant, user):
-        # U+001F separates the two in a cache's name; the others would end up on the terminal of whoever reads a bill.
+        # One of them separates the two in a cache's name, and others would move the cursor of whoever reads a bill.
         if CONTROL.search(text):
             raise InvalidRequest("tenant and user may not hold control characters")
-    return Caller(tenant=tenant, user=user).cache_tenant
+    return join_tenant(tenant, user)
 
 
 def check_samples(request: GenerationRequest) -> None:

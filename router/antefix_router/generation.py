@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from antefix.clients import DecodeClient, Tokens
-from antefix.errors import Overloaded, Unavailable
+from antefix.errors import InternalError, Overloaded, Unavailable
 from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
@@ -183,7 +183,7 @@ class Generator:
                         if sample.is_ended:
                             sample.cut()
                             break
-            except (Unavailable, Overloaded) as err:
+            except (Unavailable, InternalError, Overloaded) as err:
                 if len(tried) >= min(NUM_MOVES_MAX, len(self._decode.workers)):
                     raise
                 if len(sample.emitted) >= generation.request.sampling.max_tokens:

@@ -148,6 +148,7 @@ def test_the_stated_bounds_are_finite():
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.services
 def test_the_command_verifies_through_a_real_store_service():
     done = subprocess.run(
         [sys.executable, "-m", "antefix_console", "verify", "--json"],

@@ -16,6 +16,9 @@ from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import Sampling
 from antefix_console.deployment import Deployment
 
+pytestmark = pytest.mark.services
+
+
 LEASE_S = 20.0
 
 
@@ -125,7 +128,7 @@ async def test_a_worker_that_drains_ends_what_it_has_and_gets_nothing_new(deploy
                 drained.process.send_signal(signal.SIGTERM)
         assert len(output) == 100
         # It ended by itself, after its last token, not by force.
-        assert await asyncio.wait_for(drained.process.wait(), 30) == 0
+        assert await asyncio.wait_for(drained.process.wait(), 150) == 0
         assert b"moves to another" not in deployment.one("router").log_path.read_bytes()
         again, _ = await ask(deployment.router, prompt)
     assert again == reference.generate(prompt, 24)
@@ -235,7 +238,7 @@ async def test_an_agent_like_load_with_kills_and_cancels_has_no_wrong_answer_and
                     with contextlib.suppress(TimeoutError, AntefixError):
                         await asyncio.wait_for(ask(deployment.router, tokens, 64), 0.5)
                     num_cancelled += 1
-                output, _ = await asyncio.wait_for(ask(deployment.router, tokens, 16), 120)
+                output, _ = await asyncio.wait_for(ask(deployment.router, tokens, 16), 480)
                 num_done += 1
                 if output != reference.generate(tokens, 16):
                     wrong.append((number, len(tokens)))
@@ -260,4 +263,4 @@ async def test_a_router_that_follows_the_stores_events_hits_and_outlives_the_sto
         assert output == reference.generate(longer, 24) and last.usage.cache_hit_tokens == 960
         await deployment.kill(deployment.one("kvstore"))
         other = np.flip(prompt)
-        assert (await asyncio.wait_for(ask(deployment.router, other), 60))[0] == reference.generate(other, 24)
+        assert (await asyncio.wait_for(ask(deployment.router, other), 300))[0] == reference.generate(other, 24)

@@ -16,7 +16,7 @@ from antefix.wire import Sampling
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.services, pytest.mark.long, pytest.mark.timeout(600)]
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 RNG = np.random.default_rng(61)
 TURN = RNG.integers(0, 256, 1000).astype(np.uint32)

@@ -14,6 +14,8 @@ anthropic = pytest.importorskip("anthropic")
 openai = pytest.importorskip("openai")
 pydantic = pytest.importorskip("pydantic")
 
+# Grammars are tried out by a process.
+pytestmark = pytest.mark.services
 MODEL = "antefix-tiny"
 ASK = [{"role": "user", "content": "How is Bern?"}]
 WEATHER = {

@@ -17,7 +17,7 @@ openai = pytest.importorskip("openai")
 MODEL = "antefix-tiny"
 BLOCK = 64
 # 30 s of one core, most of it starting processes.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 SMALL_POOL = ("--pool-bytes", "64M")
 TOOL = {
     "name": "sky",

@@ -795,11 +795,6 @@ REFUSED = [
         "output_config.format.schema",
         None,
     ),
-        MESSAGES_URL,
-        asked(user("a"), output_config={"format": {"type": "json_schema"}}),
-        "output_config.format.schema",
-        None,
-    ),
     (MESSAGES_URL, asked(user("a"), top_k=-5), "top_k", None),
 ]
 

@@ -11,6 +11,8 @@ from antefix_router import grammar_check
 from antefix_router.grammar_check import GrammarCheck, UnusableGrammar
 from tests.engines import MODEL
 
+pytestmark = pytest.mark.services
+
 
 def of(schema):
     return f"start: %json {json.dumps(schema)}\n"

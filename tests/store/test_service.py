@@ -24,6 +24,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
+from tests.kvstore.test_embedded_store import LAYOUT
 
 PROMPT = Prompt(list(range(BLOCK * 6)), payload_bytes=2_500_001)
 MIB = 1 << 20
@@ -115,7 +116,7 @@ async def test_a_restarted_service_is_found_again(store: Store, service: Service
     with pytest.raises(Unavailable):
         await store.put(PROMPT.blocks(3))
     await service.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(150):
         while True:
             try:
                 await store.put(PROMPT.blocks(3))
@@ -235,7 +236,7 @@ async def test_watching_gives_a_snapshot_then_changes_then_resumes(service: Serv
     stream = remote.watch()
     cursor = None
     seen: list[bytes] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(100):
         async for batch in stream:
             assert not batch.snapshot_begins or not seen
             seen += [h for event in batch.events for h in event.names()]
@@ -247,14 +248,14 @@ async def test_watching_gives_a_snapshot_then_changes_then_resumes(service: Serv
     assert seen == [*sorted(PROMPT.hashes[:2]), *PROMPT.hashes[2:4]]
     await stream.aclose()
     await remote.put([PROMPT.checkpoint(3)])
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(100):
         async for batch in remote.watch(cursor):
             assert not batch.snapshot_begins
             assert [(event.kind, event.names()) for event in batch.events] == [
                 (EventKind.CHECKPOINTED, [PROMPT.hashes[3]])
             ]
             break
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(100):
         async for batch in remote.watch(Cursor(epoch=b"x" * 16, number=5)):
             assert batch.snapshot_begins
             break
@@ -292,7 +293,7 @@ async def test_a_local_reader_finds_a_rebuilt_index(service: Service) -> None:
     await service.stop()
     shutil.rmtree(Path(service.config.dir) / "index")
     await service.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(150):
         while True:
             try:
                 await client.put(PROMPT.blocks(5))
@@ -306,6 +307,7 @@ async def test_a_local_reader_finds_a_rebuilt_index(service: Service) -> None:
     await client.close()
 
 
+@pytest.mark.services
 async def test_readers_in_other_processes_follow_the_writer(service: Service) -> None:
     """A reader process looks up and reads while this one writes, evicts and compacts."""
     client = RemoteStore(service.address)
@@ -341,6 +343,13 @@ async def test_readers_in_other_processes_follow_the_writer(service: Service) ->
     assert (await reader.stdout.readline()).split() == [b"6", b"0"]
     assert await reader.wait() == 0
     await client.close()
+
+
+async def test_a_payload_of_another_size_than_registered_is_refused(store: Store) -> None:
+    await store.register(FINGERPRINT, LAYOUT)
+    with pytest.raises(InvalidRequest, match=f"has {LAYOUT.block_bytes} bytes by its registered layout, .* has 7$"):
+        await store.put([PROMPT.block(0, payload=b"7 bytes")])
+    assert (await store.put([PROMPT.block(0, payload=bytes(LAYOUT.block_bytes))])).num_stored == 1
 
 
 async def test_a_write_that_can_never_be_stored_is_counted_and_named(tmp_path: Path) -> None:
