@@ -89,6 +89,7 @@ async def test_the_next_turn_hits_the_models_own_answer(make_engine, make_prompt
     await scheduler.close()
 
 
+@pytest.mark.slow
 async def test_log_probabilities_of_a_hit_are_those_of_a_cold_run(make_engine, make_prompt, store):
     async def logprobs_of(engine, tokens):
         scheduler = Scheduler(engine, 8)
@@ -109,6 +110,7 @@ async def test_log_probabilities_of_a_hit_are_those_of_a_cold_run(make_engine, m
     assert len(cold) == 29 and all(logprob.top[0] == (token, logprob.logprob) for token, logprob in cold)
 
 
+@pytest.mark.slow
 async def test_a_reader_that_stops_reading_stops_only_itself(make_engine, make_prompt, monkeypatch):
     # As the real bound, in fewer steps.
     monkeypatch.setattr("antefix_decode.scheduler.NUM_UNREAD_MAX", NUM_UNREAD)
@@ -136,6 +138,7 @@ async def test_a_sequence_that_leaves_early_gives_its_blocks_back(make_engine, m
     await scheduler.close()
 
 
+@pytest.mark.slow
 async def test_a_full_pool_fails_the_one_that_needs_more(make_engine, make_prompt):
     engine = make_engine(num_blocks=3)
     scheduler = Scheduler(engine, 8)
@@ -168,6 +171,7 @@ async def test_no_more_are_let_in_than_may_run(make_engine):
             pass
 
 
+@pytest.mark.slow
 async def test_one_sequence_that_fails_does_not_stop_the_others(make_engine, make_prompt):
     class Broken:
         def choose(self, logits, position):
