@@ -11,7 +11,7 @@ import pytest
 from antefix.block import as_tokens
 from antefix.errors import InvalidRequest, Overloaded, QuotaExceeded, Unavailable
 from antefix.generation_request import Caller, GenerationRequest
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.limits import Limit, LimitWindow, TenantLimits
 from antefix_billing.pricing import priced

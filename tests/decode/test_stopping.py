@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 from antefix_decode.stopping import LENGTH, STOP, Stopper
 
 EOS = frozenset({9})
