@@ -15,12 +15,12 @@ from typing import Any, cast
 import numpy as np
 
 from antefix.clients import Tokens
+from antefix.sampling import Sampling
 from antefix.store.api import Store
 from antefix.tokenizer import Tokenizer
 from antefix.v1 import decode_pb2
 from antefix.window import PlanKind
 from antefix.wire import (
-    Sampling,
     TokenLogprob,
     logprobs_from_wire,
     sampling_to_wire,
