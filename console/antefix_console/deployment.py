@@ -45,7 +45,7 @@ class DeploymentConfig:
     device, dtype, kernels: as workers' settings of these names (docs/OPERATIONS.md).
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
-    chat_format, model_aliases: docs/HTTP_API.md.
+    chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
     strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
     grace_s: how long requests that run may take when it stops.
     store_bytes, window_pool_bytes: budgets of disk and of Redis' memory, such as "64G"; empty for the roles' defaults.
@@ -74,6 +74,7 @@ class DeploymentConfig:
     tenants_file: str = ""
     chat_format: str = "auto"
     model_aliases: str = ""
+    prefix_rules: str = ""
     grace_s: float = GRACE_S
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -209,6 +210,7 @@ class Deployment:
         # One published key, whichever router signs.
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
         flags += ["--chat-format", self.config.chat_format, "--model-aliases", self.config.model_aliases]
+        flags += ["--prefix-rules", self.config.prefix_rules]
         flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]

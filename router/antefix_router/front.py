@@ -93,8 +93,7 @@ class Front:
             ("user", user, TENANT_BYTES_MAX),
             ("session", session, TENANT_BYTES_MAX),
         ):
-            if len(text.encode()) > nbytes_max:
-                raise InvalidRequest(f"{name} takes {nbytes_max} bytes")
+            check_name(name, text, nbytes_max)
         self._check_tokens(tokens, sampling.max_tokens)
         request = Request(
             request_id=request_id or secrets.token_hex(12),
@@ -122,6 +121,16 @@ class Front:
             raise InvalidRequest(
                 f"token id {int(tokens.max())} is outside the vocabulary of {self.identity.vocab_size}"
             )
+
+
+def check_name(what: str, text: str, nbytes_max: int) -> None:
+    """Raises:  InvalidRequest: it is too long, or cannot be written as UTF-8."""
+    try:
+        num_bytes = len(text.encode())
+    except UnicodeEncodeError as err:
+        raise InvalidRequest(f"{what} is not text: UTF-8 cannot write its character {err.start}") from err
+    if num_bytes > nbytes_max:
+        raise InvalidRequest(f"{what} takes {nbytes_max} bytes")
 
 
 def cache_tenant(tenant: str, user: str) -> str:

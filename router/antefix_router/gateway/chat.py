@@ -51,6 +51,7 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
         effort=effort,
         continue_last=is_answer,
     )
+    conversation = gateway.settled(conversation, fields.notes)
     output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user, session=session))
     return ChatCall(
         output,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 
@@ -14,7 +14,8 @@ from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import ChatFormat, PlainParser
 from antefix_router.chat.choice import choose_format
 from antefix_router.chat.messages import Conversation, Effort
-from antefix_router.chat.render import num_characters, render_tokens
+from antefix_router.chat.moved_lines import load_rules, move_lines
+from antefix_router.chat.render import Rendered, num_characters, render_tokens
 from antefix_router.front import Front, cache_tenant
 from antefix_router.gateway.fields import Fields
 from antefix_router.gateway.gateway_config import GatewayConfig
@@ -24,6 +25,7 @@ from antefix_router.gateway.modes import Wish
 from antefix_router.gateway.notes import IgnoredFields, Notes
 from antefix_router.gateway.output import Output, stop_tokens
 from antefix_router.gateway.signatures import Signatures
+from antefix_router.gateway.user_names import split_user
 
 BREAKPOINTS_MAX = 4
 STOPS_MAX = 16
@@ -68,6 +70,7 @@ class Gateway:
             load_aliases(config.model_aliases) if config.model_aliases else (),
             serve_unknown=config.unknown_models != REFUSE,
         )
+        self.prefix_rules = load_rules(config.prefix_rules)
 
     def tenant(self, request: Request) -> str:
         """Raises:  Unauthenticated: no key, or an unknown one, where keys are needed."""
@@ -86,7 +89,14 @@ class Gateway:
         return Fields(body, notes=notes)
 
     def caller(self, request: Request, tenant: str, user: str, session: str = "") -> Caller:
-        return Caller(tenant=tenant, user=user, request_id=request.headers.get("idempotency-key", ""), session=session)
+        """user: as the client names it, which may be with its session; that is a hint where `session` is none."""
+        named = split_user(user)
+        return Caller(
+            tenant=tenant,
+            user=named.user,
+            request_id=request.headers.get("idempotency-key", ""),
+            session=session or named.session,
+        )
 
     def model(self, fields: Fields) -> NamedModel:
         """Which model is asked for. Raises:  ModelNotFound: one that is not here."""
@@ -111,9 +121,14 @@ class Gateway:
         notes.mode = self.format.mode_name(effort)
         return effort
 
-    async def tokens_of(
-        self, conversation: Conversation, tenant: str
-    ) -> tuple[list[int], tuple[tuple[int, float], ...]]:
+    def settled(self, conversation: Conversation, notes: Notes) -> Conversation:
+        """The conversation with the lines behind the stable prefix that would change it; they are noted."""
+        conversation, moved = move_lines(conversation, self.prefix_rules)
+        for each in moved:
+            notes.move(each.rule.name, f"{len(each.text)} characters, changes with the {each.rule.changes.value}")
+        return conversation
+
+    async def render(self, conversation: Conversation, tenant: str) -> Rendered:
         """The prompt's tokens, and where the client's cache breakpoints lie in them."""
         pieces = self.format.render(conversation)
         rendered = await self.front.encoding.run(
@@ -121,26 +136,28 @@ class Gateway:
             lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
         )
         # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
-        return rendered.tokens, rendered.breakpoints[-BREAKPOINTS_MAX:]
+        return replace(rendered, breakpoints=rendered.breakpoints[-BREAKPOINTS_MAX:])
 
     async def chat(self, conversation: Conversation, knobs: Knobs, caller: Caller) -> Output:
         """Admit a conversation's next answer.
 
         Raises:  InvalidRequest, QuotaExceeded, Conflict: see `Front.admit`.
         """
-        tokens, breakpoints = await self.tokens_of(conversation, cache_tenant(caller.tenant, caller.user))
+        rendered = await self.render(conversation, cache_tenant(caller.tenant, caller.user))
         parser = self.format.parser(conversation)
         bill = await self.front.admit(
-            as_tokens(tokens),
-            self._sampling(knobs, len(tokens)),
+            as_tokens(rendered.tokens),
+            self._sampling(knobs, len(rendered.tokens)),
             tenant=caller.tenant,
             user=caller.user,
             request_id=caller.request_id,
             session=caller.session,
-            breakpoints=breakpoints,
+            breakpoints=rendered.breakpoints,
             retryable=bool(caller.request_id),
         )
         bill.mode = self.format.mode_name(conversation.effort)
+        if rendered.aside is not None:
+            self.memory.keep(*rendered.aside)
         memory = None if conversation.continue_last else self.memory
         strict = {
             tool["name"]: tool["parameters"] for tool in conversation.tools if tool["name"] in conversation.strict

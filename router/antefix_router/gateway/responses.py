@@ -58,6 +58,7 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
         tools_breakpoint=tools.breakpoint,
         effort=effort,
     )
+    conversation = gateway.settled(conversation, fields.notes)
     output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user, session=session))
     echo = {
         "instructions": instructions or None,
