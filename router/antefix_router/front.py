@@ -23,6 +23,7 @@ from antefix_router.answers import RetryConfig
 from antefix_router.encoding import Encoding
 from antefix_router.generation import Generator, Request
 from antefix_router.open_bill import Bill, Served
+from antefix_router.volatile_prefix import PrefixWatch
 
 REQUEST_ID_BYTES_MAX = 256
 TENANT_BYTES_MAX = 512
@@ -65,6 +66,7 @@ class Front:
         self.tenants = tenants
         self.signer = signer
         self.encoding = Encoding()
+        self._prefixes = PrefixWatch()
         self._generator = generator
 
     async def admit(
@@ -103,7 +105,9 @@ class Front:
             breakpoints=breakpoints,
             session=session,
         )
-        return await self.accounts.admit(request, tenant=tenant, user=user, retryable=retryable)
+        bill = await self.accounts.admit(request, tenant=tenant, user=user, retryable=retryable)
+        bill.prefix_volatile = self._prefixes.note(request.tenant, tokens)
+        return bill
 
     def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[Tokens, None]:
         """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from antefix.clients import DecodeClient, Tokens
 from antefix.errors import Overloaded, Unavailable
+from antefix.prompt_marks import marks_of
 from antefix.restore_report import RestoreReport
 from antefix.wire import Sampling, TokenLogprob
 from antefix_router.keeper import BreakpointPins
@@ -34,7 +35,7 @@ log = logging.getLogger("antefix.router")
 class Request:
     """One request while it runs. `emitted` are the output tokens that the client has, `logprobs` theirs where they were
     asked for. breakpoints: (prompt tokens, seconds) of prefixes that the client wants kept. session: the client's name
-    of the conversation, a hint."""
+    of the conversation, a hint. prompt_marks: of its block hashes, once they are named."""
 
     request_id: str
     tenant: str
@@ -42,6 +43,7 @@ class Request:
     sampling: Sampling
     breakpoints: tuple[tuple[int, float], ...] = ()
     session: str = ""
+    prompt_marks: str = ""
     emitted: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     restore: RestoreReport | None = None
@@ -83,6 +85,7 @@ class Generator:
             request.sampling = replace(request.sampling, seed=secrets.randbits(63))
         # 1. Name the prompt's blocks.
         prompt = self._names.prompt(request.tenant, request.tokens)
+        request.prompt_marks = marks_of(prompt.chain.hashes)
         # 2. Prefill, which a short rest leaves to the decode worker.
         prefilled = await self._prefilling.run(
             prompt,
