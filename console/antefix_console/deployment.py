@@ -31,6 +31,8 @@ from antefix.window_settings import check_window_settings
 # In the data directory: what workers measured at their starts, and the name of what those of the last start computed.
 ARITHMETIC_DIR = "arithmetic"
 ARITHMETIC_FILE = "arithmetic.txt"
+# The settings that decide how the last start's routers write prompts.
+DOOR_FILE = "door.json"
 START_TIMEOUT_S = 120.0
 # What a role needs beyond the grace period, to end what runs and to write down what it has.
 STOP_MARGIN_S = 20.0
@@ -184,6 +186,7 @@ class Deployment:
         # A router refuses to start over workers that cannot share, and says what differs.
         await self.start_router(config.router_address, http_address=config.http_address)
         (config.data_dir / ARITHMETIC_FILE).write_text((await self.router.status()).arithmetic + "\n")
+        (config.data_dir / DOOR_FILE).write_text(json.dumps(_door_settings(config)) + "\n")
         for _ in range(1, config.num_routers):
             await self.start_router(http_address="127.0.0.1:0" if config.http_address else "")
 
@@ -321,6 +324,13 @@ class Deployment:
         role.process.kill()
         await role.process.wait()
         return False
+
+
+def _door_settings(config: DeploymentConfig) -> dict[str, str]:
+    """Files by their whole path: whoever reads this may be elsewhere."""
+    files = {"model_aliases": config.model_aliases, "prefix_rules": config.prefix_rules}
+    whole = {name: str(Path(path).absolute()) if Path(path).is_file() else path for name, path in files.items()}
+    return {"chat_format": config.chat_format, **whole}
 
 
 def _given(flag: str, value: str) -> list[str]:
