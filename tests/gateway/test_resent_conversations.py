@@ -4,12 +4,14 @@ The small model calls no tools, so calls stand in the history as a client would 
 wherever they were, are resent as the clients give them.
 """
 
+import asyncio
 import dataclasses
 import itertools
 import json
 
 import pytest
 
+from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
 
@@ -172,7 +174,7 @@ async def test_each_turn_hits_to_the_last_full_block_that_the_format_keeps(url, 
             assert turn.hit == kept // BLOCK * BLOCK, turns
 
 
-async def test_so_do_reasoning_items_and_requests_whose_first_line_changes(url):
+async def test_so_do_reasoning_items_and_requests_whose_first_line_changes(url, tmp_path, capsys):
     for turns_of in (responses_turns, claude_code_turns):
         check_hits(await turns_of(url, turns_of.__name__, effort="high", tools=True), turns_of)
     # Another session has another line: it hits system text and tools, and another account nothing.
@@ -180,13 +182,30 @@ async def test_so_do_reasoning_items_and_requests_whose_first_line_changes(url):
     async with anthropic.AsyncAnthropic(base_url=url, api_key="-", max_retries=0) as client:
         for session, account in enumerate("aab"):
             line = f"x-anthropic-billing-header: cc_version=2.1.197.{session}; cch=a{session};"
-            answer = await client.messages.create(
-                model=MODEL,
-                max_tokens=2,
-                system=[{"type": "text", "text": line}, {"type": "text", "text": "You are careful. " * 40}],
-                tools=[{"name": "read", "description": "Reads a file.", "input_schema": SCHEMA}],
-                messages=[{"role": "user", "content": f"{session} is a number. " * 20}],
-                metadata={"user_id": json.dumps({"account_uuid": account, "session_id": f"s{session}"})},
-            )
+            body = {
+                "model": MODEL,
+                "max_tokens": 2,
+                "system": [{"type": "text", "text": line}, {"type": "text", "text": "You are careful. " * 40}],
+                "tools": [{"name": "read", "description": "Reads a file.", "input_schema": SCHEMA}],
+                "messages": [{"role": "user", "content": f"{session} is a number. " * 20}],
+                "metadata": {"user_id": json.dumps({"account_uuid": account, "session_id": f"s{session}"})},
+            }
+            answer = await client.messages.create(**body)
             hits.append(answer.usage.cache_read_input_tokens)
     assert hits[0] == hits[2] == 0 and hits[1] > len("You are careful. " * 40) + 1000, hits
+
+    async def explain(*flags):
+        flags = ["explain", "--data-dir", str(tmp_path / "data"), "--json", *flags]
+        assert await asyncio.to_thread(main, flags) == 0
+        return json.loads(capsys.readouterr().out)
+
+    # What was asked last is explained by its body and by its id, and is found to be the same prompt.
+    (tmp_path / "body.json").write_text(json.dumps(body))
+    asked = ("--messages", str(tmp_path / "body.json"), "--api", "anthropic")
+    usage = answer.usage
+    stored = (await explain(*asked))["stored_tokens"]
+    num_tokens = usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens
+    assert stored == num_tokens // BLOCK * BLOCK
+    recorded = await explain("--request-id", answer.id, "--against", str(tmp_path / "body.json"), "--api", "anthropic")
+    assert recorded["parting"] == {"blocks_min": stored // BLOCK, "blocks_max": stored // BLOCK}
+    assert recorded["request"]["user"] == '{"account_uuid":"b"}' and not recorded["request"]["prefix_volatile"]
