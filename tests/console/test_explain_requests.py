@@ -83,7 +83,7 @@ def test_the_dry_run_is_the_prompt_that_the_door_runs(api):
     for request, each in zip(script.requests, bodies, strict=True):
         prompt = dry(each, api)
         assert prompt.tokens.tolist() == request.tokens.tolist()
-        assert (prompt.user, prompt.session) == (request.tenant.partition("\x1f")[2], request.session)
+        assert (prompt.user, prompt.session) == (request.caller.user, request.caller.session)
         # The pieces are all of it, in order: what is said of a token is said of the right one.
         assert [span.start for span in prompt.spans] == [0, *(span.end for span in prompt.spans)][:-1]
         assert prompt.spans[-1].end == len(prompt.tokens)

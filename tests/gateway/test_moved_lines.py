@@ -130,7 +130,7 @@ async def test_turns_go_on_from_the_former_answer_whatever_the_line_says(chat_fo
             messages.append({"role": "assistant", "content": answer.json()["content"]})
             assert own in text_of(script.prompts[-1])
     for number in range(3):
-        so_far = script.prompts[number] + script.requests[number].emitted
+        so_far = script.prompts[number] + script.generations[number].samples[0].emitted
         assert script.prompts[number + 1][: len(so_far)] == so_far
     assert script.prompts[0][: len(SYSTEM)] == script.prompts[3][: len(SYSTEM)]
     assert f"{len(own)} characters" in headers[-1] and "anthropic-billing" in headers[-1]

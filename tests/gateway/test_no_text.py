@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from antefix.errors import InvalidRequest
-from antefix.wire import Sampling
+from antefix.generation_request import Caller, GenerationRequest
+from antefix.sampling import Sampling
 from antefix_router.chat.messages import ToolCall
 from antefix_router.gateway.anthropic_messages import call_input
 from antefix_router.gateway.text_check import path_of_no_text
@@ -94,7 +95,9 @@ async def test_text_inside_text_is_no_reason_to_fail():
 async def test_names_are_refused_behind_every_door(name):
     front = make_front(Script(), ledger=None)
     with pytest.raises(InvalidRequest, match=f"^{name} is not text"):
-        await front.admit(np.array([1], np.uint32), Sampling(max_tokens=1), **{name: WRONG})
+        tokens = np.array([1], np.uint32)
+        caller = Caller(**{name: WRONG})
+        await front.admit(GenerationRequest(tokens=tokens, sampling=Sampling(max_tokens=1), caller=caller))
 
 
 def test_the_first_wrong_string_is_named():

@@ -15,6 +15,9 @@ from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
 
+pytestmark = pytest.mark.services
+
+
 anthropic = pytest.importorskip("anthropic")
 openai = pytest.importorskip("openai")
 

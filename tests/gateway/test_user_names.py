@@ -89,5 +89,5 @@ async def test_every_api_isolates_by_the_account_and_places_by_the_session(api):
         explicit = {"prompt_cache_key": "mine"}
         if api != "/v1/messages":
             assert (await client.post(api, json={**body_of(api, claude(ONE)), **explicit})).status_code == 200
-    assert len({request.tenant for request in script.requests}) == 1
-    assert [request.session for request in script.requests] == [ONE, TWO, "mine"][: len(script.requests)]
+    assert len({request.cache_tenant for request in script.requests}) == 1
+    assert [request.caller.session for request in script.requests] == [ONE, TWO, "mine"][: len(script.requests)]

@@ -1,7 +1,6 @@
 """Any name that the door takes goes through every layer below it: the limits of lower layers are never the narrower."""
 
 import asyncio
-import shutil
 
 import httpx2
 import numpy as np
@@ -11,13 +10,14 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from antefix.errors import InvalidRequest
-from antefix.events.store_bus import StorePublisher, stream_of
+from antefix.events.redis_stream import StreamPublisher, store_stream
+from antefix.generation_request import Caller, GenerationRequest
+from antefix.sampling import Sampling
 from antefix.secret import Keyring
 from antefix.store_files.hit_log import StoreLog, read_store_log
 from antefix.store_files.seal import Seals
 from antefix.v1 import router_pb2, usage_pb2
 from antefix.window_pool import RedisWindowPool
-from antefix.wire import Sampling
 from antefix_billing.ledger import Ledger
 from antefix_billing.receipt import Signer, check_receipt
 from antefix_billing.tenants import CONTROL
@@ -30,7 +30,7 @@ from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.workers import Role
 from tests.gateway.scripted import Script, make_front, serving
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
-from tests.window_pool.conftest import RedisServer
+from tests.redis_servers import RedisServer
 
 KEYRING = Keyring(b"0" * 16)
 TOKENS = list(range(BLOCK * 2))
@@ -48,12 +48,14 @@ sessions = within(TENANT_BYTES_MAX)
 request_ids = within(REQUEST_ID_BYTES_MAX).filter(bool)
 
 
+def asked(**names):
+    tokens = np.array(TOKENS, np.uint32)
+    return GenerationRequest(tokens=tokens, sampling=Sampling(max_tokens=4), caller=Caller(**names))
+
+
 @pytest.fixture(scope="module")
 def redis(tmp_path_factory):
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    server = RedisServer(binary, str(tmp_path_factory.mktemp("redis"))).start()
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
     yield server
     server.kill()
 
@@ -73,19 +75,12 @@ def test_any_name_goes_through_all_layers(tmp_path_factory, redis, tenant, user,
 async def _through_the_bill(directory, tenant, user, session, request_id):
     script = Script()
     front = make_front(script, ledger=directory / "ledger")
-    bill = await front.admit(
-        np.array(TOKENS, np.uint32),
-        Sampling(max_tokens=4),
-        tenant=tenant,
-        user=user,
-        session=session,
-        request_id=request_id,
-    )
+    bill = await front.admit(asked(tenant=tenant, user=user, session=session, request_id=request_id))
     # gRPC carries what it takes.
     sent = router_pb2.GenerateRequest(tenant=tenant, user=user, session=session, request_id=request_id)
     assert router_pb2.GenerateRequest.FromString(sent.SerializeToString()) == sent
-    assert b"".join([bytes(map(int, tokens)) async for tokens in front.run(bill, 5.0)]) == b"yes"
-    await front.accounts.close()
+    assert b"".join([bytes(map(int, piece.tokens)) async for piece in front.run(bill, 5.0)]) == b"yes"
+    await front.close()
     # The bill has the names as they were, on disk, in receipts and on the wire.
     ledger = Ledger(directory / "ledger")
     settled = ledger.find(request_key(tenant, request_id))
@@ -108,11 +103,11 @@ async def _through_the_store(directory, url, tenant):
     prompt.chain = type(prompt.chain)(FINGERPRINT, KEYRING.key(tenant), BLOCK)
     prompt.hashes = prompt.chain.extend(TOKENS)
     name, wanted = str(directory), {each[:8] for each in prompt.hashes}
-    stream = stream_of(name)
+    stream = store_stream(name)
     pool = RedisWindowPool(url, bytes_max=1 << 30, seals=seals)
     log = StoreLog(directory / "log")
     try:
-        async with StorePublisher(url, engine.events, name):
+        async with StreamPublisher(url, engine.events, stream, name):
             assert not engine.put([seals.seal(prompt.block(i, tenant=owner)) for i in range(2)]).refused
             log.stored(prompt.hashes)
             found = engine.lookup(prompt.hashes, fingerprint=FINGERPRINT)
@@ -147,7 +142,7 @@ def test_the_door_takes_a_name_or_refuses_it_by_what_it_is_called(field, text):
     is_shown = field not in ("tenant", "user") or not CONTROL.search(text)
 
     async def admit():
-        return await front.admit(np.array([1], np.uint32), Sampling(max_tokens=1), **{field: text})
+        return await front.admit(asked(**{field: text}))
 
     if fits and is_shown:
         bill = asyncio.run(admit())
@@ -168,7 +163,7 @@ async def test_http_takes_as_much_as_the_door_behind_it():
 
         assert (await ask(user=WIDE * 128, prompt_cache_key=WIDE * 128))[0] == 200
         assert (await ask(headers={b"idempotency-key": b"\xff" * 128}))[0] == 200
-        assert (script.requests[0].tenant, script.requests[0].session) == ("\x1f" + WIDE * 128, WIDE * 128)
+        assert (script.requests[0].cache_tenant, script.requests[0].caller.session) == ("\x1f" + WIDE * 128, WIDE * 128)
         for name, fields in (
             ("user", {"user": WIDE * 128 + "a"}),
             ("session", {"prompt_cache_key": "a" * 513}),

@@ -17,10 +17,10 @@ from starlette.requests import Request
 
 from antefix.clients import Tokens
 from antefix.errors import InvalidRequest
+from antefix.generation_request import GenerationRequest
 from antefix.model_dir import ModelIdentity
 from antefix.secret import Keyring
 from antefix.tokenizer import Tokenizer
-from antefix.wire import Sampling
 from antefix_billing.ratecard import RateCards
 from antefix_billing.tenants import TenantBook
 from antefix_router.accounting import Accounts
@@ -63,25 +63,14 @@ class DryPrompt:
 
 
 class _Admitted(Exception):
-    def __init__(self, tokens: Tokens, user: str, session: str) -> None:
+    def __init__(self, request: GenerationRequest) -> None:
         super().__init__("admitted")
-        self.tokens, self.user, self.session = tokens, user, session
+        self.request = request
 
 
 class _DryFront(Front):
-    async def admit(
-        self,
-        tokens: Tokens,
-        sampling: Sampling,
-        *,
-        tenant: str = "",
-        user: str = "",
-        request_id: str = "",
-        session: str = "",
-        breakpoints: tuple[tuple[int, float], ...] = (),
-        retryable: bool = False,
-    ) -> Bill:
-        raise _Admitted(tokens, user, session)
+    async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
+        raise _Admitted(request)
 
 
 class _DryGateway(Gateway):
@@ -133,13 +122,15 @@ async def dry_run(
         await _PREPARE[api](gateway, _request(body))
     except _Admitted as admitted:
         return DryPrompt(
-            tokens=np.asarray(admitted.tokens, np.uint32),
-            user=admitted.user,
-            session=admitted.session,
+            tokens=np.asarray(admitted.request.tokens, np.uint32),
+            user=admitted.request.caller.user,
+            session=admitted.request.caller.session,
             chat_format=gateway.format.name,
             moved=gateway.moved,
             spans=tuple(_spans(gateway.pieces, tokenizer)),
         )
+    finally:
+        await front.close()
     raise InvalidRequest("the request was not admitted")
 
 
