@@ -9,6 +9,7 @@ from typing import cast
 from antefix import rpc
 from antefix.block import TokenArray as Tokens
 from antefix.restore_report import RestoreReport
+from antefix.telemetry.context import outgoing
 from antefix.v1 import decode_pb2, decode_pb2_grpc
 from antefix.wire import (
     Sampling,
@@ -66,7 +67,7 @@ class DecodeClient:
             handoff=handoff,
             num_emitted=num_emitted,
         )
-        call = self._stub.Decode(request, timeout=timeout_s)
+        call = self._stub.Decode(request, timeout=timeout_s, metadata=outgoing())
         try:
             with rpc.rpc_errors():
                 async for message in call:

@@ -9,6 +9,7 @@ from typing import cast
 from antefix import rpc
 from antefix.block import TokenArray as Tokens
 from antefix.restore_report import RestoreReport
+from antefix.telemetry.context import outgoing
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_from_wire, tokens_to_wire
 
@@ -45,7 +46,7 @@ class PrefillClient:
         for num_tokens, ttl_s in keep:
             request.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
         with rpc.rpc_errors():
-            response = await self._stub.Prefill(request, timeout=timeout_s)
+            response = await self._stub.Prefill(request, timeout=timeout_s, metadata=outgoing())
         return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))
 
     async def status(self, *, timeout_s: float = 5.0) -> prefill_pb2.PrefillStatusResponse:

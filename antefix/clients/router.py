@@ -10,6 +10,7 @@ from antefix import rpc
 from antefix.block import TokenArray as Tokens
 from antefix.clients.usage import Usage, usage_from_wire
 from antefix.restore_report import RestoreReport
+from antefix.telemetry.context import outgoing
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import (
     Sampling,
@@ -62,7 +63,7 @@ class RouterClient:
             request.text = prompt
         else:
             request.tokens.CopyFrom(tokens_to_wire(prompt))
-        call = self._stub.Generate(request, timeout=timeout_s)
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=outgoing())
         try:
             with rpc.rpc_errors():
                 async for message in call:

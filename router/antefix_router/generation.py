@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from antefix.clients import DecodeClient, Tokens
 from antefix.errors import Overloaded, Unavailable
 from antefix.restore_report import RestoreReport
+from antefix.telemetry import begin, span
 from antefix.wire import Sampling, TokenLogprob
 from antefix_router.keeper import BreakpointPins
 from antefix_router.naming import Names, Prompt
@@ -48,6 +49,7 @@ class Request:
     written_tokens: int = 0
     output_written_tokens: int = 0
     write_error: str = ""
+    last_token_at: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     ttft_s: float = 0.0
     finish_reason: str = ""
@@ -65,7 +67,11 @@ class Generator:
         directory: Directory,
         pins: BreakpointPins,
         sessions: Sessions,
+        *,
+        between_tokens: Callable[[float, int], None] = lambda seconds, num_tokens: None,
     ) -> None:
+        """between_tokens: is told how long a message's tokens were waited for, and how many they are."""
+        self._between_tokens = between_tokens
         self._sessions = sessions
         self._pins = pins
         self._prefilling = prefilling
@@ -115,20 +121,32 @@ class Generator:
                 log.warning("request %s moves to another decode worker: %s", request.request_id, err)
                 handoff = b""
 
+    def _note_pace(self, request: Request, num_tokens: int) -> None:
+        now = time.perf_counter()
+        if request.last_token_at:
+            self._between_tokens(now - request.last_token_at, num_tokens)
+        else:
+            request.ttft_s = now - request.started
+        request.last_token_at = now
+
     async def _run_decode(
         self, request: Request, prompt: Prompt, work: Work, handoff: bytes, tried: set[str], timeout_s: float
     ) -> AsyncGenerator[Tokens, None]:
         hint = self._sessions.last(request.tenant, request.session, Role.DECODE)
-        worker = self._decode.place(
-            work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
-        )
+        with span("place", role="decode", attempt=len(tried) + 1) as placing:
+            worker = self._decode.place(
+                work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
+            )
+            placing.set(worker=worker.address)
         tried.add(worker.address)
         self._sessions.note(request.tenant, request.session, Role.DECODE, worker.address)
         self._directory.guess(worker.address, prompt.keys)
         client = worker.client
         assert isinstance(client, DecodeClient)
         tokens = np.concatenate((request.tokens, np.array(request.emitted, np.uint32)))
-        with self._decode.load(worker, request.sampling.max_tokens):
+        part = begin("decode" if request.emitted else "first token", worker=worker.address)
+        with self._decode.load(worker, request.sampling.max_tokens), contextlib.ExitStack() as ending:
+            ending.callback(lambda: part.end())
             outputs = client.decode(
                 tokens,
                 request.sampling,
@@ -143,7 +161,10 @@ class Generator:
                     if decoded.restore is not None and request.restore is None:
                         request.restore = decoded.restore
                     if len(decoded.tokens):
-                        request.ttft_s = request.ttft_s or time.perf_counter() - request.started
+                        if not request.last_token_at:
+                            part.end()
+                            part = begin("decode", worker=worker.address)
+                        self._note_pace(request, len(decoded.tokens))
                         request.emitted.extend(int(token) for token in decoded.tokens)
                         request.logprobs.extend(decoded.logprobs)
                         yield decoded.tokens

@@ -121,6 +121,7 @@ class ChatCall:
         async for _ in self._output.deltas(self._timeout_s, held=True):
             pass
         ended = self._output.ended()
+        self.headers |= ended.headers
         message: dict[str, Any] = {"role": "assistant", "content": self._output.content, "refusal": None}
         if self._output.reasoning:
             message["reasoning_content"] = self._output.reasoning
@@ -128,7 +129,7 @@ class ChatCall:
             message["tool_calls"] = [_call_json(call) for call in self._output.tool_calls]
             message["content"] = self._output.content or None
         choice = {"index": 0, "message": message, "logprobs": self._logprobs(), "finish_reason": ended.reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": chat_usage(ended.record)}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": ended.usage(chat_usage)}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         call_ids: list[str] = []
@@ -144,7 +145,7 @@ class ChatCall:
         ended = self._output.ended()
         yield self._chunk({}, finish_reason=ended.reason, logprobs=self._logprobs())
         if self._include_usage:
-            yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": chat_usage(ended.record)})
+            yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": ended.usage(chat_usage)})
         yield event_bytes("[DONE]")
 
     def failed(self, err: Exception) -> bytes:

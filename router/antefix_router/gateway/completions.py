@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from antefix.errors import InvalidRequest
+from antefix.telemetry import span
 from antefix_billing.providers import chat_usage
 from antefix_router.gateway.chat import sampling_knobs, stream_options
 from antefix_router.gateway.fields import Fields
@@ -58,7 +59,8 @@ async def _prompt(gateway: Gateway, prompt: Any, *, echo: bool) -> tuple[str, li
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return prompt, await gateway.front.encoding.run(len(prompt), partial(tokenizer.encode, prompt))
+        with span("tokenize", num_characters=len(prompt)):
+            return prompt, await gateway.front.encoding.run(len(prompt), partial(tokenizer.encode, prompt))
     if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
         vocab_size = gateway.front.identity.vocab_size
         if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
@@ -94,8 +96,9 @@ class CompletionCall:
         async for _ in self._output.deltas(self._timeout_s, held=True):
             pass
         ended = self._output.ended()
+        self.headers |= ended.headers
         choice = self._choice(self._echo + self._output.content, ended.reason)
-        return {**self._head(), "choices": [choice], "usage": chat_usage(ended.record)}
+        return {**self._head(), "choices": [choice], "usage": ended.usage(chat_usage)}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         if self._echo:
@@ -105,7 +108,7 @@ class CompletionCall:
         ended = self._output.ended()
         yield event_bytes({**self._head(), "choices": [self._choice("", ended.reason)]})
         if self._include_usage:
-            yield event_bytes({**self._head(), "choices": [], "usage": chat_usage(ended.record)})
+            yield event_bytes({**self._head(), "choices": [], "usage": ended.usage(chat_usage)})
         yield event_bytes("[DONE]")
 
     def failed(self, err: Exception) -> bytes:

@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from antefix.block import as_tokens
 from antefix.errors import InvalidRequest
+from antefix.telemetry import span
 from antefix.wire import Sampling
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import ChatFormat, PlainParser
@@ -16,6 +17,8 @@ from antefix_router.chat.choice import choose_format
 from antefix_router.chat.messages import Conversation, Effort
 from antefix_router.chat.render import num_characters, render_tokens
 from antefix_router.front import Front, cache_tenant
+from antefix_router.gateway.access import REQUEST_ID, TENANT
+from antefix_router.gateway.cache_report import DETAILS_HEADER
 from antefix_router.gateway.fields import Fields
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import read_json
@@ -33,12 +36,17 @@ _BETA_HEADERS = ("anthropic-beta", "openai-beta")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who asks, under which request id ("" lets us make one), in which conversation (a hint for placement, or "")."""
+    """Who asks, under which request id, in which conversation (a hint for placement, or "").
+
+    has_key: the client named the id, so it may ask for the answer again.  wants_details: in the usage, of the cache.
+    """
 
     tenant: str
     user: str
     request_id: str
+    has_key: bool
     session: str = ""
+    wants_details: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +81,9 @@ class Gateway:
         """Raises:  Unauthenticated: no key, or an unknown one, where keys are needed."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
-        return self.front.tenants.authenticate(request.headers.get("x-api-key") or bearer)
+        tenant = self.front.tenants.authenticate(request.headers.get("x-api-key") or bearer)
+        request.scope[TENANT] = tenant
+        return tenant
 
     async def fields(self, request: Request) -> Fields:
         """The body, with the request's notes. Raises:  InvalidRequest: it is no JSON object."""
@@ -86,7 +96,17 @@ class Gateway:
         return Fields(body, notes=notes)
 
     def caller(self, request: Request, tenant: str, user: str, session: str = "") -> Caller:
-        return Caller(tenant=tenant, user=user, request_id=request.headers.get("idempotency-key", ""), session=session)
+        key = request.headers.get("idempotency-key", "")
+        request_id = key or request.scope[REQUEST_ID]
+        details = request.headers.get(DETAILS_HEADER, "").lower() == "true"
+        return Caller(
+            tenant=tenant,
+            user=user,
+            request_id=request_id,
+            has_key=bool(key),
+            session=session,
+            wants_details=details or self.config.http_usage_details,
+        )
 
     def model(self, fields: Fields) -> NamedModel:
         """Which model is asked for. Raises:  ModelNotFound: one that is not here."""
@@ -116,10 +136,11 @@ class Gateway:
     ) -> tuple[list[int], tuple[tuple[int, float], ...]]:
         """The prompt's tokens, and where the client's cache breakpoints lie in them."""
         pieces = self.format.render(conversation)
-        rendered = await self.front.encoding.run(
-            num_characters(pieces),
-            lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
-        )
+        with span("tokenize", num_characters=num_characters(pieces)):
+            rendered = await self.front.encoding.run(
+                num_characters(pieces),
+                lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
+            )
         # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
         return rendered.tokens, rendered.breakpoints[-BREAKPOINTS_MAX:]
 
@@ -138,14 +159,16 @@ class Gateway:
             request_id=caller.request_id,
             session=caller.session,
             breakpoints=breakpoints,
-            retryable=bool(caller.request_id),
+            retryable=caller.has_key,
         )
         bill.mode = self.format.mode_name(conversation.effort)
         memory = None if conversation.continue_last else self.memory
         strict = {
             tool["name"]: tool["parameters"] for tool in conversation.tools if tool["name"] in conversation.strict
         }
-        return Output(self.front, bill, parser, stop=knobs.stop, memory=memory, strict=strict)
+        output = Output(self.front, bill, parser, stop=knobs.stop, memory=memory, strict=strict)
+        output.wants_details = caller.wants_details
+        return output
 
     async def complete(self, tokens: list[int], knobs: Knobs, caller: Caller) -> Output:
         """Admit the continuation of tokens, as they are."""
@@ -156,9 +179,11 @@ class Gateway:
             user=caller.user,
             request_id=caller.request_id,
             session=caller.session,
-            retryable=bool(caller.request_id),
+            retryable=caller.has_key,
         )
-        return Output(self.front, bill, PlainParser(), stop=knobs.stop, memory=None)
+        output = Output(self.front, bill, PlainParser(), stop=knobs.stop, memory=None)
+        output.wants_details = caller.wants_details
+        return output
 
     def _sampling(self, knobs: Knobs, num_prompt_tokens: int) -> Sampling:
         if len(knobs.stop) > STOPS_MAX:
