@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.block import as_tokens
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError, InvalidRequest
 from antefix.restore_report import RestoreReport
 from antefix.v1 import worker_pb2
 
@@ -107,12 +107,12 @@ def logprobs_to_wire(logprobs: Sequence[TokenLogprob]) -> worker_pb2.TokenLogpro
 
 
 def logprobs_from_wire(message: worker_pb2.TokenLogprobs) -> tuple[TokenLogprob, ...]:
-    """Raises:  InvalidRequest: its parts are of different lengths."""
+    """Raises:  InternalError: its parts are of different lengths."""
     ids = tokens_from_wire(message.top)
     num_tokens = len(message.chosen)
     num_top = len(ids) // num_tokens if num_tokens else 0
     if len(ids) != num_tokens * num_top or len(message.top_logprobs) != len(ids):
-        raise InvalidRequest("log probabilities do not fit their tokens")
+        raise InternalError("log probabilities do not fit their tokens")
     pairs = [(int(token), logprob) for token, logprob in zip(ids, message.top_logprobs, strict=True)]
     return tuple(
         TokenLogprob(logprob=logprob, top=tuple(pairs[index * num_top : (index + 1) * num_top]))

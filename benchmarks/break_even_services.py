@@ -33,7 +33,6 @@ from ttft import direct_read_rate
 
 from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
-from antefix.store.store_stats import read_stats
 from antefix.window import Plan, PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, parse
 from antefix.window.rates import LinearLaw
 from antefix.wire import Sampling
@@ -156,7 +155,7 @@ class Measurement:
             while before != found.get(name):
                 before = found.get(name, -2)
                 await asyncio.sleep(0.3)
-                stats = await read_stats(RemoteStore(deployment.one("kvstore").address))
+                stats = await RemoteStore(deployment.one("kvstore").address).stats()
                 found[name] = sum(stats.kinds[kind].stored_bytes for kind in _KEPT if kind in stats.kinds)
         return found
 

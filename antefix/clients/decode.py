@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
+
+import grpc
 
 from antefix import rpc
 from antefix.block import TokenArray as Tokens
+from antefix.clients.service_client import ServiceClient
+from antefix.clients.statuses import DecodeStatus, decode_status_from_wire
 from antefix.restore_report import RestoreReport
 from antefix.telemetry.context import outgoing
 from antefix.v1 import decode_pb2, decode_pb2_grpc
@@ -38,15 +41,11 @@ class Decoded:
     write_error: str = ""
 
 
-@dataclass(slots=True)
-class DecodeClient:
+class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
     """Calls to one decode worker."""
 
-    address: str
-    _stub: decode_pb2_grpc.DecodeServiceStub = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._stub = decode_pb2_grpc.DecodeServiceStub(rpc.channel(self.address))
+    def _make_stub(self, channel: grpc.aio.Channel) -> decode_pb2_grpc.DecodeServiceStub:
+        return decode_pb2_grpc.DecodeServiceStub(channel)
 
     async def decode(
         self,
@@ -59,6 +58,10 @@ class DecodeClient:
         num_emitted: int = 0,
         timeout_s: float,
     ) -> AsyncGenerator[Decoded, None]:
+        """Stream an output; leaving the stream stops the work.
+
+        num_emitted: tokens at the end of `tokens` that are of this output, and that the client has already.
+        """
         request = decode_pb2.DecodeRequest(
             request_id=request_id,
             tenant=tenant,
@@ -83,7 +86,8 @@ class DecodeClient:
         finally:
             call.cancel()  # a caller that stops early stops the work; after the end this does nothing
 
-    async def status(self, *, timeout_s: float = 5.0) -> decode_pb2.DecodeStatusResponse:
+    async def status(self, *, timeout_s: float = 5.0) -> DecodeStatus:
+        """What the worker does now."""
         with rpc.rpc_errors():
             answer = await self._stub.DecodeStatus(decode_pb2.DecodeStatusRequest(), timeout=timeout_s)
-        return cast(decode_pb2.DecodeStatusResponse, answer)
+        return decode_status_from_wire(answer)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
+
+import grpc
 
 from antefix import rpc
 from antefix.block import TokenArray as Tokens
+from antefix.clients.service_client import ServiceClient
+from antefix.clients.statuses import PrefillStatus, prefill_status_from_wire
 from antefix.restore_report import RestoreReport
 from antefix.telemetry.context import outgoing
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
@@ -22,15 +25,11 @@ class Prefilled:
     restore: RestoreReport
 
 
-@dataclass(slots=True)
-class PrefillClient:
+class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
     """Calls to one prefill worker."""
 
-    address: str
-    _stub: prefill_pb2_grpc.PrefillServiceStub = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._stub = prefill_pb2_grpc.PrefillServiceStub(rpc.channel(self.address))
+    def _make_stub(self, channel: grpc.aio.Channel) -> prefill_pb2_grpc.PrefillServiceStub:
+        return prefill_pb2_grpc.PrefillServiceStub(channel)
 
     async def prefill(
         self,
@@ -41,7 +40,10 @@ class PrefillClient:
         timeout_s: float,
         keep: Sequence[tuple[int, float]] = (),
     ) -> Prefilled:
-        """keep: (tokens, seconds) of prefixes that window state is to be left at."""
+        """Compute and store a prompt's KV, restoring what is stored of it.
+
+        keep: (tokens, seconds) of prefixes that window state is to be left at.
+        """
         request = prefill_pb2.PrefillRequest(request_id=request_id, tenant=tenant, prompt=tokens_to_wire(tokens))
         for num_tokens, ttl_s in keep:
             request.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
@@ -49,7 +51,8 @@ class PrefillClient:
             response = await self._stub.Prefill(request, timeout=timeout_s, metadata=outgoing())
         return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))
 
-    async def status(self, *, timeout_s: float = 5.0) -> prefill_pb2.PrefillStatusResponse:
+    async def status(self, *, timeout_s: float = 5.0) -> PrefillStatus:
+        """What the worker does now."""
         with rpc.rpc_errors():
             answer = await self._stub.PrefillStatus(prefill_pb2.PrefillStatusRequest(), timeout=timeout_s)
-        return cast(prefill_pb2.PrefillStatusResponse, answer)
+        return prefill_status_from_wire(answer)

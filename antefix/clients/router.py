@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import grpc
 
 from antefix import rpc
 from antefix.block import TokenArray as Tokens
+from antefix.clients.service_client import ServiceClient
+from antefix.clients.statuses import RouterStatus, router_status_from_wire
 from antefix.clients.usage import Usage, usage_from_wire
 from antefix.restore_report import RestoreReport
 from antefix.telemetry.context import outgoing
@@ -35,15 +38,11 @@ class Generated:
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-@dataclass(slots=True)
-class RouterClient:
+class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
     """Calls to the router: what applications use."""
 
-    address: str
-    _stub: router_pb2_grpc.RouterServiceStub = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._stub = router_pb2_grpc.RouterServiceStub(rpc.channel(self.address))
+    def _make_stub(self, channel: grpc.aio.Channel) -> router_pb2_grpc.RouterServiceStub:
+        return router_pb2_grpc.RouterServiceStub(channel)
 
     async def generate(
         self,
@@ -54,8 +53,12 @@ class RouterClient:
         request_id: str = "",
         session: str = "",
         timeout_s: float = 600.0,
-    ) -> AsyncIterator[Generated]:
-        """session: the caller's name of the conversation, a hint where to place it."""
+    ) -> AsyncGenerator[Generated, None]:
+        """Stream an answer; leaving the stream stops the work.
+
+        session: the caller's name of the conversation, a hint where to place it.
+        request_id: sent again, it is a retry of the same request.
+        """
         request = router_pb2.GenerateRequest(
             sampling=sampling_to_wire(sampling), tenant=tenant, request_id=request_id, session=session
         )
@@ -71,10 +74,11 @@ class RouterClient:
         finally:
             call.cancel()
 
-    async def status(self, *, timeout_s: float = 5.0) -> router_pb2.RouterStatusResponse:
+    async def status(self, *, timeout_s: float = 5.0) -> RouterStatus:
+        """The workers that the router knows, and what it counted."""
         with rpc.rpc_errors():
             answer = await self._stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=timeout_s)
-        return cast(router_pb2.RouterStatusResponse, answer)
+        return router_status_from_wire(answer)
 
 
 def _generated(message: router_pb2.GenerateResponse) -> Generated:

@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Any, Final, cast
 from urllib.parse import quote
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError, InvalidRequest
 
 # Version of the payload's fields; a reader refuses what it does not know instead of guessing.
 PAYLOAD_VERSION: Final = 1
@@ -170,10 +170,10 @@ class UsageRecord:
     mode: str = ""
 
     def __post_init__(self) -> None:
-        """Raises:  InvalidRequest: the counts contradict each other."""
+        """Raises:  InternalError: the counts contradict each other."""
         for name in _COUNTS:
             if getattr(self, name) < 0:
-                raise InvalidRequest(f"usage of {self.request_id}: {name} is {getattr(self, name)}")
+                raise InternalError(f"usage of {self.request_id}: {name} is {getattr(self, name)}")
         rules = (
             (self.cache_hit_tokens + self.cache_miss_tokens == self.prompt_tokens, "hit + miss must be the prompt"),
             (self.hit_memory_tokens + self.hit_store_tokens == self.cache_hit_tokens, "tiers must add up to the hit"),
@@ -188,7 +188,7 @@ class UsageRecord:
         )
         for holds, rule in rules:
             if not holds:
-                raise InvalidRequest(f"usage of {self.request_id!r}: {rule}")
+                raise InternalError(f"usage of {self.request_id!r}: {rule}")
 
     @property
     def key(self) -> str:
@@ -246,7 +246,7 @@ class UsageRecord:
             values["price"], values["saved"] = Decimal(values["price"]), Decimal(values["saved"])
             values["paid_before"] = Decimal(values.get("paid_before", 0))
             return cls(**values)
-        except (KeyError, ValueError, TypeError, InvalidOperation) as err:
+        except (KeyError, ValueError, TypeError, InvalidOperation, InternalError) as err:
             raise InvalidRequest(f"not a usage record: {err}") from err
 
 

@@ -9,10 +9,12 @@ from decimal import Decimal
 from pathlib import Path
 
 from antefix.errors import ConfigError
+from antefix.text_table import text_table
 from antefix_billing.pricing import moment_of
 from antefix_billing.usage_record import UsageRecord
 
-GROUPS = ("tenant", "model", "day")
+GROUPS = ("tenant", "user", "model", "day")
+GROUPS_BY_DEFAULT = ("tenant", "model", "day")
 
 
 @dataclass(slots=True)
@@ -45,7 +47,7 @@ class Line:
         self.saved += record.saved
 
 
-def summarize(records: Iterable[UsageRecord], by: Sequence[str] = GROUPS) -> list[Line]:
+def summarize(records: Iterable[UsageRecord], by: Sequence[str] = GROUPS_BY_DEFAULT) -> list[Line]:
     """Sums for each combination of `by`, sorted. Raises:  ConfigError: an unknown group."""
     if unknown := set(by) - set(GROUPS):
         raise ConfigError(f"a report groups by {', '.join(GROUPS)}, not by {', '.join(sorted(unknown))}")
@@ -85,15 +87,7 @@ def as_text(lines: Sequence[Line], by: Sequence[str]) -> str:
         ]
         for line in lines
     ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    num_left = len(by)
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i < num_left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    )
+    return text_table(head, rows, num_left=len(by))
 
 
 def plot(records: Iterable[UsageRecord], path: Path) -> None:
@@ -131,4 +125,4 @@ def plot(records: Iterable[UsageRecord], path: Path) -> None:
 def _value(record: UsageRecord, name: str) -> str:
     if name == "day":
         return moment_of(record.started_us).date().isoformat()
-    return record.tenant if name == "tenant" else record.model
+    return str(getattr(record, name))

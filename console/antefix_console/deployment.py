@@ -144,6 +144,7 @@ class Deployment:
     def __init__(self, config: DeploymentConfig) -> None:
         self.config = config
         self.processes: list[RoleProcess] = []
+        self._client: RouterClient | None = None
         # Not the number of processes: roles that start together would get one number, and write into one log.
         self._numbers = itertools.count()
         self._stop_by = 0.0
@@ -164,7 +165,11 @@ class Deployment:
 
     @property
     def router(self) -> RouterClient:
-        return RouterClient(self.one("router").address)
+        """A client of the router that runs now; closed with the deployment."""
+        address = self.one("router").address
+        if self._client is None or self._client.address != address:
+            self._client = RouterClient(address)
+        return self._client
 
     def one(self, role: str) -> RoleProcess:
         return next(process for process in self.processes if process.role == role and process.alive)
@@ -331,6 +336,8 @@ class Deployment:
 
         tell: is told what is waited for.
         """
+        if self._client is not None:
+            await self._client.close()
         self._stop_by = time.monotonic() + self.config.grace_s
         order = ("router", "decode", "prefill", "kvstore")
         killed: list[RoleProcess] = []
@@ -353,8 +360,12 @@ class Deployment:
 
     async def num_running(self) -> int:
         """Requests that the routers have not ended. Raises:  Unavailable: one does not answer."""
-        routers = [RouterClient(address) for address in self.addresses("router")]
-        return sum(status.num_running for status in await asyncio.gather(*(router.status() for router in routers)))
+
+        async def ask(address: str) -> int:
+            async with RouterClient(address) as router:
+                return (await router.status()).num_running
+
+        return sum(await asyncio.gather(*map(ask, self.addresses("router"))))
 
     async def _stop_one(self, role: RoleProcess, tell: Callable[[str], None]) -> bool:
         """Returns whether it ended by itself."""

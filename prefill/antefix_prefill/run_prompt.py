@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.model import Sequence, forward
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
@@ -114,7 +114,7 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
             await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
     engine.rates.observe_prefill(prompt.num_tokens - context, context=context, seconds=time.perf_counter() - begun)
     if logits is None:
-        raise InvalidRequest("a restored prefix left no token to run")
+        raise InternalError("a restored prefix left no token to run")
     return logits
 
 

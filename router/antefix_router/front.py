@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 
+from antefix.cache_tenant import join_tenant
 from antefix.clients import Tokens
 from antefix.config import require, setting
 from antefix.errors import InvalidRequest
@@ -127,10 +128,10 @@ class Front:
 def cache_tenant(tenant: str, user: str) -> str:
     """Whose blocks a request may hit: the tenant's, or those of one of its users."""
     for text in (tenant, user):
-        # U+001F separates the two; the others would end up on the terminal of whoever reads a bill.
+        # One of them separates the two in a cache's name, and others would move the cursor of whoever reads a bill.
         if CONTROL.search(text):
             raise InvalidRequest("tenant and user may not hold control characters")
-    return f"{tenant}\x1f{user}" if user else tenant
+    return join_tenant(tenant, user)
 
 
 def open_front(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from antefix.clients import DecodeClient, Tokens
-from antefix.errors import Overloaded, Unavailable
+from antefix.errors import InternalError, Overloaded, Unavailable
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import begin, span
 from antefix.wire import Sampling, TokenLogprob
@@ -111,7 +111,7 @@ class Generator:
                 ) as outputs:
                     async for tokens in outputs:
                         yield tokens
-            except (Unavailable, Overloaded) as err:
+            except (Unavailable, InternalError, Overloaded) as err:
                 if len(tried) >= min(NUM_MOVES_MAX, len(self._decode.workers)):
                     raise
                 if len(request.emitted) >= request.sampling.max_tokens:

@@ -58,15 +58,11 @@ COMMITS: Final[Table] = {
     "batches": Shown(name="antefix_ledger_batches", help="Writes of the ledger, with one sync each."),
     "entries": Shown(name="antefix_ledger_entries", help="Entries written: two a request."),
 }
-# Attributes of the feeds.
-MEMORY_FEED: Final[Table] = {
-    "num_events": Shown(name="antefix_router_memory_events", help="Of workers' memory, taken in."),
-    "num_gaps": Shown(name="antefix_router_memory_gaps", help="Gaps that were noticed in them."),
-    "num_snapshots": Shown(name="antefix_router_memory_snapshots", help="Snapshots of workers' memory."),
-}
-STORE_FEED: Final[Table] = {
-    "num_gaps": Shown(name="antefix_router_store_gaps", help="Gaps that were noticed in the store's events."),
-    "num_snapshots": Shown(name="antefix_router_store_snapshots", help="Snapshots of the store."),
+# `antefix.events.follower.FollowCounters`: of workers' memory, and of the store's events where they are followed.
+FOLLOW: Final[Table] = {
+    "num_events": Shown(name="antefix_router_events", help="Events that were taken in.", key="source"),
+    "num_gaps": Shown(name="antefix_router_event_gaps", help="Gaps that were noticed in their numbers.", key="source"),
+    "num_snapshots": Shown(name="antefix_router_snapshots", help="Snapshots that were taken in.", key="source"),
 }
 
 
@@ -143,8 +139,10 @@ def placement_metrics(groups: Sequence[Workers], policy: str, memory: MemoryFeed
 
 def router_metrics(prefilling: Counters, memory: MemoryFeed, store: StoreFeed) -> Iterable[Metric]:
     yield from families(PREFILLING, prefilling)
-    yield from families(MEMORY_FEED, memory)
-    yield from families(STORE_FEED, store)
+    sources = {"memory": memory.counters, "store": store.counters}
+    yield from families(
+        FOLLOW, {field: {name: getattr(each, field) for name, each in sources.items()} for field in FOLLOW}
+    )
 
 
 def http_metrics(measures: HttpMeasures, ignored: IgnoredFields) -> Iterable[Metric]:

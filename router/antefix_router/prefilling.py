@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from antefix.clients import PrefillClient, Prefilled
-from antefix.errors import AntefixError, Overloaded, Unavailable
+from antefix.errors import AntefixError, InternalError, Overloaded, Unavailable
 from antefix.store.api import Store
 from antefix.telemetry import span
 from antefix_router.inflight import InFlight, wait_deadline_s, worth_waiting
@@ -213,7 +213,7 @@ class Prefilling:
             flight.until = time.monotonic() + self._admit(worker, own)
             try:
                 answer = await self._call(worker, order, own)
-            except Unavailable as err:
+            except (Unavailable, InternalError) as err:
                 log.warning("request %s: prefill worker %s: %s", order.request_id, worker.address, err)
                 self._directory.forget(worker.address)
                 continue

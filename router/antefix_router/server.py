@@ -23,9 +23,7 @@ from antefix.model_dir import ModelIdentity, identify
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.store.api import Store
-from antefix.store.client import RemoteStore
 from antefix.store.open_store import StoreAddress, open_store
-from antefix.store.store_watch import watch
 from antefix.telemetry import Registry, bind_request, span
 from antefix.telemetry.settings import (
     check_telemetry,
@@ -136,9 +134,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             replay_tokens=identity.geometry.replay_tokens,
         )
         directory, sessions = Directory(), Sessions()
-        self.watched = RemoteStore(config.store_address)
         self.feed = StoreFeed(
-            lambda cursor: watch(self.watched, cursor),
+            store.watch,
             fingerprint=self._fingerprint,
             redis_url=config.events_redis if config.store_events else "",
             name=config.store_address,
@@ -157,7 +154,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._keyring = keyring
         self.memory = MemoryFeed(directory, redis_url=config.events_redis)
         self.leases = Leases(self._prefill, self._decode, directory, fingerprint=self._fingerprint, memory=self.memory)
-        self.pins = BreakpointPins(config.store_address)
+        self.pins = BreakpointPins(store)
         self.front: Front = open_front(
             config,
             Generator(
@@ -290,9 +287,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         response.counters.gave_up_waiting = counters.num_gave_up_waiting
         response.counters.refused = counters.num_refused
         response.counters.straight = counters.num_straight
-        response.counters.memory_events = self.memory.num_events
-        response.counters.memory_gaps = self.memory.num_gaps
-        response.counters.memory_snapshots = self.memory.num_snapshots
+        told = self.memory.counters
+        response.counters.memory_events = told.num_events
+        response.counters.memory_gaps = told.num_gaps
+        response.counters.memory_snapshots = told.num_snapshots
         response.counters.unstored = self.front.accounts.num_unstored
         response.counters.unstored_reason = self.front.accounts.unstored_reason
         response.num_running = self.front.accounts.num_running
@@ -348,7 +346,6 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         await accounts.close()
         await servicer.leases.close()
         await servicer.feed.close()
-        await servicer.watched.close()
         await servicer.pins.close()
         await store.close()
 

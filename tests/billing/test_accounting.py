@@ -80,7 +80,7 @@ async def crash_after(open_front, num_tokens, *, held=False, **settings):
     bill.is_held = held
     outputs = front.run(bill, 10.0)
     reading = asyncio.create_task(_read(outputs, max(1, num_tokens)))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not (reading.done() if num_tokens else front.accounts.ledger.unsettled()):  # noqa: ASYNC110 - threads
             await asyncio.sleep(0.01)
     front.accounts.ledger.close()  # as kill -9 leaves it: open, never settled

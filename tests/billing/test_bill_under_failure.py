@@ -23,6 +23,9 @@ from antefix_billing.reconcile import verify
 from antefix_billing.usage_record import Status
 from tests.billing.test_ratecard import DEPLOY
 
+pytestmark = pytest.mark.services
+
+
 CARDS = load_cards([DEPLOY / "example.toml"])
 ROUTER = Path(__file__).parent / "failing_router.py"
 NUM_GROUPS, NUM_AT_ONCE = 50, 48
@@ -198,8 +201,8 @@ def check_broken(received, group):
 
 
 async def test_a_short_life_with_kills(tmp_path):
-    world = await live(tmp_path, 1500, seed=1, kill_every_s=(0.3, 0.9))
-    result = check(world, tmp_path, 1500)
+    world = await live(tmp_path, 700, seed=1, kill_every_s=(0.3, 0.9))
+    result = check(world, tmp_path, 700)
     assert result["kills"] > 0 and result["failed"] > 0
     assert result["broken_off_tokens_billed"] >= result["broken_off_tokens_received"] > 0
 

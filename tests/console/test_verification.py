@@ -16,10 +16,10 @@ from antefix_console.verify import suite as suite_module
 from antefix_console.verify.compare import Difference, compare
 from antefix_console.verify.models import PLANS, load_subject, random_subject
 from antefix_console.verify.paired_runs import WorkerPair, run_cold
-from antefix_console.verify.stores import MemoryStore
 from antefix_console.verify.suite import Coverage, Suite
 from antefix_console.verify.verdict import Case, Report
 from antefix_prefill.worker.compute_thread import ComputeThread
+from tests.engines import MemoryStore
 
 ROOT = Path(__file__).parents[2]
 STRATEGIES = ("full", "boundary", "auto", "zero", "periodic(40)")
@@ -81,9 +81,9 @@ def test_a_checkpoint_of_another_boundary_is_caught():
     class Mixed(MemoryStore):
         """Answers with the checkpoint of another boundary, which has as many bytes."""
 
-        async def get(self, kind, hash, *, fingerprint):
-            other = [name for name in self._payloads if name[:2] == (kind, fingerprint) and name[2] != hash]
-            return await MemoryStore.get(self, *(kind, other[0][2]), fingerprint=fingerprint) if kind == 2 else None
+        async def get(self, kind, hash, *, fingerprint, tenant=b""):
+            other = [name for name in self.records if name[0] == kind and name[1] != hash]
+            return self.records[other[0]] if kind == 2 else None
 
     report = Report()
     plan = Coverage(
@@ -148,6 +148,7 @@ def test_the_stated_bounds_are_finite():
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.services
 def test_the_command_verifies_through_a_real_store_service():
     done = subprocess.run(
         [sys.executable, "-m", "antefix_console", "verify", "--json"],

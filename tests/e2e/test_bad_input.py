@@ -16,6 +16,9 @@ from antefix.errors import InvalidRequest
 from antefix.wire import Sampling
 from antefix_console.deployment import Deployment
 
+pytestmark = pytest.mark.services
+
+
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 
 
@@ -28,7 +31,7 @@ async def antefix(*args, stdin=b""):
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        out, err = await asyncio.wait_for(process.communicate(stdin), 90)
+        out, err = await asyncio.wait_for(process.communicate(stdin), 450)
     finally:
         if process.returncode is None:
             process.kill()

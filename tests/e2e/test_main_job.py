@@ -7,6 +7,9 @@ import pytest
 
 from antefix.wire import Sampling
 
+pytestmark = pytest.mark.services
+
+
 QUESTIONS = [np.frombuffer(text, np.uint8).astype(np.uint32) for text in (b"What?", b"Who is it?", b"And why so?")]
 
 

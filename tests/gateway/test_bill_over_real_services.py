@@ -27,6 +27,9 @@ from tests.billing.test_bill_under_failure import check_broken
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import MODEL as MODEL_DIR
 
+pytestmark = pytest.mark.services
+
+
 NUM_AT_ONCE, NUM_DOCUMENTS, CANCEL_RATE = 8, 12, 0.03
 CARDS = load_cards([DEPLOY / "example.toml"])
 SMALL_POOL = ("--pool-bytes", "64M")

@@ -12,6 +12,9 @@ import pytest
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
 
+pytestmark = pytest.mark.services
+
+
 anthropic = pytest.importorskip("anthropic")
 openai = pytest.importorskip("openai")
 

@@ -138,6 +138,7 @@ def test_csa_groups_overlap_the_group_before(keys, dim, rope_dim, m, device, dra
     assert rel_error(*values) < (3e-2 if keys else 5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head_dim", "rope_dim"), ENTRY_DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unpacking_entries_is_exact(head_dim, rope_dim, dtype, device, draw):

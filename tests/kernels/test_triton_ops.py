@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from antefix.errors import InvalidRequest
+from antefix.errors import ConfigError, InternalError
 from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model import (
     BlockPool,
@@ -128,6 +128,7 @@ class Compared:
         return self.close("window" if entries is None else "full_attention", got, want, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_every_step_agrees_with_torch(device, monkeypatch, reproducible):
     # In the interpreter 256 queries would take their time.
@@ -238,11 +239,11 @@ def test_choosing_kernels():
     odd = {**CONFIG, "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 6}}
     odd_layout = BlockLayout(geometry=ModelConfig.from_dict(odd).geometry, kv_format=KVFormat.FP8)
     assert not uses_triton("auto", odd_layout, "cuda")
-    with pytest.raises(InvalidRequest, match="CUDA device"):
+    with pytest.raises(ConfigError, match="CUDA device"):
         uses_triton("triton", fp8, "cpu")
-    with pytest.raises(InvalidRequest, match="one of"):
+    with pytest.raises(ConfigError, match="one of"):
         uses_triton("cuda", fp8, "cpu")
-    with pytest.raises(InvalidRequest, match="fp8"):
+    with pytest.raises(InternalError, match="fp8"):
         TritonOps(floats)
     pool, ops = make_backend("auto", fp8, 2, "cpu")
     assert type(pool) is BlockPool

@@ -43,6 +43,7 @@ async def test_a_bounded_namespace_replays_k_windows(make_bounded, make_prompt):
     assert (hit.report.plan, hit.report.replayed_tokens, hit.report.hit_tokens) == ("bounded-1", 64, 896)
 
 
+@pytest.mark.slow
 async def test_it_is_approximate_and_more_windows_come_closer(make_bounded, make_engine, make_prompt):
     cold_engine = make_engine("zero")
     cold = (await answer(cold_engine, make_prompt(cold_engine, LONGER))).logits

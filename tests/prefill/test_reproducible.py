@@ -60,6 +60,7 @@ def test_on_a_cpu_it_holds_by_construction():
     assert not ignores_shapes(replace(measured, failed=("24 x 16: depends on a row's place",)), "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["full", "boundary", "auto", "periodic(100)", "zero"])
 async def test_a_hit_runs_calls_of_the_very_shapes_of_a_cold_run(make_aligned, make_prompt, store, shapes, strategy):
     cold = make_aligned(strategy)

@@ -90,6 +90,7 @@ async def test_a_prompt_that_ends_at_a_boundary_still_runs_its_last_token(make_e
     assert same(cold, hit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken", [{"lookup"}, {"get_blocks"}, {"get"}, {"put"}, {"lookup", "get", "get_blocks", "put"}]
 )

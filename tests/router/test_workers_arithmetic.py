@@ -76,8 +76,7 @@ async def make_router(tmp_path):
     for servicer in made:
         await servicer.front.accounts.close()
         await servicer.leases.close()
-        await servicer.watched.close()
-        await servicer.keeper.close()
+        await servicer.pins.close()
 
 
 def fingerprint_of(arithmetic):

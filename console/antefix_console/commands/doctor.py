@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from antefix.v1 import router_pb2
 from antefix_console import shipped
+from antefix_console.progress_line import ProgressLine
 
 if TYPE_CHECKING:
+    from antefix.clients import RouterStatus
     from antefix.store.store_stats import StoreTotals
 
 PACKAGES = ("grpcio", "protobuf", "lmdb", "zstandard", "xxhash", "numpy", "redis")
@@ -65,14 +66,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    findings = [_python(), *_packages()]
-    if importlib.util.find_spec("torch") is not None:
-        findings += [*_arithmetic(args), _gpu()]
-    if args.router:
-        findings += _workers(args.router, findings)
-    findings += [_disk(args.data_dir), _open_files()]
-    findings += _store(args.store) if args.store else []
-    findings += _router(args.router) if args.router else []
+    with ProgressLine("checking this machine") as progress:
+        findings = [_python(), *_packages()]
+        if importlib.util.find_spec("torch") is not None:
+            progress.step("arithmetic")
+            findings += _arithmetic(args)
+            progress.step("GPU")
+            findings.append(_gpu())
+        if args.router:
+            progress.step("workers")
+            findings += _workers(args.router, findings)
+        progress.step("disk")
+        findings += [_disk(args.data_dir), _open_files()]
+        progress.step("services")
+        findings += _store(args.store) if args.store else []
+        findings += _router(args.router) if args.router else []
     failed = [finding for finding in findings if finding.status == "fail"]
     if args.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
@@ -159,10 +167,11 @@ def _workers(router: str, found: list[Finding]) -> list[Finding]:
     return findings
 
 
-async def _status_of(router: str) -> router_pb2.RouterStatusResponse:
+async def _status_of(router: str) -> RouterStatus:
     from antefix.clients import RouterClient
 
-    return await RouterClient(router).status()
+    async with RouterClient(router) as client:
+        return await client.status()
 
 
 def _gpu() -> Finding:
@@ -197,12 +206,11 @@ def _disk(directory: Path | None) -> Finding:
 def _store(address: str) -> list[Finding]:
     """Whether a running store takes what it is given. Raises:  Unavailable: it does not answer."""
     from antefix.store.client import RemoteStore
-    from antefix.store.store_stats import read_stats
 
     async def ask() -> StoreTotals:
         store = RemoteStore(address)
         try:
-            return await read_stats(store)
+            return await store.stats()
         finally:
             await store.close()
 
@@ -230,9 +238,7 @@ def _store(address: str) -> list[Finding]:
 
 def _router(address: str) -> list[Finding]:
     """Whether what its requests compute is stored. Raises:  Unavailable: it does not answer."""
-    from antefix.clients import RouterClient
-
-    counters = asyncio.run(RouterClient(address).status()).counters
+    counters = asyncio.run(_status_of(address)).counters
     if not counters.unstored:
         return [Finding(check="requests stored", status="ok", detail="all that were computed")]
     detail = f"{counters.unstored} could not all be stored; the last: {counters.unstored_reason}"

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from antefix.block import CPU_FLOAT32, Fingerprint, chain_of, check_arithmetic, differing_fields, exactness_of
+from antefix.cache_tenant import join_tenant, split_tenant
 from antefix.clients import PrefillClient, Tokens
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.client import RemoteStore
+from antefix.text_table import visible
 from antefix.tokenizer import load_tokenizer
 from antefix.window import RatePriors, Rates, RestorePlanner, Sizes, check_bounded, check_exactness
 from antefix.window_pool import DISK, check_address, open_window_pool
@@ -29,6 +31,7 @@ from antefix_console.deployment import ARITHMETIC_FILE
 from antefix_console.explain.answer import Explanation, explain
 from antefix_console.explain.block_evidence import NamedChain, State, gather, holdings, statements
 from antefix_console.explain.text import lines
+from antefix_console.progress_line import ProgressLine
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
 # Exactness that a namespace may have had before; a miss is explained when the tokens are stored under one of these.
@@ -82,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequest("the prompt is empty")
     if int(tokens.max()) >= identity.vocab_size:
         raise InvalidRequest(f"token id {int(tokens.max())} is outside the vocabulary of {identity.vocab_size}")
-    explanation = _explain(args, identity, tokens)
+    with ProgressLine("reading the store"):
+        explanation = _explain(args, identity, tokens)
     if args.json:
         print(json.dumps(explanation.as_dict()))
     else:
@@ -190,7 +194,7 @@ def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]
     for namespace in args.also_namespace:
         yield replace(mine, namespace=namespace), f"namespace {namespace}"
     for tenant in args.also_tenant:
-        yield replace(mine, tenant=_tenant(args, tenant)), f"tenant {tenant}" if tenant else "no tenant"
+        yield replace(mine, tenant=_tenant(args, tenant)), _shown_tenant(args, tenant)
     for directory in args.also_model:
         identity = identify(directory)
         if identity.geometry.block_size != mine.identity.geometry.block_size:
@@ -199,7 +203,13 @@ def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]
 
 
 def _tenant(args: argparse.Namespace, tenant: str) -> str:
-    return f"{tenant}\x1f{args.user}" if args.user else tenant
+    return join_tenant(tenant, args.user)
+
+
+def _shown_tenant(args: argparse.Namespace, tenant: str) -> str:
+    name, user = split_tenant(_tenant(args, tenant))
+    shown = f"tenant {name}" if name else "no tenant"
+    return visible(f"{shown}, user {user}" if user else shown)
 
 
 async def _pooled(args: argparse.Namespace, names: NamedChain, num_stored: int) -> tuple[tuple[int, ...] | None, str]:
@@ -250,7 +260,8 @@ def _priors(args: argparse.Namespace) -> RatePriors:
 
 async def _measured_rate(worker: str) -> float:
     # The client is made here: a channel belongs to the loop that is running then.
-    return (await PrefillClient(worker).status()).prefill_tokens_per_s
+    async with PrefillClient(worker) as client:
+        return (await client.status()).prefill_tokens_per_s
 
 
 def _tokens(args: argparse.Namespace) -> Tokens:

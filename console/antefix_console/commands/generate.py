@@ -73,7 +73,8 @@ def _prompt(args: argparse.Namespace) -> str:
 @contextlib.asynccontextmanager
 async def _router(args: argparse.Namespace) -> AsyncIterator[RouterClient]:
     if args.router:
-        yield RouterClient(args.router)
+        async with RouterClient(args.router) as router:
+            yield router
         return
     with tempfile.TemporaryDirectory(prefix="antefix-") as scratch:
         print("starting services ...", file=sys.stderr, flush=True)

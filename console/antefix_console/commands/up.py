@@ -28,7 +28,7 @@ def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategy",
         default="auto",
         metavar="NAME",
-        help="which checkpoints to leave: auto, auto(budget=BYTES, ends=disk|pool), boundary, periodic(TOKENS), full, "
+        help="which checkpoints to leave: auto, auto(budget=SIZE, ends=disk|pool), boundary, periodic(TOKENS), full, "
         "zero; or by namespace, as in 'agents=periodic(8192); auto' (default: auto)",
     )
     parser.add_argument("--device", default="cpu", help="torch device of the workers (default: cpu)")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from antefix.store.api import Store
 from antefix.store.client import LocalStore
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
+from antefix_console.progress_line import ProgressLine
 from antefix_console.verify.models import PLANS, Subject, load_subject, random_subject
 from antefix_console.verify.suite import Backend, Coverage, Suite
 from antefix_console.verify.verdict import Report, Tally
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> int:
         started = time.monotonic()
         backend = Backend(device=args.device, kernels=args.kernels, reproducible=not args.fast)
         subjects = _subjects(model, args.long, args.device, tuple(PLANS) if args.plans is None else args.plans)
-        report = asyncio.run(_verify(subjects, backend, Path(scratch), _progress(args.long, started)))
+        with ProgressLine("verifying", lines=args.long) as progress:
+            report = asyncio.run(_verify(subjects, backend, Path(scratch), progress.step))
     seconds = time.monotonic() - started
     if args.json:
         print(json.dumps(report.as_dict() | {"seconds": round(seconds, 2)}))
@@ -96,7 +97,7 @@ def strategies_of(subject: Subject) -> tuple[str, ...]:
 
 
 async def _verify(
-    subjects: Iterator[tuple[Subject, Coverage]], backend: Backend, scratch: Path, progress: _Progress
+    subjects: Iterator[tuple[Subject, Coverage]], backend: Backend, scratch: Path, progress: Callable[[str], None]
 ) -> Report:
     report = Report()
     async with _store_service(scratch) as store:
@@ -140,22 +141,6 @@ async def _store_service(scratch: Path) -> AsyncIterator[Store]:
             await store.close()
     finally:
         await deployment.stop()
-
-
-class _Progress:
-    """One line a step on stderr, or nothing."""
-
-    def __init__(self, shown: bool, started: float) -> None:
-        self._console = Console(stderr=True) if shown else None
-        self._started = started
-
-    def __call__(self, text: str) -> None:
-        if self._console is not None:
-            self._console.print(f"{time.monotonic() - self._started:7.1f} s  {text}", markup=False, highlight=False)
-
-
-def _progress(is_long: bool, started: float) -> _Progress:
-    return _Progress(is_long or sys.stderr.isatty(), started)
 
 
 def _print(report: Report, seconds: float) -> None:

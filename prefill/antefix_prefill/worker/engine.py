@@ -22,7 +22,7 @@ from antefix.store_files.seal import Seals
 from antefix.window import Rates, RestorePlanner, Sizes, Strategies, Strategy, check_bounded, in_force
 from antefix.window_pool import DISK, WindowPool, open_window_pool
 from antefix.window_settings import check_window_settings
-from antefix_prefill.worker.checkpoint_budget import CheckpointBudget, counter_of
+from antefix_prefill.worker.checkpoint_budget import CheckpointBudget
 from antefix_prefill.worker.compute_thread import ComputeThread
 from antefix_prefill.worker.plan_log import PlanLog
 from antefix_prefill.worker.resident_blocks import ResidentBlocks
@@ -255,7 +255,7 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
         window_pool=open_window_pool(
             config.window_pool, store, bytes_max=config.window_pool_bytes, seals=Seals(secrets)
         ),
-        budget=CheckpointBudget(counter_of(store)),
+        budget=CheckpointBudget(store.stats),
         namespace=config.namespace,
         ops=ops,
         arithmetic=replace(measured, name=fingerprint.arithmetic),

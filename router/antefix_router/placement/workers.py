@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.clients import DecodeClient, PrefillClient
-from antefix.errors import Overloaded, Unavailable
+from antefix.errors import InternalError, Overloaded, Unavailable
 from antefix_router.placement.backlog import Backlog
 from antefix_router.placement.directory import Directory, Key
 from antefix_router.placement.work import Loads, Policy, Work, seed_of
@@ -136,9 +136,9 @@ class Workers:
             ended = "done"
             # Decode workers run all sequences at once: how long one took does not say what is left of the others.
             done = self.role is Role.PREFILL
-        except Unavailable:
+        except (Unavailable, InternalError) as err:
             worker.shunned_until = time.monotonic() + SHUN_S
-            ended = "unavailable"
+            ended = "unavailable" if isinstance(err, Unavailable) else "failed"
             raise
         except Overloaded:
             ended = "overloaded"
