@@ -21,7 +21,7 @@ from antefix.telemetry.shown import gauge
 Read = Callable[[], Iterable[Metric]]
 
 # When a series began is what nobody here asks for, and it doubles their number.
-prometheus_client.disable_created_metrics()
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 # Longest that a scrape waits for the event loop to read what belongs to it.
 _LOOP_WAIT_S: Final = 10.0
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from prometheus_client.core import Metric
 
@@ -27,6 +27,11 @@ ACCESS: Final = "antefix.access"
 NUM_ALIKE_MAX: Final = 10
 ALIKE_S: Final = 60.0
 _NUM_KEYS_MAX: Final = 1024
+# The loggers of our packages; all others stay at info.
+_OURS: Final = (
+    "antefix",
+    *(f"antefix_{room}" for room in ("billing", "console", "decode", "engines", "kvstore", "prefill", "router")),
+)
 # What `logging` gives a record by itself; anything else came as `extra`.
 _OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {
     "message",
@@ -120,14 +125,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(values, ensure_ascii=False, default=str)
 
 
-def set_up_logs(level: str = "info", form: str = "text") -> None:
-    """Log to stderr from now on.  level, form: of LEVELS and FORMATS."""
-    handler = logging.StreamHandler(sys.stderr)
+def set_up_logs(level: str = "info", form: str = "text", stream: IO[str] | None = None) -> None:
+    """Log to `stream`, stderr if none is given, from now on.  level, form: of LEVELS and FORMATS."""
+    handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     handler.addFilter(RepeatFilter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    # Below that other people's packages tell what passes through them: the server of event streams each piece of text.
+    root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level.upper()]))
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level.upper())
 
 
 def _notes(record: logging.LogRecord) -> dict[str, Any]:

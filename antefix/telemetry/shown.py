@@ -53,7 +53,7 @@ def families(table: Table, values: Any, labels: Mapping[str, str] | None = None)
     yield from made.values()
 
 
-def gauge(name: str, help_text: str, rows: Mapping[tuple[str, ...], float], labels: tuple[str, ...] = ()) -> Metric:
+def gauge(name: str, help_text: str, rows: Mapping[Any, float], labels: tuple[str, ...] = ()) -> Metric:
     """One gauge by its labels' values."""
     family = GaugeMetricFamily(name, help_text, labels=labels)
     for where, value in rows.items():
@@ -61,7 +61,7 @@ def gauge(name: str, help_text: str, rows: Mapping[tuple[str, ...], float], labe
     return family
 
 
-def counter(name: str, help_text: str, rows: Mapping[tuple[str, ...], float], labels: tuple[str, ...] = ()) -> Metric:
+def counter(name: str, help_text: str, rows: Mapping[Any, float], labels: tuple[str, ...] = ()) -> Metric:
     """One counter by its labels' values."""
     family = CounterMetricFamily(name, help_text, labels=labels)
     for where, value in rows.items():
