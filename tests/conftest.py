@@ -1,7 +1,7 @@
 """Fixtures that several test folders share, and the rule that keeps `make test-fast` fast.
 
-A test that starts a process is marked `services`, or uses a fixture that is named in PROCESS_FIXTURES. Any other that
-tries is stopped: whoever adds a test cannot slow down the fast run without seeing it.
+A test that starts a process is marked `services`, uses a fixture of PROCESS_FIXTURES or lies in a folder of
+PROCESS_FOLDERS. Any other that tries is stopped: whoever adds a test cannot slow down the fast run without seeing it.
 Heavy imports wait until a test asks for them.
 """
 
@@ -28,6 +28,7 @@ settings.load_profile("antefix")
 
 # Those that start services, Redis or another Python. A test that uses one is marked `services` by itself.
 PROCESS_FIXTURES = {"deploy", "redis", "shared_redis", "start_cluster", "start_redis"}
+PROCESS_FOLDERS = {"e2e", "wheel"}
 
 # Asks `uname` once a process, whoever wants to know first.
 platform.processor()
@@ -43,7 +44,7 @@ SERVICES_TIMEOUT_S = 900
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if PROCESS_FIXTURES.intersection(item.fixturenames):
+        if PROCESS_FIXTURES.intersection(item.fixturenames) or item.path.parent.name in PROCESS_FOLDERS:
             item.add_marker(pytest.mark.services)
         if item.get_closest_marker("services") and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(SERVICES_TIMEOUT_S))

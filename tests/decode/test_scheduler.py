@@ -84,6 +84,7 @@ async def test_the_next_turn_hits_the_models_own_answer(make_engine, make_prompt
     await scheduler.close()
 
 
+@pytest.mark.slow
 async def test_log_probabilities_of_a_hit_are_those_of_a_cold_run(make_engine, make_prompt, store):
     async def logprobs_of(engine, tokens):
         scheduler = Scheduler(engine, 8)
@@ -131,6 +132,7 @@ async def test_a_sequence_that_leaves_early_gives_its_blocks_back(make_engine, m
     await scheduler.close()
 
 
+@pytest.mark.slow
 async def test_a_full_pool_fails_the_one_that_needs_more(make_engine, make_prompt):
     engine = make_engine(num_blocks=3)
     scheduler = Scheduler(engine, 8)

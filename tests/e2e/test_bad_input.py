@@ -188,7 +188,7 @@ async def test_roles_that_start_together_have_logs_of_their_own_and_the_last_run
             await deployment.stop()
         logs = {process.log_path for process in started}
         assert len(logs) == 2
-    assert all(b"draining" in path.with_suffix(".old.log").read_bytes() for path in logs)
+    assert all(b"stopping" in path.with_suffix(".old.log").read_bytes() for path in logs)
 
 
 async def test_an_answer_comes_as_json(deploy):

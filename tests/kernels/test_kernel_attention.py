@@ -143,6 +143,7 @@ def test_prefill_attention_equals_the_oracle(shape, selected, device, draw):
     assert case.error(case.want(seen)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 2])
 def test_float32_outputs_are_not_rounded(splits, device, draw):
     case = Case(draw, sequences=3, queries=1, **SHAPES["small"])

@@ -57,6 +57,7 @@ def test_rounding_equals_the_oracle_to_the_byte(head_dim, rope_dim, device, draw
     assert (pool.reshape(-1, fmt.nbytes)[untouched] == 0xFF).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("head_dim", "rope_dim"), ENTRY_DIMS)
 def test_window_pack_norms_turns_and_rounds(head_dim, rope_dim, dtype, device, draw):

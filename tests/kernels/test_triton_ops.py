@@ -161,6 +161,7 @@ def test_forward_with_the_kernels_agrees_with_torch(device):
     assert same[: model.layout.window_bytes].mean() > 0.9
 
 
+@pytest.mark.slow
 def test_per_token_kernels_give_the_models_logits(device, monkeypatch):
     model = build(device).to(torch.float32)
     want, rows, _ = run(model, BlockPool(model.layout, 8, device), TorchOps())
@@ -208,6 +209,7 @@ def test_on_a_card_bits_do_not_depend_on_cuts_or_on_the_batch(dtype):
         assert state == other_state
 
 
+@pytest.mark.slow
 def test_a_cut_window_is_not_attended_to(device):
     """A bounded replay starts at a block's border with the tokens before it out of sight."""
     model = build(device)

@@ -124,6 +124,7 @@ def test_other_sequences_in_the_batch_change_nothing(
         assert sequence.window.to_bytes() == alone.sequence.window.to_bytes()
 
 
+@pytest.mark.slow
 def test_scattered_blocks_give_the_bits_of_neighbouring_blocks(checkpoint: Checkpoint, prompt: Prompt) -> None:
     model = load_model(checkpoint("pro"))
     tokens = prompt(150)

@@ -71,6 +71,7 @@ def test_a_prompt_cut_at_any_one_position_gives_transformers_logits(
         assert_close(run(model, tokens, [cut]), want)
 
 
+@pytest.mark.slow
 def test_token_by_token_from_the_start_gives_transformers_own_decode(checkpoint: Checkpoint, prompt: Prompt) -> None:
     transformers = pytest.importorskip("transformers")
     path = checkpoint("small_ratios")

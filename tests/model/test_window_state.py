@@ -63,6 +63,7 @@ def test_generation_goes_on_after_taking_out_and_putting_back_anywhere(
         assert bytes(pool.row(mine)) == bytes(other_pool.row(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", list(KVFormat))
 @pytest.mark.parametrize("plan", PLANS)
 def test_bytes_at_a_boundary_are_exactly_a_checkpoint(

@@ -71,6 +71,7 @@ async def test_a_strategy_that_is_none_changes_nothing(served):
     assert (await WindowClient(address).status()).strategy == "zero"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", ["full", "periodic(128)", "boundary", "auto", "zero"])
 @pytest.mark.parametrize("after", ["auto", "zero"])
 async def test_what_one_strategy_stored_another_one_uses(make_engine, make_prompt, store, before, after):

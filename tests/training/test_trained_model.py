@@ -15,6 +15,9 @@ from models.training.cached import CachedModel, bits
 from models.training.corpus import Tokens
 from tests.training.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
+
 DIRECTORY = ROOT / "models/antefix-tiny"
 
 

@@ -12,7 +12,7 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from antefix_console.progress_line import ProgressLine
 
 if TYPE_CHECKING:
     from antefix.clients import RouterStatus
+    from antefix.model import Model
     from antefix.store.store_stats import StoreTotals
 
 PACKAGES = ("grpcio", "protobuf", "lmdb", "zstandard", "xxhash", "numpy", "redis")
@@ -127,7 +128,9 @@ def _arithmetic(args: argparse.Namespace) -> list[Finding]:
         try:
             model = load_model(args.model, device=where, dtype=dtype)
         except AntefixError as err:
-            return [*findings, Finding(check="arithmetic", status="fail", detail=str(err), advice="see --model")]
+            return [*findings, Finding(check="model", status="fail", detail=str(err), advice="see --model")]
+        if where == "cpu":
+            findings += _model(model, args.model.name)
         kernels = "triton" if uses_triton("auto", model.layout, where) else "torch"
         measured = probe(model, reproducible=args.reproducible, kernels=kernels)
         detail = f"{measured.name}: {measured.num_proved} checks of {args.model.name} held on {measured.setup}"
@@ -136,6 +139,20 @@ def _arithmetic(args: argparse.Namespace) -> list[Finding]:
         findings += [Finding(check="exactness", status="warn", detail=text, advice=advice) for text in measured.failed]
         findings += [Finding(check="not proved", status="ok", detail=text) for text in measured.unproved]
     return findings
+
+
+def _model(model: Model, name: str) -> list[Finding]:
+    """What of the config is computed otherwise than by others, and how much of its KV a worker holds by default."""
+    from antefix_prefill.worker.engine import BLOCK_BYTES_MIN, EngineConfig, pool_block_bytes
+
+    (pool_bytes,) = (field.default for field in fields(EngineConfig) if field.name == "pool_bytes")
+    assert isinstance(pool_bytes, int)
+    num_blocks = pool_bytes // max(pool_block_bytes(model.layout), BLOCK_BYTES_MIN)
+    num_tokens = num_blocks * model.layout.geometry.block_size
+    detail = f"{name}: {num_tokens} tokens of KV fit into a worker's default pool on a CPU"
+    pool = Finding(check="model", status="ok" if num_blocks else "warn", detail=detail, advice="")
+    advice = "read docs/MODEL_CONFIGS.md before comparing with another implementation"
+    return [pool, *(Finding(check="model", status="warn", detail=note, advice=advice) for note in model.config.notes)]
 
 
 def _workers(router: str, found: list[Finding]) -> list[Finding]:

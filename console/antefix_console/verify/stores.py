@@ -1,4 +1,4 @@
-"""Stores for verification: one that holds nothing, and one of which only a prefix can be seen."""
+"""Stores for verification: one that holds nothing, a dictionary, and one of which only a prefix can be seen."""
 
 from __future__ import annotations
 
@@ -49,6 +49,45 @@ class EmptyStore:
 
     async def close(self) -> None:
         pass
+
+
+class MemoryStore(EmptyStore):
+    """Keeps records by kind, fingerprint and hash, for runs without a store service."""
+
+    def __init__(self) -> None:
+        self.payloads: dict[tuple[RecordKind, bytes, bytes], bytes] = {}
+
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
+        num_blocks = 0
+        while num_blocks < len(chain) and (RecordKind.BLOCK, fingerprint, chain[num_blocks]) in self.payloads:
+            num_blocks += 1
+        checkpoints = (
+            number
+            for number in range(1, num_blocks + 1)
+            if (RecordKind.CHECKPOINT, fingerprint, chain[number - 1]) in self.payloads
+        )
+        return LookupResult(num_blocks=num_blocks, checkpoints=tuple(checkpoints))
+
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        for number, (name, row) in enumerate(zip(hashes, into, strict=True)):
+            payload = self.payloads.get((RecordKind.BLOCK, fingerprint, name))
+            if payload is None:
+                return number
+            row[:] = payload
+        return len(hashes)
+
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        return self.payloads.get((kind, fingerprint, hash))
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        num_existing = 0
+        for record in records:
+            name = (record.kind, record.fingerprint, record.hash)
+            num_existing += name in self.payloads
+            self.payloads.setdefault(name, bytes(record.payload))
+        return PutResult(num_stored=len(records) - num_existing, num_existing=num_existing)
 
 
 class PrefixView(EmptyStore):
