@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -13,7 +14,6 @@ import prometheus_client
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import Metric
 
-from antefix import __version__
 from antefix.errors import ConfigError
 from antefix.telemetry.logs import lines
 from antefix.telemetry.shown import gauge
@@ -57,7 +57,8 @@ class Registry:
         return prometheus_client.generate_latest(self.collectors).decode()
 
     def _about(self) -> Iterable[Metric]:
-        labels = {(__version__, self.role): 1.0}
+        # The root of this package, without importing what it names for its users.
+        labels = {(sys.modules["antefix"].__version__, self.role): 1.0}
         yield gauge("antefix_build_info", "Which role of which version runs here.", labels, ("version", "role"))
         yield from lines.metrics()
 
