@@ -40,6 +40,11 @@ def traceparent() -> str:
     return tracing.current_traceparent() or _parent.get()
 
 
+def callers_traceparent() -> str:
+    """What the caller of the call that is being served handed on; "" for none."""
+    return _parent.get()
+
+
 def bind_request(identifier: str) -> None:
     """This task, and those that it starts from now on, work for this request."""
     _request.set(identifier)
@@ -70,6 +75,8 @@ def outgoing() -> tuple[tuple[str, str], ...] | None:
 
 def incoming(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
     """Take over what a caller handed on; the task that serves the call keeps it to its end."""
+    _request.set("")
+    _parent.set("")
     for key, value in metadata or ():
         if key == REQUEST_KEY:
             _request.set(str(value)[:_ID_CHARACTERS_MAX])

@@ -151,8 +151,9 @@ def _parent_context() -> Any:
     from opentelemetry import context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    from antefix.telemetry.context import TRACE_KEY, traceparent
+    from antefix.telemetry.context import TRACE_KEY, callers_traceparent
 
-    header = traceparent()
+    # Not the innermost span: the task may have been started in the context of another request.
+    header = callers_traceparent()
     carrier = {TRACE_KEY: header} if header else {}
     return TraceContextTextMapPropagator().extract(carrier, context=context.Context())
