@@ -65,6 +65,8 @@ if TYPE_CHECKING:
     from antefix.errors import StoreFull as StoreFull
     from antefix.errors import Unauthenticated as Unauthenticated
     from antefix.errors import Unavailable as Unavailable
+    from antefix.generation_request import Caller as Caller
+    from antefix.generation_request import GenerationRequest as GenerationRequest
     from antefix.layout import BlockLayout as BlockLayout
     from antefix.layout import KVFormat as KVFormat
     from antefix.layout import KVGeometry as KVGeometry
@@ -75,12 +77,12 @@ if TYPE_CHECKING:
     from antefix.record import Record as Record
     from antefix.record import RecordKind as RecordKind
     from antefix.restore_report import RestoreReport as RestoreReport
+    from antefix.sampling import Sampling as Sampling
     from antefix.store.api import Store as Store
     from antefix.store.client import LocalStore as LocalStore
     from antefix.store.client import RemoteStore as RemoteStore
     from antefix.store.open_store import StoreAddress as StoreAddress
     from antefix.store.open_store import open_store as open_store
-    from antefix.wire import Sampling as Sampling
     from antefix.wire import TokenLogprob as TokenLogprob
 
 # The same names at run time, by module.
@@ -99,13 +101,15 @@ _NAMES = {
         "FingerprintMismatch InternalError InvalidRequest LeaseExpired ModelError Overloaded PermissionDenied "
         "QuotaExceeded ResourceExhausted StoreFull Unauthenticated Unavailable"
     ),
+    "antefix.generation_request": "Caller GenerationRequest",
     "antefix.layout": "BlockLayout KVFormat KVGeometry",
     "antefix.record": "BlockFate Fate LookupResult PutResult Record RecordKind",
     "antefix.restore_report": "RestoreReport",
+    "antefix.sampling": "Sampling",
     "antefix.store.api": "Store",
     "antefix.store.client": "LocalStore RemoteStore",
     "antefix.store.open_store": "StoreAddress open_store",
-    "antefix.wire": "Sampling TokenLogprob",
+    "antefix.wire": "TokenLogprob",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

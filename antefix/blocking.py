@@ -194,3 +194,7 @@ class BlockingStore(Blocking[Store]):
     get = _waiting(Store.get)
     put = _waiting(Store.put)
     register = _waiting(Store.register)
+    pin = _waiting(Store.pin)
+    evict = _waiting(Store.evict)
+    watch = _stream(Store.watch)
+    stats = _waiting(Store.stats)

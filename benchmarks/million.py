@@ -25,9 +25,9 @@ import numpy.typing as npt
 
 from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, init_weights, save_model
+from antefix.sampling import Sampling
 from antefix.store.client import RemoteStore
 from antefix.tokenizer import load_tokenizer
-from antefix.wire import Sampling
 from antefix_console.deployment import Deployment, DeploymentConfig
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,9 @@ API_FILE = Path(__file__).parent / "API.md"
 _SECTIONS = {
     "antefix.clients": "Clients of the services",
     "antefix.blocking": "Blocking forms",
-    "antefix.wire": "Sampling",
+    "antefix.generation_request": "Requests to workers",
+    "antefix.sampling": "Sampling",
+    "antefix.wire": "",
     "antefix.restore_report": "What a restore did",
     "antefix.store.open_store": "Stores",
     "antefix.store.api": "",

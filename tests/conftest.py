@@ -27,7 +27,17 @@ settings.register_profile("antefix", deadline=None)
 settings.load_profile("antefix")
 
 # Those that start services, Redis or another Python. A test that uses one is marked `services` by itself.
-PROCESS_FIXTURES = {"deploy", "redis", "shared_redis", "start_cluster", "start_redis"}
+PROCESS_FIXTURES = {
+    "deploy",
+    "redis",
+    "shared_redis",
+    "start_cluster",
+    "start_redis",
+    "small_filesystem",
+    "small_disk",
+    "disk",
+    "measured",
+}
 PROCESS_FOLDERS = {"e2e", "wheel"}
 
 # Asks `uname` once a process, whoever wants to know first.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -11,11 +11,12 @@ from antefix import rpc
 from antefix.block import TokenArray as Tokens
 from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import DecodeStatus, decode_status_from_wire
+from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
+from antefix.sampling import Sampling
 from antefix.telemetry.context import outgoing
 from antefix.v1 import decode_pb2, decode_pb2_grpc
 from antefix.wire import (
-    Sampling,
     TokenLogprob,
     logprobs_from_wire,
     report_from_wire,
@@ -49,39 +50,37 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
 
     async def decode(
         self,
-        tokens: Tokens,
+        request: GenerationRequest,
         sampling: Sampling,
         *,
-        request_id: str,
-        tenant: str,
         handoff: bytes,
-        num_emitted: int = 0,
+        emitted: Sequence[int],
         timeout_s: float,
     ) -> AsyncGenerator[Decoded, None]:
-        """Stream an output; leaving the stream stops the work.
+        """Stream one output; leaving the stream stops the work.
 
-        num_emitted: tokens at the end of `tokens` that are of this output, and that the client has already.
+        sampling: this one's, with a seed of its own.  emitted: what was given out of it before.
         """
-        request = decode_pb2.DecodeRequest(
-            request_id=request_id,
-            tenant=tenant,
-            prompt=tokens_to_wire(tokens),
+        message = decode_pb2.DecodeRequest(
+            request_id=request.request_id,
+            tenant=request.cache_tenant,
+            prompt=tokens_to_wire(request.followed_by(emitted)),
             sampling=sampling_to_wire(sampling),
             handoff=handoff,
-            num_emitted=num_emitted,
+            num_emitted=len(emitted),
         )
-        call = self._stub.Decode(request, timeout=timeout_s, metadata=outgoing())
+        call = self._stub.Decode(message, timeout=timeout_s, metadata=outgoing())
         try:
             with rpc.rpc_errors():
-                async for message in call:
+                async for answer in call:
                     yield Decoded(
-                        tokens=tokens_from_wire(message.tokens),
-                        logprobs=logprobs_from_wire(message.logprobs),
-                        finish_reason=message.finish_reason,
-                        stop_number=message.stop_number,
-                        restore=report_from_wire(message.restore) if message.HasField("restore") else None,
-                        written_tokens=message.written_tokens,
-                        write_error=message.write_error,
+                        tokens=tokens_from_wire(answer.tokens),
+                        logprobs=logprobs_from_wire(answer.logprobs),
+                        finish_reason=answer.finish_reason,
+                        stop_number=answer.stop_number,
+                        restore=report_from_wire(answer.restore) if answer.HasField("restore") else None,
+                        written_tokens=answer.written_tokens,
+                        write_error=answer.write_error,
                     )
         finally:
             call.cancel()  # a caller that stops early stops the work; after the end this does nothing

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
 
 from antefix import rpc
-from antefix.block import TokenArray as Tokens
 from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import PrefillStatus, prefill_status_from_wire
+from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.telemetry.context import outgoing
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
@@ -31,24 +30,18 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
     def _make_stub(self, channel: grpc.aio.Channel) -> prefill_pb2_grpc.PrefillServiceStub:
         return prefill_pb2_grpc.PrefillServiceStub(channel)
 
-    async def prefill(
-        self,
-        tokens: Tokens,
-        *,
-        request_id: str,
-        tenant: str,
-        timeout_s: float,
-        keep: Sequence[tuple[int, float]] = (),
-    ) -> Prefilled:
+    async def prefill(self, request: GenerationRequest, *, timeout_s: float) -> Prefilled:
         """Compute and store a prompt's KV, restoring what is stored of it.
 
-        keep: (tokens, seconds) of prefixes that window state is to be left at.
+        Window state is left at the request's breakpoints.
         """
-        request = prefill_pb2.PrefillRequest(request_id=request_id, tenant=tenant, prompt=tokens_to_wire(tokens))
-        for num_tokens, ttl_s in keep:
-            request.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
+        message = prefill_pb2.PrefillRequest(
+            request_id=request.request_id, tenant=request.cache_tenant, prompt=tokens_to_wire(request.tokens)
+        )
+        for num_tokens, ttl_s in request.breakpoints:
+            message.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
         with rpc.rpc_errors():
-            response = await self._stub.Prefill(request, timeout=timeout_s, metadata=outgoing())
+            response = await self._stub.Prefill(message, timeout=timeout_s, metadata=outgoing())
         return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))
 
     async def status(self, *, timeout_s: float = 5.0) -> PrefillStatus:

@@ -13,10 +13,10 @@ from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import RouterStatus, router_status_from_wire
 from antefix.clients.usage import Usage, usage_from_wire
 from antefix.restore_report import RestoreReport
+from antefix.sampling import Sampling
 from antefix.telemetry.context import outgoing
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import (
-    Sampling,
     TokenLogprob,
     logprobs_from_wire,
     report_from_wire,
@@ -28,7 +28,10 @@ from antefix.wire import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """One message of the router's answer; the last one has finish_reason, usage and restore."""
+    """One message of the router's answer. sample: which of the outputs it belongs to.
+
+    Each output's last message has its finish_reason; the last of all has usage and restore.
+    """
 
     tokens: Tokens
     text: str
@@ -36,6 +39,7 @@ class Generated:
     usage: Usage | None = None
     restore: RestoreReport | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    sample: int = 0
 
 
 class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
@@ -52,15 +56,21 @@ class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
         tenant: str = "",
         request_id: str = "",
         session: str = "",
+        num_samples: int = 1,
         timeout_s: float = 600.0,
     ) -> AsyncGenerator[Generated, None]:
         """Stream an answer; leaving the stream stops the work.
 
         session: the caller's name of the conversation, a hint where to place it.
+        num_samples: outputs to make.
         request_id: sent again, it is a retry of the same request.
         """
         request = router_pb2.GenerateRequest(
-            sampling=sampling_to_wire(sampling), tenant=tenant, request_id=request_id, session=session
+            sampling=sampling_to_wire(sampling),
+            tenant=tenant,
+            request_id=request_id,
+            session=session,
+            num_samples=num_samples,
         )
         if isinstance(prompt, str):
             request.text = prompt
@@ -89,4 +99,5 @@ def _generated(message: router_pb2.GenerateResponse) -> Generated:
         usage=usage_from_wire(message.usage) if message.HasField("usage") else None,
         restore=report_from_wire(message.restore) if message.HasField("restore") else None,
         logprobs=logprobs_from_wire(message.logprobs),
+        sample=message.sample,
     )

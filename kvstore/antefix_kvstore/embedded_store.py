@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+import dataclasses
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
+from antefix.errors import InvalidRequest
+from antefix.events.block_events import BlockEvent
+from antefix.events.numbered_log import Batch, Cursor, watch_log
 from antefix.layout import BlockLayout
-from antefix.record import MEMORY_KINDS, BlockFate, LookupResult, PutResult, Reason, Record, RecordKind, Refusal
+from antefix.record import (
+    MEMORY_KINDS,
+    STORED_KINDS,
+    BlockFate,
+    LookupResult,
+    PutResult,
+    Reason,
+    Record,
+    RecordKind,
+    RecordName,
+    Refusal,
+)
+from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.store_files import codec
 from antefix.store_files.gone_blocks import fate_of
+from antefix.store_files.record_header import owner_row
+from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.memory_records import WindowPool
@@ -127,13 +145,49 @@ class EmbeddedStore:
         block_size = layout.geometry.block_size
         await self._in_thread(lambda: self.engine.register(fingerprint, block_size, plans, statement=statement))
 
-    async def pin(self, names: Collection[tuple[RecordKind, bytes]], duration_s: float) -> int:
-        """Keep records from eviction for a time; 0 lets go. Returns how many of them are stored."""
-        return await self._in_thread(lambda: self.engine.pin(names, duration_s))
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
+        """Keep an owner's records from eviction for a time; 0 lets go. Returns how many of them are stored.
 
-    async def evict(self, names: Collection[tuple[RecordKind, bytes]]) -> int:
-        """Drop records with all that hangs on them, pinned or not. Returns how many went."""
-        return await self._in_thread(lambda: self.engine.evict(names))
+        owner: as in the records' `tenant`.
+        """
+        row = owner_row(2, owner)
+        return await self._in_thread(lambda: self.engine.pin(_stored(names), duration_s, owner=row))
+
+    async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
+        """Drop an owner's records with all that hangs on them, pinned or not. Returns how many went."""
+        row = owner_row(2, owner)
+        return await self._in_thread(lambda: self.engine.evict(_stored(names), owner=row))
+
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
+        """What is stored now, then every change, without gaps; or the changes since `cursor`."""
+        return watch_log(self.engine.events, cursor or Cursor(), self._snapshot)
+
+    async def _snapshot(self) -> AsyncGenerator[Batch[BlockEvent], None]:
+        pieces = await self._in_thread(self.engine.snapshot)
+        while (piece := await self._in_thread(lambda: next(pieces, None))) is not None:
+            yield piece
+
+    async def stats(self) -> StoreTotals:
+        """What it holds, and has done since it was opened."""
+        found = await self._in_thread(lambda: collect(self.engine))
+        kinds = dict.fromkeys(RecordKind, KindTotals())
+        for kind, count in found.kinds.items():
+            kinds[kind] = KindTotals(
+                num_records=count.records, stored_bytes=count.stored_bytes, payload_bytes=count.payload_bytes
+            )
+        for kind in MEMORY_KINDS:
+            records, nbytes = self._memory.count(kind)
+            kinds[kind] = KindTotals(num_records=records, stored_bytes=nbytes, payload_bytes=nbytes)
+        known: dict[str, Any] = {**found.numbers, **found.texts}
+        names = [field.name for field in dataclasses.fields(StoreTotals) if field.name != "kinds"]
+        return StoreTotals(kinds=kinds, **{name: known[name] for name in names})
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _stored(names: Sequence[RecordName]) -> list[RecordName]:
+    """Raises:  InvalidRequest: a kind that is not kept on disk."""
+    if any(kind not in STORED_KINDS for kind, _ in names):
+        raise InvalidRequest("only blocks and checkpoints are kept on disk")
+    return list(names)

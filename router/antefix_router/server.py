@@ -18,6 +18,7 @@ from antefix.clients import Tokens, usage_to_wire
 from antefix.config import require, setting
 from antefix.errors import FingerprintMismatch
 from antefix.events.address import check_url
+from antefix.generation_request import Caller, GenerationRequest
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
 from antefix.registration import Registration
@@ -219,32 +220,39 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(
         self, message: router_pb2.GenerateRequest, context: rpc.Context
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
-        bill = await self.front.admit(
-            await self._tokens(message),
-            sampling_from_wire(message.sampling),
-            tenant=message.tenant,
-            user=message.user,
-            request_id=message.request_id,
-            session=message.session,
+        caller = Caller(
+            tenant=message.tenant, user=message.user, request_id=message.request_id, session=message.session
         )
-        request, text = bill.request, self._tokenizer.stream()
-        bind_request(request.request_id)
+        request = GenerationRequest(
+            tokens=await self._tokens(message),
+            sampling=sampling_from_wire(message.sampling),
+            caller=caller,
+            num_samples=message.num_samples or 1,
+        )
+        bill = await self.front.admit(request)
+        generation = bill.generation
+        bind_request(generation.request.request_id)
+        texts = [self._tokenizer.stream() for _ in generation.samples]
+        num_sent = [0 for _ in generation.samples]
         outputs = self.front.run(bill, rpc.deadline_s(context, REQUEST_TIMEOUT_S))
-        num_sent = 0
         async with contextlib.aclosing(outputs):
-            async for tokens in outputs:
+            async for index, tokens in outputs:
+                num_before, num_sent[index] = num_sent[index], num_sent[index] + len(tokens)
                 yield router_pb2.GenerateResponse(
+                    sample=index,
                     tokens=tokens_to_wire(tokens),
-                    text=text.push([int(token) for token in tokens]),
-                    logprobs=logprobs_to_wire(request.logprobs[num_sent : num_sent + len(tokens)]),
+                    text=texts[index].push([int(token) for token in tokens]),
+                    logprobs=logprobs_to_wire(generation.samples[index].logprobs[num_before : num_sent[index]]),
                 )
-                num_sent += len(tokens)
-        yield router_pb2.GenerateResponse(
-            text=text.finish(),
-            finish_reason=request.finish_reason,
-            usage=usage_to_wire(bill.usage()),
-            restore=report_to_wire(request.restore) if request.restore else None,
-        )
+        last = len(texts) - 1
+        for index, (text, sample) in enumerate(zip(texts, generation.samples, strict=True)):
+            yield router_pb2.GenerateResponse(
+                sample=index,
+                text=text.finish(),
+                finish_reason=sample.finish_reason,
+                usage=usage_to_wire(bill.usage()) if index == last else None,
+                restore=report_to_wire(generation.restore) if generation.restore and index == last else None,
+            )
 
     async def _tokens(self, message: router_pb2.GenerateRequest) -> Tokens:
         if message.WhichOneof("prompt") == "tokens":
@@ -343,7 +351,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         accounts.retries.drain()
 
     async def stop() -> None:
-        await accounts.close()
+        await servicer.front.close()
         await servicer.leases.close()
         await servicer.feed.close()
         await servicer.pins.close()

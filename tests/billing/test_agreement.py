@@ -16,6 +16,7 @@ from antefix.restore_report import RestoreReport
 from antefix.telemetry import MetricsServer, Registry
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.ratecard import load_cards
+from antefix_router.generation import Piece
 from antefix_router.metrics import accounts_metrics
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import make_front, serving
@@ -31,14 +32,15 @@ KINDS = ("whole", "stream", "retried", "refused", "broken")
 class Workers:
     """A prompt says in its first bytes what becomes of it: `kind:hit:written:` and so on."""
 
-    async def run(self, request, timeout_s):
+    async def run(self, generation, timeout_s):
+        request, sample = generation.request, generation.samples[0]
         kind, *rest = bytes(request.tokens.tolist()).decode().split(":", 5)
         memory, store, written, num_output = (int(value) for value in rest[:4])
         await asyncio.sleep(0)
         if kind == "refused":
             raise Unavailable("no worker is left to try")
         hit = memory + store
-        request.restore = RestoreReport(
+        generation.restore = RestoreReport(
             plan="checkpoint" if store else "replay" if hit else "cold",
             hit_tokens=hit,
             miss_tokens=len(request.tokens) - hit,
@@ -50,13 +52,13 @@ class Workers:
             last_hit_hash=b"\xab" * 32 if hit else b"",
         )
         for number in range(num_output):
-            request.emitted.append(65 + number % 26)
-            yield np.array([65 + number % 26], np.uint32)
+            sample.emitted.append(65 + number % 26)
+            yield Piece(0, np.array([65 + number % 26], np.uint32))
             await asyncio.sleep(0)
         if kind == "broken":
             raise Overloaded("the pool has no room")
-        request.output_written_tokens = written
-        request.finish_reason = "stop"
+        generation.output_written_tokens = written
+        sample.finish_reason = "stop"
 
 
 def prompt_of(chance, number):

@@ -17,6 +17,7 @@ from antefix_console.commands import doctor
 from antefix_console.verify.models import config_of, random_subject
 from tests.console.mutations import weights_padded_after_the_transpose
 
+pytestmark = pytest.mark.slow
 Ask = Callable[..., list[dict[str, Any]]]
 
 

@@ -18,6 +18,7 @@ from antefix_console.verify.known_answers import BOUND, FILE, prompt_of_answer
 from antefix_console.verify.models import PLANS, config_of, random_subject
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+pytestmark = pytest.mark.slow
 
 
 def answer_of(plan: str, directory: Path) -> np.ndarray:

@@ -62,6 +62,7 @@ def test_the_shipped_models_hits_are_bit_identical():
     assert report.total.bit_identical == report.total.cases >= 15
 
 
+@pytest.mark.slow
 def test_a_replay_that_is_one_block_short_is_caught(monkeypatch):
     """The proof can fail: HCA first, so nothing but the window carries what the block before held."""
     subject = random_subject("pro", KVFormat.FLOAT32)

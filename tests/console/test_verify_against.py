@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from antefix_console.verify.verdict import Cases, Report
 from antefix_decode.server import DecodeConfig, DecodeServicer
 from antefix_prefill.worker.compute_thread import ComputeThread
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def one_thread() -> Any:
@@ -41,7 +44,7 @@ async def worker(subject: Subject, store: MemoryStore) -> AsyncIterator[str]:
     compute = ComputeThread("worker")
     engine = WorkerPair(subject, compute, 64).new(store, 4096, kind=PlanKind.REPLAY)
     config = DecodeConfig(model=subject.name, store_address="none", secret_file="none")
-    servicer = DecodeServicer(engine, frozenset(), config)
+    servicer = DecodeServicer(engine, SimpleNamespace(eos_ids=frozenset(), special_ids=frozenset()), config)
     server = await rpc.start_server(
         "127.0.0.1:0",
         lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),

@@ -24,6 +24,7 @@ from antefix_console.verify.suite import Backend, Suite
 from antefix_console.verify.verdict import Report
 from tests.console.mutations import MUTATIONS, SET_UPS, Mutation
 
+pytestmark = [pytest.mark.services, pytest.mark.slow]
 SEED = 1
 OTHER_PATH = Setup(threads=(1,), variables=(("MKL_CBWR", "COMPATIBLE"),))
 
@@ -80,6 +81,13 @@ def test_the_short_form_finds_a_planted_fault(
     said = [text for text in report.failures if re.search(mutation.place, text)]
     assert said, report.failures[:5]
     assert mutation.plan == SET_UPS or mutation.plan in said[0]
+
+
+def test_the_document_lists_every_planted_fault() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "VERIFY.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (?:window|model|names|store|workers) \|", text, flags=re.MULTILINE)
+    assert len(rows) == len(MUTATIONS) == 18
+    assert all(any(row.startswith(name) for row in rows) for name in MUTATIONS)
 
 
 @pytest.mark.long

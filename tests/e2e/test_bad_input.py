@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from antefix.errors import InvalidRequest
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 from antefix_console.deployment import Deployment
 
 pytestmark = pytest.mark.services

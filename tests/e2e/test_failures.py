@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 
 pytestmark = pytest.mark.services
 

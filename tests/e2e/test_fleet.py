@@ -12,8 +12,8 @@ import pytest
 from antefix import rpc
 from antefix.clients import RouterClient
 from antefix.errors import AntefixError, Unauthenticated, Unavailable
+from antefix.sampling import Sampling
 from antefix.v1 import router_pb2, router_pb2_grpc
-from antefix.wire import Sampling
 from antefix_console.deployment import Deployment
 
 pytestmark = pytest.mark.services

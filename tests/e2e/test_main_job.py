@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 
 pytestmark = pytest.mark.services
 

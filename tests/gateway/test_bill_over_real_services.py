@@ -16,8 +16,8 @@ import pytest
 
 from antefix.clients import RouterClient
 from antefix.errors import AntefixError, Conflict
+from antefix.sampling import Sampling
 from antefix.secret import create_secret_file
-from antefix.wire import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.pricing import priced
 from antefix_billing.ratecard import load_cards

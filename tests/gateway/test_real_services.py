@@ -12,8 +12,8 @@ import pytest
 
 from antefix import rpc
 from antefix.clients import RouterClient
+from antefix.sampling import Sampling
 from antefix.v1 import usage_pb2, usage_pb2_grpc
-from antefix.wire import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.pricing import priced
 from antefix_billing.ratecard import load_cards

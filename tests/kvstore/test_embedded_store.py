@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from antefix.store_files import codec
 from antefix_kvstore.embedded_store import EmbeddedStore
 from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.storage_engine import Engine
-from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
 
 PROMPT = Prompt(list(range(BLOCK * 6)))
 
@@ -35,8 +36,15 @@ async def test_what_was_put_is_restored_and_survives_reopening(tmp_path: Path) -
         checkpoint = await store.get(RecordKind.CHECKPOINT, PROMPT.hashes[2], fingerprint=FINGERPRINT)
         assert checkpoint == PROMPT.payload(2, RecordKind.CHECKPOINT)
         assert (await store.fate(PROMPT.hashes[0], fingerprint=FINGERPRINT)).fate is Fate.STORED
-        assert await store.pin([(RecordKind.BLOCK, PROMPT.hashes[5])], 60) == 1
-        assert await store.evict([(RecordKind.BLOCK, PROMPT.hashes[4])]) == 2
+        held = await store.stats()
+        assert (held.kinds[RecordKind.BLOCK].num_records, held.kinds[RecordKind.CHECKPOINT].num_records) == (6, 1)
+        assert (held.hits, held.budget_bytes, held.stopped) == (7, 8 << 20, "")
+        names = [(RecordKind.BLOCK, name) for name in PROMPT.hashes]
+        assert await store.pin(names[5:], duration_s=60, owner=owner("")) == 1
+        assert await store.pin(names[5:], duration_s=60, owner=owner("another")) == 0
+        assert await store.evict(names[4:5], owner=owner("")) == 2
+        with pytest.raises(InvalidRequest, match="on disk"):
+            await store.evict([(RecordKind.HANDOFF, PROMPT.hashes[0])], owner=owner(""))
         assert (await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 4
 
 
@@ -48,6 +56,18 @@ async def test_handoffs_are_kept_in_memory_alone(tmp_path: Path) -> None:
     async with antefix_kvstore.open(tmp_path / "store") as store:
         assert await store.get(RecordKind.HANDOFF, b"h" * 32, fingerprint=FINGERPRINT) is None
         assert (await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 1
+
+
+async def test_what_is_stored_is_told_to_who_watches(tmp_path: Path) -> None:
+    async with antefix_kvstore.open(tmp_path / "store") as store:
+        await store.put(PROMPT.blocks(2))
+        async with contextlib.aclosing(store.watch()) as batches:
+            told = [name for event in (await anext(batches)).events for name in event.names()]
+            assert set(told) == set(PROMPT.hashes[:2])
+    with BlockingStore(antefix_kvstore.open(tmp_path / "store")) as store_:
+        stream = store_.watch()
+        assert next(stream).events
+        assert store_.stats().kinds[RecordKind.BLOCK].num_records == 2
 
 
 async def test_a_store_is_open_once_and_closing_twice_does_nothing(tmp_path: Path) -> None:

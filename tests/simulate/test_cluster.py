@@ -77,6 +77,7 @@ def test_runs_are_the_same_twice(chat):
     assert simulate(chat, speedup=4) == simulate(chat, speedup=4)
 
 
+@pytest.mark.slow
 def test_with_a_store_the_hit_rate_does_not_depend_on_the_policy(chat):
     rates = [simulate(chat, policy).token_hit_rate for policy in ALL_POLICIES]
     assert max(rates) - min(rates) < 0.01 and min(rates) > 0.3
@@ -151,6 +152,7 @@ def test_more_workers_wait_less(chat):
     assert many.ttft_p90_s < few.ttft_p90_s
 
 
+@pytest.mark.slow
 def test_copies_share_nothing_and_keep_the_order_of_time(chat):
     pairs = list(copies(chat, 3, 2.0))
     assert len(pairs) == 1200 and len({offset for _, offset in pairs}) == 3
@@ -182,6 +184,7 @@ def test_json_has_every_policy_with_every_figure(capsys):
     assert all(set(wanted.split()) <= set(figures) for figures in shown["policies"].values())
 
 
+@pytest.mark.slow
 def test_the_table_and_the_plot_show_the_same_policies(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     target = tmp_path / "fleet.svg"

@@ -22,10 +22,10 @@ from antefix.errors import InvalidRequest
 from antefix.layout import KVFormat, KVGeometry
 from antefix.model_dir import read_config
 from antefix.record import RecordKind
+from antefix.sampling import Sampling
 from antefix.store.client import RemoteStore
 from antefix.store.store_stats import StoreTotals
 from antefix.tokenizer import Tokenizer, load_tokenizer
-from antefix.wire import Sampling
 from antefix_console.bare_model import Reference
 from antefix_console.commands.up import add_deployment_arguments, deployment_config
 from antefix_console.deployment import Deployment, DeploymentConfig

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from antefix.clients import Generated, RouterClient
 from antefix.errors import InvalidRequest
+from antefix.sampling import Sampling
 from antefix.tokenizer import load_tokenizer
-from antefix.wire import Sampling
 from antefix_console.commands.prompt_text import given_text, read_text
 from antefix_console.commands.up import add_deployment_arguments, deployment_config
 from antefix_console.deployment import Deployment

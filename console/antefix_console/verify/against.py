@@ -17,8 +17,10 @@ import numpy as np
 
 from antefix.clients import DecodeClient, PrefillClient, RouterClient, Tokens
 from antefix.errors import AntefixError, InvalidRequest
+from antefix.generation_request import Caller, GenerationRequest
 from antefix.restore_report import RestoreReport
-from antefix.wire import Sampling, TokenLogprob
+from antefix.sampling import Sampling
+from antefix.wire import TokenLogprob
 from antefix_console.verify.served import Answer
 from antefix_console.verify.verdict import Cases, Report
 
@@ -136,20 +138,17 @@ async def _ask(peer: Peer, decode: Peer, prompt: Tokens, tenant: str, seed: int)
     sampling = Sampling(
         max_tokens=_OUTPUT_TOKENS, temperature=_TEMPERATURE, seed=seed, num_top_logprobs=_NUM_TOP, ignore_eos=True
     )
-    request_id = f"verify-{secrets.token_hex(8)}"
+    caller = Caller(tenant=tenant, request_id=f"verify-{secrets.token_hex(8)}")
+    request = GenerationRequest(tokens=prompt, sampling=sampling, caller=caller)
     handoff, restored, target = b"", None, peer
     if peer.role == "prefill":
-        prefilled = await PrefillClient(peer.address).prefill(
-            prompt, request_id=request_id, tenant=tenant, timeout_s=_TIMEOUT_S
-        )
+        prefilled = await PrefillClient(peer.address).prefill(request, timeout_s=_TIMEOUT_S)
         handoff, restored, target = prefilled.handoff, prefilled.restore, decode
         if not handoff:
             raise AntefixError(f"{peer.label} could not leave a handoff: its store took none")
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []
-    answer = DecodeClient(target.address).decode(
-        prompt, sampling, request_id=request_id, tenant=tenant, handoff=handoff, timeout_s=_TIMEOUT_S
-    )
+    answer = DecodeClient(target.address).decode(request, sampling, handoff=handoff, emitted=(), timeout_s=_TIMEOUT_S)
     async for message in answer:
         tokens += [int(token) for token in message.tokens]
         logprobs += message.logprobs

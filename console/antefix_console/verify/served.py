@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 
 from antefix.clients import Tokens
+from antefix.sampling import Sampling
 from antefix.store.api import Store
+from antefix.tokenizer import Tokenizer
 from antefix.v1 import decode_pb2
 from antefix.window import PlanKind
 from antefix.wire import (
-    Sampling,
     TokenLogprob,
     logprobs_from_wire,
     sampling_to_wire,
@@ -79,6 +81,10 @@ async def check_served(workers: WorkerPair, prompts: Many[Tokens], cases: Cases,
         cases.add("served", "continued", len(longer), problem=problem and f"continued after {emitted}: {problem}")
 
 
+# Random models have no tokenizer; without grammars a worker needs no more of one than what ends an output.
+_NO_TEXT = cast(Tokenizer, SimpleNamespace(eos_ids=frozenset(), special_ids=frozenset()))
+
+
 class _Server:
     """A decode worker, asked as its service asks it, without a network."""
 
@@ -89,7 +95,7 @@ class _Server:
         room = sum(-(-(len(prompt) + num_tokens) // size) + 2 for prompt in prompts) * size
         self._engine = workers.new(store, room, kind=kind)
         config = DecodeConfig(model=workers.subject.name, store_address="none", secret_file="none")
-        self._servicer = DecodeServicer(self._engine, frozenset(), config)
+        self._servicer = DecodeServicer(self._engine, _NO_TEXT, config)
 
     async def ask(self, prompt: Tokens, seed: int, num_tokens: int, *, num_emitted: int = 0) -> Answer:
         sampling = Sampling(max_tokens=num_tokens, temperature=_TEMPERATURE, seed=seed, num_top_logprobs=_NUM_TOP)

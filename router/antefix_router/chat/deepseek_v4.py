@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from antefix_router.chat.chat_formats import OutputParser, mode_name
 from antefix_router.chat.dsml import DSML, DeepSeekV4Parser
+from antefix_router.chat.dsml_grammar import dsml_grammar
 from antefix_router.chat.messages import (
     Answer,
     Conversation,
@@ -133,10 +134,15 @@ class DeepSeekV4Format:
         return mode_name(effort)
 
     def parser(self, conversation: Conversation) -> OutputParser:
-        continues = conversation.continue_last and bool(conversation.messages[-1].content)
-        return DeepSeekV4Parser(
-            in_reasoning=conversation.effort is not Effort.NONE and not continues, has_tools=bool(conversation.tools)
-        )
+        return DeepSeekV4Parser(in_reasoning=_begins_thinking(conversation), has_tools=bool(conversation.tools))
+
+    def grammar(self, conversation: Conversation) -> str:
+        return dsml_grammar(conversation, thinks=_begins_thinking(conversation)) if conversation.has_form else ""
+
+
+def _begins_thinking(conversation: Conversation) -> bool:
+    continues = conversation.continue_last and bool(conversation.messages[-1].content)
+    return conversation.effort is not Effort.NONE and not continues
 
 
 def _preamble(conversation: Conversation, messages: tuple[Message, ...]) -> list[Piece]:

@@ -58,10 +58,30 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolRule:
+    """must_call: the answer is calls. names: of these tools only; None: of all. parallel: of several at once."""
+
+    must_call: bool = False
+    names: frozenset[str] | None = None
+    parallel: bool = True
+
+    @property
+    def restricts(self) -> bool:
+        return self.must_call or self.names is not None or not self.parallel
+
+    def may_call(self, name: str) -> bool:
+        return self.names is None or name in self.names
+
+
+ANY_CALLS = ToolRule()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """tools: JSON schemas as {"name", "description", "parameters"}.  continue_last: the last message is the beginning
     of the answer, to be gone on with.  tools_breakpoint: after the tools.
-    strict: tools whose calls are handed out only if their arguments keep to the schema."""
+    strict: tools whose calls always keep to the schema.
+    answers_json: the answer is JSON, which keeps to response_schema where there is one."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
@@ -69,7 +89,14 @@ class Conversation:
     continue_last: bool = False
     tools_breakpoint: Breakpoint | None = None
     strict: frozenset[str] = frozenset()
+    tool_rule: ToolRule = ANY_CALLS
+    answers_json: bool = False
     response_schema: dict[str, Any] | None = None
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the answer may not be just anything."""
+        return self.answers_json or (bool(self.tools) and (self.tool_rule.restricts or bool(self.strict)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from antefix.errors import InvalidRequest
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
+from antefix_router.chat.grammar import json_grammar
 from antefix_router.chat.messages import Answer, Conversation, Effort, Piece, Role, Special, end_of, plain_of
 
 
@@ -20,8 +21,6 @@ class PlainFormat:
     def render(self, conversation: Conversation) -> list[Piece]:
         if conversation.tools:
             raise InvalidRequest("this model cannot call tools")
-        if conversation.response_schema is not None:
-            raise InvalidRequest("this model cannot keep to a response format")
         pieces: list[Piece] = [Special(text="<|bos|>")]
         last = len(conversation.messages) - 1
         is_head = True
@@ -43,6 +42,10 @@ class PlainFormat:
 
     def parser(self, conversation: Conversation) -> OutputParser:
         return PlainParser()
+
+    def grammar(self, conversation: Conversation) -> str:
+        """The model is not told of a schema: its answer is held to it."""
+        return json_grammar(conversation.response_schema) if conversation.answers_json else ""
 
     def mode_name(self, effort: Effort) -> str:
         return "off"

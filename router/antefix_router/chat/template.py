@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from antefix.errors import InvalidRequest, ModelError
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
+from antefix_router.chat.grammar import json_grammar
 from antefix_router.chat.messages import Breakpoint, Conversation, Effort, Message, Piece, Role, Special, plain_of
 
 # A noncharacter: no text that is valid for interchange has it, so it cannot come from outside; it is removed anyway.
@@ -109,6 +110,9 @@ class TemplateFormat:
 
     def parser(self, conversation: Conversation) -> OutputParser:
         return PlainParser()
+
+    def grammar(self, conversation: Conversation) -> str:
+        return json_grammar(conversation.response_schema) if conversation.answers_json else ""
 
     def mode_name(self, effort: Effort) -> str:
         return "off"

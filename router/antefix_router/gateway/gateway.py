@@ -3,62 +3,55 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from starlette.requests import Request
 
 from antefix.block import as_tokens
 from antefix.errors import InvalidRequest
+from antefix.generation_request import Caller, GenerationRequest
 from antefix.telemetry import span
-from antefix.wire import Sampling
 from antefix_router.chat.answer_memory import AnswerMemory
-from antefix_router.chat.chat_formats import ChatFormat, PlainParser
+from antefix_router.chat.chat_formats import ChatFormat, OutputParser, PlainParser
 from antefix_router.chat.choice import choose_format
-from antefix_router.chat.messages import Conversation, Effort
+from antefix_router.chat.grammar import json_grammar
+from antefix_router.chat.messages import Conversation, Effort, ToolRule
 from antefix_router.chat.render import num_characters, render_tokens
+from antefix_router.chat.schema import UnusableSchema, UnusableTool
 from antefix_router.front import Front, cache_tenant
 from antefix_router.gateway.access import REQUEST_ID, TENANT
+from antefix_router.gateway.answer_form import CHAT_NAMES, AnswerForm, SchemaNames
 from antefix_router.gateway.cache_report import DETAILS_HEADER
-from antefix_router.gateway.fields import Fields
+from antefix_router.gateway.choices import Choices
+from antefix_router.gateway.fields import Fields, WrongField
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import read_json
+from antefix_router.gateway.knobs import Knobs
 from antefix_router.gateway.model_names import REFUSE, ModelNames, NamedModel, load_aliases
 from antefix_router.gateway.modes import Wish
 from antefix_router.gateway.notes import IgnoredFields, Notes
-from antefix_router.gateway.output import Output, stop_tokens
+from antefix_router.gateway.output import Output
 from antefix_router.gateway.signatures import Signatures
+from antefix_router.grammar_check import UnusableGrammar
 
 BREAKPOINTS_MAX = 4
-STOPS_MAX = 16
+# Making a schema's grammar takes as long as encoding so much text.
+_SCHEMA_CHARACTERS = 4096
 # They turn on what a request may then ask for in its body, where it is read, or not.
 _BETA_HEADERS = ("anthropic-beta", "openai-beta")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
-    """Who asks, under which request id, in which conversation (a hint for placement, or "").
+class HttpCaller(Caller):
+    """has_key: the client named the id, so it may ask for the answer again.
 
-    has_key: the client named the id, so it may ask for the answer again.  wants_details: in the usage, of the cache.
+    wants_details: the usage tells what the cache did.
     """
 
-    tenant: str
-    user: str
-    request_id: str
-    has_key: bool
-    session: str = ""
+    has_key: bool = False
     wants_details: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Knobs:
-    """How to sample, as the APIs say it. max_tokens None: the server's default; num_top_logprobs None: none."""
-
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    num_top_logprobs: int | None = None
 
 
 class Gateway:
@@ -95,11 +88,11 @@ class Gateway:
                 notes.ignore(name)
         return Fields(body, notes=notes)
 
-    def caller(self, request: Request, tenant: str, user: str, session: str = "") -> Caller:
+    def caller(self, request: Request, tenant: str, user: str, session: str = "") -> HttpCaller:
         key = request.headers.get("idempotency-key", "")
         request_id = key or request.scope[REQUEST_ID]
         details = request.headers.get(DETAILS_HEADER, "").lower() == "true"
-        return Caller(
+        return HttpCaller(
             tenant=tenant,
             user=user,
             request_id=request_id,
@@ -144,58 +137,129 @@ class Gateway:
         # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
         return rendered.tokens, rendered.breakpoints[-BREAKPOINTS_MAX:]
 
-    async def chat(self, conversation: Conversation, knobs: Knobs, caller: Caller) -> Output:
-        """Admit a conversation's next answer.
+    async def chat(
+        self, conversation: Conversation, knobs: Knobs, caller: HttpCaller, names: SchemaNames = CHAT_NAMES
+    ) -> Output:
+        """Admit a conversation's next answer.  names: where the API has its schemas.
 
         Raises:  InvalidRequest, QuotaExceeded, Conflict: see `Front.admit`.
         """
+        return (await self.chat_choices(conversation, knobs, caller, names)).shown[0]
+
+    async def chat_choices(
+        self, conversation: Conversation, knobs: Knobs, caller: HttpCaller, names: SchemaNames = CHAT_NAMES
+    ) -> Choices:
+        """Admit a conversation's next answers, as many as the knobs say.  Raises: as `chat`."""
+        grammar = await self._grammar(conversation, names)
         tokens, breakpoints = await self.tokens_of(conversation, cache_tenant(caller.tenant, caller.user))
-        parser = self.format.parser(conversation)
-        bill = await self.front.admit(
-            as_tokens(tokens),
-            self._sampling(knobs, len(tokens)),
-            tenant=caller.tenant,
-            user=caller.user,
-            request_id=caller.request_id,
-            session=caller.session,
-            breakpoints=breakpoints,
-            retryable=caller.has_key,
-        )
-        bill.mode = self.format.mode_name(conversation.effort)
+        request = self._request(tokens, knobs, caller, grammar=grammar, breakpoints=breakpoints)
         memory = None if conversation.continue_last else self.memory
         strict = {
             tool["name"]: tool["parameters"] for tool in conversation.tools if tool["name"] in conversation.strict
         }
-        output = Output(self.front, bill, parser, stop=knobs.stop, memory=memory, strict=strict)
-        output.wants_details = caller.wants_details
-        return output
-
-    async def complete(self, tokens: list[int], knobs: Knobs, caller: Caller) -> Output:
-        """Admit the continuation of tokens, as they are."""
-        bill = await self.front.admit(
-            as_tokens(tokens),
-            self._sampling(knobs, len(tokens)),
-            tenant=caller.tenant,
-            user=caller.user,
-            request_id=caller.request_id,
-            session=caller.session,
-            retryable=caller.has_key,
+        return await self._admit(
+            request,
+            knobs,
+            caller,
+            lambda: self.format.parser(conversation),
+            memory=memory,
+            strict=strict,
+            mode=self.format.mode_name(conversation.effort),
         )
-        output = Output(self.front, bill, PlainParser(), stop=knobs.stop, memory=None)
-        output.wants_details = caller.wants_details
-        return output
 
-    def _sampling(self, knobs: Knobs, num_prompt_tokens: int) -> Sampling:
-        if len(knobs.stop) > STOPS_MAX:
-            raise InvalidRequest(f"at most {STOPS_MAX} stop sequences")
-        max_tokens = knobs.max_tokens
-        if max_tokens is None:
-            max_tokens = max(1, min(self.config.http_max_tokens, self.front.identity.max_tokens - num_prompt_tokens))
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=knobs.temperature,
-            top_p=knobs.top_p,
-            seed=None if knobs.seed is None else knobs.seed & (2**63 - 1),
-            stop=stop_tokens(self.front.tokenizer, knobs.stop),
-            num_top_logprobs=knobs.num_top_logprobs,
+    async def complete(self, tokens: list[int], knobs: Knobs, caller: HttpCaller, form: AnswerForm) -> Choices:
+        """Admit continuations of tokens, as they are."""
+        grammar = ""
+        if form.is_json:
+            try:
+                grammar = json_grammar(form.schema)
+                await self.front.grammars.check(grammar)
+            except (UnusableSchema, UnusableGrammar) as err:
+                raise wrong_schema(form.param, err) from err
+        request = self._request(tokens, knobs, caller, grammar=grammar)
+        return await self._admit(request, knobs, caller, PlainParser)
+
+    async def _admit(
+        self,
+        request: GenerationRequest,
+        knobs: Knobs,
+        caller: HttpCaller,
+        parser: Callable[[], OutputParser],
+        *,
+        memory: AnswerMemory | None = None,
+        strict: Mapping[str, Any] | None = None,
+        mode: str = "",
+    ) -> Choices:
+        bill = await self.front.admit(request, retryable=caller.has_key)
+        bill.mode = mode
+        outputs = [
+            Output(
+                self.front,
+                bill,
+                parser(),
+                stop=knobs.stop,
+                memory=memory,
+                strict=strict,
+                index=index,
+                tells_logprobs=knobs.num_top_logprobs is not None,
+            )
+            for index in range(request.num_samples)
+        ]
+        for output in outputs:
+            output.wants_details = caller.wants_details
+        return Choices(self.front, bill, outputs, num_shown=knobs.n)
+
+    def _request(
+        self,
+        tokens: list[int],
+        knobs: Knobs,
+        caller: HttpCaller,
+        *,
+        grammar: str,
+        breakpoints: tuple[tuple[int, float], ...] = (),
+    ) -> GenerationRequest:
+        most = self.front.identity.max_tokens - len(tokens)
+        sampling = knobs.sampling(
+            self.front.tokenizer, max_tokens_default=max(1, min(self.config.http_max_tokens, most)), grammar=grammar
         )
+        return GenerationRequest(
+            tokens=as_tokens(tokens),
+            sampling=sampling,
+            caller=caller,
+            breakpoints=breakpoints,
+            num_samples=knobs.best_of,
+        )
+
+    async def _grammar(self, conversation: Conversation, names: SchemaNames) -> str:
+        """What the answer has to be, tried out; empty: anything.  Raises:  WrongField: the schema at fault is named."""
+        if not conversation.has_form:
+            return ""
+        size = _SCHEMA_CHARACTERS * (1 + len(conversation.tools))
+        try:
+            grammar = await self.front.encoding.run(size, lambda: self.format.grammar(conversation))
+        except UnusableTool as err:
+            raise wrong_schema(names.of_tool(err.number), err) from err
+        except UnusableSchema as err:
+            raise wrong_schema(names.answer, err) from err
+        if conversation.continue_last:
+            raise InvalidRequest("an answer that was begun cannot be held to a form: leave its beginning out")
+        try:
+            await self.front.grammars.check(grammar)
+        except UnusableGrammar as err:
+            raise wrong_schema(await self._at_fault(conversation, names), err) from err
+        return grammar
+
+    async def _at_fault(self, conversation: Conversation, names: SchemaNames) -> str:
+        """The field whose schema cannot be followed, found by trying each tool alone."""
+        for number, tool in enumerate(conversation.tools):
+            rule = ToolRule(must_call=True, names=frozenset((tool["name"],)))
+            alone = replace(conversation, tool_rule=rule, answers_json=False, effort=Effort.NONE)
+            try:
+                await self.front.grammars.check(self.format.grammar(alone))
+            except (UnusableSchema, UnusableGrammar):
+                return names.of_tool(number)
+        return names.answer if conversation.answers_json else "tools"
+
+
+def wrong_schema(param: str, err: InvalidRequest) -> WrongField:
+    return WrongField(f"{param}: {err}", param=param, code="invalid_value")

@@ -110,5 +110,7 @@ def _listed(paths: list[str], *, num_more: int = 0) -> str:
 def _printable(text: str) -> str:
     """Clients choose the names: nothing of them may end a header or reach a terminal."""
     shown = quote(text[:_NAME_BYTES_MAX], safe="[]().*_-:/@$+!~' ")
+    named = shown.rstrip(" ")
+    shown = named + "%20" * (len(shown) - len(named))  # a header's value does not end with a space
     is_whole = len(text) <= _NAME_BYTES_MAX and len(shown) <= _NAME_BYTES_MAX
     return shown if is_whole else shown[: _NAME_BYTES_MAX - 3] + "..."

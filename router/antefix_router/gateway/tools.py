@@ -7,16 +7,15 @@ and groups of functions are flattened; both are told of in a header.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from antefix.errors import InvalidRequest
-from antefix_router.chat.messages import Breakpoint
+from antefix_router.chat.messages import ANY_CALLS, Breakpoint, ToolRule
 from antefix_router.chat.strict import check_schema
+from antefix_router.gateway.answer_form import anthropic_rule, openai_rule
 from antefix_router.gateway.content import breakpoint_ttl
-from antefix_router.gateway.fields import Fields, unsupported, wrong_value
-
-_OWN_KINDS = ("function", "custom")
+from antefix_router.gateway.fields import Fields, wrong_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +29,13 @@ class GroupedName:
 @dataclass(slots=True)
 class Tools:
     """schemas: what the model is shown.  strict: names of tools whose calls must keep to their schema.
-    grouped: names that the model is shown, of functions that came in a group."""
+    grouped: names that the model is shown, of functions that came in a group.  rule: which of them are to be called."""
 
     schemas: tuple[dict[str, Any], ...] = ()
     strict: frozenset[str] = frozenset()
     grouped: Mapping[str, GroupedName] = field(default_factory=dict)
     breakpoint: Breakpoint | None = None
+    rule: ToolRule = ANY_CALLS
 
     @property
     def names(self) -> frozenset[str]:
@@ -132,44 +132,15 @@ def openai_tools(fields: Fields) -> Tools:
     Raises:  WrongField: what cannot be promised, or the choice of a tool that is not there.
     """
     tools = read_tools(fields, "function")
-    choice = fields.take("tool_choice", "auto")
-    if isinstance(choice, dict):
-        check_chosen(_chosen_name(choice), tools)
-    if choice not in ("auto", "none"):
-        raise unsupported("tool_choice", ": the model decides by itself; only 'auto' and 'none' are supported")
-    has_tools = bool(tools.schemas)
-    fields.only(
-        "parallel_tool_calls", lambda value: value is True or not has_tools, "calls may always be parallel here"
-    )
-    return tools.without_schemas() if choice == "none" else tools
+    parallel = fields.boolean("parallel_tool_calls", True)
+    return _chosen(tools, openai_rule(fields.take("tool_choice"), tools.names, parallel=parallel))
 
 
 def anthropic_tools(fields: Fields) -> Tools:
     """Raises:  WrongField: as `openai_tools`."""
     tools = read_tools(fields, "custom")
-    choice = fields.child("tool_choice")
-    kind = choice.text("type") if choice is not None else "auto"
-    if choice is not None:
-        if kind == "tool":
-            check_chosen(choice.text("name"), tools)
-        if kind not in ("auto", "none"):
-            raise unsupported("tool_choice", ": the model decides by itself; only 'auto' and 'none' are supported")
-        choice.only("disable_parallel_tool_use", lambda value: value is False, "calls may always be parallel here")
-    return tools.without_schemas() if kind == "none" else tools
+    return _chosen(tools, anthropic_rule(fields.child("tool_choice"), tools.names))
 
 
-def check_chosen(name: str | None, tools: Tools) -> None:
-    """Raises:  WrongField: there is no tool of this name; one that was left out is not there either."""
-    if name is not None and name not in tools.names:
-        raise wrong_value("tool_choice", f": there is no tool {name[:80]!r} that could be called here")
-
-
-def _chosen_name(choice: dict[str, Any]) -> str | None:
-    """The tool that a choice names, or None. Choices of a provider's tool name its kind."""
-    kind = choice.get("type", "function")
-    if kind == "allowed_tools":
-        return None
-    function = choice.get("function")
-    inner = function if isinstance(function, dict) else choice
-    name = inner.get("name", kind if kind not in _OWN_KINDS else None)
-    return name if isinstance(name, str) else None
+def _chosen(tools: Tools, rule: ToolRule | None) -> Tools:
+    return tools.without_schemas() if rule is None else replace(tools, rule=rule)
