@@ -131,6 +131,8 @@ class UsageRecord:
     replayed_tokens: run again to rebuild window state, billed as hits.  last_hit_hash: the evidence of the hit.
     mode: how the model thought ("off", "low", "high", "max"); empty for a prompt that is no conversation.
     write_error: why what was computed could not all be stored; empty where it was.
+    prefix_volatile: the client's prompts begin with something that changes, so all behind it misses.
+    prompt_marks: a few block hashes of the prompt (`antefix.prompt_marks`), to see later where two prompts part.
     saved: what the hit tokens would have cost more as misses.  detail: an error's class; never prompt text.
     """
 
@@ -168,6 +170,8 @@ class UsageRecord:
     finished_us: int
     ttft_us: int = 0
     mode: str = ""
+    prefix_volatile: bool = False
+    prompt_marks: str = ""
 
     def __post_init__(self) -> None:
         """Raises:  InternalError: the counts contradict each other."""
@@ -217,7 +221,7 @@ class UsageRecord:
     def to_payload(self) -> bytes:
         values = {"v": PAYLOAD_VERSION, **self.to_dict()}
         # Absent means nothing: most records, and all from before there were these fields.
-        for name in ("paid_before", "mode", "write_error"):
+        for name in ("paid_before", "mode", "write_error", "prefix_volatile", "prompt_marks"):
             if not getattr(self, name):
                 del values[name]
         return _canonical(values)

@@ -19,7 +19,10 @@ GROUPS_BY_DEFAULT = ("tenant", "model", "day")
 
 @dataclass(slots=True)
 class Line:
-    """One group's sums. Currencies are never added to one another, so they are part of the group."""
+    """One group's sums. Currencies are never added to one another, so they are part of the group.
+
+    prefix_volatile: requests whose client's prompts begin with something that changes.
+    """
 
     group: tuple[str, ...]
     currency: str
@@ -29,6 +32,7 @@ class Line:
     cache_hit_tokens: int = 0
     cache_miss_tokens: int = 0
     output_tokens: int = 0
+    prefix_volatile: int = 0
     price: Decimal = Decimal(0)
     saved: Decimal = Decimal(0)
 
@@ -43,6 +47,7 @@ class Line:
         self.cache_hit_tokens += record.cache_hit_tokens
         self.cache_miss_tokens += record.cache_miss_tokens
         self.output_tokens += record.output_tokens
+        self.prefix_volatile += record.prefix_volatile
         self.price += record.price
         self.saved += record.saved
 
@@ -71,7 +76,7 @@ def as_json(lines: Sequence[Line], by: Sequence[str]) -> str:
 
 def as_text(lines: Sequence[Line], by: Sequence[str]) -> str:
     """A table with aligned columns."""
-    head = [*by, "requests", "prompt", "hit", "miss", "output", "hit %", "price", "saved", ""]
+    head = [*by, "requests", "prompt", "hit", "miss", "output", "hit %", "volatile", "price", "saved", ""]
     rows = [
         [
             *line.group,
@@ -81,6 +86,7 @@ def as_text(lines: Sequence[Line], by: Sequence[str]) -> str:
             str(line.cache_miss_tokens),
             str(line.output_tokens),
             f"{100 * line.hit_rate:.2f}",
+            str(line.prefix_volatile),
             format(line.price, "f"),
             format(line.saved, "f"),
             line.currency,

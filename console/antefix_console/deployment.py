@@ -36,6 +36,8 @@ ARITHMETIC_FILE = "arithmetic.txt"
 # Held while a deployment runs there; and where Prometheus finds its roles.
 LOCK_FILE = "up.lock"
 METRICS_TARGETS_FILE = "metrics-targets.json"
+# The settings that decide how the last start's routers write prompts.
+DOOR_FILE = "door.json"
 START_TIMEOUT_S = 120.0
 # What a role needs beyond the grace period, to end what runs and to write down what it has.
 STOP_MARGIN_S = 20.0
@@ -50,7 +52,7 @@ class DeploymentConfig:
     device, dtype, kernels: as workers' settings of these names (docs/OPERATIONS.md).
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
-    chat_format, model_aliases: docs/HTTP_API.md.
+    chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
     strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
     grace_s: how long requests that run may take when it stops.
     log_level, log_format, traces: docs/OPERATIONS.md, "Watching".
@@ -80,6 +82,7 @@ class DeploymentConfig:
     tenants_file: str = ""
     chat_format: str = "auto"
     model_aliases: str = ""
+    prefix_rules: str = ""
     grace_s: float = GRACE_S
     log_level: str = "info"
     log_format: str = "text"
@@ -200,6 +203,7 @@ class Deployment:
         # A router refuses to start over workers that cannot share, and says what differs.
         await self.start_router(config.router_address, http_address=config.http_address)
         (config.data_dir / ARITHMETIC_FILE).write_text((await self.router.status()).arithmetic + "\n")
+        (config.data_dir / DOOR_FILE).write_text(json.dumps(_door_settings(config)) + "\n")
         for _ in range(1, config.num_routers):
             await self.start_router(http_address="127.0.0.1:0" if config.http_address else "")
 
@@ -244,6 +248,7 @@ class Deployment:
         # One published key, whichever router signs.
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
         flags += ["--chat-format", self.config.chat_format, "--model-aliases", self.config.model_aliases]
+        flags += ["--prefix-rules", self.config.prefix_rules]
         flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]
@@ -384,6 +389,13 @@ class Deployment:
         role.process.kill()
         await role.process.wait()
         return False
+
+
+def _door_settings(config: DeploymentConfig) -> dict[str, str]:
+    """Files by their whole path: whoever reads this may be elsewhere."""
+    files = {"model_aliases": config.model_aliases, "prefix_rules": config.prefix_rules}
+    whole = {name: str(Path(path).absolute()) if Path(path).is_file() else path for name, path in files.items()}
+    return {"chat_format": config.chat_format, **whole}
 
 
 def _given(flag: str, value: str) -> list[str]:

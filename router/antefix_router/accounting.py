@@ -304,6 +304,8 @@ class Accounts:
             status=status,
             detail=detail,
             mode=bill.mode,
+            prefix_volatile=bill.prefix_volatile,
+            prompt_marks=bill.generation.prompt_marks,
             output_write_tokens=bill.generation.output_written_tokens,
             write_error=bill.write_error,
             paid_before=bill.paid_before,

@@ -26,6 +26,7 @@ from antefix_router.encoding import Encoding
 from antefix_router.generation import Generator, Piece
 from antefix_router.grammar_check import GrammarCheck
 from antefix_router.open_bill import Bill, Served
+from antefix_router.volatile_prefix import PrefixWatch
 
 REQUEST_ID_BYTES_MAX = 256
 TENANT_BYTES_MAX = 512
@@ -71,6 +72,7 @@ class Front:
         self.signer = signer
         self.encoding = Encoding()
         self.grammars = GrammarCheck(identity.path, identity.vocab_size)
+        self._prefixes = PrefixWatch()
         self._generator = generator
 
     async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
@@ -85,8 +87,7 @@ class Front:
             ("user", caller.user, TENANT_BYTES_MAX),
             ("session", caller.session, TENANT_BYTES_MAX),
         ):
-            if len(text.encode()) > nbytes_max:
-                raise InvalidRequest(f"{name} takes {nbytes_max} bytes")
+            check_name(name, text, nbytes_max)
         cache_tenant(caller.tenant, caller.user)
         self._check_tokens(request.tokens, request.sampling.max_tokens)
         request.sampling.check_vocabulary(self.identity.vocab_size)
@@ -95,7 +96,9 @@ class Front:
             await self.grammars.check(request.sampling.grammar)
         if not caller.request_id:
             request = replace(request, caller=replace(caller, request_id=secrets.token_hex(12)))
-        return await self.accounts.admit(request, retryable=retryable)
+        bill = await self.accounts.admit(request, retryable=retryable)
+        bill.prefix_volatile = self._prefixes.note(request.cache_tenant, request.tokens)
+        return bill
 
     def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[Piece, None]:
         """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
@@ -118,6 +121,16 @@ class Front:
             raise InvalidRequest(
                 f"token id {int(tokens.max())} is outside the vocabulary of {self.identity.vocab_size}"
             )
+
+
+def check_name(what: str, text: str, nbytes_max: int) -> None:
+    """Raises:  InvalidRequest: it is too long, or cannot be written as UTF-8."""
+    try:
+        num_bytes = len(text.encode())
+    except UnicodeEncodeError as err:
+        raise InvalidRequest(f"{what} is not text: UTF-8 cannot write its character {err.start}") from err
+    if num_bytes > nbytes_max:
+        raise InvalidRequest(f"{what} takes {nbytes_max} bytes")
 
 
 def cache_tenant(tenant: str, user: str) -> str:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from antefix.clients import DecodeClient, Tokens
 from antefix.errors import InternalError, Overloaded, Unavailable
 from antefix.generation_request import GenerationRequest
+from antefix.prompt_marks import marks_of
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.telemetry import begin, span
@@ -76,11 +77,12 @@ class Sample:
 
 @dataclass(slots=True)
 class Generation:
-    """A request while it runs: what was asked, and what has come of it."""
+    """A request while it runs: what was asked, and what has come of it. prompt_marks: of its blocks, once named."""
 
     request: GenerationRequest
     samples: list[Sample] = field(init=False)
     restore: RestoreReport | None = None
+    prompt_marks: str = ""
     output_written_tokens: int = 0
     write_error: str = ""
     started: float = field(default_factory=time.perf_counter)
@@ -156,6 +158,7 @@ class Generator:
             generation.request = request
         # 1. Name the prompt's blocks.
         prompt = self._names.prompt(request.cache_tenant, request.tokens)
+        generation.prompt_marks = marks_of(prompt.chain.hashes)
         # 2. Prefill, which a short rest leaves to the decode worker.
         prefilled = await self._prefilling.run(request, prompt, timeout_s=timeout_s)
         self._pins.pin(prompt.chain, request.breakpoints, owner=prompt.owner)

@@ -32,6 +32,7 @@ class Bill:
 
     mode: how the model thinks, as clients are told; empty where nobody asked it to hold a conversation.
 
+    prefix_volatile: as `volatile_prefix` found it at admission.
     is_held: the reader keeps the output until all of it is there, so that a client has nothing of one that broke off.
     shared: the answer is made for several readers, each with a bill of its own; one record is written for all of them.
     kept: the answer is there already, and is not made.
@@ -50,6 +51,7 @@ class Bill:
         self.paid_before = paid_before
         self.reasoning_tokens = 0
         self.mode = ""
+        self.prefix_volatile = False
         self.is_held = False
         self.ended_here = False
         self.num_read = 0

@@ -92,6 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-aliases", default="", metavar="FILE", help="names that clients may use (deploy/model_aliases.toml)"
     )
     parser.add_argument(
+        "--prefix-rules",
+        default="",
+        metavar="FILE",
+        help="lines of system text to move behind the stable prefix (deploy/prefix_rules.toml), or off",
+    )
+    parser.add_argument(
         "--grace-s",
         type=float,
         default=GRACE_S,
@@ -139,6 +145,7 @@ def run(args: argparse.Namespace) -> int:
         tenants_file=args.tenants_file,
         chat_format=args.chat_format,
         model_aliases=args.model_aliases,
+        prefix_rules=args.prefix_rules,
         grace_s=args.grace_s,
         log_level=args.log_level,
         log_format=args.log_format,

@@ -34,9 +34,12 @@ class AnswerMemory:
 
     def put(self, before: Sequence[int], message: Message, tokens: Sequence[int], *, tenant: str) -> None:
         """Remember that after `before` (the prompt) the model wrote `tokens`, which the client saw as `message`."""
+        self.keep(answer_name(prefix_state(tenant, before), message), tokens)
+
+    def keep(self, name: bytes, tokens: Sequence[int]) -> None:
+        """Remember tokens by a name of `answer_name` or `aside_name`."""
         if not tokens or _cost(4 * len(tokens)) > self._num_tokens_max:
             return
-        name = answer_name(prefix_state(tenant, before), message)
         packed = np.asarray(tokens, "<u4").tobytes()
         with self._lock:
             if (old := self._answers.pop(name, None)) is not None:
@@ -66,6 +69,13 @@ def prefix_state(tenant: str, tokens: Sequence[int]) -> hashlib.blake2b:
     state.update(len(tenant.encode()).to_bytes(4, "little") + tenant.encode())
     state.update(np.asarray(tokens, "<u4").tobytes())
     return state
+
+
+def aside_name(prefix: hashlib.blake2b) -> bytes:
+    """What was said aside behind this prefix. No part of an answer is as long as the mark says."""
+    state = prefix.copy()
+    state.update(b"\xff" * 8 + b"aside")
+    return state.digest()
 
 
 def answer_name(prefix: hashlib.blake2b, message: Message) -> bytes:

@@ -46,7 +46,8 @@ class Breakpoint:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn. name: who speaks, where several do.  tool_call_id: which call a TOOL message answers.
-    breakpoints: within `content`, or at the end of the whole turn."""
+    breakpoints: within `content`, or at the end of the whole turn.
+    part_starts: where in `content` its parts begin, where it came in parts."""
 
     role: Role
     content: str = ""
@@ -55,6 +56,7 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     breakpoints: tuple[Breakpoint, ...] = ()
+    part_starts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +83,9 @@ class Conversation:
     """tools: JSON schemas as {"name", "description", "parameters"}.  continue_last: the last message is the beginning
     of the answer, to be gone on with.  tools_breakpoint: after the tools.
     strict: tools whose calls always keep to the schema.
-    answers_json: the answer is JSON, which keeps to response_schema where there is one."""
+    answers_json: the answer is JSON, which keeps to response_schema where there is one.
+    aside: text that changes with every request, and is said last.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
@@ -92,6 +96,7 @@ class Conversation:
     tool_rule: ToolRule = ANY_CALLS
     answers_json: bool = False
     response_schema: dict[str, Any] | None = None
+    aside: str = ""
 
     @property
     def has_form(self) -> bool:
@@ -123,8 +128,16 @@ class Answer:
     pieces: tuple[Special | Plain, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aside:
+    """What changes with every request, at the end of the turn before an answer. Without pieces it is an earlier turn's:
+    the client does not send that again, and what stood there then is put there again, or its answer could not hit."""
+
+    pieces: tuple[Special | Plain, ...] = ()
+
+
 # A breakpoint as a piece stands between its neighbours.
-Piece = Special | Plain | Answer | Breakpoint
+Piece = Special | Plain | Answer | Breakpoint | Aside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

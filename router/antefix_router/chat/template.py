@@ -64,8 +64,12 @@ class TemplateFormat:
             raise InvalidRequest("this deployment has no tool calls for this model's chat template")
         if conversation.continue_last:
             raise InvalidRequest("this model's chat template cannot go on with an answer that was begun")
-        text = self._written(conversation.messages)
-        places = self._breakpoints(conversation.messages, text)
+        messages = conversation.messages
+        if conversation.aside:
+            # What earlier turns said aside is gone: a template has no place to put it back.
+            messages = (*messages, Message(role=Role.USER, content=conversation.aside))
+        text = self._written(messages)
+        places = self._breakpoints(messages, text)
         pieces: list[Piece] = []
         start = 0
         # Each part is tokenized by itself, so nothing that a mark cut apart is read as one token.

@@ -26,6 +26,7 @@ from antefix_router.gateway.openai_messages import refuse_unsupported
 from antefix_router.gateway.output import Ended, Output
 from antefix_router.gateway.signatures import Signatures
 from antefix_router.gateway.tools import anthropic_tools
+from antefix_router.gateway.user_names import split_user
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -66,10 +67,10 @@ async def count_tokens(gateway: Gateway, request: Request) -> JSONResponse:
         tenant = gateway.tenant(request)
         fields = await gateway.fields(request)
         asked = _read(gateway, fields, tenant)
-        tokens, _ = await gateway.tokens_of(asked.conversation, cache_tenant(tenant, asked.user))
+        rendered = await gateway.render(asked.conversation, cache_tenant(tenant, split_user(asked.user).user))
     except Exception as err:  # noqa: BLE001 - answered in the caller's shape
         return error_response(err, Provider.ANTHROPIC)
-    return JSONResponse({"input_tokens": len(tokens)}, headers=fields.notes.headers())
+    return JSONResponse({"input_tokens": len(rendered.tokens)}, headers=fields.notes.headers())
 
 
 def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
@@ -102,6 +103,7 @@ def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
         effort=effort,
         continue_last=messages[-1].role is Role.ASSISTANT,
     )
+    conversation = gateway.settled(conversation, fields.notes)
     return _Asked(model=model.asked_for, user=user, stream=stream, knobs=knobs, conversation=conversation)
 
 

@@ -58,6 +58,7 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
         answers_json=form.is_json,
         response_schema=form.schema,
     )
+    conversation = gateway.settled(conversation, fields.notes)
     choices = await gateway.chat_choices(conversation, knobs, gateway.caller(request, tenant, user, session=session))
     return ChatCall(
         choices,

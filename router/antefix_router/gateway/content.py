@@ -59,9 +59,11 @@ class Content:
     breakpoints: list[Breakpoint] = field(default_factory=list)
     unseen: list[Unseen] = field(default_factory=list)
     is_inner: bool = False
+    part_starts: list[int] = field(default_factory=list)
 
     def add(self, text: str, ttl_s: float | None = None) -> None:
         """A part, and the lifetime of the breakpoint behind it, if it has one."""
+        self.part_starts.append(len(self.text))
         self.text += text
         if ttl_s is not None:
             self.breakpoints.append(Breakpoint(ttl_s=ttl_s, offset=len(self.text)))
@@ -78,6 +80,7 @@ class Content:
 
     def prepend(self, text: str) -> None:
         self.text = text + self.text
+        self.part_starts = [0, *(len(text) + start for start in self.part_starts)]
         self.breakpoints = [
             Breakpoint(ttl_s=each.ttl_s, offset=len(text) + (each.offset or 0)) for each in self.breakpoints
         ]

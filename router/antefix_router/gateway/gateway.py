@@ -18,7 +18,8 @@ from antefix_router.chat.chat_formats import ChatFormat, OutputParser, PlainPars
 from antefix_router.chat.choice import choose_format
 from antefix_router.chat.grammar import json_grammar
 from antefix_router.chat.messages import Conversation, Effort, ToolRule
-from antefix_router.chat.render import num_characters, render_tokens
+from antefix_router.chat.moved_lines import load_rules, move_lines
+from antefix_router.chat.render import Rendered, num_characters, render_tokens
 from antefix_router.chat.schema import UnusableSchema, UnusableTool
 from antefix_router.front import Front, cache_tenant
 from antefix_router.gateway.access import REQUEST_ID, TENANT
@@ -34,6 +35,7 @@ from antefix_router.gateway.modes import Wish
 from antefix_router.gateway.notes import IgnoredFields, Notes
 from antefix_router.gateway.output import Output
 from antefix_router.gateway.signatures import Signatures
+from antefix_router.gateway.user_names import split_user
 from antefix_router.grammar_check import UnusableGrammar
 
 BREAKPOINTS_MAX = 4
@@ -69,6 +71,7 @@ class Gateway:
             load_aliases(config.model_aliases) if config.model_aliases else (),
             serve_unknown=config.unknown_models != REFUSE,
         )
+        self.prefix_rules = load_rules(config.prefix_rules)
 
     def tenant(self, request: Request) -> str:
         """Raises:  Unauthenticated: no key, or an unknown one, where keys are needed."""
@@ -89,15 +92,17 @@ class Gateway:
         return Fields(body, notes=notes)
 
     def caller(self, request: Request, tenant: str, user: str, session: str = "") -> HttpCaller:
+        """user: as the client names it, which may be with its session; that is a hint where `session` is none."""
+        named = split_user(user)
         key = request.headers.get("idempotency-key", "")
         request_id = key or request.scope[REQUEST_ID]
         details = request.headers.get(DETAILS_HEADER, "").lower() == "true"
         return HttpCaller(
             tenant=tenant,
-            user=user,
+            user=named.user,
             request_id=request_id,
             has_key=bool(key),
-            session=session,
+            session=session or named.session,
             wants_details=details or self.config.http_usage_details,
         )
 
@@ -124,9 +129,14 @@ class Gateway:
         notes.mode = self.format.mode_name(effort)
         return effort
 
-    async def tokens_of(
-        self, conversation: Conversation, tenant: str
-    ) -> tuple[list[int], tuple[tuple[int, float], ...]]:
+    def settled(self, conversation: Conversation, notes: Notes) -> Conversation:
+        """The conversation with the lines behind the stable prefix that would change it; they are noted."""
+        conversation, moved = move_lines(conversation, self.prefix_rules)
+        for each in moved:
+            notes.move(each.rule.name, f"{len(each.text)} characters, changes with the {each.rule.changes.value}")
+        return conversation
+
+    async def render(self, conversation: Conversation, tenant: str) -> Rendered:
         """The prompt's tokens, and where the client's cache breakpoints lie in them."""
         pieces = self.format.render(conversation)
         with span("tokenize", num_characters=num_characters(pieces)):
@@ -135,7 +145,7 @@ class Gateway:
                 lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
             )
         # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
-        return rendered.tokens, rendered.breakpoints[-BREAKPOINTS_MAX:]
+        return replace(rendered, breakpoints=rendered.breakpoints[-BREAKPOINTS_MAX:])
 
     async def chat(
         self, conversation: Conversation, knobs: Knobs, caller: HttpCaller, names: SchemaNames = CHAT_NAMES
@@ -151,13 +161,13 @@ class Gateway:
     ) -> Choices:
         """Admit a conversation's next answers, as many as the knobs say.  Raises: as `chat`."""
         grammar = await self._grammar(conversation, names)
-        tokens, breakpoints = await self.tokens_of(conversation, cache_tenant(caller.tenant, caller.user))
-        request = self._request(tokens, knobs, caller, grammar=grammar, breakpoints=breakpoints)
+        rendered = await self.render(conversation, cache_tenant(caller.tenant, caller.user))
+        request = self._request(rendered.tokens, knobs, caller, grammar=grammar, breakpoints=rendered.breakpoints)
         memory = None if conversation.continue_last else self.memory
         strict = {
             tool["name"]: tool["parameters"] for tool in conversation.tools if tool["name"] in conversation.strict
         }
-        return await self._admit(
+        choices = await self._admit(
             request,
             knobs,
             caller,
@@ -166,6 +176,9 @@ class Gateway:
             strict=strict,
             mode=self.format.mode_name(conversation.effort),
         )
+        if rendered.aside is not None:
+            self.memory.keep(*rendered.aside)
+        return choices
 
     async def complete(self, tokens: list[int], knobs: Knobs, caller: HttpCaller, form: AnswerForm) -> Choices:
         """Admit continuations of tokens, as they are."""

@@ -55,6 +55,7 @@ class Notes:
         self._left_out: list[str] = []
         self._flattened: list[str] = []
         self._foreign: list[str] = []
+        self._moved: list[str] = []
 
     def ignore(self, path: str) -> None:
         """A field that changes nothing here."""
@@ -75,6 +76,10 @@ class Notes:
         """Something that the model is shown in another form."""
         self._flattened.append(f"{path} ({what})")
 
+    def move(self, name: str, what: str) -> None:
+        """Something that the model is shown in a later place."""
+        self._moved.append(f"{name} ({what})")
+
     def call_foreign(self, path: str) -> None:
         """Thinking that did not come from here: the model is shown it, and nobody vouches for it."""
         self._foreign.append(path)
@@ -89,6 +94,7 @@ class Notes:
             "antefix-ignored": _listed([*self._ignored.values()], num_more=self._num_unnamed),
             "antefix-left-out": _listed(self._left_out),
             "antefix-flattened": _listed(self._flattened),
+            "antefix-moved": _listed(self._moved),
             "antefix-foreign-thinking": _listed(self._foreign),
             "antefix-mode": self.mode,
             "antefix-model": _printable(self.model),

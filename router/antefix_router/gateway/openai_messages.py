@@ -59,6 +59,7 @@ def _read_message(item: Fields, found: MessageList) -> None:
         tool_calls=calls,
         tool_call_id=call_id,
         breakpoints=(*said.breakpoints, *end_breakpoint(item)),
+        part_starts=tuple(said.part_starts),
     )
     found.add(message, said.unseen)
 

@@ -61,6 +61,7 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
         answers_json=form.is_json,
         response_schema=form.schema,
     )
+    conversation = gateway.settled(conversation, fields.notes)
     caller = gateway.caller(request, tenant, user, session=session)
     output = await gateway.chat(conversation, knobs, caller, RESPONSES_NAMES)
     echo = {
