@@ -125,13 +125,18 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(values, ensure_ascii=False, default=str)
 
 
+class _Handler(logging.StreamHandler[IO[str]]):
+    """Ours, to be told from others."""
+
+
 def set_up_logs(level: str = "info", form: str = "text", stream: IO[str] | None = None) -> None:
     """Log to `stream`, stderr if none is given, from now on.  level, form: of LEVELS and FORMATS."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _Handler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     handler.addFilter(RepeatFilter())
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    # Handlers of whoever runs us in his process stay.
+    root.handlers[:] = [*(each for each in root.handlers if not isinstance(each, _Handler)), handler]
     # Below that other people's packages tell what passes through them: the server of event streams each piece of text.
     root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level.upper()]))
     for name in _OURS:

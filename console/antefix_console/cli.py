@@ -33,7 +33,8 @@ _WORKER_PACKAGES = ("torch", "safetensors", "triton")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    set_up_logs()
+    if not logging.getLogger().handlers:
+        set_up_logs()
     try:
         return _run(args)
     except KeyboardInterrupt:

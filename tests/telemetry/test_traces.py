@@ -1,5 +1,7 @@
 """Spans of one process, as a collector gets them; and nothing at all where tracing is off."""
 
+import os
+import subprocess
 import sys
 import time
 
@@ -104,3 +106,15 @@ async def test_a_restore_tells_what_it_read_from_where(make_engine, make_prompt,
     (planned,) = [each for each in spans if each.name == "plan"]
     assert planned.attributes["plan"] == plan
     assert bool([each for each in spans if each.name == "replay"]) == (plan == "replay")
+
+
+@pytest.mark.services
+def test_off_a_role_imports_nothing_of_it():
+    code = (
+        "import sys, antefix_router.server, antefix_kvstore.server, antefix_prefill.server, antefix_decode.server;"
+        "sys.exit(any(name.startswith('opentelemetry.exporter') for name in sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    )
+    assert done.returncode == 0
