@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-fast test-long test-wheel docs-api lint fmt bench bench-peers proto clean
+.PHONY: setup demo test test-fast test-long test-wheel test-prometheus docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -42,6 +42,10 @@ test-long: setup
 # Wheel and sdist in clean environments, everything from the package index: some minutes and 2 GB of disk.
 test-wheel: setup
 	$(BIN)/python -m pytest -m "long or not long" tests/wheel
+
+# A real Prometheus scrapes a deployment, and its promtool checks rules and metrics: `apt install prometheus` on Debian.
+test-prometheus: setup
+	$(BIN)/python -m pytest -rs tests/e2e/test_prometheus.py
 
 # docs/API.md, from the docstrings.
 docs-api: setup

@@ -15,6 +15,7 @@ from antefix.clients.usage import Usage, usage_from_wire
 from antefix.generation_request import Caller, check_text
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
+from antefix.telemetry.context import outgoing
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import (
     TokenLogprob,
@@ -80,7 +81,7 @@ class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
             request.text = prompt
         else:
             request.tokens.CopyFrom(tokens_to_wire(prompt))
-        call = self._stub.Generate(request, timeout=timeout_s)
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=outgoing())
         try:
             with rpc.rpc_errors():
                 async for message in call:

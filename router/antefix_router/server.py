@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, replace
 
 import grpc
+from prometheus_client.core import Metric
 
 from antefix import rpc
 from antefix.block import CPU_FLOAT32, as_tokens, check_arithmetic, exactness_of
@@ -24,6 +25,16 @@ from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.store.api import Store
 from antefix.store.open_store import StoreAddress, open_store
+from antefix.telemetry import Registry, bind_request, span
+from antefix.telemetry.settings import (
+    check_telemetry,
+    log_format_setting,
+    log_level_setting,
+    metrics_setting,
+    serve_metrics,
+    trace_share_setting,
+    traces_setting,
+)
 from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc, usage_pb2, usage_pb2_grpc
 from antefix.wire import logprobs_to_wire, report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
@@ -32,6 +43,7 @@ from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.generation import Generator
 from antefix_router.keeper import BreakpointPins
+from antefix_router.metrics import accounts_metrics, placement_metrics, router_metrics
 from antefix_router.naming import Names
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
@@ -78,10 +90,16 @@ class RouterConfig(GatewayConfig):
     prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
     decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
     leases: bool = setting(False, "start without workers: they register themselves")
+    metrics_address: str = metrics_setting()
+    log_level: str = log_level_setting()
+    log_format: str = log_format_setting()
+    traces: str = traces_setting()
+    trace_share: float = trace_share_setting()
 
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         GatewayConfig.__post_init__(self)
+        check_telemetry(self)
         if self.arithmetic:
             check_arithmetic(self.arithmetic)
         require(bool(self.model), "--model is needed: a directory with config.json and a tokenizer")
@@ -140,7 +158,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self.pins = BreakpointPins(store)
         self.front: Front = open_front(
             config,
-            Generator(prefilling, self._decode, names, directory, self.pins, sessions),
+            Generator(
+                prefilling,
+                self._decode,
+                names,
+                directory,
+                self.pins,
+                sessions,
+                between_tokens=lambda seconds, number: self.front.accounts.measures.note_pace(seconds, number),
+            ),
             identity=identity,
             tokenizer=tokenizer,
             keyring=keyring,
@@ -205,6 +231,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         )
         bill = await self.front.admit(request)
         generation = bill.generation
+        bind_request(generation.request.request_id)
         texts = [self._tokenizer.stream() for _ in generation.samples]
         num_sent = [0 for _ in generation.samples]
         outputs = self.front.run(bill, rpc.deadline_s(context, REQUEST_TIMEOUT_S))
@@ -231,7 +258,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         if message.WhichOneof("prompt") == "tokens":
             return tokens_from_wire(message.tokens)
         text: str = message.text
-        return await self.front.encoding.run(len(text), lambda: as_tokens(self._tokenizer.encode(text)))
+        with span("tokenize", num_characters=len(text)):
+            return await self.front.encoding.run(len(text), lambda: as_tokens(self._tokenizer.encode(text)))
+
+    def metrics(self) -> Iterable[Metric]:
+        """What it shows, beside its HTTP door's own. Read in the event loop."""
+        yield from accounts_metrics(self.front.accounts)
+        yield from placement_metrics((self._prefill, self._decode), self._config.policy, self.memory)
+        yield from router_metrics(self._counters, self.memory, self.feed)
 
     async def RouterStatus(
         self, request: router_pb2.RouterStatusRequest, context: rpc.Context
@@ -328,12 +362,17 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     if config.store_events:
         servicer.feed.start()
     http_address = http.address if http is not None else ""
+    registry = Registry("router")
+    registry.add_in_loop(servicer.metrics)
+    if http is not None:
+        registry.add_in_loop(http.metrics)
     await rpc.run_until_signal(
         server,
         role="router",
         stop=stop,
         watch_stdin=watch_stdin,
         http_address=http_address,
+        metrics_address=serve_metrics(config, registry),
         leave=leave,
         grace_s=config.grace_s,
         others=[http.stop] if http is not None else [],
