@@ -28,6 +28,7 @@ from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.messages import Answer, Aside, Breakpoint, Conversation, Piece
 from antefix_router.chat.render import Span, render_tokens
 from antefix_router.front import Front
+from antefix_router.gateway.access import REQUEST_ID
 from antefix_router.gateway.anthropic import prepare_messages
 from antefix_router.gateway.chat import prepare_chat
 from antefix_router.gateway.gateway import Gateway
@@ -129,7 +130,7 @@ def _request(body: Any) -> Request:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
 
-    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": []}
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": [], REQUEST_ID: "dry"}
     return Request(scope, receive)
 
 
