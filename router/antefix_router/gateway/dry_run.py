@@ -26,7 +26,7 @@ from antefix_billing.tenants import TenantBook
 from antefix_router.accounting import Accounts
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.messages import Answer, Aside, Breakpoint, Conversation, Piece
-from antefix_router.chat.render import render_tokens
+from antefix_router.chat.render import Span, render_tokens
 from antefix_router.front import Front
 from antefix_router.gateway.anthropic import prepare_messages
 from antefix_router.gateway.chat import prepare_chat
@@ -39,15 +39,6 @@ from antefix_router.open_bill import Bill, Served
 
 _PREPARE: Final = {"chat": prepare_chat, "responses": prepare_response, "anthropic": prepare_messages}
 APIS: Final = tuple(_PREPARE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """The tokens [start, end) that a piece of text became."""
-
-    start: int
-    end: int
-    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
