@@ -95,7 +95,7 @@ class Gateway:
         """user: as the client names it, which may be with its session; that is a hint where `session` is none."""
         named = split_user(user)
         key = request.headers.get("idempotency-key", "")
-        request_id = key or request.scope[REQUEST_ID]
+        request_id = key or request.scope.get(REQUEST_ID, "")
         details = request.headers.get(DETAILS_HEADER, "").lower() == "true"
         return HttpCaller(
             tenant=tenant,
