@@ -46,7 +46,9 @@ async def prepare_messages(gateway: Gateway, request: Request) -> MessagesCall:
     asked = _read(gateway, fields, tenant)
     if asked.knobs.max_tokens is None:
         raise missing("max_tokens", "an integer of at least 1")  # as in Anthropic's API, which has no default
-    output = await gateway.chat(asked.conversation, asked.knobs, gateway.caller(request, tenant, asked.user))
+    output = await gateway.chat(
+        asked.conversation, asked.knobs, gateway.caller(request, tenant, asked.user), fields.notes
+    )
     return MessagesCall(
         output,
         asked.model,
@@ -63,7 +65,7 @@ async def count_tokens(gateway: Gateway, request: Request) -> JSONResponse:
         tenant = gateway.tenant(request)
         fields = await gateway.fields(request)
         asked = _read(gateway, fields, tenant)
-        tokens, _ = await gateway.tokens_of(asked.conversation, cache_tenant(tenant, asked.user))
+        tokens, _ = await gateway.tokens_of(asked.conversation, cache_tenant(tenant, asked.user), fields.notes)
     except Exception as err:  # noqa: BLE001 - answered in the caller's shape
         return error_response(err, Provider.ANTHROPIC)
     return JSONResponse({"input_tokens": len(tokens)}, headers=fields.notes.headers())

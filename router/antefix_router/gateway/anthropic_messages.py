@@ -7,7 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 from antefix_router.chat.messages import Breakpoint, Message, Role, ToolCall
-from antefix_router.gateway.content import Content, MessageList, as_json, breakpoint_ttl, content_of, end_breakpoint
+from antefix_router.gateway.content import (
+    Content,
+    MessageList,
+    as_json,
+    breakpoint_ttl,
+    content_of,
+    end_breakpoint,
+    result_of,
+)
 from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_type, wrong_value
 from antefix_router.gateway.signatures import Signatures
 
@@ -59,7 +67,7 @@ def _read_turn(blocks: list[Fields], role: Role, found: MessageList, ends: tuple
             said.add_part(block)
             continue
         has_results = True
-        result = content_of(block, "content", "")
+        result = result_of(block, "content")
         if block.boolean("is_error"):
             # What failed is told in words: the model has no other field for it.
             result.prepend("Error: ")

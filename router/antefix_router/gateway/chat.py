@@ -51,7 +51,9 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
         effort=effort,
         continue_last=is_answer,
     )
-    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user, session=session))
+    output = await gateway.chat(
+        conversation, knobs, gateway.caller(request, tenant, user, session=session), fields.notes
+    )
     return ChatCall(
         output,
         model.asked_for,

@@ -6,6 +6,7 @@ to, so only there is an image refused; anywhere else a short placeholder stands 
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from antefix_router.chat.messages import Breakpoint, Message, Role
 from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_type
 from antefix_router.gateway.notes import Notes
+from antefix_router.gateway.written_media import placeholder, without_media
 
 CACHE_TTLS_S = {"5m": 300.0, "1h": 3600.0}
 _TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
@@ -59,9 +61,13 @@ class Content:
     breakpoints: list[Breakpoint] = field(default_factory=list)
     unseen: list[Unseen] = field(default_factory=list)
     is_inner: bool = False
+    # Where a tool's result is, whose text may be a picture written out; None for what is no result.
+    result_at: str | None = None
 
     def add(self, text: str, ttl_s: float | None = None) -> None:
         """A part, and the lifetime of the breakpoint behind it, if it has one."""
+        if self.result_at is not None:
+            text = self._without_media(text, self.result_at)
         self.text += text
         if ttl_s is not None:
             self.breakpoints.append(Breakpoint(ttl_s=ttl_s, offset=len(self.text)))
@@ -81,6 +87,11 @@ class Content:
         self.breakpoints = [
             Breakpoint(ttl_s=each.ttl_s, offset=len(text) + (each.offset or 0)) for each in self.breakpoints
         ]
+
+    def _without_media(self, text: str, path: str) -> str:
+        text, kinds = without_media(text)
+        self.unseen += [Unseen(path, what) for what in kinds]
+        return text
 
     def _text_of(self, part: Fields, kind: str) -> str:
         if kind in _TEXT_PARTS:
@@ -117,7 +128,7 @@ class Content:
     def _placeholder(self, part: Fields, what: str) -> str:
         self.unseen.append(Unseen(part.where, what))
         self._drop_media(part)
-        return f"[{what}: not shown, this model reads text only]"
+        return placeholder(what)
 
     @staticmethod
     def _drop_media(part: Fields) -> None:
@@ -128,14 +139,21 @@ class Content:
         part.drop(*_MEDIA_FIELDS)
 
 
-def content_of(fields: Fields, name: str, default: Any = None, *, is_inner: bool = False) -> Content:
-    """A string, or parts. is_inner: they are parts of a part, and have none themselves.
+def result_of(fields: Fields, name: str) -> Content:
+    """A tool's result: a string, or parts. Raises:  WrongField: as `content_of`."""
+    return content_of(fields, name, "", is_result=True)
+
+
+def content_of(
+    fields: Fields, name: str, default: Any = None, *, is_inner: bool = False, is_result: bool = False
+) -> Content:
+    """A string, or parts. is_inner: they are parts of a part, and have none themselves. is_result: of a tool's result.
 
     Raises:  WrongField: neither, or a part of an unknown kind.
     """
     value = fields.take(name, default)
     where = fields.name_of(name)
-    content = Content(is_inner=is_inner)
+    content = Content(is_inner=is_inner, result_at=where if is_result else None)
     if isinstance(value, str):
         content.add(value)
         return content
@@ -202,13 +220,14 @@ class MessageList:
 
     def _newest_question(self) -> int:
         """The user message that is to be answered, or -1. What follows a tool's result is a tool's result: clients send
-        a screenshot so where their API has no other place for it."""
-        last = len(self.messages) - 1
-        if last > 0 and self.messages[last].role is Role.ASSISTANT:
-            last -= 1  # an answer that was begun
-        if last < 0 or self.messages[last].role is not Role.USER:
+        a screenshot so where their API has no other place for it, some with system text before it."""
+        turns = [(index, each.role) for index, each in enumerate(self.messages) if each.role is not Role.SYSTEM]
+        if len(turns) > 1 and turns[-1][1] is Role.ASSISTANT:
+            turns.pop()  # an answer that was begun
+        since_answer = list(itertools.takewhile(lambda turn: turn[1] is not Role.ASSISTANT, reversed(turns)))
+        if not since_answer or since_answer[0][1] is not Role.USER:
             return -1
-        return -1 if last and self.messages[last - 1].role is Role.TOOL else last
+        return -1 if any(role is Role.TOOL for _, role in since_answer) else since_answer[0][0]
 
 
 def _search_result(part: Fields) -> str:

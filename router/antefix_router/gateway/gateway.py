@@ -112,7 +112,7 @@ class Gateway:
         return effort
 
     async def tokens_of(
-        self, conversation: Conversation, tenant: str
+        self, conversation: Conversation, tenant: str, notes: Notes
     ) -> tuple[list[int], tuple[tuple[int, float], ...]]:
         """The prompt's tokens, and where the client's cache breakpoints lie in them."""
         pieces = self.format.render(conversation)
@@ -120,15 +120,16 @@ class Gateway:
             num_characters(pieces),
             lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
         )
+        notes.num_restored = rendered.num_restored
         # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
         return rendered.tokens, rendered.breakpoints[-BREAKPOINTS_MAX:]
 
-    async def chat(self, conversation: Conversation, knobs: Knobs, caller: Caller) -> Output:
-        """Admit a conversation's next answer.
+    async def chat(self, conversation: Conversation, knobs: Knobs, caller: Caller, notes: Notes) -> Output:
+        """Admit a conversation's next answer. notes: what is told of it, before the answer's headers are made.
 
         Raises:  InvalidRequest, QuotaExceeded, Conflict: see `Front.admit`.
         """
-        tokens, breakpoints = await self.tokens_of(conversation, cache_tenant(caller.tenant, caller.user))
+        tokens, breakpoints = await self.tokens_of(conversation, cache_tenant(caller.tenant, caller.user), notes)
         parser = self.format.parser(conversation)
         bill = await self.front.admit(
             as_tokens(tokens),

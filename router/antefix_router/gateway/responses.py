@@ -58,7 +58,9 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
         tools_breakpoint=tools.breakpoint,
         effort=effort,
     )
-    output = await gateway.chat(conversation, knobs, gateway.caller(request, tenant, user, session=session))
+    output = await gateway.chat(
+        conversation, knobs, gateway.caller(request, tenant, user, session=session), fields.notes
+    )
     echo = {
         "instructions": instructions or None,
         "max_output_tokens": knobs.max_tokens,
