@@ -1,0 +1,24 @@
+"""What a session's requests should hit, and waiting for things to happen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from tests.clients.door import Door
+from tests.clients.scripted_model import BLOCK_SIZE
+
+
+def hits_and_full_blocks(door: Door) -> tuple[list[int], list[int]]:
+    """By turn: the tokens that hit, and the whole blocks of the prompt and the answer before (0 for the first turn)."""
+    turns = [door.request_of(each) for each in door.turns()]
+    full = [0]
+    for before in turns[:-1]:
+        full.append((len(before.tokens) + len(before.emitted)) // BLOCK_SIZE * BLOCK_SIZE)
+    return [request.restore.hit_tokens for request in turns], full
+
+
+async def wait_for(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not holds():  # noqa: ASYNC110 - what is waited for happens in another process
+            await asyncio.sleep(0.02)

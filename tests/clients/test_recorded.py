@@ -1,0 +1,46 @@
+"""What real programs sent, replayed: each request is answered, and hits to the last full block of the answer before.
+
+Recorded by `make record-clients`, made up and cut by recording.py. The door's answers are those that were resent.
+"""
+
+import json
+
+import httpx2
+import pytest
+
+from tests.clients.conversations import hits_and_full_blocks
+from tests.clients.recording import RECORDED, replayed
+
+FILES = sorted(RECORDED.glob("*.json"))
+
+
+def test_every_program_is_recorded():
+    names = {path.stem for path in FILES}
+    assert {"claude_code", "codex", "opencode", "ai_sdk_anthropic", "openai_chat", "litellm", "pydantic_ai"} <= names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+async def test_a_recorded_session(path, door):
+    recorded = json.loads(path.read_text())
+    async with httpx2.AsyncClient(base_url=door.url, headers=recorded["headers"]) as client:
+        for number, turn in enumerate(recorded["turns"]):
+            body = replayed({**recorded["shared"], **turn["body"]})
+            answer = await client.post(recorded["path"], json=body)
+            assert answer.status_code == 200, answer.text
+            told = {name: value for name, value in answer.headers.items() if name.startswith("antefix-")}
+            assert _without_tools(told) == _without_tools(turn["told"]), f"turn {number}"
+    texts = door.script.texts
+    assert "It said: got-49" in door.script.last_answer and "got-42" in texts[-1]
+    assert "iVBORw0KGgo" not in texts[-1]
+    hits, full = hits_and_full_blocks(door)
+    assert hits[1:] == full[1:] and all(full[1:])
+
+
+def _without_tools(told: dict[str, str]) -> dict[str, str]:
+    """Most tools are not in the recording, so the others have other numbers."""
+    lists = {
+        name: [each for each in value.split(", ") if not each.startswith("tools[")]
+        for name, value in told.items()
+        if name != "antefix-flattened"
+    }
+    return {name: ", ".join(value) for name, value in lists.items() if value}
