@@ -61,6 +61,9 @@ def record(name: str, door: Door, **folders: Path) -> None:
     recorded = {
         "client": turns[0].headers.get("user-agent", ""),
         "path": turns[0].path,
+        # Of the whole requests, before they were cut: docs/CLIENTS.md quotes them.
+        "prompt_tokens": [len(door.request_of(each).tokens) for each in turns],
+        "hit_tokens": [door.hit_of(each) for each in turns],
         "headers": maker.headers(turns[0]),
         "shared": shared,
         "turns": [
@@ -87,7 +90,7 @@ class _Synthetic:
 
     def headers(self, exchange: Exchange) -> dict[str, str]:
         headers = {name: value for name, value in exchange.headers.items() if name not in _LEFT_OUT_HEADERS}
-        return {name: "k" if name in _SECRET_HEADERS else self.text(value) for name, value in headers.items()}
+        return {name: "k" if name in _SECRET_HEADERS else self._without_ids(value) for name, value in headers.items()}
 
     def body(self, body: dict[str, Any], called: set[str]) -> dict[str, Any]:
         body = {**body, "tools": _one_of_each_shape(body["tools"], called)}
@@ -107,13 +110,17 @@ class _Synthetic:
         return self.text(value) if isinstance(value, str) else value
 
     def text(self, text: str) -> str:
+        text = self._without_ids(text)
+        is_short = len(text) <= _LONGEST and text.count(" ") < 3
+        if is_short or _KEPT_TEXTS.search(text) or _is_json(text):
+            return text
+        return text if _OURS.search(text) and len(text) < 400 else _words_for(text)
+
+    def _without_ids(self, text: str) -> str:
         for name, folder in self._folders.items():
             text = text.replace(str(folder), f"/synthetic/{name}")
         text = re.sub(r"/tmp/pytest-of-\w+/pytest-\d+/\w+", "/synthetic", text)
-        text = _HEX.sub(lambda found: _digits_like(found.group()), text)
-        if len(text) <= _LONGEST or _KEPT_TEXTS.search(text) or _is_json(text):
-            return text
-        return text if _OURS.search(text) and len(text) < 400 else _words_for(text)
+        return _HEX.sub(lambda found: _digits_like(found.group()), text)
 
 
 def _is_json(text: str) -> bool:
@@ -133,7 +140,7 @@ def _words_for(text: str) -> str:
 
 def _names_in(body: dict[str, Any]) -> set[str]:
     """What is called in a conversation."""
-    return set(re.findall(r'"name": "([^"]*)"', json.dumps(body.get("messages") or body.get("input"))))
+    return set(re.findall(r'"(?:tool_)?name": "([^"]*)"', json.dumps(body.get("messages") or body.get("input"))))
 
 
 def _one_of_each_shape(tools: list[dict[str, Any]], called: set[str]) -> list[dict[str, Any]]:

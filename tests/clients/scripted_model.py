@@ -1,8 +1,8 @@
 """A made-up model for real programs: it does what the user's text tells it to, by the tools that the program offers.
 
 A user writes `[[task]]` and directives, `[[run: echo hi]] [[read: /tmp/a.png]] [[result]]`: one answer each, in that
-order. Answers are in DeepSeek-V4's format, with thinking where the prompt asks for it. Hits are counted by a real rule, over the very
-tokens: whole blocks that an earlier request of the same cache tenant has left.
+order. Answers are in DeepSeek-V4's format, with thinking where the prompt asks for it. Hits are counted by a real rule,
+over the very tokens: whole blocks that an earlier request of the same cache tenant has left.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def answer(prompt: str) -> str:
         return f"{thought}It said: {' '.join(results[-1].split())}"
     if kind == "call":
         name, _, arguments = value.partition(" ")
-        return f"{thought}I look.{_call(name, json.loads(arguments))}"
+        # A task within a task is written with round brackets.
+        inner = json.loads(arguments.replace("((", "[[").replace("))", "]]"))
+        return f"{thought}I look.{_call(name, inner)}"
     name, schema = _tool_for(tools, _RUNS if kind == "run" else _READS)
     return f"{thought}I look.{_call(name, _arguments(schema, value))}"
 

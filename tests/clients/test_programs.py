@@ -60,6 +60,18 @@ async def test_an_agents_session(name, door, home, folder, picture):
     assert hits[-1] > door.hit_of(before), "what came before the cancelled turn hits"
 
 
+async def test_a_tool_that_claude_code_finds_is_shown_where_it_was_found(door, home, folder):
+    """It adds the tool to its list, in the order of names: written there, all behind it would miss."""
+    find = '[[task]] [[run: echo got-$((6*7))]] [[call: ToolSearch {"query":"select:NotebookEdit"}]]'
+    program = programs.claude_code(door.url, home, folder)
+    ended = await program.run("--", f"{find} [[run: echo got-$((7*7))]] [[result]]")
+    assert ended.status == 0 and "It said: got-49" in ended.out, ended.last
+    assert "[tool: NotebookEdit]" in door.script.last_prompt
+    hits, full = hits_and_full_blocks(door)
+    assert len(hits) == 4 and hits[1:] == full[1:] and all(full[1:])
+    record("claude_code_tool_search", door, home=home, folder=folder)
+
+
 @pytest.mark.parametrize("provider", ["anthropic", "openai", "openai-chat", "compatible"])
 async def test_the_ai_sdk(provider, door, home, picture):
     ended = await programs.ai_sdk(door.url, home, provider).run(LOOK.format(picture=picture), AGAIN)

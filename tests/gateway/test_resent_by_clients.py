@@ -205,3 +205,41 @@ async def test_a_breakpoint_on_a_call_lies_behind_the_answer(talk):
     assert "antefix-ignored" not in talk.headers and talk.goes_on()
     ((num_tokens, _),) = talk._script.requests[-1].breakpoints
     assert num_tokens == len(talk._script.prompts[-2] + talk._script.requests[-2].emitted)
+
+
+def tools_of(*names, **more):
+    return [{"name": name, "description": f"about {name}", "input_schema": SCHEMA, **more} for name in names]
+
+
+def found(*names):
+    call = {"type": "tool_use", "id": "1", "name": "ToolSearch", "input": {}}
+    parts = [{"type": "tool_reference", "tool_name": name} for name in names]
+    result = {"type": "tool_result", "tool_use_id": "1", "content": parts}
+    return [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+
+
+async def test_a_deferred_tool_is_shown_where_it_was_found(talk):
+    async def ask(messages, tools):
+        body = {"model": MODEL, "max_tokens": 4096, "messages": [*ASKED, *messages], "tools": tools}
+        answer = await talk._client.post("/v1/messages", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    at_first, search = tools_of("Bash", "Write"), tools_of("ToolSearch")
+    await ask([], [*at_first, *search])
+    head = talk.prompt.removesuffix("<｜Assistant｜></think>")
+    # Found, it stands in the middle of the list; and it may have stood there from the beginning.
+    deferred = tools_of("Notebook", defer_loading=True)
+    await ask([], [*at_first[:1], *deferred, *at_first[1:], *search])
+    assert talk.prompt.startswith(head) and "about Notebook" not in talk.prompt
+    answer = await ask(found("Notebook", "Nothing"), [*at_first[:1], *deferred, *at_first[1:], *search])
+    assert talk.prompt.startswith(head) and "antefix-ignored" not in answer.headers
+    result = talk.prompt.partition("<tool_result>")[2].partition("</tool_result>")[0]
+    shown, nothing, _ = result.removeprefix("[tool: Notebook]\n").partition("[tool: Nothing]")
+    assert json.loads(shown)["description"] == "about Notebook" and nothing
+    # Who cannot search is shown all there are.
+    answer = await ask([], [*at_first, *deferred])
+    assert "about Notebook" in talk.prompt and answer.headers["antefix-ignored"] == "tools[2].defer_loading"
+
+
+ASKED = [{"role": "user", "content": "How is it?"}]

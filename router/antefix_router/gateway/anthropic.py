@@ -88,7 +88,7 @@ def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
             why = "output is not forced into a format here"
             holder.only("output_format" if holder is fields else "format", lambda value: value == {"type": "text"}, why)
     tools = anthropic_tools(fields)
-    messages = anthropic_messages(fields, gateway.signatures(tenant))
+    messages = anthropic_messages(fields, gateway.signatures(tenant), tools.deferred)
     messages = end_conversation(messages, fields)
     read_context_management(fields)
     if servers := fields.items("mcp_servers", []):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,6 +64,8 @@ class Content:
     is_inner: bool = False
     # Where a tool's result is, whose text may be a picture written out; None for what is no result.
     result_at: str | None = None
+    # Tools that are shown where they are referred to.
+    deferred: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, text: str, ttl_s: float | None = None) -> None:
         """A part, and the lifetime of the breakpoint behind it, if it has one."""
@@ -104,8 +107,12 @@ class Content:
         if kind == "search_result":
             return "[search result]" if self.is_inner else _search_result(part)
         if kind == "tool_reference":
-            return f"[tool: {part.text('tool_name', '') or part.text('name', '')}]"
+            return self._tool(part.text("tool_name", "") or part.text("name", ""))
         raise unsupported(part.name_of("type"), f": this model takes text, not {kind[:80]!r}")
+
+    def _tool(self, name: str) -> str:
+        schema = self.deferred.get(name)
+        return f"[tool: {name}]" if schema is None else f"[tool: {name}]\n{as_json(schema)}\n"
 
     def _document(self, part: Fields) -> str:
         """A document that is text itself."""
@@ -139,21 +146,23 @@ class Content:
         part.drop(*_MEDIA_FIELDS)
 
 
-def result_of(fields: Fields, name: str) -> Content:
-    """A tool's result: a string, or parts. Raises:  WrongField: as `content_of`."""
-    return content_of(fields, name, "", is_result=True)
+def result_of(fields: Fields, name: str, deferred: Mapping[str, Any] | None = None) -> Content:
+    """A tool's result: a string, or parts. deferred: tools that it may have found.  Raises:  as `content_of`."""
+    content = Content(result_at=fields.name_of(name), deferred=deferred or {})
+    return _read_content(content, fields, name, "")
 
 
-def content_of(
-    fields: Fields, name: str, default: Any = None, *, is_inner: bool = False, is_result: bool = False
-) -> Content:
-    """A string, or parts. is_inner: they are parts of a part, and have none themselves. is_result: of a tool's result.
+def content_of(fields: Fields, name: str, default: Any = None, *, is_inner: bool = False) -> Content:
+    """A string, or parts. is_inner: they are parts of a part, and have none themselves.
 
     Raises:  WrongField: neither, or a part of an unknown kind.
     """
+    return _read_content(Content(is_inner=is_inner), fields, name, default)
+
+
+def _read_content(content: Content, fields: Fields, name: str, default: Any) -> Content:
     value = fields.take(name, default)
     where = fields.name_of(name)
-    content = Content(is_inner=is_inner, result_at=where if is_result else None)
     if isinstance(value, str):
         content.add(value)
         return content

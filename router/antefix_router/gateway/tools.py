@@ -2,13 +2,17 @@
 
 Only functions that the client runs itself can be called here. Tools that a provider would run are left out of the list,
 and groups of functions are flattened; both are told of in a header.
+
+Where the client searches tools itself, those with `defer_loading` are not in the list either: each is shown where a
+result of the search refers to it. The list would change with each one that is found, and everything behind it miss.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from antefix.errors import InvalidRequest
 from antefix_router.chat.messages import Breakpoint
@@ -17,6 +21,8 @@ from antefix_router.gateway.content import breakpoint_ttl
 from antefix_router.gateway.fields import Fields, unsupported, wrong_value
 
 _OWN_KINDS = ("function", "custom")
+# What clients call the function by which the model finds the others.
+_SEARCH: Final = re.compile(r"tool_?search", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +36,22 @@ class GroupedName:
 @dataclass(slots=True)
 class Tools:
     """schemas: what the model is shown.  strict: names of tools whose calls must keep to their schema.
-    grouped: names that the model is shown, of functions that came in a group."""
+    grouped: names that the model is shown, of functions that came in a group.
+    deferred: schemas by name, each to be shown where it was found."""
 
     schemas: tuple[dict[str, Any], ...] = ()
+    deferred: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     strict: frozenset[str] = frozenset()
     grouped: Mapping[str, GroupedName] = field(default_factory=dict)
     breakpoint: Breakpoint | None = None
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(schema["name"] for schema in self.schemas)
+        return frozenset((*(schema["name"] for schema in self.schemas), *self.deferred))
 
     def without_schemas(self) -> Tools:
         """For `tool_choice` none: the model is shown no tools, and a breakpoint behind them still counts."""
-        return Tools(grouped=self.grouped, breakpoint=self.breakpoint)
+        return Tools(grouped=self.grouped, deferred=self.deferred, breakpoint=self.breakpoint)
 
 
 def read_tools(fields: Fields, own_kind: str) -> Tools:
@@ -52,18 +60,31 @@ def read_tools(fields: Fields, own_kind: str) -> Tools:
     Raises:  WrongField: a tool without a name, or a strict one without a schema that is one.
     """
     reader = _Reader(own_kind)
-    for tool in fields.children("tools", []):
+    tools = fields.children("tools", [])
+    reader.defers = any(_SEARCH.match(_name_of(tool)) for tool in tools if tool.peek("type", own_kind) == own_kind)
+    for tool in tools:
         reader.add(tool)
     return Tools(
         schemas=tuple(reader.schemas),
+        deferred=reader.deferred,
         strict=frozenset(reader.strict),
         grouped=reader.grouped,
         breakpoint=reader.breakpoint,
     )
 
 
+def _name_of(tool: Fields) -> str:
+    function = tool.peek("function")
+    name = function.get("name") if isinstance(function, dict) else tool.peek("name")
+    return name if isinstance(name, str) else ""
+
+
 class _Reader:
+    """defers: whether there is a function that finds those that are deferred."""
+
     def __init__(self, own_kind: str) -> None:
+        self.defers = False
+        self.deferred: dict[str, dict[str, Any]] = {}
         self.schemas: list[dict[str, Any]] = []
         self.strict: set[str] = set()
         self.grouped: dict[str, GroupedName] = {}
@@ -86,19 +107,23 @@ class _Reader:
             function = tool.child("function") or tool
             if function is not tool:
                 self._read_breakpoint(function)
-            self._add_function(function, group)
+            self._add_function(function, group, is_deferred=self.defers and tool.takes("defer_loading", True))
 
-    def _add_function(self, function: Fields, group: str) -> None:
+    def _add_function(self, function: Fields, group: str, *, is_deferred: bool) -> None:
         name = function.text("name")
         shown = grouped_name(group, name)
         if group:
             self.grouped[shown] = GroupedName(group, name)
         of_schema = "input_schema" if function.has("input_schema") else "parameters"
         schema = function.take(of_schema)
-        self.schemas.append(function_schema(shown, function.take("description"), schema))
+        written = function_schema(shown, function.take("description"), schema)
+        if is_deferred:
+            self.deferred[shown] = written
+        else:
+            self.schemas.append(written)
         if function.boolean("strict"):
             try:
-                check_schema(self.schemas[-1]["parameters"])
+                check_schema(written["parameters"])
             except InvalidRequest as err:
                 raise wrong_value(function.name_of(of_schema), f": {err}") from err
             self.strict.add(shown)
