@@ -4,11 +4,12 @@ Recorded by `make record-clients`, made up and cut by recording.py. The door's a
 """
 
 import json
+from pathlib import Path
 
 import httpx2
 import pytest
 
-from tests.clients.conversations import hits_and_full_blocks
+from tests.clients.conversations import hits_and_full_blocks, hits_table
 from tests.clients.recording import RECORDED, replayed
 
 FILES = sorted(RECORDED.glob("*.json"))
@@ -44,3 +45,11 @@ def _without_tools(told: dict[str, str]) -> dict[str, str]:
         if name != "antefix-flattened"
     }
     return {name: ", ".join(value) for name, value in lists.items() if value}
+
+
+def test_the_document_has_the_recorded_figures():
+    document = (Path(__file__).parents[2] / "docs" / "CLIENTS.md").read_text()
+    assert hits_table(RECORDED) in document
+    for path in FILES:
+        recorded = json.loads(path.read_text())
+        assert len(recorded["hit_tokens"]) == len(recorded["prompt_tokens"]) == len(recorded["turns"])
