@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-long test-wheel test-clients record-clients lint fmt bench bench-peers proto clean
+.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -32,6 +32,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# What starts no process and does not compute for seconds: at most 90 s on two idle cores. One thread each: the same bits.
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not gpu and not services and not slow"
+
 test-long: setup
 	$(BIN)/python -m pytest -m long
 
@@ -51,6 +55,10 @@ test-clients: setup $(CLIENTS)/.ready
 # What they send, anew, for the default run to replay.
 record-clients: setup $(CLIENTS)/.ready
 	RECORD_CLIENTS=1 $(BIN)/python -m pytest -m clients tests/clients/test_programs.py
+
+# docs/API.md, from the docstrings.
+docs-api: setup
+	$(BIN)/python docs/generate_api.py
 
 lint: setup
 	$(BIN)/ruff check .

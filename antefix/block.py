@@ -184,11 +184,15 @@ def tenant_key(secret: bytes, tenant: str) -> bytes:
     """The key that a tenant's block hashes are made with; `secret` is the deployment's, at least 16 bytes.
 
     tenant: its name and, behind USER_SEPARATOR, its user's, of any length.
-    Raises:  InvalidRequest: the secret is too short, or longer than BLAKE2b takes (64 bytes).
+    Raises:  InvalidRequest: the secret is too short, or longer than BLAKE2b takes (64 bytes), or the name is no text.
     """
     if not 16 <= len(secret) <= 64:
         raise InvalidRequest(f"the deployment secret must have 16 to 64 bytes, has {len(secret)}")
-    return hashlib.blake2b(tenant.encode(), digest_size=HASH_BYTES, key=secret, person=b"antefix-tenant").digest()
+    try:
+        name = tenant.encode()
+    except UnicodeEncodeError as err:
+        raise InvalidRequest(f"a tenant's name is not text: UTF-8 cannot write its character {err.start}") from err
+    return hashlib.blake2b(name, digest_size=HASH_BYTES, key=secret, person=b"antefix-tenant").digest()
 
 
 class Chain:

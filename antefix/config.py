@@ -14,12 +14,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from antefix.byte_size import parse_byte_size
 from antefix.errors import ConfigError
 
 T = TypeVar("T")
 # How long calls that run may take after a service was told to stop: the same for every role, the HTTP API and `up`.
 GRACE_S = 120.0
-_SIZE_SUFFIXES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def setting(default: Any, help_text: str, *, unit: str = "") -> Any:
@@ -85,8 +85,7 @@ def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> An
             return _parse_bool(value)
         if kind == "int":
             if field.metadata.get("unit") == "bytes":
-                kind = "size in bytes, such as 1048576 or 64G"
-                return parse_size(value)
+                return parse_byte_size(value)
             return int(value)
         if kind == "float":
             return float(value)
@@ -94,15 +93,10 @@ def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> An
             items = value.split(",") if isinstance(value, str) else list(value)
             return tuple(str(item).strip() for item in items if str(item).strip())
         return str(value)
+    except ConfigError as err:
+        raise ConfigError(f"{source}: {err}") from err
     except (ValueError, TypeError) as err:
         raise ConfigError(f"{source}: {value!r} is not a valid {kind} ({err})") from err
-
-
-def parse_size(value: Any) -> int:
-    """Bytes from 1048576, "1M", "1MiB", "1.5g"; powers of 1024."""
-    text = str(value).strip().lower().removesuffix("ib").removesuffix("b")
-    suffix = text[-1:] if text[-1:] in _SIZE_SUFFIXES else ""
-    return int(float(text.removesuffix(suffix)) * _SIZE_SUFFIXES[suffix])
 
 
 def as_json(config: Any) -> str:

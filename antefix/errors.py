@@ -8,7 +8,13 @@ from __future__ import annotations
 
 
 class AntefixError(Exception):
-    """Base of all errors that Antefix raises on purpose. Anything else is a bug of ours."""
+    """Base of all errors that Antefix raises on purpose."""
+
+
+class InternalError(AntefixError):
+    """A bug of ours: one part of Antefix called another in a way that it must not. No caller from outside can cause
+    or mend it. A service logs it and answers INTERNAL with an id alone; the caller reports that id.
+    """
 
 
 class InvalidRequest(AntefixError):

@@ -38,6 +38,10 @@ MEMORY_KINDS: Final = (RecordKind.HANDOFF, RecordKind.POOLED)
 OWNER_BYTES: Final = 24
 
 
+# How a record is named where its fingerprint does not matter.
+RecordName = tuple[RecordKind, bytes]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """One thing to put. `parent` is the previous block's hash (the chain's root for the first block).

@@ -81,10 +81,11 @@ _BY_NAME: dict[str, type[errors.AntefixError]] = {
 }
 _ERROR_KEY = "antefix-error"
 _RETRY_KEY = "antefix-retry-after-ms"
+_INTERNAL = ((_ERROR_KEY, errors.InternalError.__name__),)
 
 
 def status_of(err: errors.AntefixError) -> tuple[grpc.StatusCode, tuple[tuple[str, str], ...]]:
-    """The status code and trailing metadata that stand for an error."""
+    """The status code and trailing metadata that stand for an error that is not a bug of ours."""
     metadata: list[tuple[str, str]] = [(_ERROR_KEY, type(err).__name__)]
     if isinstance(err, errors.ResourceExhausted) and err.retry_after_s is not None:
         metadata.append((_RETRY_KEY, str(round(err.retry_after_s * 1000))))
@@ -99,8 +100,11 @@ def from_rpc_error(err: grpc.aio.AioRpcError) -> errors.AntefixError:
     metadata = dict(err.trailing_metadata() or ())
     kind = _BY_NAME.get(str(metadata.get(_ERROR_KEY, "")))
     if kind is None:
+        # INTERNAL without a name is gRPC's own word for a broken connection.
         kind = _BY_CODE.get(err.code(), errors.Unavailable)
     message = err.details() or err.code().name
+    if kind is errors.Unavailable and _ERROR_KEY not in metadata:
+        message = f"the service cannot be reached: {message}"
     if err.code() is grpc.StatusCode.UNIMPLEMENTED:
         message = "what answers there is not such a service: the address is another role's, or another version runs"
     if issubclass(kind, errors.ResourceExhausted):
@@ -119,7 +123,8 @@ def rpc_errors() -> Any:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns exceptions into statuses. What is not ours becomes INTERNAL with an id that the log has too.
+    """Turns exceptions into statuses. A bug, InternalError or not ours at all, becomes INTERNAL with an id that the log
+    has too.
 
     draining: ends calls that last as long as the service (methods named Watch...), which would hold it up.
     """
@@ -209,12 +214,12 @@ async def _abort(context: Context, err: Exception) -> None:
         raise err
     if isinstance(err, grpc.aio.AioRpcError):
         err = from_rpc_error(err)
-    if isinstance(err, errors.AntefixError):
+    if isinstance(err, errors.AntefixError) and not isinstance(err, errors.InternalError):
         code, metadata = status_of(err)
         await context.abort(code, str(err), metadata)
     error_id = secrets.token_hex(6)
     log.error("internal error %s", error_id, exc_info=err)
-    await context.abort(grpc.StatusCode.INTERNAL, f"internal error {error_id}; the service's log has it", ())
+    await context.abort(grpc.StatusCode.INTERNAL, f"internal error {error_id}; the service's log has it", _INTERNAL)
 
 
 def deadline_s(context: Context, default_s: float) -> float:

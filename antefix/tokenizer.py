@@ -22,6 +22,10 @@ class Tokenizer(Protocol):
     """What the services need of a tokenizer."""
 
     eos_ids: frozenset[int]
+    # Tokens that are no text: turns, paddings. Markup that a format reads in the text is not among them.
+    special_ids: frozenset[int]
+    # Ids from here on mean nothing, though a model may have numbers for them.
+    num_tokens: int
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens written out in the text become their ids."""
@@ -52,6 +56,8 @@ class ByteTokenizer:
 
     def __init__(self, special_tokens: dict[str, int], eos_tokens: Sequence[str] = ("<|eos|>", "<|end|>")) -> None:
         self.special_tokens = special_tokens
+        self.special_ids = frozenset(special_tokens.values())
+        self.num_tokens = max(special_tokens.values(), default=NUM_BYTES - 1) + 1
         self._names = {number: name for name, number in special_tokens.items()}
         self.eos_ids = frozenset(special_tokens[name] for name in eos_tokens if name in special_tokens)
         names = sorted(special_tokens, key=len, reverse=True)
@@ -119,7 +125,10 @@ class HuggingFaceTokenizer:
 
         self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self.eos_ids = eos_ids
-        self._added_tokens = {n: token.content for n, token in self._tokenizer.get_added_tokens_decoder().items()}
+        added_tokens = self._tokenizer.get_added_tokens_decoder()
+        self.num_tokens = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        self.special_ids = frozenset(number for number, token in added_tokens.items() if token.special)
+        self._added_tokens = {number: token.content for number, token in added_tokens.items()}
         added = sorted(self._added_tokens.values(), key=len)
         self._added = re.compile("|".join(map(re.escape, reversed(added)))) if added else None
         self._is_byte_level = "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])

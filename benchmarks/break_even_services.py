@@ -32,11 +32,10 @@ from break_even_report import plot_services, table, write_table
 from ttft import direct_read_rate
 
 from antefix.record import RecordKind
+from antefix.sampling import Sampling
 from antefix.store.client import RemoteStore
-from antefix.store.store_stats import read_stats
 from antefix.window import Plan, PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, parse
 from antefix.window.rates import LinearLaw
-from antefix.wire import Sampling
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_simulate.machine import Machine, carry_out, model_sizes
 
@@ -156,7 +155,7 @@ class Measurement:
             while before != found.get(name):
                 before = found.get(name, -2)
                 await asyncio.sleep(0.3)
-                stats = await read_stats(RemoteStore(deployment.one("kvstore").address))
+                stats = await RemoteStore(deployment.one("kvstore").address).stats()
                 found[name] = sum(stats.kinds[kind].stored_bytes for kind in _KEPT if kind in stats.kinds)
         return found
 

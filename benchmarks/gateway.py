@@ -24,16 +24,16 @@ from pathlib import Path
 import numpy as np
 
 from antefix import rpc
-from antefix.clients import Tokens
 from antefix.model_dir import identify
 from antefix.restore_report import RestoreReport
+from antefix.sampling import Sampling
 from antefix.secret import create_secret_file
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.tokenizer import load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc
-from antefix.wire import Sampling, sampling_to_wire, tokens_to_wire
+from antefix.wire import sampling_to_wire, tokens_to_wire
 from antefix_router.gateway.app import start_http
-from antefix_router.generation import Request
+from antefix_router.generation import Generation, Piece
 from antefix_router.server import RouterConfig, RouterServicer
 
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 1024, 16
@@ -44,20 +44,21 @@ Ask = Callable[[], Awaitable[None]]
 class InstantWorkers:
     """Has every prompt and every answer already."""
 
-    async def run(self, request: Request, timeout_s: float) -> AsyncGenerator[Tokens, None]:
-        hit = (len(request.tokens) - 1) // 64 * 64
-        request.restore = RestoreReport(
+    async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[Piece, None]:
+        num_tokens, sample = len(generation.tokens), generation.samples[0]
+        hit = (num_tokens - 1) // 64 * 64
+        generation.restore = RestoreReport(
             plan="checkpoint",
             hit_tokens=hit,
-            miss_tokens=len(request.tokens) - hit,
+            miss_tokens=num_tokens - hit,
             hit_memory_tokens=hit,
             last_hit_hash=b"\xab" * 32,
         )
         for number in range(NUM_OUTPUT_TOKENS):
-            request.emitted.append(97 + number)
-            yield np.array([97 + number], np.uint32)
+            sample.emitted.append(97 + number)
+            yield Piece(0, np.array([97 + number], np.uint32))
             await asyncio.sleep(0)  # tokens of a real worker come one message at a time
-        request.finish_reason = "length"
+        sample.finish_reason = "length"
 
 
 async def serve(model: Path, directory: Path) -> None:

@@ -25,10 +25,9 @@ import numpy.typing as npt
 
 from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, init_weights, save_model
+from antefix.sampling import Sampling
 from antefix.store.client import RemoteStore
-from antefix.store.store_stats import read_stats
 from antefix.tokenizer import load_tokenizer
-from antefix.wire import Sampling
 from antefix_console.deployment import Deployment, DeploymentConfig
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +134,7 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             text = document if length == args.tokens else tokens(length)
             cold.append(await ask(deployment, np.concatenate((text, tokens(QUESTION_TOKENS))), args.timeout_s))
             print(json.dumps(cold[-1]), flush=True)
-        stats = await read_stats(RemoteStore(deployment.one("kvstore").address))
+        stats = await RemoteStore(deployment.one("kvstore").address).stats()
     for length in [min(hit, args.tokens) for hit in args.hits]:
         async with Deployment(config) as deployment:
             await ask(deployment, tokens(WARM_UP_TOKENS), args.timeout_s)

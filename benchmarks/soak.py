@@ -30,7 +30,7 @@ import numpy.typing as npt
 from antefix.clients import RouterClient
 from antefix.errors import AntefixError
 from antefix.layout import KVFormat
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
 from antefix_simulate.trace import TraceRequest, load

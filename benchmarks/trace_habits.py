@@ -17,10 +17,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from antefix.text_table import text_table
 from antefix.window import parse
 from antefix.window.auto import NEW_GROUND_RATIO, NEW_GROUND_TOKENS
 from antefix_simulate.machine import RATE_CARDS, Machine, model_sizes
-from antefix_simulate.result_table import align
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import Trace, load
 from antefix_simulate.trace_replay import Setup, simulate
@@ -68,7 +68,7 @@ def leaves(trace: Trace) -> str:
         per_stretch = f"{sum(by_fifth) / counts[kind]:.3f}"
         cells = [kind[1], counts[kind], sum(by_fifth), per_stretch, first_units[kind], " ".join(map(str, by_fifth))]
         rows.append([kind[0], *map(str, cells)])
-    return align(rows)
+    return text_table(rows[0], rows[1:])
 
 
 def _kind(start: int, end: int, forked: bool, unit_tokens: int) -> tuple[str, int]:
@@ -88,7 +88,7 @@ def uses(trace: Trace) -> str:
     for reason, use in reasons.items():
         ages = [f"{share:.2%}" for share in use.ages.values()]
         rows.append([reason, str(use.left), f"{use.used / use.left:.1%}", str(use.uses), *ages])
-    return align(rows)
+    return text_table(rows[0], rows[1:])
 
 
 def cue(path: Path) -> str:
@@ -113,7 +113,7 @@ def cue(path: Path) -> str:
                 previous = (call["hash_ids"], call["in"])
     rows = [["tokens beyond", "prompts", "last block missed"]]
     rows += [[label, str(total[label]), str(missed[label])] for label in sorted(total)]
-    return align(rows)
+    return text_table(rows[0], rows[1:])
 
 
 def main() -> int:

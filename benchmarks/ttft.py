@@ -25,7 +25,7 @@ from rich.table import Table
 
 from antefix.layout import BlockLayout, KVFormat
 from antefix.model_dir import identify
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 from antefix_console.deployment import Deployment, DeploymentConfig
 
 ROOT = Path(__file__).parents[1]

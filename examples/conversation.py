@@ -9,28 +9,25 @@ import sys
 
 import numpy as np
 
-from antefix.clients import RouterClient
-from antefix.wire import Sampling
+from antefix import RouterClient, Sampling
 
 QUESTIONS = ("What is a prefix cache?", "Why does it help?", "When does it not?")
 
 
 async def main(address: str) -> None:
-    router = RouterClient(address)
-    history = np.empty(0, np.uint32)
-    for question in QUESTIONS:
-        turn = np.frombuffer(f"\nQ: {question}\nA:".encode(), np.uint8).astype(np.uint32)
-        history = np.concatenate((history, turn))
-        print(f"\nQ: {question}\nA:", end="", flush=True)
-        async for message in router.generate(history, Sampling(max_tokens=100), tenant="example"):
-            # Tokens, not text: what the model said is resent exactly, so the next turn hits it.
-            history = np.concatenate((history, message.tokens))
-            print(message.text, end="", flush=True)
-            last = message
-        usage = last.usage
-        print(
-            f"\n   [{usage.prompt_tokens} prompt tokens: {usage.cache_hit_tokens} hit, {usage.cache_miss_tokens} miss]"
-        )
+    async with RouterClient(address) as router:
+        history = np.empty(0, np.uint32)
+        for question in QUESTIONS:
+            turn = np.frombuffer(f"\nQ: {question}\nA:".encode(), np.uint8).astype(np.uint32)
+            history = np.concatenate((history, turn))
+            print(f"\nQ: {question}\nA:", end="", flush=True)
+            async for message in router.generate(history, Sampling(max_tokens=100), tenant="example"):
+                # Tokens, not text: what the model said is resent exactly, so the next turn hits it.
+                history = np.concatenate((history, message.tokens))
+                print(message.text, end="", flush=True)
+            usage = message.usage
+            hit, miss = usage.cache_hit_tokens, usage.cache_miss_tokens
+            print(f"\n   [{usage.prompt_tokens} prompt tokens: {hit} hit, {miss} miss]")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,72 @@
-"""Fixtures that several test folders share. Heavy imports wait until a test asks for them."""
+"""Fixtures that several test folders share, and the rule that keeps `make test-fast` fast.
+
+A test that starts a process is marked `services`, uses a fixture of PROCESS_FIXTURES or lies in a folder of
+PROCESS_FOLDERS. Any other that tries is stopped: whoever adds a test cannot slow down the fast run without seeing it.
+Heavy imports wait until a test asks for them.
+"""
 
 import os
+import platform
+import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from tests.redis_servers import redis, shared_redis, start_cluster, start_redis
+
+__all__ = ["redis", "shared_redis", "start_cluster", "start_redis"]
 
 # Triton reads this when it is first imported, whoever imports it (transformers does): without a card the kernels' tests
 # run in its interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# An example's 200 ms say nothing about the code on a machine that others use as well.
+settings.register_profile("antefix", deadline=None)
+settings.load_profile("antefix")
+
+# Those that start services, Redis or another Python. A test that uses one is marked `services` by itself.
+PROCESS_FIXTURES = {
+    "deploy",
+    "redis",
+    "shared_redis",
+    "start_cluster",
+    "start_redis",
+    "small_filesystem",
+    "small_disk",
+    "disk",
+    "measured",
+}
+PROCESS_FOLDERS = {"e2e", "wheel"}
+
+# Asks `uname` once a process, whoever wants to know first.
+platform.processor()
+
+
+def _refuse(*_, **__):
+    raise RuntimeError("this test starts a process: mark it with @pytest.mark.services")
+
+
+# A deployment starts in seconds and answers in seconds, on a machine that is busy in minutes.
+SERVICES_TIMEOUT_S = 900
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if PROCESS_FIXTURES.intersection(item.fixturenames) or item.path.parent.name in PROCESS_FOLDERS:
+            item.add_marker(pytest.mark.services)
+        if item.get_closest_marker("services") and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SERVICES_TIMEOUT_S))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    if item.get_closest_marker("services") is not None:
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", _refuse)
+        return (yield)
 
 
 @pytest.fixture(scope="session")

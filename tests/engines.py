@@ -6,10 +6,13 @@ import numpy as np
 import torch
 
 from antefix.errors import Unavailable
+from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.numbered_log import Batch, Cursor
 from antefix.model import BlockPool, load_model
 from antefix.model_dir import identify
 from antefix.record import BlockFate, Fate, LookupResult, PutResult, RecordKind
 from antefix.secret import Keyring
+from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.window import Rates, RestorePlanner, Sizes, parse
 from antefix.window.rates import RatePriors
 from antefix_prefill.restore import Prompt
@@ -27,6 +30,7 @@ class MemoryStore:
         self.records = {}
         self.broken = set()
         self.puts = []
+        self.pins = []
         self.fates = {}
 
     def check(self, call):
@@ -68,6 +72,26 @@ class MemoryStore:
 
     async def register(self, fingerprint, layout, *, statement=b""):
         pass
+
+    async def pin(self, names, *, duration_s, owner):
+        self.check("pin")
+        self.pins.append((list(names), duration_s, owner))
+        return sum(name in self.records for name in names)
+
+    async def evict(self, names, *, owner):
+        return sum(self.records.pop(name, None) is not None for name in names)
+
+    async def watch(self, cursor=None):
+        names = [name for kind, name in self.records if kind is RecordKind.BLOCK]
+        event = BlockEvent.of(EventKind.STORED, names, b"")
+        yield Batch(cursor=Cursor(epoch=b"e"), events=(event,), snapshot=True, snapshot_begins=True, snapshot_ends=True)
+
+    async def stats(self):
+        kinds = {}
+        for kind in RecordKind:
+            sizes = [len(payload) for name, payload in self.records.items() if name[0] is kind]
+            kinds[kind] = KindTotals(num_records=len(sizes), stored_bytes=sum(sizes), payload_bytes=sum(sizes))
+        return StoreTotals(kinds=kinds)
 
     async def close(self):
         pass

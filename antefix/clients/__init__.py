@@ -4,19 +4,41 @@ from antefix.block import TokenArray as Tokens
 from antefix.clients.decode import DecodeClient, Decoded
 from antefix.clients.prefill import PrefillClient, Prefilled
 from antefix.clients.router import Generated, RouterClient
+from antefix.clients.statuses import (
+    AnswerCounters,
+    DecodeStatus,
+    PlanKindStatus,
+    PlannedRestore,
+    PlannedWay,
+    PrefillStatus,
+    RouterCounters,
+    RouterStatus,
+    WindowStatus,
+    WorkerState,
+)
 from antefix.clients.usage import Usage, usage_from_wire, usage_to_wire
 from antefix.clients.window import WindowClient
 
 __all__ = [
+    "AnswerCounters",
     "DecodeClient",
+    "DecodeStatus",
     "Decoded",
     "Generated",
+    "PlanKindStatus",
+    "PlannedRestore",
+    "PlannedWay",
     "PrefillClient",
+    "PrefillStatus",
     "Prefilled",
     "RouterClient",
+    "RouterCounters",
+    "RouterStatus",
     "Tokens",
     "Usage",
     "WindowClient",
+    "WindowStatus",
+    "WorkerState",
     "usage_from_wire",
     "usage_to_wire",
 ]

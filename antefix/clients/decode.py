@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+import grpc
 
 from antefix import rpc
 from antefix.block import TokenArray as Tokens
+from antefix.clients.service_client import ServiceClient
+from antefix.clients.statuses import DecodeStatus, decode_status_from_wire
+from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
+from antefix.sampling import Sampling
 from antefix.v1 import decode_pb2, decode_pb2_grpc
 from antefix.wire import (
-    Sampling,
     TokenLogprob,
     logprobs_from_wire,
     report_from_wire,
@@ -37,52 +41,51 @@ class Decoded:
     write_error: str = ""
 
 
-@dataclass(slots=True)
-class DecodeClient:
+class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
     """Calls to one decode worker."""
 
-    address: str
-    _stub: decode_pb2_grpc.DecodeServiceStub = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._stub = decode_pb2_grpc.DecodeServiceStub(rpc.channel(self.address))
+    def _make_stub(self, channel: grpc.aio.Channel) -> decode_pb2_grpc.DecodeServiceStub:
+        return decode_pb2_grpc.DecodeServiceStub(channel)
 
     async def decode(
         self,
-        tokens: Tokens,
+        request: GenerationRequest,
         sampling: Sampling,
         *,
-        request_id: str,
-        tenant: str,
         handoff: bytes,
-        num_emitted: int = 0,
+        emitted: Sequence[int],
         timeout_s: float,
     ) -> AsyncGenerator[Decoded, None]:
-        request = decode_pb2.DecodeRequest(
-            request_id=request_id,
-            tenant=tenant,
-            prompt=tokens_to_wire(tokens),
+        """Stream one output; leaving the stream stops the work.
+
+        sampling: this one's, with a seed of its own.  emitted: what was given out of it before.
+        """
+        message = decode_pb2.DecodeRequest(
+            request_id=request.request_id,
+            tenant=request.cache_tenant,
+            prompt=tokens_to_wire(request.followed_by(emitted)),
             sampling=sampling_to_wire(sampling),
             handoff=handoff,
-            num_emitted=num_emitted,
+            num_emitted=len(emitted),
         )
-        call = self._stub.Decode(request, timeout=timeout_s)
+        call = self._stub.Decode(message, timeout=timeout_s)
         try:
             with rpc.rpc_errors():
-                async for message in call:
+                async for answer in call:
                     yield Decoded(
-                        tokens=tokens_from_wire(message.tokens),
-                        logprobs=logprobs_from_wire(message.logprobs),
-                        finish_reason=message.finish_reason,
-                        stop_number=message.stop_number,
-                        restore=report_from_wire(message.restore) if message.HasField("restore") else None,
-                        written_tokens=message.written_tokens,
-                        write_error=message.write_error,
+                        tokens=tokens_from_wire(answer.tokens),
+                        logprobs=logprobs_from_wire(answer.logprobs),
+                        finish_reason=answer.finish_reason,
+                        stop_number=answer.stop_number,
+                        restore=report_from_wire(answer.restore) if answer.HasField("restore") else None,
+                        written_tokens=answer.written_tokens,
+                        write_error=answer.write_error,
                     )
         finally:
             call.cancel()  # a caller that stops early stops the work; after the end this does nothing
 
-    async def status(self, *, timeout_s: float = 5.0) -> decode_pb2.DecodeStatusResponse:
+    async def status(self, *, timeout_s: float = 5.0) -> DecodeStatus:
+        """What the worker does now."""
         with rpc.rpc_errors():
             answer = await self._stub.DecodeStatus(decode_pb2.DecodeStatusRequest(), timeout=timeout_s)
-        return cast(decode_pb2.DecodeStatusResponse, answer)
+        return decode_status_from_wire(answer)

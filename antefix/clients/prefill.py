@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
+
+import grpc
 
 from antefix import rpc
-from antefix.block import TokenArray as Tokens
+from antefix.clients.service_client import ServiceClient
+from antefix.clients.statuses import PrefillStatus, prefill_status_from_wire
+from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_from_wire, tokens_to_wire
@@ -21,34 +23,28 @@ class Prefilled:
     restore: RestoreReport
 
 
-@dataclass(slots=True)
-class PrefillClient:
+class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
     """Calls to one prefill worker."""
 
-    address: str
-    _stub: prefill_pb2_grpc.PrefillServiceStub = field(init=False)
+    def _make_stub(self, channel: grpc.aio.Channel) -> prefill_pb2_grpc.PrefillServiceStub:
+        return prefill_pb2_grpc.PrefillServiceStub(channel)
 
-    def __post_init__(self) -> None:
-        self._stub = prefill_pb2_grpc.PrefillServiceStub(rpc.channel(self.address))
+    async def prefill(self, request: GenerationRequest, *, timeout_s: float) -> Prefilled:
+        """Compute and store a prompt's KV, restoring what is stored of it.
 
-    async def prefill(
-        self,
-        tokens: Tokens,
-        *,
-        request_id: str,
-        tenant: str,
-        timeout_s: float,
-        keep: Sequence[tuple[int, float]] = (),
-    ) -> Prefilled:
-        """keep: (tokens, seconds) of prefixes that window state is to be left at."""
-        request = prefill_pb2.PrefillRequest(request_id=request_id, tenant=tenant, prompt=tokens_to_wire(tokens))
-        for num_tokens, ttl_s in keep:
-            request.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
+        Window state is left at the request's breakpoints.
+        """
+        message = prefill_pb2.PrefillRequest(
+            request_id=request.request_id, tenant=request.cache_tenant, prompt=tokens_to_wire(request.tokens)
+        )
+        for num_tokens, ttl_s in request.breakpoints:
+            message.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
         with rpc.rpc_errors():
-            response = await self._stub.Prefill(request, timeout=timeout_s)
+            response = await self._stub.Prefill(message, timeout=timeout_s)
         return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))
 
-    async def status(self, *, timeout_s: float = 5.0) -> prefill_pb2.PrefillStatusResponse:
+    async def status(self, *, timeout_s: float = 5.0) -> PrefillStatus:
+        """What the worker does now."""
         with rpc.rpc_errors():
             answer = await self._stub.PrefillStatus(prefill_pb2.PrefillStatusRequest(), timeout=timeout_s)
-        return cast(prefill_pb2.PrefillStatusResponse, answer)
+        return prefill_status_from_wire(answer)

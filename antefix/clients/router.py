@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from typing import cast
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+import grpc
 
 from antefix import rpc
 from antefix.block import TokenArray as Tokens
+from antefix.clients.service_client import ServiceClient
+from antefix.clients.statuses import RouterStatus, router_status_from_wire
 from antefix.clients.usage import Usage, usage_from_wire
 from antefix.restore_report import RestoreReport
+from antefix.sampling import Sampling
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import (
-    Sampling,
     TokenLogprob,
     logprobs_from_wire,
     report_from_wire,
@@ -24,7 +27,10 @@ from antefix.wire import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """One message of the router's answer; the last one has finish_reason, usage and restore."""
+    """One message of the router's answer. sample: which of the outputs it belongs to.
+
+    Each output's last message has its finish_reason; the last of all has usage and restore.
+    """
 
     tokens: Tokens
     text: str
@@ -32,17 +38,14 @@ class Generated:
     usage: Usage | None = None
     restore: RestoreReport | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    sample: int = 0
 
 
-@dataclass(slots=True)
-class RouterClient:
+class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
     """Calls to the router: what applications use."""
 
-    address: str
-    _stub: router_pb2_grpc.RouterServiceStub = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._stub = router_pb2_grpc.RouterServiceStub(rpc.channel(self.address))
+    def _make_stub(self, channel: grpc.aio.Channel) -> router_pb2_grpc.RouterServiceStub:
+        return router_pb2_grpc.RouterServiceStub(channel)
 
     async def generate(
         self,
@@ -52,11 +55,21 @@ class RouterClient:
         tenant: str = "",
         request_id: str = "",
         session: str = "",
+        num_samples: int = 1,
         timeout_s: float = 600.0,
-    ) -> AsyncIterator[Generated]:
-        """session: the caller's name of the conversation, a hint where to place it."""
+    ) -> AsyncGenerator[Generated, None]:
+        """Stream an answer; leaving the stream stops the work.
+
+        session: the caller's name of the conversation, a hint where to place it.
+        num_samples: outputs to make.
+        request_id: sent again, it is a retry of the same request.
+        """
         request = router_pb2.GenerateRequest(
-            sampling=sampling_to_wire(sampling), tenant=tenant, request_id=request_id, session=session
+            sampling=sampling_to_wire(sampling),
+            tenant=tenant,
+            request_id=request_id,
+            session=session,
+            num_samples=num_samples,
         )
         if isinstance(prompt, str):
             request.text = prompt
@@ -70,10 +83,11 @@ class RouterClient:
         finally:
             call.cancel()
 
-    async def status(self, *, timeout_s: float = 5.0) -> router_pb2.RouterStatusResponse:
+    async def status(self, *, timeout_s: float = 5.0) -> RouterStatus:
+        """The workers that the router knows, and what it counted."""
         with rpc.rpc_errors():
             answer = await self._stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=timeout_s)
-        return cast(router_pb2.RouterStatusResponse, answer)
+        return router_status_from_wire(answer)
 
 
 def _generated(message: router_pb2.GenerateResponse) -> Generated:
@@ -84,4 +98,5 @@ def _generated(message: router_pb2.GenerateResponse) -> Generated:
         usage=usage_from_wire(message.usage) if message.HasField("usage") else None,
         restore=report_from_wire(message.restore) if message.HasField("restore") else None,
         logprobs=logprobs_from_wire(message.logprobs),
+        sample=message.sample,
     )

@@ -1,56 +1,47 @@
 """Numbered events through Redis Streams: who has a log tells each event once, however many read.
 
-Knows nothing of what the events say. No command names two keys, and each key has its hash tag, so streams may lie
-anywhere in a cluster. Streams are trimmed: who falls behind sees a gap in the numbers and takes a snapshot from the
-source itself, as does whoever is new. A source says now and then that it is alive, with its last number: so the loss of
-its last events is noticed as well.
+    antefix:memory:{<shard>}     a worker's shard follows from its address, so its entries are in order
+    antefix:store:{<name>}       a stream a store; the name is what routers call it, their store_address
+        a  the source: address or name      e  epoch      n  number of the event      k  kind, 0 alive
+        b  8 bytes of each hash, one after the other      f  a store's: fingerprint
+
+No command names two keys, and each key has its hash tag, so streams may lie anywhere in a cluster. Streams are trimmed:
+who falls behind sees a gap in the numbers and takes a snapshot from the source itself, as does whoever is new. A source
+says now and then that it is alive, with its last number: so the loss of its last events is noticed as well.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisClusterException, RedisError
 
 from antefix.errors import ConfigError
+from antefix.events.block_events import KEY_BYTES, BlockEvent, EventKind
+from antefix.events.end_tasks import end_tasks
+from antefix.events.numbered_log import ALIVE_S, Batch, Cursor, NumberedLog
 
 log = logging.getLogger("antefix.events")
 
 T = TypeVar("T")
-E = TypeVar("E")
-E_co = TypeVar("E_co", covariant=True)
-Fields = dict[str, str | int | bytes]
 
+# An entry is at most 8 KiB of keys: a shard's stream takes 32 MiB at most.
+MEMORY_STREAMS: Final = tuple(f"antefix:memory:{{{shard}}}" for shard in range(8))
 # Entries a stream keeps, about: seconds to minutes of its sources.
 STREAM_LENGTH_MAX: Final = 4_096
-ALIVE: Final = 0
-# How often a source that has no news says that it is alive.
-ALIVE_S: Final = 2.0
+_ALIVE: Final = 0
 _ENTRIES_MAX: Final = 256
 _BLOCK_MS: Final = 1_000
 _TIMEOUT_S: Final = 3.0
 _RETRY_S: Final = 0.5
 _FAILURES: Final = (RedisError, RedisClusterException, OSError, TimeoutError)
-
-
-class NumberedLog(Protocol[E_co]):
-    """A ring of events with numbers that follow each other. epoch: its life.  number: of the last event."""
-
-    @property
-    def epoch(self) -> bytes: ...
-    @property
-    def number(self) -> int: ...
-    def since(self, epoch: bytes, number: int) -> Sequence[E_co] | None:
-        """Events after `number`; None when they are not in the ring any more."""
-
-    def listen(self, wake: Callable[[], None]) -> Callable[[], None]:
-        """Have `wake` called when there is something new. Returns its undoing."""
 
 
 def connect(url: str) -> Any:
@@ -64,23 +55,32 @@ def connect(url: str) -> Any:
         raise ConfigError(f"events_redis {url!r} is not a Redis URL: {err}") from err
 
 
-class StreamPublisher(Generic[E]):
-    """`async with`: tells Redis what the log says for as long as its source lives; without a URL it does nothing.
+def memory_stream(address: str) -> str:
+    """The same in every process."""
+    return MEMORY_STREAMS[hashlib.blake2b(address.encode(), digest_size=1).digest()[0] % len(MEMORY_STREAMS)]
+
+
+def store_stream(name: str) -> str:
+    return f"antefix:store:{{{name}}}"
+
+
+class StreamPublisher:
+    """`async with`: tells Redis what a source's log says for as long as it lives; without a URL it does nothing.
 
     The source never waits for it. What it could not tell while Redis was away it tells afterwards, if the log still
-    has it; if not, the numbers have a gap. fields_of: an event's; of None, those of a sign of life.
+    has it; if not, the numbers have a gap.
     """
 
-    def __init__(self, url: str, source: NumberedLog[E], stream: str, fields_of: Callable[[E | None], Fields]) -> None:
-        """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
+    def __init__(self, url: str, source: NumberedLog[BlockEvent], stream: str, name: str) -> None:
+        """name: what readers call the source.  Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
         self._source = source
         self._stream = stream
-        self._fields_of = fields_of
+        self._name = name
         self._redis = connect(url) if url else None
-        self._told = 0
+        self._told = Cursor(epoch=source.cursor.epoch)
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> StreamPublisher[E]:
+    async def __aenter__(self) -> StreamPublisher:
         if self._redis is not None:
             self._task = asyncio.create_task(self._tell(self._redis))
         return self
@@ -89,14 +89,12 @@ class StreamPublisher(Generic[E]):
         self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._task is not None and self._redis is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks([self._task])
             await self._redis.aclose()
 
     async def _tell(self, redis: Any) -> None:
-        changed, answers = asyncio.Event(), True
-        unlisten = self._source.listen(changed.set)
-        try:
+        answers = True
+        with self._source.news() as changed:
             while True:
                 changed.clear()
                 try:
@@ -110,34 +108,31 @@ class StreamPublisher(Generic[E]):
                     await asyncio.sleep(_RETRY_S)
                     continue
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), ALIVE_S)
-        finally:
-            unlisten()
+                    async with asyncio.timeout(ALIVE_S):
+                        await changed.wait()
 
     async def _tell_some(self, redis: Any) -> bool:
-        """Tell what is new, or that we are alive; whether there may be more."""
-        source = self._source
-        events = source.since(source.epoch, self._told)
-        if events is None:
-            # The ring has gone over us. Readers see the gap, and ask.
-            self._told, events = source.number, ()
-        part = events[:_ENTRIES_MAX]
+        """Tell what is new, or that the source is alive; whether there is more."""
+        # Without what the ring has gone over: readers see the gap, and ask.
+        batch = self._source.since(self._told) or Batch(cursor=self._source.cursor)
         pipeline = redis.pipeline(transaction=False)
-        for number, event in enumerate(part, self._told + 1):
-            self._add(pipeline, number, self._fields_of(event))
-        if not part:
-            self._add(pipeline, self._told, self._fields_of(None))
-        await asyncio.wait_for(pipeline.execute(), _TIMEOUT_S)
-        self._told += len(part)
-        return len(events) > len(part)
+        first = batch.cursor.number - len(batch.events) + 1
+        for number, event in enumerate(batch.events, first):
+            self._add(pipeline, number, _pack(event))
+        if not batch.events:
+            self._add(pipeline, batch.cursor.number, {"k": _ALIVE})
+        async with asyncio.timeout(_TIMEOUT_S):
+            await pipeline.execute()
+        self._told = batch.cursor
+        return bool(batch.events) and batch.cursor != self._source.cursor
 
-    def _add(self, pipeline: Any, number: int, fields: Fields) -> None:
-        entry = {**fields, "e": self._source.epoch, "n": number}
+    def _add(self, pipeline: Any, number: int, fields: dict[str, Any]) -> None:
+        entry = {**fields, "a": self._name, "e": self._told.epoch, "n": number}
         pipeline.xadd(self._stream, entry, maxlen=STREAM_LENGTH_MAX, approximate=True)
 
 
 class StreamReader:
-    """Reads some streams from now on and hands each entry on, in order within a stream. lost: Redis is away.
+    """Reads some streams from now on and hands each entry on with its source's name, in order within a stream.
 
     After a break it goes on at the last entry it had. A server that came back empty is read from its beginning: what
     is told twice is known by its number.
@@ -147,25 +142,25 @@ class StreamReader:
         self,
         url: str,
         streams: Sequence[str],
-        take: Callable[[dict[bytes, bytes]], None],
-        lost: Callable[[], None],
+        take: Callable[[str, Batch[BlockEvent]], object],
+        lost: Callable[[str], None],
     ) -> None:
-        """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
+        """lost: called with a stream when it cannot be read.
+
+        Raises:  ConfigError: the URL cannot be read. Nothing connects yet.
+        """
         self._redis = connect(url)
         self._streams = streams
-        self._take_fields = take
+        self._take = take
         self._lost = lost
         self._tasks: list[asyncio.Task[None]] = []
         self._last: dict[str, str] = {}
-        self.num_failures = 0
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._follow(stream)) for stream in self._streams]
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         await self._redis.aclose()
 
     async def _follow(self, stream: str) -> None:
@@ -180,8 +175,7 @@ class StreamReader:
                 if in_step and stream == self._streams[0]:
                     log.warning("Redis gives no events: %s: %s", type(err).__name__, err)
                 in_step = False
-                self.num_failures += 1
-                self._lost()
+                self._lost(stream)
                 await asyncio.sleep(_RETRY_S)
 
     async def _find_place(self, stream: str) -> None:
@@ -198,10 +192,37 @@ class StreamReader:
         for _, entries in found.items() if isinstance(found, dict) else found or ():
             for entry, fields in _flat(entries):
                 self._last[stream] = entry.decode()
-                self._take_fields(fields)
+                self._hand_on(fields)
+
+    def _hand_on(self, fields: dict[bytes, bytes]) -> None:
+        """Whatever is no entry of ours is left out: a reader must not fall over what somebody else wrote there."""
+        try:
+            name = fields[b"a"].decode(errors="replace")
+            cursor = Cursor(epoch=fields[b"e"], number=int(fields[b"n"]))
+            batch = Batch(cursor=cursor, events=_unpack(fields))
+        except (KeyError, ValueError):
+            return
+        self._take(name, batch)
 
     async def _ask(self, call: Awaitable[T]) -> T:
-        return await asyncio.wait_for(call, _BLOCK_MS / 1000 + _TIMEOUT_S)
+        async with asyncio.timeout(_BLOCK_MS / 1000 + _TIMEOUT_S):
+            return await call
+
+
+def _pack(event: BlockEvent) -> dict[str, Any]:
+    fields = {"k": int(event.kind), "b": event.keys().tobytes()}
+    return {**fields, "f": event.fingerprint} if event.fingerprint else fields
+
+
+def _unpack(fields: dict[bytes, bytes]) -> tuple[BlockEvent, ...]:
+    """Empty: a sign of life.  Raises:  KeyError, ValueError: nothing that we know, so it counts as no event."""
+    if int(fields[b"k"]) == _ALIVE:
+        return ()
+    kind = EventKind(int(fields[b"k"]))
+    event = BlockEvent(kind=kind, hashes=fields[b"b"], hash_bytes=KEY_BYTES, fingerprint=fields.get(b"f", b""))
+    if kind is EventKind.UNKNOWN or not event.is_whole:
+        raise ValueError("not an event")
+    return (event,)
 
 
 def _flat(entries: Sequence[Any]) -> Sequence[Any]:

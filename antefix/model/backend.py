@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from antefix.errors import InvalidRequest
+from antefix.errors import ConfigError
 from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model.ops import Ops, TorchOps
 from antefix.model.pool import BlockPool
@@ -17,10 +17,10 @@ KERNELS = ("auto", "triton", "torch")
 def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -> bool:
     """auto: Triton where there is a card, Triton itself and the FP8 record format.
 
-    Raises:  InvalidRequest: an unknown choice, or triton where it cannot run.
+    Raises:  ConfigError: an unknown choice, or triton where it cannot run.
     """
     if kernels not in KERNELS:
-        raise InvalidRequest(f"kernels must be one of {KERNELS}, is {kernels!r}")
+        raise ConfigError(f"kernels must be one of {KERNELS}, is {kernels!r}")
     missing = []
     if torch.device(device).type != "cuda":
         missing.append("a CUDA device")
@@ -31,7 +31,7 @@ def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -
     elif not _fits(layout):
         missing.append("records at addresses that its loads can take")
     if kernels == "triton" and missing:
-        raise InvalidRequest(f"kernels=triton needs {', '.join(missing)}")
+        raise ConfigError(f"kernels=triton needs {', '.join(missing)}")
     return kernels != "torch" and not missing
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.layout import BlockLayout, KVFormat, Part
 from antefix.model.host_rows import HostRows
 from antefix.model.pool import BlockPool
@@ -27,7 +27,7 @@ class CardPool(BlockPool):
 
     def __init__(self, layout: BlockLayout, num_blocks: int, device: str | torch.device = "cuda") -> None:
         if layout.kv_format is not KVFormat.FP8:
-            raise InvalidRequest(f"a card pool holds fp8 records only, not {layout.kv_format.value}")
+            raise InternalError(f"a card pool holds fp8 records only, not {layout.kv_format.value}")
         super().__init__(layout, num_blocks, device)
         self._host = HostRows(self.rows)
 
@@ -37,8 +37,8 @@ class CardPool(BlockPool):
         self._host.send(block_ids)
 
     def decoded(self, part: Part) -> Tensor:
-        """Raises InvalidRequest: a card pool keeps no decoded values."""
-        raise InvalidRequest("a card pool keeps no decoded values; read its records")
+        """Raises InternalError: a card pool keeps no decoded values."""
+        raise InternalError("a card pool keeps no decoded values; read its records")
 
     def write(self, part: Part, block_ids: Tensor, row_ids: Tensor, values: Tensor) -> None:
         self.records(part)[block_ids, row_ids] = pack(part.kind, values, self.layout)

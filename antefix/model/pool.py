@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from antefix.errors import InvalidRequest, Overloaded
+from antefix.errors import InternalError, Overloaded
 from antefix.layout import BlockLayout, KVFormat, Part, PartKind
 from antefix.model.host_rows import HostRows
 from antefix.model.quant import pack, unpack, value_dtype, width_of
@@ -31,7 +31,7 @@ class BlockPool:
 
     def __init__(self, layout: BlockLayout, num_blocks: int, device: str | torch.device = "cpu") -> None:
         if num_blocks < 1:
-            raise InvalidRequest(f"a pool needs at least one block, not {num_blocks}")
+            raise InternalError(f"a pool needs at least one block, not {num_blocks}")
         self.layout = layout
         self.num_blocks = num_blocks
         self.rows = _fresh_zeros((num_blocks, layout.block_bytes), torch.uint8, device)
@@ -64,17 +64,17 @@ class BlockPool:
         return [int(block) for block in picked]
 
     def retain(self, block_ids: Iterable[int]) -> None:
-        """One more reference to each block. Raises InvalidRequest for a block that nobody holds."""
+        """One more reference to each block. Raises InternalError for a block that nobody holds."""
         ids = self._held(block_ids)
         np.add.at(self._refs, ids, 1)
 
     def release(self, block_ids: Iterable[int]) -> None:
-        """One reference less; blocks without any are free. Raises InvalidRequest for a block that nobody holds."""
+        """One reference less; blocks without any are free. Raises InternalError for a block that nobody holds."""
         ids = self._held(block_ids)
         np.subtract.at(self._refs, ids, 1)
         if (self._refs[ids] < 0).any():
             np.add.at(self._refs, ids, 1)
-            raise InvalidRequest("a block was released more often than it was retained")
+            raise InternalError("a block was released more often than it was retained")
 
     def num_refs(self, block_id: int) -> int:
         return int(self._refs[block_id])
@@ -147,7 +147,7 @@ class BlockPool:
     def _held(self, block_ids: Iterable[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         ids = np.asarray(list(block_ids), dtype=np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= self.num_blocks or (self._refs[ids] < 1).any()):
-            raise InvalidRequest("a block id is outside the pool or not allocated")
+            raise InternalError("a block id is outside the pool or not allocated")
         return ids
 
 

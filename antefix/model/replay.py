@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from antefix.block import Tokens, as_tokens
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.layout import KVGeometry, PartKind
 from antefix.model.attend import WindowLine, advance_ring, line_up
 from antefix.model.attention import Attention, CSACompressor
@@ -44,7 +44,7 @@ def replay(
     stop: the block boundary where the state is wanted, at least a block after where the replay started. Until then the
         state is not one to go on from: layers leave out tokens that it will not depend on. A replay may be cut into
         any number of calls.
-    Raises:  InvalidRequest: tokens beyond `stop`, a `stop` inside a block, or a block table that does not reach it.
+    Raises:  InternalError: tokens beyond `stop`, a `stop` inside a block, or a block table that does not reach it.
              After any other error the window state is of no use and the replay must start again.
     """
     given = as_tokens(tokens)
@@ -99,13 +99,13 @@ def _first_row(model: Model, layer: int, stop: int, position: int, num_tokens: i
 def _check(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, stop: int) -> None:
     block_size = model.config.geometry.block_size
     if stop % block_size:
-        raise InvalidRequest(f"a replay must stop at a multiple of {block_size} tokens, not {stop}")
+        raise InternalError(f"a replay must stop at a multiple of {block_size} tokens, not {stop}")
     if not 0 < num_tokens <= stop - sequence.position:
-        raise InvalidRequest(f"cannot replay {num_tokens} tokens from {sequence.position} to {stop}")
+        raise InternalError(f"cannot replay {num_tokens} tokens from {sequence.position} to {stop}")
     if pool.layout != model.layout or sequence.window.layout != model.layout:
-        raise InvalidRequest("the pool or the window state was made for another layout than the model's")
+        raise InternalError("the pool or the window state was made for another layout than the model's")
     if len(sequence.block_table) * block_size < stop:
-        raise InvalidRequest(f"{stop} tokens need more blocks than the {len(sequence.block_table)} of the block table")
+        raise InternalError(f"{stop} tokens need more blocks than the {len(sequence.block_table)} of the block table")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from antefix.block import Tokens, as_tokens
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError, InvalidRequest
 from antefix.layout import LayerKind, PartKind
 from antefix.model.attend import WindowLine, advance_ring, line_up
 from antefix.model.attention import CSACompressor
@@ -70,7 +70,8 @@ def forward(
     logits: "last" gives [len(batch), V], "all" [total tokens, V], in batch order.
     write_global_kv: False replays: stored entries are read, window state is rebuilt and the pool is not written. The
         block tables must then hold the entries of every token up to the last replayed one.
-    Raises:  InvalidRequest: no tokens, ids out of range, beyond the model's positions, a block table that is too short.
+    Raises:  InvalidRequest: token ids out of range, or more tokens than the model has positions.
+             InternalError: no tokens, a block table that is too short, a pool or a state of another layout.
              Nothing has changed then. After any other error the sequences can be run again from where they were.
     """
     # 1. Check everything, before anything is written.
@@ -207,9 +208,9 @@ def _plan(
 ) -> tuple[list[_Item], Tensor]:
     """Checked items and the batch's tokens [N], padded with token 0."""
     if not batch:
-        raise InvalidRequest("a batch needs at least one sequence")
+        raise InternalError("a batch needs at least one sequence")
     if pool.layout != model.layout:
-        raise InvalidRequest("the pool was made for another layout than the model's")
+        raise InternalError("the pool was made for another layout than the model's")
     items: list[_Item] = []
     pieces: list[Tensor] = []
     start = 0
@@ -223,26 +224,26 @@ def _plan(
         pieces.append(torch.from_numpy(tokens.astype("i8")))
         start = stop
     if len({id(item.sequence.window) for item in items}) < len(items):
-        raise InvalidRequest("a sequence may appear only once in a batch")
+        raise InternalError("a sequence may appear only once in a batch")
     return items, pad_rows(torch.cat(pieces).to(model.device), ROW_TILE)
 
 
 def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, largest: int) -> None:
     end = sequence.position + num_tokens
     if not num_tokens:
-        raise InvalidRequest("a chunk needs at least one token")
+        raise InternalError("a chunk needs at least one token")
     if largest >= model.config.vocab_size:
         raise InvalidRequest(f"token id {largest} is outside the vocabulary of {model.config.vocab_size}")
     if end > model.config.max_position_embeddings:
         raise InvalidRequest(f"{end} tokens exceed the model's {model.config.max_position_embeddings} positions")
     if sequence.window.layout != model.layout:
-        raise InvalidRequest("a window state was made for another layout than the model's")
+        raise InternalError("a window state was made for another layout than the model's")
     num_blocks = -(-end // model.config.geometry.block_size)
     table = sequence.block_table
     if len(table) < num_blocks:
-        raise InvalidRequest(f"{end} tokens need {num_blocks} blocks, the block table has {len(table)}")
+        raise InternalError(f"{end} tokens need {num_blocks} blocks, the block table has {len(table)}")
     if min(table) < 0 or max(table) >= pool.num_blocks:
-        raise InvalidRequest(f"the block table names blocks outside the pool of {pool.num_blocks}")
+        raise InternalError(f"the block table names blocks outside the pool of {pool.num_blocks}")
 
 
 def _open_blocks(pool: BlockPool, items: list[_Item]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model.attend import WindowLine
 from antefix.model.compressor import Compressor
@@ -51,12 +51,12 @@ class TritonOps:
     """An implementation of `Ops` for CUDA; in Triton's interpreter it runs on a CPU too, slowly.
 
     reproducible: a query's bits do not depend on what else is computed.
-    Raises:  InvalidRequest: a layout of another record format than FP8.
+    Raises:  InternalError: a layout of another record format than FP8.
     """
 
     def __init__(self, layout: BlockLayout, *, reproducible: bool = False) -> None:
         if layout.kv_format is not KVFormat.FP8:
-            raise InvalidRequest(f"the kernels know the fp8 record format only, not {layout.kv_format.value}")
+            raise InternalError(f"the kernels know the fp8 record format only, not {layout.kv_format.value}")
         self._layout = layout
         self.reproducible = reproducible
 

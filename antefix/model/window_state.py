@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from antefix.errors import InvalidRequest
+from antefix.errors import BlockCorrupt, InternalError
 from antefix.layout import BlockLayout, LayerKind
 from antefix.model.quant import entry_bytes, pack_entries, unpack_entries, value_dtype
 
@@ -51,7 +51,7 @@ class WindowState:
 
     def __init__(self, layout: BlockLayout, position: int = 0, device: str | torch.device = "cpu") -> None:
         if position < 0:
-            raise InvalidRequest(f"a position must not be negative, is {position}")
+            raise InternalError(f"a position must not be negative, is {position}")
         geometry = layout.geometry
         dtype = value_dtype(layout.kv_format)
         self.layout = layout
@@ -102,11 +102,11 @@ class WindowState:
     ) -> WindowState:
         """The state that `to_bytes` wrote at `position`.
 
-        Raises:  InvalidRequest: not as many bytes as a state at this position has.
+        Raises:  BlockCorrupt: not as many bytes as a state at this position has.
         """
         state = cls(layout, position, device)
         if len(data) != state_bytes(layout, position):
-            raise InvalidRequest(
+            raise BlockCorrupt(
                 f"window state at position {position} has {state_bytes(layout, position)} bytes, not {len(data)}"
             )
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)

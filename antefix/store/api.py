@@ -1,16 +1,21 @@
-"""What a store can be asked, by workers and the router. Knows hashes and bytes, never tokens, tensors or protobuf."""
+"""What a store can be asked, by workers, the router and operators' tools. Knows hashes and bytes, never tokens, tensors
+or protobuf.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
+from antefix.events.block_events import BlockEvent
+from antefix.events.numbered_log import Batch, Cursor
 from antefix.layout import BlockLayout
-from antefix.record import BlockFate, LookupResult, PutResult, Record, RecordKind
+from antefix.record import BlockFate, LookupResult, PutResult, Record, RecordKind, RecordName
+from antefix.store.store_stats import StoreTotals
 
 
 class Store(Protocol):
-    """The calls that workers and the router make. Same-host and remote clients implement it alike.
+    """All that a store does for others. Same-host and remote clients implement it alike.
 
     tenant: the owner that the records must have (`Keyring.owner`); empty: any. Clients with the deployment's secret
     (`antefix.store_files.seal.Seals`) take sealed records only: what has no right seal is a miss.
@@ -48,4 +53,23 @@ class Store(Protocol):
         statement: what it stands for, `Fingerprint.statement`; empty: not told.
         """
 
-    async def close(self) -> None: ...
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
+        """Keep an owner's records, and what they hang on, from eviction for a time; 0 lets go.
+
+        Returns how many of them are stored.
+        """
+
+    async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
+        """Drop an owner's records with all that hangs on them, pinned or not. Returns how many went."""
+
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
+        """What is stored now, then every change, without gaps, until the stream breaks; or the changes since `cursor`.
+
+        Breaking is Unavailable: watch again from the last batch's cursor.
+        """
+
+    async def stats(self) -> StoreTotals:
+        """What it holds, and has done since it was opened."""
+
+    async def close(self) -> None:
+        """Let go of connections and files."""

@@ -7,22 +7,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
 
 import grpc
 import lmdb
 
 from antefix import rpc
 from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailable
+from antefix.events.block_events import BlockEvent
+from antefix.events.event_wire import watch_store
+from antefix.events.numbered_log import Batch, Cursor
 from antefix.layout import BlockLayout
-from antefix.record import MEMORY_KINDS, BlockFate, Fate, LookupResult, PutResult, Reason, Record, RecordKind, Refusal
+from antefix.record import (
+    MEMORY_KINDS,
+    BlockFate,
+    Fate,
+    LookupResult,
+    PutResult,
+    Reason,
+    Record,
+    RecordKind,
+    RecordName,
+    Refusal,
+)
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
+from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.store.stream_progress import Progress
 from antefix.store_files import codec
 from antefix.store_files.encryption import KeyRing
@@ -72,6 +88,14 @@ class RemoteStore:
                 response_deserializer=kvstore_pb2.PutResponse.FromString,
             )
         return self._stub
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
 
     async def close(self) -> None:
         if self._channel is not None:
@@ -146,6 +170,45 @@ class RemoteStore:
         )
         with rpc.rpc_errors():
             await self.stub.Register(request, timeout=CALL_DEADLINE_S)
+
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
+        request = kvstore_pb2.PinRequest(records=map(_name, names), duration_s=duration_s, owner=owner)
+        with rpc.rpc_errors():
+            return int((await self.stub.Pin(request, timeout=CALL_DEADLINE_S)).num_pinned)
+
+    async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
+        request = kvstore_pb2.EvictRequest(records=map(_name, names), owner=owner)
+        with rpc.rpc_errors():
+            return int((await self.stub.Evict(request, timeout=CALL_DEADLINE_S)).num_evicted)
+
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
+        return watch_store(self.stub, cursor)
+
+    async def stats(self) -> StoreTotals:
+        with rpc.rpc_errors():
+            answer = await self.stub.Stats(kvstore_pb2.StatsRequest(), timeout=CALL_DEADLINE_S)
+        kinds = dict.fromkeys(RecordKind, KindTotals())
+        for kind in answer.kinds:
+            kinds[RecordKind(kind.kind)] = KindTotals(
+                num_records=kind.records, stored_bytes=kind.stored_bytes, payload_bytes=kind.payload_bytes
+            )
+        return StoreTotals(
+            kinds=kinds,
+            budget_bytes=answer.budget_bytes,
+            used_bytes=answer.used_bytes,
+            hits=answer.hits,
+            misses=answer.misses,
+            bytes_read=answer.bytes_read,
+            bytes_written=answer.bytes_written,
+            evictions=answer.evictions,
+            corrupt=answer.corrupt,
+            limit_bytes=answer.limit_bytes,
+            free_bytes=answer.free_bytes,
+            free_bytes_min=answer.free_bytes_min,
+            stopped=answer.stopped,
+            impossible_writes=answer.impossible_writes,
+            impossible_write=answer.impossible_write,
+        )
 
     async def tell_forged(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
         """Have the store quarantine records that have no right seal: it cannot tell by itself, and would keep them.
@@ -222,8 +285,8 @@ async def _in_turn(records: Sequence[Record]) -> AsyncIterator[Piece[kvstore_pb2
 class _Uses:
     """What this process read since the service was last told."""
 
-    used: dict[bytes, set[tuple[RecordKind, bytes]]] = field(default_factory=dict)
-    suspects: set[tuple[RecordKind, bytes]] = field(default_factory=set)
+    used: dict[bytes, set[RecordName]] = field(default_factory=dict)
+    suspects: set[RecordName] = field(default_factory=set)
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
@@ -269,6 +332,14 @@ class LocalStore:
         self._uses = _Uses()
         self._evidence: ReadEvidence | None = None
         self._telling: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
 
     async def close(self) -> None:
         if self._telling is not None:
@@ -328,6 +399,18 @@ class LocalStore:
     async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
         await self.remote.register(fingerprint, layout, statement=statement)
 
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
+        return await self.remote.pin(names, duration_s=duration_s, owner=owner)
+
+    async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
+        return await self.remote.evict(names, owner=owner)
+
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
+        return self.remote.watch(cursor)
+
+    async def stats(self) -> StoreTotals:
+        return await self.remote.stats()
+
     async def _in_thread(self, call: Callable[[StoreReader], T]) -> T:
         """Raises:  Unavailable: the files cannot be read, however that shows: to a worker that is a miss."""
         try:
@@ -371,7 +454,7 @@ class LocalStore:
                 return
 
 
-def _name(name: tuple[RecordKind, bytes]) -> kvstore_pb2.RecordName:
+def _name(name: RecordName) -> kvstore_pb2.RecordName:
     return kvstore_pb2.RecordName(kind=name[0].value, hash=name[1])  # type: ignore[arg-type]
 
 

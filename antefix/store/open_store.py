@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from antefix.store.api import Store
 from antefix.store.client import LocalStore, RemoteStore
 from antefix.store_files.seal import Seals
 
@@ -18,11 +17,14 @@ class StoreAddress:
     directory: str = ""
 
 
-def open_store(where: StoreAddress, *, seals: Seals | None = None) -> Store:
-    """A client; it connects when first used, and again after the service came back.
+def open_store(where: StoreAddress | str, *, seals: Seals | None = None) -> LocalStore | RemoteStore:
+    """A client of a store service; it connects when first used, and again after the service came back.
 
-    seals: of the deployment; with them only sealed records are taken, as every worker must.
+    where: a StoreAddress, or "host:port" alone to reach everything over gRPC.  seals: of the deployment; with them only
+    sealed records are taken, as every worker must.
     """
+    if isinstance(where, str):
+        return RemoteStore(where, seals=seals)
     if where.directory:
         return LocalStore(Path(where.directory), where.address, seals=seals)
     return RemoteStore(where.address, seals=seals)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.window.sizes import Sizes
 
 HOUR_S = 3600.0
@@ -98,7 +98,7 @@ class PromptFacts:
 
     def __post_init__(self) -> None:
         if self.num_tokens < 0 or not 0 <= self.resume_block <= self.num_stored_blocks or self.align_blocks < 1:
-            raise InvalidRequest(f"contradictory prompt facts: {self!r}")
+            raise InternalError(f"contradictory prompt facts: {self!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ class OutputFacts:
 
     def __post_init__(self) -> None:
         if not 0 <= self.prompt_tokens <= self.num_tokens or self.align_blocks < 1:
-            raise InvalidRequest(f"contradictory output facts: {self!r}")
+            raise InternalError(f"contradictory output facts: {self!r}")
 
 
 class Strategy(Protocol):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.window.rates import Rates
 from antefix.window.sizes import Sizes
 
@@ -114,7 +114,7 @@ class RestorePlanner:
 
     def __init__(self, sizes: Sizes, rates: Rates, *, align_tokens: int = 1) -> None:
         if align_tokens < 1:
-            raise InvalidRequest(f"align_tokens must be positive, is {align_tokens}")
+            raise InternalError(f"align_tokens must be positive, is {align_tokens}")
         self.sizes = sizes
         self.rates = rates
         self.records: dict[PlanKind, KindRecord] = {kind: KindRecord() for kind in PlanKind}
@@ -127,7 +127,7 @@ class RestorePlanner:
     def plan(self, stored: StoredPrefix) -> Decision:
         """Cost every way and take the cheapest; ties go to the one that computes less.
 
-        Raises:  InvalidRequest: an empty prompt, or counts that contradict each other.
+        Raises:  InternalError: an empty prompt, or counts that contradict each other.
         """
         # 1. A hit must leave at least one token to run: its logits are the answer to the prompt.
         usable = self._usable_blocks(stored)
@@ -160,7 +160,7 @@ class RestorePlanner:
     def _usable_blocks(self, stored: StoredPrefix) -> int:
         size = self.sizes.block_size
         if stored.num_tokens < 1 or stored.num_blocks < 0 or stored.bounded_windows < 0:
-            raise InvalidRequest(f"cannot plan {stored.num_tokens} tokens with {stored.num_blocks} stored blocks")
+            raise InternalError(f"cannot plan {stored.num_tokens} tokens with {stored.num_blocks} stored blocks")
         usable = min(stored.num_blocks, (stored.num_tokens - 1) // size)
         return usable // self._step * self._step
 

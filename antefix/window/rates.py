@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 
 # An observation counts half after ~14 more: quick enough to follow a busy neighbour, slow enough to average noise.
 MEMORY = 0.95
@@ -33,7 +33,7 @@ class LinearLaw:
 
     def __init__(self, prior: Sequence[float], scales: Sequence[float], memory: float = MEMORY) -> None:
         if len(prior) != len(scales) or min(scales) <= 0 or min(prior) < 0 or not 0 < memory <= 1:
-            raise InvalidRequest(
+            raise InternalError(
                 "a law needs as many positive scales as non-negative coefficients, and memory in (0, 1]"
             )
         self.num_observations = 0
@@ -101,7 +101,7 @@ class RatePriors:
 
     def __post_init__(self) -> None:
         if self.prefill_tokens_per_s <= 0 or self.load_bytes_per_s <= 0:
-            raise InvalidRequest("prior rates must be positive")
+            raise InternalError("prior rates must be positive")
 
 
 class Rates:

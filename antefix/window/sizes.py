@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.layout import BlockLayout
 
 
@@ -26,9 +26,9 @@ class Sizes:
     def __post_init__(self) -> None:
         for name in ("block_size", "block_bytes", "checkpoint_bytes", "window_tokens"):
             if getattr(self, name) < 1:
-                raise InvalidRequest(f"{name} must be positive, is {getattr(self, name)}")
+                raise InternalError(f"{name} must be positive, is {getattr(self, name)}")
         if not self.replay_reach or min(self.replay_reach) < 1:
-            raise InvalidRequest(f"replay_reach must give each layer's tokens, is {self.replay_reach}")
+            raise InternalError(f"replay_reach must give each layer's tokens, is {self.replay_reach}")
 
     @classmethod
     def of(cls, layout: BlockLayout) -> Sizes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from antefix.byte_size import parse_byte_size
 from antefix.config import require
 from antefix.errors import ConfigError
 from antefix.layout import KVGeometry
@@ -20,9 +21,6 @@ from antefix.window.marks import Strategy, Tier
 
 _CALL = re.compile(r"\s*(?P<name>[a-z]+)\s*(?:\(\s*(?P<args>[^()]*?)\s*\))?\s*")
 _ENTRY = re.compile(r"(?P<namespace>[^=;()\s]+)\s*=\s*(?P<strategy>.*)")
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[kmgt]i?b?)?", re.IGNORECASE)
-_UNITS: dict[str, int] = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY_UNITS: dict[str, int] = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 def parse(text: str) -> Strategy:
@@ -48,7 +46,7 @@ def _parse_auto(text: str, args: str) -> Auto:
     for arg in args.split(","):
         key, _, value = (part.strip() for part in arg.partition("="))
         if key == "budget":
-            budget = parse_bytes(value)
+            budget = parse_byte_size(value)
         elif key == "ends" and value in tuple(Tier):
             ends = Tier(value)
         else:
@@ -59,21 +57,8 @@ def _parse_auto(text: str, args: str) -> Auto:
 def _unknown(text: str) -> ConfigError:
     return ConfigError(
         f"unknown window strategy {text!r}: use full, periodic(TOKENS), boundary, auto, zero, "
-        "or auto(budget=BYTES, ends=disk|pool) with either or both"
+        "or auto(budget=SIZE, ends=disk|pool) with either or both"
     )
-
-
-def parse_bytes(text: str) -> int:
-    """`1000000`, `20GB` or `20GiB` as a number.
-
-    Raises:  ConfigError: anything else.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ConfigError(f"not a number of bytes: {text!r} (use 1000000, 20GB or 20GiB)")
-    unit = (match["unit"] or "").lower().removesuffix("b")
-    scale = _BINARY_UNITS[unit[0]] if unit.endswith("i") else _UNITS[unit]
-    return int(float(match["number"]) * scale)
 
 
 class Strategies:

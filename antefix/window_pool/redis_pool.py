@@ -130,7 +130,7 @@ class RedisWindowPool:
             return await asyncio.wait_for(call, 4 * self._timeout_s)
         except (RedisError, RedisClusterException, OSError, TimeoutError) as err:
             self._down_until_s = time.monotonic() + self._down_s
-            raise Unavailable(f"the window pool does not answer: {type(err).__name__}: {err}") from err
+            raise Unavailable(f"the window pool does not answer: {str(err) or type(err).__name__}") from err
 
 
 def key_of(name: bytes, fingerprint: bytes) -> str:

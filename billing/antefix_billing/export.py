@@ -115,8 +115,10 @@ def _write_parquet(settled: Iterable[Settled], path: Path) -> int:
     except ImportError as err:
         raise ConfigError("export to Parquet needs pyarrow: pip install 'antefix[parquet]'") from err
     money = pa.decimal128(38, 12)
-    types = {name: money if name in _MONEY else pa.string() if _is_text(name) else pa.int64() for name in columns()}
-    schema = pa.schema(list(types.items()))
+    kinds = {"int": pa.int64(), "bool": pa.bool_(), "Decimal": money}
+    types = {field.name: kinds.get(str(field.type), pa.string()) for field in dataclasses.fields(UsageRecord)}
+    types |= {"sequence": pa.int64(), "entry_hash": pa.string()}
+    schema = pa.schema([(name, types[name]) for name in columns()])
     rows, num_records = iter(settled), 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while group := [row_of(item) for item in islice(rows, _ROWS_A_GROUP)]:
@@ -125,12 +127,6 @@ def _write_parquet(settled: Iterable[Settled], path: Path) -> int:
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
             num_records += len(group)
     return num_records
-
-
-def _is_text(name: str) -> bool:
-    return name == "entry_hash" or any(
-        field.name == name and field.type not in ("int", "Decimal") for field in dataclasses.fields(UsageRecord)
-    )
 
 
 def _rfc3339(time_us: int) -> str:

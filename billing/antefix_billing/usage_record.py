@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Any, Final, cast
 from urllib.parse import quote
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError, InvalidRequest
 
 # Version of the payload's fields; a reader refuses what it does not know instead of guessing.
 PAYLOAD_VERSION: Final = 1
@@ -131,6 +131,8 @@ class UsageRecord:
     replayed_tokens: run again to rebuild window state, billed as hits.  last_hit_hash: the evidence of the hit.
     mode: how the model thought ("off", "low", "high", "max"); empty for a prompt that is no conversation.
     write_error: why what was computed could not all be stored; empty where it was.
+    prefix_volatile: the client's prompts begin with something that changes, so all behind it misses.
+    prompt_marks: a few block hashes of the prompt (`antefix.prompt_marks`), to see later where two prompts part.
     saved: what the hit tokens would have cost more as misses.  detail: an error's class; never prompt text.
     """
 
@@ -168,12 +170,14 @@ class UsageRecord:
     finished_us: int
     ttft_us: int = 0
     mode: str = ""
+    prefix_volatile: bool = False
+    prompt_marks: str = ""
 
     def __post_init__(self) -> None:
-        """Raises:  InvalidRequest: the counts contradict each other."""
+        """Raises:  InternalError: the counts contradict each other."""
         for name in _COUNTS:
             if getattr(self, name) < 0:
-                raise InvalidRequest(f"usage of {self.request_id}: {name} is {getattr(self, name)}")
+                raise InternalError(f"usage of {self.request_id}: {name} is {getattr(self, name)}")
         rules = (
             (self.cache_hit_tokens + self.cache_miss_tokens == self.prompt_tokens, "hit + miss must be the prompt"),
             (self.hit_memory_tokens + self.hit_store_tokens == self.cache_hit_tokens, "tiers must add up to the hit"),
@@ -188,7 +192,7 @@ class UsageRecord:
         )
         for holds, rule in rules:
             if not holds:
-                raise InvalidRequest(f"usage of {self.request_id!r}: {rule}")
+                raise InternalError(f"usage of {self.request_id!r}: {rule}")
 
     @property
     def key(self) -> str:
@@ -217,7 +221,7 @@ class UsageRecord:
     def to_payload(self) -> bytes:
         values = {"v": PAYLOAD_VERSION, **self.to_dict()}
         # Absent means nothing: most records, and all from before there were these fields.
-        for name in ("paid_before", "mode", "write_error"):
+        for name in ("paid_before", "mode", "write_error", "prefix_volatile", "prompt_marks"):
             if not getattr(self, name):
                 del values[name]
         return _canonical(values)
@@ -246,7 +250,7 @@ class UsageRecord:
             values["price"], values["saved"] = Decimal(values["price"]), Decimal(values["saved"])
             values["paid_before"] = Decimal(values.get("paid_before", 0))
             return cls(**values)
-        except (KeyError, ValueError, TypeError, InvalidOperation) as err:
+        except (KeyError, ValueError, TypeError, InvalidOperation, InternalError) as err:
             raise InvalidRequest(f"not a usage record: {err}") from err
 
 

@@ -9,15 +9,20 @@ from decimal import Decimal
 from pathlib import Path
 
 from antefix.errors import ConfigError
+from antefix.text_table import text_table
 from antefix_billing.pricing import moment_of
 from antefix_billing.usage_record import UsageRecord
 
-GROUPS = ("tenant", "model", "day")
+GROUPS = ("tenant", "user", "model", "day")
+GROUPS_BY_DEFAULT = ("tenant", "model", "day")
 
 
 @dataclass(slots=True)
 class Line:
-    """One group's sums. Currencies are never added to one another, so they are part of the group."""
+    """One group's sums. Currencies are never added to one another, so they are part of the group.
+
+    prefix_volatile: requests whose client's prompts begin with something that changes.
+    """
 
     group: tuple[str, ...]
     currency: str
@@ -27,6 +32,7 @@ class Line:
     cache_hit_tokens: int = 0
     cache_miss_tokens: int = 0
     output_tokens: int = 0
+    prefix_volatile: int = 0
     price: Decimal = Decimal(0)
     saved: Decimal = Decimal(0)
 
@@ -41,11 +47,12 @@ class Line:
         self.cache_hit_tokens += record.cache_hit_tokens
         self.cache_miss_tokens += record.cache_miss_tokens
         self.output_tokens += record.output_tokens
+        self.prefix_volatile += record.prefix_volatile
         self.price += record.price
         self.saved += record.saved
 
 
-def summarize(records: Iterable[UsageRecord], by: Sequence[str] = GROUPS) -> list[Line]:
+def summarize(records: Iterable[UsageRecord], by: Sequence[str] = GROUPS_BY_DEFAULT) -> list[Line]:
     """Sums for each combination of `by`, sorted. Raises:  ConfigError: an unknown group."""
     if unknown := set(by) - set(GROUPS):
         raise ConfigError(f"a report groups by {', '.join(GROUPS)}, not by {', '.join(sorted(unknown))}")
@@ -69,7 +76,7 @@ def as_json(lines: Sequence[Line], by: Sequence[str]) -> str:
 
 def as_text(lines: Sequence[Line], by: Sequence[str]) -> str:
     """A table with aligned columns."""
-    head = [*by, "requests", "prompt", "hit", "miss", "output", "hit %", "price", "saved", ""]
+    head = [*by, "requests", "prompt", "hit", "miss", "output", "hit %", "volatile", "price", "saved", ""]
     rows = [
         [
             *line.group,
@@ -79,21 +86,14 @@ def as_text(lines: Sequence[Line], by: Sequence[str]) -> str:
             str(line.cache_miss_tokens),
             str(line.output_tokens),
             f"{100 * line.hit_rate:.2f}",
+            str(line.prefix_volatile),
             format(line.price, "f"),
             format(line.saved, "f"),
             line.currency,
         ]
         for line in lines
     ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    num_left = len(by)
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i < num_left else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [head, *rows]
-    )
+    return text_table(head, rows, num_left=len(by))
 
 
 def plot(records: Iterable[UsageRecord], path: Path) -> None:
@@ -131,4 +131,4 @@ def plot(records: Iterable[UsageRecord], path: Path) -> None:
 def _value(record: UsageRecord, name: str) -> str:
     if name == "day":
         return moment_of(record.started_us).date().isoformat()
-    return record.tenant if name == "tenant" else record.model
+    return str(getattr(record, name))

@@ -1,7 +1,7 @@
 """The `antefix` command. Parses, hands over, turns errors into exit codes; the only place that reads the environment.
 
 Exit codes: 0 done; 1 the command ran and what it checks is not so; 2 a wrong call, setting or model; 3 a service could
-not be reached or is full; 130 interrupted.
+not be reached or is full; 70 a bug of ours, with its trace or with an id that a service's log has; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any
 import antefix
 from antefix import __version__
 from antefix.config import add_flags, as_json, resolve
-from antefix.errors import AntefixError, InvalidRequest, ResourceExhausted, Unavailable
+from antefix.errors import AntefixError, InternalError, InvalidRequest, ResourceExhausted, Unavailable
 from antefix_console.catalog import COMMANDS, ROLES
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_INTERNAL, EXIT_INTERRUPTED = 0, 1, 2, 3, 70, 130
+
+log = logging.getLogger("antefix.cli")
 
 # What the extra `worker` brings; router, store and most commands work without it.
 _WORKER_PACKAGES = ("torch", "safetensors", "triton")
@@ -47,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(err, EXIT_USAGE)
     except (Unavailable, ResourceExhausted) as err:
         return _fail(err, EXIT_UNAVAILABLE)
+    except InternalError as err:
+        log.exception("a bug of Antefix; please report it with this trace")
+        return _fail(err, EXIT_INTERNAL)
     except AntefixError as err:
         return _fail(err, EXIT_FAILED)
     except OSError as err:
@@ -113,5 +118,9 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _fail(err: Exception, code: int) -> int:
-    print(f"antefix: {type(err).__name__}: {err}", file=sys.stderr)
+    if isinstance(err, OSError):
+        # What the system says of a file, without its number.
+        print(f"antefix: {err.filename}: {err.strerror}", file=sys.stderr)
+    else:
+        print(f"antefix: {err}", file=sys.stderr)
     return code

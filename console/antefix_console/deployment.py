@@ -31,6 +31,8 @@ from antefix.window_settings import check_window_settings
 # In the data directory: what workers measured at their starts, and the name of what those of the last start computed.
 ARITHMETIC_DIR = "arithmetic"
 ARITHMETIC_FILE = "arithmetic.txt"
+# The settings that decide how the last start's routers write prompts.
+DOOR_FILE = "door.json"
 START_TIMEOUT_S = 120.0
 # What a role needs beyond the grace period, to end what runs and to write down what it has.
 STOP_MARGIN_S = 20.0
@@ -45,7 +47,7 @@ class DeploymentConfig:
     device, dtype, kernels: as workers' settings of these names (docs/OPERATIONS.md).
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
-    chat_format, model_aliases: docs/HTTP_API.md.
+    chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
     strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
     grace_s: how long requests that run may take when it stops.
     store_bytes, window_pool_bytes: budgets of disk and of Redis' memory, such as "64G"; empty for the roles' defaults.
@@ -74,6 +76,7 @@ class DeploymentConfig:
     tenants_file: str = ""
     chat_format: str = "auto"
     model_aliases: str = ""
+    prefix_rules: str = ""
     grace_s: float = GRACE_S
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -134,6 +137,7 @@ class Deployment:
     def __init__(self, config: DeploymentConfig) -> None:
         self.config = config
         self.processes: list[RoleProcess] = []
+        self._client: RouterClient | None = None
         # Not the number of processes: roles that start together would get one number, and write into one log.
         self._numbers = itertools.count()
         self._stop_by = 0.0
@@ -153,7 +157,11 @@ class Deployment:
 
     @property
     def router(self) -> RouterClient:
-        return RouterClient(self.one("router").address)
+        """A client of the router that runs now; closed with the deployment."""
+        address = self.one("router").address
+        if self._client is None or self._client.address != address:
+            self._client = RouterClient(address)
+        return self._client
 
     def one(self, role: str) -> RoleProcess:
         return next(process for process in self.processes if process.role == role and process.alive)
@@ -183,6 +191,7 @@ class Deployment:
         # A router refuses to start over workers that cannot share, and says what differs.
         await self.start_router(config.router_address, http_address=config.http_address)
         (config.data_dir / ARITHMETIC_FILE).write_text((await self.router.status()).arithmetic + "\n")
+        (config.data_dir / DOOR_FILE).write_text(json.dumps(_door_settings(config)) + "\n")
         for _ in range(1, config.num_routers):
             await self.start_router(http_address="127.0.0.1:0" if config.http_address else "")
 
@@ -209,6 +218,7 @@ class Deployment:
         # One published key, whichever router signs.
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
         flags += ["--chat-format", self.config.chat_format, "--model-aliases", self.config.model_aliases]
+        flags += ["--prefix-rules", self.config.prefix_rules]
         flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]
@@ -280,6 +290,8 @@ class Deployment:
 
         tell: is told what is waited for.
         """
+        if self._client is not None:
+            await self._client.close()
         self._stop_by = time.monotonic() + self.config.grace_s
         order = ("router", "decode", "prefill", "kvstore")
         killed: list[RoleProcess] = []
@@ -299,8 +311,12 @@ class Deployment:
 
     async def num_running(self) -> int:
         """Requests that the routers have not ended. Raises:  Unavailable: one does not answer."""
-        routers = [RouterClient(address) for address in self.addresses("router")]
-        return sum(status.num_running for status in await asyncio.gather(*(router.status() for router in routers)))
+
+        async def ask(address: str) -> int:
+            async with RouterClient(address) as router:
+                return (await router.status()).num_running
+
+        return sum(await asyncio.gather(*map(ask, self.addresses("router"))))
 
     async def _stop_one(self, role: RoleProcess, tell: Callable[[str], None]) -> bool:
         """Returns whether it ended by itself."""
@@ -319,6 +335,13 @@ class Deployment:
         role.process.kill()
         await role.process.wait()
         return False
+
+
+def _door_settings(config: DeploymentConfig) -> dict[str, str]:
+    """Files by their whole path: whoever reads this may be elsewhere."""
+    files = {"model_aliases": config.model_aliases, "prefix_rules": config.prefix_rules}
+    whole = {name: str(Path(path).absolute()) if Path(path).is_file() else path for name, path in files.items()}
+    return {"chat_format": config.chat_format, **whole}
 
 
 def _given(flag: str, value: str) -> list[str]:

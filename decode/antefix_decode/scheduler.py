@@ -176,6 +176,8 @@ class Scheduler:
         for running, row in zip(ready, logits, strict=True):
             try:
                 await self._finish_step(running, row)
+            except AntefixError as err:
+                _fail(running, err)  # its own grammar, say
             except Exception as err:
                 # The loop must go on: if it ended, every sequence of this worker would wait for ever.
                 log.exception("a sequence failed after its decode step")
@@ -187,7 +189,7 @@ class Scheduler:
         await store_token(self._engine, running, running.next_token)
         token = running.sampler.choose(logits, running.sequence.position)
         running.logprobs.push(logits, token)
-        _emit(running, token)
+        _emit(running, token, is_last=running.sampler.is_over)
 
     def _grow(self, running: Running) -> bool:
         try:
@@ -207,9 +209,9 @@ def _logits(engine: Engine, items: list[tuple[Sequence, npt.NDArray[np.uint32]]]
     return out.float().cpu().numpy()
 
 
-def _emit(running: Running, token: int) -> None:
+def _emit(running: Running, token: int, *, is_last: bool) -> None:
     running.next_token = token
-    shown = running.stopper.push(token)
+    shown = running.stopper.push(token, is_last=is_last)
     if shown:
         running.unread.put_nowait(Shown(tokens=shown, logprobs=running.logprobs.take(len(shown))))
     if running.stopper.finish_reason:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ import numpy as np
 from antefix import rpc
 from antefix.config import require, setting
 from antefix.errors import InvalidRequest
-from antefix.tokenizer import load_tokenizer
+from antefix.grammar import Vocabulary
+from antefix.sampling import Sampling
+from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.v1 import decode_pb2, decode_pb2_grpc
 from antefix.wire import (
-    Sampling,
     logprobs_to_wire,
     report_to_wire,
     sampling_from_wire,
@@ -22,7 +24,9 @@ from antefix.wire import (
     tokens_to_wire,
 )
 from antefix_decode.adopt import Adopted, adopt, prefill_here, take_handoff
+from antefix_decode.grammar import Grammars
 from antefix_decode.logprobs import Logprobs
+from antefix_decode.penalties import Penalties
 from antefix_decode.sampling import Sampler
 from antefix_decode.scheduler import Running, Scheduler, Shown
 from antefix_decode.stopping import Stopper
@@ -47,9 +51,10 @@ class DecodeConfig(WorkerConfig):
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     """One worker's calls."""
 
-    def __init__(self, engine: Engine, eos_ids: frozenset[int], config: DecodeConfig) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: DecodeConfig) -> None:
         self._engine = engine
-        self._eos_ids = eos_ids
+        self._tokenizer = tokenizer
+        self._grammars: Grammars | None = None
         self.scheduler = Scheduler(engine, config.num_running_max)
 
     async def Decode(
@@ -66,7 +71,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     async def _decode(
         self, prompt: Prompt, sampling: Sampling, emitted: list[int], name: bytes
     ) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
-        sampler, stopper = Sampler(sampling), Stopper(sampling, self._eos_ids, emitted)
+        sampler = await self._sampler(sampling, prompt, emitted)
+        stopper = Stopper(sampling, self._tokenizer.eos_ids, emitted)
         logprobs = Logprobs(sampling.num_top_logprobs)
         # 2. The first token comes from the handoff's logits, before any block is loaded.
         handoff = await take_handoff(self._engine, prompt, name)
@@ -75,7 +81,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             logits = adopted.logits if handoff is None and adopted else handoff.logits  # type: ignore[union-attr]
             first = sampler.choose(logits, prompt.num_tokens)
             logprobs.push(logits, first)
-            shown = stopper.push(first)
+            shown = stopper.push(first, is_last=sampler.is_over)
             yield _response(Shown(tokens=shown, logprobs=logprobs.take(len(shown))), adopted)
             if stopper.finish_reason:
                 yield decode_pb2.DecodeResponse(finish_reason=stopper.finish_reason, stop_number=stopper.stop_number)
@@ -126,11 +132,24 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         finally:
             await self.scheduler.leave(running)
 
+    async def _sampler(self, sampling: Sampling, prompt: Prompt, emitted: list[int]) -> Sampler:
+        """Raises:  InvalidRequest: its grammar cannot be used."""
+        asked = prompt.tokens[: prompt.num_tokens - len(emitted)]
+        penalties = Penalties(sampling, stop_ids=self._tokenizer.eos_ids, prompt=asked, emitted=emitted)
+        if not sampling.grammar:
+            return Sampler(sampling, penalties)
+        if self._grammars is None:
+            # A large vocabulary takes a second to take in, which a worker without grammars never needs.
+            size = self._engine.identity.vocab_size
+            self._grammars = Grammars(await asyncio.to_thread(Vocabulary, self._tokenizer, size))
+        return Sampler(sampling, penalties, await self._grammars.matcher(sampling.grammar, emitted))
+
     def _prompt(self, request: decode_pb2.DecodeRequest, sampling: Sampling) -> tuple[Prompt, list[int]]:
         tokens = tokens_from_wire(request.prompt)
         if request.num_emitted > len(tokens) or request.num_emitted >= sampling.max_tokens:
             raise InvalidRequest(f"num_emitted is {request.num_emitted}: nothing is left to generate")
         remaining = sampling.max_tokens - request.num_emitted
+        sampling.check_vocabulary(self._engine.identity.vocab_size)
         self._engine.check_prompt(len(tokens), int(tokens.max(initial=0)), remaining)
         chain = self._engine.chain(request.tenant)
         chain.extend(tokens)
@@ -165,7 +184,7 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
     engine = await start_engine(config)
-    servicer = DecodeServicer(engine, load_tokenizer(config.model).eos_ids, config)
+    servicer = DecodeServicer(engine, load_tokenizer(config.model), config)
 
     async def stop() -> None:
         await servicer.scheduler.close()

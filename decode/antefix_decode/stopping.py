@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 
 STOP = "stop"
 LENGTH = "length"
@@ -15,26 +15,32 @@ class Stopper:
 
     def __init__(self, sampling: Sampling, eos_ids: frozenset[int], emitted: Sequence[int] = ()) -> None:
         self._sampling = sampling
-        self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids
+        # What a grammar describes has an end, which the end token may be needed for.
+        ends = frozenset() if sampling.ignore_eos and not sampling.grammar else eos_ids
+        self._end_ids = ends | frozenset(sampling.stop_token_ids)
         self._seen: list[int] = list(emitted)
         self._num_shown = len(self._seen)
         self.num_output = len(self._seen)
         self.finish_reason = ""
         self.stop_number = 0
 
-    def push(self, token: int) -> list[int]:
+    def push(self, token: int, *, is_last: bool = False) -> list[int]:
         """Take the next token; returns those that may be shown now. Sets `finish_reason` when the output is over.
 
-        The end token counts as output but is not shown; neither is a stop sequence.
+        End tokens count as output but are not shown; neither is a stop sequence. No stop sequence ends the output
+        before min_tokens; end tokens are not chosen before it.  is_last: the grammar lets nothing follow.
         """
         self.num_output += 1
         self._seen.append(token)
-        if token in self._eos_ids:
+        if token in self._end_ids:
             return self._finish(STOP, len(self._seen) - 1)
-        for number, sequence in enumerate(self._sampling.stop, start=1):
+        may_stop = self.num_output > self._sampling.min_tokens
+        for number, sequence in enumerate(self._sampling.stop if may_stop else (), start=1):
             if tuple(self._seen[-len(sequence) :]) == sequence:
                 self.stop_number = number
                 return self._finish(STOP, len(self._seen) - len(sequence))
+        if is_last:
+            return self._finish(STOP, len(self._seen))
         if self.num_output >= self._sampling.max_tokens:
             return self._finish(LENGTH, len(self._seen))
         return self._show(len(self._seen) - self._num_undecided())

@@ -37,8 +37,11 @@ class Admission:
     block_tokens: dict[bytes, int] = field(default_factory=dict)
 
 
-def check_record(record: Record, record_bytes_max: int) -> None:
-    """Raises:  InvalidRequest: a field that no state of the store could make right."""
+def check_record(record: Record, record_bytes_max: int, registered_bytes: int | None) -> None:
+    """registered_bytes: of such a payload, by the layout registered for its fingerprint; None where none was.
+
+    Raises:  InvalidRequest: a field that no state of the store could make right, or a payload of another size.
+    """
     for name in ("hash", "parent", "fingerprint"):
         value = getattr(record, name)
         if not isinstance(value, bytes) or len(value) != HASH_BYTES:
@@ -46,6 +49,11 @@ def check_record(record: Record, record_bytes_max: int) -> None:
     nbytes = memoryview(record.payload).nbytes
     if not 0 < nbytes <= record_bytes_max:
         raise InvalidRequest(f"a payload must have 1 to {record_bytes_max} bytes, has {nbytes}")
+    if registered_bytes is not None and nbytes != registered_bytes:
+        raise InvalidRequest(
+            f"a {record.kind.name.lower()} of fingerprint {record.fingerprint.hex()[:16]} has {registered_bytes} bytes"
+            f" by its registered layout, this payload has {nbytes}"
+        )
     if not 0 <= record.position < 1 << 32:
         raise InvalidRequest(f"position must fit 32 bits, is {record.position}")
     if record.kind not in STORED_KINDS:

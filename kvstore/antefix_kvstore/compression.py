@@ -1,4 +1,4 @@
-"""Which payloads are compressed. Holds the plane plans that clients registered; the codec is antefix.store.codec.
+"""Which payloads are compressed. Holds the plane plans that clients registered; the codec is antefix.store_files.codec.
 
 auto: reading coded bytes takes 1 / (ratio * disk) + 1 / codec seconds a byte, raw ones 1 / disk; what is less wins.
 The disk is measured once, codec and ratio on the first payloads of each fingerprint.
@@ -74,6 +74,11 @@ class Compression:
     def register(self, fingerprint: bytes, kind: RecordKind, plan: codec.PlanePlan) -> None:
         with self._lock:
             self._plans[fingerprint, kind] = plan
+
+    def registered_bytes(self, fingerprint: bytes, kind: RecordKind) -> int | None:
+        """What a payload of this layout has; None where the layout was not registered."""
+        plan = self._plans.get((fingerprint, kind))
+        return None if plan is None else plan.payload_bytes
 
     def wants(self, record: Record) -> bool:
         """Whether a payload is worth trying: its layout is known and the mode is for it."""

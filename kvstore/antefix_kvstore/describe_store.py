@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from antefix.block import USER_SEPARATOR
+from antefix.cache_tenant import split_tenant
 from antefix.errors import BlockCorrupt, ConfigError
 from antefix.record import RecordKind
 from antefix.store_files.index import TABLE_OF_KIND, Index
@@ -29,8 +29,11 @@ from antefix.store_files.record_format import (
     unpack_identity,
 )
 from antefix.store_files.segment_reader import wall_ms
+from antefix.text_table import text_table
 
+Progress = Callable[[int, int], None]
 NUM_LINES_MAX: Final = 40
+_PROGRESS_EVERY: Final = 10_000
 _TOLD: Final = ("family", "kv_format", "namespace", "exactness", "arithmetic", "num_cards", "group", "shard")
 # Upper bounds of the age classes in seconds, and their names.
 AGES: Final = ((60, "< 1 min"), (3600, "< 1 h"), (86_400, "< 1 d"), (7 * 86_400, "< 7 d"), (float("inf"), "older"))
@@ -38,15 +41,17 @@ AGES: Final = ((60, "< 1 min"), (3600, "< 1 h"), (86_400, "< 1 d"), (7 * 86_400,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
-    """Records of one namespace (fingerprint), owner and kind.  ages: number of records by time since last use.
+    """Records of one namespace (fingerprint), owner and kind.
 
-    tenant: its name where that is known, else its digest.  about: what the fingerprint stands for, where that is known.
-    version: of the records.  generation: of the secret that named and sealed them; 0: none did.
+    tenant, user: names where they are known, else digests; the user is empty where the cache is the tenant's own.
+    about: what the fingerprint stands for, where that is known.  version: of the records.  generation: of the secret
+    that named and sealed them; 0: none did.  ages: number of records by time since last use.
     """
 
     fingerprint: str
     about: dict[str, Any]
     tenant: str
+    user: str
     version: int
     generation: int
     kind: RecordKind
@@ -84,13 +89,22 @@ class StoreReport:
     num_runs_left_out: int = 0
 
 
-def inspect(directory: Path, *, num_lines_max: int = NUM_LINES_MAX, known: KnownNames | None = None) -> StoreReport:
-    """known: tenants' names, to be shown instead of their digests.
+def inspect(
+    directory: Path,
+    *,
+    num_lines_max: int = NUM_LINES_MAX,
+    known: KnownNames | None = None,
+    progress: Progress = lambda done, total: None,
+) -> StoreReport:
+    """known: tenants' names, to be shown instead of their digests.  progress: called with entries read and in all.
 
-    Raises:  ConfigError: not a store.  Unavailable: its index cannot be opened."""
+    Raises:  ConfigError: not a store.  Unavailable: its index cannot be opened.
+    """
     try:
         identity = unpack_identity((directory / STORE_FILE).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, BlockCorrupt) as err:
+    except (FileNotFoundError, NotADirectoryError) as err:
+        raise ConfigError(f"{directory} is not an Antefix store: it has no file {STORE_FILE}") from err
+    except BlockCorrupt as err:
         raise ConfigError(f"{directory} is not an Antefix store: {err}") from err
     files = [path for path in (directory / SEGMENT_DIR).iterdir() if segment_number(path.name) is not None]
     index = Index(directory / INDEX_DIR)
@@ -98,12 +112,7 @@ def inspect(directory: Path, *, num_lines_max: int = NUM_LINES_MAX, known: Known
         with index.txn() as txn:
             fingerprints, owners, generations = index.fingerprints(txn), index.owners(txn), index.generations(txn)
             statements = {digest: index.statement(txn, digest) for digest in fingerprints.values()}
-            entries = {
-                (kind, key): entry
-                for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)
-                for key, value in txn.cursor(db=index.db[TABLE_OF_KIND[kind]])
-                if (entry := unpack_entry(value, key)) is not None
-            }
+            entries = _entries(index, txn, progress)
     finally:
         index.close()
     runs = _forest(entries)
@@ -119,6 +128,21 @@ def inspect(directory: Path, *, num_lines_max: int = NUM_LINES_MAX, known: Known
     )
 
 
+def _entries(index: Index, txn: Any, progress: Progress) -> dict[tuple[RecordKind, bytes], IndexEntry]:
+    tables = {kind: index.db[TABLE_OF_KIND[kind]] for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)}
+    total = sum(txn.stat(table)["entries"] for table in tables.values())
+    entries, done = {}, 0
+    for kind, table in tables.items():
+        for key, value in txn.cursor(db=table):
+            entry = unpack_entry(value, key)
+            if entry is not None:
+                entries[kind, key] = entry
+            done += 1
+            if done % _PROGRESS_EVERY == 0:
+                progress(done, total)
+    return entries
+
+
 def _holdings(
     entries: dict[tuple[RecordKind, bytes], IndexEntry],
     fingerprints: dict[int, bytes],
@@ -130,11 +154,13 @@ def _holdings(
     groups: dict[tuple[int, int, RecordKind], list[IndexEntry]] = defaultdict(list)
     for (kind, _), entry in entries.items():
         groups[entry.fingerprint_id, entry.tenant_id, kind].append(entry)
+    whose = {owner: split_tenant(known.name(owners.get(owner, b"t"))) for _, owner, _ in groups}
     return [
         Holding(
             fingerprint=fingerprints.get(fingerprint, b"").hex(),
             about=json.loads(statements.get(fingerprints.get(fingerprint, b"")) or b"{}"),
-            tenant=known.name(owners.get(owner, b"t")),
+            tenant=whose[owner][0],
+            user=whose[owner][1],
             version=2 if owners.get(owner, b"t")[:1] == b"o" else 1,
             generation=generations.get(owner, 0),
             kind=kind,
@@ -210,16 +236,8 @@ def render(report: StoreReport) -> str:
         f"{num_records} records in {report.num_segments} segments of {_size(report.segment_bytes)}, "
         f"index {_size(report.index_bytes)}",
     ]
-    for holding in report.holdings:
-        ages = ", ".join(f"{count} {name}" for name, count in holding.ages.items() if count)
-        lines.append(
-            f"  {holding.fingerprint[:12]}  {_shown(holding.tenant)}  {holding.kind.name.lower()}: "
-            f"{holding.num_records} records, {_size(holding.payload_bytes)} stored in {_size(holding.stored_bytes)}; "
-            f"used {ages}"
-            + (f"; {holding.num_quarantined} quarantined" if holding.num_quarantined else "")
-            + (f"; secret {holding.generation}" if holding.generation else "")
-            + ("; of version 1" if holding.version == 1 else "")
-        )
+    if report.holdings:
+        lines += ["", text_table(_HEAD, map(_row, report.holdings), num_left=4), ""]
     lines += _about(report)
     if report.forest:
         lines.append("prefixes (tokens, blocks, * checkpoint):")
@@ -234,9 +252,20 @@ def render(report: StoreReport) -> str:
     return "\n".join(lines)
 
 
-def _shown(tenant: str) -> str:
-    name, _, user = tenant.partition(USER_SEPARATOR)
-    return f"{name or '(no tenant)'}, user {user}" if user else name or "(no tenant)"
+_HEAD: Final = (
+    *("namespace", "tenant", "user", "kind", "records", "payload", "on disk", "secret", "version", "bad"),
+    *(name for _, name in AGES),
+)
+
+
+def _row(holding: Holding) -> list[str]:
+    """Ages are of the last use; bad: quarantined."""
+    return [
+        *(holding.fingerprint[:12], holding.tenant or "(no tenant)", holding.user or "-", holding.kind.name.lower()),
+        *(str(holding.num_records), _size(holding.payload_bytes), _size(holding.stored_bytes)),
+        *(str(holding.generation or "-"), str(holding.version)),
+        *(str(count) if count else "-" for count in (holding.num_quarantined, *holding.ages.values())),
+    ]
 
 
 def _about(report: StoreReport) -> list[str]:

@@ -1,38 +1,19 @@
-"""What changed in a store, numbered, for those who keep an index of it elsewhere.
-
-Numbers count up within an epoch; an epoch is one opening of the store. A watcher that knows the epoch and a number
-still in the ring resumes there; any other gets a snapshot first, taken together with a number, so that nothing is
-missed or told twice. Publishing appends to a bounded ring and never waits for anybody.
-"""
+"""What changed in a store, numbered, for those who keep an index of it elsewhere. Each opening is an epoch."""
 
 from __future__ import annotations
 
-import secrets
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Final
+from typing import Any, Final
 
+from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.numbered_log import EVENT_BLOCKS_MAX, SNAPSHOT_BLOCKS, Batch, Cursor, NumberedLog, snapshot_batches
 from antefix.record import RecordKind
 from antefix.store_files.index import TABLE_OF_KIND, Change, Index
 from antefix.store_files.record_format import unpack_entry
 
-# Hashes kept for watchers that fall behind: 2 MiB of them.
-NUM_HASHES_MAX: Final = 65_536
-SNAPSHOT_HASHES: Final = 8_192
-
-
-class EventKind(IntEnum):
-    """As in kvstore.proto."""
-
-    STORED = 1
-    EVICTED = 2
-    CHECKPOINTED = 3
-    CHECKPOINT_EVICTED = 4
-
+# 2 MiB of hashes.
+NUM_BLOCKS_MAX: Final = 65_536
 
 _KIND_OF: Final = {
     (RecordKind.BLOCK, True): EventKind.STORED,
@@ -42,96 +23,67 @@ _KIND_OF: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Records of one kind and fingerprint that came or went in one transaction."""
-
-    number: int
-    kind: EventKind
-    hashes: tuple[bytes, ...]
-    fingerprint: bytes
-
-
-class EventLog:
-    """The ring. Thread-safe."""
+class EventLog(NumberedLog[BlockEvent]):
+    """A log of records of one kind and fingerprint that came or went in one transaction."""
 
     def __init__(self, index: Index) -> None:
-        self.epoch = secrets.token_bytes(16)
-        self.number = 0
+        super().__init__(num_blocks_max=NUM_BLOCKS_MAX)
         self._index = index
-        self._lock = threading.Lock()
-        self._ring: deque[Event] = deque()
-        self._num_hashes = 0
         self._fingerprints: dict[int, bytes] = {}
-        self._listeners: set[Callable[[], None]] = set()
 
     def publish(self, changes: Sequence[Change]) -> None:
         """Called by the writer after each commit, under the engine's lock."""
-        with self._lock:
+        self.append(
+            event
             for (kind, present, fingerprint_id), group in groupby(
                 changes, key=lambda change: (change.kind, change.present, change.fingerprint_id)
-            ):
-                self.number += 1
-                hashes = tuple(change.hash for change in group)
-                self._ring.append(
-                    Event(self.number, _KIND_OF[kind, present], hashes, self._fingerprint(fingerprint_id))
-                )
-                self._num_hashes += len(hashes)
-            while self._num_hashes > NUM_HASHES_MAX and len(self._ring) > 1:
-                self._num_hashes -= len(self._ring.popleft().hashes)
-            listeners = list(self._listeners)
-        for wake in listeners:
-            wake()
+            )
+            for event in self._events(_KIND_OF[kind, present], [change.hash for change in group], fingerprint_id)
+        )
 
-    def since(self, epoch: bytes, number: int) -> list[Event] | None:
-        """Events after `number`, or None when the watcher must take a snapshot."""
-        with self._lock:
-            oldest = self._ring[0].number if self._ring else self.number + 1
-            if epoch != self.epoch or number > self.number or number < oldest - 1:
-                return None
-            # The ring is in order of numbers, which have no gaps.
-            return list(self._ring)[number - oldest + 1 :] if self._ring else []
-
-    def listen(self, wake: Callable[[], None]) -> Callable[[], None]:
-        """Have `wake` called after each publication, in the writer's thread; it must not block. Returns its undoing."""
-        with self._lock:
-            self._listeners.add(wake)
-        return lambda: self._listeners.discard(wake)
-
-    def snapshot(self) -> tuple[int, Iterator[list[Event]]]:
-        """The number that a snapshot taken now stands for, and what is stored, in pieces.
+    def snapshot(self) -> Iterator[Batch[BlockEvent]]:
+        """What is stored as of this call, read while it is taken.
 
         The caller holds the engine's lock during this call, not while it iterates.
         """
         txn = self._index.txn()
-        number = self.number
+        cursor = self.cursor
         # The number of keys first: opening the cursor pins the state of the index.
         txn.stat(self._index.db["blocks"])
-        return number, self._pieces(txn, number)
+        return self._pieces(txn, cursor)
 
-    def _pieces(self, txn: object, number: int) -> Iterator[list[Event]]:
-        with txn:  # type: ignore[attr-defined]
-            for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
-                found: dict[int, list[bytes]] = {}
-                count = 0
-                with txn.cursor(db=self._index.db[TABLE_OF_KIND[kind]]) as cursor:  # type: ignore[attr-defined]
-                    for key, value in cursor:
-                        entry = unpack_entry(value, key)
-                        if entry is None or entry.quarantined:
-                            continue
-                        found.setdefault(entry.fingerprint_id, []).append(key)
-                        count += 1
-                        if count == SNAPSHOT_HASHES:
-                            yield self._events(found, kind, number)
-                            found, count = {}, 0
-                if found:
-                    yield self._events(found, kind, number)
+    def _pieces(self, txn: Any, cursor: Cursor) -> Iterator[Batch[BlockEvent]]:
+        with txn:
+            yield from snapshot_batches(cursor, self._stored(txn))
 
-    def _events(self, found: dict[int, list[bytes]], kind: RecordKind, number: int) -> list[Event]:
+    def _stored(self, txn: Any) -> Iterator[list[BlockEvent]]:
+        for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
+            found: dict[int, list[bytes]] = {}
+            count = 0
+            with txn.cursor(db=self._index.db[TABLE_OF_KIND[kind]]) as cursor:
+                for key, value in cursor:
+                    entry = unpack_entry(value, key)
+                    if entry is None or entry.quarantined:
+                        continue
+                    found.setdefault(entry.fingerprint_id, []).append(key)
+                    count += 1
+                    if count == SNAPSHOT_BLOCKS:
+                        yield self._piece(kind, found)
+                        found, count = {}, 0
+            if found:
+                yield self._piece(kind, found)
+
+    def _piece(self, kind: RecordKind, found: dict[int, list[bytes]]) -> list[BlockEvent]:
         return [
-            Event(number, _KIND_OF[kind, True], tuple(hashes), self._fingerprint(fingerprint_id))
+            event
             for fingerprint_id, hashes in found.items()
+            for event in self._events(_KIND_OF[kind, True], hashes, fingerprint_id)
         ]
+
+    def _events(self, kind: EventKind, hashes: Sequence[bytes], fingerprint_id: int) -> Iterator[BlockEvent]:
+        fingerprint = self._fingerprint(fingerprint_id)
+        for first in range(0, len(hashes), EVENT_BLOCKS_MAX):
+            yield BlockEvent.of(kind, hashes[first : first + EVENT_BLOCKS_MAX], fingerprint)
 
     def _fingerprint(self, number: int) -> bytes:
         if number not in self._fingerprints:

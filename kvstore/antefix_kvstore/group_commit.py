@@ -51,7 +51,8 @@ class GroupCommitter:
     def submit(self, records: Sequence[Record]) -> Future[PutResult]:
         """Queue a put; the future's result comes when it is durable.
 
-        Raises:  InvalidRequest: malformed.  Overloaded: too much is waiting already.  Unavailable: stopping.
+        Raises:  InvalidRequest: malformed, or another size than the registered layout's.  Overloaded: too much is
+            waiting already.  Unavailable: stopping.
         """
         self._engine.check(records)
         nbytes = sum(memoryview(record.payload).nbytes for record in records)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antefix.config import grace_setting, parse_size, require, setting
+from antefix.byte_size import parse_byte_size
+from antefix.config import grace_setting, require, setting
+from antefix.errors import ConfigError
 from antefix.events.address import check_url
 from antefix.record import RecordKind
 from antefix.store_files.record_format import PAYLOAD_BYTES_MAX
@@ -106,9 +108,8 @@ class KvStoreConfig:
 def _parse_quota(text: str) -> tuple[str, int]:
     """Raises:  ConfigError: not of the form tenant=size."""
     tenant, equals, size = text.rpartition("=")
+    require(bool(equals), f"quotas must be tenant=size, is {text!r}")
     try:
-        nbytes = parse_size(size)
-    except ValueError:
-        nbytes = -1
-    require(bool(equals) and nbytes >= 0, f"quotas must be tenant=size, is {text!r}")
-    return tenant, nbytes
+        return tenant, parse_byte_size(size)
+    except ConfigError as err:
+        raise ConfigError(f"quotas must be tenant=size, is {text!r}: {err}") from err

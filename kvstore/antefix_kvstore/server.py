@@ -18,18 +18,20 @@ import grpc
 
 from antefix import rpc
 from antefix.errors import InvalidRequest, Overloaded
+from antefix.events.block_events import BlockEvent
+from antefix.events.event_wire import store_response
+from antefix.events.numbered_log import Batch, Cursor, watch_log
 from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Reason, Record, RecordKind, Refusal
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.payload_channel import SERVICE
 from antefix.store.payload_wire import Piece, unpack_put_request
-from antefix.store.pieces import HASHES_MAX, RecordAssembler, join_hashes, kind_of, messages_of, split_hashes
+from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, messages_of, split_hashes
 from antefix.store_files import codec
 from antefix.store_files.gone_blocks import fate_of
 from antefix.store_files.record_format import FORMAT_VERSIONS
 from antefix.store_files.record_header import owner_row
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from antefix_kvstore.engine_stats import collect
-from antefix_kvstore.event_log import Event
 from antefix_kvstore.free_space import fit_to_disk
 from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.index_writer import Name
@@ -226,27 +228,15 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[kvstore_pb2.WatchResponse]:
         """Events from a cursor, a snapshot before them where the cursor is unknown or too old."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-        events = self.engine.events
-        epoch, number = request.epoch, request.after
-        unlisten = events.listen(lambda: _wake(loop, changed))
-        try:
-            while True:
-                changed.clear()
-                found = events.since(epoch, number)
-                if found is None:
-                    epoch = events.epoch
-                    number, pieces = await self._in_thread(self.engine.snapshot)
-                    while (piece := await self._in_thread(functools.partial(next, pieces, None))) is not None:
-                        yield _watch_response(epoch, number, piece, snapshot=True)
-                    yield _watch_response(epoch, number, [], snapshot=True, snapshot_end=True)
-                elif found:
-                    number = found[-1].number
-                    yield _watch_response(epoch, number, found)
-                else:
-                    await changed.wait()
-        finally:
-            unlisten()
+        cursor = Cursor(epoch=request.epoch, number=request.after)
+        async with contextlib.aclosing(watch_log(self.engine.events, cursor, self._snapshot)) as batches:
+            async for batch in batches:
+                yield store_response(batch)
+
+    async def _snapshot(self) -> AsyncGenerator[Batch[BlockEvent], None]:
+        pieces = await self._in_thread(self.engine.snapshot)
+        while (piece := await self._in_thread(functools.partial(next, pieces, None))) is not None:
+            yield piece
 
     async def Stats(
         self, request: kvstore_pb2.StatsRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -322,31 +312,6 @@ def _put_response(results: Sequence[PutResult]) -> kvstore_pb2.PutResponse:
     )
 
 
-def _wake(loop: asyncio.AbstractEventLoop, changed: asyncio.Event) -> None:
-    """From the writer's thread; a loop that has closed has no watchers."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(changed.set)
-
-
-def _watch_response(
-    epoch: bytes, number: int, events: Sequence[Event], *, snapshot: bool = False, snapshot_end: bool = False
-) -> kvstore_pb2.WatchResponse:
-    return kvstore_pb2.WatchResponse(
-        epoch=epoch,
-        number=number,
-        snapshot=snapshot,
-        snapshot_end=snapshot_end,
-        events=[
-            kvstore_pb2.StoreEvent(
-                kind=event.kind.value,  # type: ignore[arg-type]
-                hashes=join_hashes(event.hashes),
-                fingerprint=event.fingerprint,
-            )
-            for event in events
-        ],
-    )
-
-
 def register(servicer: KvStoreServicer, server: grpc.aio.Server) -> None:
     """Add the service to a server; the methods that carry payloads go past protobuf's copies."""
     generated = _Handlers()
@@ -414,6 +379,7 @@ def _telling(config: KvStoreConfig, engine: Engine, address: str) -> contextlib.
     if not config.events_redis:
         return contextlib.nullcontext()
     # Here, because Redis' client takes a good part of a small store's start.
-    from antefix.events.store_bus import StorePublisher
+    from antefix.events.redis_stream import StreamPublisher, store_stream
 
-    return StorePublisher(config.events_redis, engine.events, config.events_name or address)
+    name = config.events_name or address
+    return StreamPublisher(config.events_redis, engine.events, store_stream(name), name)

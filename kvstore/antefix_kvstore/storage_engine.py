@@ -24,6 +24,8 @@ import lmdb
 
 from antefix.block import digest_of
 from antefix.errors import BlockCorrupt, InvalidRequest, StoreFull
+from antefix.events.block_events import BlockEvent
+from antefix.events.numbered_log import Batch
 from antefix.record import STORED_KINDS, LookupResult, PutResult, Reason, Record, RecordKind, Refusal
 from antefix.secret import Keyring
 from antefix.store_files import codec
@@ -40,7 +42,7 @@ from antefix_kvstore.compression import Compression
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.disk_probe import read_bytes_per_s
 from antefix_kvstore.drafting import Drafter
-from antefix_kvstore.event_log import Event, EventLog
+from antefix_kvstore.event_log import EventLog
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.free_space import FreeSpace
 from antefix_kvstore.index_forest import drop_false_roots, drop_subtrees, insert_entry
@@ -216,16 +218,18 @@ class Engine:
     # --- writing -------------------------------------------------------------------------------------------------
 
     def put(self, records: Sequence[Record]) -> PutResult:
-        """One put on its own; see `put_group`."""
+        """One put on its own; see `put_group`.
+
+        Raises:  InvalidRequest: as `check`; nothing has been stored.
+        """
+        self.check(records)
         return self.put_group([records])[0]
 
     def put_group(self, puts: Sequence[Sequence[Record]]) -> list[PutResult]:
         """Several puts with one sync. What is stored when this returns survives a power loss in `durable` mode.
 
-        Raises:  InvalidRequest: a malformed record; nothing has been stored.
+        Each was checked by `check`, on its own: a malformed record must not fail the puts of others.
         """
-        for records in puts:
-            self.check(records)
         with self._lock:
             merged = [record for records in puts for record in records]
             with self.index.txn() as snapshot:
@@ -243,7 +247,8 @@ class Engine:
         """Raises:  InvalidRequest: a record that can never be stored; it is counted, and named in the statistics."""
         try:
             for record in records:
-                check_record(record, self.config.record_bytes_max)
+                registered_bytes = self.compression.registered_bytes(record.fingerprint, record.kind)
+                check_record(record, self.config.record_bytes_max, registered_bytes)
         except InvalidRequest as err:
             self.note_impossible(str(err))
             raise
@@ -450,8 +455,8 @@ class Engine:
                 [change.hash for change in changes if change.present and change.kind is RecordKind.BLOCK]
             )
 
-    def snapshot(self) -> tuple[int, Iterator[list[Event]]]:
-        """What is stored, for a watcher that cannot resume, and the number of the last event in it."""
+    def snapshot(self) -> Iterator[Batch[BlockEvent]]:
+        """What is stored, for a watcher that cannot resume."""
         with self._lock:
             return self.events.snapshot()
 

@@ -12,6 +12,9 @@ from antefix_prefill.worker.engine import Engine
 async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
     """The handoff's name, or empty when the store could not keep it: decode prefills by itself then."""
     sequence = computed.sequence
+    unstored = sequence.position % engine.align_tokens // engine.block_size
+    if unstored:
+        return b""  # in reproducible mode whole blocks of the last chunk are not in the store, and decode needs them
     partial = sequence.position % engine.block_size
     window = await engine.compute.run(sequence.window.to_bytes)
     unfinished = sequence.block_table[-1:] if partial else []

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.block import Chain, exactness_of
-from antefix.errors import AntefixError, InvalidRequest
+from antefix.errors import AntefixError, BlockCorrupt
 from antefix.model import Sequence, WindowState, forward, replay
 from antefix.record import LookupResult, RecordKind
 from antefix.restore_report import RestoreReport
@@ -205,7 +205,7 @@ async def _load_checkpoint(
     if data is not None:
         try:
             return WindowState.from_bytes(engine.layout, block * engine.block_size, data, engine.device)
-        except InvalidRequest as err:
+        except BlockCorrupt as err:
             engine.counters.note(err)
     known.checkpoints.pop(block, None)
     return None

@@ -1,7 +1,8 @@
 """Running a prompt: restore what is stored, compute the rest in chunks, write what is new.
 
 Chunks end at multiples of `prefill_chunk` counted from token 0, never from the hit, and where a checkpoint is to be
-left; on a CPU results do not depend on the cuts at all (docs/ARCHITECTURE.md, "Exactness").
+left; on a CPU results do not depend on the cuts at all (docs/ARCHITECTURE.md, "Exactness"). Where they do, in
+reproducible mode, the blocks of a prompt's unfinished last chunk are for this prompt alone and are not stored.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.model import Sequence, forward
 from antefix.restore_report import RestoreReport
 from antefix.window import Mark
@@ -91,10 +92,12 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
         first = sequence.position
         stop = _next_stop(engine, prompt, first, marks)
         grow(engine, sequence, stop)
-        new = range(max(first // engine.block_size, restored.num_stored_blocks), stop // engine.block_size)
+        # In reproducible mode a longer prompt would run these tokens in a whole chunk, and get other bits.
+        last = stop // engine.block_size if stop % engine.align_tokens == 0 else first // engine.block_size
+        new = range(max(first // engine.block_size, restored.num_stored_blocks), last)
         tokens, is_last = prompt.tokens[first:stop], stop == prompt.num_tokens
         logits, payloads = await engine.compute.run(_run_chunk, engine, sequence, tokens, new, is_last)
-        for index in range(first // engine.block_size, stop // engine.block_size):
+        for index in range(first // engine.block_size, last):
             engine.blocks.publish(prompt.chain.hashes[index], sequence.block_table[index])
         for index, payload in zip(new, payloads, strict=True):
             await writer.put(block_record(engine, prompt, index, payload))
@@ -102,7 +105,7 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
             await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
     engine.rates.observe_prefill(prompt.num_tokens - context, context=context, seconds=time.perf_counter() - begun)
     if logits is None:
-        raise InvalidRequest("a restored prefix left no token to run")
+        raise InternalError("a restored prefix left no token to run")
     return logits
 
 

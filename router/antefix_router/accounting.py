@@ -25,8 +25,8 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from antefix.clients import Tokens
 from antefix.errors import AntefixError, Conflict, Draining, InvalidRequest, Overloaded, Unavailable
+from antefix.generation_request import GenerationRequest
 from antefix.secret import Keyring
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import Settled, read_settled, sequence_before
@@ -38,7 +38,7 @@ from antefix_billing.usage_commit import LedgerWriter, NoLedger, UsageWriter
 from antefix_billing.usage_record import OpenEntry, Status, UsageRecord, WorkDone, request_key
 from antefix_router.answers import KeptAnswer, RetryConfig, Run, SharedRun
 from antefix_router.ending import Ending
-from antefix_router.generation import Request
+from antefix_router.generation import Generation, Piece
 from antefix_router.open_bill import Bill, Served
 from antefix_router.retries import CLIENT_LEFT, Retries
 
@@ -93,13 +93,13 @@ class Accounts:
         after = sequence_before(ledger.directory, LimitWindow.MONTH.start(now).timestamp())
         self._quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
 
-    async def admit(self, request: Request, *, tenant: str, user: str, retryable: bool = False) -> Bill:
-        """Check id, quota and budget. request.tenant says whose cache it is; `tenant` whose bill.
+    async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
+        """Check id, quota and budget.
 
         retryable: the client named the id, so another one may read the same answer, and it is kept.
         Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.
         """
-        opened = self._open_entry(request, tenant, user)
+        request, opened = self._open_entry(request)
         while (busy := self._settling.get(opened.key) or self._admitting.get(opened.key)) is not None:
             await asyncio.wait({busy})
         if retryable and (joined := self.retries.join(request, opened)) is not None:
@@ -109,7 +109,7 @@ class Accounts:
         self._running.add(opened.key)
         self._admitting[opened.key] = asyncio.get_running_loop().create_future()
         try:
-            bill = self._bill(request, opened, await self.writer.find(opened.key), tenant)
+            bill = self._bill(request, opened, await self.writer.find(opened.key))
             if retryable and bill.settled is None:
                 self.retries.share(bill)
             return bill
@@ -119,10 +119,10 @@ class Accounts:
         finally:
             self._admitting.pop(opened.key).set_result(None)
 
-    def _bill(self, request: Request, opened: OpenEntry, standing: Settled | None, tenant: str) -> Bill:
+    def _bill(self, request: GenerationRequest, opened: OpenEntry, standing: Settled | None) -> Bill:
         """What is next for this id: its first attempt, another one, or its answer again."""
         if standing is None:
-            bill = Bill(request, opened, self._reserve(request, tenant))
+            bill = Bill(Generation(request), opened, self._reserve(request))
             # There is an answer already where it could not be recorded, or where nothing ever is.
             bill.kept = self.retries.kept(request, opened)
             return bill
@@ -135,11 +135,11 @@ class Accounts:
             # What was made for the attempt before was made in its time: its hits are in the store's log at that time.
             started_us = opened.started_us if kept is None else kept.started_us
             opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1, started_us=started_us)
-            bill = Bill(request, opened, self._reserve(request, tenant), standing.record.paid)
+            bill = Bill(Generation(request), opened, self._reserve(request), standing.record.paid)
         bill.kept = kept
         return bill
 
-    def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+    def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
         """The request's output; when this ends, `bill.record` is durable.
 
         Raises:  what running it raised, after settling.  Unavailable: the ledger could not be written.  Draining.
@@ -151,18 +151,18 @@ class Accounts:
             return self._run_shared(bill, bill.shared, run, timeout_s)
         return self._run_alone(bill, run, timeout_s)
 
-    async def _run_alone(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+    async def _run_alone(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
         """For the one client that it may have: when that leaves, the work stops."""
         opening = asyncio.create_task(self.writer.open(bill.opened))
         status, detail = Status.CANCELLED, CLIENT_LEFT
         try:
-            async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
-                while (tokens := await self._next(outputs)) is not None:
+            async with contextlib.aclosing(run(bill.generation, timeout_s)) as outputs:
+                while (piece := await self._next(outputs)) is not None:
                     await asyncio.shield(opening)
                     self.writer.mark(bill.opened, bill.work_done(bill.num_given))
-                    yield tokens
+                    yield piece
             await asyncio.shield(opening)
-            status, detail = Status(bill.request.finish_reason), ""
+            status, detail = Status(bill.generation.finish_reason), ""
         except (GeneratorExit, asyncio.CancelledError):
             status, detail = self._ended_from_outside(bill)
             raise
@@ -176,7 +176,7 @@ class Accounts:
 
     async def _run_shared(
         self, bill: Bill, shared: SharedRun, run: Run, timeout_s: float
-    ) -> AsyncGenerator[Tokens, None]:
+    ) -> AsyncGenerator[Piece, None]:
         """For one of the clients of an answer. The first who has all of it pays; without any it goes on for a while."""
         if shared.settling is not None:
             raise Unavailable("the request was just given up; send it again")
@@ -187,14 +187,14 @@ class Accounts:
         end: tuple[Status, str] | None = None
         try:
             async with contextlib.aclosing(shared.read()) as outputs:
-                while (tokens := await self._next(outputs)) is not None:
+                while (piece := await self._next(outputs)) is not None:
                     await asyncio.shield(opening)
-                    is_first, num_read = not num_read, num_read + len(tokens)
+                    is_first, num_read = not num_read, num_read + len(piece.tokens)
                     if shared.give(bill, num_read) or is_first:
                         self.writer.mark(bill.opened, bill.work_done(bill.num_given))
-                    yield tokens
+                    yield piece
             await asyncio.shield(opening)
-            end = Status(shared.request.finish_reason), ""
+            end = Status(shared.generation.finish_reason), ""
         except (GeneratorExit, asyncio.CancelledError):
             status, detail = self._ended_from_outside(bill)
             if status is Status.STOP:
@@ -212,15 +212,15 @@ class Accounts:
             else:
                 self.retries.left(shared)
 
-    async def _run_again(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+    async def _run_again(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
         try:
-            async with contextlib.aclosing(run(bill.request, timeout_s)) as outputs:
-                while (tokens := await self._next(outputs)) is not None:
-                    yield tokens
+            async with contextlib.aclosing(run(bill.generation, timeout_s)) as outputs:
+                while (piece := await self._next(outputs)) is not None:
+                    yield piece
         finally:
             self._running.discard(bill.opened.key)
 
-    async def _next(self, outputs: AsyncGenerator[Tokens, None]) -> Tokens | None:
+    async def _next(self, outputs: AsyncGenerator[Piece, None]) -> Piece | None:
         with self.ending.guard():
             return await anext(outputs, None)
 
@@ -289,14 +289,16 @@ class Accounts:
     def _record(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
         """Of an answer that ended, all of it counts; of one that broke off, what a client was given of it."""
         has_ended = status in (Status.STOP, Status.LENGTH)
-        num_output = len(bill.request.emitted) if has_ended else bill.num_given
+        num_output = bill.generation.num_emitted if has_ended else bill.num_given
         return UsageRecord(
             **self._common(bill.opened),
             **bill.work_done(num_output).counts(),
             status=status,
             detail=detail,
             mode=bill.mode,
-            output_write_tokens=bill.request.output_written_tokens,
+            prefix_volatile=bill.prefix_volatile,
+            prompt_marks=bill.generation.prompt_marks,
+            output_write_tokens=bill.generation.output_written_tokens,
             write_error=bill.write_error,
             paid_before=bill.paid_before,
             finished_us=max(_now_us(), bill.opened.started_us),
@@ -323,22 +325,26 @@ class Accounts:
         del values["prompt_tokens"]
         return {**values, "source": self.writer.source_name}
 
-    def _open_entry(self, request: Request, tenant: str, user: str) -> OpenEntry:
-        sampling = request.sampling
+    def _open_entry(self, request: GenerationRequest) -> tuple[GenerationRequest, OpenEntry]:
+        """The request with a seed, and how its record begins."""
+        sampling, tenant = request.sampling, request.caller.tenant
         if sampling.temperature and sampling.seed is None:
             # From the id, so that a repeat of this request draws the same numbers and gives the same answer.
             drawn = hashlib.blake2b(request_key(tenant, request.request_id).encode(), digest_size=7).digest()
-            request.sampling = sampling = dataclasses.replace(sampling, seed=int.from_bytes(drawn, "little"))
+            sampling = dataclasses.replace(sampling, seed=int.from_bytes(drawn, "little"))
+            request = dataclasses.replace(request, sampling=sampling)
         # Keyed: whoever reads the ledger must not be able to try out guesses of a prompt.
         digest = hashlib.blake2b(key=self._keyring.key(tenant), digest_size=16, person=b"antefix-digest")
         # Log probabilities tell of the answer and do not change it.
         digest.update(repr(dataclasses.replace(sampling, num_top_logprobs=None)).encode())
         digest.update(request.tokens.tobytes())
-        return OpenEntry(
+        if request.num_samples > 1:
+            digest.update(f"{request.num_samples} samples".encode())
+        return request, OpenEntry(
             request_id=request.request_id,
             attempt=1,
             tenant=tenant,
-            user=user,
+            user=request.caller.user,
             model=self.served.model,
             revision=self.served.revision,
             fingerprint=self.served.fingerprint,
@@ -347,25 +353,28 @@ class Accounts:
             started_us=_now_us(),
         )
 
-    def _reserve(self, request: Request, tenant: str) -> Reservation:
+    def _reserve(self, request: GenerationRequest) -> Reservation:
         now = datetime.now(UTC)
+        num_output = request.sampling.max_tokens * request.num_samples
         most = worst_price(
             self._cards.quote(self.served.model, now),
             prompt_tokens=len(request.tokens),
-            output_tokens_max=request.sampling.max_tokens,
+            output_tokens_max=num_output,
         )
-        tokens = len(request.tokens) + request.sampling.max_tokens
-        return self._quotas.reserve(tenant, tokens=tokens, money=most, now=now)
+        tokens = len(request.tokens) + num_output
+        return self._quotas.reserve(request.caller.tenant, tokens=tokens, money=most, now=now)
 
-    def _repeat(self, request: Request, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None) -> Bill:
+    def _repeat(
+        self, request: GenerationRequest, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None
+    ) -> Bill:
         """The answer to a finished request again: kept, or made again, which is work that nobody pays for."""
         if kept is None:
             self._count_repeat(request, opened)
-        bill = Bill(request, opened, None)
+        bill = Bill(Generation(request), opened, None)
         bill.settled = standing
         return bill
 
-    def _count_repeat(self, request: Request, opened: OpenEntry) -> None:
+    def _count_repeat(self, request: GenerationRequest, opened: OpenEntry) -> None:
         num_repeats = self._repeats.pop(opened.key, 0) + 1
         if num_repeats > NUM_REPEATS_MAX:
             raise Overloaded(f"request {request.request_id} was repeated {NUM_REPEATS_MAX} times; use another id")

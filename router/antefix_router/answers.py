@@ -20,16 +20,17 @@ import numpy as np
 
 from antefix.clients import Tokens
 from antefix.config import require, setting
+from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.wire import TokenLogprob
 from antefix_billing.ledger_files import Settled
 from antefix_billing.usage_record import OpenEntry
-from antefix_router.generation import Request
+from antefix_router.generation import Generation, Piece, Sample
 
 if TYPE_CHECKING:
     from antefix_router.open_bill import Bill
 
-Run = Callable[[Request, float], AsyncGenerator[Tokens, None]]
+Run = Callable[[Generation, float], AsyncGenerator[Piece, None]]
 
 # How far an answer may be ahead of the client that has most of it, as a decode worker's sequence may be.
 AHEAD_TOKENS_MAX: Final = 256
@@ -58,7 +59,7 @@ class SharedRun:
     """One request's answer while it is made."""
 
     def __init__(self, bill: Bill) -> None:
-        self.request: Request = bill.request
+        self.generation: Generation = bill.generation
         # Whose bill says most of what was given: the record is written from it.
         self.bill = bill
         self.opening: asyncio.Task[OpenEntry] | None = None
@@ -79,15 +80,20 @@ class SharedRun:
             self._task = asyncio.create_task(self._make(run, timeout_s))
             self._task.add_done_callback(lambda _: on_end())
 
-    async def read(self) -> AsyncGenerator[Tokens, None]:
+    async def read(self) -> AsyncGenerator[Piece, None]:
         """The answer from its first token on, as it comes. Raises:  what making it raised."""
-        position = 0
+        samples = self.generation.samples
+        positions = [0] * len(samples)
         while True:
-            if piece := self.request.emitted[position:]:
-                position += len(piece)
-                self._furthest = max(self._furthest, position)
+            new = [(i, sample.emitted[positions[i] : sample.num_wanted]) for i, sample in enumerate(samples)]
+            if any(tokens for _, tokens in new):
+                for index, tokens in new:
+                    positions[index] += len(tokens)
+                self._furthest = max(self._furthest, sum(positions))
                 self._read.set()
-                yield np.array(piece, np.uint32)
+                for index, tokens in new:
+                    if tokens:
+                        yield Piece(index, np.array(tokens, np.uint32))
             elif self.is_over:
                 if self.error is not None:
                     raise self.error
@@ -103,10 +109,10 @@ class SharedRun:
         return True
 
     def cut(self, num_tokens: int) -> None:
-        """The answer ends here: what was made behind that is no part of it."""
-        del self.request.emitted[num_tokens:]
-        del self.request.logprobs[num_tokens:]
-        self.request.finish_reason = "stop"
+        """The answer, of one output, ends here: what was made behind that is no part of it."""
+        (sample,) = self.generation.samples
+        sample.end(num_tokens)
+        sample.cut()
 
     def enter(self) -> None:
         self.num_readers += 1
@@ -126,10 +132,10 @@ class SharedRun:
 
     async def _make(self, run: Run, timeout_s: float) -> None:
         try:
-            async with contextlib.aclosing(run(self.request, timeout_s)) as outputs:
+            async with contextlib.aclosing(run(self.generation, timeout_s)) as outputs:
                 async for _ in outputs:
                     self._tell()
-                    while self.num_readers and len(self.request.emitted) - self._furthest >= AHEAD_TOKENS_MAX:
+                    while self.num_readers and self.generation.num_emitted - self._furthest >= AHEAD_TOKENS_MAX:
                         self._read.clear()
                         await self._read.wait()
         except Exception as err:  # noqa: BLE001 - handed to the readers
@@ -144,45 +150,56 @@ class SharedRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptOutput:
+    """One of a finished answer's outputs."""
+
+    tokens: Tokens
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str
+    stop_number: int
+
+    @classmethod
+    def of(cls, sample: Sample) -> KeptOutput:
+        return cls(
+            tokens=np.array(sample.emitted, np.uint32),
+            logprobs=tuple(sample.logprobs),
+            finish_reason=sample.finish_reason,
+            stop_number=sample.stop_number,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KeptAnswer:
     """A finished answer and what its record and its client are told. started_us: when it began to be made."""
 
     request_digest: str
     user: str
-    tokens: Tokens
-    logprobs: tuple[TokenLogprob, ...]
+    outputs: tuple[KeptOutput, ...]
     num_top_logprobs: int | None
     restore: RestoreReport | None
-    written_tokens: int
     output_written_tokens: int
     ttft_s: float
-    finish_reason: str
-    stop_number: int
     started_us: int
 
     @classmethod
-    def of(cls, request: Request, opened: OpenEntry) -> KeptAnswer:
+    def of(cls, generation: Generation, opened: OpenEntry) -> KeptAnswer:
         return cls(
             request_digest=opened.request_digest,
             user=opened.user,
-            tokens=np.array(request.emitted, np.uint32),
-            logprobs=tuple(request.logprobs),
-            num_top_logprobs=request.sampling.num_top_logprobs,
-            restore=request.restore,
-            written_tokens=request.written_tokens,
-            output_written_tokens=request.output_written_tokens,
-            ttft_s=request.ttft_s,
-            finish_reason=request.finish_reason,
-            stop_number=request.stop_number,
+            outputs=tuple(KeptOutput.of(sample) for sample in generation.samples),
+            num_top_logprobs=generation.request.sampling.num_top_logprobs,
+            restore=generation.restore,
+            output_written_tokens=generation.output_written_tokens,
+            ttft_s=generation.ttft_s,
             started_us=opened.started_us,
         )
 
     @property
     def nbytes(self) -> int:
         a_logprob = _LOGPROB_BYTES + _ALTERNATIVE_BYTES * (self.num_top_logprobs or 0)
-        return _ANSWER_BYTES + self.tokens.nbytes + len(self.logprobs) * a_logprob
+        return sum(_ANSWER_BYTES + each.tokens.nbytes + len(each.logprobs) * a_logprob for each in self.outputs)
 
-    def fits(self, request: Request, opened: OpenEntry) -> bool:
+    def fits(self, request: GenerationRequest, opened: OpenEntry) -> bool:
         """Whether this is the answer to that, with all that is asked for."""
         return (self.request_digest, self.user, self.num_top_logprobs) == (
             opened.request_digest,
@@ -190,16 +207,18 @@ class KeptAnswer:
             request.sampling.num_top_logprobs,
         )
 
-    async def run(self, request: Request, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+    async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[Piece, None]:
         """As `Generator.run`, without a worker."""
-        request.restore, request.written_tokens, request.ttft_s = self.restore, self.written_tokens, self.ttft_s
-        for start in range(0, len(self.tokens), _PIECE_TOKENS):
-            piece = self.tokens[start : start + _PIECE_TOKENS]
-            request.emitted.extend(piece.tolist())
-            request.logprobs.extend(self.logprobs[start : start + _PIECE_TOKENS])
-            yield piece
-        request.output_written_tokens = self.output_written_tokens
-        request.finish_reason, request.stop_number = self.finish_reason, self.stop_number
+        generation.restore, generation.ttft_s = self.restore, self.ttft_s
+        for index, output in enumerate(self.outputs):
+            sample = generation.samples[index]
+            for start in range(0, len(output.tokens), _PIECE_TOKENS):
+                piece = output.tokens[start : start + _PIECE_TOKENS]
+                sample.emitted.extend(piece.tolist())
+                sample.logprobs.extend(output.logprobs[start : start + _PIECE_TOKENS])
+                yield Piece(index, piece)
+            sample.finish_reason, sample.stop_number = output.finish_reason, output.stop_number
+        generation.output_written_tokens = self.output_written_tokens
 
 
 class Shelf:

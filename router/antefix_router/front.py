@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from antefix.cache_tenant import join_tenant
 from antefix.clients import Tokens
 from antefix.config import require, setting
 from antefix.errors import InvalidRequest
+from antefix.generation_request import GenerationRequest
 from antefix.model_dir import ModelIdentity
+from antefix.sampling import WrongSetting
 from antefix.secret import Keyring
 from antefix.tokenizer import Tokenizer
-from antefix.wire import Sampling
 from antefix_billing.ledger import Ledger
 from antefix_billing.ratecard import RateCards, load_cards
 from antefix_billing.receipt import Signer
@@ -21,11 +23,15 @@ from antefix_billing.tenants import CONTROL, TenantBook, load_tenants
 from antefix_router.accounting import Accounts
 from antefix_router.answers import RetryConfig
 from antefix_router.encoding import Encoding
-from antefix_router.generation import Generator, Request
+from antefix_router.generation import Generator, Piece
+from antefix_router.grammar_check import GrammarCheck
 from antefix_router.open_bill import Bill, Served
+from antefix_router.volatile_prefix import PrefixWatch
 
 REQUEST_ID_BYTES_MAX = 256
 TENANT_BYTES_MAX = 512
+# Each of a request's outputs takes a place at a decode worker.
+NUM_SAMPLES_MAX = 16
 
 
 class ContextTooLong(InvalidRequest):
@@ -65,50 +71,43 @@ class Front:
         self.tenants = tenants
         self.signer = signer
         self.encoding = Encoding()
+        self.grammars = GrammarCheck(identity.path, identity.vocab_size)
+        self._prefixes = PrefixWatch()
         self._generator = generator
 
-    async def admit(
-        self,
-        tokens: Tokens,
-        sampling: Sampling,
-        *,
-        tenant: str = "",
-        user: str = "",
-        request_id: str = "",
-        session: str = "",
-        breakpoints: tuple[tuple[int, float], ...] = (),
-        retryable: bool = False,
-    ) -> Bill:
-        """Check a request and open its bill. user: gets a cache of its own within the tenant's.
-
-        breakpoints: (number of prompt tokens, seconds) of prefixes that the client wants kept.
-        session: the client's name of the conversation: a hint where to place it.
-        retryable: see `Accounts.admit`.
+    async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
+        """Check a request and open its bill; without an id it gets one.  retryable: see `Accounts.admit`.
 
         Raises:  InvalidRequest: whatever is wrong with it, whatever our state is.  QuotaExceeded, Conflict: see there.
         """
+        caller = request.caller
         for name, text, nbytes_max in (
-            ("request_id", request_id, REQUEST_ID_BYTES_MAX),
-            ("tenant", tenant, TENANT_BYTES_MAX),
-            ("user", user, TENANT_BYTES_MAX),
-            ("session", session, TENANT_BYTES_MAX),
+            ("request_id", caller.request_id, REQUEST_ID_BYTES_MAX),
+            ("tenant", caller.tenant, TENANT_BYTES_MAX),
+            ("user", caller.user, TENANT_BYTES_MAX),
+            ("session", caller.session, TENANT_BYTES_MAX),
         ):
-            if len(text.encode()) > nbytes_max:
-                raise InvalidRequest(f"{name} takes {nbytes_max} bytes")
-        self._check_tokens(tokens, sampling.max_tokens)
-        request = Request(
-            request_id=request_id or secrets.token_hex(12),
-            tenant=cache_tenant(tenant, user),
-            tokens=tokens,
-            sampling=sampling,
-            breakpoints=breakpoints,
-            session=session,
-        )
-        return await self.accounts.admit(request, tenant=tenant, user=user, retryable=retryable)
+            check_name(name, text, nbytes_max)
+        cache_tenant(caller.tenant, caller.user)
+        self._check_tokens(request.tokens, request.sampling.max_tokens)
+        request.sampling.check_vocabulary(self.identity.vocab_size)
+        check_samples(request)
+        if request.sampling.grammar:
+            await self.grammars.check(request.sampling.grammar)
+        if not caller.request_id:
+            request = replace(request, caller=replace(caller, request_id=secrets.token_hex(12)))
+        bill = await self.accounts.admit(request, retryable=retryable)
+        bill.prefix_volatile = self._prefixes.note(request.cache_tenant, request.tokens)
+        return bill
 
-    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[Tokens, None]:
+    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[Piece, None]:
         """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
         return self.accounts.run(bill, self._generator.run, timeout_s)
+
+    async def close(self) -> None:
+        """Settle what is running, and end what checks grammars."""
+        await self.accounts.close()
+        await self.grammars.close()
 
     def _check_tokens(self, tokens: Tokens, max_tokens: int) -> None:
         if len(tokens) == 0:
@@ -124,13 +123,31 @@ class Front:
             )
 
 
+def check_name(what: str, text: str, nbytes_max: int) -> None:
+    """Raises:  InvalidRequest: it is too long, or cannot be written as UTF-8."""
+    try:
+        num_bytes = len(text.encode())
+    except UnicodeEncodeError as err:
+        raise InvalidRequest(f"{what} is not text: UTF-8 cannot write its character {err.start}") from err
+    if num_bytes > nbytes_max:
+        raise InvalidRequest(f"{what} takes {nbytes_max} bytes")
+
+
 def cache_tenant(tenant: str, user: str) -> str:
     """Whose blocks a request may hit: the tenant's, or those of one of its users."""
     for text in (tenant, user):
-        # U+001F separates the two; the others would end up on the terminal of whoever reads a bill.
+        # One of them separates the two in a cache's name, and others would move the cursor of whoever reads a bill.
         if CONTROL.search(text):
             raise InvalidRequest("tenant and user may not hold control characters")
-    return f"{tenant}\x1f{user}" if user else tenant
+    return join_tenant(tenant, user)
+
+
+def check_samples(request: GenerationRequest) -> None:
+    """Raises:  WrongSetting: more outputs than may be, or several that would all be the same."""
+    if not 1 <= request.num_samples <= NUM_SAMPLES_MAX:
+        raise WrongSetting("n", f"must be from 1 to {NUM_SAMPLES_MAX}, is {request.num_samples}")
+    if request.num_samples > 1 and request.sampling.temperature == 0.0:
+        raise WrongSetting("n", "must be 1 when using greedy sampling: all outputs would be the same")
 
 
 def open_front(

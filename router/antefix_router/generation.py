@@ -1,25 +1,30 @@
 """One request, from tokens to its last token: place, prefill, decode, relay, account.
 
 A worker that fails before its part is done is replaced, and the client sees no gap and no repeat: an output is
-continued elsewhere from the prompt plus the tokens that the client already has.
+continued elsewhere from the prompt plus the tokens that the client already has. Several outputs over one prompt share
+its prefill.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
-
-import numpy as np
+from typing import NamedTuple
 
 from antefix.clients import DecodeClient, Tokens
-from antefix.errors import Overloaded, Unavailable
+from antefix.errors import InternalError, Overloaded, Unavailable
+from antefix.generation_request import GenerationRequest
+from antefix.prompt_marks import marks_of
 from antefix.restore_report import RestoreReport
-from antefix.wire import Sampling, TokenLogprob
+from antefix.sampling import Sampling
+from antefix.wire import TokenLogprob
 from antefix_router.keeper import BreakpointPins
+from antefix_router.merge import merged
 from antefix_router.naming import Names, Prompt
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
@@ -29,29 +34,91 @@ from antefix_router.prefilling import NUM_MOVES_MAX, Prefilling
 
 log = logging.getLogger("antefix.router")
 
+_SEEDS = 1 << 64
+
+
+class Piece(NamedTuple):
+    """What one of a request's outputs grows by."""
+
+    sample: int
+    tokens: Tokens
+
 
 @dataclass(slots=True)
-class Request:
-    """One request while it runs. `emitted` are the output tokens that the client has, `logprobs` theirs where they were
-    asked for. breakpoints: (prompt tokens, seconds) of prefixes that the client wants kept. session: the client's name
-    of the conversation, a hint."""
+class Sample:
+    """One output while it is made. `emitted` are the tokens that the client has, `logprobs` theirs where asked for.
 
-    request_id: str
-    tenant: str
-    tokens: Tokens
-    sampling: Sampling
-    breakpoints: tuple[tuple[int, float], ...] = ()
-    session: str = ""
+    stop_number: the stop sequence that ended it, from 1.
+    num_wanted: so many of its tokens, where its reader has found its end in them.
+    """
+
     emitted: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str = ""
+    stop_number: int = 0
+    num_wanted: int | None = None
+
+    @property
+    def is_ended(self) -> bool:
+        return self.num_wanted is not None
+
+    def end(self, num_tokens: int) -> None:
+        """The reader has found its end in its first tokens: nothing more of it is wanted."""
+        self.num_wanted = num_tokens
+
+    def cut(self) -> None:
+        """It is over: what was made behind its end is no part of it."""
+        del self.emitted[self.num_wanted :]
+        del self.logprobs[self.num_wanted :]
+        self.finish_reason = "stop"
+
+
+@dataclass(slots=True)
+class Generation:
+    """A request while it runs: what was asked, and what has come of it. prompt_marks: of its blocks, once named."""
+
+    request: GenerationRequest
+    samples: list[Sample] = field(init=False)
     restore: RestoreReport | None = None
-    written_tokens: int = 0
+    prompt_marks: str = ""
     output_written_tokens: int = 0
     write_error: str = ""
     started: float = field(default_factory=time.perf_counter)
     ttft_s: float = 0.0
-    finish_reason: str = ""
-    stop_number: int = 0
+
+    def __post_init__(self) -> None:
+        self.samples = [Sample() for _ in range(self.request.num_samples)]
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.request.tokens
+
+    @property
+    def num_emitted(self) -> int:
+        return sum(len(sample.emitted) for sample in self.samples)
+
+    @property
+    def finish_reason(self) -> str:
+        """Of all its outputs: cut off by the limit where one was; empty while one is being made."""
+        reasons = {sample.finish_reason for sample in self.samples}
+        return "" if "" in reasons else "length" if "length" in reasons else "stop"
+
+    def sampling(self, index: int) -> Sampling:
+        """One output's: as vLLM has it, each has the seed after the one before."""
+        sampling = self.request.sampling
+        if sampling.seed is None or index == 0:
+            return sampling
+        return replace(sampling, seed=(sampling.seed + index) % _SEEDS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ready:
+    """A prompt that its outputs begin from. first: set when the prompt's KV is somewhere for all of them."""
+
+    prompt: Prompt
+    work: Work
+    handoff: bytes
+    first: asyncio.Event
 
 
 class Generator:
@@ -73,83 +140,97 @@ class Generator:
         self._names = names
         self._directory = directory
 
-    async def run(self, request: Request, timeout_s: float) -> AsyncGenerator[Tokens, None]:
-        """Output tokens as they come. Afterwards `request` has finish_reason, restore and counts.
+    async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[Piece, None]:
+        """Output tokens as they come. Afterwards `generation` has finish reasons, restore and counts.
 
         Raises:  what the last worker tried raised.
         """
+        request = generation.request
         if request.sampling.temperature and request.sampling.seed is None:
             # Fixed here, so that a continuation on another worker draws the same numbers.
-            request.sampling = replace(request.sampling, seed=secrets.randbits(63))
+            request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
+            generation.request = request
         # 1. Name the prompt's blocks.
-        prompt = self._names.prompt(request.tenant, request.tokens)
+        prompt = self._names.prompt(request.cache_tenant, request.tokens)
+        generation.prompt_marks = marks_of(prompt.chain.hashes)
         # 2. Prefill, which a short rest leaves to the decode worker.
-        prefilled = await self._prefilling.run(
-            prompt,
-            request_id=request.request_id,
-            timeout_s=timeout_s,
-            breakpoints=request.breakpoints,
-            session=request.session,
-        )
+        prefilled = await self._prefilling.run(request, prompt, timeout_s=timeout_s)
         self._pins.pin(prompt.chain, request.breakpoints, owner=prompt.owner)
-        handoff, work = b"", prefilled.work
+        handoff, first = b"", asyncio.Event()
         if prefilled.answer is not None:
-            handoff, request.restore = prefilled.answer.handoff, prefilled.answer.restore
-            request.written_tokens = request.restore.written_tokens
-        # 3. Decode, elsewhere if a worker goes away.
+            handoff, generation.restore = prefilled.answer.handoff, prefilled.answer.restore
+            first.set()
+        ready = _Ready(prompt=prompt, work=prefilled.work, handoff=handoff, first=first)
+        # 3. Decode.
+        outputs = [self._run_sample(generation, index, ready, timeout_s) for index in range(request.num_samples)]
+        async with contextlib.aclosing(merged(outputs) if len(outputs) > 1 else outputs[0]) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _run_sample(
+        self, generation: Generation, index: int, ready: _Ready, timeout_s: float
+    ) -> AsyncGenerator[Piece, None]:
+        """One output, elsewhere if a worker goes away."""
+        if index:
+            # Where the decode worker prefills, the first output does it, and the others find what it left.
+            await ready.first.wait()
+        sample, handoff = generation.samples[index], ready.handoff
         tried: set[str] = set()
-        while not request.finish_reason:
+        while not sample.finish_reason:
             try:
                 async with contextlib.aclosing(
-                    self._run_decode(request, prompt, work, handoff, tried, timeout_s)
+                    self._run_decode(generation, index, replace(ready, handoff=handoff), tried, timeout_s)
                 ) as outputs:
                     async for tokens in outputs:
-                        yield tokens
-            except (Unavailable, Overloaded) as err:
+                        yield Piece(index, tokens)
+                        if sample.is_ended:
+                            sample.cut()
+                            break
+            except (Unavailable, InternalError, Overloaded) as err:
                 if len(tried) >= min(NUM_MOVES_MAX, len(self._decode.workers)):
                     raise
-                if len(request.emitted) >= request.sampling.max_tokens:
+                if len(sample.emitted) >= generation.request.sampling.max_tokens:
                     # It died between its last token and its last message; nothing is left to ask anyone for.
-                    request.finish_reason = "length"
-                    return
-                log.warning("request %s moves to another decode worker: %s", request.request_id, err)
+                    sample.finish_reason = "length"
+                    break
+                log.warning("request %s moves to another decode worker: %s", generation.request.request_id, err)
                 handoff = b""
+        ready.first.set()
 
     async def _run_decode(
-        self, request: Request, prompt: Prompt, work: Work, handoff: bytes, tried: set[str], timeout_s: float
+        self, generation: Generation, index: int, ready: _Ready, tried: set[str], timeout_s: float
     ) -> AsyncGenerator[Tokens, None]:
-        hint = self._sessions.last(request.tenant, request.session, Role.DECODE)
+        request, sample, prompt = generation.request, generation.samples[index], ready.prompt
+        session = request.caller.session
+        hint = self._sessions.last(request.cache_tenant, session, Role.DECODE)
         worker = self._decode.place(
-            work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
+            ready.work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
         )
         tried.add(worker.address)
-        self._sessions.note(request.tenant, request.session, Role.DECODE, worker.address)
+        self._sessions.note(request.cache_tenant, session, Role.DECODE, worker.address)
         self._directory.guess(worker.address, prompt.keys)
         client = worker.client
         assert isinstance(client, DecodeClient)
-        tokens = np.concatenate((request.tokens, np.array(request.emitted, np.uint32)))
         with self._decode.load(worker, request.sampling.max_tokens):
             outputs = client.decode(
-                tokens,
-                request.sampling,
-                request_id=request.request_id,
-                tenant=request.tenant,
-                handoff=handoff,
-                num_emitted=len(request.emitted),
+                request,
+                generation.sampling(index),
+                handoff=ready.handoff,
+                emitted=sample.emitted,
                 timeout_s=timeout_s,
             )
             async with contextlib.aclosing(outputs):
                 async for decoded in outputs:
-                    if decoded.restore is not None and request.restore is None:
-                        request.restore = decoded.restore
+                    ready.first.set()
+                    if decoded.restore is not None and generation.restore is None:
+                        generation.restore = decoded.restore
                     if len(decoded.tokens):
-                        request.ttft_s = request.ttft_s or time.perf_counter() - request.started
-                        request.emitted.extend(int(token) for token in decoded.tokens)
-                        request.logprobs.extend(decoded.logprobs)
+                        generation.ttft_s = generation.ttft_s or time.perf_counter() - generation.started
+                        sample.emitted.extend(int(token) for token in decoded.tokens)
+                        sample.logprobs.extend(decoded.logprobs)
                         yield decoded.tokens
                     if decoded.finish_reason:
-                        request.finish_reason = decoded.finish_reason
-                        request.stop_number = decoded.stop_number
-                        request.written_tokens += decoded.written_tokens
-                        request.output_written_tokens = decoded.written_tokens
-                        request.write_error = decoded.write_error
+                        sample.finish_reason = decoded.finish_reason
+                        sample.stop_number = decoded.stop_number
+                        generation.output_written_tokens += decoded.written_tokens
+                        generation.write_error = generation.write_error or decoded.write_error

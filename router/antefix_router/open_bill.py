@@ -12,7 +12,7 @@ from antefix_billing.ledger_files import Settled
 from antefix_billing.limits import Reservation
 from antefix_billing.usage_record import MissReason, OpenEntry, UsageRecord, WorkDone
 from antefix_router.answers import KeptAnswer, SharedRun
-from antefix_router.generation import Request
+from antefix_router.generation import Generation
 
 # Enough to say what is wrong; an entry of the ledger is bounded.
 WRITE_ERROR_CHARACTERS_MAX: Final = 200
@@ -32,6 +32,7 @@ class Bill:
 
     mode: how the model thinks, as clients are told; empty where nobody asked it to hold a conversation.
 
+    prefix_volatile: as `volatile_prefix` found it at admission.
     is_held: the reader keeps the output until all of it is there, so that a client has nothing of one that broke off.
     shared: the answer is made for several readers, each with a bill of its own; one record is written for all of them.
     kept: the answer is there already, and is not made.
@@ -39,17 +40,18 @@ class Bill:
 
     def __init__(
         self,
-        request: Request,
+        generation: Generation,
         opened: OpenEntry,
         reservation: Reservation | None,
         paid_before: Decimal = Decimal(0),
     ) -> None:
-        self.request = request
+        self.generation = generation
         self.opened = opened
         self.reservation = reservation
         self.paid_before = paid_before
         self.reasoning_tokens = 0
         self.mode = ""
+        self.prefix_volatile = False
         self.is_held = False
         self.ended_here = False
         self.num_read = 0
@@ -64,12 +66,12 @@ class Bill:
 
     def work_done(self, num_output: int) -> WorkDone:
         """What the record says of it. Without a restore report no prompt token was worked on to the end."""
-        request, report = self.request, self.request.restore
+        generation, report = self.generation, self.generation.restore
         reasoning = min(self.reasoning_tokens, num_output)
-        ttft_us = round(request.ttft_s * 1e6)
+        ttft_us = round(generation.ttft_s * 1e6)
         if report is None:
             return WorkDone(output_tokens=num_output, reasoning_tokens=reasoning, ttft_us=ttft_us)
-        prompt, hit = len(request.tokens), report.hit_tokens
+        prompt, hit = len(generation.tokens), report.hit_tokens
         return WorkDone(
             prompt_tokens=prompt,
             cache_hit_tokens=hit,
@@ -87,15 +89,15 @@ class Bill:
     @property
     def write_error(self) -> str:
         """Why what was computed could not all be stored; empty where it was."""
-        report = self.request.restore
-        return ((report.write_error if report else "") or self.request.write_error)[:WRITE_ERROR_CHARACTERS_MAX]
+        report = self.generation.restore
+        return ((report.write_error if report else "") or self.generation.write_error)[:WRITE_ERROR_CHARACTERS_MAX]
 
     @property
     def num_given(self) -> int:
         """Output tokens that the client has been given, if it ended now; of several clients, the one that has most."""
         if self.shared is not None:
             return self.shared.num_given
-        return 0 if self.is_held else len(self.request.emitted)
+        return 0 if self.is_held else self.generation.num_emitted
 
     @property
     def record(self) -> UsageRecord:
@@ -113,6 +115,6 @@ class Bill:
             cache_miss_tokens=record.cache_miss_tokens,
             output_tokens=record.output_tokens,
             written_tokens=record.cache_write_tokens + record.output_write_tokens,
-            ttft_s=self.request.ttft_s,
-            total_s=time.perf_counter() - self.request.started,
+            ttft_s=self.generation.ttft_s,
+            total_s=time.perf_counter() - self.generation.started,
         )

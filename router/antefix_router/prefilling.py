@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from antefix.clients import PrefillClient, Prefilled
-from antefix.errors import AntefixError, Overloaded, Unavailable
+from antefix.errors import AntefixError, InternalError, Overloaded, Unavailable
+from antefix.generation_request import GenerationRequest
 from antefix.store.api import Store
 from antefix_router.inflight import InFlight, wait_deadline_s, worth_waiting
 from antefix_router.naming import Prompt
@@ -32,8 +33,6 @@ _TOKENS_PER_S_PRIOR = 1_000.0
 # A rest longer than this is never left to decode: it would hold up the sequences that run there.
 _STRAIGHT_TOKENS_MAX = 1024
 _MEMORY = 0.9
-
-Breakpoints = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +70,9 @@ class Ready:
 class _Order:
     """What a prefill worker is asked for. ends: the request's deadline, by the router's clock."""
 
+    request: GenerationRequest
     prompt: Prompt
-    request_id: str
     ends: float
-    breakpoints: Breakpoints
-    session: str
 
     @property
     def timeout_s(self) -> float:
@@ -117,22 +114,21 @@ class Prefilling:
         self._num_decoding = num_decoding
         self._in_flight: InFlight[_Flight] = InFlight()
 
-    async def run(
-        self, prompt: Prompt, *, request_id: str, timeout_s: float, breakpoints: Breakpoints = (), session: str = ""
-    ) -> Ready:
-        """breakpoints: (tokens, seconds), where to leave window state at.  session: the caller's, a hint.
+    async def run(self, request: GenerationRequest, prompt: Prompt, *, timeout_s: float) -> Ready:
+        """prompt: the request's, named.
 
         Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.
         """
         ends = time.monotonic() + timeout_s
-        order = _Order(prompt=prompt, request_id=request_id, ends=ends, breakpoints=breakpoints, session=session)
+        order = _Order(request=request, prompt=prompt, ends=ends)
         patience: float | None = None
         while True:
             # 1. Ask what is stored: that decides how much work it is, and for whom.
-            num_stored = await self._num_stored_blocks(prompt, request_id, ask=patience is not None)
+            num_stored = await self._num_stored_blocks(prompt, request.request_id, ask=patience is not None)
             work = prompt.work(num_stored)
-            # 2. A short rest is left to the decode worker, which then needs no handoff; but that one keeps nothing.
-            if not breakpoints and self._goes_straight(work):
+            # 2. A short rest is left to the decode worker, which then needs no handoff; but that one keeps nothing, and
+            #    serves one output alone.
+            if not request.breakpoints and request.num_samples == 1 and self._goes_straight(work):
                 self.counters.num_straight += 1
                 return Ready(work=work, answer=None)
             # 3. What is being computed already is waited for. No await from here to `lead`: two would lead.
@@ -198,7 +194,7 @@ class Prefilling:
     ) -> Prefilled | None:
         tried: set[str] = set()
         prompt = order.prompt
-        hint = self._sessions.last(prompt.tenant, order.session, Role.PREFILL)
+        hint = self._sessions.last(prompt.tenant, order.request.caller.session, Role.PREFILL)
         while len(tried) < min(NUM_MOVES_MAX, len(self._workers.workers)):
             worker = self._workers.place(
                 work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint, soon=soon
@@ -209,8 +205,8 @@ class Prefilling:
             flight.until = time.monotonic() + self._admit(worker, own)
             try:
                 answer = await self._call(worker, order, own)
-            except Unavailable as err:
-                log.warning("request %s: prefill worker %s: %s", order.request_id, worker.address, err)
+            except (Unavailable, InternalError) as err:
+                log.warning("request %s: prefill worker %s: %s", order.request.request_id, worker.address, err)
                 self._directory.forget(worker.address)
                 continue
             except Overloaded:
@@ -218,7 +214,7 @@ class Prefilling:
                     raise
                 continue
             self._directory.guess(worker.address, prompt.keys)
-            self._sessions.note(prompt.tenant, order.session, Role.PREFILL, worker.address)
+            self._sessions.note(prompt.tenant, order.request.caller.session, Role.PREFILL, worker.address)
             return answer
         return None
 
@@ -249,15 +245,8 @@ class Prefilling:
         client = worker.client
         assert isinstance(client, PrefillClient)
         was_idle, start = worker.num_requests == 0, time.monotonic()
-        tokens = order.prompt.tokens
-        with self._workers.load(worker, own, num_active_tokens=len(tokens)):
-            answer = await client.prefill(
-                tokens,
-                request_id=order.request_id,
-                tenant=order.prompt.tenant,
-                timeout_s=order.timeout_s,
-                keep=order.breakpoints,
-            )
+        with self._workers.load(worker, own, num_active_tokens=len(order.prompt.tokens)):
+            answer = await client.prefill(order.request, timeout_s=order.timeout_s)
         if was_idle:
             spent_s = time.monotonic() - start - answer.restore.restore_s - answer.restore.compute_s
             before = self.counters.overhead_s or max(spent_s, 0.0)

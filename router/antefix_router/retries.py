@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from antefix.errors import Conflict, InvalidRequest
+from antefix.generation_request import GenerationRequest
 from antefix_billing.ledger_files import Settled
 from antefix_billing.usage_record import OpenEntry, Status
 from antefix_router.answers import KeptAnswer, RetryConfig, SharedRun, Shelf
-from antefix_router.generation import Request
 from antefix_router.open_bill import Bill
 
 CLIENT_LEFT: Final = "the client went away"
@@ -64,7 +64,7 @@ class Retries:
             given_again=self._num_given,
         )
 
-    def kept(self, request: Request, opened: OpenEntry) -> KeptAnswer | None:
+    def kept(self, request: GenerationRequest, opened: OpenEntry) -> KeptAnswer | None:
         """The finished answer to this request, if it is still here and is all that is asked for."""
         kept = self._shelf.get(opened.key)
         if kept is None or not kept.fits(request, opened):
@@ -77,7 +77,7 @@ class Retries:
         bill.shared = self._shared[bill.opened.key] = SharedRun(bill)
         self._wait_for_a_reader(bill.shared, _ADMITTED_S)
 
-    def join(self, request: Request, opened: OpenEntry) -> Bill | None:
+    def join(self, request: GenerationRequest, opened: OpenEntry) -> Bill | None:
         """Another client of a running answer; what is made of it so far comes first. None: it does not run.
 
         Raises:  InvalidRequest: its id is another request's.  Conflict: it lacks what this one asks for.
@@ -88,12 +88,12 @@ class Retries:
         first = shared.bill
         if (first.opened.request_digest, first.opened.user) != (opened.request_digest, opened.user):
             raise InvalidRequest(f"request id {request.request_id} is used for another request")
-        if shared.request.sampling.num_top_logprobs != request.sampling.num_top_logprobs:
+        if shared.generation.request.sampling.num_top_logprobs != request.sampling.num_top_logprobs:
             raise Conflict(f"request {request.request_id} is running with other logprobs; wait for it")
         self._num_joined += 1
         if not shared.num_readers:
             self._wait_for_a_reader(shared, _ADMITTED_S)
-        bill = Bill(shared.request, first.opened, first.reservation, first.paid_before)
+        bill = Bill(shared.generation, first.opened, first.reservation, first.paid_before)
         bill.shared = shared
         return bill
 
@@ -115,8 +115,8 @@ class Retries:
     def end(self, shared: SharedRun, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:
         """Settle the answer, once for all of its clients. bill: whose client has all of it, where one has."""
         if shared.settling is None:
-            if shared.error is None and shared.request.finish_reason and status is not Status.FAILED:
-                self._shelf.put(bill.opened.key, KeptAnswer.of(shared.request, bill.opened))
+            if shared.error is None and shared.generation.finish_reason and status is not Status.FAILED:
+                self._shelf.put(bill.opened.key, KeptAnswer.of(shared.generation, bill.opened))
             del self._shared[bill.opened.key]
             if status in (Status.STOP, Status.LENGTH):
                 shared.bill = bill

@@ -17,14 +17,13 @@ from antefix.clients import Tokens, usage_to_wire
 from antefix.config import require, setting
 from antefix.errors import FingerprintMismatch
 from antefix.events.address import check_url
+from antefix.generation_request import Caller, GenerationRequest
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.store.api import Store
-from antefix.store.client import RemoteStore
 from antefix.store.open_store import StoreAddress, open_store
-from antefix.store.store_watch import watch
 from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc, usage_pb2, usage_pb2_grpc
 from antefix.wire import logprobs_to_wire, report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
@@ -118,9 +117,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             replay_tokens=identity.geometry.replay_tokens,
         )
         directory, sessions = Directory(), Sessions()
-        self.watched = RemoteStore(config.store_address)
         self.feed = StoreFeed(
-            lambda cursor: watch(self.watched, cursor),
+            store.watch,
             fingerprint=self._fingerprint,
             redis_url=config.events_redis if config.store_events else "",
             name=config.store_address,
@@ -139,7 +137,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         self._keyring = keyring
         self.memory = MemoryFeed(directory, redis_url=config.events_redis)
         self.leases = Leases(self._prefill, self._decode, directory, fingerprint=self._fingerprint, memory=self.memory)
-        self.pins = BreakpointPins(config.store_address)
+        self.pins = BreakpointPins(store)
         self.front: Front = open_front(
             config,
             Generator(prefilling, self._decode, names, directory, self.pins, sessions),
@@ -196,31 +194,38 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(
         self, message: router_pb2.GenerateRequest, context: rpc.Context
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
-        bill = await self.front.admit(
-            await self._tokens(message),
-            sampling_from_wire(message.sampling),
-            tenant=message.tenant,
-            user=message.user,
-            request_id=message.request_id,
-            session=message.session,
+        caller = Caller(
+            tenant=message.tenant, user=message.user, request_id=message.request_id, session=message.session
         )
-        request, text = bill.request, self._tokenizer.stream()
+        request = GenerationRequest(
+            tokens=await self._tokens(message),
+            sampling=sampling_from_wire(message.sampling),
+            caller=caller,
+            num_samples=message.num_samples or 1,
+        )
+        bill = await self.front.admit(request)
+        generation = bill.generation
+        texts = [self._tokenizer.stream() for _ in generation.samples]
+        num_sent = [0 for _ in generation.samples]
         outputs = self.front.run(bill, rpc.deadline_s(context, REQUEST_TIMEOUT_S))
-        num_sent = 0
         async with contextlib.aclosing(outputs):
-            async for tokens in outputs:
+            async for index, tokens in outputs:
+                num_before, num_sent[index] = num_sent[index], num_sent[index] + len(tokens)
                 yield router_pb2.GenerateResponse(
+                    sample=index,
                     tokens=tokens_to_wire(tokens),
-                    text=text.push([int(token) for token in tokens]),
-                    logprobs=logprobs_to_wire(request.logprobs[num_sent : num_sent + len(tokens)]),
+                    text=texts[index].push([int(token) for token in tokens]),
+                    logprobs=logprobs_to_wire(generation.samples[index].logprobs[num_before : num_sent[index]]),
                 )
-                num_sent += len(tokens)
-        yield router_pb2.GenerateResponse(
-            text=text.finish(),
-            finish_reason=request.finish_reason,
-            usage=usage_to_wire(bill.usage()),
-            restore=report_to_wire(request.restore) if request.restore else None,
-        )
+        last = len(texts) - 1
+        for index, (text, sample) in enumerate(zip(texts, generation.samples, strict=True)):
+            yield router_pb2.GenerateResponse(
+                sample=index,
+                text=text.finish(),
+                finish_reason=sample.finish_reason,
+                usage=usage_to_wire(bill.usage()) if index == last else None,
+                restore=report_to_wire(generation.restore) if generation.restore and index == last else None,
+            )
 
     async def _tokens(self, message: router_pb2.GenerateRequest) -> Tokens:
         if message.WhichOneof("prompt") == "tokens":
@@ -256,9 +261,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         response.counters.gave_up_waiting = counters.num_gave_up_waiting
         response.counters.refused = counters.num_refused
         response.counters.straight = counters.num_straight
-        response.counters.memory_events = self.memory.num_events
-        response.counters.memory_gaps = self.memory.num_gaps
-        response.counters.memory_snapshots = self.memory.num_snapshots
+        told = self.memory.counters
+        response.counters.memory_events = told.num_events
+        response.counters.memory_gaps = told.num_gaps
+        response.counters.memory_snapshots = told.num_snapshots
         response.counters.unstored = self.front.accounts.num_unstored
         response.counters.unstored_reason = self.front.accounts.unstored_reason
         response.num_running = self.front.accounts.num_running
@@ -311,10 +317,9 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         accounts.retries.drain()
 
     async def stop() -> None:
-        await accounts.close()
+        await servicer.front.close()
         await servicer.leases.close()
         await servicer.feed.close()
-        await servicer.watched.close()
         await servicer.pins.close()
         await store.close()
 

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from antefix.text_table import text_table
 from antefix.window import PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, Strategy, parse
 from antefix_simulate.machine import Machine, carry_out
-from antefix_simulate.result_table import align, human_bytes
+from antefix_simulate.result_table import human_bytes
 
 STRATEGIES = ("zero", "boundary", "auto", "periodic(8192)", "periodic(2048)", "full")
 PREFIX_TOKENS = (1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576)
@@ -98,7 +99,7 @@ def chance_needed(sizes: Sizes, gap_tokens: int) -> float:
 def break_even_text(rows: Sequence[BreakEven]) -> str:
     """The winners as a table."""
     head = ["prefix", "disk", "age", "next turn: fastest", "per byte", "left inside: fastest", "per byte"]
-    table = [head]
+    table = []
     for row in rows:
         table.append(
             [
@@ -111,7 +112,7 @@ def break_even_text(rows: Sequence[BreakEven]) -> str:
                 row.leave_per_byte,
             ]
         )
-    return align(table)
+    return text_table(head, table)
 
 
 def _planner(sizes: Sizes, machine: Machine) -> RestorePlanner:

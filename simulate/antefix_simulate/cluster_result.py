@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from antefix.text_table import text_table
 from antefix_simulate.replay_result import percentile
-from antefix_simulate.result_table import align
 
 # A fleet that lost a worker is looked at again after this long.
 RECOVERY_S = 60.0
@@ -118,9 +118,9 @@ def cluster_text(simulation: ClusterSimulation) -> str:
     columns: Sequence[tuple[str, Callable[[PolicyResult], str]]] = _COLUMNS
     if any(result.after_hit_rate is not None for result in simulation.results):
         columns = (*_COLUMNS, *_KILL_COLUMNS)
-    rows = [[name for name, _ in columns]]
-    rows += [[cell(result) for _, cell in columns] for result in simulation.results]
-    return heading + "\n" + align(rows)
+    head = [name for name, _ in columns]
+    rows = [[cell(result) for _, cell in columns] for result in simulation.results]
+    return heading + "\n" + text_table(head, rows)
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+from antefix.text_table import text_table
 from antefix_simulate.replay_result import Simulation, StrategyResult
 
 _COLUMNS: tuple[tuple[str, Callable[[StrategyResult], str]], ...] = (
@@ -39,22 +40,9 @@ def as_text(simulation: Simulation) -> str:
         f"{simulation.trace}: {simulation.num_requests} requests, {simulation.prompt_tokens / 1e6:.1f}M prompt tokens, "
         f"{simulation.model}, {store}, ideal hit rate {ideal:.2%}{bounded}"
     )
-    rows = [[name for name, _ in _COLUMNS]]
-    rows += [[cell(result) for _, cell in _COLUMNS] for result in simulation.results]
-    return heading + "\n" + align(rows)
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    """Columns wide enough for their cells; the first to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    head = [name for name, _ in _COLUMNS]
+    rows = [[cell(result) for _, cell in _COLUMNS] for result in simulation.results]
+    return heading + "\n" + text_table(head, rows)
 
 
 def human_bytes(nbytes: float) -> str:

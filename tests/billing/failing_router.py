@@ -18,6 +18,7 @@ from antefix import rpc
 from antefix.block import chain_of
 from antefix.clients import usage_to_wire
 from antefix.errors import Overloaded, Unavailable
+from antefix.generation_request import Caller, GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.secret import Keyring
 from antefix.store_files.hit_log import StoreLog, read_store_log
@@ -27,7 +28,7 @@ from antefix_billing.ledger import Ledger
 from antefix_billing.ratecard import load_cards
 from antefix_billing.tenants import TenantBook
 from antefix_router.accounting import Accounts
-from antefix_router.generation import Request
+from antefix_router.generation import Generation, Piece
 from antefix_router.open_bill import Served
 
 BLOCK_SIZE = 64
@@ -45,9 +46,9 @@ class FailingWorkers:
         self._keyring = Keyring(b"0" * 16)
         self._chance = random.Random()
 
-    async def run(self, request: Request, timeout_s: float):
-        tokens = request.tokens
-        key = self._keyring.key(request.tenant)
+    async def run(self, generation: Generation, timeout_s: float):
+        tokens, sample = generation.tokens, generation.samples[0]
+        key = self._keyring.key(generation.request.cache_tenant)
         chain = chain_of(tokens, fingerprint_digest=FINGERPRINT, key=key, block_size=BLOCK_SIZE)
         await asyncio.sleep(self._chance.random() * 0.004)
         if self._chance.random() < FAILURE_RATE:
@@ -62,7 +63,7 @@ class FailingWorkers:
         self._log.stored(fresh)
         self._stored |= {name.hex() for name in fresh}
         hit = known * BLOCK_SIZE
-        request.restore = RestoreReport(
+        generation.restore = RestoreReport(
             plan="checkpoint" if hit else "cold",
             hit_tokens=hit,
             miss_tokens=len(tokens) - hit,
@@ -74,10 +75,10 @@ class FailingWorkers:
         for number in range(int(tokens[-1]) % 6):
             if self._chance.random() < FAILURE_RATE / 4:
                 raise Overloaded("the pool has no room")
-            request.emitted.append(number)
-            yield np.array([number], np.uint32)
+            sample.emitted.append(number)
+            yield Piece(0, np.array([number], np.uint32))
             await asyncio.sleep(0)
-        request.finish_reason = "stop"
+        sample.finish_reason = "stop"
 
 
 class Servicer(router_pb2_grpc.RouterServiceServicer):
@@ -86,17 +87,16 @@ class Servicer(router_pb2_grpc.RouterServiceServicer):
         self._workers = workers
 
     async def Generate(self, message, context: grpc.aio.ServicerContext):
-        request = Request(
-            request_id=message.request_id,
-            tenant=message.tenant,
+        request = GenerationRequest(
             tokens=tokens_from_wire(message.tokens),
             sampling=sampling_from_wire(message.sampling),
+            caller=Caller(tenant=message.tenant, request_id=message.request_id),
         )
-        bill = await self._accounts.admit(request, tenant=message.tenant, user="")
+        bill = await self._accounts.admit(request)
         outputs = self._accounts.run(bill, self._workers.run, 60.0)
         try:
-            async for tokens in outputs:
-                yield router_pb2.GenerateResponse(tokens=tokens_to_wire(tokens))
+            async for piece in outputs:
+                yield router_pb2.GenerateResponse(tokens=tokens_to_wire(piece.tokens))
         finally:
             await outputs.aclose()
         yield router_pb2.GenerateResponse(finish_reason="stop", usage=usage_to_wire(bill.usage()))

@@ -10,7 +10,8 @@ import pytest
 
 from antefix.block import as_tokens
 from antefix.errors import InvalidRequest, Overloaded, QuotaExceeded, Unavailable
-from antefix.wire import Sampling
+from antefix.generation_request import Caller, GenerationRequest
+from antefix.sampling import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.limits import Limit, LimitWindow, TenantLimits
 from antefix_billing.pricing import priced
@@ -43,15 +44,20 @@ def records(tmp_path):
     return [item.record for item in read_settled(tmp_path / "ledger")]
 
 
-async def ask(front, request_id="", *, tokens=PROMPT, sampling=SAMPLING, tenant="acme"):
-    bill = await front.admit(tokens, sampling, tenant=tenant, request_id=request_id)
-    outputs = [int(token) async for piece in front.run(bill, 10.0) for token in piece]
+def request_of(request_id="r", *, tokens=PROMPT, sampling=SAMPLING, tenant="acme", num_samples=1):
+    caller = Caller(tenant=tenant, request_id=request_id)
+    return GenerationRequest(tokens=tokens, sampling=sampling, caller=caller, num_samples=num_samples)
+
+
+async def ask(front, request_id="", **settings):
+    bill = await front.admit(request_of(request_id, **settings))
+    outputs = [int(token) async for piece in front.run(bill, 10.0) for token in piece.tokens]
     return bill, outputs
 
 
 async def test_a_request_is_open_before_its_first_token_and_settled_at_its_end(tmp_path, open_front):
     front = open_front(Script(hit=64), cards=load_cards([DEPLOY / "example.toml"]))
-    bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    bill = await front.admit(request_of())
     outputs = front.run(bill, 10.0)
     await anext(outputs)
     assert [entry.request_id for entry in front.accounts.ledger.unsettled()] == ["r"]
@@ -76,11 +82,11 @@ async def crash_after(open_front, num_tokens, *, held=False, **settings):
     """A request that the router's end cuts off when its client has so many tokens; then the router starts again."""
     hold = None if num_tokens else asyncio.Event()
     front = open_front(Script(hit=64, hold=hold), cards=CARDS, **settings)
-    bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    bill = await front.admit(request_of())
     bill.is_held = held
     outputs = front.run(bill, 10.0)
     reading = asyncio.create_task(_read(outputs, max(1, num_tokens)))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not (reading.done() if num_tokens else front.accounts.ledger.unsettled()):  # noqa: ASYNC110 - threads
             await asyncio.sleep(0.01)
     front.accounts.ledger.close()  # as kill -9 leaves it: open, never settled
@@ -137,7 +143,7 @@ async def test_what_a_crash_was_charged_counts_against_the_quota(tmp_path, open_
 async def test_a_failed_request_costs_what_its_client_was_given(tmp_path, open_front, fail_after, held):
     script = Script(error=Unavailable("gone"), fail_after=fail_after)
     front = open_front(script, cards=CARDS)
-    bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    bill = await front.admit(request_of())
     bill.is_held = held
     with pytest.raises(Unavailable):
         [piece async for piece in front.run(bill, 10.0)]
@@ -153,7 +159,7 @@ async def test_a_failed_request_costs_what_its_client_was_given(tmp_path, open_f
 @pytest.mark.parametrize("held", [False, True])
 async def test_a_cancelled_request_costs_what_was_given_and_its_retry_pays_the_rest(tmp_path, open_front, held):
     front = open_front(Script(say=lambda prompt: "abcdef"), cards=CARDS)
-    bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
+    bill = await front.admit(request_of())
     bill.is_held = held
     outputs = front.run(bill, 10.0)
     await _read(outputs, 2)
@@ -201,8 +207,8 @@ async def test_an_id_cannot_be_used_for_another_request(open_front):
 async def test_what_could_not_be_stored_is_in_the_record_and_in_the_counters(tmp_path, open_front):
     front = open_front(Script(hit=64))
     await ask(front, "stored")
-    bill = await front.admit(PROMPT, SAMPLING, tenant="acme", request_id="r")
-    bill.request.write_error = "InvalidRequest: a name is too long" + "x" * 500
+    bill = await front.admit(request_of())
+    bill.generation.write_error = "InvalidRequest: a name is too long" + "x" * 500
     [piece async for piece in front.run(bill, 10.0)]
     stored, unstored = records(tmp_path)
     assert not stored.write_error and b"write_error" not in stored.to_payload()

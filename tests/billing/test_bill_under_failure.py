@@ -15,13 +15,16 @@ import pytest
 
 from antefix.clients import RouterClient
 from antefix.errors import AntefixError, Conflict
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.pricing import priced
 from antefix_billing.ratecard import load_cards
 from antefix_billing.reconcile import verify
 from antefix_billing.usage_record import Status
 from tests.billing.test_ratecard import DEPLOY
+
+pytestmark = pytest.mark.services
+
 
 CARDS = load_cards([DEPLOY / "example.toml"])
 ROUTER = Path(__file__).parent / "failing_router.py"
@@ -198,8 +201,8 @@ def check_broken(received, group):
 
 
 async def test_a_short_life_with_kills(tmp_path):
-    world = await live(tmp_path, 1500, seed=1, kill_every_s=(0.3, 0.9))
-    result = check(world, tmp_path, 1500)
+    world = await live(tmp_path, 700, seed=1, kill_every_s=(0.3, 0.9))
+    result = check(world, tmp_path, 700)
     assert result["kills"] > 0 and result["failed"] > 0
     assert result["broken_off_tokens_billed"] >= result["broken_off_tokens_received"] > 0
 

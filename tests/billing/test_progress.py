@@ -96,6 +96,7 @@ while True:
 """
 
 
+@pytest.mark.services
 def test_what_was_marked_before_it_was_told_survives_kill_9(tmp_path):
     with subprocess.Popen([sys.executable, "-c", MARKING, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         for _ in range(500):

@@ -4,13 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError, InvalidRequest
 from antefix_billing.usage_record import MissReason, OpenEntry, Status, UsageRecord
 from tests.billing.usage_records import opened, record
 
 
 def test_hit_and_miss_are_the_prompt():
-    with pytest.raises(InvalidRequest, match="hit \\+ miss"):
+    with pytest.raises(InternalError, match="hit \\+ miss"):
         record(hit=128, miss=72, prompt_tokens=201)
 
 
@@ -31,12 +31,12 @@ def test_hit_and_miss_are_the_prompt():
     ],
 )
 def test_counts_that_contradict_each_other_are_refused(changes, rule):
-    with pytest.raises(InvalidRequest, match=rule):
+    with pytest.raises(InternalError, match=rule):
         record(**changes)
 
 
 def test_a_hit_hash_without_a_hit_is_refused():
-    with pytest.raises(InvalidRequest, match="last block"):
+    with pytest.raises(InternalError, match="last block"):
         record(hit=0, miss=10, last_hit_hash="ab" * 32)
 
 
@@ -51,6 +51,12 @@ def test_payload_gives_the_same_record_back(hit, miss, price, request_id):
     after = UsageRecord.from_payload(before.to_payload())
     assert after == before
     assert after.to_payload() == before.to_payload()
+
+
+def test_a_stored_record_that_contradicts_itself_is_refused_as_input():
+    values = record(hit=128, miss=72).to_dict()
+    with pytest.raises(InvalidRequest, match=r"not a usage record: .*hit \+ miss"):
+        UsageRecord.from_dict({**values, "prompt_tokens": 201})
 
 
 def test_open_entry_survives_its_payload():

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.clients.door import Door
-from tests.clients.scripted_model import BLOCK_SIZE
+from tests.clients.scripted_model import BLOCK_SIZE, answer_of
 
 
 def hits_and_full_blocks(door: Door) -> tuple[list[int], list[int]]:
     """By turn: the tokens that hit, and the whole blocks of the prompt and the answer before (0 for the first turn)."""
-    turns = [door.request_of(each) for each in door.turns()]
+    turns = [door.generation_of(each) for each in door.turns()]
     full = [0]
     for before in turns[:-1]:
-        full.append((len(before.tokens) + len(before.emitted)) // BLOCK_SIZE * BLOCK_SIZE)
-    return [request.restore.hit_tokens for request in turns], full
+        full.append((len(before.request.tokens) + len(answer_of(before))) // BLOCK_SIZE * BLOCK_SIZE)
+    return [each.restore.hit_tokens for each in turns], full
 
 
 async def wait_for(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:

@@ -39,13 +39,13 @@ class Door:
     ledger: Path
     exchanges: list[Exchange]
 
-    def request_of(self, exchange: Exchange) -> Any:
-        """What the workers were asked for."""
+    def generation_of(self, exchange: Exchange) -> Any:
+        """What the workers made of it."""
         named = exchange.answered.get("request-id") or exchange.answered["x-request-id"]
-        return next(each for each in self.script.requests if each.request_id == named)
+        return next(each for each in self.script.generations if each.request.request_id == named)
 
     def hit_of(self, exchange: Exchange) -> int:
-        return self.request_of(exchange).restore.hit_tokens
+        return self.generation_of(exchange).restore.hit_tokens
 
     def turns(self) -> list[Exchange]:
         """Those that asked for an answer with tools: the conversation itself, not titles and the like."""

@@ -62,7 +62,7 @@ def record(name: str, door: Door, **folders: Path) -> None:
         "client": turns[0].headers.get("user-agent", ""),
         "path": turns[0].path,
         # Of the whole requests, before they were cut: docs/CLIENTS.md quotes them.
-        "prompt_tokens": [len(door.request_of(each).tokens) for each in turns],
+        "prompt_tokens": [len(door.generation_of(each).request.tokens) for each in turns],
         "hit_tokens": [door.hit_of(each) for each in turns],
         "headers": maker.headers(turns[0]),
         "shared": shared,

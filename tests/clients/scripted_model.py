@@ -118,19 +118,25 @@ class CachingScript(Script):
 
     @property
     def last_answer(self) -> str:
-        return bytes(self.requests[-1].emitted).decode(errors="replace")
+        return bytes(answer_of(self.generations[-1])).decode(errors="replace")
 
-    async def run(self, request, timeout_s):
-        blocks = list(_block_names(request.tenant, request.tokens))
+    async def run(self, generation, timeout_s):
+        request = generation.request
+        tenant = request.cache_tenant
+        blocks = list(_block_names(tenant, request.tokens))
         num_held = sum(1 for _ in itertools.takewhile(self.stored.__contains__, blocks))
         # The last token is always computed: its logits are what is wanted.
         self.hit = min(num_held, (len(request.tokens) - 1) // BLOCK_SIZE) * BLOCK_SIZE
         try:
-            async for tokens in super().run(request, timeout_s):
+            async for tokens in super().run(generation, timeout_s):
                 yield tokens
         finally:
-            whole = as_tokens([*request.tokens.tolist(), *request.emitted])
-            self.stored.update(_block_names(request.tenant, whole))
+            whole = as_tokens([*request.tokens.tolist(), *answer_of(generation)])
+            self.stored.update(_block_names(tenant, whole))
+
+
+def answer_of(generation) -> list[int]:
+    return generation.samples[0].emitted
 
 
 def text_of(tokens) -> str:

@@ -11,8 +11,9 @@ import pytest
 from tests.clients import programs
 from tests.clients.conversations import hits_and_full_blocks, wait_for
 from tests.clients.recording import record
+from tests.clients.scripted_model import answer_of
 
-pytestmark = [pytest.mark.clients, programs.needs_programs, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.clients, pytest.mark.services, programs.needs_programs, pytest.mark.timeout(300)]
 
 LOOK = "[[task]] Look around. [[run: echo got-$((6*7))]] [[read: {picture}]] [[result]]"
 AGAIN = "[[task]] And again. [[run: echo got-$((7*7))]] [[result]]"
@@ -49,7 +50,7 @@ async def test_an_agents_session(name, door, home, folder, picture):
     door.script.pause_s = 0.01
     num_requests = len(door.script.requests)
     running = await program.start(*resumed, SLOW)
-    await wait_for(lambda: any(len(each.emitted) > 40 for each in door.script.requests[num_requests:]))
+    await wait_for(lambda: any(len(answer_of(each)) > 40 for each in door.script.generations[num_requests:]))
     await running.interrupt()
     await wait_for(lambda: door.script.num_cancelled == 1)
     door.script.pause_s = 0.0
@@ -125,7 +126,17 @@ async def test_a_python_client(name, door, home, picture):
 async def test_a_streaming_client_that_leaves_stops_the_work(door, home):
     door.script.pause_s = 0.01
     running = await programs.python_client(door.url, home, "openai_chat_streamed").start(SLOW + " [[say: x]]")
-    await wait_for(lambda: any(len(each.emitted) > 40 for each in door.script.requests))
+    await wait_for(lambda: any(len(answer_of(each)) > 40 for each in door.script.generations))
     running.process.kill()
     await wait_for(lambda: door.script.num_cancelled == 1)
     await asyncio.wait_for(running.ended(), 10)
+
+
+async def test_a_new_claude_code_session_hits_the_one_before(door, home, folder):
+    """It begins with a line that changes, and names its session in the user's id: neither parts the two."""
+    program = programs.claude_code(door.url, home, folder)
+    for task in ("One", "Another"):
+        ended = await program.run("--", f"[[task]] {task}. [[say: Done.]]")
+        assert ended.status == 0, ended.last
+    first, second = (door.generation_of(each) for each in door.turns())
+    assert second.restore.hit_tokens > 0.9 * len(second.request.tokens), first.request.caller

@@ -34,12 +34,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def verified(subject, plan=SMALL, strategies=STRATEGIES):
+def verified(subject, plan=SMALL, strategies=STRATEGIES, parts=("conversations", "handoffs")):
     report = Report()
-    asyncio.run(Suite(subject, MemoryStore(), plan, report, lambda _: None).run(strategies))
+    asyncio.run(Suite(subject, MemoryStore(), plan, report, lambda _: None).run(strategies, parts))
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kv_format"), [("pro", KVFormat.FP8), ("odd-ratios", KVFormat.FLOAT32)])
 def test_every_exact_hit_of_a_random_model_is_bit_identical(name, kv_format):
     report = verified(random_subject(name, kv_format))
@@ -52,6 +53,7 @@ def test_every_exact_hit_of_a_random_model_is_bit_identical(name, kv_format):
     assert set(report.by_plan["auto"]) == {"checkpoint", "replay", "cold"}
 
 
+@pytest.mark.slow
 def test_the_shipped_models_hits_are_bit_identical():
     plan = Coverage(
         num_blocks=4, num_output_blocks=1, num_forks=1, num_handoffs=2, bounded_windows=(), every_pair=False
@@ -60,6 +62,7 @@ def test_the_shipped_models_hits_are_bit_identical():
     assert report.total.bit_identical == report.total.cases >= 15
 
 
+@pytest.mark.slow
 def test_a_replay_that_is_one_block_short_is_caught(monkeypatch):
     """The proof can fail: HCA first, so nothing but the window carries what the block before held."""
     subject = random_subject("pro", KVFormat.FLOAT32)
@@ -81,16 +84,16 @@ def test_a_checkpoint_of_another_boundary_is_caught():
     class Mixed(MemoryStore):
         """Answers with the checkpoint of another boundary, which has as many bytes."""
 
-        async def get(self, kind, hash, *, fingerprint):
-            other = [name for name in self._payloads if name[:2] == (kind, fingerprint) and name[2] != hash]
-            return await MemoryStore.get(self, *(kind, other[0][2]), fingerprint=fingerprint) if kind == 2 else None
+        async def get(self, kind, hash, *, fingerprint, tenant=b""):
+            other = [name for name in self.payloads if name[:2] == (kind, fingerprint) and name[2] != hash]
+            return self.payloads[other[0]] if kind == 2 else None
 
     report = Report()
     plan = Coverage(
         num_blocks=4, num_output_blocks=1, num_forks=0, num_handoffs=0, bounded_windows=(), every_pair=False
     )
     subject = random_subject("pro", KVFormat.FP8)
-    asyncio.run(Suite(subject, Mixed(), plan, report, lambda _: None).run(("full",)))
+    asyncio.run(Suite(subject, Mixed(), plan, report, lambda _: None).run(("full",), ("conversations",)))
     tally = report.by_plan["full"]["checkpoint"]
     assert tally.failed == tally.cases > 0 and "hit" in report.failures[0]
 
@@ -138,7 +141,8 @@ def test_an_empty_report_is_not_ok_and_failures_are_told():
 
 def test_the_random_models_differ_in_plan_ratio_and_window():
     geometries = {random_subject(name, KVFormat.FP8).identity.geometry for name in PLANS}
-    assert len({(g.csa_ratio, g.hca_ratio) for g in geometries}) == len(PLANS)
+    assert len({(g.layers, g.csa_ratio, g.hca_ratio, g.window) for g in geometries}) == len(PLANS)
+    assert any(g.csa_ratio > g.window for g in geometries)
     assert any(g.window > g.block_size for g in geometries) and any(g.window < g.block_size for g in geometries)
 
 
@@ -148,9 +152,10 @@ def test_the_stated_bounds_are_finite():
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.services
 def test_the_command_verifies_through_a_real_store_service():
     done = subprocess.run(
-        [sys.executable, "-m", "antefix_console", "verify", "--json"],
+        [sys.executable, "-m", "antefix_console", "verify", "--json", "--seed", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -159,7 +164,9 @@ def test_the_command_verifies_through_a_real_store_service():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["failed"] == 0 and report["cases"] == report["bit_identical"] + report["within_bounds"]
+    assert report["seed"] == 1
     assert {row["strategy"] for row in report["rows"]} >= {"full", "periodic(p)", "boundary", "auto", "zero"}
+    assert {row["strategy"] for row in report["rows"]} >= {"cuts", "served", "reused rows", "set-ups", "known answer"}
 
 
 def test_the_command_fails_when_a_case_failed(monkeypatch, capsys):

@@ -5,18 +5,24 @@ import asyncio
 import numpy as np
 import pytest
 
-from antefix.errors import AntefixError, Overloaded
+from antefix.errors import AntefixError, InvalidRequest, Overloaded
 from antefix.record import RecordKind
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
+from antefix.tokenizer import load_tokenizer
+from antefix.v1 import decode_pb2
+from antefix.wire import sampling_to_wire, tokens_from_wire, tokens_to_wire
 from antefix_decode.logprobs import Logprobs
 from antefix_decode.sampling import Sampler
-from antefix_decode.scheduler import NUM_UNREAD_MAX, Running, Scheduler
+from antefix_decode.scheduler import Running, Scheduler
+from antefix_decode.server import DecodeConfig, DecodeServicer
 from antefix_decode.stopping import Stopper
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.run_prompt import run_prompt
+from tests.engines import MODEL
 
 RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(0, 256, size) for size in (90, 130, 200)]
+NUM_UNREAD = 20
 
 
 async def start(engine, prompt, max_tokens, num_top_logprobs=None):
@@ -54,17 +60,19 @@ async def generate(engine, scheduler, prompt, max_tokens):
     return await finish(scheduler, running, shown)
 
 
+@pytest.mark.slow
 async def test_a_batch_gives_what_each_gives_alone(make_engine, make_prompt):
     engine = make_engine()
     scheduler = Scheduler(engine, 8)
-    alone = [await generate(engine, scheduler, make_prompt(engine, p), 20) for p in PROMPTS]
-    together = await asyncio.gather(*(generate(engine, scheduler, make_prompt(engine, p), 20) for p in PROMPTS))
+    alone = [await generate(engine, scheduler, make_prompt(engine, p), 10) for p in PROMPTS]
+    together = await asyncio.gather(*(generate(engine, scheduler, make_prompt(engine, p), 10) for p in PROMPTS))
     assert together == alone
     assert scheduler.num_running == 0
     assert engine.blocks.num_available == engine.pool.num_blocks
     await scheduler.close()
 
 
+@pytest.mark.slow
 async def test_the_next_turn_hits_the_models_own_answer(make_engine, make_prompt, store):
     engine = make_engine("boundary")
     scheduler = Scheduler(engine, 8)
@@ -81,6 +89,7 @@ async def test_the_next_turn_hits_the_models_own_answer(make_engine, make_prompt
     await scheduler.close()
 
 
+@pytest.mark.slow
 async def test_log_probabilities_of_a_hit_are_those_of_a_cold_run(make_engine, make_prompt, store):
     async def logprobs_of(engine, tokens):
         scheduler = Scheduler(engine, 8)
@@ -101,17 +110,20 @@ async def test_log_probabilities_of_a_hit_are_those_of_a_cold_run(make_engine, m
     assert len(cold) == 29 and all(logprob.top[0] == (token, logprob.logprob) for token, logprob in cold)
 
 
-async def test_a_reader_that_stops_reading_stops_only_itself(make_engine, make_prompt):
+@pytest.mark.slow
+async def test_a_reader_that_stops_reading_stops_only_itself(make_engine, make_prompt, monkeypatch):
+    # As the real bound, in fewer steps.
+    monkeypatch.setattr("antefix_decode.scheduler.NUM_UNREAD_MAX", NUM_UNREAD)
     engine = make_engine()
     scheduler = Scheduler(engine, 8)
-    slow, shown = await start(engine, make_prompt(engine, PROMPTS[0]), NUM_UNREAD_MAX + 40)
+    slow, shown = await start(engine, make_prompt(engine, PROMPTS[0]), NUM_UNREAD + 10)
     scheduler.join(slow)
-    quick = await generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), 300)
-    assert len(quick) == 300
+    quick = await generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), NUM_UNREAD + 20)
+    assert len(quick) == NUM_UNREAD + 20
     while slow.can_run:  # noqa: ASYNC110 - the loop of the scheduler is what is waited for
         await asyncio.sleep(0.01)
-    assert slow.unread.qsize() == NUM_UNREAD_MAX and not slow.done
-    assert len(await finish(scheduler, slow, shown)) == NUM_UNREAD_MAX + 40
+    assert slow.unread.qsize() == NUM_UNREAD and not slow.done
+    assert len(await finish(scheduler, slow, shown)) == NUM_UNREAD + 10
     await scheduler.close()
 
 
@@ -126,6 +138,7 @@ async def test_a_sequence_that_leaves_early_gives_its_blocks_back(make_engine, m
     await scheduler.close()
 
 
+@pytest.mark.slow
 async def test_a_full_pool_fails_the_one_that_needs_more(make_engine, make_prompt):
     engine = make_engine(num_blocks=3)
     scheduler = Scheduler(engine, 8)
@@ -136,6 +149,7 @@ async def test_a_full_pool_fails_the_one_that_needs_more(make_engine, make_promp
     await scheduler.close()
 
 
+@pytest.mark.slow
 async def test_outputs_leave_their_blocks_and_one_checkpoint(make_engine, make_prompt, store):
     engine = make_engine("boundary")
     scheduler = Scheduler(engine, 8)
@@ -157,6 +171,7 @@ async def test_no_more_are_let_in_than_may_run(make_engine):
             pass
 
 
+@pytest.mark.slow
 async def test_one_sequence_that_fails_does_not_stop_the_others(make_engine, make_prompt):
     class Broken:
         def choose(self, logits, position):
@@ -169,7 +184,90 @@ async def test_one_sequence_that_fails_does_not_stop_the_others(make_engine, mak
     scheduler.join(bad)
     good = asyncio.create_task(generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), 40))
     with pytest.raises(AntefixError, match="failed after its decode step"):
-        await asyncio.wait_for(finish(scheduler, bad, shown), 30)
-    assert len(await asyncio.wait_for(good, 30)) == 40
+        await asyncio.wait_for(finish(scheduler, bad, shown), 150)
+    assert len(await asyncio.wait_for(good, 150)) == 40
     assert engine.blocks.num_available == engine.pool.num_blocks
     await scheduler.close()
+
+
+KNOBS = {
+    "temperature": 1.3,
+    "top_p": 0.95,
+    "top_k": 50,
+    "min_p": 0.01,
+    "seed": 11,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.3,
+    "repetition_penalty": 1.2,
+    "logit_bias": ((101, 2.0), (32, -5.0)),
+    "min_tokens": 20,
+    "stop_token_ids": (46,),
+}
+DIGITS = 'start: /([0-9]{1,3}, ){12}/ "end"\n'
+
+
+async def served(servicer, tokens, sampling, handoff=b"", emitted=()):
+    """What the worker's own call gives: (tokens, finish reason, the restore's hit)."""
+    request = decode_pb2.DecodeRequest(
+        prompt=tokens_to_wire(np.concatenate((tokens, np.array(emitted, np.uint32)))),
+        sampling=sampling_to_wire(sampling),
+        handoff=handoff,
+        num_emitted=len(emitted),
+    )
+    output, reason, hit = list(emitted), "", 0
+    async for answer in servicer.Decode(request, None):
+        output += tokens_from_wire(answer.tokens).tolist()
+        reason = answer.finish_reason or reason
+        hit = max(hit, answer.restore.hit_tokens)
+    return output, reason, hit
+
+
+def servicer_of(engine):
+    return DecodeServicer(
+        engine, load_tokenizer(MODEL), DecodeConfig(model=str(MODEL), store_address="-", secret_file="-")
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"grammar": DIGITS},
+        {"stop": ((101, 32), (116, 104)), "ignore_eos": True},
+    ],
+    ids=str,
+)
+async def test_a_hit_and_a_continued_output_are_a_cold_runs(make_engine, store, settings):
+    """With all settings at once: cold, from the store on another worker, and from the middle on a third."""
+    sampling = Sampling(max_tokens=40, **{**KNOBS, **settings})
+    tokens = PROMPTS[2].astype(np.uint32)
+    first, second, third = (servicer_of(make_engine("zero")) for _ in range(3))
+    cold, reason, hit = await served(first, tokens, sampling)
+    assert hit == 0 and len(cold) >= 20 and reason in ("stop", "length")
+    again, reason_again, hit = await served(second, tokens, sampling)
+    assert hit == 192 and (again, reason_again) == (cold, reason)
+    for cut in (1, len(cold) // 2):
+        assert (await served(third, tokens, sampling, emitted=cold[:cut]))[:2] == (cold, reason)
+    for servicer in (first, second, third):
+        await servicer.scheduler.close()
+
+
+async def test_a_grammar_that_fails_ends_its_own_sequence_alone(make_engine):
+    servicer = servicer_of(make_engine())
+    tokens = PROMPTS[0].astype(np.uint32)
+    plain = Sampling(max_tokens=30, ignore_eos=True)
+    alone = (await served(servicer, tokens, plain))[0]
+    with pytest.raises(InvalidRequest):
+        await served(servicer, tokens, Sampling(max_tokens=30, grammar="start: nothing"))
+    bad = Sampling(max_tokens=30, grammar='start: "abcdefgh"')
+    good = asyncio.create_task(served(servicer, tokens, plain))
+    failing = asyncio.create_task(served(servicer, tokens, bad))
+    while not servicer.scheduler.num_running:  # noqa: ASYNC110 - the loop of the scheduler is what is waited for
+        await asyncio.sleep(0)
+    for running in servicer.scheduler._running:
+        if running.sampler._constraint is not None:
+            running.sampler._constraint._matcher.consume_token(0)  # its matcher is broken from here on
+    assert (await good)[0] == alone
+    await asyncio.gather(failing, return_exceptions=True)
+    assert servicer.scheduler.num_running == 0
+    await servicer.scheduler.close()

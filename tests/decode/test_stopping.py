@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 from antefix_decode.stopping import LENGTH, STOP, Stopper
 
 EOS = frozenset({9})
@@ -57,3 +57,27 @@ def test_a_continued_output_counts_and_matches_what_was_emitted():
     assert run([2], sampling, emitted=[0, 1])[1].finish_reason == STOP
     shown, stopper = run([3, 3, 3], sampling, emitted=[0, 0])
     assert (shown, stopper.finish_reason) == ([3, 3], LENGTH)
+
+
+def test_a_stop_token_ends_and_is_not_shown_also_where_the_end_token_is_ignored():
+    sampling = Sampling(max_tokens=10, stop_token_ids=(2,), ignore_eos=True)
+    shown, stopper = run([1, 9, 2], sampling)
+    assert (shown, stopper.finish_reason, stopper.num_output) == ([1, 9], STOP, 3)
+
+
+@given(tokens=outputs, stop=stops, min_tokens=st.integers(0, 20))
+def test_no_stop_sequence_counts_that_is_complete_before_min_tokens(tokens, stop, min_tokens):
+    shown, stopper = run(tokens, Sampling(max_tokens=30, stop=stop, min_tokens=min_tokens))
+    ends = [
+        length
+        for length in range(min_tokens + 1, len(tokens) + 1)
+        if any(tuple(tokens[:length][-len(sequence) :]) == sequence for sequence in stop)
+    ]
+    assert stopper.num_output == (ends[0] if ends else len(tokens))
+    assert bool(stopper.finish_reason) is bool(ends) and shown == tokens[: len(shown)]
+
+
+def test_what_a_grammar_ends_is_over_and_shown_whole():
+    stopper = Stopper(Sampling(max_tokens=10, min_tokens=5), EOS)
+    assert stopper.push(1) == [1] and stopper.push(2, is_last=True) == [2]
+    assert stopper.finish_reason == STOP

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from antefix.layout import KVFormat
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig
 

@@ -11,7 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
+
+pytestmark = pytest.mark.services
+
 
 TEXT = np.frombuffer((Path(__file__).parents[2] / "LICENSE").read_bytes(), np.uint8).astype(np.uint32)
 MAX_TOKENS = 16

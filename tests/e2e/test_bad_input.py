@@ -13,8 +13,11 @@ import safetensors.torch
 import torch
 
 from antefix.errors import InvalidRequest
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
 from antefix_console.deployment import Deployment
+
+pytestmark = pytest.mark.services
+
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 
@@ -28,7 +31,7 @@ async def antefix(*args, stdin=b""):
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        out, err = await asyncio.wait_for(process.communicate(stdin), 90)
+        out, err = await asyncio.wait_for(process.communicate(stdin), 450)
     finally:
         if process.returncode is None:
             process.kill()
@@ -185,7 +188,7 @@ async def test_roles_that_start_together_have_logs_of_their_own_and_the_last_run
             await deployment.stop()
         logs = {process.log_path for process in started}
         assert len(logs) == 2
-    assert all(b"draining" in path.with_suffix(".old.log").read_bytes() for path in logs)
+    assert all(b"stopping" in path.with_suffix(".old.log").read_bytes() for path in logs)
 
 
 async def test_an_answer_comes_as_json(deploy):

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
+
+pytestmark = pytest.mark.services
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ async def test_a_dead_prefill_worker_is_done_without(deploy, ask, prompt, refere
 async def test_a_decode_worker_killed_in_mid_stream_is_replaced_without_gap_or_repeat(deploy, prompt, reference):
     async with deploy(num_decode=2) as deployment:
         output, killed = [], False
-        async for message in deployment.router.generate(prompt, Sampling(max_tokens=120, ignore_eos=True)):
+        async for message in deployment.router.generate(prompt, Sampling(max_tokens=60, ignore_eos=True)):
             output += [int(token) for token in message.tokens]
             if len(output) >= 10 and not killed:
                 busy = next(
@@ -35,13 +37,13 @@ async def test_a_decode_worker_killed_in_mid_stream_is_replaced_without_gap_or_r
                 )
                 await deployment.kill(next(p for p in deployment.processes if p.address == busy.address))
                 killed = True
-        assert killed and len(output) == 120
-    whole = reference.generate(prompt, 120)
+        assert killed and len(output) == 60
+    whole = reference.generate(prompt, 60)
     assert output[: len(whole)] == whole
 
 
 async def test_a_sampled_output_goes_on_with_the_same_tokens(deploy, ask, prompt):
-    sampling = Sampling(max_tokens=100, temperature=0.9, top_p=0.95, seed=11, ignore_eos=True)
+    sampling = Sampling(max_tokens=50, temperature=0.9, top_p=0.95, seed=11, ignore_eos=True)
     async with deploy(num_decode=2) as deployment:
         undisturbed, _ = await ask(deployment, prompt, sampling=sampling)
         output = []
@@ -60,7 +62,7 @@ async def test_a_dead_store_costs_speed_never_an_answer(deploy, ask, prompt, ref
         await ask(deployment, prompt)
         await deployment.kill(deployment.one("kvstore"))
         longer = np.concatenate((prompt, prompt[:50]))
-        output, _ = await asyncio.wait_for(ask(deployment, longer), 60)
+        output, _ = await asyncio.wait_for(ask(deployment, longer), 300)
     assert output == reference.generate(longer, 24)
 
 
@@ -110,7 +112,7 @@ async def test_roles_end_when_the_process_that_started_them_is_killed(tmp_path, 
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    ready = json.loads(await asyncio.wait_for(starter.stdout.readline(), 60))
+    ready = json.loads(await asyncio.wait_for(starter.stdout.readline(), 300))
     pids = [process["pid"] for process in ready["processes"]]
     assert len(pids) == 4
     starter.kill()

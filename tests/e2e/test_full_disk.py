@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 from antefix.store.client import RemoteStore
-from antefix.store.store_stats import read_stats
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.reconcile import verify
 from antefix_console.deployment import Deployment, DeploymentConfig
@@ -22,7 +21,7 @@ async def test_hits_are_answered_and_billed_at_every_fill_level(tmp_path, ask, d
         async with Deployment(config) as deployment:
             # The default budget is 64 GiB; it takes what there is.
             store = RemoteStore(deployment.one("kvstore").address)
-            assert (await read_stats(store)).budget_bytes < 24 * MIB
+            assert (await store.stats()).budget_bytes < 24 * MIB
             first, _ = await ask(deployment, document)
             # Another answer each time, since a prompt that is computed twice is stored once.
             for number, but in enumerate((4 * MIB, MIB, 256 << 10, 16 << 10, 0)):
@@ -31,12 +30,12 @@ async def test_hits_are_answered_and_billed_at_every_fill_level(tmp_path, ask, d
                 assert again == first and last.usage.cache_hit_tokens > 2000
                 fresh, _ = await ask(deployment, document[::-1][number * 100 :].copy())
                 assert fresh
-            assert free_bytes(disk) < MIB and (await read_stats(store)).stopped
+            assert free_bytes(disk) < MIB and (await store.stats()).stopped
             # Space comes back without a restart.
             for number in range(5):
                 (disk / f"ballast{number}").unlink(missing_ok=True)
             async with asyncio.timeout(20):
-                while (await read_stats(store)).stopped:  # noqa: ASYNC110 - another process's state
+                while (await store.stats()).stopped:  # noqa: ASYNC110 - another process's state
                     await asyncio.sleep(0.1)
             await store.close()
         records = [item.record for item in read_settled(config.ledger_dir)]

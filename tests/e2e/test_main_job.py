@@ -5,7 +5,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from antefix.wire import Sampling
+from antefix.sampling import Sampling
+
+pytestmark = pytest.mark.services
+
 
 QUESTIONS = [np.frombuffer(text, np.uint8).astype(np.uint32) for text in (b"What?", b"Who is it?", b"And why so?")]
 

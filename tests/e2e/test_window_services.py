@@ -1,11 +1,8 @@
 """Window state over real processes: the pool between workers, its loss, bounded namespaces, a switch of strategy."""
 
 import asyncio
-import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +11,12 @@ import pytest
 from antefix.clients import WindowClient
 from antefix.layout import KVFormat
 from antefix.record import RecordKind
+from antefix.sampling import Sampling
 from antefix.store.client import RemoteStore
-from antefix.store.store_stats import read_stats
-from antefix.wire import Sampling
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.services, pytest.mark.long, pytest.mark.timeout(600)]
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 RNG = np.random.default_rng(61)
 TURN = RNG.integers(0, 256, 1000).astype(np.uint32)
@@ -44,7 +40,7 @@ def next_turn(output):
 
 
 async def num_checkpoints_on_disk(deployment):
-    stats = await read_stats(RemoteStore(deployment.one("kvstore").address))
+    stats = await RemoteStore(deployment.one("kvstore").address).stats()
     return stats.kinds[RecordKind.CHECKPOINT].num_records
 
 
@@ -70,41 +66,18 @@ async def test_a_turn_resumes_from_the_stores_memory_and_strategies_switch(tmp_p
     assert answer == await asyncio.to_thread(Reference(MODEL, KVFormat.FP8).generate, turn, NUM_NEW)
 
 
-async def test_a_redis_that_dies_costs_no_answer(tmp_path):
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    redis = await asyncio.to_thread(subprocess.Popen, command, stdout=subprocess.DEVNULL)
-    try:
-        await asyncio.to_thread(wait_for, port)
-        async with Deployment(config_of(tmp_path, window_pool=f"redis://127.0.0.1:{port}/0")) as deployment:
-            output, _ = await ask(deployment, TURN)
-            turn = next_turn(output)
-            pooled, restore = await ask(deployment, turn)
-            assert restore.plan == "checkpoint"
-            redis.kill()
-            redis.wait()
-            again, restore = await ask(deployment, turn)
-            assert restore.plan in ("replay", "cold")
-            assert again == pooled
-            assert await num_checkpoints_on_disk(deployment) >= 1  # what the pool did not take
-    finally:
+async def test_a_redis_that_dies_costs_no_answer(tmp_path, start_redis):
+    redis = await asyncio.to_thread(start_redis)
+    async with Deployment(config_of(tmp_path, window_pool=redis.url)) as deployment:
+        output, _ = await ask(deployment, TURN)
+        turn = next_turn(output)
+        pooled, restore = await ask(deployment, turn)
+        assert restore.plan == "checkpoint"
         redis.kill()
-        redis.wait()
-
-
-def wait_for(port):
-    for _ in range(200):
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise RuntimeError("redis-server did not answer")
+        again, restore = await ask(deployment, turn)
+        assert restore.plan in ("replay", "cold")
+        assert again == pooled
+        assert await num_checkpoints_on_disk(deployment) >= 1  # what the pool did not take
 
 
 async def test_a_bounded_namespace_replays_one_window_and_an_exact_one_finds_nothing_of_it(tmp_path):

@@ -23,6 +23,7 @@ from antefix_router.answers import RetryConfig
 from antefix_router.front import Front
 from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway_config import GatewayConfig
+from antefix_router.generation import Piece
 from antefix_router.open_bill import Served
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
@@ -42,16 +43,20 @@ class Script:
     fail_after: int = 0
     prompts: list[list[int]] = field(default_factory=list)
     requests: list = field(default_factory=list)
+    generations: list = field(default_factory=list)
     num_cancelled: int = 0
 
-    async def run(self, request, timeout_s):
+    async def run(self, generation, timeout_s):
+        """One output after the other, where several were asked for; those after the first end in their number."""
+        request = generation.request
         self.requests.append(request)
+        self.generations.append(generation)
         self.prompts.append(request.tokens.tolist())
         try:
             if self.hold is not None:
                 await self.hold.wait()
             hit = min(self.hit, len(request.tokens) - 1)
-            request.restore = RestoreReport(
+            generation.restore = RestoreReport(
                 plan="checkpoint" if hit else "cold",
                 hit_tokens=hit,
                 miss_tokens=len(request.tokens) - hit,
@@ -59,18 +64,22 @@ class Script:
                 last_hit_hash=b"\xab" * 32 if hit else b"",
             )
             prompt = bytes(t for t in request.tokens.tolist() if t < 256).decode(errors="replace")
-            answer = list(self.say(prompt).encode())
-            for number, token in enumerate(answer[: request.sampling.max_tokens]):
-                if self.error is not None and number == self.fail_after:
+            for index, sample in enumerate(generation.samples):
+                answer = list(self.say(prompt).encode()) + [ord(str(index))] * (index > 0)
+                for number, token in enumerate(answer[: request.sampling.max_tokens]):
+                    if self.error is not None and number == self.fail_after:
+                        raise self.error
+                    sample.emitted.append(token)
+                    if (num_top := request.sampling.num_top_logprobs) is not None:
+                        sample.logprobs.append(script_logprob(token, num_top))
+                    yield Piece(index, np.array([token], np.uint32))
+                    if sample.is_ended:
+                        break
+                    await asyncio.sleep(self.pause_s)
+                if self.error is not None and self.fail_after >= len(answer):
                     raise self.error
-                request.emitted.append(token)
-                if (num_top := request.sampling.num_top_logprobs) is not None:
-                    request.logprobs.append(script_logprob(token, num_top))
-                yield np.array([token], np.uint32)
-                await asyncio.sleep(self.pause_s)
-            if self.error is not None and self.fail_after >= len(answer):
-                raise self.error
-            request.finish_reason = "length" if len(answer) > request.sampling.max_tokens else "stop"
+                is_cut = len(answer) > request.sampling.max_tokens and not sample.is_ended
+                sample.finish_reason = "length" if is_cut else "stop"
         except (asyncio.CancelledError, GeneratorExit):
             self.num_cancelled += 1
             raise
@@ -111,4 +120,4 @@ async def serving(front: Front, **settings) -> AsyncIterator[str]:
         yield f"http://{http.address}"
     finally:
         await http.stop()
-        await front.accounts.close()
+        await front.close()

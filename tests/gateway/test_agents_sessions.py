@@ -30,7 +30,7 @@ class Session:
     async def send(self, address, body, **headers):
         answer = await self._client.post(address, json=body, headers=headers)
         assert answer.status_code == 200, answer.text
-        prompts, emitted = self._script.prompts, [request.emitted for request in self._script.requests]
+        prompts, emitted = self._script.prompts, [each.samples[0].emitted for each in self._script.generations]
         if len(prompts) > 1:
             so_far = prompts[-2] + emitted[-2]
             assert prompts[-1][: len(so_far)] == so_far, "the prompt does not go on from the last answer"

@@ -129,6 +129,7 @@ async def client(front):
         yield client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", bodies.BODIES)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

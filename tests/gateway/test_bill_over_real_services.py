@@ -16,8 +16,8 @@ import pytest
 
 from antefix.clients import RouterClient
 from antefix.errors import AntefixError, Conflict
+from antefix.sampling import Sampling
 from antefix.secret import create_secret_file
-from antefix.wire import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.pricing import priced
 from antefix_billing.ratecard import load_cards
@@ -26,6 +26,9 @@ from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.billing.test_bill_under_failure import check_broken
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import MODEL as MODEL_DIR
+
+pytestmark = pytest.mark.services
+
 
 NUM_AT_ONCE, NUM_DOCUMENTS, CANCEL_RATE = 8, 12, 0.03
 CARDS = load_cards([DEPLOY / "example.toml"])

@@ -76,7 +76,7 @@ def anthropic_client(url, key="none"):
 
 
 async def until(holds):
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not holds():  # noqa: ASYNC110 - what is waited for happens in files and other tasks
             await asyncio.sleep(0.01)
 
@@ -254,14 +254,15 @@ async def test_the_agents_framework_runs_its_tools(serve):
 
 
 UNSUPPORTED = [
-    {"n": 2},
+    {"n": 17},
+    {"n": 2, "temperature": 0},
     {"top_logprobs": 2},
     {"logprobs": True, "top_logprobs": 21},
-    {"frequency_penalty": 0.5},
-    {"logit_bias": {"1": 2}},
-    {"response_format": {"type": "json_object"}},
+    {"frequency_penalty": 2.5},
+    {"logit_bias": {"300": 2}},
+    {"response_format": {"type": "xml"}},
     {"tool_choice": "required"},
-    {"extra_body": {"min_p": 0.1}},
+    {"extra_body": {"min_p": 1.1}},
     {"temperature": 11},
     {"top_p": 0},
     {"max_tokens": 0},
@@ -285,11 +286,20 @@ HUGE = 1 << 40
 NAMED = [
     ({"temperature": "hot"}, "temperature", "invalid_type"),
     ({"max_tokens": "5"}, "max_tokens", "invalid_type"),
-    ({"n": 2}, "n", "unsupported_value"),
-    ({"n": True}, "n", "unsupported_value"),
-    ({"extra_body": {"min_p": 0.1}}, "min_p", "unsupported_value"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
-    ({"tool_choice": "required"}, "tool_choice", "unsupported_value"),
+    ({"n": 17}, "n", "unsupported_value"),
+    ({"n": True}, "n", "invalid_type"),
+    ({"n": 2, "temperature": 0}, "n", "invalid_value"),
+    ({"extra_body": {"n": 2, "best_of": 1}}, "best_of", "unsupported_value"),
+    ({"extra_body": {"min_p": -0.1}}, "min_p", "invalid_value"),
+    ({"extra_body": {"top_k": "many"}}, "top_k", "invalid_type"),
+    ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty", "invalid_value"),
+    ({"extra_body": {"min_tokens": 9}, "max_tokens": 8}, "min_tokens", "invalid_value"),
+    ({"extra_body": {"stop_token_ids": ["a"]}}, "stop_token_ids", "invalid_type"),
+    ({"presence_penalty": -2.1}, "presence_penalty", "invalid_value"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "invalid_type"),
+    ({"logit_bias": {"264": 1}}, "logit_bias", "invalid_value"),
+    ({"response_format": {"type": "xml"}}, "response_format", "unsupported_value"),
+    ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
     ({"messages": []}, "messages", "invalid_value"),
     ({"messages": [{"content": "x"}]}, "messages[0].role", "missing_required_parameter"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "unsupported_value"),
@@ -332,7 +342,7 @@ async def test_a_cache_key_names_the_conversation_to_the_router(serve):
         await client.chat.completions.create(model=MODEL, messages=ASK)
         with pytest.raises(openai.BadRequestError, match="session takes 512 bytes"):
             await client.chat.completions.create(model=MODEL, messages=ASK, prompt_cache_key="k" * 513)
-    assert [request.session for request in script.requests] == ["a", "b", "c", ""]
+    assert [request.caller.session for request in script.requests] == ["a", "b", "c", ""]
 
 
 async def test_defaults_that_clients_send_are_taken(serve):
@@ -369,7 +379,7 @@ async def test_errors_have_each_providers_shape(serve):
             await anthropic_client(url).messages.create(model="other", messages=ASK, max_tokens=5)
         with pytest.raises(anthropic.BadRequestError) as bad:
             await anthropic_client(url).messages.create(
-                model=MODEL, messages=ASK, max_tokens=5, extra_body={"top_k": 4}
+                model=MODEL, messages=ASK, max_tokens=5, extra_body={"top_k": -4}
             )
         assert bad.value.body["type"] == "error"
         with pytest.raises(openai.NotFoundError):
@@ -448,16 +458,16 @@ async def test_a_slow_client_does_not_stop_others(serve):
         body = json.dumps(ask).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         await loop.sock_sendall(slow, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        await until(lambda: script.requests and script.requests[0].emitted)
+        await until(lambda: script.generations and script.generations[0].num_emitted)
         client = openai_client(url)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(120):
             for _ in range(5):
                 answer = await client.chat.completions.create(model=MODEL, messages=ASK)
                 assert answer.usage.completion_tokens == 20
             # Held up by its own client, for as long as that does not read.
-            while (num := len(script.requests[0].emitted)) < num_tokens:
+            while (num := script.generations[0].num_emitted) < num_tokens:
                 await asyncio.sleep(0.5)
-                if len(script.requests[0].emitted) == num:
+                if script.generations[0].num_emitted == num:
                     break
         assert num < num_tokens
         slow.close()
@@ -515,7 +525,7 @@ async def test_tenants_have_keys_limits_and_caches_of_their_own(serve, ledger):
         await anthropic_client(url, "kb").messages.create(model=MODEL, messages=ASK, max_tokens=300)
         await openai_client(url, "kb").chat.completions.create(model=MODEL, messages=ASK, user="eve")
     assert [record.tenant for record in records(ledger)] == ["a", "b", "b"]
-    assert len({request.tenant for request in script.requests}) == 3
+    assert len({request.cache_tenant for request in script.requests}) == 3
 
 
 async def test_an_idempotency_key_is_charged_once(serve, ledger):

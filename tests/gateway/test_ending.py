@@ -11,8 +11,10 @@ from antefix import rpc
 from antefix.block import as_tokens
 from antefix.clients import RouterClient
 from antefix.errors import Draining
+from antefix.generation_request import GenerationRequest
+from antefix.sampling import Sampling
 from antefix.v1 import router_pb2, router_pb2_grpc
-from antefix.wire import Sampling, tokens_to_wire
+from antefix.wire import tokens_to_wire
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.usage_record import Status
 from antefix_router.answers import RetryConfig
@@ -44,7 +46,7 @@ async def asking(tmp_path, path, *, stream, key="", **script):
     async with httpx2.AsyncClient(base_url=f"http://{http.address}", timeout=30) as client:
         headers = {"idempotency-key": key} if key else {}
         asked = asyncio.create_task(client.post(path, json=body, headers=headers))
-        await until(lambda: running.requests and (running.hold or running.requests[0].emitted))
+        await until(lambda: running.requests and (running.hold or running.generations[0].samples[0].emitted))
         yield front, http, asked
         await front.accounts.close()
 
@@ -100,10 +102,10 @@ async def test_a_grpc_stream_that_outlives_the_grace_period_ends_with_a_status(t
 
     class Servicer(router_pb2_grpc.RouterServiceServicer):
         async def Generate(self, message, context: grpc.aio.ServicerContext):
-            bill = await front.admit(rpc_tokens(message), Sampling(max_tokens=50))
+            bill = await front.admit(GenerationRequest(tokens=rpc_tokens(message), sampling=Sampling(max_tokens=50)))
             async with contextlib.aclosing(front.run(bill, 10.0)) as outputs:
-                async for tokens in outputs:
-                    yield router_pb2.GenerateResponse(tokens=tokens_to_wire(tokens))
+                async for piece in outputs:
+                    yield router_pb2.GenerateResponse(tokens=tokens_to_wire(piece.tokens))
 
     server = await rpc.start_server(
         "127.0.0.1:0",
@@ -126,7 +128,7 @@ def rpc_tokens(message):
 
 async def test_what_asks_after_the_end_is_refused(tmp_path):
     front = make_front(Script(), ledger=tmp_path / "ledger")
-    bill = await front.admit(as_tokens([1]), Sampling(max_tokens=5))
+    bill = await front.admit(GenerationRequest(tokens=as_tokens([1]), sampling=Sampling(max_tokens=5)))
     front.accounts.ending.end()
     with pytest.raises(Draining):
         await anext(front.run(bill, 10.0))

@@ -12,8 +12,8 @@ import pytest
 
 from antefix import rpc
 from antefix.clients import RouterClient
+from antefix.sampling import Sampling
 from antefix.v1 import usage_pb2, usage_pb2_grpc
-from antefix.wire import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.pricing import priced
 from antefix_billing.ratecard import load_cards
@@ -213,6 +213,7 @@ async def test_a_cache_breakpoint_leaves_a_checkpoint_where_the_strategy_would_n
     assert unmarked[0] == 0 and records[3].restore_plan != "checkpoint"
 
 
+@pytest.mark.services
 async def test_a_decode_worker_that_dies_in_mid_answer_leaves_one_record(config):
     """The answer goes on elsewhere; the client is told, and charged, what it was given."""
     async with Deployment(dataclasses.replace(config, num_decode=2)) as deployment:

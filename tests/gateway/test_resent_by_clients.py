@@ -46,7 +46,7 @@ class Talk:
 
     def goes_on(self):
         """Whether the last prompt begins with the one before it and its answer, token for token."""
-        so_far = self._script.prompts[-2] + self._script.requests[-2].emitted
+        so_far = self._script.prompts[-2] + self._script.generations[-2].samples[0].emitted
         return self._script.prompts[-1][: len(so_far)] == so_far
 
     @property
@@ -204,7 +204,7 @@ async def test_a_breakpoint_on_a_call_lies_behind_the_answer(talk):
     await talk.again(without_reasoning(said))
     assert "antefix-ignored" not in talk.headers and talk.goes_on()
     ((num_tokens, _),) = talk._script.requests[-1].breakpoints
-    assert num_tokens == len(talk._script.prompts[-2] + talk._script.requests[-2].emitted)
+    assert num_tokens == len(talk._script.prompts[-2] + talk._script.generations[-2].samples[0].emitted)
 
 
 def tools_of(*names, **more):

@@ -4,13 +4,19 @@ The small model calls no tools, so calls stand in the history as a client would 
 wherever they were, are resent as the clients give them.
 """
 
+import asyncio
 import dataclasses
 import itertools
+import json
 
 import pytest
 
+from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
+
+pytestmark = pytest.mark.services
+
 
 anthropic = pytest.importorskip("anthropic")
 openai = pytest.importorskip("openai")
@@ -71,9 +77,8 @@ async def openai_turns(url, name, *, effort, tools):
     return turns
 
 
-async def anthropic_turns(url, name, *, effort, tools):
+async def anthropic_turns(url, name, *, effort, tools, billing=None):
     turns, messages = [], []
-    system = [{"type": "text", "text": text} for text in (name, *SYSTEM)]
     settings = {"tools": [{"name": "read", "description": "Reads a file.", "input_schema": SCHEMA}]} if tools else {}
     thinks = {"type": "disabled"} if effort == "none" else {"type": "enabled", "budget_tokens": 1024}
     async with anthropic.AsyncAnthropic(base_url=url, api_key="-", max_retries=0) as client:
@@ -86,8 +91,16 @@ async def anthropic_turns(url, name, *, effort, tools):
                 result = {"type": "tool_result", "tool_use_id": f"c{number}", "content": f"line {number}\n" * 5}
                 question = [result, *question]
             messages.append({"role": "user", "content": question})
+            lines = (name, *SYSTEM) if billing is None else (billing(), name, *SYSTEM)
+            ids = {"device_id": "d", "account_uuid": "", "session_id": f"{number}"}
             answer = await client.messages.create(
-                model=MODEL, system=system, messages=messages, max_tokens=50, thinking=thinks, **settings
+                model=MODEL,
+                system=[{"type": "text", "text": text} for text in lines],
+                messages=messages,
+                max_tokens=50,
+                thinking=thinks,
+                metadata={"user_id": json.dumps(ids)},
+                **settings,
             )
             messages.append({"role": "assistant", "content": [block.model_dump() for block in answer.content]})
             usage = answer.usage
@@ -96,17 +109,64 @@ async def anthropic_turns(url, name, *, effort, tools):
     return turns
 
 
+async def responses_turns(url, name, *, effort, tools):
+    """As agents with `store: false` send it: reasoning items, calls and messages are resent as they came."""
+    turns, items = [], []
+    settings = {"tools": [{"type": "function", **TOOL}]} if tools else {}
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
+        for number in range(NUM_TURNS):
+            parts = [
+                {"type": "input_text", "text": f"Question {number}: "},
+                {"type": "input_text", "text": "what? " * 8},
+            ]
+            items.append({"type": "message", "role": "user", "content": parts})
+            if tools and number % 2:
+                call = {"call_id": f"c{number}", "name": "read", "arguments": '{"path": "/etc/motd"}'}
+                items.append({"type": "function_call", **call})
+                output = {"call_id": f"c{number}", "output": f"line {number}\n" * 5}
+                items.append({"type": "function_call_output", **output})
+            answer = await client.responses.create(
+                model=MODEL,
+                instructions=name + "".join(SYSTEM),
+                input=items,
+                max_output_tokens=50,
+                reasoning={"effort": effort},
+                include=["reasoning.encrypted_content"],
+                store=False,
+                **settings,
+            )
+            items += [item.model_dump(exclude_none=True) for item in answer.output]
+            usage = answer.usage
+            turns.append(Turn(usage.input_tokens, usage.output_tokens, usage.input_tokens_details.cached_tokens))
+    return turns
+
+
+async def claude_code_turns(url, name, *, effort, tools):
+    """A first line that changes with every request; another session in `user_id` changes nothing either."""
+    number = itertools.count()
+
+    def billing():
+        return (
+            f"x-anthropic-billing-header: cc_version=2.1.197.{next(number):03x}; cc_entrypoint=cli; cch={name[:1]}ab;"
+        )
+
+    return await anthropic_turns(url, name, effort=effort, tools=tools, billing=billing)
+
+
+def check_hits(turns, *what):
+    for before, turn in itertools.pairwise(turns):
+        # The last token of an answer that was cut off is chosen, not run: its KV is the next turn's to compute.
+        kept = before.prompt + before.answer
+        full = {(kept - 1) // BLOCK * BLOCK, kept // BLOCK * BLOCK}
+        # A prompt that ends at a boundary has its checkpoint one block earlier, where it can be resumed itself.
+        full |= {before.prompt - BLOCK} & {end - BLOCK for end in full if end == before.prompt}
+        assert turn.hit in full, (*what, turns)
+
+
 @pytest.mark.parametrize("turns_of", [openai_turns, anthropic_turns])
 async def test_each_turn_hits_to_the_last_full_block_that_the_format_keeps(url, turns_of):
     for effort, tools in (("none", False), ("none", True), ("high", True)):
-        turns = await turns_of(url, f"{effort} {tools} ", effort=effort, tools=tools)
-        for before, turn in itertools.pairwise(turns):
-            # The last token of an answer that was cut off is chosen, not run: its KV is the next turn's to compute.
-            kept = before.prompt + before.answer
-            full = {(kept - 1) // BLOCK * BLOCK, kept // BLOCK * BLOCK}
-            # A prompt that ends at a boundary has its checkpoint one block earlier, where it can be resumed itself.
-            full |= {before.prompt - BLOCK} & {end - BLOCK for end in full if end == before.prompt}
-            assert turn.hit in full, (effort, tools, turns)
+        check_hits(await turns_of(url, f"{effort} {tools} ", effort=effort, tools=tools), effort, tools)
     # Without tools the format drops the reasoning of earlier turns: what is kept ends before the tag that opens it.
     turns = await turns_of(url, "dropped ", effort="high", tools=False)
     for before, turn in itertools.pairwise(turns):
@@ -115,3 +175,40 @@ async def test_each_turn_hits_to_the_last_full_block_that_the_format_keeps(url, 
         assert turn.hit <= kept // BLOCK * BLOCK
         if kept // BLOCK == (before.prompt - 1) // BLOCK:
             assert turn.hit == kept // BLOCK * BLOCK, turns
+
+
+async def test_so_do_reasoning_items_and_requests_whose_first_line_changes(url, tmp_path, capsys):
+    for turns_of in (responses_turns, claude_code_turns):
+        check_hits(await turns_of(url, turns_of.__name__, effort="high", tools=True), turns_of)
+    # Another session has another line: it hits system text and tools, and another account nothing.
+    hits = []
+    async with anthropic.AsyncAnthropic(base_url=url, api_key="-", max_retries=0) as client:
+        for session, account in enumerate("aab"):
+            line = f"x-anthropic-billing-header: cc_version=2.1.197.{session}; cch=a{session};"
+            body = {
+                "model": MODEL,
+                "max_tokens": 2,
+                "system": [{"type": "text", "text": line}, {"type": "text", "text": "You are careful. " * 40}],
+                "tools": [{"name": "read", "description": "Reads a file.", "input_schema": SCHEMA}],
+                "messages": [{"role": "user", "content": f"{session} is a number. " * 20}],
+                "metadata": {"user_id": json.dumps({"account_uuid": account, "session_id": f"s{session}"})},
+            }
+            answer = await client.messages.create(**body)
+            hits.append(answer.usage.cache_read_input_tokens)
+    assert hits[0] == hits[2] == 0 and hits[1] > len("You are careful. " * 40) + 1000, hits
+
+    async def explain(*flags):
+        flags = ["explain", "--data-dir", str(tmp_path / "data"), "--json", *flags]
+        assert await asyncio.to_thread(main, flags) == 0
+        return json.loads(capsys.readouterr().out)
+
+    # What was asked last is explained by its body and by its id, and is found to be the same prompt.
+    (tmp_path / "body.json").write_text(json.dumps(body))
+    asked = ("--messages", str(tmp_path / "body.json"), "--api", "anthropic")
+    usage = answer.usage
+    stored = (await explain(*asked))["stored_tokens"]
+    num_tokens = usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens
+    assert stored == num_tokens // BLOCK * BLOCK
+    recorded = await explain("--request-id", answer.id, "--against", str(tmp_path / "body.json"), "--api", "anthropic")
+    assert recorded["parting"] == {"blocks_min": stored // BLOCK, "blocks_max": stored // BLOCK}
+    assert recorded["request"]["user"] == '{"account_uuid":"b"}' and not recorded["request"]["prefix_volatile"]

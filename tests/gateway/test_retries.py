@@ -10,14 +10,15 @@ import pytest
 
 from antefix.block import as_tokens
 from antefix.errors import Unavailable
-from antefix.wire import Sampling
+from antefix.generation_request import Caller, GenerationRequest
+from antefix.sampling import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.pricing import priced
 from antefix_billing.ratecard import load_cards
 from antefix_billing.reconcile import verify
 from antefix_billing.usage_record import Status
 from antefix_router import retries
-from antefix_router.answers import KeptAnswer, RetryConfig, Shelf
+from antefix_router.answers import KeptAnswer, KeptOutput, RetryConfig, Shelf
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import Script, make_front, serving
 
@@ -95,7 +96,7 @@ async def test_a_retry_joins_the_running_answer_and_reads_it_from_its_start(tmp_
     script = Script(say=lambda prompt: TEXT, pause_s=0.02)
     async with door(script, tmp_path / "ledger") as (client, _):
         first = asyncio.create_task(ask(client, path, stream=streams[0]))
-        await until(lambda: script.requests and len(script.requests[0].emitted) >= 3)
+        await until(lambda: script.requests and len(script.generations[0].samples[0].emitted) >= 3)
         await leave(first)
         answer = await ask(client, path, stream=streams[1])
         assert (answer.status_code, text_of(path, answer)) == (200, TEXT)
@@ -111,7 +112,7 @@ async def test_an_answer_that_ended_without_its_client_is_kept_and_only_then_pai
     ledger = tmp_path / "ledger"
     async with door(script, ledger) as (client, front):
         first = asyncio.create_task(ask(client, path))
-        await until(lambda: script.requests and script.requests[0].emitted)
+        await until(lambda: script.requests and script.generations[0].samples[0].emitted)
         await leave(first)
         await until(lambda: records(ledger))
         (left,) = records(ledger)
@@ -153,7 +154,7 @@ async def test_a_stream_that_broke_off_costs_what_was_given_and_its_retry_the_re
     ledger = tmp_path / "ledger"
     async with door(script, ledger, unattended_s=0) as (client, _):
         first = asyncio.create_task(ask(client, "/v1/completions", stream=True))
-        await until(lambda: script.requests and len(script.requests[0].emitted) >= 3)
+        await until(lambda: script.requests and len(script.generations[0].samples[0].emitted) >= 3)
         await leave(first)
         await until(lambda: records(ledger))
         assert script.num_cancelled == 1
@@ -188,7 +189,7 @@ async def test_a_stop_text_ends_a_shared_answer_where_it_was_found(tmp_path):
     ledger = tmp_path / "ledger"
     async with door(script, ledger) as (client, _):
         first = asyncio.create_task(ask(client, "/v1/completions", stop=["gh"]))
-        await until(lambda: script.requests and len(script.requests[0].emitted) >= 4)
+        await until(lambda: script.requests and len(script.generations[0].samples[0].emitted) >= 4)
         joined = asyncio.create_task(ask(client, "/v1/completions", stop=["gh"], stream=True))
         assert text_of("/v1/completions", await first) == "abcdef" == text_of("/v1/completions", await joined)
         assert text_of("/v1/completions", await ask(client, "/v1/completions", stop=["gh"])) == "abcdef"
@@ -231,14 +232,16 @@ async def test_a_slow_reader_holds_up_no_other_reader_and_no_more_than_its_share
     front = make_front(script, ledger=tmp_path / "ledger")
 
     async def admitted():
-        return await front.admit(as_tokens([1, 2]), Sampling(max_tokens=2000), request_id="k", retryable=True)
+        caller, sampling = Caller(request_id="k"), Sampling(max_tokens=2000)
+        request = GenerationRequest(tokens=as_tokens([1, 2]), sampling=sampling, caller=caller)
+        return await front.admit(request, retryable=True)
 
     bill = await admitted()
     slow = front.run(bill, 10.0)
     await anext(slow)
     await asyncio.sleep(0.2)
-    assert len(script.requests[0].emitted) <= 300
-    quick = [token async for piece in front.run(await admitted(), 10.0) for token in piece]
+    assert len(script.generations[0].samples[0].emitted) <= 300
+    quick = [token async for piece in front.run(await admitted(), 10.0) for token in piece.tokens]
     assert len(quick) == 2000
     await slow.aclose()
     await front.accounts.close()
@@ -247,18 +250,16 @@ async def test_a_slow_reader_holds_up_no_other_reader_and_no_more_than_its_share
 
 
 def kept(num_tokens):
+    tokens = np.zeros(num_tokens, np.uint32)
+    output = KeptOutput(tokens=tokens, logprobs=(), finish_reason="stop", stop_number=0)
     return KeptAnswer(
         request_digest="",
         user="",
-        tokens=np.zeros(num_tokens, np.uint32),
-        logprobs=(),
+        outputs=(output,),
         num_top_logprobs=None,
         restore=None,
-        written_tokens=0,
         output_written_tokens=0,
         ttft_s=0.0,
-        finish_reason="stop",
-        stop_number=0,
         started_us=0,
     )
 

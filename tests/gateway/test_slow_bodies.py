@@ -31,7 +31,7 @@ async def test_a_slow_body_is_a_408_in_the_apis_shape_and_frees_its_slot(tmp_pat
     async with (
         serving(front, http_requests_max=1, http_body_timeout_s=0.3) as url,
         httpx.AsyncClient(base_url=url) as client,
-        asyncio.timeout(20),
+        asyncio.timeout(120),
     ):
         reader, writer = await _begin(url, address)
         answer = (await reader.read()).decode()  # to the end: the connection is closed as well

@@ -53,7 +53,7 @@ async def to_anthropic(url):
 
 def goes_on(script):
     """Whether the second prompt begins with the first one and its answer, token for token: that is what hits."""
-    so_far = script.prompts[0] + list(script.requests[0].emitted)
+    so_far = script.prompts[0] + list(script.generations[0].samples[0].emitted)
     return script.prompts[1][: len(so_far)] == so_far
 
 

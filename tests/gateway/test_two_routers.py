@@ -12,6 +12,9 @@ from antefix_billing.usage_record import Status
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
 
+pytestmark = pytest.mark.services
+
+
 openai = pytest.importorskip("openai")
 httpx2 = pytest.importorskip("httpx2")
 

@@ -39,7 +39,7 @@ async def test_a_head_and_signs_of_life_come_before_the_first_token(path):
     started = time.monotonic()
     async with door(script) as client, stream(client, path) as answer:
         # The prompt is computed for as long as we like, and the head is here.
-        assert time.monotonic() - started < 10 and not script.requests[0].emitted
+        assert time.monotonic() - started < 10 and not script.generations[0].samples[0].emitted
         assert (answer.status_code, answer.headers["x-accel-buffering"]) == (200, "no")
         lines, body = answer.aiter_lines(), []
         while sum(line.startswith(": keep-alive") or line == "event: ping" for line in body) < 3:

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.services
+
 
 def test_transformers_works_with_our_kernels_on_the_path():
     pytest.importorskip("transformers", reason="transformers is not installed")

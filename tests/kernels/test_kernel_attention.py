@@ -89,6 +89,7 @@ SHAPES = {
 TOLERANCE = 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 3, None])
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_sparse_attention_equals_the_oracle(shape, splits, device, draw):
@@ -107,6 +108,7 @@ def test_sparse_attention_equals_the_oracle(shape, splits, device, draw):
     assert case.error(case.want(seen)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_hca_attention_equals_the_oracle(shape, splits, device, draw):
@@ -119,6 +121,7 @@ def test_hca_attention_equals_the_oracle(shape, splits, device, draw):
     assert case.error(case.want(picked)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("selected", [False, True])
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_prefill_attention_equals_the_oracle(shape, selected, device, draw):
@@ -140,6 +143,7 @@ def test_prefill_attention_equals_the_oracle(shape, selected, device, draw):
     assert case.error(case.want(seen)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 2])
 def test_float32_outputs_are_not_rounded(splits, device, draw):
     case = Case(draw, sequences=3, queries=1, **SHAPES["small"])
@@ -181,6 +185,7 @@ def test_wrong_operands_are_refused(device, draw):
         attention.sparse_attention(case.q, case.pool[..., :-1], slots, picked, case.window, case.heads, out)
 
 
+@pytest.mark.slow
 def test_named_splits_give_a_query_the_same_bits_in_any_batch_and_with_any_table(device, draw):
     case = Case(draw, sequences=3, queries=1, heads=40, dims=(512, 64), blocks=33, entries=32, ring=128)
     size = case.table.shape[1] * case.entries
@@ -211,6 +216,7 @@ def test_heads_beyond_a_program_are_attended_to_as_well(device, draw):
     assert case.error(case.want(torch.arange(64, device=device) < case.lens.unsqueeze(1))) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 def test_long_lists_of_picked_entries_take_many_tiles(kind, device, draw):
     case = Case(draw, sequences=2, queries=1, heads=64, dims=(512, 64), blocks=40, entries=32, ring=128)

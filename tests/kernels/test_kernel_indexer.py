@@ -32,6 +32,7 @@ def make_keys(sequences, blocks, entries, dim, device, draw):
     return pool, table, keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sequences", "queries", "heads", "dim", "blocks", "entries", "group", "tile"),
     [
@@ -97,6 +98,7 @@ def kinds_of_scores(rows: int, size: int, draw: torch.Generator) -> dict[str, to
     return kinds | {"close": close, "infinite": torch.where(few == 2, float("inf"), torch.where(few < 0, -wide, wide))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["smooth", "few", "zeros", "cluster", "equal", "wide", "close", "infinite"])
 @pytest.mark.parametrize(("size", "group", "k"), [(512, 4, 16), (1024, 8, 37), (256, 16, 100), (128, 2, 1)])
 def test_topk_is_exact_and_ties_go_to_the_lowest_index(kind, size, group, k, device, draw):

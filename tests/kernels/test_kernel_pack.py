@@ -57,6 +57,7 @@ def test_rounding_equals_the_oracle_to_the_byte(head_dim, rope_dim, device, draw
     assert (pool.reshape(-1, fmt.nbytes)[untouched] == 0xFF).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("head_dim", "rope_dim"), ENTRY_DIMS)
 def test_window_pack_norms_turns_and_rounds(head_dim, rope_dim, dtype, device, draw):
@@ -138,6 +139,7 @@ def test_csa_groups_overlap_the_group_before(keys, dim, rope_dim, m, device, dra
     assert rel_error(*values) < (3e-2 if keys else 5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("head_dim", "rope_dim"), ENTRY_DIMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unpacking_entries_is_exact(head_dim, rope_dim, dtype, device, draw):

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from antefix.errors import InvalidRequest
+from antefix.errors import ConfigError, InternalError
 from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model import (
     BlockPool,
@@ -128,6 +128,7 @@ class Compared:
         return self.close("window" if entries is None else "full_attention", got, want, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_every_step_agrees_with_torch(device, monkeypatch, reproducible):
     # In the interpreter 256 queries would take their time.
@@ -160,6 +161,7 @@ def test_forward_with_the_kernels_agrees_with_torch(device):
     assert same[: model.layout.window_bytes].mean() > 0.9
 
 
+@pytest.mark.slow
 def test_per_token_kernels_give_the_models_logits(device, monkeypatch):
     model = build(device).to(torch.float32)
     want, rows, _ = run(model, BlockPool(model.layout, 8, device), TorchOps())
@@ -207,6 +209,7 @@ def test_on_a_card_bits_do_not_depend_on_cuts_or_on_the_batch(dtype):
         assert state == other_state
 
 
+@pytest.mark.slow
 def test_a_cut_window_is_not_attended_to(device):
     """A bounded replay starts at a block's border with the tokens before it out of sight."""
     model = build(device)
@@ -238,11 +241,11 @@ def test_choosing_kernels():
     odd = {**CONFIG, "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 6}}
     odd_layout = BlockLayout(geometry=ModelConfig.from_dict(odd).geometry, kv_format=KVFormat.FP8)
     assert not uses_triton("auto", odd_layout, "cuda")
-    with pytest.raises(InvalidRequest, match="CUDA device"):
+    with pytest.raises(ConfigError, match="CUDA device"):
         uses_triton("triton", fp8, "cpu")
-    with pytest.raises(InvalidRequest, match="one of"):
+    with pytest.raises(ConfigError, match="one of"):
         uses_triton("cuda", fp8, "cpu")
-    with pytest.raises(InvalidRequest, match="fp8"):
+    with pytest.raises(InternalError, match="fp8"):
         TritonOps(floats)
     pool, ops = make_backend("auto", fp8, 2, "cpu")
     assert type(pool) is BlockPool

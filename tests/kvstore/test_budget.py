@@ -23,6 +23,7 @@ def directory_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file() and path.name != "lock.mdb")
 
 
+@pytest.mark.slow
 def test_many_times_the_budget_ends_inside_it(open_engine: OpenEngine, tmp_path: Path, clock: Clock) -> None:
     soak(open_engine(budget_bytes=2 * MIB), clock, written_bytes=6 * MIB)
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.services
+
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -129,6 +129,7 @@ def test_every_flipped_byte_of_a_segment_is_a_miss_or_harmless(open_engine: Open
         flip(path, offset)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["clean", "crashed"])
 @pytest.mark.parametrize("target", ["STORE", "LOCK", "CLEAN", "segments"])
 def test_a_store_with_a_flipped_byte_opens(tmp_path: Path, state: str, target: str) -> None:
@@ -167,6 +168,7 @@ def flip_and_open(tmp_path: Path, state: str, target: str, *, step: int) -> None
         engine.abandon()
 
 
+@pytest.mark.slow
 def test_an_index_that_a_crash_left_is_used_and_not_rebuilt(
     open_engine: OpenEngine, clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,6 +195,7 @@ def test_an_index_that_a_crash_left_is_used_and_not_rebuilt(
     assert engine.space.counters.evictions + engine.space.counters.expirations > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["clean", "crashed"])
 def test_flipped_bytes_of_the_index_never_return_wrong_data(tmp_path: Path, state: str) -> None:
     """Every 397th byte here; the long run takes them all."""

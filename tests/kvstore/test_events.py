@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.numbered_log import EVENT_BLOCKS_MAX, Batch
 from antefix.record import RecordKind
-from antefix.store_files.hit_log import StoreEventKind, read_store_log
+from antefix.store_files.hit_log import StoreEventKind as LoggedKind
+from antefix.store_files.hit_log import read_store_log
 from antefix_kvstore import event_log as events
-from antefix_kvstore.event_log import Event, EventKind
 from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
@@ -22,10 +25,10 @@ class Follower:
     def __init__(self) -> None:
         self.known: set[tuple[RecordKind, bytes]] = set()
 
-    def apply(self, event: Event) -> None:
+    def apply(self, event: BlockEvent) -> None:
         assert event.fingerprint == FINGERPRINT
         kind = RecordKind.BLOCK if event.kind in (EventKind.STORED, EventKind.EVICTED) else RecordKind.CHECKPOINT
-        names = {(kind, block_hash) for block_hash in event.hashes}
+        names = {(kind, block_hash) for block_hash in event.names()}
         if event.kind in (EventKind.STORED, EventKind.CHECKPOINTED):
             self.known |= names
         else:
@@ -49,11 +52,12 @@ def test_following_from_a_snapshot_tells_what_is_stored(open_engine: OpenEngine,
     rng = random.Random(3)
     follower = Follower()
     engine.put(prompts[0].blocks())
-    number, pieces = engine.snapshot()
+    pieces = engine.snapshot()
     # What is stored after the snapshot was taken is not in it, although it is read only now.
     engine.put(prompts[1].blocks())
     for piece in pieces:
-        for event in piece:
+        cursor = piece.cursor
+        for event in piece.events:
             follower.apply(event)
     for _ in range(60):
         clock.advance(7)
@@ -65,16 +69,18 @@ def test_following_from_a_snapshot_tells_what_is_stored(open_engine: OpenEngine,
             engine.space.evict(rng.randrange(2000))
         else:
             engine.maintain()
-        found = engine.events.since(engine.events.epoch, number)
+        found = engine.events.since(cursor)
         assert found is not None
-        assert [event.number for event in found] == list(range(number + 1, number + 1 + len(found)))
-        for event in found:
+        assert found.cursor.number == cursor.number + len(found.events)
+        assert found.cursor == engine.events.cursor
+        for event in found.events:
             follower.apply(event)
-        number = engine.events.number
         engine.space.expire()
-        for event in engine.events.since(engine.events.epoch, number) or []:
+        found = engine.events.since(found.cursor)
+        assert found is not None
+        for event in found.events:
             follower.apply(event)
-        number = engine.events.number
+        cursor = engine.events.cursor
         assert follower.known == stored(engine, prompts)
 
 
@@ -82,17 +88,17 @@ def test_quarantine_and_healing_are_events(open_engine: OpenEngine, tmp_path: Pa
     engine = open_engine()
     prompt = Prompt([1] * BLOCK * 2)
     engine.put(prompt.blocks())
-    number = engine.events.number
+    cursor = engine.events.cursor
     path = next((tmp_path / "store" / "segments").iterdir())
     raw = path.read_bytes()
     path.write_bytes(raw.replace(prompt.payload(1), b"!" * 300))
     prompt.check(engine)
     engine.put(prompt.blocks())
-    found = engine.events.since(engine.events.epoch, number)
+    found = engine.events.since(cursor)
     assert found is not None
-    assert [(event.kind, event.hashes) for event in found] == [
-        (EventKind.EVICTED, (prompt.hashes[1],)),
-        (EventKind.STORED, (prompt.hashes[1],)),
+    assert [(event.kind, event.names()) for event in found.events] == [
+        (EventKind.EVICTED, [prompt.hashes[1]]),
+        (EventKind.STORED, [prompt.hashes[1]]),
     ]
 
 
@@ -101,31 +107,46 @@ def test_compaction_is_no_event(open_engine: OpenEngine) -> None:
     prompt = Prompt([1] * BLOCK * 9, payload_bytes=3000)
     engine.put(prompt.blocks())
     engine.evict([(RecordKind.BLOCK, prompt.hashes[1])])
-    number = engine.events.number
+    cursor = engine.events.cursor
     assert engine.space.compact_one(0.0) is not None
-    assert engine.events.number == number
+    assert engine.events.cursor == cursor
 
 
 def test_a_watcher_that_fell_behind_must_take_a_snapshot(open_engine: OpenEngine, monkeypatch) -> None:
-    monkeypatch.setattr(events, "NUM_HASHES_MAX", 10)
+    monkeypatch.setattr(events, "NUM_BLOCKS_MAX", 10)
     engine = open_engine()
     for number in range(10):
         engine.put(Prompt([number] * BLOCK * 3).blocks())
-    log = engine.events
-    assert log.since(log.epoch, 1) is None
-    assert log.since(log.epoch, log.number) == []
-    assert log.since(log.epoch, log.number + 1) is None
-    assert log.since(b"another epoch...", log.number) is None
-    recent = log.since(log.epoch, log.number - 2)
+    log, last = engine.events, engine.events.cursor
+    assert log.since(replace(last, number=1)) is None
+    assert log.since(last) == Batch(cursor=last)
+    assert log.since(replace(last, number=last.number + 1)) is None
+    assert log.since(replace(last, epoch=b"another epoch...")) is None
+    recent = log.since(replace(last, number=last.number - 2))
     assert recent is not None
-    assert len(recent) == 2
+    assert (recent.cursor, len(recent.events)) == (last, 2)
+
+
+def test_one_transaction_of_many_records_is_events_that_fit_a_message(open_engine: OpenEngine) -> None:
+    engine = open_engine()
+    prompt = Prompt([1] * BLOCK * (EVENT_BLOCKS_MAX + 5), payload_bytes=8)
+    cursor = engine.events.cursor
+    engine.put(prompt.blocks())
+    engine.evict([(RecordKind.BLOCK, prompt.hashes[0])])
+    told: list[tuple[EventKind, bytes]] = []
+    while (found := engine.events.since(cursor)) is not None and found.events:
+        assert all(event.num_blocks <= EVENT_BLOCKS_MAX for event in found.events)
+        told += [(event.kind, name) for event in found.events for name in event.names()]
+        cursor = found.cursor
+    assert told[: len(prompt.hashes)] == [(EventKind.STORED, name) for name in prompt.hashes]
+    assert set(told[len(prompt.hashes) :]) == {(EventKind.EVICTED, name) for name in prompt.hashes}
 
 
 def test_each_opening_is_an_epoch(open_engine: OpenEngine) -> None:
     engine = open_engine()
-    epoch = engine.events.epoch
+    epoch = engine.events.cursor.epoch
     engine.close()
-    assert open_engine().events.epoch != epoch
+    assert open_engine().events.cursor.epoch != epoch
 
 
 def test_the_log_that_bills_are_checked_against(open_engine: OpenEngine, tmp_path: Path) -> None:
@@ -136,6 +157,6 @@ def test_the_log_that_bills_are_checked_against(open_engine: OpenEngine, tmp_pat
     engine.close()
     found = [(event.kind, event.hash) for event in read_store_log(tmp_path / "log")]
     assert found == [
-        *((StoreEventKind.STORED, h.hex()) for h in prompt.hashes),
-        (StoreEventKind.READ, prompt.hashes[2].hex()),
+        *((LoggedKind.STORED, h.hex()) for h in prompt.hashes),
+        (LoggedKind.READ, prompt.hashes[2].hex()),
     ]

@@ -13,6 +13,9 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import Engine
 from tests.kvstore.small_store import BLOCK, Prompt
 
+pytestmark = pytest.mark.services
+
+
 FILESYSTEM_BYTES = 8 << 20
 
 

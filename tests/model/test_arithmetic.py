@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from antefix.block import check_arithmetic
 from antefix.errors import InvalidRequest
 from antefix.model import arithmetic_cache, numerics, probe
-from antefix.model.arithmetic import COLUMNS_MAX, steps_of
+from antefix.model.arithmetic import COLUMNS_MAX, numbers, steps_of
 from antefix.model.setup import Setup, setup_of
 from tests.model.random_models import make
 
@@ -188,7 +188,18 @@ def test_a_cards_kind_driver_and_kernels_are_part_of_its_name() -> None:
         for kernels in ("torch", "triton")
     }
     assert len(names | {probe(model, time_s_max=0.0).name}) == 5
-    assert any("attention kernels" in text for text in probe(model, setup=setups[0]).unproved)
+    assert any("attention and mixing kernels" in text for text in probe(model, setup=setups[0]).unproved)
+
+
+def test_on_a_card_only_what_runs_there_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("plain")
+    everywhere = {step.label for step in steps_of(model)}
+    monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda")))
+    labels = {step.label for step in steps_of(model)}
+    assert f"{model.config.hidden_size} x {model.config.vocab_size}" in labels & everywhere
+    assert not any(label.startswith(("sinkhorn", "pairs", "sum", "pool")) for label in labels)
+    for step in steps_of(model):
+        assert len(step.run(numbers((16, *step.shape[1:]), 0, step.dtype), 0)) == 16
 
 
 @pytest.mark.parametrize("text", ["cpu-float32-12", "cpu-float32-0123456789", "cpu-float32-0123456789-012345678g"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from antefix.errors import InvalidRequest, ModelError
+from antefix.errors import AntefixError, InternalError, InvalidRequest, ModelError
 from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, ModelConfig, Sequence, WindowState, forward, load_model, save_model
 from antefix.model_dir import identify
@@ -207,22 +207,22 @@ def running(checkpoint: Checkpoint) -> tuple[Model, BlockPool, Sequence]:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "message"),
+    ("tokens", "message", "kind"),
     [
-        ([], "at least one token"),
-        ([3, 61], "token id 61 is outside the vocabulary of 61"),
-        ([-1], r"token ids must be in \[0"),
-        ([2**32], r"token ids must be in \[0"),
-        ([1.5], "flat list of integers"),
-        ([[1, 2]], "flat list of integers"),
-        (list(range(60)) * 2, "need 8 blocks, the block table has 4"),
+        ([], "at least one token", InternalError),
+        ([3, 61], "token id 61 is outside the vocabulary of 61", InvalidRequest),
+        ([-1], r"token ids must be in \[0", InvalidRequest),
+        ([2**32], r"token ids must be in \[0", InvalidRequest),
+        ([1.5], "flat list of integers", InvalidRequest),
+        ([[1, 2]], "flat list of integers", InvalidRequest),
+        (list(range(60)) * 2, "need 8 blocks, the block table has 4", InternalError),
     ],
 )
 def test_bad_tokens_are_refused_and_change_nothing(
-    running: tuple[Model, BlockPool, Sequence], tokens: Any, message: str
+    running: tuple[Model, BlockPool, Sequence], tokens: Any, message: str, kind: type[AntefixError]
 ) -> None:
     model, pool, sequence = running
-    with pytest.raises(InvalidRequest, match=message):
+    with pytest.raises(kind, match=message):
         forward(model, pool, [(sequence, tokens)])
     assert sequence.position == 0
     assert not pool.rows.any()
@@ -243,16 +243,16 @@ def test_a_batch_that_makes_no_sense_is_refused(
     running: tuple[Model, BlockPool, Sequence], checkpoint: Checkpoint
 ) -> None:
     model, pool, sequence = running
-    with pytest.raises(InvalidRequest, match="at least one sequence"):
+    with pytest.raises(InternalError, match="at least one sequence"):
         forward(model, pool, [])
-    with pytest.raises(InvalidRequest, match="only once"):
+    with pytest.raises(InternalError, match="only once"):
         forward(model, pool, [(sequence, [1]), (sequence, [2])])
-    with pytest.raises(InvalidRequest, match="outside the pool"):
+    with pytest.raises(InternalError, match="outside the pool"):
         forward(model, pool, [(Sequence([9], sequence.window), [1])])
     other = load_model(checkpoint("pro"), kv_format=KVFormat.FLOAT32)
-    with pytest.raises(InvalidRequest, match="pool was made for another layout"):
+    with pytest.raises(InternalError, match="pool was made for another layout"):
         forward(other, pool, [(sequence, [1])])
-    with pytest.raises(InvalidRequest, match="window state was made for another layout"):
+    with pytest.raises(InternalError, match="window state was made for another layout"):
         forward(model, pool, [(Sequence([0], WindowState.zeros(other.layout, 0)), [1])])
 
 

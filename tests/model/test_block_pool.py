@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from antefix.errors import InvalidRequest, Overloaded
+from antefix.errors import InternalError, Overloaded
 from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind, PartKind
 from antefix.model import BlockPool
 
@@ -69,7 +69,7 @@ def test_a_block_is_free_when_its_last_holder_lets_go() -> None:
 def test_releasing_what_is_not_held_is_refused(wrong: list[int]) -> None:
     pool = BlockPool(layout(), 2)
     pool.allocate(1)
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InternalError):
         pool.release(wrong)
     assert pool.num_refs(0) == 1
 
@@ -129,7 +129,7 @@ def test_cleared_rows_hold_nothing_of_their_last_owner() -> None:
 
 
 def test_a_pool_needs_a_block() -> None:
-    with pytest.raises(InvalidRequest, match="at least one block"):
+    with pytest.raises(InternalError, match="at least one block"):
         BlockPool(layout(), 0)
 
 

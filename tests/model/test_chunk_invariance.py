@@ -54,6 +54,7 @@ def cut(tokens: np.ndarray, cuts: set[int]) -> list[np.ndarray]:
     return [piece for piece in np.split(tokens, sorted(c for c in cuts if c < len(tokens))) if len(piece)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("plan", PLANS)
@@ -79,6 +80,7 @@ def test_any_cutting_equals_one_go(
     assert_same_bits(whole, pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_token_by_token_equals_one_go(checkpoint: Checkpoint, prompt: Prompt, plan: str, kv_format: KVFormat) -> None:
@@ -90,6 +92,7 @@ def test_token_by_token_equals_one_go(checkpoint: Checkpoint, prompt: Prompt, pl
     assert_same_bits(whole, steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("plan", PLANS)
 @CONFIG
@@ -121,6 +124,7 @@ def test_other_sequences_in_the_batch_change_nothing(
         assert sequence.window.to_bytes() == alone.sequence.window.to_bytes()
 
 
+@pytest.mark.slow
 def test_scattered_blocks_give_the_bits_of_neighbouring_blocks(checkpoint: Checkpoint, prompt: Prompt) -> None:
     model = load_model(checkpoint("pro"))
     tokens = prompt(150)

@@ -59,6 +59,7 @@ FIELDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", FIELDS)
 def test_no_field_changes_transformers_logits_unseen(field: str) -> None:
     for value in (None, 0, 2, -1, 0.0, 0.5, True, False, "relu", []):
@@ -66,6 +67,7 @@ def test_no_field_changes_transformers_logits_unseen(field: str) -> None:
         check(BASE | {field: value}, (field, "n_routed_experts", "num_attention_heads", "head_dim", "RoPE"))
 
 
+@pytest.mark.slow
 def test_no_rope_changes_transformers_logits_unseen() -> None:
     outcomes = [check(random_rope(seed), ROPE_NAMES) for seed in range(80)]
     # It would mean little if nearly all were refused by either side.

@@ -43,6 +43,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert error < TOLERANCE[want.dtype], f"relative error {error:.2e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FORMATS, ids=str)
 @pytest.mark.parametrize("plan", PLANS)
 def test_whole_prefill_chunks_and_decode_give_transformers_logits(
@@ -58,6 +59,7 @@ def test_whole_prefill_chunks_and_decode_give_transformers_logits(
     assert_close(run(model, tokens, [1, 2, 7, 31, 32, *tail]), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_prompt_cut_at_any_one_position_gives_transformers_logits(
     checkpoint: Checkpoint, oracle_logits: Oracle, prompt: Prompt, plan: str
@@ -69,6 +71,7 @@ def test_a_prompt_cut_at_any_one_position_gives_transformers_logits(
         assert_close(run(model, tokens, [cut]), want)
 
 
+@pytest.mark.slow
 def test_token_by_token_from_the_start_gives_transformers_own_decode(checkpoint: Checkpoint, prompt: Prompt) -> None:
     transformers = pytest.importorskip("transformers")
     path = checkpoint("small_ratios")

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model
 from antefix.model.ops import TorchOps
@@ -82,6 +82,7 @@ def start_state(case: Case, start: int, *, cut: bool, garbage: bool) -> WindowSt
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("plan", PLANS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -151,6 +152,6 @@ def test_what_makes_no_sense_is_refused(case: Callable[[str, KVFormat], Case]) -
         (Sequence(one.table[:1], fresh), one.tokens[:size], 2 * size, "more blocks"),
         (Sequence(other.table, WindowState.zeros(other.model.layout, 0)), one.tokens[:size], size, "another layout"),
     ):
-        with pytest.raises(InvalidRequest, match=text):
+        with pytest.raises(InternalError, match=text):
             replay(one.model, one.pool, sequence, tokens, stop=stop)
     assert fresh.position == 0

@@ -18,6 +18,7 @@ def by_definition(scores: list[float], num_visible: int, k: int) -> list[int]:
     return sorted(best) + [-1] * (k - len(best))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(
     rows=st.lists(st.lists(st.sampled_from([-1.0, -0.0, 0.0, 0.5, 2.0, 3.0]), min_size=30, max_size=30), min_size=1),

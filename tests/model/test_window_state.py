@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from antefix.errors import InvalidRequest
+from antefix.errors import BlockCorrupt, InternalError
 from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model, state_bytes
 
@@ -39,6 +39,7 @@ def moved(model: Model, pool: BlockPool, sequence: Sequence) -> tuple[BlockPool,
     return other, Sequence(table, WindowState.from_bytes(model.layout, sequence.position, state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", [KVFormat.FP8, KVFormat.FLOAT32])
 @pytest.mark.parametrize("plan", PLANS)
 @CONFIG
@@ -62,6 +63,7 @@ def test_generation_goes_on_after_taking_out_and_putting_back_anywhere(
         assert bytes(pool.row(mine)) == bytes(other_pool.row(theirs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", list(KVFormat))
 @pytest.mark.parametrize("plan", PLANS)
 def test_bytes_at_a_boundary_are_exactly_a_checkpoint(
@@ -108,10 +110,10 @@ def test_a_fresh_state_round_trips_before_any_group_closed(checkpoint: Checkpoin
 @pytest.mark.parametrize("change", [-1, 1])
 def test_bytes_of_another_size_are_refused(checkpoint: Checkpoint, change: int) -> None:
     layout = load_model(checkpoint("flash")).layout
-    with pytest.raises(InvalidRequest, match=r"has .* bytes, not"):
+    with pytest.raises(BlockCorrupt, match=r"has .* bytes, not"):
         WindowState.from_bytes(layout, 7, bytes(state_bytes(layout, 7) + change))
 
 
 def test_a_negative_position_is_refused(checkpoint: Checkpoint) -> None:
-    with pytest.raises(InvalidRequest, match="negative"):
+    with pytest.raises(InternalError, match="negative"):
         WindowState.zeros(load_model(checkpoint("flash")).layout, -1)

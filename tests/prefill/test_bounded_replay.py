@@ -35,6 +35,7 @@ async def answer(engine, prompt):
     return computed
 
 
+@pytest.mark.slow
 async def test_a_bounded_namespace_replays_k_windows(make_bounded, make_prompt):
     engine = make_bounded(1)
     await answer(engine, make_prompt(engine, DOCUMENT))
@@ -43,6 +44,7 @@ async def test_a_bounded_namespace_replays_k_windows(make_bounded, make_prompt):
     assert (hit.report.plan, hit.report.replayed_tokens, hit.report.hit_tokens) == ("bounded-1", 64, 896)
 
 
+@pytest.mark.slow
 async def test_it_is_approximate_and_more_windows_come_closer(make_bounded, make_engine, make_prompt):
     cold_engine = make_engine("zero")
     cold = (await answer(cold_engine, make_prompt(cold_engine, LONGER))).logits
@@ -57,6 +59,7 @@ async def test_it_is_approximate_and_more_windows_come_closer(make_bounded, make
     assert errors[0] > errors[2] == 0.0 and errors[0] >= errors[1]
 
 
+@pytest.mark.slow
 async def test_an_exact_namespace_finds_nothing_of_the_same_tokens(make_bounded, make_engine, make_prompt, store):
     engine = make_bounded(1)
     await answer(engine, make_prompt(engine, DOCUMENT))

@@ -50,6 +50,7 @@ async def ends_at(engine, work, at):
         engine.store, engine.compute = plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["boundary", "zero"])
 async def test_a_prompt_cancelled_at_any_point_gives_its_blocks_back(make_engine, make_prompt, store, strategy):
     first = make_engine(strategy)

@@ -11,7 +11,7 @@ from antefix.window import Reason, StoredPrefix
 from antefix_prefill.leave_checkpoints import prompt_marks
 from antefix_prefill.restore import Restored
 from antefix_prefill.worker import checkpoint_budget as budget_module
-from antefix_prefill.worker.checkpoint_budget import CheckpointBudget, counter_of
+from antefix_prefill.worker.checkpoint_budget import CheckpointBudget
 
 LONG = np.random.default_rng(51).integers(0, 256, 8 * 1024)
 
@@ -73,10 +73,6 @@ async def test_a_store_that_does_not_answer_leaves_the_old_number(monkeypatch):
         await settled()
     assert budget.state.used_bytes == 70
     await budget.close()
-
-
-def test_a_store_without_numbers_is_not_asked(store):
-    assert counter_of(store) is None
 
 
 def test_a_full_budget_ends_sparse_checkpoints(make_engine, make_prompt):

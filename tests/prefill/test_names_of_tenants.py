@@ -110,6 +110,7 @@ async def test_a_long_name_hits_after_a_restart_of_store_and_worker(worker, serv
         assert await hit(worker(), other) == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(one=st.tuples(names, names), other=st.tuples(names, names))
 def test_any_names_that_the_door_takes_are_stored_found_again_and_apart(tmp_path_factory, one, other):

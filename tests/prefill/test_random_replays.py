@@ -60,6 +60,7 @@ async def run(model: Model, store: MemoryStore, tokens: np.ndarray) -> tuple[Any
     return computed.report, computed.logits, rows, computed.sequence.window.to_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_format", [KVFormat.FP8, KVFormat.FLOAT32])
 @pytest.mark.parametrize(("layers", "m", "m_hca", "n_win"), [*NAMED, *WINDOW_ONLY, *drawn(16)])
 async def test_a_replay_and_all_that_is_written_after_it_equal_a_cold_run(

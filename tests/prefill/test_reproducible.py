@@ -11,6 +11,7 @@ from antefix.window import RestorePlanner
 from antefix_decode.store_output import store_token
 from antefix_prefill import restore as restore_module
 from antefix_prefill import run_prompt as prompt_module
+from antefix_prefill.leave_handoff import leave_handoff
 from antefix_prefill.restore import forward as plain_forward
 from antefix_prefill.run_prompt import run_prompt
 from antefix_prefill.worker.engine import ignores_shapes
@@ -60,6 +61,7 @@ def test_on_a_cpu_it_holds_by_construction():
     assert not ignores_shapes(replace(measured, failed=("24 x 16: depends on a row's place",)), "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["full", "boundary", "auto", "periodic(100)", "zero"])
 async def test_a_hit_runs_calls_of_the_very_shapes_of_a_cold_run(make_aligned, make_prompt, store, shapes, strategy):
     cold = make_aligned(strategy)
@@ -93,3 +95,19 @@ async def test_what_decode_computed_in_other_shapes_is_not_stored(make_aligned, 
     assert len(computed.prompt.chain) == 1
     assert engine.blocks.num_leading(computed.prompt.chain.hashes) == 0
     assert not store.puts
+
+
+async def test_whole_blocks_of_an_unfinished_chunk_are_this_prompts_alone(make_aligned, make_prompt, store):
+    engine = make_aligned("boundary")
+    prompt = make_prompt(engine, TURN[: CHUNK + 2 * engine.block_size + 5])
+    computed = await run_prompt(engine, prompt)
+    # A longer prompt would run the two blocks in a whole chunk: nobody may hit them, in the store or in memory.
+    assert [position for kind, position in store.puts if kind is RecordKind.BLOCK][-1] == CHUNK
+    assert engine.blocks.num_leading(prompt.chain.hashes) == CHUNK // engine.block_size
+    # A decode worker would look for them, so it is not sent there.
+    assert await leave_handoff(engine, computed) == b""
+    engine.blocks.release(computed.sequence.block_table)
+    short = make_prompt(engine, TURN[: CHUNK + 5])
+    computed = await run_prompt(engine, short)
+    assert await leave_handoff(engine, computed) != b""
+    engine.blocks.release(computed.sequence.block_table)

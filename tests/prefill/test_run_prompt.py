@@ -90,6 +90,7 @@ async def test_a_prompt_that_ends_at_a_boundary_still_runs_its_last_token(make_e
     assert same(cold, hit)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken", [{"lookup"}, {"get_blocks"}, {"get"}, {"put"}, {"lookup", "get", "get_blocks", "put"}]
 )
@@ -131,6 +132,7 @@ async def test_tenants_do_not_hit_each_other(make_engine, make_prompt):
     assert other.hit_tokens == 0
 
 
+@pytest.mark.slow
 async def test_all_blocks_come_back_to_the_pool(make_engine, make_prompt, store):
     engine = make_engine("boundary", num_blocks=20)
     for seed in range(4):

@@ -3,7 +3,7 @@
 import hashlib
 
 from antefix import rpc
-from antefix.events import MemoryLog
+from antefix.events.memory_log import MemoryLog
 from antefix.v1 import memory_pb2
 from antefix_prefill.worker.memory_service import add_memory_service
 from antefix_router.placement.directory import keys_of

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import Unavailable
-from antefix.store.store_watch import Cursor, StoreEvent, StoreEventKind, WatchBatch
+from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.numbered_log import Batch, Cursor, snapshot_batches
 from antefix_router.placement.directory import keys_of
 from antefix_router.placement.store_feed import StoreFeed
+from tests.redis_servers import until
 
 FINGERPRINT = b"f" * 32
 HASHES = [hashlib.blake2b(bytes([i]), digest_size=32).digest() for i in range(10)]
@@ -18,12 +20,11 @@ KEYS = keys_of(HASHES)
 
 
 def event(kind, hashes, fingerprint=FINGERPRINT):
-    return StoreEvent(kind=StoreEventKind[kind], hashes=list(hashes), fingerprint=fingerprint)
+    return BlockEvent.of(EventKind[kind], hashes, fingerprint)
 
 
-def batch(number, *events, epoch=b"e", begins=False):
-    cursor = None if number is None else Cursor(epoch=epoch, number=number)
-    return WatchBatch(cursor=cursor, snapshot_begins=begins, events=list(events))
+def batch(number, *events, epoch=b"e"):
+    return Batch(cursor=Cursor(epoch=epoch, number=number), events=events)
 
 
 def feed_of(*batches, **options):
@@ -33,7 +34,8 @@ def feed_of(*batches, **options):
 
 
 def snapshot(number=5, hashes=HASHES[:4]):
-    return batch(None, event("STORED", hashes[:2]), begins=True), batch(number, event("STORED", hashes[2:]))
+    pieces = [event("STORED", hashes[:2])], [event("STORED", hashes[2:])]
+    return list(snapshot_batches(Cursor(epoch=b"e", number=number), pieces))
 
 
 def test_a_feed_says_nothing_before_its_first_snapshot_is_whole():
@@ -47,7 +49,7 @@ def test_a_feed_says_nothing_before_its_first_snapshot_is_whole():
 def test_events_after_the_snapshot_count_and_others_fingerprints_do_not():
     feed = feed_of(*snapshot(), batch(6, event("STORED", HASHES[4:6])), batch(7, event("EVICTED", HASHES[5:6])))
     assert feed.num_leading(KEYS) == 5
-    feed.apply(batch(9, event("STORED", HASHES[5:], b"other" * 6 + b"xx"), event("CHECKPOINTED", HASHES[5:])))
+    assert feed.apply(batch(9, event("STORED", HASHES[5:], b"other" * 6 + b"xx"), event("CHECKPOINTED", HASHES[5:])))
     assert feed.num_leading(KEYS) == 5
 
 
@@ -57,7 +59,7 @@ def test_a_gap_a_repeat_or_another_epoch_is_noticed(number, epoch):
     assert not feed.apply(batch(number, event("STORED", HASHES[4:]), epoch=epoch))
     assert feed.num_leading(KEYS) is None
     assert all(feed.apply(each) for each in snapshot(20, HASHES))
-    assert feed.num_leading(KEYS) == 10 and feed.num_snapshots == 2
+    assert feed.num_leading(KEYS) == 10 and feed.counters.num_snapshots == 2
 
 
 def test_more_blocks_than_it_may_hold_are_not_half_known():
@@ -67,9 +69,51 @@ def test_more_blocks_than_it_may_hold_are_not_half_known():
     assert feed.num_leading(KEYS) is None
 
 
+async def test_a_store_with_too_many_blocks_is_not_asked_for_a_snapshot_again_and_again(monkeypatch):
+    monkeypatch.setattr("antefix.events.follower._RETRY_S", 0.0)
+    cursors = []
+
+    async def watch(cursor):
+        cursors.append(cursor)
+        for each in snapshot():
+            yield each
+
+    feed = StoreFeed(watch, fingerprint=FINGERPRINT, num_blocks_max=3)
+    feed.start()
+    await until(lambda: cursors)
+    await asyncio.sleep(0.1)
+    assert cursors == [None] and not feed.in_step
+    await feed.close()
+
+
+async def test_a_feed_that_is_renamed_in_mid_snapshot_knows_the_other_fingerprints_blocks_alone():
+    other, gate = b"other" * 6 + b"xx", asyncio.Event()
+
+    async def watch(cursor):
+        yield Batch(
+            cursor=Cursor(epoch=b"e", number=5),
+            events=(event("STORED", HASHES[:4]), event("STORED", HASHES[:7], other)),
+            snapshot=True,
+            snapshot_begins=True,
+        )
+        await gate.wait()
+        yield Batch(cursor=Cursor(epoch=b"e", number=5), snapshot=True, snapshot_ends=True)
+        await asyncio.Event().wait()
+
+    feed = StoreFeed(watch, fingerprint=FINGERPRINT)
+    feed.start()
+    await until(lambda: len(feed) == 4)
+    feed.rename(other)
+    gate.set()
+    assert feed.num_leading(KEYS) is None
+    await until(lambda: feed.in_step)
+    assert feed.num_leading(KEYS) == 7
+    await feed.close()
+
+
 @given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 10)), max_size=30))
 def test_the_feed_is_the_store_after_every_event(steps):
-    feed, stored, number = feed_of(batch(0, begins=True)), 0, 0
+    feed, stored, number = feed_of(*snapshot_batches(Cursor(epoch=b"e"), ())), 0, 0
     for store, upto in steps:
         number += 1
         if store and upto > stored:
@@ -83,16 +127,8 @@ def test_the_feed_is_the_store_after_every_event(steps):
         assert feed.num_leading(KEYS) == stored == len(feed)
 
 
-async def until(condition):
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    pytest.fail("it did not come to be")
-
-
 async def test_a_stream_that_breaks_goes_on_at_its_cursor_and_says_nothing_meanwhile(monkeypatch):
-    monkeypatch.setattr("antefix_router.placement.store_feed._RETRY_S", 0.01)
+    monkeypatch.setattr("antefix.events.follower._RETRY_S", 0.01)
     cursors, gate = [], asyncio.Event()
 
     async def watch(cursor):

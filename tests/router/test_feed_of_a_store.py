@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from antefix import rpc
+from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
-from antefix.store.store_watch import watch
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
@@ -35,18 +35,17 @@ async def in_step(feed, store):
 
 
 async def test_the_feed_says_what_a_lookup_says(tmp_path, monkeypatch):
-    monkeypatch.setattr("antefix_router.placement.store_feed._RETRY_S", 0.05)
+    monkeypatch.setattr("antefix.events.follower._RETRY_S", 0.05)
     servicer, server = await serve(tmp_path)
     store = RemoteStore(server.address)
-    feed = StoreFeed(lambda cursor: watch(store, cursor), fingerprint=FINGERPRINT)
+    feed = StoreFeed(store.watch, fingerprint=FINGERPRINT)
     try:
         await store.put(PROMPTS[0].blocks())
         feed.start()
         assert await in_step(feed, store) == [5, 0, 0, 0]
         await store.put(PROMPTS[1].blocks())
         assert await in_step(feed, store) == [5, 5, 0, 0]
-        names = [kvstore_pb2.RecordName(kind=kvstore_pb2.RECORD_KIND_BLOCK, hash=PROMPTS[0].hashes[3])]
-        await store.stub.Evict(kvstore_pb2.EvictRequest(records=names, owner=owner("")), timeout=5)
+        await store.evict([(RecordKind.BLOCK, PROMPTS[0].hashes[3])], owner=owner(""))
         assert (await in_step(feed, store))[:2] == [3, 5]
         # Another opening of the store is another epoch: a snapshot again.
         await server.drain(0.2)
@@ -54,7 +53,7 @@ async def test_the_feed_says_what_a_lookup_says(tmp_path, monkeypatch):
         servicer, server = await serve(tmp_path, server.address)
         await store.put(PROMPTS[2].blocks())
         assert await in_step(feed, store) == [3, 5, 5, 0]
-        assert feed.num_snapshots == 2
+        assert feed.counters.num_snapshots == 2
     finally:
         await feed.close()
         await store.close()

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.numbered_log import Batch, Cursor, snapshot_batches
 from antefix.secret import Keyring
-from antefix.store.store_watch import Cursor, StoreEvent, StoreEventKind, WatchBatch
 from antefix_router.naming import Names
 from antefix_router.placement.directory import Directory
-from antefix_router.placement.memory_feed import MemoryFeed
+from antefix_router.placement.memory_feed import MemoryFollower
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.store_feed import StoreFeed
@@ -132,26 +133,24 @@ def test_what_the_store_does_not_have_is_never_promised_whatever_workers_say(ste
     """put, drop: the store's. compute, evict: a worker's memory, told by events. guess: the router's own placements."""
     prompt = NAMES.prompt("t", HOT)
     directory, memories = Directory(), [Memory() for _ in ADDRESSES]
-    memory_feed = MemoryFeed(directory)
+    followers = [MemoryFollower(directory, address) for address in ADDRESSES]
     store_feed = StoreFeed(None, fingerprint=FINGERPRINT)
-    store_feed.apply(WatchBatch(cursor=Cursor(epoch=b"e", number=0), snapshot_begins=True, events=[]))
+    (nothing,) = snapshot_batches(Cursor(epoch=b"e"), ())
+    store_feed.apply(nothing)
     stored, number = 0, 0
     for what, who, count in steps:
-        kind = {"put": StoreEventKind.STORED, "drop": StoreEventKind.EVICTED}.get(what)
+        kind = {"put": EventKind.STORED, "drop": EventKind.EVICTED}.get(what)
         if kind is not None:
             names = prompt.chain.hashes[stored:count] if what == "put" else prompt.chain.hashes[count:stored]
             stored, number = (max(stored, count), number + 1) if what == "put" else (min(stored, count), number + 1)
-            event = StoreEvent(kind=kind, hashes=names, fingerprint=FINGERPRINT)
-            store_feed.apply(
-                WatchBatch(cursor=Cursor(epoch=b"e", number=number), snapshot_begins=False, events=[event])
-            )
+            event = BlockEvent.of(kind, names, FINGERPRINT)
+            assert store_feed.apply(Batch(cursor=Cursor(epoch=b"e", number=number), events=(event,)))
         elif what == "compute":
             memories[who].store(prompt.chain.hashes[:count])
         elif what == "evict":
             memories[who].evict(reversed(prompt.chain.hashes[count:]))
-        for address, memory in zip(ADDRESSES, memories, strict=True):
-            for batch in memory.log.snapshot():
-                memory_feed.apply(address, batch)
+        for follower, memory in zip(followers, memories, strict=True):
+            assert all(follower.apply(batch) for batch in memory.log.snapshot())
         if what == "guess":
             directory.placed(ADDRESSES[who], prompt.keys[:count])
         known = None if what == "lose the store" else store_feed.num_leading(prompt.keys)

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import Unavailable
-from antefix.events import MemoryBatch
+from antefix.events.numbered_log import Batch, Cursor
 from antefix_router.placement.directory import Directory
-from antefix_router.placement.memory_feed import MemoryFeed
+from antefix_router.placement.memory_feed import MemoryFeed, MemoryFollower
+from tests.redis_servers import until
 from tests.router.memory_worker import Memory, Worker, leading, names_of
 
 ADDRESS = "127.0.0.1:7001"
@@ -18,45 +19,52 @@ CHAIN = names_of("a", 20)
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr("antefix_router.placement.memory_feed._RETRY_S", 0.02)
+    monkeypatch.setattr("antefix.events.follower._RETRY_S", 0.02)
 
 
-def batches(memory, epoch=b"", number=0):
-    """What a direct stream gives to a watcher that stands there."""
-    found = memory.log.since(epoch, number)
+def batches(memory, cursor=None):
+    """What a direct stream gives to a watcher that stands there, one event after the other."""
+    found = memory.log.since(cursor or Cursor())
     if found is None:
         return list(memory.log.snapshot())
-    return [MemoryBatch(epoch=epoch, number=event.number, events=(event,)) for event in found]
+    first = found.cursor.number - len(found.events) + 1
+    return [
+        Batch(cursor=Cursor(epoch=found.cursor.epoch, number=number), events=(event,))
+        for number, event in enumerate(found.events, first)
+    ]
 
 
 def told(memory):
-    feed = MemoryFeed(Directory())
-    assert all(feed.apply(ADDRESS, batch) for batch in batches(memory))
-    return feed, feed._directory
+    directory = Directory()
+    follower = MemoryFollower(directory, ADDRESS)
+    assert all(follower.apply(batch) for batch in batches(memory))
+    return follower, directory
+
+
+def at(memory, number):
+    return Cursor(epoch=memory.log.cursor.epoch, number=number)
 
 
 def test_events_of_one_kind_are_told_as_one_and_those_told_do_not_change():
     memory = Memory()
     memory.store(CHAIN[:3])
-    first = memory.log.since(memory.log.epoch, 0)
+    first = memory.log.since(at(memory, 0)).events
     memory.store(CHAIN[3:5])
     memory.evict(CHAIN[4:5])
-    assert [(e.number, e.kind.name, len(e.keys) // 8) for e in memory.log.since(memory.log.epoch, 0)] == [
-        (1, "STORED", 3),
-        (2, "STORED", 2),
-        (3, "EVICTED", 1),
-    ]
-    assert memory.log.since(memory.log.epoch, 0)[:1] == first
+    found = memory.log.since(at(memory, 0))
+    assert [(e.kind.name, e.num_blocks) for e in found.events] == [("STORED", 3), ("STORED", 2), ("EVICTED", 1)]
+    assert found.cursor == at(memory, 3) and found.events[:1] == first
 
 
 def test_a_full_ring_forgets_the_oldest_and_asks_for_a_snapshot():
-    memory = Memory(num_keys_max=8)
+    memory = Memory(num_blocks_max=8)
     for name in CHAIN:
         memory.store([name])
-        memory.log.since(memory.log.epoch, 0)
-    assert memory.log.since(memory.log.epoch, 3) is None
-    assert [event.number for event in memory.log.since(memory.log.epoch, 15)] == list(range(16, 21))
-    assert memory.log.since(memory.log.epoch, 99) is None and memory.log.since(b"another", 20) is None
+        memory.log.since(Cursor())
+    assert memory.log.since(at(memory, 3)) is None
+    found = memory.log.since(at(memory, 15))
+    assert (found.cursor, len(found.events)) == (at(memory, 20), 5)
+    assert memory.log.since(at(memory, 99)) is None and memory.log.since(Cursor(epoch=b"another", number=20)) is None
 
 
 @given(
@@ -69,29 +77,29 @@ def test_a_feed_in_step_knows_exactly_what_is_there_whatever_was_lost(steps):
     """lose: the next events never arrive.  forget: the router drops the worker by itself, as when a call failed."""
     memory = Memory()
     feed, directory = told(memory)
-    position = memory.log.epoch, memory.log.number
+    position = memory.log.cursor
     for what, count in steps:
         if what == "store":
             memory.store(CHAIN[:count])
         elif what == "evict":
             memory.evict(reversed(CHAIN[count:]))
         elif what == "lose":
-            position = memory.log.epoch, memory.log.number
+            position = memory.log.cursor
         elif what == "forget":
             directory.forget(ADDRESS)
         elif what == "restart":
             memory = Memory()
         else:
-            for batch in batches(memory, *position):
-                if not feed.apply(ADDRESS, batch):
-                    assert all(feed.apply(ADDRESS, each) for each in memory.log.snapshot())
+            for batch in batches(memory, position):
+                if not feed.apply(batch):
+                    assert all(feed.apply(each) for each in memory.log.snapshot())
                     break
-            position = memory.log.epoch, memory.log.number
+            position = memory.log.cursor
             # Lost events show at the next one, or when the worker says where it stands.
-            alive = MemoryBatch(epoch=memory.log.epoch, number=memory.log.number)
-            if not feed.apply(ADDRESS, alive):
-                assert all(feed.apply(ADDRESS, each) for each in memory.log.snapshot())
-            assert feed.in_step(ADDRESS)
+            alive = Batch(cursor=memory.log.cursor)
+            if not feed.apply(alive):
+                assert all(feed.apply(each) for each in memory.log.snapshot())
+            assert feed.in_step
             assert leading(directory, ADDRESS, CHAIN) == memory.num_leading(CHAIN)
 
 
@@ -100,33 +108,28 @@ def test_what_is_told_twice_counts_once_and_half_a_snapshot_is_not_in_step():
     memory.store(CHAIN[:5])
     feed, directory = told(memory)
     memory.evict(CHAIN[4:5])
-    (evicted,) = batches(memory, memory.log.epoch, 1)
+    (evicted,) = batches(memory, at(memory, 1))
     memory.store(CHAIN[4:5])
-    (stored,) = batches(memory, memory.log.epoch, 2)
-    assert all(feed.apply(ADDRESS, batch) for batch in (evicted, stored, evicted, stored, evicted))
-    assert leading(directory, ADDRESS, CHAIN) == 5 and feed.num_snapshots == 1
-    feed.apply(ADDRESS, MemoryBatch(epoch=b"new", number=9, snapshot=True, snapshot_begins=True))
-    assert not feed.in_step(ADDRESS)
-    assert not feed.apply(ADDRESS, MemoryBatch(epoch=b"new", number=9))
+    (stored,) = batches(memory, at(memory, 2))
+    for batch in (evicted, stored, evicted, stored, evicted):
+        feed.take(batch)
+        assert feed.in_step
+    assert leading(directory, ADDRESS, CHAIN) == 5 and feed.counters.num_snapshots == 1
+    feed.apply(Batch(cursor=Cursor(epoch=b"new", number=9), snapshot=True, snapshot_begins=True))
+    assert not feed.in_step
+    assert not feed.apply(Batch(cursor=Cursor(epoch=b"new", number=9)))
 
 
 def test_a_snapshot_of_a_hundred_thousand_blocks_takes_pieces_and_counts_when_it_is_whole():
     memory, names = Memory(), names_of("long", 100_000)
     memory.store(names)
-    feed = MemoryFeed(Directory())
+    directory = Directory()
+    feed = MemoryFollower(directory, ADDRESS)
     pieces = list(memory.log.snapshot())
-    assert len(pieces) == 13 and all(feed.apply(ADDRESS, piece) for piece in pieces[:-1])
-    assert not feed.in_step(ADDRESS)
-    feed.apply(ADDRESS, pieces[-1])
-    assert feed.in_step(ADDRESS) and leading(feed._directory, ADDRESS, names) == 100_000
-
-
-async def until(condition):
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    pytest.fail("it did not come to be")
+    assert len(pieces) == 13 and all(feed.apply(piece) for piece in pieces[:-1])
+    assert not feed.in_step
+    feed.apply(pieces[-1])
+    assert feed.in_step and leading(directory, ADDRESS, names) == 100_000
 
 
 async def test_a_direct_stream_follows_a_worker_through_its_restart_and_through_forgetting():
@@ -158,9 +161,9 @@ async def test_a_stream_that_breaks_goes_on_at_its_cursor():
     memory, cursors, gate = Memory(), [], asyncio.Event()
     memory.store(CHAIN[:4])
 
-    async def watch(channel, cursor, snapshot_only):
+    async def watch(channel, cursor):
         cursors.append(cursor)
-        for batch in batches(memory, *((cursor.epoch, cursor.number) if cursor else ())):
+        for batch in batches(memory, cursor):
             yield batch
         if len(cursors) == 1:
             memory.store(CHAIN[:7])
@@ -172,7 +175,7 @@ async def test_a_stream_that_breaks_goes_on_at_its_cursor():
     feed.follow([ADDRESS])
     try:
         await until(lambda: leading(directory, ADDRESS, CHAIN) == 7)
-        assert [cursor and cursor.number for cursor in cursors] == [None, 1] and feed.num_snapshots == 1
+        assert [cursor and cursor.number for cursor in cursors] == [None, 1] and feed.counters.num_snapshots == 1
     finally:
         gate.set()
         await feed.close()

@@ -1,7 +1,6 @@
 """Several routers learn of workers' memory through one real Redis, lose it, and come to know again."""
 
 import asyncio
-import shutil
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
@@ -9,11 +8,12 @@ from redis.asyncio import Redis, RedisCluster
 from antefix.errors import ConfigError
 from antefix.events import redis_stream
 from antefix.events.address import check_url
-from antefix.events.redis_bus import MemoryPublisher, shard_of, stream_of
+from antefix.events.numbered_log import Cursor
+from antefix.events.redis_stream import StreamPublisher, memory_stream
 from antefix_router.placement.directory import Directory, keys_of
 from antefix_router.placement.memory_feed import MemoryFeed
+from tests.redis_servers import until
 from tests.router.memory_worker import Worker, leading, names_of
-from tests.window_pool.conftest import RedisServer
 
 CHAIN = names_of("a", 400)
 
@@ -22,23 +22,7 @@ CHAIN = names_of("a", 400)
 def soon(monkeypatch):
     monkeypatch.setattr(redis_stream, "_RETRY_S", 0.05)
     monkeypatch.setattr(redis_stream, "ALIVE_S", 0.2)
-    monkeypatch.setattr("antefix_router.placement.memory_feed._RETRY_S", 0.05)
-
-
-@pytest.fixture
-def start_redis(tmp_path):
-    binary = shutil.which("redis-server")
-    if binary is None:
-        pytest.skip("redis-server is not installed")
-    started = []
-
-    def start(*flags):
-        started.append(RedisServer(binary, str(tmp_path), *flags).start())
-        return started[-1]
-
-    yield start
-    for server in started:
-        server.kill()
+    monkeypatch.setattr("antefix.events.follower._RETRY_S", 0.05)
 
 
 class Rack:
@@ -57,7 +41,7 @@ class Rack:
         return worker
 
     async def publish(self, worker):
-        publisher = MemoryPublisher(self.url, worker.memory.log, worker.address)
+        publisher = StreamPublisher(self.url, worker.memory.log, memory_stream(worker.address), worker.address)
         self.publishers.append(await publisher.__aenter__())
 
     async def router(self):
@@ -99,17 +83,9 @@ async def rack_at():
         await rack.close()
 
 
-async def until(condition, seconds=15):
-    for _ in range(50 * seconds):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    pytest.fail("it did not come to be")
-
-
 async def snapshots_settled(rack):
     await until(rack.is_known)
-    return [feed.num_snapshots for feed, _ in rack.routers]
+    return [feed.counters.num_snapshots for feed, _ in rack.routers]
 
 
 async def test_all_routers_know_what_all_workers_hold_and_late_ones_too(start_redis, rack_at):
@@ -137,8 +113,8 @@ async def test_changes_travel_through_redis_and_not_by_snapshots(start_redis, ra
         worker.memory.store(CHAIN[:count])
         await asyncio.sleep(0.005)
     await until(rack.is_known)
-    assert [feed.num_snapshots for feed, _ in rack.routers] == settled
-    assert feed.num_events > 1
+    assert [feed.counters.num_snapshots for feed, _ in rack.routers] == settled
+    assert feed.counters.num_events > 1
 
 
 async def test_redis_killed_in_mid_run_degrades_to_what_is_known_and_heals(start_redis, rack_at):
@@ -158,7 +134,7 @@ async def test_redis_killed_in_mid_run_degrades_to_what_is_known_and_heals(start
     # It comes back empty, as after a crash without persistence: the worker's ring still has what was not told.
     server.start()
     await until(rack.is_known)
-    assert [feed.num_snapshots for feed, _ in rack.routers] == settled
+    assert [feed.counters.num_snapshots for feed, _ in rack.routers] == settled
     assert leading(directory, worker.address, CHAIN) == 60
     directory.guess(worker.address, keys_of(CHAIN))
     assert leading(directory, worker.address, CHAIN) == 60
@@ -175,28 +151,28 @@ async def test_events_that_redis_took_and_lost_are_noticed_and_made_good_by_a_sn
     client = Redis.from_url(server.url)
     take, feed._reader._take = feed._reader._take, lambda address, batch: None
     worker.memory.store(CHAIN[:60])
-    await until(lambda: rack.publishers[0]._told == worker.memory.log.number)
+    await until(lambda: rack.publishers[0]._told == worker.memory.log.cursor)
     await asyncio.sleep(0.3)
     await client.flushall()
     await client.aclose()
     feed._reader._take = take
     await until(rack.is_known)
-    assert feed.num_snapshots == before + 1
+    assert feed.counters.num_snapshots == before + 1
 
 
 async def test_a_worker_whose_ring_overflowed_while_redis_was_away_is_asked_for_a_snapshot(start_redis, rack_at):
     server = start_redis()
     rack = rack_at(server.url)
-    worker = await rack.worker(num_keys_max=8)
+    worker = await rack.worker(num_blocks_max=8)
     await rack.router()
     (before,) = await snapshots_settled(rack)
     server.kill()
     for name in CHAIN[:100]:
         worker.memory.store([name])
-        worker.memory.log.since(worker.memory.log.epoch, 0)
+        worker.memory.log.since(Cursor())
     server.start()
     await until(rack.is_known)
-    assert rack.routers[0][0].num_snapshots > before
+    assert rack.routers[0][0].counters.num_snapshots > before
 
 
 async def test_a_restarted_worker_is_another_epoch_and_its_old_memory_is_forgotten(start_redis, rack_at):
@@ -226,26 +202,18 @@ async def test_streams_are_bounded_and_a_router_that_fell_behind_the_trimming_re
         task.cancel()
     for count in range(1, 100):
         worker.memory.store(CHAIN[:count])
-        worker.memory.log.since(worker.memory.log.epoch, 0)
-    await until(lambda: rack.publishers[0]._told == worker.memory.log.number)
+        worker.memory.log.since(Cursor())
+    await until(lambda: rack.publishers[0]._told == worker.memory.log.cursor)
     client = Redis.from_url(server.url)
-    assert await client.xlen(stream_of(shard_of(worker.address))) < 25
+    assert await client.xlen(memory_stream(worker.address)) < 25
     await client.aclose()
     feed._reader.start()
     await until(rack.is_known)
-    assert feed.num_gaps == 1
+    assert feed.counters.num_gaps == 1
 
 
-async def test_keys_are_fit_for_a_cluster(start_redis, rack_at):
-    server = start_redis("--cluster-enabled", "yes")
-    client = Redis.from_url(server.url)
-    await client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-    for _ in range(200):
-        if "ok" in str(await client.execute_command("CLUSTER", "INFO")).partition("cluster_state")[2][:20]:
-            break
-        await asyncio.sleep(0.05)
-    await client.aclose()
-    rack = rack_at(f"redis+cluster://127.0.0.1:{server.port}")
+async def test_keys_are_fit_for_a_cluster(start_cluster, rack_at):
+    rack = rack_at(start_cluster().url)
     worker = await rack.worker()
     worker.memory.store(CHAIN[:30])
     await rack.router()
@@ -262,8 +230,8 @@ async def test_what_others_write_there_stops_nobody(start_redis, rack_at):
     await rack.router()
     await until(rack.is_known)
     client = Redis.from_url(server.url)
-    stream = stream_of(shard_of(worker.address))
-    good = {"a": worker.address, "e": worker.memory.log.epoch, "n": 1, "k": 1, "b": b"12345678"}
+    stream = memory_stream(worker.address)
+    good = {"a": worker.address, "e": worker.memory.log.cursor.epoch, "n": 1, "k": 1, "b": b"12345678"}
     for entry in ({"x": "y"}, {**good, "n": "one"}, {**good, "k": 9}, {**good, "b": b"short"}, {**good, "a": "nobody"}):
         await client.xadd(stream, entry)
     await client.aclose()

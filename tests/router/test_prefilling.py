@@ -7,8 +7,10 @@ import pytest
 
 from antefix.clients import PrefillClient, Prefilled
 from antefix.errors import InvalidRequest, Overloaded, Unavailable
+from antefix.generation_request import Caller, GenerationRequest
 from antefix.record import LookupResult
 from antefix.restore_report import RestoreReport
+from antefix.sampling import Sampling
 from antefix.secret import Keyring
 from antefix_router import inflight
 from antefix_router.naming import Names
@@ -43,9 +45,10 @@ class FakePrefill(PrefillClient):
         self.address, self.store, self.gate = address, store, asyncio.Event()
         self.failures, self.calls = [], []
 
-    async def prefill(self, tokens, *, request_id, tenant, timeout_s, keep):
+    async def prefill(self, request, *, timeout_s):
+        request_id, tokens, tenant = request.request_id, request.tokens, request.cache_tenant
         self.calls.append(request_id)
-        self.kept = keep
+        self.kept = request.breakpoints
         await asyncio.wait_for(self.gate.wait(), timeout_s)
         if self.failures:
             raise self.failures.pop(0)
@@ -67,9 +70,17 @@ def build(num_workers=1, **limits):
 
 
 def start(prefilling, request_id, tokens=TOKENS, timeout_s=20.0, breakpoints=()):
-    prompt = NAMES.prompt("t", tokens)
-    return asyncio.create_task(
-        prefilling.run(prompt, request_id=request_id, timeout_s=timeout_s, breakpoints=breakpoints)
+    request = request_of(request_id, tokens, breakpoints)
+    return asyncio.create_task(prefilling.run(request, NAMES.prompt("t", tokens), timeout_s=timeout_s))
+
+
+def request_of(request_id, tokens=TOKENS, breakpoints=(), session="", num_samples=1):
+    return GenerationRequest(
+        tokens=tokens,
+        sampling=Sampling(max_tokens=1),
+        caller=Caller(tenant="t", request_id=request_id, session=session),
+        breakpoints=tuple(breakpoints),
+        num_samples=num_samples,
     )
 
 

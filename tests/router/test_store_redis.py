@@ -10,26 +10,22 @@ from redis.asyncio import Redis, RedisCluster
 
 from antefix.errors import ConfigError
 from antefix.events import redis_stream
-from antefix.events.store_bus import StorePublisher, stream_of
+from antefix.events.redis_stream import StreamPublisher, store_stream
+from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
-from antefix.store.store_watch import watch
-from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_router.placement.directory import keys_of
 from antefix_router.placement.store_feed import StoreFeed
 from tests.kvstore.small_store import FINGERPRINT, owner
+from tests.redis_servers import free_port, until
 from tests.router.test_feed_of_a_store import PROMPTS, serve
-from tests.router.test_memory_redis import start_redis, until
-from tests.window_pool.conftest import free_port
-
-__all__ = ["start_redis"]
 
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
     monkeypatch.setattr(redis_stream, "_RETRY_S", 0.05)
     monkeypatch.setattr(redis_stream, "ALIVE_S", 0.2)
-    monkeypatch.setattr("antefix_router.placement.store_feed._RETRY_S", 0.05)
+    monkeypatch.setattr("antefix.events.follower._RETRY_S", 0.05)
 
 
 class Rack:
@@ -47,7 +43,7 @@ class Rack:
         return self
 
     async def publish(self):
-        publisher = StorePublisher(self.url, self.servicer.engine.events, self.name)
+        publisher = StreamPublisher(self.url, self.servicer.engine.events, store_stream(self.name), self.name)
         self.publisher = await publisher.__aenter__()
 
     async def hush(self):
@@ -56,9 +52,7 @@ class Rack:
             self.publisher = None
 
     async def router(self):
-        feed = StoreFeed(
-            lambda cursor: watch(self.store, cursor), fingerprint=FINGERPRINT, redis_url=self.url, name=self.name
-        )
+        feed = StoreFeed(self.store.watch, fingerprint=FINGERPRINT, redis_url=self.url, name=self.name)
         feed.start()
         self.feeds.append(feed)
         return feed
@@ -67,8 +61,7 @@ class Rack:
         await self.store.put(PROMPTS[number].blocks())
 
     async def evict(self, number, block):
-        name = kvstore_pb2.RecordName(kind=kvstore_pb2.RECORD_KIND_BLOCK, hash=PROMPTS[number].hashes[block])
-        await self.store.stub.Evict(kvstore_pb2.EvictRequest(records=[name], owner=owner("")), timeout=5)
+        await self.store.evict([(RecordKind.BLOCK, PROMPTS[number].hashes[block])], owner=owner(""))
 
     async def known(self):
         """What every router comes to say of every prompt, which is what a lookup says."""
@@ -114,7 +107,7 @@ async def test_all_routers_follow_the_store_through_redis_and_not_by_snapshots(s
     await rack.put(1)
     await rack.evict(0, 3)
     assert await rack.known() == [3, 5, 0, 0]
-    assert [feed.num_snapshots for feed in rack.feeds] == [1, 1]
+    assert [feed.counters.num_snapshots for feed in rack.feeds] == [1, 1]
     await rack.router()
     assert await rack.known() == [3, 5, 0, 0]
 
@@ -133,7 +126,7 @@ async def test_redis_killed_in_mid_run_leaves_the_store_to_be_asked_and_heals(st
     # It comes back empty, as after a crash without persistence: the store's ring still has what was not told.
     server.start()
     assert await rack.known() == [2, 5, 0, 0]
-    assert [feed.num_snapshots for feed in rack.feeds] == [1, 1]
+    assert [feed.counters.num_snapshots for feed in rack.feeds] == [1, 1]
 
 
 async def test_events_that_redis_took_and_lost_are_noticed_and_made_good_by_a_snapshot(start_redis, rack_at):
@@ -143,9 +136,9 @@ async def test_events_that_redis_took_and_lost_are_noticed_and_made_good_by_a_sn
     await rack.put(0)
     await rack.known()
     # The router is cut off while the store tells, and what it told is gone before the router is back.
-    take, feed._reader._take = feed._reader._take, lambda batch: None
+    take, feed._reader._take = feed._reader._take, lambda name, batch: None
     await rack.put(1)
-    await until(lambda: rack.publisher._told == rack.servicer.engine.events.number)
+    await until(lambda: rack.publisher._told == rack.servicer.engine.events.cursor)
     await asyncio.sleep(0.3)
     client = Redis.from_url(server.url)
     await client.flushall()
@@ -153,7 +146,7 @@ async def test_events_that_redis_took_and_lost_are_noticed_and_made_good_by_a_sn
     feed._reader._take = take
     # Without another change: the store's sign of life has the number that is missing.
     assert await rack.known() == [5, 5, 0, 0]
-    assert (feed.num_gaps, feed.num_snapshots) == (1, 2)
+    assert (feed.counters.num_gaps, feed.counters.num_snapshots) == (1, 2)
 
 
 async def test_a_store_that_was_opened_again_is_another_epoch_and_its_old_words_count_no_more(start_redis, rack_at):
@@ -167,18 +160,25 @@ async def test_a_store_that_was_opened_again_is_another_epoch_and_its_old_words_
     await rack.open()
     await rack.put(2)
     assert await rack.known() == [5, 0, 5, 0]
-    assert feed.num_snapshots == 2
+    assert feed.counters.num_snapshots == 2
     client = Redis.from_url(server.url)
-    entry = {"e": old.epoch, "n": old.number + 1, "k": 2, "f": FINGERPRINT, "b": PROMPTS[0].hashes[0][:8]}
-    await client.xadd(stream_of(rack.name), entry)
+    entry = {
+        "a": rack.name,
+        "e": old.epoch,
+        "n": old.number + 1,
+        "k": 2,
+        "f": FINGERPRINT,
+        "b": PROMPTS[0].hashes[0][:8],
+    }
+    await client.xadd(store_stream(rack.name), entry)
     await client.aclose()
     await rack.put(3)
     assert await rack.known() == [5, 0, 5, 5]
-    assert feed.num_snapshots == 2
+    assert feed.counters.num_snapshots == 2
 
 
 async def test_a_store_that_redis_hears_nothing_of_is_asked(start_redis, rack_at, monkeypatch):
-    monkeypatch.setattr("antefix_router.placement.store_feed._SILENT_S", 0.5)
+    monkeypatch.setattr("antefix.events.follower._SILENT_S", 0.5)
     rack = await rack_at(start_redis().url)
     feed = await rack.router()
     await rack.put(0)
@@ -197,25 +197,18 @@ async def test_what_others_write_there_stops_nobody(start_redis, rack_at):
     feed = await rack.router()
     await rack.known()
     client = Redis.from_url(server.url)
-    good = {"e": feed._cursor.epoch, "n": 1, "k": 1, "f": FINGERPRINT, "b": b"12345678"}
-    for entry in ({"x": "y"}, {**good, "n": "one"}, {**good, "k": 9}, {**good, "b": b"short"}):
-        await client.xadd(stream_of(rack.name), entry)
+    good = {"a": rack.name, "e": feed._cursor.epoch, "n": 1, "k": 1, "f": FINGERPRINT, "b": b"12345678"}
+    nameless = {key: value for key, value in good.items() if key != "a"}
+    for entry in ({"x": "y"}, nameless, {**good, "n": "one"}, {**good, "k": 9}, {**good, "b": b"short"}):
+        await client.xadd(store_stream(rack.name), entry)
     await client.aclose()
     await rack.put(0)
     assert await rack.known() == [5, 0, 0, 0]
-    assert feed.num_snapshots == 1
+    assert feed.counters.num_snapshots == 1
 
 
-async def test_keys_are_fit_for_a_cluster(start_redis, rack_at):
-    server = start_redis("--cluster-enabled", "yes")
-    client = Redis.from_url(server.url)
-    await client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-    for _ in range(200):
-        if "ok" in str(await client.execute_command("CLUSTER", "INFO")).partition("cluster_state")[2][:20]:
-            break
-        await asyncio.sleep(0.05)
-    await client.aclose()
-    rack = await rack_at(f"redis+cluster://127.0.0.1:{server.port}")
+async def test_keys_are_fit_for_a_cluster(start_cluster, rack_at):
+    rack = await rack_at(start_cluster().url)
     feed = await rack.router()
     await rack.put(0)
     assert await rack.known() == [5, 0, 0, 0]
@@ -235,17 +228,17 @@ async def test_a_store_process_killed_and_started_again_is_followed_through_redi
         )
 
     process, store = start(), RemoteStore(address)
-    feed = StoreFeed(lambda cursor: watch(store, cursor), fingerprint=FINGERPRINT, redis_url=url, name=address)
+    feed = StoreFeed(store.watch, fingerprint=FINGERPRINT, redis_url=url, name=address)
     try:
         feed.start()
         await until(lambda: feed.in_step, 60)
         await store.put(PROMPTS[0].blocks())
         await until(lambda: said(feed) == [5, 0, 0, 0])
-        assert feed.num_snapshots == 1
+        assert feed.counters.num_snapshots == 1
         process.kill()
         process.wait()
         process = start()
-        await until(lambda: feed.num_snapshots == 2 and feed.in_step, 60)
+        await until(lambda: feed.counters.num_snapshots == 2 and feed.in_step, 60)
         await store.put(PROMPTS[1].blocks())
         await until(lambda: said(feed) == [5, 5, 0, 0])
     finally:

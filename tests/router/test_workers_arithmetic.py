@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from antefix.block import CPU_FLOAT32, exactness_of
+from antefix.block import CPU_FLOAT32
 from antefix.errors import ConfigError, FingerprintMismatch, Unavailable
 from antefix.layout import KVFormat
 from antefix.model_dir import identify
@@ -76,12 +76,11 @@ async def make_router(tmp_path):
     for servicer in made:
         await servicer.front.accounts.close()
         await servicer.leases.close()
-        await servicer.watched.close()
-        await servicer.keeper.close()
+        await servicer.pins.close()
 
 
 def fingerprint_of(arithmetic):
-    return identify(MODEL).fingerprint(KVFormat.FP8, exactness=exactness_of(0), arithmetic=arithmetic).digest
+    return identify(MODEL).fingerprint(KVFormat.FP8, arithmetic=arithmetic).digest
 
 
 async def register(router, arithmetic, address="127.0.0.1:7001", ttl_s=10.0, fingerprint=None):

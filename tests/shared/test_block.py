@@ -85,6 +85,7 @@ def test_owners_are_the_golden_bytes():
     assert keyring.seal_key(keyring.owner("tenant"), 1).hex() == GOLDEN_SEAL_KEY
 
 
+@pytest.mark.services
 def test_names_do_not_depend_on_the_process():
     code = (
         "from antefix.block import *; from antefix.layout import *;"

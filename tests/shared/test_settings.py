@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from antefix.config import add_flags, parse_size, resolve, setting
+from antefix.config import add_flags, resolve, setting
 from antefix.errors import ConfigError
 
 
@@ -70,10 +70,3 @@ def test_a_section_that_no_role_has_is_named(tmp_path, text):
     args = parser.parse_args(["--config", str(tmp_path / "antefix.toml")])
     with pytest.raises(ConfigError, match=text.split()[0].strip("[]")):
         resolve(Example, args, {}, section="example", sections=("example", "other"))
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"), [("512", 512), ("1k", 1024), ("1.5 MiB", 3 << 19), ("2GB", 2 << 30), ("1T", 1 << 40)]
-)
-def test_sizes_are_powers_of_1024(text, nbytes):
-    assert parse_size(text) == nbytes

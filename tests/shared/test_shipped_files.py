@@ -1,6 +1,7 @@
 """What is shipped beside the code works: the sample settings are valid, the example runs."""
 
 import asyncio
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from antefix.config import parse_value
 from antefix_console.catalog import COMMANDS, ROLES
 from antefix_console.deployment import Deployment, DeploymentConfig
+from tests.child_environment import child_environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,15 +45,50 @@ def test_every_command_shows_help_with_an_example(words, capsys):
     assert "example" in out and "usage: antefix" in out
 
 
-async def test_the_conversation_example_hits_its_own_answers(tmp_path):
+async def run_example(name, *arguments):
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(ROOT / "examples" / name), *map(str, arguments)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env=child_environment(),
+    )
+    out, _ = await process.communicate()
+    assert process.returncode == 0, out.decode()
+    return out.decode()
+
+
+@pytest.mark.services
+async def test_the_examples_of_the_router_run(tmp_path):
     config = DeploymentConfig(model=ROOT / "models" / "antefix-tiny", data_dir=tmp_path)
     async with Deployment(config) as deployment:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(ROOT / "examples" / "conversation.py"), deployment.one("router").address),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        out, _ = await asyncio.wait_for(process.communicate(), 90)
-    text = out.decode()
-    assert process.returncode == 0, text
+        address = deployment.one("router").address
+        text = await run_example("generate.py", address, "def fibonacci(n):")
+        assert "[0 of 17 prompt tokens hit, " in text
+        text = await run_example("conversation.py", address)
     assert text.count("prompt tokens:") == 3
+    assert int(re.findall(r"(\d+) hit", text)[-1]) > 0, "the last turn hits what was said before"
+
+
+@pytest.mark.services
+async def test_an_example_says_that_nobody_answers():
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(ROOT / "examples" / "generate.py"), "127.0.0.1:1", "x"),
+        stderr=asyncio.subprocess.PIPE,
+        env=child_environment(),
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 1
+    assert err.startswith(b"no answer: ") and b"Traceback" not in err
+
+
+@pytest.mark.services
+async def test_the_example_of_the_store_stores_and_restores(tmp_path):
+    directory = tmp_path / "blocks"
+    assert await run_example("store_blocks.py", directory) == "7 blocks stored, 0 were there, 7 restored, all equal\n"
+    assert await run_example("store_blocks.py", directory) == "0 blocks stored, 7 were there, 7 restored, all equal\n"
+
+
+@pytest.mark.parametrize("name", ["generate.py", "store_blocks.py"])
+def test_an_example_is_short(name):
+    lines = (ROOT / "examples" / name).read_text().rpartition('"""\n')[2].strip().splitlines()
+    assert len([line for line in lines if line.strip()]) <= 22

@@ -77,6 +77,7 @@ def test_runs_are_the_same_twice(chat):
     assert simulate(chat, speedup=4) == simulate(chat, speedup=4)
 
 
+@pytest.mark.slow
 def test_with_a_store_the_hit_rate_does_not_depend_on_the_policy(chat):
     rates = [simulate(chat, policy).token_hit_rate for policy in ALL_POLICIES]
     assert max(rates) - min(rates) < 0.01 and min(rates) > 0.3
@@ -121,6 +122,7 @@ def test_the_minutes_in_which_nobody_died_can_be_looked_at_as_well(chat):
     assert looked_at.after_ttft_p90_s != killed.after_ttft_p90_s
 
 
+@pytest.mark.slow
 def test_a_minute_after_one_of_eight_workers_died_hits_and_waits_are_what_they_were():
     """Beside the same minutes of a run in which nobody died: a trace has its own course."""
     trace = generate("chat", num_requests=6000, unit_tokens=512, seed=4)
@@ -150,6 +152,7 @@ def test_more_workers_wait_less(chat):
     assert many.ttft_p90_s < few.ttft_p90_s
 
 
+@pytest.mark.slow
 def test_copies_share_nothing_and_keep_the_order_of_time(chat):
     pairs = list(copies(chat, 3, 2.0))
     assert len(pairs) == 1200 and len({offset for _, offset in pairs}) == 3
@@ -181,6 +184,7 @@ def test_json_has_every_policy_with_every_figure(capsys):
     assert all(set(wanted.split()) <= set(figures) for figures in shown["policies"].values())
 
 
+@pytest.mark.slow
 def test_the_table_and_the_plot_show_the_same_policies(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     target = tmp_path / "fleet.svg"

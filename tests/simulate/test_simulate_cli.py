@@ -129,6 +129,7 @@ def test_generated_traces_and_local_models_work(tmp_path: Path, capsys: pytest.C
     assert _json(capsys)["num_requests"] == 30
 
 
+@pytest.mark.slow
 def test_break_even_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("--break-even") == 0
     assert "next turn: fastest" in capsys.readouterr().out
@@ -141,6 +142,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_work(source: tuple[
             _run(*source, "--plot", str(path))
 
 
+@pytest.mark.slow
 def test_the_break_even_table_is_plotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     assert _run("--break-even", "--plot", str(tmp_path / "plot.svg")) == 0

@@ -102,6 +102,7 @@ def test_auto_is_near_ideal_with_few_checkpoints_on_every_generated_shape(shape:
     assert auto.checkpoints_per_request <= 1.6
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     shape=st.sampled_from(sorted(SHAPES)),

@@ -116,7 +116,7 @@ def test_a_trace_without_requests_is_refused(tmp_path: Path, name: str, trace_fo
         ("a.jsonl.gz", b"\xff\xfe\x00", "cannot be read to its end"),
         (
             "a.jsonl.gz",
-            gzip.compress(json.dumps(_mooncake(0, 600, [1])).encode() * 40)[:60],
+            gzip.compress(json.dumps(_mooncake(0, 600, [1])).encode() * 40, mtime=0)[:60],
             "cannot be read to its end",
         ),
         ("a.jsonl", b'{"timestamp": 0', "line 1 is not JSON"),

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from antefix.record import Record, RecordKind
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import Engine
@@ -32,6 +34,7 @@ def records(first, last):
     ]  # fmt: skip
 
 
+@pytest.mark.services
 def test_a_reader_opened_early_sees_a_large_index(tmp_path):
     engine = Engine(KvStoreConfig(dir=str(tmp_path), budget_bytes=256 << 20, compression="off", durable=False))
     engine.put(records(1, 10))

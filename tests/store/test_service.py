@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import sys
 from collections.abc import AsyncIterator
@@ -12,16 +13,18 @@ import pytest
 
 from antefix import rpc
 from antefix.errors import InvalidRequest, Unavailable
-from antefix.record import Record, RecordKind
+from antefix.events.block_events import EventKind
+from antefix.events.numbered_log import Cursor
+from antefix.record import STORED_KINDS, Record, RecordKind, RecordName
 from antefix.store.api import Store
 from antefix.store.client import LocalStore, RemoteStore
-from antefix.store.store_stats import read_stats
 from antefix.v1 import kvstore_pb2
 from antefix_console.commands import doctor
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import Engine
-from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
+from tests.kvstore.test_embedded_store import LAYOUT
 
 PROMPT = Prompt(list(range(BLOCK * 6)), payload_bytes=2_500_001)
 MIB = 1 << 20
@@ -113,7 +116,7 @@ async def test_a_restarted_service_is_found_again(store: Store, service: Service
     with pytest.raises(Unavailable):
         await store.put(PROMPT.blocks(3))
     await service.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(150):
         while True:
             try:
                 await store.put(PROMPT.blocks(3))
@@ -130,13 +133,49 @@ async def test_a_local_store_before_its_service_is_unavailable(tmp_path: Path) -
     await client.close()
 
 
+async def test_both_clients_pin_evict_and_count_a_tenants_records(store: Store) -> None:
+    def block(index: int) -> RecordName:
+        return RecordKind.BLOCK, PROMPT.hashes[index]
+
+    mine = owner("")
+    await store.put([*PROMPT.blocks(3), PROMPT.checkpoint(2)])
+    assert (
+        await store.pin([block(2), (RecordKind.CHECKPOINT, PROMPT.hashes[2]), block(4)], duration_s=60, owner=mine) == 2
+    )
+    assert await store.pin([block(2)], duration_s=0, owner=mine) == 1
+    assert await store.pin([block(2)], duration_s=60, owner=owner("other")) == 0
+    assert await store.evict([block(1)], owner=owner("other")) == 0
+    before = await store.stats()
+    assert [before.kinds[kind].num_records for kind in STORED_KINDS] == [3, 1]
+    assert before.kinds[RecordKind.BLOCK].payload_bytes == 3 * PROMPT.payload_bytes
+    # All that hangs on it goes with it.
+    assert await store.evict([block(1)], owner=mine) == 3
+    after = await store.stats()
+    assert [after.kinds[kind].num_records for kind in STORED_KINDS] == [1, 0]
+    assert 0 < after.used_bytes < after.budget_bytes
+
+
+async def test_both_clients_watch(store: Store) -> None:
+    await store.put(PROMPT.blocks(2))
+    async with asyncio.timeout(10), contextlib.aclosing(store.watch()) as batches:
+        whole = await anext(batches)
+        assert whole.snapshot_begins and whole.snapshot_ends
+        await store.evict([(RecordKind.BLOCK, PROMPT.hashes[1])], owner=owner(""))
+        evicted = await anext(batches)
+        assert [(event.kind, event.names()) for event in evicted.events] == [(EventKind.EVICTED, [PROMPT.hashes[1]])]
+    # A watcher who missed nothing is told so at once.
+    async with asyncio.timeout(10), contextlib.aclosing(store.watch(evicted.cursor)) as batches:
+        told = await anext(batches)
+        assert (told.cursor, told.events, told.snapshot) == (evicted.cursor, (), False)
+
+
 async def test_local_reads_count_and_keep_what_they_use(service: Service) -> None:
     client = LocalStore(service.config.dir, service.address)
     await client.put(PROMPT.blocks())
     into = PROMPT.buffers()
     await client.get_blocks(PROMPT.hashes, into, fingerprint=FINGERPRINT)
     await client.close()
-    stats = await RemoteStore(service.address).stub.Stats(kvstore_pb2.StatsRequest(), timeout=5)
+    stats = await RemoteStore(service.address).stats()
     assert (stats.hits, stats.bytes_read) == (6, 6 * PROMPT.payload_bytes)
 
 
@@ -192,18 +231,16 @@ async def test_a_piece_that_was_damaged_on_its_way_is_refused(service: Service) 
 
 
 async def test_watching_gives_a_snapshot_then_changes_then_resumes(service: Service) -> None:
-    from antefix.store.store_watch import Cursor, StoreEventKind, watch
-
     remote = RemoteStore(service.address)
     await remote.put(PROMPT.blocks(2))
-    stream = watch(remote)
+    stream = remote.watch()
     cursor = None
     seen: list[bytes] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(100):
         async for batch in stream:
             assert not batch.snapshot_begins or not seen
-            seen += [h for event in batch.events for h in event.hashes]
-            if batch.cursor is not None and len(seen) == 2:
+            seen += [h for event in batch.events for h in event.names()]
+            if batch.snapshot_ends:
                 await remote.put(PROMPT.blocks(4))
             if len(seen) == 4:
                 cursor = batch.cursor
@@ -211,15 +248,15 @@ async def test_watching_gives_a_snapshot_then_changes_then_resumes(service: Serv
     assert seen == [*sorted(PROMPT.hashes[:2]), *PROMPT.hashes[2:4]]
     await stream.aclose()
     await remote.put([PROMPT.checkpoint(3)])
-    async with asyncio.timeout(10):
-        async for batch in watch(remote, cursor):
+    async with asyncio.timeout(100):
+        async for batch in remote.watch(cursor):
             assert not batch.snapshot_begins
-            assert [(event.kind, event.hashes) for event in batch.events] == [
-                (StoreEventKind.CHECKPOINTED, [PROMPT.hashes[3]])
+            assert [(event.kind, event.names()) for event in batch.events] == [
+                (EventKind.CHECKPOINTED, [PROMPT.hashes[3]])
             ]
             break
-    async with asyncio.timeout(10):
-        async for batch in watch(remote, Cursor(epoch=b"x" * 16, number=5)):
+    async with asyncio.timeout(100):
+        async for batch in remote.watch(Cursor(epoch=b"x" * 16, number=5)):
             assert batch.snapshot_begins
             break
     await remote.close()
@@ -256,7 +293,7 @@ async def test_a_local_reader_finds_a_rebuilt_index(service: Service) -> None:
     await service.stop()
     shutil.rmtree(Path(service.config.dir) / "index")
     await service.start()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(150):
         while True:
             try:
                 await client.put(PROMPT.blocks(5))
@@ -270,6 +307,7 @@ async def test_a_local_reader_finds_a_rebuilt_index(service: Service) -> None:
     await client.close()
 
 
+@pytest.mark.services
 async def test_readers_in_other_processes_follow_the_writer(service: Service) -> None:
     """A reader process looks up and reads while this one writes, evicts and compacts."""
     client = RemoteStore(service.address)
@@ -307,17 +345,24 @@ async def test_readers_in_other_processes_follow_the_writer(service: Service) ->
     await client.close()
 
 
+async def test_a_payload_of_another_size_than_registered_is_refused(store: Store) -> None:
+    await store.register(FINGERPRINT, LAYOUT)
+    with pytest.raises(InvalidRequest, match=f"has {LAYOUT.block_bytes} bytes by its registered layout, .* has 7$"):
+        await store.put([PROMPT.block(0, payload=b"7 bytes")])
+    assert (await store.put([PROMPT.block(0, payload=bytes(LAYOUT.block_bytes))])).num_stored == 1
+
+
 async def test_a_write_that_can_never_be_stored_is_counted_and_named(tmp_path: Path) -> None:
     # Records so small that one is a single message: gRPC hides why a longer stream was refused in its middle.
     service = Service(tmp_path / "store", segment_bytes=128 << 10)
     await service.start()
     store = RemoteStore(service.address)
-    assert (await read_stats(store)).impossible_writes == 0
+    assert (await store.stats()).impossible_writes == 0
     too_large = Prompt([1] * BLOCK, payload_bytes=service.config.record_bytes_max + 1)
     for _ in range(2):
         with pytest.raises(InvalidRequest, match="payload"):
             await store.put(too_large.blocks())
-    stats = await read_stats(store)
+    stats = await store.stats()
     assert stats.impossible_writes == 2 and "payload" in stats.impossible_write
     assert stats.free_bytes > stats.free_bytes_min > 0 == len(stats.stopped) and stats.limit_bytes > 0
     writes, space = await asyncio.to_thread(doctor._store, service.address)

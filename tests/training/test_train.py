@@ -44,6 +44,7 @@ def test_each_optimiser_lowers_a_quadratic() -> None:
         assert (value - goal).square().mean() < 0.05 * goal.square().mean()
 
 
+@pytest.mark.slow
 def test_a_few_steps_learn(config: dict[str, Any], text: Tokens) -> None:
     torch.manual_seed(0)
     trainer = Trainer(config, initial_parameters(config, seed=0), torch.device("cpu"), compiled=False)

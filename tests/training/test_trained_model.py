@@ -15,6 +15,9 @@ from models.training.cached import CachedModel, bits
 from models.training.corpus import Tokens
 from tests.training.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
+
 DIRECTORY = ROOT / "models/antefix-tiny"
 
 
@@ -42,6 +45,7 @@ def test_values_planted_far_beyond_the_window_come_back(model: CachedModel, sour
     assert sum(answers(model, tokens, spans)) >= 3
 
 
+@pytest.mark.slow
 def test_another_prefix_gives_another_answer(model: CachedModel, source: Tokens) -> None:
     """What makes a wrong hit visible: the answer follows the prefix."""
     tokens, spans = tasks.retrieval_sequence(np.random.default_rng(0), source, 3072, [2400])

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.services
+
+
 ROOT = Path(__file__).parents[2]
 # Imports that roles without tensors must do without.
 TENSORS = ("torch", "triton", "transformers", "safetensors")
@@ -73,6 +76,8 @@ def test_what_is_installed_is_called_antefix(built):
     tops = {name.split("/")[0] for name in names}
     assert all(top == "antefix" or top.startswith(("antefix_", "antefix-")) for top in tops), tops
     assert {"antefix/v1/router_pb2.py", "antefix/v1/kvstore_pb2_grpc.py"} <= set(names)
+    packages = {name.split("/")[0] for name in names if name.endswith("/__init__.py")}
+    assert len(packages) > 8 and {f"{package}/py.typed" for package in packages} <= set(names)
     shipped = "antefix_console/shipped/"
     assert {shipped + "models/antefix-tiny/model.safetensors", shipped + "docs/FORMAT.md"} <= set(names)
     assert not [name for name in names if "/tests/" in name or name.endswith(".log")]
@@ -158,7 +163,7 @@ def test_router_store_and_command_line_start_without_torch(environment, tmp_path
     finally:
         for process in processes:
             process.terminate()
-        ends = [process.wait(60) for process in processes]
+        ends = [process.wait(300) for process in processes]
     assert ends == [0, 0]
     for command in (["--help"], ["up", "--help"], ["inspect", tmp_path / "store"], ["fsck", tmp_path / "store"]):
         run(environment / "bin/antefix", *command, **options)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.window import Plan, PlanKind, Rates, RestorePlanner, Sizes, StoredPrefix
 from antefix.window.rates import RatePriors
 
@@ -222,7 +222,7 @@ def test_the_stated_error_covers_the_last_surprise_and_fades() -> None:
 
 
 def test_senseless_questions_are_refused() -> None:
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InternalError):
         _planner().plan(StoredPrefix(num_tokens=0, num_blocks=0))
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InternalError):
         _planner(align_tokens=0)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InternalError
 from antefix.window import Rates
 from antefix.window.rates import LinearLaw, RatePriors
 
@@ -80,7 +80,7 @@ def test_no_fit_is_ever_negative() -> None:
 
 
 def test_a_law_without_sense_is_refused() -> None:
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InternalError):
         LinearLaw((1.0,), (1.0, 2.0))
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InternalError):
         RatePriors(prefill_tokens_per_s=0)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from antefix.errors import ConfigError, InvalidRequest
+from antefix.errors import ConfigError, InternalError
 from antefix.window import (
     BudgetState,
     Mark,
@@ -196,9 +196,9 @@ def test_namespaces_switch_while_running_and_the_rest_keep_the_default() -> None
 
 
 def test_contradictory_facts_are_refused() -> None:
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InternalError):
         PromptFacts(num_tokens=100, num_stored_blocks=1, resume_block=2)
-    with pytest.raises(InvalidRequest):
+    with pytest.raises(InternalError):
         OutputFacts(num_tokens=5, prompt_tokens=6)
 
 

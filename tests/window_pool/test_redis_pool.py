@@ -95,7 +95,9 @@ async def test_the_byte_bound_holds(redis):
         assert len(await direct.keys("*")) == sum(kept)
 
 
-async def test_a_dead_server_is_unavailable_once_and_then_left_alone(pool, redis):
+async def test_a_dead_server_is_unavailable_once_and_then_left_alone(start_redis):
+    redis = await asyncio.to_thread(start_redis)
+    pool = RedisWindowPool(redis.url, bytes_max=1 << 30)
     await pool.put(checkpoint())
     redis.kill()
     with pytest.raises(Unavailable):
@@ -104,7 +106,8 @@ async def test_a_dead_server_is_unavailable_once_and_then_left_alone(pool, redis
     assert not await pool.put(checkpoint())
 
 
-async def test_a_server_that_comes_back_is_used_again(redis):
+async def test_a_server_that_comes_back_is_used_again(start_redis):
+    redis = await asyncio.to_thread(start_redis)
     pool = RedisWindowPool(redis.url, bytes_max=1 << 30, down_s=0.1)
     redis.kill()
     with pytest.raises(Unavailable):
@@ -116,24 +119,14 @@ async def test_a_server_that_comes_back_is_used_again(redis):
     await pool.close()
 
 
-async def test_it_works_on_a_cluster(start_redis):
-    server = await asyncio.to_thread(start_redis, "--cluster-enabled", "yes")
-    async with Redis.from_url(server.url) as direct:
-        await direct.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-        for _ in range(200):
-            if b"cluster_state:ok" in _raw(await direct.execute_command("CLUSTER", "INFO")):
-                break
-            await asyncio.sleep(0.05)
-    pool = RedisWindowPool(server.url.replace("redis://", "redis+cluster://").removesuffix("/0"), bytes_max=1 << 30)
+async def test_it_works_on_a_cluster(start_cluster):
+    server = await asyncio.to_thread(start_cluster)
+    pool = RedisWindowPool(server.url, bytes_max=1 << 30)
     for name in NAMES[2:]:
         assert await pool.put(checkpoint(name, name))
     found = await pool.nearest(NAMES, fingerprint=FINGERPRINT)
     assert (found.index, found.payload) == (2, NAMES[2])
     await pool.close()
-
-
-def _raw(answer):
-    return answer if isinstance(answer, bytes) else "\n".join(f"{k}:{v}" for k, v in answer.items()).encode()
 
 
 def test_a_value_names_what_it_is():
@@ -168,8 +161,11 @@ async def answer(engine, prompt):
     return computed
 
 
-async def test_a_turn_resumes_from_the_pool_and_its_loss_changes_no_answer(make_engine, make_prompt, store, redis):
+async def test_a_turn_resumes_from_the_pool_and_its_loss_changes_no_answer(
+    make_engine, make_prompt, store, start_redis
+):
     """In mid-run: the pool is there for the first turn, and gone when the third one asks."""
+    redis = await asyncio.to_thread(start_redis)
 
     def pooled():
         engine = make_engine("auto(ends=pool)")

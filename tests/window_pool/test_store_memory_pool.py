@@ -79,4 +79,4 @@ async def test_a_payload_of_a_wrong_size_is_a_miss(make_engine, make_prompt, sto
     second.window_pool = StoreMemoryPool(store)
     computed = await run_prompt(second, make_prompt(second, NEXT))
     assert computed.report.plan != "checkpoint"
-    assert second.counters.by_kind == {"InvalidRequest": 1}
+    assert second.counters.by_kind == {"BlockCorrupt": 1}

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from antefix.clients import RouterClient
 from antefix.errors import ConfigError
 from antefix.layout import KVGeometry
 from antefix.model_dir import read_config
@@ -78,7 +79,17 @@ async def test_up_hands_window_settings_to_the_roles_that_need_them(
 
     monkeypatch.setattr(Deployment, "start_role", start_role)
     monkeypatch.setattr(Deployment, "addresses", lambda self, role: ["127.0.0.1:1"])
+
+    async def status(self: RouterClient) -> SimpleNamespace:
+        return SimpleNamespace(arithmetic="cpu-float32")
+
+    monkeypatch.setattr(RouterClient, "status", status)
     monkeypatch.setattr(Deployment, "one", lambda self, role: SimpleNamespace(address="127.0.0.1:1"))
+
+    async def status() -> SimpleNamespace:
+        return SimpleNamespace(arithmetic="cpu-float32")
+
+    monkeypatch.setattr(Deployment, "router", SimpleNamespace(status=status))
     settings = {"namespace": "agents", "strategy": "full", "window_pool": REDIS, "window_pool_bytes": "1G"}
     await Deployment(
         DeploymentConfig(model=MODEL, data_dir=tmp_path, bounded_windows=2, store_bytes="9G", **settings)  # type: ignore[arg-type]

@@ -22,10 +22,10 @@ from antefix.errors import InvalidRequest
 from antefix.layout import KVFormat, KVGeometry
 from antefix.model_dir import read_config
 from antefix.record import RecordKind
+from antefix.sampling import Sampling
 from antefix.store.client import RemoteStore
-from antefix.store.store_stats import StoreTotals, read_stats
+from antefix.store.store_stats import StoreTotals
 from antefix.tokenizer import Tokenizer, load_tokenizer
-from antefix.wire import Sampling
 from antefix_console.bare_model import Reference
 from antefix_console.commands.up import add_deployment_arguments, deployment_config
 from antefix_console.deployment import Deployment, DeploymentConfig
@@ -123,7 +123,7 @@ class Demo:
             pids += [process.process.pid for process in deployment.processes]
             self._say("all processes restarted on the same store")
             await self._ask(deployment, "after restart", self._document, FACTS[3])
-            stats = await read_stats(RemoteStore(deployment.one("kvstore").address))
+            stats = await RemoteStore(deployment.one("kvstore").address).stats()
         left = [pid for pid in pids if _is_running(pid)]
         # 3. The same prompts without any store.
         identical = await asyncio.to_thread(self._compare)

@@ -12,17 +12,19 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from antefix.v1 import router_pb2
 from antefix_console import shipped
+from antefix_console.progress_line import ProgressLine
 
 if TYPE_CHECKING:
+    from antefix.clients import RouterStatus
+    from antefix.model import Model
     from antefix.store.store_stats import StoreTotals
 
 PACKAGES = ("grpcio", "protobuf", "lmdb", "zstandard", "xxhash", "numpy", "redis")
@@ -65,14 +67,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    findings = [_python(), *_packages()]
-    if importlib.util.find_spec("torch") is not None:
-        findings += [*_arithmetic(args), _gpu()]
-    if args.router:
-        findings += _workers(args.router, findings)
-    findings += [_disk(args.data_dir), _open_files()]
-    findings += _store(args.store) if args.store else []
-    findings += _router(args.router) if args.router else []
+    with ProgressLine("checking this machine") as progress:
+        findings = [_python(), *_packages()]
+        if importlib.util.find_spec("torch") is not None:
+            progress.step("arithmetic")
+            findings += _arithmetic(args)
+            progress.step("GPU")
+            findings.append(_gpu())
+        if args.router:
+            progress.step("workers")
+            findings += _workers(args.router, findings)
+        progress.step("disk")
+        findings += [_disk(args.data_dir), _open_files()]
+        progress.step("services")
+        findings += _store(args.store) if args.store else []
+        findings += _router(args.router) if args.router else []
     failed = [finding for finding in findings if finding.status == "fail"]
     if args.json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
@@ -119,7 +128,9 @@ def _arithmetic(args: argparse.Namespace) -> list[Finding]:
         try:
             model = load_model(args.model, device=where, dtype=dtype)
         except AntefixError as err:
-            return [*findings, Finding(check="arithmetic", status="fail", detail=str(err), advice="see --model")]
+            return [*findings, Finding(check="model", status="fail", detail=str(err), advice="see --model")]
+        if where == "cpu":
+            findings += _model(model, args.model.name)
         kernels = "triton" if uses_triton("auto", model.layout, where) else "torch"
         measured = probe(model, reproducible=args.reproducible, kernels=kernels)
         detail = f"{measured.name}: {measured.num_proved} checks of {args.model.name} held on {measured.setup}"
@@ -128,6 +139,20 @@ def _arithmetic(args: argparse.Namespace) -> list[Finding]:
         findings += [Finding(check="exactness", status="warn", detail=text, advice=advice) for text in measured.failed]
         findings += [Finding(check="not proved", status="ok", detail=text) for text in measured.unproved]
     return findings
+
+
+def _model(model: Model, name: str) -> list[Finding]:
+    """What of the config is computed otherwise than by others, and how much of its KV a worker holds by default."""
+    from antefix_prefill.worker.engine import BLOCK_BYTES_MIN, EngineConfig, pool_block_bytes
+
+    (pool_bytes,) = (field.default for field in fields(EngineConfig) if field.name == "pool_bytes")
+    assert isinstance(pool_bytes, int)
+    num_blocks = pool_bytes // max(pool_block_bytes(model.layout), BLOCK_BYTES_MIN)
+    num_tokens = num_blocks * model.layout.geometry.block_size
+    detail = f"{name}: {num_tokens} tokens of KV fit into a worker's default pool on a CPU"
+    pool = Finding(check="model", status="ok" if num_blocks else "warn", detail=detail, advice="")
+    advice = "read docs/MODEL_CONFIGS.md before comparing with another implementation"
+    return [pool, *(Finding(check="model", status="warn", detail=note, advice=advice) for note in model.config.notes)]
 
 
 def _workers(router: str, found: list[Finding]) -> list[Finding]:
@@ -159,10 +184,11 @@ def _workers(router: str, found: list[Finding]) -> list[Finding]:
     return findings
 
 
-async def _status_of(router: str) -> router_pb2.RouterStatusResponse:
+async def _status_of(router: str) -> RouterStatus:
     from antefix.clients import RouterClient
 
-    return await RouterClient(router).status()
+    async with RouterClient(router) as client:
+        return await client.status()
 
 
 def _gpu() -> Finding:
@@ -197,12 +223,11 @@ def _disk(directory: Path | None) -> Finding:
 def _store(address: str) -> list[Finding]:
     """Whether a running store takes what it is given. Raises:  Unavailable: it does not answer."""
     from antefix.store.client import RemoteStore
-    from antefix.store.store_stats import read_stats
 
     async def ask() -> StoreTotals:
         store = RemoteStore(address)
         try:
-            return await read_stats(store)
+            return await store.stats()
         finally:
             await store.close()
 
@@ -230,9 +255,7 @@ def _store(address: str) -> list[Finding]:
 
 def _router(address: str) -> list[Finding]:
     """Whether what its requests compute is stored. Raises:  Unavailable: it does not answer."""
-    from antefix.clients import RouterClient
-
-    counters = asyncio.run(RouterClient(address).status()).counters
+    counters = asyncio.run(_status_of(address)).counters
     if not counters.unstored:
         return [Finding(check="requests stored", status="ok", detail="all that were computed")]
     detail = f"{counters.unstored} could not all be stored; the last: {counters.unstored_reason}"

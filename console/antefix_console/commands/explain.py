@@ -1,4 +1,4 @@
-"""`antefix explain`: why a prompt hits or misses, from the store's directory; no service needs to run."""
+"""`antefix explain`: why a prompt hits or misses, from the deployment's directory; no service needs to run."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ import argparse
 import asyncio
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from antefix.block import CPU_FLOAT32, Fingerprint, chain_of, check_arithmetic, differing_fields, exactness_of
+from antefix.cache_tenant import join_tenant, split_tenant
 from antefix.clients import PrefillClient, Tokens
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.client import RemoteStore
-from antefix.tokenizer import load_tokenizer
+from antefix.text_table import visible
 from antefix.window import RatePriors, Rates, RestorePlanner, Sizes, check_bounded, check_exactness
 from antefix.window_pool import DISK, check_address, open_window_pool
 from antefix.window_pool.open_pool import MEMORY
 from antefix_console import shipped
-from antefix_console.commands.prompt_text import given_text, read_text
+from antefix_console.commands import explain_requests
 from antefix_console.deployment import ARITHMETIC_FILE
 from antefix_console.explain.answer import Explanation, explain
 from antefix_console.explain.block_evidence import NamedChain, State, gather, holdings, statements
 from antefix_console.explain.text import lines
+from antefix_console.progress_line import ProgressLine
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
 # Exactness that a namespace may have had before; a miss is explained when the tokens are stored under one of these.
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the prompt; - reads stdin")
     prompt.add_argument("--tokens-file", type=Path, metavar="FILE", help="JSON list of token ids; - reads stdin")
+    explain_requests.add_arguments(parser, prompt)
     parser.add_argument("--data-dir", type=Path, help="of `antefix up`: has the store, the secret and the store's log")
     parser.add_argument("--store-dir", type=Path, help="the store's directory, where it is not in --data-dir")
     parser.add_argument("--secret-file", type=Path, help="the deployment's secret, where it is not in --data-dir")
@@ -77,16 +80,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     identity = identify(args.model)
-    tokens = _tokens(args)
+    secret = args.secret_file or (args.data_dir / "secret" if args.data_dir else None)
+    keyring = Keyring.from_file(secret) if secret is not None else None
+    if args.request_id is not None:
+        return explain_requests.explain_request(args, identity, keyring)
+    prompt = explain_requests.given_prompt(args, identity, keyring)
+    tokens = prompt.source.tokens
     if len(tokens) == 0:
         raise InvalidRequest("the prompt is empty")
     if int(tokens.max()) >= identity.vocab_size:
         raise InvalidRequest(f"token id {int(tokens.max())} is outside the vocabulary of {identity.vocab_size}")
-    explanation = _explain(args, identity, tokens)
+    if args.against is not None:
+        return explain_requests.compare_with(args, prompt, identity, keyring)
+    args.user = args.user or prompt.user
+    with ProgressLine("reading the store"):
+        explanation = _explain(args, identity, np.asarray(tokens))
     if args.json:
-        print(json.dumps(explanation.as_dict()))
+        print(json.dumps({**explanation.as_dict(), **prompt.facts}))
     else:
-        for line in lines(explanation):
+        for line in (*prompt.lines, *lines(explanation)):
             print(line)
     return 0
 
@@ -190,7 +202,7 @@ def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]
     for namespace in args.also_namespace:
         yield replace(mine, namespace=namespace), f"namespace {namespace}"
     for tenant in args.also_tenant:
-        yield replace(mine, tenant=_tenant(args, tenant)), f"tenant {tenant}" if tenant else "no tenant"
+        yield replace(mine, tenant=_tenant(args, tenant)), _shown_tenant(args, tenant)
     for directory in args.also_model:
         identity = identify(directory)
         if identity.geometry.block_size != mine.identity.geometry.block_size:
@@ -199,7 +211,13 @@ def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]
 
 
 def _tenant(args: argparse.Namespace, tenant: str) -> str:
-    return f"{tenant}\x1f{args.user}" if args.user else tenant
+    return join_tenant(tenant, args.user)
+
+
+def _shown_tenant(args: argparse.Namespace, tenant: str) -> str:
+    name, user = split_tenant(_tenant(args, tenant))
+    shown = f"tenant {name}" if name else "no tenant"
+    return visible(f"{shown}, user {user}" if user else shown)
 
 
 async def _pooled(args: argparse.Namespace, names: NamedChain, num_stored: int) -> tuple[tuple[int, ...] | None, str]:
@@ -250,18 +268,5 @@ def _priors(args: argparse.Namespace) -> RatePriors:
 
 async def _measured_rate(worker: str) -> float:
     # The client is made here: a channel belongs to the loop that is running then.
-    return (await PrefillClient(worker).status()).prefill_tokens_per_s
-
-
-def _tokens(args: argparse.Namespace) -> Tokens:
-    if args.tokens_file is not None:
-        try:
-            ids = json.loads(read_text(args.tokens_file))
-        except ValueError as err:
-            raise InvalidRequest(f"{args.tokens_file} is no JSON: {err}") from err
-        if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 1 << 32 for i in ids):
-            raise InvalidRequest("--tokens-file must hold a JSON list of token ids")
-        return np.array(ids, np.uint32)
-    text = given_text(args.prompt) if args.prompt is not None else read_text(args.prompt_file)
-    ids_of_text: Sequence[int] = load_tokenizer(args.model).encode(text)
-    return np.array(ids_of_text, np.uint32)
+    async with PrefillClient(worker) as client:
+        return (await client.status()).prefill_tokens_per_s

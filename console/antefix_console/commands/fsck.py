@@ -8,13 +8,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 from antefix_console.commands.inspect import plain
+from antefix_console.progress_line import ProgressLine
 from antefix_kvstore.check_store import fsck, render
-
-_REPORT_EVERY = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,14 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = fsck(args.directory, repair=args.repair, progress=_progress if sys.stderr.isatty() else None)
+    with ProgressLine("checking records") as progress:
+        report = fsck(args.directory, repair=args.repair, progress=progress.count)
     if args.json:
         print(json.dumps({**dataclasses.asdict(report), "sound": report.sound}, default=plain))
     else:
         print(render(report))
     return 0 if report.sound or args.repair else 1
-
-
-def _progress(num_done: int, num_all: int) -> None:
-    if num_done % _REPORT_EVERY == 0 or num_done == num_all:
-        print(f"\r{num_done} of {num_all} records", end="" if num_done < num_all else "\n", file=sys.stderr, flush=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from antefix.clients import Generated, RouterClient
 from antefix.errors import InvalidRequest
+from antefix.sampling import Sampling
 from antefix.tokenizer import load_tokenizer
-from antefix.wire import Sampling
 from antefix_console.commands.prompt_text import given_text, read_text
 from antefix_console.commands.up import add_deployment_arguments, deployment_config
 from antefix_console.deployment import Deployment
@@ -73,7 +73,8 @@ def _prompt(args: argparse.Namespace) -> str:
 @contextlib.asynccontextmanager
 async def _router(args: argparse.Namespace) -> AsyncIterator[RouterClient]:
     if args.router:
-        yield RouterClient(args.router)
+        async with RouterClient(args.router) as router:
+            yield router
         return
     with tempfile.TemporaryDirectory(prefix="antefix-") as scratch:
         print("starting services ...", file=sys.stderr, flush=True)

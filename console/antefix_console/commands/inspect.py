@@ -13,6 +13,7 @@ from antefix.config import require
 from antefix.errors import ConfigError
 from antefix.secret import Keyring
 from antefix.store_files.owners import KnownNames, Owners
+from antefix_console.progress_line import ProgressLine
 from antefix_kvstore.describe_store import NUM_LINES_MAX, inspect, render
 
 
@@ -34,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = inspect(args.directory, num_lines_max=args.lines, known=_known(args))
+    known = _known(args)
+    with ProgressLine("reading the index") as progress:
+        report = inspect(args.directory, num_lines_max=args.lines, known=known, progress=progress.count)
     print(json.dumps(dataclasses.asdict(report), default=plain) if args.json else render(report))
     return 0
 

@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from antefix.byte_size import parse_byte_size
 from antefix.errors import InvalidRequest
 from antefix.window import Strategy, parse
-from antefix.window.strategy import parse_bytes
 from antefix_console.commands import simulate_cluster as cluster_cli
+from antefix_console.progress_line import ProgressLine
 from antefix_simulate.breakeven import break_even, break_even_text
 from antefix_simulate.breakeven_plot import plot_break_even
 from antefix_simulate.generated_traces import SHAPES, generate
@@ -55,16 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategy",
         action="append",
         metavar="NAME",
-        help="full, periodic(TOKENS), boundary, auto, auto(budget=BYTES, ends=disk|pool), zero, or all "
+        help="full, periodic(TOKENS), boundary, auto, auto(budget=SIZE, ends=disk|pool), zero, or all "
         "(default all; may be given several times)",
     )
     parser.add_argument(
         "--store-bytes",
         action="append",
-        metavar="BYTES",
+        metavar="SIZE",
         help="the store's budget, such as 64GB (default endless; given several times, each is simulated)",
     )
-    parser.add_argument("--pool-bytes", metavar="BYTES", help="the window pool's budget (default endless)")
+    parser.add_argument("--pool-bytes", metavar="SIZE", help="the window pool's budget (default endless)")
     parser.add_argument("--no-replay", action="store_true", help="forbid exact replay: resume at checkpoints only")
     parser.add_argument("--model", default="v4-flash", help="v4-flash, v4-pro or a model directory (default v4-flash)")
     machine = Machine()
@@ -103,10 +104,10 @@ def run(args: argparse.Namespace) -> int:
     setup = Setup(sizes=sizes, machine=machine, card=_card(args), limits=StoreLimits(), replay=not args.no_replay)
     strategies = _strategies(args.strategy or ["all"])
     # 2. Each store size, each strategy.
-    pool_bytes = parse_bytes(args.pool_bytes) if args.pool_bytes else None
+    pool_bytes = parse_byte_size(args.pool_bytes) if args.pool_bytes else None
     simulations = []
     for text in args.store_bytes or [None]:
-        limits = StoreLimits(store_bytes=parse_bytes(text) if text else None, pool_bytes=pool_bytes)
+        limits = StoreLimits(store_bytes=parse_byte_size(text) if text else None, pool_bytes=pool_bytes)
         simulations.append(_compare(trace, strategies, replace(setup, limits=limits), args.model))
     # 3. Show it.
     if args.json:
@@ -122,9 +123,8 @@ def run(args: argparse.Namespace) -> int:
 def _compare(trace: Trace, strategies: Sequence[Strategy], setup: Setup, model: str) -> Simulation:
     results = []
     for strategy in strategies:
-        progress = _Progress(f"{strategy}")
-        results.append(simulate(trace, strategy, setup, progress))
-        progress.done()
+        with ProgressLine(f"{strategy}: requests") as progress:
+            results.append(simulate(trace, strategy, setup, progress.count))
     return Simulation(
         trace=trace.name,
         num_requests=len(trace.requests),
@@ -175,20 +175,3 @@ def _add_number(parser: argparse.ArgumentParser, flag: str, default: float | Non
 
 def _emit(text: str) -> None:
     sys.stdout.write(text + "\n")
-
-
-class _Progress:
-    """One line on standard error that is written over; silent where that is not a terminal."""
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._shown = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._shown:
-            sys.stderr.write(f"\r{self._label}: {done} of {total} requests ")
-            sys.stderr.flush()
-
-    def done(self) -> None:
-        if self._shown:
-            sys.stderr.write("\r\033[K")

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from antefix.byte_size import parse_byte_size
 from antefix.errors import InvalidRequest
 from antefix.window import Sizes, Strategy, parse
-from antefix.window.strategy import parse_bytes
+from antefix_console.progress_line import ProgressLine
 from antefix_simulate.baselines import ALL_POLICIES
 from antefix_simulate.cluster import Fleet, simulate_cluster
 from antefix_simulate.cluster_result import ClusterSimulation, PolicyResult, cluster_text
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fleet.add_argument("--no-store", action="store_true", help="no shared store: workers have their own memory only")
     fleet.add_argument("--no-coalesce", action="store_true", help="compute equal prefixes in flight more than once")
-    fleet.add_argument("--worker-memory", default="64GB", metavar="BYTES", help="of KV a prefill worker (default 64GB)")
+    fleet.add_argument("--worker-memory", default="64GB", metavar="SIZE", help="of KV a prefill worker (default 64GB)")
     fleet.add_argument("--unit-tokens", type=int, default=UNIT_TOKENS, metavar="N", help="resolution (default 512)")
     fleet.add_argument("--copies", type=int, default=1, metavar="N", help="of the trace, each with its own prompts")
     fleet.add_argument("--speedup", type=float, default=1.0, metavar="N", help="of the trace's clock")
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) 
     strategies = [parse(name) for name in args.strategy or ["auto"] if name != "all"]
     if len(strategies) != 1:
         raise InvalidRequest("a fleet is simulated with one --strategy (default auto)")
-    store_bytes = [parse_bytes(text) for text in args.store_bytes or []]
+    store_bytes = [parse_byte_size(text) for text in args.store_bytes or []]
     if len(store_bytes) > 1:
         raise InvalidRequest("a fleet is simulated with one --store-bytes")
     fleet = Fleet(
@@ -79,9 +80,9 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) 
         shared_store=not args.no_store,
         store=StoreLimits(
             store_bytes=store_bytes[0] if store_bytes else None,
-            pool_bytes=parse_bytes(args.pool_bytes) if args.pool_bytes else None,
+            pool_bytes=parse_byte_size(args.pool_bytes) if args.pool_bytes else None,
         ),
-        memory_bytes=parse_bytes(args.worker_memory),
+        memory_bytes=parse_byte_size(args.worker_memory),
         coalesce=not args.no_coalesce,
         kills=tuple(_kill(text) for text in args.kill or ()),
         joins=tuple(args.join or ()),
@@ -92,8 +93,6 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) 
     results = []
     for name in _policies(args.policy or ["all"]):
         results.append(_simulate(name, args, trace, sizes, fleet, strategies[0]))
-        if sys.stderr.isatty():
-            sys.stderr.write("\r\033[K")
     simulation = ClusterSimulation(
         trace=trace.name,
         num_requests=len(trace.requests) * args.copies,
@@ -158,21 +157,17 @@ def plot_cluster(simulation: ClusterSimulation, path: Path) -> None:
 def _simulate(
     name: str, args: argparse.Namespace, trace: Trace, sizes: Sizes, fleet: Fleet, strategy: Strategy
 ) -> PolicyResult:
-    def progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            sys.stderr.write(f"\r{name}: {done} of {total} requests ")
-            sys.stderr.flush()
-
-    return simulate_cluster(
-        copies(trace, args.copies, args.speedup),
-        total=len(trace.requests) * args.copies,
-        unit_tokens=trace.unit_tokens,
-        policy=name,
-        strategy=strategy,
-        sizes=sizes,
-        fleet=fleet,
-        progress=progress,
-    )
+    with ProgressLine(f"{name}: requests") as progress:
+        return simulate_cluster(
+            copies(trace, args.copies, args.speedup),
+            total=len(trace.requests) * args.copies,
+            unit_tokens=trace.unit_tokens,
+            policy=name,
+            strategy=strategy,
+            sizes=sizes,
+            fleet=fleet,
+            progress=progress.count,
+        )
 
 
 def _policies(names: list[str]) -> list[str]:

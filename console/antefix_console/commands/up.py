@@ -27,7 +27,7 @@ def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
         "--strategy",
         default="auto",
         metavar="NAME",
-        help="which checkpoints to leave: auto, auto(budget=BYTES, ends=disk|pool), boundary, periodic(TOKENS), full, "
+        help="which checkpoints to leave: auto, auto(budget=SIZE, ends=disk|pool), boundary, periodic(TOKENS), full, "
         "zero; or by namespace, as in 'agents=periodic(8192); auto' (default: auto)",
     )
     parser.add_argument("--device", default="cpu", help="torch device of the workers (default: cpu)")
@@ -91,6 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-aliases", default="", metavar="FILE", help="names that clients may use (deploy/model_aliases.toml)"
     )
     parser.add_argument(
+        "--prefix-rules",
+        default="",
+        metavar="FILE",
+        help="lines of system text to move behind the stable prefix (deploy/prefix_rules.toml), or off",
+    )
+    parser.add_argument(
         "--grace-s",
         type=float,
         default=GRACE_S,
@@ -133,6 +139,7 @@ def run(args: argparse.Namespace) -> int:
         tenants_file=args.tenants_file,
         chat_format=args.chat_format,
         model_aliases=args.model_aliases,
+        prefix_rules=args.prefix_rules,
         grace_s=args.grace_s,
     )
     return asyncio.run(_run(config, as_json=args.json))

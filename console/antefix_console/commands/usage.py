@@ -17,6 +17,7 @@ from antefix_billing.ledger_files import Settled, ledgers_of, read_settled, sour
 from antefix_billing.ratecard import load_cards
 from antefix_billing.receipt import Signer, check_receipt
 from antefix_billing.reconcile import verify_all
+from antefix_console.progress_line import ProgressLine
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -58,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         commands, "report", "tokens, money and savings by tenant, model and day", f"{ledger} --by tenant,day --json"
     )
     _add_source(sums)
-    sums.add_argument("--by", default=",".join(report.GROUPS), help="comma-separated, of tenant, model, day")
+    by_default = ",".join(report.GROUPS_BY_DEFAULT)
+    sums.add_argument("--by", default=by_default, help=f"comma-separated, of {', '.join(report.GROUPS)}")
     sums.add_argument("--json", action="store_true", help="print JSON instead of a table")
     sums.add_argument("--plot", type=Path, help="also draw tokens and money by day (SVG, PNG or PDF)")
 
@@ -136,7 +138,8 @@ def _settled(args: argparse.Namespace) -> Iterator[Settled]:
 def _export(args: argparse.Namespace) -> int:
     kind = ExportFormat(args.format)
     if args.output is not None:
-        num_records = write_export(_settled(args), kind, args.output)
+        with ProgressLine(f"writing {args.output}"):
+            num_records = write_export(_settled(args), kind, args.output)
     elif kind is ExportFormat.PARQUET:
         raise ConfigError("--format parquet needs --output FILE")
     else:
@@ -150,7 +153,8 @@ def _verify(args: argparse.Namespace) -> int:
     anchors = dict(_anchor(text, ledgers) for text in args.anchor)
     if args.store_log is not None and not args.store_log.is_dir():
         raise ConfigError(f"--store-log {args.store_log} is not a directory")
-    verdict = verify_all(ledgers, store_log=args.store_log, anchors=anchors)
+    with ProgressLine("reading the ledger"):
+        verdict = verify_all(ledgers, store_log=args.store_log, anchors=anchors)
     sys.stdout.write(verdict.to_json() + "\n")
     return 0 if verdict.ok else 1
 
@@ -171,7 +175,8 @@ def _anchor(text: str, ledgers: Sequence[Path]) -> tuple[bytes, tuple[int, str]]
 
 def _report(args: argparse.Namespace) -> int:
     by = tuple(name.strip() for name in args.by.split(",") if name.strip())
-    lines = report.summarize((item.record for item in _settled(args)), by)
+    with ProgressLine("reading the ledger"):
+        lines = report.summarize((item.record for item in _settled(args)), by)
     sys.stdout.write((report.as_json(lines, by) if args.json else report.as_text(lines, by)) + "\n")
     if args.plot is not None:
         report.plot((item.record for item in _settled(args)), args.plot)
@@ -185,12 +190,13 @@ def _receipt(args: argparse.Namespace) -> int:
         raise ConfigError(
             "issuing needs --ledger, --request-id and --key-file; checking needs --check and --public-key"
         )
-    found = [
-        (item, ledger)
-        for ledger in ledgers_of(args.ledger)
-        for item in read_settled(ledger)
-        if item.record.request_id == args.request_id
-    ]
+    with ProgressLine("reading the ledger"):
+        found = [
+            (item, ledger)
+            for ledger in ledgers_of(args.ledger)
+            for item in read_settled(ledger)
+            if item.record.request_id == args.request_id
+        ]
     if not found:
         raise ConfigError(f"no record of request {args.request_id}")
     settled, ledger = max(found, key=lambda pair: pair[0].record.finished_us)

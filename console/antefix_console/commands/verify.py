@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
+import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,38 +16,19 @@ from rich.console import Console
 from rich.table import Table
 
 from antefix.errors import InvalidRequest
-from antefix.layout import KVFormat
 from antefix.model.backend import KERNELS
 from antefix.store.api import Store
 from antefix.store.client import LocalStore
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
-from antefix_console.verify.models import PLANS, Subject, load_subject, random_subject
-from antefix_console.verify.suite import Backend, Coverage, Suite
+from antefix_console.progress_line import ProgressLine
+from antefix_console.verify.against import compare_workers
+from antefix_console.verify.models import PLANS
+from antefix_console.verify.selection import Selection, strategies_of
+from antefix_console.verify.setups import LONG_SETUPS, SHORT_SETUPS, check_setups
+from antefix_console.verify.suite import Backend, Suite
 from antefix_console.verify.verdict import Report, Tally
 
-_FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
-# Blocks have 12 to 128 tokens in the random models and 64 in the shipped one. Short ones are also decoded whole.
-# Nine blocks: an exact replay of the shipped model is seven long, so the last ones start inside the document.
-SHORT_SHIPPED = Coverage(
-    num_blocks=9, num_output_blocks=0, num_forks=1, num_handoffs=2, bounded_windows=(1,), every_pair=False, stride=4
-)
-SHORT_RANDOM = Coverage(
-    num_blocks=7, num_output_blocks=1, num_forks=1, num_handoffs=4, bounded_windows=(1, 2), every_pair=False
-)
-SHORT_LARGE_BLOCKS = Coverage(
-    num_blocks=3, num_output_blocks=0, num_forks=1, num_handoffs=3, bounded_windows=(1,), every_pair=False
-)
-LONG_SHIPPED = Coverage(
-    num_blocks=24, num_output_blocks=2, num_forks=4, num_handoffs=16, bounded_windows=(1, 2, 4), every_pair=True
-)
-LONG_RANDOM = Coverage(
-    num_blocks=24, num_output_blocks=3, num_forks=6, num_handoffs=32, bounded_windows=(1, 2, 4), every_pair=True
-)
-LONG_LARGE_BLOCKS = Coverage(
-    num_blocks=10, num_output_blocks=1, num_forks=4, num_handoffs=16, bounded_windows=(1, 2, 4), every_pair=True
-)
-_LARGE_BLOCK = 64
 FAILURES_SHOWN = 20
 
 
@@ -67,12 +48,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fast", action="store_true", help="on a card: the faster kernels, whose hits are equal within bounds only"
     )
     parser.add_argument("--plans", nargs="*", choices=PLANS, help="which random models (default: all)")
+    parser.add_argument("--drawn", type=int, metavar="N", help="so many models of random shapes (default: 2; long: 40)")
+    parser.add_argument("--seed", type=int, help="of the random shapes, prompts and cuts, to run a verification again")
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="HOST:PORT",
+        help="instead: ask workers of a running deployment the same prompts and compare their answers; addresses of at"
+        " least two workers, or of a router, which stands for all of its workers",
+    )
     parser.add_argument("--data-dir", type=Path, help="where the scratch store goes (default: a temporary directory)")
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    if args.seed is not None and args.seed < 0:
+        raise InvalidRequest(f"--seed must not be negative, is {args.seed}")
+    seed = secrets.randbelow(1 << 31) if args.seed is None else args.seed
+    if args.against:
+        return _run_against(args, seed)
     # The same bits as with any number of threads; on a busy machine one never waits for its other half.
     torch.set_num_threads(1)
     model = args.model or (shipped.MODEL if shipped.MODEL.is_dir() else None)
@@ -81,49 +76,46 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="antefix-verify-", dir=args.data_dir) as scratch:
         started = time.monotonic()
         backend = Backend(device=args.device, kernels=args.kernels, reproducible=not args.fast)
-        subjects = _subjects(model, args.long, args.device, tuple(PLANS) if args.plans is None else args.plans)
-        report = asyncio.run(_verify(subjects, backend, Path(scratch), _progress(args.long, started)))
-    seconds = time.monotonic() - started
+        selection = Selection(
+            model=model,
+            is_long=args.long,
+            device=args.device,
+            plans=tuple(PLANS) if args.plans is None else tuple(args.plans),
+            num_drawn=args.drawn,
+            seed=seed,
+        )
+        with ProgressLine("verifying", lines=args.long) as progress:
+            report = asyncio.run(_verify(selection, backend, Path(scratch), progress.step))
+    return _conclude(args, report, seed, time.monotonic() - started)
+
+
+def _run_against(args: argparse.Namespace, seed: int) -> int:
+    started = time.monotonic()
+    report = Report()
+    notes = asyncio.run(compare_workers(args.against, report, seed=seed))
+    return _conclude(args, report, seed, time.monotonic() - started, notes)
+
+
+def _conclude(args: argparse.Namespace, report: Report, seed: int, seconds: float, notes: Sequence[str] = ()) -> int:
     if args.json:
-        print(json.dumps(report.as_dict() | {"seconds": round(seconds, 2)}))
+        print(json.dumps(report.as_dict() | {"notes": list(notes), "seed": seed, "seconds": round(seconds, 2)}))
     else:
         _print(report, seconds)
+        for note in notes:
+            print(note)
+        print(f"seed {seed}: --seed {seed} runs the same prompts, cuts and random models again.")
     return 0 if report.ok else 1
 
 
-def strategies_of(subject: Subject) -> tuple[str, ...]:
-    return "full", f"periodic({3 * subject.block_size})", "boundary", "auto", "zero"
-
-
-async def _verify(
-    subjects: Iterator[tuple[Subject, Coverage]], backend: Backend, scratch: Path, progress: _Progress
-) -> Report:
+async def _verify(selection: Selection, backend: Backend, scratch: Path, progress: Callable[[str], None]) -> Report:
     report = Report()
-    async with _store_service(scratch) as store:
-        for subject, plan in subjects:
-            await Suite(subject, store, plan, report, progress, backend).run(strategies_of(subject))
+    async with _store_service(scratch) as store, asyncio.TaskGroup() as others:
+        if backend.device == "cpu":
+            # Other processes, so they compute while this one does.
+            others.create_task(check_setups(LONG_SETUPS if selection.is_long else SHORT_SETUPS, report))
+        for subject, plan in selection.subjects():
+            await Suite(subject, store, plan, report, progress, backend).run(strategies_of(subject, plan))
     return report
-
-
-def _subjects(
-    model: Path | None, is_long: bool, device: str, plans: Sequence[str]
-) -> Iterator[tuple[Subject, Coverage]]:
-    """Loaded as they are needed. Short: each plan in one format, the formats in turn; the model in the served one.
-
-    On a card all in FP8, the format that its kernels know.
-    """
-    formats = _FORMATS if device == "cpu" else _FORMATS[:1]
-    for number, plan in enumerate(plans):
-        which = number % len(formats)
-        for kv_format in formats if is_long else formats[which : which + 1]:
-            subject = random_subject(plan, kv_format, device=device)
-            if subject.block_size >= _LARGE_BLOCK:
-                yield subject, LONG_LARGE_BLOCKS if is_long else SHORT_LARGE_BLOCKS
-            else:
-                yield subject, LONG_RANDOM if is_long else SHORT_RANDOM
-    for kv_format in formats if is_long else formats[:1]:
-        if model is not None:
-            yield load_subject(model, kv_format, device=device), LONG_SHIPPED if is_long else SHORT_SHIPPED
 
 
 @asynccontextmanager
@@ -142,24 +134,8 @@ async def _store_service(scratch: Path) -> AsyncIterator[Store]:
         await deployment.stop()
 
 
-class _Progress:
-    """One line a step on stderr, or nothing."""
-
-    def __init__(self, shown: bool, started: float) -> None:
-        self._console = Console(stderr=True) if shown else None
-        self._started = started
-
-    def __call__(self, text: str) -> None:
-        if self._console is not None:
-            self._console.print(f"{time.monotonic() - self._started:7.1f} s  {text}", markup=False, highlight=False)
-
-
-def _progress(is_long: bool, started: float) -> _Progress:
-    return _Progress(is_long or sys.stderr.isatty(), started)
-
-
 def _print(report: Report, seconds: float) -> None:
-    table = Table(title="Cold against hit")
+    table = Table(title="Exactness")
     for column in ("strategy", "plan", "cases", "equal bits", "within bounds", "failed", "largest error"):
         is_text = column in ("strategy", "plan")
         table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)

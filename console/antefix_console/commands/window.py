@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
-from typing import Any
 
-from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Column, Table
 
-from antefix.clients import RouterClient, WindowClient
+from antefix.clients import RouterClient, WindowClient, WindowStatus
 from antefix.errors import InvalidRequest
-from antefix.v1 import window_pb2
 from antefix.window import parse
 
 
@@ -34,32 +32,29 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"--plans must not be negative, is {args.plans}")
     statuses = asyncio.run(_ask(args))
     if args.json:
-        print(json.dumps({"workers": {address: _plain(status) for address, status in statuses.items()}}))
+        print(json.dumps({"workers": {address: dataclasses.asdict(status) for address, status in statuses.items()}}))
     else:
         _print(statuses)
     return 0
 
 
-async def _ask(args: argparse.Namespace) -> dict[str, window_pb2.WindowStatusResponse]:
+async def _ask(args: argparse.Namespace) -> dict[str, WindowStatus]:
     """Switch first where that is asked for, so that what is shown is what is in force."""
     addresses = list(args.worker)
     if args.router:
-        status = await RouterClient(args.router).status()
+        async with RouterClient(args.router) as router:
+            status = await router.status()
         addresses += [worker.address for worker in status.workers if worker.address not in addresses]
     statuses = {}
     for address in addresses:
-        client = WindowClient(address)
-        if args.strategy:
-            await client.set_strategy(args.strategy)
-        statuses[address] = await client.status(num_plans_max=args.plans)
+        async with WindowClient(address) as client:
+            if args.strategy:
+                await client.set_strategy(args.strategy)
+            statuses[address] = await client.status(num_plans_max=args.plans)
     return statuses
 
 
-def _plain(status: window_pb2.WindowStatusResponse) -> dict[str, Any]:
-    return MessageToDict(status, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-
-
-def _print(statuses: dict[str, window_pb2.WindowStatusResponse]) -> None:
+def _print(statuses: dict[str, WindowStatus]) -> None:
     console = Console()
     for address, status in statuses.items():
         exactness = f"bounded({status.bounded_windows})" if status.bounded_windows else "exact"
@@ -73,7 +68,7 @@ def _print(statuses: dict[str, window_pb2.WindowStatusResponse]) -> None:
             console.print(_plans(status))
 
 
-def _kinds(status: window_pb2.WindowStatusResponse) -> Table:
+def _kinds(status: WindowStatus) -> Table:
     table = Table("plan", *_right("chosen", "predicted", "took", "mean error", "stated error"))
     for kind in status.kinds:
         if kind.num_plans:
@@ -88,7 +83,7 @@ def _kinds(status: window_pb2.WindowStatusResponse) -> Table:
     return table
 
 
-def _plans(status: window_pb2.WindowStatusResponse) -> Table:
+def _plans(status: WindowStatus) -> Table:
     table = Table("taken", *_right("prompt", "hit", "replayed", "predicted", "took", "cold was predicted"))
     for plan in status.plans:
         cold = next((way.predicted_s for way in plan.weighed if way.kind == "cold"), 0.0)

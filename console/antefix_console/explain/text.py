@@ -9,7 +9,7 @@ from antefix.window import Plan, PlanKind
 from antefix_console.explain.answer import Explanation
 from antefix_console.explain.block_evidence import BlockEvidence, State
 
-_ADVICE = {
+ADVICE = {
     "below_minimum": "nothing is wrong: the prompt is too short to be cached.",
     "first_seen": "nothing is wrong if this text is new. Else compare tenant, user, secret and the very text: one token"
     " that differs changes every block after it. --also-tenant NAME looks for it elsewhere.",
@@ -51,7 +51,7 @@ def lines(explanation: Explanation) -> Iterator[str]:
         yield f"Why the rest misses: {explanation.miss_reason}. {explanation.miss_detail}".rstrip(". ") + "."
         if explanation.absent_from:
             yield f"Nor are these tokens stored under {', '.join(explanation.absent_from)}."
-        yield f"What to do: {_ADVICE.get(explanation.miss_reason, 'see docs/OPERATIONS.md.')}"
+        yield f"What to do: {ADVICE.get(explanation.miss_reason, 'see docs/OPERATIONS.md.')}"
 
 
 def _verdict(explanation: Explanation) -> Iterator[str]:

@@ -6,6 +6,7 @@ Errors are relative to the largest absolute value of the same kind in the cold r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,9 @@ class Difference:
     where: str = ""
 
 
+IDENTICAL: Final = Difference(identical=True)
+
+
 def compare(cold: RunOutcome, hit: RunOutcome) -> Difference:
     """How `hit` differs from `cold`; outcomes of other lengths are as different as can be."""
     if cold.rows.shape != hit.rows.shape or cold.window.position != hit.window.position:
@@ -52,12 +56,12 @@ def compare(cold: RunOutcome, hit: RunOutcome) -> Difference:
     if cold.window.to_bytes() != hit.window.to_bytes():
         found += _windows_differ(cold.window, hit.window)
     differing = [difference for difference in found if not difference.identical]
-    return max(differing, key=lambda difference: difference.error, default=Difference(identical=True))
+    return max(differing, key=lambda difference: difference.error, default=IDENTICAL)
 
 
 def _largest(cold: Tensor, hit: Tensor, where: str) -> Difference:
     if torch.equal(cold, hit):
-        return Difference(identical=True)
+        return IDENTICAL
     # What is equal differs by nothing, infinite or not: the gates before the first group are.
     delta = torch.nan_to_num(torch.where(cold == hit, 0.0, (cold - hit).abs()), nan=float("inf"), posinf=float("inf"))
     largest = torch.where(cold.isfinite(), cold.abs(), 0.0).max().clamp(min=1e-30)

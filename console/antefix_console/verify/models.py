@@ -57,6 +57,23 @@ PLANS: Final[dict[str, dict[str, Any]]] = {
     },
     # Ratios that are no powers of two, HCA groups that are no multiple of CSA's, a window of five.
     "odd-ratios": {"layers": [_C, _H, _W], "ratios": (4, 6), "sliding_window": 5, "hc_mult": 2},
+    # CSA's overlap reaches further back than windows do, so that a replay must run for the overlap's sake.
+    "short-window": {"layers": [_C, _C, _C], "ratios": (4, 4), "sliding_window": 2},
+    "long-overlap": {"layers": [_C] * 5, "ratios": (16, 16), "sliding_window": 4},
+    # A query sees itself alone, and a replay runs for nothing but the overlap.
+    "window-of-one": {"layers": [_C, _H, _C], "ratios": (4, 4), "sliding_window": 1},
+    # Widths that fill no tile of any library of products, and streams that do not either.
+    "odd-sizes": {
+        "layers": [_W, _C, _H],
+        "ratios": (4, 16),
+        "sliding_window": 8,
+        "hidden_size": 100,
+        "n_routed_experts": 6,
+        "o_lora_rank": 9,
+        "hc_mult": 3,
+    },
+    # No global KV at all: blocks name tokens, and everything that is restored is window state.
+    "window-only": {"layers": [_W, _W, _W], "ratios": (4, 16), "sliding_window": 8},
 }
 
 
@@ -88,25 +105,35 @@ def random_subject(plan: str, kv_format: KVFormat, *, seed: int = 1, device: str
 
     Raises:  ConfigError: the device cannot be used here.
     """
-    check_device(device)
+    return make_subject(plan, config_of(plan), kv_format, seed=seed, device=device)
+
+
+def config_of(plan: str) -> dict[str, Any]:
+    """The config.json of one of PLANS."""
     fields = dict(PLANS[plan])
     layers, (csa, hca) = fields.pop("layers"), fields.pop("ratios")
-    config = ModelConfig.from_dict(
-        _SMALL
-        | fields
-        | {"layer_types": layers, "num_hidden_layers": len(layers), "compress_rates": {_C: csa, _H: hca}}
-    )
+    ratios = {_C: csa, _H: hca}
+    return _SMALL | fields | {"layer_types": layers, "num_hidden_layers": len(layers), "compress_rates": ratios}
+
+
+def make_subject(name: str, fields: dict[str, Any], kv_format: KVFormat, *, seed: int, device: str = "cpu") -> Subject:
+    """A random model of a config.
+
+    Raises:  ConfigError: the device cannot be used here.  InvalidRequest: the config is no model.
+    """
+    check_device(device)
+    config = ModelConfig.from_dict(fields)
     model = Model(config, kv_format=kv_format).requires_grad_(False).eval()
     _randomize(model, seed)
     identity = ModelIdentity(
-        path=Path(plan),
+        path=Path(name),
         geometry=config.geometry,
-        weights_revision=f"random-{plan}-{seed}",
+        weights_revision=f"random-{name}-{seed}",
         tokenizer_revision="",
         vocab_size=config.vocab_size,
         max_tokens=config.max_position_embeddings,
     )
-    return Subject(name=plan, identity=identity, model=model.to(device))
+    return Subject(name=name, identity=identity, model=model.to(device))
 
 
 def _randomize(model: Model, seed: int) -> None:

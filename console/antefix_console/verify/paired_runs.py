@@ -34,8 +34,8 @@ _SECRET = b"antefix verify: names only"
 class FixedPlanner(RestorePlanner):
     """Takes the best plan of one kind, whatever it costs; cold where there is none of that kind."""
 
-    def __init__(self, sizes: Sizes, kind: PlanKind) -> None:
-        super().__init__(sizes, Rates())
+    def __init__(self, sizes: Sizes, kind: PlanKind, *, align_tokens: int = 1) -> None:
+        super().__init__(sizes, Rates(), align_tokens=align_tokens)
         self._kind = kind
 
     def plan(self, stored: StoredPrefix) -> Decision:

@@ -1,12 +1,15 @@
-"""Stores for verification: nothing, a dictionary, and a store of which only a prefix can be seen."""
+"""Stores for verification: one that holds nothing, a dictionary, and one of which only a prefix can be seen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 
+from antefix.events.block_events import BlockEvent
+from antefix.events.numbered_log import Batch, Cursor
 from antefix.layout import BlockLayout
-from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind
+from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind, RecordName
 from antefix.store.api import Store
+from antefix.store.store_stats import StoreTotals
 
 
 class EmptyStore:
@@ -32,24 +35,36 @@ class EmptyStore:
     async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
         pass
 
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
+        return 0
+
+    async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
+        return 0
+
+    async def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
+        yield Batch(cursor=Cursor(epoch=b"empty"), snapshot=True, snapshot_begins=True, snapshot_ends=True)
+
+    async def stats(self) -> StoreTotals:
+        return StoreTotals()
+
     async def close(self) -> None:
         pass
 
 
 class MemoryStore(EmptyStore):
-    """What `antefix.store.api.Store` promises, in a dictionary, for runs without a store service."""
+    """Keeps records by kind, fingerprint and hash, for runs without a store service."""
 
     def __init__(self) -> None:
-        self._payloads: dict[tuple[RecordKind, bytes, bytes], bytes] = {}
+        self.payloads: dict[tuple[RecordKind, bytes, bytes], bytes] = {}
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         num_blocks = 0
-        while num_blocks < len(chain) and (RecordKind.BLOCK, fingerprint, chain[num_blocks]) in self._payloads:
+        while num_blocks < len(chain) and (RecordKind.BLOCK, fingerprint, chain[num_blocks]) in self.payloads:
             num_blocks += 1
         checkpoints = (
             number
             for number in range(1, num_blocks + 1)
-            if (RecordKind.CHECKPOINT, fingerprint, chain[number - 1]) in self._payloads
+            if (RecordKind.CHECKPOINT, fingerprint, chain[number - 1]) in self.payloads
         )
         return LookupResult(num_blocks=num_blocks, checkpoints=tuple(checkpoints))
 
@@ -57,25 +72,25 @@ class MemoryStore(EmptyStore):
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> int:
         for number, (name, row) in enumerate(zip(hashes, into, strict=True)):
-            payload = self._payloads.get((RecordKind.BLOCK, fingerprint, name))
+            payload = self.payloads.get((RecordKind.BLOCK, fingerprint, name))
             if payload is None:
                 return number
             row[:] = payload
         return len(hashes)
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
-        return self._payloads.get((kind, fingerprint, hash))
+        return self.payloads.get((kind, fingerprint, hash))
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         num_existing = 0
         for record in records:
             name = (record.kind, record.fingerprint, record.hash)
-            num_existing += name in self._payloads
-            self._payloads.setdefault(name, bytes(record.payload))
+            num_existing += name in self.payloads
+            self.payloads.setdefault(name, bytes(record.payload))
         return PutResult(num_stored=len(records) - num_existing, num_existing=num_existing)
 
 
-class PrefixView:
+class PrefixView(EmptyStore):
     """A store whose later blocks were evicted, which goes from the end of a chain: only `num_blocks` can be seen.
 
     Notes which blocks were put, by the tokens before their end.
@@ -92,9 +107,6 @@ class PrefixView:
         checkpoints = tuple(block for block in found.checkpoints if block <= num_blocks)
         return LookupResult(num_blocks=num_blocks, checkpoints=checkpoints)
 
-    async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
-        return BlockFate(fate=Fate.UNKNOWN)
-
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> int:
@@ -110,6 +122,3 @@ class PrefixView:
 
     async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
         await self._store.register(fingerprint, layout, statement=statement)
-
-    async def close(self) -> None:
-        pass

@@ -6,17 +6,22 @@
    store shows a prefix that ends there, as it would after evicting the rest.
 3. Prompts that leave the conversation at random tokens are run cold and hit, the second time under `auto`'s fork.
 4. Once a model: handoffs at random positions, adopted by another worker that runs a token more.
-5. On a card: a prompt there against the same prompt on the CPU.
+5. Once a model: prompts cut at any row and run among others (cuts), through one small pool (worker_checks), as whole
+   requests to a decode worker (served); other names and foreign handoffs; ties; reproducible mode; known answers.
+6. On a card: a prompt there against the same prompt on the CPU.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
 from antefix.clients import Tokens
+from antefix.layout import KVFormat
 from antefix.model import probe
 from antefix.model.backend import uses_triton
 from antefix.record import LookupResult
@@ -24,6 +29,8 @@ from antefix.store.api import Store
 from antefix.window import PlanKind
 from antefix_console.verify.card import against_cpu
 from antefix_console.verify.compare import Difference, RunOutcome, compare
+from antefix_console.verify.cuts import check_cuts
+from antefix_console.verify.known_answers import check_answer
 from antefix_console.verify.models import Subject
 from antefix_console.verify.paired_runs import (
     RestoredRun,
@@ -35,10 +42,21 @@ from antefix_console.verify.paired_runs import (
     run,
     run_cold,
 )
+from antefix_console.verify.reproducible_mode import check_aligned
+from antefix_console.verify.served import check_served
 from antefix_console.verify.stores import PrefixView
-from antefix_console.verify.verdict import Case, Report
+from antefix_console.verify.ties import check_ties
+from antefix_console.verify.verdict import Cases, Report
+from antefix_console.verify.worker_checks import (
+    any_tokens,
+    check_fingerprints,
+    check_foreign_handoff,
+    check_names,
+    check_reused_rows,
+)
 from antefix_prefill.worker.compute_thread import ComputeThread
-from antefix_prefill.worker.engine import ignores_shapes
+
+log = logging.getLogger("antefix.verify")
 
 # Relative errors that are accepted where a machine's arithmetic depends on shapes (`antefix doctor` says so). Float32
 # differs in its last bits there; a rounding that tips over moves a value by up to an eighth in FP8 and, where
@@ -52,6 +70,10 @@ BOUNDED_BOUND = 2.0
 CPU_BOUND = {"float32": 1e-3, "float64": 1e-9, "fp8": 5e-2}
 # Output of a conversation that need not be whole blocks.
 SHORT_OUTPUT_TOKENS = 8
+# Of each answer in whole requests: enough to pass a boundary of a small model's blocks.
+SERVED_TOKENS = 6
+# Blocks of so many tokens are long prompts already: there is less of everything.
+LARGE_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +100,8 @@ class Coverage:
         depend on the strategy, so they are run at every boundary under `zero` and at the last one elsewhere; a
         checkpoint is resumed from once; forks are run under `auto`, which alone looks at them; only there are whole
         blocks decoded, elsewhere the output just passes a boundary; cold is run under `auto` and `zero`.
+    num_cuts, num_batches: ways to cut one prompt, and batches that it is run in.  num_served: whole requests at once.
+    is_extreme: strategies show nothing new here; only checkpoints at every block, and none, are tried.
     num_output_blocks: 0 for just past a boundary.  stride: of the boundaries that are hit; the last one always is.
     """
 
@@ -87,9 +111,19 @@ class Coverage:
     num_handoffs: int
     bounded_windows: Sequence[int]
     every_pair: bool
+    num_cuts: int = 0
+    num_batches: int = 0
+    num_served: int = 0
+    is_extreme: bool = False
     stride: int = 1
     prefill_chunk: int = 256
     seed: int = 0
+
+
+PARTS: Final = (
+    *("arithmetic", "conversations", "handoffs", "cuts", "rows", "served", "names", "ties", "answers"),
+    "reproducible",
+)
 
 
 class Suite:
@@ -107,34 +141,87 @@ class Suite:
         self._subject = subject
         self._store = store
         self._plan = plan
-        self._report = report
         self._progress = progress
         self._random = np.random.default_rng(plan.seed)
         self._cold: tuple[bytes, RunOutcome] | None = None
         self._workers = WorkerPair(
             subject, ComputeThread("verify"), plan.prefill_chunk, backend.kernels, backend.reproducible
         )
-        is_free = ignores_shapes(
-            probe(subject.model), backend.device, reproducible_kernels=backend.is_invariant(subject)
-        )
+        self._cases = Cases(report=report, subject=subject.name, kv_format=subject.kv_format.value)
+        # On a CPU every bit is demanded, whatever a probe found: there is no bound that hits may be off by.
+        is_free = backend.device == "cpu" or backend.is_invariant(subject)
         self._exact_bound = 0.0 if is_free else SHAPE_BOUND[subject.kv_format.value]
 
-    async def run(self, strategies: Sequence[str]) -> None:
+    async def run(self, strategies: Sequence[str], parts: Sequence[str] = PARTS) -> None:
+        """parts: of PARTS, which to run."""
         try:
             # It ends three tokens before a boundary, so that a few tokens of output pass it.
             document = self._tokens(self._plan.num_blocks * self._subject.block_size - 3)
             self._question = self._tokens(self._subject.block_size // 2 + 1)
-            for strategy in strategies:
-                self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, {strategy}")
-                await self._conversation(strategy, document, bounded_windows=0)
-            for windows in self._plan.bounded_windows:
-                self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, bounded replay of {windows}")
-                await self._conversation("zero", document, bounded_windows=windows)
-            await self._handoffs(document)
-            if self._subject.model.device.type != "cpu":
+            for part in parts:
+                try:
+                    await self._run_part(part, document, strategies)
+                except Exception as err:
+                    # What crashes is wrong as well, and the other parts may say more about it.
+                    log.debug("%s failed", part, exc_info=True)
+                    self._cases.add(part, "crashed", 0, problem=f"{part}: {type(err).__name__}: {err}")
+            if "answers" in parts and self._subject.model.device.type != "cpu":
                 self._against_cpu(document)
         finally:
             self._workers.compute.close()
+
+    async def _run_part(self, part: str, document: Tokens, strategies: Sequence[str]) -> None:
+        self._tell(part)
+        size, workers, cases, bound = self._subject.block_size, self._workers, self._cases, self._exact_bound
+        match part:
+            case "arithmetic":
+                self._arithmetic()
+            case "conversations":
+                await self._conversations(document, strategies)
+            case "handoffs":
+                await self._handoffs(document)
+                foreign = self._tokens(size + 1)
+                await check_foreign_handoff(workers, self._store, document[: size + 1], foreign, cases)
+            case "cuts":
+                # Three blocks are enough to show what depends on a row's place, and at least two tiles of rows.
+                tokens = self._tokens(min(max(3 * size + 3, 40), 2 * LARGE_BLOCK))
+                ways = {"num_cuts": self._plan.num_cuts, "num_batches": self._plan.num_batches}
+                check_cuts(workers, tokens, self._random, cases, **ways, bound=bound)
+            case "rows" if self._plan.num_served:
+                prompts = [self._tokens(blocks * size + rest) for blocks, rest in ((3, 1), (2, size - 1), (3, 2))]
+                await check_reused_rows(workers, prompts, cases, bound=bound)
+            case "served" if self._plan.num_served and not bound:
+                prompts = [self._tokens(int(n)) for n in self._random.integers(1, 3 * size, self._plan.num_served)]
+                await check_served(workers, prompts, cases, num_tokens=min(size + 3, SERVED_TOKENS))
+            case "names":
+                await check_names(workers, self._store, document, strategies, cases)
+                check_fingerprints(workers, cases)
+            case "ties":
+                num_entries = self._subject.model.config.index_topk + 2
+                check_ties(workers, self._tokens(num_entries * self._subject.identity.geometry.csa_ratio), cases)
+            case "answers" if self._subject.model.device.type == "cpu":
+                check_answer(self._subject, self._cases.report)
+            case "reproducible" if self._can_simulate_shapes:
+                history = self._tokens(3 * size + 1)
+                await check_aligned(workers, history, np.concatenate((history, self._tokens(4 * size))), cases)
+
+    @property
+    def _can_simulate_shapes(self) -> bool:
+        """Rounding to FP8 would swallow what the simulated machine adds."""
+        if self._subject.model.device.type != "cpu" or self._subject.kv_format is not KVFormat.FLOAT32:
+            return False
+        return self._subject.block_size < LARGE_BLOCK and (self._plan.every_pair or not self._plan.is_extreme)
+
+    def _tell(self, what: str) -> None:
+        self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, {what}")
+
+    async def _conversations(self, document: Tokens, strategies: Sequence[str]) -> None:
+        for strategy in strategies:
+            self._tell(strategy)
+            await self._conversation(strategy, document, bounded_windows=0)
+        for windows in self._plan.bounded_windows:
+            self._tell(f"bounded replay of {windows}")
+            await self._conversation("zero", document, bounded_windows=windows)
 
     async def _conversation(self, strategy: str, document: Tokens, *, bounded_windows: int) -> None:
         # 1. One turn, stored as the strategy says.
@@ -215,7 +302,6 @@ class Suite:
             await run(self._workers.new(self._store, len(turn), strategy=strategy, kind=PlanKind.REPLAY), turn)
 
     async def _handoffs(self, document: Tokens) -> None:
-        self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, handoffs")
         async for position in self._positions(len(document)):
             tokens, next_token = document[:position], int(document[position])
             cold = await cold_and_one_more(self._workers, tokens, next_token)
@@ -225,21 +311,19 @@ class Suite:
             difference = compare(cold, restored.outcome)
             self._add("handoff", restored, position, difference, bound=self._exact_bound, problem=problem)
 
+    def _arithmetic(self) -> None:
+        """What a worker asks at its start: do the products of this model mind a row's place?"""
+        if self._subject.model.device.type != "cpu":
+            return
+        measured = probe(self._subject.model)
+        for text in measured.failed:
+            self._cases.add("arithmetic", "probe", 0, problem=f"arithmetic: {text}")
+        self._cases.add("arithmetic", "probe", 0, problem="" if measured.num_proved else "the probe checked nothing")
+
     def _against_cpu(self, document: Tokens) -> None:
-        self._progress(f"{self._subject.name}/{self._subject.kv_format.value}, card against CPU")
+        self._tell("card against CPU")
         bound = CPU_BOUND[self._subject.kv_format.value]
-        self._report.add(
-            Case(
-                strategy="card against CPU",
-                plan="cold",
-                subject=self._subject.name,
-                kv_format=self._subject.kv_format.value,
-                hit_tokens=0,
-                prompt_tokens=len(document),
-                bound=bound,
-                difference=against_cpu(self._workers, document),
-            )
-        )
+        self._cases.add("card against CPU", "cold", len(document), against_cpu(self._workers, document), bound=bound)
 
     async def _positions(self, num_tokens: int) -> AsyncIterator[int]:
         """A block boundary, its neighbours, and random positions."""
@@ -250,8 +334,7 @@ class Suite:
             yield position
 
     def _tokens(self, num_tokens: int) -> Tokens:
-        # Ids below 61 exist in every model here; the shipped one's special tokens lie above.
-        return self._random.integers(0, min(self._subject.identity.vocab_size, 256), num_tokens).astype(np.uint32)
+        return any_tokens(self._random, self._subject.identity.vocab_size, num_tokens)
 
     def _add(
         self,
@@ -263,18 +346,9 @@ class Suite:
         bound: float,
         problem: str,
     ) -> None:
-        self._report.add(
-            Case(
-                strategy="periodic(p)" if strategy.startswith("periodic") else strategy,
-                plan=restored.plan,
-                subject=self._subject.name,
-                kv_format=self._subject.kv_format.value,
-                hit_tokens=restored.hit_tokens,
-                prompt_tokens=num_tokens,
-                bound=bound,
-                difference=difference,
-                problem=problem,
-            )
+        label = "periodic(p)" if strategy.startswith("periodic") else strategy
+        self._cases.add(
+            label, restored.plan, num_tokens, difference, hit_tokens=restored.hit_tokens, bound=bound, problem=problem
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from antefix_console.verify.compare import Difference
+from antefix_console.verify.compare import IDENTICAL, Difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +35,40 @@ class Case:
     def place(self) -> str:
         prompt = f"{self.subject}/{self.kv_format}, {self.plan}, {self.hit_tokens} of {self.prompt_tokens} tokens hit"
         return f"{self.problem or self.difference.where} ({prompt})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cases:
+    """Adds cases of one subject to a report."""
+
+    report: Report
+    subject: str
+    kv_format: str
+
+    def add(
+        self,
+        strategy: str,
+        plan: str,
+        num_tokens: int,
+        difference: Difference = IDENTICAL,
+        *,
+        hit_tokens: int = 0,
+        bound: float = 0.0,
+        problem: str = "",
+    ) -> None:
+        self.report.add(
+            Case(
+                strategy=strategy,
+                plan=plan,
+                subject=self.subject,
+                kv_format=self.kv_format,
+                hit_tokens=hit_tokens,
+                prompt_tokens=num_tokens,
+                bound=bound,
+                difference=difference,
+                problem=problem,
+            )
+        )
 
 
 @dataclass(slots=True)

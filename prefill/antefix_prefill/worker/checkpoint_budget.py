@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
 from collections.abc import Awaitable, Callable
 
 from antefix.errors import AntefixError
 from antefix.record import RecordKind
-from antefix.store.api import Store
-from antefix.store.client import LocalStore, RemoteStore
-from antefix.store.store_stats import StoreTotals, read_stats
+from antefix.store.store_stats import StoreTotals
 from antefix.window import BudgetState, Turnover
 
 # The count decides whether another sparse checkpoint is worth its bytes: seconds old is soon enough.
@@ -68,9 +65,3 @@ class CheckpointBudget:
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
-
-
-def counter_of(store: Store) -> Callable[[], Awaitable[StoreTotals]] | None:
-    """What asks this store for its numbers; None where it cannot be asked."""
-    remote = store.remote if isinstance(store, LocalStore) else store
-    return functools.partial(read_stats, remote) if isinstance(remote, RemoteStore) else None

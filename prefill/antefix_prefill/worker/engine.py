@@ -22,7 +22,7 @@ from antefix.store_files.seal import Seals
 from antefix.window import Rates, RestorePlanner, Sizes, Strategies, Strategy, check_bounded, in_force
 from antefix.window_pool import DISK, WindowPool, open_window_pool
 from antefix.window_settings import check_window_settings
-from antefix_prefill.worker.checkpoint_budget import CheckpointBudget, counter_of
+from antefix_prefill.worker.checkpoint_budget import CheckpointBudget
 from antefix_prefill.worker.compute_thread import ComputeThread
 from antefix_prefill.worker.plan_log import PlanLog
 from antefix_prefill.worker.resident_blocks import ResidentBlocks
@@ -105,9 +105,9 @@ class Engine:
         every block that it reads or writes is named as approximate, whether it is or not.
     align_tokens: 1, or in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
     ops: the cache path's operations; they belong to the pool's kind.
-    labels, statement: of the fingerprint.  seals: with which every record is written.
     arithmetic: what was measured here; its name is that of the KV that this worker takes for its own.
     borrows: it computes another arithmetic than that of the KV that it reads, so it writes none under these names.
+    labels, statement: of the fingerprint.  seals: with which every record is written.
     """
 
     identity: ModelIdentity
@@ -129,10 +129,10 @@ class Engine:
     plans: PlanLog = field(default_factory=PlanLog)
     namespace: str = "default"
     ops: Ops = field(default_factory=TorchOps)
-    labels: Labels = NO_LABELS
-    statement: bytes = b""
     arithmetic: Arithmetic = NOT_PROBED
     borrows: bool = False
+    labels: Labels = NO_LABELS
+    statement: bytes = b""
     seals: Seals = field(init=False)
 
     def __post_init__(self) -> None:
@@ -224,11 +224,14 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
     measured = _measure(model, config, packed=packed)
     free = ignores_shapes(measured, config.device, reproducible_kernels=packed and config.reproducible)
     align_tokens = config.prefill_chunk if config.reproducible and not free else 1
-    own = measured.name
-    fingerprint = _fingerprint(identity, config, config.arithmetic or own)
-    borrows = fingerprint.digest != _fingerprint(identity, config, own).digest
+    fingerprint = _fingerprint(identity, config, config.arithmetic or measured.name)
+    borrows = fingerprint.arithmetic != measured.name
     if borrows:
-        log.warning("this worker computes %s and takes KV of %s for its own: it stores nothing", own, config.arithmetic)
+        log.warning(
+            "this worker computes %s and takes KV of %s for its own: it stores nothing",
+            measured.name,
+            config.arithmetic,
+        )
     secrets = keyring or Keyring.from_file(config.secret_file)
     return Engine(
         identity=identity,
@@ -249,10 +252,10 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
         window_pool=open_window_pool(
             config.window_pool, store, bytes_max=config.window_pool_bytes, seals=Seals(secrets)
         ),
-        budget=CheckpointBudget(counter_of(store)),
+        budget=CheckpointBudget(store.stats),
         namespace=config.namespace,
         ops=ops,
-        arithmetic=replace(measured, name=config.arithmetic or own),
+        arithmetic=replace(measured, name=fingerprint.arithmetic),
         borrows=borrows,
     )
 

@@ -1,18 +1,18 @@
-"""MemoryService: a worker's memory, told to routers that ask. Protobuf stops here."""
+"""MemoryService: a worker's memory, told to routers that ask."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import grpc
 
 from antefix import rpc
-from antefix.events import MemoryEvent, MemoryLog
+from antefix.events.block_events import BlockEvent
+from antefix.events.event_wire import memory_response
+from antefix.events.memory_log import MemoryLog
+from antefix.events.numbered_log import Batch, Cursor, watch_log
 from antefix.v1 import memory_pb2, memory_pb2_grpc
-
-# Events in one message; more are sent in the next.
-_EVENTS_MAX = 256
 
 
 class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
@@ -25,43 +25,15 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         self, request: memory_pb2.WatchMemoryRequest, context: rpc.Context
     ) -> AsyncIterator[memory_pb2.WatchMemoryResponse]:
         """Events from a cursor, a snapshot before them where the cursor is unknown or too old."""
-        log, changed = self._log, asyncio.Event()
-        epoch, number = request.epoch, request.after
-        unlisten = log.listen(changed.set)
-        try:
-            while True:
-                changed.clear()
-                found = None if request.snapshot_only else log.since(epoch, number)
-                if found is None:
-                    for piece in log.snapshot():
-                        epoch, number = piece.epoch, piece.number
-                        yield _response(epoch, number, piece.events, snapshot=True, snapshot_end=piece.snapshot_ends)
-                    if request.snapshot_only:
-                        return
-                elif found:
-                    part = found[:_EVENTS_MAX]
-                    number = part[-1].number
-                    yield _response(epoch, number, part)
-                else:
-                    await changed.wait()
-        finally:
-            unlisten()
+        cursor = Cursor(epoch=request.epoch, number=request.after)
+        async with contextlib.aclosing(watch_log(self._log, cursor, self._snapshot)) as batches:
+            async for batch in batches:
+                yield memory_response(batch)
+
+    async def _snapshot(self) -> AsyncGenerator[Batch[BlockEvent], None]:
+        for piece in self._log.snapshot():
+            yield piece
 
 
 def add_memory_service(log: MemoryLog, server: grpc.aio.Server) -> None:
     memory_pb2_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(log), server)
-
-
-def _response(
-    epoch: bytes, number: int, events: Sequence[MemoryEvent], *, snapshot: bool = False, snapshot_end: bool = False
-) -> memory_pb2.WatchMemoryResponse:
-    return memory_pb2.WatchMemoryResponse(
-        epoch=epoch,
-        number=number,
-        snapshot=snapshot,
-        snapshot_end=snapshot_end,
-        events=[
-            memory_pb2.MemoryEvent(kind=event.kind.value, keys=event.keys)  # type: ignore[arg-type]
-            for event in events
-        ],
-    )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from antefix.errors import Overloaded
-from antefix.events import MemoryLog
+from antefix.events.memory_log import MemoryLog
 
 
 class Pool(Protocol):
@@ -66,11 +66,6 @@ class ResidentBlocks:
             self._idle.pop(block_id, None)
             taken.append(block_id)
         return taken
-
-    def retain(self, block_ids: Sequence[int]) -> None:
-        """One more use of blocks that are in use already."""
-        for block_id in block_ids:
-            self._refs[block_id] += 1
 
     def allocate(self, num_blocks: int, *, after: int | None = None) -> list[int]:
         """Private blocks, evicting idle ones where the pool is full; next to block `after` if that can be had.

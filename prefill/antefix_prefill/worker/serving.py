@@ -13,7 +13,7 @@ from google.protobuf.descriptor import FileDescriptor
 from antefix import rpc
 from antefix.config import grace_setting, require, setting
 from antefix.events.address import check_url
-from antefix.events.redis_bus import MemoryPublisher
+from antefix.events.redis_stream import StreamPublisher, memory_stream
 from antefix.secret import Keyring
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.store_files.record_format import STORE_FILE
@@ -90,7 +90,9 @@ async def serve_worker(
         arithmetic=engine.arithmetic.name,
         setup=engine.arithmetic.setup,
     )
-    async with lease, MemoryPublisher(config.events_redis, engine.blocks.events, server.address):
+    stream = memory_stream(server.address)
+    events = StreamPublisher(config.events_redis, engine.blocks.events, stream, server.address)
+    async with lease, events:
         await rpc.run_until_signal(
             server, role=role, stop=stop, watch_stdin=watch_stdin, leave=lease.end, grace_s=config.grace_s
         )

@@ -43,6 +43,10 @@ class _Kept:
     said: bytes | None
 
     @property
+    def tokens(self) -> list[int]:
+        return np.frombuffer(self.packed, "<u4").tolist()  # type: ignore[no-any-return]
+
+    @property
     def cost(self) -> int:
         return _cost(len(self.packed), num_names=1 + (self.said is not None))
 
@@ -61,12 +65,23 @@ class AnswerMemory:
 
     def put(self, before: Sequence[int], message: Message, tokens: Sequence[int], *, tenant: str) -> None:
         """Remember that after `before` (the prompt) the model wrote `tokens`, which the client saw as `message`."""
-        if not tokens or _cost(4 * len(tokens), num_names=2) > self._num_tokens_max:
-            return
         prefix = prefix_state(tenant, before)
-        name = answer_name(prefix, message)
         said = answer_name(prefix, replace(message, reasoning="")) if message.reasoning else None
+        self._keep(answer_name(prefix, message), tokens, said)
+
+    def keep_aside(self, name: bytes, tokens: Sequence[int]) -> None:
+        """Remember tokens by a name of `aside_name`."""
+        self._keep(name, tokens, None)
+
+    def aside(self, name: bytes) -> list[int] | None:
+        with self._lock:
+            kept = self._touched(name)
+        return None if kept is None else kept.tokens
+
+    def _keep(self, name: bytes, tokens: Sequence[int], said: bytes | None) -> None:
         kept = _Kept(packed=np.asarray(tokens, "<u4").tobytes(), said=said)
+        if not tokens or kept.cost > self._num_tokens_max:
+            return
         with self._lock:
             self._drop(name)
             self._answers[name] = kept
@@ -82,11 +97,14 @@ class AnswerMemory:
         with self._lock:
             if is_restored := name not in self._answers and not message.reasoning:
                 name = self._said.get(name, name)
-            kept = self._answers.get(name)
-            if kept is None:
-                return None
+            kept = self._touched(name)
+        return None if kept is None else Found(tokens=kept.tokens, is_restored=is_restored)
+
+    def _touched(self, name: bytes) -> _Kept | None:
+        kept = self._answers.get(name)
+        if kept is not None:
             self._answers.move_to_end(name)
-        return Found(tokens=np.frombuffer(kept.packed, "<u4").tolist(), is_restored=is_restored)
+        return kept
 
     def _drop(self, name: bytes) -> None:
         kept = self._answers.pop(name, None)
@@ -107,6 +125,13 @@ def prefix_state(tenant: str, tokens: Sequence[int]) -> hashlib.blake2b:
     state.update(len(tenant.encode()).to_bytes(4, "little") + tenant.encode())
     state.update(np.asarray(tokens, "<u4").tobytes())
     return state
+
+
+def aside_name(prefix: hashlib.blake2b) -> bytes:
+    """What was said aside behind this prefix. No part of an answer is as long as the mark says."""
+    state = prefix.copy()
+    state.update(b"\xff" * 8 + b"aside")
+    return state.digest()
 
 
 def answer_name(prefix: hashlib.blake2b, message: Message) -> bytes:

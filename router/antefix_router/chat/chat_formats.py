@@ -30,6 +30,12 @@ class ChatFormat(Protocol):
 
     def parser(self, conversation: Conversation) -> OutputParser: ...
 
+    def grammar(self, conversation: Conversation) -> str:
+        """What the answer has to be so that `parser` reads what the conversation asks for; empty: anything.
+
+        Raises:  UnusableSchema: a schema in it cannot be enforced.
+        """
+
     def mode_name(self, effort: Effort) -> str:
         """What clients and bills are told of how the model thought: "off", "low", "high" or "max"."""
 

@@ -20,8 +20,10 @@ from typing import Any, Final
 
 from antefix_router.chat.chat_formats import OutputParser, mode_name
 from antefix_router.chat.dsml import DSML, DeepSeekV4Parser
+from antefix_router.chat.dsml_grammar import dsml_grammar
 from antefix_router.chat.messages import (
     Answer,
+    Aside,
     Conversation,
     Effort,
     Message,
@@ -114,17 +116,19 @@ class DeepSeekV4Format:
             keeps_reasoning = bool(conversation.tools) or index > last_user
             ends = index == len(messages) - 1
             if message.role is Role.ASSISTANT:
+                is_begun = ends and conversation.continue_last
+                pieces += _aside(conversation, messages[head:index], is_last=is_begun)
                 pieces += _opening(conversation.effort, keeps_reasoning)
                 pieces.append(_answer(message, conversation.effort, keeps_reasoning))
                 pieces += end_of(message)
-                if ends and conversation.continue_last:
+                if is_begun:
                     return pieces
                 pieces.append(Special(text=EOS))
             else:
                 follows = index > head and messages[index - 1].role is not Role.ASSISTANT
                 pieces.append(Special(text="\n\n" if follows else USER))
                 pieces += _spoken(message)
-        return [*pieces, *_opening(conversation.effort, True)]
+        return [*pieces, *_aside(conversation, messages[head:], is_last=True), *_opening(conversation.effort, True)]
 
     def mode_name(self, effort: Effort) -> str:
         """LOW and HIGH are one and the same, but for the later checkpoint's own ladder."""
@@ -133,10 +137,15 @@ class DeepSeekV4Format:
         return mode_name(effort)
 
     def parser(self, conversation: Conversation) -> OutputParser:
-        continues = conversation.continue_last and bool(conversation.messages[-1].content)
-        return DeepSeekV4Parser(
-            in_reasoning=conversation.effort is not Effort.NONE and not continues, has_tools=bool(conversation.tools)
-        )
+        return DeepSeekV4Parser(in_reasoning=_begins_thinking(conversation), has_tools=bool(conversation.tools))
+
+    def grammar(self, conversation: Conversation) -> str:
+        return dsml_grammar(conversation, thinks=_begins_thinking(conversation)) if conversation.has_form else ""
+
+
+def _begins_thinking(conversation: Conversation) -> bool:
+    continues = conversation.continue_last and bool(conversation.messages[-1].content)
+    return conversation.effort is not Effort.NONE and not continues
 
 
 def _preamble(conversation: Conversation, messages: tuple[Message, ...]) -> list[Piece]:
@@ -146,7 +155,7 @@ def _preamble(conversation: Conversation, messages: tuple[Message, ...]) -> list
         pieces += [Special(text="\n\n")] if index else []
         pieces += [plain_of(message), *end_of(message)]
     if conversation.tools:
-        schemas = "\n".join(_json(tool) for tool in conversation.tools)
+        schemas = "\n".join(_json(tool) for tool in conversation.listed_tools)
         pieces += [Special(text="\n\n" + _TOOLS_BEFORE), Plain(text=schemas), Special(text=_TOOLS_AFTER)]
     if conversation.tools_breakpoint is not None:
         pieces.append(conversation.tools_breakpoint)
@@ -158,6 +167,15 @@ def _preamble(conversation: Conversation, messages: tuple[Message, ...]) -> list
 def _num_system(messages: tuple[Message, ...]) -> int:
     """How many messages at the head are system text."""
     return next((i for i, message in enumerate(messages) if message.role is not Role.SYSTEM), len(messages))
+
+
+def _aside(conversation: Conversation, turns: tuple[Message, ...], *, is_last: bool) -> list[Piece]:
+    """At the end of the user's turn that `turns` end with, or as a turn of its own."""
+    if not conversation.aside:
+        return []
+    follows = bool(turns) and turns[-1].role is not Role.ASSISTANT
+    said = Special(text="\n\n" if follows else USER), Plain(text=conversation.aside)
+    return [Aside(pieces=said if is_last else ())]
 
 
 def _opening(effort: Effort, keeps_reasoning: bool) -> list[Piece]:
@@ -202,6 +220,8 @@ def _arguments(text: str) -> dict[str, Any]:
     and a conversation must not be refused for it from then on."""
     try:
         arguments = json.loads(text or "{}")
+        # An escape can stand for half of a surrogate pair, which is no text.
+        json.dumps(arguments, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         arguments = None
     return arguments if isinstance(arguments, dict) else {"arguments": text}

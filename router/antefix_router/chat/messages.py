@@ -46,7 +46,8 @@ class Breakpoint:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn. name: who speaks, where several do.  tool_call_id: which call a TOOL message answers.
-    breakpoints: within `content`, or at the end of the whole turn."""
+    breakpoints: within `content`, or at the end of the whole turn.
+    part_starts: where in `content` its parts begin, where it came in parts."""
 
     role: Role
     content: str = ""
@@ -55,13 +56,37 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     breakpoints: tuple[Breakpoint, ...] = ()
+    part_starts: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolRule:
+    """must_call: the answer is calls. names: of these tools only; None: of all. parallel: of several at once."""
+
+    must_call: bool = False
+    names: frozenset[str] | None = None
+    parallel: bool = True
+
+    @property
+    def restricts(self) -> bool:
+        return self.must_call or self.names is not None or not self.parallel
+
+    def may_call(self, name: str) -> bool:
+        return self.names is None or name in self.names
+
+
+ANY_CALLS = ToolRule()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """tools: JSON schemas as {"name", "description", "parameters"}.  continue_last: the last message is the beginning
     of the answer, to be gone on with.  tools_breakpoint: after the tools.
-    strict: tools whose calls are handed out only if their arguments keep to the schema."""
+    strict: tools whose calls always keep to the schema.  deferred: tools that are not listed: they stand where they
+    were found, in what a tool gave.
+    answers_json: the answer is JSON, which keeps to response_schema where there is one.
+    aside: text that changes with every request, and is said last.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
@@ -69,7 +94,20 @@ class Conversation:
     continue_last: bool = False
     tools_breakpoint: Breakpoint | None = None
     strict: frozenset[str] = frozenset()
+    deferred: frozenset[str] = frozenset()
+    tool_rule: ToolRule = ANY_CALLS
+    answers_json: bool = False
     response_schema: dict[str, Any] | None = None
+    aside: str = ""
+
+    @property
+    def listed_tools(self) -> tuple[dict[str, Any], ...]:
+        return tuple(tool for tool in self.tools if tool["name"] not in self.deferred)
+
+    @property
+    def has_form(self) -> bool:
+        """Whether the answer may not be just anything."""
+        return self.answers_json or (bool(self.tools) and (self.tool_rule.restricts or bool(self.strict)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +134,16 @@ class Answer:
     pieces: tuple[Special | Plain, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aside:
+    """What changes with every request, at the end of the turn before an answer. Without pieces it is an earlier turn's:
+    the client does not send that again, and what stood there then is put there again, or its answer could not hit."""
+
+    pieces: tuple[Special | Plain, ...] = ()
+
+
 # A breakpoint as a piece stands between its neighbours.
-Piece = Special | Plain | Answer | Breakpoint
+Piece = Special | Plain | Answer | Breakpoint | Aside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 from antefix.errors import InvalidRequest
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
-from antefix_router.chat.messages import Answer, Conversation, Effort, Piece, Role, Special, end_of, plain_of
+from antefix_router.chat.grammar import json_grammar
+from antefix_router.chat.messages import (
+    Answer,
+    Aside,
+    Conversation,
+    Effort,
+    Piece,
+    Plain,
+    Role,
+    Special,
+    end_of,
+    plain_of,
+)
 
 
 class PlainFormat:
@@ -20,8 +32,6 @@ class PlainFormat:
     def render(self, conversation: Conversation) -> list[Piece]:
         if conversation.tools:
             raise InvalidRequest("this model cannot call tools")
-        if conversation.response_schema is not None:
-            raise InvalidRequest("this model cannot keep to a response format")
         pieces: list[Piece] = [Special(text="<|bos|>")]
         last = len(conversation.messages) - 1
         is_head = True
@@ -29,6 +39,8 @@ class PlainFormat:
             if message.role is Role.TOOL or message.tool_calls:
                 raise InvalidRequest("this model cannot call tools")
             is_head &= message.role is Role.SYSTEM
+            if message.role is Role.ASSISTANT:
+                pieces += _aside(conversation, is_last=index == last and conversation.continue_last)
             if not is_head:
                 # System text has no token of its own: at the head it has none, later on it is a turn like the user's.
                 pieces.append(Special(text="<|assistant|>" if message.role is Role.ASSISTANT else "<|user|>"))
@@ -38,11 +50,22 @@ class PlainFormat:
             if index == last and conversation.continue_last:
                 return pieces
             pieces.append(Special(text="<|end|>"))
-        pieces.append(Special(text="<|assistant|>"))
-        return pieces
+        return [*pieces, *_aside(conversation, is_last=True), Special(text="<|assistant|>")]
 
     def parser(self, conversation: Conversation) -> OutputParser:
         return PlainParser()
 
+    def grammar(self, conversation: Conversation) -> str:
+        """The model is not told of a schema: its answer is held to it."""
+        return json_grammar(conversation.response_schema) if conversation.answers_json else ""
+
     def mode_name(self, effort: Effort) -> str:
         return "off"
+
+
+def _aside(conversation: Conversation, *, is_last: bool) -> list[Piece]:
+    """A user's turn of its own."""
+    if not conversation.aside:
+        return []
+    said = Special(text="<|user|>"), Plain(text=conversation.aside), Special(text="<|end|>")
+    return [Aside(pieces=said if is_last else ())]

@@ -8,19 +8,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from antefix.tokenizer import Tokenizer
-from antefix_router.chat.answer_memory import AnswerMemory, prefix_state
-from antefix_router.chat.messages import Answer, Breakpoint, Piece, Plain, Special
+from antefix_router.chat.answer_memory import AnswerMemory, aside_name, prefix_state
+from antefix_router.chat.messages import Answer, Aside, Breakpoint, Piece, Plain, Special
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """A prompt. breakpoints: (number of tokens before it, lifetime in seconds), ascending. num_remembered: answers that
-    are the tokens that were generated; num_restored: those of them whose reasoning the client did not send back."""
+    """A prompt. breakpoints: (number of tokens before it, lifetime in seconds), ascending.
+
+    num_remembered: answers that are the tokens that were generated.  num_restored: those of them whose reasoning the
+    client did not send back.  aside: this request's, if it has one: the name to remember it by, and its tokens.
+    """
 
     tokens: list[int]
     breakpoints: tuple[tuple[int, float], ...]
     num_remembered: int
     num_restored: int = 0
+    aside: tuple[bytes, list[int]] | None = None
 
 
 def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerMemory, *, tenant: str) -> Rendered:
@@ -30,9 +34,17 @@ def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerM
     # The hash over all tokens so far is carried along, so that many answers cost no more than one.
     prefix, num_hashed, num_remembered = prefix_state(tenant, ()), 0, 0
     num_restored = 0
+    aside: tuple[bytes, list[int]] | None = None
     for piece in pieces:
         if isinstance(piece, Breakpoint):
             breakpoints.append((len(tokens), piece.ttl_s))
+        elif isinstance(piece, Aside):
+            prefix.update(np.asarray(tokens[num_hashed:], "<u4").tobytes())
+            num_hashed = len(tokens)
+            name = aside_name(prefix)
+            if piece.pieces:
+                aside = name, _encode(piece.pieces, tokenizer)[0]
+            tokens += aside[1] if aside is not None else memory.aside(name) or []
         elif isinstance(piece, Answer):
             prefix.update(np.asarray(tokens[num_hashed:], "<u4").tobytes())
             num_hashed = len(tokens)
@@ -51,7 +63,11 @@ def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerM
             breakpoints += [(len(tokens) + at, ttl_s) for at, ttl_s in inside]
             tokens += written
     return Rendered(
-        tokens=tokens, breakpoints=tuple(sorted(breakpoints)), num_remembered=num_remembered, num_restored=num_restored
+        tokens=tokens,
+        breakpoints=tuple(sorted(breakpoints)),
+        num_remembered=num_remembered,
+        num_restored=num_restored,
+        aside=aside,
     )
 
 
@@ -60,7 +76,7 @@ def num_characters(pieces: Sequence[Piece]) -> int:
     total = 0
     for piece in pieces:
         if not isinstance(piece, Breakpoint):
-            for part in piece.pieces if isinstance(piece, Answer) else (piece,):
+            for part in piece.pieces if isinstance(piece, (Answer, Aside)) else (piece,):
                 total += len(part.text) + sum(each.offset or 0 for each in part.breakpoints)
     return total
 

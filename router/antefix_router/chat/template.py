@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from antefix.errors import InvalidRequest, ModelError
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
+from antefix_router.chat.grammar import json_grammar
 from antefix_router.chat.messages import Breakpoint, Conversation, Effort, Message, Piece, Role, Special, plain_of
 
 # A noncharacter: no text that is valid for interchange has it, so it cannot come from outside; it is removed anyway.
@@ -63,8 +64,12 @@ class TemplateFormat:
             raise InvalidRequest("this deployment has no tool calls for this model's chat template")
         if conversation.continue_last:
             raise InvalidRequest("this model's chat template cannot go on with an answer that was begun")
-        text = self._written(conversation.messages)
-        places = self._breakpoints(conversation.messages, text)
+        messages = conversation.messages
+        if conversation.aside:
+            # What earlier turns said aside is gone: a template has no place to put it back.
+            messages = (*messages, Message(role=Role.USER, content=conversation.aside))
+        text = self._written(messages)
+        places = self._breakpoints(messages, text)
         pieces: list[Piece] = []
         start = 0
         # Each part is tokenized by itself, so nothing that a mark cut apart is read as one token.
@@ -109,6 +114,9 @@ class TemplateFormat:
 
     def parser(self, conversation: Conversation) -> OutputParser:
         return PlainParser()
+
+    def grammar(self, conversation: Conversation) -> str:
+        return json_grammar(conversation.response_schema) if conversation.answers_json else ""
 
     def mode_name(self, effort: Effort) -> str:
         return "off"

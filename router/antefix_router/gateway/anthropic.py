@@ -13,17 +13,20 @@ from antefix.restore_report import RestoreReport
 from antefix_billing.providers import messages_usage
 from antefix_router.chat.messages import CallDelta, Conversation, Delta, Effort, Role
 from antefix_router.front import cache_tenant
+from antefix_router.gateway.answer_form import ANTHROPIC_NAMES, flat_form
 from antefix_router.gateway.anthropic_messages import anthropic_messages, call_input, read_context_management, user_of
 from antefix_router.gateway.content import end_conversation
 from antefix_router.gateway.fields import Fields, missing
-from antefix_router.gateway.gateway import Gateway, Knobs
+from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.http import error_event, event_bytes
 from antefix_router.gateway.http_errors import Provider, error_response
+from antefix_router.gateway.knobs import Knobs, read_knobs
 from antefix_router.gateway.modes import read_wish
 from antefix_router.gateway.openai_messages import refuse_unsupported
 from antefix_router.gateway.output import Ended, Output
 from antefix_router.gateway.signatures import Signatures
 from antefix_router.gateway.tools import anthropic_tools
+from antefix_router.gateway.user_names import split_user
 
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -46,9 +49,8 @@ async def prepare_messages(gateway: Gateway, request: Request) -> MessagesCall:
     asked = _read(gateway, fields, tenant)
     if asked.knobs.max_tokens is None:
         raise missing("max_tokens", "an integer of at least 1")  # as in Anthropic's API, which has no default
-    output = await gateway.chat(
-        asked.conversation, asked.knobs, gateway.caller(request, tenant, asked.user), fields.notes
-    )
+    caller = gateway.caller(request, tenant, asked.user)
+    output = await gateway.chat(asked.conversation, asked.knobs, caller, fields.notes, ANTHROPIC_NAMES)
     return MessagesCall(
         output,
         asked.model,
@@ -65,28 +67,23 @@ async def count_tokens(gateway: Gateway, request: Request) -> JSONResponse:
         tenant = gateway.tenant(request)
         fields = await gateway.fields(request)
         asked = _read(gateway, fields, tenant)
-        tokens, _ = await gateway.tokens_of(asked.conversation, cache_tenant(tenant, asked.user), fields.notes)
+        tenant = cache_tenant(tenant, split_user(asked.user).user)
+        rendered = await gateway.render(asked.conversation, tenant, fields.notes)
     except Exception as err:  # noqa: BLE001 - answered in the caller's shape
         return error_response(err, Provider.ANTHROPIC)
-    return JSONResponse({"input_tokens": len(tokens)}, headers=fields.notes.headers())
+    return JSONResponse({"input_tokens": len(rendered.tokens)}, headers=fields.notes.headers())
 
 
 def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
     model = gateway.model(fields)
     stream = fields.boolean("stream")
     user = user_of(fields)
-    knobs = Knobs(
-        max_tokens=fields.integer("max_tokens", low=1),
-        temperature=fields.number("temperature", 1.0),
-        top_p=fields.number("top_p", 1.0),
-        stop=tuple(fields.texts("stop_sequences")),
-    )
+    knobs = read_knobs(fields, "max_tokens", stop_name="stop_sequences")
     config = fields.child("output_config")
     effort = gateway.choose_effort(read_wish(fields, config), model, Effort.NONE, fields.notes)
-    for holder in (fields, config):
-        if holder is not None:
-            why = "output is not forced into a format here"
-            holder.only("output_format" if holder is fields else "format", lambda value: value == {"type": "text"}, why)
+    # The API had it beside the other fields first.
+    early, late = fields.child("output_format"), None if config is None else config.child("format")
+    form = flat_form(early if late is None else late)
     tools = anthropic_tools(fields)
     messages = anthropic_messages(fields, gateway.signatures(tenant), tools.deferred)
     messages = end_conversation(messages, fields)
@@ -99,11 +96,16 @@ def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
     conversation = Conversation(
         messages=messages,
         tools=tools.schemas,
+        deferred=frozenset(tools.deferred),
         strict=tools.strict,
+        tool_rule=tools.rule,
         tools_breakpoint=tools.breakpoint,
+        answers_json=form.is_json,
+        response_schema=form.schema,
         effort=effort,
         continue_last=messages[-1].role is Role.ASSISTANT,
     )
+    conversation = gateway.settled(conversation, fields.notes)
     return _Asked(model=model.asked_for, user=user, stream=stream, knobs=knobs, conversation=conversation)
 
 

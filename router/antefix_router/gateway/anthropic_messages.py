@@ -18,6 +18,7 @@ from antefix_router.gateway.content import (
 )
 from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_type, wrong_value
 from antefix_router.gateway.signatures import Signatures
+from antefix_router.gateway.text_check import as_text
 
 # Newer models take system text in mid-conversation, and clients send it.
 _ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT, "system": Role.SYSTEM, "developer": Role.SYSTEM}
@@ -36,7 +37,10 @@ def anthropic_messages(
     if fields.has("system"):
         said = content_of(fields, "system")
         if said.text:
-            found.add(Message(role=Role.SYSTEM, content=said.text, breakpoints=tuple(said.breakpoints)))
+            starts = tuple(said.part_starts)
+            found.add(
+                Message(role=Role.SYSTEM, content=said.text, breakpoints=tuple(said.breakpoints), part_starts=starts)
+            )
     items = fields.children("messages")
     if not items:
         raise wrong_value("messages", " is empty")
@@ -173,4 +177,4 @@ def user_of(fields: Fields) -> str:
 
 
 def call_input(call: ToolCall) -> Any:
-    return json.loads(call.arguments or "{}")
+    return as_text(json.loads(call.arguments or "{}"))

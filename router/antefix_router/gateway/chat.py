@@ -11,11 +11,14 @@ from starlette.requests import Request
 from antefix.errors import InvalidRequest
 from antefix_billing.providers import chat_usage
 from antefix_router.chat.messages import CallDelta, Conversation, Delta, Effort, Role, ToolCall
+from antefix_router.gateway.answer_form import chat_form
+from antefix_router.gateway.choices import Choices
 from antefix_router.gateway.content import end_conversation
 from antefix_router.gateway.fields import Fields, unsupported
-from antefix_router.gateway.gateway import Gateway, Knobs
+from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.http import error_event, event_bytes
 from antefix_router.gateway.http_errors import Provider
+from antefix_router.gateway.knobs import read_knobs
 from antefix_router.gateway.modes import read_wish
 from antefix_router.gateway.openai_messages import chat_messages, refuse_unsupported
 from antefix_router.gateway.output import Output
@@ -33,8 +36,9 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     messages, begun = chat_messages(fields)
     messages = end_conversation(messages, fields)
     tools = openai_tools(fields)
-    knobs = sampling_knobs(fields, "max_completion_tokens", "max_tokens", num_top_logprobs=_num_top_logprobs(fields))
-    _response_format(fields)
+    num_top = _num_top_logprobs(fields)
+    knobs = read_knobs(fields, "max_completion_tokens", "max_tokens", num_top_logprobs=num_top, several=True)
+    form = chat_form(fields)
     session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
     # DeepSeek's prefix completion: the last message is an answer that was begun.
@@ -47,15 +51,18 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
         messages=messages,
         tools=tools.schemas,
         strict=tools.strict,
+        tool_rule=tools.rule,
         tools_breakpoint=tools.breakpoint,
         effort=effort,
         continue_last=is_answer,
+        answers_json=form.is_json,
+        response_schema=form.schema,
     )
-    output = await gateway.chat(
-        conversation, knobs, gateway.caller(request, tenant, user, session=session), fields.notes
-    )
+    conversation = gateway.settled(conversation, fields.notes)
+    caller = gateway.caller(request, tenant, user, session=session)
+    choices = await gateway.chat_choices(conversation, knobs, caller, fields.notes)
     return ChatCall(
-        output,
+        choices,
         model.asked_for,
         gateway.config.http_timeout_s,
         stream=stream,
@@ -71,19 +78,6 @@ def stream_options(fields: Fields) -> tuple[bool, bool]:
     return stream, options is not None and options.boolean("include_usage")
 
 
-def sampling_knobs(fields: Fields, *length_names: str, num_top_logprobs: int | None) -> Knobs:
-    """Raises:  InvalidRequest: of a wrong type; values out of range are refused with the sampling."""
-    lengths = [fields.integer(name, low=1) for name in length_names]
-    return Knobs(
-        max_tokens=next((length for length in lengths if length is not None), None),
-        temperature=fields.number("temperature", 1.0),
-        top_p=fields.number("top_p", 1.0),
-        seed=fields.integer("seed", low=-(2**63)),
-        stop=tuple(fields.texts("stop")),
-        num_top_logprobs=num_top_logprobs,
-    )
-
-
 def _num_top_logprobs(fields: Fields) -> int | None:
     is_wanted = fields.boolean("logprobs")
     num_top = fields.integer("top_logprobs")
@@ -92,18 +86,12 @@ def _num_top_logprobs(fields: Fields) -> int | None:
     return (num_top or 0) if is_wanted else None
 
 
-def _response_format(fields: Fields) -> None:
-    wanted = fields.child("response_format")
-    if wanted is not None and wanted.text("type") != "text":
-        raise unsupported("response_format", ": output is not forced into a format here; only 'text' is supported")
-
-
 class ChatCall:
-    """One answer in OpenAI's shapes."""
+    """One answer, or several, in OpenAI's shapes."""
 
     def __init__(
         self,
-        output: Output,
+        choices: Choices,
         model: str,
         timeout_s: float,
         *,
@@ -112,64 +100,77 @@ class ChatCall:
         headers: dict[str, str],
     ) -> None:
         self.stream = stream
-        self.headers = {"x-request-id": output.request_id, **headers}
-        self._output = output
+        self.headers = {"x-request-id": choices.request_id, **headers}
+        self._choices = choices
         self._model = model
         self._timeout_s = timeout_s
         self._include_usage = include_usage
         self._created = int(time.time())
 
     async def whole(self) -> dict[str, Any]:
-        async for _ in self._output.deltas(self._timeout_s, held=True):
+        async for _ in self._choices.deltas(self._timeout_s, held=True):
             pass
-        ended = self._output.ended()
-        message: dict[str, Any] = {"role": "assistant", "content": self._output.content, "refusal": None}
-        if self._output.reasoning:
-            message["reasoning_content"] = self._output.reasoning
-        if self._output.tool_calls:
-            message["tool_calls"] = [_call_json(call) for call in self._output.tool_calls]
-            message["content"] = self._output.content or None
-        choice = {"index": 0, "message": message, "logprobs": self._logprobs(), "finish_reason": ended.reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": chat_usage(ended.record)}
+        shown = self._choices.shown
+        choices = [_choice(index, output) for index, output in enumerate(shown)]
+        usage = chat_usage(shown[0].ended().record)
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        call_ids: list[str] = []
-        opened = False
-        async for delta in self._output.deltas(self._timeout_s):
-            if not opened:
-                yield self._chunk({"role": "assistant", "content": ""})
-                opened = True
-            if (piece := _delta_json(delta, call_ids)) is not None:
-                yield self._chunk(piece, logprobs=self._logprobs())
-        if not opened:
-            yield self._chunk({"role": "assistant", "content": ""})
-        ended = self._output.ended()
-        yield self._chunk({}, finish_reason=ended.reason, logprobs=self._logprobs())
+        call_ids: dict[int, list[str]] = {}
+        async for index, delta in self._choices.deltas(self._timeout_s):
+            if index not in call_ids:
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+                call_ids[index] = []
+            if (piece := _delta_json(delta, call_ids[index])) is not None:
+                # Asked for now: of the best outputs it is not known before which they are.
+                yield self._chunk(index, piece, logprobs=_logprobs(self._choices.shown[index]))
+        shown = self._choices.shown
+        for index, output in enumerate(shown):
+            if index not in call_ids:
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+            yield self._chunk(index, {}, finish_reason=output.ended().reason, logprobs=_logprobs(output))
         if self._include_usage:
-            yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": chat_usage(ended.record)})
+            usage = chat_usage(shown[0].ended().record)
+            yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": usage})
         yield event_bytes("[DONE]")
 
     def failed(self, err: Exception) -> bytes:
         return error_event(err, Provider.OPENAI)
 
-    def _logprobs(self) -> dict[str, Any] | None:
-        return self._output.logprobs.chat(self._output.new_logprobs())
-
     def _chunk(
-        self, delta: dict[str, Any], finish_reason: str | None = None, logprobs: dict[str, Any] | None = None
+        self,
+        index: int,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
     ) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
         # With include_usage every chunk has the field; clients that do not ask never see it.
         return event_bytes({**chunk, "usage": None} if self._include_usage else chunk)
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
-            "id": f"chatcmpl-{self._output.request_id}",
+            "id": f"chatcmpl-{self._choices.request_id}",
             "object": kind,
             "created": self._created,
             "model": self._model,
         }
+
+
+def _choice(index: int, output: Output) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": output.content, "refusal": None}
+    if output.reasoning:
+        message["reasoning_content"] = output.reasoning
+    if output.tool_calls:
+        message["tool_calls"] = [_call_json(call) for call in output.tool_calls]
+        message["content"] = output.content or None
+    reason = output.ended().reason
+    return {"index": index, "message": message, "logprobs": _logprobs(output), "finish_reason": reason}
+
+
+def _logprobs(output: Output) -> dict[str, Any] | None:
+    return output.logprobs.chat(output.new_logprobs())
 
 
 def _call_json(call: ToolCall) -> dict[str, Any]:

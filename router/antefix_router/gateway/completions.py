@@ -12,11 +12,14 @@ from starlette.responses import JSONResponse
 
 from antefix.errors import InvalidRequest
 from antefix_billing.providers import chat_usage
-from antefix_router.gateway.chat import sampling_knobs, stream_options
+from antefix_router.gateway.answer_form import chat_form
+from antefix_router.gateway.chat import stream_options
+from antefix_router.gateway.choices import Choices
 from antefix_router.gateway.fields import Fields
 from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.http import error_event, event_bytes
 from antefix_router.gateway.http_errors import Provider, error_response
+from antefix_router.gateway.knobs import read_knobs
 from antefix_router.gateway.notes import Notes
 from antefix_router.gateway.openai_messages import refuse_unsupported
 from antefix_router.gateway.output import Output
@@ -31,7 +34,8 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     user = fields.text("user", "")
     echo = fields.boolean("echo")
     text, tokens = await _prompt(gateway, fields.take("prompt"), echo=echo)
-    knobs = sampling_knobs(fields, "max_tokens", num_top_logprobs=fields.integer("logprobs"))
+    knobs = read_knobs(fields, "max_tokens", num_top_logprobs=fields.integer("logprobs"), several=True)
+    form = chat_form(fields)
     if echo and knobs.num_top_logprobs is not None:
         raise InvalidRequest("logprobs: with echo they would be of the prompt as well, which has none here")
     fields.only("suffix", lambda value: value == "", "this model does not fill in the middle")
@@ -39,10 +43,10 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     refuse_unsupported(fields)
     fields.close()
     fields.notes.close()
-    output = await gateway.complete(tokens, knobs, gateway.caller(request, tenant, user, session=session))
+    choices = await gateway.complete(tokens, knobs, gateway.caller(request, tenant, user, session=session), form)
     timeout_s = gateway.config.http_timeout_s
     return CompletionCall(
-        output,
+        choices,
         model.asked_for,
         timeout_s,
         stream=stream,
@@ -68,11 +72,11 @@ async def _prompt(gateway: Gateway, prompt: Any, *, echo: bool) -> tuple[str, li
 
 
 class CompletionCall:
-    """One answer in the shape of text completions."""
+    """One answer, or several, in the shape of text completions."""
 
     def __init__(
         self,
-        output: Output,
+        choices: Choices,
         model: str,
         timeout_s: float,
         *,
@@ -82,8 +86,8 @@ class CompletionCall:
         headers: dict[str, str],
     ) -> None:
         self.stream = stream
-        self.headers = {"x-request-id": output.request_id, **headers}
-        self._output = output
+        self.headers = {"x-request-id": choices.request_id, **headers}
+        self._choices = choices
         self._model = model
         self._timeout_s = timeout_s
         self._include_usage = include_usage
@@ -91,38 +95,47 @@ class CompletionCall:
         self._created = int(time.time())
 
     async def whole(self) -> dict[str, Any]:
-        async for _ in self._output.deltas(self._timeout_s, held=True):
+        async for _ in self._choices.deltas(self._timeout_s, held=True):
             pass
-        ended = self._output.ended()
-        choice = self._choice(self._echo + self._output.content, ended.reason)
-        return {**self._head(), "choices": [choice], "usage": chat_usage(ended.record)}
+        shown = self._choices.shown
+        choices = [
+            _choice(index, output, self._echo + output.content, output.ended().reason)
+            for index, output in enumerate(shown)
+        ]
+        return {**self._head(), "choices": choices, "usage": chat_usage(shown[0].ended().record)}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         if self._echo:
-            yield event_bytes({**self._head(), "choices": [self._choice(self._echo, None)]})
-        async for delta in self._output.deltas(self._timeout_s):
-            yield event_bytes({**self._head(), "choices": [self._choice(delta.content, None)]})
-        ended = self._output.ended()
-        yield event_bytes({**self._head(), "choices": [self._choice("", ended.reason)]})
+            for index, output in enumerate(self._choices.shown):
+                yield self._event([_choice(index, output, self._echo, None)])
+        async for index, delta in self._choices.deltas(self._timeout_s):
+            yield self._event([_choice(index, self._choices.shown[index], delta.content, None)])
+        shown = self._choices.shown
+        for index, output in enumerate(shown):
+            yield self._event([_choice(index, output, "", output.ended().reason)])
         if self._include_usage:
-            yield event_bytes({**self._head(), "choices": [], "usage": chat_usage(ended.record)})
+            yield self._event([], usage=chat_usage(shown[0].ended().record))
         yield event_bytes("[DONE]")
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
+        return event_bytes({**self._head(), "choices": choices, **more})
 
     def failed(self, err: Exception) -> bytes:
         return error_event(err, Provider.OPENAI)
 
-    def _choice(self, text: str, finish_reason: str | None) -> dict[str, Any]:
-        spoken = self._output.new_logprobs()
-        logprobs = self._output.logprobs.completion(spoken) if spoken else None
-        return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-
     def _head(self) -> dict[str, Any]:
         return {
-            "id": f"cmpl-{self._output.request_id}",
+            "id": f"cmpl-{self._choices.request_id}",
             "object": "text_completion",
             "created": self._created,
             "model": self._model,
         }
+
+
+def _choice(index: int, output: Output, text: str, finish_reason: str | None) -> dict[str, Any]:
+    spoken = output.new_logprobs()
+    logprobs = output.logprobs.completion(spoken) if spoken else None
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 async def list_models(gateway: Gateway, request: Request) -> JSONResponse:

@@ -62,6 +62,7 @@ class Content:
     breakpoints: list[Breakpoint] = field(default_factory=list)
     unseen: list[Unseen] = field(default_factory=list)
     is_inner: bool = False
+    part_starts: list[int] = field(default_factory=list)
     # Where a tool's result is, whose text may be a picture written out; None for what is no result.
     result_at: str | None = None
     # Tools that are shown where they are referred to.
@@ -71,6 +72,7 @@ class Content:
         """A part, and the lifetime of the breakpoint behind it, if it has one."""
         if self.result_at is not None:
             text = self._without_media(text, self.result_at)
+        self.part_starts.append(len(self.text))
         self.text += text
         if ttl_s is not None:
             self.breakpoints.append(Breakpoint(ttl_s=ttl_s, offset=len(self.text)))
@@ -87,6 +89,7 @@ class Content:
 
     def prepend(self, text: str) -> None:
         self.text = text + self.text
+        self.part_starts = [0, *(len(text) + start for start in self.part_starts)]
         self.breakpoints = [
             Breakpoint(ttl_s=each.ttl_s, offset=len(text) + (each.offset or 0)) for each in self.breakpoints
         ]

@@ -173,6 +173,11 @@ class Fields:
         if value is not _MISSING and not allowed(value):
             raise unsupported(self.name_of(name), f": {why}")
 
+    def rest(self) -> dict[str, Any]:
+        """All that has not been taken yet, where the names are the client's."""
+        rest, self._values = self._values, {}
+        return rest
+
     def drop(self, *names: str) -> None:
         """Fields that our own answers have: they come back with every turn, and mean nothing then."""
         for name in names:

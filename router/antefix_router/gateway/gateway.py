@@ -3,54 +3,43 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from starlette.requests import Request
 
 from antefix.block import as_tokens
 from antefix.errors import InvalidRequest
-from antefix.wire import Sampling
+from antefix.generation_request import Caller, GenerationRequest
 from antefix_router.chat.answer_memory import AnswerMemory
-from antefix_router.chat.chat_formats import ChatFormat, PlainParser
+from antefix_router.chat.chat_formats import ChatFormat, OutputParser, PlainParser
 from antefix_router.chat.choice import choose_format
-from antefix_router.chat.messages import Conversation, Effort
-from antefix_router.chat.render import num_characters, render_tokens
+from antefix_router.chat.grammar import json_grammar
+from antefix_router.chat.messages import Conversation, Effort, ToolRule
+from antefix_router.chat.moved_lines import load_rules, move_lines
+from antefix_router.chat.render import Rendered, num_characters, render_tokens
+from antefix_router.chat.schema import UnusableSchema, UnusableTool
 from antefix_router.front import Front, cache_tenant
-from antefix_router.gateway.fields import Fields
+from antefix_router.gateway.answer_form import CHAT_NAMES, AnswerForm, SchemaNames
+from antefix_router.gateway.choices import Choices
+from antefix_router.gateway.fields import Fields, WrongField
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import read_json
+from antefix_router.gateway.knobs import Knobs
 from antefix_router.gateway.model_names import REFUSE, ModelNames, NamedModel, load_aliases
 from antefix_router.gateway.modes import Wish
 from antefix_router.gateway.notes import IgnoredFields, Notes
-from antefix_router.gateway.output import Output, stop_tokens
+from antefix_router.gateway.output import Output
 from antefix_router.gateway.signatures import Signatures
+from antefix_router.gateway.user_names import split_user
+from antefix_router.grammar_check import UnusableGrammar
 
 BREAKPOINTS_MAX = 4
-STOPS_MAX = 16
+# Making a schema's grammar takes as long as encoding so much text.
+_SCHEMA_CHARACTERS = 4096
 # They turn on what a request may then ask for in its body, where it is read, or not.
 _BETA_HEADERS = ("anthropic-beta", "openai-beta")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
-    """Who asks, under which request id ("" lets us make one), in which conversation (a hint for placement, or "")."""
-
-    tenant: str
-    user: str
-    request_id: str
-    session: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Knobs:
-    """How to sample, as the APIs say it. max_tokens None: the server's default; num_top_logprobs None: none."""
-
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    num_top_logprobs: int | None = None
 
 
 class Gateway:
@@ -68,6 +57,7 @@ class Gateway:
             load_aliases(config.model_aliases) if config.model_aliases else (),
             serve_unknown=config.unknown_models != REFUSE,
         )
+        self.prefix_rules = load_rules(config.prefix_rules)
 
     def tenant(self, request: Request) -> str:
         """Raises:  Unauthenticated: no key, or an unknown one, where keys are needed."""
@@ -86,7 +76,14 @@ class Gateway:
         return Fields(body, notes=notes)
 
     def caller(self, request: Request, tenant: str, user: str, session: str = "") -> Caller:
-        return Caller(tenant=tenant, user=user, request_id=request.headers.get("idempotency-key", ""), session=session)
+        """user: as the client names it, which may be with its session; that is a hint where `session` is none."""
+        named = split_user(user)
+        return Caller(
+            tenant=tenant,
+            user=named.user,
+            request_id=request.headers.get("idempotency-key", ""),
+            session=session or named.session,
+        )
 
     def model(self, fields: Fields) -> NamedModel:
         """Which model is asked for. Raises:  ModelNotFound: one that is not here."""
@@ -111,9 +108,14 @@ class Gateway:
         notes.mode = self.format.mode_name(effort)
         return effort
 
-    async def tokens_of(
-        self, conversation: Conversation, tenant: str, notes: Notes
-    ) -> tuple[list[int], tuple[tuple[int, float], ...]]:
+    def settled(self, conversation: Conversation, notes: Notes) -> Conversation:
+        """The conversation with the lines behind the stable prefix that would change it; they are noted."""
+        conversation, moved = move_lines(conversation, self.prefix_rules)
+        for each in moved:
+            notes.move(each.rule.name, f"{len(each.text)} characters, changes with the {each.rule.changes.value}")
+        return conversation
+
+    async def render(self, conversation: Conversation, tenant: str, notes: Notes) -> Rendered:
         """The prompt's tokens, and where the client's cache breakpoints lie in them."""
         pieces = self.format.render(conversation)
         rendered = await self.front.encoding.run(
@@ -122,56 +124,131 @@ class Gateway:
         )
         notes.num_restored = rendered.num_restored
         # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
-        return rendered.tokens, rendered.breakpoints[-BREAKPOINTS_MAX:]
+        return replace(rendered, breakpoints=rendered.breakpoints[-BREAKPOINTS_MAX:])
 
-    async def chat(self, conversation: Conversation, knobs: Knobs, caller: Caller, notes: Notes) -> Output:
-        """Admit a conversation's next answer. notes: what is told of it, before the answer's headers are made.
+    async def chat(
+        self, conversation: Conversation, knobs: Knobs, caller: Caller, notes: Notes, names: SchemaNames = CHAT_NAMES
+    ) -> Output:
+        """Admit a conversation's next answer.  notes: told of it before the answer's headers are made.
+        names: where the API has its schemas.
 
         Raises:  InvalidRequest, QuotaExceeded, Conflict: see `Front.admit`.
         """
-        tokens, breakpoints = await self.tokens_of(conversation, cache_tenant(caller.tenant, caller.user), notes)
-        parser = self.format.parser(conversation)
-        bill = await self.front.admit(
-            as_tokens(tokens),
-            self._sampling(knobs, len(tokens)),
-            tenant=caller.tenant,
-            user=caller.user,
-            request_id=caller.request_id,
-            session=caller.session,
-            breakpoints=breakpoints,
-            retryable=bool(caller.request_id),
-        )
-        bill.mode = self.format.mode_name(conversation.effort)
+        return (await self.chat_choices(conversation, knobs, caller, notes, names)).shown[0]
+
+    async def chat_choices(
+        self, conversation: Conversation, knobs: Knobs, caller: Caller, notes: Notes, names: SchemaNames = CHAT_NAMES
+    ) -> Choices:
+        """Admit a conversation's next answers, as many as the knobs say.  Raises: as `chat`."""
+        grammar = await self._grammar(conversation, names)
+        rendered = await self.render(conversation, cache_tenant(caller.tenant, caller.user), notes)
+        request = self._request(rendered.tokens, knobs, caller, grammar=grammar, breakpoints=rendered.breakpoints)
         memory = None if conversation.continue_last else self.memory
         strict = {
             tool["name"]: tool["parameters"] for tool in conversation.tools if tool["name"] in conversation.strict
         }
-        return Output(self.front, bill, parser, stop=knobs.stop, memory=memory, strict=strict)
-
-    async def complete(self, tokens: list[int], knobs: Knobs, caller: Caller) -> Output:
-        """Admit the continuation of tokens, as they are."""
-        bill = await self.front.admit(
-            as_tokens(tokens),
-            self._sampling(knobs, len(tokens)),
-            tenant=caller.tenant,
-            user=caller.user,
-            request_id=caller.request_id,
-            session=caller.session,
-            retryable=bool(caller.request_id),
+        choices = await self._admit(
+            request,
+            knobs,
+            lambda: self.format.parser(conversation),
+            memory=memory,
+            strict=strict,
+            mode=self.format.mode_name(conversation.effort),
         )
-        return Output(self.front, bill, PlainParser(), stop=knobs.stop, memory=None)
+        if rendered.aside is not None:
+            self.memory.keep_aside(*rendered.aside)
+        return choices
 
-    def _sampling(self, knobs: Knobs, num_prompt_tokens: int) -> Sampling:
-        if len(knobs.stop) > STOPS_MAX:
-            raise InvalidRequest(f"at most {STOPS_MAX} stop sequences")
-        max_tokens = knobs.max_tokens
-        if max_tokens is None:
-            max_tokens = max(1, min(self.config.http_max_tokens, self.front.identity.max_tokens - num_prompt_tokens))
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=knobs.temperature,
-            top_p=knobs.top_p,
-            seed=None if knobs.seed is None else knobs.seed & (2**63 - 1),
-            stop=stop_tokens(self.front.tokenizer, knobs.stop),
-            num_top_logprobs=knobs.num_top_logprobs,
+    async def complete(self, tokens: list[int], knobs: Knobs, caller: Caller, form: AnswerForm) -> Choices:
+        """Admit continuations of tokens, as they are."""
+        grammar = ""
+        if form.is_json:
+            try:
+                grammar = json_grammar(form.schema)
+                await self.front.grammars.check(grammar)
+            except (UnusableSchema, UnusableGrammar) as err:
+                raise wrong_schema(form.param, err) from err
+        request = self._request(tokens, knobs, caller, grammar=grammar)
+        return await self._admit(request, knobs, PlainParser)
+
+    async def _admit(
+        self,
+        request: GenerationRequest,
+        knobs: Knobs,
+        parser: Callable[[], OutputParser],
+        *,
+        memory: AnswerMemory | None = None,
+        strict: Mapping[str, Any] | None = None,
+        mode: str = "",
+    ) -> Choices:
+        bill = await self.front.admit(request, retryable=bool(request.request_id))
+        bill.mode = mode
+        outputs = [
+            Output(
+                self.front,
+                bill,
+                parser(),
+                stop=knobs.stop,
+                memory=memory,
+                strict=strict,
+                index=index,
+                tells_logprobs=knobs.num_top_logprobs is not None,
+            )
+            for index in range(request.num_samples)
+        ]
+        return Choices(self.front, bill, outputs, num_shown=knobs.n)
+
+    def _request(
+        self,
+        tokens: list[int],
+        knobs: Knobs,
+        caller: Caller,
+        *,
+        grammar: str,
+        breakpoints: tuple[tuple[int, float], ...] = (),
+    ) -> GenerationRequest:
+        most = self.front.identity.max_tokens - len(tokens)
+        sampling = knobs.sampling(
+            self.front.tokenizer, max_tokens_default=max(1, min(self.config.http_max_tokens, most)), grammar=grammar
         )
+        return GenerationRequest(
+            tokens=as_tokens(tokens),
+            sampling=sampling,
+            caller=caller,
+            breakpoints=breakpoints,
+            num_samples=knobs.best_of,
+        )
+
+    async def _grammar(self, conversation: Conversation, names: SchemaNames) -> str:
+        """What the answer has to be, tried out; empty: anything.  Raises:  WrongField: the schema at fault is named."""
+        if not conversation.has_form:
+            return ""
+        size = _SCHEMA_CHARACTERS * (1 + len(conversation.tools))
+        try:
+            grammar = await self.front.encoding.run(size, lambda: self.format.grammar(conversation))
+        except UnusableTool as err:
+            raise wrong_schema(names.of_tool(err.number), err) from err
+        except UnusableSchema as err:
+            raise wrong_schema(names.answer, err) from err
+        if conversation.continue_last:
+            raise InvalidRequest("an answer that was begun cannot be held to a form: leave its beginning out")
+        try:
+            await self.front.grammars.check(grammar)
+        except UnusableGrammar as err:
+            raise wrong_schema(await self._at_fault(conversation, names), err) from err
+        return grammar
+
+    async def _at_fault(self, conversation: Conversation, names: SchemaNames) -> str:
+        """The field whose schema cannot be followed, found by trying each tool alone."""
+        for number, tool in enumerate(conversation.tools):
+            rule = ToolRule(must_call=True, names=frozenset((tool["name"],)))
+            alone = replace(conversation, tool_rule=rule, answers_json=False, effort=Effort.NONE)
+            try:
+                await self.front.grammars.check(self.format.grammar(alone))
+            except (UnusableSchema, UnusableGrammar):
+                return names.of_tool(number)
+        return names.answer if conversation.answers_json else "tools"
+
+
+def wrong_schema(param: str, err: InvalidRequest) -> WrongField:
+    return WrongField(f"{param}: {err}", param=param, code="invalid_value")

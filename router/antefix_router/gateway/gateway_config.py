@@ -24,6 +24,9 @@ class GatewayConfig(BillingConfig):
         "", "file (TOML) of names that clients may use, with modes (deploy/model_aliases.toml)"
     )
     unknown_models: str = setting("serve", "what requests for another model get: serve (this one) or refuse")
+    prefix_rules: str = setting(
+        "", "file (TOML) of lines to move behind the stable prefix (deploy/prefix_rules.toml), or off"
+    )
     chat_format: str = setting(
         "auto", "how conversations are written: auto, plain, deepseek-v4, deepseek-v4-0731 or template"
     )

@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, Final, Protocol
 
@@ -23,7 +22,9 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from antefix.errors import InvalidRequest, Overloaded
+from antefix_router.gateway.fields import wrong_value
 from antefix_router.gateway.http_errors import Provider, TooLarge, TooSlow, error_body, error_response
+from antefix_router.gateway.text_check import may_hold_surrogates, path_of_no_text
 
 log = logging.getLogger("antefix.gateway")
 
@@ -48,8 +49,6 @@ class Call(Protocol):
 HEAD_AFTER_S: Final = 0.5
 # Streams end by themselves or with our own error event (`antefix_router.ending`), never because a signal was seen.
 AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
-
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Prepare = Callable[[Request], Awaitable[Call]]
 
@@ -168,7 +167,10 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def read_json(request: Request, nbytes_max: int, *, timeout_s: float) -> Any:
-    """The body. Raises:  TooLarge.  TooSlow.  InvalidRequest: it is not JSON."""
+    """The body.
+
+    Raises:  TooLarge.  TooSlow.  InvalidRequest: it is not JSON.  WrongField: a string in it is no text.
+    """
     if (coding := request.headers.get("content-encoding", "identity")) != "identity":
         raise InvalidRequest(f"content-encoding {coding!r} is not supported: send the body as it is")
     if int(request.headers.get("content-length") or 0) > nbytes_max:
@@ -185,11 +187,11 @@ async def read_json(request: Request, nbytes_max: int, *, timeout_s: float) -> A
         raise TooSlow(f"the body did not arrive within {timeout_s:g} s") from err
     try:
         value = json.loads(bytes(body))
-        if _SURROGATE.search(body):
-            # Half of a pair is no character: there is no text that it could be sent to the model as.
-            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as err:
         raise InvalidRequest(f"the body is not JSON: {err}") from err
+    if may_hold_surrogates(body) and (path := path_of_no_text(value)) is not None:
+        why = " is not text: it holds half of a surrogate pair, which UTF-8 cannot write"
+        raise wrong_value(path or "the request body", why)
     return value
 
 

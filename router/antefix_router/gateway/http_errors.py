@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from antefix import errors
+from antefix.sampling import WrongSetting
 from antefix_router.front import ContextTooLong
 from antefix_router.gateway.fields import WrongField
 
@@ -60,7 +61,8 @@ def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]
     """Status and body. What is not ours says only an id, which the log has too."""
     for kind, status, openai_type, code, anthropic_type in _TABLE:
         if isinstance(err, kind):
-            param, code = (err.param, err.code) if isinstance(err, WrongField) else (None, code)
+            param = err.param if isinstance(err, (WrongField, WrongSetting)) else None
+            code = err.code if isinstance(err, WrongField) else code
             return status, _body(str(err), provider, openai_type, anthropic_type, code, param)
     if isinstance(err, RecursionError):
         # Whoever looked through the body, and wherever: it holds more brackets in each other than anybody means.

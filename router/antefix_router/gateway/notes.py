@@ -57,6 +57,7 @@ class Notes:
         self._left_out: list[str] = []
         self._flattened: list[str] = []
         self._foreign: list[str] = []
+        self._moved: list[str] = []
 
     def ignore(self, path: str) -> None:
         """A field that changes nothing here."""
@@ -77,6 +78,10 @@ class Notes:
         """Something that the model is shown in another form."""
         self._flattened.append(f"{path} ({what})")
 
+    def move(self, name: str, what: str) -> None:
+        """Something that the model is shown in a later place."""
+        self._moved.append(f"{name} ({what})")
+
     def call_foreign(self, path: str) -> None:
         """Thinking that did not come from here: the model is shown it, and nobody vouches for it."""
         self._foreign.append(path)
@@ -91,6 +96,7 @@ class Notes:
             "antefix-ignored": _listed([*self._ignored.values()], num_more=self._num_unnamed),
             "antefix-left-out": _listed(self._left_out),
             "antefix-flattened": _listed(self._flattened),
+            "antefix-moved": _listed(self._moved),
             "antefix-foreign-thinking": _listed(self._foreign),
             "antefix-restored-thinking": str(self.num_restored or ""),
             "antefix-mode": self.mode,
@@ -113,5 +119,7 @@ def _listed(paths: list[str], *, num_more: int = 0) -> str:
 def _printable(text: str) -> str:
     """Clients choose the names: nothing of them may end a header or reach a terminal."""
     shown = quote(text[:_NAME_BYTES_MAX], safe="[]().*_-:/@$+!~' ")
+    named = shown.rstrip(" ")
+    shown = named + "%20" * (len(shown) - len(named))  # a header's value does not end with a space
     is_whole = len(text) <= _NAME_BYTES_MAX and len(shown) <= _NAME_BYTES_MAX
     return shown if is_whole else shown[: _NAME_BYTES_MAX - 3] + "..."

@@ -60,6 +60,7 @@ def _read_message(item: Fields, found: MessageList) -> None:
         tool_calls=calls,
         tool_call_id=call_id,
         breakpoints=(*said.breakpoints, *ends, *end_breakpoint(item)),
+        part_starts=tuple(said.part_starts),
     )
     found.add(message, said.unseen)
 
@@ -120,19 +121,10 @@ def _is_empty(value: Any) -> bool:
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "n": (lambda value: is_number(value, 1), "one answer a request"),
     "best_of": (lambda value: is_number(value, 1), "one answer a request"),
-    "frequency_penalty": (lambda value: is_number(value, 0), "penalties are not supported"),
-    "presence_penalty": (lambda value: is_number(value, 0), "penalties are not supported"),
-    "repetition_penalty": (lambda value: is_number(value, 1), "penalties are not supported"),
     "length_penalty": (lambda value: is_number(value, 1), "penalties are not supported"),
-    "logit_bias": (_is_empty, "logit bias is not supported"),
-    "top_k": (lambda value: is_number(value, 0) or is_number(value, -1), "top_k is not supported; use top_p"),
-    "min_p": (lambda value: is_number(value, 0), "min_p is not supported; use top_p"),
     "top_a": (lambda value: is_number(value, 0), "top_a is not supported; use top_p"),
     "typical_p": (lambda value: is_number(value, 1), "typical_p is not supported; use top_p"),
-    "min_tokens": (lambda value: is_number(value, 0), "min_tokens is not supported"),
-    "stop_token_ids": (_is_empty, "stop_token_ids are not supported; use stop"),
     "include_stop_str_in_output": (_is_empty, "stop texts are never part of the answer"),
-    "ignore_eos": (_is_empty, "an answer ends where the model ends it"),
     "use_beam_search": (_is_empty, "there is no beam search"),
     "bad_words": (_is_empty, "output is not restricted here"),
     "allowed_token_ids": (_is_empty, "output is not restricted here"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from antefix.clients import Tokens
 from antefix.restore_report import RestoreReport
-from antefix.tokenizer import TextStream, Tokenizer
+from antefix.tokenizer import Tokenizer
 from antefix_billing.usage_record import UsageRecord
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import OutputParser
@@ -41,15 +41,23 @@ class Output:
         stop: Sequence[str],
         memory: AnswerMemory | None,
         strict: Mapping[str, Any] | None = None,
+        index: int = 0,
+        tells_logprobs: bool = True,
     ) -> None:
-        """strict: schemas of the tools whose calls must keep to them."""
+        """strict: schemas of the tools whose calls must keep to them.  index: which of the request's outputs it is.
+
+        tells_logprobs: those that there are, are for the client.
+        """
         self._front = front
         self._bill = bill
+        self._sample = bill.generation.samples[index]
+        self._tells_logprobs = tells_logprobs
+        self._text = front.tokenizer.stream()
         self._parser = parser
-        self._stop = _StopTexts(stop)
+        self._stop = StopTexts(stop)
         self._memory = memory
         self._calls = Calls(strict or {})
-        self._is_held = False
+        self.is_held = False
         self.content = ""
         self.reasoning = ""
         self.num_output_tokens = 0
@@ -63,46 +71,70 @@ class Output:
 
     @property
     def request_id(self) -> str:
-        return self._bill.request.request_id
+        return self._bill.generation.request.request_id
 
     @property
     def restore(self) -> RestoreReport | None:
         """Where the prompt's KV came from; there from the first delta on."""
-        return self._bill.request.restore
+        return self._bill.generation.restore
 
     @property
     def num_prompt_tokens(self) -> int:
-        return len(self._bill.request.tokens)
+        return len(self._bill.generation.tokens)
+
+    @property
+    def total_logprob(self) -> float:
+        """Of all its tokens, where they were asked for."""
+        return sum(each.logprob for each in self._sample.logprobs)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a stop text was found in it: what comes behind is no part of it."""
+        return self._stop.found is not None
 
     async def deltas(self, timeout_s: float, *, held: bool = False) -> AsyncGenerator[Delta, None]:
         """What the answer grows by. Closing this early cancels the request; after its end `ended` may be asked for.
 
         held: nothing of it goes out before all of it is there.
         """
-        self._bill.is_held = self._is_held = held
-        text = self._front.tokenizer.stream()
-        async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as outputs:
-            async for tokens in outputs:
-                for delta in self._read(tokens, text):
+        self._bill.is_held = self.is_held = held
+        async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as pieces:
+            async for _, tokens in pieces:
+                for delta in self.read(tokens):
                     yield delta
-                if self._stop.found is not None:
+                if self.has_ended:
                     self._bill.end_here(self.num_output_tokens)
                     break
-        if self._stop.found is None:
-            rest = self._stop.push(text.finish()) + self._stop.finish()
-            for delta in self._take(rest):
-                yield delta
-        for delta in self._keep(self._parser.finish()):
+        for delta in self.finish():
             yield delta
+
+    def read(self, tokens: Tokens) -> list[Delta]:
+        """One token after the other: each belongs to what the parser was in when it came."""
+        deltas: list[Delta] = []
+        for token in tokens:
+            if self.has_ended:
+                break
+            self._note(int(token))
+            may_stop = self.num_output_tokens > self._bill.generation.request.sampling.min_tokens
+            deltas += self._take(self._stop.push(self._text.push([int(token)]), may_stop=may_stop))
+        return deltas
+
+    def finish(self) -> list[Delta]:
+        """The output is over: what waited is what it looks like."""
+        deltas: list[Delta] = []
+        if not self.has_ended:
+            deltas += self._take(self._stop.push(self._text.finish()) + self._stop.finish())
+        deltas += self._keep(self._parser.finish())
         self._remember()
+        return deltas
 
     def ended(self) -> Ended:
         """Raises:  AssertionError: `deltas` has not ended."""
-        request = self._bill.request
+        sample = self._sample
         stop = self._stop.found
-        if stop is None and request.stop_number:
-            stop = self._stop.texts[request.stop_number - 1]
-        reason = "length" if request.finish_reason == "length" and stop is None else "stop"
+        if stop is None and sample.stop_number:
+            stop = self._stop.texts[sample.stop_number - 1]
+        reason = "length" if sample.finish_reason == "length" and stop is None else "stop"
         if self.tool_calls and reason == "stop":
             reason = "tool_calls"
         return Ended(reason=reason, stop=stop, record=self._bill.record)
@@ -114,26 +146,16 @@ class Output:
         self._spoken = self._spoken[len(given) :]
         return given
 
-    def _read(self, tokens: Tokens, text: TextStream) -> list[Delta]:
-        """One token after the other: each belongs to what the parser was in when it came."""
-        deltas: list[Delta] = []
-        for token in tokens:
-            if self._stop.found is not None:
-                break
-            self._note(int(token))
-            deltas += self._take(self._stop.push(text.push([int(token)])))
-        return deltas
-
     def _note(self, token: int) -> None:
-        in_reasoning, logprobs = self._parser.in_reasoning, self._bill.request.logprobs
-        if self.num_output_tokens < len(logprobs):
+        in_reasoning, logprobs = self._parser.in_reasoning, self._sample.logprobs
+        if self._tells_logprobs and self.num_output_tokens < len(logprobs):
             logprob = logprobs[self.num_output_tokens]
             self._spoken.append(
                 SpokenToken(token=token, start=self._stop.num_taken, is_reasoning=in_reasoning, logprob=logprob)
             )
         self.num_output_tokens += 1
         if in_reasoning:
-            self._bill.reasoning_tokens = self.num_output_tokens
+            self._bill.reasoning_tokens += 1
 
     def _take(self, text: str) -> list[Delta]:
         return self._keep(self._parser.push(text)) if text else []
@@ -148,16 +170,16 @@ class Output:
         return deltas
 
     def _remember(self) -> None:
-        if self._memory is None or self._stop.found is not None:
+        if self._memory is None or self.has_ended:
             return
-        request, calls = self._bill.request, [*self.tool_calls]
-        if self._calls.cut_off is not None and not self._is_held:
+        request, calls = self._bill.generation.request, [*self.tool_calls]
+        if self._calls.cut_off is not None and not self.is_held:
             calls.append(self._calls.cut_off)
         message = Message(role=Role.ASSISTANT, content=self.content, reasoning=self.reasoning, tool_calls=tuple(calls))
-        self._memory.put(request.tokens.tolist(), message, request.emitted, tenant=request.tenant)
+        self._memory.put(request.tokens.tolist(), message, self._sample.emitted, tenant=request.cache_tenant)
 
 
-class _StopTexts:
+class StopTexts:
     """Looks for stop texts in the answer: a text may be spelt in other tokens than the tokenizer gives for it, and then
     the decode worker does not see it. Text that may begin one is held back."""
 
@@ -173,14 +195,20 @@ class _StopTexts:
         """Characters that were let through."""
         return self.num_taken - len(self._held)
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, *, may_stop: bool = True) -> str:
+        """may_stop: a stop text that ends in `text` ends the answer."""
         if self.found is not None:
             return ""
         self.num_taken += len(text)
         if not self.texts:
             return text
+        num_held = len(self._held)
         self._held += text
-        places = [(self._held.find(stop), stop) for stop in self.texts if stop in self._held]
+        places = []
+        for stop in self.texts if may_stop else ():
+            # One that ended before was let through then.
+            place = self._held.find(stop, max(0, num_held - len(stop) + 1))
+            places += [(place, stop)] if place >= 0 else []
         if places:
             place, self.found = min(places)
             shown, self._held = self._held[:place], self._held[place:]

@@ -10,11 +10,13 @@ from starlette.requests import Request
 
 from antefix_billing.providers import responses_usage
 from antefix_router.chat.messages import Conversation, Effort
+from antefix_router.gateway.answer_form import RESPONSES_NAMES, flat_form
 from antefix_router.gateway.content import end_conversation
 from antefix_router.gateway.fields import Fields, unsupported
-from antefix_router.gateway.gateway import Gateway, Knobs
+from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.http import event_bytes
 from antefix_router.gateway.http_errors import Provider, error_body
+from antefix_router.gateway.knobs import read_knobs
 from antefix_router.gateway.modes import read_wish
 from antefix_router.gateway.openai_messages import refuse_unsupported
 from antefix_router.gateway.output import Ended, Output
@@ -37,15 +39,13 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
     effort = gateway.choose_effort(read_wish(fields), model, Effort.HIGH, fields.notes)
     instructions = fields.text("instructions", "")
     messages = end_conversation(input_messages(fields, instructions, signatures), fields)
-    raw_tools = fields.peek("tools", [])
+    raw_tools, raw_choice = fields.peek("tools", []), fields.peek("tool_choice", "auto")
     tools = openai_tools(fields)
     wanted = fields.texts("include")
-    knobs = Knobs(
-        max_tokens=fields.integer("max_output_tokens", low=1),
-        temperature=fields.number("temperature", 1.0),
-        top_p=fields.number("top_p", 1.0),
-        num_top_logprobs=_num_top_logprobs(fields, wanted),
-    )
+    knobs = read_knobs(fields, "max_output_tokens", num_top_logprobs=_num_top_logprobs(fields, wanted))
+    raw_text = fields.peek("text")
+    text = fields.child("text")
+    form = flat_form(None if text is None else text.child("format"))
     _refuse_state(fields)
     session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
@@ -55,18 +55,24 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
         messages=messages,
         tools=tools.schemas,
         strict=tools.strict,
+        tool_rule=tools.rule,
         tools_breakpoint=tools.breakpoint,
         effort=effort,
+        answers_json=form.is_json,
+        response_schema=form.schema,
     )
-    output = await gateway.chat(
-        conversation, knobs, gateway.caller(request, tenant, user, session=session), fields.notes
-    )
+    conversation = gateway.settled(conversation, fields.notes)
+    caller = gateway.caller(request, tenant, user, session=session)
+    output = await gateway.chat(conversation, knobs, caller, fields.notes, RESPONSES_NAMES)
     echo = {
         "instructions": instructions or None,
         "max_output_tokens": knobs.max_tokens,
         "temperature": knobs.temperature,
         "top_p": knobs.top_p,
         "tools": raw_tools,
+        "tool_choice": raw_choice,
+        "parallel_tool_calls": tools.rule.parallel,
+        "text": raw_text or {"format": {"type": "text"}},
     }
     items = Items(output, tools.grouped, signatures if _SEALED in wanted else None)
     timeout_s = gateway.config.http_timeout_s
@@ -94,10 +100,6 @@ def _refuse_state(fields: Fields) -> None:
         fields.only(name, lambda value: False, "requests are stateless here: send the whole input")
     fields.only("background", lambda value: value is False, "there is no background mode")
     fields.only("context_management", lambda value: not value, "content is never taken out of the input")
-    text = fields.child("text")
-    form = text.child("format") if text is not None else None
-    if form is not None and form.text("type") != "text":
-        raise unsupported("text.format", ": output is not forced into a format here; only 'text' is supported")
     fields.child("stream_options")
 
 
@@ -176,8 +178,6 @@ class ResponsesCall:
             "incomplete_details": {"reason": "max_output_tokens"} if length else None,
             "model": self._model,
             "output": items,
-            "parallel_tool_calls": True,
-            "tool_choice": "auto",
             "store": False,
             "truncation": "disabled",
             "metadata": {},

@@ -76,7 +76,11 @@ class _Reader:
             said = content_of(item, "content", "")
             item.drop("phase")
             message = Message(
-                role=role, content=said.text, name=item.text("name", ""), breakpoints=tuple(said.breakpoints)
+                role=role,
+                content=said.text,
+                name=item.text("name", ""),
+                breakpoints=tuple(said.breakpoints),
+                part_starts=tuple(said.part_starts),
             )
         elif kind in ("function_call", "custom_tool_call", "local_shell_call"):
             said, message = Content(), Message(role=Role.ASSISTANT, tool_calls=(_call(item, kind),))

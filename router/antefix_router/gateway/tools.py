@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from antefix.errors import InvalidRequest
-from antefix_router.chat.messages import Breakpoint
+from antefix_router.chat.messages import ANY_CALLS, Breakpoint, ToolRule
 from antefix_router.chat.strict import check_schema
+from antefix_router.gateway.answer_form import anthropic_rule, openai_rule
 from antefix_router.gateway.content import breakpoint_ttl
-from antefix_router.gateway.fields import Fields, unsupported, wrong_value
+from antefix_router.gateway.fields import Fields, wrong_value
 
-_OWN_KINDS = ("function", "custom")
 # What clients call the function by which the model finds the others.
 _SEARCH: Final = re.compile(r"tool_?search", re.IGNORECASE)
 
@@ -36,22 +36,23 @@ class GroupedName:
 @dataclass(slots=True)
 class Tools:
     """schemas: what the model is shown.  strict: names of tools whose calls must keep to their schema.
-    grouped: names that the model is shown, of functions that came in a group.
-    deferred: schemas by name, each to be shown where it was found."""
+    grouped: names that the model is shown, of functions that came in a group.  rule: which of them are to be called.
+    deferred: those of the schemas, by name, that are not listed but shown where they were found."""
 
     schemas: tuple[dict[str, Any], ...] = ()
     deferred: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     strict: frozenset[str] = frozenset()
     grouped: Mapping[str, GroupedName] = field(default_factory=dict)
     breakpoint: Breakpoint | None = None
+    rule: ToolRule = ANY_CALLS
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset((*(schema["name"] for schema in self.schemas), *self.deferred))
+        return frozenset(schema["name"] for schema in self.schemas)
 
     def without_schemas(self) -> Tools:
         """For `tool_choice` none: the model is shown no tools, and a breakpoint behind them still counts."""
-        return Tools(grouped=self.grouped, deferred=self.deferred, breakpoint=self.breakpoint)
+        return Tools(grouped=self.grouped, breakpoint=self.breakpoint)
 
 
 def read_tools(fields: Fields, own_kind: str) -> Tools:
@@ -61,7 +62,10 @@ def read_tools(fields: Fields, own_kind: str) -> Tools:
     """
     reader = _Reader(own_kind)
     tools = fields.children("tools", [])
-    reader.defers = any(_SEARCH.match(_name_of(tool)) for tool in tools if tool.peek("type", own_kind) == own_kind)
+    # Only Anthropic's API has a way to refer to what was found.
+    reader.defers = own_kind == "custom" and any(
+        _SEARCH.match(str(tool.peek("name"))) for tool in tools if tool.peek("type", own_kind) == own_kind
+    )
     for tool in tools:
         reader.add(tool)
     return Tools(
@@ -71,12 +75,6 @@ def read_tools(fields: Fields, own_kind: str) -> Tools:
         grouped=reader.grouped,
         breakpoint=reader.breakpoint,
     )
-
-
-def _name_of(tool: Fields) -> str:
-    function = tool.peek("function")
-    name = function.get("name") if isinstance(function, dict) else tool.peek("name")
-    return name if isinstance(name, str) else ""
 
 
 class _Reader:
@@ -117,10 +115,9 @@ class _Reader:
         of_schema = "input_schema" if function.has("input_schema") else "parameters"
         schema = function.take(of_schema)
         written = function_schema(shown, function.take("description"), schema)
+        self.schemas.append(written)
         if is_deferred:
             self.deferred[shown] = written
-        else:
-            self.schemas.append(written)
         if function.boolean("strict"):
             try:
                 check_schema(written["parameters"])
@@ -157,44 +154,15 @@ def openai_tools(fields: Fields) -> Tools:
     Raises:  WrongField: what cannot be promised, or the choice of a tool that is not there.
     """
     tools = read_tools(fields, "function")
-    choice = fields.take("tool_choice", "auto")
-    if isinstance(choice, dict):
-        check_chosen(_chosen_name(choice), tools)
-    if choice not in ("auto", "none"):
-        raise unsupported("tool_choice", ": the model decides by itself; only 'auto' and 'none' are supported")
-    has_tools = bool(tools.schemas)
-    fields.only(
-        "parallel_tool_calls", lambda value: value is True or not has_tools, "calls may always be parallel here"
-    )
-    return tools.without_schemas() if choice == "none" else tools
+    parallel = fields.boolean("parallel_tool_calls", True)
+    return _chosen(tools, openai_rule(fields.take("tool_choice"), tools.names, parallel=parallel))
 
 
 def anthropic_tools(fields: Fields) -> Tools:
     """Raises:  WrongField: as `openai_tools`."""
     tools = read_tools(fields, "custom")
-    choice = fields.child("tool_choice")
-    kind = choice.text("type") if choice is not None else "auto"
-    if choice is not None:
-        if kind == "tool":
-            check_chosen(choice.text("name"), tools)
-        if kind not in ("auto", "none"):
-            raise unsupported("tool_choice", ": the model decides by itself; only 'auto' and 'none' are supported")
-        choice.only("disable_parallel_tool_use", lambda value: value is False, "calls may always be parallel here")
-    return tools.without_schemas() if kind == "none" else tools
+    return _chosen(tools, anthropic_rule(fields.child("tool_choice"), tools.names))
 
 
-def check_chosen(name: str | None, tools: Tools) -> None:
-    """Raises:  WrongField: there is no tool of this name; one that was left out is not there either."""
-    if name is not None and name not in tools.names:
-        raise wrong_value("tool_choice", f": there is no tool {name[:80]!r} that could be called here")
-
-
-def _chosen_name(choice: dict[str, Any]) -> str | None:
-    """The tool that a choice names, or None. Choices of a provider's tool name its kind."""
-    kind = choice.get("type", "function")
-    if kind == "allowed_tools":
-        return None
-    function = choice.get("function")
-    inner = function if isinstance(function, dict) else choice
-    name = inner.get("name", kind if kind not in _OWN_KINDS else None)
-    return name if isinstance(name, str) else None
+def _chosen(tools: Tools, rule: ToolRule | None) -> Tools:
+    return tools.without_schemas() if rule is None else replace(tools, rule=rule)

@@ -1,67 +1,86 @@
-"""What workers say that they hold in memory, brought into the directory: numbered events, and snapshots where they gap.
+"""What workers say that they hold in memory, brought into the directory: one follower for each worker.
 
-Two ways in: a direct stream from each worker, or Redis Streams, which all routers read, with snapshots straight from
-the worker. Either way a worker is in step while its numbers follow each other. One that is not is what the router
-guesses from its own placements, until the next snapshot: that costs placements, never an answer.
+A worker that is not in step is what the router guesses from its own placements, until the next snapshot: that costs
+placements, never an answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from functools import partial
 
 import grpc
-import numpy as np
 
 from antefix import rpc
-from antefix.errors import AntefixError
-from antefix.events import MemoryBatch, MemoryEventKind
-from antefix.events.memory_watch import MemoryCursor, watch_memory
-from antefix.events.redis_bus import MemoryReader
-from antefix_router.placement.directory import Directory, Key
+from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.end_tasks import end_tasks
+from antefix.events.event_wire import watch_memory
+from antefix.events.follower import FollowCounters, Follower
+from antefix.events.numbered_log import Batch, Cursor
+from antefix.events.redis_stream import MEMORY_STREAMS, StreamReader, memory_stream
+from antefix_router.placement.directory import Directory
 
-log = logging.getLogger("antefix.router")
-
-_RETRY_S = 1.0
-# Batches that come while a snapshot is fetched; more of them make a gap, and another snapshot.
-_WAITING_MAX = 1_024
-
-Watch = Callable[[grpc.aio.Channel, MemoryCursor | None, bool], AsyncIterator[MemoryBatch]]
+WatchMemory = Callable[[grpc.aio.Channel, Cursor | None], AsyncGenerator[Batch[BlockEvent], None]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Known:
-    """Where we stand with a worker. serial: of its place in the directory: another one means that it was forgotten."""
+class MemoryFollower(Follower[BlockEvent]):
+    """What the directory knows of one worker."""
 
-    epoch: bytes
-    number: int
-    serial: int
+    def __init__(
+        self,
+        directory: Directory,
+        address: str,
+        *,
+        through_redis: bool = False,
+        counters: FollowCounters | None = None,
+    ) -> None:
+        super().__init__(through_redis=through_redis, counters=counters)
+        self._directory = directory
+        self._address = address
+        self._serial = 0
+
+    def forget_all(self) -> None:
+        self._directory.forget(self._address)
+        # A new place, whose number shows whether it is still the same one.
+        self._directory.placed(self._address, ())
+        self._serial = self._directory.serial(self._address)
+
+    def learn(self, events: Sequence[BlockEvent]) -> bool:
+        for event in events:
+            keys = event.keys().tolist()
+            if event.kind is EventKind.STORED:
+                self._directory.placed(self._address, keys)
+            elif event.kind is EventKind.EVICTED:
+                self._directory.evicted(self._address, keys)
+        return True
+
+    def is_intact(self) -> bool:
+        return self._serial == self._directory.serial(self._address)
+
+    def confirm(self) -> None:
+        self._directory.know(self._address)
+
+    def doubt(self) -> None:
+        self._directory.doubt(self._address)
 
 
 class MemoryFeed:
     """Keeps the directory as the workers' events say. `follow` again whenever workers come or go."""
 
-    def __init__(self, directory: Directory, *, redis_url: str = "", watch: Watch | None = None) -> None:
+    def __init__(self, directory: Directory, *, redis_url: str = "", watch: WatchMemory = watch_memory) -> None:
         """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
-        # One channel a worker for as long as it is followed: making one a try would cost memory while one is away.
         self._directory = directory
-        self._watch = watch or _watch_worker
-        self._reader = MemoryReader(redis_url, self._take, self._doubt_all) if redis_url else None
-        self._known: dict[str, _Known] = {}
-        self._waiting: dict[str, deque[MemoryBatch]] = {}
+        self._watch = watch
+        self._reader = StreamReader(redis_url, MEMORY_STREAMS, self._take, self._lose) if redis_url else None
+        self._followers: dict[str, MemoryFollower] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._wanted: dict[str, asyncio.Event] = {}
-        self.num_snapshots = 0
-        self.num_events = 0
-        self.num_gaps = 0
+        self.counters = FollowCounters()
 
     def in_step(self, address: str) -> bool:
         """Whether the directory has what this worker last said."""
-        known = self._known.get(address)
-        return known is not None and known.serial == self._directory.serial(address)
+        follower = self._followers.get(address)
+        return follower is not None and follower.in_step
 
     def start(self) -> None:
         """From now on read Redis, where it is used. Needs a running event loop."""
@@ -73,125 +92,31 @@ class MemoryFeed:
         addresses = set(addresses)
         for address in set(self._tasks) - addresses:
             self._tasks.pop(address).cancel()
-            self._lose(address)
-            self._waiting.pop(address, None)
-            self._wanted.pop(address, None)
+            self._followers.pop(address).lose()
         for address in addresses - set(self._tasks):
-            self._wanted[address] = asyncio.Event()
-            self._wanted[address].set()
-            # Through Redis only snapshots come from the worker itself.
-            run = self._resync if self._reader is not None else self._follow
-            self._tasks[address] = asyncio.create_task(run(address))
+            follower = self._followers[address] = MemoryFollower(
+                self._directory, address, through_redis=self._reader is not None, counters=self.counters
+            )
+            self._tasks[address] = asyncio.create_task(self._run(follower, address))
 
     async def close(self) -> None:
         tasks = list(self._tasks.values())
         self.follow(())
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
         if self._reader is not None:
             await self._reader.close()
 
-    def apply(self, address: str, batch: MemoryBatch) -> bool:
-        """Take a batch in; False: it does not follow what is known, and a snapshot is needed."""
-        if batch.snapshot:
-            self._apply_snapshot(address, batch)
-            return True
-        known = self._known.get(address)
-        if known is None or batch.epoch != known.epoch or known.serial != self._directory.serial(address):
-            return False
-        if batch.number <= known.number:
-            # Told twice: Redis was read again from further back. Or it is alive, and has no news.
-            self._directory.know(address)
-            return True
-        if batch.number - len(batch.events) != known.number:
-            self.num_gaps += 1
-            self._lose(address)
-            return False
-        for event in batch.events:
-            keys = _keys(event.keys)
-            if event.kind is MemoryEventKind.STORED:
-                self._directory.placed(address, keys)
-            else:
-                self._directory.evicted(address, keys)
-        self.num_events += len(batch.events)
-        self._directory.know(address)
-        self._known[address] = _Known(epoch=batch.epoch, number=batch.number, serial=known.serial)
-        return True
-
-    def _apply_snapshot(self, address: str, batch: MemoryBatch) -> None:
-        """A piece of what the worker has; it counts from its last piece on."""
-        if batch.snapshot_begins:
-            self._known.pop(address, None)
-            self._directory.forget(address)
-        for event in batch.events:
-            self._directory.placed(address, _keys(event.keys))
-        if batch.snapshot_ends:
-            self.num_snapshots += 1
-            serial = self._directory.know(address)
-            self._known[address] = _Known(epoch=batch.epoch, number=batch.number, serial=serial)
-
-    def _lose(self, address: str) -> None:
-        self._known.pop(address, None)
-        self._directory.doubt(address)
-
-    async def _follow(self, address: str) -> None:
-        """The direct way: one stream, a snapshot first, that goes on where it broke."""
+    async def _run(self, follower: MemoryFollower, address: str) -> None:
+        # One channel for as long as it is followed: making one a try would cost memory while the worker is away.
         async with rpc.channel(address) as channel:
-            while True:
-                known = self._known.get(address) if self.in_step(address) else None
-                cursor = MemoryCursor(epoch=known.epoch, number=known.number) if known else None
-                try:
-                    async for batch in self._watch(channel, cursor, False):
-                        if not self.apply(address, batch):
-                            self._lose(address)
-                            break
-                    else:
-                        await asyncio.sleep(_RETRY_S)
-                except AntefixError as err:
-                    log.debug("worker %s tells nothing of its memory: %s", address, err)
-                    self._directory.doubt(address)
-                    await asyncio.sleep(_RETRY_S)
+            await follower.run(partial(self._watch, channel))
 
-    async def _resync(self, address: str) -> None:
-        """Redis' way: snapshots when they are wanted; what came meanwhile is applied on top."""
-        async with rpc.channel(address) as channel:
-            while True:
-                await self._wanted[address].wait()
-                waiting = self._waiting[address] = deque(maxlen=_WAITING_MAX)
-                try:
-                    async for batch in self._watch(channel, None, True):
-                        self.apply(address, batch)
-                except AntefixError as err:
-                    log.debug("worker %s gives no snapshot of its memory: %s", address, err)
-                    await asyncio.sleep(_RETRY_S)
-                    continue
-                # No await from here to the end, so that nothing comes in between.
-                del self._waiting[address]
-                self._wanted[address].clear()
-                if not all(self.apply(address, batch) for batch in waiting):
-                    self._wanted[address].set()
-                    await asyncio.sleep(_RETRY_S)
+    def _take(self, address: str, batch: Batch[BlockEvent]) -> None:
+        """What Redis gave. Events of workers that are not ours are nobody's."""
+        if (follower := self._followers.get(address)) is not None:
+            follower.take(batch)
 
-    def _doubt_all(self) -> None:
-        for address in self._known:
-            self._directory.doubt(address)
-
-    def _take(self, address: str, batch: MemoryBatch) -> None:
-        """An event that Redis gave. Those of workers that are not ours, or unknown yet, are nobody's."""
-        wanted = self._wanted.get(address)
-        if wanted is None:
-            return
-        if (waiting := self._waiting.get(address)) is not None:
-            waiting.append(batch)
-        elif not self.apply(address, batch):
-            wanted.set()
-
-
-def _watch_worker(
-    channel: grpc.aio.Channel, cursor: MemoryCursor | None, snapshot_only: bool
-) -> AsyncIterator[MemoryBatch]:
-    return watch_memory(channel, cursor, snapshot_only=snapshot_only)
-
-
-def _keys(raw: bytes) -> list[Key]:
-    keys: list[Key] = np.frombuffer(raw, "<u8").tolist()
-    return keys
+    def _lose(self, stream: str) -> None:
+        for address, follower in self._followers.items():
+            if memory_stream(address) == stream:
+                follower.lose()

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.clients import DecodeClient, PrefillClient
-from antefix.errors import Unavailable
+from antefix.errors import InternalError, Unavailable
 from antefix_router.placement.backlog import Backlog
 from antefix_router.placement.directory import Directory, Key
 from antefix_router.placement.work import Loads, Policy, Work, seed_of
@@ -131,7 +131,7 @@ class Workers:
             yield
             # Decode workers run all sequences at once: how long one took does not say what is left of the others.
             done = self.role is Role.PREFILL
-        except Unavailable:
+        except (Unavailable, InternalError):
             worker.shunned_until = time.monotonic() + SHUN_S
             raise
         finally:

@@ -1,0 +1,22 @@
+"""Ending tasks that call libraries."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+_AGAIN_S = 0.2
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks and wait until they have ended.
+
+    Python 3.11's `wait_for`, which Redis' client uses, forgets that it was cancelled when that comes in the same moment
+    as its result. The task would then go on for ever, and so would whoever waits for it; so it is told again.
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=_AGAIN_S)

@@ -1,0 +1,56 @@
+"""One request for an output, as it travels from a door to the workers: made once, handed on, never taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from antefix.block import TokenArray as Tokens
+from antefix.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks. tenant: who pays, and whose cache it is; user: has a cache of its own within the tenant's.
+
+    request_id: the same one again is a retry; empty: one is made.
+    session: the caller's name of the conversation, a hint where to place it.
+    """
+
+    tenant: str = ""
+    user: str = ""
+    request_id: str = ""
+    session: str = ""
+
+    @property
+    def cache_tenant(self) -> str:
+        """Whose blocks may be hit. U+001F separates the two; no door lets control characters through."""
+        return f"{self.tenant}\x1f{self.user}" if self.user else self.tenant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GenerationRequest:
+    """tokens: the prompt.  breakpoints: (prompt tokens, seconds) of prefixes that the client wants kept.
+
+    num_samples: outputs over the one prompt; each has a seed of its own.
+    """
+
+    tokens: Tokens
+    sampling: Sampling
+    caller: Caller = field(default_factory=Caller)
+    breakpoints: tuple[tuple[int, float], ...] = ()
+    num_samples: int = 1
+
+    @property
+    def request_id(self) -> str:
+        return self.caller.request_id
+
+    @property
+    def cache_tenant(self) -> str:
+        return self.caller.cache_tenant
+
+    def followed_by(self, emitted: Iterable[int]) -> Tokens:
+        """[N] uint32: the prompt and what was given out of one of its outputs."""
+        return np.concatenate((self.tokens, np.fromiter(emitted, np.uint32)))

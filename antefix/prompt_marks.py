@@ -1,0 +1,85 @@
+"""A few hashes of a prompt, small enough for its usage record: two prompts can be compared later, without any text.
+
+A block's hash names everything up to its end, so equal hashes mean equal prefixes. Kept are those after 1, 2, 3, 4, 6,
+8, 12, ... blocks and after the last whole one, cut to 6 bytes: where two prompts part is known to a factor of 1.5.
+
+    "<number of whole blocks>:<hash><hash>..."     12 hex digits each, in order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from antefix.errors import InvalidRequest
+
+_HEX_DIGITS: Final = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parting:
+    """Blocks that two prompts have in common: at least `blocks_min`, and at most `blocks_max`."""
+
+    blocks_min: int
+    blocks_max: int
+
+
+def places(num_blocks: int) -> list[int]:
+    """After how many blocks a prompt is marked."""
+    found, step = [], 1
+    while step <= num_blocks:
+        found += [step, step * 3 // 2] if step > 1 else [1]
+        step *= 2
+    return sorted({place for place in found if place <= num_blocks} | ({num_blocks} if num_blocks > 0 else set()))
+
+
+def marks_of(hashes: Sequence[bytes]) -> str:
+    """The marks of a prompt with these block hashes; empty for one that is shorter than a block."""
+    if not hashes:
+        return ""
+    return f"{len(hashes)}:" + "".join(_short(hashes[place - 1]) for place in places(len(hashes)))
+
+
+def parting(one: str, other: str) -> Parting:
+    """Where the prompts of two marks part. Raises:  InvalidRequest: one of them is none."""
+    first, second = _read(one), _read(other)
+    both = sorted(set(first) & set(second))
+    return _parting([place for place in both if first[place] == second[place]], both, min(_end(first), _end(second)))
+
+
+def parting_of_chain(hashes: Sequence[bytes], marks: str) -> Parting:
+    """The same for a prompt of which all hashes are known."""
+    known = _read(marks)
+    both = [place for place in known if place <= len(hashes)]
+    alike = [place for place in both if known[place] == _short(hashes[place - 1])]
+    return _parting(alike, both, min(_end(known), len(hashes)))
+
+
+def _parting(alike: list[int], both: list[int], end: int) -> Parting:
+    low = max(alike, default=0)
+    # The first mark that differs bounds it: equal prefixes could not part before.
+    high = min((place - 1 for place in both if place > low), default=end)
+    return Parting(blocks_min=low, blocks_max=high)
+
+
+def _read(marks: str) -> dict[int, str]:
+    if not marks:
+        return {}
+    number, _, digits = marks.partition(":")
+    try:
+        at = places(int(number))
+        bytes.fromhex(digits)
+    except ValueError as err:
+        raise InvalidRequest(f"{marks[:40]!r} are no marks of a prompt") from err
+    if len(digits) != _HEX_DIGITS * len(at):
+        raise InvalidRequest(f"{marks[:40]!r} are no marks of a prompt")
+    return {place: digits[_HEX_DIGITS * i : _HEX_DIGITS * (i + 1)] for i, place in enumerate(at)}
+
+
+def _end(marks: dict[int, str]) -> int:
+    return max(marks, default=0)
+
+
+def _short(block_hash: bytes) -> str:
+    return block_hash.hex()[:_HEX_DIGITS]

@@ -1,0 +1,237 @@
+"""`antefix explain` of requests: a body rendered as the door does it, one of the ledger, two that are compared."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from antefix.block import USER_SEPARATOR, chain_of
+from antefix.clients import Tokens
+from antefix.errors import InvalidRequest
+from antefix.model_dir import ModelIdentity
+from antefix.prompt_marks import parting, parting_of_chain
+from antefix.secret import Keyring
+from antefix.tokenizer import load_tokenizer
+from antefix_billing.usage_record import UsageRecord
+from antefix_console.commands.prompt_text import given_text, read_text
+from antefix_console.deployment import DOOR_FILE
+from antefix_console.explain.compare_prompts import (
+    RoughComparison,
+    compare,
+    comparison_lines,
+    rough_lines,
+)
+from antefix_console.explain.prompt_source import SourcedPrompt
+from antefix_console.explain.recorded_requests import (
+    comparable,
+    find_record,
+    nearest_before,
+    record_dict,
+    record_lines,
+)
+from antefix_router.gateway.dry_run import APIS, Span, dry_run
+from antefix_router.gateway.gateway_config import GatewayConfig
+
+_DOOR_SETTINGS = ("chat_format", "model_aliases", "prefix_rules")
+
+
+def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExclusiveGroup) -> None:
+    """prompt: the ways to say which prompt is meant."""
+    prompt.add_argument(
+        "--messages", metavar="FILE", help="JSON file of a request's body or of its messages, as a client sends them"
+    )
+    prompt.add_argument(
+        "--request-id", metavar="ID", help="a request of the ledger: what it hit, and which earlier one it is most like"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="FILE|ID",
+        help="another request, as a JSON file or by its id: shows where the two prompts part, and which line did it",
+    )
+    parser.add_argument("--api", choices=APIS, default="chat", help="which API the JSON files are of (default: chat)")
+    parser.add_argument(
+        "--chat-format", help="how the router writes conversations (default: as the last `antefix up` did, or auto)"
+    )
+    parser.add_argument("--model-aliases", metavar="FILE", help="as the router has it (default: as above)")
+    parser.add_argument("--prefix-rules", metavar="FILE", help="as the router has it (default: as above)")
+    parser.add_argument(
+        "--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, where they are not in --data-dir"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenPrompt:
+    """facts: what the door made of the request besides, for people and as JSON."""
+
+    source: SourcedPrompt
+    user: str = ""
+    facts: dict[str, str]
+
+    @property
+    def lines(self) -> Iterator[str]:
+        named = [f"{name} {value}" for name, value in self.facts.items() if value]
+        if named:
+            yield f"As the door renders it: {len(self.source.tokens)} tokens; {'; '.join(named)}."
+            yield ""
+
+
+def given_prompt(args: argparse.Namespace, identity: ModelIdentity, keyring: Keyring | None) -> GivenPrompt:
+    """The prompt that the arguments name.  Raises:  InvalidRequest: it cannot be read, or the door would refuse it."""
+    if args.messages is not None:
+        return _rendered(args, args.messages, identity, keyring)
+    tokenizer = load_tokenizer(args.model)
+    if args.tokens_file is not None:
+        source = SourcedPrompt(name="the prompt", tokens=_token_ids(args.tokens_file), tokenizer=tokenizer)
+        return GivenPrompt(source=source, facts={})
+    text = given_text(args.prompt) if args.prompt is not None else read_text(args.prompt_file)
+    ids = np.array(tokenizer.encode(text), np.uint32)
+    spans = (Span(start=0, end=len(ids), text=text),)
+    source = SourcedPrompt(name="the prompt", tokens=ids, tokenizer=tokenizer, body={"prompt": text}, spans=spans)
+    return GivenPrompt(source=source, facts={})
+
+
+def _rendered(args: argparse.Namespace, name: str, identity: ModelIdentity, keyring: Keyring | None) -> GivenPrompt:
+    try:
+        body = json.loads(read_text(Path(name)))
+    except (ValueError, RecursionError) as err:
+        raise InvalidRequest(f"{name} is no JSON: {err}") from err
+    tokenizer = load_tokenizer(args.model)
+    prompt = asyncio.run(
+        dry_run(
+            body,
+            args.api,
+            identity=identity,
+            tokenizer=tokenizer,
+            # Only thinking that is sealed in the request needs the deployment's own.
+            keyring=keyring or Keyring(bytes(32)),
+            tenant=args.tenant,
+            config=_door(args),
+        )
+    )
+    facts = {"format": prompt.chat_format, "user": prompt.user, "session": prompt.session, "moved": prompt.moved}
+    source = SourcedPrompt(name=name, tokens=prompt.tokens, tokenizer=tokenizer, body=body, spans=prompt.spans)
+    return GivenPrompt(source=source, user=prompt.user, facts=facts)
+
+
+def _door(args: argparse.Namespace) -> GatewayConfig:
+    """The settings that the prompt depends on: as given, else as the deployment's last start had them."""
+    file = args.data_dir / DOOR_FILE if args.data_dir else None
+    in_force: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+    given = {name: getattr(args, name) for name in _DOOR_SETTINGS if getattr(args, name) is not None}
+    known = {name: str(value) for name, value in in_force.items() if name in _DOOR_SETTINGS}
+    return GatewayConfig(**{**known, **given})
+
+
+def compare_with(
+    args: argparse.Namespace, prompt: GivenPrompt, identity: ModelIdentity, keyring: Keyring | None
+) -> int:
+    """A prompt that is there against a file or a request of the ledger."""
+    size = identity.geometry.block_size
+    if _is_file(args.against):
+        other = _rendered(args, args.against, identity, keyring).source
+        found = compare(prompt.source, other, size)
+        _print(args, found.as_dict(), comparison_lines(found))
+        return 0
+    record = find_record(_ledgers(args), args.against, args.tenant or None)
+    rough = _against_record(prompt, record, size, _needed(keyring))
+    _print(args, rough.as_dict(), rough_lines(rough))
+    return 0
+
+
+def explain_request(args: argparse.Namespace, identity: ModelIdentity, keyring: Keyring | None) -> int:
+    """A request of the ledger, alone or against another one."""
+    size, ledgers = identity.geometry.block_size, _ledgers(args)
+    record = find_record(ledgers, args.request_id, args.tenant or None)
+    if args.against is not None and _is_file(args.against):
+        prompt = _rendered(args, args.against, identity, keyring)
+        rough = _against_record(prompt, record, size, _needed(keyring))
+    elif args.against is not None:
+        rough = _records_compared(record, find_record(ledgers, args.against, args.tenant or None), size)
+    else:
+        return _alone(args, record, ledgers, size)
+    _print(args, {"request": record_dict(record, size), **rough.as_dict()}, rough_lines(rough))
+    return 0
+
+
+def _alone(args: argparse.Namespace, record: UsageRecord, ledgers: Sequence[Path], size: int) -> int:
+    nearest = nearest_before(ledgers, record)
+    answer: dict[str, Any] = {"request": record_dict(record, size), "nearest": None}
+    said = [*record_lines(record, size)]
+    if nearest is not None:
+        rough = _records_compared(record, nearest.record, size)
+        answer["nearest"] = {"request": record_dict(nearest.record, size), **rough.as_dict()}
+        said += ["", "Of this user's earlier requests it has most in common with one:", *rough_lines(rough)]
+    elif record.prompt_marks:
+        said += ["", "No earlier request of this user is in the ledger with its block hashes."]
+    _print(args, answer, said)
+    return 0
+
+
+def _records_compared(one: UsageRecord, other: UsageRecord, size: int) -> RoughComparison:
+    if not comparable(one, other):
+        differ = [name for name in ("tenant", "user", "fingerprint") if getattr(one, name) != getattr(other, name)]
+        why = "one of them kept no block hashes: its prompt is shorter than a block, or an older version ran"
+        if differ:
+            why = f"they differ in {', '.join(differ)}, so nothing of one can be hit by the other"
+        raise InvalidRequest(f"requests {one.request_id} and {other.request_id} cannot be compared: {why}")
+    return RoughComparison(
+        first_name=f"request {one.request_id}",
+        second_name=f"request {other.request_id}",
+        block_size=size,
+        parting=parting(one.prompt_marks, other.prompt_marks),
+    )
+
+
+def _against_record(prompt: GivenPrompt, record: UsageRecord, size: int, keyring: Keyring) -> RoughComparison:
+    """The prompt's blocks are named as the record's were, so that equal text has equal hashes."""
+    whose = f"{record.tenant}{USER_SEPARATOR}{record.user}" if record.user else record.tenant
+    chain = chain_of(
+        prompt.source.tokens,
+        fingerprint_digest=bytes.fromhex(record.fingerprint),
+        key=keyring.key(whose),
+        block_size=size,
+    )
+    found = parting_of_chain(chain.hashes, record.prompt_marks)
+    ends = sorted({found.blocks_min * size, min((found.blocks_max + 1) * size, len(prompt.source.tokens)) - 1})
+    spots = [spot for token in ends if (spot := prompt.source.spot(token)) is not None]
+    name = f"request {record.request_id}"
+    return RoughComparison(first_name=prompt.source.name, second_name=name, block_size=size, parting=found, spots=spots)
+
+
+def _is_file(text: str) -> bool:
+    return text == "-" or Path(text).is_file()
+
+
+def _ledgers(args: argparse.Namespace) -> list[Path]:
+    if args.ledger:
+        return list(args.ledger)
+    if args.data_dir is None:
+        raise InvalidRequest("say where the ledger is: --data-dir, or --ledger")
+    return [args.data_dir]
+
+
+def _needed(keyring: Keyring | None) -> Keyring:
+    if keyring is None:
+        raise InvalidRequest("block hashes need the deployment's secret: --data-dir, or --secret-file")
+    return keyring
+
+
+def _print(args: argparse.Namespace, answer: dict[str, Any], lines: Sequence[str] | Iterator[str]) -> None:
+    print(json.dumps(answer) if args.json else "\n".join(lines))
+
+
+def _token_ids(path: Path) -> Tokens:
+    try:
+        ids = json.loads(read_text(path))
+    except ValueError as err:
+        raise InvalidRequest(f"{path} is no JSON: {err}") from err
+    if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 1 << 32 for i in ids):
+        raise InvalidRequest("--tokens-file must hold a JSON list of token ids")
+    return np.array(ids, np.uint32)

@@ -1,0 +1,78 @@
+"""Small models drawn from a seed: layer plans, ratios, windows, widths, streams, heads and experts as they come.
+
+The fixed plans show what is known to be awkward; these are for what nobody has thought of. One number is one model:
+what failed is run again by the seed that was printed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from antefix.layout import KVFormat
+from antefix_console.verify.models import Subject, make_subject
+
+_KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+# A block has this many tokens at most, so that some blocks are still a short prompt.
+_BLOCK_TOKENS_MAX = 48
+# Head dims with a share of them that RoPE turns: an even number each.
+_HEADS = ((16, 0.25), (24, 0.25), (32, 0.5), (40, 0.2), (80, 0.2))
+
+
+def drawn_subject(seed: int, number: int, *, device: str = "cpu", fp8_only: bool = False) -> Subject:
+    """Model `number` of a seed; the same on every machine. fp8_only: the format that a card's kernels know."""
+    random = np.random.default_rng((seed, number))
+    fields = drawn_config(random)
+    kv_format = KVFormat.FP8 if fp8_only or random.random() < 0.5 else KVFormat.FLOAT32
+    return make_subject(f"drawn-{seed}-{number}", fields, kv_format, seed=int(random.integers(1 << 31)), device=device)
+
+
+def drawn_config(random: np.random.Generator) -> dict[str, Any]:
+    """A config.json of a random shape. Every one of them can be loaded and served."""
+
+    def between(low: int, high: int) -> int:
+        return int(random.integers(low, high + 1))
+
+    layers = [_KINDS[kind] for kind in random.integers(0, 3, between(1, 5))]
+    csa, hca = _ratios(random)
+    # Half of the windows are shorter than CSA's groups or about as long, where the two compete.
+    window = between(1, csa + 2) if random.random() < 0.5 else between(1, 24)
+    head_dim, rotated = _HEADS[between(0, len(_HEADS) - 1)]
+    num_heads = between(1, 5)
+    num_experts = between(2, 11)
+    return {
+        "model_type": "deepseek_v4",
+        "layer_types": layers,
+        "num_hidden_layers": len(layers),
+        "compress_rates": {_KINDS[1]: csa, _KINDS[2]: hca},
+        "sliding_window": window,
+        "vocab_size": between(61, 120),
+        "hidden_size": between(16, 110),
+        "moe_intermediate_size": between(5, 40),
+        "num_attention_heads": num_heads,
+        "head_dim": head_dim,
+        "partial_rotary_factor": rotated,
+        "q_lora_rank": between(5, 40),
+        "o_groups": int(random.choice([n for n in range(1, num_heads + 1) if num_heads % n == 0])),
+        "o_lora_rank": between(3, 20),
+        "n_routed_experts": num_experts,
+        "num_experts_per_tok": between(1, min(num_experts, 4)),
+        "num_hash_layers": between(0, min(2, len(layers))),
+        "scoring_func": str(random.choice(["sqrtsoftplus", "sigmoid"])),
+        "index_n_heads": between(2, 20),
+        "index_head_dim": int(random.choice([16, 32, 64])),
+        "index_topk": between(1, 9),
+        "hc_mult": between(1, 6),
+        "hc_sinkhorn_iters": between(1, 6),
+        "max_position_embeddings": 1 << 20,
+    }
+
+
+def _ratios(random: np.random.Generator) -> tuple[int, int]:
+    """m and m', in any order and with any common divisor."""
+    while True:
+        csa, hca = (int(n) for n in random.integers(1, 17, 2))
+        if 2 <= math.lcm(csa, hca) <= _BLOCK_TOKENS_MAX:
+            return csa, hca

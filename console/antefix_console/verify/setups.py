@@ -1,0 +1,136 @@
+"""Other set-ups of this machine: processes with other numbers of threads, and with other paths of the library.
+
+What one set-up stores, another may hit if their names are equal; so where names are equal, bits must be. Each process
+runs the same prompts of the same models cold, and says what it named its arithmetic and what came out. Set-ups whose
+bits differ are no fault as long as they are named apart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from antefix.errors import AntefixError
+from antefix.layout import KVFormat
+from antefix.model import probe
+from antefix_console.verify.compare import RunOutcome
+from antefix_console.verify.cuts import run_pieces
+from antefix_console.verify.models import Subject, random_subject
+from antefix_console.verify.paired_runs import WorkerPair
+from antefix_console.verify.verdict import Cases, Report
+from antefix_prefill.worker.compute_thread import ComputeThread
+
+# Models whose products have the shapes that set-ups were seen to differ in: 24 columns, odd widths, three streams.
+PLANS = ("pro", "odd-sizes")
+_NUM_TOKENS = 41
+# Read by a library when it computes for the first time, so they are another process's.
+_LIBRARY_PREFIXES = ("MKL_", "ATEN_", "ONEDNN_", "DNNL_")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """variables: of the environment. threads: the numbers of threads to try, one after another in one process."""
+
+    threads: tuple[int, ...]
+    variables: tuple[tuple[str, str], ...] = ()
+
+    def label(self, threads: int) -> str:
+        names = [f"{name}={value}" for name, value in self.variables]
+        return ", ".join((f"{threads} thread{'s' * (threads > 1)}", *names))
+
+
+SHORT_SETUPS = (Setup(threads=(2, 3)), Setup(threads=(1,), variables=(("MKL_CBWR", "COMPATIBLE"),)))
+LONG_SETUPS = (
+    *(Setup(threads=(number,)) for number in (2, 3, 4, 8, 16)),
+    Setup(threads=(1, 3), variables=(("MKL_CBWR", "COMPATIBLE"),)),
+    Setup(threads=(1, 3), variables=(("ATEN_CPU_CAPABILITY", "default"),)),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What a set-up named its arithmetic for one model, and a digest of all that a cold run left."""
+
+    arithmetic: str
+    bits: str
+
+
+async def check_setups(setups: Sequence[Setup], report: Report) -> None:
+    """Runs the other processes at once, and compares each with this one."""
+    others = [asyncio.create_task(_ask(setup)) for setup in setups]
+    subjects = [random_subject(plan, KVFormat.FLOAT32) for plan in PLANS]
+    here = [said(subject) for subject in subjects]
+    for setup, answers in zip(setups, await asyncio.gather(*others), strict=True):
+        for threads, models in zip(setup.threads, answers, strict=True):
+            for subject, ours, theirs in zip(subjects, here, models, strict=True):
+                cases = Cases(report=report, subject=subject.name, kv_format=subject.kv_format.value)
+                _compare(subject, ours, theirs, setup.label(threads), cases)
+
+
+def said(subject: Subject) -> Said:
+    """By this process, with the threads that are set."""
+    workers = WorkerPair(subject, ComputeThread("set-up"), _NUM_TOKENS)
+    tokens = np.random.default_rng(0).integers(0, subject.identity.vocab_size, _NUM_TOKENS).astype(np.uint32)
+    # The last token alone, as decode runs it.
+    outcome = run_pieces(workers, tokens, (_NUM_TOKENS - 1,))
+    workers.compute.close()
+    return Said(arithmetic=probe(subject.model).name, bits=_digest(outcome))
+
+
+def _compare(subject: Subject, ours: Said, theirs: Said, label: str, cases: Cases) -> None:
+    names = [
+        subject.identity.fingerprint(subject.kv_format, arithmetic=each.arithmetic).digest for each in (ours, theirs)
+    ]
+    problem = ""
+    if names[0] == names[1] and ours.bits != theirs.bits:
+        problem = f"arithmetic: other bits under the same name with {label}"
+    plan = "same name" if names[0] == names[1] else "named apart"
+    cases.add("set-ups", plan, _NUM_TOKENS, problem=problem)
+
+
+async def _ask(setup: Setup) -> list[list[Said]]:
+    """A process of that set-up, which says it for each number of threads and each model.
+
+    Raises:  AntefixError: it failed.
+    """
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(_LIBRARY_PREFIXES)}
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", __name__, json.dumps(setup.threads)),
+        env=plain | {"PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE"} | dict(setup.variables),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    if process.returncode:
+        last = err.decode(errors="replace").strip().rpartition("\n")[2]
+        raise AntefixError(f"the process with {setup.label(setup.threads[0])} failed: {last}")
+    return [[Said(**model) for model in models] for models in json.loads(out)]
+
+
+def _digest(outcome: RunOutcome) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for part in (outcome.logits.tobytes(), outcome.rows.numpy().tobytes(), outcome.window.to_bytes()):
+        state.update(part)
+    return state.hexdigest()
+
+
+def _main() -> None:
+    answers = []
+    subjects = [random_subject(plan, KVFormat.FLOAT32) for plan in PLANS]
+    for threads in json.loads(sys.argv[1]):
+        torch.set_num_threads(threads)
+        answers.append([{"arithmetic": each.arithmetic, "bits": each.bits} for each in map(said, subjects)])
+    print(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    _main()

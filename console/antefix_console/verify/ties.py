@@ -1,0 +1,38 @@
+"""The indexer's rule for entries of one score, which every device must share."""
+
+from __future__ import annotations
+
+import torch
+
+from antefix.clients import Tokens
+from antefix.layout import PartKind
+from antefix.model import Sequence, WindowState, forward
+from antefix.model.backend import make_backend
+from antefix.model.ops import Entries
+from antefix_console.verify.paired_runs import WorkerPair
+from antefix_console.verify.verdict import Cases
+
+
+def check_ties(workers: WorkerPair, tokens: Tokens, cases: Cases) -> None:
+    """Of entries that score the same, the lowest ones are attended to, whatever is scored next to them. Queries of
+    zeros make all entries tie."""
+    model, layout = workers.subject.model, workers.subject.model.layout
+    part = next((part for part in layout.parts if part.kind is PartKind.INDEXER_KEYS), None)
+    if part is None:
+        return
+    num_blocks = -(-len(tokens) // layout.geometry.block_size)
+    pool, ops = make_backend(workers.kernels, layout, num_blocks, model.device, reproducible=workers.reproducible)
+    sequence = Sequence(pool.allocate(num_blocks), WindowState.zeros(layout, 0, model.device))
+    forward(model, pool, [(sequence, tokens)], ops=ops)
+    topk, heads = model.config.index_topk, model.config.index_num_heads
+    num_entries = len(tokens) // layout.geometry.csa_ratio
+    visible = torch.arange(num_entries + 1, device=model.device)
+    queries = torch.zeros(num_entries + 1, heads, layout.geometry.indexer_dim, device=model.device)
+    weights = torch.ones(num_entries + 1, heads, device=model.device)
+    block_ids = torch.tensor(sequence.block_table, device=model.device)
+    with torch.inference_mode():
+        picked = ops.indexer_topk(queries, weights, Entries(pool=pool, part=part, block_ids=block_ids), visible, topk)
+    lowest = torch.arange(topk, device=model.device)
+    wanted = torch.where(lowest < visible.unsqueeze(1), lowest, -1)
+    problem = "" if torch.equal(picked.long(), wanted) else f"indexer, layer {part.layer}: ties go to a higher index"
+    cases.add("ties", "lowest index", len(tokens), problem=problem)

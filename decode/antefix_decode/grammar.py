@@ -1,0 +1,89 @@
+"""Following a grammar token by token, and the grammars that this worker has made ready.
+
+Making one ready runs in a thread, a few at a time, with a deadline; the engine's own limits (antefix/grammar.py) end
+what is too large. A matcher that fails ends its own sequence.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import llguidance
+import llguidance.numpy as masks
+import numpy as np
+import numpy.typing as npt
+
+from antefix.errors import InvalidRequest
+from antefix.grammar import Vocabulary, reason
+
+# Some 50 KB each where they are simple. An agent has one, or one a set of tools.
+NUM_KEPT_MAX = 128
+NUM_AT_ONCE = 2
+READY_S_MAX = 10.0
+
+
+class Matcher:
+    """One output on its way through a grammar. See `antefix_decode.sampling.Constraint`."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._bits = masks.allocate_token_bitmask(1, vocab_size)
+        self.is_over = False
+
+    def mask(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Raises:  InvalidRequest: the grammar has become too large to go on with."""
+        masks.fill_next_token_bitmask(self._matcher, self._bits)
+        self._check()
+        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)]
+        return np.where(allowed.view(np.bool_), logits, np.float32(-np.inf))
+
+    def push(self, token: int) -> None:
+        """Raises:  InvalidRequest: the token may not come next."""
+        self._matcher.consume_token(token)
+        self._check()
+        self.is_over = self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InvalidRequest(f"the output format is too complex: {reason(self._matcher.get_error())}")
+
+
+class Grammars:
+    """Makes grammars ready once, and hands out a matcher for each output."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._ready: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
+        self._turns = asyncio.Semaphore(NUM_AT_ONCE)
+
+    async def matcher(self, grammar: str, emitted: Sequence[int] = ()) -> Matcher:
+        """One that has read `emitted`, what was given out of the output before.
+
+        Raises:  InvalidRequest: not a grammar, too large a one, or not one of this output.
+        """
+        name = hashlib.blake2b(grammar.encode(), digest_size=16).digest()
+        ready = self._ready.get(name)
+        if ready is None:
+            ready = await self._make(grammar)
+            self._ready[name] = ready
+            while len(self._ready) > NUM_KEPT_MAX:
+                self._ready.popitem(last=False)
+        self._ready.move_to_end(name)
+        matcher = Matcher(ready.deep_copy(), self._vocabulary.size)
+        for token in emitted:
+            matcher.push(token)
+        return matcher
+
+    async def _make(self, grammar: str) -> llguidance.LLMatcher:
+        async with self._turns:
+            made = asyncio.to_thread(self._vocabulary.matcher, grammar)
+            try:
+                ready = await asyncio.wait_for(made, READY_S_MAX)
+            except TimeoutError as err:
+                raise InvalidRequest(f"the output format takes more than {READY_S_MAX:g} s to make ready") from err
+        if ready.is_error():
+            raise InvalidRequest(f"the output format cannot be used: {reason(ready.get_error())}")
+        return ready

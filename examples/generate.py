@@ -1,0 +1,19 @@
+"""One prompt through a running router, streamed, and what it cost.
+
+antefix up --address 127.0.0.1:7000 &
+python examples/generate.py 127.0.0.1:7000 'def fibonacci(n):'
+"""
+
+import sys
+
+from antefix import AntefixError, BlockingRouterClient, Sampling
+
+address, prompt = sys.argv[1:]
+try:
+    with BlockingRouterClient(address) as router:
+        for message in router.generate(prompt, Sampling(max_tokens=64)):
+            print(message.text, end="", flush=True)
+except AntefixError as err:
+    sys.exit(f"no answer: {err}")
+usage = message.usage
+print(f"\n[{usage.cache_hit_tokens} of {usage.prompt_tokens} prompt tokens hit, {usage.output_tokens} generated]")

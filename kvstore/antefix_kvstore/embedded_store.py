@@ -1,0 +1,193 @@
+"""A store within this process: what `antefix.store.api.Store` promises, without a service or gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+from antefix.errors import InvalidRequest
+from antefix.events.block_events import BlockEvent
+from antefix.events.numbered_log import Batch, Cursor, watch_log
+from antefix.layout import BlockLayout
+from antefix.record import (
+    MEMORY_KINDS,
+    STORED_KINDS,
+    BlockFate,
+    LookupResult,
+    PutResult,
+    Reason,
+    Record,
+    RecordKind,
+    RecordName,
+    Refusal,
+)
+from antefix.store.store_stats import KindTotals, StoreTotals
+from antefix.store_files import codec
+from antefix.store_files.gone_blocks import fate_of
+from antefix.store_files.record_header import owner_row
+from antefix_kvstore.engine_stats import collect
+from antefix_kvstore.group_commit import GroupCommitter
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.memory_records import WindowPool
+from antefix_kvstore.scrubber import Scrubber
+from antefix_kvstore.storage_engine import Engine
+
+T = TypeVar("T")
+_READ_THREADS: Final = 4
+
+
+class EmbeddedStore:
+    """A store directory, open for writing in this process. Close it, or use it in `async with`.
+
+    It neither makes nor asks for seals: who can write the directory is trusted.
+
+    Calls run in threads and wait for the disk there; they may be made from one event loop. `engine` is the same store
+    without a loop. `BlockingStore(antefix_kvstore.open(...))` has the same calls without `await`.
+    """
+
+    def __init__(self, config: KvStoreConfig) -> None:
+        """Raises:  ConfigError: not a store, another format version, or in use by another process."""
+        self.engine: Final = Engine(config)
+        self._writer = GroupCommitter(self.engine)
+        self._memory = WindowPool(bytes_max=config.handoff_bytes_max, ttl_s=config.handoff_ttl_s)
+        self._scrubber = Scrubber(self.engine, max(config.scrub_bytes_per_s, 1))
+        if config.scrub_bytes_per_s:
+            self._scrubber.start()
+        self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="antefix-embedded")
+
+    async def close(self) -> None:
+        """Commit what is queued and close the files. Closing again does nothing."""
+        if self.engine.is_open:
+            await asyncio.get_running_loop().run_in_executor(None, self._close)
+
+    def _close(self) -> None:
+        self._scrubber.stop()
+        self._writer.stop()
+        self._threads.shutdown()
+        self.engine.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
+        """The longest stored prefix of `chain`."""
+        return await self._in_thread(lambda: self.engine.lookup(chain, fingerprint=fingerprint))
+
+    async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
+        """What became of a block that was not found."""
+        engine = self.engine
+        return await self._in_thread(
+            lambda: fate_of(
+                engine.reader.directory, engine.index, hash, fingerprint=fingerprint, now_ms=engine.clock_ms()
+            )
+        )
+
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        """Fill `into[i]` with block `hashes[i]`, verified. Returns the number of leading blocks that are right."""
+
+        def read() -> int:
+            outcome = self.engine.reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
+            self.engine.settle(RecordKind.BLOCK, hashes, outcome, num_missed=len(hashes) - outcome.num_good)
+            return outcome.num_good
+
+        return await self._in_thread(read)
+
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        """One verified payload, or None when it is not stored (any more) or was corrupt."""
+        if kind in MEMORY_KINDS:
+            kept = self._memory.get(kind, hash, fingerprint)
+            return None if kept is None else kept[0]
+
+        def read() -> bytes | None:
+            payload, outcome = self.engine.reader.read(kind, hash, fingerprint=fingerprint, tenant=tenant)
+            self.engine.settle(kind, [hash], outcome, num_missed=int(payload is None))
+            return None if payload is None else bytes(payload)
+
+        return await self._in_thread(read)
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        """Store records in order, durable when this returns (handoffs: in memory).
+
+        Raises:  InvalidRequest: a malformed record, or a payload that its registered layout does not fit; nothing has
+            been stored.  Overloaded: too much is waiting for the disk.
+        """
+        lasting = [record for record in records if record.kind not in MEMORY_KINDS]
+        stored = PutResult(num_stored=0, num_existing=0)
+        if lasting:
+            stored = await asyncio.wrap_future(self._writer.submit(lasting))
+        num_kept, refused = 0, dict(stored.refused)
+        for record in records:
+            if record.kind in MEMORY_KINDS:
+                if self._memory.put(record):
+                    num_kept += 1
+                else:
+                    text = "larger than the memory for handoffs and pooled checkpoints"
+                    refused[record.hash] = Refusal(Reason.TOO_LARGE, text)
+        return PutResult(num_stored=stored.num_stored + num_kept, num_existing=stored.num_existing, refused=refused)
+
+    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+        """Tell how a fingerprint's payloads are laid out: they may be compressed then, and others are refused."""
+        plans = {
+            RecordKind.BLOCK: codec.plan_of_block(layout),
+            RecordKind.CHECKPOINT: codec.plan_of_checkpoint(layout),
+        }
+        block_size = layout.geometry.block_size
+        await self._in_thread(lambda: self.engine.register(fingerprint, block_size, plans, statement=statement))
+
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
+        """Keep an owner's records from eviction for a time; 0 lets go. Returns how many of them are stored.
+
+        owner: as in the records' `tenant`.
+        """
+        row = owner_row(2, owner)
+        return await self._in_thread(lambda: self.engine.pin(_stored(names), duration_s, owner=row))
+
+    async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
+        """Drop an owner's records with all that hangs on them, pinned or not. Returns how many went."""
+        row = owner_row(2, owner)
+        return await self._in_thread(lambda: self.engine.evict(_stored(names), owner=row))
+
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
+        """What is stored now, then every change, without gaps; or the changes since `cursor`."""
+        return watch_log(self.engine.events, cursor or Cursor(), self._snapshot)
+
+    async def _snapshot(self) -> AsyncGenerator[Batch[BlockEvent], None]:
+        pieces = await self._in_thread(self.engine.snapshot)
+        while (piece := await self._in_thread(lambda: next(pieces, None))) is not None:
+            yield piece
+
+    async def stats(self) -> StoreTotals:
+        """What it holds, and has done since it was opened."""
+        found = await self._in_thread(lambda: collect(self.engine))
+        kinds = dict.fromkeys(RecordKind, KindTotals())
+        for kind, count in found.kinds.items():
+            kinds[kind] = KindTotals(
+                num_records=count.records, stored_bytes=count.stored_bytes, payload_bytes=count.payload_bytes
+            )
+        for kind in MEMORY_KINDS:
+            records, nbytes = self._memory.count(kind)
+            kinds[kind] = KindTotals(num_records=records, stored_bytes=nbytes, payload_bytes=nbytes)
+        known: dict[str, Any] = {**found.numbers, **found.texts}
+        names = [field.name for field in dataclasses.fields(StoreTotals) if field.name != "kinds"]
+        return StoreTotals(kinds=kinds, **{name: known[name] for name in names})
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def _stored(names: Sequence[RecordName]) -> list[RecordName]:
+    """Raises:  InvalidRequest: a kind that is not kept on disk."""
+    if any(kind not in STORED_KINDS for kind, _ in names):
+        raise InvalidRequest("only blocks and checkpoints are kept on disk")
+    return list(names)

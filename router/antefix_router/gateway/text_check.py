@@ -1,0 +1,57 @@
+"""Whether the strings of a JSON value are text. Pure.
+
+JSON can write half of a surrogate pair, escaped or as three bytes. No text holds one: it cannot be shown to a model,
+hashed, or put into a record, so it is refused at the door, with the name of the field that it is in.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+_ESCAPED: Final = re.compile(rb"\\u[dD][89a-fA-F]")
+_RAW: Final = re.compile(rb"\xed[\xa0-\xbf]")
+_REPLACED: Final = re.compile("[\ud800-\udfff]")
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def may_hold_surrogates(body: bytes | bytearray) -> bool:
+    """Whether it is worth looking: a body of megabytes is not walked through for nothing."""
+    is_utf8 = b"\x00" not in body[:4]
+    return not is_utf8 or _ESCAPED.search(body) is not None or _RAW.search(body) is not None
+
+
+def path_of_no_text(value: Any) -> str | None:
+    """The JSON path of the first string that is no text, or of the object with such a key; None where all are.
+
+    "" is the value itself.
+    """
+    todo: list[tuple[str, Any]] = [("", value)]
+    while todo:
+        path, item = todo.pop()
+        if isinstance(item, str) and not is_text(item):
+            return path
+        if isinstance(item, dict):
+            if not all(is_text(key) for key in item):
+                return f"{path} (the name of a field)" if path else "the name of a field"
+            todo += [(f"{path}.{key}" if path else key, inner) for key, inner in reversed(item.items())]
+        if isinstance(item, list):
+            todo += [(f"{path}[{index}]", inner) for index, inner in reversed([*enumerate(item)])]
+    return None
+
+
+def as_text(value: Any) -> Any:
+    """A JSON value with U+FFFD in place of what is no text. For what a model wrote: nobody could be refused for it."""
+    if isinstance(value, str):
+        return _REPLACED.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {as_text(key): as_text(inner) for key, inner in value.items()}
+    return [as_text(inner) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,114 @@
+"""Whether a grammar can be followed, found out before a request is admitted; by a process of its own, with a limit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+from antefix.errors import InvalidRequest, Overloaded
+from antefix.sampling import GRAMMAR_BYTES_MAX
+from antefix_router import grammar_child
+
+NUM_KNOWN_MAX = 1024
+NUM_WAITING_MAX = 32
+# The processor's time is what is limited; this ends a process that waits for ever, on a busy machine too.
+ANSWER_S_MAX = 60.0
+START_S_MAX = 120.0
+
+
+class UnusableGrammar(InvalidRequest):
+    """No output can follow it: it is wrong, impossible, or too much work."""
+
+
+class GrammarCheck:
+    """Remembers what it found, of refused grammars too: nobody pays twice for one."""
+
+    def __init__(self, model: Path, vocab_size: int) -> None:
+        self._arguments = (str(model), str(vocab_size))
+        self._known: OrderedDict[bytes, str] = OrderedDict()
+        self._process: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+        self._num_waiting = 0
+
+    async def check(self, grammar: str) -> None:
+        """Raises:  UnusableGrammar: nothing can follow it, or it is too large.  Overloaded: too many are tried now."""
+        if len(grammar.encode()) > GRAMMAR_BYTES_MAX:
+            raise UnusableGrammar(f"the grammar takes {GRAMMAR_BYTES_MAX} bytes")
+        name = hashlib.blake2b(grammar.encode(), digest_size=16).digest()
+        fault = self._known.get(name)
+        if fault is None:
+            fault = await self._find_out(name, grammar)
+        self._known.move_to_end(name)
+        if fault:
+            raise UnusableGrammar(fault)
+
+    async def _find_out(self, name: bytes, grammar: str) -> str:
+        if self._num_waiting >= NUM_WAITING_MAX:
+            raise Overloaded(f"{self._num_waiting} output formats are being checked already", retry_after_s=1.0)
+        self._num_waiting += 1
+        try:
+            async with self._turn:
+                if name not in self._known:  # nobody found it out meanwhile
+                    self._known[name] = await self._ask(grammar)
+        finally:
+            self._num_waiting -= 1
+        while len(self._known) > NUM_KNOWN_MAX:
+            self._known.popitem(last=False)
+        return self._known[name]
+
+    async def _ask(self, grammar: str) -> str:
+        process = self._process
+        try:
+            if process is None or process.returncode is not None:
+                process = self._process = await self._start()
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(json.dumps(grammar).encode() + b"\n")
+            async with asyncio.timeout(ANSWER_S_MAX):
+                await process.stdin.drain()
+                answer = await process.stdout.readline()
+        except (TimeoutError, ConnectionError):
+            answer = b""
+        except BaseException:
+            await self.close()  # its answer must not be taken for the next one's
+            raise
+        if answer.endswith(b"\n"):
+            return str(json.loads(answer))
+        await self.close()
+        return f"it takes more than {grammar_child.CPU_S_MAX} s, or too much memory, to make ready"
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", grammar_child.__name__, *self._arguments),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=1 << 20,
+        )
+        # An empty grammar is asked first: it is answered when the vocabulary has been read, which is not its time.
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b'"start: \\"a\\"\\n"\n')
+        try:
+            async with asyncio.timeout(START_S_MAX):
+                await process.stdin.drain()
+                if await process.stdout.readline() != b'""\n':
+                    raise Overloaded("the check of output formats does not start", retry_after_s=5.0)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            raise
+        return process
+
+    async def close(self) -> None:
+        """End the process; the next check starts another."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdout is not None
+        if not process.stdout.at_eof():
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        await process.wait()

@@ -1,0 +1,91 @@
+"""Whether a client's prompts begin with something that changes. A warning for the bill; decides nothing.
+
+A prefix cache hits up to the first token that differs. Who puts a time, an id or a checksum at the head of a prompt
+computes all of it again, and sees only misses. So the heads of each client's last prompts are kept: where a new prompt
+differs from one of them early and says the same afterwards, its beginning is volatile. Both are bounded, by client
+(tenant and user, whose cache is one) and in all; a prompt costs under a millisecond.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.clients import Tokens
+
+# What is looked at. A longer head would find the same: what comes early decides.
+HEAD_TOKENS: Final = 1024
+# Prompts that are alike this far begin alike: four blocks, enough for what a format writes before all text.
+_BEGINNING_TOKENS: Final = 256
+# Less text in common than this may be chance.
+_LATER_TOKENS_MIN: Final = 128
+# Text is compared by its windows of this size, because what changes may have changed its length as well.
+_WINDOW_TOKENS: Final = 16
+# Agents interleave a few kinds of prompts.
+_NUM_HEADS: Final = 4
+# At most 16 KiB each.
+NUM_CLIENTS_MAX: Final = 2048
+
+_FACTORS: Final = np.array([pow(0x9E3779B97F4A7C15, i + 1, 1 << 64) for i in range(_WINDOW_TOKENS)], np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    tokens: npt.NDArray[np.uint32]
+    is_volatile: bool
+
+
+class PrefixWatch:
+    """The heads of the last prompts, by client; least recently seen clients go first."""
+
+    def __init__(self, num_clients_max: int = NUM_CLIENTS_MAX) -> None:
+        self._num_clients_max = num_clients_max
+        self._heads: OrderedDict[str, deque[_Head]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def note(self, client: str, tokens: Tokens) -> bool:
+        """Whether this prompt of the client begins with something that changed since one of its last prompts."""
+        head = np.array(tokens[:HEAD_TOKENS], np.uint32)
+        heads = self._heads.setdefault(client, deque(maxlen=_NUM_HEADS))
+        self._heads.move_to_end(client)
+        while len(self._heads) > self._num_clients_max:
+            self._heads.popitem(last=False)
+        is_volatile = _judge(head, heads)
+        heads.append(_Head(head, is_volatile))
+        return is_volatile
+
+
+def _judge(head: npt.NDArray[np.uint32], heads: deque[_Head]) -> bool:
+    shared = [(_num_shared(head, older.tokens), older) for older in heads]
+    for num, older in shared:
+        if num == len(head) == len(older.tokens):
+            return older.is_volatile  # the same again: another attempt
+    if any(num >= min(_BEGINNING_TOKENS, len(head), len(older.tokens)) for num, older in shared):
+        return False
+    return any(_says_the_same(head[num:], older.tokens[num:]) for num, older in shared)
+
+
+def _num_shared(one: npt.NDArray[np.uint32], other: npt.NDArray[np.uint32]) -> int:
+    size = min(len(one), len(other))
+    differs = one[:size] != other[:size]
+    first = int(differs.argmax()) if size else 0
+    return first if size and differs[first] else size
+
+
+def _says_the_same(new: npt.NDArray[np.uint32], old: npt.NDArray[np.uint32]) -> bool:
+    """Whether at least half of what follows the difference stood in the other prompt as well."""
+    if min(len(new), len(old)) < _LATER_TOKENS_MIN:
+        return False
+    return bool(np.isin(_windows(new), _windows(old)).mean() >= 0.5)
+
+
+def _windows(tokens: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+    """A hash of each window. It wraps around; a collision would make a warning a little likelier."""
+    windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64), _WINDOW_TOKENS)
+    return (windows * _FACTORS).sum(axis=1, dtype=np.uint64)  # type: ignore[no-any-return]

@@ -1,0 +1,127 @@
+"""The short form of `antefix verify` finds every planted fault, and says where.
+
+Without one it finds nothing: test_verification.py runs all of it with the same seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from antefix_console import shipped
+from antefix_console.commands import verify as command
+from antefix_console.verify import setups
+from antefix_console.verify.models import PLANS
+from antefix_console.verify.selection import Selection
+from antefix_console.verify.setups import Said, Setup, check_setups
+from antefix_console.verify.stores import MemoryStore
+from antefix_console.verify.suite import Backend, Suite
+from antefix_console.verify.verdict import Report
+from tests.console.mutations import MUTATIONS, SET_UPS, Mutation
+
+pytestmark = [pytest.mark.services, pytest.mark.slow]
+SEED = 1
+OTHER_PATH = Setup(threads=(1,), variables=(("MKL_CBWR", "COMPATIBLE"),))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def answers() -> list[list[Said]]:
+    """What a process with another path of the library says; asked once."""
+    return asyncio.run(setups._ask(OTHER_PATH))
+
+
+def run_as(mutation: Mutation, scratch: Path, report: Report) -> None:
+    """That part of the short form that shows the mutation."""
+    if mutation.plan == SET_UPS:
+        asyncio.run(check_setups((OTHER_PATH,), report))
+        return
+
+    async def verify() -> None:
+        # Made after the fault is planted, as all that a process holds would be.
+        index = list(PLANS).index(mutation.plan)
+        chosen = Selection(model=None, is_long=False, device="cpu", plans=tuple(PLANS), seed=SEED, num_drawn=0)
+        subject, coverage = [*chosen.subjects()][index]
+        suite = (subject, coverage, report, lambda _: None, Backend())
+        if mutation.real_store:
+            async with command._store_service(scratch) as store:
+                await Suite(suite[0], store, *suite[1:]).run(mutation.strategies, mutation.parts)
+        else:
+            await Suite(suite[0], MemoryStore(), *suite[1:]).run(mutation.strategies, mutation.parts)
+
+    asyncio.run(verify())
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_short_form_finds_a_planted_fault(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: list[list[Said]]
+) -> None:
+    mutation, report = MUTATIONS[name], Report()
+
+    async def ask(_: Setup) -> list[list[Said]]:
+        return answers
+
+    monkeypatch.setattr(setups, "_ask", ask)
+    mutation.plant(monkeypatch)
+    run_as(mutation, tmp_path, report)
+    assert not report.ok
+    assert report.total.failed > 0
+    said = [text for text in report.failures if re.search(mutation.place, text)]
+    assert said, report.failures[:5]
+    assert mutation.plan == SET_UPS or mutation.plan in said[0]
+
+
+def test_the_document_lists_every_planted_fault() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "VERIFY.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| (?:window|model|names|store|workers) \|", text, flags=re.MULTILINE)
+    assert len(rows) == len(MUTATIONS) == 18
+    assert all(any(row.startswith(name) for row in rows) for name in MUTATIONS)
+
+
+@pytest.mark.long
+def test_the_same_parts_find_nothing_where_nothing_is_planted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: list[list[Said]]
+) -> None:
+    async def ask(_: Setup) -> list[list[Said]]:
+        return answers
+
+    monkeypatch.setattr(setups, "_ask", ask)
+    report = Report()
+    alike: dict[tuple[str, bool], Mutation] = {}
+    for mutation in MUTATIONS.values():
+        known = alike.get(key := (mutation.plan, mutation.real_store), mutation)
+        parts = tuple(dict.fromkeys((*known.parts, *mutation.parts)))
+        strategies = tuple(dict.fromkeys((*known.strategies, *mutation.strategies)))
+        alike[key] = Mutation(mutation.plant, mutation.plan, parts, "", strategies, mutation.real_store)
+    for number, mutation in enumerate(alike.values()):
+        scratch = tmp_path / str(number)
+        scratch.mkdir()
+        run_as(mutation, scratch, report)
+    assert report.ok, report.failures
+    assert report.total.cases > 50
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_whole_short_form_finds_a_planted_fault(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mutation = MUTATIONS[name]
+    mutation.plant(monkeypatch)
+    selection = Selection(
+        model=shipped.MODEL, is_long=False, device="cpu", plans=tuple(PLANS), seed=SEED, num_drawn=None
+    )
+    report = asyncio.run(command._verify(selection, Backend(), tmp_path, lambda _: None))
+    assert not report.ok
+    assert any(re.search(mutation.place, text) for text in report.failures), report.failures[:5]

@@ -1,0 +1,45 @@
+"""`antefix verify --against`: workers of a running deployment give the same answers, or it says which does not."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import pytest
+
+from antefix_console.cli import main
+
+
+async def against(capsys, *addresses):
+    capsys.readouterr()
+    code = await asyncio.to_thread(main, ["verify", "--seed", "3", "--json", "--against", *addresses])
+    return code, capsys.readouterr()
+
+
+@pytest.mark.long
+async def test_workers_are_compared_through_a_router_and_straight(deploy, capsys):
+    async with deploy() as deployment:
+        router, decode = deployment.one("router").address, deployment.one("decode").address
+        code, said = await against(capsys, router)
+        report = json.loads(said.out)
+        assert code == 0 and report["ok"] and report["seed"] == 3
+        (row,) = report["rows"]
+        assert row["strategy"] == "against"
+        assert set(row["plans"]) >= {"fingerprint", "prefill, cold"}
+        # The prefill worker hit what the decode worker had stored, in more than one way or another.
+        assert len(row["plans"]) > 2 or row["plans"]["prefill, cold"]["cases"] > 3
+
+        # A worker of another format names KV otherwise, and answers otherwise.
+        deployment.config.extra_flags["decode"] += ("--kv-format", "float32")
+        other = await deployment.start_worker("decode")
+        code, said = await against(capsys, decode, other.address)
+        report = json.loads(said.out)
+        assert code == 1 and not report["ok"]
+        assert any("names KV otherwise" in text and other.address in text for text in report["failures"])
+        assert any("output token" in text for text in report["failures"])
+
+        # One worker is no comparison, and an address where nobody is says so.
+        code, said = await against(capsys, decode)
+        assert code == 2 and "needs two workers" in said.err
+        code, said = await against(capsys, decode, "127.0.0.1:1")
+        assert code != 0 and "127.0.0.1:1 is neither a worker nor a router" in said.err

@@ -1,0 +1,148 @@
+"""Real Redis servers for tests, of one's own or shared. Where Redis is not installed, tests are skipped and say so.
+
+redis          one server for the whole run, empty at each test's start, for tests that leave it running
+start_redis    starts servers of the test's own, which it may kill and start again
+start_cluster  the same, as a cluster
+"""
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import subprocess
+import time
+
+import pytest
+
+
+def free_port():
+    """One whose cluster bus, 10,000 above, is a port as well and free."""
+    while True:
+        with socket.socket() as probe, socket.socket() as bus:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+            if port + 10_000 < 1 << 16:
+                try:
+                    bus.bind(("127.0.0.1", port + 10_000))
+                except OSError:
+                    continue
+                return port
+
+
+class RedisServer:
+    """One server process. `kill` ends it as a crash would; `start` brings an empty one up on the same port."""
+
+    def __init__(self, directory, *flags):
+        self.binary = shutil.which("redis-server")
+        if self.binary is None:
+            pytest.skip("redis-server is not installed")
+        self.directory, self.flags = str(directory), flags
+        self.port = free_port()
+        self.process = None
+
+    @property
+    def url(self):
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self.directory,
+             "--appendonly", "no", *self.flags],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_for(lambda: self.ask("PING") == "+PONG", "redis-server did not answer")
+        return self
+
+    def ask(self, command):
+        """The beginning of its answer to one command without arguments that have spaces; "" while it is away."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=5) as sock:
+            sock.sendall(command.encode() + b"\r\n")
+            return sock.recv(4096).decode(errors="replace").strip()
+        return ""
+
+    def kill(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+class RedisCluster(RedisServer):
+    """A cluster of one node, which has all slots."""
+
+    def __init__(self, directory, *flags):
+        super().__init__(directory, "--cluster-enabled", "yes", *flags)
+
+    @property
+    def url(self):
+        return f"redis+cluster://127.0.0.1:{self.port}"
+
+    def start(self):
+        super().start()
+        self.ask("CLUSTER ADDSLOTSRANGE 0 16383")
+        wait_for(lambda: "cluster_state:ok" in self.ask("CLUSTER INFO"), "the cluster did not come up")
+        return self
+
+
+def wait_for(condition, complaint):
+    deadline = time.monotonic() + 20
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(complaint)
+        time.sleep(0.02)
+
+
+def _starter(kind, directory):
+    """A function that starts servers, and the list of those that it started."""
+    started = []
+
+    def start(*flags):
+        started.append(kind(directory, *flags))
+        return started[-1].start()
+
+    return start, started
+
+
+@pytest.fixture
+def start_redis(tmp_path):
+    start, started = _starter(RedisServer, tmp_path)
+    yield start
+    for server in started:
+        server.kill()
+
+
+@pytest.fixture
+def start_cluster(tmp_path):
+    start, started = _starter(RedisCluster, tmp_path)
+    yield start
+    for server in started:
+        server.kill()
+
+
+class SharedRedisServer:
+    """A server that other tests use as well: it can be asked, and not be ended."""
+
+    def __init__(self, server):
+        self.url, self.ask = server.url, server.ask
+
+
+@pytest.fixture(scope="session")
+def shared_redis(tmp_path_factory):
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield SharedRedisServer(server)
+    server.kill()
+
+
+@pytest.fixture
+def redis(shared_redis):
+    assert shared_redis.ask("FLUSHALL") == "+OK"
+    return shared_redis
+
+
+async def until(condition, seconds=15):
+    """Wait for what other tasks bring about."""
+    for _ in range(50 * seconds):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    pytest.fail("it did not come to be")
