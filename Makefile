@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients docs-api lint fmt bench bench-peers proto clean
+.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -55,6 +55,10 @@ test-clients: setup $(CLIENTS)/.ready
 # What they send, anew, for the default run to replay.
 record-clients: setup $(CLIENTS)/.ready
 	RECORD_CLIENTS=1 $(BIN)/python -m pytest -m clients tests/clients/test_programs.py
+
+# A real Prometheus scrapes a deployment, and its promtool checks rules and metrics: `apt install prometheus` on Debian.
+test-prometheus: setup
+	$(BIN)/python -m pytest -rs tests/e2e/test_prometheus.py
 
 # docs/API.md, from the docstrings.
 docs-api: setup

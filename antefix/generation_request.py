@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from antefix.block import TokenArray as Tokens
+from antefix.errors import InvalidRequest
 from antefix.sampling import Sampling
+
+
+def check_text(what: str, text: str) -> None:
+    """Raises:  InvalidRequest: UTF-8 cannot write it, as half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        raise InvalidRequest(f"{what} is not text: UTF-8 cannot write its character {err.start}") from err
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,12 +26,17 @@ class Caller:
 
     request_id: the same one again is a retry; empty: one is made.
     session: the caller's name of the conversation, a hint where to place it.
+    Raises:  InvalidRequest: one of them cannot be written as UTF-8, and so neither sent, hashed nor billed.
     """
 
     tenant: str = ""
     user: str = ""
     request_id: str = ""
     session: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("tenant", "user", "request_id", "session"):
+            check_text(name, getattr(self, name))
 
     @property
     def cache_tenant(self) -> str:

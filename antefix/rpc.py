@@ -27,6 +27,8 @@ from grpc_reflection.v1alpha import reflection
 
 from antefix import errors
 from antefix.config import GRACE_S
+from antefix.telemetry.context import incoming
+from antefix.telemetry.tracing import serving
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -136,6 +138,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
+        name = handler_call_details.method.rpartition("/")[2]
         if handler.response_streaming:
             make = (
                 grpc.stream_stream_rpc_method_handler
@@ -143,15 +146,15 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 else grpc.unary_stream_rpc_method_handler
             )
             behaviour = handler.stream_stream or handler.unary_stream
-            is_watch = handler_call_details.method.rpartition("/")[2].startswith("Watch")
-            wrapped: Any = _guard_watch(behaviour, self._draining) if is_watch else _guard_stream(behaviour)
+            is_watch = name.startswith("Watch")
+            wrapped: Any = _guard_watch(behaviour, self._draining) if is_watch else _guard_stream(behaviour, name)
         else:
             make = (
                 grpc.stream_unary_rpc_method_handler
                 if handler.request_streaming
                 else grpc.unary_unary_rpc_method_handler
             )
-            wrapped = _guard_unary(handler.stream_unary or handler.unary_unary)
+            wrapped = _guard_unary(handler.stream_unary or handler.unary_unary, name)
         return make(
             wrapped,
             request_deserializer=handler.request_deserializer,
@@ -159,23 +162,29 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
-def _guard_unary(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def _guard_unary(behaviour: Callable[[Any, Any], Awaitable[Any]], name: str) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Context) -> Any:
+        incoming(context.invocation_metadata())
         try:
-            return await behaviour(request, context)
+            with serving(name):
+                return await behaviour(request, context)
         except Exception as err:  # noqa: BLE001 - the one place that does
             await _abort(context, err)
 
     return guarded
 
 
-def _guard_stream(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+def _guard_stream(
+    behaviour: Callable[[Any, Any], AsyncIterator[Any]], name: str
+) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
+        incoming(context.invocation_metadata())
         try:
             # Closing the inner generator at once, not when it is collected, is what stops work for a client that left.
-            async with contextlib.aclosing(behaviour(request, context)) as responses:  # type: ignore[type-var]
-                async for response in responses:
-                    yield response
+            with serving(name):
+                async with contextlib.aclosing(behaviour(request, context)) as responses:  # type: ignore[type-var]
+                    async for response in responses:
+                        yield response
         except Exception as err:  # noqa: BLE001 - the one place that does
             await _abort(context, err)
 
@@ -206,7 +215,7 @@ def _guard_watch(behaviour: Callable[[Any, Any], Any], draining: asyncio.Event) 
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    return _guard_unary(until_drained)
+    return _guard_unary(until_drained, "Watch")
 
 
 async def _abort(context: Context, err: Exception) -> None:
@@ -307,6 +316,7 @@ async def run_until_signal(
     stop: Callable[[], Awaitable[None]],
     watch_stdin: bool = False,
     http_address: str = "",
+    metrics_address: str = "",
     leave: Callable[[], Awaitable[None]] | None = None,
     grace_s: float = GRACE_S,
     others: Sequence[Callable[[], Awaitable[None]]] = (),
@@ -319,7 +329,8 @@ async def run_until_signal(
     server.  end: makes what still runs then end by itself, with an error; without it, it is cut off.
     """
     ready = {"ready": True, "role": role, "address": server.address}
-    print(json.dumps({**ready, "http_address": http_address} if http_address else ready), flush=True)
+    others_too = {"http_address": http_address, "metrics_address": metrics_address}
+    print(json.dumps({**ready, **{name: where for name, where in others_too.items() if where}}), flush=True)
     asked, hurried = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     # A second SIGTERM is no hurry: a supervisor sends one to all of its processes, and `antefix up` sends its own.

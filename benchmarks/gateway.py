@@ -32,9 +32,11 @@ from antefix.store.open_store import StoreAddress, open_store
 from antefix.tokenizer import load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import sampling_to_wire, tokens_to_wire
+from antefix_router.assembly import Router
 from antefix_router.gateway.app import start_http
 from antefix_router.generation import Generation, Piece
-from antefix_router.server import RouterConfig, RouterServicer
+from antefix_router.router_config import RouterConfig
+from antefix_router.server import RouterServicer
 
 NUM_PROMPT_TOKENS, NUM_OUTPUT_TOKENS = 1024, 16
 CONCURRENT = 32
@@ -72,20 +74,21 @@ async def serve(model: Path, directory: Path) -> None:
         http_address="127.0.0.1:0",
     )
     store = open_store(StoreAddress(address=config.store_address, directory=""))
-    servicer = RouterServicer(identify(model), load_tokenizer(model), store, config)
-    servicer.front._generator = InstantWorkers()  # type: ignore[assignment]
+    router = Router(identify(model), load_tokenizer(model), store, config)
+    servicer = RouterServicer(router)
+    router.front._generator = InstantWorkers()  # type: ignore[assignment]
     server = await rpc.start_server(
         config.address,
         lambda s: router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, s),
         [router_pb2.DESCRIPTOR],
     )
-    http = await start_http(servicer.front, config)
+    http = await start_http(router.front, config)
     sys.stdout.write(json.dumps({"grpc": server.address, "http": http.address}) + "\n")
     sys.stdout.flush()
     await asyncio.to_thread(sys.stdin.read)
     await http.stop()
     await server.drain(1.0)
-    await servicer.front.accounts.close()
+    await router.front.accounts.close()
 
 
 async def measure(ready: dict[str, str], pid: int, seconds: float) -> dict[str, object]:

@@ -14,6 +14,7 @@ from antefix.clients.statuses import DecodeStatus, decode_status_from_wire
 from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
+from antefix.telemetry.context import outgoing
 from antefix.v1 import decode_pb2, decode_pb2_grpc
 from antefix.wire import (
     TokenLogprob,
@@ -68,7 +69,7 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
             handoff=handoff,
             num_emitted=len(emitted),
         )
-        call = self._stub.Decode(message, timeout=timeout_s)
+        call = self._stub.Decode(message, timeout=timeout_s, metadata=outgoing())
         try:
             with rpc.rpc_errors():
                 async for answer in call:

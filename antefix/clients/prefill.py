@@ -11,6 +11,7 @@ from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import PrefillStatus, prefill_status_from_wire
 from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
+from antefix.telemetry.context import outgoing
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_from_wire, tokens_to_wire
 
@@ -40,7 +41,7 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
         for num_tokens, ttl_s in request.breakpoints:
             message.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
         with rpc.rpc_errors():
-            response = await self._stub.Prefill(message, timeout=timeout_s)
+            response = await self._stub.Prefill(message, timeout=timeout_s, metadata=outgoing())
         return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))
 
     async def status(self, *, timeout_s: float = 5.0) -> PrefillStatus:

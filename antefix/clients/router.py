@@ -12,8 +12,10 @@ from antefix.block import TokenArray as Tokens
 from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import RouterStatus, router_status_from_wire
 from antefix.clients.usage import Usage, usage_from_wire
+from antefix.generation_request import Caller, check_text
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
+from antefix.telemetry.context import outgoing
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import (
     TokenLogprob,
@@ -63,7 +65,11 @@ class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
         session: the caller's name of the conversation, a hint where to place it.
         num_samples: outputs to make.
         request_id: sent again, it is a retry of the same request.
+        Raises:  InvalidRequest: a name or the prompt is no text, or what the router refuses.
         """
+        Caller(tenant=tenant, request_id=request_id, session=session)  # refuses what cannot be sent
+        if isinstance(prompt, str):
+            check_text("prompt", prompt)
         request = router_pb2.GenerateRequest(
             sampling=sampling_to_wire(sampling),
             tenant=tenant,
@@ -75,7 +81,7 @@ class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
             request.text = prompt
         else:
             request.tokens.CopyFrom(tokens_to_wire(prompt))
-        call = self._stub.Generate(request, timeout=timeout_s)
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=outgoing())
         try:
             with rpc.rpc_errors():
                 async for message in call:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +48,7 @@ from antefix.store_files.read_log import ReadEvidence
 from antefix.store_files.record_format import FORMAT_VERSION
 from antefix.store_files.seal import SealBroken, Seals
 from antefix.store_files.segment_reader import ReadOutcome, StoreReader, wall_ms
+from antefix.telemetry.context import outgoing
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 log = logging.getLogger("antefix.store")
@@ -89,6 +91,11 @@ class RemoteStore:
             )
         return self._stub
 
+    @property
+    def num_broken_seals(self) -> int:
+        """Records that were read and not sealed by this deployment."""
+        return self._seals.num_broken if self._seals is not None else 0
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -108,7 +115,7 @@ class RemoteStore:
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         request = kvstore_pb2.LookupRequest(chain=join_hashes(chain), fingerprint=fingerprint, owner=tenant)
         with rpc.rpc_errors():
-            response = await self.stub.Lookup(request, timeout=CALL_DEADLINE_S)
+            response = await self.stub.Lookup(request, timeout=CALL_DEADLINE_S, metadata=outgoing())
         return LookupResult(
             num_blocks=response.num_blocks,
             checkpoints=tuple(response.checkpoints),
@@ -118,7 +125,7 @@ class RemoteStore:
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         with rpc.rpc_errors():
             request = kvstore_pb2.FateRequest(hash=hash, fingerprint=fingerprint)
-            response = await self.stub.Fate(request, timeout=CALL_DEADLINE_S)
+            response = await self.stub.Fate(request, timeout=CALL_DEADLINE_S, metadata=outgoing())
         fate = Fate(response.fate) if response.fate in set(Fate) else Fate.UNKNOWN
         # A service of version 1 sends none of the latter.
         statements = tuple(response.statements) or (b"",) * len(response.fingerprints)
@@ -152,7 +159,7 @@ class RemoteStore:
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         with rpc.rpc_errors():
-            response = await self.stub.Put(_in_turn(records), timeout=self._deadline_s)
+            response = await self.stub.Put(_in_turn(records), timeout=self._deadline_s, metadata=outgoing())
         return PutResult(
             num_stored=response.num_stored,
             num_existing=response.num_existing,
@@ -333,6 +340,11 @@ class LocalStore:
         self._evidence: ReadEvidence | None = None
         self._telling: asyncio.Task[None] | None = None
 
+    @property
+    def num_broken_seals(self) -> int:
+        """Records that were read and not sealed by this deployment."""
+        return self._seals.num_broken if self._seals is not None else 0
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -440,7 +452,7 @@ class LocalStore:
         if len(uses.suspects) < NUM_TOLD_MAX:
             uses.suspects.update((kind, suspect) for suspect in outcome.suspects)
         if self._telling is None or self._telling.done():
-            self._telling = asyncio.get_running_loop().create_task(self._tell())
+            self._telling = asyncio.get_running_loop().create_task(self._tell(), context=Context())
 
     async def _tell(self) -> None:
         await asyncio.sleep(TELL_S)

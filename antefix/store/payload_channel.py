@@ -17,6 +17,7 @@ from grpc.experimental import ChannelOptions
 from antefix import rpc
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.stream_progress import BufferOf, Progress
+from antefix.telemetry.context import outgoing
 from antefix.v1 import kvstore_pb2
 
 SERVICE: Final = "antefix.v1.KvStoreService"
@@ -52,7 +53,7 @@ class PayloadChannel:
 
         Raises:  BlockCorrupt: a message was damaged.  AntefixError: what the service answered.
         """
-        call = self._get(request, timeout=deadline_s)
+        call = self._get(request, timeout=deadline_s, metadata=outgoing())
         work = asyncio.get_running_loop().run_in_executor(self._threads, _receive, call, done, buffer)
         try:
             await asyncio.shield(work)

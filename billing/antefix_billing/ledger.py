@@ -21,6 +21,7 @@ from pathlib import Path
 import lmdb
 
 from antefix.errors import InvalidRequest, Unavailable
+from antefix.telemetry.exposition import SHORT_SECONDS, histogram
 from antefix_billing.ledger_files import (
     Settled,
     first_sequence_of,
@@ -92,6 +93,7 @@ class Ledger:
         self._segment_bytes = segment_bytes
         self._mutex = threading.Lock()
         self._broken = ""
+        self.sync_s = histogram("antefix_ledger_sync_seconds", "Syncs of the ledger.", buckets=SHORT_SECONDS)
         self._tail = _Tail()
         self._fd = -1
         prepare_directory(self.directory)
@@ -186,7 +188,8 @@ class Ledger:
             written = 0
             while written < len(data):
                 written += os.write(self._fd, data[written:])
-            os.fdatasync(self._fd)
+            with self.sync_s.time():
+                os.fdatasync(self._fd)
         except OSError as err:
             # After a failed fdatasync nobody knows what the disk has (and a second one would say "fine"). Cutting the
             # batch off and going on is right only if that works and is durable.

@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
@@ -99,7 +100,7 @@ class LedgerWriter:
         """
         self.ledger.progress.mark(entry.event_id, done)
         if self._syncing is None or self._syncing.done():
-            self._syncing = asyncio.create_task(self._sync_soon())
+            self._syncing = asyncio.create_task(self._sync_soon(), context=Context())
 
     async def settle(self, record: UsageRecord) -> Settled:
         """Durable when it returns; the answer is the record that stands, which a retry finds instead of its own.
@@ -136,7 +137,7 @@ class LedgerWriter:
         future: asyncio.Future[Settled | OpenEntry] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._drain())
+            self._task = asyncio.create_task(self._drain(), context=Context())
         # The entry is written even if its caller is cancelled meanwhile.
         return await asyncio.shield(future)
 

@@ -128,7 +128,8 @@ def _decode_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]
 
 
 def _router_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
-    from antefix_router.server import RouterConfig, run
+    from antefix_router.router_config import RouterConfig
+    from antefix_router.server import run
 
     return RouterConfig, run
 

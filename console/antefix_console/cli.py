@@ -18,6 +18,8 @@ import antefix
 from antefix import __version__
 from antefix.config import add_flags, as_json, resolve
 from antefix.errors import AntefixError, InternalError, InvalidRequest, ResourceExhausted, Unavailable
+from antefix.telemetry.logs import set_up_logs
+from antefix.telemetry.tracing import start_tracing
 from antefix_console.catalog import COMMANDS, ROLES
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_INTERNAL, EXIT_INTERRUPTED = 0, 1, 2, 3, 70, 130
@@ -31,7 +33,8 @@ _WORKER_PACKAGES = ("torch", "safetensors", "triton")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    if not logging.getLogger().handlers:
+        set_up_logs()
     try:
         return _run(args)
     except KeyboardInterrupt:
@@ -113,7 +116,12 @@ def _serve(args: argparse.Namespace) -> int:
     if args.print_config:
         print(as_json(config))
         return EXIT_OK
-    asyncio.run(serve(config, watch_stdin=args.watch_stdin))
+    set_up_logs(config.log_level, config.log_format)
+    stop_tracing = start_tracing(config.traces, role=args.role, share=config.trace_share)
+    try:
+        asyncio.run(serve(config, watch_stdin=args.watch_stdin))
+    finally:
+        stop_tracing()
     return EXIT_OK
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 from antefix.clients import RouterClient
 from antefix.config import GRACE_S, require
@@ -31,6 +33,9 @@ from antefix.window_settings import check_window_settings
 # In the data directory: what workers measured at their starts, and the name of what those of the last start computed.
 ARITHMETIC_DIR = "arithmetic"
 ARITHMETIC_FILE = "arithmetic.txt"
+# Held while a deployment runs there; and where Prometheus finds its roles.
+LOCK_FILE = "up.lock"
+METRICS_TARGETS_FILE = "metrics-targets.json"
 # The settings that decide how the last start's routers write prompts.
 DOOR_FILE = "door.json"
 START_TIMEOUT_S = 120.0
@@ -50,6 +55,7 @@ class DeploymentConfig:
     chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
     strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
     grace_s: how long requests that run may take when it stops.
+    log_level, log_format, traces: docs/OPERATIONS.md, "Watching".
     store_bytes, window_pool_bytes: budgets of disk and of Redis' memory, such as "64G"; empty for the roles' defaults.
     Raises:  ConfigError: too few of a role, or window settings that are none, or contradict each other.
     """
@@ -78,6 +84,9 @@ class DeploymentConfig:
     model_aliases: str = ""
     prefix_rules: str = ""
     grace_s: float = GRACE_S
+    log_level: str = "info"
+    log_format: str = "text"
+    traces: str = ""
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,6 +133,7 @@ class RoleProcess:
     address: str
     log_path: Path
     http_address: str = ""
+    metrics_address: str = ""
     ledger_dir: Path | None = None
 
     @property
@@ -141,6 +151,7 @@ class Deployment:
         # Not the number of processes: roles that start together would get one number, and write into one log.
         self._numbers = itertools.count()
         self._stop_by = 0.0
+        self._lock: IO[str] | None = None
 
     async def __aenter__(self) -> Deployment:
         try:
@@ -178,6 +189,7 @@ class Deployment:
         config = self.config
         try:
             config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._take_lock()
             (config.data_dir / "logs").mkdir(exist_ok=True)
             create_secret_file(config.data_dir / "secret")
         except OSError as err:
@@ -194,6 +206,24 @@ class Deployment:
         (config.data_dir / DOOR_FILE).write_text(json.dumps(_door_settings(config)) + "\n")
         for _ in range(1, config.num_routers):
             await self.start_router(http_address="127.0.0.1:0" if config.http_address else "")
+
+    def _take_lock(self) -> None:
+        """Raises:  ConfigError: another deployment runs in the data directory, whose logs would be taken from it."""
+        path = self.config.data_dir / LOCK_FILE
+        lock = path.open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            lock.seek(0)
+            pid = lock.read().strip()
+            lock.close()
+            raise ConfigError(
+                f"--data-dir {self.config.data_dir} is in use by another `antefix up` (pid {pid}); nothing was started"
+            ) from err
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        self._lock = lock
 
     async def start_worker(self, role: str) -> RoleProcess:
         """One more prefill or decode worker."""
@@ -251,11 +281,12 @@ class Deployment:
         if log_path.exists():
             # What the last run said is kept beside it: after a crash it is what explains the crash.
             log_path.replace(log_path.with_suffix(".old.log"))
-        with log_path.open("wb") as log:
+        with log_path.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 # -P: a folder called `antefix` in the working directory is not the package.
                 *(sys.executable, "-P", "-m", "antefix_console", "serve", role, "--watch-stdin"),
                 *("--grace-s", str(self.config.grace_s)),
+                *self._telemetry_flags(),
                 *flags,
                 *self.config.extra_flags.get(role, ()),
                 stdin=asyncio.subprocess.PIPE,
@@ -277,7 +308,27 @@ class Deployment:
             raise ConfigError(f"{role} did not start: {_log_tail(log_path)}")
         ready = json.loads(line)
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
+        started.metrics_address = str(ready.get("metrics_address", ""))
+        self._write_targets()
         return started
+
+    def _telemetry_flags(self) -> list[str]:
+        config = self.config
+        flags = ["--metrics-address", "127.0.0.1:0", "--log-level", config.log_level, "--log-format", config.log_format]
+        return flags + _given("--traces", config.traces)
+
+    def _write_targets(self) -> None:
+        """For Prometheus' file_sd_configs: ports are new at each start (deploy/prometheus.yml)."""
+        targets = [
+            {"targets": [each.metrics_address], "labels": {"role": each.role}}
+            for each in self.processes
+            if each.metrics_address and each.alive
+        ]
+        path = self.config.data_dir / METRICS_TARGETS_FILE
+        # Replaced as a whole: Prometheus reads it whenever it changes.
+        fresh = path.with_suffix(".new")
+        fresh.write_text(json.dumps(targets, indent=2) + "\n")
+        fresh.replace(path)
 
     async def kill(self, process: RoleProcess) -> None:
         """kill -9, for tests of failure."""
@@ -300,6 +351,9 @@ class Deployment:
             ended = await asyncio.gather(*(self._stop_one(process, tell) for process in stopping))
             killed += [process for process, has_ended in zip(stopping, ended, strict=True) if not has_ended]
         self.processes.clear()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
         return killed
 
     def hurry(self) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextvars import Context
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,13 +76,13 @@ class Scheduler:
     def __init__(self, engine: Engine, num_running_max: int) -> None:
         self._engine = engine
         self._num_running_max = num_running_max
-        self._num_placed = 0
+        self.num_placed = 0
         self._running: list[Running] = []
         self._wake = asyncio.Event()
         self._step_lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
-        self._num_tokens = 0
-        self._busy_s = 0.0
+        self.num_tokens = 0
+        self.busy_s = 0.0
 
     @property
     def num_running(self) -> int:
@@ -89,7 +90,7 @@ class Scheduler:
 
     @property
     def tokens_per_s(self) -> float:
-        return self._num_tokens / self._busy_s if self._busy_s else 0.0
+        return self.num_tokens / self.busy_s if self.busy_s else 0.0
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -97,20 +98,21 @@ class Scheduler:
 
         Raises:  Overloaded: as many sequences run, or are about to, as may.
         """
-        if self._num_placed >= self._num_running_max:
-            raise Overloaded(f"{self._num_placed} sequences are running already", retry_after_s=1.0)
-        self._num_placed += 1
+        if self.num_placed >= self._num_running_max:
+            raise Overloaded(f"{self.num_placed} sequences are running already", retry_after_s=1.0)
+        self.num_placed += 1
         try:
             yield
         finally:
-            self._num_placed -= 1
+            self.num_placed -= 1
 
     def join(self, running: Running) -> None:
         """Add a sequence; it takes part from the next step on. The caller calls `leave` whatever happens."""
         self._running.append(running)
         self._wake.set()
         if self._task is None:
-            self._task = asyncio.create_task(self._loop())
+            # Works for all of them, so under none of their ids.
+            self._task = asyncio.create_task(self._loop(), context=Context())
 
     async def leave(self, running: Running) -> None:
         """Take a sequence out and give its blocks back; waits for the step in hand, which may be using them."""
@@ -182,8 +184,8 @@ class Scheduler:
                 # The loop must go on: if it ended, every sequence of this worker would wait for ever.
                 log.exception("a sequence failed after its decode step")
                 _fail(running, AntefixError(f"the sequence failed after its decode step: {err}"))
-        self._num_tokens += len(ready)
-        self._busy_s += time.perf_counter() - started
+        self.num_tokens += len(ready)
+        self.busy_s += time.perf_counter() - started
 
     async def _finish_step(self, running: Running, logits: npt.NDArray[np.float32]) -> None:
         await store_token(self._engine, running, running.next_token)

@@ -14,6 +14,7 @@ from antefix.config import require, setting
 from antefix.errors import InvalidRequest
 from antefix.grammar import Vocabulary
 from antefix.sampling import Sampling
+from antefix.telemetry import span
 from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.v1 import decode_pb2, decode_pb2_grpc
 from antefix.wire import (
@@ -26,6 +27,7 @@ from antefix.wire import (
 from antefix_decode.adopt import Adopted, adopt, prefill_here, take_handoff
 from antefix_decode.grammar import Grammars
 from antefix_decode.logprobs import Logprobs
+from antefix_decode.metrics import scheduler_metrics
 from antefix_decode.penalties import Penalties
 from antefix_decode.sampling import Sampler
 from antefix_decode.scheduler import Running, Scheduler, Shown
@@ -75,7 +77,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         stopper = Stopper(sampling, self._tokenizer.eos_ids, emitted)
         logprobs = Logprobs(sampling.num_top_logprobs)
         # 2. The first token comes from the handoff's logits, before any block is loaded.
-        handoff = await take_handoff(self._engine, prompt, name)
+        with span("handoff", way="take"):
+            handoff = await take_handoff(self._engine, prompt, name)
         adopted = await prefill_here(self._engine, prompt) if handoff is None else None
         try:
             logits = adopted.logits if handoff is None and adopted else handoff.logits  # type: ignore[union-attr]
@@ -88,7 +91,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 return
             # 3. Load what the handoff does not hold; if a block is gone by now, prefill after all.
             if handoff is not None:
-                adopted = await adopt(self._engine, prompt, handoff) or await prefill_here(self._engine, prompt)
+                with span("handoff", way="adopt"):
+                    adopted = await adopt(self._engine, prompt, handoff)
+                adopted = adopted or await prefill_here(self._engine, prompt)
                 yield _response(Shown(tokens=[]), adopted)
             assert adopted is not None
             sequence, adopted = adopted.sequence, None
@@ -121,7 +126,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             async for shown in self.scheduler.tokens(running):
                 yield _response(shown, None)
             # 5. The output's KV must be durable when the client is told of the end: its next turn may follow at once.
-            await self.scheduler.store_end(running)
+            with span("store", part="output"):
+                await self.scheduler.store_end(running)
             yield decode_pb2.DecodeResponse(
                 finish_reason=running.stopper.finish_reason,
                 stop_number=running.stopper.stop_number,
@@ -194,6 +200,7 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
         config,
         engine,
         role="decode",
+        metrics=lambda: scheduler_metrics(servicer.scheduler),
         add_service=lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
         descriptors=[decode_pb2.DESCRIPTOR],
         stop=stop,

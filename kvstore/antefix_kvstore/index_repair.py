@@ -33,7 +33,7 @@ from antefix_kvstore.index_writer import IndexTxn, SegmentState
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.segments import Segments
 
-log = logging.getLogger("kvstore.index")
+log = logging.getLogger("antefix_kvstore.index")
 
 _INDEX_BYTES_MIN: Final = 256 << 20
 _REBUILD_TXN_RECORDS: Final = 20_000

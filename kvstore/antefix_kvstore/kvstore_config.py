@@ -10,6 +10,14 @@ from antefix.errors import ConfigError
 from antefix.events.address import check_url
 from antefix.record import RecordKind
 from antefix.store_files.record_format import PAYLOAD_BYTES_MAX
+from antefix.telemetry.settings import (
+    check_telemetry,
+    log_format_setting,
+    log_level_setting,
+    metrics_setting,
+    trace_share_setting,
+    traces_setting,
+)
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -63,6 +71,11 @@ class KvStoreConfig:
     scrub_bytes_per_s: int = setting(8 * MIB, "how fast the scrubber may read; 0 turns it off", unit="bytes")
 
     grace_s: float = grace_setting()
+    metrics_address: str = metrics_setting()
+    log_level: str = log_level_setting()
+    log_format: str = log_format_setting()
+    traces: str = traces_setting()
+    trace_share: float = trace_share_setting()
 
     def __post_init__(self) -> None:
         require(self.budget_bytes >= BUDGET_BYTES_MIN, f"budget_bytes must be at least 1 MiB, is {self.budget_bytes}")
@@ -81,6 +94,7 @@ class KvStoreConfig:
             _parse_quota(text)
         check_url(self.events_redis)
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
+        check_telemetry(self)
 
     @property
     def own_quotas(self) -> dict[str, int]:

@@ -26,6 +26,8 @@ class WindowPool:
         self.bytes_max = bytes_max
         self.nbytes = 0
         self._ttl_s = ttl_s
+        # Since the start, by why: space (for a newer one), expired.
+        self.num_dropped = {"space": 0, "expired": 0}
         self._kept: OrderedDict[tuple[RecordKind, bytes], _Kept] = OrderedDict()
 
     def __len__(self) -> int:
@@ -46,6 +48,7 @@ class WindowPool:
         self.expire()
         while self._kept and self.nbytes + nbytes > self.bytes_max:
             self._drop(next(iter(self._kept)))
+            self.num_dropped["space"] += 1
         ttl_s = self._ttl_s if record.ttl_s is None else record.ttl_s
         expires_s = time.monotonic() + ttl_s if ttl_s else float("inf")
         self._kept[name] = _Kept(bytes(record.payload), sealed_part_of(record), record.fingerprint, expires_s)
@@ -63,6 +66,7 @@ class WindowPool:
         now_s = time.monotonic()
         for name in [name for name, kept in self._kept.items() if kept.expires_s <= now_s]:
             self._drop(name)
+            self.num_dropped["expired"] += 1
 
     def _drop(self, name: tuple[RecordKind, bytes]) -> None:
         kept = self._kept.pop(name, None)

@@ -30,6 +30,8 @@ from antefix.store_files import codec
 from antefix.store_files.gone_blocks import fate_of
 from antefix.store_files.record_format import FORMAT_VERSIONS
 from antefix.store_files.record_header import owner_row
+from antefix.telemetry import Registry
+from antefix.telemetry.settings import serve_metrics
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.free_space import fit_to_disk
@@ -37,6 +39,7 @@ from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.index_writer import Name
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.memory_records import WindowPool
+from antefix_kvstore.metrics import memory_metrics, store_metrics
 from antefix_kvstore.payload_stream import GetRange, PayloadStream
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.storage_engine import Engine
@@ -60,6 +63,11 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             self.scrubber.start()
         self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="antefix-serve")
         self._num_streams = 0
+
+    @property
+    def num_streams(self) -> int:
+        """Payload streams that are being served."""
+        return self._num_streams
 
     async def close(self) -> None:
         """Commit what is queued and close the store."""
@@ -370,8 +378,21 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
         raise
     async with _telling(config, engine, server.address):
         await rpc.run_until_signal(
-            server, role="kvstore", stop=servicer.close, watch_stdin=watch_stdin, grace_s=config.grace_s
+            server,
+            role="kvstore",
+            stop=servicer.close,
+            watch_stdin=watch_stdin,
+            metrics_address=serve_metrics(config, registry_of(servicer)),
+            grace_s=config.grace_s,
         )
+
+
+def registry_of(servicer: KvStoreServicer) -> Registry:
+    """What this service shows. Needs a running event loop."""
+    registry = Registry("kvstore")
+    registry.add(functools.partial(store_metrics, servicer.engine, servicer.scrubber, servicer.writer))
+    registry.add_in_loop(lambda: memory_metrics(servicer.pool, servicer.num_streams))
+    return registry
 
 
 def _telling(config: KvStoreConfig, engine: Engine, address: str) -> contextlib.AbstractAsyncContextManager[object]:

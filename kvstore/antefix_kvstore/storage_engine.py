@@ -37,6 +37,7 @@ from antefix.store_files.read_log import announce_log
 from antefix.store_files.record_format import RECORD_HEADER_BYTES, IndexEntry, RecordFlag, payload_checksum
 from antefix.store_files.record_header import RecordHeader, owner_row, unpack_record_header
 from antefix.store_files.segment_reader import ReadOutcome, StoreReader, verify, wall_ms
+from antefix.telemetry.exposition import SHORT_SECONDS, histogram
 from antefix_kvstore.admission import Admission, admit, batches_of, check_record, refuse, results_of, without_orphans
 from antefix_kvstore.compression import Compression
 from antefix_kvstore.disk import Disk
@@ -77,6 +78,9 @@ class Counters:
     forged: int = 0
     refused: int = 0
     syncs: int = 0
+    puts: int = 0
+    # Dropped because a call asked for it.
+    asked: int = 0
     # Malformed, so that no state of the store could take them: whoever sends such is not served by the cache at all.
     impossible: int = 0
     last_impossible: str = ""
@@ -102,6 +106,9 @@ class Engine:
         self.policy = policy or EvictionPolicy()
         self.clock_ms = clock_ms
         self.counters = Counters()
+        self.sync_s = histogram(
+            "antefix_store_sync_seconds", "Syncs of a segment before a put is answered.", buckets=SHORT_SECONDS
+        )
         self._lock = threading.RLock()
         self._counters_lock = threading.Lock()
         self._touches = Touches()
@@ -301,6 +308,7 @@ class Engine:
             self.segments.rollback(start)
             raise
         admission.anchors.update((record.kind, record.hash) for record in batch)
+        self.counters.puts += len(placed)
         self.counters.bytes_written += sum(header.extent_bytes for header in placed)
         self.counters.payload_bytes_written += sum(header.payload_bytes for header in placed)
 
@@ -310,12 +318,16 @@ class Engine:
         if not self.config.durable:
             yield lambda: None
             return
-        syncing = self._sync_thread.submit(self.segments.sync)
+        syncing = self._sync_thread.submit(self._sync)
         self.counters.syncs += 1
         try:
             yield syncing.result
         finally:
             wait([syncing])
+
+    def _sync(self) -> None:
+        with self.sync_s.time():
+            self.segments.sync()
 
     def _insert(self, txn: IndexTxn, record: Record, header: RecordHeader, admission: Admission) -> None:
         insert_entry(txn, header, self.policy, used_ms=header.created_ms)
@@ -400,7 +412,9 @@ class Engine:
                 entry = txn.get(name)
                 if entry is not None and (owner is None or txn.known_owner_id(owner) == entry.tenant_id):
                     roots.append(name)
-            return drop_subtrees(txn, self.space, roots)
+            num_gone = drop_subtrees(txn, self.space, roots)
+        self.counters.asked += num_gone
+        return num_gone
 
     def quarantine(self, name: Name, *, judge: bool = True) -> bool:
         """Read a suspect again; if it is broken, make it a miss. Returns whether it was made one.
@@ -459,6 +473,10 @@ class Engine:
         """What is stored, for a watcher that cannot resume."""
         with self._lock:
             return self.events.snapshot()
+
+    @property
+    def num_log_lines_lost(self) -> int:
+        return self._usage_log.num_lost if self._usage_log is not None else 0
 
     def totals(self) -> dict[bytes, tuple[int, int, int]]:
         with self.index.txn() as txn:

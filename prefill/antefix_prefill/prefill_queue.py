@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from antefix.errors import Overloaded
+from antefix.telemetry import span
+from antefix.telemetry.exposition import SECONDS, histogram
 
 
 class PrefillQueue:
@@ -20,6 +22,7 @@ class PrefillQueue:
         self._num_waiting_max = num_waiting_max
         self.num_waiting = 0
         self.num_running = 0
+        self.wait_s = histogram("antefix_prefill_wait_seconds", "How long prompts waited for a turn.", buckets=SECONDS)
 
     @contextlib.asynccontextmanager
     async def turn(self, retry_after_s: float) -> AsyncIterator[None]:
@@ -31,7 +34,8 @@ class PrefillQueue:
             raise Overloaded(f"{self.num_waiting} prompts are waiting already", retry_after_s=retry_after_s)
         self.num_waiting += 1
         try:
-            await self._slots.acquire()
+            with self.wait_s.time(), span("queue", num_waiting=self.num_waiting):
+                await self._slots.acquire()
         finally:
             self.num_waiting -= 1
         self.num_running += 1

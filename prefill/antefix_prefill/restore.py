@@ -18,6 +18,7 @@ from antefix.errors import AntefixError, BlockCorrupt
 from antefix.model import Sequence, WindowState, forward, replay
 from antefix.record import LookupResult, RecordKind
 from antefix.restore_report import RestoreReport
+from antefix.telemetry import span
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
 from antefix_prefill.miss_reason import miss_reason
@@ -85,8 +86,10 @@ async def restore(engine: Engine, prompt: Prompt) -> Restored:
     known = await _look_up(engine, prompt, report)
     await _ask_pool(engine, prompt, known, report)
     while True:
-        decision = engine.planner.plan(_stored_prefix(engine, prompt, known))
-        plan = decision.plan
+        with span("plan") as planning:
+            decision = engine.planner.plan(_stored_prefix(engine, prompt, known))
+            plan = decision.plan
+            planning.set(plan=plan.kind.value, predicted_s=plan.predicted_s, num_weighed=len(decision.plans))
         sequence = await _carry_out(engine, prompt, plan, known, report)
         if sequence is not None:
             break
@@ -111,7 +114,8 @@ async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport) -> _Kn
     hashes = prompt.chain.hashes
     try:
         owner = engine.keyring.owner(prompt.tenant)
-        found = await engine.store.lookup(hashes, fingerprint=engine.fingerprint, tenant=owner)
+        with span("look-up", num_blocks=len(hashes)):
+            found = await engine.store.lookup(hashes, fingerprint=engine.fingerprint, tenant=owner)
         older = await find_older(engine, prompt.tenant, prompt.tokens, found)
         failed = False
     except AntefixError as err:
@@ -143,7 +147,8 @@ async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: Resto
     started = time.perf_counter()
     try:
         owner = engine.keyring.owner(prompt.tenant)
-        found = await engine.window_pool.nearest(names, fingerprint=engine.fingerprint, tenant=owner)
+        with span("read", tier=POOL_TIER, what="checkpoint"):
+            found = await engine.window_pool.nearest(names, fingerprint=engine.fingerprint, tenant=owner)
     except AntefixError as err:
         engine.counters.note(err)
         report.store_errors += 1
@@ -219,7 +224,8 @@ async def _read_checkpoint(
     if older is not None and block in older.checkpoints:
         name, owner = older.hashes[block - 1], older.owner
     try:
-        data = await engine.store.get(RecordKind.CHECKPOINT, name, fingerprint=engine.fingerprint, tenant=owner)
+        with span("read", tier=DISK_TIER, what="checkpoint"):
+            data = await engine.store.get(RecordKind.CHECKPOINT, name, fingerprint=engine.fingerprint, tenant=owner)
     except AntefixError as err:
         engine.counters.note(err)
         report.store_errors += 1
@@ -282,7 +288,8 @@ async def _read_into_pool(
         for owner, hashes in stored_as:
             part = rows[num_read : num_read + len(hashes)]
             reading = engine.store.get_blocks(hashes, part, fingerprint=engine.fingerprint, tenant=owner)
-            num_good = await uninterrupted(reading)
+            with span("read", tier=DISK_TIER, what="blocks", num_blocks=len(hashes)):
+                num_good = await uninterrupted(reading)
             num_read += num_good
             if num_good < len(hashes):
                 break
@@ -316,9 +323,10 @@ async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], 
         window = WindowState.zeros(engine.layout, start, engine.device)
     sequence = Sequence(block_table=table, window=window)
     started = time.perf_counter()
-    while sequence.position < stop:
-        end = min(stop, (sequence.position // engine.prefill_chunk + 1) * engine.prefill_chunk)
-        await engine.compute.run(_replay_piece, engine, sequence, prompt.tokens[sequence.position : end], stop)
+    with span("replay", num_tokens=stop - start):
+        while sequence.position < stop:
+            end = min(stop, (sequence.position // engine.prefill_chunk + 1) * engine.prefill_chunk)
+            await engine.compute.run(_replay_piece, engine, sequence, prompt.tokens[sequence.position : end], stop)
     report.replayed_tokens = stop - start
     engine.rates.observe_replay(plan.replay_work_tokens, context=start, seconds=time.perf_counter() - started)
     return sequence

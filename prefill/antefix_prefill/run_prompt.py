@@ -16,6 +16,7 @@ import numpy.typing as npt
 from antefix.errors import InternalError
 from antefix.model import Sequence, forward
 from antefix.restore_report import RestoreReport
+from antefix.telemetry import span
 from antefix.window import Mark
 from antefix_prefill.leave_checkpoints import leave_checkpoint, prompt_marks
 from antefix_prefill.record_writer import RecordWriter
@@ -43,8 +44,17 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
     started = time.perf_counter()
     engine.budget.refresh_soon()
     # 1. Restore the longest prefix that is worth restoring.
-    restored = await restore(engine, prompt)
-    report = restored.report
+    with span("restore", prompt_tokens=prompt.num_tokens) as restoring:
+        restored = await restore(engine, prompt)
+        report = restored.report
+        restoring.set(
+            plan=report.plan,
+            hit_tokens=report.hit_tokens,
+            hit_memory_tokens=report.hit_memory_tokens,
+            replayed_tokens=report.replayed_tokens,
+            miss_reason=report.miss_reason,
+            bytes_read=report.bytes_read,
+        )
     writer = RecordWriter(engine.store, engine.counters, engine.window_pool, writes=not engine.borrows)
     try:
         # 2. Compute the rest; finished blocks go to the store meanwhile, and those that it lost but we still have:
@@ -53,7 +63,8 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
         logits = await _compute(engine, prompt, restored, writer)
         report.compute_s = time.perf_counter() - started - report.restore_s
         # 3. The decode worker reads the blocks from the store, so they must be there when it is told of them.
-        await writer.flush()
+        with span("store", part="prompt"):
+            await writer.flush()
     except BaseException:
         try:
             await writer.flush()  # the rows must not be reused under a write; what is finished is worth keeping
@@ -96,7 +107,8 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
         last = stop // engine.block_size if stop % engine.align_tokens == 0 else first // engine.block_size
         new = range(max(first // engine.block_size, restored.num_stored_blocks), last)
         tokens, is_last = prompt.tokens[first:stop], stop == prompt.num_tokens
-        logits, payloads = await engine.compute.run(_run_chunk, engine, sequence, tokens, new, is_last)
+        with span("prefill chunk", first=first, num_tokens=stop - first):
+            logits, payloads = await engine.compute.run(_run_chunk, engine, sequence, tokens, new, is_last)
         for index in range(first // engine.block_size, last):
             engine.blocks.publish(prompt.chain.hashes[index], sequence.block_table[index])
         for index, payload in zip(new, payloads, strict=True):

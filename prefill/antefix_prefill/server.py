@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from antefix import rpc
 from antefix.config import require, setting
+from antefix.telemetry import span
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_to_wire, tokens_from_wire
 from antefix_prefill.leave_handoff import leave_handoff
+from antefix_prefill.metrics import queue_metrics
 from antefix_prefill.prefill_queue import PrefillQueue
 from antefix_prefill.restore import Prompt
 from antefix_prefill.run_prompt import run_prompt
@@ -34,7 +36,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
 
     def __init__(self, engine: Engine, config: PrefillConfig) -> None:
         self._engine = engine
-        self._queue = PrefillQueue(config.num_running_max, config.num_waiting_max)
+        self.queue = PrefillQueue(config.num_running_max, config.num_waiting_max)
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: rpc.Context) -> prefill_pb2.PrefillResponse:
         engine = self._engine
@@ -51,12 +53,13 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             keep=tuple((kept.num_tokens, kept.ttl_s) for kept in request.keep),
         )
         # 3. Restore, compute, store.
-        wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self._queue.num_waiting + 1)
-        async with self._queue.turn(wait_s):
+        wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self.queue.num_waiting + 1)
+        async with self.queue.turn(wait_s):
             computed = await run_prompt(engine, prompt)
             try:
                 # 4. Leave what decode needs to go on.
-                handoff = await leave_handoff(engine, computed)
+                with span("handoff", way="leave"):
+                    handoff = await leave_handoff(engine, computed)
             finally:
                 engine.blocks.release(computed.sequence.block_table)
         return prefill_pb2.PrefillResponse(handoff=handoff, restore=report_to_wire(computed.report))
@@ -66,8 +69,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     ) -> prefill_pb2.PrefillStatusResponse:
         return prefill_pb2.PrefillStatusResponse(
             fingerprint=self._engine.fingerprint,
-            num_running=self._queue.num_running,
-            num_waiting=self._queue.num_waiting,
+            num_running=self.queue.num_running,
+            num_waiting=self.queue.num_waiting,
             num_blocks=self._engine.pool.num_blocks,
             num_resident_blocks=self._engine.blocks.num_resident,
             prefill_tokens_per_s=self._engine.rates.prefill_tokens_per_s,
@@ -87,6 +90,7 @@ async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
         config,
         engine,
         role="prefill",
+        metrics=lambda: queue_metrics(servicer.queue, engine.rates),
         add_service=lambda server: prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server),
         descriptors=[prefill_pb2.DESCRIPTOR],
         stop=engine.close,

@@ -28,6 +28,7 @@ from typing import Any
 from antefix.errors import AntefixError, Conflict, Draining, InvalidRequest, Overloaded, Unavailable
 from antefix.generation_request import GenerationRequest
 from antefix.secret import Keyring
+from antefix.telemetry import span
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import Settled, read_settled, sequence_before
 from antefix_billing.limits import LimitWindow, QuotaBook, Reservation
@@ -40,6 +41,7 @@ from antefix_router.answers import KeptAnswer, RetryConfig, Run, SharedRun
 from antefix_router.ending import Ending
 from antefix_router.generation import Generation, Piece
 from antefix_router.open_bill import Bill, Served
+from antefix_router.request_measures import RequestMeasures
 from antefix_router.retries import CLIENT_LEFT, Retries
 
 log = logging.getLogger("antefix.router")
@@ -76,6 +78,7 @@ class Accounts:
         # Requests whose KV could not all be stored, and why it could not the last time.
         self.num_unstored = 0
         self.unstored_reason = ""
+        self.measures = RequestMeasures()
         self.ending = Ending()
         if ledger is not None:
             self._take_up(ledger)
@@ -85,6 +88,8 @@ class Accounts:
         crashed = [self._crashed(ledger, entry) for entry in ledger.unsettled()]
         for start in range(0, len(crashed), 1024):
             ledger.append(crashed[start : start + 1024])
+        for record in crashed:
+            self.measures.count(record)
         ledger.progress.clear()
         if crashed:
             num_charged = sum(record.is_charged for record in crashed)
@@ -269,7 +274,10 @@ class Accounts:
             record = priced(self._record(bill, status, detail), self._cards)
             if record.write_error and bill.kept is None:
                 self.num_unstored, self.unstored_reason = self.num_unstored + 1, record.write_error
-            bill.settled = await self.writer.settle(record)
+            with span("settle", status=status.value):
+                bill.settled = await self.writer.settle(record)
+            if bill.settled.record is record:
+                self.measures.count(record)
         except AntefixError as err:
             log.error("request %s could not be settled: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
             if status is not Status.CANCELLED and status is not Status.FAILED:

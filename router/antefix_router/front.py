@@ -87,7 +87,8 @@ class Front:
             ("user", caller.user, TENANT_BYTES_MAX),
             ("session", caller.session, TENANT_BYTES_MAX),
         ):
-            check_name(name, text, nbytes_max)
+            if len(text.encode()) > nbytes_max:
+                raise InvalidRequest(f"{name} takes {nbytes_max} bytes")
         cache_tenant(caller.tenant, caller.user)
         self._check_tokens(request.tokens, request.sampling.max_tokens)
         request.sampling.check_vocabulary(self.identity.vocab_size)
@@ -121,16 +122,6 @@ class Front:
             raise InvalidRequest(
                 f"token id {int(tokens.max())} is outside the vocabulary of {self.identity.vocab_size}"
             )
-
-
-def check_name(what: str, text: str, nbytes_max: int) -> None:
-    """Raises:  InvalidRequest: it is too long, or cannot be written as UTF-8."""
-    try:
-        num_bytes = len(text.encode())
-    except UnicodeEncodeError as err:
-        raise InvalidRequest(f"{what} is not text: UTF-8 cannot write its character {err.start}") from err
-    if num_bytes > nbytes_max:
-        raise InvalidRequest(f"{what} takes {nbytes_max} bytes")
 
 
 def cache_tenant(tenant: str, user: str) -> str:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from antefix.generation_request import GenerationRequest
 from antefix.prompt_marks import marks_of
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
+from antefix.telemetry import begin, span
 from antefix.wire import TokenLogprob
 from antefix_router.keeper import BreakpointPins
 from antefix_router.merge import merged
@@ -57,6 +58,7 @@ class Sample:
     finish_reason: str = ""
     stop_number: int = 0
     num_wanted: int | None = None
+    last_token_at: float = 0.0
 
     @property
     def is_ended(self) -> bool:
@@ -132,7 +134,11 @@ class Generator:
         directory: Directory,
         pins: BreakpointPins,
         sessions: Sessions,
+        *,
+        between_tokens: Callable[[float, int], None] = lambda seconds, num_tokens: None,
     ) -> None:
+        """between_tokens: is told how long a message's tokens were waited for, and how many they are."""
+        self._between_tokens = between_tokens
         self._sessions = sessions
         self._pins = pins
         self._prefilling = prefilling
@@ -197,21 +203,32 @@ class Generator:
                 handoff = b""
         ready.first.set()
 
+    def _note_pace(self, generation: Generation, sample: Sample, num_tokens: int) -> None:
+        now = time.perf_counter()
+        generation.ttft_s = generation.ttft_s or now - generation.started
+        if sample.last_token_at:
+            self._between_tokens(now - sample.last_token_at, num_tokens)
+        sample.last_token_at = now
+
     async def _run_decode(
         self, generation: Generation, index: int, ready: _Ready, tried: set[str], timeout_s: float
     ) -> AsyncGenerator[Tokens, None]:
         request, sample, prompt = generation.request, generation.samples[index], ready.prompt
         session = request.caller.session
         hint = self._sessions.last(request.cache_tenant, session, Role.DECODE)
-        worker = self._decode.place(
-            ready.work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
-        )
+        with span("place", role="decode", attempt=len(tried) + 1) as placing:
+            worker = self._decode.place(
+                ready.work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
+            )
+            placing.set(worker=worker.address)
         tried.add(worker.address)
         self._sessions.note(request.cache_tenant, session, Role.DECODE, worker.address)
         self._directory.guess(worker.address, prompt.keys)
         client = worker.client
         assert isinstance(client, DecodeClient)
-        with self._decode.load(worker, request.sampling.max_tokens):
+        part = begin("decode" if sample.emitted else "first token", worker=worker.address)
+        with self._decode.load(worker, request.sampling.max_tokens), contextlib.ExitStack() as ending:
+            ending.callback(lambda: part.end())
             outputs = client.decode(
                 request,
                 generation.sampling(index),
@@ -225,7 +242,10 @@ class Generator:
                     if decoded.restore is not None and generation.restore is None:
                         generation.restore = decoded.restore
                     if len(decoded.tokens):
-                        generation.ttft_s = generation.ttft_s or time.perf_counter() - generation.started
+                        if not sample.emitted:
+                            part.end()
+                            part = begin("decode", worker=worker.address)
+                        self._note_pace(generation, sample, len(decoded.tokens))
                         sample.emitted.extend(int(token) for token in decoded.tokens)
                         sample.logprobs.extend(decoded.logprobs)
                         yield decoded.tokens

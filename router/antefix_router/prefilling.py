@@ -16,6 +16,7 @@ from antefix.clients import PrefillClient, Prefilled
 from antefix.errors import AntefixError, InternalError, Overloaded, Unavailable
 from antefix.generation_request import GenerationRequest
 from antefix.store.api import Store
+from antefix.telemetry import span
 from antefix_router.inflight import InFlight, wait_deadline_s, worth_waiting
 from antefix_router.naming import Prompt
 from antefix_router.placement.directory import Directory
@@ -156,7 +157,8 @@ class Prefilling:
             return known
         chain = prompt.chain
         try:
-            found = await self._store.lookup(chain.hashes, fingerprint=self.fingerprint, tenant=prompt.owner)
+            with span("look-up", num_blocks=len(chain.hashes)):
+                found = await self._store.lookup(chain.hashes, fingerprint=self.fingerprint, tenant=prompt.owner)
         except AntefixError as err:
             # Placement without the store's word is still placement; the worker finds out what is there.
             log.warning("request %s: the store did not answer: %s", request_id, err)
@@ -196,9 +198,11 @@ class Prefilling:
         prompt = order.prompt
         hint = self._sessions.last(prompt.tenant, order.request.caller.session, Role.PREFILL)
         while len(tried) < min(NUM_MOVES_MAX, len(self._workers.workers)):
-            worker = self._workers.place(
-                work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint, soon=soon
-            )
+            with span("place", role="prefill", attempt=len(tried) + 1) as placing:
+                worker = self._workers.place(
+                    work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint, soon=soon
+                )
+                placing.set(worker=worker.address)
             tried.add(worker.address)
             own = self._own_tokens(worker, prompt, work)
             flight.address = worker.address

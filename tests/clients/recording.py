@@ -20,6 +20,8 @@ from tests.clients.door import Door, Exchange
 RECORDED = Path(__file__).parent / "recorded"
 SIGNATURES = Signatures(Keyring(b"0" * 16), "")  # as tests/gateway/scripted.py has them
 
+# The headers that say what became of the request; what the cache did is in others.
+TOLD = tuple(f"antefix-{name}" for name in ("ignored", "left-out", "moved", "restored-thinking", "foreign-thinking"))
 _LONGEST = 48
 _OURS = re.compile(
     r"\[\[(?:run|read|say|call|result)|It said:|I look\.|Let me see\.|got-4|^\{\"(?:command|cmd|path|file)"
@@ -69,11 +71,7 @@ def record(name: str, door: Door, **folders: Path) -> None:
         "turns": [
             {
                 "body": {key: value for key, value in body.items() if key not in shared},
-                "told": {
-                    key: value
-                    for key, value in each.answered.items()
-                    if key.startswith("antefix-") and key not in ("antefix-flattened",)
-                },
+                "told": {key: value for key, value in each.answered.items() if key in TOLD},
             }
             for each, body in zip(turns, bodies, strict=True)
         ],

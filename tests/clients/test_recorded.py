@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from tests.clients.conversations import hits_and_full_blocks, hits_table
-from tests.clients.recording import RECORDED, replayed
+from tests.clients.recording import RECORDED, TOLD, replayed
 
 FILES = sorted(RECORDED.glob("*.json"))
 
@@ -49,7 +49,7 @@ def _without_tools(told: dict[str, str]) -> dict[str, str]:
     lists = {
         name: [each for each in value.split(", ") if not each.startswith("tools[")]
         for name, value in told.items()
-        if name != "antefix-flattened"
+        if name in TOLD
     }
     return {name: ", ".join(value) for name, value in lists.items() if value}
 

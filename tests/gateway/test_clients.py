@@ -135,6 +135,7 @@ async def test_openai_chat_streams_the_same_answer(serve):
     assert finish == "tool_calls" and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
+@pytest.mark.services
 async def test_openai_responses_with_tools(serve):
     script = agent_script()
     async with serve(script, chat_format="deepseek-v4") as url:
@@ -233,6 +234,7 @@ async def test_openai_completions_take_text_and_tokens(serve):
         assert "".join(c.choices[0].text for c in chunks) == "ab" and chunks[-1].choices[0].finish_reason == "length"
 
 
+@pytest.mark.services
 async def test_the_agents_framework_runs_its_tools(serve):
     agents = pytest.importorskip("agents")
     agents.set_tracing_disabled(True)
@@ -397,6 +399,7 @@ async def test_a_failure_in_mid_stream_reaches_the_client_as_an_error(serve, led
     assert (record.status, record.output_tokens, record.price, record.detail) == (Status.FAILED, 3, 0, "Unavailable")
 
 
+@pytest.mark.services
 async def test_a_call_that_breaks_its_strict_schema_is_never_handed_out(serve):
     number = {"type": "object", "properties": {"city": {"type": "integer"}}, "required": ["city"]}
     async with serve(agent_script(), chat_format="deepseek-v4") as url:

@@ -7,6 +7,7 @@ import httpx2
 import numpy as np
 import pytest
 
+from antefix.clients import RouterClient
 from antefix.errors import InvalidRequest
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.sampling import Sampling
@@ -95,9 +96,16 @@ async def test_text_inside_text_is_no_reason_to_fail():
 async def test_names_are_refused_behind_every_door(name):
     front = make_front(Script(), ledger=None)
     with pytest.raises(InvalidRequest, match=f"^{name} is not text"):
-        tokens = np.array([1], np.uint32)
-        caller = Caller(**{name: WRONG})
+        tokens, caller = np.array([1], np.uint32), Caller(**{name: WRONG})
         await front.admit(GenerationRequest(tokens=tokens, sampling=Sampling(max_tokens=1), caller=caller))
+
+
+@pytest.mark.parametrize("names", [{"tenant": WRONG}, {"session": WRONG}, {"request_id": WRONG}, {}], ids=str)
+async def test_the_client_refuses_them_before_they_are_sent(names):
+    async with RouterClient("127.0.0.1:1") as client:
+        with pytest.raises(InvalidRequest, match=f"^{next(iter(names), 'prompt')} is not text"):
+            async for _ in client.generate("hi" if names else WRONG, Sampling(max_tokens=1), **names):
+                pass
 
 
 def test_the_first_wrong_string_is_named():

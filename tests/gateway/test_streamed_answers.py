@@ -220,6 +220,7 @@ async def test_a_cut_off_call_is_told_of_as_far_as_it_came(to_openai):
     assert last.type == "response.incomplete" and last.response.output[-1].status == "incomplete"
 
 
+@pytest.mark.services
 async def test_strict_calls_are_held_until_they_are_known_to_be_right(script, to_openai):
     for properties, is_call in ({"path": {"type": "string"}}, True), ({"path": {"type": "integer"}}, False):
         schema = {"type": "object", "properties": properties}

@@ -9,8 +9,9 @@ from antefix.record import OWNER_BYTES, RecordKind
 from antefix.secret import create_secret_file
 from antefix.store.client import RemoteStore
 from antefix.tokenizer import load_tokenizer
+from antefix_router.assembly import Router
 from antefix_router.keeper import BreakpointPins
-from antefix_router.server import RouterConfig, RouterServicer
+from antefix_router.router_config import RouterConfig
 from tests.redis_servers import until
 from tests.router.test_feed_of_a_store import serve
 
@@ -49,7 +50,7 @@ async def test_lookups_pins_and_events_share_one_connection(tmp_path, monkeypatc
         ledger_dir=str(tmp_path / "ledger"),
     )
     store = RemoteStore(server.address)
-    router = RouterServicer(identify(MODEL), load_tokenizer(MODEL), store, config)
+    router = Router(identify(MODEL), load_tokenizer(MODEL), store, config)
     try:
         router.feed.start()
         await until(lambda: router.feed.in_step)

@@ -30,7 +30,6 @@ from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.workers import Role
 from tests.gateway.scripted import Script, make_front, serving
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
-from tests.redis_servers import RedisServer
 
 KEYRING = Keyring(b"0" * 16)
 TOKENS = list(range(BLOCK * 2))
@@ -51,13 +50,6 @@ request_ids = within(REQUEST_ID_BYTES_MAX).filter(bool)
 def asked(**names):
     tokens = np.array(TOKENS, np.uint32)
     return GenerationRequest(tokens=tokens, sampling=Sampling(max_tokens=4), caller=Caller(**names))
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory):
-    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
-    yield server
-    server.kill()
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,7 +16,9 @@ from antefix.secret import create_secret_file
 from antefix.tokenizer import load_tokenizer
 from antefix.v1 import router_pb2
 from antefix_router import workers_arithmetic
-from antefix_router.server import RouterConfig, RouterServicer
+from antefix_router.assembly import Router
+from antefix_router.router_config import RouterConfig
+from antefix_router.server import RouterServicer
 from antefix_router.workers_arithmetic import Said, agreed, learn
 from tests.engines import MODEL, MemoryStore
 
@@ -68,15 +70,15 @@ async def make_router(tmp_path):
         config = RouterConfig(
             model=str(MODEL), secret_file=str(secret), store_address="127.0.0.1:9", leases=True, **settings
         )
-        servicer = RouterServicer(identify(MODEL), load_tokenizer(MODEL), MemoryStore(), config)
+        servicer = RouterServicer(Router(identify(MODEL), load_tokenizer(MODEL), MemoryStore(), config))
         made.append(servicer)
         return servicer
 
     yield make
     for servicer in made:
-        await servicer.front.accounts.close()
-        await servicer.leases.close()
-        await servicer.pins.close()
+        await servicer.router.front.accounts.close()
+        await servicer.router.leases.close()
+        await servicer.router.pins.close()
 
 
 def fingerprint_of(arithmetic):
@@ -99,7 +101,7 @@ async def register(router, arithmetic, address="127.0.0.1:7001", ttl_s=10.0, fin
         instance=said.instance,
         ttl_s=ttl_s,
         said_at_ms=said.said_at_ms,
-        proof=said.proof(router._keyring),
+        proof=said.proof(router.router.keyring),
         arithmetic=arithmetic,
         setup=f"where {arithmetic} is",
     )
@@ -108,7 +110,7 @@ async def register(router, arithmetic, address="127.0.0.1:7001", ttl_s=10.0, fin
 
 async def named(router):
     status = await router.RouterStatus(router_pb2.RouterStatusRequest(), None)
-    prompt = router._names.prompt("", some_tokens())
+    prompt = router.router._names.prompt("", some_tokens())
     return status, prompt.chain.root
 
 
@@ -123,7 +125,7 @@ async def test_the_first_that_registers_says_what_goes_into_names_and_others_are
     await register(router, ONE)
     status, root = await named(router)
     assert (status.arithmetic, status.fingerprint) == (ONE, fingerprint_of(ONE))
-    assert router.front.accounts.served.fingerprint == fingerprint_of(ONE).hex()
+    assert router.router.front.accounts.served.fingerprint == fingerprint_of(ONE).hex()
     assert [(worker.arithmetic, worker.setup) for worker in status.workers] == [(ONE, f"where {ONE} is")]
     with pytest.raises(FingerprintMismatch, match=rf"where {ONE} is.*where {OTHER} is"):
         await register(router, OTHER, address="127.0.0.1:7002")

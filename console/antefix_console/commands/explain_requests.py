@@ -36,7 +36,8 @@ from antefix_console.explain.recorded_requests import (
     record_dict,
     record_lines,
 )
-from antefix_router.gateway.dry_run import APIS, Span, dry_run
+from antefix_router.chat.render import Span
+from antefix_router.gateway.dry_run import APIS, dry_run
 from antefix_router.gateway.gateway_config import GatewayConfig
 
 _DOOR_SETTINGS = ("chat_format", "model_aliases", "prefix_rules")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from antefix.config import GRACE_S, require
 from antefix.errors import AntefixError, Unavailable
+from antefix.telemetry.logs import FORMATS, LEVELS
 from antefix.window_pool import DISK, RedisWindowPool
 from antefix.window_pool.open_pool import MEMORY
 from antefix_console import shipped
@@ -103,6 +104,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"how long running requests may take when it stops (default: {GRACE_S:g})",
     )
+    parser.add_argument("--log-level", choices=LEVELS, default="info", help="the least that is logged (default: info)")
+    parser.add_argument("--log-format", choices=FORMATS, default="text", help="of all roles' logs (default: text)")
+    parser.add_argument(
+        "--traces", default="", metavar="URL", help="OTLP collector (gRPC) that gets traces (default: none)"
+    )
     parser.add_argument("--json", action="store_true", help="print addresses as one JSON line")
 
 
@@ -141,6 +147,9 @@ def run(args: argparse.Namespace) -> int:
         model_aliases=args.model_aliases,
         prefix_rules=args.prefix_rules,
         grace_s=args.grace_s,
+        log_level=args.log_level,
+        log_format=args.log_format,
+        traces=args.traces,
     )
     return asyncio.run(_run(config, as_json=args.json))
 
@@ -191,14 +200,19 @@ async def warn_of_pool(address: str) -> None:
 
 
 def _announce(deployment: Deployment, *, as_json: bool) -> None:
-    rows = [{"role": p.role, "address": p.address, "pid": p.process.pid} for p in deployment.processes]
+    rows = [
+        {"role": p.role, "address": p.address, "pid": p.process.pid, "metrics_address": p.metrics_address}
+        for p in deployment.processes
+    ]
     http_addresses = [p.http_address for p in deployment.processes if p.http_address]
     if as_json:
         http_address = deployment.one("router").http_address
         print(json.dumps({"ready": True, "processes": rows, "http_address": http_address}), flush=True)
         return
     for row in rows:
-        print(f"{row['role']:<8} {row['address']:<22} pid {row['pid']}")
+        print(
+            f"{row['role']:<8} {row['address']:<22} pid {row['pid']:<8} metrics http://{row['metrics_address']}/metrics"
+        )
     for http_address in http_addresses:
         print(f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1")
     print(f"\nTry:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'")

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from antefix.clients import Tokens
+from antefix.block import TokenArray
 from antefix.tokenizer import Tokenizer
-from antefix_router.gateway.dry_run import Span
+from antefix_router.chat.render import Span
 
 # Lines of tools are whole schemas: what is shown of a line is this much on each side.
 _SHOWN_CHARACTERS: Final = 60
@@ -31,7 +31,7 @@ class SourcedPrompt:
     """name: what it is called in an explanation.  body: the request, where it is one.  spans: what wrote its tokens."""
 
     name: str
-    tokens: Tokens
+    tokens: TokenArray
     tokenizer: Tokenizer
     body: Any = None
     spans: tuple[Span, ...] = ()

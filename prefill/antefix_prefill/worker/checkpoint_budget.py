@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 
 from antefix.errors import AntefixError
 from antefix.record import RecordKind
@@ -43,7 +44,7 @@ class CheckpointBudget:
         if self._count is None or self._asking is not None or time.monotonic() - self._asked_s < REFRESH_S:
             return
         self._asked_s = time.monotonic()
-        self._asking = asyncio.get_running_loop().create_task(self._ask(self._count))
+        self._asking = asyncio.get_running_loop().create_task(self._ask(self._count), context=Context())
 
     async def _ask(self, count: Callable[[], Awaitable[StoreTotals]]) -> None:
         try:

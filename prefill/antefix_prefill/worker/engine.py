@@ -134,6 +134,8 @@ class Engine:
     labels: Labels = NO_LABELS
     statement: bytes = b""
     seals: Seals = field(init=False)
+    # Requests that could never fit the pool.
+    num_too_large: int = 0
 
     def __post_init__(self) -> None:
         self.seals = Seals(self.keyring)
@@ -183,6 +185,7 @@ class Engine:
             )
         num_blocks = -(-(num_tokens + max_new_tokens) // self.block_size)
         if num_blocks > self.pool.num_blocks:
+            self.num_too_large += 1
             raise InvalidRequest(
                 f"the request needs {num_blocks} blocks, this worker's pool has {self.pool.num_blocks};"
                 " raise pool_bytes or shorten the request"

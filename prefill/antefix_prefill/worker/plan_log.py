@@ -7,9 +7,11 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from antefix.telemetry.exposition import histogram
 from antefix.window import Plan
 
 NUM_KEPT = 256
+_ERRORS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +37,17 @@ class PlanLog:
     """The last NUM_KEPT outcomes, oldest first."""
 
     def __init__(self) -> None:
+        self.errors = histogram(
+            "antefix_plan_error_ratio",
+            "How far predictions were off: |actual - predicted| / predicted.",
+            ("plan",),
+            buckets=_ERRORS,
+        )
         self._kept: deque[PlanOutcome] = deque(maxlen=NUM_KEPT)
 
     def add(self, outcome: PlanOutcome) -> None:
         self._kept.append(outcome)
+        self.errors.labels(outcome.plan.kind.value).observe(outcome.error)
 
     def __iter__(self) -> Iterator[PlanOutcome]:
         return iter(tuple(self._kept))

@@ -37,6 +37,7 @@ class ResidentBlocks:
         self._hash_of: dict[int, bytes] = {}
         self._by_hash: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
+        self.num_evicted = 0
         self.events = MemoryLog(lambda: self._by_hash)
 
     @property
@@ -111,5 +112,6 @@ class ResidentBlocks:
         name = self._hash_of.pop(block_id)
         del self._by_hash[name]
         self.events.evicted(name)
+        self.num_evicted += 1
         self._pool.release([block_id])
         self._free += 1

@@ -18,9 +18,20 @@ from antefix.secret import Keyring
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.store_files.record_format import STORE_FILE
 from antefix.store_files.seal import Seals
+from antefix.telemetry.exposition import Read
+from antefix.telemetry.settings import (
+    check_telemetry,
+    log_format_setting,
+    log_level_setting,
+    metrics_setting,
+    serve_metrics,
+    trace_share_setting,
+    traces_setting,
+)
 from antefix.v1 import memory_pb2, window_pb2
 from antefix_prefill.worker.engine import Engine, EngineConfig, build_engine
 from antefix_prefill.worker.memory_service import add_memory_service
+from antefix_prefill.worker.metrics import worker_registry
 from antefix_prefill.worker.router_lease import WorkerLease
 from antefix_prefill.worker.window_service import add_window_service
 
@@ -37,6 +48,11 @@ class WorkerConfig(EngineConfig):
     routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
     events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
     grace_s: float = grace_setting()
+    metrics_address: str = metrics_setting()
+    log_level: str = log_level_setting()
+    log_format: str = log_format_setting()
+    traces: str = traces_setting()
+    trace_share: float = trace_share_setting()
 
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
@@ -44,6 +60,7 @@ class WorkerConfig(EngineConfig):
         require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
         check_url(self.events_redis)
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
+        check_telemetry(self)
 
 
 async def start_engine(config: WorkerConfig) -> Engine:
@@ -67,11 +84,15 @@ async def serve_worker(
     *,
     role: str,
     add_service: Callable[[grpc.aio.Server], None],
+    metrics: Read,
     descriptors: Sequence[FileDescriptor],
     stop: Callable[[], Awaitable[None]],
     watch_stdin: bool,
 ) -> None:
-    """Serve the worker's own service and what all workers have, registered with the routers, until told to stop."""
+    """Serve the worker's own service and what all workers have, registered with the routers, until told to stop.
+
+    metrics: of the worker's own service, read in the event loop.
+    """
 
     def add_services(server: grpc.aio.Server) -> None:
         add_service(server)
@@ -90,9 +111,17 @@ async def serve_worker(
         arithmetic=engine.arithmetic.name,
         setup=engine.arithmetic.setup,
     )
+    registry = worker_registry(role, engine)
+    registry.add_in_loop(metrics)
     stream = memory_stream(server.address)
     events = StreamPublisher(config.events_redis, engine.blocks.events, stream, server.address)
     async with lease, events:
         await rpc.run_until_signal(
-            server, role=role, stop=stop, watch_stdin=watch_stdin, leave=lease.end, grace_s=config.grace_s
+            server,
+            role=role,
+            stop=stop,
+            watch_stdin=watch_stdin,
+            metrics_address=serve_metrics(config, registry),
+            leave=lease.end,
+            grace_s=config.grace_s,
         )

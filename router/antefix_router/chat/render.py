@@ -27,6 +27,15 @@ class Rendered:
     aside: tuple[bytes, list[int]] | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """The tokens [start, end) that a piece of text became."""
+
+    start: int
+    end: int
+    text: str
+
+
 def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerMemory, *, tenant: str) -> Rendered:
     """The prompt's tokens. tenant: the cache tenant, whose answers may be remembered."""
     tokens: list[int] = []

@@ -133,6 +133,7 @@ class MessagesCall:
         async for _ in self._output.deltas(self._timeout_s, held=True):
             pass
         ended, output = self._output.ended(), self._output
+        self.headers |= ended.headers
         content: list[dict[str, Any]] = []
         if output.reasoning:
             signature = self._signatures.sign(output.reasoning)
@@ -145,7 +146,7 @@ class MessagesCall:
             **self._message(content),
             "stop_reason": _stop_reason(ended),
             "stop_sequence": ended.stop,
-            "usage": messages_usage(ended.record),
+            "usage": ended.usage(messages_usage),
         }
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -163,7 +164,7 @@ class MessagesCall:
             yield event
         ended = self._output.ended()
         delta_json = {"stop_reason": _stop_reason(ended), "stop_sequence": ended.stop}
-        yield _event("message_delta", delta=delta_json, usage=messages_usage(ended.record))
+        yield _event("message_delta", delta=delta_json, usage=ended.usage(messages_usage))
         yield _event("message_stop")
 
     def failed(self, err: Exception) -> bytes:

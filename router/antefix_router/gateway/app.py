@@ -7,12 +7,14 @@ import contextlib
 import logging
 import math
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 
 import uvicorn
+from prometheus_client.core import Metric
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -21,6 +23,7 @@ from antefix.errors import AntefixError, ConfigError, Unavailable
 from antefix.rpc import ENDING_S, parse_address
 from antefix_billing.usage_record import request_key
 from antefix_router.front import Front
+from antefix_router.gateway.access import Access, HttpMeasures
 from antefix_router.gateway.anthropic import count_tokens, prepare_messages
 from antefix_router.gateway.chat import prepare_chat
 from antefix_router.gateway.completions import list_models, prepare_completion
@@ -29,6 +32,7 @@ from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import Call, Endpoint, Room
 from antefix_router.gateway.http_errors import NotFound, Provider, error_response
 from antefix_router.gateway.responses import prepare_response
+from antefix_router.metrics import http_metrics
 
 log = logging.getLogger("antefix.gateway")
 
@@ -43,7 +47,7 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 }
 
 
-def build_app(gateway: Gateway, config: GatewayConfig) -> Starlette:
+def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -> Starlette:
     """The ASGI application."""
     room = Room(config.http_requests_max)
     routes = [
@@ -62,7 +66,8 @@ def build_app(gateway: Gateway, config: GatewayConfig) -> Starlette:
         Route("/v1/usage/public_key", partial(_public_key, gateway), methods=["GET"]),
         Route("/healthz", _healthz, methods=["GET"]),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+    access = Middleware(Access, measures=measures)
+    return Starlette(routes=routes, middleware=[access], exception_handlers={HTTPException: _http_error})
 
 
 async def _receipt(gateway: Gateway, request: Request) -> Response:
@@ -123,11 +128,17 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """A started gateway."""
 
-    def __init__(self, server: _Server, serving: asyncio.Task[None], address: str, gateway: Gateway) -> None:
+    def __init__(
+        self, server: _Server, serving: asyncio.Task[None], address: str, gateway: Gateway, measures: HttpMeasures
+    ) -> None:
         self.gateway = gateway
+        self.measures = measures
         self._server = server
         self._serving = serving
         self.address = address
+
+    def metrics(self) -> Iterable[Metric]:
+        return http_metrics(self.measures, self.gateway.ignored)
 
     async def stop(self) -> None:
         """Take no more requests, let running ones finish, then stop."""
@@ -138,6 +149,7 @@ class HttpServer:
 async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
     """Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form."""
     gateway = Gateway(front, config)
+    measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", "/healthz"])
     host, port = parse_address(config.http_address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio sets TCP_NODELAY only where it is: without that, each answer waits 40 ms for
@@ -152,7 +164,7 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
         raise ConfigError(f"--http-address {config.http_address}: {err}") from err
     server = _Server(
         uvicorn.Config(
-            build_app(gateway, config),
+            build_app(gateway, config, measures),
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -168,4 +180,4 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
     ready.cancel()
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
-    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}", gateway)
+    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}", gateway, measures)

@@ -112,7 +112,8 @@ class ChatCall:
             pass
         shown = self._choices.shown
         choices = [_choice(index, output) for index, output in enumerate(shown)]
-        usage = chat_usage(shown[0].ended().record)
+        self.headers |= shown[0].ended().headers
+        usage = shown[0].ended().usage(chat_usage)
         return {**self._head("chat.completion"), "choices": choices, "usage": usage}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -130,7 +131,7 @@ class ChatCall:
                 yield self._chunk(index, {"role": "assistant", "content": ""})
             yield self._chunk(index, {}, finish_reason=output.ended().reason, logprobs=_logprobs(output))
         if self._include_usage:
-            usage = chat_usage(shown[0].ended().record)
+            usage = shown[0].ended().usage(chat_usage)
             yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": usage})
         yield event_bytes("[DONE]")
 

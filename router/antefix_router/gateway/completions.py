@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from antefix.errors import InvalidRequest
+from antefix.telemetry import span
 from antefix_billing.providers import chat_usage
 from antefix_router.gateway.answer_form import chat_form
 from antefix_router.gateway.chat import stream_options
@@ -62,7 +63,8 @@ async def _prompt(gateway: Gateway, prompt: Any, *, echo: bool) -> tuple[str, li
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
     if isinstance(prompt, str):
-        return prompt, await gateway.front.encoding.run(len(prompt), partial(tokenizer.encode, prompt))
+        with span("tokenize", num_characters=len(prompt)):
+            return prompt, await gateway.front.encoding.run(len(prompt), partial(tokenizer.encode, prompt))
     if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
         vocab_size = gateway.front.identity.vocab_size
         if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
@@ -102,7 +104,8 @@ class CompletionCall:
             _choice(index, output, self._echo + output.content, output.ended().reason)
             for index, output in enumerate(shown)
         ]
-        return {**self._head(), "choices": choices, "usage": chat_usage(shown[0].ended().record)}
+        self.headers |= shown[0].ended().headers
+        return {**self._head(), "choices": choices, "usage": shown[0].ended().usage(chat_usage)}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         if self._echo:
@@ -114,7 +117,7 @@ class CompletionCall:
         for index, output in enumerate(shown):
             yield self._event([_choice(index, output, "", output.ended().reason)])
         if self._include_usage:
-            yield self._event([], usage=chat_usage(shown[0].ended().record))
+            yield self._event([], usage=shown[0].ended().usage(chat_usage))
         yield event_bytes("[DONE]")
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:

@@ -26,8 +26,9 @@ from antefix_billing.tenants import TenantBook
 from antefix_router.accounting import Accounts
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.messages import Answer, Aside, Breakpoint, Conversation, Piece
-from antefix_router.chat.render import render_tokens
+from antefix_router.chat.render import Span, render_tokens
 from antefix_router.front import Front
+from antefix_router.gateway.access import REQUEST_ID
 from antefix_router.gateway.anthropic import prepare_messages
 from antefix_router.gateway.chat import prepare_chat
 from antefix_router.gateway.gateway import Gateway
@@ -39,15 +40,6 @@ from antefix_router.open_bill import Bill, Served
 
 _PREPARE: Final = {"chat": prepare_chat, "responses": prepare_response, "anthropic": prepare_messages}
 APIS: Final = tuple(_PREPARE)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
-    """The tokens [start, end) that a piece of text became."""
-
-    start: int
-    end: int
-    text: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +130,7 @@ def _request(body: Any) -> Request:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
 
-    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": []}
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": [], REQUEST_ID: "dry"}
     return Request(scope, receive)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -12,6 +12,7 @@ from starlette.requests import Request
 from antefix.block import as_tokens
 from antefix.errors import InvalidRequest
 from antefix.generation_request import Caller, GenerationRequest
+from antefix.telemetry import span
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import ChatFormat, OutputParser, PlainParser
 from antefix_router.chat.choice import choose_format
@@ -21,7 +22,9 @@ from antefix_router.chat.moved_lines import load_rules, move_lines
 from antefix_router.chat.render import Rendered, num_characters, render_tokens
 from antefix_router.chat.schema import UnusableSchema, UnusableTool
 from antefix_router.front import Front, cache_tenant
+from antefix_router.gateway.access import REQUEST_ID, TENANT
 from antefix_router.gateway.answer_form import CHAT_NAMES, AnswerForm, SchemaNames
+from antefix_router.gateway.cache_report import DETAILS_HEADER
 from antefix_router.gateway.choices import Choices
 from antefix_router.gateway.fields import Fields, WrongField
 from antefix_router.gateway.gateway_config import GatewayConfig
@@ -40,6 +43,17 @@ BREAKPOINTS_MAX = 4
 _SCHEMA_CHARACTERS = 4096
 # They turn on what a request may then ask for in its body, where it is read, or not.
 _BETA_HEADERS = ("anthropic-beta", "openai-beta")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpCaller(Caller):
+    """has_key: the client named the id, so it may ask for the answer again.
+
+    wants_details: the usage tells what the cache did.
+    """
+
+    has_key: bool = False
+    wants_details: bool = False
 
 
 class Gateway:
@@ -63,7 +77,9 @@ class Gateway:
         """Raises:  Unauthenticated: no key, or an unknown one, where keys are needed."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
-        return self.front.tenants.authenticate(request.headers.get("x-api-key") or bearer)
+        tenant = self.front.tenants.authenticate(request.headers.get("x-api-key") or bearer)
+        request.scope[TENANT] = tenant
+        return tenant
 
     async def fields(self, request: Request) -> Fields:
         """The body, with the request's notes. Raises:  InvalidRequest: it is no JSON object."""
@@ -75,14 +91,19 @@ class Gateway:
                 notes.ignore(name)
         return Fields(body, notes=notes)
 
-    def caller(self, request: Request, tenant: str, user: str, session: str = "") -> Caller:
+    def caller(self, request: Request, tenant: str, user: str, session: str = "") -> HttpCaller:
         """user: as the client names it, which may be with its session; that is a hint where `session` is none."""
         named = split_user(user)
-        return Caller(
+        key = request.headers.get("idempotency-key", "")
+        request_id = key or request.scope.get(REQUEST_ID, "")
+        details = request.headers.get(DETAILS_HEADER, "").lower() == "true"
+        return HttpCaller(
             tenant=tenant,
             user=named.user,
-            request_id=request.headers.get("idempotency-key", ""),
+            request_id=request_id,
+            has_key=bool(key),
             session=session or named.session,
+            wants_details=details or self.config.http_usage_details,
         )
 
     def model(self, fields: Fields) -> NamedModel:
@@ -118,16 +139,22 @@ class Gateway:
     async def render(self, conversation: Conversation, tenant: str, notes: Notes) -> Rendered:
         """The prompt's tokens, and where the client's cache breakpoints lie in them."""
         pieces = self.format.render(conversation)
-        rendered = await self.front.encoding.run(
-            num_characters(pieces),
-            lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
-        )
+        with span("tokenize", num_characters=num_characters(pieces)):
+            rendered = await self.front.encoding.run(
+                num_characters(pieces),
+                lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
+            )
         notes.num_restored = rendered.num_restored
         # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
         return replace(rendered, breakpoints=rendered.breakpoints[-BREAKPOINTS_MAX:])
 
     async def chat(
-        self, conversation: Conversation, knobs: Knobs, caller: Caller, notes: Notes, names: SchemaNames = CHAT_NAMES
+        self,
+        conversation: Conversation,
+        knobs: Knobs,
+        caller: HttpCaller,
+        notes: Notes,
+        names: SchemaNames = CHAT_NAMES,
     ) -> Output:
         """Admit a conversation's next answer.  notes: told of it before the answer's headers are made.
         names: where the API has its schemas.
@@ -137,7 +164,12 @@ class Gateway:
         return (await self.chat_choices(conversation, knobs, caller, notes, names)).shown[0]
 
     async def chat_choices(
-        self, conversation: Conversation, knobs: Knobs, caller: Caller, notes: Notes, names: SchemaNames = CHAT_NAMES
+        self,
+        conversation: Conversation,
+        knobs: Knobs,
+        caller: HttpCaller,
+        notes: Notes,
+        names: SchemaNames = CHAT_NAMES,
     ) -> Choices:
         """Admit a conversation's next answers, as many as the knobs say.  Raises: as `chat`."""
         grammar = await self._grammar(conversation, names)
@@ -150,6 +182,7 @@ class Gateway:
         choices = await self._admit(
             request,
             knobs,
+            caller,
             lambda: self.format.parser(conversation),
             memory=memory,
             strict=strict,
@@ -159,7 +192,7 @@ class Gateway:
             self.memory.keep_aside(*rendered.aside)
         return choices
 
-    async def complete(self, tokens: list[int], knobs: Knobs, caller: Caller, form: AnswerForm) -> Choices:
+    async def complete(self, tokens: list[int], knobs: Knobs, caller: HttpCaller, form: AnswerForm) -> Choices:
         """Admit continuations of tokens, as they are."""
         grammar = ""
         if form.is_json:
@@ -169,19 +202,20 @@ class Gateway:
             except (UnusableSchema, UnusableGrammar) as err:
                 raise wrong_schema(form.param, err) from err
         request = self._request(tokens, knobs, caller, grammar=grammar)
-        return await self._admit(request, knobs, PlainParser)
+        return await self._admit(request, knobs, caller, PlainParser)
 
     async def _admit(
         self,
         request: GenerationRequest,
         knobs: Knobs,
+        caller: HttpCaller,
         parser: Callable[[], OutputParser],
         *,
         memory: AnswerMemory | None = None,
         strict: Mapping[str, Any] | None = None,
         mode: str = "",
     ) -> Choices:
-        bill = await self.front.admit(request, retryable=bool(request.request_id))
+        bill = await self.front.admit(request, retryable=caller.has_key)
         bill.mode = mode
         outputs = [
             Output(
@@ -196,13 +230,15 @@ class Gateway:
             )
             for index in range(request.num_samples)
         ]
+        for output in outputs:
+            output.wants_details = caller.wants_details
         return Choices(self.front, bill, outputs, num_shown=knobs.n)
 
     def _request(
         self,
         tokens: list[int],
         knobs: Knobs,
-        caller: Caller,
+        caller: HttpCaller,
         *,
         grammar: str,
         breakpoints: tuple[tuple[int, float], ...] = (),

@@ -18,6 +18,7 @@ class GatewayConfig(BillingConfig):
     http_requests_max: int = setting(512, "HTTP requests at once; more are refused with a retry hint")
     http_timeout_s: float = setting(600.0, "longest a request may take", unit="s")
     http_keep_alive_s: float = setting(4.0, "how often a stream tells its client that it is alive", unit="s")
+    http_usage_details: bool = setting(False, "tell in every answer's usage what the cache did, also unasked")
     http_max_tokens: int = setting(4096, "output limit of requests that name none", unit="tokens")
     model_names: tuple[str, ...] = setting((), "further names that clients may use for the model")
     model_aliases: str = setting(

@@ -36,7 +36,7 @@ class Call(Protocol):
     headers: dict[str, str]
 
     async def whole(self) -> dict[str, Any]:
-        """The answer as one JSON object."""
+        """The answer as one JSON object. Afterwards `headers` says what the cache did, too."""
 
     def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
@@ -102,7 +102,8 @@ class Endpoint:
             await error_response(err, self._provider)(scope, receive, send)
 
     async def _send_whole(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
-        await JSONResponse(await call.whole(), headers=call.headers)(scope, receive, send)
+        answer = await call.whole()
+        await JSONResponse(answer, headers=call.headers)(scope, receive, send)
 
     async def _send_events(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(call.events()) as events:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import OutputParser
 from antefix_router.chat.messages import Delta, Message, Role, ToolCall
 from antefix_router.front import Front
+from antefix_router.gateway.cache_report import cache_details, cache_headers
 from antefix_router.gateway.calls import Calls
 from antefix_router.gateway.logprob_fields import LogprobWriter, SpokenToken
 from antefix_router.open_bill import Bill
@@ -27,6 +28,17 @@ class Ended:
     reason: str
     stop: str | None
     record: UsageRecord
+    wants_details: bool = False
+
+    def usage(self, form: Callable[[UsageRecord], dict[str, Any]]) -> dict[str, Any]:
+        """In a provider's form; with what the cache did, where the client wants it."""
+        details = {"antefix": cache_details(self.record)} if self.wants_details else {}
+        return {**form(self.record), **details}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a whole answer's head says of it."""
+        return cache_headers(self.record)
 
 
 class Output:
@@ -58,6 +70,7 @@ class Output:
         self._memory = memory
         self._calls = Calls(strict or {})
         self.is_held = False
+        self.wants_details = False
         self.content = ""
         self.reasoning = ""
         self.num_output_tokens = 0
@@ -137,7 +150,7 @@ class Output:
         reason = "length" if sample.finish_reason == "length" and stop is None else "stop"
         if self.tool_calls and reason == "stop":
             reason = "tool_calls"
-        return Ended(reason=reason, stop=stop, record=self._bill.record)
+        return Ended(reason=reason, stop=stop, record=self._bill.record, wants_details=self.wants_details)
 
     def new_logprobs(self) -> list[SpokenToken]:
         """The tokens of the text that was given out since this was last asked; none where they were not asked for."""

@@ -132,7 +132,9 @@ class ResponsesCall:
         async for delta in self._output.deltas(self._timeout_s, held=True):
             items.push(delta)
         items.finish(is_shown=False)
-        return self._response(items.done, self._output.ended())
+        ended = self._output.ended()
+        self.headers |= ended.headers
+        return self._response(items.done, ended)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         items, started = self._items, False
@@ -181,6 +183,6 @@ class ResponsesCall:
             "store": False,
             "truncation": "disabled",
             "metadata": {},
-            "usage": responses_usage(ended.record) if ended is not None else None,
+            "usage": ended.usage(responses_usage) if ended is not None else None,
             **self._echo,
         }

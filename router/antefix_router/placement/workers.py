@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.clients import DecodeClient, PrefillClient
-from antefix.errors import InternalError, Unavailable
+from antefix.errors import InternalError, Overloaded, Unavailable
 from antefix_router.placement.backlog import Backlog
 from antefix_router.placement.directory import Directory, Key
 from antefix_router.placement.work import Loads, Policy, Work, seed_of
@@ -61,6 +61,9 @@ class Workers:
     def __init__(self, role: Role, policy: Policy, addresses: Sequence[str] = ()) -> None:
         self.role = role
         self.workers: list[Worker] = []
+        # Since the start: requests placed, and again after a worker failed; calls by how they ended.
+        self.num_placed = {"first": 0, "again": 0}
+        self.num_ended = {"done": 0, "unavailable": 0, "overloaded": 0, "failed": 0, "cancelled": 0}
         self._policy = policy
         for address in addresses:
             self.join(address)
@@ -109,6 +112,7 @@ class Workers:
         workers = [worker for worker in workers if now >= worker.shunned_until] or workers
         if not workers:
             raise Unavailable(f"no {self.role} worker is left to try")
+        self.num_placed["again" if exclude else "first"] += 1
         if len(workers) == 1:
             return workers[0]
         resident = directory.leading([worker.address for worker in workers], keys) * block_size
@@ -126,13 +130,21 @@ class Workers:
         worker.num_tokens += num_tokens
         worker.num_active_tokens += num_active_tokens
         ticket = worker.backlog.add(num_tokens, time.monotonic())
-        done = False
+        done, ended = False, "cancelled"
         try:
             yield
+            ended = "done"
             # Decode workers run all sequences at once: how long one took does not say what is left of the others.
             done = self.role is Role.PREFILL
-        except (Unavailable, InternalError):
+        except (Unavailable, InternalError) as err:
             worker.shunned_until = time.monotonic() + SHUN_S
+            ended = "unavailable" if isinstance(err, Unavailable) else "failed"
+            raise
+        except Overloaded:
+            ended = "overloaded"
+            raise
+        except Exception:
+            ended = "failed"
             raise
         finally:
             worker.backlog.remove(ticket, time.monotonic(), done=done)
@@ -140,6 +152,7 @@ class Workers:
             worker.num_tokens -= num_tokens
             worker.num_active_tokens -= num_active_tokens
             worker.num_served += 1
+            self.num_ended[ended] += 1
 
 
 def _row_of(address: str, workers: Sequence[Worker]) -> int:

@@ -1,0 +1,21 @@
+"""What a process tells of itself: metrics, log lines, traces. Knows no service; each room says what it counts."""
+
+from antefix.telemetry.context import bind_request, incoming, outgoing, request_id, trace_id
+from antefix.telemetry.exposition import MetricsServer, Registry
+from antefix.telemetry.shown import Kind, Shown, families
+from antefix.telemetry.tracing import begin, span
+
+__all__ = [
+    "Kind",
+    "MetricsServer",
+    "Registry",
+    "Shown",
+    "begin",
+    "bind_request",
+    "families",
+    "incoming",
+    "outgoing",
+    "request_id",
+    "span",
+    "trace_id",
+]

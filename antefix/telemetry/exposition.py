@@ -1,0 +1,108 @@
+"""Metrics over HTTP, one address a role, for Prometheus and its like: text or OpenMetrics, as the caller asks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import Final
+from wsgiref.simple_server import WSGIServer
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import Metric
+
+from antefix.errors import ConfigError
+from antefix.telemetry.logs import lines
+from antefix.telemetry.shown import gauge
+
+Read = Callable[[], Iterable[Metric]]
+
+# When a series began is what nobody here asks for, and it doubles their number.
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+# Longest that a scrape waits for the event loop to read what belongs to it.
+_LOOP_WAIT_S: Final = 10.0
+
+# From a hit in memory on a small model to a cold run of a million tokens.
+SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+# Between tokens, and of a sync.
+SHORT_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+
+def histogram(name: str, help_text: str, labels: tuple[str, ...] = (), *, buckets: tuple[float, ...]) -> Histogram:
+    """One that belongs to whoever measures, and is shown by its room."""
+    return Histogram(name, help_text, labels, buckets=buckets, registry=None)
+
+
+class Registry:
+    """What one role shows. role: its name."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+        self.collectors = CollectorRegistry(auto_describe=False)
+        prometheus_client.ProcessCollector(registry=self.collectors)
+        self.add(self._about)
+
+    def add(self, read: Read) -> None:
+        """Show what `read` gives at each scrape, from whatever thread."""
+        self.collectors.register(_Reading(read))
+
+    def add_in_loop(self, read: Read) -> None:
+        """The same for what belongs to the event loop that runs now: it is read there."""
+        self.collectors.register(_Reading(_in_loop(asyncio.get_running_loop(), read)))
+
+    def text(self) -> str:
+        return prometheus_client.generate_latest(self.collectors).decode()
+
+    def _about(self) -> Iterable[Metric]:
+        # The root of this package, without importing what it names for its users.
+        labels = {(sys.modules["antefix"].__version__, self.role): 1.0}
+        yield gauge("antefix_build_info", "Which role of which version runs here.", labels, ("version", "role"))
+        yield from lines.metrics()
+
+
+class _Reading:
+    """A collector as prometheus-client wants it."""
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        return self._read()
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, read: Read) -> Read:
+    async def run() -> list[Metric]:
+        return list(read())
+
+    def collect() -> Iterable[Metric]:
+        with contextlib.suppress(RuntimeError):
+            if asyncio.get_running_loop() is loop:
+                return list(read())
+        return asyncio.run_coroutine_threadsafe(run(), loop).result(_LOOP_WAIT_S)
+
+    return collect
+
+
+class MetricsServer:
+    """Serves a registry in threads of its own until the process ends, or `close`."""
+
+    def __init__(self, registry: Registry, host: str, port: int) -> None:
+        """Raises:  ConfigError: the address cannot be listened on."""
+        try:
+            server, thread = prometheus_client.start_http_server(port, host.strip("[]"), registry.collectors)
+        except OSError as err:
+            raise ConfigError(f"--metrics-address {host}:{port}: {err}") from err
+        self._server: WSGIServer = server
+        self._thread: threading.Thread = thread
+        self.address = f"{host}:{server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

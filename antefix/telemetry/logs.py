@@ -1,0 +1,161 @@
+"""Log lines: one an event, readable or JSON, with the request's and the trace's id. Repeated ones are held back.
+
+Nothing here, and nothing that is logged anywhere, may hold text of prompts or answers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import IO, Any, Final
+
+from prometheus_client.core import Metric
+
+from antefix.telemetry.context import request_id, trace_id
+from antefix.telemetry.shown import counter
+
+LEVELS: Final = ("debug", "info", "warning", "error")
+FORMATS: Final = ("text", "json")
+# The access log has one line a request, which repeat by their nature.
+ACCESS: Final = "antefix.access"
+# Lines that say the same: so many within so long, then none until that is over.
+NUM_ALIKE_MAX: Final = 10
+ALIKE_S: Final = 60.0
+_NUM_KEYS_MAX: Final = 1024
+# The loggers of our packages; all others stay at info.
+_OURS: Final = (
+    "antefix",
+    *(f"antefix_{room}" for room in ("billing", "console", "decode", "engines", "kvstore", "prefill", "router")),
+)
+# What `logging` gives a record by itself; anything else came as `extra`.
+_OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {
+    "message",
+    "asctime",
+    "num_left_out",
+    "request_id",
+    "trace_id",
+}
+
+
+class Lines:
+    """Counts lines by level, written and held back. One a process."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, int] = dict.fromkeys(LEVELS, 0)
+        self.held_back: dict[str, int] = dict.fromkeys(LEVELS, 0)
+
+    def metrics(self) -> Iterable[Metric]:
+        written = {(level,): float(number) for level, number in self.written.items()}
+        held = {(level,): float(number) for level, number in self.held_back.items()}
+        yield counter("antefix_log_lines", "Log lines that were written.", written, ("level",))
+        yield counter("antefix_log_lines_held_back", "Log lines that repeated others.", held, ("level",))
+
+
+lines: Final = Lines()
+
+
+class RepeatFilter(logging.Filter):
+    """Lets NUM_ALIKE_MAX lines of a kind through in ALIKE_S; the next one that is let through says how many were not.
+
+    Of a kind are lines with one template, whatever fills it. Errors are of a kind only if they are equal: each of ours
+    has an id that its client was told, and must be found.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self._mutex = threading.Lock()
+        # By kind: when its time began, lines let through since, and held back.
+        self._kinds: OrderedDict[tuple[str, int, str], list[float]] = OrderedDict()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        level = _level_of(record)
+        held = record.name != ACCESS and not self._passes(record)
+        counts = lines.held_back if held else lines.written
+        counts[level] += 1
+        return not held
+
+    def _passes(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage() if record.levelno >= logging.ERROR else str(record.msg)
+        key, now_s = (record.name, record.levelno, text), self._clock()
+        with self._mutex:
+            kind = self._kinds.get(key)
+            if kind is None or now_s - kind[0] >= ALIKE_S:
+                if kind is not None and kind[2]:
+                    record.num_left_out = int(kind[2])
+                self._kinds[key] = kind = [now_s, 0, 0]
+                self._kinds.move_to_end(key)
+                while len(self._kinds) > _NUM_KEYS_MAX:
+                    self._kinds.popitem(last=False)
+            passes = kind[1] < NUM_ALIKE_MAX
+            kind[1 if passes else 2] += 1
+            return passes
+
+
+class TextFormatter(logging.Formatter):
+    """For people."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        text = super().formatMessage(record)
+        notes = [f"{name}={value}" for name, value in _notes(record).items()]
+        return f"{text} [{' '.join(notes)}]" if notes else text
+
+
+class JsonFormatter(logging.Formatter):
+    """For programs: one JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        values: dict[str, Any] = {
+            "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z",
+            "level": _level_of(record),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_notes(record),
+        }
+        if record.exc_info:
+            values["exception"] = self.formatException(record.exc_info)
+        return json.dumps(values, ensure_ascii=False, default=str)
+
+
+class _Handler(logging.StreamHandler[IO[str]]):
+    """Ours, to be told from others."""
+
+
+def set_up_logs(level: str = "info", form: str = "text", stream: IO[str] | None = None) -> None:
+    """Log to `stream`, stderr if none is given, from now on.  level, form: of LEVELS and FORMATS."""
+    handler = _Handler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    handler.addFilter(RepeatFilter())
+    root = logging.getLogger()
+    # Handlers of whoever runs us in his process stay.
+    root.handlers[:] = [*(each for each in root.handlers if not isinstance(each, _Handler)), handler]
+    # Below that other people's packages tell what passes through them: the server of event streams each piece of text.
+    root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level.upper()]))
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level.upper())
+
+
+def _notes(record: logging.LogRecord) -> dict[str, Any]:
+    """What stands beside the message: ids, what the caller gave as `extra`, and what was held back."""
+    notes = {name: value for name, value in vars(record).items() if name not in _OWN}
+    ids = {"request_id": request_id(), "trace_id": trace_id()}
+    notes.update({name: value for name, value in ids.items() if value})
+    if left_out := getattr(record, "num_left_out", 0):
+        notes["left_out"] = left_out
+    return notes
+
+
+def _level_of(record: logging.LogRecord) -> str:
+    if record.levelno >= logging.ERROR:
+        return "error"
+    if record.levelno >= logging.WARNING:
+        return "warning"
+    return "info" if record.levelno >= logging.INFO else "debug"

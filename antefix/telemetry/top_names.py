@@ -1,0 +1,66 @@
+"""Names that come from callers as values of a label: the most used ones by name, the rest as one. Pure.
+
+Each value of a label is a series in whoever scrapes, so there may be so many and no more. Which names are shown changes
+slowly: a name takes another's place when it was used twice as much lately. A name that lost its place ends as a series,
+and what comes of it later counts among the rest; sums over increases stay right.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+OTHERS: Final = "(others)"
+# After so long what was used counts half.
+_HALF_LIFE_S: Final = 600.0
+# Names that are not shown and may come to be: so many for each place.
+_WAITING_PER_PLACE: Final = 8
+
+
+class TopNames:
+    """on_drop: is told of a name that lost its place."""
+
+    def __init__(
+        self, num_max: int, on_drop: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._num_max = num_max
+        self._on_drop = on_drop
+        self._clock = clock
+        self._halved_s = clock()
+        self._shown: dict[str, float] = {}
+        self._waiting: dict[str, float] = {}
+
+    def place(self, name: str, weight: float) -> str:
+        """What a use of `name` counts under: itself, or OTHERS."""
+        self._fade()
+        if name in self._shown:
+            self._shown[name] += weight
+            return name
+        if len(self._shown) < self._num_max:
+            self._shown[name] = weight
+            return name
+        used = self._waiting.get(name, 0.0) + weight
+        least = min(self._shown, key=lambda each: self._shown[each])
+        if used > 2 * self._shown[least]:
+            del self._shown[least]
+            self._waiting.pop(name, None)
+            self._shown[name] = used
+            self._on_drop(least)
+            return name
+        self._wait(name, used)
+        return OTHERS
+
+    def _wait(self, name: str, used: float) -> None:
+        self._waiting[name] = used
+        if len(self._waiting) > _WAITING_PER_PLACE * self._num_max:
+            del self._waiting[min(self._waiting, key=lambda each: self._waiting[each])]
+
+    def _fade(self) -> None:
+        now_s = self._clock()
+        halvings = int((now_s - self._halved_s) / _HALF_LIFE_S)
+        if halvings:
+            self._halved_s += halvings * _HALF_LIFE_S
+            for names in (self._shown, self._waiting):
+                for name in names:
+                    names[name] /= 2.0**halvings

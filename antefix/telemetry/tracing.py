@@ -1,0 +1,159 @@
+"""Spans, sent by OTLP where an endpoint is set. Off, the default, a span is one shared object that does nothing.
+
+OpenTelemetry is an optional extra (`otel`): nothing of it is imported before `start_tracing`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Final, Protocol
+
+from antefix.errors import ConfigError
+
+Value = str | bool | int | float
+
+
+class Span(Protocol):
+    """A stretch of a request's time."""
+
+    def set(self, **attributes: Value) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class _NoSpan:
+    """Where nothing is traced."""
+
+    def set(self, **attributes: Value) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def __enter__(self) -> _NoSpan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+_NO_SPAN: Final = _NoSpan()
+# OpenTelemetry's tracer of this process, once it is started.
+_tracer: Any = None
+
+
+def is_on() -> bool:
+    return _tracer is not None
+
+
+def span(name: str, **attributes: Value) -> AbstractContextManager[Span]:
+    """Around what is done in one task without a yield in between; spans inside become its children."""
+    return _NO_SPAN if _tracer is None else _inside(name, attributes)
+
+
+def begin(name: str, **attributes: Value) -> Span:
+    """For what lasts over yields, or begins and ends in different places: the caller ends it. Has no children."""
+    return _NO_SPAN if _tracer is None else _OpenSpan(_tracer.start_span(name, attributes=attributes))
+
+
+@contextlib.contextmanager
+def serving(name: str, **attributes: Value) -> Iterator[Span]:
+    """Around the serving of one call, whose caller's context has been bound (`context.incoming`).
+
+    The task's own context keeps it: whoever closes a generator late does so from another one, which could not put back
+    what was before.
+    """
+    if _tracer is None:
+        yield _NO_SPAN
+        return
+    from opentelemetry import context, trace
+
+    opened = _tracer.start_span(name, context=_parent_context(), kind=trace.SpanKind.SERVER, attributes=attributes)
+    context.attach(trace.set_span_in_context(opened))
+    try:
+        yield _OpenSpan(opened)
+    except Exception as err:
+        opened.set_attribute("error.type", type(err).__name__)
+        opened.set_status(trace.Status(trace.StatusCode.ERROR))
+        raise
+    finally:
+        opened.end()
+
+
+def current_traceparent() -> str:
+    """Of the innermost span; "" where there is none."""
+    if _tracer is None:
+        return ""
+    from opentelemetry import trace
+
+    found = trace.get_current_span().get_span_context()
+    if not found.is_valid:
+        return ""
+    return f"00-{found.trace_id:032x}-{found.span_id:016x}-{int(found.trace_flags):02x}"
+
+
+def start_tracing(endpoint: str, *, role: str, share: float = 1.0) -> Callable[[], None]:
+    """Send spans from now on. Returns what sends the rest and ends it.
+
+    endpoint: of an OTLP collector (gRPC), such as http://127.0.0.1:4317; empty: nothing is traced.
+    share: of the requests without a trace of their own; those that bring one are traced as it says.
+    Raises:  ConfigError: the extra `otel` is not installed.
+    """
+    global _tracer
+    if not endpoint:
+        return lambda: None
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+    except ModuleNotFoundError as err:
+        raise ConfigError(f"traces need {err.name}: pip install 'antefix[otel]'") from err
+    resource = Resource.create({"service.name": f"antefix-{role}", "service.instance.id": str(os.getpid())})
+    provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(share)))
+    insecure = not endpoint.startswith("https://")
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint, insecure=insecure)))
+    _tracer = provider.get_tracer("antefix")
+
+    def stop() -> None:
+        global _tracer
+        _tracer = None
+        provider.shutdown()
+
+    return stop
+
+
+class _OpenSpan:
+    def __init__(self, opened: Any) -> None:
+        self._opened = opened
+
+    def set(self, **attributes: Value) -> None:
+        self._opened.set_attributes(attributes)
+
+    def end(self) -> None:
+        self._opened.end()
+
+
+@contextlib.contextmanager
+def _inside(name: str, attributes: dict[str, Value]) -> Iterator[Span]:
+    from opentelemetry import trace
+
+    opened = _tracer.start_span(name, attributes=attributes)
+    with trace.use_span(opened, end_on_exit=True, record_exception=False):
+        yield _OpenSpan(opened)
+
+
+def _parent_context() -> Any:
+    from opentelemetry import context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    from antefix.telemetry.context import TRACE_KEY, callers_traceparent
+
+    # Not the innermost span: the task may have been started in the context of another request.
+    header = callers_traceparent()
+    carrier = {TRACE_KEY: header} if header else {}
+    return TraceContextTextMapPropagator().extract(carrier, context=context.Context())

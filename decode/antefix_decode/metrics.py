@@ -1,0 +1,18 @@
+"""What a decode worker's scheduler shows to whoever scrapes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client.core import Metric
+
+from antefix.telemetry.shown import counter, gauge
+from antefix_decode.scheduler import Scheduler
+
+
+def scheduler_metrics(scheduler: Scheduler) -> Iterable[Metric]:
+    yield gauge("antefix_decode_running_sequences", "Sequences that run.", {(): float(scheduler.num_running)})
+    yield gauge("antefix_decode_placed_sequences", "Those, and those being loaded.", {(): float(scheduler.num_placed)})
+    yield counter("antefix_decode_tokens", "Tokens that decode steps ran.", {(): float(scheduler.num_tokens)})
+    yield counter("antefix_decode_busy_seconds", "Time that decode steps took.", {(): scheduler.busy_s})
+    yield gauge("antefix_decode_speed", "Tokens a second while it decodes.", {(): scheduler.tokens_per_s})

@@ -1,0 +1,123 @@
+"""What the store shows to whoever scrapes it. The counters are the engine's own; here are their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from prometheus_client.core import Metric
+
+from antefix.record import MEMORY_KINDS
+from antefix.telemetry.shown import Kind, Shown, Table, counter, families, gauge
+from antefix_kvstore.engine_stats import collect
+from antefix_kvstore.group_commit import GroupCommitter
+from antefix_kvstore.memory_records import WindowPool
+from antefix_kvstore.scrubber import Scrubber
+from antefix_kvstore.storage_engine import Engine
+
+_RECORDS = "antefix_store_records"
+_EVICTED = "antefix_store_evicted_records"
+_EVICTED_HELP = "Records that were dropped, by why: space (for others), expired, or asked (a call)."
+_CORRUPT = "antefix_store_quarantined_records"
+_CORRUPT_HELP = "Records that failed a check and are misses now: corrupt, or forged (no seal of this deployment)."
+
+# Fields of `engine_stats.StoreStats.numbers`, which are StatsResponse's too.
+STATS: Final[Table] = {
+    "budget_bytes": Shown(name="antefix_store_budget_bytes", help="Disk that the store may take.", kind=Kind.GAUGE),
+    "limit_bytes": Shown(
+        name="antefix_store_limit_bytes", help="What of the budget its file system lets it take now.", kind=Kind.GAUGE
+    ),
+    "used_bytes": Shown(name="antefix_store_used_bytes", help="Segments, index and reserve.", kind=Kind.GAUGE),
+    "index_bytes": Shown(name="antefix_store_index_bytes", help="The index alone.", kind=Kind.GAUGE),
+    "dead_bytes": Shown(name="antefix_store_dead_bytes", help="In segments, waiting for compaction.", kind=Kind.GAUGE),
+    "segments": Shown(name="antefix_store_segments", help="Segment files.", kind=Kind.GAUGE),
+    "free_bytes": Shown(name="antefix_store_disk_free_bytes", help="Free on the store's file system.", kind=Kind.GAUGE),
+    "free_bytes_min": Shown(
+        name="antefix_store_disk_free_min_bytes", help="What of that the store leaves to others.", kind=Kind.GAUGE
+    ),
+    "quarantined": Shown(
+        name="antefix_store_quarantine_records", help="Quarantined records that are still there.", kind=Kind.GAUGE
+    ),
+    "evictions": Shown(name=_EVICTED, help=_EVICTED_HELP, labels=(("cause", "space"),)),
+    "expirations": Shown(name=_EVICTED, help=_EVICTED_HELP, labels=(("cause", "expired"),)),
+    "corrupt": Shown(name=_CORRUPT, help=_CORRUPT_HELP, labels=(("cause", "corrupt"),)),
+    "forged": Shown(name=_CORRUPT, help=_CORRUPT_HELP, labels=(("cause", "forged"),)),
+    "hits": Shown(name="antefix_store_read_records", help="Records that readers found."),
+    "misses": Shown(name="antefix_store_missed_records", help="Records that readers asked for and did not get."),
+    "bytes_read": Shown(name="antefix_store_read_bytes", help="Payload bytes that were read."),
+    "bytes_written": Shown(name="antefix_store_written_bytes", help="Bytes appended to segments by puts."),
+    "refused": Shown(name="antefix_store_refused_records", help="Records that a put did not store."),
+    "impossible_writes": Shown(
+        name="antefix_store_impossible_writes", help="Writes that no state of the store could take."
+    ),
+    "compacted_bytes": Shown(name="antefix_store_compacted_bytes", help="Bytes that compaction copied."),
+    "syncs": Shown(name="antefix_store_syncs", help="Syncs of segments for puts."),
+}
+# `storage_engine.Counters`: what Stats has not.
+ENGINE: Final[Table] = {
+    "puts": Shown(name="antefix_store_put_records", help="Records that puts stored."),
+    "payload_bytes_written": Shown(
+        name="antefix_store_written_payload_bytes", help="Of what puts stored, before compression."
+    ),
+    "asked": Shown(name=_EVICTED, help=_EVICTED_HELP, labels=(("cause", "asked"),)),
+}
+# `space.SpaceCounters`: what Stats has not.
+SPACE: Final[Table] = {
+    "dropped_segments": Shown(name="antefix_store_dropped_segments", help="Segments that were given back to the disk."),
+}
+# `scrubber.ScrubCounters`.
+SCRUBBER: Final[Table] = {
+    "passes": Shown(name="antefix_store_scrub_passes", help="Passes over all records."),
+    "records": Shown(name="antefix_store_scrubbed_records", help="Records that the scrubber read."),
+    "bytes": Shown(name="antefix_store_scrubbed_bytes", help="Bytes that the scrubber read."),
+    "corrupt": Shown(name="antefix_store_scrub_corrupt_records", help="Of the corrupt ones those that it found."),
+}
+
+
+def store_metrics(engine: Engine, scrubber: Scrubber, writer: GroupCommitter) -> Iterable[Metric]:
+    """Of what any thread may read."""
+    if not engine.is_open:
+        return
+    stats, counters, space = collect(engine), engine.counters, engine.space.counters
+    own = {name: getattr(counters, name) for name in ENGINE} | {name: getattr(space, name) for name in SPACE}
+    yield from families({**STATS, **ENGINE, **SPACE}, {**stats.numbers, **own})
+    yield from families(SCRUBBER, scrubber.counters)
+    kinds = {(kind.name.lower(),): counted for kind, counted in stats.kinds.items()}
+    yield gauge(_RECORDS, "Records on disk.", {kind: counted.records for kind, counted in kinds.items()}, ("kind",))
+    yield gauge(
+        "antefix_store_stored_bytes",
+        "Of records on disk, headers and compression included.",
+        {kind: counted.stored_bytes for kind, counted in kinds.items()},
+        ("kind",),
+    )
+    yield gauge(
+        "antefix_store_payload_bytes",
+        "Of records on disk, as they are read.",
+        {kind: counted.payload_bytes for kind, counted in kinds.items()},
+        ("kind",),
+    )
+    yield gauge("antefix_store_stopped", "1 while nothing is stored.", {(): float(bool(stats.texts["stopped"]))})
+    yield gauge("antefix_store_queued_bytes", "Of puts that wait for the writer.", {(): float(writer.queued_bytes)})
+    yield counter(
+        "antefix_store_log_lost_lines",
+        "Lines of the log of hits that could not be written.",
+        {(): float(engine.num_log_lines_lost)},
+    )
+    yield from engine.sync_s.collect()
+
+
+def memory_metrics(pool: WindowPool, num_streams: int) -> Iterable[Metric]:
+    """Of what belongs to the event loop."""
+    counts = {(kind.name.lower(),): pool.count(kind) for kind in MEMORY_KINDS}
+    records = {kind: float(number) for kind, (number, _) in counts.items()}
+    nbytes = {kind: float(total) for kind, (_, total) in counts.items()}
+    yield gauge("antefix_store_memory_records", "Handoffs and pooled checkpoints in memory.", records, ("kind",))
+    yield gauge("antefix_store_memory_bytes", "What they take.", nbytes, ("kind",))
+    yield gauge("antefix_store_memory_limit_bytes", "What they may take.", {(): float(pool.bytes_max)})
+    yield counter(
+        "antefix_store_memory_dropped_records",
+        "Handoffs and pooled checkpoints that went for others or past their time.",
+        {(cause,): float(number) for cause, number in pool.num_dropped.items()},
+        ("cause",),
+    )
+    yield gauge("antefix_store_streams", "Payload streams that are being served.", {(): float(num_streams)})

@@ -1,0 +1,85 @@
+"""What every worker shows to whoever scrapes it: its store, pools, plans. The counters are its parts' own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from prometheus_client.core import Metric
+
+from antefix.telemetry import Registry
+from antefix.telemetry.shown import Kind, Shown, Table, counter, families, gauge
+from antefix.window_pool import RedisWindowPool
+from antefix_prefill.worker.engine import Engine
+
+# `store_counters.StoreCounters`. Its texts are the last ones of what is counted.
+STORE: Final[Table] = {
+    "errors": Shown(name="antefix_worker_store_errors", help="Store failures; each became a recompute."),
+    "by_kind": Shown(name="antefix_worker_store_errors_by_kind", help="The same, by the error's class.", key="error"),
+    "refused": Shown(name="antefix_worker_unstored_records", help="Records that the store did not take."),
+    "refused_by_reason": Shown(
+        name="antefix_worker_unstored_records_by_reason", help="The same, by the store's reason.", key="reason"
+    ),
+    "short_reads": Shown(name="antefix_worker_short_reads", help="Reads that gave fewer blocks than were promised."),
+    "pool_refused": Shown(
+        name="antefix_worker_pool_refused_checkpoints", help="Checkpoints that the window pool did not take."
+    ),
+}
+# `antefix.window.planner.KindRecord`, by plan.
+PLANS: Final[Table] = {
+    "num_plans": Shown(name="antefix_plans", help="Restores that were planned, by the cheapest way."),
+    "num_outcomes": Shown(name="antefix_plan_outcomes", help="Restores that were carried out."),
+    "predicted_s": Shown(name="antefix_plan_predicted_seconds", help="Time that they were predicted to take."),
+    "actual_s": Shown(name="antefix_plan_actual_seconds", help="Time that they took, until the prompt was computed."),
+    "mean_error": Shown(
+        name="antefix_plan_mean_error_ratio", help="Fading mean of |actual - predicted| / predicted.", kind=Kind.GAUGE
+    ),
+    "stated_error": Shown(
+        name="antefix_plan_stated_error_ratio", help="The error that later predictions state.", kind=Kind.GAUGE
+    ),
+}
+
+
+def worker_metrics(engine: Engine) -> Iterable[Metric]:
+    """Of what belongs to the worker's event loop."""
+    yield from families(STORE, engine.counters)
+    records = {kind.value: record for kind, record in engine.planner.records.items()}
+    for field, shown in PLANS.items():
+        rows = {(kind,): float(getattr(record, field)) for kind, record in records.items()}
+        make = counter if shown.kind is Kind.COUNTER else gauge
+        yield make(shown.name, shown.help, rows, ("plan",))
+    yield from engine.plans.errors.collect()
+    blocks = engine.blocks
+    yield gauge("antefix_pool_blocks", "Blocks of the worker's pool.", {(): float(engine.pool.num_blocks)})
+    yield gauge("antefix_pool_resident_blocks", "Finished blocks in it.", {(): float(blocks.num_resident)})
+    yield gauge("antefix_pool_available_blocks", "Free or idle ones.", {(): float(blocks.num_available)})
+    yield counter("antefix_pool_evicted_blocks", "Idle blocks that went for others.", {(): float(blocks.num_evicted)})
+    yield counter(
+        "antefix_worker_too_large_requests",
+        "Requests that could never fit this worker's pool.",
+        {(): float(engine.num_too_large)},
+    )
+    seals = engine.seals.num_broken + getattr(engine.store, "num_broken_seals", 0)
+    yield counter(
+        "antefix_worker_broken_seals", "Records that were read and not sealed by this deployment.", {(): float(seals)}
+    )
+    yield gauge(
+        "antefix_worker_checkpoint_bytes",
+        "Checkpoints in the store, as the strategy's budget counts them.",
+        {(): float(engine.budget.state.used_bytes)},
+    )
+    pool = engine.window_pool
+    if isinstance(pool, RedisWindowPool):
+        yield counter(
+            "antefix_window_pool_corrupt_records",
+            "Checkpoints in Redis that were damaged or forged.",
+            {(): float(pool.num_corrupt)},
+        )
+        yield gauge("antefix_window_pool_limit_bytes", "What Redis may use.", {(): float(pool.bytes_max)})
+
+
+def worker_registry(role: str, engine: Engine) -> Registry:
+    """What a worker shows beside its service's own. Needs a running event loop."""
+    registry = Registry(role)
+    registry.add_in_loop(lambda: worker_metrics(engine))
+    return registry

@@ -1,0 +1,160 @@
+"""A router's parts, put together: who knows whom. The calls on it are in server.py and gateway/."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+
+from prometheus_client.core import Metric
+
+from antefix.block import CPU_FLOAT32, exactness_of
+from antefix.errors import FingerprintMismatch
+from antefix.layout import KVFormat
+from antefix.model_dir import ModelIdentity
+from antefix.registration import Registration
+from antefix.secret import Keyring
+from antefix.store.api import Store
+from antefix.tokenizer import Tokenizer
+from antefix_router.front import Front, open_front
+from antefix_router.generation import Generator
+from antefix_router.keeper import BreakpointPins
+from antefix_router.metrics import accounts_metrics, placement_metrics, router_metrics
+from antefix_router.naming import Names
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.leases import Leases
+from antefix_router.placement.memory_feed import MemoryFeed
+from antefix_router.placement.policy import make_policy
+from antefix_router.placement.sessions import Sessions
+from antefix_router.placement.store_feed import StoreFeed
+from antefix_router.placement.workers import Role, Workers
+from antefix_router.prefilling import Limits, Prefilling
+from antefix_router.router_config import RouterConfig
+from antefix_router.workers_arithmetic import Said, difference, learn
+
+log = logging.getLogger("antefix_router")
+
+
+class Router:
+    """Everything behind the calls. `learn` first, then `start`, and `close` at the end.
+
+    fingerprint: what every block is named with; it changes when the workers turn out to compute another arithmetic.
+    """
+
+    def __init__(self, identity: ModelIdentity, tokenizer: Tokenizer, store: Store, config: RouterConfig) -> None:
+        self.identity = identity
+        self.tokenizer = tokenizer
+        self._store = store
+        self.config = config
+        # Without workers nothing is named; the first that is there says what goes into names.
+        self.arithmetic = config.arithmetic or CPU_FLOAT32
+        self.fingerprint = self._fingerprint_of(self.arithmetic)
+        weight = config.compute_weight
+        self.prefill = Workers(Role.PREFILL, make_policy(config.policy, compute_weight=weight), config.prefill)
+        self.decode = Workers(Role.DECODE, make_policy(config.policy, compute_weight=weight), config.decode)
+        keyring = Keyring.from_file(config.secret_file)
+        self._names = names = Names(
+            fingerprint=self.fingerprint,
+            keyring=keyring,
+            block_size=identity.geometry.block_size,
+            replay_tokens=identity.geometry.replay_tokens,
+        )
+        directory, sessions = Directory(), Sessions()
+        self.feed = StoreFeed(
+            store.watch,
+            fingerprint=self.fingerprint,
+            redis_url=config.events_redis if config.store_events else "",
+            name=config.store_address,
+        )
+        self._prefilling = prefilling = Prefilling(
+            self.prefill,
+            store,
+            directory,
+            fingerprint=self.fingerprint,
+            limits=Limits(prefill_tokens_min=config.prefill_tokens_min, ttft_s_max=config.ttft_s_max),
+            num_decoding=self.decode.num_running_least,
+            sessions=sessions,
+            feed=self.feed if config.store_events else None,
+        )
+        self.counters = prefilling.counters
+        self.keyring = keyring
+        self.memory = MemoryFeed(directory, redis_url=config.events_redis)
+        self.leases = Leases(self.prefill, self.decode, directory, fingerprint=self.fingerprint, memory=self.memory)
+        self.pins = BreakpointPins(store)
+        self.front: Front = open_front(
+            config,
+            Generator(
+                prefilling,
+                self.decode,
+                names,
+                directory,
+                self.pins,
+                sessions,
+                between_tokens=lambda seconds, number: self.front.accounts.measures.note_pace(seconds, number),
+            ),
+            identity=identity,
+            tokenizer=tokenizer,
+            keyring=keyring,
+            fingerprint=self.fingerprint,
+        )
+
+    def start(self) -> None:
+        """Follow workers' leases, and the store's events where the settings say so."""
+        self.leases.start()
+        if self.config.store_events:
+            self.feed.start()
+
+    async def close(self) -> None:
+        await self.front.close()
+        await self.leases.close()
+        await self.feed.close()
+        await self.pins.close()
+        await self._store.close()
+
+    def _fingerprint_of(self, arithmetic: str) -> bytes:
+        config = self.config
+        return self.identity.fingerprint(
+            KVFormat(config.kv_format),
+            namespace=config.namespace,
+            exactness=exactness_of(config.bounded_windows),
+            arithmetic=arithmetic,
+        ).digest
+
+    async def learn(self) -> None:
+        """Ask the workers that the settings name what they compute.  Raises:  ConfigError: they differ."""
+        workers = [*self.prefill.workers, *self.decode.workers]
+        if workers and not self.config.arithmetic:
+            self._adopt(await learn(workers))
+
+    def _adopt(self, arithmetic: str) -> None:
+        """Name everything by this from now on."""
+        log.info("workers compute %s", arithmetic)
+        self.arithmetic, self.fingerprint = arithmetic, self._fingerprint_of(arithmetic)
+        self._names.fingerprint = self._prefilling.fingerprint = self.leases.fingerprint = self.fingerprint
+        self.feed.rename(self.fingerprint)
+        accounts = self.front.accounts
+        accounts.served = replace(accounts.served, fingerprint=self.fingerprint.hex())
+
+    def check_arithmetic(self, worker: Registration, arithmetic: str, setup: str) -> None:
+        """The first worker says what a router computes with that was not told; others must say the same.
+
+        Raises:  FingerprintMismatch: this one computes something else.
+        """
+        if not arithmetic or not worker.ttl_s or arithmetic == self.arithmetic:
+            return
+        others = [*self.prefill.workers, *self.decode.workers]
+        is_ours = worker.fingerprint == self._fingerprint_of(arithmetic)
+        if is_ours and not others and not self.config.arithmetic:
+            self._adopt(arithmetic)
+        elif is_ours:
+            known = next((other for other in others if other.arithmetic), None)
+            who = f"{known.role} worker {known.address}" if known else "this router's --arithmetic"
+            here = Said(who=who, arithmetic=self.arithmetic, setup=known.setup if known else "a setting")
+            who = f"{worker.role} worker {worker.address}"
+            raise FingerprintMismatch(difference(here, Said(who=who, arithmetic=arithmetic, setup=setup)))
+
+    def metrics(self) -> Iterable[Metric]:
+        """What it shows, beside its HTTP door's own. Read in the event loop."""
+        yield from accounts_metrics(self.front.accounts)
+        yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory)
+        yield from router_metrics(self.counters, self.memory, self.feed)

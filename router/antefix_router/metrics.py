@@ -1,0 +1,161 @@
+"""What a router shows to whoever scrapes it. The counters are its parts' own; here are their names."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Final
+
+from prometheus_client.core import Metric
+
+from antefix.telemetry.shown import Kind, Shown, Table, counter, families, gauge
+from antefix_billing.usage_commit import LedgerWriter
+from antefix_router.accounting import Accounts
+from antefix_router.gateway.access import HttpMeasures
+from antefix_router.gateway.notes import IgnoredFields
+from antefix_router.placement.memory_feed import MemoryFeed
+from antefix_router.placement.store_feed import StoreFeed
+from antefix_router.placement.workers import Workers
+from antefix_router.prefilling import Counters
+
+# Ignored fields that are shown by name, those that came first; their names come from clients.
+NUM_FIELDS_MAX: Final = 50
+
+_PREFILLS = "antefix_router_prefills"
+_PREFILLS_HELP = (
+    "Prompts by what was done: led (computed for themselves), followed (waited for another's blocks), gave_up_waiting,"
+    " refused (the first token would be too late), straight (left to decode)."
+)
+# `prefilling.Counters`.
+PREFILLING: Final[Table] = {
+    "num_led": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "led"),)),
+    "num_followed": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "followed"),)),
+    "num_gave_up_waiting": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "gave_up_waiting"),)),
+    "num_refused": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "refused"),)),
+    "num_straight": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "straight"),)),
+    "overhead_s": Shown(
+        name="antefix_router_prefill_overhead_seconds",
+        help="Of a call to an idle prefill worker, measured.",
+        kind=Kind.GAUGE,
+    ),
+}
+_RETRIES, _RETRIES_HELP = "antefix_router_retries", "Requests that came again under an id."
+# `retries.AnswerCounts`, which are RouterStatus' AnswerCounters too.
+ANSWERS: Final[Table] = {
+    "running": Shown(name="antefix_answers_running", help="Answers that retries may join.", kind=Kind.GAUGE),
+    "unattended": Shown(name="antefix_answers_unattended", help="Those without a client.", kind=Kind.GAUGE),
+    "unattended_max": Shown(name="antefix_answers_unattended_limit", help="How many may be.", kind=Kind.GAUGE),
+    "kept": Shown(name="antefix_answers_kept", help="Finished answers kept for a retry.", kind=Kind.GAUGE),
+    "kept_bytes": Shown(name="antefix_answers_kept_bytes", help="What they take.", kind=Kind.GAUGE),
+    "kept_bytes_max": Shown(name="antefix_answers_kept_limit_bytes", help="What they may take.", kind=Kind.GAUGE),
+    "dropped": Shown(name="antefix_answers_dropped", help="Kept answers that went for others."),
+    "joined": Shown(name=_RETRIES, help=_RETRIES_HELP, labels=(("way", "joined"),)),
+    "given_again": Shown(name=_RETRIES, help=_RETRIES_HELP, labels=(("way", "given_again"),)),
+}
+# `usage_commit.CommitCounters`.
+COMMITS: Final[Table] = {
+    "batches": Shown(name="antefix_ledger_batches", help="Writes of the ledger, with one sync each."),
+    "entries": Shown(name="antefix_ledger_entries", help="Entries written: two a request."),
+}
+# `antefix.events.follower.FollowCounters`: of workers' memory, and of the store's events where they are followed.
+FOLLOW: Final[Table] = {
+    "num_events": Shown(name="antefix_router_events", help="Events that were taken in.", key="source"),
+    "num_gaps": Shown(name="antefix_router_event_gaps", help="Gaps that were noticed in their numbers.", key="source"),
+    "num_snapshots": Shown(name="antefix_router_snapshots", help="Snapshots that were taken in.", key="source"),
+}
+
+
+def accounts_metrics(accounts: Accounts) -> Iterable[Metric]:
+    """Requests, tokens, money, retries, the ledger."""
+    yield from accounts.measures.metrics()
+    yield gauge(
+        "antefix_running_requests", "Requests that were admitted and have not ended.", {(): float(accounts.num_running)}
+    )
+    yield from families(ANSWERS, accounts.retries.counts())
+    yield counter(
+        "antefix_unstored_requests",
+        "Requests whose KV could not all be stored.",
+        {(): float(accounts.num_unstored)},
+    )
+    writer = accounts.writer
+    if isinstance(writer, LedgerWriter):
+        yield from families(COMMITS, writer.counters)
+        yield from writer.ledger.sync_s.collect()
+        yield gauge(
+            "antefix_ledger_reserve_bytes",
+            "What may still be written when the disk is full.",
+            {(): float(writer.ledger.reserve_bytes)},
+        )
+
+
+def placement_metrics(groups: Sequence[Workers], policy: str, memory: MemoryFeed) -> Iterable[Metric]:
+    """Workers, and what was placed on them."""
+    now = time.monotonic()
+    known = [worker for group in groups for worker in group.workers]
+    where = {(worker.role.value, worker.address): worker for worker in known}
+    labels = ("role", "worker")
+    yield gauge(
+        "antefix_worker_serving",
+        "1 for a worker that requests are placed on, 0 for one that failed just now or drains.",
+        {key: float(not worker.is_shunned(now) and not worker.draining) for key, worker in where.items()},
+        labels,
+    )
+    yield gauge(
+        "antefix_worker_placed_requests",
+        "Requests of this router that run there.",
+        {key: float(worker.num_requests) for key, worker in where.items()},
+        labels,
+    )
+    yield gauge(
+        "antefix_worker_placed_tokens",
+        "Tokens of work in them.",
+        {key: float(worker.num_tokens) for key, worker in where.items()},
+        labels,
+    )
+    yield gauge(
+        "antefix_worker_memory_known",
+        "1 where the router knows what the worker last said of its memory.",
+        {key: float(memory.in_step(worker.address)) for key, worker in where.items()},
+        labels,
+    )
+    yield counter(
+        "antefix_placements",
+        "Requests placed on a worker, the first time and again after one failed.",
+        {
+            (group.role.value, policy, attempt): float(number)
+            for group in groups
+            for attempt, number in group.num_placed.items()
+        },
+        ("role", "policy", "attempt"),
+    )
+    yield counter(
+        "antefix_worker_calls",
+        "How calls of workers ended.",
+        {(group.role.value, outcome): float(number) for group in groups for outcome, number in group.num_ended.items()},
+        ("role", "outcome"),
+    )
+
+
+def router_metrics(prefilling: Counters, memory: MemoryFeed, store: StoreFeed) -> Iterable[Metric]:
+    yield from families(PREFILLING, prefilling)
+    sources = {"memory": memory.counters, "store": store.counters}
+    yield from families(
+        FOLLOW, {field: {name: getattr(each, field) for name, each in sources.items()} for field in FOLLOW}
+    )
+
+
+def http_metrics(measures: HttpMeasures, ignored: IgnoredFields) -> Iterable[Metric]:
+    """The HTTP door."""
+    yield from measures.metrics()
+    yield counter(
+        "antefix_http_requests_with_ignored_fields",
+        "Requests that had a field which changes nothing here.",
+        {(): float(ignored.num_requests)},
+    )
+    # In the order in which they came, so that none that is shown is ever taken back.
+    shown = dict(islice(ignored.counts.items(), NUM_FIELDS_MAX))
+    others = sum(ignored.counts.values()) - sum(shown.values())
+    rows = {(name,): float(number) for name, number in shown.items() if name != IgnoredFields.OTHERS}
+    rows[(IgnoredFields.OTHERS,)] = float(others + shown.get(IgnoredFields.OTHERS, 0))
+    yield counter("antefix_http_ignored_fields", "How often each such field came.", rows, ("field",))

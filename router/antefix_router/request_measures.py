@@ -1,0 +1,120 @@
+"""What requests used, as their ledger records say it: counted when a record is written, so the bill and these agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from prometheus_client import Counter
+from prometheus_client.core import Metric
+
+from antefix.telemetry.exposition import SECONDS, SHORT_SECONDS, histogram
+from antefix.telemetry.top_names import TopNames
+from antefix_billing.usage_record import Status, UsageRecord
+
+# Tenants that are shown by name; the others are one.
+NUM_TENANTS_MAX: Final = 20
+# A label must not be empty: Prometheus takes an empty one for none.
+NONE: Final = "none"
+
+
+class RequestMeasures:
+    """One router's, since it started. What a crash left open counts when it is closed, at the next start."""
+
+    def __init__(self) -> None:
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(name, help_text, labels, registry=None)
+
+        self._records = counter("antefix_ledger_records", "Requests that ended, by how.", "status", "plan")
+        self._failed = counter("antefix_failed_requests", "Requests that we ended, by the error's class.", "error")
+        self._prompt = counter("antefix_prompt_tokens", "Prompt tokens of requests that were worked on.", "plan")
+        self._hit = counter("antefix_hit_tokens", "Prompt tokens that were not computed.", "tier", "plan")
+        self._miss = counter(
+            "antefix_miss_tokens",
+            "Prompt tokens that were computed, by why the first of them missed.",
+            "reason",
+            "plan",
+        )
+        self._replayed = counter(
+            "antefix_replayed_tokens", "Hit tokens that were run again to rebuild window state.", "plan"
+        )
+        self._written = counter("antefix_written_tokens", "Tokens newly stored, of prompts and outputs.", "part")
+        self._output = counter("antefix_output_tokens", "Output tokens that clients were given.")
+        self._reasoning = counter("antefix_reasoning_tokens", "Those of them that were reasoning.")
+        self._charged = counter("antefix_charged_money", "What requests were charged.", "currency")
+        self._saved = counter("antefix_saved_money", "What their hits would have cost more as misses.", "currency")
+        self._tenant_tokens = counter(
+            "antefix_tenant_tokens",
+            f"Tokens of the {NUM_TENANTS_MAX} largest tenants and the others.",
+            "tenant",
+            "part",
+        )
+        self._tenant_charged = counter(
+            "antefix_tenant_charged_money", "What those tenants were charged.", "tenant", "currency"
+        )
+        self._first_token_s = histogram(
+            "antefix_time_to_first_token_seconds", "From the request to its first token.", ("plan",), buckets=SECONDS
+        )
+        self._request_s = histogram(
+            "antefix_request_seconds", "From the request to its end.", ("status",), buckets=SECONDS
+        )
+        self._between_tokens_s = histogram(
+            "antefix_between_tokens_seconds", "Between two tokens of an output, as they come.", buckets=SHORT_SECONDS
+        )
+        self._tenants = TopNames(NUM_TENANTS_MAX, self._drop)
+        self._all = (
+            *(self._records, self._failed, self._prompt, self._hit, self._miss, self._replayed, self._written),
+            *(self._output, self._reasoning, self._charged, self._saved),
+            *(self._tenant_tokens, self._tenant_charged),
+            *(self._first_token_s, self._request_s, self._between_tokens_s),
+        )
+
+    def count(self, record: UsageRecord) -> None:
+        """A record that was just written."""
+        plan = record.restore_plan or NONE
+        self._records.labels(record.status.value, plan).inc()
+        if record.status is Status.FAILED:
+            self._failed.labels(record.detail or NONE).inc()
+        if record.prompt_tokens:
+            self._prompt.labels(plan).inc(record.prompt_tokens)
+            self._hit.labels("memory", plan).inc(record.hit_memory_tokens)
+            self._hit.labels("store", plan).inc(record.hit_store_tokens)
+            self._miss.labels(record.miss_reason.value or NONE, plan).inc(record.cache_miss_tokens)
+            self._replayed.labels(plan).inc(record.replayed_tokens)
+        self._written.labels("prompt").inc(record.cache_write_tokens)
+        self._written.labels("output").inc(record.output_write_tokens)
+        self._output.inc(record.output_tokens)
+        self._reasoning.inc(record.reasoning_tokens)
+        self._request_s.labels(record.status.value).observe((record.finished_us - record.started_us) / 1e6)
+        if record.ttft_us:
+            self._first_token_s.labels(plan).observe(record.ttft_us / 1e6)
+        currency = record.currency or NONE
+        self._charged.labels(currency).inc(float(record.price))
+        self._saved.labels(currency).inc(float(record.saved))
+        self._count_tenant(record, currency)
+
+    def note_pace(self, seconds: float, num_tokens: int) -> None:
+        """So many tokens came after so long: each of them counts."""
+        for _ in range(num_tokens):
+            self._between_tokens_s.observe(seconds / num_tokens)
+
+    def metrics(self) -> Iterable[Metric]:
+        for each in self._all:
+            yield from each.collect()
+
+    def _count_tenant(self, record: UsageRecord, currency: str) -> None:
+        tenant = self._tenants.place(record.tenant or NONE, record.prompt_tokens + record.output_tokens)
+        parts = {
+            "prompt": record.prompt_tokens,
+            "hit": record.cache_hit_tokens,
+            "replayed": record.replayed_tokens,
+            "written": record.cache_write_tokens + record.output_write_tokens,
+            "output": record.output_tokens,
+        }
+        for part, number in parts.items():
+            self._tenant_tokens.labels(tenant, part).inc(number)
+        self._tenant_charged.labels(tenant, currency).inc(float(record.price))
+
+    def _drop(self, tenant: str) -> None:
+        for each in (self._tenant_tokens, self._tenant_charged):
+            each.remove_by_labels({"tenant": tenant})

@@ -1,0 +1,71 @@
+"""Settings of a router: the HTTP door's and the bill's, and its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from antefix.block import check_arithmetic
+from antefix.config import require, setting
+from antefix.events.address import check_url
+from antefix.telemetry.settings import (
+    check_telemetry,
+    log_format_setting,
+    log_level_setting,
+    metrics_setting,
+    trace_share_setting,
+    traces_setting,
+)
+from antefix_router.gateway.gateway_config import GatewayConfig
+from antefix_router.placement.policy import COMPUTE_WEIGHT, POLICIES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig(GatewayConfig):
+    """Settings of a router."""
+
+    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    model: str = setting("", "model directory: config.json, tokenizer (weights are hashed, never loaded)")
+    kv_format: str = setting("fp8", "precision of KV: fp8 or float32; must be the workers'")
+    namespace: str = setting("default", "requests share KV within a namespace only")
+    bounded_windows: int = setting(0, "as the workers have it: the namespace's KV may come from approximate replays")
+    arithmetic: str = setting("", "what the workers compute, as `antefix doctor` names it; empty: they are asked")
+    secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
+    store_address: str = setting("", "host:port of the kvstore service")
+    store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
+    prefill_tokens_min: int = setting(
+        -1, "an uncached rest of at most this is left to decode; -1: measured speeds decide", unit="tokens"
+    )
+    ttft_s_max: float = setting(
+        600.0, "refuse, with a retry hint, what would wait longer for its first token", unit="s"
+    )
+    store_events: bool = setting(False, "follow the store's events instead of asking it at every request")
+    events_redis: str = setting("", "redis:// URL that workers and store tell events to; empty: each of them is asked")
+    policy: str = setting("least_work", "placement: least_work, or round_robin to measure it against")
+    compute_weight: float = setting(
+        COMPUTE_WEIGHT, "least_work without a store: waiting that computing a token again is worth, in tokens"
+    )
+    prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
+    decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
+    leases: bool = setting(False, "start without workers: they register themselves")
+    metrics_address: str = metrics_setting()
+    log_level: str = log_level_setting()
+    log_format: str = log_format_setting()
+    traces: str = traces_setting()
+    trace_share: float = trace_share_setting()
+
+    def __post_init__(self) -> None:
+        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        GatewayConfig.__post_init__(self)
+        check_telemetry(self)
+        if self.arithmetic:
+            check_arithmetic(self.arithmetic)
+        require(bool(self.model), "--model is needed: a directory with config.json and a tokenizer")
+        require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
+        require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
+        require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
+        require(self.prefill_tokens_min >= -1, f"prefill_tokens_min must be at least -1, is {self.prefill_tokens_min}")
+        require(self.ttft_s_max > 0, f"ttft_s_max must be positive, is {self.ttft_s_max}")
+        check_url(self.events_redis)
+        require(self.policy in POLICIES, f"policy must be one of {', '.join(POLICIES)}, is {self.policy!r}")
+        require(self.compute_weight >= 0, f"compute_weight must not be negative, is {self.compute_weight}")
+        require(bool(self.decode) or self.leases, "--decode or --leases is needed: workers named, or that register")

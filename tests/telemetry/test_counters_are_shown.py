@@ -1,0 +1,197 @@
+"""What is counted is shown: every field of every class that counts, and every number of the statistics' messages."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from antefix.events.follower import FollowCounters
+from antefix.telemetry.shown import families
+from antefix.v1 import decode_pb2, kvstore_pb2, prefill_pb2, router_pb2, window_pb2
+from antefix.window.planner import KindRecord
+from antefix_billing.usage_commit import CommitCounters
+from antefix_decode import metrics as decode
+from antefix_kvstore import engine_stats, scrubber, space, storage_engine
+from antefix_kvstore import metrics as kvstore
+from antefix_prefill import metrics as prefill
+from antefix_prefill.worker import metrics as worker
+from antefix_prefill.worker.store_counters import StoreCounters
+from antefix_router import metrics as router
+from antefix_router import prefilling
+from antefix_router.retries import AnswerCounts
+
+REPO = Path(__file__).parents[2]
+ROOMS = ("antefix", "billing", "decode", "kvstore", "prefill", "router")
+# Class: the tables that show its fields, and the fields that are shown under another name or are no numbers.
+SHOWN = {
+    FollowCounters: ([router.FOLLOW], {}),
+    KindRecord: ([worker.PLANS], {}),
+    CommitCounters: ([router.COMMITS], {}),
+    AnswerCounts: ([router.ANSWERS], {}),
+    prefilling.Counters: ([router.PREFILLING], {}),
+    StoreCounters: ([worker.STORE], {"last_error": "text", "last_refusal": "text"}),
+    storage_engine.Counters: (
+        [kvstore.ENGINE, kvstore.STATS],
+        {"impossible": "impossible_writes", "last_impossible": "text"},
+    ),
+    space.SpaceCounters: ([kvstore.SPACE, kvstore.STATS], {}),
+    scrubber.ScrubCounters: ([kvstore.SCRUBBER], {}),
+}
+# Classes of that kind of name that hold copies of the above, or count nothing that happens.
+COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "AnswerCounters", "TokenCounts", "_Counts"}
+# Message's field: the metric that shows it. Texts, names and cursors are no numbers.
+MESSAGES = {
+    kvstore_pb2.StatsResponse: {
+        **{field: shown.name for field, shown in kvstore.STATS.items()},
+        "kinds": "antefix_store_records",
+        "handoff_bytes_max": "antefix_store_memory_limit_bytes",
+        "scrubbed_bytes": "antefix_store_scrubbed_bytes",
+    },
+    kvstore_pb2.KindStats: {
+        "records": "antefix_store_records",
+        "stored_bytes": "antefix_store_stored_bytes",
+        "payload_bytes": "antefix_store_payload_bytes",
+    },
+    router_pb2.RouterCounters: {
+        **{field.removeprefix("num_"): shown.name for field, shown in router.PREFILLING.items()},
+        **{f"memory_{field.removeprefix('num_')}": shown.name for field, shown in router.FOLLOW.items()},
+        "unstored": "antefix_unstored_requests",
+    },
+    router_pb2.AnswerCounters: {field: shown.name for field, shown in router.ANSWERS.items()},
+    router_pb2.WorkerStatus: {
+        "serving": "antefix_worker_serving",
+        "draining": "antefix_worker_serving",
+        "num_requests": "antefix_worker_placed_requests",
+        "num_tokens_queued": "antefix_worker_placed_tokens",
+        "memory_known": "antefix_worker_memory_known",
+    },
+    prefill_pb2.PrefillStatusResponse: {
+        "num_running": "antefix_prefill_running_prompts",
+        "num_waiting": "antefix_prefill_waiting_prompts",
+        "num_blocks": "antefix_pool_blocks",
+        "num_resident_blocks": "antefix_pool_resident_blocks",
+        "prefill_tokens_per_s": "antefix_prefill_speed",
+    },
+    decode_pb2.DecodeStatusResponse: {
+        "num_running": "antefix_decode_running_sequences",
+        "num_waiting": None,  # never set: a decode worker has no queue
+        "num_blocks": "antefix_pool_blocks",
+        "num_resident_blocks": "antefix_pool_resident_blocks",
+        "decode_tokens_per_s": "antefix_decode_speed",
+    },
+    window_pb2.PlanKindStatus: {field: shown.name for field, shown in worker.PLANS.items()},
+}
+# Attributes that are counted up in a service and are no dataclass': the metric that shows each, or why none does.
+COUNTED = {
+    "num_broken": "antefix_worker_broken_seals",
+    "num_corrupt": "antefix_window_pool_corrupt_records",
+    "num_lost": "antefix_store_log_lost_lines",
+    "num_evicted": "antefix_pool_evicted_blocks",
+    "num_too_large": "antefix_worker_too_large_requests",
+    "num_unstored": "antefix_unstored_requests",
+    "num_requests": "antefix_worker_placed_requests",
+    "num_tokens": "antefix_worker_placed_tokens",
+    "num_placed": "antefix_placements",
+    "num_ended": "antefix_worker_calls",
+    "num_dropped": "antefix_answers_dropped",
+    "num_running": "antefix_http_running_requests",
+    "num_waiting": "antefix_prefill_waiting_prompts",
+    "busy_s": "antefix_decode_busy_seconds",
+    "_num_streams": "antefix_store_streams",
+    "_num_joined": "antefix_router_retries",
+    "_num_given": "antefix_router_retries",
+}
+# Of one request, one block, one file or one index: they are state, not counts of what happened to the service.
+STATE = {
+    *("num_users", "num_observations", "num_good", "num_active_tokens", "num_served", "num_readers", "num_output"),
+    *("num_output_tokens", "num_taken", "num_blocks_written", "num_checkpoints_written", "num_plans", "num_outcomes"),
+    *("num_failures", "num_quarantined", "num_bytes"),
+    # Kinds that are told of, by their own names.
+    *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
+    "num_straight",
+}
+
+
+def trees():
+    for room in ROOMS:
+        for path in sorted((REPO / room).rglob("*.py")):
+            if "v1" not in path.parts:
+                yield path, ast.parse(path.read_text())
+
+
+def numbers_of(message):
+    texts = (message.DESCRIPTOR.fields[0].TYPE_STRING, message.DESCRIPTOR.fields[0].TYPE_BYTES)
+    enums = message.DESCRIPTOR.fields[0].TYPE_ENUM
+    return [field.name for field in message.DESCRIPTOR.fields if field.type not in (*texts, enums)]
+
+
+def all_names():
+    """Every metric that a room has a name for."""
+    sources = [REPO / room for room in ROOMS]
+    text = "".join(path.read_text() for source in sources for path in source.rglob("*.py"))
+    return {word for word in text.replace('"', " ").split() if word.startswith("antefix_")}
+
+
+def test_every_class_of_counters_is_known_here():
+    found = {
+        node.name
+        for _, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and node.name.endswith(("Counters", "Counts", "Stats", "Totals"))
+    }
+    assert found - COPIES == {kind.__name__ for kind in SHOWN} - {"KindRecord"}
+
+
+@pytest.mark.parametrize("kind", SHOWN, ids=lambda kind: kind.__module__ + "." + kind.__name__)
+def test_every_field_of_counters_is_shown(kind):
+    tables, otherwise = SHOWN[kind]
+    rows = {field for table in tables for field in table}
+    for field in dataclasses.fields(kind):
+        name = otherwise.get(field.name, field.name)
+        assert name == "text" or name in rows, f"{kind.__name__}.{field.name} is counted and not shown"
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: message.DESCRIPTOR.name)
+def test_every_number_of_a_message_is_shown(message):
+    known = all_names()
+    for field in numbers_of(message):
+        assert field in MESSAGES[message], f"{message.DESCRIPTOR.name}.{field} is told and not shown"
+        name = MESSAGES[message][field]
+        assert name is None or name in known
+
+
+def test_every_attribute_that_is_counted_up_is_shown_or_is_state():
+    known, found = all_names(), set()
+    for path, tree in trees():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.AugAssign) or not isinstance(node.op, ast.Add):
+                continue
+            target = node.target.value if isinstance(node.target, ast.Subscript) else node.target
+            public = isinstance(target, ast.Attribute) and target.attr.startswith(("num_", "_num_streams"))
+            if public and path.parts[-2] not in ("model", "chat"):
+                found.add(target.attr)
+    missing = found - set(COUNTED) - STATE
+    assert not missing, f"counted and neither shown nor known as state: {sorted(missing)}"
+    assert set(COUNTED.values()) <= known
+
+
+def test_a_table_shows_each_value_of_what_it_reads():
+    counters = StoreCounters(errors=3, refused=5, short_reads=7, pool_refused=11)
+    counters.by_kind, counters.refused_by_reason = {"Unavailable": 13}, {"full": 17}
+    values = {sample.value for family in families(worker.STORE, counters) for sample in family.samples}
+    assert values == {3, 5, 7, 11, 13, 17}
+
+
+def test_the_engines_numbers_are_those_that_have_a_row(tmp_path):
+    from antefix_kvstore.kvstore_config import KvStoreConfig
+
+    engine = storage_engine.Engine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=8 << 20))
+    try:
+        assert set(engine_stats.collect(engine).numbers) == set(kvstore.STATS)
+    finally:
+        engine.close()
+
+
+def test_rooms_that_only_declare_are_importable():
+    assert decode.scheduler_metrics and prefill.queue_metrics
