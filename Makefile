@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-fast test-long test-wheel test-prometheus docs-api lint fmt bench bench-peers proto clean
+.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -42,6 +42,19 @@ test-long: setup
 # Wheel and sdist in clean environments, everything from the package index: some minutes and 2 GB of disk.
 test-wheel: setup
 	$(BIN)/python -m pytest -m "long or not long" tests/wheel
+
+# The programs that people run, against the gateway: minutes, and 1.7 GB in .clients/.
+CLIENTS := .clients
+$(CLIENTS)/.ready: tests/clients/install.sh tests/clients/package.json tests/clients/requirements.txt
+	PYTHON=$(PYTHON) tests/clients/install.sh
+	touch $@
+
+test-clients: setup $(CLIENTS)/.ready
+	$(BIN)/python -m pytest -m clients tests/clients
+
+# What they send, anew, for the default run to replay.
+record-clients: setup $(CLIENTS)/.ready
+	RECORD_CLIENTS=1 $(BIN)/python -m pytest -m clients tests/clients/test_programs.py
 
 # A real Prometheus scrapes a deployment, and its promtool checks rules and metrics: `apt install prometheus` on Debian.
 test-prometheus: setup
@@ -78,4 +91,4 @@ bench-peers: setup $(PEERS)/.ready
 	$(BIN)/antefix bench store
 
 clean:
-	rm -rf $(VENV) $(PEERS) build *.egg-info antefix/v1
+	rm -rf $(VENV) $(PEERS) $(CLIENTS) build *.egg-info antefix/v1

@@ -226,7 +226,7 @@ def test_asides_of_one_tenant_are_not_another_ones():
     memory, tokenizer = AnswerMemory(), load_tokenizer(MODEL)
     turn = (user(), Message(role=Role.ASSISTANT, content="Yes."), user("more"))
     begun = PlainFormat().render(Conversation(messages=turn[:1], aside="secret"))
-    memory.keep(*render_tokens(begun, tokenizer, memory, tenant="a").aside)
+    memory.keep_aside(*render_tokens(begun, tokenizer, memory, tenant="a").aside)
     later = PlainFormat().render(Conversation(messages=turn, aside="next"))
     shown = {tenant: text_of(render_tokens(later, tokenizer, memory, tenant=tenant).tokens) for tenant in "ab"}
     assert "secret" in shown["a"] and "secret" not in shown["b"] and json.dumps(shown).count("next") == 2

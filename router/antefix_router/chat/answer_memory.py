@@ -3,14 +3,19 @@
 Text to tokens is not always the inverse of tokens to text: a model may spell a word in other pieces than the tokenizer
 does, or end in half a character. Then a resent conversation would miss from its first answer on. An answer is found by
 all tokens before it and by what the client was told it said. In this process's memory only, least recently used out.
+
+Many clients of OpenAI's chat have no place for reasoning and send an answer back without. Where the format keeps it,
+such an answer would be another one, and miss from there on; so it is found by the rest of it, and put back whole.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,7 +24,31 @@ from antefix_router.chat.messages import Message
 # 4 bytes a token: 32 MB.
 NUM_TOKENS_MAX = 8 << 20
 # What an answer takes besides its tokens, counted as so many of them: millions of answers of one token must not fit.
-_TOKENS_AN_ANSWER = 64
+_TOKENS_A_NAME = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """An answer's tokens. is_restored: they hold reasoning that the client did not send back."""
+
+    tokens: list[int]
+    is_restored: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """said: its name without its reasoning, if it has some."""
+
+    packed: bytes
+    said: bytes | None
+
+    @property
+    def tokens(self) -> list[int]:
+        return np.frombuffer(self.packed, "<u4").tolist()  # type: ignore[no-any-return]
+
+    @property
+    def cost(self) -> int:
+        return _cost(len(self.packed), num_names=1 + (self.said is not None))
 
 
 class AnswerMemory:
@@ -30,37 +59,64 @@ class AnswerMemory:
         self._num_tokens = 0
         # Long prompts are encoded, and their answers looked up, in threads.
         self._lock = threading.Lock()
-        self._answers: OrderedDict[bytes, bytes] = OrderedDict()
+        self._answers: OrderedDict[bytes, _Kept] = OrderedDict()
+        # From the name without reasoning to the last answer that has it.
+        self._said: dict[bytes, bytes] = {}
 
     def put(self, before: Sequence[int], message: Message, tokens: Sequence[int], *, tenant: str) -> None:
         """Remember that after `before` (the prompt) the model wrote `tokens`, which the client saw as `message`."""
-        self.keep(answer_name(prefix_state(tenant, before), message), tokens)
+        prefix = prefix_state(tenant, before)
+        said = answer_name(prefix, replace(message, reasoning="")) if message.reasoning else None
+        self._keep(answer_name(prefix, message), tokens, said)
 
-    def keep(self, name: bytes, tokens: Sequence[int]) -> None:
-        """Remember tokens by a name of `answer_name` or `aside_name`."""
-        if not tokens or _cost(4 * len(tokens)) > self._num_tokens_max:
+    def keep_aside(self, name: bytes, tokens: Sequence[int]) -> None:
+        """Remember tokens by a name of `aside_name`."""
+        self._keep(name, tokens, None)
+
+    def aside(self, name: bytes) -> list[int] | None:
+        with self._lock:
+            kept = self._touched(name)
+        return None if kept is None else kept.tokens
+
+    def _keep(self, name: bytes, tokens: Sequence[int], said: bytes | None) -> None:
+        kept = _Kept(packed=np.asarray(tokens, "<u4").tobytes(), said=said)
+        if not tokens or kept.cost > self._num_tokens_max:
             return
-        packed = np.asarray(tokens, "<u4").tobytes()
         with self._lock:
-            if (old := self._answers.pop(name, None)) is not None:
-                self._num_tokens -= _cost(len(old))
-            self._answers[name] = packed
-            self._num_tokens += _cost(len(packed))
+            self._drop(name)
+            self._answers[name] = kept
+            self._num_tokens += kept.cost
+            if said is not None:
+                self._said[said] = name
             while self._num_tokens > self._num_tokens_max:
-                _, dropped = self._answers.popitem(last=False)
-                self._num_tokens -= _cost(len(dropped))
+                self._drop(next(iter(self._answers)))
 
-    def get(self, name: bytes) -> list[int] | None:
+    def get(self, prefix: hashlib.blake2b, message: Message) -> Found | None:
+        """The tokens that were this message after these tokens."""
+        name = answer_name(prefix, message)
         with self._lock:
-            found = self._answers.get(name)
-            if found is None:
-                return None
+            if is_restored := name not in self._answers and not message.reasoning:
+                name = self._said.get(name, name)
+            kept = self._touched(name)
+        return None if kept is None else Found(tokens=kept.tokens, is_restored=is_restored)
+
+    def _touched(self, name: bytes) -> _Kept | None:
+        kept = self._answers.get(name)
+        if kept is not None:
             self._answers.move_to_end(name)
-        return np.frombuffer(found, "<u4").tolist()  # type: ignore[no-any-return]
+        return kept
+
+    def _drop(self, name: bytes) -> None:
+        kept = self._answers.pop(name, None)
+        if kept is None:
+            return
+        self._num_tokens -= kept.cost
+        if kept.said is not None and self._said.get(kept.said) == name:
+            del self._said[kept.said]
 
 
-def _cost(nbytes: int) -> int:
-    return nbytes // 4 + _TOKENS_AN_ANSWER
+def _cost(nbytes: int, *, num_names: int) -> int:
+    return nbytes // 4 + num_names * _TOKENS_A_NAME
 
 
 def prefix_state(tenant: str, tokens: Sequence[int]) -> hashlib.blake2b:
@@ -79,12 +135,27 @@ def aside_name(prefix: hashlib.blake2b) -> bytes:
 
 
 def answer_name(prefix: hashlib.blake2b, message: Message) -> bytes:
-    """Tool calls count by name and arguments: clients keep those, and some make up ids of their own."""
+    """Tool calls count by name and arguments: clients keep those, and some make up ids of their own. Many keep the
+    arguments as an object and write it anew, so their JSON counts by what it says."""
     state = prefix.copy()
     parts = [message.reasoning, message.content]
     for call in message.tool_calls:
-        parts += [call.name, call.arguments]
+        parts += [call.name, _canonical(call.arguments)]
     for part in parts:
         state.update(len(part.encode("utf-8", "surrogatepass")).to_bytes(8, "little"))
         state.update(part.encode("utf-8", "surrogatepass"))
     return state.digest()
+
+
+def _canonical(arguments: str) -> str:
+    """One text for all ways to write the same JSON; what is no JSON is itself."""
+    try:
+        return json.dumps(json.loads(arguments, parse_float=_number), sort_keys=True)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _number(text: str) -> float | int:
+    """Clients in JavaScript write 1.0 as 1."""
+    number = float(text)
+    return int(number) if number.is_integer() else number

@@ -155,7 +155,7 @@ def _preamble(conversation: Conversation, messages: tuple[Message, ...]) -> list
         pieces += [Special(text="\n\n")] if index else []
         pieces += [plain_of(message), *end_of(message)]
     if conversation.tools:
-        schemas = "\n".join(_json(tool) for tool in conversation.tools)
+        schemas = "\n".join(_json(tool) for tool in conversation.listed_tools)
         pieces += [Special(text="\n\n" + _TOOLS_BEFORE), Plain(text=schemas), Special(text=_TOOLS_AFTER)]
     if conversation.tools_breakpoint is not None:
         pieces.append(conversation.tools_breakpoint)

@@ -82,7 +82,8 @@ ANY_CALLS = ToolRule()
 class Conversation:
     """tools: JSON schemas as {"name", "description", "parameters"}.  continue_last: the last message is the beginning
     of the answer, to be gone on with.  tools_breakpoint: after the tools.
-    strict: tools whose calls always keep to the schema.
+    strict: tools whose calls always keep to the schema.  deferred: tools that are not listed: they stand where they
+    were found, in what a tool gave.
     answers_json: the answer is JSON, which keeps to response_schema where there is one.
     aside: text that changes with every request, and is said last.
     """
@@ -93,10 +94,15 @@ class Conversation:
     continue_last: bool = False
     tools_breakpoint: Breakpoint | None = None
     strict: frozenset[str] = frozenset()
+    deferred: frozenset[str] = frozenset()
     tool_rule: ToolRule = ANY_CALLS
     answers_json: bool = False
     response_schema: dict[str, Any] | None = None
     aside: str = ""
+
+    @property
+    def listed_tools(self) -> tuple[dict[str, Any], ...]:
+        return tuple(tool for tool in self.tools if tool["name"] not in self.deferred)
 
     @property
     def has_form(self) -> bool:

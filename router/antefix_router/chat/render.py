@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from antefix.tokenizer import Tokenizer
-from antefix_router.chat.answer_memory import AnswerMemory, answer_name, aside_name, prefix_state
+from antefix_router.chat.answer_memory import AnswerMemory, aside_name, prefix_state
 from antefix_router.chat.messages import Answer, Aside, Breakpoint, Piece, Plain, Special
 
 
@@ -16,12 +16,14 @@ from antefix_router.chat.messages import Answer, Aside, Breakpoint, Piece, Plain
 class Rendered:
     """A prompt. breakpoints: (number of tokens before it, lifetime in seconds), ascending.
 
-    aside: this request's, if it has one: the name to remember it by, and its tokens.
+    num_remembered: answers that are the tokens that were generated.  num_restored: those of them whose reasoning the
+    client did not send back.  aside: this request's, if it has one: the name to remember it by, and its tokens.
     """
 
     tokens: list[int]
     breakpoints: tuple[tuple[int, float], ...]
     num_remembered: int
+    num_restored: int = 0
     aside: tuple[bytes, list[int]] | None = None
 
 
@@ -40,6 +42,7 @@ def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerM
     breakpoints: list[tuple[int, float]] = []
     # The hash over all tokens so far is carried along, so that many answers cost no more than one.
     prefix, num_hashed, num_remembered = prefix_state(tenant, ()), 0, 0
+    num_restored = 0
     aside: tuple[bytes, list[int]] | None = None
     for piece in pieces:
         if isinstance(piece, Breakpoint):
@@ -50,22 +53,31 @@ def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerM
             name = aside_name(prefix)
             if piece.pieces:
                 aside = name, _encode(piece.pieces, tokenizer)[0]
-            tokens += aside[1] if aside is not None else memory.get(name) or []
+            tokens += aside[1] if aside is not None else memory.aside(name) or []
         elif isinstance(piece, Answer):
             prefix.update(np.asarray(tokens[num_hashed:], "<u4").tobytes())
             num_hashed = len(tokens)
-            known = memory.get(answer_name(prefix, piece.message))
+            known = memory.get(prefix, piece.message)
             num_remembered += known is not None
+            num_restored += known is not None and known.is_restored
             if known is None or any(part.breakpoints for part in piece.pieces):
                 written, inside = _encode(piece.pieces, tokenizer)
-                end = len(written) if known is None else len(known)
-                breakpoints += [(num_hashed + min(at, end), ttl_s) for at, ttl_s in inside]
-            tokens += known if known is not None else written
+                size = len(written) if known is None else len(known.tokens)
+                # Restored reasoning stands before all that the client marked.
+                moved = size - len(written) if known is not None and known.is_restored else 0
+                breakpoints += [(num_hashed + max(0, min(at + moved, size)), ttl_s) for at, ttl_s in inside]
+            tokens += known.tokens if known is not None else written
         else:
             written, inside = _encode((piece,), tokenizer)
             breakpoints += [(len(tokens) + at, ttl_s) for at, ttl_s in inside]
             tokens += written
-    return Rendered(tokens=tokens, breakpoints=tuple(sorted(breakpoints)), num_remembered=num_remembered, aside=aside)
+    return Rendered(
+        tokens=tokens,
+        breakpoints=tuple(sorted(breakpoints)),
+        num_remembered=num_remembered,
+        num_restored=num_restored,
+        aside=aside,
+    )
 
 
 def num_characters(pieces: Sequence[Piece]) -> int:

@@ -50,7 +50,7 @@ async def prepare_messages(gateway: Gateway, request: Request) -> MessagesCall:
     if asked.knobs.max_tokens is None:
         raise missing("max_tokens", "an integer of at least 1")  # as in Anthropic's API, which has no default
     caller = gateway.caller(request, tenant, asked.user)
-    output = await gateway.chat(asked.conversation, asked.knobs, caller, ANTHROPIC_NAMES)
+    output = await gateway.chat(asked.conversation, asked.knobs, caller, fields.notes, ANTHROPIC_NAMES)
     return MessagesCall(
         output,
         asked.model,
@@ -67,7 +67,8 @@ async def count_tokens(gateway: Gateway, request: Request) -> JSONResponse:
         tenant = gateway.tenant(request)
         fields = await gateway.fields(request)
         asked = _read(gateway, fields, tenant)
-        rendered = await gateway.render(asked.conversation, cache_tenant(tenant, split_user(asked.user).user))
+        tenant = cache_tenant(tenant, split_user(asked.user).user)
+        rendered = await gateway.render(asked.conversation, tenant, fields.notes)
     except Exception as err:  # noqa: BLE001 - answered in the caller's shape
         return error_response(err, Provider.ANTHROPIC)
     return JSONResponse({"input_tokens": len(rendered.tokens)}, headers=fields.notes.headers())
@@ -84,7 +85,7 @@ def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
     early, late = fields.child("output_format"), None if config is None else config.child("format")
     form = flat_form(early if late is None else late)
     tools = anthropic_tools(fields)
-    messages = anthropic_messages(fields, gateway.signatures(tenant))
+    messages = anthropic_messages(fields, gateway.signatures(tenant), tools.deferred)
     messages = end_conversation(messages, fields)
     read_context_management(fields)
     if servers := fields.items("mcp_servers", []):
@@ -95,6 +96,7 @@ def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
     conversation = Conversation(
         messages=messages,
         tools=tools.schemas,
+        deferred=frozenset(tools.deferred),
         strict=tools.strict,
         tool_rule=tools.rule,
         tools_breakpoint=tools.breakpoint,

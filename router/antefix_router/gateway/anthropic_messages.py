@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from antefix_router.chat.messages import Breakpoint, Message, Role, ToolCall
-from antefix_router.gateway.content import Content, MessageList, as_json, breakpoint_ttl, content_of, end_breakpoint
+from antefix_router.gateway.content import (
+    Content,
+    MessageList,
+    as_json,
+    breakpoint_ttl,
+    content_of,
+    end_breakpoint,
+    result_of,
+)
 from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_type, wrong_value
 from antefix_router.gateway.signatures import Signatures
 from antefix_router.gateway.text_check import as_text
@@ -17,8 +25,11 @@ _ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT, "system": Role.SYSTEM,
 REDACTED = "[thinking redacted]"
 
 
-def anthropic_messages(fields: Fields, signatures: Signatures) -> tuple[Message, ...]:
+def anthropic_messages(
+    fields: Fields, signatures: Signatures, deferred: Mapping[str, Any] | None = None
+) -> tuple[Message, ...]:
     """System text first, then the turns; a turn with tool results becomes one message for each of them.
+    deferred: tools that are shown where a result refers to them.
 
     Raises:  WrongField: a block of a kind that nobody knows; the field is named.
     """
@@ -39,7 +50,7 @@ def anthropic_messages(fields: Fields, signatures: Signatures) -> tuple[Message,
         if role is Role.ASSISTANT:
             found.add(_Answer(blocks, signatures).message(end_breakpoint(item)))
         else:
-            _read_turn(blocks, role, found, end_breakpoint(item))
+            _read_turn(blocks, role, found, end_breakpoint(item), deferred or {})
     return found.finish(fields.notes)
 
 
@@ -55,7 +66,13 @@ def _blocks(item: Fields) -> list[Fields]:
     return [item.inside(block, f"{where}[{index}]") for index, block in enumerate(value)]
 
 
-def _read_turn(blocks: list[Fields], role: Role, found: MessageList, ends: tuple[Breakpoint, ...]) -> None:
+def _read_turn(
+    blocks: list[Fields],
+    role: Role,
+    found: MessageList,
+    ends: tuple[Breakpoint, ...],
+    deferred: Mapping[str, Any],
+) -> None:
     """Tool results, then what the user says besides."""
     said, has_results = Content(), False
     for block in blocks:
@@ -63,7 +80,7 @@ def _read_turn(blocks: list[Fields], role: Role, found: MessageList, ends: tuple
             said.add_part(block)
             continue
         has_results = True
-        result = content_of(block, "content", "")
+        result = result_of(block, "content", deferred)
         if block.boolean("is_error"):
             # What failed is told in words: the model has no other field for it.
             result.prepend("Error: ")

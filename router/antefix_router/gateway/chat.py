@@ -59,7 +59,8 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
         response_schema=form.schema,
     )
     conversation = gateway.settled(conversation, fields.notes)
-    choices = await gateway.chat_choices(conversation, knobs, gateway.caller(request, tenant, user, session=session))
+    caller = gateway.caller(request, tenant, user, session=session)
+    choices = await gateway.chat_choices(conversation, knobs, caller, fields.notes)
     return ChatCall(
         choices,
         model.asked_for,

@@ -6,13 +6,16 @@ to, so only there is an image refused; anywhere else a short placeholder stands 
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from antefix_router.chat.messages import Breakpoint, Message, Role
 from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_type
 from antefix_router.gateway.notes import Notes
+from antefix_router.gateway.written_media import placeholder, without_media
 
 CACHE_TTLS_S = {"5m": 300.0, "1h": 3600.0}
 _TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
@@ -60,9 +63,15 @@ class Content:
     unseen: list[Unseen] = field(default_factory=list)
     is_inner: bool = False
     part_starts: list[int] = field(default_factory=list)
+    # Where a tool's result is, whose text may be a picture written out; None for what is no result.
+    result_at: str | None = None
+    # Tools that are shown where they are referred to.
+    deferred: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, text: str, ttl_s: float | None = None) -> None:
         """A part, and the lifetime of the breakpoint behind it, if it has one."""
+        if self.result_at is not None:
+            text = self._without_media(text, self.result_at)
         self.part_starts.append(len(self.text))
         self.text += text
         if ttl_s is not None:
@@ -85,6 +94,11 @@ class Content:
             Breakpoint(ttl_s=each.ttl_s, offset=len(text) + (each.offset or 0)) for each in self.breakpoints
         ]
 
+    def _without_media(self, text: str, path: str) -> str:
+        text, kinds = without_media(text)
+        self.unseen += [Unseen(path, what) for what in kinds]
+        return text
+
     def _text_of(self, part: Fields, kind: str) -> str:
         if kind in _TEXT_PARTS:
             part.drop("annotations", "logprobs", "citations")
@@ -96,8 +110,12 @@ class Content:
         if kind == "search_result":
             return "[search result]" if self.is_inner else _search_result(part)
         if kind == "tool_reference":
-            return f"[tool: {part.text('tool_name', '') or part.text('name', '')}]"
+            return self._tool(part.text("tool_name", "") or part.text("name", ""))
         raise unsupported(part.name_of("type"), f": this model takes text, not {kind[:80]!r}")
+
+    def _tool(self, name: str) -> str:
+        schema = self.deferred.get(name)
+        return f"[tool: {name}]" if schema is None else f"[tool: {name}]\n{as_json(schema)}\n"
 
     def _document(self, part: Fields) -> str:
         """A document that is text itself."""
@@ -120,7 +138,7 @@ class Content:
     def _placeholder(self, part: Fields, what: str) -> str:
         self.unseen.append(Unseen(part.where, what))
         self._drop_media(part)
-        return f"[{what}: not shown, this model reads text only]"
+        return placeholder(what)
 
     @staticmethod
     def _drop_media(part: Fields) -> None:
@@ -131,14 +149,23 @@ class Content:
         part.drop(*_MEDIA_FIELDS)
 
 
+def result_of(fields: Fields, name: str, deferred: Mapping[str, Any] | None = None) -> Content:
+    """A tool's result: a string, or parts. deferred: tools that it may have found.  Raises:  as `content_of`."""
+    content = Content(result_at=fields.name_of(name), deferred=deferred or {})
+    return _read_content(content, fields, name, "")
+
+
 def content_of(fields: Fields, name: str, default: Any = None, *, is_inner: bool = False) -> Content:
     """A string, or parts. is_inner: they are parts of a part, and have none themselves.
 
     Raises:  WrongField: neither, or a part of an unknown kind.
     """
+    return _read_content(Content(is_inner=is_inner), fields, name, default)
+
+
+def _read_content(content: Content, fields: Fields, name: str, default: Any) -> Content:
     value = fields.take(name, default)
     where = fields.name_of(name)
-    content = Content(is_inner=is_inner)
     if isinstance(value, str):
         content.add(value)
         return content
@@ -205,13 +232,14 @@ class MessageList:
 
     def _newest_question(self) -> int:
         """The user message that is to be answered, or -1. What follows a tool's result is a tool's result: clients send
-        a screenshot so where their API has no other place for it."""
-        last = len(self.messages) - 1
-        if last > 0 and self.messages[last].role is Role.ASSISTANT:
-            last -= 1  # an answer that was begun
-        if last < 0 or self.messages[last].role is not Role.USER:
+        a screenshot so where their API has no other place for it, some with system text before it."""
+        turns = [(index, each.role) for index, each in enumerate(self.messages) if each.role is not Role.SYSTEM]
+        if len(turns) > 1 and turns[-1][1] is Role.ASSISTANT:
+            turns.pop()  # an answer that was begun
+        since_answer = list(itertools.takewhile(lambda turn: turn[1] is not Role.ASSISTANT, reversed(turns)))
+        if not since_answer or since_answer[0][1] is not Role.USER:
             return -1
-        return -1 if last and self.messages[last - 1].role is Role.TOOL else last
+        return -1 if any(role is Role.TOOL for _, role in since_answer) else since_answer[0][0]
 
 
 def _search_result(part: Fields) -> str:

@@ -71,9 +71,10 @@ class Fields:
         value = self._values.get(name)
         return default if value is None else value
 
-    def takes(self, name: str, value: str) -> bool:
-        """Take a field if it is this text; say whether it was."""
-        if self._values.get(name) != value:
+    def takes(self, name: str, value: str | bool) -> bool:
+        """Take a field if it is this very value; say whether it was."""
+        held = self._values.get(name)
+        if held != value or type(held) is not type(value):
             return False
         del self._values[name]
         return True

@@ -136,7 +136,7 @@ class Gateway:
             notes.move(each.rule.name, f"{len(each.text)} characters, changes with the {each.rule.changes.value}")
         return conversation
 
-    async def render(self, conversation: Conversation, tenant: str) -> Rendered:
+    async def render(self, conversation: Conversation, tenant: str, notes: Notes) -> Rendered:
         """The prompt's tokens, and where the client's cache breakpoints lie in them."""
         pieces = self.format.render(conversation)
         with span("tokenize", num_characters=num_characters(pieces)):
@@ -144,24 +144,36 @@ class Gateway:
                 num_characters(pieces),
                 lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
             )
+        notes.num_restored = rendered.num_restored
         # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
         return replace(rendered, breakpoints=rendered.breakpoints[-BREAKPOINTS_MAX:])
 
     async def chat(
-        self, conversation: Conversation, knobs: Knobs, caller: HttpCaller, names: SchemaNames = CHAT_NAMES
+        self,
+        conversation: Conversation,
+        knobs: Knobs,
+        caller: HttpCaller,
+        notes: Notes,
+        names: SchemaNames = CHAT_NAMES,
     ) -> Output:
-        """Admit a conversation's next answer.  names: where the API has its schemas.
+        """Admit a conversation's next answer.  notes: told of it before the answer's headers are made.
+        names: where the API has its schemas.
 
         Raises:  InvalidRequest, QuotaExceeded, Conflict: see `Front.admit`.
         """
-        return (await self.chat_choices(conversation, knobs, caller, names)).shown[0]
+        return (await self.chat_choices(conversation, knobs, caller, notes, names)).shown[0]
 
     async def chat_choices(
-        self, conversation: Conversation, knobs: Knobs, caller: HttpCaller, names: SchemaNames = CHAT_NAMES
+        self,
+        conversation: Conversation,
+        knobs: Knobs,
+        caller: HttpCaller,
+        notes: Notes,
+        names: SchemaNames = CHAT_NAMES,
     ) -> Choices:
         """Admit a conversation's next answers, as many as the knobs say.  Raises: as `chat`."""
         grammar = await self._grammar(conversation, names)
-        rendered = await self.render(conversation, cache_tenant(caller.tenant, caller.user))
+        rendered = await self.render(conversation, cache_tenant(caller.tenant, caller.user), notes)
         request = self._request(rendered.tokens, knobs, caller, grammar=grammar, breakpoints=rendered.breakpoints)
         memory = None if conversation.continue_last else self.memory
         strict = {
@@ -177,7 +189,7 @@ class Gateway:
             mode=self.format.mode_name(conversation.effort),
         )
         if rendered.aside is not None:
-            self.memory.keep(*rendered.aside)
+            self.memory.keep_aside(*rendered.aside)
         return choices
 
     async def complete(self, tokens: list[int], knobs: Knobs, caller: HttpCaller, form: AnswerForm) -> Choices:

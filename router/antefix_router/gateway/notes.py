@@ -48,6 +48,8 @@ class Notes:
     def __init__(self, ignored: IgnoredFields | None = None) -> None:
         self.mode = ""
         self.model = ""
+        # Answers of the history that got back the reasoning which the client had not sent.
+        self.num_restored = 0
         self._counter = ignored
         # By their names without indices: a field that all of a thousand messages have is told of once.
         self._ignored: dict[str, str] = {}
@@ -96,6 +98,7 @@ class Notes:
             "antefix-flattened": _listed(self._flattened),
             "antefix-moved": _listed(self._moved),
             "antefix-foreign-thinking": _listed(self._foreign),
+            "antefix-restored-thinking": str(self.num_restored or ""),
             "antefix-mode": self.mode,
             "antefix-model": _printable(self.model),
         }

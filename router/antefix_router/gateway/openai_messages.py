@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from antefix_router.chat.messages import Message, Role, ToolCall
-from antefix_router.gateway.content import MessageList, as_json, content_of, end_breakpoint
+from antefix_router.chat.messages import Breakpoint, Message, Role, ToolCall
+from antefix_router.gateway.content import MessageList, as_json, content_of, end_breakpoint, result_of
 from antefix_router.gateway.fields import Fields, is_number, wrong_value
 
 _ROLES = {
@@ -37,13 +37,14 @@ def chat_messages(fields: Fields) -> tuple[tuple[Message, ...], bool]:
 def _read_message(item: Fields, found: MessageList) -> None:
     role = item.one_of("role", _ROLES)
     # What an assistant only called has no content, and a tool may say nothing; everybody else says something.
-    silent = "" if role in (Role.ASSISTANT, Role.TOOL) else None
-    said = content_of(item, "content", silent)
+    silent = "" if role is Role.ASSISTANT else None
+    said = result_of(item, "content") if role is Role.TOOL else content_of(item, "content", silent)
     calls: tuple[ToolCall, ...] = ()
+    ends: tuple[Breakpoint, ...] = ()
     call_id = reasoning = name = ""
     if role is Role.ASSISTANT:
         said.text = said.text or item.text("refusal", "")
-        calls = _calls(item)
+        calls, ends = _calls(item)
         reasoning = _reasoning(item)
         item.drop("refusal", "annotations", "audio")
     if role is Role.TOOL:
@@ -58,7 +59,7 @@ def _read_message(item: Fields, found: MessageList) -> None:
         reasoning=reasoning,
         tool_calls=calls,
         tool_call_id=call_id,
-        breakpoints=(*said.breakpoints, *end_breakpoint(item)),
+        breakpoints=(*said.breakpoints, *ends, *end_breakpoint(item)),
         part_starts=tuple(said.part_starts),
     )
     found.add(message, said.unseen)
@@ -81,10 +82,17 @@ def _details(item: Fields) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _calls(item: Fields) -> tuple[ToolCall, ...]:
-    calls = tuple(_call(call) for call in item.children("tool_calls", []))
+def _calls(item: Fields) -> tuple[tuple[ToolCall, ...], tuple[Breakpoint, ...]]:
+    """The calls, and the breakpoints on them, which lie at the message's end: its calls are written in one piece."""
+    ends: list[Breakpoint] = []
+    calls: list[ToolCall] = []
+    for call in item.children("tool_calls", []):
+        ends += end_breakpoint(call)
+        calls.append(_call(call))
     old = item.child("function_call")  # before there were tools
-    return calls if old is None else (*calls, _function_call(old, call_id=""))
+    if old is not None:
+        calls.append(_function_call(old, call_id=""))
+    return tuple(calls), tuple(ends)
 
 
 def _call(item: Fields) -> ToolCall:

@@ -63,7 +63,7 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
     )
     conversation = gateway.settled(conversation, fields.notes)
     caller = gateway.caller(request, tenant, user, session=session)
-    output = await gateway.chat(conversation, knobs, caller, RESPONSES_NAMES)
+    output = await gateway.chat(conversation, knobs, caller, fields.notes, RESPONSES_NAMES)
     echo = {
         "instructions": instructions or None,
         "max_output_tokens": knobs.max_tokens,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from antefix_router.chat.messages import Message, Role, ToolCall
-from antefix_router.gateway.content import Content, MessageList, as_json, content_of, end_breakpoint
+from antefix_router.gateway.content import Content, MessageList, as_json, content_of, end_breakpoint, result_of
 from antefix_router.gateway.fields import Fields, unsupported, wrong_type, wrong_value
 from antefix_router.gateway.signatures import Signatures
 from antefix_router.gateway.tools import grouped_name
@@ -85,7 +85,7 @@ class _Reader:
         elif kind in ("function_call", "custom_tool_call", "local_shell_call"):
             said, message = Content(), Message(role=Role.ASSISTANT, tool_calls=(_call(item, kind),))
         elif kind in ("function_call_output", "custom_tool_call_output", "local_shell_call_output"):
-            said = content_of(item, "output", "")
+            said = result_of(item, "output")
             item.drop("caller", "name")
             call_id = item.text("call_id", "")
             message = Message(

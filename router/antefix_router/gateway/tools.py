@@ -2,13 +2,17 @@
 
 Only functions that the client runs itself can be called here. Tools that a provider would run are left out of the list,
 and groups of functions are flattened; both are told of in a header.
+
+Where the client searches tools itself, those with `defer_loading` are not in the list either: each is shown where a
+result of the search refers to it. The list would change with each one that is found, and everything behind it miss.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 from antefix.errors import InvalidRequest
 from antefix_router.chat.messages import ANY_CALLS, Breakpoint, ToolRule
@@ -16,6 +20,9 @@ from antefix_router.chat.strict import check_schema
 from antefix_router.gateway.answer_form import anthropic_rule, openai_rule
 from antefix_router.gateway.content import breakpoint_ttl
 from antefix_router.gateway.fields import Fields, wrong_value
+
+# What clients call the function by which the model finds the others.
+_SEARCH: Final = re.compile(r"tool_?search", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +36,11 @@ class GroupedName:
 @dataclass(slots=True)
 class Tools:
     """schemas: what the model is shown.  strict: names of tools whose calls must keep to their schema.
-    grouped: names that the model is shown, of functions that came in a group.  rule: which of them are to be called."""
+    grouped: names that the model is shown, of functions that came in a group.  rule: which of them are to be called.
+    deferred: those of the schemas, by name, that are not listed but shown where they were found."""
 
     schemas: tuple[dict[str, Any], ...] = ()
+    deferred: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     strict: frozenset[str] = frozenset()
     grouped: Mapping[str, GroupedName] = field(default_factory=dict)
     breakpoint: Breakpoint | None = None
@@ -52,10 +61,16 @@ def read_tools(fields: Fields, own_kind: str) -> Tools:
     Raises:  WrongField: a tool without a name, or a strict one without a schema that is one.
     """
     reader = _Reader(own_kind)
-    for tool in fields.children("tools", []):
+    tools = fields.children("tools", [])
+    # Only Anthropic's API has a way to refer to what was found.
+    reader.defers = own_kind == "custom" and any(
+        _SEARCH.match(str(tool.peek("name"))) for tool in tools if tool.peek("type", own_kind) == own_kind
+    )
+    for tool in tools:
         reader.add(tool)
     return Tools(
         schemas=tuple(reader.schemas),
+        deferred=reader.deferred,
         strict=frozenset(reader.strict),
         grouped=reader.grouped,
         breakpoint=reader.breakpoint,
@@ -63,7 +78,11 @@ def read_tools(fields: Fields, own_kind: str) -> Tools:
 
 
 class _Reader:
+    """defers: whether there is a function that finds those that are deferred."""
+
     def __init__(self, own_kind: str) -> None:
+        self.defers = False
+        self.deferred: dict[str, dict[str, Any]] = {}
         self.schemas: list[dict[str, Any]] = []
         self.strict: set[str] = set()
         self.grouped: dict[str, GroupedName] = {}
@@ -86,19 +105,22 @@ class _Reader:
             function = tool.child("function") or tool
             if function is not tool:
                 self._read_breakpoint(function)
-            self._add_function(function, group)
+            self._add_function(function, group, is_deferred=self.defers and tool.takes("defer_loading", True))
 
-    def _add_function(self, function: Fields, group: str) -> None:
+    def _add_function(self, function: Fields, group: str, *, is_deferred: bool) -> None:
         name = function.text("name")
         shown = grouped_name(group, name)
         if group:
             self.grouped[shown] = GroupedName(group, name)
         of_schema = "input_schema" if function.has("input_schema") else "parameters"
         schema = function.take(of_schema)
-        self.schemas.append(function_schema(shown, function.take("description"), schema))
+        written = function_schema(shown, function.take("description"), schema)
+        self.schemas.append(written)
+        if is_deferred:
+            self.deferred[shown] = written
         if function.boolean("strict"):
             try:
-                check_schema(self.schemas[-1]["parameters"])
+                check_schema(written["parameters"])
             except InvalidRequest as err:
                 raise wrong_value(function.name_of(of_schema), f": {err}") from err
             self.strict.add(shown)

@@ -1,0 +1,39 @@
+"""What a session's requests should hit, and waiting for things to happen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.clients.door import Door
+from tests.clients.scripted_model import BLOCK_SIZE, answer_of
+
+
+def hits_and_full_blocks(door: Door) -> tuple[list[int], list[int]]:
+    """By turn: the tokens that hit, and the whole blocks of the prompt and the answer before (0 for the first turn)."""
+    turns = [door.generation_of(each) for each in door.turns()]
+    full = [0]
+    for before in turns[:-1]:
+        full.append((len(before.request.tokens) + len(answer_of(before))) // BLOCK_SIZE * BLOCK_SIZE)
+    return [each.restore.hit_tokens for each in turns], full
+
+
+async def wait_for(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not holds():  # noqa: ASYNC110 - what is waited for happens in another process
+            await asyncio.sleep(0.02)
+
+
+def hits_table(recorded: Path) -> str:
+    """The table of docs/CLIENTS.md."""
+    lines = ["| client | sent by | prompt tokens | hit tokens |", "| --- | --- | --- | --- |"]
+    for path in sorted(recorded.glob("*.json")):
+        figures = json.loads(path.read_text())
+        turns = [", ".join(f"{each:,}".replace(",", " ") for each in figures[key]) for key in _FIGURES]
+        lines.append(f"| `{path.stem}` | {figures['client'].split(' ')[0]} | {turns[0]} | {turns[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+_FIGURES = ("prompt_tokens", "hit_tokens")
