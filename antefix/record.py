@@ -80,7 +80,7 @@ class LookupResult:
     block_bytes: int = 0
 
 
-class Reason(StrEnum):
+class RefusalReason(StrEnum):
     """Why a record was refused. Part of the protocol; whoever does not know one treats it as OTHER."""
 
     OTHER = "other"
@@ -99,7 +99,7 @@ class Reason(StrEnum):
 class Refusal:
     """reason: for counters.  text: for people."""
 
-    reason: Reason
+    reason: RefusalReason
     text: str
 
     def __str__(self) -> str:

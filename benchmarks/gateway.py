@@ -34,7 +34,7 @@ from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import sampling_to_wire, tokens_to_wire
 from antefix_router.assembly import Router
 from antefix_router.gateway.app import start_http
-from antefix_router.generation import Generation, Piece
+from antefix_router.generation import Generation, OutputPiece
 from antefix_router.router_config import RouterConfig
 from antefix_router.server import RouterServicer
 
@@ -46,7 +46,7 @@ Ask = Callable[[], Awaitable[None]]
 class InstantWorkers:
     """Has every prompt and every answer already."""
 
-    async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[Piece, None]:
+    async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
         num_tokens, sample = len(generation.tokens), generation.samples[0]
         hit = (num_tokens - 1) // 64 * 64
         generation.restore = RestoreReport(
@@ -58,7 +58,7 @@ class InstantWorkers:
         )
         for number in range(NUM_OUTPUT_TOKENS):
             sample.emitted.append(97 + number)
-            yield Piece(0, np.array([97 + number], np.uint32))
+            yield OutputPiece(0, np.array([97 + number], np.uint32))
             await asyncio.sleep(0)  # tokens of a real worker come one message at a time
         sample.finish_reason = "length"
 

@@ -18,12 +18,12 @@ import numpy as np
 from antefix.grammar import Vocabulary
 from antefix.sampling import Sampling
 from antefix.tokenizer import ByteTokenizer
-from antefix_decode.grammar import Grammars, Matcher
+from antefix_decode.grammar_state import Grammars, Matcher
 from antefix_decode.penalties import Penalties
-from antefix_decode.sampling import Sampler
+from antefix_decode.token_choice import Sampler
+from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.deepseek_v4 import DeepSeekV4Format
-from antefix_router.chat.grammar import json_grammar
-from antefix_router.chat.messages import Conversation, Message, Role, ToolRule
+from antefix_router.chat.messages import ChatRole, Conversation, Message, ToolRule
 
 VOCAB_SIZE = 129_280
 SCHEMA = {
@@ -57,7 +57,7 @@ class MadeUpTokenizer(ByteTokenizer):
 def grammars() -> dict[str, str]:
     tool = {"name": "person", "parameters": SCHEMA}
     conversation = Conversation(
-        messages=(Message(role=Role.USER, content="x"),), tools=(tool,), tool_rule=ToolRule(must_call=True)
+        messages=(Message(role=ChatRole.USER, content="x"),), tools=(tool,), tool_rule=ToolRule(must_call=True)
     )
     return {"json": json_grammar(SCHEMA), "forced call": DeepSeekV4Format().grammar(conversation)}
 

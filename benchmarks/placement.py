@@ -19,9 +19,9 @@ import numpy as np
 
 from antefix.block import chain_of
 from antefix.secret import Keyring
-from antefix_router.naming import Names
+from antefix_router.naming import PromptNames
 from antefix_router.placement.directory import Directory
-from antefix_router.placement.workers import Role, Worker, Workers
+from antefix_router.placement.workers import Worker, WorkerRole, Workers
 from antefix_simulate.baselines import ALL_POLICIES, make_policy
 
 BLOCK_SIZE = 128
@@ -46,7 +46,7 @@ def main() -> int:
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
     rng = np.random.default_rng(0)
-    names = Names(fingerprint=FINGERPRINT, keyring=Keyring(b"s" * 32), block_size=BLOCK_SIZE)
+    names = PromptNames(fingerprint=FINGERPRINT, keyring=Keyring(b"s" * 32), block_size=BLOCK_SIZE)
     workers = fleet(args.workers, args.policy)
     directory, told = fill(args.blocks, [worker.address for worker in workers.workers])
     conversations = [rng.integers(0, 100_000, args.tokens * 2).astype(np.uint32) for _ in range(16)]
@@ -78,7 +78,7 @@ def figures(label: str, taken: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def fleet(count: int, policy: str) -> Workers:
-    workers = Workers(Role.PREFILL, make_policy(policy), [f"127.0.0.1:{20000 + i}" for i in range(count)])
+    workers = Workers(WorkerRole.PREFILL, make_policy(policy), [f"127.0.0.1:{20000 + i}" for i in range(count)])
     rng = random.Random(0)
     for worker in workers.workers:
         load(worker, rng)
@@ -138,7 +138,11 @@ def bytes_of(num_blocks: int, addresses: list[str]) -> tuple[float, float]:
 
 
 def decisions(
-    args: argparse.Namespace, names: Names, workers: Workers, directory: Directory, conversations: list[np.ndarray]
+    args: argparse.Namespace,
+    names: PromptNames,
+    workers: Workers,
+    directory: Directory,
+    conversations: list[np.ndarray],
 ) -> list[tuple[float, float]]:
     """Turns of growing conversations: each a few hundred tokens longer than the one before."""
     taken = []
@@ -149,7 +153,9 @@ def decisions(
     return taken
 
 
-def timed_decision(names: Names, workers: Workers, directory: Directory, tokens: np.ndarray) -> tuple[float, float]:
+def timed_decision(
+    names: PromptNames, workers: Workers, directory: Directory, tokens: np.ndarray
+) -> tuple[float, float]:
     start, cpu = time.perf_counter(), time.thread_time()
     prompt = names.prompt("tenant", tokens)
     work = prompt.work(len(prompt.keys) - 4)

@@ -25,7 +25,7 @@ from antefix_simulate.replay_result import Simulation
 from antefix_simulate.result_table import as_text
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import load
-from antefix_simulate.trace_replay import Setup, simulate, store_hit_tokens
+from antefix_simulate.trace_replay import ReplaySetup, simulate, store_hit_tokens
 
 STRATEGIES = ("auto", "boundary", "periodic(2048)", "periodic(8192)", "full", "zero")
 
@@ -60,7 +60,7 @@ def carry_out(job: Job) -> Simulation:
     """One trace, one store size, all strategies."""
     sizes = model_sizes(job.model)
     trace = load(job.directory / job.source.file, job.source.trace_format, block_size=sizes.block_size)
-    setup = Setup(
+    setup = ReplaySetup(
         sizes=sizes,
         machine=Machine(),
         card=RATE_CARDS[job.model],

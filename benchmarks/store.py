@@ -34,7 +34,7 @@ from antefix.store.allocator import keep_large_buffers
 from antefix.store_files import codec
 from antefix_console.commands.bench import add_store_arguments
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from benchmarks.store_limits import DIRECT_READERS, WARM_READERS, direct_read, drop_cache, raw_write, seconds, warm_read
 from benchmarks.store_payloads import blocks, layout_of
 from benchmarks.store_peers import MODULES, PEERS
@@ -134,7 +134,7 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
         place = directory / f"run-{repeat}"
         place.mkdir()
         peers = peers_of(place, source)
-        engine = Engine(config_of(place / "store"))
+        engine = StorageEngine(config_of(place / "store"))
         restore = functools.partial(engine.reader.read_blocks, names.hashes, views, fingerprint=FINGERPRINT)
         # 1. Durable writes.
         found.note("raw_write", raw_write(place / "raw.bin", payloads, BATCH_BLOCKS))
@@ -173,7 +173,7 @@ def measure_coded(directory: Path, layout: BlockLayout, payloads: Array, found: 
     tell("cold restore of compressed blocks")
     names, into = chain(len(payloads)), np.zeros_like(payloads)
     views = [row.data for row in into]
-    engine = Engine(config_of(directory / "coded", compression="zstd"))
+    engine = StorageEngine(config_of(directory / "coded", compression="zstd"))
     engine.register(FINGERPRINT, BLOCK_TOKENS, {RecordKind.BLOCK: codec.plan_of_block(layout)})
     put_all(engine, records(names, payloads))
     for _ in range(3):
@@ -193,7 +193,7 @@ def config_of(directory: Path, *, compression: str = "off") -> KvStoreConfig:
     return KvStoreConfig(dir=str(directory), budget_bytes=16 << 30, compression=compression, scrub_bytes_per_s=0)
 
 
-def put_all(engine: Engine, wanted: Sequence[Record]) -> None:
+def put_all(engine: StorageEngine, wanted: Sequence[Record]) -> None:
     for first in range(0, len(wanted), BATCH_BLOCKS):
         engine.put(wanted[first : first + BATCH_BLOCKS])
 
@@ -202,7 +202,7 @@ def restore_long(directory: Path, payloads: Array) -> dict[str, float]:
     """Store and restore a 1M-token prefix into a ring of buffers, as a worker with a small pool would."""
     names = chain(7813, salt=9)
     config = KvStoreConfig(dir=str(directory / "long"), budget_bytes=8 << 30, compression="off", scrub_bytes_per_s=0)
-    engine = Engine(config)
+    engine = StorageEngine(config)
     wanted = records(names, payloads)
     put_s = seconds(functools.partial(put_all, engine, wanted))
     drop_cache(directory / "long" / "segments")

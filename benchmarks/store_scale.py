@@ -16,7 +16,7 @@ import numpy as np
 from antefix.block import chain_of
 from antefix.record import Record, RecordKind
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 
 FINGERPRINT = b"F" * 32
 BLOCK_TOKENS = 128
@@ -27,10 +27,10 @@ OPEN = """
 import json, sys, time
 from benchmarks.store_scale import memory_kib
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 before = memory_kib("VmRSS")
 start = time.perf_counter()
-engine = Engine(KvStoreConfig(dir=sys.argv[1], budget_bytes=8 << 30, compression="off"))
+engine = StorageEngine(KvStoreConfig(dir=sys.argv[1], budget_bytes=8 << 30, compression="off"))
 opened = time.perf_counter() - start
 print(json.dumps([opened, memory_kib("VmHWM") - before, memory_kib("VmRSS") - before]))
 engine.close() if sys.argv[2] == "clean" else engine.abandon()
@@ -50,7 +50,7 @@ def reset_peak_memory() -> None:
 def scale_figures(directory: Path, *, num_blocks: int) -> dict[str, float]:
     """Figures of a store of `num_blocks` small blocks in chains of 7,813, a 1M-token prompt each."""
     config = KvStoreConfig(dir=str(directory / "scale"), budget_bytes=8 << 30, compression="off", scrub_bytes_per_s=0)
-    engine = Engine(config)
+    engine = StorageEngine(config)
     num_prompts = max(1, num_blocks // PROMPT_BLOCKS)
     start = time.perf_counter()
     for number in range(num_prompts):
@@ -85,7 +85,7 @@ def _small_prompt(number: int) -> list[Record]:
     ]
 
 
-def _lookups(engine: Engine, num_prompts: int) -> dict[str, float]:
+def _lookups(engine: StorageEngine, num_prompts: int) -> dict[str, float]:
     """Medians over prompts: from tokens to the answer, and the store's part of it."""
     whole, store, floor = [], [], []
     # BLAKE2b alone, over as many bytes: each block takes six compressions of 128 bytes, the key's among them.
@@ -133,7 +133,7 @@ def _upkeep(directory: Path) -> dict[str, float]:
     config = KvStoreConfig(
         dir=str(directory / "upkeep"), budget_bytes=512 << 20, compression="off", scrub_bytes_per_s=0
     )
-    engine = Engine(config)
+    engine = StorageEngine(config)
     rng = random.Random(1)
     payload = os.urandom(64 << 10)
     talks = [[number] * BLOCK_TOKENS for number in range(64)]
@@ -172,5 +172,5 @@ def _upkeep(directory: Path) -> dict[str, float]:
     return out
 
 
-def space_used(engine: Engine) -> float:
+def space_used(engine: StorageEngine) -> float:
     return engine.space.used_bytes / engine.space.budget_bytes

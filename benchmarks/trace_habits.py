@@ -23,7 +23,7 @@ from antefix.window.auto import NEW_GROUND_RATIO, NEW_GROUND_TOKENS
 from antefix_simulate.machine import RATE_CARDS, Machine, model_sizes
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import Trace, load
-from antefix_simulate.trace_replay import Setup, simulate
+from antefix_simulate.trace_replay import ReplaySetup, simulate
 
 SOURCES = (
     ("agents", "claude_code_80.jsonl.gz", "claude-code"),
@@ -80,7 +80,7 @@ def _kind(start: int, end: int, forked: bool, unit_tokens: int) -> tuple[str, in
 
 def uses(trace: Trace) -> str:
     """A table: `auto`'s checkpoints by reason, share ever resumed from, and the ages of all uses."""
-    setup = Setup(
+    setup = ReplaySetup(
         sizes=model_sizes("v4-flash"), machine=Machine(), card=RATE_CARDS["v4-flash"], limits=StoreLimits(), replay=True
     )
     reasons = simulate(trace, parse("auto"), setup).reasons

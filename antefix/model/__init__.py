@@ -1,9 +1,9 @@
 """DeepSeek-V4's architecture in PyTorch, with an explicit cache: a paged pool of blocks and a small window state."""
 
 from antefix.model.arithmetic import Arithmetic, probe
-from antefix.model.config import ModelConfig
 from antefix.model.loading import check_device, load_model, save_model
 from antefix.model.model import Model, init_weights
+from antefix.model.model_config import ModelConfig
 from antefix.model.pool import BlockPool
 from antefix.model.replay import replay
 from antefix.model.runner import forward

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from antefix.layout import LayerKind
 from antefix.model.compressor import Compressor
-from antefix.model.config import ModelConfig
 from antefix.model.indexer import Indexer
+from antefix.model.model_config import ModelConfig
 from antefix.model.norms_rope import RMSNorm, norm_rotate, rms_norm, rotate
 from antefix.model.numerics import grouped_linear, linear
 

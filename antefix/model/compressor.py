@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from antefix.layout import LayerKind
-from antefix.model.config import ModelConfig
+from antefix.model.model_config import ModelConfig
 from antefix.model.norms_rope import RMSNorm, rms_norm, rotate
 from antefix.model.numerics import linear, sum_middle, wide
 

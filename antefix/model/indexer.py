@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from antefix.layout import LayerKind
 from antefix.model.compressor import Compressor
-from antefix.model.config import ModelConfig
+from antefix.model.model_config import ModelConfig
 from antefix.model.norms_rope import rotate
 from antefix.model.numerics import linear, multiply_each
 

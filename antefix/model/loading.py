@@ -16,8 +16,8 @@ from torch import Tensor
 
 from antefix.errors import ConfigError, ModelError
 from antefix.layout import KVFormat
-from antefix.model.config import ModelConfig, read_config
 from antefix.model.model import Model
+from antefix.model.model_config import ModelConfig, read_config
 from antefix.model.names import TensorTarget, checkpoint_name, expert_name, target_of
 from antefix.model.norms_rope import inverse_frequencies
 

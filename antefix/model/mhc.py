@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from antefix.model.config import ModelConfig
+from antefix.model.model_config import ModelConfig
 from antefix.model.numerics import ALIGN, ROW_TILE, has_kernels, linear, multiply_each, multiply_tiles, sigmoid, wide
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from antefix.layout import BlockLayout, KVFormat, LayerKind
 from antefix.model.attention import Attention
-from antefix.model.config import ModelConfig
 from antefix.model.mhc import HyperConnection, HyperHead
+from antefix.model.model_config import ModelConfig
 from antefix.model.moe import MoE
 from antefix.model.norms_rope import RMSNorm, inverse_frequencies, rope_table
 

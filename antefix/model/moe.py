@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from antefix.model.config import ModelConfig
+from antefix.model.model_config import ModelConfig
 from antefix.model.numerics import has_kernels, linear, multiply_each, sigmoid, silu, softplus, wide
 
 
-class Router(nn.Module):
+class ExpertRouter(nn.Module):
     """Scores experts with `weight` [E, D]; picks them by score plus bias, or by `tid2eid` [vocab, K]."""
 
     e_score_correction_bias: Tensor
@@ -100,7 +100,7 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.gate = Router(config, hash_routed=config.hash_routed[layer])
+        self.gate = ExpertRouter(config, hash_routed=config.hash_routed[layer])
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config)
 

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from antefix.model.config import RopeConfig
+from antefix.model.model_config import RopeConfig
 from antefix.model.numerics import has_kernels, wide
 
 

@@ -30,11 +30,11 @@ from antefix.record import (
     Fate,
     LookupResult,
     PutResult,
-    Reason,
     Record,
     RecordKind,
     RecordName,
     Refusal,
+    RefusalReason,
 )
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
@@ -470,8 +470,8 @@ def _name(name: RecordName) -> kvstore_pb2.RecordName:
     return kvstore_pb2.RecordName(kind=name[0].value, hash=name[1])  # type: ignore[arg-type]
 
 
-def _reason_of(code: str) -> Reason:
-    return Reason(code) if code in set(Reason) else Reason.OTHER
+def _reason_of(code: str) -> RefusalReason:
+    return RefusalReason(code) if code in set(RefusalReason) else RefusalReason.OTHER
 
 
 def _parts(plan: codec.PlanePlan) -> list[kvstore_pb2.PayloadPart]:

@@ -2,7 +2,7 @@
 
     admit -> OPEN entry (durable before the first token)  ...  end -> SETTLE entry (durable before the response ends)
 
-Space is allocated ahead of its end (`antefix_billing.reserve`): a disk that others fill does not stop it at once.
+Space is allocated ahead of its end (ledger_reserve.py): a disk that others fill does not stop it at once.
 
 One process writes. Entries are appended in batches, one write and one fdatasync each. A crash leaves at worst a torn
 tail that was never acknowledged, which opening truncates; anything else that does not fit is refused, not repaired.
@@ -51,8 +51,8 @@ from antefix_billing.ledger_format import (
     unpack_segment_header,
 )
 from antefix_billing.ledger_index import EntryPlace, LedgerIndex
+from antefix_billing.ledger_reserve import LedgerReserve
 from antefix_billing.progress_slots import ProgressJournal
-from antefix_billing.reserve import Reserve
 from antefix_billing.usage_record import OpenEntry, UsageRecord
 
 # Opening reads the last segment whole: 16 MiB are some 15,000 requests and half a second.
@@ -97,7 +97,7 @@ class Ledger:
         self._tail = _Tail()
         self._fd = -1
         prepare_directory(self.directory)
-        self._reserve = Reserve(self.directory)
+        self._reserve = LedgerReserve(self.directory)
         self._lock_fd = take_lock(self.directory)
         self._index = LedgerIndex(self.directory / "index")
         self.progress = ProgressJournal(self.directory)
@@ -216,7 +216,7 @@ class Ledger:
         tail = self._tail
         path = segment_path(self.directory, tail.sequence + 1)
         header = SegmentHeader(first_sequence=tail.sequence + 1, previous_hash=tail.hash, source=self.source).pack()
-        reserve = Reserve(self.directory)
+        reserve = LedgerReserve(self.directory)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o640)
         try:
             if os.write(fd, header) < len(header):

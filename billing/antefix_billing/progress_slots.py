@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import Unavailable
-from antefix_billing.reserve import allocate
+from antefix_billing.ledger_reserve import allocate
 from antefix_billing.usage_record import MissReason, WorkDone
 
 SLOT_BYTES: Final = 256

@@ -23,9 +23,9 @@ from antefix.errors import AntefixError, Overloaded
 from antefix.model import Sequence, WindowState, forward
 from antefix.wire import TokenLogprob
 from antefix_decode.logprobs import Logprobs
-from antefix_decode.sampling import Sampler
 from antefix_decode.stopping import Stopper
 from antefix_decode.store_output import store_end, store_token
+from antefix_decode.token_choice import Sampler
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt
 from antefix_prefill.run_prompt import grow
@@ -39,7 +39,7 @@ NUM_UNREAD_MAX = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
+class VisibleTokens:
     """Tokens that may be shown now. logprobs: one a token, where they were asked for."""
 
     tokens: list[int]
@@ -61,7 +61,7 @@ class Running:
     next_token: int
     prompt_tokens: int
     logprobs: Logprobs = field(default_factory=Logprobs)
-    unread: asyncio.Queue[Shown | AntefixError | None] = field(default_factory=asyncio.Queue)
+    unread: asyncio.Queue[VisibleTokens | AntefixError | None] = field(default_factory=asyncio.Queue)
     boundary_window: WindowState | None = None
     done: bool = False
 
@@ -135,7 +135,7 @@ class Scheduler:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def tokens(self, running: Running) -> AsyncIterator[Shown]:
+    async def tokens(self, running: Running) -> AsyncIterator[VisibleTokens]:
         """What may be shown, until the output is over.
 
         Raises:  Overloaded: the pool had no room for another token.  AntefixError: the step failed.
@@ -215,7 +215,7 @@ def _emit(running: Running, token: int, *, is_last: bool) -> None:
     running.next_token = token
     shown = running.stopper.push(token, is_last=is_last)
     if shown:
-        running.unread.put_nowait(Shown(tokens=shown, logprobs=running.logprobs.take(len(shown))))
+        running.unread.put_nowait(VisibleTokens(tokens=shown, logprobs=running.logprobs.take(len(shown))))
     if running.stopper.finish_reason:
         running.done = True
         running.unread.put_nowait(None)

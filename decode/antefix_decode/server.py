@@ -25,13 +25,13 @@ from antefix.wire import (
     tokens_to_wire,
 )
 from antefix_decode.adopt import Adopted, adopt, prefill_here, take_handoff
-from antefix_decode.grammar import Grammars
+from antefix_decode.grammar_state import Grammars
 from antefix_decode.logprobs import Logprobs
 from antefix_decode.metrics import scheduler_metrics
 from antefix_decode.penalties import Penalties
-from antefix_decode.sampling import Sampler
-from antefix_decode.scheduler import Running, Scheduler, Shown
+from antefix_decode.scheduler import Running, Scheduler, VisibleTokens
 from antefix_decode.stopping import Stopper
+from antefix_decode.token_choice import Sampler
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt
 from antefix_prefill.worker.engine import Engine
@@ -85,7 +85,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             first = sampler.choose(logits, prompt.num_tokens)
             logprobs.push(logits, first)
             shown = stopper.push(first, is_last=sampler.is_over)
-            yield _response(Shown(tokens=shown, logprobs=logprobs.take(len(shown))), adopted)
+            yield _response(VisibleTokens(tokens=shown, logprobs=logprobs.take(len(shown))), adopted)
             if stopper.finish_reason:
                 yield decode_pb2.DecodeResponse(finish_reason=stopper.finish_reason, stop_number=stopper.stop_number)
                 return
@@ -94,7 +94,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 with span("handoff", way="adopt"):
                     adopted = await adopt(self._engine, prompt, handoff)
                 adopted = adopted or await prefill_here(self._engine, prompt)
-                yield _response(Shown(tokens=[]), adopted)
+                yield _response(VisibleTokens(tokens=[]), adopted)
             assert adopted is not None
             sequence, adopted = adopted.sequence, None
         finally:
@@ -176,7 +176,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         )
 
 
-def _response(shown: Shown, adopted: Adopted | None) -> decode_pb2.DecodeResponse:
+def _response(shown: VisibleTokens, adopted: Adopted | None) -> decode_pb2.DecodeResponse:
     return decode_pb2.DecodeResponse(
         tokens=tokens_to_wire(np.array(shown.tokens, np.uint32)) if shown.tokens else None,
         logprobs=logprobs_to_wire(shown.logprobs),

@@ -13,7 +13,7 @@ from antefix_prefill.sealed_records import block_record
 from antefix_prefill.worker.engine import Engine
 
 
-class Output(Protocol):
+class StorableOutput(Protocol):
     """A sequence being generated. `prompt.chain` grows with it; boundary_window: state at its last block boundary."""
 
     prompt: Prompt
@@ -23,7 +23,7 @@ class Output(Protocol):
     boundary_window: WindowState | None
 
 
-async def store_token(engine: Engine, output: Output, token: int) -> None:
+async def store_token(engine: Engine, output: StorableOutput, token: int) -> None:
     """`token` has been run. Name and store the block that it completed, if it did; keep window state there."""
     output.prompt.chain.extend([token])
     position = output.sequence.position
@@ -40,7 +40,7 @@ async def store_token(engine: Engine, output: Output, token: int) -> None:
             await leave_checkpoint(engine, output.prompt, output.boundary_window, mark, output.writer)
 
 
-async def store_end(engine: Engine, output: Output) -> None:
+async def store_end(engine: Engine, output: StorableOutput) -> None:
     """The checkpoint at the output's last boundary, from which the next turn goes on; then all is durable."""
     window = output.boundary_window
     position = output.sequence.position

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from antefix.errors import InvalidRequest
-from antefix.record import OWNER_BYTES, STORED_KINDS, PutResult, Reason, Record, RecordKind, Refusal
+from antefix.record import OWNER_BYTES, STORED_KINDS, PutResult, Record, RecordKind, Refusal, RefusalReason
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import (
     HASH_BYTES,
@@ -134,7 +134,7 @@ def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record]
 
 
 def _no_parent(text: str) -> Refusal:
-    return Refusal(Reason.NO_PARENT, text)
+    return Refusal(RefusalReason.NO_PARENT, text)
 
 
 _PARENT_REFUSED: Final = _no_parent("its parent was refused")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from antefix.record import Reason, Record, Refusal
+from antefix.record import Record, Refusal, RefusalReason
 from antefix.store_files.encryption import TAG_BYTES, KeyRing, fresh_nonce
 from antefix.store_files.record_format import NONCE_BYTES, Codec, RecordFlag
 from antefix.store_files.record_header import RecordHeader, owner_row
@@ -36,7 +36,9 @@ class Drafter:
     def refusal(self, record: Record) -> Refusal | None:
         """Why a record cannot be written down at all, or None."""
         if self._keys is not None and owner_row(record.version, record.tenant) not in self._keys:
-            return Refusal(Reason.NO_KEY, f"this store is encrypted and has no key for tenant {record.tenant.hex()}")
+            return Refusal(
+                RefusalReason.NO_KEY, f"this store is encrypted and has no key for tenant {record.tenant.hex()}"
+            )
         return None
 
     def drafts(self, records: Sequence[Record], first: set[Name]) -> list[Draft]:

@@ -19,11 +19,11 @@ from antefix.record import (
     BlockFate,
     LookupResult,
     PutResult,
-    Reason,
     Record,
     RecordKind,
     RecordName,
     Refusal,
+    RefusalReason,
 )
 from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.store_files import codec
@@ -32,9 +32,9 @@ from antefix.store_files.record_header import owner_row
 from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.memory_records import WindowPool
+from antefix_kvstore.memory_records import MemoryRecords
 from antefix_kvstore.scrubber import Scrubber
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 
 T = TypeVar("T")
 _READ_THREADS: Final = 4
@@ -51,9 +51,9 @@ class EmbeddedStore:
 
     def __init__(self, config: KvStoreConfig) -> None:
         """Raises:  ConfigError: not a store, another format version, or in use by another process."""
-        self.engine: Final = Engine(config)
+        self.engine: Final = StorageEngine(config)
         self._writer = GroupCommitter(self.engine)
-        self._memory = WindowPool(bytes_max=config.handoff_bytes_max, ttl_s=config.handoff_ttl_s)
+        self._memory = MemoryRecords(bytes_max=config.handoff_bytes_max, ttl_s=config.handoff_ttl_s)
         self._scrubber = Scrubber(self.engine, max(config.scrub_bytes_per_s, 1))
         if config.scrub_bytes_per_s:
             self._scrubber.start()
@@ -133,7 +133,7 @@ class EmbeddedStore:
                     num_kept += 1
                 else:
                     text = "larger than the memory for handoffs and pooled checkpoints"
-                    refused[record.hash] = Refusal(Reason.TOO_LARGE, text)
+                    refused[record.hash] = Refusal(RefusalReason.TOO_LARGE, text)
         return PutResult(num_stored=stored.num_stored + num_kept, num_existing=stored.num_existing, refused=refused)
 
     async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from antefix.record import RecordKind
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class StoreStats:
     texts: dict[str, str]
 
 
-def collect(engine: Engine) -> StoreStats:
+def collect(engine: StorageEngine) -> StoreStats:
     totals = engine.totals()
     kinds = {}
     for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):

@@ -13,7 +13,7 @@ from typing import Final
 
 from antefix.errors import Overloaded, Unavailable
 from antefix.record import PutResult, Record
-from antefix_kvstore.storage_engine import MAINTAIN_S, Engine
+from antefix_kvstore.storage_engine import MAINTAIN_S, StorageEngine
 
 log = logging.getLogger("antefix_kvstore.group_commit")
 
@@ -31,7 +31,7 @@ class _Put:
 class GroupCommitter:
     """Puts queue up here while a commit runs; the next commit takes all of them. Thread-safe."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: StorageEngine) -> None:
         self._engine = engine
         self._batch_bytes_max = engine.config.batch_bytes_max
         self._queue_bytes_max = engine.config.queue_bytes_max

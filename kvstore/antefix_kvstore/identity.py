@@ -29,7 +29,7 @@ from antefix.store_files.record_format import (
     unpack_segment_header,
 )
 from antefix_kvstore.disk import Disk
-from antefix_kvstore.reserve import RESERVE_FILE
+from antefix_kvstore.disk_reserve import RESERVE_FILE
 
 log = logging.getLogger("antefix_kvstore.identity")
 

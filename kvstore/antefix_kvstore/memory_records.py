@@ -19,7 +19,7 @@ class _Kept:
     expires_s: float
 
 
-class WindowPool:
+class MemoryRecords:
     """Payloads by kind and hash. The oldest go first when the bound is reached. Used from one event loop."""
 
     def __init__(self, *, bytes_max: int, ttl_s: float) -> None:

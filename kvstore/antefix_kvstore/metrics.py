@@ -11,9 +11,9 @@ from antefix.record import MEMORY_KINDS
 from antefix.telemetry.shown import Kind, Shown, Table, counter, families, gauge
 from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.group_commit import GroupCommitter
-from antefix_kvstore.memory_records import WindowPool
+from antefix_kvstore.memory_records import MemoryRecords
 from antefix_kvstore.scrubber import Scrubber
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 
 _RECORDS = "antefix_store_records"
 _EVICTED = "antefix_store_evicted_records"
@@ -74,7 +74,7 @@ SCRUBBER: Final[Table] = {
 }
 
 
-def store_metrics(engine: Engine, scrubber: Scrubber, writer: GroupCommitter) -> Iterable[Metric]:
+def store_metrics(engine: StorageEngine, scrubber: Scrubber, writer: GroupCommitter) -> Iterable[Metric]:
     """Of what any thread may read."""
     if not engine.is_open:
         return
@@ -106,7 +106,7 @@ def store_metrics(engine: Engine, scrubber: Scrubber, writer: GroupCommitter) ->
     yield from engine.sync_s.collect()
 
 
-def memory_metrics(pool: WindowPool, num_streams: int) -> Iterable[Metric]:
+def memory_metrics(pool: MemoryRecords, num_streams: int) -> Iterable[Metric]:
     """Of what belongs to the event loop."""
     counts = {(kind.name.lower(),): pool.count(kind) for kind in MEMORY_KINDS}
     records = {kind: float(number) for kind, (number, _) in counts.items()}

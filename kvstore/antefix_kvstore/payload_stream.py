@@ -18,7 +18,7 @@ from typing import Final
 from antefix.record import RecordKind
 from antefix.store_files.segment_reader import Located, ReadOutcome
 from antefix_kvstore.outgoing import PlainBatch, VerifiedBatch, can_go_plain
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 
 # Looked up at once, in a thread: the index may be cold, and the event loop must not wait for its pages.
 _NUM_LOCATED: Final = 512
@@ -43,7 +43,7 @@ class GetRange:
 class PayloadStream:
     """One Get's payloads. Tells the engine what was read when it ends."""
 
-    def __init__(self, engine: Engine, threads: ThreadPoolExecutor, wanted: GetRange) -> None:
+    def __init__(self, engine: StorageEngine, threads: ThreadPoolExecutor, wanted: GetRange) -> None:
         self._engine = engine
         self._threads = threads
         self._wanted = wanted

@@ -31,6 +31,7 @@ from antefix.store_files.record_format import (
 from antefix.store_files.record_header import RecordHeader
 from antefix.store_files.segment_reader import wall_ms
 from antefix_kvstore.disk import Disk
+from antefix_kvstore.disk_reserve import is_full
 from antefix_kvstore.identity import CLEAN_FILE, lock_directory, prepare_directory, read_identity
 from antefix_kvstore.index_repair import (
     ends_of,
@@ -44,7 +45,6 @@ from antefix_kvstore.index_repair import (
 )
 from antefix_kvstore.index_writer import IndexTxn, read_segments
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.reserve import is_full
 from antefix_kvstore.segments import Segments
 
 log = logging.getLogger("antefix_kvstore.recovery")

@@ -19,7 +19,7 @@ from antefix.store_files.record_format import (
 )
 from antefix.store_files.record_header import expected_checksum
 from antefix_kvstore.index_writer import Name
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 
 log = logging.getLogger("antefix_kvstore.scrubber")
 
@@ -40,7 +40,7 @@ class ScrubCounters:
 class Scrubber:
     """A thread that reads at most `bytes_per_s`."""
 
-    def __init__(self, engine: Engine, bytes_per_s: int, *, pause_s: float = PAUSE_S) -> None:
+    def __init__(self, engine: StorageEngine, bytes_per_s: int, *, pause_s: float = PAUSE_S) -> None:
         self.counters = ScrubCounters()
         self._engine = engine
         self._bytes_per_s = bytes_per_s

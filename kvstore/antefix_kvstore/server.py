@@ -21,7 +21,7 @@ from antefix.errors import InvalidRequest, Overloaded
 from antefix.events.block_events import BlockEvent
 from antefix.events.event_wire import store_response
 from antefix.events.numbered_log import Batch, Cursor, watch_log
-from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Reason, Record, RecordKind, Refusal
+from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Record, RecordKind, Refusal, RefusalReason
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.payload_channel import SERVICE
 from antefix.store.payload_wire import Piece, unpack_put_request
@@ -38,11 +38,11 @@ from antefix_kvstore.free_space import fit_to_disk
 from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.index_writer import Name
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.memory_records import WindowPool
+from antefix_kvstore.memory_records import MemoryRecords
 from antefix_kvstore.metrics import memory_metrics, store_metrics
 from antefix_kvstore.payload_stream import GetRange, PayloadStream
 from antefix_kvstore.scrubber import Scrubber
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 
 T = TypeVar("T")
 PUT_BATCH_BYTES: Final = 32 << 20
@@ -54,10 +54,10 @@ _READ_THREADS: Final = 8
 class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     """One engine behind one service."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: StorageEngine) -> None:
         self.engine = engine
         self.writer = GroupCommitter(engine)
-        self.pool = WindowPool(bytes_max=engine.config.handoff_bytes_max, ttl_s=engine.config.handoff_ttl_s)
+        self.pool = MemoryRecords(bytes_max=engine.config.handoff_bytes_max, ttl_s=engine.config.handoff_ttl_s)
         self.scrubber = Scrubber(engine, max(engine.config.scrub_bytes_per_s, 1))
         if engine.config.scrub_bytes_per_s:
             self.scrubber.start()
@@ -181,7 +181,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     def _keep_in_memory(self, record: Record) -> PutResult:
         if self.pool.put(record):
             return PutResult(num_stored=1, num_existing=0)
-        refusal = Refusal(Reason.TOO_LARGE, "larger than the memory for handoffs and pooled checkpoints")
+        refusal = Refusal(RefusalReason.TOO_LARGE, "larger than the memory for handoffs and pooled checkpoints")
         return PutResult(num_stored=0, num_existing=0, refused={record.hash: refusal})
 
     async def Touch(
@@ -365,7 +365,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     gc.freeze()
     loop = asyncio.get_running_loop()
     config = fit_to_disk(config)
-    engine = await loop.run_in_executor(None, Engine, config)
+    engine = await loop.run_in_executor(None, StorageEngine, config)
     servicer = KvStoreServicer(engine)
     try:
         server = await rpc.start_server(
@@ -395,7 +395,9 @@ def registry_of(servicer: KvStoreServicer) -> Registry:
     return registry
 
 
-def _telling(config: KvStoreConfig, engine: Engine, address: str) -> contextlib.AbstractAsyncContextManager[object]:
+def _telling(
+    config: KvStoreConfig, engine: StorageEngine, address: str
+) -> contextlib.AbstractAsyncContextManager[object]:
     """Tells Redis the store's events while it is entered, where that is wanted."""
     if not config.events_redis:
         return contextlib.nullcontext()

@@ -26,10 +26,10 @@ from antefix.store_files.record_format import (
     payload_checksum,
 )
 from antefix.store_files.record_header import RecordHeader
+from antefix_kvstore.disk_reserve import DiskReserve
 from antefix_kvstore.eviction import victims
 from antefix_kvstore.free_space import FreeSpace
 from antefix_kvstore.index_writer import IndexTxn, Name, SegmentState, read_segments
-from antefix_kvstore.reserve import Reserve
 from antefix_kvstore.segments import Draft, Segments
 
 log = logging.getLogger("antefix_kvstore.space")
@@ -68,7 +68,7 @@ class Space:
         self._index = index
         self._now_ms = now_ms
         self.budget_bytes = budget_bytes
-        self.reserve = Reserve(index.directory.parent, budget_bytes)
+        self.reserve = DiskReserve(index.directory.parent, budget_bytes)
         self._gone = GoneWriter(index.directory.parent, budget_bytes)
         self._limit_bytes_max = budget_bytes - 2 * segments.segment_bytes
         self.limit_bytes = self._limit_bytes_max

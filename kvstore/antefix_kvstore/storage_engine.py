@@ -26,7 +26,7 @@ from antefix.block import digest_of
 from antefix.errors import BlockCorrupt, InvalidRequest, StoreFull
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch
-from antefix.record import STORED_KINDS, LookupResult, PutResult, Reason, Record, RecordKind, Refusal
+from antefix.record import STORED_KINDS, LookupResult, PutResult, Record, RecordKind, Refusal, RefusalReason
 from antefix.secret import Keyring
 from antefix.store_files import codec
 from antefix.store_files.encryption import KeyRing
@@ -42,6 +42,7 @@ from antefix_kvstore.admission import Admission, admit, batches_of, check_record
 from antefix_kvstore.compression import Compression
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.disk_probe import read_bytes_per_s
+from antefix_kvstore.disk_reserve import is_full
 from antefix_kvstore.drafting import Drafter
 from antefix_kvstore.event_log import EventLog
 from antefix_kvstore.eviction import EvictionPolicy
@@ -51,7 +52,6 @@ from antefix_kvstore.index_writer import PLAN_PREFIX, IndexTxn, Name, read_total
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.opening import drop_locked, load_plans, log_newest
 from antefix_kvstore.recovery import open_store
-from antefix_kvstore.reserve import is_full
 from antefix_kvstore.segments import Draft
 from antefix_kvstore.space import Space, note_end
 from antefix_kvstore.tenant_quota import Quotas
@@ -64,11 +64,11 @@ MAINTAIN_S: Final = 0.25
 # Background compaction takes segments of which this much is dead, so a byte is copied at most once for each freed.
 HALF_DEAD: Final = 0.5
 # No state that the store gets into by itself makes such a record one that it takes.
-_FOR_EVER: Final = (Reason.INVALID, Reason.NO_KEY, Reason.TOO_LARGE)
+_FOR_EVER: Final = (RefusalReason.INVALID, RefusalReason.NO_KEY, RefusalReason.TOO_LARGE)
 
 
 @dataclass(slots=True)
-class Counters:
+class StorageCounters:
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
@@ -86,7 +86,7 @@ class Counters:
     last_impossible: str = ""
 
 
-class Engine:
+class StorageEngine:
     """One store directory, open for writing. Thread-safe; writes take turns."""
 
     def __init__(
@@ -105,7 +105,7 @@ class Engine:
         self.config = config
         self.policy = policy or EvictionPolicy()
         self.clock_ms = clock_ms
-        self.counters = Counters()
+        self.counters = StorageCounters()
         self.sync_s = histogram(
             "antefix_store_sync_seconds", "Syncs of a segment before a put is answered.", buckets=SHORT_SECONDS
         )
@@ -281,7 +281,7 @@ class Engine:
         except (StoreFull, lmdb.Error, OSError) as err:
             if not isinstance(err, StoreFull) and not is_full(err, self.index.directory):
                 raise
-            refuse(batch, admission, Refusal(Reason.FULL, f"the store is full: {err}"))
+            refuse(batch, admission, Refusal(RefusalReason.FULL, f"the store is full: {err}"))
 
     def _make_room(self, nbytes: int, keep: Collection[Name]) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
-from antefix.record import Reason, Refusal
+from antefix.record import Refusal, RefusalReason
 from antefix.store_files.index import Index
 from antefix.store_files.owners import Owners
 from antefix_kvstore.index_writer import Name, read_totals
@@ -53,7 +53,7 @@ class Quotas:
                 space.evict(excess, keep, owners=same)
             if _used_bytes(index, same) + nbytes > quota:
                 text = f"the quota of tenant {owner[1:].hex()}, {quota} bytes, is used up"
-                refused[owner] = Refusal(Reason.QUOTA, text)
+                refused[owner] = Refusal(RefusalReason.QUOTA, text)
         return refused
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from antefix.layout import LayerKind
-from antefix.model.config import ModelConfig
+from antefix.model.model_config import ModelConfig
 from antefix.model.norms_rope import inverse_frequencies, rms_norm, rope_table
 from models.training.dense_attention import DenseOptions, Rope, Shape, attention
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from antefix.model.config import ModelConfig
+from antefix.model.model_config import ModelConfig
 from models.training import dense
 from models.training.corpus import Tokens, load
 from models.training.dense_attention import DenseOptions

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from antefix.model.config import ModelConfig
+from antefix.model.model_config import ModelConfig
 from models.training import corpus as corpus_module
 from models.training import dense
 from models.training.dense_attention import DenseOptions, attention

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 
 from antefix.errors import AntefixError, InvalidRequest
-from antefix.record import Reason, Record, RecordKind, Refusal
+from antefix.record import Record, RecordKind, Refusal, RefusalReason
 from antefix.store.api import Store
 from antefix.window import Tier
 from antefix.window_pool import WindowPool
@@ -157,4 +157,4 @@ def _note_failure(counters: StoreCounters, err: AntefixError, num_records: int) 
     counters.note(err)
     if isinstance(err, InvalidRequest):
         # The store will say the same to the next try.
-        counters.note_refusals([Refusal(Reason.INVALID, str(err))] * num_records)
+        counters.note_refusals([Refusal(RefusalReason.INVALID, str(err))] * num_records)

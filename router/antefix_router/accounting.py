@@ -39,7 +39,7 @@ from antefix_billing.usage_commit import LedgerWriter, NoLedger, UsageWriter
 from antefix_billing.usage_record import OpenEntry, Status, UsageRecord, WorkDone, request_key
 from antefix_router.answers import KeptAnswer, RetryConfig, Run, SharedRun
 from antefix_router.ending import Ending
-from antefix_router.generation import Generation, Piece
+from antefix_router.generation import Generation, OutputPiece
 from antefix_router.open_bill import Bill, Served
 from antefix_router.request_measures import RequestMeasures
 from antefix_router.retries import CLIENT_LEFT, Retries
@@ -144,7 +144,7 @@ class Accounts:
         bill.kept = kept
         return bill
 
-    def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
+    def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
         """The request's output; when this ends, `bill.record` is durable.
 
         Raises:  what running it raised, after settling.  Unavailable: the ledger could not be written.  Draining.
@@ -156,7 +156,7 @@ class Accounts:
             return self._run_shared(bill, bill.shared, run, timeout_s)
         return self._run_alone(bill, run, timeout_s)
 
-    async def _run_alone(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
+    async def _run_alone(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
         """For the one client that it may have: when that leaves, the work stops."""
         opening = asyncio.create_task(self.writer.open(bill.opened))
         status, detail = Status.CANCELLED, CLIENT_LEFT
@@ -181,7 +181,7 @@ class Accounts:
 
     async def _run_shared(
         self, bill: Bill, shared: SharedRun, run: Run, timeout_s: float
-    ) -> AsyncGenerator[Piece, None]:
+    ) -> AsyncGenerator[OutputPiece, None]:
         """For one of the clients of an answer. The first who has all of it pays; without any it goes on for a while."""
         if shared.settling is not None:
             raise Unavailable("the request was just given up; send it again")
@@ -217,7 +217,7 @@ class Accounts:
             else:
                 self.retries.left(shared)
 
-    async def _run_again(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[Piece, None]:
+    async def _run_again(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
         try:
             async with contextlib.aclosing(run(bill.generation, timeout_s)) as outputs:
                 while (piece := await self._next(outputs)) is not None:
@@ -225,7 +225,7 @@ class Accounts:
         finally:
             self._running.discard(bill.opened.key)
 
-    async def _next(self, outputs: AsyncGenerator[Piece, None]) -> Piece | None:
+    async def _next(self, outputs: AsyncGenerator[OutputPiece, None]) -> OutputPiece | None:
         with self.ending.guard():
             return await anext(outputs, None)
 

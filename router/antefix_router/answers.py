@@ -25,12 +25,12 @@ from antefix.restore_report import RestoreReport
 from antefix.wire import TokenLogprob
 from antefix_billing.ledger_files import Settled
 from antefix_billing.usage_record import OpenEntry
-from antefix_router.generation import Generation, Piece, Sample
+from antefix_router.generation import Generation, OutputPiece, Sample
 
 if TYPE_CHECKING:
     from antefix_router.open_bill import Bill
 
-Run = Callable[[Generation, float], AsyncGenerator[Piece, None]]
+Run = Callable[[Generation, float], AsyncGenerator[OutputPiece, None]]
 
 # How far an answer may be ahead of the client that has most of it, as a decode worker's sequence may be.
 AHEAD_TOKENS_MAX: Final = 256
@@ -80,7 +80,7 @@ class SharedRun:
             self._task = asyncio.create_task(self._make(run, timeout_s))
             self._task.add_done_callback(lambda _: on_end())
 
-    async def read(self) -> AsyncGenerator[Piece, None]:
+    async def read(self) -> AsyncGenerator[OutputPiece, None]:
         """The answer from its first token on, as it comes. Raises:  what making it raised."""
         samples = self.generation.samples
         positions = [0] * len(samples)
@@ -93,7 +93,7 @@ class SharedRun:
                 self._read.set()
                 for index, tokens in new:
                     if tokens:
-                        yield Piece(index, np.array(tokens, np.uint32))
+                        yield OutputPiece(index, np.array(tokens, np.uint32))
             elif self.is_over:
                 if self.error is not None:
                     raise self.error
@@ -207,7 +207,7 @@ class KeptAnswer:
             request.sampling.num_top_logprobs,
         )
 
-    async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[Piece, None]:
+    async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
         """As `Generator.run`, without a worker."""
         generation.restore, generation.ttft_s = self.restore, self.ttft_s
         for index, output in enumerate(self.outputs):
@@ -216,7 +216,7 @@ class KeptAnswer:
                 piece = output.tokens[start : start + _PIECE_TOKENS]
                 sample.emitted.extend(piece.tolist())
                 sample.logprobs.extend(output.logprobs[start : start + _PIECE_TOKENS])
-                yield Piece(index, piece)
+                yield OutputPiece(index, piece)
             sample.finish_reason, sample.stop_number = output.finish_reason, output.stop_number
         generation.output_written_tokens = self.output_written_tokens
 

@@ -16,18 +16,18 @@ from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.store.api import Store
 from antefix.tokenizer import Tokenizer
+from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
-from antefix_router.keeper import BreakpointPins
 from antefix_router.metrics import accounts_metrics, placement_metrics, router_metrics
-from antefix_router.naming import Names
+from antefix_router.naming import PromptNames
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.store_feed import StoreFeed
-from antefix_router.placement.workers import Role, Workers
+from antefix_router.placement.workers import WorkerRole, Workers
 from antefix_router.prefilling import Limits, Prefilling
 from antefix_router.router_config import RouterConfig
 from antefix_router.workers_arithmetic import Said, difference, learn
@@ -50,10 +50,10 @@ class Router:
         self.arithmetic = config.arithmetic or CPU_FLOAT32
         self.fingerprint = self._fingerprint_of(self.arithmetic)
         weight = config.compute_weight
-        self.prefill = Workers(Role.PREFILL, make_policy(config.policy, compute_weight=weight), config.prefill)
-        self.decode = Workers(Role.DECODE, make_policy(config.policy, compute_weight=weight), config.decode)
+        self.prefill = Workers(WorkerRole.PREFILL, make_policy(config.policy, compute_weight=weight), config.prefill)
+        self.decode = Workers(WorkerRole.DECODE, make_policy(config.policy, compute_weight=weight), config.decode)
         keyring = Keyring.from_file(config.secret_file)
-        self._names = names = Names(
+        self._names = names = PromptNames(
             fingerprint=self.fingerprint,
             keyring=keyring,
             block_size=identity.geometry.block_size,

@@ -23,7 +23,7 @@ from antefix_billing.tenants import CONTROL, TenantBook, load_tenants
 from antefix_router.accounting import Accounts
 from antefix_router.answers import RetryConfig
 from antefix_router.encoding import Encoding
-from antefix_router.generation import Generator, Piece
+from antefix_router.generation import Generator, OutputPiece
 from antefix_router.grammar_check import GrammarCheck
 from antefix_router.open_bill import Bill, Served
 from antefix_router.volatile_prefix import PrefixWatch
@@ -101,7 +101,7 @@ class Front:
         bill.prefix_volatile = self._prefixes.note(request.cache_tenant, request.tokens)
         return bill
 
-    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[Piece, None]:
+    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
         """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
         return self.accounts.run(bill, self._generator.run, timeout_s)
 

@@ -24,13 +24,13 @@ from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.telemetry import begin, span
 from antefix.wire import TokenLogprob
-from antefix_router.keeper import BreakpointPins
-from antefix_router.merge import merged
-from antefix_router.naming import Names, Prompt
+from antefix_router.breakpoint_pins import BreakpointPins
+from antefix_router.merged_streams import merged
+from antefix_router.naming import NamedPrompt, PromptNames
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.work import Work
-from antefix_router.placement.workers import Role, Workers
+from antefix_router.placement.workers import WorkerRole, Workers
 from antefix_router.prefilling import NUM_MOVES_MAX, Prefilling
 
 log = logging.getLogger("antefix.router")
@@ -38,7 +38,7 @@ log = logging.getLogger("antefix.router")
 _SEEDS = 1 << 64
 
 
-class Piece(NamedTuple):
+class OutputPiece(NamedTuple):
     """What one of a request's outputs grows by."""
 
     sample: int
@@ -117,7 +117,7 @@ class Generation:
 class _Ready:
     """A prompt that its outputs begin from. first: set when the prompt's KV is somewhere for all of them."""
 
-    prompt: Prompt
+    prompt: NamedPrompt
     work: Work
     handoff: bytes
     first: asyncio.Event
@@ -130,7 +130,7 @@ class Generator:
         self,
         prefilling: Prefilling,
         decode: Workers,
-        names: Names,
+        names: PromptNames,
         directory: Directory,
         pins: BreakpointPins,
         sessions: Sessions,
@@ -146,7 +146,7 @@ class Generator:
         self._names = names
         self._directory = directory
 
-    async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[Piece, None]:
+    async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
         """Output tokens as they come. Afterwards `generation` has finish reasons, restore and counts.
 
         Raises:  what the last worker tried raised.
@@ -175,7 +175,7 @@ class Generator:
 
     async def _run_sample(
         self, generation: Generation, index: int, ready: _Ready, timeout_s: float
-    ) -> AsyncGenerator[Piece, None]:
+    ) -> AsyncGenerator[OutputPiece, None]:
         """One output, elsewhere if a worker goes away."""
         if index:
             # Where the decode worker prefills, the first output does it, and the others find what it left.
@@ -188,7 +188,7 @@ class Generator:
                     self._run_decode(generation, index, replace(ready, handoff=handoff), tried, timeout_s)
                 ) as outputs:
                     async for tokens in outputs:
-                        yield Piece(index, tokens)
+                        yield OutputPiece(index, tokens)
                         if sample.is_ended:
                             sample.cut()
                             break
@@ -215,14 +215,14 @@ class Generator:
     ) -> AsyncGenerator[Tokens, None]:
         request, sample, prompt = generation.request, generation.samples[index], ready.prompt
         session = request.caller.session
-        hint = self._sessions.last(request.cache_tenant, session, Role.DECODE)
+        hint = self._sessions.last(request.cache_tenant, session, WorkerRole.DECODE)
         with span("place", role="decode", attempt=len(tried) + 1) as placing:
             worker = self._decode.place(
                 ready.work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
             )
             placing.set(worker=worker.address)
         tried.add(worker.address)
-        self._sessions.note(request.cache_tenant, session, Role.DECODE, worker.address)
+        self._sessions.note(request.cache_tenant, session, WorkerRole.DECODE, worker.address)
         self._directory.guess(worker.address, prompt.keys)
         client = worker.client
         assert isinstance(client, DecodeClient)

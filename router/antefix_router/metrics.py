@@ -17,7 +17,7 @@ from antefix_router.gateway.notes import IgnoredFields
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.workers import Workers
-from antefix_router.prefilling import Counters
+from antefix_router.prefilling import PrefillingCounters
 
 # Ignored fields that are shown by name, those that came first; their names come from clients.
 NUM_FIELDS_MAX: Final = 50
@@ -137,7 +137,7 @@ def placement_metrics(groups: Sequence[Workers], policy: str, memory: MemoryFeed
     )
 
 
-def router_metrics(prefilling: Counters, memory: MemoryFeed, store: StoreFeed) -> Iterable[Metric]:
+def router_metrics(prefilling: PrefillingCounters, memory: MemoryFeed, store: StoreFeed) -> Iterable[Metric]:
     yield from families(PREFILLING, prefilling)
     sources = {"memory": memory.counters, "store": store.counters}
     yield from families(

@@ -28,7 +28,7 @@ _HEAD_BLOCKS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
+class NamedPrompt:
     """A named prompt. keys: the directory's names of its blocks.  replay_tokens: of its model, for `Work`.
 
     owner: what stands for the tenant in the store.
@@ -57,7 +57,7 @@ class Prompt:
 
 
 @dataclass(slots=True)
-class Names:
+class PromptNames:
     """How blocks are named here."""
 
     fingerprint: bytes
@@ -69,7 +69,7 @@ class Names:
     def __post_init__(self) -> None:
         self._memo = _Memo(self.block_size)
 
-    def prompt(self, tenant: str, tokens: Tokens) -> Prompt:
+    def prompt(self, tenant: str, tokens: Tokens) -> NamedPrompt:
         chain = Chain(self.fingerprint, self.keyring.key(tenant), self.block_size)
         beginnings = self._memo.beginnings(tenant, tokens)
         known = self._memo.hashes(tenant, tokens, beginnings)
@@ -78,7 +78,7 @@ class Names:
         chain.extend(tokens[chain.num_tokens :])
         self._memo.keep(tenant, tokens, chain.hashes, beginnings)
         keys = keys_of(chain.hashes)
-        return Prompt(
+        return NamedPrompt(
             tokens=tokens,
             tenant=tenant,
             owner=self.keyring.owner(tenant),

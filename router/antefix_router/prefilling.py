@@ -18,12 +18,12 @@ from antefix.generation_request import GenerationRequest
 from antefix.store.api import Store
 from antefix.telemetry import span
 from antefix_router.inflight import InFlight, wait_deadline_s, worth_waiting
-from antefix_router.naming import Prompt
+from antefix_router.naming import NamedPrompt
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.work import FETCH_WEIGHT, Work, saved_by_replay
-from antefix_router.placement.workers import Role, Worker, Workers
+from antefix_router.placement.workers import Worker, WorkerRole, Workers
 
 log = logging.getLogger("antefix.router")
 
@@ -48,7 +48,7 @@ class Limits:
 
 
 @dataclass(slots=True)
-class Counters:
+class PrefillingCounters:
     """Since the router started, in requests. overhead_s: of a call to an idle prefill worker, measured."""
 
     num_led: int = 0
@@ -72,7 +72,7 @@ class _Order:
     """What a prefill worker is asked for. ends: the request's deadline, by the router's clock."""
 
     request: GenerationRequest
-    prompt: Prompt
+    prompt: NamedPrompt
     ends: float
 
     @property
@@ -106,7 +106,7 @@ class Prefilling:
     ) -> None:
         self._feed = feed
         self._sessions = sessions or Sessions()
-        self.counters = Counters()
+        self.counters = PrefillingCounters()
         self._workers = workers
         self._store = store
         self._directory = directory
@@ -115,7 +115,7 @@ class Prefilling:
         self._num_decoding = num_decoding
         self._in_flight: InFlight[_Flight] = InFlight()
 
-    async def run(self, request: GenerationRequest, prompt: Prompt, *, timeout_s: float) -> Ready:
+    async def run(self, request: GenerationRequest, prompt: NamedPrompt, *, timeout_s: float) -> Ready:
         """prompt: the request's, named.
 
         Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.
@@ -151,7 +151,7 @@ class Prefilling:
         soon = (found[0].address, found[1]) if found and patience is None else None
         return Ready(work=work, answer=await self._lead(order, work, num_stored or 0, soon))
 
-    async def _num_stored_blocks(self, prompt: Prompt, request_id: str, *, ask: bool) -> int | None:
+    async def _num_stored_blocks(self, prompt: NamedPrompt, request_id: str, *, ask: bool) -> int | None:
         """ask: the store itself, though its events may tell: what was stored this moment is not among them yet."""
         if not ask and self._feed is not None and (known := self._feed.num_leading(prompt.keys)) is not None:
             return known
@@ -196,7 +196,7 @@ class Prefilling:
     ) -> Prefilled | None:
         tried: set[str] = set()
         prompt = order.prompt
-        hint = self._sessions.last(prompt.tenant, order.request.caller.session, Role.PREFILL)
+        hint = self._sessions.last(prompt.tenant, order.request.caller.session, WorkerRole.PREFILL)
         while len(tried) < min(NUM_MOVES_MAX, len(self._workers.workers)):
             with span("place", role="prefill", attempt=len(tried) + 1) as placing:
                 worker = self._workers.place(
@@ -218,11 +218,11 @@ class Prefilling:
                     raise
                 continue
             self._directory.guess(worker.address, prompt.keys)
-            self._sessions.note(prompt.tenant, order.request.caller.session, Role.PREFILL, worker.address)
+            self._sessions.note(prompt.tenant, order.request.caller.session, WorkerRole.PREFILL, worker.address)
             return answer
         return None
 
-    def _own_tokens(self, worker: Worker, prompt: Prompt, work: Work) -> int:
+    def _own_tokens(self, worker: Worker, prompt: NamedPrompt, work: Work) -> int:
         """What the request is to this worker; what it has in memory need not be loaded, or computed if nobody tells."""
         resident = int(self._directory.leading([worker.address], prompt.keys)[0]) * prompt.chain.block_size
         if work.stored_tokens is None:

@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class ReplaySetup:
     """What stays the same while strategies are compared. replay: whether exact replay may be planned."""
 
     sizes: Sizes
@@ -75,7 +75,7 @@ def ideal_hit_tokens(trace: Trace) -> int:
     return total
 
 
-def store_hit_tokens(trace: Trace, setup: Setup) -> int:
+def store_hit_tokens(trace: Trace, setup: ReplaySetup) -> int:
     """Tokens that the same bounded store would spare if window state took no bytes: its own ideal."""
     unit_blocks = trace.unit_tokens // setup.sizes.block_size
     store = SimStore(setup.sizes, setup.limits, unit_blocks=unit_blocks)
@@ -89,7 +89,7 @@ def store_hit_tokens(trace: Trace, setup: Setup) -> int:
     return total
 
 
-def simulate(trace: Trace, strategy: Strategy, setup: Setup, progress: Progress | None = None) -> StrategyResult:
+def simulate(trace: Trace, strategy: Strategy, setup: ReplaySetup, progress: Progress | None = None) -> StrategyResult:
     """Replay the whole trace through `strategy`; `progress` is told how many requests of how many are done."""
     run = _Run(trace, strategy, setup)
     total = len(trace.requests)
@@ -106,7 +106,7 @@ def simulate(trace: Trace, strategy: Strategy, setup: Setup, progress: Progress 
 
 
 class _Run:
-    def __init__(self, trace: Trace, strategy: Strategy, setup: Setup) -> None:
+    def __init__(self, trace: Trace, strategy: Strategy, setup: ReplaySetup) -> None:
         self.trace = trace
         self.strategy = strategy
         self.setup = setup

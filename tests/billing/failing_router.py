@@ -28,7 +28,7 @@ from antefix_billing.ledger import Ledger
 from antefix_billing.ratecard import load_cards
 from antefix_billing.tenants import TenantBook
 from antefix_router.accounting import Accounts
-from antefix_router.generation import Generation, Piece
+from antefix_router.generation import Generation, OutputPiece
 from antefix_router.open_bill import Served
 
 BLOCK_SIZE = 64
@@ -76,7 +76,7 @@ class FailingWorkers:
             if self._chance.random() < FAILURE_RATE / 4:
                 raise Overloaded("the pool has no room")
             sample.emitted.append(number)
-            yield Piece(0, np.array([number], np.uint32))
+            yield OutputPiece(0, np.array([number], np.uint32))
             await asyncio.sleep(0)
         sample.finish_reason = "stop"
 

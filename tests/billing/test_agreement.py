@@ -16,7 +16,7 @@ from antefix.restore_report import RestoreReport
 from antefix.telemetry import MetricsServer, Registry
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.ratecard import load_cards
-from antefix_router.generation import Piece
+from antefix_router.generation import OutputPiece
 from antefix_router.metrics import accounts_metrics
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import make_front, serving
@@ -53,7 +53,7 @@ class Workers:
         )
         for number in range(num_output):
             sample.emitted.append(65 + number % 26)
-            yield Piece(0, np.array([65 + number % 26], np.uint32))
+            yield OutputPiece(0, np.array([65 + number % 26], np.uint32))
             await asyncio.sleep(0)
         if kind == "broken":
             raise Overloaded("the pool has no room")

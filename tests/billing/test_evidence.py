@@ -11,7 +11,7 @@ from antefix.store_files.read_log import USAGE_LOG_FILE
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 PROMPT = Prompt([1] * BLOCK * 4)
@@ -27,7 +27,7 @@ def logged(config, kind):
 
 
 async def test_a_read_is_logged_though_the_service_is_gone_before_it_is_told(config):
-    servicer = KvStoreServicer(Engine(config))
+    servicer = KvStoreServicer(StorageEngine(config))
     server = await rpc.start_server("127.0.0.1:0", lambda s: register(servicer, s), [kvstore_pb2.DESCRIPTOR])
     servicer.engine.put(PROMPT.blocks())
     store = LocalStore(config.dir, server.address)
@@ -39,7 +39,7 @@ async def test_a_read_is_logged_though_the_service_is_gone_before_it_is_told(con
 
 
 def test_what_was_committed_and_not_logged_at_a_crash_is_logged_at_the_next_start(config, monkeypatch):
-    engine = Engine(config)
+    engine = StorageEngine(config)
     engine.put(PROMPT.blocks(2))
     with monkeypatch.context() as patch:
         # The process ends between the commit and the log's line.
@@ -47,12 +47,12 @@ def test_what_was_committed_and_not_logged_at_a_crash_is_logged_at_the_next_star
         engine.put(PROMPT.blocks())
     engine.abandon()
     assert set(logged(config, StoreEventKind.STORED)) == {name.hex() for name in PROMPT.hashes[:2]}
-    Engine(config).close()
+    StorageEngine(config).close()
     assert set(logged(config, StoreEventKind.STORED)) == {name.hex() for name in PROMPT.hashes}
 
 
 def test_without_a_log_readers_are_told_of_none(config, tmp_path):
-    Engine(config).close()
+    StorageEngine(config).close()
     assert (tmp_path / "store" / USAGE_LOG_FILE).exists()
-    Engine(KvStoreConfig(dir=config.dir, budget_bytes=4 << 20)).close()
+    StorageEngine(KvStoreConfig(dir=config.dir, budget_bytes=4 << 20)).close()
     assert not (tmp_path / "store" / USAGE_LOG_FILE).exists()

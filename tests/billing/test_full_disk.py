@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import Unavailable
-from antefix_billing import reserve
+from antefix_billing import ledger_reserve as reserve
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import read_settled, segments_of
 from antefix_billing.reconcile import verify

@@ -17,7 +17,7 @@ from antefix_billing.ledger import Ledger
 from antefix_console.cli import main
 from antefix_console.deployment import DOOR_FILE
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from antefix_router.gateway.dry_run import dry_run
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.user_names import split_user
@@ -41,7 +41,7 @@ def data_dir(tmp_path):
     """As `antefix up` leaves it: an empty store, a secret, the settings of the door."""
     create_secret_file(tmp_path / "secret")
     (tmp_path / DOOR_FILE).write_text(json.dumps({"chat_format": "deepseek-v4", "prefix_rules": ""}))
-    Engine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20)).close()
+    StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20)).close()
     return tmp_path
 
 

@@ -22,7 +22,7 @@ from antefix.window_pool import StoreMemoryPool
 from antefix_console.cli import main
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 SIZE = 64
@@ -38,7 +38,7 @@ class Deployed:
         self.keyring = Keyring.from_file(create_secret_file(directory / "secret"))
         self.now_ms = [time.time_ns() // 1_000_000]
         config = KvStoreConfig(dir=str(directory / "store"), budget_bytes=64 << 20, compression="off")
-        self.store = Engine(config, clock_ms=lambda: self.now_ms[0])
+        self.store = StorageEngine(config, clock_ms=lambda: self.now_ms[0])
         (directory / "tokens.json").write_text(json.dumps([int(token) for token in TOKENS]))
 
     def names(self, tokens=TOKENS, tenant="", kv_format=KVFormat.FP8, exactness="exact", namespace="default"):

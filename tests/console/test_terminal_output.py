@@ -16,7 +16,7 @@ from antefix.text_table import text_table, visible
 from antefix_console import cli
 from antefix_console.progress_line import ProgressLine
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, Prompt
 
 
@@ -53,7 +53,7 @@ def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], t
 def test_inspect_shows_tenant_and_user_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
-    engine = Engine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20))
+    engine = StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20))
     # Records of version 1 have their tenant's name; later ones a digest, which `--tenant` finds the name of.
     for number, whose in enumerate((join_tenant("acme", "ann"), join_tenant("acme", ""), "")):
         block = Prompt([number] * BLOCK).block(0, tenant=whose.encode(), version=1, fingerprint=bytes([number]) * 32)
@@ -120,7 +120,7 @@ def test_without_a_terminal_there_is_no_progress_but_lines_where_asked_for(
 def test_what_takes_long_shows_progress(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Engine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20)).close()
+    StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20)).close()
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)

@@ -18,7 +18,7 @@ from antefix_console.commands import verify as command
 from antefix_console.verify import setups
 from antefix_console.verify.models import PLANS
 from antefix_console.verify.selection import Selection
-from antefix_console.verify.setups import Said, Setup, check_setups
+from antefix_console.verify.setups import ProcessSetup, SetupSaid, check_setups
 from antefix_console.verify.stores import MemoryStore
 from antefix_console.verify.suite import Backend, Suite
 from antefix_console.verify.verdict import Report
@@ -26,7 +26,7 @@ from tests.console.mutations import MUTATIONS, SET_UPS, Mutation
 
 pytestmark = [pytest.mark.services, pytest.mark.slow]
 SEED = 1
-OTHER_PATH = Setup(threads=(1,), variables=(("MKL_CBWR", "COMPATIBLE"),))
+OTHER_PATH = ProcessSetup(threads=(1,), variables=(("MKL_CBWR", "COMPATIBLE"),))
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def answers() -> list[list[Said]]:
+def answers() -> list[list[SetupSaid]]:
     """What a process with another path of the library says; asked once."""
     return asyncio.run(setups._ask(OTHER_PATH))
 
@@ -66,11 +66,11 @@ def run_as(mutation: Mutation, scratch: Path, report: Report) -> None:
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_the_short_form_finds_a_planted_fault(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: list[list[Said]]
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: list[list[SetupSaid]]
 ) -> None:
     mutation, report = MUTATIONS[name], Report()
 
-    async def ask(_: Setup) -> list[list[Said]]:
+    async def ask(_: ProcessSetup) -> list[list[SetupSaid]]:
         return answers
 
     monkeypatch.setattr(setups, "_ask", ask)
@@ -92,9 +92,9 @@ def test_the_document_lists_every_planted_fault() -> None:
 
 @pytest.mark.long
 def test_the_same_parts_find_nothing_where_nothing_is_planted(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: list[list[Said]]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answers: list[list[SetupSaid]]
 ) -> None:
-    async def ask(_: Setup) -> list[list[Said]]:
+    async def ask(_: ProcessSetup) -> list[list[SetupSaid]]:
         return answers
 
     monkeypatch.setattr(setups, "_ask", ask)

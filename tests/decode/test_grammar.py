@@ -12,8 +12,8 @@ from antefix.grammar import Vocabulary
 from antefix.sampling import Sampling
 from antefix.tokenizer import ByteTokenizer, load_tokenizer
 from antefix_decode import grammar as grammars
-from antefix_decode.grammar import Grammars
-from antefix_decode.sampling import Sampler
+from antefix_decode.grammar_state import Grammars
+from antefix_decode.token_choice import Sampler
 from tests.engines import MODEL
 
 WORD = 'start: "yes" | "no" | /[a-f]{4}/ "!"\n'

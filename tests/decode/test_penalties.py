@@ -12,7 +12,7 @@ from antefix.errors import InvalidRequest
 from antefix.sampling import Sampling
 from antefix.wire import sampling_from_wire, sampling_to_wire
 from antefix_decode.penalties import Penalties
-from antefix_decode.sampling import Sampler
+from antefix_decode.token_choice import Sampler
 
 VOCAB = 12
 EOS = {10}

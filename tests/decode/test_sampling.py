@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from antefix.errors import InvalidRequest
 from antefix.sampling import Sampling
-from antefix_decode.sampling import Sampler
+from antefix_decode.token_choice import Sampler
 
 logits_of = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40).map(lambda x: np.array(x, np.float32))
 

@@ -12,10 +12,10 @@ from antefix.tokenizer import load_tokenizer
 from antefix.v1 import decode_pb2
 from antefix.wire import sampling_to_wire, tokens_from_wire, tokens_to_wire
 from antefix_decode.logprobs import Logprobs
-from antefix_decode.sampling import Sampler
 from antefix_decode.scheduler import Running, Scheduler
 from antefix_decode.server import DecodeConfig, DecodeServicer
 from antefix_decode.stopping import Stopper
+from antefix_decode.token_choice import Sampler
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.run_prompt import run_prompt
 from tests.engines import MODEL

@@ -12,11 +12,11 @@ from antefix.grammar import Vocabulary
 from antefix.restore_report import RestoreReport
 from antefix.tokenizer import load_tokenizer
 from antefix.wire import TokenLogprob
-from antefix_decode.grammar import Grammars, Matcher
+from antefix_decode.grammar_state import Grammars, Matcher
 from antefix_decode.penalties import Penalties
-from antefix_decode.sampling import Sampler
 from antefix_decode.stopping import Stopper
-from antefix_router.generation import Piece
+from antefix_decode.token_choice import Sampler
+from antefix_router.generation import OutputPiece
 from tests.gateway.scripted import MODEL
 
 VOCAB_SIZE = 264
@@ -85,6 +85,6 @@ class Obedient:
                 if generation.request.sampling.num_top_logprobs is not None:
                     sample.logprobs += [TokenLogprob(logprob=-float(each)) for each in shown]
                 if shown:
-                    yield Piece(index, np.array(shown, np.uint32))
+                    yield OutputPiece(index, np.array(shown, np.uint32))
                 await asyncio.sleep(0)
             sample.finish_reason = stopper.finish_reason or "stop"

@@ -23,7 +23,7 @@ from antefix_router.answers import RetryConfig
 from antefix_router.front import Front
 from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway_config import GatewayConfig
-from antefix_router.generation import Piece
+from antefix_router.generation import OutputPiece
 from antefix_router.open_bill import Served
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
@@ -72,7 +72,7 @@ class Script:
                     sample.emitted.append(token)
                     if (num_top := request.sampling.num_top_logprobs) is not None:
                         sample.logprobs.append(script_logprob(token, num_top))
-                    yield Piece(index, np.array([token], np.uint32))
+                    yield OutputPiece(index, np.array([token], np.uint32))
                     if sample.is_ended:
                         break
                     await asyncio.sleep(self.pause_s)

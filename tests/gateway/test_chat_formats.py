@@ -13,7 +13,7 @@ from antefix_router.chat.chat_formats import PlainParser
 from antefix_router.chat.choice import choose_format
 from antefix_router.chat.deepseek_v4 import EFFORTS_0731, DeepSeekV4Format
 from antefix_router.chat.dsml import DeepSeekV4Parser
-from antefix_router.chat.messages import Answer, Breakpoint, Conversation, Delta, Effort, Message, Role, ToolCall
+from antefix_router.chat.messages import Answer, Breakpoint, ChatRole, Conversation, Delta, Effort, Message, ToolCall
 from antefix_router.chat.plain import PlainFormat
 from antefix_router.chat.render import render_tokens
 from antefix_router.chat.template import TemplateFormat
@@ -36,19 +36,19 @@ def v4(*messages, **settings):
 
 
 def system(text):
-    return Message(role=Role.SYSTEM, content=text)
+    return Message(role=ChatRole.SYSTEM, content=text)
 
 
 def user(text, **more):
-    return Message(role=Role.USER, content=text, **more)
+    return Message(role=ChatRole.USER, content=text, **more)
 
 
 def assistant(text="", **more):
-    return Message(role=Role.ASSISTANT, content=text, **more)
+    return Message(role=ChatRole.ASSISTANT, content=text, **more)
 
 
 def tool(text, call_id):
-    return Message(role=Role.TOOL, content=text, tool_call_id=call_id)
+    return Message(role=ChatRole.TOOL, content=text, tool_call_id=call_id)
 
 
 def test_v4_thinking_turn():

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antefix.grammar import Vocabulary
-from antefix_decode.grammar import Grammars
+from antefix_decode.grammar_state import Grammars
+from antefix_router.chat.answer_grammar import json_grammar, search_regex
 from antefix_router.chat.deepseek_v4 import DeepSeekV4Format
-from antefix_router.chat.grammar import json_grammar, search_regex
-from antefix_router.chat.messages import Conversation, Effort, Message, Role, ToolRule
+from antefix_router.chat.messages import ChatRole, Conversation, Effort, Message, ToolRule
 from antefix_router.chat.plain import PlainFormat
 from antefix_router.chat.schema import UnusableSchema, UnusableTool
 from antefix_router.gateway.calls import Calls
@@ -46,7 +46,7 @@ def accepts(grammar, text):
 
 
 def asking(tools=(), **settings):
-    return Conversation(messages=(Message(role=Role.USER, content="x"),), tools=tuple(tools), **settings)
+    return Conversation(messages=(Message(role=ChatRole.USER, content="x"),), tools=tuple(tools), **settings)
 
 
 def read(conversation, text):

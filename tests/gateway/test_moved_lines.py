@@ -11,7 +11,7 @@ from antefix.config import ConfigError
 from antefix.tokenizer import load_tokenizer
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.deepseek_v4 import DeepSeekV4Format
-from antefix_router.chat.messages import Breakpoint, Conversation, Effort, Message, Role
+from antefix_router.chat.messages import Breakpoint, ChatRole, Conversation, Effort, Message
 from antefix_router.chat.moved_lines import OFF, SHIPPED, load_rules, move_lines
 from antefix_router.chat.plain import PlainFormat
 from antefix_router.chat.render import render_tokens
@@ -33,7 +33,7 @@ def text_of(tokens):
 
 def system(*parts):
     starts = [sum(map(len, parts[:number])) for number in range(len(parts))]
-    return Message(role=Role.SYSTEM, content="".join(parts), part_starts=tuple(starts))
+    return Message(role=ChatRole.SYSTEM, content="".join(parts), part_starts=tuple(starts))
 
 
 def moved(*messages, rules=SHIPPED):
@@ -41,14 +41,14 @@ def moved(*messages, rules=SHIPPED):
 
 
 def user(text="hi"):
-    return Message(role=Role.USER, content=text)
+    return Message(role=ChatRole.USER, content=text)
 
 
 @pytest.mark.parametrize("parts", [(BY_SESSION, SYSTEM), (BY_SESSION + "\n" + SYSTEM,), (BY_SESSION + "\r\n", SYSTEM)])
 def test_a_block_or_a_first_line_is_moved_and_nothing_else(parts):
     conversation, found = moved(system(*parts), user())
     assert [each.content for each in conversation.messages] == [SYSTEM, BY_SESSION, "hi"] and not conversation.aside
-    assert [each.role for each in conversation.messages] == [Role.SYSTEM, Role.USER, Role.USER]
+    assert [each.role for each in conversation.messages] == [ChatRole.SYSTEM, ChatRole.USER, ChatRole.USER]
     assert [each.rule.name for each in found] == ["anthropic-billing"]
     conversation, found = moved(system(*(part.replace(BY_SESSION, BY_REQUEST) for part in parts)), user())
     assert [each.content for each in conversation.messages] == [SYSTEM, "hi"] and conversation.aside == BY_REQUEST
@@ -214,7 +214,7 @@ def test_a_file_of_another_form_is_refused(tmp_path, text, why):
 
 
 def test_an_answer_that_was_begun_comes_behind_the_line():
-    said = (system(BY_REQUEST, SYSTEM), user(), Message(role=Role.ASSISTANT, content="Well,"))
+    said = (system(BY_REQUEST, SYSTEM), user(), Message(role=ChatRole.ASSISTANT, content="Well,"))
     conversation = Conversation(messages=said, continue_last=True, effort=Effort.NONE)
     for name in ("deepseek-v4", "plain"):
         pieces = FORMATS[name].render(move_lines(conversation, SHIPPED)[0])
@@ -224,7 +224,7 @@ def test_an_answer_that_was_begun_comes_behind_the_line():
 
 def test_asides_of_one_tenant_are_not_another_ones():
     memory, tokenizer = AnswerMemory(), load_tokenizer(MODEL)
-    turn = (user(), Message(role=Role.ASSISTANT, content="Yes."), user("more"))
+    turn = (user(), Message(role=ChatRole.ASSISTANT, content="Yes."), user("more"))
     begun = PlainFormat().render(Conversation(messages=turn[:1], aside="secret"))
     memory.keep_aside(*render_tokens(begun, tokenizer, memory, tenant="a").aside)
     later = PlainFormat().render(Conversation(messages=turn, aside="next"))

@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from antefix_router.chat.answer_memory import AnswerMemory, prefix_state
-from antefix_router.chat.messages import Message, Role
+from antefix_router.chat.messages import ChatRole, Message
 from antefix_router.gateway.written_media import without_media
 from tests.gateway.scripted import Script, make_front, serving
 
@@ -120,7 +120,7 @@ def test_an_answer_without_reasoning_is_itself_before_it_is_one_with():
     memory = AnswerMemory(num_tokens_max=1000)
 
     def said(reasoning):
-        return Message(role=Role.ASSISTANT, content="yes", reasoning=reasoning)
+        return Message(role=ChatRole.ASSISTANT, content="yes", reasoning=reasoning)
 
     def found(reasoning):
         return memory.get(prefix_state("", [7]), said(reasoning))

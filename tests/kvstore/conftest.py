@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import Clock
 
 
@@ -18,13 +18,13 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def open_engine(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., Engine]]:
+def open_engine(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., StorageEngine]]:
     """Opens a store in tmp_path; closes what the test left open."""
-    opened: list[Engine] = []
+    opened: list[StorageEngine] = []
 
-    def opener(**settings: object) -> Engine:
+    def opener(**settings: object) -> StorageEngine:
         config = KvStoreConfig(**{"dir": str(tmp_path / "store"), "budget_bytes": 4 << 20, **settings})  # type: ignore[arg-type]
-        opened.append(Engine(config, clock_ms=clock))
+        opened.append(StorageEngine(config, clock_ms=clock))
         return opened[-1]
 
     yield opener

@@ -19,7 +19,7 @@ from antefix.record import RecordKind
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.index_writer import IndexTxn
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 PROMPTS = [
@@ -101,7 +101,7 @@ def live(directory: Path, seed: int, fatal: int) -> None:
         os.write(log, json.dumps(fact).encode() + b"\n")
 
     config = KvStoreConfig(dir=str(directory / "store"), budget_bytes=BUDGET_BYTES, segment_bytes=SEGMENT_BYTES)
-    engine = Engine(config, disk=FatalDisk(counter))
+    engine = StorageEngine(config, disk=FatalDisk(counter))
     while True:
         action = rng.random()
         prompt = rng.randrange(len(PROMPTS))
@@ -116,12 +116,14 @@ def live(directory: Path, seed: int, fatal: int) -> None:
             engine.space.compact_one(0.0)
         else:
             engine.close()
-            engine = Engine(config, disk=FatalDisk(counter))
+            engine = StorageEngine(config, disk=FatalDisk(counter))
 
 
 def survives(directory: Path) -> str | None:
     """Open what the kills left and check it; returns what is wrong, or None."""
-    engine = Engine(KvStoreConfig(dir=str(directory / "store"), budget_bytes=BUDGET_BYTES, segment_bytes=SEGMENT_BYTES))
+    engine = StorageEngine(
+        KvStoreConfig(dir=str(directory / "store"), budget_bytes=BUDGET_BYTES, segment_bytes=SEGMENT_BYTES)
+    )
     log = directory / "acknowledged"
     facts = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     # An eviction may have taken anything put before it.

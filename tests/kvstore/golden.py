@@ -19,7 +19,7 @@ from antefix.store_files.codec import PlanePart, PlanePlan
 from antefix.store_files.record_format import FORMAT_VERSION
 from antefix.store_files.seal import Seals
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, Prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -58,7 +58,7 @@ def write(target: Path, *, keys_file: str = "", secret_file: str = "") -> None:
             keys_file=keys_file,
             secret_file=secret_file,
         )
-        engine = Engine(config)
+        engine = StorageEngine(config)
         engine.register(CODED.fingerprint, BLOCK, {RecordKind.BLOCK: PLAN})
         tenant = {"tenant": KEYRING.owner("acme"), "labels": Labels(family=Family.V4.code, num_cards=2)}
         seals = Seals(KEYRING)

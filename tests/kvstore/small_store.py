@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from antefix.block import Chain, chain_of
 from antefix.record import OWNER_BYTES, Record, RecordKind
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 
 FINGERPRINT = b"F" * 32
 BLOCK = 8
@@ -56,7 +56,7 @@ class Prompt:
         n = len(self.hashes) if count is None else count
         return [memoryview(bytearray(self.payload_bytes)) for _ in range(n)]
 
-    def check(self, engine: Engine) -> int:
+    def check(self, engine: StorageEngine) -> int:
         """Read all that the store promises of this prompt; every byte must be right. Returns the number of blocks."""
         found = engine.lookup(self.hashes, fingerprint=self.fingerprint)
         into = self.buffers(found.num_blocks)

@@ -12,10 +12,10 @@ import pytest
 from antefix.record import RecordKind
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
-OpenEngine = Callable[..., Engine]
+OpenEngine = Callable[..., StorageEngine]
 MIB = 1 << 20
 
 
@@ -34,7 +34,7 @@ def test_twenty_times_the_budget_ends_inside_it(open_engine: OpenEngine, tmp_pat
     soak(open_engine(budget_bytes=4 * MIB), clock, written_bytes=80 * MIB)
 
 
-def soak(engine: Engine, clock: Clock, *, written_bytes: int) -> None:
+def soak(engine: StorageEngine, clock: Clock, *, written_bytes: int) -> None:
     """Growing conversations, until so much has been written; the directory is measured after every put."""
     rng = random.Random(5)
     written = 0
@@ -130,7 +130,7 @@ class FullDisk(Disk):
 
 def test_a_full_disk_refuses_writes_and_goes_on_reading(tmp_path: Path) -> None:
     disk = FullDisk()
-    engine = Engine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 * MIB), disk=disk)
+    engine = StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 * MIB), disk=disk)
     first, second = Prompt([1] * BLOCK * 3), Prompt([2] * BLOCK * 3)
     engine.put(first.blocks())
     disk.room_bytes = 700

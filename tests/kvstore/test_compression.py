@@ -10,10 +10,10 @@ import numpy as np
 from antefix.record import RecordKind
 from antefix.store_files.codec import PlanePart, PlanePlan
 from antefix_kvstore.compression import Compression, judge
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
-OpenEngine = Callable[..., Engine]
+OpenEngine = Callable[..., StorageEngine]
 PLAN = PlanePlan(parts=(PlanePart(num_rows=64, fields=((96, 1), (64, 2))),))
 
 

@@ -12,10 +12,10 @@ import pytest
 from antefix.record import RecordKind
 from antefix_kvstore.check_store import fsck
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt, owner
 
-OpenEngine = Callable[..., Engine]
+OpenEngine = Callable[..., StorageEngine]
 PROMPT = Prompt(list(range(BLOCK * 6)), payload_bytes=100)
 
 
@@ -147,7 +147,7 @@ def test_a_store_with_any_flipped_byte_in_a_segment_opens(tmp_path: Path, state:
 def flip_and_open(tmp_path: Path, state: str, target: str, *, step: int) -> None:
     directory = tmp_path / "store"
     config = KvStoreConfig(dir=str(directory), budget_bytes=4 << 20)
-    engine = Engine(config)
+    engine = StorageEngine(config)
     engine.put([*PROMPT.blocks(3), PROMPT.checkpoint(1)])
     engine.close() if state == "clean" else engine.abandon()
     saved = tmp_path / "saved"
@@ -158,7 +158,7 @@ def flip_and_open(tmp_path: Path, state: str, target: str, *, step: int) -> None
         shutil.rmtree(directory)
         shutil.copytree(saved, directory)
         flip(path, offset)
-        engine = Engine(config)
+        engine = StorageEngine(config)
         num_good = PROMPT.check(engine)
         checkpoint = engine.read(RecordKind.CHECKPOINT, PROMPT.hashes[1], fingerprint=FINGERPRINT)
         assert checkpoint in (None, PROMPT.payload(1, RecordKind.CHECKPOINT))
@@ -234,7 +234,7 @@ def test_every_table_of_an_index_is_compared_with_its_entries(
 def flip_index(tmp_path: Path, state: str, *, step: int) -> None:
     directory = tmp_path / "store"
     config = KvStoreConfig(dir=str(directory), budget_bytes=4 << 20)
-    engine = Engine(config)
+    engine = StorageEngine(config)
     engine.put([*PROMPT.blocks(3), PROMPT.checkpoint(1)])
     engine.close() if state == "clean" else engine.abandon()
     saved = tmp_path / "saved"
@@ -244,7 +244,7 @@ def flip_index(tmp_path: Path, state: str, *, step: int) -> None:
         shutil.rmtree(directory)
         shutil.copytree(saved, directory)
         flip(data, offset)
-        engine = Engine(config)
+        engine = StorageEngine(config)
         # The segments are whole, so nothing is lost: the index is used as it is, or rebuilt.
         assert PROMPT.check(engine) == 3, offset
         engine.abandon()

@@ -16,7 +16,7 @@ from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind
 from antefix.store_files import codec
 from antefix_kvstore.embedded_store import EmbeddedStore
 from antefix_kvstore.group_commit import GroupCommitter
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
 
 PROMPT = Prompt(list(range(BLOCK * 6)))
@@ -144,7 +144,7 @@ async def test_a_payload_that_does_not_fit_its_layout_is_refused(tmp_path: Path,
             await store.put([wrong])
 
 
-async def test_a_put_that_is_refused_does_not_fail_its_neighbours(open_engine: Callable[..., Engine]) -> None:
+async def test_a_put_that_is_refused_does_not_fail_its_neighbours(open_engine: Callable[..., StorageEngine]) -> None:
     engine = open_engine()
     engine.register(FINGERPRINT, BLOCK, {RecordKind.BLOCK: THREE_HUNDRED})
     writer = GroupCommitter(engine)

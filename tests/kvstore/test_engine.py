@@ -11,10 +11,10 @@ from antefix.block import Labels
 from antefix.errors import ConfigError, InvalidRequest
 from antefix.record import RecordKind
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
-OpenEngine = Callable[..., Engine]
+OpenEngine = Callable[..., StorageEngine]
 PROMPT = Prompt(list(range(BLOCK * 20)))
 
 
@@ -127,7 +127,7 @@ def test_a_second_writer_is_refused(open_engine: OpenEngine, tmp_path: Path) -> 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear reader")
     with pytest.raises(ConfigError, match="not an Antefix store"):
-        Engine(KvStoreConfig(dir=str(tmp_path)))
+        StorageEngine(KvStoreConfig(dir=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
 
 
@@ -170,7 +170,7 @@ def test_a_new_stores_directory_is_its_owners_alone(tmp_path: Path, made_before:
     directory = tmp_path / "store"
     if made_before:
         directory.mkdir(mode=0o750)  # whoever made it has decided
-    Engine(KvStoreConfig(dir=str(directory), budget_bytes=64 << 20)).close()
+    StorageEngine(KvStoreConfig(dir=str(directory), budget_bytes=64 << 20)).close()
     assert directory.stat().st_mode & 0o777 == (0o750 if made_before else 0o700)
 
 
@@ -178,4 +178,4 @@ def test_a_store_where_none_can_be_says_so(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear reader")
     for place in (tmp_path / "letter.txt", tmp_path / "letter.txt" / "store"):
         with pytest.raises(ConfigError, match=r"cannot be used as a store.*nothing in it was changed"):
-            Engine(KvStoreConfig(dir=str(place), budget_bytes=64 << 20))
+            StorageEngine(KvStoreConfig(dir=str(place), budget_bytes=64 << 20))

@@ -13,10 +13,10 @@ from antefix.record import RecordKind
 from antefix.store_files.hit_log import StoreEventKind as LoggedKind
 from antefix.store_files.hit_log import read_store_log
 from antefix_kvstore import event_log as events
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
-OpenEngine = Callable[..., Engine]
+OpenEngine = Callable[..., StorageEngine]
 
 
 class Follower:
@@ -36,7 +36,7 @@ class Follower:
             self.known -= names
 
 
-def stored(engine: Engine, prompts: list[Prompt]) -> set[tuple[RecordKind, bytes]]:
+def stored(engine: StorageEngine, prompts: list[Prompt]) -> set[tuple[RecordKind, bytes]]:
     return {
         (kind, h)
         for prompt in prompts

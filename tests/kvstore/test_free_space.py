@@ -11,7 +11,7 @@ from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.free_space import FreeSpace, fit_to_disk
 from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, Prompt
 from tests.small_disk import fill, free_bytes, small_disk
 
@@ -67,7 +67,7 @@ def test_puts_stop_before_the_disk_is_full_and_go_on_when_it_is_not(tmp_path, ca
     caplog.set_level(logging.WARNING)
     disk = Disk(free=500 * MIB)
     free = FreeSpace(tmp_path, statvfs=disk.statvfs)
-    engine = Engine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 * MIB), free=free)
+    engine = StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 * MIB), free=free)
     assert engine.put(prompt(1).blocks()).num_stored == 3
     disk.free = free.margin_bytes // 2
     for number in (2, 3):
@@ -91,7 +91,7 @@ def test_the_limit_follows_a_neighbour_that_grows_slowly(tmp_path):
     """As a ledger does: old records make room for new ones, and the margin stays."""
     disk = Disk(free=30 * MIB, total=32 * MIB)
     free = FreeSpace(tmp_path, statvfs=disk.statvfs)
-    engine = Engine(
+    engine = StorageEngine(
         KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 * MIB, segment_bytes=256 << 10), free=free
     )
     for number in range(200):
@@ -110,7 +110,7 @@ def test_the_limit_follows_a_neighbour_that_grows_slowly(tmp_path):
 def test_hits_are_answered_at_every_fill_level_and_over_restarts(disk, but):
     """A store, its log and a neighbour on one file system of 24 MiB, which the neighbour fills up to some bytes."""
     config = fit_to_disk(KvStoreConfig(dir=str(disk / "store"), usage_log_dir=str(disk / "log"), budget_bytes=64 << 30))
-    engine = Engine(config)
+    engine = StorageEngine(config)
     writer = GroupCommitter(engine)
     assert writer.submit(prompt(1).blocks()).result(10).num_stored == 3
     fill(disk / "ballast", but=but)
@@ -120,7 +120,7 @@ def test_hits_are_answered_at_every_fill_level_and_over_restarts(disk, but):
         engine.maintain()
     writer.stop()
     engine.close()
-    engine = Engine(fit_to_disk(config))
+    engine = StorageEngine(fit_to_disk(config))
     assert prompt(1).check(engine) == 3
     (disk / "ballast").unlink()
     engine.maintain()
@@ -129,7 +129,7 @@ def test_hits_are_answered_at_every_fill_level_and_over_restarts(disk, but):
 
 
 def test_a_store_alone_on_a_disk_that_is_smaller_than_its_budget_replaces_and_leaves_the_margin(disk):
-    engine = Engine(fit_to_disk(KvStoreConfig(dir=str(disk / "store"), budget_bytes=64 << 30)))
+    engine = StorageEngine(fit_to_disk(KvStoreConfig(dir=str(disk / "store"), budget_bytes=64 << 30)))
     for number in range(600):
         assert engine.put(prompt(number).blocks()).num_stored == 3, number
         if not number % 10:

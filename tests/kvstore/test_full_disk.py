@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, Prompt
 
 pytestmark = pytest.mark.services
@@ -34,7 +34,7 @@ def small_filesystem(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_file_system_refuses_writes_and_goes_on_reading(small_filesystem: Path) -> None:
     # The budget is a promise about our own files; here something else fills the disk under us.
     config = KvStoreConfig(dir=str(small_filesystem / "store"), budget_bytes=64 << 20)
-    engine = Engine(config)
+    engine = StorageEngine(config)
     first = Prompt([1] * BLOCK * 20, payload_bytes=50_000)
     assert engine.put(first.blocks()).num_stored == 20
     # 1. Another file takes what is left.
@@ -54,20 +54,20 @@ def test_a_full_file_system_refuses_writes_and_goes_on_reading(small_filesystem:
     assert engine.put(second.blocks()).num_stored == 20
     assert (first.check(engine), second.check(engine)) == (20, 20)
     engine.close()
-    engine = Engine(config)
+    engine = StorageEngine(config)
     assert (first.check(engine), second.check(engine)) == (20, 20)
     engine.close()
 
 
 def test_a_store_fills_a_file_system_and_stays_sound(small_filesystem: Path) -> None:
     """No budget worth the name: every put until the disk is full, in small steps, so that the end falls anywhere."""
-    engine = Engine(KvStoreConfig(dir=str(small_filesystem / "store"), budget_bytes=64 << 20))
+    engine = StorageEngine(KvStoreConfig(dir=str(small_filesystem / "store"), budget_bytes=64 << 20))
     prompts = [Prompt([n] * BLOCK * 3, payload_bytes=20_011) for n in range(200)]
     stored = [engine.put(prompt.blocks()).num_stored for prompt in prompts]
     assert 0 < sum(stored) < 600
     assert [prompt.check(engine) for prompt in prompts] == stored
     engine.abandon()
-    engine = Engine(KvStoreConfig(dir=str(small_filesystem / "store"), budget_bytes=6 << 20))
+    engine = StorageEngine(KvStoreConfig(dir=str(small_filesystem / "store"), budget_bytes=6 << 20))
     assert [prompt.check(engine) for prompt in prompts] == stored
     # With a budget that the disk can hold, the next put evicts and fits.
     fresh = Prompt([500] * BLOCK * 3, payload_bytes=20_011)

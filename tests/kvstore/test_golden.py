@@ -17,7 +17,7 @@ from antefix.store_files.seal import Seals
 from antefix.store_files.segment_reader import StoreReader
 from antefix_kvstore import check_store as fsck
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.golden import CODED, GOLDEN, KEYRING, KEYS, RAW, SECRET
 
 
@@ -39,7 +39,7 @@ def test_a_golden_store_opens(tmp_path: Path, version: int, index: str, variant:
     config = KvStoreConfig(
         dir=str(store), budget_bytes=1 << 20, keys_file=str(keys) if variant else "", secret_file=str(secret)
     )
-    engine = Engine(config)
+    engine = StorageEngine(config)
     assert (RAW.check(engine), CODED.check(engine)) == (5, 3)
     found = engine.lookup(RAW.hashes, fingerprint=RAW.fingerprint)
     assert (found.checkpoints, found.block_bytes) == ((5,), 5 * 333)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from antefix.record import Fate, RecordKind
 from antefix.store_files.gone_blocks import GONE_FILE, SLOT_BYTES, GoneWriter, fate_of, remembered
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
-OpenEngine = Callable[..., Engine]
+OpenEngine = Callable[..., StorageEngine]
 OTHER = b"G" * 32
 
 
-def fates(engine: Engine, prompt: Prompt, *, fingerprint: bytes = FINGERPRINT) -> list[Fate]:
+def fates(engine: StorageEngine, prompt: Prompt, *, fingerprint: bytes = FINGERPRINT) -> list[Fate]:
     directory, now_ms = Path(engine.config.dir), engine.clock_ms()
     found = [fate_of(directory, engine.index, h, fingerprint=fingerprint, now_ms=now_ms) for h in prompt.hashes]
     return [each.fate for each in found]

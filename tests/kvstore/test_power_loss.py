@@ -10,7 +10,7 @@ import pytest
 
 from antefix.record import RecordKind
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.power_loss import PowerLossDisk
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
@@ -58,7 +58,7 @@ def life(directory: Path, rng: random.Random, acknowledged: dict[int, int], inde
     config = KvStoreConfig(dir=str(directory / "store"), budget_bytes=4 << 20, segment_bytes=64 << 10)
     engine = None
     try:
-        engine = Engine(config, disk=disk)
+        engine = StorageEngine(config, disk=disk)
         # Bounded: once everything is stored, a put writes nothing and the disk never gets to its last operation.
         for _ in range(60):
             number, count = rng.randrange(len(PROMPTS)), rng.randrange(1, 9)
@@ -86,7 +86,7 @@ def life(directory: Path, rng: random.Random, acknowledged: dict[int, int], inde
 
 def check(directory: Path, acknowledged: dict[int, int]) -> None:
     config = KvStoreConfig(dir=str(directory / "store"), budget_bytes=4 << 20, segment_bytes=64 << 10)
-    engine = Engine(config)
+    engine = StorageEngine(config)
     for number, prompt in enumerate(PROMPTS):
         num_good = prompt.check(engine)
         assert num_good >= acknowledged[number], f"prompt {number}"

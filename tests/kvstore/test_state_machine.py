@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from antefix.record import RecordKind
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 # Prompts that share prefixes of different lengths, so that chains fork.
@@ -39,7 +39,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         config = KvStoreConfig(dir=str(self.directory / "store"), budget_bytes=self.budget_bytes)
-        self.engine = Engine(config, clock_ms=self.clock)
+        self.engine = StorageEngine(config, clock_ms=self.clock)
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import ConfigError
-from antefix.record import Reason, RecordKind
+from antefix.record import RecordKind, RefusalReason
 from antefix.secret import Keyring
 from antefix.store_files.encryption import KeyRing
 from antefix.store_files.owners import Owners
@@ -18,11 +18,11 @@ from antefix.store_files.record_header import owner_row
 from antefix.store_files.segment_reader import StoreReader
 from antefix_kvstore.index_check import content_fault
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from antefix_kvstore.tenant_quota import Quotas
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
-OpenEngine = Callable[..., Engine]
+OpenEngine = Callable[..., StorageEngine]
 
 
 KEYRING = Keyring(b"s" * 32, generation=2, older={1: b"o" * 32})
@@ -72,7 +72,7 @@ def test_a_tenant_over_its_quota_evicts_its_own(
     too_long = Prompt([8] * BLOCK * 11, payload_bytes=1000)
     result = engine.put(blocks_of(too_long, "small", version))
     assert set(result.refused) == set(too_long.hashes)
-    assert {refusal.reason for refusal in result.refused.values()} == {Reason.QUOTA}
+    assert {refusal.reason for refusal in result.refused.values()} == {RefusalReason.QUOTA}
     assert others.check(engine) == 10
 
 
@@ -112,7 +112,7 @@ def test_a_tenant_cannot_pin_or_evict_anothers(open_engine: OpenEngine, version:
     assert engine.evict(names, owner=row("a", version)) == 2
 
 
-def names_in(engine: Engine) -> dict[int, bytes]:
+def names_in(engine: StorageEngine) -> dict[int, bytes]:
     """The owners that the index knows, which must agree with every other table."""
     assert content_fault(engine.index) is None
     with engine.index.txn() as txn:
@@ -196,7 +196,7 @@ def test_nothing_in_clear_reaches_an_encrypted_store(
     raw = b"".join(path.read_bytes() for path in (tmp_path / "store" / "segments").iterdir())
     assert all(prompt.payload(i)[64:128] not in raw for i in range(3))
     refused = engine.put(blocks_of(Prompt([2] * BLOCK), "nobody", version)).refused
-    assert {refusal.reason for refusal in refused.values()} == {Reason.NO_KEY}
+    assert {refusal.reason for refusal in refused.values()} == {RefusalReason.NO_KEY}
 
 
 def test_dropping_a_key_drops_the_tenants_data(

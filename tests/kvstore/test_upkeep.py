@@ -13,10 +13,10 @@ from antefix.record import RecordKind
 from antefix_kvstore import check_store as fsck
 from antefix_kvstore import describe_store as inspect
 from antefix_kvstore.scrubber import Scrubber
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
-OpenEngine = Callable[..., Engine]
+OpenEngine = Callable[..., StorageEngine]
 PROMPT = Prompt(list(range(BLOCK * 6)))
 
 

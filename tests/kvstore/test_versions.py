@@ -31,14 +31,14 @@ from antefix_kvstore import check_store, describe_store
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.server import KvStoreServicer, register
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.golden import CODED, GOLDEN, RAW
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 KEYRING = Keyring(b"s" * 32, generation=7)
 NEW = Prompt([5] * BLOCK * 4, payload_bytes=3000)
 OLD = Prompt([6] * BLOCK * 4, payload_bytes=3000, version=1)
-OpenEngine = Callable[..., Engine]
+OpenEngine = Callable[..., StorageEngine]
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def v1_store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def versions(engine: Engine) -> list[tuple[int, int]]:
+def versions(engine: StorageEngine) -> list[tuple[int, int]]:
     """Of each segment that has records, and of its records: the sum over all."""
     found = []
     for number in sorted(engine.segments.sizes):
@@ -61,7 +61,7 @@ def versions(engine: Engine) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("ending", ["closed", "killed", "index lost"])
 def test_a_store_of_version_1_goes_on_as_version_2(v1_store: Path, ending: str) -> None:
     config = KvStoreConfig(dir=str(v1_store), budget_bytes=1 << 20)
-    engine = Engine(config)
+    engine = StorageEngine(config)
     engine.segments.roll(engine.clock_ms())
     engine.put([*NEW.blocks(), NEW.checkpoint(3)])
     engine.put(OLD.blocks())
@@ -70,7 +70,7 @@ def test_a_store_of_version_1_goes_on_as_version_2(v1_store: Path, ending: str) 
     assert unpack_identity((v1_store / "STORE").read_bytes()).version == FORMAT_VERSION
     if ending == "index lost":
         shutil.rmtree(v1_store / "index")
-    engine = Engine(config)
+    engine = StorageEngine(config)
     assert [prompt.check(engine) for prompt in (RAW, CODED, NEW, OLD)] == [5, 3, 4, 4]
     assert engine.lookup(RAW.hashes, fingerprint=RAW.fingerprint).checkpoints == (5,)
     assert Scrubber(engine, 1 << 30).scrub() == 0
@@ -80,12 +80,12 @@ def test_a_store_of_version_1_goes_on_as_version_2(v1_store: Path, ending: str) 
 
 def test_a_store_whose_identity_is_lost_is_of_its_newest_segments_version(v1_store: Path) -> None:
     config = KvStoreConfig(dir=str(v1_store), budget_bytes=1 << 20)
-    engine = Engine(config)
+    engine = StorageEngine(config)
     engine.segments.roll(engine.clock_ms())
     engine.put(NEW.blocks())
     engine.close()
     (v1_store / "STORE").unlink()
-    engine = Engine(config)
+    engine = StorageEngine(config)
     assert (engine.identity.version, RAW.check(engine), NEW.check(engine)) == (2, 5, 4)
     engine.close()
 
@@ -126,7 +126,7 @@ def test_version_1_expires_as_it_would_have(open_engine: OpenEngine, clock: Cloc
 
 @pytest.mark.parametrize(("record_format", "plain"), [(0, []), (1, ["old"]), (2, ["old", "new"]), (3, [])])
 async def test_a_caller_is_sent_plain_what_it_can_check(tmp_path: Path, record_format: int, plain: list[str]) -> None:
-    servicer = KvStoreServicer(Engine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20)))
+    servicer = KvStoreServicer(StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20)))
     server = await rpc.start_server("127.0.0.1:0", lambda target: register(servicer, target), [kvstore_pb2.DESCRIPTOR])
     store = RemoteStore(server.address)
     await store.put([*NEW.blocks(), *OLD.blocks()])
@@ -153,7 +153,7 @@ async def test_a_caller_is_sent_plain_what_it_can_check(tmp_path: Path, record_f
 
 async def test_a_caller_of_version_1_puts_pins_and_evicts_by_name(tmp_path: Path) -> None:
     """Its messages as they were: a name, and neither owner nor seal."""
-    engine = Engine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20))
+    engine = StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20))
     servicer = KvStoreServicer(engine)
     server = await rpc.start_server("127.0.0.1:0", lambda target: register(servicer, target), [kvstore_pb2.DESCRIPTOR])
     store = RemoteStore(server.address)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from antefix import rpc
-from antefix.record import Reason, Record, RecordKind
+from antefix.record import Record, RecordKind, RefusalReason
 from antefix.secret import Keyring
 from antefix.store.client import LocalStore, RemoteStore
 from antefix.store_files.seal import Seals
@@ -248,7 +248,7 @@ async def test_a_machine_with_other_arithmetic_says_so(worker):
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({"tenant_quota_bytes": 1}, Reason.QUOTA), ({"segment_bytes": 64 << 10}, Reason.INVALID)],
+    [({"tenant_quota_bytes": 1}, RefusalReason.QUOTA), ({"segment_bytes": 64 << 10}, RefusalReason.INVALID)],
     ids=["quota", "too large"],
 )
 async def test_a_write_that_cannot_succeed_is_counted_by_reason(make_engine, tmp_path, settings, reason):
@@ -259,10 +259,10 @@ async def test_a_write_that_cannot_succeed_is_counted_by_reason(make_engine, tmp
     try:
         report = (await run(engine, "acme")).report
         # Of this model only checkpoints are too large for such a store.
-        assert report.written_tokens == (0 if reason is Reason.QUOTA else WHOLE)
+        assert report.written_tokens == (0 if reason is RefusalReason.QUOTA else WHOLE)
         counters = engine.counters
         assert counters.refused_by_reason[reason] > 0 and counters.last_refusal
-        assert bool(counters.num_hopeless) == (reason is Reason.INVALID)
+        assert bool(counters.num_hopeless) == (reason is RefusalReason.INVALID)
     finally:
         await store.close()
         await service.stop()

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from antefix.errors import InvalidRequest
-from antefix.record import PutResult, Reason, Record, RecordKind, Refusal
+from antefix.record import PutResult, Record, RecordKind, Refusal, RefusalReason
 from antefix_prefill.record_writer import PENDING_BYTES_MAX, RecordWriter
 from antefix_prefill.worker.store_counters import StoreCounters
 
@@ -47,7 +47,7 @@ class Refusing:
     ("outcome", "error"),
     [
         (InvalidRequest("a name is too long"), "InvalidRequest: a name is too long"),
-        (Refusal(Reason.FULL, "the store is full: no room"), "the store is full: no room"),
+        (Refusal(RefusalReason.FULL, "the store is full: no room"), "the store is full: no room"),
     ],
 )
 async def test_why_something_was_not_stored_is_kept_for_the_record(outcome, error):

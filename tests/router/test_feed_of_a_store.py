@@ -10,7 +10,7 @@ from antefix.store.client import RemoteStore
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from antefix_router.placement.directory import keys_of
 from antefix_router.placement.store_feed import StoreFeed
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
@@ -19,7 +19,7 @@ PROMPTS = [Prompt([number] * BLOCK * 5) for number in range(4)]
 
 
 async def serve(directory, address="127.0.0.1:0"):
-    servicer = KvStoreServicer(Engine(KvStoreConfig(dir=str(directory), budget_bytes=256 << 20)))
+    servicer = KvStoreServicer(StorageEngine(KvStoreConfig(dir=str(directory), budget_bytes=256 << 20)))
     server = await rpc.start_server(address, lambda target: register(servicer, target), [kvstore_pb2.DESCRIPTOR])
     return servicer, server
 

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.numbered_log import Batch, Cursor, snapshot_batches
 from antefix.secret import Keyring
-from antefix_router.naming import Names
+from antefix_router.naming import PromptNames
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFollower
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.work import cached_tokens, own_work
-from antefix_router.placement.workers import Role, Workers, loads_of
+from antefix_router.placement.workers import WorkerRole, Workers, loads_of
 from tests.router.memory_worker import Memory
 
 ADDRESSES = [f"127.0.0.1:{port}" for port in range(7001, 7005)]
 FINGERPRINT = b"f" * 32
 BLOCK = 64
-NAMES = Names(fingerprint=FINGERPRINT, keyring=Keyring(b"s" * 32), block_size=BLOCK)
+NAMES = PromptNames(fingerprint=FINGERPRINT, keyring=Keyring(b"s" * 32), block_size=BLOCK)
 HOT = np.arange(100 * BLOCK, dtype=np.uint32)
 
 
@@ -31,7 +31,7 @@ class Router:
     """Placement as the router does it, with requests that run for as long as their `with` block."""
 
     def __init__(self, *, stored=True):
-        self.workers = Workers(Role.PREFILL, make_policy("least_work"), ADDRESSES)
+        self.workers = Workers(WorkerRole.PREFILL, make_policy("least_work"), ADDRESSES)
         self.directory = Directory()
         self.stored = stored
 
@@ -106,17 +106,17 @@ def test_a_hint_decides_between_equals_and_never_against_load():
 
 def test_sessions_belong_to_tenants_and_roles_and_are_bounded():
     sessions = Sessions(num_max=3)
-    sessions.note("t", "s", Role.PREFILL, "a")
-    assert sessions.last("t", "s", Role.PREFILL) == "a"
-    assert not any((sessions.last("t", "s", Role.DECODE), sessions.last("u", "s", Role.PREFILL)))
-    assert sessions.last("", "ts", Role.PREFILL) == sessions.last("ts", "", Role.PREFILL) == ""
-    sessions.note("t", "", Role.PREFILL, "a")
+    sessions.note("t", "s", WorkerRole.PREFILL, "a")
+    assert sessions.last("t", "s", WorkerRole.PREFILL) == "a"
+    assert not any((sessions.last("t", "s", WorkerRole.DECODE), sessions.last("u", "s", WorkerRole.PREFILL)))
+    assert sessions.last("", "ts", WorkerRole.PREFILL) == sessions.last("ts", "", WorkerRole.PREFILL) == ""
+    sessions.note("t", "", WorkerRole.PREFILL, "a")
     assert len(sessions) == 1
     for number in range(5):
-        sessions.note("t", f"s{number}", Role.PREFILL, "b")
-        sessions.note("t", "s", Role.PREFILL, "c")
-    assert len(sessions) == 3 and sessions.last("t", "s", Role.PREFILL) == "c"
-    assert sessions.last("t", "s0", Role.PREFILL) == ""
+        sessions.note("t", f"s{number}", WorkerRole.PREFILL, "b")
+        sessions.note("t", "s", WorkerRole.PREFILL, "c")
+    assert len(sessions) == 3 and sessions.last("t", "s", WorkerRole.PREFILL) == "c"
+    assert sessions.last("t", "s0", WorkerRole.PREFILL) == ""
 
 
 @given(
@@ -155,7 +155,7 @@ def test_what_the_store_does_not_have_is_never_promised_whatever_workers_say(ste
             directory.placed(ADDRESSES[who], prompt.keys[:count])
         known = None if what == "lose the store" else store_feed.num_leading(prompt.keys)
         work = prompt.work(known)
-        workers = Workers(Role.PREFILL, make_policy("least_work"), ADDRESSES).workers
+        workers = Workers(WorkerRole.PREFILL, make_policy("least_work"), ADDRESSES).workers
         loads = loads_of(workers, directory.leading(ADDRESSES, prompt.keys) * BLOCK, 0.0)
         if known is not None:
             assert known == stored

@@ -10,7 +10,7 @@ from antefix.secret import create_secret_file
 from antefix.store.client import RemoteStore
 from antefix.tokenizer import load_tokenizer
 from antefix_router.assembly import Router
-from antefix_router.keeper import BreakpointPins
+from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.router_config import RouterConfig
 from tests.redis_servers import until
 from tests.router.test_feed_of_a_store import serve

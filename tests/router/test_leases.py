@@ -15,7 +15,7 @@ from antefix_router.health import HealthWatch
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
 from antefix_router.placement.policy import make_policy
-from antefix_router.placement.workers import Role, Workers
+from antefix_router.placement.workers import WorkerRole, Workers
 
 FINGERPRINT = b"f" * 32
 ADDRESS = "127.0.0.1:7001"
@@ -23,7 +23,7 @@ ADDRESS = "127.0.0.1:7001"
 
 @pytest.fixture
 def fleet():
-    prefill, decode = (Workers(role, make_policy("least_work"), ["127.0.0.1:9"]) for role in Role)
+    prefill, decode = (Workers(role, make_policy("least_work"), ["127.0.0.1:9"]) for role in WorkerRole)
     directory = Directory()
     return Leases(prefill, decode, directory, fingerprint=FINGERPRINT), prefill, decode, directory
 
@@ -129,7 +129,7 @@ async def test_a_worker_that_drains_is_known_to_and_one_that_died_has_forgotten(
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     address = f"127.0.0.1:{port}"
-    workers, directory = Workers(Role.PREFILL, make_policy("least_work"), [address]), Directory()
+    workers, directory = Workers(WorkerRole.PREFILL, make_policy("least_work"), [address]), Directory()
     watch, worker = HealthWatch(directory), workers.workers[0]
     watch.follow((workers,))
     try:

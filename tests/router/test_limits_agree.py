@@ -23,11 +23,11 @@ from antefix_billing.receipt import Signer, check_receipt
 from antefix_billing.tenants import CONTROL
 from antefix_billing.usage_record import Status, request_key
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from antefix_router.front import REQUEST_ID_BYTES_MAX, TENANT_BYTES_MAX, cache_tenant
 from antefix_router.gateway.text_check import is_text
 from antefix_router.placement.sessions import Sessions
-from antefix_router.placement.workers import Role
+from antefix_router.placement.workers import WorkerRole
 from tests.gateway.scripted import Script, make_front, serving
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
@@ -85,12 +85,12 @@ async def _through_the_bill(directory, tenant, user, session, request_id):
     ledger.close()
     # The hint is kept where placement looks for it.
     hints = Sessions()
-    hints.note(cache_tenant(tenant, user), session, Role.DECODE, "a:1")
-    assert hints.last(cache_tenant(tenant, user), session, Role.DECODE) == ("a:1" if session else "")
+    hints.note(cache_tenant(tenant, user), session, WorkerRole.DECODE, "a:1")
+    assert hints.last(cache_tenant(tenant, user), session, WorkerRole.DECODE) == ("a:1" if session else "")
 
 
 async def _through_the_store(directory, url, tenant):
-    engine = Engine(KvStoreConfig(dir=str(directory / "store"), budget_bytes=4 << 20))
+    engine = StorageEngine(KvStoreConfig(dir=str(directory / "store"), budget_bytes=4 << 20))
     seals, owner, prompt = Seals(KEYRING), KEYRING.owner(tenant), Prompt(TOKENS)
     prompt.chain = type(prompt.chain)(FINGERPRINT, KEYRING.key(tenant), BLOCK)
     prompt.hashes = prompt.chain.extend(TOKENS)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from antefix.block import chain_of
 from antefix.secret import Keyring
 from antefix_router import naming
-from antefix_router.naming import Names
+from antefix_router.naming import PromptNames
 
 FINGERPRINT = b"f" * 32
 KEYRING = Keyring(b"s" * 32)
@@ -16,7 +16,7 @@ KEYRING = Keyring(b"s" * 32)
 
 @pytest.fixture
 def names():
-    return Names(fingerprint=FINGERPRINT, keyring=KEYRING, block_size=4)
+    return PromptNames(fingerprint=FINGERPRINT, keyring=KEYRING, block_size=4)
 
 
 def hashes(tenant, tokens):
@@ -29,7 +29,7 @@ def hashes(tenant, tokens):
     )
 )
 def test_every_prompt_gets_its_own_names_whatever_came_before(turns):
-    names = Names(fingerprint=FINGERPRINT, keyring=KEYRING, block_size=4)
+    names = PromptNames(fingerprint=FINGERPRINT, keyring=KEYRING, block_size=4)
     for tenant, common, rest, filler in turns:
         tokens = np.array([1] * common + [filler] * rest, np.uint32)
         assert names.prompt(tenant, tokens).chain.hashes == hashes(tenant, tokens)

@@ -12,7 +12,7 @@ from antefix_router.placement.backlog import Backlog
 from antefix_router.placement.directory import Directory, keys_of
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.work import Work
-from antefix_router.placement.workers import Role, Workers
+from antefix_router.placement.workers import WorkerRole, Workers
 
 ADDRESSES = [f"127.0.0.1:{port}" for port in range(7001, 7009)]
 
@@ -31,7 +31,7 @@ def workers_of(role, addresses):
 
 @given(failures=st.lists(st.sampled_from([None, Unavailable, ValueError, KeyboardInterrupt]), max_size=30))
 def test_load_is_given_back_however_a_request_ends(failures):
-    workers = workers_of(Role.PREFILL, ADDRESSES[:2])
+    workers = workers_of(WorkerRole.PREFILL, ADDRESSES[:2])
     for kind in failures:
         worker = workers.place(work(), Directory(), [key("x")], 64, frozenset())
         try:
@@ -47,13 +47,13 @@ def test_load_is_given_back_however_a_request_ends(failures):
 
 
 def test_with_nobody_left_placement_says_so():
-    workers = workers_of(Role.DECODE, ADDRESSES[:1])
+    workers = workers_of(WorkerRole.DECODE, ADDRESSES[:1])
     with pytest.raises(Unavailable):
         workers.place(work(), Directory(), [], 64, frozenset(ADDRESSES))
 
 
 def test_a_worker_that_failed_or_drains_is_taken_only_where_there_is_no_other():
-    workers = workers_of(Role.PREFILL, ADDRESSES[:2])
+    workers = workers_of(WorkerRole.PREFILL, ADDRESSES[:2])
     first, second = workers.workers
     with pytest.raises(Unavailable), workers.load(first, 10):
         raise Unavailable("gone")

@@ -13,14 +13,14 @@ from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.secret import Keyring
 from antefix_router import inflight
-from antefix_router.naming import Names
+from antefix_router.naming import PromptNames
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.policy import make_policy
-from antefix_router.placement.workers import Role, Workers
+from antefix_router.placement.workers import WorkerRole, Workers
 from antefix_router.prefilling import Limits, Prefilling
 
 FINGERPRINT = b"f" * 32
-NAMES = Names(fingerprint=FINGERPRINT, keyring=Keyring(b"s" * 32), block_size=4)
+NAMES = PromptNames(fingerprint=FINGERPRINT, keyring=Keyring(b"s" * 32), block_size=4)
 TOKENS = np.arange(403, dtype=np.uint32)
 
 
@@ -60,7 +60,9 @@ class FakePrefill(PrefillClient):
 
 def build(num_workers=1, **limits):
     store = FakeStore()
-    workers = Workers(Role.PREFILL, make_policy("least_work"), [f"127.0.0.1:{7001 + i}" for i in range(num_workers)])
+    workers = Workers(
+        WorkerRole.PREFILL, make_policy("least_work"), [f"127.0.0.1:{7001 + i}" for i in range(num_workers)]
+    )
     clients = []
     for worker in workers.workers:
         worker.client = FakePrefill(worker.address, store)

@@ -24,8 +24,8 @@ _CALLERS_FAULTS = {
     ("antefix/model/runner.py", "_check_item"): "token ids and lengths are the request's",
     ("prefill/antefix_prefill/worker/engine.py", "check_prompt"): "the request's size and token ids",
     ("decode/antefix_decode/server.py", "_prompt"): "num_emitted is the request's",
-    ("decode/antefix_decode/grammar.py", "_make"): "the grammar is the request's",
-    ("decode/antefix_decode/grammar.py", "_check"): "the grammar is the request's",
+    ("decode/antefix_decode/grammar_state.py", "_make"): "the grammar is the request's",
+    ("decode/antefix_decode/grammar_state.py", "_check"): "the grammar is the request's",
 }
 
 

@@ -10,10 +10,10 @@ from antefix.window import parse
 from antefix_simulate.machine import RATE_CARDS, Machine, model_sizes
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import Trace, load
-from antefix_simulate.trace_replay import Setup, ideal_hit_tokens, simulate
+from antefix_simulate.trace_replay import ReplaySetup, ideal_hit_tokens, simulate
 
 TRACES = Path(__file__).resolve().parents[3] / "shared" / "traces"
-SETUP = Setup(
+SETUP = ReplaySetup(
     sizes=model_sizes("v4-flash"), machine=Machine(), card=RATE_CARDS["v4-flash"], limits=StoreLimits(), replay=True
 )
 

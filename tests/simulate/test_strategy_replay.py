@@ -12,16 +12,16 @@ from antefix_simulate.generated_traces import SHAPES, generate
 from antefix_simulate.machine import RATE_CARDS, Machine, model_sizes
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import Trace, TraceRequest
-from antefix_simulate.trace_replay import Setup, ideal_hit_tokens, simulate, store_hit_tokens
+from antefix_simulate.trace_replay import ReplaySetup, ideal_hit_tokens, simulate, store_hit_tokens
 
 SIZES = model_sizes("v4-flash")
 MACHINE = Machine(jitter=0.0)
 FIXED = ("boundary", "periodic(2048)", "full", "zero")
 
 
-def _setup(*, replay: bool = True, store_bytes: int | None = None) -> Setup:
+def _setup(*, replay: bool = True, store_bytes: int | None = None) -> ReplaySetup:
     limits = StoreLimits(store_bytes=store_bytes)
-    return Setup(sizes=SIZES, machine=MACHINE, card=RATE_CARDS["v4-flash"], limits=limits, replay=replay)
+    return ReplaySetup(sizes=SIZES, machine=MACHINE, card=RATE_CARDS["v4-flash"], limits=limits, replay=replay)
 
 
 def _trace(*requests: tuple[int, list[int]]) -> Trace:

@@ -8,7 +8,7 @@ from antefix.errors import Unavailable
 from antefix.record import Record, RecordKind
 from antefix.store.client import LocalStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 
 FINGERPRINT, ROOT = b"f" * 32, b"r" * 32
 NAMES = [i.to_bytes(32, "little") for i in range(1, 1001)]
@@ -17,7 +17,7 @@ PAGE = 4096
 
 @pytest.fixture
 def directory(tmp_path):
-    engine = Engine(KvStoreConfig(dir=str(tmp_path), budget_bytes=64 << 20, compression="off", durable=False))
+    engine = StorageEngine(KvStoreConfig(dir=str(tmp_path), budget_bytes=64 << 20, compression="off", durable=False))
     parents = [ROOT, *NAMES]
     shared = {"kind": RecordKind.BLOCK, "fingerprint": FINGERPRINT, "payload": b"x" * 64}
     engine.put(

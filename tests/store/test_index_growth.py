@@ -7,7 +7,7 @@ import pytest
 
 from antefix.record import Record, RecordKind
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 
 FINGERPRINT, ROOT = b"f" * 32, b"r" * 32
 # 4,000 entries with their ranks and times take about 1.6 MiB of index.
@@ -36,7 +36,7 @@ def records(first, last):
 
 @pytest.mark.services
 def test_a_reader_opened_early_sees_a_large_index(tmp_path):
-    engine = Engine(KvStoreConfig(dir=str(tmp_path), budget_bytes=256 << 20, compression="off", durable=False))
+    engine = StorageEngine(KvStoreConfig(dir=str(tmp_path), budget_bytes=256 << 20, compression="off", durable=False))
     engine.put(records(1, 10))
     command = [sys.executable, "-c", READER, str(tmp_path), str(NUM_RECORDS)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:

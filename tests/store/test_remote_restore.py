@@ -21,7 +21,7 @@ from antefix.store_files.segment_files import preadv_full
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 from tests.kvstore.test_compression import PLAN, Bells
 
@@ -33,7 +33,7 @@ PROMPT = Prompt(list(range(BLOCK * 10)), payload_bytes=300_001)
 @pytest.fixture
 async def servicer(tmp_path: Path) -> AsyncIterator[KvStoreServicer]:
     config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=512 * MIB, compression="zstd", scrub_bytes_per_s=0)
-    served = KvStoreServicer(Engine(config))
+    served = KvStoreServicer(StorageEngine(config))
     server = await rpc.start_server("127.0.0.1:0", lambda target: register(served, target), [kvstore_pb2.DESCRIPTOR])
     served.address = server.address  # type: ignore[attr-defined]
     yield served

@@ -22,7 +22,7 @@ from antefix.v1 import kvstore_pb2
 from antefix.window_pool.pool_format import pack, unpack
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 KEYRING = Keyring(b"s" * 32, generation=2, older={1: b"o" * 32})
@@ -39,7 +39,7 @@ def sealed(record: Record) -> Record:
 @pytest.fixture
 async def servicer(tmp_path: Path) -> AsyncIterator[KvStoreServicer]:
     config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=256 << 20, scrub_bytes_per_s=0)
-    served = KvStoreServicer(Engine(config))
+    served = KvStoreServicer(StorageEngine(config))
     server = await rpc.start_server("127.0.0.1:0", lambda target: register(served, target), [kvstore_pb2.DESCRIPTOR])
     served.address = server.address  # type: ignore[attr-defined]
     yield served
@@ -163,7 +163,7 @@ async def test_a_checkpoint_moves_between_memory_and_disk_with_its_seal(store: S
 
 def test_a_seal_survives_coding_encryption_and_compaction_without_the_secret(tmp_path: Path) -> None:
     config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20, segment_bytes=4 << 20)
-    engine = Engine(config)
+    engine = StorageEngine(config)
     engine.put([*map(sealed, PROMPT.blocks()), *Prompt([7] * BLOCK * 3, payload_bytes=400_000).blocks()])
     engine.segments.roll(engine.clock_ms())
     engine.evict([(RecordKind.BLOCK, Prompt([7] * BLOCK * 3).hashes[0])])
@@ -188,7 +188,7 @@ def test_a_seal_survives_coding_encryption_and_compaction_without_the_secret(tmp
 def test_a_segment_that_was_written_to_by_somebody_else_gives_nothing_forged(tmp_path: Path) -> None:
     """The attack: a payload changed in the file, both checksums made right again."""
     config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20)
-    engine = Engine(config)
+    engine = StorageEngine(config)
     engine.put([*map(sealed, PROMPT.blocks(2))])
     with engine.index.txn() as txn:
         entry = engine.index.entry(txn, RecordKind.BLOCK, PROMPT.hashes[1])

@@ -22,7 +22,7 @@ from antefix.v1 import kvstore_pb2
 from antefix_console.commands import doctor
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
-from antefix_kvstore.storage_engine import Engine
+from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
 from tests.kvstore.test_embedded_store import LAYOUT
 
@@ -38,7 +38,7 @@ class Service:
         self.address = "127.0.0.1:0"
 
     async def start(self) -> None:
-        self.servicer = KvStoreServicer(Engine(self.config))
+        self.servicer = KvStoreServicer(StorageEngine(self.config))
         self.server = await rpc.start_server(
             self.address,
             lambda target: register(self.servicer, target),

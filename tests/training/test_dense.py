@@ -11,7 +11,7 @@ import torch
 
 from antefix.layout import BlockLayout, KVFormat, KVGeometry
 from antefix.model import quant
-from antefix.model.config import ModelConfig
+from antefix.model.model_config import ModelConfig
 from models.training import dense
 from models.training.cached import CachedModel
 from models.training.dense_attention import DenseOptions

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from antefix.errors import Unavailable
-from antefix.record import PutResult, Reason, Record, RecordKind, Refusal
+from antefix.record import PutResult, Record, RecordKind, Refusal, RefusalReason
 from antefix.window_pool import StoreMemoryPool
 from antefix_prefill.run_prompt import run_prompt
 
@@ -39,7 +39,7 @@ async def test_a_checkpoint_never_meets_a_handoff_of_the_same_name(store):
 
 async def test_no_room_is_told(store):
     async def full(records):
-        return PutResult(num_stored=0, num_existing=0, refused={records[0].hash: Refusal(Reason.FULL, "full")})
+        return PutResult(num_stored=0, num_existing=0, refused={records[0].hash: Refusal(RefusalReason.FULL, "full")})
 
     store.put = full
     assert not await StoreMemoryPool(store).put(checkpoint(NAMES[0], b"window"))

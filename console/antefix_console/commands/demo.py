@@ -44,7 +44,7 @@ FACTS = (
 
 
 @dataclass(slots=True)
-class Step:
+class DemoStep:
     """One request of the demo: what was asked, what came back, what it took."""
 
     name: str
@@ -107,7 +107,7 @@ class Demo:
         self._max_tokens = max_tokens
         self._console = console
         self._started = time.monotonic()
-        self.steps: list[Step] = []
+        self.steps: list[DemoStep] = []
 
     async def run(self) -> dict[str, object]:
         # 1. Four processes; the document with a question, with another one, and a third turn.
@@ -129,9 +129,9 @@ class Demo:
         identical = await asyncio.to_thread(self._compare)
         return self._report(stats, identical, num_processes=len(pids) // 2, num_left=len(left))
 
-    async def _ask(self, deployment: Deployment, name: str, history: Tokens, fact: tuple[str, str, str]) -> Step:
+    async def _ask(self, deployment: Deployment, name: str, history: Tokens, fact: tuple[str, str, str]) -> DemoStep:
         question = self._tokenizer.encode(f"\n\nWhat is the {fact[0]} of {fact[1]}?<|end|><|assistant|>")
-        step = Step(name=name, prompt=np.concatenate((history, np.array(question, np.uint32))), fact=fact)
+        step = DemoStep(name=name, prompt=np.concatenate((history, np.array(question, np.uint32))), fact=fact)
         self._say(f"{name}: {len(step.prompt)} tokens ...")
         sampling = Sampling(max_tokens=self._max_tokens)
         async for message in deployment.router.generate(step.prompt, sampling):
@@ -213,7 +213,7 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _print(steps: list[Step], report: dict[str, object]) -> None:
+def _print(steps: list[DemoStep], report: dict[str, object]) -> None:
     console = Console()
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("step", "prompt", "hit", "miss", "plan", "read", "TTFT", "faster"):

@@ -36,7 +36,7 @@ from antefix_console.explain.recorded_requests import (
     record_dict,
     record_lines,
 )
-from antefix_router.chat.render import Span
+from antefix_router.chat.render import TextSpan
 from antefix_router.gateway.dry_run import APIS, dry_run
 from antefix_router.gateway.gateway_config import GatewayConfig
 
@@ -93,7 +93,7 @@ def given_prompt(args: argparse.Namespace, identity: ModelIdentity, keyring: Key
         return GivenPrompt(source=source, facts={})
     text = given_text(args.prompt) if args.prompt is not None else read_text(args.prompt_file)
     ids = np.array(tokenizer.encode(text), np.uint32)
-    spans = (Span(start=0, end=len(ids), text=text),)
+    spans = (TextSpan(start=0, end=len(ids), text=text),)
     source = SourcedPrompt(name="the prompt", tokens=ids, tokenizer=tokenizer, body={"prompt": text}, spans=spans)
     return GivenPrompt(source=source, facts={})
 

@@ -25,7 +25,7 @@ from antefix_simulate.replay_result import Simulation
 from antefix_simulate.result_table import LEGEND, as_text
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import FORMATS, Trace, load
-from antefix_simulate.trace_replay import Setup, simulate, store_hit_tokens
+from antefix_simulate.trace_replay import ReplaySetup, simulate, store_hit_tokens
 
 # What `--strategy all` compares: every kind, and two periods that bracket what periodic checkpoints are worth.
 ALL_STRATEGIES = ("auto", "boundary", "periodic(2048)", "periodic(8192)", "full", "zero")
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         return cluster_cli.run(args, _trace(args, unit_tokens), sizes, machine)
     # 1. What to replay, through what.
     trace = _trace(args, sizes.block_size)
-    setup = Setup(sizes=sizes, machine=machine, card=_card(args), limits=StoreLimits(), replay=not args.no_replay)
+    setup = ReplaySetup(sizes=sizes, machine=machine, card=_card(args), limits=StoreLimits(), replay=not args.no_replay)
     strategies = _strategies(args.strategy or ["all"])
     # 2. Each store size, each strategy.
     pool_bytes = parse_byte_size(args.pool_bytes) if args.pool_bytes else None
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(trace: Trace, strategies: Sequence[Strategy], setup: Setup, model: str) -> Simulation:
+def _compare(trace: Trace, strategies: Sequence[Strategy], setup: ReplaySetup, model: str) -> Simulation:
     results = []
     for strategy in strategies:
         with ProgressLine(f"{strategy}: requests") as progress:

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from antefix.block import TokenArray
 from antefix.tokenizer import Tokenizer
-from antefix_router.chat.render import Span
+from antefix_router.chat.render import TextSpan
 
 # Lines of tools are whole schemas: what is shown of a line is this much on each side.
 _SHOWN_CHARACTERS: Final = 60
@@ -34,7 +34,7 @@ class SourcedPrompt:
     tokens: TokenArray
     tokenizer: Tokenizer
     body: Any = None
-    spans: tuple[Span, ...] = ()
+    spans: tuple[TextSpan, ...] = ()
 
     def spot(self, token: int) -> Spot | None:
         """Where the token at this index is from; None behind the prompt's end."""

@@ -21,7 +21,7 @@ from antefix.generation_request import Caller, GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.wire import TokenLogprob
-from antefix_console.verify.served import Answer
+from antefix_console.verify.served import ServedAnswer
 from antefix_console.verify.verdict import Cases, Report
 
 # A short one, some blocks of a small model, and some of V4's.
@@ -133,7 +133,9 @@ def _compare_names(first: Peer, other: Peer, cases: Cases) -> None:
     cases.add("against", "fingerprint", 0, problem=problem)
 
 
-async def _ask(peer: Peer, decode: Peer, prompt: Tokens, tenant: str, seed: int) -> tuple[Answer, RestoreReport | None]:
+async def _ask(
+    peer: Peer, decode: Peer, prompt: Tokens, tenant: str, seed: int
+) -> tuple[ServedAnswer, RestoreReport | None]:
     """The worker's answer, and how it restored the prompt."""
     sampling = Sampling(
         max_tokens=_OUTPUT_TOKENS, temperature=_TEMPERATURE, seed=seed, num_top_logprobs=_NUM_TOP, ignore_eos=True
@@ -153,10 +155,10 @@ async def _ask(peer: Peer, decode: Peer, prompt: Tokens, tenant: str, seed: int)
         tokens += [int(token) for token in message.tokens]
         logprobs += message.logprobs
         restored = restored or message.restore
-    return Answer(tuple(tokens), tuple(logprobs)), restored
+    return ServedAnswer(tuple(tokens), tuple(logprobs)), restored
 
 
-def _said(other: Peer, wanted: Answer, got: Answer) -> str:
+def _said(other: Peer, wanted: ServedAnswer, got: ServedAnswer) -> str:
     unlike = wanted.unlike(got)
     return unlike and f"{other.label}: {unlike}"
 

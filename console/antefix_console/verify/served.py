@@ -37,11 +37,11 @@ _TEMPERATURE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ServedAnswer:
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
 
-    def unlike(self, other: Answer) -> str:
+    def unlike(self, other: ServedAnswer) -> str:
         """Where another answer departs from this one; empty if it does not."""
         for number, pair in enumerate(zip(self.tokens, other.tokens, strict=False)):
             if pair[0] != pair[1]:
@@ -76,7 +76,7 @@ async def check_served(workers: WorkerPair, prompts: Many[Tokens], cases: Cases,
         longer = np.concatenate((prompt, np.array(wanted.tokens[:emitted], np.uint32)))
         got = await server.ask(longer, number, num_tokens, num_emitted=emitted)
         await server.close()
-        rest = Answer(wanted.tokens[emitted:], wanted.logprobs[emitted:])
+        rest = ServedAnswer(wanted.tokens[emitted:], wanted.logprobs[emitted:])
         problem = rest.unlike(got)
         cases.add("served", "continued", len(longer), problem=problem and f"continued after {emitted}: {problem}")
 
@@ -97,7 +97,7 @@ class _Server:
         config = DecodeConfig(model=workers.subject.name, store_address="none", secret_file="none")
         self._servicer = DecodeServicer(self._engine, _NO_TEXT, config)
 
-    async def ask(self, prompt: Tokens, seed: int, num_tokens: int, *, num_emitted: int = 0) -> Answer:
+    async def ask(self, prompt: Tokens, seed: int, num_tokens: int, *, num_emitted: int = 0) -> ServedAnswer:
         sampling = Sampling(max_tokens=num_tokens, temperature=_TEMPERATURE, seed=seed, num_top_logprobs=_NUM_TOP)
         request = decode_pb2.DecodeRequest(
             prompt=tokens_to_wire(prompt), sampling=sampling_to_wire(sampling), num_emitted=num_emitted
@@ -107,7 +107,7 @@ class _Server:
         async for message in self._servicer.Decode(request, cast(Any, None)):
             tokens += [int(token) for token in tokens_from_wire(message.tokens)]
             logprobs += logprobs_from_wire(message.logprobs)
-        return Answer(tuple(tokens), tuple(logprobs))
+        return ServedAnswer(tuple(tokens), tuple(logprobs))
 
     async def close(self) -> None:
         await self._servicer.scheduler.close()

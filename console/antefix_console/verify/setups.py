@@ -36,7 +36,7 @@ _LIBRARY_PREFIXES = ("MKL_", "ATEN_", "ONEDNN_", "DNNL_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class ProcessSetup:
     """variables: of the environment. threads: the numbers of threads to try, one after another in one process."""
 
     threads: tuple[int, ...]
@@ -47,23 +47,23 @@ class Setup:
         return ", ".join((f"{threads} thread{'s' * (threads > 1)}", *names))
 
 
-SHORT_SETUPS = (Setup(threads=(2, 3)), Setup(threads=(1,), variables=(("MKL_CBWR", "COMPATIBLE"),)))
+SHORT_SETUPS = (ProcessSetup(threads=(2, 3)), ProcessSetup(threads=(1,), variables=(("MKL_CBWR", "COMPATIBLE"),)))
 LONG_SETUPS = (
-    *(Setup(threads=(number,)) for number in (2, 3, 4, 8, 16)),
-    Setup(threads=(1, 3), variables=(("MKL_CBWR", "COMPATIBLE"),)),
-    Setup(threads=(1, 3), variables=(("ATEN_CPU_CAPABILITY", "default"),)),
+    *(ProcessSetup(threads=(number,)) for number in (2, 3, 4, 8, 16)),
+    ProcessSetup(threads=(1, 3), variables=(("MKL_CBWR", "COMPATIBLE"),)),
+    ProcessSetup(threads=(1, 3), variables=(("ATEN_CPU_CAPABILITY", "default"),)),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
+class SetupSaid:
     """What a set-up named its arithmetic for one model, and a digest of all that a cold run left."""
 
     arithmetic: str
     bits: str
 
 
-async def check_setups(setups: Sequence[Setup], report: Report) -> None:
+async def check_setups(setups: Sequence[ProcessSetup], report: Report) -> None:
     """Runs the other processes at once, and compares each with this one."""
     others = [asyncio.create_task(_ask(setup)) for setup in setups]
     subjects = [random_subject(plan, KVFormat.FLOAT32) for plan in PLANS]
@@ -75,17 +75,17 @@ async def check_setups(setups: Sequence[Setup], report: Report) -> None:
                 _compare(subject, ours, theirs, setup.label(threads), cases)
 
 
-def said(subject: Subject) -> Said:
+def said(subject: Subject) -> SetupSaid:
     """By this process, with the threads that are set."""
     workers = WorkerPair(subject, ComputeThread("set-up"), _NUM_TOKENS)
     tokens = np.random.default_rng(0).integers(0, subject.identity.vocab_size, _NUM_TOKENS).astype(np.uint32)
     # The last token alone, as decode runs it.
     outcome = run_pieces(workers, tokens, (_NUM_TOKENS - 1,))
     workers.compute.close()
-    return Said(arithmetic=probe(subject.model).name, bits=_digest(outcome))
+    return SetupSaid(arithmetic=probe(subject.model).name, bits=_digest(outcome))
 
 
-def _compare(subject: Subject, ours: Said, theirs: Said, label: str, cases: Cases) -> None:
+def _compare(subject: Subject, ours: SetupSaid, theirs: SetupSaid, label: str, cases: Cases) -> None:
     names = [
         subject.identity.fingerprint(subject.kv_format, arithmetic=each.arithmetic).digest for each in (ours, theirs)
     ]
@@ -96,7 +96,7 @@ def _compare(subject: Subject, ours: Said, theirs: Said, label: str, cases: Case
     cases.add("set-ups", plan, _NUM_TOKENS, problem=problem)
 
 
-async def _ask(setup: Setup) -> list[list[Said]]:
+async def _ask(setup: ProcessSetup) -> list[list[SetupSaid]]:
     """A process of that set-up, which says it for each number of threads and each model.
 
     Raises:  AntefixError: it failed.
@@ -113,7 +113,7 @@ async def _ask(setup: Setup) -> list[list[Said]]:
     if process.returncode:
         last = err.decode(errors="replace").strip().rpartition("\n")[2]
         raise AntefixError(f"the process with {setup.label(setup.threads[0])} failed: {last}")
-    return [[Said(**model) for model in models] for models in json.loads(out)]
+    return [[SetupSaid(**model) for model in models] for models in json.loads(out)]
 
 
 def _digest(outcome: RunOutcome) -> str:

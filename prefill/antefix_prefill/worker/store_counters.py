@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from antefix.record import Reason, Refusal
+from antefix.record import Refusal, RefusalReason
 
-_HOPELESS: Final = (Reason.INVALID, Reason.TOO_LARGE, Reason.NO_KEY)
+_HOPELESS: Final = (RefusalReason.INVALID, RefusalReason.TOO_LARGE, RefusalReason.NO_KEY)
 
 
 @dataclass(slots=True)

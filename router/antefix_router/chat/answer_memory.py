@@ -28,7 +28,7 @@ _TOKENS_A_NAME = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class FoundAnswer:
     """An answer's tokens. is_restored: they hold reasoning that the client did not send back."""
 
     tokens: list[int]
@@ -91,14 +91,14 @@ class AnswerMemory:
             while self._num_tokens > self._num_tokens_max:
                 self._drop(next(iter(self._answers)))
 
-    def get(self, prefix: hashlib.blake2b, message: Message) -> Found | None:
+    def get(self, prefix: hashlib.blake2b, message: Message) -> FoundAnswer | None:
         """The tokens that were this message after these tokens."""
         name = answer_name(prefix, message)
         with self._lock:
             if is_restored := name not in self._answers and not message.reasoning:
                 name = self._said.get(name, name)
             kept = self._touched(name)
-        return None if kept is None else Found(tokens=kept.tokens, is_restored=is_restored)
+        return None if kept is None else FoundAnswer(tokens=kept.tokens, is_restored=is_restored)
 
     def _touched(self, name: bytes) -> _Kept | None:
         kept = self._answers.get(name)

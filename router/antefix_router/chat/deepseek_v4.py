@@ -24,12 +24,12 @@ from antefix_router.chat.dsml_grammar import dsml_grammar
 from antefix_router.chat.messages import (
     Answer,
     Aside,
+    ChatRole,
     Conversation,
     Effort,
     Message,
     Piece,
     Plain,
-    Role,
     Special,
     ToolCall,
     end_of,
@@ -111,11 +111,13 @@ class DeepSeekV4Format:
             pieces.append(Special(text=self._efforts[conversation.effort]))
         pieces += _preamble(conversation, messages)
         head = _num_system(messages)
-        last_user = max((i for i, m in enumerate(messages) if i >= head and m.role is not Role.ASSISTANT), default=-1)
+        last_user = max(
+            (i for i, m in enumerate(messages) if i >= head and m.role is not ChatRole.ASSISTANT), default=-1
+        )
         for index, message in enumerate(messages[head:], head):
             keeps_reasoning = bool(conversation.tools) or index > last_user
             ends = index == len(messages) - 1
-            if message.role is Role.ASSISTANT:
+            if message.role is ChatRole.ASSISTANT:
                 is_begun = ends and conversation.continue_last
                 pieces += _aside(conversation, messages[head:index], is_last=is_begun)
                 pieces += _opening(conversation.effort, keeps_reasoning)
@@ -125,7 +127,7 @@ class DeepSeekV4Format:
                     return pieces
                 pieces.append(Special(text=EOS))
             else:
-                follows = index > head and messages[index - 1].role is not Role.ASSISTANT
+                follows = index > head and messages[index - 1].role is not ChatRole.ASSISTANT
                 pieces.append(Special(text="\n\n" if follows else USER))
                 pieces += _spoken(message)
         return [*pieces, *_aside(conversation, messages[head:], is_last=True), *_opening(conversation.effort, True)]
@@ -166,14 +168,14 @@ def _preamble(conversation: Conversation, messages: tuple[Message, ...]) -> list
 
 def _num_system(messages: tuple[Message, ...]) -> int:
     """How many messages at the head are system text."""
-    return next((i for i, message in enumerate(messages) if message.role is not Role.SYSTEM), len(messages))
+    return next((i for i, message in enumerate(messages) if message.role is not ChatRole.SYSTEM), len(messages))
 
 
 def _aside(conversation: Conversation, turns: tuple[Message, ...], *, is_last: bool) -> list[Piece]:
     """At the end of the user's turn that `turns` end with, or as a turn of its own."""
     if not conversation.aside:
         return []
-    follows = bool(turns) and turns[-1].role is not Role.ASSISTANT
+    follows = bool(turns) and turns[-1].role is not ChatRole.ASSISTANT
     said = Special(text="\n\n" if follows else USER), Plain(text=conversation.aside)
     return [Aside(pieces=said if is_last else ())]
 
@@ -229,7 +231,7 @@ def _arguments(text: str) -> dict[str, Any]:
 
 def _spoken(message: Message) -> list[Piece]:
     said: list[Piece] = [plain_of(message)]
-    if message.role is Role.TOOL:
+    if message.role is ChatRole.TOOL:
         said = [Special(text="<tool_result>"), *said, Special(text="</tool_result>")]
     return [*said, *end_of(message)]
 
@@ -240,10 +242,10 @@ def _in_call_order(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     order: dict[str, int] = {}
     start = 0
     while start < len(ordered):
-        if ordered[start].role is Role.ASSISTANT:
+        if ordered[start].role is ChatRole.ASSISTANT:
             order = {call.id: index for index, call in enumerate(ordered[start].tool_calls)}
         stop = start
-        while stop < len(ordered) and ordered[stop].role is Role.TOOL:
+        while stop < len(ordered) and ordered[stop].role is ChatRole.TOOL:
             stop += 1
         if stop > start:
             ordered[start:stop] = sorted(ordered[start:stop], key=lambda m: order.get(m.tool_call_id, len(order)))

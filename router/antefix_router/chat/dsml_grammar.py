@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from antefix_router.chat.answer_grammar import json_answer, json_rule, quoted, search_regex
 from antefix_router.chat.dsml import DSML
-from antefix_router.chat.grammar import json_answer, json_rule, quoted, search_regex
 from antefix_router.chat.messages import Conversation
 from antefix_router.chat.schema import (
     Resolver,

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 
-class Role(StrEnum):
+class ChatRole(StrEnum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
@@ -49,7 +49,7 @@ class Message:
     breakpoints: within `content`, or at the end of the whole turn.
     part_starts: where in `content` its parts begin, where it came in parts."""
 
-    role: Role
+    role: ChatRole
     content: str = ""
     name: str = ""
     reasoning: str = ""

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from antefix.config import require
 from antefix.errors import ConfigError
-from antefix_router.chat.messages import Breakpoint, Conversation, Message, Role
+from antefix_router.chat.messages import Breakpoint, ChatRole, Conversation, Message
 
 OFF: Final = "off"
 _NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
@@ -72,7 +72,7 @@ def move_lines(conversation: Conversation, rules: Sequence[Rule]) -> tuple[Conve
     moved: list[Moved] = []
     rest = 0
     for message in conversation.messages:
-        if message.role is not Role.SYSTEM:
+        if message.role is not ChatRole.SYSTEM:
             break
         kept = _without_lines(message, rules, moved)
         head += [kept] if kept.content or not message.content else []
@@ -80,7 +80,7 @@ def move_lines(conversation: Conversation, rules: Sequence[Rule]) -> tuple[Conve
     if not moved:
         return conversation, []
     said = {each: "\n".join(one.text for one in moved if one.rule.changes is each) for each in Changes}
-    first = [Message(role=Role.USER, content=said[Changes.SESSION])] if said[Changes.SESSION] else []
+    first = [Message(role=ChatRole.USER, content=said[Changes.SESSION])] if said[Changes.SESSION] else []
     messages = (*head, *first, *conversation.messages[rest:])
     return replace(conversation, messages=messages, aside=said[Changes.REQUEST]), moved
 

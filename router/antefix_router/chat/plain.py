@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 from antefix.errors import InvalidRequest
+from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
-from antefix_router.chat.grammar import json_grammar
 from antefix_router.chat.messages import (
     Answer,
     Aside,
+    ChatRole,
     Conversation,
     Effort,
     Piece,
     Plain,
-    Role,
     Special,
     end_of,
     plain_of,
@@ -36,16 +36,16 @@ class PlainFormat:
         last = len(conversation.messages) - 1
         is_head = True
         for index, message in enumerate(conversation.messages):
-            if message.role is Role.TOOL or message.tool_calls:
+            if message.role is ChatRole.TOOL or message.tool_calls:
                 raise InvalidRequest("this model cannot call tools")
-            is_head &= message.role is Role.SYSTEM
-            if message.role is Role.ASSISTANT:
+            is_head &= message.role is ChatRole.SYSTEM
+            if message.role is ChatRole.ASSISTANT:
                 pieces += _aside(conversation, is_last=index == last and conversation.continue_last)
             if not is_head:
                 # System text has no token of its own: at the head it has none, later on it is a turn like the user's.
-                pieces.append(Special(text="<|assistant|>" if message.role is Role.ASSISTANT else "<|user|>"))
+                pieces.append(Special(text="<|assistant|>" if message.role is ChatRole.ASSISTANT else "<|user|>"))
             text = plain_of(message)
-            pieces.append(Answer(message=message, pieces=(text,)) if message.role is Role.ASSISTANT else text)
+            pieces.append(Answer(message=message, pieces=(text,)) if message.role is ChatRole.ASSISTANT else text)
             pieces += end_of(message)
             if index == last and conversation.continue_last:
                 return pieces

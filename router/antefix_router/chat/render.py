@@ -28,7 +28,7 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class TextSpan:
     """The tokens [start, end) that a piece of text became."""
 
     start: int

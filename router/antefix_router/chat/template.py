@@ -18,9 +18,9 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from antefix.errors import InvalidRequest, ModelError
+from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
-from antefix_router.chat.grammar import json_grammar
-from antefix_router.chat.messages import Breakpoint, Conversation, Effort, Message, Piece, Role, Special, plain_of
+from antefix_router.chat.messages import Breakpoint, ChatRole, Conversation, Effort, Message, Piece, Special, plain_of
 
 # A noncharacter: no text that is valid for interchange has it, so it cannot come from outside; it is removed anyway.
 _MARK: Final = "\ufdd0"
@@ -67,7 +67,7 @@ class TemplateFormat:
         messages = conversation.messages
         if conversation.aside:
             # What earlier turns said aside is gone: a template has no place to put it back.
-            messages = (*messages, Message(role=Role.USER, content=conversation.aside))
+            messages = (*messages, Message(role=ChatRole.USER, content=conversation.aside))
         text = self._written(messages)
         places = self._breakpoints(messages, text)
         pieces: list[Piece] = []
@@ -146,8 +146,8 @@ def _pointed(message: Message) -> Message:
 
 def _as_user(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """System text after the head as what a user says."""
-    head = next((i for i, message in enumerate(messages) if message.role is not Role.SYSTEM), len(messages))
-    later = (replace(each, role=Role.USER) if each.role is Role.SYSTEM else each for each in messages[head:])
+    head = next((i for i, message in enumerate(messages) if message.role is not ChatRole.SYSTEM), len(messages))
+    later = (replace(each, role=ChatRole.USER) if each.role is ChatRole.SYSTEM else each for each in messages[head:])
     return (*messages[:head], *later)
 
 

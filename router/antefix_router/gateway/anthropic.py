@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 
 from antefix.restore_report import RestoreReport
 from antefix_billing.providers import messages_usage
-from antefix_router.chat.messages import CallDelta, Conversation, Delta, Effort, Role
+from antefix_router.chat.messages import CallDelta, ChatRole, Conversation, Delta, Effort
 from antefix_router.front import cache_tenant
 from antefix_router.gateway.answer_form import ANTHROPIC_NAMES, flat_form
 from antefix_router.gateway.anthropic_messages import anthropic_messages, call_input, read_context_management, user_of
@@ -103,7 +103,7 @@ def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
         answers_json=form.is_json,
         response_schema=form.schema,
         effort=effort,
-        continue_last=messages[-1].role is Role.ASSISTANT,
+        continue_last=messages[-1].role is ChatRole.ASSISTANT,
     )
     conversation = gateway.settled(conversation, fields.notes)
     return _Asked(model=model.asked_for, user=user, stream=stream, knobs=knobs, conversation=conversation)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from antefix_router.chat.messages import Breakpoint, Message, Role, ToolCall
+from antefix_router.chat.messages import Breakpoint, ChatRole, Message, ToolCall
 from antefix_router.gateway.content import (
     Content,
     MessageList,
@@ -21,7 +21,12 @@ from antefix_router.gateway.signatures import Signatures
 from antefix_router.gateway.text_check import as_text
 
 # Newer models take system text in mid-conversation, and clients send it.
-_ROLES = {"user": Role.USER, "assistant": Role.ASSISTANT, "system": Role.SYSTEM, "developer": Role.SYSTEM}
+_ROLES = {
+    "user": ChatRole.USER,
+    "assistant": ChatRole.ASSISTANT,
+    "system": ChatRole.SYSTEM,
+    "developer": ChatRole.SYSTEM,
+}
 REDACTED = "[thinking redacted]"
 
 
@@ -39,7 +44,9 @@ def anthropic_messages(
         if said.text:
             starts = tuple(said.part_starts)
             found.add(
-                Message(role=Role.SYSTEM, content=said.text, breakpoints=tuple(said.breakpoints), part_starts=starts)
+                Message(
+                    role=ChatRole.SYSTEM, content=said.text, breakpoints=tuple(said.breakpoints), part_starts=starts
+                )
             )
     items = fields.children("messages")
     if not items:
@@ -47,7 +54,7 @@ def anthropic_messages(
     for item in items:
         role = item.one_of("role", _ROLES)
         blocks = _blocks(item)
-        if role is Role.ASSISTANT:
+        if role is ChatRole.ASSISTANT:
             found.add(_Answer(blocks, signatures).message(end_breakpoint(item)))
         else:
             _read_turn(blocks, role, found, end_breakpoint(item), deferred or {})
@@ -68,7 +75,7 @@ def _blocks(item: Fields) -> list[Fields]:
 
 def _read_turn(
     blocks: list[Fields],
-    role: Role,
+    role: ChatRole,
     found: MessageList,
     ends: tuple[Breakpoint, ...],
     deferred: Mapping[str, Any],
@@ -86,7 +93,7 @@ def _read_turn(
             result.prepend("Error: ")
         breakpoints = (*result.breakpoints, *end_breakpoint(block))
         call_id = block.text("tool_use_id", "")
-        message = Message(role=Role.TOOL, content=result.text, tool_call_id=call_id, breakpoints=breakpoints)
+        message = Message(role=ChatRole.TOOL, content=result.text, tool_call_id=call_id, breakpoints=breakpoints)
         found.add(message, result.unseen)
     if said.text or not has_results:
         found.add(Message(role=role, content=said.text, breakpoints=(*said.breakpoints, *ends)), said.unseen)
@@ -114,7 +121,7 @@ class _Answer:
 
     def message(self, ends: tuple[Breakpoint, ...]) -> Message:
         return Message(
-            role=Role.ASSISTANT,
+            role=ChatRole.ASSISTANT,
             content=self._said.text,
             reasoning=self._reasoning,
             tool_calls=tuple(self._calls),

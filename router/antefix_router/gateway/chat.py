@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from antefix.errors import InvalidRequest
 from antefix_billing.providers import chat_usage
-from antefix_router.chat.messages import CallDelta, Conversation, Delta, Effort, Role, ToolCall
+from antefix_router.chat.messages import CallDelta, ChatRole, Conversation, Delta, Effort, ToolCall
 from antefix_router.gateway.answer_form import chat_form
 from antefix_router.gateway.choices import Choices
 from antefix_router.gateway.content import end_conversation
@@ -42,7 +42,7 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
     # DeepSeek's prefix completion: the last message is an answer that was begun.
-    is_answer = messages[-1].role is Role.ASSISTANT
+    is_answer = messages[-1].role is ChatRole.ASSISTANT
     if is_answer and not begun:
         raise InvalidRequest('the last message is the assistant\'s; say "prefix": true in it to have it gone on with')
     fields.close()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from antefix_router.chat.messages import Breakpoint, Message, Role
+from antefix_router.chat.messages import Breakpoint, ChatRole, Message
 from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_type
 from antefix_router.gateway.notes import Notes
 from antefix_router.gateway.written_media import placeholder, without_media
@@ -233,13 +233,13 @@ class MessageList:
     def _newest_question(self) -> int:
         """The user message that is to be answered, or -1. What follows a tool's result is a tool's result: clients send
         a screenshot so where their API has no other place for it, some with system text before it."""
-        turns = [(index, each.role) for index, each in enumerate(self.messages) if each.role is not Role.SYSTEM]
-        if len(turns) > 1 and turns[-1][1] is Role.ASSISTANT:
+        turns = [(index, each.role) for index, each in enumerate(self.messages) if each.role is not ChatRole.SYSTEM]
+        if len(turns) > 1 and turns[-1][1] is ChatRole.ASSISTANT:
             turns.pop()  # an answer that was begun
-        since_answer = list(itertools.takewhile(lambda turn: turn[1] is not Role.ASSISTANT, reversed(turns)))
-        if not since_answer or since_answer[0][1] is not Role.USER:
+        since_answer = list(itertools.takewhile(lambda turn: turn[1] is not ChatRole.ASSISTANT, reversed(turns)))
+        if not since_answer or since_answer[0][1] is not ChatRole.USER:
             return -1
-        return -1 if any(role is Role.TOOL for _, role in since_answer) else since_answer[0][0]
+        return -1 if any(role is ChatRole.TOOL for _, role in since_answer) else since_answer[0][0]
 
 
 def _search_result(part: Fields) -> str:

@@ -26,7 +26,7 @@ from antefix_billing.tenants import TenantBook
 from antefix_router.accounting import Accounts
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.messages import Answer, Aside, Breakpoint, Conversation, Piece
-from antefix_router.chat.render import Span, render_tokens
+from antefix_router.chat.render import TextSpan, render_tokens
 from antefix_router.front import Front
 from antefix_router.gateway.access import REQUEST_ID
 from antefix_router.gateway.anthropic import prepare_messages
@@ -51,7 +51,7 @@ class DryPrompt:
     session: str
     chat_format: str
     moved: str
-    spans: tuple[Span, ...]
+    spans: tuple[TextSpan, ...]
 
 
 class _Admitted(Exception):
@@ -134,7 +134,7 @@ def _request(body: Any) -> Request:
     return Request(scope, receive)
 
 
-def _spans(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Span]:
+def _spans(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[TextSpan]:
     """Encoded one by one, as `render_tokens` does it."""
     spans, start = [], 0
     for piece in pieces:
@@ -142,6 +142,6 @@ def _spans(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[Span]:
             continue
         for part in piece.pieces if isinstance(piece, (Answer, Aside)) else (piece,):
             end = start + len(render_tokens((part,), tokenizer, AnswerMemory(), tenant="").tokens)
-            spans.append(Span(start=start, end=end, text=part.text))
+            spans.append(TextSpan(start=start, end=end, text=part.text))
             start = end
     return spans

@@ -13,10 +13,10 @@ from antefix.block import as_tokens
 from antefix.errors import InvalidRequest
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.telemetry import span
+from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import ChatFormat, OutputParser, PlainParser
 from antefix_router.chat.choice import choose_format
-from antefix_router.chat.grammar import json_grammar
 from antefix_router.chat.messages import Conversation, Effort, ToolRule
 from antefix_router.chat.moved_lines import load_rules, move_lines
 from antefix_router.chat.render import Rendered, num_characters, render_tokens

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from antefix_router.chat.messages import Breakpoint, Message, Role, ToolCall
+from antefix_router.chat.messages import Breakpoint, ChatRole, Message, ToolCall
 from antefix_router.gateway.content import MessageList, as_json, content_of, end_breakpoint, result_of
 from antefix_router.gateway.fields import Fields, is_number, wrong_value
 
 _ROLES = {
-    "system": Role.SYSTEM,
-    "developer": Role.SYSTEM,
-    "user": Role.USER,
-    "assistant": Role.ASSISTANT,
-    "tool": Role.TOOL,
-    "function": Role.TOOL,  # before there were tools
+    "system": ChatRole.SYSTEM,
+    "developer": ChatRole.SYSTEM,
+    "user": ChatRole.USER,
+    "assistant": ChatRole.ASSISTANT,
+    "tool": ChatRole.TOOL,
+    "function": ChatRole.TOOL,  # before there were tools
 }
 
 
@@ -37,17 +37,17 @@ def chat_messages(fields: Fields) -> tuple[tuple[Message, ...], bool]:
 def _read_message(item: Fields, found: MessageList) -> None:
     role = item.one_of("role", _ROLES)
     # What an assistant only called has no content, and a tool may say nothing; everybody else says something.
-    silent = "" if role is Role.ASSISTANT else None
-    said = result_of(item, "content") if role is Role.TOOL else content_of(item, "content", silent)
+    silent = "" if role is ChatRole.ASSISTANT else None
+    said = result_of(item, "content") if role is ChatRole.TOOL else content_of(item, "content", silent)
     calls: tuple[ToolCall, ...] = ()
     ends: tuple[Breakpoint, ...] = ()
     call_id = reasoning = name = ""
-    if role is Role.ASSISTANT:
+    if role is ChatRole.ASSISTANT:
         said.text = said.text or item.text("refusal", "")
         calls, ends = _calls(item)
         reasoning = _reasoning(item)
         item.drop("refusal", "annotations", "audio")
-    if role is Role.TOOL:
+    if role is ChatRole.TOOL:
         call_id = item.text("tool_call_id", "")
         item.drop("name")  # the function's, which the call has said
     else:

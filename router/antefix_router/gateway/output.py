@@ -13,7 +13,7 @@ from antefix.tokenizer import Tokenizer
 from antefix_billing.usage_record import UsageRecord
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import OutputParser
-from antefix_router.chat.messages import Delta, Message, Role, ToolCall
+from antefix_router.chat.messages import ChatRole, Delta, Message, ToolCall
 from antefix_router.front import Front
 from antefix_router.gateway.cache_report import cache_details, cache_headers
 from antefix_router.gateway.calls import Calls
@@ -188,7 +188,9 @@ class Output:
         request, calls = self._bill.generation.request, [*self.tool_calls]
         if self._calls.cut_off is not None and not self.is_held:
             calls.append(self._calls.cut_off)
-        message = Message(role=Role.ASSISTANT, content=self.content, reasoning=self.reasoning, tool_calls=tuple(calls))
+        message = Message(
+            role=ChatRole.ASSISTANT, content=self.content, reasoning=self.reasoning, tool_calls=tuple(calls)
+        )
         self._memory.put(request.tokens.tolist(), message, self._sample.emitted, tenant=request.cache_tenant)
 
 

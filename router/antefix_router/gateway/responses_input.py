@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from antefix_router.chat.messages import Message, Role, ToolCall
+from antefix_router.chat.messages import ChatRole, Message, ToolCall
 from antefix_router.gateway.content import Content, MessageList, as_json, content_of, end_breakpoint, result_of
 from antefix_router.gateway.fields import Fields, unsupported, wrong_type, wrong_value
 from antefix_router.gateway.signatures import Signatures
 from antefix_router.gateway.tools import grouped_name
 
-_ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
+_ROLES = {
+    "system": ChatRole.SYSTEM,
+    "developer": ChatRole.SYSTEM,
+    "user": ChatRole.USER,
+    "assistant": ChatRole.ASSISTANT,
+}
 # Items of tools that a provider runs. Their client cannot leave them out of the history.
 _SERVED_ELSEWHERE = ("_call", "_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response")
 
@@ -23,10 +28,10 @@ def input_messages(fields: Fields, instructions: str, signatures: Signatures) ->
     """
     found = MessageList()
     if instructions:
-        found.add(Message(role=Role.SYSTEM, content=instructions))
+        found.add(Message(role=ChatRole.SYSTEM, content=instructions))
     value = fields.take("input")
     if isinstance(value, str):
-        found.add(Message(role=Role.USER, content=value))
+        found.add(Message(role=ChatRole.USER, content=value))
         return found.finish(fields.notes)
     if not isinstance(value, list):
         raise wrong_type("input", "a string or a list of items")
@@ -54,7 +59,7 @@ class _Reader:
         if item.takes("type", "item_reference"):
             item = self._referred(item)
         message, said = self._message(item)
-        is_answer = message.role is Role.ASSISTANT
+        is_answer = message.role is ChatRole.ASSISTANT
         if is_answer and self._is_open and not (message.content and found.messages[-1].content):
             found.messages[-1] = _joined(found.messages[-1], message)
         else:
@@ -83,20 +88,20 @@ class _Reader:
                 part_starts=tuple(said.part_starts),
             )
         elif kind in ("function_call", "custom_tool_call", "local_shell_call"):
-            said, message = Content(), Message(role=Role.ASSISTANT, tool_calls=(_call(item, kind),))
+            said, message = Content(), Message(role=ChatRole.ASSISTANT, tool_calls=(_call(item, kind),))
         elif kind in ("function_call_output", "custom_tool_call_output", "local_shell_call_output"):
             said = result_of(item, "output")
             item.drop("caller", "name")
             call_id = item.text("call_id", "")
             message = Message(
-                role=Role.TOOL, content=said.text, tool_call_id=call_id, breakpoints=tuple(said.breakpoints)
+                role=ChatRole.TOOL, content=said.text, tool_call_id=call_id, breakpoints=tuple(said.breakpoints)
             )
         elif kind == "reasoning":
-            said, message = Content(), Message(role=Role.ASSISTANT, reasoning=self._reasoning(item))
+            said, message = Content(), Message(role=ChatRole.ASSISTANT, reasoning=self._reasoning(item))
         elif kind.endswith(_SERVED_ELSEWHERE):
             item.notes.leave_out(item.where, kind)
             item.drop_rest()
-            said, message = Content(), Message(role=Role.ASSISTANT, content=f"[{kind}: not shown]")
+            said, message = Content(), Message(role=ChatRole.ASSISTANT, content=f"[{kind}: not shown]")
         else:
             raise unsupported(item.name_of("type"), f": {kind[:80]!r} is not supported")
         return replace(message, breakpoints=(*message.breakpoints, *ends)), said

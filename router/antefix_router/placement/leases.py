@@ -12,7 +12,7 @@ from antefix.errors import FingerprintMismatch, InvalidRequest, ResourceExhauste
 from antefix_router.health import HealthWatch
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFeed
-from antefix_router.placement.workers import Role, Workers
+from antefix_router.placement.workers import WorkerRole, Workers
 
 log = logging.getLogger("antefix.router")
 
@@ -44,10 +44,10 @@ class Leases:
         memory: MemoryFeed | None = None,
     ) -> None:
         self._memory = memory
-        self._groups = {Role.PREFILL: prefill, Role.DECODE: decode}
+        self._groups = {WorkerRole.PREFILL: prefill, WorkerRole.DECODE: decode}
         self._directory = directory
         self.fingerprint = fingerprint
-        self._leases: dict[tuple[Role, str], _Lease] = {}
+        self._leases: dict[tuple[WorkerRole, str], _Lease] = {}
         self._health = HealthWatch(directory)
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -110,7 +110,7 @@ class Leases:
         for key in [key for key, lease in self._leases.items() if lease.until <= now]:
             self._end(key, "did not renew its lease")
 
-    def _end(self, key: tuple[Role, str], why: str) -> None:
+    def _end(self, key: tuple[WorkerRole, str], why: str) -> None:
         if self._leases.pop(key, None) is None:
             return
         role, address = key
@@ -133,8 +133,8 @@ class Leases:
             self.expire(time.monotonic())
 
 
-def _role(name: str) -> Role:
+def _role(name: str) -> WorkerRole:
     try:
-        return Role(name)
+        return WorkerRole(name)
     except ValueError as err:
         raise InvalidRequest(f"role must be prefill or decode, is {name!r}") from err

@@ -7,7 +7,7 @@ from typing import Final
 
 import xxhash
 
-from antefix_router.placement.workers import Role
+from antefix_router.placement.workers import WorkerRole
 
 # At some 200 bytes each.
 NUM_SESSIONS_MAX: Final = 1 << 16
@@ -18,16 +18,16 @@ class Sessions:
 
     def __init__(self, num_max: int = NUM_SESSIONS_MAX) -> None:
         self._num_max = num_max
-        self._last: OrderedDict[tuple[int, Role], str] = OrderedDict()
+        self._last: OrderedDict[tuple[int, WorkerRole], str] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._last)
 
-    def last(self, tenant: str, session: str, role: Role) -> str:
+    def last(self, tenant: str, session: str, role: WorkerRole) -> str:
         """Empty: the request named no session, or it is a new one."""
         return self._last.get((_key(tenant, session), role), "") if session else ""
 
-    def note(self, tenant: str, session: str, role: Role, address: str) -> None:
+    def note(self, tenant: str, session: str, role: WorkerRole, address: str) -> None:
         """The session's request was placed there."""
         if not session:
             return

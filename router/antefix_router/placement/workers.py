@@ -25,7 +25,7 @@ from antefix_router.placement.work import Loads, Policy, Work, seed_of
 SHUN_S = 2.0
 
 
-class Role(StrEnum):
+class WorkerRole(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
 
@@ -38,7 +38,7 @@ class Worker:
     """
 
     address: str
-    role: Role
+    role: WorkerRole
     client: PrefillClient | DecodeClient
     num_requests: int = 0
     num_tokens: int = 0
@@ -58,7 +58,7 @@ class Worker:
 class Workers:
     """All workers of one role, placed by one policy."""
 
-    def __init__(self, role: Role, policy: Policy, addresses: Sequence[str] = ()) -> None:
+    def __init__(self, role: WorkerRole, policy: Policy, addresses: Sequence[str] = ()) -> None:
         self.role = role
         self.workers: list[Worker] = []
         # Since the start: requests placed, and again after a worker failed; calls by how they ended.
@@ -72,7 +72,7 @@ class Workers:
         """Know a worker from now on; one that is known already, back from draining perhaps, stays what it is."""
         worker = self.find(address)
         if worker is None:
-            client = PrefillClient(address) if self.role is Role.PREFILL else DecodeClient(address)
+            client = PrefillClient(address) if self.role is WorkerRole.PREFILL else DecodeClient(address)
             worker = Worker(address=address, role=self.role, client=client, seed=seed_of(address))
             self.workers.append(worker)
         worker.draining = False
@@ -135,7 +135,7 @@ class Workers:
             yield
             ended = "done"
             # Decode workers run all sequences at once: how long one took does not say what is left of the others.
-            done = self.role is Role.PREFILL
+            done = self.role is WorkerRole.PREFILL
         except (Unavailable, InternalError) as err:
             worker.shunned_until = time.monotonic() + SHUN_S
             ended = "unavailable" if isinstance(err, Unavailable) else "failed"

@@ -26,7 +26,7 @@ READY_S_MAX = 10.0
 
 
 class Matcher:
-    """One output on its way through a grammar. See `antefix_decode.sampling.Constraint`."""
+    """One output on its way through a grammar. See `antefix_decode.token_choice.Constraint`."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher

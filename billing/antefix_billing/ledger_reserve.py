@@ -41,7 +41,7 @@ def allocate(fd: int, offset: int, nbytes: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-class Reserve:
+class LedgerReserve:
     """What is allocated behind the end of one ledger's open segment. nbytes: what is wanted."""
 
     def __init__(self, directory: str | os.PathLike[str], nbytes: int = RESERVE_BYTES) -> None:

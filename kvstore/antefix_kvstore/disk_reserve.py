@@ -22,7 +22,7 @@ _BYTES_MAX: Final = 4 << 20
 _BUDGET_SHARE: Final = 64
 
 
-class Reserve:
+class DiskReserve:
     """A file of `nbytes` in the store's directory, there or not."""
 
     def __init__(self, directory: Path, budget_bytes: int) -> None:
