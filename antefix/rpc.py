@@ -328,14 +328,15 @@ async def run_until_signal(
     grace_s: calls that run may take so long; a SIGINT while they do ends them at once.  others: drained beside the
     server.  end: makes what still runs then end by itself, with an error; without it, it is cut off.
     """
-    ready = {"ready": True, "role": role, "address": server.address}
-    others_too = {"http_address": http_address, "metrics_address": metrics_address}
-    print(json.dumps({**ready, **{name: where for name, where in others_too.items() if where}}), flush=True)
     asked, hurried = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     # A second SIGTERM is no hurry: a supervisor sends one to all of its processes, and `antefix up` sends its own.
     loop.add_signal_handler(signal.SIGTERM, asked.set)
     loop.add_signal_handler(signal.SIGINT, lambda: hurried.set() if asked.is_set() else asked.set())
+    # Announced once we can be told to stop: whoever reads this may do so at once.
+    ready = {"ready": True, "role": role, "address": server.address}
+    others_too = {"http_address": http_address, "metrics_address": metrics_address}
+    print(json.dumps({**ready, **{name: where for name, where in others_too.items() if where}}), flush=True)
     watcher = asyncio.create_task(_watch_stdin(asked)) if watch_stdin else None
     await asked.wait()
     if watcher:

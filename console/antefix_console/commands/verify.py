@@ -63,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from antefix.model.loading import check_device
+
     if args.seed is not None and args.seed < 0:
         raise InvalidRequest(f"--seed must not be negative, is {args.seed}")
     seed = secrets.randbelow(1 << 31) if args.seed is None else args.seed
@@ -73,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or (shipped.MODEL if shipped.MODEL.is_dir() else None)
     if model is not None and not model.is_dir():
         raise InvalidRequest(f"--model: {model} is not a directory")
+    check_device(args.device)
     with tempfile.TemporaryDirectory(prefix="antefix-verify-", dir=args.data_dir) as scratch:
         started = time.monotonic()
         backend = Backend(device=args.device, kernels=args.kernels, reproducible=not args.fast)
