@@ -29,8 +29,9 @@ proto: $(PROTO_READY)
 demo: setup
 	$(BIN)/antefix demo
 
+# Two at a time, one thread each: the same bits as with more, and no two workers wait for each other's cores.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What starts no process and does not compute for seconds: at most 90 s on two idle cores. One thread each: the same bits.
 test-fast: setup
