@@ -59,7 +59,11 @@ async def test_a_stream_that_outlives_the_grace_period_ends_properly_and_its_rec
 
 async def _deaf(tmp_path):
     """A role that does not hear SIGTERM; SIGINT ends it."""
-    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    # SIGINT as by default: a shell that runs us in the background would have it ignored.
+    program = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_DFL);"
+        " print(flush=True); time.sleep(60)"
+    )
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", program), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
     )

@@ -1,4 +1,4 @@
-"""`kernels` is also the name of a package that transformers looks for: ours on the path must not confuse it."""
+"""transformers looks for a package called `kernels`: our folder of that name on the path must not confuse it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 pytestmark = pytest.mark.services
 
 
-def test_transformers_works_with_our_kernels_on_the_path():
+def test_transformers_works_with_our_folder_of_kernels_on_the_path():
     pytest.importorskip("transformers", reason="transformers is not installed")
     program = """
-import kernels, torch
-assert kernels.__doc__.startswith("Triton kernels")
+import antefix_kernels, torch
+assert antefix_kernels.__doc__.startswith("Triton kernels")
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 config = DeepseekV4Config(
     vocab_size=8, hidden_size=16, num_hidden_layers=1, head_dim=16, num_attention_heads=2, q_lora_rank=8, o_groups=1,
