@@ -61,8 +61,8 @@ async def _deaf(tmp_path):
     """A role that does not hear SIGTERM; SIGINT ends it."""
     # SIGINT as by default: a shell that runs us in the background would have it ignored.
     program = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_DFL);"
-        " print(flush=True); time.sleep(60)"
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL); print(flush=True); time.sleep(60)"
     )
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", program), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
