@@ -18,8 +18,7 @@ import torch.nn.functional as F
 
 from antefix.block import Chain
 from antefix.layout import KVGeometry
-from antefix.model import config as model_config
-from antefix.model import indexer, mhc, numerics, runner
+from antefix.model import indexer, mhc, model_config, numerics, runner
 from antefix.model.attend import advance_ring
 from antefix.model.ops import TorchOps
 from antefix.model.replay import _Part

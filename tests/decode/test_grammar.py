@@ -11,7 +11,7 @@ from antefix.errors import InvalidRequest
 from antefix.grammar import Vocabulary
 from antefix.sampling import Sampling
 from antefix.tokenizer import ByteTokenizer, load_tokenizer
-from antefix_decode import grammar as grammars
+from antefix_decode import grammar_state as grammars
 from antefix_decode.grammar_state import Grammars
 from antefix_decode.token_choice import Sampler
 from tests.engines import MODEL

@@ -9,7 +9,7 @@ from antefix.block import exactness_of
 from antefix.record import Record, RecordKind
 from antefix.window import PlanKind
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.storage_engine import Engine as StoreEngine
+from antefix_kvstore.storage_engine import StorageEngine
 from antefix_prefill.run_prompt import run_prompt
 
 RNG = np.random.default_rng(11)
@@ -78,7 +78,7 @@ def test_names_differ_from_the_first_block_on(make_bounded, make_engine, make_pr
 
 @pytest.fixture
 def disk(tmp_path):
-    engine = StoreEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20, compression="off"))
+    engine = StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20, compression="off"))
     yield engine
     engine.close()
 

@@ -11,7 +11,7 @@ from antefix.store.client import LocalStore, RemoteStore
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
-from antefix_kvstore.storage_engine import Engine as StoreEngine
+from antefix_kvstore.storage_engine import StorageEngine
 from antefix_prefill.run_prompt import run_prompt
 from tests.engines import prompt_of
 
@@ -20,7 +20,7 @@ TOKENS = np.random.default_rng(5).integers(0, 256, 400)
 
 @pytest.fixture
 async def service(tmp_path):
-    servicer = KvStoreServicer(StoreEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20)))
+    servicer = KvStoreServicer(StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20)))
     server = await rpc.start_server("127.0.0.1:0", lambda s: register(servicer, s), [kvstore_pb2.DESCRIPTOR])
     servicer.address = server.address
     yield servicer

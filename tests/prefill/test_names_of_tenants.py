@@ -19,7 +19,7 @@ from antefix_billing.tenants import CONTROL
 from antefix_decode.adopt import adopt, take_handoff
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
-from antefix_kvstore.storage_engine import Engine as StoreEngine
+from antefix_kvstore.storage_engine import StorageEngine
 from antefix_prefill.leave_handoff import leave_handoff
 from antefix_prefill.run_prompt import run_prompt
 from antefix_router.front import cache_tenant
@@ -43,7 +43,7 @@ class Service:
         self.config = KvStoreConfig(dir=str(directory), budget_bytes=64 << 20, **settings)
 
     async def start(self):
-        self.servicer = KvStoreServicer(StoreEngine(self.config))
+        self.servicer = KvStoreServicer(StorageEngine(self.config))
         self.server = await rpc.start_server(
             "127.0.0.1:0", lambda server: register(self.servicer, server), [kvstore_pb2.DESCRIPTOR]
         )
@@ -117,7 +117,7 @@ def test_any_names_that_the_door_takes_are_stored_found_again_and_apart(tmp_path
     """What workers put for each, through the store's files and a restart of it."""
     assume(one != other)
     keyring, tokens = Keyring(OLD), list(range(BLOCK * 2))
-    engine = StoreEngine(KvStoreConfig(dir=str(tmp_path_factory.mktemp("names") / "store"), budget_bytes=4 << 20))
+    engine = StorageEngine(KvStoreConfig(dir=str(tmp_path_factory.mktemp("names") / "store"), budget_bytes=4 << 20))
     tenants = [cache_tenant(*names) for names in (one, other)]
     prompts = [Prompt(tokens) for _ in tenants]
     try:
@@ -127,7 +127,7 @@ def test_any_names_that_the_door_takes_are_stored_found_again_and_apart(tmp_path
             blocks = [prompt.block(i, tenant=keyring.owner(tenant)) for i in range(2)]
             assert not engine.put([Seals(keyring).seal(block) for block in blocks]).refused
         engine.close()
-        engine = StoreEngine(engine.config)
+        engine = StorageEngine(engine.config)
         reader = type(engine.reader)(engine.config.dir, seals=Seals(keyring))
         for (tenant, prompt), (asked, _) in itertools.product(zip(tenants, prompts, strict=True), repeat=2):
             into = prompt.buffers()

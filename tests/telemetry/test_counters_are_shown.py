@@ -29,9 +29,9 @@ SHOWN = {
     KindRecord: ([worker.PLANS], {}),
     CommitCounters: ([router.COMMITS], {}),
     AnswerCounts: ([router.ANSWERS], {}),
-    prefilling.Counters: ([router.PREFILLING], {}),
+    prefilling.PrefillingCounters: ([router.PREFILLING], {}),
     StoreCounters: ([worker.STORE], {"last_error": "text", "last_refusal": "text"}),
-    storage_engine.Counters: (
+    storage_engine.StorageCounters: (
         [kvstore.ENGINE, kvstore.STATS],
         {"impossible": "impossible_writes", "last_impossible": "text"},
     ),
@@ -186,7 +186,7 @@ def test_a_table_shows_each_value_of_what_it_reads():
 def test_the_engines_numbers_are_those_that_have_a_row(tmp_path):
     from antefix_kvstore.kvstore_config import KvStoreConfig
 
-    engine = storage_engine.Engine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=8 << 20))
+    engine = storage_engine.StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=8 << 20))
     try:
         assert set(engine_stats.collect(engine).numbers) == set(kvstore.STATS)
     finally:
