@@ -81,7 +81,7 @@ class LookupResult:
 
 
 class RefusalReason(StrEnum):
-    """Why a record was refused. Part of the protocol; whoever does not know one treats it as OTHER."""
+    """Why a record was refused. Part of the protocol; a peer that does not know one treats it as OTHER."""
 
     OTHER = "other"
     # Malformed, or against a limit: no later try will succeed.

@@ -116,7 +116,7 @@ class Follower(ABC, Generic[E]):
         if self._waiting is not None:
             self._waiting.append(batch)
             return
-        # Once a snapshot is wanted, no old sign of life that Redis gives once more makes good what is missing.
+        # While a snapshot is wanted, a heartbeat that Redis replays must not mark a stale feed as current.
         if self._cursor is None or self._wanted.is_set():
             return
         if batch.cursor.epoch == self._cursor.epoch and batch.cursor.number <= self._cursor.number:
@@ -157,7 +157,7 @@ class Follower(ABC, Generic[E]):
         return self._through_redis and time.monotonic() - self._heard_s >= _SILENT_S
 
     async def _follow(self, watch: Watch[E]) -> None:
-        """The direct way: one stream, a snapshot first, that goes on where it broke."""
+        """The direct way: one stream, a snapshot first, that resumes where it broke."""
         while True:
             try:
                 async with contextlib.aclosing(watch(self._cursor if self.is_intact() else None)) as batches:
