@@ -358,7 +358,8 @@ async def test_events_that_come_while_a_snapshot_is_taken_are_applied_on_top(sou
     while not router.follower.in_step:  # noqa: ASYNC110
         await asyncio.sleep(0)
     assert is_level(source, router)
-    assert counted(router) == (1, 0)
+    # An event told before the router has its place in Redis is a gap: it costs one more snapshot, and nothing else.
+    assert counted(router) in ((1, 0), (2, 1))
 
 
 async def test_more_events_than_may_wait_for_a_snapshot_mean_another_one(source, started, redis, monkeypatch):
