@@ -23,7 +23,7 @@ _TILE_ALL = (64, 8, 2)
 _LOG2E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "rows"])
 def _prefill_kernel(q, values, indices, lens, firsts, counts, sinks, cos, sin, out, queries, heads, k, rows,
                            scale_log2, stride_qt, stride_qh, stride_ot, stride_oh, WINDOW: tl.constexpr,
                            NOPE: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, SELECTED: tl.constexpr,
@@ -183,4 +183,5 @@ def prefill_attention(
         N=n,
         STAGES=stages,
         num_warps=warps,
+        enable_fp_fusion=False,
     )

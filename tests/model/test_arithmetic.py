@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from antefix.block import check_arithmetic
 from antefix.errors import InvalidRequest
 from antefix.model import arithmetic_cache, numerics, probe
-from antefix.model.arithmetic import COLUMNS_MAX, numbers, steps_of
+from antefix.model.arithmetic import COLUMNS_MAX, steps_of
+from antefix.model.probe_steps import numbers
 from antefix.model.setup import Setup, setup_of
 from tests.model.random_models import make
 
