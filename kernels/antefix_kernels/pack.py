@@ -159,8 +159,8 @@ def _pool_kernel(kv, gate, bias, first_rows, pooled, stride_n, M: tl.constexpr, 
         # Rows that have seen nothing yet stay at -inf: their factors must be 0, not exp(-inf + inf).
         safe = tl.where(new == float("-inf"), 0.0, new)
         old, now = tl.exp(top - safe), tl.exp(z - safe)
-        total = total * old + now
-        acc = acc * old + now * v
+        total = tl.fma(total, old, now)
+        acc = tl.fma(acc, old, now * v)
         top = new
     best = tl.max(top, 0)
     share = tl.exp(top - tl.where(best == float("-inf"), 0.0, best)[None, :])

@@ -56,11 +56,11 @@ def _prefill_kernel(q, values, indices, lens, firsts, counts, sinks, cos, sin, o
         row = tl.where(n < compressed, row, rows + (first + n - compressed) % WINDOW)
         v = tl.load(values + row[:, None].to(tl.int64) * D + d[None, :])
         s = tl.dot(x, tl.trans(v))
-        s = tl.where((tile * N + tl.arange(0, N) < listed)[None, :], s * scale_log2, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1))
+        s = tl.where((tile * N + tl.arange(0, N) < listed)[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1) * scale_log2)
         shrink = tl.exp2(top - new)
-        p = tl.exp2(s - new[:, None])
-        total = total * shrink + tl.sum(p, 1)
+        p = tl.exp2(tl.fma(s, scale_log2, -new[:, None]))
+        total = tl.fma(total, shrink, tl.sum(p, 1))
         acc = tl.dot(p.to(tl.float16), v, acc * shrink[:, None])
         top = new
     sink = tl.load(sinks + h, live_h, other=0.0) * 1.4426950408889634

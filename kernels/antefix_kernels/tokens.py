@@ -45,7 +45,7 @@ def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, str
         at = token[:, None] * (ROPE // 2) + pair[None, :]
         a = tl.load(cos + at, turned, other=1.0)
         b = tl.load(sin + at, turned, other=0.0)
-        v = tl.reshape(tl.join(even * a - odd * b, odd * a + even * b), (ROWS, COLUMNS))
+        v = tl.reshape(tl.join(tl.fma(even, a, -(odd * b)), tl.fma(odd, a, even * b)), (ROWS, COLUMNS))
     store_output(out, rows.to(tl.int64)[:, None] * C + c[None, :], v * scale, live)
 
 
@@ -113,7 +113,7 @@ def _collapse_kernel(streams, pre, out, width, M: tl.constexpr, COLUMNS: tl.cons
     acc = tl.zeros((COLUMNS,), tl.float32)
     for m in tl.static_range(M):
         x = tl.load(streams + (n * M + m) * width + d, d < width, other=0.0).to(tl.float32)
-        acc += tl.load(pre + n * M + m) * x
+        acc = tl.fma(x, tl.load(pre + n * M + m), acc)
     store_output(out, n * width + d, acc, d < width)
 
 
@@ -127,7 +127,7 @@ def _expand_kernel(streams, update, post, comb, out, width, M: tl.constexpr, COL
         acc = tl.load(post + n * M + j) * added
         for i in tl.static_range(M):
             x = tl.load(streams + (n * M + i) * width + d, d < width, other=0.0).to(tl.float32)
-            acc += tl.load(comb + (n * M + i) * M + j) * x
+            acc = tl.fma(x, tl.load(comb + (n * M + i) * M + j), acc)
         store_output(out, (n * M + j) * width + d, acc, d < width)
 
 
@@ -151,7 +151,7 @@ def _combine_kernel(rows, place, weights, shared, out, width, P: tl.constexpr, C
     for p in tl.static_range(P):
         row = tl.load(place + n * P + p)
         x = tl.load(rows + row * width + d, d < width, other=0.0).to(tl.float32)
-        acc += tl.load(weights + n * P + p).to(tl.float32) * x
+        acc = tl.fma(x, tl.load(weights + n * P + p).to(tl.float32), acc)
     store_output(out, n * width + d, acc, d < width)
 
 

@@ -27,7 +27,7 @@ from antefix.model.card_steps import card_steps
 from antefix.model.probe_steps import numbers
 from antefix.model.triton_ops import TritonOps
 from antefix_console.verify.drawn_models import drawn_subject
-from antefix_kernels import index_scores, prefill_attention
+from antefix_kernels import gather, index_queries, index_scores, linear, pack, prefill_attention, tokens
 from tests.model.random_models import SMALL, C, H
 from tests.model.step_traces import first_difference, trace
 
@@ -104,7 +104,7 @@ def small(**changes: Any) -> Model:
 
 
 class NotRun:
-    """In place of a kernel whose numbers nobody asks for: the interpreter takes most of its time for these."""
+    """In place of a kernel whose numbers nobody asks for: the interpreter takes its time."""
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -113,18 +113,26 @@ class NotRun:
 @pytest.mark.slow
 @pytest.mark.usefixtures("as_on_a_card")
 def test_between_kernels_nothing_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (prefill_attention, index_scores):
-        monkeypatch.setattr(module, "_prefill_kernel", NotRun())
+    # All but the one that gives indices.
+    for module in (gather, index_queries, index_scores, linear, pack, prefill_attention, tokens):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, NotRun())
     model = small(layer_types=[C, H], num_hidden_layers=2, compress_rates={C: 2, H: 3}, sliding_window=3, index_topk=9,
                   index_n_heads=2, hc_sinkhorn_iters=1, num_hash_layers=0)  # fmt: skip
     pool, ops = CardPool(model.layout, 3, "cpu"), TritonOps(model.layout, reproducible=True)
     sequence = Sequence(pool.allocate(3), WindowState.zeros(model.layout, 0))
-    tokens = np.arange(7, dtype="<u4")
     with Between() as seen:
-        for piece in np.split(tokens, [6]):
+        for piece in np.split(np.arange(7, dtype="<u4"), [6]):
             forward(model, pool, [(sequence, piece)], ops=ops)
     assert seen.calls > 300
     assert not seen.faults
+
+
+@pytest.mark.parametrize("picked", [1, 2, 4])
+@pytest.mark.usefixtures("as_on_a_card")
+def test_weights_of_any_number_of_experts_add_up(picked: int) -> None:
+    weights = numbers((5, picked), 1, torch.float32)
+    torch.testing.assert_close(moe._row_sums(weights), weights.sum(1, keepdim=True))
 
 
 @pytest.mark.parametrize("reduce", [lambda x: x @ x, lambda x: x.sum(1), lambda x: x.softmax(0), lambda x: x.mean()])
@@ -156,7 +164,7 @@ def test_every_step_on_a_card_gives_a_token_the_same_bits_however_its_prompt_is_
     if not uses_triton("auto", subject.model.layout, "cuda"):
         pytest.skip("this model's records lie where the kernels cannot read them: it is not reproducible row by row")
     random = np.random.default_rng((seed, number))
-    tokens = random.integers(0, subject.identity.vocab_size, 70).astype("<u4")
-    whole = trace(subject.model, tokens, ())
+    prompt = random.integers(0, subject.identity.vocab_size, 70).astype("<u4")
+    whole = trace(subject.model, prompt, ())
     for cuts in ([33], sorted({*random.integers(1, 70, 5).tolist(), 66, 67, 68, 69}), list(range(1, 20))):
-        assert not first_difference(whole, trace(subject.model, tokens, cuts)), (seed, number, cuts)
+        assert not first_difference(whole, trace(subject.model, prompt, cuts)), (seed, number, cuts)
