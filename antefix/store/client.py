@@ -27,7 +27,6 @@ from antefix.layout import PayloadLayout
 from antefix.record import (
     MEMORY_KINDS,
     BlockFate,
-    Fate,
     LookupResult,
     PutResult,
     Record,
@@ -36,6 +35,7 @@ from antefix.record import (
     Refusal,
     RefusalReason,
 )
+from antefix.store.fate_wire import fate_from_wire
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
@@ -126,10 +126,7 @@ class RemoteStore:
         with rpc.rpc_errors():
             request = kvstore_pb2.FateRequest(hash=hash, fingerprint=fingerprint)
             response = await self.stub.Fate(request, timeout=CALL_DEADLINE_S, metadata=outgoing())
-        fate = Fate(response.fate) if response.fate in set(Fate) else Fate.UNKNOWN
-        # A service of version 1 sends none of the latter.
-        statements = tuple(response.statements) or (b"",) * len(response.fingerprints)
-        return BlockFate(fate=fate, fingerprints=tuple(response.fingerprints), statements=statements)
+        return fate_from_wire(response)
 
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.layout import PayloadLayout
-from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind, RecordName
+from antefix.miss_reason import MissReason
+from antefix.record import BlockFate, LookupResult, PutResult, Record, RecordKind, RecordName
 from antefix.store.api import Store
 from antefix.store.store_stats import StoreTotals
 
@@ -19,7 +20,7 @@ class EmptyStore:
         return LookupResult(num_blocks=0)
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
-        return BlockFate(fate=Fate.UNKNOWN)
+        return BlockFate(reason=MissReason.FIRST_SEEN)
 
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
