@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from antefix.events.follower import FollowCounters
+from antefix.events.kv_publisher import KvPublisherCounters
 from antefix.telemetry.shown import families
 from antefix.v1 import decode_pb2, kvstore_pb2, prefill_pb2, router_pb2, window_pb2
 from antefix.window.planner import KindRecord
@@ -27,6 +28,7 @@ ROOMS = ("antefix", "billing", "decode", "kvstore", "prefill", "router")
 SHOWN = {
     FollowCounters: ([router.FOLLOW], {}),
     KindRecord: ([worker.PLANS], {}),
+    KvPublisherCounters: ([worker.KV_EVENTS], {}),
     CommitCounters: ([router.COMMITS], {}),
     AnswerCounts: ([router.ANSWERS], {}),
     prefilling.PrefillingCounters: ([router.PREFILLING], {}),
