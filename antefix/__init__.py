@@ -70,8 +70,8 @@ if TYPE_CHECKING:
     from antefix.layout import BlockLayout as BlockLayout
     from antefix.layout import KVFormat as KVFormat
     from antefix.layout import KVGeometry as KVGeometry
+    from antefix.miss_reason import MissReason as MissReason
     from antefix.record import BlockFate as BlockFate
-    from antefix.record import Fate as Fate
     from antefix.record import LookupResult as LookupResult
     from antefix.record import PutResult as PutResult
     from antefix.record import Record as Record
@@ -103,7 +103,8 @@ _NAMES = {
     ),
     "antefix.generation_request": "Caller GenerationRequest",
     "antefix.layout": "BlockLayout KVFormat KVGeometry",
-    "antefix.record": "BlockFate Fate LookupResult PutResult Record RecordKind",
+    "antefix.miss_reason": "MissReason",
+    "antefix.record": "BlockFate LookupResult PutResult Record RecordKind",
     "antefix.restore_report": "RestoreReport",
     "antefix.sampling": "Sampling",
     "antefix.store.api": "Store",

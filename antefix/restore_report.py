@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from antefix.miss_reason import MissReason
+
 
 @dataclass(slots=True)
 class RestoreReport:
@@ -21,7 +23,7 @@ class RestoreReport:
     written_tokens: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
-    miss_reason: str = ""
+    miss_reason: MissReason = MissReason.NONE
     last_hit_hash: bytes = b""
     predicted_s: float = 0.0
     restore_s: float = 0.0

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from antefix.block import as_tokens
 from antefix.errors import InternalError, InvalidRequest
+from antefix.miss_reason import MissReason
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.v1 import worker_pb2
@@ -112,4 +113,5 @@ def report_to_wire(report: RestoreReport) -> worker_pb2.RestoreReport:
 
 
 def report_from_wire(message: worker_pb2.RestoreReport) -> RestoreReport:
-    return RestoreReport(**{field.name: getattr(message, field.name) for field in dataclasses.fields(RestoreReport)})
+    values = {field.name: getattr(message, field.name) for field in dataclasses.fields(RestoreReport)}
+    return RestoreReport(**{**values, "miss_reason": MissReason(message.miss_reason)})

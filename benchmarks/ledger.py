@@ -18,12 +18,13 @@ import time
 from decimal import Decimal
 from pathlib import Path
 
+from antefix.miss_reason import MissReason
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.progress_slots import ProgressJournal
 from antefix_billing.reconcile import verify
 from antefix_billing.usage_commit import LedgerWriter
-from antefix_billing.usage_record import MissReason, OpenEntry, Status, UsageRecord, WorkDone
+from antefix_billing.usage_record import OpenEntry, Status, UsageRecord, WorkDone
 
 NOW_US = 1_790_000_000_000_000
 

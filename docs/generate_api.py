@@ -30,6 +30,7 @@ _SECTIONS = {
     "antefix.store.open_store": "Stores",
     "antefix.store.api": "",
     "antefix.store.client": "",
+    "antefix.miss_reason": "Why a block missed",
     "antefix.record": "What a store holds",
     "antefix.block": "Names of blocks",
     "antefix.layout": "Layouts of payloads",

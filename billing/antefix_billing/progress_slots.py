@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import Unavailable
+from antefix.miss_reason import MissReason
 from antefix_billing.ledger_reserve import allocate
-from antefix_billing.usage_record import MissReason, WorkDone
+from antefix_billing.usage_record import WorkDone
 
 SLOT_BYTES: Final = 256
 PROGRESS_FILE: Final = "progress"

@@ -19,6 +19,7 @@ from typing import Any, Final, cast
 from urllib.parse import quote
 
 from antefix.errors import InternalError, InvalidRequest
+from antefix.miss_reason import MissReason
 
 # Version of the payload's fields; a reader refuses what it does not know instead of guessing.
 PAYLOAD_VERSION: Final = 1
@@ -37,27 +38,6 @@ class Status(StrEnum):
     def is_ours(self) -> bool:
         """The client did nothing to end it so: a charge is for what it was given, and trying again is not one more."""
         return self in (Status.FAILED, Status.CRASHED)
-
-
-class MissReason(StrEnum):
-    """Why the first block that missed did."""
-
-    NONE = ""
-    FIRST_SEEN = "first_seen"
-    EVICTED = "evicted"
-    EXPIRED = "expired"
-    WINDOW_MISSING = "window_missing"
-    BELOW_MINIMUM = "below_minimum"
-    FINGERPRINT_DIFFERS = "fingerprint_differs"
-    ARITHMETIC_DIFFERS = "arithmetic_differs"
-    CORRUPT = "corrupt"
-    STORE_UNAVAILABLE = "store_unavailable"
-    UNKNOWN = "unknown"
-
-    @classmethod
-    def _missing_(cls, value: object) -> MissReason:
-        # A newer worker may know a reason that this process does not; a request must not fail for that.
-        return cls.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

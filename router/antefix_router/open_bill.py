@@ -10,7 +10,7 @@ from typing import Final
 from antefix.clients import Usage
 from antefix_billing.ledger_files import Settled
 from antefix_billing.limits import Reservation
-from antefix_billing.usage_record import MissReason, OpenEntry, UsageRecord, WorkDone
+from antefix_billing.usage_record import OpenEntry, UsageRecord, WorkDone
 from antefix_router.answers import KeptAnswer, SharedRun
 from antefix_router.generation import Generation
 
@@ -82,7 +82,7 @@ class Bill:
             replayed_tokens=report.replayed_tokens,
             restore_plan=report.plan,
             last_hit_hash=report.last_hit_hash.hex() if hit else "",
-            miss_reason=MissReason(report.miss_reason),
+            miss_reason=report.miss_reason,
             ttft_us=ttft_us,
         )
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antefix.errors import Unavailable
+from antefix.miss_reason import MissReason
 from antefix_billing.progress_slots import PROGRESS_FILE, SLOT_BYTES, ProgressJournal
-from antefix_billing.usage_record import MissReason, WorkDone
+from antefix_billing.usage_record import WorkDone
 
 counts = st.integers(0, 2**32 - 1)
 work = st.builds(

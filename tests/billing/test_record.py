@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import InternalError, InvalidRequest
-from antefix_billing.usage_record import MissReason, OpenEntry, Status, UsageRecord
+from antefix.miss_reason import MissReason
+from antefix_billing.usage_record import OpenEntry, Status, UsageRecord
 from tests.billing.usage_records import opened, record
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-from antefix_billing.usage_record import MissReason, OpenEntry, Status, UsageRecord
+from antefix.miss_reason import MissReason
+from antefix_billing.usage_record import OpenEntry, Status, UsageRecord
 
 NOW_US = 1_790_000_000_000_000
 

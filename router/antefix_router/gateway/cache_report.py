@@ -16,7 +16,7 @@ def cache_headers(record: UsageRecord) -> dict[str, str]:
         "antefix-plan": record.restore_plan or _NONE,
         "antefix-hit-tokens": str(record.cache_hit_tokens),
         "antefix-tier": _tier(record),
-        "antefix-miss-reason": record.miss_reason.value or _NONE,
+        "antefix-miss-reason": record.miss_reason.label,
     }
 
 
@@ -25,7 +25,7 @@ def cache_details(record: UsageRecord) -> dict[str, Any]:
     return {
         "plan": record.restore_plan or _NONE,
         "tier": _tier(record),
-        "miss_reason": record.miss_reason.value or _NONE,
+        "miss_reason": record.miss_reason.label,
         "hit_tokens": record.cache_hit_tokens,
         "hit_memory_tokens": record.hit_memory_tokens,
         "hit_store_tokens": record.hit_store_tokens,
