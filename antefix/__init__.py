@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from antefix.clients import RouterClient as RouterClient
     from antefix.clients import RouterCounters as RouterCounters
     from antefix.clients import RouterStatus as RouterStatus
-    from antefix.clients import Usage as Usage
     from antefix.clients import WindowClient as WindowClient
     from antefix.clients import WindowStatus as WindowStatus
     from antefix.clients import WorkerState as WorkerState
@@ -83,6 +82,7 @@ if TYPE_CHECKING:
     from antefix.store.client import RemoteStore as RemoteStore
     from antefix.store.open_store import StoreAddress as StoreAddress
     from antefix.store.open_store import open_store as open_store
+    from antefix.usage import Usage as Usage
     from antefix.wire import TokenLogprob as TokenLogprob
 
 # The same names at run time, by module.
@@ -93,7 +93,7 @@ _NAMES = {
     ),
     "antefix.clients": (
         "AnswerCounters DecodeClient DecodeStatus Decoded Generated PlanKindStatus PlannedRestore PlannedWay "
-        "PrefillClient PrefillStatus Prefilled RouterClient RouterCounters RouterStatus Usage WindowClient "
+        "PrefillClient PrefillStatus Prefilled RouterClient RouterCounters RouterStatus WindowClient "
         "WindowStatus WorkerState"
     ),
     "antefix.errors": (
@@ -110,6 +110,7 @@ _NAMES = {
     "antefix.store.api": "Store",
     "antefix.store.client": "LocalStore RemoteStore",
     "antefix.store.open_store": "StoreAddress open_store",
+    "antefix.usage": "Usage",
     "antefix.wire": "TokenLogprob",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

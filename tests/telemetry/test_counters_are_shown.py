@@ -44,7 +44,7 @@ SHOWN = {
     scrubber.ScrubCounters: ([kvstore.SCRUBBER], {}),
 }
 # Classes of that kind of name that hold copies of the above, or count nothing that happens.
-COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "AnswerCounters", "TokenCounts", "_Counts"}
+COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "AnswerCounters", "_Counts"}
 # Message's field: the metric that shows it. Texts, names and cursors are no numbers.
 MESSAGES = {
     kvstore_pb2.StatsResponse: {
