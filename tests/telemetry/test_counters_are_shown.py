@@ -114,7 +114,7 @@ STATE = {
     *("num_failures", "num_quarantined", "num_bytes"),
     # Kinds that are told of, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
-    "num_straight",
+    *("num_straight", "num_batches", "num_replays"),
 }
 
 
