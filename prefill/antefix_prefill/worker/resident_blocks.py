@@ -18,6 +18,7 @@ class Pool(Protocol):
     """The part of `antefix.model.BlockPool` that is needed here."""
 
     num_blocks: int
+    num_free: int
 
     def allocate(self, num_blocks: int, *, after: int | None = None) -> list[int]: ...
 
@@ -25,7 +26,7 @@ class Pool(Protocol):
 
 
 class ResidentBlocks:
-    """Reference counts over a pool, and a least-recently-used list of finished blocks that nobody uses now.
+    """The reference counts of a pool's blocks, and a least-recently-used list of finished ones that nobody uses now.
 
     events: what was published and evicted, for routers.  on_evicted: told of each name that goes, besides.
     """
@@ -33,7 +34,6 @@ class ResidentBlocks:
     def __init__(self, pool: Pool) -> None:
         self.on_evicted: Callable[[bytes], None] | None = None
         self._pool = pool
-        self._free = pool.num_blocks
         self._refs: dict[int, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._by_hash: dict[bytes, int] = {}
@@ -48,7 +48,7 @@ class ResidentBlocks:
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can give: free ones and idle ones."""
-        return self._free + len(self._idle)
+        return self._pool.num_free + len(self._idle)
 
     def num_leading(self, hashes: Sequence[bytes]) -> int:
         """How many of the chain's first blocks are here; takes nothing."""
@@ -80,10 +80,9 @@ class ResidentBlocks:
                 f" {num_blocks} needed: fewer or shorter requests, or a larger pool_bytes",
                 retry_after_s=1.0,
             )
-        while self._free < num_blocks:
+        while self._pool.num_free < num_blocks:
             self._evict_one()
         block_ids = self._pool.allocate(num_blocks, after=after)
-        self._free -= num_blocks
         for block_id in block_ids:
             self._refs[block_id] = 1
         return block_ids
@@ -108,7 +107,6 @@ class ResidentBlocks:
                 self._idle[block_id] = None
             else:
                 self._pool.release([block_id])
-                self._free += 1
 
     def _evict_one(self) -> None:
         block_id, _ = self._idle.popitem(last=False)
@@ -119,4 +117,3 @@ class ResidentBlocks:
             self.on_evicted(name)
         self.num_evicted += 1
         self._pool.release([block_id])
-        self._free += 1
