@@ -7,7 +7,7 @@ never changes and any sequence with the same chain may use it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from antefix.errors import Overloaded
@@ -28,10 +28,11 @@ class Pool(Protocol):
 class ResidentBlocks:
     """The reference counts of a pool's blocks, and a least-recently-used list of finished ones that nobody uses now.
 
-    events: what was published and evicted, for routers.
+    events: what was published and evicted, for routers.  on_evicted: told of each name that goes, besides.
     """
 
     def __init__(self, pool: Pool) -> None:
+        self.on_evicted: Callable[[bytes], None] | None = None
         self._pool = pool
         self._refs: dict[int, int] = {}
         self._hash_of: dict[int, bytes] = {}
@@ -86,12 +87,14 @@ class ResidentBlocks:
             self._refs[block_id] = 1
         return block_ids
 
-    def publish(self, name: bytes, block_id: int) -> None:
-        """This block is finished and exact; if another one has the name already, this one stays private."""
-        if name not in self._by_hash:
-            self._by_hash[name] = block_id
-            self._hash_of[block_id] = name
-            self.events.stored(name)
+    def publish(self, name: bytes, block_id: int) -> bool:
+        """This block is finished and exact. False: another one has the name already, and this one stays private."""
+        if name in self._by_hash:
+            return False
+        self._by_hash[name] = block_id
+        self._hash_of[block_id] = name
+        self.events.stored(name)
+        return True
 
     def release(self, block_ids: Sequence[int]) -> None:
         """End a use. Later blocks become idle first, so they are evicted before the ones they depend on."""
@@ -110,5 +113,7 @@ class ResidentBlocks:
         name = self._hash_of.pop(block_id)
         del self._by_hash[name]
         self.events.evicted(name)
+        if self.on_evicted is not None:
+            self.on_evicted(name)
         self.num_evicted += 1
         self._pool.release([block_id])
