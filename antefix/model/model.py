@@ -63,11 +63,11 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.model.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.model.embed_tokens.weight.dtype
 
     def rope(self, kind: LayerKind, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [N, R / 2]: window-only layers take the main RoPE, all others the compressed branches'."""
