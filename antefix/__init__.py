@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from antefix.clients import RouterClient as RouterClient
     from antefix.clients import RouterCounters as RouterCounters
     from antefix.clients import RouterStatus as RouterStatus
-    from antefix.clients import Usage as Usage
     from antefix.clients import WindowClient as WindowClient
     from antefix.clients import WindowStatus as WindowStatus
     from antefix.clients import WorkerState as WorkerState
@@ -70,8 +69,8 @@ if TYPE_CHECKING:
     from antefix.layout import BlockLayout as BlockLayout
     from antefix.layout import KVFormat as KVFormat
     from antefix.layout import KVGeometry as KVGeometry
+    from antefix.miss_reason import MissReason as MissReason
     from antefix.record import BlockFate as BlockFate
-    from antefix.record import Fate as Fate
     from antefix.record import LookupResult as LookupResult
     from antefix.record import PutResult as PutResult
     from antefix.record import Record as Record
@@ -83,6 +82,7 @@ if TYPE_CHECKING:
     from antefix.store.client import RemoteStore as RemoteStore
     from antefix.store.open_store import StoreAddress as StoreAddress
     from antefix.store.open_store import open_store as open_store
+    from antefix.usage import Usage as Usage
     from antefix.wire import TokenLogprob as TokenLogprob
 
 # The same names at run time, by module.
@@ -93,7 +93,7 @@ _NAMES = {
     ),
     "antefix.clients": (
         "AnswerCounters DecodeClient DecodeStatus Decoded Generated PlanKindStatus PlannedRestore PlannedWay "
-        "PrefillClient PrefillStatus Prefilled RouterClient RouterCounters RouterStatus Usage WindowClient "
+        "PrefillClient PrefillStatus Prefilled RouterClient RouterCounters RouterStatus WindowClient "
         "WindowStatus WorkerState"
     ),
     "antefix.errors": (
@@ -103,12 +103,14 @@ _NAMES = {
     ),
     "antefix.generation_request": "Caller GenerationRequest",
     "antefix.layout": "BlockLayout KVFormat KVGeometry",
-    "antefix.record": "BlockFate Fate LookupResult PutResult Record RecordKind",
+    "antefix.miss_reason": "MissReason",
+    "antefix.record": "BlockFate LookupResult PutResult Record RecordKind",
     "antefix.restore_report": "RestoreReport",
     "antefix.sampling": "Sampling",
     "antefix.store.api": "Store",
     "antefix.store.client": "LocalStore RemoteStore",
     "antefix.store.open_store": "StoreAddress open_store",
+    "antefix.usage": "Usage",
     "antefix.wire": "TokenLogprob",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -23,6 +23,7 @@ from antefix.events.event_wire import store_response
 from antefix.events.numbered_log import Batch, Cursor, watch_log
 from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Record, RecordKind, Refusal, RefusalReason
 from antefix.store.allocator import keep_large_buffers
+from antefix.store.fate_wire import fate_to_wire
 from antefix.store.payload_channel import SERVICE
 from antefix.store.payload_wire import Piece, unpack_put_request
 from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, messages_of, split_hashes
@@ -99,9 +100,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 now_ms=engine.clock_ms(),
             )
         )
-        return kvstore_pb2.FateResponse(
-            fate=found.fate.value, fingerprints=found.fingerprints, statements=found.statements
-        )
+        return fate_to_wire(found)
 
     def Get(
         self, request: kvstore_pb2.GetRequest, context: grpc.aio.ServicerContext[Any, Any]

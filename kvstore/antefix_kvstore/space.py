@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from antefix.errors import StoreFull
-from antefix.record import STORED_KINDS, Fate, RecordKind
+from antefix.miss_reason import MissReason
+from antefix.record import STORED_KINDS, RecordKind
 from antefix.store_files.gone_blocks import GoneWriter
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import (
@@ -208,7 +209,7 @@ class Space:
         assert entry is not None and entry.children == 0, "only leaves are removed"
         if name[0] is RecordKind.BLOCK:
             is_over = entry.expires_ms and entry.expires_ms <= self._now_ms()
-            self._gone.note(name[1], Fate.EXPIRED if is_over else Fate.EVICTED)
+            self._gone.note(name[1], MissReason.EXPIRED if is_over else MissReason.EVICTED)
         parent_name = parent_of(name, entry.parent)
         parent = txn.get(parent_name)
         txn.delete(name)

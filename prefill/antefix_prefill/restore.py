@@ -15,14 +15,15 @@ import numpy.typing as npt
 
 from antefix.block import Chain, exactness_of
 from antefix.errors import AntefixError, BlockCorrupt
+from antefix.miss_reason import MissReason
 from antefix.model import Sequence, WindowState, forward, replay
 from antefix.record import LookupResult, RecordKind
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
-from antefix_prefill.miss_reason import miss_reason
 from antefix_prefill.older_names import OlderNames, find_older
+from antefix_prefill.why_missed import why_missed
 from antefix_prefill.worker.compute_thread import uninterrupted
 from antefix_prefill.worker.engine import Engine
 
@@ -352,18 +353,18 @@ def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) 
         report.last_hit_hash = prompt.chain.hashes[plan.resume_block - 1]
 
 
-async def _miss_reason(engine: Engine, prompt: Prompt, plan: Plan, known: _Known) -> str:
+async def _miss_reason(engine: Engine, prompt: Prompt, plan: Plan, known: _Known) -> MissReason:
     """Why the first block that missed did; empty where only the rest of the last one is left."""
     full_blocks = (prompt.num_tokens - 1) // engine.block_size
     if full_blocks == 0:
-        return "below_minimum"
+        return MissReason.BELOW_MINIMUM
     if plan.resume_block >= full_blocks:
-        return ""
+        return MissReason.NONE
     if plan.resume_block < known.num_blocks:
-        return "window_missing"
+        return MissReason.WINDOW_MISSING
     if known.store_failed:
-        return "store_unavailable"
-    return await miss_reason(
+        return MissReason.STORE_UNAVAILABLE
+    return await why_missed(
         engine,
         prompt.chain,
         prompt.tokens,
