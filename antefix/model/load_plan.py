@@ -33,6 +33,10 @@ _STACKS = (".experts.gate_up_proj", ".experts.down_proj")
 _PLAIN_INPUTS = ("self_attn.o_a_proj",)
 
 
+# The place of a tensor that is stored in one piece.
+_WHOLE: tuple[int | None, int] = (None, 0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
     """A stored tensor's bytes to `target`'s elements from `first` on; `target` names a tensor of the model's state."""
@@ -58,7 +62,7 @@ class LoadPlan:
 
 @dataclass(slots=True)
 class _Group:
-    """What a checkpoint holds for one tensor of the model: by (expert, part), or one under (None, 0)."""
+    """What a checkpoint holds for one tensor of the model: by (expert, part), or under _WHOLE."""
 
     weights: dict[tuple[int | None, int], StoredTensor] = field(default_factory=dict)
     scales: dict[tuple[int | None, int], StoredTensor] = field(default_factory=dict)
@@ -120,16 +124,16 @@ def _group(
     return groups, skipped
 
 
-def _parts(name: str, shape: torch.Size) -> list[tuple[int | None, int]]:
-    """The pieces in which a tensor is stored, in the order in which they lie in it."""
-    if not name.endswith(_STACKS):
-        return [(None, 0)]
+def _parts(name: str, shape: torch.Size, group: _Group) -> list[tuple[int | None, int]]:
+    """The pieces in which a tensor is stored, in the order in which they lie in it. A stack may be stored whole."""
+    if not name.endswith(_STACKS) or _WHOLE in group.weights:
+        return [_WHOLE]
     numbers = (2,) if name.endswith("down_proj") else (1, 3)
     return [(expert, number) for expert in range(shape[0]) for number in numbers]
 
 
 def _check_whole(name: str, shape: torch.Size, group: _Group) -> None:
-    parts = _parts(name, shape)
+    parts = _parts(name, shape, group)
     for key in parts:
         if key not in group.weights:
             raise ModelError(f"tensor {_spelled(name, key)} is missing")
@@ -143,8 +147,8 @@ def _spelled(name: str, key: tuple[int | None, int]) -> str:
     return checkpoint_name(name) if key[0] is None else expert_name(name, key[0], key[1])
 
 
-def _part_shape(name: str, shape: torch.Size) -> torch.Size:
-    if not name.endswith(_STACKS):
+def _part_shape(name: str, shape: torch.Size, group: _Group) -> torch.Size:
+    if not name.endswith(_STACKS) or _WHOLE in group.weights:
         return shape
     rows = shape[1] if name.endswith("down_proj") else shape[1] // 2
     return torch.Size((rows, shape[2]))
@@ -152,8 +156,8 @@ def _part_shape(name: str, shape: torch.Size) -> torch.Size:
 
 def _form_of(name: str, shape: torch.Size, group: _Group, config: ModelConfig) -> PackedForm | None:
     """How a tensor is packed; None where it is not. Its pieces must agree."""
-    forms = {key: _form(name, _part_shape(name, shape), tensor, group.scales.get(key), config)
-             for key, tensor in group.weights.items()}  # fmt: skip
+    part = _part_shape(name, shape, group)
+    forms = {key: _form(name, part, tensor, group.scales.get(key), config) for key, tensor in group.weights.items()}
     for key, scale in group.scales.items():
         if forms.get(key) is None:
             raise ModelError(f"unexpected tensor {scale.name}: no packed weight belongs to it")
@@ -163,7 +167,7 @@ def _form_of(name: str, shape: torch.Size, group: _Group, config: ModelConfig) -
         odd = next(group.weights[key].name for key, form in forms.items() if form == other)
         raise ModelError(f"tensor {odd} is {_label(other)}, others of the layer's experts are {_label(usual)}")
     form = next(iter(forms.values()))
-    rows = _part_shape(name, shape)[0]
+    rows = part[0]
     if form is not None and name.endswith("gate_up_proj") and rows % form.block[0]:
         raise ModelError(f"moe_intermediate_size {rows} must be a multiple of the {form.block[0]} rows of FP8 blocks")
     return form
@@ -216,18 +220,18 @@ def _check_shape(tensor: StoredTensor, shape: torch.Size) -> None:
 
 
 def _plain_copies(name: str, shape: torch.Size, group: _Group) -> list[Copy]:
-    size = math.prod(_part_shape(name, shape))
+    size = math.prod(_part_shape(name, shape, group))
     return [
         Copy(source=group.weights[key], target=name, first=number * size)
-        for number, key in enumerate(_parts(name, shape))
+        for number, key in enumerate(_parts(name, shape, group))
     ]
 
 
 def _packed_copies(owner: str, shape: torch.Size, group: _Group, form: PackedForm) -> list[Copy]:
     copies = []
-    part = _part_shape(owner, shape)
+    part = _part_shape(owner, shape, group)
     sizes = math.prod(form.code_shape(part)), math.prod(form.scale_shape(part))
-    for number, key in enumerate(_parts(owner, shape)):
+    for number, key in enumerate(_parts(owner, shape, group)):
         copies.append(Copy(source=group.weights[key], target=f"{owner}.codes", first=number * sizes[0]))
         copies.append(Copy(source=group.scales[key], target=f"{owner}.scales", first=number * sizes[1]))
     return copies

@@ -77,6 +77,24 @@ def test_quantised_weights_are_refused(directory: Path) -> None:
         load_model(directory)
 
 
+def test_experts_may_come_as_one_stack(directory: Path) -> None:
+    """Under module names, as the shipped model has them."""
+    before = load_model(directory).state_dict()
+    names = [name for name in before if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+
+    def stack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".ffn.experts." in name]:
+            del tensors[name]
+        tensors.update({name: before[name].clone() for name in names})
+
+    edit_tensors(directory, stack)
+    after = load_model(directory).state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    edit_tensors(directory, lambda tensors: tensors.update({EXPERT: torch.zeros(24, 32)}))
+    with pytest.raises(ModelError, match=f"unexpected tensor {EXPERT}"):
+        load_model(directory)
+
+
 def test_multi_token_prediction_layers_are_ignored(directory: Path) -> None:
     edit_tensors(directory, lambda tensors: tensors.update({"mtp.0.attn.wkv.weight": torch.zeros(2)}))
     load_model(directory)
