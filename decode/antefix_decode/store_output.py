@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+
 from antefix.model import Sequence, WindowState
 from antefix.window import Reason
 from antefix_prefill.leave_checkpoints import leave_checkpoint, output_marks
+from antefix_prefill.publish_block import publish_block
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt
 from antefix_prefill.sealed_records import block_record
@@ -25,13 +28,14 @@ class StorableOutput(Protocol):
 
 async def store_token(engine: Engine, output: StorableOutput, token: int) -> None:
     """`token` has been run. Name and store the block that it completed, if it did; keep window state there."""
+    before = output.prompt.chain.unfinished
     output.prompt.chain.extend([token])
     position = output.sequence.position
     if position % engine.block_size or not engine.stores_output:
         return
     index = position // engine.block_size - 1
     block_id = output.sequence.block_table[index]
-    engine.blocks.publish(output.prompt.chain.hashes[index], block_id)
+    publish_block(engine, output.prompt, index, block_id, tokens=np.append(before, np.uint32(token)))
     payload = (await engine.compute.run(engine.pool.payloads, [block_id]))[0]
     await output.writer.put(block_record(engine, output.prompt, index, payload))
     output.boundary_window = output.sequence.window.clone()

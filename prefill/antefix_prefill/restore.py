@@ -23,6 +23,7 @@ from antefix.telemetry import span
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
 from antefix_prefill.older_names import OlderNames, find_older
+from antefix_prefill.publish_block import publish_block
 from antefix_prefill.why_missed import why_missed
 from antefix_prefill.worker.compute_thread import uninterrupted
 from antefix_prefill.worker.engine import Engine
@@ -261,8 +262,8 @@ async def load_blocks(
     except BaseException:
         engine.blocks.release([*table, *fresh])
         raise
-    for name, block_id in zip(wanted[:num_read], fresh[:num_read], strict=True):
-        engine.blocks.publish(name, block_id)
+    for index, block_id in enumerate(fresh[:num_read], len(table)):
+        publish_block(engine, prompt, index, block_id)
     engine.blocks.release(fresh[num_read:])
     return table + fresh[:num_read]
 

@@ -19,6 +19,7 @@ from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
 from antefix.window import Mark
 from antefix_prefill.leave_checkpoints import leave_checkpoint, prompt_marks
+from antefix_prefill.publish_block import publish_block
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt, Restored, restore
 from antefix_prefill.sealed_records import block_record
@@ -110,7 +111,7 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
         with span("prefill chunk", first=first, num_tokens=stop - first):
             logits, payloads = await engine.compute.run(_run_chunk, engine, sequence, tokens, new, is_last)
         for index in range(first // engine.block_size, last):
-            engine.blocks.publish(prompt.chain.hashes[index], sequence.block_table[index])
+            publish_block(engine, prompt, index, sequence.block_table[index])
         for index, payload in zip(new, payloads, strict=True):
             await writer.put(block_record(engine, prompt, index, payload))
         if mark := marks.get(stop):
