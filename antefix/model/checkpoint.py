@@ -47,7 +47,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
         if not (directory / SINGLE).is_file():
             raise ModelError(f"{directory} holds neither {SINGLE} nor {INDEX}")
         return [directory / SINGLE]
-    files = sorted({directory / str(name) for name in _weight_map(index).values()})
+    files = [directory / name for name in sorted(set(_weight_map(index).values()))]
     for file in files:
         if file.parent != directory or not file.is_file():
             raise ModelError(f"{index} names {file.name}, which is not in {directory}")

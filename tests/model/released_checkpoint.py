@@ -44,6 +44,23 @@ RELEASES: dict[str, dict[str, Any]] = {
     "dspark": FLASH | DSPARK,
     "pro": FLASH | {"compress_ratios": [128, 128, 4, 128, 4, 0]},
 }
+# The configs of the released Flash and Pro as far as shapes hang on them; the rest is as above.
+FULL_FLASH = FLASH | {
+    "head_dim": 512, "hidden_size": 4096, "index_head_dim": 128, "index_n_heads": 64, "index_topk": 512,
+    "hc_sinkhorn_iters": 20, "max_position_embeddings": 1048576, "moe_intermediate_size": 2048, "n_routed_experts": 256,
+    "num_attention_heads": 64, "num_experts_per_tok": 6, "num_hidden_layers": 43, "num_hash_layers": 3, "o_groups": 8,
+    "o_lora_rank": 1024, "q_lora_rank": 1024, "qk_rope_head_dim": 64, "sliding_window": 128, "vocab_size": 129280,
+    "rope_scaling": YARN | {"original_max_position_embeddings": 65536}, "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+}  # fmt: skip
+FULL_PRO = FULL_FLASH | {
+    "hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "index_topk": 1024, "q_lora_rank": 1536,
+    "o_groups": 16, "moe_intermediate_size": 3072, "n_routed_experts": 384,
+    "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
+}  # fmt: skip
+_DTYPES = {
+    torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64", torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e8m0fnu: "F8_E8M0",
+}  # fmt: skip
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
@@ -66,9 +83,31 @@ def write(release: str, directory: Path, *, num_shards: int = 3, seed: int = 1, 
     return directory
 
 
-def draw(config: dict[str, Any], *, seed: int = 1) -> dict[str, Tensor]:
+def write_sparse(config: dict[str, Any], directory: Path, *, num_shards: int = 46) -> Path:
+    """A directory of any size: real headers, and tensors that are holes in the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = draw(config, pen=_Ruler(config))
+    names, weight_map = sorted(tensors), {}
+    for shard in range(num_shards):
+        file = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+        header, end = {}, 0
+        for name in names[shard::num_shards]:
+            start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+            header[name] = {"dtype": _DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                            "data_offsets": [start, end]}  # fmt: skip
+            weight_map[name] = file
+        text = json.dumps(header).encode()
+        with (directory / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + end)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory
+
+
+def draw(config: dict[str, Any], *, seed: int = 1, pen: _Pen | None = None) -> dict[str, Tensor]:
     """Every tensor under its released name; each matters."""
-    pen = _Pen(config, torch.Generator().manual_seed(seed))
+    pen = pen or _Pen(config, torch.Generator().manual_seed(seed))
     hidden, streams = config["hidden_size"], config["hc_mult"]
     pen.bfloat16("embed.weight", config["vocab_size"], hidden)
     pen.bfloat16("head.weight", config["vocab_size"], hidden)
@@ -105,6 +144,10 @@ class _Pen:
 
     def bfloat16(self, name: str, *shape: int) -> None:
         self.tensors[name] = (self.normal(*shape) * 1.2 / shape[-1] ** 0.5).bfloat16()
+
+    def table(self, name: str, vocab: int, picked: int) -> None:
+        ranks = torch.rand(vocab, self.config["n_routed_experts"], generator=self._generator).argsort(-1)
+        self.tensors[name] = ranks[:, :picked].contiguous()
 
     def norm(self, name: str, size: int) -> None:
         self.tensors[name] = (1 + 0.2 * self.normal(size)).bfloat16()
@@ -176,8 +219,7 @@ class _Pen:
         hidden, inner, experts = (config[n] for n in ("hidden_size", "moe_intermediate_size", "n_routed_experts"))
         self.bfloat16(f"{prefix}gate.weight", experts, hidden)
         if is_hash:
-            ranks = torch.rand(config["vocab_size"], experts, generator=self._generator).argsort(-1)
-            self.tensors[f"{prefix}gate.tid2eid"] = ranks[:, : config["num_experts_per_tok"]].contiguous()
+            self.table(f"{prefix}gate.tid2eid", config["vocab_size"], config["num_experts_per_tok"])
         else:
             self.float32(f"{prefix}gate.bias", experts, scale=0.3)
         shapes = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
@@ -198,6 +240,39 @@ class _Pen:
             self.bfloat16(f"{prefix}markov_head.markov_w1.weight", config["vocab_size"], rank)
             self.bfloat16(f"{prefix}markov_head.markov_w2.weight", config["vocab_size"], rank)
             self.bfloat16(f"{prefix}confidence_head.proj.weight", 1, hidden + rank)
+
+
+class _Ruler(_Pen):
+    """The same tensors without their numbers."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config, torch.Generator())
+
+    def _put(self, name: str, dtype: torch.dtype, *shape: int) -> None:
+        self.tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+
+    def bfloat16(self, name: str, *shape: int) -> None:
+        self._put(name, torch.bfloat16, *shape)
+
+    def norm(self, name: str, size: int) -> None:
+        self._put(name, torch.bfloat16, size)
+
+    def float32(self, name: str, *shape: int, **_: float) -> None:
+        self._put(name, torch.float32, *shape)
+
+    def table(self, name: str, vocab: int, picked: int) -> None:
+        self._put(name, torch.int64, vocab, picked)
+
+    def packed(self, name: str, *shape: int) -> None:
+        self._put(f"{name}.weight", torch.float8_e4m3fn, *shape)
+        kind = torch.float32 if self._float_scales else torch.float8_e8m0fnu
+        self._put(f"{name}.scale", kind, -(-shape[0] // 128), -(-shape[1] // 128))
+
+    def expert(self, name: str, *shape: int) -> None:
+        if self._float_scales:
+            return self.packed(name, *shape)
+        self._put(f"{name}.weight", torch.int8, shape[0], shape[1] // 2)
+        return self._put(f"{name}.scale", torch.float8_e8m0fnu, shape[0], shape[1] // 32)
 
 
 def to_fp8(x: Tensor, *, float_scales: bool = False, block: int = 128) -> tuple[Tensor, Tensor]:
