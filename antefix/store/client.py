@@ -23,7 +23,7 @@ from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailab
 from antefix.events.block_events import BlockEvent
 from antefix.events.event_wire import watch_store
 from antefix.events.numbered_log import Batch, Cursor
-from antefix.layout import BlockLayout
+from antefix.layout import PayloadLayout
 from antefix.record import (
     MEMORY_KINDS,
     BlockFate,
@@ -163,11 +163,11 @@ class RemoteStore:
             refused={refusal.hash: Refusal(_reason_of(refusal.code), refusal.reason) for refusal in response.refused},
         )
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell the store the byte layout behind a fingerprint; without it, blocks are stored uncompressed."""
         request = kvstore_pb2.RegisterRequest(
             fingerprint=fingerprint,
-            block_size=layout.geometry.block_size,
+            block_size=layout.block_size,
             parts=_parts(codec.plan_of_block(layout)),
             checkpoint_parts=_parts(codec.plan_of_checkpoint(layout)),
             statement=statement,
@@ -405,7 +405,7 @@ class LocalStore:
     async def put(self, records: Sequence[Record]) -> PutResult:
         return await self.remote.put(records)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         await self.remote.register(fingerprint, layout, statement=statement)
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
