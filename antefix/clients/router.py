@@ -15,6 +15,7 @@ from antefix.clients.usage import Usage, usage_from_wire
 from antefix.generation_request import Caller, check_text
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
+from antefix.security.identity import Role
 from antefix.telemetry.context import outgoing
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import (
@@ -45,6 +46,8 @@ class Generated:
 
 class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
     """Calls to the router: what applications use."""
+
+    _of = Role.ROUTER
 
     def _make_stub(self, channel: grpc.aio.Channel) -> router_pb2_grpc.RouterServiceStub:
         return router_pb2_grpc.RouterServiceStub(channel)
