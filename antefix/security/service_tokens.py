@@ -11,7 +11,7 @@ from typing import Final
 
 from antefix.errors import Unauthenticated
 from antefix.secret import Keyring
-from antefix.security.identity import ISSUED, Identity, Role
+from antefix.security.identity import ALL_TENANTS, ISSUED, Identity, Role
 
 CALLER_KEY: Final = "antefix-caller"
 AGE_S_MAX: Final = 60.0
@@ -36,7 +36,7 @@ def check_service_token(keyring: Keyring, token: str, method: str) -> Identity:
         raise Unauthenticated("the service token was not made with this deployment's secret for this call")
     if abs(time.time() - said_at_ms / 1000) > AGE_S_MAX:
         raise Unauthenticated(f"the service token is more than {AGE_S_MAX:g} s old, or the clocks differ by as much")
-    return Identity(role=role)
+    return Identity(role=role, tenants=frozenset({ALL_TENANTS}) if role is Role.OPERATOR else frozenset())
 
 
 def _parts(role: Role, said_at_ms: int, method: str) -> tuple[bytes, ...]:
