@@ -17,6 +17,7 @@ from antefix.cache_tenant import join_tenant, split_tenant
 from antefix.clients import PrefillClient, Tokens
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import KVFormat
+from antefix.miss_reason import MissReason
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.client import RemoteStore
@@ -28,7 +29,7 @@ from antefix_console import shipped
 from antefix_console.commands import explain_requests
 from antefix_console.deployment import ARITHMETIC_FILE
 from antefix_console.explain.answer import Explanation, explain
-from antefix_console.explain.block_evidence import NamedChain, State, gather, holdings, statements
+from antefix_console.explain.block_evidence import NamedChain, gather, holdings, statements
 from antefix_console.explain.text import lines
 from antefix_console.progress_line import ProgressLine
 
@@ -119,7 +120,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     tried += _stated(directory, mine, tokens, keyring)
     blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
     # 2. What the window pool has.
-    stored = sum(1 for _ in itertools.takewhile(lambda block: block.state is State.STORED, blocks))
+    stored = sum(1 for _ in itertools.takewhile(lambda block: block.reason is MissReason.NONE, blocks))
     pooled, pool_error = asyncio.run(_pooled(args, names, stored))
     # 3. What a worker would make of it.
     planner = RestorePlanner(Sizes.of(identity.layout(mine.kv_format)), Rates(_priors(args)))
@@ -187,7 +188,7 @@ def _stated(directory: Path, mine: Whose, tokens: Tokens, keyring: Keyring) -> I
             said = json.loads(statement)
             label = ", ".join(f"{name} {said.get(name)}" for name in fields)
             names = mine.names_under(digest, tokens, keyring, label)
-            yield replace(names, state=State.ARITHMETIC_DIFFERS) if fields == ("arithmetic",) else names
+            yield replace(names, reason=MissReason.ARITHMETIC_DIFFERS) if fields == ("arithmetic",) else names
 
 
 def _arithmetic(args: argparse.Namespace) -> str:
