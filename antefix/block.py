@@ -249,6 +249,11 @@ class Chain:
             append(parent)
         return self.hashes[first:]
 
+    @property
+    def unfinished(self) -> TokenArray:
+        """The tokens behind the last whole block."""
+        return self._tail
+
     def parent(self, index: int) -> bytes:
         """The hash before block `index`: the root for the first."""
         return self.hashes[index - 1] if index else self.root

@@ -26,6 +26,7 @@ _SECTIONS = {
     "antefix.generation_request": "Requests to workers",
     "antefix.sampling": "Sampling",
     "antefix.wire": "",
+    "antefix.usage": "What a request used",
     "antefix.restore_report": "What a restore did",
     "antefix.store.open_store": "Stores",
     "antefix.store.api": "",

@@ -96,6 +96,12 @@ def _verify() -> CommandModule:
     return verify
 
 
+def _model() -> CommandModule:
+    from antefix_console.commands import model
+
+    return model
+
+
 def _bench() -> CommandModule:
     from antefix_console.commands import bench
 
@@ -184,6 +190,11 @@ COMMANDS: dict[str, Command] = {
         load=_verify,
         help="compare hits with cold runs, bit by bit, for every strategy and plan",
         example="antefix verify --json",
+    ),
+    "model": Command(
+        load=_model,
+        help="say what a model directory is, and whether it would run here",
+        example="antefix model check models/antefix-tiny --json",
     ),
     "bench": Command(
         load=_bench,

@@ -26,8 +26,11 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_INTERNAL, EXIT_INTERRUP
 
 log = logging.getLogger("antefix.cli")
 
-# What the extra `worker` brings; router, store and most commands work without it.
-_WORKER_PACKAGES = ("torch", "safetensors", "triton")
+# What the extras bring; router, store and most commands work without them.
+_EXTRA_OF = {
+    **dict.fromkeys(("torch", "safetensors", "triton"), "worker"),
+    **dict.fromkeys(("zmq", "msgspec", "httpx"), "fleet"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except ModuleNotFoundError as err:
-        if err.name not in _WORKER_PACKAGES:
+        if err.name not in _EXTRA_OF:
             raise
-        print(f"antefix: this needs {err.name}: pip install 'antefix[worker]'", file=sys.stderr)
+        print(f"antefix: this needs {err.name}: pip install 'antefix[{_EXTRA_OF[err.name]}]'", file=sys.stderr)
         return EXIT_USAGE
     except InvalidRequest as err:
         return _fail(err, EXIT_USAGE)

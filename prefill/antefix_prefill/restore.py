@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from antefix.block import Chain, exactness_of
 from antefix.errors import AntefixError, BlockCorrupt
+from antefix.generation_request import Breakpoint
 from antefix.miss_reason import MissReason
 from antefix.model import Sequence, WindowState, forward, replay
 from antefix.record import LookupResult, RecordKind
@@ -23,6 +24,7 @@ from antefix.telemetry import span
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
 from antefix_prefill.older_names import OlderNames, find_older
+from antefix_prefill.publish_block import publish_block
 from antefix_prefill.why_missed import why_missed
 from antefix_prefill.worker.compute_thread import uninterrupted
 from antefix_prefill.worker.engine import Engine
@@ -32,12 +34,12 @@ DISK_TIER = Tier.DISK.value
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A checked prompt with its names. tokens: [N] uint32. keep: (tokens, seconds) of prefixes to checkpoint."""
+    """A checked prompt with its names. tokens: [N] uint32. breakpoints: the client's."""
 
     tokens: npt.NDArray[np.uint32]
     chain: Chain
     tenant: str = ""
-    keep: tuple[tuple[int, float], ...] = ()
+    breakpoints: tuple[Breakpoint, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -261,8 +263,8 @@ async def load_blocks(
     except BaseException:
         engine.blocks.release([*table, *fresh])
         raise
-    for name, block_id in zip(wanted[:num_read], fresh[:num_read], strict=True):
-        engine.blocks.publish(name, block_id)
+    for index, block_id in enumerate(fresh[:num_read], len(table)):
+        publish_block(engine, prompt, index, block_id)
     engine.blocks.release(fresh[num_read:])
     return table + fresh[:num_read]
 

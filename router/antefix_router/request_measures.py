@@ -108,7 +108,7 @@ class RequestMeasures:
             "prompt": record.prompt_tokens,
             "hit": record.cache_hit_tokens,
             "replayed": record.replayed_tokens,
-            "written": record.cache_write_tokens + record.output_write_tokens,
+            "written": record.written_tokens,
             "output": record.output_tokens,
         }
         for part, number in parts.items():

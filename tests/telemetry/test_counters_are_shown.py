@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from antefix.events.follower import FollowCounters
+from antefix.events.kv_publisher import KvPublisherCounters
 from antefix.telemetry.shown import families
 from antefix.v1 import decode_pb2, kvstore_pb2, prefill_pb2, router_pb2, window_pb2
 from antefix.window.planner import KindRecord
@@ -29,6 +30,7 @@ ROOMS = ("antefix", "billing", "decode", "engines", "kvstore", "prefill", "route
 SHOWN = {
     FollowCounters: ([router.FOLLOW], {}),
     KindRecord: ([worker.PLANS], {}),
+    KvPublisherCounters: ([worker.KV_EVENTS], {}),
     CommitCounters: ([router.COMMITS], {}),
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
     AnswerCounts: ([router.ANSWERS], {}),
@@ -42,7 +44,7 @@ SHOWN = {
     scrubber.ScrubCounters: ([kvstore.SCRUBBER], {}),
 }
 # Classes of that kind of name that hold copies of the above, or count nothing that happens.
-COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "AnswerCounters", "TokenCounts", "_Counts"}
+COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "AnswerCounters", "_Counts"}
 # Message's field: the metric that shows it. Texts, names and cursors are no numbers.
 MESSAGES = {
     kvstore_pb2.StatsResponse: {
@@ -112,7 +114,7 @@ STATE = {
     *("num_failures", "num_quarantined", "num_bytes"),
     # Kinds that are told of, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
-    "num_straight",
+    *("num_straight", "num_batches", "num_replays"),
 }
 
 

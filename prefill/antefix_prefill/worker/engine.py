@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +28,9 @@ from antefix_prefill.worker.compute_thread import ComputeThread
 from antefix_prefill.worker.plan_log import PlanLog
 from antefix_prefill.worker.resident_blocks import ResidentBlocks
 from antefix_prefill.worker.store_counters import StoreCounters
+
+if TYPE_CHECKING:  # it needs the extra `fleet`, which most workers do without
+    from antefix.events.kv_publisher import KvPublisher
 
 log = logging.getLogger("antefix_prefill.worker")
 
@@ -108,6 +112,7 @@ class Engine:
     arithmetic: what was measured here; its name is that of the KV that this worker takes for its own.
     borrows: it computes another arithmetic than that of the KV that it reads, so it writes none under these names.
     labels, statement: of the fingerprint.  seals: with which every record is written.
+    kv_events: tells routers of others what comes into the pool, where the settings say so.
     """
 
     identity: ModelIdentity
@@ -134,6 +139,7 @@ class Engine:
     labels: Labels = NO_LABELS
     statement: bytes = b""
     seals: Seals = field(init=False)
+    kv_events: KvPublisher | None = None
     # Requests that could never fit the pool.
     num_too_large: int = 0
 
