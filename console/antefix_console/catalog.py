@@ -108,6 +108,18 @@ def _bench() -> CommandModule:
     return bench
 
 
+def _load() -> CommandModule:
+    from antefix_console.commands import load
+
+    return load
+
+
+def _audit() -> CommandModule:
+    from antefix_console.commands import audit
+
+    return audit
+
+
 def _doctor() -> CommandModule:
     from antefix_console.commands import doctor
 
@@ -200,6 +212,16 @@ COMMANDS: dict[str, Command] = {
         load=_bench,
         help="measure beside the machine's limits and beside peers (in a checkout)",
         example="antefix bench store --json",
+    ),
+    "load": Command(
+        load=_load,
+        help="replay a trace against an OpenAI- or Anthropic-compatible endpoint, and report what its clients see",
+        example="antefix load --url http://127.0.0.1:8000/v1 --generate agents --scale 0.1 --speed 20",
+    ),
+    "audit": Command(
+        load=_audit,
+        help="find out what an endpoint's prefix cache really does, and whether it keeps its promises",
+        example="antefix audit --url http://127.0.0.1:8000/v1 --report audit.md",
     ),
     "doctor": Command(
         load=_doctor,
