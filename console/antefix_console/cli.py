@@ -16,7 +16,7 @@ from typing import Any
 
 import antefix
 from antefix import __version__
-from antefix.config import add_flags, as_json, resolve
+from antefix.config import add_file_flags, add_flags, as_json, resolve
 from antefix.errors import AntefixError, InternalError, InvalidRequest, ResourceExhausted, Unavailable
 from antefix.telemetry.logs import set_up_logs
 from antefix.telemetry.tracing import start_tracing
@@ -111,6 +111,7 @@ def _add_roles(parser: argparse.ArgumentParser, args: list[str]) -> None:
         sub.add_argument("--watch-stdin", action="store_true", help="stop when stdin closes (set by `antefix up`)")
         if role in args:
             add_flags(sub, about.load()[0])
+            add_file_flags(sub)
 
 
 def _serve(args: argparse.Namespace) -> int:
