@@ -91,6 +91,7 @@ MESSAGES = {
 COUNTED = {
     "num_broken": "antefix_worker_broken_seals",
     "num_corrupt": "antefix_window_pool_corrupt_records",
+    "num_failed": "antefix_security_failed_reloads",
     "num_lost": "antefix_store_log_lost_lines",
     "num_evicted": "antefix_pool_evicted_blocks",
     "num_too_large": "antefix_worker_too_large_requests",
