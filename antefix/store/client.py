@@ -23,11 +23,10 @@ from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailab
 from antefix.events.block_events import BlockEvent
 from antefix.events.event_wire import watch_store
 from antefix.events.numbered_log import Batch, Cursor
-from antefix.layout import BlockLayout
+from antefix.layout import PayloadLayout
 from antefix.record import (
     MEMORY_KINDS,
     BlockFate,
-    Fate,
     LookupResult,
     PutResult,
     Record,
@@ -36,6 +35,9 @@ from antefix.record import (
     Refusal,
     RefusalReason,
 )
+from antefix.security.credentials import Credentials
+from antefix.security.identity import Role
+from antefix.store.fate_wire import fate_from_wire
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
@@ -68,9 +70,18 @@ _CLIENT_THREADS: Final = 4
 class RemoteStore:
     """A store over gRPC. Calls run on the event loop, but payloads are received in threads (`_receive`)."""
 
-    def __init__(self, address: str, *, deadline_s: float = STREAM_DEADLINE_S, seals: Seals | None = None) -> None:
-        """seals: where given, only sealed records are taken."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        deadline_s: float = STREAM_DEADLINE_S,
+        seals: Seals | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """seals: where given, only sealed records are taken.  credentials: what we show; without them what this process
+        shows."""
         self.address = address
+        self._credentials = credentials
         self._seals = seals
         self._deadline_s = deadline_s
         self._channel: grpc.aio.Channel | None = None
@@ -80,7 +91,7 @@ class RemoteStore:
     @property
     def stub(self) -> Any:
         if self._channel is None:
-            self._channel = rpc.channel(self.address)
+            self._channel = rpc.channel(self.address, of=Role.KVSTORE, credentials=self._credentials)
             stub_type: Callable[[grpc.aio.Channel], Any] = kvstore_pb2_grpc.KvStoreServiceStub
             self._stub = stub_type(self._channel)
             # Past protobuf's copies.
@@ -126,10 +137,7 @@ class RemoteStore:
         with rpc.rpc_errors():
             request = kvstore_pb2.FateRequest(hash=hash, fingerprint=fingerprint)
             response = await self.stub.Fate(request, timeout=CALL_DEADLINE_S, metadata=outgoing())
-        fate = Fate(response.fate) if response.fate in set(Fate) else Fate.UNKNOWN
-        # A service of version 1 sends none of the latter.
-        statements = tuple(response.statements) or (b"",) * len(response.fingerprints)
-        return BlockFate(fate=fate, fingerprints=tuple(response.fingerprints), statements=statements)
+        return fate_from_wire(response)
 
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
@@ -166,11 +174,11 @@ class RemoteStore:
             refused={refusal.hash: Refusal(_reason_of(refusal.code), refusal.reason) for refusal in response.refused},
         )
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell the store the byte layout behind a fingerprint; without it, blocks are stored uncompressed."""
         request = kvstore_pb2.RegisterRequest(
             fingerprint=fingerprint,
-            block_size=layout.geometry.block_size,
+            block_size=layout.block_size,
             parts=_parts(codec.plan_of_block(layout)),
             checkpoint_parts=_parts(codec.plan_of_checkpoint(layout)),
             statement=statement,
@@ -243,7 +251,7 @@ class RemoteStore:
     ) -> int:
         """Fill buffers from a stream, resuming where it broke. Returns the number of leading payloads received."""
         if self._payloads is None:
-            self._payloads = PayloadChannel(self.address)
+            self._payloads = PayloadChannel(self.address, self._credentials)
         done = Progress(kind, hashes, fingerprint, tenant=tenant, seals=self._seals)
         record_format = FORMAT_VERSION
         for attempt in range(NUM_RESUMES_MAX + 1):
@@ -408,7 +416,7 @@ class LocalStore:
     async def put(self, records: Sequence[Record]) -> PutResult:
         return await self.remote.put(records)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         await self.remote.register(fingerprint, layout, statement=statement)
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:

@@ -1,0 +1,63 @@
+"""What an engine's store shows to whoever scrapes the engine's process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from prometheus_client.core import Metric
+
+from antefix.telemetry.shown import Shown, Table, families
+from antefix_engines.engine_store import EngineCounters
+
+ENGINE: Final[Table] = {
+    "hit_blocks": Shown(name="antefix_engine_hit_blocks", help="Blocks that an engine looked up and the store has."),
+    "missed_blocks": Shown(name="antefix_engine_missed_blocks", help="Blocks that it looked up and the store has not."),
+    "stored_records": Shown(name="antefix_engine_stored_records", help="Blocks and checkpoints that it stored."),
+    "sent_bytes": Shown(name="antefix_engine_sent_bytes", help="Payload bytes that it gave the store to keep."),
+    "read_bytes": Shown(name="antefix_engine_read_bytes", help="Payload bytes that it read."),
+    "refused_records": Shown(name="antefix_engine_refused_records", help="Records that the store did not take."),
+    "damaged_records": Shown(
+        name="antefix_engine_lost_reads",
+        help="Reads of what had been found that gave less: damaged, or evicted in between. Recomputed.",
+    ),
+    "by_kind": Shown(
+        name="antefix_engine_store_errors", help="Calls of the store that failed, by error. Misses.", key="kind"
+    ),
+}
+
+
+def engine_metrics(engine: str, counters: EngineCounters) -> Iterable[Metric]:
+    """engine: its name, the label that all of them have."""
+    yield from families(ENGINE, counters, {"engine": engine})
+
+
+VLLM_TIER: Final[Table] = {
+    "restored_blocks": Shown(
+        name="antefix_vllm_restored_blocks", help="Blocks, or rows of other models, given to vLLM."
+    ),
+    "restored_windows": Shown(name="antefix_vllm_restored_windows", help="Windows of a V4 model given to vLLM."),
+    "stored_blocks": Shown(name="antefix_vllm_stored_blocks", help="Blocks, or rows of other models, stored."),
+    "stored_windows": Shown(name="antefix_vllm_stored_windows", help="Windows of a V4 model stored."),
+    "lost_rows": Shown(
+        name="antefix_vllm_lost_rows", help="Rows that a lookup had found and a load did not get: damaged or evicted."
+    ),
+    "dropped_rows": Shown(
+        name="antefix_vllm_dropped_rows", help="Rows not stored because too much was waiting for the store."
+    ),
+    "orphaned_rows": Shown(
+        name="antefix_vllm_orphaned_rows", help="Blocks not stored because nothing says which block is before them."
+    ),
+    "unfinished_windows": Shown(
+        name="antefix_vllm_unfinished_windows", help="Windows not stored because some of their rows never came."
+    ),
+    "late_lookups": Shown(
+        name="antefix_vllm_late_lookups", help="Keys that counted as missing because the store did not answer in time."
+    ),
+    "unequal_ranks": Shown(
+        name="antefix_vllm_unequal_ranks", help="Rows not stored because ranks differ in what should be equal."
+    ),
+    "weak_hashes": Shown(
+        name="antefix_vllm_weak_hashes", help="Keys not used because vLLM's block hash is no SHA-256."
+    ),
+}
