@@ -85,7 +85,8 @@ def _experts(config: ModelConfig, dtype: torch.dtype) -> Step:
     inner, width, picked = config.moe_intermediate_size, config.hidden_size, config.num_experts_per_token
 
     def run(x: Tensor, _: int) -> Tensor:
-        gates, rows, shared, weights = x.split((2 * inner, picked * width, width, picked), 1)
+        parts: list[Tensor] = list(x.split((2 * inner, picked * width, width, picked), 1))
+        gates, rows, shared, weights = parts
         if not has_kernels(x):
             return gates
         from antefix_kernels import tokens
