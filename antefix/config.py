@@ -22,9 +22,12 @@ T = TypeVar("T")
 GRACE_S = 120.0
 
 
-def setting(default: Any, help_text: str, *, unit: str = "") -> Any:
-    """A dataclass field with its help text; `unit` is one of "", "bytes", "s", "tokens"."""
-    return dataclasses.field(default=default, metadata={"help": help_text, "unit": unit})
+def setting(default: Any, help_text: str, *, unit: str = "", guards: bool = False) -> Any:
+    """A dataclass field with its help text; `unit` is one of "", "bytes", "s", "tokens".
+
+    guards: it protects something, so whoever gives it an empty value has made a mistake: it would turn that off.
+    """
+    return dataclasses.field(default=default, metadata={"help": help_text, "unit": unit, "guards": guards})
 
 
 def grace_setting() -> Any:
@@ -80,6 +83,8 @@ def resolve(
 def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> Any:
     """One value by its field's type and unit; `source` is named in the error."""
     kind = _kind(field)
+    if field.metadata.get("guards") and isinstance(value, str) and not value.strip():
+        raise ConfigError(f"{source} is empty: leave the setting out where it is not meant")
     try:
         if kind == "bool":
             return _parse_bool(value)

@@ -52,6 +52,7 @@ class DeploymentConfig:
     device, dtype, kernels: as workers' settings of these names (docs/OPERATIONS.md).
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
+    api_keys_file, keys_redis, redis_password_file, redis_ca_file: docs/SECURITY.md, "Keys" and "Redis".
     chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
     strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
     grace_s: how long requests that run may take when it stops.
@@ -80,6 +81,10 @@ class DeploymentConfig:
     http_address: str = ""
     ratecards: tuple[str, ...] = ()
     tenants_file: str = ""
+    api_keys_file: str = ""
+    keys_redis: str = ""
+    redis_password_file: str = ""
+    redis_ca_file: str = ""
     chat_format: str = "auto"
     model_aliases: str = ""
     prefix_rules: str = ""
@@ -232,7 +237,7 @@ class Deployment:
         flags += ["--reproducible", str(config.reproducible).lower()]
         flags += ["--arithmetic-cache", str(config.data_dir / ARITHMETIC_DIR)]
         flags += ["--device", config.device, "--dtype", config.dtype, "--kernels", config.kernels]
-        flags += _given("--window-pool-bytes", config.window_pool_bytes)
+        flags += _given("--window-pool-bytes", config.window_pool_bytes) + self._redis_flags()
         return await self.start_role(role, [*self._shared_flags(), *flags])
 
     async def start_router(self, address: str = "127.0.0.1:0", *, http_address: str | None = None) -> RoleProcess:
@@ -249,7 +254,10 @@ class Deployment:
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
         flags += ["--chat-format", self.config.chat_format, "--model-aliases", self.config.model_aliases]
         flags += ["--prefix-rules", self.config.prefix_rules]
-        flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
+        flags += ["--ratecards", ",".join(self.config.ratecards)]
+        flags += _given("--tenants-file", self.config.tenants_file)
+        flags += _given("--api-keys-file", self.config.api_keys_file)
+        flags += _given("--keys-redis", self.config.keys_redis) + self._redis_flags()
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]
         started = await self.start_role("router", flags)
@@ -311,6 +319,12 @@ class Deployment:
         started.metrics_address = str(ready.get("metrics_address", ""))
         self._write_targets()
         return started
+
+    def _redis_flags(self) -> list[str]:
+        """Files' names only: what is in them must not be in a list of processes."""
+        config = self.config
+        flags = _given("--redis-password-file", config.redis_password_file)
+        return flags + _given("--redis-ca-file", config.redis_ca_file)
 
     def _telemetry_flags(self) -> list[str]:
         config = self.config

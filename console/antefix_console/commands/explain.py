@@ -66,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window-pool", default=DISK, metavar="WHERE", help="as the workers have it: disk, memory or a redis:// URL"
     )
+    parser.add_argument("--redis-password-file", default="", metavar="FILE", help="password of that Redis")
+    parser.add_argument("--redis-ca-file", default="", metavar="FILE", help="who may sign its certificate (PEM)")
     parser.add_argument("--store-address", metavar="HOST:PORT", help="of the kvstore service, for --window-pool memory")
     parser.add_argument("--check", action="store_true", help="read all stored blocks and verify their checksums")
     parser.add_argument("--worker", metavar="HOST:PORT", help="take the prefill speed from this running prefill worker")
@@ -229,7 +231,13 @@ async def _pooled(args: argparse.Namespace, names: NamedChain, num_stored: int) 
     if args.window_pool == MEMORY and not args.store_address:
         raise InvalidRequest("--window-pool memory is the store service's: say where it is with --store-address")
     store = RemoteStore(args.store_address or "")
-    pool = open_window_pool(args.window_pool, store, bytes_max=1)
+    pool = open_window_pool(
+        args.window_pool,
+        store,
+        bytes_max=1,
+        password_file=args.redis_password_file,
+        ca_file=args.redis_ca_file,
+    )
     assert pool is not None
     try:
         found = await pool.nearest(list(reversed(names.hashes[:num_stored])), fingerprint=names.fingerprint)

@@ -16,6 +16,7 @@ from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
 from antefix.model.backend import KERNELS, make_backend, uses_triton
 from antefix.model.ops import Ops, TorchOps
 from antefix.model_dir import ModelIdentity, identify
+from antefix.redis_access import redis_ca_setting, redis_password_setting
 from antefix.secret import Keyring
 from antefix.store.api import Store
 from antefix.store_files.seal import Seals
@@ -72,6 +73,8 @@ class EngineConfig:
     )
     window_pool: str = setting("disk", "where short-lived checkpoints go: disk, memory (the store's) or a redis:// URL")
     window_pool_bytes: int = setting(4 << 30, "memory that Redis may use before checkpoints go to disk", unit="bytes")
+    redis_password_file: str = redis_password_setting()
+    redis_ca_file: str = redis_ca_setting()
 
     def __post_init__(self) -> None:
         require(bool(self.model), "--model is needed: a directory with config.json and *.safetensors")
@@ -253,7 +256,12 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
         bounded_windows=config.bounded_windows,
         align_tokens=align_tokens,
         window_pool=open_window_pool(
-            config.window_pool, store, bytes_max=config.window_pool_bytes, seals=Seals(secrets)
+            config.window_pool,
+            store,
+            bytes_max=config.window_pool_bytes,
+            seals=Seals(secrets),
+            password_file=config.redis_password_file,
+            ca_file=config.redis_ca_file,
         ),
         budget=CheckpointBudget(store.stats),
         namespace=config.namespace,

@@ -13,7 +13,9 @@ from google.protobuf.descriptor import FileDescriptor
 from antefix import rpc
 from antefix.config import grace_setting, require, setting
 from antefix.events.address import check_url
+from antefix.events.event_seal import EventKeys
 from antefix.events.redis_stream import StreamPublisher, memory_stream
+from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.store_files.record_format import STORE_FILE
@@ -114,7 +116,13 @@ async def serve_worker(
     registry = worker_registry(role, engine)
     registry.add_in_loop(metrics)
     stream = memory_stream(server.address)
-    events = StreamPublisher(config.events_redis, engine.blocks.events, stream, server.address)
+    events = StreamPublisher(
+        RedisAccess.of(config.events_redis, config) if config.events_redis else "",
+        engine.blocks.events,
+        stream,
+        server.address,
+        keys=EventKeys.of(engine.keyring),
+    )
     async with lease, events:
         await rpc.run_until_signal(
             server,
