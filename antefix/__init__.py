@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from antefix.clients import RouterClient as RouterClient
     from antefix.clients import RouterCounters as RouterCounters
     from antefix.clients import RouterStatus as RouterStatus
-    from antefix.clients import Usage as Usage
     from antefix.clients import WindowClient as WindowClient
     from antefix.clients import WindowStatus as WindowStatus
     from antefix.clients import WorkerState as WorkerState
@@ -65,13 +64,14 @@ if TYPE_CHECKING:
     from antefix.errors import StoreFull as StoreFull
     from antefix.errors import Unauthenticated as Unauthenticated
     from antefix.errors import Unavailable as Unavailable
+    from antefix.generation_request import Breakpoint as Breakpoint
     from antefix.generation_request import Caller as Caller
     from antefix.generation_request import GenerationRequest as GenerationRequest
     from antefix.layout import BlockLayout as BlockLayout
     from antefix.layout import KVFormat as KVFormat
     from antefix.layout import KVGeometry as KVGeometry
+    from antefix.miss_reason import MissReason as MissReason
     from antefix.record import BlockFate as BlockFate
-    from antefix.record import Fate as Fate
     from antefix.record import LookupResult as LookupResult
     from antefix.record import PutResult as PutResult
     from antefix.record import Record as Record
@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from antefix.store.client import RemoteStore as RemoteStore
     from antefix.store.open_store import StoreAddress as StoreAddress
     from antefix.store.open_store import open_store as open_store
+    from antefix.usage import Usage as Usage
     from antefix.wire import TokenLogprob as TokenLogprob
 
 # The same names at run time, by module.
@@ -93,7 +94,7 @@ _NAMES = {
     ),
     "antefix.clients": (
         "AnswerCounters DecodeClient DecodeStatus Decoded Generated PlanKindStatus PlannedRestore PlannedWay "
-        "PrefillClient PrefillStatus Prefilled RouterClient RouterCounters RouterStatus Usage WindowClient "
+        "PrefillClient PrefillStatus Prefilled RouterClient RouterCounters RouterStatus WindowClient "
         "WindowStatus WorkerState"
     ),
     "antefix.errors": (
@@ -101,14 +102,16 @@ _NAMES = {
         "FingerprintMismatch InternalError InvalidRequest LeaseExpired ModelError Overloaded PermissionDenied "
         "QuotaExceeded ResourceExhausted StoreFull Unauthenticated Unavailable"
     ),
-    "antefix.generation_request": "Caller GenerationRequest",
+    "antefix.generation_request": "Breakpoint Caller GenerationRequest",
     "antefix.layout": "BlockLayout KVFormat KVGeometry",
-    "antefix.record": "BlockFate Fate LookupResult PutResult Record RecordKind",
+    "antefix.miss_reason": "MissReason",
+    "antefix.record": "BlockFate LookupResult PutResult Record RecordKind",
     "antefix.restore_report": "RestoreReport",
     "antefix.sampling": "Sampling",
     "antefix.store.api": "Store",
     "antefix.store.client": "LocalStore RemoteStore",
     "antefix.store.open_store": "StoreAddress open_store",
+    "antefix.usage": "Usage",
     "antefix.wire": "TokenLogprob",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -54,6 +54,8 @@ class HashKind(IntEnum):
     """How block hashes are made. Values are part of the format: never renumber."""
 
     CHAINED_BLAKE2B = 1
+    # What an engine calls its block, hashed with root and key: the engine's own name stands for all tokens.
+    ENGINE_KEY = 2
 
 
 class Geometry(Protocol):
@@ -195,6 +197,19 @@ def tenant_key(secret: bytes, tenant: str) -> bytes:
     return hashlib.blake2b(name, digest_size=HASH_BYTES, key=secret, person=b"antefix-tenant").digest()
 
 
+def root_of(fingerprint_digest: bytes, key: bytes) -> bytes:
+    """What stands before the first block of all chains of a fingerprint and a tenant."""
+    return hashlib.blake2b(fingerprint_digest, digest_size=HASH_BYTES, key=key, person=b"antefix-root").digest()
+
+
+def engine_key_hash(root: bytes, engine_key: bytes, key: bytes) -> bytes:
+    """The name of a block that its engine calls `engine_key`; hash kind ENGINE_KEY.
+
+    The engine's name must stand for all tokens up to and including the block, and for whatever else changes its KV.
+    """
+    return hashlib.blake2b(root + engine_key, digest_size=HASH_BYTES, key=key, person=b"antefix-enginkey").digest()
+
+
 class Chain:
     """The block hashes of a growing token sequence. Extending hashes the new blocks only.
 
@@ -205,9 +220,7 @@ class Chain:
         if len(fingerprint_digest) != HASH_BYTES or not key:
             raise InvalidRequest("a chain needs a 32-byte fingerprint and a tenant key")
         self.block_size = block_size
-        self.root = hashlib.blake2b(
-            fingerprint_digest, digest_size=HASH_BYTES, key=key, person=b"antefix-root"
-        ).digest()
+        self.root = root_of(fingerprint_digest, key)
         self.hashes: list[bytes] = []
         self.num_tokens = 0
         self._tail: npt.NDArray[np.uint32] = np.empty(0, _TOKEN_DTYPE)
@@ -235,6 +248,11 @@ class Chain:
             parent = state.digest()
             append(parent)
         return self.hashes[first:]
+
+    @property
+    def unfinished(self) -> TokenArray:
+        """The tokens behind the last whole block."""
+        return self._tail
 
     def parent(self, index: int) -> bytes:
         """The hash before block `index`: the root for the first."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from antefix.errors import InvalidRequest
 from antefix.rope import read_ropes
@@ -99,6 +99,40 @@ class Part:
     @property
     def nbytes(self) -> int:
         return self.num_rows * self.record.nbytes
+
+
+class PayloadPart(Protocol):
+    """`num_rows` records, one after the other."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def record(self) -> RecordLayout: ...
+
+
+class PayloadLayout(Protocol):
+    """What a store must know of payloads to compress them: of V4's (`BlockLayout`) and of engines'."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+
+    @property
+    def parts(self) -> Sequence[PayloadPart]:
+        """Of a block."""
+
+    @property
+    def checkpoint_parts(self) -> Sequence[PayloadPart]:
+        """Of a checkpoint; empty where there are none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """A part of which nothing but its shape matters."""
+
+    num_rows: int
+    record: RecordLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +278,21 @@ class BlockLayout:
             for kind, num_rows, record in plan[layer_kind]:
                 parts.append(Part(layer=layer, kind=kind, offset=offset, num_rows=num_rows, record=record))
                 offset += parts[-1].nbytes
+        return tuple(parts)
+
+    @property
+    def block_size(self) -> int:
+        return self.geometry.block_size
+
+    @cached_property
+    def checkpoint_parts(self) -> tuple[Rows, ...]:
+        """Window entries of all layers, then overlap states as floats."""
+        entry = entry_record(self.geometry, self.kv_format)
+        parts = [Rows(num_rows=self.geometry.num_layers * self.geometry.window, record=entry)]
+        if self.overlap_bytes:
+            width = self.kv_format.float_bytes
+            floats = Field(name="values", offset=0, nbytes=self.overlap_bytes, width=width)
+            parts.append(Rows(num_rows=1, record=RecordLayout(fields=(floats,))))
         return tuple(parts)
 
     @cached_property

@@ -14,6 +14,7 @@ from enum import IntEnum, StrEnum
 from typing import Final
 
 from antefix.block import NO_LABELS, Labels
+from antefix.miss_reason import MissReason
 
 # Anything with the buffer protocol whose bytes are contiguous; reads fill one, writes take one, without a copy.
 Buffer = bytes | bytearray | memoryview
@@ -115,25 +116,14 @@ class PutResult:
     refused: dict[bytes, Refusal] = field(default_factory=dict)
 
 
-class Fate(StrEnum):
-    """What became of a block. Values are those of a usage record's miss reasons where there is one."""
-
-    STORED = "stored"
-    # Never stored, or so long ago that the store has forgotten it.
-    UNKNOWN = "unknown"
-    EVICTED = "evicted"
-    EXPIRED = "expired"
-    CORRUPT = "corrupt"
-    FINGERPRINT_DIFFERS = "fingerprint_differs"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFate:
-    """fingerprints: all others under which the store has ever held something, the newest last.
+    """What became of a block. reason: why it would miss; NONE while it is stored.
 
+    fingerprints: all others under which the store has ever held something, the newest last.
     statements: what each of them stands for, as far as the store was told; empty where not.
     """
 
-    fate: Fate
+    reason: MissReason
     fingerprints: tuple[bytes, ...] = ()
     statements: tuple[bytes, ...] = ()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from antefix.miss_reason import MissReason
+from antefix.usage import Usage
+
 
 @dataclass(slots=True)
 class RestoreReport:
@@ -21,10 +24,23 @@ class RestoreReport:
     written_tokens: int = 0
     bytes_read: int = 0
     bytes_written: int = 0
-    miss_reason: str = ""
+    miss_reason: MissReason = MissReason.NONE
     last_hit_hash: bytes = b""
     predicted_s: float = 0.0
     restore_s: float = 0.0
     compute_s: float = 0.0
     store_errors: int = 0
     write_error: str = ""
+
+    def usage(self, prompt_tokens: int) -> Usage:
+        """What it says of a prompt of so many tokens, as it is billed."""
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            cache_hit_tokens=self.hit_tokens,
+            hit_memory_tokens=self.hit_memory_tokens,
+            cache_write_tokens=min(self.written_tokens, prompt_tokens - self.hit_tokens),
+            replayed_tokens=self.replayed_tokens,
+            restore_plan=self.plan,
+            last_hit_hash=self.last_hit_hash.hex() if self.hit_tokens else "",
+            miss_reason=self.miss_reason,
+        )

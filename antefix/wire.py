@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from antefix.block import as_tokens
 from antefix.errors import InternalError, InvalidRequest
+from antefix.miss_reason import MissReason
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
-from antefix.v1 import worker_pb2
+from antefix.usage import Usage
+from antefix.v1 import usage_pb2, worker_pb2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,4 +114,27 @@ def report_to_wire(report: RestoreReport) -> worker_pb2.RestoreReport:
 
 
 def report_from_wire(message: worker_pb2.RestoreReport) -> RestoreReport:
-    return RestoreReport(**{field.name: getattr(message, field.name) for field in dataclasses.fields(RestoreReport)})
+    values = {field.name: getattr(message, field.name) for field in dataclasses.fields(RestoreReport)}
+    return RestoreReport(**{**values, "miss_reason": MissReason(message.miss_reason)})
+
+
+def usage_to_wire(usage: Usage, *, request_id: str = "", total_s: float = 0.0) -> usage_pb2.Usage:
+    """total_s: from the request to the end of its answer."""
+    values = {field.name: getattr(usage, field.name) for field in dataclasses.fields(Usage) if field.name != "ttft_us"}
+    return usage_pb2.Usage(
+        **values,
+        cache_miss_tokens=usage.cache_miss_tokens,
+        written_tokens=usage.written_tokens,
+        ttft_s=usage.ttft_s,
+        request_id=request_id,
+        total_s=total_s,
+    )
+
+
+def usage_from_wire(message: usage_pb2.Usage) -> Usage:
+    names = {field.name for field in dataclasses.fields(Usage)} - {"ttft_us", "miss_reason"}
+    return Usage(
+        **{name: getattr(message, name) for name in names},
+        miss_reason=MissReason(message.miss_reason),
+        ttft_us=round(message.ttft_s * 1e6),
+    )

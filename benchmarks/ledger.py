@@ -18,12 +18,14 @@ import time
 from decimal import Decimal
 from pathlib import Path
 
+from antefix.miss_reason import MissReason
+from antefix.usage import Usage
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.progress_slots import ProgressJournal
 from antefix_billing.reconcile import verify
 from antefix_billing.usage_commit import LedgerWriter
-from antefix_billing.usage_record import MissReason, OpenEntry, Status, UsageRecord, WorkDone
+from antefix_billing.usage_record import OpenEntry, Status, UsageRecord
 
 NOW_US = 1_790_000_000_000_000
 
@@ -129,7 +131,7 @@ def mark_s(directory: Path) -> float:
     journal = ProgressJournal(directory)
     started = time.process_time()
     for number in range(20_000):
-        done = WorkDone(prompt_tokens=122_379, cache_hit_tokens=121_600, output_tokens=number, last_hit_hash="fb" * 32)
+        done = Usage(prompt_tokens=122_379, cache_hit_tokens=121_600, output_tokens=number, last_hit_hash="fb" * 32)
         journal.mark("acme:request-000000000000000000000001", done)
     elapsed = time.process_time() - started
     journal.close()
@@ -162,10 +164,8 @@ def record(request_id: str) -> UsageRecord:
         request_digest="cc" * 16,
         prompt_tokens=122_379,
         cache_hit_tokens=121_600,
-        cache_miss_tokens=779,
         cache_write_tokens=640,
         hit_memory_tokens=100_000,
-        hit_store_tokens=21_600,
         output_tokens=440,
         restore_plan="checkpoint",
         last_hit_hash="fb" * 32,

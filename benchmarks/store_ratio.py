@@ -95,7 +95,7 @@ def model_blocks(model_dir: Path, text: bytes, num_tokens: int) -> tuple[BlockLa
     sequence = Sequence(pool.allocate(len(tokens) // size), WindowState.zeros(model.layout, 0))
     for first in range(0, len(tokens), CHUNK_TOKENS):
         forward(model, pool, [(sequence, tokens[first : first + CHUNK_TOKENS])])
-    rows = [np.frombuffer(pool.row(block_id), np.uint8).copy() for block_id in sequence.block_table]
+    rows = [np.frombuffer(pool.payloads([block_id])[0], np.uint8).copy() for block_id in sequence.block_table]
     return model.layout, np.stack(rows), sequence.window.to_bytes()
 
 

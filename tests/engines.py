@@ -8,9 +8,10 @@ import torch
 from antefix.errors import Unavailable
 from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.numbered_log import Batch, Cursor
+from antefix.miss_reason import MissReason
 from antefix.model import BlockPool, load_model
 from antefix.model_dir import identify
-from antefix.record import BlockFate, Fate, LookupResult, PutResult, RecordKind
+from antefix.record import BlockFate, LookupResult, PutResult, RecordKind
 from antefix.secret import Keyring
 from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.window import Rates, RestorePlanner, Sizes, parse
@@ -48,7 +49,7 @@ class MemoryStore:
     async def fate(self, hash, *, fingerprint):
         self.check("fate")
         stored = (RecordKind.BLOCK, hash) in self.records
-        return BlockFate(fate=Fate.STORED if stored else self.fates.get(hash, Fate.UNKNOWN))
+        return BlockFate(reason=MissReason.NONE if stored else self.fates.get(hash, MissReason.FIRST_SEEN))
 
     async def get_blocks(self, hashes, into, *, fingerprint, tenant=b""):
         self.check("get_blocks")

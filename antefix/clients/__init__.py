@@ -16,7 +16,6 @@ from antefix.clients.statuses import (
     WindowStatus,
     WorkerState,
 )
-from antefix.clients.usage import Usage, usage_from_wire, usage_to_wire
 from antefix.clients.window import WindowClient
 
 __all__ = [
@@ -35,10 +34,7 @@ __all__ = [
     "RouterCounters",
     "RouterStatus",
     "Tokens",
-    "Usage",
     "WindowClient",
     "WindowStatus",
     "WorkerState",
-    "usage_from_wire",
-    "usage_to_wire",
 ]

@@ -39,7 +39,7 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
             request_id=request.request_id, tenant=request.cache_tenant, prompt=tokens_to_wire(request.tokens)
         )
         for num_tokens, ttl_s in request.breakpoints:
-            message.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
+            message.breakpoints.add(num_tokens=num_tokens, ttl_s=ttl_s)
         with rpc.rpc_errors():
             response = await self._stub.Prefill(message, timeout=timeout_s, metadata=outgoing())
         return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))

@@ -11,11 +11,11 @@ from antefix import rpc
 from antefix.block import TokenArray as Tokens
 from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import RouterStatus, router_status_from_wire
-from antefix.clients.usage import Usage, usage_from_wire
 from antefix.generation_request import Caller, check_text
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.telemetry.context import outgoing
+from antefix.usage import Usage
 from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import (
     TokenLogprob,
@@ -24,6 +24,7 @@ from antefix.wire import (
     sampling_to_wire,
     tokens_from_wire,
     tokens_to_wire,
+    usage_from_wire,
 )
 
 
@@ -31,7 +32,8 @@ from antefix.wire import (
 class Generated:
     """One message of the router's answer. sample: which of the outputs it belongs to.
 
-    Each output's last message has its finish_reason; the last of all has usage and restore.
+    Each output's last message has its finish_reason; the last of all has usage and restore, the request's id, and how
+    long it took.
     """
 
     tokens: Tokens
@@ -41,6 +43,8 @@ class Generated:
     restore: RestoreReport | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     sample: int = 0
+    request_id: str = ""
+    total_s: float = 0.0
 
 
 class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
@@ -105,4 +109,6 @@ def _generated(message: router_pb2.GenerateResponse) -> Generated:
         restore=report_from_wire(message.restore) if message.HasField("restore") else None,
         logprobs=logprobs_from_wire(message.logprobs),
         sample=message.sample,
+        request_id=message.usage.request_id,
+        total_s=message.usage.total_s,
     )

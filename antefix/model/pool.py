@@ -1,8 +1,9 @@
 """The paged pool of global KV: one row a block, whose bytes are the payload that goes to disk.
 
 A restore reads from disk straight into `landing(block_ids)` and then calls `note_filled`; what goes to disk comes from
-`payloads(block_ids)`. Here both are the rows themselves; a pool on a card has pinned host memory beside them. Rows are
-reference counted, since sequences that share a prefix share its blocks. Belongs to one thread.
+`payloads(block_ids)`. Here both are the rows themselves; a pool on a card has pinned host memory next to them. The
+pool knows which rows are in use, not by how many sequences: a worker's `ResidentBlocks` counts references. Belongs to
+one thread.
 
 Memory: `num_blocks * layout.block_bytes` for the rows. The FP8 format also keeps decoded float32 mirrors, because
 decoding for every step would cost more than the attention: 3.5 to 7.5 times the rows (V4: 584 -> 2048 and 68 -> 512
@@ -36,21 +37,18 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.rows = _fresh_zeros((num_blocks, layout.block_bytes), torch.uint8, device)
         self._host = None if self.rows.device.type == "cpu" else HostRows(self.rows)
-        self._refs = np.zeros(num_blocks, np.int32)
+        self.num_free = num_blocks
+        self._in_use = np.zeros(num_blocks, np.bool_)
         self._parts = {(part.layer, part.kind): part for part in layout.parts}
         self._decoded = {key: self._decoded_part(part) for key, part in self._parts.items()}
 
-    @property
-    def num_free(self) -> int:
-        return int(np.count_nonzero(self._refs == 0))
-
     def allocate(self, num: int, *, after: int | None = None) -> list[int]:
-        """Block ids with one reference each, side by side where there is room (reads of such runs need no copy).
+        """Ids of free blocks, in use from now on; side by side where there is room (reads of such runs need no copy).
 
         after: the sequence's last block; its neighbours are tried first.
         Raises:  Overloaded: fewer than `num` blocks are free; nothing was allocated.
         """
-        free = np.flatnonzero(self._refs == 0)
+        free = np.flatnonzero(~self._in_use)
         if num < 0 or len(free) < num:
             raise Overloaded(f"the block pool has {len(free)} of {self.num_blocks} blocks free, {num} are needed")
         if not num:
@@ -60,28 +58,15 @@ class BlockPool:
         wanted_first = None if after is None else after + 1
         if len(picked) < num or picked[-1] - picked[0] != num - 1 or picked[0] != (wanted_first or picked[0]):
             picked = _first_run(free, num)
-        self._refs[picked] = 1
+        self._in_use[picked] = True
+        self.num_free -= num
         return [int(block) for block in picked]
 
-    def retain(self, block_ids: Iterable[int]) -> None:
-        """One more reference to each block. Raises InternalError for a block that nobody holds."""
-        ids = self._held(block_ids)
-        np.add.at(self._refs, ids, 1)
-
     def release(self, block_ids: Iterable[int]) -> None:
-        """One reference less; blocks without any are free. Raises InternalError for a block that nobody holds."""
+        """These blocks are free again.  Raises InternalError for one that is free already, or named twice."""
         ids = self._held(block_ids)
-        np.subtract.at(self._refs, ids, 1)
-        if (self._refs[ids] < 0).any():
-            np.add.at(self._refs, ids, 1)
-            raise InternalError("a block was released more often than it was retained")
-
-    def num_refs(self, block_id: int) -> int:
-        return int(self._refs[block_id])
-
-    def row(self, block_id: int) -> memoryview:
-        """The block's payload, writable in place. After writing, call `note_filled`."""
-        return self.payloads([block_id])[0]
+        self._in_use[ids] = False
+        self.num_free += len(ids)
 
     def landing(self, block_ids: Iterable[int]) -> list[memoryview]:
         """Host memory for the blocks' payloads, to be filled whole before `note_filled`."""
@@ -146,8 +131,10 @@ class BlockPool:
 
     def _held(self, block_ids: Iterable[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         ids = np.asarray(list(block_ids), dtype=np.int64)
-        if len(ids) and (ids.min() < 0 or ids.max() >= self.num_blocks or (self._refs[ids] < 1).any()):
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.num_blocks or not self._in_use[ids].all()):
             raise InternalError("a block id is outside the pool or not allocated")
+        if len(np.unique(ids)) < len(ids):
+            raise InternalError("a block is released twice at once")
         return ids
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch, Cursor
-from antefix.layout import BlockLayout
+from antefix.layout import PayloadLayout
 from antefix.record import BlockFate, LookupResult, PutResult, Record, RecordKind, RecordName
 from antefix.store.store_stats import StoreTotals
 
@@ -47,7 +47,7 @@ class Store(Protocol):
         A block whose parent is not stored is refused: the store stays prefix-closed.
         """
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell the store how a fingerprint's payloads are laid out, so that it can compress them.
 
         statement: what it stands for, `Fingerprint.statement`; empty: not told.

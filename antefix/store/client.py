@@ -23,11 +23,10 @@ from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, Unavailab
 from antefix.events.block_events import BlockEvent
 from antefix.events.event_wire import watch_store
 from antefix.events.numbered_log import Batch, Cursor
-from antefix.layout import BlockLayout
+from antefix.layout import PayloadLayout
 from antefix.record import (
     MEMORY_KINDS,
     BlockFate,
-    Fate,
     LookupResult,
     PutResult,
     Record,
@@ -36,6 +35,7 @@ from antefix.record import (
     Refusal,
     RefusalReason,
 )
+from antefix.store.fate_wire import fate_from_wire
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
@@ -126,10 +126,7 @@ class RemoteStore:
         with rpc.rpc_errors():
             request = kvstore_pb2.FateRequest(hash=hash, fingerprint=fingerprint)
             response = await self.stub.Fate(request, timeout=CALL_DEADLINE_S, metadata=outgoing())
-        fate = Fate(response.fate) if response.fate in set(Fate) else Fate.UNKNOWN
-        # A service of version 1 sends none of the latter.
-        statements = tuple(response.statements) or (b"",) * len(response.fingerprints)
-        return BlockFate(fate=fate, fingerprints=tuple(response.fingerprints), statements=statements)
+        return fate_from_wire(response)
 
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
@@ -166,11 +163,11 @@ class RemoteStore:
             refused={refusal.hash: Refusal(_reason_of(refusal.code), refusal.reason) for refusal in response.refused},
         )
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell the store the byte layout behind a fingerprint; without it, blocks are stored uncompressed."""
         request = kvstore_pb2.RegisterRequest(
             fingerprint=fingerprint,
-            block_size=layout.geometry.block_size,
+            block_size=layout.block_size,
             parts=_parts(codec.plan_of_block(layout)),
             checkpoint_parts=_parts(codec.plan_of_checkpoint(layout)),
             statement=statement,
@@ -408,7 +405,7 @@ class LocalStore:
     async def put(self, records: Sequence[Record]) -> PutResult:
         return await self.remote.put(records)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         await self.remote.register(fingerprint, layout, statement=statement)
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:

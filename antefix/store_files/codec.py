@@ -23,7 +23,7 @@ import numpy.typing as npt
 import zstandard
 
 from antefix.errors import BlockCorrupt
-from antefix.layout import BlockLayout, entry_record
+from antefix.layout import PayloadLayout, PayloadPart
 from antefix.record import Buffer
 
 # Level 3 gains nothing over 1 on this data, and negative levels store float data raw.
@@ -81,23 +81,23 @@ class PlanePlan:
         return b"".join(out)
 
 
-def plan_of_block(layout: BlockLayout) -> PlanePlan:
+def plan_of_block(layout: PayloadLayout) -> PlanePlan:
     """The planes of a block's payload."""
+    return _plan(layout.parts)
+
+
+def plan_of_checkpoint(layout: PayloadLayout) -> PlanePlan:
+    """The planes of a checkpoint's payload; a plan without parts where the layout has no checkpoints."""
+    return _plan(layout.checkpoint_parts)
+
+
+def _plan(parts: Sequence[PayloadPart]) -> PlanePlan:
     return PlanePlan(
         parts=tuple(
             PlanePart(num_rows=part.num_rows, fields=tuple((f.nbytes, f.width) for f in part.record.fields))
-            for part in layout.parts
+            for part in parts
         )
     )
-
-
-def plan_of_checkpoint(layout: BlockLayout) -> PlanePlan:
-    """The planes of a checkpoint's payload: window entries of all layers, then overlap states as floats."""
-    entry = tuple((f.nbytes, f.width) for f in entry_record(layout.geometry, layout.kv_format).fields)
-    parts = [PlanePart(num_rows=layout.geometry.num_layers * layout.geometry.window, fields=entry)]
-    if layout.overlap_bytes:
-        parts.append(PlanePart(num_rows=1, fields=((layout.overlap_bytes, layout.kv_format.float_bytes),)))
-    return PlanePlan(parts=tuple(parts))
 
 
 def encode(payload: Buffer, plan: PlanePlan, *, level: int = ZSTD_LEVEL) -> bytes | None:

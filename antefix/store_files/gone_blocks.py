@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any, Final
 
-from antefix.record import BlockFate, Fate, RecordKind
+from antefix.miss_reason import MissReason
+from antefix.record import BlockFate, RecordKind
 from antefix.store_files.index import Index
 
 GONE_FILE: Final = "GONE"
@@ -23,7 +24,7 @@ _BUDGET_BYTES_A_SLOT: Final = 32 << 10
 _NUM_SLOTS_MIN: Final = 256
 _NUM_SLOTS_MAX: Final = 1 << 22
 # Values are part of the format: never renumber.
-_CODES: Final = {1: Fate.EVICTED, 2: Fate.EXPIRED}
+_CODES: Final = {1: MissReason.EVICTED, 2: MissReason.EXPIRED}
 
 
 class GoneWriter:
@@ -34,9 +35,9 @@ class GoneWriter:
         self.nbytes = num_slots * SLOT_BYTES
         self._path = directory / GONE_FILE
 
-    def note(self, block_hash: bytes, fate: Fate) -> None:
+    def note(self, block_hash: bytes, reason: MissReason) -> None:
         """This block is being removed."""
-        code = next(code for code, known in _CODES.items() if known is fate)
+        code = next(code for code, known in _CODES.items() if known is reason)
         with contextlib.suppress(OSError):
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -54,32 +55,36 @@ def fate_of(directory: Path, index: Index, block_hash: bytes, *, fingerprint: by
     with index.txn() as txn:
         others = tuple(digest for digest in index.fingerprints(txn).values() if digest != fingerprint)
         statements = tuple(index.statement(txn, digest) for digest in others)
-        fate = _indexed(index, txn, block_hash, fingerprint, now_ms)
-    return BlockFate(fate=fate or remembered(directory, block_hash), fingerprints=others, statements=statements)
+        reason = _indexed(index, txn, block_hash, fingerprint, now_ms)
+    return BlockFate(
+        reason=remembered(directory, block_hash) if reason is None else reason,
+        fingerprints=others,
+        statements=statements,
+    )
 
 
-def _indexed(index: Index, txn: Any, block_hash: bytes, fingerprint: bytes, now_ms: int) -> Fate | None:
+def _indexed(index: Index, txn: Any, block_hash: bytes, fingerprint: bytes, now_ms: int) -> MissReason | None:
     entry = index.entry(txn, RecordKind.BLOCK, block_hash)
     if entry is None:
         return None
     if entry.fingerprint_id != index.fingerprint_id(txn, fingerprint):
-        return Fate.FINGERPRINT_DIFFERS
+        return MissReason.FINGERPRINT_DIFFERS
     if entry.quarantined:
-        return Fate.CORRUPT
-    return Fate.STORED if entry.live(now_ms) else Fate.EXPIRED
+        return MissReason.CORRUPT
+    return MissReason.NONE if entry.live(now_ms) else MissReason.EXPIRED
 
 
-def remembered(directory: Path, block_hash: bytes) -> Fate:
-    """EVICTED, EXPIRED, or UNKNOWN: of a block that the index does not name."""
+def remembered(directory: Path, block_hash: bytes) -> MissReason:
+    """EVICTED, EXPIRED, or FIRST_SEEN: of a block that the index does not name."""
     try:
         with (directory / GONE_FILE).open("rb", buffering=0) as file:
             nbytes = os.fstat(file.fileno()).st_size
             slot = os.pread(file.fileno(), SLOT_BYTES, _offset(block_hash, nbytes)) if nbytes >= SLOT_BYTES else b""
     except OSError:
-        return Fate.UNKNOWN
+        return MissReason.FIRST_SEEN
     if len(slot) != SLOT_BYTES or slot[:_NAME_BYTES] != block_hash[:_NAME_BYTES]:
-        return Fate.UNKNOWN
-    return _CODES.get(slot[_NAME_BYTES], Fate.UNKNOWN)
+        return MissReason.FIRST_SEEN
+    return _CODES.get(slot[_NAME_BYTES], MissReason.FIRST_SEEN)
 
 
 def _offset(block_hash: bytes, nbytes: int) -> int:

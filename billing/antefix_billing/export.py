@@ -7,7 +7,6 @@ CloudEvents 1.0 in JSON: (source, id) is unique, so a back-end that sees an even
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -19,7 +18,7 @@ from typing import IO, Any
 
 from antefix.errors import ConfigError
 from antefix_billing.ledger_files import Settled
-from antefix_billing.usage_record import UsageRecord
+from antefix_billing.usage_record import FIELD_TYPES
 
 EVENT_TYPE = "antefix_billing"
 # OpenMeter's documented limit is on bytes of a request; 1,000 events are under 1 MiB.
@@ -94,7 +93,7 @@ def write_text(settled: Iterable[Settled], kind: ExportFormat, file: IO[str]) ->
 
 
 def columns() -> list[str]:
-    return ["sequence", "entry_hash", *(field.name for field in dataclasses.fields(UsageRecord))]
+    return ["sequence", "entry_hash", *FIELD_TYPES]
 
 
 def row_of(settled: Settled) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def _write_parquet(settled: Iterable[Settled], path: Path) -> int:
         raise ConfigError("export to Parquet needs pyarrow: pip install 'antefix[parquet]'") from err
     money = pa.decimal128(38, 12)
     kinds = {"int": pa.int64(), "bool": pa.bool_(), "Decimal": money}
-    types = {field.name: kinds.get(str(field.type), pa.string()) for field in dataclasses.fields(UsageRecord)}
+    types = {name: kinds.get(kind, pa.string()) for name, kind in FIELD_TYPES.items()}
     types |= {"sequence": pa.int64(), "entry_hash": pa.string()}
     schema = pa.schema([(name, types[name]) for name in columns()])
     rows, num_records = iter(settled), 0

@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import Unavailable
+from antefix.miss_reason import MissReason
+from antefix.usage import Usage
 from antefix_billing.ledger_reserve import allocate
-from antefix_billing.usage_record import MissReason, WorkDone
 
 SLOT_BYTES: Final = 256
 PROGRESS_FILE: Final = "progress"
@@ -46,7 +47,7 @@ class ProgressJournal:
         self._fd = os.open(directory / PROGRESS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
-        self._found: dict[bytes, WorkDone] = {}
+        self._found: dict[bytes, Usage] = {}
         self._num_slots = os.fstat(self._fd).st_size // SLOT_BYTES
         self._hold()
         for number in range(self._num_slots):
@@ -54,7 +55,7 @@ class ProgressJournal:
             if found is not None:
                 self._found[found[0]] = found[1]
 
-    def found(self, event_id: str) -> WorkDone | None:
+    def found(self, event_id: str) -> Usage | None:
         """How far a request had got when the process before us ended."""
         return self._found.get(_name(event_id))
 
@@ -65,7 +66,7 @@ class ProgressJournal:
         self._slots, self._free, self._num_slots = {}, [], 0
         self._hold()
 
-    def mark(self, event_id: str, done: WorkDone) -> None:
+    def mark(self, event_id: str, done: Usage) -> None:
         """Note how far a request is; outlives this process when this returns.
 
         Raises:  Unavailable: it could not be written.
@@ -107,7 +108,7 @@ class ProgressJournal:
         return self._free.pop()
 
 
-def _pack(event_id: str, done: WorkDone) -> bytes:
+def _pack(event_id: str, done: Usage) -> bytes:
     body = _BODY.pack(
         _name(event_id),
         done.prompt_tokens,
@@ -126,7 +127,7 @@ def _pack(event_id: str, done: WorkDone) -> bytes:
     return _HEAD.pack(_MAGIC, zlib.crc32(body)) + body
 
 
-def _unpack(data: bytes) -> tuple[bytes, WorkDone] | None:
+def _unpack(data: bytes) -> tuple[bytes, Usage] | None:
     """(name, work), or None where a slot was never used, or torn by a power cut."""
     if len(data) < _HEAD.size + _BODY.size:
         return None
@@ -136,7 +137,7 @@ def _unpack(data: bytes) -> tuple[bytes, WorkDone] | None:
     name, prompt, hit, memory, written, output, reasoning, replayed, _, ttft_us, plan, reason, last = _BODY.unpack_from(
         data, _HEAD.size
     )
-    return name, WorkDone(
+    return name, Usage(
         prompt_tokens=prompt,
         cache_hit_tokens=hit,
         hit_memory_tokens=memory,

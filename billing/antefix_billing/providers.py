@@ -12,52 +12,52 @@ from __future__ import annotations
 
 from typing import Any
 
-from antefix_billing.usage_record import UsageRecord
+from antefix.usage import Usage
 
 
-def chat_usage(record: UsageRecord) -> dict[str, Any]:
+def chat_usage(used: Usage) -> dict[str, Any]:
     """`usage` of /v1/chat/completions and /v1/completions: OpenAI's fields, and DeepSeek's beside them."""
     return {
-        "prompt_tokens": record.prompt_tokens,
-        "completion_tokens": record.output_tokens,
-        "total_tokens": record.prompt_tokens + record.output_tokens,
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.output_tokens,
+        "total_tokens": used.prompt_tokens + used.output_tokens,
         "prompt_tokens_details": {
-            "cached_tokens": record.cache_hit_tokens,
-            "cache_write_tokens": record.cache_write_tokens,
+            "cached_tokens": used.cache_hit_tokens,
+            "cache_write_tokens": used.cache_write_tokens,
         },
-        "completion_tokens_details": {"reasoning_tokens": record.reasoning_tokens},
-        "prompt_cache_hit_tokens": record.cache_hit_tokens,
-        "prompt_cache_miss_tokens": record.cache_miss_tokens,
+        "completion_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
+        "prompt_cache_hit_tokens": used.cache_hit_tokens,
+        "prompt_cache_miss_tokens": used.cache_miss_tokens,
     }
 
 
-def responses_usage(record: UsageRecord) -> dict[str, Any]:
+def responses_usage(used: Usage) -> dict[str, Any]:
     """`usage` of /v1/responses."""
     return {
-        "input_tokens": record.prompt_tokens,
+        "input_tokens": used.prompt_tokens,
         "input_tokens_details": {
-            "cached_tokens": record.cache_hit_tokens,
-            "cache_write_tokens": record.cache_write_tokens,
+            "cached_tokens": used.cache_hit_tokens,
+            "cache_write_tokens": used.cache_write_tokens,
         },
-        "output_tokens": record.output_tokens,
-        "output_tokens_details": {"reasoning_tokens": record.reasoning_tokens},
-        "total_tokens": record.prompt_tokens + record.output_tokens,
+        "output_tokens": used.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": used.reasoning_tokens},
+        "total_tokens": used.prompt_tokens + used.output_tokens,
     }
 
 
-def messages_usage(record: UsageRecord) -> dict[str, Any]:
+def messages_usage(used: Usage) -> dict[str, Any]:
     """`usage` of /v1/messages. What was newly stored counts as cache creation and not as input.
 
     The store's lifetime is days unless the request asked otherwise; Anthropic's clients know two lifetimes only, so
     writes are shown under the shorter one, whose usual price is the lower.
     """
     return {
-        "input_tokens": record.cache_miss_tokens - record.cache_write_tokens,
-        "cache_creation_input_tokens": record.cache_write_tokens,
-        "cache_read_input_tokens": record.cache_hit_tokens,
+        "input_tokens": used.cache_miss_tokens - used.cache_write_tokens,
+        "cache_creation_input_tokens": used.cache_write_tokens,
+        "cache_read_input_tokens": used.cache_hit_tokens,
         "cache_creation": {
-            "ephemeral_5m_input_tokens": record.cache_write_tokens,
+            "ephemeral_5m_input_tokens": used.cache_write_tokens,
             "ephemeral_1h_input_tokens": 0,
         },
-        "output_tokens": record.output_tokens,
+        "output_tokens": used.output_tokens,
     }

@@ -16,22 +16,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from antefix.errors import ConfigError
+from antefix.usage import Usage
 
 _MILLION: Final = Decimal(1_000_000)
 # Six digits of a price are six beyond the million: more would not be exact in the twelve that a ledger amount has.
 PRICE_DIGITS_MAX: Final = 6
 _WEEKDAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenCounts:
-    """What is priced. `written` is part of `miss`, `reasoning` of `output`."""
-
-    hit: int
-    miss: int
-    output: int
-    written: int = 0
-    reasoning: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,20 +34,20 @@ class Prices:
     output: Decimal
     reasoning: Decimal
 
-    def price(self, counts: TokenCounts) -> Decimal:
+    def price(self, used: Usage) -> Decimal:
         with localcontext(prec=50):
             return (
-                self.hit * counts.hit
-                + self.miss * counts.miss
-                + self.write * counts.written
-                + self.output * (counts.output - counts.reasoning)
-                + self.reasoning * counts.reasoning
+                self.hit * used.cache_hit_tokens
+                + self.miss * used.cache_miss_tokens
+                + self.write * used.cache_write_tokens
+                + self.output * (used.output_tokens - used.reasoning_tokens)
+                + self.reasoning * used.reasoning_tokens
             ) / _MILLION
 
-    def saved(self, counts: TokenCounts) -> Decimal:
+    def saved(self, used: Usage) -> Decimal:
         """What the hits would have cost more as misses; never below zero."""
         with localcontext(prec=50):
-            return max(Decimal(0), (self.miss - self.hit) * counts.hit / _MILLION)
+            return max(Decimal(0), (self.miss - self.hit) * used.cache_hit_tokens / _MILLION)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

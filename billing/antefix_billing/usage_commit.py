@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
 from antefix.errors import AntefixError, InvalidRequest, Overloaded
+from antefix.usage import Usage
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import Settled
 from antefix_billing.ledger_format import PAYLOAD_BYTES_MAX
-from antefix_billing.usage_record import OpenEntry, UsageRecord, WorkDone
+from antefix_billing.usage_record import OpenEntry, UsageRecord
 
 log = logging.getLogger("antefix_billing")
 
@@ -44,7 +45,7 @@ class UsageWriter(Protocol):
 
     async def open(self, entry: OpenEntry) -> OpenEntry: ...
 
-    def mark(self, entry: OpenEntry, done: WorkDone) -> None: ...
+    def mark(self, entry: OpenEntry, used: Usage) -> None: ...
 
     async def settle(self, record: UsageRecord) -> Settled: ...
 
@@ -61,7 +62,7 @@ class NoLedger:
     async def open(self, entry: OpenEntry) -> OpenEntry:
         return entry
 
-    def mark(self, entry: OpenEntry, done: WorkDone) -> None:
+    def mark(self, entry: OpenEntry, used: Usage) -> None:
         return
 
     async def settle(self, record: UsageRecord) -> Settled:
@@ -93,12 +94,12 @@ class LedgerWriter:
         """Durable when it returns. Raises:  as `settle`."""
         return cast(OpenEntry, await self._submit(entry))
 
-    def mark(self, entry: OpenEntry, done: WorkDone) -> None:
+    def mark(self, entry: OpenEntry, used: Usage) -> None:
         """Note how far an open request is; outlives this process when it returns, a power cut soon after.
 
         Raises:  Unavailable: it could not be written.
         """
-        self.ledger.progress.mark(entry.event_id, done)
+        self.ledger.progress.mark(entry.event_id, used)
         if self._syncing is None or self._syncing.done():
             self._syncing = asyncio.create_task(self._sync_soon(), context=Context())
 

@@ -19,6 +19,8 @@ from typing import Any, Final, cast
 from urllib.parse import quote
 
 from antefix.errors import InternalError, InvalidRequest
+from antefix.miss_reason import MissReason
+from antefix.usage import Usage
 
 # Version of the payload's fields; a reader refuses what it does not know instead of guessing.
 PAYLOAD_VERSION: Final = 1
@@ -37,54 +39,6 @@ class Status(StrEnum):
     def is_ours(self) -> bool:
         """The client did nothing to end it so: a charge is for what it was given, and trying again is not one more."""
         return self in (Status.FAILED, Status.CRASHED)
-
-
-class MissReason(StrEnum):
-    """Why the first block that missed did."""
-
-    NONE = ""
-    FIRST_SEEN = "first_seen"
-    EVICTED = "evicted"
-    EXPIRED = "expired"
-    WINDOW_MISSING = "window_missing"
-    BELOW_MINIMUM = "below_minimum"
-    FINGERPRINT_DIFFERS = "fingerprint_differs"
-    ARITHMETIC_DIFFERS = "arithmetic_differs"
-    CORRUPT = "corrupt"
-    STORE_UNAVAILABLE = "store_unavailable"
-    UNKNOWN = "unknown"
-
-    @classmethod
-    def _missing_(cls, value: object) -> MissReason:
-        # A newer worker may know a reason that this process does not; a request must not fail for that.
-        return cls.UNKNOWN
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkDone:
-    """How far a request got: what its record says if it gets no further. output_tokens: those handed to the client."""
-
-    prompt_tokens: int = 0
-    cache_hit_tokens: int = 0
-    cache_write_tokens: int = 0
-    output_tokens: int = 0
-    reasoning_tokens: int = 0
-    hit_memory_tokens: int = 0
-    replayed_tokens: int = 0
-    restore_plan: str = ""
-    last_hit_hash: str = ""
-    miss_reason: MissReason = MissReason.NONE
-    ttft_us: int = 0
-
-    def counts(self) -> dict[str, Any]:
-        """As fields of a record."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        hit = self.cache_hit_tokens
-        return {
-            **values,
-            "cache_miss_tokens": self.prompt_tokens - hit,
-            "hit_store_tokens": hit - self.hit_memory_tokens,
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,13 +76,12 @@ class OpenEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class UsageRecord:
+class UsageRecord(Usage):
     """One request at its end. Times are Unix microseconds, hashes hex, money in `currency`.
 
     attempt: 1, or more when an earlier attempt broke off.  paid_before: what those were charged, which is taken off
     this one's price: the same request is never paid for twice.  source: the router's ledger; (source, event_id) is
-    unique.  cache_write_tokens: of the prompt, newly stored.  output_write_tokens: of the output, newly stored.
-    replayed_tokens: run again to rebuild window state, billed as hits.  last_hit_hash: the evidence of the hit.
+    unique.
     mode: how the model thought ("off", "low", "high", "max"); empty for a prompt that is no conversation.
     write_error: why what was computed could not all be stored; empty where it was.
     prefix_volatile: the client's prompts begin with something that changes, so all behind it misses.
@@ -145,19 +98,6 @@ class UsageRecord:
     revision: str = ""
     fingerprint: str = ""
     request_digest: str = ""
-    prompt_tokens: int = 0
-    cache_hit_tokens: int = 0
-    cache_miss_tokens: int = 0
-    cache_write_tokens: int = 0
-    output_tokens: int = 0
-    reasoning_tokens: int = 0
-    output_write_tokens: int = 0
-    hit_memory_tokens: int = 0
-    hit_store_tokens: int = 0
-    replayed_tokens: int = 0
-    restore_plan: str = ""
-    last_hit_hash: str = ""
-    miss_reason: MissReason = MissReason.NONE
     write_error: str = ""
     status: Status
     detail: str = ""
@@ -168,10 +108,14 @@ class UsageRecord:
     saved: Decimal = Decimal(0)
     started_us: int
     finished_us: int
-    ttft_us: int = 0
     mode: str = ""
     prefix_volatile: bool = False
     prompt_marks: str = ""
+
+    @classmethod
+    def of(cls, used: Usage, **of_the_end: Any) -> UsageRecord:
+        """The record of what was used. Raises as below."""
+        return cls(**{name: getattr(used, name) for name in _USED}, **of_the_end)
 
     def __post_init__(self) -> None:
         """Raises:  InternalError: the counts contradict each other."""
@@ -179,8 +123,6 @@ class UsageRecord:
             if getattr(self, name) < 0:
                 raise InternalError(f"usage of {self.request_id}: {name} is {getattr(self, name)}")
         rules = (
-            (self.cache_hit_tokens + self.cache_miss_tokens == self.prompt_tokens, "hit + miss must be the prompt"),
-            (self.hit_memory_tokens + self.hit_store_tokens == self.cache_hit_tokens, "tiers must add up to the hit"),
             (self.cache_write_tokens <= self.cache_miss_tokens, "written prompt tokens are part of the miss"),
             (self.reasoning_tokens <= self.output_tokens, "reasoning tokens are part of the output"),
             (bool(self.last_hit_hash) == bool(self.cache_hit_tokens), "a hit has a last block's hash, a miss none"),
@@ -228,7 +170,7 @@ class UsageRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; money as decimal strings without an exponent."""
-        values = {name: getattr(self, name) for name in _NAMES}
+        values = {name: getattr(self, name) for name in FIELD_TYPES}
         values["price"] = format(self.price, "f")
         values["paid_before"] = format(self.paid_before, "f")
         values["saved"] = format(self.saved, "f")
@@ -249,13 +191,29 @@ class UsageRecord:
             values["miss_reason"] = MissReason(values["miss_reason"])
             values["price"], values["saved"] = Decimal(values["price"]), Decimal(values["saved"])
             values["paid_before"] = Decimal(values.get("paid_before", 0))
-            return cls(**values)
+            derived = {name: values.pop(name, 0) for name in _DERIVED}
+            record = cls(**values)
+            for name, rule in _DERIVED.items():
+                if derived[name] != getattr(record, name):
+                    raise InvalidRequest(f"not a usage record: {rule}")
+            return record
         except (KeyError, ValueError, TypeError, InvalidOperation, InternalError) as err:
             raise InvalidRequest(f"not a usage record: {err}") from err
 
 
-_NAMES = tuple(field.name for field in dataclasses.fields(UsageRecord))
-_COUNTS = tuple(field.name for field in dataclasses.fields(UsageRecord) if field.type == "int")
+# Follow from the others, and stand in the ledger's payload as well: readers need no sums.
+_DERIVED: Final = {
+    "cache_miss_tokens": "hit + miss must be the prompt",
+    "hit_store_tokens": "tiers must add up to the hit",
+}
+_USED: Final = tuple(field.name for field in dataclasses.fields(Usage))
+_OWN: Final = tuple(field for field in dataclasses.fields(UsageRecord) if field.name not in _USED)
+# All of a record's fields, in the order of exports: whose it is and how it ended, then what it used.
+FIELD_TYPES: Final = {
+    **{field.name: str(field.type) for field in (*_OWN, *dataclasses.fields(Usage))},
+    **dict.fromkeys(_DERIVED, "int"),
+}
+_COUNTS: Final = tuple(name for name, kind in FIELD_TYPES.items() if kind == "int")
 
 
 def event_id(key: str, attempt: int) -> str:

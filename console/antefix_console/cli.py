@@ -16,7 +16,7 @@ from typing import Any
 
 import antefix
 from antefix import __version__
-from antefix.config import add_flags, as_json, resolve
+from antefix.config import add_file_flags, add_flags, as_json, resolve
 from antefix.errors import AntefixError, InternalError, InvalidRequest, ResourceExhausted, Unavailable
 from antefix.telemetry.logs import set_up_logs
 from antefix.telemetry.tracing import start_tracing
@@ -26,8 +26,11 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_INTERNAL, EXIT_INTERRUP
 
 log = logging.getLogger("antefix.cli")
 
-# What the extra `worker` brings; router, store and most commands work without it.
-_WORKER_PACKAGES = ("torch", "safetensors", "triton")
+# What the extras bring; router, store and most commands work without them.
+_EXTRA_OF = {
+    **dict.fromkeys(("torch", "safetensors", "triton"), "worker"),
+    **dict.fromkeys(("zmq", "msgspec", "httpx"), "fleet"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except ModuleNotFoundError as err:
-        if err.name not in _WORKER_PACKAGES:
+        if err.name not in _EXTRA_OF:
             raise
-        print(f"antefix: this needs {err.name}: pip install 'antefix[worker]'", file=sys.stderr)
+        print(f"antefix: this needs {err.name}: pip install 'antefix[{_EXTRA_OF[err.name]}]'", file=sys.stderr)
         return EXIT_USAGE
     except InvalidRequest as err:
         return _fail(err, EXIT_USAGE)
@@ -108,6 +111,7 @@ def _add_roles(parser: argparse.ArgumentParser, args: list[str]) -> None:
         sub.add_argument("--watch-stdin", action="store_true", help="stop when stdin closes (set by `antefix up`)")
         if role in args:
             add_flags(sub, about.load()[0])
+            add_file_flags(sub)
 
 
 def _serve(args: argparse.Namespace) -> int:

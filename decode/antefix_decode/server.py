@@ -14,7 +14,7 @@ from antefix.config import require, setting
 from antefix.errors import InvalidRequest
 from antefix.grammar import Vocabulary
 from antefix.sampling import Sampling
-from antefix.telemetry import span
+from antefix.telemetry import begin, span
 from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.v1 import decode_pb2, decode_pb2_grpc
 from antefix.wire import (
@@ -123,8 +123,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     async def _generate(self, running: Running) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
         self.scheduler.join(running)
         try:
-            async for shown in self.scheduler.tokens(running):
-                yield _response(shown, None)
+            steps = begin("decode steps", num_running=self.scheduler.num_running)
+            try:
+                async for shown in self.scheduler.tokens(running):
+                    yield _response(shown, None)
+            finally:
+                steps.set(num_steps=running.sequence.position - running.prompt_tokens)
+                steps.end()
             # 5. The output's KV must be durable when the client is told of the end: its next turn may follow at once.
             with span("store", part="output"):
                 await self.scheduler.store_end(running)

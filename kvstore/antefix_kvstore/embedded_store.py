@@ -12,7 +12,7 @@ from typing import Any, Final, Self, TypeVar
 from antefix.errors import InvalidRequest
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch, Cursor, watch_log
-from antefix.layout import BlockLayout
+from antefix.layout import PayloadLayout
 from antefix.record import (
     MEMORY_KINDS,
     STORED_KINDS,
@@ -136,14 +136,15 @@ class EmbeddedStore:
                     refused[record.hash] = Refusal(RefusalReason.TOO_LARGE, text)
         return PutResult(num_stored=stored.num_stored + num_kept, num_existing=stored.num_existing, refused=refused)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell how a fingerprint's payloads are laid out: they may be compressed then, and others are refused."""
         plans = {
             RecordKind.BLOCK: codec.plan_of_block(layout),
             RecordKind.CHECKPOINT: codec.plan_of_checkpoint(layout),
         }
-        block_size = layout.geometry.block_size
-        await self._in_thread(lambda: self.engine.register(fingerprint, block_size, plans, statement=statement))
+        # A payload without parts is one zero byte, or is not there at all: nothing to compress or to measure by.
+        told = {kind: plan for kind, plan in plans.items() if plan.parts}
+        await self._in_thread(lambda: self.engine.register(fingerprint, layout.block_size, told, statement=statement))
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
         """Keep an owner's records from eviction for a time; 0 lets go. Returns how many of them are stored.

@@ -22,10 +22,11 @@ from antefix.events.block_events import BlockEvent
 from antefix.events.event_seal import EventKeys
 from antefix.events.event_wire import store_response
 from antefix.events.numbered_log import Batch, Cursor, watch_log
-from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Record, RecordKind, Refusal, RefusalReason
+from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Record, RecordKind, RecordName, Refusal, RefusalReason
 from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
 from antefix.store.allocator import keep_large_buffers
+from antefix.store.fate_wire import fate_to_wire
 from antefix.store.payload_channel import SERVICE
 from antefix.store.payload_wire import Piece, unpack_put_request
 from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, messages_of, split_hashes
@@ -39,7 +40,6 @@ from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.free_space import fit_to_disk
 from antefix_kvstore.group_commit import GroupCommitter
-from antefix_kvstore.index_writer import Name
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.memory_records import MemoryRecords
 from antefix_kvstore.metrics import memory_metrics, store_metrics
@@ -102,9 +102,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 now_ms=engine.clock_ms(),
             )
         )
-        return kvstore_pb2.FateResponse(
-            fate=found.fate.value, fingerprints=found.fingerprints, statements=found.statements
-        )
+        return fate_to_wire(found)
 
     def Get(
         self, request: kvstore_pb2.GetRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -292,13 +290,13 @@ class _Counted:
         self._servicer._num_streams -= 1
 
 
-def _names(records: Sequence[kvstore_pb2.RecordName]) -> list[Name]:
+def _names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]:
     if len(records) > NAMES_MAX:
         raise InvalidRequest(f"at most {NAMES_MAX} records a call")
     return [(kind_of(record.kind), record.hash) for record in records]
 
 
-def _stored_names(records: Sequence[kvstore_pb2.RecordName]) -> list[Name]:
+def _stored_names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]:
     """Raises:  InvalidRequest: a kind that is not kept on disk."""
     names = _names(records)
     if any(kind not in STORED_KINDS for kind, _ in names):

@@ -5,6 +5,7 @@ This is the serving path (block pool, window state, rounding as stored), so what
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ class CachedModel:
         self.layout = self.model.layout
         self.block_size = self.layout.geometry.block_size
         self.pool = BlockPool(self.layout, -(-num_tokens_max // self.block_size))
+        self._num_forks: Counter[int] = Counter()
 
     def start(self) -> Sequence:
         return Sequence([], WindowState.zeros(self.layout, 0))
@@ -48,11 +50,13 @@ class CachedModel:
         full = sequence.position // self.block_size
         assert sequence.position == full * self.block_size, "forks share whole blocks only"
         shared = sequence.block_table[:full]
-        self.pool.retain(shared)
+        self._num_forks.update(shared)
         return Sequence(list(shared), window or sequence.window.clone())
 
     def release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_table)
+        # A block goes with the last of those who share it.
+        self.pool.release([block for block in sequence.block_table if not self._num_forks[block]])
+        self._num_forks.subtract(block for block in sequence.block_table if self._num_forks[block])
         sequence.block_table = []
 
     def replayed_window(self, sequence: Sequence, tokens: Tokens, num_tokens: int) -> WindowState:

@@ -15,14 +15,17 @@ import numpy.typing as npt
 
 from antefix.block import Chain, exactness_of
 from antefix.errors import AntefixError, BlockCorrupt
+from antefix.generation_request import Breakpoint
+from antefix.miss_reason import MissReason
 from antefix.model import Sequence, WindowState, forward, replay
 from antefix.record import LookupResult, RecordKind
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
-from antefix_prefill.miss_reason import miss_reason
 from antefix_prefill.older_names import OlderNames, find_older
+from antefix_prefill.publish_block import publish_block
+from antefix_prefill.why_missed import why_missed
 from antefix_prefill.worker.compute_thread import uninterrupted
 from antefix_prefill.worker.engine import Engine
 
@@ -31,12 +34,12 @@ DISK_TIER = Tier.DISK.value
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A checked prompt with its names. tokens: [N] uint32. keep: (tokens, seconds) of prefixes to checkpoint."""
+    """A checked prompt with its names. tokens: [N] uint32. breakpoints: the client's."""
 
     tokens: npt.NDArray[np.uint32]
     chain: Chain
     tenant: str = ""
-    keep: tuple[tuple[int, float], ...] = ()
+    breakpoints: tuple[Breakpoint, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -260,8 +263,8 @@ async def load_blocks(
     except BaseException:
         engine.blocks.release([*table, *fresh])
         raise
-    for name, block_id in zip(wanted[:num_read], fresh[:num_read], strict=True):
-        engine.blocks.publish(name, block_id)
+    for index, block_id in enumerate(fresh[:num_read], len(table)):
+        publish_block(engine, prompt, index, block_id)
     engine.blocks.release(fresh[num_read:])
     return table + fresh[:num_read]
 
@@ -352,18 +355,18 @@ def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) 
         report.last_hit_hash = prompt.chain.hashes[plan.resume_block - 1]
 
 
-async def _miss_reason(engine: Engine, prompt: Prompt, plan: Plan, known: _Known) -> str:
+async def _miss_reason(engine: Engine, prompt: Prompt, plan: Plan, known: _Known) -> MissReason:
     """Why the first block that missed did; empty where only the rest of the last one is left."""
     full_blocks = (prompt.num_tokens - 1) // engine.block_size
     if full_blocks == 0:
-        return "below_minimum"
+        return MissReason.BELOW_MINIMUM
     if plan.resume_block >= full_blocks:
-        return ""
+        return MissReason.NONE
     if plan.resume_block < known.num_blocks:
-        return "window_missing"
+        return MissReason.WINDOW_MISSING
     if known.store_failed:
-        return "store_unavailable"
-    return await miss_reason(
+        return MissReason.STORE_UNAVAILABLE
+    return await why_missed(
         engine,
         prompt.chain,
         prompt.tokens,

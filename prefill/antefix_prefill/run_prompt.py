@@ -18,7 +18,8 @@ from antefix.model import Sequence, forward
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
 from antefix.window import Mark
-from antefix_prefill.leave_checkpoints import leave_checkpoint, prompt_marks
+from antefix_prefill.leave_checkpoints import leave_checkpoint, marks_for_prompt
+from antefix_prefill.publish_block import publish_block
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt, Restored, restore
 from antefix_prefill.sealed_records import block_record
@@ -94,7 +95,7 @@ async def _put_back(engine: Engine, prompt: Prompt, restored: Restored, writer: 
 
 async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter) -> npt.NDArray[np.float32]:
     sequence = restored.sequence
-    marks = {mark.block * engine.block_size: mark for mark in prompt_marks(engine, prompt, restored)}
+    marks = {mark.block * engine.block_size: mark for mark in marks_for_prompt(engine, prompt, restored)}
     if mark := marks.get(sequence.position):
         await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
     logits: npt.NDArray[np.float32] | None = None
@@ -110,7 +111,7 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
         with span("prefill chunk", first=first, num_tokens=stop - first):
             logits, payloads = await engine.compute.run(_run_chunk, engine, sequence, tokens, new, is_last)
         for index in range(first // engine.block_size, last):
-            engine.blocks.publish(prompt.chain.hashes[index], sequence.block_table[index])
+            publish_block(engine, prompt, index, sequence.block_table[index])
         for index, payload in zip(new, payloads, strict=True):
             await writer.put(block_record(engine, prompt, index, payload))
         if mark := marks.get(stop):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from antefix import rpc
 from antefix.config import require, setting
+from antefix.generation_request import Breakpoint
 from antefix.telemetry import span
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_to_wire, tokens_from_wire
@@ -50,7 +51,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             tokens=tokens,
             chain=chain,
             tenant=request.tenant,
-            keep=tuple((kept.num_tokens, kept.ttl_s) for kept in request.keep),
+            breakpoints=tuple(Breakpoint(each.num_tokens, each.ttl_s) for each in request.breakpoints),
         )
         # 3. Restore, compute, store.
         wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self.queue.num_waiting + 1)

@@ -29,6 +29,7 @@ from antefix.errors import AntefixError, Conflict, Draining, InvalidRequest, Ove
 from antefix.generation_request import GenerationRequest
 from antefix.secret import Keyring
 from antefix.telemetry import span
+from antefix.usage import Usage
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import Settled, read_settled, sequence_before
 from antefix_billing.limits import LimitWindow, QuotaBook, Reservation
@@ -36,7 +37,7 @@ from antefix_billing.pricing import priced, worst_price
 from antefix_billing.ratecard import RateCards
 from antefix_billing.tenants import TenantBook
 from antefix_billing.usage_commit import LedgerWriter, NoLedger, UsageWriter
-from antefix_billing.usage_record import OpenEntry, Status, UsageRecord, WorkDone, request_key
+from antefix_billing.usage_record import OpenEntry, Status, UsageRecord, request_key
 from antefix_router.answers import KeptAnswer, RetryConfig, Run, SharedRun
 from antefix_router.ending import Ending
 from antefix_router.generation import Generation, OutputPiece
@@ -166,7 +167,7 @@ class Accounts:
             async with contextlib.aclosing(run(bill.generation, timeout_s)) as outputs:
                 while (piece := await self._next(outputs)) is not None:
                     await asyncio.shield(opening)
-                    self.writer.mark(bill.opened, bill.work_done(bill.num_given))
+                    self.writer.mark(bill.opened, bill.used(bill.num_given))
                     yield piece
             await asyncio.shield(opening)
             status, detail = Status(bill.generation.finish_reason), ""
@@ -198,7 +199,7 @@ class Accounts:
                     await asyncio.shield(opening)
                     is_first, num_read = not num_read, num_read + len(piece.tokens)
                     if shared.give(bill, num_read) or is_first:
-                        self.writer.mark(bill.opened, bill.work_done(bill.num_given))
+                        self.writer.mark(bill.opened, bill.used(bill.num_given))
                     yield piece
             await asyncio.shield(opening)
             end = Status(shared.generation.finish_reason), ""
@@ -300,15 +301,15 @@ class Accounts:
         """Of an answer that ended, all of it counts; of one that broke off, what a client was given of it."""
         has_ended = status in (Status.STOP, Status.LENGTH)
         num_output = bill.generation.num_emitted if has_ended else bill.num_given
-        return UsageRecord(
+        used = dataclasses.replace(bill.used(num_output), output_write_tokens=bill.generation.output_written_tokens)
+        return UsageRecord.of(
+            used,
             **self._common(bill.opened),
-            **bill.work_done(num_output).counts(),
             status=status,
             detail=detail,
             mode=bill.mode,
             prefix_volatile=bill.prefix_volatile,
             prompt_marks=bill.generation.prompt_marks,
-            output_write_tokens=bill.generation.output_written_tokens,
             write_error=bill.write_error,
             paid_before=bill.paid_before,
             finished_us=max(_now_us(), bill.opened.started_us),
@@ -317,11 +318,11 @@ class Accounts:
     def _crashed(self, ledger: Ledger, entry: OpenEntry) -> UsageRecord:
         """A request that the last process left open, as far as its progress was noted."""
         standing = ledger.find(entry.key)
-        done = ledger.progress.found(entry.event_id) or WorkDone()
+        used = ledger.progress.found(entry.event_id) or Usage()
         return priced(
-            UsageRecord(
+            UsageRecord.of(
+                used,
                 **self._common(entry),
-                **done.counts(),
                 status=Status.CRASHED,
                 detail="the router stopped in the middle",
                 paid_before=Decimal(0) if standing is None else standing.record.paid,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Final
 
-from antefix.clients import Usage
+from antefix.usage import Usage
 from antefix_billing.ledger_files import Settled
 from antefix_billing.limits import Reservation
-from antefix_billing.usage_record import MissReason, OpenEntry, UsageRecord, WorkDone
+from antefix_billing.usage_record import OpenEntry, UsageRecord
 from antefix_router.answers import KeptAnswer, SharedRun
 from antefix_router.generation import Generation
 
@@ -64,26 +65,15 @@ class Bill:
         self.ended_here = True
         self.num_read = num_tokens
 
-    def work_done(self, num_output: int) -> WorkDone:
+    def used(self, num_output: int) -> Usage:
         """What the record says of it. Without a restore report no prompt token was worked on to the end."""
         generation, report = self.generation, self.generation.restore
-        reasoning = min(self.reasoning_tokens, num_output)
-        ttft_us = round(generation.ttft_s * 1e6)
-        if report is None:
-            return WorkDone(output_tokens=num_output, reasoning_tokens=reasoning, ttft_us=ttft_us)
-        prompt, hit = len(generation.tokens), report.hit_tokens
-        return WorkDone(
-            prompt_tokens=prompt,
-            cache_hit_tokens=hit,
-            cache_write_tokens=min(report.written_tokens, prompt - hit),
+        prompt = Usage() if report is None else report.usage(len(generation.tokens))
+        return dataclasses.replace(
+            prompt,
             output_tokens=num_output,
-            reasoning_tokens=reasoning,
-            hit_memory_tokens=report.hit_memory_tokens,
-            replayed_tokens=report.replayed_tokens,
-            restore_plan=report.plan,
-            last_hit_hash=report.last_hit_hash.hex() if hit else "",
-            miss_reason=MissReason(report.miss_reason),
-            ttft_us=ttft_us,
+            reasoning_tokens=min(self.reasoning_tokens, num_output),
+            ttft_us=round(generation.ttft_s * 1e6),
         )
 
     @property
@@ -106,15 +96,10 @@ class Bill:
         return self.settled.record
 
     def usage(self) -> Usage:
-        """What the client is told: the record's counts, this run's times."""
-        record = self.record
-        return Usage(
-            request_id=record.request_id,
-            prompt_tokens=record.prompt_tokens,
-            cache_hit_tokens=record.cache_hit_tokens,
-            cache_miss_tokens=record.cache_miss_tokens,
-            output_tokens=record.output_tokens,
-            written_tokens=record.cache_write_tokens + record.output_write_tokens,
-            ttft_s=self.generation.ttft_s,
-            total_s=time.perf_counter() - self.generation.started,
-        )
+        """What the client is told: the record's counts, this run's time to the first token."""
+        return dataclasses.replace(self.record, ttft_us=round(self.generation.ttft_s * 1e6))
+
+    @property
+    def total_s(self) -> float:
+        """Since this run began."""
+        return time.perf_counter() - self.generation.started

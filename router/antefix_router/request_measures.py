@@ -79,7 +79,7 @@ class RequestMeasures:
             self._prompt.labels(plan).inc(record.prompt_tokens)
             self._hit.labels("memory", plan).inc(record.hit_memory_tokens)
             self._hit.labels("store", plan).inc(record.hit_store_tokens)
-            self._miss.labels(record.miss_reason.value or NONE, plan).inc(record.cache_miss_tokens)
+            self._miss.labels(record.miss_reason.label, plan).inc(record.cache_miss_tokens)
             self._replayed.labels(plan).inc(record.replayed_tokens)
         self._written.labels("prompt").inc(record.cache_write_tokens)
         self._written.labels("output").inc(record.output_write_tokens)
@@ -108,7 +108,7 @@ class RequestMeasures:
             "prompt": record.prompt_tokens,
             "hit": record.cache_hit_tokens,
             "replayed": record.replayed_tokens,
-            "written": record.cache_write_tokens + record.output_write_tokens,
+            "written": record.written_tokens,
             "output": record.output_tokens,
         }
         for part, number in parts.items():

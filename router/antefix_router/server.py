@@ -11,7 +11,7 @@ import grpc
 
 from antefix import rpc
 from antefix.block import as_tokens
-from antefix.clients import Tokens, usage_to_wire
+from antefix.clients import Tokens
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.model_dir import identify
 from antefix.registration import Registration
@@ -20,9 +20,17 @@ from antefix.telemetry import Registry, bind_request, span
 from antefix.telemetry.settings import serve_metrics
 from antefix.tokenizer import load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc, usage_pb2, usage_pb2_grpc
-from antefix.wire import logprobs_to_wire, report_to_wire, sampling_from_wire, tokens_from_wire, tokens_to_wire
+from antefix.wire import (
+    logprobs_to_wire,
+    report_to_wire,
+    sampling_from_wire,
+    tokens_from_wire,
+    tokens_to_wire,
+    usage_to_wire,
+)
 from antefix_router.assembly import Router
 from antefix_router.gateway.app import start_http
+from antefix_router.open_bill import Bill
 from antefix_router.router_config import RouterConfig
 from antefix_router.usage_service import UsageServicer
 
@@ -69,7 +77,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 sample=index,
                 text=text.finish(),
                 finish_reason=sample.finish_reason,
-                usage=usage_to_wire(bill.usage()) if index == last else None,
+                usage=_usage_of(bill) if index == last else None,
                 restore=report_to_wire(generation.restore) if generation.restore and index == last else None,
             )
 
@@ -144,6 +152,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             setup=request.setup,
         )
         return router_pb2.RegisterWorkerResponse()
+
+
+def _usage_of(bill: Bill) -> usage_pb2.Usage:
+    return usage_to_wire(bill.usage(), request_id=bill.record.request_id, total_s=bill.total_s)
 
 
 async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:

@@ -16,14 +16,13 @@ import numpy as np
 
 from antefix import rpc
 from antefix.block import chain_of
-from antefix.clients import usage_to_wire
 from antefix.errors import Overloaded, Unavailable
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.secret import Keyring
 from antefix.store_files.hit_log import StoreLog, read_store_log
 from antefix.v1 import router_pb2, router_pb2_grpc
-from antefix.wire import sampling_from_wire, tokens_from_wire, tokens_to_wire
+from antefix.wire import sampling_from_wire, tokens_from_wire, tokens_to_wire, usage_to_wire
 from antefix_billing.ledger import Ledger
 from antefix_billing.ratecard import load_cards
 from antefix_billing.tenants import TenantBook

@@ -11,13 +11,14 @@ import pytest
 from antefix.block import as_tokens
 from antefix.errors import InvalidRequest, Overloaded, QuotaExceeded, Unavailable
 from antefix.generation_request import Caller, GenerationRequest
+from antefix.miss_reason import MissReason
 from antefix.sampling import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.limits import Limit, LimitWindow, TenantLimits
 from antefix_billing.pricing import priced
 from antefix_billing.ratecard import load_cards
 from antefix_billing.tenants import TenantBook, load_tenants
-from antefix_billing.usage_record import MissReason, Status
+from antefix_billing.usage_record import Status
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import Script, make_front
 

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from antefix.errors import Overloaded, Unavailable
+from antefix.miss_reason import MissReason
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import MetricsServer, Registry
 from antefix_billing.ledger_files import read_settled
@@ -25,7 +26,7 @@ httpx2 = pytest.importorskip("httpx2")
 
 NUM_REQUESTS = 1_000
 NUM_AT_ONCE = 100
-REASONS = ("first_seen", "evicted", "window_missing", "below_minimum")
+REASONS = (MissReason.FIRST_SEEN, MissReason.EVICTED, MissReason.WINDOW_MISSING, MissReason.BELOW_MINIMUM)
 KINDS = ("whole", "stream", "retried", "refused", "broken")
 
 

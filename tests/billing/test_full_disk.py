@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import Unavailable
+from antefix.usage import Usage
 from antefix_billing import ledger_reserve as reserve
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import read_settled, segments_of
 from antefix_billing.reconcile import verify
-from antefix_billing.usage_record import WorkDone
 from tests.billing.usage_records import opened, record
 from tests.small_disk import fill, free_bytes, small_disk
 
@@ -27,7 +27,7 @@ def disk(tmp_path):
 def settle(ledger, numbers):
     for number in numbers:
         ledger.append([opened(f"r{number}")])
-        ledger.progress.mark(f"r{number}", WorkDone(output_tokens=number))
+        ledger.progress.mark(f"r{number}", Usage(output_tokens=number))
         ledger.append([record(f"r{number}")])
         ledger.progress.drop(f"r{number}")
 
@@ -40,7 +40,7 @@ def test_a_full_disk_does_not_stop_the_ledger(disk):
     settle(ledger, range(5, 300))
     # More at a time than ever before.
     for number in range(300, 400):
-        ledger.progress.mark(f"r{number}", WorkDone(output_tokens=number))
+        ledger.progress.mark(f"r{number}", Usage(output_tokens=number))
     ledger.close()
     # A restart finds it as it was, and goes on.
     ledger = Ledger(disk / "ledger")

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antefix.errors import Unavailable
+from antefix.miss_reason import MissReason
+from antefix.usage import Usage
 from antefix_billing.progress_slots import PROGRESS_FILE, SLOT_BYTES, ProgressJournal
-from antefix_billing.usage_record import MissReason, WorkDone
 
 counts = st.integers(0, 2**32 - 1)
 work = st.builds(
-    WorkDone,
+    Usage,
     prompt_tokens=counts,
     cache_hit_tokens=st.integers(1, 2**32 - 1),
     cache_write_tokens=counts,
@@ -56,11 +57,11 @@ def test_the_last_mark_of_each_request_is_found_by_the_next_process(tmp_path_fac
 
 def test_a_slot_is_used_again_by_the_next_request(journal, tmp_path):
     for number in range(500):
-        journal.mark(f"r{number}", WorkDone(output_tokens=number))
+        journal.mark(f"r{number}", Usage(output_tokens=number))
         journal.drop(f"r{number}")
     assert (tmp_path / PROGRESS_FILE).stat().st_size == 64 * SLOT_BYTES
     for number in range(100):
-        journal.mark(f"s{number}", WorkDone(output_tokens=number))
+        journal.mark(f"s{number}", Usage(output_tokens=number))
     assert (tmp_path / PROGRESS_FILE).stat().st_size == 128 * SLOT_BYTES
     after = ProgressJournal(tmp_path)
     assert [after.found(f"s{number}").output_tokens for number in range(100)] == list(range(100))
@@ -68,7 +69,7 @@ def test_a_slot_is_used_again_by_the_next_request(journal, tmp_path):
 
 
 def test_a_torn_slot_is_no_mark(journal, tmp_path):
-    journal.mark("r", WorkDone(output_tokens=3))
+    journal.mark("r", Usage(output_tokens=3))
     path = tmp_path / PROGRESS_FILE
     data = path.read_bytes()
     at = data.find(b"AFPG")
@@ -87,11 +88,11 @@ MARKING = """
 import sys
 from pathlib import Path
 from antefix_billing.progress_slots import ProgressJournal
-from antefix_billing.usage_record import WorkDone
+from antefix.usage import Usage
 journal, number = ProgressJournal(Path(sys.argv[1])), 0
 while True:
     number += 1
-    journal.mark("r", WorkDone(prompt_tokens=7, output_tokens=number))
+    journal.mark("r", Usage(prompt_tokens=7, output_tokens=number))
     print(number, flush=True)
 """
 
@@ -114,4 +115,4 @@ def test_a_mark_that_cannot_be_written_is_an_error(journal, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(Unavailable, match="progress"):
-        journal.mark("r", WorkDone())
+        journal.mark("r", Usage())

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import ConfigError
+from antefix.usage import Usage
 from antefix_billing.pricing import priced, worst_price
-from antefix_billing.ratecard import TokenCounts, load_cards
+from antefix_billing.ratecard import load_cards
 from antefix_billing.usage_record import Status
 from tests.billing.usage_records import record
 
@@ -91,11 +92,21 @@ def test_two_cards_for_one_model_and_moment_are_refused(tmp_path):
 COUNTS = st.integers(0, 1 << 32)
 
 
+def used(*, hit, miss, output, written, reasoning):
+    return Usage(
+        prompt_tokens=hit + miss,
+        cache_hit_tokens=hit,
+        cache_write_tokens=written,
+        output_tokens=output,
+        reasoning_tokens=reasoning,
+    )
+
+
 @given(hit=COUNTS, miss=COUNTS, output=COUNTS, data=st.data())
 def test_prices_are_exact_and_additive(hit, miss, output, data):
     prices = load_cards([DEPLOY / "example.toml"]).quote("antefix-tiny", at("2026-06-01")).prices
     written, reasoning = data.draw(st.integers(0, miss)), data.draw(st.integers(0, output))
-    counts = TokenCounts(hit=hit, miss=miss, output=output, written=written, reasoning=reasoning)
+    counts = used(hit=hit, miss=miss, output=output, written=written, reasoning=reasoning)
     millionths = 10_000 * hit + 100_000 * miss + 25_000 * written + 400_000 * (output - reasoning) + 300_000 * reasoning
     assert prices.price(counts) == Decimal(millionths).scaleb(-12)
     assert prices.saved(counts) == Decimal(90_000 * hit).scaleb(-12)
@@ -104,7 +115,7 @@ def test_prices_are_exact_and_additive(hit, miss, output, data):
 @given(hit=st.integers(0, 10_000), miss=st.integers(0, 10_000), output=st.integers(0, 1000), data=st.data())
 def test_no_request_costs_more_than_its_worst_price(hit, miss, output, data):
     quote = load_cards([DEPLOY / "example.toml"]).quote("antefix-tiny", at("2026-06-01"))
-    counts = TokenCounts(
+    counts = used(
         hit=hit,
         miss=miss,
         output=output,

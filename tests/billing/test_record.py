@@ -5,19 +5,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import InternalError, InvalidRequest
-from antefix_billing.usage_record import MissReason, OpenEntry, Status, UsageRecord
+from antefix.miss_reason import MissReason
+from antefix_billing.usage_record import OpenEntry, Status, UsageRecord
 from tests.billing.usage_records import opened, record
 
 
-def test_hit_and_miss_are_the_prompt():
-    with pytest.raises(InternalError, match="hit \\+ miss"):
-        record(hit=128, miss=72, prompt_tokens=201)
+def test_no_more_is_hit_than_the_prompt_has():
+    with pytest.raises(InternalError, match="cache_miss_tokens is -1"):
+        record(hit=128, miss=72, prompt_tokens=127)
 
 
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"hit_store_tokens": 127}, "tiers"),
+        ({"hit_memory_tokens": 129}, "hit_store_tokens is -1"),
         ({"cache_write_tokens": 73}, "part of the miss"),
         ({"reasoning_tokens": 11}, "part of the output"),
         ({"last_hit_hash": ""}, "last block"),
@@ -53,10 +54,13 @@ def test_payload_gives_the_same_record_back(hit, miss, price, request_id):
     assert after.to_payload() == before.to_payload()
 
 
-def test_a_stored_record_that_contradicts_itself_is_refused_as_input():
+@pytest.mark.parametrize(
+    ("changes", "rule"), [({"prompt_tokens": 201}, r"hit \+ miss"), ({"hit_store_tokens": 127}, "tiers")]
+)
+def test_a_stored_record_that_contradicts_itself_is_refused_as_input(changes, rule):
     values = record(hit=128, miss=72).to_dict()
-    with pytest.raises(InvalidRequest, match=r"not a usage record: .*hit \+ miss"):
-        UsageRecord.from_dict({**values, "prompt_tokens": 201})
+    with pytest.raises(InvalidRequest, match=f"not a usage record: .*{rule}"):
+        UsageRecord.from_dict({**values, **changes})
 
 
 def test_open_entry_survives_its_payload():

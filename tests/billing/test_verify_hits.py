@@ -65,7 +65,7 @@ def test_a_hit_before_it_was_stored_is_not(settle, log):
 def test_a_hit_in_a_workers_memory_needs_no_read(settle, log):
     log.stored([HASH])
     later = now_us() + MINUTE_US
-    in_memory = record(started_us=later, finished_us=later, hit_memory_tokens=128, hit_store_tokens=0)
+    in_memory = record(started_us=later, finished_us=later, hit_memory_tokens=128)
     assert settle(in_memory).unsupported_hits == 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-from antefix_billing.usage_record import MissReason, OpenEntry, Status, UsageRecord
+from antefix.miss_reason import MissReason
+from antefix_billing.usage_record import OpenEntry, Status, UsageRecord
 
 NOW_US = 1_790_000_000_000_000
 
@@ -17,8 +18,6 @@ def record(request_id: str = "r1", *, hit: int = 128, miss: int = 72, **changes:
         "model": "antefix-tiny",
         "prompt_tokens": hit + miss,
         "cache_hit_tokens": hit,
-        "cache_miss_tokens": miss,
-        "hit_store_tokens": hit,
         "last_hit_hash": "ab" * 32 if hit else "",
         "output_tokens": 10,
         "status": Status.STOP,

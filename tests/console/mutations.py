@@ -156,7 +156,6 @@ def evicted_row_keeps_its_name(patch: Patch) -> None:
         block_id, _ = self._idle.popitem(last=False)
         self._hash_of.pop(block_id)
         self._pool.release([block_id])
-        self._free += 1
 
     patch.setattr(ResidentBlocks, "_evict_one", evict)
 

@@ -9,7 +9,7 @@ from tests.telemetry.otlp_receiver import receiving  # noqa: E402 - it needs wha
 
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 COLD = {"tokenize", "look-up", "place", "queue", "plan", "restore", "prefill chunk", "handoff", "first token", "decode"}
-COLD |= {"store", "settle"}
+COLD |= {"decode steps", "store", "settle"}
 
 
 async def test_a_request_is_one_trace_from_its_client_to_the_store(deploy):
@@ -42,5 +42,7 @@ async def test_a_request_is_one_trace_from_its_client_to_the_store(deploy):
     assert again.attributes["plan"] == "replay" and again.attributes["hit_tokens"] > 1000
     (replayed,) = [span for span in hit if span.name == "replay"]
     assert replayed.attributes["num_tokens"] == again.attributes["replayed_tokens"] > 0
+    (steps,) = [span for span in cold if span.name == "decode steps"]
+    assert steps.attributes["num_steps"] == 79 and steps.attributes["num_running"] == 1
     # 4. Nothing in a trace is text of a prompt.
     assert not [span for span in receiver.spans if any("to be" in str(each) for each in span.attributes.values())]

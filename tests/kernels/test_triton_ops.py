@@ -72,7 +72,7 @@ def build(device: torch.device) -> Model:
 
 def run(model: Model, pool: BlockPool, ops: Ops) -> tuple[torch.Tensor, torch.Tensor, bytes]:
     table = [5, 1, 2, 7, 0, 3]
-    pool.retain(pool.allocate(pool.num_blocks))
+    pool.allocate(pool.num_blocks)
     sequence = Sequence(table, WindowState.zeros(model.layout, 0, model.device))
     pieces = [forward(model, pool, [(sequence, piece)], logits="all", ops=ops) for piece in np.split(TOKENS, CUTS)]
     return torch.cat(pieces).cpu(), pool.rows[table].cpu(), sequence.window.to_bytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import antefix_kvstore
-from antefix import BlockingStore, ConfigError, Fate, InvalidRequest, RecordKind, Store
+from antefix import BlockingStore, ConfigError, InvalidRequest, MissReason, RecordKind, Store
 from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind
 from antefix.store_files import codec
 from antefix_kvstore.embedded_store import EmbeddedStore
@@ -35,7 +35,7 @@ async def test_what_was_put_is_restored_and_survives_reopening(tmp_path: Path) -
         assert [bytes(row) for row in into] == [PROMPT.payload(i) for i in range(6)]
         checkpoint = await store.get(RecordKind.CHECKPOINT, PROMPT.hashes[2], fingerprint=FINGERPRINT)
         assert checkpoint == PROMPT.payload(2, RecordKind.CHECKPOINT)
-        assert (await store.fate(PROMPT.hashes[0], fingerprint=FINGERPRINT)).fate is Fate.STORED
+        assert (await store.fate(PROMPT.hashes[0], fingerprint=FINGERPRINT)).reason is MissReason.NONE
         held = await store.stats()
         assert (held.kinds[RecordKind.BLOCK].num_records, held.kinds[RecordKind.CHECKPOINT].num_records) == (6, 1)
         assert (held.hits, held.budget_bytes, held.stopped) == (7, 8 << 20, "")

@@ -28,13 +28,13 @@ def start(model: Model, num_blocks: int) -> tuple[BlockPool, Sequence]:
 
 def moved(model: Model, pool: BlockPool, sequence: Sequence) -> tuple[BlockPool, Sequence]:
     """The sequence in a fresh pool, in other rows, by way of bytes alone."""
-    rows = [bytes(pool.row(block)) for block in sequence.block_table]
+    rows = [bytes(pool.payloads([block])[0]) for block in sequence.block_table]
     state = sequence.window.to_bytes()
     other = BlockPool(model.layout, 2 * len(rows) + 1)
     other.allocate(1)
     table = other.allocate(len(rows))[::-1]
     for block, row in zip(table, rows, strict=True):
-        other.row(block)[:] = row
+        other.payloads([block])[0][:] = row
     other.note_filled(table)
     return other, Sequence(table, WindowState.from_bytes(model.layout, sequence.position, state))
 
@@ -60,7 +60,7 @@ def test_generation_goes_on_after_taking_out_and_putting_back_anywhere(
     assert torch.equal(got, want)
     assert other.window.to_bytes() == sequence.window.to_bytes()
     for mine, theirs in zip(sequence.block_table, other.block_table, strict=True):
-        assert bytes(pool.row(mine)) == bytes(other_pool.row(theirs))
+        assert bytes(pool.payloads([mine])[0]) == bytes(other_pool.payloads([theirs])[0])
 
 
 @pytest.mark.slow

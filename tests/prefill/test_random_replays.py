@@ -56,7 +56,7 @@ async def run(model: Model, store: MemoryStore, tokens: np.ndarray) -> tuple[Any
     engine = build(model, store, strategy="zero", num_blocks=len(tokens) // model.layout.geometry.block_size + 2,
                    prefill_chunk=64)  # fmt: skip
     computed = await run_prompt(engine, prompt_of(engine, tokens))
-    rows = [bytes(engine.pool.row(block)) for block in computed.sequence.block_table]
+    rows = [bytes(engine.pool.payloads([block])[0]) for block in computed.sequence.block_table]
     return computed.report, computed.logits, rows, computed.sequence.window.to_bytes()
 
 

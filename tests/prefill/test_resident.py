@@ -17,6 +17,10 @@ class FakePool:
     def __init__(self):
         self.free = set(range(NUM_BLOCKS))
 
+    @property
+    def num_free(self):
+        return len(self.free)
+
     def allocate(self, num_blocks, after=None):
         return [self.free.pop() for _ in range(num_blocks)]
 

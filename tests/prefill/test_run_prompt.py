@@ -16,7 +16,7 @@ OTHER_END = RNG.integers(0, 256, 70)
 
 async def run(engine, prompt):
     computed = await run_prompt(engine, prompt)
-    rows = [bytes(engine.pool.row(block)) for block in computed.sequence.block_table]
+    rows = [bytes(engine.pool.payloads([block])[0]) for block in computed.sequence.block_table]
     window = computed.sequence.window.to_bytes()
     engine.blocks.release(computed.sequence.block_table)
     return computed, rows, window

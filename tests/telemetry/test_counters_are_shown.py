@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from antefix.events.follower import FollowCounters
+from antefix.events.kv_publisher import KvPublisherCounters
 from antefix.telemetry.shown import families
 from antefix.v1 import decode_pb2, kvstore_pb2, prefill_pb2, router_pb2, window_pb2
 from antefix.window.planner import KindRecord
 from antefix_billing.usage_commit import CommitCounters
 from antefix_decode import metrics as decode
+from antefix_engines import metrics as engines
+from antefix_engines.engine_store import EngineCounters
 from antefix_kvstore import engine_stats, scrubber, space, storage_engine
 from antefix_kvstore import metrics as kvstore
 from antefix_prefill import metrics as prefill
@@ -22,12 +25,14 @@ from antefix_router import prefilling
 from antefix_router.retries import AnswerCounts
 
 REPO = Path(__file__).parents[2]
-ROOMS = ("antefix", "billing", "decode", "kvstore", "prefill", "router")
+ROOMS = ("antefix", "billing", "decode", "engines", "kvstore", "prefill", "router")
 # Class: the tables that show its fields, and the fields that are shown under another name or are no numbers.
 SHOWN = {
     FollowCounters: ([router.FOLLOW], {}),
     KindRecord: ([worker.PLANS], {}),
+    KvPublisherCounters: ([worker.KV_EVENTS], {}),
     CommitCounters: ([router.COMMITS], {}),
+    EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
     AnswerCounts: ([router.ANSWERS], {}),
     prefilling.PrefillingCounters: ([router.PREFILLING], {}),
     StoreCounters: ([worker.STORE], {"last_error": "text", "last_refusal": "text"}),
@@ -39,7 +44,7 @@ SHOWN = {
     scrubber.ScrubCounters: ([kvstore.SCRUBBER], {}),
 }
 # Classes of that kind of name that hold copies of the above, or count nothing that happens.
-COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "AnswerCounters", "TokenCounts", "_Counts"}
+COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "AnswerCounters", "_Counts"}
 # Message's field: the metric that shows it. Texts, names and cursors are no numbers.
 MESSAGES = {
     kvstore_pb2.StatsResponse: {
@@ -111,7 +116,7 @@ STATE = {
     *("num_failures", "num_quarantined", "num_bytes"),
     # Kinds that are told of, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
-    "num_straight",
+    *("num_straight", "num_batches", "num_replays"),
 }
 
 

@@ -96,6 +96,7 @@ import importlib
 for name in {FOREIGN!r}:
     assert importlib.import_module(name).marker == "theirs", name
 import antefix, antefix_kernels.torch_reference, antefix_router.server, antefix_prefill.server, antefix_decode.server
+import antefix_engines.engine_store
 import torch
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 config = DeepseekV4Config(

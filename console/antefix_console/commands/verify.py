@@ -15,10 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from antefix.config import add_flags, given_flags
 from antefix.errors import InvalidRequest
-from antefix.model.backend import KERNELS
 from antefix.store.api import Store
 from antefix.store.client import LocalStore
+from antefix.worker_settings import WorkerSettings
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_console.progress_line import ProgressLine
@@ -40,10 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="longer prompts, every plan in both formats, for minutes; prints its progress",
     )
-    parser.add_argument("--device", default="cpu", help="torch device to verify (default: cpu)")
-    parser.add_argument(
-        "--kernels", choices=KERNELS, default="auto", help="cache path on a card, as workers take it (default: auto)"
-    )
+    add_flags(parser.add_argument_group("as the workers have them"), WorkerSettings, ("device", "kernels"))
     parser.add_argument(
         "--fast", action="store_true", help="on a card: the faster kernels, whose hits are equal within bounds only"
     )
@@ -75,14 +73,15 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or (shipped.MODEL if shipped.MODEL.is_dir() else None)
     if model is not None and not model.is_dir():
         raise InvalidRequest(f"--model: {model} is not a directory")
-    check_device(args.device)
+    worker = WorkerSettings(**given_flags(WorkerSettings, args))
+    check_device(worker.device)
     with tempfile.TemporaryDirectory(prefix="antefix-verify-", dir=args.data_dir) as scratch:
         started = time.monotonic()
-        backend = Backend(device=args.device, kernels=args.kernels, reproducible=not args.fast)
+        backend = Backend(device=worker.device, kernels=worker.kernels, reproducible=not args.fast)
         selection = Selection(
             model=model,
             is_long=args.long,
-            device=args.device,
+            device=worker.device,
             plans=tuple(PLANS) if args.plans is None else tuple(args.plans),
             num_drawn=args.drawn,
             seed=seed,

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from antefix.miss_reason import MissReason
 from antefix.window import Decision, Plan, PlanKind, RestorePlanner, Sizes, StoredPrefix, Tier
-from antefix_console.explain.block_evidence import BlockEvidence, Holdings, State
+from antefix_console.explain.block_evidence import BlockEvidence, Holdings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """miss_reason: of the first whole block that is not hit; "" where only the prompt's last tokens are left.
+    """miss_reason: of the first whole block that is not hit; NONE where only the prompt's last tokens are left.
 
     pooled: boundaries whose checkpoint is in the window pool, in blocks; None where no pool was asked or none answered.
     pool_error: why it did not answer.
@@ -24,7 +25,7 @@ class Explanation:
     sizes: Sizes
     blocks: tuple[BlockEvidence, ...]
     decision: Decision
-    miss_reason: str
+    miss_reason: MissReason
     miss_detail: str
     prefill_tokens_per_s: float
     pooled: tuple[int, ...] | None = None
@@ -33,7 +34,7 @@ class Explanation:
 
     @property
     def num_stored_blocks(self) -> int:
-        return next((block.index for block in self.blocks if block.state is not State.STORED), len(self.blocks))
+        return next((block.index for block in self.blocks if block.reason is not MissReason.NONE), len(self.blocks))
 
     @property
     def checkpoints(self) -> tuple[int, ...]:
@@ -56,7 +57,7 @@ class Explanation:
             "checkpoints_in_pool": None if self.pooled is None else [b * self.sizes.block_size for b in self.pooled],
             "hit_tokens": self.hit_tokens,
             "miss_tokens": self.num_tokens - self.hit_tokens,
-            "miss_reason": self.miss_reason,
+            "miss_reason": self.miss_reason.value,
             "miss_detail": self.miss_detail,
             "absent_from": list(self.absent_from),
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
@@ -83,7 +84,7 @@ def explain(
     asked: labels of other names that somebody wants to know about.
     """
     sizes = planner.sizes
-    num_stored = next((block.index for block in blocks if block.state is not State.STORED), len(blocks))
+    num_stored = next((block.index for block in blocks if block.reason is not MissReason.NONE), len(blocks))
     on_disk = {block.index + 1: Tier.DISK.value for block in blocks[:num_stored] if block.checkpoint is not None}
     in_pool = {block: Tier.POOL.value for block in pooled or () if block <= num_stored}
     stored = StoredPrefix(
@@ -95,7 +96,7 @@ def explain(
     )
     decision = planner.plan(stored)
     reason, detail = _miss(num_tokens, blocks, stored, decision, sizes)
-    if reason == State.FIRST_SEEN and num_stored == 0 and holdings is not None and not holdings.is_known:
+    if reason is MissReason.FIRST_SEEN and num_stored == 0 and holdings is not None and not holdings.is_known:
         reason, detail = _stranger(holdings)
     return Explanation(
         num_tokens=num_tokens,
@@ -111,26 +112,26 @@ def explain(
     )
 
 
-def _stranger(holdings: Holdings) -> tuple[str, str]:
+def _stranger(holdings: Holdings) -> tuple[MissReason, str]:
     """Nothing was ever stored under this prompt's fingerprint here."""
     if not holdings.num_others:
-        return State.FIRST_SEEN.value, "the store is empty"
+        return MissReason.FIRST_SEEN, "the store is empty"
     others = "another one is" if holdings.num_others == 1 else f"{holdings.num_others} others are"
-    return State.FINGERPRINT_DIFFERS.value, f"nothing in this store has this prompt's fingerprint, but {others} there"
+    return MissReason.FINGERPRINT_DIFFERS, f"nothing in this store has this prompt's fingerprint, but {others} there"
 
 
 def _miss(
     num_tokens: int, blocks: Sequence[BlockEvidence], stored: StoredPrefix, decision: Decision, sizes: Sizes
-) -> tuple[str, str]:
+) -> tuple[MissReason, str]:
     """The first missed block's reason, by the same rules as a worker's report."""
     hit, full = decision.plan.resume_block, (num_tokens - 1) // sizes.block_size
     if full == 0:
-        return "below_minimum", f"a hit needs a whole block of {sizes.block_size} tokens and one token more"
+        return MissReason.BELOW_MINIMUM, f"a hit needs a whole block of {sizes.block_size} tokens and one token more"
     if hit >= full:
-        return "", ""
+        return MissReason.NONE, ""
     if hit >= stored.num_blocks:
-        return blocks[hit].state.value, blocks[hit].detail
-    return "window_missing", _no_state(hit, stored, decision, sizes)
+        return blocks[hit].reason, blocks[hit].detail
+    return MissReason.WINDOW_MISSING, _no_state(hit, stored, decision, sizes)
 
 
 def _no_state(hit: int, stored: StoredPrefix, decision: Decision, sizes: Sizes) -> str:
@@ -162,7 +163,7 @@ def _block(block: BlockEvidence, block_size: int) -> dict[str, Any]:
         "index": block.index,
         "tokens": [block.index * block_size, (block.index + 1) * block_size],
         "hash": block.hash.hex(),
-        "state": block.state.value,
+        "state": block.state,
         "detail": block.detail,
         "place": None if block.place is None else asdict(block.place),
         "checkpoint": None if block.checkpoint is None else asdict(block.checkpoint),

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from antefix.record import Fate, RecordKind
+from antefix.miss_reason import MissReason
+from antefix.record import RecordKind
 from antefix.store_files.gone_blocks import remembered
 from antefix.store_files.hit_log import StoreEventKind, read_store_log
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import Codec, IndexEntry
 from antefix.store_files.segment_reader import StoreReader, wall_ms
-
-
-class State(StrEnum):
-    """What became of a block. Names are those of a usage record's miss reasons where there is one."""
-
-    STORED = "stored"
-    UNREACHABLE = "unreachable"
-    FIRST_SEEN = "first_seen"
-    EVICTED = "evicted"
-    EXPIRED = "expired"
-    CORRUPT = "corrupt"
-    FINGERPRINT_DIFFERS = "fingerprint_differs"
-    ARITHMETIC_DIFFERS = "arithmetic_differs"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,18 +31,24 @@ class RecordPlace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockEvidence:
-    """Block `index` of the prompt. checkpoint: window state after it, if that is stored and readable.
+    """Block `index` of the prompt. reason: why it would miss; NONE while it is stored.
 
+    checkpoint: window state after it, if that is stored and readable.
     checkpoint_lost: why a checkpoint that is on record cannot be used; "" where there is none or it can.
     """
 
     index: int
     hash: bytes
-    state: State
+    reason: MissReason
     place: RecordPlace | None = None
     checkpoint: RecordPlace | None = None
     checkpoint_lost: str = ""
     detail: str = ""
+
+    @property
+    def state(self) -> str:
+        """For people: `stored`, or why it would miss."""
+        return self.reason.value or "stored"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +63,13 @@ class Holdings:
 class NamedChain:
     """A prompt's names under one fingerprint. label: what the fingerprint stands for, for people.
 
-    state: of a block that is stored under this fingerprint only.
+    reason: of a block that is stored under this fingerprint only.
     """
 
     label: str
     fingerprint: bytes
     hashes: Sequence[bytes]
-    state: State = State.FINGERPRINT_DIFFERS
+    reason: MissReason = MissReason.FINGERPRINT_DIFFERS
 
 
 def gather(
@@ -143,21 +136,25 @@ def _block(
     if entry is None:
         return _missing(reader.directory, number, name, known)
     place = _place(entry, now_ms)
-    state, detail = State.STORED, ""
+    reason, detail = MissReason.NONE, ""
     if entry.fingerprint_id != index.fingerprint_id(txn, names.fingerprint):
-        state, detail = State.FINGERPRINT_DIFFERS, "a record of this name has another fingerprint: it is never served"
-    elif entry.quarantined or number in broken:
-        state, detail = (
-            State.CORRUPT,
-            broken.get(number, "quarantined: it failed a check; recomputing replaces it"),
+        reason, detail = (
+            MissReason.FINGERPRINT_DIFFERS,
+            "a record of this name has another fingerprint: it is never served",
         )
+    elif entry.quarantined or number in broken:
+        reason = MissReason.CORRUPT
+        detail = broken.get(number, "quarantined: it failed a check; recomputing replaces it")
     elif not entry.live(now_ms):
-        state, detail = State.EXPIRED, f"not used for its {entry.ttl_s} s; the space is taken back when it is needed"
+        reason, detail = (
+            MissReason.EXPIRED,
+            f"not used for its {entry.ttl_s} s; the space is taken back when it is needed",
+        )
     checkpoint, lost = _checkpoint(index, txn, name, names, now_ms)
     return BlockEvidence(
         index=number,
         hash=name,
-        state=state,
+        reason=reason,
         place=place,
         checkpoint=checkpoint,
         checkpoint_lost=lost,
@@ -166,14 +163,14 @@ def _block(
 
 
 def _missing(directory: Path, number: int, name: bytes, known: frozenset[bytes]) -> BlockEvidence:
-    fate = remembered(directory, name)
-    if fate is not Fate.UNKNOWN:
-        state, detail = State(fate.value), "the store remembers that it let it go"
+    reason = remembered(directory, name)
+    if reason is not MissReason.FIRST_SEEN:
+        detail = "the store remembers that it let it go"
     elif name in known:
-        state, detail = State.EVICTED, "the store's log has it, the index does not"
+        reason, detail = MissReason.EVICTED, "the store's log has it, the index does not"
     else:
-        state, detail = State.FIRST_SEEN, "never stored" if known else "never stored, or gone for long"
-    return BlockEvidence(index=number, hash=name, state=state, detail=detail)
+        reason, detail = MissReason.FIRST_SEEN, "never stored" if known else "never stored, or gone for long"
+    return BlockEvidence(index=number, hash=name, reason=reason, detail=detail)
 
 
 def _checkpoint(index: Index, txn: Any, name: bytes, names: NamedChain, now_ms: int) -> tuple[RecordPlace | None, str]:
@@ -249,22 +246,12 @@ def _with_gaps(blocks: list[BlockEvidence], elsewhere: Mapping[int, NamedChain])
     out: list[BlockEvidence] = []
     is_reachable = True
     for block in blocks:
-        state, detail = block.state, block.detail
-        if state is State.STORED and not is_reachable:
-            state, detail = State.UNREACHABLE, "it is stored, but an earlier block is not: a hit is a prefix"
-        elif state is State.FIRST_SEEN and block.index in elsewhere:
-            state = elsewhere[block.index].state
+        reason, detail = block.reason, block.detail
+        if reason is MissReason.NONE and not is_reachable:
+            reason, detail = MissReason.UNREACHABLE, "it is stored, but an earlier block is not: a hit is a prefix"
+        elif reason is MissReason.FIRST_SEEN and block.index in elsewhere:
+            reason = elsewhere[block.index].reason
             detail = f"these tokens are stored, but under {elsewhere[block.index].label}"
-        is_reachable &= state is State.STORED
-        out.append(
-            BlockEvidence(
-                index=block.index,
-                hash=block.hash,
-                state=state,
-                place=block.place,
-                checkpoint=block.checkpoint,
-                checkpoint_lost=block.checkpoint_lost,
-                detail=detail,
-            )
-        )
+        is_reachable &= reason is MissReason.NONE
+        out.append(replace(block, reason=reason, detail=detail))
     return out

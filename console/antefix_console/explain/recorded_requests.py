@@ -89,9 +89,9 @@ def record_lines(record: UsageRecord, block_size: int) -> Iterator[str]:
     if record.last_hit_hash:
         yield f"  The last block that was hit has the hash {record.last_hit_hash}."
     if record.miss_reason:
-        first, reason = hit // block_size, record.miss_reason.value
+        first, reason = hit // block_size, record.miss_reason
         yield f"  The first block that missed is block {first}, from token {first * block_size} on: {reason}."
-        yield f"  What to do: {ADVICE.get(reason, 'see docs/OPERATIONS.md.')}"
+        yield f"  What to do: {ADVICE[reason]}"
     if record.write_error:
         yield f"  What was computed could not all be stored: {record.write_error}"
     if record.prefix_volatile:

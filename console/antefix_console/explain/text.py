@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Final
 
+from antefix.miss_reason import MissReason
 from antefix.window import Plan, PlanKind
 from antefix_console.explain.answer import Explanation
-from antefix_console.explain.block_evidence import BlockEvidence, State
+from antefix_console.explain.block_evidence import BlockEvidence
 
-ADVICE = {
-    "below_minimum": "nothing is wrong: the prompt is too short to be cached.",
-    "first_seen": "nothing is wrong if this text is new. Else compare tenant, user, secret and the very text: one token"
-    " that differs changes every block after it. --also-tenant NAME looks for it elsewhere.",
-    "evicted": "the store was too small for how long this was unused: raise its budget, or pin the prefix.",
-    "expired": "it was unused for longer than its time to live: raise block_ttl_s, or pin the prefix.",
-    "corrupt": "the disk returned other bytes than were written: look at the disk; `antefix fsck` checks the store.",
-    "fingerprint_differs": "compare tenant, model files, kv_format, namespace and bounded_windows of those who write"
-    " here with those who read; --also-tenant NAME, --also-namespace NAME and --also-model DIR look there.",
-    "arithmetic_differs": "the same model computed it on a machine that gives other bits: give all workers processors,"
-    " libraries and settings of one kind, or keep their prompts apart; `antefix doctor` shows what a machine has.",
-    "unreachable": "an earlier block is missing; see the first one.",
-    "window_missing": "the KV is stored, but resuming needs window state, and without any here this way is the fastest."
-    " If prompts often leave here, strategy `auto` leaves a checkpoint after the first; `antefix window` tells which.",
+ADVICE: Final = {
+    MissReason.BELOW_MINIMUM: "nothing is wrong: the prompt is too short to be cached.",
+    MissReason.FIRST_SEEN: "nothing is wrong if this text is new. Else compare tenant, user, secret and the very text:"
+    " one token that differs changes every block after it. --also-tenant NAME looks for it elsewhere.",
+    MissReason.EVICTED: "the store was too small for how long this was unused: raise its budget, or pin the prefix.",
+    MissReason.EXPIRED: "it was unused for longer than its time to live: raise block_ttl_s, or pin the prefix.",
+    MissReason.CORRUPT: "the disk returned other bytes than were written: look at the disk; `antefix fsck` checks the"
+    " store.",
+    MissReason.FINGERPRINT_DIFFERS: "compare tenant, model files, kv_format, namespace and bounded_windows of those who"
+    " write here with those who read; --also-tenant NAME, --also-namespace NAME and --also-model DIR look there.",
+    MissReason.ARITHMETIC_DIFFERS: "the same model computed it on a machine that gives other bits: give all workers"
+    " processors, libraries and settings of one kind, or keep their prompts apart; `antefix doctor` shows what a"
+    " machine has.",
+    MissReason.UNREACHABLE: "an earlier block is missing; see the first one.",
+    MissReason.WINDOW_MISSING: "the KV is stored, but resuming needs window state, and without any here this way is the"
+    " fastest. If prompts often leave here, strategy `auto` leaves a checkpoint after the first; `antefix window` tells"
+    " which.",
+    MissReason.STORE_UNAVAILABLE: "the worker got no answer from the store: see whether it runs, and the worker's log.",
+    MissReason.UNKNOWN: "a newer process gave this reason: read it with that process's version.",
 }
 
 
@@ -51,7 +58,7 @@ def lines(explanation: Explanation) -> Iterator[str]:
         yield f"Why the rest misses: {explanation.miss_reason}. {explanation.miss_detail}".rstrip(". ") + "."
         if explanation.absent_from:
             yield f"Nor are these tokens stored under {', '.join(explanation.absent_from)}."
-        yield f"What to do: {ADVICE.get(explanation.miss_reason, 'see docs/OPERATIONS.md.')}"
+        yield f"What to do: {ADVICE[explanation.miss_reason]}"
 
 
 def _verdict(explanation: Explanation) -> Iterator[str]:
@@ -89,10 +96,10 @@ def _some(blocks: Sequence[int], size: int) -> str:
     return shown + (f" (and {len(blocks) - 12} before)" if len(blocks) > 12 else "")
 
 
-def _group(state: State, blocks: list[BlockEvidence], size: int) -> Iterator[str]:
+def _group(state: str, blocks: list[BlockEvidence], size: int) -> Iterator[str]:
     first, last = blocks[0], blocks[-1]
     span = f"{first.index}" if first is last else f"{first.index} to {last.index}"
-    line = f"  {span:<12} tokens {first.index * size} to {(last.index + 1) * size - 1}: {state.value}"
+    line = f"  {span:<12} tokens {first.index * size} to {(last.index + 1) * size - 1}: {state}"
     places = [block.place for block in blocks if block.place is not None]
     if places:
         stored, payload = sum(p.stored_bytes for p in places), sum(p.payload_bytes for p in places)

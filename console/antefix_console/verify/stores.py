@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator, Sequence
 
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch, Cursor
-from antefix.layout import BlockLayout
-from antefix.record import BlockFate, Fate, LookupResult, PutResult, Record, RecordKind, RecordName
+from antefix.layout import PayloadLayout
+from antefix.miss_reason import MissReason
+from antefix.record import BlockFate, LookupResult, PutResult, Record, RecordKind, RecordName
 from antefix.store.api import Store
 from antefix.store.store_stats import StoreTotals
 
@@ -19,7 +20,7 @@ class EmptyStore:
         return LookupResult(num_blocks=0)
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
-        return BlockFate(fate=Fate.UNKNOWN)
+        return BlockFate(reason=MissReason.FIRST_SEEN)
 
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
@@ -32,7 +33,7 @@ class EmptyStore:
     async def put(self, records: Sequence[Record]) -> PutResult:
         return PutResult(num_stored=len(records), num_existing=0)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         pass
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
@@ -120,5 +121,5 @@ class PrefixView(EmptyStore):
         self.put_positions += [record.position for record in records if record.kind is RecordKind.BLOCK]
         return PutResult(num_stored=len(records), num_existing=0)
 
-    async def register(self, fingerprint: bytes, layout: BlockLayout, *, statement: bytes = b"") -> None:
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         await self._store.register(fingerprint, layout, statement=statement)

@@ -38,6 +38,12 @@ PLANS: Final[Table] = {
         name="antefix_plan_stated_error_ratio", help="The error that later predictions state.", kind=Kind.GAUGE
     ),
 }
+# `antefix.events.kv_publisher.KvPublisherCounters`.
+KV_EVENTS: Final[Table] = {
+    "num_batches": Shown(name="antefix_worker_kv_event_batches", help="Messages of KV events that were told."),
+    "num_events": Shown(name="antefix_worker_kv_events", help="KV events in them."),
+    "num_replays": Shown(name="antefix_worker_kv_event_replays", help="How often a reader asked for some again."),
+}
 
 
 def worker_metrics(engine: Engine) -> Iterable[Metric]:
@@ -68,6 +74,8 @@ def worker_metrics(engine: Engine) -> Iterable[Metric]:
         "Checkpoints in the store, as the strategy's budget counts them.",
         {(): float(engine.budget.state.used_bytes)},
     )
+    if engine.kv_events is not None:
+        yield from families(KV_EVENTS, engine.kv_events.counters)
     pool = engine.window_pool
     if isinstance(pool, RedisWindowPool):
         yield counter(

@@ -7,7 +7,7 @@ never changes and any sequence with the same chain may use it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from antefix.errors import Overloaded
@@ -18,6 +18,7 @@ class Pool(Protocol):
     """The part of `antefix.model.BlockPool` that is needed here."""
 
     num_blocks: int
+    num_free: int
 
     def allocate(self, num_blocks: int, *, after: int | None = None) -> list[int]: ...
 
@@ -25,14 +26,14 @@ class Pool(Protocol):
 
 
 class ResidentBlocks:
-    """Reference counts over a pool, and a least-recently-used list of finished blocks that nobody uses now.
+    """The reference counts of a pool's blocks, and a least-recently-used list of finished ones that nobody uses now.
 
-    events: what was published and evicted, for routers.
+    events: what was published and evicted, for routers.  on_evicted: told of each name that goes, besides.
     """
 
     def __init__(self, pool: Pool) -> None:
+        self.on_evicted: Callable[[bytes], None] | None = None
         self._pool = pool
-        self._free = pool.num_blocks
         self._refs: dict[int, int] = {}
         self._hash_of: dict[int, bytes] = {}
         self._by_hash: dict[bytes, int] = {}
@@ -47,7 +48,7 @@ class ResidentBlocks:
     @property
     def num_available(self) -> int:
         """Blocks that `allocate` can give: free ones and idle ones."""
-        return self._free + len(self._idle)
+        return self._pool.num_free + len(self._idle)
 
     def num_leading(self, hashes: Sequence[bytes]) -> int:
         """How many of the chain's first blocks are here; takes nothing."""
@@ -79,20 +80,21 @@ class ResidentBlocks:
                 f" {num_blocks} needed: fewer or shorter requests, or a larger pool_bytes",
                 retry_after_s=1.0,
             )
-        while self._free < num_blocks:
+        while self._pool.num_free < num_blocks:
             self._evict_one()
         block_ids = self._pool.allocate(num_blocks, after=after)
-        self._free -= num_blocks
         for block_id in block_ids:
             self._refs[block_id] = 1
         return block_ids
 
-    def publish(self, name: bytes, block_id: int) -> None:
-        """This block is finished and exact; if another one has the name already, this one stays private."""
-        if name not in self._by_hash:
-            self._by_hash[name] = block_id
-            self._hash_of[block_id] = name
-            self.events.stored(name)
+    def publish(self, name: bytes, block_id: int) -> bool:
+        """This block is finished and exact. False: another one has the name already, and this one stays private."""
+        if name in self._by_hash:
+            return False
+        self._by_hash[name] = block_id
+        self._hash_of[block_id] = name
+        self.events.stored(name)
+        return True
 
     def release(self, block_ids: Sequence[int]) -> None:
         """End a use. Later blocks become idle first, so they are evicted before the ones they depend on."""
@@ -105,13 +107,13 @@ class ResidentBlocks:
                 self._idle[block_id] = None
             else:
                 self._pool.release([block_id])
-                self._free += 1
 
     def _evict_one(self) -> None:
         block_id, _ = self._idle.popitem(last=False)
         name = self._hash_of.pop(block_id)
         del self._by_hash[name]
         self.events.evicted(name)
+        if self.on_evicted is not None:
+            self.on_evicted(name)
         self.num_evicted += 1
         self._pool.release([block_id])
-        self._free += 1

@@ -32,6 +32,7 @@ from antefix.telemetry.settings import (
 )
 from antefix.v1 import memory_pb2, window_pb2
 from antefix_prefill.worker.engine import Engine, EngineConfig, build_engine
+from antefix_prefill.worker.kv_events_service import telling_kv_events
 from antefix_prefill.worker.memory_service import add_memory_service
 from antefix_prefill.worker.metrics import worker_registry
 from antefix_prefill.worker.router_lease import WorkerLease
@@ -49,6 +50,13 @@ class WorkerConfig(EngineConfig):
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
     routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
     events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
+    kv_events: str = setting(
+        "", "tcp:// or ipc:// address to tell vLLM's KV events on, with token ids; loopback or CURVE; empty: none"
+    )
+    kv_events_replay: str = setting("", "address on which the last KV events are given again")
+    kv_events_topic: str = setting("", "topic of KV events")
+    kv_events_key_file: str = setting("", "CURVE key that KV events are encrypted with, made if missing")
+    kv_events_clients: tuple[str, ...] = setting((), "CURVE public keys (Z85) of who may read KV events")
     grace_s: float = grace_setting()
     metrics_address: str = metrics_setting()
     log_level: str = log_level_setting()
@@ -61,6 +69,7 @@ class WorkerConfig(EngineConfig):
         EngineConfig.__post_init__(self)
         require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
         check_url(self.events_redis)
+        require(bool(self.kv_events) or not self.kv_events_replay, "--kv-events-replay needs --kv-events")
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
         check_telemetry(self)
 
@@ -123,7 +132,7 @@ async def serve_worker(
         server.address,
         keys=EventKeys.of(engine.keyring),
     )
-    async with lease, events:
+    async with lease, events, telling_kv_events(config, engine):
         await rpc.run_until_signal(
             server,
             role=role,

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from antefix.restore_report import RestoreReport
+from antefix.usage import Usage
 from antefix_billing.providers import messages_usage
 from antefix_router.chat.messages import CallDelta, ChatRole, Conversation, Delta, Effort
 from antefix_router.front import cache_tenant
@@ -245,12 +246,4 @@ def _stop_reason(ended: Ended) -> str:
 
 def _usage_so_far(report: RestoreReport | None, num_prompt_tokens: int) -> dict[str, Any]:
     """At the start: the prompt's counts by the same rule as at the end, and no output yet."""
-    hit = report.hit_tokens if report else 0
-    written = min(report.written_tokens, num_prompt_tokens - hit) if report else 0
-    return {
-        "input_tokens": num_prompt_tokens - hit - written,
-        "cache_creation_input_tokens": written,
-        "cache_read_input_tokens": hit,
-        "cache_creation": {"ephemeral_5m_input_tokens": written, "ephemeral_1h_input_tokens": 0},
-        "output_tokens": 0,
-    }
+    return messages_usage(Usage(prompt_tokens=num_prompt_tokens) if report is None else report.usage(num_prompt_tokens))

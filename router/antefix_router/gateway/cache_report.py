@@ -4,37 +4,37 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from antefix_billing.usage_record import UsageRecord
+from antefix.usage import Usage
 
 # A request header: "true" asks for `antefix` in the usage.
 DETAILS_HEADER: Final = "antefix-usage-details"
 _NONE: Final = "none"
 
 
-def cache_headers(record: UsageRecord) -> dict[str, str]:
+def cache_headers(used: Usage) -> dict[str, str]:
     return {
-        "antefix-plan": record.restore_plan or _NONE,
-        "antefix-hit-tokens": str(record.cache_hit_tokens),
-        "antefix-tier": _tier(record),
-        "antefix-miss-reason": record.miss_reason.value or _NONE,
+        "antefix-plan": used.restore_plan or _NONE,
+        "antefix-hit-tokens": str(used.cache_hit_tokens),
+        "antefix-tier": _tier(used),
+        "antefix-miss-reason": used.miss_reason.label,
     }
 
 
-def cache_details(record: UsageRecord) -> dict[str, Any]:
+def cache_details(used: Usage) -> dict[str, Any]:
     """`usage.antefix`: the record's own counts, with nothing that the bill has not."""
     return {
-        "plan": record.restore_plan or _NONE,
-        "tier": _tier(record),
-        "miss_reason": record.miss_reason.value or _NONE,
-        "hit_tokens": record.cache_hit_tokens,
-        "hit_memory_tokens": record.hit_memory_tokens,
-        "hit_store_tokens": record.hit_store_tokens,
-        "miss_tokens": record.cache_miss_tokens,
-        "replayed_tokens": record.replayed_tokens,
-        "written_tokens": record.cache_write_tokens + record.output_write_tokens,
+        "plan": used.restore_plan or _NONE,
+        "tier": _tier(used),
+        "miss_reason": used.miss_reason.label,
+        "hit_tokens": used.cache_hit_tokens,
+        "hit_memory_tokens": used.hit_memory_tokens,
+        "hit_store_tokens": used.hit_store_tokens,
+        "miss_tokens": used.cache_miss_tokens,
+        "replayed_tokens": used.replayed_tokens,
+        "written_tokens": used.written_tokens,
     }
 
 
-def _tier(record: UsageRecord) -> str:
-    tiers = {"memory": record.hit_memory_tokens, "store": record.hit_store_tokens}
+def _tier(used: Usage) -> str:
+    tiers = {"memory": used.hit_memory_tokens, "store": used.hit_store_tokens}
     return "+".join(tier for tier, number in tiers.items() if number) or _NONE

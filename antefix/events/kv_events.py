@@ -1,0 +1,182 @@
+"""KV events as vLLM and SGLang speak them: what an engine's cache holds, told by token ids. Bytes in, nouns out.
+
+A message has three frames: a topic, a number (8 bytes, big-endian, from 0 in each life of the engine), a payload. The
+payload is msgpack, an array: [seconds, [event, ...], data-parallel rank or nil]. An event is a map whose `type` is the
+name of its class:
+
+    BlockStored      block_hashes, parent_block_hash, token_ids, block_size, lora_id, medium, lora_name, extra_keys,
+                     cache_salt (SGLang), group_idx, kv_cache_spec_kind, kv_cache_spec_sliding_window, locality
+    BlockRemoved     block_hashes, medium, group_idx, locality
+    AllBlocksCleared
+
+Hashes are the engine's own, bytes or integers. Older vLLM sends an event as an array, its class first. Fields and
+events that are not listed are passed over. Source: vllm/distributed/kv_events.py of vLLM 0.32, and
+srt/disaggregation/kv_events.py of SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from antefix.errors import InvalidRequest
+
+# More in one message is a fault somewhere: an engine's step stores some thousand blocks at most.
+EVENTS_MAX: Final = 65_536
+HASHES_MAX: Final = 1 << 20
+# The number after the last one of a replay.
+REPLAY_END: Final = (-1).to_bytes(8, "big", signed=True)
+
+GPU, CPU, STORAGE = "GPU", "CPU", "STORAGE"
+# Nearest first. An engine's own words for them; any other is further away than these.
+MEDIA: Final = (GPU, CPU, STORAGE)
+_MEDIUM_OF: Final = {"GPU": GPU, "CPU": CPU, "CPU_PINNED": CPU, "DISK": STORAGE, "STORAGE": STORAGE}
+
+Hash = bytes | int
+
+
+class KvStored(msgspec.Struct, tag="BlockStored", omit_defaults=True, kw_only=True):
+    """Blocks that came, in order: token_ids are theirs, one block after the other, behind the parent's.
+
+    Where an engine skips blocks of a sliding window, there are more tokens than blocks.
+    """
+
+    block_hashes: list[Hash]
+    parent_block_hash: Hash | None
+    token_ids: list[int]
+    block_size: int
+    # Without defaults: vLLM's decoder wants them written.
+    lora_id: int | None
+    medium: str | None
+    lora_name: str | None
+    extra_keys: list[list[Any] | None] | None = None
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    kv_cache_spec_sliding_window: int | None = None
+    locality: str | None = None
+    cache_salt: str | None = None
+
+
+class KvRemoved(msgspec.Struct, tag="BlockRemoved", omit_defaults=True, kw_only=True):
+    """Blocks that went."""
+
+    block_hashes: list[Hash]
+    medium: str | None
+    group_idx: int | None = None
+    locality: str | None = None
+
+
+class KvCleared(msgspec.Struct, tag="AllBlocksCleared"):
+    """All went."""
+
+
+KvEvent = KvStored | KvRemoved | KvCleared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvBatch:
+    """One message. num_unread: events of it that this version cannot use."""
+
+    events: tuple[KvEvent, ...]
+    ts: float = 0.0
+    rank: int | None = None
+    num_unread: int = 0
+
+
+class _StoredIn(KvStored, tag="BlockStored", kw_only=True):
+    """As it is read: SGLang and older vLLM leave out what has no value."""
+
+    lora_id: int | None = None
+    medium: str | None = None
+    lora_name: str | None = None
+
+
+class _RemovedIn(KvRemoved, tag="BlockRemoved", kw_only=True):
+    medium: str | None = None
+
+
+class _Outer(msgspec.Struct, array_like=True):
+    ts: float
+    events: list[msgspec.Raw]
+    rank: int | None = None
+
+
+_TYPES: Final[dict[str, Any]] = {"BlockStored": _StoredIn, "BlockRemoved": _RemovedIn, "AllBlocksCleared": KvCleared}
+# Older vLLM's arrays: the fields in this order.
+_ARRAYS: Final = {
+    "BlockStored": (
+        *("block_hashes", "parent_block_hash", "token_ids", "block_size"),
+        *("lora_id", "medium", "lora_name", "extra_keys"),
+    ),
+    "BlockRemoved": ("block_hashes", "medium"),
+    "AllBlocksCleared": (),
+}
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_OUTER: Final = msgspec.msgpack.Decoder(_Outer)
+_EVENT: Final = msgspec.msgpack.Decoder(_StoredIn | _RemovedIn | KvCleared)
+_PLAIN: Final = msgspec.msgpack.Decoder()
+
+
+def encode_batch(events: Sequence[KvEvent], *, ts: float, rank: int = 0) -> bytes:
+    """The payload of one message."""
+    return _ENCODER.encode((ts, events, rank))
+
+
+def decode_batch(payload: bytes) -> KvBatch:
+    """One message's payload.
+
+    Raises:  InvalidRequest: not a batch of events, or more of them than anybody sends.
+    """
+    try:
+        outer = _OUTER.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as err:
+        raise InvalidRequest(f"not a batch of KV events: {err}") from err
+    if len(outer.events) > EVENTS_MAX:
+        raise InvalidRequest(f"a batch has {len(outer.events)} events; {EVENTS_MAX} are the most")
+    found = [_event_of(raw) for raw in outer.events]
+    events = tuple(event for event in found if event is not None)
+    return KvBatch(events=events, ts=outer.ts, rank=outer.rank, num_unread=len(found) - len(events))
+
+
+def _event_of(raw: msgspec.Raw) -> KvEvent | None:
+    """None: a kind of a later version, or one that cannot be used here (pairs of tokens, say)."""
+    try:
+        event: KvEvent = _EVENT.decode(raw)
+    except msgspec.ValidationError:
+        return _array_of(raw)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    return event if _is_sound(event) else None
+
+
+def _array_of(raw: msgspec.Raw) -> KvEvent | None:
+    try:
+        value = _PLAIN.decode(raw)
+        if not isinstance(value, list) or not value or value[0] not in _ARRAYS:
+            return None
+        fields = dict(zip(_ARRAYS[value[0]], value[1:], strict=False))
+        event: KvEvent = msgspec.convert(fields | {"type": value[0]}, _TYPES[value[0]])
+    except (msgspec.MsgspecError, RecursionError, TypeError):
+        return None
+    return event if _is_sound(event) else None
+
+
+def _is_sound(event: KvEvent) -> bool:
+    if isinstance(event, KvCleared):
+        return True
+    if len(event.block_hashes) > HASHES_MAX:
+        return False
+    if isinstance(event, KvRemoved):
+        return True
+    tokens, size = event.token_ids, event.block_size
+    if size < 1 or len(tokens) < len(event.block_hashes) * size:
+        return False
+    return not tokens or (min(tokens) >= 0 and max(tokens) < 1 << 32)
+
+
+def medium_of(event: KvStored | KvRemoved) -> str:
+    """One of MEDIA. None is what engines say that know one medium only: their own memory."""
+    return GPU if event.medium is None else _MEDIUM_OF.get(event.medium, STORAGE)

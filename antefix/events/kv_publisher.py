@@ -1,0 +1,208 @@
+"""Tells what a worker's memory holds in vLLM's KV events (`kv_events`), for routers of others and for ours.
+
+Token ids leave the process here and nowhere else. The worker never waits: what happened since the last turn of the
+event loop becomes one message, and a subscriber that reads too slowly loses messages, which it sees by their numbers.
+The last messages are kept and given again to who asks: an empty frame and a number of 8 bytes get all messages from
+that number on, each as an empty frame, topic, number and payload, and an end marker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import zmq
+import zmq.asyncio
+
+from antefix.block import TokenArray
+from antefix.errors import ConfigError
+from antefix.events.end_tasks import end_tasks
+from antefix.events.kv_events import GPU, REPLAY_END, KvEvent, KvRemoved, KvStored, encode_batch
+from antefix.events.kv_sockets import CurveDoor, CurveKey, check_endpoint, check_public_key
+
+log = logging.getLogger("antefix.events")
+
+LOCAL: Final = "LOCAL"
+# Messages that a subscriber may be behind before it loses some; vLLM's number.
+_BEHIND_MAX: Final = 100_000
+# Kept for who asks again: so many messages, as vLLM does, and so many bytes of them.
+KEPT_BATCHES_MAX: Final = 10_000
+KEPT_BYTES_MAX: Final = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvPublisherConfig:
+    """endpoint, replay: where to listen.  key, clients: CURVE, Z85; without a key the endpoints are loopback."""
+
+    endpoint: str
+    replay: str = ""
+    topic: str = ""
+    block_size: int = 1
+    key_file: str = ""
+    clients: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises:  ConfigError: others could read what is sent."""
+        for name, endpoint in (("kv_events", self.endpoint), ("kv_events_replay", self.replay)):
+            if endpoint:
+                check_endpoint(name, endpoint, is_encrypted=bool(self.key_file))
+        if self.key_file and not self.clients:
+            raise ConfigError("kv_events_key_file needs kv_events_clients: the public keys of who may read")
+        for client in self.clients:
+            check_public_key(client)
+
+
+@dataclass(slots=True)
+class KvPublisherCounters:
+    """Since the worker started."""
+
+    num_batches: int = 0
+    num_events: int = 0
+    num_replays: int = 0
+
+
+class KvPublisher:
+    """`start` it in a running event loop; `stored` and `evicted` are called from that loop."""
+
+    def __init__(self, config: KvPublisherConfig) -> None:
+        self._config = config
+        self.counters = KvPublisherCounters()
+        self._context = zmq.asyncio.Context()
+        self._door: CurveDoor | None = None
+        self._pub: Any = None
+        self._replay: Any = None
+        self._open: list[KvEvent] = []
+        self._kept: deque[tuple[int, bytes]] = deque()
+        self._kept_bytes = 0
+        self._number = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def endpoint(self) -> str:
+        """Where it listens, with the port that was taken."""
+        return str(self._pub.getsockopt_string(zmq.LAST_ENDPOINT))
+
+    @property
+    def replay_endpoint(self) -> str:
+        return "" if self._replay is None else str(self._replay.getsockopt_string(zmq.LAST_ENDPOINT))
+
+    def start(self) -> None:
+        """Raises:  ConfigError: it cannot listen there, or the key cannot be used."""
+        config = self._config
+        if config.key_file:
+            key = CurveKey.from_file(config.key_file)
+            log.info("KV events are encrypted; readers need the public key %s", key.public.decode())
+            self._door = CurveDoor(self._context, key, tuple(check_public_key(each) for each in config.clients))
+            self._door.start()
+        self._pub = self._listen(zmq.PUB, config.endpoint, "kv_events", _BEHIND_MAX)
+        if config.replay:
+            # Unbounded: what it may have to hold is what is kept.
+            self._replay = self._listen(zmq.ROUTER, config.replay, "kv_events_replay", 0)
+            self._tasks.append(asyncio.create_task(self._answer()))
+        log.info("tells KV events, with token ids, on %s", self.endpoint)
+
+    async def close(self) -> None:
+        self._send()
+        await end_tasks(self._tasks)
+        for socket in (self._pub, self._replay):
+            if socket is not None:
+                socket.close(linger=0)
+        if self._door is not None:
+            self._door.stop()
+        self._context.term()
+
+    def stored(self, name: bytes, *, parent: bytes | None, tokens: TokenArray, salt: str = "") -> None:
+        """A block came into memory.  parent: the block before it, None for the first.
+
+        salt: stands for whose cache it is, in the place of vLLM's `cache_salt`, so that nobody takes one tenant's
+        block for another's.
+        """
+        self._tell(
+            KvStored(
+                block_hashes=[name],
+                parent_block_hash=parent,
+                token_ids=np.asarray(tokens).tolist(),
+                block_size=self._config.block_size,
+                lora_id=None,
+                medium=GPU,
+                lora_name=None,
+                extra_keys=[[salt]] if salt and parent is None else None,
+                locality=LOCAL,
+                cache_salt=salt or None,
+            )
+        )
+
+    def evicted(self, name: bytes) -> None:
+        self._tell(KvRemoved(block_hashes=[name], medium=GPU, locality=LOCAL))
+
+    def _listen(self, kind: int, endpoint: str, setting: str, behind_max: int) -> Any:
+        socket = self._context.socket(kind) if kind == zmq.ROUTER else zmq.Socket(zmq.Context(self._context), kind)
+        socket.set_hwm(behind_max)
+        if self._door is not None:
+            self._door.guard(socket)
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError as err:
+            raise ConfigError(f"{setting} {endpoint}: {err}") from err
+        return socket
+
+    def _tell(self, event: KvEvent) -> None:
+        if not self._open:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._open.append(event)
+
+    def _send(self) -> None:
+        events, self._open = _merged(self._open), []
+        if not events or self._pub.closed:
+            return
+        payload = encode_batch(events, ts=time.time())
+        self._pub.send_multipart([self._config.topic.encode(), self._number.to_bytes(8, "big"), payload])
+        self._keep(payload)
+        self.counters.num_batches += 1
+        self.counters.num_events += len(events)
+
+    def _keep(self, payload: bytes) -> None:
+        self._kept.append((self._number, payload))
+        self._kept_bytes += len(payload)
+        self._number += 1
+        while len(self._kept) > KEPT_BATCHES_MAX or self._kept_bytes > KEPT_BYTES_MAX:
+            self._kept_bytes -= len(self._kept.popleft()[1])
+
+    async def _answer(self) -> None:
+        """Give messages again to who asks."""
+        topic = self._config.topic.encode()
+        while True:
+            frames = await self._replay.recv_multipart()
+            if len(frames) != 3 or len(frames[2]) != 8:
+                continue
+            client, first = frames[0], int.from_bytes(frames[2], "big")
+            self.counters.num_replays += 1
+            for number, payload in list(self._kept):
+                if number >= first:
+                    await self._replay.send_multipart([client, b"", topic, number.to_bytes(8, "big"), payload])
+            await self._replay.send_multipart([client, b"", b"", REPLAY_END, b""])
+
+
+def _merged(events: Sequence[KvEvent]) -> list[KvEvent]:
+    """Blocks that follow each other in one event, as engines tell them; equal in meaning, a tenth of the bytes."""
+    merged: list[KvEvent] = []
+    for event in events:
+        last = merged[-1] if merged else None
+        if isinstance(event, KvStored) and isinstance(last, KvStored) and event.parent_block_hash is not None:
+            if event.parent_block_hash == last.block_hashes[-1] and event.cache_salt == last.cache_salt:
+                last.block_hashes += event.block_hashes
+                last.token_ids += event.token_ids
+                if last.extra_keys is not None:
+                    last.extra_keys.append(None)
+                continue
+        elif isinstance(event, KvRemoved) and isinstance(last, KvRemoved):
+            last.block_hashes += event.block_hashes
+            continue
+        merged.append(event)
+    return merged

@@ -1,0 +1,117 @@
+"""Sockets that KV events travel on: which addresses they may have, and their CURVE keys.
+
+KV events carry the token ids of prompts. So a socket of ours is on loopback, a Unix socket, or encrypted with CURVE and
+open to named clients only. Engines of others know no encryption: what the router reads from them it reads as they send
+it, where its settings allow that.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import zmq
+import zmq.asyncio
+import zmq.utils.z85
+from zmq.auth.asyncio import AsyncioAuthenticator
+
+from antefix.errors import ConfigError
+
+_KEY_CHARACTERS: Final = 40
+
+
+class CurveKey:
+    """One side's key pair, in Z85. The secret half never leaves the process."""
+
+    def __init__(self, secret: bytes) -> None:
+        """Raises:  ConfigError: not a key."""
+        try:
+            self.public = zmq.curve_public(secret)
+        except (zmq.ZMQError, ValueError) as err:
+            raise ConfigError(f"not a CURVE secret key: it takes {_KEY_CHARACTERS} characters of Z85") from err
+        self.secret = secret
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> CurveKey:
+        """The key in the file, made if it is not there, readable by its owner only."""
+        path = Path(path)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            try:
+                return cls(path.read_bytes().strip())
+            except OSError as err:
+                raise ConfigError(f"CURVE key {path}: {err}") from err
+        except OSError as err:
+            raise ConfigError(f"CURVE key {path}: {err}") from err
+        _, secret = zmq.curve_keypair()
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secret + b"\n")
+        return cls(secret)
+
+
+def check_public_key(text: str) -> bytes:
+    """Raises:  ConfigError: not a CURVE key."""
+    try:
+        if len(text) == _KEY_CHARACTERS and len(zmq.utils.z85.decode(text.encode())) == 32:
+            return text.encode()
+    except (ValueError, KeyError):
+        pass
+    raise ConfigError(f"{text!r} is not a CURVE public key: it takes {_KEY_CHARACTERS} characters of Z85")
+
+
+def is_local(endpoint: str) -> bool:
+    """Whether what goes over this endpoint stays on the host."""
+    scheme, _, rest = endpoint.partition("://")
+    if scheme in ("ipc", "inproc"):
+        return True
+    host = rest.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_endpoint(name: str, endpoint: str, *, is_encrypted: bool) -> None:
+    """Raises:  ConfigError: no address of ZeroMQ, or one on which others could read token ids."""
+    scheme, _, rest = endpoint.partition("://")
+    port = rest.rpartition(":")[2]
+    if scheme not in ("tcp", "ipc") or not rest or (scheme == "tcp" and not (port.isdigit() and int(port) < 65536)):
+        raise ConfigError(f"{name} must be tcp://HOST:PORT or ipc://PATH, is {endpoint!r}")
+    if not is_encrypted and not is_local(endpoint):
+        raise ConfigError(
+            f"{name} {endpoint} can be reached from other hosts, and KV events carry the token ids of prompts:"
+            " use a loopback address or ipc://, or encrypt them with CURVE keys"
+        )
+
+
+class CurveDoor:
+    """The server's side of CURVE in one context: lets in the named clients and nobody else. Needs a running loop."""
+
+    def __init__(self, context: zmq.asyncio.Context, key: CurveKey, clients: tuple[bytes, ...]) -> None:
+        self._key = key
+        self._clients = frozenset(clients)
+        self._auth = AsyncioAuthenticator(context)
+
+    def start(self) -> None:
+        self._auth.start()
+        self._auth.configure_curve_callback("*", credentials_provider=self)
+
+    def guard(self, socket: Any) -> None:
+        """Before it is bound."""
+        socket.curve_secretkey, socket.curve_publickey, socket.curve_server = self._key.secret, self._key.public, True
+        socket.zap_domain = b"*"
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Asked by the authenticator for each client that connects. key: in Z85."""
+        return key in self._clients
+
+    def stop(self) -> None:
+        self._auth.stop()
+
+
+def guard_client(socket: Any, key: CurveKey, server: bytes) -> None:
+    """Before it connects."""
+    socket.curve_secretkey, socket.curve_publickey, socket.curve_serverkey = key.secret, key.public, server

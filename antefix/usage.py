@@ -1,0 +1,56 @@
+"""What one request used: the one form of its counts, for the bill, prices, metrics and clients' answers.
+
+Conversions are at the wire only: `antefix.wire` (protobuf), `antefix_billing.providers` (OpenAI's and Anthropic's JSON)
+and `antefix_billing.usage_record` (the ledger's bytes).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from antefix.miss_reason import MissReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What a request used. prompt_tokens = cache_hit_tokens + cache_miss_tokens.
+
+    hit_memory_tokens: the part of the hit that was in a worker's memory; the rest came from the store.
+    cache_write_tokens: of the prompt, newly stored; part of the miss.  output_write_tokens: of the output.
+    output_tokens: those given to the client.  reasoning_tokens: part of them.
+    replayed_tokens: run again to rebuild window state, billed as hits.
+    last_hit_hash: hex hash of the last block that was hit: the evidence.
+    ttft_us: microseconds to the first token.
+    """
+
+    prompt_tokens: int = 0
+    cache_hit_tokens: int = 0
+    hit_memory_tokens: int = 0
+    cache_write_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    output_write_tokens: int = 0
+    replayed_tokens: int = 0
+    restore_plan: str = ""
+    last_hit_hash: str = ""
+    miss_reason: MissReason = MissReason.NONE
+    ttft_us: int = 0
+
+    @property
+    def cache_miss_tokens(self) -> int:
+        """Prompt tokens that were computed."""
+        return self.prompt_tokens - self.cache_hit_tokens
+
+    @property
+    def hit_store_tokens(self) -> int:
+        """The part of the hit that came from the store."""
+        return self.cache_hit_tokens - self.hit_memory_tokens
+
+    @property
+    def written_tokens(self) -> int:
+        """Newly stored, of prompt and output."""
+        return self.cache_write_tokens + self.output_write_tokens
+
+    @property
+    def ttft_s(self) -> float:
+        return self.ttft_us / 1e6

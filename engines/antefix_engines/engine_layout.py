@@ -1,0 +1,104 @@
+"""What an engine's blocks and checkpoints hold, part by part; knows bytes, never tensors.
+
+A *group* is what an engine keeps together: keys of full attention, compressed entries, the window, a state. A part is
+one group of one layer: `num_rows` equal rows, each made of fields. Parts lie one after the other in a payload.
+
+    block        what every later token may need: one record per block, and all of a prefix are read.
+    checkpoint   what only the tokens after it soon need: window rows of the block's last tokens, states at its end.
+
+To go on after block i, an engine reads blocks 0 to i, and the checkpoints of the last `num_checkpoints` blocks up to i.
+A window of at most a block needs one; without a window there are none, and `num_checkpoints` is 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Final
+
+from antefix.block import Family
+from antefix.errors import InvalidRequest
+from antefix.layout import Field, RecordLayout
+
+# Raised when the same parts mean other bytes: what is stored then becomes a miss.
+LAYOUT_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """`num_rows` rows of one group of one layer.  dtype: of the numbers, for people and comparisons: "bfloat16"."""
+
+    layer: int
+    group: str
+    num_rows: int
+    record: RecordLayout
+    dtype: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_rows * self.record.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLayout:
+    """A model's KV as one engine keeps it. Not slotted: the derived numbers are computed once.
+
+    engine: whose layout it is; two engines' payloads are never taken for each other's.
+    block_size: tokens in a block.  num_checkpoints: how many in a row a restore needs (above).
+    """
+
+    engine: str
+    family: Family
+    block_size: int
+    block: tuple[Part, ...]
+    checkpoint: tuple[Part, ...] = ()
+    num_checkpoints: int = 0
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise InvalidRequest(f"a block has at least one token, block_size is {self.block_size}")
+        if bool(self.checkpoint) != bool(self.num_checkpoints):
+            raise InvalidRequest("a layout has parts in its checkpoints if and only if a restore needs checkpoints")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """A block's, by the name that stores know (`antefix.layout.PayloadLayout`)."""
+        return self.block
+
+    @property
+    def checkpoint_parts(self) -> tuple[Part, ...]:
+        return self.checkpoint
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Stores take no empty payload: a block without parts has one zero byte, which says that it was computed."""
+        return max(sum(part.nbytes for part in self.block), 1)
+
+    @cached_property
+    def checkpoint_bytes(self) -> int:
+        return sum(part.nbytes for part in self.checkpoint)
+
+    def num_checkpoints_at(self, num_blocks: int) -> int:
+        """How many checkpoints a restore of so many blocks needs, the last of them at the end."""
+        return min(self.num_checkpoints, num_blocks)
+
+    def digest(self) -> bytes:
+        """16 bytes that name this layout; a fingerprint's geometry."""
+        text = json.dumps({"layout_version": LAYOUT_VERSION, **asdict(self)}, sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16, person=b"antefix-englayou").digest()
+
+
+def views_of(payload: memoryview, parts: tuple[Part, ...]) -> Iterator[tuple[Part, memoryview]]:
+    """Each part with its bytes of a payload, without a copy."""
+    offset = 0
+    for part in parts:
+        yield part, payload[offset : offset + part.nbytes]
+        offset += part.nbytes
+
+
+def plain_rows(nbytes: int, width: int) -> RecordLayout:
+    """A row of numbers of one kind, `width` bytes each."""
+    return RecordLayout(fields=(Field(name="values", offset=0, nbytes=nbytes, width=width),))

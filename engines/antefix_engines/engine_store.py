@@ -1,0 +1,242 @@
+"""One store as an engine uses it: names, sealed records, and errors that become misses. Blocking; safe in threads.
+
+    store = EngineStore.open(StoreSettings(directory="antefix-data"))
+    kv = store.kv(fingerprint, layout)
+    chain = kv.chain(tokens)                       # or kv.hash_of(engine's own key)
+    found = kv.lookup(chain.hashes)
+    ...
+    kv.put([kv.block(hash, parent, position, payload), ...])
+
+No call raises because of the store: what it cannot give is not there, what it cannot take is not kept, and `counters`
+says how often. Knows bytes and names, never tensors or an engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Self
+
+from antefix.block import Chain, Fingerprint, Tokens, chain_of, engine_key_hash, root_of
+from antefix.blocking import BlockingStore
+from antefix.byte_size import parse_byte_size
+from antefix.errors import AntefixError, ConfigError
+from antefix.record import Buffer, LookupResult, Record, RecordKind
+from antefix.secret import Keyring, create_secret_file
+from antefix.store.open_store import StoreAddress, open_store
+from antefix.store_files.seal import Seals
+from antefix_engines.engine_layout import EngineLayout
+
+log = logging.getLogger("antefix.engines")
+NOTHING: Final = LookupResult(num_blocks=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSettings:
+    """Where an engine's store is. Engines take these by name from their own configuration.
+
+    directory: of the data, as `antefix up --data-dir` has it: the store in `store/`, the secret in `secret`. Alone, the
+    store is opened in this process, which is then its only writer; it is made if it is not there.
+    address: "host:port" of a kvstore service. With `directory` on the same host, reads go straight to the files.
+    secret_file: the deployment's; needed where `directory` is not given.
+    """
+
+    directory: str = ""
+    address: str = ""
+    secret_file: str = ""
+    tenant: str = "default"
+    budget_bytes: int | str = "64G"
+
+    def __post_init__(self) -> None:
+        if not self.directory and not self.address:
+            raise ConfigError("name the store: directory (in this process) or address (a kvstore service), or both")
+        if self.address and not self.directory and not self.secret_file:
+            raise ConfigError("a store that is reached by address alone needs secret_file, the deployment's secret")
+        parse_byte_size(self.budget_bytes)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """Raises:  ConfigError: an unknown name, or a value that makes no sense."""
+        known = {each.name for each in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown settings of the store: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**values)
+
+    @property
+    def secret_path(self) -> Path:
+        return Path(self.secret_file) if self.secret_file else Path(self.directory) / "secret"
+
+
+@dataclass(slots=True)
+class EngineCounters:
+    """What an engine's store gave and took since it was opened. `antefix_engines.metrics` shows them."""
+
+    hit_blocks: int = 0
+    missed_blocks: int = 0
+    stored_records: int = 0
+    sent_bytes: int = 0
+    read_bytes: int = 0
+    refused_records: int = 0
+    errors: int = 0
+    damaged_records: int = 0
+    by_kind: dict[str, int] = field(default_factory=dict)
+    last_error: str = ""
+
+
+class EngineStore:
+    """A store and the names of one tenant in it."""
+
+    def __init__(self, store: BlockingStore, keyring: Keyring, *, tenant: str = "default") -> None:
+        """store: closed with this one."""
+        self.counters: Final = EngineCounters()
+        self.keyring: Final = keyring
+        self.tenant: Final = tenant
+        self.seals: Final = Seals(keyring)
+        self._store: Final = store
+        self._lock: Final = threading.Lock()
+
+    @classmethod
+    def open(cls, settings: StoreSettings) -> Self:
+        """Raises:  ConfigError: no store, another process has it open, or no secret."""
+        if settings.address:
+            keyring = Keyring.from_file(settings.secret_path)
+            directory = str(Path(settings.directory) / "store") if settings.directory else ""
+            where = StoreAddress(address=settings.address, directory=directory)
+            return cls(BlockingStore(open_store(where, seals=Seals(keyring))), keyring, tenant=settings.tenant)
+        # Only an embedded store needs the storage engine.
+        import antefix_kvstore
+
+        Path(settings.directory).mkdir(parents=True, exist_ok=True)
+        keyring = Keyring.from_file(create_secret_file(settings.secret_path))
+        embedded = antefix_kvstore.open(Path(settings.directory) / "store", budget_bytes=settings.budget_bytes)
+        return cls(BlockingStore(embedded), keyring, tenant=settings.tenant)
+
+    def kv(self, fingerprint: Fingerprint, layout: EngineLayout) -> KvOfModel:
+        """The records of one model, engine and layout. The store is told the layout, so that it can compress."""
+        kv = KvOfModel(self, fingerprint, layout)
+        self.attempt("register", lambda store: store.register(kv.digest, layout, statement=fingerprint.statement), None)
+        return kv
+
+    def attempt(self, what: str, call: Any, otherwise: Any) -> Any:
+        """What the call returns, or `otherwise` where the store fails; counted and logged, never raised."""
+        try:
+            return call(self._store)
+        except AntefixError as err:
+            name = type(err).__name__
+            with self._lock:
+                self.counters.errors += 1
+                self.counters.by_kind[name] = self.counters.by_kind.get(name, 0) + 1
+                self.counters.last_error = f"{what}: {name}: {err}"
+            log.warning("the store failed to %s, going on without it: %s", what, err)
+            return otherwise
+
+    def count(self, **more: int) -> None:
+        """Add to counters, from any thread."""
+        with self._lock:
+            for name, number in more.items():
+                setattr(self.counters, name, getattr(self.counters, name) + number)
+
+    def close(self) -> None:
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class KvOfModel:
+    """The records under one fingerprint (`antefix.block.Fingerprint`). Made by `EngineStore.kv`."""
+
+    def __init__(self, store: EngineStore, fingerprint: Fingerprint, layout: EngineLayout) -> None:
+        self.layout: Final = layout
+        self.fingerprint: Final = fingerprint
+        self.digest: Final = fingerprint.digest
+        self._store: Final = store
+        self._key: Final = store.keyring.key(store.tenant)
+        self._owner: Final = store.keyring.owner(store.tenant)
+        self.root: Final = root_of(self.digest, self._key)
+
+    def chain(self, tokens: Tokens) -> Chain:
+        """Names by tokens, of the fingerprint's hash kind CHAINED_BLAKE2B."""
+        return chain_of(tokens, fingerprint_digest=self.digest, key=self._key, block_size=self.layout.block_size)
+
+    def hash_of(self, engine_key: bytes) -> bytes:
+        """The name of what an engine calls `engine_key`, which must stand for all tokens up to its end."""
+        return engine_key_hash(self.root, engine_key, self._key)
+
+    def block(self, hash: bytes, parent: bytes, position: int, payload: Buffer) -> Record:
+        """parent: the block before, or the root.  position: tokens up to the block's end."""
+        return self._record(RecordKind.BLOCK, hash, parent, position, payload)
+
+    def checkpoint(self, hash: bytes, parent: bytes, position: int, payload: Buffer) -> Record:
+        """hash, parent: of its block, which must be stored."""
+        return self._record(RecordKind.CHECKPOINT, hash, parent, position, payload)
+
+    def lookup(self, chain: Sequence[bytes]) -> LookupResult:
+        """How much of a chain is stored, and where its checkpoints are."""
+        found: LookupResult = self._store.attempt(
+            "look up blocks",
+            lambda store: store.lookup(chain, fingerprint=self.digest, tenant=self._owner),
+            NOTHING,
+        )
+        self._store.count(hit_blocks=found.num_blocks, missed_blocks=len(chain) - found.num_blocks)
+        return found
+
+    def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview]) -> int:
+        """Fill `into[i]` with block `hashes[i]`. Returns how many leading ones are right; the rest is garbage."""
+        num_good: int = self._store.attempt(
+            "read blocks",
+            lambda store: store.get_blocks(hashes, into, fingerprint=self.digest, tenant=self._owner),
+            0,
+        )
+        read = sum(each.nbytes for each in into[:num_good])
+        self._store.count(read_bytes=read, damaged_records=int(num_good < len(hashes)))
+        return num_good
+
+    def get_checkpoint(self, hash: bytes) -> bytes | None:
+        """None where it is not there, was damaged, or has another size than the layout's."""
+        payload: bytes | None = self._store.attempt(
+            "read a checkpoint",
+            lambda store: store.get(RecordKind.CHECKPOINT, hash, fingerprint=self.digest, tenant=self._owner),
+            None,
+        )
+        if payload is None or len(payload) != self.layout.checkpoint_bytes:
+            self._store.count(damaged_records=1)
+            return None
+        self._store.count(read_bytes=len(payload))
+        return payload
+
+    def put(self, records: Sequence[Record]) -> int:
+        """Store records, parents first; returns how many of them are stored now."""
+        if not records:
+            return 0
+        done = self._store.attempt("store records", lambda store: store.put(records), None)
+        if done is None:
+            return 0
+        if done.refused:
+            log.warning(
+                "the store refused %d records, the first: %s", len(done.refused), next(iter(done.refused.values()))
+            )
+        sent = sum(memoryview(record.payload).nbytes for record in records)
+        self._store.count(stored_records=done.num_stored, sent_bytes=sent, refused_records=len(done.refused))
+        return int(done.num_stored) + int(done.num_existing)
+
+    def _record(self, kind: RecordKind, hash: bytes, parent: bytes, position: int, payload: Buffer) -> Record:
+        return self._store.seals.seal(
+            Record(
+                kind=kind,
+                hash=hash,
+                parent=parent,
+                fingerprint=self.digest,
+                position=position,
+                payload=payload,
+                tenant=self._owner,
+                labels=self.fingerprint.labels,
+            )
+        )

@@ -1,0 +1,38 @@
+"""A finished block becomes everybody's: by its name in the pool, and for routers that listen, by its tokens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from antefix.block import Chain, TokenArray
+from antefix_prefill.worker.engine import Engine
+
+
+class NamedTokens(Protocol):
+    """Whose block it is. tokens: those that there were when it was named; an output grows beyond them."""
+
+    @property
+    def tokens(self) -> TokenArray: ...
+
+    @property
+    def chain(self) -> Chain: ...
+
+    @property
+    def tenant(self) -> str: ...
+
+
+def publish_block(
+    engine: Engine, prompt: NamedTokens, index: int, block_id: int, *, tokens: TokenArray | None = None
+) -> None:
+    """Block `index` of the chain lies in `block_id`, finished and exact.  tokens: its own, of an output."""
+    chain = prompt.chain
+    if not engine.blocks.publish(chain.hashes[index], block_id) or engine.kv_events is None:
+        return
+    if tokens is None:
+        tokens = prompt.tokens[index * chain.block_size : (index + 1) * chain.block_size]
+    engine.kv_events.stored(
+        chain.hashes[index],
+        parent=chain.hashes[index - 1] if index else None,
+        tokens=tokens,
+        salt=engine.keyring.owner(prompt.tenant).hex() if prompt.tenant else "",
+    )
