@@ -11,12 +11,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from antefix.config import require
+from antefix.config import add_flags, given_flags, require
 from antefix.errors import ConfigError
 from antefix.private_file import write_private
 from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
 from antefix.text_table import text_table
+from antefix.worker_settings import WorkerSettings
 from antefix_billing.api_keys import USUAL_SCOPES, ApiKey, KeyBook, Scope, new_key, revoke, rotate
 from antefix_billing.key_file import changing, create_book, read_book, write_book
 from antefix_router.key_exchange import KeyExchange
@@ -81,8 +82,7 @@ def _add_file(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("routers on several hosts", "as they have --keys-redis")
     group.add_argument("--redis", default="", metavar="URL", help="the routers' --keys-redis")
-    group.add_argument("--redis-password-file", default="", metavar="FILE", help="its password")
-    group.add_argument("--redis-ca-file", default="", metavar="FILE", help="who may sign its certificate")
+    add_flags(group, WorkerSettings, ("redis_password_file", "redis_ca_file"))
     group.add_argument(
         "--secret-file", default="", metavar="FILE", help="the deployment's secret, which signs the keys"
     )
@@ -145,7 +145,7 @@ def _exchange(args: argparse.Namespace) -> KeyExchange | None:
     if not args.redis:
         return None
     require(bool(args.secret_file), "--redis needs --secret-file: routers believe only keys that it signs")
-    access = RedisAccess(url=args.redis, password_file=args.redis_password_file, ca_file=args.redis_ca_file)
+    access = RedisAccess.of(args.redis, WorkerSettings(**given_flags(WorkerSettings, args)))
     return KeyExchange(access, Keyring.from_file(args.secret_file))
 
 
