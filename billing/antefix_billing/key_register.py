@@ -62,8 +62,10 @@ class KeyRegister:
             self._book, self._keys = book, {key.digest: key for key in book.keys}
         return True
 
-    def authenticate(self, api_key: str, scope: Scope = Scope.GENERATE, now: datetime | None = None) -> KeyHolder:
-        """Whose key this is. Looking up a hash leaks no prefix of the key through its timing.
+    def authenticate(
+        self, api_key: str, scope: Scope | None = Scope.GENERATE, now: datetime | None = None
+    ) -> KeyHolder:
+        """Whose key this is. Looking up a hash leaks no prefix of the key through its timing.  scope: None: any.
 
         Raises:  Unauthenticated: no such key, or it is over.  PermissionDenied: it has another scope.
         """
@@ -83,7 +85,8 @@ class KeyRegister:
         else:
             raise self._refuse(Refused.UNKNOWN)
         # Whoever may read everybody's records may read its own.
-        if scope not in holder.scopes and not (scope is Scope.USAGE and Scope.ADMIN in holder.scopes):
+        is_enough = scope in (None, *holder.scopes) or (scope is Scope.USAGE and Scope.ADMIN in holder.scopes)
+        if not is_enough:
             self._count(Refused.SCOPE)
             raise PermissionDenied(f"this API key does not have the scope {scope}")
         return holder

@@ -108,6 +108,12 @@ def _bench() -> CommandModule:
     return bench
 
 
+def _certs() -> CommandModule:
+    from antefix_console.commands import certs
+
+    return certs
+
+
 def _load() -> CommandModule:
     from antefix_console.commands import load
 
@@ -224,6 +230,11 @@ COMMANDS: dict[str, Command] = {
         load=_bench,
         help="measure beside the machine's limits and beside peers (in a checkout)",
         example="antefix bench store --json",
+    ),
+    "certs": Command(
+        load=_certs,
+        help="make and show the certificates of a deployment over several hosts",
+        example="antefix certs issue prefill p1 --ca ca --out credentials/p1 --host worker1.example",
     ),
     "load": Command(
         load=_load,

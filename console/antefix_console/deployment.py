@@ -25,7 +25,10 @@ from typing import IO
 from antefix.clients import RouterClient
 from antefix.config import GRACE_S, flags_of, require
 from antefix.errors import ConfigError, Unavailable
-from antefix.secret import create_secret_file
+from antefix.secret import Keyring, create_secret_file
+from antefix.security import own_credentials
+from antefix.security.credentials import Credentials
+from antefix.security.identity import Role
 from antefix.worker_settings import NAMING, WorkerSettings
 
 # In the data directory: what workers measured at their starts, and the name of what those of the last start computed.
@@ -129,6 +132,7 @@ class Deployment:
         self.config = config
         self.processes: list[RoleProcess] = []
         self._client: RouterClient | None = None
+        self._credentials: Credentials | None = None
         # Not the number of processes: roles that start together would get one number, and write into one log.
         self._numbers = itertools.count()
         self._stop_by = 0.0
@@ -152,7 +156,7 @@ class Deployment:
         """A client of the router that runs now; closed with the deployment."""
         address = self.one("router").address
         if self._client is None or self._client.address != address:
-            self._client = RouterClient(address)
+            self._client = RouterClient(address, credentials=self._credentials)
         return self._client
 
     def one(self, role: str) -> RoleProcess:
@@ -172,10 +176,13 @@ class Deployment:
             config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take_lock()
             (config.data_dir / "logs").mkdir(exist_ok=True)
-            create_secret_file(config.data_dir / "secret")
+            secret = create_secret_file(config.data_dir / "secret")
         except OSError as err:
             raise ConfigError(f"--data-dir {config.data_dir} cannot be used: {err}; nothing was started") from err
+        self._credentials = Credentials(Role.OPERATOR, keyring=Keyring.from_file(secret))
         flags = ["--dir", str(config.store_dir), "--usage-log-dir", str(config.usage_log_dir)]
+        # What the store knows callers by.
+        flags += ["--secret-file", str(secret)]
         await self.start_role("kvstore", flags + _given("--budget-bytes", config.store_bytes))
         await asyncio.gather(
             *(self.start_worker("prefill") for _ in range(config.num_prefill)),
@@ -289,6 +296,9 @@ class Deployment:
         ready = json.loads(line)
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         started.metrics_address = str(ready.get("metrics_address", ""))
+        if self._credentials is not None:
+            # Whoever started the processes may ask them anything.
+            own_credentials.use_for(started.address, self._credentials)
         self._write_targets()
         return started
 

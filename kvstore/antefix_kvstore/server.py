@@ -25,6 +25,8 @@ from antefix.events.numbered_log import Batch, Cursor, watch_log
 from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Record, RecordKind, RecordName, Refusal, RefusalReason
 from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
+from antefix.security.identity import Role
+from antefix.security.process_security import open_security
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.fate_wire import fate_to_wire
 from antefix.store.payload_channel import SERVICE
@@ -365,6 +367,9 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     # What was imported stays: the collector need not walk it again and again while payloads stream.
     gc.freeze()
     loop = asyncio.get_running_loop()
+    keyring = Keyring.from_file(config.secret_file) if config.secret_file else None
+    security = open_security(Role.KVSTORE, config.credentials, keyring=keyring)
+    security.use()
     config = fit_to_disk(config)
     engine = await loop.run_in_executor(None, StorageEngine, config)
     servicer = KvStoreServicer(engine)
@@ -373,6 +378,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
             config.address,
             lambda target: register(servicer, target),
             [kvstore_pb2.DESCRIPTOR],
+            security=security,
         )
     except BaseException:
         await servicer.close()
@@ -383,7 +389,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
             role="kvstore",
             stop=servicer.close,
             watch_stdin=watch_stdin,
-            metrics_address=serve_metrics(config, registry_of(servicer)),
+            metrics_address=serve_metrics(config, registry_of(servicer), security),
             grace_s=config.grace_s,
         )
 

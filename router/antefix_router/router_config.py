@@ -8,6 +8,7 @@ from antefix.block import check_arithmetic
 from antefix.config import check_choices, require, same_setting, setting
 from antefix.events.address import check_url
 from antefix.redis_access import check_redis_url, redis_ca_setting, redis_password_setting
+from antefix.security.process_security import credentials_setting
 from antefix.telemetry.settings import (
     check_telemetry,
     log_format_setting,
@@ -25,7 +26,11 @@ from antefix_router.placement.policy import COMPUTE_WEIGHT, POLICIES
 class RouterConfig(GatewayConfig):
     """Settings of a router."""
 
-    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    address: str = setting("127.0.0.1:0", "host:port, [IPv6]:port or unix:PATH to listen on; port 0: a free one")
+    credentials: str = credentials_setting()
+    token_address: str = setting(
+        "", "with TLS: host:port for gRPC callers that show an API key and no certificate; empty: none"
+    )
     model: str = setting("", "model directory: config.json, tokenizer (weights are hashed, never loaded)")
     kv_format: str = same_setting(WorkerSettings, "kv_format")
     namespace: str = same_setting(WorkerSettings, "namespace")

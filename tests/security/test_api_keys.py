@@ -1,5 +1,6 @@
 """API keys: what each may do, until when, what is kept of it, and what a mistake in their files does."""
 
+import contextlib
 import json
 import stat
 from datetime import UTC, datetime, timedelta
@@ -8,6 +9,8 @@ import httpx2
 import pytest
 
 from antefix.errors import ConfigError, InvalidRequest, PermissionDenied, Unauthenticated
+from antefix.security.access_table import TABLE
+from antefix.security.identity import Role
 from antefix_billing import api_keys, key_file
 from antefix_billing.api_keys import KeyBook, Scope, digest_of, new_key
 from antefix_billing.key_register import KeyRegister, Refused
@@ -15,6 +18,7 @@ from antefix_billing.receipt import Signer, check_receipt
 from antefix_billing.tenants import load_tenants
 from antefix_console.cli import main
 from antefix_router.front import BillingConfig, open_front
+from antefix_router.server import caller_of_key
 from tests.gateway.scripted import Script, make_front, serving
 
 ALL = frozenset(Scope)
@@ -339,3 +343,31 @@ async def test_a_revoked_key_is_refused_from_the_next_request_on(door):
 def test_an_unknown_key_id_says_so():
     with pytest.raises(InvalidRequest, match="no key"):
         KeyBook().find("00000000")
+
+
+GENERATE, EXPORT = "/antefix.v1.RouterService/Generate", "/antefix.v1.UsageService/Export"
+HEALTH = "/grpc.health.v1.Health/Check"
+
+
+def test_over_grpc_a_key_does_what_its_scopes_say_too():
+    texts, rows = zip(*(new_key("acme", [scope]) for scope in Scope), strict=True)
+    register = register_of(*rows)
+    generate, usage, admin = texts
+    own = caller_of_key(register, generate, GENERATE)
+    assert (own.role, own.tenant("")) == (Role.TENANT, "acme")
+    assert caller_of_key(register, usage, EXPORT).tenant("") == "acme"
+    with pytest.raises(PermissionDenied):
+        caller_of_key(register, usage, EXPORT).tenant("other")
+    assert caller_of_key(register, admin, EXPORT).tenant("other") == "other"
+    for key, method in ((generate, EXPORT), (usage, GENERATE), (admin, GENERATE)):
+        with pytest.raises(PermissionDenied, match="scope"):
+            caller_of_key(register, key, method)
+    for key in texts:
+        assert caller_of_key(register, key, HEALTH).role is not Role.OPERATOR
+    with pytest.raises(Unauthenticated):
+        caller_of_key(register, "wrong", HEALTH)
+    # Nor does an admin's key open anything else.
+    for method in TABLE:
+        if not method.startswith("/antefix.v1.UsageService/"):
+            with contextlib.suppress(PermissionDenied):
+                assert caller_of_key(register, admin, method).role is Role.TENANT

@@ -21,6 +21,7 @@ from antefix.events.follower import FollowCounters, Follower
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.events.redis_stream import MEMORY_STREAMS, StreamReader, memory_stream
 from antefix.redis_access import RedisAccess
+from antefix.security.identity import Role
 from antefix_router.placement.directory import Directory
 
 WatchMemory = Callable[[grpc.aio.Channel, Cursor | None], AsyncGenerator[Batch[BlockEvent], None]]
@@ -77,11 +78,14 @@ class MemoryFeed:
         redis_url: RedisAccess | str = "",
         keys: EventKeys | None = None,
         watch: WatchMemory = watch_memory,
+        callee: Callable[[str], tuple[Role | None, str]] = lambda _: (None, ""),
     ) -> None:
         """keys: what events through Redis must be signed with.
+        callee: role and name of the process that must answer at an address, so that no other is believed.
 
         Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
         """
+        self._callee = callee
         self._directory = directory
         self._watch = watch
         self._reader: StreamReader | None = None
@@ -128,7 +132,8 @@ class MemoryFeed:
 
     async def _run(self, follower: MemoryFollower, address: str) -> None:
         # One channel for as long as it is followed: making one a try would cost memory while the worker is away.
-        async with rpc.channel(address) as channel:
+        role, name = self._callee(address)
+        async with rpc.channel(address, of=role, name=name) as channel:
             await follower.run(partial(self._watch, channel))
 
     def _take(self, address: str, batch: Batch[BlockEvent]) -> None:
