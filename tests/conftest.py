@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from antefix.security import own_credentials
 from tests.redis_servers import redis, shared_redis, start_cluster, start_redis
 
 __all__ = ["redis", "shared_redis", "start_cluster", "start_redis"]
@@ -27,6 +28,14 @@ if not Path("/dev/nvidiactl").exists():
 # An example's 200 ms say nothing about the code on a machine that others use as well.
 settings.register_profile("antefix", deadline=None)
 settings.load_profile("antefix")
+
+
+@pytest.fixture(autouse=True)
+def own_credentials_of_each_test():
+    """A command that runs in this process leaves what it shows to services; the next test shows its own."""
+    found, own = list(own_credentials._find), list(own_credentials._own)
+    yield
+    own_credentials._find[:], own_credentials._own[:] = found, own
 
 
 @pytest.fixture
