@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from antefix.clients import AnswerCounters
 from antefix.events.follower import FollowCounters
 from antefix.events.kv_publisher import KvPublisherCounters
 from antefix.telemetry.shown import families
@@ -22,7 +23,6 @@ from antefix_prefill.worker import metrics as worker
 from antefix_prefill.worker.store_counters import StoreCounters
 from antefix_router import metrics as router
 from antefix_router import prefilling
-from antefix_router.retries import AnswerCounts
 
 REPO = Path(__file__).parents[2]
 ROOMS = ("antefix", "billing", "decode", "engines", "kvstore", "prefill", "router")
@@ -33,7 +33,7 @@ SHOWN = {
     KvPublisherCounters: ([worker.KV_EVENTS], {}),
     CommitCounters: ([router.COMMITS], {}),
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
-    AnswerCounts: ([router.ANSWERS], {}),
+    AnswerCounters: ([router.ANSWERS], {}),
     prefilling.PrefillingCounters: ([router.PREFILLING], {}),
     StoreCounters: ([worker.STORE], {"last_error": "text", "last_refusal": "text"}),
     storage_engine.StorageCounters: (
@@ -44,7 +44,7 @@ SHOWN = {
     scrubber.ScrubCounters: ([kvstore.SCRUBBER], {}),
 }
 # Classes of that kind of name that hold copies of the above, or count nothing that happens.
-COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "AnswerCounters", "_Counts"}
+COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "_Counts"}
 # Message's field: the metric that shows it. Texts, names and cursors are no numbers.
 MESSAGES = {
     kvstore_pb2.StatsResponse: {
