@@ -16,6 +16,7 @@ from antefix_billing.usage_commit import CommitCounters
 from antefix_decode import metrics as decode
 from antefix_engines import metrics as engines
 from antefix_engines.engine_store import EngineCounters
+from antefix_engines.vllm.row_store import TierCounters
 from antefix_kvstore import engine_stats, scrubber, space, storage_engine
 from antefix_kvstore import metrics as kvstore
 from antefix_prefill import metrics as prefill
@@ -32,6 +33,7 @@ SHOWN = {
     KindRecord: ([worker.PLANS], {}),
     KvPublisherCounters: ([worker.KV_EVENTS], {}),
     CommitCounters: ([router.COMMITS], {}),
+    TierCounters: ([engines.VLLM_TIER], {"_lock": "text"}),
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
     AnswerCounters: ([router.ANSWERS], {}),
     prefilling.PrefillingCounters: ([router.PREFILLING], {}),
