@@ -21,6 +21,7 @@ from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
 from antefix_router.metrics import accounts_metrics, placement_metrics, router_metrics
 from antefix_router.naming import PromptNames
+from antefix_router.page.prefix_forest import PrefixForest
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
 from antefix_router.placement.memory_feed import MemoryFeed
@@ -44,7 +45,7 @@ class Router:
     def __init__(self, identity: ModelIdentity, tokenizer: Tokenizer, store: Store, config: RouterConfig) -> None:
         self.identity = identity
         self.tokenizer = tokenizer
-        self._store = store
+        self.store = store
         self.config = config
         # Without workers nothing is named; the first that is there says what goes into names.
         self.arithmetic = config.arithmetic or CPU_FLOAT32
@@ -81,6 +82,7 @@ class Router:
         self.memory = MemoryFeed(directory, redis_url=config.events_redis)
         self.leases = Leases(self.prefill, self.decode, directory, fingerprint=self.fingerprint, memory=self.memory)
         self.pins = BreakpointPins(store)
+        self.forest = PrefixForest()
         self.front: Front = open_front(
             config,
             Generator(
@@ -91,6 +93,7 @@ class Router:
                 self.pins,
                 sessions,
                 between_tokens=lambda seconds, number: self.front.accounts.measures.note_pace(seconds, number),
+                on_named=lambda prompt: self.forest.note(prompt.chain.hashes, prompt.owner),
             ),
             identity=identity,
             tokenizer=tokenizer,
@@ -109,7 +112,7 @@ class Router:
         await self.leases.close()
         await self.feed.close()
         await self.pins.close()
-        await self._store.close()
+        await self.store.close()
 
     def _fingerprint_of(self, arithmetic: str) -> bytes:
         config = self.config
