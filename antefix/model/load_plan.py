@@ -91,6 +91,7 @@ def plan_load(model: Model, stored: Mapping[str, StoredTensor], *, rounds_inputs
             is_plain = owner.endswith(_PLAIN_INPUTS) or not rounds_inputs
             forms[owner] = form.plain_inputs() if is_plain else form
             copies += _packed_copies(owner, shape, group, form)
+    _check_stacks(forms)
     for owner, form in forms.items():
         _pack_module(model, owner, wanted.get(f"{owner}.weight", wanted.get(owner, torch.Size())), form)
     return LoadPlan(copies=tuple(copies), skipped=tuple(skipped), forms=forms)
@@ -171,6 +172,14 @@ def _form_of(name: str, shape: torch.Size, group: _Group, config: ModelConfig) -
     if form is not None and name.endswith("gate_up_proj") and rows % form.block[0]:
         raise ModelError(f"moe_intermediate_size {rows} must be a multiple of the {form.block[0]} rows of FP8 blocks")
     return form
+
+
+def _check_stacks(forms: Mapping[str, PackedForm]) -> None:
+    """Both products of a layer's experts take one routing, whose tiles hang on how weights are packed."""
+    for owner in [owner.rpartition(".")[0] for owner in forms if owner.endswith(_STACKS)]:
+        ups, downs = (forms.get(owner + stack.removeprefix(".experts")) for stack in _STACKS)
+        if ups is None or downs is None or ups.is_fp4 != downs.is_fp4:
+            raise ModelError(f"experts of {owner}: w1 and w3 are {_label(ups)}, w2 is {_label(downs)}")
 
 
 def _label(form: PackedForm | None) -> str:

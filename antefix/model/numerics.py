@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from antefix.model.packed import PackedMatrix, round_inputs
+from antefix.model.packed import PackedMatrix, card_product, round_inputs
 
 # What row counts are padded to. From 4 rows on every kernel that was tried is the chain; 16 has margin.
 ROW_TILE = 16
@@ -84,6 +84,8 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     Gradients, float64 on a card and other devices take the plain product, without that promise.
     """
     if isinstance(weight, PackedMatrix):
+        if has_kernels(x):
+            return card_product(x.reshape(-1, 1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
         return _packed_linear(x, weight, 0, weight.shape[0])
     if has_kernels(x):
         from antefix_kernels.linear import multiply as card_multiply
@@ -183,6 +185,8 @@ def grouped_linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     """Block-diagonal product: x [N, G, K] times weight [G * O, K], group by group, to [N, G, O]."""
     num_groups = x.shape[1]
     if isinstance(weight, PackedMatrix):
+        if has_kernels(x):
+            return card_product(x, weight)
         size = weight.shape[0] // num_groups
         return torch.stack([_packed_linear(x[:, g], weight, g * size, (g + 1) * size) for g in range(num_groups)], 1)
     per_group = weight.view(num_groups, -1, weight.shape[1])

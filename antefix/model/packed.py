@@ -14,9 +14,13 @@ Source:  inference/model.py and kernel.py of the released checkpoints; oracle: t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from antefix_kernels.linear import Routing
 
 from antefix.model.quant import fp4_pairs, fp8_values, round_groups
 
@@ -68,6 +72,29 @@ def round_inputs(x: Tensor) -> Tensor:
     return round_groups(x, INPUT_GROUP).to(x.dtype)
 
 
+def card_product(x: Tensor, weight: PackedMatrix) -> Tensor:
+    """x [N, G, K] times a matrix [G * O, K], group by group, by kernels that read its codes: [N, G, O]."""
+    from antefix_kernels import packed_linear
+
+    num_groups = x.shape[1]
+    per_group = weight.shape[0] // num_groups
+    rows, addends = weight.block
+    scales = weight.scales
+    if num_groups > 1 and per_group % rows:
+        # A group begins inside a block: each of its rows gets scales of its own.
+        scales = scales.view(torch.uint8 if scales.element_size() == 1 else scales.dtype)
+        scales = scales.repeat_interleave(rows, 0)[: weight.shape[0]].view(weight.scales.dtype)
+        rows = 1
+    operand = packed_linear.Weight(
+        codes=weight.codes.view(num_groups, per_group, -1),
+        scales=scales.view(num_groups, -1, scales.shape[1]),
+        block=(rows, addends),
+    )
+    flat = x.reshape(-1, x.shape[2])
+    inputs = packed_linear.prepare_inputs(flat, rounds=weight.rounds_inputs, is_fp4=weight.is_fp4)
+    return packed_linear.multiply(inputs.view(x.shape), operand)
+
+
 class PackedLinear(nn.Module):
     """Stands where an nn.Linear without bias stands; `weight` is a PackedMatrix."""
 
@@ -106,6 +133,21 @@ class PackedStack(nn.Module):
 
     def __getitem__(self, expert: int) -> PackedMatrix:
         return PackedMatrix(self.codes[expert], self.scales[expert], self.form.block, self.form.rounds_inputs)
+
+    def card_tile(self, dtype: torch.dtype) -> int:
+        """Rows of a tile of the routed product on a card."""
+        from antefix_kernels.packed_linear import routed_tile
+
+        return routed_tile(self.form.is_fp4, dtype)
+
+    def card_product(self, x: Tensor, routing: Routing, *, gathered: bool) -> Tensor:
+        """`antefix_kernels.linear.multiply_routed` with packed experts."""
+        from antefix_kernels import packed_linear
+
+        form = self.form
+        inputs = packed_linear.prepare_inputs(x, rounds=form.rounds_inputs, is_fp4=form.is_fp4)
+        weight = packed_linear.Weight(codes=self.codes, scales=self.scales, block=form.block)
+        return packed_linear.multiply_routed(inputs, weight, routing, gathered=gathered)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,6 +114,12 @@ def _top() -> CommandModule:
     return top
 
 
+def _certs() -> CommandModule:
+    from antefix_console.commands import certs
+
+    return certs
+
+
 def _load() -> CommandModule:
     from antefix_console.commands import load
 
@@ -223,6 +229,11 @@ COMMANDS: dict[str, Command] = {
         load=_top,
         help="watch a deployment in the terminal: load, hit rates, tenants, newest misses",
         example="antefix top --url http://127.0.0.1:8000",
+    ),
+    "certs": Command(
+        load=_certs,
+        help="make and show the certificates of a deployment over several hosts",
+        example="antefix certs issue prefill p1 --ca ca --out credentials/p1 --host worker1.example",
     ),
     "load": Command(
         load=_load,

@@ -22,6 +22,9 @@ from antefix.events.block_events import BlockEvent
 from antefix.events.event_wire import store_response
 from antefix.events.numbered_log import Batch, Cursor, watch_log
 from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Record, RecordKind, RecordName, Refusal, RefusalReason
+from antefix.secret import Keyring
+from antefix.security.identity import Role
+from antefix.security.process_security import open_security
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.fate_wire import fate_to_wire
 from antefix.store.payload_channel import SERVICE
@@ -362,6 +365,9 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     # What was imported stays: the collector need not walk it again and again while payloads stream.
     gc.freeze()
     loop = asyncio.get_running_loop()
+    keyring = Keyring.from_file(config.secret_file) if config.secret_file else None
+    security = open_security(Role.KVSTORE, config.credentials, keyring=keyring)
+    security.use()
     config = fit_to_disk(config)
     engine = await loop.run_in_executor(None, StorageEngine, config)
     servicer = KvStoreServicer(engine)
@@ -370,6 +376,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
             config.address,
             lambda target: register(servicer, target),
             [kvstore_pb2.DESCRIPTOR],
+            security=security,
         )
     except BaseException:
         await servicer.close()
@@ -380,7 +387,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
             role="kvstore",
             stop=servicer.close,
             watch_stdin=watch_stdin,
-            metrics_address=serve_metrics(config, registry_of(servicer)),
+            metrics_address=serve_metrics(config, registry_of(servicer), security),
             grace_s=config.grace_s,
         )
 

@@ -291,6 +291,18 @@ def test_experts_that_are_packed_in_two_ways_are_refused(copied: Path) -> None:
         load_model(copied)
 
 
+def test_experts_whose_products_are_packed_in_two_ways_are_refused(copied: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for expert in range(4):
+            name = f"layers.2.ffn.experts.{expert}.w2"
+            codes, scales = released.to_fp8(torch.randn(128, 128))
+            tensors.update({f"{name}.weight": codes, f"{name}.scale": scales})
+
+    edit(copied, change)
+    with pytest.raises(ModelError, match=r"layers.2.mlp.experts: w1 and w3 are fp4 1x32 e8m0, w2 is fp8 128x128 e8m0"):
+        load_model(copied)
+
+
 def test_some_linears_may_come_dequantised(copied: Path) -> None:
     """transformers and vLLM take a checkpoint whose config says fp8 and some of whose weights are not packed."""
     name, before = "layers.1.attn.wq_a", run(load_model(copied, rounds_inputs=False), tokens_of(20), [])
