@@ -22,7 +22,7 @@ started="$started $!"
 tries=0
 until curl --silent --fail --output /dev/null "http://$door/healthz"; do
     tries=$((tries + 1))
-    [ "$tries" -lt 120 ] || { echo "run.sh: Antefix did not start within 120 s" >&2; exit 1; }
+    [ "$tries" -lt 300 ] || { echo "run.sh: Antefix did not start within 300 s" >&2; exit 1; }
     sleep 1
 done
 

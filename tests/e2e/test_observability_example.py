@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "observability"
 
 
+@pytest.mark.long
 @pytest.mark.services
 def test_the_script_runs_its_load_and_leaves_nothing(tmp_path):
     bin_dir = tmp_path / "bin"
@@ -32,7 +33,7 @@ def test_the_script_runs_its_load_and_leaves_nothing(tmp_path):
         "TMPDIR": str(tmp_path),
     }
     done = subprocess.run(
-        [EXAMPLE / "run.sh"], env=environment, capture_output=True, text=True, timeout=240, check=False
+        [EXAMPLE / "run.sh"], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 of 6 requests answered" in done.stdout and f"http://127.0.0.1:{port}/ui" in done.stdout

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from antefix.text_table import visible
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
     from rich.table import Table
 
 _TENANT_ORDERS: Final = ("prompt_tokens", "misses", "requests", "charged")
@@ -44,7 +44,7 @@ def screen(data: dict[str, Any], choice: Choice, *, height: int, problem: str = 
 
     tenants = sorted(data["tenants"], key=lambda row: -_weight(row, choice.tenants_by))[:_TENANTS_SHOWN]
     room = max(3, height - _FIXED_LINES - len(data["workers"]) - len(tenants))
-    parts = [
+    parts: list[RenderableType] = [
         Text(_title(data), style="bold"),
         Text(problem, style="bold red") if problem else Text(_totals(data)),
         Text(),
