@@ -52,8 +52,8 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 }
 
 
-def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -> Starlette:
-    """The ASGI application."""
+def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, more: Iterable[Route] = ()) -> Starlette:
+    """The ASGI application. more: addresses that are no part of any API."""
     room = Room(config.http_requests_max)
     routes = [
         Route(
@@ -70,6 +70,7 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -
         Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, gateway), methods=["GET"]),
         Route("/v1/usage/public_key", partial(_public_key, gateway), methods=["GET"]),
         Route("/healthz", _healthz, methods=["GET"]),
+        *more,
     ]
     access = Middleware(Access, measures=measures)
     return Starlette(routes=routes, middleware=[access], exception_handlers={HTTPException: _http_error})
@@ -154,8 +155,17 @@ class HttpServer:
         await asyncio.gather(self._serving, return_exceptions=True)
 
 
-async def start_http(front: Front, config: GatewayConfig, security: ProcessSecurity = OPEN) -> HttpServer:
-    """security: with TLS, its certificate is this server's too.
+MakeRoutes = Callable[[Gateway], Iterable[Route]]
+
+
+async def start_http(
+    front: Front,
+    config: GatewayConfig,
+    security: ProcessSecurity = OPEN,
+    *,
+    more: MakeRoutes = lambda gateway: (),
+) -> HttpServer:
+    """security: with TLS, its certificate is this server's too.  more: makes addresses that are no part of any API.
 
     Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form.
     """
@@ -178,7 +188,7 @@ async def start_http(front: Front, config: GatewayConfig, security: ProcessSecur
         raise ConfigError(f"--http-address {config.http_address}: {err}") from err
     server = _Server(
         uvicorn.Config(
-            build_app(gateway, config, measures),
+            build_app(gateway, config, measures, more(gateway)),
             lifespan="off",
             access_log=False,
             log_config=None,
