@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    identity = identify(args.model)
+    with ProgressLine("reading the model"):
+        identity = identify(args.model)
     secret = args.secret_file or (args.data_dir / "secret" if args.data_dir else None)
     keyring = Keyring.from_file(secret) if secret is not None else None
     if args.request_id is not None:
