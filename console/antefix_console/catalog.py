@@ -108,6 +108,12 @@ def _bench() -> CommandModule:
     return bench
 
 
+def _top() -> CommandModule:
+    from antefix_console.commands import top
+
+    return top
+
+
 def _certs() -> CommandModule:
     from antefix_console.commands import certs
 
@@ -130,6 +136,18 @@ def _doctor() -> CommandModule:
     from antefix_console.commands import doctor
 
     return doctor
+
+
+def _keys() -> CommandModule:
+    from antefix_console.commands import keys
+
+    return keys
+
+
+def _secret() -> CommandModule:
+    from antefix_console.commands import secret
+
+    return secret
 
 
 def _kvstore_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
@@ -219,6 +237,11 @@ COMMANDS: dict[str, Command] = {
         help="measure beside the machine's limits and beside peers (in a checkout)",
         example="antefix bench store --json",
     ),
+    "top": Command(
+        load=_top,
+        help="watch a deployment in the terminal: load, hit rates, tenants, newest misses",
+        example="antefix top --url http://127.0.0.1:8000",
+    ),
     "certs": Command(
         load=_certs,
         help="make and show the certificates of a deployment over several hosts",
@@ -238,6 +261,16 @@ COMMANDS: dict[str, Command] = {
         load=_doctor,
         help="check this machine: packages, arithmetic, disk",
         example="antefix doctor --json",
+    ),
+    "keys": Command(
+        load=_keys,
+        help="make, list, replace and revoke API keys",
+        example="antefix keys create acme --expires 90d",
+    ),
+    "secret": Command(
+        load=_secret,
+        help="make, show and change the deployment's secret",
+        example="antefix secret rotate antefix-data/secret",
     ),
 }
 ROLES: dict[str, Service] = {

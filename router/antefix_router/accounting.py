@@ -42,6 +42,7 @@ from antefix_router.answers import KeptAnswer, RetryConfig, Run, SharedRun
 from antefix_router.ending import Ending
 from antefix_router.generation import Generation, OutputPiece
 from antefix_router.open_bill import Bill, Served
+from antefix_router.page.activity import Activity
 from antefix_router.request_measures import RequestMeasures
 from antefix_router.retries import CLIENT_LEFT, Retries
 
@@ -70,7 +71,7 @@ class Accounts:
         self._keyring = keyring
         self.served = served
         self._cards = cards
-        self._quotas = QuotaBook(tenants.limits, tenants.default)
+        self.quotas = QuotaBook(tenants.limits, tenants.default)
         self._running: set[str] = set()
         self._repeats: OrderedDict[str, int] = OrderedDict()
         self._settling: dict[str, asyncio.Task[Settled | None]] = {}
@@ -80,6 +81,7 @@ class Accounts:
         self.num_unstored = 0
         self.unstored_reason = ""
         self.measures = RequestMeasures()
+        self.activity = Activity()
         self.ending = Ending()
         if ledger is not None:
             self._take_up(ledger)
@@ -97,7 +99,7 @@ class Accounts:
             log.warning("%d requests were cut off by the last stop; %d had output", len(crashed), num_charged)
         now = datetime.now(UTC)
         after = sequence_before(ledger.directory, LimitWindow.MONTH.start(now).timestamp())
-        self._quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
+        self.quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
 
     async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
         """Check id, quota and budget.
@@ -132,7 +134,9 @@ class Accounts:
             # There is an answer already where it could not be recorded, or where nothing ever is.
             bill.kept = self.retries.kept(request, opened)
             return bill
-        if (standing.record.request_digest, standing.record.user) != (opened.request_digest, opened.user):
+        # While secrets rotate, the record may be of the older one.
+        digests = (self._digest(request, number) for number in self._keyring.generations)
+        if standing.record.user != opened.user or standing.record.request_digest not in digests:
             raise InvalidRequest(f"request id {request.request_id} was used for another request")
         kept = self.retries.kept(request, opened)
         if standing.record.is_final:
@@ -279,6 +283,7 @@ class Accounts:
                 bill.settled = await self.writer.settle(record)
             if bill.settled.record is record:
                 self.measures.count(record)
+                self.activity.note(record, bill.generation.restore)
         except AntefixError as err:
             log.error("request %s could not be settled: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
             if status is not Status.CANCELLED and status is not Status.FAILED:
@@ -288,7 +293,7 @@ class Accounts:
             if bill.reservation is not None:
                 tokens = record.prompt_tokens + record.output_tokens if record and bill.settled else 0
                 price = record.price if record and bill.settled else bill.reservation.money * 0
-                self._quotas.settle(bill.reservation, tokens=tokens, money=price)
+                self.quotas.settle(bill.reservation, tokens=tokens, money=price)
         return bill.settled
 
     @property
@@ -342,13 +347,6 @@ class Accounts:
             drawn = hashlib.blake2b(request_key(tenant, request.request_id).encode(), digest_size=7).digest()
             sampling = dataclasses.replace(sampling, seed=int.from_bytes(drawn, "little"))
             request = dataclasses.replace(request, sampling=sampling)
-        # Keyed: whoever reads the ledger must not be able to try out guesses of a prompt.
-        digest = hashlib.blake2b(key=self._keyring.key(tenant), digest_size=16, person=b"antefix-digest")
-        # Log probabilities tell of the answer and do not change it.
-        digest.update(repr(dataclasses.replace(sampling, num_top_logprobs=None)).encode())
-        digest.update(request.tokens.tobytes())
-        if request.num_samples > 1:
-            digest.update(f"{request.num_samples} samples".encode())
         return request, OpenEntry(
             request_id=request.request_id,
             attempt=1,
@@ -357,10 +355,21 @@ class Accounts:
             model=self.served.model,
             revision=self.served.revision,
             fingerprint=self.served.fingerprint,
-            request_digest=digest.hexdigest(),
+            request_digest=self._digest(request),
             prompt_tokens=len(request.tokens),
             started_us=_now_us(),
         )
+
+    def _digest(self, request: GenerationRequest, generation: int = 0) -> str:
+        """Of prompt and sampling. Keyed: whoever reads the ledger must not be able to try out guesses of a prompt."""
+        key = self._keyring.key(request.caller.tenant, generation)
+        digest = hashlib.blake2b(key=key, digest_size=16, person=b"antefix-digest")
+        # Log probabilities tell of the answer and do not change it.
+        digest.update(repr(dataclasses.replace(request.sampling, num_top_logprobs=None)).encode())
+        digest.update(request.tokens.tobytes())
+        if request.num_samples > 1:
+            digest.update(f"{request.num_samples} samples".encode())
+        return digest.hexdigest()
 
     def _reserve(self, request: GenerationRequest) -> Reservation:
         now = datetime.now(UTC)
@@ -371,7 +380,7 @@ class Accounts:
             output_tokens_max=num_output,
         )
         tokens = len(request.tokens) + num_output
-        return self._quotas.reserve(request.caller.tenant, tokens=tokens, money=most, now=now)
+        return self.quotas.reserve(request.caller.tenant, tokens=tokens, money=most, now=now)
 
     def _repeat(
         self, request: GenerationRequest, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None

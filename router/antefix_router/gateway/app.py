@@ -20,11 +20,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from antefix.errors import AntefixError, ConfigError, Unavailable
+from antefix.errors import AntefixError, ConfigError, PermissionDenied, Unavailable
 from antefix.rpc import ENDING_S, private_files
 from antefix.security.listening import UNIX, bare_host, join_address, parse_address
 from antefix.security.process_security import OPEN, ProcessSecurity
 from antefix.security.tls import http_context
+from antefix_billing.api_keys import Scope
 from antefix_billing.usage_record import request_key
 from antefix_router.front import Front
 from antefix_router.gateway.access import Access, HttpMeasures
@@ -51,8 +52,8 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 }
 
 
-def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -> Starlette:
-    """The ASGI application."""
+def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, more: Iterable[Route] = ()) -> Starlette:
+    """The ASGI application. more: addresses that are no part of any API."""
     room = Room(config.http_requests_max)
     routes = [
         Route(
@@ -69,15 +70,19 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -
         Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, gateway), methods=["GET"]),
         Route("/v1/usage/public_key", partial(_public_key, gateway), methods=["GET"]),
         Route("/healthz", _healthz, methods=["GET"]),
+        *more,
     ]
     access = Middleware(Access, measures=measures)
     return Starlette(routes=routes, middleware=[access], exception_handlers={HTTPException: _http_error})
 
 
 async def _receipt(gateway: Gateway, request: Request) -> Response:
-    """A tenant's own request's receipt."""
+    """A tenant's own request's receipt; with the scope `admin` another tenant may be named."""
     try:
-        tenant = gateway.tenant(request)
+        holder = gateway.holder(request, Scope.USAGE)
+        tenant = request.query_params.get("tenant", holder.tenant)
+        if tenant != holder.tenant and Scope.ADMIN not in holder.scopes:
+            raise PermissionDenied("another tenant's receipts need an API key with the scope admin")
         front = gateway.front
         if front.accounts.ledger is None or front.signer is None:
             raise Unavailable("this router keeps no ledger")
@@ -150,8 +155,17 @@ class HttpServer:
         await asyncio.gather(self._serving, return_exceptions=True)
 
 
-async def start_http(front: Front, config: GatewayConfig, security: ProcessSecurity = OPEN) -> HttpServer:
-    """security: with TLS, its certificate is this server's too.
+MakeRoutes = Callable[[Gateway], Iterable[Route]]
+
+
+async def start_http(
+    front: Front,
+    config: GatewayConfig,
+    security: ProcessSecurity = OPEN,
+    *,
+    more: MakeRoutes = lambda gateway: (),
+) -> HttpServer:
+    """security: with TLS, its certificate is this server's too.  more: makes addresses that are no part of any API.
 
     Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form.
     """
@@ -174,7 +188,7 @@ async def start_http(front: Front, config: GatewayConfig, security: ProcessSecur
         raise ConfigError(f"--http-address {config.http_address}: {err}") from err
     server = _Server(
         uvicorn.Config(
-            build_app(gateway, config, measures),
+            build_app(gateway, config, measures, more(gateway)),
             lifespan="off",
             access_log=False,
             log_config=None,
