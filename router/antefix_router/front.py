@@ -78,6 +78,7 @@ class Front:
         self.accounts = accounts
         self.identity = identity
         self.tokenizer = tokenizer
+        self.tenants = tenants
         self.keys = keys or key_register(tenants)
         self.signer = signer
         self.encoding = Encoding()
