@@ -108,6 +108,12 @@ def _bench() -> CommandModule:
     return bench
 
 
+def _certs() -> CommandModule:
+    from antefix_console.commands import certs
+
+    return certs
+
+
 def _load() -> CommandModule:
     from antefix_console.commands import load
 
@@ -124,6 +130,18 @@ def _doctor() -> CommandModule:
     from antefix_console.commands import doctor
 
     return doctor
+
+
+def _keys() -> CommandModule:
+    from antefix_console.commands import keys
+
+    return keys
+
+
+def _secret() -> CommandModule:
+    from antefix_console.commands import secret
+
+    return secret
 
 
 def _kvstore_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
@@ -213,6 +231,11 @@ COMMANDS: dict[str, Command] = {
         help="measure beside the machine's limits and beside peers (in a checkout)",
         example="antefix bench store --json",
     ),
+    "certs": Command(
+        load=_certs,
+        help="make and show the certificates of a deployment over several hosts",
+        example="antefix certs issue prefill p1 --ca ca --out credentials/p1 --host worker1.example",
+    ),
     "load": Command(
         load=_load,
         help="replay a trace against an OpenAI- or Anthropic-compatible endpoint, and report what its clients see",
@@ -227,6 +250,16 @@ COMMANDS: dict[str, Command] = {
         load=_doctor,
         help="check this machine: packages, arithmetic, disk",
         example="antefix doctor --json",
+    ),
+    "keys": Command(
+        load=_keys,
+        help="make, list, replace and revoke API keys",
+        example="antefix keys create acme --expires 90d",
+    ),
+    "secret": Command(
+        load=_secret,
+        help="make, show and change the deployment's secret",
+        example="antefix secret rotate antefix-data/secret",
     ),
 }
 ROLES: dict[str, Service] = {

@@ -19,9 +19,14 @@ import grpc
 from antefix import rpc
 from antefix.errors import InvalidRequest, Overloaded
 from antefix.events.block_events import BlockEvent
+from antefix.events.event_seal import EventKeys
 from antefix.events.event_wire import store_response
 from antefix.events.numbered_log import Batch, Cursor, watch_log
 from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Record, RecordKind, RecordName, Refusal, RefusalReason
+from antefix.redis_access import RedisAccess
+from antefix.secret import Keyring
+from antefix.security.identity import Role
+from antefix.security.process_security import open_security
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.fate_wire import fate_to_wire
 from antefix.store.payload_channel import SERVICE
@@ -362,6 +367,9 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     # What was imported stays: the collector need not walk it again and again while payloads stream.
     gc.freeze()
     loop = asyncio.get_running_loop()
+    keyring = Keyring.from_file(config.secret_file) if config.secret_file else None
+    security = open_security(Role.KVSTORE, config.credentials, keyring=keyring)
+    security.use()
     config = fit_to_disk(config)
     engine = await loop.run_in_executor(None, StorageEngine, config)
     servicer = KvStoreServicer(engine)
@@ -370,6 +378,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
             config.address,
             lambda target: register(servicer, target),
             [kvstore_pb2.DESCRIPTOR],
+            security=security,
         )
     except BaseException:
         await servicer.close()
@@ -380,7 +389,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
             role="kvstore",
             stop=servicer.close,
             watch_stdin=watch_stdin,
-            metrics_address=serve_metrics(config, registry_of(servicer)),
+            metrics_address=serve_metrics(config, registry_of(servicer), security),
             grace_s=config.grace_s,
         )
 
@@ -403,4 +412,9 @@ def _telling(
     from antefix.events.redis_stream import StreamPublisher, store_stream
 
     name = config.events_name or address
-    return StreamPublisher(config.events_redis, engine.events, store_stream(name), name)
+    if config.events_key_file:
+        keys = EventKeys.from_file(config.events_key_file)
+    else:
+        keys = EventKeys.of(Keyring.from_file(config.secret_file))
+    where = RedisAccess.of(config.events_redis, config)
+    return StreamPublisher(where, engine.events, store_stream(name), name, keys=keys)

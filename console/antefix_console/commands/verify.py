@@ -23,12 +23,14 @@ from antefix.worker_settings import WorkerSettings
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_console.progress_line import ProgressLine
+from antefix_console.verify import engine_checks
 from antefix_console.verify.against import compare_workers
 from antefix_console.verify.models import PLANS
 from antefix_console.verify.selection import Selection, strategies_of
 from antefix_console.verify.setups import LONG_SETUPS, SHORT_SETUPS, check_setups
 from antefix_console.verify.suite import Backend, Suite
 from antefix_console.verify.verdict import Report, Tally
+from antefix_engines.verify import CHECKS
 
 FAILURES_SHOWN = 20
 
@@ -55,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead: ask workers of a running deployment the same prompts and compare their answers; addresses of at"
         " least two workers, or of a router, which stands for all of its workers",
     )
+    parser.add_argument(
+        "--engine", choices=CHECKS, help="instead: another engine over the store, its cold runs against restored ones"
+    )
     parser.add_argument("--data-dir", type=Path, help="where the scratch store goes (default: a temporary directory)")
 
 
@@ -68,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     seed = secrets.randbelow(1 << 31) if args.seed is None else args.seed
     if args.against:
         return _run_against(args, seed)
+    if args.engine:
+        return engine_checks.run(args, seed)
     # The same bits as with any number of threads; on a busy machine one never waits for its other half.
     torch.set_num_threads(1)
     model = args.model or (shipped.MODEL if shipped.MODEL.is_dir() else None)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 
@@ -19,8 +20,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from antefix.errors import AntefixError, ConfigError, Unavailable
-from antefix.rpc import ENDING_S, parse_address
+from antefix.errors import AntefixError, ConfigError, PermissionDenied, Unavailable
+from antefix.rpc import ENDING_S, private_files
+from antefix.security.listening import UNIX, bare_host, join_address, parse_address
+from antefix.security.process_security import OPEN, ProcessSecurity
+from antefix.security.tls import http_context
+from antefix_billing.api_keys import Scope
 from antefix_billing.usage_record import request_key
 from antefix_router.front import Front
 from antefix_router.gateway.access import Access, HttpMeasures
@@ -71,9 +76,12 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -
 
 
 async def _receipt(gateway: Gateway, request: Request) -> Response:
-    """A tenant's own request's receipt."""
+    """A tenant's own request's receipt; with the scope `admin` another tenant may be named."""
     try:
-        tenant = gateway.tenant(request)
+        holder = gateway.holder(request, Scope.USAGE)
+        tenant = request.query_params.get("tenant", holder.tenant)
+        if tenant != holder.tenant and Scope.ADMIN not in holder.scopes:
+            raise PermissionDenied("another tenant's receipts need an API key with the scope admin")
         front = gateway.front
         if front.accounts.ledger is None or front.signer is None:
             raise Unavailable("this router keeps no ledger")
@@ -146,18 +154,24 @@ class HttpServer:
         await asyncio.gather(self._serving, return_exceptions=True)
 
 
-async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
-    """Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form."""
+async def start_http(front: Front, config: GatewayConfig, security: ProcessSecurity = OPEN) -> HttpServer:
+    """security: with TLS, its certificate is this server's too.
+
+    Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form.
+    """
     gateway = Gateway(front, config)
     measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", "/healthz"])
     host, port = parse_address(config.http_address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    security.check_listening(config.http_address, flag="--http-address")
+    path = host.removeprefix(UNIX) if host.startswith(UNIX) else ""
+    family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio sets TCP_NODELAY only where it is: without that, each answer waits 40 ms for
     # the client's delayed acknowledgement between head and body.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = socket.socket(family, socket.SOCK_STREAM, 0 if path else socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host.strip("[]"), port))
+        with private_files() if path else contextlib.nullcontext():
+            listener.bind(path or (bare_host(host), port))
         listener.listen(1024)
     except OSError as err:
         listener.close()
@@ -172,6 +186,7 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
             timeout_graceful_shutdown=math.ceil(config.grace_s + ENDING_S),
             timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
+            ssl_context_factory=_tls_of(security),
         )
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -180,4 +195,10 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
     ready.cancel()
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
-    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}", gateway, measures)
+    port = 0 if path else listener.getsockname()[1]
+    return HttpServer(server, serving, join_address(host, port), gateway, measures)
+
+
+def _tls_of(security: ProcessSecurity) -> Callable[..., ssl.SSLContext] | None:
+    files = security.files
+    return None if files is None else lambda *_: http_context(files)
