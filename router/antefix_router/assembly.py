@@ -156,5 +156,5 @@ class Router:
     def metrics(self) -> Iterable[Metric]:
         """What it shows, beside its HTTP door's own. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
-        yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory)
+        yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
         yield from router_metrics(self.counters, self.memory, self.feed)

@@ -21,7 +21,7 @@ from antefix_billing.ratecard import RateCards, load_cards
 from antefix_billing.receipt import Signer
 from antefix_billing.tenants import CONTROL, TenantBook, load_tenants
 from antefix_router.accounting import Accounts
-from antefix_router.answers import RetryConfig
+from antefix_router.answers import RetryConfig, Run
 from antefix_router.encoding import Encoding
 from antefix_router.generation import Generator, OutputPiece
 from antefix_router.grammar_check import GrammarCheck
@@ -52,8 +52,27 @@ class BillingConfig(RetryConfig):
         require(bool(self.ledger_dir) or not self.receipt_key_file, "--receipt-key-file needs --ledger-dir")
 
 
-class Front:
-    """The door behind the doors."""
+class BilledFront:
+    """What is behind every door: who may call, the bill, receipts. run: makes the output of an admitted request."""
+
+    def __init__(self, run: Run, accounts: Accounts, *, tenants: TenantBook, signer: Signer | None) -> None:
+        self.accounts = accounts
+        self.tenants = tenants
+        self.signer = signer
+        self.prefixes = PrefixWatch()
+        self._run = run
+
+    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
+        """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
+        return self.accounts.run(bill, self._run, timeout_s)
+
+    async def close(self) -> None:
+        """Settle what is running."""
+        await self.accounts.close()
+
+
+class Front(BilledFront):
+    """The door behind the doors of our own workers."""
 
     def __init__(
         self,
@@ -65,15 +84,12 @@ class Front:
         tenants: TenantBook,
         signer: Signer | None,
     ) -> None:
-        self.accounts = accounts
+        # Looked up at each request: where nothing runs, as in a dry run, there is no generator.
+        super().__init__(lambda *args: generator.run(*args), accounts, tenants=tenants, signer=signer)
         self.identity = identity
         self.tokenizer = tokenizer
-        self.tenants = tenants
-        self.signer = signer
         self.encoding = Encoding()
         self.grammars = GrammarCheck(identity.path, identity.vocab_size)
-        self._prefixes = PrefixWatch()
-        self._generator = generator
 
     async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
         """Check a request and open its bill; without an id it gets one.  retryable: see `Accounts.admit`.
@@ -98,16 +114,12 @@ class Front:
         if not caller.request_id:
             request = replace(request, caller=replace(caller, request_id=secrets.token_hex(12)))
         bill = await self.accounts.admit(request, retryable=retryable)
-        bill.prefix_volatile = self._prefixes.note(request.cache_tenant, request.tokens)
+        bill.prefix_volatile = self.prefixes.note(request.cache_tenant, request.tokens)
         return bill
-
-    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
-        return self.accounts.run(bill, self._generator.run, timeout_s)
 
     async def close(self) -> None:
         """Settle what is running, and end what checks grammars."""
-        await self.accounts.close()
+        await super().close()
         await self.grammars.close()
 
     def _check_tokens(self, tokens: Tokens, max_tokens: int) -> None:
@@ -151,18 +163,17 @@ def open_front(
     fingerprint: bytes,
 ) -> Front:
     """Raises:  ConfigError: a file or directory named in the settings cannot be used.  LedgerCorrupt: see there."""
+    served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
+    accounts, tenants, signer = open_books(config, served, keyring)
+    return Front(generator, accounts, identity=identity, tokenizer=tokenizer, tenants=tenants, signer=signer)
+
+
+def open_books(config: BillingConfig, served: Served, keyring: Keyring) -> tuple[Accounts, TenantBook, Signer | None]:
+    """What the settings name for the bill.  Raises: as `open_front`."""
     tenants = load_tenants(config.tenants_file) if config.tenants_file else TenantBook()
     cards = load_cards(config.ratecards) if config.ratecards else RateCards()
     ledger = Ledger(config.ledger_dir) if config.ledger_dir else None
-    served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
-    signer = None
-    if ledger is not None:
-        signer = Signer.create(Path(config.receipt_key_file or ledger.directory / "receipts.key"))
-    return Front(
-        generator,
-        Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants, retries=config),
-        identity=identity,
-        tokenizer=tokenizer,
-        tenants=tenants,
-        signer=signer,
-    )
+    accounts = Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants, retries=config)
+    if ledger is None:
+        return accounts, tenants, None
+    return accounts, tenants, Signer.create(Path(config.receipt_key_file or ledger.directory / "receipts.key"))

@@ -27,7 +27,7 @@ from antefix_router.gateway.access import Access, HttpMeasures
 from antefix_router.gateway.anthropic import count_tokens, prepare_messages
 from antefix_router.gateway.chat import prepare_chat
 from antefix_router.gateway.completions import list_models, prepare_completion
-from antefix_router.gateway.gateway import Gateway
+from antefix_router.gateway.gateway import Door, Gateway
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import Call, Endpoint, Room
 from antefix_router.gateway.http_errors import NotFound, Provider, error_response
@@ -62,19 +62,31 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -
         Route("/v1/messages/count_tokens", partial(count_tokens, gateway), methods=["POST"]),
         Route("/v1/models", partial(list_models, gateway), methods=["GET"]),
         Route("/v1/models/{name:path}", partial(list_models, gateway), methods=["GET"]),
-        Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, gateway), methods=["GET"]),
-        Route("/v1/usage/public_key", partial(_public_key, gateway), methods=["GET"]),
+        *common_routes(gateway),
+    ]
+    return application(routes, measures)
+
+
+def common_routes(door: Door) -> list[Route]:
+    """What every door has besides its APIs."""
+    return [
+        Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, door), methods=["GET"]),
+        Route("/v1/usage/public_key", partial(_public_key, door), methods=["GET"]),
         Route("/healthz", _healthz, methods=["GET"]),
     ]
+
+
+def application(routes: list[Route], measures: HttpMeasures) -> Starlette:
+    """With the access log, and errors in our own shapes."""
     access = Middleware(Access, measures=measures)
     return Starlette(routes=routes, middleware=[access], exception_handlers={HTTPException: _http_error})
 
 
-async def _receipt(gateway: Gateway, request: Request) -> Response:
+async def _receipt(gateway: Door, request: Request) -> Response:
     """A tenant's own request's receipt."""
     try:
         tenant = gateway.tenant(request)
-        front = gateway.front
+        front = gateway.books
         if front.accounts.ledger is None or front.signer is None:
             raise Unavailable("this router keeps no ledger")
         request_id = request.path_params["request_id"]
@@ -86,8 +98,8 @@ async def _receipt(gateway: Gateway, request: Request) -> Response:
         return error_response(err, Provider.OPENAI)
 
 
-async def _public_key(gateway: Gateway, request: Request) -> Response:
-    signer = gateway.front.signer
+async def _public_key(gateway: Door, request: Request) -> Response:
+    signer = gateway.books.signer
     if signer is None:
         return error_response(Unavailable("this router keeps no ledger"), Provider.OPENAI)
     return JSONResponse({"algorithm": "Ed25519", "public_key": signer.public_key.hex()})
@@ -129,7 +141,7 @@ class HttpServer:
     """A started gateway."""
 
     def __init__(
-        self, server: _Server, serving: asyncio.Task[None], address: str, gateway: Gateway, measures: HttpMeasures
+        self, server: _Server, serving: asyncio.Task[None], address: str, gateway: Door, measures: HttpMeasures
     ) -> None:
         self.gateway = gateway
         self.measures = measures
@@ -150,6 +162,11 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
     """Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form."""
     gateway = Gateway(front, config)
     measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", "/healthz"])
+    return await serve_door(gateway, build_app(gateway, config, measures), config, measures)
+
+
+async def serve_door(door: Door, app: Starlette, config: GatewayConfig, measures: HttpMeasures) -> HttpServer:
+    """Raises:  ConfigError: the address cannot be listened on."""
     host, port = parse_address(config.http_address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio sets TCP_NODELAY only where it is: without that, each answer waits 40 ms for
@@ -164,7 +181,7 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
         raise ConfigError(f"--http-address {config.http_address}: {err}") from err
     server = _Server(
         uvicorn.Config(
-            build_app(gateway, config, measures),
+            app,
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -180,4 +197,4 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
     ready.cancel()
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
-    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}", gateway, measures)
+    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}", door, measures)
