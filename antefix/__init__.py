@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from antefix.errors import StoreFull as StoreFull
     from antefix.errors import Unauthenticated as Unauthenticated
     from antefix.errors import Unavailable as Unavailable
+    from antefix.generation_request import Breakpoint as Breakpoint
     from antefix.generation_request import Caller as Caller
     from antefix.generation_request import GenerationRequest as GenerationRequest
     from antefix.layout import BlockLayout as BlockLayout
@@ -101,7 +102,7 @@ _NAMES = {
         "FingerprintMismatch InternalError InvalidRequest LeaseExpired ModelError Overloaded PermissionDenied "
         "QuotaExceeded ResourceExhausted StoreFull Unauthenticated Unavailable"
     ),
-    "antefix.generation_request": "Caller GenerationRequest",
+    "antefix.generation_request": "Breakpoint Caller GenerationRequest",
     "antefix.layout": "BlockLayout KVFormat KVGeometry",
     "antefix.miss_reason": "MissReason",
     "antefix.record": "BlockFate LookupResult PutResult Record RecordKind",

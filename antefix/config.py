@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,9 +22,18 @@ T = TypeVar("T")
 GRACE_S = 120.0
 
 
-def setting(default: Any, help_text: str, *, unit: str = "") -> Any:
-    """A dataclass field with its help text; `unit` is one of "", "bytes", "s", "tokens"."""
-    return dataclasses.field(default=default, metadata={"help": help_text, "unit": unit})
+def setting(default: Any, help_text: str, *, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its help text; `unit` is one of "", "bytes", "s", "tokens".
+
+    choices: all values that it may have; `check_choices` refuses others.
+    """
+    return dataclasses.field(default=default, metadata={"help": help_text, "unit": unit, "choices": choices})
+
+
+def same_setting(config_type: type[Any], name: str) -> Any:
+    """A field of another service's settings, with the same default and help: the two must be given alike."""
+    (field,) = (each for each in _fields(config_type) if each.name == name)
+    return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 def grace_setting() -> Any:
@@ -32,19 +41,60 @@ def grace_setting() -> Any:
     return setting(GRACE_S, "how long calls that run may take after it was told to stop; then they end", unit="s")
 
 
-def add_flags(parser: argparse.ArgumentParser, config_type: type[Any]) -> None:
-    """One flag a field, without defaults: a flag that was not given must not hide the environment or the file."""
+def add_flags(parser: argparse._ActionsContainer, config_type: type[Any], names: Collection[str] = ()) -> None:
+    """One flag per field, without defaults: a flag that was not given must not hide the environment or the file.
+
+    names: of the fields that are meant; none: all.
+    """
     for field in _fields(config_type):
+        if names and field.name not in names:
+            continue
         unit = f" [{field.metadata['unit']}]" if field.metadata.get("unit") else ""
+        # A flag that turns something on may be given alone.
+        alone: dict[str, Any] = {"nargs": "?", "const": "true"} if _kind(field) == "bool" else {}
         parser.add_argument(
-            "--" + field.name.replace("_", "-"),
+            _flag_of(field),
             dest=f"setting_{field.name}",
             metavar=_metavar(field),
             default=None,
             help=f"{field.metadata.get('help', '')}{unit} (default: {_shown(field.default)})".replace("%", "%%"),
+            **alone,
         )
+
+
+def add_file_flags(parser: argparse.ArgumentParser) -> None:
+    """Of a service: where its settings may stand besides."""
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings; flags and environment win over it")
     parser.add_argument("--print-config", action="store_true", help="print the settings in force as JSON, and stop")
+
+
+def given_flags(config_type: type[Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given as flags, parsed.  Raises:  ConfigError: a value that does not parse."""
+    found = {field: getattr(args, f"setting_{field.name}", None) for field in _fields(config_type)}
+    return {
+        field.name: parse_value(field, value, source=_flag_of(field))
+        for field, value in found.items()
+        if value is not None
+    }
+
+
+def flags_of(config_type: type[Any], config: Any, names: Collection[str] = ()) -> list[str]:
+    """Flags with which a process gets these fields of `config`, which may have more. names: as for `add_flags`."""
+    flags: list[str] = []
+    for field in _fields(config_type):
+        if names and field.name not in names:
+            continue
+        value = getattr(config, field.name)
+        flags += [_flag_of(field), ",".join(value) if isinstance(value, tuple) else _as_flag(value)]
+    return flags
+
+
+def check_choices(config: Any) -> None:
+    """Raises:  ConfigError: a setting has a value that is not among its choices."""
+    for field in _fields(type(config)):
+        choices, value = field.metadata.get("choices") or (), getattr(config, field.name)
+        if choices and value not in choices:
+            raise ConfigError(f"{field.name} must be {_either(choices)}, is {value!r}")
 
 
 def resolve(
@@ -65,12 +115,12 @@ def resolve(
     names = {field.name for field in _fields(config_type)}
     if unknown := sorted(set(from_file) - names):
         raise ConfigError(f"unknown settings in [{section}] of {args.config}: {', '.join(unknown)}")
+    values.update(given_flags(config_type, args))
     for field in _fields(config_type):
-        flag = getattr(args, f"setting_{field.name}", None)
         variable = f"ANTEFIX_{section}_{field.name}".upper()
-        if flag is not None:
-            values[field.name] = parse_value(field, flag, source="--" + field.name.replace("_", "-"))
-        elif variable in environ:
+        if field.name in values:
+            continue
+        if variable in environ:
             values[field.name] = parse_value(field, environ[variable], source=variable)
         elif field.name in from_file:
             values[field.name] = parse_value(field, from_file[field.name], source=f"{args.config}: {field.name}")
@@ -122,7 +172,22 @@ def _kind(field: dataclasses.Field[Any]) -> str:
     return field.type if isinstance(field.type, str) else str(getattr(field.type, "__name__", field.type))
 
 
+def _flag_of(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
+
+
+def _as_flag(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _either(choices: Sequence[str]) -> str:
+    *first, last = choices
+    return f"{', '.join(first)} or {last}"
+
+
 def _metavar(field: dataclasses.Field[Any]) -> str:
+    if field.metadata.get("choices"):
+        return "|".join(field.metadata["choices"])
     if field.metadata.get("unit") == "bytes":
         return "SIZE"
     return {"int": "N", "float": "X", "bool": "true|false"}.get(_kind(field), "VALUE")
@@ -131,7 +196,7 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
 def _shown(default: Any) -> str:
     if default in ("", ()):
         return "none"
-    return str(default).lower() if isinstance(default, bool) else str(default)
+    return _as_flag(default)
 
 
 def _parse_bool(value: Any) -> bool:

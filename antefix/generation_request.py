@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,9 +45,16 @@ class Caller:
         return f"{self.tenant}\x1f{self.user}" if self.user else self.tenant
 
 
+class Breakpoint(NamedTuple):
+    """A client's cache breakpoint: the prompt's first `num_tokens` are to be kept for `ttl_s` seconds."""
+
+    num_tokens: int
+    ttl_s: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GenerationRequest:
-    """tokens: the prompt.  breakpoints: (prompt tokens, seconds) of prefixes that the client wants kept.
+    """tokens: the prompt.  breakpoints: prefixes that the client wants kept.
 
     num_samples: outputs over the one prompt; each has a seed of its own.
     model: which one, where there are several.  content: what else decides the answer, beyond tokens and sampling.
@@ -56,7 +64,7 @@ class GenerationRequest:
     tokens: Tokens
     sampling: Sampling
     caller: Caller = field(default_factory=Caller)
-    breakpoints: tuple[tuple[int, float], ...] = ()
+    breakpoints: tuple[Breakpoint, ...] = ()
     num_samples: int = 1
     model: str = ""
     content: bytes = b""

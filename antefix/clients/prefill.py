@@ -11,6 +11,7 @@ from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import PrefillStatus, prefill_status_from_wire
 from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
+from antefix.security.identity import Role
 from antefix.telemetry.context import outgoing
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_from_wire, tokens_to_wire
@@ -27,6 +28,8 @@ class Prefilled:
 class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
     """Calls to one prefill worker."""
 
+    _of = Role.PREFILL
+
     def _make_stub(self, channel: grpc.aio.Channel) -> prefill_pb2_grpc.PrefillServiceStub:
         return prefill_pb2_grpc.PrefillServiceStub(channel)
 
@@ -39,7 +42,7 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
             request_id=request.request_id, tenant=request.cache_tenant, prompt=tokens_to_wire(request.tokens)
         )
         for num_tokens, ttl_s in request.breakpoints:
-            message.keep.add(num_tokens=num_tokens, ttl_s=ttl_s)
+            message.breakpoints.add(num_tokens=num_tokens, ttl_s=ttl_s)
         with rpc.rpc_errors():
             response = await self._stub.Prefill(message, timeout=timeout_s, metadata=outgoing())
         return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))

@@ -36,6 +36,7 @@ from antefix.model.mhc import sinkhorn
 from antefix.model.model import Model
 from antefix.model.norms_rope import rms_norm
 from antefix.model.ops import HCA_SEGMENT, KEY_TILE
+from antefix.model.packed import PackedForm, PackedLinear, PackedMatrix, PackedStack
 from antefix.model.quant import value_dtype
 from antefix.model.setup import Setup, setup_of
 
@@ -112,6 +113,9 @@ def probe(
     is_card = setup.card != ""
     # A card's attention kernels are not probed: which they are is part of the name.
     salt = f"{setup.card} kernels {kernels}" if is_card else ""
+    if model.dtype is torch.bfloat16:
+        # Sinks, mixing weights and biases: earlier versions rounded them too, and they are not probed.
+        salt += " float32 parameters"
     with torch.inference_mode():
         key = arithmetic_cache.key(setup, prefix, salt, [f"{step.label} {step.shape} {step.dtype}" for step in steps])
         sample = _digest(_sample(steps), model.device, salt)
@@ -150,6 +154,7 @@ def _products(model: Model) -> Iterator[Step]:
     wide = numerics.wide(dtype)
     for addends, columns in sorted(_matrices(model)):
         yield _linear(addends, columns, dtype)
+    yield from _packed_products(model)
     mixing = (2 + config.hc_mult) * config.hc_mult
     for columns in (mixing, config.hc_mult):
         yield _linear(config.hc_mult * config.hidden_size, columns, wide)
@@ -172,6 +177,7 @@ def _products(model: Model) -> Iterator[Step]:
 def _on_card(model: Model) -> Iterator[Step]:
     for addends, columns in sorted(_matrices(model)):
         yield _linear(addends, columns, model.dtype)
+    yield from _packed_products(model)
     for width in sorted({model.config.hidden_size, model.config.q_lora_rank}):
         norm = functools.partial(rms_norm, weight=None, eps=model.config.rms_norm_eps)
         yield _function(f"norm of {width}", norm, width, model.dtype)
@@ -188,9 +194,25 @@ def _matrices(model: Model) -> set[tuple[int, int]]:
     return found | _matrices_of_experts(model)
 
 
+def _packed_products(model: Model) -> Iterator[Step]:
+    """Products with packed weights, once per form and shape: how weights are packed, and whether inputs are rounded, is
+    part of the name."""
+    found: set[tuple[PackedForm, int, int]] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | PackedStack):
+            shape = module.shape[1:] if isinstance(module, PackedStack) else (module.out_features, module.in_features)
+            columns, addends = shape
+            groups = model.config.o_groups if name.endswith("o_a_proj") else 1
+            found.add((module.form, addends, columns // groups))
+    for form, addends, columns in sorted(found, key=lambda key: (key[0].label, key[0].rounds_inputs, *key[1:])):
+        yield _packed(form, addends, columns, model.dtype)
+
+
 def _matrices_of_experts(model: Model) -> set[tuple[int, int]]:
     config = model.config
     hidden, inner = config.hidden_size, config.moe_intermediate_size
+    if any(isinstance(module, PackedStack) for module in model.modules()):
+        return {(hidden, config.num_experts)}
     return {(hidden, 2 * inner), (hidden, inner), (inner, hidden), (hidden, config.num_experts)}
 
 
@@ -203,6 +225,24 @@ def _linear(addends: int, columns: int, dtype: torch.dtype) -> Step:
         return numerics.linear(x, numbers((probed, addends), salt, x.dtype, x.device))
 
     return Step(f"{addends} x {columns}", dtype, (_ROWS, addends), _ROW_CUTS, run, note=note)
+
+
+def _packed(form: PackedForm, addends: int, columns: int, dtype: torch.dtype) -> Step:
+    """x times a packed matrix of weights, transposed."""
+    probed = min(columns, COLUMNS_MAX)
+    note = "" if probed == columns else f"{columns} columns of {addends} addends, {form.label}: probed as {probed}"
+    inputs = "rounded inputs" if form.rounds_inputs else "plain inputs"
+
+    def run(x: Tensor, salt: int) -> Tensor:
+        shape = torch.Size((probed, addends))
+        drawn = numbers(form.code_shape(shape), salt, torch.float32, x.device)
+        codes = (drawn * 128).to(torch.int32).to(torch.uint8) if form.is_fp4 else drawn.to(torch.float8_e4m3fn)
+        powers = (numbers(form.scale_shape(shape), salt + 1, torch.float32, x.device) * 4).round().exp2()
+        matrix = PackedMatrix(codes, powers.to(form.scale_dtype), form.block, form.rounds_inputs)
+        return numerics.linear(x, matrix)
+
+    label = f"{addends} x {columns}, {form.label}, {inputs}"
+    return Step(label, dtype, (_ROWS, addends), _ROW_CUTS, run, note=note)
 
 
 def _weighted(addends: int, columns: int, dtype: torch.dtype) -> Step:

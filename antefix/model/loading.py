@@ -1,30 +1,38 @@
 """Checkpoints in and out: a Hugging Face directory of config.json and safetensors files, sharded or not.
 
-A load is all or nothing: every tensor is accounted for by name and shape before a model is returned.
+A load is all or nothing: every tensor is accounted for by name, type and shape before a byte of weights is read. Then
+files are read in order, span by span, each straight to where its tensors will stay: besides the model itself a load
+takes two spans of host memory.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from antefix.errors import ConfigError, ModelError
 from antefix.layout import KVFormat
+from antefix.model.checkpoint import SINGLE, read_checkpoint
+from antefix.model.load_plan import LoadPlan, dtype_of, plan_load
 from antefix.model.model import Model
 from antefix.model.model_config import ModelConfig, read_config
-from antefix.model.names import TensorTarget, checkpoint_name, expert_name, target_of
+from antefix.model.names import checkpoint_name, expert_name
 from antefix.model.norms_rope import inverse_frequencies
+from antefix.model.read_spans import fill
 
 log = logging.getLogger("antefix.model")
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+_LOG_EVERY_S = 10.0
+
+# Called with bytes read and bytes in all.
+Progress = Callable[[int, int], None]
 
 
 def load_model(
@@ -33,29 +41,48 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     kv_format: KVFormat = KVFormat.FP8,
+    rounds_inputs: bool = True,
+    progress: Progress | None = None,
 ) -> Model:
-    """Load a `deepseek_v4` directory for inference (no gradients).
+    """Load a `deepseek_v4` directory for inference (no gradients). Packed weights stay packed.
 
+    rounds_inputs: round inputs of packed products to FP8, as the released code does.
+    progress: called after every span; by default a line in the log every ten seconds.
     Raises:  ModelError: a file or tensor is missing, misshapen, unexpected or unreadable; the message names it.
         ConfigError: the device is none, or cannot be used here.
     """
     check_device(device)
     directory = Path(path)
-    config = ModelConfig.from_dir(directory)
-    for note in config.notes:
+    model, plan = plan_model(directory, kv_format=kv_format, rounds_inputs=rounds_inputs)
+    for note in model.config.notes:
         log.warning("%s: %s", directory / "config.json", note)
+    state = {
+        name: torch.empty(tensor.shape, dtype=dtype_of(name, tensor, dtype), device=device)
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings
+    }
+    fill(state, plan.copies, progress or _LogProgress(directory))
+    _check_scales(state)
+    if model.config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, strict=True, assign=True)
+    # These two are derived, not stored; they stay float32 whatever the model's dtype.
+    model.rope_main = inverse_frequencies(model.config.rope_main, model.config.geometry.rope_dim).to(device)
+    model.rope_compress = inverse_frequencies(model.config.rope_compress, model.config.geometry.rope_dim).to(device)
+    return model.requires_grad_(False).eval()
+
+
+def plan_model(
+    directory: Path, *, kv_format: KVFormat = KVFormat.FP8, rounds_inputs: bool = True
+) -> tuple[Model, LoadPlan]:
+    """A directory's model without memory, its packed modules in place, and what would be read into it.
+
+    Raises:  ModelError: as `load_model`.
+    """
+    config = ModelConfig.from_dir(directory)
     with torch.device("meta"):
         model = Model(config, kv_format=kv_format)
-    files = checkpoint_files(directory)
-    tensors = _assemble(model, files)
-    if config.tie_word_embeddings:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    placed = {name: _place(tensor, device, dtype) for name, tensor in tensors.items()}
-    model.load_state_dict(placed, strict=True, assign=True)
-    # These two are derived, not stored; they stay float32 whatever the model's dtype.
-    model.rope_main = inverse_frequencies(config.rope_main, config.geometry.rope_dim).to(device)
-    model.rope_compress = inverse_frequencies(config.rope_compress, config.geometry.rope_dim).to(device)
-    return model.requires_grad_(False).eval()
+    return model, plan_load(model, read_checkpoint(directory), rounds_inputs=rounds_inputs)
 
 
 def check_device(device: str | torch.device) -> None:
@@ -73,8 +100,10 @@ def check_device(device: str | torch.device) -> None:
 def save_model(model: Model, path: str | Path, *, config: dict[str, object] | None = None) -> None:
     """Write a directory that `load_model` and transformers read. `config` becomes config.json.
 
-    Raises:  ModelError: no config given and none in the directory.
+    Raises:  ModelError: no config given and none in the directory, or the model's weights are packed.
     """
+    if any(name.endswith(".codes") for name in model.state_dict()):
+        raise ModelError("packed weights are not written: the directory that they were loaded from has them")
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     if config is not None:
@@ -88,90 +117,32 @@ def save_model(model: Model, path: str | Path, *, config: dict[str, object] | No
             tensors.update(_split_experts(name, tensor.detach().cpu()))
         else:
             tensors[checkpoint_name(name)] = tensor.detach().cpu().contiguous().clone()
-    save_file(tensors, directory / _SINGLE, metadata={"format": "pt"})
+    save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
 
 
-def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sorted by name. Raises ModelError when one is missing."""
-    index = directory / _INDEX
-    if not index.exists():
-        if not (directory / _SINGLE).is_file():
-            raise ModelError(f"{directory} holds neither {_SINGLE} nor {_INDEX}")
-        return [directory / _SINGLE]
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted({directory / str(name) for name in weight_map.values()})
-    except (OSError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as err:
-        raise ModelError(f"cannot read {index}: {err}") from err
-    for file in files:
-        if file.parent != directory or not file.is_file():
-            raise ModelError(f"{index} names {file.name}, which is not in {directory}")
-    return files
+def _check_scales(state: dict[str, Tensor]) -> None:
+    """A scale that is no number would make a block of a layer, and then every answer, no number."""
+    for name, tensor in state.items():
+        if name.endswith(".scales") and not bool(torch.isfinite(tensor.float()).all()):
+            raise ModelError(f"scales of {checkpoint_name(name.removesuffix('scales') + 'weight')} are not all numbers")
 
 
-def _assemble(model: Model, files: list[Path]) -> dict[str, Tensor]:
-    """Every tensor of the model from the files, experts stacked, each checked by name and shape."""
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del wanted["lm_head.weight"]
-    found: dict[str, Tensor] = {}
-    experts: dict[str, dict[tuple[int, int], Tensor]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 (a safetensors reader is not a dict)
-                    _take(name, reader.get_tensor(name), wanted, found, experts)
-        except (SafetensorError, OSError) as err:
-            raise ModelError(f"cannot read {file}: {err}") from err
-    for name, parts in experts.items():
-        found[name] = _stack_experts(name, parts, wanted[name])
-    missing = sorted(wanted.keys() - found.keys())
-    if missing:
-        raise ModelError(f"tensor {checkpoint_name(missing[0])} is missing ({len(missing)} in all)")
-    return found
+class _LogProgress:
+    """A line every ten seconds, none for what loads at once."""
 
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._started = self._said = time.monotonic()
 
-def _take(
-    name: str,
-    tensor: Tensor,
-    wanted: dict[str, torch.Size],
-    found: dict[str, Tensor],
-    experts: dict[str, dict[tuple[int, int], Tensor]],
-) -> None:
-    target = target_of(name)
-    if target is None:
-        return
-    if target.name == "lm_head.weight" and target.name not in wanted:
-        return  # A tied head that was saved all the same.
-    if target.name not in wanted:
-        raise ModelError(f"unexpected tensor {name}: the config has no place for it")
-    if not tensor.is_floating_point() and not name.endswith("tid2eid"):
-        raise ModelError(f"tensor {name} has type {tensor.dtype}; only floating point weights can be loaded")
-    if target.expert is not None:
-        _check_shape(name, tensor, _part_shape(target, wanted[target.name]))
-        experts.setdefault(target.name, {})[target.expert, target.part] = tensor
-        return
-    _check_shape(name, tensor, wanted[target.name])
-    found[target.name] = tensor
-
-
-def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise ModelError(f"tensor {name} has shape {list(tensor.shape)}, the config asks for {list(shape)}")
-
-
-def _part_shape(target: TensorTarget, stack: torch.Size) -> torch.Size:
-    return torch.Size((stack[1], stack[2]) if target.part == 2 else (stack[1] // 2, stack[2]))
-
-
-def _stack_experts(name: str, parts: dict[tuple[int, int], Tensor], stack: torch.Size) -> Tensor:
-    num_parts = (1, 3) if name.endswith("gate_up_proj") else (2,)
-    wanted = {(expert, part) for expert in range(stack[0]) for part in num_parts}
-    for expert, part in sorted(wanted - parts.keys()):
-        raise ModelError(f"tensor {expert_name(name, expert, part)} is missing")
-    for expert, part in sorted(parts.keys() - wanted):
-        raise ModelError(f"unexpected tensor {expert_name(name, expert, part)}: the config has {stack[0]} experts")
-    return torch.stack([torch.cat([parts[expert, part] for part in num_parts]) for expert in range(stack[0])])
+    def __call__(self, num_read: int, num_bytes: int) -> None:
+        now = time.monotonic()
+        if now - self._said < _LOG_EVERY_S:
+            return
+        self._said = now
+        gib, rate = 1 << 30, num_read / (now - self._started)
+        log.info(
+            "loading %s: %.1f of %.1f GiB, %.2f GiB/s", self._directory, num_read / gib, num_bytes / gib, rate / gib
+        )
 
 
 def _split_experts(name: str, stack: Tensor) -> dict[str, Tensor]:
@@ -181,11 +152,3 @@ def _split_experts(name: str, stack: Tensor) -> dict[str, Tensor]:
         for part, piece in pieces.items():
             tensors[expert_name(name, expert, part)] = piece.contiguous().clone()
     return tensors
-
-
-def _place(tensor: Tensor, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-    return (
-        tensor.to(device=device, dtype=dtype)
-        if tensor.is_floating_point()
-        else tensor.to(device=device, dtype=torch.long)
-    )

@@ -17,7 +17,7 @@ from antefix.errors import InvalidRequest, ModelError
 from antefix.layout import KVGeometry, per_layer
 from antefix.rope import RopeConfig, YarnScaling, read_ropes
 
-__all__ = ["SCORING_FUNCTIONS", "ModelConfig", "RopeConfig", "YarnScaling", "read_config"]
+__all__ = ["SCORING_FUNCTIONS", "ModelConfig", "Quantization", "RopeConfig", "YarnScaling", "read_config"]
 
 # Not softmax: transformers cannot run it with V4, so there is nothing to hold ours against (DeepSeek's own code does
 # not norm its weights, as it does the others').
@@ -29,11 +29,25 @@ _ALIASES = {"moe_intermediate_size": "intermediate_size", "n_routed_experts": "n
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """How a config says that weights are packed; which tensors are, the files say.
+
+    block: rows and addends that share one FP8 scale.  expert_dtype: "fp4", "fp8", or empty where it is not said.
+    """
+
+    block: tuple[int, int] = (128, 128)
+    expert_dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Everything the architecture needs. Layer kinds and KV sizes live in `geometry`.
 
     hash_routed[l]: layer l's experts come from a token-id table instead of a learned top-k.
     eos_token_ids: any of them ends an answer.
+    quantization: None where no weight may be packed.
+    draft: "mtp" for the layer that predicts a token further, "dspark" for the later releases' modules, empty for none;
+        num_draft_layers: how many layers that is.
     notes: what of the config is ignored, or computed otherwise than by transformers; said once when a model loads.
     """
 
@@ -64,6 +78,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
+    quantization: Quantization | None = None
+    draft: str = ""
+    num_draft_layers: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -104,8 +121,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def _parse(config: Mapping[str, Any]) -> ModelConfig:
     if config.get("model_type") != "deepseek_v4":
         raise ModelError(f"model_type must be deepseek_v4, is {config.get('model_type')!r}")
-    if config.get("quantization_config"):
-        raise ModelError("quantised checkpoints cannot be loaded; convert the weights to bfloat16 or float32 first")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ModelError(f"config field hidden_act must be 'silu', is {config['hidden_act']!r}")
     _require(config, "num_key_value_heads", 1, 1)
@@ -116,7 +131,9 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
         raise ModelError("config field per_layer_config cannot be honoured: all layers of a kind are alike here")
     geometry = KVGeometry.from_config(config)
     ropes = read_ropes(config, geometry.head_dim)
-    notes = ropes.notes
+    quantization, quantization_notes = _quantization(config)
+    draft, num_draft_layers = _draft(config)
+    notes = ropes.notes + quantization_notes
     if _flag(config, "attention_bias"):
         notes += ("attention_bias is ignored, as transformers ignores it: V4's attention has no biases",)
     index_num_heads = _count(config, "index_n_heads", 64)
@@ -154,6 +171,9 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
         eos_token_ids=_eos(config.get("eos_token_id", 1)),
         tie_word_embeddings=_flag(config, "tie_word_embeddings"),
         initializer_range=_number(config, "initializer_range", 0.02, zero=True),
+        quantization=quantization,
+        draft=draft,
+        num_draft_layers=num_draft_layers,
         notes=notes,
     )
     _check(parsed)
@@ -207,6 +227,41 @@ def _number(config: Mapping[str, Any], name: str, default: float, *, zero: bool 
         kind = "zero or a positive" if zero else "a positive"
         raise ModelError(f"config field {name} must be {kind} number, is {value!r}")
     return float(value)
+
+
+def _quantization(config: Mapping[str, Any]) -> tuple[Quantization | None, tuple[str, ...]]:
+    """What `quantization_config` and `expert_dtype` say, and a note where activations' rounding is a guess."""
+    given = config.get("quantization_config")
+    if not given:
+        return None, ()
+    if not isinstance(given, Mapping):
+        raise ModelError(f"config field quantization_config must be an object, is {given!r:.100}")
+    # What a missing field means comes first.
+    for field, known in {"quant_method": ("fp8",), "fmt": ("e4m3",), "activation_scheme": ("dynamic",)}.items():
+        if given.get(field, known[0]) not in known:
+            raise ModelError(f"quantization_config.{field} must be {known[0]!r}, is {given[field]!r}")
+    block = given.get("weight_block_size") or [128, 128]
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
+        raise ModelError(f"quantization_config.weight_block_size must be two positive integers, is {block!r:.100}")
+    expert_dtype = config.get("expert_dtype") or ""
+    if expert_dtype not in ("", "fp4", "fp8"):
+        raise ModelError(f"config field expert_dtype must be 'fp4' or 'fp8', is {expert_dtype!r}")
+    notes: tuple[str, ...] = ()
+    if given.get("scale_fmt") != "ue8m0":
+        notes = (
+            f"quantization_config.scale_fmt is {given.get('scale_fmt')!r}: activations are rounded with power-of-two"
+            " scales all the same, as DeepSeek-V4's own code does by default",
+        )
+    return Quantization(block=(block[0], block[1]), expert_dtype=expert_dtype), notes
+
+
+def _draft(config: Mapping[str, Any]) -> tuple[str, int]:
+    number = config.get("num_nextn_predict_layers") or 0
+    if type(number) is not int or number < 0:
+        raise ModelError(f"config field num_nextn_predict_layers must be a non-negative integer, is {number!r}")
+    if any(field.startswith("dspark_") for field in config):
+        return "dspark", number
+    return ("mtp", number) if number else ("", 0)
 
 
 def _hash_routed(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from antefix.model.model_config import ModelConfig
 from antefix.model.numerics import has_kernels, linear, multiply_each, sigmoid, silu, softplus, wide
+from antefix.model.packed import PackedStack
 
 
 class ExpertRouter(nn.Module):
@@ -46,11 +47,14 @@ class ExpertRouter(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts' weights: `gate_up_proj` [E, 2I, D] (gate rows first), `down_proj` [E, D, I]."""
+    """All routed experts' weights: `gate_up_proj` [E, 2I, D] (gate rows first), `down_proj` [E, D, I]; packed are both
+    or none."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         inner, hidden = config.moe_intermediate_size, config.hidden_size
+        self.gate_up_proj: nn.Parameter | PackedStack
+        self.down_proj: nn.Parameter | PackedStack
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, inner))
         self.limit = config.swiglu_limit
@@ -118,10 +122,17 @@ class MoE(nn.Module):
         from antefix_kernels import tokens
 
         stacks = self.experts
-        routing = products.route(experts_NK, len(stacks.gate_up_proj))
-        gate_up = products.multiply_routed(x_ND, stacks.gate_up_proj, routing, gathered=True)
-        inner = tokens.swiglu(gate_up, stacks.limit)
-        rows = products.multiply_routed(inner, stacks.down_proj, routing, gathered=False)
+        gate_up_proj, down_proj = stacks.gate_up_proj, stacks.down_proj
+        if isinstance(gate_up_proj, PackedStack):
+            assert isinstance(down_proj, PackedStack)
+            routing = products.route(experts_NK, len(gate_up_proj), tile=gate_up_proj.card_tile(x_ND.dtype))
+            inner = tokens.swiglu(gate_up_proj.card_product(x_ND, routing, gathered=True), stacks.limit)
+            rows = down_proj.card_product(inner, routing, gathered=False)
+        else:
+            assert not isinstance(down_proj, PackedStack)
+            routing = products.route(experts_NK, len(gate_up_proj))
+            gate_up = products.multiply_routed(x_ND, gate_up_proj, routing, gathered=True)
+            rows = products.multiply_routed(tokens.swiglu(gate_up, stacks.limit), down_proj, routing, gathered=False)
         return tokens.combine(rows, routing.place, weights_NK, self.shared_experts(x_ND))
 
 

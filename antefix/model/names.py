@@ -2,12 +2,16 @@
 
 transformers' save_pretrained turns module names back into the released spelling (under a `model.` prefix), with each
 expert's matrices apart; that is what `checkpoint_name` and `split_experts` write too, so either side loads the other's.
+
+A packed weight's scales are stored next to it: as `X.scale` in the releases, as `X.weight_scale_inv` by transformers.
+Next to the layers, releases hold draft modules: `mtp.0.*`, one layer that predicts a token further, or in later ones
+`mtp.0.*` to `mtp.2.*` of DSpark. All of their names are known; a name that is not is refused, in there as elsewhere.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _INDEXER = "self_attn.compressor.indexer"
 # Released spelling -> module name, inside a layer.
@@ -53,32 +57,81 @@ _TOP_NAMES = {
     "hc_head_base": "model.hc_head.hc_base",
     "hc_head_scale": "model.hc_head.hc_scale",
 }
+# What a draft module has besides a layer's tensors.
+_MTP_NAMES = {
+    "e_proj.weight": "e_proj.weight",
+    "h_proj.weight": "h_proj.weight",
+    "enorm.weight": "enorm.weight",
+    "hnorm.weight": "hnorm.weight",
+    "norm.weight": "norm.weight",
+    "hc_head_fn": "hc_head.hc_fn",
+    "hc_head_base": "hc_head.hc_base",
+    "hc_head_scale": "hc_head.hc_scale",
+}
+# DSpark's own, and the copies of embedding and head that some releases carry. None of it is run here.
+_DSPARK_NAMES = {
+    "main_proj.weight", "main_norm.weight", "markov_head.markov_w1.weight", "markov_head.markov_w2.weight",
+    "confidence_head.proj.weight", "confidence_head.proj.bias", "emb.tok_emb.weight", "head.weight",
+}  # fmt: skip
 _LAYER = re.compile(r"^(?:model\.)?layers\.(\d+)\.(.+)$")
 _EXPERT = re.compile(r"^ffn\.experts\.(\d+)\.w([123])\.weight$")
-# Multi-token prediction layers come with released checkpoints and are not run here.
-_IGNORED = re.compile(r"(^|\.)mtp\.")
+_MTP = re.compile(r"^(?:model\.)?mtp\.(\d+)\.(.+)$")
 _TO_RELEASED = {module: released for released, module in _LAYER_NAMES.items() if released != "attn.kv_norm.weight"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorTarget:
-    """Where a checkpoint's tensor goes: a module's tensor, or one expert's part (1 gate, 2 down, 3 up) of it."""
+    """Where a checkpoint's tensor goes: a module's tensor, or one expert's part (1 gate, 2 down, 3 up) of it.
+
+    is_scale: it holds the scales of that tensor.  is_draft: it belongs to a draft module.
+    """
 
     name: str
     expert: int | None = None
     part: int = 0
+    is_scale: bool = False
+    is_draft: bool = False
 
 
-def target_of(name: str) -> TensorTarget | None:
-    """The place of a checkpoint's tensor; None for tensors that are not part of the model that is run."""
-    if _IGNORED.search(name):
-        return None
-    if name in _TOP_NAMES:
-        return TensorTarget(name=_TOP_NAMES[name])
-    match = _LAYER.match(name)
+def target_of(name: str) -> TensorTarget:
+    """The place of a checkpoint's tensor. Names that nobody knows have places that no model has."""
+    base, is_scale = _without_scale(name)
+    if base in _TOP_NAMES:
+        return TensorTarget(name=_TOP_NAMES[base], is_scale=is_scale)
+    if match := _MTP.match(base):
+        place = _in_layer(f"mtp.{match[1]}.", match[2])
+        if match[2] in _MTP_NAMES:
+            place = TensorTarget(name=f"mtp.{match[1]}.{_MTP_NAMES[match[2]]}")
+        return replace(place, is_scale=is_scale, is_draft=True)
+    if match := _LAYER.match(base):
+        return replace(_in_layer(f"model.layers.{match[1]}.", match[2]), is_scale=is_scale)
+    name = base if base.startswith(("model.", "lm_head.")) else f"model.{base}"
+    return TensorTarget(name=name, is_scale=is_scale)
+
+
+def is_known_draft(name: str) -> bool:
+    """Whether a name is one that draft modules of V4 releases have."""
+    base, _ = _without_scale(name)
+    match = _MTP.match(base)
     if match is None:
-        return TensorTarget(name=name if name.startswith(("model.", "lm_head.")) else f"model.{name}")
-    prefix, rest = f"model.layers.{match[1]}.", match[2]
+        return False
+    rest = match[2]
+    is_compressor = "compressor" in rest or "indexer" in rest
+    in_layer = (rest in _LAYER_NAMES and not is_compressor) or _EXPERT.match(rest) is not None
+    return in_layer or rest in _MTP_NAMES or rest in _DSPARK_NAMES
+
+
+def _without_scale(name: str) -> tuple[str, bool]:
+    """A packed weight's name, and whether it was its scales' name."""
+    if name.endswith(".weight_scale_inv"):
+        return name.removesuffix("_scale_inv"), True
+    # `attn_hc.scale` is the module's spelling of a hyper-connection's own scale.
+    if name.endswith(".scale") and not name.endswith("_hc.scale"):
+        return f"{name.removesuffix('scale')}weight", True
+    return name, False
+
+
+def _in_layer(prefix: str, rest: str) -> TensorTarget:
     if expert := _EXPERT.match(rest):
         stacked = "down_proj" if expert[2] == "2" else "gate_up_proj"
         return TensorTarget(name=f"{prefix}mlp.experts.{stacked}", expert=int(expert[1]), part=int(expert[2]))

@@ -40,7 +40,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def inverse_frequencies(rope: RopeConfig, rope_dim: int) -> Tensor:
     """[R / 2] float32 angles per position, YaRN's interpolation included (arXiv 2309.00071, section 3)."""
-    steps = torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim
+    # On the CPU even where a model is made without memory: PyTorch's compiler computes what lies on no device.
+    steps = torch.arange(0, rope_dim, 2, dtype=torch.float32, device="cpu") / rope_dim
     plain = 1.0 / (rope.theta**steps)
     if rope.yarn is None:
         return plain
@@ -56,7 +57,7 @@ def inverse_frequencies(rope: RopeConfig, rope_dim: int) -> Tensor:
     high = min(math.ceil(dim_of(yarn.beta_slow)), rope_dim - 1)
     # 0.001 keeps the ramp finite where both ends meet, as the reference does.
     span = high - low if high != low else 0.001
-    ramp = ((torch.arange(rope_dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    ramp = ((torch.arange(rope_dim // 2, dtype=torch.float32, device="cpu") - low) / span).clamp(0, 1)
     keep = 1 - ramp
     return stretched * (1 - keep) + plain * keep
 

@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from antefix.model.packed import PackedMatrix, card_product, round_inputs
+
 # What row counts are padded to. From 4 rows on every kernel that was tried is the chain; 16 has margin.
 ROW_TILE = 16
 # What column counts are padded to. Of 24 columns three threads take 8 each, and a kernel for 8 has another order.
@@ -44,6 +46,8 @@ PAIR_ROWS = 4
 _PAIR_WORK_MIN = 400
 # A matrix with more columns than this is not copied to be padded: what exceeds whole tiles is a product of its own.
 _PADDED_COLUMNS_MAX = 512
+# Rows of a packed matrix that are decoded at once on a CPU: whole tiles, and 1 MiB of float32 for 1,024 addends.
+DECODED_ROWS = 256
 
 
 def pad_rows(x: Tensor, multiple: int = ROW_TILE) -> Tensor:
@@ -74,11 +78,15 @@ def is_plain(a: Tensor, b: Tensor) -> bool:
     return not a.is_cpu or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     """x [..., K] times weight [O, K] transposed, each row's bits independent of the other rows.
 
     Gradients, float64 on a card and other devices take the plain product, without that promise.
     """
+    if isinstance(weight, PackedMatrix):
+        if has_kernels(x):
+            return card_product(x.reshape(-1, 1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+        return _packed_linear(x, weight, 0, weight.shape[0])
     if has_kernels(x):
         from antefix_kernels.linear import multiply as card_multiply
 
@@ -89,6 +97,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.dim() == 2:
         return multiply(x, weight.T)
     return multiply(x.reshape(-1, x.shape[-1]), weight.T).view(*x.shape[:-1], weight.shape[0])
+
+
+def _packed_linear(x: Tensor, weight: PackedMatrix, start: int, stop: int) -> Tensor:
+    """x [..., K] times rows [start, stop) of a packed matrix, decoded tile by tile: the same bits as decoded whole."""
+    rows = x.reshape(-1, x.shape[-1])
+    if weight.rounds_inputs:
+        rows = round_inputs(rows)
+    tiles = range(start, stop, DECODED_ROWS)
+    products = [linear(rows, weight.decode(first, min(first + DECODED_ROWS, stop), x.dtype)) for first in tiles]
+    return (products[0] if len(products) == 1 else torch.cat(products, 1)).view(*x.shape[:-1], stop - start)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -163,9 +181,14 @@ def sum_middle(x: Tensor) -> Tensor:
     return x[:, 0]
 
 
-def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     """Block-diagonal product: x [N, G, K] times weight [G * O, K], group by group, to [N, G, O]."""
     num_groups = x.shape[1]
+    if isinstance(weight, PackedMatrix):
+        if has_kernels(x):
+            return card_product(x, weight)
+        size = weight.shape[0] // num_groups
+        return torch.stack([_packed_linear(x[:, g], weight, g * size, (g + 1) * size) for g in range(num_groups)], 1)
     per_group = weight.view(num_groups, -1, weight.shape[1])
     if has_kernels(x):
         from antefix_kernels.linear import multiply_groups

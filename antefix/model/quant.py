@@ -61,7 +61,7 @@ def unpack_entries(records: Tensor, layout: BlockLayout) -> Tensor:
     scales = _power_of_two(records[..., rope_end : rope_end + num_groups].to(torch.int32))
     out = torch.empty(*records.shape[:-1], geometry.head_dim, device=records.device)
     torch.mul(
-        _look_up(_fp8_values(records.device), records[..., :plain]),
+        _look_up(fp8_values(records.device), records[..., :plain]),
         scales.repeat_interleave(FP8_GROUP, dim=-1)[..., :plain],
         out=out[..., :plain],
     )
@@ -85,7 +85,7 @@ def unpack_keys(records: Tensor, layout: BlockLayout) -> Tensor:
     if layout.kv_format is not KVFormat.FP8:
         return _from_bytes(records, value_dtype(layout.kv_format))
     dim = layout.geometry.indexer_dim
-    values = _look_up(_fp4_pairs(records.device), records[..., : dim // 2]).flatten(-2)
+    values = _look_up(fp4_pairs(records.device), records[..., : dim // 2]).flatten(-2)
     scales = _power_of_two(records[..., dim // 2 :].to(torch.int32))
     return values * scales.repeat_interleave(FP4_GROUP, dim=-1)[..., :dim]
 
@@ -120,6 +120,15 @@ def width_of(part: Part, layout: BlockLayout) -> int:
 def entry_bytes(layout: BlockLayout) -> int:
     """Bytes of one entry record."""
     return layout.window_bytes // (layout.geometry.num_layers * layout.geometry.window)
+
+
+def round_groups(x: Tensor, size: int) -> Tensor:
+    """x [..., n] in groups of `size`, each rounded to FP8 codes times a power of two, as float32."""
+    groups = _groups(x.float(), size)
+    scales = _power_of_two(_scale_exponents(groups, _FP8_FLOOR, FP8_MAX))
+    codes = (groups / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    values = _look_up(fp8_values(x.device), codes.view(torch.uint8)) * scales
+    return values.flatten(-2)[..., : x.shape[-1]]
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -169,13 +178,13 @@ def _fp4_codes(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _fp8_values(device: torch.device) -> Tensor:
+def fp8_values(device: torch.device) -> Tensor:
     """The value of every FP8 code, [256] float32."""
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
 
 
 @functools.cache
-def _fp4_pairs(device: torch.device) -> Tensor:
+def fp4_pairs(device: torch.device) -> Tensor:
     """The two values of every byte of FP4 codes, low nibble first, [256, 2] float32."""
     codes = torch.arange(256)
     values = torch.tensor((*_E2M1, *(-value for value in _E2M1)))

@@ -96,10 +96,34 @@ def _verify() -> CommandModule:
     return verify
 
 
+def _model() -> CommandModule:
+    from antefix_console.commands import model
+
+    return model
+
+
 def _bench() -> CommandModule:
     from antefix_console.commands import bench
 
     return bench
+
+
+def _certs() -> CommandModule:
+    from antefix_console.commands import certs
+
+    return certs
+
+
+def _load() -> CommandModule:
+    from antefix_console.commands import load
+
+    return load
+
+
+def _audit() -> CommandModule:
+    from antefix_console.commands import audit
+
+    return audit
 
 
 def _doctor() -> CommandModule:
@@ -192,10 +216,30 @@ COMMANDS: dict[str, Command] = {
         help="compare hits with cold runs, bit by bit, for every strategy and plan",
         example="antefix verify --json",
     ),
+    "model": Command(
+        load=_model,
+        help="say what a model directory is, and whether it would run here",
+        example="antefix model check models/antefix-tiny --json",
+    ),
     "bench": Command(
         load=_bench,
         help="measure beside the machine's limits and beside peers (in a checkout)",
         example="antefix bench store --json",
+    ),
+    "certs": Command(
+        load=_certs,
+        help="make and show the certificates of a deployment over several hosts",
+        example="antefix certs issue prefill p1 --ca ca --out credentials/p1 --host worker1.example",
+    ),
+    "load": Command(
+        load=_load,
+        help="replay a trace against an OpenAI- or Anthropic-compatible endpoint, and report what its clients see",
+        example="antefix load --url http://127.0.0.1:8000/v1 --generate agents --scale 0.1 --speed 20",
+    ),
+    "audit": Command(
+        load=_audit,
+        help="find out what an endpoint's prefix cache really does, and whether it keeps its promises",
+        example="antefix audit --url http://127.0.0.1:8000/v1 --report audit.md",
     ),
     "doctor": Command(
         load=_doctor,

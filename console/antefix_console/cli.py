@@ -16,11 +16,13 @@ from typing import Any
 
 import antefix
 from antefix import __version__
-from antefix.config import add_flags, as_json, resolve
+from antefix.config import add_file_flags, add_flags, as_json, resolve
 from antefix.errors import AntefixError, InternalError, InvalidRequest, ResourceExhausted, Unavailable
+from antefix.security import own_credentials
 from antefix.telemetry.logs import set_up_logs
 from antefix.telemetry.tracing import start_tracing
 from antefix_console.catalog import COMMANDS, ROLES
+from antefix_console.operator_credentials import find_credentials
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_INTERNAL, EXIT_INTERRUPTED = 0, 1, 2, 3, 70, 130
 
@@ -91,6 +93,8 @@ def _run(args: list[str]) -> int:
         run = _serve
     parsed = parser.parse_args(args)
     assert run is not None
+    if name != "serve":
+        own_credentials.use_found(lambda: find_credentials(parsed, os.environ))
     return run(parsed)
 
 
@@ -111,6 +115,7 @@ def _add_roles(parser: argparse.ArgumentParser, args: list[str]) -> None:
         sub.add_argument("--watch-stdin", action="store_true", help="stop when stdin closes (set by `antefix up`)")
         if role in args:
             add_flags(sub, about.load()[0])
+            add_file_flags(sub)
 
 
 def _serve(args: argparse.Namespace) -> int:

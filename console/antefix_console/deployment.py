@@ -23,12 +23,13 @@ from types import TracebackType
 from typing import IO
 
 from antefix.clients import RouterClient
-from antefix.config import GRACE_S, require
+from antefix.config import GRACE_S, flags_of, require
 from antefix.errors import ConfigError, Unavailable
-from antefix.secret import create_secret_file
-from antefix.window_pool import DISK
-from antefix.window_pool.open_pool import MEMORY
-from antefix.window_settings import check_window_settings
+from antefix.secret import Keyring, create_secret_file
+from antefix.security import own_credentials
+from antefix.security.credentials import Credentials
+from antefix.security.identity import Role
+from antefix.worker_settings import NAMING, WorkerSettings
 
 # In the data directory: what workers measured at their starts, and the name of what those of the last start computed.
 ARITHMETIC_DIR = "arithmetic"
@@ -46,17 +47,16 @@ _LOG_TAIL_BYTES = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeploymentConfig:
-    """What to run. data_dir holds the secret, the store, the bill and the logs, and is made if it is not there.
+class DeploymentConfig(WorkerSettings):
+    """What to run: the workers' settings and these.
 
-    device, dtype, kernels: as workers' settings of these names (docs/OPERATIONS.md).
+    data_dir: holds the secret, the store, the bill and the logs, and is made if it is not there.
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
     chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
-    strategy, window_pool, bounded_windows, reproducible: docs/WINDOW_STATE.md, "In the services".
     grace_s: how long requests that run may take when it stops.
     log_level, log_format, traces: docs/OPERATIONS.md, "Watching".
-    store_bytes, window_pool_bytes: budgets of disk and of Redis' memory, such as "64G"; empty for the roles' defaults.
+    store_bytes: budget of disk, such as "64G"; empty for the store's default.
     Raises:  ConfigError: too few of a role, or window settings that are none, or contradict each other.
     """
 
@@ -65,17 +65,7 @@ class DeploymentConfig:
     num_prefill: int = 1
     num_decode: int = 1
     num_routers: int = 1
-    kv_format: str = "fp8"
-    namespace: str = "default"
-    strategy: str = "auto"
-    window_pool: str = DISK
-    window_pool_bytes: str = ""
-    bounded_windows: int = 0
-    reproducible: bool = False
     store_bytes: str = ""
-    device: str = "cpu"
-    dtype: str = "float32"
-    kernels: str = "auto"
     router_address: str = "127.0.0.1:0"
     http_address: str = ""
     ratecards: tuple[str, ...] = ()
@@ -90,20 +80,11 @@ class DeploymentConfig:
     extra_flags: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        WorkerSettings.__post_init__(self)
         for name in ("num_prefill", "num_decode"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
         require(self.num_routers > 0, f"num_routers must be at least 1, is {self.num_routers}")
-        check_window_settings(
-            self.strategy,
-            window_pool=self.window_pool,
-            bounded_windows=self.bounded_windows,
-            reproducible=self.reproducible,
-        )
-        require(
-            not self.window_pool_bytes or self.window_pool not in (DISK, MEMORY),
-            f"window_pool_bytes bounds a Redis server's memory, but window_pool is {self.window_pool}",
-        )
 
     @property
     def store_dir(self) -> Path:
@@ -148,6 +129,7 @@ class Deployment:
         self.config = config
         self.processes: list[RoleProcess] = []
         self._client: RouterClient | None = None
+        self._credentials: Credentials | None = None
         # Not the number of processes: roles that start together would get one number, and write into one log.
         self._numbers = itertools.count()
         self._stop_by = 0.0
@@ -171,7 +153,7 @@ class Deployment:
         """A client of the router that runs now; closed with the deployment."""
         address = self.one("router").address
         if self._client is None or self._client.address != address:
-            self._client = RouterClient(address)
+            self._client = RouterClient(address, credentials=self._credentials)
         return self._client
 
     def one(self, role: str) -> RoleProcess:
@@ -191,10 +173,13 @@ class Deployment:
             config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take_lock()
             (config.data_dir / "logs").mkdir(exist_ok=True)
-            create_secret_file(config.data_dir / "secret")
+            secret = create_secret_file(config.data_dir / "secret")
         except OSError as err:
             raise ConfigError(f"--data-dir {config.data_dir} cannot be used: {err}; nothing was started") from err
+        self._credentials = Credentials(Role.OPERATOR, keyring=Keyring.from_file(secret))
         flags = ["--dir", str(config.store_dir), "--usage-log-dir", str(config.usage_log_dir)]
+        # What the store knows callers by.
+        flags += ["--secret-file", str(secret)]
         await self.start_role("kvstore", flags + _given("--budget-bytes", config.store_bytes))
         await asyncio.gather(
             *(self.start_worker("prefill") for _ in range(config.num_prefill)),
@@ -228,11 +213,8 @@ class Deployment:
     async def start_worker(self, role: str) -> RoleProcess:
         """One more prefill or decode worker."""
         config = self.config
-        flags = ["--strategy", config.strategy, "--threads", str(self._threads()), "--window-pool", config.window_pool]
-        flags += ["--reproducible", str(config.reproducible).lower()]
-        flags += ["--arithmetic-cache", str(config.data_dir / ARITHMETIC_DIR)]
-        flags += ["--device", config.device, "--dtype", config.dtype, "--kernels", config.kernels]
-        flags += _given("--window-pool-bytes", config.window_pool_bytes)
+        flags = flags_of(WorkerSettings, config)
+        flags += ["--threads", str(self._threads()), "--arithmetic-cache", str(config.data_dir / ARITHMETIC_DIR)]
         return await self.start_role(role, [*self._shared_flags(), *flags])
 
     async def start_router(self, address: str = "127.0.0.1:0", *, http_address: str | None = None) -> RoleProcess:
@@ -243,7 +225,8 @@ class Deployment:
         taken = {process.ledger_dir for process in self.processes if process.alive}
         ledger_dir = next(path for n in itertools.count() if (path := self.config.ledger_dir_of(n)) not in taken)
         http_address = self.config.http_address if http_address is None else http_address
-        flags = [*self._shared_flags(), "--address", address, "--decode", ",".join(self.addresses("decode"))]
+        flags = [*self._shared_flags(), *flags_of(WorkerSettings, self.config, NAMING)]
+        flags += ["--address", address, "--decode", ",".join(self.addresses("decode"))]
         flags += ["--ledger-dir", str(ledger_dir), "--http-address", http_address]
         # One published key, whichever router signs.
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
@@ -264,9 +247,6 @@ class Deployment:
         config = self.config
         return [
             *("--model", str(config.model)),
-            *("--kv-format", config.kv_format),
-            *("--namespace", config.namespace),
-            *("--bounded-windows", str(config.bounded_windows)),
             *("--secret-file", str(config.data_dir / "secret")),
             *("--store-address", self.one("kvstore").address),
             *("--store-dir", str(config.store_dir)),
@@ -309,6 +289,9 @@ class Deployment:
         ready = json.loads(line)
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         started.metrics_address = str(ready.get("metrics_address", ""))
+        if self._credentials is not None:
+            # Whoever started the processes may ask them anything.
+            own_credentials.use_for(started.address, self._credentials)
         self._write_targets()
         return started
 

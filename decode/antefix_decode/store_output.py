@@ -8,7 +8,7 @@ import numpy as np
 
 from antefix.model import Sequence, WindowState
 from antefix.window import Reason
-from antefix_prefill.leave_checkpoints import leave_checkpoint, output_marks
+from antefix_prefill.leave_checkpoints import leave_checkpoint, marks_for_output
 from antefix_prefill.publish_block import publish_block
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt
@@ -39,7 +39,7 @@ async def store_token(engine: Engine, output: StorableOutput, token: int) -> Non
     payload = (await engine.compute.run(engine.pool.payloads, [block_id]))[0]
     await output.writer.put(block_record(engine, output.prompt, index, payload))
     output.boundary_window = output.sequence.window.clone()
-    for mark in output_marks(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):
+    for mark in marks_for_output(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):
         if mark.block == index + 1 and mark.reason is not Reason.OUTPUT_END:
             await leave_checkpoint(engine, output.prompt, output.boundary_window, mark, output.writer)
 
@@ -48,7 +48,7 @@ async def store_end(engine: Engine, output: StorableOutput) -> None:
     """The checkpoint at the output's last boundary, from which the next turn goes on; then all is durable."""
     window = output.boundary_window
     position = output.sequence.position
-    for mark in output_marks(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):
+    for mark in marks_for_output(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):
         if window is not None and window.position == mark.block * engine.block_size:
             await leave_checkpoint(engine, output.prompt, window, mark, output.writer)
     await output.writer.flush()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Final
@@ -84,6 +84,18 @@ class EngineLayout:
     def num_checkpoints_at(self, num_blocks: int) -> int:
         """How many checkpoints a restore of so many blocks needs, the last of them at the end."""
         return min(self.num_checkpoints, num_blocks)
+
+    def restorable(self, num_blocks: int, checkpoints: Collection[int]) -> list[int]:
+        """Every number of blocks after which an engine can go on, ascending, of what a lookup found.
+
+        checkpoints: after which numbers of blocks there is one.
+        """
+        have, run, ends = frozenset(checkpoints), 0, []
+        for end in range(1, num_blocks + 1):
+            run = run + 1 if end in have else 0
+            if run >= self.num_checkpoints_at(end):
+                ends.append(end)
+        return ends
 
     def digest(self) -> bytes:
         """16 bytes that name this layout; a fingerprint's geometry."""

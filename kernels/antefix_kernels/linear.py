@@ -126,13 +126,12 @@ def multiply_groups(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def route(experts: torch.Tensor, num_experts: int) -> Routing:
+def route(experts: torch.Tensor, num_experts: int, *, tile: int = _TILE_ROUTED[0]) -> Routing:
     """Sort picks by expert and cut each expert's rows into tiles.
 
-    Shapes:  experts [N, P] int64 in [0, num_experts).
+    Shapes:  experts [N, P] int64 in [0, num_experts).  tile: rows of the tiles of the product that takes the routing.
     """
     rows, device = experts.numel(), experts.device
-    tile = _TILE_ROUTED[0]
     flat = experts.flatten()
     order = flat.argsort(stable=True)
     counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))

@@ -170,3 +170,19 @@ def attention(q: Tensor, kv: Tensor, mask: Tensor, sinks: Tensor, cos: Tensor, s
     weights = torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
     out = torch.einsum("thn,tnd->thd", weights, kv)
     return rope(out, cos.unsqueeze(1), -sin.unsqueeze(1))
+
+
+def decode_weight(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """A packed weight [O, K] in float64.
+
+    Shapes:  codes [O, K] float8_e4m3fn or [O, K / 2] uint8, the even addend's E2M1 code in the low nibble; scales
+             [ceil(O / block[0]), ceil(K / block[1])] float8_e8m0fnu or float32.
+    """
+    if codes.dtype is torch.uint8:
+        table = torch.tensor((0, 0.5, 1, 1.5, 2, 3, 4, 6), dtype=torch.float64, device=codes.device)
+        nibbles = torch.stack((codes & 15, codes >> 4), 2).flatten(1).long()
+        values = table[nibbles & 7] * (1.0 - 2.0 * (nibbles >> 3))
+    else:
+        values = codes.float().double()
+    spread = scales.float().double().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return values * spread[: values.shape[0], : values.shape[1]]

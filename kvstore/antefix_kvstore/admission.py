@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from antefix.errors import InvalidRequest
-from antefix.record import OWNER_BYTES, STORED_KINDS, PutResult, Record, RecordKind, Refusal, RefusalReason
+from antefix.record import OWNER_BYTES, STORED_KINDS, PutResult, Record, RecordKind, RecordName, Refusal, RefusalReason
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import (
     HASH_BYTES,
@@ -16,7 +16,6 @@ from antefix.store_files.record_format import (
     TENANT_BYTES_MAX_V1,
     extent_bytes,
 )
-from antefix_kvstore.index_writer import Name
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.space import parent_of
 
@@ -29,11 +28,11 @@ class Admission:
     """
 
     new: list[Record] = field(default_factory=list)
-    names: set[Name] = field(default_factory=set)
-    first: set[Name] = field(default_factory=set)
-    existing: list[Name] = field(default_factory=list)
-    anchors: set[Name] = field(default_factory=set)
-    refused: dict[Name, Refusal] = field(default_factory=dict)
+    names: set[RecordName] = field(default_factory=set)
+    first: set[RecordName] = field(default_factory=set)
+    existing: list[RecordName] = field(default_factory=list)
+    anchors: set[RecordName] = field(default_factory=set)
+    refused: dict[RecordName, Refusal] = field(default_factory=dict)
     block_tokens: dict[bytes, int] = field(default_factory=dict)
 
 

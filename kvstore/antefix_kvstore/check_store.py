@@ -18,7 +18,7 @@ import lmdb
 import lmdb.verify
 
 from antefix.errors import BlockCorrupt, ConfigError, Unavailable
-from antefix.record import RecordKind
+from antefix.record import RecordKind, RecordName
 from antefix.store_files.index import TABLE_OF_KIND, Index
 from antefix.store_files.record_format import (
     INDEX_DIR,
@@ -39,7 +39,7 @@ from antefix.store_files.record_header import expected_checksum
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.identity import lock_directory
 from antefix_kvstore.index_check import content_fault
-from antefix_kvstore.index_writer import Name, read_segments
+from antefix_kvstore.index_writer import read_segments
 from antefix_kvstore.recovery import rebuild_store
 from antefix_kvstore.space import parent_of
 
@@ -166,8 +166,8 @@ def _index_fault(directory: Path) -> str | None:
     return faults[0] if faults else None
 
 
-def _check_entries(index: Index, txn: Any, report: FsckReport) -> dict[Name, IndexEntry]:
-    entries: dict[Name, IndexEntry] = {}
+def _check_entries(index: Index, txn: Any, report: FsckReport) -> dict[RecordName, IndexEntry]:
+    entries: dict[RecordName, IndexEntry] = {}
     for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
         with txn.cursor(db=index.db[TABLE_OF_KIND[kind]]) as cursor:
             for key, value in cursor:
@@ -184,7 +184,7 @@ def _check_records(
     directory: Path,
     index: Index,
     txn: Any,
-    entries: dict[Name, IndexEntry],
+    entries: dict[RecordName, IndexEntry],
     seed: int,
     report: FsckReport,
     progress: Progress | None,
@@ -225,8 +225,8 @@ def _read(directory: Path, entry: IndexEntry) -> bytes:
         os.close(fd)
 
 
-def _check_forest(entries: dict[Name, IndexEntry], report: FsckReport) -> None:
-    children: Counter[Name] = Counter()
+def _check_forest(entries: dict[RecordName, IndexEntry], report: FsckReport) -> None:
+    children: Counter[RecordName] = Counter()
     for name, entry in entries.items():
         if entry.flags & RecordFlag.FIRST:
             continue

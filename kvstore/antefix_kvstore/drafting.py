@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from antefix.record import Record, Refusal, RefusalReason
+from antefix.record import Record, RecordName, Refusal, RefusalReason
 from antefix.store_files.encryption import TAG_BYTES, KeyRing, fresh_nonce
 from antefix.store_files.record_format import NONCE_BYTES, Codec, RecordFlag
 from antefix.store_files.record_header import RecordHeader, owner_row
 from antefix_kvstore.compression import Compression
-from antefix_kvstore.index_writer import Name
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.segments import Draft
 
@@ -41,7 +40,7 @@ class Drafter:
             )
         return None
 
-    def drafts(self, records: Sequence[Record], first: set[Name]) -> list[Draft]:
+    def drafts(self, records: Sequence[Record], first: set[RecordName]) -> list[Draft]:
         """One draft a record; `first` names those that begin a chain."""
         works = self._keys is not None or any(self._compression.wants(record) for record in records)
         mapping = self._pool.map if works and len(records) > 1 else map

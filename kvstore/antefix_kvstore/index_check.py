@@ -14,19 +14,11 @@ from typing import Any, Final
 
 import xxhash
 
-from antefix.record import RecordKind
+from antefix.record import RecordKind, RecordName
 from antefix.store_files import codec
 from antefix.store_files.index import TABLE_OF_KIND, Index, owner_of
 from antefix.store_files.record_format import HASH_BYTES, IndexEntry, RecordFlag, unpack_entry
-from antefix_kvstore.index_writer import (
-    PLAN_PREFIX,
-    Name,
-    count_entry,
-    expiry_key,
-    leaf_key,
-    read_segments,
-    read_totals,
-)
+from antefix_kvstore.index_writer import PLAN_PREFIX, count_entry, expiry_key, leaf_key, read_segments, read_totals
 
 _FIRST: Final = int(RecordFlag.FIRST)
 
@@ -58,7 +50,7 @@ class _Derived:
     first_positions: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     num_quarantined: int = 0
 
-    def add(self, name: Name, entry: IndexEntry) -> None:
+    def add(self, name: RecordName, entry: IndexEntry) -> None:
         self.leaves.add(leaf_key(name, entry))
         self.expiry.add(expiry_key(name, entry))
         count_entry(self.totals, self.live, name[0], entry, 1)

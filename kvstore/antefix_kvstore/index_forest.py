@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Final
 
-from antefix.record import RecordKind
+from antefix.record import RecordKind, RecordName
 from antefix.store_files.record_format import IndexEntry, RecordFlag
 from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.eviction import EvictionPolicy
-from antefix_kvstore.index_writer import IndexTxn, Name
+from antefix_kvstore.index_writer import IndexTxn
 from antefix_kvstore.space import Space, parent_of
 
 _FIRST: Final = int(RecordFlag.FIRST)
@@ -63,15 +63,15 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
     return True
 
 
-def drop_subtrees(txn: IndexTxn, space: Space, roots: Iterable[Name]) -> int:
+def drop_subtrees(txn: IndexTxn, space: Space, roots: Iterable[RecordName]) -> int:
     """Remove records with all that hangs on them. Reads the whole index, so it is for repair. Returns how many went."""
-    below: dict[Name, list[Name]] = defaultdict(list)
-    depth: dict[Name, tuple[int, RecordKind]] = {}
+    below: dict[RecordName, list[RecordName]] = defaultdict(list)
+    depth: dict[RecordName, tuple[int, RecordKind]] = {}
     for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
         for name, entry in txn.names(kind):
             below[parent_of(name, entry.parent)].append(name)
             depth[name] = (entry.position, kind)
-    doomed: set[Name] = set()
+    doomed: set[RecordName] = set()
     waiting = [name for name in roots if name in depth]
     while waiting:
         name = waiting.pop()

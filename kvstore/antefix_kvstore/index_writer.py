@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from antefix.errors import BlockCorrupt
-from antefix.record import RecordKind
+from antefix.record import RecordKind, RecordName
 from antefix.store_files.index import QUARANTINED_KEY, TABLE_OF_KIND, Change, Index
 from antefix.store_files.record_format import SEGMENT_ENTRY, IndexEntry, pack_entry, unpack_entry
 from antefix_kvstore.owner_numbers import OwnerNumbers, next_number
 
-Name = tuple[RecordKind, bytes]
 TOTALS: Final = struct.Struct("<qqq")
 # In the table `meta`: this, the kind, the fingerprint.
 PLAN_PREFIX: Final = b"plan"
@@ -52,8 +51,8 @@ class IndexTxn:
         self._before_commit = before_commit
         self._txn: Any = index.env.begin(write=True)
         # name -> what the table holds, and what it shall hold.
-        self._old: dict[Name, bytes | None] = {}
-        self._new: dict[Name, IndexEntry | None] = {}
+        self._old: dict[RecordName, bytes | None] = {}
+        self._new: dict[RecordName, IndexEntry | None] = {}
         self._segments: dict[int, SegmentState | None] = {}
         self._changes: list[Change] = []
         # Every record names one, and they are few.
@@ -78,7 +77,7 @@ class IndexTxn:
         if self._changes and self._index.on_change is not None:
             self._index.on_change(self._changes)
 
-    def get(self, name: Name) -> IndexEntry | None:
+    def get(self, name: RecordName) -> IndexEntry | None:
         """The entry as this transaction has it; what the caller changes in it is written at commit.
 
         Raises:  BlockCorrupt: the index itself is damaged.
@@ -90,21 +89,21 @@ class IndexTxn:
         self._new[name] = None if value is None else _entry(value, name)
         return self._new[name]
 
-    def put(self, name: Name, entry: IndexEntry) -> None:
+    def put(self, name: RecordName, entry: IndexEntry) -> None:
         self.get(name)
         self._new[name] = entry
 
-    def delete(self, name: Name) -> None:
+    def delete(self, name: RecordName) -> None:
         self.get(name)
         self._new[name] = None
 
-    def leaves(self) -> Iterator[tuple[int, Name]]:
+    def leaves(self) -> Iterator[tuple[int, RecordName]]:
         """As of the transaction's start, lowest rank first."""
         for key in _keys(self._txn, self._index.db["leaves"]):
             rank_ms, kind = _RANK.unpack_from(key)
             yield rank_ms, (RecordKind(kind), bytes(key[_RANK.size :]))
 
-    def expiring(self, now_ms: int) -> list[Name]:
+    def expiring(self, now_ms: int) -> list[RecordName]:
         """Leaves past their time, as of the transaction's start."""
         found = []
         for key in _keys(self._txn, self._index.db["expiry"]):
@@ -114,7 +113,7 @@ class IndexTxn:
             found.append((RecordKind(kind), bytes(key[_RANK.size :])))
         return found
 
-    def names(self, kind: RecordKind) -> Iterator[tuple[Name, IndexEntry]]:
+    def names(self, kind: RecordKind) -> Iterator[tuple[RecordName, IndexEntry]]:
         """Every entry of a kind, as of the transaction's start. For repair: it reads the whole table."""
         with self._txn.cursor(db=self._index.db[TABLE_OF_KIND[kind]]) as cursor:
             for key, value in cursor:
@@ -207,7 +206,7 @@ class IndexTxn:
             known = self._index.num_quarantined(self._txn)
             self._txn.put(QUARANTINED_KEY, _U64.pack(known + num_quarantined), db=db["meta"])
 
-    def _derive(self, name: Name, old: IndexEntry | None, new: IndexEntry | None) -> None:
+    def _derive(self, name: RecordName, old: IndexEntry | None, new: IndexEntry | None) -> None:
         """The leaf and expiry keys that an entry stands under."""
         for table, of in (("leaves", leaf_key), ("expiry", expiry_key)):
             before = of(name, old) if old else None
@@ -218,7 +217,7 @@ class IndexTxn:
                 if after:
                     self._txn.put(after, b"", db=self._index.db[table])
 
-    def _note_change(self, name: Name, old: IndexEntry | None, new: IndexEntry | None) -> None:
+    def _note_change(self, name: RecordName, old: IndexEntry | None, new: IndexEntry | None) -> None:
         was, is_now = (entry is not None and not entry.quarantined for entry in (old, new))
         known = new or old
         if was != is_now and known is not None:
@@ -262,7 +261,7 @@ def _segment_state(value: bytes) -> SegmentState:
     return SegmentState(end=end, live_bytes=live_bytes, live_records=live_records)
 
 
-def _entry(value: bytes, name: Name) -> IndexEntry:
+def _entry(value: bytes, name: RecordName) -> IndexEntry:
     entry = unpack_entry(value, name[1])
     if entry is None:
         raise BlockCorrupt(f"the index entry of {name[1].hex()[:16]} is damaged")
@@ -274,12 +273,12 @@ def _keys(txn: Any, table: Any) -> Iterator[bytes]:
         yield from cursor.iternext(keys=True, values=False)
 
 
-def leaf_key(name: Name, entry: IndexEntry) -> bytes | None:
+def leaf_key(name: RecordName, entry: IndexEntry) -> bytes | None:
     """A pinned leaf stands where its pin ends, so that eviction need not step over it again and again."""
     return None if entry.children else _RANK.pack(max(entry.rank_ms, entry.pinned_ms), name[0]) + name[1]
 
 
-def expiry_key(name: Name, entry: IndexEntry) -> bytes | None:
+def expiry_key(name: RecordName, entry: IndexEntry) -> bytes | None:
     if entry.children or not entry.expires_ms:
         return None
     return _RANK.pack(max(entry.expires_ms, entry.pinned_ms), name[0]) + name[1]

@@ -9,6 +9,7 @@ from antefix.config import grace_setting, require, setting
 from antefix.errors import ConfigError
 from antefix.events.address import check_url
 from antefix.record import RecordKind
+from antefix.security.process_security import credentials_setting
 from antefix.store_files.record_format import PAYLOAD_BYTES_MAX
 from antefix.telemetry.settings import (
     check_telemetry,
@@ -31,7 +32,8 @@ class KvStoreConfig:
     """All sizes are hard limits. The defaults suit one machine."""
 
     dir: str = setting("antefix-store", "directory of the store; created if it is missing or empty")
-    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    address: str = setting("127.0.0.1:0", "host:port, [IPv6]:port or unix:PATH to listen on; port 0: a free one")
+    credentials: str = credentials_setting()
     budget_bytes: int = setting(64 * GIB, "disk space that segments and index may take together", unit="bytes")
     free_bytes_min: int = setting(
         0, "what is left free on the store's file system; 0: a sixteenth of it, at most 256 MiB", unit="bytes"
@@ -45,7 +47,8 @@ class KvStoreConfig:
     )
     secret_file: str = setting(
         "",
-        "file with the deployment's secret, to know tenants by name in quotas and keys_file; the store needs no other",
+        "file with the deployment's secret: without TLS it shows who belongs to the deployment; and to know tenants by"
+        " name in quotas and keys_file",
     )
     block_ttl_s: float = setting(72 * 3600.0, "how long a block stays after its last use; 0 for ever", unit="s")
     checkpoint_ttl_s: float = setting(6 * 3600.0, "the same for checkpoints on disk", unit="s")

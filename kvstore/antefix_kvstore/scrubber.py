@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from antefix.record import RecordKind
+from antefix.record import RecordKind, RecordName
 from antefix.store_files.index import TABLE_OF_KIND
 from antefix.store_files.record_format import (
     RECORD_HEADER_BYTES,
@@ -18,7 +18,6 @@ from antefix.store_files.record_format import (
     unpack_entry,
 )
 from antefix.store_files.record_header import expected_checksum
-from antefix_kvstore.index_writer import Name
 from antefix_kvstore.storage_engine import StorageEngine
 
 log = logging.getLogger("antefix_kvstore.scrubber")
@@ -82,9 +81,9 @@ class Scrubber:
         self.counters.passes += 1
         return found
 
-    def _list(self, kind: RecordKind, after: bytes) -> list[tuple[Name, IndexEntry]]:
+    def _list(self, kind: RecordKind, after: bytes) -> list[tuple[RecordName, IndexEntry]]:
         index = self._engine.index
-        listed: list[tuple[Name, IndexEntry]] = []
+        listed: list[tuple[RecordName, IndexEntry]] = []
         with index.txn() as txn, txn.cursor(db=index.db[TABLE_OF_KIND[kind]]) as cursor:
             going = cursor.set_range(after + b"\0") if after else cursor.first()
             while going and len(listed) < NUM_LISTED:
@@ -94,7 +93,7 @@ class Scrubber:
                 going = cursor.next()
         return listed
 
-    def _check(self, name: Name, entry: IndexEntry) -> bool:
+    def _check(self, name: RecordName, entry: IndexEntry) -> bool:
         if entry.quarantined:
             return False
         started_s = time.monotonic()
@@ -107,7 +106,7 @@ class Scrubber:
         self._stopping.wait(max(0.0, nbytes / self._bytes_per_s - (time.monotonic() - started_s)))
         return corrupt
 
-    def _is_right(self, name: Name, entry: IndexEntry) -> bool:
+    def _is_right(self, name: RecordName, entry: IndexEntry) -> bool:
         engine = self._engine
         try:
             fd = os.open(engine.segments.path(entry.segment), os.O_RDONLY | os.O_CLOEXEC)

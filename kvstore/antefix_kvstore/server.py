@@ -21,7 +21,10 @@ from antefix.errors import InvalidRequest, Overloaded
 from antefix.events.block_events import BlockEvent
 from antefix.events.event_wire import store_response
 from antefix.events.numbered_log import Batch, Cursor, watch_log
-from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Record, RecordKind, Refusal, RefusalReason
+from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Record, RecordKind, RecordName, Refusal, RefusalReason
+from antefix.secret import Keyring
+from antefix.security.identity import Role
+from antefix.security.process_security import open_security
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.fate_wire import fate_to_wire
 from antefix.store.payload_channel import SERVICE
@@ -37,7 +40,6 @@ from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.free_space import fit_to_disk
 from antefix_kvstore.group_commit import GroupCommitter
-from antefix_kvstore.index_writer import Name
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.memory_records import MemoryRecords
 from antefix_kvstore.metrics import memory_metrics, store_metrics
@@ -288,13 +290,13 @@ class _Counted:
         self._servicer._num_streams -= 1
 
 
-def _names(records: Sequence[kvstore_pb2.RecordName]) -> list[Name]:
+def _names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]:
     if len(records) > NAMES_MAX:
         raise InvalidRequest(f"at most {NAMES_MAX} records a call")
     return [(kind_of(record.kind), record.hash) for record in records]
 
 
-def _stored_names(records: Sequence[kvstore_pb2.RecordName]) -> list[Name]:
+def _stored_names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]:
     """Raises:  InvalidRequest: a kind that is not kept on disk."""
     names = _names(records)
     if any(kind not in STORED_KINDS for kind, _ in names):
@@ -363,6 +365,9 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     # What was imported stays: the collector need not walk it again and again while payloads stream.
     gc.freeze()
     loop = asyncio.get_running_loop()
+    keyring = Keyring.from_file(config.secret_file) if config.secret_file else None
+    security = open_security(Role.KVSTORE, config.credentials, keyring=keyring)
+    security.use()
     config = fit_to_disk(config)
     engine = await loop.run_in_executor(None, StorageEngine, config)
     servicer = KvStoreServicer(engine)
@@ -371,6 +376,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
             config.address,
             lambda target: register(servicer, target),
             [kvstore_pb2.DESCRIPTOR],
+            security=security,
         )
     except BaseException:
         await servicer.close()
@@ -381,7 +387,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
             role="kvstore",
             stop=servicer.close,
             watch_stdin=watch_stdin,
-            metrics_address=serve_metrics(config, registry_of(servicer)),
+            metrics_address=serve_metrics(config, registry_of(servicer), security),
             grace_s=config.grace_s,
         )
 

@@ -16,7 +16,7 @@ from typing import Final
 
 from antefix.errors import StoreFull
 from antefix.miss_reason import MissReason
-from antefix.record import STORED_KINDS, RecordKind
+from antefix.record import STORED_KINDS, RecordKind, RecordName
 from antefix.store_files.gone_blocks import GoneWriter
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import (
@@ -30,7 +30,7 @@ from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.disk_reserve import DiskReserve
 from antefix_kvstore.eviction import victims
 from antefix_kvstore.free_space import FreeSpace
-from antefix_kvstore.index_writer import IndexTxn, Name, SegmentState, read_segments
+from antefix_kvstore.index_writer import IndexTxn, SegmentState, read_segments
 from antefix_kvstore.segments import Draft, Segments
 
 log = logging.getLogger("antefix_kvstore.space")
@@ -79,7 +79,7 @@ class Space:
         self.counters = SpaceCounters()
         # The segment being compacted and what of it has not been looked at yet.
         self._compacting: tuple[int, deque[RecordHeader]] | None = None
-        self.on_corrupt: Callable[[Name], object] = lambda _name: None
+        self.on_corrupt: Callable[[RecordName], object] = lambda _name: None
         self.on_dropped: Callable[[], object] = lambda: None
 
     @property
@@ -90,7 +90,7 @@ class Space:
     def used_bytes(self) -> int:
         return self._segments.used_bytes + self.index_bytes + self.reserve.nbytes + self._gone.nbytes
 
-    def make_room(self, nbytes: int, keep: Collection[Name]) -> None:
+    def make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:
         """See to it that a batch of `nbytes` may be appended.
 
         keep: records that the batch hangs on.  Raises:  StoreFull: the budget cannot hold it.
@@ -124,7 +124,7 @@ class Space:
         if stopped:
             raise StoreFull(stopped)
 
-    def _free_up(self, nbytes: int, keep: Collection[Name]) -> None:
+    def _free_up(self, nbytes: int, keep: Collection[RecordName]) -> None:
         self.expire()
         fixed = self.index_bytes + self.reserve.nbytes + self._gone.nbytes
         live_max = int(LIVE_SHARE_MAX * (self.limit_bytes - fixed))
@@ -144,7 +144,7 @@ class Space:
                     raise StoreFull(f"the store's budget of {self.budget_bytes} bytes is too small for this record")
                 live_max -= int(EVICT_STEP_SHARE * self.limit_bytes) + nbytes
 
-    def evict(self, nbytes: int, keep: Collection[Name] = (), *, owners: Collection[bytes] | None = None) -> int:
+    def evict(self, nbytes: int, keep: Collection[RecordName] = (), *, owners: Collection[bytes] | None = None) -> int:
         """Take leaves, lowest rank first, until `nbytes` are dead. Returns how many records went.
 
         owners: take these owners' only.
@@ -156,13 +156,13 @@ class Space:
             if numbers is not None and not numbers:
                 return 0
 
-            def evictable(name: Name) -> bool:
+            def evictable(name: RecordName) -> bool:
                 entry = txn.get(name)
                 if entry is None or entry.children or entry.pinned_ms > now_ms or name in keep:
                     return False
                 return numbers is None or entry.tenant_id in numbers
 
-            def remove(name: Name) -> tuple[int, Name] | None:
+            def remove(name: RecordName) -> tuple[int, RecordName] | None:
                 nonlocal freed
                 entry = txn.get(name)
                 freed += entry.extent_bytes if entry else 0
@@ -200,7 +200,7 @@ class Space:
         self.counters.expirations += num_taken
         return num_taken
 
-    def remove(self, txn: IndexTxn, name: Name) -> tuple[int, Name] | None:
+    def remove(self, txn: IndexTxn, name: RecordName) -> tuple[int, RecordName] | None:
         """Take a leaf out. Returns its parent with its rank, if that is a leaf now.
 
         The parent inherits recency and time to live: using a record was using its ancestors.
@@ -324,7 +324,7 @@ class Space:
         return {number: states.get(number, SegmentState()) for number in self._segments.sizes}
 
 
-def parent_of(name: Name, parent: bytes) -> Name:
+def parent_of(name: RecordName, parent: bytes) -> RecordName:
     """What a record hangs on: a block on the block before it, a checkpoint on the block of the same hash."""
     return (RecordKind.BLOCK, parent if name[0] is RecordKind.BLOCK else name[1])
 

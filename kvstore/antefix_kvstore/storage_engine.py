@@ -26,7 +26,7 @@ from antefix.block import digest_of
 from antefix.errors import BlockCorrupt, InvalidRequest, StoreFull
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch
-from antefix.record import STORED_KINDS, LookupResult, PutResult, Record, RecordKind, Refusal, RefusalReason
+from antefix.record import STORED_KINDS, LookupResult, PutResult, Record, RecordKind, RecordName, Refusal, RefusalReason
 from antefix.secret import Keyring
 from antefix.store_files import codec
 from antefix.store_files.encryption import KeyRing
@@ -48,7 +48,7 @@ from antefix_kvstore.event_log import EventLog
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.free_space import FreeSpace
 from antefix_kvstore.index_forest import drop_false_roots, drop_subtrees, insert_entry
-from antefix_kvstore.index_writer import PLAN_PREFIX, IndexTxn, Name, read_totals
+from antefix_kvstore.index_writer import PLAN_PREFIX, IndexTxn, read_totals
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.opening import drop_locked, load_plans, log_newest
 from antefix_kvstore.recovery import open_store
@@ -197,10 +197,10 @@ class StorageEngine:
 
     def note_use(
         self,
-        used: Iterable[Name],
-        suspects: Iterable[Name],
+        used: Iterable[RecordName],
+        suspects: Iterable[RecordName],
         *,
-        forged: Iterable[Name] = (),
+        forged: Iterable[RecordName] = (),
         hits: int = 0,
         misses: int = 0,
         bytes_read: int = 0,
@@ -283,7 +283,7 @@ class StorageEngine:
                 raise
             refuse(batch, admission, Refusal(RefusalReason.FULL, f"the store is full: {err}"))
 
-    def _make_room(self, nbytes: int, keep: Collection[Name]) -> None:
+    def _make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:
         try:
             self.space.make_room(nbytes, keep)
         except (lmdb.Error, OSError) as err:
@@ -384,7 +384,7 @@ class StorageEngine:
 
     # --- keeping -------------------------------------------------------------------------------------------------
 
-    def pin(self, names: Iterable[Name], duration_s: float, *, owner: bytes | None = None) -> int:
+    def pin(self, names: Iterable[RecordName], duration_s: float, *, owner: bytes | None = None) -> int:
         """Keep records from eviction for a time; 0 lets go. Returns how many of them are stored.
 
         owner: whose they must be (`antefix.store_files.record_header.owner_row`); None: anybody's.
@@ -404,7 +404,7 @@ class StorageEngine:
                 num_pinned += 1
         return num_pinned
 
-    def evict(self, names: Iterable[Name], *, owner: bytes | None = None) -> int:
+    def evict(self, names: Iterable[RecordName], *, owner: bytes | None = None) -> int:
         """Drop records with all that hangs on them, pinned or not. Returns how many went."""
         with self._lock, IndexTxn(self.index) as txn:
             roots = []
@@ -416,7 +416,7 @@ class StorageEngine:
         self.counters.asked += num_gone
         return num_gone
 
-    def quarantine(self, name: Name, *, judge: bool = True) -> bool:
+    def quarantine(self, name: RecordName, *, judge: bool = True) -> bool:
         """Read a suspect again; if it is broken, make it a miss. Returns whether it was made one.
 
         judge: False where only the caller can tell: what has no right seal has right checksums.
@@ -431,7 +431,7 @@ class StorageEngine:
         self.counters.corrupt += judge
         return True
 
-    def _is_sound(self, txn: IndexTxn, name: Name, entry: IndexEntry) -> bool:
+    def _is_sound(self, txn: IndexTxn, name: RecordName, entry: IndexEntry) -> bool:
         try:
             raw = self.segments.read(entry.segment, entry.offset, RECORD_HEADER_BYTES + entry.stored_bytes)
             header = unpack_record_header(raw[:RECORD_HEADER_BYTES], self.identity.seed)

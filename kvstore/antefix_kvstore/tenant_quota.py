@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
-from antefix.record import Refusal, RefusalReason
+from antefix.record import RecordName, Refusal, RefusalReason
 from antefix.store_files.index import Index
 from antefix.store_files.owners import Owners
-from antefix_kvstore.index_writer import Name, read_totals
+from antefix_kvstore.index_writer import read_totals
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.segments import Draft
 from antefix_kvstore.space import Space
@@ -35,7 +35,9 @@ class Quotas:
         """All that the same tenant is known as."""
         return self._same.get(owner, (owner,))
 
-    def over(self, space: Space, index: Index, drafts: Sequence[Draft], keep: Collection[Name]) -> dict[bytes, Refusal]:
+    def over(
+        self, space: Space, index: Index, drafts: Sequence[Draft], keep: Collection[RecordName]
+    ) -> dict[bytes, Refusal]:
         """Make room inside the quotas of the owners that write; returns those for which that failed, and why."""
         if not self._default_bytes and not self._own_bytes:
             return {}

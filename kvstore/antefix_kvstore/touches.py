@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable
 from typing import Final
 
-from antefix_kvstore.index_writer import Name
+from antefix.record import RecordName
 
 # Uses wait here for the next transaction; past this the oldest knowledge is worth less than the memory.
 TOUCHED_MAX: Final = 65_536
@@ -17,9 +17,9 @@ class Touches:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._used_ms: dict[Name, int] = {}
+        self._used_ms: dict[RecordName, int] = {}
 
-    def add(self, names: Iterable[Name], now_ms: int) -> None:
+    def add(self, names: Iterable[RecordName], now_ms: int) -> None:
         with self._lock:
             for name in names:
                 # Taken out first, so that the oldest use comes first.
@@ -28,7 +28,7 @@ class Touches:
             while len(self._used_ms) > TOUCHED_MAX:
                 del self._used_ms[next(iter(self._used_ms))]
 
-    def take(self) -> dict[Name, int]:
+    def take(self) -> dict[RecordName, int]:
         """All of them, to be written down by the caller."""
         with self._lock:
             taken, self._used_ms = self._used_ms, {}

@@ -10,7 +10,7 @@ from antefix_prefill.sealed_records import checkpoint_record
 from antefix_prefill.worker.engine import Engine
 
 
-def prompt_marks(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Mark, ...]:
+def marks_for_prompt(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Mark, ...]:
     """Checkpoints to leave while the rest of a prompt is computed."""
     facts = PromptFacts(
         num_tokens=prompt.num_tokens,
@@ -21,8 +21,8 @@ def prompt_marks(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Ma
         budget=engine.budget.state,
     )
     marks = {mark.block: mark for mark in engine.strategy.at_prompt(facts, engine.sizes)}
-    for num_tokens, ttl_s in prompt.keep:
-        # The client's own breakpoints: whatever the strategy, it has said that it will come back here.
+    for num_tokens, ttl_s in prompt.breakpoints:
+        # Whatever the strategy, it has said that it will come back here.
         block = num_tokens // engine.block_size // engine.align_blocks * engine.align_blocks
         if restored.plan.resume_block <= block and block and block not in restored.checkpoints:
             known = marks.get(block)
@@ -36,7 +36,7 @@ def prompt_marks(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Ma
     return tuple(marks[block] for block in sorted(marks))
 
 
-def output_marks(engine: Engine, *, num_tokens: int, prompt_tokens: int) -> tuple[Mark, ...]:
+def marks_for_output(engine: Engine, *, num_tokens: int, prompt_tokens: int) -> tuple[Mark, ...]:
     """Checkpoints to leave of an output; `num_tokens` counts the prompt as well."""
     facts = OutputFacts(
         num_tokens=num_tokens,

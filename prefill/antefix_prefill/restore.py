@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from antefix.block import Chain, exactness_of
 from antefix.errors import AntefixError, BlockCorrupt
+from antefix.generation_request import Breakpoint
 from antefix.miss_reason import MissReason
 from antefix.model import Sequence, WindowState, forward, replay
 from antefix.record import LookupResult, RecordKind
@@ -33,12 +34,12 @@ DISK_TIER = Tier.DISK.value
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A checked prompt with its names. tokens: [N] uint32. keep: (tokens, seconds) of prefixes to checkpoint."""
+    """A checked prompt with its names. tokens: [N] uint32. breakpoints: the client's."""
 
     tokens: npt.NDArray[np.uint32]
     chain: Chain
     tenant: str = ""
-    keep: tuple[tuple[int, float], ...] = ()
+    breakpoints: tuple[Breakpoint, ...] = ()
 
     @property
     def num_tokens(self) -> int:

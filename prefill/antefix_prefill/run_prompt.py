@@ -18,7 +18,7 @@ from antefix.model import Sequence, forward
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
 from antefix.window import Mark
-from antefix_prefill.leave_checkpoints import leave_checkpoint, prompt_marks
+from antefix_prefill.leave_checkpoints import leave_checkpoint, marks_for_prompt
 from antefix_prefill.publish_block import publish_block
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt, Restored, restore
@@ -95,7 +95,7 @@ async def _put_back(engine: Engine, prompt: Prompt, restored: Restored, writer: 
 
 async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: RecordWriter) -> npt.NDArray[np.float32]:
     sequence = restored.sequence
-    marks = {mark.block * engine.block_size: mark for mark in prompt_marks(engine, prompt, restored)}
+    marks = {mark.block * engine.block_size: mark for mark in marks_for_prompt(engine, prompt, restored)}
     if mark := marks.get(sequence.position):
         await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
     logits: npt.NDArray[np.float32] | None = None

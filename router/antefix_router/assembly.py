@@ -14,6 +14,8 @@ from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity
 from antefix.registration import Registration
 from antefix.secret import Keyring
+from antefix.security.grants import Granter
+from antefix.security.identity import Role
 from antefix.store.api import Store
 from antefix.tokenizer import Tokenizer
 from antefix_router.breakpoint_pins import BreakpointPins
@@ -41,7 +43,16 @@ class Router:
     fingerprint: what every block is named with; it changes when the workers turn out to compute another arithmetic.
     """
 
-    def __init__(self, identity: ModelIdentity, tokenizer: Tokenizer, store: Store, config: RouterConfig) -> None:
+    def __init__(
+        self,
+        identity: ModelIdentity,
+        tokenizer: Tokenizer,
+        store: Store,
+        config: RouterConfig,
+        *,
+        granter: Granter | None = None,
+    ) -> None:
+        """granter: signs what workers and store ask for; None where they ask for nothing."""
         self.identity = identity
         self.tokenizer = tokenizer
         self._store = store
@@ -58,6 +69,7 @@ class Router:
             keyring=keyring,
             block_size=identity.geometry.block_size,
             replay_tokens=identity.geometry.replay_tokens,
+            granter=granter,
         )
         directory, sessions = Directory(), Sessions()
         self.feed = StoreFeed(
@@ -78,7 +90,7 @@ class Router:
         )
         self.counters = prefilling.counters
         self.keyring = keyring
-        self.memory = MemoryFeed(directory, redis_url=config.events_redis)
+        self.memory = MemoryFeed(directory, redis_url=config.events_redis, callee=self._callee)
         self.leases = Leases(self.prefill, self.decode, directory, fingerprint=self.fingerprint, memory=self.memory)
         self.pins = BreakpointPins(store)
         self.front: Front = open_front(
@@ -110,6 +122,11 @@ class Router:
         await self.feed.close()
         await self.pins.close()
         await self._store.close()
+
+    def _callee(self, address: str) -> tuple[Role | None, str]:
+        found = (group.find(address) for group in (self.prefill, self.decode))
+        worker = next((worker for worker in found if worker is not None), None)
+        return (None, "") if worker is None else (Role(worker.role.value), worker.name)
 
     def _fingerprint_of(self, arithmetic: str) -> bytes:
         config = self.config

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from antefix.block import Chain
 from antefix.errors import AntefixError
+from antefix.generation_request import Breakpoint
 from antefix.record import RecordKind
 from antefix.store.api import Store
 
@@ -21,10 +22,10 @@ class BreakpointPins:
         self._store = store
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def pin(self, chain: Chain, breakpoints: Sequence[tuple[int, float]], *, owner: bytes) -> None:
+    def pin(self, chain: Chain, breakpoints: Sequence[Breakpoint], *, owner: bytes) -> None:
         """Pin the last whole block before each breakpoint, which keeps all before it, and its checkpoint.
 
-        breakpoints: (number of tokens, seconds).  owner: whose records they are.
+        owner: whose records they are.
         """
         for num_tokens, ttl_s in breakpoints:
             num_blocks = num_tokens // chain.block_size

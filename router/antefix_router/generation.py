@@ -22,6 +22,7 @@ from antefix.generation_request import GenerationRequest
 from antefix.prompt_marks import marks_of
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
+from antefix.security.grants import hold
 from antefix.telemetry import begin, span
 from antefix.usage import Usage
 from antefix.wire import TokenLogprob
@@ -168,7 +169,8 @@ class Generator:
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
             generation.request = request
         # 1. Name the prompt's blocks.
-        prompt = self._names.prompt(request.cache_tenant, request.tokens)
+        prompt = self._names.prompt(request.cache_tenant, request.tokens, timeout_s=timeout_s)
+        hold(prompt.grant)
         generation.prompt_marks = marks_of(prompt.chain.hashes)
         # 2. Prefill, which a short rest leaves to the decode worker.
         prefilled = await self._prefilling.run(request, prompt, timeout_s=timeout_s)
@@ -237,6 +239,7 @@ class Generator:
         self._directory.guess(worker.address, prompt.keys)
         client = worker.client
         assert isinstance(client, DecodeClient)
+        hold(prompt.grant)
         part = begin("decode" if sample.emitted else "first token", worker=worker.address)
         with self._decode.load(worker, request.sampling.max_tokens), contextlib.ExitStack() as ending:
             ending.callback(lambda: part.end())

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from antefix.block import check_arithmetic
-from antefix.config import require, setting
+from antefix.config import check_choices, require, same_setting, setting
 from antefix.events.address import check_url
+from antefix.security.process_security import credentials_setting
 from antefix.telemetry.settings import (
     check_telemetry,
     log_format_setting,
@@ -15,6 +16,7 @@ from antefix.telemetry.settings import (
     trace_share_setting,
     traces_setting,
 )
+from antefix.worker_settings import WorkerSettings
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.placement.policy import COMPUTE_WEIGHT, POLICIES
 
@@ -23,11 +25,15 @@ from antefix_router.placement.policy import COMPUTE_WEIGHT, POLICIES
 class RouterConfig(GatewayConfig):
     """Settings of a router."""
 
-    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    address: str = setting("127.0.0.1:0", "host:port, [IPv6]:port or unix:PATH to listen on; port 0: a free one")
+    credentials: str = credentials_setting()
+    token_address: str = setting(
+        "", "with TLS: host:port for gRPC callers that show an API key and no certificate; empty: none"
+    )
     model: str = setting("", "model directory: config.json, tokenizer (weights are hashed, never loaded)")
-    kv_format: str = setting("fp8", "precision of KV: fp8 or float32; must be the workers'")
-    namespace: str = setting("default", "requests share KV within a namespace only")
-    bounded_windows: int = setting(0, "as the workers have it: the namespace's KV may come from approximate replays")
+    kv_format: str = same_setting(WorkerSettings, "kv_format")
+    namespace: str = same_setting(WorkerSettings, "namespace")
+    bounded_windows: int = same_setting(WorkerSettings, "bounded_windows")
     arithmetic: str = setting("", "what the workers compute, as `antefix doctor` names it; empty: they are asked")
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
     store_address: str = setting("", "host:port of the kvstore service")
@@ -57,10 +63,10 @@ class RouterConfig(GatewayConfig):
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         GatewayConfig.__post_init__(self)
         check_telemetry(self)
+        check_choices(self)
         if self.arithmetic:
             check_arithmetic(self.arithmetic)
         require(bool(self.model), "--model is needed: a directory with config.json and a tokenizer")
-        require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
         require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
         require(self.prefill_tokens_min >= -1, f"prefill_tokens_min must be at least -1, is {self.prefill_tokens_min}")

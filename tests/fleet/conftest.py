@@ -7,6 +7,7 @@ import time
 import httpx
 import pytest
 
+from antefix.secret import Keyring
 from antefix_router.fleet.fleet_config import FleetConfig
 from antefix_router.fleet.fleet_door import PATHS, build_fleet_app
 from antefix_router.fleet.fleet_router import FleetRouter
@@ -91,7 +92,7 @@ async def fleet(tmp_path):
                     **settings,
                 }
             )
-            router = FleetRouter(config)
+            router = FleetRouter(config, Keyring(b"0123456789abcdef"))
             for engine in router.engines.engines:
                 if engine.subscriber is not None:
                     engine.subscriber._quiet_s = 0.2

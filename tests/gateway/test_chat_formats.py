@@ -13,7 +13,16 @@ from antefix_router.chat.chat_formats import PlainParser
 from antefix_router.chat.choice import choose_format
 from antefix_router.chat.deepseek_v4 import EFFORTS_0731, DeepSeekV4Format
 from antefix_router.chat.dsml import DeepSeekV4Parser
-from antefix_router.chat.messages import Answer, Breakpoint, ChatRole, Conversation, Delta, Effort, Message, ToolCall
+from antefix_router.chat.messages import (
+    Answer,
+    ChatRole,
+    Conversation,
+    Delta,
+    Effort,
+    Message,
+    TextBreakpoint,
+    ToolCall,
+)
 from antefix_router.chat.plain import PlainFormat
 from antefix_router.chat.render import render_tokens
 from antefix_router.chat.template import TemplateFormat
@@ -26,7 +35,7 @@ def text_of(pieces):
     for piece in pieces:
         if isinstance(piece, Answer):
             parts += [part.text for part in piece.pieces]
-        elif not isinstance(piece, Breakpoint):
+        elif not isinstance(piece, TextBreakpoint):
             parts.append(piece.text)
     return "".join(parts)
 
@@ -234,7 +243,9 @@ def test_breakpoints_do_not_change_the_tokens():
         conversation = Conversation(messages=(system("abc"), user("defgh", breakpoints=breakpoints)))
         return render_tokens(PlainFormat().render(conversation), tokenizer, memory, tenant="")
 
-    marked = render(Breakpoint(offset=2, ttl_s=300.0), Breakpoint(offset=5, ttl_s=3600.0), Breakpoint(ttl_s=9.0))
+    marked = render(
+        TextBreakpoint(offset=2, ttl_s=300.0), TextBreakpoint(offset=5, ttl_s=3600.0), TextBreakpoint(ttl_s=9.0)
+    )
     assert marked.tokens == render().tokens
     # <|bos|> abc <|end|> <|user|> de | fgh |
     assert marked.breakpoints == ((8, 300.0), (11, 9.0), (11, 3600.0))
@@ -243,7 +254,7 @@ def test_breakpoints_do_not_change_the_tokens():
 def test_a_breakpoint_in_an_answer_lies_where_it_stands_remembered_or_not():
     tokenizer, memory = ByteTokenizer(SPECIAL), AnswerMemory()
     call = ToolCall(id="1", name="f", arguments="{}")
-    marks = (Breakpoint(offset=2, ttl_s=1.0), Breakpoint(ttl_s=2.0))
+    marks = (TextBreakpoint(offset=2, ttl_s=1.0), TextBreakpoint(ttl_s=2.0))
     said = assistant("abc", reasoning="why", tool_calls=(call,), breakpoints=marks)
     turns = Conversation(messages=(user("q"), said, user("r")), effort=Effort.HIGH, tools=({"name": "f"},))
     pieces = DeepSeekV4Format().render(turns)
@@ -436,7 +447,7 @@ def test_a_templates_prompt_has_breakpoints_and_does_not_depend_on_them(tmp_path
         pieces = TemplateFormat(template, tmp_path).render(Conversation(messages=turns))
         return render_tokens(pieces, tokenizer, AnswerMemory(), tenant="")
 
-    marks = (Breakpoint(ttl_s=3.0), Breakpoint(offset=2, ttl_s=1.0))
+    marks = (TextBreakpoint(ttl_s=3.0), TextBreakpoint(offset=2, ttl_s=1.0))
     marked = render(TEMPLATE, *marks)
     assert marked.tokens == render(TEMPLATE).tokens
     texts = [(tokenizer.decode(marked.tokens[:at])[-3:], ttl_s) for at, ttl_s in marked.breakpoints]

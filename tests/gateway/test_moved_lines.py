@@ -11,7 +11,7 @@ from antefix.config import ConfigError
 from antefix.tokenizer import load_tokenizer
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.deepseek_v4 import DeepSeekV4Format
-from antefix_router.chat.messages import Breakpoint, ChatRole, Conversation, Effort, Message
+from antefix_router.chat.messages import ChatRole, Conversation, Effort, Message, TextBreakpoint
 from antefix_router.chat.moved_lines import OFF, SHIPPED, load_rules, move_lines
 from antefix_router.chat.plain import PlainFormat
 from antefix_router.chat.render import render_tokens
@@ -70,8 +70,8 @@ def test_breakpoints_keep_their_text():
     parts, marks = (BY_SESSION, "Be brief. ", "Be kind."), []
     message = system(*parts)
     for end in (len(parts[0]), len(parts[0] + parts[1]), len(message.content)):
-        marks.append(Breakpoint(ttl_s=300.0, offset=end))
-    whole = Breakpoint(ttl_s=300.0)
+        marks.append(TextBreakpoint(ttl_s=300.0, offset=end))
+    whole = TextBreakpoint(ttl_s=300.0)
     conversation, _ = moved(dataclasses.replace(message, breakpoints=(*marks, whole)), user())
     head = conversation.messages[0]
     kept = [head.content[: each.offset] for each in head.breakpoints]

@@ -73,7 +73,25 @@ def test_one_expert_too_many_is_unexpected(directory: Path) -> None:
 
 def test_quantised_weights_are_refused(directory: Path) -> None:
     edit_tensors(directory, lambda tensors: tensors.update({"head.weight": torch.zeros(61, 32, dtype=torch.int8)}))
-    with pytest.raises(ModelError, match=r"head.weight has type torch.int8"):
+    with pytest.raises(ModelError, match=r"head.weight has type I8, but the config has no quantization_config"):
+        load_model(directory)
+
+
+def test_experts_may_come_as_one_stack(directory: Path) -> None:
+    """Under module names, as the shipped model has them."""
+    before = load_model(directory).state_dict()
+    names = [name for name in before if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
+
+    def stack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".ffn.experts." in name]:
+            del tensors[name]
+        tensors.update({name: before[name].clone() for name in names})
+
+    edit_tensors(directory, stack)
+    after = load_model(directory).state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    edit_tensors(directory, lambda tensors: tensors.update({EXPERT: torch.zeros(24, 32)}))
+    with pytest.raises(ModelError, match=f"unexpected tensor {EXPERT}"):
         load_model(directory)
 
 
@@ -93,7 +111,14 @@ def test_multi_token_prediction_layers_are_ignored(directory: Path) -> None:
         ({"scoring_func": "tanh"}, "scoring_func"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
         ({"o_groups": 7}, "o_groups"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method must be 'fp8', is 'awq'"),
+        ({"quantization_config": {"activation_scheme": "static"}}, "activation_scheme must be 'dynamic'"),
+        ({"quantization_config": {"fmt": "e5m2"}}, "fmt must be 'e4m3'"),
+        ({"quantization_config": {"weight_block_size": [128]}}, "weight_block_size must be two positive integers"),
+        ({"quantization_config": {"weight_block_size": [True, 1]}}, "weight_block_size must be two positive integers"),
+        ({"quantization_config": "fp8"}, "quantization_config must be an object"),
+        ({"quantization_config": {"quant_method": "fp8"}, "expert_dtype": "int4"}, "expert_dtype must be 'fp4' or"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers must be a non-negative integer"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope type of compress"),
         ({"swiglu_limit": 0}, "swiglu_limit must be a positive number"),
         ({"eos_token_id": [1, "x"]}, "eos_token_id"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from antefix.byte_size import SIZE_MAX, parse_byte_size
-from antefix.config import add_flags, resolve
+from antefix.config import add_file_flags, add_flags, resolve
 from antefix.errors import ConfigError
 from antefix.window import parse
 from antefix_console.commands import simulate
@@ -75,6 +75,7 @@ def test_a_spelling_means_one_number_wherever_it_is_read(tmp_path: Path, text: s
     def settings(*argv: str, environ: dict[str, str]) -> KvStoreConfig:
         parser = argparse.ArgumentParser()
         add_flags(parser, KvStoreConfig)
+        add_file_flags(parser)
         return resolve(KvStoreConfig, parser.parse_args(["--dir", str(tmp_path), *argv]), environ, section="kvstore")
 
     file = tmp_path / "antefix.toml"

@@ -1,12 +1,25 @@
 """Settings: flag over environment over file over default; a malformed value is fatal and named."""
 
 import argparse
+import dataclasses
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from antefix.config import add_flags, resolve, setting
+from antefix.config import (
+    add_file_flags,
+    add_flags,
+    check_choices,
+    flags_of,
+    given_flags,
+    resolve,
+    same_setting,
+    setting,
+)
 from antefix.errors import ConfigError
+from antefix.worker_settings import WorkerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +34,7 @@ class Example:
 def load(argv=(), environ=None, text=None, tmp_path=None):
     parser = argparse.ArgumentParser()
     add_flags(parser, Example)
+    add_file_flags(parser)
     args = list(argv)
     if text is not None:
         path = tmp_path / "antefix.toml"
@@ -66,7 +80,73 @@ def test_an_unknown_name_in_the_file_is_named(tmp_path):
 def test_a_section_that_no_role_has_is_named(tmp_path, text):
     parser = argparse.ArgumentParser()
     add_flags(parser, Example)
+    add_file_flags(parser)
     (tmp_path / "antefix.toml").write_text(text)
     args = parser.parse_args(["--config", str(tmp_path / "antefix.toml")])
     with pytest.raises(ConfigError, match=text.split()[0].strip("[]")):
         resolve(Example, args, {}, section="example", sections=("example", "other"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    shade: str = setting("light", "a shade", choices=("light", "dark"))
+    peers: tuple[str, ...] = setting((), "peers")
+    verbose: bool = setting(False, "say more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Other:
+    shade: str = same_setting(Chosen, "shade")
+
+
+def parsed(config_type, *argv, names=()):
+    parser = argparse.ArgumentParser()
+    add_flags(parser, config_type, names)
+    return given_flags(config_type, parser.parse_args(argv))
+
+
+def test_what_a_process_is_given_is_what_it_has():
+    config = Chosen(shade="dark", peers=("a:1", "b:2"), verbose=True)
+    assert Chosen(**parsed(Chosen, *flags_of(Chosen, config))) == config
+
+
+def test_a_flag_that_turns_something_on_may_stand_alone():
+    assert parsed(Chosen, "--verbose", "--shade", "dark") == {"verbose": True, "shade": "dark"}
+    assert parsed(Chosen, "--verbose", "false") == {"verbose": False}
+
+
+def test_only_the_named_flags_are_made():
+    assert parsed(Chosen, names=("shade",)) == {}
+    with pytest.raises(SystemExit):
+        parsed(Chosen, "--verbose", names=("shade",))
+
+
+def test_a_value_outside_its_choices_is_named():
+    with pytest.raises(ConfigError, match="shade must be light or dark, is 'red'"):
+        check_choices(Chosen(shade="red"))
+
+
+def test_a_setting_that_two_must_have_alike_is_defined_once():
+    assert Other() == Other(shade="light")
+    with pytest.raises(ConfigError, match="shade must be light or dark"):
+        check_choices(Other(shade="red"))
+
+
+ROOT = Path(__file__).parents[2]
+# A worker's setting is defined in one file; besides there are those who use its value.
+DEFINITION = re.compile(r"^    (\w+): [\w\[\], .]+ = setting\(", re.MULTILINE)
+
+
+def test_no_setting_of_a_worker_is_defined_or_made_a_flag_again():
+    names = {field.name for field in dataclasses.fields(WorkerSettings)}
+    flags = {"--" + name.replace("_", "-") for name in names}
+    again = []
+    for room in ("antefix", "prefill", "decode", "router", "kvstore", "console"):
+        for path in (ROOT / room).rglob("*.py"):
+            text = path.read_text()
+            again += [(path.name, name) for name in DEFINITION.findall(text) if name in names]
+            again += [(path.name, flag) for flag in flags if f'"{flag}"' in text]
+    # doctor judges a machine on which a package that the settings need may be missing; these have other meanings.
+    told = {("doctor.py", "--device"), ("doctor.py", "--dtype"), ("doctor.py", "--reproducible")}
+    others = {(name, "--strategy") for name in ("window.py", "simulate.py", "simulate_cluster.py")}
+    assert set(again) - told - others == {("worker_settings.py", name) for name in names}

@@ -31,6 +31,7 @@ SUBCOMMANDS = [
     *(["usage", name] for name in ("export", "verify", "report", "receipt")),
     *(["serve", role] for role in ROLES),
     ["bench", "store"],
+    ["model", "check"],
 ]
 
 

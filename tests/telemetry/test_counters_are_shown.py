@@ -98,6 +98,7 @@ MESSAGES = {
 COUNTED = {
     "num_broken": "antefix_worker_broken_seals",
     "num_corrupt": "antefix_window_pool_corrupt_records",
+    "num_failed": "antefix_security_failed_reloads",
     "num_lost": "antefix_store_log_lost_lines",
     "num_unnamed": "antefix_fleet_unnamed_blocks",
     "num_evicted": "antefix_pool_evicted_blocks",
@@ -119,7 +120,7 @@ COUNTED = {
 STATE = {
     *("num_users", "num_observations", "num_good", "num_active_tokens", "num_served", "num_readers", "num_output"),
     *("num_output_tokens", "num_taken", "num_blocks_written", "num_checkpoints_written", "num_plans", "num_outcomes"),
-    *("num_failures", "num_quarantined", "num_bytes"),
+    *("num_exact_tokens", "num_failures", "num_quarantined", "num_bytes"),
     # Kinds that are told of, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
     *("num_straight", "num_batches", "num_replays", "num_unread", "num_lives", "num_forgotten", "num_answers"),

@@ -45,8 +45,8 @@ def test_a_worker_and_a_deployment_refuse_the_same(settings: dict[str, object], 
 
 def test_redis_bytes_without_redis_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="bounds a Redis server's memory"):
-        DeploymentConfig(model=MODEL, data_dir=tmp_path, window_pool="memory", window_pool_bytes="4G")
-    DeploymentConfig(model=MODEL, data_dir=tmp_path, window_pool=REDIS, window_pool_bytes="4G")
+        DeploymentConfig(model=MODEL, data_dir=tmp_path, window_pool="memory", window_pool_bytes=4 << 30)
+    DeploymentConfig(model=MODEL, data_dir=tmp_path, window_pool=REDIS, window_pool_bytes=4 << 30)
 
 
 def test_auto_is_the_default_and_its_ends_go_to_a_window_pool() -> None:
@@ -90,7 +90,7 @@ async def test_up_hands_window_settings_to_the_roles_that_need_them(
         return SimpleNamespace(arithmetic="cpu-float32")
 
     monkeypatch.setattr(Deployment, "router", SimpleNamespace(status=status))
-    settings = {"namespace": "agents", "strategy": "full", "window_pool": REDIS, "window_pool_bytes": "1G"}
+    settings = {"namespace": "agents", "strategy": "full", "window_pool": REDIS, "window_pool_bytes": 1 << 30}
     await Deployment(
         DeploymentConfig(model=MODEL, data_dir=tmp_path, bounded_windows=2, store_bytes="9G", **settings)  # type: ignore[arg-type]
     ).start()
@@ -102,7 +102,7 @@ async def test_up_hands_window_settings_to_the_roles_that_need_them(
     for role in ("prefill", "decode"):
         assert value(role, "--strategy") == "full"
         assert value(role, "--window-pool") == REDIS
-        assert value(role, "--window-pool-bytes") == "1G"
+        assert value(role, "--window-pool-bytes") == str(1 << 30)
         assert value(role, "--reproducible") == "false"
     for role in ("prefill", "decode", "router"):
         assert value(role, "--namespace") == "agents"

@@ -16,6 +16,7 @@ import numpy as np
 from antefix.block import CPU_FLOAT32, Fingerprint, chain_of, check_arithmetic, differing_fields, exactness_of
 from antefix.cache_tenant import join_tenant, split_tenant
 from antefix.clients import PrefillClient, Tokens
+from antefix.config import add_flags, given_flags
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.layout import KVFormat
 from antefix.miss_reason import MissReason
@@ -23,9 +24,9 @@ from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.client import RemoteStore
 from antefix.text_table import visible
-from antefix.window import RatePriors, Rates, RestorePlanner, Sizes, check_bounded, check_exactness
-from antefix.window_pool import DISK, check_address, open_window_pool
-from antefix.window_pool.open_pool import MEMORY
+from antefix.window import RatePriors, Rates, RestorePlanner, Sizes, check_bounded
+from antefix.window_pool import DISK, MEMORY, open_window_pool
+from antefix.worker_settings import NAMING, WorkerSettings
 from antefix_console import shipped
 from antefix_console.commands import explain_fleet, explain_requests
 from antefix_console.deployment import ARITHMETIC_FILE
@@ -51,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--secret-file", type=Path, help="the deployment's secret, where it is not in --data-dir")
     parser.add_argument("--store-log", type=Path, help="the store's log: tells evicted blocks from those never seen")
     parser.add_argument("--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped one)")
-    parser.add_argument("--kv-format", choices=[f.value for f in _FORMATS], default="fp8", help="default: fp8")
-    parser.add_argument("--namespace", default="default", help="default: default")
-    parser.add_argument("--bounded-windows", type=int, default=0, metavar="K", help="as the workers have it")
+    add_flags(parser.add_argument_group("as the workers have them"), WorkerSettings, (*NAMING, "window_pool"))
     parser.add_argument(
         "--arithmetic",
         metavar="NAME",
@@ -66,9 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--also-tenant", action="append", default=[], metavar="NAME", help="look there too; may repeat")
     parser.add_argument("--also-model", action="append", default=[], type=Path, metavar="DIR", help="likewise")
-    parser.add_argument(
-        "--window-pool", default=DISK, metavar="WHERE", help="as the workers have it: disk, memory or a redis:// URL"
-    )
     parser.add_argument("--store-address", metavar="HOST:PORT", help="of the kvstore service, for --window-pool memory")
     parser.add_argument("--check", action="store_true", help="read all stored blocks and verify their checksums")
     parser.add_argument("--worker", metavar="HOST:PORT", help="take the prefill speed from this running prefill worker")
@@ -111,12 +107,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) -> Explanation:
-    check_address(args.window_pool)
-    check_exactness(bounded_windows=args.bounded_windows, reproducible=False)
-    check_bounded(args.bounded_windows, identity.geometry)
+    worker = WorkerSettings(**given_flags(WorkerSettings, args))
+    check_bounded(worker.bounded_windows, identity.geometry)
     keyring = Keyring.from_file(_path(args, "secret_file", "secret"))
-    mine = Whose(identity=identity, kv_format=KVFormat(args.kv_format), namespace=args.namespace,
-                 tenant=_tenant(args, args.tenant), bounded_windows=args.bounded_windows,
+    mine = Whose(identity=identity, kv_format=KVFormat(worker.kv_format), namespace=worker.namespace,
+                 tenant=_tenant(args, args.tenant), bounded_windows=worker.bounded_windows,
                  arithmetic=_arithmetic(args))  # fmt: skip
     names = mine.names(tokens, keyring)
     # 1. What the store's files say.
@@ -127,14 +122,14 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
     # 2. What the window pool has.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.reason is MissReason.NONE, blocks))
-    pooled, pool_error = asyncio.run(_pooled(args, names, stored))
+    pooled, pool_error = asyncio.run(_pooled(worker.window_pool, args.store_address, names, stored))
     # 3. What a worker would make of it.
     planner = RestorePlanner(Sizes.of(identity.layout(mine.kv_format)), Rates(_priors(args)))
     return explain(
         len(tokens),
         blocks,
         planner,
-        bounded_windows=args.bounded_windows,
+        bounded_windows=worker.bounded_windows,
         pooled=pooled,
         pool_error=pool_error,
         holdings=holdings(directory, names.fingerprint),
@@ -227,16 +222,18 @@ def _shown_tenant(args: argparse.Namespace, tenant: str) -> str:
     return visible(f"{shown}, user {user}" if user else shown)
 
 
-async def _pooled(args: argparse.Namespace, names: NamedChain, num_stored: int) -> tuple[tuple[int, ...] | None, str]:
+async def _pooled(
+    where: str, store_address: str | None, names: NamedChain, num_stored: int
+) -> tuple[tuple[int, ...] | None, str]:
     """The boundary nearest to the stored prefix' end that the window pool has, None if there is no pool; and why a pool
     did not answer.
     """
-    if args.window_pool == DISK:
+    if where == DISK:
         return None, ""
-    if args.window_pool == MEMORY and not args.store_address:
+    if where == MEMORY and not store_address:
         raise InvalidRequest("--window-pool memory is the store service's: say where it is with --store-address")
-    store = RemoteStore(args.store_address or "")
-    pool = open_window_pool(args.window_pool, store, bytes_max=1)
+    store = RemoteStore(store_address or "")
+    pool = open_window_pool(where, store, bytes_max=1)
     assert pool is not None
     try:
         found = await pool.nearest(list(reversed(names.hashes[:num_stored])), fingerprint=names.fingerprint)

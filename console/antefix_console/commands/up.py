@@ -11,11 +11,11 @@ import signal
 import sys
 from pathlib import Path
 
-from antefix.config import GRACE_S, require
+from antefix.config import GRACE_S, add_flags, given_flags, require
 from antefix.errors import AntefixError, Unavailable
 from antefix.telemetry.logs import FORMATS, LEVELS
-from antefix.window_pool import DISK, RedisWindowPool
-from antefix.window_pool.open_pool import MEMORY
+from antefix.window_pool import DISK, MEMORY, RedisWindowPool
+from antefix.worker_settings import WorkerSettings
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
 
@@ -23,55 +23,15 @@ from antefix_console.deployment import Deployment, DeploymentConfig
 def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that every command that starts services has."""
     parser.add_argument("--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped one)")
-    parser.add_argument("--kv-format", choices=("fp8", "float32"), default="fp8", help="precision of KV (default: fp8)")
-    parser.add_argument(
-        "--strategy",
-        default="auto",
-        metavar="NAME",
-        help="which checkpoints to leave: auto, auto(budget=SIZE, ends=disk|pool), boundary, periodic(TOKENS), full, "
-        "zero; or by namespace, as in 'agents=periodic(8192); auto' (default: auto)",
-    )
-    parser.add_argument("--device", default="cpu", help="torch device of the workers (default: cpu)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights (default: float32)"
-    )
-    parser.add_argument(
-        "--kernels", choices=("auto", "triton", "torch"), default="auto", help="cache path on a card (default: auto)"
-    )
     parser.add_argument("--num-prefill", type=int, default=1, metavar="N", help="prefill workers (default: 1)")
     parser.add_argument("--num-decode", type=int, default=1, metavar="N", help="decode workers (default: 1)")
-
-
-def add_window_arguments(parser: argparse.ArgumentParser) -> None:
-    """How window state is treated; docs/WINDOW_STATE.md, "In the services"."""
-    group = parser.add_argument_group("window state", "examples: docs/OPERATIONS.md")
-    group.add_argument("--namespace", default="default", metavar="NAME", help="whose KV this is (default: default)")
-    group.add_argument(
-        "--window-pool",
-        default="disk",
-        metavar="WHERE",
-        help="memory for checkpoints that are used within minutes or never: disk (none), memory (the store service's), "
-        "or a redis://, rediss://, unix:// or redis+cluster:// URL (default: disk)",
-    )
-    group.add_argument("--window-pool-bytes", default="", metavar="SIZE", help="of Redis' memory, such as 4G")
-    group.add_argument("--store-bytes", default="", metavar="SIZE", help="of disk, such as 200G (default: 64G)")
-    group.add_argument(
-        "--bounded-windows",
-        type=int,
-        default=0,
-        metavar="K",
-        help="allow approximate replays of K windows; the namespace's KV then has names of its own (default: 0, exact)",
-    )
-    group.add_argument(
-        "--reproducible",
-        action="store_true",
-        help="hits equal cold runs to the bit on a GPU too; on a CPU they do anyway",
-    )
+    group = parser.add_argument_group("workers", "docs/OPERATIONS.md has examples")
+    add_flags(group, WorkerSettings)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_arguments(parser)
-    add_window_arguments(parser)
+    parser.add_argument("--store-bytes", default="", metavar="SIZE", help="of disk, such as 200G (default: 64G)")
     parser.add_argument("--data-dir", type=Path, default=Path("antefix-data"), help="secret, store and logs live here")
     parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
     parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
@@ -121,24 +81,15 @@ def deployment_config(args: argparse.Namespace, data_dir: Path, address: str = "
         data_dir=data_dir,
         num_prefill=args.num_prefill,
         num_decode=args.num_decode,
-        kv_format=args.kv_format,
-        strategy=args.strategy,
-        device=args.device,
-        dtype=args.dtype,
-        kernels=args.kernels,
         router_address=address,
+        **given_flags(WorkerSettings, args),
     )
 
 
 def run(args: argparse.Namespace) -> int:
     config = dataclasses.replace(
         deployment_config(args, args.data_dir, args.address),
-        namespace=args.namespace,
-        window_pool=args.window_pool,
-        window_pool_bytes=args.window_pool_bytes,
         store_bytes=args.store_bytes,
-        bounded_windows=args.bounded_windows,
-        reproducible=args.reproducible,
         http_address=args.http_address,
         num_routers=args.num_routers,
         ratecards=tuple(args.ratecards),

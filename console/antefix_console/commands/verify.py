@@ -15,19 +15,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from antefix.config import add_flags, given_flags
 from antefix.errors import InvalidRequest
-from antefix.model.backend import KERNELS
 from antefix.store.api import Store
 from antefix.store.client import LocalStore
+from antefix.worker_settings import WorkerSettings
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_console.progress_line import ProgressLine
+from antefix_console.verify import engine_checks
 from antefix_console.verify.against import compare_workers
 from antefix_console.verify.models import PLANS
 from antefix_console.verify.selection import Selection, strategies_of
 from antefix_console.verify.setups import LONG_SETUPS, SHORT_SETUPS, check_setups
 from antefix_console.verify.suite import Backend, Suite
 from antefix_console.verify.verdict import Report, Tally
+from antefix_engines.verify import CHECKS
 
 FAILURES_SHOWN = 20
 
@@ -40,10 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="longer prompts, every plan in both formats, for minutes; prints its progress",
     )
-    parser.add_argument("--device", default="cpu", help="torch device to verify (default: cpu)")
-    parser.add_argument(
-        "--kernels", choices=KERNELS, default="auto", help="cache path on a card, as workers take it (default: auto)"
-    )
+    add_flags(parser.add_argument_group("as the workers have them"), WorkerSettings, ("device", "kernels"))
     parser.add_argument(
         "--fast", action="store_true", help="on a card: the faster kernels, whose hits are equal within bounds only"
     )
@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="instead: ask workers of a running deployment the same prompts and compare their answers; addresses of at"
         " least two workers, or of a router, which stands for all of its workers",
+    )
+    parser.add_argument(
+        "--engine", choices=CHECKS, help="instead: another engine over the store, its cold runs against restored ones"
     )
     parser.add_argument("--data-dir", type=Path, help="where the scratch store goes (default: a temporary directory)")
 
@@ -70,19 +73,22 @@ def run(args: argparse.Namespace) -> int:
     seed = secrets.randbelow(1 << 31) if args.seed is None else args.seed
     if args.against:
         return _run_against(args, seed)
+    if args.engine:
+        return engine_checks.run(args, seed)
     # The same bits as with any number of threads; on a busy machine one never waits for its other half.
     torch.set_num_threads(1)
     model = args.model or (shipped.MODEL if shipped.MODEL.is_dir() else None)
     if model is not None and not model.is_dir():
         raise InvalidRequest(f"--model: {model} is not a directory")
-    check_device(args.device)
+    worker = WorkerSettings(**given_flags(WorkerSettings, args))
+    check_device(worker.device)
     with tempfile.TemporaryDirectory(prefix="antefix-verify-", dir=args.data_dir) as scratch:
         started = time.monotonic()
-        backend = Backend(device=args.device, kernels=args.kernels, reproducible=not args.fast)
+        backend = Backend(device=worker.device, kernels=worker.kernels, reproducible=not args.fast)
         selection = Selection(
             model=model,
             is_long=args.long,
-            device=args.device,
+            device=worker.device,
             plans=tuple(PLANS) if args.plans is None else tuple(args.plans),
             num_drawn=args.drawn,
             seed=seed,

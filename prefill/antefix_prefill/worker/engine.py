@@ -9,20 +9,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from antefix.block import CPU_FLOAT32, NO_LABELS, Chain, Fingerprint, Labels, check_arithmetic, exactness_of
+from antefix.block import (
+    CPU_FLOAT32,
+    NO_LABELS,
+    Chain,
+    Fingerprint,
+    Labels,
+    TokenArray,
+    check_arithmetic,
+    exactness_of,
+)
 from antefix.config import require, setting
-from antefix.errors import AntefixError, InvalidRequest
+from antefix.errors import AntefixError, InvalidRequest, PermissionDenied
 from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
-from antefix.model.backend import KERNELS, make_backend, uses_triton
+from antefix.model.backend import make_backend, uses_triton
 from antefix.model.ops import Ops, TorchOps
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
+from antefix.security.grants import fits_prompt
+from antefix.security.guard import admitted
 from antefix.store.api import Store
 from antefix.store_files.seal import Seals
-from antefix.window import Rates, RestorePlanner, Sizes, Strategies, Strategy, check_bounded, in_force
-from antefix.window_pool import DISK, WindowPool, open_window_pool
-from antefix.window_settings import check_window_settings
+from antefix.window import Rates, RestorePlanner, Sizes, Strategy, check_bounded
+from antefix.window_pool import WindowPool, open_window_pool
+from antefix.worker_settings import WorkerSettings
 from antefix_prefill.worker.checkpoint_budget import CheckpointBudget
 from antefix_prefill.worker.compute_thread import ComputeThread
 from antefix_prefill.worker.plan_log import PlanLog
@@ -39,19 +50,16 @@ NOT_PROBED = Arithmetic(name=CPU_FLOAT32, setup="not probed")
 # However small its KV, a block takes room for its name, its counts and its places in lists.
 BLOCK_BYTES_MIN = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Of a Redis' memory, where `window_pool_bytes` says nothing.
+REDIS_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
+class EngineConfig(WorkerSettings):
     """Settings that prefill and decode workers share."""
 
     model: str = setting("", "model directory: config.json, *.safetensors, a tokenizer")
-    kv_format: str = setting("fp8", "precision of KV in the pool and on disk: fp8 or float32")
-    namespace: str = setting("default", "requests share KV within a namespace only")
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
-    device: str = setting("cpu", "torch device")
-    dtype: str = setting("float32", "precision of weights and activations: float32 or bfloat16")
-    kernels: str = setting("auto", "cache path: torch, triton (CUDA and fp8 only), or auto: triton where it can run")
     threads: int = setting(0, "torch threads; 0 leaves torch's own choice")
     arithmetic: str = setting(
         "",
@@ -61,43 +69,16 @@ class EngineConfig:
     arithmetic_cache: str = setting("", "directory that keeps what was measured at start, for the next start")
     pool_bytes: int = setting(1 << 30, "memory for the block pool", unit="bytes")
     prefill_chunk: int = setting(512, "prefill runs in chunks that end at multiples of this", unit="tokens")
-    strategy: str = setting(
-        "auto",
-        "which checkpoints to leave: auto, auto(budget=BYTES, ends=disk|pool), boundary, periodic(TOKENS), full, zero; "
-        "or by namespace: 'agents=periodic(8192); batch=zero; auto'. auto's ends go to the window pool if there is one",
-    )
-    bounded_windows: int = setting(
-        0, "allow approximate replays of so many windows; the namespace's KV then has names of its own; 0: exact only"
-    )
-    reproducible: bool = setting(
-        False,
-        "hits equal cold runs to the bit on a GPU too: attention in one order whatever the batch; where no kernels run,"
-        " resume only at multiples of prefill_chunk",
-    )
-    window_pool: str = setting("disk", "where short-lived checkpoints go: disk, memory (the store's) or a redis:// URL")
-    window_pool_bytes: int = setting(4 << 30, "memory that Redis may use before checkpoints go to disk", unit="bytes")
 
     def __post_init__(self) -> None:
+        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        WorkerSettings.__post_init__(self)
         require(bool(self.model), "--model is needed: a directory with config.json and *.safetensors")
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
-        require(self.kv_format in ("fp8", "float32"), f"kv_format must be fp8 or float32, is {self.kv_format!r}")
-        require(self.kernels in KERNELS, f"kernels must be one of {', '.join(KERNELS)}, is {self.kernels!r}")
-        require(self.dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
         require(self.prefill_chunk > 0, f"prefill_chunk must be positive, is {self.prefill_chunk}")
         if self.arithmetic:
             check_arithmetic(self.arithmetic)
         require(self.threads >= 0, f"threads must not be negative, is {self.threads}")
-        check_window_settings(
-            self.strategy,
-            window_pool=self.window_pool,
-            bounded_windows=self.bounded_windows,
-            reproducible=self.reproducible,
-        )
-
-    @property
-    def strategy_in_force(self) -> Strategy:
-        """This worker's namespace's, as it works with this window pool."""
-        return in_force(Strategies.parse(self.strategy).of(self.namespace), has_pool=self.window_pool != DISK)
 
 
 @dataclass(slots=True)
@@ -199,6 +180,19 @@ class Engine:
         if largest_id >= self.identity.vocab_size:
             raise InvalidRequest(f"token id {largest_id} is outside the vocabulary of {self.identity.vocab_size}")
 
+    def check_grant(self, tenant: str, prompt: TokenArray) -> None:
+        """prompt: without the output that follows it.
+
+        Raises:  PermissionDenied: the call that is being served has no grant for this tenant and prompt.
+        """
+        grant = admitted().needed_grant()
+        if grant is None:
+            return
+        if not any(self.keyring.owner(tenant, number) in grant.owners for number in self.keyring.generations):
+            raise PermissionDenied("the grant is for another tenant")
+        if not fits_prompt(self.keyring, grant, prompt, self.block_size):
+            raise PermissionDenied("the grant is for another prompt")
+
     async def register(self) -> None:
         """Tell the store how payloads are laid out, which lets it compress them; without that they stay as they are."""
         try:
@@ -259,7 +253,7 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
         bounded_windows=config.bounded_windows,
         align_tokens=align_tokens,
         window_pool=open_window_pool(
-            config.window_pool, store, bytes_max=config.window_pool_bytes, seals=Seals(secrets)
+            config.window_pool, store, bytes_max=config.window_pool_bytes or REDIS_BYTES, seals=Seals(secrets)
         ),
         budget=CheckpointBudget(store.stats),
         namespace=config.namespace,

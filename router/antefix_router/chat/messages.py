@@ -33,7 +33,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Breakpoint:
+class TextBreakpoint:
     """A client's cache breakpoint: all before it is to be kept for `ttl_s`.
 
     offset: characters of the text before it; None: it stands at the end of whatever it is given with.
@@ -55,7 +55,7 @@ class Message:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
-    breakpoints: tuple[Breakpoint, ...] = ()
+    breakpoints: tuple[TextBreakpoint, ...] = ()
     part_starts: tuple[int, ...] = ()
 
 
@@ -92,7 +92,7 @@ class Conversation:
     tools: tuple[dict[str, Any], ...] = ()
     effort: Effort = Effort.NONE
     continue_last: bool = False
-    tools_breakpoint: Breakpoint | None = None
+    tools_breakpoint: TextBreakpoint | None = None
     strict: frozenset[str] = frozenset()
     deferred: frozenset[str] = frozenset()
     tool_rule: ToolRule = ANY_CALLS
@@ -115,7 +115,7 @@ class Special:
     """Text that the format writes itself: special tokens in it become their ids. breakpoints: within it."""
 
     text: str
-    breakpoints: tuple[Breakpoint, ...] = ()
+    breakpoints: tuple[TextBreakpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ class Plain:
     """Text that came from outside: never read as special tokens, whatever it holds. breakpoints: within it."""
 
     text: str
-    breakpoints: tuple[Breakpoint, ...] = ()
+    breakpoints: tuple[TextBreakpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +143,7 @@ class Aside:
 
 
 # A breakpoint as a piece stands between its neighbours.
-Piece = Special | Plain | Answer | Breakpoint | Aside
+Piece = Special | Plain | Answer | TextBreakpoint | Aside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +172,7 @@ def plain_of(message: Message) -> Plain:
     """A turn's content, with who says it. Breakpoints at the turn's end are not in it: see `end_of`."""
     said_by = f"{message.name}: " if message.name else ""
     inside = tuple(
-        Breakpoint(ttl_s=each.ttl_s, offset=len(said_by) + each.offset)
+        TextBreakpoint(ttl_s=each.ttl_s, offset=len(said_by) + each.offset)
         for each in message.breakpoints
         if each.offset is not None
     )

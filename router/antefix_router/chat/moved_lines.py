@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from antefix.config import require
 from antefix.errors import ConfigError
-from antefix_router.chat.messages import Breakpoint, ChatRole, Conversation, Message
+from antefix_router.chat.messages import ChatRole, Conversation, Message, TextBreakpoint
 
 OFF: Final = "off"
 _NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
@@ -113,7 +113,7 @@ def _without_lines(message: Message, rules: Sequence[Rule], moved: list[Moved]) 
     if not text.cuts:
         return message
     breakpoints = tuple(
-        each if each.offset is None else Breakpoint(ttl_s=each.ttl_s, offset=text.place(each.offset))
+        each if each.offset is None else TextBreakpoint(ttl_s=each.ttl_s, offset=text.place(each.offset))
         for each in message.breakpoints
         # A breakpoint behind nothing but moved lines would keep nothing.
         if each.offset is None or text.place(each.offset) > 0

@@ -7,21 +7,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from antefix.generation_request import Breakpoint
 from antefix.tokenizer import Tokenizer
 from antefix_router.chat.answer_memory import AnswerMemory, aside_name, prefix_state
-from antefix_router.chat.messages import Answer, Aside, Breakpoint, Piece, Plain, Special
+from antefix_router.chat.messages import Answer, Aside, Piece, Plain, Special, TextBreakpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """A prompt. breakpoints: (number of tokens before it, lifetime in seconds), ascending.
+    """A prompt. breakpoints: the client's, ascending.
 
     num_remembered: answers that are the tokens that were generated.  num_restored: those of them whose reasoning the
     client did not send back.  aside: this request's, if it has one: the name to remember it by, and its tokens.
     """
 
     tokens: list[int]
-    breakpoints: tuple[tuple[int, float], ...]
+    breakpoints: tuple[Breakpoint, ...]
     num_remembered: int
     num_restored: int = 0
     aside: tuple[bytes, list[int]] | None = None
@@ -39,14 +40,14 @@ class TextSpan:
 def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerMemory, *, tenant: str) -> Rendered:
     """The prompt's tokens. tenant: the cache tenant, whose answers may be remembered."""
     tokens: list[int] = []
-    breakpoints: list[tuple[int, float]] = []
+    breakpoints: list[Breakpoint] = []
     # The hash over all tokens so far is carried along, so that many answers cost no more than one.
     prefix, num_hashed, num_remembered = prefix_state(tenant, ()), 0, 0
     num_restored = 0
     aside: tuple[bytes, list[int]] | None = None
     for piece in pieces:
-        if isinstance(piece, Breakpoint):
-            breakpoints.append((len(tokens), piece.ttl_s))
+        if isinstance(piece, TextBreakpoint):
+            breakpoints.append(Breakpoint(len(tokens), piece.ttl_s))
         elif isinstance(piece, Aside):
             prefix.update(np.asarray(tokens[num_hashed:], "<u4").tobytes())
             num_hashed = len(tokens)
@@ -65,11 +66,11 @@ def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerM
                 size = len(written) if known is None else len(known.tokens)
                 # Restored reasoning stands before all that the client marked.
                 moved = size - len(written) if known is not None and known.is_restored else 0
-                breakpoints += [(num_hashed + max(0, min(at + moved, size)), ttl_s) for at, ttl_s in inside]
+                breakpoints += [Breakpoint(num_hashed + max(0, min(at + moved, size)), ttl_s) for at, ttl_s in inside]
             tokens += known.tokens if known is not None else written
         else:
             written, inside = _encode((piece,), tokenizer)
-            breakpoints += [(len(tokens) + at, ttl_s) for at, ttl_s in inside]
+            breakpoints += [Breakpoint(len(tokens) + at, ttl_s) for at, ttl_s in inside]
             tokens += written
     return Rendered(
         tokens=tokens,
@@ -84,20 +85,21 @@ def num_characters(pieces: Sequence[Piece]) -> int:
     """How much text `render_tokens` has to encode: a breakpoint inside a text has what is before it encoded again."""
     total = 0
     for piece in pieces:
-        if not isinstance(piece, Breakpoint):
+        if not isinstance(piece, TextBreakpoint):
             for part in piece.pieces if isinstance(piece, (Answer, Aside)) else (piece,):
                 total += len(part.text) + sum(each.offset or 0 for each in part.breakpoints)
     return total
 
 
-def _encode(pieces: Sequence[Special | Plain], tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, float]]]:
+def _encode(pieces: Sequence[Special | Plain], tokenizer: Tokenizer) -> tuple[list[int], list[Breakpoint]]:
     """Tokens, and where breakpoints lie in them. The text is never cut there: clients move their breakpoints from turn
     to turn, and a cut would change the tokens around it, and with them every block from there on."""
     tokens: list[int] = []
-    breakpoints: list[tuple[int, float]] = []
+    breakpoints: list[Breakpoint] = []
     for piece in pieces:
         encode = tokenizer.encode if isinstance(piece, Special) else tokenizer.encode_plain
         for each in piece.breakpoints:
-            breakpoints.append((len(tokens) + len(encode(piece.text[: each.offset])), each.ttl_s))
+            num_before = len(tokens) + len(encode(piece.text[: each.offset]))
+            breakpoints.append(Breakpoint(num_before, each.ttl_s))
         tokens += encode(piece.text)
     return tokens, breakpoints

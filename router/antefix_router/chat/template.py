@@ -20,7 +20,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from antefix.errors import InvalidRequest, ModelError
 from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
-from antefix_router.chat.messages import Breakpoint, ChatRole, Conversation, Effort, Message, Piece, Special, plain_of
+from antefix_router.chat.messages import (
+    ChatRole,
+    Conversation,
+    Effort,
+    Message,
+    Piece,
+    Special,
+    TextBreakpoint,
+    plain_of,
+)
 
 # A noncharacter: no text that is valid for interchange has it, so it cannot come from outside; it is removed anyway.
 _MARK: Final = "\ufdd0"
@@ -76,7 +85,7 @@ class TemplateFormat:
         for part in text.split(_MARK):
             end = start + len(part)
             inside = tuple(
-                Breakpoint(ttl_s=ttl_s, offset=place - start) for place, ttl_s in places if start < place <= end
+                TextBreakpoint(ttl_s=ttl_s, offset=place - start) for place, ttl_s in places if start < place <= end
             )
             pieces += [Special(text=part, breakpoints=inside)] if part else []
             start = end + len(_MARK)
@@ -129,7 +138,7 @@ class TemplateFormat:
         return {"role": message.role.value, "content": text}
 
 
-def _sorted(message: Message) -> list[Breakpoint]:
+def _sorted(message: Message) -> list[TextBreakpoint]:
     end = len(message.content)
     return sorted(message.breakpoints, key=lambda each: end if each.offset is None else each.offset)
 

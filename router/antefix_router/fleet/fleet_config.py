@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
 from antefix.config import require, setting
 from antefix.errors import ConfigError
+from antefix.security.listening import is_loopback
+from antefix.security.process_security import credentials_setting
 from antefix.telemetry.settings import (
     check_telemetry,
     log_format_setting,
@@ -44,7 +45,8 @@ class EnginePlace:
 class FleetConfig(GatewayConfig):
     """Settings of a fleet's router. Lists of addresses go with `workers`, one each; a port alone is on their hosts."""
 
-    address: str = setting("127.0.0.1:0", "host:port of the bill over gRPC; port 0 takes a free one")
+    address: str = setting("127.0.0.1:0", "host:port or unix:PATH of what operators call; port 0: a free one")
+    credentials: str = credentials_setting()
     workers: tuple[str, ...] = setting((), "URLs of workers' OpenAI doors, separated by commas")
     ranks: int = setting(1, "data-parallel ranks of each worker; KV events of rank N come on a port N higher")
     events: tuple[str, ...] = setting((), "where workers tell KV events: a port, or an address for each worker")
@@ -134,7 +136,7 @@ def _url(worker: str, *, plain: bool) -> tuple[str, str]:
         fits = False
     require(fits, f"--workers: {worker!r} is not the URL of an OpenAI door, such as http://127.0.0.1:8000")
     host = parts.hostname or ""
-    if parts.scheme == "http" and not plain and not _is_loopback(host):
+    if parts.scheme == "http" and not plain and not is_loopback(host):
         raise ConfigError(_IN_THE_CLEAR.format(f"--workers {worker}"))
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/').removesuffix('/v1')}", host
 
@@ -165,11 +167,4 @@ def _of_rank(endpoint: str, rank: int) -> str:
 
 def _is_local(endpoint: str) -> bool:
     scheme, _, rest = endpoint.partition("://")
-    return scheme == "ipc" or _is_loopback(rest.rpartition(":")[0].strip("[]"))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return scheme == "ipc" or is_loopback(rest.rpartition(":")[0])

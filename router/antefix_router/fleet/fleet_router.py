@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from prometheus_client.core import Metric
 
-from antefix.secret import Keyring, create_secret_file
+from antefix.secret import Keyring
 from antefix_router.fleet.engines import Engines
 from antefix_router.fleet.fleet_config import FleetConfig
 from antefix_router.fleet.fleet_door import FleetDoor
@@ -26,12 +25,9 @@ from antefix_router.placement.workers import WorkerRole, Workers
 class FleetRouter:
     """Everything behind the calls. `start` first, and `close` at the end."""
 
-    def __init__(self, config: FleetConfig) -> None:
+    def __init__(self, config: FleetConfig, keyring: Keyring) -> None:
         """Raises:  ConfigError: a file that the settings name cannot be used.  LedgerCorrupt."""
         self.config = config
-        if not Path(config.secret_file).exists():
-            create_secret_file(Path(config.secret_file))
-        keyring = Keyring.from_file(config.secret_file)
         policy = make_policy(config.policy, compute_weight=config.compute_weight)
         self.workers = Workers(WorkerRole.FOREIGN, policy)
         self.directory = Directory(config.directory_blocks)

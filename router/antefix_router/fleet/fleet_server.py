@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import grpc
 
 from antefix import rpc
 from antefix.errors import InvalidRequest
+from antefix.secret import Keyring, create_secret_file
+from antefix.security.identity import Role
+from antefix.security.process_security import open_security
 from antefix.telemetry import Registry
 from antefix.telemetry.settings import serve_metrics
 from antefix.v1 import fleet_pb2, fleet_pb2_grpc, usage_pb2, usage_pb2_grpc
@@ -46,6 +50,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
             raise InvalidRequest(f"the body is not JSON: {err}") from err
         if not isinstance(body, dict):
             raise InvalidRequest("the body must be a JSON object")
+        # Who may call this may ask for any tenant.
         caller = HttpCaller(tenant=request.tenant, session=request.session)
         try:
             call = await router.door.call(CHAT if "messages" in body else COMPLETIONS, body, caller)
@@ -91,7 +96,10 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
 
 async def run(config: FleetConfig, *, watch_stdin: bool = False) -> None:
     """Serve until told to stop.  Raises:  ConfigError: a setting is not usable."""
-    router = FleetRouter(config)
+    keyring = Keyring.from_file(create_secret_file(Path(config.secret_file)))
+    security = open_security(Role.ROUTER, config.credentials, keyring=keyring)
+    security.use()
+    router = FleetRouter(config, keyring)
     servicer = FleetServicer(router)
 
     def register(server: grpc.aio.Server) -> None:
@@ -100,13 +108,15 @@ async def run(config: FleetConfig, *, watch_stdin: bool = False) -> None:
 
     await router.start()
     measures = HttpMeasures([*PATHS, "/v1/models", "/healthz"])
-    http = await serve_door(router.door, build_fleet_app(router.door, config, measures), config, measures)
+    http = await serve_door(router.door, build_fleet_app(router.door, config, measures), config, measures, security)
     accounts = router.front.accounts
 
     async def leave() -> None:
         accounts.retries.drain()
 
-    server = await rpc.start_server(config.address, register, [fleet_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR])
+    server = await rpc.start_server(
+        config.address, register, [fleet_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR], security=security
+    )
     registry = Registry("fleet")
     registry.add_in_loop(router.metrics)
     registry.add_in_loop(http.metrics)
@@ -116,7 +126,7 @@ async def run(config: FleetConfig, *, watch_stdin: bool = False) -> None:
         stop=router.close,
         watch_stdin=watch_stdin,
         http_address=http.address,
-        metrics_address=serve_metrics(config, registry),
+        metrics_address=serve_metrics(config, registry, security),
         leave=leave,
         grace_s=config.grace_s,
         others=[http.stop],

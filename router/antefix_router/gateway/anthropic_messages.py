@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from antefix_router.chat.messages import Breakpoint, ChatRole, Message, ToolCall
+from antefix_router.chat.messages import ChatRole, Message, TextBreakpoint, ToolCall
 from antefix_router.gateway.content import (
     Content,
     MessageList,
@@ -77,7 +77,7 @@ def _read_turn(
     blocks: list[Fields],
     role: ChatRole,
     found: MessageList,
-    ends: tuple[Breakpoint, ...],
+    ends: tuple[TextBreakpoint, ...],
     deferred: Mapping[str, Any],
 ) -> None:
     """Tool results, then what the user says besides."""
@@ -108,7 +108,7 @@ class _Answer:
         self._said = Content()
         self._reasoning = ""
         self._calls: list[ToolCall] = []
-        self._ends: list[Breakpoint] = []
+        self._ends: list[TextBreakpoint] = []
         self._signatures = signatures
         readers: dict[str, Callable[[Fields], None]] = {
             "thinking": self._thinking,
@@ -119,7 +119,7 @@ class _Answer:
             kind = next((each for each in readers if block.takes("type", each)), None)
             (self._other if kind is None else readers[kind])(block)
 
-    def message(self, ends: tuple[Breakpoint, ...]) -> Message:
+    def message(self, ends: tuple[TextBreakpoint, ...]) -> Message:
         return Message(
             role=ChatRole.ASSISTANT,
             content=self._said.text,

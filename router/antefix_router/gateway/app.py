@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 
@@ -20,7 +21,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from antefix.errors import AntefixError, ConfigError, Unavailable
-from antefix.rpc import ENDING_S, parse_address
+from antefix.rpc import ENDING_S, private_files
+from antefix.security.listening import UNIX, bare_host, join_address, parse_address
+from antefix.security.process_security import OPEN, ProcessSecurity
+from antefix.security.tls import http_context
 from antefix_billing.usage_record import request_key
 from antefix_router.front import Front
 from antefix_router.gateway.access import Access, HttpMeasures
@@ -158,23 +162,31 @@ class HttpServer:
         await asyncio.gather(self._serving, return_exceptions=True)
 
 
-async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
-    """Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form."""
+async def start_http(front: Front, config: GatewayConfig, security: ProcessSecurity = OPEN) -> HttpServer:
+    """security: with TLS, its certificate is this server's too.
+
+    Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form.
+    """
     gateway = Gateway(front, config)
     measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", "/healthz"])
-    return await serve_door(gateway, build_app(gateway, config, measures), config, measures)
+    return await serve_door(gateway, build_app(gateway, config, measures), config, measures, security)
 
 
-async def serve_door(door: Door, app: Starlette, config: GatewayConfig, measures: HttpMeasures) -> HttpServer:
+async def serve_door(
+    door: Door, app: Starlette, config: GatewayConfig, measures: HttpMeasures, security: ProcessSecurity = OPEN
+) -> HttpServer:
     """Raises:  ConfigError: the address cannot be listened on."""
     host, port = parse_address(config.http_address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    security.check_listening(config.http_address, flag="--http-address")
+    path = host.removeprefix(UNIX) if host.startswith(UNIX) else ""
+    family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio sets TCP_NODELAY only where it is: without that, each answer waits 40 ms for
     # the client's delayed acknowledgement between head and body.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = socket.socket(family, socket.SOCK_STREAM, 0 if path else socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host.strip("[]"), port))
+        with private_files() if path else contextlib.nullcontext():
+            listener.bind(path or (bare_host(host), port))
         listener.listen(1024)
     except OSError as err:
         listener.close()
@@ -189,6 +201,7 @@ async def serve_door(door: Door, app: Starlette, config: GatewayConfig, measures
             timeout_graceful_shutdown=math.ceil(config.grace_s + ENDING_S),
             timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
+            ssl_context_factory=_tls_of(security),
         )
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -197,4 +210,10 @@ async def serve_door(door: Door, app: Starlette, config: GatewayConfig, measures
     ready.cancel()
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
-    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}", door, measures)
+    port = 0 if path else listener.getsockname()[1]
+    return HttpServer(server, serving, join_address(host, port), door, measures)
+
+
+def _tls_of(security: ProcessSecurity) -> Callable[..., ssl.SSLContext] | None:
+    files = security.files
+    return None if files is None else lambda *_: http_context(files)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from antefix_router.chat.messages import Breakpoint, ChatRole, Message
+from antefix_router.chat.messages import ChatRole, Message, TextBreakpoint
 from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_type
 from antefix_router.gateway.notes import Notes
 from antefix_router.gateway.written_media import placeholder, without_media
@@ -59,7 +59,7 @@ class Content:
     """Text that grows part by part."""
 
     text: str = ""
-    breakpoints: list[Breakpoint] = field(default_factory=list)
+    breakpoints: list[TextBreakpoint] = field(default_factory=list)
     unseen: list[Unseen] = field(default_factory=list)
     is_inner: bool = False
     part_starts: list[int] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Content:
         self.part_starts.append(len(self.text))
         self.text += text
         if ttl_s is not None:
-            self.breakpoints.append(Breakpoint(ttl_s=ttl_s, offset=len(self.text)))
+            self.breakpoints.append(TextBreakpoint(ttl_s=ttl_s, offset=len(self.text)))
 
     def add_part(self, part: Fields, kind: Any = None) -> None:
         """kind: its type, where that has been taken already.
@@ -91,7 +91,7 @@ class Content:
         self.text = text + self.text
         self.part_starts = [0, *(len(text) + start for start in self.part_starts)]
         self.breakpoints = [
-            Breakpoint(ttl_s=each.ttl_s, offset=len(text) + (each.offset or 0)) for each in self.breakpoints
+            TextBreakpoint(ttl_s=each.ttl_s, offset=len(text) + (each.offset or 0)) for each in self.breakpoints
         ]
 
     def _without_media(self, text: str, path: str) -> str:
@@ -191,10 +191,10 @@ def breakpoint_ttl(fields: Fields) -> float | None:
     return control.known("ttl", CACHE_TTLS_S, CACHE_TTLS_S["5m"])
 
 
-def end_breakpoint(fields: Fields) -> tuple[Breakpoint, ...]:
+def end_breakpoint(fields: Fields) -> tuple[TextBreakpoint, ...]:
     """A breakpoint at the end of what `fields` describes."""
     ttl_s = breakpoint_ttl(fields)
-    return () if ttl_s is None else (Breakpoint(ttl_s=ttl_s),)
+    return () if ttl_s is None else (TextBreakpoint(ttl_s=ttl_s),)
 
 
 def end_conversation(messages: tuple[Message, ...], fields: Fields) -> tuple[Message, ...]:
@@ -214,7 +214,7 @@ class MessageList:
         self._unseen += [(len(self.messages), each) for each in unseen or ()]
         self.messages.append(message)
 
-    def end_with(self, breakpoints: tuple[Breakpoint, ...]) -> None:
+    def end_with(self, breakpoints: tuple[TextBreakpoint, ...]) -> None:
         """Breakpoints at the end of the last message."""
         last = self.messages[-1]
         self.messages[-1] = replace(last, breakpoints=(*last.breakpoints, *breakpoints))

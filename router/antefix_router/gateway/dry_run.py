@@ -25,7 +25,7 @@ from antefix_billing.ratecard import RateCards
 from antefix_billing.tenants import TenantBook
 from antefix_router.accounting import Accounts
 from antefix_router.chat.answer_memory import AnswerMemory
-from antefix_router.chat.messages import Answer, Aside, Breakpoint, Conversation, Piece
+from antefix_router.chat.messages import Answer, Aside, Conversation, Piece, TextBreakpoint
 from antefix_router.chat.render import TextSpan, render_tokens
 from antefix_router.front import Front
 from antefix_router.gateway.access import REQUEST_ID
@@ -138,7 +138,7 @@ def _spans(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[TextSpan]:
     """Encoded one by one, as `render_tokens` does it."""
     spans, start = [], 0
     for piece in pieces:
-        if isinstance(piece, Breakpoint):
+        if isinstance(piece, TextBreakpoint):
             continue
         for part in piece.pieces if isinstance(piece, (Answer, Aside)) else (piece,):
             end = start + len(render_tokens((part,), tokenizer, AnswerMemory(), tenant="").tokens)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from antefix.block import as_tokens
 from antefix.errors import InvalidRequest
-from antefix.generation_request import Caller, GenerationRequest
+from antefix.generation_request import Breakpoint, Caller, GenerationRequest
 from antefix.telemetry import span
 from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.answer_memory import AnswerMemory
@@ -249,7 +249,7 @@ class Gateway(Door):
         caller: HttpCaller,
         *,
         grammar: str,
-        breakpoints: tuple[tuple[int, float], ...] = (),
+        breakpoints: tuple[Breakpoint, ...] = (),
     ) -> GenerationRequest:
         most = self.front.identity.max_tokens - len(tokens)
         sampling = knobs.sampling(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from antefix_router.chat.messages import Breakpoint, ChatRole, Message, ToolCall
+from antefix_router.chat.messages import ChatRole, Message, TextBreakpoint, ToolCall
 from antefix_router.gateway.content import MessageList, as_json, content_of, end_breakpoint, result_of
 from antefix_router.gateway.fields import Fields, is_number, wrong_value
 
@@ -40,7 +40,7 @@ def _read_message(item: Fields, found: MessageList) -> None:
     silent = "" if role is ChatRole.ASSISTANT else None
     said = result_of(item, "content") if role is ChatRole.TOOL else content_of(item, "content", silent)
     calls: tuple[ToolCall, ...] = ()
-    ends: tuple[Breakpoint, ...] = ()
+    ends: tuple[TextBreakpoint, ...] = ()
     call_id = reasoning = name = ""
     if role is ChatRole.ASSISTANT:
         said.text = said.text or item.text("refusal", "")
@@ -82,9 +82,9 @@ def _details(item: Fields) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _calls(item: Fields) -> tuple[tuple[ToolCall, ...], tuple[Breakpoint, ...]]:
+def _calls(item: Fields) -> tuple[tuple[ToolCall, ...], tuple[TextBreakpoint, ...]]:
     """The calls, and the breakpoints on them, which lie at the message's end: its calls are written in one piece."""
-    ends: list[Breakpoint] = []
+    ends: list[TextBreakpoint] = []
     calls: list[ToolCall] = []
     for call in item.children("tool_calls", []):
         ends += end_breakpoint(call)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from antefix.errors import InvalidRequest
-from antefix_router.chat.messages import ANY_CALLS, Breakpoint, ToolRule
+from antefix_router.chat.messages import ANY_CALLS, TextBreakpoint, ToolRule
 from antefix_router.chat.strict import check_schema
 from antefix_router.gateway.answer_form import anthropic_rule, openai_rule
 from antefix_router.gateway.content import breakpoint_ttl
@@ -43,7 +43,7 @@ class Tools:
     deferred: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     strict: frozenset[str] = frozenset()
     grouped: Mapping[str, GroupedName] = field(default_factory=dict)
-    breakpoint: Breakpoint | None = None
+    breakpoint: TextBreakpoint | None = None
     rule: ToolRule = ANY_CALLS
 
     @property
@@ -86,7 +86,7 @@ class _Reader:
         self.schemas: list[dict[str, Any]] = []
         self.strict: set[str] = set()
         self.grouped: dict[str, GroupedName] = {}
-        self.breakpoint: Breakpoint | None = None
+        self.breakpoint: TextBreakpoint | None = None
         self._own_kind = own_kind
 
     def add(self, tool: Fields, group: str = "") -> None:
@@ -129,7 +129,7 @@ class _Reader:
         """All tools are written in one piece, so a breakpoint on one of them lies behind them all."""
         ttl_s = breakpoint_ttl(fields)
         if ttl_s is not None:
-            self.breakpoint = Breakpoint(ttl_s=ttl_s)
+            self.breakpoint = TextBreakpoint(ttl_s=ttl_s)
 
 
 def grouped_name(group: str, name: str) -> str:

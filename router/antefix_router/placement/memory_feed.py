@@ -19,6 +19,7 @@ from antefix.events.event_wire import watch_memory
 from antefix.events.follower import FollowCounters, Follower
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.events.redis_stream import MEMORY_STREAMS, StreamReader, memory_stream
+from antefix.security.identity import Role
 from antefix_router.placement.directory import Directory
 
 WatchMemory = Callable[[grpc.aio.Channel, Cursor | None], AsyncGenerator[Batch[BlockEvent], None]]
@@ -68,8 +69,19 @@ class MemoryFollower(Follower[BlockEvent]):
 class MemoryFeed:
     """Keeps the directory as the workers' events say. `follow` again whenever workers come or go."""
 
-    def __init__(self, directory: Directory, *, redis_url: str = "", watch: WatchMemory = watch_memory) -> None:
-        """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        redis_url: str = "",
+        watch: WatchMemory = watch_memory,
+        callee: Callable[[str], tuple[Role | None, str]] = lambda _: (None, ""),
+    ) -> None:
+        """callee: role and name of the process that must answer at an address, so that no other is believed.
+
+        Raises:  ConfigError: the URL cannot be read. Nothing connects yet.
+        """
+        self._callee = callee
         self._directory = directory
         self._watch = watch
         self._reader = StreamReader(redis_url, MEMORY_STREAMS, self._take, self._lose) if redis_url else None
@@ -108,7 +120,8 @@ class MemoryFeed:
 
     async def _run(self, follower: MemoryFollower, address: str) -> None:
         # One channel for as long as it is followed: making one a try would cost memory while the worker is away.
-        async with rpc.channel(address) as channel:
+        role, name = self._callee(address)
+        async with rpc.channel(address, of=role, name=name) as channel:
             await follower.run(partial(self._watch, channel))
 
     def _take(self, address: str, batch: Batch[BlockEvent]) -> None:

@@ -38,6 +38,7 @@ class Worker:
     """One worker process and what the router gave it. num_tokens: of requests placed and not ended.
 
     arithmetic, setup: what it said that it computes, and where; empty while it has not.
+    name: of the process that must answer, as its certificate has it; empty: any of its role.
     """
 
     address: str
@@ -54,6 +55,7 @@ class Worker:
     seed: int = 0
     arithmetic: str = ""
     setup: str = ""
+    name: str = ""
 
     def is_shunned(self, now: float) -> bool:
         return now < self.shunned_until
@@ -89,12 +91,13 @@ class Workers:
         for address in addresses:
             self.join(address)
 
-    def join(self, address: str) -> Worker:
+    def join(self, address: str, *, name: str = "") -> Worker:
         """Know a worker from now on; one that is known already, back from draining perhaps, stays what it is."""
         worker = self.find(address)
         if worker is None:
-            client = PrefillClient(address) if self.role is WorkerRole.PREFILL else DecodeClient(address)
-            worker = Worker(address=address, role=self.role, client=client, seed=seed_of(address))
+            client_type = PrefillClient if self.role is WorkerRole.PREFILL else DecodeClient
+            client = client_type(address, name=name)
+            worker = Worker(address=address, role=self.role, client=client, seed=seed_of(address), name=name)
             self.workers.append(worker)
         worker.draining = False
         return worker

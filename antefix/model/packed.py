@@ -1,0 +1,183 @@
+"""Weights as they ship: FP8 or FP4 codes with a scale per block. They stay packed in memory and are decoded by tile.
+
+Inputs of packed products are rounded to FP8, as the released code does: groups of 128 addends, each with the smallest
+power of two that keeps its largest value within the code's range. The grouped output projection is the exception: the
+released code multiplies it in BF16, with inputs as they are.
+
+    codes       FP8 E4M3: one byte a weight.  FP4 E2M1: two weights a byte, the even one in the low nibble
+    scales      one per block of `block` (rows, addends): float8_e8m0fnu (2^(byte - 127)) or float32
+
+Shapes:  E = experts, O = outputs, K = addends, B = bytes of a row (K, or K / 2 for FP4), N = rows of inputs.
+Source:  inference/model.py and kernel.py of the released checkpoints; oracle: transformers' Fp8Dequantize.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from antefix_kernels.linear import Routing
+
+from antefix.model.quant import fp4_pairs, fp8_values, round_groups
+
+# Addends that share a scale when inputs are rounded.
+INPUT_GROUP = 128
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """One matrix [O, K]: codes [O, B], scales [ceil(O / rows), ceil(K / addends)]."""
+
+    codes: Tensor
+    scales: Tensor
+    block: tuple[int, int]
+    rounds_inputs: bool = True
+
+    @property
+    def is_fp4(self) -> bool:
+        return self.codes.dtype is torch.uint8
+
+    @property
+    def shape(self) -> torch.Size:
+        rows, width = self.codes.shape
+        return torch.Size((rows, width * 2 if self.is_fp4 else width))
+
+    def decode(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows [start, stop) as numbers: code times scale in float32, then cast, as in transformers."""
+        rows, addends = self.block
+        values = decode_codes(self.codes[start:stop])
+        scales = self.scales[start // rows : -(-stop // rows)].float()
+        if rows > 1:
+            scales = scales.repeat_interleave(rows, 0)[start % rows : start % rows + stop - start]
+        num_addends = values.shape[1]
+        if num_addends % addends:
+            return (values * scales.repeat_interleave(addends, 1)[:, :num_addends]).to(dtype)
+        return values.view(len(values), -1, addends).mul_(scales.unsqueeze(2)).view(len(values), -1).to(dtype)
+
+
+def decode_codes(codes: Tensor) -> Tensor:
+    """Values [O, K] float32 of codes [O, B], without their scales."""
+    as_bytes = codes.view(torch.uint8).reshape(-1).int()
+    if codes.dtype is torch.uint8:
+        return fp4_pairs(codes.device).index_select(0, as_bytes).view(len(codes), -1)
+    return fp8_values(codes.device).index_select(0, as_bytes).view(codes.shape)
+
+
+def round_inputs(x: Tensor) -> Tensor:
+    """x [N, K] as FP8 products see it: FP8 codes times their group's power of two, exact in x's type."""
+    return round_groups(x, INPUT_GROUP).to(x.dtype)
+
+
+def card_product(x: Tensor, weight: PackedMatrix) -> Tensor:
+    """x [N, G, K] times a matrix [G * O, K], group by group, by kernels that read its codes: [N, G, O]."""
+    from antefix_kernels import packed_linear
+
+    num_groups = x.shape[1]
+    per_group = weight.shape[0] // num_groups
+    rows, addends = weight.block
+    scales = weight.scales
+    if num_groups > 1 and per_group % rows:
+        # A group begins inside a block: each of its rows gets scales of its own.
+        scales = scales.view(torch.uint8 if scales.element_size() == 1 else scales.dtype)
+        scales = scales.repeat_interleave(rows, 0)[: weight.shape[0]].view(weight.scales.dtype)
+        rows = 1
+    operand = packed_linear.Weight(
+        codes=weight.codes.view(num_groups, per_group, -1),
+        scales=scales.view(num_groups, -1, scales.shape[1]),
+        block=(rows, addends),
+    )
+    flat = x.reshape(-1, x.shape[2])
+    inputs = packed_linear.prepare_inputs(flat, rounds=weight.rounds_inputs, is_fp4=weight.is_fp4)
+    return packed_linear.multiply(inputs.view(x.shape), operand)
+
+
+class PackedLinear(nn.Module):
+    """Stands where an nn.Linear without bias stands; `weight` is a PackedMatrix."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, form: PackedForm, shape: torch.Size) -> None:
+        super().__init__()
+        self.form = form
+        self.out_features, self.in_features = shape
+        codes, scales = form.empty(shape)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    @property
+    def weight(self) -> PackedMatrix:
+        return PackedMatrix(self.codes, self.scales, self.form.block, self.form.rounds_inputs)
+
+
+class PackedStack(nn.Module):
+    """Stands where the weights [E, O, K] of all experts stand: `stack[expert]` is a PackedMatrix."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, form: PackedForm, shape: torch.Size) -> None:
+        super().__init__()
+        self.form = form
+        self.shape = shape
+        codes, scales = form.empty(shape)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, expert: int) -> PackedMatrix:
+        return PackedMatrix(self.codes[expert], self.scales[expert], self.form.block, self.form.rounds_inputs)
+
+    def card_tile(self, dtype: torch.dtype) -> int:
+        """Rows of a tile of the routed product on a card."""
+        from antefix_kernels.packed_linear import routed_tile
+
+        return routed_tile(self.form.is_fp4, dtype)
+
+    def card_product(self, x: Tensor, routing: Routing, *, gathered: bool) -> Tensor:
+        """`antefix_kernels.linear.multiply_routed` with packed experts."""
+        from antefix_kernels import packed_linear
+
+        form = self.form
+        inputs = packed_linear.prepare_inputs(x, rounds=form.rounds_inputs, is_fp4=form.is_fp4)
+        weight = packed_linear.Weight(codes=self.codes, scales=self.scales, block=form.block)
+        return packed_linear.multiply_routed(inputs, weight, routing, gathered=gathered)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedForm:
+    """How a weight is packed.  scale_dtype: float8_e8m0fnu or float32."""
+
+    is_fp4: bool
+    block: tuple[int, int]
+    scale_dtype: torch.dtype
+    rounds_inputs: bool = True
+
+    @property
+    def label(self) -> str:
+        """For names and tables: "fp8 128x128 e8m0"."""
+        kind = "fp4" if self.is_fp4 else "fp8"
+        scale = "e8m0" if self.scale_dtype is torch.float8_e8m0fnu else "float32"
+        return f"{kind} {self.block[0]}x{self.block[1]} {scale}"
+
+    def plain_inputs(self) -> PackedForm:
+        return replace(self, rounds_inputs=False)
+
+    def code_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.Size((*shape[:-1], shape[-1] // 2)) if self.is_fp4 else shape
+
+    def scale_shape(self, shape: torch.Size) -> torch.Size:
+        rows, addends = self.block
+        return torch.Size((*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // addends)))
+
+    def empty(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Codes and scales, not filled in."""
+        dtype = torch.uint8 if self.is_fp4 else torch.float8_e4m3fn
+        codes = torch.empty(self.code_shape(shape), dtype=dtype)
+        return codes, torch.empty(self.scale_shape(shape), dtype=self.scale_dtype)

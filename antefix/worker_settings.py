@@ -1,0 +1,70 @@
+"""Settings of workers that others must know too: `antefix up` hands them on, routers name KV by some of them.
+
+Each is defined here once. `add_flags` makes its flag wherever a command takes it, `flags_of` the flag for a process
+that is started. Knows no tensors, so that a host without torch can start a router.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from antefix.config import check_choices, require, setting
+from antefix.window import Strategies, Strategy, check_exactness, in_force
+from antefix.window_pool import DISK, MEMORY, check_address
+
+# Those that stand in the names of KV: a router, and whoever looks for KV, must have them as the workers do.
+NAMING: Final = ("kv_format", "namespace", "bounded_windows")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """What a worker's KV is, what computes it, and how its window state is treated (docs/WINDOW_STATE.md).
+
+    Raises:  ConfigError: a setting that is none, or two that contradict each other.
+    """
+
+    kv_format: str = setting("fp8", "precision of KV in the pool and on disk", choices=("fp8", "float32"))
+    namespace: str = setting("default", "requests share KV within a namespace only")
+    strategy: str = setting(
+        "auto",
+        "which checkpoints to leave: auto, auto(budget=SIZE, ends=disk|pool), boundary, periodic(TOKENS), full, zero; "
+        "or by namespace: 'agents=periodic(8192); batch=zero; auto'. auto's ends go to the window pool if there is one",
+    )
+    window_pool: str = setting(
+        DISK,
+        "memory for checkpoints that are used within minutes or never: disk (none), memory (the store service's), or a"
+        " redis://, rediss://, unix:// or redis+cluster:// URL",
+    )
+    window_pool_bytes: int = setting(
+        0, "of Redis' memory; what is above goes to disk; 0: 4 GiB, where there is a Redis", unit="bytes"
+    )
+    bounded_windows: int = setting(
+        0, "allow approximate replays of so many windows; the namespace's KV then has names of its own; 0: exact only"
+    )
+    reproducible: bool = setting(
+        False,
+        "hits equal cold runs to the bit on a GPU too; on a CPU they do anyway: attention in one order whatever the"
+        " batch; where no kernels run, resume only at multiples of prefill_chunk",
+    )
+    device: str = setting("cpu", "torch device of the workers")
+    dtype: str = setting("float32", "precision of weights and activations", choices=("float32", "bfloat16"))
+    kernels: str = setting(
+        "auto", "cache path; auto: triton where it can run (CUDA and fp8)", choices=("auto", "triton", "torch")
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_address(self.window_pool)
+        check_exactness(bounded_windows=self.bounded_windows, reproducible=self.reproducible)
+        for each in Strategies.parse(self.strategy).all():
+            in_force(each, has_pool=self.window_pool != DISK)
+        require(
+            not self.window_pool_bytes or self.window_pool not in (DISK, MEMORY),
+            f"window_pool_bytes bounds a Redis server's memory, but window_pool is {self.window_pool}",
+        )
+
+    @property
+    def strategy_in_force(self) -> Strategy:
+        """The namespace's, as it works with this window pool."""
+        return in_force(Strategies.parse(self.strategy).of(self.namespace), has_pool=self.window_pool != DISK)

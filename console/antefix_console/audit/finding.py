@@ -1,0 +1,42 @@
+"""What an audit found: facts, violations, and what it could not tell."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Verdict(StrEnum):
+    """FACT: how the endpoint behaves.  VIOLATION: it breaks a rule that it is held to.  UNKNOWN: could not be told."""
+
+    FACT = "fact"
+    VIOLATION = "violation"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """probe: which part found it.  says: one sentence.  figures: the numbers behind it.
+
+    p_value: how likely such figures are if there is nothing to find; None where none is needed (a count that is wrong
+    once is wrong).  samples: how many comparisons it rests on.
+    """
+
+    probe: str
+    verdict: Verdict
+    says: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    p_value: float | None = None
+    samples: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"verdict": self.verdict.value}
+
+
+def fact(probe: str, says: str, **figures: Any) -> Finding:
+    return Finding(probe=probe, verdict=Verdict.FACT, says=says, figures=figures)
+
+
+def unknown(probe: str, says: str, **figures: Any) -> Finding:
+    return Finding(probe=probe, verdict=Verdict.UNKNOWN, says=says, figures=figures)

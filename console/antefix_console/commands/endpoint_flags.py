@@ -1,0 +1,42 @@
+"""The flags that name an endpoint, for commands that ask one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from antefix.errors import InvalidRequest
+from antefix_console.endpoint.client import EndpointConfig
+from antefix_console.endpoint.dialects import DIALECTS
+
+
+def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--url", required=True, help="of the endpoint, with its version: http://127.0.0.1:8000/v1")
+    parser.add_argument("--api", choices=sorted(DIALECTS), default="chat", help="which API it speaks (default: chat)")
+    parser.add_argument("--model", default="", help="as the endpoint names it (default: the first that it lists)")
+    parser.add_argument(
+        "--key-file",
+        type=Path,
+        metavar="FILE",
+        help="holds the API key; a key on the command line would be seen by all",
+    )
+    parser.add_argument("--timeout-s", type=float, default=300.0, help="longest silence of the endpoint (default 300)")
+
+
+def endpoint_of(args: argparse.Namespace, key_file: Path | None = None) -> EndpointConfig:
+    """key_file: instead of --key-file.
+
+    Raises:  InvalidRequest: a flag, or a key file, that makes no sense.
+    """
+    path = key_file or args.key_file
+    return EndpointConfig(
+        url=args.url, api=args.api, model=args.model, key=read_key(path) if path else "", timeout_s=args.timeout_s
+    )
+
+
+def read_key(path: Path) -> str:
+    """Raises:  InvalidRequest: it holds no key.  OSError: it cannot be read."""
+    key = path.read_text(encoding="utf-8").strip()
+    if not key or not key.isprintable() or len(key.split()) != 1:
+        raise InvalidRequest(f"{path} holds no API key: one line without spaces is expected")
+    return key

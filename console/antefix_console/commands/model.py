@@ -1,0 +1,149 @@
+"""`antefix model check DIR`: what a model directory is, whether and how it would run here, and what memory it takes.
+
+Reads config.json and the files' headers, which takes seconds for any model; no weight is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from antefix.config import require
+from antefix.errors import AntefixError
+from antefix_console.progress_line import ProgressLine
+
+if TYPE_CHECKING:
+    from antefix.model.describe import Description
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Somewhere a worker could run. needed_bytes: weights and a block pool of `--pool-bytes`."""
+
+    name: str
+    dtype: str
+    needed_bytes: int
+    free_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.free_bytes
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `model` with its own commands; `run` carries them out."""
+    parser = subparsers.add_parser("model", help="say what a model directory is, and whether it would run here")
+    commands = parser.add_subparsers(dest="model_command", required=True)
+    example = "antefix model check models/antefix-tiny --json"
+    check = commands.add_parser(
+        "check",
+        help="check a directory without reading its weights; exit status 1 if it would not run here",
+        description=__doc__,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("directory", type=Path, metavar="DIR", help="config.json and *.safetensors")
+    check.add_argument("--pool-bytes", default="1G", help="memory for a worker's block pool (default: %(default)s)")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    from antefix.byte_size import parse_byte_size
+    from antefix.model.describe import describe
+
+    pool_bytes = parse_byte_size(args.pool_bytes)
+    require(pool_bytes > 0, "--pool-bytes must be positive")
+    try:
+        with ProgressLine("reading headers"):
+            found = describe(args.directory)
+    except AntefixError as err:
+        return _refuse(args, str(err))
+    places = [_host(found, pool_bytes), *_cards(found, pool_bytes)]
+    if args.json:
+        print(json.dumps(_as_json(found, places)))
+    else:
+        print(render(found, places))
+    return 0 if any(place.fits for place in places) else 1
+
+
+def _refuse(args: argparse.Namespace, reason: str) -> int:
+    if args.json:
+        print(json.dumps({"loads": False, "reason": reason, "path": str(args.directory)}))
+    else:
+        print(f"{args.directory} would not load: {reason}")
+    return 1
+
+
+def _host(found: Description, pool_bytes: int) -> Place:
+    needed = found.memory_bytes["float32"] + pool_bytes
+    return Place(name="cpu", dtype="float32", needed_bytes=needed, free_bytes=_free_memory())
+
+
+def _free_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return 0
+
+
+def _cards(found: Description, pool_bytes: int) -> list[Place]:
+    import torch
+
+    needed = found.memory_bytes["bfloat16"] + pool_bytes
+    return [
+        Place(
+            name=f"cuda:{number} ({torch.cuda.get_device_name(number)})",
+            dtype="bfloat16",
+            needed_bytes=needed,
+            free_bytes=torch.cuda.mem_get_info(number)[0],
+        )
+        for number in range(torch.cuda.device_count())
+    ]
+
+
+def _as_json(found: Description, places: list[Place]) -> dict[str, Any]:
+    runs_on = [asdict(place) | {"fits": place.fits} for place in places]
+    return {"loads": True, **asdict(found), "places": runs_on}
+
+
+def render(about: Description, places: list[Place]) -> str:
+    """For people."""
+    layers = ", ".join(f"{number} {kind}" for kind, number in about.layers.items())
+    packed = ", ".join(f"{_gib(nbytes)} of {form}" for form, nbytes in about.packed.items()) or "none"
+    lines = [
+        f"{about.path} would load",
+        f"  layers      {sum(about.layers.values())}: {layers}; width {about.hidden_size}, {about.num_experts} experts",
+        f"  weights     {about.num_weights / 1e9:.2f} billion in {about.num_files} files of {_gib(about.file_bytes)},"
+        f" {about.num_tensors} tensors",
+        f"  packed      {packed}",
+        *(f"  not run     {_gib(nbytes)} of {name}" for name, nbytes in about.skipped.items()),
+        f"  memory      {_gib(about.memory_bytes['float32'])} with --dtype float32,"
+        f" {_gib(about.memory_bytes['bfloat16'])} with --dtype bfloat16",
+        f"  KV          {about.kv.token:,.0f} B a token on disk and on a card, {about.kv.pool_token:,.0f} B in a CPU's"
+        f" pool; blocks of {about.kv.block_tokens} tokens; a checkpoint {about.kv.checkpoint / 1e6:.2f} MB",
+        f"  prompts     up to {about.max_tokens:,} tokens, {about.vocab_size:,} token ids;"
+        f" {'has a tokenizer' if about.has_tokenizer else 'has no tokenizer: token ids only'}",
+        *(f"  note        {note}" for note in about.notes),
+        *(_line(place) for place in places),
+    ]
+    if not any(place.fits for place in places):
+        lines.append("A worker does not fit here. Each worker holds all weights on one device.")
+    return "\n".join(lines)
+
+
+def _line(place: Place) -> str:
+    verdict = "fits" if place.fits else "does not fit"
+    return (
+        f"  {place.name:<11} {verdict}: a worker takes {_gib(place.needed_bytes)} in {place.dtype},"
+        f" {_gib(place.free_bytes)} are free"
+    )
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / _GIB:.2f} GiB" if nbytes >= _GIB // 10 else f"{nbytes / (1 << 20):.2f} MiB"

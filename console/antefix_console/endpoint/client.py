@@ -1,0 +1,209 @@
+"""Sends questions to an endpoint and times its answers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from antefix.errors import InvalidRequest, Unavailable
+from antefix_console.endpoint.dialects import DIALECTS, Stream
+from antefix_console.endpoint.reply import Question, Reply
+
+if TYPE_CHECKING:
+    import httpx
+
+# It would log a line per request, into the middle of a report.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+# An event that is longer than this is no part of an answer to us.
+_EVENT_CHARACTERS_MAX = 1 << 24
+_ERROR_CHARACTERS_MAX = 300
+_CONNECTIONS_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointConfig:
+    """url: with the API's version, such as https://api.example.com/v1.  api: chat, completions or messages.
+
+    model: as the endpoint names it; empty: the first that it lists.
+    key: sent as the API has it; never printed.  timeout_s: longest silence of the endpoint.
+    """
+
+    url: str
+    api: str
+    model: str = ""
+    key: str = ""
+    timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        if self.api not in DIALECTS:
+            raise InvalidRequest(f"unknown API {self.api!r}: use one of {', '.join(DIALECTS)}")
+        if not self.url.startswith(("http://", "https://")):
+            raise InvalidRequest(f"{self.url!r} is no URL of an endpoint: it begins with http:// or https://")
+
+    def __repr__(self) -> str:
+        return f"{self.api} at {self.url}"
+
+
+class EndpointClient:
+    """One endpoint with one key. Use as `async with`."""
+
+    def __init__(self, config: EndpointConfig) -> None:
+        self.config = config
+        self.model = config.model
+        self._dialect = DIALECTS[config.api]
+        self._http: httpx.AsyncClient | None = None
+
+    async def __aenter__(self) -> Self:
+        httpx = _httpx()
+        self._http = httpx.AsyncClient(
+            headers=self._dialect.headers(self.config.key),
+            timeout=httpx.Timeout(self.config.timeout_s),
+            limits=httpx.Limits(max_connections=_CONNECTIONS_MAX, max_keepalive_connections=_CONNECTIONS_MAX),
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._http is not None
+        await self._http.aclose()
+
+    async def choose_model(self) -> str:
+        """The model that is asked: the one that was named, else the first that the endpoint lists.
+
+        Raises:  InvalidRequest: none was named, and the endpoint lists none.  Unavailable: nothing answers there.
+        """
+        if not self.model:
+            listed = await self.models()
+            if not listed:
+                raise InvalidRequest(f"{self.config.url}/models lists no model: name one with --model")
+            self.model = listed[0]
+        return self.model
+
+    async def models(self) -> list[str]:
+        """The models that the endpoint lists; none where it has no such list.
+
+        Raises:  Unavailable: nothing answers there.
+        """
+        assert self._http is not None
+        try:
+            answer = await self._http.get(self.config.url.rstrip("/") + "/models")
+            return [str(each["id"]) for each in answer.json()["data"]] if answer.status_code == 200 else []
+        except (ValueError, KeyError, TypeError):
+            return []
+        except _httpx().HTTPError as err:
+            raise Unavailable(f"{self.config.url} does not answer: {_said(err)}") from err
+
+    async def ask(self, question: Question) -> Reply:
+        """The answer; an endpoint's refusal or failure is a reply with an error, never an exception.
+
+        Raises:  InvalidRequest: a usage that is none.
+        """
+        assert self._http is not None
+        url = self.config.url.rstrip("/") + self._dialect.path
+        stream, timing = Stream(), _Timing()
+        try:
+            headers = {"idempotency-key": question.idempotency_key} if question.idempotency_key else {}
+            body = self._dialect.body(self.model, question)
+            request = self._http.stream("POST", url, json=body, headers=headers)
+            async with request as answer:
+                timing.request_id = answer.headers.get("x-request-id") or answer.headers.get("request-id") or ""
+                if answer.status_code != 200:
+                    said = (await answer.aread()).decode(errors="replace")
+                    return _refused(answer.status_code, said, answer.headers, timing)
+                async for event in _events(answer):
+                    if self._dialect.read(event, stream):
+                        timing.note()
+        except _httpx().HTTPError as err:
+            return Reply(status=0, error=_said(err), total_s=timing.elapsed_s(), request_id=timing.request_id)
+        usage = self._dialect.usage(stream)
+        error = stream.error or ("" if usage.prompt_tokens else "the answer has no usage: it broke off")
+        return Reply(
+            status=200,
+            error=error,
+            ttft_s=timing.ttft_s,
+            gaps_s=tuple(timing.gaps_s),
+            total_s=timing.elapsed_s(),
+            text="".join(stream.text),
+            logprobs=tuple(stream.logprobs),
+            usage=usage,
+            answer_id=stream.answer_id,
+            request_id=timing.request_id,
+        )
+
+
+class _Timing:
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._last = 0.0
+        self.ttft_s = 0.0
+        self.gaps_s: list[float] = []
+        self.request_id = ""
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._started
+
+    def note(self) -> None:
+        now = time.perf_counter()
+        if self._last:
+            self.gaps_s.append(now - self._last)
+        else:
+            self.ttft_s = now - self._started
+        self._last = now
+
+
+async def _events(answer: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+    """The `data:` lines of a stream of server-sent events, each of them JSON here."""
+    async for line in answer.aiter_lines():
+        if not line.startswith("data:") or len(line) > _EVENT_CHARACTERS_MAX:
+            continue
+        data = line[5:].strip()
+        if data == "[DONE]":
+            return
+        try:
+            event = json.loads(data)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+def _refused(status: int, body: str, headers: httpx.Headers, timing: _Timing) -> Reply:
+    try:
+        error = json.loads(body)["error"]
+        said = str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError, TypeError):
+        said = body
+    return Reply(
+        status=status,
+        error=f"{status}: {said[:_ERROR_CHARACTERS_MAX]}",
+        total_s=timing.elapsed_s(),
+        retry_after_s=_seconds(headers.get("retry-after", "")),
+        request_id=timing.request_id,
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) and value > 0 else 0.0
+
+
+def _said(err: Exception) -> str:
+    return f"{type(err).__name__}: {err}" if str(err) else type(err).__name__
+
+
+def _httpx() -> Any:
+    try:
+        import httpx
+    except ModuleNotFoundError as err:
+        raise InvalidRequest("this needs httpx: pip install 'antefix[client]'") from err
+    return httpx

@@ -1,0 +1,69 @@
+"""Made-up text for a trace's requests: equal names give equal text, so prompts share exactly what the trace says.
+
+A trace has no text, only names of prefixes. Each unit of a prompt becomes words drawn by its name; how many words make
+a unit's tokens is measured at the endpoint, whose tokenizer nobody here knows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from antefix.errors import Unavailable
+from antefix_console.endpoint.reply import Question, Reply
+from antefix_simulate.trace import TraceRequest
+
+# Words of four letters in fixed order: most tokenizers take each with its space as one or two tokens.
+_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+WORDS = tuple(a + b + c + d for a in _CONSONANTS for b in _VOWELS for c in _CONSONANTS for d in _VOWELS)
+# Words of the two requests that measure tokens per word. The difference leaves out the chat format around a prompt.
+_SHORT_WORDS, _LONG_WORDS = 64, 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRate:
+    """tokens_per_word: of `WORDS`, spaces included.  fixed_tokens: of a prompt without any word."""
+
+    tokens_per_word: float
+    fixed_tokens: float
+
+    def num_words(self, num_tokens: float) -> int:
+        return max(1, round(num_tokens / self.tokens_per_word))
+
+
+async def measure_token_rate(ask: Callable[[Question], Awaitable[Reply]], seed: int) -> TokenRate:
+    """Two requests of one output token each.
+
+    Raises:  Unavailable: one of them failed.
+    """
+    tokens = []
+    for num_words in (_SHORT_WORDS, _LONG_WORDS):
+        reply = await ask(Question(prompt=words(f"measure {seed} {num_words}", num_words)))
+        if not reply.ok:
+            raise Unavailable(f"the endpoint did not answer a first request: {reply.error}")
+        tokens.append(reply.usage.prompt_tokens)
+    per_word = (tokens[1] - tokens[0]) / (_LONG_WORDS - _SHORT_WORDS)
+    if per_word <= 0:
+        raise Unavailable(f"the endpoint counts {tokens[1]} tokens for {_LONG_WORDS} words and {tokens[0]} for fewer")
+    return TokenRate(tokens_per_word=per_word, fixed_tokens=tokens[0] - per_word * _SHORT_WORDS)
+
+
+def words(seed: str, num_words: int) -> str:
+    """The same words for the same seed, each followed by a space."""
+    return "".join(f"{word} " for word in random.Random(seed).choices(WORDS, k=num_words))
+
+
+def prompt_text(
+    request: TraceRequest, *, number: int, unit_tokens: int, scale: float, rate: TokenRate, salt: str
+) -> str:
+    """number: of the request in its trace; what follows its last complete unit is its own.
+
+    scale: of all lengths. salt: another one makes another text of the same shape, which hits nothing of the first.
+    """
+    unit_words = rate.num_words(unit_tokens * scale)
+    parts = [words(f"{salt} unit {name}", unit_words) for name in request.names.tolist()]
+    rest = request.num_tokens - len(request.names) * unit_tokens
+    if rest > 0:
+        parts.append(words(f"{salt} rest {number}", rate.num_words(rest * scale)))
+    return "".join(parts)

@@ -1,0 +1,116 @@
+"""Tiny models with random weights, one for each way in which transformers keeps KV; for checks alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+import transformers
+
+# Small enough to compute in milliseconds, large enough that no dimension is another one by chance.
+_DENSE: Final = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 4096,
+}
+# Random weights of the usual size are so small that a tiny model's logits hardly hang on its KV.
+_SPREAD: Final = 0.2
+BLOCK_SIZE: Final = 32
+
+
+def _llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=3, **_DENSE))
+
+
+def _qwen3() -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(num_hidden_layers=3, **_DENSE))
+
+
+def _mistral() -> Any:
+    """All layers have a window, of more than two blocks."""
+    config = transformers.MistralConfig(num_hidden_layers=3, sliding_window=70, **_DENSE)
+    return transformers.MistralForCausalLM(config)
+
+
+def _gemma3() -> Any:
+    """Five layers with a window of less than a block, then one without."""
+    config = transformers.Gemma3TextConfig(num_hidden_layers=6, sliding_window=20, **_DENSE)
+    return transformers.Gemma3ForCausalLM(config)
+
+
+def _deepseek_v3() -> Any:
+    """MLA: latents and RoPE keys of different widths."""
+    config = transformers.DeepseekV3Config(
+        **{name: _DENSE[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")},
+        num_hidden_layers=2,
+        num_key_value_heads=4,
+        moe_intermediate_size=32,
+        kv_lora_rank=32,
+        q_lora_rank=32,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=16,
+        v_head_dim=16,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def _deepseek_v4() -> Any:
+    """Window, CSA and HCA layers; a block holds two HCA entries."""
+    config = transformers.DeepseekV4Config(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=4,
+        head_dim=32,
+        num_attention_heads=2,
+        q_lora_rank=32,
+        o_groups=1,
+        o_lora_rank=32,
+        moe_intermediate_size=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        num_hash_layers=0,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=8,
+        sliding_window=20,
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
+        layer_types=[
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
+        ],
+    )
+    return transformers.DeepseekV4ForCausalLM(config)
+
+
+SMALL: Final[dict[str, Callable[[], Any]]] = {
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "mistral": _mistral,
+    "gemma3": _gemma3,
+    "deepseek_v3": _deepseek_v3,
+    "deepseek_v4": _deepseek_v4,
+}
+
+
+def small_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """One of SMALL. The generator of the process is left as it was."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = SMALL[name]()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=_SPREAD)
+    return model.to(dtype).eval()

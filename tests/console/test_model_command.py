@@ -1,0 +1,80 @@
+"""`antefix model check`: what it says of directories, and that it reads no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from antefix_console.cli import main
+from antefix_console.commands import model
+from tests.model import released_checkpoint as released
+
+
+def check(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
+    code = main(["model", "check", *map(str, arguments), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_released_flash_is_described_from_its_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As large as the real one: its tensors are holes in the files. The sums are those that its index publishes."""
+    path = released.write_sparse(released.FULL_FLASH, tmp_path)
+    code, found = check(capsys, path)
+    assert code == 1
+    assert found["loads"]
+    assert not any(place["fits"] for place in found["places"] if place["name"] == "cpu")
+    assert (found["num_files"], found["num_tensors"], found["file_bytes"]) == (46, 69_187, 159_609_485_896)
+    assert found["layers"] == {"window": 2, "csa": 21, "hca": 20}
+    assert found["kv"]["token"] * 128 == 449_824
+    assert found["memory_bytes"]["bfloat16"] == found["file_bytes"] - found["skipped"]["mtp"]
+    assert set(found["packed"]) == {"fp8 128x128 e8m0", "fp4 1x32 e8m0"}
+
+
+def test_pros_config_is_read_as_it_is() -> None:
+    from antefix.model import ModelConfig
+
+    config = ModelConfig.from_dict(released.FULL_PRO)
+    assert [str(kind) for kind in config.geometry.layers[:4]] == ["hca", "hca", "csa", "hca"]
+    assert (config.num_layers, config.draft, config.num_draft_layers) == (61, "mtp", 1)
+    later = ModelConfig.from_dict(released.FULL_FLASH | released.DSPARK | {"compress_ratios": [0] * 46})
+    assert (later.num_layers, later.draft) == (43, "dspark")
+
+
+@pytest.mark.parametrize("release", sorted(released.RELEASES))
+def test_a_small_release_fits_here(release: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = released.write(release, tmp_path / release)
+    code, found = check(capsys, path, "--pool-bytes", "1M")
+    assert code == 0
+    assert set(found["skipped"]) == {"dspark" if release == "dspark" else "mtp"}
+    assert main(["model", "check", str(path), "--pool-bytes", "1M"]) == 0
+    out = capsys.readouterr().out
+    assert "would load" in out and "fits: a worker takes" in out and "no tokenizer" in out
+
+
+def test_a_pool_that_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = check(capsys, released.write("flash", tmp_path / "model"), "--pool-bytes", "900T")
+    assert code == 1
+    assert not found["places"][0]["fits"]
+
+
+def test_why_a_directory_would_not_load_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = released.write("flash", tmp_path / "model")
+    sorted(path.glob("*.safetensors"))[0].unlink()
+    code, found = check(capsys, path)
+    assert code == 1
+    assert found == {"loads": False, "reason": found["reason"], "path": str(path)}
+    assert "which is not in" in found["reason"]
+    assert check(capsys, tmp_path / "nowhere")[0] == 1
+
+
+def test_no_weight_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = released.write("flash", tmp_path / "model")
+    monkeypatch.setattr("antefix.model.read_spans._read", lambda *_: pytest.fail("weights were read"))
+    assert check(capsys, path)[0] == 0
+
+
+def test_sizes_have_units() -> None:
+    assert model._gib(3 << 30) == "3.00 GiB"
+    assert model._gib(5 << 20) == "5.00 MiB"
