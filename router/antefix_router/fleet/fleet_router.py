@@ -15,7 +15,8 @@ from antefix_router.fleet.fleet_names import FleetNames
 from antefix_router.fleet.passing import Passing
 from antefix_router.fleet.prompt_tokens import PromptTokens
 from antefix_router.front import BilledFront, open_books
-from antefix_router.metrics import accounts_metrics, placement_metrics
+from antefix_router.key_changes import follow_keys
+from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics
 from antefix_router.open_bill import Served
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.policy import make_policy
@@ -35,16 +36,21 @@ class FleetRouter:
         self.engines = Engines(config, self.workers, self.directory, names)
         self.passing = Passing(config, self.engines, self.workers, self.directory, names)
         # Records name the model that was asked for; what names its blocks is the workers' own.
-        accounts, tenants, signer = open_books(config, Served(model="", revision="", fingerprint=""), keyring)
-        self.front = BilledFront(self.passing.run, accounts, tenants=tenants, signer=signer)
+        accounts, _, keys, signer = open_books(config, Served(model="", revision="", fingerprint=""), keyring)
+        self.front = BilledFront(self.passing.run, accounts, keys=keys, signer=signer)
+        self.key_changes = follow_keys(config, keys, keyring)
         self.door = FleetDoor(self.front, config, self.engines, PromptTokens(self.engines.engines, self.workers))
 
     async def start(self) -> None:
-        """Ask the workers what they serve, and follow their events."""
+        """Ask the workers what they serve, and follow their events, and changes of API keys."""
+        if self.key_changes is not None:
+            self.key_changes.start()
         await self.engines.start()
 
     async def close(self) -> None:
         await self.front.close()
+        if self.key_changes is not None:
+            await self.key_changes.close()
         await self.engines.close()
 
     def metrics(self) -> Iterable[Metric]:
@@ -53,3 +59,4 @@ class FleetRouter:
         known = {engine.place.address: engine.tells for engine in self.engines.engines}
         yield from placement_metrics((self.workers,), self.config.policy, lambda address: known.get(address, False))
         yield from fleet_metrics(self.engines, self.passing.counters)
+        yield from key_metrics(self.front.keys, self.key_changes)

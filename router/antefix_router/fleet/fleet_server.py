@@ -26,6 +26,7 @@ from antefix_router.gateway.access import HttpMeasures
 from antefix_router.gateway.app import serve_door
 from antefix_router.gateway.gateway import HttpCaller
 from antefix_router.gateway.http_errors import PassedError
+from antefix_router.key_callers import caller_of_key
 from antefix_router.usage_service import UsageServicer
 
 
@@ -97,7 +98,13 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
 async def run(config: FleetConfig, *, watch_stdin: bool = False) -> None:
     """Serve until told to stop.  Raises:  ConfigError: a setting is not usable."""
     keyring = Keyring.from_file(create_secret_file(Path(config.secret_file)))
-    security = open_security(Role.ROUTER, config.credentials, keyring=keyring)
+    security = open_security(
+        Role.ROUTER,
+        config.credentials,
+        keyring=keyring,
+        tokens=lambda key, method: caller_of_key(router.front.keys, key, method),
+        needs_token=lambda: router.front.keys.open_as is None,
+    )
     security.use()
     router = FleetRouter(config, keyring)
     servicer = FleetServicer(router)
