@@ -175,15 +175,13 @@ def open_front(
     fingerprint: bytes,
 ) -> Front:
     """Raises:  ConfigError: a file or directory named in the settings cannot be used.  LedgerCorrupt: see there."""
-    served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
-    accounts, tenants, keys, signer = open_books(config, served, keyring)
+    accounts, tenants, keys, signer = open_books(config, keyring)
+    accounts.served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
     return Front(generator, accounts, identity=identity, tokenizer=tokenizer, tenants=tenants, signer=signer, keys=keys)
 
 
-def open_books(
-    config: BillingConfig, served: Served, keyring: Keyring
-) -> tuple[Accounts, TenantBook, KeyRegister, Signer | None]:
-    """What the settings name for keys and bill.  Raises: as `open_front`."""
+def open_books(config: BillingConfig, keyring: Keyring) -> tuple[Accounts, TenantBook, KeyRegister, Signer | None]:
+    """What the settings name for keys and bill, of no model yet.  Raises: as `open_front`."""
     has_keys = bool(config.api_keys_file)
     tenants = load_tenants(config.tenants_file, has_other_keys=has_keys) if config.tenants_file else TenantBook()
     keys = key_register(tenants, needed=has_keys)
@@ -191,6 +189,7 @@ def open_books(
         keys.take(read_book(config.api_keys_file))
     cards = load_cards(config.ratecards) if config.ratecards else RateCards()
     ledger = Ledger(config.ledger_dir) if config.ledger_dir else None
+    served = Served(model="", revision="", fingerprint="")
     accounts = Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants, retries=config)
     if ledger is None:
         return accounts, tenants, keys, None

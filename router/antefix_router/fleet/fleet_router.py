@@ -17,7 +17,6 @@ from antefix_router.fleet.prompt_tokens import PromptTokens
 from antefix_router.front import BilledFront, open_books
 from antefix_router.key_changes import follow_keys
 from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics
-from antefix_router.open_bill import Served
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.workers import WorkerRole, Workers
@@ -36,7 +35,7 @@ class FleetRouter:
         self.engines = Engines(config, self.workers, self.directory, names)
         self.passing = Passing(config, self.engines, self.workers, self.directory, names)
         # Records name the model that was asked for; what names its blocks is the workers' own.
-        accounts, _, keys, signer = open_books(config, Served(model="", revision="", fingerprint=""), keyring)
+        accounts, _, keys, signer = open_books(config, keyring)
         self.front = BilledFront(self.passing.run, accounts, keys=keys, signer=signer)
         self.key_changes = follow_keys(config, keys, keyring)
         self.door = FleetDoor(self.front, config, self.engines, PromptTokens(self.engines.engines, self.workers))
