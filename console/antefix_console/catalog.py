@@ -108,6 +108,12 @@ def _bench() -> CommandModule:
     return bench
 
 
+def _top() -> CommandModule:
+    from antefix_console.commands import top
+
+    return top
+
+
 def _certs() -> CommandModule:
     from antefix_console.commands import certs
 
@@ -237,6 +243,11 @@ COMMANDS: dict[str, Command] = {
         load=_bench,
         help="measure beside the machine's limits and beside peers (in a checkout)",
         example="antefix bench store --json",
+    ),
+    "top": Command(
+        load=_top,
+        help="watch a deployment in the terminal: load, hit rates, tenants, newest misses",
+        example="antefix top --url http://127.0.0.1:8000",
     ),
     "certs": Command(
         load=_certs,

@@ -42,6 +42,7 @@ from antefix_router.answers import KeptAnswer, RetryConfig, Run, SharedRun
 from antefix_router.ending import Ending
 from antefix_router.generation import Generation, OutputPiece
 from antefix_router.open_bill import Bill, Served
+from antefix_router.page.activity import Activity
 from antefix_router.request_measures import RequestMeasures
 from antefix_router.retries import CLIENT_LEFT, Retries
 
@@ -72,7 +73,7 @@ class Accounts:
         self._keyring = keyring
         self.served = served
         self._cards = cards
-        self._quotas = QuotaBook(tenants.limits, tenants.default)
+        self.quotas = QuotaBook(tenants.limits, tenants.default)
         self._running: set[str] = set()
         self._repeats: OrderedDict[str, int] = OrderedDict()
         self._settling: dict[str, asyncio.Task[Settled | None]] = {}
@@ -82,6 +83,7 @@ class Accounts:
         self.num_unstored = 0
         self.unstored_reason = ""
         self.measures = RequestMeasures()
+        self.activity = Activity()
         self.ending = Ending()
         if ledger is not None:
             self._take_up(ledger)
@@ -99,7 +101,7 @@ class Accounts:
             log.warning("%d requests were cut off by the last stop; %d had output", len(crashed), num_charged)
         now = datetime.now(UTC)
         after = sequence_before(ledger.directory, LimitWindow.MONTH.start(now).timestamp())
-        self._quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
+        self.quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
 
     async def admit(
         self, request: GenerationRequest, *, retryable: bool = False, generation: Make = Generation
@@ -286,6 +288,7 @@ class Accounts:
                 bill.settled = await self.writer.settle(record)
             if bill.settled.record is record:
                 self.measures.count(record)
+                self.activity.note(record, bill.generation.restore)
         except AntefixError as err:
             log.error("request %s could not be settled: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
             if status is not Status.CANCELLED and status is not Status.FAILED:
@@ -295,7 +298,7 @@ class Accounts:
             if bill.reservation is not None:
                 tokens = record.prompt_tokens + record.output_tokens if record and bill.settled else 0
                 price = record.price if record and bill.settled else bill.reservation.money * 0
-                self._quotas.settle(bill.reservation, tokens=tokens, money=price)
+                self.quotas.settle(bill.reservation, tokens=tokens, money=price)
         return bill.settled
 
     @property
@@ -383,7 +386,7 @@ class Accounts:
             output_tokens_max=num_output,
         )
         tokens = request.num_tokens + num_output
-        return self._quotas.reserve(request.caller.tenant, tokens=tokens, money=most, now=now)
+        return self.quotas.reserve(request.caller.tenant, tokens=tokens, money=most, now=now)
 
     def _repeat(self, generation: Generation, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None) -> Bill:
         """The answer to a finished request again: kept, or made again, which is work that nobody pays for."""

@@ -26,6 +26,7 @@ from antefix_router.generation import Generator
 from antefix_router.key_changes import follow_keys
 from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics, router_metrics
 from antefix_router.naming import PromptNames
+from antefix_router.page.prefix_forest import PrefixForest
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
 from antefix_router.placement.memory_feed import MemoryFeed
@@ -58,7 +59,7 @@ class Router:
         """granter: signs what workers and store ask for; None where they ask for nothing."""
         self.identity = identity
         self.tokenizer = tokenizer
-        self._store = store
+        self.store = store
         self.config = config
         # Without workers nothing is named; the first that is there says what goes into names.
         self.arithmetic = config.arithmetic or CPU_FLOAT32
@@ -99,6 +100,7 @@ class Router:
         self.memory = MemoryFeed(directory, redis_url=events, keys=event_keys, callee=self._callee)
         self.leases = Leases(self.prefill, self.decode, directory, fingerprint=self.fingerprint, memory=self.memory)
         self.pins = BreakpointPins(store)
+        self.forest = PrefixForest()
         self.front: Front = open_front(
             config,
             Generator(
@@ -109,6 +111,7 @@ class Router:
                 self.pins,
                 sessions,
                 between_tokens=lambda seconds, number: self.front.accounts.measures.note_pace(seconds, number),
+                on_named=lambda prompt: self.forest.note(prompt.chain.hashes, prompt.owner),
             ),
             identity=identity,
             tokenizer=tokenizer,
@@ -132,7 +135,7 @@ class Router:
         await self.leases.close()
         await self.feed.close()
         await self.pins.close()
-        await self._store.close()
+        await self.store.close()
 
     def _callee(self, address: str) -> tuple[Role | None, str]:
         found = (group.find(address) for group in (self.prefill, self.decode))

@@ -148,8 +148,13 @@ class Generator:
         sessions: Sessions,
         *,
         between_tokens: Callable[[float, int], None] = lambda seconds, num_tokens: None,
+        on_named: Callable[[NamedPrompt], None] = lambda prompt: None,
     ) -> None:
-        """between_tokens: is told how long a message's tokens were waited for, and how many they are."""
+        """between_tokens: is told how long a message's tokens were waited for, and how many they are.
+
+        on_named: is told of each prompt when its blocks have names.
+        """
+        self._on_named = on_named
         self._between_tokens = between_tokens
         self._sessions = sessions
         self._pins = pins
@@ -172,6 +177,7 @@ class Generator:
         prompt = self._names.prompt(request.cache_tenant, request.tokens, timeout_s=timeout_s)
         hold(prompt.grant)
         generation.prompt_marks = marks_of(prompt.chain.hashes)
+        self._on_named(prompt)
         # 2. Prefill, which a short rest leaves to the decode worker.
         prefilled = await self._prefilling.run(request, prompt, timeout_s=timeout_s)
         self._pins.pin(prompt.chain, request.breakpoints, owner=prompt.owner)

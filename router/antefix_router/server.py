@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc
+from starlette.routing import Route
 
 from antefix import rpc
 from antefix.block import as_tokens
@@ -34,8 +36,11 @@ from antefix.wire import (
 )
 from antefix_router.assembly import Router
 from antefix_router.gateway.app import start_http
+from antefix_router.gateway.gateway import Gateway
 from antefix_router.key_callers import caller_of_key
 from antefix_router.open_bill import Bill
+from antefix_router.page.page import page_routes
+from antefix_router.page.view import View
 from antefix_router.router_config import RouterConfig
 from antefix_router.usage_service import UsageServicer
 
@@ -188,7 +193,8 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageServicer(router.front), server)
 
     await router.learn()
-    http = await start_http(router.front, config, security) if config.http_address else None
+    page = partial(_page, router)
+    http = await start_http(router.front, config, security, more=page) if config.http_address else None
 
     accounts = router.front.accounts
 
@@ -220,3 +226,8 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         others=[http.stop] if http is not None else [],
         end=accounts.ending.end,
     )
+
+
+def _page(router: Router, gateway: Gateway) -> list[Route]:
+    view = View(router, router.store, router.front.accounts.activity, router.forest)
+    return page_routes(view, gateway.tenant)

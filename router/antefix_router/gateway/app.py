@@ -52,8 +52,8 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 }
 
 
-def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -> Starlette:
-    """The ASGI application."""
+def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, more: Iterable[Route] = ()) -> Starlette:
+    """The ASGI application. more: addresses that are no part of any API."""
     room = Room(config.http_requests_max)
     routes = [
         Route(
@@ -68,6 +68,7 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -
         Route("/v1/models", partial(list_models, gateway), methods=["GET"]),
         Route("/v1/models/{name:path}", partial(list_models, gateway), methods=["GET"]),
         *common_routes(gateway),
+        *more,
     ]
     return application(routes, measures)
 
@@ -166,14 +167,23 @@ class HttpServer:
         await asyncio.gather(self._serving, return_exceptions=True)
 
 
-async def start_http(front: Front, config: GatewayConfig, security: ProcessSecurity = OPEN) -> HttpServer:
-    """security: with TLS, its certificate is this server's too.
+MakeRoutes = Callable[[Gateway], Iterable[Route]]
+
+
+async def start_http(
+    front: Front,
+    config: GatewayConfig,
+    security: ProcessSecurity = OPEN,
+    *,
+    more: MakeRoutes = lambda gateway: (),
+) -> HttpServer:
+    """security: with TLS, its certificate is this server's too.  more: makes addresses that are no part of any API.
 
     Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form.
     """
     gateway = Gateway(front, config)
     measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", "/healthz"])
-    return await serve_door(gateway, build_app(gateway, config, measures), config, measures, security)
+    return await serve_door(gateway, build_app(gateway, config, measures, more(gateway)), config, measures, security)
 
 
 async def serve_door(
