@@ -100,6 +100,7 @@ class Front(BilledFront):
         )
         self.identity = identity
         self.tokenizer = tokenizer
+        self.tenants = tenants
         self.encoding = Encoding()
         self.grammars = GrammarCheck(identity.path, identity.vocab_size)
 
