@@ -247,4 +247,4 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
 
 def _page(router: Router, gateway: Gateway) -> list[Route]:
     view = View(router, router.store, router.front.accounts.activity, router.forest)
-    return page_routes(view, gateway.tenant)
+    return page_routes(view, lambda request: gateway.holder(request, Scope.ADMIN))
