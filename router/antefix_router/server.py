@@ -34,6 +34,7 @@ from antefix.wire import (
     tokens_to_wire,
     usage_to_wire,
 )
+from antefix_billing.api_keys import Scope
 from antefix_router.assembly import Router
 from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway import Gateway
