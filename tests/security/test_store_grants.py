@@ -260,10 +260,10 @@ def test_a_grant_is_for_one_prompt_under_whichever_secret():
     old, new = Keyring(b"old" * 8), Keyring(b"new" * 8, generation=2, older={1: b"old" * 8})
     tokens = as_tokens(range(300))
     for router, worker in ((old, old), (old, new), (new, new)):
-        grant = Grant(owners=(ALICE,), prompt=prompt_root(router, tokens, 128), expires_ms=0)
-        assert fits_prompt(worker, grant, tokens, 128)
-        assert fits_prompt(worker, grant, tokens[:128], 128)
-        assert not fits_prompt(worker, grant, tokens[1:], 128)
+        grant = Grant(owners=(ALICE,), prompt=prompt_root(router, tokens), expires_ms=0)
+        assert fits_prompt(worker, grant, tokens)
+        assert fits_prompt(worker, grant, tokens[:128])
+        assert not fits_prompt(worker, grant, tokens[1:])
     assert len(secret_keys(new)) == 2
 
 
