@@ -41,7 +41,7 @@ PREFILLING: Final[Table] = {
     ),
 }
 _RETRIES, _RETRIES_HELP = "antefix_router_retries", "Requests that came again under an id."
-# `retries.AnswerCounts`, which are RouterStatus' AnswerCounters too.
+# `AnswerCounters`, which RouterStatus has too.
 ANSWERS: Final[Table] = {
     "running": Shown(name="antefix_answers_running", help="Answers that retries may join.", kind=Kind.GAUGE),
     "unattended": Shown(name="antefix_answers_unattended", help="Those without a client.", kind=Kind.GAUGE),

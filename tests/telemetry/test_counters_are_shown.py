@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from antefix.clients import AnswerCounters
 from antefix.events.follower import FollowCounters
 from antefix.events.kv_publisher import KvPublisherCounters
 from antefix.telemetry.shown import families
@@ -15,6 +16,7 @@ from antefix_billing.usage_commit import CommitCounters
 from antefix_decode import metrics as decode
 from antefix_engines import metrics as engines
 from antefix_engines.engine_store import EngineCounters
+from antefix_engines.vllm.row_store import TierCounters
 from antefix_kvstore import engine_stats, scrubber, space, storage_engine
 from antefix_kvstore import metrics as kvstore
 from antefix_prefill import metrics as prefill
@@ -22,7 +24,6 @@ from antefix_prefill.worker import metrics as worker
 from antefix_prefill.worker.store_counters import StoreCounters
 from antefix_router import metrics as router
 from antefix_router import prefilling
-from antefix_router.retries import AnswerCounts
 
 REPO = Path(__file__).parents[2]
 ROOMS = ("antefix", "billing", "decode", "engines", "kvstore", "prefill", "router")
@@ -32,8 +33,9 @@ SHOWN = {
     KindRecord: ([worker.PLANS], {}),
     KvPublisherCounters: ([worker.KV_EVENTS], {}),
     CommitCounters: ([router.COMMITS], {}),
+    TierCounters: ([engines.VLLM_TIER], {"_lock": "text"}),
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
-    AnswerCounts: ([router.ANSWERS], {}),
+    AnswerCounters: ([router.ANSWERS], {}),
     prefilling.PrefillingCounters: ([router.PREFILLING], {}),
     StoreCounters: ([worker.STORE], {"last_error": "text", "last_refusal": "text"}),
     storage_engine.StorageCounters: (
@@ -44,7 +46,7 @@ SHOWN = {
     scrubber.ScrubCounters: ([kvstore.SCRUBBER], {}),
 }
 # Classes of that kind of name that hold copies of the above, or count nothing that happens.
-COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "AnswerCounters", "_Counts"}
+COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "_Counts"}
 # Message's field: the metric that shows it. Texts, names and cursors are no numbers.
 MESSAGES = {
     kvstore_pb2.StatsResponse: {
