@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from antefix.security import own_credentials
 from tests.redis_servers import redis, shared_redis, start_cluster, start_redis
 
 __all__ = ["redis", "shared_redis", "start_cluster", "start_redis"]
 
+# As services start. Tests write secrets, keys and stores, which are refused where everybody may read them.
+os.umask(0o077)
 # Triton reads this when it is first imported, whoever imports it (transformers does): without a card the kernels' tests
 # run in its interpreter.
 if not Path("/dev/nvidiactl").exists():
@@ -25,6 +28,23 @@ if not Path("/dev/nvidiactl").exists():
 # An example's 200 ms say nothing about the code on a machine that others use as well.
 settings.register_profile("antefix", deadline=None)
 settings.load_profile("antefix")
+
+
+@pytest.fixture(autouse=True)
+def own_credentials_of_each_test():
+    """A command that runs in this process leaves what it shows to services; the next test shows its own."""
+    found, own = list(own_credentials._find), list(own_credentials._own)
+    yield
+    own_credentials._find[:], own_credentials._own[:] = found, own
+
+
+@pytest.fixture
+def open_umask():
+    """As most machines have it: whoever makes a file that others must not read has to say so."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
 
 # Those that start services, Redis or another Python. A test that uses one is marked `services` by itself.
 PROCESS_FIXTURES = {

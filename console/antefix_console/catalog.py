@@ -132,6 +132,18 @@ def _doctor() -> CommandModule:
     return doctor
 
 
+def _keys() -> CommandModule:
+    from antefix_console.commands import keys
+
+    return keys
+
+
+def _secret() -> CommandModule:
+    from antefix_console.commands import secret
+
+    return secret
+
+
 def _kvstore_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
     from antefix_kvstore.kvstore_config import KvStoreConfig
     from antefix_kvstore.server import run
@@ -238,6 +250,16 @@ COMMANDS: dict[str, Command] = {
         load=_doctor,
         help="check this machine: packages, arithmetic, disk",
         example="antefix doctor --json",
+    ),
+    "keys": Command(
+        load=_keys,
+        help="make, list, replace and revoke API keys",
+        example="antefix keys create acme --expires 90d",
+    ),
+    "secret": Command(
+        load=_secret,
+        help="make, show and change the deployment's secret",
+        example="antefix secret rotate antefix-data/secret",
     ),
 }
 ROLES: dict[str, Service] = {

@@ -132,7 +132,9 @@ class Accounts:
             # There is an answer already where it could not be recorded, or where nothing ever is.
             bill.kept = self.retries.kept(request, opened)
             return bill
-        if (standing.record.request_digest, standing.record.user) != (opened.request_digest, opened.user):
+        # While secrets rotate, the record may be of the older one.
+        digests = (self._digest(request, number) for number in self._keyring.generations)
+        if standing.record.user != opened.user or standing.record.request_digest not in digests:
             raise InvalidRequest(f"request id {request.request_id} was used for another request")
         kept = self.retries.kept(request, opened)
         if standing.record.is_final:
@@ -342,13 +344,6 @@ class Accounts:
             drawn = hashlib.blake2b(request_key(tenant, request.request_id).encode(), digest_size=7).digest()
             sampling = dataclasses.replace(sampling, seed=int.from_bytes(drawn, "little"))
             request = dataclasses.replace(request, sampling=sampling)
-        # Keyed: whoever reads the ledger must not be able to try out guesses of a prompt.
-        digest = hashlib.blake2b(key=self._keyring.key(tenant), digest_size=16, person=b"antefix-digest")
-        # Log probabilities tell of the answer and do not change it.
-        digest.update(repr(dataclasses.replace(sampling, num_top_logprobs=None)).encode())
-        digest.update(request.tokens.tobytes())
-        if request.num_samples > 1:
-            digest.update(f"{request.num_samples} samples".encode())
         return request, OpenEntry(
             request_id=request.request_id,
             attempt=1,
@@ -357,10 +352,21 @@ class Accounts:
             model=self.served.model,
             revision=self.served.revision,
             fingerprint=self.served.fingerprint,
-            request_digest=digest.hexdigest(),
+            request_digest=self._digest(request),
             prompt_tokens=len(request.tokens),
             started_us=_now_us(),
         )
+
+    def _digest(self, request: GenerationRequest, generation: int = 0) -> str:
+        """Of prompt and sampling. Keyed: whoever reads the ledger must not be able to try out guesses of a prompt."""
+        key = self._keyring.key(request.caller.tenant, generation)
+        digest = hashlib.blake2b(key=key, digest_size=16, person=b"antefix-digest")
+        # Log probabilities tell of the answer and do not change it.
+        digest.update(repr(dataclasses.replace(request.sampling, num_top_logprobs=None)).encode())
+        digest.update(request.tokens.tobytes())
+        if request.num_samples > 1:
+            digest.update(f"{request.num_samples} samples".encode())
+        return digest.hexdigest()
 
     def _reserve(self, request: GenerationRequest) -> Reservation:
         now = datetime.now(UTC)

@@ -10,8 +10,10 @@ from prometheus_client.core import Metric
 
 from antefix.block import CPU_FLOAT32, exactness_of
 from antefix.errors import FingerprintMismatch
+from antefix.events.event_seal import EventKeys
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity
+from antefix.redis_access import RedisAccess
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.grants import Granter
@@ -21,7 +23,9 @@ from antefix.tokenizer import Tokenizer
 from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
-from antefix_router.metrics import accounts_metrics, placement_metrics, router_metrics
+from antefix_router.key_changes import KeyChanges
+from antefix_router.key_exchange import KeyExchange
+from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics, router_metrics
 from antefix_router.naming import PromptNames
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
@@ -72,11 +76,14 @@ class Router:
             granter=granter,
         )
         directory, sessions = Directory(), Sessions()
+        events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
+        event_keys = EventKeys.of(keyring)
         self.feed = StoreFeed(
             store.watch,
             fingerprint=self.fingerprint,
-            redis_url=config.events_redis if config.store_events else "",
+            redis_url=events if config.store_events else "",
             name=config.store_address,
+            keys=event_keys,
         )
         self._prefilling = prefilling = Prefilling(
             self.prefill,
@@ -90,7 +97,7 @@ class Router:
         )
         self.counters = prefilling.counters
         self.keyring = keyring
-        self.memory = MemoryFeed(directory, redis_url=config.events_redis, callee=self._callee)
+        self.memory = MemoryFeed(directory, redis_url=events, keys=event_keys, callee=self._callee)
         self.leases = Leases(self.prefill, self.decode, directory, fingerprint=self.fingerprint, memory=self.memory)
         self.pins = BreakpointPins(store)
         self.front: Front = open_front(
@@ -109,15 +116,28 @@ class Router:
             keyring=keyring,
             fingerprint=self.fingerprint,
         )
+        self.key_changes = self._key_changes()
+
+    def _key_changes(self) -> KeyChanges | None:
+        config, exchange = self.config, None
+        if not config.api_keys_file:
+            return None
+        if config.keys_redis:
+            exchange = KeyExchange(RedisAccess.of(config.keys_redis, config), self.keyring)
+        return KeyChanges(self.front.keys, config.api_keys_file, exchange)
 
     def start(self) -> None:
-        """Follow workers' leases, and the store's events where the settings say so."""
+        """Follow workers' leases, changes of API keys, and the store's events where the settings say so."""
         self.leases.start()
+        if self.key_changes is not None:
+            self.key_changes.start()
         if self.config.store_events:
             self.feed.start()
 
     async def close(self) -> None:
         await self.front.close()
+        if self.key_changes is not None:
+            await self.key_changes.close()
         await self.leases.close()
         await self.feed.close()
         await self.pins.close()
@@ -175,3 +195,4 @@ class Router:
         yield from accounts_metrics(self.front.accounts)
         yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory)
         yield from router_metrics(self.counters, self.memory, self.feed)
+        yield from key_metrics(self.front.keys, self.key_changes)

@@ -16,10 +16,13 @@ from antefix.model_dir import ModelIdentity
 from antefix.sampling import WrongSetting
 from antefix.secret import Keyring
 from antefix.tokenizer import Tokenizer
+from antefix_billing.api_keys import CONTROL
+from antefix_billing.key_file import read_book
+from antefix_billing.key_register import KeyRegister
 from antefix_billing.ledger import Ledger
 from antefix_billing.ratecard import RateCards, load_cards
 from antefix_billing.receipt import Signer
-from antefix_billing.tenants import CONTROL, TenantBook, load_tenants
+from antefix_billing.tenants import TenantBook, load_tenants
 from antefix_router.accounting import Accounts
 from antefix_router.answers import RetryConfig
 from antefix_router.encoding import Encoding
@@ -44,12 +47,17 @@ class BillingConfig(RetryConfig):
 
     ledger_dir: str = setting("", "directory of the usage ledger; without one nothing is billed")
     ratecards: tuple[str, ...] = setting((), "rate card files (TOML), separated by commas; without one all is free")
-    tenants_file: str = setting("", "TOML file with tenants' API keys and limits; without one callers need no key")
+    tenants_file: str = setting("", "TOML file with tenants' limits and API keys", guards=True)
+    api_keys_file: str = setting(
+        "", "file of API keys, made by `antefix keys`; with neither of the two callers need no key", guards=True
+    )
+    keys_redis: str = setting("", "Redis URL through which changes of API keys reach all routers", guards=True)
     receipt_key_file: str = setting("", "Ed25519 key that signs receipts, made if missing (default: in ledger_dir)")
 
     def __post_init__(self) -> None:
         RetryConfig.__post_init__(self)
         require(bool(self.ledger_dir) or not self.receipt_key_file, "--receipt-key-file needs --ledger-dir")
+        require(bool(self.api_keys_file) or not self.keys_redis, "--keys-redis needs --api-keys-file")
 
 
 class Front:
@@ -64,11 +72,13 @@ class Front:
         tokenizer: Tokenizer,
         tenants: TenantBook,
         signer: Signer | None,
+        keys: KeyRegister | None = None,
     ) -> None:
+        """keys: None: those that the tenants have."""
         self.accounts = accounts
         self.identity = identity
         self.tokenizer = tokenizer
-        self.tenants = tenants
+        self.keys = keys or key_register(tenants)
         self.signer = signer
         self.encoding = Encoding()
         self.grammars = GrammarCheck(identity.path, identity.vocab_size)
@@ -151,7 +161,11 @@ def open_front(
     fingerprint: bytes,
 ) -> Front:
     """Raises:  ConfigError: a file or directory named in the settings cannot be used.  LedgerCorrupt: see there."""
-    tenants = load_tenants(config.tenants_file) if config.tenants_file else TenantBook()
+    has_keys = bool(config.api_keys_file)
+    tenants = load_tenants(config.tenants_file, has_other_keys=has_keys) if config.tenants_file else TenantBook()
+    keys = key_register(tenants, needed=has_keys)
+    if config.api_keys_file:
+        keys.take(read_book(config.api_keys_file))
     cards = load_cards(config.ratecards) if config.ratecards else RateCards()
     ledger = Ledger(config.ledger_dir) if config.ledger_dir else None
     served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
@@ -165,4 +179,11 @@ def open_front(
         tokenizer=tokenizer,
         tenants=tenants,
         signer=signer,
+        keys=keys,
     )
+
+
+def key_register(tenants: TenantBook, *, needed: bool = False) -> KeyRegister:
+    """The keys of a tenants file.  needed: there are others as well."""
+    is_open = not (needed or tenants.needs_keys or tenants.keys)
+    return KeyRegister(named=tenants.keys, open_as="" if is_open else None)

@@ -17,7 +17,7 @@ from antefix.model_dir import identify
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.guard import admitted
-from antefix.security.identity import Identity, Role
+from antefix.security.identity import ALL_TENANTS, Identity, Role
 from antefix.security.process_security import open_security
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.telemetry import Registry, bind_request, span
@@ -32,7 +32,8 @@ from antefix.wire import (
     tokens_to_wire,
     usage_to_wire,
 )
-from antefix_billing.tenants import TenantBook
+from antefix_billing.api_keys import Scope
+from antefix_billing.key_register import KeyRegister
 from antefix_router.assembly import Router
 from antefix_router.gateway.app import start_http
 from antefix_router.open_bill import Bill
@@ -161,12 +162,20 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         return router_pb2.RegisterWorkerResponse()
 
 
-def tenant_of_key(tenants: TenantBook, key: str) -> Identity | None:
-    """Who shows this API key; None where this router has no keys.  Raises:  Unauthenticated: it is not known."""
-    if not tenants.keys:
+def caller_of_key(keys: KeyRegister, key: str, method: str) -> Identity | None:
+    """Who shows this API key; None where nobody needs one.
+
+    Raises:  Unauthenticated: it is not known, or over.  PermissionDenied: it lacks the scope of this method.
+    """
+    if keys.open_as is not None:
         return None
-    tenant = tenants.authenticate(key)
-    return Identity(role=Role.TENANT, name=tenant, tenants=frozenset({tenant}))
+    scope = Scope.USAGE if method.startswith("/antefix.v1.UsageService/") else Scope.GENERATE
+    # Health and reflection say nothing of tenants: any key will do.
+    holder = keys.authenticate(key, scope if method.startswith("/antefix.") else None)
+    if scope is Scope.USAGE and Scope.ADMIN in holder.scopes:
+        # For this call, like a front end for which all tenants are listed.
+        return Identity(role=Role.FRONTEND, name=holder.key_id, tenants=frozenset({ALL_TENANTS}))
+    return Identity(role=Role.TENANT, name=holder.tenant, tenants=frozenset({holder.tenant}))
 
 
 def _usage_of(bill: Bill) -> usage_pb2.Usage:
@@ -182,8 +191,8 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         Role.ROUTER,
         config.credentials,
         keyring=Keyring.from_file(config.secret_file),
-        tokens=lambda key: tenant_of_key(router.front.tenants, key),
-        needs_token=lambda: bool(router.front.tenants.keys),
+        tokens=lambda key, method: caller_of_key(router.front.keys, key, method),
+        needs_token=lambda: router.front.keys.open_as is None,
     )
     security.use()
     store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))

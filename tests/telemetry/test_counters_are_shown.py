@@ -109,6 +109,8 @@ COUNTED = {
     "_num_streams": "antefix_store_streams",
     "_num_joined": "antefix_router_retries",
     "_num_given": "antefix_router_retries",
+    "num_forged": "antefix_window_pool_forged_records",
+    "num_errors": "antefix_api_keys_errors",
 }
 # Of one request, one block, one file or one index: they are state, not counts of what happened to the service.
 STATE = {

@@ -253,7 +253,12 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
         bounded_windows=config.bounded_windows,
         align_tokens=align_tokens,
         window_pool=open_window_pool(
-            config.window_pool, store, bytes_max=config.window_pool_bytes or REDIS_BYTES, seals=Seals(secrets)
+            config.window_pool,
+            store,
+            bytes_max=config.window_pool_bytes or REDIS_BYTES,
+            seals=Seals(secrets),
+            password_file=config.redis_password_file,
+            ca_file=config.redis_ca_file,
         ),
         budget=CheckpointBudget(store.stats),
         namespace=config.namespace,

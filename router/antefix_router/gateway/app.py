@@ -20,11 +20,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from antefix.errors import AntefixError, ConfigError, Unavailable
+from antefix.errors import AntefixError, ConfigError, PermissionDenied, Unavailable
 from antefix.rpc import ENDING_S, private_files
 from antefix.security.listening import UNIX, bare_host, join_address, parse_address
 from antefix.security.process_security import OPEN, ProcessSecurity
 from antefix.security.tls import http_context
+from antefix_billing.api_keys import Scope
 from antefix_billing.usage_record import request_key
 from antefix_router.front import Front
 from antefix_router.gateway.access import Access, HttpMeasures
@@ -75,9 +76,12 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -
 
 
 async def _receipt(gateway: Gateway, request: Request) -> Response:
-    """A tenant's own request's receipt."""
+    """A tenant's own request's receipt; with the scope `admin` another tenant may be named."""
     try:
-        tenant = gateway.tenant(request)
+        holder = gateway.holder(request, Scope.USAGE)
+        tenant = request.query_params.get("tenant", holder.tenant)
+        if tenant != holder.tenant and Scope.ADMIN not in holder.scopes:
+            raise PermissionDenied("another tenant's receipts need an API key with the scope admin")
         front = gateway.front
         if front.accounts.ledger is None or front.signer is None:
             raise Unavailable("this router keeps no ledger")

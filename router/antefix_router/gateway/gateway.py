@@ -13,6 +13,8 @@ from antefix.block import as_tokens
 from antefix.errors import InvalidRequest
 from antefix.generation_request import Breakpoint, Caller, GenerationRequest
 from antefix.telemetry import span
+from antefix_billing.api_keys import Scope
+from antefix_billing.key_register import KeyHolder
 from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import ChatFormat, OutputParser, PlainParser
@@ -74,12 +76,20 @@ class Gateway:
         self.prefix_rules = load_rules(config.prefix_rules)
 
     def tenant(self, request: Request) -> str:
-        """Raises:  Unauthenticated: no key, or an unknown one, where keys are needed."""
+        """Who asks the model for something.
+
+        Raises:  Unauthenticated: no key, or an unknown one, where keys are needed.  PermissionDenied: one for
+            something else.
+        """
+        return self.holder(request, Scope.GENERATE).tenant
+
+    def holder(self, request: Request, scope: Scope) -> KeyHolder:
+        """Whose key the request has; raises as `tenant`."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
-        tenant = self.front.tenants.authenticate(request.headers.get("x-api-key") or bearer)
-        request.scope[TENANT] = tenant
-        return tenant
+        holder = self.front.keys.authenticate(request.headers.get("x-api-key") or bearer, scope)
+        request.scope[TENANT] = holder.tenant
+        return holder
 
     async def fields(self, request: Request) -> Fields:
         """The body, with the request's notes. Raises:  InvalidRequest: it is no JSON object."""
