@@ -114,6 +114,8 @@ COUNTED = {
     "num_running": "antefix_http_running_requests",
     "num_waiting": "antefix_prefill_waiting_prompts",
     "busy_s": "antefix_decode_busy_seconds",
+    "num_drafted": "antefix_decode_drafted_tokens",
+    "num_drafts_kept": "antefix_decode_drafts_kept",
     "_num_streams": "antefix_store_streams",
     "_num_joined": "antefix_router_retries",
     "_num_given": "antefix_router_retries",
