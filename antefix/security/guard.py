@@ -29,8 +29,9 @@ from antefix.security.service_tokens import CALLER_KEY, check_service_token
 
 log = logging.getLogger("antefix.security")
 
-# A bearer token to its owner; None where no tokens are used. Raises Unauthenticated for one that is not known.
-TokenCheck = Callable[[str], Identity | None]
+# A bearer token and the method that is called to the token's owner; None where no tokens are used. Raises
+# Unauthenticated for one that is not known, PermissionDenied for one that is not meant for such a call.
+TokenCheck = Callable[[str, str], Identity | None]
 
 _NUM_CERTIFICATES_MAX: Final = 1024
 _LOG_EVERY_S: Final = 10.0
@@ -75,7 +76,7 @@ class Guard:
         files: CredentialFiles | None = None,
         keyring: Keyring | None = None,
         grant_check: GrantCheck | None = None,
-        tokens: TokenCheck = lambda _: None,
+        tokens: TokenCheck = lambda *_: None,
         needs_token: Callable[[], bool] = lambda: False,
     ) -> None:
         self._files = files
@@ -132,7 +133,7 @@ class Guard:
     def _identify(self, method: str, metadata: Mapping[str, Any], context: Any) -> Identity:
         """One identity: a token's where one is shown, else the certificate's, else the secret's, else none."""
         scheme, _, token = str(metadata.get("authorization", "")).partition(" ")
-        if scheme.lower() == "bearer" and (owner := self._tokens(token.strip())) is not None:
+        if scheme.lower() == "bearer" and (owner := self._tokens(token.strip(), method)) is not None:
             return owner
         if self._files is not None:
             return self._of_certificate(context)

@@ -47,7 +47,7 @@ class ProcessSecurity:
         *,
         files: CredentialFiles | None = None,
         keyring: Keyring | None = None,
-        tokens: TokenCheck = lambda _: None,
+        tokens: TokenCheck = lambda *_: None,
         needs_token: Callable[[], bool] = lambda: False,
     ) -> None:
         """Raises:  ConfigError: with TLS there must be keys that check grants: grant.pub, or the secret's."""
@@ -127,7 +127,7 @@ def open_security(
     directory: str,
     *,
     keyring: Keyring | None = None,
-    tokens: TokenCheck = lambda _: None,
+    tokens: TokenCheck = lambda *_: None,
     needs_token: Callable[[], bool] = lambda: False,
 ) -> ProcessSecurity:
     """directory: the setting `credentials`.  Raises:  ConfigError: its files cannot be used."""

@@ -53,6 +53,7 @@ class DeploymentConfig(WorkerSettings):
     data_dir: holds the secret, the store, the bill and the logs, and is made if it is not there.
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
+    api_keys_file, keys_redis: docs/SECURITY.md, "Keys".
     chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
     grace_s: how long requests that run may take when it stops.
     log_level, log_format, traces: docs/OPERATIONS.md, "Watching".
@@ -70,6 +71,8 @@ class DeploymentConfig(WorkerSettings):
     http_address: str = ""
     ratecards: tuple[str, ...] = ()
     tenants_file: str = ""
+    api_keys_file: str = ""
+    keys_redis: str = ""
     chat_format: str = "auto"
     model_aliases: str = ""
     prefix_rules: str = ""
@@ -232,7 +235,11 @@ class Deployment:
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
         flags += ["--chat-format", self.config.chat_format, "--model-aliases", self.config.model_aliases]
         flags += ["--prefix-rules", self.config.prefix_rules]
-        flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
+        flags += ["--ratecards", ",".join(self.config.ratecards)]
+        flags += _given("--tenants-file", self.config.tenants_file)
+        flags += _given("--api-keys-file", self.config.api_keys_file)
+        flags += _given("--keys-redis", self.config.keys_redis)
+        flags += flags_of(WorkerSettings, self.config, ("redis_password_file", "redis_ca_file"))
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]
         started = await self.start_role("router", flags)

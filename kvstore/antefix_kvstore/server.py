@@ -19,9 +19,11 @@ import grpc
 from antefix import rpc
 from antefix.errors import InvalidRequest, Overloaded
 from antefix.events.block_events import BlockEvent
+from antefix.events.event_seal import EventKeys
 from antefix.events.event_wire import store_response
 from antefix.events.numbered_log import Batch, Cursor, watch_log
 from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Record, RecordKind, RecordName, Refusal, RefusalReason
+from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
 from antefix.security.identity import Role
 from antefix.security.process_security import open_security
@@ -410,4 +412,9 @@ def _telling(
     from antefix.events.redis_stream import StreamPublisher, store_stream
 
     name = config.events_name or address
-    return StreamPublisher(config.events_redis, engine.events, store_stream(name), name)
+    if config.events_key_file:
+        keys = EventKeys.from_file(config.events_key_file)
+    else:
+        keys = EventKeys.of(Keyring.from_file(config.secret_file))
+    where = RedisAccess.of(config.events_redis, config)
+    return StreamPublisher(where, engine.events, store_stream(name), name, keys=keys)

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc
+from starlette.routing import Route
 
 from antefix import rpc
 from antefix.block import as_tokens
@@ -17,7 +19,7 @@ from antefix.model_dir import identify
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.guard import admitted
-from antefix.security.identity import Identity, Role
+from antefix.security.identity import Role
 from antefix.security.process_security import open_security
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.telemetry import Registry, bind_request, span
@@ -32,10 +34,13 @@ from antefix.wire import (
     tokens_to_wire,
     usage_to_wire,
 )
-from antefix_billing.tenants import TenantBook
 from antefix_router.assembly import Router
 from antefix_router.gateway.app import start_http
+from antefix_router.gateway.gateway import Gateway
+from antefix_router.key_callers import caller_of_key
 from antefix_router.open_bill import Bill
+from antefix_router.page.page import page_routes
+from antefix_router.page.view import View
 from antefix_router.router_config import RouterConfig
 from antefix_router.usage_service import UsageServicer
 
@@ -161,14 +166,6 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         return router_pb2.RegisterWorkerResponse()
 
 
-def tenant_of_key(tenants: TenantBook, key: str) -> Identity | None:
-    """Who shows this API key; None where this router has no keys.  Raises:  Unauthenticated: it is not known."""
-    if not tenants.keys:
-        return None
-    tenant = tenants.authenticate(key)
-    return Identity(role=Role.TENANT, name=tenant, tenants=frozenset({tenant}))
-
-
 def _usage_of(bill: Bill) -> usage_pb2.Usage:
     return usage_to_wire(bill.usage(), request_id=bill.record.request_id, total_s=bill.total_s)
 
@@ -182,8 +179,8 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         Role.ROUTER,
         config.credentials,
         keyring=Keyring.from_file(config.secret_file),
-        tokens=lambda key: tenant_of_key(router.front.tenants, key),
-        needs_token=lambda: bool(router.front.tenants.keys),
+        tokens=lambda key, method: caller_of_key(router.front.keys, key, method),
+        needs_token=lambda: router.front.keys.open_as is None,
     )
     security.use()
     store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
@@ -196,7 +193,8 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageServicer(router.front), server)
 
     await router.learn()
-    http = await start_http(router.front, config, security) if config.http_address else None
+    page = partial(_page, router)
+    http = await start_http(router.front, config, security, more=page) if config.http_address else None
 
     accounts = router.front.accounts
 
@@ -228,3 +226,8 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         others=[http.stop] if http is not None else [],
         end=accounts.ending.end,
     )
+
+
+def _page(router: Router, gateway: Gateway) -> list[Route]:
+    view = View(router, router.store, router.front.accounts.activity, router.forest)
+    return page_routes(view, gateway.tenant)

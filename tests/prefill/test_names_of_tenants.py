@@ -15,7 +15,7 @@ from antefix.store.client import LocalStore, RemoteStore
 from antefix.store_files.seal import Seals
 from antefix.v1 import kvstore_pb2
 from antefix.window_pool import StoreMemoryPool
-from antefix_billing.tenants import CONTROL
+from antefix_billing.api_keys import CONTROL
 from antefix_decode.adopt import adopt, take_handoff
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register

@@ -108,7 +108,7 @@ async def test_without_tls_the_secret_says_who_is_who(keyring, serve):
 
 
 async def test_a_token_is_its_tenant_and_nobody_else(authority, serve):
-    def tokens(key):
+    def tokens(key, method):
         if key != "right":
             raise Unauthenticated("the API key is missing or not known")
         return Identity(role=Role.TENANT, name="acme", tenants=frozenset({"acme"}))

@@ -9,6 +9,7 @@ import pytest
 from antefix.clients import AnswerCounters
 from antefix.events.follower import FollowCounters
 from antefix.events.kv_publisher import KvPublisherCounters
+from antefix.events.kv_subscriber import KvFollowCounters
 from antefix.telemetry.shown import families
 from antefix.v1 import decode_pb2, kvstore_pb2, prefill_pb2, router_pb2, window_pb2
 from antefix.window.planner import KindRecord
@@ -24,6 +25,9 @@ from antefix_prefill.worker import metrics as worker
 from antefix_prefill.worker.store_counters import StoreCounters
 from antefix_router import metrics as router
 from antefix_router import prefilling
+from antefix_router.fleet import fleet_metrics
+from antefix_router.fleet.engines import HitCounters
+from antefix_router.fleet.passing import PassingCounters
 
 REPO = Path(__file__).parents[2]
 ROOMS = ("antefix", "billing", "decode", "engines", "kvstore", "prefill", "router")
@@ -32,6 +36,9 @@ SHOWN = {
     FollowCounters: ([router.FOLLOW], {}),
     KindRecord: ([worker.PLANS], {}),
     KvPublisherCounters: ([worker.KV_EVENTS], {}),
+    KvFollowCounters: ([fleet_metrics.EVENTS], {}),
+    HitCounters: ([fleet_metrics.HITS], {}),
+    PassingCounters: ([fleet_metrics.PASSING], {}),
     CommitCounters: ([router.COMMITS], {}),
     TierCounters: ([engines.VLLM_TIER], {"_lock": "text"}),
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
@@ -95,6 +102,7 @@ COUNTED = {
     "num_corrupt": "antefix_window_pool_corrupt_records",
     "num_failed": "antefix_security_failed_reloads",
     "num_lost": "antefix_store_log_lost_lines",
+    "num_unnamed": "antefix_fleet_unnamed_blocks",
     "num_evicted": "antefix_pool_evicted_blocks",
     "num_too_large": "antefix_worker_too_large_requests",
     "num_unstored": "antefix_unstored_requests",
@@ -109,6 +117,8 @@ COUNTED = {
     "_num_streams": "antefix_store_streams",
     "_num_joined": "antefix_router_retries",
     "_num_given": "antefix_router_retries",
+    "num_forged": "antefix_window_pool_forged_records",
+    "num_errors": "antefix_api_keys_errors",
 }
 # Of one request, one block, one file or one index: they are state, not counts of what happened to the service.
 STATE = {
@@ -117,7 +127,8 @@ STATE = {
     *("num_exact_tokens", "num_failures", "num_quarantined", "num_bytes"),
     # Kinds that are told of, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
-    *("num_straight", "num_batches", "num_replays"),
+    *("num_straight", "num_batches", "num_replays", "num_unread", "num_lives", "num_forgotten", "num_answers"),
+    *("num_unreported", "num_other_prompts", "num_full", "num_late", "num_pieces"),
 }
 
 

@@ -253,7 +253,12 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
         bounded_windows=config.bounded_windows,
         align_tokens=align_tokens,
         window_pool=open_window_pool(
-            config.window_pool, store, bytes_max=config.window_pool_bytes or REDIS_BYTES, seals=Seals(secrets)
+            config.window_pool,
+            store,
+            bytes_max=config.window_pool_bytes or REDIS_BYTES,
+            seals=Seals(secrets),
+            password_file=config.redis_password_file,
+            ca_file=config.redis_ca_file,
         ),
         budget=CheckpointBudget(store.stats),
         namespace=config.namespace,
@@ -289,9 +294,9 @@ def _measure(model: Model, config: EngineConfig, *, packed: bool) -> Arithmetic:
 
 
 def ignores_shapes(measured: Arithmetic, device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
-    """Whether a token's bits are the same however its prompt is cut: so on a CPU, by construction and as probed, and on
-    a card where the reproducible kernels run."""
-    return reproducible_kernels if torch.device(device).type != "cpu" else measured.ignores_shapes
+    """Whether a token's bits are the same however its prompt is cut: so on a CPU, and on a card where the reproducible
+    kernels run. By construction, and nowhere where the probe saw otherwise."""
+    return measured.ignores_shapes and (reproducible_kernels or torch.device(device).type == "cpu")
 
 
 def pool_block_bytes(layout: BlockLayout) -> int:

@@ -13,7 +13,9 @@ from google.protobuf.descriptor import FileDescriptor
 from antefix import rpc
 from antefix.config import grace_setting, require, setting
 from antefix.events.address import check_url
+from antefix.events.event_seal import EventKeys
 from antefix.events.redis_stream import StreamPublisher, memory_stream
+from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
 from antefix.security.identity import Role
 from antefix.security.listening import advertised, is_wildcard, parse_address
@@ -143,7 +145,13 @@ async def serve_worker(
     registry = worker_registry(role, engine)
     registry.add_in_loop(metrics)
     stream = memory_stream(address)
-    events = StreamPublisher(config.events_redis, engine.blocks.events, stream, address)
+    events = StreamPublisher(
+        RedisAccess.of(config.events_redis, config) if config.events_redis else "",
+        engine.blocks.events,
+        stream,
+        address,
+        keys=EventKeys.of(engine.keyring),
+    )
     async with lease, events, telling_kv_events(config, engine):
         await rpc.run_until_signal(
             server,

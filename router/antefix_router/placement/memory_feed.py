@@ -7,7 +7,7 @@ placements, never an answer.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import grpc
@@ -15,10 +15,12 @@ import grpc
 from antefix import rpc
 from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.end_tasks import end_tasks
+from antefix.events.event_seal import DropReason, EventKeys
 from antefix.events.event_wire import watch_memory
 from antefix.events.follower import FollowCounters, Follower
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.events.redis_stream import MEMORY_STREAMS, StreamReader, memory_stream
+from antefix.redis_access import RedisAccess
 from antefix.security.identity import Role
 from antefix_router.placement.directory import Directory
 
@@ -73,18 +75,23 @@ class MemoryFeed:
         self,
         directory: Directory,
         *,
-        redis_url: str = "",
+        redis_url: RedisAccess | str = "",
+        keys: EventKeys | None = None,
         watch: WatchMemory = watch_memory,
         callee: Callable[[str], tuple[Role | None, str]] = lambda _: (None, ""),
     ) -> None:
-        """callee: role and name of the process that must answer at an address, so that no other is believed.
+        """keys: what events through Redis must be signed with.
+        callee: role and name of the process that must answer at an address, so that no other is believed.
 
-        Raises:  ConfigError: the URL cannot be read. Nothing connects yet.
+        Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
         """
         self._callee = callee
         self._directory = directory
         self._watch = watch
-        self._reader = StreamReader(redis_url, MEMORY_STREAMS, self._take, self._lose) if redis_url else None
+        self._reader: StreamReader | None = None
+        if redis_url:
+            assert keys is not None, "events through Redis are believed only where they are signed"
+            self._reader = StreamReader(redis_url, MEMORY_STREAMS, self._take, self._lose, keys=keys)
         self._followers: dict[str, MemoryFollower] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.counters = FollowCounters()
@@ -93,6 +100,11 @@ class MemoryFeed:
         """Whether the directory has what this worker last said."""
         follower = self._followers.get(address)
         return follower is not None and follower.in_step
+
+    @property
+    def dropped(self) -> Mapping[DropReason, int]:
+        """Entries in Redis that were not believed."""
+        return self._reader.dropped if self._reader is not None else {}
 
     def start(self) -> None:
         """From now on read Redis, where it is used. Needs a running event loop."""
