@@ -53,7 +53,7 @@ SHOWN = {
     scrubber.ScrubCounters: ([kvstore.SCRUBBER], {}),
 }
 # Classes of that kind of name that hold copies of the above, or count nothing that happens.
-COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "_Counts"}
+COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "_Counts", "Totals"}
 # Message's field: the metric that shows it. Texts, names and cursors are no numbers.
 MESSAGES = {
     kvstore_pb2.StatsResponse: {
@@ -114,6 +114,8 @@ COUNTED = {
     "num_running": "antefix_http_running_requests",
     "num_waiting": "antefix_prefill_waiting_prompts",
     "busy_s": "antefix_decode_busy_seconds",
+    "num_drafted": "antefix_decode_drafted_tokens",
+    "num_drafts_kept": "antefix_decode_drafts_kept",
     "_num_streams": "antefix_store_streams",
     "_num_joined": "antefix_router_retries",
     "_num_given": "antefix_router_retries",
@@ -128,7 +130,16 @@ STATE = {
     # Kinds that are told of, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
     *("num_straight", "num_batches", "num_replays", "num_unread", "num_lives", "num_forgotten", "num_answers"),
-    *("num_unreported", "num_other_prompts", "num_full", "num_late", "num_pieces"),
+    *(
+        "num_hashes",
+        "num_prompts",
+        "num_with_ttft",
+        "num_unreported",
+        "num_other_prompts",
+        "num_full",
+        "num_late",
+        "num_pieces",
+    ),
 }
 
 
