@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from antefix.clients import WorkerState as WorkerState
     from antefix.errors import AntefixError as AntefixError
     from antefix.errors import BlockCorrupt as BlockCorrupt
-    from antefix.errors import BlockNotFound as BlockNotFound
     from antefix.errors import ConfigError as ConfigError
     from antefix.errors import Conflict as Conflict
     from antefix.errors import DeadlineExceeded as DeadlineExceeded
@@ -55,7 +54,6 @@ if TYPE_CHECKING:
     from antefix.errors import FingerprintMismatch as FingerprintMismatch
     from antefix.errors import InternalError as InternalError
     from antefix.errors import InvalidRequest as InvalidRequest
-    from antefix.errors import LeaseExpired as LeaseExpired
     from antefix.errors import ModelError as ModelError
     from antefix.errors import Overloaded as Overloaded
     from antefix.errors import PermissionDenied as PermissionDenied
@@ -98,8 +96,8 @@ _NAMES = {
         "WindowStatus WorkerState"
     ),
     "antefix.errors": (
-        "AntefixError BlockCorrupt BlockNotFound ConfigError Conflict DeadlineExceeded Draining "
-        "FingerprintMismatch InternalError InvalidRequest LeaseExpired ModelError Overloaded PermissionDenied "
+        "AntefixError BlockCorrupt ConfigError Conflict DeadlineExceeded Draining "
+        "FingerprintMismatch InternalError InvalidRequest ModelError Overloaded PermissionDenied "
         "QuotaExceeded ResourceExhausted StoreFull Unauthenticated Unavailable"
     ),
     "antefix.generation_request": "Breakpoint Caller GenerationRequest",

@@ -22,12 +22,16 @@ T = TypeVar("T")
 GRACE_S = 120.0
 
 
-def setting(default: Any, help_text: str, *, unit: str = "", choices: tuple[str, ...] = ()) -> Any:
+def setting(
+    default: Any, help_text: str, *, unit: str = "", choices: tuple[str, ...] = (), guards: bool = False
+) -> Any:
     """A dataclass field with its help text; `unit` is one of "", "bytes", "s", "tokens".
 
     choices: all values that it may have; `check_choices` refuses others.
+    guards: it protects something, so whoever gives it an empty value has made a mistake: it would turn that off.
     """
-    return dataclasses.field(default=default, metadata={"help": help_text, "unit": unit, "choices": choices})
+    metadata = {"help": help_text, "unit": unit, "choices": choices, "guards": guards}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def same_setting(config_type: type[Any], name: str) -> Any:
@@ -85,6 +89,8 @@ def flags_of(config_type: type[Any], config: Any, names: Collection[str] = ()) -
         if names and field.name not in names:
             continue
         value = getattr(config, field.name)
+        if field.metadata.get("guards") and not value:
+            continue  # left out, as an empty one is refused
         flags += [_flag_of(field), ",".join(value) if isinstance(value, tuple) else _as_flag(value)]
     return flags
 
@@ -130,6 +136,8 @@ def resolve(
 def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> Any:
     """One value by its field's type and unit; `source` is named in the error."""
     kind = _kind(field)
+    if field.metadata.get("guards") and isinstance(value, str) and not value.strip():
+        raise ConfigError(f"{source} is empty: leave the setting out where it is not meant")
     try:
         if kind == "bool":
             return _parse_bool(value)

@@ -33,10 +33,6 @@ class PermissionDenied(AntefixError):
     """The tenant may not do this. The caller stops."""
 
 
-class BlockNotFound(AntefixError):
-    """This very block is gone. The caller recomputes it."""
-
-
 class FingerprintMismatch(AntefixError):
     """Other weights, geometry or record format. The caller treats it as a miss and alerts."""
 
@@ -63,10 +59,6 @@ class QuotaExceeded(ResourceExhausted):
 
 class Conflict(AntefixError):
     """The request id is in use, or used up. The caller waits for the first answer or takes another id."""
-
-
-class LeaseExpired(AntefixError):
-    """Evicted under the reader. The caller looks up again."""
 
 
 class Unavailable(AntefixError):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
-import ipaddress
 import json
 import logging
+import os
 import secrets
 import signal
 import sys
@@ -27,6 +27,13 @@ from grpc_reflection.v1alpha import reflection
 
 from antefix import errors
 from antefix.config import GRACE_S
+from antefix.security.channels import ReloadingChannel
+from antefix.security.credentials import Credentials
+from antefix.security.guard import Guard
+from antefix.security.identity import Role
+from antefix.security.listening import UNIX, join_address, parse_address
+from antefix.security.own_credentials import credentials_for
+from antefix.security.process_security import OPEN, ProcessSecurity
 from antefix.telemetry.context import incoming
 from antefix.telemetry.tracing import serving
 
@@ -68,11 +75,9 @@ _STATUS: tuple[tuple[type[errors.AntefixError], grpc.StatusCode], ...] = (
     (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (errors.PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
-    (errors.BlockNotFound, grpc.StatusCode.NOT_FOUND),
     (errors.FingerprintMismatch, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.ResourceExhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.Conflict, grpc.StatusCode.ALREADY_EXISTS),
-    (errors.LeaseExpired, grpc.StatusCode.ABORTED),
     (errors.Unavailable, grpc.StatusCode.UNAVAILABLE),
     (errors.DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.BlockCorrupt, grpc.StatusCode.DATA_LOSS),
@@ -128,17 +133,20 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns exceptions into statuses. A bug, InternalError or not ours at all, becomes INTERNAL with an id that the log
     has too.
 
+    Before anything else it has the guard admit the call.
+
     draining: ends calls that last as long as the service (methods named Watch...), which would hold it up.
     """
 
-    def __init__(self, draining: asyncio.Event) -> None:
+    def __init__(self, draining: asyncio.Event, guard: Guard) -> None:
         self._draining = draining
+        self._guard = guard
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        name = handler_call_details.method.rpartition("/")[2]
+        name, admit = handler_call_details.method, self._guard.admit
         if handler.response_streaming:
             make = (
                 grpc.stream_stream_rpc_method_handler
@@ -146,15 +154,18 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 else grpc.unary_stream_rpc_method_handler
             )
             behaviour = handler.stream_stream or handler.unary_stream
-            is_watch = name.startswith("Watch")
-            wrapped: Any = _guard_watch(behaviour, self._draining) if is_watch else _guard_stream(behaviour, name)
+            is_watch = _short(name).startswith("Watch")
+            if is_watch:
+                wrapped: Any = _guard_watch(behaviour, name, admit, self._draining)
+            else:
+                wrapped = _guard_stream(behaviour, name, admit)
         else:
             make = (
                 grpc.stream_unary_rpc_method_handler
                 if handler.request_streaming
                 else grpc.unary_unary_rpc_method_handler
             )
-            wrapped = _guard_unary(handler.stream_unary or handler.unary_unary, name)
+            wrapped = _guard_unary(handler.stream_unary or handler.unary_unary, name, admit)
         return make(
             wrapped,
             request_deserializer=handler.request_deserializer,
@@ -162,11 +173,22 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         )
 
 
-def _guard_unary(behaviour: Callable[[Any, Any], Awaitable[Any]], name: str) -> Callable[[Any, Any], Awaitable[Any]]:
+# Lets a call of a method through, or raises.
+Admit = Callable[[str, Context], None]
+
+
+def _short(method: str) -> str:
+    return method.rpartition("/")[2]
+
+
+def _guard_unary(
+    behaviour: Callable[[Any, Any], Awaitable[Any]], name: str, admit: Admit
+) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Context) -> Any:
         incoming(context.invocation_metadata())
         try:
-            with serving(name):
+            admit(name, context)
+            with serving(_short(name)):
                 return await behaviour(request, context)
         except Exception as err:  # noqa: BLE001 - the one place that does
             await _abort(context, err)
@@ -175,13 +197,14 @@ def _guard_unary(behaviour: Callable[[Any, Any], Awaitable[Any]], name: str) -> 
 
 
 def _guard_stream(
-    behaviour: Callable[[Any, Any], AsyncIterator[Any]], name: str
+    behaviour: Callable[[Any, Any], AsyncIterator[Any]], name: str, admit: Admit
 ) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         incoming(context.invocation_metadata())
         try:
+            admit(name, context)
             # Closing the inner generator at once, not when it is collected, is what stops work for a client that left.
-            with serving(name):
+            with serving(_short(name)):
                 async with contextlib.aclosing(behaviour(request, context)) as responses:  # type: ignore[type-var]
                     async for response in responses:
                         yield response
@@ -191,7 +214,9 @@ def _guard_stream(
     return guarded
 
 
-def _guard_watch(behaviour: Callable[[Any, Any], Any], draining: asyncio.Event) -> Callable[[Any, Any], Awaitable[Any]]:
+def _guard_watch(
+    behaviour: Callable[[Any, Any], Any], name: str, admit: Admit, draining: asyncio.Event
+) -> Callable[[Any, Any], Awaitable[Any]]:
     async def watch(request: Any, context: Context) -> None:
         responses = behaviour(request, context)
         if inspect.isawaitable(responses):
@@ -215,7 +240,7 @@ def _guard_watch(behaviour: Callable[[Any, Any], Any], draining: asyncio.Event) 
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    return _guard_unary(until_drained, "Watch")
+    return _guard_unary(until_drained, name, admit)
 
 
 async def _abort(context: Context, err: Exception) -> None:
@@ -246,10 +271,11 @@ class Server:
     port: int
     host: str
     draining: asyncio.Event
+    token_address: str = ""
 
     @property
     def address(self) -> str:
-        return f"{self.host}:{self.port}"
+        return join_address(self.host, self.port)
 
     async def drain(self, grace_s: float = GRACE_S) -> None:
         await self.health.enter_graceful_shutdown()
@@ -260,16 +286,25 @@ class Server:
 
 
 async def start_server(
-    address: str, register: Callable[[grpc.aio.Server], None], descriptors: Sequence[FileDescriptor]
+    address: str,
+    register: Callable[[grpc.aio.Server], None],
+    descriptors: Sequence[FileDescriptor],
+    *,
+    security: ProcessSecurity = OPEN,
+    token_address: str = "",
 ) -> Server:
-    """Start a server with health, reflection and the error interceptor.
+    """Start a server with health, reflection and the interceptor of errors and access.
 
-    address: "host:port", port 0 for any free one.  descriptors: the proto files whose services are registered.
-    Raises:  ConfigError: the port is in use or not ours, or the host is not loopback.
+    address: "host:port" or "unix:PATH", port 0 for any free one.  descriptors: the proto files whose services are
+    registered.  security: who may call; without it everybody on this host.  token_address: with TLS, one more port for
+    callers that show a bearer token and no certificate.
+    Raises:  ConfigError: the port is in use or not ours, or others can reach it without TLS.
     """
     host, port = parse_address(address)
+    security.check_listening(address)
     draining = asyncio.Event()
-    server = grpc.aio.server(interceptors=[ErrorInterceptor(draining)], options=list(SERVER_OPTIONS))
+    interceptor = ErrorInterceptor(draining, security.guard)
+    server = grpc.aio.server(interceptors=[interceptor], options=list(SERVER_OPTIONS))
     register(server)
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -277,36 +312,51 @@ async def start_server(
     reflection.enable_server_reflection(
         [*names, reflection.SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name], server
     )
+    # Whoever may open a socket file may call.
+    with private_files() if host.startswith(UNIX) else contextlib.nullcontext():
+        bound = _listen(server, join_address(host, port), security.server_credentials())
+    for_tokens = _listen_for_tokens(server, token_address, security) if token_address else ""
+    await server.start()
+    for name in ("", *names):
+        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return Server(server=server, health=health, port=bound, host=host, draining=draining, token_address=for_tokens)
+
+
+def _listen_for_tokens(server: grpc.aio.Server, address: str, security: ProcessSecurity) -> str:
+    credentials = security.server_credentials(mutual=False)
+    if credentials is None:
+        raise errors.ConfigError(
+            "--token-address is for TLS (--credentials): without it, tokens are shown at --address"
+        )
+    host, port = parse_address(address)
+    return join_address(host, _listen(server, join_address(host, port), credentials))
+
+
+def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        if credentials is None:
+            bound: int = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, credentials)
     except RuntimeError as err:
         raise _port_error(address) from err
     if bound == 0:
         raise _port_error(address)
-    await server.start()
-    for name in ("", *names):
-        await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(server=server, health=health, port=bound, host=host, draining=draining)
+    return bound
+
+
+@contextlib.contextmanager
+def private_files() -> Any:
+    """What is made meanwhile, only its owner can open."""
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def _port_error(address: str) -> errors.ConfigError:
     return errors.ConfigError(f"cannot listen on {address}: the port is in use or not permitted; choose another, or 0")
-
-
-def parse_address(address: str) -> tuple[str, int]:
-    """Host and port of "host:port".
-
-    Raises:  ConfigError: not of that form, or a host that is not loopback: services speak in clear, so they stay there.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise errors.ConfigError(f"address must be host:port, is {address!r}")
-    loopback = host == "localhost"
-    with contextlib.suppress(ValueError):
-        loopback = loopback or ipaddress.ip_address(host.strip("[]")).is_loopback
-    if not loopback:
-        raise errors.ConfigError(f"{host} is not a loopback address, and services have no TLS yet; use 127.0.0.1")
-    return host, int(port)
 
 
 async def run_until_signal(
@@ -336,6 +386,7 @@ async def run_until_signal(
     # Announced once we can be told to stop: whoever reads this may do so at once.
     ready = {"ready": True, "role": role, "address": server.address}
     others_too = {"http_address": http_address, "metrics_address": metrics_address}
+    others_too["token_address"] = server.token_address
     print(json.dumps({**ready, **{name: where for name, where in others_too.items() if where}}), flush=True)
     watcher = asyncio.create_task(_watch_stdin(asked)) if watch_stdin else None
     await asked.wait()
@@ -383,6 +434,15 @@ async def _watch_stdin(asked: asyncio.Event) -> None:
         transport.close()
 
 
-def channel(address: str) -> grpc.aio.Channel:
-    """A channel with our limits; calls on it still need a deadline each."""
-    return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+def channel(
+    address: str, *, of: Role | None = None, name: str = "", credentials: Credentials | None = None
+) -> grpc.aio.Channel:
+    """A channel with our limits; calls on it still need a deadline each.
+
+    of, name: the role that must answer there, and which process of it, where certificates can say so.
+    credentials: what we show; without them what this process shows (`antefix.security.own_credentials`).
+    """
+    shown = credentials or credentials_for(address)
+    if shown is None:
+        return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+    return ReloadingChannel(address, shown, CHANNEL_OPTIONS, of=of, name=name)

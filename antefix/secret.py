@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 
 from antefix.block import USER_SEPARATOR, tenant_key
 from antefix.errors import ConfigError, InvalidRequest
+from antefix.private_file import read_private
 
 K = TypeVar("K")
 SECRET_BYTES: Final = 32
@@ -71,6 +72,11 @@ class Keyring:
             return None
         return _kept(self._seal_keys, (owner, generation), lambda: _seal_key(secret, owner))
 
+    def events_key(self, generation: int = 0) -> bytes:
+        """What events through Redis are signed with. The secret cannot be had from it."""
+        secret = self._secrets[generation or self.generation]
+        return hashlib.blake2b(digest_size=32, key=secret, person=b"antefix-events").digest()
+
     def proof(self, *parts: bytes, generation: int = 0) -> bytes:
         """32 bytes over these parts that whoever has the secret can make, and nobody else."""
         secret = self._secrets[generation or self.generation]
@@ -90,19 +96,30 @@ class Keyring:
     def from_file(cls, path: str | Path) -> Keyring:
         """A secret in hex a line, behind its generation unless that is 1; the first line is the current one.
 
-        Raises:  ConfigError: the file cannot be read or does not hold hex secrets of 16 to 64 bytes.
+        Raises:  ConfigError: the file cannot be read, is open to others, or has no hex secrets of 16 to 64 bytes.
         """
+        numbered = read_generations(path)
         try:
-            lines = [line.split() for line in Path(path).read_text().splitlines() if line.strip()]
-            if not 1 <= len(lines) <= _NUM_GENERATIONS_MAX or any(len(words) > 2 for words in lines):
-                raise ConfigError(f"secret file {path}: one to {_NUM_GENERATIONS_MAX} lines of [GENERATION] HEX")
-            numbered = [(int(words[0]) if len(words) == 2 else 1, bytes.fromhex(words[-1])) for words in lines]
-            older = dict(numbered[1:])
-            if len({number for number, _ in numbered}) < len(numbered):
-                raise ConfigError(f"secret file {path}: each line needs a generation of its own")
-            return cls(numbered[0][1], generation=numbered[0][0], older=older)
-        except (OSError, ValueError, InvalidRequest) as err:
-            raise ConfigError(f"secret file {path}: {err}") from err
+            return cls(numbered[0][1], generation=numbered[0][0], older=dict(numbered[1:]))
+        except InvalidRequest as err:
+            raise ConfigError(f"secret file {path}: {err}") from None
+
+
+def read_generations(path: str | Path, what: str = "secret file") -> list[tuple[int, bytes]]:
+    """The lines of a file of secrets: generation and secret, the current one first.
+
+    Raises:  ConfigError: it cannot be read, is open to others, or has another form. The message never holds a secret.
+    """
+    lines = [line.split() for line in read_private(path, what).splitlines() if line.strip()]
+    if not 1 <= len(lines) <= _NUM_GENERATIONS_MAX or any(len(words) > 2 for words in lines):
+        raise ConfigError(f"{what} {path}: one to {_NUM_GENERATIONS_MAX} lines of [GENERATION] HEX")
+    try:
+        numbered = [(int(words[0]) if len(words) == 2 else 1, bytes.fromhex(words[-1])) for words in lines]
+    except ValueError:
+        raise ConfigError(f"{what} {path}: a line is not [GENERATION] HEX") from None
+    if len({number for number, _ in numbered}) < len(numbered):
+        raise ConfigError(f"{what} {path}: each line needs a generation of its own")
+    return numbered
 
 
 def _kept(cache: dict[K, bytes], name: K, make: Callable[[], bytes]) -> bytes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from antefix.config import check_choices, require, setting
+from antefix.redis_access import redis_ca_setting, redis_password_setting
 from antefix.window import Strategies, Strategy, check_exactness, in_force
 from antefix.window_pool import DISK, MEMORY, check_address
 
@@ -34,11 +35,13 @@ class WorkerSettings:
     window_pool: str = setting(
         DISK,
         "memory for checkpoints that are used within minutes or never: disk (none), memory (the store service's), or a"
-        " redis://, rediss://, unix:// or redis+cluster:// URL",
+        " redis://, rediss://, unix:// or redis+cluster:// URL (docs/SECURITY.md)",
     )
     window_pool_bytes: int = setting(
         0, "of Redis' memory; what is above goes to disk; 0: 4 GiB, where there is a Redis", unit="bytes"
     )
+    redis_password_file: str = redis_password_setting()
+    redis_ca_file: str = redis_ca_setting()
     bounded_windows: int = setting(
         0, "allow approximate replays of so many windows; the namespace's KV then has names of its own; 0: exact only"
     )
@@ -51,6 +54,11 @@ class WorkerSettings:
     dtype: str = setting("float32", "precision of weights and activations", choices=("float32", "bfloat16"))
     kernels: str = setting(
         "auto", "cache path; auto: triton where it can run (CUDA and fp8)", choices=("auto", "triton", "torch")
+    )
+    speculate: str = setting(
+        "off",
+        "mtp: draft a token ahead with the checkpoint's own layer, and keep it where it is what would be chosen anyway",
+        choices=("off", "mtp"),
     )
 
     def __post_init__(self) -> None:

@@ -42,7 +42,6 @@ from benchmarks.store_remote import measure_remote
 from benchmarks.store_scale import memory_kib, reset_peak_memory, scale_figures
 
 BLOCK_TOKENS = 128
-NUM_BLOCKS = 1024
 BATCH_BLOCKS = 128
 # A remote restore of this many blocks takes as long as the noise of a shared machine lasts.
 REMOTE_BLOCKS = 512

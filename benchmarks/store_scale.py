@@ -21,7 +21,6 @@ from antefix_kvstore.storage_engine import StorageEngine
 FINGERPRINT = b"F" * 32
 BLOCK_TOKENS = 128
 PROMPT_BLOCKS = 7813
-SMALL_BYTES = 64
 
 OPEN = """
 import json, sys, time

@@ -13,18 +13,39 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from antefix.security import own_credentials
 from tests.redis_servers import redis, shared_redis, start_cluster, start_redis
 
 __all__ = ["redis", "shared_redis", "start_cluster", "start_redis"]
 
+# As services start. Tests write secrets, keys and stores, which are refused where everybody may read them.
+os.umask(0o077)
 # Triton reads this when it is first imported, whoever imports it (transformers does): without a card the kernels' tests
 # run in its interpreter.
-if not Path("/dev/nvidiactl").exists():
+HAS_CARD = Path("/dev/nvidiactl").exists()
+if not HAS_CARD:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # An example's 200 ms say nothing about the code on a machine that others use as well.
 settings.register_profile("antefix", deadline=None)
 settings.load_profile("antefix")
+
+
+@pytest.fixture(autouse=True)
+def own_credentials_of_each_test():
+    """A command that runs in this process leaves what it shows to services; the next test shows its own."""
+    found, own = list(own_credentials._find), list(own_credentials._own)
+    yield
+    own_credentials._find[:], own_credentials._own[:] = found, own
+
+
+@pytest.fixture
+def open_umask():
+    """As most machines have it: whoever makes a file that others must not read has to say so."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
 
 # Those that start services, Redis or another Python. A test that uses one is marked `services` by itself.
 PROCESS_FIXTURES = {
@@ -42,6 +63,11 @@ PROCESS_FOLDERS = {"e2e", "wheel"}
 
 # Asks `uname` once a process, whoever wants to know first.
 platform.processor()
+
+
+def compiles(item):
+    """On a card Triton runs an assembler for each kernel that it has not compiled before."""
+    return HAS_CARD and (item.get_closest_marker("gpu") is not None or item.path.parent.name == "kernels")
 
 
 def _refuse(*_, **__):
@@ -62,7 +88,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    if item.get_closest_marker("services") is not None:
+    if item.get_closest_marker("services") is not None or compiles(item):
         return (yield)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess.Popen, "__init__", _refuse)

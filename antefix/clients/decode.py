@@ -14,6 +14,7 @@ from antefix.clients.statuses import DecodeStatus, decode_status_from_wire
 from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
+from antefix.security.identity import Role
 from antefix.telemetry.context import outgoing
 from antefix.v1 import decode_pb2, decode_pb2_grpc
 from antefix.wire import (
@@ -44,6 +45,8 @@ class Decoded:
 
 class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
     """Calls to one decode worker."""
+
+    _of = Role.DECODE
 
     def _make_stub(self, channel: grpc.aio.Channel) -> decode_pb2_grpc.DecodeServiceStub:
         return decode_pb2_grpc.DecodeServiceStub(channel)

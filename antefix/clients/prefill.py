@@ -11,6 +11,7 @@ from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import PrefillStatus, prefill_status_from_wire
 from antefix.generation_request import GenerationRequest
 from antefix.restore_report import RestoreReport
+from antefix.security.identity import Role
 from antefix.telemetry.context import outgoing
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_from_wire, tokens_to_wire
@@ -26,6 +27,8 @@ class Prefilled:
 
 class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
     """Calls to one prefill worker."""
+
+    _of = Role.PREFILL
 
     def _make_stub(self, channel: grpc.aio.Channel) -> prefill_pb2_grpc.PrefillServiceStub:
         return prefill_pb2_grpc.PrefillServiceStub(channel)

@@ -14,6 +14,7 @@ from antefix.clients.statuses import RouterStatus, router_status_from_wire
 from antefix.generation_request import Caller, check_text
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
+from antefix.security.identity import Role
 from antefix.telemetry.context import outgoing
 from antefix.usage import Usage
 from antefix.v1 import router_pb2, router_pb2_grpc
@@ -49,6 +50,8 @@ class Generated:
 
 class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
     """Calls to the router: what applications use."""
+
+    _of = Role.ROUTER
 
     def _make_stub(self, channel: grpc.aio.Channel) -> router_pb2_grpc.RouterServiceStub:
         return router_pb2_grpc.RouterServiceStub(channel)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import ClassVar, Generic, Self, TypeVar
 
 import grpc
 
 from antefix import rpc
+from antefix.security.credentials import Credentials
+from antefix.security.identity import Role
 
 Stub = TypeVar("Stub")
 
@@ -18,15 +20,22 @@ class ServiceClient(Generic[Stub]):
     It connects when first used, finds a restarted service again, and belongs to the event loop that it is used on.
     """
 
-    def __init__(self, address: str) -> None:
+    # Who must answer; None where several roles serve it.
+    _of: ClassVar[Role | None] = None
+
+    def __init__(self, address: str, *, credentials: Credentials | None = None, name: str = "") -> None:
+        """credentials: what we show; without them what this process shows.  name: which process of its role must
+        answer, where certificates can say so."""
         self.address = address
+        self._name = name
+        self._credentials = credentials
         self._channel: grpc.aio.Channel | None = None
         self._connected: Stub | None = None
 
     @property
     def _stub(self) -> Stub:
         if self._connected is None:
-            self._channel = rpc.channel(self.address)
+            self._channel = rpc.channel(self.address, of=self._of, name=self._name, credentials=self._credentials)
             self._connected = self._make_stub(self._channel)
         return self._connected
 

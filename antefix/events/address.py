@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from antefix.errors import ConfigError
+from antefix.redis_access import check_redis_url
 
 
 def check_url(url: str) -> None:
-    """Raises:  ConfigError: neither empty nor a URL of Redis."""
-    if url and not url.startswith(("redis://", "rediss://", "redis+cluster://")):
-        raise ConfigError(f"events_redis must be a redis:// or redis+cluster:// URL, is {url!r}")
+    """Raises:  ConfigError: neither empty nor a URL of Redis that may be used."""
+    if url:
+        check_redis_url(url, "events_redis")

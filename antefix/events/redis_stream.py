@@ -4,10 +4,14 @@
     antefix:store:{<name>}       a stream a store; the name is what routers call it, their store_address
         a  the source: address or name      e  epoch      n  number of the event      k  kind, 0 alive
         b  8 bytes of each hash, one after the other      f  a store's: fingerprint
+        s  stamp: when it was sent, in ns    g  generation of the key    m  MAC over all of them and the stream
 
 No command names two keys, and each key has its hash tag, so streams may lie anywhere in a cluster. Streams are trimmed:
 who falls behind sees a gap in the numbers and takes a snapshot from the source itself, as does whoever is new. A source
 says now and then that it is alive, with its last number: so the loss of its last events is noticed as well.
+
+Whoever can write to Redis could say anything, so what is not signed by this deployment is dropped and counted
+(`event_seal`).
 """
 
 from __future__ import annotations
@@ -16,17 +20,17 @@ import asyncio
 import contextlib
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
-from redis.asyncio import Redis, RedisCluster
 from redis.exceptions import RedisClusterException, RedisError
 
-from antefix.errors import ConfigError
 from antefix.events.block_events import KEY_BYTES, BlockEvent, EventKind
 from antefix.events.end_tasks import end_tasks
+from antefix.events.event_seal import DropReason, EventCheck, EventKeys, Stamps
 from antefix.events.numbered_log import ALIVE_S, Batch, Cursor, NumberedLog
+from antefix.redis_access import RedisAccess
 
 log = logging.getLogger("antefix.events")
 
@@ -44,15 +48,10 @@ _RETRY_S: Final = 0.5
 _FAILURES: Final = (RedisError, RedisClusterException, OSError, TimeoutError)
 
 
-def connect(url: str) -> Any:
-    """Raises:  ConfigError: the URL cannot be read."""
-    options: dict[str, Any] = {"socket_timeout": _BLOCK_MS / 1000 + _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
-    try:
-        if url.startswith("redis+cluster://"):
-            return RedisCluster.from_url("redis://" + url.removeprefix("redis+cluster://"), **options)
-        return Redis.from_url(url, **options)
-    except ValueError as err:
-        raise ConfigError(f"events_redis {url!r} is not a Redis URL: {err}") from err
+def connect(where: RedisAccess | str) -> Any:
+    """Raises:  ConfigError: the URL cannot be used."""
+    access = RedisAccess(url=where) if isinstance(where, str) else where
+    return access.connect(timeout_s=_BLOCK_MS / 1000 + _TIMEOUT_S, connect_timeout_s=_TIMEOUT_S)
 
 
 def memory_stream(address: str) -> str:
@@ -71,12 +70,25 @@ class StreamPublisher:
     has it; if not, the numbers have a gap.
     """
 
-    def __init__(self, url: str, source: NumberedLog[BlockEvent], stream: str, name: str) -> None:
-        """name: what readers call the source.  Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
+    def __init__(
+        self,
+        where: RedisAccess | str,
+        source: NumberedLog[BlockEvent],
+        stream: str,
+        name: str,
+        *,
+        keys: EventKeys,
+    ) -> None:
+        """where: empty: nothing is told.  name: what readers call the source.
+
+        Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
+        """
         self._source = source
         self._stream = stream
         self._name = name
-        self._redis = connect(url) if url else None
+        self._keys = keys
+        self._stamps = Stamps()
+        self._redis = connect(where) if where else None
         self._told = Cursor(epoch=source.cursor.epoch)
         self._task: asyncio.Task[None] | None = None
 
@@ -127,8 +139,9 @@ class StreamPublisher:
         return bool(batch.events) and batch.cursor != self._source.cursor
 
     def _add(self, pipeline: Any, number: int, fields: dict[str, Any]) -> None:
-        entry = {**fields, "a": self._name, "e": self._told.epoch, "n": number}
-        pipeline.xadd(self._stream, entry, maxlen=STREAM_LENGTH_MAX, approximate=True)
+        entry = {**fields, "a": self._name, "e": self._told.epoch, "n": number, "s": self._stamps.next()}
+        signed: Any = self._keys.sign(self._stream, entry)
+        pipeline.xadd(self._stream, signed, maxlen=STREAM_LENGTH_MAX, approximate=True)
 
 
 class StreamReader:
@@ -140,21 +153,29 @@ class StreamReader:
 
     def __init__(
         self,
-        url: str,
+        where: RedisAccess | str,
         streams: Sequence[str],
         take: Callable[[str, Batch[BlockEvent]], object],
         lost: Callable[[str], None],
+        *,
+        keys: EventKeys,
     ) -> None:
         """lost: called with a stream when it cannot be read.
 
-        Raises:  ConfigError: the URL cannot be read. Nothing connects yet.
+        Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
         """
-        self._redis = connect(url)
+        self._redis = connect(where)
+        self._check = EventCheck(keys)
         self._streams = streams
         self._take = take
         self._lost = lost
         self._tasks: list[asyncio.Task[None]] = []
         self._last: dict[str, str] = {}
+
+    @property
+    def dropped(self) -> Mapping[DropReason, int]:
+        """Entries that were not believed, by reason."""
+        return self._check.dropped
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._follow(stream)) for stream in self._streams]
@@ -192,15 +213,18 @@ class StreamReader:
         for _, entries in found.items() if isinstance(found, dict) else found or ():
             for entry, fields in _flat(entries):
                 self._last[stream] = entry.decode()
-                self._hand_on(fields)
+                self._hand_on(stream, fields)
 
-    def _hand_on(self, fields: dict[bytes, bytes]) -> None:
+    def _hand_on(self, stream: str, fields: dict[bytes, bytes]) -> None:
         """Whatever is no entry of ours is left out: a reader must not fall over what somebody else wrote there."""
         try:
+            if not self._check.lets_in(stream, fields):
+                return
             name = fields[b"a"].decode(errors="replace")
             cursor = Cursor(epoch=fields[b"e"], number=int(fields[b"n"]))
             batch = Batch(cursor=cursor, events=_unpack(fields))
         except (KeyError, ValueError):
+            self._check.drop(DropReason.MALFORMED)
             return
         self._take(name, batch)
 

@@ -35,6 +35,8 @@ from antefix.record import (
     Refusal,
     RefusalReason,
 )
+from antefix.security.credentials import Credentials
+from antefix.security.identity import Role
 from antefix.store.fate_wire import fate_from_wire
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
@@ -68,9 +70,18 @@ _CLIENT_THREADS: Final = 4
 class RemoteStore:
     """A store over gRPC. Calls run on the event loop, but payloads are received in threads (`_receive`)."""
 
-    def __init__(self, address: str, *, deadline_s: float = STREAM_DEADLINE_S, seals: Seals | None = None) -> None:
-        """seals: where given, only sealed records are taken."""
+    def __init__(
+        self,
+        address: str,
+        *,
+        deadline_s: float = STREAM_DEADLINE_S,
+        seals: Seals | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
+        """seals: where given, only sealed records are taken.  credentials: what we show; without them what this process
+        shows."""
         self.address = address
+        self._credentials = credentials
         self._seals = seals
         self._deadline_s = deadline_s
         self._channel: grpc.aio.Channel | None = None
@@ -80,7 +91,7 @@ class RemoteStore:
     @property
     def stub(self) -> Any:
         if self._channel is None:
-            self._channel = rpc.channel(self.address)
+            self._channel = rpc.channel(self.address, of=Role.KVSTORE, credentials=self._credentials)
             stub_type: Callable[[grpc.aio.Channel], Any] = kvstore_pb2_grpc.KvStoreServiceStub
             self._stub = stub_type(self._channel)
             # Past protobuf's copies.
@@ -240,7 +251,7 @@ class RemoteStore:
     ) -> int:
         """Fill buffers from a stream, resuming where it broke. Returns the number of leading payloads received."""
         if self._payloads is None:
-            self._payloads = PayloadChannel(self.address)
+            self._payloads = PayloadChannel(self.address, self._credentials)
         done = Progress(kind, hashes, fingerprint, tenant=tenant, seals=self._seals)
         record_format = FORMAT_VERSION
         for attempt in range(NUM_RESUMES_MAX + 1):

@@ -7,7 +7,7 @@ checking and copying megabytes would hold up the loop. Nothing else of a store's
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, cast
 
@@ -15,6 +15,9 @@ import grpc
 from grpc.experimental import ChannelOptions
 
 from antefix import rpc
+from antefix.security.channels import BlockingChannel
+from antefix.security.credentials import Credentials
+from antefix.security.identity import Role
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.stream_progress import BufferOf, Progress
 from antefix.telemetry.context import outgoing
@@ -23,28 +26,33 @@ from antefix.v1 import kvstore_pb2
 SERVICE: Final = "antefix.v1.KvStoreService"
 # Streams at once; more wait for one of these to end.
 _NUM_THREADS: Final = 8
+_GET: Final = f"/{SERVICE}/Get"
 
 
 class PayloadChannel:
     """A connection for Get alone. Tells the allocator to keep buffers of a message's size."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
+        """credentials: what we show; without them what this process shows."""
         keep_large_buffers()
         # The calling thread reads the stream itself, without one more thread in between.
         options = (*rpc.CHANNEL_OPTIONS, (ChannelOptions.SingleThreadedUnaryStream, 1))
-        self._channel = grpc.insecure_channel(address, options=options)
-        self._get: Callable[..., Any] = self._channel.unary_stream(
-            f"/{SERVICE}/Get",
-            request_serializer=kvstore_pb2.GetRequest.SerializeToString,
-            # Unpacked where its errors can be told apart.
-            response_deserializer=None,
-        )
+        self._channel = BlockingChannel(address, credentials, options, of=Role.KVSTORE)
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="antefix-receive")
 
     def close(self) -> None:
         """Ends streams that still run."""
         self._channel.close()
         self._threads.shutdown()
+
+    def _get(self, request: kvstore_pb2.GetRequest, *, timeout: float, metadata: Any) -> Any:
+        get: Any = self._channel.current().unary_stream(
+            _GET,
+            request_serializer=kvstore_pb2.GetRequest.SerializeToString,
+            # Unpacked where its errors can be told apart.
+            response_deserializer=None,
+        )
+        return get(request, timeout=timeout, metadata=self._channel.shown(_GET, metadata))
 
     async def receive(
         self, request: kvstore_pb2.GetRequest, done: Progress, buffer: BufferOf, *, deadline_s: float

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
 from typing import Final
-from wsgiref.simple_server import WSGIServer
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Histogram
@@ -89,17 +92,38 @@ def _in_loop(loop: asyncio.AbstractEventLoop, read: Read) -> Read:
     return collect
 
 
+class _ThreadingServer(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that left, or whose handshake failed, is no news."""
+
+
+class _QuietHandler(WSGIRequestHandler):
+    timeout = 30.0
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Scrapes are no news."""
+
+
 class MetricsServer:
     """Serves a registry in threads of its own until the process ends, or `close`."""
 
-    def __init__(self, registry: Registry, host: str, port: int) -> None:
+    def __init__(self, registry: Registry, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> None:
         """Raises:  ConfigError: the address cannot be listened on."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        kind = type("_Server", (_ThreadingServer,), {"address_family": family})
         try:
-            server, thread = prometheus_client.start_http_server(port, host.strip("[]"), registry.collectors)
+            app = prometheus_client.make_wsgi_app(registry.collectors)
+            server: WSGIServer = make_server(host.strip("[]"), port, app, kind, handler_class=_QuietHandler)
         except OSError as err:
             raise ConfigError(f"--metrics-address {host}:{port}: {err}") from err
-        self._server: WSGIServer = server
-        self._thread: threading.Thread = thread
+        if tls is not None:
+            # The handshake is left to the thread that serves the connection: a slow one holds up nobody else.
+            server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        self._server = server
+        self._thread = threading.Thread(target=server.serve_forever, daemon=True)
+        self._thread.start()
         self.address = f"{host}:{server.server_port}"
 
     def close(self) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from antefix.config import require, setting
-from antefix.rpc import parse_address
+from antefix.security.listening import parse_address
+from antefix.security.process_security import OPEN, ProcessSecurity
+from antefix.security.tls import http_context
 from antefix.telemetry.exposition import MetricsServer, Registry
 from antefix.telemetry.logs import FORMATS, LEVELS
 
@@ -58,11 +60,14 @@ def check_telemetry(config: TelemetryConfig) -> None:
         parse_address(config.metrics_address)
 
 
-def serve_metrics(config: TelemetryConfig, registry: Registry) -> str:
-    """Serve these metrics until the process ends, where that is wanted; returns the address, or "".
+def serve_metrics(config: TelemetryConfig, registry: Registry, security: ProcessSecurity = OPEN) -> str:
+    """Serve these metrics and those of `security` until the process ends, where that is wanted.
 
-    Raises:  ConfigError: it cannot be listened on.
+    Returns the address, or "".  Raises:  ConfigError: it cannot be listened on, or others could read it without TLS.
     """
+    registry.add(security.metrics)
     if not config.metrics_address:
         return ""
-    return MetricsServer(registry, *parse_address(config.metrics_address)).address
+    security.check_listening(config.metrics_address, flag="--metrics-address")
+    tls = http_context(security.files, mutual=True) if security.files is not None else None
+    return MetricsServer(registry, *parse_address(config.metrics_address), tls=tls).address

@@ -45,10 +45,6 @@ _NO_SPAN: Final = _NoSpan()
 _tracer: Any = None
 
 
-def is_on() -> bool:
-    return _tracer is not None
-
-
 def span(name: str, **attributes: Value) -> AbstractContextManager[Span]:
     """Around what is done in one task without a yield in between; spans inside become its children."""
     return _NO_SPAN if _tracer is None else _inside(name, attributes)

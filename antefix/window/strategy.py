@@ -98,10 +98,6 @@ class Strategies:
     def set(self, namespace: str, strategy: Strategy) -> None:
         self._by_namespace[namespace] = strategy
 
-    def as_dict(self) -> dict[str, str]:
-        """Namespace to strategy, "*" for the default: what an operator is shown."""
-        return {"*": str(self._default)} | {name: str(value) for name, value in sorted(self._by_namespace.items())}
-
 
 def in_force(strategy: Strategy, *, has_pool: bool) -> Strategy:
     """The strategy as it works here: `auto` sends its ends to the window pool where there is one, unless told not to.

@@ -13,12 +13,13 @@ import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import RedisCluster
 from redis.exceptions import RedisClusterException, RedisError
 
-from antefix.errors import BlockCorrupt, ConfigError, Unavailable
+from antefix.errors import BlockCorrupt, Unavailable
 from antefix.record import Record
-from antefix.store_files.seal import Seals
+from antefix.redis_access import RedisAccess
+from antefix.store_files.seal import SealBroken, Seals
 from antefix.window_pool.pool_api import NAMES_MAX, Found
 from antefix.window_pool.pool_format import HEADER_BYTES, pack, unpack
 
@@ -37,7 +38,7 @@ class RedisWindowPool:
 
     def __init__(
         self,
-        url: str,
+        where: RedisAccess | str,
         *,
         bytes_max: int,
         seals: Seals | None = None,
@@ -46,20 +47,17 @@ class RedisWindowPool:
     ) -> None:
         """seals: where given, only sealed checkpoints are taken.
 
-        Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
-        self.url = url
+        Raises:  ConfigError: the URL cannot be used. Nothing connects yet."""
         self.bytes_max = bytes_max
-        self.num_corrupt = 0
+        self.num_corrupt = self.num_forged = 0
         self._seals = seals
         self._timeout_s = timeout_s
         self._down_s = down_s
         self._down_until_s = 0.0
         self._used_bytes = 0
         self._looked_s = float("-inf")
-        try:
-            self._redis: Any = _connect(url, timeout_s)
-        except ValueError as err:
-            raise ConfigError(f"window_pool {url!r} is not a Redis URL: {err}") from err
+        access = RedisAccess(url=where) if isinstance(where, str) else where
+        self._redis: Any = access.connect(timeout_s=timeout_s)
 
     async def put(self, record: Record) -> bool:
         nbytes = memoryview(record.payload).nbytes + HEADER_BYTES
@@ -93,8 +91,9 @@ class RedisWindowPool:
             return None
         try:
             return unpack(value, name=name, fingerprint=fingerprint, tenant=tenant, seals=self._seals)
-        except BlockCorrupt:
+        except BlockCorrupt as err:
             self.num_corrupt += 1
+            self.num_forged += isinstance(err, SealBroken)
             await self._ask(self._redis.delete(key))
             return None
 
@@ -136,10 +135,3 @@ class RedisWindowPool:
 def key_of(name: bytes, fingerprint: bytes) -> str:
     """The key of the checkpoint after block `name`; the fingerprint's part lets an operator drop one model's keys."""
     return f"antefix:window:{fingerprint[:8].hex()}:{name.hex()}"
-
-
-def _connect(url: str, timeout_s: float) -> Redis | RedisCluster:
-    options: dict[str, Any] = {"socket_timeout": timeout_s, "socket_connect_timeout": timeout_s}
-    if url.startswith("redis+cluster://"):
-        return RedisCluster.from_url("redis://" + url.removeprefix("redis+cluster://"), **options)
-    return Redis.from_url(url, **options)

@@ -108,6 +108,18 @@ def _bench() -> CommandModule:
     return bench
 
 
+def _top() -> CommandModule:
+    from antefix_console.commands import top
+
+    return top
+
+
+def _certs() -> CommandModule:
+    from antefix_console.commands import certs
+
+    return certs
+
+
 def _load() -> CommandModule:
     from antefix_console.commands import load
 
@@ -124,6 +136,18 @@ def _doctor() -> CommandModule:
     from antefix_console.commands import doctor
 
     return doctor
+
+
+def _keys() -> CommandModule:
+    from antefix_console.commands import keys
+
+    return keys
+
+
+def _secret() -> CommandModule:
+    from antefix_console.commands import secret
+
+    return secret
 
 
 def _kvstore_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
@@ -150,6 +174,13 @@ def _router_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]
     from antefix_router.server import run
 
     return RouterConfig, run
+
+
+def _fleet_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
+    from antefix_router.fleet.fleet_config import FleetConfig
+    from antefix_router.fleet.fleet_server import run
+
+    return FleetConfig, run
 
 
 COMMANDS: dict[str, Command] = {
@@ -213,6 +244,16 @@ COMMANDS: dict[str, Command] = {
         help="measure beside the machine's limits and beside peers (in a checkout)",
         example="antefix bench store --json",
     ),
+    "top": Command(
+        load=_top,
+        help="watch a deployment in the terminal: load, hit rates, tenants, newest misses",
+        example="antefix top --url http://127.0.0.1:8000",
+    ),
+    "certs": Command(
+        load=_certs,
+        help="make and show the certificates of a deployment over several hosts",
+        example="antefix certs issue prefill p1 --ca ca --out credentials/p1 --host worker1.example",
+    ),
     "load": Command(
         load=_load,
         help="replay a trace against an OpenAI- or Anthropic-compatible endpoint, and report what its clients see",
@@ -227,6 +268,16 @@ COMMANDS: dict[str, Command] = {
         load=_doctor,
         help="check this machine: packages, arithmetic, disk",
         example="antefix doctor --json",
+    ),
+    "keys": Command(
+        load=_keys,
+        help="make, list, replace and revoke API keys",
+        example="antefix keys create acme --expires 90d",
+    ),
+    "secret": Command(
+        load=_secret,
+        help="make, show and change the deployment's secret",
+        example="antefix secret rotate antefix-data/secret",
     ),
 }
 ROLES: dict[str, Service] = {
@@ -246,5 +297,10 @@ ROLES: dict[str, Service] = {
         load=_router_role,
         example="antefix serve router --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001"
         " --prefill 127.0.0.1:7002 --decode 127.0.0.1:7003",
+    ),
+    "fleet": Service(
+        load=_fleet_role,
+        example="antefix serve fleet --workers http://127.0.0.1:8001,http://127.0.0.1:8002 --events 5557 --replay 5657"
+        " --http-address 127.0.0.1:8000 --secret-file secret",
     ),
 }

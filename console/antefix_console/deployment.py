@@ -25,7 +25,10 @@ from typing import IO
 from antefix.clients import RouterClient
 from antefix.config import GRACE_S, flags_of, require
 from antefix.errors import ConfigError, Unavailable
-from antefix.secret import create_secret_file
+from antefix.secret import Keyring, create_secret_file
+from antefix.security import own_credentials
+from antefix.security.credentials import Credentials
+from antefix.security.identity import Role
 from antefix.worker_settings import NAMING, WorkerSettings
 
 # In the data directory: what workers measured at their starts, and the name of what those of the last start computed.
@@ -50,6 +53,7 @@ class DeploymentConfig(WorkerSettings):
     data_dir: holds the secret, the store, the bill and the logs, and is made if it is not there.
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
+    api_keys_file, keys_redis: docs/SECURITY.md, "Keys".
     chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
     grace_s: how long requests that run may take when it stops.
     log_level, log_format, traces: docs/OPERATIONS.md, "Watching".
@@ -67,6 +71,8 @@ class DeploymentConfig(WorkerSettings):
     http_address: str = ""
     ratecards: tuple[str, ...] = ()
     tenants_file: str = ""
+    api_keys_file: str = ""
+    keys_redis: str = ""
     chat_format: str = "auto"
     model_aliases: str = ""
     prefix_rules: str = ""
@@ -126,6 +132,7 @@ class Deployment:
         self.config = config
         self.processes: list[RoleProcess] = []
         self._client: RouterClient | None = None
+        self._credentials: Credentials | None = None
         # Not the number of processes: roles that start together would get one number, and write into one log.
         self._numbers = itertools.count()
         self._stop_by = 0.0
@@ -149,7 +156,7 @@ class Deployment:
         """A client of the router that runs now; closed with the deployment."""
         address = self.one("router").address
         if self._client is None or self._client.address != address:
-            self._client = RouterClient(address)
+            self._client = RouterClient(address, credentials=self._credentials)
         return self._client
 
     def one(self, role: str) -> RoleProcess:
@@ -169,10 +176,13 @@ class Deployment:
             config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take_lock()
             (config.data_dir / "logs").mkdir(exist_ok=True)
-            create_secret_file(config.data_dir / "secret")
+            secret = create_secret_file(config.data_dir / "secret")
         except OSError as err:
             raise ConfigError(f"--data-dir {config.data_dir} cannot be used: {err}; nothing was started") from err
+        self._credentials = Credentials(Role.OPERATOR, keyring=Keyring.from_file(secret))
         flags = ["--dir", str(config.store_dir), "--usage-log-dir", str(config.usage_log_dir)]
+        # What the store knows callers by.
+        flags += ["--secret-file", str(secret)]
         await self.start_role("kvstore", flags + _given("--budget-bytes", config.store_bytes))
         await asyncio.gather(
             *(self.start_worker("prefill") for _ in range(config.num_prefill)),
@@ -225,7 +235,11 @@ class Deployment:
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
         flags += ["--chat-format", self.config.chat_format, "--model-aliases", self.config.model_aliases]
         flags += ["--prefix-rules", self.config.prefix_rules]
-        flags += ["--ratecards", ",".join(self.config.ratecards), "--tenants-file", self.config.tenants_file]
+        flags += ["--ratecards", ",".join(self.config.ratecards)]
+        flags += _given("--tenants-file", self.config.tenants_file)
+        flags += _given("--api-keys-file", self.config.api_keys_file)
+        flags += _given("--keys-redis", self.config.keys_redis)
+        flags += flags_of(WorkerSettings, self.config, ("redis_password_file", "redis_ca_file"))
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]
         started = await self.start_role("router", flags)
@@ -282,6 +296,9 @@ class Deployment:
         ready = json.loads(line)
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         started.metrics_address = str(ready.get("metrics_address", ""))
+        if self._credentials is not None:
+            # Whoever started the processes may ask them anything.
+            own_credentials.use_for(started.address, self._credentials)
         self._write_targets()
         return started
 

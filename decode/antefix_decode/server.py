@@ -14,6 +14,7 @@ from antefix.config import require, setting
 from antefix.errors import InvalidRequest
 from antefix.grammar import Vocabulary
 from antefix.sampling import Sampling
+from antefix.security.identity import Role
 from antefix.telemetry import begin, span
 from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix.v1 import decode_pb2, decode_pb2_grpc
@@ -35,7 +36,7 @@ from antefix_decode.token_choice import Sampler
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt
 from antefix_prefill.worker.engine import Engine
-from antefix_prefill.worker.serving import WorkerConfig, serve_worker, start_engine
+from antefix_prefill.worker.serving import WorkerConfig, secure_worker, serve_worker, start_engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +160,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         tokens = tokens_from_wire(request.prompt)
         if request.num_emitted > len(tokens) or request.num_emitted >= sampling.max_tokens:
             raise InvalidRequest(f"num_emitted is {request.num_emitted}: nothing is left to generate")
+        self._engine.check_grant(request.tenant, tokens[: len(tokens) - request.num_emitted])
         remaining = sampling.max_tokens - request.num_emitted
         sampling.check_vocabulary(self._engine.identity.vocab_size)
         self._engine.check_prompt(len(tokens), int(tokens.max(initial=0)), remaining)
@@ -194,6 +196,7 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
 
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
+    security = secure_worker(config, Role.DECODE)
     engine = await start_engine(config)
     servicer = DecodeServicer(engine, load_tokenizer(config.model), config)
 
@@ -204,7 +207,7 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
     await serve_worker(
         config,
         engine,
-        role="decode",
+        security=security,
         metrics=lambda: scheduler_metrics(servicer.scheduler),
         add_service=lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
         descriptors=[decode_pb2.DESCRIPTOR],

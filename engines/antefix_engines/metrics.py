@@ -30,3 +30,34 @@ ENGINE: Final[Table] = {
 def engine_metrics(engine: str, counters: EngineCounters) -> Iterable[Metric]:
     """engine: its name, the label that all of them have."""
     yield from families(ENGINE, counters, {"engine": engine})
+
+
+VLLM_TIER: Final[Table] = {
+    "restored_blocks": Shown(
+        name="antefix_vllm_restored_blocks", help="Blocks, or rows of other models, given to vLLM."
+    ),
+    "restored_windows": Shown(name="antefix_vllm_restored_windows", help="Windows of a V4 model given to vLLM."),
+    "stored_blocks": Shown(name="antefix_vllm_stored_blocks", help="Blocks, or rows of other models, stored."),
+    "stored_windows": Shown(name="antefix_vllm_stored_windows", help="Windows of a V4 model stored."),
+    "lost_rows": Shown(
+        name="antefix_vllm_lost_rows", help="Rows that a lookup had found and a load did not get: damaged or evicted."
+    ),
+    "dropped_rows": Shown(
+        name="antefix_vllm_dropped_rows", help="Rows not stored because too much was waiting for the store."
+    ),
+    "orphaned_rows": Shown(
+        name="antefix_vllm_orphaned_rows", help="Blocks not stored because nothing says which block is before them."
+    ),
+    "unfinished_windows": Shown(
+        name="antefix_vllm_unfinished_windows", help="Windows not stored because some of their rows never came."
+    ),
+    "late_lookups": Shown(
+        name="antefix_vllm_late_lookups", help="Keys that counted as missing because the store did not answer in time."
+    ),
+    "unequal_ranks": Shown(
+        name="antefix_vllm_unequal_ranks", help="Rows not stored because ranks differ in what should be equal."
+    ),
+    "weak_hashes": Shown(
+        name="antefix_vllm_weak_hashes", help="Keys not used because vLLM's block hash is no SHA-256."
+    ),
+}

@@ -165,10 +165,6 @@ class IndexTxn:
     def set_segment(self, number: int, state: SegmentState | None) -> None:
         self._segments[number] = state
 
-    def meta(self, key: bytes) -> bytes | None:
-        value: bytes | None = self._txn.get(key, db=self._index.db["meta"])
-        return value
-
     def set_meta(self, key: bytes, value: bytes) -> None:
         self._txn.put(key, value, db=self._index.db["meta"])
 

@@ -9,6 +9,8 @@ from antefix.config import grace_setting, require, setting
 from antefix.errors import ConfigError
 from antefix.events.address import check_url
 from antefix.record import RecordKind
+from antefix.redis_access import redis_ca_setting, redis_password_setting
+from antefix.security.process_security import credentials_setting
 from antefix.store_files.record_format import PAYLOAD_BYTES_MAX
 from antefix.telemetry.settings import (
     check_telemetry,
@@ -31,7 +33,8 @@ class KvStoreConfig:
     """All sizes are hard limits. The defaults suit one machine."""
 
     dir: str = setting("antefix-store", "directory of the store; created if it is missing or empty")
-    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    address: str = setting("127.0.0.1:0", "host:port, [IPv6]:port or unix:PATH to listen on; port 0: a free one")
+    credentials: str = credentials_setting()
     budget_bytes: int = setting(64 * GIB, "disk space that segments and index may take together", unit="bytes")
     free_bytes_min: int = setting(
         0, "what is left free on the store's file system; 0: a sixteenth of it, at most 256 MiB", unit="bytes"
@@ -45,7 +48,9 @@ class KvStoreConfig:
     )
     secret_file: str = setting(
         "",
-        "file with the deployment's secret, to know tenants by name in quotas and keys_file; the store needs no other",
+        "file with the deployment's secret: without TLS it shows who belongs to the deployment; and to know tenants by"
+        " name in quotas and keys_file",
+        guards=True,
     )
     block_ttl_s: float = setting(72 * 3600.0, "how long a block stays after its last use; 0 for ever", unit="s")
     checkpoint_ttl_s: float = setting(6 * 3600.0, "the same for checkpoints on disk", unit="s")
@@ -54,7 +59,9 @@ class KvStoreConfig:
     compression: str = setting(
         "auto", "off, zstd (keep where it is smaller) or auto (measure disk and codec, then choose)"
     )
-    keys_file: str = setting("", "JSON file of tenants' 256-bit keys; when given, everything stored is encrypted")
+    keys_file: str = setting(
+        "", "JSON file of tenants' 256-bit keys; when given, everything stored is encrypted", guards=True
+    )
     usage_log_dir: str = setting(
         "", "log which blocks were stored and read here, to reconcile the bill with; empty: none"
     )
@@ -62,6 +69,13 @@ class KvStoreConfig:
     events_name: str = setting(
         "", "what routers call this store, their store_address; empty: the address it listens on"
     )
+    events_key_file: str = setting(
+        "",
+        "file with the key that signs events in Redis (`antefix secret events-key`), where there is no secret_file",
+        guards=True,
+    )
+    redis_password_file: str = redis_password_setting()
+    redis_ca_file: str = redis_ca_setting()
     durable: bool = setting(True, "sync before acknowledging a put; off trades the newest blocks for speed")
     batch_bytes_max: int = setting(64 * MIB, "payload bytes that one group commit takes", unit="bytes")
     queue_bytes_max: int = setting(
@@ -93,6 +107,10 @@ class KvStoreConfig:
         for text in self.quotas:
             _parse_quota(text)
         check_url(self.events_redis)
+        require(
+            not self.events_redis or bool(self.events_key_file or self.secret_file),
+            "--events-redis needs --events-key-file (or --secret-file): routers believe no event that is not signed",
+        )
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
         check_telemetry(self)
 

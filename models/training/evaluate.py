@@ -29,7 +29,6 @@ from models.training.tasks import random_slice, retrieval_sequence
 
 DISTANCES = [128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32000]
 TEXT_LENGTH = 8192
-TEST_LENGTH = 32768
 # Positions at which the bits of text are averaged apart: later bytes have more context.
 POSITION_EDGES = [0, 64, 256, 1024, 4096, 8192]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from antefix import rpc
 from antefix.config import require, setting
 from antefix.generation_request import Breakpoint
+from antefix.security.identity import Role
 from antefix.telemetry import span
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_to_wire, tokens_from_wire
@@ -16,7 +17,7 @@ from antefix_prefill.prefill_queue import PrefillQueue
 from antefix_prefill.restore import Prompt
 from antefix_prefill.run_prompt import run_prompt
 from antefix_prefill.worker.engine import Engine
-from antefix_prefill.worker.serving import WorkerConfig, serve_worker, start_engine
+from antefix_prefill.worker.serving import WorkerConfig, secure_worker, serve_worker, start_engine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         engine = self._engine
         # 1. Check before queueing: a request that cannot work must not wait to be told so.
         tokens = tokens_from_wire(request.prompt)
+        engine.check_grant(request.tenant, tokens)
         engine.check_prompt(len(tokens), int(tokens.max(initial=0)))
         # 2. Name the prompt's blocks.
         chain = engine.chain(request.tenant)
@@ -85,12 +87,13 @@ async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
 
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
+    security = secure_worker(config, Role.PREFILL)
     engine = await start_engine(config)
     servicer = PrefillServicer(engine, config)
     await serve_worker(
         config,
         engine,
-        role="prefill",
+        security=security,
         metrics=lambda: queue_metrics(servicer.queue, engine.rates),
         add_service=lambda server: prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server),
         descriptors=[prefill_pb2.DESCRIPTOR],

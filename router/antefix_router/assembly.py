@@ -10,17 +10,23 @@ from prometheus_client.core import Metric
 
 from antefix.block import CPU_FLOAT32, exactness_of
 from antefix.errors import FingerprintMismatch
+from antefix.events.event_seal import EventKeys
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity
+from antefix.redis_access import RedisAccess
 from antefix.registration import Registration
 from antefix.secret import Keyring
+from antefix.security.grants import Granter
+from antefix.security.identity import Role
 from antefix.store.api import Store
 from antefix.tokenizer import Tokenizer
 from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
-from antefix_router.metrics import accounts_metrics, placement_metrics, router_metrics
+from antefix_router.key_changes import follow_keys
+from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics, router_metrics
 from antefix_router.naming import PromptNames
+from antefix_router.page.prefix_forest import PrefixForest
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
 from antefix_router.placement.memory_feed import MemoryFeed
@@ -41,10 +47,19 @@ class Router:
     fingerprint: what every block is named with; it changes when the workers turn out to compute another arithmetic.
     """
 
-    def __init__(self, identity: ModelIdentity, tokenizer: Tokenizer, store: Store, config: RouterConfig) -> None:
+    def __init__(
+        self,
+        identity: ModelIdentity,
+        tokenizer: Tokenizer,
+        store: Store,
+        config: RouterConfig,
+        *,
+        granter: Granter | None = None,
+    ) -> None:
+        """granter: signs what workers and store ask for; None where they ask for nothing."""
         self.identity = identity
         self.tokenizer = tokenizer
-        self._store = store
+        self.store = store
         self.config = config
         # Without workers nothing is named; the first that is there says what goes into names.
         self.arithmetic = config.arithmetic or CPU_FLOAT32
@@ -58,13 +73,17 @@ class Router:
             keyring=keyring,
             block_size=identity.geometry.block_size,
             replay_tokens=identity.geometry.replay_tokens,
+            granter=granter,
         )
         directory, sessions = Directory(), Sessions()
+        events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
+        event_keys = EventKeys.of(keyring)
         self.feed = StoreFeed(
             store.watch,
             fingerprint=self.fingerprint,
-            redis_url=config.events_redis if config.store_events else "",
+            redis_url=events if config.store_events else "",
             name=config.store_address,
+            keys=event_keys,
         )
         self._prefilling = prefilling = Prefilling(
             self.prefill,
@@ -78,9 +97,10 @@ class Router:
         )
         self.counters = prefilling.counters
         self.keyring = keyring
-        self.memory = MemoryFeed(directory, redis_url=config.events_redis)
+        self.memory = MemoryFeed(directory, redis_url=events, keys=event_keys, callee=self._callee)
         self.leases = Leases(self.prefill, self.decode, directory, fingerprint=self.fingerprint, memory=self.memory)
         self.pins = BreakpointPins(store)
+        self.forest = PrefixForest()
         self.front: Front = open_front(
             config,
             Generator(
@@ -91,25 +111,36 @@ class Router:
                 self.pins,
                 sessions,
                 between_tokens=lambda seconds, number: self.front.accounts.measures.note_pace(seconds, number),
+                on_named=lambda prompt: self.forest.note(prompt.chain.hashes, prompt.owner),
             ),
             identity=identity,
             tokenizer=tokenizer,
             keyring=keyring,
             fingerprint=self.fingerprint,
         )
+        self.key_changes = follow_keys(config, self.front.keys, keyring)
 
     def start(self) -> None:
-        """Follow workers' leases, and the store's events where the settings say so."""
+        """Follow workers' leases, changes of API keys, and the store's events where the settings say so."""
         self.leases.start()
+        if self.key_changes is not None:
+            self.key_changes.start()
         if self.config.store_events:
             self.feed.start()
 
     async def close(self) -> None:
         await self.front.close()
+        if self.key_changes is not None:
+            await self.key_changes.close()
         await self.leases.close()
         await self.feed.close()
         await self.pins.close()
-        await self._store.close()
+        await self.store.close()
+
+    def _callee(self, address: str) -> tuple[Role | None, str]:
+        found = (group.find(address) for group in (self.prefill, self.decode))
+        worker = next((worker for worker in found if worker is not None), None)
+        return (None, "") if worker is None else (Role(worker.role.value), worker.name)
 
     def _fingerprint_of(self, arithmetic: str) -> bytes:
         config = self.config
@@ -156,5 +187,6 @@ class Router:
     def metrics(self) -> Iterable[Metric]:
         """What it shows, beside its HTTP door's own. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
-        yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory)
+        yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
         yield from router_metrics(self.counters, self.memory, self.feed)
+        yield from key_metrics(self.front.keys, self.key_changes)

@@ -13,6 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from antefix import rpc
+from antefix.security.identity import Role
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.workers import Worker, Workers
 
@@ -45,7 +46,7 @@ class HealthWatch:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _watch(self, worker: Worker) -> None:
-        async with rpc.channel(worker.address) as channel:
+        async with rpc.channel(worker.address, of=Role(worker.role.value), name=worker.name) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             while True:
                 with contextlib.suppress(grpc.aio.AioRpcError):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Final
 
 from prometheus_client.core import Metric
 
+from antefix.events.event_seal import DropReason
 from antefix.telemetry.shown import Kind, Shown, Table, counter, families, gauge
+from antefix_billing.key_register import KeyRegister
 from antefix_billing.usage_commit import LedgerWriter
 from antefix_router.accounting import Accounts
 from antefix_router.gateway.access import HttpMeasures
 from antefix_router.gateway.notes import IgnoredFields
+from antefix_router.key_changes import KeyChanges
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.workers import Workers
@@ -41,7 +44,7 @@ PREFILLING: Final[Table] = {
     ),
 }
 _RETRIES, _RETRIES_HELP = "antefix_router_retries", "Requests that came again under an id."
-# `retries.AnswerCounts`, which are RouterStatus' AnswerCounters too.
+# `AnswerCounters`, which RouterStatus has too.
 ANSWERS: Final[Table] = {
     "running": Shown(name="antefix_answers_running", help="Answers that retries may join.", kind=Kind.GAUGE),
     "unattended": Shown(name="antefix_answers_unattended", help="Those without a client.", kind=Kind.GAUGE),
@@ -89,7 +92,7 @@ def accounts_metrics(accounts: Accounts) -> Iterable[Metric]:
         )
 
 
-def placement_metrics(groups: Sequence[Workers], policy: str, memory: MemoryFeed) -> Iterable[Metric]:
+def placement_metrics(groups: Sequence[Workers], policy: str, knows_memory: Callable[[str], bool]) -> Iterable[Metric]:
     """Workers, and what was placed on them."""
     now = time.monotonic()
     known = [worker for group in groups for worker in group.workers]
@@ -116,7 +119,7 @@ def placement_metrics(groups: Sequence[Workers], policy: str, memory: MemoryFeed
     yield gauge(
         "antefix_worker_memory_known",
         "1 where the router knows what the worker last said of its memory.",
-        {key: float(memory.in_step(worker.address)) for key, worker in where.items()},
+        {key: float(knows_memory(worker.address)) for key, worker in where.items()},
         labels,
     )
     yield counter(
@@ -143,6 +146,39 @@ def router_metrics(prefilling: PrefillingCounters, memory: MemoryFeed, store: St
     yield from families(
         FOLLOW, {field: {name: getattr(each, field) for name, each in sources.items()} for field in FOLLOW}
     )
+    feeds = {"memory": memory.dropped, "store": store.dropped}
+    yield counter(
+        "antefix_router_dropped_events",
+        "Entries in Redis that were not believed: forged (not signed by this deployment), replayed (told before, or too"
+        " old), malformed.",
+        {(name, why.value): float(dropped.get(why, 0)) for name, dropped in feeds.items() for why in DropReason},
+        ("source", "reason"),
+    )
+
+
+def key_metrics(keys: KeyRegister, changes: KeyChanges | None) -> Iterable[Metric]:
+    """API keys. Nothing of a key is shown, and no tenant's name."""
+    states = keys.states()
+    yield gauge(
+        "antefix_api_keys",
+        "API keys by state; those of a tenants file are valid.",
+        {(state,): float(states[state]) for state in ("valid", "expired", "revoked")},
+        ("state",),
+    )
+    yield counter(
+        "antefix_refused_api_keys",
+        "Requests that were refused for their API key, by reason.",
+        {(why.value,): float(number) for why, number in keys.refused_counts().items()},
+        ("reason",),
+    )
+    if changes is not None:
+        yield gauge("antefix_api_keys_number", "Of the book of keys in force.", {(): float(keys.number)})
+        yield counter(
+            "antefix_api_keys_errors",
+            "Times that keys could not be read or were not believed; those known before stay in force.",
+            {(source,): float(number) for source, number in changes.num_errors.items()},
+            ("source",),
+        )
 
 
 def http_metrics(measures: HttpMeasures, ignored: IgnoredFields) -> Iterable[Metric]:

@@ -16,9 +16,12 @@ import xxhash
 from antefix.block import Chain
 from antefix.clients import Tokens
 from antefix.secret import Keyring
+from antefix.security.grants import Granter
 from antefix_router.placement.directory import Key, keys_of
 from antefix_router.placement.work import Work
 
+# How long a grant lasts where nobody says how long the request may take.
+GRANT_S = 600.0
 # Kept prompts, together: a hundred conversations of 160K tokens.
 _MEMO_TOKENS_MAX = 1 << 24
 # Prompts shorter than this many blocks are hashed faster than they are looked up.
@@ -31,7 +34,7 @@ _HEAD_BLOCKS = 2
 class NamedPrompt:
     """A named prompt. keys: the directory's names of its blocks.  replay_tokens: of its model, for `Work`.
 
-    owner: what stands for the tenant in the store.
+    owner: what stands for the tenant in the store.  grant: what workers and store want to see; empty: nothing.
     """
 
     tokens: Tokens
@@ -40,6 +43,7 @@ class NamedPrompt:
     chain: Chain
     keys: Sequence[Key]
     replay_tokens: int = 0
+    grant: bytes = b""
 
     def work(self, num_stored_blocks: int | None, known_tokens: int = 0) -> Work:
         """What is to do for it, given how many leading blocks the store holds; None where it did not answer."""
@@ -58,18 +62,20 @@ class NamedPrompt:
 
 @dataclass(slots=True)
 class PromptNames:
-    """How blocks are named here."""
+    """How blocks are named here. granter: signs a grant for each prompt; None: nobody asks for grants."""
 
     fingerprint: bytes
     keyring: Keyring
     block_size: int
     replay_tokens: int = 0
+    granter: Granter | None = None
     _memo: _Memo = field(init=False)
 
     def __post_init__(self) -> None:
         self._memo = _Memo(self.block_size)
 
-    def prompt(self, tenant: str, tokens: Tokens) -> NamedPrompt:
+    def prompt(self, tenant: str, tokens: Tokens, *, timeout_s: float = GRANT_S) -> NamedPrompt:
+        """timeout_s: how long its grant has to last."""
         chain = Chain(self.fingerprint, self.keyring.key(tenant), self.block_size)
         beginnings = self._memo.beginnings(tenant, tokens)
         known = self._memo.hashes(tenant, tokens, beginnings)
@@ -85,7 +91,13 @@ class PromptNames:
             chain=chain,
             keys=keys,
             replay_tokens=self.replay_tokens,
+            grant=self._grant(tenant, tokens, timeout_s),
         )
+
+    def _grant(self, tenant: str, tokens: Tokens, timeout_s: float) -> bytes:
+        if self.granter is None:
+            return b""
+        return self.granter.grant_for(self.keyring, tenant, tokens, ttl_s=timeout_s)
 
 
 class _Memo:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from antefix.clients import PrefillClient, Prefilled
 from antefix.errors import AntefixError, InternalError, Overloaded, Unavailable
 from antefix.generation_request import GenerationRequest
+from antefix.security.grants import hold
 from antefix.store.api import Store
 from antefix.telemetry import span
 from antefix_router.inflight import InFlight, wait_deadline_s, worth_waiting
@@ -123,6 +124,7 @@ class Prefilling:
         ends = time.monotonic() + timeout_s
         order = _Order(request=request, prompt=prompt, ends=ends)
         patience: float | None = None
+        hold(prompt.grant)
         while True:
             # 1. Ask what is stored: that decides how much work it is, and for whom.
             num_stored = await self._num_stored_blocks(prompt, request.request_id, ask=patience is not None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
+from antefix.clients import AnswerCounters
 from antefix.errors import Conflict, InvalidRequest
 from antefix.generation_request import GenerationRequest
 from antefix_billing.ledger_files import Settled
@@ -24,21 +24,6 @@ _MADE_S: Final = 2.0
 Settle = Callable[[Bill, Status, str], asyncio.Task[Settled | None]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnswerCounts:
-    """What is held for retries. unattended: made on without a client.  dropped: for room, since the start."""
-
-    running: int
-    unattended: int
-    unattended_max: int
-    kept: int
-    kept_bytes: int
-    kept_bytes_max: int
-    dropped: int
-    joined: int
-    given_again: int
-
-
 class Retries:
     """One router's. settle: writes an answer's record."""
 
@@ -51,8 +36,8 @@ class Retries:
         self._num_given = 0
         self._is_draining = False
 
-    def counts(self) -> AnswerCounts:
-        return AnswerCounts(
+    def counts(self) -> AnswerCounters:
+        return AnswerCounters(
             running=len(self._shared),
             unattended=self._num_unattended,
             unattended_max=self._config.unattended_max,

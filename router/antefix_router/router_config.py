@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from antefix.block import check_arithmetic
 from antefix.config import check_choices, require, same_setting, setting
 from antefix.events.address import check_url
+from antefix.redis_access import check_redis_url, redis_ca_setting, redis_password_setting
+from antefix.security.process_security import credentials_setting
 from antefix.telemetry.settings import (
     check_telemetry,
     log_format_setting,
@@ -24,13 +26,17 @@ from antefix_router.placement.policy import COMPUTE_WEIGHT, POLICIES
 class RouterConfig(GatewayConfig):
     """Settings of a router."""
 
-    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    address: str = setting("127.0.0.1:0", "host:port, [IPv6]:port or unix:PATH to listen on; port 0: a free one")
+    credentials: str = credentials_setting()
+    token_address: str = setting(
+        "", "with TLS: host:port for gRPC callers that show an API key and no certificate; empty: none"
+    )
     model: str = setting("", "model directory: config.json, tokenizer (weights are hashed, never loaded)")
     kv_format: str = same_setting(WorkerSettings, "kv_format")
     namespace: str = same_setting(WorkerSettings, "namespace")
     bounded_windows: int = same_setting(WorkerSettings, "bounded_windows")
     arithmetic: str = setting("", "what the workers compute, as `antefix doctor` names it; empty: they are asked")
-    secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
+    secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with", guards=True)
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
     prefill_tokens_min: int = setting(
@@ -41,6 +47,8 @@ class RouterConfig(GatewayConfig):
     )
     store_events: bool = setting(False, "follow the store's events instead of asking it at every request")
     events_redis: str = setting("", "redis:// URL that workers and store tell events to; empty: each of them is asked")
+    redis_password_file: str = redis_password_setting()
+    redis_ca_file: str = redis_ca_setting()
     policy: str = setting("least_work", "placement: least_work, or round_robin to measure it against")
     compute_weight: float = setting(
         COMPUTE_WEIGHT, "least_work without a store: waiting that computing a token again is worth, in tokens"
@@ -67,6 +75,8 @@ class RouterConfig(GatewayConfig):
         require(self.prefill_tokens_min >= -1, f"prefill_tokens_min must be at least -1, is {self.prefill_tokens_min}")
         require(self.ttft_s_max > 0, f"ttft_s_max must be positive, is {self.ttft_s_max}")
         check_url(self.events_redis)
+        if self.keys_redis:
+            check_redis_url(self.keys_redis, "keys_redis")
         require(self.policy in POLICIES, f"policy must be one of {', '.join(POLICIES)}, is {self.policy!r}")
         require(self.compute_weight >= 0, f"compute_weight must not be negative, is {self.compute_weight}")
         require(bool(self.decode) or self.leases, "--decode or --leases is needed: workers named, or that register")

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc
+from starlette.routing import Route
 
 from antefix import rpc
 from antefix.block import as_tokens
@@ -15,6 +17,10 @@ from antefix.clients import Tokens
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.model_dir import identify
 from antefix.registration import Registration
+from antefix.secret import Keyring
+from antefix.security.guard import admitted
+from antefix.security.identity import Role
+from antefix.security.process_security import open_security
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.telemetry import Registry, bind_request, span
 from antefix.telemetry.settings import serve_metrics
@@ -28,9 +34,14 @@ from antefix.wire import (
     tokens_to_wire,
     usage_to_wire,
 )
+from antefix_billing.api_keys import Scope
 from antefix_router.assembly import Router
 from antefix_router.gateway.app import start_http
+from antefix_router.gateway.gateway import Gateway
+from antefix_router.key_callers import caller_of_key
 from antefix_router.open_bill import Bill
+from antefix_router.page.page import page_routes
+from antefix_router.page.view import View
 from antefix_router.router_config import RouterConfig
 from antefix_router.usage_service import UsageServicer
 
@@ -47,9 +58,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(
         self, message: router_pb2.GenerateRequest, context: rpc.Context
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
-        caller = Caller(
-            tenant=message.tenant, user=message.user, request_id=message.request_id, session=message.session
-        )
+        tenant = admitted().identity.tenant(message.tenant)
+        caller = Caller(tenant=tenant, user=message.user, request_id=message.request_id, session=message.session)
         request = GenerationRequest(
             tokens=await self._tokens(message),
             sampling=sampling_from_wire(message.sampling),
@@ -141,6 +151,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             said_at_ms=request.said_at_ms,
         )
         worker.check(self.router.keyring, request.proof)
+        identity = admitted().identity
+        worker.check_identity(identity)
         self.router.check_arithmetic(worker, request.arithmetic, request.setup)
         self.router.leases.renew(
             request.role,
@@ -150,6 +162,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             ttl_s=request.ttl_s,
             arithmetic=request.arithmetic,
             setup=request.setup,
+            name=identity.name,
         )
         return router_pb2.RegisterWorkerResponse()
 
@@ -163,8 +176,17 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
 
     Raises:  ModelError, ConfigError: the model directory or a setting is not usable.
     """
+    security = open_security(
+        Role.ROUTER,
+        config.credentials,
+        keyring=Keyring.from_file(config.secret_file),
+        tokens=lambda key, method: caller_of_key(router.front.keys, key, method),
+        needs_token=lambda: router.front.keys.open_as is None,
+    )
+    security.use()
     store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
-    router = Router(identify(config.model), load_tokenizer(config.model), store, config)
+    identity, tokenizer = identify(config.model), load_tokenizer(config.model)
+    router = Router(identity, tokenizer, store, config, granter=security.granter())
     servicer = RouterServicer(router)
 
     def register(server: grpc.aio.Server) -> None:
@@ -172,14 +194,21 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageServicer(router.front), server)
 
     await router.learn()
-    http = await start_http(router.front, config) if config.http_address else None
+    page = partial(_page, router)
+    http = await start_http(router.front, config, security, more=page) if config.http_address else None
 
     accounts = router.front.accounts
 
     async def leave() -> None:
         accounts.retries.drain()
 
-    server = await rpc.start_server(config.address, register, [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR])
+    server = await rpc.start_server(
+        config.address,
+        register,
+        [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR],
+        security=security,
+        token_address=config.token_address,
+    )
     router.start()
     http_address = http.address if http is not None else ""
     registry = Registry("router")
@@ -192,9 +221,14 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         stop=router.close,
         watch_stdin=watch_stdin,
         http_address=http_address,
-        metrics_address=serve_metrics(config, registry),
+        metrics_address=serve_metrics(config, registry, security),
         leave=leave,
         grace_s=config.grace_s,
         others=[http.stop] if http is not None else [],
         end=accounts.ending.end,
     )
+
+
+def _page(router: Router, gateway: Gateway) -> list[Route]:
+    view = View(router, router.store, router.front.accounts.activity, router.forest)
+    return page_routes(view, lambda request: gateway.holder(request, Scope.ADMIN))

@@ -11,11 +11,13 @@ from typing import Any
 import grpc
 
 from antefix.errors import InvalidRequest, Unavailable
+from antefix.security.guard import admitted
+from antefix.security.identity import ALL_TENANTS
 from antefix.v1 import usage_pb2, usage_pb2_grpc
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import Settled, read_settled
 from antefix_billing.usage_record import request_key
-from antefix_router.front import Front
+from antefix_router.front import BilledFront
 
 # 256 records are some 200 KB: far under the message limit, far over a call's overhead.
 RECORDS_A_MESSAGE = 256
@@ -25,13 +27,13 @@ FOLLOW_EVERY_S = 0.5
 class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
     """Reads the ledger's files as any process may; the writer is not disturbed."""
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: BilledFront) -> None:
         self._front = front
 
     async def Export(
         self, request: usage_pb2.ExportRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[usage_pb2.ExportResponse]:
-        ledger, cursor = self._ledger(), request.cursor
+        ledger, cursor, tenant = self._ledger(), request.cursor, _tenant_of(request.tenant)
         while True:
             # Only what is durable: an entry that a crash takes back must not have been exported.
             durable = ledger.sequence
@@ -39,7 +41,7 @@ class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
             records = takewhile(lambda item: item.sequence <= durable, found)  # noqa: B023 - read before it changes
             while batch := await asyncio.to_thread(_take, records):
                 cursor = batch[-1].sequence
-                chosen = [item for item in batch if request.tenant in ("", item.record.tenant)]
+                chosen = [item for item in batch if tenant in (None, item.record.tenant)]
                 yield usage_pb2.ExportResponse(records=[_to_wire(item) for item in chosen], cursor=cursor)
             if not request.follow:
                 return
@@ -50,7 +52,8 @@ class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
     ) -> usage_pb2.GetReceiptResponse:
         ledger, signer = self._ledger(), self._front.signer
         assert signer is not None
-        settled = await self._front.accounts.writer.find(request_key(request.tenant, request.request_id))
+        tenant = admitted().identity.tenant(request.tenant)
+        settled = await self._front.accounts.writer.find(request_key(tenant, request.request_id))
         if settled is None:
             raise InvalidRequest(f"there is no record of request {request.request_id!r}")
         receipt = json.dumps(signer.receipt(settled, ledger.source))
@@ -61,6 +64,12 @@ class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
         if ledger is None:
             raise Unavailable("this router keeps no ledger (--ledger-dir)")
         return ledger
+
+
+def _tenant_of(asked: str) -> str | None:
+    """Whose records a caller gets; None: all. Only who may act for every tenant gets those of all."""
+    identity = admitted().identity
+    return None if not asked and ALL_TENANTS in identity.tenants else identity.tenant(asked)
 
 
 def _take(records: Iterator[Settled]) -> list[Settled]:

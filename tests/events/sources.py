@@ -3,9 +3,11 @@
 import contextlib
 
 from antefix import rpc
+from antefix.events.event_seal import EventKeys
 from antefix.events.event_wire import watch_memory
 from antefix.events.redis_stream import StreamPublisher, memory_stream, store_stream
 from antefix.record import RecordKind
+from antefix.secret import Keyring
 from antefix.store.client import RemoteStore
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFeed
@@ -16,6 +18,7 @@ from tests.router.test_feed_of_a_store import serve
 
 PROMPT = Prompt([7] * BLOCK * 40, payload_bytes=64)
 CHAIN = PROMPT.hashes
+EVENT_KEYS = EventKeys.of(Keyring(b"e" * 32))
 
 
 class Source:
@@ -38,7 +41,7 @@ class Source:
             self.note()
 
     async def publish(self, url):
-        publisher = StreamPublisher(url, self.log, self.stream_of(self.address), self.address)
+        publisher = StreamPublisher(url, self.log, self.stream_of(self.address), self.address, keys=EVENT_KEYS)
         self.publisher = await publisher.__aenter__()
 
     async def hush(self):
@@ -101,7 +104,7 @@ class MemoryRouter:
     def __init__(self, source, redis_url, watch):
         self.source, self.directory = source, Directory()
         asked = watch_memory if watch is None else (lambda _, cursor: watch(cursor))
-        self.feed = MemoryFeed(self.directory, redis_url=redis_url, watch=asked)
+        self.feed = MemoryFeed(self.directory, redis_url=redis_url, keys=EVENT_KEYS, watch=asked)
 
     def start(self):
         self.feed.start()
@@ -165,7 +168,7 @@ class StoreRouter:
 
     def __init__(self, source, redis_url, watch):
         self.feed = self.follower = StoreFeed(
-            watch or source.watch, fingerprint=FINGERPRINT, redis_url=redis_url, name=source.address
+            watch or source.watch, fingerprint=FINGERPRINT, redis_url=redis_url, name=source.address, keys=EVENT_KEYS
         )
 
     def start(self):

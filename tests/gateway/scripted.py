@@ -15,8 +15,10 @@ from antefix.restore_report import RestoreReport
 from antefix.secret import Keyring
 from antefix.tokenizer import load_tokenizer
 from antefix.wire import TokenLogprob
+from antefix_billing.key_register import KeyRegister
 from antefix_billing.ledger import Ledger
 from antefix_billing.ratecard import RateCards
+from antefix_billing.receipt import Signer
 from antefix_billing.tenants import TenantBook
 from antefix_router.accounting import Accounts
 from antefix_router.answers import RetryConfig
@@ -98,6 +100,8 @@ def make_front(
     cards: RateCards | None = None,
     tenants: TenantBook | None = None,
     retries: RetryConfig | None = None,
+    keys: KeyRegister | None = None,
+    signer: Signer | None = None,
 ):
     identity = identify(MODEL, revision="test")
     tenants = tenants or TenantBook()
@@ -109,7 +113,9 @@ def make_front(
         tenants=tenants,
         retries=retries,
     )
-    return Front(script, accounts, identity=identity, tokenizer=load_tokenizer(MODEL), tenants=tenants, signer=None)
+    return Front(
+        script, accounts, identity=identity, tokenizer=load_tokenizer(MODEL), tenants=tenants, signer=signer, keys=keys
+    )
 
 
 @contextlib.asynccontextmanager

@@ -88,7 +88,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("line", [BY_SESSION, BY_REQUEST])
 def test_every_format_writes_the_line_behind_all_that_stays(name, line):
-    tools = (TOOL,) if FORMATS[name].supports_tools else ()
+    tools = (TOOL,) if name == "deepseek-v4" else ()
     prompts = []
     for number in ("19e", "123"):
         said = Conversation(messages=(system(line.format(number), SYSTEM), user("Question.")), tools=tools)

@@ -40,7 +40,7 @@ async def test_lookups_pins_and_events_share_one_connection(tmp_path, monkeypatc
     servicer, server = await serve(tmp_path / "store")
     channels = []
     channel = rpc.channel
-    monkeypatch.setattr(rpc, "channel", lambda address: channels.append(address) or channel(address))
+    monkeypatch.setattr(rpc, "channel", lambda address, **to: channels.append(address) or channel(address, **to))
     config = RouterConfig(
         model=str(MODEL),
         secret_file=str(create_secret_file(tmp_path / "secret")),

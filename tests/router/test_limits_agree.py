@@ -18,9 +18,9 @@ from antefix.store_files.hit_log import StoreLog, read_store_log
 from antefix.store_files.seal import Seals
 from antefix.v1 import router_pb2, usage_pb2
 from antefix.window_pool import RedisWindowPool
+from antefix_billing.api_keys import CONTROL
 from antefix_billing.ledger import Ledger
 from antefix_billing.receipt import Signer, check_receipt
-from antefix_billing.tenants import CONTROL
 from antefix_billing.usage_record import Status, request_key
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
@@ -28,6 +28,7 @@ from antefix_router.front import REQUEST_ID_BYTES_MAX, TENANT_BYTES_MAX, cache_t
 from antefix_router.gateway.text_check import is_text
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.workers import WorkerRole
+from tests.events.sources import EVENT_KEYS
 from tests.gateway.scripted import Script, make_front, serving
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
@@ -99,7 +100,7 @@ async def _through_the_store(directory, url, tenant):
     pool = RedisWindowPool(url, bytes_max=1 << 30, seals=seals)
     log = StoreLog(directory / "log")
     try:
-        async with StreamPublisher(url, engine.events, stream, name):
+        async with StreamPublisher(url, engine.events, stream, name, keys=EVENT_KEYS):
             assert not engine.put([seals.seal(prompt.block(i, tenant=owner)) for i in range(2)]).refused
             log.stored(prompt.hashes)
             found = engine.lookup(prompt.hashes, fingerprint=FINGERPRINT)

@@ -12,6 +12,7 @@ from antefix.events.numbered_log import Cursor
 from antefix.events.redis_stream import StreamPublisher, memory_stream
 from antefix_router.placement.directory import Directory, keys_of
 from antefix_router.placement.memory_feed import MemoryFeed
+from tests.events.sources import EVENT_KEYS
 from tests.redis_servers import until
 from tests.router.memory_worker import Worker, leading, names_of
 
@@ -41,12 +42,14 @@ class Rack:
         return worker
 
     async def publish(self, worker):
-        publisher = StreamPublisher(self.url, worker.memory.log, memory_stream(worker.address), worker.address)
+        publisher = StreamPublisher(
+            self.url, worker.memory.log, memory_stream(worker.address), worker.address, keys=EVENT_KEYS
+        )
         self.publishers.append(await publisher.__aenter__())
 
     async def router(self):
         directory = Directory()
-        feed = MemoryFeed(directory, redis_url=self.url)
+        feed = MemoryFeed(directory, redis_url=self.url, keys=EVENT_KEYS)
         feed.start()
         feed.follow([worker.address for worker in self.workers])
         self.routers.append((feed, directory))

@@ -16,6 +16,7 @@ from antefix.store.client import RemoteStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_router.placement.directory import keys_of
 from antefix_router.placement.store_feed import StoreFeed
+from tests.events.sources import EVENT_KEYS
 from tests.kvstore.small_store import FINGERPRINT, owner
 from tests.redis_servers import free_port, until
 from tests.router.test_feed_of_a_store import PROMPTS, serve
@@ -43,7 +44,9 @@ class Rack:
         return self
 
     async def publish(self):
-        publisher = StreamPublisher(self.url, self.servicer.engine.events, store_stream(self.name), self.name)
+        publisher = StreamPublisher(
+            self.url, self.servicer.engine.events, store_stream(self.name), self.name, keys=EVENT_KEYS
+        )
         self.publisher = await publisher.__aenter__()
 
     async def hush(self):
@@ -52,7 +55,7 @@ class Rack:
             self.publisher = None
 
     async def router(self):
-        feed = StoreFeed(self.store.watch, fingerprint=FINGERPRINT, redis_url=self.url, name=self.name)
+        feed = StoreFeed(self.store.watch, fingerprint=FINGERPRINT, redis_url=self.url, name=self.name, keys=EVENT_KEYS)
         feed.start()
         self.feeds.append(feed)
         return feed
@@ -217,7 +220,9 @@ async def test_keys_are_fit_for_a_cluster(start_cluster, rack_at):
 
 async def test_a_store_process_killed_and_started_again_is_followed_through_redis(start_redis, tmp_path):
     url, address = start_redis().url, f"127.0.0.1:{free_port()}"
+    (tmp_path / "events.key").write_text(EVENT_KEYS.lines())
     flags = ["--dir", str(tmp_path / "store"), "--address", address, "--events-redis", url, "--budget-bytes", "256M"]
+    flags += ["--events-key-file", str(tmp_path / "events.key")]
 
     def start():
         return subprocess.Popen(
@@ -228,7 +233,7 @@ async def test_a_store_process_killed_and_started_again_is_followed_through_redi
         )
 
     process, store = start(), RemoteStore(address)
-    feed = StoreFeed(store.watch, fingerprint=FINGERPRINT, redis_url=url, name=address)
+    feed = StoreFeed(store.watch, fingerprint=FINGERPRINT, redis_url=url, name=address, keys=EVENT_KEYS)
     try:
         feed.start()
         await until(lambda: feed.in_step, 60)
@@ -251,3 +256,8 @@ async def test_a_store_process_killed_and_started_again_is_followed_through_redi
 def test_a_store_refuses_an_address_that_is_not_of_redis(tmp_path):
     with pytest.raises(ConfigError, match="redis"):
         KvStoreConfig(dir=str(tmp_path), events_redis="http://127.0.0.1")
+
+
+def test_a_store_refuses_to_tell_redis_what_nobody_would_believe(tmp_path):
+    with pytest.raises(ConfigError, match="events-key-file"):
+        KvStoreConfig(dir=str(tmp_path), events_redis="redis://127.0.0.1")

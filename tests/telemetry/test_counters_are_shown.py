@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from antefix.clients import AnswerCounters
 from antefix.events.follower import FollowCounters
 from antefix.events.kv_publisher import KvPublisherCounters
+from antefix.events.kv_subscriber import KvFollowCounters
 from antefix.telemetry.shown import families
 from antefix.v1 import decode_pb2, kvstore_pb2, prefill_pb2, router_pb2, window_pb2
 from antefix.window.planner import KindRecord
@@ -15,6 +17,7 @@ from antefix_billing.usage_commit import CommitCounters
 from antefix_decode import metrics as decode
 from antefix_engines import metrics as engines
 from antefix_engines.engine_store import EngineCounters
+from antefix_engines.vllm.row_store import TierCounters
 from antefix_kvstore import engine_stats, scrubber, space, storage_engine
 from antefix_kvstore import metrics as kvstore
 from antefix_prefill import metrics as prefill
@@ -22,7 +25,9 @@ from antefix_prefill.worker import metrics as worker
 from antefix_prefill.worker.store_counters import StoreCounters
 from antefix_router import metrics as router
 from antefix_router import prefilling
-from antefix_router.retries import AnswerCounts
+from antefix_router.fleet import fleet_metrics
+from antefix_router.fleet.engines import HitCounters
+from antefix_router.fleet.passing import PassingCounters
 
 REPO = Path(__file__).parents[2]
 ROOMS = ("antefix", "billing", "decode", "engines", "kvstore", "prefill", "router")
@@ -31,9 +36,13 @@ SHOWN = {
     FollowCounters: ([router.FOLLOW], {}),
     KindRecord: ([worker.PLANS], {}),
     KvPublisherCounters: ([worker.KV_EVENTS], {}),
+    KvFollowCounters: ([fleet_metrics.EVENTS], {}),
+    HitCounters: ([fleet_metrics.HITS], {}),
+    PassingCounters: ([fleet_metrics.PASSING], {}),
     CommitCounters: ([router.COMMITS], {}),
+    TierCounters: ([engines.VLLM_TIER], {"_lock": "text"}),
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
-    AnswerCounts: ([router.ANSWERS], {}),
+    AnswerCounters: ([router.ANSWERS], {}),
     prefilling.PrefillingCounters: ([router.PREFILLING], {}),
     StoreCounters: ([worker.STORE], {"last_error": "text", "last_refusal": "text"}),
     storage_engine.StorageCounters: (
@@ -44,7 +53,7 @@ SHOWN = {
     scrubber.ScrubCounters: ([kvstore.SCRUBBER], {}),
 }
 # Classes of that kind of name that hold copies of the above, or count nothing that happens.
-COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "AnswerCounters", "_Counts"}
+COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "_Counts", "Totals"}
 # Message's field: the metric that shows it. Texts, names and cursors are no numbers.
 MESSAGES = {
     kvstore_pb2.StatsResponse: {
@@ -91,7 +100,9 @@ MESSAGES = {
 COUNTED = {
     "num_broken": "antefix_worker_broken_seals",
     "num_corrupt": "antefix_window_pool_corrupt_records",
+    "num_failed": "antefix_security_failed_reloads",
     "num_lost": "antefix_store_log_lost_lines",
+    "num_unnamed": "antefix_fleet_unnamed_blocks",
     "num_evicted": "antefix_pool_evicted_blocks",
     "num_too_large": "antefix_worker_too_large_requests",
     "num_unstored": "antefix_unstored_requests",
@@ -103,9 +114,13 @@ COUNTED = {
     "num_running": "antefix_http_running_requests",
     "num_waiting": "antefix_prefill_waiting_prompts",
     "busy_s": "antefix_decode_busy_seconds",
+    "num_drafted": "antefix_decode_drafted_tokens",
+    "num_drafts_kept": "antefix_decode_drafts_kept",
     "_num_streams": "antefix_store_streams",
     "_num_joined": "antefix_router_retries",
     "_num_given": "antefix_router_retries",
+    "num_forged": "antefix_window_pool_forged_records",
+    "num_errors": "antefix_api_keys_errors",
 }
 # Of one request, one block, one file or one index: they are state, not counts of what happened to the service.
 STATE = {
@@ -114,7 +129,17 @@ STATE = {
     *("num_exact_tokens", "num_failures", "num_quarantined", "num_bytes"),
     # Kinds that are told of, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
-    *("num_straight", "num_batches", "num_replays"),
+    *("num_straight", "num_batches", "num_replays", "num_unread", "num_lives", "num_forgotten", "num_answers"),
+    *(
+        "num_hashes",
+        "num_prompts",
+        "num_with_ttft",
+        "num_unreported",
+        "num_other_prompts",
+        "num_full",
+        "num_late",
+        "num_pieces",
+    ),
 }
 
 

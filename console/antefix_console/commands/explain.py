@@ -1,4 +1,5 @@
-"""`antefix explain`: why a prompt hits or misses, from the deployment's directory; no service needs to run."""
+"""`antefix explain`: why a prompt hits or misses, from the deployment's directory; no service needs to run but with
+`--fleet`, where a running router is asked."""
 
 from __future__ import annotations
 
@@ -27,16 +28,19 @@ from antefix.window import RatePriors, Rates, RestorePlanner, Sizes, check_bound
 from antefix.window_pool import DISK, MEMORY, open_window_pool
 from antefix.worker_settings import NAMING, WorkerSettings
 from antefix_console import shipped
-from antefix_console.commands import explain_requests
+from antefix_console.commands import explain_fleet, explain_requests
 from antefix_console.deployment import ARITHMETIC_FILE
 from antefix_console.explain.answer import Explanation, explain
 from antefix_console.explain.block_evidence import NamedChain, gather, holdings, statements
 from antefix_console.explain.text import lines
+from antefix_console.operator_credentials import hold_grant
 from antefix_console.progress_line import ProgressLine
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
 # Exactness that a namespace may have had before; a miss is explained when the tokens are stored under one of these.
 _BOUNDED_TRIED = range(9)
+# Of the workers' settings those that say where their KV is.
+_SETTINGS = (*NAMING, "window_pool", "redis_password_file", "redis_ca_file")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the prompt; - reads stdin")
     prompt.add_argument("--tokens-file", type=Path, metavar="FILE", help="JSON list of token ids; - reads stdin")
     explain_requests.add_arguments(parser, prompt)
+    explain_fleet.add_arguments(parser, prompt)
     parser.add_argument("--data-dir", type=Path, help="of `antefix up`: has the store, the secret and the store's log")
     parser.add_argument("--store-dir", type=Path, help="the store's directory, where it is not in --data-dir")
     parser.add_argument("--secret-file", type=Path, help="the deployment's secret, where it is not in --data-dir")
     parser.add_argument("--store-log", type=Path, help="the store's log: tells evicted blocks from those never seen")
     parser.add_argument("--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped one)")
-    add_flags(parser.add_argument_group("as the workers have them"), WorkerSettings, (*NAMING, "window_pool"))
+    add_flags(parser.add_argument_group("as the workers have them"), WorkerSettings, _SETTINGS)
     parser.add_argument(
         "--arithmetic",
         metavar="NAME",
@@ -76,7 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    identity = identify(args.model)
+    if args.fleet:
+        return explain_fleet.run(args)
+    if args.workers:
+        raise InvalidRequest("--workers needs --fleet: the address of the router that has them")
+    with ProgressLine("reading the model"):
+        identity = identify(args.model)
     secret = args.secret_file or (args.data_dir / "secret" if args.data_dir else None)
     keyring = Keyring.from_file(secret) if secret is not None else None
     if args.request_id is not None:
@@ -116,7 +126,8 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
     # 2. What the window pool has.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.reason is MissReason.NONE, blocks))
-    pooled, pool_error = asyncio.run(_pooled(worker.window_pool, args.store_address, names, stored))
+    hold_grant(args.store_address or "", mine.tenant, tokens)
+    pooled, pool_error = asyncio.run(_pooled(worker, args.store_address, names, stored))
     # 3. What a worker would make of it.
     planner = RestorePlanner(Sizes.of(identity.layout(mine.kv_format)), Rates(_priors(args)))
     return explain(
@@ -217,17 +228,23 @@ def _shown_tenant(args: argparse.Namespace, tenant: str) -> str:
 
 
 async def _pooled(
-    where: str, store_address: str | None, names: NamedChain, num_stored: int
+    worker: WorkerSettings, store_address: str | None, names: NamedChain, num_stored: int
 ) -> tuple[tuple[int, ...] | None, str]:
     """The boundary nearest to the stored prefix' end that the window pool has, None if there is no pool; and why a pool
     did not answer.
     """
-    if where == DISK:
+    if worker.window_pool == DISK:
         return None, ""
-    if where == MEMORY and not store_address:
+    if worker.window_pool == MEMORY and not store_address:
         raise InvalidRequest("--window-pool memory is the store service's: say where it is with --store-address")
     store = RemoteStore(store_address or "")
-    pool = open_window_pool(where, store, bytes_max=1)
+    pool = open_window_pool(
+        worker.window_pool,
+        store,
+        bytes_max=1,
+        password_file=worker.redis_password_file,
+        ca_file=worker.redis_ca_file,
+    )
     assert pool is not None
     try:
         found = await pool.nearest(list(reversed(names.hashes[:num_stored])), fingerprint=names.fingerprint)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from antefix.config import GRACE_S, add_flags, given_flags, require
 from antefix.errors import AntefixError, Unavailable
+from antefix.redis_access import RedisAccess, RedisConfig
 from antefix.telemetry.logs import FORMATS, LEVELS
 from antefix.window_pool import DISK, MEMORY, RedisWindowPool
 from antefix.worker_settings import WorkerSettings
@@ -41,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ratecards", nargs="*", default=(), metavar="FILE", help="prices (deploy/ratecards has examples)"
     )
-    parser.add_argument("--tenants-file", default="", metavar="FILE", help="tenants' API keys and limits")
+    parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="tenants' limits and keys")
+    parser.add_argument("--api-keys-file", type=_not_empty, metavar="FILE", help="API keys, made by `antefix keys`")
     parser.add_argument(
         "--chat-format",
         choices=("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template"),
@@ -72,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print addresses as one JSON line")
 
 
+def _not_empty(text: str) -> str:
+    """An empty name, such as that of a variable that is not set, must not turn keys off."""
+    require(bool(text.strip()), "--tenants-file or --api-keys-file is empty: leave it out where it is not meant")
+    return text
+
+
 def deployment_config(args: argparse.Namespace, data_dir: Path, address: str = "127.0.0.1:0") -> DeploymentConfig:
     """Raises:  ConfigError: settings that cannot be, or nobody who could answer a request."""
     # Decode workers can prefill by themselves; nobody else can decode.
@@ -93,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
         http_address=args.http_address,
         num_routers=args.num_routers,
         ratecards=tuple(args.ratecards),
-        tenants_file=args.tenants_file,
+        tenants_file=args.tenants_file or "",
+        api_keys_file=args.api_keys_file or "",
         chat_format=args.chat_format,
         model_aliases=args.model_aliases,
         prefix_rules=args.prefix_rules,
@@ -111,7 +120,7 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked.set)
     print("starting services ...", file=sys.stderr, flush=True)
-    await warn_of_pool(config.window_pool)
+    await warn_of_pool(config.window_pool, config)
     async with Deployment(config) as deployment:
         _announce(deployment, as_json=as_json)
         await _until_stopped(deployment, asked)
@@ -137,11 +146,11 @@ def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-async def warn_of_pool(address: str) -> None:
+async def warn_of_pool(address: str, config: RedisConfig | None = None) -> None:
     """An absent Redis is no error, since checkpoints go to disk meanwhile; but it may be a mistyped address."""
     if address in (DISK, MEMORY):
         return
-    pool = RedisWindowPool(address, bytes_max=1)
+    pool = RedisWindowPool(RedisAccess.of(address, config) if config else address, bytes_max=1)
     try:
         await pool.check()
     except Unavailable as err:

@@ -9,15 +9,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from antefix.block import CPU_FLOAT32, NO_LABELS, Chain, Fingerprint, Labels, check_arithmetic, exactness_of
+from antefix.block import (
+    CPU_FLOAT32,
+    NO_LABELS,
+    Chain,
+    Fingerprint,
+    Labels,
+    TokenArray,
+    check_arithmetic,
+    exactness_of,
+)
 from antefix.config import require, setting
-from antefix.errors import AntefixError, InvalidRequest
+from antefix.errors import AntefixError, InvalidRequest, PermissionDenied
 from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
 from antefix.model.backend import make_backend, uses_triton
 from antefix.model.ops import Ops, TorchOps
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
+from antefix.security.grants import fits_prompt
+from antefix.security.guard import admitted
 from antefix.store.api import Store
 from antefix.store_files.seal import Seals
 from antefix.window import Rates, RestorePlanner, Sizes, Strategy, check_bounded
@@ -169,6 +180,19 @@ class Engine:
         if largest_id >= self.identity.vocab_size:
             raise InvalidRequest(f"token id {largest_id} is outside the vocabulary of {self.identity.vocab_size}")
 
+    def check_grant(self, tenant: str, prompt: TokenArray) -> None:
+        """prompt: without the output that follows it.
+
+        Raises:  PermissionDenied: the call that is being served has no grant for this tenant and prompt.
+        """
+        grant = admitted().needed_grant()
+        if grant is None:
+            return
+        if not any(self.keyring.owner(tenant, number) in grant.owners for number in self.keyring.generations):
+            raise PermissionDenied("the grant is for another tenant")
+        if not fits_prompt(self.keyring, grant, prompt):
+            raise PermissionDenied("the grant is for another prompt")
+
     async def register(self) -> None:
         """Tell the store how payloads are laid out, which lets it compress them; without that they stay as they are."""
         try:
@@ -194,7 +218,13 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
     identity = identify(config.model)
     kv_format = KVFormat(config.kv_format)
     check_bounded(config.bounded_windows, identity.geometry)
-    model = load_model(config.model, device=config.device, dtype=DTYPES[config.dtype], kv_format=kv_format)
+    model = load_model(
+        config.model,
+        device=config.device,
+        dtype=DTYPES[config.dtype],
+        kv_format=kv_format,
+        drafts=config.speculate == "mtp",
+    )
     # The kernels read packed records; torch keeps decoded mirrors beside them.
     packed = uses_triton(config.kernels, model.layout, config.device)
     block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
@@ -229,7 +259,12 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
         bounded_windows=config.bounded_windows,
         align_tokens=align_tokens,
         window_pool=open_window_pool(
-            config.window_pool, store, bytes_max=config.window_pool_bytes or REDIS_BYTES, seals=Seals(secrets)
+            config.window_pool,
+            store,
+            bytes_max=config.window_pool_bytes or REDIS_BYTES,
+            seals=Seals(secrets),
+            password_file=config.redis_password_file,
+            ca_file=config.redis_ca_file,
         ),
         budget=CheckpointBudget(store.stats),
         namespace=config.namespace,
@@ -265,9 +300,9 @@ def _measure(model: Model, config: EngineConfig, *, packed: bool) -> Arithmetic:
 
 
 def ignores_shapes(measured: Arithmetic, device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
-    """Whether a token's bits are the same however its prompt is cut: so on a CPU, by construction and as probed, and on
-    a card where the reproducible kernels run."""
-    return reproducible_kernels if torch.device(device).type != "cpu" else measured.ignores_shapes
+    """Whether a token's bits are the same however its prompt is cut: so on a CPU, and on a card where the reproducible
+    kernels run. By construction, and nowhere where the probe saw otherwise."""
+    return measured.ignores_shapes and (reproducible_kernels or torch.device(device).type == "cpu")
 
 
 def pool_block_bytes(layout: BlockLayout) -> int:

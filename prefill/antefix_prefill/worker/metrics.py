@@ -83,6 +83,11 @@ def worker_metrics(engine: Engine) -> Iterable[Metric]:
             "Checkpoints in Redis that were damaged or forged.",
             {(): float(pool.num_corrupt)},
         )
+        yield counter(
+            "antefix_window_pool_forged_records",
+            "Of these the ones that nobody with the deployment's secret sealed.",
+            {(): float(pool.num_forged)},
+        )
         yield gauge("antefix_window_pool_limit_bytes", "What Redis may use.", {(): float(pool.bytes_max)})
 
 

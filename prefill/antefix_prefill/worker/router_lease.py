@@ -16,6 +16,7 @@ from antefix import rpc
 from antefix.errors import AntefixError
 from antefix.registration import Registration
 from antefix.secret import Keyring
+from antefix.security.identity import Role
 from antefix.v1 import router_pb2, router_pb2_grpc
 
 log = logging.getLogger("antefix_prefill.worker")
@@ -73,7 +74,7 @@ class WorkerLease:
 
     async def _keep(self, router: str) -> None:
         known = True
-        async with rpc.channel(router) as channel:
+        async with rpc.channel(router, of=Role.ROUTER) as channel:
             stub = router_pb2_grpc.RouterServiceStub(channel)
             while True:
                 try:
@@ -86,7 +87,7 @@ class WorkerLease:
                 await asyncio.sleep(_RENEW_S)
 
     async def _say(self, router: str) -> None:
-        async with rpc.channel(router) as channel:
+        async with rpc.channel(router, of=Role.ROUTER) as channel:
             try:
                 await self._register(router_pb2_grpc.RouterServiceStub(channel))
             except AntefixError as err:

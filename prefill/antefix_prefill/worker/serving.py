@@ -13,8 +13,13 @@ from google.protobuf.descriptor import FileDescriptor
 from antefix import rpc
 from antefix.config import grace_setting, require, setting
 from antefix.events.address import check_url
+from antefix.events.event_seal import EventKeys
 from antefix.events.redis_stream import StreamPublisher, memory_stream
+from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
+from antefix.security.identity import Role
+from antefix.security.listening import advertised, is_wildcard, parse_address
+from antefix.security.process_security import ProcessSecurity, credentials_setting, open_security
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.store_files.record_format import STORE_FILE
 from antefix.store_files.seal import Seals
@@ -43,7 +48,9 @@ log = logging.getLogger("antefix_prefill.worker")
 class WorkerConfig(EngineConfig):
     """An engine's settings, and those of the service around it."""
 
-    address: str = setting("127.0.0.1:0", "host:port to listen on; port 0 takes a free one")
+    address: str = setting("127.0.0.1:0", "host:port, [IPv6]:port or unix:PATH to listen on; port 0: a free one")
+    advertise: str = setting("", "host, or host:port, at which routers reach this worker; empty: the address above")
+    credentials: str = credentials_setting()
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
     routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
@@ -66,10 +73,21 @@ class WorkerConfig(EngineConfig):
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         EngineConfig.__post_init__(self)
         require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
+        require(
+            bool(self.advertise) or not is_wildcard(parse_address(self.address)[0]),
+            f"nobody can call {self.address}: give --advertise HOST, as routers know this host",
+        )
         check_url(self.events_redis)
         require(bool(self.kv_events) or not self.kv_events_replay, "--kv-events-replay needs --kv-events")
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
         check_telemetry(self)
+
+
+def secure_worker(config: WorkerConfig, role: Role) -> ProcessSecurity:
+    """Who this worker is to others, from now on.  Raises:  ConfigError: its credentials cannot be used."""
+    security = open_security(role, config.credentials, keyring=Keyring.from_file(config.secret_file))
+    security.use()
+    return security
 
 
 async def start_engine(config: WorkerConfig) -> Engine:
@@ -91,7 +109,7 @@ async def serve_worker(
     config: WorkerConfig,
     engine: Engine,
     *,
-    role: str,
+    security: ProcessSecurity,
     add_service: Callable[[grpc.aio.Server], None],
     metrics: Read,
     descriptors: Sequence[FileDescriptor],
@@ -109,12 +127,16 @@ async def serve_worker(
         add_memory_service(engine.blocks.events, server)
 
     server = await rpc.start_server(
-        config.address, add_services, [*descriptors, window_pb2.DESCRIPTOR, memory_pb2.DESCRIPTOR]
+        config.address,
+        add_services,
+        [*descriptors, window_pb2.DESCRIPTOR, memory_pb2.DESCRIPTOR],
+        security=security,
     )
+    role, address = security.role.value, advertised(server.address, config.advertise)
     lease = WorkerLease(
         config.routers,
         role=role,
-        address=server.address,
+        address=address,
         fingerprint=engine.fingerprint,
         keyring=engine.keyring,
         arithmetic=engine.arithmetic.name,
@@ -122,15 +144,21 @@ async def serve_worker(
     )
     registry = worker_registry(role, engine)
     registry.add_in_loop(metrics)
-    stream = memory_stream(server.address)
-    events = StreamPublisher(config.events_redis, engine.blocks.events, stream, server.address)
+    stream = memory_stream(address)
+    events = StreamPublisher(
+        RedisAccess.of(config.events_redis, config) if config.events_redis else "",
+        engine.blocks.events,
+        stream,
+        address,
+        keys=EventKeys.of(engine.keyring),
+    )
     async with lease, events, telling_kv_events(config, engine):
         await rpc.run_until_signal(
             server,
             role=role,
             stop=stop,
             watch_stdin=watch_stdin,
-            metrics_address=serve_metrics(config, registry),
+            metrics_address=serve_metrics(config, registry, security),
             leave=lease.end,
             grace_s=config.grace_s,
         )

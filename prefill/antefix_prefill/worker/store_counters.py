@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
 
-from antefix.record import Refusal, RefusalReason
-
-_HOPELESS: Final = (RefusalReason.INVALID, RefusalReason.TOO_LARGE, RefusalReason.NO_KEY)
+from antefix.record import Refusal
 
 
 @dataclass(slots=True)
@@ -32,11 +29,6 @@ class StoreCounters:
         self.last_error = f"{type(err).__name__}: {err}"
         name = type(err).__name__
         self.by_kind[name] = self.by_kind.get(name, 0) + 1
-
-    @property
-    def num_hopeless(self) -> int:
-        """Records that no later try will get stored before an operator acts."""
-        return sum(self.refused_by_reason.get(reason, 0) for reason in _HOPELESS)
 
     def note_refusals(self, refusals: Iterable[Refusal]) -> None:
         for refusal in refusals:

@@ -22,7 +22,6 @@ class ChatFormat(Protocol):
     far as the format itself allows: that is what makes the next turn hit."""
 
     name: str
-    supports_tools: bool
     supports_reasoning: bool
 
     def render(self, conversation: Conversation) -> list[Piece]:

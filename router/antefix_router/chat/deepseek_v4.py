@@ -97,7 +97,6 @@ class DeepSeekV4Format:
     """See the module. efforts: what stands before everything else where the model is to think; EFFORTS_0731 for that
     checkpoint."""
 
-    supports_tools = True
     supports_reasoning = True
 
     def __init__(self, efforts: Mapping[Effort, str] = EFFORTS) -> None:

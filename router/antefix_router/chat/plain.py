@@ -26,7 +26,6 @@ class PlainFormat:
     """See the module."""
 
     name = "plain"
-    supports_tools = False
     supports_reasoning = False
 
     def render(self, conversation: Conversation) -> list[Piece]:

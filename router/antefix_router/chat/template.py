@@ -52,7 +52,6 @@ class TemplateFormat:
     """See the module. Answers are taken as plain text: how calls are written differs from template to template."""
 
     name = "template"
-    supports_tools = False
     supports_reasoning = False
 
     def __init__(self, template: str, model: Path) -> None:

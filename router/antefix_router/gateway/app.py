@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 
@@ -19,15 +20,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from antefix.errors import AntefixError, ConfigError, Unavailable
-from antefix.rpc import ENDING_S, parse_address
+from antefix.errors import AntefixError, ConfigError, PermissionDenied, Unavailable
+from antefix.rpc import ENDING_S, private_files
+from antefix.security.listening import UNIX, bare_host, join_address, parse_address
+from antefix.security.process_security import OPEN, ProcessSecurity
+from antefix.security.tls import http_context
+from antefix_billing.api_keys import Scope
 from antefix_billing.usage_record import request_key
 from antefix_router.front import Front
 from antefix_router.gateway.access import Access, HttpMeasures
 from antefix_router.gateway.anthropic import count_tokens, prepare_messages
 from antefix_router.gateway.chat import prepare_chat
 from antefix_router.gateway.completions import list_models, prepare_completion
-from antefix_router.gateway.gateway import Gateway
+from antefix_router.gateway.gateway import Door, Gateway
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import Call, Endpoint, Room
 from antefix_router.gateway.http_errors import NotFound, Provider, error_response
@@ -47,8 +52,8 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 }
 
 
-def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -> Starlette:
-    """The ASGI application."""
+def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, more: Iterable[Route] = ()) -> Starlette:
+    """The ASGI application. more: addresses that are no part of any API."""
     room = Room(config.http_requests_max)
     routes = [
         Route(
@@ -62,19 +67,35 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -
         Route("/v1/messages/count_tokens", partial(count_tokens, gateway), methods=["POST"]),
         Route("/v1/models", partial(list_models, gateway), methods=["GET"]),
         Route("/v1/models/{name:path}", partial(list_models, gateway), methods=["GET"]),
-        Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, gateway), methods=["GET"]),
-        Route("/v1/usage/public_key", partial(_public_key, gateway), methods=["GET"]),
+        *common_routes(gateway),
+        *more,
+    ]
+    return application(routes, measures)
+
+
+def common_routes(door: Door) -> list[Route]:
+    """What every door has besides its APIs."""
+    return [
+        Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, door), methods=["GET"]),
+        Route("/v1/usage/public_key", partial(_public_key, door), methods=["GET"]),
         Route("/healthz", _healthz, methods=["GET"]),
     ]
+
+
+def application(routes: list[Route], measures: HttpMeasures) -> Starlette:
+    """With the access log, and errors in our own shapes."""
     access = Middleware(Access, measures=measures)
     return Starlette(routes=routes, middleware=[access], exception_handlers={HTTPException: _http_error})
 
 
-async def _receipt(gateway: Gateway, request: Request) -> Response:
-    """A tenant's own request's receipt."""
+async def _receipt(gateway: Door, request: Request) -> Response:
+    """A tenant's own request's receipt; with the scope `admin` another tenant may be named."""
     try:
-        tenant = gateway.tenant(request)
-        front = gateway.front
+        holder = gateway.holder(request, Scope.USAGE)
+        tenant = request.query_params.get("tenant", holder.tenant)
+        if tenant != holder.tenant and Scope.ADMIN not in holder.scopes:
+            raise PermissionDenied("another tenant's receipts need an API key with the scope admin")
+        front = gateway.books
         if front.accounts.ledger is None or front.signer is None:
             raise Unavailable("this router keeps no ledger")
         request_id = request.path_params["request_id"]
@@ -86,8 +107,8 @@ async def _receipt(gateway: Gateway, request: Request) -> Response:
         return error_response(err, Provider.OPENAI)
 
 
-async def _public_key(gateway: Gateway, request: Request) -> Response:
-    signer = gateway.front.signer
+async def _public_key(gateway: Door, request: Request) -> Response:
+    signer = gateway.books.signer
     if signer is None:
         return error_response(Unavailable("this router keeps no ledger"), Provider.OPENAI)
     return JSONResponse({"algorithm": "Ed25519", "public_key": signer.public_key.hex()})
@@ -129,7 +150,7 @@ class HttpServer:
     """A started gateway."""
 
     def __init__(
-        self, server: _Server, serving: asyncio.Task[None], address: str, gateway: Gateway, measures: HttpMeasures
+        self, server: _Server, serving: asyncio.Task[None], address: str, gateway: Door, measures: HttpMeasures
     ) -> None:
         self.gateway = gateway
         self.measures = measures
@@ -146,25 +167,47 @@ class HttpServer:
         await asyncio.gather(self._serving, return_exceptions=True)
 
 
-async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
-    """Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form."""
+MakeRoutes = Callable[[Gateway], Iterable[Route]]
+
+
+async def start_http(
+    front: Front,
+    config: GatewayConfig,
+    security: ProcessSecurity = OPEN,
+    *,
+    more: MakeRoutes = lambda gateway: (),
+) -> HttpServer:
+    """security: with TLS, its certificate is this server's too.  more: makes addresses that are no part of any API.
+
+    Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form.
+    """
     gateway = Gateway(front, config)
     measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", "/healthz"])
+    return await serve_door(gateway, build_app(gateway, config, measures, more(gateway)), config, measures, security)
+
+
+async def serve_door(
+    door: Door, app: Starlette, config: GatewayConfig, measures: HttpMeasures, security: ProcessSecurity = OPEN
+) -> HttpServer:
+    """Raises:  ConfigError: the address cannot be listened on."""
     host, port = parse_address(config.http_address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    security.check_listening(config.http_address, flag="--http-address")
+    path = host.removeprefix(UNIX) if host.startswith(UNIX) else ""
+    family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio sets TCP_NODELAY only where it is: without that, each answer waits 40 ms for
     # the client's delayed acknowledgement between head and body.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener = socket.socket(family, socket.SOCK_STREAM, 0 if path else socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((host.strip("[]"), port))
+        with private_files() if path else contextlib.nullcontext():
+            listener.bind(path or (bare_host(host), port))
         listener.listen(1024)
     except OSError as err:
         listener.close()
         raise ConfigError(f"--http-address {config.http_address}: {err}") from err
     server = _Server(
         uvicorn.Config(
-            build_app(gateway, config, measures),
+            app,
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -172,6 +215,7 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
             timeout_graceful_shutdown=math.ceil(config.grace_s + ENDING_S),
             timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
+            ssl_context_factory=_tls_of(security),
         )
     )
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -180,4 +224,10 @@ async def start_http(front: Front, config: GatewayConfig) -> HttpServer:
     ready.cancel()
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
-    return HttpServer(server, serving, f"{host}:{listener.getsockname()[1]}", gateway, measures)
+    port = 0 if path else listener.getsockname()[1]
+    return HttpServer(server, serving, join_address(host, port), door, measures)
+
+
+def _tls_of(security: ProcessSecurity) -> Callable[..., ssl.SSLContext] | None:
+    files = security.files
+    return None if files is None else lambda *_: http_context(files)

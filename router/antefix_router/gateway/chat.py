@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 
 from antefix.errors import InvalidRequest
-from antefix_billing.providers import chat_usage
 from antefix_router.chat.messages import CallDelta, ChatRole, Conversation, Delta, Effort, ToolCall
 from antefix_router.gateway.answer_form import chat_form
-from antefix_router.gateway.choices import Choices
+from antefix_router.gateway.choices_call import ChoicesCall
 from antefix_router.gateway.content import end_conversation
 from antefix_router.gateway.fields import Fields, unsupported
 from antefix_router.gateway.gateway import Gateway
-from antefix_router.gateway.http import error_event, event_bytes
-from antefix_router.gateway.http_errors import Provider
+from antefix_router.gateway.http import event_bytes
 from antefix_router.gateway.knobs import read_knobs
 from antefix_router.gateway.modes import read_wish
 from antefix_router.gateway.openai_messages import chat_messages, refuse_unsupported
 from antefix_router.gateway.output import Output
 from antefix_router.gateway.tools import openai_tools
+
+_CHUNK: Final = "chat.completion.chunk"
 
 
 async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
@@ -86,35 +85,11 @@ def _num_top_logprobs(fields: Fields) -> int | None:
     return (num_top or 0) if is_wanted else None
 
 
-class ChatCall:
-    """One answer, or several, in OpenAI's shapes."""
+class ChatCall(ChoicesCall):
+    """One answer, or several, in the shape of conversations."""
 
-    def __init__(
-        self,
-        choices: Choices,
-        model: str,
-        timeout_s: float,
-        *,
-        stream: bool,
-        include_usage: bool,
-        headers: dict[str, str],
-    ) -> None:
-        self.stream = stream
-        self.headers = {"x-request-id": choices.request_id, **headers}
-        self._choices = choices
-        self._model = model
-        self._timeout_s = timeout_s
-        self._include_usage = include_usage
-        self._created = int(time.time())
-
-    async def whole(self) -> dict[str, Any]:
-        async for _ in self._choices.deltas(self._timeout_s, held=True):
-            pass
-        shown = self._choices.shown
-        choices = [_choice(index, output) for index, output in enumerate(shown)]
-        self.headers |= shown[0].ended().headers
-        usage = shown[0].ended().usage(chat_usage)
-        return {**self._head("chat.completion"), "choices": choices, "usage": usage}
+    kind = "chat.completion"
+    id_prefix = "chatcmpl"
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         call_ids: dict[int, list[str]] = {}
@@ -131,12 +106,11 @@ class ChatCall:
                 yield self._chunk(index, {"role": "assistant", "content": ""})
             yield self._chunk(index, {}, finish_reason=output.ended().reason, logprobs=_logprobs(output))
         if self._include_usage:
-            usage = shown[0].ended().usage(chat_usage)
-            yield event_bytes({**self._head("chat.completion.chunk"), "choices": [], "usage": usage})
+            yield self._event(_CHUNK, [], usage=self._usage())
         yield event_bytes("[DONE]")
 
-    def failed(self, err: Exception) -> bytes:
-        return error_event(err, Provider.OPENAI)
+    def _whole_choice(self, index: int, output: Output) -> dict[str, Any]:
+        return _choice(index, output)
 
     def _chunk(
         self,
@@ -146,17 +120,8 @@ class ChatCall:
         logprobs: dict[str, Any] | None = None,
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        chunk = {**self._head("chat.completion.chunk"), "choices": [choice]}
         # With include_usage every chunk has the field; clients that do not ask never see it.
-        return event_bytes({**chunk, "usage": None} if self._include_usage else chunk)
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": f"chatcmpl-{self._choices.request_id}",
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-        }
+        return self._event(_CHUNK, [choice], **({"usage": None} if self._include_usage else {}))
 
 
 def _choice(index: int, output: Output) -> dict[str, Any]:

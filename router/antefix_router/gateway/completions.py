@@ -12,13 +12,12 @@ from starlette.responses import JSONResponse
 
 from antefix.errors import InvalidRequest
 from antefix.telemetry import span
-from antefix_billing.providers import chat_usage
 from antefix_router.gateway.answer_form import chat_form
 from antefix_router.gateway.chat import stream_options
-from antefix_router.gateway.choices import Choices
+from antefix_router.gateway.choices_call import ChoicesCall
 from antefix_router.gateway.fields import Fields
 from antefix_router.gateway.gateway import Gateway
-from antefix_router.gateway.http import error_event, event_bytes
+from antefix_router.gateway.http import event_bytes
 from antefix_router.gateway.http_errors import Provider, error_response
 from antefix_router.gateway.knobs import read_knobs
 from antefix_router.gateway.notes import Notes
@@ -46,15 +45,16 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     fields.notes.close()
     choices = await gateway.complete(tokens, knobs, gateway.caller(request, tenant, user, session=session), form)
     timeout_s = gateway.config.http_timeout_s
-    return CompletionCall(
+    call = CompletionCall(
         choices,
         model.asked_for,
         timeout_s,
         stream=stream,
         include_usage=include_usage,
-        echo=text if echo else "",
         headers=fields.notes.headers(),
     )
+    call.echo = text if echo else ""
+    return call
 
 
 async def _prompt(gateway: Gateway, prompt: Any, *, echo: bool) -> tuple[str, list[int]]:
@@ -73,66 +73,28 @@ async def _prompt(gateway: Gateway, prompt: Any, *, echo: bool) -> tuple[str, li
     raise InvalidRequest("prompt must be one string or one list of token ids")
 
 
-class CompletionCall:
-    """One answer, or several, in the shape of text completions."""
+class CompletionCall(ChoicesCall):
+    """One answer, or several, in the shape of text completions. echo: the prompt, where it stands in the answer."""
 
-    def __init__(
-        self,
-        choices: Choices,
-        model: str,
-        timeout_s: float,
-        *,
-        stream: bool,
-        include_usage: bool,
-        echo: str,
-        headers: dict[str, str],
-    ) -> None:
-        self.stream = stream
-        self.headers = {"x-request-id": choices.request_id, **headers}
-        self._choices = choices
-        self._model = model
-        self._timeout_s = timeout_s
-        self._include_usage = include_usage
-        self._echo = echo
-        self._created = int(time.time())
-
-    async def whole(self) -> dict[str, Any]:
-        async for _ in self._choices.deltas(self._timeout_s, held=True):
-            pass
-        shown = self._choices.shown
-        choices = [
-            _choice(index, output, self._echo + output.content, output.ended().reason)
-            for index, output in enumerate(shown)
-        ]
-        self.headers |= shown[0].ended().headers
-        return {**self._head(), "choices": choices, "usage": shown[0].ended().usage(chat_usage)}
+    kind = "text_completion"
+    id_prefix = "cmpl"
+    echo = ""
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        if self._echo:
+        if self.echo:
             for index, output in enumerate(self._choices.shown):
-                yield self._event([_choice(index, output, self._echo, None)])
+                yield self._event(self.kind, [_choice(index, output, self.echo, None)])
         async for index, delta in self._choices.deltas(self._timeout_s):
-            yield self._event([_choice(index, self._choices.shown[index], delta.content, None)])
+            yield self._event(self.kind, [_choice(index, self._choices.shown[index], delta.content, None)])
         shown = self._choices.shown
         for index, output in enumerate(shown):
-            yield self._event([_choice(index, output, "", output.ended().reason)])
+            yield self._event(self.kind, [_choice(index, output, "", output.ended().reason)])
         if self._include_usage:
-            yield self._event([], usage=shown[0].ended().usage(chat_usage))
+            yield self._event(self.kind, [], usage=self._usage())
         yield event_bytes("[DONE]")
 
-    def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
-        return event_bytes({**self._head(), "choices": choices, **more})
-
-    def failed(self, err: Exception) -> bytes:
-        return error_event(err, Provider.OPENAI)
-
-    def _head(self) -> dict[str, Any]:
-        return {
-            "id": f"cmpl-{self._choices.request_id}",
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-        }
+    def _whole_choice(self, index: int, output: Output) -> dict[str, Any]:
+        return _choice(index, output, self.echo + output.content, output.ended().reason)
 
 
 def _choice(index: int, output: Output, text: str, finish_reason: str | None) -> dict[str, Any]:

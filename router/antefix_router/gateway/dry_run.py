@@ -6,7 +6,6 @@ that a model wrote is not known here.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from antefix.generation_request import GenerationRequest
 from antefix.model_dir import ModelIdentity
 from antefix.secret import Keyring
 from antefix.tokenizer import Tokenizer
+from antefix_billing.key_register import KeyRegister
 from antefix_billing.ratecard import RateCards
 from antefix_billing.tenants import TenantBook
 from antefix_router.accounting import Accounts
@@ -99,10 +99,14 @@ async def dry_run(
         cards=RateCards(),
         tenants=TenantBook(),
     )
-    # Whoever calls without a key is this tenant.
-    book = TenantBook(keys={hashlib.sha256(b"").digest(): tenant} if tenant else {})
     front = _DryFront(
-        cast(Generator, None), accounts, identity=identity, tokenizer=tokenizer, tenants=book, signer=None
+        cast(Generator, None),
+        accounts,
+        identity=identity,
+        tokenizer=tokenizer,
+        tenants=TenantBook(),
+        signer=None,
+        keys=KeyRegister(open_as=tenant),
     )
     gateway = _DryGateway(front, config or GatewayConfig())
     if isinstance(body, list):

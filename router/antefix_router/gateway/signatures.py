@@ -7,6 +7,7 @@ but only `encrypted_content`. Keys come from the deployment's secret and the ten
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import hmac
 import os
@@ -22,35 +23,44 @@ _NONCE_BYTES: Final = 12
 
 
 class Signatures:
-    """One tenant's."""
+    """One tenant's. Made with the current secret; what an older one made is still known while secrets rotate."""
 
     def __init__(self, keyring: Keyring, tenant: str) -> None:
-        self._key = keyring.proof(b"thinking-signature", tenant.encode())
-        self._seal = AESGCM(keyring.proof(b"thinking-seal", tenant.encode()))
+        self._keyring = keyring
+        self._tenant = tenant.encode()
 
     def sign(self, text: str) -> str:
-        return _encoded(_VERSION + self._proof(text))
+        return self._signed(text, self._keyring.generation)
 
     def is_ours(self, text: str, signature: str) -> bool:
         """Whether this very text was signed for this tenant by this deployment."""
-        return hmac.compare_digest(signature.encode(), self.sign(text).encode())
+        made = (self._signed(text, generation) for generation in self._keyring.generations)
+        return any(hmac.compare_digest(signature.encode("utf-8", "surrogatepass"), each.encode()) for each in made)
 
     def seal(self, text: str) -> str:
         """The text itself, for nobody else to read or to change."""
         nonce = os.urandom(_NONCE_BYTES)
-        return _encoded(_VERSION + nonce + self._seal.encrypt(nonce, _bytes(text), _VERSION))
+        sealed = self._cipher(self._keyring.generation).encrypt(nonce, _bytes(text), _VERSION)
+        return _encoded(_VERSION + nonce + sealed)
 
     def open(self, sealed: str) -> str | None:
         """What was sealed, or None where it was not sealed here."""
         try:
             raw = base64.b64decode(sealed, validate=True)
-            nonce, rest = raw[1 : 1 + _NONCE_BYTES], raw[1 + _NONCE_BYTES :]
-            return self._seal.decrypt(nonce, rest, raw[:1]).decode()
-        except (ValueError, InvalidTag):
+        except ValueError:
             return None
+        nonce, rest = raw[1 : 1 + _NONCE_BYTES], raw[1 + _NONCE_BYTES :]
+        for generation in self._keyring.generations:
+            with contextlib.suppress(ValueError, InvalidTag):
+                return self._cipher(generation).decrypt(nonce, rest, raw[:1]).decode("utf-8", "surrogatepass")
+        return None
 
-    def _proof(self, text: str) -> bytes:
-        return hmac.digest(self._key, _bytes(text), hashlib.sha256)
+    def _signed(self, text: str, generation: int) -> str:
+        key = self._keyring.proof(b"thinking-signature", self._tenant, generation=generation)
+        return _encoded(_VERSION + hmac.digest(key, _bytes(text), hashlib.sha256))
+
+    def _cipher(self, generation: int) -> AESGCM:
+        return AESGCM(self._keyring.proof(b"thinking-seal", self._tenant, generation=generation))
 
 
 def _bytes(text: str) -> bytes:

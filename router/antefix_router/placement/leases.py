@@ -7,8 +7,8 @@ import logging
 import time
 from dataclasses import dataclass
 
-from antefix import rpc
-from antefix.errors import FingerprintMismatch, InvalidRequest, ResourceExhausted
+from antefix.errors import FingerprintMismatch, InvalidRequest, PermissionDenied, ResourceExhausted
+from antefix.security.listening import parse_address
 from antefix_router.health import HealthWatch
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFeed
@@ -26,6 +26,7 @@ _SWEEP_S = 0.5
 class _Lease:
     instance: bytes
     until: float
+    name: str = ""
 
 
 class Leases:
@@ -76,13 +77,16 @@ class Leases:
         ttl_s: float,
         arithmetic: str = "",
         setup: str = "",
+        name: str = "",
     ) -> None:
         """Know the worker for `ttl_s` from now; a ttl of 0 ends its lease.
 
+        name: as its certificate has it.
         Raises:  InvalidRequest, FingerprintMismatch: it cannot serve here.  ResourceExhausted: too many leases.
+            PermissionDenied: the address is another worker's.
         """
         role = _role(role_name)
-        rpc.parse_address(address)
+        parse_address(address)
         if fingerprint != self.fingerprint:
             raise FingerprintMismatch(
                 f"the worker at {address} has other weights, format or namespace than this router"
@@ -91,6 +95,8 @@ class Leases:
             raise InvalidRequest(f"a lease lasts {TTL_S_MIN:g} to {TTL_S_MAX:g} s, not {ttl_s:g}")
         key = (role, address)
         lease = self._leases.get(key)
+        if lease is not None and lease.name != name:
+            raise PermissionDenied(f"{address} is registered by {lease.name or 'another worker'}, not by {name}")
         if not ttl_s:
             self._end(key, "left")
             return
@@ -99,9 +105,9 @@ class Leases:
         if lease is None or lease.instance != instance:
             log.info("%s worker %s joins", role, address)
             self._directory.forget(address)
-        self._leases[key] = _Lease(instance=instance, until=time.monotonic() + ttl_s)
+        self._leases[key] = _Lease(instance=instance, name=name, until=time.monotonic() + ttl_s)
         if self._groups[role].find(address) is None:
-            worker = self._groups[role].join(address)
+            worker = self._groups[role].join(address, name=name)
             worker.arithmetic, worker.setup = arithmetic, setup
             self._followed()
 
@@ -134,7 +140,7 @@ class Leases:
 
 
 def _role(name: str) -> WorkerRole:
-    try:
-        return WorkerRole(name)
-    except ValueError as err:
-        raise InvalidRequest(f"role must be prefill or decode, is {name!r}") from err
+    role = {"prefill": WorkerRole.PREFILL, "decode": WorkerRole.DECODE}.get(name)
+    if role is None:
+        raise InvalidRequest(f"role must be prefill or decode, is {name!r}")
+    return role

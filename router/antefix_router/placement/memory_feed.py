@@ -7,7 +7,7 @@ placements, never an answer.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import grpc
@@ -15,10 +15,13 @@ import grpc
 from antefix import rpc
 from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.end_tasks import end_tasks
+from antefix.events.event_seal import DropReason, EventKeys
 from antefix.events.event_wire import watch_memory
 from antefix.events.follower import FollowCounters, Follower
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.events.redis_stream import MEMORY_STREAMS, StreamReader, memory_stream
+from antefix.redis_access import RedisAccess
+from antefix.security.identity import Role
 from antefix_router.placement.directory import Directory
 
 WatchMemory = Callable[[grpc.aio.Channel, Cursor | None], AsyncGenerator[Batch[BlockEvent], None]]
@@ -68,11 +71,27 @@ class MemoryFollower(Follower[BlockEvent]):
 class MemoryFeed:
     """Keeps the directory as the workers' events say. `follow` again whenever workers come or go."""
 
-    def __init__(self, directory: Directory, *, redis_url: str = "", watch: WatchMemory = watch_memory) -> None:
-        """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        redis_url: RedisAccess | str = "",
+        keys: EventKeys | None = None,
+        watch: WatchMemory = watch_memory,
+        callee: Callable[[str], tuple[Role | None, str]] = lambda _: (None, ""),
+    ) -> None:
+        """keys: what events through Redis must be signed with.
+        callee: role and name of the process that must answer at an address, so that no other is believed.
+
+        Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
+        """
+        self._callee = callee
         self._directory = directory
         self._watch = watch
-        self._reader = StreamReader(redis_url, MEMORY_STREAMS, self._take, self._lose) if redis_url else None
+        self._reader: StreamReader | None = None
+        if redis_url:
+            assert keys is not None, "events through Redis are believed only where they are signed"
+            self._reader = StreamReader(redis_url, MEMORY_STREAMS, self._take, self._lose, keys=keys)
         self._followers: dict[str, MemoryFollower] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.counters = FollowCounters()
@@ -81,6 +100,11 @@ class MemoryFeed:
         """Whether the directory has what this worker last said."""
         follower = self._followers.get(address)
         return follower is not None and follower.in_step
+
+    @property
+    def dropped(self) -> Mapping[DropReason, int]:
+        """Entries in Redis that were not believed."""
+        return self._reader.dropped if self._reader is not None else {}
 
     def start(self) -> None:
         """From now on read Redis, where it is used. Needs a running event loop."""
@@ -108,7 +132,8 @@ class MemoryFeed:
 
     async def _run(self, follower: MemoryFollower, address: str) -> None:
         # One channel for as long as it is followed: making one a try would cost memory while the worker is away.
-        async with rpc.channel(address) as channel:
+        role, name = self._callee(address)
+        async with rpc.channel(address, of=role, name=name) as channel:
             await follower.run(partial(self._watch, channel))
 
     def _take(self, address: str, batch: Batch[BlockEvent]) -> None:

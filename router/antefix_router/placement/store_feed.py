@@ -8,12 +8,14 @@ than it may hold), it says nothing, and the store is asked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.end_tasks import end_tasks
+from antefix.events.event_seal import DropReason, EventKeys
 from antefix.events.follower import Follower, Watch
 from antefix.events.redis_stream import StreamReader, store_stream
+from antefix.redis_access import RedisAccess
 from antefix_router.placement.directory import Key
 
 # At some 70 bytes each.
@@ -29,10 +31,14 @@ class StoreFeed(Follower[BlockEvent]):
         *,
         fingerprint: bytes,
         num_blocks_max: int = NUM_BLOCKS_MAX,
-        redis_url: str = "",
+        redis_url: RedisAccess | str = "",
         name: str = "",
+        keys: EventKeys | None = None,
     ) -> None:
-        """Raises:  ConfigError: the URL cannot be read. Nothing connects yet."""
+        """keys: what events through Redis must be signed with.
+
+        Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
+        """
         super().__init__(through_redis=bool(redis_url))
         self._watch = watch
         self._fingerprint = fingerprint
@@ -40,9 +46,16 @@ class StoreFeed(Follower[BlockEvent]):
         self._blocks: set[Key] = set()
         self._reader: StreamReader | None = None
         if redis_url:
-            streams = [store_stream(name)]
-            self._reader = StreamReader(redis_url, streams, lambda _, batch: self.take(batch), lambda _: self.lose())
+            assert keys is not None, "events through Redis are believed only where they are signed"
+            self._reader = StreamReader(
+                redis_url, [store_stream(name)], lambda _, batch: self.take(batch), lambda _: self.lose(), keys=keys
+            )
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def dropped(self) -> Mapping[DropReason, int]:
+        """Entries in Redis that were not believed."""
+        return self._reader.dropped if self._reader is not None else {}
 
     def rename(self, fingerprint: bytes) -> None:
         """Follow another fingerprint's blocks; what is known of the former is forgotten."""

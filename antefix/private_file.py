@@ -1,0 +1,65 @@
+"""Files with secrets: written for their owner only, replaced as a whole, and refused where others may read them.
+
+A group may read one: that is how secrets are handed to a service that does not run as the file's owner.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Final
+
+from antefix.errors import ConfigError
+
+FILE_MODE: Final = 0o600
+DIRECTORY_MODE: Final = 0o700
+_OTHERS: Final = 0o007
+_WRITERS: Final = 0o022
+
+
+def read_private(path: str | Path, what: str) -> str:
+    """The text of a file that holds a secret.  what: the setting or the kind of file, for the message.
+
+    Raises:  ConfigError: it cannot be read, is not text, or everybody on the host may read or change it.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_mode & _OTHERS:
+            raise ConfigError(f"{what} {path} is open to every user of this host: chmod 600 {path}")
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError(f"{what} {path}: {err}") from err
+
+
+def refuse_writable(path: str | Path, what: str) -> None:
+    """For files that say who may do what: whoever can write them decides.
+
+    Raises:  ConfigError: others than its owner may change it, or it is not there.
+    """
+    try:
+        if Path(path).stat().st_mode & _WRITERS:
+            raise ConfigError(f"{what} {path} may be changed by others than its owner: chmod go-w {path}")
+    except OSError as err:
+        raise ConfigError(f"{what} {path}: {err}") from err
+
+
+def write_private(path: str | Path, text: str) -> None:
+    """Replace the file as a whole, durably: a reader sees the old text or the new one."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -1,0 +1,172 @@
+"""Reaching a Redis server or cluster: its URL, over TLS, with a user and a password that no list of processes shows.
+
+    rediss://user@host:6379/0    TLS; the certificate and its host name are checked, against `redis_ca_file` if given
+    redis://127.0.0.1:6379/0     in clear, so on this host only
+    unix:///run/redis.sock       a socket of this host
+    redis+cluster:// and rediss+cluster://   the same for a cluster
+
+The password is in a file of its own (`redis_password_file`), which is read at each connection: a new one needs no
+restart.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from antefix.config import require, setting
+from antefix.errors import ConfigError
+from antefix.private_file import read_private
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis, RedisCluster
+
+_TLS: Final = ("rediss", "rediss+cluster")
+_CLUSTER: Final = ("redis+cluster", "rediss+cluster")
+SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
+# Of a URL's options only this one: others would turn off what is checked, such as `ssl_cert_reqs=none`.
+_OPTIONS: Final = {"db"}
+_PASSWORD: Final = "redis_password_file"
+
+
+def redis_password_setting() -> Any:
+    return setting("", "file with the password of Redis, for its owner only; the user is in the URL", guards=True)
+
+
+def redis_ca_setting() -> Any:
+    return setting("", "certificates that may sign Redis' (PEM); without it those of the system", guards=True)
+
+
+class RedisConfig(Protocol):
+    """The part of a role's settings that is meant here."""
+
+    @property
+    def redis_password_file(self) -> str: ...
+    @property
+    def redis_ca_file(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisAccess:
+    """How to reach one. Checked when it is made, connected by `connect`.
+
+    Raises:  ConfigError: see `check_redis_url`; or a file is not there, or is open to others.
+    """
+
+    url: str
+    password_file: str = ""
+    ca_file: str = ""
+
+    def __post_init__(self) -> None:
+        check_redis_url(self.url)
+        if self.password_file:
+            read_private(self.password_file, _PASSWORD)
+        if self.ca_file:
+            require(_parts(self.url).scheme in _TLS, f"redis_ca_file needs a rediss:// URL, is {self.url!r}")
+            _read_ca(self.ca_file)
+
+    @classmethod
+    def of(cls, url: str, config: RedisConfig) -> RedisAccess:
+        """What a role's settings say."""
+        return cls(url=url, password_file=config.redis_password_file, ca_file=config.redis_ca_file)
+
+    def connect(self, *, timeout_s: float, connect_timeout_s: float | None = None) -> Redis | RedisCluster:
+        """A client; it connects when it is first used."""
+        # Only who uses Redis needs the package's half second of import.
+        from redis.asyncio import Redis, RedisCluster
+
+        parts = _parts(self.url)
+        options: dict[str, Any] = {
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": connect_timeout_s or timeout_s,
+        }
+        if parts.scheme in _TLS:
+            options |= {"ssl_cert_reqs": "required", "ssl_check_hostname": True}
+            if self.ca_file:
+                options["ssl_ca_certs"] = self.ca_file
+        if self.password_file:
+            options["credential_provider"] = _Credentials(unquote(parts.username or ""), self.password_file)
+            # Both of one connection is an error of the client's.
+            parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+        scheme = parts.scheme.removesuffix("+cluster")
+        url = parts._replace(scheme=scheme).geturl()
+        if parts.scheme == "unix":
+            url = "unix://" + url.removeprefix("unix:").lstrip("/").join(("/", ""))
+        if parts.scheme in _CLUSTER:
+            return RedisCluster.from_url(url, **options)
+        return Redis.from_url(url, **options)
+
+
+class _Credentials:
+    """Read at each connection. Never shown: its text is its class's."""
+
+    def __init__(self, user: str, path: str) -> None:
+        self._user, self._path = user, path
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        # Also where it was changed since the start to what may not be: then nothing connects, and the log says why.
+        password = read_private(self._path, _PASSWORD).strip()
+        return (self._user, password) if self._user else (password,)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        return self.get_credentials()
+
+
+def check_redis_url(url: str, name: str = "Redis") -> None:
+    """name: the setting.
+
+    Raises:  ConfigError: no URL of Redis; it holds a password, which every list of processes would show; it turns
+        checks off; or it goes to another host in clear.
+    """
+    try:
+        parts = _parts(url)
+        host = parts.hostname or ""
+    except ValueError as err:
+        raise ConfigError(f"{name}: this is no URL: {err}") from None
+    if parts.password is not None:
+        # Nor may the message hold it.
+        raise ConfigError(f"{name}: the URL has a password, which others on this host could see: use {_PASSWORD}")
+    schemes = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+    require(parts.scheme in SCHEMES, f"{name} must be a URL of Redis ({schemes}), is {url!r}")
+    names = {option for option, _ in parse_qsl(parts.query, keep_blank_values=True)}
+    require(
+        names <= _OPTIONS, f"{name}: of a URL's options only db is known, not {', '.join(sorted(names - _OPTIONS))}"
+    )
+    if parts.scheme == "unix":
+        require(bool(parts.path), f"{name}: unix:// needs the path of a socket")
+        return
+    require(bool(host), f"{name} names no host: {url!r}")
+    require(
+        parts.scheme in _TLS or is_loopback(host),
+        f"{name}: {url!r} would go to another host in clear; use {parts.scheme.replace('redis', 'rediss', 1)}://",
+    )
+
+
+def shown_redis_url(url: str) -> str:
+    """Without user and password, for messages and logs."""
+    parts = _parts(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _parts(url: str) -> SplitResult:
+    return urlsplit(url)
+
+
+def _read_ca(path: str) -> None:
+    import ssl
+
+    try:
+        ssl.create_default_context(cafile=path)
+    except (OSError, ssl.SSLError) as err:
+        raise ConfigError(f"redis_ca_file {path}: {err}") from err

@@ -1,0 +1,80 @@
+"""Who may call what: one row per method of every service. A method without a row can be called by nobody.
+
+A service that is open (no TLS, no secret: docs/SECURITY.md, "One host") does not ask this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from antefix.security.identity import Role
+
+
+class GrantRule(StrEnum):
+    """Whether a call needs a router's grant for a tenant."""
+
+    NONE = "none"
+    # Checked where it is shown; what needs it says so itself.
+    OPTIONAL = "optional"
+    NEEDED = "needed"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """One row."""
+
+    roles: frozenset[Role]
+    grant: GrantRule = GrantRule.NONE
+
+
+def _row(*roles: Role, grant: GrantRule = GrantRule.NONE) -> Access:
+    return Access(frozenset(roles), grant)
+
+
+_ROUTER, _OPERATOR, _LOCAL = Role.ROUTER, Role.OPERATOR, Role.LOCAL
+_WORKERS: Final = (Role.PREFILL, Role.DECODE)
+_CLIENTS: Final = (Role.FRONTEND, Role.TENANT, _OPERATOR, _LOCAL)
+_EVERYBODY: Final = tuple(role for role in Role if role is not Role.NOBODY)
+_GRANTED: Final = GrantRule.NEEDED
+NO_ROW: Final = Access(frozenset())
+
+TABLE: Final[dict[str, Access]] = {
+    # What applications call. The tenant comes from who they are.
+    "/antefix.v1.RouterService/Generate": _row(*_CLIENTS),
+    "/antefix.v1.UsageService/Export": _row(*_CLIENTS),
+    "/antefix.v1.UsageService/GetReceipt": _row(*_CLIENTS),
+    # It names workers' addresses.
+    "/antefix.v1.RouterService/RouterStatus": _row(_OPERATOR, _LOCAL),
+    # So do these, of workers that are not ours; explaining a request acts for any tenant.
+    "/antefix.v1.FleetService/FleetStatus": _row(_OPERATOR, _LOCAL),
+    "/antefix.v1.FleetService/ExplainRequest": _row(_OPERATOR, _LOCAL),
+    "/antefix.v1.RouterService/RegisterWorker": _row(*_WORKERS),
+    # Work that a router has admitted and will bill.
+    "/antefix.v1.PrefillService/Prefill": _row(_ROUTER, _OPERATOR, grant=_GRANTED),
+    "/antefix.v1.DecodeService/Decode": _row(_ROUTER, _OPERATOR, grant=_GRANTED),
+    "/antefix.v1.PrefillService/PrefillStatus": _row(_ROUTER, _OPERATOR),
+    "/antefix.v1.DecodeService/DecodeStatus": _row(_ROUTER, _OPERATOR),
+    "/antefix.v1.MemoryService/WatchMemory": _row(_ROUTER),
+    "/antefix.v1.WindowService/WindowStatus": _row(_OPERATOR),
+    "/antefix.v1.WindowService/SetStrategy": _row(_OPERATOR),
+    # What belongs to tenants.
+    "/antefix.v1.KvStoreService/Lookup": _row(_ROUTER, *_WORKERS, _OPERATOR, grant=_GRANTED),
+    "/antefix.v1.KvStoreService/Fate": _row(_ROUTER, *_WORKERS, _OPERATOR, grant=_GRANTED),
+    "/antefix.v1.KvStoreService/Get": _row(*_WORKERS, _OPERATOR, grant=_GRANTED),
+    "/antefix.v1.KvStoreService/Put": _row(*_WORKERS, grant=_GRANTED),
+    "/antefix.v1.KvStoreService/Pin": _row(_ROUTER, _OPERATOR, grant=_GRANTED),
+    "/antefix.v1.KvStoreService/Evict": _row(_ROUTER, _OPERATOR, grant=_GRANTED),
+    # Uses are told in one call for all tenants. Naming a record as forged takes a grant for its owner.
+    "/antefix.v1.KvStoreService/Touch": _row(*_WORKERS, grant=GrantRule.OPTIONAL),
+    # Of no tenant. Watching tells the names of all blocks, so it is for routers alone.
+    "/antefix.v1.KvStoreService/Register": _row(*_WORKERS),
+    "/antefix.v1.KvStoreService/Watch": _row(_ROUTER),
+    "/antefix.v1.KvStoreService/Stats": _row(_ROUTER, *_WORKERS, _OPERATOR),
+    # What every service has.
+    "/grpc.health.v1.Health/Check": _row(*_EVERYBODY),
+    "/grpc.health.v1.Health/List": _row(*_EVERYBODY),
+    "/grpc.health.v1.Health/Watch": _row(*_EVERYBODY),
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _row(_OPERATOR, _LOCAL),
+}

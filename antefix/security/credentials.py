@@ -1,0 +1,83 @@
+"""What a process shows of itself as a client: its certificate, the secret, a token, and the grant that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+
+from antefix.block import TokenArray
+from antefix.secret import Keyring
+from antefix.security import grants, tls
+from antefix.security.access_table import NO_ROW, TABLE, GrantRule
+from antefix.security.credential_files import CredentialFiles
+from antefix.security.grants import Granter
+from antefix.security.identity import Role, role_host
+from antefix.security.service_tokens import CALLER_KEY, service_token
+
+Options = Sequence[tuple[str, Any]]
+
+
+class Credentials:
+    """What a process shows of itself as a client.
+
+    files: TLS.  keyring: of the deployment's secret, which proves without TLS that we are this role.
+    token: a bearer token.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        *,
+        files: CredentialFiles | None = None,
+        keyring: Keyring | None = None,
+        token: str = "",
+    ) -> None:
+        self.role = role
+        self.files = files
+        self._keyring = keyring
+        self._token = token
+
+    @property
+    def number(self) -> int:
+        """Counts changes of the files."""
+        return 0 if self.files is None else self.files.now().number
+
+    def metadata(self, method: str) -> tuple[tuple[str, str | bytes], ...]:
+        """What goes with a call of this method."""
+        shown: list[tuple[str, str | bytes]] = []
+        if self._token:
+            shown.append(("authorization", f"Bearer {self._token}"))
+        if self._keyring is not None and self.files is None:
+            shown.append((CALLER_KEY, service_token(self._keyring, self.role, method)))
+        if (grant := grants.held()) and TABLE.get(method, NO_ROW).grant is not GrantRule.NONE:
+            shown.append((grants.GRANT_KEY, grant))
+        return tuple(shown)
+
+    def grant_for(self, tenant: str, tokens: TokenArray, *, ttl_s: float) -> bytes:
+        """A grant of our own, where we may sign one; else empty."""
+        granter = self.granter()
+        if granter is None or self._keyring is None:
+            return b""
+        return granter.grant_for(self._keyring, tenant, tokens, ttl_s=ttl_s)
+
+    def granter(self) -> Granter | None:
+        """Signs grants, with grant.key or, without one, with the secret."""
+        if self.files is not None and (pem := self.files.now().grant_key):
+            return Granter.from_pem(pem)
+        return Granter.from_secret(self._keyring) if self._keyring is not None else None
+
+    def target(self, of: Role | None, name: str) -> Options:
+        """What the server's certificate must say. of, name: whom we mean to call.
+
+        Certificates of ours carry their role as a host name, so none can stand in for another role, wherever it
+        listens. Others are checked for the host name that is called.
+        """
+        if self.files is None or of is None or not self.files.now().names_roles:
+            return ()
+        return (("grpc.ssl_target_name_override", role_host(of, name)),)
+
+    def grpc_credentials(self) -> grpc.ChannelCredentials:
+        assert self.files is not None
+        return tls.channel_credentials(self.files.now())

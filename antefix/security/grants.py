@@ -1,0 +1,202 @@
+"""Grants: a router's signed word that a worker works for a tenant now. The store does nothing for a tenant without one.
+
+    offset  size       field
+    0       1          version, 1
+    1       8          key: first bytes of the SHA-256 of the public key that checks it
+    9       8          expires, Unix time in ms, u64
+    17      32         prompt: proof over the prompt's first 128 tokens (`prompt_root`)
+    49      1          num_owners, at least 1
+    50      24 a       owners: what stands for the tenant in the store, under each of the deployment's secrets
+    ...     64         Ed25519 signature of all before it
+
+Little-endian. A grant travels in a call's metadata, and a task that serves such a call hands it on with its own calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from antefix.block import TokenArray
+from antefix.errors import ConfigError, PermissionDenied
+from antefix.secret import OWNER_BYTES, Keyring
+
+GRANT_KEY: Final = "antefix-grant-bin"
+VERSION: Final = 1
+# Clocks of one deployment differ by less; `antefix doctor` says by how much they do.
+SKEW_S: Final = 30.0
+# A prompt's beginning that a grant is bound to: a block of V4's.
+ROOT_TOKENS: Final = 128
+_HEAD: Final = struct.Struct("<B8sQ32sB")
+_SIGNATURE_BYTES: Final = 64
+_KEY_NAME_BYTES: Final = 8
+# Checked grants that are remembered; checking a signature again takes 100 times as long as finding it here.
+_NUM_KNOWN_MAX: Final = 4096
+
+_held: ContextVar[bytes] = ContextVar("antefix_grant", default=b"")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """owners: whose records may be read, written, pinned and evicted.  prompt: the request's `prompt_root`."""
+
+    owners: tuple[bytes, ...]
+    prompt: bytes
+    expires_ms: int
+
+    def check_owner(self, owner: bytes) -> None:
+        """Raises:  PermissionDenied: the grant is for another tenant."""
+        if owner not in self.owners:
+            raise PermissionDenied("the grant is for another tenant")
+
+
+def hold(grant: bytes) -> None:
+    """This task, and those that it starts from now on, show this grant with their calls; empty: none."""
+    _held.set(grant)
+
+
+def held() -> bytes:
+    """What this task shows."""
+    return _held.get()
+
+
+def prompt_root(keyring: Keyring, tokens: TokenArray) -> bytes:
+    """What binds a grant to a prompt: 32 bytes over its beginning that only the secret's owners can make."""
+    return keyring.proof(*_root_parts(tokens))
+
+
+def fits_prompt(keyring: Keyring, grant: Grant, tokens: TokenArray) -> bool:
+    """Whether the grant is for this prompt, whichever of the deployment's secrets the router has as its first."""
+    return keyring.proves(grant.prompt, *_root_parts(tokens))
+
+
+def _root_parts(tokens: TokenArray) -> tuple[bytes, bytes]:
+    return b"prompt-root", np.ascontiguousarray(tokens[:ROOT_TOKENS], "<u4").tobytes()
+
+
+class Granter:
+    """Signs grants. Routers have one; nobody else needs it."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        self._name = key_name(key.public_key())
+
+    @classmethod
+    def from_pem(cls, pem: bytes) -> Granter:
+        """Raises:  ConfigError: no Ed25519 key."""
+        try:
+            key = serialization.load_pem_private_key(pem, None)
+        except ValueError as err:
+            raise ConfigError(f"grant.key: {err}") from err
+        if not isinstance(key, Ed25519PrivateKey):
+            raise ConfigError("grant.key must be an Ed25519 key, as `antefix certs init` makes it")
+        return cls(key)
+
+    @classmethod
+    def from_secret(cls, keyring: Keyring) -> Granter:
+        """With a key that is made of the deployment's secret: without certificates, on one host."""
+        return cls(_secret_key(keyring, keyring.generation))
+
+    def sign(self, grant: Grant) -> bytes:
+        body = _HEAD.pack(VERSION, self._name, grant.expires_ms, grant.prompt, len(grant.owners))
+        body += b"".join(grant.owners)
+        return body + self._key.sign(body)
+
+    def grant(self, owners: Sequence[bytes], prompt: bytes, *, ttl_s: float) -> bytes:
+        """A signed grant from now on."""
+        expires_ms = round(1000 * (time.time() + ttl_s + SKEW_S))
+        return self.sign(Grant(owners=tuple(owners), prompt=prompt, expires_ms=expires_ms))
+
+    def grant_for(self, keyring: Keyring, tenant: str, tokens: TokenArray, *, ttl_s: float) -> bytes:
+        """A signed grant for a tenant's prompt, under whichever of the deployment's secrets its records are named."""
+        owners = [keyring.owner(tenant, number) for number in keyring.generations]
+        return self.grant(owners, prompt_root(keyring, tokens), ttl_s=ttl_s)
+
+
+class GrantCheck:
+    """Checks grants against the public keys of those who may sign them."""
+
+    def __init__(self, keys: Callable[[], Sequence[Ed25519PublicKey]]) -> None:
+        """keys: asked where a grant names a key that is not known yet; so new ones need no restart."""
+        self._keys = keys
+        self._known: OrderedDict[bytes, Grant] = OrderedDict()
+
+    def check(self, signed: bytes) -> Grant:
+        """Raises:  PermissionDenied: there is none, nobody who may has signed it, or it has expired."""
+        if not signed:
+            raise PermissionDenied("this call needs a grant of the router, and has none")
+        grant = self._known.get(signed)
+        if grant is None:
+            grant = self._verify(signed)
+            if len(self._known) >= _NUM_KNOWN_MAX:
+                self._known.popitem(last=False)
+            self._known[signed] = grant
+        late_s = time.time() - grant.expires_ms / 1000
+        if late_s > 0:
+            raise PermissionDenied(f"the grant has expired {late_s:.0f} s ago, or the hosts' clocks differ")
+        return grant
+
+    def forget(self) -> None:
+        """Keys were taken away: what they signed is checked again."""
+        self._known.clear()
+
+    def _verify(self, signed: bytes) -> Grant:
+        body, signature = signed[:-_SIGNATURE_BYTES], signed[-_SIGNATURE_BYTES:]
+        try:
+            version, name, expires_ms, prompt, num_owners = _HEAD.unpack_from(body)
+            rows = body[_HEAD.size :]
+            if version != VERSION or not num_owners or len(rows) != num_owners * OWNER_BYTES:
+                raise ValueError("not of version 1")
+        except (struct.error, ValueError) as err:
+            raise PermissionDenied(f"what came as a grant is none: {err}") from err
+        for key in self._keys():
+            if key_name(key) != name:
+                continue
+            try:
+                key.verify(signature, body)
+            except InvalidSignature:
+                break
+            owners = tuple(rows[at : at + OWNER_BYTES] for at in range(0, len(rows), OWNER_BYTES))
+            return Grant(owners=owners, prompt=prompt, expires_ms=expires_ms)
+        raise PermissionDenied("the grant was not signed by a router of this deployment")
+
+
+def key_name(key: Ed25519PublicKey) -> bytes:
+    """How a grant names the key that checks it."""
+    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return hashlib.sha256(raw).digest()[:_KEY_NAME_BYTES]
+
+
+def public_keys(pem: bytes) -> tuple[Ed25519PublicKey, ...]:
+    """The keys of a file of PEM blocks, as grant.pub is.  Raises:  ConfigError: one is no Ed25519 key."""
+    end = b"-----END PUBLIC KEY-----"
+    found = []
+    for block in pem.split(end)[:-1]:
+        try:
+            key = serialization.load_pem_public_key(block.strip() + b"\n" + end + b"\n")
+        except ValueError as err:
+            raise ConfigError(f"grant.pub: {err}") from err
+        if not isinstance(key, Ed25519PublicKey):
+            raise ConfigError("grant.pub must hold Ed25519 keys, as `antefix certs init` makes them")
+        found.append(key)
+    return tuple(found)
+
+
+def secret_keys(keyring: Keyring) -> tuple[Ed25519PublicKey, ...]:
+    """What checks grants that were made with the deployment's secrets."""
+    return tuple(_secret_key(keyring, number).public_key() for number in keyring.generations)
+
+
+def _secret_key(keyring: Keyring, generation: int) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(keyring.proof(b"grant-key", generation=generation))

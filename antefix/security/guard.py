@@ -1,0 +1,211 @@
+"""Checks each call before it is served: who calls, whether the table lets it, and the router's grant where needed.
+
+`antefix.rpc` asks it for every call of every service, whatever its kind. Who was admitted is kept for the task that
+serves the call: `admitted()`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cryptography import x509
+from prometheus_client import Counter
+from prometheus_client.core import Metric
+
+from antefix.errors import AntefixError, ConfigError, PermissionDenied, Unauthenticated
+from antefix.secret import Keyring
+from antefix.security import grants
+from antefix.security.access_table import NO_ROW, TABLE, GrantRule
+from antefix.security.certificates import sans_of
+from antefix.security.credential_files import CredentialFiles
+from antefix.security.grants import Grant, GrantCheck
+from antefix.security.identity import LOCAL, NOBODY, Identity, Role
+from antefix.security.service_tokens import CALLER_KEY, check_service_token
+
+log = logging.getLogger("antefix.security")
+
+# A bearer token and the method that is called to the token's owner; None where no tokens are used. Raises
+# Unauthenticated for one that is not known, PermissionDenied for one that is not meant for such a call.
+TokenCheck = Callable[[str, str], Identity | None]
+
+_NUM_CERTIFICATES_MAX: Final = 1024
+_LOG_EVERY_S: Final = 10.0
+_NUM_LOGGED_MAX: Final = 256
+_HEALTH: Final = "/grpc.health.v1.Health/"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """A call that is being served. is_open: the service asks nobody who they are, so no grant is asked for."""
+
+    identity: Identity = LOCAL
+    grant: Grant | None = None
+    is_open: bool = True
+
+    def needed_grant(self) -> Grant | None:
+        """The call's grant; None where the service is open.  Raises:  PermissionDenied: it has none."""
+        if self.grant is None and not self.is_open:
+            raise PermissionDenied("this call needs a grant of the router, and has none")
+        return self.grant
+
+
+_OPEN: Final = Admitted()
+_admitted: ContextVar[Admitted] = ContextVar("antefix_admitted", default=_OPEN)
+
+
+def admitted() -> Admitted:
+    """Whose call this task serves."""
+    return _admitted.get()
+
+
+class Guard:
+    """One service's. Without files and keyring it is open, for loopback alone, which `check_listening` sees to.
+
+    files: TLS; callers show certificates.  keyring: without TLS; services prove that they have the secret.
+    tokens: of callers who show a bearer token.  needs_token: whether callers who show nothing are turned away.
+    """
+
+    def __init__(
+        self,
+        *,
+        files: CredentialFiles | None = None,
+        keyring: Keyring | None = None,
+        grant_check: GrantCheck | None = None,
+        tokens: TokenCheck = lambda *_: None,
+        needs_token: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._files = files
+        self._keyring = keyring if files is None else None
+        self._grants = grant_check
+        self._tokens = tokens
+        self._needs_token = needs_token
+        self._known: dict[tuple[int, bytes], Identity] = {}
+        self._logged: dict[tuple[str, str], float] = {}
+        self.refused = Counter(
+            "antefix_security_refused_calls",
+            "Calls that were refused before they were served, by method and reason.",
+            ("method", "reason"),
+            registry=None,
+        )
+
+    @property
+    def is_open(self) -> bool:
+        return self._files is None and self._keyring is None
+
+    def admit(self, method: str, context: Any) -> None:
+        """Let the call through, for the task that serves it.
+
+        Raises:  Unauthenticated: it does not show who it is, or shows something wrong.
+            PermissionDenied: it may not call this, or lacks a grant.
+        """
+        metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
+        identity, reason = NOBODY, "identity"
+        try:
+            identity = self._identify(method, metadata, context)
+            reason = "table"
+            row = TABLE.get(method, NO_ROW)
+            if identity.role not in row.roles and not (self.is_open and identity.role is Role.LOCAL):
+                self._refuse(identity, method, known=row is not NO_ROW)
+            reason = "grant"
+            self._hold(identity, row.grant, metadata)
+        except AntefixError as err:
+            # A method that is not in the table is a caller's text: it is not made a label.
+            self.refused.labels(method if method in TABLE else "(other)", reason).inc()
+            self._log(identity, method, err)
+            raise
+
+    def metrics(self) -> Iterable[Metric]:
+        yield from self.refused.collect()
+
+    def _hold(self, identity: Identity, rule: GrantRule, metadata: Mapping[str, Any]) -> None:
+        signed = bytes(metadata.get(grants.GRANT_KEY, b""))
+        grant = None
+        if not self.is_open and self._grants is not None and (rule is GrantRule.NEEDED or (rule and signed)):
+            grant = self._grants.check(signed) if rule is not GrantRule.NONE else None
+        grants.hold(signed if grant is not None else b"")
+        _admitted.set(Admitted(identity=identity, grant=grant, is_open=self.is_open))
+
+    def _identify(self, method: str, metadata: Mapping[str, Any], context: Any) -> Identity:
+        """One identity: a token's where one is shown, else the certificate's, else the secret's, else none."""
+        scheme, _, token = str(metadata.get("authorization", "")).partition(" ")
+        if scheme.lower() == "bearer" and (owner := self._tokens(token.strip(), method)) is not None:
+            return owner
+        if self._files is not None:
+            return self._of_certificate(context)
+        if self._keyring is not None and CALLER_KEY in metadata:
+            return check_service_token(self._keyring, str(metadata[CALLER_KEY]), method)
+        if self._needs_token() and not method.startswith(_HEALTH):
+            raise Unauthenticated("this service needs an API key: send it as metadata, authorization: Bearer KEY")
+        return LOCAL
+
+    def _of_certificate(self, context: Any) -> Identity:
+        shown = context.auth_context().get("x509_pem_cert")
+        if not shown:
+            raise Unauthenticated("no certificate and no token was shown: send authorization: Bearer KEY")
+        assert self._files is not None
+        loaded = self._files.now()
+        key = (loaded.number, shown[0])
+        identity = self._known.get(key)
+        if identity is None:
+            if len(self._known) >= _NUM_CERTIFICATES_MAX:
+                self._known.clear()
+            identity = self._known[key] = identity_of(shown[0], self._files)
+        if time.time() > identity.expires_s:
+            # A connection outlives the handshake that checked it.
+            raise Unauthenticated(f"the certificate of {identity} has expired: connect again with a new one")
+        return identity
+
+    def _refuse(self, identity: Identity, method: str, *, known: bool) -> None:
+        if not known:
+            raise PermissionDenied(f"{method} is in nobody's row of the access table")
+        if identity.role in (Role.LOCAL, Role.NOBODY):
+            how = (
+                "a certificate" if self._files is not None else "the deployment's secret (--credentials or --data-dir)"
+            )
+            raise Unauthenticated(f"{method} is for those who show who they are, with {how}")
+        raise PermissionDenied(f"{identity} may not call {method}")
+
+    def _log(self, identity: Identity, method: str, err: AntefixError) -> None:
+        """Each kind of refusal once in a while: callers must not be able to fill a disk with log lines."""
+        now, kind = time.monotonic(), (str(identity.role), method[:200])
+        if now - self._logged.get(kind, -_LOG_EVERY_S) < _LOG_EVERY_S:
+            return
+        if len(self._logged) >= _NUM_LOGGED_MAX:
+            self._logged.clear()
+        self._logged[kind] = now
+        log.warning(
+            "refused %s of %s: %s",
+            *(text.encode("unicode_escape").decode() for text in (kind[1], str(identity), str(err))),
+        )
+
+
+def identity_of(pem: bytes, files: CredentialFiles) -> Identity:
+    """Who a certificate stands for. TLS has checked that one of our CAs signed it.
+
+    Raises:  Unauthenticated: for nobody, for several, or it is revoked.
+    """
+    certificate = x509.load_pem_x509_certificate(pem)
+    sans = sans_of(certificate)
+    identities = files.now().identities
+    if identities.is_revoked(sans, certificate.serial_number):
+        raise Unauthenticated("the certificate is revoked")
+    try:
+        found = identities.find(sans)
+    except ConfigError as err:
+        raise Unauthenticated(str(err)) from err
+    if found is None:
+        raise Unauthenticated(
+            f"nobody is listed for the certificate of {', '.join(sans) or 'no name'}: identities.toml"
+        )
+    role, name, tenants = found
+    hosts = frozenset(san for san in sans if not san.startswith("spiffe://"))
+    if role is Role.OPERATOR:
+        tenants = frozenset({"*"})
+    return Identity(
+        role=role, name=name, tenants=tenants, hosts=hosts, expires_s=certificate.not_valid_after_utc.timestamp()
+    )

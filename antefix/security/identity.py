@@ -1,0 +1,97 @@
+"""Who a caller is: one role and one name, read from its certificate, or from what it shows with a call.
+
+    spiffe://TRUST-DOMAIN/ROLE/NAME          what `antefix certs issue` writes into a certificate
+    NAME.ROLE.antefix.internal               the same as a host name, which gRPC's clients check
+
+Names of other forms (cert-manager's, another SPIFFE domain's) get their role from a file: `identity_file.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from antefix.errors import PermissionDenied
+
+DOMAIN: Final = "antefix.internal"
+ALL_TENANTS: Final = "*"
+# A label of a host name, so that a name fits both forms.
+NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class Role(StrEnum):
+    """What a caller is. LOCAL: a process on this host that shows nothing, where no TLS is spoken.  NOBODY: the same
+    from anywhere else."""
+
+    ROUTER = "router"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    KVSTORE = "kvstore"
+    # A program that users log in to: it acts for the tenants that are listed for it.
+    FRONTEND = "frontend"
+    TENANT = "tenant"
+    OPERATOR = "operator"
+    # Scrapes metrics, and nothing else.
+    METRICS = "metrics"
+    LOCAL = "local"
+    NOBODY = "nobody"
+
+
+# A certificate can be issued for these; the last two are what is left without one.
+ISSUED: Final = tuple(role for role in Role if role not in (Role.LOCAL, Role.NOBODY))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """A caller. tenants: that it may act for; "*" stands for all.  hosts: that its certificate names.
+
+    expires_s: Unix time at which its certificate ends; infinite without one.
+    """
+
+    role: Role
+    name: str = ""
+    tenants: frozenset[str] = frozenset()
+    hosts: frozenset[str] = frozenset()
+    expires_s: float = float("inf")
+    # Whether it was proved, by a certificate, a token or the deployment's secret.
+    proved: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.role} {self.name}" if self.name else str(self.role)
+
+    def tenant(self, asked: str) -> str:
+        """The tenant that a call is for: a tenant's own, or the one that a front end asks for.
+
+        Raises:  PermissionDenied: it may not act for that one.
+        """
+        if self.role is Role.TENANT:
+            own = next(iter(self.tenants), "")
+            if asked not in ("", own):
+                raise PermissionDenied(f"{self} may not act for tenant {asked!r}: leave the field empty")
+            return own
+        if ALL_TENANTS in self.tenants or asked in self.tenants:
+            return asked
+        listed = "none is" if not self.tenants else f"only {', '.join(sorted(self.tenants))} are"
+        raise PermissionDenied(f"{self} may not act for tenant {asked!r}: {listed} listed for it")
+
+
+LOCAL: Final = Identity(role=Role.LOCAL, tenants=frozenset({ALL_TENANTS}), proved=False)
+NOBODY: Final = Identity(role=Role.NOBODY, proved=False)
+
+
+def role_host(role: Role, name: str = "") -> str:
+    """The host name that stands for a role, or for one of its processes, in certificates that Antefix issues."""
+    return f"{name}.{role}.{DOMAIN}" if name else f"{role}.{DOMAIN}"
+
+
+def named_identity(name: str) -> tuple[Role, str] | None:
+    """Role and name that a SAN of ours says; None for any other SAN."""
+    if name.startswith("spiffe://"):
+        domain, _, path = name.removeprefix("spiffe://").partition("/")
+        role, _, rest = path.partition("/")
+        return (Role(role), rest) if domain == DOMAIN and role in ISSUED and rest else None
+    parts = name.removesuffix(f".{DOMAIN}").split(".")
+    is_ours = name.endswith(f".{DOMAIN}") and len(parts) == 2 and parts[1] in ISSUED
+    return (Role(parts[1]), parts[0]) if is_ours else None

@@ -1,0 +1,102 @@
+"""Addresses: host:port, [IPv6]:port or unix:PATH, and where may be listened without TLS."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import Final
+
+from antefix.errors import ConfigError
+
+UNIX: Final = "unix:"
+_WILDCARDS: Final = ("0.0.0.0", "::", "*")
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Host and port of "host:port"; an IPv6 host keeps its brackets. unix:PATH is a host with port 0.
+
+    Raises:  ConfigError: not of that form.
+    """
+    if address.startswith(UNIX):
+        if len(address) == len(UNIX):
+            raise ConfigError("unix: needs a path behind it, such as unix:/run/antefix/router.sock")
+        return address, 0
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"address must be host:port, [IPv6]:port or unix:PATH, is {address!r}")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ConfigError(f"address {address!r}: put an IPv6 address into brackets, as in [::1]:7000")
+    if host.startswith("["):
+        try:
+            ipaddress.IPv6Address(host[1:-1].partition("%")[0])
+        except ValueError as err:
+            raise ConfigError(f"address {address!r}: {err}") from err
+    elif any(character.isspace() or character in "/@?#[]" for character in host):
+        raise ConfigError(f"address must be host:port, [IPv6]:port or unix:PATH, is {address!r}")
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """The address of a host that `parse_address` gave."""
+    return host if host.startswith(UNIX) else f"{host}:{port}"
+
+
+def bare_host(host: str) -> str:
+    """The host as certificates and sockets have it: without brackets."""
+    return host.strip("[]")
+
+
+def names_host(san: str, host: str) -> bool:
+    """Whether a certificate's name stands for this host; *. stands for one label."""
+    if san.startswith("*."):
+        return host.partition(".")[2] == san[2:]
+    try:
+        return ipaddress.ip_address(san) == ipaddress.ip_address(host)
+    except ValueError:
+        return san == host
+
+
+def is_wildcard(host: str) -> bool:
+    """Whether it stands for all addresses of this host, so that nobody can call it by that name."""
+    return bare_host(host) in _WILDCARDS
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches it: a Unix socket, a loopback address, or a name for such addresses alone."""
+    if host.startswith(UNIX) or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(bare_host(host).partition("%")[0]).is_loopback
+    except ValueError:
+        pass
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(row[4][0]).partition("%")[0]).is_loopback for row in found)
+
+
+def check_listening(address: str, *, has_tls: bool, flag: str = "--address") -> None:
+    """Raises:  ConfigError: without TLS, an address that other hosts may reach."""
+    host, _ = parse_address(address)
+    if not has_tls and not is_loopback(host):
+        raise ConfigError(
+            f"{flag} {address}: without TLS only loopback addresses (127.0.0.1, [::1]) and unix:PATH may be listened"
+            " on; give --credentials DIR with tls.crt, tls.key and ca.crt (`antefix certs` makes them)"
+        )
+
+
+def advertised(listening: str, advertise: str) -> str:
+    """Where others reach a service that listens there. advertise: a host, or host:port; empty: the same address.
+
+    Raises:  ConfigError: nobody can call a wildcard address.
+    """
+    host, port = parse_address(listening)
+    if not advertise:
+        if is_wildcard(host):
+            raise ConfigError(f"nobody can call {listening}: give --advertise HOST, as others know this host")
+        return listening
+    has_port = advertise.startswith(UNIX) or advertise.rpartition("]")[2].count(":") == 1
+    address = advertise if has_port and not advertise.endswith("]") else f"{advertise}:{port}"
+    parse_address(address)
+    return address

@@ -1,0 +1,133 @@
+"""One process' part in the deployment's security, put together from its settings: guard, credentials and grants.
+
+--credentials DIR     TLS: certificates say who is who
+--secret-file FILE    without TLS, on one host: the secret proves who belongs to the deployment
+neither               open: every process on this host may call; the store and tests run so
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from prometheus_client.core import Metric
+
+from antefix.config import setting
+from antefix.errors import ConfigError
+from antefix.secret import Keyring
+from antefix.security import grants, own_credentials, tls
+from antefix.security.credential_files import CredentialFiles
+from antefix.security.credentials import Credentials
+from antefix.security.grants import GrantCheck, Granter
+from antefix.security.guard import Guard, TokenCheck
+from antefix.security.identity import Role
+from antefix.security.listening import check_listening
+from antefix.telemetry.shown import counter, gauge
+
+log = logging.getLogger("antefix.security")
+
+
+def credentials_setting() -> Any:
+    return setting(
+        "",
+        "directory with tls.crt, tls.key and ca.crt (`antefix certs`, cert-manager, SPIFFE): speak TLS, and believe"
+        " certificates alone; empty: loopback only",
+    )
+
+
+class ProcessSecurity:
+    """What one process has. `use` makes it what the whole process shows."""
+
+    def __init__(
+        self,
+        role: Role,
+        *,
+        files: CredentialFiles | None = None,
+        keyring: Keyring | None = None,
+        tokens: TokenCheck = lambda *_: None,
+        needs_token: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Raises:  ConfigError: with TLS there must be keys that check grants: grant.pub, or the secret's."""
+        self.role = role
+        self.files = files
+        self._keyring = keyring
+        self._checked: tuple[int, Sequence[Ed25519PublicKey]] = (-1, ())
+        if files is not None and not self.grant_keys() and role in (Role.KVSTORE, Role.PREFILL, Role.DECODE):
+            raise ConfigError(
+                f"{files.directory} has no grant.pub, which says whose grants hold: take it from the directory of"
+                " `antefix certs init`, or give --secret-file"
+            )
+        self.grant_check = GrantCheck(self.grant_keys)
+        self.credentials = Credentials(role, files=files, keyring=keyring)
+        self.guard = Guard(
+            files=files, keyring=keyring, grant_check=self.grant_check, tokens=tokens, needs_token=needs_token
+        )
+
+    @property
+    def has_tls(self) -> bool:
+        return self.files is not None
+
+    def use(self) -> None:
+        """This process shows these credentials from now on, and says how it is protected."""
+        own_credentials.use(self.credentials)
+        if self.files is not None:
+            log.info("TLS with the certificate in %s; callers are known by theirs", self.files.directory)
+        elif self._keyring is not None:
+            log.info("no TLS (--credentials): only loopback and Unix sockets; services prove that they have the secret")
+        else:
+            log.warning("no TLS and no secret: only loopback and Unix sockets, where every process may call")
+
+    def granter(self) -> Granter | None:
+        """Signs grants, with grant.key or, without one, with the secret."""
+        return self.credentials.granter()
+
+    def grant_keys(self) -> Sequence[Ed25519PublicKey]:
+        """Of those whose grants hold."""
+        number, keys = self._checked
+        loaded = self.files.now() if self.files is not None else None
+        if loaded is None or not loaded.grant_public:
+            return grants.secret_keys(self._keyring) if self._keyring is not None else ()
+        if number != loaded.number:
+            keys = grants.public_keys(loaded.grant_public)
+            self._checked = (loaded.number, keys)
+        return keys
+
+    def check_listening(self, address: str, *, flag: str = "--address") -> None:
+        """Raises:  ConfigError: without TLS, an address that other hosts may reach."""
+        check_listening(address, has_tls=self.has_tls, flag=flag)
+
+    def server_credentials(self, *, mutual: bool = True) -> grpc.ServerCredentials | None:
+        """None: without TLS."""
+        return None if self.files is None else tls.server_credentials(self.files, mutual=mutual)
+
+    def metrics(self) -> Iterable[Metric]:
+        """Refused calls, and how long the certificates last."""
+        yield from self.guard.metrics()
+        if self.files is None:
+            return
+        left = {(name,): 86400 * issued.days_left for name, issued in self.files.now().issued().items()}
+        help_text = "Time until a certificate of this process, or the CA that it believes, ends."
+        yield gauge("antefix_security_certificate_left_seconds", help_text, left, ("file",))
+        failed = {(): float(self.files.num_failed)}
+        yield counter(
+            "antefix_security_failed_reloads", "Changed files that did not fit each other, since the start.", failed
+        )
+
+
+OPEN = ProcessSecurity(Role.NOBODY)
+
+
+def open_security(
+    role: Role,
+    directory: str,
+    *,
+    keyring: Keyring | None = None,
+    tokens: TokenCheck = lambda *_: None,
+    needs_token: Callable[[], bool] = lambda: False,
+) -> ProcessSecurity:
+    """directory: the setting `credentials`.  Raises:  ConfigError: its files cannot be used."""
+    files = CredentialFiles(directory) if directory else None
+    return ProcessSecurity(role, files=files, keyring=keyring, tokens=tokens, needs_token=needs_token)

@@ -1,0 +1,235 @@
+"""API keys: who has which, what each may do, and until when. Pure; keys in clear exist only where one is made.
+
+A key is `afx-<id>-<48 hex digits>`. Its id names it in lists and logs. Of the key itself only the SHA-256 is kept: 192
+random bits cannot be guessed, so a slower hash would add nothing.
+
+The book of keys is JSON:
+
+    {"version": 1, "number": 7, "keys": [
+        {"id": "3f9c01ab", "tenant": "acme", "sha256": "<64 hex digits>", "scopes": ["generate", "usage"],
+         "created": "2026-09-10T04:00:00Z", "expires": "2026-12-01T00:00:00Z", "revoked": "", "note": "laptop"}]}
+
+The number counts its changes. Whoever knows a book takes none with a smaller number: an old book has keys that were
+revoked since.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Final
+
+from antefix.errors import ConfigError, InvalidRequest
+
+# ASCII's and Latin-1's: what a terminal obeys instead of showing it.
+CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
+BOOK_VERSION: Final = 1
+NUM_KEYS_MAX: Final = 100_000
+_ID: Final = re.compile(r"[0-9a-f]{8}")
+_NAME_BYTES_MAX: Final = 512
+# No key of anybody's: it is what a request without a key would have.
+_NO_KEY: Final = hashlib.sha256(b"").digest()
+
+
+class Scope(StrEnum):
+    """generate: requests to the model.  usage: the tenant's own receipts and records.  admin: those of all tenants."""
+
+    GENERATE = "generate"
+    USAGE = "usage"
+    ADMIN = "admin"
+
+
+# What a key may do where nobody says it, such as one of a tenants file.
+USUAL_SCOPES: Final = frozenset({Scope.GENERATE, Scope.USAGE})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiKey:
+    """One key's row. digest: its SHA-256.  expires, revoked: None: never."""
+
+    id: str
+    tenant: str
+    digest: bytes
+    scopes: frozenset[Scope]
+    created: datetime
+    expires: datetime | None = None
+    revoked: datetime | None = None
+    note: str = ""
+
+    def state(self, now: datetime) -> str:
+        """valid, expired or revoked."""
+        if self.revoked is not None:
+            return "revoked"
+        return "expired" if self.expires is not None and now >= self.expires else "valid"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyBook:
+    """All keys of a deployment, by what one finds them with."""
+
+    number: int = 0
+    keys: tuple[ApiKey, ...] = ()
+
+    def find(self, key_id: str) -> ApiKey:
+        """Raises:  InvalidRequest: there is none with this id."""
+        for key in self.keys:
+            if key.id == key_id:
+                return key
+        raise InvalidRequest(f"there is no key {key_id!r}")
+
+    def added(self, key: ApiKey) -> KeyBook:
+        """Raises:  InvalidRequest: there are too many."""
+        if len(self.keys) >= NUM_KEYS_MAX:
+            raise InvalidRequest(f"there are {NUM_KEYS_MAX} keys already")
+        return KeyBook(number=self.number + 1, keys=(*self.keys, key))
+
+    def changed(self, key: ApiKey) -> KeyBook:
+        """With this row instead of the one of the same id."""
+        keys = tuple(key if each.id == key.id else each for each in self.keys)
+        return KeyBook(number=self.number + 1, keys=keys)
+
+
+def new_key(
+    tenant: str,
+    scopes: Iterable[Scope] = USUAL_SCOPES,
+    *,
+    expires: datetime | None = None,
+    note: str = "",
+    now: datetime | None = None,
+) -> tuple[str, ApiKey]:
+    """A fresh key in clear, which is kept nowhere, and its row.
+
+    Raises:  InvalidRequest: a name with control characters or too long, no scope, or it would be over already.
+    """
+    now = (now or datetime.now(UTC)).replace(microsecond=0)
+    if expires is not None and expires <= now:
+        raise InvalidRequest(f"the key would have expired at {_written(expires)} already")
+    key_id = secrets.token_hex(4)
+    text = f"afx-{key_id}-{secrets.token_hex(24)}"
+    row = ApiKey(
+        id=key_id,
+        tenant=tenant,
+        digest=digest_of(text),
+        scopes=frozenset(scopes),
+        created=now,
+        expires=expires,
+        note=note,
+    )
+    _check(row)
+    return text, row
+
+
+def revoke(book: KeyBook, key_id: str, *, now: datetime | None = None) -> KeyBook:
+    """Raises:  InvalidRequest: there is no such key, or it is revoked."""
+    key = book.find(key_id)
+    if key.revoked is not None:
+        raise InvalidRequest(f"key {key_id} is revoked already")
+    return book.changed(replace(key, revoked=(now or datetime.now(UTC)).replace(microsecond=0)))
+
+
+def rotate(book: KeyBook, key_id: str, *, until: datetime, expires: datetime | None = None) -> tuple[str, KeyBook]:
+    """A key that follows this one, with its tenant and scopes; the old one is valid up to `until`.
+
+    Raises:  InvalidRequest: there is no such key, or it is not valid any more.
+    """
+    old = book.find(key_id)
+    if (state := old.state(datetime.now(UTC))) != "valid":
+        raise InvalidRequest(f"key {key_id} is {state}: make another one for its tenant")
+    text, fresh = new_key(old.tenant, old.scopes, expires=expires, note=old.note)
+    ends = until if old.expires is None else min(until, old.expires)
+    return text, book.changed(replace(old, expires=ends)).added(fresh)
+
+
+def digest_of(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def to_json(book: KeyBook) -> str:
+    rows = [
+        {
+            "id": key.id,
+            "tenant": key.tenant,
+            "sha256": key.digest.hex(),
+            "scopes": sorted(key.scopes),
+            "created": _written(key.created),
+            "expires": _written(key.expires),
+            "revoked": _written(key.revoked),
+            "note": key.note,
+        }
+        for key in book.keys
+    ]
+    return json.dumps({"version": BOOK_VERSION, "number": book.number, "keys": rows}, indent=1) + "\n"
+
+
+def from_json(text: str | bytes) -> KeyBook:
+    """Raises:  ConfigError: it is no book of keys; a name in it that is not known is an error, too."""
+    try:
+        table = json.loads(text)
+        if table["version"] != BOOK_VERSION:
+            raise ConfigError(f"version {table['version']} is not known here")
+        number, rows = int(table["number"]), table["keys"]
+        if set(table) != {"version", "number", "keys"} or number < 0 or not isinstance(rows, list):
+            raise ConfigError("it has other names than version, number and keys")
+        keys = tuple(_row(row) for row in rows)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise ConfigError(f"it is no book of keys: {type(err).__name__}: {err}") from err
+    if len({key.id for key in keys}) < len(keys) or len({key.digest for key in keys}) < len(keys):
+        raise ConfigError("a key is there twice")
+    return KeyBook(number=number, keys=keys)
+
+
+def _row(row: dict[str, Any]) -> ApiKey:
+    names = {"id", "tenant", "sha256", "scopes", "created", "expires", "revoked", "note"}
+    if set(row) != names or not all(isinstance(row[name], str) for name in names - {"scopes"}):
+        raise ConfigError(f"a key's row must have the names {', '.join(sorted(names))}, all but scopes strings")
+    created = _moment(row["created"])
+    if created is None:
+        raise ConfigError("a key's row must say when it was created")
+    key = ApiKey(
+        id=row["id"],
+        tenant=row["tenant"],
+        digest=bytes.fromhex(row["sha256"]),
+        scopes=frozenset(Scope(scope) for scope in row["scopes"]),
+        created=created,
+        expires=_moment(row["expires"]),
+        revoked=_moment(row["revoked"]),
+        note=row["note"],
+    )
+    _check(key)
+    return key
+
+
+def _check(key: ApiKey) -> None:
+    if not _ID.fullmatch(key.id):
+        raise ConfigError(f"a key's id must have 8 hex digits, is {key.id!r}")
+    for name, text in (("tenant", key.tenant), ("note", key.note)):
+        if CONTROL.search(text) or len(text.encode()) > _NAME_BYTES_MAX:
+            raise ConfigError(f"{name} of key {key.id} has control characters or more than {_NAME_BYTES_MAX} bytes")
+    if not key.tenant or not key.scopes:
+        raise ConfigError(f"key {key.id} needs a tenant and at least one scope of {', '.join(Scope)}")
+    check_digest(key.digest, f"key {key.id}")
+
+
+def check_digest(digest: bytes, whose: str) -> None:
+    """Raises:  ConfigError: it is no SHA-256, or that of the empty text, which everybody without a key would have."""
+    if len(digest) != hashlib.sha256().digest_size:
+        raise ConfigError(f"{whose}: an API key's SHA-256 must have 64 hex digits")
+    if digest == _NO_KEY:
+        raise ConfigError(f"{whose}: this is the SHA-256 of an empty key, which would let everybody in")
+
+
+def _written(moment: datetime | None) -> str:
+    return "" if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _moment(text: str) -> datetime | None:
+    if not text:
+        return None
+    moment = datetime.fromisoformat(text)
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)

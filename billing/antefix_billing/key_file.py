@@ -1,0 +1,57 @@
+"""The book of API keys as a file: one writer at a time, replaced as a whole, readable by its owner only."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from antefix.errors import ConfigError
+from antefix.private_file import FILE_MODE, refuse_writable, write_private
+from antefix_billing.api_keys import KeyBook, from_json, to_json
+
+_WHAT = "file of API keys"
+
+
+def read_book(path: str | Path) -> KeyBook:
+    """Raises:  ConfigError: it cannot be read, others may change it, or it is no book of keys."""
+    refuse_writable(path, _WHAT)
+    try:
+        return from_json(Path(path).read_bytes())
+    except (OSError, ConfigError) as err:
+        raise ConfigError(f"{_WHAT} {path}: {err}") from err
+
+
+def create_book(path: str | Path) -> KeyBook:
+    """An empty book, if there is no file; else what it holds."""
+    if not Path(path).exists():
+        write_private(path, to_json(KeyBook()))
+    return read_book(path)
+
+
+@contextlib.contextmanager
+def changing(path: str | Path) -> Iterator[None]:
+    """While this lasts nobody else who asks so changes the file. The lock is a file next to it: the file is replaced.
+
+    Raises:  ConfigError: its directory cannot be written.
+    """
+    lock = Path(f"{path}.lock")
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, FILE_MODE)
+    except OSError as err:
+        raise ConfigError(f"{_WHAT} {path}: {err}") from err
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_book(path: str | Path, book: KeyBook) -> None:
+    """Raises:  ConfigError: it cannot be written."""
+    try:
+        write_private(path, to_json(book))
+    except OSError as err:
+        raise ConfigError(f"{_WHAT} {path}: {err}") from err

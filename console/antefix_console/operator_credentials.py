@@ -1,0 +1,54 @@
+"""What a command shows to the services that it asks: it is the operator's.
+
+ANTEFIX_CREDENTIALS=DIR      TLS with an operator's certificate (`antefix certs issue operator NAME`)
+--data-dir, --secret-file    without TLS, on the deployment's host: its secret; by default antefix-data/secret
+ANTEFIX_API_KEY=KEY          a tenant's key, where the router wants one
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from antefix.block import TokenArray
+    from antefix.security.credentials import Credentials
+
+DIRECTORY_VARIABLE: Final = "ANTEFIX_CREDENTIALS"
+KEY_VARIABLE: Final = "ANTEFIX_API_KEY"
+_GRANT_S: Final = 300.0
+DEFAULT_DATA_DIR: Final = Path("antefix-data")
+
+
+def find_credentials(args: argparse.Namespace, environ: Mapping[str, str]) -> Credentials | None:
+    """Raises:  ConfigError: the directory or file that is named cannot be used."""
+    from antefix.secret import Keyring
+    from antefix.security.credential_files import CredentialFiles
+    from antefix.security.credentials import Credentials
+    from antefix.security.identity import Role
+
+    token, directory, secret = environ.get(KEY_VARIABLE, ""), environ.get(DIRECTORY_VARIABLE), _secret_file(args)
+    if not (token or directory or secret):
+        return None
+    files = CredentialFiles(directory) if directory else None
+    keyring = Keyring.from_file(secret) if secret else None
+    return Credentials(Role.OPERATOR, files=files, keyring=keyring, token=token)
+
+
+def hold_grant(address: str, tenant: str, tokens: TokenArray) -> None:
+    """Show a grant of the operator's own with the calls that follow, which do a router's work without one."""
+    from antefix.security.grants import hold
+    from antefix.security.own_credentials import credentials_for
+
+    shown = credentials_for(address)
+    hold(b"" if shown is None else shown.grant_for(tenant, tokens, ttl_s=_GRANT_S))
+
+
+def _secret_file(args: argparse.Namespace) -> Path | None:
+    named = getattr(args, "secret_file", None)
+    if named:
+        return Path(named)
+    secret = Path(getattr(args, "data_dir", None) or DEFAULT_DATA_DIR) / "secret"
+    return secret if secret.is_file() else None

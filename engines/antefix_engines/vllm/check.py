@@ -1,0 +1,166 @@
+"""`antefix verify --engine vllm`: vLLM's cold answers against those from restored rows, with planted faults.
+
+One process computes prompts cold and stores them. Another, started after it has ended, restores them: the whole prompt,
+a fork inside it, a prompt that ends where a block ends, and five prompts at once. Tokens and log probabilities must be
+equal in all digits that a float has: to the cold run's, of five at once to those after a hit in vLLM's own cache. Then
+bits of the store are flipped, which must give a miss, and rows are restored with one kind of KV zeroed: it must show.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from antefix.errors import InternalError
+from antefix_engines.verify import CheckRequest, Finding
+from antefix_engines.vllm.check_models import (
+    HYBRID,
+    MLA,
+    PLAIN,
+    V4,
+    VOCAB_SIZE,
+    CheckModel,
+    antefix_tier,
+    llm_arguments,
+    write_model,
+)
+from antefix_engines.vllm.faults import NONE
+from antefix_engines.vllm.run_prompts import MARK
+
+if importlib.util.find_spec("vllm") is None:
+    raise ModuleNotFoundError("vllm is not installed", name="vllm")
+
+NUM_TOKENS: Final = 4
+NUM_STREAMS: Final = 5
+STREAMS: Final = "prompts at once"
+PROCESS_S: Final = 900.0
+Answers = dict[str, dict[str, Any]]
+
+
+def findings(request: CheckRequest) -> Iterator[Finding]:
+    """Of a V4 model and a plain one; with `is_long` of MLA and sliding windows too; or of the model that is given."""
+    if request.model is not None:
+        given = CheckModel(name=request.model.name, llm={}, hit_tokens=1, faults=())
+        yield from _findings_of(given, request.model, request)
+        return
+    for model in (V4, PLAIN, MLA, HYBRID) if request.is_long else (V4, PLAIN):
+        yield from _findings_of(model, write_model(model, request.scratch), request)
+
+
+def _findings_of(model: CheckModel, path: Path, request: CheckRequest) -> Iterator[Finding]:
+    prompts = prompts_of(random.Random(request.seed))
+    data = request.scratch / f"data-{model.name.replace(' ', '-')}"
+    revision = {"weights_revision": f"random-{model.name}"} if model.config else {}
+    arguments = llm_arguments(model, path, [antefix_tier(data, **revision)])
+    # 1. Cold, in one process; only what the others hang on is stored. Of several prompts at once the reference is a hit
+    # in vLLM's own cache: it batches what is left of them otherwise than whole prompts, and its bits depend on that.
+    steps = [_run(name, each, is_cold=True, is_stored=name in ("whole", STREAMS)) for name, each in prompts.items()]
+    cold = run_process({"llm": arguments, "steps": [*steps, _run(STREAMS, prompts[STREAMS], is_stored=False)]})
+    # 2. Restored, in another; between runs vLLM forgets what it has.
+    steps = [step for name, each in prompts.items() for step in (_run(name, each, is_stored=False), {"do": "forget"})]
+    for fault in model.faults:
+        steps += [{"do": "fault", "name": fault}, _run(fault, prompts["whole"], is_stored=False), {"do": "forget"}]
+    steps += [
+        {"do": "fault", "name": NONE},
+        {"do": "damage", "directory": str(data), "position": 2 * model.hit_tokens},
+        _run("damaged", prompts["whole"], is_stored=False),
+    ]
+    restored = run_process({"llm": arguments, "steps": steps})
+    for name, each in prompts.items():
+        yield from _compared(model, name, each, cold[name], restored[name])
+    for fault in model.faults:
+        yield _planted(model, fault, cold["whole"], restored[fault])
+    if model.config:
+        yield _missed(model, cold["whole"], restored["damaged"])
+
+
+def prompts_of(draw: random.Random) -> dict[str, list[list[int]]]:
+    """By what of it is tried."""
+    whole = [draw.randrange(2, VOCAB_SIZE) for _ in range(840)]
+    fork = whole[:600] + [draw.randrange(2, VOCAB_SIZE) for _ in range(90)]
+    streams = [[draw.randrange(2, VOCAB_SIZE) for _ in range(300)] for _ in range(NUM_STREAMS)]
+    return {"whole": [whole], "a fork inside it": [fork], "a block's end": [whole[:768]], STREAMS: streams}
+
+
+def run_process(job: dict[str, Any]) -> Answers:
+    """The answers of `run_prompts`, by the names of its runs.  Raises:  InternalError: it failed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "antefix_engines.vllm.run_prompts"],
+        input=json.dumps(job),
+        text=True,
+        capture_output=True,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        timeout=PROCESS_S,
+    )
+    lines = [line[len(MARK) :] for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode:
+        raise InternalError(f"vLLM ended with {done.returncode}: {done.stderr[-2000:]}")
+    return {answer["name"]: answer for answer in map(json.loads, lines)}
+
+
+def _run(name: str, prompts: list[list[int]], *, is_stored: bool, is_cold: bool = False) -> dict[str, Any]:
+    return {
+        "do": "run",
+        "name": name,
+        "prompts": prompts,
+        "num_tokens": NUM_TOKENS,
+        "is_stored": is_stored,
+        "is_cold": is_cold,
+    }
+
+
+def _compared(
+    model: CheckModel, name: str, prompts: list[list[int]], cold: dict[str, Any], restored: dict[str, Any]
+) -> Iterator[Finding]:
+    for number, (prompt, one, other) in enumerate(zip(prompts, cold["answers"], restored["answers"], strict=True)):
+        told = difference(one, other) or ("" if other["num_cached"] else "nothing was hit")
+        yield Finding(
+            subject=model.name,
+            check=f"{name} {number + 1}" if len(prompts) > 1 else name,
+            is_right=not told,
+            num_tokens=len(prompt),
+            num_cached=other["num_cached"],
+            told=told,
+        )
+
+
+def _planted(model: CheckModel, fault: str, cold: dict[str, Any], restored: dict[str, Any]) -> Finding:
+    told = difference(cold["answers"][0], restored["answers"][0])
+    return Finding(
+        subject=model.name,
+        check=f"{fault} restored as zeros",
+        is_right=bool(told),
+        is_planted=True,
+        num_cached=restored["answers"][0]["num_cached"],
+        told=told or "it does not show",
+    )
+
+
+def _missed(model: CheckModel, cold: dict[str, Any], restored: dict[str, Any]) -> Finding:
+    """Behind the first block nothing may be hit, and the answer must be right."""
+    answer = restored["answers"][0]
+    told = difference(cold["answers"][0], answer)
+    if answer["num_cached"] > model.hit_tokens:
+        told = f"{answer['num_cached']} tokens were hit, of which the block up to {2 * model.hit_tokens} is damaged"
+    return Finding(
+        subject=model.name,
+        check="a flipped bit",
+        is_right=not told,
+        num_cached=answer["num_cached"],
+        told=told,
+    )
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """In what two answers differ; empty: in nothing."""
+    if one["tokens"] != other["tokens"]:
+        return f"other tokens: {one['tokens']}, restored {other['tokens']}"
+    largest = max(abs(a - b) for a, b in zip(one["logprobs"], other["logprobs"], strict=True))
+    return f"log probabilities differ by up to {largest:.3g}" if largest else ""

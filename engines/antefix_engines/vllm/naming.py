@@ -1,0 +1,90 @@
+"""What binds the names of vLLM's rows: weights, layout, arithmetic. vLLM's own block hash stands for the tokens.
+
+vLLM chains SHA-256 over tokens, LoRA and cache salt. Nothing else of the model is in it: two models of one tokenizer
+give equal hashes. The fingerprint says the rest, so that KV of other weights, dtype or layout has another name.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from antefix.block import Family, Fingerprint, HashKind
+from antefix.errors import ConfigError
+from antefix.model_dir import CONFIG_FILE, INDEX_FILE, hash_files
+from antefix_engines.engine_layout import EngineLayout
+from antefix_engines.vllm.shape import Shape
+
+log = logging.getLogger("antefix.engines.vllm")
+
+# Raised when rows mean other bytes than before though vLLM describes them alike: what is stored becomes a miss.
+ROWS_VERSION: Final = 1
+# vLLM's other hashes (xxhash) are shorter, and anybody can make two prompts that have the same.
+HASH_BYTES_MIN: Final = 32
+_SNAPSHOT: Final = re.compile(r"/snapshots/([0-9a-f]{40})$")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a tier's names say besides the layout."""
+
+    weights_revision: str
+    arithmetic: str
+    namespace: str
+    num_ranks: int
+    kv_format: str
+
+    def fingerprint(self, layout: EngineLayout, *, group: str = "", shard: str = "") -> Fingerprint:
+        return Fingerprint(
+            weights_revision=self.weights_revision,
+            geometry=layout,
+            kv_format=self.kv_format,
+            # vLLM hashes token ids: whatever made them is outside.
+            tokenizer="",
+            arithmetic=self.arithmetic,
+            namespace=self.namespace,
+            family=layout.family if layout.family is Family.V4 else Family.OPAQUE,
+            num_cards=self.num_ranks,
+            hash_kind=HashKind.ENGINE_KEY,
+            group=group,
+            shard=shard,
+        )
+
+
+def identity_of(
+    shape: Shape, *, weights_revision: str, arithmetic: str, default_arithmetic: str, namespace: str
+) -> Identity:
+    """arithmetic: named by the operator, who says so that all who use that name compute alike; empty: the default, with
+    the number of ranks, on which sums over ranks depend.
+    """
+    return Identity(
+        weights_revision=weights_revision or revision_of(shape.model),
+        arithmetic=arithmetic or default_arithmetic,
+        namespace=namespace,
+        num_ranks=1 if arithmetic else shape.tp_size,
+        kv_format=f"{shape.dtype}/{shape.layout or 'plain'}/{ROWS_VERSION}",
+    )
+
+
+def revision_of(model: str) -> str:
+    """Which weights a model is, as vLLM was given it.
+
+    Raises:  ConfigError: it is no folder with weights, so that nothing here says which they are.
+    """
+    path = Path(model)
+    found = _SNAPSHOT.search(str(path.resolve()))
+    if path.is_dir() and found:
+        return found[1]
+    weights = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if not weights:
+        raise ConfigError(
+            f"the Antefix tier must know which weights it stores KV of, and {model!r} is no folder with *.safetensors:"
+            " name them by `weights_revision` in its configuration, for example the commit on the hub"
+        )
+    nbytes = sum(file.stat().st_size for file in weights)
+    log.info("hashing %.1f GB of weights to name their KV; `weights_revision` spares that", nbytes / 1e9)
+    beside = [path / name for name in (CONFIG_FILE, INDEX_FILE) if (path / name).is_file()]
+    return hash_files([*beside, *weights])

@@ -1,0 +1,90 @@
+"""Jobs between vLLM's host memory and the store, in threads. Bounded: what the store cannot take in time is not kept.
+
+vLLM pins the rows of a job until its result is fetched, so a slow store would take all of vLLM's host memory. One
+thread stores, for a block must not overtake the block before it; several load.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+log = logging.getLogger("antefix.engines.vllm")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished(Generic[T]):
+    """outcome: what the work returned; None where it failed or was not begun."""
+
+    job_id: int
+    outcome: T | None
+    seconds: float
+
+
+class Transfers(Generic[T]):
+    """vLLM's thread submits and fetches; the work runs in ours."""
+
+    def __init__(self, *, num_load_threads: int, queue_bytes_max: int) -> None:
+        """queue_bytes_max: of rows that may wait to be stored."""
+        self._queue_bytes_max: Final = queue_bytes_max
+        self._storing: Final = ThreadPoolExecutor(1, thread_name_prefix="antefix-vllm-store")
+        self._loading: Final = ThreadPoolExecutor(num_load_threads, thread_name_prefix="antefix-vllm-load")
+        self._done: Final[deque[Finished[T]]] = deque()
+        self._under_way: Final[set[Future[T]]] = set()
+        self._lock: Final = threading.Lock()
+        self._queued_bytes = 0
+
+    def store(self, job_id: int, nbytes: int, work: Callable[[], T]) -> bool:
+        """False: too much is waiting; the job has failed already."""
+        with self._lock:
+            # A job that is larger than the whole queue is taken when nothing else waits.
+            is_full = self._queued_bytes > 0 and self._queued_bytes + nbytes > self._queue_bytes_max
+            self._queued_bytes += 0 if is_full else nbytes
+        if is_full:
+            self._done.append(Finished(job_id=job_id, outcome=None, seconds=0.0))
+            return False
+        self._start(self._storing, job_id, nbytes, work)
+        return True
+
+    def load(self, job_id: int, work: Callable[[], T]) -> None:
+        self._start(self._loading, job_id, 0, work)
+
+    def finished(self) -> list[Finished[T]]:
+        """Each job once."""
+        done = []
+        while self._done:
+            done.append(self._done.popleft())
+        return done
+
+    def drain(self) -> None:
+        """Wait until no thread touches vLLM's memory."""
+        wait(list(self._under_way))
+
+    def close(self) -> None:
+        self._loading.shutdown()
+        self._storing.shutdown()
+
+    def _start(self, pool: ThreadPoolExecutor, job_id: int, nbytes: int, work: Callable[[], T]) -> None:
+        began = time.monotonic()
+        future = pool.submit(work)
+        self._under_way.add(future)
+
+        def finish(ended: Future[T]) -> None:
+            err = ended.exception()
+            if err is not None:
+                log.error("a transfer failed; its rows are computed again", exc_info=err)
+            outcome = None if err is not None else ended.result()
+            with self._lock:
+                self._queued_bytes -= nbytes
+            self._done.append(Finished(job_id=job_id, outcome=outcome, seconds=time.monotonic() - began))
+            self._under_way.discard(ended)
+
+        future.add_done_callback(finish)

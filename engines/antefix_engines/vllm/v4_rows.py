@@ -1,0 +1,273 @@
+"""Rows of a V4 cache as our blocks and checkpoints.
+
+A row of the blocks' group is a BLOCK, chained to the one before. The rows of all other groups that end in one block's
+tail are one CHECKPOINT of that block, written when the last of them has come: vLLM hands them over as it computes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from antefix.record import Record, RecordKind
+from antefix_engines.engine_store import EngineStore
+from antefix_engines.vllm.naming import Identity
+from antefix_engines.vllm.prompt import Asked, Prompt, Row
+from antefix_engines.vllm.row_store import Restored, Stored, TierCounters
+from antefix_engines.vllm.v4_pages import Bytes, Piece, V4Pages
+
+# Windows that wait for their last rows: of so many prompts in prefill at once. 3.6 MB each on V4-Flash.
+UNFINISHED_MAX: Final = 64
+# Blocks that one thread reads at a time: 16 MB on V4-Flash.
+BATCH_BLOCKS: Final = 16
+# Names that this process stored: a prompt that several requests compute at once is sent once.
+KNOWN_MAX: Final = 65536
+
+RowAt = tuple[int, int]
+
+
+@dataclass(slots=True)
+class _Window:
+    """A window whose rows come in. parts: by place.  keys: of all rows that a lookup finds once it is stored."""
+
+    parts: dict[RowAt, bytes] = field(default_factory=dict)
+    keys: list[bytes] = field(default_factory=list)
+
+
+class V4Rows:
+    """`antefix_engines.vllm.row_store.RowStore` for V4. `put` is called by one thread, `get` and `find` by several."""
+
+    def __init__(
+        self,
+        pages: V4Pages,
+        memory: Bytes,
+        store: EngineStore,
+        identity: Identity,
+        counters: TierCounters,
+        *,
+        num_readers: int = 4,
+    ) -> None:
+        """memory: vLLM's host memory, one line per row.  num_readers: threads that read and fill, for all loads."""
+        self.pages: Final = pages
+        self.counters: Final = counters
+        self.memory: Final = memory
+        self._kv: Final = store.kv(identity.fingerprint(pages.layout), pages.layout)
+        self._pieces: Final[dict[RowAt, tuple[int, Piece]]] = _places(pages)
+        # The thread that stores alone has these; others tell it by `_has_lost` that records may be gone.
+        self._unfinished: OrderedDict[bytes, _Window] = OrderedDict()
+        self._known: OrderedDict[tuple[RecordKind, bytes], None] = OrderedDict()
+        self._has_lost = False
+        self._readers: Final = ThreadPoolExecutor(num_readers, thread_name_prefix="antefix-vllm-read")
+
+    def may_have(self, asked: Asked) -> bool:
+        return asked.group == self.pages.blocks.id or self.pages.is_in_window(asked.group, asked.position)
+
+    def remembers(self, group: int) -> bool:
+        return group == self.pages.blocks.id
+
+    def find(self, prompt: Prompt, asked: Sequence[Asked]) -> set[bytes]:
+        """Blocks up to the last window, and the rows of all windows: what is behind the last window is of no use."""
+        blocks = sorted((each for each in asked if each.group == self.pages.blocks.id), key=lambda each: each.position)
+        if blocks:
+            found = self._kv.lookup([self._kv.hash_of(each.hash) for each in blocks])
+            prompt.windows |= {blocks[number - 1].position for number in found.checkpoints}
+        last = max(prompt.windows, default=0)
+        rows = (each for each in asked if each.group != self.pages.blocks.id)
+        return {each.key for each in blocks if each.position <= last} | {
+            each.key for each in rows if self.pages.end_of(each.position) in prompt.windows
+        }
+
+    def put(self, prompt: Prompt, rows: Sequence[Row]) -> Stored:
+        if self._has_lost:
+            self._has_lost = False
+            self._known.clear()
+        records: list[Record] = []
+        keys: list[bytes] = []
+        for row in sorted(rows, key=lambda row: (row.position, row.group != self.pages.blocks.id)):
+            cell = self._cell(row)
+            if cell is not None:
+                store = self._take_block if row.group == self.pages.blocks.id else self._take_window_row
+                store(prompt, row, cell, records, keys)
+        is_right = self._kv.put(records) == len(records)
+        if is_right:
+            num_blocks = sum(record.kind is RecordKind.BLOCK for record in records)
+            self.counters.count(stored_blocks=num_blocks, stored_windows=len(records) - num_blocks)
+        else:
+            for record in records:
+                self._known.pop((record.kind, record.hash), None)
+        nbytes = sum(memoryview(record.payload).nbytes for record in records)
+        return Stored(num_bytes=nbytes, keys=keys if is_right else [], is_right=is_right)
+
+    def get(self, prompt: Prompt, rows: Sequence[Row]) -> Restored:
+        """A window without all blocks before it is of no use: blocks count up to the first that is lost, windows
+        too.
+        """
+        blocks = sorted((row for row in rows if row.group == self.pages.blocks.id), key=lambda row: row.position)
+        batches = [blocks[at : at + BATCH_BLOCKS] for at in range(0, len(blocks), BATCH_BLOCKS)]
+        windows = self._by_end(rows)
+        # 1. Read and fill all at once: what is lost is rare.
+        reading = [self._readers.submit(self._get_blocks, batch) for batch in batches]
+        filling = {end: self._readers.submit(self._get_window, prompt, end, windows[end]) for end in windows}
+        # 2. Count what is of use.
+        good: list[bytes] = []
+        is_whole = True
+        # Every batch is waited for, also behind a lost block: afterwards the rows are vLLM's again.
+        for batch, num_good in [(batch, done.result()) for batch, done in zip(batches, reading, strict=True)]:
+            good += [row.key for row in batch[:num_good]] if is_whole else []
+            is_whole &= num_good == len(batch)
+        num_blocks, num_windows = len(good), 0
+        first_lost = blocks[num_blocks].position if num_blocks < len(blocks) else None
+        for end, is_filled in [(end, done.result()) for end, done in filling.items()]:
+            if is_filled and (first_lost is None or end < first_lost):
+                good += [row.key for row in windows[end]]
+                num_windows += 1
+        self.counters.count(restored_blocks=num_blocks, restored_windows=num_windows, lost_rows=len(rows) - len(good))
+        # What a lookup had promised is gone: it may be stored again.
+        self._has_lost |= len(good) < len(rows)
+        nbytes = num_blocks * self.pages.block_bytes + num_windows * self.pages.window_bytes
+        return Restored(num_bytes=nbytes, keys=good)
+
+    def close(self) -> None:
+        self._readers.shutdown()
+
+    # --- storing -------------------------------------------------------------------------------------------------
+
+    def _cell(self, row: Row) -> Bytes | None:
+        """What the first rank has; None where another rank has something else, which must not happen with V4."""
+        width = self.pages.shape.cell_bytes
+        line: Bytes = self.memory[row.chunk]
+        first = line[:width]
+        for rank in range(1, self.pages.shape.num_cells):
+            other = line[rank * width : (rank + 1) * width]
+            if any(not np.array_equal(run.used(first), run.used(other)) for run in self.pages.runs[row.group]):
+                self.counters.count(unequal_ranks=1)
+                return None
+        return first
+
+    def _take_block(self, prompt: Prompt, row: Row, cell: Bytes, records: list[Record], keys: list[bytes]) -> None:
+        name, parent = self._kv.hash_of(row.hash), self._parent(prompt, row.position)
+        if not parent:
+            self.counters.count(orphaned_rows=1)
+        elif self._is_new(RecordKind.BLOCK, name):
+            payload = np.concatenate([run.used(cell).reshape(-1) for run in self.pages.runs[row.group]])
+            records.append(self._kv.block(name, parent, row.position, payload.data))
+            keys.append(row.key)
+
+    def _take_window_row(self, prompt: Prompt, row: Row, cell: Bytes, records: list[Record], keys: list[bytes]) -> None:
+        """Keep its part of the checkpoint; the part that completes it makes a record of all."""
+        end = self.pages.end_of(row.position)
+        if not self.pages.is_in_window(row.group, row.position) or not self._name_at(prompt, end):
+            return
+        name = self._name_at(prompt, end)
+        if (RecordKind.CHECKPOINT, name) in self._known:
+            keys.append(row.key)
+            return
+        window = self._unfinished.setdefault(name, _Window())
+        self._unfinished.move_to_end(name)
+        window.keys.append(row.key)
+        at = (row.group, end - row.position)
+        if at in self._pieces:
+            window.parts[at] = b"".join(view.tobytes() for view in self._pieces[at][1].views(cell))
+        if len(window.parts) < len(self._pieces):
+            self._bound_unfinished()
+            return
+        del self._unfinished[name]
+        self._is_new(RecordKind.CHECKPOINT, name)
+        payload = b"".join(window.parts[each] for each in self._pieces)
+        records.append(self._kv.checkpoint(name, self._parent(prompt, end) or self._kv.root, end, payload))
+        keys += window.keys
+
+    def _bound_unfinished(self) -> None:
+        while len(self._unfinished) > UNFINISHED_MAX:
+            self._unfinished.popitem(last=False)
+            self.counters.count(unfinished_windows=1)
+
+    def _parent(self, prompt: Prompt, position: int) -> bytes:
+        """Empty where the block before is not known by name."""
+        before = position - self.pages.block_tokens
+        return self._name_at(prompt, before) if before > 0 else self._kv.root
+
+    def _name_at(self, prompt: Prompt, end: int) -> bytes:
+        """Of the block that ends there; empty where nothing has told its hash."""
+        found = prompt.rows.get((self.pages.blocks.id, end))
+        return b"" if found is None else self._kv.hash_of(found)
+
+    def _is_new(self, kind: RecordKind, name: bytes) -> bool:
+        """Whether this process has not stored it yet; from now on it has."""
+        is_new = (kind, name) not in self._known
+        self._known[kind, name] = None
+        self._known.move_to_end((kind, name))
+        if len(self._known) > KNOWN_MAX:
+            self._known.popitem(last=False)
+        return is_new
+
+    # --- restoring -----------------------------------------------------------------------------------------------
+
+    def _cells(self, row: Row) -> list[Bytes]:
+        """Where each rank reads."""
+        width, line = self.pages.shape.cell_bytes, self.memory[row.chunk]
+        return [line[rank * width : (rank + 1) * width] for rank in range(self.pages.shape.num_cells)]
+
+    def _fill_block(self, row: Row, payload: Bytes) -> None:
+        for cell in self._cells(row):
+            offset = 0
+            for run in self.pages.runs[row.group]:
+                used = run.used(cell)
+                used[...] = payload[offset : offset + used.size].reshape(used.shape)
+                offset += used.size
+
+    def _by_end(self, rows: Sequence[Row]) -> dict[int, list[Row]]:
+        ends: dict[int, list[Row]] = {}
+        for row in rows:
+            if row.group != self.pages.blocks.id and self.pages.is_in_window(row.group, row.position):
+                ends.setdefault(self.pages.end_of(row.position), []).append(row)
+        return ends
+
+    def _get_blocks(self, blocks: Sequence[Row]) -> int:
+        """Read and fill; returns how many of the leading ones are right."""
+        payloads = np.empty((len(blocks), self.pages.block_bytes), np.uint8)
+        names = [self._kv.hash_of(row.hash) for row in blocks]
+        num_good = self._kv.get_blocks(names, [line.data for line in payloads])
+        for row, payload in zip(blocks[:num_good], payloads, strict=False):
+            self._fill_block(row, payload)
+        return num_good
+
+    def _get_window(self, prompt: Prompt, end: int, rows: Sequence[Row]) -> bool:
+        name = self._name_at(prompt, end)
+        payload = self._kv.get_checkpoint(name) if name else None
+        if payload is not None:
+            self._fill_window(rows, np.frombuffer(payload, np.uint8))
+        return payload is not None
+
+    def _fill_window(self, rows: Sequence[Row], payload: Bytes) -> None:
+        for row in rows:
+            end = self.pages.end_of(row.position)
+            offset, piece = self._pieces.get((row.group, end - row.position), (0, None))
+            for cell in self._cells(row):
+                if piece is None or piece.only_live:
+                    # What no hit reads is zeros, not whatever the memory held before.
+                    for run in self.pages.runs[row.group]:
+                        run.used(cell)[...] = 0
+                if piece is not None:
+                    _scatter(piece, cell, payload[offset : offset + piece.nbytes])
+
+
+def _places(pages: V4Pages) -> dict[RowAt, tuple[int, Piece]]:
+    """By group and tokens before the end: where a checkpoint holds what of that row."""
+    places, offset = {}, 0
+    for piece in pages.pieces:
+        places[piece.group, piece.tokens_before_end] = (offset, piece)
+        offset += piece.nbytes
+    return places
+
+
+def _scatter(piece: Piece, cell: Bytes, data: Bytes) -> None:
+    offset = 0
+    for view in piece.views(cell):
+        view[...] = data[offset : offset + view.size].reshape(view.shape)
+        offset += view.size

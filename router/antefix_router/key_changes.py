@@ -1,0 +1,132 @@
+"""API keys change while a router runs: it looks at their file, and at Redis where that is used, once a second.
+
+A file that is gone or faulty changes nothing: the keys that were known stay in force, and it is told and counted. What
+Redis has, and is newer, goes into the file as well: a router that starts later knows it, and nobody can go back to an
+older book.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Protocol
+
+from antefix.errors import AntefixError
+from antefix.redis_access import RedisAccess, RedisConfig
+from antefix.secret import Keyring
+from antefix_billing.api_keys import KeyBook
+from antefix_billing.key_file import changing, read_book, write_book
+from antefix_billing.key_register import KeyRegister
+from antefix_router.key_exchange import KeyExchange
+
+log = logging.getLogger("antefix.router")
+
+# A change must be in force within 5 s on all routers.
+LOOK_S: Final = 1.0
+
+
+class KeyChanges:
+    """Keeps a register as its file and Redis say. num_errors: by source, what could not be read or believed."""
+
+    def __init__(self, register: KeyRegister, path: str | Path, exchange: KeyExchange | None = None) -> None:
+        self._register = register
+        self._path = Path(path)
+        self._exchange = exchange
+        self._seen: tuple[int, int, int, int] | None = None
+        self._told: dict[str, str] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.num_errors: Counter[str] = Counter(file=0, redis=0)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._exchange is not None:
+            await self._exchange.close()
+
+    async def look(self) -> None:
+        """Take in what changed since the last look."""
+        with self._counted("file"):
+            await asyncio.to_thread(self._look_at_file)
+        if self._exchange is not None:
+            with self._counted("redis"):
+                await self._look_at_redis(self._exchange)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self.look()
+            except Exception:
+                # A bug here must not leave revoked keys in force without a word.
+                log.exception("API keys could not be looked at")
+            await asyncio.sleep(LOOK_S)
+
+    def _look_at_file(self) -> None:
+        try:
+            found = self._path.stat()
+            seen = (found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode)
+        except OSError:
+            seen = None
+        if seen is not None and seen == self._seen:
+            return
+        book = read_book(self._path)
+        self._seen = seen
+        self._take(book, "file")
+
+    async def _look_at_redis(self, exchange: KeyExchange) -> None:
+        book = await exchange.get(newer_than=self._register.number)
+        if book is not None and self._take(book, "Redis"):
+            await asyncio.to_thread(self._keep, book)
+
+    def _take(self, book: KeyBook, source: str) -> bool:
+        if book.number < self._register.number:
+            log.warning("the API keys in the %s are older than those in force, and are not taken", source)
+            return False
+        if not self._register.take(book):
+            return False
+        log.info("API keys number %d are in force, from the %s", book.number, source)
+        return True
+
+    def _keep(self, book: KeyBook) -> None:
+        with changing(self._path):
+            if read_book(self._path).number < book.number:
+                write_book(self._path, book)
+
+    @contextlib.contextmanager
+    def _counted(self, source: str) -> Iterator[None]:
+        try:
+            yield
+            self._told.pop(source, None)
+        except AntefixError as err:
+            self.num_errors[source] += 1
+            # It is looked at every second; what is wrong is said once.
+            if self._told.get(source) != str(err):
+                log.error("API keys stay as they were: %s", err)  # noqa: TRY400 - a fault of the file's, no trace needed
+                self._told[source] = str(err)
+
+
+class KeySettings(RedisConfig, Protocol):
+    """Of a router's settings, those of its API keys."""
+
+    @property
+    def api_keys_file(self) -> str: ...
+
+    @property
+    def keys_redis(self) -> str: ...
+
+
+def follow_keys(config: KeySettings, register: KeyRegister, keyring: Keyring) -> KeyChanges | None:
+    """As the settings say; None where they name no file of keys. `start` it."""
+    if not config.api_keys_file:
+        return None
+    exchange = None
+    if config.keys_redis:
+        exchange = KeyExchange(RedisAccess.of(config.keys_redis, config), keyring)
+    return KeyChanges(register, config.api_keys_file, exchange)

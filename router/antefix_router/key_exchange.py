@@ -1,0 +1,75 @@
+"""The book of API keys in Redis, for routers on several hosts: one value, which whoever writes to Redis cannot forge.
+
+    antefix:api-keys    a hash of three fields: number, book (JSON, as in the file), mac
+
+The MAC is made with the deployment's secret. An old book that is put back is known by its number, and not taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+from redis.exceptions import RedisClusterException, RedisError
+
+from antefix.errors import ConfigError, Conflict, Unavailable
+from antefix.redis_access import RedisAccess
+from antefix.secret import Keyring
+from antefix_billing.api_keys import KeyBook, from_json, to_json
+
+_KEY: Final = "antefix:api-keys"
+_TIMEOUT_S: Final = 2.0
+_PURPOSE: Final = b"api-keys"
+# 100,000 keys take some 30 MB.
+_BOOK_BYTES_MAX: Final = 64 << 20
+# Written only over the book that it was made from. One key, so it runs on a cluster as well.
+_PUT: Final = """
+local number = redis.call('HGET', KEYS[1], 'number')
+if number and tonumber(number) >= tonumber(ARGV[1]) then return number end
+redis.call('HSET', KEYS[1], 'number', ARGV[1], 'book', ARGV[2], 'mac', ARGV[3])
+return false
+"""
+
+
+class ForgedKeys(ConfigError):
+    """What Redis gave was not written by this deployment."""
+
+
+class KeyExchange:
+    """Reads and writes the book in Redis. Used from one event loop."""
+
+    def __init__(self, access: RedisAccess, keyring: Keyring) -> None:
+        """Raises:  ConfigError: the URL cannot be used. Nothing connects yet."""
+        self._redis: Any = access.connect(timeout_s=_TIMEOUT_S)
+        self._keyring = keyring
+
+    async def get(self, newer_than: int = -1) -> KeyBook | None:
+        """The book, or None where there is none, or none that is newer.
+
+        Raises:  Unavailable: Redis does not answer.  ForgedKeys: what is there is not ours.
+        """
+        number = await self._ask(self._redis.hget(_KEY, "number"))
+        if number is None or not number.isdigit() or int(number) <= newer_than:
+            return None
+        found = await self._ask(self._redis.hmget(_KEY, ["book", "mac"]))
+        text, mac = (each or b"" for each in found)
+        if len(text) > _BOOK_BYTES_MAX or not self._keyring.proves(mac, _PURPOSE, text):
+            raise ForgedKeys("the API keys in Redis were not written by this deployment")
+        # The number that counts is the one that was signed.
+        return from_json(text)
+
+    async def put(self, book: KeyBook) -> None:
+        """Raises:  Conflict: somebody else changed the keys meanwhile.  Unavailable: Redis does not answer."""
+        text = to_json(book).encode()
+        mac = self._keyring.proof(_PURPOSE, text)
+        if await self._ask(self._redis.eval(_PUT, 1, _KEY, book.number, text, mac)) is not None:
+            raise Conflict("the API keys in Redis were changed meanwhile; look at them and try again")
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    async def _ask(self, call: Any) -> Any:
+        try:
+            return await asyncio.wait_for(call, 2 * _TIMEOUT_S)
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as err:
+            raise Unavailable(f"Redis does not answer: {type(err).__name__}") from err

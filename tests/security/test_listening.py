@@ -1,0 +1,88 @@
+"""Where may be listened, and that host names, IPv6 and Unix sockets work where an address does."""
+
+import pytest
+
+from antefix import rpc
+from antefix.errors import ConfigError
+from antefix.security.identity import Role
+from antefix.security.listening import advertised, check_listening, is_loopback, names_host, parse_address
+from antefix.security.process_security import OPEN
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:0", "127.8.9.1:7000", "[::1]:7000", "localhost:1", "unix:/run/antefix/router.sock"]
+)
+def test_this_host_alone_may_be_listened_on_without_tls(address):
+    check_listening(address, has_tls=False)
+
+
+@pytest.mark.parametrize(
+    "address", ["0.0.0.0:1", "8.8.8.8:1", "[::]:7000", "[2001:db8::1]:1", "no.such.host.invalid:1"]
+)
+def test_what_others_reach_needs_tls_and_the_error_says_what_to_do(address):
+    with pytest.raises(ConfigError, match=r"without TLS only loopback .*--credentials DIR") as caught:
+        check_listening(address, has_tls=False)
+    assert "\n" not in str(caught.value)
+    check_listening(address, has_tls=True)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "nonsense",
+        "127.0.0.1",
+        "127.0.0.1:x",
+        "127.0.0.1:70000",
+        ":7000",
+        "::1:7000",
+        "[::1]",
+        "[zz]:1",
+        "a b:1",
+        "unix:",
+        "h:²",
+    ],
+)
+def test_what_is_no_address_is_refused(address):
+    with pytest.raises(ConfigError):
+        parse_address(address)
+
+
+def test_an_address_is_taken_apart():
+    assert parse_address("worker1.example:7002") == ("worker1.example", 7002)
+    assert parse_address("[::1]:7002") == ("[::1]", 7002)
+    assert parse_address("unix:/tmp/x") == ("unix:/tmp/x", 0)
+    assert is_loopback("localhost") and not is_loopback("::")
+
+
+def test_what_a_worker_tells_routers():
+    assert advertised("127.0.0.1:7002", "") == "127.0.0.1:7002"
+    assert advertised("0.0.0.0:7002", "worker1.example") == "worker1.example:7002"
+    assert advertised("[::]:7002", "[2001:db8::1]") == "[2001:db8::1]:7002"
+    assert advertised("0.0.0.0:7002", "gate.example:9000") == "gate.example:9000"
+    with pytest.raises(ConfigError, match="--advertise"):
+        advertised("[::]:7002", "")
+
+
+def test_certificates_name_hosts():
+    assert names_host("w1.example", "w1.example") and names_host("*.example", "w1.example")
+    assert names_host("2001:db8::1", "2001:db8:0::1") and not names_host("*.example", "a.b.example")
+
+
+@pytest.mark.parametrize("address", ["[::1]:0", "localhost:0", "unix:SOCKET"])
+async def test_services_listen_and_are_called_there(serve, authority, tmp_path, address):
+    address = address.replace("SOCKET", str(tmp_path / "s"))
+    server = await serve(OPEN, address=address)
+    await call_health(rpc.channel(server.address))
+    if not address.startswith("unix:"):
+        tls = await serve(authority.security("prefill"), address=address)
+        await call_health(rpc.channel(tls.address, of=Role.PREFILL, credentials=authority.credentials("router")))
+    else:
+        assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600
+
+
+async def call_health(channel):
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    async with channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
