@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import random
+import urllib.request
 from typing import ClassVar
 
 import pytest
@@ -226,7 +227,7 @@ def test_what_sglang_does_not_say_is_not_guessed(sglang, rig, caplog):
     keys = keys_of(sglang, range(4 * PAGE))
     indices = torch.arange(4 * PAGE)
     assert rig.backend.batch_set_v1(keys, indices, rig.info(None)) == [False] * 4
-    assert rig.backend.num_orphaned_pages == 4 and "hicache_storage_pass_prefix_keys" in caplog.text
+    assert rig.backend.store.counters.refused_records == 4 and "hicache_storage_pass_prefix_keys" in caplog.text
     assert rig.backend.batch_set_v1(keys[2:], indices[2 * PAGE :], rig.info(keys[:2])) == [False] * 2
     assert rig.backend.batch_exists(keys) == 0
 
@@ -302,6 +303,16 @@ def test_weights_may_be_hashed(sglang, tmp_path):
         revisions.append(backend._settings.weights_revision)
         backend.close()
     assert revisions[0] != revisions[1] and len(revisions[0]) == 32
+
+
+def test_counters_are_served(sglang, tmp_path):
+    rig = Rig(sglang, tmp_path / "data", extra={"metrics_address": "127.0.0.1:0"})
+    rig.write(keys_of(sglang, range(4 * PAGE)), 0)
+    with urllib.request.urlopen(f"http://{rig.backend._metrics.address}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    # Two pools of four pages, a logical one, and two pages of two windows with a byte for each page before them.
+    assert 'antefix_engine_stored_records_total{engine="sglang"} 24.0' in text
+    rig.backend.close()
 
 
 def test_a_store_that_dies_is_a_miss(sglang, tmp_path):

@@ -21,7 +21,9 @@ from sglang.srt.mem_cache.hicache_storage import (
 )
 
 from antefix.errors import InvalidRequest
+from antefix.telemetry.exposition import MetricsServer
 from antefix_engines.engine_store import EngineStore
+from antefix_engines.metrics import serve_metrics
 from antefix_engines.sglang.pages import PageMemory, PoolPages
 from antefix_engines.sglang.pool_records import PoolName, PoolRecords
 from antefix_engines.sglang.settings import HiCacheSettings, arithmetic, shard_of
@@ -47,7 +49,10 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         self._lock: Final = threading.Lock()
         self._pages: Final[dict[str, PoolPages]] = {}
         self._records: Final[dict[tuple[str, bool], PoolRecords]] = {}
-        self.num_orphaned_pages = 0
+        self._told_of_orphans = False
+        self._metrics: MetricsServer | None = None
+        if self._settings.metrics_address:
+            self._metrics = serve_metrics("sglang", self.store.counters, self._settings.metrics_address)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         super().register_mem_pool_host(mem_pool_host)
@@ -160,21 +165,24 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         """SGLang's own gauges of its transfers are made by SGLang; ours are `antefix_engine_*`."""
 
     def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
         self.store.close()
 
-    def _reachable(self, transfer: PoolTransfer, keys: Sequence[str]) -> set[int]:
+    def _reachable(self, transfer: PoolTransfer, keys: Sequence[str]) -> frozenset[int]:
         """Prefix lengths that this pool can restore."""
         is_trailing = self._is_trailing(transfer)
         found = self._of(str(transfer.name), is_trailing=is_trailing).lookup(keys)
         if not is_trailing:
-            return set(range(1, found.num_blocks + 1))
+            return frozenset(range(1, found.num_blocks + 1))
         # The last so many pages of a prefix, or all of a shorter one.
-        width, have, run, ends = max(1, len(transfer.keys or ())), set(found.checkpoints), 0, set()
+        width, have, run, ends = max(1, len(transfer.keys or ())), frozenset(found.checkpoints), 0, []
         for end in range(1, len(keys) + 1):
             run = run + 1 if end in have else 0
             if run >= min(width, end):
-                ends.add(end)
-        return ends
+                ends.append(end)
+        return frozenset(ends)
 
     def _is_trailing(self, transfer: PoolTransfer) -> bool:
         return bool(transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES)
@@ -198,10 +206,10 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
     ) -> list[bool]:
         prefix = None if extra_info is None else extra_info.prefix_keys
         if prefix is None:
-            if not self.num_orphaned_pages:
+            if not self._told_of_orphans:
+                self._told_of_orphans = True
                 log.error("nothing can be stored: set hicache_storage_pass_prefix_keys to true in the extra config")
-            with self._lock:
-                self.num_orphaned_pages += len(keys)
+            self.store.count(refused_records=len(keys))
             return [False] * len(keys)
         try:
             pages = self._pool(pool).at(host_indices, len(keys))

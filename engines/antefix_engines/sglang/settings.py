@@ -24,6 +24,7 @@ FROM_FILES: Final = "files"
 class HiCacheSettings:
     """store: where it is.  weights_revision: of the checkpoint; "files" hashes the model folder's at the start.
 
+    metrics_address: "host:port" at which Prometheus reads `antefix_engine_*`; empty: nowhere.
     kv_cache_dtype: as given to SGLang, where it is not "auto": two kinds of FP8 have the same pages.
     """
 
@@ -31,6 +32,7 @@ class HiCacheSettings:
     weights_revision: str
     namespace: str = "default"
     kv_cache_dtype: str = "auto"
+    metrics_address: str = ""
 
     @classmethod
     def of(cls, storage_config: Any) -> Self:
