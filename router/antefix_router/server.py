@@ -34,6 +34,7 @@ from antefix.wire import (
     tokens_to_wire,
     usage_to_wire,
 )
+from antefix_billing.api_keys import Scope
 from antefix_router.assembly import Router
 from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway import Gateway
@@ -230,4 +231,4 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
 
 def _page(router: Router, gateway: Gateway) -> list[Route]:
     view = View(router, router.store, router.front.accounts.activity, router.forest)
-    return page_routes(view, gateway.tenant)
+    return page_routes(view, lambda request: gateway.holder(request, Scope.ADMIN))

@@ -33,6 +33,7 @@ from antefix_console.deployment import ARITHMETIC_FILE
 from antefix_console.explain.answer import Explanation, explain
 from antefix_console.explain.block_evidence import NamedChain, gather, holdings, statements
 from antefix_console.explain.text import lines
+from antefix_console.operator_credentials import hold_grant
 from antefix_console.progress_line import ProgressLine
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         return explain_fleet.run(args)
     if args.workers:
         raise InvalidRequest("--workers needs --fleet: the address of the router that has them")
-    identity = identify(args.model)
+    with ProgressLine("reading the model"):
+        identity = identify(args.model)
     secret = args.secret_file or (args.data_dir / "secret" if args.data_dir else None)
     keyring = Keyring.from_file(secret) if secret is not None else None
     if args.request_id is not None:
@@ -124,6 +126,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
     # 2. What the window pool has.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.reason is MissReason.NONE, blocks))
+    hold_grant(args.store_address or "", mine.tenant, tokens)
     pooled, pool_error = asyncio.run(_pooled(worker, args.store_address, names, stored))
     # 3. What a worker would make of it.
     planner = RestorePlanner(Sizes.of(identity.layout(mine.kv_format)), Rates(_priors(args)))

@@ -190,7 +190,7 @@ class Engine:
             return
         if not any(self.keyring.owner(tenant, number) in grant.owners for number in self.keyring.generations):
             raise PermissionDenied("the grant is for another tenant")
-        if not fits_prompt(self.keyring, grant, prompt, self.block_size):
+        if not fits_prompt(self.keyring, grant, prompt):
             raise PermissionDenied("the grant is for another prompt")
 
     async def register(self) -> None:
