@@ -63,8 +63,8 @@ def check_record(record: Record, record_bytes_max: int, registered_bytes: int | 
 
 
 def _has_draft_state(record: Record, registered_bytes: int) -> bool:
-    """Behind what its layout names, a checkpoint may hold the state of a layer that drafts: numbers of four bytes, whose
-    sense its readers check."""
+    """Behind what its layout names, a checkpoint may hold the state of a layer that drafts: numbers of four bytes,
+    whose sense its readers check."""
     more = memoryview(record.payload).nbytes - registered_bytes
     return record.kind is RecordKind.CHECKPOINT and more > 0 and more % 4 == 0
 
