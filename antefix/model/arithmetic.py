@@ -166,7 +166,8 @@ def _matrices(model: Model) -> set[tuple[int, int]]:
     """(K, O) of every matrix of weights that tokens are multiplied with in the model's own precision."""
     found = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        # What drafts decides no bits of KV.
+        if isinstance(module, nn.Linear) and not name.startswith("mtp."):
             # Of the grouped output projection each group is a product of its own.
             groups = model.config.o_groups if name.endswith("o_a_proj") else 1
             found.add((module.in_features, module.out_features // groups))
@@ -178,7 +179,7 @@ def _packed_products(model: Model) -> Iterator[Step]:
     part of the name."""
     found: set[tuple[PackedForm, int, int]] = set()
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear | PackedStack):
+        if isinstance(module, PackedLinear | PackedStack) and not name.startswith("mtp."):
             shape = module.shape[1:] if isinstance(module, PackedStack) else (module.out_features, module.in_features)
             columns, addends = shape
             groups = model.config.o_groups if name.endswith("o_a_proj") else 1

@@ -13,7 +13,6 @@ Shapes:  S = sequences, H = heads, C = head dim (entries) or indexer dim (keys),
 from __future__ import annotations
 
 import collections.abc
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -72,7 +71,9 @@ class Steps:
         self._hidden = self._hide(torch.tensor([window.cut for window in self._windows], device=device))
         self._visible = {ratio: (self._position + 1) // ratio for ratio in self._ratios()}
         self._new_window: list[Tensor] = []
-        self._pending: list[Callable[[], object]] = []
+        self._window_rows: Tensor | None = None
+        # Each sequence's copies that keeping its token takes: to where, from where.
+        self._moves: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sequences]
         self._closing = {ratio: [s for s, at in enumerate(self._positions) if (at + 1) % ratio == 0]
                          for ratio in self._ratios()}  # fmt: skip
         self._ropes: dict[LayerKind, tuple[Tensor, Tensor]] = {}
@@ -100,15 +101,18 @@ class Steps:
         entries = self._read(layer, PartKind.CSA_MAIN, picked.clamp(min=0))
         return _attend_picked(q, near, ring, sinks, entries, picked >= 0).to(rows.q.dtype)
 
-    def finish(self) -> None:
-        """Move the window states on: only now, so that a failed call can be repeated."""
-        rows = torch.stack(self._new_window, 1)
-        window = self._geometry.window
-        for state, position, new in zip(self._windows, self._positions, rows.unbind(0), strict=True):
-            state.window[:, position % window] = new
-            state.position += 1
-        for apply in self._pending:
-            apply()
+    def keep(self, which: collections.abc.Sequence[int]) -> None:
+        """Put the tokens of these sequences into their window states; the caller moves the positions on.
+
+        Only once each: until then a failed call can be repeated.
+        """
+        if self._window_rows is None:
+            self._window_rows = torch.stack(self._new_window, 1)
+        for s in which:
+            place = self._windows[s].window[:, self._positions[s] % self._geometry.window]
+            self._moves[s].append((place, self._window_rows[s]))
+        targets, sources = zip(*(move for s in which for move in self._moves[s]), strict=True)
+        torch._foreach_copy_(targets, sources)
 
     def _ratios(self) -> set[int]:
         geometry = self._geometry
@@ -172,19 +176,17 @@ class Steps:
         part = self._pool.part(layer, PartKind.INDEXER_KEYS)
         num_blocks = min(-(-num_keys // part.num_rows), self._tables.shape[1])
         entries = Entries(pool=self._pool, part=part, block_ids=self._tables[rows][0, :num_blocks])
-        return pad_rows(read_entries(entries, min(num_keys, num_blocks * part.num_rows), KEY_TILE), num_keys).unsqueeze(
-            0
-        )
+        keys = read_entries(entries, min(num_keys, num_blocks * part.num_rows), KEY_TILE)
+        return pad_rows(keys, num_keys).unsqueeze(0)
 
     def _compress(self, layer: int, kind: PartKind, compressor: Compressor, new: Tensor) -> None:
         """Close the groups that the new rows [2, S, columns] complete; the others are kept as tails."""
         ratio, is_keys = compressor.ratio, kind is PartKind.INDEXER_KEYS
         states = [(window.indexer if is_keys else window.main)[layer] for window in self._windows]
         closing = self._closing[ratio]
-        open_ones = [s for s in range(len(states)) if (self._positions[s] + 1) % ratio]
-        tails = [states[s].tail[:, self._positions[s] % ratio] for s in open_ones]
-        rows = new.unbind(1)
-        self._pending.append(lambda: _copy_each(tails, [rows[s] for s in open_ones]))
+        for s, (state, at, rows) in enumerate(zip(states, self._positions, new.unbind(1), strict=True)):
+            if (at + 1) % ratio:
+                self._moves[s].append((state.tail[:, at % ratio], rows))
         if not closing:
             return
         last = new[:, closing].unsqueeze(2)
@@ -200,9 +202,9 @@ class Steps:
             indices = self._position[closing] // ratio
             blocks = self._tables[closing].gather(1, (indices // part.num_rows).unsqueeze(1)).squeeze(1)
             self._pool.write(part, blocks, indices % part.num_rows, values)
-        if overlaps:
-            ends = groups[..., : compressor.width].unbind(1)
-            self._pending.append(lambda: _copy_each(overlaps, list(ends)))
+        ends = groups[..., : compressor.width].unbind(1)
+        for s, overlap, end in zip(closing[: len(overlaps)], overlaps, ends[: len(overlaps)], strict=True):
+            self._moves[s].append((overlap, end))
 
     def _group_rope(self, layer: int, closing: list[int], ratio: int) -> tuple[Tensor, Tensor]:
         """cos and sin at each closing group's first token; the same for all layers of a kind."""
@@ -250,8 +252,3 @@ def _window_sums(near: Tensor, top: Tensor, sinks: Tensor, ring: Tensor) -> tupl
     total = torch.exp(sinks - top) + weights.sum(2, keepdim=True)
     before, own = weights.chunk(2, 2)
     return total, multiply_each(before, ring) + multiply_each(own, ring)
-
-
-def _copy_each(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)

@@ -176,6 +176,13 @@ def _router_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]
     return RouterConfig, run
 
 
+def _fleet_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
+    from antefix_router.fleet.fleet_config import FleetConfig
+    from antefix_router.fleet.fleet_server import run
+
+    return FleetConfig, run
+
+
 COMMANDS: dict[str, Command] = {
     "up": Command(
         load=_up,
@@ -290,5 +297,10 @@ ROLES: dict[str, Service] = {
         load=_router_role,
         example="antefix serve router --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001"
         " --prefill 127.0.0.1:7002 --decode 127.0.0.1:7003",
+    ),
+    "fleet": Service(
+        load=_fleet_role,
+        example="antefix serve fleet --workers http://127.0.0.1:8001,http://127.0.0.1:8002 --events 5557 --replay 5657"
+        " --http-address 127.0.0.1:8000 --secret-file secret",
     ),
 }

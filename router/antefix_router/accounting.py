@@ -20,7 +20,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -47,6 +47,8 @@ from antefix_router.request_measures import RequestMeasures
 from antefix_router.retries import CLIENT_LEFT, Retries
 
 log = logging.getLogger("antefix.router")
+
+Make = Callable[[GenerationRequest], Generation]
 
 # A finished request may be asked for again, with the same answer and without a second charge, this often.
 NUM_REPEATS_MAX = 3
@@ -101,8 +103,10 @@ class Accounts:
         after = sequence_before(ledger.directory, LimitWindow.MONTH.start(now).timestamp())
         self.quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
 
-    async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
-        """Check id, quota and budget.
+    async def admit(
+        self, request: GenerationRequest, *, retryable: bool = False, generation: Make = Generation
+    ) -> Bill:
+        """Check id, quota and budget.  generation: makes what the request is while it runs.
 
         retryable: the client named the id, so another one may read the same answer, and it is kept.
         Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.
@@ -117,7 +121,7 @@ class Accounts:
         self._running.add(opened.key)
         self._admitting[opened.key] = asyncio.get_running_loop().create_future()
         try:
-            bill = self._bill(request, opened, await self.writer.find(opened.key))
+            bill = self._bill(generation(request), opened, await self.writer.find(opened.key))
             if retryable and bill.settled is None:
                 self.retries.share(bill)
             return bill
@@ -127,10 +131,11 @@ class Accounts:
         finally:
             self._admitting.pop(opened.key).set_result(None)
 
-    def _bill(self, request: GenerationRequest, opened: OpenEntry, standing: Settled | None) -> Bill:
+    def _bill(self, generation: Generation, opened: OpenEntry, standing: Settled | None) -> Bill:
         """What is next for this id: its first attempt, another one, or its answer again."""
+        request = generation.request
         if standing is None:
-            bill = Bill(Generation(request), opened, self._reserve(request))
+            bill = Bill(generation, opened, self._reserve(request))
             # There is an answer already where it could not be recorded, or where nothing ever is.
             bill.kept = self.retries.kept(request, opened)
             return bill
@@ -140,12 +145,12 @@ class Accounts:
             raise InvalidRequest(f"request id {request.request_id} was used for another request")
         kept = self.retries.kept(request, opened)
         if standing.record.is_final:
-            bill = self._repeat(request, opened, standing, kept)
+            bill = self._repeat(generation, opened, standing, kept)
         else:
             # What was made for the attempt before was made in its time: its hits are in the store's log at that time.
             started_us = opened.started_us if kept is None else kept.started_us
             opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1, started_us=started_us)
-            bill = Bill(Generation(request), opened, self._reserve(request), standing.record.paid)
+            bill = Bill(generation, opened, self._reserve(request), standing.record.paid)
         bill.kept = kept
         return bill
 
@@ -352,11 +357,11 @@ class Accounts:
             attempt=1,
             tenant=tenant,
             user=request.caller.user,
-            model=self.served.model,
+            model=request.model or self.served.model,
             revision=self.served.revision,
             fingerprint=self.served.fingerprint,
             request_digest=self._digest(request),
-            prompt_tokens=len(request.tokens),
+            prompt_tokens=request.num_tokens,
             started_us=_now_us(),
         )
 
@@ -369,26 +374,25 @@ class Accounts:
         digest.update(request.tokens.tobytes())
         if request.num_samples > 1:
             digest.update(f"{request.num_samples} samples".encode())
+        digest.update(request.content)
         return digest.hexdigest()
 
     def _reserve(self, request: GenerationRequest) -> Reservation:
         now = datetime.now(UTC)
         num_output = request.sampling.max_tokens * request.num_samples
         most = worst_price(
-            self._cards.quote(self.served.model, now),
-            prompt_tokens=len(request.tokens),
+            self._cards.quote(request.model or self.served.model, now),
+            prompt_tokens=request.num_tokens,
             output_tokens_max=num_output,
         )
-        tokens = len(request.tokens) + num_output
+        tokens = request.num_tokens + num_output
         return self.quotas.reserve(request.caller.tenant, tokens=tokens, money=most, now=now)
 
-    def _repeat(
-        self, request: GenerationRequest, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None
-    ) -> Bill:
+    def _repeat(self, generation: Generation, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None) -> Bill:
         """The answer to a finished request again: kept, or made again, which is work that nobody pays for."""
         if kept is None:
-            self._count_repeat(request, opened)
-        bill = Bill(Generation(request), opened, None)
+            self._count_repeat(generation.request, opened)
+        bill = Bill(generation, opened, None)
         bill.settled = standing
         return bill
 

@@ -23,8 +23,7 @@ from antefix.tokenizer import Tokenizer
 from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
-from antefix_router.key_changes import KeyChanges
-from antefix_router.key_exchange import KeyExchange
+from antefix_router.key_changes import follow_keys
 from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics, router_metrics
 from antefix_router.naming import PromptNames
 from antefix_router.page.prefix_forest import PrefixForest
@@ -119,15 +118,7 @@ class Router:
             keyring=keyring,
             fingerprint=self.fingerprint,
         )
-        self.key_changes = self._key_changes()
-
-    def _key_changes(self) -> KeyChanges | None:
-        config, exchange = self.config, None
-        if not config.api_keys_file:
-            return None
-        if config.keys_redis:
-            exchange = KeyExchange(RedisAccess.of(config.keys_redis, config), self.keyring)
-        return KeyChanges(self.front.keys, config.api_keys_file, exchange)
+        self.key_changes = follow_keys(config, self.front.keys, keyring)
 
     def start(self) -> None:
         """Follow workers' leases, changes of API keys, and the store's events where the settings say so."""
@@ -196,6 +187,6 @@ class Router:
     def metrics(self) -> Iterable[Metric]:
         """What it shows, beside its HTTP door's own. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
-        yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory)
+        yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
         yield from router_metrics(self.counters, self.memory, self.feed)
         yield from key_metrics(self.front.keys, self.key_changes)

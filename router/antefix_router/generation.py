@@ -24,6 +24,7 @@ from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.security.grants import hold
 from antefix.telemetry import begin, span
+from antefix.usage import Usage
 from antefix.wire import TokenLogprob
 from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.merged_streams import merged
@@ -105,6 +106,16 @@ class Generation:
         """Of all its outputs: cut off by the limit where one was; empty while one is being made."""
         reasons = {sample.finish_reason for sample in self.samples}
         return "" if "" in reasons else "length" if "length" in reasons else "stop"
+
+    def used(self, num_output: int, reasoning_tokens: int) -> Usage:
+        """What was used for so many output tokens. Without a restore report no prompt token was worked on."""
+        prompt = Usage() if self.restore is None else self.restore.usage(len(self.tokens))
+        return replace(
+            prompt,
+            output_tokens=num_output,
+            reasoning_tokens=reasoning_tokens,
+            ttft_us=round(self.ttft_s * 1e6),
+        )
 
     def sampling(self, index: int) -> Sampling:
         """One output's: as vLLM has it, each has the seed after the one before."""

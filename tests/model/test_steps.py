@@ -119,7 +119,7 @@ def test_a_step_that_fails_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> N
             raise InternalError("broken")
 
         broken.setattr(model.model.norm, "forward", fail)
-        broken.setattr(steps.Steps, "finish", fail)
+        broken.setattr(steps.Steps, "keep", fail)
         with pytest.raises(InternalError):
             forward(model, pool, batch)
     assert [sequence.window.to_bytes() for sequence in sequences] == before

@@ -2,13 +2,13 @@
 
 import asyncio
 import dataclasses
-import hashlib
 import json
 import shutil
 import urllib.request
 
 import pytest
 
+from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL
 
@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt install chromium)"),
 ]
 WIDTHS = (390, 1440)
-KEYS = {"admin": "admin-key-of-this-test", "other": "a-key-without-the-scope"}
 
 
 @pytest.fixture
@@ -101,12 +100,16 @@ async def test_a_router_that_goes_away_is_told_and_found_again(config):
         await browser.close()
 
 
-async def test_it_asks_for_a_key_and_keeps_it_in_the_tab(config, tmp_path):
-    tenants = tmp_path / "tenants.toml"
-    digest = hashlib.sha256(KEYS["admin"].encode()).hexdigest()
-    tenants.write_text(f'[[tenant]]\nname = "acme"\napi_key_sha256 = ["{digest}"]\n')
+async def test_it_asks_for_a_key_and_keeps_it_in_the_tab(config, tmp_path, capsys):
+    file = str(tmp_path / "api-keys.json")
+    keys = {}
+    for name, scopes in (("usual", "generate,usage"), ("admin", "admin")):
+        assert (
+            await asyncio.to_thread(main, ["keys", "create", name, "--scopes", scopes, "--file", file, "--json"]) == 0
+        )
+        keys[name] = json.loads(capsys.readouterr().out)[0]["key"]
     async with (
-        Deployment(dataclasses.replace(config, tenants_file=str(tenants))) as deployment,
+        Deployment(dataclasses.replace(config, api_keys_file=file)) as deployment,
         playwright.async_playwright() as driver,
     ):
         browser = await driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -114,10 +117,11 @@ async def test_it_asks_for_a_key_and_keeps_it_in_the_tab(config, tmp_path):
         await page.goto(f"http://{deployment.one('router').http_address}/ui")
         await page.wait_for_selector("#ask:not([hidden])")
         assert await page.evaluate("document.activeElement.id") == "key"
-        await page.keyboard.type("wrong")
-        await page.keyboard.press("Enter")
-        await playwright.expect(page.locator("#refused")).to_contain_text("not known")
-        await page.fill("#key", KEYS["admin"])
+        for wrong, said in (("wrong", "not known"), (keys["usual"], "not the scope admin")):
+            await page.fill("#key", wrong)
+            await page.keyboard.press("Enter")
+            await playwright.expect(page.locator("#refused")).to_contain_text(said)
+        await page.fill("#key", keys["admin"])
         await page.keyboard.press("Enter")
         await page.wait_for_selector("#all:not([hidden])")
         assert await page.evaluate("localStorage.length") == 0 and "key" not in page.url

@@ -6,16 +6,20 @@ import itertools
 import json
 import random
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
 
+from antefix.errors import PermissionDenied, Unauthenticated
 from antefix.miss_reason import MissReason
 from antefix.restore_report import RestoreReport
 from antefix_billing.usage_record import Status, UsageRecord
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_router.page.activity import Activity, Life
 from antefix_router.page.explained import explained
-from antefix_router.page.page import _FILES
+from antefix_router.page.page import _FILES, page_routes
 from antefix_router.page.prefix_forest import PrefixForest
 from tests.gateway.scripted import MODEL
 
@@ -124,6 +128,17 @@ def test_a_forest_forgets_what_is_used_least():
     assert name("shared", 39, 39)[-1] in {each for run in forest.walk() for each in run.hashes}
     forest.note(name(*range(51)), b"x")  # longer than all there is room for
     assert forest.num_hashes <= 50
+
+
+@pytest.mark.parametrize(("error", "status"), [(Unauthenticated("who?"), 401), (PermissionDenied("no"), 403)])
+def test_the_data_needs_leave_and_the_page_does_not(error, status):
+    def check(request):
+        raise error
+
+    view = SimpleNamespace(data=None)  # never asked
+    client = TestClient(Starlette(routes=page_routes(view, check)))
+    assert client.get("/ui/data").status_code == status
+    assert client.get("/ui").status_code == 200 and client.get("/ui/secret").status_code == 404
 
 
 def get(url):

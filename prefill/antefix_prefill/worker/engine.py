@@ -190,7 +190,7 @@ class Engine:
             return
         if not any(self.keyring.owner(tenant, number) in grant.owners for number in self.keyring.generations):
             raise PermissionDenied("the grant is for another tenant")
-        if not fits_prompt(self.keyring, grant, prompt, self.block_size):
+        if not fits_prompt(self.keyring, grant, prompt):
             raise PermissionDenied("the grant is for another prompt")
 
     async def register(self) -> None:
@@ -218,7 +218,13 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
     identity = identify(config.model)
     kv_format = KVFormat(config.kv_format)
     check_bounded(config.bounded_windows, identity.geometry)
-    model = load_model(config.model, device=config.device, dtype=DTYPES[config.dtype], kv_format=kv_format)
+    model = load_model(
+        config.model,
+        device=config.device,
+        dtype=DTYPES[config.dtype],
+        kv_format=kv_format,
+        drafts=config.speculate == "mtp",
+    )
     # The kernels read packed records; torch keeps decoded mirrors beside them.
     packed = uses_triton(config.kernels, model.layout, config.device)
     block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)

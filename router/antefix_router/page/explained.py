@@ -18,6 +18,8 @@ _WHY: Final[dict[MissReason, str]] = {
     MissReason.CORRUPT: "They were stored, but damaged. They have been set aside and computed again.",
     MissReason.STORE_UNAVAILABLE: "The store did not answer.",
     MissReason.UNREACHABLE: "They are stored behind a block that is not.",
+    MissReason.LOST_HIT: "The worker's events said that it has them, and it did not hit them.",
+    MissReason.OTHER_WORKER: "Another worker has them; this one was chosen because it has less to do.",
     MissReason.UNKNOWN: "The worker gave a reason that this router does not know: it is newer.",
 }
 _PLANS: Final = {

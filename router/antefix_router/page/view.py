@@ -11,7 +11,6 @@ from antefix import __version__
 from antefix.errors import AntefixError
 from antefix.store.api import Store
 from antefix.store.store_stats import StoreTotals
-from antefix_billing.limits import TenantLimits
 from antefix_router.assembly import Router
 from antefix_router.page.activity import Activity
 from antefix_router.page.explained import explained
@@ -148,11 +147,11 @@ class View:
         return shown
 
     def _tenants(self) -> list[dict[str, Any]]:
-        book, quotas = self._router.front.tenants, self._router.front.accounts.quotas
+        quotas = self._router.front.accounts.quotas
         now = datetime.datetime.now(datetime.UTC)
         rows = []
         for name, tenant in self._activity.busiest(_TENANTS_SHOWN):
-            limits: TenantLimits = book.limits.get(name, book.default)
+            limits = quotas.limits_of(name)
             windows = []
             for limit in limits.limits:
                 tokens, money = quotas.used(name, limit.window, now)
