@@ -57,6 +57,8 @@ class GenerationRequest:
     """tokens: the prompt.  breakpoints: prefixes that the client wants kept.
 
     num_samples: outputs over the one prompt; each has a seed of its own.
+    model: which one, where there are several.  content: what else decides the answer, beyond tokens and sampling.
+    num_tokens_about: of a prompt whose tokens nobody could tell, at least as many.
     """
 
     tokens: Tokens
@@ -64,6 +66,14 @@ class GenerationRequest:
     caller: Caller = field(default_factory=Caller)
     breakpoints: tuple[Breakpoint, ...] = ()
     num_samples: int = 1
+    model: str = ""
+    content: bytes = b""
+    num_tokens_about: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, as far as it is known."""
+        return len(self.tokens) or self.num_tokens_about
 
     @property
     def request_id(self) -> str:

@@ -25,6 +25,10 @@ class MissReason(StrEnum):
     STORE_UNAVAILABLE = "store_unavailable"
     # Stored behind a block that is not. Never the reason of a first miss.
     UNREACHABLE = "unreachable"
+    # Workers that are not ours: the events of the one that answered said that it has the block, and it did not hit.
+    LOST_HIT = "lost_hit"
+    # Another worker had it; this one was chosen for having less to do.
+    OTHER_WORKER = "other_worker"
     # A newer peer's, which this process does not know.
     UNKNOWN = "unknown"
 

@@ -271,7 +271,7 @@ class Server:
     port: int
     host: str
     draining: asyncio.Event
-    token_port: int = 0
+    token_address: str = ""
 
     @property
     def address(self) -> str:
@@ -315,20 +315,21 @@ async def start_server(
     # Whoever may open a socket file may call.
     with private_files() if host.startswith(UNIX) else contextlib.nullcontext():
         bound = _listen(server, join_address(host, port), security.server_credentials())
-    token_port = _listen_for_tokens(server, token_address, security) if token_address else 0
+    for_tokens = _listen_for_tokens(server, token_address, security) if token_address else ""
     await server.start()
     for name in ("", *names):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(server=server, health=health, port=bound, host=host, draining=draining, token_port=token_port)
+    return Server(server=server, health=health, port=bound, host=host, draining=draining, token_address=for_tokens)
 
 
-def _listen_for_tokens(server: grpc.aio.Server, address: str, security: ProcessSecurity) -> int:
+def _listen_for_tokens(server: grpc.aio.Server, address: str, security: ProcessSecurity) -> str:
     credentials = security.server_credentials(mutual=False)
     if credentials is None:
         raise errors.ConfigError(
             "--token-address is for TLS (--credentials): without it, tokens are shown at --address"
         )
-    return _listen(server, join_address(*parse_address(address)), credentials)
+    host, port = parse_address(address)
+    return join_address(host, _listen(server, join_address(host, port), credentials))
 
 
 def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
@@ -385,6 +386,7 @@ async def run_until_signal(
     # Announced once we can be told to stop: whoever reads this may do so at once.
     ready = {"ready": True, "role": role, "address": server.address}
     others_too = {"http_address": http_address, "metrics_address": metrics_address}
+    others_too["token_address"] = server.token_address
     print(json.dumps({**ready, **{name: where for name, where in others_too.items() if where}}), flush=True)
     watcher = asyncio.create_task(_watch_stdin(asked)) if watch_stdin else None
     await asked.wait()

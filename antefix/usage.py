@@ -7,8 +7,31 @@ and `antefix_billing.usage_record` (the ledger's bytes).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from antefix.miss_reason import MissReason
+
+
+class Evidence(StrEnum):
+    """What a hit's count rests on. Values are part of the ledger's format: never renamed."""
+
+    # The hash of the last block that was hit, which the store's log confirms.
+    PROVED = ""
+    # The word of a worker that is not ours.
+    REPORTED = "reported"
+    # What the router expected of such a worker, whose answer broke off before it said.
+    EXPECTED = "expected"
+    # A newer peer's, which this process does not know.
+    UNKNOWN = "unknown"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Evidence:
+        return cls.UNKNOWN
+
+    @property
+    def label(self) -> str:
+        """For headers and metrics."""
+        return self.value or "proved"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +44,8 @@ class Usage:
     replayed_tokens: run again to rebuild window state, billed as hits.
     last_hit_hash: hex hash of the last block that was hit: the evidence.
     ttft_us: microseconds to the first token.
+    evidence: what the hit's count rests on.
+    worker: of a fleet that is not ours, which one answered.  expected_hit_tokens: what the router thought it would hit.
     """
 
     prompt_tokens: int = 0
@@ -35,6 +60,9 @@ class Usage:
     last_hit_hash: str = ""
     miss_reason: MissReason = MissReason.NONE
     ttft_us: int = 0
+    evidence: Evidence = Evidence.PROVED
+    worker: str = ""
+    expected_hit_tokens: int = 0
 
     @property
     def cache_miss_tokens(self) -> int:

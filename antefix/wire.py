@@ -14,7 +14,7 @@ from antefix.errors import InternalError, InvalidRequest
 from antefix.miss_reason import MissReason
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
-from antefix.usage import Usage
+from antefix.usage import Evidence, Usage
 from antefix.v1 import usage_pb2, worker_pb2
 
 
@@ -132,9 +132,10 @@ def usage_to_wire(usage: Usage, *, request_id: str = "", total_s: float = 0.0) -
 
 
 def usage_from_wire(message: usage_pb2.Usage) -> Usage:
-    names = {field.name for field in dataclasses.fields(Usage)} - {"ttft_us", "miss_reason"}
+    names = {field.name for field in dataclasses.fields(Usage)} - {"ttft_us", "miss_reason", "evidence"}
     return Usage(
         **{name: getattr(message, name) for name in names},
         miss_reason=MissReason(message.miss_reason),
+        evidence=Evidence(message.evidence),
         ttft_us=round(message.ttft_s * 1e6),
     )

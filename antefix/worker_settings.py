@@ -55,6 +55,11 @@ class WorkerSettings:
     kernels: str = setting(
         "auto", "cache path; auto: triton where it can run (CUDA and fp8)", choices=("auto", "triton", "torch")
     )
+    speculate: str = setting(
+        "off",
+        "mtp: draft a token ahead with the checkpoint's own layer, and keep it where it is what would be chosen anyway",
+        choices=("off", "mtp"),
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)

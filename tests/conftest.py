@@ -22,7 +22,8 @@ __all__ = ["redis", "shared_redis", "start_cluster", "start_redis"]
 os.umask(0o077)
 # Triton reads this when it is first imported, whoever imports it (transformers does): without a card the kernels' tests
 # run in its interpreter.
-if not Path("/dev/nvidiactl").exists():
+HAS_CARD = Path("/dev/nvidiactl").exists()
+if not HAS_CARD:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # An example's 200 ms say nothing about the code on a machine that others use as well.
@@ -64,6 +65,11 @@ PROCESS_FOLDERS = {"e2e", "wheel"}
 platform.processor()
 
 
+def compiles(item):
+    """On a card Triton runs an assembler for each kernel that it has not compiled before."""
+    return HAS_CARD and (item.get_closest_marker("gpu") is not None or item.path.parent.name == "kernels")
+
+
 def _refuse(*_, **__):
     raise RuntimeError("this test starts a process: mark it with @pytest.mark.services")
 
@@ -82,7 +88,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    if item.get_closest_marker("services") is not None:
+    if item.get_closest_marker("services") is not None or compiles(item):
         return (yield)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess.Popen, "__init__", _refuse)

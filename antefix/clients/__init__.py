@@ -2,6 +2,7 @@
 
 from antefix.block import TokenArray as Tokens
 from antefix.clients.decode import DecodeClient, Decoded
+from antefix.clients.fleet import CandidateEngine, EngineStatus, ExplainedRequest, FleetClient
 from antefix.clients.prefill import PrefillClient, Prefilled
 from antefix.clients.router import Generated, RouterClient
 from antefix.clients.statuses import (
@@ -20,9 +21,13 @@ from antefix.clients.window import WindowClient
 
 __all__ = [
     "AnswerCounters",
+    "CandidateEngine",
     "DecodeClient",
     "DecodeStatus",
     "Decoded",
+    "EngineStatus",
+    "ExplainedRequest",
+    "FleetClient",
     "Generated",
     "PlanKindStatus",
     "PlannedRestore",

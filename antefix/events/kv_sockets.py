@@ -7,7 +7,6 @@ it, where its settings allow that.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +17,7 @@ import zmq.utils.z85
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from antefix.errors import ConfigError
+from antefix.security.listening import is_loopback
 
 _KEY_CHARACTERS: Final = 40
 
@@ -67,11 +67,7 @@ def is_local(endpoint: str) -> bool:
     scheme, _, rest = endpoint.partition("://")
     if scheme in ("ipc", "inproc"):
         return True
-    host = rest.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return is_loopback(rest.rpartition(":")[0])
 
 
 def check_endpoint(name: str, endpoint: str, *, is_encrypted: bool) -> None:

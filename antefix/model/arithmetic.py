@@ -25,18 +25,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from antefix.block import arithmetic_of
 from antefix.layout import LayerKind
 from antefix.model import arithmetic_cache, numerics
+from antefix.model.card_steps import card_steps
 from antefix.model.mhc import sinkhorn
 from antefix.model.model import Model
-from antefix.model.norms_rope import rms_norm
 from antefix.model.ops import HCA_SEGMENT, KEY_TILE
 from antefix.model.packed import PackedForm, PackedLinear, PackedMatrix, PackedStack
+from antefix.model.probe_steps import ROW_CUTS, ROWS, Step, function_step, numbers
 from antefix.model.quant import value_dtype
 from antefix.model.setup import Setup, setup_of
 
@@ -44,9 +44,6 @@ from antefix.model.setup import Setup, setup_of
 TIME_S_MAX: Final = 30.0
 # Of wider products so many columns are probed: a 129,280-token vocabulary would take gigabytes.
 COLUMNS_MAX: Final = 8192
-_ROWS: Final = 144
-# First row and number of rows: single rows, less than a tile, across tiles, whole tiles.
-_ROW_CUTS: Final = ((0, 1), (5, 3), (3, 17), (21, 64), (64, 80))
 _PAIRS: Final = 19
 _PAIR_CUTS: Final = ((0, 1), (5, 2), (3, 16))
 _DIGITS: Final = 10
@@ -74,22 +71,6 @@ class Arithmetic:
 
 _PLACE: Final = "depends on a row's place"
 _THREADS: Final = "depends on the number of threads"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One thing that the model runs. run: over the first dim of its input, whose rows must not mind each other.
-
-    shape: of the input.  cuts: pieces of it that must come out as in the whole.  note: what of it is not probed.
-    """
-
-    label: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    cuts: tuple[tuple[int, int], ...]
-    run: Callable[[Tensor, int], Tensor]
-    is_product: bool = True
-    note: str = ""
 
 
 def probe(
@@ -137,7 +118,7 @@ def probe(
 def steps_of(model: Model) -> Iterator[Step]:
     """Everything that a forward pass of the model computes from more than one number, once per shape.
 
-    On a card attention and mixing are kernels of their own, which are not probed: only products of weights, and norms.
+    On a card attention, index scores and compressors are kernels over a pool, which are not probed.
     """
     seen: set[tuple[str, torch.dtype, tuple[int, ...]]] = set()
     on_card = model.device.type == "cuda"
@@ -171,23 +152,22 @@ def _products(model: Model) -> Iterator[Step]:
     def mix(x: Tensor, _: int) -> Tensor:
         return sinkhorn(x.view(-1, streams, streams) / 4, 2, config.hc_eps)
 
-    yield Step(f"sinkhorn of {streams} streams", wide, (_ROWS, streams * streams), _ROW_CUTS, mix)
+    yield Step(f"sinkhorn of {streams} streams", wide, (ROWS, streams * streams), ROW_CUTS, mix)
 
 
 def _on_card(model: Model) -> Iterator[Step]:
     for addends, columns in sorted(_matrices(model)):
         yield _linear(addends, columns, model.dtype)
     yield from _packed_products(model)
-    for width in sorted({model.config.hidden_size, model.config.q_lora_rank}):
-        norm = functools.partial(rms_norm, weight=None, eps=model.config.rms_norm_eps)
-        yield _function(f"norm of {width}", norm, width, model.dtype)
+    yield from card_steps(model)
 
 
 def _matrices(model: Model) -> set[tuple[int, int]]:
     """(K, O) of every matrix of weights that tokens are multiplied with in the model's own precision."""
     found = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        # What drafts decides no bits of KV.
+        if isinstance(module, nn.Linear) and not name.startswith("mtp."):
             # Of the grouped output projection each group is a product of its own.
             groups = model.config.o_groups if name.endswith("o_a_proj") else 1
             found.add((module.in_features, module.out_features // groups))
@@ -199,7 +179,7 @@ def _packed_products(model: Model) -> Iterator[Step]:
     part of the name."""
     found: set[tuple[PackedForm, int, int]] = set()
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear | PackedStack):
+        if isinstance(module, PackedLinear | PackedStack) and not name.startswith("mtp."):
             shape = module.shape[1:] if isinstance(module, PackedStack) else (module.out_features, module.in_features)
             columns, addends = shape
             groups = model.config.o_groups if name.endswith("o_a_proj") else 1
@@ -224,7 +204,7 @@ def _linear(addends: int, columns: int, dtype: torch.dtype) -> Step:
     def run(x: Tensor, salt: int) -> Tensor:
         return numerics.linear(x, numbers((probed, addends), salt, x.dtype, x.device))
 
-    return Step(f"{addends} x {columns}", dtype, (_ROWS, addends), _ROW_CUTS, run, note=note)
+    return Step(f"{addends} x {columns}", dtype, (ROWS, addends), ROW_CUTS, run, note=note)
 
 
 def _packed(form: PackedForm, addends: int, columns: int, dtype: torch.dtype) -> Step:
@@ -242,7 +222,7 @@ def _packed(form: PackedForm, addends: int, columns: int, dtype: torch.dtype) ->
         return numerics.linear(x, matrix)
 
     label = f"{addends} x {columns}, {form.label}, {inputs}"
-    return Step(label, dtype, (_ROWS, addends), _ROW_CUTS, run, note=note)
+    return Step(label, dtype, (ROWS, addends), ROW_CUTS, run, note=note)
 
 
 def _weighted(addends: int, columns: int, dtype: torch.dtype) -> Step:
@@ -251,7 +231,7 @@ def _weighted(addends: int, columns: int, dtype: torch.dtype) -> Step:
     def run(x: Tensor, salt: int) -> Tensor:
         return numerics.multiply(x, numbers((addends, columns), salt, x.dtype, x.device))
 
-    return Step(f"{addends} x {columns}, not transposed", dtype, (_ROWS, addends), _ROW_CUTS, run)
+    return Step(f"{addends} x {columns}, not transposed", dtype, (ROWS, addends), ROW_CUTS, run)
 
 
 def _pairs(model: Model) -> Iterator[Step]:
@@ -295,23 +275,19 @@ def _functions(model: Model) -> Iterator[Step]:
         "sqrt of softplus": lambda x: torch.sqrt(numerics.softplus(x)),
     }
     for name, function in functions.items():
-        yield _function(name, function, 1021, wide)
+        yield function_step(name, function, 1021, wide)
     widths = {config.hidden_size, config.q_lora_rank, geometry.head_dim, geometry.indexer_dim}
     for width in sorted(widths | {config.hc_mult * config.hidden_size}):
-        yield _function(f"mean of {width}", lambda x: x.square().mean(-1, keepdim=True), width, wide)
+        yield function_step(f"mean of {width}", lambda x: x.square().mean(-1, keepdim=True), width, wide)
     for width in sorted({2 * geometry.window, config.index_topk, HCA_SEGMENT, config.num_experts_per_token}):
-        yield _function(f"sum of {width}", lambda x: x.sum(-1, keepdim=True), width, wide)
+        yield function_step(f"sum of {width}", lambda x: x.sum(-1, keepdim=True), width, wide)
     if config.scoring_func == "softmax":
-        yield _function("softmax", lambda x: torch.softmax(x, -1), config.num_experts, wide)
+        yield function_step("softmax", lambda x: torch.softmax(x, -1), config.num_experts, wide)
     groups = {LayerKind.HCA: geometry.hca_ratio, LayerKind.CSA: 2 * geometry.csa_ratio}
     for kind in sorted(set(geometry.layers) & groups.keys()):
         ratio, width = groups[kind], geometry.head_dim
         pool = functools.partial(_pool, ratio, width)
         yield Step(f"pool of {ratio} x {width}", wide, (5, ratio * width), ((0, 1), (1, 3)), pool, is_product=False)
-
-
-def _function(name: str, function: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> Step:
-    return Step(name, dtype, (_ROWS, width), _ROW_CUTS, lambda x, _: function(x), is_product=False)
 
 
 def _pool(ratio: int, width: int, x: Tensor, _: int) -> Tensor:
@@ -362,12 +338,5 @@ def _check(steps: list[Step], device: torch.device, setup: Setup, deadline: floa
                 continue
         num_proved += 1
     if is_card:
-        unproved.append("attention and mixing kernels: named by their versions, not probed")
+        unproved.append("attention, index and compressor kernels: named by their versions, not probed")
     return Arithmetic(name="", setup="", num_proved=num_proved, failed=tuple(failed), unproved=tuple(unproved))
-
-
-def numbers(shape: tuple[int, ...], salt: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Fixed numbers between -2 and 2 with full mantissas, made from integers: the same on every machine."""
-    count = int(np.prod(shape))
-    drawn = np.random.Generator(np.random.PCG64(salt)).integers(-(1 << 23), 1 << 23, count, dtype=np.int32)
-    return (torch.from_numpy(drawn).view(shape).to(torch.float32) * 2.0**-22).to(device, dtype)

@@ -42,18 +42,20 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     kv_format: KVFormat = KVFormat.FP8,
     rounds_inputs: bool = True,
+    drafts: bool = False,
     progress: Progress | None = None,
 ) -> Model:
     """Load a `deepseek_v4` directory for inference (no gradients). Packed weights stay packed.
 
     rounds_inputs: round inputs of packed products to FP8, as the released code does.
+    drafts: load the layer that predicts a token further as well.
     progress: called after every span; by default a line in the log every ten seconds.
     Raises:  ModelError: a file or tensor is missing, misshapen, unexpected or unreadable; the message names it.
         ConfigError: the device is none, or cannot be used here.
     """
     check_device(device)
     directory = Path(path)
-    model, plan = plan_model(directory, kv_format=kv_format, rounds_inputs=rounds_inputs)
+    model, plan = plan_model(directory, kv_format=kv_format, rounds_inputs=rounds_inputs, drafts=drafts)
     for note in model.config.notes:
         log.warning("%s: %s", directory / "config.json", note)
     state = {
@@ -73,15 +75,18 @@ def load_model(
 
 
 def plan_model(
-    directory: Path, *, kv_format: KVFormat = KVFormat.FP8, rounds_inputs: bool = True
+    directory: Path, *, kv_format: KVFormat = KVFormat.FP8, rounds_inputs: bool = True, drafts: bool = False
 ) -> tuple[Model, LoadPlan]:
     """A directory's model without memory, its packed modules in place, and what would be read into it.
 
     Raises:  ModelError: as `load_model`.
     """
     config = ModelConfig.from_dir(directory)
+    if drafts and config.draft != "mtp":
+        have = "DSpark's draft modules, which are not run here" if config.draft else "no layer that drafts"
+        raise ModelError(f"{directory} cannot draft tokens: its config has {have}")
     with torch.device("meta"):
-        model = Model(config, kv_format=kv_format)
+        model = Model(config, kv_format=kv_format, drafts=drafts)
     return model, plan_load(model, read_checkpoint(directory), rounds_inputs=rounds_inputs)
 
 

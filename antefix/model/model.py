@@ -5,6 +5,8 @@ Shapes:  V = vocabulary, D = hidden size, M = streams.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,23 @@ class DecoderLayer(nn.Module):
         self.ffn_hc = HyperConnection(config)
 
 
+class DraftLayer(DecoderLayer):
+    """Parameters of the layer that predicts a token further, `mtp.0` in checkpoints: window-only, never hash-routed.
+
+    Its head is its own mixing and norm with the main model's `lm_head`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        geometry = replace(config.geometry, layers=(LayerKind.WINDOW,))
+        super().__init__(replace(config, geometry=geometry, hash_routed=(False,)), 0)
+        self.e_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.h_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_head = HyperHead(config)
+
+
 class Trunk(nn.Module):
     """Everything but the output head, named `model` in checkpoints."""
 
@@ -43,7 +62,7 @@ class Trunk(nn.Module):
 
 
 class Model(nn.Module):
-    """A DeepSeek-V4 model. `layout` says how its KV is written down.
+    """A DeepSeek-V4 model. `layout` says how its KV is written down; `mtp` has the layer that drafts, if one is wanted.
 
     A model that was not loaded from a checkpoint has uninitialised weights until `init_weights`.
     """
@@ -51,11 +70,12 @@ class Model(nn.Module):
     rope_main: Tensor
     rope_compress: Tensor
 
-    def __init__(self, config: ModelConfig, *, kv_format: KVFormat = KVFormat.FP8) -> None:
+    def __init__(self, config: ModelConfig, *, kv_format: KVFormat = KVFormat.FP8, drafts: bool = False) -> None:
         super().__init__()
         self.config = config
         self.layout = BlockLayout(geometry=config.geometry, kv_format=kv_format)
         self.model = Trunk(config)
+        self.mtp = nn.ModuleList([DraftLayer(config)] if drafts else [])
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

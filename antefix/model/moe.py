@@ -141,8 +141,8 @@ def _row_sums(weights_NK: Tensor) -> Tensor:
     if not has_kernels(weights_NK):
         return weights_NK.sum(-1, keepdim=True)
     total = weights_NK[:, :1]
-    for column in weights_NK[:, 1:].split(1, dim=1):
-        total = total + column
+    for column in range(1, weights_NK.shape[1]):
+        total = total + weights_NK[:, column : column + 1]
     return total
 
 

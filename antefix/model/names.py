@@ -142,6 +142,9 @@ def checkpoint_name(name: str) -> str:
     """The spelling that transformers saves a module's tensor under (expert stacks excepted)."""
     if name == "lm_head.weight":
         return "head.weight"
+    if match := _MTP.match(name):
+        released = {module: of_release for of_release, module in _MTP_NAMES.items()} | _TO_RELEASED
+        return f"mtp.{match[1]}.{released.get(match[2], match[2])}"
     match = _LAYER.match(name)
     if match is None or match[2] not in _TO_RELEASED:
         return name

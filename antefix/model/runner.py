@@ -1,8 +1,8 @@
 """Serving's forward pass: ragged batches of new tokens against the pool and each sequence's window state.
 
 One call takes any number of sequences with any number of new tokens each: a prefill chunk is one sequence with many
-tokens, a decode step many sequences with one token each. On a CPU a sequence's results are the same bits however its
-tokens are cut into calls and whatever else is in the batch (see `numerics` and `attend`).
+tokens, a decode step many sequences with one token each, or two where one was drafted. On a CPU a sequence's results
+are the same bits however its tokens are cut into calls and whatever else is in the batch (see `numerics`, `attend`).
 
 Shapes:  N = tokens of the whole batch, padded to ROW_TILE rows; T = tokens of one sequence; M = streams,
          D = hidden size, V = vocabulary.
@@ -36,7 +36,10 @@ _TORCH_OPS = TorchOps()
 
 @dataclass(slots=True)
 class _Item:
-    """One sequence's share of the batch: rows [start, stop), and what takes effect when the call succeeds."""
+    """One sequence's share of the batch: rows [start, stop), and what takes effect when tokens are kept.
+
+    pending: each moves a part of the window state on by the new tokens [first, last); num_kept: how far it was moved.
+    """
 
     sequence: Sequence
     start: int
@@ -44,11 +47,13 @@ class _Item:
     block_ids: Tensor
     positions: Tensor
     group_ropes: dict[LayerKind, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    pending: list[Callable[[], object]] = field(default_factory=list)
+    pending: list[Callable[[int, int], object]] = field(default_factory=list)
+    num_kept: int = 0
 
     @property
     def position(self) -> int:
-        return self.sequence.position
+        """Where the new tokens begin."""
+        return self.sequence.position - self.num_kept
 
     @property
     def rows(self) -> slice:
@@ -74,6 +79,54 @@ def forward(
              InternalError: no tokens, a block table that is too short, a pool or a state of another layout.
              Nothing has changed then. After any other error the sequences can be run again from where they were.
     """
+    ran = run_tokens(model, pool, batch, logits=logits, write_global_kv=write_global_kv, ops=ops)
+    for number in range(len(batch)):
+        ran.keep(number)
+    return ran.logits
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """New tokens of a batch, computed. Sequences are where they were until tokens are kept.
+
+    logits: as asked for.  streams: [tokens, M, D] on top of the last layer, in batch order.
+    Of tokens that are not kept nothing is left but rows of the pool that the tokens in their place will write again.
+    """
+
+    logits: Tensor
+    streams: Tensor
+    _items: list[_Item]
+
+    def rows(self, number: int) -> slice:
+        """A sequence's rows of `streams`, and of all logits."""
+        return self._items[number].rows
+
+    def keep(self, number: int, count: int | None = None) -> None:
+        """Move sequence `number` on until `count` of its new tokens are kept in all; None: all of them."""
+        item = self._items[number]
+        stop = item.stop - item.start if count is None else count
+        if not item.num_kept <= stop <= item.stop - item.start:
+            raise InternalError(
+                f"{stop} tokens cannot be kept of {item.stop - item.start}, {item.num_kept} are already"
+            )
+        for apply in item.pending:
+            apply(item.num_kept, stop)
+        item.sequence.window.position += stop - item.num_kept
+        item.num_kept = stop
+
+
+@torch.inference_mode()
+def run_tokens(
+    model: Model,
+    pool: BlockPool,
+    batch: collections.abc.Sequence[tuple[Sequence, Tokens]],
+    *,
+    logits: Literal["last", "all"] = "last",
+    write_global_kv: bool = True,
+    ops: Ops = _TORCH_OPS,
+) -> Ran:
+    """`forward` without its last step: the caller says how many of each sequence's tokens are kept, and the rest is as
+    if it had never run. Raises as `forward`."""
     # 1. Check everything, before anything is written.
     items, tokens = _plan(model, pool, batch)
     positions = pad_rows(torch.cat([item.positions for item in items]))
@@ -92,14 +145,10 @@ def forward(
         x, post, comb = layer.ffn_hc(streams)
         x = layer.post_attention_layernorm(x)[:num_tokens]
         streams = expand(streams, pad_rows(layer.mlp(x, tokens[:num_tokens])), post, comb)
-    # 3. Window states move on only now, so that a failed call can be repeated.
-    for item in items:
-        for apply in item.pending:
-            apply()
-        item.sequence.window.position += item.stop - item.start
+    # 3. Window states move on only when tokens are kept, so that a failed call can be repeated.
     hidden = model.model.norm(model.model.hc_head(streams))
     wanted = hidden[:num_tokens] if logits == "all" else hidden[[item.stop - 1 for item in items]]
-    return linear(wanted, model.lm_head.weight)
+    return Ran(linear(wanted, model.lm_head.weight), streams[:num_tokens], items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +192,7 @@ class _LayerPass:
     def _window(self, item: _Item, entries_TC: Tensor) -> WindowLine:
         ring = item.sequence.window.window[self.index]
         position = item.position
-        item.pending.append(lambda: advance_ring(ring, entries_TC, position))
+        item.pending.append(lambda first, stop: advance_ring(ring, entries_TC[first:stop], position + first))
         return line_up(ring, entries_TC, position, item.sequence.window.cut)
 
     def _hca(self, item: _Item, q: Tensor, line: WindowLine, rows: Tensor) -> Tensor:
@@ -180,18 +229,26 @@ class _LayerPass:
         num_new = new_rows.shape[1]
         closed = (count + num_new) // ratio
         if not closed:
-            item.pending.append(lambda: state.tail[:, count : count + num_new].copy_(new_rows))
+
+            def extend(first: int, stop: int) -> None:
+                state.tail[:, count + first : count + stop] = new_rows[:, first:stop]
+
+            item.pending.append(extend)
             return
         rows = torch.cat((state.tail[:, :count], new_rows), dim=1) if count else new_rows
         groups = rows[:, : closed * ratio].view(2, closed, ratio, -1)
         if self.write:
             cos, sin = self._group_rope(item, first, closed)
             self.ops.compress_and_pack(compressor, groups, state.overlap, cos, sin, entries, first)
-        rest = rows[:, closed * ratio :]
-        item.pending.append(lambda: state.tail[:, : rest.shape[1]].copy_(rest))
-        if state.overlap is not None:
-            overlap, last = state.overlap, groups[:, -1, :, : compressor.width]
-            item.pending.append(lambda: overlap.copy_(last))
+
+        def close(first: int, stop: int) -> None:
+            done = (count + stop) // ratio
+            rest = rows[:, done * ratio : count + stop]
+            state.tail[:, : rest.shape[1]] = rest
+            if state.overlap is not None and done > (count + first) // ratio:
+                state.overlap.copy_(groups[:, done - 1, :, : compressor.width])
+
+        item.pending.append(close)
 
     def _group_rope(self, item: _Item, first: int, num_groups: int) -> tuple[Tensor, Tensor]:
         """cos and sin at each group's first token; the same for all layers of a kind."""

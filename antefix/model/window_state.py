@@ -7,6 +7,10 @@ Bytes of a state at position P (all numbers little-endian; floats are float32, f
     overlap   CSA layer        kv [m, c], gate [m, c], indexer kv [m, c_I], gate     2 * m * (c + c_I) floats
     tails     CSA, HCA layer   kv [r, S], gate [r, S]; CSA: the indexer's likewise   2 * r * S floats, r = P mod ratio
 
+    draft     if there is one     number of the first entry's position, u64; the n_win entry records before
+                                  position P - 1, oldest first; the last token's streams [M, D]    8 + n_win records
+                                  + 4 * M * D: float32 in any format
+
 S is c for HCA, 2 c (2 c_I) for CSA. Gates include the position bias. Before token n_win the oldest records are zeros;
 before the first closed group the overlap's kv is 0 and its gate -inf. At a block boundary tails are empty and the size
 is `layout.checkpoint_bytes`. The oldest of the n_win tokens is never read again (a query sees n_win - 1 before it).
@@ -22,7 +26,10 @@ from torch import Tensor
 
 from antefix.errors import BlockCorrupt, InternalError
 from antefix.layout import BlockLayout, LayerKind
+from antefix.model.attend import advance_ring
 from antefix.model.quant import entry_bytes, pack_entries, unpack_entries, value_dtype
+
+_FIRST_BYTES = 8
 
 
 @dataclass(slots=True)
@@ -40,11 +47,70 @@ class CompressorState:
         return CompressorState(self.tail.clone(), None if self.overlap is None else self.overlap.clone())
 
 
+@dataclass(slots=True)
+class DraftState:
+    """What the layer that drafts needs (`antefix.model.draft`).
+
+    ring: [n_win, c] its window KV; the entry of position p lies in slot p mod n_win.  first, end: entries of positions
+    [first, end) are there, the last n_win of them.  streams: [M * D] or [M, D] of the token at `end`; None: used up.
+    """
+
+    ring: Tensor
+    first: int
+    end: int
+    streams: Tensor | None
+
+    @classmethod
+    def empty(cls, layout: BlockLayout, position: int, device: str | torch.device = "cpu") -> DraftState:
+        """Nothing is known of the tokens before `position`."""
+        shape = (layout.geometry.window, layout.geometry.head_dim)
+        ring = torch.zeros(shape, dtype=value_dtype(layout.kv_format), device=device)
+        return cls(ring, position, position, None)
+
+    def is_at(self, position: int) -> bool:
+        """Whether it is the state of a sequence of so many tokens."""
+        return self.streams is not None and self.end == position - 1
+
+    def take(self, entries_TC: Tensor) -> None:
+        """The next positions' entries."""
+        advance_ring(self.ring, entries_TC, self.end)
+        self.end += len(entries_TC)
+
+    def clone(self) -> DraftState:
+        return DraftState(
+            self.ring.clone(), self.first, self.end, None if self.streams is None else self.streams.clone()
+        )
+
+    @staticmethod
+    def fixed_bytes(layout: BlockLayout) -> int:
+        """Of its bytes, all but the streams."""
+        return _FIRST_BYTES + layout.window_bytes // layout.geometry.num_layers
+
+    def pieces(self, layout: BlockLayout) -> list[Tensor]:
+        """Its bytes in order (table above), of a state that `is_at` some position."""
+        assert self.streams is not None
+        first = torch.tensor([self.first], dtype=torch.int64, device=self.ring.device)
+        records = pack_entries(self.ring.roll(-(self.end % layout.geometry.window), dims=0), layout)
+        return [first.view(torch.uint8), records, self.streams.float().contiguous().view(torch.uint8)]
+
+    @classmethod
+    def from_bytes(cls, layout: BlockLayout, position: int, raw: Tensor) -> DraftState:
+        """Of a sequence of `position` tokens.  Raises:  BlockCorrupt: it cannot have begun where it says."""
+        window, records_end = layout.geometry.window, cls.fixed_bytes(layout)
+        first = int(raw[:_FIRST_BYTES].clone().view(torch.int64))
+        if not 0 <= first < position:
+            raise BlockCorrupt(f"a draft state at position {position} cannot begin at {first}")
+        records = raw[_FIRST_BYTES:records_end].clone().view(window, -1)
+        ring = unpack_entries(records, layout).roll((position - 1) % window, dims=0)
+        return cls(ring, first, position - 1, raw[records_end:].clone().view(torch.float32))
+
+
 class WindowState:
     """Decoded window state of one sequence after `position` tokens.
 
     window: [L, n_win, c]; the token at position p lies in slot p mod n_win.
     main, indexer: compressor states by layer.
+    draft: of a model that drafts; what it holds decides speed, never an answer.
     cut: tokens before it are not attended to in windows. 0, except during a bounded replay, which starts there; not
         part of the bytes, since n_win tokens later nothing of it is left.
     """
@@ -57,6 +123,7 @@ class WindowState:
         self.layout = layout
         self.position = position
         self.cut = 0
+        self.draft: DraftState | None = None
         self.window = torch.zeros(geometry.num_layers, geometry.window, geometry.head_dim, dtype=dtype, device=device)
         self.main: dict[int, CompressorState] = {}
         self.indexer: dict[int, CompressorState] = {}
@@ -84,6 +151,7 @@ class WindowState:
         """An independent copy: two continuations of one prompt."""
         copy = object.__new__(WindowState)
         copy.layout, copy.position, copy.cut, copy.window = self.layout, self.position, self.cut, self.window.clone()
+        copy.draft = None if self.draft is None else self.draft.clone()
         copy.main = {layer: state.clone() for layer, state in self.main.items()}
         copy.indexer = {layer: state.clone() for layer, state in self.indexer.items()}
         return copy
@@ -93,6 +161,8 @@ class WindowState:
         oldest_first = self.window.roll(-(self.position % self.layout.geometry.window), dims=1)
         pieces = [pack_entries(oldest_first, self.layout)]
         pieces += [piece.contiguous().view(torch.uint8) for piece in self._float_pieces()]
+        if self.draft is not None and self.draft.is_at(self.position):
+            pieces += self.draft.pieces(self.layout)
         # Laid out where it is, so that a card is asked once.
         return torch.cat([piece.flatten() for piece in pieces]).cpu().numpy().tobytes()
 
@@ -102,13 +172,13 @@ class WindowState:
     ) -> WindowState:
         """The state that `to_bytes` wrote at `position`.
 
-        Raises:  BlockCorrupt: not as many bytes as a state at this position has.
+        Raises:  BlockCorrupt: not as many bytes as a state at this position has, with or without a draft state.
         """
         state = cls(layout, position, device)
-        if len(data) != state_bytes(layout, position):
-            raise BlockCorrupt(
-                f"window state at position {position} has {state_bytes(layout, position)} bytes, not {len(data)}"
-            )
+        nbytes = state_bytes(layout, position)
+        more = len(data) - nbytes - DraftState.fixed_bytes(layout)
+        if len(data) != nbytes and (more <= 0 or more % 4):
+            raise BlockCorrupt(f"window state at position {position} has {nbytes} bytes, not {len(data)}")
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         num_layers, window = layout.geometry.num_layers, layout.geometry.window
         records = raw[: layout.window_bytes].view(num_layers, window, entry_bytes(layout))
@@ -119,6 +189,8 @@ class WindowState:
             # The slice may be unaligned for floats; the clone is aligned.
             piece.copy_(raw[offset : offset + nbytes].clone().view(piece.dtype).view(piece.shape))
             offset += nbytes
+        if offset < len(raw):
+            state.draft = DraftState.from_bytes(layout, position, raw[offset:])
         return state
 
     def _float_pieces(self) -> Iterator[Tensor]:

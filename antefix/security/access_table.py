@@ -47,6 +47,9 @@ TABLE: Final[dict[str, Access]] = {
     "/antefix.v1.UsageService/GetReceipt": _row(*_CLIENTS),
     # It names workers' addresses.
     "/antefix.v1.RouterService/RouterStatus": _row(_OPERATOR, _LOCAL),
+    # So do these, of workers that are not ours; explaining a request acts for any tenant.
+    "/antefix.v1.FleetService/FleetStatus": _row(_OPERATOR, _LOCAL),
+    "/antefix.v1.FleetService/ExplainRequest": _row(_OPERATOR, _LOCAL),
     "/antefix.v1.RouterService/RegisterWorker": _row(*_WORKERS),
     # Work that a router has admitted and will bill.
     "/antefix.v1.PrefillService/Prefill": _row(_ROUTER, _OPERATOR, grant=_GRANTED),

@@ -7,10 +7,12 @@ from typing import Any
 
 import grpc
 
+from antefix.block import TokenArray
 from antefix.secret import Keyring
 from antefix.security import grants, tls
 from antefix.security.access_table import NO_ROW, TABLE, GrantRule
 from antefix.security.credential_files import CredentialFiles
+from antefix.security.grants import Granter
 from antefix.security.identity import Role, role_host
 from antefix.security.service_tokens import CALLER_KEY, service_token
 
@@ -20,7 +22,7 @@ Options = Sequence[tuple[str, Any]]
 class Credentials:
     """What a process shows of itself as a client.
 
-    files: TLS.  keyring: without TLS, proves that we have the deployment's secret, as this role.
+    files: TLS.  keyring: of the deployment's secret, which proves without TLS that we are this role.
     token: a bearer token.
     """
 
@@ -34,7 +36,7 @@ class Credentials:
     ) -> None:
         self.role = role
         self.files = files
-        self._keyring = keyring if files is None else None
+        self._keyring = keyring
         self._token = token
 
     @property
@@ -47,11 +49,24 @@ class Credentials:
         shown: list[tuple[str, str | bytes]] = []
         if self._token:
             shown.append(("authorization", f"Bearer {self._token}"))
-        if self._keyring is not None:
+        if self._keyring is not None and self.files is None:
             shown.append((CALLER_KEY, service_token(self._keyring, self.role, method)))
         if (grant := grants.held()) and TABLE.get(method, NO_ROW).grant is not GrantRule.NONE:
             shown.append((grants.GRANT_KEY, grant))
         return tuple(shown)
+
+    def grant_for(self, tenant: str, tokens: TokenArray, *, ttl_s: float) -> bytes:
+        """A grant of our own, where we may sign one; else empty."""
+        granter = self.granter()
+        if granter is None or self._keyring is None:
+            return b""
+        return granter.grant_for(self._keyring, tenant, tokens, ttl_s=ttl_s)
+
+    def granter(self) -> Granter | None:
+        """Signs grants, with grant.key or, without one, with the secret."""
+        if self.files is not None and (pem := self.files.now().grant_key):
+            return Granter.from_pem(pem)
+        return Granter.from_secret(self._keyring) if self._keyring is not None else None
 
     def target(self, of: Role | None, name: str) -> Options:
         """What the server's certificate must say. of, name: whom we mean to call.

@@ -4,7 +4,7 @@
     0       1          version, 1
     1       8          key: first bytes of the SHA-256 of the public key that checks it
     9       8          expires, Unix time in ms, u64
-    17      32         prompt: proof over the prompt's first block (`prompt_root`)
+    17      32         prompt: proof over the prompt's first 128 tokens (`prompt_root`)
     49      1          num_owners, at least 1
     50      24 a       owners: what stands for the tenant in the store, under each of the deployment's secrets
     ...     64         Ed25519 signature of all before it
@@ -36,6 +36,8 @@ GRANT_KEY: Final = "antefix-grant-bin"
 VERSION: Final = 1
 # Clocks of one deployment differ by less; `antefix doctor` says by how much they do.
 SKEW_S: Final = 30.0
+# A prompt's beginning that a grant is bound to: a block of V4's.
+ROOT_TOKENS: Final = 128
 _HEAD: Final = struct.Struct("<B8sQ32sB")
 _SIGNATURE_BYTES: Final = 64
 _KEY_NAME_BYTES: Final = 8
@@ -69,18 +71,18 @@ def held() -> bytes:
     return _held.get()
 
 
-def prompt_root(keyring: Keyring, tokens: TokenArray, block_size: int, generation: int = 0) -> bytes:
-    """What binds a grant to a prompt: 32 bytes over its first block that only the secret's owners can make."""
-    return keyring.proof(*_root_parts(tokens, block_size), generation=generation)
+def prompt_root(keyring: Keyring, tokens: TokenArray) -> bytes:
+    """What binds a grant to a prompt: 32 bytes over its beginning that only the secret's owners can make."""
+    return keyring.proof(*_root_parts(tokens))
 
 
-def fits_prompt(keyring: Keyring, grant: Grant, tokens: TokenArray, block_size: int) -> bool:
+def fits_prompt(keyring: Keyring, grant: Grant, tokens: TokenArray) -> bool:
     """Whether the grant is for this prompt, whichever of the deployment's secrets the router has as its first."""
-    return keyring.proves(grant.prompt, *_root_parts(tokens, block_size))
+    return keyring.proves(grant.prompt, *_root_parts(tokens))
 
 
-def _root_parts(tokens: TokenArray, block_size: int) -> tuple[bytes, bytes]:
-    return b"prompt-root", np.ascontiguousarray(tokens[:block_size], "<u4").tobytes()
+def _root_parts(tokens: TokenArray) -> tuple[bytes, bytes]:
+    return b"prompt-root", np.ascontiguousarray(tokens[:ROOT_TOKENS], "<u4").tobytes()
 
 
 class Granter:
@@ -115,6 +117,11 @@ class Granter:
         """A signed grant from now on."""
         expires_ms = round(1000 * (time.time() + ttl_s + SKEW_S))
         return self.sign(Grant(owners=tuple(owners), prompt=prompt, expires_ms=expires_ms))
+
+    def grant_for(self, keyring: Keyring, tenant: str, tokens: TokenArray, *, ttl_s: float) -> bytes:
+        """A signed grant for a tenant's prompt, under whichever of the deployment's secrets its records are named."""
+        owners = [keyring.owner(tenant, number) for number in keyring.generations]
+        return self.grant(owners, prompt_root(keyring, tokens), ttl_s=ttl_s)
 
 
 class GrantCheck:

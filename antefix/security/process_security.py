@@ -82,9 +82,7 @@ class ProcessSecurity:
 
     def granter(self) -> Granter | None:
         """Signs grants, with grant.key or, without one, with the secret."""
-        if self.files is not None and (pem := self.files.now().grant_key):
-            return Granter.from_pem(pem)
-        return Granter.from_secret(self._keyring) if self._keyring is not None else None
+        return self.credentials.granter()
 
     def grant_keys(self) -> Sequence[Ed25519PublicKey]:
         """Of those whose grants hold."""

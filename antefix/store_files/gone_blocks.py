@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,12 +51,24 @@ class GoneWriter:
                 os.close(fd)
 
 
-def fate_of(directory: Path, index: Index, block_hash: bytes, *, fingerprint: bytes, now_ms: int) -> BlockFate:
-    """What the index says of a block and, where it says nothing, what is remembered; with all other fingerprints."""
+def fate_of(
+    directory: Path,
+    index: Index,
+    block_hash: bytes,
+    *,
+    fingerprint: bytes,
+    now_ms: int,
+    owners: Collection[bytes] | None = None,
+) -> BlockFate:
+    """What the index says of a block and, where it says nothing, what is remembered; with all other fingerprints.
+
+    owners: as in `Index.lookup`.
+    """
     with index.txn() as txn:
         others = tuple(digest for digest in index.fingerprints(txn).values() if digest != fingerprint)
         statements = tuple(index.statement(txn, digest) for digest in others)
-        reason = _indexed(index, txn, block_hash, fingerprint, now_ms)
+        ids = index.owner_ids(txn, owners)
+        reason = _indexed(index, txn, block_hash, fingerprint, now_ms, ids)
     return BlockFate(
         reason=remembered(directory, block_hash) if reason is None else reason,
         fingerprints=others,
@@ -63,9 +76,11 @@ def fate_of(directory: Path, index: Index, block_hash: bytes, *, fingerprint: by
     )
 
 
-def _indexed(index: Index, txn: Any, block_hash: bytes, fingerprint: bytes, now_ms: int) -> MissReason | None:
+def _indexed(
+    index: Index, txn: Any, block_hash: bytes, fingerprint: bytes, now_ms: int, owner_ids: frozenset[int] | None
+) -> MissReason | None:
     entry = index.entry(txn, RecordKind.BLOCK, block_hash)
-    if entry is None:
+    if entry is None or (owner_ids is not None and entry.tenant_id not in owner_ids):
         return None
     if entry.fingerprint_id != index.fingerprint_id(txn, fingerprint):
         return MissReason.FINGERPRINT_DIFFERS

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -55,6 +55,21 @@ class _Shared:
         self.env = env
         self.identity = identity
         self.num_users = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """What counts as there in one snapshot."""
+
+    fingerprint_id: int
+    owner_ids: frozenset[int] | None
+    now_ms: int
+
+    def has(self, entry: IndexEntry) -> bool:
+        return entry.fingerprint_id == self.fingerprint_id and self.has_owned(entry)
+
+    def has_owned(self, entry: IndexEntry) -> bool:
+        return (self.owner_ids is None or entry.tenant_id in self.owner_ids) and entry.live(self.now_ms)
 
 
 class Index:
@@ -108,6 +123,13 @@ class Index:
         value = txn.get(owner, db=self.db["names"])
         return None if value is None else int.from_bytes(value, "little")
 
+    def owner_ids(self, txn: Any, owners: Collection[bytes] | None) -> frozenset[int] | None:
+        """The ids of those of whom something is stored; None: nobody in particular is meant."""
+        if owners is None:
+            return None
+        found = (self.owner_id(txn, owner) for owner in owners)
+        return frozenset(number for number in found if number is not None)
+
     def owners(self, txn: Any) -> dict[int, bytes]:
         """All owners of which something is stored, by id; as `owner_row` makes them."""
         named = {number: owner_of(b"t", value) for number, value in self._named(txn, b"T")}
@@ -142,49 +164,55 @@ class Index:
         value = txn.get(QUARANTINED_KEY, db=self.db["meta"])
         return 0 if value is None else int(_U64.unpack(value)[0])
 
-    def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, now_ms: int) -> LookupResult:
-        """The longest stored prefix of `chain` and the checkpoints inside it, in one snapshot."""
+    def lookup(
+        self, chain: Sequence[bytes], *, fingerprint: bytes, now_ms: int, owners: Collection[bytes] | None = None
+    ) -> LookupResult:
+        """The longest stored prefix of `chain` and the checkpoints inside it, in one snapshot.
+
+        owners: as `owner_row` makes them; what is not theirs is not there. None: everybody's.
+        """
         with self.txn() as txn:
             fingerprint_id = self.fingerprint_id(txn, fingerprint)
             if fingerprint_id is None or not chain:
                 return LookupResult(num_blocks=0)
+            wanted = _Live(fingerprint_id, self.owner_ids(txn, owners), now_ms)
             # 1. The store is prefix-closed, so "is stored" is true up to a point and false after it.
             if self.num_quarantined(txn):
-                num_blocks = self._scan(txn, chain, fingerprint_id, now_ms)
+                num_blocks = self._scan(txn, chain, wanted)
             else:
-                num_blocks = self._bisect(txn, chain, fingerprint_id, now_ms)
+                num_blocks = self._bisect(txn, chain, wanted)
             if not num_blocks:
                 return LookupResult(num_blocks=0)
             # 2. Checkpoints are few: most of these keys miss in a small table.
             last = self.entry(txn, RecordKind.BLOCK, chain[num_blocks - 1])
             return LookupResult(
                 num_blocks=num_blocks,
-                checkpoints=self._checkpoints(txn, chain[:num_blocks], now_ms),
+                checkpoints=self._checkpoints(txn, chain[:num_blocks], wanted),
                 block_bytes=last.prefix_bytes if last else 0,
             )
 
-    def _present(self, txn: Any, block_hash: bytes, fingerprint_id: int, now_ms: int) -> bool:
+    def _present(self, txn: Any, block_hash: bytes, wanted: _Live) -> bool:
         entry = self.entry(txn, RecordKind.BLOCK, block_hash)
-        return entry is not None and entry.fingerprint_id == fingerprint_id and entry.live(now_ms)
+        return entry is not None and wanted.has(entry)
 
-    def _bisect(self, txn: Any, chain: Sequence[bytes], fingerprint_id: int, now_ms: int) -> int:
+    def _bisect(self, txn: Any, chain: Sequence[bytes], wanted: _Live) -> int:
         low, high = 0, len(chain)
         while low < high:
             middle = (low + high + 1) // 2
-            if self._present(txn, chain[middle - 1], fingerprint_id, now_ms):
+            if self._present(txn, chain[middle - 1], wanted):
                 low = middle
             else:
                 high = middle - 1
         return low
 
-    def _scan(self, txn: Any, chain: Sequence[bytes], fingerprint_id: int, now_ms: int) -> int:
+    def _scan(self, txn: Any, chain: Sequence[bytes], wanted: _Live) -> int:
         """Block by block: a quarantined record is a hole that its descendants outlive until it is put again."""
         for index, block_hash in enumerate(chain):
-            if not self._present(txn, block_hash, fingerprint_id, now_ms):
+            if not self._present(txn, block_hash, wanted):
                 return index
         return len(chain)
 
-    def _checkpoints(self, txn: Any, chain: Sequence[bytes], now_ms: int) -> tuple[int, ...]:
+    def _checkpoints(self, txn: Any, chain: Sequence[bytes], wanted: _Live) -> tuple[int, ...]:
         with txn.cursor(db=self.db["checkpoints"]) as cursor:
             found = dict(cursor.getmulti(chain))
         if not found:
@@ -194,7 +222,7 @@ class Index:
             value = found.get(block_hash)
             if value is not None:
                 entry = unpack_entry(value, block_hash)
-                if entry is not None and entry.live(now_ms):
+                if entry is not None and wanted.has_owned(entry):
                     counts.append(index + 1)
         return tuple(counts)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -199,15 +199,26 @@ class StoreReader:
         outcome = self.fill(located, lambda *_: (memoryview(payload),))
         return (payload if outcome.num_good else None), outcome
 
-    def locate(self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Located:
-        """The leading records that are stored, in one snapshot."""
+    def locate(
+        self,
+        kind: RecordKind,
+        hashes: Sequence[bytes],
+        *,
+        fingerprint: bytes,
+        tenant: bytes = b"",
+        owners: Collection[bytes] | None = None,
+    ) -> Located:
+        """The leading records that are stored, in one snapshot. owners: as in `Index.lookup`."""
         now_ms = self._clock_ms()
         located = Located(kind, fingerprint, [], False, tenant)
         with self.index.txn() as txn:
             fingerprint_id = self.index.fingerprint_id(txn, fingerprint)
+            owner_ids = self.index.owner_ids(txn, owners)
             for number, block_hash in enumerate(hashes):
                 entry = self.index.entry(txn, kind, block_hash)
                 if entry is None or entry.fingerprint_id != fingerprint_id or not entry.live(now_ms):
+                    break
+                if owner_ids is not None and entry.tenant_id not in owner_ids:
                     break
                 want = Wanted(number, block_hash, entry)
                 if want.locked and not self._reads_locked:
@@ -238,7 +249,7 @@ class StoreReader:
         """Look a failed record up again: compaction may have moved it, eviction may have taken it."""
         with self.index.txn() as txn:
             entry = self.index.entry(txn, located.kind, want.hash)
-        if entry is None or not entry.live(self._clock_ms()):
+        if entry is None or not entry.live(self._clock_ms()) or entry.tenant_id != want.entry.tenant_id:
             return False
         if (entry.segment, entry.offset) != (want.entry.segment, want.entry.offset):
             moved = Wanted(want.number, want.hash, entry, want.into)

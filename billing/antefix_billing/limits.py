@@ -100,7 +100,7 @@ class QuotaBook:
         with self._mutex:
             for record in records:
                 moment = moment_of(record.started_us)
-                for limit in self._of(record.tenant).limits:
+                for limit in self.limits_of(record.tenant).limits:
                     if limit.window.start(moment) == limit.window.start(now):
                         usage = self._usage(record.tenant, limit.window, now)
                         usage.tokens += record.prompt_tokens + record.output_tokens
@@ -112,7 +112,7 @@ class QuotaBook:
         Raises:  QuotaExceeded: it would pass a limit; `retry_after_s` is when the window ends.  Overloaded: too many
         tenants at once.
         """
-        limits = self._of(tenant)
+        limits = self.limits_of(tenant)
         with self._mutex:
             if len(self._tenants) >= _NUM_TENANTS_MAX:
                 self._forget_idle(now)
@@ -148,12 +148,12 @@ class QuotaBook:
         with self._mutex:
             state = self._tenants[reservation.tenant]
             state.num_running -= 1
-            for limit in self._of(reservation.tenant).limits:
+            for limit in self.limits_of(reservation.tenant).limits:
                 usage = state.windows.get(limit.window)
                 if usage is not None and usage.start == limit.window.start(reservation.moment):
                     usage.tokens += tokens - reservation.tokens
                     usage.money += money - reservation.money
-            if not state.num_running and not self._of(reservation.tenant).limits:
+            if not state.num_running and not self.limits_of(reservation.tenant).limits:
                 del self._tenants[reservation.tenant]  # names come from callers: keep only what counts something
 
     def release(self, reservation: Reservation) -> None:
@@ -178,7 +178,7 @@ class QuotaBook:
         if len(self._tenants) >= _NUM_TENANTS_MAX:
             raise Overloaded(f"{_NUM_TENANTS_MAX} tenants are being counted", retry_after_s=60.0)
 
-    def _of(self, tenant: str) -> TenantLimits:
+    def limits_of(self, tenant: str) -> TenantLimits:
         return self._limits.get(tenant, self._default)
 
     def _usage(self, tenant: str, window: LimitWindow, now: datetime) -> _Usage:

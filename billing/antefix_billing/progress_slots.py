@@ -9,7 +9,7 @@ most that second's output. What a slot says goes into the ledger when the next s
     0       4     magic "AFPG"
     4       4     crc-32 of bytes 8 to 144
     8       16    hash of the event id
-    24      32    u32: prompt, hit, hit in memory, written, output, reasoning, replayed tokens, zero
+    24      32    u32: prompt, hit, hit in memory, written, output, reasoning, replayed tokens, evidence
     56      8     time to the first token, microseconds
     64      24    restore plan, padded with zeros
     88      24    miss reason, padded with zeros
@@ -28,13 +28,15 @@ from typing import Final
 
 from antefix.errors import Unavailable
 from antefix.miss_reason import MissReason
-from antefix.usage import Usage
+from antefix.usage import Evidence, Usage
 from antefix_billing.ledger_reserve import allocate
 
 SLOT_BYTES: Final = 256
 PROGRESS_FILE: Final = "progress"
 _MAGIC: Final = b"AFPG"
 _HEAD: Final = struct.Struct("<4sI")
+# By number; 0 is what slots had before there was a choice.
+_EVIDENCE: Final = (Evidence.PROVED, Evidence.REPORTED, Evidence.EXPECTED, Evidence.UNKNOWN)
 _BODY: Final = struct.Struct("<16s8IQ24s24s32s")
 _GROW_SLOTS: Final = 64
 _RESERVE_SLOTS: Final = 1024
@@ -118,7 +120,7 @@ def _pack(event_id: str, done: Usage) -> bytes:
         done.output_tokens,
         done.reasoning_tokens,
         done.replayed_tokens,
-        0,
+        _EVIDENCE.index(done.evidence),
         done.ttft_us,
         done.restore_plan.encode(),
         done.miss_reason.value.encode(),
@@ -134,9 +136,9 @@ def _unpack(data: bytes) -> tuple[bytes, Usage] | None:
     magic, crc = _HEAD.unpack_from(data)
     if magic != _MAGIC or zlib.crc32(data[_HEAD.size : _HEAD.size + _BODY.size]) != crc:
         return None
-    name, prompt, hit, memory, written, output, reasoning, replayed, _, ttft_us, plan, reason, last = _BODY.unpack_from(
-        data, _HEAD.size
-    )
+    fields = _BODY.unpack_from(data, _HEAD.size)
+    name, prompt, hit, memory, written, output, reasoning, replayed, word, ttft_us, plan, reason, last = fields
+    evidence = _EVIDENCE[word] if word < len(_EVIDENCE) else Evidence.UNKNOWN
     return name, Usage(
         prompt_tokens=prompt,
         cache_hit_tokens=hit,
@@ -148,7 +150,8 @@ def _unpack(data: bytes) -> tuple[bytes, Usage] | None:
         ttft_us=ttft_us,
         restore_plan=plan.rstrip(b"\0").decode(),
         miss_reason=MissReason(reason.rstrip(b"\0").decode()),
-        last_hit_hash=last.hex() if hit else "",
+        last_hit_hash=last.hex() if hit and evidence is Evidence.PROVED else "",
+        evidence=evidence,
     )
 
 

@@ -181,7 +181,7 @@ class _Evidence:
 
     @classmethod
     def of(cls, settled: Sequence[Settled], store_log: Path) -> _Evidence:
-        wanted = {item.record.last_hit_hash for item in settled if item.record.cache_hit_tokens}
+        wanted = {item.record.last_hit_hash for item in settled if item.record.is_proved_hit}
         stored: dict[str, int] = {}
         reads: defaultdict[str, list[int]] = defaultdict(list)
         for event in read_store_log(store_log):
@@ -194,8 +194,8 @@ class _Evidence:
         return cls(stored_us=stored, reads_us=reads)
 
     def unsupported(self, settled: Sequence[Settled], slack_us: int) -> list[str]:
-        """Event ids of records whose hit the log does not support."""
-        hits = [item.record for item in settled if item.record.cache_hit_tokens]
+        """Event ids of records whose hit the log does not support. What a worker that is not ours says it cannot."""
+        hits = [item.record for item in settled if item.record.is_proved_hit]
         return [record.event_id for record in hits if not self._supports(record, slack_us)]
 
     def _supports(self, record: UsageRecord, slack_us: int) -> bool:

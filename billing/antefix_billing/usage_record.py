@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from antefix.errors import InternalError, InvalidRequest
 from antefix.miss_reason import MissReason
-from antefix.usage import Usage
+from antefix.usage import Evidence, Usage
 
 # Version of the payload's fields; a reader refuses what it does not know instead of guessing.
 PAYLOAD_VERSION: Final = 1
@@ -125,7 +125,7 @@ class UsageRecord(Usage):
         rules = (
             (self.cache_write_tokens <= self.cache_miss_tokens, "written prompt tokens are part of the miss"),
             (self.reasoning_tokens <= self.output_tokens, "reasoning tokens are part of the output"),
-            (bool(self.last_hit_hash) == bool(self.cache_hit_tokens), "a hit has a last block's hash, a miss none"),
+            (bool(self.last_hit_hash) == self.is_proved_hit, "a proved hit has a last block's hash, nothing else has"),
             (self.finished_us >= self.started_us, "it cannot end before it starts"),
             (self.price >= 0 and self.saved >= 0 and self.paid_before >= 0, "money is not negative"),
             (self.is_charged or self.price == 0, "what we broke is charged only where output was given"),
@@ -139,6 +139,11 @@ class UsageRecord(Usage):
     @property
     def key(self) -> str:
         return request_key(self.tenant, self.request_id)
+
+    @property
+    def is_proved_hit(self) -> bool:
+        """Whether there is a hit for which there is evidence."""
+        return self.cache_hit_tokens > 0 and self.evidence is Evidence.PROVED
 
     @property
     def is_charged(self) -> bool:
@@ -163,7 +168,7 @@ class UsageRecord(Usage):
     def to_payload(self) -> bytes:
         values = {"v": PAYLOAD_VERSION, **self.to_dict()}
         # Absent means nothing: most records, and all from before there were these fields.
-        for name in ("paid_before", "mode", "write_error", "prefix_volatile", "prompt_marks"):
+        for name in _LEFT_OUT:
             if not getattr(self, name):
                 del values[name]
         return _canonical(values)
@@ -176,6 +181,7 @@ class UsageRecord(Usage):
         values["saved"] = format(self.saved, "f")
         values["status"] = self.status.value
         values["miss_reason"] = self.miss_reason.value
+        values["evidence"] = self.evidence.value
         return values
 
     @classmethod
@@ -189,6 +195,7 @@ class UsageRecord(Usage):
         try:
             values["status"] = Status(values["status"])
             values["miss_reason"] = MissReason(values["miss_reason"])
+            values["evidence"] = Evidence(values.get("evidence", ""))
             values["price"], values["saved"] = Decimal(values["price"]), Decimal(values["saved"])
             values["paid_before"] = Decimal(values.get("paid_before", 0))
             derived = {name: values.pop(name, 0) for name in _DERIVED}
@@ -201,6 +208,10 @@ class UsageRecord(Usage):
             raise InvalidRequest(f"not a usage record: {err}") from err
 
 
+_LEFT_OUT: Final = (
+    *("paid_before", "mode", "write_error", "prefix_volatile", "prompt_marks"),
+    *("evidence", "worker", "expected_hit_tokens"),
+)
 # Follow from the others, and stand in the ledger's payload as well: readers need no sums.
 _DERIVED: Final = {
     "cache_miss_tokens": "hit + miss must be the prompt",

@@ -108,6 +108,12 @@ def _bench() -> CommandModule:
     return bench
 
 
+def _top() -> CommandModule:
+    from antefix_console.commands import top
+
+    return top
+
+
 def _certs() -> CommandModule:
     from antefix_console.commands import certs
 
@@ -168,6 +174,13 @@ def _router_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]
     from antefix_router.server import run
 
     return RouterConfig, run
+
+
+def _fleet_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
+    from antefix_router.fleet.fleet_config import FleetConfig
+    from antefix_router.fleet.fleet_server import run
+
+    return FleetConfig, run
 
 
 COMMANDS: dict[str, Command] = {
@@ -231,6 +244,11 @@ COMMANDS: dict[str, Command] = {
         help="measure beside the machine's limits and beside peers (in a checkout)",
         example="antefix bench store --json",
     ),
+    "top": Command(
+        load=_top,
+        help="watch a deployment in the terminal: load, hit rates, tenants, newest misses",
+        example="antefix top --url http://127.0.0.1:8000",
+    ),
     "certs": Command(
         load=_certs,
         help="make and show the certificates of a deployment over several hosts",
@@ -279,5 +297,10 @@ ROLES: dict[str, Service] = {
         load=_router_role,
         example="antefix serve router --model MODEL --secret-file SECRET --store-address 127.0.0.1:7001"
         " --prefill 127.0.0.1:7002 --decode 127.0.0.1:7003",
+    ),
+    "fleet": Service(
+        load=_fleet_role,
+        example="antefix serve fleet --workers http://127.0.0.1:8001,http://127.0.0.1:8002 --events 5557 --replay 5657"
+        " --http-address 127.0.0.1:8000 --secret-file secret",
     ),
 }

@@ -14,5 +14,8 @@ def scheduler_metrics(scheduler: Scheduler) -> Iterable[Metric]:
     yield gauge("antefix_decode_running_sequences", "Sequences that run.", {(): float(scheduler.num_running)})
     yield gauge("antefix_decode_placed_sequences", "Those, and those being loaded.", {(): float(scheduler.num_placed)})
     yield counter("antefix_decode_tokens", "Tokens that decode steps ran.", {(): float(scheduler.num_tokens)})
+    drafted, kept = {(): float(scheduler.num_drafted)}, {(): float(scheduler.num_drafts_kept)}
+    yield counter("antefix_decode_drafted_tokens", "Tokens that were drafted ahead and run.", drafted)
+    yield counter("antefix_decode_drafts_kept", "Drafted tokens that were right.", kept)
     yield counter("antefix_decode_busy_seconds", "Time that decode steps took.", {(): scheduler.busy_s})
     yield gauge("antefix_decode_speed", "Tokens a second while it decodes.", {(): scheduler.tokens_per_s})

@@ -1,6 +1,6 @@
-"""Continuous batching: each step runs one token of every sequence that can take one.
+"""Continuous batching: each step runs one token of every sequence that can take one, or two where one was drafted.
 
-    join -> [step: grow, forward, choose, emit, store finished blocks]* -> leave
+    join -> [step: grow, run, choose, emit, store finished blocks; the same for drafted tokens that are right]* -> leave
 
 Sequences join and leave between steps. A client that does not read stops only its own sequence: its bounded queue
 fills up and the sequence sits out.
@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.errors import AntefixError, Overloaded
-from antefix.model import Sequence, WindowState, forward
+from antefix.model import Sequence, WindowState
 from antefix.wire import TokenLogprob
 from antefix_decode.logprobs import Logprobs
+from antefix_decode.step import keep_drafted, run_step
 from antefix_decode.stopping import Stopper
 from antefix_decode.store_output import store_end, store_token
 from antefix_decode.token_choice import Sampler
@@ -82,6 +83,8 @@ class Scheduler:
         self._step_lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self.num_tokens = 0
+        self.num_drafted = 0
+        self.num_drafts_kept = 0
         self.busy_s = 0.0
 
     @property
@@ -161,33 +164,44 @@ class Scheduler:
     async def _step(self, batch: list[Running]) -> None:
         engine = self._engine
         started = time.perf_counter()
-        # 1. Room for one more token each; a sequence that gets none fails alone.
+        # 1. Room for one more token each, and for a drafted one if it can be had; a sequence without any fails alone.
         ready = [running for running in batch if self._grow(running)]
         if not ready:
             return
         # 2. Run the tokens.
-        items = [(r.sequence, np.array([r.next_token], np.uint32)) for r in ready]
+        items = [(r.sequence, r.next_token, self._has_room_to_draft(r)) for r in ready]
         try:
-            logits = await engine.compute.run(_logits, engine, items)
+            steps = await engine.compute.run(run_step, engine, items)
         except Exception as err:
             log.exception("a decode step failed")
             for running in ready:
                 _fail(running, AntefixError(f"the decode step failed: {err}"))
             return
         # 3. Store what is finished, choose the next tokens, hand out what may be shown.
-        for running, row in zip(ready, logits, strict=True):
-            try:
-                await self._finish_step(running, row)
-            except AntefixError as err:
-                _fail(running, err)  # its own grammar, say
-            except Exception as err:
-                # The loop must go on: if it ended, every sequence of this worker would wait for ever.
-                log.exception("a sequence failed after its decode step")
-                _fail(running, AntefixError(f"the sequence failed after its decode step: {err}"))
-        self.num_tokens += len(ready)
+        for running, step in zip(ready, steps, strict=True):
+            await self._finish_step(running, step.logits[0])
+        # 4. Drafted tokens that were chosen have been run already: the same for them.
+        right = [(r, step) for r, step in zip(ready, steps, strict=True) if not r.done and step.drafted == r.next_token]
+        if right:
+            await engine.compute.run(keep_drafted, engine, [(r.sequence, step) for r, step in right])
+        for running, step in right:
+            await self._finish_step(running, step.logits[1])
+        self.num_drafted += sum(step.drafted is not None for step in steps)
+        self.num_drafts_kept += len(right)
+        self.num_tokens += len(ready) + len(right)
         self.busy_s += time.perf_counter() - started
 
     async def _finish_step(self, running: Running, logits: npt.NDArray[np.float32]) -> None:
+        try:
+            await self._take_token(running, logits)
+        except AntefixError as err:
+            _fail(running, err)  # its own grammar, say
+        except Exception as err:
+            # The loop must go on: if it ended, every sequence of this worker would wait for ever.
+            log.exception("a sequence failed after its decode step")
+            _fail(running, AntefixError(f"the sequence failed after its decode step: {err}"))
+
+    async def _take_token(self, running: Running, logits: npt.NDArray[np.float32]) -> None:
         await store_token(self._engine, running, running.next_token)
         token = running.sampler.choose(logits, running.sequence.position)
         running.logprobs.push(logits, token)
@@ -201,14 +215,22 @@ class Scheduler:
             return False
         return True
 
+    def _has_room_to_draft(self, running: Running) -> bool:
+        """Whether a second token may be run: within the model's positions and the pool."""
+        if not self._engine.model.mtp:
+            return False
+        end = running.sequence.position + 2
+        if end > self._engine.identity.max_tokens:
+            return False
+        try:
+            grow(self._engine, running.sequence, end)
+        except Overloaded:
+            return False
+        return True
+
     async def store_end(self, running: Running) -> None:
         """The output has ended: leave its last checkpoint and wait until all of it is durable."""
         await store_end(self._engine, running)
-
-
-def _logits(engine: Engine, items: list[tuple[Sequence, npt.NDArray[np.uint32]]]) -> npt.NDArray[np.float32]:
-    out = forward(engine.model, engine.pool, items, ops=engine.ops)
-    return out.float().cpu().numpy()
 
 
 def _emit(running: Running, token: int, *, is_last: bool) -> None:

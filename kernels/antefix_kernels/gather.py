@@ -17,7 +17,7 @@ from antefix_kernels.rounding import power_of_two
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _unpack_entries_kernel(records, slots, out, num_rows, stride_p, stride_out, ENTRIES: tl.constexpr,
                            RECORD: tl.constexpr, ALIGN: tl.constexpr, SCALE_OFFSET: tl.constexpr, DIM: tl.constexpr,
                            ROPE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
@@ -44,7 +44,7 @@ def _unpack_entries_kernel(records, slots, out, num_rows, stride_p, stride_out, 
     tl.store(out + at, values, live[:, None] & (d < DIM)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _unpack_keys_kernel(records, slots, out, num_rows, stride_p, stride_out, ENTRIES: tl.constexpr,
                         RECORD: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     GROUP: tl.constexpr = 32 if D > 32 else D
@@ -64,7 +64,7 @@ def _unpack_keys_kernel(records, slots, out, num_rows, stride_p, stride_out, ENT
     tl.store(out + at, tl.reshape(values, (ROWS, D)).to(out.dtype.element_ty), live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _copy_kernel(source, source_slots, dest, dest_slots, num_rows, stride_s, stride_d, ENTRIES_S: tl.constexpr,
                  ENTRIES_D: tl.constexpr, WORDS: tl.constexpr, WORDS_PAD: tl.constexpr,
                  ROWS: tl.constexpr):  # fmt: skip
@@ -111,6 +111,7 @@ def unpack_entries(records: torch.Tensor, slots: torch.Tensor, out: torch.Tensor
         D=triton.next_power_of_2(fmt.head_dim),
         ROWS=rows,
         num_warps=4,
+        enable_fp_fusion=False,
     )
 
 
@@ -140,6 +141,7 @@ def unpack_keys(records: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -
         D=fmt.dim,
         ROWS=rows,
         num_warps=4,
+        enable_fp_fusion=False,
     )
 
 
@@ -178,6 +180,7 @@ def copy_records(
         WORDS_PAD=triton.next_power_of_2(words),
         ROWS=rows,
         num_warps=4,
+        enable_fp_fusion=False,
     )
 
 

@@ -42,7 +42,7 @@ def _rotation(DIM: tl.constexpr, LOG2_DIM: tl.constexpr):
     return as_half((((0x6996 >> (both & 15)) & 1) << 15) | 0x3C00)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries"])
 def _queries_kernel(q, weights, codes, out_weights, factor, num_queries, stride_t, stride_h, stride_w, HEADS,
                     DIM: tl.constexpr, LOG2_DIM: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
                     QUERIES: tl.constexpr):  # fmt: skip
@@ -122,6 +122,7 @@ def prepare_queries(q: torch.Tensor, weights: torch.Tensor, factor: float) -> In
             WORDS=in_words(fmt),
             QUERIES=each,
             num_warps=4,
+            enable_fp_fusion=False,
         )
     return IndexQuery(codes=codes, weights=out_weights)
 

@@ -174,7 +174,7 @@ def _decode_kernel(codes, weights, records, block_table, lens, scores, maxima, h
             stored, scales = next_stored, next_scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries"])
 def _prefill_kernel(codes, weights, records, block_table, lens, scores, maxima, queries, heads, stride_p, stride_b,
                     stride_s, stride_m, ENTRIES: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr,
                     H: tl.constexpr, N: tl.constexpr, Q_TILE: tl.constexpr, Q_STEP: tl.constexpr, GROUP: tl.constexpr,
@@ -281,7 +281,7 @@ def index_scores(
     else:
         grid = (padded // keys, sequences * triton.cdiv(per_sequence, _PREFILL_QUERIES))
         q_step = q_step if heads == heads_pad else 1
-        steps = {"Q_TILE": _PREFILL_QUERIES, "Q_STEP": q_step, "STAGES": stages}
+        steps = {"Q_TILE": _PREFILL_QUERIES, "Q_STEP": q_step, "STAGES": stages, "enable_fp_fusion": False}
         _prefill_kernel[grid](*tensors, per_sequence, heads, *strides, **layout, **sizes, **steps)
     return IndexScores(scores=scores, maxima=maxima, group=group)
 

@@ -48,7 +48,7 @@ class Routing:
     num_picked: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _product_kernel(x, weights, out, experts, firsts, stops, sources, num_rows, num_outputs, num_addends, num_experts,
                     stride_xn, stride_xg, stride_wg, stride_wo, stride_on, stride_og, ROUTED: tl.constexpr,
                     GATHERED: tl.constexpr, PICKED: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
@@ -209,6 +209,7 @@ def _launch(
         TOGETHER=_ROW_TILES_TOGETHER,
         STAGES=stages,
         num_warps=warps,
+        enable_fp_fusion=False,
     )
 
 

@@ -56,7 +56,7 @@ class Overlap:
     gate: torch.Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rows_kernel(values, weight, cos, sin, eps, records, slots, num_rows, stride_n, stride_p,
                  ENTRIES: tl.constexpr, RECORD: tl.constexpr, ALIGN: tl.constexpr, SCALE_OFFSET: tl.constexpr,
                  DIM: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
@@ -159,8 +159,8 @@ def _pool_kernel(kv, gate, bias, first_rows, pooled, stride_n, M: tl.constexpr, 
         # Rows that have seen nothing yet stay at -inf: their factors must be 0, not exp(-inf + inf).
         safe = tl.where(new == float("-inf"), 0.0, new)
         old, now = tl.exp(top - safe), tl.exp(z - safe)
-        total = total * old + now
-        acc = acc * old + now * v
+        total = tl.fma(total, old, now)
+        acc = tl.fma(acc, old, now * v)
         top = new
     best = tl.max(top, 0)
     share = tl.exp(top - tl.where(best == float("-inf"), 0.0, best)[None, :])
@@ -218,6 +218,7 @@ def pack_hca(
             C=_POOL_COLUMNS,
             ROWS=rows,
             num_warps=_POOL_WARPS,
+            enable_fp_fusion=False,
         )
     _launch_rows(pooled, norm, target, 2 * norm.cos.shape[1])
 
@@ -297,6 +298,7 @@ def _launch_rows(values: torch.Tensor, norm: Norm | None, target: Target, rope_d
         ROWS=rows,
         NORM=norm is not None,
         num_warps=warps,
+        enable_fp_fusion=False,
     )
 
 
@@ -349,6 +351,7 @@ def _launch_overlap(
         KEYS=scale_offset is None,
         LOG2_D=d.bit_length() - 1,
         num_warps=max(1, min(4, d // 128)),
+        enable_fp_fusion=False,
     )
 
 

@@ -146,7 +146,7 @@ def _fp4_values(nibble):
     return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _product_kernel(x, codes, scales, out, experts, firsts, stops, sources, num_rows, num_outputs, num_addends,
                     num_weights, stride_xn, stride_xg, stride_cg, stride_co, stride_sg, stride_so, stride_on, stride_og,
                     stride_os, steps_a_split, ROUTED: tl.constexpr, GATHERED: tl.constexpr, PICKED: tl.constexpr,
@@ -227,12 +227,12 @@ def _product_kernel(x, codes, scales, out, experts, firsts, stops, sources, num_
                 s = tl.load(at_s + tl.minimum(at_scale, last))
                 if EXACT:
                     part = tl.dot(c.to(tl.float32), a.to(tl.float32), input_precision="ieee")
-                    acc += part * (_power(s) if POWERS else s)[:, None]
+                    acc = tl.fma(part, (_power(s) if POWERS else s)[:, None], acc)
                 elif POWERS:
                     w = c.to(tl.bfloat16) * _power(s).to(tl.bfloat16)[:, None]
                     acc = tl.dot(w, a, acc)
                 else:
-                    acc += tl.dot(c.to(tl.bfloat16), a) * s[:, None]
+                    acc = tl.fma(tl.dot(c.to(tl.bfloat16), a), s[:, None], acc)
         live = (o < num_outputs)[:, None] & (first + tl.arange(0, M) < stop)[None, :]
         place = (first + tl.arange(0, M)).to(tl.int64)[None, :] * stride_on + o[:, None]
         place += (0 if ROUTED else group.to(tl.int64) * stride_og) + split.to(tl.int64) * stride_os
@@ -265,7 +265,7 @@ def prepare_inputs(x: torch.Tensor, *, rounds: bool, is_fp4: bool) -> torch.Tens
         grid = (num_rows, triton.cdiv(num_addends, _ROUND_GROUPS * INPUT_GROUP))
         _prepare_kernel[grid](
             x, out, num_rows, num_addends, x.stride(0), ROUND=rounds, SPLIT=is_fp4, GROUPS=_ROUND_GROUPS,
-            GROUP=INPUT_GROUP, num_warps=4,
+            GROUP=INPUT_GROUP, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -287,7 +287,8 @@ def multiply(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device)
     _launch(x, weight, parts, None, splits=splits, row_tiles=triton.cdiv(len(x), m), gathered=False)
     if out.numel():
-        _sum_kernel[(triton.cdiv(out.numel(), 1024),)](parts, out, out.numel(), SPLITS=splits, COLUMNS=1024)
+        grid = (triton.cdiv(out.numel(), 1024),)
+        _sum_kernel[grid](parts, out, out.numel(), SPLITS=splits, COLUMNS=1024, enable_fp_fusion=False)
     return out
 
 
@@ -373,6 +374,7 @@ def _launch(
         TOGETHER=_ROW_TILES_TOGETHER,
         STAGES=stages,
         num_warps=warps,
+        enable_fp_fusion=False,
     )
 
 

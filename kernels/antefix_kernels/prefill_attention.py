@@ -23,7 +23,7 @@ _TILE_ALL = (64, 8, 2)
 _LOG2E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "rows"])
 def _prefill_kernel(q, values, indices, lens, firsts, counts, sinks, cos, sin, out, queries, heads, k, rows,
                            scale_log2, stride_qt, stride_qh, stride_ot, stride_oh, WINDOW: tl.constexpr,
                            NOPE: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, SELECTED: tl.constexpr,
@@ -56,11 +56,11 @@ def _prefill_kernel(q, values, indices, lens, firsts, counts, sinks, cos, sin, o
         row = tl.where(n < compressed, row, rows + (first + n - compressed) % WINDOW)
         v = tl.load(values + row[:, None].to(tl.int64) * D + d[None, :])
         s = tl.dot(x, tl.trans(v))
-        s = tl.where((tile * N + tl.arange(0, N) < listed)[None, :], s * scale_log2, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1))
+        s = tl.where((tile * N + tl.arange(0, N) < listed)[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1) * scale_log2)
         shrink = tl.exp2(top - new)
-        p = tl.exp2(s - new[:, None])
-        total = total * shrink + tl.sum(p, 1)
+        p = tl.exp2(tl.fma(s, scale_log2, -new[:, None]))
+        total = tl.fma(total, shrink, tl.sum(p, 1))
         acc = tl.dot(p.to(tl.float16), v, acc * shrink[:, None])
         top = new
     sink = tl.load(sinks + h, live_h, other=0.0) * 1.4426950408889634
@@ -183,4 +183,5 @@ def prefill_attention(
         N=n,
         STAGES=stages,
         num_warps=warps,
+        enable_fp_fusion=False,
     )

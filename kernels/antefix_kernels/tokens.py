@@ -23,7 +23,7 @@ _MIX_TOKENS, _MIX_STEP = 16, 128
 _GATE_TOKENS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, stride_n, stride_h, C: tl.constexpr,
                       COLUMNS: tl.constexpr, ROPE: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr,
                       ROWS: tl.constexpr):  # fmt: skip
@@ -45,11 +45,11 @@ def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, str
         at = token[:, None] * (ROPE // 2) + pair[None, :]
         a = tl.load(cos + at, turned, other=1.0)
         b = tl.load(sin + at, turned, other=0.0)
-        v = tl.reshape(tl.join(even * a - odd * b, odd * a + even * b), (ROWS, COLUMNS))
+        v = tl.reshape(tl.join(tl.fma(even, a, -(odd * b)), tl.fma(odd, a, even * b)), (ROWS, COLUMNS))
     store_output(out, rows.to(tl.int64)[:, None] * C + c[None, :], v * scale, live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _mixing_kernel(streams, fn, logits, num_tokens, width, eps, J: tl.constexpr, J_PAD: tl.constexpr, T: tl.constexpr,
                    K: tl.constexpr):  # fmt: skip
     """T tokens' streams, RMS-normed, times fn."""
@@ -74,7 +74,7 @@ def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gates_kernel(logits, base, scale, pre, post, comb, num_tokens, eps, iterations, M: tl.constexpr,
                   M_PAD: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """Collapse weights, expand weights and the doubly stochastic mixing matrix of T tokens."""
@@ -113,7 +113,7 @@ def _collapse_kernel(streams, pre, out, width, M: tl.constexpr, COLUMNS: tl.cons
     acc = tl.zeros((COLUMNS,), tl.float32)
     for m in tl.static_range(M):
         x = tl.load(streams + (n * M + m) * width + d, d < width, other=0.0).to(tl.float32)
-        acc += tl.load(pre + n * M + m) * x
+        acc = tl.fma(x, tl.load(pre + n * M + m), acc)
     store_output(out, n * width + d, acc, d < width)
 
 
@@ -127,7 +127,7 @@ def _expand_kernel(streams, update, post, comb, out, width, M: tl.constexpr, COL
         acc = tl.load(post + n * M + j) * added
         for i in tl.static_range(M):
             x = tl.load(streams + (n * M + i) * width + d, d < width, other=0.0).to(tl.float32)
-            acc += tl.load(comb + (n * M + i) * M + j) * x
+            acc = tl.fma(x, tl.load(comb + (n * M + i) * M + j), acc)
         store_output(out, (n * M + j) * width + d, acc, d < width)
 
 
@@ -151,7 +151,7 @@ def _combine_kernel(rows, place, weights, shared, out, width, P: tl.constexpr, C
     for p in tl.static_range(P):
         row = tl.load(place + n * P + p)
         x = tl.load(rows + row * width + d, d < width, other=0.0).to(tl.float32)
-        acc += tl.load(weights + n * P + p).to(tl.float32) * x
+        acc = tl.fma(x, tl.load(weights + n * P + p).to(tl.float32), acc)
     store_output(out, n * width + d, acc, d < width)
 
 
@@ -200,6 +200,7 @@ def norm_turn(
         WEIGHT=weight is not None,
         ROWS=rows,
         num_warps=4 if padded > 1024 else 2,
+        enable_fp_fusion=False,
     )
     return out
 
@@ -227,6 +228,7 @@ def mixing_logits(streams: torch.Tensor, fn: torch.Tensor, eps: float) -> torch.
             T=_MIX_TOKENS,
             K=_MIX_STEP,
             num_warps=4,
+            enable_fp_fusion=False,
         )
     return logits
 
@@ -259,6 +261,7 @@ def mixing_gates(
             M_PAD=triton.next_power_of_2(num_streams),
             T=_GATE_TOKENS,
             num_warps=1,
+            enable_fp_fusion=False,
         )
     return pre, post, comb
 
@@ -269,7 +272,8 @@ def collapse(streams: torch.Tensor, pre: torch.Tensor) -> torch.Tensor:
     check(streams.is_contiguous() and pre.is_contiguous() and pre.dtype is torch.float32, "need contiguous operands")
     out = torch.empty(num_tokens, width, dtype=streams.dtype, device=streams.device)
     grid = (num_tokens, triton.cdiv(width, _COLUMNS))
-    _collapse_kernel[grid](streams, pre, out, width, M=num_streams, COLUMNS=_COLUMNS, num_warps=4)
+    sizes = {"M": num_streams, "COLUMNS": _COLUMNS}
+    _collapse_kernel[grid](streams, pre, out, width, **sizes, num_warps=4, enable_fp_fusion=False)
     return out
 
 
@@ -280,7 +284,8 @@ def expand(streams: torch.Tensor, update: torch.Tensor, post: torch.Tensor, comb
         check(tensor.is_contiguous(), "need contiguous operands")
     out = torch.empty_like(streams)
     grid = (num_tokens, triton.cdiv(width, _COLUMNS))
-    _expand_kernel[grid](streams, update, post, comb, out, width, M=num_streams, COLUMNS=_COLUMNS, num_warps=4)
+    sizes = {"M": num_streams, "COLUMNS": _COLUMNS}
+    _expand_kernel[grid](streams, update, post, comb, out, width, **sizes, num_warps=4, enable_fp_fusion=False)
     return out
 
 
@@ -291,7 +296,7 @@ def swiglu(gate_up: torch.Tensor, limit: float) -> torch.Tensor:
     out = torch.empty(num_rows, inner, dtype=gate_up.dtype, device=gate_up.device)
     if num_rows:
         grid = (num_rows, triton.cdiv(inner, _COLUMNS))
-        _swiglu_kernel[grid](gate_up, out, inner, limit, COLUMNS=_COLUMNS, num_warps=4)
+        _swiglu_kernel[grid](gate_up, out, inner, limit, COLUMNS=_COLUMNS, num_warps=4, enable_fp_fusion=False)
     return out
 
 
@@ -309,6 +314,15 @@ def combine(rows: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, shar
     out = torch.empty_like(shared)
     grid = (num_tokens, triton.cdiv(shared.shape[1], _COLUMNS))
     _combine_kernel[grid](
-        rows, place, weights, shared, out, shared.shape[1], P=num_picked, COLUMNS=_COLUMNS, num_warps=4
+        rows,
+        place,
+        weights,
+        shared,
+        out,
+        shared.shape[1],
+        P=num_picked,
+        COLUMNS=_COLUMNS,
+        num_warps=4,
+        enable_fp_fusion=False,
     )
     return out

@@ -204,6 +204,7 @@ def topk_entries(
         LISTED=listed,
         K=triton.next_power_of_2(k),
         num_warps=_warps(max(groups_pad, listed * scored.group), num_queries),
+        enable_fp_fusion=False,
     )
     return picks
 

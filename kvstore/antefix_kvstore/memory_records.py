@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from antefix.record import Record, RecordKind
@@ -17,6 +18,7 @@ class _Kept:
     sealed: bytes
     fingerprint: bytes
     expires_s: float
+    owner: bytes = b""
 
 
 class MemoryRecords:
@@ -51,16 +53,25 @@ class MemoryRecords:
             self.num_dropped["space"] += 1
         ttl_s = self._ttl_s if record.ttl_s is None else record.ttl_s
         expires_s = time.monotonic() + ttl_s if ttl_s else float("inf")
-        self._kept[name] = _Kept(bytes(record.payload), sealed_part_of(record), record.fingerprint, expires_s)
+        self._kept[name] = _Kept(
+            bytes(record.payload), sealed_part_of(record), record.fingerprint, expires_s, record.tenant
+        )
         self.nbytes += nbytes
         return True
 
-    def get(self, kind: RecordKind, name: bytes, fingerprint: bytes) -> tuple[bytes, bytes] | None:
-        """A payload and its sealed part."""
+    def get(
+        self, kind: RecordKind, name: bytes, fingerprint: bytes, *, owners: Collection[bytes] | None = None
+    ) -> tuple[bytes, bytes] | None:
+        """A payload and its sealed part. owners: whose it must be; None: anybody's."""
         kept = self._kept.get((kind, name))
         if kept is None or kept.fingerprint != fingerprint or kept.expires_s <= time.monotonic():
             return None
-        return kept.payload, kept.sealed
+        return (kept.payload, kept.sealed) if owners is None or kept.owner in owners else None
+
+    def is_others(self, kind: RecordKind, name: bytes, owner: bytes) -> bool:
+        """Whether somebody else has put something of this name, that this owner must not replace."""
+        kept = self._kept.get((kind, name))
+        return kept is not None and kept.owner != owner and kept.expires_s > time.monotonic()
 
     def expire(self) -> None:
         now_s = time.monotonic()

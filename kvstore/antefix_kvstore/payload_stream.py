@@ -29,6 +29,7 @@ class GetRange:
     """Payloads of hashes[first:], the first one from byte `offset` on.
 
     record_format: the newest version of plain records that the caller can check; 0: none.  wants_seals: of the others.
+    owners: whose they must be; None: anybody's.
     """
 
     kind: RecordKind
@@ -38,6 +39,7 @@ class GetRange:
     offset: int
     record_format: int = 0
     wants_seals: bool = False
+    owners: tuple[bytes, ...] | None = None
 
 
 class PayloadStream:
@@ -101,7 +103,7 @@ class PayloadStream:
         hashes = wanted.hashes[first : first + _NUM_LOCATED]
         if self._is_last or not hashes:
             return False
-        located = self._engine.reader.locate(wanted.kind, hashes, fingerprint=wanted.fingerprint)
+        located = self._engine.reader.locate(wanted.kind, hashes, fingerprint=wanted.fingerprint, owners=wanted.owners)
         self._is_last = len(located.wanted) < len(hashes)
         self._batch = self._batch_of(located)
         return bool(located.wanted)

@@ -25,6 +25,7 @@ from antefix.events.numbered_log import Batch, Cursor, watch_log
 from antefix.record import MEMORY_KINDS, STORED_KINDS, PutResult, Record, RecordKind, RecordName, Refusal, RefusalReason
 from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
+from antefix.security.guard import admitted
 from antefix.security.identity import Role
 from antefix.security.process_security import open_security
 from antefix.store.allocator import keep_large_buffers
@@ -85,8 +86,8 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def Lookup(
         self, request: kvstore_pb2.LookupRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.LookupResponse:
-        chain = split_hashes(request.chain)
-        found = await self._in_thread(lambda: self.engine.lookup(chain, fingerprint=request.fingerprint))
+        chain, owners = split_hashes(request.chain), _granted_rows(request.owner)
+        found = await self._in_thread(lambda: self.engine.lookup(chain, fingerprint=request.fingerprint, owners=owners))
         return kvstore_pb2.LookupResponse(
             num_blocks=found.num_blocks, checkpoints=found.checkpoints, block_bytes=found.block_bytes
         )
@@ -94,7 +95,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def Fate(
         self, request: kvstore_pb2.FateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.FateResponse:
-        engine = self.engine
+        engine, owners = self.engine, _granted_rows()
         found = await self._in_thread(
             lambda: fate_of(
                 engine.reader.directory,
@@ -102,6 +103,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 request.hash,
                 fingerprint=request.fingerprint,
                 now_ms=engine.clock_ms(),
+                owners=owners,
             )
         )
         return fate_to_wire(found)
@@ -114,6 +116,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             raise InvalidRequest(f"at most {HASHES_MAX} hashes a stream, `first` among them")
         if kind in MEMORY_KINDS:
             return self._from_memory(kind, request, hashes)
+        rows = _granted_rows()
         known = request.record_format in FORMAT_VERSIONS
         wanted = GetRange(
             kind=kind,
@@ -123,6 +126,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             offset=request.offset,
             record_format=request.record_format if known else 0,
             wants_seals=request.wants_seals,
+            owners=rows,
         )
         # Each generator around this one would cost every message once more.
         return PayloadStream(self.engine, self._threads, wanted).messages(_Counted(self))
@@ -130,9 +134,11 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def _from_memory(
         self, kind: RecordKind, request: kvstore_pb2.GetRequest, hashes: Sequence[bytes]
     ) -> AsyncGenerator[bytes, None]:
+        grant = admitted().needed_grant()
         with _Counted(self):
             for number in range(request.first, len(hashes)):
-                kept = self.pool.get(kind, hashes[number], request.fingerprint)
+                owners = None if grant is None else grant.owners
+                kept = self.pool.get(kind, hashes[number], request.fingerprint, owners=owners)
                 if kept is None:
                     return
                 payload, sealed = kept
@@ -151,6 +157,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
 
     async def _receive(self, requests: AsyncIterator[Piece[kvstore_pb2.PutRequest]]) -> list[PutResult]:
         """Hand records to the writer in batches; one batch is committed while the next one arrives."""
+        grant = admitted().needed_grant()
         assembler = RecordAssembler(max(self.engine.config.record_bytes_max, self.pool.bytes_max))
         results: list[PutResult] = []
         batch: list[Record] = []
@@ -164,6 +171,8 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
                 raise
             if record is None:
                 continue
+            if grant is not None:
+                grant.check_owner(record.tenant)
             if record.kind in MEMORY_KINDS:
                 results.append(self._keep_in_memory(record))
                 continue
@@ -182,6 +191,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         return results
 
     def _keep_in_memory(self, record: Record) -> PutResult:
+        if not admitted().is_open and self.pool.is_others(record.kind, record.hash, record.tenant):
+            refusal = Refusal(RefusalReason.OTHER, "another tenant has a record of this name")
+            return PutResult(num_stored=0, num_existing=0, refused={record.hash: refusal})
         if self.pool.put(record):
             return PutResult(num_stored=1, num_existing=0)
         refusal = Refusal(RefusalReason.TOO_LARGE, "larger than the memory for handoffs and pooled checkpoints")
@@ -191,11 +203,12 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.TouchRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.TouchResponse:
         used, suspects, forged = _names(request.used), _names(request.suspect), _stored_names(request.forged)
+        rows = _granted_rows() if forged else None
         await self._in_thread(
             lambda: self.engine.note_use(
                 used,
                 suspects,
-                forged=forged,
+                forged=forged if rows is None else self.engine.owned(forged, rows),
                 hits=request.hits,
                 misses=request.misses,
                 bytes_read=request.bytes_read,
@@ -307,8 +320,27 @@ def _stored_names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]
 
 
 def _owner_of(request: kvstore_pb2.PinRequest | kvstore_pb2.EvictRequest) -> bytes:
-    """Whose records are meant; a caller of version 1 gives a name."""
+    """Whose records are meant; a caller of version 1 gives a name.
+
+    Raises:  PermissionDenied: the call's grant is for somebody else.
+    """
+    grant = admitted().needed_grant()
+    if grant is not None:
+        grant.check_owner(request.owner)
     return owner_row(2, request.owner) if request.owner else owner_row(1, request.tenant.encode())
+
+
+def _granted_rows(asked: bytes = b"") -> tuple[bytes, ...] | None:
+    """Whose records the call's grant is for, as the index names them; None: everybody's, where the service is open.
+
+    asked: whose the caller says that it means; empty: it does not say.
+    """
+    grant = admitted().needed_grant()
+    if grant is None:
+        return None
+    if asked:
+        grant.check_owner(asked)
+    return tuple(owner_row(2, owner) for owner in grant.owners)
 
 
 def _put_response(results: Sequence[PutResult]) -> kvstore_pb2.PutResponse:

@@ -175,8 +175,17 @@ class StorageEngine:
 
     # --- reading -------------------------------------------------------------------------------------------------
 
-    def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
-        return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self.clock_ms())
+    def lookup(
+        self, chain: Sequence[bytes], *, fingerprint: bytes, owners: Collection[bytes] | None = None
+    ) -> LookupResult:
+        return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
+
+    def owned(self, names: Iterable[RecordName], owners: Collection[bytes]) -> list[RecordName]:
+        """Those of the records that these owners have stored."""
+        with self.index.txn() as txn:
+            ids = self.index.owner_ids(txn, owners) or frozenset()
+            entries = [(name, self.index.entry(txn, *name)) for name in names]
+        return [name for name, entry in entries if entry is not None and entry.tenant_id in ids]
 
     def read_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> ReadOutcome:
         """Fill `into` and note the use; what the reader found broken is judged and quarantined."""

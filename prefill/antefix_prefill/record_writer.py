@@ -12,6 +12,7 @@ from collections import deque
 
 from antefix.errors import AntefixError, InvalidRequest
 from antefix.record import Record, RecordKind, Refusal, RefusalReason
+from antefix.security.grants import held, hold
 from antefix.store.api import Store
 from antefix.window import Tier
 from antefix.window_pool import WindowPool
@@ -47,6 +48,8 @@ class RecordWriter:
         self._broken = False
         self._closing = False
         self._task: asyncio.Task[None] | None = None
+        # Of the request that it was made for: a decode worker's one loop puts records of all requests.
+        self._grant = held()
         self.num_blocks_written = 0
         self.num_checkpoints_written = 0
         self.bytes_written = 0
@@ -74,6 +77,7 @@ class RecordWriter:
             await uninterrupted(self._task)
 
     async def _write_all(self) -> None:
+        hold(self._grant)
         try:
             await self._run()
         finally:

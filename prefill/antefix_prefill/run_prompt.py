@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from antefix.errors import InternalError
-from antefix.model import Sequence, forward
+from antefix.model import Sequence, follow, run_tokens
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
 from antefix.window import Mark
@@ -142,7 +143,11 @@ def _run_chunk(
     engine: Engine, sequence: Sequence, tokens: npt.NDArray[np.uint32], new: range, is_last: bool
 ) -> tuple[npt.NDArray[np.float32] | None, list[memoryview]]:
     """In the compute thread: the last token's logits where they are wanted, and the payloads of blocks `new`."""
-    out = forward(engine.model, engine.pool, [(sequence, tokens)], ops=engine.ops)
-    logits: npt.NDArray[np.float32] | None = out[0].float().cpu().numpy() if is_last else None
+    ran = run_tokens(engine.model, engine.pool, [(sequence, tokens)], ops=engine.ops)
+    ran.keep(0)
+    if engine.model.mtp:
+        given = torch.from_numpy(tokens.astype("i8")).to(engine.device)
+        follow(engine.model, sequence.window, given, ran.streams, engine.ops)
+    logits: npt.NDArray[np.float32] | None = ran.logits[0].float().cpu().numpy() if is_last else None
     # Without new blocks a card is not waited for: the next chunk is prepared while this one runs.
     return logits, engine.pool.payloads([sequence.block_table[index] for index in new]) if new else []

@@ -20,7 +20,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -42,10 +42,13 @@ from antefix_router.answers import KeptAnswer, RetryConfig, Run, SharedRun
 from antefix_router.ending import Ending
 from antefix_router.generation import Generation, OutputPiece
 from antefix_router.open_bill import Bill, Served
+from antefix_router.page.activity import Activity
 from antefix_router.request_measures import RequestMeasures
 from antefix_router.retries import CLIENT_LEFT, Retries
 
 log = logging.getLogger("antefix.router")
+
+Make = Callable[[GenerationRequest], Generation]
 
 # A finished request may be asked for again, with the same answer and without a second charge, this often.
 NUM_REPEATS_MAX = 3
@@ -70,7 +73,7 @@ class Accounts:
         self._keyring = keyring
         self.served = served
         self._cards = cards
-        self._quotas = QuotaBook(tenants.limits, tenants.default)
+        self.quotas = QuotaBook(tenants.limits, tenants.default)
         self._running: set[str] = set()
         self._repeats: OrderedDict[str, int] = OrderedDict()
         self._settling: dict[str, asyncio.Task[Settled | None]] = {}
@@ -80,6 +83,7 @@ class Accounts:
         self.num_unstored = 0
         self.unstored_reason = ""
         self.measures = RequestMeasures()
+        self.activity = Activity()
         self.ending = Ending()
         if ledger is not None:
             self._take_up(ledger)
@@ -97,10 +101,12 @@ class Accounts:
             log.warning("%d requests were cut off by the last stop; %d had output", len(crashed), num_charged)
         now = datetime.now(UTC)
         after = sequence_before(ledger.directory, LimitWindow.MONTH.start(now).timestamp())
-        self._quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
+        self.quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
 
-    async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
-        """Check id, quota and budget.
+    async def admit(
+        self, request: GenerationRequest, *, retryable: bool = False, generation: Make = Generation
+    ) -> Bill:
+        """Check id, quota and budget.  generation: makes what the request is while it runs.
 
         retryable: the client named the id, so another one may read the same answer, and it is kept.
         Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.
@@ -115,7 +121,7 @@ class Accounts:
         self._running.add(opened.key)
         self._admitting[opened.key] = asyncio.get_running_loop().create_future()
         try:
-            bill = self._bill(request, opened, await self.writer.find(opened.key))
+            bill = self._bill(generation(request), opened, await self.writer.find(opened.key))
             if retryable and bill.settled is None:
                 self.retries.share(bill)
             return bill
@@ -125,10 +131,11 @@ class Accounts:
         finally:
             self._admitting.pop(opened.key).set_result(None)
 
-    def _bill(self, request: GenerationRequest, opened: OpenEntry, standing: Settled | None) -> Bill:
+    def _bill(self, generation: Generation, opened: OpenEntry, standing: Settled | None) -> Bill:
         """What is next for this id: its first attempt, another one, or its answer again."""
+        request = generation.request
         if standing is None:
-            bill = Bill(Generation(request), opened, self._reserve(request))
+            bill = Bill(generation, opened, self._reserve(request))
             # There is an answer already where it could not be recorded, or where nothing ever is.
             bill.kept = self.retries.kept(request, opened)
             return bill
@@ -138,12 +145,12 @@ class Accounts:
             raise InvalidRequest(f"request id {request.request_id} was used for another request")
         kept = self.retries.kept(request, opened)
         if standing.record.is_final:
-            bill = self._repeat(request, opened, standing, kept)
+            bill = self._repeat(generation, opened, standing, kept)
         else:
             # What was made for the attempt before was made in its time: its hits are in the store's log at that time.
             started_us = opened.started_us if kept is None else kept.started_us
             opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1, started_us=started_us)
-            bill = Bill(Generation(request), opened, self._reserve(request), standing.record.paid)
+            bill = Bill(generation, opened, self._reserve(request), standing.record.paid)
         bill.kept = kept
         return bill
 
@@ -281,6 +288,7 @@ class Accounts:
                 bill.settled = await self.writer.settle(record)
             if bill.settled.record is record:
                 self.measures.count(record)
+                self.activity.note(record, bill.generation.restore)
         except AntefixError as err:
             log.error("request %s could not be settled: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
             if status is not Status.CANCELLED and status is not Status.FAILED:
@@ -290,7 +298,7 @@ class Accounts:
             if bill.reservation is not None:
                 tokens = record.prompt_tokens + record.output_tokens if record and bill.settled else 0
                 price = record.price if record and bill.settled else bill.reservation.money * 0
-                self._quotas.settle(bill.reservation, tokens=tokens, money=price)
+                self.quotas.settle(bill.reservation, tokens=tokens, money=price)
         return bill.settled
 
     @property
@@ -349,11 +357,11 @@ class Accounts:
             attempt=1,
             tenant=tenant,
             user=request.caller.user,
-            model=self.served.model,
+            model=request.model or self.served.model,
             revision=self.served.revision,
             fingerprint=self.served.fingerprint,
             request_digest=self._digest(request),
-            prompt_tokens=len(request.tokens),
+            prompt_tokens=request.num_tokens,
             started_us=_now_us(),
         )
 
@@ -366,26 +374,25 @@ class Accounts:
         digest.update(request.tokens.tobytes())
         if request.num_samples > 1:
             digest.update(f"{request.num_samples} samples".encode())
+        digest.update(request.content)
         return digest.hexdigest()
 
     def _reserve(self, request: GenerationRequest) -> Reservation:
         now = datetime.now(UTC)
         num_output = request.sampling.max_tokens * request.num_samples
         most = worst_price(
-            self._cards.quote(self.served.model, now),
-            prompt_tokens=len(request.tokens),
+            self._cards.quote(request.model or self.served.model, now),
+            prompt_tokens=request.num_tokens,
             output_tokens_max=num_output,
         )
-        tokens = len(request.tokens) + num_output
-        return self._quotas.reserve(request.caller.tenant, tokens=tokens, money=most, now=now)
+        tokens = request.num_tokens + num_output
+        return self.quotas.reserve(request.caller.tenant, tokens=tokens, money=most, now=now)
 
-    def _repeat(
-        self, request: GenerationRequest, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None
-    ) -> Bill:
+    def _repeat(self, generation: Generation, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None) -> Bill:
         """The answer to a finished request again: kept, or made again, which is work that nobody pays for."""
         if kept is None:
-            self._count_repeat(request, opened)
-        bill = Bill(Generation(request), opened, None)
+            self._count_repeat(generation.request, opened)
+        bill = Bill(generation, opened, None)
         bill.settled = standing
         return bill
 

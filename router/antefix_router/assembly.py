@@ -23,10 +23,10 @@ from antefix.tokenizer import Tokenizer
 from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
-from antefix_router.key_changes import KeyChanges
-from antefix_router.key_exchange import KeyExchange
+from antefix_router.key_changes import follow_keys
 from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics, router_metrics
 from antefix_router.naming import PromptNames
+from antefix_router.page.prefix_forest import PrefixForest
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.leases import Leases
 from antefix_router.placement.memory_feed import MemoryFeed
@@ -59,7 +59,7 @@ class Router:
         """granter: signs what workers and store ask for; None where they ask for nothing."""
         self.identity = identity
         self.tokenizer = tokenizer
-        self._store = store
+        self.store = store
         self.config = config
         # Without workers nothing is named; the first that is there says what goes into names.
         self.arithmetic = config.arithmetic or CPU_FLOAT32
@@ -100,6 +100,7 @@ class Router:
         self.memory = MemoryFeed(directory, redis_url=events, keys=event_keys, callee=self._callee)
         self.leases = Leases(self.prefill, self.decode, directory, fingerprint=self.fingerprint, memory=self.memory)
         self.pins = BreakpointPins(store)
+        self.forest = PrefixForest()
         self.front: Front = open_front(
             config,
             Generator(
@@ -110,21 +111,14 @@ class Router:
                 self.pins,
                 sessions,
                 between_tokens=lambda seconds, number: self.front.accounts.measures.note_pace(seconds, number),
+                on_named=lambda prompt: self.forest.note(prompt.chain.hashes, prompt.owner),
             ),
             identity=identity,
             tokenizer=tokenizer,
             keyring=keyring,
             fingerprint=self.fingerprint,
         )
-        self.key_changes = self._key_changes()
-
-    def _key_changes(self) -> KeyChanges | None:
-        config, exchange = self.config, None
-        if not config.api_keys_file:
-            return None
-        if config.keys_redis:
-            exchange = KeyExchange(RedisAccess.of(config.keys_redis, config), self.keyring)
-        return KeyChanges(self.front.keys, config.api_keys_file, exchange)
+        self.key_changes = follow_keys(config, self.front.keys, keyring)
 
     def start(self) -> None:
         """Follow workers' leases, changes of API keys, and the store's events where the settings say so."""
@@ -141,7 +135,7 @@ class Router:
         await self.leases.close()
         await self.feed.close()
         await self.pins.close()
-        await self._store.close()
+        await self.store.close()
 
     def _callee(self, address: str) -> tuple[Role | None, str]:
         found = (group.find(address) for group in (self.prefill, self.decode))
@@ -193,6 +187,6 @@ class Router:
     def metrics(self) -> Iterable[Metric]:
         """What it shows, beside its HTTP door's own. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
-        yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory)
+        yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
         yield from router_metrics(self.counters, self.memory, self.feed)
         yield from key_metrics(self.front.keys, self.key_changes)

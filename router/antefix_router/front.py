@@ -24,7 +24,7 @@ from antefix_billing.ratecard import RateCards, load_cards
 from antefix_billing.receipt import Signer
 from antefix_billing.tenants import TenantBook, load_tenants
 from antefix_router.accounting import Accounts
-from antefix_router.answers import RetryConfig
+from antefix_router.answers import RetryConfig, Run
 from antefix_router.encoding import Encoding
 from antefix_router.generation import Generator, OutputPiece
 from antefix_router.grammar_check import GrammarCheck
@@ -60,8 +60,27 @@ class BillingConfig(RetryConfig):
         require(bool(self.api_keys_file) or not self.keys_redis, "--keys-redis needs --api-keys-file")
 
 
-class Front:
-    """The door behind the doors."""
+class BilledFront:
+    """What is behind every door: who may call, the bill, receipts. run: makes the output of an admitted request."""
+
+    def __init__(self, run: Run, accounts: Accounts, *, keys: KeyRegister, signer: Signer | None) -> None:
+        self.accounts = accounts
+        self.keys = keys
+        self.signer = signer
+        self.prefixes = PrefixWatch()
+        self._run = run
+
+    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
+        """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
+        return self.accounts.run(bill, self._run, timeout_s)
+
+    async def close(self) -> None:
+        """Settle what is running."""
+        await self.accounts.close()
+
+
+class Front(BilledFront):
+    """The door behind the doors of our own workers."""
 
     def __init__(
         self,
@@ -75,15 +94,15 @@ class Front:
         keys: KeyRegister | None = None,
     ) -> None:
         """keys: None: those that the tenants have."""
-        self.accounts = accounts
+        # Looked up at each request: where nothing runs, as in a dry run, there is no generator.
+        super().__init__(
+            lambda *args: generator.run(*args), accounts, keys=keys or key_register(tenants), signer=signer
+        )
         self.identity = identity
         self.tokenizer = tokenizer
-        self.keys = keys or key_register(tenants)
-        self.signer = signer
+        self.tenants = tenants
         self.encoding = Encoding()
         self.grammars = GrammarCheck(identity.path, identity.vocab_size)
-        self._prefixes = PrefixWatch()
-        self._generator = generator
 
     async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
         """Check a request and open its bill; without an id it gets one.  retryable: see `Accounts.admit`.
@@ -108,16 +127,12 @@ class Front:
         if not caller.request_id:
             request = replace(request, caller=replace(caller, request_id=secrets.token_hex(12)))
         bill = await self.accounts.admit(request, retryable=retryable)
-        bill.prefix_volatile = self._prefixes.note(request.cache_tenant, request.tokens)
+        bill.prefix_volatile = self.prefixes.note(request.cache_tenant, request.tokens)
         return bill
-
-    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
-        return self.accounts.run(bill, self._generator.run, timeout_s)
 
     async def close(self) -> None:
         """Settle what is running, and end what checks grammars."""
-        await self.accounts.close()
+        await super().close()
         await self.grammars.close()
 
     def _check_tokens(self, tokens: Tokens, max_tokens: int) -> None:
@@ -161,6 +176,13 @@ def open_front(
     fingerprint: bytes,
 ) -> Front:
     """Raises:  ConfigError: a file or directory named in the settings cannot be used.  LedgerCorrupt: see there."""
+    accounts, tenants, keys, signer = open_books(config, keyring)
+    accounts.served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
+    return Front(generator, accounts, identity=identity, tokenizer=tokenizer, tenants=tenants, signer=signer, keys=keys)
+
+
+def open_books(config: BillingConfig, keyring: Keyring) -> tuple[Accounts, TenantBook, KeyRegister, Signer | None]:
+    """What the settings name for keys and bill, of no model yet.  Raises: as `open_front`."""
     has_keys = bool(config.api_keys_file)
     tenants = load_tenants(config.tenants_file, has_other_keys=has_keys) if config.tenants_file else TenantBook()
     keys = key_register(tenants, needed=has_keys)
@@ -168,19 +190,12 @@ def open_front(
         keys.take(read_book(config.api_keys_file))
     cards = load_cards(config.ratecards) if config.ratecards else RateCards()
     ledger = Ledger(config.ledger_dir) if config.ledger_dir else None
-    served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
-    signer = None
-    if ledger is not None:
-        signer = Signer.create(Path(config.receipt_key_file or ledger.directory / "receipts.key"))
-    return Front(
-        generator,
-        Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants, retries=config),
-        identity=identity,
-        tokenizer=tokenizer,
-        tenants=tenants,
-        signer=signer,
-        keys=keys,
-    )
+    served = Served(model="", revision="", fingerprint="")
+    accounts = Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants, retries=config)
+    if ledger is None:
+        return accounts, tenants, keys, None
+    signer = Signer.create(Path(config.receipt_key_file or ledger.directory / "receipts.key"))
+    return accounts, tenants, keys, signer
 
 
 def key_register(tenants: TenantBook, *, needed: bool = False) -> KeyRegister:

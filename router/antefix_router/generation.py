@@ -24,6 +24,7 @@ from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.security.grants import hold
 from antefix.telemetry import begin, span
+from antefix.usage import Usage
 from antefix.wire import TokenLogprob
 from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.merged_streams import merged
@@ -106,6 +107,16 @@ class Generation:
         reasons = {sample.finish_reason for sample in self.samples}
         return "" if "" in reasons else "length" if "length" in reasons else "stop"
 
+    def used(self, num_output: int, reasoning_tokens: int) -> Usage:
+        """What was used for so many output tokens. Without a restore report no prompt token was worked on."""
+        prompt = Usage() if self.restore is None else self.restore.usage(len(self.tokens))
+        return replace(
+            prompt,
+            output_tokens=num_output,
+            reasoning_tokens=reasoning_tokens,
+            ttft_us=round(self.ttft_s * 1e6),
+        )
+
     def sampling(self, index: int) -> Sampling:
         """One output's: as vLLM has it, each has the seed after the one before."""
         sampling = self.request.sampling
@@ -137,8 +148,13 @@ class Generator:
         sessions: Sessions,
         *,
         between_tokens: Callable[[float, int], None] = lambda seconds, num_tokens: None,
+        on_named: Callable[[NamedPrompt], None] = lambda prompt: None,
     ) -> None:
-        """between_tokens: is told how long a message's tokens were waited for, and how many they are."""
+        """between_tokens: is told how long a message's tokens were waited for, and how many they are.
+
+        on_named: is told of each prompt when its blocks have names.
+        """
+        self._on_named = on_named
         self._between_tokens = between_tokens
         self._sessions = sessions
         self._pins = pins
@@ -161,6 +177,7 @@ class Generator:
         prompt = self._names.prompt(request.cache_tenant, request.tokens, timeout_s=timeout_s)
         hold(prompt.grant)
         generation.prompt_marks = marks_of(prompt.chain.hashes)
+        self._on_named(prompt)
         # 2. Prefill, which a short rest leaves to the decode worker.
         prefilled = await self._prefilling.run(request, prompt, timeout_s=timeout_s)
         self._pins.pin(prompt.chain, request.breakpoints, owner=prompt.owner)

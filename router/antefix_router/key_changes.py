@@ -13,9 +13,11 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from antefix.errors import AntefixError
+from antefix.redis_access import RedisAccess, RedisConfig
+from antefix.secret import Keyring
 from antefix_billing.api_keys import KeyBook
 from antefix_billing.key_file import changing, read_book, write_book
 from antefix_billing.key_register import KeyRegister
@@ -108,3 +110,23 @@ class KeyChanges:
             if self._told.get(source) != str(err):
                 log.error("API keys stay as they were: %s", err)  # noqa: TRY400 - a fault of the file's, no trace needed
                 self._told[source] = str(err)
+
+
+class KeySettings(RedisConfig, Protocol):
+    """Of a router's settings, those of its API keys."""
+
+    @property
+    def api_keys_file(self) -> str: ...
+
+    @property
+    def keys_redis(self) -> str: ...
+
+
+def follow_keys(config: KeySettings, register: KeyRegister, keyring: Keyring) -> KeyChanges | None:
+    """As the settings say; None where they name no file of keys. `start` it."""
+    if not config.api_keys_file:
+        return None
+    exchange = None
+    if config.keys_redis:
+        exchange = KeyExchange(RedisAccess.of(config.keys_redis, config), keyring)
+    return KeyChanges(register, config.api_keys_file, exchange)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Final
 
@@ -93,7 +93,7 @@ def accounts_metrics(accounts: Accounts) -> Iterable[Metric]:
         )
 
 
-def placement_metrics(groups: Sequence[Workers], policy: str, memory: MemoryFeed) -> Iterable[Metric]:
+def placement_metrics(groups: Sequence[Workers], policy: str, knows_memory: Callable[[str], bool]) -> Iterable[Metric]:
     """Workers, and what was placed on them."""
     now = time.monotonic()
     known = [worker for group in groups for worker in group.workers]
@@ -120,7 +120,7 @@ def placement_metrics(groups: Sequence[Workers], policy: str, memory: MemoryFeed
     yield gauge(
         "antefix_worker_memory_known",
         "1 where the router knows what the worker last said of its memory.",
-        {key: float(memory.in_step(worker.address)) for key, worker in where.items()},
+        {key: float(knows_memory(worker.address)) for key, worker in where.items()},
         labels,
     )
     yield counter(

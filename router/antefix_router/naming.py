@@ -16,7 +16,7 @@ import xxhash
 from antefix.block import Chain
 from antefix.clients import Tokens
 from antefix.secret import Keyring
-from antefix.security.grants import Granter, prompt_root
+from antefix.security.grants import Granter
 from antefix_router.placement.directory import Key, keys_of
 from antefix_router.placement.work import Work
 
@@ -97,9 +97,7 @@ class PromptNames:
     def _grant(self, tenant: str, tokens: Tokens, timeout_s: float) -> bytes:
         if self.granter is None:
             return b""
-        keyring = self.keyring
-        owners = [keyring.owner(tenant, number) for number in keyring.generations]
-        return self.granter.grant(owners, prompt_root(keyring, tokens, self.block_size), ttl_s=timeout_s)
+        return self.granter.grant_for(self.keyring, tenant, tokens, ttl_s=timeout_s)
 
 
 class _Memo:

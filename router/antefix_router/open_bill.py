@@ -66,15 +66,8 @@ class Bill:
         self.num_read = num_tokens
 
     def used(self, num_output: int) -> Usage:
-        """What the record says of it. Without a restore report no prompt token was worked on to the end."""
-        generation, report = self.generation, self.generation.restore
-        prompt = Usage() if report is None else report.usage(len(generation.tokens))
-        return dataclasses.replace(
-            prompt,
-            output_tokens=num_output,
-            reasoning_tokens=min(self.reasoning_tokens, num_output),
-            ttft_us=round(generation.ttft_s * 1e6),
-        )
+        """What the record says of it."""
+        return self.generation.used(num_output, min(self.reasoning_tokens, num_output))
 
     @property
     def write_error(self) -> str:

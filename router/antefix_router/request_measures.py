@@ -10,6 +10,7 @@ from prometheus_client.core import Metric
 
 from antefix.telemetry.exposition import SECONDS, SHORT_SECONDS, histogram
 from antefix.telemetry.top_names import TopNames
+from antefix.usage import Evidence
 from antefix_billing.usage_record import Status, UsageRecord
 
 # Tenants that are shown by name; the others are one.
@@ -77,7 +78,8 @@ class RequestMeasures:
             self._failed.labels(record.detail or NONE).inc()
         if record.prompt_tokens:
             self._prompt.labels(plan).inc(record.prompt_tokens)
-            self._hit.labels("memory", plan).inc(record.hit_memory_tokens)
+            tier = "memory" if record.evidence is Evidence.PROVED else record.evidence.label
+            self._hit.labels(tier, plan).inc(record.hit_memory_tokens)
             self._hit.labels("store", plan).inc(record.hit_store_tokens)
             self._miss.labels(record.miss_reason.label, plan).inc(record.cache_miss_tokens)
             self._replayed.labels(plan).inc(record.replayed_tokens)

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc
+from starlette.routing import Route
 
 from antefix import rpc
 from antefix.block import as_tokens
@@ -17,7 +19,7 @@ from antefix.model_dir import identify
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.guard import admitted
-from antefix.security.identity import ALL_TENANTS, Identity, Role
+from antefix.security.identity import Role
 from antefix.security.process_security import open_security
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.telemetry import Registry, bind_request, span
@@ -33,10 +35,13 @@ from antefix.wire import (
     usage_to_wire,
 )
 from antefix_billing.api_keys import Scope
-from antefix_billing.key_register import KeyRegister
 from antefix_router.assembly import Router
 from antefix_router.gateway.app import start_http
+from antefix_router.gateway.gateway import Gateway
+from antefix_router.key_callers import caller_of_key
 from antefix_router.open_bill import Bill
+from antefix_router.page.page import page_routes
+from antefix_router.page.view import View
 from antefix_router.router_config import RouterConfig
 from antefix_router.usage_service import UsageServicer
 
@@ -162,22 +167,6 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         return router_pb2.RegisterWorkerResponse()
 
 
-def caller_of_key(keys: KeyRegister, key: str, method: str) -> Identity | None:
-    """Who shows this API key; None where nobody needs one.
-
-    Raises:  Unauthenticated: it is not known, or over.  PermissionDenied: it lacks the scope of this method.
-    """
-    if keys.open_as is not None:
-        return None
-    scope = Scope.USAGE if method.startswith("/antefix.v1.UsageService/") else Scope.GENERATE
-    # Health and reflection say nothing of tenants: any key will do.
-    holder = keys.authenticate(key, scope if method.startswith("/antefix.") else None)
-    if scope is Scope.USAGE and Scope.ADMIN in holder.scopes:
-        # For this call, like a front end for which all tenants are listed.
-        return Identity(role=Role.FRONTEND, name=holder.key_id, tenants=frozenset({ALL_TENANTS}))
-    return Identity(role=Role.TENANT, name=holder.tenant, tenants=frozenset({holder.tenant}))
-
-
 def _usage_of(bill: Bill) -> usage_pb2.Usage:
     return usage_to_wire(bill.usage(), request_id=bill.record.request_id, total_s=bill.total_s)
 
@@ -205,7 +194,8 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageServicer(router.front), server)
 
     await router.learn()
-    http = await start_http(router.front, config, security) if config.http_address else None
+    page = partial(_page, router)
+    http = await start_http(router.front, config, security, more=page) if config.http_address else None
 
     accounts = router.front.accounts
 
@@ -237,3 +227,8 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         others=[http.stop] if http is not None else [],
         end=accounts.ending.end,
     )
+
+
+def _page(router: Router, gateway: Gateway) -> list[Route]:
+    view = View(router, router.store, router.front.accounts.activity, router.forest)
+    return page_routes(view, lambda request: gateway.holder(request, Scope.ADMIN))

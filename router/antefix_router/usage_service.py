@@ -17,7 +17,7 @@ from antefix.v1 import usage_pb2, usage_pb2_grpc
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import Settled, read_settled
 from antefix_billing.usage_record import request_key
-from antefix_router.front import Front
+from antefix_router.front import BilledFront
 
 # 256 records are some 200 KB: far under the message limit, far over a call's overhead.
 RECORDS_A_MESSAGE = 256
@@ -27,7 +27,7 @@ FOLLOW_EVERY_S = 0.5
 class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
     """Reads the ledger's files as any process may; the writer is not disturbed."""
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: BilledFront) -> None:
         self._front = front
 
     async def Export(

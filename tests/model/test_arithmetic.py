@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from antefix.block import check_arithmetic
 from antefix.errors import InvalidRequest
 from antefix.model import arithmetic_cache, numerics, probe
-from antefix.model.arithmetic import COLUMNS_MAX, numbers, steps_of
+from antefix.model.arithmetic import COLUMNS_MAX, steps_of
+from antefix.model.probe_steps import numbers
 from antefix.model.setup import Setup, setup_of
 from tests.model.random_models import make
 
@@ -188,7 +189,7 @@ def test_a_cards_kind_driver_and_kernels_are_part_of_its_name() -> None:
         for kernels in ("torch", "triton")
     }
     assert len(names | {probe(model, time_s_max=0.0).name}) == 5
-    assert any("attention and mixing kernels" in text for text in probe(model, setup=setups[0]).unproved)
+    assert any("attention, index and compressor kernels" in text for text in probe(model, setup=setups[0]).unproved)
 
 
 def test_on_a_card_only_what_runs_there_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from antefix.layout import KVFormat
 from antefix.model import numerics
-from antefix.model.arithmetic import numbers, steps_of
+from antefix.model.arithmetic import steps_of
+from antefix.model.probe_steps import numbers
 from tests.model.random_models import AWKWARD, bits, make, run_all
 
 PRODUCTS = {

@@ -23,7 +23,8 @@ ADDRESS = "127.0.0.1:7001"
 
 @pytest.fixture
 def fleet():
-    prefill, decode = (Workers(role, make_policy("least_work"), ["127.0.0.1:9"]) for role in WorkerRole)
+    roles = (WorkerRole.PREFILL, WorkerRole.DECODE)
+    prefill, decode = (Workers(role, make_policy("least_work"), ["127.0.0.1:9"]) for role in roles)
     directory = Directory()
     return Leases(prefill, decode, directory, fingerprint=FINGERPRINT), prefill, decode, directory
 

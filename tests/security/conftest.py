@@ -17,6 +17,8 @@ from antefix.security.process_security import ProcessSecurity
 from antefix.v1 import (
     decode_pb2,
     decode_pb2_grpc,
+    fleet_pb2,
+    fleet_pb2_grpc,
     kvstore_pb2,
     kvstore_pb2_grpc,
     memory_pb2,
@@ -34,6 +36,7 @@ from antefix.v1 import (
 SERVICES = (
     (router_pb2, router_pb2_grpc.RouterServiceServicer, router_pb2_grpc.add_RouterServiceServicer_to_server),
     (usage_pb2, usage_pb2_grpc.UsageServiceServicer, usage_pb2_grpc.add_UsageServiceServicer_to_server),
+    (fleet_pb2, fleet_pb2_grpc.FleetServiceServicer, fleet_pb2_grpc.add_FleetServiceServicer_to_server),
     (prefill_pb2, prefill_pb2_grpc.PrefillServiceServicer, prefill_pb2_grpc.add_PrefillServiceServicer_to_server),
     (decode_pb2, decode_pb2_grpc.DecodeServiceServicer, decode_pb2_grpc.add_DecodeServiceServicer_to_server),
     (window_pb2, window_pb2_grpc.WindowServiceServicer, window_pb2_grpc.add_WindowServiceServicer_to_server),

@@ -18,7 +18,7 @@ from antefix_billing.receipt import Signer, check_receipt
 from antefix_billing.tenants import load_tenants
 from antefix_console.cli import main
 from antefix_router.front import BillingConfig, open_front
-from antefix_router.server import caller_of_key
+from antefix_router.key_callers import caller_of_key
 from tests.gateway.scripted import Script, make_front, serving
 
 ALL = frozenset(Scope)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
+from antefix.errors import InternalError
 from antefix.miss_reason import MissReason
 from antefix.restore_report import RestoreReport
-from antefix.usage import Usage
+from antefix.usage import Evidence, Usage
 from antefix.v1 import usage_pb2
 from antefix.wire import usage_from_wire, usage_to_wire
 from antefix_billing.usage_record import Status, UsageRecord
@@ -22,6 +27,8 @@ USED = Usage(
     last_hit_hash="ab" * 32,
     miss_reason=MissReason.FIRST_SEEN,
     ttft_us=1_234_567,
+    worker="10.0.0.1:8000",
+    expected_hit_tokens=192,
 )
 
 
@@ -49,3 +56,37 @@ def test_a_record_keeps_every_field() -> None:
 def test_a_restores_report_says_no_more_written_than_missed() -> None:
     report = RestoreReport(hit_tokens=128, miss_tokens=72, written_tokens=192, last_hit_hash=b"\xab" * 32)
     assert (report.usage(200).cache_write_tokens, report.usage(200).last_hit_hash) == (72, "ab" * 32)
+
+
+@pytest.mark.parametrize("evidence", [Evidence.REPORTED, Evidence.EXPECTED])
+def test_a_reported_hit_has_no_hash_and_is_kept(evidence: Evidence) -> None:
+    used = replace(USED, last_hit_hash="", evidence=evidence, hit_memory_tokens=128)
+    of_the_end = {
+        "request_id": "r",
+        "source": "s",
+        "model": "m",
+        "status": Status.STOP,
+        "started_us": 1,
+        "finished_us": 2,
+    }
+    record = UsageRecord.of(used, **of_the_end)
+    assert UsageRecord.from_payload(record.to_payload()) == record
+    assert usage_from_wire(usage_to_wire(used)) == used
+    assert not record.is_proved_hit
+    with pytest.raises(InternalError, match="proved hit"):
+        UsageRecord.of(replace(used, last_hit_hash="ab" * 32), **of_the_end)
+    with pytest.raises(InternalError, match="proved hit"):
+        UsageRecord.of(replace(used, evidence=Evidence.PROVED), **of_the_end)
+
+
+def test_what_is_proved_has_the_bytes_that_it_always_had() -> None:
+    of_the_end = {
+        "request_id": "r",
+        "source": "s",
+        "model": "m",
+        "status": Status.STOP,
+        "started_us": 1,
+        "finished_us": 2,
+    }
+    payload = UsageRecord.of(replace(USED, worker="", expected_hit_tokens=0), **of_the_end).to_payload()
+    assert not any(name in payload for name in (b"evidence", b"worker", b"expected"))

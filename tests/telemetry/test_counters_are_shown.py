@@ -9,6 +9,7 @@ import pytest
 from antefix.clients import AnswerCounters
 from antefix.events.follower import FollowCounters
 from antefix.events.kv_publisher import KvPublisherCounters
+from antefix.events.kv_subscriber import KvFollowCounters
 from antefix.telemetry.shown import families
 from antefix.v1 import decode_pb2, kvstore_pb2, prefill_pb2, router_pb2, window_pb2
 from antefix.window.planner import KindRecord
@@ -24,6 +25,9 @@ from antefix_prefill.worker import metrics as worker
 from antefix_prefill.worker.store_counters import StoreCounters
 from antefix_router import metrics as router
 from antefix_router import prefilling
+from antefix_router.fleet import fleet_metrics
+from antefix_router.fleet.engines import HitCounters
+from antefix_router.fleet.passing import PassingCounters
 
 REPO = Path(__file__).parents[2]
 ROOMS = ("antefix", "billing", "decode", "engines", "kvstore", "prefill", "router")
@@ -32,6 +36,9 @@ SHOWN = {
     FollowCounters: ([router.FOLLOW], {}),
     KindRecord: ([worker.PLANS], {}),
     KvPublisherCounters: ([worker.KV_EVENTS], {}),
+    KvFollowCounters: ([fleet_metrics.EVENTS], {}),
+    HitCounters: ([fleet_metrics.HITS], {}),
+    PassingCounters: ([fleet_metrics.PASSING], {}),
     CommitCounters: ([router.COMMITS], {}),
     TierCounters: ([engines.VLLM_TIER], {"_lock": "text"}),
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
@@ -46,7 +53,7 @@ SHOWN = {
     scrubber.ScrubCounters: ([kvstore.SCRUBBER], {}),
 }
 # Classes of that kind of name that hold copies of the above, or count nothing that happens.
-COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "_Counts"}
+COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "_Counts", "Totals"}
 # Message's field: the metric that shows it. Texts, names and cursors are no numbers.
 MESSAGES = {
     kvstore_pb2.StatsResponse: {
@@ -95,6 +102,7 @@ COUNTED = {
     "num_corrupt": "antefix_window_pool_corrupt_records",
     "num_failed": "antefix_security_failed_reloads",
     "num_lost": "antefix_store_log_lost_lines",
+    "num_unnamed": "antefix_fleet_unnamed_blocks",
     "num_evicted": "antefix_pool_evicted_blocks",
     "num_too_large": "antefix_worker_too_large_requests",
     "num_unstored": "antefix_unstored_requests",
@@ -106,6 +114,8 @@ COUNTED = {
     "num_running": "antefix_http_running_requests",
     "num_waiting": "antefix_prefill_waiting_prompts",
     "busy_s": "antefix_decode_busy_seconds",
+    "num_drafted": "antefix_decode_drafted_tokens",
+    "num_drafts_kept": "antefix_decode_drafts_kept",
     "_num_streams": "antefix_store_streams",
     "_num_joined": "antefix_router_retries",
     "_num_given": "antefix_router_retries",
@@ -119,7 +129,17 @@ STATE = {
     *("num_exact_tokens", "num_failures", "num_quarantined", "num_bytes"),
     # Kinds that are told of, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
-    *("num_straight", "num_batches", "num_replays"),
+    *("num_straight", "num_batches", "num_replays", "num_unread", "num_lives", "num_forgotten", "num_answers"),
+    *(
+        "num_hashes",
+        "num_prompts",
+        "num_with_ttft",
+        "num_unreported",
+        "num_other_prompts",
+        "num_full",
+        "num_late",
+        "num_pieces",
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""`antefix explain`: why a prompt hits or misses, from the deployment's directory; no service needs to run."""
+"""`antefix explain`: why a prompt hits or misses, from the deployment's directory; no service needs to run but with
+`--fleet`, where a running router is asked."""
 
 from __future__ import annotations
 
@@ -27,11 +28,12 @@ from antefix.window import RatePriors, Rates, RestorePlanner, Sizes, check_bound
 from antefix.window_pool import DISK, MEMORY, open_window_pool
 from antefix.worker_settings import NAMING, WorkerSettings
 from antefix_console import shipped
-from antefix_console.commands import explain_requests
+from antefix_console.commands import explain_fleet, explain_requests
 from antefix_console.deployment import ARITHMETIC_FILE
 from antefix_console.explain.answer import Explanation, explain
 from antefix_console.explain.block_evidence import NamedChain, gather, holdings, statements
 from antefix_console.explain.text import lines
+from antefix_console.operator_credentials import hold_grant
 from antefix_console.progress_line import ProgressLine
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
@@ -47,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the prompt; - reads stdin")
     prompt.add_argument("--tokens-file", type=Path, metavar="FILE", help="JSON list of token ids; - reads stdin")
     explain_requests.add_arguments(parser, prompt)
+    explain_fleet.add_arguments(parser, prompt)
     parser.add_argument("--data-dir", type=Path, help="of `antefix up`: has the store, the secret and the store's log")
     parser.add_argument("--store-dir", type=Path, help="the store's directory, where it is not in --data-dir")
     parser.add_argument("--secret-file", type=Path, help="the deployment's secret, where it is not in --data-dir")
@@ -78,6 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.fleet:
+        return explain_fleet.run(args)
+    if args.workers:
+        raise InvalidRequest("--workers needs --fleet: the address of the router that has them")
     identity = identify(args.model)
     secret = args.secret_file or (args.data_dir / "secret" if args.data_dir else None)
     keyring = Keyring.from_file(secret) if secret is not None else None
@@ -118,6 +125,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
     # 2. What the window pool has.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.reason is MissReason.NONE, blocks))
+    hold_grant(args.store_address or "", mine.tenant, tokens)
     pooled, pool_error = asyncio.run(_pooled(worker, args.store_address, names, stored))
     # 3. What a worker would make of it.
     planner = RestorePlanner(Sizes.of(identity.layout(mine.kv_format)), Rates(_priors(args)))

@@ -29,6 +29,10 @@ ADVICE: Final = {
     " fastest. If prompts often leave here, strategy `auto` leaves a checkpoint after the first; `antefix window` tells"
     " which.",
     MissReason.STORE_UNAVAILABLE: "the worker got no answer from the store: see whether it runs, and the worker's log.",
+    MissReason.LOST_HIT: "the worker dropped it without saying so, its events are late, or it read another prompt than"
+    ' the router: docs/FLEET.md, "Lost hits".',
+    MissReason.OTHER_WORKER: "the worker that had it had too much to do; --compute-weight says what waiting for it is"
+    " worth.",
     MissReason.UNKNOWN: "a newer process gave this reason: read it with that process's version.",
 }
 

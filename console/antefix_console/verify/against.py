@@ -21,6 +21,7 @@ from antefix.generation_request import Caller, GenerationRequest
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.wire import TokenLogprob
+from antefix_console.operator_credentials import hold_grant
 from antefix_console.verify.served import ServedAnswer
 from antefix_console.verify.verdict import Cases, Report
 
@@ -143,6 +144,7 @@ async def _ask(
     caller = Caller(tenant=tenant, request_id=f"verify-{secrets.token_hex(8)}")
     request = GenerationRequest(tokens=prompt, sampling=sampling, caller=caller)
     handoff, restored, target = b"", None, peer
+    hold_grant(peer.address, tenant, prompt)
     if peer.role == "prefill":
         prefilled = await PrefillClient(peer.address).prefill(request, timeout_s=_TIMEOUT_S)
         handoff, restored, target = prefilled.handoff, prefilled.restore, decode

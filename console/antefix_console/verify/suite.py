@@ -165,8 +165,6 @@ class Suite:
                     # What crashes is wrong as well, and the other parts may say more about it.
                     log.debug("%s failed", part, exc_info=True)
                     self._cases.add(part, "crashed", 0, problem=f"{part}: {type(err).__name__}: {err}")
-            if "answers" in parts and self._subject.model.device.type != "cpu":
-                self._against_cpu(document)
         finally:
             self._workers.compute.close()
 
@@ -201,6 +199,8 @@ class Suite:
                 check_ties(workers, self._tokens(num_entries * self._subject.identity.geometry.csa_ratio), cases)
             case "answers" if self._subject.model.device.type == "cpu":
                 check_answer(self._subject, self._cases.report)
+            case "answers":
+                self._against_cpu(document)
             case "reproducible" if self._can_simulate_shapes:
                 history = self._tokens(3 * size + 1)
                 await check_aligned(workers, history, np.concatenate((history, self._tokens(4 * size))), cases)

@@ -190,7 +190,7 @@ class Engine:
             return
         if not any(self.keyring.owner(tenant, number) in grant.owners for number in self.keyring.generations):
             raise PermissionDenied("the grant is for another tenant")
-        if not fits_prompt(self.keyring, grant, prompt, self.block_size):
+        if not fits_prompt(self.keyring, grant, prompt):
             raise PermissionDenied("the grant is for another prompt")
 
     async def register(self) -> None:
@@ -218,7 +218,13 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
     identity = identify(config.model)
     kv_format = KVFormat(config.kv_format)
     check_bounded(config.bounded_windows, identity.geometry)
-    model = load_model(config.model, device=config.device, dtype=DTYPES[config.dtype], kv_format=kv_format)
+    model = load_model(
+        config.model,
+        device=config.device,
+        dtype=DTYPES[config.dtype],
+        kv_format=kv_format,
+        drafts=config.speculate == "mtp",
+    )
     # The kernels read packed records; torch keeps decoded mirrors beside them.
     packed = uses_triton(config.kernels, model.layout, config.device)
     block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
@@ -294,9 +300,9 @@ def _measure(model: Model, config: EngineConfig, *, packed: bool) -> Arithmetic:
 
 
 def ignores_shapes(measured: Arithmetic, device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
-    """Whether a token's bits are the same however its prompt is cut: so on a CPU, by construction and as probed, and on
-    a card where the reproducible kernels run."""
-    return reproducible_kernels if torch.device(device).type != "cpu" else measured.ignores_shapes
+    """Whether a token's bits are the same however its prompt is cut: so on a CPU, and on a card where the reproducible
+    kernels run. By construction, and nowhere where the probe saw otherwise."""
+    return measured.ignores_shapes and (reproducible_kernels or torch.device(device).type == "cpu")
 
 
 def pool_block_bytes(layout: BlockLayout) -> int:

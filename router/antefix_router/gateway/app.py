@@ -34,7 +34,7 @@ from antefix_router.gateway.access import Access, HttpMeasures
 from antefix_router.gateway.anthropic import count_tokens, prepare_messages
 from antefix_router.gateway.chat import prepare_chat
 from antefix_router.gateway.completions import list_models, prepare_completion
-from antefix_router.gateway.gateway import Gateway
+from antefix_router.gateway.gateway import Door, Gateway
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import Call, Endpoint, Room
 from antefix_router.gateway.http_errors import NotFound, Provider, error_response
@@ -56,8 +56,8 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 }
 
 
-def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -> Starlette:
-    """The ASGI application."""
+def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, more: Iterable[Route] = ()) -> Starlette:
+    """The ASGI application. more: addresses that are no part of any API."""
     room = Room(config.http_requests_max)
     routes = [
         Route(
@@ -71,10 +71,23 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures) -
         Route("/v1/messages/count_tokens", partial(count_tokens, gateway), methods=["POST"]),
         Route("/v1/models", partial(list_models, gateway), methods=["GET"]),
         Route("/v1/models/{name:path}", partial(list_models, gateway), methods=["GET"]),
-        Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, gateway), methods=["GET"]),
-        Route("/v1/usage/public_key", partial(_public_key, gateway), methods=["GET"]),
+        *common_routes(gateway),
+        *more,
+    ]
+    return application(routes, measures, config)
+
+
+def common_routes(door: Door) -> list[Route]:
+    """What every door has besides its APIs."""
+    return [
+        Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, door), methods=["GET"]),
+        Route("/v1/usage/public_key", partial(_public_key, door), methods=["GET"]),
         Route("/healthz", _healthz, methods=["GET"]),
     ]
+
+
+def application(routes: list[Route], measures: HttpMeasures, config: GatewayConfig) -> Starlette:
+    """With the access log, and errors in our own shapes."""
     middleware = [
         Middleware(ClientAddress, proxies=TrustedProxies(config.http_trusted_proxies, config.http_client_header)),
         Middleware(Access, measures=measures),
@@ -94,14 +107,14 @@ def _cors(config: GatewayConfig) -> dict[str, Any]:
     }
 
 
-async def _receipt(gateway: Gateway, request: Request) -> Response:
+async def _receipt(gateway: Door, request: Request) -> Response:
     """A tenant's own request's receipt; with the scope `admin` another tenant may be named."""
     try:
         holder = gateway.holder(request, Scope.USAGE)
         tenant = request.query_params.get("tenant", holder.tenant)
         if tenant != holder.tenant and Scope.ADMIN not in holder.scopes:
             raise PermissionDenied("another tenant's receipts need an API key with the scope admin")
-        front = gateway.front
+        front = gateway.books
         if front.accounts.ledger is None or front.signer is None:
             raise Unavailable("this router keeps no ledger")
         request_id = request.path_params["request_id"]
@@ -113,8 +126,8 @@ async def _receipt(gateway: Gateway, request: Request) -> Response:
         return error_response(err, Provider.OPENAI)
 
 
-async def _public_key(gateway: Gateway, request: Request) -> Response:
-    signer = gateway.front.signer
+async def _public_key(gateway: Door, request: Request) -> Response:
+    signer = gateway.books.signer
     if signer is None:
         return error_response(Unavailable("this router keeps no ledger"), Provider.OPENAI)
     return JSONResponse({"algorithm": "Ed25519", "public_key": signer.public_key.hex()})
@@ -160,7 +173,7 @@ class HttpServer:
         server: _Server,
         serving: asyncio.Task[None],
         address: str,
-        gateway: Gateway,
+        gateway: Door,
         measures: HttpMeasures,
         faults: HttpFaults,
     ) -> None:
@@ -180,13 +193,29 @@ class HttpServer:
         await asyncio.gather(self._serving, return_exceptions=True)
 
 
-async def start_http(front: Front, config: GatewayConfig, security: ProcessSecurity = OPEN) -> HttpServer:
-    """security: with TLS, its certificate is this server's too.
+MakeRoutes = Callable[[Gateway], Iterable[Route]]
+
+
+async def start_http(
+    front: Front,
+    config: GatewayConfig,
+    security: ProcessSecurity = OPEN,
+    *,
+    more: MakeRoutes = lambda gateway: (),
+) -> HttpServer:
+    """security: with TLS, its certificate is this server's too.  more: makes addresses that are no part of any API.
 
     Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form.
     """
     gateway = Gateway(front, config)
     measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", "/healthz"])
+    return await serve_door(gateway, build_app(gateway, config, measures, more(gateway)), config, measures, security)
+
+
+async def serve_door(
+    door: Door, app: Starlette, config: GatewayConfig, measures: HttpMeasures, security: ProcessSecurity = OPEN
+) -> HttpServer:
+    """Raises:  ConfigError: the address cannot be listened on."""
     faults = HttpFaults()
     host, port = parse_address(config.http_address)
     security.check_listening(config.http_address, flag="--http-address")
@@ -205,7 +234,7 @@ async def start_http(front: Front, config: GatewayConfig, security: ProcessSecur
         raise ConfigError(f"--http-address {config.http_address}: {err}") from err
     server = _Server(
         uvicorn.Config(
-            build_app(gateway, config, measures),
+            app,
             # Named, so that neither another parser that is installed nor uvicorn's variables change what is read.
             http=strict_protocol(faults),
             ws="none",
@@ -227,7 +256,7 @@ async def start_http(front: Front, config: GatewayConfig, security: ProcessSecur
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
     port = 0 if path else listener.getsockname()[1]
-    return HttpServer(server, serving, join_address(host, port), gateway, measures, faults)
+    return HttpServer(server, serving, join_address(host, port), door, measures, faults)
 
 
 def _tls_of(security: ProcessSecurity) -> Callable[..., ssl.SSLContext] | None:

@@ -17,6 +17,7 @@ def cache_headers(used: Usage) -> dict[str, str]:
         "antefix-hit-tokens": str(used.cache_hit_tokens),
         "antefix-tier": _tier(used),
         "antefix-miss-reason": used.miss_reason.label,
+        **({"antefix-evidence": used.evidence.label, "antefix-worker": used.worker} if used.worker else {}),
     }
 
 
@@ -32,6 +33,16 @@ def cache_details(used: Usage) -> dict[str, Any]:
         "miss_tokens": used.cache_miss_tokens,
         "replayed_tokens": used.replayed_tokens,
         "written_tokens": used.written_tokens,
+        **(_of_a_fleet(used) if used.worker else {}),
+    }
+
+
+def _of_a_fleet(used: Usage) -> dict[str, Any]:
+    """What there is to say where the worker is not ours."""
+    return {
+        "evidence": used.evidence.label,
+        "worker": used.worker,
+        "expected_hit_tokens": used.expected_hit_tokens,
     }
 
 

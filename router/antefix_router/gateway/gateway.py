@@ -23,7 +23,7 @@ from antefix_router.chat.messages import Conversation, Effort, ToolRule
 from antefix_router.chat.moved_lines import load_rules, move_lines
 from antefix_router.chat.render import Rendered, num_characters, render_tokens
 from antefix_router.chat.schema import UnusableSchema, UnusableTool
-from antefix_router.front import Front, cache_tenant
+from antefix_router.front import BilledFront, Front, cache_tenant
 from antefix_router.gateway.access import REQUEST_ID, TENANT
 from antefix_router.gateway.answer_form import CHAT_NAMES, AnswerForm, SchemaNames
 from antefix_router.gateway.cache_report import DETAILS_HEADER
@@ -58,22 +58,14 @@ class HttpCaller(Caller):
     wants_details: bool = False
 
 
-class Gateway:
-    """The HTTP side of one router."""
+class Door:
+    """Whom an HTTP door lets in, and who a request's caller is. books: who may call, and the bill."""
 
-    def __init__(self, front: Front, config: GatewayConfig) -> None:
-        self.front = front
+    def __init__(self, front: BilledFront, config: GatewayConfig) -> None:
         self.config = config
-        self.memory = AnswerMemory()
-        self.format: ChatFormat = choose_format(config.chat_format, front.identity.path, front.tokenizer)
         self.started = int(time.time())
         self.ignored = IgnoredFields()
-        self.models = ModelNames(
-            (front.identity.name, *config.model_names),
-            load_aliases(config.model_aliases) if config.model_aliases else (),
-            serve_unknown=config.unknown_models != REFUSE,
-        )
-        self.prefix_rules = load_rules(config.prefix_rules)
+        self.books = front
 
     def tenant(self, request: Request) -> str:
         """Who asks the model for something.
@@ -87,19 +79,9 @@ class Gateway:
         """Whose key the request has; raises as `tenant`."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
-        holder = self.front.keys.authenticate(request.headers.get("x-api-key") or bearer, scope)
+        holder = self.books.keys.authenticate(request.headers.get("x-api-key") or bearer, scope)
         request.scope[TENANT] = holder.tenant
         return holder
-
-    async def fields(self, request: Request) -> Fields:
-        """The body, with the request's notes. Raises:  InvalidRequest: it is no JSON object."""
-        config = self.config
-        body = await read_json(request, config.http_body_bytes_max, timeout_s=config.http_body_timeout_s)
-        notes = Notes(self.ignored)
-        for name in _BETA_HEADERS:
-            if name in request.headers:
-                notes.ignore(name)
-        return Fields(body, notes=notes)
 
     def caller(self, request: Request, tenant: str, user: str, session: str = "") -> HttpCaller:
         """user: as the client names it, which may be with its session; that is a hint where `session` is none."""
@@ -115,6 +97,32 @@ class Gateway:
             session=session or named.session,
             wants_details=details or self.config.http_usage_details,
         )
+
+
+class Gateway(Door):
+    """The HTTP side of one router."""
+
+    def __init__(self, front: Front, config: GatewayConfig) -> None:
+        super().__init__(front, config)
+        self.front = front
+        self.memory = AnswerMemory()
+        self.format: ChatFormat = choose_format(config.chat_format, front.identity.path, front.tokenizer)
+        self.models = ModelNames(
+            (front.identity.name, *config.model_names),
+            load_aliases(config.model_aliases) if config.model_aliases else (),
+            serve_unknown=config.unknown_models != REFUSE,
+        )
+        self.prefix_rules = load_rules(config.prefix_rules)
+
+    async def fields(self, request: Request) -> Fields:
+        """The body, with the request's notes. Raises:  InvalidRequest: it is no JSON object."""
+        config = self.config
+        body = await read_json(request, config.http_body_bytes_max, timeout_s=config.http_body_timeout_s)
+        notes = Notes(self.ignored)
+        for name in _BETA_HEADERS:
+            if name in request.headers:
+                notes.ignore(name)
+        return Fields(body, notes=notes)
 
     def model(self, fields: Fields) -> NamedModel:
         """Which model is asked for. Raises:  ModelNotFound: one that is not here."""

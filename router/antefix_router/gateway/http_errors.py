@@ -38,6 +38,17 @@ class TooSlow(errors.DeadlineExceeded):
     """The body did not arrive in time. The caller sends it again."""
 
 
+class PassedError(errors.AntefixError):
+    """A worker that is not ours refused the request itself; its client is told so in that worker's words."""
+
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        error = body.get("error", body)
+        message = error.get("message", "") if isinstance(error, dict) else str(error)
+        super().__init__(str(message)[:1000] or f"the worker answered with status {status}")
+        self.status = status
+        self.body = body
+
+
 # Most specific first: exception, HTTP status, OpenAI's type and code, Anthropic's type.
 _TABLE: tuple[tuple[type[Exception], int, str, str, str], ...] = (
     (TooLarge, 413, "invalid_request_error", "request_too_large", "request_too_large"),
@@ -63,6 +74,8 @@ _TABLE: tuple[tuple[type[Exception], int, str, str, str], ...] = (
 
 def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]:
     """Status and body. What is not ours says only an id, which the log has too."""
+    if isinstance(err, PassedError):
+        return err.status, err.body
     for kind, status, openai_type, code, anthropic_type in _TABLE:
         if isinstance(err, kind):
             param = err.param if isinstance(err, (WrongField, WrongSetting)) else None

@@ -140,7 +140,7 @@ class Leases:
 
 
 def _role(name: str) -> WorkerRole:
-    try:
-        return WorkerRole(name)
-    except ValueError as err:
-        raise InvalidRequest(f"role must be prefill or decode, is {name!r}") from err
+    role = {"prefill": WorkerRole.PREFILL, "decode": WorkerRole.DECODE}.get(name)
+    if role is None:
+        raise InvalidRequest(f"role must be prefill or decode, is {name!r}")
+    return role

@@ -45,6 +45,7 @@ class Loads:
 
     seeds: from their addresses.  pending_tokens: of work placed and not done.  active_tokens: prompts' lengths of the
     same.  resident_tokens: of this prompt, probably in the worker's memory.  num_served: requests ended, ever.
+    far_tokens: those of resident_tokens that the worker has to load from a slower medium of its own; None: none.
     hinted: the row that the request's conversation was last at; -1: none.  leading: the row where the beginning of this
     prompt is being computed for another request, soon_tokens of it; -1: nowhere.
     """
@@ -56,6 +57,7 @@ class Loads:
     resident_tokens: Counts
     num_served: Counts
     shunned: Flags
+    far_tokens: Counts | None = None
     hinted: int = -1
     leading: int = -1
     soon_tokens: int = 0
@@ -117,7 +119,9 @@ def own_work(work: Work, loads: Loads) -> tuple[Amounts, Amounts]:
     soon = float(loads.soon_tokens)
     if work.stored_tokens is None:
         computing = work.num_tokens - saved_by_replay(resident, work.replay_tokens)
-        loading = np.zeros(len(loads))
+        loading = (
+            np.zeros(len(loads)) if loads.far_tokens is None else FETCH_WEIGHT * loads.far_tokens.astype(np.float64)
+        )
         soon = float(saved_by_replay(soon, work.replay_tokens))
     else:
         computing = np.full(len(loads), float(work.num_tokens - work.stored_tokens))

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ SHUN_S = 2.0
 class WorkerRole(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
+    # Not ours: a whole engine behind an OpenAI door.
+    FOREIGN = "foreign"
 
 
 @dataclass(slots=True)
@@ -40,7 +43,8 @@ class Worker:
 
     address: str
     role: WorkerRole
-    client: PrefillClient | DecodeClient
+    # Which one, the role says; whoever calls it knows.
+    client: Any
     num_requests: int = 0
     num_tokens: int = 0
     num_active_tokens: int = 0
@@ -55,6 +59,23 @@ class Worker:
 
     def is_shunned(self, now: float) -> bool:
         return now < self.shunned_until
+
+
+class LoadPart:
+    """The prompt's part of a request's load, which may end before the request does."""
+
+    def __init__(self, worker: Worker, num_tokens: int) -> None:
+        self._worker = worker
+        self._ticket: int | None = worker.backlog.add(num_tokens, time.monotonic())
+
+    def computed(self) -> None:
+        """The worker has done it and is free for the next one: its first token came."""
+        self.end(done=True)
+
+    def end(self, *, done: bool) -> None:
+        if self._ticket is not None:
+            self._worker.backlog.remove(self._ticket, time.monotonic(), done=done)
+        self._ticket = None
 
 
 class Workers:
@@ -80,6 +101,10 @@ class Workers:
             self.workers.append(worker)
         worker.draining = False
         return worker
+
+    def add(self, worker: Worker) -> None:
+        """Know a worker that has its client already."""
+        self.workers.append(worker)
 
     def leave(self, address: str) -> None:
         """Place nothing there any more. What runs there ends as it ends; its load is its own."""
@@ -109,33 +134,54 @@ class Workers:
         beginning is being computed, and how many blocks of it.
         Raises:  Unavailable: there is none besides the excluded ones.
         """
-        now = time.monotonic()
-        workers = [worker for worker in self.workers if worker.address not in exclude] if exclude else self.workers
-        workers = [worker for worker in workers if not worker.draining] or workers
-        workers = [worker for worker in workers if now >= worker.shunned_until] or workers
-        if not workers:
-            raise Unavailable(f"no {self.role} worker is left to try")
+        workers = self.fit(self.workers, exclude)
         self.num_placed["again" if exclude else "first"] += 1
         if len(workers) == 1:
             return workers[0]
         resident = directory.leading([worker.address for worker in workers], keys) * block_size
-        loads = loads_of(workers, resident, now)
+        soon_tokens = (soon[0], soon[1] * block_size) if soon else None
+        return self.choose(workers, work, resident, hint=hint, soon=soon_tokens)
+
+    def fit(self, workers: Sequence[Worker], exclude: frozenset[str]) -> Sequence[Worker]:
+        """Those that may be chosen.  Raises:  Unavailable: there is none besides the excluded ones."""
+        now = time.monotonic()
+        workers = [worker for worker in workers if worker.address not in exclude] if exclude else workers
+        workers = [worker for worker in workers if not worker.draining] or workers
+        workers = [worker for worker in workers if now >= worker.shunned_until] or workers
+        if not workers:
+            raise Unavailable(f"no {self.role} worker is left to try")
+        return workers
+
+    def choose(
+        self,
+        workers: Sequence[Worker],
+        work: Work,
+        resident_tokens: npt.NDArray[np.int64],
+        *,
+        far_tokens: npt.NDArray[np.int64] | None = None,
+        hint: str = "",
+        soon: tuple[str, int] | None = None,
+    ) -> Worker:
+        """The policy's choice among these. resident_tokens: of the prompt, on each.  far_tokens: see `Loads`.
+        soon: as with `place`, in tokens."""
+        loads = loads_of(workers, resident_tokens, time.monotonic())
+        loads.far_tokens = far_tokens
         loads.hinted = _row_of(hint, workers)
         if soon is not None and soon[1]:
             loads.leading = _row_of(soon[0], workers)
-            loads.soon_tokens = min(soon[1] * block_size, work.num_tokens - 1)
+            loads.soon_tokens = min(soon[1], work.num_tokens - 1)
         return workers[self._policy.choose(work, loads)]
 
     @contextlib.contextmanager
-    def load(self, worker: Worker, num_tokens: int, *, num_active_tokens: int = 0) -> Iterator[None]:
+    def load(self, worker: Worker, num_tokens: int, *, num_active_tokens: int = 0) -> Iterator[LoadPart]:
         """Count a request on the worker while the block runs: tokens of work, and the length of its prompt."""
         worker.num_requests += 1
         worker.num_tokens += num_tokens
         worker.num_active_tokens += num_active_tokens
-        ticket = worker.backlog.add(num_tokens, time.monotonic())
+        part = LoadPart(worker, num_tokens)
         done, ended = False, "cancelled"
         try:
-            yield
+            yield part
             ended = "done"
             # Decode workers run all sequences at once: how long one took does not say what is left of the others.
             done = self.role is WorkerRole.PREFILL
@@ -150,7 +196,7 @@ class Workers:
             ended = "failed"
             raise
         finally:
-            worker.backlog.remove(ticket, time.monotonic(), done=done)
+            part.end(done=done)
             worker.num_requests -= 1
             worker.num_tokens -= num_tokens
             worker.num_active_tokens -= num_active_tokens

@@ -1,0 +1,98 @@
+"""Calls to a router in front of workers that are not ours: for operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+
+from antefix import rpc
+from antefix.clients.service_client import ServiceClient
+from antefix.miss_reason import MissReason
+from antefix.v1 import fleet_pb2, fleet_pb2_grpc
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    """One cache of the fleet: a worker's data-parallel rank.
+
+    knowledge: "events" (the router has what it said last), "behind" (it tells, the router has not heard all), "guess"
+    (it tells nothing).  blocks: that it said it holds.  *_hit_tokens: of its answers so far.
+    """
+
+    worker: str
+    up: bool
+    models: tuple[str, ...]
+    knowledge: str
+    block_size: int
+    blocks: int
+    requests: int
+    pending_tokens: int
+    expected_hit_tokens: int
+    reported_hit_tokens: int
+    lost_hit_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateEngine:
+    """A worker as placement sees it for one prompt. hit_tokens: what it may hit.  leading_tokens: what it has of the
+    beginning, more than the former where nothing is left to go on with from there.  media: the same by medium."""
+
+    engine: EngineStatus
+    hit_tokens: int
+    leading_tokens: int
+    media: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExplainedRequest:
+    """What would happen to a request now. prompt_tokens: 0 where no worker could say.  chosen: who would get it."""
+
+    model: str
+    prompt_tokens: int
+    candidates: tuple[CandidateEngine, ...]
+    chosen: str
+    miss_reason: MissReason
+    first_missed_token: int
+
+
+class FleetClient(ServiceClient[fleet_pb2_grpc.FleetServiceStub]):
+    """Calls to a router in front of workers that are not ours: for operators."""
+
+    def _make_stub(self, channel: grpc.aio.Channel) -> fleet_pb2_grpc.FleetServiceStub:
+        return fleet_pb2_grpc.FleetServiceStub(channel)
+
+    async def status(self, *, timeout_s: float = 5.0) -> tuple[EngineStatus, ...]:
+        """What the router knows of its workers."""
+        with rpc.rpc_errors():
+            answer = await self._stub.FleetStatus(fleet_pb2.FleetStatusRequest(), timeout=timeout_s)
+        return tuple(_engine(engine) for engine in answer.engines)
+
+    async def explain(
+        self, body: str, *, tenant: str = "", session: str = "", timeout_s: float = 30.0
+    ) -> ExplainedRequest:
+        """What would happen to a request with this body, JSON.  Raises:  InvalidRequest: the door would refuse it."""
+        request = fleet_pb2.ExplainRequestRequest(body=body, tenant=tenant, session=session)
+        with rpc.rpc_errors():
+            answer = await self._stub.ExplainRequest(request, timeout=timeout_s)
+        return ExplainedRequest(
+            model=answer.model,
+            prompt_tokens=answer.prompt_tokens,
+            candidates=tuple(
+                CandidateEngine(
+                    engine=_engine(each.engine),
+                    hit_tokens=each.hit_tokens,
+                    leading_tokens=each.leading_tokens,
+                    media=tuple((medium.medium, medium.tokens) for medium in each.media),
+                )
+                for each in answer.candidates
+            ),
+            chosen=answer.chosen,
+            miss_reason=MissReason(answer.miss_reason),
+            first_missed_token=answer.first_missed_token,
+        )
+
+
+def _engine(message: fleet_pb2.EngineStatus) -> EngineStatus:
+    names = set(EngineStatus.__slots__) - {"models"}
+    return EngineStatus(models=tuple(message.models), **{name: getattr(message, name) for name in names})

@@ -1,0 +1,273 @@
+"""Follows one engine's KV events (`kv_events`): in order, replayed where some were missed, forgotten where that fails.
+
+What can go wrong, and what then holds:
+    a gap in the numbers        the replay address is asked for what is missing; without it, or where the engine has it
+                                no more, all is forgotten, and what is replayed is the new beginning
+    the engine starts again     its numbers begin again with other content: all is forgotten
+    the last messages are lost  nothing shows it; so a quiet engine is asked now and then whether it said more
+    the connection breaks       what is known is doubted until the engine answers again with the message known last
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from antefix.errors import InvalidRequest
+from antefix.events.kv_events import REPLAY_END, KvBatch, decode_batch
+
+log = logging.getLogger("antefix.events")
+
+_RETRY_S: Final = 1.0
+# vLLM's publisher looks for requests every tenth of a second, and sends on between two messages.
+_REPLY_TIMEOUT_S: Final = 5.0
+# A quiet engine is asked this often whether its last message is the one that is known.
+_QUIET_S: Final = 5.0
+_KNOWN_DIGESTS: Final = 1_024
+# A payload of an engine's step is some 100 KB; a larger one than this is no batch of events.
+_MESSAGE_BYTES_MAX: Final = 64 << 20
+
+
+class KvIndex(Protocol):
+    """What is known of the engine's cache."""
+
+    def apply(self, batch: KvBatch) -> None: ...
+
+    def forget(self) -> None:
+        """Nothing of what is known may be believed any more."""
+
+    def confirm(self) -> None:
+        """The index has what the engine said last."""
+
+    def doubt(self) -> None:
+        """The engine may have changed without our hearing of it."""
+
+
+@dataclass(slots=True)
+class KvFollowCounters:
+    """Of one engine. num_lives: its starts that were noticed.  num_forgotten: how often all of it was forgotten."""
+
+    num_batches: int = 0
+    num_events: int = 0
+    num_unread: int = 0
+    num_gaps: int = 0
+    num_replays: int = 0
+    num_lives: int = 0
+    num_forgotten: int = 0
+
+
+class _Broken(Exception):
+    """The replay did not come to its end."""
+
+
+class KvSubscriber:
+    """One engine's. endpoint: where it publishes.  replay: where it gives messages again; empty: nowhere.
+
+    guard: makes a socket ready for encryption before it connects.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        index: KvIndex,
+        context: zmq.asyncio.Context,
+        *,
+        replay: str = "",
+        topic: str = "",
+        guard: Callable[[Any], None] = lambda socket: None,
+        quiet_s: float = _QUIET_S,
+    ) -> None:
+        self.endpoint = endpoint
+        self.counters = KvFollowCounters()
+        self.in_step = False
+        self._index = index
+        self._context = context
+        self._replay = replay
+        self._topic = topic.encode()
+        self._guard = guard
+        self._quiet_s = quiet_s
+        # The number that comes next; None: no place in the engine's messages is known.
+        self._next: int | None = None
+        # Of the last messages, by number: what tells a life of the engine from the next.
+        self._digests: dict[int, bytes] = {}
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        while True:
+            try:
+                await self._follow()
+            except (zmq.ZMQError, OSError) as err:
+                log.warning("KV events of %s: %s", self.endpoint, err)
+            self._lose()
+            await asyncio.sleep(_RETRY_S)
+
+    def forget(self) -> None:
+        """The engine is gone, as others have found: what it says next is a beginning."""
+        self._forget()
+        self._lose()
+
+    async def _follow(self) -> None:
+        socket = self._socket(zmq.SUB)
+        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        poller = zmq.asyncio.Poller()
+        for each in (socket, monitor):
+            poller.register(each, zmq.POLLIN)
+        try:
+            socket.subscribe(self._topic)
+            socket.connect(self.endpoint)
+            while True:
+                ready = dict(await poller.poll(round(1000 * self._quiet_s)))
+                if monitor in ready:
+                    await self._noticed(await recv_monitor_message(monitor))
+                if socket in ready:
+                    await self._message(await socket.recv_multipart())
+                elif not ready and self.in_step and self._replay:
+                    await self._catch_up()
+        finally:
+            socket.disable_monitor()
+            for each in (monitor, socket):
+                each.close(linger=0)
+
+    def _socket(self, kind: int) -> Any:
+        socket = self._context.socket(kind)
+        socket.set_hwm(0)
+        socket.setsockopt(zmq.MAXMSGSIZE, _MESSAGE_BYTES_MAX)
+        self._guard(socket)
+        return socket
+
+    async def _noticed(self, event: dict[str, Any]) -> None:
+        if event["event"] == zmq.EVENT_DISCONNECTED:
+            self._lose()
+        else:
+            await self._catch_up()
+
+    async def _message(self, frames: list[bytes]) -> None:
+        if len(frames) != 3 or len(frames[1]) != 8:
+            self.counters.num_unread += 1
+            return
+        number, payload = int.from_bytes(frames[1], "big"), frames[2]
+        if not self.in_step or (self._next is None and number):
+            await self._catch_up()
+            if not self.in_step:
+                self._forget()
+        if self._next is not None and number < self._next:
+            if self._digests.get(number) == _digest(payload):
+                return  # it was replayed before it came
+            self._begin_life()
+            await self._catch_up()
+        elif self._next is not None and number > self._next:
+            self.counters.num_gaps += 1
+            await self._catch_up()
+        await self._take_in_turn(number, payload)
+        self._stand()
+
+    async def _catch_up(self) -> None:
+        """Take what was said beyond what is known; forget what is known where it does not lead there."""
+        try:
+            if not self._replay:
+                if self._next is not None:
+                    self._forget()
+            elif not self._next:
+                await self._take_all()
+            elif not await self._continue(self._next - 1):
+                self._begin_life()
+                await self._take_all()
+        except _Broken:
+            log.warning("%s did not replay its KV events", self.endpoint)
+            self._lose()
+        else:
+            self._stand()
+
+    async def _continue(self, last: int) -> bool:
+        """Go on behind message `last`; False: the engine has another one of that number, or none any more."""
+        is_known = False
+        async with contextlib.aclosing(self._replayed(last)) as messages:
+            async for number, payload in messages:
+                if not is_known and (number, _digest(payload)) != (last, self._digests.get(last)):
+                    return False
+                is_known = True
+                await self._take_in_turn(number, payload)
+        return is_known
+
+    async def _take_all(self) -> None:
+        async with contextlib.aclosing(self._replayed(0)) as messages:
+            async for number, payload in messages:
+                await self._take_in_turn(number, payload)
+
+    async def _take_in_turn(self, number: int, payload: bytes) -> None:
+        if self._next is not None and number < self._next:
+            return
+        if self._next is not None and number > self._next:
+            # A publisher drops what its own queue cannot hold, in replays too.
+            self.counters.num_gaps += 1
+            self._forget()
+        self._take(number, payload)
+        await asyncio.sleep(0)
+
+    async def _replayed(self, first: int) -> AsyncGenerator[tuple[int, bytes], None]:
+        """Messages from number `first` on, as far as the engine has them.  Raises:  _Broken: it stopped answering."""
+        self.counters.num_replays += 1
+        socket = self._socket(zmq.DEALER)
+        try:
+            socket.connect(self._replay)
+            await socket.send_multipart([b"", first.to_bytes(8, "big")])
+            while True:
+                frames = await asyncio.wait_for(socket.recv_multipart(), _REPLY_TIMEOUT_S)
+                if len(frames) < 3 or frames[-2] == REPLAY_END:
+                    return
+                yield int.from_bytes(frames[-2], "big"), frames[-1]
+        except TimeoutError as err:
+            raise _Broken from err
+        finally:
+            socket.close(linger=0)
+
+    def _take(self, number: int, payload: bytes) -> None:
+        self._next = number + 1
+        self._digests[number] = _digest(payload)
+        while len(self._digests) > _KNOWN_DIGESTS:
+            del self._digests[next(iter(self._digests))]
+        try:
+            batch = decode_batch(payload)
+        except InvalidRequest as err:
+            log.warning("KV events of %s, message %d: %s", self.endpoint, number, err)
+            self.counters.num_unread += 1
+            # It may have told of blocks that went.
+            self._index.forget()
+            self.counters.num_forgotten += 1
+            return
+        self.counters.num_batches += 1
+        self.counters.num_events += len(batch.events)
+        self.counters.num_unread += batch.num_unread
+        self._index.apply(batch)
+
+    def _stand(self) -> None:
+        self.in_step = True
+        self._index.confirm()
+
+    def _lose(self) -> None:
+        self.in_step = False
+        self._index.doubt()
+
+    def _begin_life(self) -> None:
+        self.counters.num_lives += 1
+        log.info("the engine at %s began again, or has gone on without us", self.endpoint)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.counters.num_forgotten += 1
+        self._next = None
+        self._digests.clear()
+        self._index.forget()
+
+
+def _digest(payload: bytes) -> bytes:
+    return hashlib.blake2b(payload, digest_size=16).digest()

@@ -1,0 +1,42 @@
+"""What the probe of a set-up's arithmetic runs: steps over fixed inputs, each whole and in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROWS: Final = 144
+# First row and number of rows: single rows, less than a tile, across tiles, whole tiles.
+ROW_CUTS: Final = ((0, 1), (5, 3), (3, 17), (21, 64), (64, 80))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing that the model runs. run: over the first dim of its input, whose rows must not mind each other.
+
+    shape: of the input.  cuts: pieces of it that must come out as in the whole.  note: what of it is not probed.
+    """
+
+    label: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    cuts: tuple[tuple[int, int], ...]
+    run: Callable[[Tensor, int], Tensor]
+    is_product: bool = True
+    note: str = ""
+
+
+def function_step(name: str, function: Callable[[Tensor], Tensor], width: int, dtype: torch.dtype) -> Step:
+    return Step(name, dtype, (ROWS, width), ROW_CUTS, lambda x, _: function(x), is_product=False)
+
+
+def numbers(shape: tuple[int, ...], salt: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """Fixed numbers between -2 and 2 with full mantissas, made from integers: the same on every machine."""
+    count = int(np.prod(shape))
+    drawn = np.random.Generator(np.random.PCG64(salt)).integers(-(1 << 23), 1 << 23, count, dtype=np.int32)
+    return (torch.from_numpy(drawn).view(shape).to(torch.float32) * 2.0**-22).to(device, dtype)

@@ -1,0 +1,112 @@
+"""`antefix top`: the router's page in a terminal. Keys sort and filter; `--once` prints one picture of it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import select
+import sys
+import termios
+import time
+import tty
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from antefix.errors import InvalidRequest, PermissionDenied, Unauthenticated, Unavailable
+from antefix_console.commands.endpoint_flags import read_key
+from antefix_console.top.screen import Choice, screen
+
+_ANSWER_BYTES_MAX = 64 << 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8000", help="of the router's HTTP door (default http://127.0.0.1:8000)"
+    )
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="holds an API key with the scope admin")
+    parser.add_argument("--every-s", type=float, default=2.0, metavar="N", help="seconds between two looks (default 2)")
+    parser.add_argument("--once", action="store_true", help="print one picture and end; so where there is no terminal")
+    parser.add_argument("--json", action="store_true", help="print one look as JSON and end")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises:  Unavailable: no router answers there.  PermissionDenied, Unauthenticated: the key may not see it."""
+    if not 0.2 <= args.every_s <= 3600:
+        raise InvalidRequest("--every-s must be from 0.2 to 3600")
+    key = read_key(args.key_file) if args.key_file else ""
+    data = _read(args.url, key)
+    if args.json:
+        print(json.dumps(data, indent=1))
+        return 0
+    if args.once or not (sys.stdout.isatty() and sys.stdin.isatty()):
+        _print_once(data)
+        return 0
+    _watch(args, key, data)
+    return 0
+
+
+def _print_once(data: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(screen(data, Choice(), height=200))
+
+
+def _watch(args: argparse.Namespace, key: str, data: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    console, choice, problem = Console(), Choice(), ""
+    with Live(console=console, screen=True, auto_refresh=False) as live, _single_keys():
+        next_at = time.monotonic() + args.every_s
+        while True:
+            live.update(screen(data, choice, height=console.height, problem=problem), refresh=True)
+            pressed = _pressed(max(0.0, next_at - time.monotonic()))
+            if pressed in ("q", "\x1b", "\x03"):
+                return
+            choice = choice.after(pressed)
+            if time.monotonic() >= next_at:
+                next_at = time.monotonic() + args.every_s
+                try:
+                    data, problem = _read(args.url, key), ""
+                except Unavailable as err:
+                    problem = str(err)
+
+
+@contextlib.contextmanager
+def _single_keys() -> Iterator[None]:
+    """Keys come one by one, without Enter."""
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _pressed(within_s: float) -> str:
+    ready, _, _ = select.select([sys.stdin], [], [], within_s)
+    return sys.stdin.read(1) if ready else ""
+
+
+def _read(url: str, key: str) -> dict[str, Any]:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}/ui/data?seconds=3600", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            data = json.loads(answer.read(_ANSWER_BYTES_MAX))
+    except urllib.error.HTTPError as err:
+        if err.code == 401:
+            raise Unauthenticated(f"{url} asks for an API key: name a file with --key-file") from err
+        if err.code == 403:
+            raise PermissionDenied("this API key has not the scope admin") from err
+        raise Unavailable(f"{url} answered {err.code}: is it a router of this version?") from err
+    except (OSError, ValueError) as err:
+        raise Unavailable(f"no router answers at {url}: {err}") from err
+    if not isinstance(data, dict) or "workers" not in data:
+        raise Unavailable(f"{url} is no router's HTTP door")
+    return data

@@ -1,0 +1,1 @@
+"""`antefix top`: what the router's page shows, as text."""

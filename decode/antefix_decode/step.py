@@ -1,0 +1,77 @@
+"""One step of the model for a batch of sequences: each one's chosen token, and behind it a drafted one if there is one.
+
+    draft -> run both tokens -> keep the first -> the sampler chooses what follows -> keep the drafted one if it is that
+
+The drafted token is kept only if the sampler chooses it from the main model's own logits. The sampler's random number
+hangs on seed and position alone, so the output is, token for token, the one without drafting, greedy or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from antefix.model import Ran, Sequence, can_draft, draft, follow, run_tokens
+from antefix_prefill.worker.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stepped:
+    """A sequence after a step: one token further.
+
+    drafted: the token that was run behind it, None for none.  logits: [1 or 2, vocab] float32: what follows the one
+    token, and what would follow the drafted one.
+    """
+
+    number: int
+    ran: Ran
+    drafted: int | None
+    logits: npt.NDArray[np.float32]
+
+
+def run_step(engine: Engine, items: list[tuple[Sequence, int, bool]]) -> list[Stepped]:
+    """items: sequence, its chosen token, and whether there is room for another. In the compute thread."""
+    drafted = _draft(engine, items)
+    given = [[token] if extra is None else [token, extra] for (_, token, _), extra in zip(items, drafted, strict=True)]
+    batch = [(item[0], np.array(tokens, np.uint32)) for item, tokens in zip(items, given, strict=True)]
+    ran = run_tokens(engine.model, engine.pool, batch, logits="all", ops=engine.ops)
+    logits = ran.logits.float().cpu().numpy()
+    stepped = []
+    for number, extra in enumerate(drafted):
+        keep(engine, ran, number, batch[number], count=1)
+        stepped.append(Stepped(number=number, ran=ran, drafted=extra, logits=logits[ran.rows(number)]))
+    return stepped
+
+
+def keep_drafted(engine: Engine, right: list[tuple[Sequence, Stepped]]) -> None:
+    """The drafted tokens were right: move these sequences on by them. In the compute thread."""
+    for sequence, step in right:
+        tokens = np.array([0, step.drafted], np.uint32)
+        keep(engine, step.ran, step.number, (sequence, tokens), count=2)
+
+
+def keep(engine: Engine, ran: Ran, number: int, item: tuple[Sequence, npt.NDArray[np.uint32]], *, count: int) -> None:
+    """Keep tokens up to `count`, the last of which is new."""
+    sequence, tokens = item
+    ran.keep(number, count)
+    if engine.model.mtp:
+        row = ran.rows(number).start + count - 1
+        given = torch.tensor([int(tokens[count - 1])], device=engine.device)
+        follow(engine.model, sequence.window, given, ran.streams[row : row + 1], engine.ops)
+
+
+def _draft(engine: Engine, items: list[tuple[Sequence, int, bool]]) -> list[int | None]:
+    able = [
+        number
+        for number, (sequence, _, has_room) in enumerate(items)
+        if has_room and can_draft(engine.model, sequence.window)
+    ]
+    if not able:
+        return [None] * len(items)
+    windows = [items[number][0].window for number in able]
+    found = draft(engine.model, windows, [items[number][1] for number in able], engine.ops)
+    by_number = dict(zip(able, found, strict=True))
+    return [by_number.get(number) for number in range(len(items))]

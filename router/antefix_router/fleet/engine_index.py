@@ -1,0 +1,229 @@
+"""What one engine's KV events say that it holds, brought into the directory under our names. One data-parallel rank's.
+
+Holders in the directory are the engine itself, for what it has anywhere, and the engine with a medium for what it has
+there. A model may keep several cache groups. Those of full attention have to hold every block of a prefix; those of a
+sliding window, of state, or of blocks of another size, only what is needed at its end: so a hit ends at the last block
+where all of them have one. The engine's hash of a position is the same in all groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from antefix.events.kv_events import MEDIA, Hash, KvBatch, KvCleared, KvRemoved, KvStored, medium_of
+from antefix_router.fleet.fleet_names import FleetNames, scope_of
+from antefix_router.placement.directory import Directory, Key, keys_of
+
+_FULL_KINDS: Final = frozenset({None, "full_attention", "mla_attention", "sink_full_attention"})
+# Of one engine; at 16 tokens each 64 million tokens, far more than a machine's memory holds. About 300 bytes each.
+NUM_BLOCKS_MAX: Final = 1 << 22
+
+
+class _Held:
+    """One of the engine's blocks. name: ours, empty where only window groups have told of it.  groups: by medium."""
+
+    __slots__ = ("groups", "name", "scope")
+
+    def __init__(self) -> None:
+        self.name = b""
+        self.scope = ""
+        self.groups = [0] * len(MEDIA)
+
+
+class GoneBlocks:
+    """Blocks that engines dropped, so that their absence can be explained. Bounded: the older half is forgotten."""
+
+    def __init__(self, num_blocks_max: int = 1 << 20) -> None:
+        self._half = num_blocks_max // 2
+        self._young: set[Key] = set()
+        self._old: set[Key] = set()
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._young or key in self._old
+
+    def add(self, keys: Iterable[Key]) -> None:
+        self._young.update(keys)
+        if len(self._young) > self._half:
+            self._old, self._young = self._young, set()
+
+
+class EngineIndex:
+    """address: the engine's name in the directory.  block_size: of its full groups; 0: not told yet."""
+
+    def __init__(
+        self,
+        address: str,
+        directory: Directory,
+        names: FleetNames,
+        *,
+        gone: GoneBlocks | None = None,
+        num_blocks_max: int = NUM_BLOCKS_MAX,
+    ) -> None:
+        self.address = address
+        self.block_size = 0
+        self.num_unnamed = 0
+        self._directory = directory
+        self._names = names
+        self._gone = gone or GoneBlocks()
+        self._num_blocks_max = num_blocks_max
+        self._blocks: dict[int, _Held] = {}
+        self._is_confirmed = False
+        self._full = 0
+        self._window = 0
+        # Where all window groups have what a hit needs that ends there.
+        self._window_ends: set[Key] = set()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """Holders' names in the directory, nearest medium first."""
+        return tuple(f"{self.address}|{medium}" for medium in MEDIA)
+
+    @property
+    def has_window_groups(self) -> bool:
+        return bool(self._window)
+
+    def num_usable(self, num_leading: int, keys: Sequence[Key]) -> int:
+        """Of so many leading blocks, as many as a hit may end behind."""
+        if self._window:
+            while num_leading and keys[num_leading - 1] not in self._window_ends:
+                num_leading -= 1
+        return num_leading
+
+    def apply(self, batch: KvBatch) -> None:
+        for event in batch.events:
+            if isinstance(event, KvStored):
+                self._stored(event)
+            elif isinstance(event, KvRemoved):
+                self._removed(event)
+            elif isinstance(event, KvCleared):
+                self.forget()
+
+    def forget(self) -> None:
+        self._blocks.clear()
+        self._window_ends.clear()
+        for holder in (self.address, *self.media):
+            self._directory.forget(holder)
+        if self._is_confirmed:
+            self.confirm()
+
+    def confirm(self) -> None:
+        self._is_confirmed = True
+        self._directory.know(self.address)
+
+    def doubt(self) -> None:
+        self._is_confirmed = False
+        self._directory.doubt(self.address)
+
+    def _stored(self, event: KvStored) -> None:
+        bit, medium = 1 << (event.group_idx or 0), MEDIA.index(medium_of(event))
+        is_full = event.kv_cache_spec_kind in _FULL_KINDS
+        if is_full and not self.block_size:
+            self.block_size = event.block_size
+        if not is_full or event.block_size != self.block_size:
+            self._window |= bit
+            for hash_ in event.block_hashes:
+                self._hold(_number(hash_), bit, medium)
+            return
+        self._full |= bit
+        scope, named = self._named(event)
+        self.num_unnamed += len(event.block_hashes) - len(named)
+        there = []
+        for hash_, name in zip(event.block_hashes, named, strict=False):
+            held = self._blocks.setdefault(_number(hash_), _Held())
+            held.name, held.scope = name, scope
+            self._hold(_number(hash_), bit, medium)
+            if held.groups[medium] & self._full == self._full:
+                there.append(name)
+        for holder in (self.address, self.media[medium]):
+            self._directory.placed(holder, keys_of(there))
+        if len(self._blocks) > self._num_blocks_max:
+            self.forget()
+
+    def _hold(self, number: int, bit: int, medium: int) -> _Held:
+        held = self._blocks.setdefault(number, _Held())
+        held.groups[medium] |= bit
+        self._note_window(held)
+        return held
+
+    def _note_window(self, held: _Held) -> None:
+        if not self._window or not held.name:
+            return
+        groups = 0
+        for each in held.groups:
+            groups |= each
+        (key,) = keys_of([held.name])
+        if groups & self._window == self._window:
+            self._window_ends.add(key)
+        else:
+            self._window_ends.discard(key)
+
+    def _removed(self, event: KvRemoved) -> None:
+        bit, medium = 1 << (event.group_idx or 0), MEDIA.index(medium_of(event))
+        gone: list[bytes] = []
+        gone_here: list[bytes] = []
+        for hash_ in event.block_hashes:
+            held = self._blocks.get(_number(hash_))
+            if held is None or not held.groups[medium] & bit:
+                continue
+            was_here = held.groups[medium] & self._full == self._full
+            held.groups[medium] &= ~bit
+            self._note_window(held)
+            if held.name and bit & self._full and was_here:
+                gone_here.append(held.name)
+                if not any(each & self._full == self._full for each in held.groups):
+                    gone.append(held.name)
+            if not any(held.groups):
+                del self._blocks[_number(hash_)]
+        self._directory.evicted(self.media[medium], keys_of(gone_here))
+        self._directory.evicted(self.address, keys_of(gone))
+        self._gone.add(keys_of(gone))
+
+    def _named(self, event: KvStored) -> tuple[str, list[bytes]]:
+        """Scope and names of its blocks, as far as they have any: those that hang on pictures or on an unknown parent
+        have none."""
+        num_plain = _num_plain(event)
+        if len(event.token_ids) != len(event.block_hashes) * event.block_size:
+            return "", []
+        parent, scope = None, _scope(event)
+        if event.parent_block_hash is not None:
+            held = self._blocks.get(_number(event.parent_block_hash))
+            if held is None or not held.name:
+                return "", []
+            parent, scope = held.name, held.scope
+        tokens = event.token_ids[: num_plain * event.block_size]
+        return scope, self._names.continued(parent, tokens, scope, event.block_size)
+
+
+def _number(hash_: Hash) -> int:
+    """64 bits of an engine's hash: half the memory of all of it, and a collision costs a wrong guess."""
+    return hash_ if isinstance(hash_, int) else int.from_bytes(hash_[:8], "big")
+
+
+def _scope(event: KvStored) -> str:
+    """Of a first block; what follows it has its parent's."""
+    lora, salt = event.lora_name or "", event.cache_salt or ""
+    if event.extra_keys and event.extra_keys[0]:
+        last = _without_lora(event.extra_keys[0], lora)[-1:]
+        salt = last[0] if last and isinstance(last[0], str) else salt
+    return scope_of(lora=lora, salt=salt)
+
+
+def _num_plain(event: KvStored) -> int:
+    """Leading blocks whose content is tokens alone. Others hang on pictures or embeddings, which no prompt here has."""
+    lora = event.lora_name or ""
+    for index, extra in enumerate(event.extra_keys or ()):
+        left = _without_lora(extra or [], lora)
+        if index == 0 and event.parent_block_hash is None and left and isinstance(left[-1], str):
+            left = left[:-1]
+        if left:
+            return index
+    return len(event.block_hashes)
+
+
+def _without_lora(extra: Iterable[object], lora: str) -> list[object]:
+    found = list(extra)
+    return found[1:] if lora and found[:1] == [lora] else found

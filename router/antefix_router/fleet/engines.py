@@ -1,0 +1,200 @@
+"""The engines of a fleet: where each is, what its KV events say, whether it lives, which models it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import zmq.asyncio
+
+from antefix.errors import AntefixError, ConfigError
+from antefix.events.end_tasks import end_tasks
+from antefix.events.kv_sockets import CurveKey, check_public_key, guard_client
+from antefix.events.kv_subscriber import KvSubscriber
+from antefix_router.fleet.engine_index import EngineIndex, GoneBlocks
+from antefix_router.fleet.fleet_config import EnginePlace, FleetConfig
+from antefix_router.fleet.fleet_names import FleetNames
+from antefix_router.fleet.openai_door import OpenAIDoor, ServedModel, http_client
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.work import seed_of
+from antefix_router.placement.workers import Worker, WorkerRole, Workers
+
+log = logging.getLogger("antefix.fleet")
+
+# A worker may begin to serve another adapter while it runs.
+_MODELS_S: Final = 30.0
+
+
+@dataclass(slots=True)
+class HitCounters:
+    """What one engine's answers said, next to what the directory expected of it. In tokens, but for the first three.
+
+    num_answers: that were whole.  num_unreported: of them, those without a count of hits.  num_other_prompts: those
+    whose prompt had another length than the router's.  lost: expected and not reported.  found: the other way round.
+    """
+
+    num_answers: int = 0
+    num_unreported: int = 0
+    num_other_prompts: int = 0
+    expected: int = 0
+    reported: int = 0
+    lost: int = 0
+    found: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Engine:
+    """One cache of the fleet. is_up: it answered when it was asked last."""
+
+    place: EnginePlace
+    door: OpenAIDoor
+    index: EngineIndex
+    subscriber: KvSubscriber | None
+    models: tuple[ServedModel, ...] = ()
+    is_up: bool = False
+    hits: HitCounters = field(default_factory=HitCounters)
+
+    @property
+    def tells(self) -> bool:
+        """Whether the directory has what it last said of its cache; otherwise the router guesses."""
+        return self.subscriber is not None and self.subscriber.in_step
+
+    def serves(self, model: str) -> bool:
+        return any(each.name == model for each in self.models)
+
+
+def engine_of(worker: Worker) -> Engine:
+    assert isinstance(worker.client, Engine)
+    return worker.client
+
+
+class Engines:
+    """All of a fleet. workers: told who is up."""
+
+    def __init__(self, config: FleetConfig, workers: Workers, directory: Directory, names: FleetNames) -> None:
+        """Raises:  ConfigError: a key cannot be read. Nothing connects yet."""
+        self._config = config
+        self._workers = workers
+        self._directory = directory
+        self._http = http_client(_api_key(config.worker_key_file))
+        self._context = zmq.asyncio.Context()
+        self._key = CurveKey.from_file(config.events_key_file) if config.events_key_file else None
+        self._tasks: list[asyncio.Task[None]] = []
+        self.gone = GoneBlocks()
+        self.engines: list[Engine] = []
+        for place in config.places():
+            index = EngineIndex(place.address, directory, names, gone=self.gone)
+            engine = Engine(
+                place=place,
+                door=OpenAIDoor(place, self._http),
+                index=index,
+                subscriber=self._subscriber(place, index) if place.events else None,
+            )
+            self.engines.append(engine)
+            workers.add(
+                Worker(
+                    address=place.address,
+                    role=WorkerRole.FOREIGN,
+                    client=engine,
+                    seed=seed_of(place.address),
+                    draining=True,
+                )
+            )
+
+    def _subscriber(self, place: EnginePlace, index: EngineIndex) -> KvSubscriber:
+        guard = lambda socket: None  # noqa: E731
+        if place.events_key and self._key is not None:
+            guard = partial(guard_client, key=self._key, server=check_public_key(place.events_key))
+        return KvSubscriber(
+            place.events, index, self._context, replay=place.replay, topic=self._config.events_topic, guard=guard
+        )
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """All that are in use; of an engine that has told none, the settings'."""
+        return tuple(dict.fromkeys(self.block_size(engine) for engine in self.engines))
+
+    def block_size(self, engine: Engine) -> int:
+        return engine.index.block_size or self._config.block_size
+
+    @property
+    def models(self) -> tuple[ServedModel, ...]:
+        """Of the whole fleet, by name."""
+        found = {model.name: model for engine in self.engines for model in engine.models}
+        return tuple(found.values())
+
+    async def start(self) -> None:
+        """Ask all workers once, then follow them until `close`."""
+        await asyncio.gather(*(self._look(engines) for engines in self._by_url()))
+        for engine in self.engines:
+            if engine.subscriber is not None:
+                self._tasks.append(asyncio.create_task(engine.subscriber.run()))
+        self._tasks += [asyncio.create_task(self._watch(engines)) for engines in self._by_url()]
+
+    async def close(self) -> None:
+        await end_tasks(self._tasks)
+        await self._http.aclose()
+        self._context.destroy(linger=0)
+
+    def _by_url(self) -> list[list[Engine]]:
+        found: dict[str, list[Engine]] = {}
+        for engine in self.engines:
+            found.setdefault(engine.place.url, []).append(engine)
+        return list(found.values())
+
+    async def _watch(self, engines: Sequence[Engine]) -> None:
+        """One worker, with all its ranks."""
+        asked_s = 0.0
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(self._config.health_s)
+            is_due = clock() - asked_s >= _MODELS_S or not engines[0].models
+            if await self._look(engines, models=is_due or not engines[0].is_up) and is_due:
+                asked_s = clock()
+
+    async def _look(self, engines: Sequence[Engine], *, models: bool = True) -> bool:
+        door, found = engines[0].door, engines[0].models
+        try:
+            await door.check_health()
+            if models:
+                found = await door.models()
+            is_up = True
+        except AntefixError as err:
+            is_up = False
+            if engines[0].is_up or not self._tasks:
+                log.warning("worker %s: %s", engines[0].place.address, err)
+        for engine in engines:
+            engine.models = found
+            if is_up != engine.is_up:
+                self._turn(engine, is_up)
+            if not is_up:
+                self._forget_gone(engine)
+        return is_up
+
+    def _turn(self, engine: Engine, is_up: bool) -> None:
+        engine.is_up = is_up
+        worker = self._workers.find(engine.place.address)
+        if worker is not None:
+            worker.draining = not is_up
+        log.info("worker %s %s", engine.place.address, "serves" if is_up else "is down")
+
+    def _forget_gone(self, engine: Engine) -> None:
+        # Its process may be gone, and its cache with it. Where its events still come it lives, and is only slow.
+        if engine.subscriber is None:
+            self._directory.forget(engine.place.address)
+        elif not engine.subscriber.in_step and len(engine.index):
+            engine.subscriber.forget()
+
+
+def _api_key(path: str) -> str:
+    if not path:
+        return ""
+    try:
+        return Path(path).read_text().strip()
+    except OSError as err:
+        raise ConfigError(f"--worker-key-file {path}: {err}") from err

@@ -1,0 +1,95 @@
+"""What a fleet's router shows of its workers. The counters are its parts' own; here are their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from prometheus_client.core import Metric
+
+from antefix.telemetry.shown import Shown, Table, counter, families, gauge
+from antefix_router.fleet.engines import Engines
+from antefix_router.fleet.passing import PassingCounters
+
+_PLACED, _PLACED_HELP = (
+    "antefix_fleet_odd_requests",
+    (
+        "Requests placed without knowing their tokens (unnamed), or refused: all workers were full (full), or the"
+        " first token would be too late (late)."
+    ),
+)
+# `passing.PassingCounters`.
+PASSING: Final[Table] = {
+    "num_unnamed": Shown(name=_PLACED, help=_PLACED_HELP, labels=(("what", "unnamed"),)),
+    "num_full": Shown(name=_PLACED, help=_PLACED_HELP, labels=(("what", "full"),)),
+    "num_late": Shown(name=_PLACED, help=_PLACED_HELP, labels=(("what", "late"),)),
+}
+_TOKENS, _TOKENS_HELP = (
+    "antefix_fleet_hit_tokens",
+    (
+        "Prompt tokens by worker: expected to hit by the router (expected), hit as the worker says (reported), the"
+        " first without the second (lost), the second without the first (found)."
+    ),
+)
+# `engines.HitCounters`, by worker.
+HITS: Final[Table] = {
+    "num_answers": Shown(name="antefix_fleet_answers", help="Whole answers, by worker.", key="worker"),
+    "num_unreported": Shown(
+        name="antefix_fleet_unreported_answers", help="Those whose worker did not tell its hits.", key="worker"
+    ),
+    "num_other_prompts": Shown(
+        name="antefix_fleet_prompt_mismatches",
+        help="Those whose prompt had another length for the worker than for the router.",
+        key="worker",
+    ),
+    **{
+        part: Shown(name=_TOKENS, help=_TOKENS_HELP, key="worker", labels=(("what", part),))
+        for part in ("expected", "reported", "lost", "found")
+    },
+}
+# `kv_subscriber.KvFollowCounters`, by worker.
+EVENTS: Final[Table] = {
+    "num_batches": Shown(name="antefix_fleet_event_batches", help="Messages of KV events taken in.", key="worker"),
+    "num_events": Shown(name="antefix_fleet_events", help="KV events taken in.", key="worker"),
+    "num_unread": Shown(name="antefix_fleet_unread_events", help="KV events that could not be used.", key="worker"),
+    "num_gaps": Shown(name="antefix_fleet_event_gaps", help="Gaps in the numbers of messages.", key="worker"),
+    "num_replays": Shown(
+        name="antefix_fleet_event_replays", help="How often messages were asked for again.", key="worker"
+    ),
+    "num_lives": Shown(name="antefix_fleet_worker_lives", help="Starts of the worker that were noticed.", key="worker"),
+    "num_forgotten": Shown(
+        name="antefix_fleet_forgotten_workers", help="How often all that was known of it was forgotten.", key="worker"
+    ),
+}
+
+
+def fleet_metrics(engines: Engines, passing: PassingCounters) -> Iterable[Metric]:
+    yield from families(PASSING, passing)
+    by_worker = {engine.place.address: engine for engine in engines.engines}
+    yield from families(HITS, _by_field({name: each.hits for name, each in by_worker.items()}, HITS))
+    following = {name: each.subscriber.counters for name, each in by_worker.items() if each.subscriber is not None}
+    yield from families(EVENTS, _by_field(following, EVENTS))
+    rows = {name: float(each.is_up) for name, each in by_worker.items()}
+    yield gauge(
+        "antefix_fleet_worker_up", "1 for a worker that answered when it was asked last.", _keyed(rows), _WORKER
+    )
+    rows = {name: float(len(each.index)) for name, each in by_worker.items()}
+    yield gauge("antefix_fleet_worker_blocks", "Blocks that it said it holds.", _keyed(rows), _WORKER)
+    rows = {name: float(each.index.num_unnamed) for name, each in by_worker.items()}
+    yield counter(
+        "antefix_fleet_unnamed_blocks",
+        "Blocks that could not be named: they hang on pictures, or on a parent that is not known.",
+        _keyed(rows),
+        _WORKER,
+    )
+
+
+_WORKER: Final = ("worker",)
+
+
+def _keyed(rows: dict[str, float]) -> dict[tuple[str, ...], float]:
+    return {(name,): value for name, value in rows.items()}
+
+
+def _by_field(rows: dict[str, Any], table: Table) -> dict[str, dict[str, Any]]:
+    return {field: {name: getattr(each, field) for name, each in rows.items()} for field in table}

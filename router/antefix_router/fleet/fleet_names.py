@@ -1,0 +1,44 @@
+"""Names of other engines' blocks: their token ids hashed as ours are, so that prompts can be compared with them.
+
+Names are keyed with the deployment's secret and never leave the process. A *scope* stands for what must agree besides
+tokens: an adapter, and the salt under which the engine keeps the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from antefix.block import Chain, Tokens, as_tokens, digest_of
+from antefix.secret import Keyring
+from antefix_router.naming import NamedPrompt, PromptNames
+
+_FINGERPRINT: Final = digest_of(b"antefix-fleet")
+# Between adapter and salt, of which only the salt may hold it.
+_SEPARATOR: Final = "\x1e"
+
+
+def scope_of(*, lora: str = "", salt: str = "") -> str:
+    return f"{lora}{_SEPARATOR}{salt}" if lora or salt else ""
+
+
+class FleetNames:
+    """One router's."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+        self._by_size: dict[int, PromptNames] = {}
+
+    def prompt(self, tokens: Tokens, scope: str, block_size: int) -> NamedPrompt:
+        """A request's prompt, named in blocks of this size."""
+        names = self._by_size.get(block_size)
+        if names is None:
+            names = PromptNames(fingerprint=_FINGERPRINT, keyring=self._keyring, block_size=block_size)
+            self._by_size[block_size] = names
+        return names.prompt(scope, as_tokens(tokens))
+
+    def continued(self, parent: bytes | None, tokens: Tokens, scope: str, block_size: int) -> list[bytes]:
+        """The names of whole blocks behind the block `parent`; None: at the beginning."""
+        chain = Chain(_FINGERPRINT, self._keyring.key(scope), block_size)
+        if parent is not None:
+            chain.hashes = [parent]
+        return chain.extend(tokens)

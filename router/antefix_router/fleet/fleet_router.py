@@ -1,0 +1,61 @@
+"""A fleet's router, put together: who knows whom. The calls on it are in fleet_server.py and fleet_door.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client.core import Metric
+
+from antefix.secret import Keyring
+from antefix_router.fleet.engines import Engines
+from antefix_router.fleet.fleet_config import FleetConfig
+from antefix_router.fleet.fleet_door import FleetDoor
+from antefix_router.fleet.fleet_metrics import fleet_metrics
+from antefix_router.fleet.fleet_names import FleetNames
+from antefix_router.fleet.passing import Passing
+from antefix_router.fleet.prompt_tokens import PromptTokens
+from antefix_router.front import BilledFront, open_books
+from antefix_router.key_changes import follow_keys
+from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.policy import make_policy
+from antefix_router.placement.workers import WorkerRole, Workers
+
+
+class FleetRouter:
+    """Everything behind the calls. `start` first, and `close` at the end."""
+
+    def __init__(self, config: FleetConfig, keyring: Keyring) -> None:
+        """Raises:  ConfigError: a file that the settings name cannot be used.  LedgerCorrupt."""
+        self.config = config
+        policy = make_policy(config.policy, compute_weight=config.compute_weight)
+        self.workers = Workers(WorkerRole.FOREIGN, policy)
+        self.directory = Directory(config.directory_blocks)
+        names = FleetNames(keyring)
+        self.engines = Engines(config, self.workers, self.directory, names)
+        self.passing = Passing(config, self.engines, self.workers, self.directory, names)
+        # Records name the model that was asked for; what names its blocks is the workers' own.
+        accounts, _, keys, signer = open_books(config, keyring)
+        self.front = BilledFront(self.passing.run, accounts, keys=keys, signer=signer)
+        self.key_changes = follow_keys(config, keys, keyring)
+        self.door = FleetDoor(self.front, config, self.engines, PromptTokens(self.engines.engines, self.workers))
+
+    async def start(self) -> None:
+        """Ask the workers what they serve, and follow their events, and changes of API keys."""
+        if self.key_changes is not None:
+            self.key_changes.start()
+        await self.engines.start()
+
+    async def close(self) -> None:
+        await self.front.close()
+        if self.key_changes is not None:
+            await self.key_changes.close()
+        await self.engines.close()
+
+    def metrics(self) -> Iterable[Metric]:
+        """What it shows, next to its HTTP door's own. Read in the event loop."""
+        yield from accounts_metrics(self.front.accounts)
+        known = {engine.place.address: engine.tells for engine in self.engines.engines}
+        yield from placement_metrics((self.workers,), self.config.policy, lambda address: known.get(address, False))
+        yield from fleet_metrics(self.engines, self.passing.counters)
+        yield from key_metrics(self.front.keys, self.key_changes)

@@ -1,0 +1,183 @@
+"""One worker's OpenAI door: what it serves, its prompts' tokens, and requests passed to it as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import httpx
+
+from antefix.errors import DeadlineExceeded, Overloaded, Unavailable
+from antefix_router.fleet.fleet_config import EnginePlace
+from antefix_router.gateway.http_errors import PassedError
+
+# A call's beginning. How long an answer may take is its request's to say.
+CONNECT_S: Final = 5.0
+TOKENIZE_S: Final = 10.0
+_ASK_S: Final = 5.0
+# A worker that closes idle connections sooner than we do costs a failed call; uvicorn's default is 5 s.
+_IDLE_S: Final = 4.0
+_ERROR_BYTES_MAX: Final = 64 << 10
+_EVENT_BYTES_MAX: Final = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """num_tokens_max: its context, 0 where the worker does not say."""
+
+    name: str
+    num_tokens_max: int = 0
+
+
+def http_client(api_key: str = "") -> httpx.AsyncClient:
+    """What all workers are called with."""
+    # One line for each call would say what the access log says.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(None, connect=CONNECT_S),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S),
+        headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+        # A proxy of the environment is for the world outside, not for the fleet.
+        trust_env=False,
+    )
+
+
+class OpenAIDoor:
+    """place: whose. A rank of several is named to it by a header (vLLM) and by a field (SGLang)."""
+
+    def __init__(self, place: EnginePlace, http: httpx.AsyncClient) -> None:
+        self.place = place
+        self._http = http
+
+    async def check_health(self) -> None:
+        """Raises:  Unavailable, Overloaded: it cannot serve now."""
+        with _errors(self.place.address):
+            async with asyncio.timeout(_ASK_S), self._sent("GET", "/health", None) as response:
+                # A door without this address is judged by its models.
+                if response.status_code != 404:
+                    await self._check(response)
+
+    async def models(self) -> tuple[ServedModel, ...]:
+        """Raises:  Unavailable."""
+        body = await self._json("GET", "/v1/models", None, _ASK_S)
+        found = body.get("data")
+        if not isinstance(found, list):
+            raise Unavailable(f"{self.place.address} lists no models")
+        return tuple(
+            ServedModel(name=each["id"], num_tokens_max=int(each.get("max_model_len") or 0))
+            for each in found
+            if isinstance(each, dict) and isinstance(each.get("id"), str)
+        )
+
+    async def tokenize(self, body: dict[str, Any]) -> list[int]:
+        """The tokens of a prompt or a conversation, by the worker's own template.
+
+        Raises:  PassedError: it cannot read the request, or has no such door.  Unavailable.
+        """
+        answer = await self._json("POST", "/tokenize", body, TOKENIZE_S)
+        tokens = answer.get("tokens")
+        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 1 << 32 for token in tokens):
+            raise Unavailable(f"{self.place.address} gave no tokens")
+        return tokens
+
+    async def whole(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """An answer as one JSON object.  Raises: as `events`."""
+        return await self._json("POST", path, body, timeout_s)
+
+    async def events(self, path: str, body: dict[str, Any], timeout_s: float) -> AsyncGenerator[str, None]:
+        """An answer's server-sent events: what is behind `data: `, one after the other, `[DONE]` not among them.
+
+        Raises:  PassedError: it refused.  Unavailable: it cannot be reached, failed, or went away.  Overloaded: it
+        is full.  DeadlineExceeded.
+        """
+        ends = time.monotonic() + timeout_s
+        with _errors(self.place.address):
+            async with contextlib.AsyncExitStack() as stack:
+                # Within one step each: a timeout belongs to a task, and whoever reads may read on in another one.
+                async with asyncio.timeout(timeout_s):
+                    response = await stack.enter_async_context(self._sent("POST", path, body))
+                    await self._check(response)
+                found = await stack.enter_async_context(contextlib.aclosing(_data_of(response)))
+                while True:
+                    async with asyncio.timeout(ends - time.monotonic()):
+                        data = await anext(found, None)
+                    if data is None:
+                        raise Unavailable(f"{self.place.address} ended an answer before its end")
+                    if data == "[DONE]":
+                        return
+                    yield data
+
+    async def _json(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
+        with _errors(self.place.address):
+            async with asyncio.timeout(timeout_s), self._sent(method, path, body) as response:
+                await self._check(response)
+                value = json.loads(await response.aread())
+        if not isinstance(value, dict):
+            raise Unavailable(f"{self.place.address} answered with no JSON object")
+        return value
+
+    @contextlib.asynccontextmanager
+    async def _sent(self, method: str, path: str, body: dict[str, Any] | None) -> AsyncIterator[httpx.Response]:
+        headers = {}
+        if self.place.rank is not None and body is not None:
+            headers["x-data-parallel-rank"] = str(self.place.rank)
+        async with self._http.stream(method, self.place.url + path, json=body, headers=headers) as response:
+            yield response
+
+    async def _check(self, response: httpx.Response) -> None:
+        status = response.status_code
+        if status < 400:
+            return
+        raw = bytearray()
+        async for piece in response.aiter_bytes():
+            raw += piece
+            if len(raw) > _ERROR_BYTES_MAX:
+                break
+        text = raw.decode(errors="replace")
+        who = f"{self.place.address} answered {status}: {text[:200]}"
+        if status in (429, 503):
+            retry = response.headers.get("retry-after", "")
+            raise Overloaded(who, retry_after_s=float(retry) if retry.isdigit() else 1.0)
+        if status >= 500 or status in (401, 403):
+            # That a worker does not let us in is nothing that our client could mend.
+            raise Unavailable(who)
+        try:
+            body = json.loads(text)
+        except ValueError:
+            body = {"error": {"message": text[:1000], "type": "invalid_request_error", "param": None, "code": None}}
+        raise PassedError(status, body if isinstance(body, dict) else {"error": {"message": text[:1000]}})
+
+
+async def _data_of(response: httpx.Response) -> AsyncGenerator[str, None]:
+    """Events' data; of several lines, joined as the standard has it."""
+    lines: list[str] = []
+    async for line in response.aiter_lines():
+        if line.startswith("data:"):
+            lines.append(line[5:].removeprefix(" "))
+            if sum(map(len, lines)) > _EVENT_BYTES_MAX:
+                raise Unavailable("an event of a worker is too long")
+        elif not line and lines:
+            yield "\n".join(lines)
+            lines = []
+    if lines:
+        yield "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _errors(address: str) -> Any:
+    try:
+        yield
+    except httpx.TimeoutException as err:
+        raise Unavailable(f"{address} does not answer: {type(err).__name__}") from err
+    except (httpx.TransportError, httpx.StreamError) as err:
+        raise Unavailable(f"{address}: {type(err).__name__}: {err}") from err
+    except TimeoutError as err:
+        raise DeadlineExceeded(f"{address} took too long") from err
+    except ValueError as err:
+        raise Unavailable(f"{address} answered with what is no JSON: {err}") from err

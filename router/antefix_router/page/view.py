@@ -1,0 +1,184 @@
+"""Everything that the page shows, as one JSON object. Reads the router's state; changes nothing."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from dataclasses import asdict
+from typing import Any, Final
+
+from antefix import __version__
+from antefix.errors import AntefixError
+from antefix.store.api import Store
+from antefix.store.store_stats import StoreTotals
+from antefix_router.assembly import Router
+from antefix_router.page.activity import Activity
+from antefix_router.page.explained import explained
+from antefix_router.page.prefix_forest import PrefixForest, Run
+
+_REQUESTS_SHOWN: Final = 100
+_TENANTS_SHOWN: Final = 50
+_RUNS_SHOWN: Final = 150
+# Runs whose checkpoints are looked up: a look-up each, and a page refreshes every few seconds.
+_RUNS_LOOKED_UP: Final = 12
+_STORE_FRESH_S: Final = 2.0
+# Upper bounds of how long ago a prefix was used, in seconds; the last bucket has the rest.
+AGES_S: Final = (60, 600, 3600, 86_400)
+
+
+class View:
+    """One router's."""
+
+    def __init__(self, router: Router, store: Store, activity: Activity, forest: PrefixForest) -> None:
+        self._router = router
+        self._store = store
+        self._activity = activity
+        self._forest = forest
+        self._totals: StoreTotals | None = None
+        self._checkpoints: dict[bytes, tuple[int, ...]] = {}
+        self._store_error = ""
+        self._store_read_at = -_STORE_FRESH_S
+
+    async def data(self, seconds: int) -> dict[str, Any]:
+        """seconds: how far back the series goes."""
+        activity, router = self._activity, self._router
+        await self._read_store()
+        return {
+            "at": time.time(),
+            "version": __version__,
+            "model": router.identity.name,
+            "arithmetic": router.arithmetic,
+            "block_size": router.identity.geometry.block_size,
+            "policy": router.config.policy,
+            "started_at": activity.started_at,
+            "running": router.front.accounts.num_running,
+            "refused": router.counters.num_refused,
+            "total": asdict(activity.total),
+            "over": {str(span): asdict(activity.over(span)) for span in (60, 300, 3600)},
+            "series": activity.series(seconds),
+            "miss_tokens": dict(activity.miss_tokens.most_common()),
+            "workers": self._workers(),
+            "store": self._store_data(),
+            "forest": self._forest_data(),
+            "requests": [
+                ended.as_dict() | {"explained": explained(ended.record)}
+                for ended in reversed(list(activity.newest)[-_REQUESTS_SHOWN:])
+            ],
+            "tenants": self._tenants(),
+        }
+
+    def _workers(self) -> list[dict[str, Any]]:
+        now = time.monotonic()
+        return [
+            {
+                "role": worker.role.value,
+                "address": worker.address,
+                "serving": not worker.is_shunned(now),
+                "draining": worker.draining,
+                "requests": worker.num_requests,
+                "tokens_queued": worker.num_tokens,
+                "served": worker.num_served,
+                "memory_known": self._router.memory.in_step(worker.address),
+                "arithmetic": worker.arithmetic,
+                "setup": worker.setup,
+            }
+            for workers in (self._router.prefill, self._router.decode)
+            for worker in workers.workers
+        ]
+
+    async def _read_store(self) -> None:
+        if time.monotonic() - self._store_read_at < _STORE_FRESH_S:
+            return
+        self._store_read_at = time.monotonic()
+        try:
+            self._totals = await self._store.stats()
+            self._checkpoints = {
+                run.hashes[0]: await self._checkpoints_of(run) for run in self._largest()[:_RUNS_LOOKED_UP]
+            }
+            self._store_error = ""
+        except AntefixError as err:
+            self._store_error = str(err)
+
+    async def _checkpoints_of(self, run: Run) -> tuple[int, ...]:
+        """Numbers of blocks from the run's beginning after which the store has window state."""
+        path = run.path
+        found = await self._store.lookup(path, fingerprint=self._router.fingerprint)
+        before = len(path) - len(run.hashes)
+        return tuple(at - before for at in found.checkpoints if at > before)
+
+    def _store_data(self) -> dict[str, Any]:
+        if self._totals is None:
+            return {"error": self._store_error or "not read yet"}
+        shown = asdict(self._totals)
+        shown["kinds"] = [{"kind": kind.name.lower(), **asdict(kinds)} for kind, kinds in self._totals.kinds.items()]
+        return shown | {"error": self._store_error, "ages": self._ages()}
+
+    def _ages(self) -> list[dict[str, Any]]:
+        """Tokens of the prefixes that this router has seen, by how long ago they were used."""
+        size, now = self._router.identity.geometry.block_size, time.time()
+        tokens = [0] * (len(AGES_S) + 1)
+        for run in self._forest.walk():
+            bucket = next((i for i, bound in enumerate(AGES_S) if now - run.used_at <= bound), len(AGES_S))
+            tokens[bucket] += len(run.hashes) * size
+        return [{"up_to_s": bound, "tokens": count} for bound, count in zip((*AGES_S, None), tokens, strict=True)]
+
+    def _largest(self) -> list[Run]:
+        """Runs by the tokens that sharing them saves; a run always comes after its parent."""
+        saved = sorted(self._forest.walk(), key=lambda run: -len(run.hashes) * run.num_prompts)[:_RUNS_SHOWN]
+        kept = {id(run) for run in saved}
+        return [run for run in self._forest.walk() if id(run) in kept and _parent_kept(run, kept)]
+
+    def _forest_data(self) -> list[dict[str, Any]]:
+        size, numbers = self._router.identity.geometry.block_size, {}
+        shown = []
+        for number, run in enumerate(self._largest()):
+            numbers[id(run)] = number
+            shown.append(
+                {
+                    "parent": None if run.parent is None else numbers[id(run.parent)],
+                    "tokens": len(run.hashes) * size,
+                    "prompts": run.num_prompts,
+                    "tenants": len(run.tenants),
+                    "used_at": run.used_at,
+                    "name": run.hashes[-1].hex()[:12],
+                    "checkpoints": [at * size for at in self._checkpoints.get(run.hashes[0], ())],
+                }
+            )
+        return shown
+
+    def _tenants(self) -> list[dict[str, Any]]:
+        quotas = self._router.front.accounts.quotas
+        now = datetime.datetime.now(datetime.UTC)
+        rows = []
+        for name, tenant in self._activity.busiest(_TENANTS_SHOWN):
+            limits = quotas.limits_of(name)
+            windows = []
+            for limit in limits.limits:
+                tokens, money = quotas.used(name, limit.window, now)
+                windows.append(
+                    {
+                        "window": limit.window.value,
+                        "tokens": limit.tokens,
+                        "used_tokens": tokens,
+                        "money": None if limit.money is None else str(limit.money),
+                        "used_money": str(money),
+                    }
+                )
+            rows.append(
+                {
+                    "tenant": name,
+                    **asdict(tenant.totals),
+                    "miss_tokens": dict(tenant.miss_reasons.most_common(5)),
+                    "limits": windows,
+                    "requests_max": limits.requests,
+                }
+            )
+        return rows
+
+
+def _parent_kept(run: Run, kept: set[int]) -> bool:
+    while run.parent is not None:
+        if id(run.parent) not in kept:
+            return False
+        run = run.parent
+    return True

@@ -1,0 +1,107 @@
+"""`antefix explain --fleet` against a running router, and its status."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from antefix import rpc
+from antefix.errors import InvalidRequest
+from antefix.v1 import fleet_pb2, fleet_pb2_grpc
+from antefix_console.commands import explain_fleet
+from antefix_router.fleet.fleet_server import FleetServicer
+from tests.fleet.standin import MODEL, Standin
+
+LONG = "The quick brown fox jumps over the lazy dog. " * 20
+
+
+@pytest.fixture
+async def asked(fleet, two, monkeypatch, capsys):
+    """(fleet, ask(**arguments) -> what the command prints)."""
+    door = await fleet(*two)
+    servicer = FleetServicer(door.router)
+    server = await rpc.start_server(
+        "127.0.0.1:0",
+        lambda server: fleet_pb2_grpc.add_FleetServiceServicer_to_server(servicer, server),
+        [fleet_pb2.DESCRIPTOR],
+    )
+    none = dict.fromkeys(("prompt", "prompt_file", "tokens_file", "messages"))
+
+    async def ask(**arguments):
+        args = SimpleNamespace(
+            **{**none, "fleet": server.address, "workers": False, "tenant": "", "json": False, **arguments}
+        )
+        status, explained = await explain_fleet._ask(args)
+        return "\n".join(explain_fleet._workers(status) if explained is None else explain_fleet._lines(explained))
+
+    yield door, ask
+    await server.drain(0)
+
+
+async def test_a_prompt_that_is_somewhere_is_explained(asked, tmp_path):
+    door, ask = asked
+    where = (await door.chat(LONG)).headers["antefix-worker"]
+    await door.heard()
+    messages = [{"role": "user", "content": LONG + "and more, which nobody has"}]
+    (tmp_path / "body.json").write_text(json.dumps(messages))
+    text = await ask(messages=str(tmp_path / "body.json"))
+    assert f"896 of 928 prompt tokens would be hits (97%), at {where}." in text
+    assert "begin at token 896: first_seen" in text
+    (row,) = [line.split() for line in text.splitlines() if line.startswith(where)]
+    assert row == [where, "serves", "as", "it", "tells", "896", "896", "896", "0", "0", "0", "0"]
+
+
+async def test_a_prompt_that_nobody_has_is_explained(asked):
+    _, ask = asked
+    text = await ask(prompt=LONG)
+    assert "0 of 900 prompt tokens would be hits" in text
+    assert "first_seen" in text
+    assert "What to do" in text
+
+
+async def test_explaining_changes_nothing(asked):
+    door, ask = asked
+    for _ in range(3):
+        await ask(prompt=LONG)
+    assert not any(worker.requests for worker in door.workers)
+    assert not door.records
+
+
+async def test_workers_are_told_with_what_they_hold_and_lost(asked):
+    door, ask = asked
+    where = (await door.chat(LONG)).headers["antefix-worker"]
+    await door.heard()
+    worker = next(each for each in door.workers if each.address == where)
+    worker.forgets_silently = True
+    await door.chat(LONG)
+    await door.heard()
+    text = await ask(workers=True)
+    (row,) = [line.split() for line in text.splitlines() if line.startswith(where)]
+    assert row[1:5] == ["serves", "as", "it", "tells"]
+    assert row[-3:] == ["896", "0", "896"]
+
+
+async def test_a_worker_that_is_down_is_shown_as_such(asked):
+    door, ask = asked
+    await door.workers[0].stop()
+    await door.heard_down(door.workers[0])
+    text = await ask(workers=True)
+    assert "is down" in text
+
+
+async def test_what_the_door_would_refuse_is_said(asked, tmp_path):
+    _, ask = asked
+    for body in ("not JSON", json.dumps({"messages": [], "max_tokens": 0})):
+        (tmp_path / "body.json").write_text(body)
+        with pytest.raises(InvalidRequest):
+            await ask(messages=str(tmp_path / "body.json"))
+    with pytest.raises(InvalidRequest, match="explains"):
+        await ask()
+
+
+async def test_a_prompt_that_no_worker_can_tokenize_is_placed_by_load(fleet):
+    door = await fleet(Standin(has_tokenize=False))
+    servicer = FleetServicer(door.router)
+    request = fleet_pb2.ExplainRequestRequest(body=json.dumps({"model": MODEL, "prompt": "x"}))
+    answer = await servicer.ExplainRequest(request, None)
+    assert (answer.prompt_tokens, answer.chosen, answer.miss_reason) == (0, door.workers[0].address, "unknown")
