@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from antefix import errors
+from antefix.outward import without_places
 from antefix.sampling import WrongSetting
 from antefix_router.front import ContextTooLong
 from antefix_router.gateway.fields import WrongField
@@ -80,7 +81,8 @@ def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]
         if isinstance(err, kind):
             param = err.param if isinstance(err, (WrongField, WrongSetting)) else None
             code = err.code if isinstance(err, WrongField) else code
-            return status, _body(str(err), provider, openai_type, anthropic_type, code, param, has_code=status == 429)
+            message = _told(err, status)
+            return status, _body(message, provider, openai_type, anthropic_type, code, param, has_code=status == 429)
     if isinstance(err, RecursionError):
         # Whoever looked through the body, and wherever: it holds more brackets in each other than anybody means.
         return error_body(errors.InvalidRequest("the body is nested too deeply"), provider)
@@ -88,6 +90,14 @@ def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]
     log.error("internal error %s", error_id, exc_info=err)
     message = f"internal error {error_id}; the service's log has it"
     return 500, _body(message, provider, "server_error", "api_error", "internal_error")
+
+
+def _told(err: Exception, status: int) -> str:
+    """What a client wrote comes back as it is; what happened behind the door comes without where."""
+    message = without_places(str(err)) if not isinstance(err, errors.InvalidRequest) or status >= 500 else str(err)
+    if status >= 500:
+        log.warning("answered %d: %s: %s", status, type(err).__name__, err)
+    return message
 
 
 def error_response(err: Exception, provider: Provider) -> JSONResponse:
