@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -38,6 +39,15 @@ class Credentials:
         self.files = files
         self._keyring = keyring
         self._token = token
+
+    @classmethod
+    def of_application(cls, directory: Path | str = "", *, api_key: str = "") -> Credentials:
+        """What a program shows to a router: a certificate, an API key, or both.
+
+        directory: has ca.crt, and tls.crt with tls.key if there is a certificate; empty: without TLS, on one host.
+        Raises:  ConfigError: the files cannot be used.
+        """
+        return cls(Role.NOBODY, files=CredentialFiles(directory) if directory else None, token=api_key)
 
     @property
     def number(self) -> int:

@@ -24,7 +24,7 @@ from antefix.security.credentials import Credentials
 from antefix.security.grants import GrantCheck, Granter
 from antefix.security.guard import Guard, TokenCheck
 from antefix.security.identity import Role
-from antefix.security.listening import check_listening
+from antefix.security.listening import check_calling, check_listening
 from antefix.telemetry.shown import counter, gauge
 
 log = logging.getLogger("antefix.security")
@@ -98,6 +98,11 @@ class ProcessSecurity:
     def check_listening(self, address: str, *, flag: str = "--address") -> None:
         """Raises:  ConfigError: without TLS, an address that other hosts may reach."""
         check_listening(address, has_tls=self.has_tls, flag=flag)
+
+    def check_calling(self, addresses: Iterable[str]) -> None:
+        """Raises:  ConfigError: without TLS, one of them is on another host."""
+        for address in addresses:
+            check_calling(address, has_tls=self.has_tls)
 
     def server_credentials(self, *, mutual: bool = True) -> grpc.ServerCredentials | None:
         """None: without TLS."""
