@@ -55,6 +55,7 @@ class ProcessSecurity:
         self.files = files
         self._keyring = keyring
         self._checked: tuple[int, Sequence[Ed25519PublicKey]] = (-1, ())
+        self._of_secret = grants.secret_keys(keyring) if keyring is not None else ()
         if files is not None and not self.grant_keys() and role in (Role.KVSTORE, Role.PREFILL, Role.DECODE):
             raise ConfigError(
                 f"{files.directory} has no grant.pub, which says whose grants hold: take it from the directory of"
@@ -89,7 +90,7 @@ class ProcessSecurity:
         number, keys = self._checked
         loaded = self.files.now() if self.files is not None else None
         if loaded is None or not loaded.grant_public:
-            return grants.secret_keys(self._keyring) if self._keyring is not None else ()
+            return self._of_secret
         if number != loaded.number:
             keys = grants.public_keys(loaded.grant_public)
             self._checked = (loaded.number, keys)

@@ -134,6 +134,7 @@ async def serve_worker(
         security=security,
     )
     role, address = security.role.value, advertised(server.address, config.advertise)
+    security.check_calling([address])
     lease = WorkerLease(
         config.routers,
         role=role,
