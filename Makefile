@@ -67,13 +67,17 @@ test-page: setup
 	$(BIN)/python -m pytest -rs -m browser tests/page
 
 # vLLM itself over Antefix's store, in an environment of its own: 3.5 GB in .engines/ and a quarter of an hour, on a
-# processor with AVX512-BF16. Contract tests of the other engines come first.
+# processor with AVX512-BF16; and SGLang's own classes, in another one of 0.3 GB.
 ENGINES := .engines
 $(ENGINES)/vllm/.ready: tests/foreign_engines/install_vllm.sh pyproject.toml
 	PYTHON=$(PYTHON) tests/foreign_engines/install_vllm.sh $(ENGINES)/vllm
 	touch $@
 
-test-engines: setup $(ENGINES)/vllm/.ready
+$(ENGINES)/sglang/.ready: tests/foreign_engines/install_sglang.sh pyproject.toml | $(READY)
+	tests/foreign_engines/install_sglang.sh $(ENGINES)/sglang $(VENV)
+	touch $@
+
+test-engines: setup $(ENGINES)/vllm/.ready $(ENGINES)/sglang/.ready
 	$(BIN)/python -m pytest -rs -v -m "engines or not engines" tests/foreign_engines
 
 # vLLM over Antefix's tier, its own file tier and LMCache: half an hour.
