@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(err, EXIT_USAGE)
 
 
-def _run(args: list[str]) -> int:
+def parser_of(args: list[str]) -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], int] | None]:
+    """The parser for these arguments, and what carries them out; None where no command is named."""
     # Only the command that is asked for is imported: `antefix --help` must not wait for torch.
     name = next((arg for arg in args if not arg.startswith("-")), "")
     parser = argparse.ArgumentParser(prog="antefix", description=antefix.__doc__)
@@ -91,9 +92,15 @@ def _run(args: list[str]) -> int:
     if name == "serve":
         _add_roles(serve, args)
         run = _serve
+    _keep_examples(parser)
+    return parser, run
+
+
+def _run(args: list[str]) -> int:
+    parser, run = parser_of(args)
     parsed = parser.parse_args(args)
     assert run is not None
-    if name != "serve":
+    if parsed.command != "serve":
         own_credentials.use_found(lambda: find_credentials(parsed, os.environ))
     return run(parsed)
 
@@ -102,6 +109,22 @@ def _subparser(
     subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
 ) -> argparse.ArgumentParser:
     return subparsers.add_parser(name, help=help_text, description=help_text, epilog=_example(example))
+
+
+class _Help(argparse.HelpFormatter):
+    """An example stays on one line, cut nowhere: it is there to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
+
+
+def _keep_examples(parser: argparse.ArgumentParser) -> None:
+    """In this parser and in those of its commands."""
+    parser.formatter_class = _Help
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                _keep_examples(each)
 
 
 def _example(call: str) -> str:

@@ -4,6 +4,7 @@ import time
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from antefix import rpc
 from antefix.block import as_tokens
@@ -11,7 +12,9 @@ from antefix.errors import InvalidRequest, PermissionDenied
 from antefix.miss_reason import MissReason
 from antefix.record import Record, RecordKind
 from antefix.secret import Keyring
-from antefix.security import grants
+from antefix.security import credential_files, grants
+from antefix.security.certificates import issue, make_ca
+from antefix.security.credential_files import CredentialFiles
 from antefix.security.grants import Grant, GrantCheck, Granter, fits_prompt, prompt_root, public_keys, secret_keys
 from antefix.security.identity import Role
 from antefix.security.process_security import ProcessSecurity
@@ -208,8 +211,6 @@ async def test_a_grant_that_has_expired_is_replayed_in_vain(authority, thief, mo
 
 async def test_a_rogue_routers_grant_is_worth_nothing(thief, keyring):
     """It has a key of its own; or the deployment's secret, where certificates count."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
     for rogue in (Granter(Ed25519PrivateKey.generate()), Granter.from_secret(keyring)):
         grants.hold(rogue.grant([ALICE], ROOT, ttl_s=60))
         with pytest.raises(PermissionDenied, match="not signed by a router"):
@@ -254,6 +255,41 @@ async def test_a_service_token_is_good_for_its_method_and_a_minute(keyring, serv
             await channel.unary_unary(stats)(b"", timeout=5, metadata=taken)
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert "61" not in caught.value.details()
+
+
+def test_a_key_that_was_taken_away_signs_nothing_more():
+    """Also what it signed before, and what was found right before."""
+    old, new = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    believed = [(old.public_key(), new.public_key())]
+    check = GrantCheck(lambda: believed[0])
+    grant = Granter(old).grant([ALICE], ROOT, ttl_s=60)
+    assert check.check(grant).owners == (ALICE,)
+    believed[0] = (new.public_key(),)
+    with pytest.raises(PermissionDenied, match="not signed by a router"):
+        check.check(grant)
+    assert check.check(Granter(new).grant([ALICE], ROOT, ttl_s=60)).owners == (ALICE,)
+
+
+def test_new_grant_keys_are_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(credential_files, "_LOOK_EVERY_S", 0.0)
+    for ca in ("one", "two"):
+        make_ca(tmp_path / ca)
+    for role, name in ((Role.KVSTORE, "s"), (Role.ROUTER, "r")):
+        issue(tmp_path / "one", tmp_path / name, role, name)
+    store = ProcessSecurity(Role.KVSTORE, files=CredentialFiles(tmp_path / "s"))
+    router = ProcessSecurity(Role.ROUTER, files=CredentialFiles(tmp_path / "r"))
+    before = router.granter().grant([ALICE], ROOT, ttl_s=60)
+    assert store.grant_check.check(before)
+    # 1. Both are believed.  2. The router signs with the new one.  3. The old one is believed no more.
+    keys = [(tmp_path / ca / "grant.pub").read_bytes() for ca in ("one", "two")]
+    (tmp_path / "s" / "grant.pub").write_bytes(b"".join(keys))
+    (tmp_path / "r" / "grant.key").write_bytes((tmp_path / "two" / "grant.key").read_bytes())
+    after = router.granter().grant([ALICE], ROOT, ttl_s=60)
+    assert store.grant_check.check(before) and store.grant_check.check(after)
+    (tmp_path / "s" / "grant.pub").write_bytes(keys[1])
+    assert store.grant_check.check(after)
+    with pytest.raises(PermissionDenied):
+        store.grant_check.check(before)
 
 
 def test_a_grant_is_for_one_prompt_under_whichever_secret():

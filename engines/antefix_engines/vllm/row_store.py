@@ -72,3 +72,6 @@ class RowStore(Protocol):
 
     def get(self, prompt: Prompt, rows: Sequence[Row]) -> Restored:
         """Fill rows."""
+
+    def close(self) -> None:
+        """End its threads; nothing is under way."""

@@ -77,7 +77,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         self._store: Final = EngineStore.open(self.settings.store)
         pages = V4Pages.of(shape, compact=bool(getattr(offloading_spec, ALIGNED, False)))
         self.rows: Final[RowStore] = (
-            V4Rows(pages, memory, self._store, identity, self.counters)
+            V4Rows(pages, memory, self._store, identity, self.counters, num_readers=self.settings.load_threads)
             if pages is not None
             else WholeRows(shape, memory, self._store, identity, self.counters)
         )
@@ -144,6 +144,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
     def shutdown(self) -> None:
         self._transfers.close()
         self._lookups.close()
+        self.rows.close()
         try:
             self._store.close()
         except RuntimeError as err:

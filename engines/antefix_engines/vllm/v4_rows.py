@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,6 +23,8 @@ from antefix_engines.vllm.v4_pages import Bytes, Piece, V4Pages
 
 # Windows that wait for their last rows: of so many prompts in prefill at once. 3.6 MB each on V4-Flash.
 UNFINISHED_MAX: Final = 64
+# Blocks that one thread reads at a time: 16 MB on V4-Flash.
+BATCH_BLOCKS: Final = 16
 # Names that this process stored: a prompt that several requests compute at once is sent once.
 KNOWN_MAX: Final = 65536
 
@@ -40,9 +43,16 @@ class V4Rows:
     """`antefix_engines.vllm.row_store.RowStore` for V4. `put` is called by one thread, `get` and `find` by several."""
 
     def __init__(
-        self, pages: V4Pages, memory: Bytes, store: EngineStore, identity: Identity, counters: TierCounters
+        self,
+        pages: V4Pages,
+        memory: Bytes,
+        store: EngineStore,
+        identity: Identity,
+        counters: TierCounters,
+        *,
+        num_readers: int = 4,
     ) -> None:
-        """memory: vLLM's host memory, one line per row."""
+        """memory: vLLM's host memory, one line per row.  num_readers: threads that read and fill, for all loads."""
         self.pages: Final = pages
         self.counters: Final = counters
         self.memory: Final = memory
@@ -52,6 +62,7 @@ class V4Rows:
         self._unfinished: OrderedDict[bytes, _Window] = OrderedDict()
         self._known: OrderedDict[tuple[RecordKind, bytes], None] = OrderedDict()
         self._has_lost = False
+        self._readers: Final = ThreadPoolExecutor(num_readers, thread_name_prefix="antefix-vllm-read")
 
     def may_have(self, asked: Asked) -> bool:
         return asked.group == self.pages.blocks.id or self.pages.is_in_window(asked.group, asked.position)
@@ -93,27 +104,36 @@ class V4Rows:
         return Stored(num_bytes=nbytes, keys=keys if is_right else [], is_right=is_right)
 
     def get(self, prompt: Prompt, rows: Sequence[Row]) -> Restored:
-        """Blocks first: a window without all blocks before it is of no use."""
+        """A window without all blocks before it is of no use: blocks count up to the first that is lost, windows
+        too.
+        """
         blocks = sorted((row for row in rows if row.group == self.pages.blocks.id), key=lambda row: row.position)
-        payloads = np.empty((len(blocks), self.pages.block_bytes), np.uint8)
-        names = [self._kv.hash_of(row.hash) for row in blocks]
-        num_good = self._kv.get_blocks(names, [line.data for line in payloads]) if blocks else 0
-        for row, payload in zip(blocks[:num_good], payloads[:num_good], strict=True):
-            self._fill_block(row, payload)
-        good, nbytes = [row.key for row in blocks[:num_good]], num_good * self.pages.block_bytes
-        num_windows = 0
-        first_bad = blocks[num_good].position if num_good < len(blocks) else None
-        for end, of_window in self._by_end(rows).items():
-            payload = None if first_bad is not None and first_bad <= end else self._checkpoint(prompt, end)
-            if payload is not None:
-                self._fill_window(of_window, np.frombuffer(payload, np.uint8))
-                good += [row.key for row in of_window]
-                nbytes += len(payload)
+        batches = [blocks[at : at + BATCH_BLOCKS] for at in range(0, len(blocks), BATCH_BLOCKS)]
+        windows = self._by_end(rows)
+        # 1. Read and fill all at once: what is lost is rare.
+        reading = [self._readers.submit(self._get_blocks, batch) for batch in batches]
+        filling = {end: self._readers.submit(self._get_window, prompt, end, windows[end]) for end in windows}
+        # 2. Count what is of use.
+        good: list[bytes] = []
+        is_whole = True
+        # Every batch is waited for, also behind a lost block: afterwards the rows are vLLM's again.
+        for batch, num_good in [(batch, done.result()) for batch, done in zip(batches, reading, strict=True)]:
+            good += [row.key for row in batch[:num_good]] if is_whole else []
+            is_whole &= num_good == len(batch)
+        num_blocks, num_windows = len(good), 0
+        first_lost = blocks[num_blocks].position if num_blocks < len(blocks) else None
+        for end, is_filled in [(end, done.result()) for end, done in filling.items()]:
+            if is_filled and (first_lost is None or end < first_lost):
+                good += [row.key for row in windows[end]]
                 num_windows += 1
-        self.counters.count(restored_blocks=num_good, restored_windows=num_windows, lost_rows=len(rows) - len(good))
+        self.counters.count(restored_blocks=num_blocks, restored_windows=num_windows, lost_rows=len(rows) - len(good))
         # What a lookup had promised is gone: it may be stored again.
         self._has_lost |= len(good) < len(rows)
+        nbytes = num_blocks * self.pages.block_bytes + num_windows * self.pages.window_bytes
         return Restored(num_bytes=nbytes, keys=good)
+
+    def close(self) -> None:
+        self._readers.shutdown()
 
     # --- storing -------------------------------------------------------------------------------------------------
 
@@ -208,9 +228,21 @@ class V4Rows:
                 ends.setdefault(self.pages.end_of(row.position), []).append(row)
         return ends
 
-    def _checkpoint(self, prompt: Prompt, end: int) -> bytes | None:
+    def _get_blocks(self, blocks: Sequence[Row]) -> int:
+        """Read and fill; returns how many of the leading ones are right."""
+        payloads = np.empty((len(blocks), self.pages.block_bytes), np.uint8)
+        names = [self._kv.hash_of(row.hash) for row in blocks]
+        num_good = self._kv.get_blocks(names, [line.data for line in payloads])
+        for row, payload in zip(blocks[:num_good], payloads, strict=False):
+            self._fill_block(row, payload)
+        return num_good
+
+    def _get_window(self, prompt: Prompt, end: int, rows: Sequence[Row]) -> bool:
         name = self._name_at(prompt, end)
-        return self._kv.get_checkpoint(name) if name else None
+        payload = self._kv.get_checkpoint(name) if name else None
+        if payload is not None:
+            self._fill_window(rows, np.frombuffer(payload, np.uint8))
+        return payload is not None
 
     def _fill_window(self, rows: Sequence[Row], payload: Bytes) -> None:
         for row in rows:

@@ -138,6 +138,9 @@ class WholeRows:
         self.counters.count(restored_blocks=len(good), lost_rows=len(rows) - len(good))
         return Restored(num_bytes=nbytes, keys=good)
 
+    def close(self) -> None:
+        pass
+
     def _shard(self, row: Row, number: int) -> memoryview:
         nbytes = self.shape.cell_bytes * self.shape.num_cells // self._num_shards
         return self.memory[row.chunk, number * nbytes : (number + 1) * nbytes].data

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from antefix.errors import InternalError, Overloaded, Unavailable
+from antefix.errors import AntefixError, InternalError, Overloaded, Unavailable
 from antefix.events.kv_events import MEDIA
 from antefix.prompt_marks import marks_of
 from antefix.telemetry import span
@@ -111,10 +111,15 @@ class Passing:
         if not prompts:
             self.counters.num_unnamed += 1
         tried: set[str] = set()
+        failed: AntefixError | None = None
         while True:
             # 2. Place.
             with span("place", role="foreign", attempt=len(tried) + 1) as placing:
-                placed = self.place(generation.call, prompts, self._session(generation), frozenset(tried))
+                try:
+                    placed = self.place(generation.call, prompts, self._session(generation), frozenset(tried))
+                except (Unavailable, Overloaded) as err:
+                    # Why the last one failed says more than that none is left.
+                    raise failed or err from err
                 placing.set(worker=placed.worker.address)
             tried.add(placed.worker.address)
             self._note(generation, placed, prompts)
@@ -129,6 +134,7 @@ class Passing:
                 if generation.has_given or not self._workers.has_another(tried):
                     raise
                 log.warning("request %s moves to another worker: %s", generation.request.request_id, err)
+                failed = err
         # 4. Compare what was expected with what is reported.
         self._compare(generation, placed)
 

@@ -1,0 +1,217 @@
+"""vLLM over three tiers, the same prompts: Antefix's, its own file tier, and LMCache; run by vLLM's Python:
+
+    .engines/vllm/bin/python benchmarks/engines_vllm.py [--json benchmarks/results/engines_vllm.json]     (make
+    bench-engines)
+
+A small random V4 (`antefix_engines.vllm.check_models`), on a CPU with the shim of tests/foreign_engines/vllm_cpu. For
+each tier one process computes the prompts cold and stores them; a second, started afterwards, restores them; then one
+byte is flipped in each stored block that ends at token 512, and a third process asks again. The report says how many
+tokens were hit, whether the answers are the cold ones (all digits of all log probabilities), what lies on disk per
+token and per window, and how long loads took. V4-Flash's bytes come from vLLM's own planner
+(tests/foreign_engines/vllm_flash_plan.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).parents[1]
+PLAN: Final = ROOT / "tests" / "foreign_engines" / "vllm_flash_plan.json"
+SHIM: Final = ROOT / "tests" / "foreign_engines" / "vllm_cpu"
+DAMAGED_END: Final = 512
+# Of the small model's plan: the group that every token may need.
+BLOCKS: Final = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tier:
+    """transfer: vLLM's `kv_transfer_config`.  retention: vLLM's `prefix_cache_retention_interval`.
+
+    sizes: what lies on disk, (bytes of blocks, bytes of windows).  damage: flips bytes, and says how many.
+    """
+
+    name: str
+    transfer: dict[str, Any]
+    retention: int
+    sizes: Callable[[], tuple[int, int]]
+    damage: Callable[[], int]
+
+
+def offloading(tier: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    extra = {"cpu_bytes_to_use": 128 << 20, "secondary_tiers": [tier], **spec}
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+def antefix(directory: Path) -> Tier:
+    from antefix.record import RecordKind
+    from antefix_engines.vllm.check_models import antefix_tier
+    from antefix_engines.vllm.faults import flip_blocks
+
+    def sizes() -> tuple[int, int]:
+        import antefix_kvstore
+        from antefix import BlockingStore
+
+        with BlockingStore(antefix_kvstore.open(directory / "store", budget_bytes="2G")) as store:
+            kinds = store.stats().kinds
+        return kinds[RecordKind.BLOCK].stored_bytes, kinds[RecordKind.CHECKPOINT].stored_bytes
+
+    spec = {"spec_name": "AntefixSpec", "spec_module_path": "antefix_engines.vllm.spec"}
+    return Tier(
+        name="Antefix",
+        transfer=offloading(antefix_tier(directory, weights_revision="random"), spec),
+        retention=256,
+        sizes=sizes,
+        damage=lambda: flip_blocks(directory, DAMAGED_END),
+    )
+
+
+def files(directory: Path, retention: int) -> Tier:
+    def found(group: str) -> list[Path]:
+        return sorted(path for path in directory.rglob("*.bin") if path.parent.name.endswith(group) == bool(group))
+
+    def sizes() -> tuple[int, int]:
+        every = {path: path.stat().st_size for path in directory.rglob("*.bin")}
+        blocks = sum(size for path, size in every.items() if path.parent.name.endswith(f"_g{BLOCKS}"))
+        return blocks, sum(every.values()) - blocks
+
+    def damage() -> int:
+        """A file does not say where its block ends: one byte in the middle of each block's first page of entries."""
+        paths = found(f"_g{BLOCKS}")
+        for path in paths:
+            with path.open("r+b") as file:
+                file.seek(20_000)
+                byte = file.read(1)[0]
+                file.seek(20_000)
+                file.write(bytes([byte ^ 0x40]))
+        return len(paths)
+
+    return Tier(
+        name=f"files, a window every {retention}" if retention else "files, as they come",
+        transfer=offloading({"type": "fs", "root_dir": str(directory)}, {"spec_name": "TieringOffloadingSpec"}),
+        retention=retention,
+        sizes=sizes,
+        damage=damage,
+    )
+
+
+def lmcache(directory: Path) -> Tier:
+    return Tier(
+        name="LMCache",
+        transfer={"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both"},
+        retention=256,
+        sizes=lambda: (0, 0),
+        damage=lambda: 0,
+    )
+
+
+def measure(tier: Tier, scratch: Path, seed: int) -> dict[str, Any]:
+    from antefix_engines.vllm.check import STREAMS, _run, difference, prompts_of, run_process
+    from antefix_engines.vllm.check_models import V4, llm_arguments, write_model
+
+    model = replace(V4, llm=V4.llm | {"prefix_cache_retention_interval": tier.retention})
+    llm = llm_arguments(model, write_model(model, scratch), []) | {"kv_transfer_config": tier.transfer}
+    prompts = prompts_of(random.Random(seed))
+    cold_steps = [
+        _run(name, each, is_cold=True, is_stored=name in ("whole", STREAMS)) for name, each in prompts.items()
+    ]
+    again = _run("own cache", prompts[STREAMS], is_stored=False)
+    cold = run_process({"llm": llm, "steps": [*cold_steps, again]})
+    block_bytes, window_bytes = tier.sizes()
+    steps = [step for name, each in prompts.items() for step in (_run(name, each, is_stored=False), {"do": "forget"})]
+    restored = run_process({"llm": llm, "steps": steps})
+    num_damaged = tier.damage()
+    damaged = run_process({"llm": llm, "steps": [_run("whole", prompts["whole"], is_stored=False)]})
+    cold[STREAMS] = cold["own cache"]
+    stored_tokens = sum(len(each) // 256 * 256 for name in ("whole", STREAMS) for each in prompts[name])
+    report: dict[str, Any] = {
+        "blocks_bytes_per_token": round(block_bytes / stored_tokens, 1),
+        "windows_bytes": window_bytes,
+    }
+    for name, answers in restored.items():
+        one, other = cold[name]["answers"], answers["answers"]
+        report[name] = {
+            "hit_tokens": [each["num_cached"] for each in other],
+            "equal": not any(difference(a, b) for a, b in zip(one, other, strict=True)),
+            "seconds": round(answers["seconds"], 2),
+            "cold_seconds": round(cold[name]["seconds"], 2),
+        }
+    report["read_s"] = restored[STREAMS]["metrics"].get("vllm:kv_offload_tiering_read_time")
+    answer = damaged["whole"]["answers"][0]
+    report["after flipped bytes"] = {
+        "flipped": num_damaged,
+        "hit_tokens": answer["num_cached"],
+        "difference": difference(cold["whole"]["answers"][0], answer),
+    }
+    return report
+
+
+def flash() -> dict[str, Any]:
+    """What each tier keeps of V4-Flash, by vLLM's planner, before compression and file headers."""
+    plan = json.loads(PLAN.read_text())
+    from antefix_engines.vllm.v4_pages import V4Pages
+    from tests.foreign_engines.test_vllm_flash import shape_of
+
+    pages = V4Pages.of(shape_of(plan), compact=True)
+    assert pages is not None
+    window = sum(row["num_window_rows"] for row in plan["groups"]) * plan["row_bytes"]
+    useful = next(row["used_bytes"] for row in plan["groups"] if not row["num_window_rows"])
+    return {
+        "files": {"bytes_per_token": plan["row_bytes"] / 256, "window_bytes": window},
+        "Antefix": {"bytes_per_token": (pages.block_bytes + 256) / 256, "window_bytes": pages.window_bytes},
+        "window_ratio": round(pages.window_bytes / window, 4),
+        "token_ratio_to_useful": round((pages.block_bytes + 256) / useful, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--tiers", default="antefix,files,files-256,lmcache")
+    parser.add_argument("--json", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    from antefix.errors import AntefixError
+
+    os.environ["PYTHONPATH"] = f"{SHIM}:{os.environ.get('PYTHONPATH', '')}"
+    sys.path.insert(0, str(ROOT))
+    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    report: dict[str, Any] = {
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "command": " ".join(["benchmarks/engines_vllm.py", *sys.argv[1:]]),
+        "flash": flash(),
+    }
+    with tempfile.TemporaryDirectory(prefix="antefix-bench-") as name:
+        scratch = Path(name)
+        makers = {
+            "antefix": lambda: antefix(scratch / "antefix"),
+            "files": lambda: files(scratch / "files", 0),
+            "files-256": lambda: files(scratch / "files-256", 256),
+            "lmcache": lambda: lmcache(scratch / "lmcache"),
+        }
+        for number, wanted in enumerate(args.tiers.split(","), 1):
+            print(f"{number} of {len(args.tiers.split(','))}: {wanted}", file=sys.stderr, flush=True)
+            tier = makers[wanted]()
+            try:
+                report[tier.name] = measure(tier, scratch, args.seed)
+            except (AntefixError, subprocess.TimeoutExpired) as err:
+                report[tier.name] = {"failed": str(err)[-600:]}
+    print(json.dumps(report, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,11 @@
+"""Tests that run an engine in an environment of its own wait until they are asked for."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(config, items):
+    if "engines" in (config.option.markexpr or ""):
+        return
+    for item in items:
+        if item.get_closest_marker("engines"):
+            item.add_marker(pytest.mark.skip(reason="runs an engine in its own environment: `make test-engines`"))
