@@ -1,6 +1,7 @@
 """What reaches a tenant's records in the store: a worker's certificate and the tenant's grant, and nothing less."""
 
 import time
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -50,7 +51,8 @@ async def server(authority, tmp_path):
     assert done.num_stored == 8 and not done.refused
     grants.hold(b"")
     await store.close()
-    yield server
+    served = SimpleNamespace(address=server.address, servicer=servicer)
+    yield served
     await server.drain(0)
     await servicer.close()
 
@@ -157,6 +159,19 @@ async def test_anothers_records_are_neither_called_forged_nor_replaced(authority
     with_grant(authority, ALICE)
     assert (await everything(thief))[3:5] == (PROMPT.payload(3, RecordKind.CHECKPOINT), PROMPT.payload(5))
     assert (await everything(thief))[2] == 6
+
+
+async def test_what_is_registered_for_all_tenants_stays(authority, server, thief):
+    """A layout that fits nothing would switch compression off for everybody."""
+    request = kvstore_pb2.RegisterRequest(fingerprint=FINGERPRINT, block_size=BLOCK)
+    await thief.stub.Register(request, timeout=5)
+    request.block_size = 7
+    request.parts.add(num_rows=1).fields.add(nbytes=3, width=1)
+    await thief.stub.Register(request, timeout=5)
+    index = server.servicer.engine.index
+    with index.txn() as txn:
+        assert index.block_tokens(txn, FINGERPRINT) == BLOCK
+        assert not [key for key, _ in txn.cursor(db=index.db["meta"]) if FINGERPRINT in bytes(key)]
 
 
 async def test_a_worker_cannot_pin_evict_or_watch_even_with_a_grant(authority, thief):
