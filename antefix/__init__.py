@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from antefix.record import RecordKind as RecordKind
     from antefix.restore_report import RestoreReport as RestoreReport
     from antefix.sampling import Sampling as Sampling
+    from antefix.security.credentials import Credentials as Credentials
     from antefix.store.api import Store as Store
     from antefix.store.client import LocalStore as LocalStore
     from antefix.store.client import RemoteStore as RemoteStore
@@ -106,6 +107,7 @@ _NAMES = {
     "antefix.record": "BlockFate LookupResult PutResult Record RecordKind",
     "antefix.restore_report": "RestoreReport",
     "antefix.sampling": "Sampling",
+    "antefix.security.credentials": "Credentials",
     "antefix.store.api": "Store",
     "antefix.store.client": "LocalStore RemoteStore",
     "antefix.store.open_store": "StoreAddress open_store",

@@ -24,7 +24,7 @@ from antefix.security.credentials import Credentials
 from antefix.security.grants import GrantCheck, Granter
 from antefix.security.guard import Guard, TokenCheck
 from antefix.security.identity import Role
-from antefix.security.listening import check_listening
+from antefix.security.listening import check_calling, check_listening
 from antefix.telemetry.shown import counter, gauge
 
 log = logging.getLogger("antefix.security")
@@ -55,6 +55,7 @@ class ProcessSecurity:
         self.files = files
         self._keyring = keyring
         self._checked: tuple[int, Sequence[Ed25519PublicKey]] = (-1, ())
+        self._of_secret = grants.secret_keys(keyring) if keyring is not None else ()
         if files is not None and not self.grant_keys() and role in (Role.KVSTORE, Role.PREFILL, Role.DECODE):
             raise ConfigError(
                 f"{files.directory} has no grant.pub, which says whose grants hold: take it from the directory of"
@@ -89,7 +90,7 @@ class ProcessSecurity:
         number, keys = self._checked
         loaded = self.files.now() if self.files is not None else None
         if loaded is None or not loaded.grant_public:
-            return grants.secret_keys(self._keyring) if self._keyring is not None else ()
+            return self._of_secret
         if number != loaded.number:
             keys = grants.public_keys(loaded.grant_public)
             self._checked = (loaded.number, keys)
@@ -98,6 +99,11 @@ class ProcessSecurity:
     def check_listening(self, address: str, *, flag: str = "--address") -> None:
         """Raises:  ConfigError: without TLS, an address that other hosts may reach."""
         check_listening(address, has_tls=self.has_tls, flag=flag)
+
+    def check_calling(self, addresses: Iterable[str]) -> None:
+        """Raises:  ConfigError: without TLS, one of them is on another host."""
+        for address in addresses:
+            check_calling(address, has_tls=self.has_tls)
 
     def server_credentials(self, *, mutual: bool = True) -> grpc.ServerCredentials | None:
         """None: without TLS."""

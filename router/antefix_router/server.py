@@ -184,9 +184,10 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         needs_token=lambda: router.front.keys.open_as is None,
     )
     security.use()
+    security.check_calling((config.store_address, *config.prefill, *config.decode))
     store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
     identity, tokenizer = identify(config.model), load_tokenizer(config.model)
-    router = Router(identity, tokenizer, store, config, granter=security.granter())
+    router = Router(identity, tokenizer, store, config, granter=security.granter)
     servicer = RouterServicer(router)
 
     def register(server: grpc.aio.Server) -> None:

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from antefix.errors import AntefixError, ConfigError, PermissionDenied, Unavailable
 from antefix.rpc import ENDING_S, private_files
-from antefix.security.listening import UNIX, bare_host, join_address, parse_address
+from antefix.security.listening import UNIX, bare_host, is_loopback, join_address, parse_address
 from antefix.security.process_security import OPEN, ProcessSecurity
 from antefix.security.tls import http_context
 from antefix_billing.api_keys import Scope
@@ -192,6 +192,11 @@ async def serve_door(
     """Raises:  ConfigError: the address cannot be listened on."""
     host, port = parse_address(config.http_address)
     security.check_listening(config.http_address, flag="--http-address")
+    if not is_loopback(host) and not (config.tenants_file or config.api_keys_file):
+        raise ConfigError(
+            f"--http-address {config.http_address}: others can reach it, so say who may call: --api-keys-file or"
+            ' --tenants-file (which may say keys = "none")'
+        )
     path = host.removeprefix(UNIX) if host.startswith(UNIX) else ""
     family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio sets TCP_NODELAY only where it is: without that, each answer waits 40 ms for
