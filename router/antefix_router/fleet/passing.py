@@ -27,7 +27,6 @@ from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.work import Work
 from antefix_router.placement.workers import LoadPart, Worker, WorkerRole, Workers
-from antefix_router.prefilling import NUM_MOVES_MAX
 
 log = logging.getLogger("antefix.fleet")
 
@@ -132,7 +131,7 @@ class Passing:
                         yield piece
                 break
             except (Unavailable, InternalError, Overloaded) as err:
-                if generation.has_given or len(tried) >= min(NUM_MOVES_MAX, len(self._workers.workers)):
+                if generation.has_given or not self._workers.has_another(tried):
                     raise
                 log.warning("request %s moves to another worker: %s", generation.request.request_id, err)
                 failed = err
