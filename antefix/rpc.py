@@ -31,7 +31,7 @@ from antefix.security.channels import ReloadingChannel
 from antefix.security.credentials import Credentials
 from antefix.security.guard import Guard
 from antefix.security.identity import Role
-from antefix.security.listening import UNIX, join_address, parse_address
+from antefix.security.listening import UNIX, check_calling, join_address, parse_address
 from antefix.security.own_credentials import credentials_for
 from antefix.security.process_security import OPEN, ProcessSecurity
 from antefix.telemetry.context import incoming
@@ -312,7 +312,7 @@ async def start_server(
     reflection.enable_server_reflection(
         [*names, reflection.SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name], server
     )
-    # Whoever may open a socket file may call.
+    # Who may open a socket file may call.
     with private_files() if host.startswith(UNIX) else contextlib.nullcontext():
         bound = _listen(server, join_address(host, port), security.server_credentials())
     for_tokens = _listen_for_tokens(server, token_address, security) if token_address else ""
@@ -441,8 +441,10 @@ def channel(
 
     of, name: the role that must answer there, and which process of it, where certificates can say so.
     credentials: what we show; without them what this process shows (`antefix.security.own_credentials`).
+    Raises:  ConfigError: without TLS, the address of another host.
     """
     shown = credentials or credentials_for(address)
+    check_calling(address, has_tls=shown is not None and shown.files is not None)
     if shown is None:
         return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
     return ReloadingChannel(address, shown, CHANNEL_OPTIONS, of=of, name=name)

@@ -40,7 +40,7 @@ async def deployment(authority, tmp_path):
     (router / "identities.toml").write_text(
         '[[identity]]\nname = "spiffe://antefix.internal/frontend/web"\nrole = "frontend"\ntenants = ["globex"]\n'
     )
-    flags = ("--http-address", "127.0.0.1:0", "--tenants-file", str(tenants), "--token-address", "127.0.0.1:0")
+    flags = ("--http-address", "localhost:0", "--tenants-file", str(tenants), "--token-address", "localhost:0")
     flags += ("--ledger-dir", str(tmp_path / "ledger"))
     async with TlsDeployment(authority, tmp_path, router_flags=flags) as deployment:
         yield deployment
