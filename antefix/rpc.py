@@ -312,7 +312,7 @@ async def start_server(
     reflection.enable_server_reflection(
         [*names, reflection.SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name], server
     )
-    # Whoever may open a socket file may call.
+    # Who may open a socket file may call.
     with private_files() if host.startswith(UNIX) else contextlib.nullcontext():
         bound = _listen(server, join_address(host, port), security.server_credentials())
     for_tokens = _listen_for_tokens(server, token_address, security) if token_address else ""

@@ -297,7 +297,7 @@ class Deployment:
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         started.metrics_address = str(ready.get("metrics_address", ""))
         if self._credentials is not None:
-            # Whoever started the processes may ask them anything.
+            # Who started the processes may ask them anything.
             own_credentials.use_for(started.address, self._credentials)
         self._write_targets()
         return started
