@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 
-from antefix import __version__
 from antefix.security.certificates import CERTIFICATE
 from antefix.v1 import about_pb2, about_pb2_grpc
+from antefix.version import __version__
 
 if TYPE_CHECKING:
     from antefix.security.process_security import ProcessSecurity
