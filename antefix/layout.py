@@ -334,9 +334,20 @@ _CONFIG_DEFAULTS = {"head_dim": 512, "index_head_dim": 128, "sliding_window": 12
 _LEGACY_RATIOS = {0: LayerKind.WINDOW, 4: LayerKind.CSA, 128: LayerKind.HCA}
 
 
+def other_model_type(model_type: object) -> str:
+    """Why a config of another type than `deepseek_v4` is refused."""
+    if model_type == "deepseek_v41":
+        return (
+            "model_type deepseek_v41 is known and not computed here: its layout, records, names, restore planner, sizes"
+            " and simulation are there (docs/WEIGHTS.md), so that engines can store it; caches that layers share, the"
+            " index in two levels, ratio 1, keys from main latents, single-pass mHC, Engram, vision and DSpark are not"
+        )
+    return f"model_type must be deepseek_v4, is {model_type!r}"
+
+
 def _geometry_from_config(config: Mapping[str, Any]) -> KVGeometry:
     if config.get("model_type", "deepseek_v4") != "deepseek_v4":
-        raise InvalidRequest(f"model_type must be deepseek_v4, is {config['model_type']!r}")
+        raise InvalidRequest(other_model_type(config["model_type"]))
     head_dim = _positive(config, "head_dim")
     return KVGeometry(
         layers=_layer_kinds(config),

@@ -93,7 +93,7 @@ def plan_load(model: Model, stored: Mapping[str, StoredTensor], *, rounds_inputs
             copies += _packed_copies(owner, shape, group, form)
     _check_stacks(forms)
     for owner, form in forms.items():
-        _pack_module(model, owner, wanted.get(f"{owner}.weight", wanted.get(owner, torch.Size())), form)
+        pack_module(model, owner, wanted.get(f"{owner}.weight", wanted.get(owner, torch.Size())), form)
     return LoadPlan(copies=tuple(copies), skipped=tuple(skipped), forms=forms)
 
 
@@ -246,7 +246,8 @@ def _packed_copies(owner: str, shape: torch.Size, group: _Group, form: PackedFor
     return copies
 
 
-def _pack_module(model: Model, owner: str, shape: torch.Size, form: PackedForm) -> None:
+def pack_module(model: Model, owner: str, shape: torch.Size, form: PackedForm) -> None:
+    """Put a packed module without memory in the place of a linear or a stack of experts."""
     parent_name, _, own_name = owner.rpartition(".")
     parent = model.get_submodule(parent_name)
     with torch.device("meta"):

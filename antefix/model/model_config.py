@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from antefix.errors import InvalidRequest, ModelError
-from antefix.layout import KVGeometry, per_layer
+from antefix.layout import KVGeometry, other_model_type, per_layer
 from antefix.rope import RopeConfig, YarnScaling, read_ropes
 
 __all__ = ["SCORING_FUNCTIONS", "ModelConfig", "Quantization", "RopeConfig", "YarnScaling", "read_config"]
@@ -120,7 +120,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def _parse(config: Mapping[str, Any]) -> ModelConfig:
     if config.get("model_type") != "deepseek_v4":
-        raise ModelError(f"model_type must be deepseek_v4, is {config.get('model_type')!r}")
+        raise ModelError(other_model_type(config.get("model_type")))
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ModelError(f"config field hidden_act must be 'silu', is {config['hidden_act']!r}")
     _require(config, "num_key_value_heads", 1, 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from antefix.errors import InternalError
 from antefix.layout import BlockLayout
+from antefix.layout_v41 import V41Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class Sizes:
             raise InternalError(f"replay_reach must give each layer's tokens, is {self.replay_reach}")
 
     @classmethod
-    def of(cls, layout: BlockLayout) -> Sizes:
+    def of(cls, layout: BlockLayout | V41Layout) -> Sizes:
         return cls(
             block_size=layout.geometry.block_size,
             block_bytes=layout.block_bytes,

@@ -19,7 +19,7 @@ from antefix import __version__
 from antefix.config import add_file_flags, add_flags, as_json, resolve
 from antefix.errors import AntefixError, InternalError, InvalidRequest, ResourceExhausted, Unavailable
 from antefix.security import own_credentials
-from antefix.telemetry.logs import set_up_logs
+from antefix.telemetry.logs import set_up_logs, tell_of_crashes
 from antefix.telemetry.tracing import start_tracing
 from antefix_console.catalog import COMMANDS, ROLES
 from antefix_console.operator_credentials import find_credentials
@@ -38,6 +38,8 @@ _EXTRA_OF = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    # What a command writes is its user's: stores, bills, logs, keys. It is widened by hand where others need it.
+    os.umask(0o077)
     if not logging.getLogger().handlers:
         set_up_logs()
     try:
@@ -69,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(err, EXIT_USAGE)
 
 
-def _run(args: list[str]) -> int:
+def parser_of(args: list[str]) -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], int] | None]:
+    """The parser for these arguments, and what carries them out; None where no command is named."""
     # Only the command that is asked for is imported: `antefix --help` must not wait for torch.
     name = next((arg for arg in args if not arg.startswith("-")), "")
     parser = argparse.ArgumentParser(prog="antefix", description=antefix.__doc__)
@@ -91,9 +94,15 @@ def _run(args: list[str]) -> int:
     if name == "serve":
         _add_roles(serve, args)
         run = _serve
+    _keep_examples(parser)
+    return parser, run
+
+
+def _run(args: list[str]) -> int:
+    parser, run = parser_of(args)
     parsed = parser.parse_args(args)
     assert run is not None
-    if name != "serve":
+    if parsed.command != "serve":
         own_credentials.use_found(lambda: find_credentials(parsed, os.environ))
     return run(parsed)
 
@@ -102,6 +111,22 @@ def _subparser(
     subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
 ) -> argparse.ArgumentParser:
     return subparsers.add_parser(name, help=help_text, description=help_text, epilog=_example(example))
+
+
+class _Help(argparse.HelpFormatter):
+    """An example stays on one line, cut nowhere: it is there to be copied."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
+
+
+def _keep_examples(parser: argparse.ArgumentParser) -> None:
+    """In this parser and in those of its commands."""
+    parser.formatter_class = _Help
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                _keep_examples(each)
 
 
 def _example(call: str) -> str:
@@ -125,6 +150,7 @@ def _serve(args: argparse.Namespace) -> int:
         print(as_json(config))
         return EXIT_OK
     set_up_logs(config.log_level, config.log_format)
+    tell_of_crashes()
     stop_tracing = start_tracing(config.traces, role=args.role, share=config.trace_share)
     try:
         asyncio.run(serve(config, watch_stdin=args.watch_stdin))

@@ -25,7 +25,7 @@ from antefix.block import Chain, Fingerprint, Tokens, chain_of, engine_key_hash,
 from antefix.blocking import BlockingStore
 from antefix.byte_size import parse_byte_size
 from antefix.errors import AntefixError, ConfigError
-from antefix.record import Buffer, LookupResult, Record, RecordKind
+from antefix.record import Buffer, LookupResult, PutResult, Record, RecordKind
 from antefix.secret import Keyring, create_secret_file
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.store_files.seal import Seals
@@ -214,18 +214,28 @@ class KvOfModel:
 
     def put(self, records: Sequence[Record]) -> int:
         """Store records, parents first; returns how many of them are stored now."""
+        done = self._put(records)
+        return 0 if done is None else int(done.num_stored) + int(done.num_existing)
+
+    def put_each(self, records: Sequence[Record]) -> list[bool]:
+        """The same; which of them are stored now."""
+        done = self._put(records)
+        return [done is not None and record.hash not in done.refused for record in records]
+
+    def _put(self, records: Sequence[Record]) -> PutResult | None:
+        """None: nothing to do, or the store failed."""
         if not records:
-            return 0
-        done = self._store.attempt("store records", lambda store: store.put(records), None)
+            return None
+        done: PutResult | None = self._store.attempt("store records", lambda store: store.put(records), None)
         if done is None:
-            return 0
+            return None
         if done.refused:
             log.warning(
                 "the store refused %d records, the first: %s", len(done.refused), next(iter(done.refused.values()))
             )
         sent = sum(memoryview(record.payload).nbytes for record in records)
         self._store.count(stored_records=done.num_stored, sent_bytes=sent, refused_records=len(done.refused))
-        return int(done.num_stored) + int(done.num_existing)
+        return done
 
     def _record(self, kind: RecordKind, hash: bytes, parent: bytes, position: int, payload: Buffer) -> Record:
         return self._store.seals.seal(

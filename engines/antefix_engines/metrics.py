@@ -7,6 +7,8 @@ from typing import Final
 
 from prometheus_client.core import Metric
 
+from antefix.security.listening import check_listening, parse_address
+from antefix.telemetry.exposition import MetricsServer, Registry
 from antefix.telemetry.shown import Shown, Table, families
 from antefix_engines.engine_store import EngineCounters
 
@@ -25,6 +27,17 @@ ENGINE: Final[Table] = {
         name="antefix_engine_store_errors", help="Calls of the store that failed, by error. Misses.", key="kind"
     ),
 }
+
+
+def serve_metrics(engine: str, counters: EngineCounters, address: str) -> MetricsServer:
+    """Show an engine's counters to Prometheus at "host:port" until `close`, for engines that do not show them.
+
+    Raises:  ConfigError: not an address, one that other hosts may reach, or one that is taken.
+    """
+    check_listening(address, has_tls=False, flag="metrics_address")
+    registry = Registry(engine)
+    registry.add(lambda: engine_metrics(engine, counters))
+    return MetricsServer(registry, *parse_address(address))
 
 
 def engine_metrics(engine: str, counters: EngineCounters) -> Iterable[Metric]:

@@ -12,12 +12,14 @@ import itertools
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 
 from antefix.window import (
     BudgetState,
     Plan,
+    PlanKind,
     PromptFacts,
     RatePriors,
     Rates,
@@ -41,6 +43,17 @@ from antefix_simulate.trace import TraceRequest
 Progress = Callable[[int, int], None]
 
 
+class EngineHits(StrEnum):
+    """Where workers without our store and planner may go on, such as vLLM's and SGLang's. They prefill and decode by
+    themselves, keep what fits their own memory, and rebuild no window state.
+
+    FULL: after any block, as with full attention.  WINDOW: only where window state was left, as with DeepSeek-V4.
+    """
+
+    FULL = "full"
+    WINDOW = "window"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
     """The machines, and what happens to them.
@@ -48,12 +61,14 @@ class Fleet:
     kills: (second, second of return or 0 for never), of one prefill worker each, the first, the second, ...
     look_s: where nobody dies, the second around which the windows before and after lie, to compare with.
     joins: seconds at which another prefill worker is added.  decode_step_*: of one decode step, by sequences running.
+    engines: the workers are not ours: see `EngineHits`; None: they are.
     """
 
     num_prefill: int
     num_decode: int
     machine: Machine = field(default_factory=Machine)
     shared_store: bool = True
+    engines: EngineHits | None = None
     store: StoreLimits = field(default_factory=StoreLimits)
     memory_bytes: int = 64 * 10**9
     coalesce: bool = True
@@ -123,7 +138,9 @@ class _Run:
         self.loads = _loads(self.addresses)
         self.head = np.zeros((3, len(self.workers)))  # head's tokens, since when, tokens a second
         self.total = np.zeros(len(self.workers))
-        self.decode = _loads([f"decode-{i}" for i in range(fleet.num_decode)])
+        # An engine decodes what it prefilled.
+        num_decode = len(self.workers) if fleet.engines is not None else fleet.num_decode
+        self.decode = _loads([f"decode-{i}" for i in range(num_decode)])
         for row in range(fleet.num_prefill, len(self.workers)):
             self._set_alive(row, False)
             self.at(fleet.joins[row - fleet.num_prefill], lambda row=row: self._set_alive(row, True))  # type: ignore[misc]
@@ -164,7 +181,7 @@ class _Run:
             stored_tokens=min(num_stored * self.unit_tokens, num_tokens - 1) if self.fleet.shared_store else None,
             affinity=_mixed(names[min(known, len(names) - 1)] if names else num_tokens),
             head=_mixed(names[min(2, len(names)) - 1] if names else num_tokens),
-            replay_tokens=self.sizes.replay_tokens,
+            replay_tokens=0 if self.fleet.engines is not None else self.sizes.replay_tokens,
         )
         self.loads.resident_tokens = np.minimum(resident * self.unit_tokens, num_tokens - 1)
         self.loads.pending_tokens = self.total - np.minimum(self.head[0], (self.now - self.head[1]) * self.head[2])
@@ -216,7 +233,27 @@ class _Run:
             num_resident_blocks=resident * self.unit_blocks,
             resident_checkpoints=frozenset({in_memory * self.unit_blocks} if in_memory else ()),
         )
+        if self.fleet.engines is not None:
+            return stored, self._engine_plan(job, resident if self.fleet.engines is EngineHits.FULL else in_memory)
         return stored, self.planner.plan(stored).plan
+
+    def _engine_plan(self, job: Job, num_units: int) -> Plan:
+        """Go on after so many units in memory; the last token, and so its unit, is always computed."""
+        num_units = min(num_units, (job.request.num_tokens - 1) // self.unit_tokens)
+        rest = job.request.num_tokens - num_units * self.unit_tokens
+        block = num_units * self.unit_blocks
+        return Plan(
+            kind=PlanKind.CHECKPOINT if num_units else PlanKind.COLD,
+            resume_block=block,
+            replay_from_block=block,
+            checkpoint_tier="",
+            load_bytes=0,
+            replay_tokens=0,
+            replay_work_tokens=0,
+            prefill_tokens=rest,
+            predicted_s=self.fleet.machine.compute_s(rest, context=job.request.num_tokens - rest),
+            error_s=0.0,
+        )
 
     def _finish(self, row: int, epoch: int, job: Job, plan: Plan, stored: StoredPrefix) -> None:
         worker = self.workers[row]
@@ -290,7 +327,7 @@ class _Run:
         """Decode at the speed of the batch that it joins."""
         decode = self.decode
         work = Work(num_tokens=job.request.num_tokens, stored_tokens=job.request.num_tokens - 1, affinity=0)
-        row = self.decode_policy.choose(work, decode)
+        row = job.row if self.fleet.engines is not None else self.decode_policy.choose(work, decode)
         running = int(decode.num_requests[row]) + 1
         step_s = self.fleet.decode_step_s + self.fleet.decode_step_per_sequence_s * running
         tokens = job.request.output_tokens

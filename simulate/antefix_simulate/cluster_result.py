@@ -45,7 +45,7 @@ class PolicyResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSimulation:
-    """All policies over one trace on one fleet."""
+    """All policies over one trace on one fleet. engines: where others' workers go on; empty: they are ours."""
 
     trace: str
     num_requests: int
@@ -54,6 +54,7 @@ class ClusterSimulation:
     num_prefill: int
     num_decode: int
     shared_store: bool
+    engines: str = ""
     results: tuple[PolicyResult, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -111,9 +112,15 @@ _KILL_COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
 def cluster_text(simulation: ClusterSimulation) -> str:
     """A heading and an aligned table."""
     store = "with the shared store" if simulation.shared_store else "without a shared store"
+    workers = f"{simulation.num_prefill} prefill and {simulation.num_decode} decode workers, {store}"
+    if simulation.engines:
+        where = "any block" if simulation.engines == "full" else "where window state was left"
+        workers = (
+            f"{simulation.num_prefill} workers that are not ours, each with its own memory, which go on at {where}"
+        )
     heading = (
         f"{simulation.trace}: {simulation.num_requests} requests, {simulation.prompt_tokens / 1e6:.1f}M prompt tokens, "
-        f"{simulation.num_prefill} prefill and {simulation.num_decode} decode workers, {store}"
+        f"{workers}"
     )
     columns: Sequence[tuple[str, Callable[[PolicyResult], str]]] = _COLUMNS
     if any(result.after_hit_rate is not None for result in simulation.results):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from antefix.errors import InvalidRequest
 from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind
+from antefix.layout_v41 import MODEL_TYPE, V41Geometry, V41Layout
 from antefix.window import Plan, Sizes
 
 
@@ -97,7 +98,11 @@ class TokenPrices:
 
 
 # Off-peak prices of 2026; they have changed four times since April, so they are settings too.
-RATE_CARDS = {"v4-flash": TokenPrices(hit=0.003, miss=0.15), "v4-pro": TokenPrices(hit=0.022, miss=0.66)}
+RATE_CARDS = {
+    "v4-flash": TokenPrices(hit=0.003, miss=0.15),
+    "v4-pro": TokenPrices(hit=0.022, miss=0.66),
+    "v4.1-flash": TokenPrices(hit=0.003, miss=0.15),
+}
 
 
 def _v4(first: LayerKind, num_layers: int) -> KVGeometry:
@@ -117,17 +122,34 @@ def _v4(first: LayerKind, num_layers: int) -> KVGeometry:
 GEOMETRIES = {"v4-flash": _v4(LayerKind.WINDOW, 43), "v4-pro": _v4(LayerKind.HCA, 61)}
 
 
+# V4.1's technical report: ratio 2 up to the encoder's end, ratio 1 from there on, four KV sources.
+V41_FLASH = V41Geometry(
+    ratios=(0, 0, *(2,) * 18, *(1,) * 20),
+    kv_sources=(2, 8, 14, 20),
+    index_sources=(2, 8, 14, 20, 24, 28, 32, 36),
+    head_dim=512,
+    rope_dim=64,
+    indexer_dim=128,
+    window=128,
+)
+
+
 def model_sizes(model: str, kv_format: KVFormat = KVFormat.FP8) -> Sizes:
-    """Sizes of `v4-flash`, `v4-pro`, or the model whose directory (with a config.json) is named.
+    """Sizes of `v4-flash`, `v4-pro`, `v4.1-flash`, or the model whose directory (with a config.json) is named.
 
     Raises:  InvalidRequest: neither; or a config.json of another architecture.
     """
+    if model == "v4.1-flash":
+        return Sizes.of(V41Layout(geometry=V41_FLASH))
     if model in GEOMETRIES:
         return Sizes.of(BlockLayout(geometry=GEOMETRIES[model], kv_format=kv_format))
     config = Path(model) / "config.json"
     try:
-        geometry = KVGeometry.from_config(json.loads(config.read_text(encoding="utf-8")))
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        if isinstance(fields, dict) and fields.get("model_type") == MODEL_TYPE:
+            return Sizes.of(V41Layout(geometry=V41Geometry.from_config(fields)))
+        geometry = KVGeometry.from_config(fields)
     except (OSError, ValueError) as err:
-        names = ", ".join(sorted(GEOMETRIES))
+        names = ", ".join(sorted((*GEOMETRIES, "v4.1-flash")))
         raise InvalidRequest(f"model {model!r} is neither {names} nor a directory with a config.json: {err}") from err
     return Sizes.of(BlockLayout(geometry=geometry, kv_format=kv_format))

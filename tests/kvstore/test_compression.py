@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from antefix.errors import InvalidRequest
 from antefix.record import RecordKind
 from antefix.store_files.codec import PlanePart, PlanePlan
 from antefix_kvstore.compression import Compression, judge
@@ -102,3 +104,19 @@ def test_judgement_at_the_break_even_point() -> None:
     # At ratio 1.25 a coded byte saves a fifth of the read; the codec may cost just that.
     assert judge(ratio=1.25, codec_bytes_per_s=5.1e9, disk_bytes_per_s=1e9).compress
     assert not judge(ratio=1.25, codec_bytes_per_s=4.9e9, disk_bytes_per_s=1e9).compress
+
+
+def test_a_checkpoint_may_hold_more_than_its_layout_names(open_engine: OpenEngine) -> None:
+    """The state of a layer that drafts lies behind; a shorter checkpoint, or a block of another size, is a mistake."""
+    engine = open_engine(compression="zstd")
+    engine.register(FINGERPRINT, BLOCK, {RecordKind.BLOCK: PLAN, RecordKind.CHECKPOINT: PLAN})
+    prompt = Bells([1] * BLOCK)
+    engine.put(prompt.blocks())
+    more = prompt.payload(0, RecordKind.CHECKPOINT) + b"draft state."
+    for payload in (more[:-1], more[:-20], more[: PLAN.payload_bytes - 1]):
+        with pytest.raises(InvalidRequest, match="by its registered layout"):
+            engine.put([prompt.checkpoint(0, payload=payload)])
+    with pytest.raises(InvalidRequest, match="by its registered layout"):
+        engine.put([prompt.block(0, payload=more)])
+    engine.put([prompt.checkpoint(0, payload=more)])
+    assert bytes(engine.read(RecordKind.CHECKPOINT, prompt.hashes[0], fingerprint=FINGERPRINT)) == more

@@ -157,3 +157,16 @@ async def test_refusals_are_counted_and_named(authority, serve, caplog):
     (family,) = security.guard.metrics()
     assert [(s.labels, s.value) for s in family.samples if s.value] == [({"method": method, "reason": "table"}, 1.0)]
     assert "prefill p7" in caplog.text
+
+
+async def test_where_tenants_have_keys_a_process_of_this_host_shows_one_too(keyring, serve):
+    def tokens(key, method):
+        return Identity(role=Role.TENANT, name="acme", tenants=frozenset({"acme"})) if key == "right" else None
+
+    security = ProcessSecurity(Role.ROUTER, keyring=keyring, tokens=tokens, needs_token=lambda: True)
+    server = await serve(security)
+    generate, health = "/antefix.v1.RouterService/Generate", "/grpc.health.v1.Health/Check"
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        assert await call(channel, generate, (False, True)) is grpc.StatusCode.UNAUTHENTICATED
+        assert await call(WithToken(channel, "right"), generate, (False, True)) not in REFUSED
+        assert await call(channel, health, (False, False)) is grpc.StatusCode.OK

@@ -1,5 +1,6 @@
 """What is shipped beside the code works: the sample settings are valid, the example runs."""
 
+import argparse
 import asyncio
 import re
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from antefix.config import parse_value
 from antefix_console.catalog import COMMANDS, ROLES
+from antefix_console.cli import main, parser_of
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.child_environment import child_environment
 
@@ -27,23 +29,26 @@ def test_the_sample_settings_are_valid(role):
     assert config.address == values["address"]
 
 
-SUBCOMMANDS = [
-    *(["usage", name] for name in ("export", "verify", "report", "receipt")),
-    *(["serve", role] for role in ROLES),
-    ["bench", "store"],
-    ["model", "check"],
-]
+def subcommands(parser):
+    """Each command below this parser, with its parser."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, each in action.choices.items():
+                yield [name], each
+                yield from (([name, *words], below) for words, below in subcommands(each))
 
 
-@pytest.mark.parametrize("words", [*([name] for name in COMMANDS), *SUBCOMMANDS], ids=" ".join)
-def test_every_command_shows_help_with_an_example(words, capsys):
-    from antefix_console.cli import main
-
+@pytest.mark.parametrize("name", [*COMMANDS, "serve"])
+def test_every_command_shows_help_with_an_example_to_be_copied(name, capsys):
+    parser, _ = parser_of([name])
+    found = [(words, each) for words, each in subcommands(parser) if words[0] == name]
+    assert found
+    for words, each in found:
+        (example,) = (line for line in each.format_help().splitlines() if line.startswith("example: "))
+        assert example.removeprefix("example: ").startswith(f"antefix {' '.join(words)}")
     with pytest.raises(SystemExit) as caught:
-        main([*words, "--help"])
-    out = capsys.readouterr().out
-    assert caught.value.code == 0
-    assert "example" in out and "usage: antefix" in out
+        main([name, "--help"])
+    assert caught.value.code == 0 and "usage: antefix" in capsys.readouterr().out
 
 
 async def run_example(name, *arguments):

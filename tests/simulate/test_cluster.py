@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from antefix.window import parse
 from antefix_console.commands.simulate import add_parser, run
 from antefix_console.commands.simulate_cluster import copies
 from antefix_simulate.baselines import ALL_POLICIES
-from antefix_simulate.cluster import Fleet, _Run, simulate_cluster
+from antefix_simulate.cluster import EngineHits, Fleet, _Run, simulate_cluster
 from antefix_simulate.cluster_result import RECOVERY_S
 from antefix_simulate.cluster_worker import Job, Memory
 from antefix_simulate.generated_traces import generate
@@ -212,3 +213,53 @@ def test_the_table_and_the_plot_show_the_same_policies(capsys, tmp_path):
 def test_calls_that_make_no_sense_are_refused(argv):
     with pytest.raises(InvalidRequest):
         _cli(*argv)
+
+
+def test_engines_hit_no_more_than_their_own_memory_has(chat):
+    small = {"speedup": 4, "memory_bytes": 2 * 10**8}
+    ours = simulate(chat, **small)
+    full = simulate(chat, **small, shared_store=False, engines=EngineHits.FULL)
+    window = simulate(chat, **small, shared_store=False, engines=EngineHits.WINDOW)
+    assert ours.token_hit_rate > full.token_hit_rate > window.token_hit_rate > 0
+    assert full.fetched_share == 0
+
+
+def test_an_engine_hits_to_the_block_what_it_has_in_memory():
+    trace = twins(3, gap_s=100.0)
+    found = simulate(trace, num_prefill=1, shared_store=False, engines=EngineHits.FULL, coalesce=False)
+    assert found.token_hit_rate == pytest.approx(2 * 20_480 / (3 * 20_481))
+    # The last token is computed, and its block with it.
+    requests = [replace(request, num_tokens=20_480) for request in trace.requests]
+    found = simulate(
+        replace(trace, requests=tuple(requests)), num_prefill=1, shared_store=False, engines=EngineHits.FULL
+    )
+    assert found.token_hit_rate == pytest.approx(2 * (20_480 - 512) / (3 * 20_480))
+
+
+def test_an_engine_that_died_has_nothing_left():
+    trace = twins(4, gap_s=100.0)
+    kept = simulate(trace, num_prefill=2, shared_store=False, engines=EngineHits.FULL)
+    lost = simulate(
+        trace, num_prefill=2, shared_store=False, engines=EngineHits.FULL, kills=((150.0, 160.0), (150.0, 160.0))
+    )
+    assert kept.token_hit_rate > lost.token_hit_rate
+
+
+@pytest.mark.parametrize("policy", ALL_POLICIES)
+def test_every_request_to_engines_ends_once(chat, policy):
+    found = simulate(chat, policy, speedup=4, shared_store=False, engines=EngineHits.FULL, kills=((10.0, 60.0),))
+    assert found.goodput > 0
+
+
+def test_the_command_takes_engines(capsys):
+    _cli("--workers", "4", "--engines", "full", "--policy", "least_work")
+    out = capsys.readouterr().out
+    assert "4 workers that are not ours" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--workers", "4:2"], ["--workers", "0"], ["--workers", "4", "--store-bytes", "1G"]]
+)
+def test_engines_with_what_they_have_not_are_refused(arguments):
+    with pytest.raises(InvalidRequest):
+        _cli("--engines", "full", "--policy", "least_work", *arguments)

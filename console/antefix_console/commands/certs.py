@@ -17,10 +17,18 @@ from antefix.text_table import text_table
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("certs", help="make and show the certificates of a deployment")
     actions = parser.add_subparsers(dest="action", required=True, metavar="init|issue|show")
-    init = actions.add_parser("init", help="make a private CA, and the key that signs grants")
-    init.add_argument("directory", type=Path, metavar="CA_DIR", help="kept by whoever issues, on no service's host")
+    init = actions.add_parser(
+        "init", help="make a private CA, and the key that signs grants", epilog="example: antefix certs init ca"
+    )
+    init.add_argument(
+        "directory", type=Path, metavar="CA_DIR", help="of the person who issues; on no host of a service"
+    )
     init.add_argument("--days", type=int, default=CA_DAYS, help=f"how long it holds (default: {CA_DAYS})")
-    made = actions.add_parser("issue", help="make a certificate for one process")
+    made = actions.add_parser(
+        "issue",
+        help="make a certificate for one process",
+        epilog="example: antefix certs issue prefill p1 --ca ca --out credentials/p1 --host worker1.example",
+    )
     made.add_argument("role", choices=[role.value for role in ISSUED])
     made.add_argument("name", help="of this process among those of its role; for a tenant: the tenant's")
     made.add_argument("--ca", type=Path, required=True, metavar="CA_DIR", help="as `antefix certs init` made it")
@@ -29,7 +37,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--host", action="append", default=[], metavar="HOST", help="host name or IP address of it; may repeat"
     )
     made.add_argument("--days", type=int, default=DAYS, help=f"how long it holds (default: {DAYS})")
-    show = actions.add_parser("show", help="what certificates say, and how long they hold")
+    show = actions.add_parser(
+        "show",
+        help="what certificates say, and how long they hold",
+        epilog="example: antefix certs show credentials/p1 --json",
+    )
     show.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a certificate, or a --credentials directory")
     for each in (init, made, show):
         each.add_argument("--json", action="store_true", help="print one JSON object")

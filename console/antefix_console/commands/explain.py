@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         return explain_fleet.run(args)
     if args.workers:
         raise InvalidRequest("--workers needs --fleet: the address of the router that has them")
-    identity = identify(args.model)
+    with ProgressLine("reading the model"):
+        identity = identify(args.model)
     secret = args.secret_file or (args.data_dir / "secret" if args.data_dir else None)
     keyring = Keyring.from_file(secret) if secret is not None else None
     if args.request_id is not None:

@@ -36,6 +36,7 @@ from antefix_console.explain.recorded_requests import (
     record_dict,
     record_lines,
 )
+from antefix_console.progress_line import ProgressLine
 from antefix_router.chat.render import TextSpan
 from antefix_router.gateway.dry_run import APIS, dry_run
 from antefix_router.gateway.gateway_config import GatewayConfig
@@ -140,7 +141,7 @@ def compare_with(
         found = compare(prompt.source, other, size)
         _print(args, found.as_dict(), comparison_lines(found))
         return 0
-    record = find_record(_ledgers(args), args.against, args.tenant or None)
+    record = _found(args, _ledgers(args), args.against)
     rough = _against_record(prompt, record, size, _needed(keyring))
     _print(args, rough.as_dict(), rough_lines(rough))
     return 0
@@ -149,12 +150,12 @@ def compare_with(
 def explain_request(args: argparse.Namespace, identity: ModelIdentity, keyring: Keyring | None) -> int:
     """A request of the ledger, alone or against another one."""
     size, ledgers = identity.geometry.block_size, _ledgers(args)
-    record = find_record(ledgers, args.request_id, args.tenant or None)
+    record = _found(args, ledgers, args.request_id)
     if args.against is not None and _is_file(args.against):
         prompt = _rendered(args, args.against, identity, keyring)
         rough = _against_record(prompt, record, size, _needed(keyring))
     elif args.against is not None:
-        rough = _records_compared(record, find_record(ledgers, args.against, args.tenant or None), size)
+        rough = _records_compared(record, _found(args, ledgers, args.against), size)
     else:
         return _alone(args, record, ledgers, size)
     _print(args, {"request": record_dict(record, size), **rough.as_dict()}, rough_lines(rough))
@@ -162,7 +163,8 @@ def explain_request(args: argparse.Namespace, identity: ModelIdentity, keyring: 
 
 
 def _alone(args: argparse.Namespace, record: UsageRecord, ledgers: Sequence[Path], size: int) -> int:
-    nearest = nearest_before(ledgers, record)
+    with ProgressLine("reading the ledger"):
+        nearest = nearest_before(ledgers, record)
     answer: dict[str, Any] = {"request": record_dict(record, size), "nearest": None}
     said = [*record_lines(record, size)]
     if nearest is not None:
@@ -204,6 +206,11 @@ def _against_record(prompt: GivenPrompt, record: UsageRecord, size: int, keyring
     spots = [spot for token in ends if (spot := prompt.source.spot(token)) is not None]
     name = f"request {record.request_id}"
     return RoughComparison(first_name=prompt.source.name, second_name=name, block_size=size, parting=found, spots=spots)
+
+
+def _found(args: argparse.Namespace, ledgers: Sequence[Path], request_id: str) -> UsageRecord:
+    with ProgressLine("reading the ledger"):
+        return find_record(ledgers, request_id, args.tenant or None)
 
 
 def _is_file(text: str) -> bool:

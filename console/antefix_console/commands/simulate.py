@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pool-bytes", metavar="SIZE", help="the window pool's budget (default endless)")
     parser.add_argument("--no-replay", action="store_true", help="forbid exact replay: resume at checkpoints only")
-    parser.add_argument("--model", default="v4-flash", help="v4-flash, v4-pro or a model directory (default v4-flash)")
+    parser.add_argument("--model", default="v4-flash", help="v4-flash, v4-pro, v4.1-flash or a model directory")
     machine = Machine()
     _add_number(parser, "--prefill-tokens-per-s", machine.prefill_tokens_per_s, "prefill speed without context")
     _add_number(parser, "--disk-gb-per-s", machine.disk_bytes_per_s / 1e9, "read speed of the store")

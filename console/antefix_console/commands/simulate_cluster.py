@@ -15,7 +15,7 @@ from antefix.errors import InvalidRequest
 from antefix.window import Sizes, Strategy, parse
 from antefix_console.progress_line import ProgressLine
 from antefix_simulate.baselines import ALL_POLICIES
-from antefix_simulate.cluster import Fleet, simulate_cluster
+from antefix_simulate.cluster import EngineHits, Fleet, simulate_cluster
 from antefix_simulate.cluster_result import ClusterSimulation, PolicyResult, cluster_text
 from antefix_simulate.machine import Machine
 from antefix_simulate.plot import SUFFIXES, load_pyplot
@@ -33,7 +33,15 @@ _COPY_SHIFT_S = 60.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a fleet."""
     fleet = parser.add_argument_group("a fleet", "many workers under a placement policy, with queues; needs --workers")
-    fleet.add_argument("--workers", metavar="P:D", help=f"prefill and decode workers, up to {WORKERS_MAX} each")
+    fleet.add_argument(
+        "--workers", metavar="P:D", help=f"prefill and decode workers, up to {WORKERS_MAX} each; with --engines N"
+    )
+    fleet.add_argument(
+        "--engines",
+        choices=[each.value for each in EngineHits],
+        help="workers that are not ours, with neither store nor planner: full goes on after any block in memory, window"
+        " only where the strategy left window state there",
+    )
     fleet.add_argument(
         "--policy", action="append", metavar="NAME", help=f"{', '.join(ALL_POLICIES)}, or all (default all; may repeat)"
     )
@@ -64,7 +72,7 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) 
 
     Raises:  InvalidRequest: arguments that make no sense.
     """
-    num_prefill, num_decode = _workers(args.workers)
+    num_prefill, num_decode = _engines(args) if args.engines else _workers(args.workers)
     if args.copies < 1 or args.speedup <= 0:
         raise InvalidRequest("--copies and --speedup must be positive")
     strategies = [parse(name) for name in args.strategy or ["auto"] if name != "all"]
@@ -77,7 +85,8 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) 
         num_prefill=num_prefill,
         num_decode=num_decode,
         machine=machine,
-        shared_store=not args.no_store,
+        shared_store=not args.no_store and not args.engines,
+        engines=EngineHits(args.engines) if args.engines else None,
         store=StoreLimits(
             store_bytes=store_bytes[0] if store_bytes else None,
             pool_bytes=parse_byte_size(args.pool_bytes) if args.pool_bytes else None,
@@ -101,6 +110,7 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) 
         num_prefill=num_prefill,
         num_decode=num_decode,
         shared_store=fleet.shared_store,
+        engines=args.engines or "",
         results=tuple(results),
     )
     sys.stdout.write((json.dumps(simulation.as_dict(), indent=1) if args.json else cluster_text(simulation)) + "\n")
@@ -182,6 +192,16 @@ def _workers(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() and 1 <= int(part) <= WORKERS_MAX for part in parts):
         raise InvalidRequest(f"--workers must be P:D with 1 to {WORKERS_MAX} each, is {text!r}")
     return int(parts[0]), int(parts[1])
+
+
+def _engines(args: argparse.Namespace) -> tuple[int, int]:
+    """Engines prefill and decode by themselves."""
+    text: str = args.workers
+    if not text.isdigit() or not 1 <= int(text) <= WORKERS_MAX:
+        raise InvalidRequest(f"--workers of --engines must be a number from 1 to {WORKERS_MAX}, is {text!r}")
+    if args.store_bytes or args.pool_bytes:
+        raise InvalidRequest("--engines have no store of ours: leave --store-bytes and --pool-bytes out")
+    return int(text), int(text)
 
 
 def _kill(text: str) -> tuple[float, float]:

@@ -84,6 +84,9 @@ def record_lines(record: UsageRecord, block_size: int) -> Iterator[str]:
     if not prompt:
         yield "  no prompt token was worked on to the end."
         return
+    if record.worker:
+        yield from _of_a_fleet(record)
+        return
     tiers = f"memory {record.hit_memory_tokens}, store {record.hit_store_tokens}; plan {record.restore_plan or '-'}"
     yield f"  {hit} of {prompt} prompt tokens were hits ({hit / prompt:.0%}: {tiers})."
     if record.last_hit_hash:
@@ -99,3 +102,14 @@ def record_lines(record: UsageRecord, block_size: int) -> Iterator[str]:
             "  This client's prompts begin with something that changes and then say the same, so nothing behind it can"
             " hit. Put it last, or move it with --prefix-rules."
         )
+
+
+def _of_a_fleet(record: UsageRecord) -> Iterator[str]:
+    """Of a worker that is not ours: its word, and what the router thought."""
+    prompt, hit = record.prompt_tokens, record.cache_hit_tokens
+    said = f"{record.evidence.label} by {record.worker}"
+    yield f"  {hit} of {prompt} prompt tokens were hits ({hit / prompt:.0%}), {said}."
+    yield f"  The router expected {record.expected_hit_tokens} there, from what it knew of that worker's cache."
+    if record.miss_reason:
+        yield f"  What missed begins at token {hit}: {record.miss_reason}."
+        yield f"  What to do: {ADVICE[record.miss_reason]}"

@@ -41,7 +41,7 @@ class PromptTokens:
         self._without: set[str] = set()
 
     async def of(self, path: str, body: Mapping[str, Any], model: str) -> Tokens | None:
-        """None: nobody could say.  Raises:  PassedError: the request is wrong, in the worker's words."""
+        """None: nobody could say; then the worker that gets the request is the judge of it."""
         prompt = body.get("prompt") if path == COMPLETIONS else None
         if (given := _token_ids(prompt)) is not None:
             return as_tokens(given)
@@ -55,7 +55,8 @@ class PromptTokens:
                     return as_tokens(await engine.door.tokenize(asked))
                 except PassedError as err:
                     if err.status not in (404, 405, 501):
-                        raise
+                        # What it cannot render it may still answer, and if not its own words say why.
+                        return None
                     log.warning("worker %s has no /tokenize: it is asked no more", engine.place.address)
                     self._without.add(engine.place.url)
                 except AntefixError as err:

@@ -1,0 +1,387 @@
+"""Packed weights on a card: are the products right, and how near are they, and a whole model, to the card's floors?
+
+    python -m benchmarks.weights_on_card --steps check products model load --layers 36 --out results
+
+check     every product against the decoded weight in float64, and rows alone against rows among others, to the bit.
+          Nothing else is run where this fails.
+products  milliseconds of V4-Flash's products by number of tokens, over the floor: packed bytes at copy bandwidth, or
+          operations at the BF16 matrix rate, whichever is longer. Of experts those that are picked count.
+model     V4-Flash's width with `--layers` layers, in the released formats, drawn on the card: memory, decode steps of
+          1, 32 and 128 sequences at `--context` tokens, prefill of 2,048-token chunks, each over its floor.
+load      a directory of `--load-layers` such layers, written and read back: GB/s cold and from the page cache, and the
+          disk's own rate.
+
+Needs a CUDA card. Writes weights_on_card.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from antefix.layout import KVFormat
+from antefix.model import Model, ModelConfig, Sequence, WindowState, forward, load_model
+from antefix.model.backend import make_backend
+from antefix.model.load_plan import dtype_of, pack_module
+from antefix.model.names import checkpoint_name, expert_name
+from antefix.model.packed import PackedForm, PackedLinear, PackedStack
+from antefix.model.packed import round_inputs as round_on_cpu
+from antefix_kernels import linear, packed_linear
+from antefix_kernels.packed_linear import Weight
+from antefix_kernels.torch_reference import decode_weight
+from benchmarks.kernels import ceilings, replay_ms
+from benchmarks.store_peers import drop_cache
+from benchmarks.ttft import direct_read_rate
+
+E8M0 = torch.float8_e8m0fnu
+FORMS = {
+    "fp8": PackedForm(is_fp4=False, block=(128, 128), scale_dtype=E8M0),
+    "fp8 float32": PackedForm(is_fp4=False, block=(128, 128), scale_dtype=torch.float32),
+    "fp4": PackedForm(is_fp4=True, block=(1, 32), scale_dtype=E8M0),
+}
+# V4-Flash's: name, outputs, addends; and how often a layer has them.
+PRODUCTS = (
+    ("wq_a", 1024, 4096),
+    ("wq_b", 32768, 1024),
+    ("wkv", 512, 4096),
+    ("wo_b", 4096, 8192),
+    ("shared w1", 2048, 4096),
+)
+EXPERTS = (("w1 and w3", 4096, 4096), ("w2", 4096, 2048))
+NUM_EXPERTS, NUM_PICKED = 256, 6
+TOKENS = (1, 32, 128, 2048)
+FLASH: dict[str, Any] = {
+    "model_type": "deepseek_v4", "num_hash_layers": 3, "expert_dtype": "fp4",
+    "quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"},
+}  # fmt: skip
+_FP8 = (
+    "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_proj", "self_attn.o_a_proj", "self_attn.o_b_proj",
+    "indexer.q_b_proj", "shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj",
+)  # fmt: skip
+CHUNK = 2048
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def draw_codes(shape: torch.Size, *, is_fp4: bool) -> torch.Tensor:
+    """Any codes but NaN."""
+    codes = torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
+    if is_fp4:
+        return codes
+    return torch.where((codes & 127) == 127, 0, codes).view(torch.float8_e4m3fn)
+
+
+def draw_scales(shape: torch.Size, form: PackedForm, addends: int) -> torch.Tensor:
+    """Such that a product of rows of ones' size has about that size."""
+    middle = 127 + round(math.log2(1 / ((3 if form.is_fp4 else 120) * addends**0.5)))
+    bytes_ = torch.randint(middle - 1, middle + 2, shape, device="cuda", dtype=torch.uint8)
+    powers = bytes_.view(E8M0)
+    return powers if form.scale_dtype is E8M0 else powers.float() * 1.3
+
+
+def draw_weight(form: PackedForm, *shape: int) -> Weight:
+    size = torch.Size(shape)
+    codes = draw_codes(form.code_shape(size), is_fp4=form.is_fp4)
+    return Weight(codes=codes, scales=draw_scales(form.scale_shape(size), form, shape[-1]), block=form.block)
+
+
+def check() -> list[str]:
+    """What is wrong; empty where all is right."""
+    wrong = []
+    for name, form in FORMS.items():
+        for outputs, addends in ((1024, 4096), (520, 416), (4096, 2048), (32768, 1024)):
+            weight = draw_weight(form, 1, outputs, addends)
+            values = decode_weight(weight.codes[0], weight.scales[0], weight.block)
+            x = torch.randn(300, addends, device="cuda").bfloat16()
+            inputs = packed_linear.prepare_inputs(x, rounds=True, is_fp4=form.is_fp4)
+            rounded = round_on_cpu(x.cpu()).cuda()
+            if not form.is_fp4 and not torch.equal(inputs, rounded):
+                wrong.append(f"{name} {outputs}x{addends}: inputs are rounded otherwise than on a CPU")
+            whole = packed_linear.multiply(inputs.unsqueeze(1), weight)[:, 0]
+            want = rounded.double() @ values.T
+            error = float((whole.double() - want).norm() / want.norm())
+            if not error < 4e-3:
+                wrong.append(f"{name} {outputs}x{addends}: relative error {error:.1e}")
+            for start, stop in ((0, 1), (5, 38), (200, 300), (299, 300)):
+                alone = packed_linear.multiply(inputs[start:stop].unsqueeze(1), weight)[:, 0]
+                if not torch.equal(alone, whole[start:stop]):
+                    wrong.append(f"{name} {outputs}x{addends}: rows {start} to {stop} differ alone")
+        wrong += check_routed(name, form)
+    return wrong
+
+
+def check_routed(name: str, form: PackedForm) -> list[str]:
+    wrong = []
+    weight = draw_weight(form, 8, 512, 1024)
+    values = torch.stack([decode_weight(c, s, weight.block) for c, s in zip(weight.codes, weight.scales, strict=True)])
+    x = torch.randn(200, 1024, device="cuda").bfloat16()
+    picks = torch.rand(200, 8, device="cuda").argsort(1)[:, :3]
+    inputs = packed_linear.prepare_inputs(x, rounds=True, is_fp4=form.is_fp4)
+    rounded = round_on_cpu(x.cpu()).cuda()
+
+    def run(rows: slice) -> torch.Tensor:
+        routing = linear.route(picks[rows], 8, tile=packed_linear.routed_tile(form.is_fp4, x.dtype))
+        out = packed_linear.multiply_routed(inputs[rows], weight, routing, gathered=True)
+        return out[routing.place].view(-1, 3, 512)
+
+    whole = run(slice(0, 200))
+    want = torch.einsum("nk,npok->npo", rounded.double(), values[picks])
+    error = float((whole.double() - want).norm() / want.norm())
+    if not error < 4e-3:
+        wrong.append(f"{name} routed: relative error {error:.1e}")
+    if not torch.equal(run(slice(50, 90)), whole[50:90]):
+        wrong.append(f"{name} routed: rows differ alone")
+    return wrong
+
+
+def products(top: dict[str, float]) -> list[dict[str, Any]]:
+    rows = []
+    for name, outputs, addends in PRODUCTS:
+        weights = [draw_weight(FORMS["fp8"], 1, outputs, addends) for _ in range(copies(outputs * addends))]
+        for tokens in TOKENS:
+            x = torch.randn(tokens, 1, addends, device="cuda").bfloat16()
+            ms = replay_ms([lambda w=w, x=x: packed_linear.multiply(x, w) for w in weights])
+            nbytes = outputs * addends + 2 * tokens * (outputs + addends)
+            rows.append(row(f"fp8 {name}", tokens, ms, nbytes, 2 * tokens * outputs * addends, top))
+        x = torch.randn(2048, addends, device="cuda").bfloat16()
+        ms = replay_ms([lambda x=x: packed_linear.prepare_inputs(x, rounds=True, is_fp4=False)])
+        rows.append(row(f"rounding of {addends}", 2048, ms, 4 * x.numel(), 0, top))
+    for name, outputs, addends in EXPERTS:
+        weight = draw_weight(FORMS["fp4"], NUM_EXPERTS, outputs, addends)
+        for tokens in TOKENS:
+            picks = torch.rand(tokens, NUM_EXPERTS, device="cuda").argsort(1)[:, :NUM_PICKED].contiguous()
+            tile = packed_linear.routed_tile(True, torch.bfloat16)
+            routing = linear.route(picks, NUM_EXPERTS, tile=tile)
+            x = torch.randn(tokens, addends, device="cuda").bfloat16()
+            ms = replay_ms([lambda x=x, r=routing, w=weight: packed_linear.multiply_routed(x, w, r, gathered=True)])
+            picked = len(picks.unique())
+            nbytes = picked * outputs * addends * 17 // 32 + 2 * tokens * (addends + NUM_PICKED * outputs)
+            flops = 2 * tokens * NUM_PICKED * outputs * addends
+            rows.append(row(f"fp4 experts {name}", tokens, ms, nbytes, flops, top) | {"experts": picked})
+    return rows
+
+
+def copies(nbytes: int) -> int:
+    """As many operands as exceed the card's 50 MB cache twice, so that they are read from memory."""
+    return max(1, min(32, (100 << 20) // nbytes))
+
+
+def row(name: str, tokens: int, ms: float, nbytes: float, flops: float, top: dict[str, float]) -> dict[str, Any]:
+    # Copies read and write: reading alone has the same rate on this card.
+    bytes_ms, flops_ms = (nbytes / top["copy_bytes_per_s"] * 1e3, flops / top["bf16_flops_per_s"] * 1e3)
+    floor = max(bytes_ms, flops_ms)
+    found = {
+        "name": name,
+        "tokens": tokens,
+        "ms": round(ms, 4),
+        "floor_ms": round(floor, 4),
+        "over": round(ms / floor, 2),
+    }
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def random_model(num_layers: int) -> Model:
+    """In the released formats, drawn on the card; the first layers of Flash's plan."""
+    ratios = [0, 0, *[4, 128] * 20, 4][:num_layers]
+    config = ModelConfig.from_dict(FLASH | {"num_hidden_layers": num_layers, "compress_ratios": ratios})
+    with torch.device("meta"):
+        model = Model(config, kv_format=KVFormat.FP8)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith(_FP8) and "compressor.kv" not in name:
+            form = FORMS["fp8"].plain_inputs() if name.endswith("o_a_proj") else FORMS["fp8"]
+            pack_module(model, name, module.weight.shape, form)
+    for name, parameter in list(model.named_parameters()):
+        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            pack_module(model, name, parameter.shape, FORMS["fp4"])
+    state = {}
+    modules = dict(model.named_modules())
+    for name, tensor in model.state_dict().items():
+        module = modules[name.rpartition(".")[0]]
+        if isinstance(module, PackedLinear | PackedStack):
+            addends = module.in_features if isinstance(module, PackedLinear) else module.shape[2]
+            is_codes = name.endswith(".codes")
+            state[name] = (
+                draw_codes(tensor.shape, is_fp4=module.form.is_fp4)
+                if is_codes
+                else draw_scales(tensor.shape, module.form, addends)
+            )
+        elif name.endswith("tid2eid"):
+            state[name] = torch.rand(len(tensor), NUM_EXPERTS, device="cuda").argsort(1)[:, :NUM_PICKED].contiguous()
+        else:
+            dtype = dtype_of(name, tensor, torch.bfloat16)
+            drawn = torch.randn(tensor.shape, device="cuda", dtype=dtype)
+            near_one = "norm" in name or name.endswith("scale")
+            state[name] = torch.ones_like(drawn) if near_one else drawn * tensor.shape[-1] ** -0.5
+    model.load_state_dict(state, strict=True, assign=True)
+    model.rope_main, model.rope_compress = model.rope_main.cuda(), model.rope_compress.cuda()
+    return model.requires_grad_(False).eval()
+
+
+def measure_model(num_layers: int, context: int, top: dict[str, float]) -> dict[str, Any]:
+    started = time.perf_counter()
+    model = random_model(num_layers)
+    torch.cuda.synchronize()
+    held = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    found: dict[str, Any] = {"layers": num_layers, "weights_gib": held / 2**30, "draw_s": time.perf_counter() - started}
+    size = model.layout.geometry.block_size
+    num_blocks = context // size + 4 * CHUNK // size + 2 * 128 + 8
+    pool, ops = make_backend("auto", model.layout, num_blocks, "cuda")
+    found["card_gib"] = torch.cuda.memory_allocated() / 2**30
+    # What a token's products read and do, but for experts.
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
+    expert = sum(nbytes for name, nbytes in sizes.items() if ".mlp.experts." in name) / NUM_EXPERTS
+    dense = sum(nbytes for name, nbytes in sizes.items() if ".mlp.experts." not in name) - sizes[EMBEDDING]
+    active = dense_weights(model) + NUM_PICKED * expert * 32 / 17
+    prefix = pool.allocate(context // size)
+
+    def start(position: int, blocks: list[int]) -> Sequence:
+        return Sequence(blocks, WindowState.zeros(model.layout, position, "cuda"))
+
+    def step_of(sequences: list[Sequence], seed: int) -> float:
+        tokens = np.random.default_rng(seed).integers(0, 129280, (len(sequences), 1)).astype("<u4")
+        return timed(lambda: forward(model, pool, list(zip(sequences, tokens, strict=True)), ops=ops))
+
+    found["decode"] = []
+    for batch in (1, 32, 128):
+        sequences = [start(context, prefix + pool.allocate(2)) for _ in range(batch)]
+        times = [step_of(sequences, seed) for seed in range(6)]
+        picked = NUM_EXPERTS * (1 - (1 - NUM_PICKED / NUM_EXPERTS) ** batch)
+        floor = max((dense + picked * expert) / top["copy_bytes_per_s"], 2 * active * batch / top["bf16_flops_per_s"])
+        step = statistics.median(times[2:])
+        found["decode"].append({"sequences": batch, "step_s": step, "tokens_per_s": batch / step, "floor_s": floor})
+        print(json.dumps(found["decode"][-1]), flush=True)
+        for sequence in sequences:
+            pool.release(sequence.block_table[-2:])
+    sequence = start(0, pool.allocate(4 * CHUNK // size))
+    tokens = np.random.default_rng(0).integers(0, 129280, CHUNK).astype("<u4")
+    times = [timed(lambda: forward(model, pool, [(sequence, tokens)], ops=ops)) for _ in range(4)]
+    step = statistics.median(times[1:])
+    floor = max(2 * active * CHUNK / top["bf16_flops_per_s"], held / top["copy_bytes_per_s"])
+    found["prefill"] = {"chunk": CHUNK, "chunk_s": step, "tokens_per_s": CHUNK / step, "floor_s": floor}
+    print(json.dumps(found["prefill"]), flush=True)
+    return found
+
+
+def dense_weights(model: Model) -> float:
+    """Numbers that every token is multiplied with."""
+    count = 0
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            count += module.in_features * module.out_features
+        elif isinstance(module, nn.Linear):
+            count += module.weight.numel()
+    return float(count)
+
+
+def timed(call: Any) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure_load(num_layers: int) -> dict[str, Any]:
+    model = random_model(num_layers)
+    with tempfile.TemporaryDirectory() as where:
+        directory = Path(where)
+        nbytes = write(model, directory)
+        del model
+        torch.cuda.empty_cache()
+        rate = direct_read_rate(directory)
+        found: dict[str, Any] = {"layers": num_layers, "gb": nbytes / 1e9, "disk_gb_per_s": rate / 1e9}
+        for label in ("cold", "page cache"):
+            if label == "cold":
+                drop_cache(directory)
+            started = time.perf_counter()
+            loaded = load_model(directory, device="cuda", dtype=torch.bfloat16)
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+            found[label] = {"s": seconds, "gb_per_s": nbytes / seconds / 1e9}
+            print(label, json.dumps(found[label]), flush=True)
+            del loaded
+            torch.cuda.empty_cache()
+    return found
+
+
+def write(model: Model, directory: Path) -> int:
+    """As a release: one file a layer, and one for the rest. Returns the bytes of all tensors."""
+    config = FLASH | {"num_hidden_layers": model.config.num_layers,
+                      "compress_ratios": [0, 0, *[4, 128] * 20, 4][: model.config.num_layers]}  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    weight_map: dict[str, str] = {}
+    nbytes = 0
+    for name, tensor in model.state_dict().items():
+        shard = f"layer-{name.split('.')[2]}" if name.startswith("model.layers.") else "rest"
+        shards.setdefault(f"{shard}.safetensors", {}).update(released_tensors(name, tensor))
+    for file, tensors in shards.items():
+        on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(on_host, directory / file)
+        weight_map |= dict.fromkeys(on_host, file)
+        nbytes += sum(tensor.numel() * tensor.element_size() for tensor in on_host.values())
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return nbytes
+
+
+def released_tensors(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    owner, _, own = name.rpartition(".")
+    if own not in ("codes", "scales"):
+        return {checkpoint_name(name): tensor}
+    suffix = "weight" if own == "codes" else "scale"
+    if not owner.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+        return {f"{checkpoint_name(owner + '.weight').removesuffix('weight')}{suffix}": tensor}
+    parts = (2,) if owner.endswith("down_proj") else (1, 3)
+    found = {}
+    for expert, matrix in enumerate(tensor):
+        for part, piece in zip(parts, matrix.chunk(len(parts)), strict=True):
+            piece = piece.view(torch.int8) if own == "codes" and piece.dtype is torch.uint8 else piece
+            found[f"{expert_name(owner, expert, part).removesuffix('weight')}{suffix}"] = piece
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", nargs="+", default=["check", "products", "model", "load"])
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--load-layers", type=int, default=6)
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--out", type=Path, default=Path())
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    wrong = check()
+    print(f"check: {len(wrong)} wrong", *wrong, sep="\n  ", flush=True)
+    if wrong:
+        sys.exit(1)
+    top = ceilings()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    found: dict[str, Any] = {
+        "command": " ".join(sys.argv), "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d"),
+        "card": torch.cuda.get_device_name(), "torch": torch.__version__, "ceilings": top,
+    }  # fmt: skip
+    with torch.inference_mode():
+        if "products" in args.steps:
+            found["products"] = products(top)
+        if "load" in args.steps:
+            found["load"] = measure_load(args.load_layers)
+        if "model" in args.steps:
+            found["model"] = measure_model(args.layers, args.context, top)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "weights_on_card.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
