@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -35,7 +35,7 @@ test: setup
 
 # What starts no process and does not compute for seconds: at most 90 s on two idle cores. One thread each: the same bits.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not gpu and not browser and not services and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not gpu and not browser and not hosts and not services and not slow"
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
@@ -66,18 +66,22 @@ test-page: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
 	$(BIN)/python -m pytest -rs -m browser tests/page
 
+# Six hosts with TLS, as network namespaces: as root, with iproute2, curl and redis-server.
+test-hosts: setup
+	$(BIN)/python -m pytest -rs -m hosts tests/hosts
+
 # vLLM itself over Antefix's store, in an environment of its own: 3.5 GB in .engines/ and a quarter of an hour, on a
-# processor with AVX512-BF16; and SGLang's own classes, in another one of 0.3 GB.
+# processor with AVX512-BF16; and SGLang's and LMCache's own classes, in another one of 0.6 GB.
 ENGINES := .engines
 $(ENGINES)/vllm/.ready: tests/foreign_engines/install_vllm.sh pyproject.toml
 	PYTHON=$(PYTHON) tests/foreign_engines/install_vllm.sh $(ENGINES)/vllm
 	touch $@
 
-$(ENGINES)/sglang/.ready: tests/foreign_engines/install_sglang.sh pyproject.toml | $(READY)
-	tests/foreign_engines/install_sglang.sh $(ENGINES)/sglang $(VENV)
+$(ENGINES)/contracts/.ready: tests/foreign_engines/install_contracts.sh | $(READY)
+	tests/foreign_engines/install_contracts.sh $(ENGINES)/contracts $(VENV)
 	touch $@
 
-test-engines: setup $(ENGINES)/vllm/.ready $(ENGINES)/sglang/.ready
+test-engines: setup $(ENGINES)/vllm/.ready $(ENGINES)/contracts/.ready
 	$(BIN)/python -m pytest -rs -v -m "engines or not engines" tests/foreign_engines
 
 # vLLM over Antefix's tier, its own file tier and LMCache: half an hour.

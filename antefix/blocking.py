@@ -21,6 +21,7 @@ from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, Self, 
 
 from antefix.clients import DecodeClient, PrefillClient, RouterClient, WindowClient
 from antefix.errors import InvalidRequest
+from antefix.security.credentials import Credentials
 from antefix.store.api import Store
 
 
@@ -145,8 +146,8 @@ async def _next(items: AsyncGenerator[T, None]) -> T:
 class BlockingRouterClient(Blocking[RouterClient]):
     """`RouterClient` without `await`; the messages of an answer come from a plain iterator."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(RouterClient(address))
+    def __init__(self, address: str, *, credentials: Credentials | None = None) -> None:
+        super().__init__(RouterClient(address, credentials=credentials))
 
     generate = _stream(RouterClient.generate)
     status = _waiting(RouterClient.status)
@@ -155,8 +156,8 @@ class BlockingRouterClient(Blocking[RouterClient]):
 class BlockingPrefillClient(Blocking[PrefillClient]):
     """`PrefillClient` without `await`."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(PrefillClient(address))
+    def __init__(self, address: str, *, credentials: Credentials | None = None) -> None:
+        super().__init__(PrefillClient(address, credentials=credentials))
 
     prefill = _waiting(PrefillClient.prefill)
     status = _waiting(PrefillClient.status)
@@ -165,8 +166,8 @@ class BlockingPrefillClient(Blocking[PrefillClient]):
 class BlockingDecodeClient(Blocking[DecodeClient]):
     """`DecodeClient` without `await`; the messages of an output come from a plain iterator."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(DecodeClient(address))
+    def __init__(self, address: str, *, credentials: Credentials | None = None) -> None:
+        super().__init__(DecodeClient(address, credentials=credentials))
 
     decode = _stream(DecodeClient.decode)
     status = _waiting(DecodeClient.status)
@@ -175,8 +176,8 @@ class BlockingDecodeClient(Blocking[DecodeClient]):
 class BlockingWindowClient(Blocking[WindowClient]):
     """`WindowClient` without `await`."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(WindowClient(address))
+    def __init__(self, address: str, *, credentials: Credentials | None = None) -> None:
+        super().__init__(WindowClient(address, credentials=credentials))
 
     status = _waiting(WindowClient.status)
     set_strategy = _waiting(WindowClient.set_strategy)

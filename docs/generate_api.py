@@ -28,6 +28,7 @@ _SECTIONS = {
     "antefix.wire": "",
     "antefix.usage": "What a request used",
     "antefix.restore_report": "What a restore did",
+    "antefix.security.credentials": "What a caller shows",
     "antefix.store.open_store": "Stores",
     "antefix.store.api": "",
     "antefix.store.client": "",
@@ -101,6 +102,8 @@ def _methods(kind: type[Any]) -> Iterator[str]:
             if inspect.isfunction(member):
                 prefix = "async " if _waits(member) else ""
                 yield f"- `{prefix}{name}{_signature(member)}`: {doc}"
+            elif isinstance(member, classmethod):
+                yield f"- `{kind.__name__}.{name}{_signature(member.__func__)}`: {doc}"
             elif isinstance(member, property | functools.cached_property) and doc:
                 yield f"- `{name}`: {doc}"
 
@@ -120,7 +123,11 @@ class _Bare(str):
 def _signature(call: Any) -> str:
     """As written, without `self`."""
     signature = inspect.signature(call)
-    parameters = [p.replace(annotation=_Bare(p.annotation)) for p in signature.parameters.values() if p.name != "self"]
+    parameters = [
+        p.replace(annotation=_Bare(p.annotation))
+        for p in signature.parameters.values()
+        if p.name not in ("self", "cls")
+    ]
     shown = str(signature.replace(parameters=parameters, return_annotation=_Bare(signature.return_annotation)))
     return shown.removesuffix(" -> None")
 

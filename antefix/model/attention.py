@@ -19,6 +19,7 @@ from antefix.model.indexer import Indexer
 from antefix.model.model_config import ModelConfig
 from antefix.model.norms_rope import RMSNorm, norm_rotate, rms_norm, rotate
 from antefix.model.numerics import grouped_linear, linear
+from antefix.model.ranks import Ranks
 
 
 class CSACompressor(Compressor):
@@ -48,6 +49,8 @@ class Attention(nn.Module):
         self.o_b_proj = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
         self.sinks = nn.Parameter(torch.empty(config.num_heads))
         self.eps = config.rms_norm_eps
+        # Where heads are split over processes.
+        self.ranks: Ranks | None = None
         self.compressor: Compressor | None = None
         if self.kind is LayerKind.CSA:
             self.compressor = CSACompressor(config)
@@ -72,4 +75,5 @@ class Attention(nn.Module):
         """Undo the values' rotation at the query's position, then project to [N, D]."""
         turned_back = rotate(attended_NHC, cos.unsqueeze(1), -sin.unsqueeze(1))
         grouped = turned_back.reshape(len(turned_back), self.o_groups, -1)
-        return linear(grouped_linear(grouped, self.o_a_proj.weight).flatten(1), self.o_b_proj.weight)
+        low = grouped_linear(grouped, self.o_a_proj.weight).flatten(1)
+        return linear(low if self.ranks is None else self.ranks.gather(low), self.o_b_proj.weight)

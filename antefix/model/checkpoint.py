@@ -39,6 +39,11 @@ class StoredTensor:
     offset: int
     nbytes: int
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number; of two in F4."""
+        return max(_BITS[self.dtype] // 8, 1)
+
 
 def checkpoint_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, sorted by name. Raises ModelError when one is missing."""

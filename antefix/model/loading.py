@@ -25,6 +25,7 @@ from antefix.model.model import Model
 from antefix.model.model_config import ModelConfig, read_config
 from antefix.model.names import checkpoint_name, expert_name
 from antefix.model.norms_rope import inverse_frequencies
+from antefix.model.ranks import Ranks, cut_copies, split_model
 from antefix.model.read_spans import fill
 
 log = logging.getLogger("antefix.model")
@@ -43,12 +44,14 @@ def load_model(
     kv_format: KVFormat = KVFormat.FP8,
     rounds_inputs: bool = True,
     drafts: bool = False,
+    ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load a `deepseek_v4` directory for inference (no gradients). Packed weights stay packed.
 
     rounds_inputs: round inputs of packed products to FP8, as the released code does.
     drafts: load the layer that predicts a token further as well.
+    ranks: of a model over several processes: read and hold this rank's share (`antefix.model.ranks`).
     progress: called after every span; by default a line in the log every ten seconds.
     Raises:  ModelError: a file or tensor is missing, misshapen, unexpected or unreadable; the message names it.
         ConfigError: the device is none, or cannot be used here.
@@ -56,6 +59,12 @@ def load_model(
     check_device(device)
     directory = Path(path)
     model, plan = plan_model(directory, kv_format=kv_format, rounds_inputs=rounds_inputs, drafts=drafts)
+    copies = plan.copies
+    if ranks is not None:
+        if torch.device(device).type != "cpu":
+            raise ConfigError("several ranks run on CPUs only so far; the kernels take all experts")
+        sizes = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+        copies = cut_copies(copies, split_model(model, ranks), sizes)
     for note in model.config.notes:
         log.warning("%s: %s", directory / "config.json", note)
     state = {
@@ -63,7 +72,7 @@ def load_model(
         for name, tensor in model.state_dict().items()
         if name != "lm_head.weight" or not model.config.tie_word_embeddings
     }
-    fill(state, plan.copies, progress or _LogProgress(directory))
+    fill(state, copies, progress or _LogProgress(directory))
     _check_scales(state)
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from antefix.model.model_config import ModelConfig
 from antefix.model.numerics import has_kernels, linear, multiply_each, sigmoid, silu, softplus, wide
 from antefix.model.packed import PackedStack
+from antefix.model.ranks import Ranks
 
 
 class ExpertRouter(nn.Module):
@@ -58,22 +59,32 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, inner))
         self.limit = config.swiglu_limit
+        self.num_experts = config.num_experts
+        # Where experts are split over processes; the stacks then hold this rank's.
+        self.ranks: Ranks | None = None
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Each token's experts' outputs, weighted and summed in ascending order of expert id: [N, D]."""
         num_tokens, num_picked = experts_NK.shape
         # 1. Sort the (token, slot) pairs by expert, so that each expert sees its tokens as one run of rows.
         order = experts_NK.flatten().argsort(stable=True)
-        counts = torch.bincount(experts_NK.flatten(), minlength=len(self.gate_up_proj)).tolist()
+        counts = torch.bincount(experts_NK.flatten(), minlength=self.num_experts).tolist()
         rows = x_ND.index_select(0, order // num_picked)
-        # 2. Run the experts that were picked.
-        outputs = []
-        for expert, part in enumerate(torch.split(rows, counts)):
+        # 2. Run the experts that were picked; of several ranks each its own.
+        first, stop = (0, self.num_experts) if self.ranks is None else self.ranks.span(self.num_experts)
+        begin = sum(counts[:first])
+        own = rows[begin : begin + sum(counts[first:stop])]
+        outputs = [x_ND.new_empty(0, x_ND.shape[1])]
+        for expert, part in enumerate(torch.split(own, counts[first:stop])):
             if len(part):
                 inner = clamped_swiglu(linear(part, self.gate_up_proj[expert]), self.limit)
                 outputs.append(linear(inner, self.down_proj[expert]))
         # 3. Back to token order; one small product a token keeps the order of the sum fixed.
-        slots = torch.cat(outputs).index_select(0, order.argsort()).view(num_tokens, num_picked, -1)
+        done = torch.cat(outputs)
+        if self.ranks is not None:
+            share = self.num_experts // self.ranks.size
+            done = self.ranks.gather_rows(done, [sum(counts[i : i + share]) for i in range(0, len(counts), share)])
+        slots = done.index_select(0, order.argsort()).view(num_tokens, num_picked, -1)
         return multiply_each(weights_NK.to(slots.dtype).unsqueeze(1), slots).squeeze(1)
 
 

@@ -14,6 +14,7 @@ import grpc
 
 from antefix.security.credentials import Credentials, Options
 from antefix.security.identity import Role
+from antefix.security.listening import check_calling
 from antefix.security.own_credentials import credentials_for
 
 C = TypeVar("C")
@@ -70,7 +71,9 @@ class BlockingChannel(_Current[grpc.Channel]):
     def __init__(
         self, address: str, credentials: Credentials | None, options: Options, *, of: Role | None = None
     ) -> None:
-        super().__init__(address, credentials or credentials_for(address), options, (of, ""), _make_blocking)
+        shown = credentials or credentials_for(address)
+        check_calling(address, has_tls=shown is not None and shown.files is not None)
+        super().__init__(address, shown, options, (of, ""), _make_blocking)
 
     def close(self) -> None:
         for channel in self.all():

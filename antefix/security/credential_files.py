@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import serialization
 
 from antefix.errors import ConfigError
 from antefix.security.certificates import CA, CERTIFICATE, GRANT_KEY, GRANT_PUBLIC, KEY, Issued, describe
+from antefix.security.grants import Granter, public_keys
 from antefix.security.identity import named_identity
 from antefix.security.identity_file import FILE as IDENTITIES
 from antefix.security.identity_file import IdentityFile, load_identities
@@ -113,14 +114,18 @@ class CredentialFiles:
                 _check_pair(certificate, key)
         except ValueError as err:
             raise ConfigError(f"{self.directory}: {err}") from err
+        grant_key, grant_public = self._read(GRANT_KEY), self._read(GRANT_PUBLIC)
+        if grant_key:
+            Granter.from_pem(grant_key)
+        public_keys(grant_public)
         return Loaded(
             number=number,
             certificate=certificate,
             key=key,
             ca=ca,
             identities=load_identities(self.directory / IDENTITIES),
-            grant_key=self._read(GRANT_KEY),
-            grant_public=self._read(GRANT_PUBLIC),
+            grant_key=grant_key,
+            grant_public=grant_public,
         )
 
     def _read(self, name: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -38,6 +39,16 @@ class Credentials:
         self.files = files
         self._keyring = keyring
         self._token = token
+        self._signs: tuple[bytes, Granter | None] | None = None
+
+    @classmethod
+    def of_application(cls, directory: Path | str = "", *, api_key: str = "") -> Credentials:
+        """What a program shows to a router: a certificate, an API key, or both.
+
+        directory: has ca.crt, and tls.crt with tls.key if there is a certificate; empty: without TLS, on one host.
+        Raises:  ConfigError: the files cannot be used.
+        """
+        return cls(Role.NOBODY, files=CredentialFiles(directory) if directory else None, token=api_key)
 
     @property
     def number(self) -> int:
@@ -64,7 +75,13 @@ class Credentials:
 
     def granter(self) -> Granter | None:
         """Signs grants, with grant.key or, without one, with the secret."""
-        if self.files is not None and (pem := self.files.now().grant_key):
+        pem = b"" if self.files is None else self.files.now().grant_key
+        if self._signs is None or self._signs[0] != pem:
+            self._signs = (pem, self._make_granter(pem))
+        return self._signs[1]
+
+    def _make_granter(self, pem: bytes) -> Granter | None:
+        if pem:
             return Granter.from_pem(pem)
         return Granter.from_secret(self._keyring) if self._keyring is not None else None
 
@@ -79,5 +96,6 @@ class Credentials:
         return (("grpc.ssl_target_name_override", role_host(of, name)),)
 
     def grpc_credentials(self) -> grpc.ChannelCredentials:
+        """For one channel, with the files as they are now. Only with TLS."""
         assert self.files is not None
         return tls.channel_credentials(self.files.now())

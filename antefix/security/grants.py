@@ -128,17 +128,23 @@ class GrantCheck:
     """Checks grants against the public keys of those who may sign them."""
 
     def __init__(self, keys: Callable[[], Sequence[Ed25519PublicKey]]) -> None:
-        """keys: asked where a grant names a key that is not known yet; so new ones need no restart."""
+        """keys: asked at each check, and must give the same object while they are the same ones."""
         self._keys = keys
+        self._known_with: Sequence[Ed25519PublicKey] = ()
         self._known: OrderedDict[bytes, Grant] = OrderedDict()
 
     def check(self, signed: bytes) -> Grant:
         """Raises:  PermissionDenied: there is none, nobody who may has signed it, or it has expired."""
         if not signed:
             raise PermissionDenied("this call needs a grant of the router, and has none")
+        keys = self._keys()
+        if keys is not self._known_with:
+            # What a key signed that was taken away holds no more.
+            self._known.clear()
+            self._known_with = keys
         grant = self._known.get(signed)
         if grant is None:
-            grant = self._verify(signed)
+            grant = _verify(signed, keys)
             if len(self._known) >= _NUM_KNOWN_MAX:
                 self._known.popitem(last=False)
             self._known[signed] = grant
@@ -147,29 +153,26 @@ class GrantCheck:
             raise PermissionDenied(f"the grant has expired {late_s:.0f} s ago, or the hosts' clocks differ")
         return grant
 
-    def forget(self) -> None:
-        """Keys were taken away: what they signed is checked again."""
-        self._known.clear()
 
-    def _verify(self, signed: bytes) -> Grant:
-        body, signature = signed[:-_SIGNATURE_BYTES], signed[-_SIGNATURE_BYTES:]
+def _verify(signed: bytes, keys: Sequence[Ed25519PublicKey]) -> Grant:
+    body, signature = signed[:-_SIGNATURE_BYTES], signed[-_SIGNATURE_BYTES:]
+    try:
+        version, name, expires_ms, prompt, num_owners = _HEAD.unpack_from(body)
+        rows = body[_HEAD.size :]
+        if version != VERSION or not num_owners or len(rows) != num_owners * OWNER_BYTES:
+            raise ValueError("not of version 1")
+    except (struct.error, ValueError) as err:
+        raise PermissionDenied(f"what came as a grant is none: {err}") from err
+    for key in keys:
+        if key_name(key) != name:
+            continue
         try:
-            version, name, expires_ms, prompt, num_owners = _HEAD.unpack_from(body)
-            rows = body[_HEAD.size :]
-            if version != VERSION or not num_owners or len(rows) != num_owners * OWNER_BYTES:
-                raise ValueError("not of version 1")
-        except (struct.error, ValueError) as err:
-            raise PermissionDenied(f"what came as a grant is none: {err}") from err
-        for key in self._keys():
-            if key_name(key) != name:
-                continue
-            try:
-                key.verify(signature, body)
-            except InvalidSignature:
-                break
-            owners = tuple(rows[at : at + OWNER_BYTES] for at in range(0, len(rows), OWNER_BYTES))
-            return Grant(owners=owners, prompt=prompt, expires_ms=expires_ms)
-        raise PermissionDenied("the grant was not signed by a router of this deployment")
+            key.verify(signature, body)
+        except InvalidSignature:
+            break
+        owners = tuple(rows[at : at + OWNER_BYTES] for at in range(0, len(rows), OWNER_BYTES))
+        return Grant(owners=owners, prompt=prompt, expires_ms=expires_ms)
+    raise PermissionDenied("the grant was not signed by a router of this deployment")
 
 
 def key_name(key: Ed25519PublicKey) -> bytes:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from antefix.errors import ConfigError
-from antefix.security.identity import ISSUED, Role, named_identity
+from antefix.security.identity import ALL_TENANTS, ISSUED, Role, named_identity
 
 FILE: Final = "identities.toml"
 
@@ -92,4 +92,12 @@ def _row(table: dict[str, Any]) -> Listed:
     role = Role(table["role"])
     if role not in ISSUED:
         raise ValueError(f"role {role} is no caller's with a certificate")
-    return Listed(name=str(table["name"]), role=role, tenants=frozenset(map(str, table.get("tenants", []))))
+    given = table.get("tenants", [])
+    if not isinstance(given, list):
+        raise TypeError(f"tenants must be a list of names, is {given!r}")
+    tenants = frozenset(map(str, given))
+    if role is Role.TENANT and (len(tenants) != 1 or ALL_TENANTS in tenants):
+        raise ValueError("a tenant's certificate is for one tenant: name it in tenants")
+    if role not in (Role.TENANT, Role.FRONTEND) and tenants:
+        raise ValueError(f"role {role} acts for no tenants: only a frontend has a list")
+    return Listed(name=str(table["name"]), role=role, tenants=tenants)

@@ -69,10 +69,15 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(bare_host(host).partition("%")[0]).is_loopback
     except ValueError:
         pass
+    return _leads_here(host) is True
+
+
+def _leads_here(host: str) -> bool | None:
+    """Whether a name stands for this host alone; None: for nothing."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
-        return False
+        return None
     return all(ipaddress.ip_address(str(row[4][0]).partition("%")[0]).is_loopback for row in found)
 
 
@@ -83,6 +88,26 @@ def check_listening(address: str, *, has_tls: bool, flag: str = "--address") -> 
         raise ConfigError(
             f"{flag} {address}: without TLS only loopback addresses (127.0.0.1, [::1]) and unix:PATH may be listened"
             " on; give --credentials DIR with tls.crt, tls.key and ca.crt (`antefix certs` makes them)"
+        )
+
+
+def check_calling(address: str, *, has_tls: bool) -> None:
+    """Without TLS, call this host alone: what we show, and prompts, must not cross a network in clear.
+
+    Raises:  ConfigError: the address leads elsewhere.
+    """
+    if has_tls:
+        return
+    host = bare_host(address.rpartition(":")[0])
+    try:
+        leads_here = ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        # A name that stands for nothing is called in vain.
+        leads_here = address.startswith(UNIX) or host == "localhost" or _leads_here(host) is not False
+    if not leads_here:
+        raise ConfigError(
+            f"{address} is on another host, which is called with TLS only: give --credentials DIR (`antefix certs`), or"
+            " set ANTEFIX_CREDENTIALS for a command"
         )
 
 

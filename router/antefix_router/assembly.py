@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from prometheus_client.core import Metric
@@ -54,9 +54,9 @@ class Router:
         store: Store,
         config: RouterConfig,
         *,
-        granter: Granter | None = None,
+        granter: Callable[[], Granter | None] = lambda: None,
     ) -> None:
-        """granter: signs what workers and store ask for; None where they ask for nothing."""
+        """granter: gives what signs what workers and store ask for; None where they ask for nothing."""
         self.identity = identity
         self.tokenizer = tokenizer
         self.store = store

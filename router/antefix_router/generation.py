@@ -33,7 +33,7 @@ from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.work import Work
 from antefix_router.placement.workers import WorkerRole, Workers
-from antefix_router.prefilling import NUM_MOVES_MAX, Prefilling
+from antefix_router.prefilling import Prefilling
 
 log = logging.getLogger("antefix.router")
 
@@ -212,7 +212,7 @@ class Generator:
                             sample.cut()
                             break
             except (Unavailable, InternalError, Overloaded) as err:
-                if len(tried) >= min(NUM_MOVES_MAX, len(self._decode.workers)):
+                if not self._decode.has_another(tried):
                     raise
                 if len(sample.emitted) >= generation.request.sampling.max_tokens:
                     # It died between its last token and its last message; nothing is left to ask anyone for.

@@ -7,7 +7,7 @@ prompts are kept with their hashes, in memory and bounded; a prompt that starts 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,13 +62,13 @@ class NamedPrompt:
 
 @dataclass(slots=True)
 class PromptNames:
-    """How blocks are named here. granter: signs a grant for each prompt; None: nobody asks for grants."""
+    """How blocks are named here. granter: gives what signs a grant for each prompt; None: nobody asks for grants."""
 
     fingerprint: bytes
     keyring: Keyring
     block_size: int
     replay_tokens: int = 0
-    granter: Granter | None = None
+    granter: Callable[[], Granter | None] = lambda: None
     _memo: _Memo = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,9 +95,8 @@ class PromptNames:
         )
 
     def _grant(self, tenant: str, tokens: Tokens, timeout_s: float) -> bytes:
-        if self.granter is None:
-            return b""
-        return self.granter.grant_for(self.keyring, tenant, tokens, ttl_s=timeout_s)
+        granter = self.granter()
+        return b"" if granter is None else granter.grant_for(self.keyring, tenant, tokens, ttl_s=timeout_s)
 
 
 class _Memo:

@@ -28,8 +28,6 @@ from antefix_router.placement.workers import Worker, WorkerRole, Workers
 
 log = logging.getLogger("antefix.router")
 
-# How often one request may move to another worker; more means that something is wrong that moving does not cure.
-NUM_MOVES_MAX = 3
 # Until a speed is measured: a slow one, as of a small machine.
 _TOKENS_PER_S_PRIOR = 1_000.0
 # A rest longer than this is never left to decode: it would hold up the sequences that run there.
@@ -199,7 +197,7 @@ class Prefilling:
         tried: set[str] = set()
         prompt = order.prompt
         hint = self._sessions.last(prompt.tenant, order.request.caller.session, WorkerRole.PREFILL)
-        while len(tried) < min(NUM_MOVES_MAX, len(self._workers.workers)):
+        while self._workers.has_another(tried):
             with span("place", role="prefill", attempt=len(tried) + 1) as placing:
                 worker = self._workers.place(
                     work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint, soon=soon
@@ -216,7 +214,7 @@ class Prefilling:
                 self._directory.forget(worker.address)
                 continue
             except Overloaded:
-                if len(tried) >= min(NUM_MOVES_MAX, len(self._workers.workers)):
+                if not self._workers.has_another(tried):
                     raise
                 continue
             self._directory.guess(worker.address, prompt.keys)

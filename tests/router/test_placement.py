@@ -52,6 +52,16 @@ def test_with_nobody_left_placement_says_so():
         workers.place(work(), Directory(), [], 64, frozenset(ADDRESSES))
 
 
+def test_a_request_moves_on_though_the_worker_that_failed_has_left_since():
+    workers = Workers(WorkerRole.DECODE, make_policy("least_work"), ["a:1", "b:1"])
+    assert workers.has_another({"a:1"})
+    workers.leave("a:1")  # its lease ended while it was waited for
+    assert workers.has_another({"a:1"}) and not workers.has_another({"a:1", "b:1"})
+    for address in ("c:1", "d:1", "e:1"):
+        workers.join(address)
+    assert not workers.has_another({"a:1", "b:1", "c:1"})  # three moves are enough
+
+
 def test_a_worker_that_failed_or_drains_is_taken_only_where_there_is_no_other():
     workers = workers_of(WorkerRole.PREFILL, ADDRESSES[:2])
     first, second = workers.workers

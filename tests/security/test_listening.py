@@ -4,9 +4,11 @@ import pytest
 
 from antefix import rpc
 from antefix.errors import ConfigError
+from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
 from antefix.security.listening import advertised, check_listening, is_loopback, names_host, parse_address
 from antefix.security.process_security import OPEN
+from antefix.store.payload_channel import PayloadChannel
 
 
 @pytest.mark.parametrize(
@@ -86,3 +88,18 @@ async def call_health(channel):
     async with channel:
         answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5:7001", "[2001:db8::1]:7001", "8.8.8.8:1"])
+def test_nobody_elsewhere_is_called_in_clear(address, keyring):
+    """A key, a proof or a prompt would cross the network for all to read."""
+    for shown in (None, Credentials(Role.PREFILL, keyring=keyring), Credentials.of_application(api_key="k")):
+        with pytest.raises(ConfigError, match="with TLS only"):
+            rpc.channel(address, credentials=shown)
+    with pytest.raises(ConfigError, match="with TLS only"):
+        PayloadChannel(address)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/tmp/s", "no.such.name.invalid:1"])
+async def test_this_host_is_called_in_clear(address):
+    await rpc.channel(address).close()

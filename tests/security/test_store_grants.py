@@ -1,9 +1,11 @@
 """What reaches a tenant's records in the store: a worker's certificate and the tenant's grant, and nothing less."""
 
 import time
+from types import SimpleNamespace
 
 import grpc
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from antefix import rpc
 from antefix.block import as_tokens
@@ -11,7 +13,9 @@ from antefix.errors import InvalidRequest, PermissionDenied
 from antefix.miss_reason import MissReason
 from antefix.record import Record, RecordKind
 from antefix.secret import Keyring
-from antefix.security import grants
+from antefix.security import credential_files, grants
+from antefix.security.certificates import issue, make_ca
+from antefix.security.credential_files import CredentialFiles
 from antefix.security.grants import Grant, GrantCheck, Granter, fits_prompt, prompt_root, public_keys, secret_keys
 from antefix.security.identity import Role
 from antefix.security.process_security import ProcessSecurity
@@ -47,7 +51,8 @@ async def server(authority, tmp_path):
     assert done.num_stored == 8 and not done.refused
     grants.hold(b"")
     await store.close()
-    yield server
+    served = SimpleNamespace(address=server.address, servicer=servicer)
+    yield served
     await server.drain(0)
     await servicer.close()
 
@@ -156,6 +161,19 @@ async def test_anothers_records_are_neither_called_forged_nor_replaced(authority
     assert (await everything(thief))[2] == 6
 
 
+async def test_what_is_registered_for_all_tenants_stays(authority, server, thief):
+    """A layout that fits nothing would switch compression off for everybody."""
+    request = kvstore_pb2.RegisterRequest(fingerprint=FINGERPRINT, block_size=BLOCK)
+    await thief.stub.Register(request, timeout=5)
+    request.block_size = 7
+    request.parts.add(num_rows=1).fields.add(nbytes=3, width=1)
+    await thief.stub.Register(request, timeout=5)
+    index = server.servicer.engine.index
+    with index.txn() as txn:
+        assert index.block_tokens(txn, FINGERPRINT) == BLOCK
+        assert not [key for key, _ in txn.cursor(db=index.db["meta"]) if FINGERPRINT in bytes(key)]
+
+
 async def test_a_worker_cannot_pin_evict_or_watch_even_with_a_grant(authority, thief):
     with_grant(authority, ALICE)
     for call in (CALLS["pin"], CALLS["evict"], lambda s: anext(s.watch())):
@@ -208,8 +226,6 @@ async def test_a_grant_that_has_expired_is_replayed_in_vain(authority, thief, mo
 
 async def test_a_rogue_routers_grant_is_worth_nothing(thief, keyring):
     """It has a key of its own; or the deployment's secret, where certificates count."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
     for rogue in (Granter(Ed25519PrivateKey.generate()), Granter.from_secret(keyring)):
         grants.hold(rogue.grant([ALICE], ROOT, ttl_s=60))
         with pytest.raises(PermissionDenied, match="not signed by a router"):
@@ -254,6 +270,41 @@ async def test_a_service_token_is_good_for_its_method_and_a_minute(keyring, serv
             await channel.unary_unary(stats)(b"", timeout=5, metadata=taken)
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert "61" not in caught.value.details()
+
+
+def test_a_key_that_was_taken_away_signs_nothing_more():
+    """Also what it signed before, and what was found right before."""
+    old, new = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    believed = [(old.public_key(), new.public_key())]
+    check = GrantCheck(lambda: believed[0])
+    grant = Granter(old).grant([ALICE], ROOT, ttl_s=60)
+    assert check.check(grant).owners == (ALICE,)
+    believed[0] = (new.public_key(),)
+    with pytest.raises(PermissionDenied, match="not signed by a router"):
+        check.check(grant)
+    assert check.check(Granter(new).grant([ALICE], ROOT, ttl_s=60)).owners == (ALICE,)
+
+
+def test_new_grant_keys_are_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(credential_files, "_LOOK_EVERY_S", 0.0)
+    for ca in ("one", "two"):
+        make_ca(tmp_path / ca)
+    for role, name in ((Role.KVSTORE, "s"), (Role.ROUTER, "r")):
+        issue(tmp_path / "one", tmp_path / name, role, name)
+    store = ProcessSecurity(Role.KVSTORE, files=CredentialFiles(tmp_path / "s"))
+    router = ProcessSecurity(Role.ROUTER, files=CredentialFiles(tmp_path / "r"))
+    before = router.granter().grant([ALICE], ROOT, ttl_s=60)
+    assert store.grant_check.check(before)
+    # 1. Both are believed.  2. The router signs with the new one.  3. The old one is believed no more.
+    keys = [(tmp_path / ca / "grant.pub").read_bytes() for ca in ("one", "two")]
+    (tmp_path / "s" / "grant.pub").write_bytes(b"".join(keys))
+    (tmp_path / "r" / "grant.key").write_bytes((tmp_path / "two" / "grant.key").read_bytes())
+    after = router.granter().grant([ALICE], ROOT, ttl_s=60)
+    assert store.grant_check.check(before) and store.grant_check.check(after)
+    (tmp_path / "s" / "grant.pub").write_bytes(keys[1])
+    assert store.grant_check.check(after)
+    with pytest.raises(PermissionDenied):
+        store.grant_check.check(before)
 
 
 def test_a_grant_is_for_one_prompt_under_whichever_secret():

@@ -5,11 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from antefix.secret import create_secret_file
+
+
+def ipv6_or_v4():
+    """The loopback address to try: host names and IPv6 work wherever an address does."""
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return "127.0.0.1"
+    return "[::1]"
+
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 
@@ -17,8 +29,8 @@ MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 class TlsDeployment:
     """`async with`: one of each role. said: what each announced."""
 
-    def __init__(self, authority, directory, *, router_flags=(), host="127.0.0.1"):
-        self.authority, self.directory, self.host = authority, directory, host
+    def __init__(self, authority, directory, *, router_flags=(), host=None):
+        self.authority, self.directory, self.host = authority, directory, host or ipv6_or_v4()
         self.router_flags = router_flags
         self.secret = create_secret_file(directory / "secret")
         self.said = {}

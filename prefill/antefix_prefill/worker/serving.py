@@ -87,6 +87,7 @@ def secure_worker(config: WorkerConfig, role: Role) -> ProcessSecurity:
     """Who this worker is to others, from now on.  Raises:  ConfigError: its credentials cannot be used."""
     security = open_security(role, config.credentials, keyring=Keyring.from_file(config.secret_file))
     security.use()
+    security.check_calling((config.store_address, *config.routers))
     return security
 
 
@@ -133,6 +134,7 @@ async def serve_worker(
         security=security,
     )
     role, address = security.role.value, advertised(server.address, config.advertise)
+    security.check_calling([address])
     lease = WorkerLease(
         config.routers,
         role=role,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,7 +27,6 @@ from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.work import Work
 from antefix_router.placement.workers import LoadPart, Worker, WorkerRole, Workers
-from antefix_router.prefilling import NUM_MOVES_MAX
 
 log = logging.getLogger("antefix.fleet")
 
@@ -90,7 +89,11 @@ class Passing:
         directory: Directory,
         names: FleetNames,
         sessions: Sessions | None = None,
+        *,
+        on_named: Callable[[NamedPrompt], None] = lambda prompt: None,
     ) -> None:
+        """on_named: told of each prompt that was named, in one of the sizes of blocks."""
+        self._on_named = on_named
         self.counters = PassingCounters()
         self._config = config
         self._engines = engines
@@ -111,6 +114,8 @@ class Passing:
         prompts = self.named(generation.call)
         if not prompts:
             self.counters.num_unnamed += 1
+        for prompt in list(prompts.values())[:1]:
+            self._on_named(prompt)
         tried: set[str] = set()
         failed: AntefixError | None = None
         while True:
@@ -132,7 +137,7 @@ class Passing:
                         yield piece
                 break
             except (Unavailable, InternalError, Overloaded) as err:
-                if generation.has_given or len(tried) >= min(NUM_MOVES_MAX, len(self._workers.workers)):
+                if generation.has_given or not self._workers.has_another(tried):
                     raise
                 log.warning("request %s moves to another worker: %s", generation.request.request_id, err)
                 failed = err

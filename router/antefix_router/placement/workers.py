@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -22,6 +22,8 @@ from antefix_router.placement.backlog import Backlog
 from antefix_router.placement.directory import Directory, Key
 from antefix_router.placement.work import Loads, Policy, Work, seed_of
 
+# How often one request may move to another worker; more means that something is wrong that moving does not cure.
+NUM_MOVES_MAX = 3
 # A worker that failed is left alone this long, unless no other one is there.
 SHUN_S = 2.0
 
@@ -112,6 +114,10 @@ class Workers:
 
     def find(self, address: str) -> Worker | None:
         return next((worker for worker in self.workers if worker.address == address), None)
+
+    def has_another(self, tried: Collection[str]) -> bool:
+        """Whether a request that was tried at these addresses may move on: one that failed may have left since."""
+        return len(tried) < NUM_MOVES_MAX and any(worker.address not in tried for worker in self.workers)
 
     def num_running_least(self) -> int:
         """Requests on the worker that has fewest."""

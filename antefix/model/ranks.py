@@ -1,0 +1,177 @@
+"""One model over several processes: each rank has its share of the heads and of the experts, and all else as a whole.
+
+Every rank runs the same calls in the same order, on its own pool and window states, whose bytes are equal on all. A
+rank computes its heads and its experts, and what they make is gathered, never added up: each number comes from one
+rank, by the sum that one process would have computed it by. So on a CPU the number of ranks changes no bit, KV has the
+same names at any, and workers of different numbers share a store.
+
+    layer         split                                   gathered                          as a whole on each rank
+    attention     heads: wq_b, sinks, attention itself;   [N, G * R] of the output groups   wq_a, wkv, compressors,
+                  wo_a by output groups                                                     indexer, wo_b
+    experts       by expert: each rank has E / ranks      [N * K, D] rows of all picks      router, shared expert
+
+A layer whose sizes do not divide is not split. Global KV is read from the store by rank 0 alone and shared.
+
+Shapes:  N = tokens, G = output groups, R = output rank, E = experts, K = experts a token, D = hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from antefix.errors import ConfigError, InternalError
+from antefix.model.packed import PackedLinear, PackedStack
+
+if TYPE_CHECKING:
+    from antefix.model.load_plan import Copy
+    from antefix.model.model import DecoderLayer, Model
+    from antefix.model.pool import BlockPool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """This process' place among those that run one model."""
+
+    rank: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ConfigError(f"rank {self.rank} is not one of {self.size}")
+
+    @classmethod
+    def of_group(cls) -> Ranks:
+        """Of the process group that is initialised.  Raises:  ConfigError: none is."""
+        if not dist.is_available() or not dist.is_initialized():
+            raise ConfigError("several ranks need torch.distributed to be initialised")
+        return cls(rank=dist.get_rank(), size=dist.get_world_size())
+
+    def span(self, count: int) -> tuple[int, int]:
+        """This rank's share [first, stop) of `count`, which divides."""
+        share = count // self.size
+        return self.rank * share, (self.rank + 1) * share
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[N, C] of each rank, side by side: [N, ranks * C]."""
+        pieces = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(pieces, x.contiguous())
+        return torch.cat(pieces, 1)
+
+    def gather_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Each rank's rows, one below the other. counts: how many each rank has; all know."""
+        most = max(counts)
+        padded = x.new_zeros(most, x.shape[1])
+        padded[: len(x)] = x
+        pieces = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(pieces, padded)
+        return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+
+    def share(self, data: bytes | None) -> bytes:
+        """Rank 0's bytes, on every rank: of a checkpoint, say."""
+        if self.rank == 0 and data is None:
+            raise InternalError("rank 0 has nothing to share")
+        size = torch.tensor([len(data) if data is not None else 0])
+        dist.broadcast(size, 0)
+        held = torch.empty(int(size), dtype=torch.uint8)
+        if data is not None and self.rank == 0:
+            held.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(held, 0)
+        return held.numpy().tobytes()
+
+    def share_blocks(self, pool: BlockPool, block_ids: Iterable[int]) -> None:
+        """Rank 0 has read these blocks' payloads into `pool.landing`: fill every rank's pool with them."""
+        block_ids = list(block_ids)
+        for row in pool.landing(block_ids):
+            dist.broadcast(torch.frombuffer(row, dtype=torch.uint8), 0)
+        pool.note_filled(block_ids)
+
+
+def split_model(model: Model, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
+    """Cut a model without memory down to this rank's share. Returns, of each tensor that was cut, its rows
+    [first, stop) of how many."""
+    cuts: dict[str, tuple[int, int, int]] = {}
+    layers = [(f"model.layers.{index}", layer) for index, layer in enumerate(model.model.layers)]
+    layers += [(f"mtp.{index}", layer) for index, layer in enumerate(model.mtp)]
+    for name, layer in layers:
+        cuts |= _split_attention(f"{name}.self_attn", layer, ranks)  # type: ignore[arg-type]
+        cuts |= _split_experts(f"{name}.mlp.experts", layer, ranks)  # type: ignore[arg-type]
+    return cuts
+
+
+def cut_copies(
+    copies: Iterable[Copy], cuts: Mapping[str, tuple[int, int, int]], sizes: Mapping[str, int]
+) -> tuple[Copy, ...]:
+    """What of the copies this rank reads.  sizes: elements of each whole tensor."""
+    kept: list[Copy] = []
+    for copy in copies:
+        if copy.target not in cuts:
+            kept.append(copy)
+            continue
+        first_row, stop_row, num_rows = cuts[copy.target]
+        row = sizes[copy.target] // num_rows
+        width, source = copy.source.itemsize, copy.source
+        first = max(copy.first, first_row * row)
+        stop = min(copy.first + source.nbytes // width, stop_row * row)
+        if first < stop:
+            offset = source.offset + (first - copy.first) * width
+            part = replace(source, offset=offset, nbytes=(stop - first) * width)
+            kept.append(replace(copy, source=part, first=first - first_row * row))
+    return tuple(kept)
+
+
+def _split_attention(name: str, layer: DecoderLayer, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
+    attention = layer.self_attn
+    linears: dict[str, nn.Linear | PackedLinear] = {"q_b_proj": attention.q_b_proj, "o_a_proj": attention.o_a_proj}
+    divides = attention.num_heads % ranks.size == 0 and attention.o_groups % ranks.size == 0
+    if not divides or not all(_can_cut(linear, ranks) for linear in linears.values()):
+        return {}
+    cuts: dict[str, tuple[int, int, int]] = {}
+    for own, linear in linears.items():
+        cuts |= _cut_linear(f"{name}.{own}", linear, ranks)
+    cuts[f"{name}.sinks"] = (*ranks.span(attention.num_heads), attention.num_heads)
+    attention.num_heads //= ranks.size
+    attention.o_groups //= ranks.size
+    with torch.device("meta"):
+        attention.sinks = nn.Parameter(torch.empty(attention.num_heads))
+    attention.ranks = ranks
+    return cuts
+
+
+def _can_cut(linear: nn.Linear | PackedLinear, ranks: Ranks) -> bool:
+    rows = linear.form.block[0] if isinstance(linear, PackedLinear) else 1
+    return linear.out_features % (ranks.size * rows) == 0
+
+
+def _cut_linear(name: str, linear: nn.Linear | PackedLinear, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
+    """`out_features` stays the whole's: the arithmetic is probed in the model's shapes, whoever has which part."""
+    tensors = ("codes", "scales") if isinstance(linear, PackedLinear) else ("weight",)
+    return {f"{name}.{own}": _cut_rows(linear, own, ranks) for own in tensors}
+
+
+def _cut_rows(module: nn.Module, own: str, ranks: Ranks) -> tuple[int, int, int]:
+    tensor: Tensor = getattr(module, own)
+    num_rows = len(tensor)
+    local = torch.empty(num_rows // ranks.size, *tensor.shape[1:], dtype=tensor.dtype, device="meta")
+    setattr(module, own, nn.Parameter(local) if isinstance(tensor, nn.Parameter) else local)
+    return (*ranks.span(num_rows), num_rows)
+
+
+def _split_experts(name: str, layer: DecoderLayer, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
+    experts = layer.mlp.experts
+    if len(experts.gate_up_proj) % ranks.size:
+        return {}
+    cuts: dict[str, tuple[int, int, int]] = {}
+    for own in ("gate_up_proj", "down_proj"):
+        stack = getattr(experts, own)
+        if isinstance(stack, PackedStack):
+            cuts |= {f"{name}.{own}.{each}": _cut_rows(stack, each, ranks) for each in ("codes", "scales")}
+        else:
+            cuts[f"{name}.{own}"] = _cut_rows(experts, own, ranks)
+    experts.ranks = ranks
+    return cuts
