@@ -271,9 +271,10 @@ class Passing:
         """The prompt is computed: its worker is free for the next one."""
         if generation.ttft_s:
             return
-        generation.ttft_s = time.perf_counter() - generation.started
         if generation.call.stream:
-            part.computed()  # of a whole answer it is not known when the prompt was
+            # Of a whole answer it is not known when its first token came.
+            generation.ttft_s = time.perf_counter() - generation.started
+            part.computed()
         if prompt is not None:
             self._directory.guess(placed.worker.address, prompt.keys)
         landed.close()
