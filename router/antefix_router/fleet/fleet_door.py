@@ -215,7 +215,7 @@ def build_fleet_app(
         *common_routes(door),
         *more,
     ]
-    return application(routes, measures)
+    return application(routes, measures, config)
 
 
 async def _list_models(door: FleetDoor, request: Request) -> JSONResponse:
