@@ -218,6 +218,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR],
         security=security,
         token_address=config.token_address,
+        calls=[config.store_address] if config.store_address else [],
     )
     router.start()
     http_address = http.address if http is not None else ""

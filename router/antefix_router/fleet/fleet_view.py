@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import Any, Final
 
-from antefix import __version__
+from antefix.version import __version__
 from antefix_router.fleet.engines import Engine, engine_of
 from antefix_router.fleet.fleet_router import FleetRouter
 from antefix_router.page.activity import Activity

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from antefix import __version__
 from antefix.errors import AntefixError
 from antefix.store.api import Store
 from antefix.store.store_stats import StoreTotals
+from antefix.version import __version__
 from antefix_billing.limits import QuotaBook
 from antefix_router.assembly import Router
 from antefix_router.page.activity import Activity
