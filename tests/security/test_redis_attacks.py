@@ -153,7 +153,8 @@ async def test_events_that_were_not_signed_here_teach_a_router_nothing(feed, att
     stored = b"".join(name[:8] for name in CHAIN[10:20])
     plain = {b"a": entry[b"a"], b"e": entry[b"e"], b"n": 11, b"k": int(EventKind.STORED), b"b": stored}
     fresh = {**plain, b"s": time.time_ns()}
-    stranger = EventKeys.of(Keyring(b"x" * 32)).sign(stream, {name.decode(): value for name, value in fresh.items()})
+    named = {name.decode(): value for name, value in fresh.items()}
+    stranger = EventKeys.of(Keyring(b"x" * 32)).sign(stream, named, epoch=source.log.cursor.epoch)
     entry[b"s"] = str(time.time_ns()).encode()
     changes = [
         *({**entry, name: value} for name, value in ((b"n", b"11"), (b"b", stored), (b"k", b"2"), (b"f", b"f" * 32))),
@@ -210,7 +211,7 @@ def test_an_entry_that_was_kept_back_for_long_counts_no_more(monkeypatch):
 
     def entry(stamp):
         fields = {"a": "w", "e": b"e", "n": 1, "k": 0, "s": stamp}
-        signed = EVENT_KEYS.sign("stream", fields)
+        signed = EVENT_KEYS.sign("stream", fields, epoch=b"e")
         return {
             key.encode(): value if isinstance(value, bytes) else str(value).encode() for key, value in signed.items()
         }
