@@ -29,7 +29,7 @@ _EVENT_BYTES_MAX: Final = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """num_tokens_max: its context, 0 where the worker does not say.  is_adapter: of another model; its KV is its own."""
+    """num_tokens_max: its context, 0 where the worker does not say.  is_adapter: of a model; its KV is its own."""
 
     name: str
     num_tokens_max: int = 0
