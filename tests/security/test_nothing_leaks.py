@@ -18,8 +18,10 @@ from antefix.telemetry.logs import FORMATS, set_up_logs, tell_of_crashes, trace_
 from antefix.tokenizer import load_tokenizer
 from antefix_billing.api_keys import KeyBook, Scope, new_key
 from antefix_billing.key_file import write_book
+from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_router.gateway.http_errors import Provider, error_body
+from antefix_router.gateway.notes import IgnoredFields, Notes
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 TEXT = "Canary7Prompt says that the vault opens at nine, and Canary7Name holds the key. "
@@ -235,6 +237,38 @@ def test_the_same_over_grpc(caplog):
     assert "10.0.0.7:7003" in caplog.text
     with pytest.raises(KeyError), outward():
         raise KeyError("10.0.0.7:7003")
+
+
+@pytest.mark.parametrize(
+    "name", ["Canary7Prompt says that", "a" * 200, "sk-canary!", "é", "", "messages[0].content is Canary7", "1canary"]
+)
+def test_a_field_that_is_called_like_a_text_is_counted_without_its_name(name, caplog):
+    caplog.set_level(logging.INFO)
+    ignored = IgnoredFields()
+    notes = Notes(ignored)
+    notes.ignore(name)
+    notes.ignore("logit_bias")
+    notes.ignore("messages[3].content[0].cache-hint")
+    notes.close()
+    assert set(ignored.counts) == {IgnoredFields.OTHERS, "logit_bias", "messages[].content[].cache-hint"}
+    assert not name or name[:20] not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("role", "flag"),
+    [("router", "--traces"), ("kvstore", "--events-redis"), ("prefill", "--window-pool"), ("router", "--keys-redis")],
+)
+def test_a_password_on_a_command_line_is_refused_and_not_told(role, flag, capsys, monkeypatch):
+    url = "https://user:canary-password@collector.example:4317"
+    assert main(["serve", role, flag, url, "--print-config"]) == 2
+    refused = capsys.readouterr()
+    assert "password" in refused.err
+    # From the environment it may come; what is printed does not show it.
+    monkeypatch.setenv("ANTEFIX_KVSTORE_TRACES", url)
+    assert main(["serve", "kvstore", "--print-config"]) == 0
+    shown = capsys.readouterr()
+    assert "https://user:***@collector.example" in shown.out
+    assert "canary" not in refused.out + refused.err + shown.out + shown.err
 
 
 # What a mistake in the program writes.
