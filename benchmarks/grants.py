@@ -55,7 +55,7 @@ async def call_us(serving: ProcessSecurity, calling: ProcessSecurity, num_times:
     return round(spent, 1)
 
 
-async def main(num_times: int, file: Path | None) -> None:
+async def measure(num_times: int) -> dict[str, object]:
     keyring = Keyring(b"a secret for measurements only !")
     granter, keys = Granter.from_secret(keyring), secret_keys(keyring)
     check = GrantCheck(lambda: keys)
@@ -83,16 +83,18 @@ async def main(num_times: int, file: Path | None) -> None:
             ),
         }
         report["call_us"] = {name: await call_us(*sides, num_times) for name, sides in kinds.items()}
-    print(json.dumps(report, indent=2))
-    if file is not None:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        about = {
-            "commit": commit.stdout.strip(),
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
-            "command": "python benchmarks/grants.py",
-        }
-        file.write_text(json.dumps({**about, "figures": report}, indent=1) + "\n")
+    return report
+
+
+def write(file: Path, report: dict[str, object]) -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    about = {
+        "commit": commit.stdout.strip(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
+        "command": "python benchmarks/grants.py",
+    }
+    file.write_text(json.dumps({**about, "figures": report}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -100,4 +102,7 @@ if __name__ == "__main__":
     parser.add_argument("--times", type=int, default=2000, help="how often each is done")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     args = parser.parse_args()
-    asyncio.run(main(args.times, args.json))
+    figures = asyncio.run(measure(args.times))
+    print(json.dumps(figures, indent=2))
+    if args.json is not None:
+        write(args.json, figures)
