@@ -71,17 +71,17 @@ test-hosts: setup
 	$(BIN)/python -m pytest -rs -m hosts tests/hosts
 
 # vLLM itself over Antefix's store, in an environment of its own: 3.5 GB in .engines/ and a quarter of an hour, on a
-# processor with AVX512-BF16; and SGLang's own classes, in another one of 0.3 GB.
+# processor with AVX512-BF16; and SGLang's and LMCache's own classes, in another one of 0.6 GB.
 ENGINES := .engines
 $(ENGINES)/vllm/.ready: tests/foreign_engines/install_vllm.sh pyproject.toml
 	PYTHON=$(PYTHON) tests/foreign_engines/install_vllm.sh $(ENGINES)/vllm
 	touch $@
 
-$(ENGINES)/sglang/.ready: tests/foreign_engines/install_sglang.sh pyproject.toml | $(READY)
-	tests/foreign_engines/install_sglang.sh $(ENGINES)/sglang $(VENV)
+$(ENGINES)/contracts/.ready: tests/foreign_engines/install_contracts.sh | $(READY)
+	tests/foreign_engines/install_contracts.sh $(ENGINES)/contracts $(VENV)
 	touch $@
 
-test-engines: setup $(ENGINES)/vllm/.ready $(ENGINES)/sglang/.ready
+test-engines: setup $(ENGINES)/vllm/.ready $(ENGINES)/contracts/.ready
 	$(BIN)/python -m pytest -rs -v -m "engines or not engines" tests/foreign_engines
 
 # vLLM over Antefix's tier, its own file tier and LMCache: half an hour.

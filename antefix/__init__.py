@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from antefix.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from antefix.block import Chain as Chain
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from antefix.clients import WorkerState as WorkerState
     from antefix.errors import AntefixError as AntefixError
     from antefix.errors import BlockCorrupt as BlockCorrupt
+    from antefix.errors import BudgetExceeded as BudgetExceeded
     from antefix.errors import ConfigError as ConfigError
     from antefix.errors import Conflict as Conflict
     from antefix.errors import DeadlineExceeded as DeadlineExceeded
@@ -58,8 +59,10 @@ if TYPE_CHECKING:
     from antefix.errors import Overloaded as Overloaded
     from antefix.errors import PermissionDenied as PermissionDenied
     from antefix.errors import QuotaExceeded as QuotaExceeded
+    from antefix.errors import RateLimited as RateLimited
     from antefix.errors import ResourceExhausted as ResourceExhausted
     from antefix.errors import StoreFull as StoreFull
+    from antefix.errors import TooManyRequests as TooManyRequests
     from antefix.errors import Unauthenticated as Unauthenticated
     from antefix.errors import Unavailable as Unavailable
     from antefix.generation_request import Breakpoint as Breakpoint
@@ -97,9 +100,10 @@ _NAMES = {
         "WindowStatus WorkerState"
     ),
     "antefix.errors": (
-        "AntefixError BlockCorrupt ConfigError Conflict DeadlineExceeded Draining "
+        "AntefixError BlockCorrupt BudgetExceeded ConfigError Conflict DeadlineExceeded Draining "
         "FingerprintMismatch InternalError InvalidRequest ModelError Overloaded PermissionDenied "
-        "QuotaExceeded ResourceExhausted StoreFull Unauthenticated Unavailable"
+        "QuotaExceeded RateLimited ResourceExhausted StoreFull TooManyRequests Unauthenticated "
+        "Unavailable"
     ),
     "antefix.generation_request": "Breakpoint Caller GenerationRequest",
     "antefix.layout": "BlockLayout KVFormat KVGeometry",

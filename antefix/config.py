@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from antefix.byte_size import parse_byte_size
 from antefix.errors import ConfigError
 
 T = TypeVar("T")
+# Of a URL: scheme, user, and a password that is taken out.
+_PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/?#@:,]*):[^\s@,]+@")
 # How long calls that run may take after a service was told to stop: the same for every role, the HTTP API and `up`.
 GRACE_S = 120.0
 
@@ -73,13 +76,15 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def given_flags(config_type: type[Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given as flags, parsed.  Raises:  ConfigError: a value that does not parse."""
+    """The settings that were given as flags, parsed.
+
+    Raises:  ConfigError: a value that does not parse, or that holds a password.
+    """
     found = {field: getattr(args, f"setting_{field.name}", None) for field in _fields(config_type)}
-    return {
-        field.name: parse_value(field, value, source=_flag_of(field))
-        for field, value in found.items()
-        if value is not None
-    }
+    given = {field: value for field, value in found.items() if value is not None}
+    for field, value in given.items():
+        refuse_password(str(value), _flag_of(field))
+    return {field.name: parse_value(field, value, source=_flag_of(field)) for field, value in given.items()}
 
 
 def flags_of(config_type: type[Any], config: Any, names: Collection[str] = ()) -> list[str]:
@@ -158,8 +163,14 @@ def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> An
 
 
 def as_json(config: Any) -> str:
-    """The settings in force, for --print-config."""
-    return json.dumps(dataclasses.asdict(config), indent=2, default=str)
+    """The settings in force, for --print-config, without passwords of URLs."""
+    return _PASSWORD.sub(r"\1:***@", json.dumps(dataclasses.asdict(config), indent=2, default=str))
+
+
+def refuse_password(value: str, source: str) -> None:
+    """Raises:  ConfigError: a URL with a password, on a command line that every list of processes shows."""
+    if _PASSWORD.search(value):
+        raise ConfigError(f"{source}: a URL on a command line may have no password: others on this host could see it")
 
 
 def require(condition: bool, message: str) -> None:

@@ -57,6 +57,18 @@ class QuotaExceeded(ResourceExhausted):
     """The tenant's own limit. The caller backs off, other tenants are not affected."""
 
 
+class RateLimited(QuotaExceeded):
+    """The tenant's tokens of a time are used up. The caller waits until that time ends."""
+
+
+class TooManyRequests(QuotaExceeded):
+    """As many of the tenant's requests run as may. The caller sends it again when one of them has ended."""
+
+
+class BudgetExceeded(QuotaExceeded):
+    """The tenant's money of a time is used up. The caller asks for more of it; trying again is of no use before."""
+
+
 class Conflict(AntefixError):
     """The request id is in use, or used up. The caller waits for the first answer or takes another id."""
 

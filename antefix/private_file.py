@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from antefix.errors import ConfigError
 
@@ -42,6 +42,12 @@ def refuse_writable(path: str | Path, what: str) -> None:
             raise ConfigError(f"{what} {path} may be changed by others than its owner: chmod go-w {path}")
     except OSError as err:
         raise ConfigError(f"{what} {path}: {err}") from err
+
+
+def open_private(path: str | Path, mode: str) -> IO[str]:
+    """As `open` does to write, "w" or "a"; what is made, only its owner can open. Written line by line."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if mode == "a" else os.O_TRUNC)
+    return os.fdopen(os.open(path, flags, FILE_MODE), mode, buffering=1)
 
 
 def write_private(path: str | Path, text: str) -> None:

@@ -122,9 +122,10 @@ def check_redis_url(url: str, name: str = "Redis") -> None:
     """
     try:
         parts = _parts(url)
-        host = parts.hostname or ""
-    except ValueError as err:
-        raise ConfigError(f"{name}: this is no URL: {err}") from None
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:
+        # What is wrong with it may be a password that stands in it.
+        raise ConfigError(f"{name}: this is no URL; a password belongs into a file: {_PASSWORD}") from None
     if parts.password is not None:
         # Nor may the message hold it.
         raise ConfigError(f"{name}: the URL has a password, which others on this host could see: use {_PASSWORD}")

@@ -26,6 +26,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from antefix import errors
+from antefix.about_service import AboutServicer
 from antefix.config import GRACE_S
 from antefix.security.channels import ReloadingChannel
 from antefix.security.credentials import Credentials
@@ -36,6 +37,7 @@ from antefix.security.own_credentials import credentials_for
 from antefix.security.process_security import OPEN, ProcessSecurity
 from antefix.telemetry.context import incoming
 from antefix.telemetry.tracing import serving
+from antefix.v1 import about_pb2, about_pb2_grpc
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -292,12 +294,13 @@ async def start_server(
     *,
     security: ProcessSecurity = OPEN,
     token_address: str = "",
+    calls: Sequence[str] = (),
 ) -> Server:
-    """Start a server with health, reflection and the interceptor of errors and access.
+    """Start a server with health, reflection, what it is (`about_service`), and the interceptor of errors and access.
 
     address: "host:port" or "unix:PATH", port 0 for any free one.  descriptors: the proto files whose services are
     registered.  security: who may call; without it everybody on this host.  token_address: with TLS, one more port for
-    callers that show a bearer token and no certificate.
+    callers that show a bearer token and no certificate.  calls: services that this one calls and that register nowhere.
     Raises:  ConfigError: the port is in use or not ours, or others can reach it without TLS.
     """
     host, port = parse_address(address)
@@ -308,11 +311,13 @@ async def start_server(
     register(server)
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
-    names = [service.full_name for file in descriptors for service in file.services_by_name.values()]
+    about_pb2_grpc.add_AboutServiceServicer_to_server(AboutServicer(security, calls), server)
+    files = [*descriptors, about_pb2.DESCRIPTOR]
+    names = [service.full_name for file in files for service in file.services_by_name.values()]
     reflection.enable_server_reflection(
         [*names, reflection.SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name], server
     )
-    # Whoever may open a socket file may call.
+    # Who may open a socket file may call.
     with private_files() if host.startswith(UNIX) else contextlib.nullcontext():
         bound = _listen(server, join_address(host, port), security.server_credentials())
     for_tokens = _listen_for_tokens(server, token_address, security) if token_address else ""

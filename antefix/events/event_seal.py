@@ -3,6 +3,10 @@
 They have a key of their own, derived from each generation of the secret: the store, which must not have the secret,
 gets only that (`antefix secret events-key`). An entry is stamped when it is sent, so an old one that is told again
 counts no more.
+
+Any process of the deployment has that key. So an entry is signed with its source's epoch, too, which never is in Redis:
+there it has a public name. Routers learn the epoch from the source itself, with a snapshot, over a connection to the
+process that they mean; from then on nobody else can speak for it.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from antefix.secret import Keyring, read_generations
 
 MAC_BYTES: Final = 16
 _AGE_NS_MAX: Final = int(AGE_S_MAX * 1e9)
-# Entries of ours have no other fields; `g` and `m` are generation and MAC.
+# Entries of ours have no other fields; `g` and `m` are generation and MAC, `v` the MAC with the epoch.
 _SIGNED: Final = ("a", "e", "n", "k", "b", "f", "s")
 # Sources come and go with their ports; a name's stamp is forgotten long after it.
 _NUM_SOURCES_MAX: Final = 4096
@@ -62,11 +66,12 @@ class EventKeys:
         rest = [number for number in self._keys if number != self._generation]
         return "".join(f"{number} {self._keys[number].hex()}\n" for number in (self._generation, *rest))
 
-    def sign(self, stream: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields with generation and MAC."""
+    def sign(self, stream: str, fields: Mapping[str, Any], *, epoch: bytes) -> dict[str, Any]:
+        """The fields with the epoch's public name, generation and MACs."""
+        fields = {**fields, "e": public_epoch(epoch)}
         raw = {name.encode(): _bytes(value) for name, value in fields.items()}
         mac = _mac(self._keys[self._generation], stream, raw)
-        return {**fields, "g": self._generation, "m": mac}
+        return {**fields, "g": self._generation, "m": mac, "v": _mac(epoch, stream, raw)}
 
     def holds(self, stream: str, fields: Mapping[bytes, bytes]) -> bool:
         """Whether someone with a key of this deployment said this, in this stream."""
@@ -75,6 +80,11 @@ class EventKeys:
             return key is not None and hmac.compare_digest(_mac(key, stream, fields), fields[b"m"])
         except (KeyError, ValueError):
             return False
+
+
+def public_epoch(epoch: bytes) -> bytes:
+    """What an epoch is called where all can read it."""
+    return hashlib.blake2b(epoch, digest_size=16, person=b"antefix-epoch").digest()
 
 
 class EventCheck:
@@ -96,6 +106,14 @@ class EventCheck:
             self._stamps.clear()
         self._stamps[source] = stamp
         return True
+
+    def is_of(self, epoch: bytes, stream: str, fields: Mapping[bytes, bytes]) -> bool:
+        """Whether the process of this epoch said it itself."""
+        if fields[b"e"] == public_epoch(epoch) and hmac.compare_digest(
+            _mac(epoch, stream, fields), fields.get(b"v", b"")
+        ):
+            return True
+        return self.drop(DropReason.FORGED)
 
     def drop(self, why: DropReason) -> bool:
         self.dropped[why] += 1

@@ -13,10 +13,11 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Generic
 
 from antefix.errors import AntefixError
+from antefix.events.event_seal import public_epoch
 from antefix.events.numbered_log import ALIVE_S, Batch, Cursor, E
 
 log = logging.getLogger("antefix.events")
@@ -32,8 +33,8 @@ _PIECE_TIMEOUT_S: Final = 30.0
 _WAITING_MAX: Final = 1_024
 # Through Redis a source of which nothing was heard for so long may be cut off from it.
 _SILENT_S: Final = 3 * ALIVE_S
-# A source's former lives, whose last words may still be in the stream.
-_FORMER_MAX: Final = 16
+# Names of a source's former lives, two each, whose last words may still be in the stream.
+_FORMER_MAX: Final = 32
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ class Follower(ABC, Generic[E]):
         self.counters = counters or FollowCounters()
         self._through_redis = through_redis
         self._cursor: Cursor | None = None
-        self._epoch = b""
+        self._epoch = self._public_epoch = b""
         self._former: deque[bytes] = deque(maxlen=_FORMER_MAX)
         self._is_current = False
         self._is_full = False
@@ -110,7 +111,11 @@ class Follower(ABC, Generic[E]):
         return True
 
     def take(self, batch: Batch[E]) -> None:
-        """What Redis gave: the next event, one that is known already, or that the source is alive."""
+        """What Redis gave: the next event, one that is known already, or that the source is alive.
+
+        Only what the source has signed with the epoch that it told us itself counts as its word. Another epoch is a
+        reason to ask the source, and no more.
+        """
         if batch.cursor.epoch in self._former:
             return
         if self._waiting is not None:
@@ -119,6 +124,10 @@ class Follower(ABC, Generic[E]):
         # While a snapshot is wanted, a heartbeat that Redis replays must not mark a stale feed as current.
         if self._cursor is None or self._wanted.is_set():
             return
+        if batch.is_of is not None and batch.cursor.epoch == self._public_epoch:
+            if not batch.is_of(self._epoch):
+                return
+            batch = replace(batch, cursor=Cursor(epoch=self._epoch, number=batch.cursor.number))
         if batch.cursor.epoch == self._cursor.epoch and batch.cursor.number <= self._cursor.number:
             if batch.cursor != self._cursor:
                 return
@@ -142,9 +151,10 @@ class Follower(ABC, Generic[E]):
         return True
 
     def _stand_at(self, cursor: Cursor) -> None:
-        if self._epoch not in (b"", cursor.epoch):
-            self._former.append(self._epoch)
-        self._epoch = cursor.epoch
+        if cursor.epoch != self._epoch:
+            if self._epoch:
+                self._former += (self._epoch, self._public_epoch)
+            self._epoch, self._public_epoch = cursor.epoch, public_epoch(cursor.epoch)
         self._cursor, self._is_current, self._heard_s = cursor, True, time.monotonic()
         self.confirm()
 

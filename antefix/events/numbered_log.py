@@ -13,7 +13,7 @@ import secrets
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
 # One batch, which is one message on a stream: at most so many events, of blocks whose hashes are 1 MiB.
@@ -49,6 +49,7 @@ class Batch(Generic[E]):
     """Events that follow each other; the last one's number is the cursor's. Without events: the source stands there.
 
     snapshot: a piece of what the source has instead, of use only as a whole. All pieces stand for one number.
+    is_of: through Redis, where the cursor has the epoch's public name: whether the process of an epoch said this.
     """
 
     cursor: Cursor
@@ -56,6 +57,7 @@ class Batch(Generic[E]):
     snapshot: bool = False
     snapshot_begins: bool = False
     snapshot_ends: bool = False
+    is_of: Callable[[bytes], bool] | None = field(default=None, compare=False)
 
 
 class NumberedLog(Generic[E]):

@@ -5,6 +5,7 @@
         a  the source: address or name      e  epoch      n  number of the event      k  kind, 0 alive
         b  8 bytes of each hash, one after the other      f  a store's: fingerprint
         s  stamp: when it was sent, in ns    g  generation of the key    m  MAC over all of them and the stream
+        v  the same with the source's epoch, of which `e` is the public name
 
 No command names two keys, and each key has its hash tag, so streams may lie anywhere in a cluster. Streams are trimmed:
 who falls behind sees a gap in the numbers and takes a snapshot from the source itself, as does whoever is new. A source
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -139,8 +141,8 @@ class StreamPublisher:
         return bool(batch.events) and batch.cursor != self._source.cursor
 
     def _add(self, pipeline: Any, number: int, fields: dict[str, Any]) -> None:
-        entry = {**fields, "a": self._name, "e": self._told.epoch, "n": number, "s": self._stamps.next()}
-        signed: Any = self._keys.sign(self._stream, entry)
+        entry = {**fields, "a": self._name, "n": number, "s": self._stamps.next()}
+        signed: Any = self._keys.sign(self._stream, entry, epoch=self._told.epoch)
         pipeline.xadd(self._stream, signed, maxlen=STREAM_LENGTH_MAX, approximate=True)
 
 
@@ -222,7 +224,8 @@ class StreamReader:
                 return
             name = fields[b"a"].decode(errors="replace")
             cursor = Cursor(epoch=fields[b"e"], number=int(fields[b"n"]))
-            batch = Batch(cursor=cursor, events=_unpack(fields))
+            check = functools.partial(self._check.is_of, stream=stream, fields=fields)
+            batch = Batch(cursor=cursor, events=_unpack(fields), is_of=check)
         except (KeyError, ValueError):
             self._check.drop(DropReason.MALFORMED)
             return

@@ -45,7 +45,7 @@ TIME_S_MAX: Final = 30.0
 # Of wider products so many columns are probed: a 129,280-token vocabulary would take gigabytes.
 COLUMNS_MAX: Final = 8192
 _PAIRS: Final = 19
-_PAIR_CUTS: Final = ((0, 1), (5, 2), (3, 16))
+_PAIR_CUTS: Final = ((0, 1), (7, 1), (5, 2), (3, 16))
 _DIGITS: Final = 10
 
 
@@ -240,6 +240,7 @@ def _pairs(model: Model) -> Iterator[Step]:
     yield _pair(1, streams, hidden, dtype)
     yield _pair(streams, streams, hidden, dtype)
     yield _pair(1, config.num_experts_per_token, hidden, dtype)
+    yield from _together(model)
     if LayerKind.CSA in geometry.layers:
         cached = value_dtype(model.layout.kv_format)
         yield _pair(config.num_heads, geometry.head_dim, config.index_topk, cached, transposed=True)
@@ -248,16 +249,35 @@ def _pairs(model: Model) -> Iterator[Step]:
             yield _pair(1, config.index_num_heads, tiles * KEY_TILE, cached)
 
 
-def _pair(rows: int, addends: int, columns: int, dtype: torch.dtype, *, transposed: bool = False) -> Step:
+def _together(model: Model) -> Iterator[Step]:
+    """What decode steps of many sequences run as pairs, and one sequence's chunk as a single product."""
+    config, geometry = model.config, model.config.geometry
+    cached, heads, dim = value_dtype(model.layout.kv_format), config.num_heads, geometry.head_dim
+    for entries in (geometry.window, HCA_SEGMENT) if LayerKind.HCA in geometry.layers else (geometry.window,):
+        yield _pair(heads, dim, entries, cached, transposed=True, alone=True)
+        yield _pair(heads, entries, dim, cached, alone=True)
+    if LayerKind.CSA in geometry.layers:
+        for tiles in (1, 2, 32):
+            keys = tiles * KEY_TILE
+            yield _pair(config.index_num_heads, geometry.indexer_dim, keys, cached, transposed=True, alone=True)
+
+
+def _pair(
+    rows: int, addends: int, columns: int, dtype: torch.dtype, *, transposed: bool = False, alone: bool = False
+) -> Step:
+    """Pairs of products. alone: a single pair is run as a product by itself, which must give the same."""
     shape = (columns, addends) if transposed else (addends, columns)
 
     def run(x: Tensor, salt: int) -> Tensor:
         # Each pair's right side is cut from its left side's row: cut pieces get the same ones.
         left, seeds = x[:, : rows * addends].view(-1, rows, addends), x[:, rows * addends :]
         right = numbers(shape, salt, x.dtype, x.device) * seeds.view(-1, 1, 1)
-        return numerics.multiply_each(left, right.mT if transposed else right)
+        right = right.mT if transposed else right
+        if alone and len(x) == 1:
+            return numerics.multiply(left[0], right[0]).unsqueeze(0)
+        return numerics.multiply_each(left, right)
 
-    label = f"pairs of {rows} x {addends} x {columns}{', transposed' if transposed else ''}"
+    label = f"pairs of {rows} x {addends} x {columns}{', transposed' if transposed else ''}{' or alone' * alone}"
     return Step(label, dtype, (_PAIRS, rows * addends + 1), _PAIR_CUTS, run)
 
 

@@ -60,7 +60,7 @@ def save(directory: str, name: str, sample: str, measured: Arithmetic) -> None:
     fields = asdict(measured)
     data = {"arithmetic": fields, "sample": sample, "checksum": _checksum(fields, sample)}
     with contextlib.suppress(OSError):
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:
             json.dump(data, file, indent=1)
         Path(file.name).replace(Path(directory) / f"{name}.json")

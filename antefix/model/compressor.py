@@ -57,6 +57,12 @@ def pool_overlapping(rows_2GmS: Tensor, overlap_2mC: Tensor) -> Tensor:
     return _pool(kv, gate)
 
 
+def pool_pairs(rows_2GmS: Tensor, overlaps_2GmC: Tensor) -> Tensor:
+    """The same of groups that do not follow one another: each has its own Ca rows before it."""
+    kv, gate = torch.cat((overlaps_2GmC, rows_2GmS[..., overlaps_2GmC.shape[-1] :]), dim=2)
+    return _pool(kv, gate)
+
+
 def _pool(kv_GmC: Tensor, gate_GmC: Tensor) -> Tensor:
     gate = gate_GmC.to(wide(gate_GmC.dtype))
     weights = torch.exp(gate - gate.amax(1, keepdim=True))

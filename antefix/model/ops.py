@@ -48,7 +48,12 @@ class Entries:
 
 
 class Ops(Protocol):
-    """What a device implements. All of it is per sequence."""
+    """What a device implements. All of it is per sequence.
+
+    steps_together: sequences that run one token each take `steps` instead, all in one set of calls.
+    """
+
+    steps_together: bool
 
     def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
         """Window KV rounded as it is stored."""
@@ -84,6 +89,8 @@ class Ops(Protocol):
 
 class TorchOps:
     """The torch implementation: CPU with row-invariant bits, CUDA without that promise."""
+
+    steps_together = True
 
     def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
         return round_entries(entries_TC, layout)

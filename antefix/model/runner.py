@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from antefix.model.model import DecoderLayer, Model
 from antefix.model.numerics import ROW_TILE, linear, pad_rows
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.pool import BlockPool
+from antefix.model.steps import Steps, TokenRows
 from antefix.model.window_state import CompressorState, Sequence
 
 _TORCH_OPS = TorchOps()
@@ -44,11 +46,13 @@ class _Item:
     sequence: Sequence
     start: int
     stop: int
-    block_ids: Tensor
-    positions: Tensor
+    device: torch.device
+    _block_ids: Tensor | None = None
+    _positions: Tensor | None = None
     group_ropes: dict[LayerKind, tuple[Tensor, Tensor]] = field(default_factory=dict)
     pending: list[Callable[[int, int], object]] = field(default_factory=list)
     num_kept: int = 0
+    step: int | None = None
 
     @property
     def position(self) -> int:
@@ -56,8 +60,26 @@ class _Item:
         return self.sequence.position - self.num_kept
 
     @property
+    def block_ids(self) -> Tensor:
+        if self._block_ids is None:
+            self._block_ids = torch.tensor(self.sequence.block_table, dtype=torch.long, device=self.device)
+        return self._block_ids
+
+    @property
+    def positions(self) -> Tensor:
+        if self._positions is None:
+            last = self.position + self.stop - self.start
+            self._positions = torch.arange(self.position, last, device=self.device)
+        return self._positions
+
+    @property
     def rows(self) -> slice:
         return slice(self.start, self.stop)
+
+    def move_on(self, stop: int) -> None:
+        """The sequence has `stop` of the new tokens."""
+        self.sequence.window.position += stop - self.num_kept
+        self.num_kept = stop
 
 
 @torch.inference_mode()
@@ -80,8 +102,7 @@ def forward(
              Nothing has changed then. After any other error the sequences can be run again from where they were.
     """
     ran = run_tokens(model, pool, batch, logits=logits, write_global_kv=write_global_kv, ops=ops)
-    for number in range(len(batch)):
-        ran.keep(number)
+    ran.keep_all()
     return ran.logits
 
 
@@ -96,6 +117,7 @@ class Ran:
     logits: Tensor
     streams: Tensor
     _items: list[_Item]
+    _steps: Steps | None = None
 
     def rows(self, number: int) -> slice:
         """A sequence's rows of `streams`, and of all logits."""
@@ -109,10 +131,22 @@ class Ran:
             raise InternalError(
                 f"{stop} tokens cannot be kept of {item.stop - item.start}, {item.num_kept} are already"
             )
+        if self._steps is not None and item.step is not None and stop > item.num_kept:
+            self._steps.keep([item.step])
         for apply in item.pending:
             apply(item.num_kept, stop)
-        item.sequence.window.position += stop - item.num_kept
-        item.num_kept = stop
+        item.move_on(stop)
+
+    def keep_all(self) -> None:
+        """Move every sequence on by all of its new tokens. None may have been kept before."""
+        steps = [item for item in self._items if item.step is not None]
+        if self._steps is not None:
+            self._steps.keep(range(len(steps)))
+        for item in steps:
+            item.move_on(1)
+        for number, item in enumerate(self._items):
+            if item.step is None:
+                self.keep(number)
 
 
 @torch.inference_mode()
@@ -128,10 +162,14 @@ def run_tokens(
     """`forward` without its last step: the caller says how many of each sequence's tokens are kept, and the rest is as
     if it had never run. Raises as `forward`."""
     # 1. Check everything, before anything is written.
-    items, tokens = _plan(model, pool, batch)
-    positions = pad_rows(torch.cat([item.positions for item in items]))
+    items, tokens, positions = _plan(model, pool, batch)
     if write_global_kv:
         _open_blocks(pool, items)
+    single = [item for item in items if item.stop - item.start == 1] if ops.steps_together else []
+    for number, item in enumerate(single):
+        item.step = number
+    steps = Steps(model, pool, [item.sequence for item in single], write=write_global_kv) if single else None
+    split = _Split(items, single, model.device)
     # 2. The layers. Rows beyond the last sequence are padding.
     ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
     streams = model.model.embed_tokens(tokens).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
@@ -139,8 +177,8 @@ def run_tokens(
     for index, module in enumerate(model.model.layers):
         layer = cast(DecoderLayer, module)
         x, post, comb = layer.attn_hc(streams)
-        attention = _LayerPass(model, pool, index, layer, ops, write_global_kv)
-        output = attention.run(layer.input_layernorm(x), positions, ropes[layer.self_attn.kind], items)
+        attention = _LayerPass(model, pool, index, layer, ops, write_global_kv, steps)
+        output = attention.run(layer.input_layernorm(x), positions, ropes[layer.self_attn.kind], split)
         streams = expand(streams, output, post, comb)
         x, post, comb = layer.ffn_hc(streams)
         x = layer.post_attention_layernorm(x)[:num_tokens]
@@ -148,7 +186,22 @@ def run_tokens(
     # 3. Window states move on only when tokens are kept, so that a failed call can be repeated.
     hidden = model.model.norm(model.model.hc_head(streams))
     wanted = hidden[:num_tokens] if logits == "all" else hidden[[item.stop - 1 for item in items]]
-    return Ran(linear(wanted, model.lm_head.weight), streams[:num_tokens], items)
+    return Ran(linear(wanted, model.lm_head.weight), streams[:num_tokens], items, steps)
+
+
+class _Split:
+    """Which rows of the batch belong to sequences that run one token, and which items run more.
+
+    rows: a slice where the former lie side by side, which is what a decode step is.
+    """
+
+    def __init__(self, items: list[_Item], single: list[_Item], device: torch.device) -> None:
+        self.longer = [item for item in items if item.step is None]
+        first = single[0].start if single else 0
+        is_run = all(item.start == first + i for i, item in enumerate(single))
+        self.rows: slice | Tensor = slice(first, first + len(single))
+        if not is_run:
+            self.rows = torch.tensor([item.start for item in single], device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +214,9 @@ class _LayerPass:
     layer: DecoderLayer
     ops: Ops
     write: bool
+    steps: Steps | None
 
-    def run(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], items: list[_Item]) -> Tensor:
+    def run(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], split: _Split) -> Tensor:
         """x [N, D], normed, to the attention block's output [N, D]."""
         attention = self.layer.self_attn
         # 1. What is computed for each token alone, for the whole batch at once.
@@ -174,9 +228,18 @@ class _LayerPass:
         if isinstance(attention.compressor, CSACompressor):
             indexer = attention.compressor.indexer
             index = indexer.project(x, positions), indexer.queries(residual, *rope), indexer.head_weights(x)
-        # 2. What reaches across tokens, sequence by sequence.
+        # 2. What reaches across tokens: of sequences that run one token together, of others one by one.
         attended = torch.zeros_like(q)
-        for item in items:
+        if self.steps is not None:
+            at = split.rows
+            mine = TokenRows(
+                q=q[at],
+                window=window[at],
+                compressed=None if rows is None else rows[:, at],
+                index=None if index is None else (index[0][:, at], index[1][at], index[2][at]),
+            )
+            attended[at] = self.steps.attend(self.index, attention, mine)
+        for item in split.longer:
             part = item.rows
             line = self._window(item, window[part])
             if rows is None:
@@ -184,8 +247,8 @@ class _LayerPass:
             elif index is None:
                 attended[part] = self._hca(item, q[part], line, rows[:, part])
             else:
-                mine = index[0][:, part], index[1][part], index[2][part]
-                attended[part] = self._csa(item, q[part], line, rows[:, part], mine)
+                indexed = index[0][:, part], index[1][part], index[2][part]
+                attended[part] = self._csa(item, q[part], line, rows[:, part], indexed)
         # 3. Project back.
         return attention.output(attended, *rope)
 
@@ -262,27 +325,31 @@ class _LayerPass:
 
 def _plan(
     model: Model, pool: BlockPool, batch: collections.abc.Sequence[tuple[Sequence, Tokens]]
-) -> tuple[list[_Item], Tensor]:
-    """Checked items and the batch's tokens [N], padded with token 0."""
+) -> tuple[list[_Item], Tensor, Tensor]:
+    """Checked items, and the batch's tokens and positions [N], padded with 0."""
     if not batch:
         raise InternalError("a batch needs at least one sequence")
     if pool.layout != model.layout:
         raise InternalError("the pool was made for another layout than the model's")
     items: list[_Item] = []
-    pieces: list[Tensor] = []
+    pieces: list[Tokens] = []
     start = 0
     for sequence, given in batch:
         tokens = as_tokens(given)
         _check_item(model, pool, sequence, len(tokens), int(tokens.max()) if len(tokens) else 0)
         stop = start + len(tokens)
-        positions = torch.arange(sequence.position, sequence.position + len(tokens), device=model.device)
-        block_ids = torch.tensor(sequence.block_table, dtype=torch.long, device=model.device)
-        items.append(_Item(sequence, start, stop, block_ids, positions))
-        pieces.append(torch.from_numpy(tokens.astype("i8")))
+        items.append(_Item(sequence, start, stop, model.device))
+        pieces.append(tokens)
         start = stop
     if len({id(item.sequence.window) for item in items}) < len(items):
         raise InternalError("a sequence may appear only once in a batch")
-    return items, pad_rows(torch.cat(pieces).to(model.device), ROW_TILE)
+    both = np.zeros((2, -(-start // ROW_TILE) * ROW_TILE), np.int64)
+    both[0, :start] = np.concatenate(pieces)
+    both[1, :start] = np.concatenate(
+        [np.arange(item.position, item.position + item.stop - item.start) for item in items]
+    )
+    tokens_N, positions_N = torch.from_numpy(both).to(model.device)
+    return items, tokens_N, positions_N
 
 
 def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, largest: int) -> None:

@@ -54,6 +54,8 @@ class TritonOps:
     Raises:  InternalError: a layout of another record format than FP8.
     """
 
+    steps_together = False
+
     def __init__(self, layout: BlockLayout, *, reproducible: bool = False) -> None:
         if layout.kv_format is not KVFormat.FP8:
             raise InternalError(f"the kernels know the fp8 record format only, not {layout.kv_format.value}")

@@ -63,6 +63,9 @@ def admitted() -> Admitted:
     return _admitted.get()
 
 
+NOBODYS_GRANTS: Final = GrantCheck(lambda: ())
+
+
 class Guard:
     """One service's. Without files and keyring it is open, for loopback alone, which `check_listening` sees to.
 
@@ -75,7 +78,7 @@ class Guard:
         *,
         files: CredentialFiles | None = None,
         keyring: Keyring | None = None,
-        grant_check: GrantCheck | None = None,
+        grant_check: GrantCheck = NOBODYS_GRANTS,
         tokens: TokenCheck = lambda *_: None,
         needs_token: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -124,9 +127,8 @@ class Guard:
 
     def _hold(self, identity: Identity, rule: GrantRule, metadata: Mapping[str, Any]) -> None:
         signed = bytes(metadata.get(grants.GRANT_KEY, b""))
-        grant = None
-        if not self.is_open and self._grants is not None and (rule is GrantRule.NEEDED or (rule and signed)):
-            grant = self._grants.check(signed) if rule is not GrantRule.NONE else None
+        is_asked = rule is GrantRule.NEEDED or (rule is GrantRule.OPTIONAL and bool(signed))
+        grant = self._grants.check(signed) if is_asked and not self.is_open else None
         grants.hold(signed if grant is not None else b"")
         _admitted.set(Admitted(identity=identity, grant=grant, is_open=self.is_open))
 
@@ -164,9 +166,8 @@ class Guard:
         if not known:
             raise PermissionDenied(f"{method} is in nobody's row of the access table")
         if identity.role in (Role.LOCAL, Role.NOBODY):
-            how = (
-                "a certificate" if self._files is not None else "the deployment's secret (--credentials or --data-dir)"
-            )
+            of_secret = "the deployment's secret (a service: --secret-file; a command: --data-dir)"
+            how = of_secret if self._files is None else "a certificate"
             raise Unauthenticated(f"{method} is for those who show who they are, with {how}")
         raise PermissionDenied(f"{identity} may not call {method}")
 

@@ -92,7 +92,7 @@ def check_listening(address: str, *, has_tls: bool, flag: str = "--address") -> 
 
 
 def check_calling(address: str, *, has_tls: bool) -> None:
-    """Whoever is called without TLS is on this host: what we show, and prompts, must not cross a network in clear.
+    """Without TLS, call this host alone: what we show, and prompts, must not cross a network in clear.
 
     Raises:  ConfigError: the address leads elsewhere.
     """

@@ -31,7 +31,7 @@ def use_found(find: Find) -> None:
 
 
 def use_for(address: str, credentials: Credentials) -> None:
-    """Show this to whoever listens at the address."""
+    """Show this to the process that listens at the address."""
     _by_address[address] = credentials
 
 

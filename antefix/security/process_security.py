@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -28,6 +28,8 @@ from antefix.security.listening import check_calling, check_listening
 from antefix.telemetry.shown import counter, gauge
 
 log = logging.getLogger("antefix.security")
+
+_CHECKING: Final = (Role.KVSTORE, Role.PREFILL, Role.DECODE)
 
 
 def credentials_setting() -> Any:
@@ -50,17 +52,14 @@ class ProcessSecurity:
         tokens: TokenCheck = lambda *_: None,
         needs_token: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Raises:  ConfigError: with TLS there must be keys that check grants: grant.pub, or the secret's."""
+        """Raises:  ConfigError: with TLS, what signs or checks grants is missing."""
         self.role = role
         self.files = files
         self._keyring = keyring
         self._checked: tuple[int, Sequence[Ed25519PublicKey]] = (-1, ())
         self._of_secret = grants.secret_keys(keyring) if keyring is not None else ()
-        if files is not None and not self.grant_keys() and role in (Role.KVSTORE, Role.PREFILL, Role.DECODE):
-            raise ConfigError(
-                f"{files.directory} has no grant.pub, which says whose grants hold: take it from the directory of"
-                " `antefix certs init`, or give --secret-file"
-            )
+        if files is not None:
+            _check_grant_files(role, files, has_keys=bool(self.grant_keys()))
         self.grant_check = GrantCheck(self.grant_keys)
         self.credentials = Credentials(role, files=files, keyring=keyring)
         self.guard = Guard(
@@ -96,6 +95,14 @@ class ProcessSecurity:
             self._checked = (loaded.number, keys)
         return keys
 
+    def secret_marks(self, num_bytes: int) -> list[bytes]:
+        """One per secret, the current one first: equal for equal secrets, and it tells nothing of them."""
+        if self._keyring is None:
+            return []
+        ring = self._keyring
+        numbers = sorted(ring.generations, key=lambda number: number != ring.generation)
+        return [ring.proof(b"about", generation=number)[:num_bytes] for number in numbers]
+
     def check_listening(self, address: str, *, flag: str = "--address") -> None:
         """Raises:  ConfigError: without TLS, an address that other hosts may reach."""
         check_listening(address, has_tls=self.has_tls, flag=flag)
@@ -120,6 +127,17 @@ class ProcessSecurity:
         failed = {(): float(self.files.num_failed)}
         yield counter(
             "antefix_security_failed_reloads", "Changed files that did not fit each other, since the start.", failed
+        )
+
+
+def _check_grant_files(role: Role, files: CredentialFiles, *, has_keys: bool) -> None:
+    """Raises:  ConfigError: a service could check no grants, or a router sign none that others believe."""
+    loaded, source = files.now(), "take it from the directory of `antefix certs init`, or give --secret-file"
+    if role in _CHECKING and not has_keys:
+        raise ConfigError(f"{files.directory} has no grant.pub, which says whose grants hold: {source}")
+    if role is Role.ROUTER and loaded.grant_public and not loaded.grant_key:
+        raise ConfigError(
+            f"{files.directory} has grant.pub, and no grant.key that this router could sign with: {source}"
         )
 
 

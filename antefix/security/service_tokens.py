@@ -15,7 +15,7 @@ from antefix.security.identity import ALL_TENANTS, ISSUED, Identity, Role
 
 CALLER_KEY: Final = "antefix-caller"
 AGE_S_MAX: Final = 60.0
-# Roles that have the deployment's secret, or are whoever may read it.
+# Roles whose processes, or whose owners, may read the deployment's secret.
 PROVABLE: Final = frozenset(ISSUED) - {Role.TENANT, Role.FRONTEND}
 
 

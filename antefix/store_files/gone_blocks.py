@@ -40,7 +40,7 @@ class GoneWriter:
         """This block is being removed."""
         code = next(code for code, known in _CODES.items() if known is reason)
         with contextlib.suppress(OSError):
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 if os.fstat(fd).st_size != self.nbytes:
                     # New, or made under another budget, where each hash has another slot.

@@ -17,6 +17,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO
 
+from antefix.private_file import open_private
+
 log = logging.getLogger("antefix_billing")
 
 FILE_BYTES = 64 << 20
@@ -44,7 +46,7 @@ class StoreLog:
     """
 
     def __init__(self, directory: Path, *, file_bytes: int = FILE_BYTES) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
         self._file_bytes = file_bytes
         self._file: IO[str] | None = None
@@ -83,7 +85,7 @@ class StoreLog:
     def _append(self, line: str, now_us: int) -> None:
         if self._file is None or self._num_bytes >= self._file_bytes:
             self.close()
-            self._file = (self._directory / f"store-{now_us:017d}.log").open("a", buffering=1)
+            self._file = open_private(self._directory / f"store-{now_us:017d}.log", "a")
             self._num_bytes = 0
         self._file.write(line)
         self._num_bytes += len(line)

@@ -255,11 +255,14 @@ def _acquire(directory: Path, map_bytes: int, write: bool) -> _Shared:
             map_size=map_bytes,
             readonly=not write,
             create=write,
+            mode=0o600,
             max_dbs=len(TABLES),
             max_readers=READERS_MAX,
             # Looking up a chain touches pages at random; reading ahead would fetch megabytes for nothing.
             readahead=False,
-            meminit=False,
+            # Pages are zeroed before they are written: what was in memory there before, such as payloads before they
+            # were encrypted, would go to the disk with them.
+            meminit=True,
             max_spare_txns=16,
         )
     except lmdb.Error as err:

@@ -10,6 +10,7 @@ import contextlib
 from pathlib import Path
 from typing import Final
 
+from antefix.private_file import open_private
 from antefix.store_files.hit_log import StoreLog
 
 USAGE_LOG_FILE: Final = "USAGE_LOG"
@@ -26,7 +27,8 @@ def announce_log(store_directory: Path, log_directory: str) -> None:
         if path.read_text() == text:
             return  # also on a disk that has no room to say it again
     part = path.with_suffix(".part")
-    part.write_text(text)
+    with open_private(part, "w") as file:
+        file.write(text)
     part.rename(path)
 
 

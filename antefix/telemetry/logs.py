@@ -10,14 +10,18 @@ import logging
 import sys
 import threading
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import IO, Any, Final
 
 from prometheus_client.core import Metric
 
+from antefix.errors import AntefixError, InvalidRequest
 from antefix.telemetry.context import request_id, trace_id
 from antefix.telemetry.shown import counter
+
+log = logging.getLogger("antefix.telemetry")
 
 LEVELS: Final = ("debug", "info", "warning", "error")
 FORMATS: Final = ("text", "json")
@@ -97,7 +101,25 @@ class RepeatFilter(logging.Filter):
             return passes
 
 
-class TextFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    """Both forms': a trace says where and what kind of error, and the message of an error of ours alone.
+
+    A KeyError, a UnicodeDecodeError or a library's own hold the value that they are about: text of a request, or a key.
+    """
+
+    def formatException(self, exc_info: Any) -> str:
+        return trace_of(exc_info[1]) if exc_info and exc_info[1] is not None else ""
+
+    def format(self, record: logging.LogRecord) -> str:
+        # Another handler's formatter may have left its own trace there.
+        shown = logging.makeLogRecord({**vars(record), "exc_text": None})
+        if record.name == "asyncio" and record.exc_info:
+            # Its further lines show the task with its exception, which the trace below does without the value.
+            shown.msg, shown.args = record.getMessage().partition("\n")[0], ()
+        return super().format(shown)
+
+
+class TextFormatter(_Formatter):
     """For people."""
 
     def __init__(self) -> None:
@@ -109,20 +131,56 @@ class TextFormatter(logging.Formatter):
         return f"{text} [{' '.join(notes)}]" if notes else text
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_Formatter):
     """For programs: one JSON object a line."""
 
     def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if record.name == "asyncio" and record.exc_info:
+            message = message.partition("\n")[0]
         values: dict[str, Any] = {
             "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z",
             "level": _level_of(record),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": message,
             **_notes(record),
         }
         if record.exc_info:
             values["exception"] = self.formatException(record.exc_info)
         return json.dumps(values, ensure_ascii=False, default=str)
+
+
+def trace_of(err: BaseException) -> str:
+    """Where an error was raised and by which others, without the values that messages of others than ours hold."""
+    parts: list[str] = []
+    each: BaseException | None = err
+    seen: set[int] = set()
+    while each is not None and id(each) not in seen:
+        seen.add(id(each))
+        kind = f"{type(each).__module__}.{type(each).__qualname__}"
+        told = f"{kind}: {each}" if _may_be_told(each) else f"{kind}: (its message is left out)"
+        frames = "".join(traceback.format_tb(each.__traceback__))
+        parts.append(f"Traceback (most recent call last):\n{frames}{told}")
+        if isinstance(each, BaseExceptionGroup):
+            parts += [trace_of(inner) for inner in each.exceptions]
+        each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
+    return "\n\nwhich came of:\n\n".join(parts)
+
+
+def _may_be_told(err: BaseException) -> bool:
+    # What is wrong with a request says what stood in it.
+    return isinstance(err, (AntefixError, OSError)) and not isinstance(err, (InvalidRequest, UnicodeError))
+
+
+def tell_of_crashes() -> None:
+    """From now on, what ends this process or a thread of it by mistake is a line of the log, in the same words."""
+
+    def crashed(kind: type[BaseException], err: BaseException | None, _: Any) -> None:
+        if err is not None and not issubclass(kind, KeyboardInterrupt):
+            log.critical("ended by a mistake in the program", exc_info=err)
+
+    sys.excepthook = crashed
+    threading.excepthook = lambda args: crashed(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 class _Handler(logging.StreamHandler[IO[str]]):

@@ -113,6 +113,12 @@ class RedisWindowPool:
         return self._used_bytes + nbytes <= self.bytes_max
 
     async def _memory_bytes(self) -> int:
+        try:
+            return await self._told_bytes()
+        except (KeyError, ValueError, TypeError, AttributeError) as err:
+            raise Unavailable("the window pool does not say how much memory it uses") from err
+
+    async def _told_bytes(self) -> int:
         if isinstance(self._redis, RedisCluster):
             nodes = await self._ask(self._redis.info("memory", target_nodes=RedisCluster.PRIMARIES))
             infos = nodes.values() if all(isinstance(info, dict) for info in nodes.values()) else [nodes]

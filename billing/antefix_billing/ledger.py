@@ -217,7 +217,7 @@ class Ledger:
         path = segment_path(self.directory, tail.sequence + 1)
         header = SegmentHeader(first_sequence=tail.sequence + 1, previous_hash=tail.hash, source=self.source).pack()
         reserve = LedgerReserve(self.directory)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o640)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             if os.write(fd, header) < len(header):
                 raise OSError(errno.ENOSPC, "no space for a segment's header")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from antefix.errors import ConfigError
+from antefix.private_file import open_private
 from antefix_billing.ledger_format import (
     GENESIS,
     SEGMENT_HEADER_BYTES,
@@ -104,16 +105,17 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
         if header.first_sequence != expected or (previous is not None and header.previous_hash != previous):
             raise LedgerCorrupt(f"{paths[index].name} does not continue the segment before it")
         previous = header.previous_hash
-        stop = 0
+        stop = SEGMENT_HEADER_BYTES
         for entry in entries_of(data):
             if entry.sequence != expected or entry.hash != chain_hash(previous, expected, entry.kind, entry.payload):
                 raise LedgerCorrupt(f"entry {expected} in {paths[index].name} does not continue the chain")
             if entry.sequence > after:
                 yield previous, entry
             previous, expected, stop = entry.hash, expected + 1, entry.end
-        if stop and stop != len(data) and (not is_last or has_later_batch(data, stop)):
+        # The first entry too: what is whole behind it says that it was durable once.
+        if stop != len(data) and (not is_last or has_later_batch(data, stop)):
             raise LedgerCorrupt(f"{paths[index].name} is damaged at byte {stop}")
-        if not stop and not is_last:
+        if stop == SEGMENT_HEADER_BYTES and not is_last:
             raise LedgerCorrupt(f"{paths[index].name} holds no entry")
 
 
@@ -154,14 +156,14 @@ def prepare_directory(directory: Path) -> None:
 
     Raises:  ConfigError: there are segments but no identity, so it is not known whose they are.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = directory / "source"
     if path.exists():
         return
     if segments_of(directory):
         raise ConfigError(f"{directory} has segments but no source file: restore it from a copy")
     part = directory / "source.part"
-    with part.open("w") as file:
+    with open_private(part, "w") as file:
         file.write(secrets.token_hex(SOURCE_BYTES) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -174,7 +176,7 @@ def take_lock(directory: Path) -> int:
 
     Raises:  ConfigError: another process has it.
     """
-    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as err:

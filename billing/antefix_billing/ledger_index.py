@@ -37,8 +37,8 @@ class LedgerIndex:
     """LMDB under the ledger's directory."""
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(exist_ok=True)
-        self._env = lmdb.open(str(directory), map_size=_MAP_BYTES, subdir=True, max_dbs=0)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        self._env = lmdb.open(str(directory), map_size=_MAP_BYTES, subdir=True, max_dbs=0, mode=0o600)
 
     @property
     def covered(self) -> int:

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 
-from antefix.errors import Overloaded, QuotaExceeded
+from antefix.errors import BudgetExceeded, Overloaded, RateLimited, TooManyRequests
 from antefix_billing.pricing import moment_of
 from antefix_billing.usage_record import UsageRecord
 
@@ -118,19 +118,22 @@ class QuotaBook:
                 self._forget_idle(now)
             state = self._tenants.setdefault(tenant, _Tenant())
             if limits.requests is not None and state.num_running >= limits.requests:
-                raise QuotaExceeded(f"{limits.requests} requests of this tenant are running", retry_after_s=1.0)
+                raise TooManyRequests(
+                    f"concurrency limit: {limits.requests} requests of this tenant are running, which is all that may",
+                    retry_after_s=1.0,
+                )
             for limit in limits.limits:
                 usage = self._usage(tenant, limit.window, now)
                 left_s = (limit.window.end(now) - now).total_seconds()
                 if limit.tokens is not None and usage.tokens + tokens > limit.tokens:
-                    raise QuotaExceeded(
-                        f"{limit.tokens} tokens a {limit.window}: {usage.tokens} are used or reserved, this request may"
-                        f" need {tokens}",
+                    raise RateLimited(
+                        f"rate limit: {limit.tokens} tokens per {limit.window}, of which {usage.tokens} are used or"
+                        f" reserved, and this request may need {tokens}",
                         retry_after_s=left_s,
                     )
                 if limit.money is not None and usage.money + money > limit.money:
-                    raise QuotaExceeded(
-                        f"the budget of {limit.money} a {limit.window} does not cover this request",
+                    raise BudgetExceeded(
+                        f"budget: {limit.money} per {limit.window} does not cover this request",
                         retry_after_s=left_s,
                     )
             for limit in limits.limits:

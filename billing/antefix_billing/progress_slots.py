@@ -46,7 +46,7 @@ class ProgressJournal:
     """The file of one ledger. Called from one thread, but for `sync`."""
 
     def __init__(self, directory: Path) -> None:
-        self._fd = os.open(directory / PROGRESS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        self._fd = os.open(directory / PROGRESS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._found: dict[bytes, Usage] = {}

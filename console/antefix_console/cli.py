@@ -19,7 +19,7 @@ from antefix import __version__
 from antefix.config import add_file_flags, add_flags, as_json, resolve
 from antefix.errors import AntefixError, InternalError, InvalidRequest, ResourceExhausted, Unavailable
 from antefix.security import own_credentials
-from antefix.telemetry.logs import set_up_logs
+from antefix.telemetry.logs import set_up_logs, tell_of_crashes
 from antefix.telemetry.tracing import start_tracing
 from antefix_console.catalog import COMMANDS, ROLES
 from antefix_console.operator_credentials import find_credentials
@@ -38,6 +38,8 @@ _EXTRA_OF = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
+    # What a command writes is its user's: stores, bills, logs, keys. It is widened by hand where others need it.
+    os.umask(0o077)
     if not logging.getLogger().handlers:
         set_up_logs()
     try:
@@ -148,6 +150,7 @@ def _serve(args: argparse.Namespace) -> int:
         print(as_json(config))
         return EXIT_OK
     set_up_logs(config.log_level, config.log_format)
+    tell_of_crashes()
     stop_tracing = start_tracing(config.traces, role=args.role, share=config.trace_share)
     try:
         asyncio.run(serve(config, watch_stdin=args.watch_stdin))

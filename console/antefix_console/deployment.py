@@ -25,6 +25,7 @@ from typing import IO
 from antefix.clients import RouterClient
 from antefix.config import GRACE_S, flags_of, require
 from antefix.errors import ConfigError, Unavailable
+from antefix.private_file import FILE_MODE, open_private, write_private
 from antefix.secret import Keyring, create_secret_file
 from antefix.security import own_credentials
 from antefix.security.credentials import Credentials
@@ -39,6 +40,8 @@ LOCK_FILE = "up.lock"
 METRICS_TARGETS_FILE = "metrics-targets.json"
 # The settings that decide how the last start's routers write prompts.
 DOOR_FILE = "door.json"
+# What the store is encrypted with, where it is.
+STORE_KEY_FILE = "store.key"
 START_TIMEOUT_S = 120.0
 # What a role needs beyond the grace period, to end what runs and to write down what it has.
 STOP_MARGIN_S = 20.0
@@ -54,6 +57,7 @@ class DeploymentConfig(WorkerSettings):
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
     api_keys_file, keys_redis: docs/SECURITY.md, "Keys".
+    encrypt: what is stored is encrypted with the key in data_dir/store.key, which is made if it is not there.
     chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
     grace_s: how long requests that run may take when it stops.
     log_level, log_format, traces: docs/OPERATIONS.md, "Watching".
@@ -73,6 +77,7 @@ class DeploymentConfig(WorkerSettings):
     tenants_file: str = ""
     api_keys_file: str = ""
     keys_redis: str = ""
+    encrypt: bool = False
     chat_format: str = "auto"
     model_aliases: str = ""
     prefix_rules: str = ""
@@ -175,7 +180,7 @@ class Deployment:
         try:
             config.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._take_lock()
-            (config.data_dir / "logs").mkdir(exist_ok=True)
+            (config.data_dir / "logs").mkdir(mode=0o700, exist_ok=True)
             secret = create_secret_file(config.data_dir / "secret")
         except OSError as err:
             raise ConfigError(f"--data-dir {config.data_dir} cannot be used: {err}; nothing was started") from err
@@ -183,6 +188,12 @@ class Deployment:
         flags = ["--dir", str(config.store_dir), "--usage-log-dir", str(config.usage_log_dir)]
         # What the store knows callers by.
         flags += ["--secret-file", str(secret)]
+        key = config.data_dir / STORE_KEY_FILE
+        if config.encrypt:
+            create_secret_file(key)
+        if key.exists():
+            # Also where it is not asked for any more: what is there would be lost, and the rest written in clear.
+            flags += ["--encrypt-key-file", str(key)]
         await self.start_role("kvstore", flags + _given("--budget-bytes", config.store_bytes))
         await asyncio.gather(
             *(self.start_worker("prefill") for _ in range(config.num_prefill)),
@@ -190,15 +201,15 @@ class Deployment:
         )
         # A router refuses to start over workers that cannot share, and says what differs.
         await self.start_router(config.router_address, http_address=config.http_address)
-        (config.data_dir / ARITHMETIC_FILE).write_text((await self.router.status()).arithmetic + "\n")
-        (config.data_dir / DOOR_FILE).write_text(json.dumps(_door_settings(config)) + "\n")
+        write_private(config.data_dir / ARITHMETIC_FILE, (await self.router.status()).arithmetic + "\n")
+        write_private(config.data_dir / DOOR_FILE, json.dumps(_door_settings(config)) + "\n")
         for _ in range(1, config.num_routers):
             await self.start_router(http_address="127.0.0.1:0" if config.http_address else "")
 
     def _take_lock(self) -> None:
         """Raises:  ConfigError: another deployment runs in the data directory, whose logs would be taken from it."""
         path = self.config.data_dir / LOCK_FILE
-        lock = path.open("a+")
+        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, FILE_MODE), "a+")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
@@ -268,7 +279,7 @@ class Deployment:
         if log_path.exists():
             # What the last run said is kept beside it: after a crash it is what explains the crash.
             log_path.replace(log_path.with_suffix(".old.log"))
-        with log_path.open("ab") as log:
+        with open_private(log_path, "a") as log:
             process = await asyncio.create_subprocess_exec(
                 # -P: a folder called `antefix` in the working directory is not the package.
                 *(sys.executable, "-P", "-m", "antefix_console", "serve", role, "--watch-stdin"),
@@ -297,7 +308,7 @@ class Deployment:
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         started.metrics_address = str(ready.get("metrics_address", ""))
         if self._credentials is not None:
-            # Whoever started the processes may ask them anything.
+            # Who started the processes may ask them anything.
             own_credentials.use_for(started.address, self._credentials)
         self._write_targets()
         return started
@@ -316,9 +327,7 @@ class Deployment:
         ]
         path = self.config.data_dir / METRICS_TARGETS_FILE
         # Replaced as a whole: Prometheus reads it whenever it changes.
-        fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps(targets, indent=2) + "\n")
-        fresh.replace(path)
+        write_private(path, json.dumps(targets, indent=2) + "\n")
 
     async def kill(self, process: RoleProcess) -> None:
         """kill -9, for tests of failure."""

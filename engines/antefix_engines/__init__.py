@@ -5,6 +5,7 @@ What all of them share:
     `engine_store.EngineStore`    one store as an engine uses it: names, seals, and errors that become misses.
     `verify.findings_of`          what `antefix verify --engine NAME` runs for an engine.
     `metrics.engine_metrics`      what an engine's store shows to Prometheus.
+    `v4_entries.compare`          two engines' stored entries of one V4 prompt, entry by entry; `v4_runs` makes them.
 
 A new engine describes its KV as an `EngineLayout`, puts that into an `antefix.block.Fingerprint` as its geometry, and
 gives both to `EngineStore.kv`. It names blocks by tokens (`KvOfModel.chain`), or by keys that the engine makes

@@ -222,6 +222,19 @@ class KvOfModel:
         done = self._put(records)
         return [done is not None and record.hash not in done.refused for record in records]
 
+    def pin(self, hashes: Sequence[bytes], duration_s: float) -> None:
+        """Keep blocks from eviction for a time; 0 lets go."""
+        names = [(RecordKind.BLOCK, name) for name in hashes]
+        if names:
+            call = lambda store: store.pin(names, duration_s=duration_s, owner=self._owner)  # noqa: E731
+            self._store.attempt("pin blocks", call, 0)
+
+    def evict(self, hashes: Sequence[bytes]) -> int:
+        """Drop blocks with all that hangs on them. Returns how many records went."""
+        names = [(RecordKind.BLOCK, name) for name in hashes]
+        went: int = self._store.attempt("evict blocks", lambda store: store.evict(names, owner=self._owner), 0)
+        return went
+
     def _put(self, records: Sequence[Record]) -> PutResult | None:
         """None: nothing to do, or the store failed."""
         if not records:

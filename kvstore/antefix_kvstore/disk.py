@@ -29,7 +29,7 @@ class Disk:
 
         Raises:  FileExistsError.
         """
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def open(self, path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -87,7 +87,7 @@ class Disk:
     def replace_file(self, path: Path, content: bytes) -> None:
         """Write a small file so that it is there whole or not at all, whatever happens."""
         draft = path.with_suffix(".new")
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             self.write(fd, [content], 0)
             self.sync_data(fd)

@@ -40,7 +40,7 @@ class DiskReserve:
         """Make the file if it is not there. Returns whether it is there now: a full disk has no room for it."""
         if self.held:
             return True
-        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, self.nbytes)
         except OSError:

@@ -73,7 +73,7 @@ def lock_directory(directory: Path) -> int:
     Raises:  ConfigError: another process has the store open, or we may not write there.
     """
     try:
-        fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as err:
         raise _unusable(directory, err) from err
     try:
@@ -104,14 +104,14 @@ def read_identity(directory: Path, disk: Disk, clock_ms: Callable[[], int]) -> S
         if path.exists() and segment_dir.exists() and any(segment_dir.iterdir()):
             raise ConfigError(f"{directory}: neither the STORE file nor any segment can be read; not an Antefix store")
         identity = StoreIdentity(store_id=secrets.token_bytes(16), created_ms=clock_ms())
-        segment_dir.mkdir(exist_ok=True)
+        segment_dir.mkdir(mode=0o700, exist_ok=True)
         disk.replace_file(path, pack_identity(identity))
     if identity.version not in FORMAT_VERSIONS:
         raise ConfigError(
             f"{directory} has format version {identity.version}; this build reads"
             f" {' and '.join(map(str, FORMAT_VERSIONS))}"
         )
-    segment_dir.mkdir(exist_ok=True)
+    segment_dir.mkdir(mode=0o700, exist_ok=True)
     if identity.version != FORMAT_VERSION:
         # From here on a build that knows the old version only would not find all that is stored.
         identity = dataclasses.replace(identity, version=FORMAT_VERSION)

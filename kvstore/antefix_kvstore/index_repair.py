@@ -111,7 +111,7 @@ def index_sum(directory: Path) -> bytes:
 def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, check_all: bool = False) -> Index:
     """A new index from the segments' headers, put in place only when it is whole."""
     new = directory / REBUILT_DIR
-    new.mkdir()
+    new.mkdir(mode=0o700)
     index = Index(new, map_bytes=index_bytes, write=True)
     try:
         _fill(index, segments, check_all)

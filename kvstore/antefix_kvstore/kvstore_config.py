@@ -62,6 +62,11 @@ class KvStoreConfig:
     keys_file: str = setting(
         "", "JSON file of tenants' 256-bit keys; when given, everything stored is encrypted", guards=True
     )
+    encrypt_key_file: str = setting(
+        "",
+        "file with one key (64 hex digits) that each tenant's is made of: everything stored is encrypted",
+        guards=True,
+    )
     usage_log_dir: str = setting(
         "", "log which blocks were stored and read here, to reconcile the bill with; empty: none"
     )
@@ -106,6 +111,9 @@ class KvStoreConfig:
             require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
         for text in self.quotas:
             _parse_quota(text)
+        require(
+            not (self.keys_file and self.encrypt_key_file), "--keys-file and --encrypt-key-file: give one of the two"
+        )
         check_url(self.events_redis)
         require(
             not self.events_redis or bool(self.events_key_file or self.secret_file),

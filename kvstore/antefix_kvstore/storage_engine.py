@@ -114,7 +114,7 @@ class StorageEngine:
         self._touches = Touches()
         self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="antefix-sync")
         owners = Owners(Keyring.from_file(config.secret_file) if config.secret_file else None)
-        keys = KeyRing.from_file(Path(config.keys_file), owners) if config.keys_file else None
+        keys = _keys(config, owners)
         self._quotas = Quotas(config, owners)
         self._store = open_store(config, disk or Disk(), clock_ms)
         self.identity = self._store.identity
@@ -490,6 +490,12 @@ class StorageEngine:
     def totals(self) -> dict[bytes, tuple[int, int, int]]:
         with self.index.txn() as txn:
             return read_totals(self.index, txn)
+
+
+def _keys(config: KvStoreConfig, owners: Owners) -> KeyRing | None:
+    if config.encrypt_key_file:
+        return KeyRing.from_master_file(Path(config.encrypt_key_file))
+    return KeyRing.from_file(Path(config.keys_file), owners) if config.keys_file else None
 
 
 def _owner_of(record: Record) -> bytes:

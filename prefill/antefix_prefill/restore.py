@@ -329,7 +329,8 @@ async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], 
     with span("replay", num_tokens=stop - start):
         while sequence.position < stop:
             end = min(stop, (sequence.position // engine.prefill_chunk + 1) * engine.prefill_chunk)
-            await engine.compute.run(_replay_piece, engine, sequence, prompt.tokens[sequence.position : end], stop)
+            left, piece = prompt.num_tokens - sequence.position, prompt.tokens[sequence.position : end]
+            await engine.compute.run_chunk(left, started, _replay_piece, engine, sequence, piece, stop)
     report.replayed_tokens = stop - start
     engine.rates.observe_replay(plan.replay_work_tokens, context=start, seconds=time.perf_counter() - started)
     return sequence

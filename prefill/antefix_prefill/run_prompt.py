@@ -110,7 +110,10 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
         new = range(max(first // engine.block_size, restored.num_stored_blocks), last)
         tokens, is_last = prompt.tokens[first:stop], stop == prompt.num_tokens
         with span("prefill chunk", first=first, num_tokens=stop - first):
-            logits, payloads = await engine.compute.run(_run_chunk, engine, sequence, tokens, new, is_last)
+            left = prompt.num_tokens - first
+            logits, payloads = await engine.compute.run_chunk(
+                left, begun, _run_chunk, engine, sequence, tokens, new, is_last
+            )
         for index in range(first // engine.block_size, last):
             publish_block(engine, prompt, index, sequence.block_table[index])
         for index, payload in zip(new, payloads, strict=True):

@@ -16,6 +16,7 @@ from antefix_billing.usage_commit import LedgerWriter
 from antefix_router.accounting import Accounts
 from antefix_router.gateway.access import HttpMeasures
 from antefix_router.gateway.notes import IgnoredFields
+from antefix_router.gateway.strict_http import HttpFaults
 from antefix_router.key_changes import KeyChanges
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.store_feed import StoreFeed
@@ -181,9 +182,14 @@ def key_metrics(keys: KeyRegister, changes: KeyChanges | None) -> Iterable[Metri
         )
 
 
-def http_metrics(measures: HttpMeasures, ignored: IgnoredFields) -> Iterable[Metric]:
+def http_metrics(measures: HttpMeasures, ignored: IgnoredFields, faults: HttpFaults) -> Iterable[Metric]:
     """The HTTP door."""
     yield from measures.metrics()
+    yield counter(
+        "antefix_http_malformed_requests",
+        "Connections that were closed because what came was no request, or could be cut into requests in two ways.",
+        {(): float(faults.num_malformed)},
+    )
     yield counter(
         "antefix_http_requests_with_ignored_fields",
         "Requests that had a field which changes nothing here.",

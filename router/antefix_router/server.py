@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
 
 import grpc
@@ -16,6 +16,7 @@ from antefix.block import as_tokens
 from antefix.clients import Tokens
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.model_dir import identify
+from antefix.outward import outward
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.guard import admitted
@@ -58,6 +59,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(
         self, message: router_pb2.GenerateRequest, context: rpc.Context
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
+        with outward():
+            async with contextlib.aclosing(self._generate(message, context)) as responses:
+                async for response in responses:
+                    yield response
+
+    async def _generate(
+        self, message: router_pb2.GenerateRequest, context: rpc.Context
+    ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
         tenant = admitted().identity.tenant(message.tenant)
         caller = Caller(tenant=tenant, user=message.user, request_id=message.request_id, session=message.session)
         request = GenerationRequest(
@@ -209,6 +218,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR],
         security=security,
         token_address=config.token_address,
+        calls=[config.store_address] if config.store_address else [],
     )
     router.start()
     http_address = http.address if http is not None else ""

@@ -137,7 +137,7 @@ async def test_crash_after_crash_never_costs_more_than_the_dearest_attempt(tmp_p
 async def test_what_a_crash_was_charged_counts_against_the_quota(tmp_path, open_front):
     tenants = TenantBook(limits={"acme": TenantLimits(limits=(Limit(window=LimitWindow.MONTH, tokens=10_000),))})
     again = await crash_after(open_front, 2, tenants=tenants)
-    assert again.accounts._quotas.used("acme", LimitWindow.MONTH, datetime.now(UTC)) == (102, price_of(64, 36, 2))
+    assert again.accounts.quotas.used("acme", LimitWindow.MONTH, datetime.now(UTC)) == (102, price_of(64, 36, 2))
 
 
 @pytest.mark.parametrize(("fail_after", "held"), [(2, False), (0, False), (2, True)])
@@ -242,7 +242,7 @@ async def test_quotas_hold_across_a_restart(tmp_path, open_front):
     with pytest.raises(QuotaExceeded) as caught:
         await ask(again)
     assert 0 < caught.value.retry_after_s <= 31 * 86400
-    assert again.accounts._quotas.used("acme", LimitWindow.MONTH, datetime.now(UTC))[0] == 206
+    assert again.accounts.quotas.used("acme", LimitWindow.MONTH, datetime.now(UTC))[0] == 206
 
 
 async def test_budgets_hold_for_requests_at_once(open_front):

@@ -36,7 +36,7 @@ def test_type_checkers_see_the_names_that_run_time_gives() -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("antefix.")
         for alias in node.names
     }
-    assert seen == set(antefix.__all__) - {"__version__"}
+    assert seen == set(antefix.__all__)
 
 
 def test_all_errors_are_public() -> None:

@@ -3,14 +3,17 @@
 import asyncio
 import contextlib
 import random
+import time
 
 import pytest
+from redis.asyncio import Redis
 
+from antefix.events import event_seal, numbered_log, redis_stream
 from antefix.events import follower as follower_module
-from antefix.events import numbered_log, redis_stream
 from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.event_seal import DropReason, public_epoch
 from antefix.events.numbered_log import Batch, Cursor, watch_log
-from tests.events.sources import CHAIN, MemorySource, StoreSource, cut_off, is_level, is_right
+from tests.events.sources import CHAIN, EVENT_KEYS, MemorySource, StoreSource, cut_off, is_level, is_right
 from tests.redis_servers import until
 
 
@@ -273,8 +276,34 @@ async def test_words_of_a_former_life_count_no_more(source, started, redis):
     await level(source, router)
     evicted = BlockEvent(kind=EventKind.EVICTED, hashes=CHAIN[0][:8])
     before = counted(router)
-    router.follower.take(Batch(cursor=Cursor(epoch=old.epoch, number=old.number + 1), events=(evicted,)))
+    for epoch in (old.epoch, public_epoch(old.epoch)):
+        router.follower.take(Batch(cursor=Cursor(epoch=epoch, number=old.number + 1), events=(evicted,)))
     assert is_level(source, router) and counted(router) == before
+
+
+async def test_another_process_with_the_deployments_key_does_not_speak_for_the_source(source, started, redis):
+    """It can read all that is in Redis, and sign as any process of the deployment does; the epoch is not there."""
+    await source.publish(redis.url)
+    router = started(redis.url)
+    await source.hold(6)
+    await level(source, router)
+    client = Redis.from_url(redis.url)
+    stream, name = source.publisher._stream, source.publisher._name
+    (_, last), *_ = await client.xrevrange(stream, count=1)
+    assert last[b"e"] == public_epoch(source.log.cursor.epoch) != source.log.cursor.epoch
+    before = counted(router)
+    for epoch in (last[b"e"], b"", b"an epoch of mine"):
+        gone = {"k": int(EventKind.EVICTED), "b": CHAIN[0][:8], "a": name, "n": source.log.cursor.number + 1}
+        entry = EVENT_KEYS.sign(stream, {**gone, "s": time.time_ns()}, epoch=epoch)
+        entry["e"] = last[b"e"]
+        raw = {key.encode(): value if isinstance(value, bytes) else str(value).encode() for key, value in entry.items()}
+        entry["m"] = event_seal._mac(EVENT_KEYS._keys[1], stream, raw)
+        await client.xadd(stream, entry)
+    await until(lambda: router.feed._reader.dropped[DropReason.FORGED] == 3)
+    await client.aclose()
+    assert is_level(source, router) and counted(router) == before
+    await source.hold(8)
+    await level(source, router)
 
 
 async def test_what_redis_tells_again_counts_once(source, started, redis):
@@ -352,7 +381,7 @@ async def test_events_that_come_while_a_snapshot_is_taken_are_applied_on_top(sou
     for count in (12, 4, 9):
         await source.hold(count)
     waiting = router.follower._waiting
-    await until(lambda: waiting and waiting[-1].cursor == source.log.cursor)
+    await until(lambda: waiting and waiting[-1].cursor.number == source.log.cursor.number)
     go.set()
     # Never in step with what is not so, from the very moment on in which the snapshot is whole.
     while not router.follower.in_step:  # noqa: ASYNC110
@@ -370,7 +399,7 @@ async def test_more_events_than_may_wait_for_a_snapshot_mean_another_one(source,
     await reached.wait()
     await source.hold(10)
     waiting = router.follower._waiting
-    await until(lambda: waiting and waiting[-1].cursor == source.log.cursor)
+    await until(lambda: waiting and waiting[-1].cursor.number == source.log.cursor.number)
     go.set()
     await level(source, router)
     assert counted(router) == (2, 1)

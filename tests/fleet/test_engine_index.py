@@ -184,9 +184,9 @@ def test_an_event_that_is_told_again_changes_nothing(known):
     assert known.leading() == 3
 
 
-def test_hashes_of_bytes_and_of_integers_are_one(known):
+def test_hashes_of_bytes_that_differ_anywhere_are_different(known):
     event = stored(0, 2)
-    event.block_hashes = [b"\x00" * 7 + b"\x01" + b"x" * 24, b"\x00" * 7 + b"\x02" + b"y" * 24]
+    event.block_hashes = [bytes(31) + b"\x01", bytes(31) + b"\x02"]
     known.tell(event)
-    known.tell(KvRemoved(block_hashes=[2], medium="GPU"))
+    known.tell(KvRemoved(block_hashes=[bytes(31) + b"\x02"], medium="GPU"))
     assert known.leading() == 1

@@ -10,6 +10,7 @@ from antefix.errors import InvalidRequest
 from antefix.v1 import fleet_pb2, fleet_pb2_grpc
 from antefix_console.commands import explain_fleet
 from antefix_router.fleet.fleet_server import FleetServicer
+from antefix_router.fleet.fleet_view import FleetView
 from tests.fleet.standin import MODEL, Standin
 
 LONG = "The quick brown fox jumps over the lazy dog. " * 20
@@ -105,3 +106,21 @@ async def test_a_prompt_that_no_worker_can_tokenize_is_placed_by_load(fleet):
     request = fleet_pb2.ExplainRequestRequest(body=json.dumps({"model": MODEL, "prompt": "x"}))
     answer = await servicer.ExplainRequest(request, None)
     assert (answer.prompt_tokens, answer.chosen, answer.miss_reason) == (0, door.workers[0].address, "unknown")
+
+
+async def test_the_page_shows_the_fleets_workers_and_what_was_lost(fleet, two):
+    door = await fleet(*two)
+    where = (await door.chat(LONG)).headers["antefix-worker"]
+    await door.heard()
+    worker = next(each for each in two if each.address == where)
+    worker.forgets_silently = True
+    await door.chat(LONG)
+    shown = await FleetView(door.router, door.router.front.accounts.activity).data(3600)
+    assert json.loads(json.dumps(shown)) == shown
+    (row,) = [each for each in shown["workers"] if each["address"] == where]
+    assert (row["role"], row["serving"], row["memory_known"]) == ("foreign", True, True)
+    assert "expected 896, lost 896" in row["setup"]
+    newest = shown["requests"][0]
+    assert newest["miss_reason"] == "lost_hit"
+    assert "reported; 896 were expected" in " ".join(newest["explained"])
+    assert shown["forest"][0]["prompts"] == 2

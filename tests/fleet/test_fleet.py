@@ -403,6 +403,15 @@ async def test_a_receipt_says_that_hits_are_reported(fleet, two):
     assert (check.record.evidence, check.record.worker) == (Evidence.REPORTED, answer.headers["antefix-worker"])
 
 
+async def test_a_streams_last_usage_has_the_details(fleet, two):
+    door = await fleet(*two)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    answer = await door.chat("hello", headers={"antefix-usage-details": "true"}, **options)
+    usage = events_of(answer)[-1]["usage"]
+    assert (usage["completion_tokens"], usage["antefix"]["evidence"]) == (3, "reported")
+    assert usage["antefix"]["worker"] == door.records[0].worker
+
+
 async def test_details_are_given_to_who_asks(fleet, two):
     door = await fleet(*two)
     answer = await door.chat("hello", headers={"antefix-usage-details": "true"})

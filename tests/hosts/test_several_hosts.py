@@ -156,6 +156,23 @@ def test_a_stranger_on_the_network_is_refused(hosts):
     assert json.loads(answer.stdout)["error"]["type"] == "authentication_error"
 
 
+def test_doctor_checks_the_deployment_from_any_host(hosts):
+    credentials = f"ANTEFIX_CREDENTIALS={hosts.directory / 'credentials' / 'operator'}"
+    command = ("env", credentials, "antefix", "doctor", "--deployment", "router.antefix.test:7000", "--json")
+    found = json.loads(hosts.on("client", *command).stdout)
+    checks = {each["check"]: each["status"] for each in found["findings"]}
+    assert found["ok"] and set(checks.values()) == {"ok"}
+    assert len([check for check in checks if ":700" in check]) == len(HOSTS)
+    # A host that cannot be reached is named.
+    hosts.run("cut", hosts.directory, "decode2")
+    try:
+        found = json.loads(hosts.on("client", *command, check=False).stdout)
+        failed = [each["check"] for each in found["findings"] if each["status"] == "fail"]
+        assert failed == ["decode decode2.antefix.test:7002"]
+    finally:
+        hosts.run("heal", hosts.directory, "decode2")
+
+
 def test_only_what_was_told_to_listens(hosts):
     for host in HOSTS:
         shown = hosts.on(host, "ss", "--listening", "--tcp", "--numeric", "--no-header").stdout

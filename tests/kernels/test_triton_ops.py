@@ -81,6 +81,8 @@ def run(model: Model, pool: BlockPool, ops: Ops) -> tuple[torch.Tensor, torch.Te
 class Compared:
     """Runs every step in torch and with the kernels on the same inputs, checks them, goes on with torch's result."""
 
+    steps_together = False
+
     def __init__(self, pool: BlockPool, reproducible: bool = False) -> None:
         self.plain, self.kernels = TorchOps(), TritonOps(pool.layout, reproducible=reproducible)
         self.card = CardPool(pool.layout, pool.num_blocks, pool.rows.device)

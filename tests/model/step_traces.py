@@ -92,6 +92,8 @@ class Tracer:
 class TracedOps:
     """Runs the steps that touch cached KV, and notes what they gave."""
 
+    steps_together = False
+
     def __init__(self, ops: Ops, tracer: Tracer) -> None:
         self._ops, self._tracer = ops, tracer
 

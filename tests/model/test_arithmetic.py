@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,14 +111,16 @@ def test_columns_that_threads_divide_between_them_are_seen(monkeypatch: pytest.M
 
 
 def test_bits_that_depend_on_threads_are_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = numerics.multiply
+    def divided(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            product = plain(a, b)
+            return product * (1 + 1e-6) if torch.get_num_threads() == 2 else product
 
-    def divided(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        product = plain(a, b)
-        return product * (1 + 1e-6) if torch.get_num_threads() == 2 else product
+        return run
 
     model = make("plain")
-    monkeypatch.setattr(numerics, "multiply", divided)
+    for name in ("multiply", "multiply_each"):
+        monkeypatch.setattr(numerics, name, divided(getattr(numerics, name)))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     measured = probe(model)
@@ -126,6 +129,15 @@ def test_bits_that_depend_on_threads_are_part_of_the_name(monkeypatch: pytest.Mo
     assert measured.ignores_shapes
     assert any("number of threads" in text for text in measured.failed)
     check_arithmetic(measured.name)
+
+
+def test_pairs_that_differ_from_single_products_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode steps of many sequences are pairs, a chunk of one sequence is single products: both must be one chain."""
+    plain = numerics.multiply_each
+    monkeypatch.setattr(numerics, "multiply_each", lambda a, b: plain(a, b) * (1 + 1e-6))
+    measured = probe(make("plain"))
+    assert not measured.ignores_shapes
+    assert all("or alone" in text for text in measured.failed)
 
 
 def test_what_was_not_checked_is_said() -> None:

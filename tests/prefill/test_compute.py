@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from antefix_prefill.worker.compute_thread import ComputeThread, uninterrupted
+from antefix_prefill.run_prompt import run_prompt
+from antefix_prefill.worker.compute_thread import OLDEST_EVERY, ComputeThread, uninterrupted
 
 
 async def test_cancellation_waits_for_the_work_in_hand():
@@ -35,3 +36,62 @@ async def test_an_error_of_the_work_reaches_the_caller():
 
     with pytest.raises(ValueError, match="broken"):
         await uninterrupted(fails())
+
+
+async def order_of(submissions):
+    """In which order a busy thread takes what was submitted meanwhile: (name, remaining or None, began)."""
+    thread, let_go, taken = ComputeThread("test"), threading.Event(), []
+    busy = asyncio.create_task(thread.run(let_go.wait))
+    await asyncio.sleep(0)
+    waiting = []
+    for name, remaining, began in submissions:
+        if remaining is None:
+            waiting.append(asyncio.create_task(thread.run(taken.append, name)))
+        else:
+            waiting.append(asyncio.create_task(thread.run_chunk(remaining, began, taken.append, name)))
+        await asyncio.sleep(0)
+    let_go.set()
+    await asyncio.gather(busy, *waiting)
+    thread.close()
+    return taken
+
+
+async def test_small_jobs_go_first_and_then_the_prompt_with_the_least_left():
+    taken = await order_of([("long", 9000, 1.0), ("short", 40, 2.0), ("handoff", None, 0), ("middle", 500, 3.0)])
+    assert taken == ["handoff", "short", "middle", "long"]
+
+
+async def test_every_few_chunks_one_is_the_oldest_prompts():
+    shorts = [(f"short {i}", 40, 2.0 + i) for i in range(9)]
+    taken = await order_of([("long", 9000, 1.0), *shorts])
+    assert taken.index("long") == OLDEST_EVERY - 1
+    assert [name for name in taken if name != "long"] == [name for name, _, _ in shorts]
+
+
+async def test_an_error_is_the_callers_and_the_thread_goes_on():
+    thread = ComputeThread("test")
+
+    def fail():
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await thread.run_chunk(1, 0.0, fail)
+    assert await thread.run(int, "7") == 7
+    thread.close()
+
+
+async def test_a_short_prompt_does_not_wait_for_a_long_one(make_engine, make_prompt):
+    engine, done = make_engine(prefill_chunk=64), []
+    begun = asyncio.Event()
+
+    async def finish(name, num_tokens):
+        prompt = make_prompt(engine, [ord(name) for _ in range(num_tokens)])
+        begun.set()
+        computed = await run_prompt(engine, prompt)
+        done.append(name)
+        engine.blocks.release(computed.sequence.block_table)
+
+    long = asyncio.create_task(finish("l", 1500))
+    await begun.wait()
+    await asyncio.gather(long, finish("s", 70))
+    assert done == ["s", "l"]

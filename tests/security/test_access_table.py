@@ -170,3 +170,26 @@ async def test_where_tenants_have_keys_a_process_of_this_host_shows_one_too(keyr
         assert await call(channel, generate, (False, True)) is grpc.StatusCode.UNAUTHENTICATED
         assert await call(WithToken(channel, "right"), generate, (False, True)) not in REFUSED
         assert await call(channel, health, (False, False)) is grpc.StatusCode.OK
+
+
+async def test_an_application_shows_its_key_to_the_router_that_it_means(authority, serve, tmp_path):
+    """With the CA's certificate alone: the router's must be for the host that is called."""
+    seen = []
+
+    def tokens(key, method):
+        seen.append(key)
+        return Identity(role=Role.TENANT, name="acme", tenants=frozenset({"acme"}))
+
+    (tmp_path / "ca.crt").write_bytes((authority.ca / "ca.crt").read_bytes())
+    acme = Credentials.of_application(tmp_path, api_key="acme's key")
+    generate = "/antefix.v1.RouterService/Generate"
+    router = await serve(authority.security("router", tokens=tokens), token_address="localhost:0")
+    async with rpc.channel(router.token_address, of=Role.ROUTER, credentials=acme) as channel:
+        assert await call(channel, generate, (False, True)) not in REFUSED
+    assert seen == ["acme's key"]
+    # Another certificate of the same CA, of a worker on another host, gets no key to see.
+    authority.files("prefill", "elsewhere", hosts=["w1.example"])
+    rogue = await serve(authority.security("prefill", "elsewhere", tokens=tokens), token_address="localhost:0")
+    async with rpc.channel(rogue.token_address, of=Role.ROUTER, credentials=acme) as channel:
+        assert await call(channel, generate, (False, True)) is grpc.StatusCode.UNAVAILABLE
+    assert seen == ["acme's key"]

@@ -198,6 +198,11 @@ def test_a_service_that_checks_grants_needs_keys_for_it(tmp_path, keyring):
     with pytest.raises(ConfigError, match=r"grant\.pub.*--secret-file"):
         ProcessSecurity(Role.KVSTORE, files=CredentialFiles(tmp_path / "s"))
     ProcessSecurity(Role.KVSTORE, files=CredentialFiles(tmp_path / "s"), keyring=keyring)
+    issue(tmp_path / "ca", tmp_path / "r", Role.ROUTER, "r")
+    ProcessSecurity(Role.ROUTER, files=CredentialFiles(tmp_path / "r"), keyring=keyring)
+    (tmp_path / "r" / "grant.key").unlink()
+    with pytest.raises(ConfigError, match=r"no grant\.key that this router could sign"):
+        ProcessSecurity(Role.ROUTER, files=CredentialFiles(tmp_path / "r"), keyring=keyring)
 
 
 # --- of other makers -----------------------------------------------------------------------------------------------

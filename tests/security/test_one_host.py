@@ -20,6 +20,7 @@ from antefix.store.client import RemoteStore
 from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.e2e.conftest import MODEL, SMALL_POOL
+from tests.security.tls_deployment import ipv6_or_v4
 
 pytestmark = pytest.mark.services
 PROMPT = np.arange(300, dtype=np.uint32) % 61
@@ -29,7 +30,9 @@ STRANGER = Credentials(Role.NOBODY)
 
 async def test_antefix_up_answers_everybody_and_shows_its_insides_to_its_own(tmp_path, capsys, monkeypatch):
     flags = {"prefill": SMALL_POOL, "decode": SMALL_POOL, "kvstore": ("--budget-bytes", "256M")}
-    config = DeploymentConfig(model=MODEL, data_dir=tmp_path / "data", extra_flags=flags)
+    config = DeploymentConfig(
+        model=MODEL, data_dir=tmp_path / "data", extra_flags=flags, router_address=f"{ipv6_or_v4()}:0"
+    )
     async with Deployment(config) as deployment:
         at = {role: deployment.one(role).address for role in ("router", "prefill", "decode", "kvstore")}
         # 1. As before: an application needs nothing.

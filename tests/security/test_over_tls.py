@@ -89,6 +89,11 @@ async def test_a_deployment_over_tls(deployment, authority, monkeypatch, capsys,
         said["prefill"]["address"],
         said["decode"]["address"],
     }
+    assert await asyncio.to_thread(main, ["doctor", "--deployment", router, "--json"]) == 0
+    findings = {each["check"]: each for each in json.loads(capsys.readouterr().out)["findings"]}
+    assert {f"{role} {each['address']}" for role, each in said.items()} < set(findings)
+    assert {each["status"] for each in findings.values()} == {"ok"}
+    assert "certificate for 90 days" in findings[f"kvstore {said['kvstore']['address']}"]["detail"]
     for role in said:
         assert "TLS with the certificate" in deployment.log(role)
 

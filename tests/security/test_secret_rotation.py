@@ -135,7 +135,7 @@ def test_events_are_signed_with_a_key_that_gives_no_secret_away(tmp_path, capsys
     for _, secret in read_generations(path):
         assert secret.hex() not in key.read_text()
     fields = {"a": "worker", "e": b"epoch", "n": 1, "k": 1, "b": b"12345678", "s": 5}
-    signed = EventKeys.from_file(key).sign("stream", fields)
+    signed = EventKeys.from_file(key).sign("stream", fields, epoch=b"epoch")
     raw = {name.encode(): value if isinstance(value, bytes) else str(value).encode() for name, value in signed.items()}
     assert EventKeys.of(Keyring.from_file(path)).holds("stream", raw)
     assert not EventKeys.of(Keyring.from_file(path)).holds("another", raw)

@@ -121,6 +121,7 @@ COUNTED = {
     "_num_given": "antefix_router_retries",
     "num_forged": "antefix_window_pool_forged_records",
     "num_errors": "antefix_api_keys_errors",
+    "num_malformed": "antefix_http_malformed_requests",
 }
 # Of one request, one block, one file or one index: they are state, not counts of what happened to the service.
 STATE = {

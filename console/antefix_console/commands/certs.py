@@ -20,7 +20,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     init = actions.add_parser(
         "init", help="make a private CA, and the key that signs grants", epilog="example: antefix certs init ca"
     )
-    init.add_argument("directory", type=Path, metavar="CA_DIR", help="kept by whoever issues, on no service's host")
+    init.add_argument(
+        "directory", type=Path, metavar="CA_DIR", help="of the person who issues; on no host of a service"
+    )
     init.add_argument("--days", type=int, default=CA_DAYS, help=f"how long it holds (default: {CA_DAYS})")
     made = actions.add_parser(
         "issue",

@@ -12,7 +12,7 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from antefix_console import shipped
+from antefix_console.finding import Finding
 from antefix_console.progress_line import ProgressLine
 
 if TYPE_CHECKING:
@@ -38,16 +39,6 @@ _DISK_WRITE_MIN = 50e6
 _BUDGET_HELD_MIN = 0.9
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One check. status: "ok", "warn" (slower or weaker than it could be) or "fail" (will not work)."""
-
-    check: str
-    status: str
-    detail: str
-    advice: str = ""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data-dir", type=Path, help="probe this directory's disk (default: the temporary directory)")
     parser.add_argument(
@@ -63,10 +54,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--router", metavar="HOST:PORT", help="ask this router too: do its workers compute the same, is all stored"
     )
+    parser.add_argument(
+        "--deployment",
+        metavar="ROUTER",
+        help="check a deployment over several hosts instead of this machine, from its router's HOST:PORT: is each"
+        " service reached, how long do certificates last, do clocks, names, secrets and versions agree",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.deployment:
+        from antefix_console.deployment_check import check_deployment
+
+        with ProgressLine("asking the deployment's services"):
+            return _show(check_deployment(args.deployment), as_json=args.json)
     with ProgressLine("checking this machine") as progress:
         findings = [_python(), *_packages()]
         if importlib.util.find_spec("torch") is not None:
@@ -82,8 +84,12 @@ def run(args: argparse.Namespace) -> int:
         progress.step("services")
         findings += _store(args.store) if args.store else []
         findings += _router(args.router) if args.router else []
+    return _show(findings, as_json=args.json)
+
+
+def _show(findings: list[Finding], *, as_json: bool) -> int:
     failed = [finding for finding in findings if finding.status == "fail"]
-    if args.json:
+    if as_json:
         print(json.dumps({"ok": not failed, "findings": [asdict(finding) for finding in findings]}))
     else:
         _print(findings)

@@ -45,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="tenants' limits and keys")
     parser.add_argument("--api-keys-file", type=_not_empty, metavar="FILE", help="API keys, made by `antefix keys`")
     parser.add_argument(
+        "--encrypt",
+        action="store_true",
+        help="encrypt what is stored, with a key per tenant made of DATA_DIR/store.key (default: off)",
+    )
+    parser.add_argument(
         "--chat-format",
         choices=("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template"),
         default="auto",
@@ -103,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         ratecards=tuple(args.ratecards),
         tenants_file=args.tenants_file or "",
         api_keys_file=args.api_keys_file or "",
+        encrypt=args.encrypt,
         chat_format=args.chat_format,
         model_aliases=args.model_aliases,
         prefix_rules=args.prefix_rules,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -103,6 +104,47 @@ SMALL: Final[dict[str, Callable[[], Any]]] = {
     "deepseek_v3": _deepseek_v3,
     "deepseek_v4": _deepseek_v4,
 }
+
+
+def write_v4(directory: Path, *, num_experts: int = 8, seed: int = 0) -> Path:
+    """A V4 checkpoint of five layers with random weights, in the shapes that vLLM's kernels take (with 256 experts)."""
+    w, c, h = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+    config = transformers.DeepseekV4Config(
+        vocab_size=1024,
+        hidden_size=256,
+        num_hidden_layers=5,
+        layer_types=[w, w, c, h, c],
+        compress_rates={c: 4, h: 128},
+        num_attention_heads=8,
+        head_dim=512,
+        partial_rotary_factor=0.125,
+        q_lora_rank=128,
+        o_lora_rank=128,
+        o_groups=2,
+        sliding_window=128,
+        index_n_heads=8,
+        index_head_dim=128,
+        index_topk=512,
+        moe_intermediate_size=64,
+        n_routed_experts=num_experts,
+        num_experts_per_tok=6,
+        num_hash_layers=2,
+        max_position_embeddings=65536,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = transformers.DeepseekV4ForCausalLM(config)
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=weight.shape[-1] ** -0.5)
+            elif "norm" not in name:
+                weight.normal_(std=0.1)
+        for name, table in model.named_buffers():
+            if name.endswith("tid2eid"):
+                picked = torch.rand(len(table), num_experts).argsort(-1)[:, : table.shape[1]]
+                table.copy_(picked)
+        model.save_pretrained(str(directory))
+    return directory
 
 
 def small_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:

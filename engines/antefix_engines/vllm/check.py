@@ -1,9 +1,10 @@
-"""`antefix verify --engine vllm`: vLLM's cold answers against those from restored rows, with planted faults.
+"""`antefix verify --engine vllm`: vLLM's answers from restored rows against its own, with planted faults.
 
-One process computes prompts cold and stores them. Another, started after it has ended, restores them: the whole prompt,
-a fork inside it, a prompt that ends where a block ends, and five prompts at once. Tokens and log probabilities must be
-equal in all digits that a float has: to the cold run's, of five at once to those after a hit in vLLM's own cache. Then
-bits of the store are flipped, which must give a miss, and rows are restored with one kind of KV zeroed: it must show.
+One process computes prompts cold, stores them, and asks again, for a hit in vLLM's own cache. Another, started after it
+has ended, restores them: the whole prompt, a fork inside it, five prompts at once, and of V4 one that ends where a
+block ends. Tokens and log probabilities must be equal in all digits that a float has: to the cold run's, or where
+vLLM's own hits differ from its cold runs (MLA on a CPU, what is left of several prompts in one batch) to its own hit's.
+Then bits of the store are flipped, which must give a miss, and rows come back with one kind of KV zeroed: it must show.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ if importlib.util.find_spec("vllm") is None:
 NUM_TOKENS: Final = 4
 NUM_STREAMS: Final = 5
 STREAMS: Final = "prompts at once"
+ENDS: Final = "a block's end"
 PROCESS_S: Final = 900.0
 Answers = dict[str, dict[str, Any]]
 
@@ -56,13 +58,15 @@ def findings(request: CheckRequest) -> Iterator[Finding]:
 
 def _findings_of(model: CheckModel, path: Path, request: CheckRequest) -> Iterator[Finding]:
     prompts = prompts_of(random.Random(request.seed))
+    if not model.tries_ends:
+        del prompts[ENDS]
     data = request.scratch / f"data-{model.name.replace(' ', '-')}"
     revision = {"weights_revision": f"random-{model.name}"} if model.config else {}
     arguments = llm_arguments(model, path, [antefix_tier(data, **revision)])
-    # 1. Cold, in one process; only what the others hang on is stored. Of several prompts at once the reference is a hit
-    # in vLLM's own cache: it batches what is left of them otherwise than whole prompts, and its bits depend on that.
-    steps = [_run(name, each, is_cold=True, is_stored=name in ("whole", STREAMS)) for name, each in prompts.items()]
-    cold = run_process({"llm": arguments, "steps": [*steps, _run(STREAMS, prompts[STREAMS], is_stored=False)]})
+    # 1. Cold and from vLLM's own cache, in one process; only what the others hang on is stored.
+    own = run_process(
+        {"llm": arguments, "steps": [step for name in prompts for step in _own_steps(name, prompts[name])]}
+    )
     # 2. Restored, in another; between runs vLLM forgets what it has.
     steps = [step for name, each in prompts.items() for step in (_run(name, each, is_stored=False), {"do": "forget"})]
     for fault in model.faults:
@@ -74,11 +78,11 @@ def _findings_of(model: CheckModel, path: Path, request: CheckRequest) -> Iterat
     ]
     restored = run_process({"llm": arguments, "steps": steps})
     for name, each in prompts.items():
-        yield from _compared(model, name, each, cold[name], restored[name])
+        yield from _compared(model, name, each, own, restored[name])
     for fault in model.faults:
-        yield _planted(model, fault, cold["whole"], restored[fault])
+        yield _planted(model, fault, own, restored[fault])
     if model.config:
-        yield _missed(model, cold["whole"], restored["damaged"])
+        yield _missed(model, own, restored["damaged"])
 
 
 def prompts_of(draw: random.Random) -> dict[str, list[list[int]]]:
@@ -86,7 +90,7 @@ def prompts_of(draw: random.Random) -> dict[str, list[list[int]]]:
     whole = [draw.randrange(2, VOCAB_SIZE) for _ in range(840)]
     fork = whole[:600] + [draw.randrange(2, VOCAB_SIZE) for _ in range(90)]
     streams = [[draw.randrange(2, VOCAB_SIZE) for _ in range(300)] for _ in range(NUM_STREAMS)]
-    return {"whole": [whole], "a fork inside it": [fork], "a block's end": [whole[:768]], STREAMS: streams}
+    return {"whole": [whole], "a fork inside it": [fork], ENDS: [whole[:768]], STREAMS: streams}
 
 
 def run_process(job: dict[str, Any]) -> Answers:
@@ -116,11 +120,21 @@ def _run(name: str, prompts: list[list[int]], *, is_stored: bool, is_cold: bool 
     }
 
 
+def _own_steps(name: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """Cold, and from vLLM's own cache. What is stored must be computed first, what hangs on it must not be cached
+    first.
+    """
+    is_stored = name in ("whole", STREAMS)
+    cold = _run(name, prompts, is_cold=True, is_stored=is_stored)
+    again = _run(f"{name}, own cache", prompts, is_stored=False)
+    return [cold, again] if is_stored else [again, cold]
+
+
 def _compared(
-    model: CheckModel, name: str, prompts: list[list[int]], cold: dict[str, Any], restored: dict[str, Any]
+    model: CheckModel, name: str, prompts: list[list[int]], own: Answers, restored: dict[str, Any]
 ) -> Iterator[Finding]:
-    for number, (prompt, one, other) in enumerate(zip(prompts, cold["answers"], restored["answers"], strict=True)):
-        told = difference(one, other) or ("" if other["num_cached"] else "nothing was hit")
+    for number, (prompt, other) in enumerate(zip(prompts, restored["answers"], strict=True)):
+        told = _differs_from_both(own, name, number, other) or ("" if other["num_cached"] else "nothing was hit")
         yield Finding(
             subject=model.name,
             check=f"{name} {number + 1}" if len(prompts) > 1 else name,
@@ -131,8 +145,8 @@ def _compared(
         )
 
 
-def _planted(model: CheckModel, fault: str, cold: dict[str, Any], restored: dict[str, Any]) -> Finding:
-    told = difference(cold["answers"][0], restored["answers"][0])
+def _planted(model: CheckModel, fault: str, own: Answers, restored: dict[str, Any]) -> Finding:
+    told = _differs_from_both(own, "whole", 0, restored["answers"][0])
     return Finding(
         subject=model.name,
         check=f"{fault} restored as zeros",
@@ -143,12 +157,15 @@ def _planted(model: CheckModel, fault: str, cold: dict[str, Any], restored: dict
     )
 
 
-def _missed(model: CheckModel, cold: dict[str, Any], restored: dict[str, Any]) -> Finding:
-    """Behind the first block nothing may be hit, and the answer must be right."""
+def _missed(model: CheckModel, own: Answers, restored: dict[str, Any]) -> Finding:
+    """Behind the first block nothing may be hit. The answer is then nearly cold: one block's hit, and the rest
+    computed.
+    """
     answer = restored["answers"][0]
-    told = difference(cold["answers"][0], answer)
-    if answer["num_cached"] > model.hit_tokens:
-        told = f"{answer['num_cached']} tokens were hit, of which the block up to {2 * model.hit_tokens} is damaged"
+    is_hit = answer["num_cached"] > model.hit_tokens
+    told = f"{answer['num_cached']} tokens were hit, of which the block up to {2 * model.hit_tokens} is damaged"
+    if not is_hit:
+        told = difference(own["whole"]["answers"][0], answer) if model.hits_are_cold else ""
     return Finding(
         subject=model.name,
         check="a flipped bit",
@@ -156,6 +173,12 @@ def _missed(model: CheckModel, cold: dict[str, Any], restored: dict[str, Any]) -
         num_cached=answer["num_cached"],
         told=told,
     )
+
+
+def _differs_from_both(own: Answers, name: str, number: int, answer: dict[str, Any]) -> str:
+    """Empty where an answer is the cold one, or that of a hit in vLLM's own cache."""
+    from_cold = difference(own[name]["answers"][number], answer)
+    return from_cold and difference(own[f"{name}, own cache"]["answers"][number], answer) and from_cold
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> str:

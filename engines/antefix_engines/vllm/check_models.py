@@ -116,7 +116,8 @@ _COMMON: Final = {
 class CheckModel:
     """config: of a random model.  llm: what vLLM needs for it besides `llm_arguments`.
 
-    hit_tokens: hits end at multiples of it.  faults: to plant; each must show in an answer.
+    hit_tokens: hits end at multiples of it.  faults: to plant; each must show in an answer.  tries_ends: a prompt that
+    ends with a block too.  hits_are_cold: vLLM's own hits give what its cold runs give.
     """
 
     name: str
@@ -124,6 +125,8 @@ class CheckModel:
     llm: dict[str, Any] = field(default_factory=dict)
     hit_tokens: int
     faults: tuple[str, ...]
+    tries_ends: bool = False
+    hits_are_cold: bool = True
 
 
 V4: Final = CheckModel(
@@ -132,11 +135,20 @@ V4: Final = CheckModel(
     llm={"block_size": 256, "kv_cache_dtype": "fp8", "prefix_cache_retention_interval": 256},
     hit_tokens=256,
     faults=("window", "csa_state", "csa_main", "hca_main"),
+    tries_ends=True,
 )
 PLAIN: Final = CheckModel(
     name="plain attention", config=_LLAMA, llm={"block_size": 32}, hit_tokens=32, faults=("group-0",)
 )
-MLA: Final = CheckModel(name="MLA", config=_DEEPSEEK_V2, llm={"block_size": 32}, hit_tokens=32, faults=("group-0",))
+MLA: Final = CheckModel(
+    name="MLA",
+    config=_DEEPSEEK_V2,
+    llm={"block_size": 32},
+    hit_tokens=32,
+    faults=("group-0",),
+    # It reads cached latents by another kernel than those that it has just computed.
+    hits_are_cold=False,
+)
 HYBRID: Final = CheckModel(
     name="sliding windows",
     config=_GEMMA3,

@@ -78,13 +78,15 @@ class WholeRows:
         return found
 
     def _found_of(self, group: Group, asked: Sequence[Asked]) -> set[bytes]:
-        """The stored beginning; of windows the last rows instead."""
+        """The stored beginning; of windows the last rows, one by one. Of a group that may be either, both."""
         kv = self._groups[group.id][-1]
-        if not group.num_window_rows:
-            num_found = kv.lookup([kv.hash_of(each.hash) for each in asked]).num_blocks
-            if num_found or group.num_window_rows == 0:
-                return {each.key for each in asked[:num_found]}
-        return {each.key for each in asked[-WINDOW_ROWS_MAX:] if kv.lookup([kv.hash_of(each.hash)]).num_blocks}
+        is_window = group.num_window_rows if len(self.shape.groups) > 1 else 0
+        num_found = 0 if is_window else kv.lookup([kv.hash_of(each.hash) for each in asked]).num_blocks
+        found = {each.key for each in asked[:num_found]}
+        if is_window != 0:
+            rest = asked[num_found:][-WINDOW_ROWS_MAX:]
+            found |= {each.key for each in rest if kv.lookup([kv.hash_of(each.hash)]).num_blocks}
+        return found
 
     def put(self, prompt: Prompt, rows: Sequence[Row]) -> Stored:
         nbytes, keys, is_right = 0, [], True

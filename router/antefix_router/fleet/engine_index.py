@@ -199,8 +199,8 @@ class EngineIndex:
 
 
 def _number(hash_: Hash) -> int:
-    """64 bits of an engine's hash: half the memory of all of it, and a collision costs a wrong guess."""
-    return hash_ if isinstance(hash_, int) else int.from_bytes(hash_[:8], "big")
+    """64 bits that stand for an engine's hash: half the memory of it, and a collision costs a wrong guess."""
+    return hash_ if isinstance(hash_, int) else hash(hash_)
 
 
 def _scope(event: KvStored) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -176,22 +176,30 @@ class PassedAnswer:
         answer = self._generation.answer
         assert answer is not None
         self.headers |= cache_headers(self._bill.record)
+        self._add_details(answer)
+        return answer
+
+    def _add_details(self, answer: dict[str, Any]) -> None:
         if self._wants_details and isinstance(answer.get("usage"), dict):
             answer["usage"]["antefix"] = cache_details(self._bill.record)
-        return answer
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         async for _ in self._front.run(self._bill, self._timeout_s):
             for event in self._generation.taken():
                 yield event_bytes(event)
+        if (last := self._generation.last) is not None:
+            self._add_details(last)
+            yield event_bytes(last)
         yield event_bytes("[DONE]")
 
     def failed(self, err: Exception) -> bytes:
         return error_event(err, Provider.OPENAI)
 
 
-def build_fleet_app(door: FleetDoor, config: FleetConfig, measures: HttpMeasures) -> Starlette:
-    """The ASGI application."""
+def build_fleet_app(
+    door: FleetDoor, config: FleetConfig, measures: HttpMeasures, more: Iterable[Route] = ()
+) -> Starlette:
+    """The ASGI application. more: addresses that are no part of any API."""
     room = Room(config.http_requests_max)
     routes = [
         Route(
@@ -205,8 +213,9 @@ def build_fleet_app(door: FleetDoor, config: FleetConfig, measures: HttpMeasures
         Route("/v1/models", partial(_list_models, door), methods=["GET"]),
         Route("/v1/models/{name:path}", partial(_list_models, door), methods=["GET"]),
         *common_routes(door),
+        *more,
     ]
-    return application(routes, measures)
+    return application(routes, measures, config)
 
 
 async def _list_models(door: FleetDoor, request: Request) -> JSONResponse:

@@ -17,6 +17,7 @@ from antefix_router.fleet.prompt_tokens import PromptTokens
 from antefix_router.front import BilledFront, open_books
 from antefix_router.key_changes import follow_keys
 from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics
+from antefix_router.page.prefix_forest import PrefixForest
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.workers import WorkerRole, Workers
@@ -33,7 +34,15 @@ class FleetRouter:
         self.directory = Directory(config.directory_blocks)
         names = FleetNames(keyring)
         self.engines = Engines(config, self.workers, self.directory, names)
-        self.passing = Passing(config, self.engines, self.workers, self.directory, names)
+        self.forest = PrefixForest()
+        self.passing = Passing(
+            config,
+            self.engines,
+            self.workers,
+            self.directory,
+            names,
+            on_named=lambda prompt: self.forest.note(prompt.chain.hashes, prompt.owner),
+        )
         # Records name the model that was asked for; what names its blocks is the workers' own.
         accounts, _, keys, signer = open_books(config, keyring)
         self.front = BilledFront(self.passing.run, accounts, keys=keys, signer=signer)

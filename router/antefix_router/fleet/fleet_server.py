@@ -16,10 +16,12 @@ from antefix.security.process_security import open_security
 from antefix.telemetry import Registry
 from antefix.telemetry.settings import serve_metrics
 from antefix.v1 import fleet_pb2, fleet_pb2_grpc, usage_pb2, usage_pb2_grpc
+from antefix_billing.api_keys import Scope
 from antefix_router.fleet.engines import Engine, engine_of
 from antefix_router.fleet.fleet_config import FleetConfig
 from antefix_router.fleet.fleet_door import PATHS, build_fleet_app
 from antefix_router.fleet.fleet_router import FleetRouter
+from antefix_router.fleet.fleet_view import FleetView
 from antefix_router.fleet.passed_call import CHAT, COMPLETIONS
 from antefix_router.fleet.passing import Candidate
 from antefix_router.gateway.access import HttpMeasures
@@ -27,6 +29,7 @@ from antefix_router.gateway.app import serve_door
 from antefix_router.gateway.gateway import HttpCaller
 from antefix_router.gateway.http_errors import PassedError
 from antefix_router.key_callers import caller_of_key
+from antefix_router.page.page import page_routes
 from antefix_router.usage_service import UsageServicer
 
 
@@ -115,7 +118,10 @@ async def run(config: FleetConfig, *, watch_stdin: bool = False) -> None:
 
     await router.start()
     measures = HttpMeasures([*PATHS, "/v1/models", "/healthz"])
-    http = await serve_door(router.door, build_fleet_app(router.door, config, measures), config, measures, security)
+    view = FleetView(router, router.front.accounts.activity)
+    page = page_routes(view, lambda request: router.door.holder(request, Scope.ADMIN))
+    app = build_fleet_app(router.door, config, measures, page)
+    http = await serve_door(router.door, app, config, measures, security)
     accounts = router.front.accounts
 
     async def leave() -> None:

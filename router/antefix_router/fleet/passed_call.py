@@ -109,6 +109,7 @@ class PassedGeneration(Generation):
     """A request while a worker that is not ours answers it. num_pieces: of output that came, where it counts none.
 
     answer: a whole one.  events: of a stream, those that are to go to the client and have not been taken.
+    last: the one with the usage that the client asked for; it goes out when the record is written.
     """
 
     call: PassedCall = field(kw_only=True)
@@ -120,6 +121,7 @@ class PassedGeneration(Generation):
     reasons: dict[int, str] = field(default_factory=dict)
     answer: dict[str, Any] | None = None
     events: list[str] = field(default_factory=list)
+    last: dict[str, Any] | None = None
 
     @property
     def num_emitted(self) -> int:
@@ -159,10 +161,13 @@ class PassedGeneration(Generation):
         self.reported = Reported.read(piece.get("usage"), is_whole=is_last) or self.reported
         self.num_pieces += len(choices) if isinstance(choices, list) else 0
         self._note_choices(piece)
-        if "usage" not in piece or self.call.wants_running_usage:
+        if "usage" not in piece:
             return data
         if is_last:
-            return data if self.call.wants_usage else None
+            self.last = piece if self.call.wants_usage else None
+            return None
+        if self.call.wants_running_usage:
+            return data
         if self.call.wants_usage:
             piece["usage"] = None
         else:

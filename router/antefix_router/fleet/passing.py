@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -89,7 +89,11 @@ class Passing:
         directory: Directory,
         names: FleetNames,
         sessions: Sessions | None = None,
+        *,
+        on_named: Callable[[NamedPrompt], None] = lambda prompt: None,
     ) -> None:
+        """on_named: told of each prompt that was named, in one of the sizes of blocks."""
+        self._on_named = on_named
         self.counters = PassingCounters()
         self._config = config
         self._engines = engines
@@ -110,6 +114,8 @@ class Passing:
         prompts = self.named(generation.call)
         if not prompts:
             self.counters.num_unnamed += 1
+        for prompt in list(prompts.values())[:1]:
+            self._on_named(prompt)
         tried: set[str] = set()
         failed: AntefixError | None = None
         while True:

@@ -119,12 +119,14 @@ class _Answer:
 
 
 def _log(scope: Scope, headers: Headers, answer: _Answer, seconds: float) -> None:
-    extra = {
+    extra: dict[str, str | float] = {
         "status": answer.status,
         "duration_ms": round(1000 * seconds, 1),
         "request_bytes": int(length) if (length := headers.get("content-length", "")).isdigit() else 0,
         "response_bytes": answer.num_bytes,
     }
+    if client := (scope.get("client") or ("",))[0]:
+        extra["client"] = client
     if tenant := scope.get(TENANT):
         extra["tenant"] = tenant
     log.info("%s %s", scope["method"], shown_path(scope), extra=extra)

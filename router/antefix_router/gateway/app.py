@@ -10,12 +10,14 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
+from typing import Any
 
 import uvicorn
 from prometheus_client.core import Metric
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -37,6 +39,8 @@ from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import Call, Endpoint, Room
 from antefix_router.gateway.http_errors import NotFound, Provider, error_response
 from antefix_router.gateway.responses import prepare_response
+from antefix_router.gateway.strict_http import HttpFaults, strict_protocol
+from antefix_router.gateway.trusted_proxies import ClientAddress, TrustedProxies
 from antefix_router.metrics import http_metrics
 
 log = logging.getLogger("antefix.gateway")
@@ -70,7 +74,7 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, m
         *common_routes(gateway),
         *more,
     ]
-    return application(routes, measures)
+    return application(routes, measures, config)
 
 
 def common_routes(door: Door) -> list[Route]:
@@ -82,10 +86,25 @@ def common_routes(door: Door) -> list[Route]:
     ]
 
 
-def application(routes: list[Route], measures: HttpMeasures) -> Starlette:
+def application(routes: list[Route], measures: HttpMeasures, config: GatewayConfig) -> Starlette:
     """With the access log, and errors in our own shapes."""
-    access = Middleware(Access, measures=measures)
-    return Starlette(routes=routes, middleware=[access], exception_handlers={HTTPException: _http_error})
+    middleware = [
+        Middleware(ClientAddress, proxies=TrustedProxies(config.http_trusted_proxies, config.http_client_header)),
+        Middleware(Access, measures=measures),
+    ]
+    if config.http_cors_origins:
+        middleware.append(Middleware(CORSMiddleware, **_cors(config)))
+    return Starlette(routes=routes, middleware=middleware, exception_handlers={HTTPException: _http_error})
+
+
+def _cors(config: GatewayConfig) -> dict[str, Any]:
+    """Keys come in headers and never in cookies, so no credentials of a browser's are taken."""
+    return {
+        "allow_origins": config.http_cors_origins,
+        "allow_methods": ("GET", "POST"),
+        "allow_headers": ("*",),
+        "expose_headers": ("retry-after", "x-request-id"),
+    }
 
 
 async def _receipt(gateway: Door, request: Request) -> Response:
@@ -150,16 +169,23 @@ class HttpServer:
     """A started gateway."""
 
     def __init__(
-        self, server: _Server, serving: asyncio.Task[None], address: str, gateway: Door, measures: HttpMeasures
+        self,
+        server: _Server,
+        serving: asyncio.Task[None],
+        address: str,
+        gateway: Door,
+        measures: HttpMeasures,
+        faults: HttpFaults,
     ) -> None:
         self.gateway = gateway
         self.measures = measures
+        self.faults = faults
         self._server = server
         self._serving = serving
         self.address = address
 
     def metrics(self) -> Iterable[Metric]:
-        return http_metrics(self.measures, self.gateway.ignored)
+        return http_metrics(self.measures, self.gateway.ignored, self.faults)
 
     async def stop(self) -> None:
         """Take no more requests, let running ones finish, then stop."""
@@ -190,6 +216,7 @@ async def serve_door(
     door: Door, app: Starlette, config: GatewayConfig, measures: HttpMeasures, security: ProcessSecurity = OPEN
 ) -> HttpServer:
     """Raises:  ConfigError: the address cannot be listened on."""
+    faults = HttpFaults()
     host, port = parse_address(config.http_address)
     security.check_listening(config.http_address, flag="--http-address")
     if not is_loopback(host) and not (config.tenants_file or config.api_keys_file):
@@ -213,6 +240,10 @@ async def serve_door(
     server = _Server(
         uvicorn.Config(
             app,
+            # Named, so that neither another parser that is installed nor uvicorn's variables change what is read.
+            http=strict_protocol(faults),
+            ws="none",
+            proxy_headers=False,
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -230,7 +261,7 @@ async def serve_door(
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
     port = 0 if path else listener.getsockname()[1]
-    return HttpServer(server, serving, join_address(host, port), door, measures)
+    return HttpServer(server, serving, join_address(host, port), door, measures, faults)
 
 
 def _tls_of(security: ProcessSecurity) -> Callable[..., ssl.SSLContext] | None:

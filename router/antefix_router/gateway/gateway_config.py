@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Final
 
 from antefix.config import grace_setting, require, setting
 from antefix_router.front import BillingConfig
+from antefix_router.gateway.trusted_proxies import TrustedProxies
+
+_ORIGIN: Final = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z.-]+)(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +24,13 @@ class GatewayConfig(BillingConfig):
     http_timeout_s: float = setting(600.0, "longest a request may take", unit="s")
     http_keep_alive_s: float = setting(4.0, "how often a stream tells its client that it is alive", unit="s")
     http_usage_details: bool = setting(False, "tell in every answer's usage what the cache did, also unasked")
+    http_trusted_proxies: tuple[str, ...] = setting(
+        (), "proxies that are believed on who a client is: addresses, networks (10.0.0.0/8) or unix; none: nobody"
+    )
+    http_client_header: str = setting("", "the header in which they say it, such as x-forwarded-for or forwarded")
+    http_cors_origins: tuple[str, ...] = setting(
+        (), "web pages whose scripts may call, as https://host[:port], or * for all; none: no page's"
+    )
     http_max_tokens: int = setting(4096, "output limit of requests that name none", unit="tokens")
     model_names: tuple[str, ...] = setting((), "further names that clients may use for the model")
     model_aliases: str = setting(
@@ -41,6 +53,12 @@ class GatewayConfig(BillingConfig):
         require(self.http_requests_max > 0, f"http_requests_max must be positive, is {self.http_requests_max}")
         require(self.http_timeout_s > 0, f"http_timeout_s must be positive, is {self.http_timeout_s}")
         require(self.http_keep_alive_s > 0, f"http_keep_alive_s must be positive, is {self.http_keep_alive_s}")
+        TrustedProxies(self.http_trusted_proxies, self.http_client_header)
+        for origin in self.http_cors_origins:
+            require(
+                origin == "*" or _ORIGIN.fullmatch(origin) is not None,
+                f"http_cors_origins must be like https://host[:port], without a path, or *; is {origin!r}",
+            )
         require(self.http_max_tokens > 0, f"http_max_tokens must be positive, is {self.http_max_tokens}")
         require(self.unknown_models in ("serve", "refuse"), "unknown_models must be serve or refuse")
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")

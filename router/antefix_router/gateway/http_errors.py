@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from antefix import errors
+from antefix.outward import without_places
 from antefix.sampling import WrongSetting
 from antefix_router.front import ContextTooLong
 from antefix_router.gateway.fields import WrongField
@@ -61,8 +62,12 @@ _TABLE: tuple[tuple[type[Exception], int, str, str, str], ...] = (
     (errors.Unauthenticated, 401, "authentication_error", "invalid_api_key", "authentication_error"),
     (errors.PermissionDenied, 403, "permission_error", "permission_denied", "permission_error"),
     (errors.Conflict, 409, "conflict_error", "conflict", "invalid_request_error"),
-    (errors.QuotaExceeded, 429, "insufficient_quota", "insufficient_quota", "rate_limit_error"),
-    (errors.ResourceExhausted, 429, "rate_limit_error", "rate_limit_exceeded", "rate_limit_error"),
+    # As OpenAI tells them apart: what is counted is the type, and money has a code that clients do not try again on.
+    (errors.RateLimited, 429, "tokens", "rate_limit_exceeded", "rate_limit_error"),
+    (errors.TooManyRequests, 429, "requests", "concurrency_limit_exceeded", "rate_limit_error"),
+    (errors.BudgetExceeded, 429, "insufficient_quota", "insufficient_quota", "rate_limit_error"),
+    (errors.QuotaExceeded, 429, "tokens", "rate_limit_exceeded", "rate_limit_error"),
+    (errors.ResourceExhausted, 429, "rate_limit_error", "server_overloaded", "rate_limit_error"),
     (errors.DeadlineExceeded, 504, "timeout_error", "timeout", "timeout_error"),
     (errors.Unavailable, 503, "service_unavailable_error", "service_unavailable", "overloaded_error"),
 )
@@ -76,7 +81,8 @@ def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]
         if isinstance(err, kind):
             param = err.param if isinstance(err, (WrongField, WrongSetting)) else None
             code = err.code if isinstance(err, WrongField) else code
-            return status, _body(str(err), provider, openai_type, anthropic_type, code, param)
+            message = _told(err, status)
+            return status, _body(message, provider, openai_type, anthropic_type, code, param, has_code=status == 429)
     if isinstance(err, RecursionError):
         # Whoever looked through the body, and wherever: it holds more brackets in each other than anybody means.
         return error_body(errors.InvalidRequest("the body is nested too deeply"), provider)
@@ -86,11 +92,22 @@ def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]
     return 500, _body(message, provider, "server_error", "api_error", "internal_error")
 
 
+def _told(err: Exception, status: int) -> str:
+    """What a client wrote comes back as it is; what happened behind the door comes without where."""
+    message = without_places(str(err)) if not isinstance(err, errors.InvalidRequest) or status >= 500 else str(err)
+    if status >= 500:
+        log.warning("answered %d: %s: %s", status, type(err).__name__, err)
+    return message
+
+
 def error_response(err: Exception, provider: Provider) -> JSONResponse:
     status, body = error_body(err, provider)
     headers = {}
     if isinstance(err, errors.ResourceExhausted) and err.retry_after_s is not None:
         headers["retry-after"] = str(max(1, round(err.retry_after_s)))
+    if isinstance(err, errors.BudgetExceeded):
+        # Both providers' clients obey it.
+        headers["x-should-retry"] = "false"
     if isinstance(err, TooSlow):
         # The rest of the body may still come, and is no new request.
         headers["connection"] = "close"
@@ -100,10 +117,18 @@ def error_response(err: Exception, provider: Provider) -> JSONResponse:
 
 
 def _body(
-    message: str, provider: Provider, openai_type: str, anthropic_type: str, code: str, param: str | None = None
+    message: str,
+    provider: Provider,
+    openai_type: str,
+    anthropic_type: str,
+    code: str,
+    param: str | None = None,
+    *,
+    has_code: bool = False,
 ) -> dict[str, Any]:
+    """has_code: the code says what no other field does, in Anthropic's shape too."""
     if provider is Provider.ANTHROPIC:
-        # Anthropic's API has no field for it; its clients pass on what they do not know.
-        named = {} if param is None else {"param": param}
+        # Anthropic's API has no field for these; its clients pass on what they do not know.
+        named = {**({} if param is None else {"param": param}), **({"code": code} if has_code else {})}
         return {"type": "error", "error": {"type": anthropic_type, "message": message, **named}}
     return {"error": {"message": message, "type": openai_type, "param": param, "code": code}}

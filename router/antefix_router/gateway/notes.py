@@ -16,11 +16,15 @@ HEADER_BYTES_MAX: Final = 1024
 _NAME_BYTES_MAX: Final = 128
 # Of one request. A body of 32 MB has room for millions of keys, and naming each would hold up everybody's tokens.
 _NUM_IGNORED_MAX: Final = 1000
+# What a field is called, by whoever made an API. Anything else may be text of a prompt: it is counted without its name.
+_SHOWN: Final = re.compile(r"[A-Za-z_][\w-]{0,39}(?:(?:\[\])*\.[A-Za-z_][\w-]{0,39})*(?:\[\])*", re.ASCII)
 _INDEX: Final = re.compile(r"\[\d+\]")
 
 
 class IgnoredFields:
-    """How often each field was ignored, over all requests. Names come from clients, so there is room for so many."""
+    """How often each field was ignored, over all requests. Names come from clients, so there is room for so many, and
+    those that look like no field's are not told.
+    """
 
     NUM_NAMES_MAX: Final = 1000
     OTHERS: Final = "(others)"
@@ -35,7 +39,8 @@ class IgnoredFields:
         if num_unnamed:
             self.counts[self.OTHERS] = self.counts.get(self.OTHERS, 0) + num_unnamed
         for name in names:
-            if name not in self.counts and len(self.counts) >= self.NUM_NAMES_MAX:
+            is_full = name not in self.counts and len(self.counts) >= self.NUM_NAMES_MAX
+            if is_full or not _SHOWN.fullmatch(name):
                 name = self.OTHERS
             if name not in self.counts:
                 log.info("requests have the field %s, which changes nothing here; it is ignored and counted", name)

@@ -36,7 +36,9 @@ def explained(record: UsageRecord) -> list[str]:
     if not prompt:
         return ["No worker has begun on it."]
     said = [f"{hit:,} of {prompt:,} prompt tokens hit ({100 * hit / prompt:.1f}%)."]
-    if hit:
+    if record.worker:
+        said.append(f"That is what the worker {record.worker} reported; {record.expected_hit_tokens:,} were expected.")
+    elif hit:
         said.append(
             f"{record.hit_memory_tokens:,} of them were in a worker's memory, {record.hit_store_tokens:,} in the store."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final, Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
@@ -12,7 +12,6 @@ from starlette.routing import Route
 
 from antefix.errors import AntefixError
 from antefix_router.gateway.http_errors import Provider, error_response
-from antefix_router.page.view import View
 
 _FILES: Final = {
     "/ui/": ("index.html", "text/html"),
@@ -31,7 +30,14 @@ _HEADERS: Final = {
 _SECONDS_MAX: Final = 4 * 3600
 
 
-def page_routes(view: View, check: Callable[[Request], object]) -> list[Route]:
+class PageView(Protocol):
+    """What the page shows."""
+
+    async def data(self, seconds: int) -> dict[str, Any]:
+        """seconds: how far back the series goes."""
+
+
+def page_routes(view: PageView, check: Callable[[Request], object]) -> list[Route]:
     """check: raises Unauthenticated or PermissionDenied for a request that may not see the deployment."""
     files = importlib.resources.files("antefix_router.page") / "static"
 

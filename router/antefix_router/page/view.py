@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
-from antefix import __version__
 from antefix.errors import AntefixError
 from antefix.store.api import Store
 from antefix.store.store_stats import StoreTotals
+from antefix.version import __version__
+from antefix_billing.limits import QuotaBook
 from antefix_router.assembly import Router
 from antefix_router.page.activity import Activity
 from antefix_router.page.explained import explained
@@ -59,12 +61,9 @@ class View:
             "miss_tokens": dict(activity.miss_tokens.most_common()),
             "workers": self._workers(),
             "store": self._store_data(),
-            "forest": self._forest_data(),
-            "requests": [
-                ended.as_dict() | {"explained": explained(ended.record)}
-                for ended in reversed(list(activity.newest)[-_REQUESTS_SHOWN:])
-            ],
-            "tenants": self._tenants(),
+            "forest": prefix_rows(self._forest, router.identity.geometry.block_size, self._checkpoints),
+            "requests": request_rows(activity),
+            "tenants": tenant_rows(activity, router.front.accounts.quotas),
         }
 
     def _workers(self) -> list[dict[str, Any]]:
@@ -93,7 +92,7 @@ class View:
         try:
             self._totals = await self._store.stats()
             self._checkpoints = {
-                run.hashes[0]: await self._checkpoints_of(run) for run in self._largest()[:_RUNS_LOOKED_UP]
+                run.hashes[0]: await self._checkpoints_of(run) for run in largest_runs(self._forest)[:_RUNS_LOOKED_UP]
             }
             self._store_error = ""
         except AntefixError as err:
@@ -122,59 +121,6 @@ class View:
             tokens[bucket] += len(run.hashes) * size
         return [{"up_to_s": bound, "tokens": count} for bound, count in zip((*AGES_S, None), tokens, strict=True)]
 
-    def _largest(self) -> list[Run]:
-        """Runs by the tokens that sharing them saves; a run always comes after its parent."""
-        saved = sorted(self._forest.walk(), key=lambda run: -len(run.hashes) * run.num_prompts)[:_RUNS_SHOWN]
-        kept = {id(run) for run in saved}
-        return [run for run in self._forest.walk() if id(run) in kept and _parent_kept(run, kept)]
-
-    def _forest_data(self) -> list[dict[str, Any]]:
-        size, numbers = self._router.identity.geometry.block_size, {}
-        shown = []
-        for number, run in enumerate(self._largest()):
-            numbers[id(run)] = number
-            shown.append(
-                {
-                    "parent": None if run.parent is None else numbers[id(run.parent)],
-                    "tokens": len(run.hashes) * size,
-                    "prompts": run.num_prompts,
-                    "tenants": len(run.tenants),
-                    "used_at": run.used_at,
-                    "name": run.hashes[-1].hex()[:12],
-                    "checkpoints": [at * size for at in self._checkpoints.get(run.hashes[0], ())],
-                }
-            )
-        return shown
-
-    def _tenants(self) -> list[dict[str, Any]]:
-        quotas = self._router.front.accounts.quotas
-        now = datetime.datetime.now(datetime.UTC)
-        rows = []
-        for name, tenant in self._activity.busiest(_TENANTS_SHOWN):
-            limits = quotas.limits_of(name)
-            windows = []
-            for limit in limits.limits:
-                tokens, money = quotas.used(name, limit.window, now)
-                windows.append(
-                    {
-                        "window": limit.window.value,
-                        "tokens": limit.tokens,
-                        "used_tokens": tokens,
-                        "money": None if limit.money is None else str(limit.money),
-                        "used_money": str(money),
-                    }
-                )
-            rows.append(
-                {
-                    "tenant": name,
-                    **asdict(tenant.totals),
-                    "miss_tokens": dict(tenant.miss_reasons.most_common(5)),
-                    "limits": windows,
-                    "requests_max": limits.requests,
-                }
-            )
-        return rows
-
 
 def _parent_kept(run: Run, kept: set[int]) -> bool:
     while run.parent is not None:
@@ -182,3 +128,68 @@ def _parent_kept(run: Run, kept: set[int]) -> bool:
             return False
         run = run.parent
     return True
+
+
+def largest_runs(forest: PrefixForest) -> list[Run]:
+    """Runs by the tokens that sharing them saves; a run always comes after its parent."""
+    saved = sorted(forest.walk(), key=lambda run: -len(run.hashes) * run.num_prompts)[:_RUNS_SHOWN]
+    kept = {id(run) for run in saved}
+    return [run for run in forest.walk() if id(run) in kept and _parent_kept(run, kept)]
+
+
+def prefix_rows(
+    forest: PrefixForest, block_size: int, checkpoints: Mapping[bytes, Sequence[int]] | None = None
+) -> list[dict[str, Any]]:
+    """checkpoints: numbers of blocks of a run, by its first hash, after which the store has window state."""
+    numbers: dict[int, int] = {}
+    shown = []
+    for number, run in enumerate(largest_runs(forest)):
+        numbers[id(run)] = number
+        shown.append(
+            {
+                "parent": None if run.parent is None else numbers[id(run.parent)],
+                "tokens": len(run.hashes) * block_size,
+                "prompts": run.num_prompts,
+                "tenants": len(run.tenants),
+                "used_at": run.used_at,
+                "name": run.hashes[-1].hex()[:12],
+                "checkpoints": [at * block_size for at in (checkpoints or {}).get(run.hashes[0], ())],
+            }
+        )
+    return shown
+
+
+def request_rows(activity: Activity) -> list[dict[str, Any]]:
+    """The newest first, each with why it hit or missed."""
+    newest = reversed(list(activity.newest)[-_REQUESTS_SHOWN:])
+    return [ended.as_dict() | {"explained": explained(ended.record)} for ended in newest]
+
+
+def tenant_rows(activity: Activity, quotas: QuotaBook) -> list[dict[str, Any]]:
+    """The busiest first, with what is left of their limits."""
+    now = datetime.datetime.now(datetime.UTC)
+    rows = []
+    for name, tenant in activity.busiest(_TENANTS_SHOWN):
+        limits = quotas.limits_of(name)
+        windows = []
+        for limit in limits.limits:
+            tokens, money = quotas.used(name, limit.window, now)
+            windows.append(
+                {
+                    "window": limit.window.value,
+                    "tokens": limit.tokens,
+                    "used_tokens": tokens,
+                    "money": None if limit.money is None else str(limit.money),
+                    "used_money": str(money),
+                }
+            )
+        rows.append(
+            {
+                "tenant": name,
+                **asdict(tenant.totals),
+                "miss_tokens": dict(tenant.miss_reasons.most_common(5)),
+                "limits": windows,
+                "requests_max": limits.requests,
+            }
+        )
+    return rows

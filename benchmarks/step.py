@@ -1,0 +1,138 @@
+"""What does a decode step cost, by how many sequences take part, and what would it cost one sequence at a time?
+
+    python -m benchmarks.step --sequences 1 8 32 --tokens 2048
+    python -m benchmarks.step --sequences 32 --profile      # the operations that take most of it
+    python -m benchmarks.step --device cuda                 # with the kernels; there is no one-by-one to compare with
+
+All sequences follow one prompt, whose blocks they share. Times are CPU seconds on a CPU, since what else the machine
+does must not count, and wall seconds on a card. The two ways take turns; the median of `--steps` counts. "ratio" is one
+by one over together: higher is better. "sequence" is what one more sequence adds, over the first row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from antefix.layout import KVFormat
+from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model
+from antefix.model.backend import make_backend
+from antefix.model.ops import Ops, TorchOps
+
+ROOT = Path(__file__).parents[1]
+CHUNK = 1024
+
+
+class OneByOne(TorchOps):
+    """The same step, sequence by sequence."""
+
+    steps_together = False
+
+
+def follow(model: Model, pool: BlockPool, ops: Ops, num_tokens: int, num_sequences: int, room: int) -> list[Sequence]:
+    """Sequences behind one prompt, each with blocks of its own for `room` tokens more."""
+    size = model.config.geometry.block_size
+    num_tokens -= num_tokens % size
+    prompt = Sequence(pool.allocate(num_tokens // size), WindowState.zeros(model.layout, 0, model.device))
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, num_tokens).astype(np.uint32)
+    for start in range(0, num_tokens, CHUNK):
+        forward(model, pool, [(prompt, tokens[start : start + CHUNK])], ops=ops)
+    more = -(-room // size)
+    return [Sequence([*prompt.block_table, *pool.allocate(more)], prompt.window.clone()) for _ in range(num_sequences)]
+
+
+def step_s(model: Model, pool: BlockPool, ops: Ops, sequences: list[Sequence], tokens: np.ndarray) -> float:
+    on_card = model.device.type == "cuda"
+    clock = time.perf_counter if on_card else time.process_time
+    if on_card:
+        torch.cuda.synchronize()
+    started = clock()
+    batch = [(sequence, tokens[i : i + 1]) for i, sequence in enumerate(sequences)]
+    forward(model, pool, batch, ops=ops).float().cpu()
+    return clock() - started
+
+
+def measure(model: Model, num_tokens: int, num_sequences: int, num_steps: int) -> dict[str, Any]:
+    """Median seconds of a step, together and one by one."""
+    size = model.config.geometry.block_size
+    room = 2 * num_steps + 4
+    num_blocks = -(-num_tokens // size) + num_sequences * -(-room // size)
+    pool, ops = make_backend("auto", model.layout, num_blocks, model.device)
+    sequences = follow(model, pool, ops, num_tokens, num_sequences, room)
+    random = np.random.default_rng(1)
+    ways: dict[str, Ops] = {"together": ops}
+    if ops.steps_together:
+        ways["one by one"] = OneByOne()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(num_steps):
+        for name, way in ways.items():
+            tokens = random.integers(0, model.config.vocab_size, num_sequences).astype(np.uint32)
+            seconds[name].append(step_s(model, pool, way, sequences, tokens))
+    # The first step of each way finds nothing in caches.
+    return {"sequences": num_sequences} | {name: statistics.median(took[1:]) for name, took in seconds.items()}
+
+
+def profile(model: Model, num_tokens: int, num_sequences: int) -> str:
+    size = model.config.geometry.block_size
+    pool, ops = make_backend("auto", model.layout, -(-num_tokens // size) + num_sequences, model.device)
+    sequences = follow(model, pool, ops, num_tokens, num_sequences, size)
+    tokens = np.zeros(num_sequences, np.uint32)
+    step_s(model, pool, ops, sequences, tokens)
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    order = "self_cpu_time_total"
+    if model.device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        order = "self_cuda_time_total"
+    with torch.profiler.profile(activities=kinds) as seen:
+        step_s(model, pool, ops, sequences, tokens)
+    found: str = seen.key_averages().table(sort_by=order, row_limit=25)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "models/antefix-tiny")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--tokens", type=int, default=2048, help="of the prompt that they follow")
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--profile", action="store_true", help="list the operations of one step instead")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = load_model(args.model, device=args.device, kv_format=KVFormat.FP8)
+    if args.profile:
+        print(profile(model, args.tokens, args.sequences[-1]))
+        return
+    rows = [measure(model, args.tokens, count, args.steps) for count in args.sequences]
+    if args.json:
+        print(json.dumps({"tokens": args.tokens, "threads": args.threads, "device": args.device, "rows": rows}))
+        return
+    table = Table("sequences", "together, ms", "one by one, ms", "ratio", "sequence, ms", "tokens/s")
+    first = rows[0]
+    for row in rows:
+        alone = row.get("one by one")
+        more = row["sequences"] - first["sequences"]
+        table.add_row(
+            str(row["sequences"]),
+            f"{row['together'] * 1e3:.1f}",
+            f"{alone * 1e3:.1f}" if alone else "",
+            f"{alone / row['together']:.2f}" if alone else "",
+            f"{(row['together'] - first['together']) / more * 1e3:.2f}" if more else "",
+            f"{row['sequences'] / row['together']:.0f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
