@@ -138,6 +138,7 @@ def test_operands_that_do_not_fit_are_refused(draw):
         packed_linear.multiply(x.expand(2, 3, 64), weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["flash", "base"])
 def test_a_packed_layer_takes_the_kernels_on_a_card(tmp_path, monkeypatch, release):
     """The model's own wiring: in the interpreter, by saying that the CPU has kernels."""
