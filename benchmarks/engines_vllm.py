@@ -215,9 +215,10 @@ def main() -> None:
                 report[tier.name] = measure(tier, scratch, args.seed, args.tokens)
             except (AntefixError, subprocess.TimeoutExpired) as err:
                 report[tier.name] = {"failed": str(err)[-600:]}
+            # After each tier: the whole takes half an hour.
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
