@@ -238,6 +238,9 @@ GUARDS = [
     ("router", "api_keys_file"),
     ("router", "redis_password_file"),
     ("kvstore", "keys_file"),
+    ("kvstore", "encrypt_key_file"),
+    ("router", "credentials"),
+    ("prefill", "credentials"),
     ("kvstore", "redis_ca_file"),
 ]
 
@@ -371,3 +374,9 @@ def test_over_grpc_a_key_does_what_its_scopes_say_too():
         if not method.startswith("/antefix.v1.UsageService/"):
             with contextlib.suppress(PermissionDenied):
                 assert caller_of_key(register, admin, method).role is Role.TENANT
+
+
+def test_a_command_with_an_empty_name_of_credentials_does_not_go_without_tls(monkeypatch, capsys):
+    monkeypatch.setenv("ANTEFIX_CREDENTIALS", "")
+    assert main(["window", "--router", "127.0.0.1:1"]) == 2
+    assert "ANTEFIX_CREDENTIALS is empty" in capsys.readouterr().err
