@@ -142,6 +142,7 @@ def test_the_commands_make_replace_list_and_revoke(tmp_path, capsys):
         ["create", "acme", "--expires", "2020-01-01"],
         ["create", "a\x1b[2J"],
         ["create", ""],
+        ["create", "*"],
         ["revoke", "00000000"],
         ["rotate", "00000000"],
         ["create", "acme", "--redis", "redis://127.0.0.1:1"],
@@ -162,7 +163,15 @@ def faulty_books():
     yield from ("", "[]", "{}", "null", '{"version": 1}', "[" * 100_000, "\x00")
     for rows in ([row, row], [{**row, "scopes": []}], [{**row, "scopes": ["root"]}], [{**row, "sha256": "00"}]):
         yield json.dumps({"version": 1, "number": 1, "keys": rows})
-    for change in ({"tenant": ""}, {"tenant": "a\nb"}, {"id": "x"}, {"expires": "soon"}, {"expires": 5}, {"more": "1"}):
+    for change in (
+        {"tenant": ""},
+        {"tenant": "*"},
+        {"tenant": "a\nb"},
+        {"id": "x"},
+        {"expires": "soon"},
+        {"expires": 5},
+        {"more": "1"},
+    ):
         yield json.dumps({"version": 1, "number": 1, "keys": [{**row, **change}]})
     # What everybody has who has no key.
     yield json.dumps({"version": 1, "number": 1, "keys": [{**row, "sha256": digest_of("").hex()}]})
