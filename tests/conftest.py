@@ -15,8 +15,9 @@ from hypothesis import settings
 
 from antefix.security import own_credentials
 from tests.redis_servers import redis, shared_redis, start_cluster, start_redis
+from tests.running_deployment import _deployment_of_all, running
 
-__all__ = ["redis", "shared_redis", "start_cluster", "start_redis"]
+__all__ = ["_deployment_of_all", "redis", "running", "shared_redis", "start_cluster", "start_redis"]
 
 # As services start. Tests write secrets, keys and stores, which are refused where everybody may read them.
 os.umask(0o077)
@@ -49,6 +50,7 @@ def open_umask():
 
 # Those that start services, Redis or another Python. A test that uses one is marked `services` by itself.
 PROCESS_FIXTURES = {
+    "running",
     "deploy",
     "redis",
     "shared_redis",

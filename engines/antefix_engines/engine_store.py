@@ -16,22 +16,30 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from antefix.block import Chain, Fingerprint, Tokens, chain_of, engine_key_hash, root_of
+from antefix.block import Chain, Fingerprint, Tokens, as_tokens, chain_of, engine_key_hash, root_of
 from antefix.blocking import BlockingStore
 from antefix.byte_size import parse_byte_size
 from antefix.errors import AntefixError, ConfigError
 from antefix.record import Buffer, LookupResult, PutResult, Record, RecordKind
 from antefix.secret import Keyring, create_secret_file
+from antefix.security import grants, own_credentials
+from antefix.security.credential_files import CredentialFiles
+from antefix.security.credentials import Credentials
+from antefix.security.identity import Role
+from antefix.security.listening import check_calling
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.store_files.seal import Seals
 from antefix_engines.engine_layout import EngineLayout
 
 log = logging.getLogger("antefix.engines")
+# How long a signature for the tenant's records holds.
+GRANT_S: Final = 300.0
 NOTHING: Final = LookupResult(num_blocks=0)
 
 
@@ -43,11 +51,14 @@ class StoreSettings:
     store is opened in this process, which is then its only writer; it is made if it is not there.
     address: "host:port" of a kvstore service. With `directory` on the same host, reads go straight to the files.
     secret_file: the deployment's; needed where `directory` is not given.
+    credentials: for a service with TLS, and so for any other host: a directory with tls.crt, tls.key and ca.crt of a
+    prefill worker (`antefix certs issue prefill`), and grant.key, since an engine signs for its tenant itself.
     """
 
     directory: str = ""
     address: str = ""
     secret_file: str = ""
+    credentials: str = ""
     tenant: str = "default"
     budget_bytes: int | str = "64G"
 
@@ -90,8 +101,18 @@ class EngineCounters:
 class EngineStore:
     """A store and the names of one tenant in it."""
 
-    def __init__(self, store: BlockingStore, keyring: Keyring, *, tenant: str = "default") -> None:
-        """store: closed with this one."""
+    def __init__(
+        self,
+        store: BlockingStore,
+        keyring: Keyring,
+        *,
+        tenant: str = "default",
+        credentials: Credentials | None = None,
+    ) -> None:
+        """store: closed with this one.  credentials: they sign for the tenant; None: the store asks for nothing."""
+        self._credentials: Final = credentials
+        self._grant: tuple[float, bytes] = (0.0, b"")
+        self._told: Final[set[tuple[str, str]]] = set()
         self.counters: Final = EngineCounters()
         self.keyring: Final = keyring
         self.tenant: Final = tenant
@@ -106,7 +127,13 @@ class EngineStore:
             keyring = Keyring.from_file(settings.secret_path)
             directory = str(Path(settings.directory) / "store") if settings.directory else ""
             where = StoreAddress(address=settings.address, directory=directory)
-            return cls(BlockingStore(open_store(where, seals=Seals(keyring))), keyring, tenant=settings.tenant)
+            # To the store, an engine is what fills and reads it: a prefill worker.
+            files = CredentialFiles(settings.credentials) if settings.credentials else None
+            check_calling(settings.address, has_tls=files is not None)
+            credentials = Credentials(Role.PREFILL, files=files, keyring=keyring)
+            own_credentials.use_for(settings.address, credentials)
+            store = BlockingStore(open_store(where, seals=Seals(keyring)))
+            return cls(store, keyring, tenant=settings.tenant, credentials=credentials)
         # Only an embedded store needs the storage engine.
         import antefix_kvstore
 
@@ -124,6 +151,7 @@ class EngineStore:
     def attempt(self, what: str, call: Any, otherwise: Any) -> Any:
         """What the call returns, or `otherwise` where the store fails; counted and logged, never raised."""
         try:
+            grants.hold(self._signed_grant())
             return call(self._store)
         except AntefixError as err:
             name = type(err).__name__
@@ -131,8 +159,23 @@ class EngineStore:
                 self.counters.errors += 1
                 self.counters.by_kind[name] = self.counters.by_kind.get(name, 0) + 1
                 self.counters.last_error = f"{what}: {name}: {err}"
-            log.warning("the store failed to %s, going on without it: %s", what, err)
+                is_news = (what, name) not in self._told
+                self._told.add((what, name))
+            # Once of each kind: a dead store fails with every prompt, and the counters say how often.
+            level = logging.WARNING if is_news else logging.DEBUG
+            log.log(level, "the store failed to %s, going on without it: %s", what, err)
             return otherwise
+
+    def _signed_grant(self) -> bytes:
+        """What lets calls act for the tenant; made again before it ends. Calls in other threads run in this context."""
+        if self._credentials is None:
+            return b""
+        with self._lock:
+            made, grant = self._grant
+            if time.monotonic() > made + GRANT_S / 2 or not grant:
+                grant = self._credentials.grant_for(self.tenant, as_tokens([]), ttl_s=GRANT_S)
+                self._grant = (time.monotonic(), grant)
+        return grant
 
     def count(self, **more: int) -> None:
         """Add to counters, from any thread."""

@@ -82,6 +82,20 @@ class _Known:
         return tuple(sorted(self.checkpoints.keys() - older))
 
 
+async def has_short_rest(engine: Engine, prompt: Prompt) -> bool:
+    """Whether at most a chunk of the prompt is neither here nor in the store, and the pool has room for all of it now.
+
+    A look-up more than `restore` makes by itself: for a prompt that would otherwise wait.
+    """
+    if engine.blocks.num_available * engine.block_size < prompt.num_tokens:
+        return False
+    num_known = engine.blocks.num_leading(prompt.chain.hashes)
+    if prompt.num_tokens - num_known * engine.block_size > engine.prefill_chunk:
+        known = await _look_up(engine, prompt, RestoreReport())
+        num_known = known.num_blocks
+    return prompt.num_tokens - num_known * engine.block_size <= engine.prefill_chunk
+
+
 async def restore(engine: Engine, prompt: Prompt) -> Restored:
     """The prompt's prefix by the cheapest way that works. The caller owns the returned sequence's blocks."""
     started = time.perf_counter()

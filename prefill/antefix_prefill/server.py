@@ -14,7 +14,7 @@ from antefix.wire import report_to_wire, tokens_from_wire
 from antefix_prefill.leave_handoff import leave_handoff
 from antefix_prefill.metrics import queue_metrics
 from antefix_prefill.prefill_queue import PrefillQueue
-from antefix_prefill.restore import Prompt
+from antefix_prefill.restore import Prompt, has_short_rest
 from antefix_prefill.run_prompt import run_prompt
 from antefix_prefill.worker.engine import Engine
 from antefix_prefill.worker.serving import WorkerConfig, secure_worker, serve_worker, start_engine
@@ -25,12 +25,14 @@ class PrefillConfig(WorkerConfig):
     """Settings of a prefill worker."""
 
     num_running_max: int = setting(2, "prompts at work at once")
+    num_short_max: int = setting(4, "prompts at work besides, of which at most one chunk is left to compute")
     num_waiting_max: int = setting(64, "prompts waiting; more are refused with a retry hint")
 
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         WorkerConfig.__post_init__(self)
         require(self.num_running_max > 0 and self.num_waiting_max > 0, "num_running_max and num_waiting_max start at 1")
+        require(self.num_short_max >= 0, "num_short_max starts at 0")
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
@@ -38,7 +40,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
 
     def __init__(self, engine: Engine, config: PrefillConfig) -> None:
         self._engine = engine
-        self.queue = PrefillQueue(config.num_running_max, config.num_waiting_max)
+        self.queue = PrefillQueue(config.num_running_max, config.num_waiting_max, config.num_short_max)
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: rpc.Context) -> prefill_pb2.PrefillResponse:
         engine = self._engine
@@ -57,7 +59,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         )
         # 3. Restore, compute, store.
         wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self.queue.num_waiting + 1)
-        async with self.queue.turn(wait_s):
+        async with self.queue.turn(wait_s, lambda: has_short_rest(engine, prompt)):
             computed = await run_prompt(engine, prompt)
             try:
                 # 4. Leave what decode needs to go on.

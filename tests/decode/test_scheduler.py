@@ -228,6 +228,7 @@ def servicer_of(engine):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -239,7 +240,7 @@ def servicer_of(engine):
 )
 async def test_a_hit_and_a_continued_output_are_a_cold_runs(make_engine, store, settings):
     """With all settings at once: cold, from the store on another worker, and from the middle on a third."""
-    sampling = Sampling(max_tokens=40, **{**KNOBS, **settings})
+    sampling = Sampling(max_tokens=24, **{**KNOBS, **settings})
     tokens = PROMPTS[2].astype(np.uint32)
     first, second, third = (servicer_of(make_engine("zero")) for _ in range(3))
     cold, reason, hit = await served(first, tokens, sampling)
@@ -252,6 +253,7 @@ async def test_a_hit_and_a_continued_output_are_a_cold_runs(make_engine, store, 
         await servicer.scheduler.close()
 
 
+@pytest.mark.slow
 async def test_a_grammar_that_fails_ends_its_own_sequence_alone(make_engine):
     servicer = servicer_of(make_engine())
     tokens = PROMPTS[0].astype(np.uint32)

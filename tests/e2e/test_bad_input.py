@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import socket
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from antefix.errors import InvalidRequest
 from antefix.sampling import Sampling
+from antefix_console import cli
 from antefix_console.deployment import Deployment
 
 pytestmark = pytest.mark.services
@@ -38,18 +40,17 @@ async def antefix(*args, stdin=b""):
     return process.returncode, out.decode(), err.decode()
 
 
-async def test_wrong_requests_are_refused_and_the_service_goes_on(deploy, ask, document):
-    async with deploy() as deployment:
-        for prompt, options, named in (
-            ([], {}, "empty"),
-            ([264], {}, "264"),
-            ([2**32 - 1], {}, "vocabulary"),
-            (np.zeros(3000, np.uint32), {"sampling": Sampling(max_tokens=1_048_000)}, "1048576"),
-        ):
-            with pytest.raises(InvalidRequest, match=named):
-                await ask(deployment, prompt, **options)
-        output, _ = await ask(deployment, document[:100], max_tokens=4)
-        assert len(output) <= 4
+async def test_wrong_requests_are_refused_and_the_service_goes_on(running, ask, document):
+    for prompt, options, named in (
+        ([], {}, "empty"),
+        ([264], {}, "264"),
+        ([2**32 - 1], {}, "vocabulary"),
+        (np.zeros(3000, np.uint32), {"sampling": Sampling(max_tokens=1_048_000)}, "1048576"),
+    ):
+        with pytest.raises(InvalidRequest, match=named):
+            await ask(running, prompt, **options)
+    output, _ = await ask(running, document[:100], max_tokens=4)
+    assert len(output) <= 4
 
 
 async def test_a_prompt_that_no_pool_holds_is_refused(deploy, ask):
@@ -80,21 +81,40 @@ def change_tensor(model_dir, change):
     return name
 
 
-async def serve_prefill(model_dir, secret):
-    return await antefix(
-        "serve", "prefill", "--model", model_dir, "--secret-file", secret, "--store-address", "127.0.0.1:1"
-    )
+@pytest.fixture
+def run_here(capsys, monkeypatch):
+    """The command without a process of its own, which would import for seconds: its exit code and standard error."""
+    monkeypatch.setattr(cli, "set_up_logs", lambda *_: None)
+
+    def run(*args):
+        capsys.readouterr()
+        try:
+            code = cli.main([os.fsdecode(arg) if isinstance(arg, bytes) else str(arg) for arg in args])
+        except SystemExit as caught:
+            code = caught.code
+        return code, capsys.readouterr().err
+
+    return run
 
 
-async def test_a_missing_tensor_is_named(model_dir, secret):
+@pytest.fixture
+def serve_prefill(run_here, secret):
+    def serve(model_dir, *flags):
+        where = ("--model", model_dir, "--secret-file", secret, "--store-address", "127.0.0.1:1")
+        return run_here("serve", "prefill", *where, *flags)
+
+    return serve
+
+
+def test_a_missing_tensor_is_named(model_dir, serve_prefill):
     change_tensor(model_dir, lambda tensors, name: tensors.pop(name))
-    code, _, err = await serve_prefill(model_dir, secret)
+    code, err = serve_prefill(model_dir)
     assert code == 2 and "layers.0.attn.wq_a.weight is missing" in err
 
 
-async def test_a_misshapen_tensor_is_named_with_both_shapes(model_dir, secret):
+def test_a_misshapen_tensor_is_named_with_both_shapes(model_dir, serve_prefill):
     name = change_tensor(model_dir, lambda tensors, name: tensors.update({name: torch.zeros(3, 5)}))
-    code, _, err = await serve_prefill(model_dir, secret)
+    code, err = serve_prefill(model_dir)
     assert code == 2 and name in err and "3" in err and "5" in err
 
 
@@ -109,9 +129,9 @@ async def test_a_misshapen_tensor_is_named_with_both_shapes(model_dir, secret):
         (shutil.rmtree, "not a directory"),
     ],
 )
-async def test_a_broken_model_directory_says_what_is_wrong(model_dir, secret, change, named):
+def test_a_broken_model_directory_says_what_is_wrong(model_dir, serve_prefill, change, named):
     change(model_dir)
-    code, _, err = await serve_prefill(model_dir, secret)
+    code, err = serve_prefill(model_dir)
     assert code == 2 and named in err, err
 
 
@@ -155,10 +175,15 @@ async def test_a_directory_that_is_no_store_is_left_alone(tmp_path):
         (["generate", "--help"], 0),
     ],
 )
-async def test_exit_codes_mean_something(args, code):
-    got, _, err = await antefix(*args)
+def test_exit_codes_mean_something(args, code, run_here):
+    got, err = run_here(*args)
     assert got == code, err
     assert "Traceback" not in err
+
+
+async def test_a_process_ends_with_the_code():
+    code, _, err = await antefix("serve", "kvstore", "--budget-bytes", "lots")
+    assert code == 2 and "lots" in err and "Traceback" not in err
 
 
 async def test_a_prompt_that_is_not_utf8_is_refused_before_anything_is_sent(tmp_path):
@@ -169,11 +194,8 @@ async def test_a_prompt_that_is_not_utf8_is_refused_before_anything_is_sent(tmp_
 
 
 @pytest.mark.parametrize("device", ["potato", "cuda:99"])
-async def test_a_device_that_is_not_there_is_named(secret, device):
-    code, _, err = await antefix(
-        *("serve", "prefill", "--model", MODEL, "--secret-file", secret, "--store-address", "127.0.0.1:1"),
-        *("--device", device),
-    )
+def test_a_device_that_is_not_there_is_named(serve_prefill, device):
+    code, err = serve_prefill(MODEL, "--device", device)
     assert code == 2 and f"'{device}' cannot be used" in err and "Traceback" not in err
 
 
@@ -191,10 +213,9 @@ async def test_roles_that_start_together_have_logs_of_their_own_and_the_last_run
     assert all(b"stopping" in path.with_suffix(".old.log").read_bytes() for path in logs)
 
 
-async def test_an_answer_comes_as_json(deploy):
-    async with deploy() as deployment:
-        address = deployment.one("router").address
-        code, out, _ = await antefix("generate", "--router", address, "--json", "--max-tokens", "5", "hello")
+async def test_an_answer_comes_as_json(running):
+    address = running.one("router").address
+    code, out, _ = await antefix("generate", "--router", address, "--json", "--max-tokens", "5", "hello")
     answer = json.loads(out)
     assert code == 0
     assert answer["usage"]["prompt_tokens"] == 5 and answer["finish_reason"] in ("stop", "length")

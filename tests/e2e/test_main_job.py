@@ -53,14 +53,13 @@ async def test_without_checkpoints_a_hit_is_replayed_and_equal(deploy, ask, docu
     assert output == reference.generate(prompt, 24)
 
 
-async def test_usage_adds_up_whatever_happens(deploy, ask, document):
-    async with deploy() as deployment:
-        for length in (1, 63, 64, 65, 128, 500, 500):
-            output, last = await ask(deployment, document[:length], max_tokens=3)
-            usage = last.usage
-            assert usage.prompt_tokens == length == usage.cache_hit_tokens + usage.cache_miss_tokens
-            assert usage.cache_hit_tokens % 64 == 0
-            assert usage.output_tokens == len(output)
+async def test_usage_adds_up_whatever_happens(running, ask, document):
+    for length in (1, 63, 64, 65, 128, 500, 500):
+        output, last = await ask(running, document[:length], max_tokens=3, tenant="sums")
+        usage = last.usage
+        assert usage.prompt_tokens == length == usage.cache_hit_tokens + usage.cache_miss_tokens
+        assert usage.cache_hit_tokens % 64 == 0
+        assert usage.output_tokens == len(output)
 
 
 async def test_concurrent_requests_get_their_own_answers(deploy, ask, document, reference):
@@ -83,33 +82,30 @@ async def idle(deployment):
     return False
 
 
-async def test_a_cancelled_client_stops_the_work(deploy, ask, document):
-    async with deploy() as deployment:
-        stream = deployment.router.generate(document, Sampling(max_tokens=5000, ignore_eos=True))
-        await anext(aiter(stream))
-        await stream.aclose()
-        assert await idle(deployment)
-        output, _ = await ask(deployment, document[:100], max_tokens=4)
-        assert len(output) <= 4
+async def test_a_cancelled_client_stops_the_work(running, ask, document):
+    stream = running.router.generate(document, Sampling(max_tokens=5000, ignore_eos=True))
+    await anext(aiter(stream))
+    await stream.aclose()
+    assert await idle(running)
+    output, _ = await ask(running, document[:100], max_tokens=4)
+    assert len(output) <= 4
 
 
-async def test_tenants_are_strangers_to_each_other(deploy, ask, document):
-    async with deploy() as deployment:
-        await ask(deployment, document, max_tokens=2, tenant="one")
-        _, other = await ask(deployment, document, max_tokens=2, tenant="two")
-        _, same = await ask(deployment, document, max_tokens=2, tenant="one")
+async def test_tenants_are_strangers_to_each_other(running, ask, document):
+    await ask(running, document, max_tokens=2, tenant="one")
+    _, other = await ask(running, document, max_tokens=2, tenant="two")
+    _, same = await ask(running, document, max_tokens=2, tenant="one")
     assert other.usage.cache_hit_tokens == 0
     assert same.usage.cache_hit_tokens > 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-async def test_a_stop_sequence_ends_the_output_and_is_not_in_it(deploy, ask, document, temperature):
-    async with deploy() as deployment:
-        sampling = Sampling(max_tokens=40, temperature=temperature, seed=5, ignore_eos=True)
-        whole, _ = await ask(deployment, document[:200], sampling=sampling)
-        stop = tuple(whole[7:10])
-        cut = Sampling(max_tokens=40, temperature=temperature, seed=5, ignore_eos=True, stop=(stop,))
-        output, last = await ask(deployment, document[:200], sampling=cut)
+async def test_a_stop_sequence_ends_the_output_and_is_not_in_it(running, ask, document, temperature):
+    sampling = Sampling(max_tokens=40, temperature=temperature, seed=5, ignore_eos=True)
+    whole, _ = await ask(running, document[:200], sampling=sampling)
+    stop = tuple(whole[7:10])
+    cut = Sampling(max_tokens=40, temperature=temperature, seed=5, ignore_eos=True, stop=(stop,))
+    output, last = await ask(running, document[:200], sampling=cut)
     assert last.finish_reason == "stop"
     first = next(i for i in range(len(whole)) if tuple(whole[i : i + 3]) == stop)
     assert output == whole[:first]

@@ -1,6 +1,8 @@
 """AntefixCache: what is stored under which name, what `save` takes, and what happens when the store cannot help."""
 
+import dataclasses
 import hashlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,8 +15,10 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from antefix.blocking import LoopThread
-from antefix.errors import InvalidRequest
+from antefix.errors import ConfigError, InvalidRequest
 from antefix.secret import create_secret_file
+from antefix.security import certificates
+from antefix.security.identity import Role
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_engines.engine_store import EngineStore, StoreSettings
 from antefix_engines.transformers import AntefixCache, model_identity
@@ -284,6 +288,21 @@ def test_a_kind_of_layer_that_is_not_kept_is_named(store):
         cache_of(model, store)
 
 
+def test_an_encoder_is_refused(store):
+    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(InvalidRequest, match="encoder"):
+        cache_of(transformers.T5ForConditionalGeneration(config).eval(), store)
+
+
+def test_a_model_that_is_trained_on_leaves_nothing_behind(store):
+    model = small_model("llama")
+    cache = cache_of(model, store)
+    for _ in range(20):
+        change_weight(model)
+        cache.restore(PROMPT)
+    assert len(cache._served) <= 8
+
+
 def test_a_block_that_v4s_groups_do_not_fill_is_refused(v4, store):
     with pytest.raises(InvalidRequest, match="multiple of 4"):
         AntefixCache(v4, store, block_size=30)
@@ -372,7 +391,9 @@ with AntefixCache(model, sys.argv[1], block_size=BLOCK_SIZE) as cache:
     cached = past.report.num_cached_tokens
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt[cached:cached + 5]]), past_key_values=past, use_cache=True).logits
+import dataclasses
 import hashlib
+import shutil
 print(cached, hashlib.sha256(logits.numpy().tobytes()).hexdigest())
 """
 
@@ -390,28 +411,38 @@ def test_a_new_process_restores_the_same_bits(v4, tmp_path):
 
 
 @pytest.fixture
-def service(tmp_path):
-    """A kvstore service in a process of its own: its settings, by address alone and with its files."""
+def service(tmp_path, request):
+    """A kvstore service in a process of its own, and how an engine reaches it."""
     data = tmp_path / "served"
     (data / "logs").mkdir(parents=True)
-    secret = create_secret_file(data / "secret")
+    secret = str(create_secret_file(data / "secret"))
+    flags = ["--dir", str(data / "store"), "--budget-bytes", "1G"]
+    reach = {"secret_file": secret}
+    if request.param in ("secret", "files"):
+        flags += ["--secret-file", secret]
+    if request.param == "files":
+        reach = {"directory": str(data)}
+    if request.param == "tls":
+        certificates.make_ca(tmp_path / "ca")
+        for role in (Role.KVSTORE, Role.PREFILL):
+            certificates.issue(tmp_path / "ca", tmp_path / role, role, "x", hosts=("127.0.0.1",))
+        shutil.copy(tmp_path / "ca" / "grant.key", tmp_path / Role.PREFILL)
+        flags += ["--credentials", str(tmp_path / Role.KVSTORE)]
+        reach["credentials"] = str(tmp_path / Role.PREFILL)
     deployment = Deployment(DeploymentConfig(model=tmp_path, data_dir=data))
     loop = LoopThread()
     try:
-        flags = ["--dir", str(data / "store"), "--budget-bytes", "1G"]
         process = loop.run(deployment.start_role("kvstore", flags))
-        yield {
-            "remote": StoreSettings(address=process.address, secret_file=str(secret)),
-            "local": StoreSettings(address=process.address, directory=str(data)),
-        }
+        yield StoreSettings(address=process.address, **reach)
     finally:
         loop.run(deployment.stop())
         loop.close()
 
 
 @pytest.mark.services
-@pytest.mark.parametrize("way", ["remote", "local"])
-def test_a_kvstore_service_serves_many_threads(llama, service, way):
+@pytest.mark.parametrize("service", ["open", "secret", "files", "tls"], indirect=True)
+def test_a_kvstore_service_serves_many_threads(llama, service):
+    """Open, with the deployment's secret, with its files on the same host, and with certificates."""
     prompts = [[(token + 11 * turn) % 300 for token in PROMPT] for turn in range(4)]
     expected = [next_logits(llama, cold(llama, 5, prompt), 5 * BLOCK_SIZE, prompt) for prompt in prompts]
     barrier = threading.Barrier(4)
@@ -424,10 +455,28 @@ def test_a_kvstore_service_serves_many_threads(llama, service, way):
             torch.equal(next_logits(llama, past, 5 * BLOCK_SIZE, prompt), expected[turn]) for past in pasts
         ]
 
-    with cache_of(llama, service[way]) as cache, ThreadPoolExecutor(4) as threads:
+    with cache_of(llama, service) as cache, ThreadPoolExecutor(4) as threads:
         for cached, equal in threads.map(work, range(4)):
-            assert equal == [True, True] and cached == [0, 5 * BLOCK_SIZE]
+            assert equal == [True, True] and cached == [0, 5 * BLOCK_SIZE], cache.store.counters
         assert cache.store.counters.errors == 0
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("service", ["secret"], indirect=True)
+def test_without_the_deployments_secret_nothing_is_restored(llama, service, tmp_path):
+    with cache_of(llama, service) as cache:
+        cache.prefill(llama, PROMPT)
+    other = dataclasses.replace(service, secret_file=str(create_secret_file(tmp_path / "other")))
+    with cache_of(llama, other) as cache:
+        assert cache.prefill(llama, PROMPT).report.num_cached_tokens == 0
+        assert "Unauthenticated" in cache.store.counters.by_kind or "PermissionDenied" in cache.store.counters.by_kind
+
+
+def test_another_host_is_not_called_in_clear(tmp_path):
+    with pytest.raises(ConfigError, match="TLS"):
+        EngineStore.open(
+            StoreSettings(address="192.0.2.1:7001", secret_file=str(create_secret_file(tmp_path / "secret")))
+        )
 
 
 @pytest.mark.services

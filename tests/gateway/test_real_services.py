@@ -69,11 +69,11 @@ async def verified(deployment):
     return verdict
 
 
-async def openai_turns(deployment, num_turns):
-    """(prompt, answer, hit) of each turn; the whole conversation is sent again each time."""
+async def openai_turns(deployment, num_turns, about=""):
+    """(prompt, answer, hit) of each turn; the whole conversation is sent again each time. about: makes it another."""
     turns = []
     async with openai.AsyncOpenAI(base_url=url_of(deployment) + "/v1", api_key="-", max_retries=0) as client:
-        messages = [{"role": "system", "content": "You are brief. " * 20}]
+        messages = [{"role": "system", "content": f"{about} You are brief. " * 20}]
         for number in range(num_turns):
             messages.append({"role": "user", "content": f"Question {number}: what comes next? <|end|>"})
             answer = await client.chat.completions.create(
@@ -85,14 +85,18 @@ async def openai_turns(deployment, num_turns):
     return turns
 
 
-async def anthropic_turns(deployment, num_turns):
+async def anthropic_turns(deployment, num_turns, about=""):
     turns = []
     async with anthropic.AsyncAnthropic(base_url=url_of(deployment), api_key="-", max_retries=0) as client:
-        messages = []
+        messages, system = [], f"{about} Be brief. " * 20
         for number in range(num_turns):
             messages.append({"role": "user", "content": f"Another question, {number}. " * 6})
             async with client.messages.stream(
-                model=MODEL, messages=messages, system="Be brief. " * 20, max_tokens=80, extra_body={"temperature": 1.0}
+                model=MODEL,
+                messages=messages,
+                system=system,
+                max_tokens=80,
+                extra_body={"temperature": 1.0},
             ) as stream:
                 answer = await stream.get_final_message()
             messages.append({"role": "assistant", "content": [block.model_dump() for block in answer.content]})
@@ -103,27 +107,25 @@ async def anthropic_turns(deployment, num_turns):
 
 
 @pytest.mark.parametrize("turns_of", [openai_turns, anthropic_turns])
-async def test_a_resent_conversation_hits_to_the_last_full_block(deploy, turns_of):
-    async with deploy as deployment:
-        turns = await turns_of(deployment, 4)
-        for (prompt, answer, _), (_, _, hit) in itertools.pairwise(turns):
-            # The last token of an answer that was cut off is chosen, not run: its KV is the next turn's to compute.
-            assert hit in ((prompt + answer - 1) // BLOCK * BLOCK, (prompt + answer) // BLOCK * BLOCK)
-        verdict = await verified(deployment)
-        assert verdict.ok and verdict.records == 4, verdict.to_json()
-        assert [item.record.cache_hit_tokens for item in settled(deployment)] == [hit for _, _, hit in turns]
+async def test_a_resent_conversation_hits_to_the_last_full_block(running, turns_of):
+    turns = await turns_of(running, 4, "resent")
+    for (prompt, answer, _), (_, _, hit) in itertools.pairwise(turns):
+        # The last token of an answer that was cut off is chosen, not run: its KV is the next turn's to compute.
+        assert hit in ((prompt + answer - 1) // BLOCK * BLOCK, (prompt + answer) // BLOCK * BLOCK)
+    verdict = await verified(running)
+    assert verdict.ok and len(running.settled()) == 4, verdict.to_json()
+    assert [item.record.cache_hit_tokens for item in running.settled()] == [hit for _, _, hit in turns]
 
 
-async def test_log_probabilities_of_a_hit_are_those_of_the_cold_run(deploy):
+async def test_log_probabilities_of_a_hit_are_those_of_the_cold_run(running):
     """Through all services, to the last digit; gRPC's callers get the same numbers."""
     prompt = "Twelve drummers drumming, eleven pipers piping. " * 8 + "What comes next?"
     settings = {"model": MODEL, "prompt": prompt, "max_tokens": 24, "temperature": 0.7, "seed": 3, "logprobs": 5}
-    async with deploy as deployment:
-        async with openai.AsyncOpenAI(base_url=url_of(deployment) + "/v1", api_key="-", max_retries=0) as client:
-            cold, hit = [await client.completions.create(**settings) for _ in range(2)]
-        client = RouterClient(deployment.one("router").address)
-        sampling = Sampling(max_tokens=24, temperature=0.7, seed=3, num_top_logprobs=5)
-        over_grpc = [each async for message in client.generate(prompt, sampling) for each in message.logprobs]
+    async with openai.AsyncOpenAI(base_url=running.url + "/v1", api_key="-", max_retries=0) as client:
+        cold, hit = [await client.completions.create(**settings) for _ in range(2)]
+    client = RouterClient(running.one("router").address)
+    sampling = Sampling(max_tokens=24, temperature=0.7, seed=3, num_top_logprobs=5)
+    over_grpc = [each async for message in client.generate(prompt, sampling) for each in message.logprobs]
     assert (cold.usage.prompt_cache_hit_tokens, hit.usage.prompt_cache_hit_tokens) == (0, len(prompt) // BLOCK * BLOCK)
     assert hit.choices[0].logprobs == cold.choices[0].logprobs and len(cold.choices[0].logprobs.tokens) == 24
     assert [each.logprob for each in over_grpc] == cold.choices[0].logprobs.token_logprobs
@@ -190,7 +192,7 @@ async def test_a_killed_router_bills_what_its_client_was_given_and_a_retry_the_r
         assert verdict.ok and verdict.open_requests == 0, verdict.to_json()
 
 
-async def test_a_cache_breakpoint_leaves_a_checkpoint_where_the_strategy_would_not(deploy):
+async def test_a_cache_breakpoint_leaves_a_checkpoint_where_the_strategy_would_not(running):
     """The client marks the end of its long system text; another question behind it resumes there, without a replay."""
     system = [{"type": "text", "text": "The rules are these. " * 30, "cache_control": {"type": "ephemeral"}}]
     marked = len("<" + system[0]["text"]) // BLOCK * BLOCK
@@ -202,12 +204,11 @@ async def test_a_cache_breakpoint_leaves_a_checkpoint_where_the_strategy_would_n
         )
         return answer.usage.cache_read_input_tokens
 
-    async with deploy as deployment:
-        async with anthropic.AsyncAnthropic(base_url=url_of(deployment), api_key="-", max_retries=0) as client:
-            plain = [{"type": "text", "text": "Other rules hold now. " * 30}]
-            hits = [await ask(client, f"{number} apples? ", system) for number in range(2)]
-            unmarked = [await ask(client, f"{number} pears? ", plain) for number in range(2)]
-        records = [item.record for item in settled(deployment)]
+    async with anthropic.AsyncAnthropic(base_url=running.url, api_key="-", max_retries=0) as client:
+        plain = [{"type": "text", "text": "Other rules hold now. " * 30}]
+        hits = [await ask(client, f"{number} apples? ", system) for number in range(2)]
+        unmarked = [await ask(client, f"{number} pears? ", plain) for number in range(2)]
+    records = [item.record for item in running.settled()]
     assert hits == [0, marked] and records[1].restore_plan == "checkpoint"
     # Without the mark the same prefix is stored, but its window state is not: it is replayed, or computed again.
     assert unmarked[0] == 0 and records[3].restore_plan != "checkpoint"
@@ -237,50 +238,49 @@ async def test_a_decode_worker_that_dies_in_mid_answer_leaves_one_record(config)
     assert (first.output_tokens, first.status) == (second.output_tokens, second.status)
 
 
-async def test_a_receipt_is_fetched_and_checked_with_the_published_key(deploy):
-    async with deploy as deployment:
-        await openai_turns(deployment, 2)
-        request_id = settled(deployment)[1].record.request_id
+async def test_a_receipt_is_fetched_and_checked_with_the_published_key(running):
+    await openai_turns(running, 2, "receipt")
+    request_id = running.settled()[1].record.request_id
 
-        def get(path):
-            with urllib.request.urlopen(url_of(deployment) + path) as response:
-                return json.load(response)
+    def get(path):
+        with urllib.request.urlopen(running.url + path) as response:
+            return json.load(response)
 
-        receipt = await asyncio.to_thread(get, f"/v1/usage/receipts/{request_id}")
-        key = bytes.fromhex((await asyncio.to_thread(get, "/v1/usage/public_key"))["public_key"])
-        checked = check_receipt(receipt, key, load_cards([DEPLOY / "example.toml"]))
-        assert checked.ok and checked.record.cache_hit_tokens > 0 and checked.record.price > 0
-
-
-async def test_usage_is_exported_over_grpc_from_a_cursor(deploy):
-    async with deploy as deployment:
-        await openai_turns(deployment, 3)
-        async with rpc.channel(deployment.one("router").address) as channel:
-            stub = usage_pb2_grpc.UsageServiceStub(channel)
-
-            async def export(cursor):
-                found = []
-                async for message in stub.Export(usage_pb2.ExportRequest(cursor=cursor), timeout=10):
-                    found += message.records
-                return found
-
-            everything = await export(0)
-            assert [r.record.request_id for r in everything] == [i.record.request_id for i in settled(deployment)]
-            assert [r.record.price for r in await export(everything[0].sequence)] == [
-                r.record.price for r in everything[1:]
-            ]
-            with pytest.raises(grpc.aio.AioRpcError):
-                await stub.GetReceipt(usage_pb2.GetReceiptRequest(request_id="nobody's"), timeout=5)
+    receipt = await asyncio.to_thread(get, f"/v1/usage/receipts/{request_id}")
+    key = bytes.fromhex((await asyncio.to_thread(get, "/v1/usage/public_key"))["public_key"])
+    checked = check_receipt(receipt, key, load_cards([DEPLOY / "example.toml"]))
+    assert checked.ok and checked.record.cache_hit_tokens > 0 and checked.record.price > 0
 
 
-async def test_curl_speaks_to_it(deploy):
-    async with deploy as deployment:
-        body = json.dumps(
-            {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream": True}
-        )
-        command = ("curl", "-sN", url_of(deployment) + "/v1/chat/completions", "-H", "content-type: application/json")
-        process = await asyncio.create_subprocess_exec(*command, "-d", body, stdout=asyncio.subprocess.PIPE)
-        out, _ = await process.communicate()
+async def test_usage_is_exported_over_grpc_from_a_cursor(running):
+    await openai_turns(running, 3, "export")
+    async with rpc.channel(running.one("router").address) as channel:
+        stub = usage_pb2_grpc.UsageServiceStub(channel)
+
+        async def export(cursor):
+            found = []
+            async for message in stub.Export(usage_pb2.ExportRequest(cursor=cursor), timeout=10):
+                found += message.records
+            return found
+
+        everything = await export(running.cursor)
+        assert [r.record.request_id for r in everything] == [i.record.request_id for i in running.settled()]
+        assert [r.record.price for r in await export(everything[0].sequence)] == [
+            r.record.price for r in everything[1:]
+        ]
+        everyones = await export(0)
+        assert [r.record.request_id for r in everyones[-3:]] == [r.record.request_id for r in everything]
+        with pytest.raises(grpc.aio.AioRpcError):
+            await stub.GetReceipt(usage_pb2.GetReceiptRequest(request_id="nobody's"), timeout=5)
+
+
+async def test_curl_speaks_to_it(running):
+    body = json.dumps(
+        {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "stream": True}
+    )
+    command = ("curl", "-sN", running.url + "/v1/chat/completions", "-H", "content-type: application/json")
+    process = await asyncio.create_subprocess_exec(*command, "-d", body, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
     lines = [line for line in out.decode().splitlines() if line]
     assert lines[-1] == "data: [DONE]" and all(line.startswith("data: ") for line in lines)
 

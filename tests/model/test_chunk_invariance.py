@@ -5,6 +5,7 @@ Compared to the bit: logits of every token, the pool's bytes and the window stat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,8 @@ Checkpoint = Callable[[str], Path]
 Prompt = Callable[..., np.ndarray]
 PLANS = ("flash", "pro", "small_ratios", "odd_ratios", "coprime_ratios")
 FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
+# Nothing here changes a model, so that examples and tests share them.
+model_of = functools.cache(load_model)
 # Fixtures are immutable (a directory, a function), so that examples may share them.
 CONFIG = settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -69,7 +72,7 @@ def test_any_cutting_equals_one_go(
     cuts: set[int],
     length: int,
 ) -> None:
-    model = load_model(checkpoint(plan), kv_format=kv_format)
+    model = model_of(checkpoint(plan), kv_format=kv_format)
     tokens = prompt(length)
     torch.set_num_threads(1)
     whole = Run(model, length).feed(tokens)
@@ -84,7 +87,7 @@ def test_any_cutting_equals_one_go(
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("plan", PLANS)
 def test_token_by_token_equals_one_go(checkpoint: Checkpoint, prompt: Prompt, plan: str, kv_format: KVFormat) -> None:
-    model = load_model(checkpoint(plan), kv_format=kv_format)
+    model = model_of(checkpoint(plan), kv_format=kv_format)
     tokens = prompt(140)
     whole, steps = Run(model, 140).feed(tokens), Run(model, 140)
     for token in cut(tokens, set(range(140))):
@@ -101,7 +104,7 @@ def test_other_sequences_in_the_batch_change_nothing(
     checkpoint: Checkpoint, prompt: Prompt, plan: str, num_threads: int, data: st.DataObject
 ) -> None:
     """Sequences of different ages share steps: some prefill, some decode; each must end as if alone."""
-    model = load_model(checkpoint(plan))
+    model = model_of(checkpoint(plan))
     torch.set_num_threads(num_threads)
     size = model.config.geometry.block_size
     lengths = data.draw(st.lists(st.integers(1, 90), min_size=2, max_size=5))
@@ -126,7 +129,7 @@ def test_other_sequences_in_the_batch_change_nothing(
 
 @pytest.mark.slow
 def test_scattered_blocks_give_the_bits_of_neighbouring_blocks(checkpoint: Checkpoint, prompt: Prompt) -> None:
-    model = load_model(checkpoint("pro"))
+    model = model_of(checkpoint("pro"))
     tokens = prompt(150)
     together = Run(model, 150).feed(tokens)
     apart = Run(model, 150)
@@ -137,7 +140,7 @@ def test_scattered_blocks_give_the_bits_of_neighbouring_blocks(checkpoint: Check
 
 
 def test_last_logits_are_the_last_rows_of_all(checkpoint: Checkpoint, prompt: Prompt) -> None:
-    model = load_model(checkpoint("flash"))
+    model = model_of(checkpoint("flash"))
     size = model.config.geometry.block_size
     pool = BlockPool(model.layout, 4)
     tokens = prompt(2 * size)

@@ -12,7 +12,6 @@ import pytest
 from antefix.config import parse_value
 from antefix_console.catalog import COMMANDS, ROLES
 from antefix_console.cli import main, parser_of
-from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.child_environment import child_environment
 
 ROOT = Path(__file__).parents[2]
@@ -63,14 +62,11 @@ async def run_example(name, *arguments):
     return out.decode()
 
 
-@pytest.mark.services
-async def test_the_examples_of_the_router_run(tmp_path):
-    config = DeploymentConfig(model=ROOT / "models" / "antefix-tiny", data_dir=tmp_path)
-    async with Deployment(config) as deployment:
-        address = deployment.one("router").address
-        text = await run_example("generate.py", address, "def fibonacci(n):")
-        assert "[0 of 17 prompt tokens hit, " in text
-        text = await run_example("conversation.py", address)
+async def test_the_examples_of_the_router_run(running):
+    address = running.one("router").address
+    text = await run_example("generate.py", address, "def fibonacci(n):")
+    assert "[0 of 17 prompt tokens hit, " in text
+    text = await run_example("conversation.py", address)
     assert text.count("prompt tokens:") == 3
     assert int(re.findall(r"(\d+) hit", text)[-1]) > 0, "the last turn hits what was said before"
 
