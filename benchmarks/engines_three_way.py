@@ -43,7 +43,7 @@ from antefix.store_files.record_format import (  # noqa: E402
 from antefix.store_files.record_header import unpack_record_header  # noqa: E402
 from antefix_engines.v4_entries import StoredV4, compare  # noqa: E402
 from antefix_engines.v4_runs import antefix_entries, transformers_entries  # noqa: E402
-from antefix_engines.vllm.check_models import _COMMON, _V4, V4, antefix_tier, llm_arguments  # noqa: E402
+from antefix_engines.vllm.check_models import COMMON, V4, antefix_tier, llm_arguments  # noqa: E402
 from antefix_engines.vllm.entries import of_vllm  # noqa: E402
 from antefix_engines.vllm.run_prompts import MARK  # noqa: E402
 from antefix_engines.vllm.shape import Group, Shape  # noqa: E402
@@ -57,7 +57,7 @@ FLOAT32: Final = ("hc_", "attn_sink", "ape", "gate.bias")
 
 def write_checkpoint(directory: Path) -> Path:
     """A checkpoint with released names that all three read."""
-    config = _COMMON | _V4
+    config = COMMON | V4.config
     model = Model(ModelConfig.from_dict(config), kv_format=KVFormat.FP8).requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():

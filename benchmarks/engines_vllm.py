@@ -117,7 +117,7 @@ def lmcache(directory: Path) -> Tier:
 
 
 def measure(tier: Tier, scratch: Path, seed: int, num_tokens: int) -> dict[str, Any]:
-    from antefix_engines.vllm.check import ENDS, STREAMS, _own_steps, _run, difference, prompts_of, run_process
+    from antefix_engines.vllm.check import ENDS, STREAMS, difference, own_steps, prompts_of, run_process, run_step
     from antefix_engines.vllm.check_models import V4, llm_arguments, write_model
 
     model = replace(V4, llm=V4.llm | {"prefix_cache_retention_interval": tier.retention})
@@ -130,12 +130,14 @@ def measure(tier: Tier, scratch: Path, seed: int, num_tokens: int) -> dict[str, 
     # A fork two thirds into the prompt.
     at, fork = num_tokens * 2 // 3, prompts["a fork inside it"][0]
     prompts["a fork inside it"] = [prompts["whole"][0][:at] + fork[-60:]]
-    cold = run_process({"llm": llm, "steps": [step for name in prompts for step in _own_steps(name, prompts[name])]})
+    cold = run_process({"llm": llm, "steps": [step for name in prompts for step in own_steps(name, prompts[name])]})
     block_bytes, window_bytes = tier.sizes()
-    steps = [step for name, each in prompts.items() for step in (_run(name, each, is_stored=False), {"do": "forget"})]
+    steps = [
+        step for name, each in prompts.items() for step in (run_step(name, each, is_stored=False), {"do": "forget"})
+    ]
     restored = run_process({"llm": llm, "steps": steps})
     num_damaged = tier.damage()
-    damaged = run_process({"llm": llm, "steps": [_run("whole", prompts["whole"], is_stored=False)]})
+    damaged = run_process({"llm": llm, "steps": [run_step("whole", prompts["whole"], is_stored=False)]})
     # vLLM batches what is left of several prompts otherwise than whole ones; its bits depend on that.
     cold[STREAMS] = cold[f"{STREAMS}, own cache"]
     stored_tokens = sum(len(each) // 256 * 256 for name in ("whole", STREAMS) for each in prompts[name])
@@ -165,7 +167,7 @@ def flash() -> dict[str, Any]:
     """What each tier keeps of V4-Flash, by vLLM's planner, before compression and file headers."""
     plan = json.loads(PLAN.read_text())
     from antefix_engines.vllm.v4_pages import V4Pages
-    from tests.foreign_engines.test_vllm_flash import shape_of
+    from tests.foreign_engines.vllm_stand_in import shape_of
 
     pages = V4Pages.of(shape_of(plan), compact=True)
     assert pages is not None
