@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from antefix.config import require
+
 if TYPE_CHECKING:
     from antefix.block import TokenArray
     from antefix.security.credentials import Credentials
@@ -32,6 +34,8 @@ def find_credentials(args: argparse.Namespace, environ: Mapping[str, str]) -> Cr
     from antefix.security.identity import Role
 
     token, directory, secret = environ.get(KEY_VARIABLE, ""), environ.get(DIRECTORY_VARIABLE), _secret_file(args)
+    is_given = directory is None or bool(directory.strip())
+    require(is_given, f"{DIRECTORY_VARIABLE} is empty, which would be no TLS: unset it, or name a directory")
     if not (token or directory or secret):
         return None
     files = CredentialFiles(directory) if directory else None

@@ -137,7 +137,7 @@ class Standin:
         if self.is_stopped:
             return
         self.is_stopped = True
-        self._server.should_exit = True
+        self._server.should_exit = self._server.force_exit = True
         await self._tasks[0]
         for task in self._tasks[1:]:
             task.cancel()

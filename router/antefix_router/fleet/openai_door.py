@@ -50,7 +50,7 @@ def http_client(api_key: str = "") -> httpx.AsyncClient:
 
 
 class OpenAIDoor:
-    """place: whose. A rank of several is named to it by a header (vLLM) and by a field (SGLang)."""
+    """place: whose. A rank of several is named to it by a header, which vLLM and SGLang read alike."""
 
     def __init__(self, place: EnginePlace, http: httpx.AsyncClient) -> None:
         self.place = place
