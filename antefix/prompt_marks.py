@@ -41,6 +41,18 @@ def marks_of(hashes: Sequence[bytes]) -> str:
     return f"{len(hashes)}:" + "".join(_short(hashes[place - 1]) for place in places(len(hashes)))
 
 
+def block_size_of(marks: str, num_tokens: int) -> int:
+    """What the blocks' size must be, of a prompt of so many tokens; 0: it has no marks, or no size fits.
+
+    Of several that fit, as with few blocks, a power of two is likeliest.
+    """
+    num_blocks = _end(_read(marks))
+    if not num_blocks:
+        return 0
+    fitting = range(num_tokens // (num_blocks + 1) + 1, num_tokens // num_blocks + 1)
+    return next((size for size in fitting if size & (size - 1) == 0), fitting[0] if fitting else 0)
+
+
 def parting(one: str, other: str) -> Parting:
     """Where the prompts of two marks part. Raises:  InvalidRequest: one of them is none."""
     first, second = _read(one), _read(other)

@@ -116,19 +116,28 @@ def lmcache(directory: Path) -> Tier:
     )
 
 
-def measure(tier: Tier, scratch: Path, seed: int) -> dict[str, Any]:
-    from antefix_engines.vllm.check import STREAMS, _own_steps, _run, difference, prompts_of, run_process
+def measure(tier: Tier, scratch: Path, seed: int, num_tokens: int) -> dict[str, Any]:
+    from antefix_engines.vllm.check import ENDS, STREAMS, difference, own_steps, prompts_of, run_process, run_step
     from antefix_engines.vllm.check_models import V4, llm_arguments, write_model
 
     model = replace(V4, llm=V4.llm | {"prefix_cache_retention_interval": tier.retention})
     llm = llm_arguments(model, write_model(model, scratch), []) | {"kv_transfer_config": tier.transfer}
-    prompts = prompts_of(random.Random(seed))
-    cold = run_process({"llm": llm, "steps": [step for name in prompts for step in _own_steps(name, prompts[name])]})
+    prompts = {
+        name: [each[: num_tokens if name != STREAMS else num_tokens // 2] for each in some]
+        for name, some in prompts_of(random.Random(seed)).items()
+        if name != ENDS
+    }
+    # A fork two thirds into the prompt.
+    at, fork = num_tokens * 2 // 3, prompts["a fork inside it"][0]
+    prompts["a fork inside it"] = [prompts["whole"][0][:at] + fork[-60:]]
+    cold = run_process({"llm": llm, "steps": [step for name in prompts for step in own_steps(name, prompts[name])]})
     block_bytes, window_bytes = tier.sizes()
-    steps = [step for name, each in prompts.items() for step in (_run(name, each, is_stored=False), {"do": "forget"})]
+    steps = [
+        step for name, each in prompts.items() for step in (run_step(name, each, is_stored=False), {"do": "forget"})
+    ]
     restored = run_process({"llm": llm, "steps": steps})
     num_damaged = tier.damage()
-    damaged = run_process({"llm": llm, "steps": [_run("whole", prompts["whole"], is_stored=False)]})
+    damaged = run_process({"llm": llm, "steps": [run_step("whole", prompts["whole"], is_stored=False)]})
     # vLLM batches what is left of several prompts otherwise than whole ones; its bits depend on that.
     cold[STREAMS] = cold[f"{STREAMS}, own cache"]
     stored_tokens = sum(len(each) // 256 * 256 for name in ("whole", STREAMS) for each in prompts[name])
@@ -158,7 +167,7 @@ def flash() -> dict[str, Any]:
     """What each tier keeps of V4-Flash, by vLLM's planner, before compression and file headers."""
     plan = json.loads(PLAN.read_text())
     from antefix_engines.vllm.v4_pages import V4Pages
-    from tests.foreign_engines.test_vllm_flash import shape_of
+    from tests.foreign_engines.vllm_stand_in import shape_of
 
     pages = V4Pages.of(shape_of(plan), compact=True)
     assert pages is not None
@@ -175,6 +184,7 @@ def flash() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=840, help="of the prompt, from 520 to 840")
     parser.add_argument("--tiers", default="antefix,files,files-256,lmcache")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()
@@ -202,12 +212,13 @@ def main() -> None:
             print(f"{number} of {len(args.tiers.split(','))}: {wanted}", file=sys.stderr, flush=True)
             tier = makers[wanted]()
             try:
-                report[tier.name] = measure(tier, scratch, args.seed)
+                report[tier.name] = measure(tier, scratch, args.seed, args.tokens)
             except (AntefixError, subprocess.TimeoutExpired) as err:
                 report[tier.name] = {"failed": str(err)[-600:]}
+            # After each tier: the whole takes half an hour.
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

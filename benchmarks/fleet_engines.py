@@ -58,7 +58,7 @@ class PolicyRun:
     expected_tokens: int
     lost_tokens: int
     hit_rate: float
-    ttft_p50_s: float
+    answer_p50_s: float
     requests_by_worker: tuple[int, ...]
 
 
@@ -124,7 +124,7 @@ async def run_policy(policy: str, workers: Sequence[VllmWorker], directory: Path
     hit = sum(record.cache_hit_tokens for record in records)
     if (prompt, len(records)) != (sum(int(str(usage["prompt_tokens"])) for usage in usages), len(usages)):
         raise RuntimeError("the bill is not what the workers reported")
-    ttft = sorted(record.ttft_us / 1e6 for record in records)
+    answers = sorted((record.finished_us - record.started_us) / 1e6 for record in records)
     return PolicyRun(
         policy=policy,
         num_requests=len(records),
@@ -133,7 +133,7 @@ async def run_policy(policy: str, workers: Sequence[VllmWorker], directory: Path
         expected_tokens=sum(each.expected for each in hits),
         lost_tokens=sum(each.lost for each in hits),
         hit_rate=hit / prompt,
-        ttft_p50_s=ttft[len(ttft) // 2],
+        answer_p50_s=answers[len(answers) // 2],
         requests_by_worker=served,
     )
 

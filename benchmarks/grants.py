@@ -9,9 +9,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import platform
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +55,7 @@ async def call_us(serving: ProcessSecurity, calling: ProcessSecurity, num_times:
     return round(spent, 1)
 
 
-async def main(num_times: int) -> None:
+async def measure(num_times: int) -> dict[str, object]:
     keyring = Keyring(b"a secret for measurements only !")
     granter, keys = Granter.from_secret(keyring), secret_keys(keyring)
     check = GrantCheck(lambda: keys)
@@ -79,10 +83,26 @@ async def main(num_times: int) -> None:
             ),
         }
         report["call_us"] = {name: await call_us(*sides, num_times) for name, sides in kinds.items()}
-    print(json.dumps(report, indent=2))
+    return report
+
+
+def write(file: Path, report: dict[str, object]) -> None:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    about = {
+        "commit": commit.stdout.strip(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
+        "command": "python benchmarks/grants.py",
+    }
+    file.write_text(json.dumps({**about, "figures": report}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=2000, help="how often each is done")
-    asyncio.run(main(parser.parse_args().times))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    args = parser.parse_args()
+    figures = asyncio.run(measure(args.times))
+    print(json.dumps(figures, indent=2))
+    if args.json is not None:
+        write(args.json, figures)

@@ -27,6 +27,8 @@ from antefix.errors import InvalidRequest
 # More in one message is a fault somewhere: an engine's step stores some thousand blocks at most.
 EVENTS_MAX: Final = 65_536
 HASHES_MAX: Final = 1 << 20
+# Groups of layers that a model's cache is kept in; DeepSeek-V4 has five.
+GROUPS_MAX: Final = 64
 # The number after the last one of a replay.
 REPLAY_END: Final = (-1).to_bytes(8, "big", signed=True)
 
@@ -167,7 +169,7 @@ def _array_of(raw: msgspec.Raw) -> KvEvent | None:
 def _is_sound(event: KvEvent) -> bool:
     if isinstance(event, KvCleared):
         return True
-    if len(event.block_hashes) > HASHES_MAX:
+    if len(event.block_hashes) > HASHES_MAX or not 0 <= (event.group_idx or 0) < GROUPS_MAX:
         return False
     if isinstance(event, KvRemoved):
         return True

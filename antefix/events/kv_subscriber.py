@@ -107,6 +107,10 @@ class KvSubscriber:
                 await self._follow()
             except (zmq.ZMQError, OSError) as err:
                 log.warning("KV events of %s: %s", self.endpoint, err)
+            except Exception:
+                # A bug here must not end the following of this engine without a word: it begins from nothing.
+                log.exception("KV events of %s could not be taken in", self.endpoint)
+                self._forget()
             self._lose()
             await asyncio.sleep(_RETRY_S)
 

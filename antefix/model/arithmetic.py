@@ -315,9 +315,11 @@ def _pool(ratio: int, width: int, x: Tensor, _: int) -> Tensor:
 
 
 def _sample(steps: list[Step]) -> list[Step]:
-    """A few cheap steps of every kind: what must still be so for an earlier probe to be believed."""
+    """All cheap functions and a few cheap products: what must still be so for an earlier probe to be believed."""
     cheap = [step for step in steps if step.shape[0] * step.shape[1] <= 1 << 18 and not step.note]
-    return [replace(step, shape=(min(step.shape[0], 17), step.shape[1])) for step in cheap[:: max(len(cheap) // 12, 1)]]
+    products = [step for step in cheap if step.is_product]
+    picked = [*products[:: max(len(products) // 12, 1)], *(step for step in cheap if not step.is_product)]
+    return [replace(step, shape=(min(step.shape[0], 17), step.shape[1])) for step in picked]
 
 
 def _digest(steps: list[Step], device: torch.device, salt: str) -> str:

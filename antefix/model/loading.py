@@ -31,6 +31,8 @@ from antefix.model.read_spans import fill
 log = logging.getLogger("antefix.model")
 
 _LOG_EVERY_S = 10.0
+# Of a card's kernels (`antefix_kernels.packed_linear.Weight`); no weight of a trained model comes near.
+_FP4_SCALE_MAX = 2.0
 
 # Called with bytes read and bytes in all.
 Progress = Callable[[int, int], None]
@@ -73,7 +75,7 @@ def load_model(
         if name != "lm_head.weight" or not model.config.tie_word_embeddings
     }
     fill(state, copies, progress or _LogProgress(directory))
-    _check_scales(state)
+    _check_scales(state, {name for name, form in plan.forms.items() if form.is_fp4})
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)
@@ -134,11 +136,17 @@ def save_model(model: Model, path: str | Path, *, config: dict[str, object] | No
     save_file(tensors, directory / SINGLE, metadata={"format": "pt"})
 
 
-def _check_scales(state: dict[str, Tensor]) -> None:
+def _check_scales(state: dict[str, Tensor], fp4_owners: set[str]) -> None:
     """A scale that is no number would make a block of a layer, and then every answer, no number."""
     for name, tensor in state.items():
-        if name.endswith(".scales") and not bool(torch.isfinite(tensor.float()).all()):
-            raise ModelError(f"scales of {checkpoint_name(name.removesuffix('scales') + 'weight')} are not all numbers")
+        owner, _, own = name.rpartition(".")
+        if own != "scales":
+            continue
+        values = tensor.float()
+        if not bool(torch.isfinite(values).all()):
+            raise ModelError(f"scales of {checkpoint_name(owner + '.weight')} are not all numbers")
+        if tensor.is_cuda and owner in fp4_owners and float(values.max()) > _FP4_SCALE_MAX:
+            raise ModelError(f"scales of {owner} exceed {_FP4_SCALE_MAX:g}: the kernels' FP4 values would overflow")
 
 
 class _LogProgress:

@@ -136,7 +136,9 @@ class MoE(nn.Module):
         gate_up_proj, down_proj = stacks.gate_up_proj, stacks.down_proj
         if isinstance(gate_up_proj, PackedStack):
             assert isinstance(down_proj, PackedStack)
-            routing = products.route(experts_NK, len(gate_up_proj), tile=gate_up_proj.card_tile(x_ND.dtype))
+            routing = products.route(
+                experts_NK, len(gate_up_proj), tile=gate_up_proj.card_tile(x_ND, experts_NK.numel())
+            )
             inner = tokens.swiglu(gate_up_proj.card_product(x_ND, routing, gathered=True), stacks.limit)
             rows = down_proj.card_product(inner, routing, gathered=False)
         else:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from antefix_kernels.linear import Routing
+    from antefix_kernels.packed_linear import Weight
 
 from antefix.model.quant import fp4_pairs, fp8_values, round_groups
 
@@ -134,11 +135,11 @@ class PackedStack(nn.Module):
     def __getitem__(self, expert: int) -> PackedMatrix:
         return PackedMatrix(self.codes[expert], self.scales[expert], self.form.block, self.form.rounds_inputs)
 
-    def card_tile(self, dtype: torch.dtype) -> int:
-        """Rows of a tile of the routed product on a card."""
+    def card_tile(self, x: Tensor, num_rows: int) -> int:
+        """Rows of a tile of the routed product on a card, of `num_rows` picks."""
         from antefix_kernels.packed_linear import routed_tile
 
-        return routed_tile(self.form.is_fp4, dtype)
+        return routed_tile(x, num_rows, self._operand())
 
     def card_product(self, x: Tensor, routing: Routing, *, gathered: bool) -> Tensor:
         """`antefix_kernels.linear.multiply_routed` with packed experts."""
@@ -146,8 +147,12 @@ class PackedStack(nn.Module):
 
         form = self.form
         inputs = packed_linear.prepare_inputs(x, rounds=form.rounds_inputs, is_fp4=form.is_fp4)
-        weight = packed_linear.Weight(codes=self.codes, scales=self.scales, block=form.block)
-        return packed_linear.multiply_routed(inputs, weight, routing, gathered=gathered)
+        return packed_linear.multiply_routed(inputs, self._operand(), routing, gathered=gathered)
+
+    def _operand(self) -> Weight:
+        from antefix_kernels.packed_linear import Weight
+
+        return Weight(codes=self.codes, scales=self.scales, block=self.form.block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

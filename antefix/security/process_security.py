@@ -36,7 +36,8 @@ def credentials_setting() -> Any:
     return setting(
         "",
         "directory with tls.crt, tls.key and ca.crt (`antefix certs`, cert-manager, SPIFFE): speak TLS, and believe"
-        " certificates alone; empty: loopback only",
+        " certificates alone; without it: loopback only",
+        guards=True,
     )
 
 

@@ -211,6 +211,8 @@ def _check(key: ApiKey) -> None:
     for name, text in (("tenant", key.tenant), ("note", key.note)):
         if CONTROL.search(text) or len(text.encode()) > _NAME_BYTES_MAX:
             raise ConfigError(f"{name} of key {key.id} has control characters or more than {_NAME_BYTES_MAX} bytes")
+    if key.tenant == "*":
+        raise ConfigError(f"key {key.id}: * stands for all tenants, and is none")
     if not key.tenant or not key.scopes:
         raise ConfigError(f"key {key.id} needs a tenant and at least one scope of {', '.join(Scope)}")
     check_digest(key.digest, f"key {key.id}")

@@ -8,9 +8,13 @@ ANTEFIX_API_KEY=KEY          a tenant's key, where the router wants one
 from __future__ import annotations
 
 import argparse
+import ssl
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from antefix.config import require
 
 if TYPE_CHECKING:
     from antefix.block import TokenArray
@@ -30,6 +34,8 @@ def find_credentials(args: argparse.Namespace, environ: Mapping[str, str]) -> Cr
     from antefix.security.identity import Role
 
     token, directory, secret = environ.get(KEY_VARIABLE, ""), environ.get(DIRECTORY_VARIABLE), _secret_file(args)
+    is_given = directory is None or bool(directory.strip())
+    require(is_given, f"{DIRECTORY_VARIABLE} is empty, which would be no TLS: unset it, or name a directory")
     if not (token or directory or secret):
         return None
     files = CredentialFiles(directory) if directory else None
@@ -44,6 +50,24 @@ def hold_grant(address: str, tenant: str, tokens: TokenArray) -> None:
 
     shown = credentials_for(address)
     hold(b"" if shown is None else shown.grant_for(tenant, tokens, ttl_s=_GRANT_S))
+
+
+def tls_for_url(url: str, *, shows_key: bool) -> ssl.SSLContext | None:
+    """What a command checks an https:// door with: the CAs of the operator's directory, where there is one.
+
+    Raises:  ConfigError: a key would cross a network in clear.
+    """
+    from antefix.security.listening import check_calling
+    from antefix.security.own_credentials import credentials_for
+
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "https":
+        if shows_key:
+            check_calling(f"{parts.netloc}:0" if parts.port is None else parts.netloc, has_tls=False)
+        return None
+    shown = credentials_for(parts.netloc)
+    ca = shown.files.now().ca.decode() if shown is not None and shown.files is not None else None
+    return ssl.create_default_context(cadata=ca)
 
 
 def _secret_file(args: argparse.Namespace) -> Path | None:

@@ -1,8 +1,10 @@
 """Products with packed weights: FP8 and FP4 codes are read packed and decoded in registers, next to the product.
 
 A weight tile is the product's left side, so that decoded numbers never pass through shared memory; tokens are its
-right side. As in `linear`, a tile's shape and the order of sums follow from the weight alone. Few outputs are split
-over their addends in a number of parts that follows from the weight too, and the parts are added up in order.
+right side. Few outputs are split over their addends, in a number of parts that follows from the weight alone, and the
+parts are added up in order. A tile has fewer rows where there are few: an element's sum runs over the same addends in
+the same instructions whatever the tile (benchmarks/weights_on_card.py compares them to the bit, and so does the probe
+of a worker's arithmetic at every start).
 
 Decoded values are exact in BF16: an FP8 or FP4 code times a power of two, and inputs that `prepare_inputs` rounded.
 Scales that are no powers of two (float32 scales of FP8) multiply the sum over their block instead.
@@ -28,9 +30,12 @@ from antefix_kernels.rounding import fp8_exponent
 # Addends that share a scale when inputs are rounded, and in FP4.
 INPUT_GROUP = 128
 FP4_BLOCK = 32
-# Outputs, rows, addends, warps and stages of a tile. FP4 takes fewer rows: with 64 products would outlast the reading.
-_TILE_FP8 = (128, 64, 128, 4, 3)
-_TILE_FP4 = (128, 32, 128, 4, 3)
+# Outputs, rows, addends, warps and stages of a tile, for so many rows (of an expert: on average) at most: the fastest
+# on an H200 at 32, 128 and 2,048 tokens of V4-Flash's products.
+_TILES_FP8 = ((32, (64, 32, 128, 4, 4)), (256, (128, 64, 128, 8, 4)), (None, (128, 128, 128, 8, 3)))
+_TILES_FP4 = ((8, (64, 16, 128, 4, 4)), (None, (128, 64, 128, 8, 3)))
+# What splits are counted by, whatever the tile.
+_SPLIT_OUTPUTS = 128
 # Float32 models are small ones, multiplied on no tensor core.
 _TILE_FLOAT32 = (32, 32, 32, 4, 1)
 # Programs that keep a card of 132 processors busy: fewer tiles of outputs are split over their addends.
@@ -40,12 +45,11 @@ _SPLIT_ADDENDS_MIN = 512
 _ROW_TILES_TOGETHER = 8
 _ROUND_GROUPS = 8
 
-# Four bytes to their four low and their four high codes, as BF16: sign to bit 15, the other three bits to bits 6 to 8,
-# where they are the number times 2^-126; then times 2^126.
+# Four bytes and their scales to the values of their four low and four high codes, as BF16: sign to bit 15, the other
+# three bits to bits 6 to 8, where they are the number times 2^-126; then times the scale, which is given times 2^126.
 _DECODE_FP4: tl.constexpr = tl.constexpr("""
 {
-.reg .b32 a, b, c, d, p;
-mov.b32 p, 0x7E807E80;
+.reg .b32 a, b, c, d;
 prmt.b32 a, $4, 0, 0x4140;
 prmt.b32 b, $4, 0, 0x4342;
 shl.b32 c, a, 12;
@@ -53,25 +57,25 @@ and.b32 c, c, 0x80008000;
 shl.b32 d, a, 6;
 and.b32 d, d, 0x01C001C0;
 or.b32 c, c, d;
-mul.rn.bf16x2 $0, c, p;
+mul.rn.bf16x2 $0, c, $5;
 shl.b32 c, b, 12;
 and.b32 c, c, 0x80008000;
 shl.b32 d, b, 6;
 and.b32 d, d, 0x01C001C0;
 or.b32 c, c, d;
-mul.rn.bf16x2 $1, c, p;
+mul.rn.bf16x2 $1, c, $6;
 shl.b32 c, a, 8;
 and.b32 c, c, 0x80008000;
 shl.b32 d, a, 2;
 and.b32 d, d, 0x01C001C0;
 or.b32 c, c, d;
-mul.rn.bf16x2 $2, c, p;
+mul.rn.bf16x2 $2, c, $5;
 shl.b32 c, b, 8;
 and.b32 c, c, 0x80008000;
 shl.b32 d, b, 2;
 and.b32 d, d, 0x01C001C0;
 or.b32 c, c, d;
-mul.rn.bf16x2 $3, c, p;
+mul.rn.bf16x2 $3, c, $6;
 }
 """)
 
@@ -81,7 +85,8 @@ class Weight:
     """A packed weight as kernels read it.
 
     codes: [G or E, O, B] float8_e4m3fn, or uint8 for FP4 (the even addend in the low nibble).
-    scales: [G or E, ceil(O / block[0]), ceil(K / block[1])] float8_e8m0fnu or float32, last dim contiguous.
+    scales: [G or E, ceil(O / block[0]), ceil(K / block[1])] float8_e8m0fnu or float32, last dim contiguous; of FP4 at
+        most 2 (the byte 128), or decoded numbers overflow: whoever makes one checks it.
     """
 
     codes: torch.Tensor
@@ -204,15 +209,18 @@ def _product_kernel(x, codes, scales, out, experts, firsts, stops, sources, num_
                     even = tl.load(at_x + at, inside[:, None], other=0.0)
                     odd = tl.load(at_x + half + at, inside[:, None], other=0.0)
                 if ASM:
+                    # BF16 bits of 2^(byte - 127) times 2^126; `Weight` promises that this is a number.
+                    power = ((s.to(tl.int16) + 126) << 7).to(tl.bfloat16, bitcast=True)
+                    wide = tl.broadcast_to(power[:, :, None], (N, BYTES // 16, 16))
                     low, high = tl.inline_asm_elementwise(
-                        _DECODE_FP4, "=r,=r,=r,=r,r", [c], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-                    )
-                    scale = _power(s).to(tl.bfloat16)
+                        _DECODE_FP4, "=r,=r,=r,=r,r,r,r", [c, tl.reshape(wide, (N, BYTES))],
+                        dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+                    )  # fmt: skip
                 else:
-                    wide = c.to(tl.int32)
-                    low, high = _fp4_values(wide & 15), _fp4_values(wide >> 4)
+                    code = c.to(tl.int32)
                     scale = _power(s)
-                low, high = _spread(low, scale, N, BYTES), _spread(high, scale, N, BYTES)
+                    low = _spread(_fp4_values(code & 15), scale, N, BYTES)
+                    high = _spread(_fp4_values(code >> 4), scale, N, BYTES)
                 if EXACT:
                     acc = tl.dot(low, even.to(tl.float32), acc, input_precision="ieee")
                     acc = tl.dot(high, odd.to(tl.float32), acc, input_precision="ieee")
@@ -278,25 +286,24 @@ def multiply(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """
     num_groups, num_outputs = weight.codes.shape[:2]
     check(x.dim() == 3 and x.shape[1] == num_groups, "inputs and weights have other numbers of groups")
-    m, n = _tile(x, weight)[1], _tile(x, weight)[0]
-    splits = _splits(num_groups * triton.cdiv(num_outputs, n), weight.num_addends, _tile(x, weight)[2])
+    tile = _tile(x, weight, len(x))
+    m = tile[1]
+    splits = _splits(num_groups * triton.cdiv(num_outputs, _SPLIT_OUTPUTS), weight.num_addends)
     out = torch.empty(x.shape[0], num_groups, num_outputs, dtype=x.dtype, device=x.device)
     if splits == 1:
-        _launch(x, weight, out, None, splits=1, row_tiles=triton.cdiv(len(x), m), gathered=False)
+        _launch(x, weight, out, None, tile=tile, splits=1, row_tiles=triton.cdiv(len(x), m), gathered=False)
         return out
     parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device)
-    _launch(x, weight, parts, None, splits=splits, row_tiles=triton.cdiv(len(x), m), gathered=False)
+    _launch(x, weight, parts, None, tile=tile, splits=splits, row_tiles=triton.cdiv(len(x), m), gathered=False)
     if out.numel():
         grid = (triton.cdiv(out.numel(), 1024),)
         _sum_kernel[grid](parts, out, out.numel(), SPLITS=splits, COLUMNS=1024, enable_fp_fusion=False)
     return out
 
 
-def routed_tile(is_fp4: bool, dtype: torch.dtype) -> int:
-    """Rows of a tile, for `linear.route`."""
-    if dtype is torch.float32:
-        return _TILE_FLOAT32[1]
-    return (_TILE_FP4 if is_fp4 else _TILE_FP8)[1]
+def routed_tile(x: torch.Tensor, num_rows: int, weight: Weight) -> int:
+    """Rows of a tile for `linear.route`, of `num_rows` picks."""
+    return _tile(x, weight, num_rows // len(weight.codes))[1]
 
 
 def multiply_routed(x: torch.Tensor, weight: Weight, routing: Routing, *, gathered: bool) -> torch.Tensor:
@@ -306,8 +313,11 @@ def multiply_routed(x: torch.Tensor, weight: Weight, routing: Routing, *, gather
     Raises:  ValueError: wrong dtype, shape or stride.
     """
     out = torch.empty(len(routing.order), weight.codes.shape[1], dtype=x.dtype, device=x.device)
-    num_tiles = len(routing.experts)
-    _launch(x.unsqueeze(1), weight, out.unsqueeze(1), routing, splits=1, row_tiles=num_tiles, gathered=gathered)
+    tile = _tile(x, weight, len(routing.order) // len(weight.codes))
+    row_tiles = len(routing.experts)
+    _launch(
+        x.unsqueeze(1), weight, out.unsqueeze(1), routing, tile=tile, splits=1, row_tiles=row_tiles, gathered=gathered
+    )
     return out
 
 
@@ -317,6 +327,7 @@ def _launch(
     out: torch.Tensor,
     routing: Routing | None,
     *,
+    tile: tuple[int, int, int, int, int],
     splits: int,
     row_tiles: int,
     gathered: bool,
@@ -327,7 +338,7 @@ def _launch(
     _check_operands(x, weight)
     if not out.numel():
         return
-    n, m, k, warps, stages = _tile(x, weight)
+    n, m, k, warps, stages = tile
     on_card = x.device.type == "cuda"
     powers = weight.scales.dtype is torch.float8_e8m0fnu
     scales = weight.scales.view(torch.uint8) if powers else weight.scales
@@ -396,19 +407,18 @@ def _check_operands(x: torch.Tensor, weight: Weight) -> None:
         check(addends >= 32 and addends & (addends - 1) == 0, "FP8 blocks have a power of two of addends, 32 at least")
 
 
-def _tile(x: torch.Tensor, weight: Weight) -> tuple[int, int, int, int, int]:
-    """Outputs, rows, addends, warps, stages: by weight and type alone, never by how many rows there are."""
+def _tile(x: torch.Tensor, weight: Weight, num_rows: int) -> tuple[int, int, int, int, int]:
+    """Outputs, rows, addends, warps, stages.  num_rows: of all, or of an expert on average."""
     if x.dtype is torch.float32 or x.device.type != "cuda":
         return _TILE_FLOAT32
-    if weight.is_fp4:
-        return _TILE_FP4
-    n, m, k, warps, stages = _TILE_FP8
-    return n, m, min(k, weight.block[1]), warps, stages
+    tiles = _TILES_FP4 if weight.is_fp4 else _TILES_FP8
+    n, m, k, warps, stages = next(tile for most, tile in tiles if most is None or num_rows <= most)
+    return n, m, k if weight.is_fp4 else min(k, weight.block[1]), warps, stages
 
 
-def _splits(num_tiles: int, num_addends: int, step: int) -> int:
-    """Parts over which addends are split: a power of two."""
+def _splits(num_tiles: int, num_addends: int) -> int:
+    """Parts over which addends are split: a power of two, by the weight alone."""
     splits = 1
-    while num_tiles * splits < _PROGRAMS_MIN and num_addends // (2 * splits) >= max(_SPLIT_ADDENDS_MIN, step):
+    while num_tiles * splits < _PROGRAMS_MIN and num_addends // (2 * splits) >= _SPLIT_ADDENDS_MIN:
         splits *= 2
     return splits

@@ -73,6 +73,7 @@ def says(report, verdict):
     return [f"{finding.probe}: {finding.says}" for finding in report.findings if finding.verdict is verdict]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("api", ["chat", "completions", "messages"])
 async def test_a_sound_door_is_accused_of_nothing(tmp_path, api):
     report = await audited(tmp_path, CachingScript(), api=api, lifetime_s=600.0)

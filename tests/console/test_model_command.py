@@ -18,6 +18,7 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
     return code, json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_released_flash_is_described_from_its_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As large as the real one: its tensors are holes in the files. The sums are those that its index publishes."""
     path = released.write_sparse(released.FULL_FLASH, tmp_path)

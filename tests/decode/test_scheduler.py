@@ -228,6 +228,7 @@ def servicer_of(engine):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -252,6 +253,7 @@ async def test_a_hit_and_a_continued_output_are_a_cold_runs(make_engine, store, 
         await servicer.scheduler.close()
 
 
+@pytest.mark.slow
 async def test_a_grammar_that_fails_ends_its_own_sequence_alone(make_engine):
     servicer = servicer_of(make_engine())
     tokens = PROMPTS[0].astype(np.uint32)

@@ -117,6 +117,8 @@ def test_fields_of_later_versions_are_passed_over():
         stored(token_ids=[1]),  # fewer tokens than its block has
         stored(block_size=0),
         stored(block_size=-4),
+        stored(group_idx=-1),
+        stored(group_idx=1 << 40),
         stored(block_hashes="h"),
         {"type": "BlockRemoved"},
     ],

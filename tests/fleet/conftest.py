@@ -73,7 +73,7 @@ async def fleet(tmp_path):
             for worker in workers:
                 if worker.is_stopped:
                     await worker.start()
-                stack.push_async_callback(worker.stop)
+            stack.push_async_callback(lambda: asyncio.gather(*(worker.stop() for worker in workers)))
             publishers = [worker.publisher for worker in workers]
             events = {}
             if all(publishers):
@@ -103,7 +103,7 @@ async def fleet(tmp_path):
 
             async def end():
                 await made.client.aclose()
-                await http.stop()
+                await asyncio.gather(http.stop(), *(worker.stop() for worker in workers))
                 await router.close()
 
             stack.push_async_callback(end)

@@ -81,11 +81,13 @@ class Standin:
     name: str = MODEL
     status: int = 200
     breaks_after: int = -1
+    fails_after: int = -1
     tells_hits: bool = True
     forgets_silently: bool = False
     has_tokenize: bool = True
     hold: asyncio.Event | None = None
     with_events: bool = True
+    adapters: tuple = ()
     api_key: str = ""
     cache: OrderedDict = field(default_factory=OrderedDict)
     requests: list = field(default_factory=list)
@@ -135,7 +137,7 @@ class Standin:
         if self.is_stopped:
             return
         self.is_stopped = True
-        self._server.should_exit = True
+        self._server.should_exit = self._server.force_exit = True
         await self._tasks[0]
         for task in self._tasks[1:]:
             task.cancel()
@@ -156,9 +158,9 @@ class Standin:
             found.append(parent)
         return found
 
-    def use(self, tokens, salt=""):
+    def use(self, tokens, salt="", lora=None):
         """Cached tokens of a prompt, which is in the cache afterwards; tells what came and went."""
-        names = self.hashes(tokens, salt)
+        names = self.hashes(tokens, salt + (lora or ""))
         if self.forgets_silently:
             self.cache.clear()
         hit = 0
@@ -172,7 +174,8 @@ class Standin:
             events = []
             if new:
                 first = new[0]
-                extra = [[salt], *[None] * (len(names) - 1)] if salt and not first else None
+                keys = [lora] if lora else []
+                extra = [[*keys, *([salt] if salt and not at else [])] or None for at in range(first, len(names))]
                 events.append(
                     {
                         "type": "BlockStored",
@@ -182,8 +185,8 @@ class Standin:
                         "block_size": BLOCK,
                         "lora_id": None,
                         "medium": "GPU",
-                        "lora_name": None,
-                        **({"extra_keys": extra} if extra else {}),
+                        "lora_name": lora,
+                        **({"extra_keys": extra} if any(extra) else {}),
                         "group_idx": 0,
                     }
                 )
@@ -199,7 +202,9 @@ class Standin:
     async def _models(self, request):
         if self.api_key and request.headers.get("authorization") != f"Bearer {self.api_key}":
             return JSONResponse({"error": "no"}, 401)
-        return JSONResponse({"object": "list", "data": [{"id": self.name, "max_model_len": 100_000}]})
+        models = [{"id": self.name, "max_model_len": 100_000, "parent": None}]
+        models += [{"id": name, "parent": self.name} for name in self.adapters]
+        return JSONResponse({"object": "list", "data": models})
 
     def tokens_of(self, body):
         if "messages" in body:
@@ -224,7 +229,8 @@ class Standin:
         if self.hold is not None:
             await self.hold.wait()
         tokens = self.tokens_of(body)
-        cached = self.use(tokens, body.get("cache_salt") or "")
+        lora = body["model"] if body["model"] in self.adapters else None
+        cached = self.use(tokens, body.get("cache_salt") or "", lora)
         words = [f"w{number} " for number in range(min(body.get("max_completion_tokens") or body["max_tokens"], 4))]
         usage = {
             "prompt_tokens": len(tokens),
@@ -260,6 +266,10 @@ class Standin:
             for number, word in enumerate(words):
                 if number == self.breaks_after:
                     raise RuntimeError("cut")
+                if number == self.fails_after:
+                    yield 'data: {"error": {"message": "out of memory", "code": 500}}\n\n'
+                    yield "data: [DONE]\n\n"
+                    return
                 piece = {"delta": {"content": word}} if is_chat else {"text": word}
                 more = {"usage": {**usage, "completion_tokens": number + 1}} if running else {}
                 yield event([{"index": 0, **piece, "finish_reason": None}], **more)

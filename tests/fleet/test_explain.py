@@ -7,8 +7,10 @@ import pytest
 
 from antefix import rpc
 from antefix.errors import InvalidRequest
+from antefix.prompt_marks import block_size_of, marks_of
 from antefix.v1 import fleet_pb2, fleet_pb2_grpc
 from antefix_console.commands import explain_fleet
+from antefix_console.explain.recorded_requests import record_lines
 from antefix_router.fleet.fleet_server import FleetServicer
 from antefix_router.fleet.fleet_view import FleetView
 from tests.fleet.standin import MODEL, Standin
@@ -124,3 +126,23 @@ async def test_the_page_shows_the_fleets_workers_and_what_was_lost(fleet, two):
     assert newest["miss_reason"] == "lost_hit"
     assert "reported; 896 were expected" in " ".join(newest["explained"])
     assert shown["forest"][0]["prompts"] == 2
+
+
+async def test_a_record_of_a_fleet_is_explained_in_its_own_words(asked):
+    door, _ = asked
+    await door.chat(LONG)
+    await door.heard()
+    await door.chat(LONG + "and so on")
+    record = door.records[-1]
+    text = "\n".join(record_lines(record, 64))
+    assert f"hits (98%), reported by {record.worker}." in text
+    assert "The router expected 896 there" in text
+    assert block_size_of(record.prompt_marks, record.prompt_tokens) == 16
+
+
+@pytest.mark.parametrize("size", [1, 16, 32, 100, 128])
+@pytest.mark.parametrize("num_tokens", [1, 127, 500, 603, 4096, 100_001])
+def test_a_blocks_size_can_be_told_from_marks(size, num_tokens):
+    marks = marks_of([bytes(32)] * (num_tokens // size))
+    found = block_size_of(marks, num_tokens)
+    assert num_tokens // found == num_tokens // size if num_tokens >= size else found == 0

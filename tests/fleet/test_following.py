@@ -16,7 +16,7 @@ async def followed(fleet):
 
     def leading(text):
         tokens = list(text.encode())
-        prompt = door.router.passing._names.prompt(tokens, "", 16)
+        prompt = door.router.placing._names.prompt(tokens, "", 16)
         return int(door.router.directory.leading([worker.address], prompt.keys)[0]) * 16
 
     return door, worker, engine.subscriber, leading
@@ -122,7 +122,7 @@ async def test_a_router_that_comes_late_is_told_all(fleet):
         say(worker, f"{number} {LONG}")
     await worker.stop(keep_publisher=True)
     door = await fleet(worker)
-    prompt = door.router.passing._names.prompt(list(f"0 {LONG}".encode()), "", 16)
+    prompt = door.router.placing._names.prompt(list(f"0 {LONG}".encode()), "", 16)
     await door.heard(lambda: int(door.router.directory.leading([worker.address], prompt.keys)[0]) > 5)
     assert door.engine(worker).subscriber.counters.num_batches == 20
 

@@ -288,6 +288,21 @@ def test_a_kind_of_layer_that_is_not_kept_is_named(store):
         cache_of(model, store)
 
 
+def test_an_encoder_is_refused(store):
+    config = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(InvalidRequest, match="encoder"):
+        cache_of(transformers.T5ForConditionalGeneration(config).eval(), store)
+
+
+def test_a_model_that_is_trained_on_leaves_nothing_behind(store):
+    model = small_model("llama")
+    cache = cache_of(model, store)
+    for _ in range(20):
+        change_weight(model)
+        cache.restore(PROMPT)
+    assert len(cache._served) <= 8
+
+
 def test_a_block_that_v4s_groups_do_not_fill_is_refused(v4, store):
     with pytest.raises(InvalidRequest, match="multiple of 4"):
         AntefixCache(v4, store, block_size=30)

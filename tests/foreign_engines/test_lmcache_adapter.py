@@ -111,6 +111,13 @@ def test_objects_come_back_after_a_restart(lmcache, tmp_path):
     second.close()
 
 
+def test_what_is_there_is_not_written_or_counted_again(lmcache, adapter):
+    keys, objects = keys_of(lmcache, 3), objects_of(3, seed=1)
+    store(adapter, keys[:2], objects[:2])
+    done = store(adapter, keys, objects)
+    assert done.is_successful() and done.bytes_transferred() == NBYTES
+
+
 def test_the_three_event_fds_differ(adapter):
     fds = {adapter.get_store_event_fd(), adapter.get_lookup_and_lock_event_fd(), adapter.get_load_event_fd()}
     assert len(fds) == 3

@@ -7,38 +7,10 @@ import numpy as np
 import pytest
 
 from antefix.store_files import codec
-from antefix_engines.vllm.shape import Group, Shape
 from antefix_engines.vllm.v4_pages import V4Pages
+from tests.foreign_engines.vllm_stand_in import shape_of
 
 PLAN = json.loads(Path(__file__).with_name("vllm_flash_plan.json").read_text())
-
-
-def shape_of(plan, **other):
-    groups = tuple(
-        Group(
-            id=row["id"],
-            num_tokens=row["num_tokens"],
-            layers=tuple(row["layers"]),
-            num_window_rows=row["num_window_rows"],
-        )
-        for row in plan["groups"]
-    )
-    fields = {
-        "groups": groups,
-        "cell_bytes": plan["row_bytes"],
-        "num_cells": 1,
-        "row_stride": -(-plan["row_bytes"] // 4096) * 4096,
-        "blocks_per_row": 1,
-        "dtype": "fp8_ds_mla",
-        "layout": "BLHNC",
-        "model": "flash",
-        "tokens_per_hash": 4,
-        "tp_size": 1,
-        "is_cut_otherwise": False,
-        "is_replicated": False,
-        "is_one_whole": False,
-    }
-    return Shape(**fields | other)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from antefix_engines.vllm.shape import Group
+from antefix_engines.vllm.shape import Group, Shape
 
 # --- vllm.v1.kv_offload.base -----------------------------------------------------------------------------------------
 
@@ -425,3 +425,32 @@ def row_bytes(tokens, group, end, width, seed=0):
     """A row's bytes: random, and its own."""
     name = hashlib.sha256(key_of(tokens, group, end) + bytes([seed])).digest()
     return np.random.default_rng(list(name[:8])).integers(0, 256, width, np.uint8)
+
+
+def shape_of(plan, **other):
+    """A `Shape` of a plan by vLLM's planner (`vllm_cpu/plan_flash.py`)."""
+    groups = tuple(
+        Group(
+            id=row["id"],
+            num_tokens=row["num_tokens"],
+            layers=tuple(row["layers"]),
+            num_window_rows=row["num_window_rows"],
+        )
+        for row in plan["groups"]
+    )
+    fields = {
+        "groups": groups,
+        "cell_bytes": plan["row_bytes"],
+        "num_cells": 1,
+        "row_stride": -(-plan["row_bytes"] // 4096) * 4096,
+        "blocks_per_row": 1,
+        "dtype": "fp8_ds_mla",
+        "layout": "BLHNC",
+        "model": "flash",
+        "tokens_per_hash": 4,
+        "tp_size": 1,
+        "is_cut_otherwise": False,
+        "is_replicated": False,
+        "is_one_whole": False,
+    }
+    return Shape(**fields | other)

@@ -117,7 +117,7 @@ def test_routed_rows_meet_their_experts(draw, form, n, num_experts, picked):
     weight, x = draw_weight(draw, form, num_experts, 40, 64), normal(draw, n, 64)
     experts = torch.rand(n, num_experts, generator=draw, device=draw.device).argsort(1)[:, :picked]
     is_fp4 = FORMS[form].is_fp4
-    routing = linear.route(experts, num_experts, tile=packed_linear.routed_tile(is_fp4, x.dtype))
+    routing = linear.route(experts, num_experts, tile=packed_linear.routed_tile(x, n * picked, weight))
     prepared = packed_linear.prepare_inputs(x, rounds=False, is_fp4=is_fp4)
     got = packed_linear.multiply_routed(prepared, weight, routing, gathered=True)
     each = torch.einsum("nk,npok->npo", x.double(), values(weight)[experts]).flatten(0, 1)
@@ -138,6 +138,7 @@ def test_operands_that_do_not_fit_are_refused(draw):
         packed_linear.multiply(x.expand(2, 3, 64), weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["flash", "base"])
 def test_a_packed_layer_takes_the_kernels_on_a_card(tmp_path, monkeypatch, release):
     """The model's own wiring: in the interpreter, by saying that the CPU has kernels."""

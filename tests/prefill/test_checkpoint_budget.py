@@ -8,7 +8,7 @@ from antefix.errors import Unavailable
 from antefix.record import RecordKind
 from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.window import Reason, StoredPrefix
-from antefix_prefill.leave_checkpoints import prompt_marks
+from antefix_prefill.leave_checkpoints import marks_for_prompt
 from antefix_prefill.restore import Restored
 from antefix_prefill.worker import checkpoint_budget as budget_module
 from antefix_prefill.worker.checkpoint_budget import CheckpointBudget
@@ -86,7 +86,9 @@ def test_a_full_budget_ends_sparse_checkpoints(make_engine, make_prompt):
         nothing_stored = Restored(
             sequence=None, plan=decision.plan, plans=(), num_stored_blocks=0, checkpoints=(), report=None
         )
-        marks[used_bytes] = [mark.reason for mark in prompt_marks(engine, make_prompt(engine, LONG), nothing_stored)]
+        marks[used_bytes] = [
+            mark.reason for mark in marks_for_prompt(engine, make_prompt(engine, LONG), nothing_stored)
+        ]
     assert Reason.SPARSE in marks[0] and Reason.PROMPT_END in marks[0]
     assert Reason.SPARSE not in marks[limit - 1]
     assert Reason.SPARSE not in marks[limit]

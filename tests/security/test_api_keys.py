@@ -142,6 +142,7 @@ def test_the_commands_make_replace_list_and_revoke(tmp_path, capsys):
         ["create", "acme", "--expires", "2020-01-01"],
         ["create", "a\x1b[2J"],
         ["create", ""],
+        ["create", "*"],
         ["revoke", "00000000"],
         ["rotate", "00000000"],
         ["create", "acme", "--redis", "redis://127.0.0.1:1"],
@@ -162,7 +163,15 @@ def faulty_books():
     yield from ("", "[]", "{}", "null", '{"version": 1}', "[" * 100_000, "\x00")
     for rows in ([row, row], [{**row, "scopes": []}], [{**row, "scopes": ["root"]}], [{**row, "sha256": "00"}]):
         yield json.dumps({"version": 1, "number": 1, "keys": rows})
-    for change in ({"tenant": ""}, {"tenant": "a\nb"}, {"id": "x"}, {"expires": "soon"}, {"expires": 5}, {"more": "1"}):
+    for change in (
+        {"tenant": ""},
+        {"tenant": "*"},
+        {"tenant": "a\nb"},
+        {"id": "x"},
+        {"expires": "soon"},
+        {"expires": 5},
+        {"more": "1"},
+    ):
         yield json.dumps({"version": 1, "number": 1, "keys": [{**row, **change}]})
     # What everybody has who has no key.
     yield json.dumps({"version": 1, "number": 1, "keys": [{**row, "sha256": digest_of("").hex()}]})
@@ -238,6 +247,9 @@ GUARDS = [
     ("router", "api_keys_file"),
     ("router", "redis_password_file"),
     ("kvstore", "keys_file"),
+    ("kvstore", "encrypt_key_file"),
+    ("router", "credentials"),
+    ("prefill", "credentials"),
     ("kvstore", "redis_ca_file"),
 ]
 
@@ -371,3 +383,9 @@ def test_over_grpc_a_key_does_what_its_scopes_say_too():
         if not method.startswith("/antefix.v1.UsageService/"):
             with contextlib.suppress(PermissionDenied):
                 assert caller_of_key(register, admin, method).role is Role.TENANT
+
+
+def test_a_command_with_an_empty_name_of_credentials_does_not_go_without_tls(monkeypatch, capsys):
+    monkeypatch.setenv("ANTEFIX_CREDENTIALS", "")
+    assert main(["window", "--router", "127.0.0.1:1"]) == 2
+    assert "ANTEFIX_CREDENTIALS is empty" in capsys.readouterr().err

@@ -94,6 +94,16 @@ async def test_a_deployment_over_tls(deployment, authority, monkeypatch, capsys,
     assert {f"{role} {each['address']}" for role, each in said.items()} < set(findings)
     assert {each["status"] for each in findings.values()} == {"ok"}
     assert "certificate for 90 days" in findings[f"kvstore {said['kvstore']['address']}"]["detail"]
+    # `top` believes the operator's CA, and shows its key to nobody in clear.
+    door = said["router"]["http_address"]
+    for url, problem in ((f"https://{door}", "asks for an API key"), (f"http://{door}", "no router answers")):
+        assert await asyncio.to_thread(main, ["top", "--url", url, "--json"]) != 0
+        assert problem in capsys.readouterr().err
+    (tmp_path / "key").write_text("afx-key")
+    (tmp_path / "key").chmod(0o600)
+    elsewhere = ["top", "--url", "http://10.0.0.1:8000", "--key-file", str(tmp_path / "key"), "--json"]
+    assert await asyncio.to_thread(main, elsewhere) == 2
+    assert "with TLS only" in capsys.readouterr().err
     for role in said:
         assert "TLS with the certificate" in deployment.log(role)
 

@@ -27,7 +27,7 @@ from antefix_router import metrics as router
 from antefix_router import prefilling
 from antefix_router.fleet import fleet_metrics
 from antefix_router.fleet.engines import HitCounters
-from antefix_router.fleet.passing import PassingCounters
+from antefix_router.fleet.fleet_placing import PassingCounters
 
 REPO = Path(__file__).parents[2]
 ROOMS = ("antefix", "billing", "decode", "engines", "kvstore", "prefill", "router")

@@ -15,7 +15,7 @@ from antefix.errors import InvalidRequest
 from antefix.miss_reason import MissReason
 from antefix.text_table import text_table
 from antefix_console.commands.prompt_text import given_text, read_text
-from antefix_console.explain.text import ADVICE
+from antefix_console.explain.text import FLEET_ADVICE
 
 _KNOWLEDGE = {
     "events": "as it tells",
@@ -103,7 +103,7 @@ def _lines(found: ExplainedRequest) -> Iterator[str]:
         yield "token would be left: engines compute that, with its block."
     if found.miss_reason is not MissReason.NONE:
         yield ""
-        yield f"What to do: {ADVICE[found.miss_reason]}"
+        yield f"What to do: {FLEET_ADVICE[found.miss_reason]}"
 
 
 def _row(each: CandidateEngine, num_media: int) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from antefix.block import USER_SEPARATOR, chain_of
 from antefix.clients import Tokens
 from antefix.errors import InvalidRequest
 from antefix.model_dir import ModelIdentity
-from antefix.prompt_marks import parting, parting_of_chain
+from antefix.prompt_marks import block_size_of, parting, parting_of_chain
 from antefix.secret import Keyring
 from antefix.tokenizer import load_tokenizer
 from antefix_billing.usage_record import UsageRecord
@@ -149,8 +149,12 @@ def compare_with(
 
 def explain_request(args: argparse.Namespace, identity: ModelIdentity, keyring: Keyring | None) -> int:
     """A request of the ledger, alone or against another one."""
-    size, ledgers = identity.geometry.block_size, _ledgers(args)
+    ledgers = _ledgers(args)
     record = _found(args, ledgers, args.request_id)
+    size = identity.geometry.block_size
+    if record.worker:
+        # Of a fleet: its engines have blocks of their own sizes, which no model here tells.
+        size = block_size_of(record.prompt_marks, record.prompt_tokens) or size
     if args.against is not None and _is_file(args.against):
         prompt = _rendered(args, args.against, identity, keyring)
         rough = _against_record(prompt, record, size, _needed(keyring))

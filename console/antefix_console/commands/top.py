@@ -18,6 +18,7 @@ from typing import Any
 
 from antefix.errors import InvalidRequest, PermissionDenied, Unauthenticated, Unavailable
 from antefix_console.commands.endpoint_flags import read_key
+from antefix_console.operator_credentials import tls_for_url
 from antefix_console.top.screen import Choice, screen
 
 _ANSWER_BYTES_MAX = 64 << 20
@@ -96,8 +97,9 @@ def _pressed(within_s: float) -> str:
 def _read(url: str, key: str) -> dict[str, Any]:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     request = urllib.request.Request(f"{url.rstrip('/')}/ui/data?seconds=3600", headers=headers)
+    context = tls_for_url(url, shows_key=bool(key))
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=10, context=context) as answer:
             data = json.loads(answer.read(_ANSWER_BYTES_MAX))
     except urllib.error.HTTPError as err:
         if err.code == 401:

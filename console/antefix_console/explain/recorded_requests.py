@@ -15,7 +15,7 @@ from antefix.prompt_marks import Parting, parting
 from antefix_billing.ledger_files import ledgers_of, read_settled
 from antefix_billing.pricing import moment_of
 from antefix_billing.usage_record import UsageRecord
-from antefix_console.explain.text import ADVICE
+from antefix_console.explain.text import ADVICE, FLEET_ADVICE
 
 # Clients are shown a request's id with one of these before it.
 _SHOWN_WITH: Final = ("chatcmpl-", "cmpl-", "msg_", "resp_")
@@ -112,4 +112,4 @@ def _of_a_fleet(record: UsageRecord) -> Iterator[str]:
     yield f"  The router expected {record.expected_hit_tokens} there, from what it knew of that worker's cache."
     if record.miss_reason:
         yield f"  What missed begins at token {hit}: {record.miss_reason}."
-        yield f"  What to do: {ADVICE[record.miss_reason]}"
+        yield f"  What to do: {FLEET_ADVICE[record.miss_reason]}"

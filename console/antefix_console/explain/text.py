@@ -35,6 +35,16 @@ ADVICE: Final = {
     " worth.",
     MissReason.UNKNOWN: "a newer process gave this reason: read it with that process's version.",
 }
+# Where workers are not ours some of these mean something else.
+FLEET_ADVICE: Final = {
+    **ADVICE,
+    MissReason.FIRST_SEEN: "nothing is wrong if this text is new. Else compare the very text: one token that differs"
+    " changes every block after it. What a worker dropped long ago, or before the router knew it, counts as new too.",
+    MissReason.EVICTED: "the worker's cache was too small for how long this was unused: give it more memory, a slower"
+    " medium behind it, or the fleet more workers.",
+    MissReason.UNKNOWN: "no worker could say what the prompt's tokens are, so nothing is known of it: see whether the"
+    " workers answer at /tokenize.",
+}
 
 
 def lines(explanation: Explanation) -> Iterator[str]:

@@ -23,7 +23,7 @@ from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 from lmcache.v1.platform import create_event_notifier
 
 from antefix.block import Family, Fingerprint, HashKind
-from antefix.errors import ConfigError
+from antefix.errors import ConfigError, InvalidRequest
 from antefix_engines.engine_layout import EngineLayout
 from antefix_engines.engine_store import EngineStore, KvOfModel, StoreSettings
 
@@ -148,17 +148,17 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         self._fds[kind].notify()
 
     def _store(self, keys: Sequence[Any], objects: Sequence[Any]) -> L2StoreResult:
-        payloads = [_bytes_of(each) for each in objects]
-        records = [
-            self._kv.block(name, self._kv.root, 1, payload)
-            for name, payload in zip(self._names(keys), payloads, strict=True)
-        ]
-        stored = self._kv.put_each(records)
-        good = [index for index, is_stored in enumerate(stored) if is_stored]
+        payloads, names = [_bytes_of(each) for each in objects], self._names(keys)
+        if len(payloads) != len(names):
+            raise InvalidRequest(f"{len(names)} keys but {len(payloads)} objects")
+        # What is there already is neither written nor counted a second time.
+        new = [index for index, name in enumerate(names) if not self._kv.lookup([name]).num_blocks]
+        stored = self._kv.put_each([self._kv.block(names[i], self._kv.root, 1, payloads[i]) for i in new])
+        good = [index for index, is_stored in zip(new, stored, strict=True) if is_stored]
         sizes = [payloads[index].nbytes for index in good]
         if good:
             self._notify_keys_stored([keys[index] for index in good], sizes)
-        return L2StoreResult(len(good) == len(keys), sum(sizes))
+        return L2StoreResult(len(good) == len(new), sum(sizes))
 
     def _look_up(self, keys: Sequence[Any]) -> Bitmap:
         found, names = Bitmap(len(keys)), self._names(keys)

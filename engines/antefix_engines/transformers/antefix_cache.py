@@ -29,6 +29,8 @@ from antefix_engines.transformers.stored_prefix import PrefixWriter, StoredPrefi
 from antefix_engines.transformers.watched_cache import RestoreReport, WatchedCache
 
 BLOCK_SIZE: Final = 128
+# States of the model, by weights and set-up, whose layout is remembered.
+_NUM_SERVED_MAX: Final = 8
 # Tokens that stand for something else than text, by their fields in a config: their KV hangs on more than their ids.
 _NOT_TEXT: Final = tuple(f"{kind}_token_{field}" for kind in ("image", "video", "audio") for field in ("id", "index"))
 
@@ -240,6 +242,9 @@ class AntefixCache:
         )
         served = _Served(payloads, self.store.kv(fingerprint, payloads.layout))
         with self._lock:
+            # A model that is trained on is another one at each step.
+            while len(self._served) >= _NUM_SERVED_MAX:
+                del self._served[next(iter(self._served))]
             return self._served.setdefault(names, served)
 
     def _probe(self, model: Any) -> tuple[CachePayloads, str]:
@@ -249,6 +254,10 @@ class AntefixCache:
         are no part of names.
         """
         _check_mode(model)
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise InvalidRequest(
+                "a model with an encoder is not served: its decoder's KV hangs on more than its tokens"
+            )
         device = model_identity.device_of(model)
         cache = WatchedCache(config=model.config, block_size=self.block_size)
         vocab_size = model.config.get_text_config(decoder=True).vocab_size
@@ -256,7 +265,7 @@ class AntefixCache:
         _compute(model, ids, cache)
         family = _family_of(model)
         layers = rows_of(cache, self.block_size, is_v4=family is Family.V4)
-        payloads = CachePayloads(layers, self._encoding, block_size=self.block_size, family=family, device=device)
+        payloads = CachePayloads(layers, self._encoding, block_size=self.block_size, family=family)
         return payloads, payloads.bits_of(cache) if device.type == "cpu" else "any"
 
     def _tokens(self, ids: Tensor | Sequence[int]) -> list[int]:

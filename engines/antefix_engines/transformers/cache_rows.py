@@ -26,12 +26,16 @@ from antefix.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Rows of one group of one layer in a block or checkpoint. shape: of a row. is_state: no KV, kept exactly."""
+    """Rows of one group of one layer in a block or checkpoint. shape: of a row. is_state: no KV, kept exactly.
+
+    device: where the layer has them; a large model's layers may be on several cards.
+    """
 
     group: str
     num_rows: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
     is_state: bool = False
 
     @property
@@ -89,7 +93,8 @@ class IndexedRows(FullRows):
         self._has_keys = layer.indexer_keys is not None
         if self._has_keys:
             shape = tuple(layer.indexer_keys.shape[2:])
-            keys = Slot(group="indexer_keys", num_rows=block_size, shape=shape, dtype=layer.indexer_keys.dtype)
+            dtype, device = layer.indexer_keys.dtype, layer.indexer_keys.device
+            keys = Slot(group="indexer_keys", num_rows=block_size, shape=shape, dtype=dtype, device=device)
             self.block = (*self.block, keys)
 
     def take_block(self, layer: Any, index: int) -> list[Tensor]:
@@ -157,6 +162,7 @@ class CompressedRows(WindowRows):
                 num_rows=self._num_entries,
                 shape=tuple(layer.compressed_kv[name].shape[2:]),
                 dtype=layer.compressed_kv[name].dtype,
+                device=layer.compressed_kv[name].device,
             )
             for name in self._series
         )
@@ -171,6 +177,7 @@ class CompressedRows(WindowRows):
                 num_rows=getattr(layer, state)[name].shape[1],
                 shape=tuple(getattr(layer, state)[name].shape[2:]),
                 dtype=getattr(layer, state)[name].dtype,
+                device=getattr(layer, state)[name].device,
                 is_state=True,
             )
             for state, name in self._states
@@ -249,7 +256,8 @@ def rows_of(cache: cache_utils.DynamicCache, block_size: int, *, is_v4: bool = F
 
 def _kv_slot(group: str, tensor: Tensor, num_rows: int) -> Slot:
     """Of keys or values [1, heads, tokens, head_dim]: a row is a token's, head by head."""
-    return Slot(group=group, num_rows=num_rows, shape=(tensor.shape[1], tensor.shape[3]), dtype=tensor.dtype)
+    shape = tensor.shape[1], tensor.shape[3]
+    return Slot(group=group, num_rows=num_rows, shape=shape, dtype=tensor.dtype, device=tensor.device)
 
 
 def _tokens(tensor: Tensor) -> Tensor:

@@ -28,11 +28,9 @@ class CachePayloads:
         *,
         block_size: int,
         family: Family,
-        device: torch.device,
     ) -> None:
         self._layers: Final = tuple(layers)
         self._encoding: Final = encoding
-        self._device: Final = device
         self._block_slots: Final = [slot for layer in layers for slot in layer.block]
         self._state_slots: Final = [slot for layer in layers for slot in layer.checkpoint]
         self.layout: Final = EngineLayout(
@@ -112,6 +110,6 @@ class CachePayloads:
         for slot, part in zip(slots, parts, strict=True):
             rows = payloads[:, offset : offset + part.nbytes].reshape(count * part.num_rows, part.record.nbytes)
             numbers = self._encoding_of(slot).decode(rows, slot.num_numbers, slot.dtype)
-            found.append(numbers.reshape(-1, *slot.shape).to(self._device))
+            found.append(numbers.reshape(-1, *slot.shape).to(slot.device))
             offset += part.nbytes
         return found

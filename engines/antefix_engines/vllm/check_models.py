@@ -97,7 +97,7 @@ _GEMMA3: Final = {
     "rope_theta": 10000.0,
     "rope_local_base_freq": 10000.0,
 }
-_COMMON: Final = {
+COMMON: Final = {
     "vocab_size": VOCAB_SIZE,
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -162,7 +162,7 @@ def write_model(model: CheckModel, directory: Path) -> Path:
     """A folder that vLLM takes with `load_format="dummy"`: a config and no weights."""
     path = directory / model.name.replace(" ", "-")
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(_COMMON | model.config))
+    (path / "config.json").write_text(json.dumps(COMMON | model.config))
     return path
 
 

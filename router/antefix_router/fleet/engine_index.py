@@ -11,24 +11,34 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from antefix.events.kv_events import MEDIA, Hash, KvBatch, KvCleared, KvRemoved, KvStored, medium_of
+from antefix.events.kv_events import GROUPS_MAX, MEDIA, Hash, KvBatch, KvCleared, KvRemoved, KvStored, medium_of
 from antefix_router.fleet.fleet_names import FleetNames, scope_of
 from antefix_router.placement.directory import Directory, Key, keys_of
 
 _FULL_KINDS: Final = frozenset({None, "full_attention", "mla_attention", "sink_full_attention"})
-# Of one engine; at 16 tokens each 64 million tokens, far more than a machine's memory holds. About 300 bytes each.
+# Of one engine; at 16 tokens each 64 million tokens, far more than a machine's memory holds.
 NUM_BLOCKS_MAX: Final = 1 << 22
+_ALL_GROUPS: Final = (1 << GROUPS_MAX) - 1
 
 
 class _Held:
-    """One of the engine's blocks. name: ours, empty where only window groups have told of it.  groups: by medium."""
+    """One of the engine's blocks. name: ours, empty where only window groups have told of it.  groups: that have it, a
+    bit each, GROUPS_MAX of them per medium."""
 
     __slots__ = ("groups", "name", "scope")
 
     def __init__(self) -> None:
         self.name = b""
         self.scope = ""
-        self.groups = [0] * len(MEDIA)
+        # One number for all media: small ones take no memory of their own.
+        self.groups = 0
+
+    def among(self, medium: int) -> int:
+        """The groups that have it in this medium."""
+        return self.groups >> (medium * GROUPS_MAX) & _ALL_GROUPS
+
+    def is_whole(self, medium: int, groups: int) -> bool:
+        return self.among(medium) & groups == groups
 
 
 class GoneBlocks:
@@ -136,7 +146,7 @@ class EngineIndex:
             held = self._blocks.setdefault(_number(hash_), _Held())
             held.name, held.scope = name, scope
             self._hold(_number(hash_), bit, medium)
-            if held.groups[medium] & self._full == self._full:
+            if held.is_whole(medium, self._full):
                 there.append(name)
         for holder in (self.address, self.media[medium]):
             self._directory.placed(holder, keys_of(there))
@@ -145,16 +155,14 @@ class EngineIndex:
 
     def _hold(self, number: int, bit: int, medium: int) -> _Held:
         held = self._blocks.setdefault(number, _Held())
-        held.groups[medium] |= bit
+        held.groups |= bit << (medium * GROUPS_MAX)
         self._note_window(held)
         return held
 
     def _note_window(self, held: _Held) -> None:
         if not self._window or not held.name:
             return
-        groups = 0
-        for each in held.groups:
-            groups |= each
+        groups = held.among(0) | held.among(1) | held.among(2)
         (key,) = keys_of([held.name])
         if groups & self._window == self._window:
             self._window_ends.add(key)
@@ -167,16 +175,16 @@ class EngineIndex:
         gone_here: list[bytes] = []
         for hash_ in event.block_hashes:
             held = self._blocks.get(_number(hash_))
-            if held is None or not held.groups[medium] & bit:
+            if held is None or not held.among(medium) & bit:
                 continue
-            was_here = held.groups[medium] & self._full == self._full
-            held.groups[medium] &= ~bit
+            was_here = held.is_whole(medium, self._full)
+            held.groups &= ~(bit << (medium * GROUPS_MAX))
             self._note_window(held)
             if held.name and bit & self._full and was_here:
                 gone_here.append(held.name)
-                if not any(each & self._full == self._full for each in held.groups):
+                if not any(held.is_whole(each, self._full) for each in range(len(MEDIA))):
                     gone.append(held.name)
-            if not any(held.groups):
+            if not held.groups:
                 del self._blocks[_number(hash_)]
         self._directory.evicted(self.media[medium], keys_of(gone_here))
         self._directory.evicted(self.address, keys_of(gone))

@@ -85,7 +85,7 @@ class FleetDoor(Door):
             path=path,
             body=sent,
             model=model.name,
-            scope=scope_of(salt=salt),
+            scope=scope_of(lora=model.name if model.is_adapter else "", salt=salt),
             tokens=tokens,
             # No tokenizer makes more tokens than there are bytes.
             num_prompt_tokens_about=len(prompt),

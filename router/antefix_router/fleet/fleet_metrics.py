@@ -9,7 +9,7 @@ from prometheus_client.core import Metric
 
 from antefix.telemetry.shown import Shown, Table, counter, families, gauge
 from antefix_router.fleet.engines import Engines
-from antefix_router.fleet.passing import PassingCounters
+from antefix_router.fleet.fleet_placing import PassingCounters
 
 _PLACED, _PLACED_HELP = (
     "antefix_fleet_odd_requests",
@@ -18,7 +18,7 @@ _PLACED, _PLACED_HELP = (
         " first token would be too late (late)."
     ),
 )
-# `passing.PassingCounters`.
+# `fleet_placing.PassingCounters`.
 PASSING: Final[Table] = {
     "num_unnamed": Shown(name=_PLACED, help=_PLACED_HELP, labels=(("what", "unnamed"),)),
     "num_full": Shown(name=_PLACED, help=_PLACED_HELP, labels=(("what", "full"),)),

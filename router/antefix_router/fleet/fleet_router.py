@@ -12,6 +12,7 @@ from antefix_router.fleet.fleet_config import FleetConfig
 from antefix_router.fleet.fleet_door import FleetDoor
 from antefix_router.fleet.fleet_metrics import fleet_metrics
 from antefix_router.fleet.fleet_names import FleetNames
+from antefix_router.fleet.fleet_placing import FleetPlacing
 from antefix_router.fleet.passing import Passing
 from antefix_router.fleet.prompt_tokens import PromptTokens
 from antefix_router.front import BilledFront, open_books
@@ -35,12 +36,10 @@ class FleetRouter:
         names = FleetNames(keyring)
         self.engines = Engines(config, self.workers, self.directory, names)
         self.forest = PrefixForest()
+        self.placing = FleetPlacing(config, self.engines, self.workers, self.directory, names)
         self.passing = Passing(
-            config,
-            self.engines,
+            self.placing,
             self.workers,
-            self.directory,
-            names,
             on_named=lambda prompt: self.forest.note(prompt.chain.hashes, prompt.owner),
         )
         # Records name the model that was asked for; what names its blocks is the workers' own.
@@ -66,5 +65,5 @@ class FleetRouter:
         yield from accounts_metrics(self.front.accounts)
         known = {engine.place.address: engine.tells for engine in self.engines.engines}
         yield from placement_metrics((self.workers,), self.config.policy, lambda address: known.get(address, False))
-        yield from fleet_metrics(self.engines, self.passing.counters)
+        yield from fleet_metrics(self.engines, self.placing.counters)
         yield from key_metrics(self.front.keys, self.key_changes)

@@ -20,10 +20,10 @@ from antefix_billing.api_keys import Scope
 from antefix_router.fleet.engines import Engine, engine_of
 from antefix_router.fleet.fleet_config import FleetConfig
 from antefix_router.fleet.fleet_door import PATHS, build_fleet_app
+from antefix_router.fleet.fleet_placing import Candidate
 from antefix_router.fleet.fleet_router import FleetRouter
 from antefix_router.fleet.fleet_view import FleetView
 from antefix_router.fleet.passed_call import CHAT, COMPLETIONS
-from antefix_router.fleet.passing import Candidate
 from antefix_router.gateway.access import HttpMeasures
 from antefix_router.gateway.app import serve_door
 from antefix_router.gateway.gateway import HttpCaller
@@ -60,8 +60,8 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
             call = await router.door.call(CHAT if "messages" in body else COMPLETIONS, body, caller)
         except PassedError as err:
             raise InvalidRequest(f"the worker refuses it: {err}") from err
-        prompts = router.passing.named(call)
-        placed = router.passing.place(call, prompts, (caller.cache_tenant, caller.session), frozenset())
+        prompts = router.placing.named(call)
+        placed = router.placing.place(call, prompts, (caller.cache_tenant, caller.session), frozenset())
         known = placed.expected
         return fleet_pb2.ExplainRequestResponse(
             model=call.model,

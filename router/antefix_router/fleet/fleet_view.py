@@ -36,7 +36,7 @@ class FleetView:
             "policy": router.config.policy,
             "started_at": activity.started_at,
             "running": router.front.accounts.num_running,
-            "refused": router.passing.counters.num_full + router.passing.counters.num_late,
+            "refused": router.placing.counters.num_full + router.placing.counters.num_late,
             "total": asdict(activity.total),
             "over": {str(span): asdict(activity.over(span)) for span in (60, 300, 3600)},
             "series": activity.series(seconds),

@@ -29,10 +29,11 @@ _EVENT_BYTES_MAX: Final = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """num_tokens_max: its context, 0 where the worker does not say."""
+    """num_tokens_max: its context, 0 where the worker does not say.  is_adapter: of a model; its KV is its own."""
 
     name: str
     num_tokens_max: int = 0
+    is_adapter: bool = False
 
 
 def http_client(api_key: str = "") -> httpx.AsyncClient:
@@ -49,7 +50,7 @@ def http_client(api_key: str = "") -> httpx.AsyncClient:
 
 
 class OpenAIDoor:
-    """place: whose. A rank of several is named to it by a header (vLLM) and by a field (SGLang)."""
+    """place: whose. A rank of several is named to it by a header, which vLLM and SGLang read alike."""
 
     def __init__(self, place: EnginePlace, http: httpx.AsyncClient) -> None:
         self.place = place
@@ -70,7 +71,11 @@ class OpenAIDoor:
         if not isinstance(found, list):
             raise Unavailable(f"{self.place.address} lists no models")
         return tuple(
-            ServedModel(name=each["id"], num_tokens_max=int(each.get("max_model_len") or 0))
+            ServedModel(
+                name=each["id"],
+                num_tokens_max=int(each.get("max_model_len") or 0),
+                is_adapter=bool(each.get("parent")),
+            )
             for each in found
             if isinstance(each, dict) and isinstance(each.get("id"), str)
         )

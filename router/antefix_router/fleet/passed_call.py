@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from antefix.clients import Tokens
+from antefix.errors import Unavailable
 from antefix.miss_reason import MissReason
 from antefix.usage import Evidence, Usage
 from antefix_router.generation import Generation
@@ -139,7 +140,7 @@ class PassedGeneration(Generation):
         self._note_choices(answer)
 
     def take_piece(self, data: str) -> None:
-        """An event of a stream came."""
+        """An event of a stream came.  Raises:  Unavailable: that the worker cannot go on."""
         if (event := self._passed(data)) is not None:
             self.events.append(event)
 
@@ -156,6 +157,8 @@ class PassedGeneration(Generation):
             return data
         if not isinstance(piece, dict):
             return data
+        if isinstance(error := piece.get("error"), dict):
+            raise Unavailable(f"{self.worker} broke off: {error.get('message', error)}"[:500])
         choices = piece.get("choices")
         is_last = choices == []
         self.reported = Reported.read(piece.get("usage"), is_whole=is_last) or self.reported

@@ -1,0 +1,62 @@
+"""Both directions at once: a deployment of ours tells KV events, and a fleet's router places requests on it by them."""
+
+import asyncio
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+
+from antefix.secret import Keyring
+from antefix_billing.ledger_files import read_settled
+from antefix_router.fleet.fleet_config import FleetConfig
+from antefix_router.fleet.fleet_door import PATHS, build_fleet_app
+from antefix_router.fleet.fleet_router import FleetRouter
+from antefix_router.gateway.access import HttpMeasures
+from antefix_router.gateway.app import serve_door
+
+
+async def test_a_fleets_router_places_requests_on_our_workers_by_their_events(deploy, document, tmp_path, monkeypatch):
+    # Paths of Unix sockets are short.
+    sockets = Path(tempfile.mkdtemp(prefix="kv"))
+    events, replay = f"ipc://{sockets}/events", f"ipc://{sockets}/replay"
+    # As an operator of `antefix up` gives them: to the decode worker, which has every prompt that it answers.
+    monkeypatch.setenv("ANTEFIX_DECODE_KV_EVENTS", events)
+    monkeypatch.setenv("ANTEFIX_DECODE_KV_EVENTS_REPLAY", replay)
+    try:
+        async with deploy(http_address="127.0.0.1:0") as deployment:
+            config = FleetConfig(
+                workers=(f"http://{deployment.one('router').http_address}",),
+                events=(events,),
+                replay=(replay,),
+                http_address="127.0.0.1:0",
+                secret_file=str(tmp_path / "secret"),
+                ledger_dir=str(tmp_path / "ledger"),
+            )
+            router = FleetRouter(config, Keyring(b"0123456789abcdef"))
+            await router.start()
+            measures = HttpMeasures(PATHS)
+            http = await serve_door(router.door, build_fleet_app(router.door, config, measures), config, measures)
+            (engine,) = router.engines.engines
+            async with httpx.AsyncClient(base_url=f"http://{http.address}", timeout=60) as client:
+                body = {"model": "any", "prompt": document.tolist(), "max_tokens": 4}
+                whole_blocks = len(document) // 64 * 64
+                for number in range(2):
+                    answer = await client.post("/v1/completions", json=body)
+                    assert answer.status_code == 200, answer.text
+                    ends = time.monotonic() + 30
+                    while len(engine.index) < whole_blocks // 64:
+                        assert time.monotonic() < ends, f"no events after request {number}"
+                        await asyncio.sleep(0.05)
+            assert engine.index.block_size == 64
+            assert engine.hits.expected == whole_blocks
+            assert engine.hits.reported > 0
+            assert engine.hits.num_other_prompts == 0
+            await http.stop()
+            await router.close()
+    finally:
+        shutil.rmtree(sockets)
+    first, second = (item.record for item in read_settled(tmp_path / "ledger"))
+    assert (first.cache_hit_tokens, first.expected_hit_tokens) == (0, 0)
+    assert second.cache_hit_tokens == second.expected_hit_tokens == whole_blocks
