@@ -123,9 +123,9 @@ def overlap_row_lost(patch: Patch) -> None:
 
 
 def lookup_ignores_the_fingerprint(patch: Patch) -> None:
-    def present(self: Index, txn: Any, block_hash: bytes, fingerprint_id: int, now_ms: int) -> bool:
+    def present(self: Index, txn: Any, block_hash: bytes, wanted: Any) -> bool:
         entry = self.entry(txn, RecordKind.BLOCK, block_hash)
-        return entry is not None and entry.live(now_ms)
+        return entry is not None and entry.live(wanted.now_ms)
 
     patch.setattr(Index, "_present", present)
 
