@@ -180,7 +180,7 @@ def faulty_books():
     yield json.dumps({"version": 1, "number": 1, "keys": [row], "open": True})
 
 
-@pytest.mark.parametrize("text", list(faulty_books()), ids=lambda text: text[:60])
+@pytest.mark.parametrize("text", faulty := list(faulty_books()), ids=range(len(faulty)))
 def test_a_faulty_file_of_keys_is_refused(text, tmp_path):
     path = tmp_path / "keys.json"
     path.write_text(text)
