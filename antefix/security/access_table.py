@@ -73,7 +73,7 @@ TABLE: Final[dict[str, Access]] = {
     "/antefix.v1.KvStoreService/Watch": _row(_ROUTER),
     "/antefix.v1.KvStoreService/Stats": _row(_ROUTER, *_WORKERS, _OPERATOR),
     # What every service has.
-    "/antefix.v1.AboutService/About": _row(_OPERATOR),
+    "/antefix.v1.AboutService/About": _row(_ROUTER, _OPERATOR),
     "/grpc.health.v1.Health/Check": _row(*_EVERYBODY),
     "/grpc.health.v1.Health/List": _row(*_EVERYBODY),
     "/grpc.health.v1.Health/Watch": _row(*_EVERYBODY),

@@ -171,6 +171,7 @@ async def test_the_page_of_a_deployment_agrees_with_its_answers_and_shows_no_tex
     hits = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
     assert data["total"]["hit_tokens"] == sum(hits) > 0 and data["requests"][0]["hit_tokens"] == hits[1]
     assert {worker["role"] for worker in data["workers"]} == {"prefill", "decode"}
+    assert {worker["version"] for worker in data["workers"]} == {data["version"]} == {data["store"]["version"]}
     (run,) = data["forest"]
     assert run["prompts"] == 2 and run["tokens"] == usages[0]["prompt_tokens"] // 64 * 64
     assert sum(age["tokens"] for age in data["store"]["ages"]) == run["tokens"]

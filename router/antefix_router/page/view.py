@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+from antefix.clients.about import ask_about
 from antefix.errors import AntefixError
+from antefix.security.identity import Role
 from antefix.store.api import Store
 from antefix.store.store_stats import StoreTotals
 from antefix.version import __version__
@@ -24,6 +27,8 @@ _RUNS_SHOWN: Final = 150
 # Runs whose checkpoints are looked up: a look-up each, and a page refreshes every few seconds.
 _RUNS_LOOKED_UP: Final = 12
 _STORE_FRESH_S: Final = 2.0
+# Versions change when a process is replaced: a page need not ask for them at each look.
+_VERSIONS_FRESH_S: Final = 30.0
 # Upper bounds of how long ago a prefix was used, in seconds; the last bucket has the rest.
 AGES_S: Final = (60, 600, 3600, 86_400)
 
@@ -40,11 +45,13 @@ class View:
         self._checkpoints: dict[bytes, tuple[int, ...]] = {}
         self._store_error = ""
         self._store_read_at = -_STORE_FRESH_S
+        self._versions: dict[str, str] = {}
+        self._versions_read_at = -_VERSIONS_FRESH_S
 
     async def data(self, seconds: int) -> dict[str, Any]:
         """seconds: how far back the series goes."""
         activity, router = self._activity, self._router
-        await self._read_store()
+        await asyncio.gather(self._read_store(), self._read_versions())
         return {
             "at": time.time(),
             "version": __version__,
@@ -80,10 +87,22 @@ class View:
                 "memory_known": self._router.memory.in_step(worker.address),
                 "arithmetic": worker.arithmetic,
                 "setup": worker.setup,
+                "version": self._versions.get(worker.address, ""),
             }
             for workers in (self._router.prefill, self._router.decode)
             for worker in workers.workers
         ]
+
+    async def _read_versions(self) -> None:
+        if time.monotonic() - self._versions_read_at < _VERSIONS_FRESH_S:
+            return
+        self._versions_read_at = time.monotonic()
+        workers = [(worker.role, worker.address) for worker in self._router.prefill.workers]
+        workers += [(worker.role, worker.address) for worker in self._router.decode.workers]
+        asked = [(Role(role.value), address) for role, address in workers]
+        asked.append((Role.KVSTORE, self._router.config.store_address))
+        found = await asyncio.gather(*(_version(role, address) for role, address in asked if address))
+        self._versions = dict(zip((address for _, address in asked if address), found, strict=True))
 
     async def _read_store(self) -> None:
         if time.monotonic() - self._store_read_at < _STORE_FRESH_S:
@@ -110,7 +129,8 @@ class View:
             return {"error": self._store_error or "not read yet"}
         shown = asdict(self._totals)
         shown["kinds"] = [{"kind": kind.name.lower(), **asdict(kinds)} for kind, kinds in self._totals.kinds.items()]
-        return shown | {"error": self._store_error, "ages": self._ages()}
+        version = self._versions.get(self._router.config.store_address, "")
+        return shown | {"error": self._store_error, "ages": self._ages(), "version": version}
 
     def _ages(self) -> list[dict[str, Any]]:
         """Tokens of the prefixes that this router has seen, by how long ago they were used."""
@@ -193,3 +213,11 @@ def tenant_rows(activity: Activity, quotas: QuotaBook) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+async def _version(role: Role, address: str) -> str:
+    """Empty where it does not say, as older ones do not."""
+    try:
+        return (await ask_about(address, role=role)).version
+    except AntefixError:
+        return ""

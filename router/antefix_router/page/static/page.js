@@ -96,6 +96,7 @@ function roles(data) {
     ["tokens queued", (worker) => number(worker.tokens_queued)],
     ["served", (worker) => number(worker.served)],
     ["memory known", (worker) => (worker.memory_known ? "yes" : "guessed"), true],
+    ["version", (worker) => worker.version || "not told", true],
     ["set-up", (worker) => worker.setup || "not heard", true],
   ], data.workers, "No worker has registered."));
 }
@@ -191,7 +192,7 @@ function store(data) {
   }
   put("c-tiers", bars(Object.entries(tiers).map(([name, count]) => [name, count, short(count)]), "mark", "No request has ended yet."));
   const limit = found.limit_bytes || found.budget_bytes;
-  byId("store-note").textContent = `${bytes(found.used_bytes)}${limit ? ` of ${bytes(limit)}` : ""} used; ${bytes(found.free_bytes)} free on its disk; `
+  byId("store-note").textContent = `${found.version ? `Version ${found.version}. ` : ""}${bytes(found.used_bytes)}${limit ? ` of ${bytes(limit)}` : ""} used; ${bytes(found.free_bytes)} free on its disk; `
     + `${number(found.evictions)} evicted, ${number(found.corrupt)} found damaged.${found.stopped ? ` It stores nothing now: ${found.stopped}.` : ""}${found.error ? ` Not read again: ${found.error}` : ""}`;
 }
 
