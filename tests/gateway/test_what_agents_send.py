@@ -198,9 +198,13 @@ def test_ignored_fields_are_counted_and_logged_once_within_bounds(caplog):
     assert len(caplog.records) == 1
     for number in range(2000):
         notes = Notes(counter)
-        notes.ignore(f"x{number}\r\n")
+        notes.ignore(f"x{number}")
         notes.close()
     assert len(counter.counts) == IgnoredFields.NUM_NAMES_MAX + 1 and counter.counts[IgnoredFields.OTHERS] == 1001
+    notes = Notes(counter)
+    notes.ignore("what the prompt\r\nsaid")  # no field's name: counted, and not told
+    notes.close()
+    assert counter.counts[IgnoredFields.OTHERS] == 1002 and not any("prompt" in name for name in counter.counts)
     assert all("\n" not in record.getMessage() for record in caplog.records)
     notes = Notes()
     for number in range(500):

@@ -12,7 +12,6 @@ from antefix_decode.store_output import store_token
 from antefix_prefill import restore as restore_module
 from antefix_prefill import run_prompt as prompt_module
 from antefix_prefill.leave_handoff import leave_handoff
-from antefix_prefill.restore import forward as plain_forward
 from antefix_prefill.run_prompt import run_prompt
 from antefix_prefill.worker.engine import ignores_shapes
 
@@ -44,12 +43,15 @@ def shapes(monkeypatch):
     """Every model call as (position, number of tokens, sequences in the batch)."""
     seen = []
 
-    def forward(model, pool, batch, **kwargs):
-        seen.append((batch[0][0].position, len(batch[0][1]), len(batch)))
-        return plain_forward(model, pool, batch, **kwargs)
+    def noting(run):
+        def noted(model, pool, batch, **kwargs):
+            seen.append((batch[0][0].position, len(batch[0][1]), len(batch)))
+            return run(model, pool, batch, **kwargs)
 
-    monkeypatch.setattr(prompt_module, "forward", forward)
-    monkeypatch.setattr(restore_module, "forward", forward)
+        return noted
+
+    monkeypatch.setattr(prompt_module, "run_tokens", noting(prompt_module.run_tokens))
+    monkeypatch.setattr(restore_module, "forward", noting(restore_module.forward))
     return seen
 
 
