@@ -116,6 +116,8 @@ _ARRAYS: Final = {
     "BlockRemoved": ("block_hashes", "medium"),
     "AllBlocksCleared": (),
 }
+# msgspec lets Python's own error of a text that is not UTF-8 through.
+_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _OUTER: Final = msgspec.msgpack.Decoder(_Outer)
 _EVENT: Final = msgspec.msgpack.Decoder(_StoredIn | _RemovedIn | KvCleared)
@@ -134,7 +136,7 @@ def decode_batch(payload: bytes) -> KvBatch:
     """
     try:
         outer = _OUTER.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as err:
+    except _UNREADABLE as err:
         raise InvalidRequest(f"not a batch of KV events: {err}") from err
     if len(outer.events) > EVENTS_MAX:
         raise InvalidRequest(f"a batch has {len(outer.events)} events; {EVENTS_MAX} are the most")
@@ -149,7 +151,7 @@ def _event_of(raw: msgspec.Raw) -> KvEvent | None:
         event: KvEvent = _EVENT.decode(raw)
     except msgspec.ValidationError:
         return _array_of(raw)
-    except (msgspec.DecodeError, RecursionError):
+    except _UNREADABLE:
         return None
     return event if _is_sound(event) else None
 
@@ -161,7 +163,7 @@ def _array_of(raw: msgspec.Raw) -> KvEvent | None:
             return None
         fields = dict(zip(_ARRAYS[value[0]], value[1:], strict=False))
         event: KvEvent = msgspec.convert(fields | {"type": value[0]}, _TYPES[value[0]])
-    except (msgspec.MsgspecError, RecursionError, TypeError):
+    except (*_UNREADABLE, TypeError):
         return None
     return event if _is_sound(event) else None
 

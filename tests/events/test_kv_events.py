@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from antefix.errors import InvalidRequest
@@ -137,6 +137,7 @@ def test_no_batch_is_refused(payload):
 
 
 @given(st.binary(max_size=200))
+@example(b"\xa3\x00\x00\x80")  # a text that is not UTF-8
 def test_no_bytes_break_the_reader(payload):
     for each in (payload, b"\x92\xcb" + bytes(8) + b"\x91" + payload):
         try:
