@@ -31,7 +31,7 @@ def setting(
     """A dataclass field with its help text; `unit` is one of "", "bytes", "s", "tokens".
 
     choices: all values that it may have; `check_choices` refuses others.
-    guards: it protects something, so whoever gives it an empty value has made a mistake: it would turn that off.
+    guards: it protects something, so an empty value is a mistake: it would turn that off.
     """
     metadata = {"help": help_text, "unit": unit, "choices": choices, "guards": guards}
     return dataclasses.field(default=default, metadata=metadata)

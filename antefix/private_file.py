@@ -33,7 +33,7 @@ def read_private(path: str | Path, what: str) -> str:
 
 
 def refuse_writable(path: str | Path, what: str) -> None:
-    """For files that say who may do what: whoever can write them decides.
+    """For files that say who may do what: those who can write them decide.
 
     Raises:  ConfigError: others than its owner may change it, or it is not there.
     """

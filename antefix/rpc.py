@@ -388,7 +388,7 @@ async def run_until_signal(
     # A second SIGTERM is no hurry: a supervisor sends one to all of its processes, and `antefix up` sends its own.
     loop.add_signal_handler(signal.SIGTERM, asked.set)
     loop.add_signal_handler(signal.SIGINT, lambda: hurried.set() if asked.is_set() else asked.set())
-    # Announced once we can be told to stop: whoever reads this may do so at once.
+    # Announced once we can be told to stop: a reader of this line may do so at once.
     ready = {"ready": True, "role": role, "address": server.address}
     others_too = {"http_address": http_address, "metrics_address": metrics_address}
     others_too["token_address"] = server.token_address

@@ -35,7 +35,7 @@ SHORT_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 
 
 def histogram(name: str, help_text: str, labels: tuple[str, ...] = (), *, buckets: tuple[float, ...]) -> Histogram:
-    """One that belongs to whoever measures, and is shown by its room."""
+    """One that belongs to the object that measures, and is shown by its room."""
     return Histogram(name, help_text, labels, buckets=buckets, registry=None)
 
 

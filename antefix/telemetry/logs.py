@@ -193,7 +193,7 @@ def set_up_logs(level: str = "info", form: str = "text", stream: IO[str] | None 
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     handler.addFilter(RepeatFilter())
     root = logging.getLogger()
-    # Handlers of whoever runs us in his process stay.
+    # Handlers that the program around us has set stay.
     root.handlers[:] = [*(each for each in root.handlers if not isinstance(each, _Handler)), handler]
     # Below that other people's packages tell what passes through them: the server of event streams each piece of text.
     root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[level.upper()]))

@@ -59,6 +59,7 @@ async def test_empty_and_under_load_at_both_widths(config, tmp_path):
             await page.wait_for_selector("#all:not([hidden])")
             assert "No request has ended" in await page.inner_text("#t-requests")
             assert await page.locator("#t-roles tbody tr").count() == 2
+            assert "No request in this span had a price" in await page.inner_text("#c-saved")
             assert said == [], (width, scheme, said)
         # 2. Under load.
         shared = "to be or not to be, that is the question " * 8

@@ -34,7 +34,7 @@ class Plan:
     """
 
     prompt_tokens: int = 2048
-    samples: int = 30
+    samples: int = 250
     waits_s: tuple[float, ...] = ()
     probes: tuple[str, ...] = tuple(PROBES)
 

@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt-tokens", type=int, default=2048, metavar="N", help="of a usual prompt (default 2048)")
     parser.add_argument(
-        "--samples", type=int, default=30, metavar="N", help="per test (default 30; published audits took 250)"
+        "--samples",
+        type=int,
+        default=250,
+        metavar="N",
+        help="per test (default 250, as published audits; 30 for a look)",
     )
     parser.add_argument(
         "--probe", action="append", choices=PROBES, help="only this one; may be given often (default: all)"

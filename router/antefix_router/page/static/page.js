@@ -82,6 +82,11 @@ function overTime(data) {
     { values: points.map((point) => (point.prompt_tokens - point.hit_tokens) / per), class: "other", name: "missed" },
   ], { empty }), legend([["hit", "hit"], ["mark", "missed"]]));
   put("c-ttft", chart(points, [{ values: ttft, name: "time to first token" }], { empty }));
+  let sum = 0;
+  const saved = points.map((point) => (sum += point.saved));
+  put("c-saved", chart(points, [{ values: saved, name: "saved" }], {
+    show: (value) => value.toPrecision(3), empty: "No request in this span had a price: name a rate card with --ratecards.",
+  }));
   const missed = Object.entries(data.miss_tokens).map(([reason, count]) => [reason.replaceAll("_", " "), count, short(count)]);
   put("c-miss", bars(missed, "miss", "Nothing has missed yet."));
 }
