@@ -225,7 +225,8 @@ class KvSubscriber:
             socket.connect(self._replay)
             await socket.send_multipart([b"", first.to_bytes(8, "big")])
             while True:
-                frames = await asyncio.wait_for(socket.recv_multipart(), _REPLY_TIMEOUT_S)
+                async with asyncio.timeout(_REPLY_TIMEOUT_S):
+                    frames = await socket.recv_multipart()
                 if len(frames) < 3 or frames[-2] == REPLAY_END:
                     return
                 yield int.from_bytes(frames[-2], "big"), frames[-1]

@@ -132,7 +132,8 @@ class RedisWindowPool:
         """Raises:  Unavailable: the server failed or took too long; it is left alone for a while."""
         try:
             # The client's own timeouts are per socket operation: a trickling server would pass them for minutes.
-            return await asyncio.wait_for(call, 4 * self._timeout_s)
+            async with asyncio.timeout(4 * self._timeout_s):
+                return await call
         except (RedisError, RedisClusterException, OSError, TimeoutError) as err:
             self._down_until_s = time.monotonic() + self._down_s
             raise Unavailable(f"the window pool does not answer: {str(err) or type(err).__name__}") from err

@@ -298,7 +298,8 @@ class Deployment:
         self.processes.append(started)
         assert process.stdout is not None
         try:
-            line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)
+            async with asyncio.timeout(START_TIMEOUT_S):
+                line = await process.stdout.readline()
         except TimeoutError as err:
             raise Unavailable(f"{role} did not start within {START_TIMEOUT_S:.0f} s; see {log_path}") from err
         if not line:
@@ -380,7 +381,8 @@ class Deployment:
         name, started = f"{role.role} (pid {role.process.pid})", time.monotonic()
         while (left_s := max(self._stop_by, started) + STOP_MARGIN_S - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(role.process.wait(), min(left_s, _TELL_EVERY_S))
+                async with asyncio.timeout(min(left_s, _TELL_EVERY_S)):
+                    await role.process.wait()
                 return True
             grace_left_s = max(0.0, self._stop_by - time.monotonic())
             tell(f"waiting for {name}: what runs may take {grace_left_s:.0f} s more")

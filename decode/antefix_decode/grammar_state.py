@@ -81,7 +81,8 @@ class Grammars:
         async with self._turns:
             made = asyncio.to_thread(self._vocabulary.matcher, grammar)
             try:
-                ready = await asyncio.wait_for(made, READY_S_MAX)
+                async with asyncio.timeout(READY_S_MAX):
+                    ready = await made
             except TimeoutError as err:
                 raise InvalidRequest(f"the output format takes more than {READY_S_MAX:g} s to make ready") from err
         if ready.is_error():

@@ -70,6 +70,7 @@ class KeyExchange:
 
     async def _ask(self, call: Any) -> Any:
         try:
-            return await asyncio.wait_for(call, 2 * _TIMEOUT_S)
+            async with asyncio.timeout(2 * _TIMEOUT_S):
+                return await call
         except (RedisError, RedisClusterException, OSError, TimeoutError) as err:
             raise Unavailable(f"Redis does not answer: {type(err).__name__}") from err

@@ -175,6 +175,23 @@ async def test_an_old_book_put_back_revives_no_revoked_key(routers, redis, tmp_p
     await exchange.close()
 
 
+async def test_it_stops_also_when_an_answer_comes_at_the_same_moment(tmp_path, monkeypatch):
+    answer = asyncio.get_running_loop().create_future()
+
+    async def hget(*args):
+        return await answer
+
+    path = tmp_path / "keys.json"
+    key_file.create_book(path)
+    router = Router(path, "redis://127.0.0.1:1")
+    monkeypatch.setattr(router.changes._exchange._redis, "hget", hget)
+    await asyncio.sleep(0.1)
+    answer.set_result(None)
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await router.changes.close()
+
+
 async def test_two_who_change_keys_at_once_do_not_undo_each_other(redis):
     exchange = KeyExchange(RedisAccess(url=redis.url), KEYRING)
     book = KeyBook().added(new_key("a")[1])

@@ -194,6 +194,7 @@ async def _until_stopped(deployment: Deployment, asked: asyncio.Event) -> None:
                 seen.add(process.process.pid)
                 print(f"{process.role} ended with {process.process.returncode}; see {process.log_path}", flush=True)
         try:
-            await asyncio.wait_for(asked.wait(), 1.0)
+            async with asyncio.timeout(1.0):
+                await asked.wait()
         except TimeoutError:
             continue
