@@ -81,8 +81,11 @@ def check_request(message: Message) -> None:
 
 def limit_of(field: FieldDescriptor) -> limit_pb2.FieldLimit | None:
     """What the proto says of the field; None: nothing."""
-    options = field.GetOptions()
-    return options.Extensions[limit_pb2.limit] if options.HasExtension(limit_pb2.limit) else None
+    options: Any = field.GetOptions()
+    if not options.HasExtension(limit_pb2.limit):
+        return None
+    found: limit_pb2.FieldLimit = options.Extensions[limit_pb2.limit]
+    return found
 
 
 def _check(message: Message) -> None:
