@@ -19,6 +19,9 @@ from antefix.store_files.record_format import (
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.space import parent_of
 
+# Seven weeks: milliseconds of it fit the 32 bits that an index entry has.
+COST_S_MAX: Final = 4_294_967
+
 
 @dataclass(slots=True)
 class Admission:
@@ -60,6 +63,8 @@ def check_record(record: Record, record_bytes_max: int, registered_bytes: int | 
     if record.kind not in STORED_KINDS:
         raise InvalidRequest(f"records of kind {record.kind.name.lower()} do not go to disk")
     (_check_v1 if record.version == 1 else _check_v2)(record)
+    if not 0 <= record.cost_s < COST_S_MAX:
+        raise InvalidRequest(f"cost_s must be in [0, {COST_S_MAX}), is {record.cost_s}")
     if record.ttl_s is not None and not 0 <= record.ttl_s < 1 << 31:
         raise InvalidRequest(f"ttl_s must be in [0, 2^31), is {record.ttl_s}")
 

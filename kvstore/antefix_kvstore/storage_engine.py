@@ -73,6 +73,8 @@ log = logging.getLogger("antefix_kvstore.storage_engine")
 MAINTAIN_S: Final = 0.25
 # Background compaction takes segments of which this much is dead, so a byte is copied at most once for each freed.
 HALF_DEAD: Final = 0.5
+# A hundred years.
+PIN_S_MAX: Final = 3_153_600_000
 # No state that the store gets into by itself makes such a record one that it takes.
 _FOR_EVER: Final = (RefusalReason.INVALID, RefusalReason.NO_KEY, RefusalReason.TOO_LARGE)
 
@@ -410,7 +412,10 @@ class StorageEngine:
         """Keep records from eviction for a time; 0 lets go. Returns how many of them are stored.
 
         owner: whose they must be (`antefix.store_files.record_header.owner_row`); None: anybody's.
+        Raises:  InvalidRequest: no such time.
         """
+        if not 0 <= duration_s <= PIN_S_MAX:
+            raise InvalidRequest(f"records are pinned for 0 to {PIN_S_MAX} s, not {duration_s}")
         until_ms = self.clock_ms() + round(duration_s * 1000) if duration_s > 0 else 0
         num_pinned = 0
         with self._lock, IndexTxn(self.index) as txn:
