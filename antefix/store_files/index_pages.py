@@ -148,6 +148,15 @@ class PageFile:
         at = state.slot * self.page_bytes + _META_OFFSET
         return self._read(_META.size, at) == state.raw
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file is as long as its newest state says."""
+        try:
+            last_page = _META.unpack(self.current().raw)[6]
+        except Unavailable:
+            return False
+        return os.fstat(self._fd).st_size >= (int(last_page) + 1) * self.page_bytes
+
     def page(self, number: int, flag: int, count: int = 1) -> bytes:
         data = self._read(count * self.page_bytes, number * self.page_bytes)
         if len(data) < count * self.page_bytes:

@@ -98,7 +98,7 @@ class Ledger:
         self._fd = -1
         prepare_directory(self.directory)
         self._reserve = LedgerReserve(self.directory)
-        self._lock_fd = take_lock(self.directory)
+        self._lock = take_lock(self.directory)
         self._index = LedgerIndex(self.directory / "index")
         self.progress = ProgressJournal(self.directory)
         try:
@@ -131,7 +131,7 @@ class Ledger:
     def find(self, key: str) -> Settled | None:
         """The last settled attempt of a request, whenever it was. key: `record.request_key`."""
         with self._mutex:
-            if self._lock_fd < 0:
+            if not self._lock.is_held:
                 raise Unavailable("the ledger is closed")
             return self._find(key)
 
@@ -158,10 +158,10 @@ class Ledger:
             return answers
 
     def close(self) -> None:
-        for fd in (self._fd, self._lock_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._lock_fd = -1
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+        self._lock.close()
         self._broken = self._broken or "it is closed"
         self._index.close()
         self.progress.close()

@@ -9,13 +9,13 @@ lock                        held by the one writer
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from antefix.directory_lock import DirectoryLock
 from antefix.errors import ConfigError
 from antefix.private_file import open_private
 from antefix_billing.ledger_format import (
@@ -171,20 +171,19 @@ def prepare_directory(directory: Path) -> None:
     sync_directory(directory)
 
 
-def take_lock(directory: Path) -> int:
-    """The writer's lock as a file descriptor; closing it, or dying, gives it back.
+def take_lock(directory: Path) -> DirectoryLock:
+    """The writer's lock; closing it, or dying, gives it back.
 
     Raises:  ConfigError: another process has it.
     """
-    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        os.close(fd)
+        return DirectoryLock(directory, "lock")
+    except BlockingIOError as err:
         raise ConfigError(
             f"{directory}: another process writes this ledger; each router needs a directory of its own"
         ) from err
-    return fd
+    except OSError as err:
+        raise ConfigError(f"{directory} cannot be used as a ledger: {err}") from err
 
 
 def sync_directory(directory: Path) -> None:
