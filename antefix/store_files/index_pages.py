@@ -53,6 +53,9 @@ _BRANCHES_MAX: Final = 2048
 # A read takes microseconds, two commits milliseconds: who had no luck this often will have none.
 _TRIES: Final = 64
 
+# Of the tables' names, or all there is where none has one.
+MAIN_TABLE: Final = ""
+
 Branch = tuple[list[bytes], list[int]]
 
 
@@ -218,7 +221,7 @@ class PageFile:
         return None
 
     def table(self, state: _State, name: str) -> Tree:
-        root = state.tables.get(name)
+        root = state.tables.get(name) if name != MAIN_TABLE else state.main
         if root is None:
             value = self.find(state, state.main, name.encode())
             if value is None:
@@ -331,8 +334,11 @@ class PageCursor:
             return iter(self)
         return (key if keys else value for key, value in self._items(values=values))
 
-    def _items(self, *, values: bool) -> Iterator[tuple[bytes, bytes]]:
-        begin: bytes | None = b""
+    def starting(self, first: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """From this key on."""
+        return self._items(values=True, begin=first)
+
+    def _items(self, *, values: bool, begin: bytes | None = b"") -> Iterator[tuple[bytes, bytes]]:
         while begin is not None:
             found, begin = self._txn.leaf(begin, db=self._db, values=values)
             yield from found
