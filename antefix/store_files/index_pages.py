@@ -152,6 +152,15 @@ class PageFile:
         return self._read(_META.size, at) == state.raw
 
     @property
+    def is_replaced(self) -> bool:
+        """Whether another file, or none, lies under our path now."""
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return True
+        return (stat.st_dev, stat.st_ino) != self.identity
+
+    @property
     def is_whole(self) -> bool:
         """Whether the file is as long as its newest state says."""
         try:

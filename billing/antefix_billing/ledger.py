@@ -297,6 +297,8 @@ class Ledger:
 
     def _seal_tail(self) -> None:
         try:
+            if self._index.covered != self._tail.segment - 1:
+                raise LedgerIndexDamaged("it does not cover all sealed segments")
             self._seal(self._tail, self._tail.sequence, self._tail.offset)
         except (LedgerIndexDamaged, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError) as err:
             self._index_again(str(err))

@@ -149,6 +149,9 @@ class LedgerIndex:
 
     def _opened(self) -> PageFile | None:
         path = self._directory / "data.mdb"
+        if self._file is not None and self._file.is_replaced:
+            self._let_go()
+            raise LedgerIndexDamaged(f"{path} is gone or was replaced")
         if self._file is None and path.exists():
             try:
                 self._file = PageFile(path)

@@ -1,4 +1,4 @@
-"""Files of a ledger that were harmed: its index is made again, and nothing that was acknowledged goes without a word."""
+"""Files of a ledger that were harmed: its index is made again, and nothing acknowledged goes without a word."""
 
 import os
 import random
@@ -139,7 +139,7 @@ def test_missing_segments_are_told(directory, gone, index):
         path.unlink()
     if index == "lost":
         without_index(directory)
-    with pytest.raises(LedgerCorrupt, match="missing|does not continue|acknowledged"):
+    with pytest.raises(LedgerCorrupt, match=r"missing|does not continue|acknowledged"):
         Ledger(directory, segment_bytes=SEGMENT)
     assert not verify(directory).ok
     # Nothing was begun in their place.
