@@ -139,11 +139,12 @@ class EngineStore:
             return cls(store, keyring, tenant=settings.tenant, credentials=credentials)
         # Only an embedded store needs the storage engine.
         import antefix_kvstore
+        from antefix_kvstore.reading_here import ReadingHere
 
         Path(settings.directory).mkdir(parents=True, exist_ok=True)
         keyring = Keyring.from_file(create_secret_file(settings.secret_path))
         embedded = antefix_kvstore.open(Path(settings.directory) / "store", budget_bytes=settings.budget_bytes)
-        return cls(BlockingStore(embedded), keyring, tenant=settings.tenant)
+        return cls(ReadingHere(embedded), keyring, tenant=settings.tenant)
 
     def kv(self, fingerprint: Fingerprint, layout: EngineLayout) -> KvOfModel:
         """The records of one model, engine and layout. The store is told the layout, so that it can compress."""
