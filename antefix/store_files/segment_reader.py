@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import BlockCorrupt, InvalidRequest, Unavailable
-from antefix.record import LookupResult, RecordKind
+from antefix.record import Held, LookupResult, RecordKind
 from antefix.store_files.index import Index
 from antefix.store_files.read_runs import (
     RUN_BYTES_MAX,
@@ -131,6 +131,9 @@ class StoreReader:
 
     def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
         return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self._clock_ms())
+
+    def held(self, chain: Sequence[bytes], *, fingerprint: bytes) -> Held:
+        return self.index.held(chain, fingerprint=fingerprint, now_ms=self._clock_ms())
 
     def read_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
