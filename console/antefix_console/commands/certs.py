@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         found = {}
     else:
         found = {path: describe(path.read_bytes()) for given in args.paths for path in _files(given)}
-    directories = {"grant": lambda: [args.out], "show": lambda: args.paths}.get(args.action, list)()
+    directories: list[Path] = args.paths if args.action == "show" else [args.out] if args.action == "grant" else []
     grants = {path: _grant_days_left(path) for given in directories if (path := given / TENANT_GRANT).exists()}
     return _show(found, grants, as_json=args.json)
 
