@@ -63,9 +63,12 @@ class EmbeddedStore:
     async def close(self) -> None:
         """Commit what is queued and close the files. Closing again does nothing."""
         if self.engine.is_open:
-            await asyncio.get_running_loop().run_in_executor(None, self._close)
+            await asyncio.get_running_loop().run_in_executor(None, self.close_here)
 
-    def _close(self) -> None:
+    def close_here(self) -> None:
+        """The same in the calling thread; also while Python ends, when no thread may begin."""
+        if not self.engine.is_open:
+            return
         self._scrubber.stop()
         self._writer.stop()
         self._threads.shutdown()

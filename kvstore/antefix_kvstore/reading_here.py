@@ -46,6 +46,7 @@ class ReadingHere(BlockingStore):
         with self._condition:
             self._is_ending = True
             self._condition.wait_for(lambda: not self._num_reading)
+            self._here.close_here()
         super().close()
 
     @contextmanager

@@ -20,7 +20,7 @@ from antefix_engines.engine_store import EngineStore
 from antefix_engines.vllm.naming import Identity
 from antefix_engines.vllm.prompt import Asked, Prompt, Row
 from antefix_engines.vllm.row_store import Restored, Stored, TierCounters
-from antefix_engines.vllm.v4_pages import Bytes, Piece, V4Pages
+from antefix_engines.vllm.v4_pages import NO_MEMORY, Bytes, Piece, V4Pages
 
 # Windows that wait for their last rows: of so many prompts in prefill at once. 3.6 MB each on V4-Flash.
 UNFINISHED_MAX: Final = 64
@@ -58,7 +58,7 @@ class V4Rows:
         """memory: vLLM's host memory, one line per row.  num_readers: threads that read and fill, for all loads."""
         self.pages: Final = pages
         self.counters: Final = counters
-        self.memory: Final = memory
+        self.memory = memory
         self._kv: Final = store.kv(identity.fingerprint(pages.layout), pages.layout)
         self._pieces: Final[dict[RowAt, tuple[int, Piece]]] = _places(pages)
         # The thread that stores alone has these; others tell it by `_has_lost` that records may be gone.
@@ -146,6 +146,7 @@ class V4Rows:
 
     def close(self) -> None:
         self._readers.shutdown()
+        self.memory = NO_MEMORY
 
     # --- storing -------------------------------------------------------------------------------------------------
 
