@@ -17,6 +17,21 @@ REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 OWNER = b"an owner, of 24 bytes   "
 
 
+def add_files(pool, files, seen):
+    """What a file imports goes before it."""
+
+    def add(file):
+        if file.name not in seen:
+            seen.add(file.name)
+            for name in file.dependency:
+                if name in files:
+                    add(files[name])
+            pool.Add(file)
+
+    for file in files.values():
+        add(file)
+
+
 async def reflected(channel):
     """Full method names with whether request and response are streams, of all services there."""
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
@@ -34,10 +49,7 @@ async def reflected(channel):
             descriptor_pb2.FileDescriptorProto.FromString(raw)
             for raw in answer.file_descriptor_response.file_descriptor_proto
         ]
-        for file in reversed(files):
-            if file.name not in seen:
-                seen.add(file.name)
-                pool.Add(file)
+        add_files(pool, {file.name: file for file in files}, seen)
         for method in pool.FindServiceByName(service.name).methods:
             proto = descriptor_pb2.MethodDescriptorProto()
             method.CopyToProto(proto)
