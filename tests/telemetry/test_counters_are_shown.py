@@ -122,6 +122,7 @@ COUNTED = {
     "num_forged": "antefix_window_pool_forged_records",
     "num_errors": "antefix_api_keys_errors",
     "num_malformed": "antefix_http_malformed_requests",
+    "num_calls": "antefix_worker_rank_calls",
 }
 # Of one request, one block, one file or one index: they are state, not counts of what happened to the service.
 STATE = {
