@@ -374,6 +374,11 @@ class LocalStore:
         self._telling: asyncio.Task[None] | None = None
 
     @property
+    def breaker(self) -> Breaker:
+        """Of the calls that go to the service."""
+        return self.remote.breaker
+
+    @property
     def num_broken_seals(self) -> int:
         """Records that were read and not sealed by this deployment."""
         return self._seals.num_broken if self._seals is not None else 0
