@@ -1,6 +1,5 @@
 """Processes that are stopped, not dead: no connection closes, and nobody waits for them for long."""
 
-import asyncio
 import contextlib
 import os
 import signal
