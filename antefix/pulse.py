@@ -98,11 +98,14 @@ class Pulse:
 
     @contextlib.contextmanager
     def guard(self, patience_s: float = 0.0) -> Iterator[None]:
-        """Wait for the peer in here.  patience_s: a silence as long as this is borne.
+        """Wait for the peer in here.  patience_s: a silence as long as this is borne, and some of it in any case: it
+        may have come back this moment.
 
         Raises:  Unavailable: it is silent, or falls silent meanwhile.
         """
-        if self._silence_s() > patience_s:
+        if patience_s:
+            patience_s = max(patience_s, self._silence_s() + self._silent_s)
+        elif self.is_silent:
             raise self._error()
         task = asyncio.current_task()
         assert task is not None

@@ -15,6 +15,7 @@ from antefix_billing.key_register import KeyRegister
 from antefix_billing.usage_commit import LedgerWriter
 from antefix_router.accounting import Accounts
 from antefix_router.gateway.access import HttpMeasures
+from antefix_router.gateway.connections import Connections, QuietAccepting
 from antefix_router.gateway.notes import IgnoredFields
 from antefix_router.gateway.strict_http import HttpFaults
 from antefix_router.hedging import HedgeBudget
@@ -221,6 +222,24 @@ def key_metrics(keys: KeyRegister, changes: KeyChanges | None) -> Iterable[Metri
             {(source,): float(number) for source, number in changes.num_errors.items()},
             ("source",),
         )
+
+
+def connection_metrics(connections: Connections, accepting: QuietAccepting) -> Iterable[Metric]:
+    """The HTTP door's connections."""
+    yield gauge("antefix_http_connections", "Connections that are open.", {(): float(len(connections))})
+    yield gauge("antefix_http_connections_limit", "How many may be.", {(): float(connections.most)})
+    yield counter(
+        "antefix_http_closed_connections",
+        "Connections that the door closed: refused (too many, and none was idle), displaced (idle, for another one),"
+        " silent (no whole head in time), failed (no descriptor was left to accept it).",
+        {
+            ("refused",): float(connections.num_refused),
+            ("displaced",): float(connections.num_displaced),
+            ("silent",): float(connections.num_silent),
+            ("failed",): float(accepting.num_failed),
+        },
+        ("why",),
+    )
 
 
 def http_metrics(measures: HttpMeasures, ignored: IgnoredFields, faults: HttpFaults) -> Iterable[Metric]:

@@ -176,3 +176,16 @@ def test_calls_that_ran_side_by_side_count_as_one_failure():
     clock.now += OPEN_S + 0.1
     with breaker.asked():
         pass
+
+
+async def test_who_has_patience_waits_a_moment_for_a_peer_that_may_be_back(peer, pulse):
+    peer.answers.clear()
+    await until(lambda: pulse._silence_s() > 0.1)
+    task = asyncio.create_task(waiting(pulse, 0.01))
+    await asyncio.sleep(0)
+    assert not task.done()
+    peer.answers.set()
+    await until(lambda: not pulse.is_silent)
+    await asyncio.sleep(0.1)
+    assert not task.done()
+    task.cancel()

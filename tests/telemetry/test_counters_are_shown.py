@@ -122,6 +122,8 @@ COUNTED = {
     "num_forged": "antefix_window_pool_forged_records",
     "num_errors": "antefix_api_keys_errors",
     "num_malformed": "antefix_http_malformed_requests",
+    "num_displaced": "antefix_http_closed_connections",
+    "num_silent": "antefix_http_closed_connections",
     "num_silences": "antefix_store_client_silences",
     "num_slow": "antefix_store_client_slow_calls",
     "num_spared": "antefix_store_client_spared_calls",
