@@ -89,7 +89,7 @@ MESSAGES = {
     },
     decode_pb2.DecodeStatusResponse: {
         "num_running": "antefix_decode_running_sequences",
-        "num_waiting": None,  # never set: a decode worker has no queue
+        "num_waiting": "antefix_decode_waiting_requests",
         "num_blocks": "antefix_pool_blocks",
         "num_resident_blocks": "antefix_pool_resident_blocks",
         "decode_tokens_per_s": "antefix_decode_speed",
