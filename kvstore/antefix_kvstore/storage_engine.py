@@ -26,7 +26,17 @@ from antefix.block import digest_of
 from antefix.errors import BlockCorrupt, InvalidRequest, StoreFull
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch
-from antefix.record import STORED_KINDS, LookupResult, PutResult, Record, RecordKind, RecordName, Refusal, RefusalReason
+from antefix.record import (
+    STORED_KINDS,
+    Held,
+    LookupResult,
+    PutResult,
+    Record,
+    RecordKind,
+    RecordName,
+    Refusal,
+    RefusalReason,
+)
 from antefix.secret import Keyring
 from antefix.store_files import codec
 from antefix.store_files.encryption import KeyRing
@@ -63,6 +73,8 @@ log = logging.getLogger("antefix_kvstore.storage_engine")
 MAINTAIN_S: Final = 0.25
 # Background compaction takes segments of which this much is dead, so a byte is copied at most once for each freed.
 HALF_DEAD: Final = 0.5
+# A hundred years.
+PIN_S_MAX: Final = 3_153_600_000
 # No state that the store gets into by itself makes such a record one that it takes.
 _FOR_EVER: Final = (RefusalReason.INVALID, RefusalReason.NO_KEY, RefusalReason.TOO_LARGE)
 
@@ -179,6 +191,9 @@ class StorageEngine:
         self, chain: Sequence[bytes], *, fingerprint: bytes, owners: Collection[bytes] | None = None
     ) -> LookupResult:
         return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
+
+    def held(self, chain: Sequence[bytes], *, fingerprint: bytes, owners: Collection[bytes] | None = None) -> Held:
+        return self.index.held(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
 
     def owned(self, names: Iterable[RecordName], owners: Collection[bytes]) -> list[RecordName]:
         """Those of the records that these owners have stored."""
@@ -397,7 +412,10 @@ class StorageEngine:
         """Keep records from eviction for a time; 0 lets go. Returns how many of them are stored.
 
         owner: whose they must be (`antefix.store_files.record_header.owner_row`); None: anybody's.
+        Raises:  InvalidRequest: no such time.
         """
+        if not 0 <= duration_s <= PIN_S_MAX:
+            raise InvalidRequest(f"records are pinned for 0 to {PIN_S_MAX} s, not {duration_s}")
         until_ms = self.clock_ms() + round(duration_s * 1000) if duration_s > 0 else 0
         num_pinned = 0
         with self._lock, IndexTxn(self.index) as txn:

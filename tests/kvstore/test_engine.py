@@ -180,3 +180,14 @@ def test_a_store_where_none_can_be_says_so(tmp_path: Path) -> None:
     for place in (tmp_path / "letter.txt", tmp_path / "letter.txt" / "store"):
         with pytest.raises(ConfigError, match=r"cannot be used as a store.*nothing in it was changed"):
             StorageEngine(KvStoreConfig(dir=str(place), budget_bytes=64 << 20))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0, 1e300])
+def test_times_that_are_none_are_refused(open_engine: OpenEngine, number: float) -> None:
+    engine = open_engine()
+    with pytest.raises(InvalidRequest, match="cost_s"):
+        engine.put([PROMPT.block(0, cost_s=number)])
+    with pytest.raises(InvalidRequest, match="ttl_s"):
+        engine.put([PROMPT.block(0, ttl_s=number)])
+    with pytest.raises(InvalidRequest, match="pinned"):
+        engine.pin([(RecordKind.BLOCK, PROMPT.hashes[0])], number)
