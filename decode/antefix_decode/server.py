@@ -70,10 +70,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         sampling = sampling_from_wire(request.sampling)
         prompt, emitted = self._prompt(request, sampling)
         tenant, _ = split_tenant(request.tenant)
-        async with self.scheduler.place(tenant, sampling.max_tokens - len(emitted)):
-            async with contextlib.aclosing(self._decode(prompt, sampling, emitted, request.handoff)) as responses:
-                async for response in responses:
-                    yield response
+        async with (
+            self.scheduler.place(tenant, sampling.max_tokens - len(emitted)),
+            contextlib.aclosing(self._decode(prompt, sampling, emitted, request.handoff)) as responses,
+        ):
+            async for response in responses:
+                yield response
 
     async def _decode(
         self, prompt: Prompt, sampling: Sampling, emitted: list[int], name: bytes
