@@ -27,6 +27,7 @@ from antefix.layout import PayloadLayout
 from antefix.record import (
     MEMORY_KINDS,
     BlockFate,
+    Held,
     LookupResult,
     PutResult,
     Record,
@@ -38,6 +39,7 @@ from antefix.record import (
 from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
 from antefix.store.fate_wire import fate_from_wire
+from antefix.store.held_wire import held_from_wire
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
@@ -132,6 +134,14 @@ class RemoteStore:
             checkpoints=tuple(response.checkpoints),
             block_bytes=response.block_bytes,
         )
+
+    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
+        request = kvstore_pb2.LookupRequest(
+            chain=join_hashes(chain), fingerprint=fingerprint, owner=tenant, all_spans=True
+        )
+        with rpc.rpc_errors():
+            response = await self.stub.Lookup(request, timeout=CALL_DEADLINE_S, metadata=outgoing())
+        return held_from_wire(response)
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         with rpc.rpc_errors():
@@ -374,6 +384,9 @@ class LocalStore:
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         return await self._in_thread(lambda reader: reader.lookup(chain, fingerprint=fingerprint))
+
+    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
+        return await self._in_thread(lambda reader: reader.held(chain, fingerprint=fingerprint))
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         return await self._in_thread(

@@ -18,7 +18,7 @@ from typing import Final
 
 from antefix.errors import BlockCorrupt, InvalidRequest, Unavailable
 from antefix.host_limits import usable_cores
-from antefix.record import LookupResult, RecordKind
+from antefix.record import Held, LookupResult, RecordKind
 from antefix.store_files.index import Index
 from antefix.store_files.read_runs import (
     RUN_BYTES_MAX,
@@ -132,6 +132,9 @@ class StoreReader:
     def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
         return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self._clock_ms())
 
+    def held(self, chain: Sequence[bytes], *, fingerprint: bytes) -> Held:
+        return self.index.held(chain, fingerprint=fingerprint, now_ms=self._clock_ms())
+
     def read_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> ReadOutcome:
@@ -214,13 +217,12 @@ class StoreReader:
         with self.index.txn() as txn:
             fingerprint_id = self.index.fingerprint_id(txn, fingerprint)
             owner_ids = self.index.owner_ids(txn, owners)
-            for number, block_hash in enumerate(hashes):
-                entry = self.index.entry(txn, kind, block_hash)
+            for number, entry in enumerate(self.index.entries(txn, kind, hashes)):
                 if entry is None or entry.fingerprint_id != fingerprint_id or not entry.live(now_ms):
                     break
                 if owner_ids is not None and entry.tenant_id not in owner_ids:
                     break
-                want = Wanted(number, block_hash, entry)
+                want = Wanted(number, hashes[number], entry)
                 if want.locked and not self._reads_locked:
                     return Located(kind, fingerprint, located.wanted, True, tenant)
                 located.wanted.append(want)

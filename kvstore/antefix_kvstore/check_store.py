@@ -228,7 +228,7 @@ def _read(directory: Path, entry: IndexEntry) -> bytes:
 def _check_forest(entries: dict[RecordName, IndexEntry], report: FsckReport) -> None:
     children: Counter[RecordName] = Counter()
     for name, entry in entries.items():
-        if entry.flags & RecordFlag.FIRST:
+        if entry.flags & (RecordFlag.FIRST | RecordFlag.APART):
             continue
         parent = parent_of(name, entry.parent)
         children[parent] += 1

@@ -17,6 +17,7 @@ from antefix.record import (
     MEMORY_KINDS,
     STORED_KINDS,
     BlockFate,
+    Held,
     LookupResult,
     PutResult,
     Record,
@@ -81,6 +82,10 @@ class EmbeddedStore:
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         """The longest stored prefix of `chain`."""
         return await self._in_thread(lambda: self.engine.lookup(chain, fingerprint=fingerprint))
+
+    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
+        """All that is stored of `chain`, whether what lies before is or not."""
+        return await self._in_thread(lambda: self.engine.held(chain, fingerprint=fingerprint))
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         """What became of a block that was not found."""

@@ -30,6 +30,7 @@ from antefix.security.identity import Role
 from antefix.security.process_security import open_security
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.fate_wire import fate_to_wire
+from antefix.store.held_wire import held_to_wire
 from antefix.store.payload_channel import SERVICE
 from antefix.store.payload_wire import Piece, unpack_put_request
 from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, messages_of, split_hashes
@@ -87,6 +88,11 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.LookupRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.LookupResponse:
         chain, owners = split_hashes(request.chain), _granted_rows(request.owner)
+        if request.all_spans:
+            held = await self._in_thread(
+                lambda: self.engine.held(chain, fingerprint=request.fingerprint, owners=owners)
+            )
+            return held_to_wire(held)
         found = await self._in_thread(lambda: self.engine.lookup(chain, fingerprint=request.fingerprint, owners=owners))
         return kvstore_pb2.LookupResponse(
             num_blocks=found.num_blocks, checkpoints=found.checkpoints, block_bytes=found.block_bytes

@@ -23,6 +23,7 @@ from antefix.store_files.record_format import (
     BATCH_ALIGN,
     RECORD_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
+    RecordFlag,
     align,
     payload_checksum,
 )
@@ -211,7 +212,8 @@ class Space:
             is_over = entry.expires_ms and entry.expires_ms <= self._now_ms()
             self._gone.note(name[1], MissReason.EXPIRED if is_over else MissReason.EVICTED)
         parent_name = parent_of(name, entry.parent)
-        parent = txn.get(parent_name)
+        # A parent that came after its child does not count it.
+        parent = None if entry.flags & RecordFlag.APART else txn.get(parent_name)
         txn.delete(name)
         if parent is None:
             return None

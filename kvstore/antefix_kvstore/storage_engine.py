@@ -26,7 +26,17 @@ from antefix.block import digest_of
 from antefix.errors import BlockCorrupt, InvalidRequest, StoreFull
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch
-from antefix.record import STORED_KINDS, LookupResult, PutResult, Record, RecordKind, RecordName, Refusal, RefusalReason
+from antefix.record import (
+    STORED_KINDS,
+    Held,
+    LookupResult,
+    PutResult,
+    Record,
+    RecordKind,
+    RecordName,
+    Refusal,
+    RefusalReason,
+)
 from antefix.secret import Keyring
 from antefix.store_files import codec
 from antefix.store_files.encryption import KeyRing
@@ -181,6 +191,9 @@ class StorageEngine:
         self, chain: Sequence[bytes], *, fingerprint: bytes, owners: Collection[bytes] | None = None
     ) -> LookupResult:
         return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
+
+    def held(self, chain: Sequence[bytes], *, fingerprint: bytes, owners: Collection[bytes] | None = None) -> Held:
+        return self.index.held(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
 
     def owned(self, names: Iterable[RecordName], owners: Collection[bytes]) -> list[RecordName]:
         """Those of the records that these owners have stored."""
