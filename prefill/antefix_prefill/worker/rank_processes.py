@@ -28,6 +28,7 @@ from typing import Any, Final
 import torch
 
 from antefix.errors import ConfigError
+from antefix.host_limits import usable_cores
 from antefix.model import Arithmetic, Model
 from antefix.model.lead import Lead
 from antefix.model.rank_messages import Message
@@ -70,7 +71,7 @@ class RankProcesses:
     ) -> None:
         self.device = device_of(0, size, device)
         devices = [device_of(rank, size, device) for rank in range(1, size)]
-        threads = threads or max(1, (os.cpu_count() or 1) // size)
+        threads = threads or max(1, usable_cores() // size)
         torch.set_num_threads(threads)
         self._on_lost = on_lost
         # While they start, what is wrong is raised by whoever waits for them.
