@@ -17,21 +17,6 @@ REFUSED = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 OWNER = b"an owner, of 24 bytes   "
 
 
-def add_files(pool, files, seen):
-    """What a file imports goes before it."""
-
-    def add(file):
-        if file.name not in seen:
-            seen.add(file.name)
-            for name in file.dependency:
-                if name in files:
-                    add(files[name])
-            pool.Add(file)
-
-    for file in files.values():
-        add(file)
-
-
 async def reflected(channel):
     """Full method names with whether request and response are streams, of all services there."""
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
@@ -45,16 +30,24 @@ async def reflected(channel):
     seen = set()
     for service in listed.list_services_response.service:
         answer = await ask(file_containing_symbol=service.name)
-        files = [
-            descriptor_pb2.FileDescriptorProto.FromString(raw)
-            for raw in answer.file_descriptor_response.file_descriptor_proto
-        ]
-        add_files(pool, {file.name: file for file in files}, seen)
+        raws = answer.file_descriptor_response.file_descriptor_proto
+        files = {file.name: file for file in map(descriptor_pb2.FileDescriptorProto.FromString, raws)}
+        for name in files:
+            add_to(pool, files, name, seen)
         for method in pool.FindServiceByName(service.name).methods:
             proto = descriptor_pb2.MethodDescriptorProto()
             method.CopyToProto(proto)
             methods[f"/{service.name}/{method.name}"] = (proto.client_streaming, proto.server_streaming)
     return methods
+
+
+def add_to(pool, files, name, seen):
+    """A file behind those that it depends on."""
+    if name not in seen:
+        seen.add(name)
+        for needed in files[name].dependency:
+            add_to(pool, files, needed, seen)
+        pool.Add(files[name])
 
 
 async def call(channel, method, kind):
