@@ -372,8 +372,11 @@ def _put_response(results: Sequence[PutResult]) -> kvstore_pb2.PutResponse:
     )
 
 
-def register(servicer: KvStoreServicer, server: grpc.aio.Server) -> None:
-    """Add the service to a server; the methods that carry payloads go past protobuf's copies."""
+def register(servicer: KvStoreServicer, server: grpc.aio.Server, turns: Turns | None = None) -> None:
+    """Add the service to a server; the methods that carry payloads go past protobuf's copies.
+
+    turns: of the servicer's streams, which then give way to small calls.
+    """
     generated = _Handlers()
     add: Callable[..., None] = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
     add(servicer, generated)
@@ -391,7 +394,7 @@ def register(servicer: KvStoreServicer, server: grpc.aio.Server) -> None:
             response_serializer=kvstore_pb2.PutResponse.SerializeToString,
         ),
     }
-    server.add_generic_rpc_handlers((_Accepting(handlers, servicer.turns),))
+    server.add_generic_rpc_handlers((_Accepting(handlers, turns or Turns()),))
 
 
 class _Accepting(grpc.GenericRpcHandler):
@@ -439,7 +442,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     try:
         server = await rpc.start_server(
             config.address,
-            lambda target: register(servicer, target),
+            lambda target: register(servicer, target, servicer.turns),
             [kvstore_pb2.DESCRIPTOR],
             security=security,
         )

@@ -34,7 +34,9 @@ PROMPT = Prompt(list(range(BLOCK * 10)), payload_bytes=300_001)
 async def servicer(tmp_path: Path) -> AsyncIterator[KvStoreServicer]:
     config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=512 * MIB, compression="zstd", scrub_bytes_per_s=0)
     served = KvStoreServicer(StorageEngine(config))
-    server = await rpc.start_server("127.0.0.1:0", lambda target: register(served, target), [kvstore_pb2.DESCRIPTOR])
+    server = await rpc.start_server(
+        "127.0.0.1:0", lambda target: register(served, target, served.turns), [kvstore_pb2.DESCRIPTOR]
+    )
     served.address = server.address  # type: ignore[attr-defined]
     yield served
     await server.drain(0.2)
