@@ -24,6 +24,8 @@ import lmdb.verify
 import xxhash
 
 from antefix.errors import Unavailable
+from antefix.host_limits import map_bytes_of
+from antefix.lmdb_path import lmdb_path
 from antefix.store_files.index_pages import MAIN_TABLE, PageFile, PageTxn
 from antefix_billing.usage_record import OpenEntry
 
@@ -139,9 +141,10 @@ class LedgerIndex:
 
     def _write(self, change: Callable[[lmdb.Transaction], None]) -> None:
         path = self._directory / "data.mdb"
-        nbytes = 2 * (path.stat().st_size if path.exists() else 0) + _MAP_BYTES_MORE
+        nbytes = map_bytes_of(2 * (path.stat().st_size if path.exists() else 0) + _MAP_BYTES_MORE)
         with (
-            lmdb.open(str(self._directory), map_size=nbytes, subdir=True, max_dbs=0, mode=0o600) as env,
+            lmdb_path(self._directory) as directory,
+            lmdb.open(directory, map_size=nbytes, subdir=True, max_dbs=0, mode=0o600) as env,
             env.begin(write=True) as txn,
         ):
             change(txn)
@@ -207,8 +210,11 @@ class LedgerIndex:
             if clean.exists():
                 if clean.read_bytes() != _sum_of(path):
                     return "it is not what it was when the ledger was closed"
-            elif faults := verify(str(self._directory), subdir=True):
-                return str(faults[0])
+            else:
+                with lmdb_path(self._directory) as directory:
+                    faults = verify(directory, subdir=True)
+                if faults:
+                    return str(faults[0])
             return "" if self._get(_ABOUT) == self._about else "it is another ledger's, or of another version"
         except (Unavailable, lmdb.verify.VerifyError, OSError, ValueError) as err:
             return str(err)
