@@ -191,6 +191,7 @@ class BlockingStore(Blocking[Store]):
     """
 
     lookup = _waiting(Store.lookup)
+    held = _waiting(Store.held)
     fate = _waiting(Store.fate)
     get_blocks = _waiting(Store.get_blocks)
     get = _waiting(Store.get)

@@ -9,6 +9,7 @@ Kinds of records, each named by a hash:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Final
@@ -51,6 +52,7 @@ class Record:
     cost_s: what computing it took, which eviction weighs; 0 when unknown.
     tenant: whose it is: tenant and user digest.  generation, salt, mac: its seal (`antefix.store_files.seal`); 0: none.
     version: 1 makes a record of version 1, whose tenant is a name in UTF-8 and which has neither seal nor labels.
+    parent_elsewhere: another store or tier may hold what it hangs on, so it is stored without that as well.
     """
 
     kind: RecordKind
@@ -67,6 +69,7 @@ class Record:
     salt: bytes = bytes(16)
     mac: bytes = bytes(16)
     version: int = 2
+    parent_elsewhere: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,37 @@ class LookupResult:
     num_blocks: int
     checkpoints: tuple[int, ...] = ()
     block_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """All that a store or tier has of a chain, whether what lies before is there or not.
+
+    spans: blocks [start, stop), ascending and apart.  checkpoints: after so many blocks, ascending.
+    """
+
+    spans: tuple[tuple[int, int], ...] = ()
+    checkpoints: tuple[int, ...] = ()
+
+    @classmethod
+    def of_flags(cls, flags: Iterable[bool], checkpoints: Iterable[int] = ()) -> Held:
+        """flags: of each block of the chain, whether it is there."""
+        spans: list[tuple[int, int]] = []
+        for index, there in enumerate(flags):
+            if there and spans and spans[-1][1] == index:
+                spans[-1] = (spans[-1][0], index + 1)
+            elif there:
+                spans.append((index, index + 1))
+        return cls(spans=tuple(spans), checkpoints=tuple(checkpoints))
+
+    @property
+    def num_leading(self) -> int:
+        """Blocks from the chain's beginning on."""
+        return self.spans[0][1] if self.spans and self.spans[0][0] == 0 else 0
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(stop - start for start, stop in self.spans)
 
 
 class RefusalReason(StrEnum):

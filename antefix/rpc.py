@@ -28,6 +28,7 @@ from grpc_reflection.v1alpha import reflection
 from antefix import errors
 from antefix.about_service import AboutServicer
 from antefix.config import GRACE_S
+from antefix.request_limits import readable, reading
 from antefix.security.channels import ReloadingChannel
 from antefix.security.credentials import Credentials
 from antefix.security.guard import Guard
@@ -62,6 +63,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A restarted peer is found again within a second, not after gRPC's two minutes of back-off.
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.initial_reconnect_backoff_ms", 100),
+    # A proxy of the environment is for the world outside: it cannot reach our loopback addresses and sockets.
+    ("grpc.enable_http_proxy", 0),
 )
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
@@ -170,7 +173,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             wrapped = _guard_unary(handler.stream_unary or handler.unary_unary, name, admit)
         return make(
             wrapped,
-            request_deserializer=handler.request_deserializer,
+            # Bytes that are no such message are refused by name, as any other request is.
+            request_deserializer=reading(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
@@ -191,7 +195,7 @@ def _guard_unary(
         try:
             admit(name, context)
             with serving(_short(name)):
-                return await behaviour(request, context)
+                return await behaviour(readable(request), context)
         except Exception as err:  # noqa: BLE001 - the one place that does
             await _abort(context, err)
 
@@ -207,7 +211,7 @@ def _guard_stream(
             admit(name, context)
             # Closing the inner generator at once, not when it is collected, is what stops work for a client that left.
             with serving(_short(name)):
-                async with contextlib.aclosing(behaviour(request, context)) as responses:  # type: ignore[type-var]
+                async with contextlib.aclosing(behaviour(readable(request), context)) as responses:  # type: ignore[type-var]
                     async for response in responses:
                         yield response
         except Exception as err:  # noqa: BLE001 - the one place that does

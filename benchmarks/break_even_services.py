@@ -31,11 +31,11 @@ import numpy.typing as npt
 from break_even_report import plot_services, table, write_table
 from ttft import direct_read_rate
 
+from antefix.linear_law import LinearLaw
 from antefix.record import RecordKind
 from antefix.sampling import Sampling
 from antefix.store.client import RemoteStore
 from antefix.window import Plan, PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, parse
-from antefix.window.rates import LinearLaw
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_simulate.machine import Machine, carry_out, model_sizes
 

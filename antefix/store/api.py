@@ -10,7 +10,7 @@ from typing import Protocol
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.layout import PayloadLayout
-from antefix.record import BlockFate, LookupResult, PutResult, Record, RecordKind, RecordName
+from antefix.record import BlockFate, Held, LookupResult, PutResult, Record, RecordKind, RecordName
 from antefix.store.store_stats import StoreTotals
 
 
@@ -25,6 +25,9 @@ class Store(Protocol):
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         """The longest stored prefix of `chain`. Never promises a block that a read would not find."""
+
+    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
+        """All that is stored of `chain`, or of any part of one, whether what lies before is stored here or not."""
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         """What became of a block that was not found, to explain the miss."""

@@ -15,6 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 from google.protobuf.message import DecodeError
 
 from antefix.errors import BlockCorrupt, InvalidRequest
+from antefix.request_limits import check_request
 from antefix.v1 import kvstore_pb2
 
 _LENGTH_DELIMITED: Final = 2
@@ -156,8 +157,11 @@ def pack_put_request(piece: Piece[kvstore_pb2.PutRequest]) -> bytes:
 
 
 def unpack_put_request(raw: bytes) -> Piece[kvstore_pb2.PutRequest]:
+    """Raises:  InvalidRequest, DecodeError: cut off, no such message, or a field of it breaks its limit."""
     head, data = _split(raw, PUT_REQUEST_DATA)
-    return Piece(kvstore_pb2.PutRequest.FromString(head), data)
+    message = kvstore_pb2.PutRequest.FromString(head)
+    check_request(message)
+    return Piece(message, data)
 
 
 def _split(raw: bytes, field: int) -> tuple[bytes, memoryview]:

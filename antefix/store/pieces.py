@@ -194,6 +194,7 @@ def request_pieces(records: Iterable[Record]) -> Iterator[Piece[kvstore_pb2.PutR
             payload_bytes=view.nbytes,
             ttl_s=record.ttl_s,
             cost_s=record.cost_s,
+            parent_elsewhere=record.parent_elsewhere,
             **(_v1_fields(record) if record.version == 1 else _v2_fields(record)),
         )
         for start in range(0, max(view.nbytes, 1), PIECE_BYTES):
@@ -273,6 +274,7 @@ class RecordAssembler:
             payload=payload,
             ttl_s=header.ttl_s if header.HasField("ttl_s") else None,
             cost_s=header.cost_s,
+            parent_elsewhere=header.parent_elsewhere,
         )
         if not header.owner:
             return dataclasses.replace(record, version=1, tenant=header.tenant.encode())

@@ -67,6 +67,7 @@ _ENTRY_BODY_BYTES: Final = INDEX_ENTRY.size - 4
 # committed end, live bytes, live records
 SEGMENT_ENTRY: Final = struct.Struct("<QQQ")
 CHECK_OFFSET: Final = 16
+_APART_BIT: Final = 32
 _QUARANTINED_BIT: Final = 128
 
 
@@ -82,6 +83,8 @@ class RecordFlag(IntFlag):
 
     FIRST: the first block of its chain; its parent, the chain's root, is never stored.
     ENCRYPTED: the stored bytes are AES-256-GCM of the coded payload, with a tag of 16 bytes behind them.
+    ELSEWHERE: what it hangs on may be in another store or tier; without it here the record stands for itself.
+    APART: index only; what it hangs on was not here when it was indexed, so that does not count it among its children.
     SEALED: index only; the record is of version 2, which has a seal.
     QUARANTINED: index only; the record failed a check and is a miss until it is put again.
     """
@@ -89,6 +92,8 @@ class RecordFlag(IntFlag):
     NONE = 0
     FIRST = 1
     ENCRYPTED = 2
+    ELSEWHERE = 4
+    APART = 32
     SEALED = 64
     QUARANTINED = 128
 
@@ -145,6 +150,10 @@ class IndexEntry:
     @property
     def quarantined(self) -> bool:
         return bool(self.flags & _QUARANTINED_BIT)
+
+    @property
+    def apart(self) -> bool:
+        return bool(self.flags & _APART_BIT)
 
     def live(self, now_ms: int) -> bool:
         """Readable: not quarantined, and not past its time unless descendants keep it."""

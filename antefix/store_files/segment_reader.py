@@ -8,7 +8,6 @@ is corrupt, and that is reported as a suspect for the store to judge.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,7 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import BlockCorrupt, InvalidRequest, Unavailable
-from antefix.record import LookupResult, RecordKind
+from antefix.host_limits import usable_cores
+from antefix.record import Held, LookupResult, RecordKind
 from antefix.store_files.index import Index
 from antefix.store_files.read_runs import (
     RUN_BYTES_MAX,
@@ -35,7 +35,7 @@ from antefix.store_files.seal import Seals
 
 # Measured on two cores: 2 in flight, 4 MiB each, read a cold file at least as fast as direct I/O of any depth did,
 # and a warm one faster than 4 or 16 did. Prefetching by fadvise made both slower. More cores can keep more in flight.
-READS_IN_FLIGHT: Final = max(2, min(16, os.cpu_count() or 1))
+READS_IN_FLIGHT: Final = max(2, min(16, usable_cores()))
 
 # Of small payloads; what is laid out and sent at once should not make others wait.
 _WINDOW_RECORDS_MAX: Final = 512
@@ -107,9 +107,11 @@ class StoreReader:
         decrypt: Decrypt | None = None,
         seals: Seals | None = None,
         clock_ms: Callable[[], int] = wall_ms,
+        index: Index | None = None,
     ) -> None:
         """num_threads: runs in flight, the calling thread's among them.  seals: with them, only sealed is right.
 
+        index: the owner's, which it closes itself.
         Raises:  Unavailable: there is no store (yet), or its index cannot be opened.
         """
         self.directory = Path(directory)
@@ -117,7 +119,8 @@ class StoreReader:
             self.seed = unpack_identity((self.directory / STORE_FILE).read_bytes()).seed
         except (FileNotFoundError, BlockCorrupt) as err:
             raise Unavailable(f"{self.directory} holds no readable store: {err}") from err
-        self.index = Index(self.directory / INDEX_DIR)
+        self.index = index or Index(self.directory / INDEX_DIR)
+        self._owns_index = index is None
         self.runs = RunReader(self.directory / SEGMENT_DIR, self.seed, decrypt, seals)
         self._num_helpers = max(1, num_threads - 1)
         self._pool = ThreadPoolExecutor(self._num_helpers, thread_name_prefix="antefix-read")
@@ -127,10 +130,19 @@ class StoreReader:
     def close(self) -> None:
         self._pool.shutdown()
         self.runs.files.close()
-        self.index.close()
+        if self._owns_index:
+            self.index.close()
+
+    def renew(self, seed: int) -> None:
+        """Forget all files: the directory has others now."""
+        self.seed = seed
+        self.runs.renew(seed)
 
     def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
         return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self._clock_ms())
+
+    def held(self, chain: Sequence[bytes], *, fingerprint: bytes) -> Held:
+        return self.index.held(chain, fingerprint=fingerprint, now_ms=self._clock_ms())
 
     def read_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
@@ -214,13 +226,12 @@ class StoreReader:
         with self.index.txn() as txn:
             fingerprint_id = self.index.fingerprint_id(txn, fingerprint)
             owner_ids = self.index.owner_ids(txn, owners)
-            for number, block_hash in enumerate(hashes):
-                entry = self.index.entry(txn, kind, block_hash)
+            for number, entry in enumerate(self.index.entries(txn, kind, hashes)):
                 if entry is None or entry.fingerprint_id != fingerprint_id or not entry.live(now_ms):
                     break
                 if owner_ids is not None and entry.tenant_id not in owner_ids:
                     break
-                want = Wanted(number, block_hash, entry)
+                want = Wanted(number, hashes[number], entry)
                 if want.locked and not self._reads_locked:
                     return Located(kind, fingerprint, located.wanted, True, tenant)
                 located.wanted.append(want)

@@ -3,91 +3,16 @@
 Each speed is a linear law fitted online, so that a fixed cost (a call, a seek, a kernel launch) is not mistaken
 for a slow rate, and prefill's growth with its context is not mistaken for noise:
     prefill_s(n, context) = fixed + n / rate + n * (context + n / 2) * slope        load_s(bytes) = fixed + bytes / rate
-Old observations fade by `memory`, so a machine that gets slower is believed within some dozens of requests.
+`antefix.linear_law` is the law.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from antefix.errors import InternalError
-
-# An observation counts half after ~14 more: quick enough to follow a busy neighbour, slow enough to average noise.
-MEMORY = 0.95
-# Weight of the prior: as much as one observation, so the first real ones take over at once and no fit is ever singular.
-PRIOR_WEIGHT = 1.0
-_SECONDS_MIN = 1e-9
-
-
-class LinearLaw:
-    """Non-negative least squares of seconds on a few features, weighted to relative error, with fading memory.
-
-    prior: coefficients believed until something is observed.  scales: a typical magnitude of each feature, which
-    makes the prior's weight mean the same for tokens and for bytes.
-    """
-
-    def __init__(self, prior: Sequence[float], scales: Sequence[float], memory: float = MEMORY) -> None:
-        if len(prior) != len(scales) or min(scales) <= 0 or min(prior) < 0 or not 0 < memory <= 1:
-            raise InternalError(
-                "a law needs as many positive scales as non-negative coefficients, and memory in (0, 1]"
-            )
-        self.num_observations = 0
-        self._memory = memory
-        self._scales = np.asarray(scales, dtype=np.float64)
-        self._prior = np.asarray(prior, dtype=np.float64) * self._scales
-        self._xx = np.zeros((len(prior), len(prior)))
-        self._xy = np.zeros(len(prior))
-        self._coefficients = self._prior
-
-    def observe(self, features: Sequence[float], seconds: float) -> None:
-        """Learn that these features took `seconds`; what no clock gives (zero, negative, not finite) is ignored."""
-        if not np.isfinite(seconds) or seconds < _SECONDS_MIN:
-            return
-        # Weighed to relative error, or a long prefill would drown a short one. The weight is half by the prediction:
-        # by the outcome alone a sudden slowness would count little, by a wild prior alone the first outcomes too much.
-        x = np.asarray(features, dtype=np.float64) / self._scales
-        weight = 1 / (seconds * max(float(self._coefficients @ x), _SECONDS_MIN))
-        self._xx = self._memory * self._xx + weight * np.outer(x, x)
-        self._xy = self._memory * self._xy + weight * seconds * x
-        self.num_observations += 1
-        self._coefficients = self._fit()
-
-    def seconds(self, features: Sequence[float]) -> float:
-        return float(self._coefficients @ (np.asarray(features, dtype=np.float64) / self._scales))
-
-    @property
-    def coefficients(self) -> tuple[float, ...]:
-        """Seconds per unit of each feature."""
-        return tuple(float(c) for c in self._coefficients / self._scales)
-
-    def _fit(self) -> npt.NDArray[np.float64]:
-        # The ridge pulls towards the prior where the data say nothing (one size seen only: rate and fixed cost mix).
-        # It is scaled to the prior's own prediction at a typical feature, hence dimensionless like the data rows.
-        typical = max(float(self._prior.sum()), _SECONDS_MIN)
-        ridge = PRIOR_WEIGHT * self._memory**self.num_observations + 1e-6
-        xx = self._xx + ridge * np.eye(len(self._prior)) / typical**2
-        xy = self._xy + ridge * self._prior / typical**2
-        best, best_loss = self._prior, np.inf
-        # Negative speeds make no sense: at three features, trying every subset of the active ones is exact and cheap.
-        for size in range(len(xy), 0, -1):
-            for active in itertools.combinations(range(len(xy)), size):
-                index = np.array(active)
-                part = np.linalg.solve(xx[np.ix_(index, index)], xy[index])
-                if (part < 0).any():
-                    continue
-                full = np.zeros(len(xy))
-                full[index] = part
-                loss = float(full @ xx @ full - 2 * full @ xy)
-                if loss < best_loss:
-                    best, best_loss = full, loss
-            if size == len(xy) and best_loss < np.inf:
-                break
-        return best
+from antefix.linear_law import MEMORY, SECONDS_MIN, LinearLaw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +30,17 @@ class RatePriors:
 
 
 class Rates:
-    """Speeds of one worker. Loads are kept apart by tier name ("pool", "disk", "remote", ...): each is its own law."""
+    """Speeds of one worker. Loads are kept apart by tier name ("pool", "disk", a store's, ...): each is its own law."""
 
-    def __init__(self, priors: RatePriors | None = None, memory: float = MEMORY) -> None:
+    def __init__(
+        self,
+        priors: RatePriors | None = None,
+        memory: float = MEMORY,
+        *,
+        tiers: Mapping[str, LinearLaw] | None = None,
+    ) -> None:
+        """tiers: laws of tiers that others observe, whom `observe_load` must not be told."""
+        self._tiers = tiers or {}
         self._priors = priors or RatePriors()
         self._memory = memory
         self._prefill = self._compute_law()
@@ -123,7 +56,9 @@ class Rates:
         self._replay.observe(_compute_features(tokens, context), seconds)
 
     def observe_load(self, tier: str, nbytes: int, seconds: float) -> None:
-        self._load_law(tier).observe((1.0, float(nbytes)), seconds)
+        """Where the tier's law is another's, that one has been told."""
+        if tier not in self._tiers:
+            self._load_law(tier).observe((1.0, float(nbytes)), seconds)
 
     def prefill_s(self, tokens: int, *, context: int) -> float:
         return self._prefill.seconds(_compute_features(tokens, context)) if tokens else 0.0
@@ -139,7 +74,7 @@ class Rates:
     @property
     def prefill_tokens_per_s(self) -> float:
         """Without fixed cost and without context: the number to print."""
-        return 1 / max(self._prefill.coefficients[1], _SECONDS_MIN)
+        return 1 / max(self._prefill.coefficients[1], SECONDS_MIN)
 
     def load_bytes_per_s(self, tier: str) -> float:
         return 1 / max(self._load_law(tier).coefficients[1], 1e-15)
@@ -151,6 +86,8 @@ class Rates:
         )
 
     def _load_law(self, tier: str) -> LinearLaw:
+        if tier in self._tiers:
+            return self._tiers[tier]
         if tier not in self._load:
             p = self._priors
             self._load[tier] = LinearLaw((p.load_fixed_s, 1 / p.load_bytes_per_s), (1.0, 32e6), self._memory)

@@ -19,10 +19,14 @@ from antefix.store_files.record_format import (
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.space import parent_of
 
+# Seven weeks: milliseconds of it fit the 32 bits that an index entry has.
+COST_S_MAX: Final = 4_294_967
+
 
 @dataclass(slots=True)
 class Admission:
-    """new: records to write, parents first; names: theirs.  first: which of them begin a chain.
+    """new: records to write, parents first; names: theirs.  first: which of them begin a chain.  apart: which of them
+    hang on what another store may have.
 
     anchors: stored records that the new ones hang on or that were put again; eviction spares them meanwhile.
     """
@@ -33,6 +37,7 @@ class Admission:
     existing: list[RecordName] = field(default_factory=list)
     anchors: set[RecordName] = field(default_factory=set)
     refused: dict[RecordName, Refusal] = field(default_factory=dict)
+    apart: set[RecordName] = field(default_factory=set)
     block_tokens: dict[bytes, int] = field(default_factory=dict)
 
 
@@ -58,6 +63,8 @@ def check_record(record: Record, record_bytes_max: int, registered_bytes: int | 
     if record.kind not in STORED_KINDS:
         raise InvalidRequest(f"records of kind {record.kind.name.lower()} do not go to disk")
     (_check_v1 if record.version == 1 else _check_v2)(record)
+    if not 0 <= record.cost_s < COST_S_MAX:
+        raise InvalidRequest(f"cost_s must be in [0, {COST_S_MAX}), is {record.cost_s}")
     if record.ttl_s is not None and not 0 <= record.ttl_s < 1 << 31:
         raise InvalidRequest(f"ttl_s must be in [0, 2^31), is {record.ttl_s}")
 
@@ -129,6 +136,9 @@ def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record]
         return None
     if parent in out.refused:
         return _PARENT_REFUSED
+    if record.parent_elsewhere and (record.kind is RecordKind.CHECKPOINT or not _is_first(index, txn, record, out)):
+        out.apart.add(name)
+        return None
     if record.kind is RecordKind.CHECKPOINT:
         return _no_parent("its block is not stored")
     if record.position > _block_tokens(index, txn, record, following, out):
@@ -137,6 +147,12 @@ def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record]
     out.block_tokens[record.fingerprint] = record.position
     out.first.add(name)
     return None
+
+
+def _is_first(index: Index, txn: Any, record: Record, out: Admission) -> bool:
+    """Of a block that may continue another store's chain: only a known block size can say."""
+    known = out.block_tokens.get(record.fingerprint) or index.block_tokens(txn, record.fingerprint)
+    return 0 < record.position <= known
 
 
 def _no_parent(text: str) -> Refusal:

@@ -77,7 +77,7 @@ def fsck(directory: Path, *, repair: bool = False, progress: Progress | None = N
     """
     if not (directory / SEGMENT_DIR).is_dir():
         raise ConfigError(f"{directory} is not an Antefix store")
-    lock_fd = lock_directory(directory)
+    lock = lock_directory(directory)
     try:
         report = _check(directory, progress)
         if repair and not report.sound:
@@ -87,7 +87,7 @@ def fsck(directory: Path, *, repair: bool = False, progress: Progress | None = N
             report.num_records_after = after.num_records
         return report
     finally:
-        os.close(lock_fd)
+        lock.close()
 
 
 def render(report: FsckReport) -> str:
@@ -228,7 +228,7 @@ def _read(directory: Path, entry: IndexEntry) -> bytes:
 def _check_forest(entries: dict[RecordName, IndexEntry], report: FsckReport) -> None:
     children: Counter[RecordName] = Counter()
     for name, entry in entries.items():
-        if entry.flags & RecordFlag.FIRST:
+        if entry.flags & (RecordFlag.FIRST | RecordFlag.APART):
             continue
         parent = parent_of(name, entry.parent)
         children[parent] += 1

@@ -7,13 +7,13 @@ The disk is measured once, codec and ratio on the first payloads of each fingerp
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from antefix.host_limits import usable_cores
 from antefix.record import Buffer, Record, RecordKind
 from antefix.store_files import codec
 
@@ -75,6 +75,10 @@ class Compression:
         with self._lock:
             self._plans[fingerprint, kind] = plan
 
+    def registered(self) -> list[tuple[bytes, RecordKind, codec.PlanePlan]]:
+        """Fingerprints, kinds and how their payloads may be coded."""
+        return [(*layout, plan) for layout, plan in self._plans.items()]
+
     def registered_bytes(self, fingerprint: bytes, kind: RecordKind) -> int | None:
         """What a payload of this layout has; None where the layout was not registered."""
         plan = self._plans.get((fingerprint, kind))
@@ -123,7 +127,7 @@ class Compression:
                 self._disk_bytes_per_s = self._measured_disk()
             self.judgements[layout] = judge(
                 ratio=sum(ratio for ratio, _ in samples) / len(samples),
-                codec_bytes_per_s=max(speed for _, speed in samples) * (os.cpu_count() or 1),
+                codec_bytes_per_s=max(speed for _, speed in samples) * usable_cores(),
                 disk_bytes_per_s=self._disk_bytes_per_s,
             )
         log.info("%ss of fingerprint %s are %s", layout[1].name.lower(), layout[0].hex()[:16], self.judgements[layout])

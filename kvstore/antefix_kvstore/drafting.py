@@ -67,7 +67,8 @@ class Drafter:
             kind=record.kind,
             codec=Codec.RAW if coded is None else Codec.PLANES_ZSTD,
             flags=(RecordFlag.FIRST if is_first else RecordFlag.NONE)
-            | (RecordFlag.ENCRYPTED if self._keys else RecordFlag.NONE),
+            | (RecordFlag.ENCRYPTED if self._keys else RecordFlag.NONE)
+            | (RecordFlag.ELSEWHERE if record.parent_elsewhere else RecordFlag.NONE),
             tenant=record.tenant,
             generation=record.generation,
             num_cards=record.labels.num_cards,

@@ -49,6 +49,7 @@ class _Derived:
     # Fingerprint id to the positions of first blocks.
     first_positions: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     num_quarantined: int = 0
+    num_apart: int = 0
 
     def add(self, name: RecordName, entry: IndexEntry) -> None:
         self.leaves.add(leaf_key(name, entry))
@@ -59,6 +60,7 @@ class _Derived:
         if entry.flags & _FIRST:
             self.first_positions[entry.fingerprint_id].add(entry.position)
         self.num_quarantined += entry.quarantined
+        self.num_apart += entry.apart
 
 
 def content_fault(index: Index) -> str | None:
@@ -117,6 +119,8 @@ def _total_faults(index: Index, txn: Any, derived: _Derived) -> Iterator[str]:
         yield "its totals do not follow from its entries"
     if index.num_quarantined(txn) != derived.num_quarantined:
         yield "it counts quarantined records wrongly"
+    if index.num_apart(txn) != derived.num_apart:
+        yield "it counts records apart from their parents wrongly"
 
 
 def _name_faults(index: Index, txn: Any, derived: _Derived) -> Iterator[str]:

@@ -15,12 +15,15 @@ from antefix_kvstore.space import Space, parent_of
 
 _FIRST: Final = int(RecordFlag.FIRST)
 _SEALED: Final = int(RecordFlag.SEALED)
+_ELSEWHERE: Final = int(RecordFlag.ELSEWHERE)
+_APART: Final = int(RecordFlag.APART)
 
 
 def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *, used_ms: int) -> bool:
-    """Index a record that lies in a segment. Returns False, changing nothing, when its parent is not stored.
+    """Index a record that lies in a segment. Returns False, changing nothing, when it lacks a parent that it must have.
 
-    An entry that is there already is healed: it keeps its place in the forest and points to the new record.
+    An entry that is there already is healed: it keeps its place in the forest and points to the new record. One that
+    stood apart hangs on its parent from then on, if that has come.
     """
     name = (header.kind, header.hash)
     parent_name = parent_of(name, header.parent)
@@ -28,13 +31,14 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
     flags = int(header.flags)
     is_first = bool(flags & _FIRST)
     parent = None if is_first else txn.get(parent_name)
-    if parent is None and not is_first:
+    is_apart = parent is None and not is_first and bool(flags & _ELSEWHERE)
+    if parent is None and not is_first and not is_apart:
         return False
     old = txn.get(name)
     fingerprint = txn.fingerprint(header.fingerprint) or txn.set_fingerprint(header.fingerprint, 0)
     if is_first and fingerprint.block_tokens == 0:
         txn.set_fingerprint(header.fingerprint, header.position)
-    if parent is not None and old is None:
+    if parent is not None and (old is None or old.flags & _APART):
         parent.children += 1
     above = parent.prefix_bytes if parent is not None and header.kind is RecordKind.BLOCK else 0
     cost_s = header.cost_us / 1e6
@@ -56,7 +60,7 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
             cost_ms=min(header.cost_us // 1000, 0xFFFFFFFF),
             ttl_s=-(-(header.expires_ms - header.created_ms) // 1000) if header.expires_ms else 0,
             codec=int(header.codec),
-            flags=flags | (0 if header.version == 1 else _SEALED),
+            flags=flags | (0 if header.version == 1 else _SEALED) | (_APART if is_apart else 0),
             parent=header.parent,
         ),
     )

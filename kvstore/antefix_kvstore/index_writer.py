@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from antefix.errors import BlockCorrupt
 from antefix.record import RecordKind, RecordName
-from antefix.store_files.index import QUARANTINED_KEY, TABLE_OF_KIND, Change, Index
+from antefix.store_files.index import APART_KEY, QUARANTINED_KEY, TABLE_OF_KIND, Change, Index
 from antefix.store_files.record_format import SEGMENT_ENTRY, IndexEntry, pack_entry, unpack_entry
 from antefix_kvstore.owner_numbers import OwnerNumbers, next_number
 
@@ -172,7 +172,7 @@ class IndexTxn:
         db = self._index.db
         totals: dict[bytes, list[int]] = defaultdict(lambda: [0, 0, 0])
         live: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-        num_quarantined = 0
+        num_quarantined = num_apart = 0
         for name, entry in self._new.items():
             raw = self._old[name]
             packed = None if entry is None else pack_entry(entry, name[1])
@@ -185,6 +185,7 @@ class IndexTxn:
                 if state is not None:
                     count_entry(totals, live, name[0], state, sign)
                     num_quarantined += sign * state.quarantined
+                    num_apart += sign * state.apart
             if packed is None:
                 self._txn.delete(name[1], db=db[TABLE_OF_KIND[name[0]]])
             else:
@@ -201,6 +202,9 @@ class IndexTxn:
         if num_quarantined:
             known = self._index.num_quarantined(self._txn)
             self._txn.put(QUARANTINED_KEY, _U64.pack(known + num_quarantined), db=db["meta"])
+        if num_apart:
+            known = self._index.num_apart(self._txn)
+            self._txn.put(APART_KEY, _U64.pack(known + num_apart), db=db["meta"])
 
     def _derive(self, name: RecordName, old: IndexEntry | None, new: IndexEntry | None) -> None:
         """The leaf and expiry keys that an entry stands under."""

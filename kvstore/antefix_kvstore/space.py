@@ -23,6 +23,7 @@ from antefix.store_files.record_format import (
     BATCH_ALIGN,
     RECORD_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
+    RecordFlag,
     align,
     payload_checksum,
 )
@@ -89,6 +90,10 @@ class Space:
     @property
     def used_bytes(self) -> int:
         return self._segments.used_bytes + self.index_bytes + self.reserve.nbytes + self._gone.nbytes
+
+    def restart(self) -> None:
+        """The directory holds other files now."""
+        self._compacting = None
 
     def make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:
         """See to it that a batch of `nbytes` may be appended.
@@ -211,7 +216,8 @@ class Space:
             is_over = entry.expires_ms and entry.expires_ms <= self._now_ms()
             self._gone.note(name[1], MissReason.EXPIRED if is_over else MissReason.EVICTED)
         parent_name = parent_of(name, entry.parent)
-        parent = txn.get(parent_name)
+        # A parent that came after its child does not count it.
+        parent = None if entry.flags & RecordFlag.APART else txn.get(parent_name)
         txn.delete(name)
         if parent is None:
             return None

@@ -19,12 +19,14 @@ from antefix.secret import Keyring
 from antefix.security.grants import Granter
 from antefix.security.identity import Role
 from antefix.store.api import Store
+from antefix.store.breaker_metrics import breaker_metrics
 from antefix.tokenizer import Tokenizer
 from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
+from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import follow_keys
-from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics, router_metrics
+from antefix_router.metrics import accounts_metrics, hedge_metrics, key_metrics, placement_metrics, router_metrics
 from antefix_router.naming import PromptNames
 from antefix_router.page.prefix_forest import PrefixForest
 from antefix_router.placement.directory import Directory
@@ -34,7 +36,8 @@ from antefix_router.placement.policy import make_policy
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.workers import WorkerRole, Workers
-from antefix_router.prefilling import Limits, Prefilling
+from antefix_router.prefill_calls import Limits
+from antefix_router.prefilling import Prefilling
 from antefix_router.router_config import RouterConfig
 from antefix_router.workers_arithmetic import Said, difference, learn
 
@@ -76,6 +79,7 @@ class Router:
             granter=granter,
         )
         directory, sessions = Directory(), Sessions()
+        self.budget = HedgeBudget()
         events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
         event_keys = EventKeys.of(keyring)
         self.feed = StoreFeed(
@@ -93,6 +97,7 @@ class Router:
             limits=Limits(prefill_tokens_min=config.prefill_tokens_min, ttft_s_max=config.ttft_s_max),
             num_decoding=self.decode.num_running_least,
             sessions=sessions,
+            budget=self.budget,
             feed=self.feed if config.store_events else None,
         )
         self.counters = prefilling.counters
@@ -110,6 +115,7 @@ class Router:
                 directory,
                 self.pins,
                 sessions,
+                budget=self.budget,
                 between_tokens=lambda seconds, number: self.front.accounts.measures.note_pace(seconds, number),
                 on_named=lambda prompt: self.forest.note(prompt.chain.hashes, prompt.owner),
             ),
@@ -188,5 +194,8 @@ class Router:
         """What it shows, beside its HTTP door's own. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
         yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
+        yield from hedge_metrics(self.budget)
         yield from router_metrics(self.counters, self.memory, self.feed)
+        if (breaker := getattr(self.store, "breaker", None)) is not None:
+            yield from breaker_metrics(breaker)
         yield from key_metrics(self.front.keys, self.key_changes)

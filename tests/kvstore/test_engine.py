@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,3 +182,23 @@ def test_a_store_where_none_can_be_says_so(tmp_path: Path) -> None:
     for place in (tmp_path / "letter.txt", tmp_path / "letter.txt" / "store"):
         with pytest.raises(ConfigError, match=r"cannot be used as a store.*nothing in it was changed"):
             StorageEngine(KvStoreConfig(dir=str(place), budget_bytes=64 << 20))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0, 1e300])
+def test_times_that_are_none_are_refused(open_engine: OpenEngine, number: float) -> None:
+    engine = open_engine()
+    with pytest.raises(InvalidRequest, match="cost_s"):
+        engine.put([PROMPT.block(0, cost_s=number)])
+    with pytest.raises(InvalidRequest, match="ttl_s"):
+        engine.put([PROMPT.block(0, ttl_s=number)])
+    with pytest.raises(InvalidRequest, match="pinned"):
+        engine.pin([(RecordKind.BLOCK, PROMPT.hashes[0])], number)
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"a b", "東".encode(), b"two\nlines"])
+def test_a_directory_may_have_any_name(tmp_path: Path, name: bytes) -> None:
+    config = KvStoreConfig(dir=str(tmp_path / os.fsdecode(name)), budget_bytes=64 << 20)
+    with contextlib.closing(StorageEngine(config)) as engine:
+        engine.put(PROMPT.blocks(3))
+    with contextlib.closing(StorageEngine(config)) as engine:
+        assert PROMPT.check(engine) == 3

@@ -8,8 +8,9 @@ import random
 import pytest
 
 from antefix.errors import InternalError
+from antefix.linear_law import LinearLaw
 from antefix.window import Rates
-from antefix.window.rates import LinearLaw, RatePriors
+from antefix.window.rates import RatePriors
 
 
 def test_priors_hold_until_something_is_measured() -> None:

@@ -8,7 +8,7 @@ from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.layout import PayloadLayout
 from antefix.miss_reason import MissReason
-from antefix.record import BlockFate, LookupResult, PutResult, Record, RecordKind, RecordName
+from antefix.record import BlockFate, Held, LookupResult, PutResult, Record, RecordKind, RecordName
 from antefix.store.api import Store
 from antefix.store.store_stats import StoreTotals
 
@@ -18,6 +18,11 @@ class EmptyStore:
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         return LookupResult(num_blocks=0)
+
+    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
+        found = await self.lookup(chain, fingerprint=fingerprint, tenant=tenant)
+        spans = ((0, found.num_blocks),) if found.num_blocks else ()
+        return Held(spans=spans, checkpoints=found.checkpoints)
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         return BlockFate(reason=MissReason.FIRST_SEEN)

@@ -1,0 +1,176 @@
+"""Holds requests to the limits that stand in the protos (`limit.proto`): types, ranges, finiteness and sizes.
+
+A service checks a message here where its bytes enter, before anything else sees it; behind that, code trusts it. A
+request that is no protobuf at all, or breaks a limit, becomes an `Unreadable`, which the interceptor refuses by name:
+gRPC itself would answer UNKNOWN and log a traceback.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+
+from antefix.errors import AntefixError, InvalidRequest
+from antefix.v1 import limit_pb2
+
+_PACKAGE: Final = "antefix.v1"
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_TEXTS: Final = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
+
+# Refuses a value. What is wrong begins with a blank: whoever knows the field's name puts it in front.
+Check = Callable[[Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a request that could not be read, until somebody may raise why."""
+
+    err: AntefixError
+
+
+def reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """The deserializer, which gives an `Unreadable` instead of raising, and for a message that breaks a limit."""
+
+    def read(raw: bytes) -> Any:
+        try:
+            message = deserialize(raw)
+            if isinstance(message, Message):
+                check_request(message)
+            return message
+        except AntefixError as err:
+            return Unreadable(err)
+        except (DecodeError, UnicodeDecodeError, ValueError) as err:
+            return Unreadable(InvalidRequest(f"the request is not the message that this call takes: {err}"))
+
+    return read
+
+
+def readable(request: Any) -> Any:
+    """The request, or each one of a stream.
+
+    Raises:  InvalidRequest: it could not be read; of a stream, when that message is reached.
+    """
+    if isinstance(request, Unreadable):
+        raise request.err
+    if isinstance(request, Message) or not hasattr(request, "__aiter__"):
+        return request
+    return _each(request)
+
+
+async def _each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield readable(request)
+
+
+def check_request(message: Message) -> None:
+    """Raises:  InvalidRequest: a field of a message of ours breaks its limit; the message names the field."""
+    if message.DESCRIPTOR.file.package != _PACKAGE:
+        return
+    try:
+        _check(message)
+    except InvalidRequest as err:
+        raise InvalidRequest(str(err).removeprefix(".")) from None
+
+
+def limit_of(field: FieldDescriptor) -> limit_pb2.FieldLimit | None:
+    """What the proto says of the field; None: nothing."""
+    options: Any = field.GetOptions()
+    if not options.HasExtension(limit_pb2.limit):
+        return None
+    found: limit_pb2.FieldLimit = options.Extensions[limit_pb2.limit]
+    return found
+
+
+def _check(message: Message) -> None:
+    for name, check in _checks_of(message.DESCRIPTOR):
+        try:
+            check(message)
+        except InvalidRequest as err:
+            raise InvalidRequest(f".{name}{err}") from None
+
+
+@cache
+def _checks_of(descriptor: Descriptor) -> tuple[tuple[str, Check], ...]:
+    """Of a whole message, by field name; made once per message type, as requests come often."""
+    checks: list[tuple[str, Check]] = []
+    for field in descriptor.fields:
+        one = _check_of_value(field)
+        if field.is_repeated:
+            checks.append((field.name, _of_items(field.name, limit_of(field), one)))
+        elif one is not None:
+            checks.append((field.name, _of_field(field, one)))
+    return tuple(checks)
+
+
+def _of_field(field: FieldDescriptor, one: Check) -> Check:
+    name = field.name
+    if field.message_type is not None:
+        return lambda message: one(getattr(message, name)) if message.HasField(name) else None
+    return lambda message: one(getattr(message, name))
+
+
+def _of_items(name: str, limit: limit_pb2.FieldLimit | None, one: Check | None) -> Check:
+    most = limit.items_max if limit is not None else 0
+
+    def check(message: Message) -> None:
+        items = getattr(message, name)
+        if len(items) > most:
+            raise InvalidRequest(f" takes {most} items, has {len(items)}")
+        if one is not None:
+            for item in items:
+                one(item)
+
+    return check
+
+
+def _check_of_value(field: FieldDescriptor) -> Check | None:
+    limit = limit_of(field)
+    if field.message_type is not None:
+        return _check
+    if field.enum_type is not None:
+        return _known(frozenset(field.enum_type.values_by_number))
+    if limit is None:
+        return None
+    return _text_check(limit) if field.type in _TEXTS else _number_check(limit)
+
+
+def _known(numbers: frozenset[int]) -> Check:
+    def check(value: int) -> None:
+        if value not in numbers:
+            raise InvalidRequest(f": {value} is none of its values")
+
+    return check
+
+
+def _number_check(limit: limit_pb2.FieldLimit) -> Check:
+    low = limit.min if limit.HasField("min") else 0.0
+    high = limit.max if limit.HasField("max") else sys.float_info.max
+
+    def check(value: float) -> None:
+        # Written so that NaN is refused.
+        if not low <= value <= high:
+            raise InvalidRequest(f" must be a number from {low:g} to {high:g}, is {value:g}")
+
+    return check
+
+
+def _text_check(limit: limit_pb2.FieldLimit) -> Check:
+    size, most, is_name = limit.bytes, limit.bytes_max, limit.is_name
+
+    def check(value: str | bytes) -> None:
+        nbytes = len(value) if isinstance(value, bytes) or value.isascii() else len(value.encode())
+        if size and nbytes and nbytes != size:
+            raise InvalidRequest(f" must be {size} bytes, is {nbytes}")
+        if most and nbytes > most:
+            raise InvalidRequest(f" takes {most} bytes, has {nbytes}")
+        if is_name and _CONTROL.search(str(value)):
+            raise InvalidRequest(" may not hold control characters")
+
+    return check

@@ -1,0 +1,28 @@
+"""What a store holds of a chain, on the wire: protobuf stops here."""
+
+from __future__ import annotations
+
+from itertools import chain, pairwise
+
+from antefix.errors import InternalError
+from antefix.record import Held
+from antefix.v1 import kvstore_pb2
+
+
+def held_to_wire(held: Held) -> kvstore_pb2.LookupResponse:
+    return kvstore_pb2.LookupResponse(
+        num_blocks=held.num_leading, checkpoints=held.checkpoints, spans=chain.from_iterable(held.spans)
+    )
+
+
+def held_from_wire(response: kvstore_pb2.LookupResponse) -> Held:
+    """A store of an earlier version tells only what it has from the chain's beginning on.
+
+    Raises:  InternalError: the spans are no spans.
+    """
+    flat = tuple(response.spans)
+    if not flat and response.num_blocks:
+        flat = (0, response.num_blocks)
+    if len(flat) % 2 or any(a >= b for a, b in pairwise(flat)):
+        raise InternalError("a store told spans that do not follow each other")
+    return Held(spans=tuple(zip(flat[::2], flat[1::2], strict=True)), checkpoints=tuple(response.checkpoints))

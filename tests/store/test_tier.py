@@ -1,0 +1,52 @@
+"""Tiers: speed by kind until measured, corrected by reads; one that fails is left alone, longer each time."""
+
+from __future__ import annotations
+
+import pytest
+
+from antefix.store.tier import SHUNNED_S, SHUNNED_S_MAX, Tier, TierKind, TierSpeed
+from tests.kvstore.small_store import Clock
+
+
+class Nothing:
+    """A source that is never asked."""
+
+
+def make_tier(clock: Clock) -> Tier:
+    return Tier("a", TierKind.PEER, Nothing(), clock=lambda: clock() / 1000)  # type: ignore[arg-type]
+
+
+def test_a_nearer_kind_is_believed_faster_until_measured() -> None:
+    seconds = [TierSpeed(kind).predicted_s(1 << 20) for kind in TierKind]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize(("latency_s", "bytes_per_s"), [(0.0001, 5e9), (0.3, 20e6)])
+def test_speed_follows_what_reads_took(latency_s: float, bytes_per_s: float) -> None:
+    speed = TierSpeed(TierKind.OBJECT)
+    for step in range(60):
+        nbytes = (1 << 18) << step % 8
+        speed.observe(nbytes, latency_s + nbytes / bytes_per_s)
+    for nbytes in (1 << 18, 1 << 25):
+        assert speed.predicted_s(nbytes) == pytest.approx(latency_s + nbytes / bytes_per_s, rel=0.1)
+    assert speed.bytes_per_s == pytest.approx(bytes_per_s, rel=0.2)
+
+
+def test_a_failing_tier_is_left_alone_longer_each_time() -> None:
+    clock = Clock()
+    tier = make_tier(clock)
+    pauses = []
+    for _ in range(8):
+        tier.failed()
+        start = clock.ms
+        while tier.is_shunned:
+            clock.advance(0.25)
+        pauses.append((clock.ms - start) / 1000)
+    assert pauses[0] == pytest.approx(SHUNNED_S, abs=0.25)
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == pytest.approx(SHUNNED_S_MAX, abs=0.25)
+    tier.answered()
+    tier.failed()
+    clock.advance(SHUNNED_S)
+    assert not tier.is_shunned
+    assert tier.num_failures == 9
