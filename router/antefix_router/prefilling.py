@@ -17,12 +17,12 @@ from antefix.errors import AntefixError, InternalError, Overloaded, Unavailable
 from antefix.generation_request import GenerationRequest
 from antefix.security.grants import hold
 from antefix.store.api import Store
+from antefix.store.store_feed import StoreFeed
 from antefix.telemetry import span
 from antefix_router.inflight import InFlight, wait_deadline_s, worth_waiting
 from antefix_router.naming import NamedPrompt
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
-from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.work import FETCH_WEIGHT, Work, saved_by_replay
 from antefix_router.placement.workers import Worker, WorkerRole, Workers
 

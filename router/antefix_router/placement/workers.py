@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from antefix.clients import DecodeClient, PrefillClient
 from antefix.errors import InternalError, Overloaded, Unavailable
+from antefix.events.block_events import Key
 from antefix_router.placement.backlog import Backlog
-from antefix_router.placement.directory import Directory, Key
+from antefix_router.placement.directory import Directory
 from antefix_router.placement.work import Loads, Policy, Work, seed_of
 
 # How often one request may move to another worker; more means that something is wrong that moving does not cure.
