@@ -86,13 +86,14 @@ async def measure(num_times: int) -> dict[str, object]:
     return report
 
 
-def write(file: Path, report: dict[str, object]) -> None:
+def write(file: Path, report: dict[str, object], command: str = "python benchmarks/grants.py") -> None:
+    """A report with where its figures are from."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     about = {
         "commit": commit.stdout.strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
-        "command": "python benchmarks/grants.py",
+        "command": command,
     }
     file.write_text(json.dumps({**about, "figures": report}, indent=1) + "\n")
 

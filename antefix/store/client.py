@@ -6,8 +6,9 @@ again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from antefix.record import (
 )
 from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
+from antefix.store.breaker import Breaker
 from antefix.store.fate_wire import fate_from_wire
 from antefix.store.held_wire import held_from_wire
 from antefix.store.payload_channel import SERVICE, PayloadChannel
@@ -60,8 +62,12 @@ log = logging.getLogger("antefix.store")
 
 T = TypeVar("T")
 CALL_DEADLINE_S: Final = 10.0
-# A stream of payloads: 3.5 GB, a 1M-token prefix, at 100 MB/s.
+# What an answer waits for: a search in the store's index takes milliseconds.
+SEARCH_DEADLINE_S: Final = 2.0
+# The most for a stream of payloads: 3.5 GB, a 1M-token prefix, at 100 MB/s. Mostly `Breaker.limit_s` is less.
 STREAM_DEADLINE_S: Final = 60.0
+# How large one payload is taken to be before it comes: a checkpoint or handoff of V4 takes some MB.
+_PAYLOAD_BYTES_GUESSED: Final = 16 << 20
 # A stream that breaks goes on where it stopped, this often.
 NUM_RESUMES_MAX: Final = 3
 # How long uses wait to be told in one call, and how many may wait.
@@ -90,6 +96,7 @@ class RemoteStore:
         self._channel: grpc.aio.Channel | None = None
         self._stub: Any = None
         self._payloads: PayloadChannel | None = None
+        self.breaker = Breaker()
 
     @property
     def stub(self) -> Any:
@@ -119,6 +126,7 @@ class RemoteStore:
         await self.close()
 
     async def close(self) -> None:
+        await self.breaker.close()
         if self._channel is not None:
             await self._channel.close()
             self._channel = None
@@ -128,8 +136,8 @@ class RemoteStore:
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         request = kvstore_pb2.LookupRequest(chain=join_hashes(chain), fingerprint=fingerprint, owner=tenant)
-        with rpc.rpc_errors():
-            response = await self.stub.Lookup(request, timeout=CALL_DEADLINE_S, metadata=outgoing())
+        with self._asked():
+            response = await self.stub.Lookup(request, timeout=SEARCH_DEADLINE_S, metadata=outgoing())
         return LookupResult(
             num_blocks=response.num_blocks,
             checkpoints=tuple(response.checkpoints),
@@ -140,14 +148,14 @@ class RemoteStore:
         request = kvstore_pb2.LookupRequest(
             chain=join_hashes(chain), fingerprint=fingerprint, owner=tenant, all_spans=True
         )
-        with rpc.rpc_errors():
-            response = await self.stub.Lookup(request, timeout=CALL_DEADLINE_S, metadata=outgoing())
+        with self._asked():
+            response = await self.stub.Lookup(request, timeout=SEARCH_DEADLINE_S, metadata=outgoing())
         return held_from_wire(response)
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
-        with rpc.rpc_errors():
+        with self._asked():
             request = kvstore_pb2.FateRequest(hash=hash, fingerprint=fingerprint)
-            response = await self.stub.Fate(request, timeout=CALL_DEADLINE_S, metadata=outgoing())
+            response = await self.stub.Fate(request, timeout=SEARCH_DEADLINE_S, metadata=outgoing())
         return fate_from_wire(response)
 
     async def get_blocks(
@@ -159,7 +167,7 @@ class RemoteStore:
         for first in range(0, len(hashes), HASHES_MAX):
             part = hashes[first : first + HASHES_MAX]
             buffers = _Buffers([buffer.cast("B") for buffer in into[first : first + HASHES_MAX]])
-            got = await self._receive(RecordKind.BLOCK, part, fingerprint, tenant, buffers.get)
+            got = await self._receive(RecordKind.BLOCK, part, fingerprint, tenant, buffers.get, buffers.nbytes)
             num_good += got
             if got < len(part):
                 break
@@ -173,7 +181,7 @@ class RemoteStore:
                 payloads.append(bytearray(nbytes))
             return memoryview(payloads[0])
 
-        num_good = await self._receive(kind, [hash], fingerprint, tenant, allocate)
+        num_good = await self._receive(kind, [hash], fingerprint, tenant, allocate, _PAYLOAD_BYTES_GUESSED)
         return bytes(payloads[0]) if num_good else None
 
     async def get_records(
@@ -187,12 +195,15 @@ class RemoteStore:
                 payloads.append(bytearray(nbytes))
             return memoryview(payloads[index])
 
-        num_good = await self._receive(kind, hashes[:HASHES_MAX], fingerprint, tenant, allocate, sealed)
+        nbytes = _PAYLOAD_BYTES_GUESSED * len(hashes)
+        num_good = await self._receive(kind, hashes[:HASHES_MAX], fingerprint, tenant, allocate, nbytes, sealed)
         return records_of(sealed[:num_good], payloads[:num_good])
 
     async def put(self, records: Sequence[Record]) -> PutResult:
-        with rpc.rpc_errors():
-            response = await self.stub.Put(_in_turn(records), timeout=self._deadline_s, metadata=outgoing())
+        nbytes = sum(memoryview(record.payload).nbytes for record in records)
+        limit_s = self.breaker.limit_s(nbytes, self._deadline_s)
+        with self._asked(nbytes):
+            response = await self.stub.Put(_in_turn(records), timeout=limit_s, metadata=outgoing())
         return PutResult(
             num_stored=response.num_stored,
             num_existing=response.num_existing,
@@ -208,17 +219,17 @@ class RemoteStore:
             checkpoint_parts=_parts(codec.plan_of_checkpoint(layout)),
             statement=statement,
         )
-        with rpc.rpc_errors():
+        with self._asked():
             await self.stub.Register(request, timeout=CALL_DEADLINE_S)
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
         request = kvstore_pb2.PinRequest(records=map(_name, names), duration_s=duration_s, owner=owner)
-        with rpc.rpc_errors():
+        with self._asked():
             return int((await self.stub.Pin(request, timeout=CALL_DEADLINE_S)).num_pinned)
 
     async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
         request = kvstore_pb2.EvictRequest(records=map(_name, names), owner=owner)
-        with rpc.rpc_errors():
+        with self._asked():
             return int((await self.stub.Evict(request, timeout=CALL_DEADLINE_S)).num_evicted)
 
     def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
@@ -260,11 +271,19 @@ class RemoteStore:
         if not hashes or kind in MEMORY_KINDS:
             return
         try:
-            with rpc.rpc_errors():
+            with self._asked():
                 request = kvstore_pb2.TouchRequest(forged=[_name((kind, forged)) for forged in hashes])
                 await self.stub.Touch(request, timeout=CALL_DEADLINE_S)
         except AntefixError as err:
             log.warning("the store could not be told: %s", err)
+
+    @contextlib.contextmanager
+    def _asked(self, nbytes: int = 0) -> Iterator[None]:
+        """Around a call that somebody waits for.  Raises: as `Breaker.asked`, and what the service answered."""
+        if self.stub is not None and self._channel is not None:
+            self.breaker.follow(self.address, self._channel)
+        with self.breaker.asked(nbytes), rpc.rpc_errors():
+            yield
 
     async def _receive(
         self,
@@ -273,6 +292,7 @@ class RemoteStore:
         fingerprint: bytes,
         tenant: bytes,
         buffer: Callable[[int, int], memoryview],
+        nbytes: int,
         sealed: list[bytes] | None = None,
     ) -> int:
         """Fill buffers from a stream, resuming where it broke. Returns the number of leading payloads received."""
@@ -290,8 +310,10 @@ class RemoteStore:
                 record_format=record_format,
                 wants_seals=self._seals is not None or sealed is not None,
             )
+            limit_s = self.breaker.limit_s(nbytes, self._deadline_s)
             try:
-                await self._payloads.receive(request, done, buffer, deadline_s=self._deadline_s)
+                with self._asked(nbytes):
+                    await self._payloads.receive(request, done, buffer, deadline_s=limit_s)
                 return done.index
             except SealBroken:
                 # Whole, so the store would send it again.
@@ -312,6 +334,10 @@ class _Buffers:
     """The caller's buffers of one stream."""
 
     buffers: Sequence[memoryview]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def get(self, index: int, _: int) -> memoryview:
         return self.buffers[index]
@@ -373,6 +399,11 @@ class LocalStore:
         self._uses = _Uses()
         self._evidence: ReadEvidence | None = None
         self._telling: asyncio.Task[None] | None = None
+
+    @property
+    def breaker(self) -> Breaker:
+        """Of the calls that go to the service."""
+        return self.remote.breaker
 
     @property
     def num_broken_seals(self) -> int:
@@ -508,7 +539,7 @@ class LocalStore:
         uses, self._uses = self._uses, _Uses()
         for request in uses.requests():
             try:
-                with rpc.rpc_errors():
+                with self.remote._asked():
                     await self.remote.stub.Touch(request, timeout=CALL_DEADLINE_S)
             except AntefixError:
                 # Recency that the service does not hear of costs it a worse choice, nothing else.

@@ -1,4 +1,7 @@
-"""Reading the LMDB index: what is stored, and where. Used by every process on the host; only the engine writes it.
+"""Reading the index: what is stored, and where. Used by every process on the host; only the store's owner writes it.
+
+It is LMDB's file. The owner maps it; everybody else reads its pages (`index_pages.py`), so that a file which is cut,
+replaced or deleted under a reader makes its reads fail, where a map would end the process (SIGBUS).
 
 Tables:  blocks, checkpoints   hash -> format.INDEX_ENTRY
          leaves                rank, kind, hash -> nothing; what eviction takes first comes first
@@ -22,12 +25,19 @@ from typing import Any, Final
 import lmdb
 
 from antefix.errors import Unavailable
+from antefix.lmdb_path import lmdb_path
 from antefix.record import Held, LookupResult, RecordKind
+from antefix.store_files.index_pages import PageFile, PageTxn
 from antefix.store_files.record_format import IndexEntry, unpack_entry
 
 TABLES: Final = ("blocks", "checkpoints", "leaves", "expiry", "segments", "names", "totals", "meta")
 TABLE_OF_KIND: Final = {RecordKind.BLOCK: "blocks", RecordKind.CHECKPOINT: "checkpoints"}
+DATA_FILE: Final = "data.mdb"
+# Threads of the owner that read at once.
 READERS_MAX: Final = 1024
+# A reader finds a key among leaves in some 8 us and walks over one in 0.5: up to so many checkpoints in the whole store
+# per block of a chain, walking over all of them is faster.
+_WALKED_MAX: Final = 8
 QUARANTINED_KEY: Final = b"quarantined"
 APART_KEY: Final = b"apart"
 # In the table `meta`: this and the fingerprint.
@@ -36,7 +46,7 @@ GENERATION_BYTES: Final = 2
 _U64: Final = struct.Struct("<Q")
 _GROUP_KEYS: Final = 256
 
-# LMDB forbids opening one environment twice in a process, so the engine and readers beside it share theirs.
+# LMDB forbids opening one environment twice in a process, so the engine and readers next to it share theirs.
 _open_lock = threading.Lock()
 _open: dict[tuple[int, int], _Shared] = {}
 
@@ -76,17 +86,26 @@ class _Live:
 
 
 class Index:
-    """An open index. `txn()` gives a snapshot; every read goes through one."""
+    """An open index. `txn()` gives something to read through; every read goes through one."""
 
-    def __init__(self, directory: Path, *, map_bytes: int = 0, write: bool = False) -> None:
-        """Raises:  Unavailable: there is no index, or it cannot be opened."""
+    def __init__(self, directory: Path, *, map_bytes: int = 0, write: bool = False, mapped: bool = False) -> None:
+        """write: as the owner.  mapped: read through a map, as only the store's owner may, before it writes.
+
+        Raises:  Unavailable: there is no index, or it cannot be opened.
+        """
         self.directory = directory
         # The writer's: told of what each transaction changed, after its commit.
         self.on_change: Callable[[list[Change]], None] | None = None
+        self._shared: _Shared | None = None
+        self._pages: PageFile | None = None
+        self.db: dict[str, Any] = {name: name for name in TABLES}
         with _open_lock:
-            self._shared = _acquire(directory, map_bytes, write)
-        self.env = self._shared.env
-        self.db: dict[str, Any] = {}
+            own = _open.get(_identity(directory) or (-1, -1))
+            if write or mapped or own is not None:
+                self._shared = _acquire(directory, map_bytes, write)
+        if self._shared is None:
+            self._pages = PageFile(directory / DATA_FILE)
+            return
         try:
             for name in TABLES:
                 self.db[name] = self.env.open_db(name.encode(), create=write)
@@ -95,27 +114,49 @@ class Index:
             raise Unavailable(f"the index in {directory} cannot be read: {err}") from err
 
     @property
+    def env(self) -> lmdb.Environment:
+        """The owner's."""
+        assert self._shared is not None, "a reader has no map"
+        return self._shared.env
+
+    @property
     def replaced(self) -> bool:
         """True when the files under our path are no longer the ones that we have open: the index was rebuilt."""
-        return _identity(self.directory) != self._shared.identity
+        opened = self._shared or self._pages
+        return opened is None or _identity(self.directory) != opened.identity
 
     def txn(self) -> Any:
-        """A snapshot.  Raises:  Unavailable: the writer came back with a larger index than this process mapped."""
-        try:
-            return self.env.begin()
-        except lmdb.MapResizedError as err:
-            raise Unavailable(f"the index in {self.directory} has outgrown this process's map: restart it") from err
+        """What to read through: a snapshot for the owner, `PageTxn` for others.
+
+        Raises:  Unavailable: the file cannot be read.
+        """
+        return PageTxn(self._pages) if self._pages is not None else self.env.begin()
 
     def close(self) -> None:
+        if self._pages is not None:
+            self._pages.close()
+        shared, self._shared = self._shared, None
+        if shared is None:
+            return
         with _open_lock:
-            self._shared.num_users -= 1
-            if self._shared.num_users == 0:
-                _open.pop(self._shared.identity, None)
-                self.env.close()
+            shared.num_users -= 1
+            if shared.num_users == 0:
+                _open.pop(shared.identity, None)
+                shared.env.close()
 
     def entry(self, txn: Any, kind: RecordKind, block_hash: bytes) -> IndexEntry | None:
         value = txn.get(block_hash, db=self.db[TABLE_OF_KIND[kind]])
         return None if value is None else unpack_entry(value, block_hash)
+
+    def entries(self, txn: Any, kind: RecordKind, hashes: Sequence[bytes]) -> Iterator[IndexEntry | None]:
+        """As `entry`, one after the other. In groups: one call for many keys takes a third of the time."""
+        with txn.cursor(db=self.db[TABLE_OF_KIND[kind]]) as cursor:
+            for first in range(0, len(hashes), _GROUP_KEYS):
+                part = hashes[first : first + _GROUP_KEYS]
+                found = dict(cursor.getmulti(part))
+                for block_hash in part:
+                    value = found.get(block_hash)
+                    yield None if value is None else unpack_entry(value, block_hash)
 
     def fingerprint_id(self, txn: Any, fingerprint: bytes) -> int | None:
         value = txn.get(b"f" + fingerprint, db=self.db["names"])
@@ -177,7 +218,9 @@ class Index:
     def lookup(
         self, chain: Sequence[bytes], *, fingerprint: bytes, now_ms: int, owners: Collection[bytes] | None = None
     ) -> LookupResult:
-        """The longest stored prefix of `chain` and the checkpoints inside it, in one snapshot.
+        """The longest stored prefix of `chain` and the checkpoints inside it.
+
+        In one snapshot for the owner. A reader may see a commit on the way: what it evicts is missing when it is read.
 
         owners: as `owner_row` makes them; what is not theirs is not there. None: everybody's.
         """
@@ -238,19 +281,16 @@ class Index:
             return Held.of_flags(self._flags(txn, chain, wanted), checkpoints)
 
     def _flags(self, txn: Any, chain: Sequence[bytes], wanted: _Live) -> Iterator[bool]:
-        """Of each block, whether it is there. In groups: one call for many keys takes a third of the time."""
-        with txn.cursor(db=self.db["blocks"]) as cursor:
-            for first in range(0, len(chain), _GROUP_KEYS):
-                part = chain[first : first + _GROUP_KEYS]
-                found = dict(cursor.getmulti(part))
-                for block_hash in part:
-                    value = found.get(block_hash)
-                    entry = None if value is None else unpack_entry(value, block_hash)
-                    yield entry is not None and wanted.has(entry)
+        """Of each block, whether it is there."""
+        return (entry is not None and wanted.has(entry) for entry in self.entries(txn, RecordKind.BLOCK, chain))
 
     def _checkpoints(self, txn: Any, chain: Sequence[bytes], wanted: _Live) -> tuple[int, ...]:
         with txn.cursor(db=self.db["checkpoints"]) as cursor:
-            found = dict(cursor.getmulti(chain))
+            keys: Sequence[bytes] = chain
+            if isinstance(txn, PageTxn) and txn.stat(self.db["checkpoints"])["entries"] < _WALKED_MAX * len(chain):
+                asked = frozenset(chain)
+                keys = [key for key in cursor.iternext(keys=True, values=False) if key in asked]
+            found = dict(cursor.getmulti(keys))
         if not found:
             return ()
         counts = []
@@ -270,8 +310,8 @@ def owner_of(letter: bytes, value: bytes) -> bytes:
 
 def _identity(directory: Path) -> tuple[int, int] | None:
     try:
-        stat = (directory / "data.mdb").stat()
-    except FileNotFoundError:
+        stat = (directory / DATA_FILE).stat()
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return stat.st_dev, stat.st_ino
 
@@ -285,22 +325,23 @@ def _acquire(directory: Path, map_bytes: int, write: bool) -> _Shared:
         shared.num_users += 1
         return shared
     try:
-        env = lmdb.Environment(
-            str(directory),
-            # 0: as large as the writer made it. A reader whose map is smaller fails once the index has outgrown it.
-            map_size=map_bytes,
-            readonly=not write,
-            create=write,
-            mode=0o600,
-            max_dbs=len(TABLES),
-            max_readers=READERS_MAX,
-            # Looking up a chain touches pages at random; reading ahead would fetch megabytes for nothing.
-            readahead=False,
-            # Pages are zeroed before they are written: what was in memory there before, such as payloads before they
-            # were encrypted, would go to the disk with them.
-            meminit=True,
-            max_spare_txns=16,
-        )
+        with lmdb_path(directory) as path:
+            env = lmdb.Environment(
+                path,
+                # 0: as large as the file says.
+                map_size=map_bytes,
+                readonly=not write,
+                create=write,
+                mode=0o600,
+                max_dbs=len(TABLES),
+                max_readers=READERS_MAX,
+                # Looking up a chain touches pages at random; reading ahead would fetch megabytes for nothing.
+                readahead=False,
+                # Pages are zeroed before they are written: what was in memory there before, such as payloads before
+                # they were encrypted, would go to the disk with them.
+                meminit=True,
+                max_spare_txns=16,
+            )
     except lmdb.Error as err:
         raise Unavailable(f"no index can be opened in {directory}: {err}") from err
     identity = _identity(directory)

@@ -13,6 +13,9 @@ from antefix_decode.scheduler import Scheduler
 def scheduler_metrics(scheduler: Scheduler) -> Iterable[Metric]:
     yield gauge("antefix_decode_running_sequences", "Sequences that run.", {(): float(scheduler.num_running)})
     yield gauge("antefix_decode_placed_sequences", "Those, and those being loaded.", {(): float(scheduler.num_placed)})
+    yield gauge(
+        "antefix_decode_waiting_requests", "Requests that wait for a place.", {(): float(scheduler.num_waiting)}
+    )
     yield counter("antefix_decode_tokens", "Tokens that decode steps ran.", {(): float(scheduler.num_tokens)})
     drafted, kept = {(): float(scheduler.num_drafted)}, {(): float(scheduler.num_drafts_kept)}
     yield counter("antefix_decode_drafted_tokens", "Tokens that were drafted ahead and run.", drafted)

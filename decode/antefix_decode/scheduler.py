@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextvars import Context
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.errors import AntefixError, Overloaded
+from antefix.fair_turns import FairTurns
 from antefix.model import Sequence, WindowState
 from antefix.wire import TokenLogprob
 from antefix_decode.logprobs import Logprobs
@@ -74,10 +75,9 @@ class Running:
 class Scheduler:
     """Owns the decode loop of one worker."""
 
-    def __init__(self, engine: Engine, num_running_max: int) -> None:
+    def __init__(self, engine: Engine, num_running_max: int, num_waiting_max: int = 0) -> None:
         self._engine = engine
-        self._num_running_max = num_running_max
-        self.num_placed = 0
+        self._turns = FairTurns(num_running_max, num_waiting_max)
         self._running: list[Running] = []
         self._wake = asyncio.Event()
         self._step_lock = asyncio.Lock()
@@ -92,22 +92,27 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_placed(self) -> int:
+        """Requests that have a place, whether they generate yet or not."""
+        return self._turns.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._turns.num_waiting
+
+    @property
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.busy_s if self.busy_s else 0.0
 
-    @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """One of the places, from a request's beginning on: many may be loading before the first of them joins.
+    @contextlib.asynccontextmanager
+    async def place(self, tenant: str = "", num_tokens: int = 0) -> AsyncIterator[None]:
+        """One of the places, from a request's beginning on: many may be loading before the first of them joins. Waits
+        for one where there is none, in turn by tenant.  num_tokens: the most that it may generate.
 
-        Raises:  Overloaded: as many sequences run, or are about to, as may.
+        Raises:  Overloaded: as many sequences run, or are about to, as may, and as many wait.
         """
-        if self.num_placed >= self._num_running_max:
-            raise Overloaded(f"{self.num_placed} sequences are running already", retry_after_s=1.0)
-        self.num_placed += 1
-        try:
+        async with self._turns.turn(tenant, float(num_tokens)):
             yield
-        finally:
-            self.num_placed -= 1
 
     def join(self, running: Running) -> None:
         """Add a sequence; it takes part from the next step on. The caller calls `leave` whatever happens."""

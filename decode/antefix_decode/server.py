@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from antefix import rpc
+from antefix.cache_tenant import split_tenant
 from antefix.config import require, setting
 from antefix.errors import InvalidRequest
 from antefix.grammar import Vocabulary
@@ -43,12 +44,14 @@ from antefix_prefill.worker.serving import WorkerConfig, secure_worker, serve_wo
 class DecodeConfig(WorkerConfig):
     """Settings of a decode worker."""
 
-    num_running_max: int = setting(32, "sequences that run at once; more are refused with a retry hint")
+    num_running_max: int = setting(32, "sequences that run at once; more wait, in turn by tenant")
+    num_waiting_max: int = setting(64, "requests that wait for a place; more are refused with a retry hint")
 
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         WorkerConfig.__post_init__(self)
         require(self.num_running_max > 0, f"num_running_max must be positive, is {self.num_running_max}")
+        require(self.num_waiting_max >= 0, f"num_waiting_max must not be negative, is {self.num_waiting_max}")
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
@@ -58,7 +61,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._engine = engine
         self._tokenizer = tokenizer
         self._grammars: Grammars | None = None
-        self.scheduler = Scheduler(engine, config.num_running_max)
+        self.scheduler = Scheduler(engine, config.num_running_max, config.num_waiting_max)
 
     async def Decode(
         self, request: decode_pb2.DecodeRequest, context: rpc.Context
@@ -66,10 +69,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         # 1. Check.
         sampling = sampling_from_wire(request.sampling)
         prompt, emitted = self._prompt(request, sampling)
-        with self.scheduler.place():
-            async with contextlib.aclosing(self._decode(prompt, sampling, emitted, request.handoff)) as responses:
-                async for response in responses:
-                    yield response
+        tenant, _ = split_tenant(request.tenant)
+        async with (
+            self.scheduler.place(tenant, sampling.max_tokens - len(emitted)),
+            contextlib.aclosing(self._decode(prompt, sampling, emitted, request.handoff)) as responses,
+        ):
+            async for response in responses:
+                yield response
 
     async def _decode(
         self, prompt: Prompt, sampling: Sampling, emitted: list[int], name: bytes
@@ -175,6 +181,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         return decode_pb2.DecodeStatusResponse(
             fingerprint=self._engine.fingerprint,
             num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
             num_blocks=self._engine.pool.num_blocks,
             num_resident_blocks=self._engine.blocks.num_resident,
             decode_tokens_per_s=self.scheduler.tokens_per_s,

@@ -89,7 +89,7 @@ def _index_fault(directory: Path) -> str | None:
 def _content_fault(directory: Path) -> str | None:
     """Whether an index that is sound in structure says what its entries say."""
     try:
-        index = Index(directory / INDEX_DIR)
+        index = Index(directory / INDEX_DIR, mapped=True)
     except Unavailable as err:
         return str(err)
     try:

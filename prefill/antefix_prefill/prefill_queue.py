@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
-from antefix.errors import Overloaded
+from antefix.fair_turns import FairTurns
 from antefix.telemetry import span
 from antefix.telemetry.exposition import SECONDS, histogram
 
 
 class PrefillQueue:
-    """At most `num_running_max` prompts at work and `num_waiting_max` behind them.
+    """At most `num_running_max` prompts at work and `num_waiting_max` behind them, whose turns go round by tenant.
 
     Two running ones overlap one's loads and writes with the other's computing; more only hold pool blocks. Prompts of
     which little is left to compute do not wait for these places: `num_short_max` of them are at work besides, since the
@@ -20,34 +19,33 @@ class PrefillQueue:
     """
 
     def __init__(self, num_running_max: int, num_waiting_max: int, num_short_max: int = 0) -> None:
-        self._slots = asyncio.Semaphore(num_running_max)
-        self._short_slots = asyncio.Semaphore(num_short_max)
-        self._has_short_slots = num_short_max > 0
-        self._num_waiting_max = num_waiting_max
-        self.num_waiting = 0
+        self._turns = FairTurns(num_running_max, num_waiting_max)
+        self._short_turns = FairTurns(num_short_max, num_waiting_max)
+        self._has_short_turns = num_short_max > 0
         self.num_running = 0
         self.wait_s = histogram("antefix_prefill_wait_seconds", "How long prompts waited for a turn.", buckets=SECONDS)
 
+    @property
+    def num_waiting(self) -> int:
+        return self._turns.num_waiting + self._short_turns.num_waiting
+
     @contextlib.asynccontextmanager
-    async def turn(self, retry_after_s: float, is_short: Callable[[], Awaitable[bool]]) -> AsyncIterator[None]:
+    async def turn(
+        self, retry_after_s: float, is_short: Callable[[], Awaitable[bool]], *, tenant: str = "", num_tokens: int = 0
+    ) -> AsyncIterator[None]:
         """Wait for a turn.  is_short: whether little is left to compute; asked only where the prompt would wait.
+        num_tokens: to compute, as far as is known.
 
         Raises:  Overloaded: the queue is full; nothing was queued.
         """
-        if self.num_waiting >= self._num_waiting_max:
-            raise Overloaded(f"{self.num_waiting} prompts are waiting already", retry_after_s=retry_after_s)
-        self.num_waiting += 1
-        try:
+        async with contextlib.AsyncExitStack() as place:
             with self.wait_s.time(), span("queue", num_waiting=self.num_waiting):
-                slots = self._slots
-                if slots.locked() and self._has_short_slots and await is_short():
-                    slots = self._short_slots
-                await slots.acquire()
-        finally:
-            self.num_waiting -= 1
-        self.num_running += 1
-        try:
-            yield
-        finally:
-            self.num_running -= 1
-            slots.release()
+                turns = self._turns
+                if turns.is_full and self._has_short_turns and await is_short():
+                    turns = self._short_turns
+                await place.enter_async_context(turns.turn(tenant, float(num_tokens), retry_after_s=retry_after_s))
+            self.num_running += 1
+            try:
+                yield
+            finally:
+                self.num_running -= 1

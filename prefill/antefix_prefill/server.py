@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from antefix import rpc
+from antefix.cache_tenant import split_tenant
 from antefix.config import require, setting
 from antefix.generation_request import Breakpoint
 from antefix.security.identity import Role
@@ -59,7 +60,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         )
         # 3. Restore, compute, store.
         wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self.queue.num_waiting + 1)
-        async with self.queue.turn(wait_s, lambda: has_short_rest(engine, prompt)):
+        num_tokens = len(tokens) - engine.blocks.num_leading(chain.hashes) * engine.block_size
+        tenant, _ = split_tenant(request.tenant)
+        async with self.queue.turn(
+            wait_s, lambda: has_short_rest(engine, prompt), tenant=tenant, num_tokens=max(1, num_tokens)
+        ):
             computed = await run_prompt(engine, prompt)
             try:
                 # 4. Leave what decode needs to go on.

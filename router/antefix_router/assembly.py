@@ -19,14 +19,16 @@ from antefix.secret import Keyring
 from antefix.security.grants import Granter
 from antefix.security.identity import Role
 from antefix.store.api import Store
+from antefix.store.breaker_metrics import breaker_metrics
 from antefix.store.many_stores import ManyStores
 from antefix.store.store_feed import StoreFeed
 from antefix.tokenizer import Tokenizer
 from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
+from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import follow_keys
-from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics, router_metrics
+from antefix_router.metrics import accounts_metrics, hedge_metrics, key_metrics, placement_metrics, router_metrics
 from antefix_router.naming import PromptNames
 from antefix_router.page.prefix_forest import PrefixForest
 from antefix_router.placement.directory import Directory
@@ -35,7 +37,8 @@ from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.workers import WorkerRole, Workers
-from antefix_router.prefilling import Limits, Prefilling
+from antefix_router.prefill_calls import Limits
+from antefix_router.prefilling import Prefilling
 from antefix_router.router_config import RouterConfig
 from antefix_router.workers_arithmetic import Said, difference, learn
 
@@ -77,6 +80,7 @@ class Router:
             granter=granter,
         )
         directory, sessions = Directory(), Sessions()
+        self.budget = HedgeBudget()
         events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
         event_keys = EventKeys.of(keyring)
         self.feed = StoreFeed(
@@ -94,6 +98,7 @@ class Router:
             limits=Limits(prefill_tokens_min=config.prefill_tokens_min, ttft_s_max=config.ttft_s_max),
             num_decoding=self.decode.num_running_least,
             sessions=sessions,
+            budget=self.budget,
             # Several stores know themselves what events said.
             feed=self.feed if config.store_events and not config.stores else None,
         )
@@ -112,6 +117,7 @@ class Router:
                 directory,
                 self.pins,
                 sessions,
+                budget=self.budget,
                 between_tokens=lambda seconds, number: self.front.accounts.measures.note_pace(seconds, number),
                 on_named=lambda prompt: self.forest.note(prompt.chain.hashes, prompt.owner),
             ),
@@ -194,5 +200,8 @@ class Router:
         """What it shows, beside its HTTP door's own. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
         yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
+        yield from hedge_metrics(self.budget)
         yield from router_metrics(self.counters, self.memory, self.feed)
+        if (breaker := getattr(self.store, "breaker", None)) is not None:
+            yield from breaker_metrics(breaker)
         yield from key_metrics(self.front.keys, self.key_changes)

@@ -7,10 +7,11 @@ long. Short texts are encoded where they are: handing them to a thread would cos
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
+
+from antefix.host_limits import usable_cores
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ class Encoding:
     """Threads of its own, because a ledger's write must not wait behind somebody's prompt."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(min(_THREADS_MAX, os.cpu_count() or 1), thread_name_prefix="antefix-encode")
+        self._pool = ThreadPoolExecutor(min(_THREADS_MAX, usable_cores()), thread_name_prefix="antefix-encode")
 
     async def run(self, num_characters: int, work: Callable[[], T]) -> T:
         """What `work` returns or raises, which encodes that much text. It must be thread-safe.

@@ -27,6 +27,8 @@ from antefix.telemetry import begin, span
 from antefix.usage import Usage
 from antefix.wire import TokenLogprob
 from antefix_router.breakpoint_pins import BreakpointPins
+from antefix_router.decode_stream import DecodeStream, first_work_s
+from antefix_router.hedging import HedgeBudget
 from antefix_router.merged_streams import merged
 from antefix_router.naming import NamedPrompt, PromptNames
 from antefix_router.placement.directory import Directory
@@ -147,16 +149,20 @@ class Generator:
         pins: BreakpointPins,
         sessions: Sessions,
         *,
+        budget: HedgeBudget | None = None,
         between_tokens: Callable[[float, int], None] = lambda seconds, num_tokens: None,
         on_named: Callable[[NamedPrompt], None] = lambda prompt: None,
     ) -> None:
-        """between_tokens: is told how long a message's tokens were waited for, and how many they are.
+        """budget: of requests that move because a worker is late.
+
+        between_tokens: is told how long a message's tokens were waited for, and how many they are.
 
         on_named: is told of each prompt when its blocks have names.
         """
         self._on_named = on_named
         self._between_tokens = between_tokens
         self._sessions = sessions
+        self._budget = budget or HedgeBudget()
         self._pins = pins
         self._prefilling = prefilling
         self._decode = decode
@@ -256,8 +262,13 @@ class Generator:
                 emitted=sample.emitted,
                 timeout_s=timeout_s,
             )
+            has_prompt = bool(ready.handoff) and not sample.emitted
+            own_s = first_work_s(
+                ready.work, has_prompt, worker, self._prefilling.tokens_per_s, bool(request.sampling.grammar)
+            )
+            stream = DecodeStream(self._decode, worker, tried, self._budget, own_s=own_s)
             async with contextlib.aclosing(outputs):
-                async for decoded in outputs:
+                while (decoded := await stream.next(outputs)) is not None:
                     ready.first.set()
                     if decoded.restore is not None and generation.restore is None:
                         generation.restore = decoded.restore

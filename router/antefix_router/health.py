@@ -1,6 +1,8 @@
-"""What workers say of their own health: one that drains gets no new work, one that went away has an empty memory.
+"""What workers say of their own health: one that drains gets no new work, one that went away has an empty memory, one
+that gives no sign of life is not waited for.
 
-A watch a worker (grpc.health.v1). It steers placement only; whether a call fails is found out by calling.
+A watch and a pulse per worker (grpc.health.v1). They steer placement, and end what waits for a worker that hangs;
+whether a call fails is found out by calling.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from antefix import rpc
+from antefix.pulse import Pulse, health_question
 from antefix.security.identity import Role
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.workers import Worker, Workers
@@ -48,14 +51,22 @@ class HealthWatch:
     async def _watch(self, worker: Worker) -> None:
         async with rpc.channel(worker.address, of=Role(worker.role.value), name=worker.name) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
-            while True:
-                with contextlib.suppress(grpc.aio.AioRpcError):
-                    # No deadline: a watch lasts as long as the worker; keepalive finds out when that is over.
-                    async for answer in stub.Watch(health_pb2.HealthCheckRequest(service="")):
-                        draining = answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
-                        if draining != worker.draining:
-                            log.info("worker %s %s", worker.address, "drains" if draining else "serves")
-                        worker.draining = draining
-                # Its process is gone, or out of reach: what it remembered is forgotten, here as there.
-                self._directory.forget(worker.address)
-                await asyncio.sleep(_RETRY_S)
+            worker.pulse = Pulse(f"the {worker.role} worker at {worker.address}", health_question(channel))
+            worker.pulse.start()
+            try:
+                await self._follow(worker, stub)
+            finally:
+                await worker.pulse.close()
+
+    async def _follow(self, worker: Worker, stub: health_pb2_grpc.HealthStub) -> None:
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                # No deadline: a watch lasts as long as the worker; keepalive finds out when that is over.
+                async for answer in stub.Watch(health_pb2.HealthCheckRequest(service="")):
+                    draining = answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+                    if draining != worker.draining:
+                        log.info("worker %s %s", worker.address, "drains" if draining else "serves")
+                    worker.draining = draining
+            # Its process is gone, or out of reach: what it remembered is forgotten, here as there.
+            self._directory.forget(worker.address)
+            await asyncio.sleep(_RETRY_S)

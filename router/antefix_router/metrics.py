@@ -16,12 +16,15 @@ from antefix_billing.key_register import KeyRegister
 from antefix_billing.usage_commit import LedgerWriter
 from antefix_router.accounting import Accounts
 from antefix_router.gateway.access import HttpMeasures
+from antefix_router.gateway.connections import Connections, QuietAccepting
 from antefix_router.gateway.notes import IgnoredFields
 from antefix_router.gateway.strict_http import HttpFaults
+from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import KeyChanges
 from antefix_router.placement.memory_feed import MemoryFeed
+from antefix_router.placement.pace import slow_ones
 from antefix_router.placement.workers import Workers
-from antefix_router.prefilling import PrefillingCounters
+from antefix_router.prefill_calls import PrefillingCounters
 
 # Ignored fields that are shown by name, those that came first; their names come from clients.
 NUM_FIELDS_MAX: Final = 50
@@ -31,13 +34,20 @@ _PREFILLS_HELP = (
     "Prompts by what was done: led (computed for themselves), followed (waited for another's blocks), gave_up_waiting,"
     " refused (the first token would be too late), straight (left to decode)."
 )
-# `prefilling.Counters`.
+# `prefill_calls.PrefillingCounters`.
 PREFILLING: Final[Table] = {
     "num_led": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "led"),)),
     "num_followed": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "followed"),)),
     "num_gave_up_waiting": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "gave_up_waiting"),)),
     "num_refused": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "refused"),)),
     "num_straight": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "straight"),)),
+    "num_hedged": Shown(
+        name="antefix_router_hedged_prefills", help="Prompts given to a second worker because the first one was late."
+    ),
+    "num_hedges_won": Shown(name="antefix_router_won_hedges", help="Of these the ones that the second one did first."),
+    "num_left": Shown(
+        name="antefix_router_left_prefills", help="Prompts that no prefill worker came to an end with, left to decode."
+    ),
     "overhead_s": Shown(
         name="antefix_router_prefill_overhead_seconds",
         help="Of a call to an idle prefill worker, measured.",
@@ -106,6 +116,25 @@ def placement_metrics(groups: Sequence[Workers], policy: str, knows_memory: Call
         labels,
     )
     yield gauge(
+        "antefix_worker_silent",
+        "1 for a worker that gives no sign of life: it hangs, or cannot be heard.",
+        {key: float(worker.is_silent) for key, worker in where.items()},
+        labels,
+    )
+    slow = {id(worker) for group in groups for worker in slow_ones(group.workers)}
+    yield gauge(
+        "antefix_worker_slow",
+        "1 for a worker that is far slower than the others of its role; it gets a request now and then.",
+        {key: float(id(worker) in slow) for key, worker in where.items()},
+        labels,
+    )
+    yield gauge(
+        "antefix_worker_answer_seconds",
+        "Its usual time to answer a health check.",
+        {key: worker.pulse.rtt_s for key, worker in where.items() if worker.pulse is not None},
+        labels,
+    )
+    yield gauge(
         "antefix_worker_placed_requests",
         "Requests of this router that run there.",
         {key: float(worker.num_requests) for key, worker in where.items()},
@@ -138,6 +167,19 @@ def placement_metrics(groups: Sequence[Workers], policy: str, knows_memory: Call
         "How calls of workers ended.",
         {(group.role.value, outcome): float(number) for group in groups for outcome, number in group.num_ended.items()},
         ("role", "outcome"),
+    )
+
+
+def hedge_metrics(budget: HedgeBudget) -> Iterable[Metric]:
+    yield counter(
+        "antefix_router_hedges",
+        "Requests that may have been done twice, or moved, because a worker was late.",
+        {(): float(budget.num_hedges)},
+    )
+    yield counter(
+        "antefix_router_denied_hedges",
+        "Those that waited on: more would have been too many.",
+        {(): float(budget.num_denied)},
     )
 
 
@@ -180,6 +222,24 @@ def key_metrics(keys: KeyRegister, changes: KeyChanges | None) -> Iterable[Metri
             {(source,): float(number) for source, number in changes.num_errors.items()},
             ("source",),
         )
+
+
+def connection_metrics(connections: Connections, accepting: QuietAccepting) -> Iterable[Metric]:
+    """The HTTP door's connections."""
+    yield gauge("antefix_http_connections", "Connections that are open.", {(): float(len(connections))})
+    yield gauge("antefix_http_connections_limit", "How many may be.", {(): float(connections.most)})
+    yield counter(
+        "antefix_http_closed_connections",
+        "Connections that the door closed: refused (too many, and none was idle), displaced (idle, for another one),"
+        " silent (no whole head in time), failed (no descriptor was left to accept it).",
+        {
+            ("refused",): float(connections.num_refused),
+            ("displaced",): float(connections.num_displaced),
+            ("silent",): float(connections.num_silent),
+            ("failed",): float(accepting.num_failed),
+        },
+        ("why",),
+    )
 
 
 def http_metrics(measures: HttpMeasures, ignored: IgnoredFields, faults: HttpFaults) -> Iterable[Metric]:

@@ -10,52 +10,28 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from antefix.clients import PrefillClient, Prefilled
-from antefix.errors import AntefixError, InternalError, Overloaded, Unavailable
+from antefix.clients import Prefilled
+from antefix.errors import AntefixError
 from antefix.generation_request import GenerationRequest
 from antefix.security.grants import hold
 from antefix.store.api import Store
 from antefix.store.store_feed import StoreFeed
 from antefix.telemetry import span
+from antefix_router.hedging import HedgeBudget
 from antefix_router.inflight import InFlight, wait_deadline_s, worth_waiting
 from antefix_router.naming import NamedPrompt
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
-from antefix_router.placement.work import FETCH_WEIGHT, Work, saved_by_replay
-from antefix_router.placement.workers import Worker, WorkerRole, Workers
+from antefix_router.placement.work import Work
+from antefix_router.placement.workers import Workers
+from antefix_router.prefill_calls import Flight, Limits, Order, PrefillCalls, PrefillingCounters
 
 log = logging.getLogger("antefix.router")
 
-# Until a speed is measured: a slow one, as of a small machine.
-_TOKENS_PER_S_PRIOR = 1_000.0
 # A rest longer than this is never left to decode: it would hold up the sequences that run there.
 _STRAIGHT_TOKENS_MAX = 1024
-_MEMORY = 0.9
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """prefill_tokens_min: an uncached rest of at most this goes straight to decode; negative: measured speeds decide.
-
-    ttft_s_max: a request that would wait longer than this for its first token is refused, unless a worker is idle.
-    """
-
-    prefill_tokens_min: int = 0
-    ttft_s_max: float = 600.0
-
-
-@dataclass(slots=True)
-class PrefillingCounters:
-    """Since the router started, in requests. overhead_s: of a call to an idle prefill worker, measured."""
-
-    num_led: int = 0
-    num_followed: int = 0
-    num_gave_up_waiting: int = 0
-    num_refused: int = 0
-    num_straight: int = 0
-    overhead_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,28 +40,6 @@ class Ready:
 
     work: Work
     answer: Prefilled | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Order:
-    """What a prefill worker is asked for. ends: the request's deadline, by the router's clock."""
-
-    request: GenerationRequest
-    prompt: NamedPrompt
-    ends: float
-
-    @property
-    def timeout_s(self) -> float:
-        return max(0.0, self.ends - time.monotonic())
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """A leader's prefill. until: when it should be done, by the router's clock.  address: the worker that has it."""
-
-    until: float
-    address: str = ""
-    done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Prefilling:
@@ -102,17 +56,18 @@ class Prefilling:
         num_decoding: Callable[[], int] = lambda: 0,
         feed: StoreFeed | None = None,
         sessions: Sessions | None = None,
+        budget: HedgeBudget | None = None,
     ) -> None:
         self._feed = feed
         self._sessions = sessions or Sessions()
         self.counters = PrefillingCounters()
         self._workers = workers
         self._store = store
-        self._directory = directory
         self.fingerprint = fingerprint
         self._limits = limits
         self._num_decoding = num_decoding
-        self._in_flight: InFlight[_Flight] = InFlight()
+        self._in_flight: InFlight[Flight] = InFlight()
+        self._calls = PrefillCalls(workers, directory, self._sessions, limits, self.counters, budget or HedgeBudget())
 
     async def run(self, request: GenerationRequest, prompt: NamedPrompt, *, timeout_s: float) -> Ready:
         """prompt: the request's, named.
@@ -120,7 +75,7 @@ class Prefilling:
         Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.
         """
         ends = time.monotonic() + timeout_s
-        order = _Order(request=request, prompt=prompt, ends=ends)
+        order = Order(request=request, prompt=prompt, ends=ends)
         patience: float | None = None
         hold(prompt.grant)
         while True:
@@ -138,7 +93,7 @@ class Prefilling:
             if found is None or (patience is not None and now >= patience):
                 break
             flight, num_blocks = found
-            shared_s = (num_blocks - (num_stored or 0)) * prompt.chain.block_size / self._tokens_per_s()
+            shared_s = (num_blocks - (num_stored or 0)) * prompt.chain.block_size / self._calls.tokens_per_s()
             if patience is None:
                 if not worth_waiting(flight.until - now, shared_s):
                     break
@@ -150,6 +105,11 @@ class Prefilling:
         # Behind a leader that kept nobody waiting its blocks will be there in time; one that did is not believed again.
         soon = (found[0].address, found[1]) if found and patience is None else None
         return Ready(work=work, answer=await self._lead(order, work, num_stored or 0, soon))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of one prefill worker, as measured on average."""
+        return self._calls.tokens_per_s()
 
     async def _num_stored_blocks(self, prompt: NamedPrompt, request_id: str, *, ask: bool) -> int | None:
         """ask: the store itself, though its events may tell: what was stored this moment is not among them yet."""
@@ -176,90 +136,20 @@ class Prefilling:
             return rest <= self._limits.prefill_tokens_min
         if rest > _STRAIGHT_TOKENS_MAX or not self.counters.overhead_s:
             return False
-        rate, now = self._tokens_per_s(), time.monotonic()
+        rate, now = self._calls.tokens_per_s(), time.monotonic()
         waiting = min((worker.backlog.pending_tokens(now) for worker in self._workers.workers), default=0.0)
         here_s = rest / rate * (1 + self._num_decoding())
         return here_s <= self.counters.overhead_s + (waiting + rest) / rate
 
-    async def _lead(self, order: _Order, work: Work, num_stored: int, soon: tuple[str, int] | None) -> Prefilled | None:
-        flight = _Flight(until=time.monotonic() + work.num_tokens / self._tokens_per_s())
+    async def _lead(self, order: Order, work: Work, num_stored: int, soon: tuple[str, int] | None) -> Prefilled | None:
+        flight = Flight(until=time.monotonic() + work.num_tokens / self._calls.tokens_per_s())
         claimed = self._in_flight.lead(flight, order.prompt.keys, num_stored)
         self.counters.num_led += 1
         try:
-            return await self._prefill(order, work, flight, soon)
+            return await self._calls.run(order, work, flight, soon)
         finally:
             self._in_flight.end(claimed)
             flight.done.set()
-
-    async def _prefill(
-        self, order: _Order, work: Work, flight: _Flight, soon: tuple[str, int] | None
-    ) -> Prefilled | None:
-        tried: set[str] = set()
-        prompt = order.prompt
-        hint = self._sessions.last(prompt.tenant, order.request.caller.session, WorkerRole.PREFILL)
-        while self._workers.has_another(tried):
-            with span("place", role="prefill", attempt=len(tried) + 1) as placing:
-                worker = self._workers.place(
-                    work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint, soon=soon
-                )
-                placing.set(worker=worker.address)
-            tried.add(worker.address)
-            own = self._own_tokens(worker, prompt, work)
-            flight.address = worker.address
-            flight.until = time.monotonic() + self._admit(worker, own)
-            try:
-                answer = await self._call(worker, order, own)
-            except (Unavailable, InternalError) as err:
-                log.warning("request %s: prefill worker %s: %s", order.request.request_id, worker.address, err)
-                self._directory.forget(worker.address)
-                continue
-            except Overloaded:
-                if not self._workers.has_another(tried):
-                    raise
-                continue
-            self._directory.guess(worker.address, prompt.keys)
-            self._sessions.note(prompt.tenant, order.request.caller.session, WorkerRole.PREFILL, worker.address)
-            return answer
-        return None
-
-    def _own_tokens(self, worker: Worker, prompt: NamedPrompt, work: Work) -> int:
-        """What the request is to this worker; what it has in memory need not be loaded, or computed if nobody tells."""
-        resident = int(self._directory.leading([worker.address], prompt.keys)[0]) * prompt.chain.block_size
-        if work.stored_tokens is None:
-            return max(1, round(work.num_tokens - float(saved_by_replay(resident, work.replay_tokens))))
-        return round(work.num_tokens - work.stored_tokens + FETCH_WEIGHT * max(0, work.stored_tokens - resident))
-
-    def _admit(self, worker: Worker, own_tokens: int) -> float:
-        """Seconds until this worker would be done.
-
-        Raises:  Overloaded: too many of them; it is said now, not after waiting.
-        """
-        rate = worker.backlog.tokens_per_s or self._tokens_per_s()
-        pending_s = worker.backlog.pending_tokens(time.monotonic()) / rate
-        ttft_s, most = pending_s + own_tokens / rate, self._limits.ttft_s_max
-        if worker.num_requests and worker.backlog.tokens_per_s and ttft_s > most:
-            self.counters.num_refused += 1
-            raise Overloaded(
-                f"the first token would take {ttft_s:.1f} s, more than {most:g} s",
-                retry_after_s=min(ttft_s - most, most),
-            )
-        return ttft_s
-
-    async def _call(self, worker: Worker, order: _Order, own: int) -> Prefilled:
-        client = worker.client
-        assert isinstance(client, PrefillClient)
-        was_idle, start = worker.num_requests == 0, time.monotonic()
-        with self._workers.load(worker, own, num_active_tokens=len(order.prompt.tokens)):
-            answer = await client.prefill(order.request, timeout_s=order.timeout_s)
-        if was_idle:
-            spent_s = time.monotonic() - start - answer.restore.restore_s - answer.restore.compute_s
-            before = self.counters.overhead_s or max(spent_s, 0.0)
-            self.counters.overhead_s = _MEMORY * before + (1 - _MEMORY) * max(spent_s, 0.0)
-        return answer
-
-    def _tokens_per_s(self) -> float:
-        speeds = [worker.backlog.tokens_per_s for worker in self._workers.workers if worker.backlog.tokens_per_s]
-        return sum(speeds) / len(speeds) if speeds else _TOKENS_PER_S_PRIOR
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:

@@ -164,11 +164,28 @@ async def test_outputs_leave_their_blocks_and_one_checkpoint(make_engine, make_p
 
 async def test_no_more_are_let_in_than_may_run(make_engine):
     scheduler = Scheduler(make_engine(), 2)
-    with scheduler.place():
-        with scheduler.place(), pytest.raises(Overloaded), scheduler.place():
+    async with scheduler.place():
+        with pytest.raises(Overloaded):
+            async with scheduler.place(), scheduler.place():
+                pass
+        async with scheduler.place():
             pass
-        with scheduler.place():
-            pass
+
+
+async def test_who_waits_gets_a_place_in_turn_by_tenant(make_engine):
+    scheduler, order = Scheduler(make_engine(), 1, 8), []
+
+    async def ask(tenant):
+        async with scheduler.place(tenant, 100):
+            order.append(tenant)
+            await asyncio.sleep(0)
+
+    async with scheduler.place("greedy", 100):
+        tasks = [asyncio.create_task(ask(tenant)) for tenant in (*["greedy"] * 5, "modest")]
+        await asyncio.sleep(0)
+        assert scheduler.num_waiting == 6
+    await asyncio.gather(*tasks)
+    assert order.index("modest") == 0 and scheduler.num_placed == 0
 
 
 @pytest.mark.slow

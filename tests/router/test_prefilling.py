@@ -17,7 +17,8 @@ from antefix_router.naming import PromptNames
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.workers import WorkerRole, Workers
-from antefix_router.prefilling import Limits, Prefilling
+from antefix_router.prefill_calls import Limits
+from antefix_router.prefilling import Prefilling
 
 FINGERPRINT = b"f" * 32
 NAMES = PromptNames(fingerprint=FINGERPRINT, keyring=Keyring(b"s" * 32), block_size=4)

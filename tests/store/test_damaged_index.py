@@ -47,10 +47,14 @@ def lose_the_way(path):
 
 
 async def test_a_damaged_page_of_the_index_is_unavailable_and_no_other_error(directory):
+    known = LocalStore(directory, "127.0.0.1:1")
+    assert (await known.lookup(NAMES, fingerprint=FINGERPRINT)).num_blocks == len(NAMES)
+    lose_the_way(directory / "index" / "data.mdb")
+    # What was read of a state that no commit has followed still holds.
+    assert (await known.lookup(NAMES, fingerprint=FINGERPRINT)).num_blocks == len(NAMES)
+    await known.close()
     store = LocalStore(directory, "127.0.0.1:1")
     try:
-        assert (await store.lookup(NAMES, fingerprint=FINGERPRINT)).num_blocks == len(NAMES)
-        lose_the_way(directory / "index" / "data.mdb")
         with pytest.raises(Unavailable, match="cannot be read"):
             await store.lookup(NAMES, fingerprint=FINGERPRINT)
         with pytest.raises(Unavailable, match="cannot be read"):

@@ -25,7 +25,7 @@ from antefix_prefill import metrics as prefill
 from antefix_prefill.worker import metrics as worker
 from antefix_prefill.worker.store_counters import StoreCounters
 from antefix_router import metrics as router
-from antefix_router import prefilling
+from antefix_router import prefill_calls
 from antefix_router.fleet import fleet_metrics
 from antefix_router.fleet.engines import HitCounters
 from antefix_router.fleet.fleet_placing import PassingCounters
@@ -44,7 +44,7 @@ SHOWN = {
     TierCounters: ([engines.VLLM_TIER], {"_lock": "text"}),
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
     AnswerCounters: ([router.ANSWERS], {}),
-    prefilling.PrefillingCounters: ([router.PREFILLING], {}),
+    prefill_calls.PrefillingCounters: ([router.PREFILLING], {}),
     CopyCounters: ([worker.COPIES], {}),
     StoreCounters: ([worker.STORE], {"last_error": "text", "last_refusal": "text"}),
     storage_engine.StorageCounters: (
@@ -91,7 +91,7 @@ MESSAGES = {
     },
     decode_pb2.DecodeStatusResponse: {
         "num_running": "antefix_decode_running_sequences",
-        "num_waiting": None,  # never set: a decode worker has no queue
+        "num_waiting": "antefix_decode_waiting_requests",
         "num_blocks": "antefix_pool_blocks",
         "num_resident_blocks": "antefix_pool_resident_blocks",
         "decode_tokens_per_s": "antefix_decode_speed",
@@ -124,6 +124,13 @@ COUNTED = {
     "num_forged": "antefix_window_pool_forged_records",
     "num_errors": "antefix_api_keys_errors",
     "num_malformed": "antefix_http_malformed_requests",
+    "num_displaced": "antefix_http_closed_connections",
+    "num_silent": "antefix_http_closed_connections",
+    "num_silences": "antefix_store_client_silences",
+    "num_slow": "antefix_store_client_slow_calls",
+    "num_spared": "antefix_store_client_spared_calls",
+    "num_hedges": "antefix_router_hedges",
+    "num_denied": "antefix_router_denied_hedges",
     "num_copied": "antefix_worker_local_copies",
     "num_over_budget": "antefix_worker_local_copies_over_budget",
 }
@@ -133,15 +140,8 @@ STATE = {
     *("num_output_tokens", "num_taken", "num_blocks_written", "num_checkpoints_written", "num_plans", "num_outcomes"),
     *("num_exact_tokens", "num_failures", "num_quarantined", "num_apart", "num_bytes"),
     # Kinds that are told of, by their own names.
-    *(
-        "num_snapshots",
-        "num_gaps",
-        "num_events",
-        "num_led",
-        "num_followed",
-        "num_gave_up_waiting",
-        "num_refused",
-    ),
+    *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
+    *("num_hedged", "num_hedges_won", "num_left"),
     *("num_straight", "num_batches", "num_replays", "num_unread", "num_lives", "num_forgotten", "num_answers"),
     *(
         "num_hashes",

@@ -21,6 +21,7 @@ from antefix.block import (
 )
 from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest, PermissionDenied
+from antefix.host_limits import usable_cores
 from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.linear_law import LinearLaw
 from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
@@ -62,7 +63,7 @@ class EngineConfig(WorkerSettings):
 
     model: str = setting("", "model directory: config.json, *.safetensors, a tokenizer")
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
-    threads: int = setting(0, "torch threads; 0 leaves torch's own choice")
+    threads: int = setting(0, "torch threads; 0: as many as cores may be used here")
     arithmetic: str = setting(
         "",
         "take KV of this arithmetic for one's own, as `antefix doctor` names it; where it is not this worker's, nothing"
@@ -215,8 +216,8 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
 
     Raises:  ModelError: the model directory is not usable.  ConfigError: a setting is not.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    # What torch chooses follows OMP_NUM_THREADS and affinity, but no quota.
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     identity = identify(config.model)
     kv_format = KVFormat(config.kv_format)
     check_bounded(config.bounded_windows, identity.geometry)

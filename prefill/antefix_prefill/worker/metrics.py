@@ -7,6 +7,7 @@ from typing import Final
 
 from prometheus_client.core import Metric
 
+from antefix.store.breaker_metrics import breaker_metrics
 from antefix.store.many_stores import ManyStores
 from antefix.telemetry import Registry
 from antefix.telemetry.shown import Kind, Shown, Table, counter, families, gauge
@@ -86,6 +87,9 @@ def worker_metrics(engine: Engine) -> Iterable[Metric]:
     yield counter(
         "antefix_worker_broken_seals", "Records that were read and not sealed by this deployment.", {(): float(seals)}
     )
+    breaker = getattr(engine.store, "breaker", None)
+    if breaker is not None:
+        yield from breaker_metrics(breaker)
     yield gauge(
         "antefix_worker_checkpoint_bytes",
         "Checkpoints in the store, as the strategy's budget counts them.",

@@ -34,6 +34,7 @@ from antefix_router.gateway.access import Access, HttpMeasures
 from antefix_router.gateway.anthropic import count_tokens, prepare_messages
 from antefix_router.gateway.chat import prepare_chat
 from antefix_router.gateway.completions import list_models, prepare_completion
+from antefix_router.gateway.connections import Connections, QuietAccepting
 from antefix_router.gateway.gateway import Door, Gateway
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import Call, Endpoint, Room
@@ -41,12 +42,15 @@ from antefix_router.gateway.http_errors import NotFound, Provider, error_respons
 from antefix_router.gateway.responses import prepare_response
 from antefix_router.gateway.strict_http import HttpFaults, strict_protocol
 from antefix_router.gateway.trusted_proxies import ClientAddress, TrustedProxies
-from antefix_router.metrics import http_metrics
+from antefix_router.metrics import connection_metrics, http_metrics
 
 log = logging.getLogger("antefix.gateway")
 
 # A client that keeps its connection open between turns; longer than most clients' own limit, so that they close first.
 KEEP_ALIVE_S = 75
+_ACCEPTED_AT_ONCE = 64
+# Connections that the kernel keeps until they are accepted.
+_BACKLOG = 1024
 
 _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provider]] = {
     "/v1/chat/completions": (prepare_chat, Provider.OPENAI),
@@ -176,16 +180,21 @@ class HttpServer:
         gateway: Door,
         measures: HttpMeasures,
         faults: HttpFaults,
+        connections: Connections,
+        accepting: QuietAccepting,
     ) -> None:
         self.gateway = gateway
         self.measures = measures
         self.faults = faults
+        self.connections = connections
+        self.accepting = accepting
         self._server = server
         self._serving = serving
         self.address = address
 
     def metrics(self) -> Iterable[Metric]:
-        return http_metrics(self.measures, self.gateway.ignored, self.faults)
+        yield from http_metrics(self.measures, self.gateway.ignored, self.faults)
+        yield from connection_metrics(self.connections, self.accepting)
 
     async def stop(self) -> None:
         """Take no more requests, let running ones finish, then stop."""
@@ -217,6 +226,14 @@ async def serve_door(
 ) -> HttpServer:
     """Raises:  ConfigError: the address cannot be listened on."""
     faults = HttpFaults()
+    connections = Connections(
+        most=config.http_connections_max,
+        per_address=config.http_connections_per_address,
+        head_s=config.http_head_timeout_s,
+        idle_s=KEEP_ALIVE_S,
+        trusts=TrustedProxies(config.http_trusted_proxies, config.http_client_header).trusts,
+    )
+    accepting = QuietAccepting()
     host, port = parse_address(config.http_address)
     security.check_listening(config.http_address, flag="--http-address")
     if not is_loopback(host) and not (config.tenants_file or config.api_keys_file):
@@ -233,7 +250,7 @@ async def serve_door(
     try:
         with private_files() if path else contextlib.nullcontext():
             listener.bind(path or (bare_host(host), port))
-        listener.listen(1024)
+        listener.listen(_BACKLOG)
     except OSError as err:
         listener.close()
         raise ConfigError(f"--http-address {config.http_address}: {err}") from err
@@ -241,12 +258,14 @@ async def serve_door(
         uvicorn.Config(
             app,
             # Named, so that neither another parser that is installed nor uvicorn's variables change what is read.
-            http=strict_protocol(faults),
+            http=strict_protocol(faults, connections),
             ws="none",
             proxy_headers=False,
             lifespan="off",
             access_log=False,
             log_config=None,
+            # How many connections the loop accepts in a row; at the limit of open files each of them fails.
+            backlog=_ACCEPTED_AT_ONCE,
             # What does not end at our own ending (a client that does not read) is cut off a little later.
             timeout_graceful_shutdown=math.ceil(config.grace_s + ENDING_S),
             timeout_keep_alive=KEEP_ALIVE_S,
@@ -254,6 +273,7 @@ async def serve_door(
             ssl_context_factory=_tls_of(security),
         )
     )
+    accepting.install(asyncio.get_running_loop())
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     ready = asyncio.create_task(server.ready.wait())
     await asyncio.wait({ready, serving}, return_when=asyncio.FIRST_COMPLETED)
@@ -261,7 +281,7 @@ async def serve_door(
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
     port = 0 if path else listener.getsockname()[1]
-    return HttpServer(server, serving, join_address(host, port), door, measures, faults)
+    return HttpServer(server, serving, join_address(host, port), door, measures, faults, connections, accepting)
 
 
 def _tls_of(security: ProcessSecurity) -> Callable[..., ssl.SSLContext] | None:

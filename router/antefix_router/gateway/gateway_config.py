@@ -20,6 +20,13 @@ class GatewayConfig(BillingConfig):
     http_address: str = setting("", "host:port of the HTTP API; port 0 takes a free one; empty: none")
     http_body_bytes_max: int = setting(32 << 20, "larger request bodies are refused", unit="bytes")
     http_body_timeout_s: float = setting(60.0, "longest a request's body may take to arrive", unit="s")
+    http_head_timeout_s: float = setting(10.0, "longest a request's head may take to arrive", unit="s")
+    http_connections_max: int = setting(
+        0, "connections at once; an idle one makes room for a new one; 0: three quarters of the open files allowed"
+    )
+    http_connections_per_address: int = setting(
+        0, "connections of one address, trusted proxies apart; 0: half of http_connections_max"
+    )
     http_requests_max: int = setting(512, "HTTP requests at once; more are refused with a retry hint")
     http_timeout_s: float = setting(600.0, "longest a request may take", unit="s")
     http_keep_alive_s: float = setting(4.0, "how often a stream tells its client that it is alive", unit="s")
@@ -50,6 +57,9 @@ class GatewayConfig(BillingConfig):
         BillingConfig.__post_init__(self)
         require(self.http_body_bytes_max > 0, f"http_body_bytes_max must be positive, is {self.http_body_bytes_max}")
         require(self.http_body_timeout_s > 0, f"http_body_timeout_s must be positive, is {self.http_body_timeout_s}")
+        require(self.http_head_timeout_s > 0, f"http_head_timeout_s must be positive, is {self.http_head_timeout_s}")
+        for name in ("http_connections_max", "http_connections_per_address"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
         require(self.http_requests_max > 0, f"http_requests_max must be positive, is {self.http_requests_max}")
         require(self.http_timeout_s > 0, f"http_timeout_s must be positive, is {self.http_timeout_s}")
         require(self.http_keep_alive_s > 0, f"http_keep_alive_s must be positive, is {self.http_keep_alive_s}")

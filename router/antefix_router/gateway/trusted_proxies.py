@@ -45,7 +45,7 @@ class TrustedProxies:
 
     def client(self, peer: str, headers: Headers) -> str:
         """The client's address: the last one in the header that is not a trusted proxy's; else the peer's."""
-        if not self.header or not self._trusts(peer):
+        if not self.header or not self.trusts(peer):
             return peer
         lines = headers.getlist(self.header)
         hops = [hop.strip() for hop in ",".join(lines).split(",")][-_NUM_HOPS_MAX:]
@@ -55,11 +55,12 @@ class TrustedProxies:
             if address is None:
                 break
             client = address
-            if not self._trusts(client):
+            if not self.trusts(client):
                 break
         return client
 
-    def _trusts(self, peer: str) -> bool:
+    def trusts(self, peer: str) -> bool:
+        """Whether a connection's other end is one of the proxies."""
         if not peer:
             return self._unix
         try:

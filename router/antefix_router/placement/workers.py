@@ -19,8 +19,10 @@ import numpy.typing as npt
 from antefix.clients import DecodeClient, PrefillClient
 from antefix.errors import InternalError, Overloaded, Unavailable
 from antefix.events.block_events import Key
+from antefix.pulse import Pulse
 from antefix_router.placement.backlog import Backlog
 from antefix_router.placement.directory import Directory
+from antefix_router.placement.pace import Pace, without_slow
 from antefix_router.placement.work import Loads, Policy, Work, seed_of
 
 # How often one request may move to another worker; more means that something is wrong that moving does not cure.
@@ -42,6 +44,8 @@ class Worker:
 
     arithmetic, setup: what it said that it computes, and where; empty while it has not.
     name: of the process that must answer, as its certificate has it; empty: any of its role.
+    pulse: whether it gives signs of life, while somebody asks (`antefix_router.health`).
+    probed_at: when a request was last placed there, by the router's clock.
     """
 
     address: str
@@ -59,9 +63,21 @@ class Worker:
     arithmetic: str = ""
     setup: str = ""
     name: str = ""
+    pulse: Pulse | None = None
+    pace: Pace = field(default_factory=Pace)
+    probed_at: float = 0.0
 
     def is_shunned(self, now: float) -> bool:
         return now < self.shunned_until
+
+    @property
+    def is_silent(self) -> bool:
+        """It hangs, or cannot be heard."""
+        return self.pulse is not None and self.pulse.is_silent
+
+    def guard(self, patience_s: float = 0.0) -> contextlib.AbstractContextManager[None]:
+        """Around waiting for it.  Raises:  Unavailable: it is silent for longer than that."""
+        return self.pulse.guard(patience_s) if self.pulse is not None else contextlib.nullcontext()
 
 
 class LoadPart:
@@ -120,6 +136,15 @@ class Workers:
         """Whether a request that was tried at these addresses may move on: one that failed may have left since."""
         return len(tried) < NUM_MOVES_MAX and any(worker.address not in tried for worker in self.workers)
 
+    def may_help(self, late: Worker, tried: Collection[str]) -> bool:
+        """Whether a request of a late worker has somewhere to go: a worker that answers and has no more to do."""
+        return len(tried) < NUM_MOVES_MAX and any(
+            worker.address not in tried
+            and not (worker.is_silent or worker.draining or worker.is_shunned(time.monotonic()))
+            and worker.num_requests <= late.num_requests
+            for worker in self.workers
+        )
+
     def num_running_least(self) -> int:
         """Requests on the worker that has fewest."""
         return min((worker.num_requests for worker in self.workers), default=0)
@@ -144,7 +169,7 @@ class Workers:
         workers = self.fit(self.workers, exclude)
         self.num_placed["again" if exclude else "first"] += 1
         if len(workers) == 1:
-            return workers[0]
+            return _placed(workers[0])
         resident = directory.leading([worker.address for worker in workers], keys) * block_size
         soon_tokens = (soon[0], soon[1] * block_size) if soon else None
         return self.choose(workers, work, resident, hint=hint, soon=soon_tokens)
@@ -154,10 +179,11 @@ class Workers:
         now = time.monotonic()
         workers = [worker for worker in workers if worker.address not in exclude] if exclude else workers
         workers = [worker for worker in workers if not worker.draining] or workers
+        workers = [worker for worker in workers if not worker.is_silent] or workers
         workers = [worker for worker in workers if now >= worker.shunned_until] or workers
         if not workers:
             raise Unavailable(f"no {self.role} worker is left to try")
-        return workers
+        return without_slow(workers, now)
 
     def choose(
         self,
@@ -177,7 +203,7 @@ class Workers:
         if soon is not None and soon[1]:
             loads.leading = _row_of(soon[0], workers)
             loads.soon_tokens = min(soon[1], work.num_tokens - 1)
-        return workers[self._policy.choose(work, loads)]
+        return _placed(workers[self._policy.choose(work, loads)])
 
     @contextlib.contextmanager
     def load(self, worker: Worker, num_tokens: int, *, num_active_tokens: int = 0) -> Iterator[LoadPart]:
@@ -209,6 +235,11 @@ class Workers:
             worker.num_active_tokens -= num_active_tokens
             worker.num_served += 1
             self.num_ended[ended] += 1
+
+
+def _placed(worker: Worker) -> Worker:
+    worker.probed_at = time.monotonic()
+    return worker
 
 
 def _row_of(address: str, workers: Sequence[Worker]) -> int:

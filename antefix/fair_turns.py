@@ -1,0 +1,137 @@
+"""Turns by tenant: a bounded queue in front of a few places, in which nobody's work holds up everybody else's.
+
+Start-time fair queueing (Goyal, Vin and Cheng, 1996). A tenant's work is counted on a clock of its own; whoever's
+clock is least is next. A tenant that comes after a pause starts where those are that are served now, so a pause is
+neither saved up nor held against it. Where the queue is full, the tenant that has most in it gives way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from antefix.errors import Overloaded
+
+# Clocks of tenants that wait for nothing are forgotten when there are so many.
+_NUM_CLOCKS_MAX = 1024
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    tenant: str
+    start: float
+    cost: float
+    turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class FairTurns:
+    """num_places: at work at once.  num_waiting_max: behind them; None: any number."""
+
+    def __init__(self, num_places: int, num_waiting_max: int | None = None) -> None:
+        self.num_running = 0
+        self._num_places = num_places
+        self._num_waiting_max = num_waiting_max
+        self._queue: list[tuple[float, int, _Waiter]] = []
+        self._number = 0
+        self._waiting: Counter[str] = Counter()
+        # The clock of what is served now, and where each tenant's own one stands.
+        self._now = 0.0
+        self._clocks: dict[str, float] = {}
+        self._forget_at = _NUM_CLOCKS_MAX
+
+    @property
+    def num_waiting(self) -> int:
+        return self._waiting.total()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether one that comes now has to wait."""
+        return self.num_running >= self._num_places or bool(self._waiting)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, tenant: str, cost: float, *, retry_after_s: float = 1.0) -> AsyncIterator[None]:
+        """Wait for a place and hold it.  cost: predicted work, in any unit that all of them share.
+
+        Raises:  Overloaded: the queue is full, and this tenant has as much in it as anybody.
+        """
+        await self._enter(tenant, cost, retry_after_s)
+        try:
+            yield
+        finally:
+            self.num_running -= 1
+            self._give_turns()
+
+    async def _enter(self, tenant: str, cost: float, retry_after_s: float) -> None:
+        start = max(self._now, self._clocks.get(tenant, 0.0))
+        if not self.is_full:
+            self._clocks[tenant], self._now = start + cost, start
+            self.num_running += 1
+            self._forget()
+            return
+        self._make_room(tenant, retry_after_s)
+        self._clocks[tenant] = start + cost
+        waiter = _Waiter(tenant, start, cost)
+        self._number += 1
+        heapq.heappush(self._queue, (start, self._number, waiter))
+        self._waiting[tenant] += 1
+        try:
+            await waiter.turn
+        except BaseException:
+            if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
+                # It had its turn and cannot use it.
+                self.num_running -= 1
+                self._give_turns()
+            else:
+                self._leave(waiter)
+            raise
+
+    def _leave(self, waiter: _Waiter) -> None:
+        """It left while it waited, or gave way."""
+        if any(each[2] is waiter for each in self._queue):
+            self._queue = [each for each in self._queue if each[2] is not waiter]
+            heapq.heapify(self._queue)
+            self._stop_counting(waiter.tenant)
+            # What it was counted with was not done.
+            self._clocks[waiter.tenant] = self._clocks.get(waiter.tenant, waiter.cost) - waiter.cost
+
+    def _make_room(self, tenant: str, retry_after_s: float) -> None:
+        if self._num_waiting_max is None or self.num_waiting < self._num_waiting_max:
+            return
+        greediest, most = self._waiting.most_common(1)[0] if self._waiting else ("", 0)
+        if most <= self._waiting[tenant] + 1:
+            raise self._overloaded(retry_after_s)
+        last = max((each for each in self._queue if each[2].tenant == greediest), key=lambda each: each[:2])[2]
+        self._leave(last)
+        last.turn.set_exception(self._overloaded(retry_after_s))
+
+    def _overloaded(self, retry_after_s: float) -> Overloaded:
+        return Overloaded(f"{self.num_waiting} requests are waiting already", retry_after_s=retry_after_s)
+
+    def _give_turns(self) -> None:
+        while self._queue and self.num_running < self._num_places:
+            start, _, waiter = heapq.heappop(self._queue)
+            self._stop_counting(waiter.tenant)
+            if waiter.turn.done():
+                continue
+            self._now = max(self._now, start)
+            self.num_running += 1
+            waiter.turn.set_result(None)
+        self._forget()
+
+    def _stop_counting(self, tenant: str) -> None:
+        self._waiting[tenant] -= 1
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+
+    def _forget(self) -> None:
+        """Names come from callers, so only clocks that say something are kept: none when nobody is here."""
+        if not self.num_running and not self._waiting:
+            self._clocks.clear()
+            self._now = 0.0
+        elif len(self._clocks) > self._forget_at:
+            self._clocks = {name: clock for name, clock in self._clocks.items() if clock > self._now}
+            self._forget_at = max(_NUM_CLOCKS_MAX, 2 * len(self._clocks))

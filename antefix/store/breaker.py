@@ -1,0 +1,104 @@
+"""Keeps a store that hangs, or is too slow, from costing more than it saves.
+
+    silent (antefix.pulse)        every call ends now, until it answers again
+    a call over its time          calls end at once for OPEN_S; then one is tried again, and the next failure doubles it
+
+A call's time follows from its bytes at the measured rate. A store that is slow for good is learnt: each time over
+halves the rate, so the next call gets twice the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import grpc
+
+from antefix.errors import DeadlineExceeded, Unavailable
+from antefix.pulse import Pulse, health_question
+
+# What a call may take besides its bytes: a sync of a busy disk, a turn behind other writers.
+SLACK_S: Final = 3.0
+# A call is given so many times what its bytes should take.
+_FACTOR: Final = 4.0
+# Until one is measured: a disk on its own, or a network of 1 Gbit/s at half its speed.
+BYTES_PER_S_PRIOR: Final = 50e6
+_BYTES_PER_S_MIN: Final = 1e5
+# Below this a duration says more of calls than of bytes.
+_BYTES_MIN: Final = 1 << 18
+_FADE: Final = 0.9
+OPEN_S: Final = 5.0
+OPEN_S_MAX: Final = 40.0
+
+
+class Breaker:
+    """One client's. num_slow: calls that went over their time.  num_spared: calls that were not made."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.pulse: Pulse | None = None
+        self.num_slow = 0
+        self.num_spared = 0
+        self._clock = clock
+        self._bytes_per_s = BYTES_PER_S_PRIOR
+        self._flying_bytes = 0
+        self._open_s = OPEN_S
+        self._open_until = 0.0
+
+    @property
+    def num_silences(self) -> int:
+        """Times that the store fell silent."""
+        return self.pulse.num_silences if self.pulse is not None else 0
+
+    def follow(self, address: str, channel: grpc.aio.Channel) -> None:
+        """Ask the store for signs of life from now on."""
+        if self.pulse is None:
+            self.pulse = Pulse(f"the store at {address}", health_question(channel))
+            self.pulse.start()
+
+    async def close(self) -> None:
+        pulse, self.pulse = self.pulse, None
+        if pulse is not None:
+            await pulse.close()
+
+    def limit_s(self, nbytes: int, most_s: float) -> float:
+        """How long a call may take that moves so much, next to those that run."""
+        return min(most_s, SLACK_S + _FACTOR * (self._flying_bytes + nbytes) / self._bytes_per_s)
+
+    @contextlib.contextmanager
+    def asked(self, nbytes: int = 0) -> Iterator[None]:
+        """Around one call, which moves so many bytes.
+
+        Raises:  Unavailable: the store is silent, falls silent, or was too slow just now.
+        """
+        now = self._clock()
+        if now < self._open_until:
+            self.num_spared += 1
+            raise Unavailable(f"the store was too slow; it is asked again in {self._open_until - now:.0f} s")
+        if self.pulse is not None and self.pulse.is_silent:
+            self.num_spared += 1
+        self._flying_bytes += nbytes
+        try:
+            with self.pulse.guard() if self.pulse is not None else contextlib.nullcontext():
+                yield
+        except DeadlineExceeded:
+            self._over_time(now)
+            raise
+        else:
+            self._in_time(nbytes, self._clock() - now)
+        finally:
+            self._flying_bytes -= nbytes
+
+    def _over_time(self, begun: float) -> None:
+        self.num_slow += 1
+        now = self._clock()
+        if begun < self._open_until:
+            return  # it began before another one's failure was known, and says the same
+        self._bytes_per_s = max(_BYTES_PER_S_MIN, self._bytes_per_s / 2)
+        self._open_until, self._open_s = now + self._open_s, min(OPEN_S_MAX, 2 * self._open_s)
+
+    def _in_time(self, nbytes: int, seconds: float) -> None:
+        self._open_s = OPEN_S
+        if nbytes >= _BYTES_MIN and seconds > 0:
+            self._bytes_per_s = _FADE * self._bytes_per_s + (1 - _FADE) * self._flying_bytes / seconds

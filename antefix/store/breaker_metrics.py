@@ -1,0 +1,29 @@
+"""What a process shows of how its store answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client.core import Metric
+
+from antefix.store.breaker import Breaker
+from antefix.telemetry.shown import counter
+
+
+def breaker_metrics(breaker: Breaker) -> Iterable[Metric]:
+    """Of one client."""
+    yield counter(
+        "antefix_store_client_silences",
+        "Times that the store gave no sign of life: it hung, or could not be heard.",
+        {(): float(breaker.num_silences)},
+    )
+    yield counter(
+        "antefix_store_client_slow_calls",
+        "Calls of the store that went over the time that their bytes should take.",
+        {(): float(breaker.num_slow)},
+    )
+    yield counter(
+        "antefix_store_client_spared_calls",
+        "Calls that were not made, because the store hung or was too slow.",
+        {(): float(breaker.num_spared)},
+    )

@@ -1,0 +1,374 @@
+"""Reads an LMDB file by `pread`, without a map: a file that is cut under a reader is an error, not its process' end.
+
+LMDB never writes over a page of its newest state or of the one before (it takes back what was freed two commits ago).
+So a reader needs neither a lock nor a place in LMDB's table of readers. It remembers the meta page that it started from
+and looks at it again afterwards: the commit after next writes over just that one. While it is unchanged, every page
+that was reached from it is as it was. Once it has changed, the read is done again on the newest state.
+
+    meta     at page 0 and 1: page header 16 | magic u32 | version u32 | address u64 | map size u64 | table of free
+             pages 48, whose first u32 is the size of a page | main table 48 | last page u64 | transaction u64
+    table    pad u32 | flags u16 | depth u16 | branch, leaf and overflow pages, entries u64 each | root u64
+    page     number u64 | pad u16 | flags u16 | end of the pointers u16 | begin of the nodes u16 | pointers u16 each
+    node     low u16 | high u16 | flags u16 | key bytes u16 | key | value; in a branch the first three are the child's
+             page number, in a leaf the first two are the value's length
+
+Source: data version 1 of LMDB 0.9 (mdb.c); `lmdb.verify` reads the same. Knows nothing of what is stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import struct
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Self
+
+from antefix.errors import Unavailable
+
+_MAGIC: Final = 0xBEEFC0DE
+_VERSION: Final = 1
+_META_OFFSET: Final = 16
+_META: Final = struct.Struct("<IIQQ48s48sQQ")
+_TABLE: Final = struct.Struct("<IHHQQQQQ")
+_PAGE: Final = struct.Struct("<QHHH")
+_NODE: Final = struct.Struct("<HHHH")
+_HEADER_BYTES: Final = 16
+_NODE_BYTES: Final = _NODE.size
+_BRANCH: Final = 1
+_LEAF: Final = 2
+_OVERFLOW: Final = 4
+_BIG: Final = 1
+_SUBTABLE: Final = 2
+_NO_ROOT: Final = 2**64 - 1
+# LMDB's own limit (CURSOR_STACK): in a file that is damaged, a way down could be endless.
+_DEPTH_MAX: Final = 32
+_PAGE_BYTES: Final = (1 << 12, 1 << 16)
+# 2,048 branches lead to some 200,000 leaves, the blocks of 100 GB of V4's KV; more are read again each time.
+_BRANCHES_MAX: Final = 2048
+# A read takes microseconds, two commits milliseconds: who had no luck this often will have none.
+_TRIES: Final = 64
+
+Branch = tuple[list[bytes], list[int]]
+
+
+class Tree(NamedTuple):
+    """Of a table: its first page, how many pages a way down has, how many keys there are."""
+
+    page: int
+    depth: int
+    num_entries: int
+
+
+class _Damaged(Exception):
+    """These bytes are no LMDB page of the kind that led there: damage, or a page that was taken back meanwhile."""
+
+
+@dataclass(slots=True)
+class _State:
+    """One committed state, as one of the two meta pages names it. Shared by all who read it: only grows."""
+
+    slot: int
+    raw: bytes
+    transaction: int
+    main: Tree
+    tables: dict[str, Tree] = field(default_factory=dict)
+    branches: dict[int, Branch] = field(default_factory=dict)
+
+
+class PageFile:
+    """An open LMDB file. Thread-safe: nothing in it changes but which state was seen last."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises:  Unavailable: there is none, or it begins like none."""
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as err:
+            raise Unavailable(f"no index can be opened in {path.parent}: {err}") from err
+        # Closed with its last user: another thread may be reading when the one that opened it lets go.
+        self._closing = weakref.finalize(self, os.close, self._fd)
+        stat = os.fstat(self._fd)
+        self.identity = stat.st_dev, stat.st_ino
+        self._branches: dict[int, tuple[bytes, Branch]] = {}
+        try:
+            self.page_bytes = self._size_of_page()
+            self._state = self.newest(None)
+        except Unavailable:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._closing()
+
+    def _size_of_page(self) -> int:
+        head = self._read(_META.size + _META_OFFSET, 0)
+        try:
+            free = _META.unpack_from(head, _META_OFFSET)[4]
+            (size,) = struct.unpack_from("<I", free)
+        except struct.error:
+            size = 0
+        if not _PAGE_BYTES[0] <= size <= _PAGE_BYTES[1] or size & (size - 1):
+            raise Unavailable(f"the index in {self.path.parent} cannot be read: its first page is not LMDB's")
+        return int(size)
+
+    def _read(self, nbytes: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._fd, nbytes, offset)
+        except OSError as err:
+            raise Unavailable(f"the index in {self.path.parent} cannot be read: {err}") from err
+
+    def newest(self, known: _State | None) -> _State:
+        """The newest committed state: `known` itself, with all that was read of it, if nothing was committed since."""
+        data = self._read(self.page_bytes + _META_OFFSET + _META.size, 0)
+        found: _State | None = None
+        for slot in (0, 1):
+            at = slot * self.page_bytes + _META_OFFSET
+            raw = data[at : at + _META.size]
+            if len(raw) < _META.size:
+                continue
+            magic, version, _, _, _, main, _, transaction = _META.unpack(raw)
+            if (magic, version) == (_MAGIC, _VERSION) and (found is None or transaction > found.transaction):
+                with contextlib.suppress(_Damaged):
+                    found = _State(slot, raw, transaction, _tree_of(main))
+        if found is None:
+            raise Unavailable(f"the index in {self.path.parent} cannot be read: it has no whole meta page")
+        return known if known is not None and known.raw == found.raw and known.slot == found.slot else found
+
+    def current(self) -> _State:
+        state = self._state = self.newest(self._state)
+        return state
+
+    def holds(self, state: _State) -> bool:
+        """Whether everything that was read of this state until now is right."""
+        at = state.slot * self.page_bytes + _META_OFFSET
+        return self._read(_META.size, at) == state.raw
+
+    def page(self, number: int, flag: int, count: int = 1) -> bytes:
+        data = self._read(count * self.page_bytes, number * self.page_bytes)
+        if len(data) < count * self.page_bytes:
+            raise _Damaged(f"page {number} lies behind the end of the file")
+        named, _, flags, _ = _PAGE.unpack_from(data)
+        if named != number or not flags & flag:
+            raise _Damaged(f"page {number} is not what it should be")
+        return data
+
+    def branch(self, state: _State, number: int) -> Branch:
+        branch = state.branches.get(number)
+        if branch is None:
+            page = self.page(number, _BRANCH)
+            # A commit writes a few pages; all others are what they were, and comparing is cheaper than taking apart.
+            known = self._branches.get(number)
+            branch = known[1] if known is not None and known[0] == page else _branch_of(page)
+            if len(self._branches) >= _BRANCHES_MAX:
+                self._branches.clear()
+            self._branches[number] = page, branch
+            if len(state.branches) < _BRANCHES_MAX:
+                state.branches[number] = branch
+        return branch
+
+    def leaf(self, state: _State, root: Tree, key: bytes) -> tuple[bytes, bytes | None]:
+        """The leaf that would hold the key, and where the next one begins: None behind the last, which may be empty."""
+        number = root.page
+        if number == _NO_ROOT:
+            return b"", None
+        end: bytes | None = None
+        for _ in range(root.depth - 1):
+            keys, children = self.branch(state, number)
+            at = bisect_right(keys, key)
+            if at < len(keys):
+                end = keys[at]
+            number = children[at]
+        return self.page(number, _LEAF), end
+
+    def value(self, page: bytes, at: int) -> bytes:
+        """Of the node at this place of a leaf."""
+        low, high, flags, key_bytes = _NODE.unpack_from(page, at)
+        nbytes, begin = low | high << 16, at + _NODE_BYTES + key_bytes
+        if not flags & _BIG:
+            return page[begin : begin + nbytes]
+        (number,) = struct.unpack_from("<Q", page, begin)
+        count = -(-(_HEADER_BYTES + nbytes) // self.page_bytes)
+        return self.page(number, _OVERFLOW, count)[_HEADER_BYTES : _HEADER_BYTES + nbytes]
+
+    def find(self, state: _State, root: Tree, key: bytes) -> bytes | None:
+        page, _ = self.leaf(state, root, key)
+        if not page:
+            return None
+        # A value may hold the key's bytes as well, and so may what a deletion left behind.
+        at = page.find(key, _HEADER_BYTES)
+        while at >= 0:
+            place = at - _NODE_BYTES
+            if place in _pointers(page) and _NODE.unpack_from(page, place)[3] == len(key):
+                return self.value(page, place)
+            at = page.find(key, at + 1)
+        return None
+
+    def table(self, state: _State, name: str) -> Tree:
+        root = state.tables.get(name)
+        if root is None:
+            value = self.find(state, state.main, name.encode())
+            if value is None:
+                raise _Damaged(f"it has no table {name}")
+            root = state.tables[name] = _tree_of(value)
+        return root
+
+
+class PageTxn:
+    """Reads like a transaction of `lmdb`: each call in one committed state, the newest where two commits have passed.
+
+    What takes several calls may so see several states, one after the other, never one that was not committed.
+    """
+
+    def __init__(self, file: PageFile) -> None:
+        self._file = file
+        self._state = file.current()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held."""
+
+    def get(self, key: bytes, *, db: str) -> bytes | None:
+        """Raises:  Unavailable: the file is cut, damaged or gone."""
+        return self.read([key], db=db)[0]
+
+    def stat(self, db: str) -> dict[str, int]:
+        """How many `entries` a table has."""
+        file = self._file
+        for _ in range(_TRIES):
+            damage: Exception | None = None
+            try:
+                tree = file.table(self._state, db)
+            except (_Damaged, struct.error) as err:
+                damage = err
+            if self._is_right(damage):
+                return {"entries": tree.num_entries}
+        raise self._too_fast()
+
+    def cursor(self, *, db: str) -> PageCursor:
+        return PageCursor(self, db)
+
+    def read(self, keys: Sequence[bytes], *, db: str) -> list[bytes | None]:
+        """The values of several keys, None for each that is not there.  Raises:  Unavailable: as `get`."""
+        file = self._file
+        for _ in range(_TRIES):
+            state, damage = self._state, None
+            try:
+                root = file.table(state, db)
+                found = [file.find(state, root, key) for key in keys]
+            except (_Damaged, struct.error) as err:
+                damage = err
+            if self._is_right(damage):
+                return found
+        raise self._too_fast()
+
+    def leaf(self, key: bytes, *, db: str, values: bool) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
+        """Keys and values (or nothing) from this key on in its leaf, and where the next leaf begins."""
+        file = self._file
+        for _ in range(_TRIES):
+            state, damage = self._state, None
+            try:
+                page, end = file.leaf(state, file.table(state, db), key)
+                found = [item for item in _items(file, page, values) if item[0] >= key]
+            except (_Damaged, struct.error) as err:
+                damage = err
+            if self._is_right(damage):
+                return found, end
+        raise self._too_fast()
+
+    def _is_right(self, damage: Exception | None) -> bool:
+        """Whether what was read counts; moves on to the newest state where not.
+
+        Raises:  Unavailable: the state is as it was, and does not make sense.
+        """
+        file = self._file
+        if file.holds(self._state):
+            if damage is not None:
+                raise Unavailable(f"the index in {file.path.parent} cannot be read, see `antefix fsck`: {damage}")
+            return True
+        self._state = file.current()
+        return False
+
+    def _too_fast(self) -> Unavailable:
+        return Unavailable(f"the index in {self._file.path.parent} changes faster than it can be read")
+
+
+class PageCursor:
+    """What readers use of LMDB's cursors."""
+
+    def __init__(self, txn: PageTxn, db: str) -> None:
+        self._txn = txn
+        self._db = db
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held."""
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
+        """In the order of keys; a commit on the way shows in what follows."""
+        return self._items(values=True)
+
+    def iternext(self, *, keys: bool = True, values: bool = True) -> Iterator[Any]:
+        """As LMDB's: pairs, or keys or values alone."""
+        if keys and values:
+            return iter(self)
+        return (key if keys else value for key, value in self._items(values=values))
+
+    def _items(self, *, values: bool) -> Iterator[tuple[bytes, bytes]]:
+        begin: bytes | None = b""
+        while begin is not None:
+            found, begin = self._txn.leaf(begin, db=self._db, values=values)
+            yield from found
+
+    def getmulti(self, keys: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
+        """Those that are there, with their values."""
+        wanted = list(keys)
+        found = self._txn.read(wanted, db=self._db)
+        return [(key, value) for key, value in zip(wanted, found, strict=True) if value is not None]
+
+
+def _tree_of(table: bytes) -> Tree:
+    if len(table) != _TABLE.size:
+        raise _Damaged("a table's description has another length")
+    _, _, depth, _, _, _, num_entries, root = _TABLE.unpack(table)
+    if depth > _DEPTH_MAX or (depth == 0 and root != _NO_ROOT):
+        raise _Damaged("a table is deeper than LMDB makes them")
+    return Tree(root, depth, num_entries)
+
+
+@functools.cache
+def _pointers_of(lower: int) -> struct.Struct:
+    if lower < _HEADER_BYTES:
+        raise _Damaged("a page has fewer than no nodes")
+    return struct.Struct(f"<{(lower - _HEADER_BYTES) // 2}H")
+
+
+def _pointers(page: bytes) -> tuple[int, ...]:
+    """Where the nodes begin."""
+    return _pointers_of(_PAGE.unpack_from(page)[3]).unpack_from(page, _HEADER_BYTES)
+
+
+def _branch_of(page: bytes) -> Branch:
+    keys, children = [], []
+    for at in _pointers(page):
+        low, high, higher, nbytes = _NODE.unpack_from(page, at)
+        keys.append(page[at + _NODE_BYTES : at + _NODE_BYTES + nbytes])
+        children.append(low | high << 16 | higher << 32)
+    if not children:
+        raise _Damaged("a branch leads nowhere")
+    # The first key of a branch is never looked at.
+    return keys[1:], children
+
+
+def _items(file: PageFile, page: bytes, values: bool) -> Iterator[tuple[bytes, bytes]]:
+    for at in _pointers(page) if page else ():
+        nbytes = _NODE.unpack_from(page, at)[3]
+        yield page[at + _NODE_BYTES : at + _NODE_BYTES + nbytes], file.value(page, at) if values else b""

@@ -1,0 +1,151 @@
+"""Connections to the HTTP door: how many there may be, in all and from one address, and for how long they may say
+nothing.
+
+A connection costs a descriptor before a byte of it is read, so its limits come before everything else:
+
+    too many in all         the one that has been idle longest makes room; where none is idle the new one is closed
+    too many of an address  the same among its own
+    begun, no whole head    closed after `head_s`
+    nothing asked yet       closed after `idle_s`; between requests uvicorn's keep-alive closes it after as long
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any, Final, Protocol
+
+log = logging.getLogger("antefix.gateway")
+
+# Of a process's descriptors so many are left to the rest: files of store and ledger, workers' and routers' connections.
+_SHARE: Final = 0.75
+_CONNECTIONS_MAX: Final = 65_536
+_TELL_EVERY_S: Final = 10.0
+
+
+def connections_max() -> int:
+    """How many connections this process has descriptors for, next to what else it needs."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(4, min(_CONNECTIONS_MAX, int(_SHARE * soft)))
+
+
+class Connection(Protocol):
+    """What is known of one here."""
+
+    address: str
+
+    def drop(self) -> None:
+        """Close it now: it is idle, or never began."""
+
+
+class Connections:
+    """Of one door. num_refused: closed as they came, num_displaced: idle ones closed for others, num_silent: closed
+    because no whole head came in time."""
+
+    def __init__(
+        self, *, most: int = 0, per_address: int = 0, head_s: float, idle_s: float, trusts: Callable[[str], bool]
+    ) -> None:
+        """most, per_address: 0: what the descriptors allow, and half of that.  trusts: whether an address is a proxy's,
+        behind which are many."""
+        self.most = most or connections_max()
+        self.per_address = per_address or max(1, self.most // 2)
+        self.head_s, self.idle_s = head_s, idle_s
+        self.num_refused = self.num_displaced = self.num_silent = 0
+        self._trusts = trusts
+        self._by_address: Counter[str] = Counter()
+        # Those between requests or before their first one, idle longest first.
+        self._idle: OrderedDict[Connection, None] = OrderedDict()
+        self._quiet_until = 0.0
+
+    def __len__(self) -> int:
+        return self._by_address.total()
+
+    def enter(self, connection: Connection) -> bool:
+        """A new one. False: there is no room for it, and it is not counted."""
+        address = connection.address
+        if self._is_full(address) and not self._make_room(connection):
+            self.num_refused += 1
+            self._tell(address)
+            return False
+        self._by_address[address] += 1
+        self._idle[connection] = None
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        self._idle.pop(connection, None)
+        self._by_address[connection.address] -= 1
+        if not self._by_address[connection.address]:
+            del self._by_address[connection.address]
+
+    def busy(self, connection: Connection) -> None:
+        """A request has begun on it."""
+        self._idle.pop(connection, None)
+
+    def idle(self, connection: Connection) -> None:
+        """Its request has ended."""
+        self._idle[connection] = None
+
+    def _is_full(self, address: str) -> bool:
+        return len(self) >= self.most or self._is_over(address)
+
+    def _is_over(self, address: str) -> bool:
+        # On a socket file nobody has an address.
+        return bool(address) and self._by_address[address] >= self.per_address and not self._trusts(address)
+
+    def _make_room(self, new: Connection) -> bool:
+        """Close the connection that has been idle longest; one of the same address, where that has too many."""
+        own_only = self._is_over(new.address)
+        for idle in self._idle:
+            if not own_only or idle.address == new.address:
+                self.num_displaced += 1
+                self._idle.pop(idle)
+                idle.drop()
+                return True
+        return False
+
+    def _tell(self, address: str) -> None:
+        """Once in a while: each of a flood of lines would help the flood."""
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + _TELL_EVERY_S
+            log.warning(
+                "connections are refused: %d are open (limit %d), %d of %s (limit %d); %d were refused so far",
+                len(self),
+                self.most,
+                self._by_address[address],
+                address or "a socket file",
+                self.per_address,
+                self.num_refused,
+            )
+
+
+class QuietAccepting:
+    """Has one line told where asyncio tells a traceback for each connection that it has no descriptor for."""
+
+    def __init__(self) -> None:
+        self.num_failed = 0
+        self._quiet_until = 0.0
+
+    def install(self, loop: asyncio.AbstractEventLoop) -> None:
+        before = loop.get_exception_handler()
+
+        def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            if "socket.accept()" in context.get("message", ""):
+                self._failed(context.get("exception"))
+            elif before is not None:
+                before(loop, context)
+            else:
+                loop.default_exception_handler(context)
+
+        loop.set_exception_handler(handle)
+
+    def _failed(self, err: BaseException | None) -> None:
+        self.num_failed += 1
+        now = time.monotonic()
+        if now >= self._quiet_until:
+            self._quiet_until = now + _TELL_EVERY_S
+            log.error("connections cannot be accepted (%s); raise the limit of open files", err)

@@ -1,0 +1,73 @@
+"""How fast workers are, as their callers see it, and which of them are slow: not dead, and far behind the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from antefix_router.placement.workers import Worker
+
+_FADE: Final = 0.9
+# So many times slower than the best of its role: half of that is chance, load and cold caches.
+SLOW_FACTOR: Final = 4.0
+# Below these nothing is slow, whatever the others take: an answer to a health check, and a token.
+_RTT_S_MIN: Final = 0.25
+_GAP_S_MIN: Final = 0.25
+# A slow worker gets one request in this time, which shows whether it still is.
+PROBE_S: Final = 10.0
+
+
+@dataclass(slots=True)
+class Pace:
+    """Of one worker's outputs, fading means: seconds until a first token beyond its prompt's own work, and between
+    messages. 0: not measured."""
+
+    first_s: float = 0.0
+    gap_s: float = 0.0
+
+    def note_first(self, seconds: float) -> None:
+        self.first_s = _faded(self.first_s, seconds)
+
+    def note_gap(self, seconds: float) -> None:
+        self.gap_s = _faded(self.gap_s, seconds)
+
+
+def without_slow(workers: Sequence[Worker], now: float) -> Sequence[Worker]:
+    """Those to place on: a slow one is left out, but for a request every PROBE_S. All, where all are alike."""
+    if len(workers) < 2:
+        return workers
+    fast = [worker for worker in workers if not _is_slow(worker, workers) or now >= worker.probed_at + PROBE_S]
+    return fast or workers
+
+
+def slow_ones(workers: Sequence[Worker]) -> list[Worker]:
+    return [worker for worker in workers if _is_slow(worker, workers)]
+
+
+def _is_slow(worker: Worker, workers: Sequence[Worker]) -> bool:
+    others = [other for other in workers if other is not worker]
+    return (
+        _is_behind(_rtt_s(worker), [_rtt_s(other) for other in others], _RTT_S_MIN)
+        or _is_behind(worker.pace.gap_s, [other.pace.gap_s for other in others], _GAP_S_MIN)
+        or _is_behind(_token_s(worker), [_token_s(other) for other in others], 0.0)
+    )
+
+
+def _is_behind(own_s: float, others_s: Sequence[float], least_s: float) -> bool:
+    best = min((seconds for seconds in others_s if seconds), default=0.0)
+    return bool(best) and own_s > least_s and own_s > SLOW_FACTOR * best
+
+
+def _rtt_s(worker: Worker) -> float:
+    return worker.pulse.rtt_s if worker.pulse is not None else 0.0
+
+
+def _token_s(worker: Worker) -> float:
+    rate = worker.backlog.tokens_per_s
+    return 1.0 / rate if rate else 0.0
+
+
+def _faded(before: float, now: float) -> float:
+    return _FADE * before + (1 - _FADE) * now if before else now

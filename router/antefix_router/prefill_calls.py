@@ -1,0 +1,255 @@
+"""Has prompts computed by prefill workers: places, admits, calls. Elsewhere where a worker fails or hangs; at two of
+them at once where one is late, and then the first answer counts.
+
+What is done twice is charged once: the report of the answer that is taken is the only one that is seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+from antefix.clients import PrefillClient, Prefilled
+from antefix.errors import InternalError, Overloaded, Unavailable
+from antefix.generation_request import GenerationRequest
+from antefix.telemetry import span
+from antefix_router.hedging import SLACK_S, HedgeBudget
+from antefix_router.naming import NamedPrompt
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.sessions import Sessions
+from antefix_router.placement.work import FETCH_WEIGHT, Work, saved_by_replay
+from antefix_router.placement.workers import Worker, WorkerRole, Workers
+
+log = logging.getLogger("antefix.router")
+
+# Until a speed is measured: a slow one, as of a small machine.
+_TOKENS_PER_S_PRIOR: Final = 1_000.0
+_MEMORY: Final = 0.9
+# A prompt that only one worker could compute is left to decode when it is so many times later than predicted: what was
+# computed of it and not stored is lost.
+_ALONE_FACTOR: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """prefill_tokens_min: an uncached rest of at most this goes straight to decode; negative: measured speeds decide.
+
+    ttft_s_max: a request that would wait longer than this for its first token is refused, unless a worker is idle.
+    """
+
+    prefill_tokens_min: int = 0
+    ttft_s_max: float = 600.0
+
+
+@dataclass(slots=True)
+class PrefillingCounters:
+    """Since the router started, in requests. overhead_s: of a call to an idle prefill worker, measured.
+
+    num_hedged: given to a second worker because the first one was late.  num_hedges_won: the second one was first.
+    num_left: left to decode because no prefill worker came to an end.
+    """
+
+    num_led: int = 0
+    num_followed: int = 0
+    num_gave_up_waiting: int = 0
+    num_refused: int = 0
+    num_straight: int = 0
+    num_hedged: int = 0
+    num_hedges_won: int = 0
+    num_left: int = 0
+    overhead_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What a prefill worker is asked for. ends: the request's deadline, by the router's clock."""
+
+    request: GenerationRequest
+    prompt: NamedPrompt
+    ends: float
+
+    @property
+    def timeout_s(self) -> float:
+        return max(0.0, self.ends - time.monotonic())
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A leader's prefill. until: when it should be done, by the router's clock.  address: the worker that has it."""
+
+    until: float
+    address: str = ""
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """One order at the workers. calls: those that run, the first one first.  predicted_s: of the latest call."""
+
+    order: Order
+    work: Work
+    flight: Flight
+    soon: tuple[str, int] | None
+    tried: set[str] = field(default_factory=set)
+    calls: dict[asyncio.Task[Prefilled], Worker] = field(default_factory=dict)
+    predicted_s: float = 0.0
+    has_hedged: bool = False
+
+    @property
+    def late_s(self) -> float | None:
+        """When to look for another worker; None: not again."""
+        return None if self.has_hedged else self.predicted_s + SLACK_S
+
+
+class PrefillCalls:
+    """One router's."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        directory: Directory,
+        sessions: Sessions,
+        limits: Limits,
+        counters: PrefillingCounters,
+        budget: HedgeBudget,
+    ) -> None:
+        self._workers = workers
+        self._directory = directory
+        self._sessions = sessions
+        self._limits = limits
+        self._counters = counters
+        self._budget = budget
+
+    async def run(self, order: Order, work: Work, flight: Flight, soon: tuple[str, int] | None) -> Prefilled | None:
+        """None: no worker could; decode has to prefill by itself.
+
+        soon: where the prompt's beginning is being computed, and how many blocks of it.
+        Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.
+        """
+        attempt = _Attempt(order, work, flight, soon)
+        self._budget.note_request()
+        try:
+            while attempt.calls or self._workers.has_another(attempt.tried):
+                if not attempt.calls:
+                    self._begin(attempt)
+                done, _ = await asyncio.wait(attempt.calls, timeout=attempt.late_s, return_when=asyncio.FIRST_COMPLETED)
+                if not done and not await self._hedge(attempt):
+                    break
+                for task in done:
+                    if (answer := self._taken(attempt, task)) is not None:
+                        return answer
+        finally:
+            for task in attempt.calls:
+                task.cancel()
+            await asyncio.gather(*attempt.calls, return_exceptions=True)
+        self._counters.num_left += 1
+        return None
+
+    def _begin(self, attempt: _Attempt) -> None:
+        """Call the best worker that was not tried.  Raises:  Overloaded: it would be too late."""
+        order, prompt, tried = attempt.order, attempt.order.prompt, attempt.tried
+        hint = self._sessions.last(prompt.tenant, order.request.caller.session, WorkerRole.PREFILL)
+        with span("place", role="prefill", attempt=len(tried) + 1) as placing:
+            worker = self._workers.place(
+                attempt.work,
+                self._directory,
+                prompt.keys,
+                prompt.chain.block_size,
+                frozenset(tried),
+                hint=hint,
+                soon=attempt.soon,
+            )
+            placing.set(worker=worker.address)
+        tried.add(worker.address)
+        own = self._own_tokens(worker, prompt, attempt.work)
+        attempt.flight.address = worker.address
+        attempt.predicted_s = self._admit(worker, own)
+        attempt.flight.until = time.monotonic() + attempt.predicted_s
+        attempt.calls[asyncio.create_task(self._call(worker, order, own))] = worker
+
+    async def _hedge(self, attempt: _Attempt) -> bool:
+        """The call is late: ask a second worker. False: give it up, decode will do it."""
+        attempt.has_hedged = True
+        (task, late), *_ = attempt.calls.items()
+        if not self._workers.may_help(late, attempt.tried):
+            return await self._has_waited_alone(attempt, late, task)
+        if self._budget.take():
+            log.warning("request %s: %s is late", attempt.order.request.request_id, late.address)
+            self._counters.num_hedged += 1
+            # Where nobody has room the late one may still come.
+            with contextlib.suppress(Overloaded):
+                self._begin(attempt)
+        return True
+
+    async def _has_waited_alone(self, attempt: _Attempt, late: Worker, task: asyncio.Task[Prefilled]) -> bool:
+        """Wait on for the only worker. False: it is so late that decode does it faster."""
+        if not late.backlog.tokens_per_s:
+            return True  # what was predicted is a guess
+        done, _ = await asyncio.wait({task}, timeout=(_ALONE_FACTOR - 1) * attempt.predicted_s)
+        return bool(done) or not self._budget.take()
+
+    def _taken(self, attempt: _Attempt, task: asyncio.Task[Prefilled]) -> Prefilled | None:
+        """The answer of a call that has ended. None: it failed; whether there is another worker, the caller sees.
+
+        Raises:  Overloaded: it was, and there is none.
+        """
+        is_second = next(iter(attempt.calls)) is not task
+        worker, request = attempt.calls.pop(task), attempt.order.request
+        try:
+            answer = task.result()
+        except (Unavailable, InternalError) as err:
+            log.warning("request %s: prefill worker %s: %s", request.request_id, worker.address, err)
+            self._directory.forget(worker.address)
+            return None
+        except Overloaded:
+            if not attempt.calls and not self._workers.has_another(attempt.tried):
+                raise
+            return None
+        self._counters.num_hedges_won += is_second
+        self._directory.guess(worker.address, attempt.order.prompt.keys)
+        self._sessions.note(attempt.order.prompt.tenant, request.caller.session, WorkerRole.PREFILL, worker.address)
+        return answer
+
+    def _own_tokens(self, worker: Worker, prompt: NamedPrompt, work: Work) -> int:
+        """What the request is to this worker; what it has in memory need not be loaded, or computed if nobody tells."""
+        resident = int(self._directory.leading([worker.address], prompt.keys)[0]) * prompt.chain.block_size
+        if work.stored_tokens is None:
+            return max(1, round(work.num_tokens - float(saved_by_replay(resident, work.replay_tokens))))
+        return round(work.num_tokens - work.stored_tokens + FETCH_WEIGHT * max(0, work.stored_tokens - resident))
+
+    def _admit(self, worker: Worker, own_tokens: int) -> float:
+        """Seconds until this worker would be done.
+
+        Raises:  Overloaded: too many of them; it is said now, not after waiting.
+        """
+        rate = worker.backlog.tokens_per_s or self.tokens_per_s()
+        pending_s = worker.backlog.pending_tokens(time.monotonic()) / rate
+        ttft_s, most = pending_s + own_tokens / rate, self._limits.ttft_s_max
+        if worker.num_requests and worker.backlog.tokens_per_s and ttft_s > most:
+            self._counters.num_refused += 1
+            raise Overloaded(
+                f"the first token would take {ttft_s:.1f} s, more than {most:g} s",
+                retry_after_s=min(ttft_s - most, most),
+            )
+        return ttft_s
+
+    async def _call(self, worker: Worker, order: Order, own: int) -> Prefilled:
+        client = worker.client
+        assert isinstance(client, PrefillClient)
+        was_idle, start = worker.num_requests == 0, time.monotonic()
+        with self._workers.load(worker, own, num_active_tokens=len(order.prompt.tokens)), worker.guard():
+            answer = await client.prefill(order.request, timeout_s=order.timeout_s)
+        if was_idle:
+            spent_s = time.monotonic() - start - answer.restore.restore_s - answer.restore.compute_s
+            before = self._counters.overhead_s or max(spent_s, 0.0)
+            self._counters.overhead_s = _MEMORY * before + (1 - _MEMORY) * max(spent_s, 0.0)
+        return answer
+
+    def tokens_per_s(self) -> float:
+        """Of one worker, as measured on average."""
+        speeds = [worker.backlog.tokens_per_s for worker in self._workers.workers if worker.backlog.tokens_per_s]
+        return sum(speeds) / len(speeds) if speeds else _TOKENS_PER_S_PRIOR

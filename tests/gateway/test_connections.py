@@ -1,0 +1,178 @@
+"""Connections are limited before anything is read: who says nothing makes room, who says half is closed."""
+
+import asyncio
+import contextlib
+import logging
+
+import httpx2
+import pytest
+
+from antefix.errors import ConfigError
+from antefix_router.gateway.connections import Connections, QuietAccepting
+from antefix_router.gateway.gateway_config import GatewayConfig
+from tests.gateway.scripted import Script, make_front, serving
+
+BODY = {"model": "antefix-tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+
+
+class Conn:
+    def __init__(self, address="a"):
+        self.address, self.dropped = address, False
+
+    def drop(self):
+        self.dropped = True
+
+
+def connections(most=4, per_address=3, trusted=()):
+    return Connections(most=most, per_address=per_address, head_s=1, idle_s=1, trusts=lambda peer: peer in trusted)
+
+
+def enter(group, conn):
+    assert group.enter(conn)
+    return conn
+
+
+def close_dropped(group, *conns):
+    for conn in conns:
+        if conn.dropped:
+            group.leave(conn)
+
+
+def test_the_connection_that_was_idle_longest_makes_room():
+    group = connections(per_address=10)
+    first, second, *_ = conns = [enter(group, Conn(address)) for address in "abcd"]
+    group.busy(first)
+    enter(group, Conn("e"))
+    assert second.dropped and not first.dropped
+    close_dropped(group, *conns)
+    group.idle(first)
+    enter(group, Conn("f"))
+    assert conns[2].dropped, "it has been idle for longer than the one whose request just ended"
+    assert (group.num_refused, group.num_displaced) == (0, 2)
+
+
+def test_where_all_are_at_work_the_new_one_is_closed():
+    group = connections(most=2, per_address=10)
+    for address in "ab":
+        group.busy(enter(group, Conn(address)))
+    assert not group.enter(Conn("c"))
+    assert (group.num_refused, len(group)) == (1, 2)
+
+
+def test_one_address_takes_room_from_itself_only():
+    group = connections()
+    other = enter(group, Conn("b"))
+    own = [enter(group, Conn("a")) for _ in range(3)]
+    enter(group, Conn("a"))
+    assert own[0].dropped and not other.dropped
+    close_dropped(group, *own)
+    for conn in own[1:]:
+        group.busy(conn)
+    group.busy(next(conn for conn in group._idle if conn.address == "a"))
+    assert not group.enter(Conn("a"))
+    enter(group, Conn("c"))
+
+
+def test_a_proxy_has_many_behind_it():
+    group = connections(most=100, trusted=("proxy",))
+    for _ in range(20):
+        group.busy(enter(group, Conn("proxy")))
+    for _ in range(20):
+        group.busy(enter(group, Conn("")))
+
+
+def test_counts_come_back_to_nothing():
+    group = connections(most=50, per_address=50)
+    conns = [enter(group, Conn(str(number % 7))) for number in range(40)]
+    for conn in conns:
+        group.leave(conn)
+    assert len(group) == 0 and not group._idle and not group._by_address
+
+
+async def test_a_failing_accept_is_one_line(caplog):
+    loop, quiet = asyncio.get_running_loop(), QuietAccepting()
+    before = loop.get_exception_handler()
+    try:
+        quiet.install(loop)
+        with caplog.at_level(logging.ERROR):
+            for _ in range(2048):
+                loop.call_exception_handler(
+                    {"message": "socket.accept() out of system resource", "exception": OSError(24, "Too many")}
+                )
+        assert quiet.num_failed == 2048
+        assert len(caplog.records) == 1 and "Too many" in caplog.text and "Traceback" not in caplog.text
+        loop.call_exception_handler({"message": "something else"})
+        assert len(caplog.records) == 2
+    finally:
+        loop.set_exception_handler(before)
+
+
+async def opened(url, num, sent=b""):
+    host, port = url.removeprefix("http://").split(":")
+    pairs = [await asyncio.open_connection(host, int(port)) for _ in range(num)]
+    for _, writer in pairs:
+        writer.write(sent)
+    return pairs
+
+
+async def asked(url):
+    async with httpx2.AsyncClient(base_url=url) as client:
+        return (await client.post("/v1/chat/completions", json=BODY)).status_code
+
+
+@contextlib.asynccontextmanager
+async def door(**settings):
+    async with serving(make_front(Script(), ledger=None), **settings) as url, asyncio.timeout(60):
+        yield url
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"])
+async def test_idle_and_half_begun_connections_keep_nobody_out(sent):
+    async with door(http_connections_max=8, http_connections_per_address=8) as url:
+        pairs = await opened(url, 40, sent)
+        assert await asked(url) == 200
+        for _, writer in pairs:
+            writer.close()
+
+
+async def test_a_head_that_trickles_is_cut_off():
+    async with door(http_head_timeout_s=0.15) as url:
+        ((reader, writer),) = await opened(url, 1, b"POST /v1/chat/completions HTTP/1.1\r\n")
+        begun = asyncio.get_running_loop().time()
+        with contextlib.suppress(ConnectionError):
+            for number in range(600):
+                writer.write(b"x-%d: y\r\n" % number)
+                await writer.drain()
+                await asyncio.sleep(0.02)
+                if reader.at_eof():
+                    break
+        assert asyncio.get_running_loop().time() - begun < 10 * 0.15
+        assert await asked(url) == 200
+
+
+async def test_a_second_request_on_a_connection_has_its_own_time():
+    """Neither the first answer nor the pause behind it counts; a second head that does not end does."""
+    async with door(http_head_timeout_s=0.2) as url:
+        ((reader, writer),) = await opened(url, 1)
+        head = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n"
+        for _ in range(2):
+            writer.write(head + b"\r\n")
+            assert b"200 OK" in await reader.readline()
+            await asyncio.sleep(0.3)
+            await reader.read(65536)
+        writer.write(head)
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+
+
+async def test_an_answer_that_takes_longer_than_a_head_is_not_cut_off():
+    script = Script()
+    script.pause_s = 0.4
+    async with serving(make_front(script, ledger=None), http_head_timeout_s=0.1) as url:
+        assert await asked(url) == 200
+
+
+def test_the_settings_are_checked():
+    for wrong in ({"http_head_timeout_s": 0}, {"http_connections_max": -1}, {"http_connections_per_address": -5}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            GatewayConfig(**wrong)
