@@ -280,7 +280,8 @@ class Deployment:
 
     def _threads(self) -> int:
         """The cores, divided: two workers with all cores each wait for one another at every parallel loop's end."""
-        return max(1, usable_cores() // max(1, self.config.num_prefill + self.config.num_decode))
+        workers = max(1, self.config.num_prefill + self.config.num_decode)
+        return max(1, usable_cores() // (workers * self.config.tensor_parallel_size))
 
     def _shared_flags(self) -> list[str]:
         config = self.config
