@@ -187,6 +187,7 @@ class RemoteStore:
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
+        """The leading ones of these, whole, to be stored elsewhere."""
         payloads: list[bytearray] = []
         sealed: list[bytes] = []
 
@@ -476,6 +477,7 @@ class LocalStore:
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
+        """The leading ones of these, whole, to be stored elsewhere."""
         return await self.remote.get_records(kind, hashes, fingerprint=fingerprint, tenant=tenant)
 
     async def put(self, records: Sequence[Record]) -> PutResult:
