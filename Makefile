@@ -81,7 +81,7 @@ fuzz: setup
 	$(BIN)/python -m tests.fuzz.run $(TARGETS) --seconds $(SECONDS)
 
 # vLLM itself over Antefix's store, in an environment of its own: 3.5 GB in .engines/ and a quarter of an hour, on a
-# processor with AVX512-BF16; and SGLang's and LMCache's own classes, in another one of 0.6 GB.
+# processor with AVX2; and SGLang's and LMCache's own classes, in another one of 0.6 GB.
 ENGINES := .engines
 $(ENGINES)/vllm/.ready: tests/foreign_engines/install_vllm.sh pyproject.toml
 	PYTHON=$(PYTHON) tests/foreign_engines/install_vllm.sh $(ENGINES)/vllm

@@ -1,7 +1,7 @@
 """One usage record: what a request used, with the evidence. Knows no protobuf and no file.
 
     prompt_tokens = cache_hit_tokens + cache_miss_tokens
-    cache_hit_tokens = hit_memory_tokens + hit_store_tokens
+    cache_hit_tokens = hit_memory_tokens + hit_store_tokens, and where hit_tiers is known, its sum is hit_store_tokens
     cache_write_tokens is part of cache_miss_tokens, reasoning_tokens of output_tokens
 
 A record that breaks one of these cannot be made. Payload bytes are canonical JSON: sorted keys, no spaces, money as
@@ -22,7 +22,7 @@ from antefix.checked_files import parse_json
 from antefix.checked_table import shown
 from antefix.errors import InternalError, InvalidRequest
 from antefix.miss_reason import MissReason
-from antefix.usage import Evidence, Usage
+from antefix.usage import Evidence, Usage, tiers_of_text
 
 # Version of the payload's fields; a reader refuses what it does not know instead of guessing.
 PAYLOAD_VERSION: Final = 1
@@ -134,6 +134,7 @@ class UsageRecord(Usage):
             (self.cache_write_tokens <= self.cache_miss_tokens, "written prompt tokens are part of the miss"),
             (self.reasoning_tokens <= self.output_tokens, "reasoning tokens are part of the output"),
             (bool(self.last_hit_hash) == self.is_proved_hit, "a proved hit has a last block's hash, nothing else has"),
+            (self._tiers_add_up(), "tiers are named with tokens that add up to the hit in stores"),
             (self.finished_us >= self.started_us, "it cannot end before it starts"),
             (self.price >= 0 and self.saved >= 0 and self.paid_before >= 0, "money is not negative"),
             (self.is_charged or self.price == 0, "what we broke is charged only where output was given"),
@@ -143,6 +144,13 @@ class UsageRecord(Usage):
         for holds, rule in rules:
             if not holds:
                 raise InternalError(f"usage of {self.request_id!r}: {rule}")
+
+    def _tiers_add_up(self) -> bool:
+        try:
+            tiers = tiers_of_text(self.hit_tiers)
+        except ValueError:
+            return False
+        return not self.hit_tiers or (sum(tiers.values()) == self.hit_store_tokens and min(tiers.values()) > 0)
 
     @property
     def key(self) -> str:
@@ -219,7 +227,7 @@ class UsageRecord(Usage):
 
 _LEFT_OUT: Final = (
     *("paid_before", "mode", "write_error", "prefix_volatile", "prompt_marks"),
-    *("evidence", "worker", "expected_hit_tokens"),
+    *("evidence", "worker", "expected_hit_tokens", "hit_tiers"),
 )
 # Follow from the others, and stand in the ledger's payload as well: readers need no sums.
 _DERIVED: Final = {

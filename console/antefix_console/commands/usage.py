@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_ledgers(check)
     check.add_argument("--json", action="store_true", help="print JSON, as it does without this as well")
-    check.add_argument("--store-log", type=Path, help="directory of the store's log of hits and writes")
+    check.add_argument(
+        "--store-log", type=Path, nargs="+", metavar="DIR", help="directories of the stores' logs of hits and writes"
+    )
     check.add_argument(
         "--anchor",
         action="append",
@@ -152,8 +154,9 @@ def _export(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     ledgers = ledgers_of(args.ledger)
     anchors = dict(_anchor(text, ledgers) for text in args.anchor)
-    if args.store_log is not None and not args.store_log.is_dir():
-        raise ConfigError(f"--store-log {args.store_log} is not a directory")
+    for store_log in args.store_log or ():
+        if not store_log.is_dir():
+            raise ConfigError(f"--store-log {store_log} is not a directory")
     with ProgressLine("reading the ledger"):
         verdict = verify_all(ledgers, store_log=args.store_log, anchors=anchors)
     sys.stdout.write(verdict.to_json() + "\n")
