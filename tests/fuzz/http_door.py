@@ -2,9 +2,9 @@
 
     python -m tests.fuzz.http_door --seconds 600
 
-Answers must have a status, a type and a form that the document names, and never be a bug of ours. The workers behind the
-door are a script. Requests that the document allows may be refused, and some that it does not name are harmless, so
-neither is held against the door.
+Answers must have a status, a type and a form that the document names, and never be a bug of ours. The workers behind
+the door are a script. Requests that the document allows may be refused, and some that it does not name are harmless,
+so neither is held against the door.
 """
 
 from __future__ import annotations
