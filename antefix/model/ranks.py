@@ -119,6 +119,16 @@ def split_model(model: Model, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
     return cuts
 
 
+def take_share(model: Model, ranks: Ranks) -> None:
+    """Cut a model that has all its weights down to this rank's share."""
+    whole = model.state_dict()
+    cuts = split_model(model, ranks)
+    # Copies: parts of the whole would keep it in memory.
+    parts = {name: tensor[slice(*cuts[name][:2])].clone() if name in cuts else tensor for name, tensor in whole.items()}
+    model.load_state_dict(parts, strict=True, assign=True)
+    model.requires_grad_(False)
+
+
 def cut_copies(
     copies: Iterable[Copy], cuts: Mapping[str, tuple[int, int, int]], sizes: Mapping[str, int]
 ) -> tuple[Copy, ...]:

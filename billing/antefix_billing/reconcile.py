@@ -10,6 +10,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain as chained
 from pathlib import Path
 
 from antefix.errors import AntefixError
@@ -92,11 +93,11 @@ class _Chain:
 def verify(
     ledger: Path,
     *,
-    store_log: Path | None = None,
+    store_log: Path | Sequence[Path] | None = None,
     anchor: tuple[int, str] | None = None,
     slack_us: int = CLOCK_SLACK_US,
 ) -> Verdict:
-    """Read the whole ledger and, where given, the store's log.
+    """Read the whole ledger and, where given, the store's log, or those of all stores.
 
     anchor: a head that an earlier run reported; the entry must still be there with that hash.
     """
@@ -106,9 +107,9 @@ def verify(
 
 
 def verify_all(
-    ledgers: Sequence[Path], *, store_log: Path | None, anchors: Mapping[bytes, tuple[int, str]]
+    ledgers: Sequence[Path], *, store_log: Path | Sequence[Path] | None, anchors: Mapping[bytes, tuple[int, str]]
 ) -> Verdicts:
-    """All ledgers of a deployment against the one store's log. anchors: by the ledger's source; see `verify`."""
+    """All ledgers of a deployment against the logs of its stores. anchors: by the ledger's source; see `verify`."""
     named = [(ledger, anchors.get(source_of(ledger))) for ledger in ledgers]
     chains = [_read(ledger, anchor) for ledger, anchor in named]
     settled = [item for chain in chains for item in chain.settled]
@@ -174,17 +175,18 @@ def _num_duplicates(settled: list[Settled]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Evidence:
-    """What the store's log says of the hashes that records name: when each was first stored, and when it was read."""
+    """What stores' logs say of the hashes that records name: when each was first stored, and when it was read."""
 
     stored_us: dict[str, int]
     reads_us: dict[str, list[int]]
 
     @classmethod
-    def of(cls, settled: Sequence[Settled], store_log: Path) -> _Evidence:
+    def of(cls, settled: Sequence[Settled], store_log: Path | Sequence[Path]) -> _Evidence:
         wanted = {item.record.last_hit_hash for item in settled if item.record.is_proved_hit}
         stored: dict[str, int] = {}
         reads: defaultdict[str, list[int]] = defaultdict(list)
-        for event in read_store_log(store_log):
+        logs = [store_log] if isinstance(store_log, Path) else store_log
+        for event in chained.from_iterable(map(read_store_log, logs)):
             if event.hash not in wanted:
                 continue
             if event.kind is StoreEventKind.STORED:

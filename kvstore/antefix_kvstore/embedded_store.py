@@ -26,6 +26,7 @@ from antefix.record import (
     Refusal,
     RefusalReason,
 )
+from antefix.store.record_source import records_of
 from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.store_files import codec
 from antefix.store_files.gone_blocks import fate_of
@@ -63,9 +64,12 @@ class EmbeddedStore:
     async def close(self) -> None:
         """Commit what is queued and close the files. Closing again does nothing."""
         if self.engine.is_open:
-            await asyncio.get_running_loop().run_in_executor(None, self._close)
+            await asyncio.get_running_loop().run_in_executor(None, self.close_here)
 
-    def _close(self) -> None:
+    def close_here(self) -> None:
+        """The same in the calling thread; also while Python ends, when no thread may begin."""
+        if not self.engine.is_open:
+            return
         self._scrubber.stop()
         self._writer.stop()
         self._threads.shutdown()
@@ -81,7 +85,11 @@ class EmbeddedStore:
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         """The longest stored prefix of `chain`."""
-        return await self._in_thread(lambda: self.engine.lookup(chain, fingerprint=fingerprint))
+        return await self._in_thread(lambda: self.lookup_here(chain, fingerprint=fingerprint))
+
+    def lookup_here(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
+        """The same in the calling thread."""
+        return self.engine.lookup(chain, fingerprint=fingerprint)
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
         """All that is stored of `chain`, whether what lies before is or not."""
@@ -100,24 +108,41 @@ class EmbeddedStore:
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> int:
         """Fill `into[i]` with block `hashes[i]`, verified. Returns the number of leading blocks that are right."""
+        return await self._in_thread(lambda: self.get_blocks_here(hashes, into, fingerprint=fingerprint, tenant=tenant))
 
-        def read() -> int:
-            outcome = self.engine.reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
-            self.engine.settle(RecordKind.BLOCK, hashes, outcome, num_missed=len(hashes) - outcome.num_good)
-            return outcome.num_good
-
-        return await self._in_thread(read)
+    def get_blocks_here(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        """The same in the calling thread."""
+        outcome = self.engine.reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
+        self.engine.settle(RecordKind.BLOCK, hashes, outcome, num_missed=len(hashes) - outcome.num_good)
+        return outcome.num_good
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
         """One verified payload, or None when it is not stored (any more) or was corrupt."""
+        return await self._in_thread(lambda: self.get_here(kind, hash, fingerprint=fingerprint, tenant=tenant))
+
+    def get_here(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        """The same in the calling thread."""
         if kind in MEMORY_KINDS:
             kept = self._memory.get(kind, hash, fingerprint)
             return None if kept is None else kept[0]
+        payload, outcome = self.engine.reader.read(kind, hash, fingerprint=fingerprint, tenant=tenant)
+        self.engine.settle(kind, [hash], outcome, num_missed=int(payload is None))
+        return None if payload is None else bytes(payload)
 
-        def read() -> bytes | None:
-            payload, outcome = self.engine.reader.read(kind, hash, fingerprint=fingerprint, tenant=tenant)
-            self.engine.settle(kind, [hash], outcome, num_missed=int(payload is None))
-            return None if payload is None else bytes(payload)
+    async def get_records(
+        self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> list[Record]:
+        """The leading ones of these, whole, to be stored elsewhere."""
+        reader = self.engine.reader
+
+        def read() -> list[Record]:
+            located = reader.locate(kind, hashes, fingerprint=fingerprint, tenant=tenant)
+            payloads = [bytearray(nbytes) for nbytes in located.sizes]
+            outcome = reader.fill(located, lambda number, _: (memoryview(payloads[number]),))
+            sealed = [want.sealed for want in located.wanted[: outcome.num_good]]
+            return records_of(sealed, payloads[: outcome.num_good])
 
         return await self._in_thread(read)
 
@@ -189,7 +214,13 @@ class EmbeddedStore:
         return StoreTotals(kinds=kinds, **{name: known[name] for name in names})
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        """Nobody writes to the caller's buffers after this returned, raised or was cancelled."""
+        work = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            raise
 
 
 def _stored(names: Sequence[RecordName]) -> list[RecordName]:

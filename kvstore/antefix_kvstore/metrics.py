@@ -59,6 +59,9 @@ ENGINE: Final[Table] = {
     "payload_bytes_written": Shown(
         name="antefix_store_written_payload_bytes", help="Of what puts stored, before compression."
     ),
+    "heals": Shown(
+        name="antefix_store_heals", help="Times that the index was made again because the store's files were harmed."
+    ),
     "asked": Shown(name=_EVICTED, help=_EVICTED_HELP, labels=(("cause", "asked"),)),
 }
 # `space.SpaceCounters`: what Stats has not.
