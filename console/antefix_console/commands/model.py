@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from antefix.config import require
+from antefix.config import add_flags, given_flags, require
 from antefix.errors import AntefixError
-from antefix.worker_settings import RANKS_MAX
+from antefix.worker_settings import WorkerSettings
 from antefix_console.commands.model_v41 import describe_v41, render_v41
 from antefix_console.progress_line import ProgressLine
 
@@ -51,10 +51,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     check.add_argument("directory", type=Path, metavar="DIR", help="config.json and *.safetensors")
     check.add_argument("--pool-bytes", default="1G", help="memory for a worker's block pool (default: %(default)s)")
-    check.add_argument(
-        "--tensor-parallel-size", type=int, default=0, metavar="N",
-        help="processes of a worker, a card each (default: as few as fit on the cards here)",
-    )  # fmt: skip
+    # Without it, as few as fit on the cards here.
+    add_flags(check, WorkerSettings, ("tensor_parallel_size",))
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -64,13 +62,13 @@ def run(args: argparse.Namespace) -> int:
 
     pool_bytes = parse_byte_size(args.pool_bytes)
     require(pool_bytes > 0, "--pool-bytes must be positive")
-    asked = args.tensor_parallel_size
-    require(0 <= asked <= RANKS_MAX, f"--tensor-parallel-size must be 1 to {RANKS_MAX}, is {asked}")
+    given = given_flags(WorkerSettings, args)
+    num_ranks = WorkerSettings(**given).tensor_parallel_size
     try:
         with ProgressLine("reading headers"):
-            found = describe(args.directory, num_ranks=asked or 1)
+            found = describe(args.directory, num_ranks=num_ranks)
             places = [_host(found, pool_bytes), *_cards(found, pool_bytes)]
-            if not asked and len(places) > 2 and not any(place.fits for place in places[1:]):
+            if not given and len(places) > 2 and not any(place.fits for place in places[1:]):
                 places += _several_cards(args.directory, pool_bytes, len(places) - 1)
     except AntefixError as err:
         return _refuse(args, str(err))
