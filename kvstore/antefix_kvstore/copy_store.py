@@ -67,12 +67,16 @@ class CopyLimits:
     bytes_max: int | None = None
 
 
+def _no_grant(_: bytes) -> bytes:
+    return b""
+
+
 async def copy_store(
     contents: StoreContents,
     targets: Sequence[CopyTarget],
     limits: CopyLimits,
     *,
-    grant_for: Callable[[bytes], bytes] = lambda _: b"",
+    grant_for: Callable[[bytes], bytes] = _no_grant,
     progress: Progress | None = None,
 ) -> CopyReport:
     """Copy what no target has, each stretch to the target with the most room.

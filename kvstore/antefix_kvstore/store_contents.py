@@ -18,8 +18,9 @@ from antefix.record import Record, RecordKind, RecordName
 from antefix.store.record_source import records_of
 from antefix.store_files import codec
 from antefix.store_files.index import TABLE_OF_KIND
+from antefix.store_files.read_runs import Decrypt
 from antefix.store_files.record_format import SEGMENT_DIR, IndexEntry, unpack_entry
-from antefix.store_files.segment_reader import Decrypt, StoreReader
+from antefix.store_files.segment_reader import StoreReader
 from antefix_kvstore.index_writer import PLAN_PREFIX
 
 _BATCH_RECORDS: Final = 256
@@ -116,7 +117,9 @@ class StoreContents:
         found = [_stretch_to(name, tables, seen) for _, name in leaves]
         # Checkpoints whose block is in another store.
         alone = ((name, entry) for name, entry in tables.checkpoints.items() if name not in tables.blocks)
-        found += [dataclasses.replace(_stretch(tables, (name,), (0,), [entry]), has_blocks=False) for name, entry in alone]
+        found += [
+            dataclasses.replace(_stretch(tables, (name,), (0,), [entry]), has_blocks=False) for name, entry in alone
+        ]
         return found
 
     def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
