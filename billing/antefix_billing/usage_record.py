@@ -15,9 +15,11 @@ import json
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
-from typing import Any, Final, cast
+from typing import Any, Final
 from urllib.parse import quote
 
+from antefix.checked_files import parse_json
+from antefix.checked_table import shown
 from antefix.errors import InternalError, InvalidRequest
 from antefix.miss_reason import MissReason
 from antefix.usage import Evidence, Usage, tiers_of_text
@@ -72,7 +74,13 @@ class OpenEntry:
 
     @classmethod
     def from_payload(cls, payload: bytes) -> OpenEntry:
-        return cls(**_fields_of(payload))
+        """Raises:  InvalidRequest: other fields than these, or of other types."""
+        values = _fields_of(payload)
+        _check_types(values, {field.name: str(field.type) for field in dataclasses.fields(cls)})
+        try:
+            return cls(**values)
+        except TypeError as err:
+            raise InvalidRequest(f"not an open entry: {err}") from err
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,8 +212,9 @@ class UsageRecord(Usage):
             values["status"] = Status(values["status"])
             values["miss_reason"] = MissReason(values["miss_reason"])
             values["evidence"] = Evidence(values.get("evidence", ""))
-            values["price"], values["saved"] = Decimal(values["price"]), Decimal(values["saved"])
-            values["paid_before"] = Decimal(values.get("paid_before", 0))
+            values["price"], values["saved"] = _money(values["price"]), _money(values["saved"])
+            values["paid_before"] = _money(values.get("paid_before", "0"))
+            _check_types(values, FIELD_TYPES)
             derived = {name: values.pop(name, 0) for name in _DERIVED}
             record = cls(**values)
             for name, rule in _DERIVED.items():
@@ -232,6 +241,8 @@ FIELD_TYPES: Final = {
     **{field.name: str(field.type) for field in (*_OWN, *dataclasses.fields(Usage))},
     **dict.fromkeys(_DERIVED, "int"),
 }
+_TYPES: Final = {"int": int, "str": str, "bool": bool}
+_AMOUNT_DIGITS_MAX: Final = 40
 _COUNTS: Final = tuple(name for name, kind in FIELD_TYPES.items() if kind == "int")
 
 
@@ -245,15 +256,30 @@ def request_key(tenant: str, request_id: str) -> str:
     return f"{quote(tenant, safe='')}:{request_id}" if tenant else request_id
 
 
+def _check_types(values: dict[str, Any], types: dict[str, str]) -> None:
+    """Raises:  InvalidRequest: a number, a text or a truth value is something else."""
+    for name, value in values.items():
+        wanted = _TYPES.get(types.get(name, ""))
+        if wanted is not None and type(value) is not wanted:
+            raise InvalidRequest(f"{name} must be of type {wanted.__name__}, is {shown(value)}")
+
+
+def _money(value: object) -> Decimal:
+    """An amount as a record has it: text, or a plain 0."""
+    amount = Decimal(value) if isinstance(value, str | int) else Decimal("NaN")
+    if not amount.is_finite() or amount.adjusted() > _AMOUNT_DIGITS_MAX:
+        raise InvalidRequest(f"an amount must be a number of at most {_AMOUNT_DIGITS_MAX} digits, is {shown(value)}")
+    return amount
+
+
 def _canonical(values: dict[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def _fields_of(payload: bytes) -> dict[str, Any]:
-    try:
-        values = cast(dict[str, Any], json.loads(payload))
-    except ValueError as err:
-        raise InvalidRequest(f"a ledger payload is not JSON: {err}") from err
+    values = parse_json(payload, "a ledger payload")
+    if not isinstance(values, dict):
+        raise InvalidRequest("a ledger payload is no object")
     if values.pop("v", None) != PAYLOAD_VERSION:
         raise InvalidRequest(f"a ledger payload is not of version {PAYLOAD_VERSION}; a newer Antefix wrote it")
     return values

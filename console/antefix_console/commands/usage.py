@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 
+from antefix.checked_files import read_json
 from antefix.errors import AntefixError, ConfigError
 from antefix_billing import usage_report as report
 from antefix_billing.export import ExportFormat, write_export, write_text
@@ -210,7 +211,7 @@ def _receipt(args: argparse.Namespace) -> int:
 
 def _check_receipt(args: argparse.Namespace) -> int:
     try:
-        receipt, key = json.loads(args.check.read_text()), bytes.fromhex(args.public_key or "")
+        receipt, key = read_json(args.check, "receipt"), bytes.fromhex(args.public_key or "")
     except ValueError as err:
         raise ConfigError(f"the receipt must be JSON and --public-key 64 hex digits: {err}") from err
     checked = check_receipt(receipt, key, load_cards(args.ratecards) if args.ratecards else None)
