@@ -28,17 +28,34 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="store_command", required=True)
-    copy = commands.add_parser("copy", help="copy what a store holds to another; run it again to go on")
+    copy = _command(
+        commands,
+        "copy",
+        "copy what a store holds to another; run it again to go on",
+        "antefix-data/store /backup/store",
+    )
     copy.add_argument("source", metavar="SRC", help="directory of a store on this host, served or not")
     copy.add_argument("target", metavar="DST", help="directory that no service has open, made if missing, or host:port")
     copy.add_argument("--budget-bytes", default="", metavar="SIZE", help="of a directory that is made (default: 64G)")
     add_copy_arguments(copy)
-    purge = commands.add_parser("purge", help="drop all of a tenant's records, pinned or not")
+    purge = _command(
+        commands,
+        "purge",
+        "drop all of a tenant's records, pinned or not",
+        "host-a:7010 host-b:7010 --tenant acme --secret-file antefix-data/secret",
+    )
     purge.add_argument("stores", nargs="+", metavar="STORE", help="host:port, or a directory that no service has open")
     purge.add_argument("--tenant", required=True, help="whose; or digest:HEX")
     purge.add_argument("--user", default="", help="of the tenant's users, this one's only")
     purge.add_argument("--secret-file", help="the deployment's secret, which names the tenant in stores")
     purge.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, example: str
+) -> argparse.ArgumentParser:
+    epilog = f"example: antefix store {name} {example}"
+    return commands.add_parser(name, help=text, description=text, epilog=epilog)
 
 
 def add_copy_arguments(parser: argparse.ArgumentParser) -> None:
