@@ -23,5 +23,5 @@ def test_fio_writes_the_file_that_it_reads(tmp_path: Path) -> None:
     assert min(rates) > 0
     assert (tmp_path / "fio.bin").stat().st_size == nbytes
     with pytest.raises(RuntimeError, match="fio_read_direct"):
-        fio_rate(tmp_path / "nowhere", "fio_read_direct_8x1mib", nbytes)
+        fio_rate(tmp_path / "fio.bin", "fio_read_direct_8x1mib", nbytes)
     assert not set(WRITERS) & set(READERS)
