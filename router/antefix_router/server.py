@@ -70,7 +70,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         tenant = admitted().identity.tenant(message.tenant)
         caller = Caller(tenant=tenant, user=message.user, request_id=message.request_id, session=message.session)
         request = GenerationRequest(
-            tokens=await self._tokens(message),
+            tokens=await self._tokens(message, tenant),
             sampling=sampling_from_wire(message.sampling),
             caller=caller,
             num_samples=message.num_samples or 1,
@@ -100,13 +100,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 restore=report_to_wire(generation.restore) if generation.restore and index == last else None,
             )
 
-    async def _tokens(self, message: router_pb2.GenerateRequest) -> Tokens:
+    async def _tokens(self, message: router_pb2.GenerateRequest, tenant: str) -> Tokens:
         if message.WhichOneof("prompt") == "tokens":
             return tokens_from_wire(message.tokens)
         text: str = message.text
+        self.router.front.check_text(len(text))
         with span("tokenize", num_characters=len(text)):
             return await self.router.front.encoding.run(
-                len(text), lambda: as_tokens(self.router.tokenizer.encode(text))
+                len(text), lambda: as_tokens(self.router.tokenizer.encode(text)), tenant=tenant
             )
 
     async def RouterStatus(

@@ -37,7 +37,7 @@ from antefix_router.gateway.completions import list_models, prepare_completion
 from antefix_router.gateway.connections import Connections, QuietAccepting
 from antefix_router.gateway.gateway import Door, Gateway
 from antefix_router.gateway.gateway_config import GatewayConfig
-from antefix_router.gateway.http import Call, Endpoint, Room
+from antefix_router.gateway.http import Call, Endpoint
 from antefix_router.gateway.http_errors import NotFound, Provider, error_response
 from antefix_router.gateway.responses import prepare_response
 from antefix_router.gateway.strict_http import HttpFaults, strict_protocol
@@ -62,11 +62,10 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 
 def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, more: Iterable[Route] = ()) -> Starlette:
     """The ASGI application. more: addresses that are no part of any API."""
-    room = Room(config.http_requests_max)
     routes = [
         Route(
             path,
-            Endpoint(partial(prepare, gateway), provider, room, keep_alive_s=config.http_keep_alive_s),
+            Endpoint(partial(prepare, gateway), provider, gateway.entering, keep_alive_s=config.http_keep_alive_s),
             methods=["POST"],
         )
         for path, (prepare, provider) in _PREPARE.items()
