@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -35,7 +35,7 @@ test: setup
 
 # What starts no process and does not compute for seconds: at most 90 s on two idle cores. One thread each: the same bits.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not gpu and not browser and not hosts and not services and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not gpu and not browser and not hosts and not environments and not services and not slow"
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
@@ -69,6 +69,10 @@ test-page: setup
 # Six hosts with TLS, as network namespaces: as root, with iproute2, curl and redis-server.
 test-hosts: setup
 	$(BIN)/python -m pytest -rs -m hosts tests/hosts
+
+# Deployments as operators run them: limits, locales, proxies, users, mounts. A quarter of an hour; most of it as root.
+test-environments: setup
+	$(BIN)/python -m pytest -rs -m environments tests/environments
 
 # vLLM itself over Antefix's store, in an environment of its own: 3.5 GB in .engines/ and a quarter of an hour, on a
 # processor with AVX512-BF16; and SGLang's and LMCache's own classes, in another one of 0.6 GB.

@@ -159,8 +159,19 @@ def arithmetic_of(device: str, dtype: str, *, reproducible: bool = False) -> str
     return f"{kind}-{dtype}{_REPRODUCIBLE if reproducible and kind != 'cpu' else ''}"
 
 
-# What `antefix.model.arithmetic` adds to a name: digests of the bits, and the threads where they matter.
-_MEASURED: Final = re.compile(r"-[0-9a-f]{10}-[0-9a-f]{10}(-t[0-9]+)?$")
+# What `antefix.model.arithmetic` adds to a name: digests of the bits, and threads and cards where they matter.
+_MEASURED: Final = re.compile(r"-[0-9a-f]{10}-[0-9a-f]{10}(-t[0-9]+)?(-x([1-9][0-9]{0,3}))?$")
+
+
+def on_cards(num_cards: int) -> str:
+    """What names an arithmetic that so many cards have together, where that changes bits."""
+    return f"-x{num_cards}"
+
+
+def cards_of(arithmetic: str) -> int:
+    """How many cards computed it together, where that changes bits; else 1."""
+    found = _MEASURED.search(arithmetic)
+    return int(found[3]) if found and found[3] else 1
 
 
 def check_arithmetic(arithmetic: str) -> str:

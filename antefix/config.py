@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import re
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from antefix.byte_size import parse_byte_size
+from antefix.checked_files import read_toml
+from antefix.checked_table import CHARACTERS_MAX, INTEGER_MAX, finite, shown
 from antefix.errors import ConfigError
 
 T = TypeVar("T")
@@ -23,6 +24,7 @@ T = TypeVar("T")
 _PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/?#@:,]*):[^\s@,]+@")
 # How long calls that run may take after a service was told to stop: the same for every role, the HTTP API and `up`.
 GRACE_S = 120.0
+_DIGITS_MAX: Final = 40
 
 
 def setting(
@@ -147,19 +149,19 @@ def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> An
         if kind == "bool":
             return _parse_bool(value)
         if kind == "int":
-            if field.metadata.get("unit") == "bytes":
-                return parse_byte_size(value)
-            return int(value)
+            return _parse_int(value, is_bytes=field.metadata.get("unit") == "bytes")
         if kind == "float":
-            return float(value)
+            return _parse_float(value)
         if kind.startswith("tuple"):
-            items = value.split(",") if isinstance(value, str) else list(value)
-            return tuple(str(item).strip() for item in items if str(item).strip())
-        return str(value)
+            items = value.split(",") if isinstance(value, str) else value
+            if not isinstance(items, list):
+                raise ValueError("expected a list of strings")
+            return tuple(text for text in (_parse_text(item).strip() for item in items) if text)
+        return _parse_text(value)
     except ConfigError as err:
         raise ConfigError(f"{source}: {err}") from err
-    except (ValueError, TypeError) as err:
-        raise ConfigError(f"{source}: {value!r} is not a valid {kind} ({err})") from err
+    except (ValueError, TypeError, OverflowError) as err:
+        raise ConfigError(f"{source}: {shown(value)} is not a valid {kind} ({err})") from err
 
 
 def as_json(config: Any) -> str:
@@ -218,6 +220,39 @@ def _shown(default: Any) -> str:
     return _as_flag(default)
 
 
+def _parse_int(value: Any, *, is_bytes: bool) -> int:
+    _check_digits(value)
+    number = parse_byte_size(value) if is_bytes else int(value)
+    if (number != value and isinstance(value, float)) or abs(number) > INTEGER_MAX:
+        raise ValueError(f"expected a whole number up to {INTEGER_MAX}")
+    return number
+
+
+def _parse_float(value: Any) -> float:
+    _check_digits(value)
+    number = float(value) if finite(value) or isinstance(value, str) else math.nan
+    if not math.isfinite(number):
+        raise ValueError("expected a finite number")
+    return number
+
+
+def _check_digits(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError("expected a number")
+    if isinstance(value, str) and len(value) > _DIGITS_MAX:
+        raise ValueError("too many digits")
+
+
+def _parse_text(value: Any) -> str:
+    """What a path, a name or a number in the file reads like; a list or a table would be read as its Python form."""
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise ValueError("expected a string")
+    text = str(value)
+    if "\0" in text or len(text) > CHARACTERS_MAX:
+        raise ValueError(f"expected at most {CHARACTERS_MAX} characters, none of them NUL")
+    return text
+
+
 def _parse_bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -232,11 +267,7 @@ def _parse_bool(value: Any) -> bool:
 def _read_file(path: str | None, section: str, sections: Collection[str]) -> dict[str, Any]:
     if path is None:
         return {}
-    try:
-        with Path(path).open("rb") as file:
-            tables = tomllib.load(file)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
-        raise ConfigError(f"--config {path}: {err}") from err
+    tables = read_toml(path, "--config")
     # A misspelt section would leave its role at the defaults, and say nothing.
     if sections and (unknown := sorted(set(tables) - set(sections))):
         raise ConfigError(f"--config {path}: unknown {', '.join(unknown)}; its sections are {', '.join(sections)}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from antefix.block import CPU_FLOAT32, Fingerprint
+from antefix.block import CPU_FLOAT32, Fingerprint, cards_of
 from antefix.errors import ModelError
 from antefix.layout import BlockLayout, KVFormat, KVGeometry
 
@@ -44,8 +44,9 @@ class ModelIdentity:
         namespace: str = "default",
         exactness: str = "exact",
         arithmetic: str = CPU_FLOAT32,
-        num_cards: int = 1,
+        num_cards: int | None = None,
     ) -> Fingerprint:
+        """num_cards: None: as the arithmetic says."""
         return Fingerprint(
             weights_revision=self.weights_revision,
             geometry=self.geometry,
@@ -53,7 +54,7 @@ class ModelIdentity:
             tokenizer=self.tokenizer_revision,
             exactness=exactness,
             arithmetic=arithmetic,
-            num_cards=num_cards,
+            num_cards=cards_of(arithmetic) if num_cards is None else num_cards,
             namespace=namespace,
         )
 

@@ -5,8 +5,10 @@ A group may read one: that is how secrets are handed to a service that does not 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final
 
@@ -51,16 +53,48 @@ def open_private(path: str | Path, mode: str) -> IO[str]:
 
 
 def write_private(path: str | Path, text: str) -> None:
-    """Replace the file as a whole, durably: a reader sees the old text or the new one."""
+    """Replace the file as a whole, durably: a reader sees the old text or the new one.
+
+    Raises:  OSError: it names the file; what was there before is still there.
+    """
+    with _drafted(Path(path), text) as draft:
+        draft.replace(path)
+
+
+def create_private(path: str | Path, text: str) -> bool:
+    """Make the file, whole and durable or not at all. Returns whether it was made: one that is there stays.
+
+    Raises:  OSError: it names the file; there is none then.
+    """
     path = Path(path)
+    if path.exists():
+        return False
+    with _drafted(path, text) as draft:
+        try:
+            # Unlike a rename, it replaces nothing that somebody else has made meanwhile.
+            os.link(draft, path)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink()
+    return True
+
+
+@contextlib.contextmanager
+def _drafted(path: Path, text: str) -> Iterator[Path]:
+    """A synced file with this text next to `path`, to be put in its place."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
     try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
+        yield draft
+    except OSError as err:
+        draft.unlink(missing_ok=True)
+        # A full disk does not say which file it had no room for.
+        raise OSError(err.errno, err.strerror, str(path)) from err
     except BaseException:
         draft.unlink(missing_ok=True)
         raise

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Final, TypeVar
 
 from antefix.block import USER_SEPARATOR, tenant_key
 from antefix.errors import ConfigError, InvalidRequest
-from antefix.private_file import read_private
+from antefix.private_file import create_private, read_private
 
 K = TypeVar("K")
 SECRET_BYTES: Final = 32
@@ -111,6 +110,8 @@ def read_generations(path: str | Path, what: str = "secret file") -> list[tuple[
     Raises:  ConfigError: it cannot be read, is open to others, or has another form. The message never holds a secret.
     """
     lines = [line.split() for line in read_private(path, what).splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"{what} {path} is empty: put its backup there, or remove it if nothing was stored yet")
     if not 1 <= len(lines) <= _NUM_GENERATIONS_MAX or any(len(words) > 2 for words in lines):
         raise ConfigError(f"{what} {path}: one to {_NUM_GENERATIONS_MAX} lines of [GENERATION] HEX")
     try:
@@ -147,12 +148,5 @@ def _seal_key(secret: bytes, owner: bytes) -> bytes:
 
 def create_secret_file(path: Path) -> Path:
     """Make the file if it is not there, readable by its owner only. Losing it loses every stored block."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_bytes(SECRET_BYTES).hex() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    create_private(path, secrets.token_bytes(SECRET_BYTES).hex() + "\n")
     return path

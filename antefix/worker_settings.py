@@ -17,6 +17,9 @@ from antefix.window_pool import DISK, MEMORY, check_address
 # Those that stand in the names of KV: a router, and whoever looks for KV, must have them as the workers do.
 NAMING: Final = ("kv_format", "namespace", "bounded_windows")
 
+# Of one host's cards there are 8 or 16; more is a mistake.
+RANKS_MAX: Final = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
@@ -51,6 +54,10 @@ class WorkerSettings:
         " batch; where no kernels run, resume only at multiples of prefill_chunk",
     )
     device: str = setting("cpu", "torch device of the workers")
+    tensor_parallel_size: int = setting(
+        1,
+        "processes that run one model together, a card each: heads and experts are divided among them, KV is read once",
+    )
     dtype: str = setting("float32", "precision of weights and activations", choices=("float32", "bfloat16"))
     kernels: str = setting(
         "auto", "cache path; auto: triton where it can run (CUDA and fp8)", choices=("auto", "triton", "torch")
@@ -63,6 +70,10 @@ class WorkerSettings:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        require(
+            1 <= self.tensor_parallel_size <= RANKS_MAX,
+            f"tensor_parallel_size must be 1 to {RANKS_MAX}, is {self.tensor_parallel_size}",
+        )
         check_address(self.window_pool)
         check_exactness(bounded_windows=self.bounded_windows, reproducible=self.reproducible)
         for each in Strategies.parse(self.strategy).all():

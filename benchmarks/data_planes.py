@@ -3,12 +3,16 @@
 One run, all over loopback, each server a process of its own, in turn and repeated:
 
     grpc       a bare stream of 1 MiB chunks: the least that a Python gRPC server can do
+    grpc_2     the same bytes in two halves, each over a connection of its own
     socket     the file of the payloads over a TCP socket: sendfile in clear, a buffer at a time over TLS
+    socket_2   the same bytes in two halves, each over a connection of its own
     flight     Arrow Flight: one table of 1 MiB binary rows
     restore    the store's own restore of the same bytes, every block verified; by 1, 4 and 8 readers
 
-each in clear and with TLS (certificates of `antefix certs`, mutual where the way allows it). Figures are medians of
-bytes per second (higher is better) and of processor seconds of both sides per GiB (lower is better).
+each in clear and with TLS (certificates of `antefix certs`, mutual where the way allows it). Connections last for the
+whole run, and that each restore brought the right bytes is looked at after the clock has stopped. Figures are medians
+of bytes per second (higher is better) and of processor seconds of both sides per GiB (lower is better); a ratio is the
+median of each round's ratio.
 
     python benchmarks/data_planes.py --mib 256 --repeats 5 --json benchmarks/results/data_planes.json
 """
@@ -30,7 +34,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +50,9 @@ from antefix.security import grants
 from antefix.security.credential_files import CredentialFiles
 from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
+from antefix.store.allocator import keep_large_buffers
 from antefix.store.client import RemoteStore
+from benchmarks.run_record import write
 from benchmarks.store import chain, records
 from benchmarks.store_payloads import blocks, layout_of
 from benchmarks.store_remote import MIB, _cpu_s
@@ -87,18 +95,18 @@ if tls:
     context.load_verify_locations(tls[0] + "/ca.crt")
     context.verify_mode = ssl.CERT_REQUIRED
 def serve(connection):
-    with connection, open(path, "rb") as file:
-        if context is None:
-            connection.recv(1)
-            connection.sendfile(file)
-            return
-        with context.wrap_socket(connection, server_side=True) as wrapped:
-            wrapped.recv(1)
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                view = memoryview(mapped)
-                for at in range(0, len(view), 1 << 20):
-                    wrapped.sendall(view[at : at + (1 << 20)])
-                view.release()
+    with connection, open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        if context is not None:
+            connection = context.wrap_socket(connection, server_side=True)
+        view = memoryview(mapped)
+        while asked := connection.recv(64):
+            start, end = map(int, asked.split())
+            if context is None:
+                connection.sendfile(file, start, end - start)
+                continue
+            for at in range(start, end, 1 << 20):
+                connection.sendall(view[at : min(end, at + (1 << 20))])
+        view.release()
 with socket.create_server(("127.0.0.1", 0)) as server:
     print(server.getsockname()[1], flush=True)
     while True:
@@ -138,16 +146,33 @@ def served(*command: str) -> Iterator[tuple[str, int]]:
         child.stdout.close()
 
 
-class Ways:
-    """Every way that is measured: its name, the server's process, and what carries all bytes once."""
+@dataclass(frozen=True)
+class Way:
+    """One that is measured.
 
-    def __init__(self) -> None:
-        self.runs: dict[str, tuple[int, Callable[[], object]]] = {}
-        self.left_out: dict[str, str] = {}
+    pid: of the server.  carry: takes all bytes once.  check: that they are right, where the client keeps them.
+    """
+
+    pid: int
+    nbytes: int
+    carry: Callable[[], object]
+    check: Callable[[], object] = lambda: None
+
+
+def at_once(parts: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """Each in a thread of its own."""
+
+    def run() -> None:
+        with ThreadPoolExecutor(len(parts)) as threads:
+            for done in [threads.submit(part) for part in parts]:
+                done.result()
+
+    return run
 
 
 def grpc_stream(target: str, credentials: Path | None, num_chunks: int) -> Callable[[], object]:
-    options = [("grpc.max_receive_message_length", 16 * MIB)]
+    # Two channels to one address share a connection unless they keep their own.
+    options = [("grpc.max_receive_message_length", 16 * MIB), ("grpc.use_local_subchannel_pool", 1)]
     if credentials is None:
         channel = grpc.insecure_channel(target, options=options)
     else:
@@ -162,23 +187,20 @@ def grpc_stream(target: str, credentials: Path | None, num_chunks: int) -> Calla
     return run
 
 
-def socket_read(port: int, credentials: Path | None, nbytes: int) -> Callable[[], object]:
-    into = memoryview(mmap.mmap(-1, nbytes))
-    context = None
+def socket_read(port: int, credentials: Path | None, start: int, end: int) -> Callable[[], object]:
+    into = memoryview(mmap.mmap(-1, end - start))
+    connection = socket.create_connection(("127.0.0.1", port))
     if credentials is not None:
         context = ssl.create_default_context(cafile=str(credentials / "ca.crt"))
         context.load_cert_chain(credentials / "tls.crt", credentials / "tls.key")
+        connection = context.wrap_socket(connection, server_hostname="localhost")
 
     def run() -> None:
-        connection = socket.create_connection(("127.0.0.1", port))
-        if context is not None:
-            connection = context.wrap_socket(connection, server_hostname="localhost")
-        with connection:
-            connection.sendall(b"x")
-            at = 0
-            while at < nbytes and (count := connection.recv_into(into[at:], min(_CHUNK, nbytes - at))):
-                at += count
-            assert at == nbytes
+        connection.sendall(f"{start} {end}".encode())
+        at = 0
+        while at < len(into) and (count := connection.recv_into(into[at:], min(_CHUNK, len(into) - at))):
+            at += count
+        assert at == len(into)
 
     return run
 
@@ -200,27 +222,32 @@ def flight_read(port: int, credentials: Path | None) -> Callable[[], object]:
     return run
 
 
-def store_reads(
-    address: str, credentials: Path | None, names: Any, fingerprint: bytes, payloads: Any, readers: int
-) -> Callable[[], object]:
-    """All bytes, restored by each of `readers` clients at once, in threads with event loops of their own."""
-    buffers = [np.zeros_like(payloads) for _ in range(readers)]
+class Readers:
+    """So many clients of a store, each with an event loop in a thread of its own, that restore all bytes at once."""
 
-    async def restore(into: Any) -> None:
-        store = open_store(address, credentials)
+    def __init__(
+        self, address: str, credentials: Path | None, names: Any, fingerprint: bytes, payloads: Any, num: int
+    ) -> None:
+        self._names, self._fingerprint, self._payloads = names, fingerprint, payloads
+        self._into = [np.zeros_like(payloads) for _ in range(num)]
+        self._loops = [asyncio.new_event_loop() for _ in range(num)]
+        for loop in self._loops:
+            threading.Thread(target=loop.run_forever, daemon=True).start()
+        self._stores = [open_store(address, credentials) for _ in range(num)]
+
+    def restore(self) -> None:
+        readers = zip(self._stores, self._into, self._loops, strict=True)
+        for done in [asyncio.run_coroutine_threadsafe(self._one(store, into), loop) for store, into, loop in readers]:
+            done.result()
+
+    async def _one(self, store: RemoteStore, into: Any) -> None:
         views = [row.data for row in into]
-        assert await store.get_blocks(names.hashes, views, fingerprint=fingerprint) == len(payloads)
-        await store.close()
+        assert await store.get_blocks(self._names.hashes, views, fingerprint=self._fingerprint) == len(into)
 
-    def run() -> None:
-        threads = [threading.Thread(target=lambda into=into: asyncio.run(restore(into))) for into in buffers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert all(np.array_equal(into, payloads) for into in buffers)
-
-    return run
+    def check(self) -> None:
+        for into in self._into:
+            assert np.array_equal(into, self._payloads)
+            into[:] = 0
 
 
 def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -234,25 +261,34 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         plain = directory / "payloads"
         plain.write_bytes(payloads.tobytes())
         credentials = make_credentials(directory)
-        ways = Ways()
+        ways: dict[str, Way] = {}
         for suffix, own, callers in (("", None, None), ("_tls", credentials["kvstore"], credentials["prefill"])):
             shown = [] if own is None else [str(own)]
             line, pid = stack.enter_context(served("-c", GRPC_SERVER, *shown))
-            ways.runs[f"grpc{suffix}"] = (pid, grpc_stream(f"127.0.0.1:{line}", callers, payloads.nbytes // MIB))
+            num_chunks = payloads.nbytes // MIB // 2 * 2
+            halves = [grpc_stream(f"127.0.0.1:{line}", callers, num_chunks // 2) for _ in range(2)]
+            whole = grpc_stream(f"127.0.0.1:{line}", callers, num_chunks)
+            ways[f"grpc{suffix}"] = Way(pid, num_chunks * MIB, whole)
+            ways[f"grpc_2{suffix}"] = Way(pid, num_chunks * MIB, at_once(halves))
             line, pid = stack.enter_context(served("-c", SOCKET_SERVER, str(plain), *shown))
-            ways.runs[f"socket{suffix}"] = (pid, socket_read(int(line), callers, payloads.nbytes))
+            middle, end = payloads.nbytes // 2, payloads.nbytes
+            ways[f"socket{suffix}"] = Way(pid, end, socket_read(int(line), callers, 0, end))
+            halves = [socket_read(int(line), callers, *part) for part in ((0, middle), (middle, end))]
+            ways[f"socket_2{suffix}"] = Way(pid, end, at_once(halves))
             line, pid = stack.enter_context(served("-c", FLIGHT_SERVER, str(plain), *shown))
-            ways.runs[f"flight{suffix}"] = (pid, flight_read(int(line), callers))
+            ways[f"flight{suffix}"] = Way(pid, end, flight_read(int(line), callers))
             flags = ["--dir", str(directory / f"store{suffix}"), "--address", "127.0.0.1:0", "--budget-bytes", "4G"]
             flags += [] if own is None else ["--credentials", str(own)]
             line, pid = stack.enter_context(served("-m", "antefix_console", "serve", "kvstore", *flags))
             address = json.loads(line)["address"]
             asyncio.run(_put(address, callers, made))
-            for readers in READERS:
-                run = store_reads(address, callers, names, made[0].fingerprint, payloads, readers)
-                ways.runs[f"restore_{readers}{suffix}"] = (pid, run)
-        found = in_turn(ways, payloads.nbytes, args.repeats, console)
-    return {"mib": payloads.nbytes / MIB, "repeats": args.repeats, **found, "ratios": ratios(found["bytes_per_s"])}
+            for num in args.readers:
+                readers = Readers(address, callers, names, made[0].fingerprint, payloads, num)
+                ways[f"restore_{num}{suffix}"] = Way(pid, num * end, readers.restore, readers.check)
+        ways = {name: way for name, way in ways.items() if not args.only or name in args.only}
+        found = in_turn(ways, args.repeats, console)
+    shape = {"mib": payloads.nbytes / MIB, "repeats": args.repeats}
+    return {**shape, **{kind: medians(each) for kind, each in found.items()}, "ratios": ratios(found["bytes_per_s"])}
 
 
 async def _put(address: str, credentials: Path | None, made: Any) -> None:
@@ -272,38 +308,48 @@ def open_store(address: str, credentials: Path | None) -> RemoteStore:
     return RemoteStore(address, credentials=shown)
 
 
-def in_turn(ways: Ways, nbytes: int, repeats: int, console: Console) -> dict[str, dict[str, float]]:
+def in_turn(ways: dict[str, Way], repeats: int, console: Console) -> dict[str, dict[str, list[float]]]:
+    """Per way, a figure per round."""
     rates: dict[str, list[float]] = {}
     used: dict[str, list[float]] = {}
     for number in range(repeats + 1):
-        for name, (pid, run) in ways.runs.items():
-            carried = nbytes * (int(name.split("_")[1]) if name.startswith("restore") else 1)
-            before_s, start = _cpu_s(pid) + time.process_time(), time.perf_counter()
-            run()
+        for name, way in ways.items():
+            before_s, start = _cpu_s(way.pid) + time.process_time(), time.perf_counter()
+            way.carry()
             took_s = time.perf_counter() - start
+            cpu_s = _cpu_s(way.pid) + time.process_time() - before_s
+            way.check()
             # The first round fills buffers and caches.
             if number:
-                rates.setdefault(name, []).append(carried / took_s)
-                used.setdefault(name, []).append((_cpu_s(pid) + time.process_time() - before_s) / carried * (1 << 30))
+                rates.setdefault(name, []).append(way.nbytes / took_s)
+                used.setdefault(name, []).append(cpu_s / way.nbytes * (1 << 30))
         console.print(f"[dim]round {number} of {repeats}[/dim]")
-    return {
-        "bytes_per_s": {name: statistics.median(values) for name, values in rates.items()},
-        "cpu_s_per_gib": {name: statistics.median(values) for name, values in used.items()},
+    return {"bytes_per_s": rates, "cpu_s_per_gib": used}
+
+
+def medians(found: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
+    """What the store is held against, and what another way would bring: medians of each round's ratio."""
+    pairs = {
+        "restore_over_grpc": ("restore_1", "grpc"),
+        "restore_tls_over_grpc": ("restore_1_tls", "grpc"),
+        "restore_tls_over_grpc_tls": ("restore_1_tls", "grpc_tls"),
+        "grpc_tls_over_grpc": ("grpc_tls", "grpc"),
+        "two_connections_over_one": ("grpc_2", "grpc"),
+        "two_connections_over_one_tls": ("grpc_2_tls", "grpc_tls"),
+        "eight_readers_over_one": ("restore_8", "restore_1"),
+        "eight_readers_over_one_tls": ("restore_8_tls", "restore_1_tls"),
+        "socket_tls_over_grpc_tls": ("socket_tls", "grpc_tls"),
+        "two_sockets_tls_over_grpc_tls": ("socket_2_tls", "grpc_tls"),
+        "flight_tls_over_grpc_tls": ("flight_tls", "grpc_tls"),
     }
-
-
-def ratios(rates: dict[str, float]) -> dict[str, float]:
-    """What the store is held against, and what another way would bring."""
     return {
-        "restore_over_grpc": rates["restore_1"] / rates["grpc"],
-        "restore_tls_over_grpc": rates["restore_1_tls"] / rates["grpc"],
-        "restore_tls_over_grpc_tls": rates["restore_1_tls"] / rates["grpc_tls"],
-        "eight_readers_over_one": rates["restore_8"] / rates["restore_1"],
-        "eight_readers_over_one_tls": rates["restore_8_tls"] / rates["restore_1_tls"],
-        "socket_tls_over_grpc_tls": rates["socket_tls"] / rates["grpc_tls"],
-        "flight_tls_over_grpc_tls": rates["flight_tls"] / rates["grpc_tls"],
-        "socket_tls_over_restore_tls": rates["socket_tls"] / rates["restore_1_tls"],
-        "flight_tls_over_restore_tls": rates["flight_tls"] / rates["restore_1_tls"],
+        name: statistics.median(a / b for a, b in zip(rates[ours], rates[limit], strict=True))
+        for name, (ours, limit) in pairs.items()
+        if ours in rates and limit in rates
     }
 
 
@@ -337,15 +383,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=256, help="of payloads per reader (default 256)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--readers", type=int, nargs="+", default=list(READERS), help="of a store at once (1 4 8)")
+    parser.add_argument("--only", nargs="+", help="measure these ways alone, by their names in the figures")
     parser.add_argument("--dir", type=Path, help="where to write three times the payloads")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    keep_large_buffers()
     console = Console(stderr=True)
     report = measure(args, console)
     print(json.dumps(report, indent=2))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write(args.json, report, "grpcio", "pyarrow")
     console.print(table_of(report))
 
 

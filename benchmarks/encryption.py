@@ -9,22 +9,19 @@ are medians: GB/s of payload either way, processor time per GiB, and the ratio o
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import secrets
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 from antefix.block import Chain
 from antefix.record import Record, RecordKind
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
+from benchmarks.run_record import write
 
 FINGERPRINT = b"f" * 32
 BLOCK = 128
@@ -122,17 +119,7 @@ def main() -> None:
             f" {row['encrypted_processor_s_per_gib']:.2f} s per GiB ({row['processor_ratio']:.2f} of plain)"
         )
     if args.json:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        about = {
-            "commit": commit,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "command": "python benchmarks/encryption.py",
-            "rounds": args.rounds,
-        }
-        args.json.write_text(json.dumps({**about, "figures": figures}, indent=1) + "\n")
+        write(args.json, {"rounds": args.rounds, "figures": figures}, "cryptography")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +24,7 @@ from antefix.security.grants import GrantCheck, Granter, secret_keys
 from antefix.security.identity import Role
 from antefix.security.process_security import OPEN, ProcessSecurity
 from antefix.security.service_tokens import check_service_token, service_token
+from benchmarks.run_record import write
 
 METHOD = "/grpc.health.v1.Health/Check"
 PROMPT = np.arange(2000, dtype=np.uint32)
@@ -86,18 +83,6 @@ async def measure(num_times: int) -> dict[str, object]:
     return report
 
 
-def write(file: Path, report: dict[str, object], command: str = "python benchmarks/grants.py") -> None:
-    """A report with where its figures are from."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    about = {
-        "commit": commit.stdout.strip(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
-        "command": command,
-    }
-    file.write_text(json.dumps({**about, "figures": report}, indent=1) + "\n")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=2000, help="how often each is done")
@@ -106,4 +91,4 @@ if __name__ == "__main__":
     figures = asyncio.run(measure(args.times))
     print(json.dumps(figures, indent=2))
     if args.json is not None:
-        write(args.json, figures)
+        write(args.json, {"figures": figures})

@@ -33,7 +33,7 @@ from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import StorageEngine
-from benchmarks.grants import write
+from benchmarks.run_record import write
 from benchmarks.store_scale import FINGERPRINT, PROMPT_BLOCKS, _small_prompt
 
 _context = multiprocessing.get_context("spawn")
@@ -172,11 +172,8 @@ def main() -> int:
     for name, figures in found.items():
         sys.stdout.write(f"{name:12}" + "".join(f"  {key} {value:.3f}" for key, value in figures.items()) + "\n")
     if args.json:
-        write(
-            args.json,
-            {"blocks": args.blocks, "rounds": args.rounds, "least": found},
-            "python -m benchmarks.index_readers",
-        )
+        figures = {"blocks": args.blocks, "rounds": args.rounds, "least": found}
+        write(args.json, {"figures": figures}, "lmdb")
     return 0
 
 

@@ -7,7 +7,6 @@ it, where its settings allow that.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +16,7 @@ import zmq.utils.z85
 from zmq.auth.asyncio import AsyncioAuthenticator
 
 from antefix.errors import ConfigError
+from antefix.private_file import create_private
 from antefix.security.listening import is_loopback
 
 _KEY_CHARACTERS: Final = 40
@@ -37,19 +37,12 @@ class CurveKey:
     def from_file(cls, path: str | Path) -> CurveKey:
         """The key in the file, made if it is not there, readable by its owner only."""
         path = Path(path)
+        _, secret = zmq.curve_keypair()
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            try:
-                return cls(path.read_bytes().strip())
-            except OSError as err:
-                raise ConfigError(f"CURVE key {path}: {err}") from err
+            create_private(path, secret.decode() + "\n")
+            return cls(path.read_bytes().strip())
         except OSError as err:
             raise ConfigError(f"CURVE key {path}: {err}") from err
-        _, secret = zmq.curve_keypair()
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(secret + b"\n")
-        return cls(secret)
 
 
 def check_public_key(text: str) -> bytes:

@@ -1,7 +1,7 @@
 """DeepSeek-V4's architecture in PyTorch, with an explicit cache: a paged pool of blocks and a small window state."""
 
 from antefix.model.arithmetic import Arithmetic, probe
-from antefix.model.draft import can_draft, draft, follow
+from antefix.model.draft import can_draft, draft, follow, follow_ran
 from antefix.model.loading import check_device, load_model, save_model
 from antefix.model.model import Model, init_weights
 from antefix.model.model_config import ModelConfig
@@ -22,6 +22,7 @@ __all__ = [
     "check_device",
     "draft",
     "follow",
+    "follow_ran",
     "forward",
     "init_weights",
     "load_model",

@@ -8,6 +8,7 @@ goes into all names of KV. Set-ups that agree share; others miss.
     cpu-float32-1f3a5b7c9d-0a2c4e6f81       device and precision; digest of products; digest of functions and sums
     cpu-float32-1f3a5b7c9d-0a2c4e6f81-t3    ... whose bits were seen to depend on the number of threads, here 3
     cuda-bfloat16-reproducible-...          on a card both digests cover card, driver and libraries too
+    cuda-bfloat16-reproducible-...-x2       of a model over two cards, whose shares may take other sums than the whole
 
 The probe also checks what exactness rests on: that a row's results are the same whole and cut, and that they are the
 same with one thread. It takes at most TIME_S_MAX, and says what it found (`failed`) and could not check (`unproved`).
@@ -28,7 +29,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from antefix.block import arithmetic_of
+from antefix.block import arithmetic_of, on_cards
 from antefix.layout import LayerKind
 from antefix.model import arithmetic_cache, numerics
 from antefix.model.card_steps import card_steps
@@ -94,6 +95,9 @@ def probe(
     is_card = setup.card != ""
     # A card's attention kernels are not probed: which they are is part of the name.
     salt = f"{setup.card} kernels {kernels}" if is_card else ""
+    num_cards = model.ranks.size if is_card and model.ranks is not None else 1
+    if num_cards > 1:
+        salt += f" of {num_cards} ranks"
     if model.dtype is torch.bfloat16:
         # Sinks, mixing weights and biases: earlier versions rounded them too, and they are not probed.
         salt += " float32 parameters"
@@ -110,6 +114,10 @@ def probe(
     name = f"{prefix}-{products}-{functions}"
     if any(text.endswith(_THREADS) for text in checked.failed):
         name += f"-t{setup.threads}"
+    if num_cards > 1:
+        name += on_cards(num_cards)
+        shares = f"shares of weights and heads on {num_cards} cards: probed as wholes"
+        checked = replace(checked, unproved=(*checked.unproved, shares))
     measured = replace(checked, name=name, setup=setup.text)
     arithmetic_cache.save(cache_dir, key, sample, measured)
     return measured

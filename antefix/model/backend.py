@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +11,9 @@ from antefix.errors import ConfigError
 from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model.ops import Ops, TorchOps
 from antefix.model.pool import BlockPool
+
+if TYPE_CHECKING:
+    from antefix.model.lead import Lead
 
 KERNELS = ("auto", "triton", "torch")
 
@@ -36,18 +40,41 @@ def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -
 
 
 def make_backend(
-    kernels: str, layout: BlockLayout, num_blocks: int, device: str | torch.device, *, reproducible: bool = False
+    kernels: str,
+    layout: BlockLayout,
+    num_blocks: int,
+    device: str | torch.device,
+    *,
+    reproducible: bool = False,
+    lead: Lead | None = None,
+    takes_payloads: bool = True,
 ) -> tuple[BlockPool, Ops]:
     """A pool on `device` and the operations that go with it; `kernels` is auto, triton or torch.
 
     reproducible: kernels that give a query the same bits whatever else is computed; torch on a CPU does so anyway.
+    lead: the model's, where it is over several ranks: each gets such a pool.  takes_payloads: as `BlockPool` has it.
     """
+    pool, ops = _make_backend(kernels, layout, num_blocks, device, reproducible, takes_payloads)
+    if lead is not None:
+        lead.add_pool(pool, kernels=kernels, reproducible=reproducible)
+    return pool, ops
+
+
+def _make_backend(
+    kernels: str,
+    layout: BlockLayout,
+    num_blocks: int,
+    device: str | torch.device,
+    reproducible: bool,
+    takes_payloads: bool,
+) -> tuple[BlockPool, Ops]:
     if not uses_triton(kernels, layout, device):
-        return BlockPool(layout, num_blocks, device), TorchOps()
+        return BlockPool(layout, num_blocks, device, takes_payloads=takes_payloads), TorchOps()
     from antefix.model.card_pool import CardPool
     from antefix.model.triton_ops import TritonOps
 
-    return CardPool(layout, num_blocks, device), TritonOps(layout, reproducible=reproducible)
+    pool = CardPool(layout, num_blocks, device, takes_payloads=takes_payloads)
+    return pool, TritonOps(layout, reproducible=reproducible)
 
 
 def _fits(layout: BlockLayout) -> bool:

@@ -7,8 +7,6 @@ Memory: `num_blocks * block_bytes` on the card, and as much pinned on the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -25,16 +23,22 @@ class CardPool(BlockPool):
     On a CPU, where the kernels run in Triton's interpreter, host rows are memory of their own all the same.
     """
 
-    def __init__(self, layout: BlockLayout, num_blocks: int, device: str | torch.device = "cuda") -> None:
+    def __init__(
+        self,
+        layout: BlockLayout,
+        num_blocks: int,
+        device: str | torch.device = "cuda",
+        *,
+        takes_payloads: bool = True,
+    ) -> None:
         if layout.kv_format is not KVFormat.FP8:
             raise InternalError(f"a card pool holds fp8 records only, not {layout.kv_format.value}")
-        super().__init__(layout, num_blocks, device)
-        self._host = HostRows(self.rows)
+        super().__init__(layout, num_blocks, device, takes_payloads=takes_payloads)
+        if takes_payloads and self._host is None:
+            self._host = HostRows(self.rows)
 
-    def note_filled(self, block_ids: Iterable[int]) -> None:
-        """Landed payloads go to the card."""
-        assert self._host is not None
-        self._host.send(block_ids)
+    def decode_rows(self, block_ids: list[int]) -> None:
+        """Nothing is kept decoded."""
 
     def decoded(self, part: Part) -> Tensor:
         """Raises InternalError: a card pool keeps no decoded values."""

@@ -18,12 +18,14 @@ Source:  MTPBlock of the released inference/model.py.
 from __future__ import annotations
 
 import collections.abc
+import contextlib
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from antefix.block import TokenArray
 from antefix.errors import InternalError
 from antefix.layout import LayerKind
 from antefix.model.attend import line_up
@@ -31,6 +33,7 @@ from antefix.model.mhc import expand
 from antefix.model.model import DraftLayer, Model
 from antefix.model.numerics import linear, pad_rows
 from antefix.model.ops import Ops, TorchOps
+from antefix.model.runner import Ran
 from antefix.model.window_state import DraftState, WindowState
 
 _TORCH_OPS = TorchOps()
@@ -68,6 +71,14 @@ def draft_logits(
 
     windows: all of which `can_draft`.
     """
+    lead = model.lead
+    with contextlib.nullcontext() if lead is None else lead.draft(windows, next_tokens):
+        return _draft_logits(model, windows, next_tokens, ops)
+
+
+def _draft_logits(
+    model: Model, windows: collections.abc.Sequence[WindowState], next_tokens: list[int], ops: Ops
+) -> Tensor:
     states = [cast(DraftState, window.draft) for window in windows]
     module, device = _module(model), model.device
     pairs = _Pairs(
@@ -94,6 +105,16 @@ def draft_logits(
     output = module.mlp(module.post_attention_layernorm(x)[:live], pairs.tokens)
     streams = expand(streams, pad_rows(output), post, comb)
     return linear(module.norm(module.hc_head(streams))[:live], model.lm_head.weight)
+
+
+def follow_ran(
+    model: Model, ran: Ran, number: int, window: WindowState, tokens: TokenArray, *, stop: int, ops: Ops = _TORCH_OPS
+) -> None:
+    """`follow` for tokens that were kept of sequence `number`: those before its new token `stop`."""
+    ran.follow(number, window, tokens, stop)
+    end = ran.rows(number).start + stop
+    given = torch.from_numpy(tokens.astype("i8")).to(model.device)
+    follow(model, window, given, ran.streams[end - len(tokens) : end], ops)
 
 
 @torch.inference_mode()

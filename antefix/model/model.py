@@ -6,6 +6,7 @@ Shapes:  V = vocabulary, D = hidden size, M = streams.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ from antefix.model.mhc import HyperConnection, HyperHead
 from antefix.model.model_config import ModelConfig
 from antefix.model.moe import MoE
 from antefix.model.norms_rope import RMSNorm, inverse_frequencies, rope_table
+
+if TYPE_CHECKING:
+    from antefix.model.lead import Lead
+    from antefix.model.ranks import Ranks
 
 
 class DecoderLayer(nn.Module):
@@ -80,6 +85,9 @@ class Model(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         rope_dim = config.geometry.rope_dim
+        # Of one of several ranks its place among them; of rank 0 what tells the others of each call.
+        self.ranks: Ranks | None = None
+        self.lead: Lead | None = None
         self.register_buffer("rope_main", inverse_frequencies(config.rope_main, rope_dim), persistent=False)
         self.register_buffer("rope_compress", inverse_frequencies(config.rope_compress, rope_dim), persistent=False)
 

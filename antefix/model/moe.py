@@ -134,19 +134,36 @@ class MoE(nn.Module):
 
         stacks = self.experts
         gate_up_proj, down_proj = stacks.gate_up_proj, stacks.down_proj
+        picks, num_routed, is_mine = _own_picks(stacks, experts_NK)
         if isinstance(gate_up_proj, PackedStack):
             assert isinstance(down_proj, PackedStack)
-            routing = products.route(
-                experts_NK, len(gate_up_proj), tile=gate_up_proj.card_tile(x_ND, experts_NK.numel())
-            )
+            tile = gate_up_proj.card_tile(x_ND, picks.numel())
+            routing = products.route(picks, num_routed, tile=tile)
             inner = tokens.swiglu(gate_up_proj.card_product(x_ND, routing, gathered=True), stacks.limit)
             rows = down_proj.card_product(inner, routing, gathered=False)
         else:
             assert not isinstance(down_proj, PackedStack)
-            routing = products.route(experts_NK, len(gate_up_proj))
+            routing = products.route(picks, num_routed)
             gate_up = products.multiply_routed(x_ND, gate_up_proj, routing, gathered=True)
             rows = products.multiply_routed(tokens.swiglu(gate_up, stacks.limit), down_proj, routing, gathered=False)
-        return tokens.combine(rows, routing.place, weights_NK, self.shared_experts(x_ND))
+        place = routing.place
+        if stacks.ranks is not None and is_mine is not None:
+            # Ranks sort their picks in other ways, so rows go back to the order of tokens before they are merged.
+            rows = stacks.ranks.merge(rows.index_select(0, place), is_mine)
+            place = torch.arange(len(place), device=place.device)
+        return tokens.combine(rows, place, weights_NK, self.shared_experts(x_ND))
+
+
+def _own_picks(stacks: Experts, experts_NK: Tensor) -> tuple[Tensor, int, Tensor | None]:
+    """Picks as numbers of the stacks' experts, how many numbers there are, and which picks are this rank's [N * K, 1].
+
+    Other ranks' picks have the number behind the last expert, whose rows no product computes.
+    """
+    if stacks.ranks is None:
+        return experts_NK, stacks.num_experts, None
+    first, stop = stacks.ranks.span(stacks.num_experts)
+    is_mine = (experts_NK >= first) & (experts_NK < stop)
+    return torch.where(is_mine, experts_NK - first, stop - first), stop - first + 1, is_mine.view(-1, 1)
 
 
 def _row_sums(weights_NK: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ bytes a record). The float formats read the rows in place. Fresh memory is only 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,21 +24,36 @@ from antefix.layout import BlockLayout, KVFormat, Part, PartKind
 from antefix.model.host_rows import HostRows
 from antefix.model.quant import pack, unpack, value_dtype, width_of
 
+if TYPE_CHECKING:
+    from antefix.model.lead import Lead
+
 # Payload bytes decoded at once: large enough to hide the calls, small enough for a core's caches.
 _DECODE_BYTES = 256 << 10
 
 
 class BlockPool:
-    """`num_blocks` rows of `layout.block_bytes` on `device`."""
+    """`num_blocks` rows of `layout.block_bytes` on `device`.
 
-    def __init__(self, layout: BlockLayout, num_blocks: int, device: str | torch.device = "cpu") -> None:
+    takes_payloads: False for a pool on a card whose payloads neither come from the host nor go there.
+    """
+
+    def __init__(
+        self,
+        layout: BlockLayout,
+        num_blocks: int,
+        device: str | torch.device = "cpu",
+        *,
+        takes_payloads: bool = True,
+    ) -> None:
         if num_blocks < 1:
             raise InternalError(f"a pool needs at least one block, not {num_blocks}")
         self.layout = layout
         self.num_blocks = num_blocks
         self.rows = _fresh_zeros((num_blocks, layout.block_bytes), torch.uint8, device)
-        self._host = None if self.rows.device.type == "cpu" else HostRows(self.rows)
+        self._host = HostRows(self.rows) if takes_payloads and self.rows.device.type != "cpu" else None
         self.num_free = num_blocks
+        # Of rank 0 of several: other ranks have such a pool too.
+        self.lead: Lead | None = None
         self._in_use = np.zeros(num_blocks, np.bool_)
         self._parts = {(part.layer, part.kind): part for part in layout.parts}
         self._decoded = {key: self._decoded_part(part) for key, part in self._parts.items()}
@@ -77,10 +93,16 @@ class BlockPool:
         return self._views(block_ids) if self._host is None else self._host.fetch(block_ids)
 
     def note_filled(self, block_ids: Iterable[int]) -> None:
-        """Payloads have landed: move them to where the rows are, and decode them anew."""
+        """Payloads have landed: move them to where the rows are, on every rank, and decode them anew."""
         block_ids = list(block_ids)
         if self._host is not None:
             self._host.send(block_ids)
+        if self.lead is not None:
+            self.lead.fill(self, block_ids)
+        self.decode_rows(block_ids)
+
+    def decode_rows(self, block_ids: list[int]) -> None:
+        """These rows have new payloads: decode what is kept decoded."""
         if self.layout.kv_format is not KVFormat.FP8:
             return
         ids = torch.as_tensor(block_ids, dtype=torch.long, device=self.rows.device)

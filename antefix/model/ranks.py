@@ -3,14 +3,15 @@
 Every rank runs the same calls in the same order, on its own pool and window states, whose bytes are equal on all. A
 rank computes its heads and its experts, and what they make is gathered, never added up: each number comes from one
 rank, by the sum that one process would have computed it by. So on a CPU the number of ranks changes no bit, KV has the
-same names at any, and workers of different numbers share a store.
+same names at any, and workers of different numbers share a store. On a card a rank's share of a weight may be cut into
+sums in another way than the whole, and fewer heads may take another kernel: there the number is part of the names.
 
     layer         split                                   gathered                          as a whole on each rank
     attention     heads: wq_b, sinks, attention itself;   [N, G * R] of the output groups   wq_a, wkv, compressors,
                   wo_a by output groups                                                     indexer, wo_b
     experts       by expert: each rank has E / ranks      [N * K, D] rows of all picks      router, shared expert
 
-A layer whose sizes do not divide is not split. Global KV is read from the store by rank 0 alone and shared.
+A layer whose sizes do not divide is not split. `lead` and `follower` are what makes every rank run the same calls.
 
 Shapes:  N = tokens, G = output groups, R = output rank, E = experts, K = experts a token, D = hidden size.
 """
@@ -18,7 +19,7 @@ Shapes:  N = tokens, G = output groups, R = output rank, E = experts, K = expert
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,20 +27,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from antefix.errors import ConfigError, InternalError
+from antefix.model.exchange_time import ExchangeTime
 from antefix.model.packed import PackedLinear, PackedStack
 
 if TYPE_CHECKING:
     from antefix.model.load_plan import Copy
     from antefix.model.model import DecoderLayer, Model
-    from antefix.model.pool import BlockPool
+
+# Rows of a pool are copied side by side to be sent, so many bytes at once.
+_SHARED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process' place among those that run one model."""
+    """This process' place among those that run one model.
+
+    group: what they reach each other by; None where nothing is run, as for shares of a load alone.
+    """
 
     rank: int
     size: int
+    group: dist.ProcessGroup | None = None
+    time: ExchangeTime = field(default_factory=ExchangeTime)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -50,7 +59,7 @@ class Ranks:
         """Of the process group that is initialised.  Raises:  ConfigError: none is."""
         if not dist.is_available() or not dist.is_initialized():
             raise ConfigError("several ranks need torch.distributed to be initialised")
-        return cls(rank=dist.get_rank(), size=dist.get_world_size())
+        return cls(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD)
 
     def span(self, count: int) -> tuple[int, int]:
         """This rank's share [first, stop) of `count`, which divides."""
@@ -59,49 +68,65 @@ class Ranks:
 
     def gather(self, x: Tensor) -> Tensor:
         """[N, C] of each rank, side by side: [N, ranks * C]."""
-        pieces = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(pieces, x.contiguous())
-        return torch.cat(pieces, 1)
+        return torch.cat(self._gather(x.contiguous()), 1)
 
     def gather_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """Each rank's rows, one below the other. counts: how many each rank has; all know."""
-        most = max(counts)
-        padded = x.new_zeros(most, x.shape[1])
+        padded = x.new_zeros(max(counts), x.shape[1])
         padded[: len(x)] = x
-        pieces = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(pieces, padded)
-        return torch.cat([piece[:count] for piece, count in zip(pieces, counts, strict=True)])
+        return torch.cat([piece[:count] for piece, count in zip(self._gather(padded), counts, strict=True)])
 
-    def share(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes, on every rank: of a checkpoint, say."""
-        if self.rank == 0 and data is None:
-            raise InternalError("rank 0 has nothing to share")
-        size = torch.tensor([len(data) if data is not None else 0])
-        dist.broadcast(size, 0)
-        held = torch.empty(int(size), dtype=torch.uint8)
-        if data is not None and self.rank == 0:
-            held.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(held, 0)
-        return held.numpy().tobytes()
+    def merge(self, x: Tensor, is_mine: Tensor) -> Tensor:
+        """x [N, C], of which each row belongs to one rank: all of them, on every rank. is_mine: [N, 1].
 
-    def share_blocks(self, pool: BlockPool, block_ids: Iterable[int]) -> None:
-        """Rank 0 has read these blocks' payloads into `pool.landing`: fill every rank's pool with them."""
-        block_ids = list(block_ids)
-        for row in pool.landing(block_ids):
-            dist.broadcast(torch.frombuffer(row, dtype=torch.uint8), 0)
-        pool.note_filled(block_ids)
+        The others' rows are -0.0, which added to any number, itself included, gives that number's bits: so this sum
+        is none, whatever its order. Nothing waits for the card, as counting rows would.
+        """
+        x = torch.where(is_mine, x, -0.0)
+        with self.time.of(x):
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def share_rows(self, rows: Tensor, row_ids: Iterable[int]) -> None:
+        """These rows of rank 0 come to every rank's `rows`: [R, bytes] uint8."""
+        ids = torch.as_tensor(list(row_ids), dtype=torch.long, device=rows.device)
+        for part in torch.split(ids, max(1, _SHARED_BYTES // max(rows.shape[1], 1))):
+            sent = rows.index_select(0, part)
+            with self.time.of(sent):
+                dist.broadcast(sent, group=self.group, group_src=0)
+            if self.rank:
+                rows.index_copy_(0, part, sent)
+
+    def _gather(self, x: Tensor) -> list[Tensor]:
+        if self.group is None:
+            raise InternalError("these ranks were only loaded for, not connected")
+        pieces = [torch.empty_like(x) for _ in range(self.size)]
+        with self.time.of(x):
+            dist.all_gather(pieces, x, group=self.group)
+        return pieces
 
 
 def split_model(model: Model, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
     """Cut a model without memory down to this rank's share. Returns, of each tensor that was cut, its rows
     [first, stop) of how many."""
     cuts: dict[str, tuple[int, int, int]] = {}
+    model.ranks = ranks
     layers = [(f"model.layers.{index}", layer) for index, layer in enumerate(model.model.layers)]
     layers += [(f"mtp.{index}", layer) for index, layer in enumerate(model.mtp)]
     for name, layer in layers:
         cuts |= _split_attention(f"{name}.self_attn", layer, ranks)  # type: ignore[arg-type]
         cuts |= _split_experts(f"{name}.mlp.experts", layer, ranks)  # type: ignore[arg-type]
     return cuts
+
+
+def take_share(model: Model, ranks: Ranks) -> None:
+    """Cut a model that has all its weights down to this rank's share."""
+    whole = model.state_dict()
+    cuts = split_model(model, ranks)
+    # Copies: parts of the whole would keep it in memory.
+    parts = {name: tensor[slice(*cuts[name][:2])].clone() if name in cuts else tensor for name, tensor in whole.items()}
+    model.load_state_dict(parts, strict=True, assign=True)
+    model.requires_grad_(False)
 
 
 def cut_copies(

@@ -13,13 +13,14 @@ Source:  V4 report, section 3.5 (caching no windows). Oracle: `forward(write_glo
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from antefix.block import Tokens, as_tokens
+from antefix.block import TokenArray, Tokens, as_tokens
 from antefix.errors import InternalError
 from antefix.layout import KVGeometry, PartKind
 from antefix.model.attend import WindowLine, advance_ring, line_up
@@ -49,6 +50,12 @@ def replay(
     """
     given = as_tokens(tokens)
     _check(model, pool, sequence, len(given), stop)
+    lead = model.lead
+    with contextlib.nullcontext() if lead is None else lead.replay(pool, sequence, given, stop):
+        _replay(model, pool, sequence, given, stop, ops)
+
+
+def _replay(model: Model, pool: BlockPool, sequence: Sequence, given: TokenArray, stop: int, ops: Ops) -> None:
     device, position = model.device, sequence.position
     span = pad_rows(torch.from_numpy(given.astype("i8")).to(device))
     positions = pad_rows(torch.arange(position, position + len(given), device=device))

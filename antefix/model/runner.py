@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import collections.abc
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -25,13 +25,14 @@ from antefix.layout import LayerKind, PartKind
 from antefix.model.attend import WindowLine, advance_ring, line_up
 from antefix.model.attention import CSACompressor
 from antefix.model.compressor import Compressor
+from antefix.model.lead import LeadCall
 from antefix.model.mhc import expand
 from antefix.model.model import DecoderLayer, Model
 from antefix.model.numerics import ROW_TILE, linear, pad_rows
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.pool import BlockPool
 from antefix.model.steps import Steps, TokenRows
-from antefix.model.window_state import CompressorState, Sequence
+from antefix.model.window_state import CompressorState, Sequence, WindowState
 
 _TORCH_OPS = TorchOps()
 
@@ -118,6 +119,7 @@ class Ran:
     streams: Tensor
     _items: list[_Item]
     _steps: Steps | None = None
+    _call: LeadCall | None = None
 
     def rows(self, number: int) -> slice:
         """A sequence's rows of `streams`, and of all logits."""
@@ -131,22 +133,34 @@ class Ran:
             raise InternalError(
                 f"{stop} tokens cannot be kept of {item.stop - item.start}, {item.num_kept} are already"
             )
-        if self._steps is not None and item.step is not None and stop > item.num_kept:
-            self._steps.keep([item.step])
-        for apply in item.pending:
-            apply(item.num_kept, stop)
-        item.move_on(stop)
+        if self._call is not None:
+            self._call.keep(number, stop)
+        self._keep(item, stop)
 
     def keep_all(self) -> None:
         """Move every sequence on by all of its new tokens. None may have been kept before."""
+        if self._call is not None:
+            self._call.keep(None)
         steps = [item for item in self._items if item.step is not None]
         if self._steps is not None:
             self._steps.keep(range(len(steps)))
         for item in steps:
             item.move_on(1)
-        for number, item in enumerate(self._items):
+        for item in self._items:
             if item.step is None:
-                self.keep(number)
+                self._keep(item, item.stop - item.start)
+
+    def follow(self, number: int, window: WindowState, tokens: np.ndarray[Any, Any], stop: int) -> None:
+        """On other ranks too, the draft state follows (`antefix.model.follow_ran`)."""
+        if self._call is not None:
+            self._call.follow(number, window, tokens, stop)
+
+    def _keep(self, item: _Item, stop: int) -> None:
+        if self._steps is not None and item.step is not None and stop > item.num_kept:
+            self._steps.keep([item.step])
+        for apply in item.pending:
+            apply(item.num_kept, stop)
+        item.move_on(stop)
 
 
 @torch.inference_mode()
@@ -163,12 +177,32 @@ def run_tokens(
     if it had never run. Raises as `forward`."""
     # 1. Check everything, before anything is written.
     items, tokens, positions = _plan(model, pool, batch)
-    if write_global_kv:
+    lead = model.lead
+    if lead is None:
+        return _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
+    given = [(sequence, as_tokens(each)) for sequence, each in batch]
+    with lead.run(pool, given, logits=logits, write_global_kv=write_global_kv) as call:
+        ran = _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
+    return replace(ran, _call=call)
+
+
+def _run_items(
+    model: Model,
+    pool: BlockPool,
+    items: list[_Item],
+    tokens: Tensor,
+    positions: Tensor,
+    *,
+    logits: Literal["last", "all"],
+    write: bool,
+    ops: Ops,
+) -> Ran:
+    if write:
         _open_blocks(pool, items)
     single = [item for item in items if item.stop - item.start == 1] if ops.steps_together else []
     for number, item in enumerate(single):
         item.step = number
-    steps = Steps(model, pool, [item.sequence for item in single], write=write_global_kv) if single else None
+    steps = Steps(model, pool, [item.sequence for item in single], write=write) if single else None
     split = _Split(items, single, model.device)
     # 2. The layers. Rows beyond the last sequence are padding.
     ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
@@ -177,7 +211,7 @@ def run_tokens(
     for index, module in enumerate(model.model.layers):
         layer = cast(DecoderLayer, module)
         x, post, comb = layer.attn_hc(streams)
-        attention = _LayerPass(model, pool, index, layer, ops, write_global_kv, steps)
+        attention = _LayerPass(model, pool, index, layer, ops, write, steps)
         output = attention.run(layer.input_layernorm(x), positions, ropes[layer.self_attn.kind], split)
         streams = expand(streams, output, post, comb)
         x, post, comb = layer.ffn_hc(streams)

@@ -35,6 +35,8 @@ def _row(*roles: Role, grant: GrantRule = GrantRule.NONE) -> Access:
 
 _ROUTER, _OPERATOR, _LOCAL = Role.ROUTER, Role.OPERATOR, Role.LOCAL
 _WORKERS: Final = (Role.PREFILL, Role.DECODE)
+# Those who fill and read the store.
+_FILLING: Final = (*_WORKERS, Role.ENGINE)
 _CLIENTS: Final = (Role.FRONTEND, Role.TENANT, _OPERATOR, _LOCAL)
 _EVERYBODY: Final = tuple(role for role in Role if role is not Role.NOBODY)
 _GRANTED: Final = GrantRule.NEEDED
@@ -60,18 +62,18 @@ TABLE: Final[dict[str, Access]] = {
     "/antefix.v1.WindowService/WindowStatus": _row(_OPERATOR),
     "/antefix.v1.WindowService/SetStrategy": _row(_OPERATOR),
     # What belongs to tenants.
-    "/antefix.v1.KvStoreService/Lookup": _row(_ROUTER, *_WORKERS, _OPERATOR, grant=_GRANTED),
+    "/antefix.v1.KvStoreService/Lookup": _row(_ROUTER, *_FILLING, _OPERATOR, grant=_GRANTED),
     "/antefix.v1.KvStoreService/Fate": _row(_ROUTER, *_WORKERS, _OPERATOR, grant=_GRANTED),
-    "/antefix.v1.KvStoreService/Get": _row(*_WORKERS, _OPERATOR, grant=_GRANTED),
-    "/antefix.v1.KvStoreService/Put": _row(*_WORKERS, grant=_GRANTED),
-    "/antefix.v1.KvStoreService/Pin": _row(_ROUTER, _OPERATOR, grant=_GRANTED),
-    "/antefix.v1.KvStoreService/Evict": _row(_ROUTER, _OPERATOR, grant=_GRANTED),
+    "/antefix.v1.KvStoreService/Get": _row(*_FILLING, _OPERATOR, grant=_GRANTED),
+    "/antefix.v1.KvStoreService/Put": _row(*_FILLING, grant=_GRANTED),
+    "/antefix.v1.KvStoreService/Pin": _row(_ROUTER, Role.ENGINE, _OPERATOR, grant=_GRANTED),
+    "/antefix.v1.KvStoreService/Evict": _row(_ROUTER, Role.ENGINE, _OPERATOR, grant=_GRANTED),
     # Uses are told in one call for all tenants. Naming a record as forged takes a grant for its owner.
-    "/antefix.v1.KvStoreService/Touch": _row(*_WORKERS, grant=GrantRule.OPTIONAL),
+    "/antefix.v1.KvStoreService/Touch": _row(*_FILLING, grant=GrantRule.OPTIONAL),
     # Of no tenant. Watching tells the names of all blocks, so it is for routers alone.
-    "/antefix.v1.KvStoreService/Register": _row(*_WORKERS),
+    "/antefix.v1.KvStoreService/Register": _row(*_FILLING),
     "/antefix.v1.KvStoreService/Watch": _row(_ROUTER),
-    "/antefix.v1.KvStoreService/Stats": _row(_ROUTER, *_WORKERS, _OPERATOR),
+    "/antefix.v1.KvStoreService/Stats": _row(_ROUTER, *_FILLING, _OPERATOR),
     # What every service has.
     "/antefix.v1.AboutService/About": _row(_ROUTER, _OPERATOR),
     "/grpc.health.v1.Health/Check": _row(*_EVERYBODY),

@@ -16,11 +16,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from antefix.errors import ConfigError
+from antefix.secret import Keyring
+from antefix.security.grants import Granter
 from antefix.security.identity import DOMAIN, NAME, Role, role_host
 
 CERTIFICATE, KEY, CA = "tls.crt", "tls.key", "ca.crt"
 CA_KEY: Final = "ca.key"
-GRANT_KEY, GRANT_PUBLIC = "grant.key", "grant.pub"
+GRANT_KEY, GRANT_PUBLIC, TENANT_GRANT = "grant.key", "grant.pub", "tenant.grant"
 CA_DAYS: Final = 3650
 DAYS: Final = 90
 # Clocks of hosts differ: a certificate holds from a little before it was made.
@@ -128,6 +130,21 @@ def issue(
     except OSError as err:
         raise ConfigError(f"{directory}: {err}") from err
     return describe(pem)
+
+
+def write_lasting_grant(
+    ca_directory: Path, directory: Path, keyring: Keyring, tenant: str, *, days: int = DAYS
+) -> None:
+    """Sign an engine's grant for a tenant, into the directory that has its certificate.
+
+    Raises:  ConfigError: the CA has no key that signs grants, or the directory cannot be written.
+    """
+    try:
+        granter = Granter.from_pem((ca_directory / GRANT_KEY).read_bytes())
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(directory / TENANT_GRANT, granter.lasting_grant(keyring, tenant, ttl_s=days * 86400.0))
+    except OSError as err:
+        raise ConfigError(f"{err}; `antefix certs init` makes a CA with {GRANT_KEY}") from err
 
 
 def describe(pem: bytes) -> Issued:

@@ -3,6 +3,7 @@
     tls.crt, tls.key, ca.crt    its certificate, its key, and whom it believes; as cert-manager and SPIFFE lay them down
     identities.toml             who else is who (`identity_file.py`)
     grant.key, grant.pub        what signs grants (routers), and what checks them (`grants.py`)
+    tenant.grant                an engine's grant for its tenant
 
 ca.crt alone is a client without a certificate. Files that do not fit each other, as half-written ones, are passed over:
 the ones before stay in use, which is logged and counted.
@@ -21,9 +22,18 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from antefix.errors import ConfigError
-from antefix.security.certificates import CA, CERTIFICATE, GRANT_KEY, GRANT_PUBLIC, KEY, Issued, describe
-from antefix.security.grants import Granter, public_keys
+from antefix.errors import ConfigError, PermissionDenied
+from antefix.security.certificates import (
+    CA,
+    CERTIFICATE,
+    GRANT_KEY,
+    GRANT_PUBLIC,
+    KEY,
+    TENANT_GRANT,
+    Issued,
+    describe,
+)
+from antefix.security.grants import Granter, public_keys, unchecked
 from antefix.security.identity import named_identity
 from antefix.security.identity_file import FILE as IDENTITIES
 from antefix.security.identity_file import IdentityFile, load_identities
@@ -32,7 +42,7 @@ log = logging.getLogger("antefix.security")
 
 # How often files are looked at, at most; a stat of each costs some microseconds.
 _LOOK_EVERY_S: Final = 1.0
-_FILES: Final = (CERTIFICATE, KEY, CA, IDENTITIES, GRANT_KEY, GRANT_PUBLIC)
+_FILES: Final = (CERTIFICATE, KEY, CA, IDENTITIES, GRANT_KEY, GRANT_PUBLIC, TENANT_GRANT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +56,7 @@ class Loaded:
     identities: IdentityFile
     grant_key: bytes = b""
     grant_public: bytes = b""
+    tenant_grant: bytes = b""
 
     @property
     def has_certificate(self) -> bool:
@@ -118,6 +129,12 @@ class CredentialFiles:
         if grant_key:
             Granter.from_pem(grant_key)
         public_keys(grant_public)
+        tenant_grant = self._read(TENANT_GRANT)
+        if tenant_grant:
+            try:
+                unchecked(tenant_grant)
+            except PermissionDenied as err:
+                raise ConfigError(f"{self.directory / TENANT_GRANT}: {err}") from err
         return Loaded(
             number=number,
             certificate=certificate,
@@ -126,6 +143,7 @@ class CredentialFiles:
             identities=load_identities(self.directory / IDENTITIES),
             grant_key=grant_key,
             grant_public=grant_public,
+            tenant_grant=tenant_grant,
         )
 
     def _read(self, name: str) -> bytes:

@@ -10,6 +10,7 @@
     ...     64         Ed25519 signature of all before it
 
 Little-endian. A grant travels in a call's metadata, and a task that serves such a call hands it on with its own calls.
+An engine, which no router calls, has one of its tenant that lasts (`antefix certs grant`).
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ def held() -> bytes:
     return _held.get()
 
 
+def owners_of(keyring: Keyring, tenant: str) -> list[bytes]:
+    """What stands for a tenant in the store, under each of the deployment's secrets."""
+    return [keyring.owner(tenant, number) for number in keyring.generations]
+
+
 def prompt_root(keyring: Keyring, tokens: TokenArray) -> bytes:
     """What binds a grant to a prompt: 32 bytes over its beginning that only the secret's owners can make."""
     return keyring.proof(*_root_parts(tokens))
@@ -120,8 +126,11 @@ class Granter:
 
     def grant_for(self, keyring: Keyring, tenant: str, tokens: TokenArray, *, ttl_s: float) -> bytes:
         """A signed grant for a tenant's prompt, under whichever of the deployment's secrets its records are named."""
-        owners = [keyring.owner(tenant, number) for number in keyring.generations]
-        return self.grant(owners, prompt_root(keyring, tokens), ttl_s=ttl_s)
+        return self.grant(owners_of(keyring, tenant), prompt_root(keyring, tokens), ttl_s=ttl_s)
+
+    def lasting_grant(self, keyring: Keyring, tenant: str, *, ttl_s: float) -> bytes:
+        """For an engine that keeps its KV in the store: of the tenant, and of no prompt, so that no worker takes it."""
+        return self.grant(owners_of(keyring, tenant), keyring.proof(b"no-prompt"), ttl_s=ttl_s)
 
 
 class GrantCheck:
@@ -154,8 +163,14 @@ class GrantCheck:
         return grant
 
 
-def _verify(signed: bytes, keys: Sequence[Ed25519PublicKey]) -> Grant:
-    body, signature = signed[:-_SIGNATURE_BYTES], signed[-_SIGNATURE_BYTES:]
+def unchecked(signed: bytes) -> Grant:
+    """What a grant says, whoever signed it.  Raises:  PermissionDenied: it is none."""
+    return _parse(signed)[1]
+
+
+def _parse(signed: bytes) -> tuple[bytes, Grant]:
+    """The name of the key that checks it, and what it says."""
+    body = signed[:-_SIGNATURE_BYTES]
     try:
         version, name, expires_ms, prompt, num_owners = _HEAD.unpack_from(body)
         rows = body[_HEAD.size :]
@@ -163,6 +178,13 @@ def _verify(signed: bytes, keys: Sequence[Ed25519PublicKey]) -> Grant:
             raise ValueError("not of version 1")
     except (struct.error, ValueError) as err:
         raise PermissionDenied(f"what came as a grant is none: {err}") from err
+    owners = tuple(rows[at : at + OWNER_BYTES] for at in range(0, len(rows), OWNER_BYTES))
+    return name, Grant(owners=owners, prompt=prompt, expires_ms=expires_ms)
+
+
+def _verify(signed: bytes, keys: Sequence[Ed25519PublicKey]) -> Grant:
+    name, grant = _parse(signed)
+    body, signature = signed[:-_SIGNATURE_BYTES], signed[-_SIGNATURE_BYTES:]
     for key in keys:
         if key_name(key) != name:
             continue
@@ -170,8 +192,7 @@ def _verify(signed: bytes, keys: Sequence[Ed25519PublicKey]) -> Grant:
             key.verify(signature, body)
         except InvalidSignature:
             break
-        owners = tuple(rows[at : at + OWNER_BYTES] for at in range(0, len(rows), OWNER_BYTES))
-        return Grant(owners=owners, prompt=prompt, expires_ms=expires_ms)
+        return grant
     raise PermissionDenied("the grant was not signed by a router of this deployment")
 
 

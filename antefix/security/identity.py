@@ -29,6 +29,8 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     KVSTORE = "kvstore"
+    # An engine of other people's, such as vLLM, that keeps its KV in the store, for the one tenant of its grant.
+    ENGINE = "engine"
     # A program that users log in to: it acts for the tenants that are listed for it.
     FRONTEND = "frontend"
     TENANT = "tenant"

@@ -14,12 +14,13 @@ revoked = ["spiffe://antefix.internal/prefill/p3"]        # names, or serial num
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from antefix.checked_files import read_toml
+from antefix.checked_table import Table
 from antefix.errors import ConfigError
 from antefix.security.identity import ALL_TENANTS, ISSUED, Role, named_identity
 
@@ -69,35 +70,21 @@ class IdentityFile:
 
 def load_identities(path: Path) -> IdentityFile:
     """Without the file: an empty one.  Raises:  ConfigError: it does not parse, or a row makes no sense."""
-    try:
-        tables = tomllib.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists() and not path.is_symlink():  # a link to nothing is a mistake: it would revoke nobody
         return IdentityFile()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
-        raise ConfigError(f"{path}: {err}") from err
-    try:
-        rows = tuple(_row(table) for table in tables.pop("identity", []))
-        revoked = frozenset(str(name).lower() for name in tables.pop("revoked", []))
-    except (KeyError, TypeError, ValueError) as err:
-        raise ConfigError(f"{path}: each [[identity]] needs a name and a role of {', '.join(ISSUED)}: {err}") from err
-    if tables:
-        raise ConfigError(f"{path}: unknown names: {', '.join(sorted(tables))}")
+    file = Table(read_toml(path, "identities"), str(path))
+    rows = tuple(_row(table) for table in file.children("identity"))
+    revoked = frozenset(name.lower() for name in file.texts("revoked", ()))
+    file.close()
     return IdentityFile(listed=rows, revoked=revoked)
 
 
-def _row(table: dict[str, Any]) -> Listed:
-    unknown = set(table) - {"name", "role", "tenants"}
-    if unknown:
-        raise ValueError(f"unknown names: {', '.join(sorted(unknown))}")
-    role = Role(table["role"])
-    if role not in ISSUED:
-        raise ValueError(f"role {role} is no caller's with a certificate")
-    given = table.get("tenants", [])
-    if not isinstance(given, list):
-        raise TypeError(f"tenants must be a list of names, is {given!r}")
-    tenants = frozenset(map(str, given))
+def _row(table: Table) -> Listed:
+    name, role = table.text("name"), Role(table.one_of("role", tuple(ISSUED)))
+    tenants = frozenset(table.texts("tenants", ()))
+    table.close()
     if role is Role.TENANT and (len(tenants) != 1 or ALL_TENANTS in tenants):
-        raise ValueError("a tenant's certificate is for one tenant: name it in tenants")
+        raise ConfigError(f"{table.where}: a tenant's certificate is for one tenant: name it in tenants")
     if role not in (Role.TENANT, Role.FRONTEND) and tenants:
-        raise ValueError(f"role {role} acts for no tenants: only a frontend has a list")
-    return Listed(name=str(table["name"]), role=role, tenants=tenants)
+        raise ConfigError(f"{table.where}: role {role} acts for no tenants: only a frontend has a list")
+    return Listed(name=name, role=role, tenants=tenants)

@@ -25,6 +25,7 @@ from typing import Any, Final
 import lmdb
 
 from antefix.errors import Unavailable
+from antefix.lmdb_path import lmdb_path
 from antefix.record import Held, LookupResult, RecordKind
 from antefix.store_files.index_pages import PageFile, PageTxn
 from antefix.store_files.record_format import IndexEntry, unpack_entry
@@ -324,22 +325,23 @@ def _acquire(directory: Path, map_bytes: int, write: bool) -> _Shared:
         shared.num_users += 1
         return shared
     try:
-        env = lmdb.Environment(
-            str(directory),
-            # 0: as large as the file says.
-            map_size=map_bytes,
-            readonly=not write,
-            create=write,
-            mode=0o600,
-            max_dbs=len(TABLES),
-            max_readers=READERS_MAX,
-            # Looking up a chain touches pages at random; reading ahead would fetch megabytes for nothing.
-            readahead=False,
-            # Pages are zeroed before they are written: what was in memory there before, such as payloads before they
-            # were encrypted, would go to the disk with them.
-            meminit=True,
-            max_spare_txns=16,
-        )
+        with lmdb_path(directory) as path:
+            env = lmdb.Environment(
+                path,
+                # 0: as large as the file says.
+                map_size=map_bytes,
+                readonly=not write,
+                create=write,
+                mode=0o600,
+                max_dbs=len(TABLES),
+                max_readers=READERS_MAX,
+                # Looking up a chain touches pages at random; reading ahead would fetch megabytes for nothing.
+                readahead=False,
+                # Pages are zeroed before they are written: what was in memory there before, such as payloads before
+                # they were encrypted, would go to the disk with them.
+                meminit=True,
+                max_spare_txns=16,
+            )
     except lmdb.Error as err:
         raise Unavailable(f"no index can be opened in {directory}: {err}") from err
     identity = _identity(directory)

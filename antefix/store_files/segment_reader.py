@@ -8,7 +8,6 @@ is corrupt, and that is reported as a suspect for the store to judge.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import BlockCorrupt, InvalidRequest, Unavailable
+from antefix.host_limits import usable_cores
 from antefix.record import Held, LookupResult, RecordKind
 from antefix.store_files.index import Index
 from antefix.store_files.read_runs import (
@@ -35,7 +35,7 @@ from antefix.store_files.seal import Seals
 
 # Measured on two cores: 2 in flight, 4 MiB each, read a cold file at least as fast as direct I/O of any depth did,
 # and a warm one faster than 4 or 16 did. Prefetching by fadvise made both slower. More cores can keep more in flight.
-READS_IN_FLIGHT: Final = max(2, min(16, os.cpu_count() or 1))
+READS_IN_FLIGHT: Final = max(2, min(16, usable_cores()))
 
 # Of small payloads; what is laid out and sent at once should not make others wait.
 _WINDOW_RECORDS_MAX: Final = 512

@@ -15,6 +15,9 @@ from typing import Final
 
 import lmdb
 
+from antefix.errors import ConfigError
+from antefix.host_limits import map_bytes_of
+from antefix.lmdb_path import lmdb_path
 from antefix_billing.usage_record import OpenEntry
 
 # LMDB takes address space only. 80 bytes a request: room for 800 million.
@@ -38,7 +41,15 @@ class LedgerIndex:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir(mode=0o700, exist_ok=True)
-        self._env = lmdb.open(str(directory), map_size=_MAP_BYTES, subdir=True, max_dbs=0, mode=0o600)
+        map_bytes = map_bytes_of(_MAP_BYTES)
+        try:
+            with lmdb_path(directory) as path:
+                self._env = lmdb.open(path, map_size=map_bytes, subdir=True, max_dbs=0, mode=0o600)
+        except lmdb.MemoryError as err:
+            raise ConfigError(
+                f"the ledger's index {directory} cannot be mapped: there is no address space for {map_bytes} bytes;"
+                " raise or unset `ulimit -v`"
+            ) from err
 
     @property
     def covered(self) -> int:

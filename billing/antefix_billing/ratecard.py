@@ -7,20 +7,23 @@ it started. Cards never change once used: a new price is a new card.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
-from decimal import Decimal, InvalidOperation, localcontext
+from decimal import Decimal, localcontext
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from antefix.checked_files import read_toml
+from antefix.checked_table import Table
 from antefix.errors import ConfigError
 from antefix.usage import Usage
 
 _MILLION: Final = Decimal(1_000_000)
 # Six digits of a price are six beyond the million: more would not be exact in the twelve that a ledger amount has.
 PRICE_DIGITS_MAX: Final = 6
+# Per million tokens. With fifty digits in all, a price times any count is still exact.
+PRICE_MAX: Final = 10**15
 _WEEKDAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
@@ -135,50 +138,49 @@ def load_cards(paths: Sequence[str | Path]) -> RateCards:
     """Raises:  ConfigError: a file does not parse or does not make sense; the message says where."""
     cards: list[RateCard] = []
     for path in paths:
-        try:
-            # tomllib gives floats; prices must be strings, or their digits are already lost.
-            tables = tomllib.loads(Path(path).read_text())
-        except (OSError, tomllib.TOMLDecodeError) as err:
-            raise ConfigError(f"rate cards {path}: {err}") from err
-        try:
-            calendars = {name: _calendar(table) for name, table in _take(tables, "calendar", {}).items()}
-            cards += [_card(table, calendars) for table in _take(tables, "card", [])]
-            _refuse_rest(tables)
-        except (ConfigError, ValueError, TypeError, KeyError, AttributeError) as err:
-            raise ConfigError(f"rate cards {path}: {err}") from err
+        # tomllib gives floats; prices must be strings, or their digits are already lost.
+        file = Table(read_toml(path, "rate cards"), f"rate cards {path}")
+        calendars = {name: _calendar(table) for name, table in file.named_children("calendar").items()}
+        cards += [_card(table, calendars) for table in file.children("card")]
+        file.close()
     return RateCards(cards)
 
 
-def _card(table: dict[str, Any], calendars: dict[str, Calendar]) -> RateCard:
-    version = str(_take(table, "version"))
-    try:
-        effective = _take(table, "effective")
-        if not isinstance(effective, datetime) or effective.tzinfo is None:
-            raise ConfigError("effective must be a date and time with a zone, like 2026-09-10T00:00:00Z")
-        prices = _prices(_take(table, "prices"))
-        peak_table = _take(table, "peak", None)
-        calendar = calendars[str(_take(peak_table, "calendar"))] if peak_table else None
-        card = RateCard(
-            version=version,
-            models=tuple(str(model) for model in _take(table, "models")),
-            currency=str(_take(table, "currency")),
-            effective=effective.astimezone(UTC),
-            source=str(_take(table, "source", "")),
-            prices=prices,
-            peak=_prices(peak_table) if peak_table else None,
-            calendar=calendar,
-        )
-        _refuse_rest(table)
-    except KeyError as err:
-        raise ConfigError(f"card {version}: no calendar {err}") from err
-    except ConfigError as err:
-        raise ConfigError(f"card {version}: {err}") from err
-    if not card.models or len(card.currency) != 3:
-        raise ConfigError(f"card {version}: it needs models and a three-letter currency")
+def _card(table: Table, calendars: dict[str, Calendar]) -> RateCard:
+    version = table.text("version")
+    table.where += f" ({version})"
+    effective = table.take("effective")
+    if not isinstance(effective, datetime) or effective.tzinfo is None:
+        raise table.wrong("effective", "a date and time with a zone, like 2026-09-10T00:00:00Z", effective)
+    peak = table.child("peak")
+    calendar = None if peak is None else peak.one_of("calendar", tuple(calendars))
+    prices = table.child("prices")
+    if prices is None:
+        raise ConfigError(f"{table.where}: prices is missing")
+    card = RateCard(
+        version=version,
+        models=table.texts("models"),
+        currency=table.text("currency"),
+        effective=_in_utc(table, effective),
+        source=table.text("source", ""),
+        prices=_prices(prices),
+        peak=None if peak is None else _prices(peak),
+        calendar=None if calendar is None else calendars[calendar],
+    )
+    table.close()
+    if not card.models or not (len(card.currency) == 3 and card.currency.isascii() and card.currency.isalpha()):
+        raise ConfigError(f"{table.where}: it needs models and a three-letter currency")
     return card
 
 
-def _prices(table: dict[str, Any]) -> Prices:
+def _in_utc(table: Table, effective: datetime) -> datetime:
+    try:
+        return effective.astimezone(UTC)
+    except (OverflowError, ValueError) as err:
+        raise table.wrong("effective", "a date of the years 1 to 9999 in UTC", effective) from err
+
+
+def _prices(table: Table) -> Prices:
     output = _price(table, "output")
     prices = Prices(
         hit=_price(table, "hit"),
@@ -188,54 +190,36 @@ def _prices(table: dict[str, Any]) -> Prices:
         reasoning=_price(table, "reasoning", format(output, "f")),
     )
     if prices.hit > prices.miss:
-        raise ConfigError(f"a hit at {prices.hit} costs more than a miss at {prices.miss}")
-    _refuse_rest(table)
+        raise ConfigError(f"{table.where}: a hit at {prices.hit} costs more than a miss at {prices.miss}")
+    table.close()
     return prices
 
 
-def _price(table: dict[str, Any], name: str, default: str | None = None) -> Decimal:
-    value = _take(table, name, default) if default is not None else _take(table, name)
-    if not isinstance(value, str):
-        raise ConfigError(f'{name} must be a string of digits, like "0.15", so that no float touches it; is {value!r}')
-    try:
-        price = Decimal(value)
-    except InvalidOperation as err:
-        raise ConfigError(f"{name}: {value!r} is not a decimal number") from err
-    exponent = price.as_tuple().exponent
-    if not price.is_finite() or price < 0 or not isinstance(exponent, int) or -exponent > PRICE_DIGITS_MAX:
-        raise ConfigError(f"{name} must be at least 0, with {PRICE_DIGITS_MAX} decimals at most; is {value!r}")
-    return price
+def _price(table: Table, name: str, default: str | None = None) -> Decimal:
+    return table.decimal(name, default, below=PRICE_MAX, decimals=PRICE_DIGITS_MAX)
 
 
-def _calendar(table: dict[str, Any]) -> Calendar:
-    weekdays = frozenset(_WEEKDAYS.index(str(day)) for day in _take(table, "weekdays"))
-    hours = tuple(_hours(str(text)) for text in _take(table, "hours"))
-    holidays = frozenset(_take(table, "holidays", []))
-    if not weekdays or not hours or not all(isinstance(day, date) for day in holidays):
-        raise ConfigError("a calendar needs weekdays (mon to sun), hours and holidays as dates")
-    _refuse_rest(table)
-    return Calendar(weekdays=weekdays, hours=hours, holidays=holidays)
+def _calendar(table: Table) -> Calendar:
+    days = table.texts("weekdays")
+    if unknown := [day for day in days if day not in _WEEKDAYS]:
+        raise table.wrong("weekdays", f"a list of {', '.join(_WEEKDAYS)}", unknown[0])
+    hours = tuple(_hours(table, text) for text in table.texts("hours"))
+    holidays = table.take("holidays", [])
+    if not isinstance(holidays, list) or not all(type(day) is date for day in holidays):
+        raise table.wrong("holidays", "a list of dates, such as 2026-12-25", holidays)
+    if not days or not hours:
+        raise ConfigError(f"{table.where}: a calendar needs weekdays (mon to sun) and hours")
+    table.close()
+    return Calendar(weekdays=frozenset(_WEEKDAYS.index(day) for day in days), hours=hours, holidays=frozenset(holidays))
 
 
-def _hours(text: str) -> tuple[time, time]:
+def _hours(table: Table, text: str) -> tuple[time, time]:
     start, _, end = text.partition("-")
-    span = time.fromisoformat(start), time.fromisoformat(end)
-    if span[0] >= span[1]:
-        raise ConfigError(f"hours {text!r} must go up; cut those that pass midnight in two")
+    try:
+        span = time.fromisoformat(start), time.fromisoformat(end)
+        goes_up = span[0] < span[1]
+    except (ValueError, TypeError) as err:  # TypeError: one of them has a zone
+        raise table.wrong("hours", 'a list of spans like "09:00-17:30", in UTC', text) from err
+    if not goes_up or span[0].tzinfo is not None:
+        raise ConfigError(f"{table.where}: hours {text!r} must go up, in UTC; cut those that pass midnight in two")
     return span
-
-
-_MISSING: Final = object()
-
-
-def _take(table: dict[str, Any], name: str, default: Any = _MISSING) -> Any:
-    value = table.pop(name, default)
-    if value is _MISSING:
-        raise ConfigError(f"{name} is missing")
-    return value
-
-
-def _refuse_rest(table: dict[str, Any]) -> None:
-    """What is not known is an error: a misspelt price must not become a free token."""
-    if table:
-        raise ConfigError(f"unknown names: {', '.join(sorted(table))}")

@@ -11,7 +11,6 @@ The signature covers the hash, the hash covers the payload: nothing in a receipt
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from antefix.errors import ConfigError, InvalidRequest
+from antefix.private_file import create_private
 from antefix_billing.ledger_files import Settled
 from antefix_billing.ledger_format import EntryKind, chain_hash
 from antefix_billing.pricing import priced
@@ -61,14 +61,7 @@ class Signer:
     @classmethod
     def create(cls, path: Path) -> Signer:
         """The key in the file, made if it is not there, readable by its owner only."""
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return cls.from_file(path)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        create_private(path, Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
         return cls.from_file(path)
 
     def receipt(self, settled: Settled, source: bytes) -> dict[str, Any]:

@@ -14,16 +14,20 @@ A tenant named "*" holds the limits of everyone who is not named. Keys that come
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Final
 
+from antefix.checked_files import read_toml
+from antefix.checked_table import Table
 from antefix.errors import ConfigError
 from antefix.private_file import refuse_writable
-from antefix_billing.api_keys import CONTROL, check_digest
+from antefix_billing.api_keys import check_digest
 from antefix_billing.limits import Limit, LimitWindow, TenantLimits
+from antefix_billing.ratecard import PRICE_DIGITS_MAX
+
+# Of a budget: more than any tenant will pay, and exact in sums.
+MONEY_MAX: Final = 10**15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,68 +46,55 @@ def load_tenants(path: str | Path, *, has_other_keys: bool = False) -> TenantBoo
     Raises:  ConfigError: the file does not parse or does not make sense, or it would let everybody in.
     """
     refuse_writable(path, "tenants file")
-    try:
-        tables = tomllib.loads(Path(path).read_text())
-        asked = tables.pop("keys", "needed")
-        if asked not in ("needed", "none"):
-            raise ConfigError(f'keys must be "needed" or "none", is {asked!r}')
-        keys: dict[bytes, str] = {}
-        limits: dict[str, TenantLimits] = {}
-        for table in tables.pop("tenant", []):
-            name = str(table.pop("name"))
-            if CONTROL.search(name):
-                raise ConfigError(f"tenant {name!r} has control characters in its name")
-            for digest in table.pop("api_key_sha256", []):
-                key = bytes.fromhex(digest)
-                check_digest(key, f"tenant {name}")
-                if key in keys:
-                    raise ConfigError(f"tenant {name}: an API key's SHA-256 is there twice")
-                if name in ("", "*"):
-                    raise ConfigError(f"tenant {name!r} is nobody's name and can have no key")
-                keys[key] = name
-            if name in limits:
-                raise ConfigError(f"tenant {name} is there twice")
-            limits[name] = _limits(table)
-        if tables:
-            raise ConfigError(f"unknown names: {', '.join(sorted(tables))}")
-        if asked == "none" and (keys or has_other_keys):
-            raise ConfigError('it says keys = "none", but there are keys')
-        if asked == "needed" and not keys and not has_other_keys:
-            raise ConfigError(
-                "it has no API key, so everybody could call: add api_key_sha256, give --api-keys-file, or say"
-                ' keys = "none"'
-            )
-    except (
-        *(OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ConfigError),
-        *(AttributeError, KeyError, ValueError, TypeError, InvalidOperation),
-    ) as err:
-        raise ConfigError(f"tenants file {path}: {err}") from err
+    file = Table(read_toml(path, "tenants file"), f"tenants file {path}")
+    asked = file.one_of("keys", ("needed", "none"), "needed")
+    keys: dict[bytes, str] = {}
+    limits: dict[str, TenantLimits] = {}
+    for table in file.children("tenant"):
+        name = table.text("name", empty=True)
+        for key in table.texts("api_key_sha256", ()):
+            digest = _digest(table, key)
+            if digest in keys:
+                raise ConfigError(f"{table.where}: an API key's SHA-256 is there twice")
+            if name in ("", "*"):
+                raise ConfigError(f"{table.where}: {name!r} is nobody's name and can have no key")
+            keys[digest] = name
+        if name in limits:
+            raise ConfigError(f"{table.where}: {name} is there twice")
+        limits[name] = _limits(table)
+    file.close()
+    if asked == "none" and (keys or has_other_keys):
+        raise ConfigError(f'{file.where}: it says keys = "none", but there are keys')
+    if asked == "needed" and not keys and not has_other_keys:
+        raise ConfigError(
+            f"{file.where}: it has no API key, so everybody could call: add api_key_sha256, give --api-keys-file, or"
+            ' say keys = "none"'
+        )
     default = limits.pop("*", TenantLimits())
     return TenantBook(keys=keys, limits=limits, default=default, needs_keys=asked == "needed")
 
 
-def _limits(table: dict[str, Any]) -> TenantLimits:
+def _digest(table: Table, key: str) -> bytes:
+    try:
+        digest = bytes.fromhex(key)
+    except ValueError as err:
+        raise table.wrong("api_key_sha256", "a list of SHA-256, each of 64 hex digits", key) from err
+    check_digest(digest, table.where)
+    return digest
+
+
+def _limits(table: Table) -> TenantLimits:
     limits = []
-    for row in table.pop("limit", []):
-        tokens, money = row.pop("tokens", None), row.pop("money", None)
-        if money is not None and not isinstance(money, str):
-            raise ConfigError(f'money must be a string of digits, like "2.50"; is {money!r}')
+    for row in table.children("limit"):
         limit = Limit(
-            window=LimitWindow(row.pop("window")),
-            tokens=None if tokens is None else int(tokens),
-            money=None if money is None else Decimal(money),
+            window=LimitWindow(row.one_of("window", tuple(LimitWindow))),
+            tokens=row.integer("tokens"),
+            money=row.decimal("money", below=MONEY_MAX, decimals=PRICE_DIGITS_MAX) if row.has("money") else None,
         )
+        row.close()
         if limit.tokens is None and limit.money is None:
-            raise ConfigError("a limit needs tokens or money")
-        if (limit.tokens or 0) < 0 or not (limit.money or Decimal(0)).is_finite() or (limit.money or 0) < 0:
-            raise ConfigError(f"a limit must be a number from 0, is tokens {tokens}, money {money}")
+            raise ConfigError(f"{row.where}: a limit needs tokens or money")
         limits.append(limit)
-        _refuse_rest(row)
-    requests = table.pop("requests", None)
-    _refuse_rest(table)
-    return TenantLimits(limits=tuple(limits), requests=None if requests is None else int(requests))
-
-
-def _refuse_rest(table: dict[str, Any]) -> None:
-    if table:
-        raise ConfigError(f"unknown names: {', '.join(sorted(table))}")
+    requests = table.integer("requests")
+    table.close()
+    return TenantLimits(limits=tuple(limits), requests=requests)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import logging
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import antefix
 from antefix import __version__
 from antefix.config import add_file_flags, add_flags, as_json, resolve
-from antefix.errors import AntefixError, InternalError, InvalidRequest, ResourceExhausted, Unavailable
+from antefix.errors import AntefixError, ConfigError, InternalError, InvalidRequest, ResourceExhausted, Unavailable
 from antefix.security import own_credentials
 from antefix.telemetry.logs import set_up_logs, tell_of_crashes
 from antefix.telemetry.tracing import start_tracing
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o077)
     if not logging.getLogger().handlers:
         set_up_logs()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A path that is no text, or a letter that the terminal's encoding has not: shown as far as it can be.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(args)
     except KeyboardInterrupt:
@@ -66,9 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(err, EXIT_FAILED)
     except OSError as err:
         # A file or directory of the caller's; anything else of the system's is for whoever mends the program.
-        if err.filename is None:
-            raise
-        return _fail(err, EXIT_USAGE)
+        if err.filename is not None:
+            return _fail(err, EXIT_USAGE)
+        if "temporary directory" in str(err):
+            return _fail(ConfigError(f"{err.strerror}: set TMPDIR to one that can be written"), EXIT_USAGE)
+        raise
 
 
 def parser_of(args: list[str]) -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], int] | None]:

@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ from typing import IO
 from antefix.clients import RouterClient
 from antefix.config import GRACE_S, flags_of, require
 from antefix.errors import ConfigError, Unavailable
-from antefix.private_file import FILE_MODE, open_private, write_private
+from antefix.host_limits import usable_cores
+from antefix.private_file import DIRECTORY_MODE, FILE_MODE, open_private, write_private
 from antefix.secret import Keyring, create_secret_file
 from antefix.security import own_credentials
 from antefix.security.credentials import Credentials
@@ -42,11 +44,14 @@ METRICS_TARGETS_FILE = "metrics-targets.json"
 DOOR_FILE = "door.json"
 # What the store is encrypted with, where it is.
 STORE_KEY_FILE = "store.key"
+# Where the system has no place for temporary files.
+TEMPORARY_DIR = "tmp"
 START_TIMEOUT_S = 120.0
 # What a role needs beyond the grace period, to end what runs and to write down what it has.
 STOP_MARGIN_S = 20.0
 _TELL_EVERY_S = 10.0
 _LOG_TAIL_BYTES = 2000
+_LOG_BYTES_MAX = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,9 +224,10 @@ class Deployment:
             raise ConfigError(
                 f"--data-dir {self.config.data_dir} is in use by another `antefix up` (pid {pid}); nothing was started"
             ) from err
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        # For the message above alone: a disk that is full is told of by what needs its room.
+        with contextlib.suppress(OSError):
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{os.getpid()}\n".encode())
         self._lock = lock
 
     async def start_worker(self, role: str) -> RoleProcess:
@@ -259,7 +265,8 @@ class Deployment:
 
     def _threads(self) -> int:
         """The cores, divided: two workers with all cores each wait for one another at every parallel loop's end."""
-        return max(1, (os.cpu_count() or 1) // max(1, self.config.num_prefill + self.config.num_decode))
+        workers = max(1, self.config.num_prefill + self.config.num_decode)
+        return max(1, usable_cores() // (workers * self.config.tensor_parallel_size))
 
     def _shared_flags(self) -> list[str]:
         config = self.config
@@ -276,9 +283,7 @@ class Deployment:
         Raises:  ConfigError: it ended instead; the message has the end of its log.  Unavailable: it took too long.
         """
         log_path = self.config.data_dir / "logs" / f"{role}-{next(self._numbers)}.log"
-        if log_path.exists():
-            # What the last run said is kept beside it: after a crash it is what explains the crash.
-            log_path.replace(log_path.with_suffix(".old.log"))
+        said_before = _log_bytes(log_path)
         with open_private(log_path, "a") as log:
             process = await asyncio.create_subprocess_exec(
                 # -P: a folder called `antefix` in the working directory is not the package.
@@ -292,7 +297,7 @@ class Deployment:
                 stderr=log,
                 # Its own group: a Ctrl-C at the terminal reaches us, and we stop the roles in order.
                 start_new_session=True,
-                env=_child_environment(),
+                env=_child_environment(self.config.data_dir),
             )
         started = RoleProcess(role=role, process=process, address="", log_path=log_path)
         self.processes.append(started)
@@ -304,7 +309,7 @@ class Deployment:
             raise Unavailable(f"{role} did not start within {START_TIMEOUT_S:.0f} s; see {log_path}") from err
         if not line:
             await process.wait()
-            raise ConfigError(f"{role} did not start: {_log_tail(log_path)}")
+            raise ConfigError(f"{role} did not start: {_log_tail(log_path, said_before)}")
         ready = json.loads(line)
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         started.metrics_address = str(ready.get("metrics_address", ""))
@@ -403,8 +408,8 @@ def _given(flag: str, value: str) -> list[str]:
     return [flag, value] if value else []
 
 
-def _child_environment() -> dict[str, str]:
-    """Ours, tuned for workers.
+def _child_environment(data_dir: Path) -> dict[str, str]:
+    """Ours, tuned for workers, and with a directory for temporary files where the system has none: torch needs one.
 
     glibc would map and unmap each 1 to 4 MiB buffer anew. OpenMP threads would spin at the end of each loop, on a busy
     machine for a thread that is not running: a prefill of 3,000 tokens took 6.9 s instead of 0.9 s.
@@ -415,10 +420,31 @@ def _child_environment() -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
         "MALLOC_TOP_PAD_": str(64 << 20),
     }
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        directory = data_dir / TEMPORARY_DIR
+        directory.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+        return {**tuned, **os.environ, "TMPDIR": str(directory.absolute())}
     return {**tuned, **os.environ}
 
 
-def _log_tail(path: Path) -> str:
-    data = path.read_bytes()[-_LOG_TAIL_BYTES:]
+def _log_bytes(path: Path) -> int:
+    """How long the log is in which a role is about to go on. A large one is moved aside, for one start more.
+
+    Earlier runs' words stay: after a crash they explain it, and whoever starts it again and again must not lose them.
+    """
+    if not path.exists():
+        return 0
+    nbytes = path.stat().st_size
+    if nbytes <= _LOG_BYTES_MAX:
+        return nbytes
+    path.replace(path.with_suffix(".old.log"))
+    return 0
+
+
+def _log_tail(path: Path, begin: int) -> str:
+    """The last line from byte `begin` on."""
+    data = path.read_bytes()[begin:][-_LOG_TAIL_BYTES:]
     lines = data.decode(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("antefix: ") if lines else "it said nothing"

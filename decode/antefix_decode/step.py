@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from antefix.model import Ran, Sequence, can_draft, draft, follow, run_tokens
+from antefix.model import Ran, Sequence, can_draft, draft, follow_ran, run_tokens
 from antefix_prefill.worker.engine import Engine
 
 
@@ -58,9 +57,8 @@ def keep(engine: Engine, ran: Ran, number: int, item: tuple[Sequence, npt.NDArra
     sequence, tokens = item
     ran.keep(number, count)
     if engine.model.mtp:
-        row = ran.rows(number).start + count - 1
-        given = torch.tensor([int(tokens[count - 1])], device=engine.device)
-        follow(engine.model, sequence.window, given, ran.streams[row : row + 1], engine.ops)
+        new = tokens[count - 1 : count]
+        follow_ran(engine.model, ran, number, sequence.window, new, stop=count, ops=engine.ops)
 
 
 def _draft(engine: Engine, items: list[tuple[Sequence, int, bool]]) -> list[int | None]:

@@ -29,8 +29,10 @@ from antefix.errors import AntefixError, ConfigError
 from antefix.record import Buffer, LookupResult, PutResult, Record, RecordKind
 from antefix.secret import Keyring, create_secret_file
 from antefix.security import grants, own_credentials
+from antefix.security.certificates import TENANT_GRANT
 from antefix.security.credential_files import CredentialFiles
 from antefix.security.credentials import Credentials
+from antefix.security.grants import unchecked
 from antefix.security.identity import Role
 from antefix.security.listening import check_calling
 from antefix.store.open_store import StoreAddress, open_store
@@ -51,8 +53,8 @@ class StoreSettings:
     store is opened in this process, which is then its only writer; it is made if it is not there.
     address: "host:port" of a kvstore service. With `directory` on the same host, reads go straight to the files.
     secret_file: the deployment's; needed where `directory` is not given.
-    credentials: for a service with TLS, and so for any other host: a directory with tls.crt, tls.key and ca.crt of a
-    prefill worker (`antefix certs issue prefill`), and grant.key, since an engine signs for its tenant itself.
+    credentials: for a service with TLS, and so for any other host: a directory with tls.crt, tls.key and ca.crt of an
+    engine (`antefix certs issue engine`), and its tenant.grant (`antefix certs grant`).
     """
 
     directory: str = ""
@@ -127,20 +129,22 @@ class EngineStore:
             keyring = Keyring.from_file(settings.secret_path)
             directory = str(Path(settings.directory) / "store") if settings.directory else ""
             where = StoreAddress(address=settings.address, directory=directory)
-            # To the store, an engine is what fills and reads it: a prefill worker.
             files = CredentialFiles(settings.credentials) if settings.credentials else None
             check_calling(settings.address, has_tls=files is not None)
-            credentials = Credentials(Role.PREFILL, files=files, keyring=keyring)
+            if files is not None:
+                _check_grant(files, keyring, settings)
+            credentials = Credentials(Role.ENGINE, files=files, keyring=keyring)
             own_credentials.use_for(settings.address, credentials)
             store = BlockingStore(open_store(where, seals=Seals(keyring)))
             return cls(store, keyring, tenant=settings.tenant, credentials=credentials)
         # Only an embedded store needs the storage engine.
         import antefix_kvstore
+        from antefix_kvstore.reading_here import ReadingHere
 
         Path(settings.directory).mkdir(parents=True, exist_ok=True)
         keyring = Keyring.from_file(create_secret_file(settings.secret_path))
         embedded = antefix_kvstore.open(Path(settings.directory) / "store", budget_bytes=settings.budget_bytes)
-        return cls(BlockingStore(embedded), keyring, tenant=settings.tenant)
+        return cls(ReadingHere(embedded), keyring, tenant=settings.tenant)
 
     def kv(self, fingerprint: Fingerprint, layout: EngineLayout) -> KvOfModel:
         """The records of one model, engine and layout. The store is told the layout, so that it can compress."""
@@ -306,3 +310,20 @@ class KvOfModel:
                 labels=self.fingerprint.labels,
             )
         )
+
+
+def _check_grant(files: CredentialFiles, keyring: Keyring, settings: StoreSettings) -> None:
+    """Refuse at the start what the store would refuse with each call.
+
+    Raises:  ConfigError: there is no grant, it has ended, or it is for another tenant.
+    """
+    loaded, how = files.now(), f"`antefix certs grant {settings.tenant}` makes one"
+    if not loaded.tenant_grant:
+        raise ConfigError(f"{files.directory} has no {TENANT_GRANT}, so the store would serve nothing: {how}")
+    grant = unchecked(loaded.tenant_grant)
+    if keyring.owner(settings.tenant) not in grant.owners:
+        raise ConfigError(
+            f"{files.directory / TENANT_GRANT} is not for tenant {settings.tenant!r} under this secret: {how}"
+        )
+    if grant.expires_ms < 1000 * time.time():
+        raise ConfigError(f"{files.directory / TENANT_GRANT} has ended: {how}")

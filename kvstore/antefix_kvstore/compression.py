@@ -7,13 +7,13 @@ The disk is measured once, codec and ratio on the first payloads of each fingerp
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from antefix.host_limits import usable_cores
 from antefix.record import Buffer, Record, RecordKind
 from antefix.store_files import codec
 
@@ -123,7 +123,7 @@ class Compression:
                 self._disk_bytes_per_s = self._measured_disk()
             self.judgements[layout] = judge(
                 ratio=sum(ratio for ratio, _ in samples) / len(samples),
-                codec_bytes_per_s=max(speed for _, speed in samples) * (os.cpu_count() or 1),
+                codec_bytes_per_s=max(speed for _, speed in samples) * usable_cores(),
                 disk_bytes_per_s=self._disk_bytes_per_s,
             )
         log.info("%ss of fingerprint %s are %s", layout[1].name.lower(), layout[0].hex()[:16], self.judgements[layout])

@@ -63,9 +63,12 @@ class EmbeddedStore:
     async def close(self) -> None:
         """Commit what is queued and close the files. Closing again does nothing."""
         if self.engine.is_open:
-            await asyncio.get_running_loop().run_in_executor(None, self._close)
+            await asyncio.get_running_loop().run_in_executor(None, self.close_here)
 
-    def _close(self) -> None:
+    def close_here(self) -> None:
+        """The same in the calling thread; also while Python ends, when no thread may begin."""
+        if not self.engine.is_open:
+            return
         self._scrubber.stop()
         self._writer.stop()
         self._threads.shutdown()
@@ -81,7 +84,11 @@ class EmbeddedStore:
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         """The longest stored prefix of `chain`."""
-        return await self._in_thread(lambda: self.engine.lookup(chain, fingerprint=fingerprint))
+        return await self._in_thread(lambda: self.lookup_here(chain, fingerprint=fingerprint))
+
+    def lookup_here(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
+        """The same in the calling thread."""
+        return self.engine.lookup(chain, fingerprint=fingerprint)
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
         """All that is stored of `chain`, whether what lies before is or not."""
@@ -100,26 +107,28 @@ class EmbeddedStore:
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> int:
         """Fill `into[i]` with block `hashes[i]`, verified. Returns the number of leading blocks that are right."""
+        return await self._in_thread(lambda: self.get_blocks_here(hashes, into, fingerprint=fingerprint, tenant=tenant))
 
-        def read() -> int:
-            outcome = self.engine.reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
-            self.engine.settle(RecordKind.BLOCK, hashes, outcome, num_missed=len(hashes) - outcome.num_good)
-            return outcome.num_good
-
-        return await self._in_thread(read)
+    def get_blocks_here(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        """The same in the calling thread."""
+        outcome = self.engine.reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
+        self.engine.settle(RecordKind.BLOCK, hashes, outcome, num_missed=len(hashes) - outcome.num_good)
+        return outcome.num_good
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
         """One verified payload, or None when it is not stored (any more) or was corrupt."""
+        return await self._in_thread(lambda: self.get_here(kind, hash, fingerprint=fingerprint, tenant=tenant))
+
+    def get_here(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        """The same in the calling thread."""
         if kind in MEMORY_KINDS:
             kept = self._memory.get(kind, hash, fingerprint)
             return None if kept is None else kept[0]
-
-        def read() -> bytes | None:
-            payload, outcome = self.engine.reader.read(kind, hash, fingerprint=fingerprint, tenant=tenant)
-            self.engine.settle(kind, [hash], outcome, num_missed=int(payload is None))
-            return None if payload is None else bytes(payload)
-
-        return await self._in_thread(read)
+        payload, outcome = self.engine.reader.read(kind, hash, fingerprint=fingerprint, tenant=tenant)
+        self.engine.settle(kind, [hash], outcome, num_missed=int(payload is None))
+        return None if payload is None else bytes(payload)
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         """Store records in order, durable when this returns (handoffs: in memory).

@@ -2,7 +2,8 @@
 
 What is in the page cache is read on the event loop itself, which costs less than handing it to a thread and waking the
 loop again. The first window that would wait for the disk sends the rest of the stream to threads, which then read each
-window while the one before it is sent. So is what must be decoded. Memory is bounded by two windows a stream.
+window while the one before it is sent. So is what must be decoded. Memory is bounded by two windows a stream. Streams
+take turns, so that none holds up the loop for long.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from antefix.record import RecordKind
 from antefix.store_files.segment_reader import Located, ReadOutcome
 from antefix_kvstore.outgoing import PlainBatch, VerifiedBatch, can_go_plain
 from antefix_kvstore.storage_engine import StorageEngine
+from antefix_kvstore.turns import Turns
 
 # Looked up at once, in a thread: the index may be cold, and the event loop must not wait for its pages.
 _NUM_LOCATED: Final = 512
@@ -45,9 +47,11 @@ class GetRange:
 class PayloadStream:
     """One Get's payloads. Tells the engine what was read when it ends."""
 
-    def __init__(self, engine: StorageEngine, threads: ThreadPoolExecutor, wanted: GetRange) -> None:
+    def __init__(self, engine: StorageEngine, threads: ThreadPoolExecutor, turns: Turns, wanted: GetRange) -> None:
+        """turns: of all streams on the event loop."""
         self._engine = engine
         self._threads = threads
+        self._turns = turns
         self._wanted = wanted
         # What was read in all.
         self._found = ReadOutcome()
@@ -68,6 +72,7 @@ class PayloadStream:
                 # 1. What the page cache has.
                 with contextlib.suppress(BlockingIOError):
                     while not self._batch.drained or await in_thread(threads, self._locate):
+                        await self._turns.take()
                         for message in self._batch.read_cached():
                             yield message
                     return
@@ -76,6 +81,7 @@ class PayloadStream:
                 while (messages := await upcoming) is not None:
                     upcoming = in_thread(threads, self._read)
                     for message in messages:
+                        await self._turns.take()
                         yield message
             finally:
                 if upcoming is not None:

@@ -50,12 +50,15 @@ from antefix_kvstore.metrics import memory_metrics, store_metrics
 from antefix_kvstore.payload_stream import GetRange, PayloadStream
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.storage_engine import StorageEngine
+from antefix_kvstore.turns import Turns
 
 T = TypeVar("T")
 PUT_BATCH_BYTES: Final = 32 << 20
 STREAMS_MAX: Final = 64
 NAMES_MAX: Final = 65_536
 _READ_THREADS: Final = 8
+# Calls that carry payloads, or last as long as their callers do.
+_LONG: Final = ("Get", "Put", "Watch")
 
 
 class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
@@ -69,6 +72,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         if engine.config.scrub_bytes_per_s:
             self.scrubber.start()
         self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="antefix-serve")
+        self.turns = Turns()
         self._num_streams = 0
 
     @property
@@ -135,7 +139,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             owners=rows,
         )
         # Each generator around this one would cost every message once more.
-        return PayloadStream(self.engine, self._threads, wanted).messages(_Counted(self))
+        return PayloadStream(self.engine, self._threads, self.turns, wanted).messages(_Counted(self))
 
     async def _from_memory(
         self, kind: RecordKind, request: kvstore_pb2.GetRequest, hashes: Sequence[bytes]
@@ -368,8 +372,11 @@ def _put_response(results: Sequence[PutResult]) -> kvstore_pb2.PutResponse:
     )
 
 
-def register(servicer: KvStoreServicer, server: grpc.aio.Server) -> None:
-    """Add the service to a server; the methods that carry payloads go past protobuf's copies."""
+def register(servicer: KvStoreServicer, server: grpc.aio.Server, turns: Turns | None = None) -> None:
+    """Add the service to a server; the methods that carry payloads go past protobuf's copies.
+
+    turns: of the servicer's streams, which then give way to small calls.
+    """
     generated = _Handlers()
     add: Callable[..., None] = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
     add(servicer, generated)
@@ -387,7 +394,21 @@ def register(servicer: KvStoreServicer, server: grpc.aio.Server) -> None:
             response_serializer=kvstore_pb2.PutResponse.SerializeToString,
         ),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    server.add_generic_rpc_handlers((_Accepting(handlers, turns or Turns()),))
+
+
+class _Accepting(grpc.GenericRpcHandler):
+    """Finds a call's handler, which is the first that we hear of a call, and has payloads give way to a small one."""
+
+    def __init__(self, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]], turns: Turns) -> None:
+        self._handlers = {f"/{SERVICE}/{name}": handler for name, handler in handlers.items()}
+        self._small = frozenset(f"/{SERVICE}/{name}" for name in handlers if name not in _LONG)
+        self._turns = turns
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        if handler_call_details.method in self._small:
+            self._turns.give_way()
+        return self._handlers.get(handler_call_details.method)
 
 
 class _Handlers:
@@ -421,7 +442,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     try:
         server = await rpc.start_server(
             config.address,
-            lambda target: register(servicer, target),
+            lambda target: register(servicer, target, servicer.turns),
             [kvstore_pb2.DESCRIPTOR],
             security=security,
         )

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from antefix.errors import InternalError
-from antefix.model import Sequence, follow, run_tokens
+from antefix.model import Sequence, follow_ran, run_tokens
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
 from antefix.window import Mark
@@ -149,8 +148,7 @@ def _run_chunk(
     ran = run_tokens(engine.model, engine.pool, [(sequence, tokens)], ops=engine.ops)
     ran.keep(0)
     if engine.model.mtp:
-        given = torch.from_numpy(tokens.astype("i8")).to(engine.device)
-        follow(engine.model, sequence.window, given, ran.streams, engine.ops)
+        follow_ran(engine.model, ran, 0, sequence.window, tokens, stop=len(tokens), ops=engine.ops)
     logits: npt.NDArray[np.float32] | None = ran.logits[0].float().cpu().numpy() if is_last else None
     # Without new blocks a card is not waited for: the next chunk is prepared while this one runs.
     return logits, engine.pool.payloads([sequence.block_table[index] for index in new]) if new else []

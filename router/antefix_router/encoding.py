@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 from antefix.fair_turns import FairTurns
+from antefix.host_limits import usable_cores
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class Encoding:
     """Threads of its own, because a ledger's write must not wait behind somebody's prompt."""
 
     def __init__(self) -> None:
-        num_threads = min(_THREADS_MAX, os.cpu_count() or 1)
+        num_threads = min(_THREADS_MAX, usable_cores())
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="antefix-encode")
         self._turns = FairTurns(num_threads, _NUM_WAITING_MAX)
         self._large_turns = FairTurns(1, _NUM_WAITING_MAX)

@@ -64,7 +64,7 @@ def test_a_model_without_a_card_takes_the_default_one_and_without_that_is_free()
         ('"0.10"', '"-1"', "at least 0"),
         ('"0.10"', '"0.1234567"', "6 decimals"),
         ('"0.10"', '"NaN"', "at least 0"),
-        ('"0.10"', '"ten"', "not a decimal"),
+        ('"0.10"', '"ten"', "string of digits"),
         ('"0.01"', '"0.11"', "costs more than a miss"),
         ("miss =", "mis =", "miss is missing"),
         ("output =", 'outptu = "1", output =', "unknown names: outptu"),
@@ -72,7 +72,11 @@ def test_a_model_without_a_card_takes_the_default_one_and_without_that_is_free()
         ('"USD"', '"dollars"', "currency"),
         ('["m"]', "[]", "models"),
         ("[[card]]", "[card]", "rate cards"),
-        ("prices =", 'peak = { calendar = "none", hit = "1", miss = "1", output = "1" }\nprices =', "no calendar"),
+        (
+            "prices =",
+            'peak = { calendar = "none", hit = "1", miss = "1", output = "1" }\nprices =',
+            "calendar must be one of",
+        ),
     ],
 )
 def test_a_card_that_makes_no_sense_is_refused(tmp_path, old, new, complaint):

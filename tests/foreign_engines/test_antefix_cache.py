@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from antefix.blocking import LoopThread
 from antefix.errors import ConfigError, InvalidRequest
-from antefix.secret import create_secret_file
+from antefix.secret import Keyring, create_secret_file
 from antefix.security import certificates
 from antefix.security.identity import Role
 from antefix_console.deployment import Deployment, DeploymentConfig
@@ -393,7 +392,6 @@ with AntefixCache(model, sys.argv[1], block_size=BLOCK_SIZE) as cache:
         logits = model(input_ids=torch.tensor([prompt[cached:cached + 5]]), past_key_values=past, use_cache=True).logits
 import dataclasses
 import hashlib
-import shutil
 print(cached, hashlib.sha256(logits.numpy().tobytes()).hexdigest())
 """
 
@@ -424,11 +422,12 @@ def service(tmp_path, request):
         reach = {"directory": str(data)}
     if request.param == "tls":
         certificates.make_ca(tmp_path / "ca")
-        for role in (Role.KVSTORE, Role.PREFILL):
+        for role in (Role.KVSTORE, Role.ENGINE):
             certificates.issue(tmp_path / "ca", tmp_path / role, role, "x", hosts=("127.0.0.1",))
-        shutil.copy(tmp_path / "ca" / "grant.key", tmp_path / Role.PREFILL)
+        keyring = Keyring.from_file(secret)
+        certificates.write_lasting_grant(tmp_path / "ca", tmp_path / Role.ENGINE, keyring, "default")
         flags += ["--credentials", str(tmp_path / Role.KVSTORE)]
-        reach["credentials"] = str(tmp_path / Role.PREFILL)
+        reach["credentials"] = str(tmp_path / Role.ENGINE)
     deployment = Deployment(DeploymentConfig(model=tmp_path, data_dir=data))
     loop = LoopThread()
     try:

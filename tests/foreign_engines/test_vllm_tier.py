@@ -355,6 +355,22 @@ def test_a_full_store_keeps_what_fits_and_gives_right_bytes(start, tmp_path):
     shutil.rmtree(tmp_path / "data")
 
 
+@pytest.mark.parametrize("layout", ["V4", "plain"])
+@pytest.mark.parametrize("closes", [True, False])
+def test_shutdown_lets_go_of_vllms_memory_and_raises_nothing(start, monkeypatch, layout, closes):
+    engine = start() if layout == "V4" else start(plain_config(), windows={0: 0})
+    tokens, end = (PROMPT, 1024) if layout == "V4" else (list(range(100)), 96)
+    engine.store(tokens)
+    assert engine.restore(tokens, end)[1].success
+    own = engine.tier._store._store
+    if not closes:
+        monkeypatch.setattr(type(own), "close", lambda self: 1 / 0)
+    # Fails with BufferError while anything of ours still holds a part of the memory.
+    engine.manager.shutdown()
+    monkeypatch.undo()
+    own.close()
+
+
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 

@@ -124,9 +124,15 @@ class OffloadingConnectorStats:
 class Manager:
     """The primary tier as a dict, and one tier behind it."""
 
-    def __init__(self, tier):
+    def __init__(self, tier, view):
         self.tier = tier
+        self.view = view
         self.primary = {}
+
+    def shutdown(self):
+        """Raises BufferError while anybody still has a part of the memory, as vLLM's does."""
+        self.tier.shutdown()
+        self.view.release()
 
     def lookup(self, key, req_context, *, exclude_tier_idx=None):
         return LookupResult.HIT if key in self.primary else self.tier.lookup(key, req_context)
@@ -147,10 +153,9 @@ class TieringOffloadingSpec:
         if self._manager is None:
             settings = dict(self.extra_config["secondary_tiers"][0])
             tier_class = settings.pop("tier_class")
-            tier = tier_class(
-                offloading_spec=self, primary_kv_view=memoryview(self.memory), tier_type="AntefixTier", **settings
-            )
-            self._manager = Manager(tier)
+            view = memoryview(self.memory)
+            tier = tier_class(offloading_spec=self, primary_kv_view=view, tier_type="AntefixTier", **settings)
+            self._manager = Manager(tier, view)
         return self._manager
 
 
@@ -287,7 +292,7 @@ class Engine:
         self._num_jobs = self._num_requests = self._next_chunk = 0
 
     def close(self):
-        self.tier.shutdown()
+        self.manager.shutdown()
 
     def __enter__(self):
         return self

@@ -73,10 +73,10 @@ async def test_the_shipped_aliases_name_modes(client):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("[[alias]]\nname = 5", "needs a name"),
+        ("[[alias]]\nname = 5", "name must be a string"),
         ("[[alias]]\nname = 'a'\nmode = 'deep'", "mode must be one of"),
-        ("[[alias]]\nname = 'a'\ncolour = 'red'", "takes name and mode"),
-        ("[other]", "only"),
+        ("[[alias]]\nname = 'a'\ncolour = 'red'", "unknown names: colour"),
+        ("[other]", "unknown names: other"),
         ("not toml", "model aliases"),
     ],
 )

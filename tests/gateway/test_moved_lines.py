@@ -194,16 +194,16 @@ def test_the_shipped_example_loads_and_comes_before_the_shipped_rules(tmp_path):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("[[rules]]", "only"),
-        ("[[rule]]\nname = 'a'", "needs a line"),
+        ("[[rules]]", "unknown names: rules"),
+        ("[[rule]]\nname = 'a'", "line is missing"),
         ("[[rule]]\nname = 'A'\nline = 'x'\nchanges = 'request'", "needs a name"),
         ("[[rule]]\nname = 'a'\nline = '('\nchanges = 'request'", "regular expression"),
         ("[[rule]]\nname = 'a'\nline = '.*'\nchanges = 'request'", "every line"),
         ("[[rule]]\nname = 'a'\nline = 'x'\nchanges = 'daily'", "one of session, request"),
-        ("[[rule]]\nname = 'a'\nline = 'x'\nchanges = 'request'\nplace = 1", "takes"),
+        ("[[rule]]\nname = 'a'\nline = 'x'\nchanges = 'request'\nplace = 1", "unknown names: place"),
         ("[[rule]]\nname = 'a'\nline = 'x'\nchanges = 'session'\n" * 2, "two rules"),
-        ("shipped = 1", "shipped = false"),
-        ("rule = 1", "write"),
+        ("shipped = 1", "shipped must be true or false"),
+        ("rule = 1", "tables, each under"),
         ("x", "prefix rules"),
     ],
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,8 @@ from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind
 from antefix.store_files import codec
 from antefix_kvstore.embedded_store import EmbeddedStore
 from antefix_kvstore.group_commit import GroupCommitter
+from antefix_kvstore.identity import CLEAN_FILE
+from antefix_kvstore.reading_here import ReadingHere
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
 
@@ -90,12 +94,13 @@ def test_it_makes_the_protocols_calls_with_its_parameters() -> None:
     for name, method in inspect.getmembers(Store, inspect.isfunction):
         if name.startswith("_"):
             continue
-        for kind in (EmbeddedStore, BlockingStore):
+        for kind in (EmbeddedStore, BlockingStore, ReadingHere):
             assert list(inspect.signature(getattr(kind, name)).parameters) == list(inspect.signature(method).parameters)
 
 
-def test_a_plain_script_needs_no_loop(tmp_path: Path) -> None:
-    with BlockingStore(antefix_kvstore.open(tmp_path / "store")) as store:
+@pytest.mark.parametrize("kind", [BlockingStore, ReadingHere])
+def test_a_plain_script_needs_no_loop(tmp_path: Path, kind: type[BlockingStore]) -> None:
+    with kind(antefix_kvstore.open(tmp_path / "store")) as store:
         assert store.put(PROMPT.blocks()).num_stored == 6
         assert store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT).num_blocks == 6
         into = PROMPT.buffers()
@@ -103,6 +108,48 @@ def test_a_plain_script_needs_no_loop(tmp_path: Path) -> None:
         assert bytes(into[5]) == PROMPT.payload(5)
         with pytest.raises(InvalidRequest, match="a buffer has 7 bytes, its payload 300"):
             store.get_blocks(PROMPT.hashes[:1], [memoryview(bytearray(7))], fingerprint=FINGERPRINT)
+    with pytest.raises(InvalidRequest, match="closed"):
+        store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)
+
+
+def test_reads_run_in_the_thread_that_asks_and_closing_waits_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedded = antefix_kvstore.open(tmp_path / "store")
+    store, begun, may_go, threads = ReadingHere(embedded), threading.Event(), threading.Event(), []
+    lookup = embedded.lookup_here
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        threads.append(threading.current_thread())
+        begun.set()
+        may_go.wait(20)
+        return lookup(*args, **kwargs)
+
+    monkeypatch.setattr(embedded, "lookup_here", slow)
+    reading = threading.Thread(target=store.lookup, args=(PROMPT.hashes,), kwargs={"fingerprint": FINGERPRINT})
+    closing = threading.Thread(target=store.close)
+    reading.start()
+    assert begun.wait(20)
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive() and embedded.engine.is_open
+    may_go.set()
+    for thread in (reading, closing):
+        thread.join(20)
+    assert threads == [reading] and not embedded.engine.is_open
+
+
+def test_a_store_closes_while_python_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pool of threads takes work then."""
+    store = ReadingHere(antefix_kvstore.open(tmp_path / "store"))
+    store.put(PROMPT.blocks())
+    with monkeypatch.context() as ending:
+        ending.setattr("concurrent.futures.thread._shutdown", True)
+        store.close()
+    # The mark of a clean end: the next opening need not examine the index.
+    assert (tmp_path / "store" / CLEAN_FILE).exists()
+    with BlockingStore(antefix_kvstore.open(tmp_path / "store")) as again:
+        assert again.lookup(PROMPT.hashes, fingerprint=FINGERPRINT).num_blocks == 6
 
 
 SMALL = KVGeometry(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,3 +193,12 @@ def test_times_that_are_none_are_refused(open_engine: OpenEngine, number: float)
         engine.put([PROMPT.block(0, ttl_s=number)])
     with pytest.raises(InvalidRequest, match="pinned"):
         engine.pin([(RecordKind.BLOCK, PROMPT.hashes[0])], number)
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"a b", "東".encode(), b"two\nlines"])
+def test_a_directory_may_have_any_name(tmp_path: Path, name: bytes) -> None:
+    config = KvStoreConfig(dir=str(tmp_path / os.fsdecode(name)), budget_bytes=64 << 20)
+    with contextlib.closing(StorageEngine(config)) as engine:
+        engine.put(PROMPT.blocks(3))
+    with contextlib.closing(StorageEngine(config)) as engine:
+        assert PROMPT.check(engine) == 3

@@ -1,22 +1,22 @@
-"""A model over two and four processes computes what one computes, to the bit; rank 0 alone reads KV from a store."""
+"""A model over two and four ranks computes what one computes, to the bit; rank 0 alone reads KV from a store."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from antefix.errors import ConfigError
-from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model, probe
+from antefix.errors import ConfigError, InternalError
+from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model, probe, replay, run_tokens
+from antefix.model.backend import make_backend
+from antefix.model.draft import draft_logits, follow_ran
 from antefix.model.ranks import Ranks
 from tests.model import released_checkpoint as released
+from tests.model.rank_threads import over_ranks
 
 # Shapes of which four ranks each get whole FP8 blocks.
 WIDE = {
@@ -25,27 +25,38 @@ WIDE = {
 TOKENS = np.random.default_rng(2).integers(0, 64, 150).astype("<u4")
 
 
-def digests(model: Model, ranks: Ranks | None = None) -> dict[str, str]:
-    """Of a cold run, of its KV, and of a hit on what rank 0 alone has kept of it."""
-    pool = BlockPool(model.layout, 4)
-    sequence = Sequence(pool.allocate(2), WindowState.zeros(model.layout, 0))
+def digests(model: Model) -> dict[str, str]:
+    """Of a cold run, its KV, hits on it by checkpoint and by replay, and steps of several sequences."""
+    layout = model.layout
+    pool, _ = make_backend("torch", layout, 8, "cpu", lead=model.lead)
+
+    def begin(position: int = 0) -> Sequence:
+        return Sequence(pool.allocate(2), WindowState.zeros(layout, position))
+
+    sequence = begin()
     first = forward(model, pool, [(sequence, TOKENS[:100])], logits="all")
     second = forward(model, pool, [(sequence, TOKENS[100:128])], logits="all")
     checkpoint, block = sequence.window.to_bytes(), bytes(pool.payloads(sequence.block_table[:1])[0])
     cold = forward(model, pool, [(sequence, TOKENS[128:])], logits="all")
-    # What a store holds is rank 0's to read; other ranks get it from there.
-    is_reader = ranks is None or ranks.rank == 0
-    again = Sequence(pool.allocate(2), WindowState.zeros(model.layout, 0))
-    pool.landing(again.block_table[:1])[0][:] = block if is_reader else bytes(len(block))
-    if ranks is None:
-        pool.note_filled(again.block_table[:1])
-        shared = checkpoint
-    else:
-        ranks.share_blocks(pool, again.block_table[:1])
-        shared = ranks.share(checkpoint if is_reader else None)
-    again.window = WindowState.from_bytes(model.layout, 128, shared)
+    # What a store holds is rank 0's to read: it lands in its pool alone.
+    again = begin()
+    pool.landing(again.block_table[:1])[0][:] = block
+    pool.note_filled(again.block_table[:1])
+    again.window = WindowState.from_bytes(layout, 128, checkpoint)
     hit = forward(model, pool, [(again, TOKENS[128:])], logits="all")
-    found = {"logits": [first, second, cold], "block": block, "checkpoint": checkpoint, "hit": [hit], "cold": [cold]}
+    replayed = Sequence(again.block_table, WindowState.zeros(layout, 0))
+    replay(model, pool, replayed, TOKENS[:70], stop=128)
+    replay(model, pool, replayed, TOKENS[70:128], stop=128)
+    rebuilt = replayed.window.to_bytes()
+    # A second sequence of another length joins; of its two tokens one is kept.
+    other = begin()
+    forward(model, pool, [(other, TOKENS[:9])])
+    ran = run_tokens(model, pool, [(sequence, TOKENS[:1]), (other, TOKENS[1:3]), (again, TOKENS[:1])], logits="all")
+    for number, count in ((0, 1), (1, 1), (2, 1)):
+        ran.keep(number, count)
+    mixed = forward(model, pool, [(other, TOKENS[5:6]), (sequence, TOKENS[6:7])])
+    found = {"logits": [first, second, cold], "block": block, "checkpoint": checkpoint, "hit": [hit], "cold": [cold],
+             "replay": rebuilt, "steps": [ran.logits, mixed], "end": other.window.to_bytes()}  # fmt: skip
     return {name: _digest(value) for name, value in found.items()} | {"name": probe(model).name}
 
 
@@ -54,40 +65,86 @@ def _digest(value: bytes | list[torch.Tensor]) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def main(directory: str, rendezvous: str, rank: int, size: int) -> None:
-    """One rank, in a process of its own."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
-    ranks = Ranks.of_group()
-    model = load_model(directory, ranks=ranks)
-    held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    print(json.dumps(digests(model, ranks) | {"bytes": held}))
-    torch.distributed.destroy_process_group()
+def held(model: Model) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-@pytest.mark.services
-@pytest.mark.parametrize("size", [2, 4])
-def test_any_number_of_ranks_computes_the_same_bits(tmp_path: Path, size: int) -> None:
-    directory = released.write("flash", tmp_path / "model", **WIDE)
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.model.test_ranks", str(directory), str(tmp_path / "meet")]
-    started = [
-        subprocess.Popen(
-            [*command, str(rank), str(size)], stdout=subprocess.PIPE, env=environment, text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=600)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * size
-    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+@functools.cache
+def flash(root: Path) -> tuple[Path, Model, dict[str, str]]:
+    directory = released.write("flash", root / "model", **WIDE)
     alone = load_model(directory)
-    want = digests(alone)
-    held = sum(tensor.numel() * tensor.element_size() for tensor in alone.state_dict().values())
+    return directory, alone, digests(alone)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_any_number_of_ranks_computes_the_same_bits(root: Path, size: int) -> None:
+    directory, alone, want = flash(root)
+    with over_ranks(size, lambda ranks: load_model(directory, ranks=ranks)) as (model, _):
+        assert digests(model) == want
+        # Three divide nothing of this model, so each has all of it.
+        assert (held(model) < held(alone)) == (size != 3)
     assert want["hit"] == want["cold"]
-    for each in found:
-        share = each.pop("bytes")
-        assert each == want
-        assert share < held
+    assert want["replay"] == want["checkpoint"]
+
+
+@pytest.mark.slow
+def test_drafts_and_what_follows_them_are_the_same_on_ranks(tmp_path: Path) -> None:
+    directory = released.write("flash", tmp_path / "model", **WIDE)
+
+    def drafted(model: Model) -> list[torch.Tensor]:
+        pool, ops = make_backend("torch", model.layout, 2, "cpu", lead=model.lead)
+        sequence = Sequence(pool.allocate(2), WindowState.zeros(model.layout, 0))
+        ran = run_tokens(model, pool, [(sequence, TOKENS[:40])])
+        ran.keep(0)
+        follow_ran(model, ran, 0, sequence.window, TOKENS[:40], stop=40, ops=ops)
+        found = []
+        for token in (3, 9):
+            found.append(draft_logits(model, [sequence.window], [token]))
+            ran = run_tokens(model, pool, [(sequence, np.array([token, 5], "<u4"))], logits="all")
+            for stop in (1, 2):
+                ran.keep(0, stop)
+                new = np.array([token, 5], "<u4")[stop - 1 : stop]
+                follow_ran(model, ran, 0, sequence.window, new, stop=stop, ops=ops)
+            found.append(ran.logits)
+        return found
+
+    want = drafted(load_model(directory, drafts=True))
+    with over_ranks(2, lambda ranks: load_model(directory, drafts=True, ranks=ranks)) as (model, _):
+        assert all(torch.equal(one, two) for one, two in zip(drafted(model), want, strict=True))
+
+
+@pytest.mark.slow
+def test_other_ranks_keep_nothing_that_rank_0_has_let_go(root: Path) -> None:
+    directory, _, _ = flash(root)
+    with over_ranks(2, lambda ranks: load_model(directory, ranks=ranks)) as (model, followers):
+        digests(model)
+        pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
+        sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
+        for _ in range(3):
+            forward(model, pool, [(sequence, TOKENS[:3])])
+    (follower,) = followers
+    sizes = len(follower._pools), len(follower._sequences)
+    assert sizes == (1, 1)
+    # The last call's own numbers go with the next one.
+    assert len(follower._calls) <= 2
+
+
+def test_a_call_that_is_wrong_is_refused_before_others_are_told(root: Path) -> None:
+    directory, _, _ = flash(root)
+    with over_ranks(2, lambda ranks: load_model(directory, ranks=ranks)) as (model, _):
+        pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
+        sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
+        with pytest.raises(InternalError, match="block table has 1"):
+            forward(model, pool, [(sequence, np.zeros(129, "<u4"))])
+        assert forward(model, pool, [(sequence, TOKENS[:3])]).isfinite().all()
+        with pytest.raises(InternalError, match="needs pools that its lead knows"):
+            forward(model, BlockPool(model.layout, 1), [(sequence, TOKENS[:3])])
 
 
 def test_sizes_that_do_not_divide_are_not_split(tmp_path: Path) -> None:
@@ -119,7 +176,3 @@ def test_ranks_that_are_none_are_refused(tmp_path: Path) -> None:
         Ranks(rank=2, size=2)
     with pytest.raises(ConfigError, match=r"torch.distributed to be initialised"):
         Ranks.of_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -30,19 +30,24 @@ async def reflected(channel):
     seen = set()
     for service in listed.list_services_response.service:
         answer = await ask(file_containing_symbol=service.name)
-        files = [
-            descriptor_pb2.FileDescriptorProto.FromString(raw)
-            for raw in answer.file_descriptor_response.file_descriptor_proto
-        ]
-        for file in reversed(files):
-            if file.name not in seen:
-                seen.add(file.name)
-                pool.Add(file)
+        raws = answer.file_descriptor_response.file_descriptor_proto
+        files = {file.name: file for file in map(descriptor_pb2.FileDescriptorProto.FromString, raws)}
+        for name in files:
+            add_to(pool, files, name, seen)
         for method in pool.FindServiceByName(service.name).methods:
             proto = descriptor_pb2.MethodDescriptorProto()
             method.CopyToProto(proto)
             methods[f"/{service.name}/{method.name}"] = (proto.client_streaming, proto.server_streaming)
     return methods
+
+
+def add_to(pool, files, name, seen):
+    """A file behind those that it depends on."""
+    if name not in seen:
+        seen.add(name)
+        for needed in files[name].dependency:
+            add_to(pool, files, needed, seen)
+        pool.Add(files[name])
 
 
 async def call(channel, method, kind):

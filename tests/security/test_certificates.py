@@ -262,7 +262,7 @@ async def test_a_certificate_for_two_identities_is_for_none(authority, serve, tm
         ("[[identity]]\nname = 'x'\nrole = 'tenant'\ntenant = 'a'\n", "unknown names: tenant"),
         ("[[identity]]\nname = 'x'\nrole = 'tenant'\n", "one tenant"),
         ("[[identity]]\nname = 'x'\nrole = 'tenant'\ntenants = ['a', 'b']\n", "one tenant"),
-        ("[[identity]]\nname = 'x'\nrole = 'frontend'\ntenants = 'acme'\n", "list of names"),
+        ("[[identity]]\nname = 'x'\nrole = 'frontend'\ntenants = 'acme'\n", "list of strings"),
         ("[[identity]]\nname = 'x'\nrole = 'prefill'\ntenants = ['a']\n", "acts for no tenants"),
         ("people = []\n", "people"),
         ("[[identity", "identities.toml"),

@@ -1,12 +1,15 @@
 """Secrets by generation, and what stands for tenants: of one length, and apart from each other."""
 
+import errno
+import os
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antefix.errors import ConfigError, InvalidRequest
 from antefix.registration import Registration
-from antefix.secret import OWNER_BYTES, Keyring
+from antefix.secret import OWNER_BYTES, Keyring, create_secret_file
 
 OLD, NEW = b"o" * 32, b"n" * 32
 names = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=512)
@@ -66,3 +69,36 @@ def test_owners_have_one_length_and_are_equal_for_equal_names_only(first, second
     assert (owners[0] == owners[1]) == (first == second)
     # All users of a tenant share its part, and nobody else does.
     assert (owners[0][:16] == owners[1][:16]) == (first[0] == second[0])
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_disk_that_is_full_leaves_no_secret_and_is_named(tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    if call == "write":
+        monkeypatch.setattr(os, "open", full)
+    with pytest.raises(OSError, match="secret") as caught:
+        create_secret_file(tmp_path / "secret")
+    assert caught.value.filename == str(tmp_path / "secret") and list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    assert Keyring.from_file(create_secret_file(tmp_path / "secret")).generation == 1
+
+
+def test_of_two_who_make_a_secret_at_once_one_is_taken(tmp_path, monkeypatch):
+    path, link = tmp_path / "secret", os.link
+
+    def second(draft, target):
+        path.write_text(OLD.hex())
+        path.chmod(0o600)
+        link(draft, target)
+
+    monkeypatch.setattr(os, "link", second)
+    create_secret_file(path)
+    assert path.read_text() == OLD.hex() and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_empty_secret_says_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"is empty: put its backup there"):
+        from_text(tmp_path, "\n")

@@ -34,7 +34,9 @@ PROMPT = Prompt(list(range(BLOCK * 10)), payload_bytes=300_001)
 async def servicer(tmp_path: Path) -> AsyncIterator[KvStoreServicer]:
     config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=512 * MIB, compression="zstd", scrub_bytes_per_s=0)
     served = KvStoreServicer(StorageEngine(config))
-    server = await rpc.start_server("127.0.0.1:0", lambda target: register(served, target), [kvstore_pb2.DESCRIPTOR])
+    server = await rpc.start_server(
+        "127.0.0.1:0", lambda target: register(served, target, served.turns), [kvstore_pb2.DESCRIPTOR]
+    )
     served.address = server.address  # type: ignore[attr-defined]
     yield served
     await server.drain(0.2)
@@ -320,3 +322,62 @@ async def test_records_that_moved_since_they_were_looked_up_are_found_again(
     assert await restored(store) == 10
     assert asked == [(FORMAT_VERSION, 0)]
     assert engine.counters.corrupt == 0
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "cold"])
+async def test_streams_at_once_are_each_right_with_calls_between_them(
+    store: RemoteStore, servicer: KvStoreServicer, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not cached:
+        monkeypatch.setattr("antefix.store_files.read_runs.preadv_cached", lambda *_: 0)
+    clients = [RemoteStore(servicer.address) for _ in range(5)]  # type: ignore[attr-defined]
+
+    async def look_up() -> int:
+        found = [await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT) for _ in range(10)]
+        return min(each.num_blocks for each in found)
+
+    found = await asyncio.gather(*(restored(client) for client in clients), look_up())
+    assert found == [10] * 6
+    for client in clients:
+        await client.close()
+    assert servicer.num_streams == 0
+
+
+async def test_readers_that_stop_or_leave_hold_up_no_other(store: RemoteStore, servicer: KvStoreServicer) -> None:
+    prompt = Prompt([9] * BLOCK * 300, payload_bytes=300_001)
+    await store.put(prompt.blocks())
+    request = kvstore_pb2.GetRequest(
+        kind=kvstore_pb2.RECORD_KIND_BLOCK,
+        hashes=b"".join(prompt.hashes),
+        fingerprint=FINGERPRINT,
+        record_format=FORMAT_VERSION,
+    )
+    # Over connections of their own: one connection's streams share its window.
+    clients = [RemoteStore(servicer.address) for _ in range(6)]  # type: ignore[attr-defined]
+    stopped = [client.stub.Get(request, timeout=30) for client in clients]
+    for call in stopped:
+        await call.read()
+    for call in stopped[:3]:
+        call.cancel()
+    async with asyncio.timeout(20):
+        assert await restored(store) == 10
+    for _ in range(600):
+        if servicer.num_streams == 3:
+            break
+        await asyncio.sleep(0.01)
+    assert servicer.num_streams == 3
+    for client in clients:
+        await client.close()
+
+
+@pytest.mark.parametrize("method", ["Lookup", "Stats"])
+async def test_small_calls_have_payloads_give_way(
+    store: RemoteStore, servicer: KvStoreServicer, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+    monkeypatch.setattr(servicer.turns, "give_way", lambda: given.append(True))
+    await restored(store)
+    await store.put(PROMPT.blocks(1))
+    assert not given
+    await (store.stats() if method == "Stats" else store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT))
+    assert len(given) == 1

@@ -122,6 +122,7 @@ COUNTED = {
     "num_forged": "antefix_window_pool_forged_records",
     "num_errors": "antefix_api_keys_errors",
     "num_malformed": "antefix_http_malformed_requests",
+    "num_calls": "antefix_worker_rank_calls",
     "num_displaced": "antefix_http_closed_connections",
     "num_silent": "antefix_http_closed_connections",
     "num_silences": "antefix_store_client_silences",

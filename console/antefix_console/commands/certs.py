@@ -1,22 +1,36 @@
-"""`antefix certs`: a private CA, a certificate for each process, and what a certificate says."""
+"""`antefix certs`: a private CA, a certificate for each process, an engine's grant, and what these say."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from antefix.errors import InvalidRequest
-from antefix.security.certificates import CA, CA_DAYS, CERTIFICATE, DAYS, Issued, describe, issue, make_ca
+from antefix.secret import Keyring
+from antefix.security.certificates import (
+    CA,
+    CA_DAYS,
+    CERTIFICATE,
+    DAYS,
+    TENANT_GRANT,
+    Issued,
+    describe,
+    issue,
+    make_ca,
+    write_lasting_grant,
+)
+from antefix.security.grants import unchecked
 from antefix.security.identity import ISSUED, Role
 from antefix.text_table import text_table
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser("certs", help="make and show the certificates of a deployment")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="init|issue|show")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="init|issue|grant|show")
     init = actions.add_parser(
         "init", help="make a private CA, and the key that signs grants", epilog="example: antefix certs init ca"
     )
@@ -37,13 +51,25 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--host", action="append", default=[], metavar="HOST", help="host name or IP address of it; may repeat"
     )
     made.add_argument("--days", type=int, default=DAYS, help=f"how long it holds (default: {DAYS})")
+    granted = actions.add_parser(
+        "grant",
+        help="sign an engine's grant for one tenant, next to its certificate",
+        epilog="example: antefix certs grant acme --ca ca --secret-file antefix-data/secret --out credentials/e1",
+    )
+    granted.add_argument("tenant", help="whose records the engine may read, write, pin and evict")
+    granted.add_argument("--ca", type=Path, required=True, metavar="CA_DIR", help="as `antefix certs init` made it")
+    granted.add_argument(
+        "--secret-file", type=Path, required=True, metavar="FILE", help="the deployment's; sign again when it changes"
+    )
+    granted.add_argument("--out", type=Path, required=True, metavar="DIR", help="the engine's --credentials")
+    granted.add_argument("--days", type=int, default=DAYS, help=f"how long it holds (default: {DAYS})")
     show = actions.add_parser(
         "show",
         help="what certificates say, and how long they hold",
         epilog="example: antefix certs show credentials/p1 --json",
     )
     show.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a certificate, or a --credentials directory")
-    for each in (init, made, show):
+    for each in (init, made, granted, show):
         each.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -56,16 +82,33 @@ def run(args: argparse.Namespace) -> int:
     elif args.action == "issue":
         issued = issue(args.ca, args.out, Role(args.role), args.name, hosts=args.host, days=args.days)
         found = {args.out / CERTIFICATE: issued}
+    elif args.action == "grant":
+        write_lasting_grant(args.ca, args.out, Keyring.from_file(args.secret_file), args.tenant, days=args.days)
+        found = {}
     else:
         found = {path: describe(path.read_bytes()) for given in args.paths for path in _files(given)}
-    if args.json:
-        print(json.dumps({"certificates": [{"file": str(path), **_plain(each)} for path, each in found.items()]}))
+    directories: list[Path] = args.paths if args.action == "show" else [args.out] if args.action == "grant" else []
+    grants = {path: _grant_days_left(path) for given in directories if (path := given / TENANT_GRANT).exists()}
+    return _show(found, grants, as_json=args.json)
+
+
+def _show(found: dict[Path, Issued], grants: dict[Path, float], *, as_json: bool) -> int:
+    """Print certificates, and the days left of grants. Returns 1 where one has ended."""
+    if as_json:
+        certificates = [{"file": str(path), **_plain(each)} for path, each in found.items()]
+        held = [{"file": str(path), "days_left": round(days, 2)} for path, days in grants.items()]
+        print(json.dumps({"certificates": certificates, "grants": held}))
     else:
         rows = [
             (str(path), ", ".join(each.sans) or each.subject, f"{each.days_left:.0f}") for path, each in found.items()
         ]
+        rows += [(str(path), "a tenant's records in the store", f"{days:.0f}") for path, days in grants.items()]
         print(text_table(("file", "for", "days left"), rows, num_left=2))
-    return 1 if any(each.days_left <= 0 for each in found.values()) else 0
+    return 1 if any(days <= 0 for days in [*(each.days_left for each in found.values()), *grants.values()]) else 0
+
+
+def _grant_days_left(path: Path) -> float:
+    return (unchecked(path.read_bytes()).expires_ms / 1000 - time.time()) / 86400
 
 
 def _files(given: Path) -> list[Path]:

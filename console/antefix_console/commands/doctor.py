@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from antefix.host_limits import usable_cores
 from antefix_console import shipped
 from antefix_console.finding import Finding
 from antefix_console.progress_line import ProgressLine
@@ -98,7 +99,7 @@ def _show(findings: list[Finding], *, as_json: bool) -> int:
 
 def _python() -> Finding:
     ok = sys.version_info >= (3, 11)
-    detail = f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} processors"
+    detail = f"{platform.python_version()} on {platform.machine()}, {usable_cores()} cores to use"
     return Finding(check="python", status="ok" if ok else "fail", detail=detail, advice="" if ok else "install 3.11+")
 
 
@@ -126,7 +127,7 @@ def _arithmetic(args: argparse.Namespace) -> list[Finding]:
     from antefix.model import load_model, probe
     from antefix.model.backend import uses_triton
 
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    torch.set_num_threads(args.threads or min(torch.get_num_threads(), usable_cores()))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     findings: list[Finding] = []
     for where in dict.fromkeys(("cpu", device)):

@@ -8,8 +8,8 @@ import json
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -31,6 +31,7 @@ from antefix_console.verify.setups import LONG_SETUPS, SHORT_SETUPS, check_setup
 from antefix_console.verify.suite import Backend, Suite
 from antefix_console.verify.verdict import Report, Tally
 from antefix_engines.verify import CHECKS
+from antefix_prefill.worker.rank_processes import RankProcesses
 
 FAILURES_SHOWN = 20
 
@@ -43,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="longer prompts, every plan in both formats, for minutes; prints its progress",
     )
-    add_flags(parser.add_argument_group("as the workers have them"), WorkerSettings, ("device", "kernels"))
+    add_flags(
+        parser.add_argument_group("as the workers have them"),
+        WorkerSettings,
+        ("device", "kernels", "tensor_parallel_size"),
+    )
     parser.add_argument(
         "--fast", action="store_true", help="on a card: the faster kernels, whose hits are equal within bounds only"
     )
@@ -82,7 +87,10 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"--model: {model} is not a directory")
     worker = WorkerSettings(**given_flags(WorkerSettings, args))
     check_device(worker.device)
-    with tempfile.TemporaryDirectory(prefix="antefix-verify-", dir=args.data_dir) as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="antefix-verify-", dir=args.data_dir) as scratch,
+        _ranks_of(worker) as ranks,
+    ):
         started = time.monotonic()
         backend = Backend(device=worker.device, kernels=worker.kernels, reproducible=not args.fast)
         selection = Selection(
@@ -92,10 +100,23 @@ def run(args: argparse.Namespace) -> int:
             plans=tuple(PLANS) if args.plans is None else tuple(args.plans),
             num_drawn=args.drawn,
             seed=seed,
+            ranks=ranks,
         )
         with ProgressLine("verifying", lines=args.long) as progress:
             report = asyncio.run(_verify(selection, backend, Path(scratch), progress.step))
     return _conclude(args, report, seed, time.monotonic() - started)
+
+
+@contextmanager
+def _ranks_of(worker: WorkerSettings) -> Iterator[RankProcesses | None]:
+    if worker.tensor_parallel_size == 1:
+        yield None
+        return
+    ranks = RankProcesses(worker.tensor_parallel_size, device=worker.device, threads=1)
+    try:
+        yield ranks
+    finally:
+        ranks.close()
 
 
 def _run_against(args: argparse.Namespace, seed: int) -> int:

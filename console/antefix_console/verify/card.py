@@ -10,7 +10,6 @@ from torch import Tensor
 
 from antefix.clients import Tokens
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward
-from antefix.model.backend import make_backend
 from antefix.model.ops import Ops, TorchOps
 from antefix_console.verify.compare import Difference
 from antefix_console.verify.paired_runs import WorkerPair
@@ -20,9 +19,10 @@ def against_cpu(workers: WorkerPair, tokens: Tokens) -> Difference:
     """The median over tokens of the largest difference of a logit, relative to the largest logit."""
     model = workers.subject.model
     num_blocks = -(-len(tokens) // workers.subject.block_size)
-    pool, ops = make_backend(workers.kernels, model.layout, num_blocks, model.device, reproducible=workers.reproducible)
+    pool, ops = workers.backend(num_blocks)
     on_card = _logits(model, pool, ops, tokens, workers.prefill_chunk)
-    twin = copy.deepcopy(model).to("cpu")
+    alone = workers.subject.alone
+    twin = (copy.deepcopy(model) if alone is None else alone().model).to("cpu")
     on_cpu = _logits(twin, BlockPool(model.layout, num_blocks), TorchOps(), tokens, workers.prefill_chunk)
     return typical_difference(on_cpu, on_card)
 

@@ -13,7 +13,6 @@ import torch
 
 from antefix.clients import Tokens
 from antefix.model import BlockPool, Sequence, WindowState, forward
-from antefix.model.backend import make_backend
 from antefix.model.ops import Ops
 from antefix_console.verify.compare import RunOutcome, compare
 from antefix_console.verify.paired_runs import WorkerPair
@@ -69,9 +68,7 @@ def run_pieces(
     num_blocks = -(-len(tokens) // size)
     ends = [*cuts, len(tokens)]
     per_other = -(-4 * len(ends) // size)
-    pool, ops = make_backend(
-        workers.kernels, layout, num_blocks + others * per_other, model.device, reproducible=workers.reproducible
-    )
+    pool, ops = workers.backend(num_blocks + others * per_other)
     ours = Sequence(pool.allocate(num_blocks), WindowState.zeros(layout, 0, model.device))
     rest = [Sequence(pool.allocate(per_other), WindowState.zeros(layout, 0, model.device)) for _ in range(others)]
     logits = torch.empty(0)

@@ -13,6 +13,7 @@ import numpy as np
 
 from antefix.layout import KVFormat
 from antefix_console.verify.models import Subject, make_subject
+from antefix_prefill.worker.rank_processes import RankProcesses
 
 _KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
 # A block has this many tokens at most, so that some blocks are still a short prompt.
@@ -21,12 +22,15 @@ _BLOCK_TOKENS_MAX = 48
 _HEADS = ((16, 0.25), (24, 0.25), (32, 0.5), (40, 0.2), (80, 0.2))
 
 
-def drawn_subject(seed: int, number: int, *, device: str = "cpu", fp8_only: bool = False) -> Subject:
+def drawn_subject(
+    seed: int, number: int, *, device: str = "cpu", fp8_only: bool = False, ranks: RankProcesses | None = None
+) -> Subject:
     """Model `number` of a seed; the same on every machine. fp8_only: the format that a card's kernels know."""
     random = np.random.default_rng((seed, number))
     fields = drawn_config(random)
     kv_format = KVFormat.FP8 if fp8_only or random.random() < 0.5 else KVFormat.FLOAT32
-    return make_subject(f"drawn-{seed}-{number}", fields, kv_format, seed=int(random.integers(1 << 31)), device=device)
+    weights = int(random.integers(1 << 31))
+    return make_subject(f"drawn-{seed}-{number}", fields, kv_format, seed=weights, device=device, ranks=ranks)
 
 
 def drawn_config(random: np.random.Generator) -> dict[str, Any]:

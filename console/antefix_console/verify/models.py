@@ -6,6 +6,8 @@ unseen; with the small weights that training starts from, logits would hardly de
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, check_device, load_model
+from antefix.model.ranks import Ranks, take_share
 from antefix.model_dir import ModelIdentity, identify
+from antefix_prefill.worker.rank_processes import RankProcesses
 
 _W, _C, _H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 _YARN: Final = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -79,11 +83,12 @@ PLANS: Final[dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Subject:
-    """A loaded model with its names."""
+    """A loaded model with its names.  alone: of one over several ranks, makes the same on one."""
 
     name: str
     identity: ModelIdentity
     model: Model
+    alone: Callable[[], Subject] | None = None
 
     @property
     def kv_format(self) -> KVFormat:
@@ -94,18 +99,29 @@ class Subject:
         return self.model.layout.geometry.block_size
 
 
-def load_subject(path: Path, kv_format: KVFormat, *, device: str = "cpu") -> Subject:
+def load_subject(
+    path: Path, kv_format: KVFormat, *, device: str = "cpu", ranks: RankProcesses | None = None
+) -> Subject:
     """A model directory.  Raises:  ModelError: it is not usable."""
-    model = load_model(path, device=device, kv_format=kv_format)
-    return Subject(name=path.name, identity=identify(path), model=model)
+    if ranks is None:
+        model = load_model(path, device=device, kv_format=kv_format)
+        return Subject(name=path.name, identity=identify(path), model=model)
+    return Subject(
+        name=path.name,
+        identity=identify(path),
+        model=ranks.load(load_model, path=path, kv_format=kv_format),
+        alone=lambda: load_subject(path, kv_format, device=device),
+    )
 
 
-def random_subject(plan: str, kv_format: KVFormat, *, seed: int = 1, device: str = "cpu") -> Subject:
-    """A small random model of one of PLANS; the same weights on every device.
+def random_subject(
+    plan: str, kv_format: KVFormat, *, seed: int = 1, device: str = "cpu", ranks: RankProcesses | None = None
+) -> Subject:
+    """A small random model of one of PLANS; the same weights on every device, and over ranks.
 
     Raises:  ConfigError: the device cannot be used here.
     """
-    return make_subject(plan, config_of(plan), kv_format, seed=seed, device=device)
+    return make_subject(plan, config_of(plan), kv_format, seed=seed, device=device, ranks=ranks)
 
 
 def config_of(plan: str) -> dict[str, Any]:
@@ -116,15 +132,23 @@ def config_of(plan: str) -> dict[str, Any]:
     return _SMALL | fields | {"layer_types": layers, "num_hidden_layers": len(layers), "compress_rates": ratios}
 
 
-def make_subject(name: str, fields: dict[str, Any], kv_format: KVFormat, *, seed: int, device: str = "cpu") -> Subject:
+def make_subject(
+    name: str,
+    fields: dict[str, Any],
+    kv_format: KVFormat,
+    *,
+    seed: int,
+    device: str = "cpu",
+    ranks: RankProcesses | None = None,
+) -> Subject:
     """A random model of a config.
 
     Raises:  ConfigError: the device cannot be used here.  InvalidRequest: the config is no model.
     """
     check_device(device)
     config = ModelConfig.from_dict(fields)
-    model = Model(config, kv_format=kv_format).requires_grad_(False).eval()
-    _randomize(model, seed)
+    settings: dict[str, Any] = {"fields": fields, "kv_format": kv_format, "seed": seed}
+    model = make_share(None, device, **settings) if ranks is None else ranks.load(make_share, **settings)
     identity = ModelIdentity(
         path=Path(name),
         geometry=config.geometry,
@@ -133,7 +157,19 @@ def make_subject(name: str, fields: dict[str, Any], kv_format: KVFormat, *, seed
         vocab_size=config.vocab_size,
         max_tokens=config.max_position_embeddings,
     )
-    return Subject(name=name, identity=identity, model=model.to(device))
+    alone = None
+    if ranks is not None:
+        alone = functools.partial(make_subject, name, fields, kv_format, seed=seed, device=device)
+    return Subject(name=name, identity=identity, model=model, alone=alone)
+
+
+def make_share(ranks: Ranks | None, device: str, *, fields: dict[str, Any], kv_format: KVFormat, seed: int) -> Model:
+    """A rank's share of a random model, or all of it."""
+    model = Model(ModelConfig.from_dict(fields), kv_format=kv_format).requires_grad_(False).eval()
+    _randomize(model, seed)
+    if ranks is not None:
+        take_share(model, ranks)
+    return model.to(device)
 
 
 def _randomize(model: Model, seed: int) -> None:

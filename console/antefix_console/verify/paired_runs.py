@@ -10,8 +10,9 @@ import numpy.typing as npt
 from antefix.block import exactness_of
 from antefix.clients import Tokens
 from antefix.errors import AntefixError
-from antefix.model import Sequence, WindowState, forward
+from antefix.model import BlockPool, Sequence, WindowState, forward
 from antefix.model.backend import make_backend
+from antefix.model.ops import Ops
 from antefix.secret import Keyring
 from antefix.store.api import Store
 from antefix.window import Decision, PlanKind, Rates, RestorePlanner, Sizes, StoredPrefix, parse
@@ -57,6 +58,13 @@ class WorkerPair:
     kernels: str = "auto"
     reproducible: bool = True
 
+    def backend(self, num_blocks: int) -> tuple[BlockPool, Ops]:
+        """A pool of the model's, and its operations."""
+        model = self.subject.model
+        return make_backend(
+            self.kernels, model.layout, num_blocks, model.device, reproducible=self.reproducible, lead=model.lead
+        )
+
     def new(
         self,
         store: Store,
@@ -69,8 +77,7 @@ class WorkerPair:
         """A worker whose pool has room for `num_tokens`. Each strategy is a namespace of its own."""
         subject, layout = self.subject, self.subject.model.layout
         num_blocks = -(-num_tokens // subject.block_size) + 1
-        device = subject.model.device
-        pool, ops = make_backend(self.kernels, layout, num_blocks, device, reproducible=self.reproducible)
+        pool, ops = self.backend(num_blocks)
         fingerprint = subject.identity.fingerprint(
             subject.kv_format, namespace=strategy, exactness=exactness_of(bounded_windows)
         )

@@ -10,6 +10,7 @@ from antefix.layout import KVFormat
 from antefix_console.verify.drawn_models import drawn_subject
 from antefix_console.verify.models import Subject, load_subject, random_subject
 from antefix_console.verify.suite import LARGE_BLOCK, Coverage
+from antefix_prefill.worker.rank_processes import RankProcesses
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
 NUM_DRAWN_SHORT = 2
@@ -74,7 +75,10 @@ LONG_LARGE_BLOCKS = replace(LONG_SHIPPED, num_blocks=10, num_output_blocks=1, nu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """model: a directory, or None.  plans: of the fixed models.  num_drawn: None for as many as the form has."""
+    """model: a directory, or None.  plans: of the fixed models.  num_drawn: None for as many as the form has.
+
+    ranks: that every model is loaded over; None for one process.
+    """
 
     model: Path | None
     is_long: bool
@@ -82,6 +86,7 @@ class Selection:
     plans: tuple[str, ...]
     seed: int
     num_drawn: int | None = None
+    ranks: RankProcesses | None = None
 
     def subjects(self) -> Iterator[tuple[Subject, Coverage]]:
         """Loaded as they are needed. Short: each plan in one format, the formats in turn; the model in the served one.
@@ -92,16 +97,17 @@ class Selection:
         for number, plan in enumerate(self.plans):
             which = number % len(formats)
             for kv_format in formats if self.is_long else formats[which : which + 1]:
-                subject = random_subject(plan, kv_format, device=self.device)
+                subject = random_subject(plan, kv_format, device=self.device, ranks=self.ranks)
                 yield subject, self._seeded(self._coverage(subject, is_extreme=plan not in FULL_PLANS))
         form = NUM_DRAWN_LONG if self.is_long else NUM_DRAWN_SHORT
         for number in range(form if self.num_drawn is None else self.num_drawn):
-            subject = drawn_subject(self.seed, number, device=self.device, fp8_only=self.device != "cpu")
+            fp8_only = self.device != "cpu"
+            subject = drawn_subject(self.seed, number, device=self.device, fp8_only=fp8_only, ranks=self.ranks)
             coverage = self._coverage(subject, is_extreme=True)
             yield subject, self._seeded(coverage if self.is_long else SHORT_DRAWN)
         for kv_format in formats if self.is_long else formats[:1]:
             if self.model is not None:
-                subject = load_subject(self.model, kv_format, device=self.device)
+                subject = load_subject(self.model, kv_format, device=self.device, ranks=self.ranks)
                 yield subject, self._seeded(LONG_SHIPPED if self.is_long else SHORT_SHIPPED)
 
     def _coverage(self, subject: Subject, *, is_extreme: bool) -> Coverage:

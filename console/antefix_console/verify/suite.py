@@ -8,14 +8,14 @@
 4. Once a model: handoffs at random positions, adopted by another worker that runs a token more.
 5. Once a model: prompts cut at any row and run among others (cuts), through one small pool (worker_checks), as whole
    requests to a decode worker (served); other names and foreign handoffs; ties; reproducible mode; known answers.
-6. On a card: a prompt there against the same prompt on the CPU.
+6. On a card: a prompt there against the same prompt on the CPU. Over several ranks: a prompt there against one rank.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -29,7 +29,7 @@ from antefix.store.api import Store
 from antefix.window import PlanKind
 from antefix_console.verify.card import against_cpu
 from antefix_console.verify.compare import Difference, RunOutcome, compare
-from antefix_console.verify.cuts import check_cuts
+from antefix_console.verify.cuts import check_cuts, run_pieces
 from antefix_console.verify.known_answers import check_answer
 from antefix_console.verify.models import Subject
 from antefix_console.verify.paired_runs import (
@@ -122,7 +122,7 @@ class Coverage:
 
 PARTS: Final = (
     *("arithmetic", "conversations", "handoffs", "cuts", "rows", "served", "names", "ties", "answers"),
-    "reproducible",
+    *("reproducible", "ranks"),
 )
 
 
@@ -201,13 +201,28 @@ class Suite:
                 check_answer(self._subject, self._cases.report)
             case "answers":
                 self._against_cpu(document)
+            case "ranks" if self._subject.alone is not None:
+                self._ranks(self._subject.alone())
             case "reproducible" if self._can_simulate_shapes:
                 history = self._tokens(3 * size + 1)
                 await check_aligned(workers, history, np.concatenate((history, self._tokens(4 * size))), cases)
 
+    def _ranks(self, alone: Subject) -> None:
+        """The same prompt over ranks and on one: to the bit on a CPU, where names are the same."""
+        tokens = self._tokens(2 * self._subject.block_size + 3)
+        cuts = (1, self._subject.block_size + 1, len(tokens) - 1)
+        one = replace(self._workers, subject=alone)
+        found = compare(run_pieces(one, tokens, cuts), run_pieces(self._workers, tokens, cuts))
+        on_cpu = self._subject.model.device.type == "cpu"
+        problem = f"ranks and one: {found.where}" if on_cpu and not found.identical else ""
+        bound = 0.0 if on_cpu else SHAPE_BOUND[self._subject.kv_format.value]
+        self._cases.add("ranks", "one rank", len(tokens), found, bound=bound, problem=problem)
+
     @property
     def _can_simulate_shapes(self) -> bool:
-        """Rounding to FP8 would swallow what the simulated machine adds."""
+        """Rounding to FP8 would swallow what the simulated machine adds; other ranks are not told of it."""
+        if self._subject.model.lead is not None:
+            return False
         if self._subject.model.device.type != "cpu" or self._subject.kv_format is not KVFormat.FLOAT32:
             return False
         return self._subject.block_size < LARGE_BLOCK and (self._plan.every_pair or not self._plan.is_extreme)

@@ -7,7 +7,6 @@ import torch
 from antefix.clients import Tokens
 from antefix.layout import PartKind
 from antefix.model import Sequence, WindowState, forward
-from antefix.model.backend import make_backend
 from antefix.model.ops import Entries
 from antefix_console.verify.paired_runs import WorkerPair
 from antefix_console.verify.verdict import Cases
@@ -21,7 +20,7 @@ def check_ties(workers: WorkerPair, tokens: Tokens, cases: Cases) -> None:
     if part is None:
         return
     num_blocks = -(-len(tokens) // layout.geometry.block_size)
-    pool, ops = make_backend(workers.kernels, layout, num_blocks, model.device, reproducible=workers.reproducible)
+    pool, ops = workers.backend(num_blocks)
     sequence = Sequence(pool.allocate(num_blocks), WindowState.zeros(layout, 0, model.device))
     forward(model, pool, [(sequence, tokens)], ops=ops)
     topk, heads = model.config.index_topk, model.config.index_num_heads

@@ -42,6 +42,7 @@ NUM_TOKENS: Final = 4
 NUM_STREAMS: Final = 5
 STREAMS: Final = "prompts at once"
 ENDS: Final = "a block's end"
+FIRST_BLOCK: Final = "the first block's hit"
 # On a busy machine; a card needs seconds.
 PROCESS_S: Final = 3600.0
 Answers = dict[str, dict[str, Any]]
@@ -68,9 +69,8 @@ def _findings_of(model: CheckModel, path: Path, request: CheckRequest) -> Iterat
     revision = {"weights_revision": f"random-{model.name}"} if model.config else {}
     arguments = llm_arguments(model, path, [antefix_tier(data, **revision)])
     # 1. Cold and from vLLM's own cache, in one process; only what the others hang on is stored.
-    own = run_process(
-        {"llm": arguments, "steps": [step for name in prompts for step in own_steps(name, prompts[name])]}
-    )
+    own_hits = [step for name in prompts for step in own_steps(name, prompts[name])]
+    own = run_process({"llm": arguments, "steps": [*_first_block_steps(model, prompts["whole"][0]), *own_hits]})
     # 2. Restored, in another; between runs vLLM forgets what it has.
     steps = [
         step for name, each in prompts.items() for step in (run_step(name, each, is_stored=False), {"do": "forget"})
@@ -136,6 +136,12 @@ def own_steps(name: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
     return [cold, again] if is_stored else [again, cold]
 
 
+def _first_block_steps(model: CheckModel, prompt: list[int]) -> list[dict[str, Any]]:
+    """What a hit of the first block alone gives, from vLLM's own cache: its chunks end elsewhere than a cold run's."""
+    begun = run_step("first block", [prompt[: model.hit_tokens + 8]], is_stored=False)
+    return [begun, run_step(FIRST_BLOCK, [prompt], is_stored=False), {"do": "forget"}]
+
+
 def _compared(
     model: CheckModel, name: str, prompts: list[list[int]], own: Answers, restored: dict[str, Any]
 ) -> Iterator[Finding]:
@@ -164,14 +170,13 @@ def _planted(model: CheckModel, fault: str, own: Answers, restored: dict[str, An
 
 
 def _missed(model: CheckModel, own: Answers, restored: dict[str, Any]) -> Finding:
-    """Behind the first block nothing may be hit. The answer is then nearly cold: one block's hit, and the rest
-    computed.
-    """
+    """Behind the first block nothing may be hit, and the rest is computed: from a cold start, or behind that block."""
     answer = restored["answers"][0]
     is_hit = answer["num_cached"] > model.hit_tokens
     told = f"{answer['num_cached']} tokens were hit, of which the block up to {2 * model.hit_tokens} is damaged"
     if not is_hit:
-        told = difference(own["whole"]["answers"][0], answer) if model.hits_are_cold else ""
+        told = difference(own["whole"]["answers"][0], answer)
+        told = told and difference(own[FIRST_BLOCK]["answers"][0], answer) and told
     return Finding(
         subject=model.name,
         check="a flipped bit",

@@ -74,4 +74,4 @@ class RowStore(Protocol):
         """Fill rows."""
 
     def close(self) -> None:
-        """End its threads; nothing is under way."""
+        """End its threads and let go of vLLM's memory; nothing is under way."""

@@ -142,14 +142,17 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         self._transfers.drain()
 
     def shutdown(self) -> None:
+        """Finish what is under way, and let go of vLLM's memory, which it could not unmap otherwise.
+
+        Raises nothing: vLLM would then shut down nothing else.
+        """
         self._transfers.close()
         self._lookups.close()
-        self.rows.close()
         try:
             self._store.close()
-        except RuntimeError as err:
-            # vLLM asks for this while Python ends, when no thread may begin. What was stored is on disk already.
-            log.info("the store is not closed but left, and is checked at its next start: %s", err)
+        except Exception:
+            log.exception("the store is not closed but left, and is checked at its next start")
+        self.rows.close()
 
     # --- telling -------------------------------------------------------------------------------------------------
 

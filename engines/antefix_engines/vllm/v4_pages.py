@@ -32,6 +32,7 @@ from antefix_engines.engine_layout import EngineLayout, Part
 from antefix_engines.vllm.shape import Group, Shape
 
 Bytes = npt.NDArray[np.uint8]
+NO_MEMORY: Final[Bytes] = np.empty((0, 0), np.uint8)
 
 ALIGN: Final = 576
 ENTRY_BYTES: Final = 584

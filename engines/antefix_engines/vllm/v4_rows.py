@@ -7,9 +7,10 @@ tail are one CHECKPOINT of that block, written when the last of them has come: v
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -19,12 +20,14 @@ from antefix_engines.engine_store import EngineStore
 from antefix_engines.vllm.naming import Identity
 from antefix_engines.vllm.prompt import Asked, Prompt, Row
 from antefix_engines.vllm.row_store import Restored, Stored, TierCounters
-from antefix_engines.vllm.v4_pages import Bytes, Piece, V4Pages
+from antefix_engines.vllm.v4_pages import NO_MEMORY, Bytes, Piece, V4Pages
 
 # Windows that wait for their last rows: of so many prompts in prefill at once. 3.6 MB each on V4-Flash.
 UNFINISHED_MAX: Final = 64
 # Blocks that one thread reads at a time: 16 MB on V4-Flash.
 BATCH_BLOCKS: Final = 16
+# What one thread reads and fills in less time than it takes to wake another one for it.
+ALONE_BYTES: Final = 4 << 20
 # Names that this process stored: a prompt that several requests compute at once is sent once.
 KNOWN_MAX: Final = 65536
 
@@ -55,7 +58,7 @@ class V4Rows:
         """memory: vLLM's host memory, one line per row.  num_readers: threads that read and fill, for all loads."""
         self.pages: Final = pages
         self.counters: Final = counters
-        self.memory: Final = memory
+        self.memory = memory
         self._kv: Final = store.kv(identity.fingerprint(pages.layout), pages.layout)
         self._pieces: Final[dict[RowAt, tuple[int, Piece]]] = _places(pages)
         # The thread that stores alone has these; others tell it by `_has_lost` that records may be gone.
@@ -111,18 +114,19 @@ class V4Rows:
         batches = [blocks[at : at + BATCH_BLOCKS] for at in range(0, len(blocks), BATCH_BLOCKS)]
         windows = self._by_end(rows)
         # 1. Read and fill all at once: what is lost is rare.
-        reading = [self._readers.submit(self._get_blocks, batch) for batch in batches]
-        filling = {end: self._readers.submit(self._get_window, prompt, end, windows[end]) for end in windows}
+        nbytes = len(blocks) * self.pages.block_bytes + len(windows) * self.pages.window_bytes
+        reading = [partial(self._get_blocks, batch) for batch in batches]
+        filling = [partial(self._get_window, prompt, end, windows[end]) for end in windows]
+        results = self._run([*reading, *filling], nbytes)
         # 2. Count what is of use.
         good: list[bytes] = []
         is_whole = True
-        # Every batch is waited for, also behind a lost block: afterwards the rows are vLLM's again.
-        for batch, num_good in [(batch, done.result()) for batch, done in zip(batches, reading, strict=True)]:
+        for batch, num_good in zip(batches, results, strict=False):
             good += [row.key for row in batch[:num_good]] if is_whole else []
             is_whole &= num_good == len(batch)
         num_blocks, num_windows = len(good), 0
         first_lost = blocks[num_blocks].position if num_blocks < len(blocks) else None
-        for end, is_filled in [(end, done.result()) for end, done in filling.items()]:
+        for end, is_filled in zip(windows, results[len(batches) :], strict=True):
             if is_filled and (first_lost is None or end < first_lost):
                 good += [row.key for row in windows[end]]
                 num_windows += 1
@@ -132,8 +136,17 @@ class V4Rows:
         nbytes = num_blocks * self.pages.block_bytes + num_windows * self.pages.window_bytes
         return Restored(num_bytes=nbytes, keys=good)
 
+    def _run(self, works: Sequence[Callable[[], int]], nbytes: int) -> list[int]:
+        """Their results. All have ended by then, also where one failed: afterwards the rows are vLLM's again."""
+        if nbytes <= ALONE_BYTES:
+            return [work() for work in works]
+        running = [self._readers.submit(work) for work in works]
+        wait(running)
+        return [each.result() for each in running]
+
     def close(self) -> None:
         self._readers.shutdown()
+        self.memory = NO_MEMORY
 
     # --- storing -------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from antefix_engines.vllm.naming import Identity
 from antefix_engines.vllm.prompt import Asked, Prompt, Row
 from antefix_engines.vllm.row_store import Restored, Stored, TierCounters
 from antefix_engines.vllm.shape import Group, Shape
-from antefix_engines.vllm.v4_pages import Bytes
+from antefix_engines.vllm.v4_pages import NO_MEMORY, Bytes
 
 # How many rows, back from the end of a prompt, are asked for one by one where a group does not begin with a prompt.
 WINDOW_ROWS_MAX: Final = 128
@@ -32,7 +32,7 @@ class WholeRows:
     ) -> None:
         self.shape: Final = shape
         self.counters: Final = counters
-        self.memory: Final = memory
+        self.memory = memory
         self._groups: Final = {group.id: self._shards(store, identity, group) for group in shape.groups}
 
     def _shards(self, store: EngineStore, identity: Identity, group: Group) -> list[KvOfModel]:
@@ -141,7 +141,7 @@ class WholeRows:
         return Restored(num_bytes=nbytes, keys=good)
 
     def close(self) -> None:
-        pass
+        self.memory = NO_MEMORY
 
     def _shard(self, row: Row, number: int) -> memoryview:
         nbytes = self.shape.cell_bytes * self.shape.num_cells // self._num_shards

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +22,7 @@ from antefix.block import (
 )
 from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest, PermissionDenied
+from antefix.host_limits import usable_cores
 from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
 from antefix.model.backend import make_backend, uses_triton
@@ -37,6 +39,7 @@ from antefix.worker_settings import WorkerSettings
 from antefix_prefill.worker.checkpoint_budget import CheckpointBudget
 from antefix_prefill.worker.compute_thread import ComputeThread
 from antefix_prefill.worker.plan_log import PlanLog
+from antefix_prefill.worker.rank_processes import RankProcesses
 from antefix_prefill.worker.resident_blocks import ResidentBlocks
 from antefix_prefill.worker.store_counters import StoreCounters
 
@@ -60,7 +63,7 @@ class EngineConfig(WorkerSettings):
 
     model: str = setting("", "model directory: config.json, *.safetensors, a tokenizer")
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with")
-    threads: int = setting(0, "torch threads; 0 leaves torch's own choice")
+    threads: int = setting(0, "torch threads; 0: as many as cores may be used here")
     arithmetic: str = setting(
         "",
         "take KV of this arithmetic for one's own, as `antefix doctor` names it; where it is not this worker's, nothing"
@@ -68,6 +71,9 @@ class EngineConfig(WorkerSettings):
     )
     arithmetic_cache: str = setting("", "directory that keeps what was measured at start, for the next start")
     pool_bytes: int = setting(1 << 30, "memory for the block pool", unit="bytes")
+    rank_timeout_s: float = setting(
+        300.0, "of several ranks, the longest that one waits for another before the worker ends", unit="s"
+    )
     prefill_chunk: int = setting(512, "prefill runs in chunks that end at multiples of this", unit="tokens")
 
     def __post_init__(self) -> None:
@@ -78,6 +84,7 @@ class EngineConfig(WorkerSettings):
         require(self.prefill_chunk > 0, f"prefill_chunk must be positive, is {self.prefill_chunk}")
         if self.arithmetic:
             check_arithmetic(self.arithmetic)
+        require(self.rank_timeout_s > 0, f"rank_timeout_s must be positive, is {self.rank_timeout_s}")
         require(self.threads >= 0, f"threads must not be negative, is {self.threads}")
 
 
@@ -94,6 +101,7 @@ class Engine:
     borrows: it computes another arithmetic than that of the KV that it reads, so it writes none under these names.
     labels, statement: of the fingerprint.  seals: with which every record is written.
     kv_events: tells routers of others what comes into the pool, where the settings say so.
+    ranks: the other processes that run the model, where there are any.
     """
 
     identity: ModelIdentity
@@ -121,6 +129,7 @@ class Engine:
     statement: bytes = b""
     seals: Seals = field(init=False)
     kv_events: KvPublisher | None = None
+    ranks: RankProcesses | None = None
     # Requests that could never fit the pool.
     num_too_large: int = 0
 
@@ -202,6 +211,8 @@ class Engine:
 
     async def close(self) -> None:
         self.compute.close()
+        if self.ranks is not None:
+            await asyncio.to_thread(self.ranks.close)
         await self.budget.close()
         if self.window_pool is not None:
             await self.window_pool.close()
@@ -213,24 +224,56 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
 
     Raises:  ModelError: the model directory is not usable.  ConfigError: a setting is not.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    # What torch chooses follows OMP_NUM_THREADS and affinity, but no quota.
+    torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     identity = identify(config.model)
-    kv_format = KVFormat(config.kv_format)
     check_bounded(config.bounded_windows, identity.geometry)
-    model = load_model(
-        config.model,
-        device=config.device,
-        dtype=DTYPES[config.dtype],
-        kv_format=kv_format,
-        drafts=config.speculate == "mtp",
+    secrets = keyring or Keyring.from_file(config.secret_file)
+    if config.tensor_parallel_size == 1:
+        model = load_model(device=config.device, **_load_settings(config))
+        return _build_engine(config, identity, model, store, secrets)
+    ranks = RankProcesses(
+        config.tensor_parallel_size, device=config.device, threads=config.threads, timeout_s=config.rank_timeout_s
     )
+    try:
+        model = ranks.load(load_model, **_load_settings(config))
+        return _build_engine(config, identity, model, store, secrets, ranks)
+    except BaseException:
+        ranks.close()
+        raise
+
+
+def _load_settings(config: EngineConfig) -> dict[str, Any]:
+    """As `load_model` has them, on every rank."""
+    return {
+        "path": config.model,
+        "dtype": DTYPES[config.dtype],
+        "kv_format": KVFormat(config.kv_format),
+        "drafts": config.speculate == "mtp",
+    }
+
+
+def _build_engine(
+    config: EngineConfig,
+    identity: ModelIdentity,
+    model: Model,
+    store: Store,
+    keyring: Keyring,
+    ranks: RankProcesses | None = None,
+) -> Engine:
     # The kernels read packed records; torch keeps decoded mirrors beside them.
     packed = uses_triton(config.kernels, model.layout, config.device)
     block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
     num_blocks = max(1, config.pool_bytes // max(block_bytes, BLOCK_BYTES_MIN))
-    pool, ops = make_backend(config.kernels, model.layout, num_blocks, config.device, reproducible=config.reproducible)
-    measured = _measure(model, config, packed=packed)
+    pool, ops = make_backend(
+        config.kernels,
+        model.layout,
+        num_blocks,
+        model.device,
+        reproducible=config.reproducible,
+        lead=model.lead,
+    )
+    measured = _measure(model, config, ranks, packed=packed)
     free = ignores_shapes(measured, config.device, reproducible_kernels=packed and config.reproducible)
     align_tokens = config.prefill_chunk if config.reproducible and not free else 1
     fingerprint = _fingerprint(identity, config, config.arithmetic or measured.name)
@@ -241,7 +284,6 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
             measured.name,
             config.arithmetic,
         )
-    secrets = keyring or Keyring.from_file(config.secret_file)
     return Engine(
         identity=identity,
         model=model,
@@ -250,7 +292,7 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
         store=store,
         strategy=config.strategy_in_force,
         planner=RestorePlanner(Sizes.of(model.layout), Rates(), align_tokens=align_tokens),
-        keyring=secrets,
+        keyring=keyring,
         compute=ComputeThread("model"),
         prefill_chunk=config.prefill_chunk,
         fingerprint=fingerprint.digest,
@@ -262,7 +304,7 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
             config.window_pool,
             store,
             bytes_max=config.window_pool_bytes or REDIS_BYTES,
-            seals=Seals(secrets),
+            seals=Seals(keyring),
             password_file=config.redis_password_file,
             ca_file=config.redis_ca_file,
         ),
@@ -271,6 +313,7 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
         ops=ops,
         arithmetic=replace(measured, name=fingerprint.arithmetic),
         borrows=borrows,
+        ranks=ranks,
     )
 
 
@@ -283,14 +326,16 @@ def _fingerprint(identity: ModelIdentity, config: EngineConfig, arithmetic: str)
     )
 
 
-def _measure(model: Model, config: EngineConfig, *, packed: bool) -> Arithmetic:
-    """What this process computes for this model, said in the log as well."""
-    measured = probe(
-        model,
-        reproducible=config.reproducible,
-        kernels="triton" if packed else "torch",
-        cache_dir=config.arithmetic_cache,
-    )
+def _measure(model: Model, config: EngineConfig, ranks: RankProcesses | None, *, packed: bool) -> Arithmetic:
+    """What this process, and every rank, computes for this model, said in the log as well."""
+    settings: dict[str, Any] = {
+        "reproducible": config.reproducible,
+        "kernels": "triton" if packed else "torch",
+        "cache_dir": config.arithmetic_cache,
+    }
+    measured = probe(model, **settings)
+    if ranks is not None:
+        ranks.check_measured(measured, **settings)
     log.info("arithmetic %s on %s", measured.name, measured.setup)
     for text in measured.failed:
         log.warning("not exact here: %s (see `antefix doctor`); with --reproducible true hits are all the same", text)

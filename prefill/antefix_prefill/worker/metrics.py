@@ -66,6 +66,7 @@ def worker_metrics(engine: Engine) -> Iterable[Metric]:
         "Requests that could never fit this worker's pool.",
         {(): float(engine.num_too_large)},
     )
+    yield from _of_ranks(engine)
     seals = engine.seals.num_broken + getattr(engine.store, "num_broken_seals", 0)
     yield counter(
         "antefix_worker_broken_seals", "Records that were read and not sealed by this deployment.", {(): float(seals)}
@@ -93,6 +94,23 @@ def worker_metrics(engine: Engine) -> Iterable[Metric]:
             {(): float(pool.num_forged)},
         )
         yield gauge("antefix_window_pool_limit_bytes", "What Redis may use.", {(): float(pool.bytes_max)})
+
+
+def _of_ranks(engine: Engine) -> Iterable[Metric]:
+    ranks = engine.model.ranks
+    yield gauge(
+        "antefix_worker_ranks", "Processes that run the worker's model.", {(): float(ranks.size if ranks else 1)}
+    )
+    if ranks is None:
+        return
+    yield counter("antefix_worker_rank_calls", "Calls of the model over all ranks.", {(): float(ranks.time.num_calls)})
+    times = {("exchange",): ranks.time.exchange_s, ("all",): ranks.time.call_s}
+    yield counter(
+        "antefix_worker_rank_seconds",
+        "Of the model's calls (on a card a sample of them): all their time, and that in which ranks exchange numbers.",
+        times,
+        ("part",),
+    )
 
 
 def worker_registry(role: str, engine: Engine) -> Registry:

@@ -10,13 +10,13 @@ miss alike. Operators add rules of their own in a file (deploy/prefix_rules.toml
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from antefix.checked_files import read_toml
+from antefix.checked_table import Table
 from antefix.config import require
 from antefix.errors import ConfigError
 from antefix_router.chat.messages import ChatRole, Conversation, Message, TextBreakpoint
@@ -137,35 +137,26 @@ def load_rules(setting: str) -> tuple[Rule, ...]:
     if setting in ("", OFF):
         return SHIPPED if not setting else ()
     where = f"prefix rules {setting}"
-    try:
-        content = tomllib.loads(Path(setting).read_text())
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"{where}: {err}") from err
-    require(set(content) <= {"rule", "shipped"}, f"{where}: only [[rule]] tables and shipped are known")
-    tables, with_shipped = content.get("rule", []), content.get("shipped", True)
-    require(
-        isinstance(tables, list) and isinstance(with_shipped, bool), f"{where}: write [[rule]], and shipped = false"
-    )
-    rules = [_rule(table, f"{where}: rule {number}") for number, table in enumerate(tables, 1)]
+    file = Table(read_toml(setting, "prefix rules"), where)
+    with_shipped = file.boolean("shipped", True)
+    rules = [_rule(table) for table in file.children("rule")]
+    file.close()
     names = [rule.name for rule in rules]
     require(len(set(names)) == len(names), f"{where}: two rules have one name")
     shipped = [rule for rule in SHIPPED if with_shipped and rule.name not in names]
     return (*rules, *shipped)
 
 
-def _rule(table: Any, where: str) -> Rule:
-    known = {"name", "line", "changes", "anywhere"}
-    require(isinstance(table, dict) and set(table) <= known, f"{where} takes {', '.join(sorted(known))}")
-    name, line, changes = table.get("name"), table.get("line"), table.get("changes")
-    require(isinstance(name, str) and bool(_NAME.fullmatch(name)), f"{where} needs a name of a-z, 0-9 and -")
-    require(isinstance(line, str) and bool(line), f"{where} needs a line: a regular expression")
-    kinds = [each.value for each in Changes]
-    require(changes in kinds, f"{where}: changes must be one of {', '.join(kinds)}, is {changes!r}")
-    anywhere = table.get("anywhere", False)
-    require(isinstance(anywhere, bool), f"{where}: anywhere must be true or false")
+def _rule(table: Table) -> Rule:
+    name, line = table.text("name"), table.text("line")
+    changes = Changes(table.one_of("changes", tuple(Changes)))
+    anywhere = table.boolean("anywhere", False)
+    table.close()
+    require(bool(_NAME.fullmatch(name)), f"{table.where} needs a name of a-z, 0-9 and -")
     try:
         pattern = re.compile(line)
-    except re.error as err:
-        raise ConfigError(f"{where}: {line!r} is no regular expression: {err}") from err
-    require(pattern.match("") is None, f"{where}: {line!r} matches every line")
-    return Rule(name=name, line=pattern, changes=Changes(changes), anywhere=anywhere)
+        matches_all = pattern.match("") is not None
+    except (re.error, RecursionError, OverflowError) as err:
+        raise ConfigError(f"{table.where}: {line!r:.200} is no regular expression: {err}") from err
+    require(not matches_all, f"{table.where}: {line!r:.200} matches every line")
+    return Rule(name=name, line=pattern, changes=changes, anywhere=anywhere)

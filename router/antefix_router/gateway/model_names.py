@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Final
 
-from antefix.config import require
-from antefix.errors import ConfigError
+from antefix.checked_files import read_toml
+from antefix.checked_table import Table
 from antefix_router.chat.messages import Effort
 from antefix_router.gateway.fields import wrong_value
 from antefix_router.gateway.http_errors import ModelNotFound
@@ -68,17 +66,12 @@ def load_aliases(path: str) -> tuple[Alias, ...]:
 
     Raises:  ConfigError: it cannot be read, or is of another form.
     """
-    try:
-        content = tomllib.loads(Path(path).read_text())
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"model aliases {path}: {err}") from err
-    require(set(content) <= {"alias"}, f"model aliases {path}: only [[alias]] tables are known")
+    file = Table(read_toml(path, "model aliases"), f"model aliases {path}")
     aliases = []
-    for number, table in enumerate(content.get("alias", []), 1):
-        where = f"model aliases {path}: alias {number}"
-        require(isinstance(table, dict) and set(table) <= {"name", "mode"}, f"{where} takes name and mode")
-        name, mode = table.get("name"), table.get("mode")
-        require(isinstance(name, str) and bool(name), f"{where} needs a name")
-        require(mode is None or mode in MODES, f"{where}: mode must be one of {', '.join(MODES)}, is {mode!r}")
+    for table in file.children("alias"):
+        name = table.text("name")
+        mode = table.one_of("mode", tuple(MODES)) if table.has("mode") else None
+        table.close()
         aliases.append(Alias(pattern=name, effort=None if mode is None else MODES[mode]))
+    file.close()
     return tuple(aliases)

@@ -1,0 +1,84 @@
+"""Reads TOML and JSON that people and other programs write: bounded in size, depth and time, or one line that says why
+not. What is inside is checked by `checked_table`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Final
+
+from antefix.errors import ConfigError, InvalidRequest
+
+# A tenant with a key and limits takes 200 bytes.
+TOML_BYTES_MAX: Final = 4 << 20
+# The largest of known models' files, a tokenizer.json, has 33 MB.
+JSON_BYTES_MAX: Final = 256 << 20
+# tomllib takes quadratic time for a name of many parts: 24 s for 20,000.
+_NAME_PARTS_MAX: Final = 64
+_SPLIT_NAMES: Final = re.compile(r"[={,\[\]]")
+
+
+def read_toml(path: str | Path, what: str) -> dict[str, Any]:
+    """The tables of a file.  what: the setting or the kind of file, for the message.
+
+    Raises:  ConfigError: it cannot be read, is too large, or is no TOML.
+    """
+    text = read_text(path, what, bytes_max=TOML_BYTES_MAX)
+    try:
+        for number, line in enumerate(text.splitlines(), 1):
+            if any(part.count(".") > _NAME_PARTS_MAX for part in _SPLIT_NAMES.split(_without_strings(line))):
+                raise ConfigError(f"line {number} has a name of more than {_NAME_PARTS_MAX} parts")
+        return tomllib.loads(text)
+    except (ConfigError, ValueError, RecursionError) as err:
+        raise ConfigError(f"{what} {path}: {_reason(err)}") from err
+
+
+def read_json(path: str | Path, what: str, *, error: type[InvalidRequest] = ConfigError) -> Any:
+    """The value in a file; see `read_toml`.  Raises:  InvalidRequest: as `error`."""
+    text = read_text(path, what, error=error, bytes_max=JSON_BYTES_MAX)
+    return parse_json(text, f"{what} {path}", error=error)
+
+
+def parse_json(text: str | bytes, what: str, *, error: type[InvalidRequest] = InvalidRequest) -> Any:
+    """Raises:  InvalidRequest: as `error`: no JSON, nested too deeply, or a number of too many digits."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as err:
+        raise error(f"{what}: it is no JSON: {_reason(err)}") from err
+
+
+def read_text(
+    path: str | Path, what: str, *, error: type[InvalidRequest] = ConfigError, bytes_max: int = JSON_BYTES_MAX
+) -> str:
+    """The text of a file, or of a pipe.
+
+    Raises:  InvalidRequest: as `error`: it cannot be read, is no UTF-8, or has more bytes.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            # Not its size first: a pipe has none.
+            data = file.read(bytes_max + 1)
+        if len(data) > bytes_max:
+            raise error(f"{what} {path}: it has more than {bytes_max} bytes")
+        # Editors on Windows put a mark in front.
+        return data.decode("utf-8-sig")
+    except (OSError, ValueError) as err:  # ValueError: not UTF-8, or a path with a NUL in it
+        if isinstance(err, error):
+            raise
+        raise error(f"{what} {path}: {_reason(err)}") from err
+
+
+def _without_strings(line: str) -> str:
+    """A line whose names matter: what is in quotes may have any number of dots."""
+    return re.sub(r'"[^"]*"|\'[^\']*\'', "", line) if len(line) > _NAME_PARTS_MAX else line
+
+
+def _reason(err: Exception) -> str:
+    if isinstance(err, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(err, OSError) and err.strerror:
+        return err.strerror
+    return str(err)

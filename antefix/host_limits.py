@@ -1,0 +1,102 @@
+"""What of this host the process may use: cores and memory by affinity, control groups (v1 and v2) and resource limits.
+
+A container sees all of its host's cores and memory, and may use a part of them. More threads than cores that run wait
+for each other at every parallel loop's end: with a quota of one core on a host of 64, a hit took six times as long.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+_ROOT: Final = Path("/")
+# Version 1 has no word for "no limit": it says the largest number of whole pages.
+_NO_LIMIT: Final = 1 << 60
+
+
+def usable_cores(root: Path = _ROOT) -> int:
+    """How many threads can run at once, at least 1. A quota of 1.5 cores is 2: the second thread runs half of the time.
+
+    root: where /proc and /sys are; tests have their own.
+    """
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on macOS
+        cores = os.cpu_count() or 1
+    quota = min(_quotas(root), default=math.inf)
+    return max(1, min(cores, math.ceil(quota) if quota < cores else cores))
+
+
+def memory_limit_bytes(root: Path = _ROOT) -> int | None:
+    """What the control groups let this process have; None: all of the host's memory."""
+    return min((number for number in _memory_limits(root) if number < _NO_LIMIT), default=None)
+
+
+def map_bytes_of(wanted: int) -> int:
+    """Address space for a mapped file that grows: as wanted, or a quarter of what `ulimit -v` leaves."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return wanted if soft == resource.RLIM_INFINITY else min(wanted, soft // 4 // 4096 * 4096)
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    for group in _groups(root, "cpu"):
+        for line in _lines(group / "cpu.max"):
+            quota, _, period = line.partition(" ")
+            yield _ratio(quota, period)
+        for quota, period in zip(_lines(group / "cpu.cfs_quota_us"), _lines(group / "cpu.cfs_period_us"), strict=False):
+            yield _ratio(quota, period)
+
+
+def _ratio(quota: str, period: str) -> float:
+    """ "max", and -1 in version 1, are no quota."""
+    try:
+        return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else math.inf
+    except ValueError:
+        return math.inf
+
+
+def _memory_limits(root: Path) -> Iterator[int]:
+    for group in _groups(root, "memory"):
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            yield from (int(line) for line in _lines(group / name) if line.isdigit())
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The directories of this process's groups for a controller, from its own up: each one's limit holds.
+
+    In a container the path may be the host's, and not there: what is mounted is the container's own group then.
+    """
+    paths = {"": "/"}
+    for line in _lines(root / "proc/self/cgroup"):
+        _, names, path = [*line.split(":", 2), "", ""][:3]
+        paths.update(dict.fromkeys(names.split(","), path))
+    for line in _lines(root / "proc/self/mountinfo"):
+        fields, _, more = line.partition(" - ")
+        kind, _, options = [*more.split(" ", 2), "", ""][:3]
+        if kind == "cgroup2":
+            path = paths[""]
+        elif kind == "cgroup" and controller in options.split(","):
+            path = paths.get(controller, "/")
+        else:
+            continue
+        inside, mounted = fields.split(" ")[3:5]
+        yield from _upwards(root / mounted.lstrip("/"), os.path.relpath(path, inside))
+
+
+def _upwards(mounted: Path, path: str) -> Iterator[Path]:
+    parts = [part for part in Path(path).parts if part not in ("/", ".")]
+    if ".." in parts:
+        parts = []
+    for length in range(len(parts), -1, -1):
+        yield mounted.joinpath(*parts[:length])
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,86 @@
+"""How long ranks exchange numbers, waiting for each other included, and of what time.
+
+On a CPU every exchange is timed. A card works behind the program's back, so there events are put around exchanges, and
+only in every `SAMPLED`th call: recording them costs the program time. The share is what both kinds give.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Final
+
+import torch
+from torch import Tensor
+
+SAMPLED: Final = 16
+
+
+class ExchangeTime:
+    """Seconds of exchanges, and of the model's calls that they were part of. Belongs to the thread of these calls.
+
+    num_calls: all of them, sampled or not.
+    """
+
+    def __init__(self) -> None:
+        self.exchange_s = 0.0
+        self.call_s = 0.0
+        self.num_calls = 0
+        self._is_sampled = False
+        # Of a card: which sum, and the events between which it passes.
+        self._pending: deque[tuple[bool, torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @property
+    def share(self) -> float:
+        """Of the calls' time, what exchanges took; 0 where nothing was measured."""
+        return self.exchange_s / self.call_s if self.call_s else 0.0
+
+    @contextlib.contextmanager
+    def call(self, device: torch.device) -> Iterator[None]:
+        """One call of the model."""
+        self.num_calls += 1
+        if device.type != "cuda":
+            self._is_sampled, started = True, time.perf_counter()
+            yield
+            self.call_s += time.perf_counter() - started
+            return
+        self._settle()
+        self._is_sampled = self.num_calls % SAMPLED == 1
+        with self._between_events(is_call=True):
+            yield
+        self._is_sampled = False
+
+    @contextlib.contextmanager
+    def of(self, x: Tensor) -> Iterator[None]:
+        """One exchange, of `x`."""
+        if x.device.type == "cuda":
+            with self._between_events(is_call=False):
+                yield
+            return
+        started = time.perf_counter()
+        yield
+        if self._is_sampled:
+            self.exchange_s += time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def _between_events(self, *, is_call: bool) -> Iterator[None]:
+        if not self._is_sampled:
+            yield
+            return
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._pending.append((is_call, begin, end))
+
+    def _settle(self) -> None:
+        """Add up what has passed. Events pass in the order in which they were recorded, calls behind their parts."""
+        while self._pending and self._pending[0][2].query():
+            is_call, begin, end = self._pending.popleft()
+            seconds = begin.elapsed_time(end) / 1e3
+            if is_call:
+                self.call_s += seconds
+            else:
+                self.exchange_s += seconds

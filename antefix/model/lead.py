@@ -1,0 +1,184 @@
+"""Rank 0's side of a model over several ranks: tells the others of each call, and then runs it itself.
+
+The model's own functions do this where `Model.lead` is set, so whoever calls them, and the service around, knows one
+model, one pool and one set of sequences. Calls are checked before they are told: what a request did wrong is refused
+here alone. What fails later has left the ranks in different states, and `on_broken` must end them.
+
+Belongs to one thread at a time, as pools do.
+"""
+
+from __future__ import annotations
+
+import collections
+import collections.abc
+import contextlib
+import itertools
+import weakref
+from collections.abc import Callable, Iterator
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from antefix.errors import InternalError
+from antefix.model.pool import BlockPool
+from antefix.model.rank_messages import (
+    Draft,
+    Drop,
+    Fill,
+    FollowRan,
+    Keep,
+    Message,
+    NewPool,
+    NewWindow,
+    Replay,
+    RunTokens,
+    TableEnd,
+    Tokens,
+)
+from antefix.model.ranks import Ranks
+from antefix.model.window_state import Sequence, WindowState
+
+
+class LeadCall:
+    """One `run_tokens` on all ranks: `with` it the call is run here. Who holds it may still keep tokens of it."""
+
+    def __init__(self, lead: Lead, number: int, context: contextlib.AbstractContextManager[None]) -> None:
+        self.number = number
+        self._lead = lead
+        self._context = context
+
+    def __enter__(self) -> LeadCall:
+        self._context.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._context.__exit__(kind, err, trace)
+
+    def keep(self, number: int | None, count: int | None = None) -> None:
+        """Sequence `number` of the call; None: all of them. Goes out with the next call."""
+        self._lead.post(Keep(call=self.number, number=number, count=count))
+
+    def follow(self, number: int, window: WindowState, tokens: Tokens, stop: int) -> None:
+        """`antefix.model.follow_ran`."""
+        told = FollowRan(call=self.number, number=number, window=self._lead.known(window), tokens=tokens, stop=stop)
+        self._lead.post(told)
+
+
+class Lead:
+    """send: gives the other ranks messages, in order, and does not wait for them. on_broken: told why ranks differ."""
+
+    def __init__(
+        self, ranks: Ranks, send: Callable[[list[Message]], None], on_broken: Callable[[BaseException], None]
+    ) -> None:
+        self.ranks = ranks
+        self._send = send
+        self._on_broken = on_broken
+        self._numbers = itertools.count(1)
+        self._waiting: list[Message] = []
+        self._pools: weakref.WeakKeyDictionary[BlockPool, int] = weakref.WeakKeyDictionary()
+        self._windows: weakref.WeakKeyDictionary[WindowState, int] = weakref.WeakKeyDictionary()
+        # Of each window state's sequence, what the others know of its block table: how many blocks, and the last one.
+        self._tables: dict[int, tuple[int, int]] = {}
+        # What was collected, by whichever thread collects; a deque takes that.
+        self._gone: collections.deque[tuple[str, int]] = collections.deque()
+
+    def add_pool(self, pool: BlockPool, *, kernels: str, reproducible: bool) -> None:
+        """Every rank has such a pool from now on."""
+        number = self._pools[pool] = next(self._numbers)
+        pool.lead = self
+        weakref.finalize(pool, self._gone.append, ("pools", number))
+        self.post(NewPool(pool=number, num_blocks=pool.num_blocks, kernels=kernels, reproducible=reproducible))
+
+    def run(
+        self,
+        pool: BlockPool,
+        batch: collections.abc.Sequence[tuple[Sequence, Tokens]],
+        *,
+        logits: str,
+        write_global_kv: bool,
+    ) -> LeadCall:
+        """`run_tokens`, checked already."""
+        told = [(self._table_end(sequence), np.asarray(tokens, np.uint32)) for sequence, tokens in batch]
+        number = next(self._numbers)
+        self.post(
+            RunTokens(call=number, pool=self._pool(pool), batch=told, logits=logits, write_global_kv=write_global_kv)
+        )
+        call = LeadCall(self, number, self._told(pool.rows.device))
+        weakref.finalize(call, self._gone.append, ("calls", number))
+        return call
+
+    @contextlib.contextmanager
+    def replay(self, pool: BlockPool, sequence: Sequence, tokens: Tokens, stop: int) -> Iterator[None]:
+        """`replay`, checked already."""
+        end = self._table_end(sequence)
+        self.post(Replay(pool=self._pool(pool), sequence=end, tokens=np.asarray(tokens, np.uint32), stop=stop))
+        with self._told(pool.rows.device):
+            yield
+
+    @contextlib.contextmanager
+    def draft(self, windows: collections.abc.Sequence[WindowState], next_tokens: list[int]) -> Iterator[None]:
+        """`draft_logits`."""
+        self.post(Draft(windows=[self.known(window) for window in windows], next_tokens=list(next_tokens)))
+        with self._told(windows[0].window.device):
+            yield
+
+    def fill(self, pool: BlockPool, block_ids: list[int]) -> None:
+        """These rows of `pool` are filled here: send them to the others."""
+        self.post(Fill(pool=self._pool(pool), block_ids=block_ids))
+        with self._told(pool.rows.device, counts=False):
+            self.ranks.share_rows(pool.rows, block_ids)
+
+    def post(self, message: Message) -> None:
+        """To go out with the next call."""
+        self._waiting.append(message)
+
+    def known(self, window: WindowState) -> int:
+        """A window state's number; the others have it as it is now, if they had not yet."""
+        number = self._windows.get(window)
+        if number is None:
+            number = self._windows[window] = next(self._numbers)
+            weakref.finalize(window, self._gone.append, ("windows", number))
+            data = window.to_bytes() if window.position else b""
+            self.post(NewWindow(window=number, position=window.position, cut=window.cut, data=data))
+        return number
+
+    @contextlib.contextmanager
+    def _told(self, device: torch.device, *, counts: bool = True) -> Iterator[None]:
+        """Tell the others all that waits; what is done here meanwhile they do too."""
+        messages, self._waiting = self._waiting, []
+        if self._gone:
+            messages.append(self._drop())
+        timed = self.ranks.time.call(device) if counts else contextlib.nullcontext()
+        try:
+            with timed:
+                self._send(messages)
+                yield
+        except BaseException as err:
+            self._on_broken(err)
+            raise
+
+    def _drop(self) -> Drop:
+        gone: dict[str, list[int]] = {"pools": [], "windows": [], "calls": []}
+        while self._gone:
+            kind, number = self._gone.popleft()
+            gone[kind].append(number)
+        for number in gone["windows"]:
+            self._tables.pop(number, None)
+        return Drop(**gone)
+
+    def _pool(self, pool: BlockPool) -> int:
+        number = self._pools.get(pool)
+        if number is None:
+            raise InternalError("a model over several ranks needs pools that its lead knows: make_backend(lead=...)")
+        return number
+
+    def _table_end(self, sequence: Sequence) -> TableEnd:
+        number, table = self.known(sequence.window), sequence.block_table
+        first, last = self._tables.get(number, (0, -1))
+        if first > len(table) or (first and table[first - 1] != last):
+            first = 0
+        self._tables[number] = (len(table), table[-1] if table else -1)
+        return TableEnd(window=number, first=first, block_ids=table[first:])

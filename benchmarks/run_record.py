@@ -1,0 +1,40 @@
+"""What a file of figures says of the run that made it: commit, date, machine, load, command, versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def about(*packages: str) -> dict[str, Any]:
+    """To be asked when the measurement ends: the load is that of the last minutes.
+
+    packages: whose versions the figures depend on.
+    """
+    call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip()
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    return {
+        "commit": commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {load} (1, 5 and 15 minutes)",
+        "command": " ".join(["python", *_relative(sys.argv)]),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+    }
+
+
+def write(file: Path, record: dict[str, Any], *packages: str) -> None:
+    """`about` this run, and what it found."""
+    file.write_text(json.dumps({**about(*packages), **record}, indent=1) + "\n")
+
+
+def _relative(argv: list[str]) -> list[str]:
+    root = f"{Path(__file__).resolve().parents[1]}/"
+    return [arg.removeprefix(root) for arg in argv]

@@ -1,0 +1,233 @@
+"""Does a store's service hold its throughput as clients are added, and does each kind of call get its share?
+
+Every client is a process of its own, so that no client waits for another one's interpreter. In turn, and repeated:
+
+    get, put, lookup        by 1, 4 and 8 clients at once: total throughput must not fall
+    put next to four gets   at least a fair share: a fifth of what a put gets alone
+    lookup next to four gets, and alone: the median time of a call
+
+A get restores a prefix of 32 blocks of V4-Flash's size, a put writes 16 new ones durably, a look-up names 128K tokens.
+Bytes per second and calls per second: higher is better; milliseconds: lower is better. A ratio is the median of each
+round's ratio.
+
+    python -m benchmarks.store_clients --seconds 1 --repeats 5 --json benchmarks/results/store_clients.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from antefix.block import Chain, chain_of
+from antefix.record import Record, RecordKind
+from antefix.store.allocator import keep_large_buffers
+from antefix.store.client import RemoteStore
+from benchmarks.run_record import write
+
+BLOCK_BYTES, BLOCK_TOKENS = 449_792, 128
+GET_BLOCKS, PUT_BLOCKS, LOOKUP_BLOCKS = 32, 16, 1024
+FINGERPRINT = b"F" * 32
+NUM_CLIENTS = (1, 4, 8)
+NUM_READERS = 4
+KINDS = ("get", "put", "lookup")
+
+
+def names_of(salt: int, num_blocks: int) -> Chain:
+    tokens = np.arange(num_blocks * BLOCK_TOKENS, dtype=np.uint32)
+    tokens[0] = salt
+    return chain_of(tokens, fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS)
+
+
+class Client:
+    """One client process' calls. Each method makes one call and returns the payload bytes that it carried."""
+
+    def __init__(self, address: str, number: int) -> None:
+        self.store = RemoteStore(address)
+        rng = np.random.default_rng(number)
+        self._payloads = rng.integers(0, 256, (GET_BLOCKS, BLOCK_BYTES), np.uint8)
+        self._into = np.zeros_like(self._payloads)
+        self._views = [row.data for row in self._into]
+        self._names, self._long = names_of(number, GET_BLOCKS), names_of(number, LOOKUP_BLOCKS)
+        # Chains that nobody has put yet.
+        self._salt = (number + 1) << 20
+
+    async def prepare(self) -> None:
+        """What it gets later is stored."""
+        await self.store.put(self._records(self._names))
+        assert await self.get() and np.array_equal(self._into, self._payloads)
+
+    def _records(self, names: Chain) -> list[Record]:
+        return [
+            Record(
+                kind=RecordKind.BLOCK,
+                hash=block_hash,
+                parent=names.parent(number),
+                fingerprint=FINGERPRINT,
+                position=(number + 1) * BLOCK_TOKENS,
+                payload=self._payloads[number].data,
+            )
+            for number, block_hash in enumerate(names.hashes)
+        ]
+
+    async def get(self) -> int:
+        assert await self.store.get_blocks(self._names.hashes, self._views, fingerprint=FINGERPRINT) == GET_BLOCKS
+        return self._into.nbytes
+
+    async def put(self) -> int:
+        self._salt += 1
+        found = await self.store.put(self._records(names_of(self._salt, PUT_BLOCKS)))
+        assert found.num_stored == PUT_BLOCKS, found
+        return PUT_BLOCKS * BLOCK_BYTES
+
+    async def lookup(self) -> int:
+        found = await self.store.lookup(self._long.hashes, fingerprint=FINGERPRINT)
+        assert found.num_blocks == GET_BLOCKS
+        return 0
+
+    async def repeat(self, kind: str, until: float) -> dict[str, float]:
+        """Calls until that time of the wall clock, which all clients share."""
+        call: Callable[[], Awaitable[int]] = getattr(self, kind)
+        nbytes, took_s, started = 0, [], time.perf_counter()
+        while time.time() < until:
+            before = time.perf_counter()
+            nbytes += await call()
+            took_s.append(time.perf_counter() - before)
+        elapsed_s = time.perf_counter() - started
+        calls_per_s = len(took_s) / elapsed_s
+        return {"bytes_per_s": nbytes / elapsed_s, "calls_per_s": calls_per_s, "p50_s": statistics.median(took_s)}
+
+
+async def serve_client(address: str, number: int) -> None:
+    keep_large_buffers()
+    client = Client(address, number)
+    await client.prepare()
+    print("ready", flush=True)
+    while line := await asyncio.to_thread(sys.stdin.readline):
+        kind, until = line.split()
+        print(json.dumps(await client.repeat(kind, float(until))), flush=True)
+    await client.store.close()
+
+
+class Clients:
+    """The client processes, told what to do all at once."""
+
+    def __init__(self, address: str, num: int) -> None:
+        call = [sys.executable, "-m", "benchmarks.store_clients", "--client", address]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._processes = [subprocess.Popen([*call, "--number", str(number)], **pipes) for number in range(num)]
+        for process in self._processes:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == "ready"
+
+    def work(self, kinds: Sequence[str], seconds: float) -> list[dict[str, float]]:
+        """Each of the first clients does calls of its kind."""
+        working = self._processes[: len(kinds)]
+        until = time.time() + seconds
+        for process, kind in zip(working, kinds, strict=True):
+            assert process.stdin is not None
+            process.stdin.write(f"{kind} {until}\n")
+            process.stdin.flush()
+        return [json.loads(process.stdout.readline()) for process in working if process.stdout is not None]
+
+    def end(self) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+
+
+@contextlib.contextmanager
+def served(directory: Path) -> Iterator[str]:
+    """The address of a store in a process of its own."""
+    flags = ["--dir", str(directory), "--address", "127.0.0.1:0", "--budget-bytes", "6G", "--compression", "off"]
+    command = [sys.executable, "-m", "antefix_console", "serve", "kvstore", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    try:
+        yield json.loads(process.stdout.readline())["address"]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def one_round(clients: Clients, seconds: float) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for kind in KINDS:
+        unit = "calls_per_s" if kind == "lookup" else "bytes_per_s"
+        for num in NUM_CLIENTS:
+            answers = clients.work([kind] * num, seconds)
+            found[f"{kind}_{num}_{unit}"] = sum(each[unit] for each in answers)
+            if num == 1:
+                found[f"{kind}_alone_p50_ms"] = answers[0]["p50_s"] * 1e3
+    for kind in ("put", "lookup"):
+        answers = clients.work([kind] + ["get"] * NUM_READERS, seconds)
+        found[f"{kind}_next_to_gets_p50_ms"] = answers[0]["p50_s"] * 1e3
+        found[f"{kind}_next_to_gets_bytes_per_s"] = answers[0]["bytes_per_s"]
+        found[f"gets_next_to_{kind}_bytes_per_s"] = sum(each["bytes_per_s"] for each in answers[1:])
+    return found
+
+
+def ratios(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """What is wanted, as ratios: medians of each round's."""
+
+    def median(ours: str, limit: str, times: float = 1.0) -> float:
+        return statistics.median(each[ours] / each[limit] * times for each in rounds)
+
+    found = {
+        f"{kind}_{num}_over_1": median(f"{kind}_{num}_{unit}", f"{kind}_1_{unit}")
+        for kind, unit in (("get", "bytes_per_s"), ("put", "bytes_per_s"), ("lookup", "calls_per_s"))
+        for num in NUM_CLIENTS[1:]
+    }
+    share = NUM_READERS + 1
+    found["put_over_fair_share"] = median("put_next_to_gets_bytes_per_s", "put_1_bytes_per_s", share)
+    found["gets_next_to_put_over_gets"] = median("gets_next_to_put_bytes_per_s", "get_4_bytes_per_s")
+    return found
+
+
+def measure(seconds: float, repeats: int, directory: Path | None, console: Console) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="antefix-bench-", dir=directory) as name, served(Path(name)) as address:
+        clients = Clients(address, max(NUM_CLIENTS))
+        rounds = []
+        for number in range(repeats):
+            rounds.append(one_round(clients, seconds))
+            console.print(f"[dim]clients: round {number + 1} of {repeats}[/dim]")
+        clients.end()
+    medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    return {"seconds": seconds, "repeats": repeats, **medians, "ratios": ratios(rounds)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each of the 11 measurements of a round")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dir", type=Path, help="where to write about 6 GB; a temporary directory by default")
+    parser.add_argument("--json", type=Path, help="also write the JSON here")
+    parser.add_argument("--client", help=argparse.SUPPRESS)
+    parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if args.client:
+        asyncio.run(serve_client(args.client, args.number))
+        return
+    report = measure(args.seconds, args.repeats, args.dir, Console(stderr=True))
+    print(json.dumps(report, indent=2))
+    if args.json:
+        write(args.json, report, "grpcio")
+
+
+if __name__ == "__main__":
+    main()

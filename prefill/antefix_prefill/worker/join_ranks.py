@@ -1,0 +1,57 @@
+"""How the processes of one model find each other: NCCL between cards, gloo on a CPU, on this host alone."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from antefix.errors import ConfigError
+from antefix.model.ranks import Ranks
+
+
+def device_of(rank: int, size: int, device: str) -> str:
+    """Where a rank computes: of a card the one of its number.
+
+    Raises:  ConfigError: fewer cards are visible than ranks, or one card is named for all.
+    """
+    if torch.device(device).type != "cuda":
+        return device
+    if torch.device(device).index is not None:
+        raise ConfigError(f"--tensor-parallel-size {size} takes as many cards: --device cuda, not {device}")
+    if torch.cuda.device_count() < size:
+        raise ConfigError(f"--tensor-parallel-size {size} needs as many cards; {torch.cuda.device_count()} are visible")
+    return f"cuda:{rank}"
+
+
+def join_ranks(rank: int, size: int, device: str, *, rendezvous: Path, timeout_s: float) -> Ranks:
+    """Meet the others at a file. Whoever waits longer than `timeout_s` for another, then or in any exchange, fails.
+
+    device: this rank's own.
+    """
+    store = dist.FileStore(str(rendezvous), size)  # type: ignore[attr-defined]
+    timeout = datetime.timedelta(seconds=timeout_s)
+    where = torch.device(device)
+    if where.type == "cuda":
+        # Variables of NCCL's own. Multicast over NVLink needs rights that containers mostly lack, and then fails.
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        torch.cuda.set_device(where)
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=timeout, device_id=where)
+        return Ranks.of_group()
+    # Not the process' own group, which the program around us may have for itself.
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(interface="lo")]
+    options._timeout = timeout
+    return Ranks(rank=rank, size=size, group=gloo(store, rank, size, options))
+
+
+def part_ranks(ranks: Ranks) -> None:
+    """Leave the others; nothing is exchanged after it."""
+    if ranks.group is not None and ranks.group is dist.group.WORLD:
+        dist.destroy_process_group()

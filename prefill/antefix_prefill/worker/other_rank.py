@@ -1,0 +1,130 @@
+"""A process of one of the other ranks: joins them, loads its share, and runs what rank 0 tells.
+
+Started by `rank_processes` with one end of a socket, by which everything comes. When that closes, however rank 0 ended,
+this process ends too, at the latest `END_S` later, whatever it is waiting for. Signals are rank 0's to take: a
+supervisor that sends one to every process must not end this one while requests are drained.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from antefix.model import Model, probe
+from antefix.model.follower import Follower
+from antefix.telemetry.logs import set_up_logs
+from antefix_prefill.worker.join_ranks import join_ranks
+
+END_S: Final = 10.0
+
+log = logging.getLogger("antefix_prefill.ranks")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join:
+    """Who this is among whom.  rendezvous: a file that all ranks meet at.  threads: torch's."""
+
+    rank: int
+    size: int
+    device: str
+    rendezvous: Path
+    timeout_s: float
+    threads: int
+    log_level: str
+    log_format: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadShare:
+    """`load(ranks=..., device=..., **settings)` gives this rank's share of a model; the one before is let go."""
+
+    load: Callable[..., Model]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """`antefix.model.probe` with these settings."""
+
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Up:
+    """What rank 0 waits for.  text: of `failed` why, of `measured` the arithmetic's name."""
+
+    what: str
+    text: str = ""
+
+
+def main() -> None:
+    """Serve rank 0 until it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    rank_0 = Connection(int(sys.argv[1]))
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(rank_0, inbox), daemon=True).start()
+    rank_0.send(Up(what="started"))
+    status = 0
+    try:
+        _serve(rank_0, inbox)
+    except BaseException as err:
+        status = 1
+        log.critical("this rank ends: %s", err, exc_info=err)
+        try:
+            rank_0.send(Up(what="failed", text=f"{type(err).__name__}: {err}"))
+        except OSError:
+            log.info("rank 0 is gone")
+    logging.shutdown()
+    # Not through the interpreter's end: a card's library may wait there for ranks that are gone.
+    os._exit(status)
+
+
+def _read(rank_0: Connection, inbox: queue.SimpleQueue[Any]) -> None:
+    """Take everything in at once, so that rank 0 never waits for this rank to read."""
+    try:
+        while True:
+            inbox.put(rank_0.recv())
+    except (EOFError, OSError):
+        inbox.put(None)
+        timer = threading.Timer(END_S, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+
+def _serve(rank_0: Connection, inbox: queue.SimpleQueue[Any]) -> None:
+    join: Join | None = inbox.get()
+    if join is None:
+        return
+    set_up_logs(join.log_level, join.log_format)
+    torch.set_num_threads(join.threads)
+    ranks = join_ranks(join.rank, join.size, join.device, rendezvous=join.rendezvous, timeout_s=join.timeout_s)
+    rank_0.send(Up(what="joined"))
+    follower: Follower | None = None
+    model: Model | None = None
+    while (told := inbox.get()) is not None:
+        match told:
+            case LoadShare(load=load, settings=settings):
+                # Before the next one is loaded there must be room for it.
+                follower = model = None
+                model = load(ranks=ranks, device=join.device, **settings)
+                follower = Follower(model, ranks)
+                log.info("rank %d of %d has loaded its share onto %s", join.rank, join.size, join.device)
+                rank_0.send(Up(what="loaded"))
+            case Measure(settings=settings):
+                assert model is not None
+                rank_0.send(Up(what="measured", text=probe(model, **settings).name))
+            case list():
+                assert follower is not None
+                follower.do(told)

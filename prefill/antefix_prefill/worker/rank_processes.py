@@ -1,0 +1,237 @@
+"""The other ranks of a worker: starts a process for each, loads the model over all, and ends the worker if one dies.
+
+    rank 0 (the worker: services, pool's bookkeeping, store)  --socket each-->  other_rank 1 .. N-1
+        all ranks                                             <--NCCL or gloo-->  all ranks
+
+Rank 0 tells the others what to run (`antefix.model.lead`); they answer only while they start. A rank that dies cannot
+be replaced: the others hold its sequences' state. So the worker ends as a whole, at once and with the reason in its
+log, and routers do what they do when a worker dies: requests are retried, or continued, elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from antefix.errors import ConfigError
+from antefix.host_limits import usable_cores
+from antefix.model import Arithmetic, Model
+from antefix.model.lead import Lead
+from antefix.model.rank_messages import Message
+from antefix_prefill.worker.join_ranks import device_of, join_ranks, part_ranks
+from antefix_prefill.worker.other_rank import END_S, Join, LoadShare, Measure, Up
+
+log = logging.getLogger("antefix_prefill.ranks")
+
+EXIT_LOST: Final = 70
+# Importing torch takes seconds, on a busy machine many; loading has no bound but the processes' lives.
+START_S: Final = 120.0
+# Not `-m`: what is sent is known by its module's name, which `__main__` is not.
+_STARTED: Final = ("-P", "-c", "from antefix_prefill.worker.other_rank import main; main()")
+
+
+def end_process(reason: str) -> None:
+    """End this process, whatever its threads wait for."""
+    log.critical("%s; this worker ends", reason)
+    logging.shutdown()
+    os._exit(EXIT_LOST)
+
+
+class RankProcesses:
+    """`size` processes, this one among them. `close` ends the others.
+
+    device: "cpu", or "cuda" for cards 0 to size - 1.  threads: torch's of each rank; 0: the cores, divided.
+    timeout_s: the longest that a rank waits for another in an exchange.
+    on_lost: called once, from a thread of its own, when a rank is gone or no longer agrees with the others.
+    Raises:  ConfigError: not enough cards, or a rank did not start; nothing is left running then.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        device: str = "cpu",
+        threads: int = 0,
+        timeout_s: float = 300.0,
+        on_lost: Callable[[str], None] = end_process,
+    ) -> None:
+        self.device = device_of(0, size, device)
+        devices = [device_of(rank, size, device) for rank in range(1, size)]
+        threads = threads or max(1, usable_cores() // size)
+        torch.set_num_threads(threads)
+        self._on_lost = on_lost
+        # While they start, what is wrong is raised by whoever waits for them.
+        self._is_starting = True
+        self._is_closing = False
+        self._lost = ""
+        self._mutex = threading.Lock()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._sockets: list[socket.socket] = []
+        self._connections: list[Connection] = []
+        self._answers: list[queue.SimpleQueue[Up]] = []
+        try:
+            for _ in devices:
+                self._start_one()
+            self._await("started", START_S)
+            with tempfile.TemporaryDirectory(prefix="antefix-ranks-") as directory:
+                meet = Path(directory) / "meet"
+                level = logging.getLevelName(logging.getLogger("antefix").getEffectiveLevel()).lower()
+                for rank, (connection, where) in enumerate(zip(self._connections, devices, strict=True), 1):
+                    connection.send(
+                        Join(rank=rank, size=size, device=where, rendezvous=meet, timeout_s=timeout_s, threads=threads,
+                             log_level=level, log_format=_log_format())
+                    )  # fmt: skip
+                self.ranks = join_ranks(0, size, self.device, rendezvous=meet, timeout_s=timeout_s)
+                self._await("joined", timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self, load: Callable[..., Model], **settings: Any) -> Model:
+        """`load(ranks=..., device=..., **settings)` on every rank; this one's share, which leads the others'.
+
+        load: a function of a module, which each process imports.
+        Raises:  ConfigError: another rank could not load its share.  Whatever `load` raises here.
+        """
+        self._is_starting = True
+        for connection in self._connections:
+            connection.send(LoadShare(load=load, settings=settings))
+        model = load(ranks=self.ranks, device=self.device, **settings)
+        self._await("loaded", None)
+        model.lead = Lead(self.ranks, self._send, self._broken)
+        self._is_starting = False
+        if self._lost:
+            self._on_lost(self._lost)
+        return model
+
+    def check_measured(self, measured: Arithmetic, **settings: Any) -> None:
+        """That every rank computes what this one does. Ask before the first request, with `probe`'s settings.
+
+        Raises:  ConfigError: one computes something else, or died.
+        """
+        self._is_starting = True
+        for connection in self._connections:
+            connection.send(Measure(settings=settings))
+        names = [answer.text for answer in self._await("measured", None)]
+        for rank, name in enumerate(names, 1):
+            if name != measured.name:
+                raise ConfigError(
+                    f"rank {rank} computes {name}, rank 0 {measured.name}: all ranks need cards and threads of one kind"
+                )
+        self._is_starting = False
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the other ranks."""
+        return [process.pid for process in self._processes]
+
+    def close(self) -> None:
+        """End the other ranks; those that do not end by themselves are killed."""
+        self._is_closing = True
+        for each in self._sockets:
+            # Not `close`, which would wait for the thread that reads.
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        deadline = time.monotonic() + END_S
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("rank with pid %d did not end and is killed", process.pid)
+                process.kill()
+                process.wait()
+        if hasattr(self, "ranks"):
+            part_ranks(self.ranks)
+
+    def _start_one(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, *_STARTED, str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                # What a worker says on stdout is read by who started it.
+                stdout=2,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+        self._processes.append(process)
+        self._sockets.append(ours)
+        self._connections.append(Connection(os.dup(ours.fileno())))
+        self._answers.append(queue.SimpleQueue())
+        rank = len(self._processes)
+        threading.Thread(target=self._watch, args=(rank,), name=f"rank {rank}", daemon=True).start()
+
+    def _watch(self, rank: int) -> None:
+        """Read what a rank says until it is gone, which it should not be before `close`."""
+        connection, answers = self._connections[rank - 1], self._answers[rank - 1]
+        reason = ""
+        try:
+            while True:
+                said: Up = connection.recv()
+                if said.what == "failed":
+                    reason = f"rank {rank} failed: {said.text}"
+                else:
+                    answers.put(said)
+        except (EOFError, OSError):
+            pass
+        if self._is_closing:
+            return
+        process = self._processes[rank - 1]
+        reason = reason or f"rank {rank} (pid {process.pid}) died with status {process.wait()}"
+        answers.put(Up(what="failed", text=reason))
+        self._lose(reason)
+
+    def _await(self, what: str, timeout_s: float | None) -> list[Up]:
+        """Each rank's answer. Raises:  ConfigError: one failed instead, or said nothing for so long."""
+        found = []
+        for rank, answers in enumerate(self._answers, 1):
+            try:
+                answer = answers.get(timeout=timeout_s)
+            except queue.Empty as err:
+                raise ConfigError(f"rank {rank} did not start within {timeout_s:.0f} s") from err
+            if answer.what == "failed":
+                raise ConfigError(answer.text)
+            assert answer.what == what, f"rank {rank} said {answer.what}, not {what}"
+            found.append(answer)
+        return found
+
+    def _send(self, messages: list[Message]) -> None:
+        for connection in self._connections:
+            connection.send(messages)
+
+    def _broken(self, err: BaseException) -> None:
+        """A call failed here that others were told of: they wait for us, or are ahead."""
+        # A rank that died says why within a moment; what we saw of it is only that it is gone.
+        time.sleep(0.5)
+        self._lose(f"a call over {self.ranks.size} ranks failed on rank 0: {type(err).__name__}: {err}")
+
+    def _lose(self, reason: str) -> None:
+        with self._mutex:
+            if self._lost or self._is_closing:
+                return
+            self._lost = reason
+        if not self._is_starting:
+            self._on_lost(reason)
+
+
+def _log_format() -> str:
+    from antefix.telemetry.logs import JsonFormatter
+
+    handlers = logging.getLogger().handlers
+    return "json" if any(isinstance(handler.formatter, JsonFormatter) for handler in handlers) else "text"

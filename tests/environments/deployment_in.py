@@ -1,0 +1,134 @@
+"""`antefix up` in a place as some operator has it: other mounts, limits, users and variables. Asked twice, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.child_environment import child_environment
+from tests.gateway.scripted import MODEL
+
+START_S = 240
+# Past two blocks, so that the second time hits.
+PROMPT = "The canary sings at midnight, and the fox answers from the hill. " * 8
+
+
+@dataclass(kw_only=True)
+class Place:
+    """shell: run first, as root in a mount namespace of its own where there is one, `$DATA` being the data directory.
+
+    wrap: what the command is run by.  unset: variables that are taken out.
+    """
+
+    data_dir: Path
+    shell: str = ""
+    wrap: Sequence[str] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+    unset: Sequence[str] = ()
+    flags: Sequence[str] = ()
+    cwd: Path | None = None
+
+    def command(self) -> list[str]:
+        # -P: as installed, a folder in the working directory shadows nothing.
+        flags = ("--model", str(MODEL), "--http-address", "127.0.0.1:0", "--json", *self.flags)
+        up = [*self.wrap, sys.executable, "-P", "-m", "antefix_console", "up", *flags]
+        if not self.shell:
+            return [*up, "--data-dir", str(self.data_dir)]
+        script = f'set -e\n{self.shell}\nexec {shlex.join(up)} --data-dir "$DATA"'
+        namespace = ["unshare", "--mount"] if os.geteuid() == 0 else []
+        return [*namespace, "bash", "-c", script]
+
+    def environment(self) -> dict[str, str]:
+        data = {"DATA": os.fsdecode(self.data_dir)}
+        kept = {name: value for name, value in child_environment().items() if name not in self.unset}
+        return {**kept, **data, "OMP_NUM_THREADS": "1", **self.variables}
+
+
+@dataclass(kw_only=True)
+class Running:
+    """ready: what `up --json` said."""
+
+    ready: dict[str, Any]
+    data_dir: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.ready['http_address']}"
+
+    def ask(self) -> tuple[str, int]:
+        """The answer, and how many tokens of the prompt were hits."""
+        body = {"model": MODEL.name, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+        # Not through a proxy of the environment.
+        with httpx2.Client(timeout=120, trust_env=False) as client:
+            answer = client.post(f"{self.url}/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        return told["choices"][0]["text"], told["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    def check_answers(self) -> None:
+        cold, num_before = self.ask()
+        hit, num_cached = self.ask()
+        assert cold == hit and num_before == 0 and num_cached >= 256
+
+    def command_line(self, role: str) -> list[str]:
+        pid = next(each["pid"] for each in self.ready["processes"] if each["role"] == role)
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="surrogateescape").split("\0")
+
+
+@contextlib.contextmanager
+def up(place: Place) -> Iterator[Running]:
+    """A deployment that runs, and that stops with code 0 and without a traceback."""
+    err_path = place.data_dir.parent / "stderr.txt"
+    with err_path.open("wb") as err:
+        process = subprocess.Popen(
+            place.command(), env=place.environment(), stdout=subprocess.PIPE, stderr=err, cwd=place.cwd or "/"
+        )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            process.wait(START_S)
+            pytest.fail(f"did not start: {err_path.read_text(errors='replace')[-3000:]}")
+        yield Running(ready=json.loads(line), data_dir=place.data_dir)
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(START_S)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(START_S)
+    told = err_path.read_text(errors="replace")
+    assert code == 0 and "Traceback" not in told, told[-3000:]
+
+
+def refused(place: Place) -> str:
+    """What `up` says that does not start: one line behind what it tells of its start."""
+    where = {"env": place.environment(), "cwd": place.cwd or "/"}
+    process = subprocess.run(place.command(), capture_output=True, timeout=START_S, check=False, **where)
+    told = process.stderr.decode(errors="replace")
+    assert process.returncode in (2, 3), (process.returncode, told)
+    assert "Traceback" not in told, told
+    return told.strip().splitlines()[-1]
+
+
+def needs_root(*programs: str) -> None:
+    """Skips the test, saying what it lacks."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount and to become other users")
+    for program in programs:
+        if subprocess.run(["which", program], capture_output=True, check=False).returncode:
+            pytest.skip(f"needs {program}")
+    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("needs mount namespaces, which this host does not give")

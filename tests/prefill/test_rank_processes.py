@@ -1,0 +1,164 @@
+"""A worker over several processes computes what one does, shares a store with one, and ends when a rank does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from antefix.errors import ConfigError
+from antefix.model import Model, Sequence, WindowState, forward, load_model
+from antefix.model.backend import make_backend
+from antefix.model.ranks import Ranks
+from antefix.store.api import Store
+from antefix_console.verify.stores import EmptyStore, MemoryStore
+from antefix_prefill.worker import rank_processes
+from antefix_prefill.worker.engine import Engine, EngineConfig, build_engine
+from antefix_prefill.worker.rank_processes import RankProcesses
+from tests.model import released_checkpoint as released
+from tests.model.test_ranks import TOKENS, WIDE, digests
+from tests.prefill.test_run_prompt import run, same
+
+MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
+DOCUMENT = np.random.default_rng(7).integers(0, 256, 300)
+
+
+class Lost:
+    """What `on_lost` was told."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.told = threading.Event()
+
+    def __call__(self, reason: str) -> None:
+        self.reason = reason
+        self.told.set()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return released.write("flash", tmp_path_factory.mktemp("model"), **WIDE)
+
+
+@pytest.fixture(scope="module")
+def two(directory: Path) -> Iterator[tuple[RankProcesses, Model, Lost]]:
+    lost = Lost()
+    ranks = RankProcesses(2, threads=1, on_lost=lost)
+    yield ranks, ranks.load(load_model, path=directory), lost
+    ranks.close()
+
+
+@pytest.mark.services
+def test_two_processes_compute_what_one_does(directory: Path, two: tuple[RankProcesses, Model, Lost]) -> None:
+    _, model, lost = two
+    assert digests(model) == digests(load_model(directory))
+    assert model.ranks is not None and 0 < model.ranks.time.share < 1
+    assert not lost.told.is_set()
+
+
+@pytest.mark.services
+def test_a_rank_that_dies_is_told_at_once_and_by_name(two: tuple[RankProcesses, Model, Lost]) -> None:
+    ranks, model, lost = two
+    pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
+    sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
+    os.kill(ranks.pids[0], signal.SIGKILL)
+    assert lost.told.wait(30)
+    assert lost.reason == f"rank 1 (pid {ranks.pids[0]}) died with status -9"
+    with pytest.raises((RuntimeError, OSError)):
+        forward(model, pool, [(sequence, TOKENS[:3])])
+
+
+def fail_elsewhere(*, ranks: Ranks, device: str, path: Path) -> Model:
+    """Loads on rank 0 alone."""
+    if ranks.rank:
+        raise ConfigError("no room on this card")
+    return load_model(path, ranks=ranks, device=device)
+
+
+@pytest.mark.services
+def test_four_processes_and_one_that_fails_to_load_or_never_answers(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_processes, "END_S", 0.5)
+    lost = Lost()
+    ranks = RankProcesses(4, threads=1, timeout_s=8.0, on_lost=lost)
+    try:
+        model = ranks.load(load_model, path=directory)
+        assert digests(model) == digests(load_model(directory))
+        # A rank that is stopped answers nobody: the others wait for no longer than they were told to.
+        pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
+        sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
+        os.kill(ranks.pids[2], signal.SIGSTOP)
+        with pytest.raises(RuntimeError):
+            forward(model, pool, [(sequence, TOKENS[:3])])
+        assert lost.told.wait(10)
+    finally:
+        ranks.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.pids)
+
+
+@pytest.mark.services
+def test_a_rank_that_cannot_load_says_why(directory: Path) -> None:
+    lost = Lost()
+    ranks = RankProcesses(2, threads=1, on_lost=lost)
+    try:
+        with pytest.raises(ConfigError, match="rank 1 failed: ConfigError: no room on this card"):
+            ranks.load(fail_elsewhere, path=directory)
+    finally:
+        ranks.close()
+
+
+@pytest.mark.services
+async def test_workers_of_one_and_two_ranks_share_a_store(tmp_path: Path, make_prompt) -> None:  # type: ignore[no-untyped-def]
+    secret = tmp_path / "secret"
+    secret.write_text("00" * 32)
+    secret.chmod(0o600)
+    store = MemoryStore()
+
+    def build(size: int, strategy: str, where: Store) -> Engine:
+        config = EngineConfig(
+            model=str(MODEL), secret_file=str(secret), tensor_parallel_size=size, strategy=strategy, threads=1,
+            pool_bytes=1 << 24, arithmetic_cache=str(tmp_path / "arithmetic"),
+        )  # fmt: skip
+        return build_engine(config, where)
+
+    alone = build(1, "boundary", store)
+    both = build(2, "boundary", store)
+    try:
+        assert both.fingerprint == alone.fingerprint
+        longer = np.concatenate((DOCUMENT, DOCUMENT[:40]))
+        cold = build(1, "boundary", EmptyStore())
+        want = await run(cold, make_prompt(cold, longer))
+        # 1. One rank reads what two have written, by checkpoint.
+        first = await run(both, make_prompt(both, DOCUMENT))
+        hit = await run(alone, make_prompt(alone, longer))
+        assert hit[0].report.plan == "checkpoint" and same(hit, want)
+        # 2. Two read what one has written: their memory is another namespace's, so KV comes from the store.
+        other, again = DOCUMENT[::-1].copy(), np.concatenate((DOCUMENT[::-1], DOCUMENT[:40]))
+        await run(alone, make_prompt(alone, other))
+        hit = await run(both, make_prompt(both, again))
+        want = await run(cold, make_prompt(cold, again))
+        assert hit[0].report.hit_store_tokens > 0 and same(hit, want)
+        assert first[0].report.plan == "cold"
+    finally:
+        for engine in (alone, both):
+            await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("cuda", "needs as many cards"), ("cuda:1", "--device cuda, not cuda:1")],
+)
+def test_too_few_cards_are_refused_before_anything_starts(device: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RankProcesses(17, device=device)
+
+
+def test_a_number_of_ranks_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="tensor_parallel_size must be 1 to 64, is 0"):
+        EngineConfig(model="m", secret_file="s", tensor_parallel_size=0)
