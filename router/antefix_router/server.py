@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import time
@@ -43,6 +44,7 @@ from antefix_router.key_callers import caller_of_key
 from antefix_router.open_bill import Bill
 from antefix_router.page.page import page_routes
 from antefix_router.page.view import View
+from antefix_router.readiness import tell_readiness
 from antefix_router.router_config import RouterConfig
 from antefix_router.usage_service import UsageServicer
 
@@ -206,7 +208,11 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
 
     await router.learn()
     page = partial(_page, router)
-    http = await start_http(router.front, config, security, more=page) if config.http_address else None
+    http = (
+        await start_http(router.front, config, security, more=page, why_unready=router.why_unready)
+        if config.http_address
+        else None
+    )
 
     accounts = router.front.accounts
 
@@ -222,15 +228,22 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         calls=[config.store_address] if config.store_address else [],
     )
     router.start()
+    service = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
+    telling = asyncio.create_task(tell_readiness(server, [service], router.why_unready))
     http_address = http.address if http is not None else ""
     registry = Registry("router")
     registry.add_in_loop(router.metrics)
     if http is not None:
         registry.add_in_loop(http.metrics)
+
+    async def stop() -> None:
+        telling.cancel()
+        await router.close()
+
     await rpc.run_until_signal(
         server,
         role="router",
-        stop=router.close,
+        stop=stop,
         watch_stdin=watch_stdin,
         http_address=http_address,
         metrics_address=serve_metrics(config, registry, security),

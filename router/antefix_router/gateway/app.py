@@ -52,6 +52,8 @@ _ACCEPTED_AT_ONCE = 64
 # Connections that the kernel keeps until they are accepted.
 _BACKLOG = 1024
 
+HEALTH_PATHS = ("/livez", "/readyz", "/healthz")
+
 _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provider]] = {
     "/v1/chat/completions": (prepare_chat, Provider.OPENAI),
     "/v1/completions": (prepare_completion, Provider.OPENAI),
@@ -85,7 +87,9 @@ def common_routes(door: Door) -> list[Route]:
     return [
         Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, door), methods=["GET"]),
         Route("/v1/usage/public_key", partial(_public_key, door), methods=["GET"]),
-        Route("/healthz", _healthz, methods=["GET"]),
+        Route("/livez", _livez, methods=["GET"]),
+        Route("/readyz", partial(_readyz, door), methods=["GET"]),
+        Route("/healthz", partial(_readyz, door), methods=["GET"]),
     ]
 
 
@@ -136,7 +140,15 @@ async def _public_key(gateway: Door, request: Request) -> Response:
     return JSONResponse({"algorithm": "Ed25519", "public_key": signer.public_key.hex()})
 
 
-async def _healthz(request: Request) -> Response:
+async def _livez(request: Request) -> Response:
+    """The process answers."""
+    return JSONResponse({"status": "ok"})
+
+
+async def _readyz(door: Door, request: Request) -> Response:
+    """A request would be served."""
+    if why := door.why_unready():
+        return JSONResponse({"status": "unavailable", "reason": why}, status_code=503, headers={"retry-after": "1"})
     return JSONResponse({"status": "ok"})
 
 
@@ -210,13 +222,16 @@ async def start_http(
     security: ProcessSecurity = OPEN,
     *,
     more: MakeRoutes = lambda gateway: (),
+    why_unready: Callable[[], str] = lambda: "",
 ) -> HttpServer:
     """security: with TLS, its certificate is this server's too.  more: makes addresses that are no part of any API.
+    why_unready: why a request would not be served; empty where it would.
 
     Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form.
     """
     gateway = Gateway(front, config)
-    measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", "/healthz"])
+    gateway.why_unready = why_unready
+    measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", *HEALTH_PATHS])
     return await serve_door(gateway, build_app(gateway, config, measures, more(gateway)), config, measures, security)
 
 

@@ -73,6 +73,7 @@ class Door:
         """encoding: parses large bodies.  num_tokens_max: token ids that a prompt may have."""
         self.config = config
         self.room = Room(config.http_requests_max)
+        self.why_unready: Callable[[], str] = lambda: ""
         self._encoding = encoding
         self._num_tokens_max = num_tokens_max
         self.started = int(time.time())
