@@ -19,7 +19,7 @@ BODY = {"model": "antefix-tiny", "messages": [{"role": "user", "content": "hi"}]
 
 
 def command(directory):
-    flags = ("--json", "--pool-bytes", "64M", "--data-dir", str(directory))
+    flags = ("--json", "--data-dir", str(directory))
     return [sys.executable, "-m", "antefix_console", "up", *flags]
 
 
