@@ -7,8 +7,8 @@
 One deployment as `antefix up` runs it, supervised, its roles behind proxies. Clients play conversations that go on and
 ask again what was asked. Faults come one after the other; --seed fixes their order, and all prompts. Each answer is
 compared with a run of the bare model, without store and without faults; what is none must be an error that says so. A
-fault's recovery is the time from its beginning until a request that was sent after it is answered. At the end the
-ledger must have one record for each request, and hit + miss = prompt in each.
+fault's recovery is the time from its beginning until a request that was sent after it is answered, to be compared with
+what a request takes undisturbed. At the end the ledger must have one record for each request, and hit + miss = prompt in each.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Tally:
     num_unclear: int = 0
     wrong: list[dict[str, Any]] = field(default_factory=list)
     recovery_s: dict[str, list[float]] = field(default_factory=dict)
+    undisturbed_s: list[float] = field(default_factory=list)
     not_recovered: list[str] = field(default_factory=list)
 
 
@@ -85,6 +86,10 @@ class Campaign:
         """All faults, --rounds times, each in an order of its own."""
         clients = [asyncio.create_task(self._play()) for _ in range(self.args.clients)]
         try:
+            for _ in range(self.args.undisturbed):
+                begun = time.monotonic()
+                if (answered_at := await self._ask(next(self.prompts))) is not None:
+                    self.tally.undisturbed_s.append(answered_at - begun)
             for _ in range(self.args.rounds):
                 for name in self.rng.sample(sorted(self.faults), len(self.faults)):
                     await self._fault(name)
@@ -96,13 +101,13 @@ class Campaign:
     async def _fault(self, name: str) -> None:
         begun = time.monotonic()
         async with self.faults[name](self.deployment, self.rng):
-            while not await self._ask(next(self.prompts)):
+            while (answered_at := await self._ask(next(self.prompts))) is None:
                 if time.monotonic() - begun > RECOVERY_S_MAX:
                     self.tally.not_recovered.append(name)
                     break
                 await asyncio.sleep(0.1)
             else:
-                self.tally.recovery_s.setdefault(name, []).append(time.monotonic() - begun)
+                self.tally.recovery_s.setdefault(name, []).append(answered_at - begun)
         print(f"{name}: {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
         await asyncio.sleep(SETTLE_S)
 
@@ -111,8 +116,8 @@ class Campaign:
             await self._ask(next(self.prompts))
             await asyncio.sleep(self.rng.uniform(0.0, 0.5))
 
-    async def _ask(self, prompt: Tokens) -> bool:
-        """Whether it was answered."""
+    async def _ask(self, prompt: Tokens) -> float | None:
+        """When it was answered; None: it was not."""
         output: list[int] = []
         try:
             # A client of its own each time: an operator's does not outlive a router.
@@ -124,17 +129,18 @@ class Campaign:
                     output += [int(token) for token in message.tokens]
         except TimeoutError:
             self.tally.num_stuck += 1
-            return False
+            return None
         except (AntefixError, StopIteration) as err:
             self.tally.errors[type(err).__name__] += 1
             self.tally.num_unclear += isinstance(err, InternalError)
-            return False
+            return None
+        answered_at = time.monotonic()
         expected = await self._expect(prompt)
         self.tally.num_checked += 1
         if output != expected:
             self.tally.num_wrong += 1
             self.tally.wrong.append({"prompt": prompt.tolist(), "output": output, "expected": expected})
-        return True
+        return answered_at
 
     async def _expect(self, prompt: Tokens) -> list[int]:
         key = prompt.tobytes()
@@ -198,6 +204,8 @@ def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[s
         "not_recovered": tally.not_recovered,
         "restarts": supervisor.num_restarts,
         "manual_steps": 0,
+        "undisturbed_p50_s": round(statistics.median(tally.undisturbed_s), 2) if tally.undisturbed_s else None,
+        "undisturbed_max_s": round(max(tally.undisturbed_s), 2) if tally.undisturbed_s else None,
         "recovery_p50_s": round(float(np.quantile(every, 0.5)), 2) if every else None,
         "recovery_p99_s": round(float(np.quantile(every, 0.99)), 2) if every else None,
         "by_fault": rows,
@@ -260,6 +268,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of prompts, and of the order and place of faults")
     parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name has this")
     parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--undisturbed", type=int, default=10, help="requests before the first fault, to compare with")
     parser.add_argument("--max-tokens", type=int, default=12)
     parser.add_argument("--small-disk", default="", metavar="SIZE", help="put all on a tmpfs of this size (as root)")
     parser.add_argument("--faketime", action="store_true", help="move the roles' clocks (libfaketime)")

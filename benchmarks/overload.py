@@ -231,12 +231,11 @@ PARTS: dict[str, Callable[[Door, argparse.Namespace], Awaitable[dict[str, Any]]]
 @contextlib.asynccontextmanager
 async def deployed(args: argparse.Namespace, scratch: Path) -> AsyncIterator[Door]:
     book = scratch / "tenants.toml"
-    book.write_text(
-        "".join(
-            f'[[tenants]]\ntenant = "{name}"\napi_key_sha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\n'
-            for name, key in KEYS.items()
-        )
+    tables = (
+        f'[[tenant]]\nname = "{name}"\napi_key_sha256 = ["{hashlib.sha256(key.encode()).hexdigest()}"]\n'
+        for name, key in KEYS.items()
     )
+    book.write_text("".join(tables))
     pool = ("--pool-bytes", args.pool_bytes)
     config = DeploymentConfig(
         model=MODEL,
