@@ -75,6 +75,9 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     # Two servers on one port would each get half of the calls; a port in use must be an error.
     ("grpc.so_reuseport", 0),
+    # A client that hangs, or whose host is gone, holds what it asked for no longer than a minute.
+    ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
+    ("grpc.keepalive_timeout_ms", 20_000),
     # Of one connection. Routers put all calls of a worker on one; the workers' own limits are far below.
     ("grpc.max_concurrent_streams", 1024),
     # Who connects says what it wants; clients that have nothing to ask connect again when they do.

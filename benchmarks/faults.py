@@ -8,7 +8,8 @@ One deployment as `antefix up` runs it, supervised, its roles behind proxies. Cl
 ask again what was asked. Faults come one after the other; --seed fixes their order, and all prompts. Each answer is
 compared with a run of the bare model, without store and without faults; what is none must be an error that says so. A
 fault's recovery is the time from its beginning until a request that was sent after it is answered, to be compared with
-what a request takes undisturbed. At the end the ledger must have one record for each request, and hit + miss = prompt in each.
+what a request takes undisturbed. At the end the ledger must have one record for each request, and in each of them
+hit + miss = prompt.
 """
 
 from __future__ import annotations
@@ -215,8 +216,8 @@ def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[s
 
 
 async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    faults = {**FAULTS, **(MORE_FAULTS if args.small_disk else {}), **(CLOCK_FAULTS if args.faketime else {})}
-    faults = {name: fault for name, fault in faults.items() if args.only in name}
+    known = FAULTS | (MORE_FAULTS if args.small_disk else {}) | (CLOCK_FAULTS if args.faketime else {})
+    faults = {name: fault for name, fault in known.items() if args.only in name}
     pool = ("--pool-bytes", "64M")
     flags = {"prefill": pool, "decode": pool, "kvstore": ("--budget-bytes", "64M")}
     config = DeploymentConfig(model=MODEL, data_dir=scratch / "data", num_decode=2, extra_flags=flags, grace_s=10)
