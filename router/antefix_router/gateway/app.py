@@ -34,7 +34,7 @@ from antefix_router.gateway.access import Access, HttpMeasures
 from antefix_router.gateway.anthropic import count_tokens, prepare_messages
 from antefix_router.gateway.chat import prepare_chat
 from antefix_router.gateway.completions import list_models, prepare_completion
-from antefix_router.gateway.connections import Connections, QuietAccepting
+from antefix_router.gateway.connections import Connections, QuietAccepting, accepted_at_once
 from antefix_router.gateway.gateway import Door, Gateway
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import Call, Endpoint
@@ -48,7 +48,6 @@ log = logging.getLogger("antefix.gateway")
 
 # A client that keeps its connection open between turns; longer than most clients' own limit, so that they close first.
 KEEP_ALIVE_S = 75
-_ACCEPTED_AT_ONCE = 64
 # Connections that the kernel keeps until they are accepted.
 _BACKLOG = 1024
 
@@ -278,8 +277,8 @@ async def serve_door(
             lifespan="off",
             access_log=False,
             log_config=None,
-            # How many connections the loop accepts in a row; at the limit of open files each of them fails.
-            backlog=_ACCEPTED_AT_ONCE,
+            # How many connections are accepted in a row; at the limit of open files each of them fails.
+            backlog=accepted_at_once(),
             # What does not end at our own ending (a client that does not read) is cut off a little later.
             timeout_graceful_shutdown=math.ceil(config.grace_s + ENDING_S),
             timeout_keep_alive=KEEP_ALIVE_S,
@@ -294,6 +293,8 @@ async def serve_door(
     ready.cancel()
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
+    # asyncio has one number for both: what it accepts in a row, and what the kernel keeps meanwhile.
+    listener.listen(_BACKLOG)
     port = 0 if path else listener.getsockname()[1]
     return HttpServer(server, serving, join_address(host, port), door, measures, faults, connections, accepting)
 
