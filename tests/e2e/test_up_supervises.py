@@ -94,7 +94,7 @@ async def test_as_pid_1_an_early_stop_counts_and_orphans_are_reaped(tmp_path):
             *("nsenter", "--target", str(pid_1), "--pid", "sh", "-c", "(sleep 0.3 &) ; exit 0")
         )
         await orphan.wait()
-        while "zombie" in states(pid_1) or "sleep" in states(pid_1):  # noqa: ASYNC110 - of other processes
+        while "(zombie)" in states(pid_1) or "Name:\tsleep\n" in states(pid_1):  # noqa: ASYNC110 - of other processes
             await asyncio.sleep(0.2)
         os.kill(pid_1, signal.SIGTERM)
         await process.wait()

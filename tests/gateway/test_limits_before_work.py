@@ -56,7 +56,7 @@ async def status_of(pair):
 async def test_slow_bodies_of_one_tenant_leave_room_for_the_others(path):
     book = tenants(greedy=TenantLimits(requests=4), modest=TenantLimits(requests=4))
     front = make_front(Script(), ledger=None, tenants=book)
-    async with serving(front, http_requests_max=20) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with serving(front, http_requests_max=20) as url, httpx2.AsyncClient(base_url=url, timeout=100) as client:
         pairs = await slow(url, 40, path=path, key="greedy-key")
         refused = await asyncio.gather(*(status_of(pair) for pair in pairs[8:]))
         assert set(refused) == {429}, "as many are read as may run, twice over"
@@ -69,7 +69,7 @@ async def test_slow_bodies_of_one_tenant_leave_room_for_the_others(path):
 async def test_a_tenant_without_limits_leaves_room_too():
     book = tenants(greedy=TenantLimits(), modest=TenantLimits())
     front = make_front(Script(), ledger=None, tenants=book)
-    async with serving(front, http_requests_max=8) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with serving(front, http_requests_max=8) as url, httpx2.AsyncClient(base_url=url, timeout=100) as client:
         pairs = await slow(url, 12, key="greedy-key")
         assert set(await asyncio.gather(*(status_of(pair) for pair in pairs[6:]))) == {429}
         assert (await client.post(CHAT, json=chat(), headers=headers("modest-key"))).status_code == 200
@@ -99,7 +99,7 @@ async def test_a_prompt_that_must_be_too_long_is_not_encoded():
     encoded = []
     front.tokenizer.encode_plain = lambda text: encoded.append(text) or []
     front.tokenizer.encode = lambda text: []
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=100) as client:
         answer = await client.post(CHAT, json=chat("x" * (num_max + 1)))
         assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
         assert not encoded
@@ -112,7 +112,7 @@ async def test_a_prompt_that_must_be_over_the_quota_is_not_encoded():
     front = make_front(Script(), ledger=None, tenants=book)
     encoded = []
     front.tokenizer.encode_plain = lambda text: encoded.append(text) or []
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=100) as client:
         answer = await client.post(CHAT, json=chat("x" * 2001), headers=headers("acme-key"))
         assert answer.status_code == 429 and not encoded
 
@@ -121,7 +121,7 @@ async def test_a_paid_answer_is_given_again_without_quota(tmp_path):
     """The second time nothing is left, and nothing is needed."""
     book = tenants(acme=TenantLimits(limits=(Limit(window=LimitWindow.DAY, tokens=60),), requests=1))
     front = make_front(Script(), ledger=tmp_path / "ledger", tenants=book)
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=100) as client:
         named = {**headers("acme-key"), "idempotency-key": "one"}
         first = await client.post(CHAT, json=chat("x" * 10), headers=named)
         while True:
