@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -74,8 +74,15 @@ test-hosts: setup
 test-environments: setup
 	$(BIN)/python -m pytest -rs -m environments tests/environments
 
+# All readers of outside bytes, each for SECONDS; what it finds stays in .fuzz, where the next run goes on. Five hours.
+SECONDS ?= 600
+fuzz: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris==3.0.0 schemathesis==4.32.5
+	$(BIN)/python -m tests.fuzz.run $(TARGETS) --seconds $(SECONDS)
+	$(BIN)/python -m tests.fuzz.http_door --seconds $(SECONDS)
+
 # vLLM itself over Antefix's store, in an environment of its own: 3.5 GB in .engines/ and a quarter of an hour, on a
-# processor with AVX512-BF16; and SGLang's and LMCache's own classes, in another one of 0.6 GB.
+# processor with AVX2; and SGLang's and LMCache's own classes, in another one of 0.6 GB.
 ENGINES := .engines
 $(ENGINES)/vllm/.ready: tests/foreign_engines/install_vllm.sh pyproject.toml
 	PYTHON=$(PYTHON) tests/foreign_engines/install_vllm.sh $(ENGINES)/vllm

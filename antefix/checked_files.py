@@ -5,6 +5,7 @@ not. What is inside is checked by `checked_table`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -18,6 +19,7 @@ TOML_BYTES_MAX: Final = 4 << 20
 JSON_BYTES_MAX: Final = 256 << 20
 # tomllib takes quadratic time for a name of many parts: 24 s for 20,000.
 _NAME_PARTS_MAX: Final = 64
+_DIGITS_MAX: Final = 40
 _SPLIT_NAMES: Final = re.compile(r"[={,\[\]]")
 
 
@@ -36,16 +38,23 @@ def read_toml(path: str | Path, what: str) -> dict[str, Any]:
         raise ConfigError(f"{what} {path}: {_reason(err)}") from err
 
 
-def read_json(path: str | Path, what: str, *, error: type[InvalidRequest] = ConfigError) -> Any:
-    """The value in a file; see `read_toml`.  Raises:  InvalidRequest: as `error`."""
+def read_json(path: str | Path, what: str, *, error: type[InvalidRequest] = ConfigError, infinity: bool = False) -> Any:
+    """The value in a file; see `read_toml`.  infinity: whether Infinity and NaN may stand in it.
+
+    Raises:  InvalidRequest: as `error`."""
     text = read_text(path, what, error=error, bytes_max=JSON_BYTES_MAX)
-    return parse_json(text, f"{what} {path}", error=error)
+    return parse_json(text, f"{what} {path}", error=error, infinity=infinity)
 
 
-def parse_json(text: str | bytes, what: str, *, error: type[InvalidRequest] = InvalidRequest) -> Any:
-    """Raises:  InvalidRequest: as `error`: no JSON, nested too deeply, or a number of too many digits."""
+def parse_json(
+    text: str | bytes, what: str, *, error: type[InvalidRequest] = InvalidRequest, infinity: bool = False
+) -> Any:
+    """Numbers are what a float can hold; Python would take NaN and integers of any length.
+
+    Raises:  InvalidRequest: as `error`: no JSON, nested too deeply, or a number that is not finite or too long.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=float if infinity else _finite)
     except (ValueError, RecursionError) as err:
         raise error(f"{what}: it is no JSON: {_reason(err)}") from err
 
@@ -69,6 +78,19 @@ def read_text(
         if isinstance(err, error):
             raise
         raise error(f"{what} {path}: {_reason(err)}") from err
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _DIGITS_MAX:
+        raise ValueError(f"a number of more than {_DIGITS_MAX} digits")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits:.40} is not a finite number")
+    return number
 
 
 def _without_strings(line: str) -> str:

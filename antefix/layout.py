@@ -16,8 +16,9 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any, Protocol
 
+from antefix.checked_table import shown
 from antefix.errors import InvalidRequest
-from antefix.rope import read_ropes
+from antefix.rope import COUNT_MAX, read_ropes
 
 # Group sizes of the released inference code: FP8 entries scale in groups of 64, FP4 keys in groups of 32.
 FP8_GROUP = 64
@@ -324,6 +325,10 @@ class BlockLayout:
         return self.window_bytes + self.overlap_bytes
 
 
+# The largest model has 61 layers; each costs objects here before a weight is read.
+NUM_LAYERS_MAX = 4096
+# Tokens an entry: a block has the least common multiple of the two.
+_RATIO_MAX = 65_536
 _LAYER_KINDS = {
     "sliding_attention": LayerKind.WINDOW,
     "compressed_sparse_attention": LayerKind.CSA,
@@ -362,8 +367,9 @@ def _geometry_from_config(config: Mapping[str, Any]) -> KVGeometry:
 
 def _positive(config: Mapping[str, Any], name: str) -> int:
     value = config.get(name, _CONFIG_DEFAULTS[name])
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidRequest(f"config field {name} must be a positive integer, is {value!r}")
+    most = NUM_LAYERS_MAX if name == "num_hidden_layers" else COUNT_MAX
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise InvalidRequest(f"config field {name} must be a positive integer up to {most}, is {shown(value)}")
     return value
 
 
@@ -375,8 +381,8 @@ def _ratio(config: Mapping[str, Any], legacy_name: str, name: str, default: int)
         raise InvalidRequest(f"config field compress_rates must be an object, is {rates!r}")
     legacy = config.get(legacy_name)
     field, value = (f"compress_rates.{name}", rates.get(name, default)) if legacy is None else (legacy_name, legacy)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidRequest(f"config field {field} must be a positive integer, is {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _RATIO_MAX:
+        raise InvalidRequest(f"config field {field} must be a positive integer up to {_RATIO_MAX}, is {shown(value)}")
     return value
 
 

@@ -6,14 +6,16 @@ The router and the tools name blocks with this, so it must never need torch. Rea
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from antefix.block import CPU_FLOAT32, Fingerprint, cards_of
+from antefix.checked_files import read_json
+from antefix.checked_table import shown
 from antefix.errors import ModelError
 from antefix.layout import BlockLayout, KVFormat, KVGeometry
+from antefix.rope import COUNT_MAX
 
 CONFIG_FILE = "config.json"
 # Which of the files a sharded checkpoint is: another index is another model, though all files stay as they are.
@@ -69,15 +71,19 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise ModelError(f"{path} is not a directory; a model directory has {CONFIG_FILE} and *.safetensors")
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text())
-    except FileNotFoundError as err:
-        raise ModelError(f"{path} has no {CONFIG_FILE}") from err
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise ModelError(f"{path / CONFIG_FILE} cannot be read: {err}") from err
+    if not (path / CONFIG_FILE).exists():
+        raise ModelError(f"{path} has no {CONFIG_FILE}")
+    config = read_json(path / CONFIG_FILE, "model config", error=ModelError, infinity=True)
     if not isinstance(config, dict):
         raise ModelError(f"{path / CONFIG_FILE} must hold a JSON object")
     return cast(dict[str, Any], config)
+
+
+def _count(config: dict[str, Any], name: str, default: int) -> int:
+    value = config.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= COUNT_MAX:
+        raise ModelError(f"config field {name} must be a whole number from 1 to {COUNT_MAX}, is {shown(value)}")
+    return value
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -105,8 +111,8 @@ def identify(path: str | Path, *, revision: str = "") -> ModelIdentity:
         geometry=geometry,
         weights_revision=revision or hash_files(_revision_files(path)),
         tokenizer_revision=hash_files([path / name for name in TOKENIZER_FILES if (path / name).is_file()]),
-        vocab_size=int(config.get("vocab_size", 129280)),
-        max_tokens=int(config.get("max_position_embeddings", 1048576)),
+        vocab_size=_count(config, "vocab_size", 129280),
+        max_tokens=_count(config, "max_position_embeddings", 1048576),
     )
 
 

@@ -77,11 +77,15 @@ class LookupResult:
     """What is stored of a chain: blocks [0, num_blocks), and checkpoints after the named numbers of blocks.
 
     checkpoints: ascending, each at most num_blocks.  block_bytes: stored payload sizes' sum, before compression.
+    tiers: where several stores are asked, labels of the nearest tier of each stretch, with the number of blocks at its
+    end.  checkpoint_tiers: the same of each checkpoint. Empty: one store has all of it.
     """
 
     num_blocks: int
     checkpoints: tuple[int, ...] = ()
     block_bytes: int = 0
+    tiers: tuple[tuple[int, str], ...] = ()
+    checkpoint_tiers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

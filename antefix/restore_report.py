@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from antefix.miss_reason import MissReason
-from antefix.usage import Usage
+from antefix.usage import Usage, tiers_text
 
 
 @dataclass(slots=True)
 class RestoreReport:
     """Filled while a prompt is worked on. hit + miss is the prompt's length; the tiers add up to hit_tokens.
 
+    hit_tiers: of hit_store_tokens, by the label of the tier.
     write_error: why what was computed could not all be stored; empty where it was.
     """
 
@@ -20,6 +21,7 @@ class RestoreReport:
     miss_tokens: int = 0
     hit_memory_tokens: int = 0
     hit_store_tokens: int = 0
+    hit_tiers: dict[str, int] = field(default_factory=dict)
     replayed_tokens: int = 0
     written_tokens: int = 0
     bytes_read: int = 0
@@ -38,6 +40,8 @@ class RestoreReport:
             prompt_tokens=prompt_tokens,
             cache_hit_tokens=self.hit_tokens,
             hit_memory_tokens=self.hit_memory_tokens,
+            # What does not add up would spoil a bill, and says where from, not how much.
+            hit_tiers=tiers_text(self.hit_tiers) if sum(self.hit_tiers.values()) == self.hit_store_tokens else "",
             cache_write_tokens=min(self.written_tokens, prompt_tokens - self.hit_tokens),
             replayed_tokens=self.replayed_tokens,
             restore_plan=self.plan,

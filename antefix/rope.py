@@ -13,10 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from antefix.checked_table import finite
 from antefix.errors import InvalidRequest
 
 # Defaults of DeepseekV4Config in transformers 5.23, for configs that leave a field out.
 _THETAS = {"main": ("rope_theta", 10000.0), "compress": ("compress_rope_theta", 160000.0)}
+# Of any field of a config: beyond what a model has, below what overflows where it is used.
+COUNT_MAX = 2**31 - 1
+NUMBER_MAX = 1e30
 _ROTARY_FACTOR = 64 / 512
 _MAX_POSITIONS = 1048576
 
@@ -75,14 +79,14 @@ def read_ropes(config: Mapping[str, Any], head_dim: int) -> Ropes:
 def number(fields: Mapping[str, Any], name: str, default: float | None, *, where: str = "config field") -> float:
     """A positive number.  Raises:  InvalidRequest: it is none, or there is neither value nor default."""
     value = fields.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= NUMBER_MAX:
         raise InvalidRequest(f"{where} {name} must be a positive number, is {value!r}")
     return float(value)
 
 
 def _count(fields: Mapping[str, Any], name: str, default: int, *, where: str) -> int:
     value = fields.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= COUNT_MAX:
         raise InvalidRequest(f"{where} {name} must be a positive integer, is {value!r}")
     return value
 
@@ -150,7 +154,7 @@ def _attention_factor(label: str, name: str, params: Mapping[str, Any], factor: 
     """
     given = params.get("attention_factor")
     if given is not None:
-        if not isinstance(given, int | float) or isinstance(given, bool) or not math.isfinite(given):
+        if not finite(given):
             raise InvalidRequest(f"{name}: attention_factor must be a number, is {given!r}")
         return float(given), ()
     is_flat = not name.endswith(f".{label}")

@@ -13,9 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from antefix.errors import ModelError
-
-NUM_BYTES = 256
+from antefix.errors import InvalidRequest, ModelError
+from antefix.tokenizer_files import NUM_BYTES, check_tokenizer_file, eos_ids_of, library_errors, special_tokens_of
 
 
 class Tokenizer(Protocol):
@@ -128,7 +127,9 @@ class HuggingFaceTokenizer:
     def __init__(self, path: Path, eos_ids: frozenset[int]) -> None:
         import tokenizers
 
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        check_tokenizer_file(path)
+        with library_errors(f"{path} cannot be used", ModelError):
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         self.eos_ids = eos_ids
         added_tokens = self._tokenizer.get_added_tokens_decoder()
         self.num_tokens = max(self._tokenizer.get_vocab().values(), default=-1) + 1
@@ -144,7 +145,8 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         # `encode` would hold the interpreter's lock throughout, so that not even another thread could go on meanwhile.
-        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        with library_errors("the model's tokenizer cannot read this text", InvalidRequest):
+            return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def encode_plain(self, text: str) -> list[int]:
         """Cut inside everything that reads like an added token, special or not: the halves are then only text."""
@@ -226,21 +228,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     byte_file = path / "antefix_tokenizer.json"
     try:
         if byte_file.is_file():
-            spec = json.loads(byte_file.read_text())
-            if spec.get("type") != "byte":
-                raise ModelError(f"{byte_file}: type must be 'byte', is {spec.get('type')!r}")
-            return ByteTokenizer({str(name): int(number) for name, number in spec["special_tokens"].items()})
+            return ByteTokenizer(special_tokens_of(byte_file))
         if (path / "tokenizer.json").is_file():
-            return HuggingFaceTokenizer(path / "tokenizer.json", _eos_ids(path))
-    except (OSError, ValueError, KeyError, AttributeError) as err:
+            return HuggingFaceTokenizer(path / "tokenizer.json", eos_ids_of(path))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as err:
         raise ModelError(f"the tokenizer in {path} cannot be read: {err}") from err
     raise ModelError(f"{path} has neither antefix_tokenizer.json nor tokenizer.json")
-
-
-def _eos_ids(path: Path) -> frozenset[int]:
-    for name in ("generation_config.json", "config.json"):
-        if (path / name).is_file():
-            eos = json.loads((path / name).read_text()).get("eos_token_id")
-            if eos is not None:
-                return frozenset(eos if isinstance(eos, list) else [eos])
-    return frozenset()

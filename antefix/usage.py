@@ -6,6 +6,7 @@ and `antefix_billing.usage_record` (the ledger's bytes).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -34,11 +35,23 @@ class Evidence(StrEnum):
         return self.value or "proved"
 
 
+def tiers_text(tokens_by_tier: Mapping[str, int]) -> str:
+    """Such as "disk:a=1024,peer:b=256", sorted: one text per account."""
+    return ",".join(f"{tier}={tokens}" for tier, tokens in sorted(tokens_by_tier.items()) if tokens)
+
+
+def tiers_of_text(text: str) -> dict[str, int]:
+    """Raises:  ValueError: not what `tiers_text` writes."""
+    rows = [row.rpartition("=") for row in text.split(",") if row]
+    return {tier: int(tokens) for tier, _, tokens in rows}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """What a request used. prompt_tokens = cache_hit_tokens + cache_miss_tokens.
 
     hit_memory_tokens: the part of the hit that was in a worker's memory; the rest came from the store.
+    hit_tiers: of hit_store_tokens, which tier gave how many, as `tiers_text` writes it; empty where that is not known.
     cache_write_tokens: of the prompt, newly stored; part of the miss.  output_write_tokens: of the output.
     output_tokens: those given to the client.  reasoning_tokens: part of them.
     replayed_tokens: run again to rebuild window state, billed as hits.
@@ -63,6 +76,7 @@ class Usage:
     evidence: Evidence = Evidence.PROVED
     worker: str = ""
     expected_hit_tokens: int = 0
+    hit_tiers: str = ""
 
     @property
     def cache_miss_tokens(self) -> int:
@@ -73,6 +87,12 @@ class Usage:
     def hit_store_tokens(self) -> int:
         """The part of the hit that came from the store."""
         return self.cache_hit_tokens - self.hit_memory_tokens
+
+    @property
+    def tokens_by_tier(self) -> dict[str, int]:
+        """The hit, by where it came from: "memory", and labels of tiers, such as "peer:rack-2"."""
+        stored = tiers_of_text(self.hit_tiers) or {"store": self.hit_store_tokens}
+        return {tier: tokens for tier, tokens in {"memory": self.hit_memory_tokens, **stored}.items() if tokens}
 
     @property
     def written_tokens(self) -> int:

@@ -115,7 +115,8 @@ def report_to_wire(report: RestoreReport) -> worker_pb2.RestoreReport:
 
 def report_from_wire(message: worker_pb2.RestoreReport) -> RestoreReport:
     values = {field.name: getattr(message, field.name) for field in dataclasses.fields(RestoreReport)}
-    return RestoreReport(**{**values, "miss_reason": MissReason(message.miss_reason)})
+    more = {"miss_reason": MissReason(message.miss_reason), "hit_tiers": dict(message.hit_tiers)}
+    return RestoreReport(**{**values, **more})
 
 
 def usage_to_wire(usage: Usage, *, request_id: str = "", total_s: float = 0.0) -> usage_pb2.Usage:

@@ -18,11 +18,13 @@ import json
 import os
 import platform
 import random
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +35,8 @@ SHIM: Final = ROOT / "tests" / "foreign_engines" / "vllm_cpu"
 DAMAGED_END: Final = 512
 # Of the small model's plan: the group that every token may need.
 BLOCKS: Final = 3
+# Starting LMCache's server, which imports much.
+SERVER_S: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,7 @@ class Tier:
     """transfer: vLLM's `kv_transfer_config`.  retention: vLLM's `prefix_cache_retention_interval`.
 
     sizes: what lies on disk, (bytes of blocks, bytes of windows).  damage: flips bytes, and says how many.
+    serving: what else runs while vLLM does.
     """
 
     name: str
@@ -47,6 +52,7 @@ class Tier:
     retention: int
     sizes: Callable[[], tuple[int, int]]
     damage: Callable[[], int]
+    serving: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def offloading(tier: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
@@ -90,11 +96,7 @@ def files(directory: Path, retention: int) -> Tier:
         """A file does not say where its block ends: one byte in the middle of each block's first page of entries."""
         paths = found(f"_g{BLOCKS}")
         for path in paths:
-            with path.open("r+b") as file:
-                file.seek(20_000)
-                byte = file.read(1)[0]
-                file.seek(20_000)
-                file.write(bytes([byte ^ 0x40]))
+            flip_byte(path, 20_000)
         return len(paths)
 
     return Tier(
@@ -107,13 +109,67 @@ def files(directory: Path, retention: int) -> Tier:
 
 
 def lmcache(directory: Path) -> Tier:
+    """LMCache's server with its own files behind it; it does not say which of them are windows."""
+    directory.mkdir()
+    port = free_port()
+    where = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
+
+    def paths() -> list[Path]:
+        return sorted(path for path in directory.rglob("*") if path.is_file())
+
+    def damage() -> int:
+        for path in paths():
+            flip_byte(path, path.stat().st_size // 2)
+        return len(paths())
+
     return Tier(
         name="LMCache",
-        transfer={"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both"},
+        transfer={"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": where},
         retention=256,
-        sizes=lambda: (0, 0),
-        damage=lambda: 0,
+        sizes=lambda: (sum(path.stat().st_size for path in paths()), 0),
+        damage=damage,
+        serving=lambda: lmcache_server(port, {"type": "fs", "base_path": str(directory)}),
     )
+
+
+@contextmanager
+def lmcache_server(port: int, l2: dict[str, Any]) -> Iterator[None]:
+    """LMCache's server on this host, with an empty memory and what `l2` names behind it."""
+    from antefix.errors import Unavailable
+
+    switches = ["--l1-size-gb", "1", "--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven"]
+    command = [sys.executable, "-m", "lmcache.v1.multiprocess.server", "--host", "127.0.0.1", "--port", str(port)]
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(
+            [*command, *switches, "--disable-metrics", "--l2-adapter", json.dumps(l2)], stdout=log, stderr=log
+        )
+        try:
+            deadline = time.monotonic() + SERVER_S
+            while b"is running" not in os.pread(log.fileno(), 1 << 20, 0):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    said = os.pread(log.fileno(), 1 << 20, 0).decode(errors="replace")
+                    raise Unavailable(f"LMCache's server does not run: {said[-600:]}")
+                time.sleep(0.5)
+            yield
+            # What it has been given may still be on its way to the disk.
+            time.sleep(5)
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def flip_byte(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 0x40]))
 
 
 def measure(tier: Tier, scratch: Path, seed: int, num_tokens: int) -> dict[str, Any]:
@@ -130,18 +186,23 @@ def measure(tier: Tier, scratch: Path, seed: int, num_tokens: int) -> dict[str, 
     # A fork two thirds into the prompt.
     at, fork = num_tokens * 2 // 3, prompts["a fork inside it"][0]
     prompts["a fork inside it"] = [prompts["whole"][0][:at] + fork[-60:]]
-    cold = run_process({"llm": llm, "steps": [step for name in prompts for step in own_steps(name, prompts[name])]})
+    steps = [step for name in prompts for step in own_steps(name, prompts[name])]
+    with tier.serving():
+        cold = run_process({"llm": llm, "steps": steps})
     block_bytes, window_bytes = tier.sizes()
     steps = [
         step for name, each in prompts.items() for step in (run_step(name, each, is_stored=False), {"do": "forget"})
     ]
-    restored = run_process({"llm": llm, "steps": steps})
+    with tier.serving():
+        restored = run_process({"llm": llm, "steps": steps})
     num_damaged = tier.damage()
-    damaged = run_process({"llm": llm, "steps": [run_step("whole", prompts["whole"], is_stored=False)]})
+    with tier.serving():
+        damaged = run_process({"llm": llm, "steps": [run_step("whole", prompts["whole"], is_stored=False)]})
     # vLLM batches what is left of several prompts otherwise than whole ones; its bits depend on that.
     cold[STREAMS] = cold[f"{STREAMS}, own cache"]
     stored_tokens = sum(len(each) // 256 * 256 for name in ("whole", STREAMS) for each in prompts[name])
     report: dict[str, Any] = {
+        "bytes_per_token": round((block_bytes + window_bytes) / stored_tokens, 1),
         "blocks_bytes_per_token": round(block_bytes / stored_tokens, 1),
         "windows_bytes": window_bytes,
     }

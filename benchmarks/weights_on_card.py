@@ -11,14 +11,13 @@ model     V4-Flash's width with `--layers` layers, in the released formats, draw
 load      a directory of `--load-layers` such layers, written and read back: GB/s cold and from the page cache, and the
           disk's own rate.
 
-Needs a CUDA card. Writes weights_on_card.json.
+Needs a CUDA card. Writes weights_on_card.json. Over several cards: benchmarks/ranks_on_cards.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -32,26 +31,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from antefix.layout import KVFormat
-from antefix.model import Model, ModelConfig, Sequence, WindowState, forward, load_model
+from antefix.model import Model, Sequence, WindowState, forward, load_model
 from antefix.model.backend import make_backend
-from antefix.model.load_plan import dtype_of, pack_module
 from antefix.model.names import checkpoint_name, expert_name
-from antefix.model.packed import PackedForm, PackedLinear, PackedStack
+from antefix.model.packed import PackedForm, PackedLinear
 from antefix.model.packed import round_inputs as round_on_cpu
 from antefix_kernels import linear, packed_linear
 from antefix_kernels.packed_linear import Weight
 from antefix_kernels.torch_reference import decode_weight
+from benchmarks.drawn_flash import FORMS, config_of, draw_codes, draw_scales, draw_share
 from benchmarks.kernels import ceilings, replay_ms
 from benchmarks.store_peers import drop_cache
 from benchmarks.ttft import direct_read_rate
 
-E8M0 = torch.float8_e8m0fnu
-FORMS = {
-    "fp8": PackedForm(is_fp4=False, block=(128, 128), scale_dtype=E8M0),
-    "fp8 float32": PackedForm(is_fp4=False, block=(128, 128), scale_dtype=torch.float32),
-    "fp4": PackedForm(is_fp4=True, block=(1, 32), scale_dtype=E8M0),
-}
 # V4-Flash's: name, outputs, addends; and how often a layer has them.
 PRODUCTS = (
     ("wq_a", 1024, 4096),
@@ -63,32 +55,8 @@ PRODUCTS = (
 EXPERTS = (("w1 and w3", 4096, 4096), ("w2", 4096, 2048))
 NUM_EXPERTS, NUM_PICKED = 256, 6
 TOKENS = (1, 32, 128, 2048)
-FLASH: dict[str, Any] = {
-    "model_type": "deepseek_v4", "num_hash_layers": 3, "expert_dtype": "fp4",
-    "quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"},
-}  # fmt: skip
-_FP8 = (
-    "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_proj", "self_attn.o_a_proj", "self_attn.o_b_proj",
-    "indexer.q_b_proj", "shared_experts.gate_proj", "shared_experts.up_proj", "shared_experts.down_proj",
-)  # fmt: skip
 CHUNK = 2048
 EMBEDDING = "model.embed_tokens.weight"
-
-
-def draw_codes(shape: torch.Size, *, is_fp4: bool) -> torch.Tensor:
-    """Any codes but NaN."""
-    codes = torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
-    if is_fp4:
-        return codes
-    return torch.where((codes & 127) == 127, 0, codes).view(torch.float8_e4m3fn)
-
-
-def draw_scales(shape: torch.Size, form: PackedForm, addends: int) -> torch.Tensor:
-    """Such that a product of rows of ones' size has about that size."""
-    middle = 127 + round(math.log2(1 / ((3 if form.is_fp4 else 120) * addends**0.5)))
-    bytes_ = torch.randint(middle - 1, middle + 2, shape, device="cuda", dtype=torch.uint8)
-    powers = bytes_.view(E8M0)
-    return powers if form.scale_dtype is E8M0 else powers.float() * 1.3
 
 
 def draw_weight(form: PackedForm, *shape: int) -> Weight:
@@ -198,39 +166,7 @@ def row(name: str, tokens: int, ms: float, nbytes: float, flops: float, top: dic
 
 def random_model(num_layers: int) -> Model:
     """In the released formats, drawn on the card; the first layers of Flash's plan."""
-    ratios = [0, 0, *[4, 128] * 20, 4][:num_layers]
-    config = ModelConfig.from_dict(FLASH | {"num_hidden_layers": num_layers, "compress_ratios": ratios})
-    with torch.device("meta"):
-        model = Model(config, kv_format=KVFormat.FP8)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.endswith(_FP8) and "compressor.kv" not in name:
-            form = FORMS["fp8"].plain_inputs() if name.endswith("o_a_proj") else FORMS["fp8"]
-            pack_module(model, name, module.weight.shape, form)
-    for name, parameter in list(model.named_parameters()):
-        if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
-            pack_module(model, name, parameter.shape, FORMS["fp4"])
-    state = {}
-    modules = dict(model.named_modules())
-    for name, tensor in model.state_dict().items():
-        module = modules[name.rpartition(".")[0]]
-        if isinstance(module, PackedLinear | PackedStack):
-            addends = module.in_features if isinstance(module, PackedLinear) else module.shape[2]
-            is_codes = name.endswith(".codes")
-            state[name] = (
-                draw_codes(tensor.shape, is_fp4=module.form.is_fp4)
-                if is_codes
-                else draw_scales(tensor.shape, module.form, addends)
-            )
-        elif name.endswith("tid2eid"):
-            state[name] = torch.rand(len(tensor), NUM_EXPERTS, device="cuda").argsort(1)[:, :NUM_PICKED].contiguous()
-        else:
-            dtype = dtype_of(name, tensor, torch.bfloat16)
-            drawn = torch.randn(tensor.shape, device="cuda", dtype=dtype)
-            near_one = "norm" in name or name.endswith("scale")
-            state[name] = torch.ones_like(drawn) if near_one else drawn * tensor.shape[-1] ** -0.5
-    model.load_state_dict(state, strict=True, assign=True)
-    model.rope_main, model.rope_compress = model.rope_main.cuda(), model.rope_compress.cuda()
-    return model.requires_grad_(False).eval()
+    return draw_share(ranks=None, device="cuda", num_layers=num_layers)
 
 
 def measure_model(num_layers: int, context: int, top: dict[str, float]) -> dict[str, Any]:
@@ -320,11 +256,9 @@ def measure_load(num_layers: int) -> dict[str, Any]:
     return found
 
 
-def write(model: Model, directory: Path) -> int:
+def write(model: Model, directory: Path, *, toy: bool = False) -> int:
     """As a release: one file a layer, and one for the rest. Returns the bytes of all tensors."""
-    config = FLASH | {"num_hidden_layers": model.config.num_layers,
-                      "compress_ratios": [0, 0, *[4, 128] * 20, 4][: model.config.num_layers]}  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config_of(model.config.num_layers, toy=toy)))
     shards: dict[str, dict[str, torch.Tensor]] = {}
     weight_map: dict[str, str] = {}
     nbytes = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -13,6 +13,18 @@ from antefix.block import HASH_BYTES
 
 # Indexes know a block by this much of its hash: a wrong guess in 2^64 costs a placement that was not the best.
 KEY_BYTES: Final = 8
+
+
+Key = int
+
+
+def keys_of(hashes: Sequence[bytes]) -> list[Key]:
+    """Indexes' names of blocks: the first 8 bytes of their hashes."""
+    if not hashes:
+        return []
+    words = len(hashes[0]) // KEY_BYTES
+    keys: list[Key] = np.frombuffer(b"".join(hashes), "<u8")[::words].tolist()
+    return keys
 
 
 class EventKind(IntEnum):

@@ -77,6 +77,14 @@ class NumberedLog(Generic[E]):
         """Of the last event."""
         return Cursor(epoch=self._epoch, number=self._number)
 
+    def restart(self) -> None:
+        """Begin another epoch: what was told does not lead to what is there now, so watchers take a snapshot."""
+        with self._lock:
+            self._epoch = secrets.token_bytes(16)
+            self._number = self._num_blocks = 0
+            self._ring.clear()
+        self._wake()
+
     def append(self, events: Iterable[E]) -> None:
         """Number these events and wake who waits for them."""
         self._add(events)

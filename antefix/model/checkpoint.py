@@ -6,12 +6,12 @@ and byte range), then the tensors' bytes. 69,187 tensors of 46 files are listed 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from antefix.checked_files import parse_json, read_json
 from antefix.errors import ModelError
 
 SINGLE = "model.safetensors"
@@ -88,12 +88,12 @@ def read_header(file: Path) -> list[StoredTensor]:
             length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
             if length > min(_HEADER_BYTES_MAX, size - _LENGTH_BYTES):
                 raise ModelError(f"cannot read {file}: not a safetensors file, or cut short in its header")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length), f"cannot read {file}: its header", error=ModelError)
         start = _LENGTH_BYTES + length
         tensors = [_tensor(file, name, e, start) for name, e in header.items() if name != "__metadata__"]
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as err:
         raise ModelError(f"cannot read {file}: {err}") from err
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     end = start
@@ -109,6 +109,8 @@ def read_header(file: Path) -> list[StoredTensor]:
 def _tensor(file: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
     first, stop = entry["data_offsets"]
     shape, dtype = tuple(int(n) for n in entry["shape"]), str(entry["dtype"])
+    if any(n < 0 for n in shape):
+        raise ModelError(f"cannot read {file}: tensor {name} has a negative size in {entry['shape']!r:.100}")
     if dtype not in _BITS:
         raise ModelError(f"tensor {name} has type {dtype}, which no V4 checkpoint has")
     nbytes = -(-math.prod(shape) * _BITS[dtype] // 8)
@@ -119,7 +121,7 @@ def _tensor(file: Path, name: str, entry: dict[str, Any], start: int) -> StoredT
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index, "index of weights", error=ModelError)["weight_map"]
         return {str(name): str(file) for name, file in weight_map.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as err:
         raise ModelError(f"cannot read {index}: {err}") from err

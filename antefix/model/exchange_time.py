@@ -1,7 +1,7 @@
 """How long ranks exchange numbers, waiting for each other included, and of what time.
 
 On a CPU every exchange is timed. A card works behind the program's back, so there events are put around exchanges, and
-only in every `SAMPLED`th call: recording them costs the program time. The share is what both kinds give.
+only in one of `SAMPLED` calls: recording them costs the program time. The share is what both kinds give.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ SAMPLED: Final = 16
 class ExchangeTime:
     """Seconds of exchanges, and of the model's calls that they were part of. Belongs to the thread of these calls.
 
-    num_calls: all of them, sampled or not.
+    num_calls: all of them, sampled or not.  sampled: of so many calls on a card one is timed.
     """
 
     def __init__(self) -> None:
         self.exchange_s = 0.0
         self.call_s = 0.0
         self.num_calls = 0
+        self.sampled = SAMPLED
         self._is_sampled = False
         # Of a card: which sum, and the events between which it passes.
         self._pending: deque[tuple[bool, torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -46,8 +47,8 @@ class ExchangeTime:
             yield
             self.call_s += time.perf_counter() - started
             return
-        self._settle()
-        self._is_sampled = self.num_calls % SAMPLED == 1
+        self.settle()
+        self._is_sampled = (self.num_calls - 1) % self.sampled == 0
         with self._between_events(is_call=True):
             yield
         self._is_sampled = False
@@ -75,7 +76,7 @@ class ExchangeTime:
         end.record()
         self._pending.append((is_call, begin, end))
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Add up what has passed. Events pass in the order in which they were recorded, calls behind their parts."""
         while self._pending and self._pending[0][2].query():
             is_call, begin, end = self._pending.popleft()

@@ -7,15 +7,17 @@ field's name, or loaded with a note; docs/MODEL_CONFIGS.md says which and why.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from antefix.checked_files import read_json
+from antefix.checked_table import finite, shown
 from antefix.errors import InvalidRequest, ModelError
 from antefix.layout import KVGeometry, other_model_type, per_layer
-from antefix.rope import RopeConfig, YarnScaling, read_ropes
+from antefix.rope import COUNT_MAX, NUMBER_MAX, RopeConfig, YarnScaling, read_ropes
 
 __all__ = ["SCORING_FUNCTIONS", "ModelConfig", "Quantization", "RopeConfig", "YarnScaling", "read_config"]
 
@@ -24,6 +26,8 @@ __all__ = ["SCORING_FUNCTIONS", "ModelConfig", "Quantization", "RopeConfig", "Ya
 SCORING_FUNCTIONS = ("sqrtsoftplus", "sigmoid")
 # A head's vote is zero for half of the entries (ReLU), so with n heads about one score in 2^n is zero.
 _FEW_HEADS = 8
+# The released model runs 20; each is run for every token.
+_ITERATIONS_MAX = 1000
 # Other names of two fields, which transformers reads too.
 _ALIASES = {"moe_intermediate_size": "intermediate_size", "n_routed_experts": "num_local_experts"}
 
@@ -109,10 +113,8 @@ class ModelConfig:
 def read_config(path: str | Path) -> dict[str, Any]:
     """The parsed config.json of a model directory. Raises ModelError."""
     file = Path(path) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as err:
-        raise ModelError(f"cannot read {file}: {err}") from err
+    # transformers writes an endless limit as Infinity; each number is checked where it is read.
+    config = read_json(file, "model config", error=ModelError, infinity=True)
     if not isinstance(config, dict):
         raise ModelError(f"{file} must hold one JSON object")
     return config
@@ -157,7 +159,8 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
         num_experts_per_token=_count(config, "num_experts_per_tok", 6),
         scoring_func=str(config.get("scoring_func", "sqrtsoftplus")),
         routed_scaling_factor=_number(config, "routed_scaling_factor", 1.5, zero=True),
-        swiglu_limit=_number(config, "swiglu_limit", 10.0),
+        # Endless: no clamp.
+        swiglu_limit=math.inf if config.get("swiglu_limit") == math.inf else _number(config, "swiglu_limit", 10.0),
         hash_routed=_hash_routed(config, geometry.num_layers),
         hc_mult=_count(config, "hc_mult", 4),
         # The first iteration is always run, in the references too: 0 means 1.
@@ -181,6 +184,8 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check(config: ModelConfig) -> None:
+    if config.hc_sinkhorn_iters > _ITERATIONS_MAX:
+        raise ModelError(f"hc_sinkhorn_iters must be at most {_ITERATIONS_MAX}, is {config.hc_sinkhorn_iters}")
     if config.scoring_func not in SCORING_FUNCTIONS:
         raise ModelError(f"scoring_func must be one of {SCORING_FUNCTIONS}, is {config.scoring_func!r}")
     if config.num_experts_per_token > config.num_experts:
@@ -215,17 +220,17 @@ def _count(config: Mapping[str, Any], name: str, default: int, *, least: int = 1
         if name in config and config[alias] != value:
             raise ModelError(f"config fields {name} ({value!r}) and {alias} ({config[alias]!r}) are one and must agree")
         name, value = alias, config[alias]
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= COUNT_MAX:
         kind = "a positive" if least else "a non-negative"
-        raise ModelError(f"config field {name} must be {kind} integer, is {value!r}")
+        raise ModelError(f"config field {name} must be {kind} integer up to {COUNT_MAX}, is {shown(value)}")
     return value
 
 
 def _number(config: Mapping[str, Any], name: str, default: float, *, zero: bool = False) -> float:
     value = config.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not (value > 0 or (zero and value == 0)):
+    if not finite(value) or not (0 < value <= NUMBER_MAX or (zero and value == 0)):
         kind = "zero or a positive" if zero else "a positive"
-        raise ModelError(f"config field {name} must be {kind} number, is {value!r}")
+        raise ModelError(f"config field {name} must be {kind} number up to {NUMBER_MAX:g}, is {shown(value)}")
     return float(value)
 
 

@@ -45,6 +45,7 @@ from antefix.store.held_wire import held_from_wire
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
+from antefix.store.record_source import records_of
 from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.store.stream_progress import Progress
 from antefix.store_files import codec
@@ -147,8 +148,8 @@ class RemoteStore:
         request = kvstore_pb2.LookupRequest(
             chain=join_hashes(chain), fingerprint=fingerprint, owner=tenant, all_spans=True
         )
-        with rpc.rpc_errors():
-            response = await self.stub.Lookup(request, timeout=CALL_DEADLINE_S, metadata=outgoing())
+        with self._asked():
+            response = await self.stub.Lookup(request, timeout=SEARCH_DEADLINE_S, metadata=outgoing())
         return held_from_wire(response)
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
@@ -182,6 +183,22 @@ class RemoteStore:
 
         num_good = await self._receive(kind, [hash], fingerprint, tenant, allocate, _PAYLOAD_BYTES_GUESSED)
         return bytes(payloads[0]) if num_good else None
+
+    async def get_records(
+        self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> list[Record]:
+        """The leading ones of these, whole, to be stored elsewhere."""
+        payloads: list[bytearray] = []
+        sealed: list[bytes] = []
+
+        def allocate(index: int, nbytes: int) -> memoryview:
+            if index == len(payloads):
+                payloads.append(bytearray(nbytes))
+            return memoryview(payloads[index])
+
+        nbytes = _PAYLOAD_BYTES_GUESSED * len(hashes)
+        num_good = await self._receive(kind, hashes[:HASHES_MAX], fingerprint, tenant, allocate, nbytes, sealed)
+        return records_of(sealed[:num_good], payloads[:num_good])
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         nbytes = sum(memoryview(record.payload).nbytes for record in records)
@@ -245,6 +262,12 @@ class RemoteStore:
             impossible_write=answer.impossible_write,
         )
 
+    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        for unusable in hashes:
+            log.warning("a %s in the store holds what is no number: %s", kind.name.lower(), unusable.hex())
+        if hashes and kind not in MEMORY_KINDS:
+            await self._tell(kvstore_pb2.TouchRequest(unusable=[_name((kind, name)) for name in hashes]))
+
     async def tell_forged(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
         """Have the store quarantine records that have no right seal: it cannot tell by itself, and would keep them.
 
@@ -252,11 +275,12 @@ class RemoteStore:
         """
         for forged in hashes:
             log.warning("a %s in the store was not sealed by this deployment: %s", kind.name.lower(), forged.hex())
-        if not hashes or kind in MEMORY_KINDS:
-            return
+        if hashes and kind not in MEMORY_KINDS:
+            await self._tell(kvstore_pb2.TouchRequest(forged=[_name((kind, forged)) for forged in hashes]))
+
+    async def _tell(self, request: kvstore_pb2.TouchRequest) -> None:
         try:
             with self._asked():
-                request = kvstore_pb2.TouchRequest(forged=[_name((kind, forged)) for forged in hashes])
                 await self.stub.Touch(request, timeout=CALL_DEADLINE_S)
         except AntefixError as err:
             log.warning("the store could not be told: %s", err)
@@ -277,11 +301,12 @@ class RemoteStore:
         tenant: bytes,
         buffer: Callable[[int, int], memoryview],
         nbytes: int,
+        sealed: list[bytes] | None = None,
     ) -> int:
         """Fill buffers from a stream, resuming where it broke. Returns the number of leading payloads received."""
         if self._payloads is None:
             self._payloads = PayloadChannel(self.address, self._credentials)
-        done = Progress(kind, hashes, fingerprint, tenant=tenant, seals=self._seals)
+        done = Progress(kind, hashes, fingerprint, tenant=tenant, seals=self._seals, sealed=sealed)
         record_format = FORMAT_VERSION
         for attempt in range(NUM_RESUMES_MAX + 1):
             request = kvstore_pb2.GetRequest(
@@ -291,7 +316,7 @@ class RemoteStore:
                 first=done.index,
                 offset=done.offset,
                 record_format=record_format,
-                wants_seals=self._seals is not None,
+                wants_seals=self._seals is not None or sealed is not None,
             )
             limit_s = self.breaker.limit_s(nbytes, self._deadline_s)
             try:
@@ -456,8 +481,17 @@ class LocalStore:
         await self.remote.tell_forged(kind, outcome.forged)
         return None if payload is None else bytes(payload)
 
+    async def get_records(
+        self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> list[Record]:
+        """The leading ones of these, whole, to be stored elsewhere."""
+        return await self.remote.get_records(kind, hashes, fingerprint=fingerprint, tenant=tenant)
+
     async def put(self, records: Sequence[Record]) -> PutResult:
         return await self.remote.put(records)
+
+    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        await self.remote.reject(kind, hashes)
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         await self.remote.register(fingerprint, layout, statement=statement)
@@ -475,9 +509,16 @@ class LocalStore:
         return await self.remote.stats()
 
     async def _in_thread(self, call: Callable[[StoreReader], T]) -> T:
-        """Raises:  Unavailable: the files cannot be read, however that shows: to a worker that is a miss."""
+        """Nobody writes to the caller's buffers after this returned, raised or was cancelled.
+
+        Raises:  Unavailable: the files cannot be read, however that shows: to a worker that is a miss.
+        """
+        work = asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(self._open_reader()))
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(self._open_reader()))
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            raise
         except (lmdb.Error, OSError) as err:
             raise Unavailable(f"the store in {self.directory} cannot be read, see `antefix fsck`: {err}") from err
 

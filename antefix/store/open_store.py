@@ -1,20 +1,106 @@
-"""Choosing how to reach a store: straight from its files on the same host, or over gRPC only."""
+"""Choosing how to reach a store, or several: straight from files on the same host, or over gRPC only."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final, Protocol
 
+from antefix.config import require, setting
+from antefix.errors import ConfigError
+from antefix.events.event_seal import EventKeys
+from antefix.redis_access import RedisAccess
 from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.local_copies import LocalCopies
+from antefix.store.many_stores import ManyStores
+from antefix.store.store_feed import StoreFeed
+from antefix.store.store_members import Member
+from antefix.store.tier import Tier, TierKind
 from antefix.store_files.seal import Seals
+
+# Of a store: it stands in receipts, metrics and file names.
+_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+_DAYS_3_S: Final = 72 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreAddress:
-    """Where the kvstore service listens, and its directory if that is on this host ("" if not)."""
+    """Where the kvstore service listens, and its directory if that is on this host ("" if not).
+
+    name: where there are several stores, by which receipts and metrics tell them apart.
+    """
 
     address: str
     directory: str = ""
+    name: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> StoreAddress:
+        """Raises:  ConfigError: not of the form NAME=ADDRESS or NAME=ADDRESS@DIRECTORY."""
+        name, equals, rest = text.partition("=")
+        address, at, path = rest.partition("@/")
+        if not equals or not address or not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"a store is given as NAME=ADDRESS, or NAME=ADDRESS@DIRECTORY on its own host, not as {text!r};"
+                " a name has lower-case letters, digits, dots and dashes"
+            )
+        return cls(address=address, directory=f"/{path}" if at else "", name=name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoresConfig:
+    """Settings of whoever reads stores; `same_setting` hands them on."""
+
+    stores: tuple[str, ...] = setting(
+        (),
+        "several stores, as NAME=ADDRESS or, on this host, NAME=ADDRESS@DIRECTORY, separated by commas; instead of"
+        " store_address and store_dir",
+    )
+    near_stores: tuple[str, ...] = setting(
+        (), "names of the stores that are written to; none: those with a directory, or else the first"
+    )
+    local_copies_bytes: int = setting(
+        4 << 30,
+        "what is read three times from another host's store is copied to this one's: at most so much within"
+        " local_copies_ttl_s; 0: never",
+        unit="bytes",
+    )
+    local_copies_ttl_s: float = setting(_DAYS_3_S, "reads of another host's store count together for so long", unit="s")
+
+
+class ReadsStores(Protocol):
+    """Settings that name a store, or several."""
+
+    @property
+    def store_address(self) -> str: ...
+    @property
+    def store_dir(self) -> str: ...
+    @property
+    def stores(self) -> tuple[str, ...]: ...
+    @property
+    def near_stores(self) -> tuple[str, ...]: ...
+
+
+def check_stores(config: ReadsStores) -> None:
+    """Raises:  ConfigError: no store, or two ways of naming one, or a name that is none or stands twice."""
+    require(
+        bool(config.store_address) != bool(config.stores),
+        "--store-address is needed: host:port of the kvstore service; or --stores with several, and not both",
+    )
+    require(not (config.stores and config.store_dir), "--stores says directories itself: NAME=ADDRESS@DIRECTORY")
+    names = [where.name for where in store_addresses(config)]
+    require(len(names) == len(set(names)), f"--stores: each store has a name of its own, not {', '.join(names)}")
+    unknown = sorted(set(config.near_stores) - set(names))
+    require(not unknown, f"--near-stores: {', '.join(unknown)} is none of --stores")
+
+
+def store_addresses(config: ReadsStores) -> list[StoreAddress]:
+    """All stores that the settings name.  Raises:  ConfigError: one is malformed."""
+    if config.stores:
+        return [StoreAddress.parse(text) for text in config.stores]
+    return [StoreAddress(address=config.store_address, directory=config.store_dir)]
 
 
 def open_store(where: StoreAddress | str, *, seals: Seals | None = None) -> LocalStore | RemoteStore:
@@ -28,3 +114,47 @@ def open_store(where: StoreAddress | str, *, seals: Seals | None = None) -> Loca
     if where.directory:
         return LocalStore(Path(where.directory), where.address, seals=seals)
     return RemoteStore(where.address, seals=seals)
+
+
+def open_stores(
+    where: Sequence[StoreAddress],
+    *,
+    near: Sequence[str] = (),
+    seals: Seals | None = None,
+    copies: LocalCopies | None = None,
+    make_feed: Callable[[Member, bytes], StoreFeed] | None = None,
+) -> LocalStore | RemoteStore | ManyStores:
+    """One client of all of these stores; of a single one what `open_store` gives.
+
+    near: names of those that are written to; none: those with a directory, or else the first.
+    copies, make_feed: as for `ManyStores`.
+    """
+    if len(where) == 1:
+        return open_store(where[0], seals=seals)
+    near = near or [each.name for each in where if each.directory] or [where[0].name]
+    members = []
+    for each in sorted(where, key=lambda each: each.name not in near):
+        store = open_store(each, seals=seals)
+        kind = TierKind.DISK if each.directory else TierKind.PEER
+        members.append(Member(tier=Tier(each.name, kind, store), store=store, near=each.name in near))
+    return ManyStores(members, copies=copies, make_feed=make_feed)
+
+
+def feed_maker(
+    where: Sequence[StoreAddress], redis: RedisAccess | str, keys: EventKeys
+) -> Callable[[Member, bytes], StoreFeed]:
+    """What follows a store's events: through Redis where that is given, else from the store itself."""
+    addresses = {each.name: each.address for each in where}
+
+    def make(member: Member, fingerprint: bytes) -> StoreFeed:
+        address = addresses[member.tier.name]
+        return StoreFeed(member.store.watch, fingerprint=fingerprint, redis_url=redis, name=address, keys=keys)
+
+    return make
+
+
+def local_copies(config: Any) -> LocalCopies | None:
+    """By `StoresConfig`'s settings; None where they say never."""
+    if not config.local_copies_bytes:
+        return None
+    return LocalCopies(bytes_max=config.local_copies_bytes, ttl_s=config.local_copies_ttl_s)

@@ -23,6 +23,7 @@ class Progress:
     """Of payloads `hashes`: byte `offset` of number `index` comes next, and all before it is right.
 
     seals: where given, only sealed payloads are right.  tenant: whose they must be then; empty: anybody's.
+    sealed: where given, takes the sealed part of each payload's header.
     """
 
     kind: RecordKind
@@ -32,6 +33,7 @@ class Progress:
     offset: int = 0
     tenant: bytes = b""
     seals: Seals | None = None
+    sealed: list[bytes] | None = None
     # Of the payload whose bytes are arriving.
     _sealed: bytes = b""
 
@@ -108,6 +110,8 @@ class Progress:
             tenant=self.tenant,
         ):
             raise SealBroken(f"record {self.hashes[self.index].hex()[:16]} came without a right seal")
+        if self.sealed is not None:
+            self.sealed.append(sealed)
 
 
 def _split(seals: bytes) -> Iterator[bytes]:

@@ -88,7 +88,7 @@ class TierSpeed:
 class Tier:
     """One place to read from.
 
-    name: of the store, or of the tier; in receipts and metrics.  source: what is read.
+    name: of the store, or of the tier.  source: what is read.
     clock: of monotonic seconds.
     """
 
@@ -103,6 +103,11 @@ class Tier:
 
     def __post_init__(self) -> None:
         self.speed = TierSpeed(self.kind)
+
+    @property
+    def label(self) -> str:
+        """In receipts, metrics and plans, such as `peer:rack-2`."""
+        return f"{self.kind}:{self.name}"
 
     @property
     def is_shunned(self) -> bool:
@@ -122,7 +127,7 @@ class Tier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierRead:
-    """What one tier gave of a prefix: blocks, their payload bytes, and the time that reading them took."""
+    """What one tier gave of a prefix: blocks, their payload bytes, and for how long it was read. tier: its label."""
 
     tier: str
     kind: TierKind

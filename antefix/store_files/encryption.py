@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from antefix.checked_files import read_json
 from antefix.errors import BlockCorrupt, ConfigError
 from antefix.secret import read_generations
 from antefix.store_files.owners import NO_OWNERS, Owners, account_of, without_user
@@ -60,7 +60,7 @@ class KeyRing:
         try:
             if path.stat().st_mode & 0o077:
                 raise ConfigError(f"{path} must be readable by its owner only: chmod 600 {path}")
-            raw = json.loads(path.read_text())
+            raw = read_json(path, "keys file")
             return cls({str(tenant): bytes.fromhex(key) for tenant, key in raw.items()}, owners)
         except (OSError, ValueError, AttributeError, TypeError) as err:
             raise ConfigError(f"keys file {path}: {err}") from err

@@ -22,6 +22,8 @@ from antefix.private_file import open_private
 log = logging.getLogger("antefix_billing")
 
 FILE_BYTES = 64 << 20
+# Microseconds since 1970, of 64 bits.
+_DIGITS_MAX = 20
 _KINDS = ("stored", "read")
 
 
@@ -94,14 +96,17 @@ class StoreLog:
 def read_store_log(directory: Path) -> Iterator[StoreEvent]:
     """All events, oldest file first. A line that is not whole (the end of a file after a crash) is skipped."""
     for path in sorted(directory.glob("store-*.log")):
-        with path.open() as file:
+        # A disk may have put anything there: what is no line of ours is skipped, whatever it is.
+        with path.open(encoding="ascii", errors="replace") as file:
             for line in file:
                 yield from _parse(line)
 
 
 def _parse(line: str) -> Iterator[StoreEvent]:
     parts = line.split()
-    if not line.endswith("\n") or len(parts) != 3 or not parts[0].isdigit() or parts[1] not in _KINDS:
+    if not line.endswith("\n") or len(parts) != 3 or parts[1] not in _KINDS:
+        return
+    if not parts[0].isdecimal() or len(parts[0]) > _DIGITS_MAX:
         return
     for name in parts[2].split(","):
         yield StoreEvent(time_us=int(parts[0]), kind=StoreEventKind(parts[1]), hash=name)

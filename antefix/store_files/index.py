@@ -97,6 +97,7 @@ class Index:
         # The writer's: told of what each transaction changed, after its commit.
         self.on_change: Callable[[list[Change]], None] | None = None
         self._shared: _Shared | None = None
+        self._retired: list[_Shared] = []
         self._pages: PageFile | None = None
         self.db: dict[str, Any] = {name: name for name in TABLES}
         with _open_lock:
@@ -135,14 +136,23 @@ class Index:
     def close(self) -> None:
         if self._pages is not None:
             self._pages.close()
-        shared, self._shared = self._shared, None
-        if shared is None:
-            return
+        opened = [shared for shared in (self._shared, *self._retired) if shared is not None]
+        self._shared, self._retired = None, []
         with _open_lock:
-            shared.num_users -= 1
-            if shared.num_users == 0:
-                _open.pop(shared.identity, None)
-                shared.env.close()
+            for shared in opened:
+                shared.num_users -= 1
+                if shared.num_users == 0:
+                    _open.pop(shared.identity, None)
+                    shared.env.close()
+
+    def take_over(self, fresh: Index) -> None:
+        """Be another opened index from now on, where the file that we had was lost. For the owner.
+
+        The map before stays open until `close`: threads may be reading in it.
+        """
+        if self._shared is not None:
+            self._retired.append(self._shared)
+        self._shared, self.db = fresh._shared, fresh.db
 
     def entry(self, txn: Any, kind: RecordKind, block_hash: bytes) -> IndexEntry | None:
         value = txn.get(block_hash, db=self.db[TABLE_OF_KIND[kind]])

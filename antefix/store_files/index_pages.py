@@ -53,6 +53,9 @@ _BRANCHES_MAX: Final = 2048
 # A read takes microseconds, two commits milliseconds: who had no luck this often will have none.
 _TRIES: Final = 64
 
+# Of the tables' names, or all there is where none has one.
+MAIN_TABLE: Final = ""
+
 Branch = tuple[list[bytes], list[int]]
 
 
@@ -148,6 +151,24 @@ class PageFile:
         at = state.slot * self.page_bytes + _META_OFFSET
         return self._read(_META.size, at) == state.raw
 
+    @property
+    def is_replaced(self) -> bool:
+        """Whether another file, or none, lies under our path now."""
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return True
+        return (stat.st_dev, stat.st_ino) != self.identity
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the file is as long as its newest state says."""
+        try:
+            last_page = _META.unpack(self.current().raw)[6]
+        except Unavailable:
+            return False
+        return os.fstat(self._fd).st_size >= (int(last_page) + 1) * self.page_bytes
+
     def page(self, number: int, flag: int, count: int = 1) -> bytes:
         data = self._read(count * self.page_bytes, number * self.page_bytes)
         if len(data) < count * self.page_bytes:
@@ -209,7 +230,7 @@ class PageFile:
         return None
 
     def table(self, state: _State, name: str) -> Tree:
-        root = state.tables.get(name)
+        root = state.tables.get(name) if name != MAIN_TABLE else state.main
         if root is None:
             value = self.find(state, state.main, name.encode())
             if value is None:
@@ -322,8 +343,11 @@ class PageCursor:
             return iter(self)
         return (key if keys else value for key, value in self._items(values=values))
 
-    def _items(self, *, values: bool) -> Iterator[tuple[bytes, bytes]]:
-        begin: bytes | None = b""
+    def starting(self, first: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """From this key on."""
+        return self._items(values=True, begin=first)
+
+    def _items(self, *, values: bool, begin: bytes | None = b"") -> Iterator[tuple[bytes, bytes]]:
         while begin is not None:
             found, begin = self._txn.leaf(begin, db=self._db, values=values)
             yield from found

@@ -75,6 +75,10 @@ class RunReader:
         self._decrypt = decrypt
         self._seals = seals
 
+    def renew(self, seed: int) -> None:
+        self._seed = seed
+        self.files.close()
+
     def read(
         self, kind: RecordKind, run: Sequence[Wanted], fingerprint: bytes, *, tenant: bytes = b"", wait: bool = True
     ) -> list[Wanted]:

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from antefix.block import HashKind, Labels
 from antefix.errors import BlockCorrupt
 from antefix.record import Buffer, Record, RecordKind
 from antefix.store_files.record_format import MAC_BYTES, SALT_BYTES
@@ -130,6 +131,30 @@ def signed_part(record: Record, generation: int | None = None) -> bytes:
         record.labels.hash_kind,
         record.labels.family,
         0,
+    )
+
+
+def record_of(sealed: bytes, payload: Buffer) -> Record | None:
+    """The record that a header's sealed part and its payload make, to store it elsewhere as it is; None: of version 1.
+
+    Its seal is not checked here: whoever reads it will.
+    """
+    if len(sealed) != SEALED_BYTES or sealed == bytes(SEALED_BYTES):
+        return None
+    f = SIGNED.unpack_from(sealed)
+    return Record(
+        hash=f[0],
+        parent=f[1],
+        fingerprint=f[2],
+        tenant=f[3],
+        position=f[5],
+        generation=f[6],
+        labels=Labels(num_cards=f[7], hash_kind=HashKind(f[9]), family=f[10]),
+        kind=RecordKind(f[8]),
+        payload=payload,
+        salt=sealed[SIGNED.size : -MAC_BYTES],
+        mac=sealed[-MAC_BYTES:],
+        parent_elsewhere=True,
     )
 
 

@@ -107,9 +107,11 @@ class StoreReader:
         decrypt: Decrypt | None = None,
         seals: Seals | None = None,
         clock_ms: Callable[[], int] = wall_ms,
+        index: Index | None = None,
     ) -> None:
         """num_threads: runs in flight, the calling thread's among them.  seals: with them, only sealed is right.
 
+        index: the owner's, which it closes itself.
         Raises:  Unavailable: there is no store (yet), or its index cannot be opened.
         """
         self.directory = Path(directory)
@@ -117,7 +119,8 @@ class StoreReader:
             self.seed = unpack_identity((self.directory / STORE_FILE).read_bytes()).seed
         except (FileNotFoundError, BlockCorrupt) as err:
             raise Unavailable(f"{self.directory} holds no readable store: {err}") from err
-        self.index = Index(self.directory / INDEX_DIR)
+        self.index = index or Index(self.directory / INDEX_DIR)
+        self._owns_index = index is None
         self.runs = RunReader(self.directory / SEGMENT_DIR, self.seed, decrypt, seals)
         self._num_helpers = max(1, num_threads - 1)
         self._pool = ThreadPoolExecutor(self._num_helpers, thread_name_prefix="antefix-read")
@@ -127,7 +130,13 @@ class StoreReader:
     def close(self) -> None:
         self._pool.shutdown()
         self.runs.files.close()
-        self.index.close()
+        if self._owns_index:
+            self.index.close()
+
+    def renew(self, seed: int) -> None:
+        """Forget all files: the directory has others now."""
+        self.seed = seed
+        self.runs.renew(seed)
 
     def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
         return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self._clock_ms())

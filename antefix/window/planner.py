@@ -37,6 +37,8 @@ class StoredPrefix:
     """What is stored of one prompt. Block counts are of leading blocks; a checkpoint is named by the blocks before it.
 
     checkpoints: block boundary -> tier that holds it ("pool", "disk", ...; the names that Rates knows).
+    block_tiers: where several tiers hold parts, the tier of each stretch, with the number of blocks at its end; what
+        they do not cover is in `blocks_tier`.
     num_resident_blocks: leading blocks that are in the worker's memory already and need no load.
     resident_checkpoints: boundaries whose window state is in the worker's memory.
     replay: whether an exact replay may be planned.
@@ -47,6 +49,7 @@ class StoredPrefix:
     num_blocks: int
     checkpoints: Mapping[int, str] = field(default_factory=dict)
     blocks_tier: str = "disk"
+    block_tiers: tuple[tuple[int, str], ...] = ()
     num_resident_blocks: int = 0
     resident_checkpoints: frozenset[int] = frozenset()
     replay: bool = True
@@ -135,8 +138,10 @@ class RestorePlanner:
         plans = [self._cold(stored.num_tokens)]
         if best := self._checkpoint(stored, usable):
             plans.append(best)
-        if usable and stored.replay:
-            plans.append(self._replay(stored, usable, PlanKind.REPLAY, self.sizes.replay_tokens))
+        if stored.replay:
+            # Where a slower tier begins may be a better end than where all of them end.
+            for end in self._ends(stored, usable):
+                plans.append(self._replay(stored, end, PlanKind.REPLAY, self.sizes.replay_tokens))
         if usable and stored.bounded_windows:
             replayed = stored.bounded_windows * self.sizes.window_tokens
             plans.append(self._replay(stored, usable, PlanKind.BOUNDED, replayed))
@@ -164,6 +169,10 @@ class RestorePlanner:
         usable = min(stored.num_blocks, (stored.num_tokens - 1) // size)
         return usable // self._step * self._step
 
+    def _ends(self, stored: StoredPrefix, usable: int) -> list[int]:
+        ends = {usable, *(min(end, usable) // self._step * self._step for end, _ in stored.block_tiers)}
+        return sorted((end for end in ends if end > 0), reverse=True)
+
     def _cold(self, num_tokens: int) -> Plan:
         seconds = self.rates.prefill_s(num_tokens, context=0)
         return self._stated(PlanKind.COLD, 0, 0, "", 0, 0, 0, num_tokens, seconds)
@@ -186,7 +195,7 @@ class RestorePlanner:
         tokens = stored.num_tokens - context
         block_bytes = self._block_bytes(stored, block)
         window_bytes = 0 if block in stored.resident_checkpoints else self.sizes.checkpoint_bytes
-        seconds = self.rates.load_s(stored.blocks_tier, block_bytes) + self.rates.load_s(tier, window_bytes)
+        seconds = self._load_s(stored, block) + self.rates.load_s(tier, window_bytes)
         seconds += self.rates.prefill_s(tokens, context=context)
         return self._stated(PlanKind.CHECKPOINT, block, block, tier, block_bytes + window_bytes, 0, 0, tokens, seconds)
 
@@ -197,10 +206,21 @@ class RestorePlanner:
         work = replayed if self._is_whole else self.sizes.replay_work_tokens(replayed)
         tokens = stored.num_tokens - context
         block_bytes = self._block_bytes(stored, block)
-        seconds = self.rates.load_s(stored.blocks_tier, block_bytes)
+        seconds = self._load_s(stored, block)
         seconds += self.rates.replay_s(work, context=start * self.sizes.block_size)
         seconds += self.rates.prefill_s(tokens, context=context)
         return self._stated(kind, block, start, "", block_bytes, replayed, work, tokens, seconds)
+
+    def _load_s(self, stored: StoredPrefix, num_blocks: int) -> float:
+        """Tiers are read at the same time, so the slowest counts."""
+        nbytes: dict[str, int] = {}
+        start = stored.num_resident_blocks
+        for end, tier in (*stored.block_tiers, (num_blocks, stored.blocks_tier)):
+            stop = min(end, num_blocks)
+            if stop > start:
+                nbytes[tier] = nbytes.get(tier, 0) + (stop - start) * self.sizes.block_bytes
+                start = stop
+        return max((self.rates.load_s(tier, size) for tier, size in nbytes.items()), default=0.0)
 
     def _block_bytes(self, stored: StoredPrefix, num_blocks: int) -> int:
         return max(num_blocks - stored.num_resident_blocks, 0) * self.sizes.block_bytes

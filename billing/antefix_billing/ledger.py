@@ -10,7 +10,9 @@ tail that was never acknowledged, which opening truncates; anything else that do
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import threading
 from bisect import bisect_right
@@ -23,7 +25,9 @@ import lmdb
 from antefix.errors import InvalidRequest, Unavailable
 from antefix.telemetry.exposition import SHORT_SECONDS, histogram
 from antefix_billing.ledger_files import (
+    RESTORE,
     Settled,
+    check_mark,
     first_sequence_of,
     prepare_directory,
     read_entries,
@@ -50,10 +54,13 @@ from antefix_billing.ledger_format import (
     pack_entry,
     unpack_segment_header,
 )
-from antefix_billing.ledger_index import EntryPlace, LedgerIndex
+from antefix_billing.ledger_index import EntryPlace, LedgerIndex, LedgerIndexDamaged
+from antefix_billing.ledger_mark import Mark, MarkFile
 from antefix_billing.ledger_reserve import LedgerReserve
 from antefix_billing.progress_slots import ProgressJournal
 from antefix_billing.usage_record import OpenEntry, UsageRecord
+
+log = logging.getLogger("antefix_billing")
 
 # Opening reads the last segment whole: 16 MiB are some 15,000 requests and half a second.
 SEGMENT_BYTES = 16 << 20
@@ -98,12 +105,21 @@ class Ledger:
         self._fd = -1
         prepare_directory(self.directory)
         self._reserve = LedgerReserve(self.directory)
-        self._lock_fd = take_lock(self.directory)
-        self._index = LedgerIndex(self.directory / "index")
-        self.progress = ProgressJournal(self.directory)
+        self._lock = take_lock(self.directory)
         try:
             self.source = source_of(self.directory)
-            self._recover()
+            self._index = LedgerIndex(self.directory / "index", self.source)
+        except BaseException:
+            self._lock.close()
+            raise
+        self._mark = MarkFile(self.directory)
+        self.progress = ProgressJournal(self.directory)
+        try:
+            try:
+                self._recover()
+            except LedgerIndexDamaged:
+                self._index.clear()
+                self._recover()
         except BaseException:
             self.close()
             raise
@@ -131,7 +147,7 @@ class Ledger:
     def find(self, key: str) -> Settled | None:
         """The last settled attempt of a request, whenever it was. key: `record.request_key`."""
         with self._mutex:
-            if self._lock_fd < 0:
+            if not self._lock.is_held:
                 raise Unavailable("the ledger is closed")
             return self._find(key)
 
@@ -147,24 +163,36 @@ class Ledger:
                 raise Unavailable(f"the ledger takes no more entries: {self._broken}")
             try:
                 self._make_room()
-            except (OSError, lmdb.Error) as err:
+            except lmdb.Error as err:
+                log.exception("the ledger's index in %s cannot take a segment over", self.directory)
+                raise Unavailable("the ledger cannot start a segment; the router's log has why") from err
+            except OSError as err:
                 raise Unavailable(f"the ledger cannot start a segment: {err}") from err
             batch = _Batch(self._tail)
             answers = [self._add(batch, item) for item in items]
             if batch.data:
                 self._write(bytes(batch.data))
                 batch.accept()
+                self._note_acknowledged()
                 self._reserve.hold(self._fd, self._tail.offset)
             return answers
 
     def close(self) -> None:
-        for fd in (self._fd, self._lock_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._fd = self._lock_fd = -1
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+        self._lock.close()
         self._broken = self._broken or "it is closed"
         self._index.close()
+        self._mark.close()
         self.progress.close()
+
+    def _note_acknowledged(self) -> None:
+        """What was synced is about to be answered for."""
+        tail = self._tail
+        if tail.sequence:
+            with contextlib.suppress(OSError):
+                self._mark.write(Mark(sequence=tail.sequence, segment=tail.segment, end=tail.offset, hash=tail.hash))
 
     def _add(self, batch: _Batch, item: OpenEntry | UsageRecord) -> Settled | OpenEntry:
         if isinstance(item, OpenEntry):
@@ -175,13 +203,44 @@ class Ledger:
         return batch.settle(item)
 
     def _find(self, key: str) -> Settled | None:
-        place = self._tail.places.get(key) or self._index.find(key)
+        place = self._tail.places.get(key) or self._find_sealed(key)
         if place is None:
             return None
         path = segment_path(self.directory, place.segment)
         entry = read_entry_at(path, place.offset)
         settled = settled_of(_hash_before(path, entry), entry)
         return settled if settled.record.key == key else None
+
+    def _find_sealed(self, key: str) -> EntryPlace | None:
+        try:
+            return self._index.find(key)
+        except LedgerIndexDamaged as err:
+            self._index_again(str(err))
+            return self._index.find(key)
+
+    def _index_again(self, why: str) -> None:
+        """Make the index again from the sealed segments, which are read whole."""
+        log.warning("the index of the ledger in %s is made again: %s", self.directory, why)
+        self._index.clear()
+        firsts = [first_sequence_of(path) for path in segments_of(self.directory)]
+        sealed = _Tail()
+        for _, entry in read_entries(self.directory):
+            first = firsts[bisect_right(firsts, entry.sequence) - 1]
+            if first != sealed.segment:
+                self._seal(sealed, entry.sequence - 1)
+                sealed.places = {}
+            if first == self._tail.segment:
+                return
+            sealed.segment, sealed.sequence = first, entry.sequence
+            sealed.note(entry)
+        if sealed.places:
+            self._seal(sealed, sealed.sequence)
+
+    def _seal(self, tail: _Tail, covered: int, size: int | None = None) -> None:
+        """size: of a segment in hand, behind whose end space is allocated; else the file's."""
+        if size is None:
+            size = segment_path(self.directory, tail.segment).stat().st_size
+        self._index.seal(tail.places, tail.unsettled, covered, {tail.segment: size})
 
     def _write(self, data: bytes) -> None:
         try:
@@ -227,7 +286,7 @@ class Ledger:
             os.fsync(fd)
             sync_directory(self.directory)
             if self._fd >= 0:
-                self._index.seal(tail.places, tail.unsettled, tail.sequence)
+                self._seal_tail()
         except (OSError, lmdb.Error):
             os.close(fd)
             path.unlink()
@@ -239,11 +298,22 @@ class Ledger:
         self._fd, self._reserve = fd, reserve
         tail.segment, tail.offset, tail.places = tail.sequence + 1, len(header), {}
 
+    def _seal_tail(self) -> None:
+        try:
+            if self._index.covered != self._tail.segment - 1:
+                raise LedgerIndexDamaged("it does not cover all sealed segments")
+            self._seal(self._tail, self._tail.sequence, self._tail.offset)
+        except (LedgerIndexDamaged, lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError) as err:
+            self._index_again(str(err))
+            self._seal(self._tail, self._tail.sequence, self._tail.offset)
+
     def _recover(self) -> None:
-        """Catch the index up, read the last segment, cut off its torn tail."""
+        """Catch the index up, read the last segment, cut off its torn tail; what was acknowledged must be there."""
+        mark = Mark.of(self.directory)
         paths = segments_of(self.directory)
         if paths and paths[-1].stat().st_size <= SEGMENT_HEADER_BYTES:
             paths.pop().unlink()  # started and not used, perhaps not even whole: started anew when needed
+        self._check_segments(paths, mark)
         if not paths:
             self._start_segment()
             return
@@ -261,6 +331,7 @@ class Ledger:
                 raise LedgerCorrupt(f"entry {tail.sequence + 1} does not continue the chain")
             tail.note(entry)
             tail.sequence, tail.hash, tail.offset = entry.sequence, entry.hash, entry.end
+        check_mark(mark, tail.sequence)
         if has_later_batch(data, tail.offset) or self._index.covered > tail.sequence:
             raise LedgerCorrupt(f"{last.name} is damaged at byte {tail.offset}, and durable entries followed")
         self._fd = os.open(last, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -269,6 +340,19 @@ class Ledger:
         os.fsync(self._fd)
         self._reserve.hold(self._fd, tail.offset)
 
+    def _check_segments(self, paths: Sequence[Path], mark: Mark | None) -> None:
+        """Raises:  LedgerCorrupt: a segment that was sealed or acknowledged is missing, or has another length."""
+        sizes = {first_sequence_of(path): path.stat().st_size for path in paths}
+        sealed = self._index.segments()
+        expected = sealed.keys() | ({mark.segment} if mark is not None else set()) | ({1} if sizes else set())
+        if missing := sorted(expected - sizes.keys()):
+            names = ", ".join(segment_path(Path(), first).name for first in missing)
+            raise LedgerCorrupt(f"segments of the ledger in {self.directory} are missing: {names}; {RESTORE}")
+        for first, nbytes in sealed.items():
+            if sizes[first] < nbytes:
+                name = segment_path(Path(), first).name
+                raise LedgerCorrupt(f"{name} was sealed with {nbytes} bytes and has {sizes[first]}; {RESTORE}")
+
     def _catch_up(self, firsts: Sequence[int]) -> None:
         """Bring sealed segments into the index that a crash, or the loss of the index, left out."""
         covered, tail = self._index.covered, self._tail
@@ -276,14 +360,14 @@ class Ledger:
         for _, entry in read_entries(self.directory, after=covered) if covered < firsts[-1] - 1 else ():
             first = firsts[bisect_right(firsts, entry.sequence) - 1]
             if first != tail.segment and tail.places:
-                self._index.seal(tail.places, tail.unsettled, entry.sequence - 1)
+                self._seal(tail, entry.sequence - 1)
                 tail.places = {}
             if first == firsts[-1]:
                 return
             tail.segment = first
             tail.note(entry)
         if tail.places:
-            self._index.seal(tail.places, tail.unsettled, firsts[-1] - 1)
+            self._seal(tail, firsts[-1] - 1)
 
 
 class _Batch:

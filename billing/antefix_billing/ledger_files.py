@@ -2,6 +2,7 @@
 
 usage-000000000001.ledger   segments, named by their first entry's sequence number
 index/                      LMDB, of sealed segments only; rebuilt from them when lost
+acknowledged                how far it was acknowledged (ledger_mark.py)
 progress                    how far running requests are (progress_slots.py)
 source                      this ledger's identity, 32 hex digits
 lock                        held by the one writer
@@ -9,13 +10,13 @@ lock                        held by the one writer
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from antefix.directory_lock import DirectoryLock
 from antefix.errors import ConfigError
 from antefix.private_file import open_private
 from antefix_billing.ledger_format import (
@@ -31,9 +32,11 @@ from antefix_billing.ledger_format import (
     unpack_entry,
     unpack_segment_header,
 )
+from antefix_billing.ledger_mark import Mark
 from antefix_billing.usage_record import UsageRecord
 
 _GLOB = "usage-*.ledger"
+RESTORE = "restore the ledger from a copy, or give the router a new directory and keep this one"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +92,10 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
     Segments that end before `after` are not read, so the first hash read is trusted; `verify` reads them all.
     Raises:  LedgerCorrupt: the chain is broken, entries are missing, or a sealed segment is damaged.
     """
+    mark = Mark.of(directory)
     paths = segments_of(directory)
+    if mark is not None and not paths:
+        raise LedgerCorrupt(f"all segments of {directory} are missing, entry {mark.sequence} was the last; {RESTORE}")
     firsts = [first_sequence_of(path) for path in paths]
     start = max((i for i, first in enumerate(firsts) if first <= after + 1), default=0)
     previous: bytes | None = None if start else GENESIS
@@ -100,7 +106,7 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
         data = paths[index].read_bytes()
         is_last = index == len(paths) - 1
         if is_last and len(data) <= SEGMENT_HEADER_BYTES:
-            return
+            break
         header = unpack_segment_header(data)
         if header.first_sequence != expected or (previous is not None and header.previous_hash != previous):
             raise LedgerCorrupt(f"{paths[index].name} does not continue the segment before it")
@@ -117,6 +123,16 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
             raise LedgerCorrupt(f"{paths[index].name} is damaged at byte {stop}")
         if stop == SEGMENT_HEADER_BYTES and not is_last:
             raise LedgerCorrupt(f"{paths[index].name} holds no entry")
+    check_mark(mark, expected - 1)
+
+
+def check_mark(mark: Mark | None, last: int) -> None:
+    """Raises:  LedgerCorrupt: entries that were acknowledged are not there, or not whole, any more."""
+    if mark is not None and mark.sequence > last:
+        raise LedgerCorrupt(
+            f"entries {last + 1} to {mark.sequence} were acknowledged and are damaged or missing in"
+            f" {segment_path(Path(), mark.segment).name}; {RESTORE}"
+        )
 
 
 def read_settled(directory: Path, *, after: int = 0) -> Iterator[Settled]:
@@ -143,9 +159,12 @@ def sequence_before(directory: Path, time_s: float) -> int:
 
 def read_entry_at(path: Path, offset: int) -> Entry:
     """Raises:  LedgerCorrupt: there is no whole entry there."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        entry = unpack_entry(file.read(72 << 10), 0)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            entry = unpack_entry(file.read(72 << 10), 0)
+    except FileNotFoundError as err:
+        raise LedgerCorrupt(f"{path.name} is missing; {RESTORE}") from err
     if entry is None:
         raise LedgerCorrupt(f"{path.name}: no entry at byte {offset}")
     return entry
@@ -171,20 +190,19 @@ def prepare_directory(directory: Path) -> None:
     sync_directory(directory)
 
 
-def take_lock(directory: Path) -> int:
-    """The writer's lock as a file descriptor; closing it, or dying, gives it back.
+def take_lock(directory: Path) -> DirectoryLock:
+    """The writer's lock; closing it, or dying, gives it back.
 
     Raises:  ConfigError: another process has it.
     """
-    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        os.close(fd)
+        return DirectoryLock(directory, "lock")
+    except BlockingIOError as err:
         raise ConfigError(
             f"{directory}: another process writes this ledger; each router needs a directory of its own"
         ) from err
-    return fd
+    except OSError as err:
+        raise ConfigError(f"{directory} cannot be used as a ledger: {err}") from err
 
 
 def sync_directory(directory: Path) -> None:

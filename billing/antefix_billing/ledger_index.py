@@ -2,29 +2,50 @@
 
 Written once a segment is sealed, in one durable transaction that also says how far it goes; entries of the segment in
 hand are in the ledger's memory. So a crash leaves the index behind at most, and opening catches up.
+
+LMDB writes it and has it open only while it does; everything else reads its pages without a map
+(`antefix.store_files.index_pages`), so that no harm to the file ends the process. What is damaged is made again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import shutil
 import struct
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import lmdb
+import lmdb.verify
+import xxhash
 
-from antefix.errors import ConfigError
+from antefix.errors import Unavailable
 from antefix.host_limits import map_bytes_of
 from antefix.lmdb_path import lmdb_path
+from antefix.store_files.index_pages import MAIN_TABLE, PageFile, PageTxn
 from antefix_billing.usage_record import OpenEntry
 
-# LMDB takes address space only. 80 bytes a request: room for 800 million.
-_MAP_BYTES: Final = 64 << 30
+log = logging.getLogger("antefix_billing")
+
+# Address space, while a segment is sealed: twice what is there and this.
+_MAP_BYTES_MORE: Final = 64 << 20
 _PLACE: Final = struct.Struct("<QQQ")
 _COVERED: Final = b"covered"
+# Of which ledger, in which version of this file.
+_ABOUT: Final = b"about"
+_VERSION: Final = 2
 _OPEN: Final = b"open:"
+_SEGMENT: Final = b"segment:"
+# The file's checksum, there only while the ledger is closed in order.
+_CLEAN_FILE: Final = "CLEAN"
+
+
+class LedgerIndexDamaged(Unavailable):
+    """The index cannot be read or says what cannot be. It is made again from the segments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,65 +58,178 @@ class EntryPlace:
 
 
 class LedgerIndex:
-    """LMDB under the ledger's directory."""
+    """A directory under the ledger's. Not thread-safe."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, source: bytes) -> None:
+        """Opens what is there if it is sound and this ledger's, else begins empty."""
+        self._directory = directory
+        self._about = _VERSION.to_bytes(4, "little") + source
+        self._file: PageFile | None = None
         directory.mkdir(mode=0o700, exist_ok=True)
-        map_bytes = map_bytes_of(_MAP_BYTES)
-        try:
-            with lmdb_path(directory) as path:
-                self._env = lmdb.open(path, map_size=map_bytes, subdir=True, max_dbs=0, mode=0o600)
-        except lmdb.MemoryError as err:
-            raise ConfigError(
-                f"the ledger's index {directory} cannot be mapped: there is no address space for {map_bytes} bytes;"
-                " raise or unset `ulimit -v`"
-            ) from err
+        if fault := self._fault():
+            log.warning("the ledger's index in %s is made again: %s", directory, fault)
+            self.clear()
 
     @property
     def covered(self) -> int:
         """The last sequence number of the sealed segments that are in here; 0 when empty."""
-        with self._env.begin() as txn:
-            value = txn.get(_COVERED)
+        value = self._get(_COVERED)
         return int.from_bytes(value, "little") if value else 0
 
     def find(self, key: str) -> EntryPlace | None:
-        """Where the request's last settled attempt lies."""
-        with self._env.begin() as txn:
-            value = txn.get(_name(key))
+        """Where the request's last settled attempt lies.  Raises:  LedgerIndexDamaged."""
+        value = self._get(_name(key))
         if value is None:
             return None
         sequence, segment, offset = _PLACE.unpack(value)
         return EntryPlace(sequence=sequence, segment=segment, offset=offset)
 
+    def segments(self) -> dict[int, int]:
+        """Bytes of each sealed segment, by its first sequence number."""
+        rows = self._rows(_SEGMENT)
+        return {int.from_bytes(key[-8:], "big"): int.from_bytes(value, "little") for key, value in rows}
+
     def unsettled(self) -> dict[str, OpenEntry]:
         """Requests that were open when the last segment was sealed."""
-        found: dict[str, OpenEntry] = {}
-        with self._env.begin() as txn, txn.cursor() as cursor:
-            if cursor.set_range(_OPEN):
-                for key, value in cursor:
-                    if not key.startswith(_OPEN):
-                        break
-                    entry = OpenEntry.from_payload(value)
-                    found[entry.key] = entry
-        return found
+        entries = [OpenEntry.from_payload(value) for _, value in self._rows(_OPEN)]
+        return {entry.key: entry for entry in entries}
 
-    def seal(self, places: Mapping[str, EntryPlace], unsettled: Mapping[str, OpenEntry], covered: int) -> None:
-        """Take over a sealed segment's entries; durable when this returns."""
-        with self._env.begin(write=True) as txn:
-            for name in [_OPEN + _name(key) for key in self.unsettled()]:
+    def seal(
+        self,
+        places: Mapping[str, EntryPlace],
+        unsettled: Mapping[str, OpenEntry],
+        covered: int,
+        sizes: Mapping[int, int],
+    ) -> None:
+        """Take over a sealed segment's entries; durable when this returns.
+
+        sizes: of the segments that they are in, by first sequence number.
+        """
+        gone = [key for key, _ in self._rows(_OPEN)]
+        (self._directory / _CLEAN_FILE).unlink(missing_ok=True)
+
+        def write(txn: lmdb.Transaction) -> None:
+            for name in gone:
                 txn.delete(name)
-            for key, entry in unsettled.items():
-                txn.put(_OPEN + _name(key), entry.to_payload())
-            for name, place in sorted((_name(key), place) for key, place in places.items()):
-                txn.put(name, _PLACE.pack(place.sequence, place.segment, place.offset))
-            txn.put(_COVERED, covered.to_bytes(8, "little"))
+            rows = [(_OPEN + _name(key), entry.to_payload()) for key, entry in unsettled.items()]
+            rows += [
+                (_SEGMENT + first.to_bytes(8, "big"), nbytes.to_bytes(8, "little")) for first, nbytes in sizes.items()
+            ]
+            rows += [
+                (_name(key), _PLACE.pack(place.sequence, place.segment, place.offset)) for key, place in places.items()
+            ]
+            for name, value in sorted([*rows, (_ABOUT, self._about), (_COVERED, covered.to_bytes(8, "little"))]):
+                txn.put(name, value + _crc(name, value))
+
+        self._write(write)
 
     def clear(self) -> None:
-        with self._env.begin(write=True) as txn:
-            txn.drop(self._env.open_db(txn=txn), delete=False)
+        """Begin empty."""
+        self._let_go()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(mode=0o700, exist_ok=True)
 
     def close(self) -> None:
-        self._env.close()
+        """Note what the file is, so that the next opening need not examine it."""
+        self._let_go()
+        path = self._directory / "data.mdb"
+        if path.exists():
+            try:
+                (self._directory / _CLEAN_FILE).write_bytes(_sum_of(path))
+            except OSError as err:
+                log.warning("the ledger's index could not be sealed: %s; its next opening examines it", err)
+
+    def _write(self, change: Callable[[lmdb.Transaction], None]) -> None:
+        path = self._directory / "data.mdb"
+        nbytes = map_bytes_of(2 * (path.stat().st_size if path.exists() else 0) + _MAP_BYTES_MORE)
+        with (
+            lmdb_path(self._directory) as directory,
+            lmdb.open(directory, map_size=nbytes, subdir=True, max_dbs=0, mode=0o600) as env,
+            env.begin(write=True) as txn,
+        ):
+            change(txn)
+        self._let_go()
+
+    def _opened(self) -> PageFile | None:
+        path = self._directory / "data.mdb"
+        if self._file is not None and self._file.is_replaced:
+            self._let_go()
+            raise LedgerIndexDamaged(f"{path} is gone or was replaced")
+        if self._file is None and path.exists():
+            try:
+                self._file = PageFile(path)
+            except Unavailable as err:
+                raise LedgerIndexDamaged(str(err)) from err
+        return self._file
+
+    def _let_go(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def _get(self, key: bytes) -> bytes | None:
+        file = self._opened()
+        try:
+            value = None if file is None else PageTxn(file).get(key, db=MAIN_TABLE)
+        except Unavailable as err:
+            raise LedgerIndexDamaged(str(err)) from err
+        return None if value is None else self._checked(key, value)
+
+    def _checked(self, key: bytes, value: bytes) -> bytes:
+        """A row's value without its checksum: LMDB checks none of what it gives back."""
+        if value[-4:] != _crc(key, value[:-4]):
+            raise LedgerIndexDamaged(f"a row of the ledger's index in {self._directory} is damaged")
+        return value[:-4]
+
+    def _rows(self, prefix: bytes) -> list[tuple[bytes, bytes]]:
+        file = self._opened()
+        if file is None:
+            return []
+        found = []
+        try:
+            for key, value in PageTxn(file).cursor(db=MAIN_TABLE).starting(prefix):
+                if not key.startswith(prefix):
+                    break
+                found.append((key, self._checked(key, value)))
+        except Unavailable as err:
+            raise LedgerIndexDamaged(str(err)) from err
+        return found
+
+    def _fault(self) -> str:
+        """Why what is there cannot be used; empty where it can, or where nothing is."""
+        path = self._directory / "data.mdb"
+        clean = self._directory / _CLEAN_FILE
+        verify: Callable[..., list[str]] = lmdb.verify.verify
+        if not path.exists():
+            return "it is gone" if clean.exists() else ""
+        try:
+            file = self._opened()
+            assert file is not None
+            if not file.is_whole:
+                return "it is shorter than it says"
+            if clean.exists():
+                if clean.read_bytes() != _sum_of(path):
+                    return "it is not what it was when the ledger was closed"
+            else:
+                with lmdb_path(self._directory) as directory:
+                    faults = verify(directory, subdir=True)
+                if faults:
+                    return str(faults[0])
+            return "" if self._get(_ABOUT) == self._about else "it is another ledger's, or of another version"
+        except (Unavailable, lmdb.verify.VerifyError, OSError, ValueError) as err:
+            return str(err)
+
+
+def _sum_of(path: Path) -> bytes:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(4 << 20):
+            state.update(piece)
+    return state.digest()
+
+
+def _crc(name: bytes, value: bytes) -> bytes:
+    return zlib.crc32(value, zlib.crc32(name)).to_bytes(4, "little")
 
 
 def _name(key: str) -> bytes:

@@ -24,7 +24,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from antefix.errors import Unavailable
 from antefix.miss_reason import MissReason
@@ -137,9 +137,16 @@ def _unpack(data: bytes) -> tuple[bytes, Usage] | None:
     if magic != _MAGIC or zlib.crc32(data[_HEAD.size : _HEAD.size + _BODY.size]) != crc:
         return None
     fields = _BODY.unpack_from(data, _HEAD.size)
-    name, prompt, hit, memory, written, output, reasoning, replayed, word, ttft_us, plan, reason, last = fields
+    try:
+        return fields[0], _usage_of(fields)
+    except ValueError:
+        return None  # texts that no version has written
+
+
+def _usage_of(fields: tuple[Any, ...]) -> Usage:
+    _, prompt, hit, memory, written, output, reasoning, replayed, word, ttft_us, plan, reason, last = fields
     evidence = _EVIDENCE[word] if word < len(_EVIDENCE) else Evidence.UNKNOWN
-    return name, Usage(
+    return Usage(
         prompt_tokens=prompt,
         cache_hit_tokens=hit,
         hit_memory_tokens=memory,

@@ -1,7 +1,8 @@
 """Is the ledger whole, and is every billed hit supported by the store's own log? Reads only; trusts neither side.
 
 A hit of a record is supported when its last block was stored before the request ended, and, for tokens billed from the
-store's tier, read between the request's start and end. Tokens from a worker's memory were stored before, not read then.
+store's tier, read between the request's start and end. Tokens from a worker's memory were stored before, not read then;
+or an earlier request computed them, and the store did not take them.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain as chained
 from pathlib import Path
 
 from antefix.errors import AntefixError
 from antefix.store_files.hit_log import StoreEventKind, read_store_log
+from antefix_billing.computed_prefixes import Computed
 from antefix_billing.ledger_files import Settled, read_entries, settled_of, source_of
 from antefix_billing.ledger_format import EntryKind
 from antefix_billing.usage_record import OpenEntry, UsageRecord
@@ -92,11 +95,11 @@ class _Chain:
 def verify(
     ledger: Path,
     *,
-    store_log: Path | None = None,
+    store_log: Path | Sequence[Path] | None = None,
     anchor: tuple[int, str] | None = None,
     slack_us: int = CLOCK_SLACK_US,
 ) -> Verdict:
-    """Read the whole ledger and, where given, the store's log.
+    """Read the whole ledger and, where given, the store's log, or those of all stores.
 
     anchor: a head that an earlier run reported; the entry must still be there with that hash.
     """
@@ -106,9 +109,9 @@ def verify(
 
 
 def verify_all(
-    ledgers: Sequence[Path], *, store_log: Path | None, anchors: Mapping[bytes, tuple[int, str]]
+    ledgers: Sequence[Path], *, store_log: Path | Sequence[Path] | None, anchors: Mapping[bytes, tuple[int, str]]
 ) -> Verdicts:
-    """All ledgers of a deployment against the one store's log. anchors: by the ledger's source; see `verify`."""
+    """All ledgers of a deployment against the logs of its stores. anchors: by the ledger's source; see `verify`."""
     named = [(ledger, anchors.get(source_of(ledger))) for ledger in ledgers]
     chains = [_read(ledger, anchor) for ledger, anchor in named]
     settled = [item for chain in chains for item in chain.settled]
@@ -174,17 +177,18 @@ def _num_duplicates(settled: list[Settled]) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Evidence:
-    """What the store's log says of the hashes that records name: when each was first stored, and when it was read."""
+    """What stores' logs say of the hashes that records name: when each was first stored, and when it was read."""
 
     stored_us: dict[str, int]
     reads_us: dict[str, list[int]]
 
     @classmethod
-    def of(cls, settled: Sequence[Settled], store_log: Path) -> _Evidence:
+    def of(cls, settled: Sequence[Settled], store_log: Path | Sequence[Path]) -> _Evidence:
         wanted = {item.record.last_hit_hash for item in settled if item.record.is_proved_hit}
         stored: dict[str, int] = {}
         reads: defaultdict[str, list[int]] = defaultdict(list)
-        for event in read_store_log(store_log):
+        logs = [store_log] if isinstance(store_log, Path) else store_log
+        for event in chained.from_iterable(map(read_store_log, logs)):
             if event.hash not in wanted:
                 continue
             if event.kind is StoreEventKind.STORED:
@@ -196,7 +200,14 @@ class _Evidence:
     def unsupported(self, settled: Sequence[Settled], slack_us: int) -> list[str]:
         """Event ids of records whose hit the log does not support. What a worker that is not ours says it cannot."""
         hits = [item.record for item in settled if item.record.is_proved_hit]
-        return [record.event_id for record in hits if not self._supports(record, slack_us)]
+        doubtful = [record for record in hits if not self._supports(record, slack_us)]
+        # A store that was harmed, full or down did not take what a worker computed and went on to hit in its memory.
+        computed = Computed.of([item.record for item in settled]) if doubtful else None
+        return [
+            record.event_id
+            for record in doubtful
+            if record.hit_store_tokens or computed is None or not computed.supports(record, slack_us)
+        ]
 
     def _supports(self, record: UsageRecord, slack_us: int) -> bool:
         stored_us = self.stored_us.get(record.last_hit_hash)

@@ -1,7 +1,7 @@
 """One usage record: what a request used, with the evidence. Knows no protobuf and no file.
 
     prompt_tokens = cache_hit_tokens + cache_miss_tokens
-    cache_hit_tokens = hit_memory_tokens + hit_store_tokens
+    cache_hit_tokens = hit_memory_tokens + hit_store_tokens, and where hit_tiers is known, its sum is hit_store_tokens
     cache_write_tokens is part of cache_miss_tokens, reasoning_tokens of output_tokens
 
 A record that breaks one of these cannot be made. Payload bytes are canonical JSON: sorted keys, no spaces, money as
@@ -15,12 +15,14 @@ import json
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
-from typing import Any, Final, cast
+from typing import Any, Final
 from urllib.parse import quote
 
+from antefix.checked_files import parse_json
+from antefix.checked_table import shown
 from antefix.errors import InternalError, InvalidRequest
 from antefix.miss_reason import MissReason
-from antefix.usage import Evidence, Usage
+from antefix.usage import Evidence, Usage, tiers_of_text
 
 # Version of the payload's fields; a reader refuses what it does not know instead of guessing.
 PAYLOAD_VERSION: Final = 1
@@ -72,7 +74,13 @@ class OpenEntry:
 
     @classmethod
     def from_payload(cls, payload: bytes) -> OpenEntry:
-        return cls(**_fields_of(payload))
+        """Raises:  InvalidRequest: other fields than these, or of other types."""
+        values = _fields_of(payload)
+        _check_types(values, {field.name: str(field.type) for field in dataclasses.fields(cls)})
+        try:
+            return cls(**values)
+        except TypeError as err:
+            raise InvalidRequest(f"not an open entry: {err}") from err
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +134,7 @@ class UsageRecord(Usage):
             (self.cache_write_tokens <= self.cache_miss_tokens, "written prompt tokens are part of the miss"),
             (self.reasoning_tokens <= self.output_tokens, "reasoning tokens are part of the output"),
             (bool(self.last_hit_hash) == self.is_proved_hit, "a proved hit has a last block's hash, nothing else has"),
+            (self._tiers_add_up(), "tiers are named with tokens that add up to the hit in stores"),
             (self.finished_us >= self.started_us, "it cannot end before it starts"),
             (self.price >= 0 and self.saved >= 0 and self.paid_before >= 0, "money is not negative"),
             (self.is_charged or self.price == 0, "what we broke is charged only where output was given"),
@@ -135,6 +144,13 @@ class UsageRecord(Usage):
         for holds, rule in rules:
             if not holds:
                 raise InternalError(f"usage of {self.request_id!r}: {rule}")
+
+    def _tiers_add_up(self) -> bool:
+        try:
+            tiers = tiers_of_text(self.hit_tiers)
+        except ValueError:
+            return False
+        return not self.hit_tiers or (sum(tiers.values()) == self.hit_store_tokens and min(tiers.values()) > 0)
 
     @property
     def key(self) -> str:
@@ -196,8 +212,9 @@ class UsageRecord(Usage):
             values["status"] = Status(values["status"])
             values["miss_reason"] = MissReason(values["miss_reason"])
             values["evidence"] = Evidence(values.get("evidence", ""))
-            values["price"], values["saved"] = Decimal(values["price"]), Decimal(values["saved"])
-            values["paid_before"] = Decimal(values.get("paid_before", 0))
+            values["price"], values["saved"] = _money(values["price"]), _money(values["saved"])
+            values["paid_before"] = _money(values.get("paid_before", "0"))
+            _check_types(values, FIELD_TYPES)
             derived = {name: values.pop(name, 0) for name in _DERIVED}
             record = cls(**values)
             for name, rule in _DERIVED.items():
@@ -210,7 +227,7 @@ class UsageRecord(Usage):
 
 _LEFT_OUT: Final = (
     *("paid_before", "mode", "write_error", "prefix_volatile", "prompt_marks"),
-    *("evidence", "worker", "expected_hit_tokens"),
+    *("evidence", "worker", "expected_hit_tokens", "hit_tiers"),
 )
 # Follow from the others, and stand in the ledger's payload as well: readers need no sums.
 _DERIVED: Final = {
@@ -224,6 +241,8 @@ FIELD_TYPES: Final = {
     **{field.name: str(field.type) for field in (*_OWN, *dataclasses.fields(Usage))},
     **dict.fromkeys(_DERIVED, "int"),
 }
+_TYPES: Final = {"int": int, "str": str, "bool": bool}
+_AMOUNT_DIGITS_MAX: Final = 40
 _COUNTS: Final = tuple(name for name, kind in FIELD_TYPES.items() if kind == "int")
 
 
@@ -237,15 +256,30 @@ def request_key(tenant: str, request_id: str) -> str:
     return f"{quote(tenant, safe='')}:{request_id}" if tenant else request_id
 
 
+def _check_types(values: dict[str, Any], types: dict[str, str]) -> None:
+    """Raises:  InvalidRequest: a number, a text or a truth value is something else."""
+    for name, value in values.items():
+        wanted = _TYPES.get(types.get(name, ""))
+        if wanted is not None and type(value) is not wanted:
+            raise InvalidRequest(f"{name} must be of type {wanted.__name__}, is {shown(value)}")
+
+
+def _money(value: object) -> Decimal:
+    """An amount as a record has it: text, or a plain 0."""
+    amount = Decimal(value) if isinstance(value, str | int) else Decimal("NaN")
+    if not amount.is_finite() or amount.adjusted() > _AMOUNT_DIGITS_MAX:
+        raise InvalidRequest(f"an amount must be a number of at most {_AMOUNT_DIGITS_MAX} digits, is {shown(value)}")
+    return amount
+
+
 def _canonical(values: dict[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def _fields_of(payload: bytes) -> dict[str, Any]:
-    try:
-        values = cast(dict[str, Any], json.loads(payload))
-    except ValueError as err:
-        raise InvalidRequest(f"a ledger payload is not JSON: {err}") from err
+    values = parse_json(payload, "a ledger payload")
+    if not isinstance(values, dict):
+        raise InvalidRequest("a ledger payload is no object")
     if values.pop("v", None) != PAYLOAD_VERSION:
         raise InvalidRequest(f"a ledger payload is not of version {PAYLOAD_VERSION}; a newer Antefix wrote it")
     return values

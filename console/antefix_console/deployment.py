@@ -66,7 +66,8 @@ class DeploymentConfig(WorkerSettings):
     chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
     grace_s: how long requests that run may take when it stops.
     log_level, log_format, traces: docs/OPERATIONS.md, "Watching".
-    store_bytes: budget of disk, such as "64G"; empty for the store's default.
+    store_bytes: budget of disk per store, such as "64G"; empty for the store's default.
+    num_stores: each is as another host's: workers and routers take turns in which of them is theirs (docs/STORES.md).
     Raises:  ConfigError: too few of a role, or window settings that are none, or contradict each other.
     """
 
@@ -75,6 +76,7 @@ class DeploymentConfig(WorkerSettings):
     num_prefill: int = 1
     num_decode: int = 1
     num_routers: int = 1
+    num_stores: int = 1
     store_bytes: str = ""
     router_address: str = "127.0.0.1:0"
     http_address: str = ""
@@ -97,11 +99,16 @@ class DeploymentConfig(WorkerSettings):
         for name in ("num_prefill", "num_decode"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
+        require(self.num_stores > 0, f"num_stores must be at least 1, is {self.num_stores}")
         require(self.num_routers > 0, f"num_routers must be at least 1, is {self.num_routers}")
 
     @property
     def store_dir(self) -> Path:
         return self.data_dir / "store"
+
+    def store_dir_of(self, number: int) -> Path:
+        """Each store has a directory of its own; number counts from 0."""
+        return self.store_dir if not number else self.data_dir / f"store-{number + 1}"
 
     @property
     def ledger_dir(self) -> Path:
@@ -116,6 +123,9 @@ class DeploymentConfig(WorkerSettings):
     def usage_log_dir(self) -> Path:
         """The store's own account, which the ledger is reconciled with."""
         return self.data_dir / "usage-log"
+
+    def usage_log_dir_of(self, number: int) -> Path:
+        return self.usage_log_dir if not number else self.data_dir / f"usage-log-{number + 1}"
 
 
 @dataclass(slots=True)
@@ -146,6 +156,9 @@ class Deployment:
         self._credentials: Credentials | None = None
         # Not the number of processes: roles that start together would get one number, and write into one log.
         self._numbers = itertools.count()
+        # Which store is the next worker's own.
+        self._turns = itertools.count()
+        self._stores: list[RoleProcess] = []
         self._stop_by = 0.0
         self._lock: IO[str] | None = None
 
@@ -191,16 +204,18 @@ class Deployment:
         except OSError as err:
             raise ConfigError(f"--data-dir {config.data_dir} cannot be used: {err}; nothing was started") from err
         self._credentials = Credentials(Role.OPERATOR, keyring=Keyring.from_file(secret))
-        flags = ["--dir", str(config.store_dir), "--usage-log-dir", str(config.usage_log_dir)]
         # What the store knows callers by.
-        flags += ["--secret-file", str(secret)]
+        flags = ["--secret-file", str(secret)]
         key = config.data_dir / STORE_KEY_FILE
         if config.encrypt:
             create_secret_file(key)
         if key.exists():
             # Also where it is not asked for any more: what is there would be lost, and the rest written in clear.
             flags += ["--encrypt-key-file", str(key)]
-        await self.start_role("kvstore", flags + _given("--budget-bytes", config.store_bytes))
+        flags += _given("--budget-bytes", config.store_bytes)
+        for number in range(config.num_stores):
+            where = ["--dir", str(config.store_dir_of(number)), "--usage-log-dir", str(config.usage_log_dir_of(number))]
+            self._stores.append(await self.start_role("kvstore", [*where, *flags]))
         await asyncio.gather(
             *(self.start_worker("prefill") for _ in range(config.num_prefill)),
             *(self.start_worker("decode") for _ in range(config.num_decode)),
@@ -274,9 +289,18 @@ class Deployment:
         return [
             *("--model", str(config.model)),
             *("--secret-file", str(config.data_dir / "secret")),
-            *("--store-address", self.one("kvstore").address),
-            *("--store-dir", str(config.store_dir)),
+            *self._store_flags(),
         ]
+
+    def _store_flags(self) -> list[str]:
+        """How the next process reaches the stores: one is on its host, the others are as if on other hosts."""
+        config = self.config
+        if config.num_stores == 1:
+            return ["--store-address", self.one("kvstore").address, "--store-dir", str(config.store_dir)]
+        own = next(self._turns) % config.num_stores
+        stores = [f"{_store_name(number)}={store.address}" for number, store in enumerate(self._stores)]
+        stores[own] += f"@{config.store_dir_of(own).absolute()}"
+        return ["--stores", ",".join(stores)]
 
     async def restart(self, dead: RoleProcess) -> RoleProcess:
         """Start a role that died again, at its addresses, with its log and, if it is a router, its ledger.
@@ -424,6 +448,10 @@ def _door_settings(config: DeploymentConfig) -> dict[str, str]:
     files = {"model_aliases": config.model_aliases, "prefix_rules": config.prefix_rules}
     whole = {name: str(Path(path).absolute()) if Path(path).is_file() else path for name, path in files.items()}
     return {"chat_format": config.chat_format, **whole}
+
+
+def _store_name(number: int) -> str:
+    return f"store-{number + 1}"
 
 
 def _given(flag: str, value: str) -> list[str]:

@@ -77,7 +77,7 @@ def fsck(directory: Path, *, repair: bool = False, progress: Progress | None = N
     """
     if not (directory / SEGMENT_DIR).is_dir():
         raise ConfigError(f"{directory} is not an Antefix store")
-    lock_fd = lock_directory(directory)
+    lock = lock_directory(directory)
     try:
         report = _check(directory, progress)
         if repair and not report.sound:
@@ -87,7 +87,7 @@ def fsck(directory: Path, *, repair: bool = False, progress: Progress | None = N
             report.num_records_after = after.num_records
         return report
     finally:
-        os.close(lock_fd)
+        lock.close()
 
 
 def render(report: FsckReport) -> str:

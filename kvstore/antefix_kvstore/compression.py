@@ -75,6 +75,10 @@ class Compression:
         with self._lock:
             self._plans[fingerprint, kind] = plan
 
+    def registered(self) -> list[tuple[bytes, RecordKind, codec.PlanePlan]]:
+        """Fingerprints, kinds and how their payloads may be coded."""
+        return [(*layout, plan) for layout, plan in self._plans.items()]
+
     def registered_bytes(self, fingerprint: bytes, kind: RecordKind) -> int | None:
         """What a payload of this layout has; None where the layout was not registered."""
         plan = self._plans.get((fingerprint, kind))

@@ -26,6 +26,7 @@ from antefix.record import (
     Refusal,
     RefusalReason,
 )
+from antefix.store.record_source import records_of
 from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.store_files import codec
 from antefix.store_files.gone_blocks import fate_of
@@ -130,6 +131,21 @@ class EmbeddedStore:
         self.engine.settle(kind, [hash], outcome, num_missed=int(payload is None))
         return None if payload is None else bytes(payload)
 
+    async def get_records(
+        self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> list[Record]:
+        """The leading ones of these, whole, to be stored elsewhere."""
+        reader = self.engine.reader
+
+        def read() -> list[Record]:
+            located = reader.locate(kind, hashes, fingerprint=fingerprint, tenant=tenant)
+            payloads = [bytearray(nbytes) for nbytes in located.sizes]
+            outcome = reader.fill(located, lambda number, _: (memoryview(payloads[number]),))
+            sealed = [want.sealed for want in located.wanted[: outcome.num_good]]
+            return records_of(sealed, payloads[: outcome.num_good])
+
+        return await self._in_thread(read)
+
     async def put(self, records: Sequence[Record]) -> PutResult:
         """Store records in order, durable when this returns (handoffs: in memory).
 
@@ -149,6 +165,12 @@ class EmbeddedStore:
                     text = "larger than the memory for handoffs and pooled checkpoints"
                     refused[record.hash] = Refusal(RefusalReason.TOO_LARGE, text)
         return PutResult(num_stored=stored.num_stored + num_kept, num_existing=stored.num_existing, refused=refused)
+
+    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        """Make misses of records that were read right and hold what must not be used, until they are put again."""
+        if kind in STORED_KINDS:
+            names = [(kind, block_hash) for block_hash in hashes]
+            await self._in_thread(lambda: self.engine.note_use((), (), unusable=names))
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell how a fingerprint's payloads are laid out: they may be compressed then, and others are refused."""
@@ -198,7 +220,13 @@ class EmbeddedStore:
         return StoreTotals(kinds=kinds, **{name: known[name] for name in names})
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        """Nobody writes to the caller's buffers after this returned, raised or was cancelled."""
+        work = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            raise
 
 
 def _stored(names: Sequence[RecordName]) -> list[RecordName]:

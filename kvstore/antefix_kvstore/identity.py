@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import logging
-import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from antefix.directory_lock import DirectoryLock
 from antefix.errors import BlockCorrupt, ConfigError
 from antefix.store_files.gone_blocks import GONE_FILE
 from antefix.store_files.read_log import USAGE_LOG_FILE
@@ -67,23 +66,19 @@ def _unusable(directory: Path, err: OSError) -> ConfigError:
     return ConfigError(f"{directory} cannot be used as a store: {err}; nothing in it was changed")
 
 
-def lock_directory(directory: Path) -> int:
-    """A descriptor that holds the store's lock until it is closed.
+def lock_directory(directory: Path) -> DirectoryLock:
+    """The store's lock, held until it is closed.
 
     Raises:  ConfigError: another process has the store open, or we may not write there.
     """
     try:
-        fd = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as err:
-        raise _unusable(directory, err) from err
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return DirectoryLock(directory, LOCK_FILE)
     except BlockingIOError as err:
-        os.close(fd)
         raise ConfigError(
             f"the store in {directory} is open in another process, which keeps it; stop that, or name another directory"
         ) from err
-    return fd
+    except OSError as err:
+        raise _unusable(directory, err) from err
 
 
 def read_identity(directory: Path, disk: Disk, clock_ms: Callable[[], int]) -> StoreIdentity:

@@ -8,8 +8,8 @@ rebuilt from the headers. docs/FORMAT.md goes through the cases one by one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Final
 
 import lmdb
 
+from antefix.directory_lock import DirectoryLock
 from antefix.errors import BlockCorrupt
 from antefix.record import STORED_KINDS
 from antefix.store_files.index import Index
@@ -62,7 +63,7 @@ class OpenStore:
     index: Index
     segments: Segments
     disk: Disk
-    lock_fd: int
+    lock: DirectoryLock
 
     def close(self) -> None:
         """Close cleanly: the index's checksum is written down, so that the next opening need not examine it."""
@@ -73,28 +74,44 @@ class OpenStore:
             self.disk.replace_file(self.directory / CLEAN_FILE, index_sum(self.directory))
         except OSError as err:
             log.warning("the store could not be sealed: %s; its next start examines the index", err)
-        self._unlock()
+        self.lock.close()
 
     def abandon(self) -> None:
         """Let go without the clean mark, as a crash would."""
         self.segments.close()
         self.index.close()
-        self._unlock()
+        self.lock.close()
+
+    def renew(self, config: KvStoreConfig, clock_ms: Callable[[], int]) -> None:
+        """Take what the directory holds now, whatever happened to it, and index that: the owner's way to heal.
+
+        Index and segments stay the objects that they are. Nobody writes meanwhile.
+        Raises:  ConfigError, OSError: the directory cannot be used, or another process writes there now.
+        """
+        with contextlib.suppress(OSError):
+            self.segments.close()
+        prepare_directory(self.directory)
+        if not self.lock.is_of_the_present:
+            taken = lock_directory(self.directory)
+            self.lock.close()
+            self.lock = taken
+        self.identity = read_identity(self.directory, self.disk, clock_ms)
+        self.segments.read_directory(self.identity)
+        (self.directory / CLEAN_FILE).unlink(missing_ok=True)
+        remove_leftovers(self.directory)
+        self.index.take_over(rebuild_index(self.directory, index_bytes_max(config), self.segments))
+        _settle_segments(self.index, self.segments)
 
     @property
     def is_open(self) -> bool:
-        return self.lock_fd >= 0
-
-    def _unlock(self) -> None:
-        os.close(self.lock_fd)
-        self.lock_fd = -1
+        return self.lock.is_held
 
 
 def open_store(config: KvStoreConfig, disk: Disk, clock_ms: Callable[[], int]) -> OpenStore:
     """Raises:  ConfigError: not a store, another format version, or open in another process."""
     directory = Path(config.dir)
     prepare_directory(directory)
-    lock_fd = lock_directory(directory)
+    lock = lock_directory(directory)
     try:
         # 1. Who this store is.
         identity = read_identity(directory, disk, clock_ms)
@@ -110,9 +127,9 @@ def open_store(config: KvStoreConfig, disk: Disk, clock_ms: Callable[[], int]) -
             log.warning("rebuilding the index: %s", err)
             index = rebuild_index(directory, index_bytes_max(config), segments)
             _settle(index, segments)
-        return OpenStore(directory, identity, index, segments, disk, lock_fd)
+        return OpenStore(directory, identity, index, segments, disk, lock)
     except BaseException:
-        os.close(lock_fd)
+        lock.close()
         raise
 
 

@@ -88,7 +88,9 @@ class Scrubber:
             going = cursor.set_range(after + b"\0") if after else cursor.first()
             while going and len(listed) < NUM_LISTED:
                 entry = unpack_entry(cursor.value(), cursor.key())
-                if entry is not None:
+                if entry is None:
+                    self._engine.note_damage("an entry is damaged")
+                else:
                     listed.append(((kind, cursor.key()), entry))
                 going = cursor.next()
         return listed

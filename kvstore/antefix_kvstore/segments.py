@@ -64,7 +64,14 @@ class Segments:
         self.active: int | None = None
         self._fd = -1
         self._next = 1
-        for path in directory.iterdir():
+        self.read_directory(identity)
+
+    def read_directory(self, identity: StoreIdentity) -> None:
+        """See which segments there are; none is open for writing then."""
+        self.identity = identity
+        self.active, self._fd = None, -1
+        self.sizes.clear()
+        for path in self.directory.iterdir():
             number = segment_number(path.name)
             if number is not None:
                 self.sizes[number] = path.stat().st_size

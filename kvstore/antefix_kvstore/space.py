@@ -91,6 +91,10 @@ class Space:
     def used_bytes(self) -> int:
         return self._segments.used_bytes + self.index_bytes + self.reserve.nbytes + self._gone.nbytes
 
+    def restart(self) -> None:
+        """The directory holds other files now."""
+        self._compacting = None
+
     def make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:
         """See to it that a batch of `nbytes` may be appended.
 

@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,7 +24,7 @@ from typing import Final
 import lmdb
 
 from antefix.block import digest_of
-from antefix.errors import BlockCorrupt, InvalidRequest, StoreFull
+from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, StoreFull
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch
 from antefix.record import (
@@ -57,6 +58,7 @@ from antefix_kvstore.drafting import Drafter
 from antefix_kvstore.event_log import EventLog
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.free_space import FreeSpace
+from antefix_kvstore.index_faults import IndexDamaged, fault_of, told
 from antefix_kvstore.index_forest import drop_false_roots, drop_subtrees, insert_entry
 from antefix_kvstore.index_writer import PLAN_PREFIX, IndexTxn, read_totals
 from antefix_kvstore.kvstore_config import KvStoreConfig
@@ -88,11 +90,15 @@ class StorageCounters:
     payload_bytes_written: int = 0
     corrupt: int = 0
     forged: int = 0
+    # Of right bytes that stand for no numbers.
+    unusable: int = 0
     refused: int = 0
     syncs: int = 0
     puts: int = 0
     # Dropped because a call asked for it.
     asked: int = 0
+    # How often the index was made again, or the store begun again, because its files were harmed.
+    heals: int = 0
     # Malformed, so that no state of the store could take them: whoever sends such is not served by the cache at all.
     impossible: int = 0
     last_impossible: str = ""
@@ -132,7 +138,11 @@ class StorageEngine:
         self.identity = self._store.identity
         self.index = self._store.index
         self.segments = self._store.segments
-        self.reader = StoreReader(config.dir, clock_ms=clock_ms, decrypt=keys.decrypt if keys else None)
+        self.reader = StoreReader(
+            config.dir, clock_ms=clock_ms, decrypt=keys.decrypt if keys else None, index=self.index
+        )
+        # What a read or write found wrong with the index, until it is made again; and why that failed the last time.
+        self._damage = self._unhealed = ""
         self.events = EventLog(self.index)
         self.index.on_change = self._publish
         self.space = Space(
@@ -190,10 +200,12 @@ class StorageEngine:
     def lookup(
         self, chain: Sequence[bytes], *, fingerprint: bytes, owners: Collection[bytes] | None = None
     ) -> LookupResult:
-        return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
+        with self._telling():
+            return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
 
     def held(self, chain: Sequence[bytes], *, fingerprint: bytes, owners: Collection[bytes] | None = None) -> Held:
-        return self.index.held(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
+        with self._telling():
+            return self.index.held(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
 
     def owned(self, names: Iterable[RecordName], owners: Collection[bytes]) -> list[RecordName]:
         """Those of the records that these owners have stored."""
@@ -225,11 +237,13 @@ class StorageEngine:
         suspects: Iterable[RecordName],
         *,
         forged: Iterable[RecordName] = (),
+        unusable: Iterable[RecordName] = (),
         hits: int = 0,
         misses: int = 0,
         bytes_read: int = 0,
     ) -> None:
-        """What readers did: the last record of each path that they used, what they found broken, and what not sealed.
+        """What readers did: the last record of each path that they used, what they found broken, what not sealed, and
+        what holds no numbers.
 
         Waits for no commit unless there are suspects, so that reads do not wait for writes.
         """
@@ -245,6 +259,8 @@ class StorageEngine:
             self.quarantine(name)
         for name in forged:
             self.counters.forged += self.quarantine(name, judge=False)
+        for name in unusable:
+            self.counters.unusable += self.quarantine(name, judge=False)
 
     # --- writing -------------------------------------------------------------------------------------------------
 
@@ -261,7 +277,8 @@ class StorageEngine:
 
         Each was checked by `check`, on its own: a malformed record must not fail the puts of others.
         """
-        with self._lock:
+        with self._lock, self._telling():
+            self._check_directory()
             merged = [record for records in puts for record in records]
             with self.index.txn() as snapshot:
                 admission = admit(self.index, snapshot, merged, refusal=self._drafter.refusal)
@@ -468,10 +485,16 @@ class StorageEngine:
         return payload_checksum(raw[RECORD_HEADER_BYTES:]) == header.payload_checksum
 
     def maintain(self) -> None:
-        """What a store does unasked: touches, expiry, compaction at its rate, and dead readers' slots."""
+        """What a store does unasked: touches, expiry, compaction at its rate, and seeing to files that were harmed."""
         with self._lock:
+            if fault := self._damage or fault_of(self._store):
+                self._heal(fault)
+                return
             try:
-                self._tidy()
+                with self._telling():
+                    self._tidy()
+            except IndexDamaged:
+                return  # healed the next time
             except (lmdb.Error, OSError) as err:
                 # Reads go on without it; the next put, or the next time, finds room or says why not.
                 if not is_full(err, self.index.directory):
@@ -488,6 +511,45 @@ class StorageEngine:
             return
         self.space.reserve.hold()
         self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
+
+    def _check_directory(self) -> None:
+        """Raises:  IndexDamaged: what lies under our path is not ours, perhaps another writer's, or is damaged."""
+        if not self._store.lock.is_of_the_present:
+            self.note_damage("its directory is gone or was replaced")
+        if self._damage:
+            raise IndexDamaged(f"the store was harmed, {self._damage}; it stores again once it has healed")
+
+    def note_damage(self, what: str) -> None:
+        """Something in the index is not what it must be: it is made again from the segments, soon."""
+        self._damage = self._damage or what
+
+    def _telling(self) -> AbstractContextManager[None]:
+        return told(self.index.directory, self.note_damage)
+
+    def _heal(self, fault: str) -> None:
+        """Take what the directory holds now: an index from its segments, or an empty store where all is gone."""
+        try:
+            self._store.renew(self.config, self.clock_ms)
+        except (AntefixError, OSError, lmdb.Error) as err:
+            # Nothing is stored or found until it works; it is tried again each time.
+            self._damage = fault
+            if str(err) != self._unhealed:
+                log.exception("the store in %s cannot be used: %s", self.config.dir, fault)
+            self._unhealed = str(err)
+            return
+        self._damage = self._unhealed = ""
+        self.identity = self._store.identity
+        self.reader.renew(self.identity.seed)
+        self.space.restart()
+        self._touches.take()
+        with IndexTxn(self.index) as txn:
+            for fingerprint, kind, plan in self.compression.registered():
+                txn.set_meta(PLAN_PREFIX + bytes([kind]) + fingerprint, plan.encoded)
+        announce_log(Path(self.config.dir), self.config.usage_log_dir)
+        self.events.restart()
+        self.counters.heals += 1
+        num_records = sum(records for key, (records, _, _) in self.totals().items() if key[:1] == b"k")
+        log.error("the store in %s was harmed: %s; it goes on with %d records", self.config.dir, fault, num_records)
 
     def _publish(self, changes: list[Change]) -> None:
         self.events.publish(changes)

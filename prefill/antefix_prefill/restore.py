@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.block import Chain, exactness_of
-from antefix.errors import AntefixError, BlockCorrupt
+from antefix.errors import AntefixError, BlockCorrupt, BlockUnusable
 from antefix.generation_request import Breakpoint
 from antefix.miss_reason import MissReason
 from antefix.model import Sequence, WindowState, forward, replay
 from antefix.record import LookupResult, RecordKind
 from antefix.restore_report import RestoreReport
+from antefix.store.many_stores import ManyStores
 from antefix.telemetry import span
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
@@ -63,6 +64,7 @@ class _Known:
     """What is believed to be there; shrinks with each disappointment.
 
     checkpoints: boundary to tier.  pooled: window state that the pool has given already, by boundary.
+    block_tiers: of several stores, as `LookupResult.tiers`.
     store_failed: the store did not answer.  came_short: it promised blocks and did not give them.
     older: what is stored under an older secret's names only.
     """
@@ -71,6 +73,7 @@ class _Known:
     num_in_store: int
     checkpoints: dict[int, str]
     pooled: dict[int, bytes]
+    block_tiers: tuple[tuple[int, str], ...] = ()
     store_failed: bool = False
     came_short: bool = False
     older: OlderNames | None = None
@@ -140,12 +143,15 @@ async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport) -> _Kn
         report.store_errors += 1
         found, older, failed = LookupResult(num_blocks=0), None, True
     num_resident = engine.blocks.num_leading(hashes)
-    checkpoints = {*found.checkpoints, *(older.checkpoints if older else ())}
+    checkpoints = dict.fromkeys(older.checkpoints if older else (), DISK_TIER)
+    tiers = found.checkpoint_tiers or (DISK_TIER,) * len(found.checkpoints)
+    checkpoints.update(zip(found.checkpoints, tiers, strict=True))
     return _Known(
         num_blocks=max(found.num_blocks, num_resident, older.num_blocks if older else 0),
         num_in_store=found.num_blocks,
-        checkpoints=dict.fromkeys(checkpoints, DISK_TIER),
+        checkpoints=checkpoints,
         pooled={},
+        block_tiers=found.tiers,
         store_failed=failed,
         older=older,
     )
@@ -184,6 +190,7 @@ def _stored_prefix(engine: Engine, prompt: Prompt, known: _Known) -> StoredPrefi
         num_blocks=known.num_blocks,
         checkpoints={block: tier for block, tier in known.checkpoints.items() if block <= known.num_blocks},
         blocks_tier=DISK_TIER,
+        block_tiers=known.block_tiers,
         num_resident_blocks=engine.blocks.num_leading(prompt.chain.hashes),
         resident_checkpoints=frozenset(known.pooled),
         bounded_windows=engine.bounded_windows,
@@ -223,25 +230,33 @@ async def _load_checkpoint(
 ) -> WindowState | None:
     data = known.pooled.pop(block, None)
     if data is None:
-        data = await _read_checkpoint(engine, prompt, block, known.older, report)
+        data = await _read_checkpoint(engine, prompt, block, known, report)
     if data is not None:
         try:
             return WindowState.from_bytes(engine.layout, block * engine.block_size, data, engine.device)
         except BlockCorrupt as err:
             engine.counters.note(err)
+            report.store_errors += 1
+            await engine.store.reject(RecordKind.CHECKPOINT, [_checkpoint_name(engine, prompt, block, known.older)[0]])
     known.checkpoints.pop(block, None)
     return None
 
 
-async def _read_checkpoint(
-    engine: Engine, prompt: Prompt, block: int, older: OlderNames | None, report: RestoreReport
-) -> bytes | None:
-    started = time.perf_counter()
-    name, owner = prompt.chain.hashes[block - 1], engine.keyring.owner(prompt.tenant)
+def _checkpoint_name(engine: Engine, prompt: Prompt, block: int, older: OlderNames | None) -> tuple[bytes, bytes]:
+    """The checkpoint's name and its owner."""
     if older is not None and block in older.checkpoints:
-        name, owner = older.hashes[block - 1], older.owner
+        return older.hashes[block - 1], older.owner
+    return prompt.chain.hashes[block - 1], engine.keyring.owner(prompt.tenant)
+
+
+async def _read_checkpoint(
+    engine: Engine, prompt: Prompt, block: int, known: _Known, report: RestoreReport
+) -> bytes | None:
+    older, tier = known.older, known.checkpoints.get(block, DISK_TIER)
+    started = time.perf_counter()
+    name, owner = _checkpoint_name(engine, prompt, block, older)
     try:
-        with span("read", tier=DISK_TIER, what="checkpoint"):
+        with span("read", tier=tier, what="checkpoint"):
             data = await engine.store.get(RecordKind.CHECKPOINT, name, fingerprint=engine.fingerprint, tenant=owner)
     except AntefixError as err:
         engine.counters.note(err)
@@ -249,7 +264,7 @@ async def _read_checkpoint(
         return None
     if data is not None:
         report.bytes_read += len(data)
-        engine.rates.observe_load(DISK_TIER, len(data), time.perf_counter() - started)
+        engine.rates.observe_load(tier, len(data), time.perf_counter() - started)
     return data
 
 
@@ -301,12 +316,13 @@ async def _read_into_pool(
     started = time.perf_counter()
     rows = engine.pool.landing(block_ids)
     num_read = 0
+    report.hit_tiers.clear()
     try:
         for owner, hashes in stored_as:
             part = rows[num_read : num_read + len(hashes)]
-            reading = engine.store.get_blocks(hashes, part, fingerprint=engine.fingerprint, tenant=owner)
-            with span("read", tier=DISK_TIER, what="blocks", num_blocks=len(hashes)):
-                num_good = await uninterrupted(reading)
+            with span("read", tier=DISK_TIER, what="blocks", num_blocks=len(hashes)) as reading:
+                num_good = await _read_stretch(engine, hashes, part, owner, report)
+                reading.set(tiers=",".join(report.hit_tiers))
             num_read += num_good
             if num_good < len(hashes):
                 break
@@ -315,7 +331,8 @@ async def _read_into_pool(
         report.store_errors += 1
         return 0
     if num_read:
-        await engine.compute.run(engine.pool.note_filled, block_ids[:num_read])
+        names = [name for _, hashes in stored_as for name in hashes]
+        num_read = await _take_in(engine, block_ids[:num_read], names, report)
     nbytes = num_read * engine.layout.block_bytes
     report.bytes_read += nbytes
     if num_read == len(block_ids):
@@ -323,6 +340,38 @@ async def _read_into_pool(
     else:
         engine.counters.short_reads += 1
     return num_read
+
+
+async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report: RestoreReport) -> int:
+    """How many of the landed blocks may be computed with, from the first on; the store is told of one that may not."""
+    unusable = await engine.compute.run(engine.pool.unusable, landed)
+    if unusable:
+        index = landed.index(unusable[0])
+        report.store_errors += 1
+        engine.counters.note(BlockUnusable(f"block {names[index].hex()[:16]} holds what are no numbers"))
+        await engine.store.reject(RecordKind.BLOCK, names[index : index + 1])
+        landed = landed[:index]
+    if landed:
+        await engine.compute.run(engine.pool.note_filled, landed)
+    return len(landed)
+
+
+async def _read_stretch(
+    engine: Engine, hashes: Seq[bytes], into: Seq[memoryview], owner: bytes, report: RestoreReport
+) -> int:
+    """The number of leading blocks that were read. Of several stores the report says which gave what, and failures."""
+    store = engine.store
+    if not isinstance(store, ManyStores):
+        return await uninterrupted(store.get_blocks(hashes, into, fingerprint=engine.fingerprint, tenant=owner))
+    found = await uninterrupted(store.read_blocks(hashes, into, fingerprint=engine.fingerprint, tenant=owner))
+    for err in found.errors:
+        engine.counters.note(err)
+    report.store_errors += len(found.errors)
+    for read in found.reads:
+        tokens = read.num_blocks * engine.block_size
+        report.hit_tiers[read.tier] = report.hit_tiers.get(read.tier, 0) + tokens
+        engine.counters.note_tier(read.tier, tokens, read.nbytes)
+    return found.num_good
 
 
 async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], report: RestoreReport) -> Sequence:
@@ -366,6 +415,10 @@ def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) 
     report.miss_tokens = prompt.num_tokens - report.hit_tokens
     report.hit_memory_tokens = min(report.hit_memory_tokens, report.hit_tokens)
     report.hit_store_tokens = report.hit_tokens - report.hit_memory_tokens
+    if not report.hit_store_tokens:
+        report.hit_tiers.clear()
+    elif not report.hit_tiers:
+        report.hit_tiers[DISK_TIER] = report.hit_store_tokens
     if plan.resume_block:
         report.last_hit_hash = prompt.chain.hashes[plan.resume_block - 1]
 

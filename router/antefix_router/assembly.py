@@ -20,6 +20,8 @@ from antefix.security.grants import Granter
 from antefix.security.identity import Role
 from antefix.store.api import Store
 from antefix.store.breaker_metrics import breaker_metrics
+from antefix.store.many_stores import ManyStores
+from antefix.store.store_feed import StoreFeed
 from antefix.tokenizer import Tokenizer
 from antefix_router.breakpoint_pins import BreakpointPins
 from antefix_router.front import Front, open_front
@@ -34,7 +36,6 @@ from antefix_router.placement.leases import Leases
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.sessions import Sessions
-from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.workers import WorkerRole, Workers
 from antefix_router.prefill_calls import Limits
 from antefix_router.prefilling import Prefilling
@@ -99,13 +100,14 @@ class Router:
             num_decoding=self.decode.num_running_least,
             sessions=sessions,
             budget=self.budget,
-            feed=self.feed if config.store_events else None,
+            # Several stores know themselves what events said.
+            feed=self.feed if config.store_events and not config.stores else None,
         )
         self.counters = prefilling.counters
         self.keyring = keyring
         self.memory = MemoryFeed(directory, redis_url=events, keys=event_keys, callee=self._callee)
         self.leases = Leases(self.prefill, self.decode, directory, fingerprint=self.fingerprint, memory=self.memory)
-        self.pins = BreakpointPins(store)
+        self.pins = BreakpointPins(store, lambda: self.fingerprint)
         self.forest = PrefixForest()
         self.front: Front = open_front(
             config,
@@ -136,7 +138,9 @@ class Router:
         self.leases.start()
         if self.key_changes is not None:
             self.key_changes.start()
-        if self.config.store_events:
+        if isinstance(self.store, ManyStores):
+            self.store.follow(self.fingerprint)
+        elif self.config.store_events:
             self.feed.start()
 
     async def close(self) -> None:
@@ -174,6 +178,8 @@ class Router:
         self.arithmetic, self.fingerprint = arithmetic, self._fingerprint_of(arithmetic)
         self._names.fingerprint = self._prefilling.fingerprint = self.leases.fingerprint = self.fingerprint
         self.feed.rename(self.fingerprint)
+        if isinstance(self.store, ManyStores):
+            self.store.follow(self.fingerprint)
         accounts = self.front.accounts
         accounts.served = replace(accounts.served, fingerprint=self.fingerprint.hex())
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from antefix.block import Chain
 from antefix.errors import AntefixError
 from antefix.generation_request import Breakpoint
 from antefix.record import RecordKind
 from antefix.store.api import Store
+from antefix.store.many_stores import ManyStores
 
 log = logging.getLogger("antefix.router")
 
@@ -18,8 +19,10 @@ log = logging.getLogger("antefix.router")
 class BreakpointPins:
     """Pins beside the requests: a pin that fails costs a later hit, never an answer."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, fingerprint: Callable[[], bytes]) -> None:
+        """fingerprint: of all chains, as it is now."""
         self._store = store
+        self._fingerprint = fingerprint
         self._tasks: set[asyncio.Task[None]] = set()
 
     def pin(self, chain: Chain, breakpoints: Sequence[Breakpoint], *, owner: bytes) -> None:
@@ -30,7 +33,7 @@ class BreakpointPins:
         for num_tokens, ttl_s in breakpoints:
             num_blocks = num_tokens // chain.block_size
             if num_blocks:
-                task = asyncio.create_task(self._pin(chain.hashes[num_blocks - 1], ttl_s, owner))
+                task = asyncio.create_task(self._pin(chain.hashes[:num_blocks], ttl_s, owner))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
@@ -38,9 +41,13 @@ class BreakpointPins:
         """Wait for the pins that are under way."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _pin(self, block_hash: bytes, ttl_s: float, owner: bytes) -> None:
-        names = [(kind, block_hash) for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)]
+    async def _pin(self, prefix: Sequence[bytes], ttl_s: float, owner: bytes) -> None:
+        store, names = self._store, [(kind, prefix[-1]) for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)]
         try:
-            await self._store.pin(names, duration_s=ttl_s, owner=owner)
+            if isinstance(store, ManyStores):
+                # A pin keeps what lies before it in the same store only.
+                await store.pin_prefix(prefix, fingerprint=self._fingerprint(), duration_s=ttl_s, owner=owner)
+            else:
+                await store.pin(names, duration_s=ttl_s, owner=owner)
         except AntefixError as err:
             log.warning("a cache breakpoint could not be pinned: %s", err)

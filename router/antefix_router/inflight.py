@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
-from antefix_router.placement.directory import Key
+from antefix.events.block_events import Key
 
 Flight = TypeVar("Flight")
 

@@ -10,6 +10,7 @@ from typing import Final
 from prometheus_client.core import Metric
 
 from antefix.events.event_seal import DropReason
+from antefix.store.store_feed import StoreFeed
 from antefix.telemetry.shown import Kind, Shown, Table, counter, families, gauge
 from antefix_billing.key_register import KeyRegister
 from antefix_billing.usage_commit import LedgerWriter
@@ -22,7 +23,6 @@ from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import KeyChanges
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.pace import slow_ones
-from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.workers import Workers
 from antefix_router.prefill_calls import PrefillingCounters
 

@@ -15,9 +15,9 @@ import xxhash
 
 from antefix.block import Chain
 from antefix.clients import Tokens
+from antefix.events.block_events import Key, keys_of
 from antefix.secret import Keyring
 from antefix.security.grants import Granter
-from antefix_router.placement.directory import Key, keys_of
 from antefix_router.placement.work import Work
 
 # How long a grant lasts where nobody says how long the request may take.

@@ -17,13 +17,13 @@ from antefix.errors import AntefixError
 from antefix.generation_request import GenerationRequest
 from antefix.security.grants import hold
 from antefix.store.api import Store
+from antefix.store.store_feed import StoreFeed
 from antefix.telemetry import span
 from antefix_router.hedging import HedgeBudget
 from antefix_router.inflight import InFlight, wait_deadline_s, worth_waiting
 from antefix_router.naming import NamedPrompt
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.sessions import Sessions
-from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.work import Work
 from antefix_router.placement.workers import Workers
 from antefix_router.prefill_calls import Flight, Limits, Order, PrefillCalls, PrefillingCounters

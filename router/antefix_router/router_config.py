@@ -9,6 +9,7 @@ from antefix.config import check_choices, require, same_setting, setting
 from antefix.events.address import check_url
 from antefix.redis_access import check_redis_url, redis_ca_setting, redis_password_setting
 from antefix.security.process_security import credentials_setting
+from antefix.store.open_store import StoresConfig, check_stores
 from antefix.telemetry.settings import (
     check_telemetry,
     log_format_setting,
@@ -39,6 +40,8 @@ class RouterConfig(GatewayConfig):
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with", guards=True)
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
+    stores: tuple[str, ...] = same_setting(StoresConfig, "stores")
+    near_stores: tuple[str, ...] = same_setting(StoresConfig, "near_stores")
     prefill_tokens_min: int = setting(
         -1, "an uncached rest of at most this is left to decode; -1: measured speeds decide", unit="tokens"
     )
@@ -71,7 +74,7 @@ class RouterConfig(GatewayConfig):
             check_arithmetic(self.arithmetic)
         require(bool(self.model), "--model is needed: a directory with config.json and a tokenizer")
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
-        require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
+        check_stores(self)
         require(self.prefill_tokens_min >= -1, f"prefill_tokens_min must be at least -1, is {self.prefill_tokens_min}")
         require(self.ttft_s_max > 0, f"ttft_s_max must be positive, is {self.ttft_s_max}")
         check_url(self.events_redis)

@@ -15,15 +15,17 @@ from starlette.routing import Route
 from antefix import rpc
 from antefix.block import as_tokens
 from antefix.clients import Tokens
+from antefix.events.event_seal import EventKeys
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.model_dir import identify
 from antefix.outward import outward
+from antefix.redis_access import RedisAccess
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.guard import admitted
 from antefix.security.identity import Role
 from antefix.security.process_security import open_security
-from antefix.store.open_store import StoreAddress, open_store
+from antefix.store.open_store import feed_maker, open_stores, store_addresses
 from antefix.telemetry import Registry, bind_request, span
 from antefix.telemetry.settings import serve_metrics
 from antefix.tokenizer import load_tokenizer
@@ -196,8 +198,13 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         needs_token=lambda: router.front.keys.open_as is None,
     )
     security.use()
-    security.check_calling((config.store_address, *config.prefill, *config.decode))
-    store = open_store(StoreAddress(address=config.store_address, directory=config.store_dir))
+    stores = store_addresses(config)
+    called = [where.address for where in stores]
+    security.check_calling((*called, *config.prefill, *config.decode))
+    events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
+    keys = EventKeys.of(Keyring.from_file(config.secret_file))
+    make_feed = feed_maker(stores, events, keys) if config.store_events else None
+    store = open_stores(stores, near=config.near_stores, make_feed=make_feed)
     identity, tokenizer = identify(config.model), load_tokenizer(config.model)
     router = Router(identity, tokenizer, store, config, granter=security.granter)
     servicer = RouterServicer(router)
@@ -225,7 +232,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR],
         security=security,
         token_address=config.token_address,
-        calls=[config.store_address] if config.store_address else [],
+        calls=called,
     )
     router.start()
     service = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name

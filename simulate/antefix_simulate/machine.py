@@ -5,12 +5,12 @@ Every number is a setting, not a measurement: put in what `benchmarks/` measured
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from antefix.checked_files import read_json
 from antefix.errors import InvalidRequest
 from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind
 from antefix.layout_v41 import MODEL_TYPE, V41Geometry, V41Layout
@@ -145,7 +145,7 @@ def model_sizes(model: str, kv_format: KVFormat = KVFormat.FP8) -> Sizes:
         return Sizes.of(BlockLayout(geometry=GEOMETRIES[model], kv_format=kv_format))
     config = Path(model) / "config.json"
     try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
+        fields = read_json(config, "model config", error=InvalidRequest, infinity=True)
         if isinstance(fields, dict) and fields.get("model_type") == MODEL_TYPE:
             return Sizes.of(V41Layout(geometry=V41Geometry.from_config(fields)))
         geometry = KVGeometry.from_config(fields)

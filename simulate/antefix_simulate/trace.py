@@ -7,7 +7,6 @@ resolution limits what can be simulated: its unit is the smallest multiple of a 
 from __future__ import annotations
 
 import gzip
-import json
 import math
 import random
 import zlib
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from antefix.checked_files import parse_json
 from antefix.errors import InvalidRequest
 
 Names = npt.NDArray[np.int64]
@@ -168,10 +168,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             where = f"{path.name}, line {number}"
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except ValueError as err:
-                raise InvalidRequest(f"{where} is not JSON: {err}") from err
+            row = parse_json(line, where)
             if not isinstance(row, dict):
                 raise InvalidRequest(f"{where} is not a JSON object")
             yield where, row

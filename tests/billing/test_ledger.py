@@ -6,6 +6,7 @@ from antefix.errors import ConfigError, Unavailable
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import read_entries, read_settled, segments_of
 from antefix_billing.ledger_format import LedgerCorrupt
+from antefix_billing.ledger_mark import MARK_FILE
 from antefix_billing.reconcile import verify
 from antefix_billing.usage_record import OpenEntry, Status
 from tests.billing.usage_records import opened, record
@@ -93,6 +94,11 @@ def test_open_entries_survive_rotation_and_reopen_until_settled(directory):
     assert Ledger(directory, segment_bytes=4096).unsettled() == []
 
 
+def never_acknowledged(directory):
+    """As if the process had ended before it noted how far it had answered."""
+    (directory / MARK_FILE).unlink()
+
+
 def test_every_torn_tail_is_truncated_and_nothing_acknowledged_is_lost(directory):
     fill(directory, 3)
     path = segments_of(directory)[-1]
@@ -100,6 +106,7 @@ def test_every_torn_tail_is_truncated_and_nothing_acknowledged_is_lost(directory
     ends = [entry.end for _, entry in read_entries(directory)]
     for size in range(ends[-2], len(whole), 11):
         path.write_bytes(whole[:size])
+        never_acknowledged(directory)
         ledger = Ledger(directory)
         assert ledger.sequence == 5
         ledger.close()
@@ -119,6 +126,7 @@ def test_a_torn_batch_is_truncated_though_its_later_part_reached_the_disk(direct
     start = [entry for _, entry in read_entries(directory)][1].offset
     data[start + 60] ^= 1
     path.write_bytes(data)
+    never_acknowledged(directory)
     ledger = Ledger(directory)
     assert ledger.sequence == 1
     ledger.close()
@@ -160,6 +168,8 @@ def test_a_cut_end_shows_against_an_anchor(directory):
     head = verify(directory)
     path = segments_of(directory)[-1]
     path.write_bytes(path.read_bytes()[: [entry for _, entry in read_entries(directory)][3].end])
+    assert "entries 5 to 6 were acknowledged" in verify(directory).chain_error
+    never_acknowledged(directory)
     assert verify(directory).ok
     cut = verify(directory, anchor=(head.head_sequence, head.head_hash))
     assert not cut.ok and not cut.head_ok

@@ -9,9 +9,9 @@ from antefix.events.redis_stream import StreamPublisher, memory_stream, store_st
 from antefix.record import RecordKind
 from antefix.secret import Keyring
 from antefix.store.client import RemoteStore
+from antefix.store.store_feed import StoreFeed
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFeed
-from antefix_router.placement.store_feed import StoreFeed
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 from tests.router.memory_worker import Worker, leading
 from tests.router.test_feed_of_a_store import serve

@@ -13,8 +13,8 @@ def missing():
     if not PYTHON.is_file():
         return f"no vLLM in {PYTHON}: `make test-engines` installs it"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    if "avx512_bf16" not in flags:
-        return "vLLM's V4 kernels for CPUs need AVX512-BF16, which this processor has not"
+    if "avx2" not in flags:
+        return "vLLM for CPUs needs AVX2, which this processor has not"
     return ""
 
 

@@ -145,6 +145,22 @@ async def test_no_body_is_an_internal_error(front, client, address, data):
     assert not front.accounts._running
 
 
+@pytest.mark.parametrize(
+    "field", ["temperature", "top_p", "max_tokens", "seed", "top_k", "presence_penalty", "logit_bias"]
+)
+async def test_numbers_that_nothing_holds_are_refused_by_name(field):
+    front = make_front(Script(), ledger=None)
+    async with serving(front) as url, httpx2.AsyncClient() as client:
+        numbers = ("1" + "0" * 400, "-1" + "0" * 400, "1e400", "NaN", "18446744073709551616")
+        # A bias is cut to -100 to 100, as large as it is.
+        for number in numbers[: 4 if field == "logit_bias" else 5]:
+            number = f'{{"1":{number}}}' if field == "logit_bias" else number
+            body = f'{{"model":"antefix-tiny","prompt":"x","{field}":{number}}}'
+            answer = await client.post(url + "/v1/completions", content=body)
+            assert answer.status_code == 400 and field in answer.text, (number, answer.text)
+    assert not front.accounts._running
+
+
 async def test_what_is_no_json_is_refused():
     front = make_front(Script(), ledger=None)
     async with serving(front) as url, httpx2.AsyncClient() as client:

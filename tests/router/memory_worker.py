@@ -3,10 +3,10 @@
 import hashlib
 
 from antefix import rpc
+from antefix.events.block_events import keys_of
 from antefix.events.memory_log import MemoryLog
 from antefix.v1 import memory_pb2
 from antefix_prefill.worker.memory_service import add_memory_service
-from antefix_router.placement.directory import keys_of
 
 
 def names_of(prefix, count):

@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import Unavailable
-from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.block_events import BlockEvent, EventKind, keys_of
 from antefix.events.numbered_log import Batch, Cursor, snapshot_batches
-from antefix_router.placement.directory import keys_of
-from antefix_router.placement.store_feed import StoreFeed
+from antefix.store.store_feed import StoreFeed
 from tests.redis_servers import until
 
 FINGERPRINT = b"f" * 32

@@ -5,14 +5,14 @@ import asyncio
 import pytest
 
 from antefix import rpc
+from antefix.events.block_events import keys_of
 from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
+from antefix.store.store_feed import StoreFeed
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import StorageEngine
-from antefix_router.placement.directory import keys_of
-from antefix_router.placement.store_feed import StoreFeed
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
 
 PROMPTS = [Prompt([number] * BLOCK * 5) for number in range(4)]

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.numbered_log import Batch, Cursor, snapshot_batches
 from antefix.secret import Keyring
+from antefix.store.store_feed import StoreFeed
 from antefix_router.naming import PromptNames
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFollower
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.sessions import Sessions
-from antefix_router.placement.store_feed import StoreFeed
 from antefix_router.placement.work import cached_tokens, own_work
 from antefix_router.placement.workers import WorkerRole, Workers, loads_of
 from tests.router.memory_worker import Memory

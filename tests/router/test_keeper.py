@@ -21,7 +21,7 @@ CHAIN = chain_of(list(range(40)), fingerprint_digest=b"f" * 32, key=b"k" * 32, b
 
 
 async def test_the_last_whole_block_before_a_breakpoint_is_pinned_with_its_checkpoint(store):
-    pins = BreakpointPins(store)
+    pins = BreakpointPins(store, lambda: b"f" * 32)
     pins.pin(CHAIN, [(7, 60.0), (21, 300.0)], owner=OWNER)
     await pins.close()
     names = [(kind, CHAIN.hashes[1]) for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)]
@@ -30,7 +30,7 @@ async def test_the_last_whole_block_before_a_breakpoint_is_pinned_with_its_check
 
 async def test_a_pin_that_fails_costs_nothing_else(store):
     store.broken.add("pin")
-    pins = BreakpointPins(store)
+    pins = BreakpointPins(store, lambda: b"f" * 32)
     pins.pin(CHAIN, [(16, 60.0)], owner=OWNER)
     await pins.close()
     assert not store.pins

@@ -8,9 +8,10 @@ from redis.asyncio import Redis, RedisCluster
 from antefix.errors import ConfigError
 from antefix.events import redis_stream
 from antefix.events.address import check_url
+from antefix.events.block_events import keys_of
 from antefix.events.numbered_log import Cursor
 from antefix.events.redis_stream import StreamPublisher, memory_stream
-from antefix_router.placement.directory import Directory, keys_of
+from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFeed
 from tests.events.sources import EVENT_KEYS
 from tests.redis_servers import until

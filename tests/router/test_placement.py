@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import Unavailable
+from antefix.events.block_events import keys_of
 from antefix_router.placement.backlog import Backlog
-from antefix_router.placement.directory import Directory, keys_of
+from antefix_router.placement.directory import Directory
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.work import Work
 from antefix_router.placement.workers import WorkerRole, Workers

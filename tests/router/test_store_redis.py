@@ -10,12 +10,12 @@ from redis.asyncio import Redis, RedisCluster
 
 from antefix.errors import ConfigError
 from antefix.events import redis_stream
+from antefix.events.block_events import keys_of
 from antefix.events.redis_stream import StreamPublisher, store_stream
 from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
+from antefix.store.store_feed import StoreFeed
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_router.placement.directory import keys_of
-from antefix_router.placement.store_feed import StoreFeed
 from tests.events.sources import EVENT_KEYS
 from tests.kvstore.small_store import FINGERPRINT, owner
 from tests.redis_servers import free_port, until

@@ -10,6 +10,7 @@ from antefix.clients import AnswerCounters
 from antefix.events.follower import FollowCounters
 from antefix.events.kv_publisher import KvPublisherCounters
 from antefix.events.kv_subscriber import KvFollowCounters
+from antefix.store.local_copies import CopyCounters
 from antefix.telemetry.shown import families
 from antefix.v1 import decode_pb2, kvstore_pb2, prefill_pb2, router_pb2, window_pb2
 from antefix.window.planner import KindRecord
@@ -44,6 +45,7 @@ SHOWN = {
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
     AnswerCounters: ([router.ANSWERS], {}),
     prefill_calls.PrefillingCounters: ([router.PREFILLING], {}),
+    CopyCounters: ([worker.COPIES], {}),
     StoreCounters: ([worker.STORE], {"last_error": "text", "last_refusal": "text"}),
     storage_engine.StorageCounters: (
         [kvstore.ENGINE, kvstore.STATS],
@@ -130,12 +132,14 @@ COUNTED = {
     "num_spared": "antefix_store_client_spared_calls",
     "num_hedges": "antefix_router_hedges",
     "num_denied": "antefix_router_denied_hedges",
+    "num_copied": "antefix_worker_local_copies",
+    "num_over_budget": "antefix_worker_local_copies_over_budget",
 }
 # Of one request, one block, one file or one index: they are state, not counts of what happened to the service.
 STATE = {
     *("num_users", "num_observations", "num_good", "num_active_tokens", "num_served", "num_readers", "num_output"),
     *("num_output_tokens", "num_taken", "num_blocks_written", "num_checkpoints_written", "num_plans", "num_outcomes"),
-    *("num_exact_tokens", "num_failures", "num_quarantined", "num_bytes"),
+    *("num_exact_tokens", "num_failures", "num_quarantined", "num_apart", "num_bytes"),
     # Kinds that are told of, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
     *("num_hedged", "num_hedges_won", "num_left"),

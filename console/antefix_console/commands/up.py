@@ -41,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
     parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
     parser.add_argument(
+        "--num-stores",
+        type=int,
+        default=1,
+        metavar="N",
+        help="each as on a host of its own; workers take turns in which is theirs (default: 1)",
+    )
+    parser.add_argument(
         "--num-routers", type=int, default=1, metavar="N", help="each with a ledger of its own (default: 1)"
     )
     parser.add_argument(
@@ -109,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         store_bytes=args.store_bytes,
         http_address=args.http_address,
         num_routers=args.num_routers,
+        num_stores=args.num_stores,
         ratecards=tuple(args.ratecards),
         tenants_file=args.tenants_file or "",
         api_keys_file=args.api_keys_file or "",

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 
+from antefix.checked_files import read_json
 from antefix.errors import AntefixError, ConfigError
 from antefix_billing import usage_report as report
 from antefix_billing.export import ExportFormat, write_export, write_text
@@ -46,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_ledgers(check)
     check.add_argument("--json", action="store_true", help="print JSON, as it does without this as well")
-    check.add_argument("--store-log", type=Path, help="directory of the store's log of hits and writes")
+    check.add_argument(
+        "--store-log", type=Path, nargs="+", metavar="DIR", help="directories of the stores' logs of hits and writes"
+    )
     check.add_argument(
         "--anchor",
         action="append",
@@ -151,8 +154,9 @@ def _export(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     ledgers = ledgers_of(args.ledger)
     anchors = dict(_anchor(text, ledgers) for text in args.anchor)
-    if args.store_log is not None and not args.store_log.is_dir():
-        raise ConfigError(f"--store-log {args.store_log} is not a directory")
+    for store_log in args.store_log or ():
+        if not store_log.is_dir():
+            raise ConfigError(f"--store-log {store_log} is not a directory")
     with ProgressLine("reading the ledger"):
         verdict = verify_all(ledgers, store_log=args.store_log, anchors=anchors)
     sys.stdout.write(verdict.to_json() + "\n")
@@ -207,7 +211,7 @@ def _receipt(args: argparse.Namespace) -> int:
 
 def _check_receipt(args: argparse.Namespace) -> int:
     try:
-        receipt, key = json.loads(args.check.read_text()), bytes.fromhex(args.public_key or "")
+        receipt, key = read_json(args.check, "receipt"), bytes.fromhex(args.public_key or "")
     except ValueError as err:
         raise ConfigError(f"the receipt must be JSON and --public-key 64 hex digits: {err}") from err
     checked = check_receipt(receipt, key, load_cards(args.ratecards) if args.ratecards else None)

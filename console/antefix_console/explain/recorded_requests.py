@@ -88,6 +88,8 @@ def record_lines(record: UsageRecord, block_size: int) -> Iterator[str]:
         yield from _of_a_fleet(record)
         return
     tiers = f"memory {record.hit_memory_tokens}, store {record.hit_store_tokens}; plan {record.restore_plan or '-'}"
+    if record.hit_tiers:
+        tiers += f"; stores {record.hit_tiers}"
     yield f"  {hit} of {prompt} prompt tokens were hits ({hit / prompt:.0%}: {tiers})."
     if record.last_hit_hash:
         yield f"  The last block that was hit has the hash {record.last_hit_hash}."

@@ -24,6 +24,7 @@ from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest, PermissionDenied
 from antefix.host_limits import usable_cores
 from antefix.layout import BlockLayout, KVFormat, PartKind
+from antefix.linear_law import LinearLaw
 from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
 from antefix.model.backend import make_backend, uses_triton
 from antefix.model.ops import Ops, TorchOps
@@ -32,6 +33,7 @@ from antefix.secret import Keyring
 from antefix.security.grants import fits_prompt
 from antefix.security.guard import admitted
 from antefix.store.api import Store
+from antefix.store.many_stores import ManyStores
 from antefix.store_files.seal import Seals
 from antefix.window import Rates, RestorePlanner, Sizes, Strategy, check_bounded
 from antefix.window_pool import WindowPool, open_window_pool
@@ -291,7 +293,7 @@ def _build_engine(
         blocks=ResidentBlocks(pool),
         store=store,
         strategy=config.strategy_in_force,
-        planner=RestorePlanner(Sizes.of(model.layout), Rates(), align_tokens=align_tokens),
+        planner=RestorePlanner(Sizes.of(model.layout), Rates(tiers=tier_laws(store)), align_tokens=align_tokens),
         keyring=keyring,
         compute=ComputeThread("model"),
         prefill_chunk=config.prefill_chunk,
@@ -315,6 +317,13 @@ def _build_engine(
         borrows=borrows,
         ranks=ranks,
     )
+
+
+def tier_laws(store: Store) -> dict[str, LinearLaw]:
+    """What several stores measure of their tiers, by label; the planner goes by the same numbers."""
+    if not isinstance(store, ManyStores):
+        return {}
+    return {tier.label: tier.speed.law for tier in store.tiers}
 
 
 def _fingerprint(identity: ModelIdentity, config: EngineConfig, arithmetic: str) -> Fingerprint:

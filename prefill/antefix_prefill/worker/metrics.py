@@ -8,6 +8,7 @@ from typing import Final
 from prometheus_client.core import Metric
 
 from antefix.store.breaker_metrics import breaker_metrics
+from antefix.store.many_stores import ManyStores
 from antefix.telemetry import Registry
 from antefix.telemetry.shown import Kind, Shown, Table, counter, families, gauge
 from antefix.window_pool import RedisWindowPool
@@ -25,6 +26,21 @@ STORE: Final[Table] = {
     "pool_refused": Shown(
         name="antefix_worker_pool_refused_checkpoints", help="Checkpoints that the window pool did not take."
     ),
+    "tokens_by_tier": Shown(
+        name="antefix_worker_tier_read_tokens", help="Tokens read from each tier, where there are several.", key="tier"
+    ),
+    "bytes_by_tier": Shown(name="antefix_worker_tier_read_bytes", help="The same, in payload bytes.", key="tier"),
+}
+# `antefix.store.local_copies.CopyCounters`.
+COPIES: Final[Table] = {
+    "num_copied": Shown(
+        name="antefix_worker_local_copies", help="Records copied from another host's store to this one's."
+    ),
+    "bytes_copied": Shown(name="antefix_worker_local_copy_bytes", help="The same, in payload bytes."),
+    "num_over_budget": Shown(
+        name="antefix_worker_local_copies_over_budget", help="Records not copied, because the budget was used up."
+    ),
+    "num_failed": Shown(name="antefix_worker_local_copies_failed", help="Copies that a store did not give or take."),
 }
 # `antefix.window.planner.KindRecord`, by plan.
 PLANS: Final[Table] = {
@@ -50,6 +66,7 @@ KV_EVENTS: Final[Table] = {
 def worker_metrics(engine: Engine) -> Iterable[Metric]:
     """Of what belongs to the worker's event loop."""
     yield from families(STORE, engine.counters)
+    yield from _tier_metrics(engine)
     records = {kind.value: record for kind, record in engine.planner.records.items()}
     for field, shown in PLANS.items():
         rows = {(kind,): float(getattr(record, field)) for kind, record in records.items()}
@@ -118,3 +135,31 @@ def worker_registry(role: str, engine: Engine) -> Registry:
     registry = Registry(role)
     registry.add_in_loop(lambda: worker_metrics(engine))
     return registry
+
+
+def _tier_metrics(engine: Engine) -> Iterable[Metric]:
+    """Where there are several stores: what each of them is believed to be."""
+    store = engine.store
+    if not isinstance(store, ManyStores):
+        return
+    tiers = {(tier.label,): tier for tier in store.tiers}
+    yield gauge(
+        "antefix_tier_latency_seconds",
+        "Predicted time of a read of nothing.",
+        {name: tier.speed.latency_s for name, tier in tiers.items()},
+        ("tier",),
+    )
+    yield gauge(
+        "antefix_tier_bytes_per_second",
+        "Predicted speed of a read.",
+        {name: tier.speed.bytes_per_s for name, tier in tiers.items()},
+        ("tier",),
+    )
+    yield counter(
+        "antefix_tier_failures",
+        "How often a tier did not answer, or not in time; each became a miss or a read elsewhere.",
+        {name: float(tier.num_failures) for name, tier in tiers.items()},
+        ("tier",),
+    )
+    if store.copies is not None:
+        yield from families(COPIES, store.copies.counters)

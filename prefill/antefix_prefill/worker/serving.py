@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.descriptor import FileDescriptor
 
 from antefix import rpc
-from antefix.config import grace_setting, require, setting
+from antefix.config import grace_setting, require, same_setting, setting
 from antefix.events.address import check_url
 from antefix.events.event_seal import EventKeys
 from antefix.events.redis_stream import StreamPublisher, memory_stream
@@ -20,7 +20,7 @@ from antefix.secret import Keyring
 from antefix.security.identity import Role
 from antefix.security.listening import advertised, is_wildcard, parse_address
 from antefix.security.process_security import ProcessSecurity, credentials_setting, open_security
-from antefix.store.open_store import StoreAddress, open_store
+from antefix.store.open_store import StoresConfig, check_stores, local_copies, open_stores, store_addresses
 from antefix.store_files.record_format import STORE_FILE
 from antefix.store_files.seal import Seals
 from antefix.telemetry.exposition import Read
@@ -53,6 +53,10 @@ class WorkerConfig(EngineConfig):
     credentials: str = credentials_setting()
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
+    stores: tuple[str, ...] = same_setting(StoresConfig, "stores")
+    near_stores: tuple[str, ...] = same_setting(StoresConfig, "near_stores")
+    local_copies_bytes: int = same_setting(StoresConfig, "local_copies_bytes")
+    local_copies_ttl_s: float = same_setting(StoresConfig, "local_copies_ttl_s")
     routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
     events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
     kv_events: str = setting(
@@ -72,7 +76,7 @@ class WorkerConfig(EngineConfig):
     def __post_init__(self) -> None:
         # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
         EngineConfig.__post_init__(self)
-        require(bool(self.store_address), "--store-address is needed: host:port of the kvstore service")
+        check_stores(self)
         require(
             bool(self.advertise) or not is_wildcard(parse_address(self.address)[0]),
             f"nobody can call {self.address}: give --advertise HOST, as routers know this host",
@@ -87,7 +91,7 @@ def secure_worker(config: WorkerConfig, role: Role) -> ProcessSecurity:
     """Who this worker is to others, from now on.  Raises:  ConfigError: its credentials cannot be used."""
     security = open_security(role, config.credentials, keyring=Keyring.from_file(config.secret_file))
     security.use()
-    security.check_calling((config.store_address, *config.routers))
+    security.check_calling((*(where.address for where in store_addresses(config)), *config.routers))
     return security
 
 
@@ -96,12 +100,14 @@ async def start_engine(config: WorkerConfig) -> Engine:
 
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
-    if config.store_dir and not (Path(config.store_dir) / STORE_FILE).exists():
-        # The store may start after us, so it is no error; a misspelt directory would be silence.
-        log.warning("there is no store in --store-dir %s; until there is one, every lookup misses", config.store_dir)
+    where = store_addresses(config)
+    for directory in (each.directory for each in where if each.directory):
+        if not (Path(directory) / STORE_FILE).exists():
+            # The store may start after us, so it is no error; a misspelt directory would be silence.
+            log.warning("there is no store in --store-dir %s; until there is one, every lookup misses", directory)
     keyring = Keyring.from_file(config.secret_file)
-    where = StoreAddress(address=config.store_address, directory=config.store_dir)
-    engine = build_engine(config, open_store(where, seals=Seals(keyring)), keyring)
+    store = open_stores(where, near=config.near_stores, seals=Seals(keyring), copies=local_copies(config))
+    engine = build_engine(config, store, keyring)
     await engine.register()
     return engine
 

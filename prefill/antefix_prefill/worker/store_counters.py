@@ -12,6 +12,7 @@ from antefix.record import Refusal
 class StoreCounters:
     """How the store behaved towards this worker since it started; each error became a recompute.
 
+    tokens_by_tier, bytes_by_tier: read from each tier, by its label, where there are several stores.
     refused_by_reason: records that the store did not take, by `antefix.record.Reason`.
     """
 
@@ -23,12 +24,18 @@ class StoreCounters:
     by_kind: dict[str, int] = field(default_factory=dict)
     refused_by_reason: dict[str, int] = field(default_factory=dict)
     last_refusal: str = ""
+    tokens_by_tier: dict[str, int] = field(default_factory=dict)
+    bytes_by_tier: dict[str, int] = field(default_factory=dict)
 
     def note(self, err: Exception) -> None:
         self.errors += 1
         self.last_error = f"{type(err).__name__}: {err}"
         name = type(err).__name__
         self.by_kind[name] = self.by_kind.get(name, 0) + 1
+
+    def note_tier(self, label: str, tokens: int, nbytes: int) -> None:
+        self.tokens_by_tier[label] = self.tokens_by_tier.get(label, 0) + tokens
+        self.bytes_by_tier[label] = self.bytes_by_tier.get(label, 0) + nbytes
 
     def note_refusals(self, refusals: Iterable[Refusal]) -> None:
         for refusal in refusals:

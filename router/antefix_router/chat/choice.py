@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from antefix.errors import ConfigError
+from antefix.model_dir import read_config
 from antefix.tokenizer import ByteTokenizer, Tokenizer
 from antefix_router.chat.chat_formats import ChatFormat
 from antefix_router.chat.deepseek_v4 import EFFORTS_0731, DeepSeekV4Format
@@ -38,7 +38,7 @@ def choose_format(name: str, model: Path, tokenizer: Tokenizer) -> ChatFormat:
 def _deepseek_v4(model: Path) -> str:
     """The format of a V4 checkpoint, or empty. Its config does not tell the later checkpoint from the first; the
     encoder that is shipped beside it does, and else its name."""
-    config = json.loads((model / "config.json").read_text())
+    config = read_config(model)
     if config.get("model_type") != "deepseek_v4":
         return ""  # DeepSeek-V4.1 ("deepseek_v41") is another architecture with another format
     encoders = list((model / "encoding").glob("*.py"))

@@ -7,7 +7,6 @@ the rendered text where it must not be read as one: so no message can speak as s
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from typing import Any, Final
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from antefix.checked_files import read_json, read_text
 from antefix.errors import InvalidRequest, ModelError
 from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
@@ -37,14 +37,21 @@ _MARK: Final = "\ufdd0"
 _POINT: Final = "\ufdd1"
 
 
+# A template is a program of somebody else's: what Python raises in it is its own fault.
+_TEMPLATE_FAILS: Final = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+    *(MemoryError, RecursionError, SyntaxError),
+)
+
+
 def template_of(model: Path) -> str | None:
     """The directory's template, or None."""
     if (model / "chat_template.jinja").is_file():
-        return (model / "chat_template.jinja").read_text()
+        return read_text(model / "chat_template.jinja", "chat template", error=ModelError)
     path = model / "tokenizer_config.json"
     if not path.is_file():
         return None
-    template = json.loads(path.read_text()).get("chat_template")
+    template = _object(path).get("chat_template")
     return template if isinstance(template, str) else None
 
 
@@ -61,8 +68,8 @@ class TemplateFormat:
         environment.globals["strftime_now"] = lambda text: datetime.now(UTC).strftime(text)
         try:
             self._template = environment.from_string(template)
-        except jinja2.TemplateError as err:
-            raise ModelError(f"the chat template of {model} does not compile: {err}") from err
+        except _TEMPLATE_FAILS as err:
+            raise ModelError(f"the chat template of {model} does not compile: {err!s:.300}") from err
         self._names = _special_tokens(model)
         texts = sorted(set(_added_tokens(model)) | set(self._names.values()), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, texts))) if texts else None
@@ -108,7 +115,7 @@ class TemplateFormat:
 
         pointed: breakpoints' characters are in the messages, and stay.
         """
-        refusal: jinja2.TemplateError | None = None
+        refusal: Exception | None = None
         for form in (messages, _as_user(messages), _joined(_as_user(messages))):
             try:
                 return self._template.render(
@@ -116,9 +123,11 @@ class TemplateFormat:
                     add_generation_prompt=True,
                     **self._names,
                 )
-            except jinja2.TemplateError as err:
+            except _TEMPLATE_FAILS as err:
                 refusal = refusal or err
-        raise InvalidRequest(f"the model's chat template refuses this conversation: {refusal}") from refusal
+        raise InvalidRequest(
+            f"the model's chat template refuses this conversation: {str(refusal) or type(refusal).__name__:.300}"
+        ) from refusal
 
     def parser(self, conversation: Conversation) -> OutputParser:
         return PlainParser()
@@ -178,7 +187,7 @@ def _refuse(message: str) -> None:
 def _special_tokens(model: Path) -> dict[str, str]:
     """bos_token, eos_token and so on, as templates use them."""
     path = model / "tokenizer_config.json"
-    config: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    config = _object(path) if path.is_file() else {}
     names = {}
     for name, value in config.items():
         text = value.get("content") if isinstance(value, dict) else value
@@ -191,4 +200,14 @@ def _added_tokens(model: Path) -> list[str]:
     path = model / "tokenizer.json"
     if not path.is_file():
         return []
-    return [token["content"] for token in json.loads(path.read_text()).get("added_tokens", []) if token.get("content")]
+    added = _object(path).get("added_tokens") or []
+    texts = [token.get("content") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return [text for text in texts if isinstance(text, str) and text]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Raises:  ModelError: the file holds something else."""
+    value = read_json(path, "file of the model", error=ModelError)
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold one JSON object")
+    return value

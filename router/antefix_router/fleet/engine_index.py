@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from antefix.events.block_events import Key, keys_of
 from antefix.events.kv_events import GROUPS_MAX, MEDIA, Hash, KvBatch, KvCleared, KvRemoved, KvStored, medium_of
 from antefix_router.fleet.fleet_names import FleetNames, scope_of
-from antefix_router.placement.directory import Directory, Key, keys_of
+from antefix_router.placement.directory import Directory
 
 _FULL_KINDS: Final = frozenset({None, "full_attention", "mla_attention", "sink_full_attention"})
 # Of one engine; at 16 tokens each 64 million tokens, far more than a machine's memory holds.

@@ -30,6 +30,7 @@ def cache_details(used: Usage) -> dict[str, Any]:
         "hit_tokens": used.cache_hit_tokens,
         "hit_memory_tokens": used.hit_memory_tokens,
         "hit_store_tokens": used.hit_store_tokens,
+        "hit_tiers": used.tokens_by_tier,
         "miss_tokens": used.cache_miss_tokens,
         "replayed_tokens": used.replayed_tokens,
         "written_tokens": used.written_tokens,

@@ -6,15 +6,17 @@ few that would change the answer (`only`), and at the end `close` notes all othe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
+from antefix.checked_table import finite
 from antefix.errors import InvalidRequest
 from antefix_router.gateway.notes import Notes
 
 T = TypeVar("T")
 _MISSING = object()
+# What the services' messages can hold.
+_INTEGER_MAX: Final = 2**64 - 1
 
 
 class WrongField(InvalidRequest):
@@ -119,11 +121,13 @@ class Fields:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise wrong_type(self.name_of(name), f"an integer of at least {low}")
+        if value > _INTEGER_MAX:
+            raise wrong_value(self.name_of(name), f" must be at most {_INTEGER_MAX}")
         return value
 
     def number(self, name: str, default: float) -> float:
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not finite(value):
             raise wrong_type(self.name_of(name), "a number")
         return float(value)
 

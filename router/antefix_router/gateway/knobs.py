@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from antefix.checked_table import finite
 from antefix.sampling import LOGIT_BIAS_MAX, Sampling
 from antefix.tokenizer import Tokenizer
 from antefix_router.front import NUM_SAMPLES_MAX
@@ -119,7 +119,7 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     """Token ids are JSON's names, so text; what is beyond 100 either way is taken for 100, as vLLM does."""
     biases: dict[int, float] = {}
     for name, bias in Fields({} if value is None else value, "logit_bias").rest().items():
-        is_number = isinstance(bias, (int, float)) and not isinstance(bias, bool) and math.isfinite(bias)
+        is_number = finite(bias)
         if not is_number or not (name.isascii() and name.isdigit() and len(name) < 10):
             raise wrong_type("logit_bias", "an object of token ids, each with a number")
         biases[int(name)] = max(-LOGIT_BIAS_MAX, min(LOGIT_BIAS_MAX, float(bias)))

@@ -97,6 +97,7 @@ class Ended:
             "hit_tokens": record.cache_hit_tokens,
             "hit_memory_tokens": record.hit_memory_tokens,
             "hit_store_tokens": record.hit_store_tokens,
+            "hit_tiers": record.tokens_by_tier,
             "miss_tokens": record.cache_miss_tokens,
             "replayed_tokens": record.replayed_tokens,
             "written_tokens": record.written_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from antefix.miss_reason import MissReason
+from antefix.usage import tiers_of_text
 from antefix_billing.usage_record import UsageRecord
 
 _WHY: Final[dict[MissReason, str]] = {
@@ -42,6 +43,9 @@ def explained(record: UsageRecord) -> list[str]:
         said.append(
             f"{record.hit_memory_tokens:,} of them were in a worker's memory, {record.hit_store_tokens:,} in the store."
         )
+        if record.hit_tiers.count("=") > 1:
+            stored = (f"{tokens:,} in {tier}" for tier, tokens in tiers_of_text(record.hit_tiers).items())
+            said.append(f"Of those in stores: {', '.join(stored)}.")
     if plan := _PLANS.get(record.restore_plan):
         said.append(plan)
     if record.replayed_tokens:

@@ -12,21 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Key = int
+from antefix.events.block_events import Key
 
 # Bits of workers that are gone are taken out of all blocks when there are this many; one by one would cost a pass each.
 _GONE_MAX = 64
 # Distinct sets of holders that are kept for sharing; more than that are not shared.
 _SETS_MAX = 1 << 16
-
-
-def keys_of(hashes: Sequence[bytes]) -> list[Key]:
-    """The directory's names of blocks: the first 8 bytes of their hashes."""
-    if not hashes:
-        return []
-    words = len(hashes[0]) // 8
-    keys: list[Key] = np.frombuffer(b"".join(hashes), "<u8")[::words].tolist()
-    return keys
 
 
 class Directory:

@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from antefix.clients import DecodeClient, PrefillClient
 from antefix.errors import InternalError, Overloaded, Unavailable
+from antefix.events.block_events import Key
 from antefix.pulse import Pulse
 from antefix_router.placement.backlog import Backlog
-from antefix_router.placement.directory import Directory, Key
+from antefix_router.placement.directory import Directory
 from antefix_router.placement.pace import Pace, without_slow
 from antefix_router.placement.work import Loads, Policy, Work, seed_of
 

@@ -6,6 +6,7 @@ Python runs this file when its folder is on PYTHONPATH. It changes vLLM's module
     platforms.cpu         AMX is claimed while the configuration is checked: without it V4 has no prefix cache
                           (the kernels themselves run on AVX-512)
     cpu_mla               its table of tile schedulers lacks two keys (also in 0.33)
+    _custom_ops           V4's kernels are there for AVX512-BF16 alone: elsewhere those of `plain_kernels.py` run
     kv_offload.cpu.spec   refuses platforms other than GPUs; here blocks are copied by `Tensor.copy_`
     dummy_loader          random weights of which no two rows are alike, so that log probabilities tell prompts apart
 """
@@ -130,7 +131,14 @@ def _random_weights(module):
     module.initialize_single_dummy_weight = fill
 
 
+def _kernels(module):
+    import plain_kernels
+
+    plain_kernels.register()
+
+
 CHANGES = {
+    "vllm._custom_ops": _kernels,
     "triton.backends": _triton_backends,
     "vllm.platforms.cpu": _platform,
     "vllm.models.deepseek_v4.cpu.cpu_mla": _tile_schedulers,

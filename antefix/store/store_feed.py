@@ -1,4 +1,4 @@
-"""What the store holds, followed by its numbered events, so that a request need not ask.
+"""What a store holds, followed by its numbered events, so that a request need not ask.
 
 It is the store's own word, a moment late: a block that it dropped since is found missing by the worker, at the cost of
 computing it. While the feed is not in step (no snapshot yet, a broken stream, nothing heard for too long, more blocks
@@ -10,20 +10,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from antefix.events.block_events import BlockEvent, EventKind
+from antefix.events.block_events import BlockEvent, EventKind, Key, keys_of
 from antefix.events.end_tasks import end_tasks
 from antefix.events.event_seal import DropReason, EventKeys
 from antefix.events.follower import Follower, Watch
 from antefix.events.redis_stream import StreamReader, store_stream
+from antefix.record import Held
 from antefix.redis_access import RedisAccess
-from antefix_router.placement.directory import Key
 
 # At some 70 bytes each.
 NUM_BLOCKS_MAX = 1 << 23
 
 
 class StoreFeed(Follower[BlockEvent]):
-    """The blocks of one fingerprint that the store holds. name: what the store's stream in Redis is called."""
+    """Blocks and checkpoints of one fingerprint that the store holds. name: what its stream in Redis is called."""
 
     def __init__(
         self,
@@ -44,6 +44,7 @@ class StoreFeed(Follower[BlockEvent]):
         self._fingerprint = fingerprint
         self._num_blocks_max = num_blocks_max
         self._blocks: set[Key] = set()
+        self._checkpoints: set[Key] = set()
         self._reader: StreamReader | None = None
         if redis_url:
             assert keys is not None, "events through Redis are believed only where they are signed"
@@ -71,14 +72,19 @@ class StoreFeed(Follower[BlockEvent]):
         return len(self._blocks)
 
     def num_leading(self, keys: Sequence[Key]) -> int | None:
-        """How many of the chain's first blocks the store holds; None: ask it. Bisection: the store is prefix-closed."""
+        """How many of the chain's first blocks the store holds; None: ask it."""
         if not self.in_step:
             return None
-        low, high = 0, len(keys)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if keys[middle - 1] in self._blocks else (low, middle - 1)
-        return low
+        blocks = self._blocks
+        return next((index for index, key in enumerate(keys) if key not in blocks), len(keys))
+
+    def held(self, hashes: Sequence[bytes], *, fingerprint: bytes) -> Held | None:
+        """What of a chain, or of a part of one, the store has; None: ask it."""
+        if fingerprint != self._fingerprint or not self.in_step:
+            return None
+        keys = keys_of(hashes)
+        checkpoints = (number for number, key in enumerate(keys, start=1) if key in self._checkpoints)
+        return Held.of_flags(map(self._blocks.__contains__, keys), checkpoints)
 
     def start(self) -> None:
         """Follow from now on. Needs a running event loop."""
@@ -93,7 +99,7 @@ class StoreFeed(Follower[BlockEvent]):
             await self._reader.close()
 
     def forget_all(self) -> None:
-        self._blocks = set()
+        self._blocks, self._checkpoints = set(), set()
 
     def learn(self, events: Sequence[BlockEvent]) -> bool:
         for event in events:
@@ -103,7 +109,11 @@ class StoreFeed(Follower[BlockEvent]):
                 self._blocks.update(event.keys().tolist())
             elif event.kind is EventKind.EVICTED:
                 self._blocks.difference_update(event.keys().tolist())
-        if len(self._blocks) <= self._num_blocks_max:
+            elif event.kind is EventKind.CHECKPOINTED:
+                self._checkpoints.update(event.keys().tolist())
+            elif event.kind is EventKind.CHECKPOINT_EVICTED:
+                self._checkpoints.difference_update(event.keys().tolist())
+        if len(self._blocks) + len(self._checkpoints) <= self._num_blocks_max:
             return True
         self.forget_all()
         return False

@@ -1,0 +1,302 @@
+"""Several stores as one: written to the nearest, read from any, nearest first. Knows hashes and bytes.
+
+It promises what `antefix.store.api.Store` does, but for one thing: what it says is stored comes from the stores'
+events, a moment late, or from stores that answered in time. What is not there after all is a miss. A store that fails
+is left alone for a moment; only when none of them answers is that an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from antefix.errors import AntefixError, DeadlineExceeded, Unavailable
+from antefix.events.block_events import BlockEvent
+from antefix.events.numbered_log import Batch, Cursor
+from antefix.layout import PayloadLayout
+from antefix.miss_reason import MissReason
+from antefix.record import (
+    MEMORY_KINDS,
+    BlockFate,
+    Held,
+    LookupResult,
+    PutResult,
+    Record,
+    RecordKind,
+    RecordName,
+)
+from antefix.store.local_copies import LocalCopies
+from antefix.store.read_tiers import PrefixRead, Wanted, read_tiers
+from antefix.store.record_source import RecordSource
+from antefix.store.store_feed import StoreFeed
+from antefix.store.store_members import Member, Members, nearest_of, union_of
+from antefix.store.store_stats import StoreTotals
+from antefix.store.tier import Tier
+
+# The most telling first: what is stored after all, what was and went, what never was.
+_FATES: Final = (
+    MissReason.NONE,
+    MissReason.CORRUPT,
+    MissReason.EVICTED,
+    MissReason.EXPIRED,
+    MissReason.ARITHMETIC_DIFFERS,
+    MissReason.FINGERPRINT_DIFFERS,
+)
+
+
+class ManyStores:
+    """Used from one event loop."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        *,
+        more: Sequence[Tier] = (),
+        copies: LocalCopies | None = None,
+        make_feed: Callable[[Member, bytes], StoreFeed] | None = None,
+    ) -> None:
+        """members: nearest first; at least one is near.  more: tiers that are only read.
+
+        copies: keeps what is read from others often in the nearest store.  make_feed: follows a member's events.
+        """
+        self.members: Final = Members(members, more)
+        self.copies: Final = copies
+        self._make_feed = make_feed
+        self._layouts: dict[bytes, tuple[PayloadLayout, bytes]] = {}
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """All that is read from."""
+        return self.members.tiers
+
+    # --- what is there -------------------------------------------------------------------------------------------
+
+    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
+        """What any of them has."""
+        found = await self.members.held(chain, fingerprint=fingerprint, tenant=tenant)
+        return union_of(found.values(), len(chain))
+
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
+        """The longest prefix that they have together, and which tier is the nearest to have each part."""
+        found = await self.members.held(chain, fingerprint=fingerprint, tenant=tenant)
+        order = self.members.nearest_first(found)
+        num_blocks = union_of(found.values(), len(chain)).num_leading
+        checkpoints: dict[int, str] = {}
+        for number in order:
+            for block in found[number].checkpoints:
+                if block <= num_blocks:
+                    checkpoints.setdefault(block, self.tiers[number].label)
+        stretches = nearest_of(found, order, num_blocks)
+        return LookupResult(
+            num_blocks=num_blocks,
+            checkpoints=tuple(sorted(checkpoints)),
+            tiers=tuple((end, self.tiers[number].label) for end, number in stretches),
+            checkpoint_tiers=tuple(checkpoints[block] for block in sorted(checkpoints)),
+        )
+
+    async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
+        """The most that any of the stores remembers of a block."""
+        fates = await self.members.of_all(lambda member: member.store.fate(hash, fingerprint=fingerprint))
+        best = min((fate.reason for fate in fates), key=_rank_of)
+        statements: dict[bytes, bytes] = {}
+        for fate in fates:
+            for other, said in zip(fate.fingerprints, fate.statements, strict=True):
+                statements[other] = statements.get(other) or said
+        return BlockFate(reason=best, fingerprints=tuple(statements), statements=tuple(statements.values()))
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    async def read_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> PrefixRead:
+        """As `get_blocks`, with what each tier gave and which failed."""
+        if not hashes:
+            return PrefixRead()
+        held = await self.members.held(hashes, fingerprint=fingerprint, tenant=tenant)
+        wanted = Wanted(hashes=hashes, into=into, fingerprint=fingerprint, tenant=tenant)
+        found = await read_tiers(self.tiers, held, wanted)
+        near = union_of((has for number, has in held.items() if self.members.is_near(number)), len(hashes))
+        here = {block for start, stop in near.spans for block in range(start, stop)}
+        far = [hashes[block] for block in range(found.num_good) if block not in here]
+        self._note_read(RecordKind.BLOCK, far, fingerprint, tenant)
+        return found
+
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        return (await self.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)).num_good
+
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        """From the nearest tier that has it; a tier that fails is passed over."""
+        members = self.members
+
+        async def read(tier: Tier) -> bytes | None:
+            return await tier.source.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
+
+        numbers = [number for number in members.answering() if members.may_have(number, kind, hash, fingerprint)]
+        if kind in MEMORY_KINDS:
+            near = [number for number in numbers if members.is_near(number)]
+            if found := await members.first_in_turn(near, read):
+                return found[1]
+            return await members.first_of_all([number for number in numbers if number not in near], read)
+        found = await members.first_in_turn(members.nearest_first(numbers), read)
+        if found is None:
+            return None
+        if not members.is_near(found[0]):
+            self._note_read(kind, [hash], fingerprint, tenant)
+        return found[1]
+
+    async def get_records(
+        self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> list[Record]:
+        """Leading ones of these, whole, from whichever other store or tier has most of them."""
+        best: list[Record] = []
+        for number in self.members.nearest_first(self.members.answering()):
+            source = self.tiers[number].source
+            if self.members.is_near(number) or not isinstance(source, RecordSource):
+                continue
+            try:
+                found = await source.get_records(kind, hashes, fingerprint=fingerprint, tenant=tenant)
+            except AntefixError:
+                self.tiers[number].failed()
+                continue
+            best = max(best, found, key=len)
+            if len(best) == len(hashes):
+                break
+        return best
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        """To the nearest store that takes it. What the records hang on may be in another one.
+
+        Raises:  Unavailable: no store takes anything.
+        """
+        return await self._put(records, self._write_order(records))
+
+    async def put_near(self, records: Sequence[Record]) -> PutResult:
+        """As `put`, but to no other host's store."""
+        return await self._put(records, [member for member in self._write_order(records) if member.near])
+
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
+        """Tell all of them; those that do not answer now are told before something is written to them."""
+        self._layouts[fingerprint] = (layout, statement)
+        self.follow(fingerprint)
+        tell = (self._register(member, fingerprint) for member in self.members.stores)
+        answers = await asyncio.gather(*tell, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, AntefixError):
+                raise answer
+
+    def follow(self, fingerprint: bytes) -> None:
+        """Learn from events what the others hold of this fingerprint, from now on."""
+        if self._make_feed is None:
+            return
+        for member in self.members.stores:
+            if member.feed is not None:
+                member.feed.rename(fingerprint)
+            elif not member.near:
+                member.feed = self._make_feed(member, fingerprint)
+                member.feed.start()
+
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
+        """In each store that has them. Returns how many the store has that has most."""
+        return max(
+            await self.members.of_all(lambda member: member.store.pin(names, duration_s=duration_s, owner=owner))
+        )
+
+    async def pin_prefix(self, chain: Sequence[bytes], *, fingerprint: bytes, duration_s: float, owner: bytes) -> int:
+        """Pin a chain's blocks and its last checkpoint, in whichever stores its parts are.
+
+        Returns the number of leading blocks that are stored.
+        """
+        found = await self.members.held(chain, fingerprint=fingerprint, tenant=owner)
+        pins = []
+        for number, member in enumerate(self.members.stores):
+            held = found.get(number, Held())
+            names = [(RecordKind.BLOCK, chain[stop - 1]) for _, stop in held.spans]
+            names += [(RecordKind.CHECKPOINT, chain[-1])] * (len(chain) in held.checkpoints)
+            if names:
+                pins.append(member.store.pin(names, duration_s=duration_s, owner=owner))
+        await asyncio.gather(*pins)
+        return union_of(found.values(), len(chain)).num_leading
+
+    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        """All of them: who gave it is not known here, and a copy of it is as bad."""
+
+        async def tell(member: Member) -> int:
+            await member.store.reject(kind, hashes)
+            return 0
+
+        await self.members.of_all(tell)
+
+    async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
+        """From all of them. Returns how many records went."""
+        return sum(await self.members.of_all(lambda member: member.store.evict(names, owner=owner)))
+
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
+        """What the nearest store tells."""
+        return self.members.near[0].store.watch(cursor)
+
+    async def stats(self) -> StoreTotals:
+        """Of the nearest store, whose budget this process writes into."""
+        return await self.members.near[0].store.stats()
+
+    @property
+    def num_broken_seals(self) -> int:
+        """Records that were read and not sealed by this deployment; all stores share one count."""
+        return max(getattr(member.store, "num_broken_seals", 0) for member in self.members.stores)
+
+    async def close(self) -> None:
+        if self.copies is not None:
+            await self.copies.close()
+        for member in self.members.stores:
+            if member.feed is not None:
+                await member.feed.close()
+        await asyncio.gather(*(tier.source.close() for tier in self.tiers), return_exceptions=True)
+
+    async def _put(self, records: Sequence[Record], order: Sequence[Member]) -> PutResult:
+        if not records:
+            return PutResult(num_stored=0, num_existing=0)
+        apart = [each if each.kind in MEMORY_KINDS else replace(each, parent_elsewhere=True) for each in records]
+        first_error: AntefixError | None = None
+        for member in order:
+            if member.tier.is_shunned and member is not order[0]:
+                continue
+            try:
+                if records[0].fingerprint in self._layouts.keys() - member.registered:
+                    await self._register(member, records[0].fingerprint)
+                result = await member.store.put(apart)
+            except (Unavailable, DeadlineExceeded) as err:
+                member.tier.failed()
+                first_error = first_error or err
+                continue
+            member.tier.answered()
+            return result
+        raise Unavailable(f"no store takes records: {first_error}")
+
+    def _write_order(self, records: Sequence[Record]) -> list[Member]:
+        """Several disks of one host share its records, by what they follow: a put of neighbours stays together."""
+        parent = records[0].parent if records else b""
+        near = sorted(self.members.near, key=lambda each: (each.tier.is_shunned, _weight(each.tier.name, parent)))
+        return [*near, *(member for member in self.members.stores if not member.near)]
+
+    async def _register(self, member: Member, fingerprint: bytes) -> None:
+        layout, statement = self._layouts[fingerprint]
+        await member.store.register(fingerprint, layout, statement=statement)
+        member.registered.add(fingerprint)
+
+    def _note_read(self, kind: RecordKind, hashes: Sequence[bytes], fingerprint: bytes, tenant: bytes) -> None:
+        if self.copies is not None and hashes:
+            self.copies.note(self, kind, hashes, fingerprint=fingerprint, tenant=tenant)
+
+
+def _rank_of(reason: MissReason) -> int:
+    return _FATES.index(reason) if reason in _FATES else len(_FATES)
+
+
+def _weight(name: str, parent: bytes) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=8, key=parent[:32]).digest()

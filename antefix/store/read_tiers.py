@@ -1,0 +1,178 @@
+"""Reads a prefix from several tiers at once, each piece from where it comes first, and from elsewhere when that fails.
+
+What no tier can give ends the prefix; nothing that is read wrong is ever counted. A tier that does not answer in a
+multiple of the time that it should take is given up where another one has the same blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from antefix.errors import AntefixError, DeadlineExceeded
+from antefix.record import Held
+from antefix.store.read_shares import Piece, Shares, pieces_of
+from antefix.store.tier import Tier, TierRead
+
+# Reads in flight per tier: while one ends, the next has begun.
+IN_FLIGHT: Final = 2
+# A read that takes this much longer than predicted, and so many seconds more, is given up: at once where another tier
+# has the same blocks, later where none has.
+_LATE: Final = 4.0
+_LATE_S: Final = 0.5
+_ALONE: Final = 20.0
+_ALONE_S: Final = 10.0
+
+
+@dataclass(slots=True)
+class PrefixRead:
+    """num_good: leading blocks that are right.  reads: what each tier gave of them.  errors: of tiers that failed."""
+
+    num_good: int = 0
+    reads: list[TierRead] = field(default_factory=list)
+    errors: list[AntefixError] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Blocks to read, and where to: all buffers have the same size. tenant: as in `api.Store`."""
+
+    hashes: Sequence[bytes]
+    into: Sequence[memoryview]
+    fingerprint: bytes
+    tenant: bytes = b""
+
+    @property
+    def block_bytes(self) -> int:
+        return self.into[0].nbytes if self.into else 0
+
+
+async def read_tiers(tiers: Sequence[Tier], held: Mapping[int, Held], wanted: Wanted) -> PrefixRead:
+    """held: by the tiers' numbers; what a tier does not have after all is read elsewhere, or ends the prefix.
+
+    Nobody writes to the buffers after this returned, raised or was cancelled.
+    """
+    return await _Reading(tiers, held, wanted).run()
+
+
+class _Reading:
+    def __init__(self, tiers: Sequence[Tier], held: Mapping[int, Held], wanted: Wanted) -> None:
+        self._tiers = tiers
+        self._wanted = wanted
+        self._pieces = pieces_of(held, len(wanted.hashes), wanted.block_bytes)
+        self._shares = Shares(lambda tier, nbytes: tiers[tier].speed.predicted_s(nbytes), wanted.block_bytes)
+        self._limit = self._pieces[-1].stop if self._pieces else 0
+        self._running: dict[asyncio.Task[int], tuple[int, Piece]] = {}
+        self._failed: frozenset[int] = frozenset()
+        self._given: list[tuple[int, Piece]] = []
+        # Of each tier, when its first read began and its last one ended.
+        self._times: dict[int, tuple[float, float]] = {}
+        self._errors: list[AntefixError] = []
+
+    async def run(self) -> PrefixRead:
+        self._shares.give(self._pieces)
+        try:
+            self._start_reads()
+            while self._running:
+                done, _ = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    tier, piece = self._running.pop(task)
+                    if not task.cancelled():
+                        self._settle(tier, piece, task)
+                self._start_reads()
+        finally:
+            for task in self._running:
+                task.cancel()
+            if self._running:
+                await asyncio.wait(self._running)
+        reads = self._by_tier()
+        return PrefixRead(num_good=self._limit, reads=reads, errors=self._errors)
+
+    def _start_reads(self) -> None:
+        for tier in range(len(self._tiers)):
+            num_running = sum(number == tier for number, _ in self._running.values())
+            while num_running < IN_FLIGHT and (piece := self._shares.take(tier)) is not None:
+                task = asyncio.create_task(self._read(tier, piece))
+                self._running[task] = (tier, piece)
+                num_running += 1
+
+    async def _read(self, number: int, piece: Piece) -> int:
+        tier, wanted = self._tiers[number], self._wanted
+        nbytes = piece.num_blocks * wanted.block_bytes
+        predicted_s = IN_FLIGHT * tier.speed.predicted_s(nbytes)
+        limit_s = predicted_s * _LATE + _LATE_S if self._has_other(number, piece) else predicted_s * _ALONE + _ALONE_S
+        started = time.perf_counter()
+        try:
+            async with asyncio.timeout(limit_s):
+                num_good = await tier.source.get_blocks(
+                    wanted.hashes[piece.start : piece.stop],
+                    wanted.into[piece.start : piece.stop],
+                    fingerprint=wanted.fingerprint,
+                    tenant=wanted.tenant,
+                )
+        except TimeoutError as err:
+            raise DeadlineExceeded(f"{tier.label} took longer than {limit_s:.1f} s for {nbytes} bytes") from err
+        if num_good:
+            self._given.append((number, replace(piece, stop=piece.start + num_good)))
+            began, _ = self._times.get(number, (started, 0.0))
+            self._times[number] = (min(began, started), time.perf_counter())
+        return num_good
+
+    def _settle(self, number: int, piece: Piece, task: asyncio.Task[int]) -> None:
+        """Take note of a read that ended; what it lacks goes elsewhere, or ends the prefix."""
+        err = task.exception()
+        if err is not None and not isinstance(err, AntefixError):
+            raise err
+        this, rest = frozenset({number}), [piece]
+        if err is None:
+            self._tiers[number].answered()
+            left = [piece.after(task.result(), without=self._failed | this)]
+        else:
+            self._errors.append(err)
+            self._tiers[number].failed()
+            rest += self._shares.take_back(number)
+            if isinstance(err, DeadlineExceeded) and self._has_other(number, piece):
+                left = [each.after(0, without=self._failed, late=this) for each in rest]
+            else:
+                self._failed |= this
+                left = [each.after(0, without=self._failed) for each in rest]
+        for each in left:
+            if each.num_blocks and each.start < self._limit:
+                if each.holders:
+                    self._shares.give([each])
+                else:
+                    self._end_at(each.start)
+
+    def _has_other(self, number: int, piece: Piece) -> bool:
+        return bool(piece.holders - {number} - self._failed)
+
+    def _end_at(self, block: int) -> None:
+        self._limit = block
+        self._shares.drop_from(block)
+        for task, (_, piece) in self._running.items():
+            if piece.start >= block:
+                task.cancel()
+
+    def _by_tier(self) -> list[TierRead]:
+        """What each tier gave of the prefix; its speed learns from all that it gave."""
+        block_bytes = self._wanted.block_bytes
+        reads = []
+        for number, (began, ended) in sorted(self._times.items()):
+            tier, pieces = self._tiers[number], [piece for giver, piece in self._given if giver == number]
+            if number not in self._failed:
+                tier.speed.observe(sum(piece.num_blocks for piece in pieces) * block_bytes, ended - began)
+            good = sum(max(0, min(piece.stop, self._limit) - piece.start) for piece in pieces)
+            if good:
+                reads.append(
+                    TierRead(
+                        tier=tier.label,
+                        kind=tier.kind,
+                        num_blocks=good,
+                        nbytes=good * block_bytes,
+                        seconds=ended - began,
+                    )
+                )
+        return reads

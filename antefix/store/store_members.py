@@ -1,0 +1,163 @@
+"""The stores and tiers behind `ManyStores`, and how they are asked: at once, in time, without those that failed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from antefix.errors import AntefixError, Unavailable
+from antefix.record import MEMORY_KINDS, Held, RecordKind
+from antefix.store.api import Store
+from antefix.store.store_feed import StoreFeed
+from antefix.store.tier import Tier
+
+T = TypeVar("T")
+# A store that does not say within this time what it holds holds nothing, for now.
+ASK_S: Final = 0.5
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One of the stores.  near: it is written to.  feed: what it holds, by its events; None: it is asked.
+
+    registered: fingerprints whose layouts it was told.
+    """
+
+    tier: Tier
+    store: Store
+    near: bool = False
+    feed: StoreFeed | None = None
+    registered: set[bytes] = field(default_factory=set)
+
+
+class Members:
+    """All tiers, by number: the stores first, as `members` has them, then what is only read."""
+
+    def __init__(self, members: Sequence[Member], more: Sequence[Tier] = ()) -> None:
+        self.stores: Final = tuple(members)
+        self.tiers: Final = (*(member.tier for member in members), *more)
+        self.near: Final = tuple(member for member in members if member.near)
+        assert self.near, "one of the stores is written to"
+
+    def is_near(self, number: int) -> bool:
+        return number < len(self.stores) and self.stores[number].near
+
+    def feed(self, number: int) -> StoreFeed | None:
+        return self.stores[number].feed if number < len(self.stores) else None
+
+    def nearest_first(self, numbers: Iterable[int]) -> list[int]:
+        return sorted(numbers, key=lambda number: (not self.is_near(number), self.tiers[number].speed.predicted_s(0)))
+
+    def answering(self) -> list[int]:
+        return [number for number, tier in enumerate(self.tiers) if not tier.is_shunned]
+
+    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes) -> dict[int, Held]:
+        """What each tier has, by its number; without those that have failed.
+
+        Raises:  Unavailable: none of them answers.
+        """
+        numbers = self.answering()
+        answers = await asyncio.gather(*(self._held(number, chain, fingerprint, tenant) for number in numbers))
+        found = {number: held for number, held in zip(numbers, answers, strict=True) if held is not None}
+        if not found:
+            raise Unavailable("none of the stores answers")
+        return found
+
+    async def _held(self, number: int, chain: Sequence[bytes], fingerprint: bytes, tenant: bytes) -> Held | None:
+        feed = self.feed(number)
+        if feed is not None and (known := feed.held(chain, fingerprint=fingerprint)) is not None:
+            return known
+        tier = self.tiers[number]
+        try:
+            async with asyncio.timeout(ASK_S):
+                held = await tier.source.held(chain, fingerprint=fingerprint, tenant=tenant)
+        except (AntefixError, TimeoutError):
+            tier.failed()
+            return None
+        tier.answered()
+        return held
+
+    def may_have(self, number: int, kind: RecordKind, hash: bytes, fingerprint: bytes) -> bool:
+        """Whether it is worth asking: events tell of blocks and checkpoints, not of what is in memory."""
+        feed = self.feed(number)
+        known = None if feed is None or kind in MEMORY_KINDS else feed.held([hash], fingerprint=fingerprint)
+        if known is None:
+            return True
+        return bool(known.spans if kind is RecordKind.BLOCK else known.checkpoints)
+
+    async def first_in_turn(
+        self, numbers: Sequence[int], read: Callable[[Tier], Awaitable[bytes | None]]
+    ) -> tuple[int, bytes] | None:
+        """What the first of these has, and which that is; a tier that fails is passed over."""
+        for number in numbers:
+            payload = await self._try(number, read)
+            if payload is not None:
+                return number, payload
+        return None
+
+    async def first_of_all(
+        self, numbers: Sequence[int], read: Callable[[Tier], Awaitable[bytes | None]]
+    ) -> bytes | None:
+        """For what is in one store's memory and nobody knows in whose: all are asked at once."""
+        asked = [asyncio.ensure_future(self._try(number, read)) for number in numbers]
+        try:
+            for answer in asyncio.as_completed(asked):
+                payload = await answer
+                if payload is not None:
+                    return payload
+            return None
+        finally:
+            for task in asked:
+                task.cancel()
+
+    async def _try(self, number: int, read: Callable[[Tier], Awaitable[bytes | None]]) -> bytes | None:
+        tier = self.tiers[number]
+        try:
+            payload = await read(tier)
+        except AntefixError:
+            tier.failed()
+            return None
+        tier.answered()
+        return payload
+
+    async def of_all(self, call: Callable[[Member], Awaitable[T]]) -> list[T]:
+        """The answers of the stores that answer.  Raises:  AntefixError: none does."""
+        asked = [member for member in self.stores if not member.tier.is_shunned] or list(self.stores)
+        answers = await asyncio.gather(*(call(member) for member in asked), return_exceptions=True)
+        good: list[T] = []
+        errors: list[AntefixError] = []
+        for member, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, AntefixError):
+                member.tier.failed()
+                errors.append(answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                good.append(answer)
+        if not good:
+            raise errors[0]
+        return good
+
+
+def union_of(parts: Iterable[Held], num_blocks: int) -> Held:
+    """What any of them has of a chain of so many blocks."""
+    flags = [False] * num_blocks
+    checkpoints: set[int] = set()
+    for held in parts:
+        checkpoints.update(held.checkpoints)
+        for start, stop in held.spans:
+            flags[start:stop] = [True] * (min(stop, num_blocks) - start)
+    return Held.of_flags(flags, sorted(checkpoints))
+
+
+def nearest_of(found: Mapping[int, Held], order: Sequence[int], num_blocks: int) -> list[tuple[int, int]]:
+    """Of a prefix that they have together, stretches by the first tier in `order` that has each: end, and tier."""
+    tiers = [-1] * num_blocks
+    for number in order:
+        for start, stop in found[number].spans:
+            for block in range(start, min(stop, num_blocks)):
+                tiers[block] = number if tiers[block] < 0 else tiers[block]
+    ends = [end for end in range(1, num_blocks + 1) if end == num_blocks or tiers[end - 1] != tiers[end]]
+    return [(end, tiers[end - 1]) for end in ends]

@@ -1,0 +1,362 @@
+"""A worker over several cards: is it right, and how near is V4-Flash, in its released formats, to the cards' floors?
+
+    R="python -m benchmarks.ranks_on_cards --tensor-parallel-size 2 --out $OUT"; export PYTHONUNBUFFERED=1
+    $R --steps verify;  $R --steps model;  $R --steps restore --lengths 16384 65536 262144;  $R --steps services
+
+verify    `antefix verify` over 1, 2, 4 ... ranks: hits equal cold runs, and a prompt over ranks against one.
+model     memory per card; decode steps of 1, 32 and 128 sequences behind `--context` tokens; prefill chunks behind 16K
+          to 256K tokens; of each the tokens per second, the floor, and the share of time in exchanges of ranks.
+restore   time to first token of prefixes of `--lengths` tokens: cold, as a worker runs them, and from disk, whose page
+          cache is dropped before; over the floors of computing and of reading.
+services  `antefix up` over a directory of `--service-layers` layers: prefill over all ranks, decode over all and then
+          over one, which share a store. A hit must be answered as a cold start of the same pair answers.
+
+Each step writes to ranks_on_cards.STEP.json after every row, so that a run that is cut off leaves what it had.
+`--toy` runs it all at small widths, with `--device cpu` over gloo: does it run? Its figures mean nothing.
+A floor is what a card must read or compute of its share: packed bytes at copy bandwidth, operations at BF16's rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from antefix.model import Model, Sequence, WindowState, forward
+from antefix.model.backend import make_backend
+from antefix.model.packed import PackedLinear
+from antefix.model_dir import ModelIdentity
+from antefix.sampling import Sampling
+from antefix.store.client import LocalStore
+from antefix.window import PlanKind
+from antefix_console.deployment import Deployment, DeploymentConfig
+from antefix_console.verify.models import Subject
+from antefix_prefill.worker.rank_processes import RankProcesses
+from benchmarks import run_record
+from benchmarks.card_restore import Bench
+from benchmarks.drawn_flash import draw_share, draw_with_exchanges, timed_exchanges
+from benchmarks.ttft import direct_read_rate
+
+TINY = Path(__file__).parents[1] / "models" / "antefix-tiny"
+BATCHES = (1, 32, 128)
+CONTEXTS = (16384, 65536, 262144)
+
+
+class Found:
+    """What a step has found so far, in a file of its own."""
+
+    def __init__(self, args: argparse.Namespace, step: str) -> None:
+        self._file = args.out / f"ranks_on_cards.{step}.json"
+        self.values: dict[str, Any] = {"step": step, "ranks": args.tensor_parallel_size, "toy": args.toy}
+        self.values["device"] = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+        args.out.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, row: Any, *, to_list: bool = False) -> None:
+        if to_list:
+            self.values.setdefault(name, []).append(row)
+        else:
+            self.values[name] = row
+        print(f"{time.strftime('%H:%M:%S')} {name}", json.dumps(row), flush=True)
+        run_record.write(self._file, self.values, "torch")
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def ceilings(args: argparse.Namespace) -> dict[str, float]:
+    """Of a CPU none are measured: a toy's floors mean nothing."""
+    if args.device != "cuda":
+        return {"copy_bytes_per_s": 1e10, "bf16_flops_per_s": 1e11}
+    from benchmarks.kernels import ceilings as of_card
+
+    return of_card()
+
+
+class Share:
+    """What one card must read and compute, by its share of the weights."""
+
+    def __init__(self, model: Model, size: int, top: dict[str, float]) -> None:
+        config = model.config
+        sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
+        self._top = top
+        self._num_experts, self._num_picked = config.num_experts, config.num_experts_per_token
+        self.num_bytes = sum(sizes.values())
+        stacks = sum(nbytes for name, nbytes in sizes.items() if ".mlp.experts." in name)
+        self._own_experts = config.num_experts // size if config.num_experts % size == 0 else config.num_experts
+        self._expert = stacks / self._own_experts
+        self._dense = self.num_bytes - stacks - sizes["model.embed_tokens.weight"]
+        dense = 0
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                dense += module.codes.numel()
+            elif isinstance(module, nn.Linear):
+                dense += module.weight.numel()
+        # Of a token's picks a card has its part; a byte of FP4 codes is two numbers, and 16 of 17 bytes are codes.
+        self._active = dense + self._num_picked * self._own_experts / self._num_experts * self._expert * 32 / 17
+
+    def floor_s(self, num_tokens: int) -> float:
+        """Of one forward pass over so many tokens."""
+        picked = self._own_experts * (1 - (1 - self._num_picked / self._num_experts) ** num_tokens)
+        read = (self._dense + picked * self._expert) / self._top["copy_bytes_per_s"]
+        return max(read, 2 * self._active * num_tokens / self._top["bf16_flops_per_s"])
+
+
+def verify(args: argparse.Namespace, found: Found) -> None:
+    size = 1
+    while size <= args.tensor_parallel_size:
+        command = [sys.executable, "-m", "antefix_console", "verify", "--json", "--seed", "7", "--drawn", "1"]
+        command += ["--device", args.device, "--tensor-parallel-size", str(size), "--plans", *args.plans]
+        started = time.perf_counter()
+        try:
+            ran = subprocess.run(command, stdout=subprocess.PIPE, timeout=args.limit_s, check=False)
+        except subprocess.TimeoutExpired:
+            found.add("verify", {"ranks": size, "status": f"not done in {args.limit_s:.0f} s"}, to_list=True)
+        else:
+            lines = ran.stdout.splitlines()
+            report = json.loads(lines[-1]) if lines else {}
+            row = {"ranks": size, "status": ran.returncode, "seconds": time.perf_counter() - started, "report": report}
+            found.add("verify", row, to_list=True)
+        size *= 2
+
+
+def start(args: argparse.Namespace, found: Found) -> tuple[RankProcesses, Model]:
+    ranks = RankProcesses(args.tensor_parallel_size, device=args.device, threads=args.threads)
+    started = time.perf_counter()
+    hidden = 128 if args.toy else 4096
+    settings = {"num_layers": args.layers, "toy": args.toy, "dtype": torch.bfloat16 if not args.toy else torch.float32}
+    model = ranks.load(draw_with_exchanges, hidden=hidden, **settings)
+    synchronize(args.device)
+    found.add("exchanges", list(timed_exchanges))
+    found.add("draw_s", time.perf_counter() - started)
+    return ranks, model
+
+
+def memory(args: argparse.Namespace) -> float:
+    """GiB that this rank's card holds now."""
+    return torch.cuda.memory_allocated() / 2**30 if args.device == "cuda" else 0.0
+
+
+def timed(model: Model, call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds, and of them the share in exchanges, which is 0 where this call was not sampled."""
+    meter = model.ranks.time if model.ranks is not None else None
+    before = (meter.exchange_s, meter.call_s) if meter else (0.0, 0.0)
+    synchronize(model.device.type)
+    started = time.perf_counter()
+    call()
+    synchronize(model.device.type)
+    seconds = time.perf_counter() - started
+    if meter is None:
+        return seconds, 0.0
+    meter.settle()
+    spent = meter.call_s - before[1]
+    return seconds, (meter.exchange_s - before[0]) / spent if spent else 0.0
+
+
+def measure_model(args: argparse.Namespace, found: Found) -> None:
+    top = ceilings(args)
+    found.add("ceilings", top)
+    ranks, model = start(args, found)
+    if model.ranks is not None:
+        model.ranks.time.sampled = 1
+    share = Share(model, args.tensor_parallel_size, top)
+    found.add("weights", {"share_gib": share.num_bytes / 2**30, "card_gib": memory(args)})
+    size, chunk = model.layout.geometry.block_size, args.chunk
+    longest = max(args.contexts)
+    num_blocks = longest // size + chunk // size + 2 * max(BATCHES) + 8
+    pool, ops = make_backend("auto", model.layout, num_blocks, model.device, lead=model.lead)
+    found.add("pool", {"blocks": num_blocks, "card_gib": memory(args)})
+    prefix = pool.allocate(longest // size)
+    random = np.random.default_rng(0)
+
+    def sequence(position: int, blocks: list[int]) -> Sequence:
+        return Sequence(prefix[: position // size] + blocks, WindowState.zeros(model.layout, position, model.device))
+
+    def draw(count: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+        return random.integers(0, model.config.vocab_size, count).astype(np.uint32)
+
+    for batch in args.batches:
+        held = [pool.allocate(2) for _ in range(batch)]
+        running = [sequence(args.context, blocks) for blocks in held]
+
+        def run(running: list[Sequence] = running) -> object:
+            return forward(model, pool, [(each, draw(1)) for each in running], ops=ops)
+
+        runs = [timed(model, run) for _ in range(args.repeats + 2)][2:]
+        step = statistics.median(seconds for seconds, _ in runs)
+        floor = share.floor_s(batch)
+        row = {"sequences": batch, "context": args.context, "step_s": step, "tokens_per_s": batch / step}
+        row |= {"floor_s": floor, "over": step / floor, "exchange_share": statistics.median(part for _, part in runs)}
+        found.add("decode", row, to_list=True)
+        del running, run
+        for blocks in held:
+            pool.release(blocks)
+    blocks = pool.allocate(chunk // size)
+    for context in args.contexts:
+        runs = []
+        for _ in range(args.repeats + 1):
+            one = sequence(context - chunk, blocks) if context == longest else sequence(context, blocks)
+            runs.append(timed(model, lambda one=one: forward(model, pool, [(one, draw(chunk))], ops=ops)))
+        step = statistics.median(seconds for seconds, _ in runs[1:])
+        floor = share.floor_s(chunk)
+        row = {"context": context, "chunk": chunk, "chunk_s": step, "tokens_per_s": chunk / step, "floor_s": floor}
+        row |= {"over": step / floor, "exchange_share": statistics.median(part for _, part in runs[1:])}
+        found.add("prefill", row, to_list=True)
+    found.add("peak_card_gib", torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else 0.0)
+    ranks.close()
+
+
+async def measure_restore(args: argparse.Namespace, found: Found) -> None:
+    top = ceilings(args)
+    ranks, model = start(args, found)
+    share = Share(model, args.tensor_parallel_size, top)
+    identity = ModelIdentity(
+        path=Path("random"), geometry=model.config.geometry, weights_revision=f"drawn-{args.layers}",
+        tokenizer_revision="", vocab_size=model.config.vocab_size, max_tokens=model.config.max_position_embeddings,
+    )  # fmt: skip
+    subject = Subject(name="flash", identity=identity, model=model)
+    with tempfile.TemporaryDirectory(prefix="antefix-ranks-", dir=args.data_dir) as scratch:
+        directory = Path(scratch)
+        (directory / "logs").mkdir()
+        deployment = Deployment(DeploymentConfig(model=directory, data_dir=directory))
+        try:
+            process = await deployment.start_role("kvstore", ["--dir", str(deployment.config.store_dir)])
+            store = LocalStore(deployment.config.store_dir, process.address)
+            disk = direct_read_rate(deployment.config.store_dir)
+            found.add("disk_gb_per_s", disk / 1e9)
+            bench = Bench(subject, store, deployment.config.store_dir, args)
+            # Compiles what is compiled.
+            warm = await bench.compute_only(bench.tokens(2 * args.chunk + 100), reproducible=False)
+            found.add("warm_s", warm)
+            for length in args.lengths:
+                document = bench.tokens(length)
+                cold = await bench.cold(document)
+                row: dict[str, Any] = {"tokens": length, "cold": cold}
+                row["cold_floor_s"] = share.floor_s(args.chunk) * length / args.chunk
+                row["prefill_tokens_per_s"] = length / cold["until_logits_s"]
+                found.add(f"cold {length}", row)
+                disk_hit = await bench.restored(document, PlanKind.CHECKPOINT)
+                row["from_disk"] = disk_hit
+                row["from_disk_floor_s"] = disk_hit["bytes_read"] / disk + share.floor_s(100)
+                row["times"] = cold["until_logits_s"] / disk_hit["until_logits_s"]
+                found.add("restore", row, to_list=True)
+            bench.compute.close()
+            await store.close()
+        finally:
+            await deployment.stop()
+    if model.ranks is not None:
+        found.add("exchange_share", model.ranks.time.share)
+    ranks.close()
+
+
+async def measure_services(args: argparse.Namespace, found: Found) -> None:
+    from benchmarks.weights_on_card import write
+
+    with tempfile.TemporaryDirectory(prefix="antefix-ranks-", dir=args.data_dir) as scratch:
+        directory = Path(scratch) / "model"
+        directory.mkdir()
+        dtype = torch.float32 if args.toy else torch.bfloat16
+        settings: dict[str, Any] = {"num_layers": args.service_layers, "toy": args.toy, "dtype": dtype}
+        drawn = draw_share(ranks=None, device=args.device, **settings)
+        nbytes = write(drawn, directory, toy=args.toy)
+        del drawn
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+        for name in ("antefix_tokenizer.json", "tokenizer.json"):
+            if (TINY / name).is_file():
+                shutil.copy(TINY / name, directory / name)
+        found.add("directory_gb", nbytes / 1e9)
+        size = args.tensor_parallel_size
+        shared: dict[str, Any] = {"model": directory, "device": args.device, "tensor_parallel_size": size}
+        shared |= {"dtype": "float32" if args.toy else "bfloat16", "reproducible": args.device == "cuda"}
+        prompt = np.random.default_rng(5).integers(3, 60, args.service_tokens).astype(np.uint32)
+        longer = np.concatenate((prompt, prompt[:200]))
+        # 1. Decode over all ranks too. Its arithmetic is what the other start reads by.
+        where = DeploymentConfig(data_dir=Path(scratch) / "one", **shared)
+        async with Deployment(where) as deployment:
+            arithmetic = (await deployment.router.status()).arithmetic
+            found.add("arithmetic", arithmetic)
+            for tokens, what in ((prompt, "cold"), (longer, "hit")):
+                row = await _ask(deployment, tokens, f"prefill {size}, decode {size}, {what}")
+                found.add("services", row, to_list=True)
+        # 2. Decode over one rank, over what is stored: a hit from disk. On cards it stores nothing.
+        decode = ("--tensor-parallel-size", "1", "--arithmetic", arithmetic)
+        where = DeploymentConfig(data_dir=Path(scratch) / "one", extra_flags={"decode": decode}, **shared)
+        async with Deployment(where) as deployment:
+            row = await _ask(deployment, longer, f"prefill {size}, decode 1, hit from disk")
+            found.add("services", row, to_list=True)
+        # 3. What a deployment with an empty store answers, decoding over one rank.
+        where = DeploymentConfig(data_dir=Path(scratch) / "two", extra_flags={"decode": decode}, **shared)
+        async with Deployment(where) as deployment:
+            row = await _ask(deployment, longer, f"prefill {size}, decode 1, cold")
+            found.add("services", row, to_list=True)
+        rows = found.values["services"]
+        found.add("hit_equals_cold", rows[2]["output"] == rows[3]["output"] and rows[2]["hit_tokens"] > 0)
+
+
+async def _ask(deployment: Deployment, prompt: Any, what: str) -> dict[str, Any]:
+    output: list[int] = []
+    first_s, started = 0.0, time.perf_counter()
+    last: Any = None
+    async for message in deployment.router.generate(prompt, Sampling(max_tokens=16, ignore_eos=True)):
+        first_s = first_s or time.perf_counter() - started
+        output += [int(token) for token in message.tokens]
+        last = message
+    usage = last.usage
+    return {"what": what, "prompt_tokens": len(prompt), "first_s": first_s, "output": output,
+            "hit_tokens": usage.cache_hit_tokens, "plan": usage.restore_plan}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", nargs="+", default=["verify", "model", "restore", "services"])
+    parser.add_argument("--tensor-parallel-size", type=int, default=2, metavar="N")
+    parser.add_argument("--layers", type=int, default=43)
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--context", type=int, default=8192, help="tokens behind which decode steps run")
+    parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="behind which chunks run")
+    parser.add_argument("--chunk", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 262144])
+    parser.add_argument("--plans", nargs="*", default=["flash", "pro"], help="of `antefix verify`")
+    parser.add_argument("--limit-s", type=float, default=280.0, help="for each run of `antefix verify`")
+    parser.add_argument("--service-layers", type=int, default=4)
+    parser.add_argument("--service-tokens", type=int, default=16384)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--toy", action="store_true", help="small widths: does it run at all?")
+    parser.add_argument("--data-dir", help="where scratch files go (default: a temporary directory)")
+    parser.add_argument("--out", type=Path, default=Path(os.curdir))
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    for step in args.steps:
+        found = Found(args, step)
+        if step == "verify":
+            verify(args, found)
+        elif step == "model":
+            measure_model(args, found)
+        elif step == "restore":
+            asyncio.run(measure_restore(args, found))
+        elif step == "services":
+            asyncio.run(measure_services(args, found))
+        else:
+            parser.error(f"no step is called {step}")
+
+
+if __name__ == "__main__":
+    main()

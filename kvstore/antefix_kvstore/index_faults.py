@@ -1,0 +1,60 @@
+"""What may happen to an open store's files, told before LMDB trips over it: a map of a file that was cut ends us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import lmdb
+
+from antefix.errors import BlockCorrupt, Unavailable
+from antefix.store_files.index import DATA_FILE
+from antefix.store_files.index_pages import PageFile
+from antefix.store_files.record_format import INDEX_DIR, SEGMENT_DIR, STORE_FILE
+from antefix_kvstore.disk_reserve import is_full
+from antefix_kvstore.recovery import OpenStore
+
+# LMDB's ways to say that it has no room of some kind, which is no damage.
+_LIMITS: Final = (lmdb.MapFullError, lmdb.ReadersFullError, lmdb.TxnFullError, lmdb.MemoryError)
+
+
+class IndexDamaged(Unavailable):
+    """The store's index is damaged and being made again. The caller goes on without the store."""
+
+
+def fault_of(store: OpenStore) -> str:
+    """What is wrong with the files as they lie there now; empty: nothing that shows from outside."""
+    if not store.lock.is_of_the_present:
+        return "its directory is gone or was replaced"
+    if store.index.replaced:
+        return "its index is gone or was replaced"
+    if not (store.directory / SEGMENT_DIR).is_dir():
+        return "its segments are gone"
+    if not (store.directory / STORE_FILE).exists():
+        return "its STORE file is gone"
+    return _fault_of_index(store.directory / INDEX_DIR / DATA_FILE)
+
+
+def _fault_of_index(path: Path) -> str:
+    try:
+        file = PageFile(path)
+    except Unavailable:
+        return "its index was overwritten or cut"
+    try:
+        return "" if file.is_whole else "its index was cut"
+    finally:
+        file.close()
+
+
+@contextmanager
+def told(directory: Path, tell: Callable[[str], object]) -> Iterator[None]:
+    """What LMDB, or an entry of the index, says of damage becomes IndexDamaged, and `tell` hears of it."""
+    try:
+        yield
+    except (lmdb.Error, BlockCorrupt, FileNotFoundError) as err:
+        if isinstance(err, _LIMITS) or (isinstance(err, lmdb.Error | OSError) and is_full(err, directory)):
+            raise
+        tell(str(err))
+        raise IndexDamaged(f"the store's index is damaged and being made again: {err}") from err
