@@ -77,8 +77,9 @@ test-environments: setup
 # All readers of outside bytes, each for SECONDS; what it finds stays in .fuzz, where the next run goes on. Five hours.
 SECONDS ?= 600
 fuzz: setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris==3.0.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris==3.0.0 schemathesis==4.32.5
 	$(BIN)/python -m tests.fuzz.run $(TARGETS) --seconds $(SECONDS)
+	$(BIN)/python -m tests.fuzz.http_door --seconds $(SECONDS)
 
 # vLLM itself over Antefix's store, in an environment of its own: 3.5 GB in .engines/ and a quarter of an hour, on a
 # processor with AVX2; and SGLang's and LMCache's own classes, in another one of 0.6 GB.

@@ -89,5 +89,16 @@ class BlockCorrupt(AntefixError):
     """A checksum or header is wrong. The block is quarantined; the caller recomputes."""
 
 
+class BlockUnusable(BlockCorrupt):
+    """The bytes are the ones that were written, but stand for no numbers (NaN, infinity) or far too large ones.
+
+    The block is quarantined; the caller recomputes.
+    """
+
+
+class NotFinite(Unavailable):
+    """A model computed what is no number. Nothing of it is stored or sent; the caller tries another replica."""
+
+
 class ModelError(InvalidRequest):
     """A model directory cannot be used: the message names the file or tensor and what was expected."""

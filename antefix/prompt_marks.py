@@ -41,6 +41,14 @@ def marks_of(hashes: Sequence[bytes]) -> str:
     return f"{len(hashes)}:" + "".join(_short(hashes[place - 1]) for place in places(len(hashes)))
 
 
+def mark_at(marks: str, num_blocks: int) -> str:
+    """The mark after so many blocks: what the hash there begins with. Empty where there is none, or no marks."""
+    try:
+        return _read(marks).get(num_blocks, "")
+    except InvalidRequest:
+        return ""
+
+
 def block_size_of(marks: str, num_tokens: int) -> int:
     """What the blocks' size must be, of a prompt of so many tokens; 0: it has no marks, or no size fits.
 

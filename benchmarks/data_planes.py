@@ -37,6 +37,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,20 +224,19 @@ def flight_read(port: int, credentials: Path | None) -> Callable[[], object]:
 
 
 class Readers:
-    """So many clients of a store, each with an event loop in a thread of its own, that restore all bytes at once."""
+    """Clients of a store, each with an event loop in a thread of its own, that restore all bytes at once."""
 
-    def __init__(
-        self, address: str, credentials: Path | None, names: Any, fingerprint: bytes, payloads: Any, num: int
-    ) -> None:
-        self._names, self._fingerprint, self._payloads = names, fingerprint, payloads
-        self._into = [np.zeros_like(payloads) for _ in range(num)]
-        self._loops = [asyncio.new_event_loop() for _ in range(num)]
+    def __init__(self, address: str, credentials: Path | None, names: Any, fingerprint: bytes, into: Any) -> None:
+        """into: where each of them restores to."""
+        self._names, self._fingerprint, self._into = names, fingerprint, into
+        self._loops = [asyncio.new_event_loop() for _ in into]
         for loop in self._loops:
             threading.Thread(target=loop.run_forever, daemon=True).start()
-        self._stores = [open_store(address, credentials) for _ in range(num)]
+        self._stores = [open_store(address, credentials) for _ in into]
 
-    def restore(self) -> None:
-        readers = zip(self._stores, self._into, self._loops, strict=True)
+    def restore(self, num: int) -> None:
+        """By the first ones."""
+        readers = list(zip(self._stores, self._into, self._loops, strict=True))[:num]
         for done in [asyncio.run_coroutine_threadsafe(self._one(store, into), loop) for store, into, loop in readers]:
             done.result()
 
@@ -244,9 +244,9 @@ class Readers:
         views = [row.data for row in into]
         assert await store.get_blocks(self._names.hashes, views, fingerprint=self._fingerprint) == len(into)
 
-    def check(self) -> None:
-        for into in self._into:
-            assert np.array_equal(into, self._payloads)
+    def check(self, num: int, payloads: Any) -> None:
+        for into in self._into[:num]:
+            assert np.array_equal(into, payloads)
             into[:] = 0
 
 
@@ -261,6 +261,7 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         plain = directory / "payloads"
         plain.write_bytes(payloads.tobytes())
         credentials = make_credentials(directory)
+        into = [np.zeros_like(payloads) for _ in range(max(args.readers))]
         ways: dict[str, Way] = {}
         for suffix, own, callers in (("", None, None), ("_tls", credentials["kvstore"], credentials["prefill"])):
             shown = [] if own is None else [str(own)]
@@ -282,9 +283,10 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
             line, pid = stack.enter_context(served("-m", "antefix_console", "serve", "kvstore", *flags))
             address = json.loads(line)["address"]
             asyncio.run(_put(address, callers, made))
+            readers = Readers(address, callers, names, made[0].fingerprint, into)
             for num in args.readers:
-                readers = Readers(address, callers, names, made[0].fingerprint, payloads, num)
-                ways[f"restore_{num}{suffix}"] = Way(pid, num * end, readers.restore, readers.check)
+                restore, check = partial(readers.restore, num), partial(readers.check, num, payloads)
+                ways[f"restore_{num}{suffix}"] = Way(pid, num * end, restore, check)
         ways = {name: way for name, way in ways.items() if not args.only or name in args.only}
         found = in_turn(ways, args.repeats, console)
     shape = {"mib": payloads.nbytes / MIB, "repeats": args.repeats}

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import os
+import ssl
 import statistics
 import sys
 import tempfile
@@ -27,7 +28,9 @@ from antefix import rpc
 from antefix.model_dir import identify
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
-from antefix.secret import create_secret_file
+from antefix.secret import Keyring, create_secret_file
+from antefix.security.identity import Role
+from antefix.security.process_security import OPEN, open_security
 from antefix.store.open_store import StoreAddress, open_store
 from antefix.tokenizer import load_tokenizer
 from antefix.v1 import router_pb2, router_pb2_grpc
@@ -63,9 +66,10 @@ class InstantWorkers:
         sample.finish_reason = "length"
 
 
-async def serve(model: Path, directory: Path) -> None:
-    """The router under test, until stdin closes."""
+async def serve(model: Path, directory: Path, credentials: str = "") -> None:
+    """The router under test, until stdin closes.  credentials: with TLS, from this directory."""
     config = RouterConfig(
+        credentials=credentials,
         model=str(model),
         secret_file=str(create_secret_file(directory / "secret")),
         store_address="127.0.0.1:9",
@@ -76,13 +80,15 @@ async def serve(model: Path, directory: Path) -> None:
     store = open_store(StoreAddress(address=config.store_address, directory=""))
     router = Router(identify(model), load_tokenizer(model), store, config)
     servicer = RouterServicer(router)
-    router.front._generator = InstantWorkers()  # type: ignore[assignment]
+    router.front._run = InstantWorkers().run
     server = await rpc.start_server(
         config.address,
         lambda s: router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, s),
         [router_pb2.DESCRIPTOR],
     )
-    http = await start_http(router.front, config)
+    keyring = Keyring.from_file(config.secret_file)
+    security = open_security(Role.ROUTER, credentials, keyring=keyring) if credentials else OPEN
+    http = await start_http(router.front, config, security)
     sys.stdout.write(json.dumps({"grpc": server.address, "http": http.address}) + "\n")
     sys.stdout.flush()
     await asyncio.to_thread(sys.stdin.read)
@@ -156,17 +162,22 @@ class HttpClient:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
         self.reader = reader
         self.writer = writer
-        self._request = request
+        self.request = request
 
     @classmethod
-    async def connect(cls, address: str, body: dict[str, object]) -> HttpClient:
+    async def connect(cls, address: str, body: dict[str, object], tls: ssl.SSLContext | None = None) -> HttpClient:
         host, port = address.split(":")
         data = json.dumps(body).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {address}\r\ncontent-length: {len(data)}\r\n\r\n"
-        return cls(*await asyncio.open_connection(host, int(port)), head.encode() + data)
+        streams = await asyncio.open_connection(host, int(port), ssl=tls)
+        return cls(*streams, head.encode() + data)
+
+    async def close(self) -> None:
+        self.writer.close()
+        await self.writer.wait_closed()
 
     async def ask(self) -> None:
-        self.writer.write(self._request)
+        self.writer.write(self.request)
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode().lower()
         assert head.startswith("http/1.1 200"), head
         if "content-length:" in head:
@@ -191,9 +202,10 @@ async def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(__file__).parents[1] / "models" / "antefix-tiny")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--credentials", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve is not None:
-        await serve(args.model, args.serve)
+        await serve(args.model, args.serve, args.credentials)
         return
     with tempfile.TemporaryDirectory() as scratch:
         process = await asyncio.create_subprocess_exec(

@@ -35,6 +35,7 @@ from antefix.store_files import codec
 from antefix_console.commands.bench import add_store_arguments
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
+from benchmarks import store_clients
 from benchmarks.store_limits import DIRECT_READERS, WARM_READERS, direct_read, drop_cache, raw_write, seconds, warm_read
 from benchmarks.store_payloads import blocks, layout_of
 from benchmarks.store_peers import MODULES, PEERS
@@ -321,6 +322,9 @@ def measure(
     found.values |= remote.rates
     out = report(found.values) | {"coded_ratio": coded_ratio}
     out |= {f"{name}_cpu_us_per_mib": statistics.median(used) for name, used in remote.cpu_us.items()}
+    tell("many clients at once")
+    clients = store_clients.measure(1.0, args.repeats, directory, tell)
+    out |= {f"clients_{name}": value for name, value in (clients.pop("ratios") | clients).items()}
     tell(f"a store of {'a million' if args.long else '50,000'} small blocks")
     out |= scale_figures(directory, num_blocks=1_000_000 if args.long else 50_000)
     if args.long:

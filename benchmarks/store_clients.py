@@ -198,13 +198,14 @@ def ratios(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
     return found
 
 
-def measure(seconds: float, repeats: int, directory: Path | None, console: Console) -> dict[str, Any]:
+def measure(seconds: float, repeats: int, directory: Path | None, tell: Callable[[str], object]) -> dict[str, Any]:
+    """Medians of each figure, and `ratios`.  directory: where to write about 6 GB; None: where temporary files go."""
     with tempfile.TemporaryDirectory(prefix="antefix-bench-", dir=directory) as name, served(Path(name)) as address:
         clients = Clients(address, max(NUM_CLIENTS))
         rounds = []
         for number in range(repeats):
             rounds.append(one_round(clients, seconds))
-            console.print(f"[dim]clients: round {number + 1} of {repeats}[/dim]")
+            tell(f"clients: round {number + 1} of {repeats}")
         clients.end()
     medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
     return {"seconds": seconds, "repeats": repeats, **medians, "ratios": ratios(rounds)}
@@ -223,7 +224,7 @@ def main() -> None:
     if args.client:
         asyncio.run(serve_client(args.client, args.number))
         return
-    report = measure(args.seconds, args.repeats, args.dir, Console(stderr=True))
+    report = measure(args.seconds, args.repeats, args.dir, Console(stderr=True).print)
     print(json.dumps(report, indent=2))
     if args.json:
         write(args.json, report, "grpcio")

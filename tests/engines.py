@@ -31,6 +31,7 @@ class MemoryStore:
         self.records = {}
         self.broken = set()
         self.puts = []
+        self.rejected = []
         self.pins = []
         self.fates = {}
 
@@ -70,6 +71,11 @@ class MemoryStore:
             self.records[record.kind, record.hash] = bytes(record.payload)
             self.puts.append((record.kind, record.position))
         return PutResult(num_stored=len(records), num_existing=0)
+
+    async def reject(self, kind, hashes):
+        for block_hash in hashes:
+            self.records.pop((kind, block_hash), None)
+            self.rejected.append((kind, block_hash))
 
     async def register(self, fingerprint, layout, *, statement=b""):
         pass

@@ -25,6 +25,11 @@ class HostRows:
         self._is_card = rows.device.type == "cuda"
         self._host = torch.empty(rows.shape, dtype=torch.uint8, pin_memory=self._is_card)
 
+    @property
+    def memory(self) -> Tensor:
+        """All host rows, [num_blocks, block_bytes] uint8."""
+        return self._host
+
     def landing(self, block_ids: Iterable[int]) -> list[memoryview]:
         """Memory for the blocks' payloads; what it holds before it is filled means nothing."""
         return [self._host[block_id].numpy().data for block_id in block_ids]

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from antefix.errors import InternalError, Overloaded
 from antefix.layout import BlockLayout, KVFormat, Part, PartKind
+from antefix.model.finite import unusable_rows
 from antefix.model.host_rows import HostRows
 from antefix.model.quant import pack, unpack, value_dtype, width_of
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Payload bytes decoded at once: large enough to hide the calls, small enough for a core's caches.
 _DECODE_BYTES = 256 << 10
+# Looked at in one call per field; of V4's blocks 4 MiB.
+_CHECKED_BLOCKS = 8
 
 
 class BlockPool:
@@ -91,6 +94,21 @@ class BlockPool:
     def payloads(self, block_ids: Iterable[int]) -> list[memoryview]:
         """The blocks' payloads in host memory, until the blocks are written again."""
         return self._views(block_ids) if self._host is None else self._host.fetch(block_ids)
+
+    def unusable(self, block_ids: Iterable[int]) -> list[int]:
+        """Which of the blocks hold values that no computation may meet (`finite.py`), in the order given.
+
+        Of blocks whose payloads have landed, before `note_filled`, or were given by `payloads`.
+        """
+        ids = list(block_ids)
+        rows = (self.rows if self._host is None else self._host.memory).numpy()
+        bad: list[int] = []
+        for first in range(0, len(ids), _CHECKED_BLOCKS):
+            part = ids[first : first + _CHECKED_BLOCKS]
+            neighbours = part == list(range(part[0], part[0] + len(part)))
+            found = unusable_rows(rows[part[0] : part[0] + len(part)] if neighbours else rows[part], self.layout)
+            bad += [part[number] for number in np.flatnonzero(found)]
+        return bad
 
     def note_filled(self, block_ids: Iterable[int]) -> None:
         """Payloads have landed: move them to where the rows are, on every rank, and decode them anew."""

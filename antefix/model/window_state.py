@@ -24,9 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from antefix.errors import BlockCorrupt, InternalError
+from antefix.errors import BlockCorrupt, BlockUnusable, InternalError
 from antefix.layout import BlockLayout, LayerKind
 from antefix.model.attend import advance_ring
+from antefix.model.finite import MAGNITUDE_MAX, is_usable
 from antefix.model.quant import entry_bytes, pack_entries, unpack_entries, value_dtype
 
 _FIRST_BYTES = 8
@@ -172,7 +173,8 @@ class WindowState:
     ) -> WindowState:
         """The state that `to_bytes` wrote at `position`.
 
-        Raises:  BlockCorrupt: not as many bytes as a state at this position has, with or without a draft state.
+        Raises:  BlockCorrupt: not as many bytes as a state at this position has, with or without a draft state, or
+            BlockUnusable: values that no computation may meet.
         """
         state = cls(layout, position, device)
         nbytes = state_bytes(layout, position)
@@ -191,7 +193,20 @@ class WindowState:
             offset += nbytes
         if offset < len(raw):
             state.draft = DraftState.from_bytes(layout, position, raw[offset:])
+        if not state.is_usable:
+            raise BlockUnusable(f"window state at position {position} holds what are no numbers, or too large ones")
         return state
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it holds nothing but numbers that may be computed with."""
+        draft = () if self.draft is None else (self.draft.ring, self.draft.streams)
+        floats = tuple(self._float_pieces())
+        # Of each two: values and gates. A group that was never seen has gates of minus infinity.
+        values, gates = [piece[0] for piece in floats], [piece[1] for piece in floats]
+        return all(is_usable(part) for part in (self.window, *values, *draft)) and all(
+            is_usable(part.clamp(min=-MAGNITUDE_MAX)) for part in gates
+        )
 
     def _float_pieces(self) -> Iterator[Tensor]:
         """Views of overlap states and live tail rows, in byte order."""

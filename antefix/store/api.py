@@ -50,6 +50,11 @@ class Store(Protocol):
         A block whose parent is not stored is refused: the store stays prefix-closed.
         """
 
+    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        """Take it from the caller that these records, read right, hold what must not be used: they are misses until
+        they are put again. Never raises: a store that cannot be told would give them again, to be rejected again.
+        """
+
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell the store how a fingerprint's payloads are laid out, so that it can compress them.
 

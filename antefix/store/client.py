@@ -262,6 +262,12 @@ class RemoteStore:
             impossible_write=answer.impossible_write,
         )
 
+    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        for unusable in hashes:
+            log.warning("a %s in the store holds what is no number: %s", kind.name.lower(), unusable.hex())
+        if hashes and kind not in MEMORY_KINDS:
+            await self._tell(kvstore_pb2.TouchRequest(unusable=[_name((kind, name)) for name in hashes]))
+
     async def tell_forged(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
         """Have the store quarantine records that have no right seal: it cannot tell by itself, and would keep them.
 
@@ -269,11 +275,12 @@ class RemoteStore:
         """
         for forged in hashes:
             log.warning("a %s in the store was not sealed by this deployment: %s", kind.name.lower(), forged.hex())
-        if not hashes or kind in MEMORY_KINDS:
-            return
+        if hashes and kind not in MEMORY_KINDS:
+            await self._tell(kvstore_pb2.TouchRequest(forged=[_name((kind, forged)) for forged in hashes]))
+
+    async def _tell(self, request: kvstore_pb2.TouchRequest) -> None:
         try:
             with self._asked():
-                request = kvstore_pb2.TouchRequest(forged=[_name((kind, forged)) for forged in hashes])
                 await self.stub.Touch(request, timeout=CALL_DEADLINE_S)
         except AntefixError as err:
             log.warning("the store could not be told: %s", err)
@@ -482,6 +489,9 @@ class LocalStore:
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         return await self.remote.put(records)
+
+    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        await self.remote.reject(kind, hashes)
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         await self.remote.register(fingerprint, layout, statement=statement)

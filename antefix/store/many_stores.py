@@ -224,6 +224,15 @@ class ManyStores:
         await asyncio.gather(*pins)
         return union_of(found.values(), len(chain)).num_leading
 
+    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        """All of them: who gave it is not known here, and a copy of it is as bad."""
+
+        async def tell(member: Member) -> int:
+            await member.store.reject(kind, hashes)
+            return 0
+
+        await self.members.of_all(tell)
+
     async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
         """From all of them. Returns how many records went."""
         return sum(await self.members.of_all(lambda member: member.store.evict(names, owner=owner)))

@@ -222,12 +222,16 @@ def _v2_fields(record: Record) -> dict[str, Any]:
 
 
 class RecordAssembler:
-    """Puts the pieces of a put together again; holds one record at a time."""
+    """Puts the pieces of a put together again; holds one record at a time.
+
+    A record that comes in one piece, as blocks do, is not copied: its payload is a part of the message.
+    """
 
     def __init__(self, record_bytes_max: int) -> None:
         self._record_bytes_max = record_bytes_max
         self._header: kvstore_pb2.RecordHeader | None = None
-        self._payload = bytearray()
+        self._payload: bytearray | memoryview = bytearray()
+        self._payload_bytes = 0
         self._filled = 0
 
     def add(self, piece: Piece[kvstore_pb2.PutRequest]) -> Record | None:
@@ -242,24 +246,28 @@ class RecordAssembler:
             raise InvalidRequest("a put must begin with a record's header")
         if data.nbytes > PIECE_BYTES or message.offset != self._filled:
             raise InvalidRequest(f"expected a piece of at most {PIECE_BYTES} bytes at offset {self._filled}")
-        if self._filled + data.nbytes > len(self._payload):
-            raise InvalidRequest(f"more bytes than the {len(self._payload)} announced")
+        if self._filled + data.nbytes > self._payload_bytes:
+            raise InvalidRequest(f"more bytes than the {self._payload_bytes} announced")
         if piece_checksum(data) != message.checksum:
             raise BlockCorrupt("a piece was damaged on its way to the store")
-        self._payload[self._filled : self._filled + data.nbytes] = data
+        if data.nbytes == self._payload_bytes and _is_most_of_its_message(data):
+            self._payload = data
+        else:
+            self._payload = self._payload or bytearray(self._payload_bytes)
+            self._payload[self._filled : self._filled + data.nbytes] = data
         self._filled += data.nbytes
-        return self._finish() if self._filled == len(self._payload) else None
+        return self._finish() if self._filled == self._payload_bytes else None
 
     def end(self) -> None:
         """Raises:  InvalidRequest: the stream ended inside a record."""
         if self._header is not None:
-            raise InvalidRequest(f"the put ended after {self._filled} of {len(self._payload)} bytes")
+            raise InvalidRequest(f"the put ended after {self._filled} of {self._payload_bytes} bytes")
 
     def _begin(self, header: kvstore_pb2.RecordHeader) -> None:
         self.end()
         if not 0 < header.payload_bytes <= self._record_bytes_max:
             raise InvalidRequest(f"a payload must have 1 to {self._record_bytes_max} bytes, has {header.payload_bytes}")
-        self._header, self._payload, self._filled = header, bytearray(header.payload_bytes), 0
+        self._header, self._payload_bytes, self._filled = header, header.payload_bytes, 0
 
     def _finish(self) -> Record:
         header, payload = self._header, self._payload
@@ -289,6 +297,12 @@ class RecordAssembler:
             salt=header.salt,
             mac=header.mac,
         )
+
+
+def _is_most_of_its_message(data: memoryview) -> bool:
+    """Whether keeping it keeps little else: what waits to be written is bounded by the bytes of payloads."""
+    message: Any = data.obj
+    return 8 * (len(message) - data.nbytes) <= data.nbytes
 
 
 def kind_of(number: int) -> RecordKind:

@@ -163,7 +163,10 @@ class Ledger:
                 raise Unavailable(f"the ledger takes no more entries: {self._broken}")
             try:
                 self._make_room()
-            except (OSError, lmdb.Error) as err:
+            except lmdb.Error as err:
+                log.exception("the ledger's index in %s cannot take a segment over", self.directory)
+                raise Unavailable("the ledger cannot start a segment; the router's log has why") from err
+            except OSError as err:
                 raise Unavailable(f"the ledger cannot start a segment: {err}") from err
             batch = _Batch(self._tail)
             answers = [self._add(batch, item) for item in items]

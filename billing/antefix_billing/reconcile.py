@@ -1,7 +1,8 @@
 """Is the ledger whole, and is every billed hit supported by the store's own log? Reads only; trusts neither side.
 
 A hit of a record is supported when its last block was stored before the request ended, and, for tokens billed from the
-store's tier, read between the request's start and end. Tokens from a worker's memory were stored before, not read then.
+store's tier, read between the request's start and end. Tokens from a worker's memory were stored before, not read then;
+or an earlier request computed them, and the store did not take them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from antefix.errors import AntefixError
 from antefix.store_files.hit_log import StoreEventKind, read_store_log
+from antefix_billing.computed_prefixes import Computed
 from antefix_billing.ledger_files import Settled, read_entries, settled_of, source_of
 from antefix_billing.ledger_format import EntryKind
 from antefix_billing.usage_record import OpenEntry, UsageRecord
@@ -198,7 +200,14 @@ class _Evidence:
     def unsupported(self, settled: Sequence[Settled], slack_us: int) -> list[str]:
         """Event ids of records whose hit the log does not support. What a worker that is not ours says it cannot."""
         hits = [item.record for item in settled if item.record.is_proved_hit]
-        return [record.event_id for record in hits if not self._supports(record, slack_us)]
+        doubtful = [record for record in hits if not self._supports(record, slack_us)]
+        # A store that was harmed, full or down did not take what a worker computed and went on to hit in its memory.
+        computed = Computed.of([item.record for item in settled]) if doubtful else None
+        return [
+            record.event_id
+            for record in doubtful
+            if record.hit_store_tokens or computed is None or not computed.supports(record, slack_us)
+        ]
 
     def _supports(self, record: UsageRecord, slack_us: int) -> bool:
         stored_us = self.stored_us.get(record.last_hit_hash)

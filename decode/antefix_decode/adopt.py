@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from antefix.errors import AntefixError, BlockCorrupt
+from antefix.errors import AntefixError, BlockCorrupt, BlockUnusable
 from antefix.model import Sequence, WindowState
+from antefix.model.finite import are_numbers
 from antefix.record import RecordKind
 from antefix.restore_report import RestoreReport
 from antefix_prefill.handoff import Handoff
@@ -43,7 +44,12 @@ async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff |
         return None
     # The caller says which handoff is this prompt's: a mistake there must not become another prompt's answer.
     is_ours = handoff.position == prompt.num_tokens and handoff.prompt == prompt.chain.digest()
-    return handoff if is_ours and len(handoff.logits) == engine.identity.vocab_size else None
+    if not is_ours or len(handoff.logits) != engine.identity.vocab_size:
+        return None
+    if not are_numbers(handoff.logits):
+        engine.counters.note(BlockUnusable("a handoff's logits are no numbers"))
+        return None
+    return handoff
 
 
 async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | None:
@@ -85,4 +91,6 @@ async def _put_back_row(engine: Engine, block_id: int, row: bytes) -> None:
     if len(row) != len(target):
         raise BlockCorrupt(f"the handoff's unfinished block has {len(row)} bytes, a row {len(target)}")
     target[:] = row
+    if await engine.compute.run(engine.pool.unusable, [block_id]):
+        raise BlockUnusable("the handoff's unfinished block holds what are no numbers")
     await engine.compute.run(engine.pool.note_filled, [block_id])

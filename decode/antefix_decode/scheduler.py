@@ -19,22 +19,28 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from antefix.errors import AntefixError, Overloaded
+from antefix.errors import AntefixError, Overloaded, Unavailable
 from antefix.fair_turns import FairTurns
 from antefix.model import Sequence, WindowState
+from antefix.model.finite import are_numbers
 from antefix.wire import TokenLogprob
 from antefix_decode.logprobs import Logprobs
-from antefix_decode.step import keep_drafted, run_step
+from antefix_decode.step import Stepped, keep_drafted, run_step
 from antefix_decode.stopping import Stopper
 from antefix_decode.store_output import store_end, store_token
 from antefix_decode.token_choice import Sampler
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt
-from antefix_prefill.run_prompt import grow
+from antefix_prefill.run_prompt import grow, not_finite
 from antefix_prefill.worker.compute_thread import uninterrupted
 from antefix_prefill.worker.engine import Engine
 
 log = logging.getLogger("antefix.decode")
+
+
+class StepFailed(Unavailable):
+    """A step of the model failed for this sequence. It can be continued on another worker, once."""
+
 
 # Tokens a client may lag behind before its sequence pauses.
 NUM_UNREAD_MAX = 256
@@ -175,12 +181,8 @@ class Scheduler:
             return
         # 2. Run the tokens.
         items = [(r.sequence, r.next_token, self._has_room_to_draft(r)) for r in ready]
-        try:
-            steps = await engine.compute.run(run_step, engine, items)
-        except Exception as err:
-            log.exception("a decode step failed")
-            for running in ready:
-                _fail(running, AntefixError(f"the decode step failed: {err}"))
+        ready, steps = await self._run_together(ready, items)
+        if not ready:
             return
         # 3. Store what is finished, choose the next tokens, hand out what may be shown.
         for running, step in zip(ready, steps, strict=True):
@@ -196,6 +198,29 @@ class Scheduler:
         self.num_tokens += len(ready) + len(right)
         self.busy_s += time.perf_counter() - started
 
+    async def _run_together(
+        self, ready: list[Running], items: list[tuple[Sequence, int, bool]]
+    ) -> tuple[list[Running], list[Stepped]]:
+        """Those whose step has run, and their steps. If it fails for all of them, each runs alone: one fails alone."""
+        positions = [running.sequence.position for running in ready]
+        try:
+            return ready, await self._engine.compute.run(run_step, self._engine, items)
+        except Exception as err:
+            log.exception("a decode step of %d sequences failed", len(ready))
+            if len(ready) == 1:
+                _fail(ready[0], step_failed(err))
+                return [], []
+        able: list[Running] = []
+        steps: list[Stepped] = []
+        for running, item, position in zip(ready, items, positions, strict=True):
+            if running.sequence.position != position:
+                # It was moved on before another one failed: what follows its token is lost with the step.
+                _fail(running, step_failed(None))
+                continue
+            one, step = await self._run_together([running], [item])
+            able, steps = able + one, steps + step
+        return able, steps
+
     async def _finish_step(self, running: Running, logits: npt.NDArray[np.float32]) -> None:
         try:
             await self._take_token(running, logits)
@@ -204,9 +229,11 @@ class Scheduler:
         except Exception as err:
             # The loop must go on: if it ended, every sequence of this worker would wait for ever.
             log.exception("a sequence failed after its decode step")
-            _fail(running, AntefixError(f"the sequence failed after its decode step: {err}"))
+            _fail(running, step_failed(err))
 
     async def _take_token(self, running: Running, logits: npt.NDArray[np.float32]) -> None:
+        if not are_numbers(logits):
+            raise not_finite(running.sequence.position)
         await store_token(self._engine, running, running.next_token)
         token = running.sampler.choose(logits, running.sequence.position)
         running.logprobs.push(logits, token)
@@ -246,6 +273,11 @@ def _emit(running: Running, token: int, *, is_last: bool) -> None:
     if running.stopper.finish_reason:
         running.done = True
         running.unread.put_nowait(None)
+
+
+def step_failed(err: Exception | None) -> AntefixError:
+    """What the caller hears, who tries another worker: an error of ours as it is, of others' libraries only that."""
+    return err if isinstance(err, AntefixError) else StepFailed("a step of the model failed; the worker's log has it")
 
 
 def _fail(running: Running, err: AntefixError) -> None:

@@ -12,6 +12,7 @@ from antefix_prefill.leave_checkpoints import leave_checkpoint, marks_for_output
 from antefix_prefill.publish_block import publish_block
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt
+from antefix_prefill.run_prompt import not_finite
 from antefix_prefill.sealed_records import block_record
 from antefix_prefill.worker.engine import Engine
 
@@ -35,8 +36,10 @@ async def store_token(engine: Engine, output: StorableOutput, token: int) -> Non
         return
     index = position // engine.block_size - 1
     block_id = output.sequence.block_table[index]
-    publish_block(engine, output.prompt, index, block_id, tokens=np.append(before, np.uint32(token)))
     payload = (await engine.compute.run(engine.pool.payloads, [block_id]))[0]
+    if await engine.compute.run(engine.pool.unusable, [block_id]):
+        raise not_finite(position)
+    publish_block(engine, output.prompt, index, block_id, tokens=np.append(before, np.uint32(token)))
     await output.writer.put(block_record(engine, output.prompt, index, payload))
     output.boundary_window = output.sequence.window.clone()
     for mark in marks_for_output(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):

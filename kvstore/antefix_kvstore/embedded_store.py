@@ -166,6 +166,12 @@ class EmbeddedStore:
                     refused[record.hash] = Refusal(RefusalReason.TOO_LARGE, text)
         return PutResult(num_stored=stored.num_stored + num_kept, num_existing=stored.num_existing, refused=refused)
 
+    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        """Make misses of records that were read right and hold what must not be used, until they are put again."""
+        if kind in STORED_KINDS:
+            names = [(kind, block_hash) for block_hash in hashes]
+            await self._in_thread(lambda: self.engine.note_use((), (), unusable=names))
+
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell how a fingerprint's payloads are laid out: they may be compressed then, and others are refused."""
         plans = {

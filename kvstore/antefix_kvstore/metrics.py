@@ -19,7 +19,10 @@ _RECORDS = "antefix_store_records"
 _EVICTED = "antefix_store_evicted_records"
 _EVICTED_HELP = "Records that were dropped, by why: space (for others), expired, or asked (a call)."
 _CORRUPT = "antefix_store_quarantined_records"
-_CORRUPT_HELP = "Records that failed a check and are misses now: corrupt, or forged (no seal of this deployment)."
+_CORRUPT_HELP = (
+    "Records that failed a check and are misses now: corrupt, forged (no seal of this deployment) or unusable (right"
+    " bytes that hold NaN, infinity or far too large numbers)."
+)
 
 # Fields of `engine_stats.StoreStats.numbers`, which are StatsResponse's too.
 STATS: Final[Table] = {
@@ -59,6 +62,7 @@ ENGINE: Final[Table] = {
     "payload_bytes_written": Shown(
         name="antefix_store_written_payload_bytes", help="Of what puts stored, before compression."
     ),
+    "unusable": Shown(name=_CORRUPT, help=_CORRUPT_HELP, labels=(("cause", "unusable"),)),
     "heals": Shown(
         name="antefix_store_heals", help="Times that the index was made again because the store's files were harmed."
     ),

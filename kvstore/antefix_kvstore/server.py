@@ -213,12 +213,18 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.TouchRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.TouchResponse:
         used, suspects, forged = _names(request.used), _names(request.suspect), _stored_names(request.forged)
-        rows = _granted_rows() if forged else None
+        unusable = _stored_names(request.unusable)
+        rows = _granted_rows() if forged or unusable else None
+
+        def owned(names: list[RecordName]) -> list[RecordName]:
+            return names if rows is None else self.engine.owned(names, rows)
+
         await self._in_thread(
             lambda: self.engine.note_use(
                 used,
                 suspects,
-                forged=forged if rows is None else self.engine.owned(forged, rows),
+                forged=owned(forged),
+                unusable=owned(unusable),
                 hits=request.hits,
                 misses=request.misses,
                 bytes_read=request.bytes_read,

@@ -90,6 +90,8 @@ class StorageCounters:
     payload_bytes_written: int = 0
     corrupt: int = 0
     forged: int = 0
+    # Of right bytes that stand for no numbers.
+    unusable: int = 0
     refused: int = 0
     syncs: int = 0
     puts: int = 0
@@ -235,11 +237,13 @@ class StorageEngine:
         suspects: Iterable[RecordName],
         *,
         forged: Iterable[RecordName] = (),
+        unusable: Iterable[RecordName] = (),
         hits: int = 0,
         misses: int = 0,
         bytes_read: int = 0,
     ) -> None:
-        """What readers did: the last record of each path that they used, what they found broken, and what not sealed.
+        """What readers did: the last record of each path that they used, what they found broken, what not sealed, and
+        what holds no numbers.
 
         Waits for no commit unless there are suspects, so that reads do not wait for writes.
         """
@@ -255,6 +259,8 @@ class StorageEngine:
             self.quarantine(name)
         for name in forged:
             self.counters.forged += self.quarantine(name, judge=False)
+        for name in unusable:
+            self.counters.unusable += self.quarantine(name, judge=False)
 
     # --- writing -------------------------------------------------------------------------------------------------
 

@@ -50,7 +50,12 @@ def marks_for_output(engine: Engine, *, num_tokens: int, prompt_tokens: int) -> 
 async def leave_checkpoint(
     engine: Engine, prompt: Prompt, window: WindowState, mark: Mark, writer: RecordWriter
 ) -> None:
-    """Queue the window state for the tier that the mark names. `window` may move on when this returns."""
+    """Queue the window state for the tier that the mark names. `window` may move on when this returns.
+
+    What no computation may meet is not left; what made it shows in logits, which fail the request.
+    """
+    if not await engine.compute.run(lambda: window.is_usable):
+        return
     data = await engine.compute.run(window.to_bytes)
     engine.budget.add(len(data))
     await writer.put(checkpoint_record(engine, prompt, mark, data), tier=mark.tier)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.block import Chain, exactness_of
-from antefix.errors import AntefixError, BlockCorrupt
+from antefix.errors import AntefixError, BlockCorrupt, BlockUnusable
 from antefix.generation_request import Breakpoint
 from antefix.miss_reason import MissReason
 from antefix.model import Sequence, WindowState, forward, replay
@@ -236,8 +236,17 @@ async def _load_checkpoint(
             return WindowState.from_bytes(engine.layout, block * engine.block_size, data, engine.device)
         except BlockCorrupt as err:
             engine.counters.note(err)
+            report.store_errors += 1
+            await engine.store.reject(RecordKind.CHECKPOINT, [_checkpoint_name(engine, prompt, block, known.older)[0]])
     known.checkpoints.pop(block, None)
     return None
+
+
+def _checkpoint_name(engine: Engine, prompt: Prompt, block: int, older: OlderNames | None) -> tuple[bytes, bytes]:
+    """The checkpoint's name and its owner."""
+    if older is not None and block in older.checkpoints:
+        return older.hashes[block - 1], older.owner
+    return prompt.chain.hashes[block - 1], engine.keyring.owner(prompt.tenant)
 
 
 async def _read_checkpoint(
@@ -245,9 +254,7 @@ async def _read_checkpoint(
 ) -> bytes | None:
     older, tier = known.older, known.checkpoints.get(block, DISK_TIER)
     started = time.perf_counter()
-    name, owner = prompt.chain.hashes[block - 1], engine.keyring.owner(prompt.tenant)
-    if older is not None and block in older.checkpoints:
-        name, owner = older.hashes[block - 1], older.owner
+    name, owner = _checkpoint_name(engine, prompt, block, older)
     try:
         with span("read", tier=tier, what="checkpoint"):
             data = await engine.store.get(RecordKind.CHECKPOINT, name, fingerprint=engine.fingerprint, tenant=owner)
@@ -324,7 +331,8 @@ async def _read_into_pool(
         report.store_errors += 1
         return 0
     if num_read:
-        await engine.compute.run(engine.pool.note_filled, block_ids[:num_read])
+        names = [name for _, hashes in stored_as for name in hashes]
+        num_read = await _take_in(engine, block_ids[:num_read], names, report)
     nbytes = num_read * engine.layout.block_bytes
     report.bytes_read += nbytes
     if num_read == len(block_ids):
@@ -332,6 +340,20 @@ async def _read_into_pool(
     else:
         engine.counters.short_reads += 1
     return num_read
+
+
+async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report: RestoreReport) -> int:
+    """How many of the landed blocks may be computed with, from the first on; the store is told of one that may not."""
+    unusable = await engine.compute.run(engine.pool.unusable, landed)
+    if unusable:
+        index = landed.index(unusable[0])
+        report.store_errors += 1
+        engine.counters.note(BlockUnusable(f"block {names[index].hex()[:16]} holds what are no numbers"))
+        await engine.store.reject(RecordKind.BLOCK, names[index : index + 1])
+        landed = landed[:index]
+    if landed:
+        await engine.compute.run(engine.pool.note_filled, landed)
+    return len(landed)
 
 
 async def _read_stretch(

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from antefix.errors import InternalError
+from antefix.errors import InternalError, NotFinite
 from antefix.model import Sequence, follow_ran, run_tokens
+from antefix.model.finite import are_numbers
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
 from antefix.window import Mark
@@ -151,4 +152,13 @@ def _run_chunk(
         follow_ran(engine.model, ran, 0, sequence.window, tokens, stop=len(tokens), ops=engine.ops)
     logits: npt.NDArray[np.float32] | None = ran.logits[0].float().cpu().numpy() if is_last else None
     # Without new blocks a card is not waited for: the next chunk is prepared while this one runs.
-    return logits, engine.pool.payloads([sequence.block_table[index] for index in new]) if new else []
+    block_ids = [sequence.block_table[index] for index in new]
+    payloads = engine.pool.payloads(block_ids) if new else []
+    if engine.pool.unusable(block_ids) or (logits is not None and not are_numbers(logits)):
+        raise not_finite(sequence.position)
+    return logits, payloads
+
+
+def not_finite(position: int) -> NotFinite:
+    """Nothing that comes of such values may be stored under a name, or be an answer."""
+    return NotFinite(f"the model computed what is no number by token {position}; nothing of it was stored")

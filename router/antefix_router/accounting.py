@@ -296,7 +296,8 @@ class Accounts:
         finally:
             self._running.discard(bill.opened.key)
             if bill.reservation is not None:
-                tokens = record.prompt_tokens + record.output_tokens if record and bill.settled else 0
+                is_used = record and bill.settled and record.is_charged
+                tokens = record.prompt_tokens + record.output_tokens if record and is_used else 0
                 price = record.price if record and bill.settled else bill.reservation.money * 0
                 self.quotas.settle(bill.reservation, tokens=tokens, money=price)
         return bill.settled
@@ -310,6 +311,9 @@ class Accounts:
         has_ended = status in (Status.STOP, Status.LENGTH)
         num_output = bill.generation.num_emitted if has_ended else bill.num_given
         used = dataclasses.replace(bill.used(num_output), output_write_tokens=bill.generation.output_written_tokens)
+        if status is Status.FAILED and bill.generation.restore is None:
+            # No worker said how far it came: all of the prompt was asked for, nothing of it is known to be a hit.
+            used = dataclasses.replace(used, prompt_tokens=bill.opened.prompt_tokens)
         return UsageRecord.of(
             used,
             **self._common(bill.opened),
@@ -326,7 +330,7 @@ class Accounts:
     def _crashed(self, ledger: Ledger, entry: OpenEntry) -> UsageRecord:
         """A request that the last process left open, as far as its progress was noted."""
         standing = ledger.find(entry.key)
-        used = ledger.progress.found(entry.event_id) or Usage()
+        used = ledger.progress.found(entry.event_id) or Usage(prompt_tokens=entry.prompt_tokens)
         return priced(
             UsageRecord.of(
                 used,

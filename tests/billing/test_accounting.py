@@ -276,3 +276,26 @@ limit = [{{ window = "day", tokens = 1000, money = "0.5" }}]
         path.write_text(f'[[tenant]]\nname = "a"\nlimit = [{{ {wrong} }}]\n')
         with pytest.raises(InvalidRequest):
             load_tenants(path)
+
+
+async def test_a_request_that_fails_before_anybody_worked_on_it_says_how_long_its_prompt_was(tmp_path, open_front):
+    class Failing(Script):
+        async def run(self, generation, timeout_s):
+            raise Unavailable("no prefill worker answers")
+            yield
+
+    front = open_front(Failing(), cards=CARDS)
+    bill = await front.admit(request_of())
+    with pytest.raises(Unavailable):
+        async for _ in front.run(bill, 10.0):
+            pass
+    (record,) = records(tmp_path)
+    assert (record.status, record.prompt_tokens, record.cache_hit_tokens) == (Status.FAILED, 100, 0)
+    assert record.cache_miss_tokens == 100 and record.price == 0
+
+
+async def test_a_request_that_a_crash_cut_off_in_its_prefill_says_it_too(tmp_path, open_front):
+    await crash_after(open_front, 0)
+    (record,) = records(tmp_path)
+    assert (record.status, record.prompt_tokens, record.cache_miss_tokens) == (Status.CRASHED, 100, 100)
+    assert record.output_tokens == 0 and record.price == 0

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from antefix.prompt_marks import marks_of
 from antefix.store_files.hit_log import StoreLog, read_store_log
 from antefix_billing.ledger import Ledger
 from antefix_billing.reconcile import verify
@@ -89,3 +90,57 @@ def test_the_store_log_rotates_and_skips_a_torn_line(tmp_path):
 def test_the_verdict_is_json(settle):
     verdict = json.loads(settle(record(hit=0, miss=9)).to_json())
     assert {"records", "chain_ok", "unsupported_hits", "duplicates"} <= set(verdict)
+
+
+CHAIN = [bytes([number]) * 32 for number in range(1, 20)]
+OTHER = [CHAIN[0], *(bytes([number]) * 32 for number in range(101, 120))]
+
+
+def asked(name, chain, *, hit=0, blocks=10, output=0, at_us=0, **changes):
+    """A request over so many blocks of 64 tokens, of which `hit` were in the worker's memory."""
+    fields = {
+        "last_hit_hash": chain[hit - 1].hex() if hit else "",
+        "prompt_marks": marks_of(chain[:blocks]),
+        "output_tokens": output,
+        "started_us": now_us() + at_us,
+        "finished_us": now_us() + at_us + 1000,
+        "hit_memory_tokens": 64 * hit,
+    }
+    return record(name, hit=64 * hit, miss=64 * (blocks - hit) + 5, **(fields | changes))
+
+
+@pytest.mark.parametrize("hit", range(1, 11))
+def test_a_memory_hit_of_what_no_store_took_is_supported_by_who_computed_it(settle, log, hit):
+    """The store was harmed, full or down: its log says nothing of blocks that workers had all the same."""
+    log.stored([])
+    again = asked("again", CHAIN, hit=hit, at_us=MINUTE_US)
+    assert settle(asked("first", CHAIN), again).ok
+
+
+def test_an_earlier_output_supports_a_hit_as_well(settle, log):
+    log.stored([])
+    again = asked("again", CHAIN, hit=9, at_us=MINUTE_US)
+    assert settle(asked("first", CHAIN, blocks=6, output=64 * 4), again).ok
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        asked("first", OTHER),
+        asked("first", CHAIN, blocks=4),
+        asked("first", CHAIN, at_us=10 * MINUTE_US),
+        asked("first", CHAIN, prompt_marks=""),
+    ],
+    ids=["another prompt", "a shorter one", "a later one", "one without marks"],
+)
+def test_a_memory_hit_that_nobody_can_have_computed_is_not_supported(settle, log, first):
+    log.stored([])
+    assert settle(first, asked("again", CHAIN, hit=8, at_us=MINUTE_US)).unsupported_examples == ("acme:again",)
+
+
+def test_a_request_does_not_support_itself_and_no_hit_of_the_store(settle, log):
+    log.stored([])
+    alone = asked("alone", CHAIN, hit=8)
+    assert settle(alone).unsupported_hits == 1
+    from_store = asked("store", CHAIN, hit=8, at_us=MINUTE_US, hit_memory_tokens=0)
+    assert settle(asked("first", CHAIN), from_store).unsupported_examples == ("acme:store",)

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from antefix.errors import AntefixError, InvalidRequest, Overloaded
+from antefix.errors import AntefixError, InvalidRequest, NotFinite, Overloaded, Unavailable
 from antefix.record import RecordKind
 from antefix.sampling import Sampling
 from antefix.tokenizer import load_tokenizer
@@ -14,6 +14,7 @@ from antefix.wire import sampling_to_wire, tokens_from_wire, tokens_to_wire
 from antefix_decode.logprobs import Logprobs
 from antefix_decode.scheduler import Running, Scheduler
 from antefix_decode.server import DecodeConfig, DecodeServicer
+from antefix_decode.step import run_step
 from antefix_decode.stopping import Stopper
 from antefix_decode.token_choice import Sampler
 from antefix_prefill.record_writer import RecordWriter
@@ -200,10 +201,58 @@ async def test_one_sequence_that_fails_does_not_stop_the_others(make_engine, mak
     bad.sampler = Broken()
     scheduler.join(bad)
     good = asyncio.create_task(generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), 40))
-    with pytest.raises(AntefixError, match="failed after its decode step"):
+    with pytest.raises(AntefixError, match="a step of the model failed"):
         await asyncio.wait_for(finish(scheduler, bad, shown), 150)
     assert len(await asyncio.wait_for(good, 150)) == 40
     assert engine.blocks.num_available == engine.pool.num_blocks
+    await scheduler.close()
+
+
+@pytest.mark.slow
+async def test_a_step_that_fails_for_one_runs_for_the_others(make_engine, make_prompt, monkeypatch):
+    engine = make_engine()
+    alone = await generate(engine, first := Scheduler(engine, 8), make_prompt(engine, PROMPTS[1]), 12)
+    await first.close()
+    scheduler = Scheduler(engine, 8)
+    bad, shown = await start(engine, make_prompt(engine, PROMPTS[0]), 12)
+
+    def step(engine, items):
+        if any(sequence is bad.sequence and sequence.position > PROMPTS[0].size + 3 for sequence, _, _ in items):
+            raise RuntimeError("size of tensor a (7) must match tensor b")
+        return run_step(engine, items)
+
+    monkeypatch.setattr("antefix_decode.scheduler.run_step", step)
+    scheduler.join(bad)
+    good = asyncio.create_task(generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), 12))
+    async with asyncio.timeout(150):
+        # One that can be tried elsewhere, and nothing of what torch said.
+        with pytest.raises(Unavailable, match="a step of the model failed; the worker's log has it"):
+            await finish(scheduler, bad, shown)
+        assert await good == alone
+    assert len(shown) == 5
+    await scheduler.close()
+
+
+@pytest.mark.slow
+async def test_logits_that_are_no_numbers_end_their_own_sequence_only(make_engine, make_prompt, monkeypatch):
+    engine = make_engine()
+    scheduler = Scheduler(engine, 8)
+    bad, shown = await start(engine, make_prompt(engine, PROMPTS[0]), 12)
+
+    def step(engine, items):
+        steps = run_step(engine, items)
+        for (sequence, _, _), stepped in zip(items, steps, strict=True):
+            if sequence is bad.sequence:
+                stepped.logits[0, 7] = np.nan
+        return steps
+
+    monkeypatch.setattr("antefix_decode.scheduler.run_step", step)
+    scheduler.join(bad)
+    good = asyncio.create_task(generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), 6))
+    async with asyncio.timeout(150):
+        with pytest.raises(NotFinite):
+            await finish(scheduler, bad, shown)
+        assert len(await good) == 6
     await scheduler.close()
 
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antefix.errors import BlockCorrupt, InvalidRequest
-from antefix.record import RecordKind
-from antefix.store.pieces import PIECE_BYTES, OutgoingPieces, messages_of
+from antefix.record import Record, RecordKind
+from antefix.store.payload_wire import Piece, pack_put_request, unpack_put_request
+from antefix.store.pieces import PIECE_BYTES, OutgoingPieces, RecordAssembler, messages_of, request_pieces
 from antefix.store.stream_progress import Progress
 from antefix.v1 import kvstore_pb2
 
@@ -104,3 +105,60 @@ def test_a_message_that_was_handed_over_is_not_kept() -> None:
         (message,) = pieces.messages(number + 1, last=False)
         # Its name here and the argument: nobody else.
         assert sys.getrefcount(message) == 2
+
+
+def put(payload: bytes) -> list[bytes]:
+    """The messages of a put of one record."""
+    record = Record(
+        kind=RecordKind.BLOCK, hash=b"h" * 32, parent=b"p" * 32, fingerprint=b"f" * 32, position=128, payload=payload
+    )
+    return [pack_put_request(piece) for piece in request_pieces([record])]
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=SIZES)
+def test_what_is_put_is_what_arrives(sizes: list[int]) -> None:
+    assembler = RecordAssembler(4 * PIECE_BYTES)
+    arrived = [assembler.add(unpack_put_request(raw)) for payload in payloads_of(sizes) for raw in put(payload)]
+    assembler.end()
+    assert [bytes(record.payload) for record in arrived if record is not None] == payloads_of(sizes)
+
+
+def test_a_record_in_one_piece_is_not_copied() -> None:
+    (raw,) = put(random.Random(0).randbytes(100_000))
+    record = RecordAssembler(PIECE_BYTES).add(unpack_put_request(raw))
+    assert record is not None
+    assert isinstance(record.payload, memoryview)
+    assert record.payload.obj is raw
+
+
+def test_a_small_payload_does_not_keep_a_large_message() -> None:
+    (raw,) = put(b"payload")
+    # A field that we do not know, and so do not hold to a limit.
+    padding = bytes([15 << 3 | 2, 0xC0, 0x84, 0x3D]) + bytes(1_000_000)
+    record = RecordAssembler(PIECE_BYTES).add(unpack_put_request(padding + raw))
+    assert record is not None
+    assert record.payload == b"payload"
+    assert isinstance(record.payload, bytearray)
+
+
+@pytest.mark.parametrize("size", [100_000, PIECE_BYTES + 5])
+def test_pieces_of_a_put_that_do_not_fit_are_refused(size: int) -> None:
+    first, *rest = (unpack_put_request(raw) for raw in put(random.Random(0).randbytes(size)))
+    damaged = Piece(first.message, memoryview(bytes([first.data[0] ^ 1]) + bytes(first.data[1:])))
+    with pytest.raises(BlockCorrupt, match="damaged"):
+        RecordAssembler(4 * PIECE_BYTES).add(damaged)
+    with pytest.raises(InvalidRequest, match="must have 1 to"):
+        RecordAssembler(size - 1).add(first)
+    assembler = RecordAssembler(4 * PIECE_BYTES)
+    if rest:
+        assert assembler.add(first) is None
+        with pytest.raises(InvalidRequest, match="ended after"):
+            assembler.end()
+        with pytest.raises(InvalidRequest, match="ended after"):
+            assembler.add(first)
+    else:
+        assert assembler.add(first) is not None
+        later = Piece(kvstore_pb2.PutRequest(offset=size, checksum=1), memoryview(b"x"))
+        with pytest.raises(InvalidRequest, match="begin with"):
+            assembler.add(later)

@@ -38,6 +38,9 @@ class EmptyStore:
     async def put(self, records: Sequence[Record]) -> PutResult:
         return PutResult(num_stored=len(records), num_existing=0)
 
+    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        """Nothing that is checked here may come to this: what was rejected shows as a miss."""
+
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         pass
 

@@ -252,6 +252,7 @@ def _load_settings(config: EngineConfig) -> dict[str, Any]:
         "dtype": DTYPES[config.dtype],
         "kv_format": KVFormat(config.kv_format),
         "drafts": config.speculate == "mtp",
+        "cpu_offload_bytes": config.cpu_offload_bytes,
     }
 
 

@@ -39,6 +39,7 @@ from antefix_router.gateway.gateway import Door, Gateway
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.http import Call, Endpoint, Room
 from antefix_router.gateway.http_errors import NotFound, Provider, error_response
+from antefix_router.gateway.openapi import openapi_route
 from antefix_router.gateway.responses import prepare_response
 from antefix_router.gateway.strict_http import HttpFaults, strict_protocol
 from antefix_router.gateway.trusted_proxies import ClientAddress, TrustedProxies
@@ -76,9 +77,8 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, m
         Route("/v1/models", partial(list_models, gateway), methods=["GET"]),
         Route("/v1/models/{name:path}", partial(list_models, gateway), methods=["GET"]),
         *common_routes(gateway),
-        *more,
     ]
-    return application(routes, measures, config)
+    return application([*routes, openapi_route(routes), *more], measures, config)
 
 
 def common_routes(door: Door) -> list[Route]:
@@ -217,7 +217,7 @@ async def start_http(
     Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form.
     """
     gateway = Gateway(front, config)
-    measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", "/healthz"])
+    measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", "/healthz", "/openapi.json"])
     return await serve_door(gateway, build_app(gateway, config, measures, more(gateway)), config, measures, security)
 
 

@@ -1,0 +1,58 @@
+"""What the ledger itself says of a hit in a worker's memory: did an earlier request have that prefix computed?
+
+The store's log cannot say it of blocks that the store never took, because it was harmed, full or down. A worker keeps
+such blocks in memory and hits them there. Their prompts' marks (`antefix.prompt_marks`) are in the usage records.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from antefix.errors import InvalidRequest
+from antefix.prompt_marks import block_size_of, mark_at, parting
+from antefix_billing.usage_record import UsageRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """Records by the mark of their prompt's first block, which names tenant and model as well."""
+
+    by_first: Mapping[str, list[UsageRecord]]
+
+    @classmethod
+    def of(cls, records: Iterable[UsageRecord]) -> Computed:
+        by_first: defaultdict[str, list[UsageRecord]] = defaultdict(list)
+        for record in records:
+            if first := mark_at(record.prompt_marks, 1):
+                by_first[first].append(record)
+        return cls(by_first=by_first)
+
+    def supports(self, record: UsageRecord, slack_us: int) -> bool:
+        """Whether another request, begun before this one ended, had this one's hit in its prompt or its output."""
+        others = self.by_first.get(mark_at(record.prompt_marks, 1), [])
+        return any(
+            _had(other, record)
+            for other in others
+            if other is not record and other.started_us <= record.finished_us + slack_us
+        )
+
+
+def _had(other: UsageRecord, record: UsageRecord) -> bool:
+    try:
+        block_size = block_size_of(record.prompt_marks, record.prompt_tokens)
+        shared = parting(other.prompt_marks, record.prompt_marks)
+    except InvalidRequest:
+        return False
+    if not block_size:
+        return False
+    num_hit = record.cache_hit_tokens // block_size
+    if named := mark_at(other.prompt_marks, num_hit):
+        return record.last_hit_hash.startswith(named)
+    if shared.blocks_min >= num_hit:
+        return True
+    # The hit ends between two marks, or in the other one's output: there it may be, if all marks before agree.
+    reaches = (other.prompt_tokens + other.output_tokens) // block_size >= num_hit
+    ends_before = shared.blocks_max == shared.blocks_min == other.prompt_tokens // block_size
+    return reaches and (shared.blocks_max >= num_hit or ends_before)

@@ -1,0 +1,94 @@
+"""What is no number in stored KV is found in packed form, wherever it lies, and nothing else is."""
+
+import numpy as np
+import pytest
+import torch
+
+from antefix.errors import BlockCorrupt
+from antefix.layout import KVFormat
+from antefix.model import WindowState
+from antefix.model.finite import MAGNITUDE_MAX, are_numbers, is_usable, unusable_rows
+from antefix.model.pool import BlockPool
+from antefix.model.quant import pack, unpack, width_of
+from tests.model.test_block_pool import layout as layout_in
+
+
+@pytest.fixture(params=list(KVFormat))
+def layout(request):
+    return layout_in(request.param)
+
+
+def rows_of(layout, num_blocks=4, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    rows = np.zeros((num_blocks, layout.block_bytes), np.uint8)
+    for part in layout.parts:
+        values = scale * torch.randn(num_blocks, part.num_rows, width_of(part, layout), generator=generator)
+        packed = pack(part.kind, values, layout).reshape(num_blocks, -1)
+        rows[:, part.offset : part.offset + part.nbytes] = packed.numpy()
+    return rows
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e6, 1e12])
+def test_what_a_model_computes_passes(layout, scale):
+    assert not unusable_rows(rows_of(layout, scale=scale), layout).any()
+    assert not unusable_rows(np.zeros((3, layout.block_bytes), np.uint8), layout).any()
+
+
+def test_every_byte_of_a_row_is_looked_at_by_what_it_means(layout):
+    """Against decoding: a byte that makes any value of the row no number, or beyond the limit, is found, and no other.
+
+    Scales may be refused a little before the values that they make, never after.
+    """
+    rows = rows_of(layout, 1)
+    for at in range(layout.block_bytes):
+        for byte in (0x7F, 0xFF, 0x80, 0xD7):
+            changed = rows.copy()
+            changed[0, at] = byte
+            usable = all(is_usable(unpack(part.kind, records_of(changed, part), layout)) for part in layout.parts)
+            found = bool(unusable_rows(changed, layout)[0])
+            assert found or usable, (at, byte)
+            if found and usable:
+                assert layout.kv_format is KVFormat.FP8 and byte in (0xFF, 0xD7), (at, byte)
+
+
+def records_of(rows, part):
+    return torch.from_numpy(rows[:, part.offset : part.offset + part.nbytes].copy()).view(1, part.num_rows, -1)
+
+
+def test_only_the_row_that_has_it_is_named(layout):
+    rows = rows_of(layout)
+    rows[2, layout.parts[-1].offset : layout.parts[-1].offset + layout.parts[-1].nbytes] = 0xFF
+    assert unusable_rows(rows, layout).tolist() == [False, False, True, False]
+    pool = BlockPool(layout, 8)
+    ids = [6, 1, 2, 5]
+    for row, landing in zip(rows, pool.landing(ids), strict=True):
+        landing[:] = row.tobytes()
+    assert pool.unusable(ids) == [2]
+    assert pool.unusable([6, 1, 5]) == [] and pool.unusable([]) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 2 * MAGNITUDE_MAX])
+def test_window_state_with_what_is_no_number_is_corrupt(layout, value):
+    if layout.kv_format is KVFormat.FP8 and value == 2 * MAGNITUDE_MAX:
+        pytest.skip("the packed window holds smaller numbers")
+    block = layout.geometry.block_size
+    state = WindowState(layout, block)
+    WindowState.from_bytes(layout, block, state.to_bytes())
+    for tensor in (state.window, *(state.main[layer].overlap for layer in state.main)):
+        if tensor is None or not tensor.numel():
+            continue
+        before = tensor.clone()
+        tensor.view(-1)[0] = value
+        assert not state.is_usable
+        data = state.to_bytes()
+        tensor.copy_(before)
+        with pytest.raises(BlockCorrupt, match="no numbers"):
+            WindowState.from_bytes(layout, block, data)
+    assert state.is_usable
+
+
+def test_logits():
+    good = np.array([-3.0, 1e30, 0.0], np.float32)
+    assert are_numbers(good) and are_numbers(good[:0])
+    for bad in (np.nan, np.inf, -np.inf):
+        assert not are_numbers(np.append(good, np.float32(bad)))
