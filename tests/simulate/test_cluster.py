@@ -186,8 +186,8 @@ def test_json_has_every_policy_with_every_figure(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plots")
 def test_the_table_and_the_plot_show_the_same_policies(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
     target = tmp_path / "fleet.svg"
     assert _cli("--workers", "2:1", "--policy", "lmetric", "--policy", "least_work", "--plot", str(target)) == 0
     text = capsys.readouterr().out

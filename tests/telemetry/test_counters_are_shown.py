@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -157,11 +158,10 @@ STATE = {
 }
 
 
+@functools.cache
 def trees():
-    for room in ROOMS:
-        for path in sorted((REPO / room).rglob("*.py")):
-            if "v1" not in path.parts:
-                yield path, ast.parse(path.read_text())
+    paths = [path for room in ROOMS for path in sorted((REPO / room).rglob("*.py")) if "v1" not in path.parts]
+    return [(path, ast.parse(path.read_text())) for path in paths]
 
 
 def numbers_of(message):
@@ -170,6 +170,7 @@ def numbers_of(message):
     return [field.name for field in message.DESCRIPTOR.fields if field.type not in (*texts, enums)]
 
 
+@functools.cache
 def all_names():
     """Every metric that a room has a name for."""
     sources = [REPO / room for room in ROOMS]
