@@ -286,7 +286,7 @@ async def test_with_no_worker_left_the_client_is_told(fleet, two):
     answer = await door.chat("x", expect=503)
     assert answer.json()["error"]["code"] == "service_unavailable"
     # Nothing was used, and so nothing is billed.
-    assert [(record.status, record.prompt_tokens) for record in door.records] == [(Status.FAILED, 0)]
+    assert [(record.status, record.output_tokens, record.price) for record in door.records] == [(Status.FAILED, 0, 0)]
 
 
 async def test_a_refusal_is_the_workers_own_and_tried_once(fleet, two):
