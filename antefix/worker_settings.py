@@ -58,6 +58,9 @@ class WorkerSettings:
         1,
         "processes that run one model together, a card each: heads and experts are divided among them, KV is read once",
     )
+    cpu_offload_bytes: int = setting(
+        0, "of a card's experts, to hold in pinned host memory and fetch layer by layer; of each rank", unit="bytes"
+    )
     dtype: str = setting("float32", "precision of weights and activations", choices=("float32", "bfloat16"))
     kernels: str = setting(
         "auto", "cache path; auto: triton where it can run (CUDA and fp8)", choices=("auto", "triton", "torch")
@@ -73,6 +76,11 @@ class WorkerSettings:
         require(
             1 <= self.tensor_parallel_size <= RANKS_MAX,
             f"tensor_parallel_size must be 1 to {RANKS_MAX}, is {self.tensor_parallel_size}",
+        )
+        require(self.cpu_offload_bytes >= 0, f"cpu_offload_bytes must not be negative, is {self.cpu_offload_bytes}")
+        require(
+            not self.cpu_offload_bytes or not self.device.startswith("cpu"),
+            "cpu_offload_bytes moves experts from a card to the host: it needs --device cuda",
         )
         check_address(self.window_pool)
         check_exactness(bounded_windows=self.bounded_windows, reproducible=self.reproducible)

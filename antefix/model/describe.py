@@ -14,6 +14,7 @@ from antefix.model.loading import plan_model
 from antefix.model.model import Model
 from antefix.model.model_config import ModelConfig
 from antefix.model.quant import width_of
+from antefix.model.ranks import Ranks, split_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +31,9 @@ class KVBytes:
 class Description:
     """num_weights: numbers in all tensors that are run.  packed: how many bytes of which form, such as "fp4 1x32 e8m0".
 
-    memory_bytes: of the weights in a worker, by its dtype.  file_bytes: of the tensors in all files.  skipped: bytes of
-    tensors that are known and not run, by what they are.  max_tokens: positions that the config allows.
+    memory_bytes: of the weights in a worker, by its dtype; of several ranks in each.  file_bytes: of the tensors in all
+    files.  skipped: bytes of tensors that are known and not run, by what they are.  max_tokens: positions that the
+    config allows.
     """
 
     path: str
@@ -49,13 +51,16 @@ class Description:
     skipped: dict[str, int]
     has_tokenizer: bool
     kv: KVBytes
+    num_ranks: int = 1
     notes: tuple[str, ...] = field(default=())
 
 
-def describe(directory: Path, *, kv_format: KVFormat = KVFormat.FP8) -> Description:
+def describe(directory: Path, *, kv_format: KVFormat = KVFormat.FP8, num_ranks: int = 1) -> Description:
     """Raises:  ModelError: it would not load; the message says why."""
     model, plan = plan_model(directory, kv_format=kv_format)
-    config = model.config
+    config, num_weights = model.config, _num_weights(model, plan)
+    if num_ranks > 1:
+        split_model(model, Ranks(rank=0, size=num_ranks))
     state = model.state_dict()
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
@@ -76,13 +81,14 @@ def describe(directory: Path, *, kv_format: KVFormat = KVFormat.FP8) -> Descript
         max_tokens=config.max_position_embeddings,
         num_files=len({source.file for source in (*sources, *plan.skipped)}),
         num_tensors=len(sources) + len(plan.skipped),
-        num_weights=_num_weights(model, plan),
+        num_weights=num_weights,
         file_bytes=sum(source.nbytes for source in (*sources, *plan.skipped)),
         memory_bytes={dtype: sum(of_dtype.values()) for dtype, of_dtype in sizes.items()},
         packed=_packed(plan, sizes["float32"]),
         skipped=_skipped(plan, config),
         has_tokenizer=any((directory / name).is_file() for name in ("tokenizer.json", "antefix_tokenizer.json")),
         kv=kv_bytes(model.layout),
+        num_ranks=num_ranks,
         notes=config.notes,
     )
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from antefix.errors import ConfigError, ModelError
 from antefix.layout import KVFormat
 from antefix.model.checkpoint import SINGLE, read_checkpoint
+from antefix.model.expert_offload import ExpertOffload, names_of, offloaded_layers
 from antefix.model.load_plan import LoadPlan, dtype_of, plan_load
 from antefix.model.model import Model
 from antefix.model.model_config import ModelConfig, read_config
@@ -47,6 +48,7 @@ def load_model(
     rounds_inputs: bool = True,
     drafts: bool = False,
     ranks: Ranks | None = None,
+    cpu_offload_bytes: int = 0,
     progress: Progress | None = None,
 ) -> Model:
     """Load a `deepseek_v4` directory for inference (no gradients). Packed weights stay packed.
@@ -54,6 +56,7 @@ def load_model(
     rounds_inputs: round inputs of packed products to FP8, as the released code does.
     drafts: load the layer that predicts a token further as well.
     ranks: of a model over several processes: read and hold this rank's share (`antefix.model.ranks`).
+    cpu_offload_bytes: so much of this rank's experts, in whole layers, stays in host memory (`expert_offload`).
     progress: called after every span; by default a line in the log every ten seconds.
     Raises:  ModelError: a file or tensor is missing, misshapen, unexpected or unreadable; the message names it.
         ConfigError: the device is none, or cannot be used here.
@@ -67,8 +70,12 @@ def load_model(
         copies = cut_copies(copies, split_model(model, ranks), sizes)
     for note in model.config.notes:
         log.warning("%s: %s", directory / "config.json", note)
+    offloaded = offloaded_layers(model, cpu_offload_bytes, dtype) if cpu_offload_bytes else ()
+    on_host, pins = names_of(model, offloaded), torch.device(device).type == "cuda"
     state = {
-        name: torch.empty(tensor.shape, dtype=dtype_of(name, tensor, dtype), device=device)
+        name: torch.empty(tensor.shape, dtype=dtype_of(name, tensor, dtype), device="cpu", pin_memory=pins)
+        if name in on_host
+        else torch.empty(tensor.shape, dtype=dtype_of(name, tensor, dtype), device=device)
         for name, tensor in model.state_dict().items()
         if name != "lm_head.weight" or not model.config.tie_word_embeddings
     }
@@ -80,7 +87,10 @@ def load_model(
     # These two are derived, not stored; they stay float32 whatever the model's dtype.
     model.rope_main = inverse_frequencies(model.config.rope_main, model.config.geometry.rope_dim).to(device)
     model.rope_compress = inverse_frequencies(model.config.rope_compress, model.config.geometry.rope_dim).to(device)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if offloaded:
+        ExpertOffload(model, offloaded, torch.device(device))
+    return model
 
 
 def plan_model(

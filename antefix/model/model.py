@@ -19,6 +19,7 @@ from antefix.model.moe import MoE
 from antefix.model.norms_rope import RMSNorm, inverse_frequencies, rope_table
 
 if TYPE_CHECKING:
+    from antefix.model.expert_offload import ExpertOffload
     from antefix.model.lead import Lead
     from antefix.model.ranks import Ranks
 
@@ -88,6 +89,8 @@ class Model(nn.Module):
         # Of one of several ranks its place among them; of rank 0 what tells the others of each call.
         self.ranks: Ranks | None = None
         self.lead: Lead | None = None
+        # Where experts of some layers are in host memory.
+        self.offload: ExpertOffload | None = None
         self.register_buffer("rope_main", inverse_frequencies(config.rope_main, rope_dim), persistent=False)
         self.register_buffer("rope_compress", inverse_frequencies(config.rope_compress, rope_dim), persistent=False)
 

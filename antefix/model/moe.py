@@ -6,6 +6,9 @@ Source:  V4 report, section 2.1; oracle: transformers' DeepseekV4SparseMoeBlock.
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +16,9 @@ from antefix.model.model_config import ModelConfig
 from antefix.model.numerics import has_kernels, linear, multiply_each, sigmoid, silu, softplus, wide
 from antefix.model.packed import PackedStack
 from antefix.model.ranks import Ranks
+
+if TYPE_CHECKING:
+    from antefix.model.expert_offload import ExpertOffload
 
 
 class ExpertRouter(nn.Module):
@@ -62,6 +68,13 @@ class Experts(nn.Module):
         self.num_experts = config.num_experts
         # Where experts are split over processes; the stacks then hold this rank's.
         self.ranks: Ranks | None = None
+        # Where the stacks are fetched from the host for each use, as those of `layer`.
+        self.offload: ExpertOffload | None = None
+        self.layer = 0
+
+    def fetched(self) -> contextlib.AbstractContextManager[None]:
+        """While this lasts, the stacks are there to be read."""
+        return contextlib.nullcontext() if self.offload is None else self.offload.use(self.layer)
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Each token's experts' outputs, weighted and summed in ascending order of expert id: [N, D]."""
@@ -121,9 +134,10 @@ class MoE(nn.Module):
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
         experts, weights = self.gate(x_ND, tokens_N)
-        if has_kernels(x_ND):
-            return self._on_card(x_ND, experts, weights)
-        routed: Tensor = self.experts(x_ND, experts, weights)
+        with self.experts.fetched():
+            if has_kernels(x_ND):
+                return self._on_card(x_ND, experts, weights)
+            routed: Tensor = self.experts(x_ND, experts, weights)
         shared: Tensor = self.shared_experts(x_ND)
         return routed + shared
 

@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 
+from antefix.layout_v41 import V41Geometry, V41Layout
+from antefix.model import load_model
+from antefix.model.ranks import Ranks
 from antefix_console.cli import main
 from antefix_console.commands import model
 from tests.model import released_checkpoint as released
+from tests.shared.test_layout_v41 import CONFIG as V41
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
@@ -74,6 +78,37 @@ def test_no_weight_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     path = released.write("flash", tmp_path / "model")
     monkeypatch.setattr("antefix.model.read_spans._read", lambda *_: pytest.fail("weights were read"))
     assert check(capsys, path)[0] == 0
+
+
+def test_a_share_of_the_weights_is_what_a_rank_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = {"head_dim": 128, "o_groups": 4, "n_routed_experts": 8}
+    path = released.write("flash", tmp_path / "model", **wide)
+    _, alone = check(capsys, path)
+    code, found = check(capsys, path, "--tensor-parallel-size", "4", "--pool-bytes", "1M")
+    share = load_model(path, ranks=Ranks(rank=0, size=4))
+    held = sum(tensor.numel() * tensor.element_size() for tensor in share.state_dict().values())
+    assert code == 0 and found["num_ranks"] == 4
+    assert found["memory_bytes"]["float32"] == held < alone["memory_bytes"]["float32"]
+    # On a CPU all ranks take it from one memory.
+    assert found["places"][0]["needed_bytes"] == 4 * (held + (1 << 20))
+    assert main(["model", "check", str(path), "--tensor-parallel-size", "65"]) == 2
+
+
+def test_what_v41_stores_is_said_though_it_does_not_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(V41))
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
+    code, found = check(capsys, tmp_path)
+    assert code == 1 and not found["loads"] and "known and not computed" in found["reason"]
+    known = found["known"]
+    assert (known["token"], known["block"], known["block_tokens"]) == (890, 113_920, 128)
+    assert known["layers"] == {"window": 2, "full": 4, "reindex": 4, "reuse": 30}
+    assert known["checkpoint"] == V41Layout(geometry=V41Geometry.from_config(V41)).checkpoint_bytes
+    assert known["file_bytes"] == 3 << 20
+    assert main(["model", "check", str(tmp_path)]) == 1
+    assert "890 B a token" in capsys.readouterr().out
+    # A config that only says that it is one has no sizes to tell.
+    (tmp_path / "config.json").write_text(json.dumps(V41 | {"text_config": {}}))
+    assert "known" not in check(capsys, tmp_path)[1]
 
 
 def test_sizes_have_units() -> None:

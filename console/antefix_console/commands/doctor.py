@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             progress.step("arithmetic")
             findings += _arithmetic(args)
             progress.step("GPU")
-            findings.append(_gpu())
+            findings += [_gpu(), _ranks()]
         if args.router:
             progress.step("workers")
             findings += _workers(args.router, findings)
@@ -208,6 +208,28 @@ def _gpu() -> Finding:
         advice = "pip install 'antefix[gpu]'"
         return Finding(check="gpu", status="warn", detail=f"{name}; no Triton, so no kernels", advice=advice)
     return Finding(check="gpu", status="ok", detail=name)
+
+
+def _ranks() -> Finding:
+    """What `--tensor-parallel-size` may be here."""
+    import torch
+    import torch.distributed as dist
+
+    cards = torch.cuda.device_count()
+    if not dist.is_available() or not dist.is_gloo_available():
+        advice = "a worker takes one process; install a PyTorch that has them"
+        return Finding(check="ranks", status="warn", detail="PyTorch without torch.distributed or gloo", advice=advice)
+    if cards < 2:
+        return Finding(check="ranks", status="ok", detail="over processes on the CPU (gloo); there are no two cards")
+    if not dist.is_nccl_available():
+        advice = "--tensor-parallel-size takes a PyTorch with NCCL"
+        return Finding(check="ranks", status="warn", detail=f"{cards} cards and no NCCL between them", advice=advice)
+    version = ".".join(map(str, torch.cuda.nccl.version()))
+    kinds = sorted({torch.cuda.get_device_name(number) for number in range(cards)})
+    status = "ok" if len(kinds) == 1 else "warn"
+    advice = "" if len(kinds) == 1 else "ranks of one worker need cards of one kind: choose by CUDA_VISIBLE_DEVICES"
+    detail = f"--tensor-parallel-size up to {cards}: {', '.join(kinds)}, NCCL {version}"
+    return Finding(check="ranks", status=status, detail=detail, advice=advice)
 
 
 def _disk(directory: Path | None) -> Finding:

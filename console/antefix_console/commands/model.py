@@ -11,8 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from antefix.config import require
+from antefix.config import add_flags, given_flags, require
 from antefix.errors import AntefixError
+from antefix.worker_settings import WorkerSettings
+from antefix_console.commands.model_v41 import describe_v41, render_v41
 from antefix_console.progress_line import ProgressLine
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Somewhere a worker could run. needed_bytes: weights and a block pool of `--pool-bytes`."""
+    """Somewhere a worker could run. needed_bytes: weights and a block pool of `--pool-bytes`; of several cards each."""
 
     name: str
     dtype: str
@@ -49,6 +51,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     check.add_argument("directory", type=Path, metavar="DIR", help="config.json and *.safetensors")
     check.add_argument("--pool-bytes", default="1G", help="memory for a worker's block pool (default: %(default)s)")
+    # Without it, as few as fit on the cards here.
+    add_flags(check, WorkerSettings, ("tensor_parallel_size",))
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -58,12 +62,16 @@ def run(args: argparse.Namespace) -> int:
 
     pool_bytes = parse_byte_size(args.pool_bytes)
     require(pool_bytes > 0, "--pool-bytes must be positive")
+    given = given_flags(WorkerSettings, args)
+    num_ranks = WorkerSettings(**given).tensor_parallel_size
     try:
         with ProgressLine("reading headers"):
-            found = describe(args.directory)
+            found = describe(args.directory, num_ranks=num_ranks)
+            places = [_host(found, pool_bytes), *_cards(found, pool_bytes)]
+            if not given and len(places) > 2 and not any(place.fits for place in places[1:]):
+                places += _several_cards(args.directory, pool_bytes, len(places) - 1)
     except AntefixError as err:
         return _refuse(args, str(err))
-    places = [_host(found, pool_bytes), *_cards(found, pool_bytes)]
     if args.json:
         print(json.dumps(_as_json(found, places)))
     else:
@@ -72,15 +80,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse(args: argparse.Namespace, reason: str) -> int:
+    known = describe_v41(args.directory)
     if args.json:
-        print(json.dumps({"loads": False, "reason": reason, "path": str(args.directory)}))
+        about = {"known": asdict(known)} if known else {}
+        print(json.dumps({"loads": False, "reason": reason, "path": str(args.directory), **about}))
     else:
         print(f"{args.directory} would not load: {reason}")
+        if known:
+            print(render_v41(known))
     return 1
 
 
 def _host(found: Description, pool_bytes: int) -> Place:
-    needed = found.memory_bytes["float32"] + pool_bytes
+    needed = (found.memory_bytes["float32"] + pool_bytes) * found.num_ranks
     return Place(name="cpu", dtype="float32", needed_bytes=needed, free_bytes=_free_memory())
 
 
@@ -93,9 +105,15 @@ def _free_memory() -> int:
 
 
 def _cards(found: Description, pool_bytes: int) -> list[Place]:
+    """Each card, or as many as a worker of several ranks takes."""
     import torch
 
     needed = found.memory_bytes["bfloat16"] + pool_bytes
+    if found.num_ranks > 1:
+        free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())][: found.num_ranks]
+        enough = min(free) if len(free) == found.num_ranks else 0
+        name = f"cuda, {found.num_ranks} cards"
+        return [Place(name=name, dtype="bfloat16", needed_bytes=needed, free_bytes=enough)] if free else []
     return [
         Place(
             name=f"cuda:{number} ({torch.cuda.get_device_name(number)})",
@@ -105,6 +123,19 @@ def _cards(found: Description, pool_bytes: int) -> list[Place]:
         )
         for number in range(torch.cuda.device_count())
     ]
+
+
+def _several_cards(directory: Path, pool_bytes: int, num_cards: int) -> list[Place]:
+    """The fewest cards, of 2, 4, 8 and so on, that a worker fits on; nothing where it fits on none."""
+    from antefix.model.describe import describe
+
+    num_ranks = 2
+    while num_ranks <= num_cards:
+        (place,) = _cards(describe(directory, num_ranks=num_ranks), pool_bytes)
+        if place.fits:
+            return [place]
+        num_ranks *= 2
+    return []
 
 
 def _as_json(found: Description, places: list[Place]) -> dict[str, Any]:
@@ -124,7 +155,8 @@ def render(about: Description, places: list[Place]) -> str:
         f"  packed      {packed}",
         *(f"  not run     {_gib(nbytes)} of {name}" for name, nbytes in about.skipped.items()),
         f"  memory      {_gib(about.memory_bytes['float32'])} with --dtype float32,"
-        f" {_gib(about.memory_bytes['bfloat16'])} with --dtype bfloat16",
+        f" {_gib(about.memory_bytes['bfloat16'])} with --dtype bfloat16"
+        + (f", in each of {about.num_ranks} ranks" if about.num_ranks > 1 else ""),
         f"  KV          {about.kv.token:,.0f} B a token on disk and on a card, {about.kv.pool_token:,.0f} B in a CPU's"
         f" pool; blocks of {about.kv.block_tokens} tokens; a checkpoint {about.kv.checkpoint / 1e6:.2f} MB",
         f"  prompts     up to {about.max_tokens:,} tokens, {about.vocab_size:,} token ids;"
@@ -133,7 +165,9 @@ def render(about: Description, places: list[Place]) -> str:
         *(_line(place) for place in places),
     ]
     if not any(place.fits for place in places):
-        lines.append("A worker does not fit here. Each worker holds all weights on one device.")
+        lines.append(
+            "A worker does not fit here. --tensor-parallel-size N divides its experts and heads among N cards."
+        )
     return "\n".join(lines)
 
 

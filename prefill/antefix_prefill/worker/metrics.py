@@ -84,6 +84,7 @@ def worker_metrics(engine: Engine) -> Iterable[Metric]:
         {(): float(engine.num_too_large)},
     )
     yield from _of_ranks(engine)
+    yield from _of_offload(engine)
     seals = engine.seals.num_broken + getattr(engine.store, "num_broken_seals", 0)
     yield counter(
         "antefix_worker_broken_seals", "Records that were read and not sealed by this deployment.", {(): float(seals)}
@@ -127,6 +128,19 @@ def _of_ranks(engine: Engine) -> Iterable[Metric]:
         "Of the model's calls (on a card a sample of them): all their time, and that in which ranks exchange numbers.",
         times,
         ("part",),
+    )
+
+
+def _of_offload(engine: Engine) -> Iterable[Metric]:
+    offload = engine.model.offload
+    if offload is None:
+        return
+    layers = {("fetched",): float(offload.num_fetched), ("awaited",): float(offload.num_waits)}
+    yield counter(
+        "antefix_worker_offloaded_layers",
+        "Layers whose experts were fetched from host memory, and of these the uses that had to wait for it.",
+        layers,
+        ("what",),
     )
 
 

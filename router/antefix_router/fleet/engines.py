@@ -12,8 +12,8 @@ from typing import Final
 
 import zmq.asyncio
 
+from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError, ConfigError
-from antefix.events.end_tasks import end_tasks
 from antefix.events.kv_sockets import CurveKey, check_public_key, guard_client
 from antefix.events.kv_subscriber import KvSubscriber
 from antefix_router.fleet.engine_index import EngineIndex, GoneBlocks
