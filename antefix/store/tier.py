@@ -87,7 +87,7 @@ class TierSpeed:
     def _factor(self) -> float:
         if self._slower <= 0:
             return self._slower
-        return self._slower * 0.5 ** ((self._clock() - self._measured_s) / _FORGOTTEN_S)
+        return self._slower * math.pow(0.5, (self._clock() - self._measured_s) / _FORGOTTEN_S)
 
     @property
     def coefficients(self) -> tuple[float, ...]:
