@@ -245,6 +245,14 @@ class ManyStores:
         """Of the nearest store, whose budget this process writes into."""
         return await self.members.near[0].store.stats()
 
+    async def stats_by_store(self) -> dict[str, StoreTotals]:
+        """Of each store that answers, by name.  Raises:  AntefixError: none does."""
+
+        async def ask(member: Member) -> tuple[str, StoreTotals]:
+            return member.tier.name, await member.store.stats()
+
+        return dict(await self.members.of_all(ask))
+
     @property
     def num_broken_seals(self) -> int:
         """Records that were read and not sealed by this deployment; all stores share one count."""
