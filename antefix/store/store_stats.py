@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from antefix.record import RecordKind
 
@@ -50,10 +51,10 @@ def sum_of(parts: Sequence[StoreTotals]) -> StoreTotals:
         )
         for kind in RecordKind
     }
-    numbers = {
+    numbers: dict[str, Any] = {
         each.name: sum(getattr(part, each.name) for part in parts) for each in fields(StoreTotals) if each.type == "int"
     }
-    texts = {
+    texts: dict[str, Any] = {
         each.name: next((text for part in parts if (text := getattr(part, each.name))), "")
         for each in fields(StoreTotals)
         if each.type == "str"
