@@ -160,8 +160,8 @@ class ManyStores:
                 continue
             try:
                 found = await source.get_records(kind, hashes, fingerprint=fingerprint, tenant=tenant)
-            except AntefixError:
-                self.tiers[number].failed()
+            except AntefixError as err:
+                self.tiers[number].failed(err)
                 continue
             best = max(best, found, key=len)
             if len(best) == len(hashes):
@@ -279,7 +279,7 @@ class ManyStores:
                     await self._register(member, records[0].fingerprint)
                 result = await member.store.put(apart)
             except (Unavailable, DeadlineExceeded) as err:
-                member.tier.failed()
+                member.tier.failed(err)
                 first_error = first_error or err
                 continue
             member.tier.answered()
