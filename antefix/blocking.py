@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Concatenate, Final, Generic, ParamSpec, Protocol, Self, TypeVar, cast
 
 from antefix.clients import DecodeClient, PrefillClient, RouterClient, WindowClient
+from antefix.end_tasks import end_tasks
 from antefix.errors import InvalidRequest
 from antefix.security.credentials import Credentials
 from antefix.store.api import Store
@@ -28,6 +29,9 @@ from antefix.store.api import Store
 class _Closable(Protocol):
     async def close(self) -> None: ...
 
+
+# What a call that is cut off may take to end its streams.
+_CLEANUP_S: Final = 5.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,10 +73,7 @@ class LoopThread:
 
 
 async def _cancel_the_rest() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end_tasks(asyncio.all_tasks() - {asyncio.current_task()}, again_s=_CLEANUP_S)
     await asyncio.get_running_loop().shutdown_asyncgens()
 
 

@@ -29,7 +29,7 @@ def read_private(path: str | Path, what: str) -> str:
     try:
         if path.stat().st_mode & _OTHERS:
             raise ConfigError(f"{what} {path} is open to every user of this host: chmod 600 {path}")
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"{what} {path}: {err}") from err
 
@@ -49,7 +49,7 @@ def refuse_writable(path: str | Path, what: str) -> None:
 def open_private(path: str | Path, mode: str) -> IO[str]:
     """As `open` does to write, "w" or "a"; what is made, only its owner can open. Written line by line."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if mode == "a" else os.O_TRUNC)
-    return os.fdopen(os.open(path, flags, FILE_MODE), mode, buffering=1)
+    return os.fdopen(os.open(path, flags, FILE_MODE), mode, buffering=1, encoding="utf-8", errors="surrogateescape")
 
 
 def write_private(path: str | Path, text: str) -> None:
@@ -86,7 +86,7 @@ def _drafted(path: Path, text: str) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from typing import Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError, DeadlineExceeded, Unavailable
 from antefix.rpc import rpc_errors
 
@@ -90,8 +91,7 @@ class Pulse:
     async def close(self) -> None:
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await end_tasks([task])
         if self.is_silent:
             # Nobody would tell them any more.
             self._wake(float("inf"))

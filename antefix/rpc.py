@@ -12,6 +12,7 @@ import inspect
 import json
 import logging
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -51,6 +52,7 @@ log = logging.getLogger("antefix.rpc")
 MESSAGE_BYTES_MAX = 16 << 20
 # Client and server agree on keepalive: a client that pings more often than the server allows is cut off.
 KEEPALIVE_S = 30
+_CONNECTIONS_MAX = 16_384
 _LAST_WORD_S = 0.1
 # After the grace period: the errors that end what runs are sent, and its records written.
 ENDING_S = 5.0
@@ -73,6 +75,17 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     # Two servers on one port would each get half of the calls; a port in use must be an error.
     ("grpc.so_reuseport", 0),
+    # A client that hangs, or whose host is gone, holds what it asked for no longer than a minute.
+    ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Of one connection. Routers put all calls of a worker on one; the workers' own limits are far below.
+    ("grpc.max_concurrent_streams", 1024),
+    # Who connects says what it wants; clients that have nothing to ask connect again when they do.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 120_000),
+    # Connections of days follow no change of addresses or certificates. Calls that run have their hour.
+    ("grpc.max_connection_age_ms", 12 * 3_600_000),
+    ("grpc.max_connection_age_grace_ms", 3_600_000),
 )
 
 # Most specific first. The name travels beside the status, so that the caller gets the same class back.
@@ -311,7 +324,7 @@ async def start_server(
     security.check_listening(address)
     draining = asyncio.Event()
     interceptor = ErrorInterceptor(draining, security.guard)
-    server = grpc.aio.server(interceptors=[interceptor], options=list(SERVER_OPTIONS))
+    server = grpc.aio.server(interceptors=[interceptor], options=[*SERVER_OPTIONS, _connections_limit()])
     register(server)
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -329,6 +342,13 @@ async def start_server(
     for name in ("", *names):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
     return Server(server=server, health=health, port=bound, host=host, draining=draining, token_address=for_tokens)
+
+
+def _connections_limit() -> tuple[str, int]:
+    """Of one port: half of the descriptors, so that the others, and files, have theirs."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else min(_CONNECTIONS_MAX, soft // 2)
+    return "grpc.max_allowed_incoming_connections", max(8, most)
 
 
 def _listen_for_tokens(server: grpc.aio.Server, address: str, security: ProcessSecurity) -> str:

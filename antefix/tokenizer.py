@@ -9,9 +9,9 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from antefix.errors import InvalidRequest, ModelError
 from antefix.tokenizer_files import NUM_BYTES, check_tokenizer_file, eos_ids_of, library_errors, special_tokens_of
@@ -25,6 +25,9 @@ class Tokenizer(Protocol):
     special_ids: frozenset[int]
     # Ids from here on mean nothing, though a model may have numbers for them.
     num_tokens: int
+    # The most characters that one token stands for: of any text, and of text without special tokens. 0: not known.
+    token_characters_max: int
+    plain_characters_max: int
 
     def encode(self, text: str) -> list[int]:
         """Token ids; special tokens written out in the text become their ids."""
@@ -57,6 +60,8 @@ class ByteTokenizer:
         self.special_tokens = special_tokens
         self.special_ids = frozenset(special_tokens.values())
         self.num_tokens = max(special_tokens.values(), default=NUM_BYTES - 1) + 1
+        self.plain_characters_max = 1
+        self.token_characters_max = max(map(len, special_tokens), default=1)
         self._names = {number: name for name, number in special_tokens.items()}
         self.eos_ids = frozenset(special_tokens[name] for name in eos_tokens if name in special_tokens)
         names = sorted(special_tokens, key=len, reverse=True)
@@ -132,7 +137,11 @@ class HuggingFaceTokenizer:
         self._added_tokens = {number: token.content for number, token in added_tokens.items()}
         added = sorted(self._added_tokens.values(), key=len)
         self._added = re.compile("|".join(map(re.escape, reversed(added)))) if added else None
-        self._is_byte_level = "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
+        spec = json.loads(self._tokenizer.to_str())
+        self._is_byte_level = "ByteLevel" in json.dumps(spec["decoder"])
+        self.token_characters_max = self.plain_characters_max = (
+            max(map(len, self._tokenizer.get_vocab()), default=0) if _keeps_all(spec) else 0
+        )
 
     def encode(self, text: str) -> list[int]:
         # `encode` would hold the interpreter's lock throughout, so that not even another thread could go on meanwhile.
@@ -159,6 +168,32 @@ class HuggingFaceTokenizer:
 
     def stream(self) -> TextStream:
         return _RedecodeStream(self)
+
+
+# What cuts text and leaves nothing of it out.
+_CUTTERS = {"Sequence", "Split", "ByteLevel", "Digits"}
+
+
+def _keeps_all(spec: dict[str, Any]) -> bool:
+    """Whether every character of a text is in one of its tokens: then no token stands for more than its own length."""
+
+    def parts(part: Any) -> Iterator[dict[str, Any]]:
+        if isinstance(part, dict):
+            yield part
+            for each in part.get("pretokenizers", ()):
+                yield from parts(each)
+
+    cutters = list(parts(spec.get("pre_tokenizer")))
+    added = spec.get("added_tokens") or ()
+    vocabulary = spec["model"].get("vocab") or {}
+    return (
+        (spec.get("normalizer") is None or spec["normalizer"] == {"type": "Sequence", "normalizers": []})
+        and any(each.get("type") == "ByteLevel" for each in cutters)
+        and all(each.get("type") in _CUTTERS and each.get("behavior") != "Removed" for each in cutters)
+        and not any(token.get("lstrip") or token.get("rstrip") for token in added)
+        and isinstance(vocabulary, dict)
+        and all(character in vocabulary for character in _BYTE_OF)
+    )
 
 
 class _RedecodeStream:

@@ -1,6 +1,7 @@
 """Do real processes stay right, quick and small for hours, while workers are killed and clients go away?
 
     python benchmarks/soak.py --minutes 60 --trace ../shared/traces/claude_code_80.jsonl.gz --out soak.json
+    python benchmarks/soak.py --minutes 60 --ttl-divisor 10 ...      # what is kept for hours is kept for minutes
 
 One router, two prefill and two decode workers that register by lease, one store. Conversations of an agents' trace, one
 token for each of its 64-token hashes, are played by several clients at once, some requests as several twins, some
@@ -44,6 +45,8 @@ SYSTEM_TOKENS, PROMPT_TOKENS_MAX = 192, 4000
 STUCK_S = 180.0
 SAMPLE_S, SAVE_S = 10.0, 60.0
 RESTART_S = 3.0
+# The store's defaults.
+TTLS_S = {"block": 72 * 3600.0, "checkpoint": 6 * 3600.0, "handoff": 300.0}
 
 
 @dataclass(slots=True)
@@ -109,6 +112,9 @@ class Soak:
 
     async def store(self, address: str = "127.0.0.1:0") -> RoleProcess:
         flags = ["--dir", str(self.deployment.config.store_dir), "--address", address]
+        if self.args.ttl_divisor != 1:
+            for name, seconds in TTLS_S.items():
+                flags += [f"--{name}-ttl-s", str(seconds / self.args.ttl_divisor)]
         return await self.deployment.start_role("kvstore", flags)
 
     async def worker(self, role: str) -> RoleProcess:
@@ -223,6 +229,8 @@ class Soak:
             "counters": {name.name: getattr(counters, name.name) for name in counters.DESCRIPTOR.fields},
             "coalesced_share": round(counters.followed / max(1, num_routed), 4),
             "router_cpu_ms_per_request": round(1000 * router_s / max(1, num_routed), 2),
+            "threads": {role: num_threads(process) for role, process in self.steady.items() if process.alive},
+            "store_files_mb": round(sum(path.stat().st_size for path in files_of(self.deployment)) / 1e6, 1),
             "load_left": sum(worker.num_requests for worker in status.workers),
             "memory": {role: fitted(rows) for role, rows in self.samples.items()},
             "load_average": [round(each, 1) for each in os.getloadavg()],
@@ -276,6 +284,14 @@ def open_files(process: RoleProcess) -> int:
     return len(list(Path(f"/proc/{process.process.pid}/fd").iterdir()))
 
 
+def num_threads(process: RoleProcess) -> int:
+    return len(list(Path(f"/proc/{process.process.pid}/task").iterdir()))
+
+
+def files_of(deployment: Deployment) -> list[Path]:
+    return [path for path in deployment.config.store_dir.rglob("*") if path.is_file()]
+
+
 def cpu_s(process: RoleProcess) -> float:
     fields = Path(f"/proc/{process.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -308,6 +324,7 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--pool-bytes", default="64M", help="of each worker: small, so that it is full early")
     parser.add_argument("--store-bytes", default="128M", help="small, so that it evicts")
+    parser.add_argument("--ttl-divisor", type=float, default=1.0, help="keep what the store keeps so much shorter")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

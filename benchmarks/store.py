@@ -2,11 +2,11 @@
 
     antefix bench store [--model flash|pro] [--dir DIR] [--repeats N] [--peers PYTHON] [--long] [--json]
 
-One run, everything interleaved: each round measures the raw disk, the store and every peer in turn, and ratios are
-medians of each round's ratio, because a shared machine drifts more than these differ. Cold means that the kernel was
-told to forget the files; a virtual disk's host may still have them. Peers are whatever of LMDB, RocksDB, LMCache and
-diskcache the Python of --peers has (`make bench-peers` makes one). --long adds a 1M-token prefix and a store of a
-million small blocks.
+One run, everything interleaved: each round measures the raw disk (by fio too, where it is installed), the store and
+every peer in turn, and ratios are medians of each round's ratio, because a shared machine drifts more than these
+differ. Cold means that the kernel was told to forget the files; a virtual disk's host may still have them. Peers are
+whatever of LMDB, RocksDB, LMCache and diskcache the Python of --peers has (`make bench-peers` makes one). --long adds
+a 1M-token prefix and a store of a million small blocks.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from antefix_console.commands.bench import add_store_arguments
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
 from benchmarks import store_clients
+from benchmarks.fio_limits import READERS, WRITERS, fio_rate, has_fio
 from benchmarks.store_limits import DIRECT_READERS, WARM_READERS, direct_read, drop_cache, raw_write, seconds, warm_read
 from benchmarks.store_payloads import blocks, layout_of
 from benchmarks.store_peers import MODULES, PEERS
@@ -66,7 +67,10 @@ class Found:
     values: dict[str, list[float]] = field(default_factory=dict)
 
     def note(self, name: str, elapsed_s: float) -> None:
-        self.values.setdefault(name, []).append(self.nbytes / elapsed_s)
+        self.note_rate(name, self.nbytes / elapsed_s)
+
+    def note_rate(self, name: str, bytes_per_s: float) -> None:
+        self.values.setdefault(name, []).append(bytes_per_s)
 
 
 def chain(num_blocks: int, salt: int = 0) -> Chain:
@@ -126,6 +130,9 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
     names = chain(len(payloads))
     into = np.zeros_like(payloads)
     views = [row.data for row in into]
+    with_fio = has_fio()
+    if not with_fio:
+        tell("fio is not installed: durable puts and cold restores are held against Python's own writer and readers")
     source = directory / "payloads.bin"
     raw_write(source, payloads, BATCH_BLOCKS)
     found = Found(payloads.nbytes)
@@ -139,6 +146,8 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
         # 1. Durable writes.
         found.note("raw_write", raw_write(place / "raw.bin", payloads, BATCH_BLOCKS))
         found.note("put", seconds(functools.partial(put_all, engine, records(names, payloads))))
+        for name in WRITERS if with_fio else ():
+            found.note_rate(name, fio_rate(place, name, payloads.nbytes))
         for peer in peers:
             found.note(f"put_{peer.name}", peer.ask("put"))
         # 2. Cold reads, ours after each raw reader: the best of those is the limit.
@@ -147,6 +156,8 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
             found.note(f"direct_{depth}x{mib}mib", direct_read(place / "raw.bin", depth=depth, piece_bytes=mib * MIB))
             drop_cache(place / "store" / "segments")
             found.note("restore", seconds(restore))
+        for name in READERS if with_fio else ():
+            found.note_rate(name, fio_rate(place, name, payloads.nbytes))
         assert np.array_equal(into, payloads)
         for peer in peers:
             found.note(f"restore_{peer.name}", peer.ask("cold"))
@@ -249,6 +260,11 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
     out = {f"{name}_gb_per_s": statistics.median(found) / 1e9 for name, found in values.items()}
     out["restore_ratio"] = ratio(values, "restore", *direct)
     out["put_ratio"] = ratio(values, "put", "raw_write")
+    writers, readers = ([name for name in values if name.startswith(f"fio_{kind}")] for kind in ("write", "read"))
+    if writers and readers:
+        out["put_over_fio"] = ratio(values, "put", *writers)
+        # Of any kind: the best reader may be one of Python's.
+        out["restore_over_best_reader"] = ratio(values, "restore", *readers, *direct)
     out["warm_ratio"] = ratio(values, "warm", *pread)
     out["warm_over_one_thread"] = ratio(values, "warm", "pread_1x1")
     out["warm_over_checked"] = ratio(values, "warm", *(name for name in values if name.startswith("checked_2")))

@@ -8,6 +8,7 @@ Heavy imports wait until a test asks for them.
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,12 @@ if not HAS_CARD:
 
 # An example's 200 ms say nothing about the code on a machine that others use as well.
 settings.register_profile("antefix", deadline=None)
-settings.load_profile("antefix")
+# A quarter of the examples in `make test-fast`, all of them in `make test`; a test that says how many has as many.
+settings.register_profile("fast", settings.get_profile("antefix"), max_examples=25)
+
+
+def pytest_configure(config):
+    settings.load_profile("fast" if "not slow" in config.option.markexpr else "antefix")
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +66,7 @@ PROCESS_FIXTURES = {
     "small_disk",
     "disk",
     "measured",
+    "plots",
 }
 PROCESS_FOLDERS = {"e2e", "wheel"}
 
@@ -75,6 +82,12 @@ def compiles(item):
 def _refuse(*_, **__):
     raise RuntimeError("this test starts a process: mark it with @pytest.mark.services")
 
+
+# Each HTTP client reads the authorities that it trusts, the system's 140 in 40 ms. Tests talk to this host alone.
+NO_AUTHORITY = Path(__file__).with_name("no_authority.pem")
+# What is not in `make test-fast`. There nothing computes for a second on an idle machine, nor for five on a busy one.
+NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines")
+FAST_TEST_S = 5.0
 
 # A deployment starts in seconds and answers in seconds, on a machine that is busy in minutes.
 SERVICES_TIMEOUT_S = 900
@@ -94,7 +107,26 @@ def pytest_runtest_protocol(item, nextitem):
         return (yield)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess.Popen, "__init__", _refuse)
+        patch.setenv("SSL_CERT_FILE", str(NO_AUTHORITY))
         return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item):
+    """Its processor time, and not the clock's: a busy machine doubles the one, and the other tenfold."""
+    before_s = time.process_time()
+    result = yield
+    used_s = time.process_time() - before_s
+    if used_s > FAST_TEST_S and not any(item.get_closest_marker(marker) for marker in NOT_FAST):
+        told = f"took {used_s:.1f} s of processor time: make it cheaper, or mark it with @pytest.mark.slow"
+        pytest.fail(told, pytrace=False)
+    return result
+
+
+@pytest.fixture
+def plots():
+    """For a test that draws: where matplotlib has never run, it asks a process for the machine's fonts."""
+    pytest.importorskip("matplotlib")
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from antefix_prefill.restore import Prompt
 from antefix_prefill.worker.compute_thread import ComputeThread
 from antefix_prefill.worker.engine import Engine
 from antefix_prefill.worker.resident_blocks import ResidentBlocks
+from tests.small_worker_model import small_worker_model
 
 MODEL = Path(__file__).parents[1] / "models" / "antefix-tiny"
 
@@ -104,14 +105,14 @@ class MemoryStore:
         pass
 
 
-def load(kv_format):
+def load(kv_format, path=None):
     torch.set_num_threads(1)  # two threads on a busy machine wait for each other; the bits are the same
-    return load_model(MODEL, kv_format=kv_format)
+    return load_model(path or small_worker_model(), kv_format=kv_format)
 
 
-def build(model, store, *, strategy, num_blocks, prefill_chunk, priors=None):
+def build(model, store, *, strategy, num_blocks, prefill_chunk, priors=None, path=None):
     """An engine over a loaded model. By default any hit beats cold: a test decides the plan by what it stores."""
-    identity = identify(MODEL, revision="test")
+    identity = identify(path or small_worker_model(), revision="test")
     kv_format = model.layout.kv_format
     pool = BlockPool(model.layout, num_blocks)
     rates = Rates(priors or RatePriors(prefill_tokens_per_s=200, load_bytes_per_s=1e12, load_fixed_s=1e-9))

@@ -21,8 +21,8 @@ import zmq
 import zmq.asyncio
 
 from antefix.block import TokenArray
+from antefix.end_tasks import end_tasks
 from antefix.errors import ConfigError
-from antefix.events.end_tasks import end_tasks
 from antefix.events.kv_events import GPU, REPLAY_END, KvEvent, KvRemoved, KvStored, encode_batch
 from antefix.events.kv_sockets import CurveDoor, CurveKey, check_endpoint, check_public_key
 

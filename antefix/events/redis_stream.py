@@ -28,8 +28,8 @@ from typing import Any, Final, TypeVar
 
 from redis.exceptions import RedisClusterException, RedisError
 
+from antefix.end_tasks import end_tasks
 from antefix.events.block_events import KEY_BYTES, BlockEvent, EventKind
-from antefix.events.end_tasks import end_tasks
 from antefix.events.event_seal import DropReason, EventCheck, EventKeys, Stamps
 from antefix.events.numbered_log import ALIVE_S, Batch, Cursor, NumberedLog
 from antefix.redis_access import RedisAccess

@@ -65,13 +65,15 @@ TABLE: Final[dict[str, Access]] = {
     "/antefix.v1.KvStoreService/Lookup": _row(_ROUTER, *_FILLING, _OPERATOR, grant=_GRANTED),
     "/antefix.v1.KvStoreService/Fate": _row(_ROUTER, *_WORKERS, _OPERATOR, grant=_GRANTED),
     "/antefix.v1.KvStoreService/Get": _row(*_FILLING, _OPERATOR, grant=_GRANTED),
-    "/antefix.v1.KvStoreService/Put": _row(*_FILLING, grant=_GRANTED),
+    # An operator moves house: `antefix store copy`, `antefix drain`.
+    "/antefix.v1.KvStoreService/Put": _row(*_FILLING, _OPERATOR, grant=_GRANTED),
     "/antefix.v1.KvStoreService/Pin": _row(_ROUTER, Role.ENGINE, _OPERATOR, grant=_GRANTED),
     "/antefix.v1.KvStoreService/Evict": _row(_ROUTER, Role.ENGINE, _OPERATOR, grant=_GRANTED),
+    "/antefix.v1.KvStoreService/Purge": _row(_OPERATOR, grant=_GRANTED),
     # Uses are told in one call for all tenants. Naming a record as forged takes a grant for its owner.
     "/antefix.v1.KvStoreService/Touch": _row(*_FILLING, grant=GrantRule.OPTIONAL),
     # Of no tenant. Watching tells the names of all blocks, so it is for routers alone.
-    "/antefix.v1.KvStoreService/Register": _row(*_FILLING),
+    "/antefix.v1.KvStoreService/Register": _row(*_FILLING, _OPERATOR),
     "/antefix.v1.KvStoreService/Watch": _row(_ROUTER),
     "/antefix.v1.KvStoreService/Stats": _row(_ROUTER, *_FILLING, _OPERATOR),
     # What every service has.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -64,6 +64,8 @@ T = TypeVar("T")
 CALL_DEADLINE_S: Final = 10.0
 # What an answer waits for: a search in the store's index takes milliseconds.
 SEARCH_DEADLINE_S: Final = 2.0
+# It reads the whole index.
+PURGE_DEADLINE_S: Final = 300.0
 # The most for a stream of payloads: 3.5 GB, a 1M-token prefix, at 100 MB/s. Mostly `Breaker.limit_s` is less.
 STREAM_DEADLINE_S: Final = 60.0
 # How large one payload is taken to be before it comes: a checkpoint or handoff of V4 takes some MB.
@@ -213,15 +215,39 @@ class RemoteStore:
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell the store the byte layout behind a fingerprint; without it, blocks are stored uncompressed."""
+        plans = {
+            RecordKind.BLOCK: codec.plan_of_block(layout),
+            RecordKind.CHECKPOINT: codec.plan_of_checkpoint(layout),
+        }
+        await self.register_plans(fingerprint, layout.block_size, plans, statement=statement)
+
+    async def register_plans(
+        self,
+        fingerprint: bytes,
+        block_tokens: int,
+        plans: Mapping[RecordKind, codec.PlanePlan],
+        *,
+        statement: bytes = b"",
+    ) -> None:
+        """As `register`, with plans as another store has them."""
         request = kvstore_pb2.RegisterRequest(
             fingerprint=fingerprint,
-            block_size=layout.block_size,
-            parts=_parts(codec.plan_of_block(layout)),
-            checkpoint_parts=_parts(codec.plan_of_checkpoint(layout)),
+            block_size=block_tokens,
+            parts=_parts(plans[RecordKind.BLOCK]) if RecordKind.BLOCK in plans else (),
+            checkpoint_parts=_parts(plans[RecordKind.CHECKPOINT]) if RecordKind.CHECKPOINT in plans else (),
             statement=statement,
         )
         with self._asked():
             await self.stub.Register(request, timeout=CALL_DEADLINE_S)
+
+    async def purge(self, owner: bytes) -> int:
+        """Drop all of an owner's records, pinned or not, in memory too; without a user: of all of a tenant's users.
+
+        Returns how many went.
+        """
+        with self._asked():
+            request = kvstore_pb2.PurgeRequest(owner=owner)
+            return int((await self.stub.Purge(request, timeout=PURGE_DEADLINE_S, metadata=outgoing())).num_purged)
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
         request = kvstore_pb2.PinRequest(records=map(_name, names), duration_s=duration_s, owner=owner)

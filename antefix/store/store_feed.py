@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
+from antefix.end_tasks import end_tasks
 from antefix.events.block_events import BlockEvent, EventKind, Key, keys_of
-from antefix.events.end_tasks import end_tasks
 from antefix.events.event_seal import DropReason, EventKeys
 from antefix.events.follower import Follower, Watch
 from antefix.events.redis_stream import StreamReader, store_stream
@@ -52,6 +52,8 @@ class StoreFeed(Follower[BlockEvent]):
                 redis_url, [store_stream(name)], lambda _, batch: self.take(batch), lambda _: self.lose(), keys=keys
             )
         self._task: asyncio.Task[None] | None = None
+        # Those that followed former fingerprints.
+        self._ending: list[asyncio.Task[None]] = []
 
     @property
     def dropped(self) -> Mapping[DropReason, int]:
@@ -66,6 +68,7 @@ class StoreFeed(Follower[BlockEvent]):
         if self._task is not None:
             # With the snapshot that may be under way, of which a part was taken for the former.
             self._task.cancel()
+            self._ending.append(self._task)
             self._task = asyncio.create_task(self.run(self._watch))
 
     def __len__(self) -> int:
@@ -94,7 +97,7 @@ class StoreFeed(Follower[BlockEvent]):
 
     async def close(self) -> None:
         if self._task is not None:
-            await end_tasks([self._task])
+            await end_tasks([*self._ending, self._task])
         if self._reader is not None:
             await self._reader.close()
 

@@ -7,6 +7,7 @@ append what they used to files of their own there. Readers elsewhere are logged 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Final
 
@@ -22,13 +23,14 @@ def announce_log(store_directory: Path, log_directory: str) -> None:
     if not log_directory:
         path.unlink(missing_ok=True)
         return
-    text = str(Path(log_directory).resolve()) + "\n"
+    # A directory's name is bytes, of which not all are text.
+    text = os.fsencode(Path(log_directory).resolve()) + b"\n"
     with contextlib.suppress(OSError):
-        if path.read_text() == text:
+        if path.read_bytes() == text:
             return  # also on a disk that has no room to say it again
     part = path.with_suffix(".part")
     with open_private(part, "w") as file:
-        file.write(text)
+        file.write(os.fsdecode(text))
     part.rename(path)
 
 
@@ -38,7 +40,7 @@ class ReadEvidence:
     def __init__(self, store_directory: Path) -> None:
         self._log: StoreLog | None = None
         with contextlib.suppress(OSError):
-            self._log = StoreLog(Path((store_directory / USAGE_LOG_FILE).read_text().strip()))
+            self._log = StoreLog(Path(os.fsdecode((store_directory / USAGE_LOG_FILE).read_bytes().removesuffix(b"\n"))))
 
     def used(self, block_hash: bytes) -> None:
         """The last block of a path that was read."""

@@ -128,7 +128,16 @@ class RestorePlanner:
             self._step += 1
 
     def plan(self, stored: StoredPrefix) -> Decision:
-        """Cost every way and take the cheapest; ties go to the one that computes less.
+        """Cost every way and take the cheapest, which is counted; ties go to the one that computes less.
+
+        Raises:  InternalError: as `weigh`.
+        """
+        decision = self.weigh(stored)
+        self.records[decision.plan.kind].num_plans += 1
+        return decision
+
+    def weigh(self, stored: StoredPrefix) -> Decision:
+        """The same without counting it: for what is not carried out.
 
         Raises:  InternalError: an empty prompt, or counts that contradict each other.
         """
@@ -147,7 +156,6 @@ class RestorePlanner:
             plans.append(self._replay(stored, usable, PlanKind.BOUNDED, replayed))
         # 3. The least predicted time wins. Cold is among them, so the choice is never predicted slower than cold.
         plans.sort(key=lambda plan: (plan.predicted_s, plan.prefill_tokens + plan.replay_work_tokens))
-        self.records[plans[0].kind].num_plans += 1
         return Decision(plan=plans[0], plans=tuple(plans))
 
     def record(self, plan: Plan, actual_s: float) -> float:

@@ -143,6 +143,29 @@ class QuotaBook:
             state.num_running += 1
         return Reservation(tenant=tenant, tokens=tokens, money=money, moment=now)
 
+    def check(self, tenant: str, *, tokens: int = 1, now: datetime) -> None:
+        """Whether a request of at least so many tokens could be admitted, before anything is done for it.
+
+        Raises:  QuotaExceeded: a window has not so much left, or no money at all.
+        """
+        with self._mutex:
+            state = self._tenants.get(tenant, _Tenant())
+            for limit in self.limits_of(tenant).limits:
+                start = limit.window.start(now)
+                usage = state.windows.get(limit.window)
+                used = usage if usage is not None and usage.start >= start else _Usage(start=start)
+                left_s = (limit.window.end(now) - now).total_seconds()
+                if limit.tokens is not None and used.tokens + tokens > limit.tokens:
+                    raise RateLimited(
+                        f"rate limit: {limit.tokens} tokens per {limit.window}, of which {used.tokens} are used or"
+                        f" reserved, and this request needs {tokens} at least",
+                        retry_after_s=left_s,
+                    )
+                if limit.money is not None and used.money > limit.money:
+                    raise BudgetExceeded(
+                        f"budget: {limit.money} per {limit.window} is used up or reserved", retry_after_s=left_s
+                    )
+
     def settle(self, reservation: Reservation, *, tokens: int, money: Decimal) -> None:
         """Replace the reservation by what was used; it counts in the window in which the request was admitted."""
         with self._mutex:

@@ -54,7 +54,9 @@ class Signer:
     def from_file(cls, path: str | Path) -> Signer:
         """Raises:  ConfigError: the file cannot be read or does not hold 32 bytes as hex."""
         try:
-            return cls(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(Path(path).read_text().strip())))
+            return cls(
+                Ed25519PrivateKey.from_private_bytes(bytes.fromhex(Path(path).read_bytes().decode("ascii").strip()))
+            )
         except (OSError, ValueError) as err:
             raise ConfigError(f"receipt key {path}: {err}") from err
 

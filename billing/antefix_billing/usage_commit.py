@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ NUM_BATCH_MAX = 1024
 NUM_WAITING_MAX = 65536
 # A power cut may take the marks of this long; a crash of the process takes none.
 MARKS_SYNC_S = 1.0
+# A write that failed says so much of the next one.
+FAILING_S = 5.0
 
 
 @dataclass(slots=True)
@@ -43,6 +46,9 @@ class UsageWriter(Protocol):
     @property
     def source_name(self) -> str: ...
 
+    @property
+    def is_failing(self) -> bool: ...
+
     async def open(self, entry: OpenEntry) -> OpenEntry: ...
 
     def mark(self, entry: OpenEntry, used: Usage) -> None: ...
@@ -58,6 +64,7 @@ class NoLedger:
     """For a router that keeps no bill: requests are counted and priced, and nothing is kept."""
 
     source_name = "antefix/unkept"
+    is_failing = False
 
     async def open(self, entry: OpenEntry) -> OpenEntry:
         return entry
@@ -85,10 +92,16 @@ class LedgerWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="antefix-ledger")
         self._task: asyncio.Task[None] | None = None
         self._syncing: asyncio.Task[None] | None = None
+        self._failed_at = float("-inf")
 
     @property
     def source_name(self) -> str:
         return self.ledger.source_name
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether the last write failed just now; after a while the next one shows whether it still would."""
+        return time.monotonic() - self._failed_at < FAILING_S
 
     async def open(self, entry: OpenEntry) -> OpenEntry:
         """Durable when it returns. Raises:  as `settle`."""
@@ -148,12 +161,14 @@ class LedgerWriter:
             try:
                 answers = await self._run(self.ledger.append, [item for item, _ in batch])
             except (AntefixError, OSError) as err:
+                self._failed_at = time.monotonic()
                 _fail(batch, err)
                 continue
             except BaseException as err:
                 _fail([*batch, *self._waiting], err)  # a bug of ours: nobody must wait for ever
                 self._waiting.clear()
                 raise
+            self._failed_at = float("-inf")
             self.counters.batches += 1
             self.counters.entries += len(batch)
             for (_, future), answer in zip(batch, answers, strict=True):

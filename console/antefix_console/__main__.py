@@ -1,7 +1,7 @@
-"""`python -m antefix_console`: the same as the `antefix` command."""
+"""`python -m antefix_console`, the same as `antefix`."""
 
 import sys
 
-from antefix_console.cli import main
+from antefix_console.entry import main
 
 sys.exit(main())

@@ -132,6 +132,18 @@ def _audit() -> CommandModule:
     return audit
 
 
+def _store() -> CommandModule:
+    from antefix_console.commands import store
+
+    return store
+
+
+def _drain() -> CommandModule:
+    from antefix_console.commands import drain
+
+    return drain
+
+
 def _doctor() -> CommandModule:
     from antefix_console.commands import doctor
 
@@ -208,6 +220,16 @@ COMMANDS: dict[str, Command] = {
         load=_fsck,
         help="check a store that no service has open, and repair it",
         example="antefix fsck /var/lib/antefix/store --repair",
+    ),
+    "store": Command(
+        load=_store,
+        help="copy a store, or purge a tenant from stores",
+        example="antefix store copy antefix-data/store /backup/store",
+    ),
+    "drain": Command(
+        load=_drain,
+        help="move what is worth keeping from a store that leaves to others",
+        example="antefix drain /data/a --to host-b:7010 host-c:7010",
     ),
     "simulate": Command(
         load=_simulate,

@@ -25,7 +25,7 @@ from typing import IO
 
 from antefix.clients import RouterClient
 from antefix.config import GRACE_S, flags_of, require
-from antefix.errors import ConfigError, Unavailable
+from antefix.errors import AntefixError, ConfigError, Unavailable
 from antefix.host_limits import usable_cores
 from antefix.private_file import DIRECTORY_MODE, FILE_MODE, open_private, write_private
 from antefix.secret import Keyring, create_secret_file
@@ -130,12 +130,13 @@ class DeploymentConfig(WorkerSettings):
 
 @dataclass(slots=True)
 class RoleProcess:
-    """One running role."""
+    """One running role. flags: what it was started with."""
 
     role: str
     process: asyncio.subprocess.Process
     address: str
     log_path: Path
+    flags: tuple[str, ...] = ()
     http_address: str = ""
     metrics_address: str = ""
     ledger_dir: Path | None = None
@@ -301,12 +302,32 @@ class Deployment:
         stores[own] += f"@{config.store_dir_of(own).absolute()}"
         return ["--stores", ",".join(stores)]
 
-    async def start_role(self, role: str, flags: Sequence[str]) -> RoleProcess:
-        """Start one process and wait until it serves.
+    async def restart(self, dead: RoleProcess) -> RoleProcess:
+        """Start a role that died again, at its addresses, with its log and, if it is a router, its ledger.
+
+        Raises: as `start_role`.
+        """
+        last = ["--address", dead.address, "--metrics-address", dead.metrics_address]
+        last += _given("--http-address", dead.http_address)
+        self.processes = [process for process in self.processes if process is not dead]
+        try:
+            started = await self.start_role(dead.role, dead.flags, last=last, log_path=dead.log_path)
+        except AntefixError:
+            # Only this one is to be kept; what did not start is over.
+            self.processes = [process for process in self.processes if process.alive]
+            raise
+        started.ledger_dir = dead.ledger_dir
+        return started
+
+    async def start_role(
+        self, role: str, flags: Sequence[str], *, last: Sequence[str] = (), log_path: Path | None = None
+    ) -> RoleProcess:
+        """Start one process and wait until it serves.  last: flags that win over all others.  log_path: that it goes on
+        with; None: one of its own.
 
         Raises:  ConfigError: it ended instead; the message has the end of its log.  Unavailable: it took too long.
         """
-        log_path = self.config.data_dir / "logs" / f"{role}-{next(self._numbers)}.log"
+        log_path = log_path or self.config.data_dir / "logs" / f"{role}-{next(self._numbers)}.log"
         said_before = _log_bytes(log_path)
         with open_private(log_path, "a") as log:
             process = await asyncio.create_subprocess_exec(
@@ -316,6 +337,7 @@ class Deployment:
                 *self._telemetry_flags(),
                 *flags,
                 *self.config.extra_flags.get(role, ()),
+                *last,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
@@ -323,7 +345,7 @@ class Deployment:
                 start_new_session=True,
                 env=_child_environment(self.config.data_dir),
             )
-        started = RoleProcess(role=role, process=process, address="", log_path=log_path)
+        started = RoleProcess(role=role, process=process, address="", log_path=log_path, flags=tuple(flags))
         self.processes.append(started)
         assert process.stdout is not None
         try:

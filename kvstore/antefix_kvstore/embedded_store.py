@@ -195,6 +195,10 @@ class EmbeddedStore:
         row = owner_row(2, owner)
         return await self._in_thread(lambda: self.engine.evict(_stored(names), owner=row))
 
+    async def purge(self, owner: bytes) -> int:
+        """Drop all of an owner's records; without a user, all of a tenant's. Returns how many went."""
+        return self._memory.purge(owner) + await self._in_thread(lambda: self.engine.purge(owner_row(2, owner)))
+
     def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
         """What is stored now, then every change, without gaps; or the changes since `cursor`."""
         return watch_log(self.engine.events, cursor or Cursor(), self._snapshot)

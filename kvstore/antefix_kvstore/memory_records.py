@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from antefix.record import Record, RecordKind
+from antefix.secret import TENANT_BYTES, USER_BYTES
 from antefix.store_files.seal import sealed_part_of
 
 
@@ -72,6 +73,14 @@ class MemoryRecords:
         """Whether somebody else has put something of this name, that this owner must not replace."""
         kept = self._kept.get((kind, name))
         return kept is not None and kept.owner != owner and kept.expires_s > time.monotonic()
+
+    def purge(self, owner: bytes) -> int:
+        """Drop an owner's; without a user, all of a tenant's. Returns how many went."""
+        account = owner[:TENANT_BYTES] if owner.endswith(bytes(USER_BYTES)) else owner
+        names = [name for name, kept in self._kept.items() if kept.owner.startswith(account)]
+        for name in names:
+            self._drop(name)
+        return len(names)
 
     def expire(self) -> None:
         now_s = time.monotonic()

@@ -246,6 +246,13 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         num_evicted = await self._in_thread(lambda: self.engine.evict(names, owner=owner))
         return kvstore_pb2.EvictResponse(num_evicted=num_evicted)
 
+    async def Purge(
+        self, request: kvstore_pb2.PurgeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> kvstore_pb2.PurgeResponse:
+        _granted_rows(request.owner)
+        num_purged = await self._in_thread(lambda: self.engine.purge(owner_row(2, request.owner)))
+        return kvstore_pb2.PurgeResponse(num_purged=num_purged + self.pool.purge(request.owner))
+
     async def Register(
         self, request: kvstore_pb2.RegisterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.RegisterResponse:

@@ -43,7 +43,7 @@ from antefix.store_files import codec
 from antefix.store_files.encryption import KeyRing
 from antefix.store_files.hit_log import StoreLog
 from antefix.store_files.index import STATEMENT_PREFIX, Change
-from antefix.store_files.owners import Owners
+from antefix.store_files.owners import Owners, account_of, without_user
 from antefix.store_files.read_log import announce_log
 from antefix.store_files.record_format import RECORD_HEADER_BYTES, IndexEntry, RecordFlag, payload_checksum
 from antefix.store_files.record_header import RecordHeader, owner_row, unpack_record_header
@@ -457,6 +457,20 @@ class StorageEngine:
                 if entry is not None and (owner is None or txn.known_owner_id(owner) == entry.tenant_id):
                     roots.append(name)
             num_gone = drop_subtrees(txn, self.space, roots)
+        self.counters.asked += num_gone
+        return num_gone
+
+    def purge(self, owner: bytes) -> int:
+        """Drop all of an owner's records; without a user, all of a tenant's. Returns how many went.
+
+        owner: as the index has it (`antefix.store_files.record_header.owner_row`).
+        """
+        with self._lock, IndexTxn(self.index) as txn:
+            meant = {number for number, row in txn.owners().items() if without_user(owner) in (row, account_of(row))}
+            if not meant:
+                return 0
+            names = [name for kind in STORED_KINDS for name, entry in txn.names(kind) if entry.tenant_id in meant]
+            num_gone = drop_subtrees(txn, self.space, names)
         self.counters.asked += num_gone
         return num_gone
 

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from prometheus_client.core import Metric
 
-from antefix.telemetry.shown import gauge
+from antefix.telemetry.shown import Shown, Table, families, gauge
 from antefix.window import Rates
+from antefix_prefill.prefetch import PrefetchCounters
 from antefix_prefill.prefill_queue import PrefillQueue
 
+# `prefetch.PrefetchCounters`.
+PREFETCH: Final[Table] = {
+    "num_prefetched": Shown(
+        name="antefix_prefill_prefetched_prompts", help="Prompts whose blocks were loaded while they waited."
+    ),
+    "num_blocks_prefetched": Shown(name="antefix_prefill_prefetched_blocks", help="Blocks that were loaded so."),
+    "num_skipped": Shown(
+        name="antefix_prefill_unprefetched_prompts",
+        help="Prompts that waited, for which there was no room or nothing worth loading.",
+    ),
+}
 
-def queue_metrics(queue: PrefillQueue, rates: Rates) -> Iterable[Metric]:
+
+def queue_metrics(queue: PrefillQueue, rates: Rates, prefetch: PrefetchCounters) -> Iterable[Metric]:
     yield gauge("antefix_prefill_running_prompts", "Prompts at work.", {(): float(queue.num_running)})
     yield gauge("antefix_prefill_waiting_prompts", "Prompts behind them.", {(): float(queue.num_waiting)})
     yield gauge(
         "antefix_prefill_speed", "Tokens that prefill computes in a second.", {(): float(rates.prefill_tokens_per_s)}
     )
+    yield from families(PREFETCH, prefetch)
     yield from queue.wait_s.collect()

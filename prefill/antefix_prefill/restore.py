@@ -33,7 +33,16 @@ from antefix_prefill.worker.engine import Engine
 DISK_TIER = Tier.DISK.value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefetched:
+    """Blocks [first, stop) that were loaded for a prompt while it waited; report: which tiers gave them."""
+
+    first: int
+    stop: int
+    report: RestoreReport
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
 class Prompt:
     """A checked prompt with its names. tokens: [N] uint32. breakpoints: the client's."""
 
@@ -41,6 +50,7 @@ class Prompt:
     chain: Chain
     tenant: str = ""
     breakpoints: tuple[Breakpoint, ...] = ()
+    prefetched: Prefetched | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -97,6 +107,12 @@ async def has_short_rest(engine: Engine, prompt: Prompt) -> bool:
         known = await _look_up(engine, prompt, RestoreReport())
         num_known = known.num_blocks
     return prompt.num_tokens - num_known * engine.block_size <= engine.prefill_chunk
+
+
+async def weigh(engine: Engine, prompt: Prompt, report: RestoreReport) -> tuple[Plan, OlderNames | None]:
+    """The plan that `restore` would take now, were there no window pool, and the older names that it would read."""
+    known = await _look_up(engine, prompt, report)
+    return engine.planner.weigh(_stored_prefix(engine, prompt, known)).plan, known.older
 
 
 async def restore(engine: Engine, prompt: Prompt) -> Restored:
@@ -414,6 +430,8 @@ def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) 
     report.hit_tokens = plan.resume_block * engine.block_size
     report.miss_tokens = prompt.num_tokens - report.hit_tokens
     report.hit_memory_tokens = min(report.hit_memory_tokens, report.hit_tokens)
+    if prompt.prefetched is not None:
+        _account_prefetched(engine, prompt.prefetched, report)
     report.hit_store_tokens = report.hit_tokens - report.hit_memory_tokens
     if not report.hit_store_tokens:
         report.hit_tiers.clear()
@@ -421,6 +439,20 @@ def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) 
         report.hit_tiers[DISK_TIER] = report.hit_store_tokens
     if plan.resume_block:
         report.last_hit_hash = prompt.chain.hashes[plan.resume_block - 1]
+
+
+def _account_prefetched(engine: Engine, prefetched: Prefetched, report: RestoreReport) -> None:
+    """What was loaded for this prompt while it waited came from where it was loaded from, not from memory."""
+    resident = report.hit_memory_tokens // engine.block_size
+    moved = (min(resident, prefetched.stop) - prefetched.first) * engine.block_size
+    if moved <= 0:
+        return
+    report.hit_memory_tokens -= moved
+    report.bytes_read += prefetched.report.bytes_read
+    for tier, tokens in (prefetched.report.hit_tiers or {DISK_TIER: moved}).items():
+        tokens = min(tokens, moved)
+        report.hit_tiers[tier] = report.hit_tiers.get(tier, 0) + tokens
+        moved -= tokens
 
 
 async def _miss_reason(engine: Engine, prompt: Prompt, plan: Plan, known: _Known) -> MissReason:

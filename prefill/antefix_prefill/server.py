@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 from antefix import rpc
@@ -14,6 +15,7 @@ from antefix.v1 import prefill_pb2, prefill_pb2_grpc
 from antefix.wire import report_to_wire, tokens_from_wire
 from antefix_prefill.leave_handoff import leave_handoff
 from antefix_prefill.metrics import queue_metrics
+from antefix_prefill.prefetch import Prefetcher
 from antefix_prefill.prefill_queue import PrefillQueue
 from antefix_prefill.restore import Prompt, has_short_rest
 from antefix_prefill.run_prompt import run_prompt
@@ -42,6 +44,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     def __init__(self, engine: Engine, config: PrefillConfig) -> None:
         self._engine = engine
         self.queue = PrefillQueue(config.num_running_max, config.num_waiting_max, config.num_short_max)
+        self.prefetcher = Prefetcher(engine)
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: rpc.Context) -> prefill_pb2.PrefillResponse:
         engine = self._engine
@@ -62,9 +65,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self.queue.num_waiting + 1)
         num_tokens = len(tokens) - engine.blocks.num_leading(chain.hashes) * engine.block_size
         tenant, _ = split_tenant(request.tenant)
-        async with self.queue.turn(
-            wait_s, lambda: has_short_rest(engine, prompt), tenant=tenant, num_tokens=max(1, num_tokens)
-        ):
+        async with contextlib.AsyncExitStack() as place:
+            turn = self.queue.turn(
+                wait_s, lambda: has_short_rest(engine, prompt), tenant=tenant, num_tokens=max(1, num_tokens)
+            )
+            async with self.prefetcher.while_waiting(prompt):
+                await place.enter_async_context(turn)
             computed = await run_prompt(engine, prompt)
             try:
                 # 4. Leave what decode needs to go on.
@@ -101,7 +107,7 @@ async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
         config,
         engine,
         security=security,
-        metrics=lambda: queue_metrics(servicer.queue, engine.rates),
+        metrics=lambda: queue_metrics(servicer.queue, engine.rates, servicer.prefetcher.counters),
         add_service=lambda server: prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server),
         descriptors=[prefill_pb2.DESCRIPTOR],
         stop=engine.close,

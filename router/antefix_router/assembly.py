@@ -39,6 +39,7 @@ from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.workers import WorkerRole, Workers
 from antefix_router.prefill_calls import Limits
 from antefix_router.prefilling import Prefilling
+from antefix_router.readiness import why_unready
 from antefix_router.router_config import RouterConfig
 from antefix_router.workers_arithmetic import Said, difference, learn
 
@@ -127,6 +128,10 @@ class Router:
             fingerprint=self.fingerprint,
         )
         self.key_changes = follow_keys(config, self.front.keys, keyring)
+
+    def why_unready(self) -> str:
+        """Why a request would not be served now; empty where it would. Without prefill workers decode prefills."""
+        return why_unready(self.front.accounts, self.decode)
 
     def start(self) -> None:
         """Follow workers' leases, changes of API keys, and the store's events where the settings say so."""

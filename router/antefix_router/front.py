@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from antefix.cache_tenant import join_tenant
@@ -103,6 +104,27 @@ class Front(BilledFront):
         self.tenants = tenants
         self.encoding = Encoding()
         self.grammars = GrammarCheck(identity.path, identity.vocab_size)
+
+    def check_text(self, num_characters: int, *, num_plain: int | None = None, payer: str | None = None) -> None:
+        """What can be told of a prompt before it is encoded: how many tokens it has at least.
+
+        num_plain: characters that no special token can stand for; None: of a text in which they may.  payer: the tenant
+        that needs to have quota for it.
+        Raises:  ContextTooLong.  QuotaExceeded: the tenant has not so many left.
+        """
+        tokenizer = self.tokenizer
+        if num_plain is None:
+            longest, num = tokenizer.token_characters_max, num_characters
+        else:
+            longest, num = tokenizer.plain_characters_max, num_plain
+        at_least = num // longest if longest else 0
+        if at_least > self.identity.max_tokens:
+            raise ContextTooLong(
+                f"the prompt is too long: its {num} characters are at least {at_least} tokens, more than the model's"
+                f" context length of {self.identity.max_tokens}"
+            )
+        if payer is not None:
+            self.accounts.quotas.check(payer, tokens=at_least, now=datetime.now(UTC))
 
     async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
         """Check a request and open its bill; without an id it gets one.  retryable: see `Accounts.admit`.

@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from antefix import rpc
+from antefix.end_tasks import end_tasks
 from antefix.pulse import Pulse, health_question
 from antefix.security.identity import Role
 from antefix_router.placement.directory import Directory
@@ -32,21 +33,26 @@ class HealthWatch:
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        # Those of workers that left.
+        self._ending: set[asyncio.Task[None]] = set()
 
     def follow(self, groups: tuple[Workers, ...]) -> None:
         """Watch these workers and no others."""
         known = {worker.address: worker for group in groups for worker in group.workers}
         for address in set(self._tasks) - set(known):
-            self._tasks.pop(address).cancel()
+            self._end(self._tasks.pop(address))
         for address in set(known) - set(self._tasks):
             self._tasks[address] = asyncio.create_task(self._watch(known[address]))
 
     async def close(self) -> None:
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *self._ending]
         self._tasks.clear()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        task.cancel()
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def _watch(self, worker: Worker) -> None:
         async with rpc.channel(worker.address, of=Role(worker.role.value), name=worker.name) as channel:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Protocol
 
+from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError
 from antefix.redis_access import RedisAccess, RedisConfig
 from antefix.secret import Keyring
@@ -46,8 +47,7 @@ class KeyChanges:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks([self._task])
         if self._exchange is not None:
             await self._exchange.close()
 

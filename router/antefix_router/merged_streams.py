@@ -32,8 +32,11 @@ async def merged(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerato
                     await items.put(item)
         except Exception as err:  # noqa: BLE001 - raised where the streams are read
             end = _End(err)
-        await items.put(end)
+        # A stream that fails as it is cut off has nobody left to tell: the queue is full, and this would wait for ever.
+        if not is_closing:
+            await items.put(end)
 
+    is_closing = False
     tasks = [asyncio.create_task(read(stream)) for stream in streams]
     try:
         num_running = len(tasks)
@@ -46,6 +49,7 @@ async def merged(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerato
             else:
                 num_running -= 1
     finally:
+        is_closing = True
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

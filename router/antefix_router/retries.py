@@ -34,7 +34,7 @@ class Retries:
         self._shelf = Shelf(config.kept_answers_bytes, config.kept_answers_s)
         self._num_joined = 0
         self._num_given = 0
-        self._is_draining = False
+        self.is_draining = False
 
     def counts(self) -> AnswerCounters:
         return AnswerCounters(
@@ -87,7 +87,7 @@ class Retries:
         if shared.num_readers or shared.settling is not None:
             return
         is_full = self._num_unattended > self._config.unattended_max
-        if shared.is_over or self._is_draining or is_full or not self._config.unattended_s:
+        if shared.is_over or self.is_draining or is_full or not self._config.unattended_s:
             self._give_up(shared)
         else:
             self._wait_for_a_reader(shared, self._config.unattended_s)
@@ -110,7 +110,7 @@ class Retries:
 
     def drain(self) -> None:
         """No client can come for an answer any more: those that have none are given up, now and later."""
-        self._is_draining = True
+        self.is_draining = True
         for shared in [each for each in self._shared.values() if not each.num_readers]:
             self._give_up(shared)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import time
@@ -45,6 +46,7 @@ from antefix_router.key_callers import caller_of_key
 from antefix_router.open_bill import Bill
 from antefix_router.page.page import page_routes
 from antefix_router.page.view import View
+from antefix_router.readiness import tell_readiness
 from antefix_router.router_config import RouterConfig
 from antefix_router.usage_service import UsageServicer
 
@@ -72,7 +74,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         tenant = admitted().identity.tenant(message.tenant)
         caller = Caller(tenant=tenant, user=message.user, request_id=message.request_id, session=message.session)
         request = GenerationRequest(
-            tokens=await self._tokens(message),
+            tokens=await self._tokens(message, tenant),
             sampling=sampling_from_wire(message.sampling),
             caller=caller,
             num_samples=message.num_samples or 1,
@@ -102,13 +104,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                 restore=report_to_wire(generation.restore) if generation.restore and index == last else None,
             )
 
-    async def _tokens(self, message: router_pb2.GenerateRequest) -> Tokens:
+    async def _tokens(self, message: router_pb2.GenerateRequest, tenant: str) -> Tokens:
         if message.WhichOneof("prompt") == "tokens":
             return tokens_from_wire(message.tokens)
         text: str = message.text
+        self.router.front.check_text(len(text))
         with span("tokenize", num_characters=len(text)):
             return await self.router.front.encoding.run(
-                len(text), lambda: as_tokens(self.router.tokenizer.encode(text))
+                len(text), lambda: as_tokens(self.router.tokenizer.encode(text)), tenant=tenant
             )
 
     async def RouterStatus(
@@ -212,7 +215,11 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
 
     await router.learn()
     page = partial(_page, router)
-    http = await start_http(router.front, config, security, more=page) if config.http_address else None
+    http = (
+        await start_http(router.front, config, security, more=page, why_unready=router.why_unready)
+        if config.http_address
+        else None
+    )
 
     accounts = router.front.accounts
 
@@ -228,15 +235,22 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         calls=called,
     )
     router.start()
+    service = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
+    telling = asyncio.create_task(tell_readiness(server, [service], router.why_unready))
     http_address = http.address if http is not None else ""
     registry = Registry("router")
     registry.add_in_loop(router.metrics)
     if http is not None:
         registry.add_in_loop(http.metrics)
+
+    async def stop() -> None:
+        telling.cancel()
+        await router.close()
+
     await rpc.run_until_signal(
         server,
         role="router",
-        stop=router.close,
+        stop=stop,
         watch_stdin=watch_stdin,
         http_address=http_address,
         metrics_address=serve_metrics(config, registry, security),

@@ -16,6 +16,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from antefix.linear_law import LinearLaw
 from antefix.window import (
     BudgetState,
     Plan,
@@ -35,7 +36,8 @@ from antefix_router.placement.work import Loads, Policy, Work, own_work, seeds_o
 from antefix_simulate.baselines import make_policy
 from antefix_simulate.cluster_result import RECOVERY_S, Outcomes, PolicyResult
 from antefix_simulate.cluster_worker import Job, Memory, PrefillWorker
-from antefix_simulate.machine import Machine, carry_out
+from antefix_simulate.machine import RATE_CARDS, Machine, TokenPrices, carry_out
+from antefix_simulate.many_stores import DISK, PEER, HostStore, ManySimStores
 from antefix_simulate.replay_result import percentile
 from antefix_simulate.simulated_store import SimStore, StoreLimits
 from antefix_simulate.trace import TraceRequest
@@ -60,6 +62,8 @@ class Fleet:
 
     kills: (second, second of return or 0 for never), of one prefill worker each, the first, the second, ...
     look_s: where nobody dies, the second around which the windows before and after lie, to compare with.
+    num_stores: each with the limits of `store`; workers take turns in whose it is.  copies_bytes: per store, of what is
+    read often from others.  prices: of prompt tokens.
     joins: seconds at which another prefill worker is added.  decode_step_*: of one decode step, by sequences running.
     engines: the workers are not ours: see `EngineHits`; None: they are.
     """
@@ -70,6 +74,9 @@ class Fleet:
     shared_store: bool = True
     engines: EngineHits | None = None
     store: StoreLimits = field(default_factory=StoreLimits)
+    num_stores: int = 1
+    copies_bytes: int = 0
+    prices: TokenPrices = RATE_CARDS["v4-flash"]
     memory_bytes: int = 64 * 10**9
     coalesce: bool = True
     kills: tuple[tuple[float, float], ...] = ()
@@ -114,6 +121,13 @@ class _Run:
         self.directory = Directory(num_blocks_max=1 << 24)
         self.in_flight: InFlight[Job] = InFlight()
         self.store = SimStore(sizes, fleet.store, unit_blocks=self.unit_blocks)
+        self.many = ManySimStores(
+            sizes,
+            fleet.store,
+            unit_blocks=self.unit_blocks,
+            num_stores=fleet.num_stores,
+            copies_bytes=fleet.copies_bytes,
+        )
         # The planner knows the machine: learning it is what the other simulation is about.
         machine = fleet.machine
         self.planner = RestorePlanner(
@@ -124,7 +138,8 @@ class _Run:
                     prefill_fixed_s=machine.prefill_fixed_s,
                     load_bytes_per_s=machine.disk_bytes_per_s,
                     load_fixed_s=machine.disk_fixed_s,
-                )
+                ),
+                tiers={PEER: LinearLaw((machine.peer_fixed_s, 1 / machine.peer_bytes_per_s), (1.0, 32e6))},
             ),
         )
         self.rng = random.Random(1)
@@ -164,7 +179,7 @@ class _Run:
         """Place a request, or let it wait for another's blocks."""
         names, num_tokens = job.names, job.request.num_tokens
         # 1. What is stored, and who has what in memory.
-        num_stored = self.store.num_stored(np.asarray(names)) if self.fleet.shared_store else 0
+        num_stored = self._store_of(0).num_stored(np.asarray(names)) if self.fleet.shared_store else 0
         resident = self.directory.leading(self.addresses, names)
         known = max(num_stored, int(resident.max()))
         # 2. Single flight.
@@ -210,7 +225,8 @@ class _Run:
             return
         job = worker.running = worker.queue.popleft()
         stored, plan = self._plan(worker, job)
-        timing = carry_out(self.fleet.machine, self.sizes, plan, self.rng)
+        parts = self._parts(job, plan, stored) if self.fleet.num_stores > 1 else None
+        timing = carry_out(self.fleet.machine, self.sizes, plan, self.rng, bytes_by_tier=parts)
         worker.busy_s += timing.total_s
         epoch = worker.epoch
         self.at(self.now + timing.total_s, lambda: self._finish(row, epoch, job, plan, stored))
@@ -221,21 +237,50 @@ class _Run:
         resident = worker.memory.num_leading(names)
         in_memory = worker.memory.last_checkpoint(names, resident)
         num_stored, checkpoints = resident, dict[int, str]()
+        tiers: tuple[tuple[int, str], ...] = ()
         if self.fleet.shared_store:
-            self.store.expire(self.now)
-            num_stored = max(resident, self.store.num_stored(array))
-            if found := self.store.last_checkpoint(array, num_stored, self.now):
+            store = self._store_of(job.row)
+            store.expire(self.now)
+            num_stored = max(resident, store.num_stored(array))
+            if found := store.last_checkpoint(array, num_stored, self.now):
                 checkpoints[found[0] * self.unit_blocks] = found[1].value
+            if isinstance(store, HostStore):
+                tiers = store.tiers(array, num_stored)
         stored = StoredPrefix(
             num_tokens=job.request.num_tokens,
             num_blocks=num_stored * self.unit_blocks,
             checkpoints=checkpoints,
+            block_tiers=tiers,
             num_resident_blocks=resident * self.unit_blocks,
             resident_checkpoints=frozenset({in_memory * self.unit_blocks} if in_memory else ()),
         )
         if self.fleet.engines is not None:
             return stored, self._engine_plan(job, resident if self.fleet.engines is EngineHits.FULL else in_memory)
         return stored, self.planner.plan(stored).plan
+
+    def _bytes_by_tier(self) -> dict[str, int]:
+        """Blocks that were loaded, and what was copied between stores."""
+        many = self.many
+        if self.fleet.num_stores > 1:
+            return {DISK: many.bytes_by_tier[DISK], PEER: many.bytes_by_tier[PEER], "copied": many.bytes_copied}
+        return {DISK: sum(self.outcomes.fetched_tokens) // self.sizes.block_size * self.sizes.block_bytes}
+
+    def _store_of(self, row: int) -> SimStore | HostStore:
+        return self.many.of(row) if self.fleet.num_stores > 1 else self.store
+
+    def _parts(self, job: Job, plan: Plan, stored: StoredPrefix) -> dict[str, int]:
+        """Bytes that the plan loads from each tier; they are counted, and what comes often is copied."""
+        parts: dict[str, int] = {}
+        start = stored.num_resident_blocks
+        for end, tier in stored.block_tiers:
+            stop = min(end, plan.resume_block)
+            if stop > start:
+                parts[tier] = parts.get(tier, 0) + (stop - start) * self.sizes.block_bytes
+                start = stop
+        names = np.asarray(job.names, np.int64)
+        first, last = stored.num_resident_blocks // self.unit_blocks, plan.resume_block // self.unit_blocks
+        self.many.of(job.row).note_read(names, first, last, self.now)
+        return parts
 
     def _engine_plan(self, job: Job, num_units: int) -> Plan:
         """Go on after so many units in memory; the last token, and so its unit, is always computed."""
@@ -289,22 +334,20 @@ class _Run:
             resume_block=plan.resume_block,
             checkpoints=tuple(sorted(boundaries)),
             align_blocks=self.unit_blocks,
-            budget=BudgetState(used_bytes=self.store.checkpoint_bytes_kept(), limit_bytes=None),
+            budget=BudgetState(used_bytes=self._store_of(job.row).checkpoint_bytes_kept(), limit_bytes=None),
         )
         marks = self.strategy.at_prompt(facts, self.sizes)
         units = [mark.block // self.unit_blocks for mark in marks]
         if self.fleet.shared_store:
-            names = np.asarray(job.names, np.int64)
-            first = min(self.store.num_stored(names), len(names))
+            store, names = self._store_of(job.row), np.asarray(job.names, np.int64)
+            first = min(store.num_stored(names), len(names))
             unit_s = self.unit_tokens / self.fleet.machine.prefill_tokens_per_s
-            self.store.touch(names, first, self.now)
-            num_kept = self.store.put_units(names, first, self.now, unit_s)
+            store.touch(names, first, self.now)
+            num_kept = store.put_units(names, first, self.now, unit_s)
             for mark, unit in zip(marks, units, strict=True):
                 if 0 < unit <= num_kept:
                     cost_s = mark.saved_tokens / self.fleet.machine.prefill_tokens_per_s
-                    self.store.put_checkpoint(
-                        names, unit, tier=mark.tier, ttl_s=mark.ttl_s, now_s=self.now, cost_s=cost_s
-                    )
+                    store.put_checkpoint(names, unit, tier=mark.tier, ttl_s=mark.ttl_s, now_s=self.now, cost_s=cost_s)
         return [unit for unit in units if 0 < unit <= len(job.names)]
 
     def _give_back(self, row: int, job: Job, *, done: bool) -> None:
@@ -384,8 +427,12 @@ class _Run:
         if first is not None:
             before = out.window(first - fleet.window_s, first)
             after = out.window(first + RECOVERY_S, first + RECOVERY_S + fleet.window_s)
+        hit = sum(out.hit_tokens)
+        by_tier = {"memory": out.bytes_in_memory(self.sizes), **self._bytes_by_tier()}
         return PolicyResult(
             policy=policy,
+            bytes_by_tier=by_tier,
+            dollars=fleet.prices.dollars(hit_tokens=hit, miss_tokens=sum(out.prompt_tokens) - hit),
             token_hit_rate=sum(out.hit_tokens) / tokens,
             fetched_share=sum(out.fetched_tokens) / tokens,
             ttft_p50_s=percentile(ttft, 0.5),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from antefix.text_table import text_table
+from antefix.window import Sizes
 from antefix_simulate.replay_result import percentile
 
 # A fleet that lost a worker is looked at again after this long.
@@ -19,6 +20,8 @@ RECOVERY_S = 60.0
 class PolicyResult:
     """One policy over one trace.
 
+    bytes_by_tier: blocks used from memory, loaded from a host's own disk and from another host's store; "copied": put
+    into a second store for being read often.  dollars: for the prompts, by the fleet's token prices.
     token_hit_rate: share of prompt tokens that no worker ran.  fetched_share: share that was loaded from the store.
     ttft_*: from arrival to first token: waiting, loading, computing.  goodput: requests a second within both limits.
     load_max_over_mean: seconds at work, the busiest prefill worker's over the mean.  coalesced_share: requests that
@@ -26,6 +29,8 @@ class PolicyResult:
     """
 
     policy: str
+    bytes_by_tier: dict[str, int]
+    dollars: float
     token_hit_rate: float
     fetched_share: float
     ttft_p50_s: float
@@ -54,6 +59,7 @@ class ClusterSimulation:
     num_prefill: int
     num_decode: int
     shared_store: bool
+    num_stores: int = 1
     engines: str = ""
     results: tuple[PolicyResult, ...]
 
@@ -74,6 +80,11 @@ class Outcomes:
     tpot_s: list[float] = field(default_factory=list)
     num_coalesced: int = 0
     num_moved: int = 0
+
+    def bytes_in_memory(self, sizes: Sizes) -> int:
+        """Blocks that were hit and not loaded."""
+        tokens = sum(max(0, hit - fetched) for hit, fetched in zip(self.hit_tokens, self.fetched_tokens, strict=True))
+        return tokens // sizes.block_size * sizes.block_bytes
 
     @property
     def ttft_s(self) -> list[float]:
@@ -101,6 +112,12 @@ _COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
     ("busy", lambda r: f"{r.utilisation:.0%}"),
     ("coalesced", lambda r: f"{r.coalesced_share:.2%}"),
 )
+_STORE_COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
+    ("own GB", lambda r: f"{r.bytes_by_tier['disk'] / 1e9:.1f}"),
+    ("others' GB", lambda r: f"{r.bytes_by_tier['peer'] / 1e9:.1f}"),
+    ("copied GB", lambda r: f"{r.bytes_by_tier['copied'] / 1e9:.1f}"),
+    ("prompts $", lambda r: f"{r.dollars:.2f}"),
+)
 _KILL_COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
     ("hit before", lambda r: _shown(r.before_hit_rate, "{:.2%}")),
     ("hit after", lambda r: _shown(r.after_hit_rate, "{:.2%}")),
@@ -112,6 +129,8 @@ _KILL_COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
 def cluster_text(simulation: ClusterSimulation) -> str:
     """A heading and an aligned table."""
     store = "with the shared store" if simulation.shared_store else "without a shared store"
+    if simulation.num_stores > 1:
+        store = f"with {simulation.num_stores} stores"
     workers = f"{simulation.num_prefill} prefill and {simulation.num_decode} decode workers, {store}"
     if simulation.engines:
         where = "any block" if simulation.engines == "full" else "where window state was left"
@@ -125,6 +144,8 @@ def cluster_text(simulation: ClusterSimulation) -> str:
     columns: Sequence[tuple[str, Callable[[PolicyResult], str]]] = _COLUMNS
     if any(result.after_hit_rate is not None for result in simulation.results):
         columns = (*_COLUMNS, *_KILL_COLUMNS)
+    if simulation.num_stores > 1:
+        columns = (*columns, *_STORE_COLUMNS)
     head = [name for name, _ in columns]
     rows = [[cell(result) for _, cell in columns] for result in simulation.results]
     return heading + "\n" + text_table(head, rows)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ class Machine:
     """One prefill worker and its disk. The defaults are eight H100 with V4-Flash and one NVMe disk.
 
     prefill_tokens_per_s: 64K tokens cold in 3.62 s (vLLM, V4.1-Flash).  context_half_tokens: context at which a token
-    takes twice as long as at none; V4's sparse attention makes it large; an assumption.  jitter: of every duration, as
+    takes twice as long as at none; V4's sparse attention makes it large; an assumption.  peer_*: another host's store,
+    over 25 Gbit/s Ethernet; an assumption.  jitter: of every duration, as
     the sigma of a lognormal factor, so that the planner meets a machine that it cannot know exactly.
     """
 
@@ -33,10 +35,13 @@ class Machine:
     disk_fixed_s: float = 0.001
     pool_bytes_per_s: float = 10e9
     pool_fixed_s: float = 0.0005
+    peer_bytes_per_s: float = 3e9
+    peer_fixed_s: float = 0.002
     jitter: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("prefill_tokens_per_s", "context_half_tokens", "disk_bytes_per_s", "pool_bytes_per_s"):
+        rates = ("disk_bytes_per_s", "pool_bytes_per_s", "peer_bytes_per_s")
+        for name in ("prefill_tokens_per_s", "context_half_tokens", *rates):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidRequest(f"{name} must be positive, is {getattr(self, name)}")
 
@@ -50,9 +55,10 @@ class Machine:
     def load_s(self, tier: str, nbytes: int) -> float:
         if not nbytes:
             return 0.0
-        fixed, rate = (
-            (self.pool_fixed_s, self.pool_bytes_per_s) if tier == "pool" else (self.disk_fixed_s, self.disk_bytes_per_s)
-        )
+        fixed, rate = {
+            "pool": (self.pool_fixed_s, self.pool_bytes_per_s),
+            "peer": (self.peer_fixed_s, self.peer_bytes_per_s),
+        }.get(tier, (self.disk_fixed_s, self.disk_bytes_per_s))
         return fixed + nbytes / rate
 
 
@@ -70,16 +76,22 @@ class Timing:
         return self.load_blocks_s + self.load_checkpoint_s + self.replay_s + self.prefill_s
 
 
-def carry_out(machine: Machine, sizes: Sizes, plan: Plan, rng: random.Random) -> Timing:
-    """The machine's answer to a plan: loads and compute one after the other, as the worker does them."""
+def carry_out(
+    machine: Machine, sizes: Sizes, plan: Plan, rng: random.Random, *, bytes_by_tier: Mapping[str, int] | None = None
+) -> Timing:
+    """The machine's answer to a plan: loads and compute one after the other, as the worker does them.
+
+    bytes_by_tier: where several stores give parts of the blocks; they do at the same time.
+    """
     window_bytes = sizes.checkpoint_bytes if plan.checkpoint_tier else 0
     start = plan.replay_from_block * sizes.block_size
+    parts = {"disk": plan.load_bytes - window_bytes} if bytes_by_tier is None else bytes_by_tier
 
     def jitter() -> float:
         return rng.lognormvariate(0.0, machine.jitter) if machine.jitter else 1.0
 
     return Timing(
-        load_blocks_s=machine.load_s("disk", plan.load_bytes - window_bytes) * jitter(),
+        load_blocks_s=max((machine.load_s(tier, nbytes) for tier, nbytes in parts.items()), default=0.0) * jitter(),
         load_checkpoint_s=machine.load_s(plan.checkpoint_tier, window_bytes) * jitter(),
         replay_s=machine.compute_s(plan.replay_work_tokens, context=start) * jitter(),
         prefill_s=machine.compute_s(plan.prefill_tokens, context=start + plan.replay_tokens) * jitter(),

@@ -31,7 +31,9 @@ class StoreLimits:
 class SimStore:
     """Prefix-closed set of units, checkpoints on them, and a window pool beside it. Times in seconds of the trace."""
 
-    def __init__(self, sizes: Sizes, limits: StoreLimits, *, unit_blocks: int) -> None:
+    def __init__(self, sizes: Sizes, limits: StoreLimits, *, unit_blocks: int, apart: bool = False) -> None:
+        """apart: one of several stores, which keeps records whose parent another one has."""
+        self._apart = apart
         self.sizes = sizes
         self.limits = limits
         self.unit_blocks = unit_blocks
@@ -66,6 +68,9 @@ class SimStore:
                 heapq.heappush(self._due, (until_s, name, tier))
             elif self._expiry[tier].pop(name, None):
                 self._dead[tier].add(name)
+
+    def has(self, name: int) -> bool:
+        return 2 * name in self._disk
 
     def num_stored(self, names: Names) -> int:
         """Leading units that are stored: the set is prefix-closed, so the last one is found by bisection."""
@@ -105,6 +110,8 @@ class SimStore:
     def put_units(self, names: Names, first: int, now_s: float, cost_s: float) -> int:
         """Store units [first, end) in order, as far as they fit; returns how many leading units are stored then."""
         parent = 2 * int(names[first - 1]) if first else None
+        if self._apart and parent is not None and parent not in self._disk:
+            parent = None
         for unit in range(first, len(names)):
             name = 2 * int(names[unit])
             if name not in self._disk:
@@ -122,7 +129,7 @@ class SimStore:
         """Leave one after `num_units` units; False where its block is not stored, it exists already or does not fit."""
         block = 2 * int(names[num_units - 1])
         name, nbytes = block + 1, self.sizes.checkpoint_bytes
-        if block not in self._disk:
+        if block not in self._disk and not self._apart:
             return False
         if name in self._dead[tier]:
             self.sweep(now_s)
@@ -133,7 +140,8 @@ class SimStore:
             if not self._make_room(nbytes, now_s, block):
                 self.num_refused += 1
                 return False
-            self._disk.insert(name, parent=block, nbytes=nbytes, now_ms=_ms(now_s), cost_s=cost_s)
+            parent = block if block in self._disk else None
+            self._disk.insert(name, parent=parent, nbytes=nbytes, now_ms=_ms(now_s), cost_s=cost_s)
             self.bytes_written += nbytes
         else:
             self._trim_pool(nbytes)

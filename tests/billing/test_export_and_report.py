@@ -92,6 +92,7 @@ def test_report_sums_by_group_and_never_adds_currencies(directory):
     assert lines[1].cache_hit_tokens == 128 and lines[1].prompt_tokens == 205
 
 
+@pytest.mark.usefixtures("plots")
 def test_report_prints_a_table_json_and_a_plot(directory, tmp_path, capsys):
     plot = tmp_path / "usage.svg"
     assert run("report", "--ledger", directory, "--plot", plot) == 0

@@ -20,14 +20,13 @@ def test_every_program_is_recorded():
     assert {"claude_code", "codex", "opencode", "ai_sdk_anthropic", "openai_chat", "litellm", "pydantic_ai"} <= names
 
 
-def sessions():
+def session(path):
     """Strict tools have their grammar tried out in a process of its own."""
-    for path in FILES:
-        marks = [pytest.mark.services] if '"strict": true' in path.read_text() else []
-        yield pytest.param(path, id=path.stem, marks=marks)
+    marks = [pytest.mark.services] if '"strict": true' in path.read_text() else []
+    return pytest.param(path, id=path.stem, marks=marks)
 
 
-@pytest.mark.parametrize("path", sessions())
+@pytest.mark.parametrize("path", [session(path) for path in FILES])
 async def test_a_recorded_session(path, door):
     recorded = json.loads(path.read_text())
     async with httpx2.AsyncClient(base_url=door.url, headers=recorded["headers"]) as client:

@@ -97,6 +97,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("probe", "script", "setup", "finds"), FAULTS.values(), ids=FAULTS)
 async def test_each_planted_fault_is_found(tmp_path, probe, script, setup, finds):
     plan = dataclasses.replace(PLAN, probes=(probe,))
@@ -136,6 +137,7 @@ async def test_a_budget_ends_an_audit_and_the_report_says_so(tmp_path):
     assert any("not finished: spent: 50 requests" in each for each in says(report, Verdict.UNKNOWN))
 
 
+@pytest.mark.slow
 async def test_a_report_has_no_key_and_reads_back(tmp_path):
     report = await audited(tmp_path, CachingScript(shares="all"), plan=SMALL)
     text = report.as_markdown()

@@ -77,6 +77,7 @@ def test_logits_are_what_vllm_makes_of_them(logits, prompt, output, values):
     assert np.array_equal(logits, before)
 
 
+@pytest.mark.slow
 @given(logits=logits_of, prompt=tokens, output=tokens, values=settings)
 def test_tokens_are_drawn_as_often_as_vllm_draws_them(logits, prompt, output, values):
     """The whole unit interval of draws, in steps: each token gets the share that is its probability."""
@@ -113,6 +114,7 @@ def test_only_repetition_counts_the_prompt(prompt, output, logits):
     assert np.array_equal(with_prompt, Penalties(sampling, emitted=output).apply(logits))
 
 
+@pytest.mark.slow
 @given(logits=st.lists(logits_of, min_size=6, max_size=6), prompt=tokens, cut=st.integers(0, 6), values=settings)
 def test_an_output_that_is_continued_elsewhere_goes_on_as_it_would_have(logits, prompt, cut, values):
     sampling = Sampling(max_tokens=20, seed=9, **values)

@@ -57,6 +57,7 @@ async def test_a_second_request_goes_where_the_first_one_was(fleet, two):
     assert hits.expected == hits.reported == usage["prompt_tokens_details"]["cached_tokens"]
 
 
+@pytest.mark.slow
 async def test_conversations_hit_more_than_round_robin_in_the_same_load(fleet):
     """Six agents over two workers, ten turns each, taking turns in an order that alternates workers' parity."""
 

@@ -101,7 +101,7 @@ def test_short_prompts_restore_nothing_and_work(llama, store, prompt):
     assert llama.generate(torch.tensor([prompt]), past_key_values=past, max_new_tokens=2).shape[1] == len(prompt) + 2
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "deepseek_v4"])
+@pytest.mark.parametrize("name", ["llama", "mistral", pytest.param("deepseek_v4", marks=pytest.mark.slow)])
 def test_generated_tokens_are_not_stored(name, store):
     """They came one by one, so their last bits are other ones than those of a cold prompt."""
     model = small_model(name)
@@ -331,7 +331,7 @@ def test_a_window_of_three_blocks_needs_three_checkpoints(store):
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek_v4"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("deepseek_v4", marks=pytest.mark.slow)])
 def test_fp8_is_close_and_says_so(name, store):
     model = small_model(name)
     exact, small = cache_of(model, store), cache_of(model, store, kv_format="fp8")
@@ -357,6 +357,7 @@ def test_fp8_rounds_to_a_sixteenth_of_the_largest_of_a_group():
     assert (back[3] == 0).all()
 
 
+@pytest.mark.slow
 def test_prompts_that_push_each_other_out_stay_right(v4, tmp_path):
     settings = StoreSettings(directory=str(tmp_path / "data"), budget_bytes="1M")
     with cache_of(v4, settings) as cache:

@@ -27,7 +27,9 @@ def checks_of(name, tmp_path, dtype=torch.float32):
     return list(check.ModelChecks(name, model, settings, block_size=BLOCK_SIZE, seed=3).run())
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "name", [name if name in ("llama", "qwen3") else pytest.param(name, marks=pytest.mark.slow) for name in SMALL]
+)
 def test_restored_equals_cold_and_planted_faults_are_seen(name, tmp_path):
     found = checks_of(name, tmp_path)
     assert not [each for each in found if not each.is_right]
@@ -41,6 +43,7 @@ def test_restored_equals_cold_and_planted_faults_are_seen(name, tmp_path):
     assert any(each.is_planted for each in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "deepseek_v4"])
 def test_bfloat16_is_kept_to_the_bit(name, tmp_path):
     assert not [each for each in checks_of(name, tmp_path, torch.bfloat16) if not each.is_right]
@@ -57,6 +60,7 @@ def test_values_that_are_not_restored_are_a_failure(tmp_path, monkeypatch):
     assert "logits of block 1 differ" in wrong[0].told
 
 
+@pytest.mark.slow
 def test_overlap_rows_of_another_block_are_a_failure(tmp_path, monkeypatch):
     fill = CompressedRows.fill
 
@@ -78,6 +82,7 @@ def test_kv_that_is_rounded_is_a_failure(tmp_path, monkeypatch):
     assert any(not each.is_right for each in checks_of("qwen3", tmp_path))
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_found(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check, "SMALL", {"llama": SMALL["llama"]})
     monkeypatch.setattr(check, "_DTYPES", (torch.float32,))
@@ -91,6 +96,7 @@ def test_the_command_says_what_it_found(tmp_path, monkeypatch, capsys):
     assert "failed: llama, float32, keys read as zeros: nothing differed" in told and "NOT every hit" in told
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ones_own_is_checked(tmp_path):
     """`--model`: whatever transformers loads."""
     small_model("qwen3", seed=1).save_pretrained(tmp_path / "mine")

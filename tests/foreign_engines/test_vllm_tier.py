@@ -345,6 +345,7 @@ def test_an_error_of_ours_ends_neither_lookups_nor_jobs(start, monkeypatch, capl
     assert "ZeroDivisionError" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_full_store_keeps_what_fits_and_gives_right_bytes(start, tmp_path):
     engine = start(budget_bytes="16M")
     for first in range(0, 80_000, 2000):

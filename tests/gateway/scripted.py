@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from antefix.model_dir import identify
+from antefix.model_dir import ModelIdentity, identify
 from antefix.restore_report import RestoreReport
 from antefix.secret import Keyring
 from antefix.tokenizer import load_tokenizer
@@ -93,6 +94,12 @@ def script_logprob(token: int, num_top: int) -> TokenLogprob:
     return TokenLogprob(logprob=-token / 1024, top=top)
 
 
+@functools.cache
+def _identity() -> ModelIdentity:
+    """The weights are read for it."""
+    return identify(MODEL, revision="test")
+
+
 def make_front(
     script: Script,
     *,
@@ -103,7 +110,7 @@ def make_front(
     keys: KeyRegister | None = None,
     signer: Signer | None = None,
 ):
-    identity = identify(MODEL, revision="test")
+    identity = _identity()
     tenants = tenants or TenantBook()
     accounts = Accounts(
         Ledger(ledger) if ledger is not None else None,

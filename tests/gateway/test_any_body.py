@@ -198,6 +198,7 @@ async def test_what_is_nested_deeply_is_answered_or_refused(depth):
     assert not front.accounts._running
 
 
+@pytest.mark.slow
 async def test_many_keys_are_counted_and_not_each_named():
     front = make_front(Script(), ledger=None)
     body = {"model": "antefix-tiny", "prompt": "x", **{f"k{number}": 1 for number in range(200_000)}}

@@ -15,9 +15,8 @@ from antefix_billing.usage_record import Status
 from antefix_router.gateway.app import start_http
 from antefix_router.gateway.gateway_config import GatewayConfig
 from tests.gateway.scripted import Script, make_front, serving
+from tests.on_demand import agents, anthropic, openai
 
-anthropic = pytest.importorskip("anthropic")
-openai = pytest.importorskip("openai")
 httpx2 = pytest.importorskip("httpx2")
 
 CALL = (
@@ -234,9 +233,9 @@ async def test_openai_completions_take_text_and_tokens(serve):
         assert "".join(c.choices[0].text for c in chunks) == "ab" and chunks[-1].choices[0].finish_reason == "length"
 
 
+@pytest.mark.slow
 @pytest.mark.services
 async def test_the_agents_framework_runs_its_tools(serve):
-    agents = pytest.importorskip("agents")
     agents.set_tracing_disabled(True)
     asked = []
 
@@ -415,7 +414,7 @@ async def test_a_client_that_leaves_stops_the_work(serve, ledger, stream):
     script = Script(say=lambda p: "x" * 1000, pause_s=0.01)
     async with serve(script) as url:
         asking = asyncio.create_task(_read_for_a_while(url, stream))
-        await asyncio.sleep(0.4)
+        await until(lambda: script.generations and len(script.generations[0].samples[0].emitted) > 5)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         await until(lambda: records(ledger))
@@ -446,6 +445,7 @@ async def test_a_client_that_leaves_before_the_first_token_stops_the_work_and_pa
     assert (record.status, record.prompt_tokens, record.output_tokens) == (Status.CANCELLED, 0, 0)
 
 
+@pytest.mark.slow
 async def test_a_slow_client_does_not_stop_others(serve):
     """It reads nothing of an answer that fits into no buffer on the way: its own output waits, and only that."""
     num_tokens = 30_000

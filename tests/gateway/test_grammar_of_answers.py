@@ -65,6 +65,7 @@ def test_a_json_answer_keeps_to_its_schema(schema, seed):
     jsonschema.validate(json.loads(write(json_grammar(schema), seed)), schema)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(parameters=st.lists(objects(schemas(), 4), min_size=1, max_size=3), seed=st.integers(0, 2**32), data=st.data())
 def test_a_forced_call_is_read_and_keeps_to_its_tools_schema(parameters, seed, data):

@@ -3,8 +3,7 @@
 import pytest
 
 from tests.gateway.scripted import Script, make_front, script_logprob, serving
-
-openai = pytest.importorskip("openai")
+from tests.on_demand import openai
 
 MODEL = "antefix-tiny"
 ASK = [{"role": "user", "content": "How is Bern?"}]

@@ -24,9 +24,8 @@ from antefix_console.commands import usage as cli
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import MODEL as MODEL_DIR
+from tests.on_demand import anthropic, openai
 
-anthropic = pytest.importorskip("anthropic")
-openai = pytest.importorskip("openai")
 httpx2 = pytest.importorskip("httpx2")
 
 MODEL = "antefix-tiny"

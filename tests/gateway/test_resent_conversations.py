@@ -14,12 +14,10 @@ import pytest
 from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
+from tests.on_demand import anthropic, openai
 
 pytestmark = pytest.mark.services
 
-
-anthropic = pytest.importorskip("anthropic")
-openai = pytest.importorskip("openai")
 
 MODEL, BLOCK, NUM_TURNS = "antefix-tiny", 64, 4
 SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}

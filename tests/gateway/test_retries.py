@@ -21,8 +21,8 @@ from antefix_router import retries
 from antefix_router.answers import KeptAnswer, KeptOutput, RetryConfig, Shelf
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import Script, make_front, serving
+from tests.on_demand import openai
 
-openai = pytest.importorskip("openai")
 httpx2 = pytest.importorskip("httpx2")
 
 CARDS = load_cards([DEPLOY / "example.toml"])

@@ -7,10 +7,8 @@ import pytest
 from antefix.secret import Keyring
 from antefix_router.gateway.signatures import Signatures
 from tests.gateway.scripted import Script, make_front, serving
+from tests.on_demand import agents, anthropic, openai
 
-anthropic = pytest.importorskip("anthropic")
-openai = pytest.importorskip("openai")
-agents = pytest.importorskip("agents")
 httpx2 = pytest.importorskip("httpx2")
 
 MODEL = "antefix-tiny"
@@ -233,6 +231,7 @@ async def test_strict_calls_are_held_until_they_are_known_to_be_right(script, to
         assert len(calls) == int(is_call) and ("write(" in text) is not is_call
 
 
+@pytest.mark.slow
 async def test_the_agents_framework_streams_its_calls(to_openai):
     agents.set_tracing_disabled(True)
     written = []

@@ -9,9 +9,8 @@ import pytest
 from antefix_billing.ledger_files import read_settled
 from tests.gateway.obedient import Obedient
 from tests.gateway.scripted import Script, make_front, serving
+from tests.on_demand import agents, anthropic, openai
 
-anthropic = pytest.importorskip("anthropic")
-openai = pytest.importorskip("openai")
 pydantic = pytest.importorskip("pydantic")
 
 # Grammars are tried out by a process.
@@ -194,7 +193,6 @@ async def test_strict_tools_keep_to_their_schemas_where_the_model_chooses(front)
 
 
 async def test_the_agents_framework_gets_its_calls_and_its_type(front, workers):
-    agents = pytest.importorskip("agents")
     agents.set_tracing_disabled(True)
     asked = []
 

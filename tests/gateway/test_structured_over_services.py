@@ -11,8 +11,7 @@ from antefix.sampling import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
-
-openai = pytest.importorskip("openai")
+from tests.on_demand import openai
 
 MODEL = "antefix-tiny"
 BLOCK = 64

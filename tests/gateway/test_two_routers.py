@@ -11,11 +11,11 @@ from antefix_billing.reconcile import verify_all
 from antefix_billing.usage_record import Status
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
+from tests.on_demand import openai
 
 pytestmark = pytest.mark.services
 
 
-openai = pytest.importorskip("openai")
 httpx2 = pytest.importorskip("httpx2")
 
 MODEL = "antefix-tiny"

@@ -12,9 +12,8 @@ from antefix.errors import Overloaded, Unavailable
 from antefix_router.gateway import http
 from tests.gateway.scripted import Script, make_front, serving
 from tests.gateway.test_retries import BODIES, MODEL, TEXT, text_of
+from tests.on_demand import anthropic, openai
 
-anthropic = pytest.importorskip("anthropic")
-openai = pytest.importorskip("openai")
 httpx2 = pytest.importorskip("httpx2")
 
 ASK = [{"role": "user", "content": "a"}]

@@ -141,6 +141,7 @@ def test_a_draft_state_does_not_depend_on_cuts(model: Model, cuts: tuple[int, ..
     assert cut.sequence.window.to_bytes() == whole.sequence.window.to_bytes()
 
 
+@pytest.mark.slow
 def test_tokens_that_are_not_kept_leave_no_trace(model: Model) -> None:
     """Drafted wrongly at places in and at the end of groups: window state, draft state and pool."""
     plain, drafted = Run(model), Run(model)

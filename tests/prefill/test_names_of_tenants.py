@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from antefix import rpc
+from antefix.layout import KVFormat
 from antefix.record import Record, RecordKind, RefusalReason
 from antefix.secret import Keyring
 from antefix.store.client import LocalStore, RemoteStore
@@ -23,7 +24,7 @@ from antefix_kvstore.storage_engine import StorageEngine
 from antefix_prefill.leave_handoff import leave_handoff
 from antefix_prefill.run_prompt import run_prompt
 from antefix_router.front import cache_tenant
-from tests.engines import prompt_of
+from tests.engines import MODEL, build, load, prompt_of
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
 TOKENS = np.random.default_rng(5).integers(0, 256, 400)
@@ -251,17 +252,18 @@ async def test_a_machine_with_other_arithmetic_says_so(worker):
     [({"tenant_quota_bytes": 1}, RefusalReason.QUOTA), ({"segment_bytes": 64 << 10}, RefusalReason.INVALID)],
     ids=["quota", "too large"],
 )
-async def test_a_write_that_cannot_succeed_is_counted_by_reason(make_engine, tmp_path, settings, reason):
+async def test_a_write_that_cannot_succeed_is_counted_by_reason(tmp_path, settings, reason):
     service = Service(tmp_path / "store", **settings)
     await service.start()
     store = RemoteStore(service.server.address)
-    engine = dataclasses.replace(make_engine("boundary"), store=store)
+    # Of the shipped model only checkpoints are too large for such a store.
+    engine = build(load(KVFormat.FP8, MODEL), store, strategy="boundary", num_blocks=16, prefill_chunk=256, path=MODEL)
     try:
         report = (await run(engine, "acme")).report
-        # Of this model only checkpoints are too large for such a store.
         assert report.written_tokens == (0 if reason is RefusalReason.QUOTA else WHOLE)
         counters = engine.counters
         assert counters.refused_by_reason[reason] > 0 and counters.last_refusal
     finally:
+        engine.compute.close()
         await store.close()
         await service.stop()

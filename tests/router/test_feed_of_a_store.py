@@ -1,10 +1,12 @@
 """The feed against the real store service: stored, evicted, killed and opened again, always what a lookup says."""
 
 import asyncio
+import contextlib
 
 import pytest
 
 from antefix import rpc
+from antefix.errors import Unavailable
 from antefix.events.block_events import keys_of
 from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
@@ -26,12 +28,21 @@ async def serve(directory, address="127.0.0.1:0"):
 
 async def in_step(feed, store):
     """Whether the feed comes to say of every prompt what a lookup says."""
-    for _ in range(500):
+    for _ in range(3000):
         looked = [(await store.lookup(p.hashes, fingerprint=FINGERPRINT)).num_blocks for p in PROMPTS]
         if [feed.num_leading(keys_of(p.hashes)) for p in PROMPTS] == looked:
             return looked
         await asyncio.sleep(0.02)
     return pytest.fail(f"the store has {looked}")
+
+
+async def put(store, records):
+    """Once the channel, which found the store away meanwhile, connects again."""
+    async with asyncio.timeout(60):
+        while True:
+            with contextlib.suppress(Unavailable):
+                return await store.put(records)
+            await asyncio.sleep(0.02)
 
 
 async def test_the_feed_says_what_a_lookup_says(tmp_path, monkeypatch):
@@ -51,7 +62,7 @@ async def test_the_feed_says_what_a_lookup_says(tmp_path, monkeypatch):
         await server.drain(0.2)
         await servicer.close()
         servicer, server = await serve(tmp_path, server.address)
-        await store.put(PROMPTS[2].blocks())
+        await put(store, PROMPTS[2].blocks())
         assert await in_step(feed, store) == [3, 5, 5, 0]
         assert feed.counters.num_snapshots == 2
     finally:

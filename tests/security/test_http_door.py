@@ -5,9 +5,7 @@ import json
 import logging
 from decimal import Decimal
 
-import anthropic
 import httpx2
-import openai
 import pytest
 from starlette.datastructures import Headers
 
@@ -19,6 +17,7 @@ from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.gateway.trusted_proxies import TrustedProxies
 from tests.billing.test_accounting import DEPLOY, load_cards
 from tests.gateway.scripted import Script, make_front, serving
+from tests.on_demand import anthropic, openai
 from tests.redis_servers import until
 
 BODY = json.dumps({"model": "m", "prompt": "first", "max_tokens": 2}).encode()

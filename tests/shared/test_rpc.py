@@ -1,6 +1,8 @@
 """gRPC: errors keep their class over the wire, health and reflection work, ports in use are errors."""
 
 import asyncio
+import contextlib
+import resource
 
 import grpc
 import pytest
@@ -135,3 +137,29 @@ async def test_a_port_in_use_is_a_clear_error():
     with pytest.raises(errors.ConfigError, match=server.address):
         await rpc.start_server(server.address, lambda s: None, [])
     await server.drain(0)
+
+
+async def test_a_port_takes_so_many_connections_and_none_that_says_nothing(monkeypatch):
+    """Twice: with options in force that are smaller and faster than ours."""
+    monkeypatch.setattr(rpc, "_connections_limit", lambda: ("grpc.max_allowed_incoming_connections", 3))
+    monkeypatch.setattr(rpc, "SERVER_OPTIONS", (*rpc.SERVER_OPTIONS, ("grpc.server_handshake_timeout_ms", 300)))
+    server = await rpc.start_server("127.0.0.1:0", lambda _: None, [])
+    pairs = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(8)]
+    async with asyncio.timeout(20):
+        # All are closed: those above the limit at once, the others because they never said what they want.
+        for reader, writer in pairs:
+            with contextlib.suppress(ConnectionError):
+                while await reader.read(1000):
+                    continue
+            writer.close()
+    channel = rpc.channel(server.address)
+    answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    await channel.close()
+    await server.drain(0)
+
+
+def test_the_limit_of_connections_leaves_descriptors():
+    name, most = rpc._connections_limit()
+    assert name == "grpc.max_allowed_incoming_connections"
+    assert 8 <= most <= max(8, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)

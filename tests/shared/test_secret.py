@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from antefix.errors import ConfigError, InvalidRequest
+from antefix.private_file import open_private, write_private
 from antefix.registration import Registration
 from antefix.secret import OWNER_BYTES, Keyring, create_secret_file
 
@@ -102,3 +103,11 @@ def test_of_two_who_make_a_secret_at_once_one_is_taken(tmp_path, monkeypatch):
 def test_an_empty_secret_says_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=r"is empty: put its backup there"):
         from_text(tmp_path, "\n")
+
+
+def test_texts_that_name_directories_of_any_bytes_are_kept_as_they_are(tmp_path):
+    name = os.fsdecode(b"\xff\xfe/\n x ")
+    with open_private(tmp_path / "a", "w") as file:
+        file.write(name)
+    write_private(tmp_path / "b", name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == b"\xff\xfe/\n x "

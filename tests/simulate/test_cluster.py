@@ -186,8 +186,8 @@ def test_json_has_every_policy_with_every_figure(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plots")
 def test_the_table_and_the_plot_show_the_same_policies(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
     target = tmp_path / "fleet.svg"
     assert _cli("--workers", "2:1", "--policy", "lmetric", "--policy", "least_work", "--plot", str(target)) == 0
     text = capsys.readouterr().out
@@ -263,3 +263,30 @@ def test_the_command_takes_engines(capsys):
 def test_engines_with_what_they_have_not_are_refused(arguments):
     with pytest.raises(InvalidRequest):
         _cli("--engines", "full", "--policy", "least_work", *arguments)
+
+
+def one_result(trace, **changes):
+    return simulate(trace, **changes)
+
+
+def test_several_stores_that_hold_all_hit_as_much_as_one(chat):
+    one = one_result(chat, memory_bytes=0)
+    many = one_result(chat, memory_bytes=0, num_stores=4, num_prefill=4)
+    assert many.token_hit_rate == pytest.approx(one.token_hit_rate, abs=0.01)
+    assert many.bytes_by_tier["peer"] > 0
+    assert many.bytes_by_tier["disk"] + many.bytes_by_tier["peer"] == pytest.approx(one.bytes_by_tier["disk"], rel=0.05)
+
+
+def test_copies_turn_other_hosts_bytes_into_own_ones_within_their_budget(chat):
+    without = one_result(chat, memory_bytes=0, num_stores=4)
+    with_copies = one_result(chat, memory_bytes=0, num_stores=4, copies_bytes=10**9)
+    assert without.bytes_by_tier["copied"] == 0
+    assert 0 < with_copies.bytes_by_tier["copied"] <= 4 * 10**9
+    assert with_copies.bytes_by_tier["peer"] < without.bytes_by_tier["peer"]
+
+
+def test_dollars_are_those_of_the_tokens_that_hit_and_missed(chat):
+    result = one_result(chat, num_stores=2)
+    tokens = chat.num_tokens
+    hit = result.token_hit_rate * tokens
+    assert result.dollars == pytest.approx((hit * 0.003 + (tokens - hit) * 0.15) / 1e6)

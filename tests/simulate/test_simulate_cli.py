@@ -76,8 +76,8 @@ def test_the_table_names_each_strategy_and_the_ideal(trace_path: Path, capsys: p
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
+@pytest.mark.usefixtures("plots")
 def test_plots_are_written_for_one_size_and_for_several(trace_path: Path, tmp_path: Path, suffix: str) -> None:
-    pytest.importorskip("matplotlib")
     argv = ["--trace", str(trace_path), "--format", "mooncake", "--strategy", "all"]
     one, several = tmp_path / f"one.{suffix}", tmp_path / f"several.{suffix}"
     assert _run(*argv, "--plot", str(one)) == 0
@@ -143,8 +143,8 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_work(source: tuple[
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plots")
 def test_the_break_even_table_is_plotted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     assert _run("--break-even", "--plot", str(tmp_path / "plot.svg")) == 0
     assert "boundary" in capsys.readouterr().out
     assert "seconds saved per stored GB" in (tmp_path / "plot.svg").read_text()

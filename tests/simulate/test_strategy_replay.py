@@ -91,6 +91,7 @@ def test_time_to_first_token_is_loading_and_computing() -> None:
     assert result.ttft_p50_s == result.ttft_p99_s == pytest.approx(MACHINE.compute_s(1000, context=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_auto_is_near_ideal_with_few_checkpoints_on_every_generated_shape(shape: str) -> None:
     trace = generate(shape, num_requests=300, unit_tokens=128, seed=3)
@@ -138,6 +139,7 @@ def test_a_conversation_of_100k_saved_every_10k_takes_at_most_400_mb(name: str) 
     assert result.bytes_kept <= 0.40e9
 
 
+@pytest.mark.slow
 def test_auto_holds_its_byte_budget() -> None:
     trace = generate("agents", num_requests=400, unit_tokens=128, seed=2)
     budget = 40 * SIZES.checkpoint_bytes

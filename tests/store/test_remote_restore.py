@@ -19,10 +19,12 @@ from antefix.store.stream_progress import Progress
 from antefix.store_files.record_format import FORMAT_VERSION
 from antefix.store_files.segment_files import preadv_full
 from antefix.v1 import kvstore_pb2
+from antefix_kvstore.copy_store import CopyLimits, copy_store
+from antefix_kvstore.copy_target import open_source, open_target
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import StorageEngine
-from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
 from tests.kvstore.test_compression import PLAN, Bells
 
 MIB = 1 << 20
@@ -381,3 +383,23 @@ async def test_small_calls_have_payloads_give_way(
     assert not given
     await (store.stats() if method == "Stats" else store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT))
     assert len(given) == 1
+
+
+async def test_a_store_is_copied_to_a_service_and_purged_there(
+    servicer: KvStoreServicer, store: RemoteStore, tmp_path: Path
+) -> None:
+    engine = StorageEngine(KvStoreConfig(dir=str(tmp_path / "other"), budget_bytes=64 * MIB, scrub_bytes_per_s=0))
+    engine.register(FINGERPRINT, BLOCK, {})
+    other = Prompt(list(range(5000, 5000 + BLOCK * 6)), payload_bytes=300_001)
+    engine.put([*other.blocks(), other.checkpoint(5), *PROMPT.blocks(4)])
+    engine.close()
+    target = open_target(servicer.address)  # type: ignore[attr-defined]
+    with open_source(str(tmp_path / "other")) as contents:
+        report = await copy_store(contents, [target], CopyLimits())
+    assert (report.num_copied, report.num_there, report.complete) == (7, 4, True)
+    assert await restored(store, other) == 6
+    held = await store.held(other.hashes[3:], fingerprint=FINGERPRINT)
+    assert (held.spans, held.checkpoints) == (((0, 3),), (3,))
+    assert await target.purge(owner("")) == 17
+    assert await restored(store) == 0
+    await target.close()

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from antefix_engines.vllm.row_store import TierCounters
 from antefix_kvstore import engine_stats, scrubber, space, storage_engine
 from antefix_kvstore import metrics as kvstore
 from antefix_prefill import metrics as prefill
+from antefix_prefill.prefetch import PrefetchCounters
 from antefix_prefill.worker import metrics as worker
 from antefix_prefill.worker.store_counters import StoreCounters
 from antefix_router import metrics as router
@@ -46,6 +48,7 @@ SHOWN = {
     AnswerCounters: ([router.ANSWERS], {}),
     prefill_calls.PrefillingCounters: ([router.PREFILLING], {}),
     CopyCounters: ([worker.COPIES], {}),
+    PrefetchCounters: ([prefill.PREFETCH], {}),
     StoreCounters: ([worker.STORE], {"last_error": "text", "last_refusal": "text"}),
     storage_engine.StorageCounters: (
         [kvstore.ENGINE, kvstore.STATS],
@@ -133,13 +136,16 @@ COUNTED = {
     "num_hedges": "antefix_router_hedges",
     "num_denied": "antefix_router_denied_hedges",
     "num_copied": "antefix_worker_local_copies",
+    "num_prefetched": "antefix_prefill_prefetched_prompts",
+    "num_blocks_prefetched": "antefix_prefill_prefetched_blocks",
+    "num_skipped": "antefix_prefill_unprefetched_prompts",
     "num_over_budget": "antefix_worker_local_copies_over_budget",
 }
 # Of one request, one block, one file or one index: they are state, not counts of what happened to the service.
 STATE = {
     *("num_users", "num_observations", "num_good", "num_active_tokens", "num_served", "num_readers", "num_output"),
     *("num_output_tokens", "num_taken", "num_blocks_written", "num_checkpoints_written", "num_plans", "num_outcomes"),
-    *("num_exact_tokens", "num_failures", "num_quarantined", "num_apart", "num_bytes"),
+    *("num_exact_tokens", "num_failures", "num_quarantined", "num_apart", "num_missing", "num_there", "num_bytes"),
     # Kinds that are told of, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
     *("num_hedged", "num_hedges_won", "num_left"),
@@ -157,11 +163,10 @@ STATE = {
 }
 
 
+@functools.cache
 def trees():
-    for room in ROOMS:
-        for path in sorted((REPO / room).rglob("*.py")):
-            if "v1" not in path.parts:
-                yield path, ast.parse(path.read_text())
+    paths = [path for room in ROOMS for path in sorted((REPO / room).rglob("*.py")) if "v1" not in path.parts]
+    return [(path, ast.parse(path.read_text())) for path in paths]
 
 
 def numbers_of(message):
@@ -170,6 +175,7 @@ def numbers_of(message):
     return [field.name for field in message.DESCRIPTOR.fields if field.type not in (*texts, enums)]
 
 
+@functools.cache
 def all_names():
     """Every metric that a room has a name for."""
     sources = [REPO / room for room in ROOMS]

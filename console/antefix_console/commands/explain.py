@@ -15,6 +15,7 @@ import numpy as np
 
 from antefix.block import CPU_FLOAT32, Fingerprint, chain_of, check_arithmetic, differing_fields, exactness_of
 from antefix.cache_tenant import join_tenant, split_tenant
+from antefix.checked_files import read_text
 from antefix.clients import PrefillClient, Tokens
 from antefix.config import add_flags, given_flags
 from antefix.errors import AntefixError, InvalidRequest
@@ -201,7 +202,9 @@ def _arithmetic(args: argparse.Namespace) -> str:
     if args.arithmetic:
         return check_arithmetic(args.arithmetic)
     file = args.data_dir / ARITHMETIC_FILE if args.data_dir else None
-    return check_arithmetic(file.read_text().strip()) if file and file.is_file() else CPU_FLOAT32
+    if file is None or not file.is_file():
+        return CPU_FLOAT32
+    return check_arithmetic(read_text(file, "arithmetic of the last start").strip())
 
 
 def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:

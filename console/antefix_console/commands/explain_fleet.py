@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from antefix.checked_files import parse_json
 from antefix.clients.fleet import CandidateEngine, EngineStatus, ExplainedRequest, FleetClient
 from antefix.errors import InvalidRequest
 from antefix.miss_reason import MissReason
@@ -53,13 +54,10 @@ async def _ask(args: argparse.Namespace) -> tuple[Sequence[EngineStatus], Explai
 def _body(args: argparse.Namespace) -> str:
     """The request, as its client would send it."""
     if args.messages is not None:
-        try:
-            body: Any = json.loads(read_text(Path(args.messages)))
-        except ValueError as err:
-            raise InvalidRequest(f"--messages {args.messages}: {err}") from err
+        body = parse_json(read_text(Path(args.messages)), f"--messages {args.messages}")
         return json.dumps({"messages": body} if isinstance(body, list) else body)
     if args.tokens_file is not None:
-        return json.dumps({"prompt": json.loads(read_text(args.tokens_file))})
+        return json.dumps({"prompt": parse_json(read_text(args.tokens_file), f"--tokens-file {args.tokens_file}")})
     if args.prompt is not None:
         return json.dumps({"prompt": given_text(args.prompt)})
     if args.prompt_file is not None:

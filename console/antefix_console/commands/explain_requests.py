@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from antefix.block import USER_SEPARATOR, chain_of
+from antefix.checked_files import parse_json, read_json
 from antefix.clients import Tokens
 from antefix.errors import InvalidRequest
 from antefix.model_dir import ModelIdentity
@@ -100,10 +101,7 @@ def given_prompt(args: argparse.Namespace, identity: ModelIdentity, keyring: Key
 
 
 def _rendered(args: argparse.Namespace, name: str, identity: ModelIdentity, keyring: Keyring | None) -> GivenPrompt:
-    try:
-        body = json.loads(read_text(Path(name)))
-    except (ValueError, RecursionError) as err:
-        raise InvalidRequest(f"{name} is no JSON: {err}") from err
+    body = parse_json(read_text(Path(name)), name)
     tokenizer = load_tokenizer(args.model)
     prompt = asyncio.run(
         dry_run(
@@ -125,9 +123,9 @@ def _rendered(args: argparse.Namespace, name: str, identity: ModelIdentity, keyr
 def _door(args: argparse.Namespace) -> GatewayConfig:
     """The settings that the prompt depends on: as given, else as the deployment's last start had them."""
     file = args.data_dir / DOOR_FILE if args.data_dir else None
-    in_force: dict[str, Any] = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+    in_force = read_json(file, "settings of the last start") if file is not None and file.is_file() else {}
     given = {name: getattr(args, name) for name in _DOOR_SETTINGS if getattr(args, name) is not None}
-    known = {name: str(value) for name, value in in_force.items() if name in _DOOR_SETTINGS}
+    known = {name: str(in_force[name]) for name in _DOOR_SETTINGS if name in in_force}
     return GatewayConfig(**{**known, **given})
 
 
@@ -240,10 +238,7 @@ def _print(args: argparse.Namespace, answer: dict[str, Any], lines: Sequence[str
 
 
 def _token_ids(path: Path) -> Tokens:
-    try:
-        ids = json.loads(read_text(path))
-    except ValueError as err:
-        raise InvalidRequest(f"{path} is no JSON: {err}") from err
+    ids = parse_json(read_text(path), str(path))
     if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < 1 << 32 for i in ids):
         raise InvalidRequest("--tokens-file must hold a JSON list of token ids")
     return np.array(ids, np.uint32)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
+from antefix.checked_files import read_toml
+from antefix.checked_table import Table
 from antefix.config import require
-from antefix.errors import ConfigError
 from antefix.secret import Keyring
 from antefix.store_files.owners import KnownNames, Owners
 from antefix_console.progress_line import ProgressLine
@@ -54,10 +54,8 @@ def _known(args: argparse.Namespace) -> KnownNames:
 
 def _named_in(path: str) -> list[str]:
     """The tenants of a tenants file; whether its limits make sense is none of our business."""
-    try:
-        return [str(table["name"]) for table in tomllib.loads(Path(path).read_text()).get("tenant", [])]
-    except (OSError, tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as err:
-        raise ConfigError(f"tenants file {path}: {err}") from err
+    file = Table(read_toml(path, "tenants file"), f"tenants file {path}")
+    return [table.text("name", empty=True) for table in file.children("tenant")]
 
 
 def plain(value: Any) -> str:

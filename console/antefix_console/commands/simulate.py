@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_number(parser, "--prefill-tokens-per-s", machine.prefill_tokens_per_s, "prefill speed without context")
     _add_number(parser, "--disk-gb-per-s", machine.disk_bytes_per_s / 1e9, "read speed of the store")
     _add_number(parser, "--pool-gb-per-s", machine.pool_bytes_per_s / 1e9, "read speed of the window pool")
+    _add_number(parser, "--peer-gb-per-s", machine.peer_bytes_per_s / 1e9, "read speed of another host's store")
     _add_number(parser, "--hit-price", None, "dollars a million hit tokens (default: the model's rate card)")
     _add_number(parser, "--miss-price", None, "dollars a million other input tokens (default: the same)")
     _add_number(parser, "--spread-s", 3600.0, "over how long a claude-code trace's conversations start")
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.workers:
         unit_tokens = cluster_cli.unit_tokens(args, sizes)
-        return cluster_cli.run(args, _trace(args, unit_tokens), sizes, machine)
+        return cluster_cli.run(args, _trace(args, unit_tokens), sizes, machine, _card(args))
     # 1. What to replay, through what.
     trace = _trace(args, sizes.block_size)
     setup = ReplaySetup(sizes=sizes, machine=machine, card=_card(args), limits=StoreLimits(), replay=not args.no_replay)
@@ -159,6 +160,7 @@ def _machine(args: argparse.Namespace) -> Machine:
         prefill_tokens_per_s=args.prefill_tokens_per_s,
         disk_bytes_per_s=args.disk_gb_per_s * 1e9,
         pool_bytes_per_s=args.pool_gb_per_s * 1e9,
+        peer_bytes_per_s=args.peer_gb_per_s * 1e9,
     )
 
 

@@ -17,7 +17,7 @@ from antefix_console.progress_line import ProgressLine
 from antefix_simulate.baselines import ALL_POLICIES
 from antefix_simulate.cluster import EngineHits, Fleet, simulate_cluster
 from antefix_simulate.cluster_result import ClusterSimulation, PolicyResult, cluster_text
-from antefix_simulate.machine import Machine
+from antefix_simulate.machine import Machine, TokenPrices
 from antefix_simulate.plot import SUFFIXES, load_pyplot
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import Trace, TraceRequest
@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument(
         "--policy", action="append", metavar="NAME", help=f"{', '.join(ALL_POLICIES)}, or all (default all; may repeat)"
     )
+    fleet.add_argument(
+        "--stores", type=int, default=1, metavar="N", help="one per host, each of --store-bytes; workers take turns"
+    )
+    fleet.add_argument(
+        "--copies-bytes", default="64GB", metavar="SIZE", help="per store, of what is read often from others (64GB)"
+    )
     fleet.add_argument("--no-store", action="store_true", help="no shared store: workers have their own memory only")
     fleet.add_argument("--no-coalesce", action="store_true", help="compute equal prefixes in flight more than once")
     fleet.add_argument("--worker-memory", default="64GB", metavar="SIZE", help="of KV a prefill worker (default 64GB)")
@@ -67,7 +73,7 @@ def unit_tokens(args: argparse.Namespace, sizes: Sizes) -> int:
     return tokens
 
 
-def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) -> int:
+def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine, prices: TokenPrices) -> int:
     """Carry out the parsed command. Returns the exit status.
 
     Raises:  InvalidRequest: arguments that make no sense.
@@ -81,7 +87,12 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) 
     store_bytes = [parse_byte_size(text) for text in args.store_bytes or []]
     if len(store_bytes) > 1:
         raise InvalidRequest("a fleet is simulated with one --store-bytes")
+    if args.stores < 1 or (args.stores > 1 and (args.no_store or args.engines)):
+        raise InvalidRequest("--stores must be at least 1, and has no sense with --no-store or --engines")
     fleet = Fleet(
+        num_stores=args.stores,
+        copies_bytes=parse_byte_size(args.copies_bytes),
+        prices=prices,
         num_prefill=num_prefill,
         num_decode=num_decode,
         machine=machine,
@@ -110,6 +121,7 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine) 
         num_prefill=num_prefill,
         num_decode=num_decode,
         shared_store=fleet.shared_store,
+        num_stores=fleet.num_stores,
         engines=args.engines or "",
         results=tuple(results),
     )

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import select
+import ssl
 import sys
 import termios
 import time
@@ -15,8 +16,10 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from antefix.errors import InvalidRequest, PermissionDenied, Unauthenticated, Unavailable
+from antefix.security.listening import is_loopback
 from antefix_console.commands.endpoint_flags import read_key
 from antefix_console.operator_credentials import tls_for_url
 from antefix_console.top.screen import Choice, screen
@@ -94,12 +97,20 @@ def _pressed(within_s: float) -> str:
     return sys.stdin.read(1) if ready else ""
 
 
+def _opener(url: str, context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
+    """Past a proxy of the environment where it could not reach the address: this host's own."""
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context)]
+    if is_loopback(urlsplit(url).hostname or ""):
+        handlers.append(urllib.request.ProxyHandler({}))
+    return urllib.request.build_opener(*handlers)
+
+
 def _read(url: str, key: str) -> dict[str, Any]:
     headers = {"authorization": f"Bearer {key}"} if key else {}
     request = urllib.request.Request(f"{url.rstrip('/')}/ui/data?seconds=3600", headers=headers)
     context = tls_for_url(url, shows_key=bool(key))
     try:
-        with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+        with _opener(url, context).open(request, timeout=10) as answer:
             data = json.loads(answer.read(_ANSWER_BYTES_MAX))
     except urllib.error.HTTPError as err:
         if err.code == 401:

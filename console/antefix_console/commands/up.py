@@ -9,7 +9,9 @@ import dataclasses
 import json
 import signal
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from antefix.config import GRACE_S, add_flags, given_flags, require
 from antefix.errors import AntefixError, Unavailable
@@ -19,6 +21,8 @@ from antefix.window_pool import DISK, MEMORY, RedisWindowPool
 from antefix.worker_settings import WorkerSettings
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
+from antefix_console.orphans import reap_orphans
+from antefix_console.supervise import GaveUp, Supervisor
 
 
 def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,14 +138,46 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked.set)
     print("starting services ...", file=sys.stderr, flush=True)
-    await warn_of_pool(config.window_pool, config)
-    async with Deployment(config) as deployment:
-        _announce(deployment, as_json=as_json)
-        await _until_stopped(deployment, asked)
+    deployment = Deployment(config)
+    reaping = asyncio.create_task(reap_orphans(lambda: {each.process.pid for each in deployment.processes}))
+    stopped = asyncio.create_task(asked.wait())
+    try:
+        if not await _until(_start(deployment, config, as_json=as_json), stopped):
+            _tell("stopped while starting")
+            return 0
+        try:
+            await _until(Supervisor(deployment, _tell).run(), stopped)
+            has_failed = False
+        except GaveUp as err:
+            _tell(f"antefix up gives up: {err}")
+            has_failed = True
         loop.add_signal_handler(signal.SIGINT, deployment.hurry)
         # A supervisor may repeat itself; only Ctrl-C is a hurry.
         loop.add_signal_handler(signal.SIGTERM, lambda: None)
-        return await _stop(deployment)
+        return max(await _stop(deployment), int(has_failed))
+    finally:
+        for task in (stopped, reaping):
+            task.cancel()
+        await deployment.stop()
+
+
+async def _start(deployment: Deployment, config: DeploymentConfig, *, as_json: bool) -> None:
+    await warn_of_pool(config.window_pool, config)
+    await deployment.start()
+    _announce(deployment, as_json=as_json)
+
+
+async def _until(work: Coroutine[Any, Any, None], stopped: asyncio.Task[Any]) -> bool:
+    """Whether the work came to its end, and was not cancelled because we are to stop. Raises what it raised."""
+    working = asyncio.create_task(work)
+    await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if not working.done():
+        working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    if working.cancelled():
+        return False
+    working.result()
+    return True
 
 
 async def _stop(deployment: Deployment) -> int:
@@ -191,18 +227,3 @@ def _announce(deployment: Deployment, *, as_json: bool) -> None:
         print(f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1")
     print(f"\nTry:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'")
     print("Ctrl-C stops everything.", flush=True)
-
-
-async def _until_stopped(deployment: Deployment, asked: asyncio.Event) -> None:
-    """Until asked, saying so when a role dies: the rest goes on without it, slower."""
-    seen: set[int] = set()
-    while not asked.is_set():
-        for process in deployment.processes:
-            if not process.alive and process.process.pid not in seen:
-                seen.add(process.process.pid)
-                print(f"{process.role} ended with {process.process.returncode}; see {process.log_path}", flush=True)
-        try:
-            async with asyncio.timeout(1.0):
-                await asked.wait()
-        except TimeoutError:
-            continue

@@ -10,8 +10,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
 from antefix.errors import InvalidRequest, Unavailable
+from antefix.security.listening import is_loopback
 from antefix_console.endpoint.dialects import DIALECTS, Stream
 from antefix_console.endpoint.reply import Question, Reply
 
@@ -64,6 +66,8 @@ class EndpointClient:
         self._http = httpx.AsyncClient(
             headers=self._dialect.headers(self.config.key),
             timeout=httpx.Timeout(self.config.timeout_s),
+            # A proxy of the environment cannot reach this host's own addresses.
+            trust_env=not is_loopback(urlsplit(self.config.url).hostname or ""),
             limits=httpx.Limits(max_connections=_CONNECTIONS_MAX, max_keepalive_connections=_CONNECTIONS_MAX),
         )
         return self

@@ -343,9 +343,11 @@ def _measure(model: Model, config: EngineConfig, ranks: RankProcesses | None, *,
         "kernels": "triton" if packed else "torch",
         "cache_dir": config.arithmetic_cache,
     }
+    if ranks is not None:
+        ranks.start_measuring(**settings)
     measured = probe(model, **settings)
     if ranks is not None:
-        ranks.check_measured(measured, **settings)
+        ranks.check_measured(measured)
     log.info("arithmetic %s on %s", measured.name, measured.setup)
     for text in measured.failed:
         log.warning("not exact here: %s (see `antefix doctor`); with --reproducible true hits are all the same", text)

@@ -68,6 +68,18 @@ class Up:
     text: str = ""
 
 
+class _OfRank(logging.Filter):
+    """Each line says which rank's it is."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.rank = self._rank
+        return True
+
+
 def main() -> None:
     """Serve rank 0 until it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -108,6 +120,8 @@ def _serve(rank_0: Connection, inbox: queue.SimpleQueue[Any]) -> None:
     if join is None:
         return
     set_up_logs(join.log_level, join.log_format)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_OfRank(join.rank))
     torch.set_num_threads(join.threads)
     ranks = join_ranks(join.rank, join.size, join.device, rendezvous=join.rendezvous, timeout_s=join.timeout_s)
     rank_0.send(Up(what="joined"))
@@ -120,7 +134,7 @@ def _serve(rank_0: Connection, inbox: queue.SimpleQueue[Any]) -> None:
                 follower = model = None
                 model = load(ranks=ranks, device=join.device, **settings)
                 follower = Follower(model, ranks)
-                log.info("rank %d of %d has loaded its share onto %s", join.rank, join.size, join.device)
+                log.info("a share of %d ranks' model is loaded onto %s", join.size, join.device)
                 rank_0.send(Up(what="loaded"))
             case Measure(settings=settings):
                 assert model is not None

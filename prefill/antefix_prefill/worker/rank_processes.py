@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Final
 
@@ -83,20 +84,29 @@ class RankProcesses:
         self._sockets: list[socket.socket] = []
         self._connections: list[Connection] = []
         self._answers: list[queue.SimpleQueue[Up]] = []
+        # As long as the ranks live: NCCL's watchdog looks there.
+        self._directory = tempfile.TemporaryDirectory(prefix="antefix-ranks-")
         try:
             for _ in devices:
                 self._start_one()
             self._await("started", START_S)
-            with tempfile.TemporaryDirectory(prefix="antefix-ranks-") as directory:
-                meet = Path(directory) / "meet"
-                level = logging.getLevelName(logging.getLogger("antefix").getEffectiveLevel()).lower()
-                for rank, (connection, where) in enumerate(zip(self._connections, devices, strict=True), 1):
-                    connection.send(
-                        Join(rank=rank, size=size, device=where, rendezvous=meet, timeout_s=timeout_s, threads=threads,
-                             log_level=level, log_format=_log_format())
-                    )  # fmt: skip
-                self.ranks = join_ranks(0, size, self.device, rendezvous=meet, timeout_s=timeout_s)
-                self._await("joined", timeout_s)
+            level = logging.getLevelName(logging.getLogger("antefix").getEffectiveLevel()).lower()
+            meet = Path(self._directory.name) / "meet"
+            for rank, (connection, where) in enumerate(zip(self._connections, devices, strict=True), 1):
+                connection.send(
+                    Join(
+                        rank=rank,
+                        size=size,
+                        device=where,
+                        rendezvous=meet,
+                        timeout_s=timeout_s,
+                        threads=threads,
+                        log_level=level,
+                        log_format=_log_format(),
+                    )
+                )
+            self.ranks = join_ranks(0, size, self.device, rendezvous=meet, timeout_s=timeout_s)
+            self._await("joined", timeout_s)
         except BaseException:
             self.close()
             raise
@@ -113,26 +123,24 @@ class RankProcesses:
         model = load(ranks=self.ranks, device=self.device, **settings)
         self._await("loaded", None)
         model.lead = Lead(self.ranks, self._send, self._broken)
-        self._is_starting = False
-        if self._lost:
-            self._on_lost(self._lost)
+        self._end_of_start()
         return model
 
-    def check_measured(self, measured: Arithmetic, **settings: Any) -> None:
-        """That every rank computes what this one does. Ask before the first request, with `probe`'s settings.
-
-        Raises:  ConfigError: one computes something else, or died.
-        """
+    def start_measuring(self, **settings: Any) -> None:
+        """Let every other rank measure what it computes, with `probe`'s settings, while this one does."""
         self._is_starting = True
         for connection in self._connections:
             connection.send(Measure(settings=settings))
+
+    def check_measured(self, measured: Arithmetic) -> None:
+        """That every rank computes what this one does.  Raises:  ConfigError: one computes something else, or died."""
         names = [answer.text for answer in self._await("measured", None)]
         for rank, name in enumerate(names, 1):
             if name != measured.name:
                 raise ConfigError(
                     f"rank {rank} computes {name}, rank 0 {measured.name}: all ranks need cards and threads of one kind"
                 )
-        self._is_starting = False
+        self._end_of_start()
 
     @property
     def pids(self) -> list[int]:
@@ -157,6 +165,7 @@ class RankProcesses:
                 process.wait()
         if hasattr(self, "ranks"):
             part_ranks(self.ranks)
+        self._directory.cleanup()
 
     def _start_one(self) -> None:
         ours, theirs = socket.socketpair()
@@ -212,8 +221,9 @@ class RankProcesses:
         return found
 
     def _send(self, messages: list[Message]) -> None:
+        data = ForkingPickler.dumps(messages)
         for connection in self._connections:
-            connection.send(messages)
+            connection.send_bytes(data)
 
     def _broken(self, err: BaseException) -> None:
         """A call failed here that others were told of: they wait for us, or are ahead."""
@@ -221,12 +231,20 @@ class RankProcesses:
         time.sleep(0.5)
         self._lose(f"a call over {self.ranks.size} ranks failed on rank 0: {type(err).__name__}: {err}")
 
+    def _end_of_start(self) -> None:
+        """From now on a rank that is lost is told of at once."""
+        with self._mutex:
+            self._is_starting = False
+        if self._lost:
+            self._on_lost(self._lost)
+
     def _lose(self, reason: str) -> None:
         with self._mutex:
             if self._lost or self._is_closing:
                 return
             self._lost = reason
-        if not self._is_starting:
+            is_starting = self._is_starting
+        if not is_starting:
             self._on_lost(reason)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from antefix import rpc
+from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError
 from antefix.registration import Registration
 from antefix.secret import Keyring
@@ -68,9 +69,7 @@ class WorkerLease:
 
     async def _stop(self) -> None:
         tasks, self._tasks = self._tasks, []
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(tasks)
 
     async def _keep(self, router: str) -> None:
         known = True

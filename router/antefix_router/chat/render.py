@@ -91,6 +91,11 @@ def num_characters(pieces: Sequence[Piece]) -> int:
     return total
 
 
+def num_plain_characters(pieces: Sequence[Piece]) -> int:
+    """How much of it is text from outside, in which nothing is a special token. Answers apart: some are remembered."""
+    return sum(len(piece.text) for piece in pieces if isinstance(piece, Plain))
+
+
 def _encode(pieces: Sequence[Special | Plain], tokenizer: Tokenizer) -> tuple[list[int], list[Breakpoint]]:
     """Tokens, and where breakpoints lie in them. The text is never cut there: clients move their breakpoints from turn
     to turn, and a cut would change the tokens around it, and with them every block from there on."""

@@ -7,13 +7,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import zmq.asyncio
 
-from antefix.errors import AntefixError, ConfigError
-from antefix.events.end_tasks import end_tasks
+from antefix.checked_files import read_text
+from antefix.end_tasks import end_tasks
+from antefix.errors import AntefixError
 from antefix.events.kv_sockets import CurveKey, check_public_key, guard_client
 from antefix.events.kv_subscriber import KvSubscriber
 from antefix_router.fleet.engine_index import EngineIndex, GoneBlocks
@@ -191,10 +191,11 @@ class Engines:
             engine.subscriber.forget()
 
 
+# Of a key: anything longer is another file.
+_KEY_BYTES_MAX: Final = 65_536
+
+
 def _api_key(path: str) -> str:
     if not path:
         return ""
-    try:
-        return Path(path).read_text().strip()
-    except OSError as err:
-        raise ConfigError(f"--worker-key-file {path}: {err}") from err
+    return read_text(path, "--worker-key-file", bytes_max=_KEY_BYTES_MAX).strip()

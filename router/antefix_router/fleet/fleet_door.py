@@ -24,6 +24,7 @@ from starlette.routing import Route
 from antefix.errors import InvalidRequest
 from antefix.generation_request import GenerationRequest
 from antefix.sampling import Sampling
+from antefix_router.encoding import Encoding
 from antefix_router.fleet.engines import Engines
 from antefix_router.fleet.fleet_config import FleetConfig
 from antefix_router.fleet.fleet_names import scope_of
@@ -36,13 +37,15 @@ from antefix_router.gateway.app import application, common_routes
 from antefix_router.gateway.cache_report import cache_details, cache_headers
 from antefix_router.gateway.fields import wrong_value
 from antefix_router.gateway.gateway import Door, HttpCaller
-from antefix_router.gateway.http import Endpoint, Room, error_event, event_bytes, read_json
+from antefix_router.gateway.http import Endpoint, error_event, event_bytes
 from antefix_router.gateway.http_errors import ModelNotFound, Provider, error_response
 from antefix_router.gateway.model_names import REFUSE
 from antefix_router.open_bill import Bill
 
 # Two requests whose texts begin with so many equal bytes go to one worker where nothing else is known of them.
 _BEGINNING_BYTES: Final = 4096
+# No engine takes a longer prompt.
+_TOKEN_IDS_MAX: Final = 1 << 22
 PATHS: Final = (CHAT, COMPLETIONS)
 
 
@@ -50,7 +53,7 @@ class FleetDoor(Door):
     """One router's. Whom it lets in, and how a caller is read, is as at the door of our own workers."""
 
     def __init__(self, front: BilledFront, config: FleetConfig, engines: Engines, tokens: PromptTokens) -> None:
-        super().__init__(front, config)
+        super().__init__(front, config, Encoding(), num_tokens_max=_TOKEN_IDS_MAX)
         self._fleet = config
         self._engines = engines
         self._tokens = tokens
@@ -59,7 +62,7 @@ class FleetDoor(Door):
         """Raises:  InvalidRequest, ModelNotFound, QuotaExceeded, PassedError."""
         tenant = self.tenant(request)
         config = self._fleet
-        body = await read_json(request, config.http_body_bytes_max, timeout_s=config.http_body_timeout_s)
+        body = await self.body(request, tenant)
         if not isinstance(body, dict):
             raise InvalidRequest("the body must be a JSON object")
         caller = self.caller(request, tenant, _text(body, "user"), session=_text(body, "prompt_cache_key"))
@@ -200,11 +203,12 @@ def build_fleet_app(
     door: FleetDoor, config: FleetConfig, measures: HttpMeasures, more: Iterable[Route] = ()
 ) -> Starlette:
     """The ASGI application. more: addresses that are no part of any API."""
-    room = Room(config.http_requests_max)
     routes = [
         Route(
             path,
-            Endpoint(partial(door.prepare, path), Provider.OPENAI, room, keep_alive_s=config.http_keep_alive_s),
+            Endpoint(
+                partial(door.prepare, path), Provider.OPENAI, door.entering, keep_alive_s=config.http_keep_alive_s
+            ),
             methods=["POST"],
         )
         for path in PATHS

@@ -25,11 +25,12 @@ from antefix_router.fleet.fleet_router import FleetRouter
 from antefix_router.fleet.fleet_view import FleetView
 from antefix_router.fleet.passed_call import CHAT, COMPLETIONS
 from antefix_router.gateway.access import HttpMeasures
-from antefix_router.gateway.app import serve_door
+from antefix_router.gateway.app import HEALTH_PATHS, serve_door
 from antefix_router.gateway.gateway import HttpCaller
 from antefix_router.gateway.http_errors import PassedError
 from antefix_router.key_callers import caller_of_key
 from antefix_router.page.page import page_routes
+from antefix_router.readiness import why_unready
 from antefix_router.usage_service import UsageServicer
 
 
@@ -117,7 +118,8 @@ async def run(config: FleetConfig, *, watch_stdin: bool = False) -> None:
         usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageServicer(router.front), server)
 
     await router.start()
-    measures = HttpMeasures([*PATHS, "/v1/models", "/healthz"])
+    router.door.why_unready = lambda: why_unready(router.front.accounts, router.workers)
+    measures = HttpMeasures([*PATHS, "/v1/models", *HEALTH_PATHS])
     view = FleetView(router, router.front.accounts.activity)
     page = page_routes(view, lambda request: router.door.holder(request, Scope.ADMIN))
     app = build_fleet_app(router.door, config, measures, page)

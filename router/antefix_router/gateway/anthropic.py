@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from antefix.restore_report import RestoreReport
@@ -14,6 +14,7 @@ from antefix.usage import Usage
 from antefix_billing.providers import messages_usage
 from antefix_router.chat.messages import CallDelta, ChatRole, Conversation, Delta, Effort
 from antefix_router.front import cache_tenant
+from antefix_router.gateway.access import CLIENT_GONE
 from antefix_router.gateway.answer_form import ANTHROPIC_NAMES, flat_form
 from antefix_router.gateway.anthropic_messages import anthropic_messages, call_input, read_context_management, user_of
 from antefix_router.gateway.content import end_conversation
@@ -65,11 +66,14 @@ async def prepare_messages(gateway: Gateway, request: Request) -> MessagesCall:
 async def count_tokens(gateway: Gateway, request: Request) -> JSONResponse:
     """The prompt's length, without running it. Takes whatever `prepare_messages` takes."""
     try:
-        tenant = gateway.tenant(request)
-        fields = await gateway.fields(request)
-        asked = _read(gateway, fields, tenant)
-        tenant = cache_tenant(tenant, split_user(asked.user).user)
-        rendered = await gateway.render(asked.conversation, tenant, fields.notes)
+        with gateway.entering(request):
+            tenant = gateway.tenant(request)
+            fields = await gateway.fields(request)
+            asked = _read(gateway, fields, tenant)
+            tenant = cache_tenant(tenant, split_user(asked.user).user)
+            rendered = await gateway.render(asked.conversation, tenant, fields.notes)
+    except ClientDisconnect:
+        return JSONResponse({}, status_code=CLIENT_GONE)
     except Exception as err:  # noqa: BLE001 - answered in the caller's shape
         return error_response(err, Provider.ANTHROPIC)
     return JSONResponse({"input_tokens": len(rendered.tokens)}, headers=fields.notes.headers())

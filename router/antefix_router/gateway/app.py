@@ -34,10 +34,10 @@ from antefix_router.gateway.access import Access, HttpMeasures
 from antefix_router.gateway.anthropic import count_tokens, prepare_messages
 from antefix_router.gateway.chat import prepare_chat
 from antefix_router.gateway.completions import list_models, prepare_completion
-from antefix_router.gateway.connections import Connections, QuietAccepting
+from antefix_router.gateway.connections import Connections, QuietAccepting, accepted_at_once
 from antefix_router.gateway.gateway import Door, Gateway
 from antefix_router.gateway.gateway_config import GatewayConfig
-from antefix_router.gateway.http import Call, Endpoint, Room
+from antefix_router.gateway.http import Call, Endpoint
 from antefix_router.gateway.http_errors import NotFound, Provider, error_response
 from antefix_router.gateway.openapi import openapi_route
 from antefix_router.gateway.responses import prepare_response
@@ -49,9 +49,10 @@ log = logging.getLogger("antefix.gateway")
 
 # A client that keeps its connection open between turns; longer than most clients' own limit, so that they close first.
 KEEP_ALIVE_S = 75
-_ACCEPTED_AT_ONCE = 64
 # Connections that the kernel keeps until they are accepted.
 _BACKLOG = 1024
+
+HEALTH_PATHS = ("/livez", "/readyz", "/healthz")
 
 _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provider]] = {
     "/v1/chat/completions": (prepare_chat, Provider.OPENAI),
@@ -63,11 +64,10 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 
 def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, more: Iterable[Route] = ()) -> Starlette:
     """The ASGI application. more: addresses that are no part of any API."""
-    room = Room(config.http_requests_max)
     routes = [
         Route(
             path,
-            Endpoint(partial(prepare, gateway), provider, room, keep_alive_s=config.http_keep_alive_s),
+            Endpoint(partial(prepare, gateway), provider, gateway.entering, keep_alive_s=config.http_keep_alive_s),
             methods=["POST"],
         )
         for path, (prepare, provider) in _PREPARE.items()
@@ -86,7 +86,9 @@ def common_routes(door: Door) -> list[Route]:
     return [
         Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, door), methods=["GET"]),
         Route("/v1/usage/public_key", partial(_public_key, door), methods=["GET"]),
-        Route("/healthz", _healthz, methods=["GET"]),
+        Route("/livez", _livez, methods=["GET"]),
+        Route("/readyz", partial(_readyz, door), methods=["GET"]),
+        Route("/healthz", partial(_readyz, door), methods=["GET"]),
     ]
 
 
@@ -137,7 +139,15 @@ async def _public_key(gateway: Door, request: Request) -> Response:
     return JSONResponse({"algorithm": "Ed25519", "public_key": signer.public_key.hex()})
 
 
-async def _healthz(request: Request) -> Response:
+async def _livez(request: Request) -> Response:
+    """The process answers."""
+    return JSONResponse({"status": "ok"})
+
+
+async def _readyz(door: Door, request: Request) -> Response:
+    """A request would be served."""
+    if why := door.why_unready():
+        return JSONResponse({"status": "unavailable", "reason": why}, status_code=503, headers={"retry-after": "1"})
     return JSONResponse({"status": "ok"})
 
 
@@ -211,13 +221,16 @@ async def start_http(
     security: ProcessSecurity = OPEN,
     *,
     more: MakeRoutes = lambda gateway: (),
+    why_unready: Callable[[], str] = lambda: "",
 ) -> HttpServer:
     """security: with TLS, its certificate is this server's too.  more: makes addresses that are no part of any API.
+    why_unready: why a request would not be served; empty where it would.
 
     Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form.
     """
     gateway = Gateway(front, config)
-    measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", "/healthz", "/openapi.json"])
+    gateway.why_unready = why_unready
+    measures = HttpMeasures([*_PREPARE, "/v1/messages/count_tokens", "/v1/models", *HEALTH_PATHS, "/openapi.json"])
     return await serve_door(gateway, build_app(gateway, config, measures, more(gateway)), config, measures, security)
 
 
@@ -264,8 +277,8 @@ async def serve_door(
             lifespan="off",
             access_log=False,
             log_config=None,
-            # How many connections the loop accepts in a row; at the limit of open files each of them fails.
-            backlog=_ACCEPTED_AT_ONCE,
+            # How many connections are accepted in a row; at the limit of open files each of them fails.
+            backlog=accepted_at_once(),
             # What does not end at our own ending (a client that does not read) is cut off a little later.
             timeout_graceful_shutdown=math.ceil(config.grace_s + ENDING_S),
             timeout_keep_alive=KEEP_ALIVE_S,
@@ -280,6 +293,8 @@ async def serve_door(
     ready.cancel()
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
+    # asyncio has one number for both: what it accepts in a row, and what the kernel keeps meanwhile.
+    listener.listen(_BACKLOG)
     port = 0 if path else listener.getsockname()[1]
     return HttpServer(server, serving, join_address(host, port), door, measures, faults, connections, accepting)
 

@@ -33,7 +33,7 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     stream, include_usage = stream_options(fields)
     user = fields.text("user", "")
     echo = fields.boolean("echo")
-    text, tokens = await _prompt(gateway, fields.take("prompt"), echo=echo)
+    text, tokens = await _prompt(gateway, fields.take("prompt"), tenant, echo=echo)
     knobs = read_knobs(fields, "max_tokens", num_top_logprobs=fields.integer("logprobs"), several=True)
     form = chat_form(fields)
     if echo and knobs.num_top_logprobs is not None:
@@ -57,14 +57,16 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     return call
 
 
-async def _prompt(gateway: Gateway, prompt: Any, *, echo: bool) -> tuple[str, list[int]]:
+async def _prompt(gateway: Gateway, prompt: Any, tenant: str, *, echo: bool) -> tuple[str, list[int]]:
     """The prompt as text and as tokens. Here the caller writes for the model, so special tokens are what they say."""
     tokenizer = gateway.front.tokenizer
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
     if isinstance(prompt, str):
+        gateway.front.check_text(len(prompt))
         with span("tokenize", num_characters=len(prompt)):
-            return prompt, await gateway.front.encoding.run(len(prompt), partial(tokenizer.encode, prompt))
+            encode = partial(tokenizer.encode, prompt)
+            return prompt, await gateway.front.encoding.run(len(prompt), encode, tenant=tenant)
     if isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
         vocab_size = gateway.front.identity.vocab_size
         if wrong := [token for token in prompt if not 0 <= token < vocab_size]:

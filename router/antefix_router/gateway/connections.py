@@ -24,6 +24,7 @@ log = logging.getLogger("antefix.gateway")
 # Of a process's descriptors so many are left to the rest: files of store and ledger, workers' and routers' connections.
 _SHARE: Final = 0.75
 _CONNECTIONS_MAX: Final = 65_536
+_ACCEPTED_AT_ONCE: Final = 64
 _TELL_EVERY_S: Final = 10.0
 
 
@@ -31,6 +32,14 @@ def connections_max() -> int:
     """How many connections this process has descriptors for, next to what else it needs."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(4, min(_CONNECTIONS_MAX, int(_SHARE * soft)))
+
+
+def accepted_at_once() -> int:
+    """How many connections to accept in a row: those that are closed again have their descriptors a moment longer."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _ACCEPTED_AT_ONCE
+    return max(1, min(_ACCEPTED_AT_ONCE, int((1 - _SHARE) * soft) // 4))
 
 
 class Connection(Protocol):

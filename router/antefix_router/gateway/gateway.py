@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
 
 from antefix.block import as_tokens
+from antefix.cache_tenant import split_tenant
 from antefix.errors import InvalidRequest
 from antefix.generation_request import Breakpoint, Caller, GenerationRequest
 from antefix.telemetry import span
@@ -21,16 +24,17 @@ from antefix_router.chat.chat_formats import ChatFormat, OutputParser, PlainPars
 from antefix_router.chat.choice import choose_format
 from antefix_router.chat.messages import Conversation, Effort, ToolRule
 from antefix_router.chat.moved_lines import load_rules, move_lines
-from antefix_router.chat.render import Rendered, num_characters, render_tokens
+from antefix_router.chat.render import Rendered, num_characters, num_plain_characters, render_tokens
 from antefix_router.chat.schema import UnusableSchema, UnusableTool
+from antefix_router.encoding import Encoding
 from antefix_router.front import BilledFront, Front, cache_tenant
 from antefix_router.gateway.access import REQUEST_ID, TENANT
 from antefix_router.gateway.answer_form import CHAT_NAMES, AnswerForm, SchemaNames
+from antefix_router.gateway.bodies import Room, check_length, parse_body, read_body
 from antefix_router.gateway.cache_report import DETAILS_HEADER
 from antefix_router.gateway.choices import Choices
 from antefix_router.gateway.fields import Fields, WrongField
 from antefix_router.gateway.gateway_config import GatewayConfig
-from antefix_router.gateway.http import read_json
 from antefix_router.gateway.knobs import Knobs
 from antefix_router.gateway.model_names import REFUSE, ModelNames, NamedModel, load_aliases
 from antefix_router.gateway.modes import Wish
@@ -43,6 +47,8 @@ from antefix_router.grammar_check import UnusableGrammar
 BREAKPOINTS_MAX = 4
 # Making a schema's grammar takes as long as encoding so much text.
 _SCHEMA_CHARACTERS = 4096
+# A tenant's requests that are read or run, to those that may run.
+_HERE_FACTOR = 2
 # They turn on what a request may then ask for in its body, where it is read, or not.
 _BETA_HEADERS = ("anthropic-beta", "openai-beta")
 
@@ -61,11 +67,51 @@ class HttpCaller(Caller):
 class Door:
     """Whom an HTTP door lets in, and who a request's caller is. books: who may call, and the bill."""
 
-    def __init__(self, front: BilledFront, config: GatewayConfig) -> None:
+    def __init__(
+        self, front: BilledFront, config: GatewayConfig, encoding: Encoding, *, num_tokens_max: int = 0
+    ) -> None:
+        """encoding: parses large bodies.  num_tokens_max: token ids that a prompt may have."""
         self.config = config
+        self.room = Room(config.http_requests_max)
+        self.why_unready: Callable[[], str] = lambda: ""
+        self._encoding = encoding
+        self._num_tokens_max = num_tokens_max
         self.started = int(time.time())
         self.ignored = IgnoredFields()
         self.books = front
+
+    @contextlib.contextmanager
+    def entering(self, request: Request) -> Iterator[None]:
+        """Around a call whose head is known and whose body is not.
+
+        Raises:  TooLarge, InvalidRequest: by its head.  QuotaExceeded: its tenant has nothing left, or runs as many as
+            it may.  Overloaded: no room.  And as `tenant`.
+        """
+        tenant = self.tenant(request)
+        check_length(request, self.config.http_body_bytes_max)
+        quotas = self.books.accounts.quotas
+        if "idempotency-key" not in request.headers:
+            # With one it may be a retry, whose answer is there and paid for.
+            quotas.check(tenant, now=datetime.now(UTC))
+        requests = quotas.limits_of(tenant).requests
+        # As many may be read as run: a request whose answer has just ended is here for a moment longer, and a retry
+        # joins one that runs. How many run is decided at admission.
+        most = None if requests is None else _HERE_FACTOR * requests
+        with self.room.taken(tenant, requests=most, is_shared=self._is_shared):
+            yield
+
+    async def body(self, request: Request, tenant: str) -> Any:
+        """Raises:  TooLarge, TooSlow, Overloaded, InvalidRequest, WrongField: see `bodies`."""
+        config = self.config
+        check_length(request, config.http_body_bytes_max)
+        with self.room.holding(tenant, is_shared=self._is_shared) as held:
+            body = await read_body(request, held, config.http_body_bytes_max, timeout_s=config.http_body_timeout_s)
+            return await parse_body(body, self._encoding, tenant=tenant, num_tokens_max=self._num_tokens_max)
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether callers are told apart, by keys."""
+        return self.books.keys.open_as is None
 
     def tenant(self, request: Request) -> str:
         """Who asks the model for something.
@@ -103,7 +149,7 @@ class Gateway(Door):
     """The HTTP side of one router."""
 
     def __init__(self, front: Front, config: GatewayConfig) -> None:
-        super().__init__(front, config)
+        super().__init__(front, config, front.encoding, num_tokens_max=front.identity.max_tokens)
         self.front = front
         self.memory = AnswerMemory()
         self.format: ChatFormat = choose_format(config.chat_format, front.identity.path, front.tokenizer)
@@ -116,8 +162,7 @@ class Gateway(Door):
 
     async def fields(self, request: Request) -> Fields:
         """The body, with the request's notes. Raises:  InvalidRequest: it is no JSON object."""
-        config = self.config
-        body = await read_json(request, config.http_body_bytes_max, timeout_s=config.http_body_timeout_s)
+        body = await self.body(request, request.scope.get(TENANT, ""))
         notes = Notes(self.ignored)
         for name in _BETA_HEADERS:
             if name in request.headers:
@@ -154,13 +199,21 @@ class Gateway(Door):
             notes.move(each.rule.name, f"{len(each.text)} characters, changes with the {each.rule.changes.value}")
         return conversation
 
-    async def render(self, conversation: Conversation, tenant: str, notes: Notes) -> Rendered:
-        """The prompt's tokens, and where the client's cache breakpoints lie in them."""
+    async def render(
+        self, conversation: Conversation, tenant: str, notes: Notes, *, payer: str | None = None
+    ) -> Rendered:
+        """The prompt's tokens, and where the client's cache breakpoints lie in them.  payer: the tenant that needs to
+        have quota for it; None: nobody pays.
+
+        Raises:  ContextTooLong, QuotaExceeded: it has too many tokens, as far as that shows before they are counted.
+        """
         pieces = self.format.render(conversation)
+        self.front.check_text(num_characters(pieces), num_plain=num_plain_characters(pieces), payer=payer)
         with span("tokenize", num_characters=num_characters(pieces)):
             rendered = await self.front.encoding.run(
                 num_characters(pieces),
                 lambda: render_tokens(pieces, self.front.tokenizer, self.memory, tenant=tenant),
+                tenant=split_tenant(tenant)[0],
             )
         notes.num_restored = rendered.num_restored
         # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
@@ -191,7 +244,8 @@ class Gateway(Door):
     ) -> Choices:
         """Admit a conversation's next answers, as many as the knobs say.  Raises: as `chat`."""
         grammar = await self._grammar(conversation, names)
-        rendered = await self.render(conversation, cache_tenant(caller.tenant, caller.user), notes)
+        payer = None if caller.has_key else caller.tenant
+        rendered = await self.render(conversation, cache_tenant(caller.tenant, caller.user), notes, payer=payer)
         request = self._request(rendered.tokens, knobs, caller, grammar=grammar, breakpoints=rendered.breakpoints)
         memory = None if conversation.continue_last else self.memory
         strict = {

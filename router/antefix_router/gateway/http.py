@@ -17,14 +17,11 @@ from typing import Any, Final, Protocol
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from antefix.errors import InvalidRequest, Overloaded
-from antefix_router.gateway.fields import wrong_value
-from antefix_router.gateway.http_errors import Provider, TooLarge, TooSlow, error_body, error_response
-from antefix_router.gateway.text_check import may_hold_surrogates, path_of_no_text
+from antefix_router.gateway.http_errors import Provider, error_body, error_response
 
 log = logging.getLogger("antefix.gateway")
 
@@ -51,34 +48,17 @@ HEAD_AFTER_S: Final = 0.5
 AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 Prepare = Callable[[Request], Awaitable[Call]]
-
-
-class Room:
-    """How many calls run at once."""
-
-    def __init__(self, num_max: int) -> None:
-        self._num_max = num_max
-        self.num_running = 0
-
-    @contextlib.contextmanager
-    def taken(self) -> Any:
-        """Raises:  Overloaded: no room."""
-        if self.num_running >= self._num_max:
-            raise Overloaded(f"{self.num_running} requests are running already", retry_after_s=1.0)
-        self.num_running += 1
-        try:
-            yield
-        finally:
-            self.num_running -= 1
+Enter = Callable[[Request], contextlib.AbstractContextManager[None]]
 
 
 class Endpoint:
-    """An ASGI application for one address. keep_alive_s: how often a stream says that it is alive."""
+    """An ASGI application for one address. enter: around a call, from its head on; raises where it has no room.
+    keep_alive_s: how often a stream says that it is alive."""
 
-    def __init__(self, prepare: Prepare, provider: Provider, room: Room, *, keep_alive_s: float) -> None:
+    def __init__(self, prepare: Prepare, provider: Provider, enter: Enter, *, keep_alive_s: float) -> None:
         self._prepare = prepare
         self._provider = provider
-        self._room = room
+        self._enter = enter
         self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,12 +72,14 @@ class Endpoint:
 
     async def _answer(self, request: Request, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._room.taken():
+            with self._enter(request):
                 call = await self._prepare(request)
                 if call.stream:
                     await self._send_events(call, scope, receive, send)
                 else:
                     await _unless_gone(self._send_whole(call, scope, receive, send), receive)
+        except ClientDisconnect:
+            log.info("a client left before its request was whole")
         except Exception as err:  # noqa: BLE001 - the one place where HTTP turns exceptions into answers
             await error_response(err, self._provider)(scope, receive, send)
 
@@ -165,35 +147,6 @@ async def _unless_gone(work: Any, receive: Receive) -> None:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         continue
-
-
-async def read_json(request: Request, nbytes_max: int, *, timeout_s: float) -> Any:
-    """The body.
-
-    Raises:  TooLarge.  TooSlow.  InvalidRequest: it is not JSON.  WrongField: a string in it is no text.
-    """
-    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
-        raise InvalidRequest(f"content-encoding {coding!r} is not supported: send the body as it is")
-    if int(request.headers.get("content-length") or 0) > nbytes_max:
-        raise TooLarge(f"the body has more than {nbytes_max} bytes")
-    body = bytearray()
-    try:
-        # Whoever sends has one of the slots of `Room` meanwhile.
-        async with asyncio.timeout(timeout_s):
-            async for piece in request.stream():
-                body += piece
-                if len(body) > nbytes_max:
-                    raise TooLarge(f"the body has more than {nbytes_max} bytes")
-    except TimeoutError as err:
-        raise TooSlow(f"the body did not arrive within {timeout_s:g} s") from err
-    try:
-        value = json.loads(bytes(body))
-    except (ValueError, RecursionError) as err:
-        raise InvalidRequest(f"the body is not JSON: {err}") from err
-    if may_hold_surrogates(body) and (path := path_of_no_text(value)) is not None:
-        why = " is not text: it holds half of a surrogate pair, which UTF-8 cannot write"
-        raise wrong_value(path or "the request body", why)
-    return value
 
 
 def event_bytes(data: Any, *, name: str = "") -> bytes:

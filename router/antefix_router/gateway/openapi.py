@@ -147,7 +147,7 @@ _OPERATIONS: Final[dict[str, tuple[str, str, str, bool]]] = {
     "/v1/models/{name}": ("One of them", "", "Model", False),
     "/v1/usage/receipts/{request_id}": ("A request's signed receipt", "", "Receipt", False),
     "/v1/usage/public_key": ("What receipts are checked with", "", "PublicKey", False),
-    "/healthz": ("The process answers", "", "Status", False),
+    "/healthz": ("A request would be served", "", "Status", False),
     "/livez": ("The process answers", "", "Status", False),
     "/readyz": ("A request would be served", "", "Status", False),
     PATH: ("This document", "", "Document", False),

@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import dataclass
 
+from antefix.end_tasks import end_tasks
 from antefix.errors import FingerprintMismatch, InvalidRequest, PermissionDenied, ResourceExhausted
 from antefix.security.listening import parse_address
 from antefix_router.health import HealthWatch
@@ -61,8 +62,7 @@ class Leases:
 
     async def close(self) -> None:
         if self._sweeper is not None:
-            self._sweeper.cancel()
-            await asyncio.gather(self._sweeper, return_exceptions=True)
+            await end_tasks([self._sweeper])
         await self._health.close()
         if self._memory is not None:
             await self._memory.close()

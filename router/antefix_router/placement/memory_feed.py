@@ -13,8 +13,8 @@ from functools import partial
 import grpc
 
 from antefix import rpc
+from antefix.end_tasks import end_tasks
 from antefix.events.block_events import BlockEvent, EventKind
-from antefix.events.end_tasks import end_tasks
 from antefix.events.event_seal import DropReason, EventKeys
 from antefix.events.event_wire import watch_memory
 from antefix.events.follower import FollowCounters, Follower
@@ -94,6 +94,8 @@ class MemoryFeed:
             self._reader = StreamReader(redis_url, MEMORY_STREAMS, self._take, self._lose, keys=keys)
         self._followers: dict[str, MemoryFollower] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        # Those of workers that left.
+        self._ending: set[asyncio.Task[None]] = set()
         self.counters = FollowCounters()
 
     def in_step(self, address: str) -> bool:
@@ -115,7 +117,7 @@ class MemoryFeed:
         """Follow these workers and no others."""
         addresses = set(addresses)
         for address in set(self._tasks) - addresses:
-            self._tasks.pop(address).cancel()
+            self._end(self._tasks.pop(address))
             self._followers.pop(address).lose()
         for address in addresses - set(self._tasks):
             follower = self._followers[address] = MemoryFollower(
@@ -124,11 +126,15 @@ class MemoryFeed:
             self._tasks[address] = asyncio.create_task(self._run(follower, address))
 
     async def close(self) -> None:
-        tasks = list(self._tasks.values())
         self.follow(())
-        await end_tasks(tasks)
+        await end_tasks(self._ending)
         if self._reader is not None:
             await self._reader.close()
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        task.cancel()
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
 
     async def _run(self, follower: MemoryFollower, address: str) -> None:
         # One channel for as long as it is followed: making one a try would cost memory while the worker is away.

@@ -75,6 +75,11 @@ class Worker:
         """It hangs, or cannot be heard."""
         return self.pulse is not None and self.pulse.is_silent
 
+    @property
+    def answers(self) -> bool | None:
+        """Whether it answered when it was last asked for a sign of life; None: nobody has asked."""
+        return self.pulse.answers if self.pulse is not None else None
+
     def guard(self, patience_s: float = 0.0) -> contextlib.AbstractContextManager[None]:
         """Around waiting for it.  Raises:  Unavailable: it is silent for longer than that."""
         return self.pulse.guard(patience_s) if self.pulse is not None else contextlib.nullcontext()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
-_AGAIN_S = 0.2
+AGAIN_S: Final = 0.2
 
 
-async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and wait until they have ended.
+async def end_tasks(tasks: Iterable[asyncio.Task[Any]], *, again_s: float = AGAIN_S) -> None:
+    """Cancel tasks and wait until they have ended.  again_s: longer than what a task needs to put things in order.
 
     Python 3.11's `wait_for`, which Redis' client uses, forgets that it was cancelled when that comes in the same moment
     as its result. The task would then go on for ever, and so would whoever waits for it; so it is told again.
@@ -19,4 +19,4 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
     while left:
         for task in left:
             task.cancel()
-        _, left = await asyncio.wait(left, timeout=_AGAIN_S)
+        _, left = await asyncio.wait(left, timeout=again_s)

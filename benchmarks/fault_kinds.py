@@ -1,0 +1,194 @@
+"""The faults of `faults.py`: each begins, lasts, and is undone; nothing else is done by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+from antefix_console.deployment import RoleProcess
+from benchmarks.fault_links import LinkedDeployment
+
+Fault = Callable[[LinkedDeployment, random.Random], contextlib.AbstractAsyncContextManager[None]]
+
+# How long what lasts does: longer than any hang may cost, so that a request meets it.
+LASTS_S = 6.0
+
+
+def one_of(deployment: LinkedDeployment, role: str, rng: random.Random) -> RoleProcess:
+    alive = [process for process in deployment.processes if process.role == role and process.alive]
+    return rng.choice(alive) if alive else deployment.one(role)
+
+
+def kill(role: str) -> Fault:
+    """kill -9; the supervisor starts it again."""
+
+    @contextlib.asynccontextmanager
+    async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+        one_of(deployment, role, rng).process.kill()
+        yield
+
+    return fault
+
+
+def stop(role: str) -> Fault:
+    """SIGSTOP, then SIGCONT."""
+
+    @contextlib.asynccontextmanager
+    async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+        process = one_of(deployment, role, rng).process
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+            await asyncio.sleep(LASTS_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+
+    return fault
+
+
+def slow(role: str) -> Fault:
+    """Nine tenths of the time it is stopped."""
+
+    @contextlib.asynccontextmanager
+    async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+        process = one_of(deployment, role, rng).process
+
+        async def throttle() -> None:
+            while True:
+                process.send_signal(signal.SIGSTOP)
+                await asyncio.sleep(0.09)
+                process.send_signal(signal.SIGCONT)
+                await asyncio.sleep(0.01)
+
+        throttling = asyncio.create_task(throttle())
+        try:
+            yield
+            await asyncio.sleep(LASTS_S)
+        finally:
+            throttling.cancel()
+            await asyncio.gather(throttling, return_exceptions=True)
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+
+    return fault
+
+
+def link(role: str, what: str) -> Fault:
+    """What goes to the role is cut, delayed by 0.3 s a piece, or its connections are reset."""
+
+    @contextlib.asynccontextmanager
+    async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+        found = rng.choice(deployment.links_of(role))
+        found.is_cut, found.delay_s = what == "cut", 0.3 if what == "delayed" else 0.0
+        if what == "reset":
+            found.reset()
+        try:
+            yield
+            await asyncio.sleep(LASTS_S if what != "reset" else 0)
+        finally:
+            found.is_cut, found.delay_s = False, 0.0
+
+    return fault
+
+
+def files(pattern: str, what: str) -> Fault:
+    """Of the store: bytes flipped, a file truncated or removed."""
+
+    @contextlib.asynccontextmanager
+    async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+        found = sorted(path for path in deployment.config.store_dir.rglob(pattern) if path.is_file())
+        if found:
+            harm(rng.choice(found), what, rng)
+        yield
+
+    return fault
+
+
+def harm(path: Path, what: str, rng: random.Random) -> None:
+    size = path.stat().st_size
+    if what == "removed":
+        path.unlink()
+    elif what == "truncated":
+        os.truncate(path, rng.randrange(size) if size else 0)
+    else:
+        with path.open("r+b") as file:
+            for _ in range(32):
+                file.seek(rng.randrange(max(1, size)))
+                byte = file.read(1)
+                file.seek(-len(byte), os.SEEK_CUR)
+                file.write(bytes(value ^ 0x55 for value in byte))
+
+
+@contextlib.asynccontextmanager
+async def few_descriptors(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+    """The router has three more than it uses."""
+    pid = one_of(deployment, "router", rng).process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208 - of /proc
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (in_use + 3, before[1]))
+    try:
+        yield
+        await asyncio.sleep(LASTS_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@contextlib.asynccontextmanager
+async def full_disk(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+    """Somebody else fills the file system that the data directory is on; only where that is small (--small-disk)."""
+    path = deployment.config.data_dir / "filler"
+    with path.open("wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+    try:
+        yield
+        await asyncio.sleep(LASTS_S)
+    finally:
+        path.unlink()
+
+
+def clock(shift: str) -> Fault:
+    """The store's clock moves (libfaketime reads the file again within a second), and back."""
+
+    @contextlib.asynccontextmanager
+    async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+        path = clock_file(deployment.config.data_dir)
+        path.write_text(shift)
+        try:
+            yield
+            await asyncio.sleep(LASTS_S)
+        finally:
+            path.write_text("+0")
+
+    return fault
+
+
+def clock_file(data_dir: Path) -> Path:
+    return data_dir.parent / "clock"
+
+
+FAULTS: dict[str, Fault] = {
+    **{f"kill {role}": kill(role) for role in ("prefill", "decode", "kvstore", "router")},
+    **{f"stop {role}": stop(role) for role in ("prefill", "decode", "kvstore")},
+    **{f"slow {role}": slow(role) for role in ("prefill", "decode", "kvstore")},
+    **{
+        f"link to {role} {what}": link(role, what)
+        for role in ("prefill", "decode", "kvstore")
+        for what in ("cut", "delayed", "reset")
+    },
+    **{f"segment {what}": files("*.seg", what) for what in ("flipped", "truncated", "removed")},
+    **{f"index {what}": files("data.mdb", what) for what in ("flipped", "truncated", "removed")},
+    "few descriptors": few_descriptors,
+}
+# With --small-disk and --faketime.
+MORE_FAULTS: dict[str, Fault] = {"full disk": full_disk}
+CLOCK_FAULTS: dict[str, Fault] = {"clock +400 days": clock("+400d"), "clock -400 days": clock("-400d")}

@@ -1,0 +1,288 @@
+"""Do answers stay right, and how long does it take until they come again, when real processes, links and files fail?
+
+    python -m benchmarks.faults --rounds 1 --seed 1 --json benchmarks/results/faults.json
+    python -m benchmarks.faults --only 'stop' --rounds 3         # faults whose name has this
+    python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: full disks and clocks too
+
+One deployment as `antefix up` runs it, supervised, its roles behind proxies. Clients play conversations that go on and
+ask again what was asked. Faults come one after the other; --seed fixes their order, and all prompts. Each answer is
+compared with a run of the bare model, without store and without faults; what is none must be an error that says so. A
+fault's recovery is the time from its beginning until a request that was sent after it is answered, to be compared with
+what a request takes undisturbed. At the end the ledger must have one record for each request, and in each of them
+hit + miss = prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.clients import RouterClient
+from antefix.errors import AntefixError, InternalError
+from antefix.layout import KVFormat
+from antefix.sampling import Sampling
+from antefix_billing.ledger_files import read_settled
+from antefix_console.bare_model import Reference
+from antefix_console.deployment import DeploymentConfig
+from antefix_console.supervise import Supervisor
+from benchmarks.fault_kinds import CLOCK_FAULTS, FAULTS, MORE_FAULTS, Fault, clock_file
+from benchmarks.fault_links import LinkedDeployment
+from benchmarks.run_record import write
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models" / "antefix-tiny"
+FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
+Tokens = npt.NDArray[np.uint32]
+# Longer than the longest wait that is meant to be.
+STUCK_S = 60.0
+RECOVERY_S_MAX = 120.0
+SETTLE_S = 1.0
+
+
+@dataclass(slots=True)
+class Tally:
+    """What happened, in requests. unclear: errors that tell a bug of ours."""
+
+    num_checked: int = 0
+    num_wrong: int = 0
+    num_stuck: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    num_unclear: int = 0
+    wrong: list[dict[str, Any]] = field(default_factory=list)
+    recovery_s: dict[str, list[float]] = field(default_factory=dict)
+    undisturbed_s: list[float] = field(default_factory=list)
+    not_recovered: list[str] = field(default_factory=list)
+
+
+class Campaign:
+    """One run over one deployment."""
+
+    def __init__(self, args: argparse.Namespace, deployment: LinkedDeployment, faults: dict[str, Fault]) -> None:
+        self.args, self.deployment, self.faults = args, deployment, faults
+        self.tally = Tally()
+        self.rng = random.Random(args.seed)
+        self.reference = Reference(MODEL, KVFormat.FP8)
+        self._computing = asyncio.Lock()
+        self._expected: dict[bytes, list[int]] = {}
+        self._ids = iter(f"fault-{args.seed}-{number}" for number in range(1 << 30))
+        self.prompts = conversations(random.Random(args.seed + 1))
+
+    async def run(self) -> None:
+        """All faults, --rounds times, each in an order of its own."""
+        clients = [asyncio.create_task(self._play()) for _ in range(self.args.clients)]
+        try:
+            for _ in range(self.args.undisturbed):
+                begun = time.monotonic()
+                if (answered_at := await self._ask(next(self.prompts))) is not None:
+                    self.tally.undisturbed_s.append(answered_at - begun)
+            for _ in range(self.args.rounds):
+                for name in self.rng.sample(sorted(self.faults), len(self.faults)):
+                    await self._fault(name)
+        finally:
+            for client in clients:
+                client.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+
+    async def _fault(self, name: str) -> None:
+        begun = time.monotonic()
+        async with self.faults[name](self.deployment, self.rng):
+            while (answered_at := await self._ask(next(self.prompts))) is None:
+                if time.monotonic() - begun > RECOVERY_S_MAX:
+                    self.tally.not_recovered.append(name)
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                self.tally.recovery_s.setdefault(name, []).append(answered_at - begun)
+        print(f"{name}: {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
+        await asyncio.sleep(SETTLE_S)
+
+    async def _play(self) -> None:
+        while True:
+            await self._ask(next(self.prompts))
+            await asyncio.sleep(self.rng.uniform(0.0, 0.5))
+
+    async def _ask(self, prompt: Tokens) -> float | None:
+        """When it was answered; None: it was not."""
+        output: list[int] = []
+        try:
+            # A client of its own each time: an operator's does not outlive a router.
+            router = self.deployment.one("router").address
+            async with asyncio.timeout(STUCK_S), RouterClient(router) as client:
+                sampling = Sampling(max_tokens=self.args.max_tokens)
+                asked = client.generate(prompt, sampling, request_id=next(self._ids), timeout_s=STUCK_S - 5)
+                async for message in asked:
+                    output += [int(token) for token in message.tokens]
+        except TimeoutError:
+            self.tally.num_stuck += 1
+            return None
+        except (AntefixError, StopIteration) as err:
+            self.tally.errors[type(err).__name__] += 1
+            self.tally.num_unclear += isinstance(err, InternalError)
+            return None
+        answered_at = time.monotonic()
+        expected = await self._expect(prompt)
+        self.tally.num_checked += 1
+        if output != expected:
+            self.tally.num_wrong += 1
+            self.tally.wrong.append({"prompt": prompt.tolist(), "output": output, "expected": expected})
+        return answered_at
+
+    async def _expect(self, prompt: Tokens) -> list[int]:
+        key = prompt.tobytes()
+        async with self._computing:
+            if key not in self._expected:
+                generate = self.reference.generate
+                self._expected[key] = await asyncio.to_thread(generate, prompt, self.args.max_tokens)
+        return self._expected[key]
+
+
+def conversations(rng: random.Random) -> Iterator[Tokens]:
+    """Prompts that share beginnings, go on, and come again: parts of a text behind a few system prompts."""
+    text = np.frombuffer((ROOT / "LICENSE").read_bytes(), np.uint8).astype(np.uint32)
+    asked: list[Tokens] = []
+    while True:
+        if asked and rng.random() < 0.4:
+            prompt = rng.choice(asked)
+            if rng.random() < 0.7 and len(prompt) < 900:
+                start = rng.randrange(len(text) - 200)
+                prompt = np.concatenate((prompt, text[start : start + rng.randrange(20, 150)]))
+        else:
+            system, start = rng.randrange(4) * 500, rng.randrange(len(text) - 400)
+            prompt = np.concatenate((text[system : system + 260], text[start : start + rng.randrange(20, 300)]))
+        asked = [*asked[-30:], prompt]
+        yield prompt
+
+
+def bill(ledger_dir: Path) -> dict[str, int]:
+    """What the ledger says of it: requests that have two records, or whose counts do not add up."""
+    records = [settled.record for settled in read_settled(ledger_dir)]
+    charged = Counter(record.request_id for record in records if record.is_final)
+    return {
+        "records": len(records),
+        "double_billed": sum(number > 1 for number in charged.values()),
+        "not_adding_up": sum(
+            record.cache_hit_tokens + record.cache_miss_tokens not in (0, record.prompt_tokens) for record in records
+        ),
+    }
+
+
+def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[str, Any]:
+    tally = campaign.tally
+    rows = {
+        name: {
+            "times": len(found),
+            "recovery_p50_s": round(statistics.median(found), 2),
+            "recovery_max_s": round(max(found), 2),
+        }
+        for name, found in sorted(tally.recovery_s.items())
+    }
+    every = [seconds for found in tally.recovery_s.values() for seconds in found]
+    return {
+        "seed": campaign.args.seed,
+        "minutes": round(minutes, 1),
+        "faults": len(every) + len(tally.not_recovered),
+        "answers_checked": tally.num_checked,
+        "wrong": tally.num_wrong,
+        "stuck": tally.num_stuck,
+        "errors": dict(tally.errors),
+        "unclear_errors": tally.num_unclear,
+        "not_recovered": tally.not_recovered,
+        "restarts": supervisor.num_restarts,
+        "manual_steps": 0,
+        "undisturbed_p50_s": round(statistics.median(tally.undisturbed_s), 2) if tally.undisturbed_s else None,
+        "undisturbed_max_s": round(max(tally.undisturbed_s), 2) if tally.undisturbed_s else None,
+        "recovery_p50_s": round(float(np.quantile(every, 0.5)), 2) if every else None,
+        "recovery_p99_s": round(float(np.quantile(every, 0.99)), 2) if every else None,
+        "by_fault": rows,
+        "bill": bill(campaign.deployment.config.ledger_dir),
+        "wrong_answers": tally.wrong[:3],
+    }
+
+
+async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    known = FAULTS | (MORE_FAULTS if args.small_disk else {}) | (CLOCK_FAULTS if args.faketime else {})
+    faults = {name: fault for name, fault in known.items() if args.only in name}
+    pool = ("--pool-bytes", "64M")
+    flags = {"prefill": pool, "decode": pool, "kvstore": ("--budget-bytes", "64M")}
+    config = DeploymentConfig(model=MODEL, data_dir=scratch / "data", num_decode=2, extra_flags=flags, grace_s=10)
+    if args.faketime:
+        clock_file(config.data_dir).write_text("+0")
+        # Of all roles: their clocks differ from ours alone, and steps are the same for all.
+        os.environ |= {
+            "LD_PRELOAD": FAKETIME,
+            "FAKETIME_TIMESTAMP_FILE": str(clock_file(config.data_dir)),
+            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+    deployment = LinkedDeployment(config)
+    supervisor = Supervisor(deployment, lambda text: print(text, file=sys.stderr, flush=True))
+    try:
+        await deployment.start()
+        run, begun = Campaign(args, deployment, faults), time.monotonic()
+        supervising = asyncio.create_task(supervisor.run())
+        running = asyncio.create_task(run.run())
+        await asyncio.wait({supervising, running}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (running, supervising):
+            task.cancel()
+        ended = await asyncio.gather(running, supervising, return_exceptions=True)
+        for err in ended:
+            if isinstance(err, Exception):
+                run.tally.not_recovered.append(repr(err))
+        await deployment.stop()
+        return report(run, supervisor, (time.monotonic() - begun) / 60)
+    finally:
+        await deployment.stop()
+        await deployment.close_links()
+
+
+@contextlib.contextmanager
+def small_disk(size: str, directory: Path) -> Iterator[None]:
+    if not size:
+        yield
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=1, help="how often each fault comes")
+    parser.add_argument("--seed", type=int, default=1, help="of prompts, and of the order and place of faults")
+    parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name has this")
+    parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--undisturbed", type=int, default=10, help="requests before the first fault, to compare with")
+    parser.add_argument("--max-tokens", type=int, default=12)
+    parser.add_argument("--small-disk", default="", metavar="SIZE", help="put all on a tmpfs of this size (as root)")
+    parser.add_argument("--faketime", action="store_true", help="move the roles' clocks (libfaketime)")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="antefix-faults-") as scratch, small_disk(args.small_disk, Path(scratch)):
+        result = asyncio.run(campaign(args, Path(scratch)))
+    if args.json:
+        write(args.json, result, "grpcio", "torch")
+    print(result)
+    bad = ("wrong", "stuck", "unclear_errors", "not_recovered")
+    return int(any(result[name] for name in bad) or bool(result["bill"]["double_billed"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

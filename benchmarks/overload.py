@@ -1,0 +1,312 @@
+"""What happens to a deployment on two cores when more is asked than it can do, and when many only hold on?
+
+    python -m benchmarks.overload --json benchmarks/results/overload.json --plot docs/results/overload.svg
+    python -m benchmarks.overload --only rates --seconds 60
+
+    rates     the highest rate with bounded p99, 2 and 10 times that, and the first rate again: goodput, p99, refused
+    idle      10,000 connections that say nothing, next to short requests
+    readers   64 long streams, half of whose readers sleep, next to short requests
+    long      a prompt of --long-tokens among short ones: their p99 with it and without
+    tenants   a greedy tenant (32 at once) and a modest one (1 at a time): the modest one's p99 with the other, without
+
+Ratios within one run are what counts: absolute figures need an idle machine. Requests are short completions over HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+
+from antefix_console.deployment import Deployment, DeploymentConfig
+from benchmarks.run_record import write
+
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "models" / "antefix-tiny"
+TEXT = (ROOT / "LICENSE").read_text()
+KEYS = {"greedy": "greedy-key", "modest": "modest-key"}
+# Answers later than this are none: who asked has left.
+PATIENCE_S = 30.0
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Of one stretch of requests. statuses: 0 for no answer."""
+
+    seconds: float = 0.0
+    latencies_s: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def p99_s(self) -> float:
+        return float(np.quantile(self.latencies_s, 0.99)) if self.latencies_s else float("inf")
+
+    def figures(self) -> dict[str, Any]:
+        found = self.latencies_s
+        return {
+            "asked_per_s": round(self.statuses.total() / max(self.seconds, 1e-9), 2),
+            "goodput_per_s": round(len(found) / max(self.seconds, 1e-9), 2),
+            "p50_ms": round(1000 * float(np.quantile(found, 0.5))) if found else None,
+            "p99_ms": round(1000 * self.p99_s) if found else None,
+            "statuses": {str(status): number for status, number in sorted(self.statuses.items())},
+        }
+
+
+class Door:
+    """The HTTP door under test."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        self.client = httpx2.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=limits)
+        self._numbers = itertools.count()
+
+    async def ask(self, outcome: Outcome, *, tenant: str = "modest", text: str = "", max_tokens: int = 4) -> None:
+        number = next(self._numbers)
+        prompt = text or f"{number} " + TEXT[(at := number * 37 % (len(TEXT) - 200)) : at + 120]
+        body = {"model": "antefix-tiny", "prompt": prompt, "max_tokens": max_tokens}
+        begun = time.monotonic()
+        try:
+            answer = await self.client.post("/v1/completions", json=body, headers=key_of(tenant))
+            status = answer.status_code
+        except (httpx2.HTTPError, OSError):
+            status = 0
+        outcome.statuses[status] += 1
+        if status == 200:
+            outcome.latencies_s.append(time.monotonic() - begun)
+
+    async def at_rate(self, per_s: float, seconds: float, **more: Any) -> Outcome:
+        """Requests at fixed times, whether or not earlier ones were answered."""
+        outcome, begun = Outcome(), time.monotonic()
+        async with asyncio.TaskGroup() as group:
+            for number in range(round(per_s * seconds)):
+                await asyncio.sleep(max(0.0, begun + number / per_s - time.monotonic()))
+                group.create_task(self.ask(outcome, **more))
+            outcome.seconds = max(seconds, time.monotonic() - begun)
+        return outcome
+
+    async def in_turn(self, seconds: float, num_clients: int = 1, **more: Any) -> Outcome:
+        """Clients that ask again when they are answered."""
+        outcome, begun = Outcome(), time.monotonic()
+
+        async def client() -> None:
+            while time.monotonic() < begun + seconds:
+                await self.ask(outcome, **more)
+
+        await asyncio.gather(*(client() for _ in range(num_clients)))
+        outcome.seconds = time.monotonic() - begun
+        return outcome
+
+
+def key_of(tenant: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {KEYS[tenant]}"}
+
+
+async def rates(door: Door, args: argparse.Namespace) -> dict[str, Any]:
+    """Peak from clients in turn; the highest rate whose p99 stays within --p99-factor of the unloaded median; more."""
+    idle = await door.in_turn(args.seconds / 4)
+    bound_s = args.p99_factor * float(np.quantile(idle.latencies_s, 0.5))
+    peak = await door.in_turn(args.seconds, num_clients=16)
+    rate, found = len(peak.latencies_s) / peak.seconds, None
+    rows: dict[str, Any] = {"idle": idle.figures(), "peak": peak.figures(), "p99_bound_ms": round(1000 * bound_s)}
+    for share in (0.9, 0.75, 0.6, 0.45, 0.3):
+        before = await door.at_rate(share * rate, args.seconds)
+        if before.p99_s <= bound_s and before.statuses[200] == before.statuses.total():
+            found = share * rate
+            break
+    if found is None:
+        found = 0.3 * rate
+    rows["highest"] = before.figures()
+    for factor in (2, 10):
+        over = await door.at_rate(factor * found, args.seconds)
+        rows[f"times_{factor}"] = over.figures()
+        begun = time.monotonic()
+        while (after := await door.at_rate(found, 2.0)).p99_s > 1.1 * before.p99_s:
+            if time.monotonic() - begun > 60:
+                break
+        rows[f"after_times_{factor}"] = {**after.figures(), "back_after_s": round(time.monotonic() - begun - 2.0, 1)}
+    best = max(rows[name]["goodput_per_s"] for name in ("peak", "highest", "times_2", "times_10"))
+    for factor in (2, 10):
+        rows[f"goodput_of_peak_times_{factor}"] = round(rows[f"times_{factor}"]["goodput_per_s"] / best, 3)
+    return rows
+
+
+async def idle(door: Door, args: argparse.Namespace) -> dict[str, Any]:
+    """Connections that say nothing, and requests next to them."""
+    without = await door.in_turn(args.seconds)
+    host, _, port = door.url.removeprefix("http://").rpartition(":")
+    held, refused = [], 0
+    for _ in range(args.idle):
+        try:
+            held.append(await asyncio.open_connection(host, int(port)))
+        except OSError:
+            refused += 1
+    beside = await door.in_turn(args.seconds)
+    for _, writer in held:
+        writer.close()
+    return {"connections": len(held), "not_connected": refused, **compared(without, beside)}
+
+
+async def readers(door: Door, args: argparse.Namespace) -> dict[str, Any]:
+    """Long streams, of which every second one is not read, and requests next to them."""
+    without = await door.in_turn(args.seconds)
+    streams = [asyncio.create_task(stream(door, sleeps=bool(number % 2))) for number in range(args.streams)]
+    await asyncio.sleep(2.0)
+    beside = await door.in_turn(args.seconds)
+    num_ended = sum(task.done() for task in streams)
+    for task in streams:
+        task.cancel()
+    ended = await asyncio.gather(*streams, return_exceptions=True)
+    failed = sum(isinstance(each, Exception) and not isinstance(each, asyncio.CancelledError) for each in ended)
+    return {"streams": len(streams), "ended_meanwhile": num_ended, "failed": failed, **compared(without, beside)}
+
+
+async def stream(door: Door, *, sleeps: bool) -> int:
+    body = {"model": "antefix-tiny", "prompt": TEXT[:300], "max_tokens": 4000, "stream": True, "ignore_eos": True}
+    num = 0
+    async with door.client.stream(
+        "POST", "/v1/completions", json=body, headers=key_of("greedy"), timeout=None
+    ) as answer:
+        async for _ in answer.aiter_lines():
+            num += 1
+            if sleeps:
+                await asyncio.sleep(3600)
+    return num
+
+
+async def long(door: Door, args: argparse.Namespace) -> dict[str, Any]:
+    """A prompt that takes minutes, and short ones next to it."""
+    without = await door.in_turn(args.seconds)
+    text = TEXT * (args.long_tokens // len(TEXT) + 1)
+    outcome = Outcome()
+    asking = asyncio.create_task(door.ask(outcome, tenant="greedy", text=text[: args.long_tokens], max_tokens=1))
+    await asyncio.sleep(1.0)
+    beside = await door.in_turn(args.seconds)
+    was_running = not asking.done()
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    return {"long_tokens": args.long_tokens, "was_running": was_running, **compared(without, beside)}
+
+
+async def tenants(door: Door, args: argparse.Namespace) -> dict[str, Any]:
+    """One asks without end, the other now and then."""
+    without = await door.in_turn(args.seconds)
+    greedy = asyncio.create_task(door.in_turn(args.seconds + 2, num_clients=32, tenant="greedy"))
+    await asyncio.sleep(2.0)
+    beside = await door.in_turn(args.seconds)
+    return {"greedy": (await greedy).figures(), **compared(without, beside)}
+
+
+def compared(without: Outcome, beside: Outcome) -> dict[str, Any]:
+    return {
+        "without": without.figures(),
+        "with": beside.figures(),
+        "p99_with_to_without": round(beside.p99_s / without.p99_s, 2) if beside.latencies_s else None,
+    }
+
+
+PARTS: dict[str, Callable[[Door, argparse.Namespace], Awaitable[dict[str, Any]]]] = {
+    "rates": rates,
+    "idle": idle,
+    "readers": readers,
+    "long": long,
+    "tenants": tenants,
+}
+
+
+@contextlib.asynccontextmanager
+async def deployed(args: argparse.Namespace, scratch: Path) -> AsyncIterator[Door]:
+    book = scratch / "tenants.toml"
+    tables = (
+        f'[[tenant]]\nname = "{name}"\napi_key_sha256 = ["{hashlib.sha256(key.encode()).hexdigest()}"]\n'
+        for name, key in KEYS.items()
+    )
+    book.write_text("".join(tables))
+    pool = ("--pool-bytes", args.pool_bytes)
+    config = DeploymentConfig(
+        model=MODEL,
+        data_dir=scratch / "data",
+        http_address="127.0.0.1:0",
+        tenants_file=str(book),
+        extra_flags={"prefill": pool, "decode": pool},
+        grace_s=5,
+    )
+    async with Deployment(config) as deployment:
+        door = Door(f"http://{deployment.one('router').http_address}")
+        yield door
+        await door.client.aclose()
+
+
+async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in args.only or PARTS:
+        # A deployment of its own for each: one part's leftovers are not the next one's load.
+        (directory := scratch / name).mkdir()
+        async with deployed(args, directory) as door:
+            await door.in_turn(2.0)
+            found[name] = await PARTS[name](door, args)
+            print(name, found[name], file=sys.stderr, flush=True)
+    return found
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Asked, answered, and p99 by how much is asked."""
+    from matplotlib.figure import Figure
+
+    names = ("highest", "times_2", "times_10")
+    rows = [found["rates"][name] for name in names]
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = figure.add_subplot()
+    axis.plot(
+        [row["asked_per_s"] for row in rows], [row["goodput_per_s"] for row in rows], "o-", label="answered per s"
+    )
+    axis.set(xlabel="asked per s", ylabel="answered per s", ylim=0)
+    other = axis.twinx()
+    other.plot(
+        [row["asked_per_s"] for row in rows], [row["p99_ms"] for row in rows], "s--", color="C1", label="p99, ms"
+    )
+    other.set(ylabel="p99 of answers, ms", ylim=0)
+    figure.legend(loc="upper center", ncols=2)
+    figure.savefig(path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=tuple(PARTS))
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each stretch")
+    parser.add_argument("--p99-factor", type=float, default=5.0, help="bounded: p99 within so many unloaded medians")
+    parser.add_argument("--idle", type=int, default=10_000)
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--long-tokens", type=int, default=1_000_000)
+    parser.add_argument("--pool-bytes", default="512M")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with tempfile.TemporaryDirectory(prefix="antefix-overload-") as scratch:
+        found = asyncio.run(measure(args, Path(scratch)))
+    if args.plot and "rates" in found:
+        plot(found, args.plot)
+    if args.json:
+        write(args.json, found, "grpcio", "torch", "uvicorn")
+    print(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

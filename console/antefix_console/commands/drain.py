@@ -1,0 +1,48 @@
+"""`antefix drain DIR --to STORE...`: before a store leaves, move what is worth it to stores that stay.
+
+It runs on the leaving store's host and reads its files; the service goes on serving meanwhile. What any of the others
+has is left out. It goes round again until nothing new has come, so that the store can be stopped then.
+
+Exit code 0 if all that was meant to be moved is there, 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+
+from antefix.byte_size import parse_byte_size
+from antefix_console.commands.store import add_copy_arguments
+from antefix_console.moving import copy_between, report_text
+from antefix_kvstore.copy_target import open_source, open_target
+
+# Each time there is less; what comes faster than it can be moved must be stopped by hand.
+_ROUNDS_MAX = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="DIR", help="directory of the store that leaves, on this host")
+    parser.add_argument("--to", nargs="+", required=True, metavar="STORE", help="host:port of the stores that stay")
+    parser.add_argument(
+        "--bytes-max",
+        default="",
+        metavar="SIZE",
+        help="move so much, pinned and last used first (default: all)",
+    )
+    add_copy_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    bytes_max = parse_byte_size(args.bytes_max) if args.bytes_max else None
+    for _ in range(_ROUNDS_MAX):
+        with open_source(args.source, key_file=args.encrypt_key_file) as contents:
+            targets = [open_target(text) for text in args.to]
+            report = asyncio.run(
+                copy_between(contents, targets, bytes_per_s=parse_byte_size(args.bytes_per_s), bytes_max=bytes_max)
+            )
+        print(json.dumps(dataclasses.asdict(report)) if args.json else report_text(report))
+        if not report.num_copied or not report.complete or bytes_max is not None:
+            break
+    return 0 if report.complete else 1

@@ -1,0 +1,107 @@
+"""`antefix store copy SRC DST`: what one store holds, to another. `antefix store purge`: a tenant's records, gone.
+
+Exit code 0 if all of it was done, 1 if not; then the same command goes on where this one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+from pathlib import Path
+
+from antefix.byte_size import parse_byte_size
+from antefix.cache_tenant import join_tenant
+from antefix.config import require
+from antefix.secret import Keyring
+from antefix.security.grants import hold
+from antefix.store_files.owners import Owners
+from antefix_console.moving import copy_between, grant_of_owner, report_text
+from antefix_kvstore.copy_target import open_source, open_target
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `store` with its own commands; `run` carries them out."""
+    add_arguments(subparsers.add_parser("store", help="copy a store, or purge a tenant from stores"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="store_command", required=True)
+    copy = _command(
+        commands,
+        "copy",
+        "copy what a store holds to another; run it again to go on",
+        "antefix-data/store /backup/store",
+    )
+    copy.add_argument("source", metavar="SRC", help="directory of a store on this host, served or not")
+    copy.add_argument("target", metavar="DST", help="directory that no service has open, made if missing, or host:port")
+    copy.add_argument("--budget-bytes", default="", metavar="SIZE", help="of a directory that is made (default: 64G)")
+    add_copy_arguments(copy)
+    purge = _command(
+        commands,
+        "purge",
+        "drop all of a tenant's records, pinned or not",
+        "host-a:7010 host-b:7010 --tenant acme --secret-file antefix-data/secret",
+    )
+    purge.add_argument("stores", nargs="+", metavar="STORE", help="host:port, or a directory that no service has open")
+    purge.add_argument("--tenant", required=True, help="whose; or digest:HEX")
+    purge.add_argument("--user", default="", help="of the tenant's users, this one's only")
+    purge.add_argument("--secret-file", help="the deployment's secret, which names the tenant in stores")
+    purge.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, example: str
+) -> argparse.ArgumentParser:
+    epilog = f"example: antefix store {name} {example}"
+    return commands.add_parser(name, help=text, description=text, epilog=epilog)
+
+
+def add_copy_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a copy and a drain have alike."""
+    parser.add_argument("--bytes-per-s", default="0", metavar="SIZE", help="at most so fast (default: no limit)")
+    parser.add_argument("--secret-file", help="the deployment's secret, which served stores ask for")
+    parser.add_argument("--encrypt-key-file", default="", help="what directories are encrypted with")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    return _copy(args) if args.store_command == "copy" else _purge(args)
+
+
+def _copy(args: argparse.Namespace) -> int:
+    budget_bytes = parse_byte_size(args.budget_bytes) if args.budget_bytes else 0
+    with open_source(args.source, key_file=args.encrypt_key_file) as contents:
+        target = open_target(args.target, budget_bytes=budget_bytes, key_file=args.encrypt_key_file)
+        report = asyncio.run(copy_between(contents, [target], bytes_per_s=parse_byte_size(args.bytes_per_s)))
+    print(json.dumps(dataclasses.asdict(report)) if args.json else report_text(report))
+    return 0 if report.complete else 1
+
+
+def _purge(args: argparse.Namespace) -> int:
+    require(args.tenant.startswith("digest:") or bool(args.secret_file), "--secret-file is needed to name a tenant")
+    keyring = Keyring.from_file(Path(args.secret_file)) if args.secret_file else None
+    name = join_tenant(args.tenant, args.user) if args.user else args.tenant
+    owners = [row[1:] for row in Owners(keyring).rows(name) if row[:1] == b"o"]
+    purged = asyncio.run(_purge_all(args.stores, owners))
+    if args.json:
+        print(json.dumps({"purged": purged}))
+    else:
+        print("\n".join(f"{store}: {number} records dropped" for store, number in purged.items()))
+    return 0
+
+
+async def _purge_all(stores: list[str], owners: list[bytes]) -> dict[str, int]:
+    """Raises:  AntefixError: a store does not answer; those before it have been purged."""
+    purged = {}
+    for text in stores:
+        store = open_target(text)
+        try:
+            purged[text] = 0
+            for owner in owners:
+                hold(grant_of_owner(text, owner))
+                purged[text] += await store.purge(owner)
+        finally:
+            await store.close()
+    return purged

@@ -1,0 +1,33 @@
+"""Where the command begins: signals are heard before anything that takes a while is imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Final
+
+# What stops a service; the exit code that shells give for it.
+_STOPPED: Final = 128 + signal.SIGTERM
+_SERVICES: Final = ("serve", "up")
+
+
+def main() -> int:
+    """Run one command; returns its exit code."""
+    hear_signals(sys.argv[1:])
+    from antefix_console.cli import main as run
+
+    return run()
+
+
+def hear_signals(args: list[str]) -> None:
+    """SIGHUP ends no service: a terminal that closes, or an operator who means `reload`, must not stop a deployment.
+    Nothing has to be reloaded: certificates, keys and secrets are read again when they change.
+
+    As PID 1 of a container, signals without a handler are dropped: a stop that comes while we import must not be.
+    """
+    if next((arg for arg in args if not arg.startswith("-")), "") in _SERVICES:
+        # Inherited by the roles that `antefix up` starts, from their first moment on.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_STOPPED))

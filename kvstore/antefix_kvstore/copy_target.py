@@ -1,0 +1,112 @@
+"""Ends of a copy by their text: a store's directory, a service's address. Another kind is one more branch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from antefix.errors import ConfigError
+from antefix.record import Held, PutResult, Record, RecordName
+from antefix.store.client import RemoteStore
+from antefix.store.store_stats import StoreTotals
+from antefix.store_files.encryption import KeyRing
+from antefix_kvstore.embedded_store import EmbeddedStore
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.store_contents import LayoutOf, StoreContents
+
+# Between a scheme and the rest of a URL.
+_URL: Final = "://"
+
+
+def open_source(text: str, *, key_file: str = "") -> StoreContents:
+    """What is copied from. key_file: what the store is encrypted with.
+
+    Raises:  ConfigError: no directory of a store.
+    """
+    if _URL in text:
+        raise ConfigError(f"{text}: copies are made from a directory; {_OF_URLS}")
+    if not Path(text).is_dir():
+        raise ConfigError(
+            f"{text} is no directory: a store is copied from its files, by a process on its host, served or not"
+        )
+    decrypt = KeyRing.from_master_file(Path(key_file)).decrypt if key_file else None
+    return StoreContents(Path(text), decrypt=decrypt)
+
+
+def open_target(text: str, *, budget_bytes: int = 0, key_file: str = "") -> DirectoryTarget | ServiceTarget:
+    """What is copied to: a directory that no service has open, which is made if it is not there, or host:port.
+
+    budget_bytes: of a directory; 0: a store's default.  key_file: what a directory is encrypted with.
+    Raises:  ConfigError: neither, or a directory that is in use.
+    """
+    if _URL in text:
+        raise ConfigError(f"{text}: copies are made to a directory or to host:port; {_OF_URLS}")
+    if "/" in text or Path(text).is_dir():
+        config = KvStoreConfig(dir=text, scrub_bytes_per_s=0, encrypt_key_file=key_file)
+        if budget_bytes:
+            config = dataclasses.replace(config, budget_bytes=budget_bytes)
+        return DirectoryTarget(EmbeddedStore(config))
+    return ServiceTarget(RemoteStore(text))
+
+
+_OF_URLS: Final = "object stores are no ends of copies here"
+
+
+class DirectoryTarget:
+    """A store that no service has open."""
+
+    def __init__(self, store: EmbeddedStore) -> None:
+        self._store = store
+
+    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
+        return await self._store.held(chain, fingerprint=fingerprint)
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        return await self._store.put(records)
+
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
+        return await self._store.pin(names, duration_s=duration_s, owner=owner)
+
+    async def purge(self, owner: bytes) -> int:
+        return await self._store.purge(owner)
+
+    async def register_layout(self, layout: LayoutOf) -> None:
+        self._store.engine.register(layout.fingerprint, layout.block_tokens, layout.plans, statement=layout.statement)
+
+    async def stats(self) -> StoreTotals:
+        return await self._store.stats()
+
+    async def close(self) -> None:
+        await self._store.close()
+
+
+class ServiceTarget:
+    """A store that is served, here or on another host."""
+
+    def __init__(self, store: RemoteStore) -> None:
+        self._store = store
+
+    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
+        return await self._store.held(chain, fingerprint=fingerprint, tenant=tenant)
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        return await self._store.put(records)
+
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
+        return await self._store.pin(names, duration_s=duration_s, owner=owner)
+
+    async def purge(self, owner: bytes) -> int:
+        return await self._store.purge(owner)
+
+    async def register_layout(self, layout: LayoutOf) -> None:
+        await self._store.register_plans(
+            layout.fingerprint, layout.block_tokens, layout.plans, statement=layout.statement
+        )
+
+    async def stats(self) -> StoreTotals:
+        return await self._store.stats()
+
+    async def close(self) -> None:
+        await self._store.close()

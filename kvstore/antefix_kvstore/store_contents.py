@@ -1,0 +1,195 @@
+"""All that a store directory holds, as any process on its host may read it, while a service serves it or not.
+
+Records come as stretches of chains: to hand them on in an order in which others can store them, parents first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from antefix.errors import ConfigError
+from antefix.record import Record, RecordKind, RecordName
+from antefix.store.record_source import records_of
+from antefix.store_files import codec
+from antefix.store_files.index import TABLE_OF_KIND
+from antefix.store_files.read_runs import Decrypt
+from antefix.store_files.record_format import SEGMENT_DIR, IndexEntry, unpack_entry
+from antefix.store_files.segment_reader import StoreReader
+from antefix_kvstore.index_writer import PLAN_PREFIX
+
+_BATCH_RECORDS: Final = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """Blocks of one chain that follow each other, with their checkpoints; each record is in one stretch only.
+
+    hashes: parents first; what lies before them is in another stretch, or not stored here.  checkpoints: of which of
+    these blocks.  owner: its row in the index.  rank_ms, pinned_ms: the most of any of them, as eviction weighs it.
+    has_blocks: False for a checkpoint whose block is in another store; its hash stands for it.
+    """
+
+    fingerprint: bytes
+    owner: bytes
+    hashes: tuple[bytes, ...]
+    checkpoints: tuple[int, ...]
+    rank_ms: int
+    pinned_ms: int
+    nbytes: int
+    has_blocks: bool = True
+
+    @property
+    def names(self) -> list[RecordName]:
+        """Of all its records, in an order in which they can be stored."""
+        blocks = [(RecordKind.BLOCK, name) for name in self.hashes if self.has_blocks]
+        return blocks + [(RecordKind.CHECKPOINT, self.hashes[number]) for number in self.checkpoints]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutOf:
+    """What a store was told of a fingerprint."""
+
+    fingerprint: bytes
+    block_tokens: int
+    plans: dict[RecordKind, codec.PlanePlan]
+    statement: bytes
+
+
+@dataclass(slots=True)
+class _Tables:
+    blocks: dict[bytes, IndexEntry] = field(default_factory=dict)
+    checkpoints: dict[bytes, IndexEntry] = field(default_factory=dict)
+    fingerprints: dict[int, bytes] = field(default_factory=dict)
+    owners: dict[int, bytes] = field(default_factory=dict)
+
+
+class StoreContents:
+    """Reads one directory. Blocking; for tools."""
+
+    def __init__(self, directory: Path, *, decrypt: Decrypt | None = None) -> None:
+        """decrypt: of an encrypted store.  Raises:  ConfigError: no store.  Unavailable: its index cannot be read."""
+        if not (directory / SEGMENT_DIR).is_dir():
+            raise ConfigError(f"{directory} is not an Antefix store")
+        self.directory = directory
+        self._reader = StoreReader(directory, decrypt=decrypt)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.close()
+
+    def layouts(self) -> list[LayoutOf]:
+        """Of all fingerprints, so that another store can code and check their records alike."""
+        index = self._reader.index
+        plans: dict[bytes, dict[RecordKind, codec.PlanePlan]] = defaultdict(dict)
+        with index.txn() as txn:
+            with txn.cursor(db=index.db["meta"]) as cursor:
+                for key, value in cursor:
+                    if key.startswith(PLAN_PREFIX):
+                        kind, digest = RecordKind(key[len(PLAN_PREFIX)]), bytes(key[len(PLAN_PREFIX) + 1 :])
+                        plans[digest][kind] = codec.read_plan(value)[0]
+            return [
+                LayoutOf(
+                    fingerprint=digest,
+                    block_tokens=index.block_tokens(txn, digest),
+                    plans=plans.get(digest, {}),
+                    statement=index.statement(txn, digest),
+                )
+                for digest in index.fingerprints(txn).values()
+            ]
+
+    def stretches(self) -> list[Stretch]:
+        """All of it, what is worth most first: pinned, then by the rank that eviction goes by."""
+        tables = self._tables()
+        parents = {entry.parent for entry in tables.blocks.values()}
+        leaves = [(entry, name) for name, entry in tables.blocks.items() if name not in parents]
+        leaves.sort(key=lambda leaf: (leaf[0].pinned_ms, leaf[0].rank_ms), reverse=True)
+        seen: set[bytes] = set()
+        found = [_stretch_to(name, tables, seen) for _, name in leaves]
+        # Checkpoints whose block is in another store.
+        alone = ((name, entry) for name, entry in tables.checkpoints.items() if name not in tables.blocks)
+        found += [
+            dataclasses.replace(_stretch(tables, (name,), (0,), [entry]), has_blocks=False) for name, entry in alone
+        ]
+        return found
+
+    def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
+        """These records of a stretch, verified, in batches; what cannot be read is left out."""
+        for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
+            names = [name for each, name in wanted if each is kind]
+            for first in range(0, len(names), _BATCH_RECORDS):
+                yield from self._read(kind, names[first : first + _BATCH_RECORDS], stretch.fingerprint)
+
+    def _read(self, kind: RecordKind, names: Sequence[bytes], fingerprint: bytes) -> Iterator[list[Record]]:
+        index = self._reader.index
+        while names:
+            located = self._reader.locate(kind, names, fingerprint=fingerprint)
+            payloads = [bytearray(nbytes) for nbytes in located.sizes]
+            outcome = self._reader.fill(located, lambda number, _, to=payloads: (memoryview(to[number]),))  # type: ignore[misc]
+            sealed = [want.sealed for want in located.wanted[: outcome.num_good]]
+            records = records_of(sealed, payloads[: outcome.num_good])
+            with index.txn() as txn:
+                entries = [index.entry(txn, kind, record.hash) for record in records]
+            yield [_as_kept(record, entry) for record, entry in zip(records, entries, strict=True)]
+            # Behind one that is broken, gone or of version 1 it goes on.
+            names = names[len(records) + 1 :]
+
+    def _tables(self) -> _Tables:
+        index, tables = self._reader.index, _Tables()
+        with index.txn() as txn:
+            tables.fingerprints, tables.owners = index.fingerprints(txn), index.owners(txn)
+            for kind, rows in ((RecordKind.BLOCK, tables.blocks), (RecordKind.CHECKPOINT, tables.checkpoints)):
+                rows.update(_live_entries(txn, index.db[TABLE_OF_KIND[kind]]))
+        return tables
+
+
+def _live_entries(txn: Any, table: Any) -> Iterator[tuple[bytes, IndexEntry]]:
+    with txn.cursor(db=table) as cursor:
+        for key, value in cursor:
+            entry = unpack_entry(value, bytes(key))
+            if entry is not None and not entry.quarantined:
+                yield bytes(key), entry
+
+
+def _stretch_to(leaf: bytes, tables: _Tables, seen: set[bytes]) -> Stretch:
+    """Up from a leaf until what another stretch has."""
+    names: list[bytes] = []
+    name = leaf
+    while name in tables.blocks and name not in seen:
+        seen.add(name)
+        names.append(name)
+        name = tables.blocks[name].parent
+    names.reverse()
+    checkpoints = tuple(number for number, each in enumerate(names) if each in tables.checkpoints)
+    entries = [tables.blocks[each] for each in names] + [tables.checkpoints[names[number]] for number in checkpoints]
+    return _stretch(tables, tuple(names), checkpoints, entries)
+
+
+def _stretch(
+    tables: _Tables, names: tuple[bytes, ...], checkpoints: tuple[int, ...], entries: Sequence[IndexEntry]
+) -> Stretch:
+    return Stretch(
+        fingerprint=tables.fingerprints.get(entries[0].fingerprint_id, bytes(32)),
+        owner=tables.owners.get(entries[0].tenant_id, b""),
+        hashes=names,
+        checkpoints=checkpoints,
+        rank_ms=max(entry.rank_ms for entry in entries),
+        pinned_ms=max(entry.pinned_ms for entry in entries),
+        nbytes=sum(entry.extent_bytes for entry in entries),
+    )
+
+
+def _as_kept(record: Record, entry: IndexEntry | None) -> Record:
+    """With the time to live and the cost that this store knows."""
+    if entry is None:
+        return record
+    return dataclasses.replace(record, ttl_s=float(entry.ttl_s), cost_s=entry.cost_ms / 1000)

@@ -1,0 +1,178 @@
+"""Reading requests' bodies: how many at once, of whom, how large, how long, and how much structure.
+
+Limits come before work. Who calls is known from the head alone, and so is a body's length; a tenant that may run no
+more requests, or has nothing left to use, is told so before its body is read.
+
+    head        key, content-length, the tenant's requests, its quotas, room for the tenant
+    body        bytes of this one, bytes of all that are held, time
+    JSON        structure: a megabyte of `{}` would become 30 MB of objects; large ones in a thread
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Final
+
+import numpy as np
+from starlette.requests import Request
+
+from antefix.errors import InvalidRequest, Overloaded, TooManyRequests
+from antefix_router.encoding import Encoding
+from antefix_router.gateway.fields import wrong_value
+from antefix_router.gateway.http_errors import TooLarge, TooSlow
+from antefix_router.gateway.text_check import may_hold_surrogates, path_of_no_text
+
+# Parsing so much takes the loop some milliseconds, whatever it holds.
+_SMALL_BYTES: Final = 1 << 18
+# Lists and objects in one body; a conversation of a thousand turns with tools has some thousands.
+_CONTAINERS_MAX: Final = 100_000
+# Values of a body besides the token ids of a prompt.
+_VALUES_MAX: Final = 400_000
+# All bodies that are being read or parsed. With room for some of the largest.
+_HELD_BYTES_MAX: Final = 256 << 20
+# What one tenant may take of what all share, where there are several.
+_SHARE: Final = 0.75
+
+
+class Room:
+    """How many calls there are at once, from the end of their heads on, and what their bodies take."""
+
+    def __init__(self, num_max: int, *, held_bytes_max: int = _HELD_BYTES_MAX) -> None:
+        self.num_running = 0
+        self.held_bytes = 0
+        self._num_max = num_max
+        self._held_bytes_max = held_bytes_max
+        self._by_tenant: Counter[str] = Counter()
+        self._held_by_tenant: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def taken(self, tenant: str = "", *, requests: int | None = None, is_shared: bool = False) -> Iterator[None]:
+        """A call's place.  requests: as many of the tenant's may be at once.  is_shared: there are other tenants, for
+        whom something is left.
+
+        Raises:  TooManyRequests.  Overloaded: no room.
+        """
+        if requests is not None and self._by_tenant[tenant] >= requests:
+            raise TooManyRequests(
+                f"concurrency limit: {requests} requests of this tenant are running, which is all that may",
+                retry_after_s=1.0,
+            )
+        most = max(1, int(_SHARE * self._num_max)) if is_shared else self._num_max
+        if self.num_running >= self._num_max or self._by_tenant[tenant] >= most:
+            raise Overloaded(f"{self.num_running} requests are running already", retry_after_s=1.0)
+        self.num_running += 1
+        self._by_tenant[tenant] += 1
+        try:
+            yield
+        finally:
+            self.num_running -= 1
+            _take_off(self._by_tenant, tenant, 1)
+
+    @contextlib.contextmanager
+    def holding(self, tenant: str, *, is_shared: bool) -> Iterator[_Held]:
+        """What a body takes until it is parsed."""
+        held = _Held(self, tenant, int(_SHARE * self._held_bytes_max) if is_shared else self._held_bytes_max)
+        try:
+            yield held
+        finally:
+            self.held_bytes -= held.nbytes
+            _take_off(self._held_by_tenant, tenant, held.nbytes)
+
+
+class _Held:
+    """One body's."""
+
+    def __init__(self, room: Room, tenant: str, most_bytes: int) -> None:
+        self.nbytes = 0
+        self._room = room
+        self._tenant = tenant
+        self._most_bytes = most_bytes
+
+    def grow(self, nbytes: int) -> None:
+        """Raises:  Overloaded: too much is held already."""
+        room = self._room
+        if (
+            room.held_bytes + nbytes > room._held_bytes_max
+            or room._held_by_tenant[self._tenant] + nbytes > self._most_bytes
+        ):
+            raise Overloaded("too many large requests are being read", retry_after_s=1.0)
+        self.nbytes += nbytes
+        room.held_bytes += nbytes
+        room._held_by_tenant[self._tenant] += nbytes
+
+
+def _take_off(counts: Counter[str], name: str, number: int) -> None:
+    """Names come from callers: none is kept that counts nothing."""
+    counts[name] -= number
+    if counts[name] <= 0:
+        del counts[name]
+
+
+def check_length(request: Request, nbytes_max: int) -> None:
+    """What a head says of its body.  Raises:  TooLarge.  InvalidRequest: its coding is not known here."""
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise InvalidRequest(f"content-encoding {coding!r} is not supported: send the body as it is")
+    if int(request.headers.get("content-length") or 0) > nbytes_max:
+        raise TooLarge(f"the body has more than {nbytes_max} bytes")
+
+
+async def read_body(request: Request, held: _Held, nbytes_max: int, *, timeout_s: float) -> bytearray:
+    """Raises:  TooLarge.  TooSlow.  Overloaded: too much is held already."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for piece in request.stream():
+                body += piece
+                held.grow(len(piece))
+                if len(body) > nbytes_max:
+                    raise TooLarge(f"the body has more than {nbytes_max} bytes")
+    except TimeoutError as err:
+        raise TooSlow(f"the body did not arrive within {timeout_s:g} s") from err
+    return body
+
+
+async def parse_body(body: bytearray, encoding: Encoding, *, tenant: str, num_tokens_max: int) -> Any:
+    """num_tokens_max: so many token ids may stand in it.
+
+    Raises:  InvalidRequest: it is not JSON, or holds too much.  WrongField: a string in it is no text.
+    """
+    if len(body) <= _SMALL_BYTES:
+        return _parse(body)
+    return await encoding.run(len(body), lambda: _parse_large(body, num_tokens_max), tenant=tenant)
+
+
+def _parse_large(body: bytearray, num_tokens_max: int) -> Any:
+    if b"\x00" in body[:4]:
+        # As json.loads would take it; quotes are looked for in UTF-8.
+        body = bytearray(body.decode(json.detect_encoding(body), "replace").encode())
+    num_containers, num_values = structure_of(body)
+    if num_containers > _CONTAINERS_MAX:
+        raise InvalidRequest(f"the body has {num_containers} lists and objects, more than {_CONTAINERS_MAX}")
+    if num_values > (most := _VALUES_MAX + num_tokens_max):
+        raise InvalidRequest(f"the body has {num_values} values, more than {most}")
+    return _parse(body)
+
+
+def structure_of(body: bytes | bytearray) -> tuple[int, int]:
+    """How many lists and objects JSON begins, and how many values stand behind a comma. Exact for what is JSON, found
+    without parsing it, and without the interpreter's lock for most of the time."""
+    plain = np.frombuffer(bytes(body).replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
+    # A byte's parity of quotes before it says whether it is inside a string; uint8 wraps around, the parity stays.
+    outside = np.cumsum(plain == ord('"'), dtype=np.uint8) & 1 == 0
+    found = np.bincount(plain[outside], minlength=256)
+    return int(found[ord("{")] + found[ord("[")]), int(found[ord(",")])
+
+
+def _parse(body: bytearray) -> Any:
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as err:
+        raise InvalidRequest(f"the body is not JSON: {err}") from err
+    if may_hold_surrogates(body) and (path := path_of_no_text(value)) is not None:
+        why = " is not text: it holds half of a surrogate pair, which UTF-8 cannot write"
+        raise wrong_value(path or "the request body", why)
+    return value

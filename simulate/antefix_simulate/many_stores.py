@@ -1,0 +1,106 @@
+"""Several simulated stores of one fleet: each worker writes to its host's and reads from any, as `antefix.store` does.
+
+What a worker computes after another host's prefix is stored apart. What a host reads NUM_READS times from others is
+copied to its own store, within a budget of bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final
+
+from antefix.window import Sizes, Tier
+from antefix_simulate.simulated_store import SimStore, StoreLimits
+from antefix_simulate.trace import Names
+
+DISK, PEER = "disk", "peer"
+# As `antefix.store.local_copies`, which this room does not import.
+NUM_READS: Final = 3
+
+
+class ManySimStores:
+    """limits: of each store. copies_bytes: of copies per store."""
+
+    def __init__(
+        self, sizes: Sizes, limits: StoreLimits, *, unit_blocks: int, num_stores: int, copies_bytes: int
+    ) -> None:
+        self.stores = [SimStore(sizes, limits, unit_blocks=unit_blocks, apart=True) for _ in range(num_stores)]
+        self.bytes_by_tier: Counter[str] = Counter()
+        self.bytes_copied = 0
+        self.unit_blocks = unit_blocks
+        self._unit_bytes = unit_blocks * sizes.block_bytes
+        self._reads: Counter[tuple[int, int]] = Counter()
+        self._room = [copies_bytes] * num_stores
+
+    def of(self, worker: int) -> HostStore:
+        """As the worker's host sees them; hosts take turns."""
+        return HostStore(self, worker % len(self.stores))
+
+
+class HostStore:
+    """The stores from one host: what `SimStore` has, and which tier has each part."""
+
+    def __init__(self, many: ManySimStores, home: int) -> None:
+        self._many = many
+        self._home = home
+        self._own = many.stores[home]
+
+    def expire(self, now_s: float) -> None:
+        for store in self._many.stores:
+            store.expire(now_s)
+
+    def checkpoint_bytes_kept(self) -> int:
+        return self._own.checkpoint_bytes_kept()
+
+    def num_stored(self, names: Names) -> int:
+        """Leading units that any of them has."""
+        return next((unit for unit in range(len(names)) if not self._has(names, unit)), len(names))
+
+    def tiers(self, names: Names, num_units: int) -> tuple[tuple[int, str], ...]:
+        """Of so many leading units, which tier has each stretch: number of blocks at its end, and tier."""
+        labels = [DISK if self._own.has(int(names[unit])) else PEER for unit in range(num_units)]
+        ends = [end for end in range(1, num_units + 1) if end == num_units or labels[end - 1] != labels[end]]
+        return tuple((end * self._many.unit_blocks, labels[end - 1]) for end in ends)
+
+    def last_checkpoint(self, names: Names, num_units: int, now_s: float) -> tuple[int, Tier] | None:
+        """The last one in any store; this host's, where several have it."""
+        found = [store.last_checkpoint(names, num_units, now_s) for store in self._in_order()]
+        return max((each for each in found if each is not None), key=lambda each: each[0], default=None)
+
+    def touch(self, names: Names, num_units: int, now_s: float) -> None:
+        """In each store, the last unit that was read there."""
+        for store in self._many.stores:
+            last = next((unit for unit in range(num_units, 0, -1) if store.has(int(names[unit - 1]))), 0)
+            if last:
+                store.touch(names, last, now_s)
+
+    def note_read(self, names: Names, first: int, stop: int, now_s: float) -> None:
+        """Units [first, stop) were loaded: count bytes by tier, and copy what was read often from elsewhere."""
+        many = self._many
+        for unit in range(first, stop):
+            name = int(names[unit])
+            if self._own.has(name):
+                many.bytes_by_tier[DISK] += many._unit_bytes
+                continue
+            many.bytes_by_tier[PEER] += many._unit_bytes
+            many._reads[self._home, name] += 1
+            if many._reads[self._home, name] >= NUM_READS and many._room[self._home] >= many._unit_bytes:
+                many._room[self._home] -= many._unit_bytes
+                many.bytes_copied += many._unit_bytes
+                self._own.put_units(names[: unit + 1], unit, now_s, 0.0)
+
+    def put_units(self, names: Names, first: int, now_s: float, cost_s: float) -> int:
+        return self._own.put_units(names, first, now_s, cost_s)
+
+    def put_checkpoint(
+        self, names: Names, num_units: int, *, tier: Tier, ttl_s: float, now_s: float, cost_s: float
+    ) -> bool:
+        return self._own.put_checkpoint(names, num_units, tier=tier, ttl_s=ttl_s, now_s=now_s, cost_s=cost_s)
+
+    def _has(self, names: Names, unit: int) -> bool:
+        name = int(names[unit])
+        return any(store.has(name) for store in self._in_order())
+
+    def _in_order(self) -> list[SimStore]:
+        stores = self._many.stores
+        return [*stores[self._home :], *stores[: self._home]]

@@ -1,0 +1,26 @@
+"""Packages that take seconds to import and that few tests use: imported by the first test that touches them.
+
+Each of the processes that share a run collects every test file. What a file imports at its top, all of them pay for.
+"""
+
+from typing import Any
+
+import pytest
+
+
+class OnDemand:
+    """Stands for a package. A test that touches it is skipped where the package is missing."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("_"):  # pytest looks at what a test file holds
+            raise AttributeError(attribute)
+        return getattr(pytest.importorskip(self._name), attribute)
+
+
+openai: Any = OnDemand("openai")
+anthropic: Any = OnDemand("anthropic")
+agents: Any = OnDemand("agents")
+transformers: Any = OnDemand("transformers")
