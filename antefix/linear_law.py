@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,15 @@ MEMORY = 0.95
 # Weight of the prior: as much as one observation, so the first real ones take over at once and no fit is ever singular.
 PRIOR_WEIGHT = 1.0
 SECONDS_MIN = 1e-9
+
+
+class Law(Protocol):
+    """What is asked of a law by those who do not teach it."""
+
+    def seconds(self, features: Sequence[float]) -> float: ...
+
+    @property
+    def coefficients(self) -> tuple[float, ...]: ...
 
 
 class LinearLaw:

@@ -6,13 +6,14 @@ they take. A tier promises nothing: what it does not have, or does not give in t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
 
-from antefix.linear_law import LinearLaw
+from antefix.linear_law import SECONDS_MIN, LinearLaw
 from antefix.record import Held, RecordKind
 
 # A tier that failed is left alone for so long; each further failure in a row doubles it.
@@ -34,6 +35,11 @@ _PRIORS: Final = {
     TierKind.PEER: (0.004, 250e6),
     TierKind.OBJECT: (0.1, 100e6),
 }
+# How much of a prediction's error, as a factor, is believed at once; and the most that a law is corrected by (e^9).
+_BELIEF: Final = 0.4
+_SLOWER_MAX: Final = 9.0
+# Slowness counts half after so long without a read.
+_FORGOTTEN_S: Final = 30.0
 # What is typical of one read, which makes the prior weigh the same for calls and bytes.
 _TYPICAL_BYTES: Final = 32e6
 
@@ -63,25 +69,57 @@ class TierSource(Protocol):
 
 
 class TierSpeed:
-    """Predicted latency and bytes per second, corrected by each read. Used from one event loop."""
+    """Predicted latency and bytes per second, corrected by each read. Used from one event loop.
 
-    def __init__(self, kind: TierKind) -> None:
+    A fitted law, times how much slower than that reads were of late. The law takes dozens of reads to believe in
+    another magnitude; the factor takes some, as when a host is cut off or a disk fails. While nobody reads, slowness is
+    forgotten, or a tier that was left for it would never be tried again. It is a law to the planner.
+    """
+
+    def __init__(self, kind: TierKind, clock: Callable[[], float] = time.monotonic) -> None:
         latency_s, bytes_per_s = _PRIORS[kind]
-        self.law: Final = LinearLaw((latency_s, 1 / bytes_per_s), (1.0, _TYPICAL_BYTES))
+        self._law: Final = LinearLaw((latency_s, 1 / bytes_per_s), (1.0, _TYPICAL_BYTES))
+        self._clock = clock
+        # As a logarithm, and when it was measured.
+        self._slower, self._measured_s = 0.0, clock()
+
+    @property
+    def _factor(self) -> float:
+        if self._slower <= 0:
+            return self._slower
+        return self._slower * math.pow(0.5, (self._clock() - self._measured_s) / _FORGOTTEN_S)
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """Seconds per read, and per byte."""
+        return tuple(each * math.exp(self._factor) for each in self._law.coefficients)
 
     @property
     def latency_s(self) -> float:
-        return self.law.coefficients[0]
+        return self.coefficients[0]
 
     @property
     def bytes_per_s(self) -> float:
-        return 1 / max(self.law.coefficients[1], 1e-15)
+        return 1 / max(self.coefficients[1], 1e-15)
+
+    def seconds(self, features: Sequence[float]) -> float:
+        """features: 1 and the bytes, as the law has them."""
+        return self._law.seconds(features) * math.exp(self._factor)
 
     def predicted_s(self, nbytes: int) -> float:
-        return self.law.seconds((1.0, float(nbytes)))
+        return self.seconds((1.0, float(nbytes)))
 
     def observe(self, nbytes: int, seconds: float) -> None:
-        self.law.observe((1.0, float(nbytes)), seconds)
+        features = (1.0, float(nbytes))
+        if not SECONDS_MIN <= seconds < math.inf:
+            return
+        factor, before_s = self._factor, max(self._law.seconds(features), SECONDS_MIN)
+        error = math.log(seconds / max(self.predicted_s(nbytes), SECONDS_MIN))
+        self._law.observe(features, seconds)
+        # What the law has learnt of it now is not corrected for twice.
+        learnt = math.log(max(self._law.seconds(features), SECONDS_MIN) / before_s)
+        self._slower = max(-_SLOWER_MAX, min(_SLOWER_MAX, factor + _BELIEF * error - learnt))
+        self._measured_s = self._clock()
 
 
 @dataclass(slots=True, eq=False)
@@ -102,7 +140,7 @@ class Tier:
     _shunned_until: float = 0.0
 
     def __post_init__(self) -> None:
-        self.speed = TierSpeed(self.kind)
+        self.speed = TierSpeed(self.kind, self.clock)
 
     @property
     def label(self) -> str:

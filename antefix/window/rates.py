@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from antefix.errors import InternalError
-from antefix.linear_law import MEMORY, SECONDS_MIN, LinearLaw
+from antefix.linear_law import MEMORY, SECONDS_MIN, Law, LinearLaw
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +37,7 @@ class Rates:
         priors: RatePriors | None = None,
         memory: float = MEMORY,
         *,
-        tiers: Mapping[str, LinearLaw] | None = None,
+        tiers: Mapping[str, Law] | None = None,
     ) -> None:
         """tiers: laws of tiers that others observe, whom `observe_load` must not be told."""
         self._tiers = tiers or {}
@@ -58,7 +58,7 @@ class Rates:
     def observe_load(self, tier: str, nbytes: int, seconds: float) -> None:
         """Where the tier's law is another's, that one has been told."""
         if tier not in self._tiers:
-            self._load_law(tier).observe((1.0, float(nbytes)), seconds)
+            self._own_law(tier).observe((1.0, float(nbytes)), seconds)
 
     def prefill_s(self, tokens: int, *, context: int) -> float:
         return self._prefill.seconds(_compute_features(tokens, context)) if tokens else 0.0
@@ -85,9 +85,10 @@ class Rates:
             (p.prefill_fixed_s, 1 / p.prefill_tokens_per_s, 0.0), (1.0, 2048.0, 2048.0 * 16384.0), self._memory
         )
 
-    def _load_law(self, tier: str) -> LinearLaw:
-        if tier in self._tiers:
-            return self._tiers[tier]
+    def _load_law(self, tier: str) -> Law:
+        return self._tiers[tier] if tier in self._tiers else self._own_law(tier)
+
+    def _own_law(self, tier: str) -> LinearLaw:
         if tier not in self._load:
             p = self._priors
             self._load[tier] = LinearLaw((p.load_fixed_s, 1 / p.load_bytes_per_s), (1.0, 32e6), self._memory)

@@ -1,6 +1,7 @@
 """`antefix explain` says of every block what became of it, and why the rest misses, from files alone."""
 
 import asyncio
+import contextlib
 import json
 import shutil
 import time
@@ -201,6 +202,22 @@ def test_a_store_that_is_in_use_and_one_that_is_not_read_alike(deployed, capsys)
     deployed.store.close()
     closed = deployed.explain(capsys)
     assert deployed.states(while_open) == deployed.states(closed)
+
+
+def test_a_prompt_that_several_stores_share_is_explained_from_all_of_them(deployed, capsys):
+    digest, chain = deployed.names()
+    deployed.put(6)
+    config = KvStoreConfig(dir=str(deployed.directory / "store-2"), budget_bytes=64 << 20, compression="off")
+    with contextlib.closing(StorageEngine(config)) as other:
+        payload = bytes(deployed.identity.layout(KVFormat.FP8).block_bytes)
+        shared = {"fingerprint": digest, "payload": payload, "parent_elsewhere": True}
+        for index in range(6, 9):
+            block = {"hash": chain.hashes[index], "parent": chain.parent(index), "position": (index + 1) * SIZE}
+            other.put([Record(kind=RecordKind.BLOCK, **block, **shared)])
+    answer = deployed.explain(capsys)
+    assert deployed.states(answer)[:9] == ["stored"] * 9
+    stores = [Path(block["store"]).name for block in answer["blocks"][:9]]
+    assert stores == ["store"] * 6 + ["store-2"] * 3
 
 
 def test_an_empty_store_and_one_that_has_only_others_kv_are_told_apart(deployed, capsys):

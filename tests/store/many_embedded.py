@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from antefix.errors import Unavailable
+from antefix.record import Held
 from antefix.store.local_copies import LocalCopies
 from antefix.store.many_stores import ManyStores
 from antefix.store.store_members import Member
@@ -35,12 +36,19 @@ class FaultyStore:
         self.slow_s = 0.0
         self.num_read = 0
         self.num_hung = 0
+        self.num_asked = 0
         self.lost: set[bytes] = set()
 
     def __getattr__(self, name: str) -> Any:
         if self.dead and name not in ("close", "engine"):
             raise Unavailable("this store is dead")
         return getattr(self.store, name)
+
+    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
+        self.num_asked += 1
+        if self.dead:
+            raise Unavailable("this store is dead")
+        return await self.store.held(chain, fingerprint=fingerprint)
 
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""

@@ -11,8 +11,10 @@ from antefix.errors import Unavailable
 from antefix.record import RecordKind
 from antefix.store import read_shares, read_tiers
 from antefix.store.local_copies import LocalCopies
+from antefix.store.store_feed import StoreFeed
 from antefix_kvstore.check_store import fsck
-from tests.kvstore.small_store import FINGERPRINT, Clock
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
+from tests.redis_servers import until
 from tests.store.many_embedded import OWNER, PROMPT, rack_of
 
 pytestmark = pytest.mark.asyncio
@@ -259,3 +261,56 @@ async def test_whatever_is_lost_the_prefix_is_right(tmp_path: Path, seed: int) -
 
 def _leading(blocks: set[int]) -> int:
     return next(index for index in range(41) if index not in blocks)
+
+
+def followed(rack, **options):
+    """Feeds for all stores but this host's, in step with what they hold now."""
+
+    def make(member, fingerprint):
+        return StoreFeed(member.store.watch, fingerprint=fingerprint, **options)
+
+    rack.many._make_feed = make
+    rack.many.follow(FINGERPRINT)
+    return [member.feed for member in rack.members[1:]]
+
+
+async def test_what_others_hold_is_known_from_their_events_and_nobody_is_asked(tmp_path: Path) -> None:
+    async with rack_of(tmp_path) as rack:
+        await rack.fill("b", 0, 12, checkpoints=[9])
+        feeds = followed(rack)
+        await until(lambda: all(feed.in_step for feed in feeds))
+        for name in "bc":
+            rack.stores[name].num_asked = 0
+        assert await rack.num_stored() == 12
+        await rack.fill("c", 12, 20)
+        await until(lambda: len(feeds[1]) == 8)
+        found = await rack.many.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)
+        assert (found.num_blocks, found.checkpoints) == (20, (10,))
+        assert found.tiers == ((12, "peer:b"), (20, "peer:c"))
+        assert [rack.stores[name].num_asked for name in "bc"] == [0, 0]
+        assert await rack.num_restored() == 20
+
+
+async def test_events_that_come_late_cost_a_miss_and_never_a_wrong_block(tmp_path: Path) -> None:
+    async with rack_of(tmp_path) as rack:
+        await rack.fill("b", 0, 20)
+        await rack.fill("c", 0, 6)
+        feeds = followed(rack)
+        await until(lambda: all(feed.in_step for feed in feeds))
+        # From here on the directory hears nothing, and takes itself to be in step.
+        for feed in feeds:
+            feed.apply = lambda batch: True  # type: ignore[method-assign]
+        rack.stores["b"].engine.evict([(RecordKind.BLOCK, PROMPT.hashes[9])])
+        rack.stores["b"].engine.evict([(RecordKind.BLOCK, PROMPT.hashes[3])])
+        assert await rack.num_stored() == 20
+        assert await rack.num_restored() == 6
+
+
+async def test_another_fingerprint_is_asked_for(tmp_path: Path) -> None:
+    other = Prompt(list(range(BLOCK * 4)), fingerprint=b"O" * 32)
+    async with rack_of(tmp_path) as rack:
+        await rack.stores["b"].store.put(other.blocks())
+        feeds = followed(rack)
+        await until(lambda: all(feed.in_step for feed in feeds))
+        found = await rack.many.lookup(other.hashes, fingerprint=other.fingerprint)
+        assert found.num_blocks == 4

@@ -50,3 +50,19 @@ def test_a_failing_tier_is_left_alone_longer_each_time() -> None:
     clock.advance(SHUNNED_S)
     assert not tier.is_shunned
     assert tier.num_failures == 9
+
+
+def test_a_tier_that_nobody_reads_is_tried_again_after_a_while() -> None:
+    clock = Clock()
+    speed = TierSpeed(TierKind.PEER, lambda: clock() / 1000)
+    for _ in range(10):
+        speed.observe(10_000_000, 0.04)
+    usual_s = speed.predicted_s(10_000_000)
+    for _ in range(3):
+        speed.observe(10_000_000, 40.0)
+    slow_s = speed.predicted_s(10_000_000)
+    assert slow_s > 20 * usual_s
+    clock.advance(30)
+    assert usual_s < speed.predicted_s(10_000_000) < slow_s / 4
+    clock.advance(600)
+    assert speed.predicted_s(10_000_000) < 3 * usual_s

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from antefix.errors import InternalError
+from antefix.linear_law import LinearLaw
+from antefix.store.tier import TierKind, TierSpeed
 from antefix.window import Plan, PlanKind, Rates, RestorePlanner, Sizes, StoredPrefix
 from antefix.window.rates import RatePriors
 
@@ -43,6 +45,52 @@ def test_a_near_checkpoint_beats_replay_and_a_far_one_loses_to_it() -> None:
     far = _planner().plan(StoredPrefix(num_tokens=100_000, num_blocks=700, checkpoints={100: "disk"}))
     assert (far.plan.kind, far.plan.resume_block, far.plan.replay_from_block) == (PlanKind.REPLAY, 700, 700 - 43)
     assert far.plan.replay_tokens == 5_504
+
+
+def _tiered(**bytes_per_s: float) -> RestorePlanner:
+    """Tiers of these speeds, which others measure."""
+    laws = {tier: LinearLaw((0.0, 1 / rate), (1.0, 32e6)) for tier, rate in bytes_per_s.items()}
+    return RestorePlanner(SIZES, Rates(RatePriors(prefill_tokens_per_s=18_000, prefill_fixed_s=0), tiers=laws))
+
+
+def test_a_slow_tier_is_left_where_computing_is_faster() -> None:
+    stored = StoredPrefix(num_tokens=100_000, num_blocks=700, block_tiers=((500, "near"), (700, "far")))
+    # A block of 449,824 bytes takes 7.1 ms to compute, and 0.1 ms or 45 ms to load.
+    fast = _tiered(near=5e9, far=5e9).plan(stored).plan
+    assert (fast.kind, fast.resume_block) == (PlanKind.REPLAY, 700)
+    slow = _tiered(near=5e9, far=10e6).plan(stored).plan
+    assert (slow.kind, slow.resume_block) == (PlanKind.REPLAY, 500)
+    both_slow = _tiered(near=10e6, far=10e6).plan(stored).plan
+    assert both_slow.kind is PlanKind.COLD
+
+
+def test_a_tier_that_turns_slow_is_left_after_some_reads_and_taken_again_when_it_is_fast() -> None:
+    speed = TierSpeed(TierKind.PEER)
+    for _ in range(10):
+        speed.observe(100_000_000, 0.02)
+    planner = RestorePlanner(
+        SIZES, Rates(RatePriors(prefill_tokens_per_s=18_000, prefill_fixed_s=0), tiers={"far": speed})
+    )
+    stored = StoredPrefix(num_tokens=100_000, num_blocks=700, block_tiers=((700, "far"),))
+    assert planner.plan(stored).plan.kind is PlanKind.REPLAY
+    for _ in range(8):
+        speed.observe(100_000_000, 100.0)
+    assert planner.plan(stored).plan.kind is PlanKind.COLD
+    for _ in range(12):
+        speed.observe(100_000_000, 0.02)
+    assert planner.plan(stored).plan.kind is PlanKind.REPLAY
+
+
+def test_tiers_are_read_at_the_same_time_and_what_is_in_memory_is_not() -> None:
+    stored = StoredPrefix(
+        num_tokens=100_000, num_blocks=700, num_resident_blocks=200, block_tiers=((400, "a"), (700, "b"))
+    )
+    planner = _tiered(a=1e9, b=1e9)
+    plan = next(each for each in planner.plan(stored).plans if each.resume_block == 700)
+    assert plan.load_bytes == 500 * SIZES.block_bytes
+    rest_s = planner.rates.replay_s(plan.replay_work_tokens, context=plan.replay_from_block * 128)
+    rest_s += planner.rates.prefill_s(plan.prefill_tokens, context=700 * 128)
+    assert plan.predicted_s - rest_s == pytest.approx(300 * SIZES.block_bytes / 1e9)
 
 
 def test_a_replay_costs_the_layers_that_it_runs_and_in_reproducible_mode_all() -> None:

@@ -24,6 +24,7 @@ from antefix.miss_reason import MissReason
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
 from antefix.store.client import RemoteStore
+from antefix.store_files.record_format import STORE_FILE
 from antefix.text_table import visible
 from antefix.window import RatePriors, Rates, RestorePlanner, Sizes, check_bounded
 from antefix.window_pool import DISK, MEMORY, open_window_pool
@@ -52,9 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     explain_requests.add_arguments(parser, prompt)
     explain_fleet.add_arguments(parser, prompt)
     parser.add_argument("--data-dir", type=Path, help="of `antefix up`: has the store, the secret and the store's log")
-    parser.add_argument("--store-dir", type=Path, help="the store's directory, where it is not in --data-dir")
+    parser.add_argument(
+        "--store-dir",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="the stores' directories, if not in --data-dir",
+    )
     parser.add_argument("--secret-file", type=Path, help="the deployment's secret, where it is not in --data-dir")
-    parser.add_argument("--store-log", type=Path, help="the store's log: tells evicted blocks from those never seen")
+    parser.add_argument(
+        "--store-log", type=Path, nargs="+", metavar="DIR", help="the stores' logs: tell evicted from never seen"
+    )
     parser.add_argument("--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped one)")
     add_flags(parser.add_argument_group("as the workers have them"), WorkerSettings, _SETTINGS)
     parser.add_argument(
@@ -120,11 +129,12 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
                  arithmetic=_arithmetic(args))  # fmt: skip
     names = mine.names(tokens, keyring)
     # 1. What the store's files say.
-    directory = _path(args, "store_dir", "store")
+    directories = _stores(args)
     asked = [other.names(tokens, keyring, differs=label) for other, label in _asked(args, mine)]
     tried = [other.names(tokens, keyring, differs=label) for other, label in _tried(mine)]
-    tried += _stated(directory, mine, tokens, keyring)
-    blocks = gather(directory, names, [*asked, *tried], log=_log(args), check=args.check)
+    for directory in directories:
+        tried += _stated(directory, mine, tokens, keyring)
+    blocks = gather(directories, names, [*asked, *tried], log=_logs(args), check=args.check)
     # 2. What the window pool has.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.reason is MissReason.NONE, blocks))
     hold_grant(args.store_address or "", mine.tenant, tokens)
@@ -138,7 +148,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
         bounded_windows=worker.bounded_windows,
         pooled=pooled,
         pool_error=pool_error,
-        holdings=holdings(directory, names.fingerprint),
+        holdings=holdings(directories, names.fingerprint),
         asked=[other.label for other in asked],
     )
 
@@ -268,11 +278,19 @@ def _path(args: argparse.Namespace, name: str, within: str) -> Path:
     return Path(args.data_dir / within)
 
 
-def _log(args: argparse.Namespace) -> Path | None:
-    given: Path | None = args.store_log
-    if given is None and args.data_dir is not None:
-        given = args.data_dir / "usage-log"
-    return given if given is not None and given.is_dir() else None
+def _stores(args: argparse.Namespace) -> list[Path]:
+    """Those that are named, or all of a deployment that `antefix up` has made."""
+    if args.store_dir:
+        return list(args.store_dir)
+    first = _path(args, "store_dir", "store")
+    return [first, *sorted(path for path in first.parent.glob("store-*") if (path / STORE_FILE).is_file())]
+
+
+def _logs(args: argparse.Namespace) -> list[Path]:
+    given: list[Path] = args.store_log or []
+    if not given and args.data_dir is not None:
+        given = [args.data_dir / "usage-log", *sorted(args.data_dir.glob("usage-log-*"))]
+    return [path for path in given if path.is_dir()]
 
 
 def _priors(args: argparse.Namespace) -> RatePriors:

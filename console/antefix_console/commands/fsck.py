@@ -1,6 +1,6 @@
-"""`antefix fsck DIR`: is a store sound? With --repair, make it so. The service must be stopped.
+"""`antefix fsck DIR...`: are stores sound? With --repair, make them so. Their services must be stopped.
 
-Exit code 0 if it is sound, or was made so; 1 if it is not.
+Exit code 0 if all are sound, or were made so; 1 if one is not.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ from antefix_kvstore.check_store import fsck, render
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a store directory that no service has open")
+    parser.add_argument(
+        "directories", type=Path, nargs="+", metavar="DIR", help="store directories that no service has open"
+    )
     parser.add_argument("--repair", action="store_true", help="rebuild what is damaged; drops what cannot be saved")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    with ProgressLine("checking records") as progress:
-        report = fsck(args.directory, repair=args.repair, progress=progress.count)
+    reports = {}
+    for directory in args.directories:
+        with ProgressLine("checking records") as progress:
+            reports[directory] = report = fsck(directory, repair=args.repair, progress=progress.count)
+        if not args.json:
+            print(f"{directory}: {render(report)}" if len(args.directories) > 1 else render(report))
     if args.json:
-        print(json.dumps({**dataclasses.asdict(report), "sound": report.sound}, default=plain))
-    else:
-        print(render(report))
-    return 0 if report.sound or args.repair else 1
+        shown = {str(each): {**dataclasses.asdict(report), "sound": report.sound} for each, report in reports.items()}
+        print(json.dumps(shown if len(shown) > 1 else next(iter(shown.values())), default=plain))
+    return 0 if args.repair or all(report.sound for report in reports.values()) else 1

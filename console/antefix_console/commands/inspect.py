@@ -1,4 +1,4 @@
-"""`antefix inspect DIR`: what a store holds. Reads beside a running service as well as without one."""
+"""`antefix inspect DIR...`: what stores hold. Reads next to a running service as well as without one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from antefix_kvstore.describe_store import NUM_LINES_MAX, inspect, render
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a store directory")
+    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="store directories")
     parser.add_argument(
         "--lines", type=int, default=NUM_LINES_MAX, metavar="N", help="of the prefix forest (default: %(default)s)"
     )
@@ -36,16 +36,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     known = _known(args)
-    with ProgressLine("reading the index") as progress:
-        report = inspect(args.directory, num_lines_max=args.lines, known=known, progress=progress.count)
-    print(json.dumps(dataclasses.asdict(report), default=plain) if args.json else render(report))
+    reports = {}
+    for directory in args.directories:
+        with ProgressLine("reading the index") as progress:
+            reports[directory] = inspect(directory, num_lines_max=args.lines, known=known, progress=progress.count)
+    if args.json:
+        shown = {str(directory): dataclasses.asdict(report) for directory, report in reports.items()}
+        print(json.dumps(shown if len(shown) > 1 else next(iter(shown.values())), default=plain))
+        return 0
+    for directory, report in reports.items():
+        print(f"{directory}\n{render(report)}" if len(reports) > 1 else render(report))
     return 0
 
 
 def _known(args: argparse.Namespace) -> KnownNames:
     """Raises:  ConfigError: tenants were named and there is no secret to find them with, or a file cannot be read."""
     tenants = [*args.tenant, *(_named_in(args.tenants_file) if args.tenants_file else ())]
-    at_hand = args.directory.resolve().parent / "secret"
+    at_hand = args.directories[0].resolve().parent / "secret"
     if args.secret_file is None and not at_hand.is_file():
         require(not tenants, "--secret-file is needed: a store has digests of tenants' names, which only it can make")
         return KnownNames()

@@ -168,4 +168,5 @@ def _block(block: BlockEvidence, block_size: int) -> dict[str, Any]:
         "place": None if block.place is None else asdict(block.place),
         "checkpoint": None if block.checkpoint is None else asdict(block.checkpoint),
         "checkpoint_lost": block.checkpoint_lost,
+        "store": block.store,
     }

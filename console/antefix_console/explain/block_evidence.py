@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from antefix.miss_reason import MissReason
 from antefix.record import RecordKind
@@ -14,6 +14,14 @@ from antefix.store_files.hit_log import StoreEventKind, read_store_log
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import Codec, IndexEntry
 from antefix.store_files.segment_reader import StoreReader, wall_ms
+
+# The most telling first.
+_TELLING: Final = {
+    reason: number
+    for number, reason in enumerate(
+        (MissReason.NONE, MissReason.CORRUPT, MissReason.EXPIRED, MissReason.EVICTED, MissReason.FINGERPRINT_DIFFERS)
+    )
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +43,7 @@ class BlockEvidence:
 
     checkpoint: window state after it, if that is stored and readable.
     checkpoint_lost: why a checkpoint that is on record cannot be used; "" where there is none or it can.
+    store: which of several stores has it.
     """
 
     index: int
@@ -44,6 +53,7 @@ class BlockEvidence:
     checkpoint: RecordPlace | None = None
     checkpoint_lost: str = ""
     detail: str = ""
+    store: str = ""
 
     @property
     def state(self) -> str:
@@ -73,40 +83,66 @@ class NamedChain:
 
 
 def gather(
-    directory: Path,
+    directory: Path | Sequence[Path],
     names: NamedChain,
     others: Sequence[NamedChain] = (),
     *,
-    log: Path | None = None,
+    log: Path | Sequence[Path] | None = None,
     check: bool = False,
 ) -> list[BlockEvidence]:
-    """Evidence of each block of the prompt, in order.
+    """Evidence of each block of the prompt, in order: of several stores the one that tells most about a block.
 
     others: the same tokens under other fingerprints, which explain a miss.  log: the store's log, which tells blocks
     that were evicted from those never seen.  check: read every stored block and verify its checksum.
     Raises:  Unavailable: there is no store in `directory`.
     """
+    directories = [directory] if isinstance(directory, Path) else list(directory)
+    logs = [] if log is None else [log] if isinstance(log, Path) else list(log)
+    found = [_in_store(each, names, others, logs, check=check) for each in directories]
+    elsewhere = {number: other for _, of_others in reversed(found) for number, other in of_others.items()}
+    named = [str(each) if len(directories) > 1 else "" for each in directories]
+    return _with_gaps(
+        [_most_telling(rows, named) for rows in zip(*(rows for rows, _ in found), strict=True)], elsewhere
+    )
+
+
+def _in_store(
+    directory: Path, names: NamedChain, others: Sequence[NamedChain], logs: Sequence[Path], *, check: bool
+) -> tuple[list[BlockEvidence], dict[int, NamedChain]]:
+    """What one store says of each block, and which blocks it has under other fingerprints."""
     reader = StoreReader(directory)
     try:
         broken = _check(reader, names) if check else {}
         now_ms = wall_ms()
         with reader.index.txn() as txn:
-            known = _stored_once(names.hashes, log) if log is not None else frozenset()
+            known = frozenset[bytes]().union(*(_stored_once(names.hashes, log) for log in logs))
             elsewhere = _elsewhere(reader.index, txn, others, now_ms)
             blocks = [_block(reader, txn, number, names, known, broken, now_ms) for number in range(len(names.hashes))]
     finally:
         reader.close()
-    return _with_gaps(blocks, elsewhere)
+    return blocks, elsewhere
 
 
-def holdings(directory: Path, fingerprint: bytes) -> Holdings:
-    """Raises:  Unavailable: there is no store in `directory`."""
-    reader = StoreReader(directory)
-    try:
-        with reader.index.txn() as txn:
-            digests = set(reader.index.fingerprints(txn).values())
-    finally:
-        reader.close()
+def _most_telling(rows: Sequence[BlockEvidence], named: Sequence[str]) -> BlockEvidence:
+    """Of several stores' evidence of a block. named: the stores, where there are several."""
+    best = min(range(len(rows)), key=lambda number: (_TELLING.get(rows[number].reason, len(_TELLING)), number))
+    block = replace(rows[best], store=named[best] if rows[best].reason is MissReason.NONE else "")
+    if block.checkpoint is not None:
+        return block
+    with_state = next((row for row in rows if row.checkpoint is not None), block)
+    return replace(block, checkpoint=with_state.checkpoint, checkpoint_lost=with_state.checkpoint_lost)
+
+
+def holdings(directories: Path | Sequence[Path], fingerprint: bytes) -> Holdings:
+    """Raises:  Unavailable: there is no store in one of them."""
+    digests: set[bytes] = set()
+    for directory in [directories] if isinstance(directories, Path) else directories:
+        reader = StoreReader(directory)
+        try:
+            with reader.index.txn() as txn:
+                digests |= set(reader.index.fingerprints(txn).values())
+        finally:
+            reader.close()
     return Holdings(is_known=fingerprint in digests, num_others=len(digests - {fingerprint}))
 
 
@@ -134,7 +170,9 @@ def _block(
     name, index = names.hashes[number], reader.index
     entry = index.entry(txn, RecordKind.BLOCK, name)
     if entry is None:
-        return _missing(reader.directory, number, name, known)
+        # Its window state may be here all the same: several stores share a chain.
+        checkpoint, lost = _checkpoint(index, txn, name, names, now_ms)
+        return replace(_missing(reader.directory, number, name, known), checkpoint=checkpoint, checkpoint_lost=lost)
     place = _place(entry, now_ms)
     reason, detail = MissReason.NONE, ""
     if entry.fingerprint_id != index.fingerprint_id(txn, names.fingerprint):

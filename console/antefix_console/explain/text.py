@@ -120,6 +120,8 @@ def _group(state: str, blocks: list[BlockEvidence], size: int) -> Iterator[str]:
         segments = sorted({p.segment for p in places})
         named = f"segment {segments[0]}" if len(segments) == 1 else f"segments {segments[0]} to {segments[-1]}"
         line += f", {stored / 1e6:.2f} MB on disk ({payload / stored:.2f}x compressed) in {named}"
+    if stores := sorted({block.store for block in blocks if block.store}):
+        line += f", from {', '.join(stores)}"
     yield line
     if blocks[0].detail:
         yield f"               {blocks[0].detail}"

@@ -24,7 +24,7 @@ from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest, PermissionDenied
 from antefix.host_limits import usable_cores
 from antefix.layout import BlockLayout, KVFormat, PartKind
-from antefix.linear_law import LinearLaw
+from antefix.linear_law import Law
 from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
 from antefix.model.backend import make_backend, uses_triton
 from antefix.model.ops import Ops, TorchOps
@@ -320,11 +320,11 @@ def _build_engine(
     )
 
 
-def tier_laws(store: Store) -> dict[str, LinearLaw]:
+def tier_laws(store: Store) -> dict[str, Law]:
     """What several stores measure of their tiers, by label; the planner goes by the same numbers."""
     if not isinstance(store, ManyStores):
         return {}
-    return {tier.label: tier.speed.law for tier in store.tiers}
+    return {tier.label: tier.speed for tier in store.tiers}
 
 
 def _fingerprint(identity: ModelIdentity, config: EngineConfig, arithmetic: str) -> Fingerprint:

@@ -1,0 +1,82 @@
+"""What must hold after a history, whatever happened in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from antefix.record import RecordKind
+from antefix_billing.ledger_files import read_settled
+from antefix_billing.reconcile import verify
+from antefix_billing.usage_record import Status
+from tests.histories.workers import FINGERPRINT, payload_of
+
+if TYPE_CHECKING:
+    from tests.histories.world import World
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+async def check(world: World) -> None:
+    """Raises:  Broken: something that was promised does not hold."""
+    # 1. Nobody is stuck, nothing is held.
+    prefilling, accounts = world.prefilling, world.accounts
+    if len(prefilling._in_flight) or accounts._running or accounts._settling or accounts._admitting:
+        raise Broken("a request is still counted as running")
+    for worker in (*world.prefill.workers, *world.decode.workers):
+        if worker.num_requests or worker.num_tokens:
+            raise Broken(f"{worker.address} is still counted as busy")
+    # 2. Watchers hold what the store holds.
+    engine = world.store._open()
+    stored = {event for batch in engine.snapshot() for found in batch.events for event in found.keys().tolist()}
+    if world.feed.in_step and world.feed._blocks != stored:
+        raise Broken(f"a watcher holds {len(world.feed._blocks)} blocks, the store {len(stored)}")
+    if not world.feed.in_step:
+        raise Broken("a watcher has not caught up")
+    await world.feed.close()
+    # 3. What was acknowledged is there, with its own bytes, after one more restart.
+    engine.abandon()
+    world.disk.lose_power(world.rng)
+    world.open_store()
+    _check_stored(world)
+    # 4. The bill: whole, one record per request, what clients were told, hit + miss = prompt.
+    await accounts.close()
+    _check_bill(world)
+
+
+def _check_stored(world: World) -> None:
+    engine = world.store._open()
+    for block_hash in sorted(world.store.acknowledged):
+        payload = engine.read(RecordKind.BLOCK, block_hash, fingerprint=FINGERPRINT)
+        world.counts["records checked"] += 1
+        if payload is not None and bytes(payload) != payload_of(block_hash):
+            raise Broken(f"wrong bytes of {block_hash.hex()}")
+        if payload is None and not world.may_lose_store:
+            raise Broken(f"{block_hash.hex()} was acknowledged and is gone")
+    engine.close()
+
+
+def _check_bill(world: World) -> None:
+    verdict = verify(world.directory / "ledger")
+    if not verdict.chain_ok or verdict.duplicates or verdict.open_requests:
+        raise Broken(f"the ledger: {verdict}")
+    items = {(item.record.event_id, item.sequence): item for item in read_settled(world.directory / "ledger")}
+    for told, settled_hash in world.told.settled.items():
+        if told not in items or items[told].hash != settled_hash:
+            raise Broken(f"the record of {told} was acknowledged and is gone")
+    finals = Counter(item.record.request_id for item in items.values() if item.record.is_final)
+    for item in items.values():
+        record = item.record
+        world.counts["records of the bill checked"] += 1
+        if record.cache_hit_tokens + record.cache_miss_tokens != record.prompt_tokens:
+            raise Broken(f"{record.event_id}: hit and miss are not the prompt")
+        length = len(world.told.prompts[record.request_id])
+        if record.prompt_tokens not in (length, 0) or (
+            record.prompt_tokens == 0 and record.status is not Status.CANCELLED
+        ):
+            raise Broken(f"{record.event_id}: {record.prompt_tokens} of {length} prompt tokens, {record.status}")
+    for name in world.told.answers:
+        if finals[name] != 1:
+            raise Broken(f"{name} was answered and has {finals[name]} final records")

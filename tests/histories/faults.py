@@ -1,0 +1,162 @@
+"""What happens to a deployment: one fault at a time, at a moment and in a way that the seed draws."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+from typing import TYPE_CHECKING
+
+from antefix.record import RecordKind
+
+if TYPE_CHECKING:
+    from tests.histories.world import World
+
+KINDS = (
+    "partition",
+    "hang",
+    "loss",
+    "delay",
+    "worker dies",
+    "handoffs lost",
+    "store loses power",
+    "bit rot",
+    "index harmed",
+    "evict",
+    "clock step",
+    "router dies",
+)
+
+
+class Faults:
+    """Of one world. A fault that hurts what was acknowledged takes it from what is promised."""
+
+    def __init__(self, world: World, rng: random.Random) -> None:
+        self.world = world
+        self.rng = rng
+
+    async def happen(self, at_s: float) -> None:
+        await asyncio.sleep(at_s)
+        kind = self.rng.choice(KINDS)
+        self.world.counts["faults"] += 1
+        self.world.counts[f"fault: {kind}"] += 1
+        began = self.world.loop.now_s
+        await getattr(self, "_" + kind.replace(" ", "_"))()
+        self.world.recovery_s.setdefault(kind, []).append(self.world.loop.now_s - began)
+
+    def _peer(self) -> str:
+        return self.rng.choice(["store", *self.world.workers])
+
+    async def _partition(self) -> None:
+        peer = self._peer()
+        self.world.network.cut.add(peer)
+        await asyncio.sleep(self.rng.uniform(0.05, 3.0))
+        self.world.network.cut.discard(peer)
+
+    async def _hang(self) -> None:
+        peer = self._peer()
+        self.world.network.hanging.add(peer)
+        await asyncio.sleep(self.rng.uniform(0.05, 5.0))
+        self.world.network.hanging.discard(peer)
+
+    async def _loss(self) -> None:
+        self.world.network.loss = self.rng.uniform(0.02, 0.3)
+        await asyncio.sleep(self.rng.uniform(0.1, 2.0))
+        self.world.network.loss = 0.0
+
+    async def _delay(self) -> None:
+        self.world.network.delay_s = self.rng.uniform(0.01, 0.3)
+        await asyncio.sleep(self.rng.uniform(0.1, 2.0))
+        self.world.network.delay_s = 0.002
+
+    async def _worker_dies(self) -> None:
+        worker = self.world.workers[self.rng.choice(sorted(self.world.workers))]
+        worker.alive = False
+        await asyncio.sleep(self.rng.uniform(0.05, 2.0))
+        worker.alive = True
+
+    async def _handoffs_lost(self) -> None:
+        self.world.handoffs.clear()
+
+    async def _store_loses_power(self) -> None:
+        """What was synced is there again; the rest is there, torn or gone."""
+        if self.world.store.engine is None:
+            return
+        self.world.store.engine.abandon()
+        self.world.store.engine = None
+        self.world.store_gone.set()
+        self.world.handoffs.clear()
+        self.world.disk.lose_power(self.rng)
+        if self.rng.random() < 0.3:
+            shutil.rmtree(self.world.directory / "store" / "index", ignore_errors=True)
+        await asyncio.sleep(self.rng.uniform(0.05, 1.0))
+        self.world.open_store()
+
+    async def _bit_rot(self) -> None:
+        segments = sorted((self.world.directory / "store" / "segments").glob("*.seg"))
+        if not segments:
+            return
+        path = self.rng.choice(segments)
+        data = bytearray(path.read_bytes())
+        if len(data) > 4096:
+            at = self.rng.randrange(4096, len(data))
+            data[at] ^= 1 << self.rng.randrange(8)
+            with path.open("r+b") as file:
+                file.seek(at)
+                file.write(data[at : at + 1])
+            self._give_up(int(path.stem), at)
+
+    def _give_up(self, segment: int, at: int) -> None:
+        """The record with this byte is not promised any more, nor what hangs on it: a rebuilt index has no orphans."""
+        if self.world.store.engine is None:
+            self.world.may_lose_store = True
+            return
+        hit = set()
+        with self.world.store.engine.index.txn() as txn:
+            for block_hash in self.world.store.acknowledged:
+                entry = self.world.store.engine.index.entry(txn, RecordKind.BLOCK, block_hash)
+                if entry and entry.segment == segment and entry.offset <= at < entry.offset + entry.extent_bytes:
+                    hit.add(block_hash)
+        self.world.store.acknowledged -= self._with_descendants(hit)
+
+    def _with_descendants(self, hashes: set[bytes]) -> set[bytes]:
+        found = set(hashes)
+        # A child is put after its parent, and dicts keep their order.
+        for child, parent in self.world.store.parents.items():
+            if parent in found:
+                found.add(child)
+        return found
+
+    async def _index_harmed(self) -> None:
+        if self.world.store.engine is not None:
+            shutil.rmtree(self.world.directory / "store" / "index", ignore_errors=True)
+            self.world.store.engine.maintain()
+
+    async def _evict(self) -> None:
+        if self.world.store.engine is not None and self.world.store.acknowledged:
+            chosen = self.rng.choice(sorted(self.world.store.acknowledged))
+            self.world.store.engine.evict([(RecordKind.BLOCK, chosen)])
+            self.world.store.acknowledged -= self._with_descendants({chosen})
+
+    async def _clock_step(self) -> None:
+        step_s = self.rng.choice([-400 * 86400.0, -5.0, 3.0, 400 * 86400.0])
+        self.world.loop.wall_step_s += step_s
+        self.world.may_lose_store |= 0 < self.world.ttl_s < step_s
+
+    async def _router_dies(self) -> None:
+        """The ledger is left as it is, perhaps with a torn end; running requests are closed by the next router."""
+        if not self.world.router_is_up:
+            return
+        self.world.router_is_up = False
+        old = self.world.accounts
+        old.ledger.close()
+        for asking in list(self.world.asking):
+            asking.cancel()
+        last = sorted((self.world.directory / "ledger").glob("usage-*.ledger"))[-1]
+        if self.rng.random() < 0.5:
+            with last.open("ab") as file:
+                file.write(self.rng.randbytes(self.rng.randint(1, 300)))
+        if self.rng.random() < 0.3:
+            shutil.rmtree(self.world.directory / "ledger" / "index")
+        await asyncio.sleep(self.rng.uniform(0.01, 0.5))
+        self.world.open_router()

@@ -1,0 +1,73 @@
+"""Running one history from its seed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import random
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.histories.simulated_loop import SimulatedLoop, Stuck, simulated
+from tests.histories.world import World
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """error: what did not hold; empty where all did.  trace: digest of everything that was counted and told.
+
+    recovery_s: by fault, from its beginning to when what it harmed was there again, in simulated time.
+    """
+
+    seed: int
+    error: str
+    trace: str
+    counts: Counter[str]
+    recovery_s: dict[str, list[float]]
+
+    @property
+    def num_operations(self) -> int:
+        return self.counts["calls"] + self.counts["requests"] + self.counts["faults"]
+
+
+def run_history(seed: int) -> Outcome:
+    """The same seed gives the same outcome."""
+    rng = random.Random(seed)
+    loop = SimulatedLoop(rng)
+    logging.disable(logging.CRITICAL)
+    memory = Path("/dev/shm")
+    try:
+        with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name, simulated(loop, rng):
+            asyncio.set_event_loop(loop)
+            # Of a router that died: its tasks have nobody to tell.
+            loop.set_exception_handler(lambda *_: None)
+            world = World(Path(name), loop, rng)
+            error = ""
+            try:
+                loop.run_until_complete(world.run())
+            except (AssertionError, Stuck) as err:
+                error = f"{type(err).__name__}: {err}"
+            except Exception as err:
+                error = f"not one of our errors: {type(err).__name__}: {err}"
+            _end(loop, world)
+    finally:
+        logging.disable(logging.NOTSET)
+        asyncio.set_event_loop(None)
+        loop.close()
+    told = sorted(world.told.answers.items()), sorted(world.told.errors.items()), sorted(world.counts.items())
+    trace = hashlib.blake2b(repr((told, round(loop.now_s, 9))).encode(), digest_size=8).hexdigest()
+    return Outcome(seed=seed, error=error, trace=trace, counts=world.counts, recovery_s=world.recovery_s)
+
+
+def _end(loop: SimulatedLoop, world: World) -> None:
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    with contextlib.suppress(Stuck):
+        loop.run_until_complete(asyncio.sleep(0))
+    if world.store.engine is not None and world.store.engine.is_open:
+        world.store.engine.abandon()
+    world.accounts.ledger.close()

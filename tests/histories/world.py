@@ -1,0 +1,266 @@
+"""One history: a router, a store and workers in one process, clients, faults, and what must hold afterwards.
+
+The classes are the real ones: StorageEngine and its recovery (commit), Prefilling and InFlight (coalescing),
+PrefillCalls, Workers, Directory and Generator (placement, hedging, failover, handoffs), Accounts, LedgerWriter and
+Ledger (settlement), EventLog, watch_log and StoreFeed (events). Simulated are the model, the network, what the disk has
+synced, the clock and the threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from antefix.errors import AntefixError, Unavailable
+from antefix.events.block_events import BlockEvent
+from antefix.events.numbered_log import Batch, Cursor, watch_log
+from antefix.generation_request import Caller, GenerationRequest
+from antefix.sampling import Sampling
+from antefix.secret import Keyring
+from antefix.store.store_feed import StoreFeed
+from antefix_billing.ledger import Ledger
+from antefix_billing.ratecard import RateCards
+from antefix_billing.tenants import TenantBook
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import StorageEngine
+from antefix_router.accounting import Accounts
+from antefix_router.breakpoint_pins import BreakpointPins
+from antefix_router.generation import Generation, Generator
+from antefix_router.naming import PromptNames
+from antefix_router.open_bill import Served
+from antefix_router.placement.directory import Directory
+from antefix_router.placement.policy import make_policy
+from antefix_router.placement.sessions import Sessions
+from antefix_router.placement.workers import WorkerRole, Workers
+from antefix_router.prefill_calls import Limits
+from antefix_router.prefilling import Prefilling
+from tests.histories.checks import Broken, check
+from tests.histories.faults import Faults
+from tests.histories.network import Network
+from tests.histories.simulated_loop import InlineExecutor, SimulatedLoop
+from tests.histories.workers import (
+    BLOCK,
+    FINGERPRINT,
+    SimDecode,
+    SimPrefill,
+    SimStore,
+    Worker,
+    token_of,
+)
+from tests.kvstore.power_loss import PowerLossDisk
+
+T = TypeVar("T")
+KEYRING = Keyring(b"simulated secret")
+NUM_REQUESTS = 16
+NUM_FAULTS = 7
+# Of simulated time, after the last client and fault: hangs end, watchers catch up.
+QUIET_S = 40.0
+CLIENT_S = 300.0
+
+
+@dataclass(slots=True)
+class Told:
+    """What clients were told: by request id, how it ended and the ledger's entry that says so."""
+
+    answers: dict[str, list[int]] = field(default_factory=dict)
+    prompts: dict[str, np.ndarray] = field(default_factory=dict)
+    wanted: dict[str, int] = field(default_factory=dict)
+    settled: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    errors: Counter[str] = field(default_factory=Counter)
+
+
+class World:
+    """Everything of one history. counts: operations, faults and checks."""
+
+    def __init__(self, directory: Path, loop: SimulatedLoop, rng: random.Random) -> None:
+        self.directory = directory
+        self.loop = loop
+        self.rng = rng
+        self.counts: Counter[str] = Counter()
+        self.recovery_s: dict[str, list[float]] = {}
+        self.told = Told()
+        self.network = Network(rng, self.counts)
+        self.faults = Faults(self, rng)
+        self.disk = PowerLossDisk()
+        self.store = SimStore(self.network)
+        self.ttl_s = rng.choice([0.0, 0.0, 72 * 3600.0])
+        # Nothing that was acknowledged is promised any more: what it was took no note of hurt all of it.
+        self.may_lose_store = False
+        self.names = PromptNames(fingerprint=FINGERPRINT, keyring=KEYRING, block_size=BLOCK)
+        self.workers: dict[str, Worker] = {}
+        self.handoffs: set[bytes] = set()
+        self.open_store()
+        self.feed = StoreFeed(self.watch, fingerprint=FINGERPRINT)
+        self.asking: set[asyncio.Future[None]] = set()
+        self.open_router()
+
+    # --- roles ---------------------------------------------------------------------------------------------------
+
+    def open_store(self) -> None:
+        config = KvStoreConfig(
+            dir=str(self.directory / "store"),
+            budget_bytes=64 << 20,
+            compression="off",
+            scrub_bytes_per_s=0,
+            block_ttl_s=self.ttl_s,
+        )
+        self.store_gone = asyncio.Event()
+        engine = StorageEngine(config, disk=self.disk, clock_ms=lambda: int(self.loop.wall_s() * 1000))
+        engine._sync_thread = engine.reader._pool = InlineExecutor()
+        self.store.engine = engine
+
+    def open_router(self) -> None:
+        prefill = Workers(WorkerRole.PREFILL, make_policy("least_work"), ["127.0.0.1:7001", "127.0.0.1:7002"])
+        decode = Workers(WorkerRole.DECODE, make_policy("least_work"), ["127.0.0.1:7101", "127.0.0.1:7102"])
+        for worker in (*prefill.workers, *decode.workers):
+            own = self.workers.setdefault(
+                worker.address, Worker(self.store, self.names, random.Random(self.rng.random()), self.handoffs)
+            )
+            made = SimPrefill if worker.role is WorkerRole.PREFILL else SimDecode
+            worker.client = made(worker.address, own, self.network)
+        self.router_is_up = True
+        self.prefill, self.decode = prefill, decode
+        directory, sessions = Directory(), Sessions()
+        self.prefilling = Prefilling(
+            prefill,
+            self.store,
+            directory,
+            fingerprint=FINGERPRINT,
+            limits=Limits(prefill_tokens_min=BLOCK),
+            feed=self.feed,
+            sessions=sessions,
+        )
+        pins = BreakpointPins(self.store, lambda: FINGERPRINT)
+        self.generator = Generator(self.prefilling, decode, self.names, directory, pins, sessions)
+        self.accounts = Accounts(
+            Ledger(self.directory / "ledger", segment_bytes=8192),
+            served=Served(model="m", revision="r", fingerprint=FINGERPRINT.hex()),
+            keyring=KEYRING,
+            cards=RateCards(),
+            tenants=TenantBook(),
+        )
+
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
+        return self._watch(cursor or Cursor())
+
+    async def _watch(self, cursor: Cursor) -> AsyncGenerator[Batch[BlockEvent], None]:
+        await self.network.way("store")
+        engine = self.store._open()
+
+        async def snapshot() -> AsyncGenerator[Batch[BlockEvent], None]:
+            for piece in engine.snapshot():
+                yield piece
+
+        gone = self.store_gone
+        async with contextlib.aclosing(watch_log(engine.events, cursor, snapshot)) as batches:
+            while (batch := await _unless(gone, anext(batches))) is not None:
+                await self.network.way("store")
+                yield batch
+        raise Unavailable("the store went away")
+
+    # --- clients -------------------------------------------------------------------------------------------------
+
+    def draw_requests(self) -> list[GenerationRequest]:
+        bases = [self.rng.choices(range(1000), k=self.rng.randint(20, 90)) for _ in range(4)]
+        requests = []
+        for number in range(NUM_REQUESTS):
+            base = self.rng.choice(bases)
+            tokens = base[: self.rng.randint(len(base) // 2, len(base))] + self.rng.choices(range(1000), k=BLOCK)
+            if self.rng.random() < 0.3:
+                tokens = base
+            bases.append(tokens[:120])
+            requests.append(
+                GenerationRequest(
+                    tokens=np.array(tokens, np.uint32),
+                    sampling=Sampling(max_tokens=self.rng.randint(1, 12)),
+                    caller=Caller(tenant=self.rng.choice("ab"), request_id=f"r{number}"),
+                )
+            )
+        return requests
+
+    async def client(self, request: GenerationRequest, at_s: float, patience_s: float) -> None:
+        """Asks, and again where it was told that it may, with the same id."""
+        await asyncio.sleep(at_s)
+        name = request.caller.request_id
+        self.told.prompts[name], self.told.wanted[name] = request.tokens, request.sampling.max_tokens
+        for _ in range(4):
+            self.counts["requests"] += 1
+            asking = asyncio.ensure_future(self._ask(name, request))
+            self.asking.add(asking)
+            try:
+                async with asyncio.timeout(patience_s):
+                    await asking
+                return
+            except asyncio.CancelledError:
+                # Not we: the router went away, and the connection with it.
+                self.told.errors["router died"] += 1
+                await asyncio.sleep(self.rng.uniform(0.1, 2.0))
+            except TimeoutError:
+                self.told.errors["client left"] += 1
+                return
+            except AntefixError as err:
+                self.told.errors[type(err).__name__] += 1
+                await asyncio.sleep(self.rng.uniform(0.1, 2.0))
+            finally:
+                self.asking.discard(asking)
+
+    async def _ask(self, name: str, request: GenerationRequest) -> None:
+        accounts = self.accounts
+        bill = await accounts.admit(request, generation=lambda it: Generation(it, started=self.loop.time()))
+        given: list[int] = []
+        try:
+            async with contextlib.aclosing(accounts.run(bill, self.generator.run, CLIENT_S)) as pieces:
+                async for piece in pieces:
+                    given += [int(token) for token in piece.tokens]
+        finally:
+            right = [token_of(request.tokens, number) for number in range(len(given))]
+            self.counts["answers checked"] += 1
+            if given != right:
+                raise Broken(f"{name} was given {given}, right is {right}")
+        if len(given) != request.sampling.max_tokens:
+            raise Broken(f"{name} ended after {len(given)} of {request.sampling.max_tokens} tokens")
+        self.told.answers[name] = given
+        record = bill.record
+        if accounts is self.accounts:
+            self.told.settled[record.event_id, bill.settled.sequence] = bill.settled.hash
+
+    # --- the whole -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        self.feed.start()
+        tasks = [
+            asyncio.create_task(
+                self.client(
+                    request, self.rng.uniform(0, 4), CLIENT_S if self.rng.random() < 0.8 else self.rng.uniform(0.01, 1)
+                )
+            )
+            for request in self.draw_requests()
+        ]
+        rng = self.rng
+        faults = [self.faults.happen(rng.uniform(0, 5)) for _ in range(rng.randint(1, NUM_FAULTS))]
+        tasks += [asyncio.create_task(fault) for fault in faults]
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+        await asyncio.sleep(QUIET_S)
+        await check(self)
+
+
+async def _unless(gone: asyncio.Event, coming: Awaitable[T]) -> T | None:
+    """What comes, or None when the other end has gone before."""
+    tasks = [asyncio.ensure_future(coming), asyncio.ensure_future(gone.wait())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
