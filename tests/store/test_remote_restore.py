@@ -373,16 +373,22 @@ async def test_readers_that_stop_or_leave_hold_up_no_other(store: RemoteStore, s
         await client.close()
 
 
-@pytest.mark.parametrize("method", ["Lookup", "Stats"])
-async def test_small_calls_have_payloads_give_way(
+@pytest.mark.parametrize("method", ["Lookup", "Fate"])
+async def test_urgent_calls_have_payloads_give_way(
     store: RemoteStore, servicer: KvStoreServicer, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Calls that no request waits for do not: readers tell what they used five times a second."""
     given: list[bool] = []
     monkeypatch.setattr(servicer.turns, "give_way", lambda: given.append(True))
     await restored(store)
     await store.put(PROMPT.blocks(1))
+    await store.stats()
+    await store.stub.Touch(kvstore_pb2.TouchRequest(hits=1), timeout=10)
     assert not given
-    await (store.stats() if method == "Stats" else store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT))
+    if method == "Fate":
+        await store.fate(PROMPT.hashes[0], fingerprint=FINGERPRINT)
+    else:
+        await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)
     assert len(given) == 1
 
 
