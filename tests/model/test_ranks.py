@@ -158,6 +158,7 @@ def test_sizes_that_do_not_divide_are_not_split(tmp_path: Path) -> None:
         assert torch.equal(third.state_dict()[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["flash", "base"])
 def test_shares_make_up_the_whole(tmp_path: Path, release: str) -> None:
     directory = released.write(release, tmp_path / "model", **WIDE)

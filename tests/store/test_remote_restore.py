@@ -26,6 +26,7 @@ from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner
 from tests.kvstore.test_compression import PLAN, Bells
+from tests.slow_cases import slow_but
 
 MIB = 1 << 20
 # Three of these share a message; four messages.
@@ -256,7 +257,7 @@ async def test_a_way_that_always_damages_is_an_error(store: RemoteStore, monkeyp
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "cold"])
-@pytest.mark.parametrize("record_format", [0, FORMAT_VERSION])
+@pytest.mark.parametrize("record_format", slow_but([0], [0, FORMAT_VERSION]))
 async def test_a_reader_that_does_not_read_holds_no_memory(
     store: RemoteStore, record_format: int, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
