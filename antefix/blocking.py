@@ -196,6 +196,7 @@ class BlockingStore(Blocking[Store]):
     get_blocks = _waiting(Store.get_blocks)
     get = _waiting(Store.get)
     put = _waiting(Store.put)
+    reject = _waiting(Store.reject)
     register = _waiting(Store.register)
     pin = _waiting(Store.pin)
     evict = _waiting(Store.evict)

@@ -160,8 +160,8 @@ class ManyStores:
                 continue
             try:
                 found = await source.get_records(kind, hashes, fingerprint=fingerprint, tenant=tenant)
-            except AntefixError:
-                self.tiers[number].failed()
+            except AntefixError as err:
+                self.tiers[number].failed(err)
                 continue
             best = max(best, found, key=len)
             if len(best) == len(hashes):
@@ -245,6 +245,14 @@ class ManyStores:
         """Of the nearest store, whose budget this process writes into."""
         return await self.members.near[0].store.stats()
 
+    async def stats_by_store(self) -> dict[str, StoreTotals]:
+        """Of each store that answers, by name.  Raises:  AntefixError: none does."""
+
+        async def ask(member: Member) -> tuple[str, StoreTotals]:
+            return member.tier.name, await member.store.stats()
+
+        return dict(await self.members.of_all(ask))
+
     @property
     def num_broken_seals(self) -> int:
         """Records that were read and not sealed by this deployment; all stores share one count."""
@@ -271,7 +279,7 @@ class ManyStores:
                     await self._register(member, records[0].fingerprint)
                 result = await member.store.put(apart)
             except (Unavailable, DeadlineExceeded) as err:
-                member.tier.failed()
+                member.tier.failed(err)
                 first_error = first_error or err
                 continue
             member.tier.answered()

@@ -132,7 +132,7 @@ class _Reading:
             left = [piece.after(task.result(), without=self._failed | this)]
         else:
             self._errors.append(err)
-            self._tiers[number].failed()
+            self._tiers[number].failed(err)
             rest += self._shares.take_back(number)
             if isinstance(err, DeadlineExceeded) and self._has_other(number, piece):
                 left = [each.after(0, without=self._failed, late=this) for each in rest]

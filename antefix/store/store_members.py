@@ -56,16 +56,20 @@ class Members:
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes) -> dict[int, Held]:
         """What each tier has, by its number; without those that have failed.
 
-        Raises:  Unavailable: none of them answers.
+        Raises:  Unavailable: none of them answers.  AntefixError: what those that answer refuse.
         """
         numbers = self.answering()
         answers = await asyncio.gather(*(self._held(number, chain, fingerprint, tenant) for number in numbers))
-        found = {number: held for number, held in zip(numbers, answers, strict=True) if held is not None}
+        found = {number: held for number, held in zip(numbers, answers, strict=True) if isinstance(held, Held)}
         if not found:
-            raise Unavailable("none of the stores answers")
+            # What a store that answers says is worth more than that another one does not.
+            errors = [each for each in answers if isinstance(each, AntefixError) and not isinstance(each, Unavailable)]
+            raise errors[0] if errors else Unavailable("none of the stores answers")
         return found
 
-    async def _held(self, number: int, chain: Sequence[bytes], fingerprint: bytes, tenant: bytes) -> Held | None:
+    async def _held(
+        self, number: int, chain: Sequence[bytes], fingerprint: bytes, tenant: bytes
+    ) -> Held | AntefixError | TimeoutError:
         feed = self.feed(number)
         if feed is not None and (known := feed.held(chain, fingerprint=fingerprint)) is not None:
             return known
@@ -73,9 +77,9 @@ class Members:
         try:
             async with asyncio.timeout(ASK_S):
                 held = await tier.source.held(chain, fingerprint=fingerprint, tenant=tenant)
-        except (AntefixError, TimeoutError):
-            tier.failed()
-            return None
+        except (AntefixError, TimeoutError) as err:
+            tier.failed(err)
+            return err
         tier.answered()
         return held
 
@@ -116,8 +120,8 @@ class Members:
         tier = self.tiers[number]
         try:
             payload = await read(tier)
-        except AntefixError:
-            tier.failed()
+        except AntefixError as err:
+            tier.failed(err)
             return None
         tier.answered()
         return payload
@@ -130,7 +134,7 @@ class Members:
         errors: list[AntefixError] = []
         for member, answer in zip(asked, answers, strict=True):
             if isinstance(answer, AntefixError):
-                member.tier.failed()
+                member.tier.failed(answer)
                 errors.append(answer)
             elif isinstance(answer, BaseException):
                 raise answer

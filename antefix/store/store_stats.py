@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from antefix.record import RecordKind
 
@@ -39,3 +41,22 @@ class StoreTotals:
     stopped: str = ""
     impossible_writes: int = 0
     impossible_write: str = ""
+
+
+def sum_of(parts: Sequence[StoreTotals]) -> StoreTotals:
+    """Of several stores together; of texts the first that says something."""
+    kinds = {
+        kind: KindTotals(
+            **{each.name: sum(getattr(part.kinds[kind], each.name) for part in parts) for each in fields(KindTotals)}
+        )
+        for kind in RecordKind
+    }
+    numbers: dict[str, Any] = {
+        each.name: sum(getattr(part, each.name) for part in parts) for each in fields(StoreTotals) if each.type == "int"
+    }
+    texts: dict[str, Any] = {
+        each.name: next((text for part in parts if (text := getattr(part, each.name))), "")
+        for each in fields(StoreTotals)
+        if each.type == "str"
+    }
+    return StoreTotals(kinds=kinds, **numbers, **texts)

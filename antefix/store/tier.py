@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
 
+from antefix.errors import DeadlineExceeded, Unavailable
 from antefix.linear_law import SECONDS_MIN, LinearLaw
 from antefix.record import Held, RecordKind
 
@@ -152,9 +153,14 @@ class Tier:
         """It failed a moment ago, so nobody waits for it now."""
         return self.clock() < self._shunned_until
 
-    def failed(self) -> None:
-        """It did not answer, or not in time."""
+    def failed(self, err: Exception) -> None:
+        """It gave an error. Left alone is only one that does not answer, or not in time.
+
+        What it refuses to one tenant, or a record that is broken, says nothing of what it has for others.
+        """
         self.num_failures += 1
+        if not isinstance(err, (Unavailable, DeadlineExceeded, TimeoutError)):
+            return
         pause = min(SHUNNED_S * 2**self._num_in_a_row, SHUNNED_S_MAX)
         self._num_in_a_row += 1
         self._shunned_until = self.clock() + pause

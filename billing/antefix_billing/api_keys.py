@@ -234,4 +234,9 @@ def _moment(text: str) -> datetime | None:
     if not text:
         return None
     moment = datetime.fromisoformat(text)
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    if moment.tzinfo is None:
+        return moment.replace(tzinfo=UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError as err:  # the year 1 or 9999, which UTC has not in every zone
+        raise ValueError(f"{text!r} is before or after all times in UTC") from err

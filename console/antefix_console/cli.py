@@ -10,10 +10,11 @@ import argparse
 import asyncio
 import io
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import antefix
 from antefix import __version__
@@ -100,7 +101,7 @@ def parser_of(args: list[str]) -> tuple[argparse.ArgumentParser, Callable[[argpa
     if name == "serve":
         _add_roles(serve, args)
         run = _serve
-    _keep_examples(parser)
+    _finish(parser)
     return parser, run
 
 
@@ -126,13 +127,39 @@ class _Help(argparse.HelpFormatter):
         return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
 
 
-def _keep_examples(parser: argparse.ArgumentParser) -> None:
-    """In this parser and in those of its commands."""
+def _finish(parser: argparse.ArgumentParser) -> None:
+    """Examples stay whole and numbers are bounded, in this parser and in those of its commands."""
     parser.formatter_class = _Help
     for action in parser._actions:
+        action.type = _BOUNDED.get(action.type, action.type)
         if isinstance(action, argparse._SubParsersAction):
             for each in action.choices.values():
-                _keep_examples(each)
+                _finish(each)
+
+
+def _number(text: str) -> float:
+    """Python's own takes nan and inf, which no command means."""
+    try:
+        number = float(text[:_DIGITS_MAX])
+    except ValueError:
+        number = math.nan
+    if len(text) > _DIGITS_MAX or not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a finite number, not {text[:_DIGITS_MAX]!r}")
+    return number
+
+
+def _whole_number(text: str) -> int:
+    try:
+        number = int(text[:_DIGITS_MAX])
+    except ValueError:
+        number = 1 << 65
+    if len(text) > _DIGITS_MAX or abs(number) >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2^64, not {text[:_DIGITS_MAX]!r}")
+    return number
+
+
+_DIGITS_MAX: Final = 40
+_BOUNDED: Final[dict[Any, Any]] = {float: _number, int: _whole_number}
 
 
 def _example(call: str) -> str:

@@ -145,6 +145,11 @@ class RoleProcess:
     def alive(self) -> bool:
         return self.process.returncode is None
 
+    @property
+    def serves(self) -> bool:
+        """It lives, and has said where."""
+        return self.alive and bool(self.address)
+
 
 class Deployment:
     """`async with Deployment(config) as deployment:` starts everything, and stops everything at the end."""
@@ -184,10 +189,11 @@ class Deployment:
         return self._client
 
     def one(self, role: str) -> RoleProcess:
-        return next(process for process in self.processes if process.role == role and process.alive)
+        """The first one that serves."""
+        return next(process for process in self.processes if process.role == role and process.serves)
 
     def addresses(self, role: str) -> list[str]:
-        return [process.address for process in self.processes if process.role == role and process.alive]
+        return [process.address for process in self.processes if process.role == role and process.serves]
 
     async def start(self) -> None:
         """Start all roles in order of need.

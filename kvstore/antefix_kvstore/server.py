@@ -57,8 +57,8 @@ PUT_BATCH_BYTES: Final = 32 << 20
 STREAMS_MAX: Final = 64
 NAMES_MAX: Final = 65_536
 _READ_THREADS: Final = 8
-# Calls that carry payloads, or last as long as their callers do.
-_LONG: Final = ("Get", "Put", "Watch")
+# What a request waits for. Nobody waits for what readers tell (Touch), and they tell it five times a second each.
+_URGENT: Final = ("Lookup", "Fate")
 
 
 class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
@@ -388,7 +388,7 @@ def _put_response(results: Sequence[PutResult]) -> kvstore_pb2.PutResponse:
 def register(servicer: KvStoreServicer, server: grpc.aio.Server, turns: Turns | None = None) -> None:
     """Add the service to a server; the methods that carry payloads go past protobuf's copies.
 
-    turns: of the servicer's streams, which then give way to small calls.
+    turns: of the servicer's streams, which then give way to look-ups.
     """
     generated = _Handlers()
     add: Callable[..., None] = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
@@ -411,15 +411,15 @@ def register(servicer: KvStoreServicer, server: grpc.aio.Server, turns: Turns | 
 
 
 class _Accepting(grpc.GenericRpcHandler):
-    """Finds a call's handler, which is the first that we hear of a call, and has payloads give way to a small one."""
+    """Finds a call's handler, which is the first that we hear of a call, and has payloads give way to an urgent one."""
 
     def __init__(self, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]], turns: Turns) -> None:
         self._handlers = {f"/{SERVICE}/{name}": handler for name, handler in handlers.items()}
-        self._small = frozenset(f"/{SERVICE}/{name}" for name in handlers if name not in _LONG)
+        self._urgent = frozenset(f"/{SERVICE}/{name}" for name in _URGENT)
         self._turns = turns
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        if handler_call_details.method in self._small:
+        if handler_call_details.method in self._urgent:
             self._turns.give_way()
         return self._handlers.get(handler_call_details.method)
 

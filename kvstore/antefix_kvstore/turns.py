@@ -3,7 +3,7 @@
 Reading a message from the page cache and handing it to gRPC takes a few hundred microseconds, in which the loop does
 nothing else. If every stream that is ready did so in the same pass, a look-up, which takes about six passes, would wait
 for all of them each time. So streams queue up, and between two messages everything else that is ready gets its turn.
-While a small call is under way, the streams leave out most passes.
+While a look-up is under way, the streams leave out most passes.
 
 Measured, a look-up next to four restores, two cores that other jobs kept busy as well: 26 ms when all streams went in
 each pass, 12 to 16 ms with one stream per pass, 5 ms with seven of eight passes left out (6 ms with five of six). That
@@ -16,7 +16,7 @@ import asyncio
 from collections import deque
 from typing import Final
 
-# How long the streams stand back after a small call began. With 5 ms, calls on a busy machine were not done in time.
+# How long the streams stand back after a look-up began. With 5 ms, calls on a busy machine were not done in time.
 GIVE_WAY_S: Final = 0.02
 # Passes of the loop per message meanwhile.
 PASSES_MEANWHILE: Final = 8
@@ -31,7 +31,7 @@ class Turns:
         self._given_way_until = 0.0
 
     def give_way(self) -> None:
-        """A small call has begun, which should not wait for payloads."""
+        """A call has begun that should not wait for payloads."""
         self._given_way_until = asyncio.get_running_loop().time() + GIVE_WAY_S
 
     async def take(self) -> None:

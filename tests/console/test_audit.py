@@ -108,6 +108,7 @@ async def test_each_planted_fault_is_found(tmp_path, probe, script, setup, finds
     assert len(found) <= 2, found
 
 
+@pytest.mark.slow
 async def test_hits_that_are_counted_twice_are_found(tmp_path, monkeypatch):
     usage = Ended.usage
 

@@ -145,6 +145,7 @@ async def test_its_own_drafts_change_nothing(make_engine):
     assert scheduler.num_drafted > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writes", [False, True])
 async def test_hits_are_the_same_with_and_without_drafting(make_engine, writes):
     """What a worker of one kind stored is hit by one of the other, with the logits of a cold run."""

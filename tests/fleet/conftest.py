@@ -23,7 +23,7 @@ class Fleet:
         self.router = router
         self.http = http
         self.workers = workers
-        self.client = httpx.AsyncClient(base_url=f"http://{http.address}", timeout=20, trust_env=False)
+        self.client = httpx.AsyncClient(base_url=f"http://{http.address}", timeout=120, trust_env=False)
 
     async def chat(self, text, *, expect=200, headers=None, **more):
         messages = text if isinstance(text, list) else [{"role": "user", "content": text}]
@@ -39,7 +39,7 @@ class Fleet:
         following = self.engine(worker).subscriber
         return following is None or (following.in_step and (following._next or 0) == worker.publisher.number)
 
-    async def heard(self, condition=None, timeout_s=10.0):
+    async def heard(self, condition=None, timeout_s=60.0):
         """Until the router has what all workers said, and the condition holds."""
         ends = time.monotonic() + timeout_s
         while True:
@@ -49,7 +49,7 @@ class Fleet:
             assert time.monotonic() < ends, "the router did not hear it"
             await asyncio.sleep(0.01)
 
-    async def heard_down(self, worker, timeout_s=10.0):
+    async def heard_down(self, worker, timeout_s=60.0):
         """Until the router has noticed that the worker is gone."""
         ends = time.monotonic() + timeout_s
         while self.engine(worker).is_up or self.engine(worker).tells:
@@ -65,8 +65,10 @@ class Fleet:
 
 
 @pytest.fixture
-async def fleet(tmp_path):
+async def fleet(tmp_path, monkeypatch):
     """fleet(*workers, **settings) -> a started Fleet."""
+    # Router and workers share one loop: on a busy machine it is late for all of them, and none of them is down.
+    monkeypatch.setattr("antefix_router.fleet.openai_door._ASK_S", 60.0)
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(*workers, **settings):

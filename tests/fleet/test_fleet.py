@@ -1,7 +1,6 @@
 """A router in front of workers that are not ours: where requests go, what comes back, what is billed."""
 
 import asyncio
-import contextlib
 import hashlib
 import json
 
@@ -35,7 +34,7 @@ def events_of(answer):
 
 
 async def until(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - of what has no event
             await asyncio.sleep(0.01)
 
@@ -263,6 +262,7 @@ async def test_a_worker_that_fails_is_replaced(fleet, two, status, stream):
     assert {record.worker for record in door.records} == {two[1].address}
 
 
+@pytest.mark.slow
 async def test_a_killed_worker_is_replaced_and_taken_again_when_it_is_back(fleet, two):
     door = await fleet(*two)
     for number in range(4):
@@ -286,7 +286,7 @@ async def test_with_no_worker_left_the_client_is_told(fleet, two):
     answer = await door.chat("x", expect=503)
     assert answer.json()["error"]["code"] == "service_unavailable"
     # Nothing was used, and so nothing is billed.
-    assert [(record.status, record.prompt_tokens) for record in door.records] == [(Status.FAILED, 0)]
+    assert [(record.status, record.output_tokens, record.price) for record in door.records] == [(Status.FAILED, 0, 0)]
 
 
 async def test_a_refusal_is_the_workers_own_and_tried_once(fleet, two):
@@ -329,8 +329,9 @@ async def test_a_client_that_leaves_ends_the_workers_work(fleet):
     worker = Standin()
     worker.hold = asyncio.Event()
     door = await fleet(worker)
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(door.chat("hello", stream=True), 0.3)
+    asking = asyncio.create_task(door.chat("hello", stream=True))
+    await until(lambda: worker.requests)
+    asking.cancel()
     await until(lambda: door.records)
     assert door.records[0].status is Status.CANCELLED
     assert all(each.num_requests == 0 for each in door.router.workers.workers)

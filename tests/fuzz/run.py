@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.run_record import write
+
 HERE = Path(__file__).parent
 # An input that takes longer is a finding: readers are bounded in time.
 INPUT_SECONDS_MAX = 10
@@ -28,6 +30,7 @@ def main() -> int:
     parser.add_argument("targets", nargs="*", help="which; none: all")
     parser.add_argument("--seconds", type=float, default=600, help="for each target (default: 600)")
     parser.add_argument("--kept", type=Path, default=Path(".fuzz"), metavar="DIR", help="where a run goes on")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the hours of all runs there, for the records")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -40,7 +43,16 @@ def main() -> int:
     broken = 0
     for name in args.targets or TARGETS:
         broken += fuzz(name, args.seconds, args.kept)
+    if args.json:
+        write(args.json, summary(json.loads((args.kept / "hours.json").read_text())), "atheris")
     return 1 if broken else 0
+
+
+def summary(targets: dict[str, dict[str, float]]) -> dict[str, object]:
+    """All that the kept directory knows, by target and together."""
+    hours = sum(each["seconds"] for each in targets.values()) / 3600
+    totals = {name: sum(each[name] for each in targets.values()) for name in ("executions", "crashes")}
+    return {"hours": round(hours, 2), **totals, "targets": targets}
 
 
 def fuzz(name: str, seconds: float, kept: Path) -> int:

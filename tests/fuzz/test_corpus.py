@@ -1,5 +1,6 @@
 """What fuzzing found, and small changes of it, on every run; `make fuzz` looks for more."""
 
+import json
 import random
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from antefix.errors import InternalError, InvalidRequest
-from tests.fuzz.run import effort_of
+from tests.fuzz.run import effort_of, note, summary
 from tests.fuzz.targets import TARGETS, target
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -69,6 +70,14 @@ def test_the_effort_of_a_run_is_read_from_what_libfuzzer_says():
     assert effort_of("#2\tINITED cov: 2\nDone 8950 runs in 11 second(s)\n") == (11.0, 8950)
     assert effort_of("#4096\tpulse  cov: 8 exec/s: 1024 rss: 60Mb\n==1== ERROR") == (4.0, 4096)
     assert effort_of("") == (0.0, 0)
+
+
+def test_hours_add_up_over_runs(tmp_path):
+    for name, crashed in (("a", False), ("a", True), ("b", False)):
+        note(tmp_path / "hours.json", name, 1800.0, 10, crashed)
+    told = summary(json.loads((tmp_path / "hours.json").read_text()))
+    assert (told["hours"], told["executions"], told["crashes"]) == (1.5, 30, 1)
+    assert told["targets"]["a"] == {"seconds": 3600.0, "executions": 20, "crashes": 1}
 
 
 @pytest.mark.services

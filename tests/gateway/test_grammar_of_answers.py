@@ -58,6 +58,7 @@ def read(conversation, text):
     return [(call.name, json.loads(call.arguments)) for call in calls.done]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(schema=schemas(), seed=st.integers(0, 2**32))
 def test_a_json_answer_keeps_to_its_schema(schema, seed):

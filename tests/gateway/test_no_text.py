@@ -16,6 +16,7 @@ from antefix_router.gateway.anthropic_messages import call_input
 from antefix_router.gateway.text_check import path_of_no_text
 from tests.gateway.bodies import BODIES, json_path
 from tests.gateway.scripted import Script, make_front, serving
+from tests.slow_cases import slow_but
 
 WRONG = "a\ud83db"
 
@@ -48,7 +49,7 @@ ENCODINGS = {
 }
 
 
-@pytest.mark.parametrize("encode", ENCODINGS.values(), ids=ENCODINGS)
+@pytest.mark.parametrize("encode", slow_but([ENCODINGS["raw"]], ENCODINGS.values()), ids=ENCODINGS)
 async def test_every_string_of_every_api_is_named(encode):
     async with (
         serving(make_front(Script(), ledger=None), chat_format="deepseek-v4") as url,

@@ -1,4 +1,4 @@
-"""Payload streams take turns on the event loop, and stand back for small calls."""
+"""Payload streams take turns on the event loop, and stand back for look-ups."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_a_stream_alone_never_waits_for_its_first_turn() -> None:
         take.send(None)
 
 
-async def test_messages_leave_out_passes_while_a_small_call_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_messages_leave_out_passes_while_a_look_up_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns_module, "GIVE_WAY_S", 60.0)
     turns, passes = Turns(), Passes()
     turns.give_way()

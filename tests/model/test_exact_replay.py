@@ -15,6 +15,7 @@ import torch
 
 from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model
+from tests.slow_cases import slow_but
 
 Checkpoint = Callable[[str], Path]
 Prompt = Callable[..., np.ndarray]
@@ -40,7 +41,7 @@ def replayed_error(model: Model, tokens: np.ndarray, start: int, end: int) -> fl
     return float((got - want).abs().max() / want.abs().max())
 
 
-@pytest.mark.parametrize("plan", NARROW)
+@pytest.mark.parametrize("plan", slow_but(["pro", "odd_ratios"], NARROW))
 def test_the_bound_is_enough_and_sharp(checkpoint: Checkpoint, prompt: Prompt, plan: str) -> None:
     model = load_model(checkpoint(plan), dtype=torch.float64, kv_format=KVFormat.FLOAT64)
     geometry = model.config.geometry
@@ -54,7 +55,7 @@ def test_the_bound_is_enough_and_sharp(checkpoint: Checkpoint, prompt: Prompt, p
 
 
 @pytest.mark.parametrize("kv_format", [KVFormat.FP8, KVFormat.FLOAT32])
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", slow_but(["pro", "odd_ratios"], PLANS))
 def test_replay_of_whole_blocks_gives_the_cold_runs_bits_and_writes_nothing(
     checkpoint: Checkpoint, prompt: Prompt, plan: str, kv_format: KVFormat
 ) -> None:

@@ -45,7 +45,7 @@ def results(model: Model) -> list[torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_layers", [3, 4, 5])
+@pytest.mark.parametrize("num_layers", [3, 4])
 def test_offloaded_experts_compute_the_same_bits(directory: Path, num_layers: int) -> None:
     whole = load_model(directory)
     model = load_model(directory, cpu_offload_bytes=(num_layers - 1) * per_layer(whole) + 1)

@@ -15,6 +15,7 @@ from antefix.model import numerics
 from antefix.model.arithmetic import steps_of
 from antefix.model.probe_steps import numbers
 from tests.model.random_models import AWKWARD, bits, make, run_all
+from tests.slow_cases import slow_but
 
 PRODUCTS = {
     "mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "addbmm", "matmul", "linear", "mv", "addmv", "addmv_", "dot",
@@ -66,7 +67,11 @@ def caller() -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "kv_format"), [*((name, KVFormat.FP8) for name in AWKWARD), ("odd everywhere", KVFormat.FLOAT32)]
+    ("name", "kv_format"),
+    slow_but(
+        [("plain", KVFormat.FP8), ("odd everywhere", KVFormat.FLOAT32)],
+        [*((name, KVFormat.FP8) for name in AWKWARD), ("odd everywhere", KVFormat.FLOAT32)],
+    ),
 )
 def test_every_product_of_a_forward_pass_is_a_sanctioned_one(name: str, kv_format: KVFormat) -> None:
     model = make(name, kv_format=kv_format)
@@ -106,7 +111,7 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("name", slow_but(["plain", "three streams"], AWKWARD))
 def test_bits_depend_neither_on_place_nor_on_threads(name: str, threads: Callable[[int], None]) -> None:
     model = make(name)
     threads(1)

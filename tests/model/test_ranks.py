@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from antefix.errors import ConfigError, InternalError
+from antefix.block import check_arithmetic
+from antefix.errors import ConfigError, InternalError, InvalidRequest
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model, probe, replay, run_tokens
 from antefix.model.backend import make_backend
 from antefix.model.draft import draft_logits, follow_ran
 from antefix.model.ranks import Ranks
+from antefix.model.setup import setup_of
+from antefix.model_dir import identify
 from tests.model import released_checkpoint as released
 from tests.model.rank_threads import over_ranks
 
@@ -154,6 +158,7 @@ def test_sizes_that_do_not_divide_are_not_split(tmp_path: Path) -> None:
         assert torch.equal(third.state_dict()[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["flash", "base"])
 def test_shares_make_up_the_whole(tmp_path: Path, release: str) -> None:
     directory = released.write(release, tmp_path / "model", **WIDE)
@@ -169,6 +174,21 @@ def test_shares_make_up_the_whole(tmp_path: Path, release: str) -> None:
             assert torch.equal(torch.cat(pieces), tensor.view(torch.uint8))
     # Of four layers wq_b and wo_a, sinks, and both stacks of experts: codes and scales.
     assert num_split == 4 * (4 + 1 + 4)
+
+
+def test_on_cards_the_number_of_ranks_is_part_of_the_names(root: Path) -> None:
+    directory, alone, _ = flash(root)
+    share = load_model(directory, ranks=Ranks(rank=0, size=2))
+    card = replace(setup_of(torch.device("cpu")), card="a card")
+    one, two = (probe(model, setup=card, time_s_max=0.0) for model in (alone, share))
+    assert not one.name.endswith("-x2") and two.name.endswith("-x2")
+    assert any("on 2 cards: probed as wholes" in text for text in two.unproved)
+    assert check_arithmetic(two.name) == two.name
+    prints = [identify(directory).fingerprint(alone.layout.kv_format, arithmetic=each.name) for each in (one, two)]
+    assert [each.num_cards for each in prints] == [1, 2]
+    assert prints[0].digest != prints[1].digest
+    with pytest.raises(InvalidRequest):
+        check_arithmetic(two.name.replace("-x2", "-x0"))
 
 
 def test_ranks_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from tests.model import released_checkpoint as released
 from tests.model.conftest import lifted
 from tests.model.random_models import bits
 from tests.model.test_model_against_transformers import run
+from tests.slow_cases import slow_but
 
 Release = Callable[[str], Path]
 
@@ -218,7 +219,7 @@ def test_float32_tensors_keep_their_bits_in_a_bfloat16_model(release: Release) -
     assert torch.isfinite(run(narrow, tokens_of(20), [3])).all()
 
 
-@pytest.mark.parametrize("name", sorted(released.RELEASES))
+@pytest.mark.parametrize("name", slow_but(["flash"], sorted(released.RELEASES)))
 def test_hits_do_not_depend_on_cuts_or_batches(release: Release, name: str) -> None:
     model = load_model(release(name))
     whole = bits(model)
@@ -226,6 +227,7 @@ def test_hits_do_not_depend_on_cuts_or_batches(release: Release, name: str) -> N
     assert bits(model, others=2) == whole
 
 
+@pytest.mark.slow
 def test_names_tell_packed_from_decoded_and_rounded_from_plain(release: Release) -> None:
     flash, base = load_model(release("flash")), load_model(release("base"))
     names = {probe(flash).name, probe(base).name, probe(load_model(release("flash"), rounds_inputs=False)).name}

@@ -17,6 +17,7 @@ from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model
 from antefix.model.ops import TorchOps
 from antefix.model.replay import needed_from, replay
+from tests.slow_cases import slow_but
 
 Checkpoint = Callable[[str], Path]
 PLANS = ("flash", "pro", "small_ratios", "odd_ratios", "coprime_ratios", "wide_overlap")
@@ -109,7 +110,7 @@ def test_it_gives_the_bits_of_running_every_token(
 
 
 @pytest.mark.parametrize("kv_format", FORMATS)
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", slow_but(["odd_ratios", "coprime_ratios"], PLANS))
 def test_at_every_boundary_it_gives_the_cold_runs_bits(
     case: Callable[[str, KVFormat], Case], plan: str, kv_format: KVFormat
 ) -> None:

@@ -26,6 +26,7 @@ from antefix_prefill.run_prompt import run_prompt
 from antefix_router.front import cache_tenant
 from tests.engines import MODEL, build, load, prompt_of
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.slow_cases import slow_but
 
 TOKENS = np.random.default_rng(5).integers(0, 256, 400)
 WHOLE = 384
@@ -35,6 +36,7 @@ names = st.text(st.characters(exclude_categories=("Cs",)), max_size=512).filter(
     lambda text: len(text.encode()) <= 512 and not CONTROL.search(text)
 )
 LONGEST = "\U0001f600" * 128
+NAMES = [(LONGEST, LONGEST), ("a" * 45, ""), ("", "u" * 150), ("", "")]
 
 
 class Service:
@@ -97,7 +99,7 @@ async def hit(engine, tenant="", tokens=TOKENS):
     return (await run(engine, tenant, tokens)).report.hit_tokens
 
 
-@pytest.mark.parametrize(("tenant", "user"), [(LONGEST, LONGEST), ("a" * 45, ""), ("", "u" * 150), ("", "")])
+@pytest.mark.parametrize(("tenant", "user"), slow_but(NAMES[:1], NAMES))
 async def test_a_long_name_hits_after_a_restart_of_store_and_worker(worker, service, tenant, user):
     mine = cache_tenant(tenant, user)
     cold = await run(worker(), mine)

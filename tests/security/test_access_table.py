@@ -58,15 +58,17 @@ async def call(channel, method, kind):
         (True, False): channel.stream_unary,
         (True, True): channel.stream_stream,
     }[kind](method)
-    given = iter([b""]) if kind[0] else b""
     try:
-        answer = make(given, timeout=30)
+        answer = make(iter([b""]) if kind[0] else b"", timeout=60)
         if kind[1]:
             async for _ in answer:
                 return grpc.StatusCode.OK
         else:
             await answer
     except grpc.aio.AioRpcError as err:
+        # gRPC's own, where the refusal comes while it still sends: the server's internal errors have a number.
+        if err.code() is grpc.StatusCode.INTERNAL and "internal error " not in err.details():
+            return await call(channel, method, kind)
         return err.code()
     return grpc.StatusCode.OK
 

@@ -83,6 +83,7 @@ def reach_by_tracing(geometry: V41Geometry) -> list[int]:
     return [length - min(tokens) for tokens in needed]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -105,6 +105,7 @@ def test_followers_outlive_their_leaders_worker():
     assert len(one.outcomes.finished_s) == 4 and one.outcomes.num_moved >= 1
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_memory_only_where_there_is_no_store(chat):
     kills = ((100.0, 0.0),)
     before = simulate(chat)
@@ -114,6 +115,7 @@ def test_a_killed_worker_costs_its_memory_only_where_there_is_no_store(chat):
     assert with_store.after_hit_rate is not None and with_store.before_ttft_p90_s is not None
 
 
+@pytest.mark.slow
 def test_the_minutes_in_which_nobody_died_can_be_looked_at_as_well(chat):
     assert simulate(chat).after_hit_rate is None
     looked_at, killed = simulate(chat, look_s=100.0), simulate(chat, kills=((100.0, 0.0),))

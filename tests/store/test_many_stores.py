@@ -12,6 +12,7 @@ from antefix.record import RecordKind
 from antefix.store import read_shares, read_tiers
 from antefix.store.local_copies import LocalCopies
 from antefix.store.store_feed import StoreFeed
+from antefix.store.store_stats import sum_of
 from antefix_kvstore.check_store import fsck
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 from tests.redis_servers import until
@@ -314,3 +315,18 @@ async def test_another_fingerprint_is_asked_for(tmp_path: Path) -> None:
         await until(lambda: all(feed.in_step for feed in feeds))
         found = await rack.many.lookup(other.hashes, fingerprint=other.fingerprint)
         assert found.num_blocks == 4
+
+
+async def test_the_stores_numbers_are_told_one_by_one_and_together(tmp_path: Path) -> None:
+    async with rack_of(tmp_path) as rack:
+        await rack.fill("a", 0, 4)
+        await rack.fill("b", 2, 12, checkpoints=[9])
+        by_store = await rack.many.stats_by_store()
+        counts = {name: totals.kinds[RecordKind.BLOCK].num_records for name, totals in by_store.items()}
+        assert counts == {"a": 4, "b": 10, "c": 0}
+        together = sum_of(list(by_store.values()))
+        assert together.kinds[RecordKind.BLOCK].num_records == 14
+        assert together.kinds[RecordKind.CHECKPOINT].num_records == 1
+        assert together.used_bytes == sum(totals.used_bytes for totals in by_store.values())
+        rack.stores["b"].dead = True
+        assert set(await rack.many.stats_by_store()) == {"a", "c"}

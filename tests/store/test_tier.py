@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from antefix.errors import BlockCorrupt, Overloaded, PermissionDenied, Unavailable
 from antefix.store.tier import SHUNNED_S, SHUNNED_S_MAX, Tier, TierKind, TierSpeed
 from tests.kvstore.small_store import Clock
 
@@ -37,7 +38,7 @@ def test_a_failing_tier_is_left_alone_longer_each_time() -> None:
     tier = make_tier(clock)
     pauses = []
     for _ in range(8):
-        tier.failed()
+        tier.failed(Unavailable("away"))
         start = clock.ms
         while tier.is_shunned:
             clock.advance(0.25)
@@ -46,10 +47,17 @@ def test_a_failing_tier_is_left_alone_longer_each_time() -> None:
     assert pauses == sorted(pauses)
     assert pauses[-1] == pytest.approx(SHUNNED_S_MAX, abs=0.25)
     tier.answered()
-    tier.failed()
+    tier.failed(Unavailable("away"))
     clock.advance(SHUNNED_S)
     assert not tier.is_shunned
     assert tier.num_failures == 9
+
+
+@pytest.mark.parametrize("err", [PermissionDenied("another tenant's"), BlockCorrupt("one record"), Overloaded("now")])
+def test_what_a_tier_refuses_to_one_is_no_reason_to_leave_it_alone(err: Exception) -> None:
+    tier = make_tier(Clock())
+    tier.failed(err)
+    assert (tier.is_shunned, tier.num_failures) == (False, 1)
 
 
 def test_a_tier_that_nobody_reads_is_tried_again_after_a_while() -> None:

@@ -73,9 +73,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         each.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+# A hundred years.
+_DAYS_MAX = 36_500
+
+
 def run(args: argparse.Namespace) -> int:
-    if args.action != "show" and args.days < 1:
-        raise InvalidRequest(f"--days must be at least 1, is {args.days}")
+    if args.action != "show" and not 1 <= args.days <= _DAYS_MAX:
+        raise InvalidRequest(f"--days must be from 1 to {_DAYS_MAX}, is {args.days}")
     if args.action == "init":
         make_ca(args.directory, days=args.days)
         found = {args.directory / CA: describe((args.directory / CA).read_bytes())}

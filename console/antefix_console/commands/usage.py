@@ -230,4 +230,7 @@ def _time_us(text: str | None) -> int | None:
         raise ConfigError(f"{text!r} is not a date or time like 2026-09-10 or 2026-09-10T06:00:00Z") from err
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
-    return int(moment.timestamp() * 1_000_000)
+    try:
+        return int(moment.timestamp() * 1_000_000)
+    except (OverflowError, ValueError) as err:
+        raise ConfigError(f"{text!r} is before or after all times in UTC") from err

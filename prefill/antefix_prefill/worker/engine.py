@@ -22,7 +22,7 @@ from antefix.block import (
 )
 from antefix.config import require, setting
 from antefix.errors import AntefixError, InvalidRequest, PermissionDenied
-from antefix.host_limits import usable_cores
+from antefix.host_limits import memory_limit_bytes, usable_cores
 from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.linear_law import Law
 from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
@@ -228,6 +228,7 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
     """
     # What torch chooses follows OMP_NUM_THREADS and affinity, but no quota.
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
+    _warn_of_memory(config)
     identity = identify(config.model)
     check_bounded(config.bounded_windows, identity.geometry)
     secrets = keyring or Keyring.from_file(config.secret_file)
@@ -243,6 +244,18 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
     except BaseException:
         ranks.close()
         raise
+
+
+def _warn_of_memory(config: EngineConfig) -> None:
+    """A worker that outgrows its control group is killed in the middle of requests, with no word of why."""
+    limit = memory_limit_bytes()
+    if limit is not None and config.device == "cpu" and config.pool_bytes >= limit:
+        log.warning(
+            "pool_bytes is %d, and this process's control group has %d bytes of memory: the system will kill the worker"
+            " once they are used; lower pool_bytes or raise the limit",
+            config.pool_bytes,
+            limit,
+        )
 
 
 def _load_settings(config: EngineConfig) -> dict[str, Any]:

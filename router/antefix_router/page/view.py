@@ -13,7 +13,9 @@ from antefix.clients.about import ask_about
 from antefix.errors import AntefixError
 from antefix.security.identity import Role
 from antefix.store.api import Store
-from antefix.store.store_stats import StoreTotals
+from antefix.store.many_stores import ManyStores
+from antefix.store.open_store import store_addresses
+from antefix.store.store_stats import StoreTotals, sum_of
 from antefix.version import __version__
 from antefix_billing.limits import QuotaBook
 from antefix_router.assembly import Router
@@ -42,6 +44,8 @@ class View:
         self._activity = activity
         self._forest = forest
         self._totals: StoreTotals | None = None
+        # Where there are several.
+        self._by_store: dict[str, StoreTotals] = {}
         self._checkpoints: dict[bytes, tuple[int, ...]] = {}
         self._store_error = ""
         self._store_read_at = -_STORE_FRESH_S
@@ -100,7 +104,7 @@ class View:
         workers = [(worker.role, worker.address) for worker in self._router.prefill.workers]
         workers += [(worker.role, worker.address) for worker in self._router.decode.workers]
         asked = [(Role(role.value), address) for role, address in workers]
-        asked.append((Role.KVSTORE, self._router.config.store_address))
+        asked += [(Role.KVSTORE, where.address) for where in store_addresses(self._router.config)]
         found = await asyncio.gather(*(_version(role, address) for role, address in asked if address))
         self._versions = dict(zip((address for _, address in asked if address), found, strict=True))
 
@@ -109,7 +113,11 @@ class View:
             return
         self._store_read_at = time.monotonic()
         try:
-            self._totals = await self._store.stats()
+            if isinstance(self._store, ManyStores):
+                self._by_store = await self._store.stats_by_store()
+                self._totals = sum_of(list(self._by_store.values()))
+            else:
+                self._totals = await self._store.stats()
             self._checkpoints = {
                 run.hashes[0]: await self._checkpoints_of(run) for run in largest_runs(self._forest)[:_RUNS_LOOKED_UP]
             }
@@ -129,8 +137,30 @@ class View:
             return {"error": self._store_error or "not read yet"}
         shown = asdict(self._totals)
         shown["kinds"] = [{"kind": kind.name.lower(), **asdict(kinds)} for kind, kinds in self._totals.kinds.items()]
-        version = self._versions.get(self._router.config.store_address, "")
-        return shown | {"error": self._store_error, "ages": self._ages(), "version": version}
+        addresses = [where.address for where in store_addresses(self._router.config)]
+        version = next((known for each in addresses if (known := self._versions.get(each, ""))), "")
+        more = {"error": self._store_error, "ages": self._ages(), "version": version, "stores": self._stores_data()}
+        return shown | more
+
+    def _stores_data(self) -> list[dict[str, Any]]:
+        """Several stores, one by one; empty where there is one."""
+        store = self._store
+        if not isinstance(store, ManyStores):
+            return []
+        return [
+            {
+                "name": tier.name,
+                "answers": tier.name in self._by_store and not tier.is_shunned,
+                "failures": tier.num_failures,
+                "used_bytes": found.used_bytes,
+                "budget_bytes": found.limit_bytes or found.budget_bytes,
+                "records": sum(kind.num_records for kind in found.kinds.values()),
+                "evictions": found.evictions,
+                "stopped": found.stopped,
+            }
+            for tier in store.tiers
+            for found in [self._by_store.get(tier.name, StoreTotals())]
+        ]
 
     def _ages(self) -> list[dict[str, Any]]:
         """Tokens of the prefixes that this router has seen, by how long ago they were used."""

@@ -182,17 +182,25 @@ function place(run, most) {
 
 function store(data) {
   const found = data.store;
-  if (!found.kinds) { put("t-kinds", make("p", { class: "empty" }, `The store was not read: ${found.error}`)); put("c-ages"); put("c-tiers"); return; }
+  if (!found.kinds) { put("t-kinds", make("p", { class: "empty" }, `The store was not read: ${found.error}`)); put("t-stores"); put("c-ages"); put("c-tiers"); return; }
   put("t-kinds", table("Of the whole store", [
     ["kind", (kind) => kind.kind.replaceAll("_", " "), true], ["records", (kind) => number(kind.num_records)],
     ["on disk", (kind) => bytes(kind.stored_bytes)], ["as read", (kind) => bytes(kind.payload_bytes)],
   ], found.kinds, "It holds nothing."));
+  put("t-stores", (found.stores || []).length ? table("Stores", [
+    ["store", (store) => store.name, true], ["answers", (store) => store.answers ? "yes" : "no"],
+    ["failed", (store) => number(store.failures)], ["records", (store) => number(store.records)],
+    ["used", (store) => bytes(store.used_bytes)], ["of", (store) => bytes(store.budget_bytes)],
+    ["evicted", (store) => number(store.evictions)], ["stores nothing because", (store) => store.stopped],
+  ], found.stores, "") : make("p", { class: "empty" }, "There is one store."));
   const named = (bound, index) => bound.up_to_s === null ? "longer ago" : ["1 minute", "10 minutes", "1 hour", "1 day"][index];
   put("c-ages", bars(found.ages.map((bound, index) => [named(bound, index), bound.tokens, short(bound.tokens)]), "hit", "No prefix was seen yet."));
   const tiers = { "a worker's memory": 0, "the store": 0, "computed": 0 };
   for (const request of data.requests) {
     tiers["a worker's memory"] += request.hit_memory_tokens;
-    tiers["the store"] += request.hit_store_tokens;
+    const stored = Object.entries(request.hit_tiers || {}).filter(([tier]) => tier !== "memory");
+    if (stored.length < 2 && !stored.some(([tier]) => tier.includes(":"))) tiers["the store"] += request.hit_store_tokens;
+    else for (const [tier, tokens] of stored) tiers[tier] = (tiers[tier] || 0) + tokens;
     tiers.computed += request.miss_tokens;
   }
   put("c-tiers", bars(Object.entries(tiers).map(([name, count]) => [name, count, short(count)]), "mark", "No request has ended yet."));

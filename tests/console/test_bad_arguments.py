@@ -1,0 +1,60 @@
+"""Arguments that no command means are a wrong call: exit code 2 and one line, whichever command it is."""
+
+import argparse
+
+import pytest
+
+from antefix_console import cli
+from antefix_console.catalog import COMMANDS
+
+
+def numbers_of(parser):
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each in action.choices.values():
+                yield from numbers_of(each)
+        elif action.type in cli._BOUNDED.values() and action.option_strings:
+            yield action
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_number_of_a_command_is_bounded(command):
+    parser, _ = cli.parser_of([command])
+    chosen = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices[command]
+    left = [chosen]
+    while left:
+        for action in left.pop()._actions:
+            assert action.type not in (int, float), action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                left += action.choices.values()
+    for action in numbers_of(chosen):
+        for text in ("nan", "inf", "-inf", "1e400", "9" * 5000, "1" + "0" * 30 + "x", "", "0x10"):
+            with pytest.raises(argparse.ArgumentTypeError) as caught:
+                action.type(text)
+            assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["up", "--grace-s", "nan"],
+        ["up", "--num-routers", "9" * 30],
+        ["generate", "--temperature", "inf", "x"],
+        ["load", "--speed", "-nan", "--trace", "x"],
+        ["certs", "init", "/nonexistent/x", "--days", "9" * 18],
+        ["certs", "init", "/nonexistent/x", "--days", "-1"],
+        ["usage", "report", "--ledger", "/nonexistent", "--since", "0001-01-01T00:00:00+14:00"],
+    ],
+)
+def test_senseless_numbers_are_a_wrong_call(args, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "set_up_logs", lambda *_: None)
+    try:
+        code = cli.main(args)
+    except SystemExit as caught:
+        code = caught.code
+    assert code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "number"), [("1", 1), ("-3", -3), ("18446744073709551615", 2**64 - 1)])
+def test_numbers_that_are_some_are_taken(text, number):
+    assert cli._whole_number(text) == number and cli._number(text) == float(number)

@@ -1,0 +1,18 @@
+"""Cases of a parametrised test of which some stand for all in `make test-fast`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_but(fast: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
+    """Marks the cases that are not in `fast` as slow.  Raises:  ValueError: a fast one is no case."""
+    fast, cases = list(fast), list(cases)
+    if unknown := [case for case in fast if case not in cases]:
+        raise ValueError(f"no such case: {unknown}")
+    return [case if case in fast else pytest.param(*_values(case), marks=pytest.mark.slow) for case in cases]
+
+
+def _values(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)
