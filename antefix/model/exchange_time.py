@@ -21,13 +21,13 @@ SAMPLED: Final = 16
 class ExchangeTime:
     """Seconds of exchanges, and of the model's calls that they were part of. Belongs to the thread of these calls.
 
-    num_calls: all of them, sampled or not.  sampled: of so many calls on a card one is timed.
+    num_calls, num_exchanges: all of them, sampled or not.  sampled: of so many calls on a card one is timed.
     """
 
     def __init__(self) -> None:
         self.exchange_s = 0.0
         self.call_s = 0.0
-        self.num_calls = 0
+        self.num_calls = self.num_exchanges = 0
         self.sampled = SAMPLED
         self._is_sampled = False
         # Of a card: which sum, and the events between which it passes.
@@ -56,6 +56,7 @@ class ExchangeTime:
     @contextlib.contextmanager
     def of(self, x: Tensor) -> Iterator[None]:
         """One exchange, of `x`."""
+        self.num_exchanges += 1
         if x.device.type == "cuda":
             with self._between_events(is_call=False):
                 yield

@@ -1,7 +1,7 @@
 """What the other ranks do: each call that rank 0 tells of, on pools, window states and calls of their own.
 
-Their bytes are rank 0's at every call's beginning, since they come from it once and are moved on by the same calls. Any
-error here is the end of all ranks: rank 0 checks calls before it tells of them.
+Their bytes are rank 0's at every call's beginning, since they come from it once and are moved on by the same calls. An
+error here is the end of all ranks, unless the call fails on each of them: rank 0 checks calls before it tells of them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ from antefix.model.runner import Ran, run_tokens
 from antefix.model.window_state import Sequence, WindowState
 
 
+class CallFailed(Exception):
+    """A call of the model failed on this rank. If it did on every rank, at the same exchange, they still agree."""
+
+
 class Follower:
     """One of the other ranks, over its share of a model."""
 
@@ -44,9 +48,21 @@ class Follower:
         self._calls: dict[int, Ran] = {}
 
     def do(self, messages: collections.abc.Sequence[Message]) -> None:
-        """In order, as rank 0 told them."""
+        """In order, as rank 0 told them.
+
+        Raises:  CallFailed: a call of the model did, after which all is as before it.  Anything else is the end.
+        """
+        failed: CallFailed | None = None
         for message in messages:
-            self._do(message)
+            try:
+                self._do(message)
+            except Exception as err:
+                if not isinstance(message, RunTokens | Replay):
+                    raise
+                failed = CallFailed(f"{type(err).__name__}: {err}")
+                failed.__cause__ = err
+        if failed is not None:
+            raise failed
 
     def _do(self, message: Message) -> None:
         match message:
@@ -116,7 +132,7 @@ class Follower:
 
     def _drop(self, message: Drop) -> None:
         for number in message.calls:
-            del self._calls[number]
+            self._calls.pop(number, None)  # it may have failed
         for number in message.windows:
             del self._sequences[number]
         for number in message.pools:

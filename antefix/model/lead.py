@@ -68,14 +68,22 @@ class LeadCall:
 
 
 class Lead:
-    """send: gives the other ranks messages, in order, and does not wait for them. on_broken: told why ranks differ."""
+    """send: gives the other ranks messages, in order, and does not wait for them. on_broken: told why ranks differ.
+
+    has_failed_everywhere: asked when a call has failed here, whether it did on all other ranks at the same exchange.
+    """
 
     def __init__(
-        self, ranks: Ranks, send: Callable[[list[Message]], None], on_broken: Callable[[BaseException], None]
+        self,
+        ranks: Ranks,
+        send: Callable[[list[Message]], None],
+        on_broken: Callable[[BaseException], None],
+        has_failed_everywhere: Callable[[], bool] = lambda: False,
     ) -> None:
         self.ranks = ranks
         self._send = send
         self._on_broken = on_broken
+        self._has_failed_everywhere = has_failed_everywhere
         self._numbers = itertools.count(1)
         self._waiting: list[Message] = []
         self._pools: weakref.WeakKeyDictionary[BlockPool, int] = weakref.WeakKeyDictionary()
@@ -156,6 +164,11 @@ class Lead:
             with timed:
                 self._send(messages)
                 yield
+        except Exception as err:
+            # A call that failed on every rank has left them alike.
+            if not counts or not self._has_failed_everywhere():
+                self._on_broken(err)
+            raise
         except BaseException as err:
             self._on_broken(err)
             raise

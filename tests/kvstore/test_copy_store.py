@@ -218,3 +218,29 @@ async def test_a_purge_takes_all_of_a_tenant_and_nothing_else(tmp_path: Path) ->
 async def test_a_source_that_is_no_directory_is_refused_with_what_to_do(text: str) -> None:
     with pytest.raises(ConfigError, match="directory"):
         open_source(text)
+
+
+async def test_a_store_that_is_written_to_meanwhile_is_drained_by_going_round(tmp_path: Path) -> None:
+    """What comes while a round runs is moved by the next one, and the last round finds nothing new."""
+    fill(tmp_path / "a")
+    engine = engine_of(tmp_path / "a")
+    coming = [Prompt(list(range(start, start + BLOCK * 3))) for start in range(2000, 2400, 100)]
+    target = target_of(tmp_path / "b")
+    put = target.put
+
+    async def put_and_write(records: Sequence[Record]) -> PutResult:
+        if coming:
+            engine.put(coming.pop().blocks())
+        return await put(records)
+
+    target.put = put_and_write  # type: ignore[method-assign]
+    moved = []
+    while not moved or moved[-1]:
+        with StoreContents(tmp_path / "a") as contents:
+            moved.append((await copy_store(contents, [target], ALL)).num_copied)
+    await target.close()
+    engine.close()
+    assert sum(moved) == NUM_RECORDS + 4 * 3
+    with StoreContents(tmp_path / "a") as here, StoreContents(tmp_path / "b") as there:
+        names = [{name for stretch in each.stretches() for name in stretch.names} for each in (here, there)]
+    assert names[0] == names[1]

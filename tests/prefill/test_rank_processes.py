@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from antefix.errors import ConfigError
 from antefix.model import Model, Sequence, WindowState, forward, load_model
@@ -102,6 +103,50 @@ def test_four_processes_and_one_that_fails_to_load_or_never_answers(
     finally:
         ranks.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.pids)
+
+
+def fail_on_tokens(*, ranks: Ranks | None, device: str, path: Path) -> Model:
+    """A model whose second layer fails for token 13 on every rank, and for token 14 on rank 1 alone."""
+    model = load_model(path, ranks=ranks, device=device)
+    layer = model.model.layers[1].mlp
+    plain = layer.forward
+
+    def forward(x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        if (tokens == 13).any() or (ranks is not None and ranks.rank == 1 and (tokens == 14).any()):
+            raise ArithmeticError("no such product")
+        found: torch.Tensor = plain(x, tokens)
+        return found
+
+    layer.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+@pytest.mark.services
+def test_a_call_that_fails_on_every_rank_fails_alone(directory: Path) -> None:
+    def after_failing(model: Model) -> torch.Tensor:
+        pool, _ = make_backend("torch", model.layout, 2, "cpu", lead=model.lead)
+        one, two = (Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0)) for _ in range(2))
+        forward(model, pool, [(one, TOKENS[:5] % 13)])
+        for _ in range(2):
+            with pytest.raises(ArithmeticError, match="no such product"):
+                forward(model, pool, [(one, np.array([13], "<u4")), (two, TOKENS[:2] % 13)])
+        return forward(model, pool, [(two, TOKENS[:3] % 13), (one, TOKENS[3:4] % 13)])
+
+    lost = Lost()
+    ranks = RankProcesses(2, threads=1, on_lost=lost)
+    try:
+        model = ranks.load(fail_on_tokens, path=directory)
+        want = after_failing(fail_on_tokens(ranks=None, device="cpu", path=directory))
+        assert torch.equal(after_failing(model), want)
+        assert not lost.told.is_set()
+        # On one rank alone it is the end of all.
+        pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
+        sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
+        with pytest.raises(RuntimeError):
+            forward(model, pool, [(sequence, np.array([14], "<u4"))])
+        assert lost.told.wait(30) and "rank 1" in lost.reason and "no such product" in lost.reason
+    finally:
+        ranks.close()
 
 
 @pytest.mark.services

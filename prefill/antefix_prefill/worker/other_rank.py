@@ -22,11 +22,13 @@ from typing import Any, Final
 import torch
 
 from antefix.model import Model, probe
-from antefix.model.follower import Follower
+from antefix.model.follower import CallFailed, Follower
 from antefix.telemetry.logs import set_up_logs
 from antefix_prefill.worker.join_ranks import join_ranks
 
 END_S: Final = 10.0
+# Said to ranks on all of which a call has failed.
+CARRY_ON: Final = "carry on"
 
 log = logging.getLogger("antefix_prefill.ranks")
 
@@ -62,10 +64,11 @@ class Measure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Up:
-    """What rank 0 waits for.  text: of `failed` why, of `measured` the arithmetic's name."""
+    """What rank 0 waits for.  text: of `failed` why, of `measured` the arithmetic's name.  num_exchanges: so far."""
 
     what: str
     text: str = ""
+    num_exchanges: int = 0
 
 
 class _OfRank(logging.Filter):
@@ -85,7 +88,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     rank_0 = Connection(int(sys.argv[1]))
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    inbox: queue.Queue[Any] = queue.Queue()
     threading.Thread(target=_read, args=(rank_0, inbox), daemon=True).start()
     rank_0.send(Up(what="started"))
     status = 0
@@ -103,7 +106,7 @@ def main() -> None:
     os._exit(status)
 
 
-def _read(rank_0: Connection, inbox: queue.SimpleQueue[Any]) -> None:
+def _read(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
     """Take everything in at once, so that rank 0 never waits for this rank to read."""
     try:
         while True:
@@ -115,7 +118,15 @@ def _read(rank_0: Connection, inbox: queue.SimpleQueue[Any]) -> None:
         timer.start()
 
 
-def _serve(rank_0: Connection, inbox: queue.SimpleQueue[Any]) -> None:
+def _may_carry_on(inbox: queue.Queue[Any]) -> bool:
+    """What rank 0 says of a call that failed here; nothing, where it has not failed there."""
+    try:
+        return bool(inbox.get(timeout=END_S / 2) == CARRY_ON)
+    except queue.Empty:
+        return False
+
+
+def _serve(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
     join: Join | None = inbox.get()
     if join is None:
         return
@@ -141,4 +152,10 @@ def _serve(rank_0: Connection, inbox: queue.SimpleQueue[Any]) -> None:
                 rank_0.send(Up(what="measured", text=probe(model, **settings).name))
             case list():
                 assert follower is not None
-                follower.do(told)
+                try:
+                    follower.do(told)
+                except CallFailed as err:
+                    rank_0.send(Up(what="call failed", text=str(err), num_exchanges=ranks.time.num_exchanges))
+                    # Where rank 0 has not failed it waits for this rank, which must end.
+                    if not _may_carry_on(inbox):
+                        raise

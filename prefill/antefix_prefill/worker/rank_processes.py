@@ -34,13 +34,15 @@ from antefix.model import Arithmetic, Model
 from antefix.model.lead import Lead
 from antefix.model.rank_messages import Message
 from antefix_prefill.worker.join_ranks import device_of, join_ranks, part_ranks
-from antefix_prefill.worker.other_rank import END_S, Join, LoadShare, Measure, Up
+from antefix_prefill.worker.other_rank import CARRY_ON, END_S, Join, LoadShare, Measure, Up
 
 log = logging.getLogger("antefix_prefill.ranks")
 
 EXIT_LOST: Final = 70
 # Importing torch takes seconds, on a busy machine many; loading has no bound but the processes' lives.
 START_S: Final = 120.0
+# Ranks fail at one exchange within moments, or one of them waits there for the rest.
+FAILED_S: Final = 3.0
 # Not `-m`: what is sent is known by its module's name, which `__main__` is not.
 _STARTED: Final = ("-P", "-c", "from antefix_prefill.worker.other_rank import main; main()")
 
@@ -122,7 +124,7 @@ class RankProcesses:
             connection.send(LoadShare(load=load, settings=settings))
         model = load(ranks=self.ranks, device=self.device, **settings)
         self._await("loaded", None)
-        model.lead = Lead(self.ranks, self._send, self._broken)
+        model.lead = Lead(self.ranks, self._send, self._broken, self._has_failed_everywhere)
         self._end_of_start()
         return model
 
@@ -224,6 +226,20 @@ class RankProcesses:
         data = ForkingPickler.dumps(messages)
         for connection in self._connections:
             connection.send_bytes(data)
+
+    def _has_failed_everywhere(self) -> bool:
+        """Whether the others say that the call failed for them too, after as many exchanges: then all carry on."""
+        deadline = time.monotonic() + FAILED_S
+        for answers in self._answers:
+            try:
+                said = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return False
+            if said.what != "call failed" or said.num_exchanges != self.ranks.time.num_exchanges:
+                return False
+        for connection in self._connections:
+            connection.send(CARRY_ON)
+        return True
 
     def _broken(self, err: BaseException) -> None:
         """A call failed here that others were told of: they wait for us, or are ahead."""
