@@ -11,7 +11,6 @@ fails.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from antefix.text_table import text_table
-from benchmarks.grants import write
+from benchmarks.run_record import write
 from tests.histories.history import Outcome, run_history
 
 
@@ -93,8 +92,8 @@ def main() -> int:
     heads = ("fault", "times", "simulated s to the next answer, p50", "p99")
     sys.stdout.write(text_table(heads, sums.recoveries()) + "\n")
     if args.json is not None:
-        report = {"first seed": args.seed, "load": os.getloadavg()[0], "sums": dict(rows), "failed": sums.failed}
-        write(args.json, {**report, "recovery": sums.recoveries()}, "python -m benchmarks.histories")
+        report = {"first seed": args.seed, "sums": dict(rows), "failed": sums.failed}
+        write(args.json, {**report, "recovery": sums.recoveries()})
     return int(bool(sums.failed))
 
 
