@@ -17,9 +17,10 @@ import re
 from fractions import Fraction
 from typing import Final
 
+from antefix.checked_table import shown
 from antefix.errors import ConfigError
 
-_SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(b|[kmgt](?:i?b)?)?\s*", re.IGNORECASE | re.ASCII)
+_SIZE: Final = re.compile(r"\s*([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*(b|[kmgt](?:i?b)?)?\s*", re.IGNORECASE | re.ASCII)
 _POWERS: Final = {"k": 1, "m": 2, "g": 3, "t": 4}
 # What fits a signed 64-bit field, of protobuf and of the disk format.
 SIZE_MAX: Final = (1 << 63) - 1
@@ -31,14 +32,15 @@ def parse_byte_size(value: str | int) -> int:
 
     Raises:  ConfigError: anything else, or more than 2^63 - 1 bytes.
     """
-    match = _SIZE.fullmatch(str(value))
+    # An integer of thousands of digits could not even be written.
+    match = _SIZE.fullmatch(value if isinstance(value, str) else shown(value))
     if match is None or isinstance(value, bool):
-        raise ConfigError(f"{value!r} is not a size in bytes: write {ACCEPTED}")
+        raise ConfigError(f"{shown(value)} is not a size in bytes: write {ACCEPTED}")
     number, unit = Fraction(match[1]), (match[2] or "").lower().removeprefix("b")
     if not unit and number.denominator != 1:
-        raise ConfigError(f"{value!r} is not a whole number of bytes")
+        raise ConfigError(f"{shown(value)} is not a whole number of bytes")
     base = 1000 if unit.endswith("b") and not unit.endswith("ib") else 1024
     nbytes = int(number * base ** _POWERS[unit[0]]) if unit else int(number)
     if nbytes > SIZE_MAX:
-        raise ConfigError(f"{value!r} is more than {SIZE_MAX} bytes")
+        raise ConfigError(f"{shown(value)} is more than {SIZE_MAX} bytes")
     return nbytes

@@ -23,16 +23,16 @@ def parse_address(address: str) -> tuple[str, int]:
         return address, 0
     host, _, port = address.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"address must be host:port, [IPv6]:port or unix:PATH, is {address!r}")
+        raise ConfigError(f"address must be host:port, [IPv6]:port or unix:PATH, is {address!r:.200}")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ConfigError(f"address {address!r}: put an IPv6 address into brackets, as in [::1]:7000")
+        raise ConfigError(f"address {address!r:.200}: put an IPv6 address into brackets, as in [::1]:7000")
     if host.startswith("["):
         try:
             ipaddress.IPv6Address(host[1:-1].partition("%")[0])
         except ValueError as err:
-            raise ConfigError(f"address {address!r}: {err}") from err
+            raise ConfigError(f"address {address!r:.200}: {err!s:.200}") from err
     elif any(character.isspace() or character in "/@?#[]" for character in host):
-        raise ConfigError(f"address must be host:port, [IPv6]:port or unix:PATH, is {address!r}")
+        raise ConfigError(f"address must be host:port, [IPv6]:port or unix:PATH, is {address!r:.200}")
     return host, int(port)
 
 

@@ -64,6 +64,20 @@ async def test_it_is_served_and_good_requests_and_answers_fit_it():
             assert not list(errors_of(document, content, answer.json())), path
 
 
+async def test_a_door_that_is_not_ready_says_so_as_the_document_has_it():
+    gateway = Gateway(make_front(Script(), ledger=None), GatewayConfig())
+    app = build_app(gateway, GatewayConfig(), HttpMeasures([]))
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://door") as client:
+        document = (await client.get(openapi.PATH)).json()
+        for reason, status in (("", "200"), ("no decode worker", "503")):
+            gateway.why_unready = lambda reason=reason: reason
+            for path in ("/readyz", "/healthz"):
+                answer = await client.get(path)
+                content = document["paths"][path]["get"]["responses"][status]["content"]
+                assert str(answer.status_code) == status
+                assert not list(errors_of(document, content, answer.json()))
+
+
 def errors_of(document, content, value):
     schema = {"components": document["components"], **content["application/json"]["schema"]}
     return Draft202012Validator(schema).iter_errors(value)

@@ -152,6 +152,7 @@ _OPERATIONS: Final[dict[str, tuple[str, str, str, bool]]] = {
     "/readyz": ("A request would be served", "", "Status", False),
     PATH: ("This document", "", "Document", False),
 }
+_READINESS: Final = ("/healthz", "/readyz")
 
 
 def document(routes: Iterable[Route]) -> Schema:
@@ -198,6 +199,9 @@ def _operation(path: str) -> Schema:
         status: {"description": why, "content": {"application/json": {"schema": _ref(error)}}}
         for status, why in ERRORS.items()
     }
+    if path in _READINESS:
+        unready = {"application/json": {"schema": _ref("Unready")}}
+        responses["503"] = {"description": "It would not; `reason` says why", "content": unready}
     operation: Schema = {"summary": summary, "responses": responses}
     if request:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(request)}}}
