@@ -29,10 +29,14 @@ class _Waiter:
 
 
 class FairTurns:
-    """num_places: at work at once.  num_waiting_max: behind them; None: any number."""
+    """num_places: at work at once.  num_waiting_max: behind them; None: any number.
 
-    def __init__(self, num_places: int, num_waiting_max: int | None = None) -> None:
-        self.num_running = 0
+    num_extra: places more, for tenants that have nothing at work: where work lasts, turns alone would come too late.
+    """
+
+    def __init__(self, num_places: int, num_waiting_max: int | None = None, num_extra: int = 0) -> None:
+        self._running: Counter[str] = Counter()
+        self._num_extra = num_extra
         self._num_places = num_places
         self._num_waiting_max = num_waiting_max
         self._queue: list[tuple[float, int, _Waiter]] = []
@@ -42,6 +46,10 @@ class FairTurns:
         self._now = 0.0
         self._clocks: dict[str, float] = {}
         self._forget_at = _NUM_CLOCKS_MAX
+
+    @property
+    def num_running(self) -> int:
+        return self._running.total()
 
     @property
     def num_waiting(self) -> int:
@@ -62,14 +70,13 @@ class FairTurns:
         try:
             yield
         finally:
-            self.num_running -= 1
-            self._give_turns()
+            self._end(tenant)
 
     async def _enter(self, tenant: str, cost: float, retry_after_s: float) -> None:
         start = max(self._now, self._clocks.get(tenant, 0.0))
-        if not self.is_full:
-            self._clocks[tenant], self._now = start + cost, start
-            self.num_running += 1
+        if not self.is_full or self._has_extra(tenant):
+            self._clocks[tenant], self._now = start + cost, max(self._now, start if not self.is_full else 0.0)
+            self._running[tenant] += 1
             self._forget()
             return
         self._make_room(tenant, retry_after_s)
@@ -83,8 +90,7 @@ class FairTurns:
         except BaseException:
             if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
                 # It had its turn and cannot use it.
-                self.num_running -= 1
-                self._give_turns()
+                self._end(tenant)
             else:
                 self._leave(waiter)
             raise
@@ -94,7 +100,7 @@ class FairTurns:
         if any(each[2] is waiter for each in self._queue):
             self._queue = [each for each in self._queue if each[2] is not waiter]
             heapq.heapify(self._queue)
-            self._stop_counting(waiter.tenant)
+            _take_off(self._waiting, waiter.tenant)
             # What it was counted with was not done.
             self._clocks[waiter.tenant] = self._clocks.get(waiter.tenant, waiter.cost) - waiter.cost
 
@@ -111,21 +117,28 @@ class FairTurns:
     def _overloaded(self, retry_after_s: float) -> Overloaded:
         return Overloaded(f"{self.num_waiting} requests are waiting already", retry_after_s=retry_after_s)
 
-    def _give_turns(self) -> None:
+    def _has_extra(self, tenant: str) -> bool:
+        return not self._running[tenant] and self.num_running < self._num_places + self._num_extra
+
+    def _end(self, tenant: str) -> None:
+        _take_off(self._running, tenant)
         while self._queue and self.num_running < self._num_places:
             start, _, waiter = heapq.heappop(self._queue)
-            self._stop_counting(waiter.tenant)
+            _take_off(self._waiting, waiter.tenant)
             if waiter.turn.done():
                 continue
             self._now = max(self._now, start)
-            self.num_running += 1
+            self._running[waiter.tenant] += 1
             waiter.turn.set_result(None)
+        for each in sorted(self._queue, key=lambda each: each[:2]) if self._num_extra else ():
+            waiter = each[2]
+            if not waiter.turn.done() and self._has_extra(waiter.tenant):
+                self._queue.remove(each)
+                _take_off(self._waiting, waiter.tenant)
+                self._running[waiter.tenant] += 1
+                waiter.turn.set_result(None)
+        heapq.heapify(self._queue)
         self._forget()
-
-    def _stop_counting(self, tenant: str) -> None:
-        self._waiting[tenant] -= 1
-        if not self._waiting[tenant]:
-            del self._waiting[tenant]
 
     def _forget(self) -> None:
         """Names come from callers, so only clocks that say something are kept: none when nobody is here."""
@@ -135,3 +148,9 @@ class FairTurns:
         elif len(self._clocks) > self._forget_at:
             self._clocks = {name: clock for name, clock in self._clocks.items() if clock > self._now}
             self._forget_at = max(_NUM_CLOCKS_MAX, 2 * len(self._clocks))
+
+
+def _take_off(counts: Counter[str], name: str) -> None:
+    counts[name] -= 1
+    if not counts[name]:
+        del counts[name]

@@ -1,11 +1,11 @@
 """How long vLLM takes to restore a prompt from Antefix's tier and from its own file tier, at once; by vLLM's Python:
 
-    .engines/vllm/bin/python benchmarks/engines_vllm_restore.py [--tokens 540] [--runs 10] [--json FILE]
+    .engines/vllm/bin/python benchmarks/engines_vllm_restore.py [--model plain] [--tokens 540] [--json FILE]
 
 One process per tier, both at the same time, so that whatever else the machine does holds up both alike. Each computes
-and stores a prompt of a small random V4 (as benchmarks/engines_vllm.py), then forgets vLLM's own caches and asks again,
---runs times. Prints medians: seconds of the whole request, and of its loads as vLLM's own metric counts them. With
---tokens 540 a load is 2 blocks and a window.
+and stores a prompt of a small random V4 or plain model, then forgets vLLM's own caches and asks again, --runs times.
+Prints medians: seconds of the whole request, and of its loads as vLLM's own metric counts them. With --tokens 540 a V4
+load is 2 blocks and a window.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ ROOT: Final = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from antefix_engines.vllm.check import difference, prompts_of, run_process, run_step  # noqa: E402
-from antefix_engines.vllm.check_models import V4, llm_arguments, write_model  # noqa: E402
+from antefix_engines.vllm.check_models import PLAIN, V4, CheckModel, llm_arguments, write_model  # noqa: E402
 from benchmarks import run_record  # noqa: E402
 from benchmarks.engines_vllm import SHIM, Tier, antefix, files  # noqa: E402
 
+MODELS: Final = {"v4": V4, "plain": PLAIN}
 READ_TIME: Final = "vllm:kv_offload_tiering_read_time"
 
 
-def measured(tier: Tier, scratch: Path, *, num_tokens: int, num_runs: int) -> dict[str, Any]:
-    model = replace(V4, llm=V4.llm | {"prefix_cache_retention_interval": tier.retention})
+def measured(tier: Tier, scratch: Path, *, base: CheckModel, num_tokens: int, num_runs: int) -> dict[str, Any]:
+    kept = {"prefix_cache_retention_interval": tier.retention} if base is V4 else {}
+    model = replace(base, llm=base.llm | kept)
     llm = llm_arguments(model, write_model(model, scratch), []) | {"kv_transfer_config": tier.transfer}
     prompts = [prompts_of(random.Random(1))["whole"][0][:num_tokens]]
     names = [f"restored {number}" for number in range(num_runs)]
@@ -59,6 +61,7 @@ def measured(tier: Tier, scratch: Path, *, num_tokens: int, num_runs: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="v4")
     parser.add_argument("--tokens", type=int, default=540)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--json", type=Path, help="also write the JSON here")
@@ -71,7 +74,9 @@ def main() -> None:
             "files, a window every 256": lambda: files(scratch / "files", 256),
         }
         running = {
-            tier: threads.submit(measured, make(), scratch, num_tokens=args.tokens, num_runs=args.runs)
+            tier: threads.submit(
+                measured, make(), scratch, base=MODELS[args.model], num_tokens=args.tokens, num_runs=args.runs
+            )
             for tier, make in makers.items()
         }
         report = {tier: done.result() for tier, done in running.items()}

@@ -44,6 +44,8 @@ class StepFailed(Unavailable):
 
 # Tokens a client may lag behind before its sequence pauses.
 NUM_UNREAD_MAX = 256
+# One place more for each so many, for tenants that have none.
+_EXTRA_OF = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,8 @@ class Scheduler:
 
     def __init__(self, engine: Engine, num_running_max: int, num_waiting_max: int = 0) -> None:
         self._engine = engine
-        self._turns = FairTurns(num_running_max, num_waiting_max)
+        # Sequences last: without places of their own, tenants would wait until somebody's long answers end.
+        self._turns = FairTurns(num_running_max, num_waiting_max, num_extra=num_running_max // _EXTRA_OF)
         self._running: list[Running] = []
         self._wake = asyncio.Event()
         self._step_lock = asyncio.Lock()

@@ -36,6 +36,7 @@ from antefix_decode.stopping import Stopper
 from antefix_decode.token_choice import Sampler
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt
+from antefix_prefill.worker.compute_thread import compute_for
 from antefix_prefill.worker.engine import Engine
 from antefix_prefill.worker.serving import WorkerConfig, secure_worker, serve_worker, start_engine
 
@@ -70,6 +71,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         sampling = sampling_from_wire(request.sampling)
         prompt, emitted = self._prompt(request, sampling)
         tenant, _ = split_tenant(request.tenant)
+        compute_for(tenant)
         async with (
             self.scheduler.place(tenant, sampling.max_tokens - len(emitted)),
             contextlib.aclosing(self._decode(prompt, sampling, emitted, request.handoff)) as responses,

@@ -48,6 +48,22 @@ class Routing:
     num_picked: int
 
 
+@triton.jit
+def place_of_program(columns, TOGETHER: tl.constexpr):
+    """The tile of rows and the column of outputs, both int32, that this program of a product computes.
+
+    TOGETHER tiles of rows take one column after the other, so that each column of a weight is read from memory once for
+    all of them.
+    """
+    row_tiles = tl.num_programs(0) // columns
+    span = TOGETHER * columns
+    first_tile = tl.program_id(0) // span * TOGETHER
+    together = tl.minimum(row_tiles - first_tile, TOGETHER)
+    tile = first_tile + tl.program_id(0) % span % together
+    column = tl.program_id(0) % span // together
+    return tile, column
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _product_kernel(x, weights, out, experts, firsts, stops, sources, num_rows, num_outputs, num_addends, num_experts,
                     stride_xn, stride_xg, stride_wg, stride_wo, stride_on, stride_og, ROUTED: tl.constexpr,
@@ -56,13 +72,7 @@ def _product_kernel(x, weights, out, experts, firsts, stops, sources, num_rows, 
                     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
     """One tile [M, N] of x times weights transposed, of one group or expert."""
-    row_tiles = tl.num_programs(0) // tl.cdiv(num_outputs, N)
-    columns = tl.cdiv(num_outputs, N)
-    span = TOGETHER * columns
-    first_tile = tl.program_id(0) // span * TOGETHER
-    together = tl.minimum(row_tiles - first_tile, TOGETHER)
-    tile = first_tile + tl.program_id(0) % span % together
-    column = tl.program_id(0) % span // together
+    tile, column = place_of_program(tl.cdiv(num_outputs, N), TOGETHER)
     if ROUTED:
         group = tl.load(experts + tile)
         first = tl.load(firsts + tile)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from antefix_kernels.finish import store_output
-from antefix_kernels.linear import Routing
+from antefix_kernels.linear import Routing, place_of_program
 from antefix_kernels.number_formats import check
 from antefix_kernels.rounding import fp8_exponent
 
@@ -159,13 +159,7 @@ def _product_kernel(x, codes, scales, out, experts, firsts, stops, sources, num_
                     EVEN: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
                     K: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One tile [N outputs, M rows] of a weight times rows, over one split's addends."""
-    columns = tl.cdiv(num_outputs, N)
-    row_tiles = tl.num_programs(0) // columns
-    span = TOGETHER * columns
-    first_tile = tl.program_id(0) // span * TOGETHER
-    together = tl.minimum(row_tiles - first_tile, TOGETHER)
-    tile = first_tile + tl.program_id(0) % span % together
-    column = tl.program_id(0) % span // together
+    tile, column = place_of_program(tl.cdiv(num_outputs, N), TOGETHER)
     if ROUTED:
         group = tl.load(experts + tile)
         first = tl.load(firsts + tile)

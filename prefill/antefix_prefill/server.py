@@ -19,6 +19,7 @@ from antefix_prefill.prefetch import Prefetcher
 from antefix_prefill.prefill_queue import PrefillQueue
 from antefix_prefill.restore import Prompt, has_short_rest
 from antefix_prefill.run_prompt import run_prompt
+from antefix_prefill.worker.compute_thread import compute_for
 from antefix_prefill.worker.engine import Engine
 from antefix_prefill.worker.serving import WorkerConfig, secure_worker, serve_worker, start_engine
 
@@ -65,6 +66,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self.queue.num_waiting + 1)
         num_tokens = len(tokens) - engine.blocks.num_leading(chain.hashes) * engine.block_size
         tenant, _ = split_tenant(request.tenant)
+        compute_for(tenant)
         async with contextlib.AsyncExitStack() as place:
             turn = self.queue.turn(
                 wait_s, lambda: has_short_rest(engine, prompt), tenant=tenant, num_tokens=max(1, num_tokens)

@@ -73,7 +73,7 @@ class Router:
         self.prefill = Workers(WorkerRole.PREFILL, make_policy(config.policy, compute_weight=weight), config.prefill)
         self.decode = Workers(WorkerRole.DECODE, make_policy(config.policy, compute_weight=weight), config.decode)
         keyring = Keyring.from_file(config.secret_file)
-        self._names = names = PromptNames(
+        self._names = PromptNames(
             fingerprint=self.fingerprint,
             keyring=keyring,
             block_size=identity.geometry.block_size,
@@ -91,7 +91,7 @@ class Router:
             name=config.store_address,
             keys=event_keys,
         )
-        self._prefilling = prefilling = Prefilling(
+        self._prefilling = Prefilling(
             self.prefill,
             store,
             directory,
@@ -103,7 +103,7 @@ class Router:
             # Several stores know themselves what events said.
             feed=self.feed if config.store_events and not config.stores else None,
         )
-        self.counters = prefilling.counters
+        self.counters = self._prefilling.counters
         self.keyring = keyring
         self.memory = MemoryFeed(directory, redis_url=events, keys=event_keys, callee=self._callee)
         self.leases = Leases(self.prefill, self.decode, directory, fingerprint=self.fingerprint, memory=self.memory)
@@ -111,23 +111,26 @@ class Router:
         self.forest = PrefixForest()
         self.front: Front = open_front(
             config,
-            Generator(
-                prefilling,
-                self.decode,
-                names,
-                directory,
-                self.pins,
-                sessions,
-                budget=self.budget,
-                between_tokens=lambda seconds, number: self.front.accounts.measures.note_pace(seconds, number),
-                on_named=lambda prompt: self.forest.note(prompt.chain.hashes, prompt.owner),
-            ),
+            self._generator(directory, sessions),
             identity=identity,
             tokenizer=tokenizer,
             keyring=keyring,
             fingerprint=self.fingerprint,
         )
         self.key_changes = follow_keys(config, self.front.keys, keyring)
+
+    def _generator(self, directory: Directory, sessions: Sessions) -> Generator:
+        return Generator(
+            self._prefilling,
+            self.decode,
+            self._names,
+            directory,
+            self.pins,
+            sessions,
+            budget=self.budget,
+            between_tokens=lambda seconds, number: self.front.accounts.measures.note_pace(seconds, number),
+            on_named=lambda prompt: self.forest.note(prompt.chain.hashes, prompt.owner),
+        )
 
     def why_unready(self) -> str:
         """Why a request would not be served now; empty where it would. Without prefill workers decode prefills."""

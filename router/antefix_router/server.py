@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from functools import partial
 
 import grpc
@@ -25,7 +25,8 @@ from antefix.secret import Keyring
 from antefix.security.guard import admitted
 from antefix.security.identity import Role
 from antefix.security.process_security import open_security
-from antefix.store.open_store import feed_maker, open_stores, store_addresses
+from antefix.store.api import Store
+from antefix.store.open_store import StoreAddress, feed_maker, open_stores, store_addresses
 from antefix.telemetry import Registry, bind_request, span
 from antefix.telemetry.settings import serve_metrics
 from antefix.tokenizer import load_tokenizer
@@ -201,10 +202,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     stores = store_addresses(config)
     called = [where.address for where in stores]
     security.check_calling((*called, *config.prefill, *config.decode))
-    events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
-    keys = EventKeys.of(Keyring.from_file(config.secret_file))
-    make_feed = feed_maker(stores, events, keys) if config.store_events else None
-    store = open_stores(stores, near=config.near_stores, make_feed=make_feed)
+    store = _open_store(config, stores)
     identity, tokenizer = identify(config.model), load_tokenizer(config.model)
     router = Router(identity, tokenizer, store, config, granter=security.granter)
     servicer = RouterServicer(router)
@@ -259,6 +257,13 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         others=[http.stop] if http is not None else [],
         end=accounts.ending.end,
     )
+
+
+def _open_store(config: RouterConfig, stores: Sequence[StoreAddress]) -> Store:
+    events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
+    keys = EventKeys.of(Keyring.from_file(config.secret_file))
+    make_feed = feed_maker(stores, events, keys) if config.store_events else None
+    return open_stores(stores, near=config.near_stores, make_feed=make_feed)
 
 
 def _page(router: Router, gateway: Gateway) -> list[Route]:

@@ -88,3 +88,27 @@ def test_vllm_takes_the_documents_command():
     done = run("-c", TAKEN, *words)
     assert done.stdout, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [256, 2048, "fp8", "OffloadingConnector"]
+
+
+COUNTED = """
+import json, sys
+from pathlib import Path
+from antefix_engines.vllm.check import run_process, run_step
+from antefix_engines.vllm.check_models import PLAIN, antefix_tier, llm_arguments, write_model
+scratch = Path(sys.argv[1])
+tier = antefix_tier(scratch / "data", weights_revision="random")
+llm = llm_arguments(PLAIN, write_model(PLAIN, scratch), [tier])
+prompt = [list(range(2, 202))]
+steps = [run_step("cold", prompt, is_stored=True, is_cold=True), {"do": "forget"}]
+steps += [run_step("restored", prompt, is_stored=False), run_step("last", [[2, 3, 4]], is_stored=False)]
+print(json.dumps(run_process({"llm": llm, "steps": steps})))
+"""
+
+
+def test_vllm_shows_the_tiers_counters(tmp_path):
+    done = run("-c", COUNTED, tmp_path)
+    assert done.stdout, done.stderr[-3000:]
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert answers["restored"]["answers"][0]["num_cached"] == 192
+    shown = answers["last"]["metrics"]
+    assert (shown["antefix_vllm_stored_blocks"], shown["antefix_vllm_restored_blocks"]) == (6, 6)

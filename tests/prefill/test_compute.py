@@ -2,11 +2,12 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
 from antefix_prefill.run_prompt import run_prompt
-from antefix_prefill.worker.compute_thread import OLDEST_EVERY, ComputeThread, uninterrupted
+from antefix_prefill.worker.compute_thread import OLDEST_EVERY, ComputeThread, compute_for, uninterrupted
 
 
 async def test_cancellation_waits_for_the_work_in_hand():
@@ -95,3 +96,27 @@ async def test_a_short_prompt_does_not_wait_for_a_long_one(make_engine, make_pro
     await begun.wait()
     await asyncio.gather(long, finish("s", 70))
     assert done == ["s", "l"]
+
+
+async def test_tenants_take_turns_by_the_time_their_chunks_took():
+    """A greedy tenant's many short prompts, each of them shorter than the modest one's, do not go before it."""
+    thread, let_go, taken = ComputeThread("test"), threading.Event(), []
+
+    def work(name):
+        time.sleep(0.01)
+        taken.append(name)
+
+    async def ask(tenant, remaining):
+        compute_for(tenant)
+        await thread.run_chunk(remaining, 1.0, work, tenant)
+
+    busy = asyncio.create_task(thread.run(let_go.wait))
+    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(ask("greedy", 10)) for _ in range(12)]
+    waiting += [asyncio.create_task(ask("modest", 500)) for _ in range(3)]
+    await asyncio.sleep(0)
+    let_go.set()
+    await asyncio.gather(busy, *waiting)
+    thread.close()
+    assert taken.index("modest") <= 1
+    assert taken[:7].count("modest") == 3

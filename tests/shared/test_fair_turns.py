@@ -113,10 +113,11 @@ async def test_who_leaves_takes_no_turn_and_is_not_charged():
     ),
     st.integers(1, 3),
     st.integers(0, 6),
+    st.integers(0, 2),
 )
-def test_places_come_back_whatever_happens(asked, num_places, num_waiting_max):
+def test_places_come_back_whatever_happens(asked, num_places, num_waiting_max, num_extra):
     async def run():
-        turns = FairTurns(num_places, num_waiting_max)
+        turns = FairTurns(num_places, num_waiting_max, num_extra)
         most = 0
 
         async def ask(tenant, cost, what):
@@ -136,7 +137,7 @@ def test_places_come_back_whatever_happens(asked, num_places, num_waiting_max):
             with contextlib.suppress(Overloaded, ValueError, asyncio.CancelledError):
                 await task
         assert (turns.num_running, turns.num_waiting, turns._queue) == (0, 0, [])
-        assert most <= num_places
+        assert most <= num_places + num_extra
 
     asyncio.run(run())
 
@@ -149,3 +150,41 @@ async def test_tenants_that_are_gone_are_forgotten():
                 pass
         assert len(turns._clocks) <= 1026
     assert not turns._clocks
+
+
+async def test_who_has_nothing_at_work_gets_an_extra_place_whatever_lasts():
+    turns, let_go = FairTurns(2, 8, num_extra=1), asyncio.Event()
+    order = []
+
+    async def ask(tenant):
+        async with turns.turn(tenant, 1.0):
+            order.append(tenant)
+            await let_go.wait()
+
+    tasks = [asyncio.create_task(ask(tenant)) for tenant in (*["greedy"] * 5, "modest", "modest", "third")]
+    await asyncio.sleep(0.01)
+    assert order == ["greedy", "greedy", "modest"] and turns.num_running == 3, "one more each, as long as there is one"
+    let_go.set()
+    await asyncio.gather(*tasks)
+    assert (turns.num_running, turns.num_waiting) == (0, 0)
+
+
+async def test_an_extra_place_that_is_free_again_goes_to_who_has_none():
+    turns, gates = FairTurns(1, 8, num_extra=1), {name: asyncio.Event() for name in ("greedy", "modest", "third")}
+    order = []
+
+    async def ask(tenant):
+        async with turns.turn(tenant, 1.0):
+            order.append(tenant)
+            await gates[tenant].wait()
+
+    tasks = [asyncio.create_task(ask(tenant)) for tenant in ("greedy", "greedy", "modest", "third")]
+    await asyncio.sleep(0.01)
+    assert order == ["greedy", "modest"]
+    gates["modest"].set()
+    await asyncio.sleep(0.01)
+    assert order == ["greedy", "modest", "third"]
+    for gate in gates.values():
+        gate.set()
+    await asyncio.gather(*tasks)
+    assert (turns.num_running, turns.num_waiting, turns._running.total()) == (0, 0, 0)

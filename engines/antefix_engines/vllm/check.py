@@ -175,7 +175,7 @@ def _missed(model: CheckModel, own: Answers, restored: dict[str, Any]) -> Findin
     is_hit = answer["num_cached"] > model.hit_tokens
     told = f"{answer['num_cached']} tokens were hit, of which the block up to {2 * model.hit_tokens} is damaged"
     if not is_hit:
-        told = difference(own["whole"]["answers"][0], answer)
+        told = difference(own["whole"]["answers"][0], answer) if model.hits_are_cold else ""
         told = told and difference(own[FIRST_BLOCK]["answers"][0], answer) and told
     return Finding(
         subject=model.name,

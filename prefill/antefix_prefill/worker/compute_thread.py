@@ -1,8 +1,8 @@
 """One thread for the model, in what order it takes its work, and awaits that a cancelled request cannot cut short.
 
     small jobs    decode steps, handoffs, checkpoints, adoptions: always next, in the order in which they came
-    chunks        of the prompt with the least work left; every few turns of the prompt that began first, so that a
-                  stream of short prompts starves nobody
+    chunks        of the tenant that has had the least time; of its prompts, the one with the least work left, and every
+                  few turns the one that began first, so that a stream of short prompts starves nobody
 
 So a short rest after a hit waits for a long prompt's chunk in hand, and at most for one more; never for the prompt.
 
@@ -15,8 +15,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, cast
 
@@ -44,6 +46,15 @@ async def uninterrupted(work: Awaitable[T]) -> T:
 OLDEST_EVERY = 4
 
 
+# Whose request the present task works for.
+_tenant: ContextVar[str] = ContextVar("antefix_compute_tenant", default="")
+
+
+def compute_for(tenant: str) -> None:
+    """From here on, in this task: chunks of several tenants take turns by the time that theirs took."""
+    _tenant.set(tenant)
+
+
 @dataclass(slots=True, eq=False)
 class _Job:
     """remaining: tokens that its prompt has left, None for a small job.  began: when its prompt's computing began."""
@@ -52,6 +63,7 @@ class _Job:
     done: Future[object]
     remaining: int | None = None
     began: float = 0.0
+    tenant: str = ""
 
     def run(self) -> None:
         try:
@@ -69,6 +81,9 @@ class ComputeThread:
         self._small: collections.deque[_Job] = collections.deque()
         self._chunks: list[_Job] = []
         self._num_chunks_run = 0
+        # Seconds that each tenant's chunks took, for those that wait; and where who is served stands.
+        self._clocks: dict[str, float] = {}
+        self._now = 0.0
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """A small job, or a decode step: it never waits for more than the work in hand and small jobs before it."""
@@ -79,7 +94,7 @@ class ComputeThread:
         self, remaining: int, began: float, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """A chunk of a prompt that has `remaining` tokens left, whose computing began at `began`."""
-        job = _Job(lambda: function(*args, **kwargs), Future(), remaining, began)
+        job = _Job(lambda: function(*args, **kwargs), Future(), remaining, began, _tenant.get())
         return cast(T, await self._submit(job))
 
     def close(self) -> None:
@@ -98,13 +113,31 @@ class ComputeThread:
     def _run_next(self) -> None:
         with self._lock:
             job = self._small.popleft() if self._small else self._next_chunk()
+        begun = time.perf_counter()
         job.run()
+        if job.remaining is not None:
+            with self._lock:
+                if self._chunks:
+                    self._clocks[job.tenant] = self._clocks.get(job.tenant, self._now) + time.perf_counter() - begun
+                else:
+                    self._clocks.clear()
+                    self._now = 0.0
 
     def _next_chunk(self) -> _Job:
+        """Of the tenant that had least; of its prompts the shortest rest, and now and then the oldest."""
         self._num_chunks_run += 1
-        if self._num_chunks_run % OLDEST_EVERY:
-            job = min(self._chunks, key=lambda job: (job.remaining, job.began))
+        tenants = {job.tenant for job in self._chunks}
+        if len(tenants) > 1:
+            # One that comes after a pause begins where the others are: a pause is not saved up.
+            clocks = {tenant: max(self._now, self._clocks.get(tenant, 0.0)) for tenant in tenants}
+            tenant = min(clocks, key=lambda tenant: clocks[tenant])
+            self._clocks, self._now = clocks, clocks[tenant]
+            jobs = [job for job in self._chunks if job.tenant == tenant]
         else:
-            job = min(self._chunks, key=lambda job: job.began)
+            jobs = self._chunks
+        if self._num_chunks_run % OLDEST_EVERY:
+            job = min(jobs, key=lambda job: (job.remaining, job.began))
+        else:
+            job = min(jobs, key=lambda job: job.began)
         self._chunks.remove(job)
         return job
