@@ -3,7 +3,7 @@
     python -m benchmarks.histories --minutes 10 --seed 1000 --json histories.json
     python -m benchmarks.histories --only 1234
 
-Each history is a router, a store, two prefill and two decode workers, 16 clients and up to 7 faults, in one process on
+Each history is a router, a store, two prefill and two decode workers, 11 clients and up to 7 faults, in one process on
 a simulated clock, network and disk, with the real classes (tests/histories/). Takes one core; exits with 1 if one
 fails.
 """
@@ -11,7 +11,6 @@ fails.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -19,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from antefix.text_table import text_table
-from benchmarks.grants import write
+from benchmarks.run_record import write
 from tests.histories.history import Outcome, run_history
 
 
@@ -90,11 +89,11 @@ def main() -> int:
     cpu_s = time.process_time() - began_cpu
     rows = [*sums.rows(), ("histories per minute of one core's time", f"{60 * len(sums.operations) / cpu_s:.0f}")]
     sys.stdout.write(text_table(("", ""), rows) + "\n\n")
-    heads = ("fault", "times", "simulated s until it was over, p50", "p99")
+    heads = ("fault", "times", "simulated s to the next answer, p50", "p99")
     sys.stdout.write(text_table(heads, sums.recoveries()) + "\n")
     if args.json is not None:
-        report = {"first seed": args.seed, "load": os.getloadavg()[0], "sums": dict(rows), "failed": sums.failed}
-        write(args.json, {**report, "recovery": sums.recoveries()}, "python -m benchmarks.histories")
+        report = {"first seed": args.seed, "sums": dict(rows), "failed": sums.failed}
+        write(args.json, {**report, "recovery": sums.recoveries()})
     return int(bool(sums.failed))
 
 

@@ -207,7 +207,8 @@ def test_a_model_without_the_layer_is_refused_by_its_setting(tmp_path: Path):
     from antefix_prefill.worker.engine import EngineConfig, build_engine
 
     secret = tmp_path / "secret"
-    secret.write_bytes(b"0123456789abcdef")
+    secret.write_text("00" * 32)
+    secret.chmod(0o600)
     path = released.write("dspark", tmp_path / "model")
     config = EngineConfig(model=str(path), secret_file=str(secret), speculate="mtp")
     with pytest.raises(ModelError, match="DSpark's draft modules"):

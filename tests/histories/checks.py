@@ -28,6 +28,9 @@ async def check(world: World) -> None:
     for worker in (*world.prefill.workers, *world.decode.workers):
         if worker.num_requests or worker.num_tokens:
             raise Broken(f"{worker.address} is still counted as busy")
+    for role in (world.prefill, world.decode):
+        if len(role.workers) != 2:
+            raise Broken(f"{len(role.workers)} of 2 {role.role} workers are known, and all of them live")
     # 2. Watchers hold what the store holds.
     engine = world.store._open()
     stored = {event for batch in engine.snapshot() for found in batch.events for event in found.keys().tolist()}

@@ -40,9 +40,8 @@ class Faults:
         kind = self.rng.choice(KINDS)
         self.world.counts["faults"] += 1
         self.world.counts[f"fault: {kind}"] += 1
-        began = self.world.loop.now_s
         await getattr(self, "_" + kind.replace(" ", "_"))()
-        self.world.recovery_s.setdefault(kind, []).append(self.world.loop.now_s - began)
+        self.world.over.append((kind, self.world.loop.now_s))
 
     def _peer(self) -> str:
         return self.rng.choice(["store", *self.world.workers])
@@ -71,9 +70,9 @@ class Faults:
 
     async def _worker_dies(self) -> None:
         worker = self.world.workers[self.rng.choice(sorted(self.world.workers))]
-        worker.alive = False
-        await asyncio.sleep(self.rng.uniform(0.05, 2.0))
-        worker.alive = True
+        worker.die()
+        await asyncio.sleep(self.rng.choice([0.3, 2.0, 8.0]) * self.rng.random())
+        worker.start_again()
 
     async def _handoffs_lost(self) -> None:
         self.world.handoffs.clear()

@@ -20,7 +20,7 @@ from tests.histories.world import World
 class Outcome:
     """error: what did not hold; empty where all did.  trace: digest of everything that was counted and told.
 
-    recovery_s: by fault, from its beginning to when what it harmed was there again, in simulated time.
+    recovery_s: by fault, from its end to the next whole answer to any client, in simulated time.
     """
 
     seed: int

@@ -11,7 +11,7 @@ from typing import TypeVar
 from antefix.errors import DeadlineExceeded, Unavailable
 
 T = TypeVar("T")
-HANG_S = 30.0
+HANG_S = 12.0
 
 
 class Network:

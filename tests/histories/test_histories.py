@@ -13,6 +13,8 @@ from antefix_billing.ledger import Ledger
 from antefix_billing.usage_record import UsageRecord
 from antefix_kvstore.storage_engine import StorageEngine
 from antefix_router.inflight import InFlight
+from antefix_router.placement.leases import Leases
+from antefix_router.placement.workers import WorkerRole
 from tests.histories import workers
 from tests.histories.history import run_history
 
@@ -101,7 +103,18 @@ def misses_that_are_forgotten(monkeypatch):
     monkeypatch.setattr(UsageRecord, "of", classmethod(of))
 
 
+def leases_that_are_not_renewed(monkeypatch):
+    right = Leases.renew
+
+    def renew(self, role_name, address, **lease):
+        if (WorkerRole(role_name), address) not in self._leases:
+            right(self, role_name, address, **lease)
+
+    monkeypatch.setattr(Leases, "renew", renew)
+
+
 PLANTED = [
+    leases_that_are_not_renewed,
     wrong_token,
     acknowledged_before_it_is_stored,
     settled_and_not_written,

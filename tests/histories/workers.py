@@ -97,6 +97,13 @@ class Worker:
         self.rng = rng
         self.handoffs = handoffs
         self.alive = True
+        self.instance = rng.randbytes(8)
+
+    def die(self) -> None:
+        self.alive = False
+
+    def start_again(self) -> None:
+        self.alive, self.instance = True, self.rng.randbytes(8)
 
     def check_alive(self) -> None:
         if not self.alive:

@@ -1,9 +1,9 @@
 """One history: a router, a store and workers in one process, clients, faults, and what must hold afterwards.
 
 The classes are the real ones: StorageEngine and its recovery (commit), Prefilling and InFlight (coalescing),
-PrefillCalls, Workers, Directory and Generator (placement, hedging, failover, handoffs), Accounts, LedgerWriter and
-Ledger (settlement), EventLog, watch_log and StoreFeed (events). Simulated are the model, the network, what the disk has
-synced, the clock and the threads.
+PrefillCalls, Workers, Leases, Directory and Generator (placement, leases, hedging, failover, handoffs), Accounts,
+LedgerWriter and Ledger (settlement), EventLog, watch_log and StoreFeed (events). Simulated are the model, the network,
+what the disk has synced, the clock and the threads.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError, Unavailable
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch, Cursor, watch_log
@@ -37,6 +38,7 @@ from antefix_router.generation import Generation, Generator
 from antefix_router.naming import PromptNames
 from antefix_router.open_bill import Served
 from antefix_router.placement.directory import Directory
+from antefix_router.placement.leases import Leases
 from antefix_router.placement.policy import make_policy
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.workers import WorkerRole, Workers
@@ -59,10 +61,13 @@ from tests.kvstore.power_loss import PowerLossDisk
 
 T = TypeVar("T")
 KEYRING = Keyring(b"simulated secret")
-NUM_REQUESTS = 16
+NUM_REQUESTS = 11
 NUM_FAULTS = 7
 # Of simulated time, after the last client and fault: hangs end, watchers catch up.
-QUIET_S = 40.0
+QUIET_S = 18.0
+LEASE_S = 6.0
+ROLES = (WorkerRole.PREFILL, WorkerRole.DECODE)
+ADDRESSES = ("127.0.0.1:7001", "127.0.0.1:7002", "127.0.0.1:7101", "127.0.0.1:7102")
 CLIENT_S = 300.0
 
 
@@ -85,7 +90,9 @@ class World:
         self.loop = loop
         self.rng = rng
         self.counts: Counter[str] = Counter()
-        self.recovery_s: dict[str, list[float]] = {}
+        # By fault: when it was over.  When answers came.
+        self.over: list[tuple[str, float]] = []
+        self.answered_s: list[float] = []
         self.told = Told()
         self.network = Network(rng, self.counts)
         self.faults = Faults(self, rng)
@@ -99,8 +106,20 @@ class World:
         self.handoffs: set[bytes] = set()
         self.open_store()
         self.feed = StoreFeed(self.watch, fingerprint=FINGERPRINT)
+        for address in ADDRESSES:
+            self.workers[address] = Worker(self.store, self.names, random.Random(rng.random()), self.handoffs)
         self.asking: set[asyncio.Future[None]] = set()
         self.open_router()
+
+    @property
+    def recovery_s(self) -> dict[str, list[float]]:
+        """By fault: from its end to the next whole answer, where one came."""
+        found: dict[str, list[float]] = {}
+        for kind, over_s in self.over:
+            later = [at_s - over_s for at_s in self.answered_s if at_s >= over_s]
+            if later:
+                found.setdefault(kind, []).append(min(later))
+        return found
 
     # --- roles ---------------------------------------------------------------------------------------------------
 
@@ -118,17 +137,14 @@ class World:
         self.store.engine = engine
 
     def open_router(self) -> None:
-        prefill = Workers(WorkerRole.PREFILL, make_policy("least_work"), ["127.0.0.1:7001", "127.0.0.1:7002"])
-        decode = Workers(WorkerRole.DECODE, make_policy("least_work"), ["127.0.0.1:7101", "127.0.0.1:7102"])
-        for worker in (*prefill.workers, *decode.workers):
-            own = self.workers.setdefault(
-                worker.address, Worker(self.store, self.names, random.Random(self.rng.random()), self.handoffs)
-            )
-            made = SimPrefill if worker.role is WorkerRole.PREFILL else SimDecode
-            worker.client = made(worker.address, own, self.network)
+        prefill, decode = (Workers(role, make_policy("least_work")) for role in ROLES)
         self.router_is_up = True
         self.prefill, self.decode = prefill, decode
         directory, sessions = Directory(), Sessions()
+        # Without its watch of gRPC's health, and swept by us.
+        self.leases = Leases(prefill, decode, directory, fingerprint=FINGERPRINT)
+        for address in self.workers:
+            self.renew(address)
         self.prefilling = Prefilling(
             prefill,
             self.store,
@@ -147,6 +163,29 @@ class World:
             cards=RateCards(),
             tenants=TenantBook(),
         )
+
+    def renew(self, address: str) -> None:
+        """A worker tells the router of itself, which then reaches it by the simulated network."""
+        worker, role = self.workers[address], ROLES[address not in ADDRESSES[:2]]
+        self.leases.renew(role, address, instance=worker.instance, fingerprint=FINGERPRINT, ttl_s=LEASE_S)
+        known = (self.prefill if role is WorkerRole.PREFILL else self.decode).find(address)
+        made = SimPrefill if role is WorkerRole.PREFILL else SimDecode
+        if not isinstance(known.client, made):
+            known.client = made(address, worker, self.network)
+
+    async def keep_lease(self, address: str) -> None:
+        while True:
+            await asyncio.sleep(LEASE_S / 3)
+            self.counts["renewals"] += 1
+            with contextlib.suppress(AntefixError):
+                await self.network.way(address)
+                if self.workers[address].alive and self.router_is_up:
+                    self.renew(address)
+
+    async def sweep_leases(self) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            self.leases.expire(self.loop.time())
 
     def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
         return self._watch(cursor or Cursor())
@@ -228,6 +267,7 @@ class World:
         if len(given) != request.sampling.max_tokens:
             raise Broken(f"{name} ended after {len(given)} of {request.sampling.max_tokens} tokens")
         self.told.answers[name] = given
+        self.answered_s.append(self.loop.now_s)
         record = bill.record
         if accounts is self.accounts:
             self.told.settled[record.event_id, bill.settled.sequence] = bill.settled.hash
@@ -236,6 +276,8 @@ class World:
 
     async def run(self) -> None:
         self.feed.start()
+        keeping = [asyncio.create_task(self.keep_lease(address)) for address in ADDRESSES]
+        keeping.append(asyncio.create_task(self.sweep_leases()))
         tasks = [
             asyncio.create_task(
                 self.client(
@@ -252,6 +294,7 @@ class World:
                 raise outcome
         await asyncio.sleep(QUIET_S)
         await check(self)
+        await end_tasks(keeping)
 
 
 async def _unless(gone: asyncio.Event, coming: Awaitable[T]) -> T | None:

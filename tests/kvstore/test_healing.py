@@ -1,5 +1,6 @@
 """Whatever happens to an open store's files, its owner goes on: with what the segments hold, or with an empty store."""
 
+import asyncio
 import os
 import shutil
 
@@ -218,14 +219,13 @@ async def test_the_services_writer_heals_without_being_asked(engine, config):
     servicer = KvStoreServicer(engine)
     try:
         delete_all(config)
-        future = None
-        for _ in range(200):
-            try:
-                future = servicer.writer.submit(PROMPT.blocks())
-                assert future.result(30).num_stored == len(PROMPT.hashes)
-                break
-            except Unavailable:
-                continue
+        async with asyncio.timeout(120):
+            while True:
+                try:
+                    assert servicer.writer.submit(PROMPT.blocks()).result(30).num_stored == len(PROMPT.hashes)
+                    break
+                except Unavailable:
+                    await asyncio.sleep(0.05)
         assert num_found(engine) == len(PROMPT.hashes)
         assert engine.read(RecordKind.BLOCK, PROMPT.hashes[0], fingerprint=FINGERPRINT)
     finally:
