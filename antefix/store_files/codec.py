@@ -142,6 +142,9 @@ def decode(coded: Buffer, into: memoryview) -> None:
 
 def _fill(views: Sequence[Bytes], body: memoryview, mode: int) -> None:
     nbytes = sum(view.size for view in views)
+    # The library makes room for whatever size a frame claims, before it reads on.
+    if mode == _ZSTD and zstandard.frame_content_size(body) not in (nbytes, -1):
+        raise BlockCorrupt(f"a plane that claims to be of another size than {nbytes} bytes")
     raw = _decompressor().decompress(body, max_output_size=nbytes) if mode == _ZSTD else body
     plane = np.frombuffer(raw, np.uint8)
     if plane.nbytes != nbytes:
