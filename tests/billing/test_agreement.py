@@ -83,7 +83,8 @@ async def ask(client, kind, prompt, number):
     assert answer.headers["x-request-id"]
     if kind == "refused":
         assert answer.status_code == 503
-        return collections.Counter(failed=1)
+        # It failed before its prefill had answered: what it asked for is recorded, and costs nothing.
+        return collections.Counter(failed=1, prompt=len(prompt))
     assert answer.status_code == 200, answer.text
     return counts_of(answer.json()["usage"])
 
