@@ -154,6 +154,7 @@ def test_a_sealed_segment_that_was_cut_is_told(directory, which):
         Ledger(directory, segment_bytes=SEGMENT)
 
 
+@pytest.mark.slow
 def test_one_bit_of_the_last_acknowledged_entry_is_rot_and_not_a_torn_end(directory):
     path = segments_of(directory)[-1]
     last = list(read_entries(directory))[-1][1]

@@ -132,6 +132,7 @@ async def test_a_retry_that_is_billed_again_is_found(tmp_path, monkeypatch):
     assert any("answered and counted a second" in each for each in says(report, Verdict.VIOLATION))
 
 
+@pytest.mark.slow
 async def test_a_budget_ends_an_audit_and_the_report_says_so(tmp_path):
     report = await audited(tmp_path, CachingScript(), budget=Budget(requests=50, tokens=10_000_000))
     assert report.requests == 50 and report.violations == []

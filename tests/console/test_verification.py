@@ -80,6 +80,7 @@ def test_a_replay_that_is_one_block_short_is_caught(monkeypatch):
     assert report.total.failed > 0 and report.total.max_error > 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_boundary_is_caught():
     class Mixed(MemoryStore):
         """Answers with the checkpoint of another boundary, which has as many bytes."""

@@ -161,6 +161,7 @@ async def test_hits_are_the_same_with_and_without_drafting(make_engine, writes):
     assert first.report.hit_tokens == cold.report.hit_tokens == 0
 
 
+@pytest.mark.slow
 async def test_a_draft_state_comes_with_the_checkpoint(make_engine):
     store = MemoryStore()
     writer, reader = make_engine(drafts=True, store=store), make_engine(drafts=True, store=store)

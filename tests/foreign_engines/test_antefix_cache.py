@@ -23,6 +23,7 @@ from antefix_engines.engine_store import EngineStore, StoreSettings
 from antefix_engines.transformers import AntefixCache, model_identity
 from antefix_engines.transformers.small_models import BLOCK_SIZE, small_model
 from tests.child_environment import child_environment
+from tests.slow_cases import slow_but
 
 PROMPT = [(7 * i * i + 3 * i) % 300 for i in range(5 * BLOCK_SIZE + 3)]
 
@@ -120,7 +121,7 @@ def test_generated_tokens_are_not_stored(name, store):
     assert torch.equal(next_logits(model, continued, 7 * BLOCK_SIZE, turn), expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v4"])
+@pytest.mark.parametrize("name", slow_but(["llama", "gemma3"], ["llama", "gemma3", "deepseek_v4"]))
 def test_save_takes_what_was_computed_block_by_block(name, store):
     model = small_model(name)
     cache = cache_of(model, store)

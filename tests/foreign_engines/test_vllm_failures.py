@@ -57,6 +57,7 @@ def check_restored(engine, tokens, end):
     return len(good)
 
 
+@pytest.mark.slow
 def test_prompts_that_push_each_other_out_while_they_are_restored(start):
     """One thread of the store writes and evicts; whatever is read meanwhile is right or missing."""
     engine = start(budget_bytes="16M")
@@ -157,6 +158,7 @@ def served(tmp_path):
     loop.close()
 
 
+@pytest.mark.slow
 def test_two_engines_fill_and_read_one_service_at_once(start, served, tmp_path):
     where = {"address": served[1].address, "secret_file": str(tmp_path / "served" / "secret")}
     engines, shared, own = [start(**where), start(**where)], PROMPTS[:3], {0: PROMPTS[3:6], 1: PROMPTS[6:9]}
