@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from antefix.clients import WorkerState as WorkerState
     from antefix.errors import AntefixError as AntefixError
     from antefix.errors import BlockCorrupt as BlockCorrupt
+    from antefix.errors import BlockUnusable as BlockUnusable
     from antefix.errors import BudgetExceeded as BudgetExceeded
     from antefix.errors import ConfigError as ConfigError
     from antefix.errors import Conflict as Conflict
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from antefix.errors import InternalError as InternalError
     from antefix.errors import InvalidRequest as InvalidRequest
     from antefix.errors import ModelError as ModelError
+    from antefix.errors import NotFinite as NotFinite
     from antefix.errors import Overloaded as Overloaded
     from antefix.errors import PermissionDenied as PermissionDenied
     from antefix.errors import QuotaExceeded as QuotaExceeded
@@ -100,8 +102,8 @@ _NAMES = {
         "WindowStatus WorkerState"
     ),
     "antefix.errors": (
-        "AntefixError BlockCorrupt BudgetExceeded ConfigError Conflict DeadlineExceeded Draining "
-        "FingerprintMismatch InternalError InvalidRequest ModelError Overloaded PermissionDenied "
+        "AntefixError BlockCorrupt BlockUnusable BudgetExceeded ConfigError Conflict DeadlineExceeded Draining "
+        "FingerprintMismatch InternalError InvalidRequest ModelError NotFinite Overloaded PermissionDenied "
         "QuotaExceeded RateLimited ResourceExhausted StoreFull TooManyRequests Unauthenticated "
         "Unavailable"
     ),

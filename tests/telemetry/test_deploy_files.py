@@ -66,7 +66,8 @@ def test_an_alert_names_metrics_that_there_are_and_has_a_runbook(rule):
 
 
 def test_each_row_of_the_table_has_one_alert():
-    alerts = [row[4].strip(" |`") for row in rows()]
+    # Two rows may have the same one: what is seen differs, and what is to be done.
+    alerts = list(dict.fromkeys(row[4].strip(" |`") for row in rows()))
     assert alerts == [rule["alert"] for rule in RULES]
     assert re.findall(r"^#### (Antefix\w+)$", OPERATIONS, re.M) == alerts
 
