@@ -58,6 +58,10 @@ async def read_tiers(tiers: Sequence[Tier], held: Mapping[int, Held], wanted: Wa
     return await _Reading(tiers, held, wanted).run()
 
 
+class _Late(DeadlineExceeded):
+    """A tier was given up for another one, which may have failed meanwhile: then this one is asked again."""
+
+
 class _Reading:
     def __init__(self, tiers: Sequence[Tier], held: Mapping[int, Held], wanted: Wanted) -> None:
         self._tiers = tiers
@@ -103,7 +107,8 @@ class _Reading:
         tier, wanted = self._tiers[number], self._wanted
         nbytes = piece.num_blocks * wanted.block_bytes
         predicted_s = IN_FLIGHT * tier.speed.predicted_s(nbytes)
-        limit_s = predicted_s * _LATE + _LATE_S if self._has_other(number, piece) else predicted_s * _ALONE + _ALONE_S
+        has_other = self._has_other(number, piece)
+        limit_s = predicted_s * _LATE + _LATE_S if has_other else predicted_s * _ALONE + _ALONE_S
         started = time.perf_counter()
         try:
             async with asyncio.timeout(limit_s):
@@ -114,7 +119,8 @@ class _Reading:
                     tenant=wanted.tenant,
                 )
         except TimeoutError as err:
-            raise DeadlineExceeded(f"{tier.label} took longer than {limit_s:.1f} s for {nbytes} bytes") from err
+            what = _Late if has_other else DeadlineExceeded
+            raise what(f"{tier.label} took longer than {limit_s:.1f} s for {nbytes} bytes") from err
         if num_good:
             self._given.append((number, replace(piece, stop=piece.start + num_good)))
             began, _ = self._times.get(number, (started, 0.0))
@@ -134,7 +140,7 @@ class _Reading:
             self._errors.append(err)
             self._tiers[number].failed(err)
             rest += self._shares.take_back(number)
-            if isinstance(err, DeadlineExceeded) and self._has_other(number, piece):
+            if isinstance(err, _Late):
                 left = [each.after(0, without=self._failed, late=this) for each in rest]
             else:
                 self._failed |= this
