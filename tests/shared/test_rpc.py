@@ -139,6 +139,7 @@ async def test_a_port_in_use_is_a_clear_error():
     await server.drain(0)
 
 
+@pytest.mark.slow
 async def test_a_port_takes_so_many_connections_and_none_that_says_nothing(monkeypatch):
     """Twice: with options in force that are smaller and faster than ours."""
     monkeypatch.setattr(rpc, "_connections_limit", lambda: ("grpc.max_allowed_incoming_connections", 3))

@@ -236,8 +236,9 @@ async def test_an_eviction_reaches_all_of_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_whatever_is_lost_the_prefix_is_right(tmp_path: Path, seed: int) -> None:
+async def test_whatever_is_lost_the_prefix_is_right(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any holders, deaths, hangs and stale words: what comes is a prefix of what is there, byte for byte."""
+    monkeypatch.setattr(read_tiers, "_ALONE_S", 1.0)
     chance = random.Random(seed)
     async with rack_of(tmp_path, names="abcd") as rack:
         held: set[int] = set()
