@@ -28,7 +28,10 @@ def delete_all(store):
     shutil.rmtree(store)
 
 
-@pytest.mark.parametrize("harm", [cut_index, zero_index, cut_segments, delete_all])
+@pytest.mark.parametrize(
+    "harm",
+    [cut_index, *(pytest.param(harm, marks=pytest.mark.long) for harm in (zero_index, cut_segments, delete_all))],
+)
 async def test_routers_and_workers_outlive_their_stores_files(deploy, ask, document, reference, harm):
     prompts = [np.concatenate((document[:900], document[start : start + 40])) for start in (0, 100, 200)]
     async with deploy() as deployment:

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from antefix_prefill.worker.rank_processes import EXIT_LOST
 
@@ -18,6 +19,7 @@ def is_there(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.long
 async def test_a_deployment_over_ranks_hits_and_outlives_one_that_dies(deploy, ask, document, reference):
     prompt, longer = document[:700], np.concatenate((document[:700], document[:80]))
     async with deploy(tensor_parallel_size=2, log_level="info") as deployment:
