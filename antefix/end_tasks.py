@@ -13,7 +13,7 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]], *, again_s: float = AGAI
     """Cancel tasks and wait until they have ended.  again_s: longer than what a task needs to put things in order.
 
     Python 3.11's `wait_for`, which Redis' client uses, forgets that it was cancelled when that comes in the same moment
-    as its result. The task would then go on for ever, and so would whoever waits for it; so it is told again.
+    as its result. The task would then run for ever, and its caller would wait for ever. So it is cancelled again.
     """
     left = set(tasks)
     while left:

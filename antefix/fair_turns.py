@@ -1,8 +1,8 @@
 """Turns by tenant: a bounded queue in front of a few places, in which nobody's work holds up everybody else's.
 
-Start-time fair queueing (Goyal, Vin and Cheng, 1996). A tenant's work is counted on a clock of its own; whoever's
-clock is least is next. A tenant that comes after a pause starts where those are that are served now, so a pause is
-neither saved up nor held against it. Where the queue is full, the tenant that has most in it gives way.
+Start-time fair queueing (Goyal, Vin and Cheng, 1996). Each tenant's work is counted on a clock of its own, and
+the tenant whose clock is least is next. After a pause a tenant starts at the clocks of those that are served now, so a
+pause gives it no credit and costs it nothing. Where the queue is full, the tenant that has most in it gives way.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _PACKAGE: Final = "antefix.v1"
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _TEXTS: Final = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
-# Refuses a value. What is wrong begins with a blank: whoever knows the field's name puts it in front.
+# Refuses a value. Its text begins with a blank: the caller, who knows the field's name, puts the name in front.
 Check = Callable[[Any], None]
 
 

@@ -1,8 +1,8 @@
 """Rank 0's side of a model over several ranks: tells the others of each call, and then runs it itself.
 
-The model's own functions do this where `Model.lead` is set, so whoever calls them, and the service around, knows one
-model, one pool and one set of sequences. Calls are checked before they are told: what a request did wrong is refused
-here alone. What fails later has left the ranks in different states, and `on_broken` must end them.
+The model's own functions do this where `Model.lead` is set, so their callers know one model, one pool and one set of
+sequences. Calls are checked before the other ranks are told: a faulty request is refused on rank 0 alone. A call that
+fails later may leave the ranks in different states, and `on_broken` must end them.
 
 Belongs to one thread at a time, as pools do.
 """

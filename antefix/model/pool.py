@@ -111,7 +111,7 @@ class BlockPool:
         return bad
 
     def note_filled(self, block_ids: Iterable[int]) -> None:
-        """Payloads have landed: move them to where the rows are, on every rank, and decode them anew."""
+        """Payloads have landed: move them to where the rows are, on every rank, and decode them again."""
         block_ids = list(block_ids)
         if self._host is not None:
             self._host.send(block_ids)

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from antefix import rpc
 from antefix.block import as_tokens
 from antefix.clients import Tokens
+from antefix.end_tasks import end_tasks
 from antefix.events.event_seal import EventKeys
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.model_dir import identify
@@ -235,14 +236,13 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     router.start()
     service = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
     telling = asyncio.create_task(tell_readiness(server, [service], router.why_unready))
-    http_address = http.address if http is not None else ""
     registry = Registry("router")
     registry.add_in_loop(router.metrics)
     if http is not None:
         registry.add_in_loop(http.metrics)
 
     async def stop() -> None:
-        telling.cancel()
+        await end_tasks([telling])
         await router.close()
 
     await rpc.run_until_signal(
@@ -250,7 +250,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         role="router",
         stop=stop,
         watch_stdin=watch_stdin,
-        http_address=http_address,
+        http_address=http.address if http is not None else "",
         metrics_address=serve_metrics(config, registry, security),
         leave=leave,
         grace_s=config.grace_s,
