@@ -25,6 +25,7 @@ def _load(name: str, trace_format: str) -> Trace:
     return load(path, trace_format, block_size=128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trace_format", "share_of_ideal", "checkpoints_per_request"),
     [
