@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -110,6 +111,13 @@ def _refuse(*_, **__):
 
 # Each HTTP client reads the authorities that it trusts, the system's 140 in 40 ms. Tests talk to this host alone.
 NO_AUTHORITY = Path(__file__).with_name("no_authority.pem")
+# How long a store is waited for in the process that also runs it: on a busy machine both are late, and what is given up
+# then is a miss that no test means.
+PATIENCE_S = 120.0
+PATIENT = {
+    "antefix.store.breaker": ("SLACK_S",),
+    "antefix.store.client": ("CALL_DEADLINE_S", "SEARCH_DEADLINE_S"),
+}
 # What is not in `make test-fast`. There nothing computes for a second on an idle machine, nor for five on a busy one.
 NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines")
 FAST_TEST_S = 5.0
@@ -140,6 +148,9 @@ def pytest_runtest_protocol(item, nextitem):
         patch.setattr(subprocess.Popen, "__init__", _refuse)
         patch.setenv("SSL_CERT_FILE", str(NO_AUTHORITY))
         patch.setattr(certifi, "where", lambda: str(NO_AUTHORITY))
+        for module in PATIENT.keys() & sys.modules.keys():
+            for name in PATIENT[module]:
+                patch.setattr(sys.modules[module], name, PATIENCE_S)
         return (yield)
 
 
