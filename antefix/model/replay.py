@@ -81,9 +81,8 @@ def _replay(model: Model, pool: BlockPool, sequence: Sequence, given: TokenArray
         streams = expand(streams[keep - start :], output, post[keep - start :], comb[keep - start :])
         first = keep
         x, post, comb = layer.ffn_hc(streams)
-        num_live = len(given) - keep
-        x = layer.post_attention_layernorm(x)[:num_live]
-        streams = expand(streams, pad_rows(layer.mlp(x, span[keep : len(given)])), post, comb)
+        output = layer.mlp(layer.post_attention_layernorm(x), span[keep : len(given)])
+        streams = expand(streams, output, post, comb)
     sequence.window.position += len(given)
 
 

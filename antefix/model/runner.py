@@ -28,7 +28,7 @@ from antefix.model.compressor import Compressor
 from antefix.model.lead import LeadCall
 from antefix.model.mhc import expand
 from antefix.model.model import DecoderLayer, Model
-from antefix.model.numerics import ROW_TILE, linear, pad_rows
+from antefix.model.numerics import ROW_TILE, linear
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.pool import BlockPool
 from antefix.model.steps import Steps, TokenRows
@@ -208,6 +208,7 @@ def _run_items(
     ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
     streams = model.model.embed_tokens(tokens).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
     num_tokens = items[-1].stop
+    live = tokens[:num_tokens]
     for index, module in enumerate(model.model.layers):
         layer = cast(DecoderLayer, module)
         x, post, comb = layer.attn_hc(streams)
@@ -215,8 +216,7 @@ def _run_items(
         output = attention.run(layer.input_layernorm(x), positions, ropes[layer.self_attn.kind], split)
         streams = expand(streams, output, post, comb)
         x, post, comb = layer.ffn_hc(streams)
-        x = layer.post_attention_layernorm(x)[:num_tokens]
-        streams = expand(streams, pad_rows(layer.mlp(x, tokens[:num_tokens])), post, comb)
+        streams = expand(streams, layer.mlp(layer.post_attention_layernorm(x), live), post, comb)
     # 3. Window states move on only when tokens are kept, so that a failed call can be repeated.
     hidden = model.model.norm(model.model.hc_head(streams))
     wanted = hidden[:num_tokens] if logits == "all" else hidden[[item.stop - 1 for item in items]]
