@@ -31,6 +31,7 @@ from antefix.model.model import DecoderLayer, Model
 from antefix.model.numerics import ROW_TILE, pad_rows
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.pool import BlockPool
+from antefix.model.step_threads import step_threads
 from antefix.model.window_state import CompressorState, Sequence
 
 _TORCH_OPS = TorchOps()
@@ -51,7 +52,8 @@ def replay(
     given = as_tokens(tokens)
     _check(model, pool, sequence, len(given), stop)
     lead = model.lead
-    with contextlib.nullcontext() if lead is None else lead.replay(pool, sequence, given, stop):
+    telling = contextlib.nullcontext() if lead is None else lead.replay(pool, sequence, given, stop)
+    with telling, step_threads(model, len(given)):
         _replay(model, pool, sequence, given, stop, ops)
 
 

@@ -31,6 +31,7 @@ from antefix.model.model import DecoderLayer, Model
 from antefix.model.numerics import ROW_TILE, linear
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.pool import BlockPool
+from antefix.model.step_threads import step_threads
 from antefix.model.steps import Steps, TokenRows
 from antefix.model.window_state import CompressorState, Sequence, WindowState
 
@@ -178,12 +179,13 @@ def run_tokens(
     # 1. Check everything, before anything is written.
     items, tokens, positions = _plan(model, pool, batch)
     lead = model.lead
-    if lead is None:
-        return _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
-    given = [(sequence, as_tokens(each)) for sequence, each in batch]
-    with lead.run(pool, given, logits=logits, write_global_kv=write_global_kv) as call:
-        ran = _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
-    return replace(ran, _call=call)
+    with step_threads(model, items[-1].stop):
+        if lead is None:
+            return _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
+        given = [(sequence, as_tokens(each)) for sequence, each in batch]
+        with lead.run(pool, given, logits=logits, write_global_kv=write_global_kv) as call:
+            ran = _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
+        return replace(ran, _call=call)
 
 
 def _run_items(
