@@ -78,7 +78,7 @@ def test_lost_workers_are_forgotten_in_time_and_in_number(fleet):
     leases.expire(now + 20)
     named = [address for _, address, _ in leases.lost(now + 20)]
     assert len(named) == 256 and named[-1] == "127.0.0.1:8299"
-    assert leases.lost(now + 20 + 3600) == []
+    assert leases.lost(now + 20 + 3601) == []
 
 
 def test_renewing_keeps_load_and_memory_and_a_new_process_starts_empty(fleet):
