@@ -28,6 +28,19 @@ READS_IN_FLIGHT: Final = 16
 _DECODING_THREADS: Final = 4
 
 
+@dataclass(slots=True)
+class ObjectReadCounters:
+    """num_gone: segments that were deleted under a reader.  num_read_again: records that failed a check once, num_bad
+    twice, or were in a segment that is gone."""
+
+    num_blocks: int = 0
+    num_ranges: int = 0
+    bytes_read: int = 0
+    num_gone: int = 0
+    num_read_again: int = 0
+    num_bad: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class ObjectWanted:
     """A record to read. into: where its payload goes, once its length is known.
@@ -68,8 +81,7 @@ class ObjectReads:
         self._decrypt = decrypt
         self._turns = asyncio.Semaphore(READS_IN_FLIGHT)
         self._threads = ThreadPoolExecutor(_DECODING_THREADS, thread_name_prefix="antefix-objects")
-        self.num_ranges = 0
-        self.bytes_read = 0
+        self.counters: Final = ObjectReadCounters()
 
     async def read(self, kind: RecordKind, wanted: list[ObjectWanted], *, fingerprint: bytes, tenant: bytes) -> None:
         """One range; each record says afterwards whether it is right.
@@ -80,8 +92,8 @@ class ObjectReads:
         segment, start, stop = wanted[0].place.segment, wanted[0].place.offset, wanted[-1].place.stop
         async with self._turns:
             data = await self._bucket.read(segment.name, start, stop)
-            self.num_ranges += 1
-            self.bytes_read += memoryview(data).nbytes
+            self.counters.num_ranges += 1
+            self.counters.bytes_read += memoryview(data).nbytes
             work = asyncio.get_running_loop().run_in_executor(
                 self._threads, self._take, kind, wanted, data, start, fingerprint, tenant
             )

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from antefix.errors import AntefixError, InvalidRequest, Unavailable
@@ -27,16 +26,6 @@ REFRESH_S: Final = 30.0
 _RETRY_S: Final = 5.0
 
 
-@dataclass(slots=True)
-class ObjectCounters:
-    """num_gone: segments that were deleted under a reader.  num_bad: records that failed a check twice."""
-
-    num_blocks: int = 0
-    num_gone: int = 0
-    num_bad: int = 0
-    num_read_again: int = 0
-
-
 class ObjectTier:
     """Used from one event loop. What it holds is known from `catalog`, a moment late."""
 
@@ -53,7 +42,7 @@ class ObjectTier:
         self.bucket: Final = bucket
         self.catalog: Final = Catalog(bucket, clock_ms=clock_ms)
         self.reads: Final = ObjectReads(bucket, seals=seals, decrypt=decrypt)
-        self.counters: Final = ObjectCounters()
+        self.counters: Final = self.reads.counters
         self._refresh_s = refresh_s
         self._refreshing: asyncio.Task[None] | None = None
         self._next_s = 0.0

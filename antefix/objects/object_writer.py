@@ -32,15 +32,22 @@ class ObjectSettings:
     statements: Callable[[], Mapping[bytes, bytes]] = dict
 
 
+@dataclass(slots=True)
+class ObjectWriteCounters:
+    """bytes_written: of whole objects."""
+
+    num_records: int = 0
+    num_segments: int = 0
+    bytes_written: int = 0
+
+
 class ObjectWriter:
     """Puts records into segments of one tenant and one kind each. Used from one event loop."""
 
     def __init__(self, catalog: Catalog, settings: ObjectSettings) -> None:
         self.catalog: Final = catalog
         self.settings: Final = settings
-        self.num_records = 0
-        self.num_segments = 0
-        self.bytes_written = 0
+        self.counters: Final = ObjectWriteCounters()
 
     def takes(self, record: Record) -> bool:
         """Whether there is a key to encrypt it with, where all is encrypted."""
@@ -52,18 +59,18 @@ class ObjectWriter:
 
         Raises:  Unavailable: not all of them were written.
         """
-        before = self.bytes_written
+        before = self.counters.bytes_written
         for batch in batches_of(records, self.settings.segment_bytes):
             await self._write_segment(batch)
-        return self.bytes_written - before
+        return self.counters.bytes_written - before
 
     async def _write_segment(self, records: Sequence[Record]) -> SegmentRef:
         built = await asyncio.to_thread(self._build, records)
         await self.catalog.bucket.put(built.ref.name, built.parts)
         await self.catalog.add([(built.ref, built.records)])
-        self.num_records += len(records)
-        self.num_segments += 1
-        self.bytes_written += built.ref.nbytes
+        self.counters.num_records += len(records)
+        self.counters.num_segments += 1
+        self.counters.bytes_written += built.ref.nbytes
         return built.ref
 
     def _build(self, records: Sequence[Record]) -> BuiltSegment:

@@ -8,8 +8,8 @@ from typing import Final
 from antefix.byte_size import parse_byte_size
 from antefix.config import require, setting
 from antefix.errors import ConfigError
-from antefix.objects.bucket import scheme_of
 from antefix.record import RecordKind
+from antefix.store.object_access import check_object_store
 
 _DAY_S: Final = 86_400.0
 POLICIES: Final = ("reused", "pinned", "evicting", "all")
@@ -31,6 +31,9 @@ class ObjectUploadConfig:
     )
     object_upload_bytes_per_s: int = setting(64 << 20, "how fast uploads may go, on average", unit="bytes")
     object_segment_bytes: int = setting(32 << 20, "payload bytes that are uploaded as one object", unit="bytes")
+    object_wait_s: float = setting(
+        10.0, "how long what is to be uploaded waits for more, so that an object is full", unit="s"
+    )
     object_budget_bytes: int = setting(
         0, "what the whole tier may take: the oldest goes first; 0 for no limit", unit="bytes"
     )
@@ -65,10 +68,10 @@ def check_object_upload(config: ObjectUploadConfig) -> None:
     """Raises:  ConfigError: a setting is malformed, or given without an object store."""
     if not config.object_store:
         return
-    scheme_of(config.object_store)
+    check_object_store(config.object_store, config.object_encrypt_key_file, config.object_keys_file)
     unknown = sorted(set(config.object_upload) - set(POLICIES))
     require(not unknown, f"object_upload takes {', '.join(POLICIES)}, not {', '.join(unknown)}")
-    for name in ("object_reused_after_s", "object_block_ttl_s", "object_checkpoint_ttl_s"):
+    for name in ("object_reused_after_s", "object_wait_s", "object_block_ttl_s", "object_checkpoint_ttl_s"):
         require(getattr(config, name) >= 0, f"{name} must not be negative, is {getattr(config, name)}")
     for name in ("object_budget_bytes", "object_tenant_quota_bytes"):
         require(getattr(config, name) >= 0, f"{name} must not be negative, is {getattr(config, name)}")
@@ -79,10 +82,6 @@ def check_object_upload(config: ObjectUploadConfig) -> None:
     require(
         4 << 10 <= config.object_segment_bytes <= 1 << 30,
         f"object_segment_bytes must be between 4 KiB and 1 GiB, is {config.object_segment_bytes}",
-    )
-    require(
-        not (config.object_keys_file and config.object_encrypt_key_file),
-        "--object-keys-file and --object-encrypt-key-file: give one of the two",
     )
     for text in config.object_quotas:
         parse_quota(text)

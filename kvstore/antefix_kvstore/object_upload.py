@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from antefix.errors import AntefixError
@@ -26,8 +25,8 @@ from antefix.objects.object_writer import ObjectSettings, ObjectWriter
 from antefix.objects.segment_object import Plans
 from antefix.record import Record, RecordKind, RecordName
 from antefix.secret import TENANT_BYTES, Keyring
+from antefix.store.object_access import object_keys
 from antefix.store.record_source import records_of
-from antefix.store_files.encryption import KeyRing
 from antefix.store_files.owners import Owners
 from antefix_kvstore.storage_engine import StorageEngine
 from antefix_kvstore.upload_choice import (
@@ -42,8 +41,6 @@ from antefix_kvstore.upload_choice import (
 log = logging.getLogger("antefix_kvstore.object_upload")
 
 STEP_S: Final = 1.0
-# What is wanted waits so long for more of it: one object costs a request, however small it is.
-FLUSH_S: Final = 10.0
 TIDY_S: Final = 60.0
 _PAUSE_S_MAX: Final = 60.0
 _JOIN_S: Final = 0.5
@@ -68,13 +65,13 @@ class UploadCounters:
 class ObjectUploader:
     """`note` from any thread; the rest happens in its own."""
 
-    def __init__(self, engine: StorageEngine, *, step_s: float = STEP_S, flush_s: float = FLUSH_S) -> None:
+    def __init__(self, engine: StorageEngine, *, step_s: float = STEP_S) -> None:
         """Raises:  ConfigError: the object store's URL, or a key file, cannot be used."""
         config = engine.config
         self.counters: Final = UploadCounters()
         self._engine = engine
         self._policies = frozenset(config.object_upload)
-        self._step_s, self._flush_s = step_s, flush_s
+        self._step_s = step_s
         owners = Owners(Keyring.from_file(config.secret_file) if config.secret_file else None)
         self.catalog: Final = Catalog(open_bucket(config.object_store), clock_ms=engine.clock_ms)
         self.writer: Final = ObjectWriter(
@@ -197,7 +194,11 @@ class ObjectUploader:
         chosen = await asyncio.to_thread(choose, self._engine, self.catalog, names, alive_ms=alive_ms)
         nbytes = sum(each.nbytes for each in chosen)
         oldest_s = min(names.values())
-        if not flush and nbytes < self.writer.settings.segment_bytes and time.monotonic() - oldest_s < self._flush_s:
+        if (
+            not flush
+            and nbytes < self.writer.settings.segment_bytes
+            and time.monotonic() - oldest_s < self._engine.config.object_wait_s
+        ):
             self._put_back(names)
             return
         try:
@@ -258,13 +259,6 @@ class ObjectUploader:
         index = self._engine.index
         with index.txn() as txn:
             return {digest: index.statement(txn, digest) for digest in index.fingerprints(txn).values()}
-
-
-def object_keys(encrypt_key_file: str, keys_file: str, owners: Owners) -> KeyRing | None:
-    """What the tier is encrypted with; None: with nothing.  Raises:  ConfigError."""
-    if encrypt_key_file:
-        return KeyRing.from_master_file(Path(encrypt_key_file))
-    return KeyRing.from_file(Path(keys_file), owners) if keys_file else None
 
 
 def read_records(

@@ -41,7 +41,7 @@ async def test_neighbours_come_in_one_read(tmp_path: Path) -> None:
     await upload(url_of(tmp_path), PROMPT.blocks(), segment_bytes=1 << 20)
     tier = tier_of(url_of(tmp_path))
     assert await num_restored(tier, PROMPT) == 40
-    assert tier.reads.num_ranges == 1
+    assert tier.counters.num_ranges == 1
     await tier.close()
 
 
@@ -120,9 +120,7 @@ async def test_only_sealed_records_of_the_tenant_are_taken(tmp_path: Path) -> No
 async def test_compressed_and_encrypted_with_keys_of_its_own(tmp_path: Path) -> None:
     keys = KeyRing({}, masters=[b"k" * 32])
     prompt = Prompt(list(range(BLOCK * 6)), payload_bytes=PLAN.payload_bytes)
-    await upload(
-        url_of(tmp_path), prompt.blocks(), keys=keys, plans=lambda: {(FINGERPRINT, RecordKind.BLOCK): PLAN}
-    )
+    await upload(url_of(tmp_path), prompt.blocks(), keys=keys, plans=lambda: {(FINGERPRINT, RecordKind.BLOCK): PLAN})
     stored = b"".join(path.read_bytes() for path in (tmp_path / "segments").iterdir())
     assert prompt.payload(0)[:66] not in stored
     tier = tier_of(url_of(tmp_path), decrypt=keys.decrypt)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,13 +81,13 @@ async def test_a_read_right_after_the_write_is_no_reuse(tmp_path: Path) -> None:
 
 
 async def test_a_service_uploads_and_stops_by_itself(tmp_path: Path) -> None:
-    with uploading(tmp_path, object_upload=("all",)) as (engine, _):
-        uploader = ObjectUploader(engine, step_s=0.01, flush_s=0.0)
+    with uploading(tmp_path, object_upload=("all",), object_wait_s=0.0) as (engine, _):
+        uploader = ObjectUploader(engine, step_s=0.01)
         uploader.start()
         engine.put(PROMPT.blocks())
-        deadline = time.monotonic() + 60
-        while uploader.counters.num_uploaded < 40 and time.monotonic() < deadline:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(60):
+            while uploader.counters.num_uploaded < 40:  # noqa: ASYNC110  (it counts in another thread)
+                await asyncio.sleep(0.01)
         uploader.stop()
         assert uploader.counters.num_failures == 0
     assert await num_in_tier(tmp_path) == 40
@@ -132,7 +131,7 @@ async def test_what_waits_is_gathered_into_segments(tmp_path: Path) -> None:
         assert (uploader.counters.num_uploaded, uploader.num_waiting) == (0, 5)
         engine.put(PROMPT.blocks(25)[5:])
         await uploader.step(flush=True)
-        assert (uploader.counters.num_uploaded, uploader.writer.num_segments) == (25, 1)
+        assert (uploader.counters.num_uploaded, uploader.writer.counters.num_segments) == (25, 1)
 
 
 async def test_tenants_lie_in_segments_of_their_own(tmp_path: Path) -> None:
