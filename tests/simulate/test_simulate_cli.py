@@ -117,7 +117,7 @@ def test_a_trace_files_format_is_found_out_or_asked_for(
     assert _json(capsys)["unit_tokens"] == 512
     unknown = tmp_path / "other.jsonl"
     unknown.write_text('{"question": "what am I?"}\n')
-    with pytest.raises(InvalidRequest, match="--format.*trace import"):
+    with pytest.raises(InvalidRequest, match=r"--format .*trace import"):
         _run("--trace", str(unknown))
 
 
