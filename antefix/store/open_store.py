@@ -15,6 +15,7 @@ from antefix.redis_access import RedisAccess
 from antefix.store.client import LocalStore, RemoteStore
 from antefix.store.local_copies import LocalCopies
 from antefix.store.many_stores import ManyStores
+from antefix.store.object_access import check_object_store
 from antefix.store.store_feed import StoreFeed
 from antefix.store.store_members import Member
 from antefix.store.tier import Tier, TierKind
@@ -22,6 +23,8 @@ from antefix.store_files.seal import Seals
 
 # Of a store: it stands in receipts, metrics and file names.
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
+# What a single store is called next to an object tier.
+_ONLY: Final = "store"
 _DAYS_3_S: Final = 72 * 3600.0
 
 
@@ -70,6 +73,14 @@ class StoresConfig:
         unit="bytes",
     )
     local_copies_ttl_s: float = setting(_DAYS_3_S, "reads of another host's store count together for so long", unit="s")
+    object_store: str = setting(
+        "",
+        "object store that is read as well: s3://BUCKET/PREFIX, gs://, az:// or file:///PATH; empty: none",
+    )
+    object_encrypt_key_file: str = setting(
+        "", "file with the key that the object store is encrypted with, as its kvstore services have it", guards=True
+    )
+    object_keys_file: str = setting("", "the same, of tenants' own keys", guards=True)
 
 
 class ReadsStores(Protocol):
@@ -83,6 +94,8 @@ class ReadsStores(Protocol):
     def stores(self) -> tuple[str, ...]: ...
     @property
     def near_stores(self) -> tuple[str, ...]: ...
+    @property
+    def object_store(self) -> str: ...
 
 
 def check_stores(config: ReadsStores) -> None:
@@ -96,6 +109,7 @@ def check_stores(config: ReadsStores) -> None:
     require(len(names) == len(set(names)), f"--stores: each store has a name of its own, not {', '.join(names)}")
     unknown = sorted(set(config.near_stores) - set(names))
     require(not unknown, f"--near-stores: {', '.join(unknown)} is none of --stores")
+    check_object_store(config.object_store)
 
 
 def store_addresses(config: ReadsStores) -> list[StoreAddress]:
@@ -123,23 +137,25 @@ def open_stores(
     *,
     near: Sequence[str] = (),
     seals: Seals | None = None,
+    more: Sequence[Tier] = (),
     copies: LocalCopies | None = None,
     make_feed: Callable[[Member, bytes], StoreFeed] | None = None,
 ) -> LocalStore | RemoteStore | ManyStores:
-    """One client of all of these stores; of a single one what `open_store` gives.
+    """One client of all of these stores; of a single one and nothing more what `open_store` gives.
 
     near: names of those that are written to; none: those with a directory, or else the first.
-    copies, make_feed: as for `ManyStores`.
+    more, copies, make_feed: as for `ManyStores`.
     """
-    if len(where) == 1:
+    if len(where) == 1 and not more:
         return open_store(where[0], seals=seals)
     near = near or [each.name for each in where if each.directory] or [where[0].name]
     members = []
     for each in sorted(where, key=lambda each: each.name not in near):
         store = open_store(each, seals=seals)
         kind = TierKind.DISK if each.directory else TierKind.PEER
-        members.append(Member(tier=Tier(each.name, kind, store), store=store, near=each.name in near))
-    return ManyStores(members, copies=copies, make_feed=make_feed)
+        tier = Tier(each.name or _ONLY, kind, store)
+        members.append(Member(tier=tier, store=store, near=each.name in near))
+    return ManyStores(members, more=more, copies=copies, make_feed=make_feed)
 
 
 def feed_maker(

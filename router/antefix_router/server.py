@@ -27,6 +27,7 @@ from antefix.security.guard import admitted
 from antefix.security.identity import Role
 from antefix.security.process_security import open_security
 from antefix.store.api import Store
+from antefix.store.object_access import object_tiers
 from antefix.store.open_store import StoreAddress, feed_maker, open_stores, store_addresses
 from antefix.telemetry import Registry, bind_request, span
 from antefix.telemetry.settings import serve_metrics
@@ -265,7 +266,7 @@ def _open_store(config: RouterConfig, stores: Sequence[StoreAddress]) -> Store:
     events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
     keys = EventKeys.of(Keyring.from_file(config.secret_file))
     make_feed = feed_maker(stores, events, keys) if config.store_events else None
-    return open_stores(stores, near=config.near_stores, make_feed=make_feed)
+    return open_stores(stores, near=config.near_stores, more=object_tiers(config), make_feed=make_feed)
 
 
 def _page(router: Router, gateway: Gateway) -> list[Route]:
