@@ -23,11 +23,12 @@ ASK_S: Final = 0.5
 class Member:
     """One of the stores.  near: it is written to.  feed: what it holds, by its events; None: it is asked.
 
-    registered: fingerprints whose layouts it was told.
+    registered: fingerprints whose layouts it was told.  address: of its service; empty: not known.
     """
 
     tier: Tier
     store: Store
+    address: str = ""
     near: bool = False
     feed: StoreFeed | None = None
     registered: set[bytes] = field(default_factory=set)

@@ -213,7 +213,7 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
     security = secure_worker(config, Role.DECODE)
-    engine = await start_engine(config)
+    engine = await start_engine(config, may_call=security.check_calling_one)
     servicer = DecodeServicer(engine, load_tokenizer(config.model), config)
 
     async def stop() -> None:

@@ -112,7 +112,7 @@ async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
     security = secure_worker(config, Role.PREFILL)
-    engine = await start_engine(config)
+    engine = await start_engine(config, may_call=security.check_calling_one)
     servicer = PrefillServicer(engine, config)
     await serve_worker(
         config,
