@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Final
@@ -23,7 +24,7 @@ from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import KeyChanges
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.pace import slow_ones
-from antefix_router.placement.workers import Workers
+from antefix_router.placement.workers import WorkerRole, Workers
 from antefix_router.prefill_calls import PrefillingCounters
 
 # Ignored fields that are shown by name, those that came first; their names come from clients.
@@ -167,6 +168,17 @@ def placement_metrics(groups: Sequence[Workers], policy: str, knows_memory: Call
         "How calls of workers ended.",
         {(group.role.value, outcome): float(number) for group in groups for outcome, number in group.num_ended.items()},
         ("role", "outcome"),
+    )
+
+
+def lost_metrics(lost: Sequence[tuple[WorkerRole, str, float]]) -> Iterable[Metric]:
+    """lost: as `Leases.lost` has them."""
+    numbers = Counter(role.value for role, _, _ in lost)
+    yield gauge(
+        "antefix_lost_workers",
+        "Workers whose lease ran out within the last hour, and that neither said goodbye nor came back.",
+        {(role.value,): float(numbers[role.value]) for role in WorkerRole},
+        ("role",),
     )
 
 

@@ -140,6 +140,8 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
                     arithmetic=worker.arithmetic,
                     setup=worker.setup,
                 )
+        for role, address, seconds_ago in self.router.leases.lost(time.monotonic()):
+            response.lost.add(role=role.value, address=address, seconds_ago=seconds_ago)
         counters = self.router.counters
         response.counters.led = counters.num_led
         response.counters.followed = counters.num_followed
