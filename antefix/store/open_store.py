@@ -19,11 +19,14 @@ from antefix.store.client import LocalStore, RemoteStore
 from antefix.store.found_stores import FoundStores
 from antefix.store.local_copies import LocalCopies
 from antefix.store.many_stores import ManyStores
+from antefix.store.object_access import check_object_store
 from antefix.store.store_feed import StoreFeed
 from antefix.store.store_members import Member
 from antefix.store.tier import Tier, TierKind
 from antefix.store_files.seal import Seals
 
+# What a single store is called next to an object tier.
+_ONLY: Final = "store"
 _DAYS_3_S: Final = 72 * 3600.0
 
 
@@ -75,6 +78,14 @@ class StoresConfig:
         unit="bytes",
     )
     local_copies_ttl_s: float = setting(_DAYS_3_S, "reads of another host's store count together for so long", unit="s")
+    object_store: str = setting(
+        "",
+        "object store that is read as well: s3://BUCKET/PREFIX, gs://, az:// or file:///PATH; empty: none",
+    )
+    object_encrypt_key_file: str = setting(
+        "", "file with the key that the object store is encrypted with, as its kvstore services have it", guards=True
+    )
+    object_keys_file: str = setting("", "the same, of tenants' own keys", guards=True)
 
 
 class ReadsStores(Protocol):
@@ -88,6 +99,8 @@ class ReadsStores(Protocol):
     def stores(self) -> tuple[str, ...]: ...
     @property
     def near_stores(self) -> tuple[str, ...]: ...
+    @property
+    def object_store(self) -> str: ...
 
 
 class FindsStores(ReadsStores, RedisConfig, Protocol):
@@ -110,6 +123,7 @@ def check_stores(config: ReadsStores) -> None:
             DnsName(text)
         else:
             check_redis_url(text, "stores")
+    check_object_store(config.object_store)
 
 
 def store_addresses(config: ReadsStores) -> list[StoreAddress]:
@@ -155,18 +169,19 @@ def open_stores(
     *,
     near: Sequence[str] = (),
     seals: Seals | None = None,
+    more: Sequence[Tier] = (),
     copies: LocalCopies | None = None,
     make_feed: Callable[[Member, bytes], StoreFeed] | None = None,
     sources: Sequence[Source] = (),
     may_call: Callable[[str], object] = lambda address: None,
 ) -> LocalStore | RemoteStore | ManyStores:
-    """One client of all of these stores; of a single one what `open_store` gives.
+    """One client of all of these stores; of a single one and nothing more what `open_store` gives.
 
     near: names of those that are written to; none: those with a directory, or else the first.
-    copies, make_feed: as for `ManyStores`.  sources: what finds more of them, with `FoundStores.start`.
+    more, copies, make_feed: as for `ManyStores`.  sources: what finds more of them, with `FoundStores.start`.
     may_call: raises ConfigError for an address of those that must not be called.
     """
-    if len(where) == 1 and not sources:
+    if len(where) == 1 and not sources and not more:
         return open_store(where[0], seals=seals)
     chosen = list(near) or [each.name for each in where if each.directory]
     if not chosen and not sources:
@@ -174,13 +189,14 @@ def open_stores(
     named = [_member(each, seals, near=each.name in chosen) for each in where]
     named.sort(key=lambda member: not member.near)
     if not sources:
-        return ManyStores(named, copies=copies, make_feed=make_feed)
+        return ManyStores(named, more=more, copies=copies, make_feed=make_feed)
     return FoundStores(
         named,
         sources,
         make_member=lambda found: _member(StoreAddress(address=found.address, name=found.name), seals),
         near=near,
         may_call=may_call,
+        more=more,
         copies=copies,
         make_feed=make_feed,
     )
@@ -189,7 +205,7 @@ def open_stores(
 def _member(where: StoreAddress, seals: Seals | None, *, near: bool = False) -> Member:
     store = open_store(where, seals=seals)
     kind = TierKind.DISK if where.directory else TierKind.PEER
-    return Member(tier=Tier(where.name, kind, store), store=store, address=where.address, near=near)
+    return Member(tier=Tier(where.name or _ONLY, kind, store), store=store, address=where.address, near=near)
 
 
 def feed_maker(redis: RedisAccess | str, keys: EventKeys) -> Callable[[Member, bytes], StoreFeed]:

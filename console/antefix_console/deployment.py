@@ -68,6 +68,7 @@ class DeploymentConfig(WorkerSettings):
     log_level, log_format, traces: docs/OPERATIONS.md, "Watching".
     store_bytes: budget of disk per store, such as "64G"; empty for the store's default.
     num_stores: each is as another host's: workers and routers take turns in which of them is theirs (docs/STORES.md).
+    object_store: URL of the tier behind them; with `encrypt` it is encrypted with the same key (docs/OBJECT_STORE.md).
     Raises:  ConfigError: too few of a role, or window settings that are none, or contradict each other.
     """
 
@@ -77,6 +78,7 @@ class DeploymentConfig(WorkerSettings):
     num_decode: int = 1
     num_routers: int = 1
     num_stores: int = 1
+    object_store: str = ""
     store_bytes: str = ""
     router_address: str = "127.0.0.1:0"
     http_address: str = ""
@@ -219,6 +221,7 @@ class Deployment:
             # Also where it is not asked for any more: what is there would be lost, and the rest written in clear.
             flags += ["--encrypt-key-file", str(key)]
         flags += _given("--budget-bytes", config.store_bytes)
+        flags += self._object_flags()
         for number in range(config.num_stores):
             where = ["--dir", str(config.store_dir_of(number)), "--usage-log-dir", str(config.usage_log_dir_of(number))]
             self._stores.append(await self.start_role("kvstore", [*where, *flags]))
@@ -296,7 +299,15 @@ class Deployment:
             *("--model", str(config.model)),
             *("--secret-file", str(config.data_dir / "secret")),
             *self._store_flags(),
+            *self._object_flags(),
         ]
+
+    def _object_flags(self) -> list[str]:
+        """The object tier, which all roles but the console read or write."""
+        url, key = self.config.object_store, self.config.data_dir / STORE_KEY_FILE
+        if not url:
+            return []
+        return ["--object-store", url, *(("--object-encrypt-key-file", str(key)) if key.exists() else ())]
 
     def _store_flags(self) -> list[str]:
         """How the next process reaches the stores: one is on its host, the others are as if on other hosts."""

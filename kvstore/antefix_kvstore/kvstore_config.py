@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antefix.byte_size import parse_byte_size
 from antefix.config import grace_setting, require, setting
 from antefix.discovery.found import SERVICE_NAME
-from antefix.errors import ConfigError
 from antefix.events.address import check_url
 from antefix.record import RecordKind
 from antefix.redis_access import check_redis_url, redis_ca_setting, redis_password_setting
@@ -21,6 +19,7 @@ from antefix.telemetry.settings import (
     trace_share_setting,
     traces_setting,
 )
+from antefix_kvstore.object_config import ObjectUploadConfig, check_object_upload, parse_quota
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -30,7 +29,7 @@ BUDGET_BYTES_MIN = MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KvStoreConfig:
+class KvStoreConfig(ObjectUploadConfig):
     """All sizes are hard limits. The defaults suit one machine."""
 
     dir: str = setting("antefix-store", "directory of the store; created if it is missing or empty")
@@ -116,7 +115,7 @@ class KvStoreConfig:
         for name in ("block_ttl_s", "checkpoint_ttl_s", "handoff_ttl_s"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
         for text in self.quotas:
-            _parse_quota(text)
+            parse_quota(text)
         require(
             not (self.keys_file and self.encrypt_key_file), "--keys-file and --encrypt-key-file: give one of the two"
         )
@@ -134,12 +133,13 @@ class KvStoreConfig:
                 "--lease-redis needs --events-key-file (or --secret-file): nobody believes a lease that is not signed",
             )
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
+        check_object_upload(self)
         check_telemetry(self)
 
     @property
     def own_quotas(self) -> dict[str, int]:
         """By tenant, as the setting has it."""
-        return dict(_parse_quota(text) for text in self.quotas)
+        return dict(parse_quota(text) for text in self.quotas)
 
     @property
     def segment_bytes_in_force(self) -> int:
@@ -157,13 +157,3 @@ class KvStoreConfig:
             RecordKind.HANDOFF: self.handoff_ttl_s,
             RecordKind.POOLED: self.handoff_ttl_s,
         }[kind]
-
-
-def _parse_quota(text: str) -> tuple[str, int]:
-    """Raises:  ConfigError: not of the form tenant=size."""
-    tenant, equals, size = text.rpartition("=")
-    require(bool(equals), f"quotas must be tenant=size, is {text!r}")
-    try:
-        return tenant, parse_byte_size(size)
-    except ConfigError as err:
-        raise ConfigError(f"quotas must be tenant=size, is {text!r}: {err}") from err

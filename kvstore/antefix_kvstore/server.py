@@ -49,10 +49,12 @@ from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.memory_records import MemoryRecords
 from antefix_kvstore.metrics import memory_metrics, store_metrics
+from antefix_kvstore.object_upload import ObjectUploader
 from antefix_kvstore.payload_stream import GetRange, PayloadStream
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.storage_engine import StorageEngine
 from antefix_kvstore.turns import Turns
+from antefix_kvstore.upload_metrics import upload_metrics
 
 T = TypeVar("T")
 PUT_BATCH_BYTES: Final = 32 << 20
@@ -73,6 +75,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self.scrubber = Scrubber(engine, max(engine.config.scrub_bytes_per_s, 1))
         if engine.config.scrub_bytes_per_s:
             self.scrubber.start()
+        self.uploader = ObjectUploader(engine) if engine.config.object_store else None
+        if self.uploader is not None:
+            self.uploader.start()
         self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="antefix-serve")
         self.turns = Turns()
         self._num_streams = 0
@@ -86,6 +91,8 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Commit what is queued and close the store."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self.scrubber.stop)
+        if self.uploader is not None:
+            await loop.run_in_executor(None, self.uploader.stop)
         await loop.run_in_executor(None, self.writer.stop)
         self._threads.shutdown()
         await loop.run_in_executor(None, self.engine.close)
@@ -481,6 +488,8 @@ def registry_of(servicer: KvStoreServicer) -> Registry:
     registry = Registry("kvstore")
     registry.add(functools.partial(store_metrics, servicer.engine, servicer.scrubber, servicer.writer))
     registry.add_in_loop(lambda: memory_metrics(servicer.pool, servicer.num_streams))
+    if servicer.uploader is not None:
+        registry.add(functools.partial(upload_metrics, servicer.uploader))
     return registry
 
 

@@ -42,6 +42,9 @@ class RouterConfig(GatewayConfig):
     store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
     stores: tuple[str, ...] = same_setting(StoresConfig, "stores")
     near_stores: tuple[str, ...] = same_setting(StoresConfig, "near_stores")
+    object_store: str = same_setting(StoresConfig, "object_store")
+    object_encrypt_key_file: str = same_setting(StoresConfig, "object_encrypt_key_file")
+    object_keys_file: str = same_setting(StoresConfig, "object_keys_file")
     prefill_tokens_min: int = setting(
         -1, "an uncached rest of at most this is left to decode; -1: measured speeds decide", unit="tokens"
     )

@@ -29,6 +29,7 @@ from antefix.security.process_security import open_security
 from antefix.store.client import LocalStore, RemoteStore
 from antefix.store.found_stores import FoundStores
 from antefix.store.many_stores import ManyStores
+from antefix.store.object_access import object_tiers
 from antefix.store.open_store import StoreAddress, feed_maker, open_stores, store_addresses, store_sources
 from antefix.telemetry import Registry, bind_request, span
 from antefix.telemetry.settings import serve_metrics
@@ -274,6 +275,7 @@ def _open_store(
     return open_stores(
         stores,
         near=config.near_stores,
+        more=object_tiers(config),
         make_feed=make_feed,
         sources=store_sources(config, keys),
         may_call=may_call,

@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
     parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
     parser.add_argument(
+        "--object-store",
+        default="",
+        metavar="URL",
+        help="object store behind the stores, as s3://BUCKET/PREFIX or file:///PATH (default: none)",
+    )
+    parser.add_argument(
         "--num-stores",
         type=int,
         default=1,
@@ -117,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
         http_address=args.http_address,
         num_routers=args.num_routers,
         num_stores=args.num_stores,
+        object_store=args.object_store,
         ratecards=tuple(args.ratecards),
         tenants_file=args.tenants_file or "",
         api_keys_file=args.api_keys_file or "",

@@ -21,6 +21,7 @@ from antefix.security.identity import Role
 from antefix.security.listening import advertised, is_wildcard, parse_address
 from antefix.security.process_security import ProcessSecurity, credentials_setting, open_security
 from antefix.store.found_stores import FoundStores
+from antefix.store.object_access import object_tiers
 from antefix.store.open_store import (
     StoresConfig,
     check_stores,
@@ -65,6 +66,9 @@ class WorkerConfig(EngineConfig):
     near_stores: tuple[str, ...] = same_setting(StoresConfig, "near_stores")
     local_copies_bytes: int = same_setting(StoresConfig, "local_copies_bytes")
     local_copies_ttl_s: float = same_setting(StoresConfig, "local_copies_ttl_s")
+    object_store: str = same_setting(StoresConfig, "object_store")
+    object_encrypt_key_file: str = same_setting(StoresConfig, "object_encrypt_key_file")
+    object_keys_file: str = same_setting(StoresConfig, "object_keys_file")
     routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
     events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
     kv_events: str = setting(
@@ -115,10 +119,12 @@ async def start_engine(config: WorkerConfig, *, may_call: Callable[[str], object
             # The store may start after us, so it is no error; a misspelt directory would be silence.
             log.warning("there is no store in --store-dir %s; until there is one, every lookup misses", directory)
     keyring = Keyring.from_file(config.secret_file)
+    seals = Seals(keyring)
     store = open_stores(
         where,
         near=config.near_stores,
-        seals=Seals(keyring),
+        seals=seals,
+        more=object_tiers(config, seals=seals, keyring=keyring),
         copies=local_copies(config),
         sources=store_sources(config, EventKeys.of(keyring)),
         may_call=may_call,
