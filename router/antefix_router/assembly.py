@@ -149,6 +149,7 @@ class Router:
         self.leases.start()
         if self.key_changes is not None:
             self.key_changes.start()
+        self.front.start()
         if isinstance(self.store, ManyStores):
             self.store.follow(self.fingerprint)
         elif self.config.store_events:

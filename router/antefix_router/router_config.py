@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from antefix.block import check_arithmetic
 from antefix.config import check_choices, require, same_setting, setting
 from antefix.events.address import check_url
-from antefix.redis_access import check_redis_url, redis_ca_setting, redis_password_setting
+from antefix.redis_access import check_redis_url
 from antefix.security.process_security import credentials_setting
 from antefix.store.open_store import StoresConfig, check_stores
 from antefix.telemetry.settings import (
@@ -53,8 +53,6 @@ class RouterConfig(GatewayConfig):
     )
     store_events: bool = setting(False, "follow the store's events instead of asking it at every request")
     events_redis: str = setting("", "redis:// URL that workers and store tell events to; empty: each of them is asked")
-    redis_password_file: str = redis_password_setting()
-    redis_ca_file: str = redis_ca_setting()
     policy: str = setting("least_work", "placement: least_work, or round_robin to measure it against")
     compute_weight: float = setting(
         COMPUTE_WEIGHT, "least_work without a store: waiting that computing a token again is worth, in tokens"
