@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import grpc
 
 from antefix import rpc
+from antefix.discovery import ServiceLease
 from antefix.errors import InvalidRequest, Overloaded
 from antefix.events.block_events import BlockEvent
 from antefix.events.event_seal import EventKeys
@@ -27,6 +28,7 @@ from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
 from antefix.security.guard import admitted
 from antefix.security.identity import Role
+from antefix.security.listening import advertised
 from antefix.security.process_security import open_security
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.fate_wire import fate_to_wire
@@ -469,7 +471,8 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     except BaseException:
         await servicer.close()
         raise
-    async with _telling(config, engine, server.address):
+    address = advertised(server.address, config.advertise)
+    async with _telling(config, engine, address), _leased(config, address):
         await rpc.run_until_signal(
             server,
             role="kvstore",
@@ -500,9 +503,19 @@ def _telling(
     from antefix.events.redis_stream import StreamPublisher, store_stream
 
     name = config.events_name or address
-    if config.events_key_file:
-        keys = EventKeys.from_file(config.events_key_file)
-    else:
-        keys = EventKeys.of(Keyring.from_file(config.secret_file))
     where = RedisAccess.of(config.events_redis, config)
-    return StreamPublisher(where, engine.events, store_stream(name), name, keys=keys)
+    return StreamPublisher(where, engine.events, store_stream(name), name, keys=_event_keys(config))
+
+
+def _leased(config: KvStoreConfig, address: str) -> contextlib.AbstractAsyncContextManager[object]:
+    """Says in Redis that the store is there while it is entered, where that is wanted."""
+    if not config.lease_redis:
+        return contextlib.nullcontext()
+    where = RedisAccess.of(config.lease_redis, config)
+    return ServiceLease(where, role=Role.KVSTORE, name=config.name, address=address, keys=_event_keys(config))
+
+
+def _event_keys(config: KvStoreConfig) -> EventKeys:
+    if config.events_key_file:
+        return EventKeys.from_file(config.events_key_file)
+    return EventKeys.of(Keyring.from_file(config.secret_file))
