@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import grpc
 
 from antefix import rpc
+from antefix.discovery import ServiceLease
 from antefix.errors import InvalidRequest, Overloaded
 from antefix.events.block_events import BlockEvent
 from antefix.events.event_seal import EventKeys
@@ -27,6 +28,7 @@ from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
 from antefix.security.guard import admitted
 from antefix.security.identity import Role
+from antefix.security.listening import advertised
 from antefix.security.process_security import open_security
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.fate_wire import fate_to_wire
@@ -47,10 +49,12 @@ from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.memory_records import MemoryRecords
 from antefix_kvstore.metrics import memory_metrics, store_metrics
+from antefix_kvstore.object_upload import ObjectUploader
 from antefix_kvstore.payload_stream import GetRange, PayloadStream
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.storage_engine import StorageEngine
 from antefix_kvstore.turns import Turns
+from antefix_kvstore.upload_metrics import upload_metrics
 
 T = TypeVar("T")
 PUT_BATCH_BYTES: Final = 32 << 20
@@ -71,6 +75,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self.scrubber = Scrubber(engine, max(engine.config.scrub_bytes_per_s, 1))
         if engine.config.scrub_bytes_per_s:
             self.scrubber.start()
+        self.uploader = ObjectUploader(engine) if engine.config.object_store else None
+        if self.uploader is not None:
+            self.uploader.start()
         self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="antefix-serve")
         self.turns = Turns()
         self._num_streams = 0
@@ -84,6 +91,8 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Commit what is queued and close the store."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self.scrubber.stop)
+        if self.uploader is not None:
+            await loop.run_in_executor(None, self.uploader.stop)
         await loop.run_in_executor(None, self.writer.stop)
         self._threads.shutdown()
         await loop.run_in_executor(None, self.engine.close)
@@ -462,7 +471,8 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     except BaseException:
         await servicer.close()
         raise
-    async with _telling(config, engine, server.address):
+    address = advertised(server.address, config.advertise)
+    async with _telling(config, engine, address), _leased(config, address):
         await rpc.run_until_signal(
             server,
             role="kvstore",
@@ -478,6 +488,8 @@ def registry_of(servicer: KvStoreServicer) -> Registry:
     registry = Registry("kvstore")
     registry.add(functools.partial(store_metrics, servicer.engine, servicer.scrubber, servicer.writer))
     registry.add_in_loop(lambda: memory_metrics(servicer.pool, servicer.num_streams))
+    if servicer.uploader is not None:
+        registry.add(functools.partial(upload_metrics, servicer.uploader))
     return registry
 
 
@@ -491,9 +503,19 @@ def _telling(
     from antefix.events.redis_stream import StreamPublisher, store_stream
 
     name = config.events_name or address
-    if config.events_key_file:
-        keys = EventKeys.from_file(config.events_key_file)
-    else:
-        keys = EventKeys.of(Keyring.from_file(config.secret_file))
     where = RedisAccess.of(config.events_redis, config)
-    return StreamPublisher(where, engine.events, store_stream(name), name, keys=keys)
+    return StreamPublisher(where, engine.events, store_stream(name), name, keys=_event_keys(config))
+
+
+def _leased(config: KvStoreConfig, address: str) -> contextlib.AbstractAsyncContextManager[object]:
+    """Says in Redis that the store is there while it is entered, where that is wanted."""
+    if not config.lease_redis:
+        return contextlib.nullcontext()
+    where = RedisAccess.of(config.lease_redis, config)
+    return ServiceLease(where, role=Role.KVSTORE, name=config.name, address=address, keys=_event_keys(config))
+
+
+def _event_keys(config: KvStoreConfig) -> EventKeys:
+    if config.events_key_file:
+        return EventKeys.from_file(config.events_key_file)
+    return EventKeys.of(Keyring.from_file(config.secret_file))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from antefix.block import check_arithmetic
 from antefix.config import check_choices, require, same_setting, setting
 from antefix.events.address import check_url
-from antefix.redis_access import check_redis_url, redis_ca_setting, redis_password_setting
+from antefix.redis_access import check_redis_url
 from antefix.security.process_security import credentials_setting
 from antefix.store.open_store import StoresConfig, check_stores
 from antefix.telemetry.settings import (
@@ -42,6 +42,9 @@ class RouterConfig(GatewayConfig):
     store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
     stores: tuple[str, ...] = same_setting(StoresConfig, "stores")
     near_stores: tuple[str, ...] = same_setting(StoresConfig, "near_stores")
+    object_store: str = same_setting(StoresConfig, "object_store")
+    object_encrypt_key_file: str = same_setting(StoresConfig, "object_encrypt_key_file")
+    object_keys_file: str = same_setting(StoresConfig, "object_keys_file")
     prefill_tokens_min: int = setting(
         -1, "an uncached rest of at most this is left to decode; -1: measured speeds decide", unit="tokens"
     )
@@ -50,8 +53,6 @@ class RouterConfig(GatewayConfig):
     )
     store_events: bool = setting(False, "follow the store's events instead of asking it at every request")
     events_redis: str = setting("", "redis:// URL that workers and store tell events to; empty: each of them is asked")
-    redis_password_file: str = redis_password_setting()
-    redis_ca_file: str = redis_ca_setting()
     policy: str = setting("least_work", "placement: least_work, or round_robin to measure it against")
     compute_weight: float = setting(
         COMPUTE_WEIGHT, "least_work without a store: waiting that computing a token again is worth, in tokens"

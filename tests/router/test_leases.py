@@ -56,6 +56,31 @@ def test_a_worker_that_leaves_is_gone_at_once_and_one_of_the_settings_stays(flee
     assert addresses(prefill) == ["127.0.0.1:9"]
 
 
+def test_a_worker_that_stops_renewing_is_named_until_it_is_back_or_says_goodbye(fleet):
+    leases, *_ = fleet
+    other, third = "127.0.0.1:7003", "127.0.0.1:7004"
+    for address in (ADDRESS, other, third):
+        renew(leases, address=address)
+    renew(leases, address=third, ttl_s=0)
+    now = time.monotonic() + 11
+    leases.expire(now)
+    assert leases.lost(now + 5) == [(WorkerRole.PREFILL, ADDRESS, 5), (WorkerRole.PREFILL, other, 5)]
+    renew(leases)
+    renew(leases, address=other, ttl_s=0)
+    assert leases.lost(now + 5) == []
+
+
+def test_lost_workers_are_forgotten_in_time_and_in_number(fleet):
+    leases, *_ = fleet
+    now = time.monotonic()
+    for port in range(300):
+        renew(leases, address=f"127.0.0.1:{8000 + port}")
+    leases.expire(now + 20)
+    named = [address for _, address, _ in leases.lost(now + 20)]
+    assert len(named) == 256 and named[-1] == "127.0.0.1:8299"
+    assert leases.lost(now + 20 + 3601) == []
+
+
 def test_renewing_keeps_load_and_memory_and_a_new_process_starts_empty(fleet):
     leases, prefill, _, directory = fleet
     renew(leases)

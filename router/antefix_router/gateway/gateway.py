@@ -63,6 +63,11 @@ class HttpCaller(Caller):
     has_key: bool = False
     wants_details: bool = False
 
+    @property
+    def is_named(self) -> bool:
+        """Other requests get an id of ours."""
+        return self.has_key
+
 
 class Door:
     """Whom an HTTP door lets in, and who a request's caller is. books: who may call, and the bill."""

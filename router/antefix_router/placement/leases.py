@@ -20,6 +20,9 @@ log = logging.getLogger("antefix.router")
 TTL_S_MIN, TTL_S_MAX = 0.5, 300.0
 # More leases than that are a fault somewhere, not a fleet.
 NUM_LEASES_MAX = 4096
+# A worker that stopped renewing is named to operators for so long, and no more of them than that.
+LOST_KEPT_S = 3600.0
+NUM_LOST_MAX = 256
 _SWEEP_S = 0.5
 
 
@@ -50,6 +53,7 @@ class Leases:
         self._directory = directory
         self.fingerprint = fingerprint
         self._leases: dict[tuple[WorkerRole, str], _Lease] = {}
+        self._lost_at: dict[tuple[WorkerRole, str], float] = {}
         self._health = HealthWatch(directory)
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -97,6 +101,7 @@ class Leases:
         lease = self._leases.get(key)
         if lease is not None and lease.name != name:
             raise PermissionDenied(f"{address} is registered by {lease.name or 'another worker'}, not by {name}")
+        self._lost_at.pop(key, None)
         if not ttl_s:
             self._end(key, "left")
             return
@@ -115,6 +120,14 @@ class Leases:
         """End what has run out."""
         for key in [key for key, lease in self._leases.items() if lease.until <= now]:
             self._end(key, "did not renew its lease")
+            self._lost_at[key] = now
+        for key in list(self._lost_at)[:-NUM_LOST_MAX]:
+            del self._lost_at[key]
+
+    def lost(self, now: float) -> list[tuple[WorkerRole, str, float]]:
+        """Role, address and seconds since the loss of workers that stopped renewing and have not come back."""
+        self._lost_at = {key: at for key, at in self._lost_at.items() if now - at < LOST_KEPT_S}
+        return [(role, address, now - at) for (role, address), at in self._lost_at.items()]
 
     def _end(self, key: tuple[WorkerRole, str], why: str) -> None:
         if self._leases.pop(key, None) is None:
