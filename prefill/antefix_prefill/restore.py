@@ -24,6 +24,7 @@ from antefix.store.many_stores import ManyStores
 from antefix.telemetry import span
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
+from antefix_prefill.model_step import model_step
 from antefix_prefill.older_names import OlderNames, find_older
 from antefix_prefill.publish_block import publish_block
 from antefix_prefill.why_missed import why_missed
@@ -409,7 +410,8 @@ async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], 
         while sequence.position < stop:
             end = min(stop, (sequence.position // engine.prefill_chunk + 1) * engine.prefill_chunk)
             left, piece = prompt.num_tokens - sequence.position, prompt.tokens[sequence.position : end]
-            await engine.compute.run_chunk(left, started, _replay_piece, engine, sequence, piece, stop)
+            with model_step(sequence.position):
+                await engine.compute.run_chunk(left, started, _replay_piece, engine, sequence, piece, stop)
     report.replayed_tokens = stop - start
     engine.rates.observe_replay(plan.replay_work_tokens, context=start, seconds=time.perf_counter() - started)
     return sequence
