@@ -20,6 +20,7 @@ from antefix.miss_reason import MissReason
 from antefix.model import Sequence, WindowState, forward, replay
 from antefix.record import LookupResult, RecordKind
 from antefix.restore_report import RestoreReport
+from antefix.store.file_reads import ReadHangs
 from antefix.store.many_stores import ManyStores
 from antefix.telemetry import span
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
@@ -306,6 +307,10 @@ async def load_blocks(
     try:
         stored_as = _stored_as(engine, prompt, range(len(table), num_blocks), older)
         num_read = await _read_into_pool(engine, stored_as, fresh, report)
+    except ReadHangs as err:
+        # Nobody may compute in these rows while a thread may still write into them.
+        err.when_over(lambda: engine.blocks.release(fresh))
+        return table
     except BaseException:
         engine.blocks.release([*table, *fresh])
         raise
@@ -346,6 +351,8 @@ async def _read_into_pool(
     except AntefixError as err:
         engine.counters.note(err)
         report.store_errors += 1
+        if isinstance(err, ReadHangs):
+            raise
         return 0
     if num_read:
         names = [name for _, hashes in stored_as for name in hashes]
