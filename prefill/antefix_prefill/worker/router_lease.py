@@ -44,7 +44,9 @@ class WorkerLease:
         arithmetic: str = "",
         setup: str = "",
         resolve: Resolve = addresses_of,
+        block_size: int = 0,
     ) -> None:
+        self._block_size = block_size
         self._arithmetic, self._setup = arithmetic, setup
         self._routers = NamedAddresses(routers, resolve)
         self._role = role
@@ -128,6 +130,7 @@ class WorkerLease:
             proof=registration.proof(self._keyring),
             arithmetic=self._arithmetic,
             setup=self._setup,
+            block_size=self._block_size,
         )
         with rpc.rpc_errors():
             await stub.RegisterWorker(request, timeout=_CALL_TIMEOUT_S)
