@@ -45,6 +45,7 @@ from antefix.store.held_wire import held_from_wire
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
+from antefix.store.plan_wire import plans_to_wire
 from antefix.store.record_source import records_of
 from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.store.stream_progress import Progress
@@ -233,9 +234,8 @@ class RemoteStore:
         request = kvstore_pb2.RegisterRequest(
             fingerprint=fingerprint,
             block_size=block_tokens,
-            parts=_parts(plans[RecordKind.BLOCK]) if RecordKind.BLOCK in plans else (),
-            checkpoint_parts=_parts(plans[RecordKind.CHECKPOINT]) if RecordKind.CHECKPOINT in plans else (),
             statement=statement,
+            **plans_to_wire(plans),
         )
         with self._asked():
             await self.stub.Register(request, timeout=CALL_DEADLINE_S)
@@ -590,13 +590,3 @@ def _name(name: RecordName) -> kvstore_pb2.RecordName:
 
 def _reason_of(code: str) -> RefusalReason:
     return RefusalReason(code) if code in set(RefusalReason) else RefusalReason.OTHER
-
-
-def _parts(plan: codec.PlanePlan) -> list[kvstore_pb2.PayloadPart]:
-    return [
-        kvstore_pb2.PayloadPart(
-            num_rows=part.num_rows,
-            fields=[kvstore_pb2.PayloadField(nbytes=nbytes, width=width) for nbytes, width in part.fields],
-        )
-        for part in plan.parts
-    ]
