@@ -36,13 +36,14 @@ from antefix.store.held_wire import held_to_wire
 from antefix.store.payload_channel import SERVICE
 from antefix.store.payload_wire import Piece, unpack_put_request
 from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, messages_of, split_hashes
-from antefix.store_files import codec
+from antefix.store.plan_wire import plans_from_wire
 from antefix.store_files.gone_blocks import fate_of
 from antefix.store_files.record_format import FORMAT_VERSIONS
 from antefix.store_files.record_header import owner_row
 from antefix.telemetry import Registry
 from antefix.telemetry.settings import serve_metrics
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
+from antefix_kvstore.contents_wire import contents_to_wire
 from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.free_space import fit_to_disk
 from antefix_kvstore.group_commit import GroupCommitter
@@ -53,6 +54,7 @@ from antefix_kvstore.object_upload import ObjectUploader
 from antefix_kvstore.payload_stream import GetRange, PayloadStream
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.storage_engine import StorageEngine
+from antefix_kvstore.store_contents import StoreContents
 from antefix_kvstore.turns import Turns
 from antefix_kvstore.upload_metrics import upload_metrics
 
@@ -265,23 +267,22 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def Register(
         self, request: kvstore_pb2.RegisterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.RegisterResponse:
-        plans = {
-            kind: codec.PlanePlan(
-                parts=tuple(
-                    codec.PlanePart(num_rows=part.num_rows, fields=tuple((f.nbytes, f.width) for f in part.fields))
-                    for part in parts
-                )
-            )
-            for kind, parts in ((RecordKind.BLOCK, request.parts), (RecordKind.CHECKPOINT, request.checkpoint_parts))
-            if parts
-        }
+        plans = plans_from_wire(request)
         # It holds for all tenants, so where callers may be strangers to each other the first one's word stays.
         known = 0 if admitted().is_open else await self._in_thread(lambda: self._block_tokens(request.fingerprint))
-        size, plans = (known, {}) if known else (request.block_size, plans)
+        if known:
+            plans = {}
         await self._in_thread(
-            lambda: self.engine.register(request.fingerprint, size, plans, statement=request.statement)
+            lambda: self.engine.register(request.fingerprint, request.block_size, plans, statement=request.statement)
         )
         return kvstore_pb2.RegisterResponse()
+
+    async def Contents(
+        self, request: kvstore_pb2.ContentsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[kvstore_pb2.ContentsResponse, None]:
+        messages = contents_to_wire(StoreContents.of_reader(self.engine.reader))
+        while (message := await self._in_thread(lambda: next(messages, None))) is not None:
+            yield message
 
     def _block_tokens(self, fingerprint: bytes) -> int:
         with self.engine.index.txn() as txn:
