@@ -1,4 +1,4 @@
-"""The figures of docs/WINDOW_STATE.md, on the traces that they are claimed for. Skipped where the traces are not."""
+"""The figures of docs/results/window_state.md, on their own traces. Skipped where the traces are not there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETUP = ReplaySetup(
 def _load(name: str, trace_format: str) -> Trace:
     path = TRACES / name
     if not path.is_file():
-        pytest.skip(f"the trace {name} is not beside the repository")
+        pytest.skip(f"the trace {name} is not next to the repository")
     return load(path, trace_format, block_size=128)
 
 
