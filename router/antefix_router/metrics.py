@@ -115,6 +115,11 @@ def accounts_metrics(accounts: Accounts) -> Iterable[Metric]:
             "What may still be written when the disk is full.",
             {(): float(writer.ledger.reserve_bytes)},
         )
+    if (anchoring := accounts.anchoring) is not None:
+        yield gauge(
+            "antefix_ledger_anchored_entry", "The last entry anchored in all places.", {(): anchoring.anchored_to}
+        )
+        yield counter("antefix_ledger_failed_anchors", "Anchors that failed.", {(): float(anchoring.num_failed)})
     if accounts.shared is not None:
         yield from shared_bill_metrics(accounts.shared)
 

@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="tenants' limits and keys")
     parser.add_argument("--api-keys-file", type=_not_empty, metavar="FILE", help="API keys, made by `antefix keys`")
     parser.add_argument(
+        "--anchors", nargs="*", default=(), metavar="PLACE", help="files elsewhere that get the ledgers' signed heads"
+    )
+    parser.add_argument(
         "--bill-redis", default="", metavar="URL", help="Redis through which several routers share one bill"
     )
     parser.add_argument(
@@ -124,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
         tenants_file=args.tenants_file or "",
         api_keys_file=args.api_keys_file or "",
         bill_redis=args.bill_redis,
+        anchors=tuple(args.anchors),
         encrypt=args.encrypt,
         chat_format=args.chat_format,
         model_aliases=args.model_aliases,
