@@ -77,6 +77,11 @@ def source_of_name(name: str) -> bytes:
     return bytes.fromhex(name.removeprefix(SOURCE_PREFIX))
 
 
+def source_name_of(source: bytes) -> str:
+    """As it stands in records and CloudEvents."""
+    return f"{SOURCE_PREFIX}{source.hex()}"
+
+
 def ledgers_of(paths: Sequence[Path]) -> list[Path]:
     """Ledger directories: each path is one, or a directory that holds some, as `antefix up`'s with several routers.
 

@@ -48,9 +48,10 @@ class ReceiptCheck:
 class Signer:
     """The deployment's receipt key. The public half is published; the private half never leaves the router's host."""
 
-    def __init__(self, key: Ed25519PrivateKey, older: Sequence[bytes] = ()) -> None:
-        """older: public keys that signed before."""
+    def __init__(self, key: Ed25519PrivateKey, older: Sequence[bytes] = (), path: Path | None = None) -> None:
+        """older: public keys that signed before.  path: the file that it is of."""
         self._key = key
+        self.path = path
         self.public_key = key.public_key().public_bytes_raw()
         self.older = tuple(older)
 
@@ -70,7 +71,7 @@ class Signer:
             older = [bytes.fromhex(line.removeprefix(_WAS)) for line in rest if line.strip()]
             if any(not line.startswith(_WAS) for line in rest if line.strip()) or any(len(key) != 32 for key in older):
                 raise ValueError('a line behind the key must be "was" and a public key of 64 hex digits')
-            return cls(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(first.strip())), older)
+            return cls(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(first.strip())), older, Path(path))
         except (OSError, ValueError) as err:
             raise ConfigError(f"receipt key {path}: {err}") from err
 

@@ -184,6 +184,12 @@ class Deployment:
     ) -> None:
         await self.stop()
 
+    def reload(self) -> None:
+        """Let routers read tenants, rate cards and the receipt key again."""
+        for process in self.processes:
+            if process.role == "router" and process.alive:
+                process.process.send_signal(signal.SIGHUP)
+
     @property
     def router(self) -> RouterClient:
         """A client of the router that runs now; closed with the deployment."""

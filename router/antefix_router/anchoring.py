@@ -20,7 +20,7 @@ class Anchoring:
 
     def __init__(self, ledger: Ledger, signer: Signer, places: Sequence[str], every_s: float) -> None:
         self._ledger = ledger
-        self._signer = signer
+        self.signer = signer
         self._places = places
         self._every_s = every_s
         self._done: dict[str, int] = {}
@@ -46,7 +46,7 @@ class Anchoring:
         if not sequence:
             return
         anchor = make_anchor(
-            self._signer, source=self._ledger.source, sequence=sequence, hash=hash, time_us=time.time_ns() // 1000
+            self.signer, source=self._ledger.source, sequence=sequence, hash=hash, time_us=time.time_ns() // 1000
         )
         for place in self._places:
             if self._done.get(place) == sequence:

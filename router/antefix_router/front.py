@@ -101,12 +101,20 @@ class BilledFront:
         self.accounts = accounts
         self.keys = keys
         self.signer = signer
+        # Where its key is, so that a rotated one can be taken while the router runs.
+        self.signer_path = signer.path if signer is not None else None
         self.prefixes = PrefixWatch()
         self._run = run
 
     def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
         """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
         return self.accounts.run(bill, self._run, timeout_s)
+
+    def take_signer(self, signer: Signer) -> None:
+        """Receipts and anchors are signed with this key from now on."""
+        self.signer = signer
+        if self.accounts.anchoring is not None:
+            self.accounts.anchoring.signer = signer
 
     def start(self) -> None:
         """Share the bill with other routers, where the settings say so."""
@@ -286,5 +294,9 @@ def share_bill(config: BillingConfig, accounts: Accounts, keyring: Keyring) -> S
 
 def key_register(tenants: TenantBook, *, needed: bool = False) -> KeyRegister:
     """The keys of a tenants file.  needed: there are others as well."""
-    is_open = not (needed or tenants.needs_keys or tenants.keys)
-    return KeyRegister(named=tenants.keys, open_as="" if is_open else None)
+    return KeyRegister(named=tenants.keys, open_as="" if is_open_to_all(tenants, needed=needed) else None)
+
+
+def is_open_to_all(tenants: TenantBook, *, needed: bool) -> bool:
+    """Whether callers need no key.  needed: there are other keys than the tenants'."""
+    return not (needed or tenants.needs_keys or tenants.keys)

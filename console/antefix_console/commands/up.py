@@ -147,6 +147,7 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
         loop.add_signal_handler(number, asked.set)
     print("starting services ...", file=sys.stderr, flush=True)
     deployment = Deployment(config)
+    loop.add_signal_handler(signal.SIGHUP, deployment.reload)
     reaping = asyncio.create_task(reap_orphans(lambda: {each.process.pid for each in deployment.processes}))
     stopped = asyncio.create_task(asked.wait())
     try:

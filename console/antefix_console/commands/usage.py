@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -19,6 +19,8 @@ from antefix_billing.ledger_files import Settled, ledgers_of, read_settled, sour
 from antefix_billing.ratecard import load_cards
 from antefix_billing.receipt import Signer, check_receipt
 from antefix_billing.reconcile import verify_all
+from antefix_billing.usage_record import UsageRecord
+from antefix_console.commands.usage_adjust import add_adjust_arguments, add_rerate_arguments, run_adjust, run_rerate
 from antefix_console.progress_line import ProgressLine
 
 
@@ -92,6 +94,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     receipt.add_argument("--public-key", help="the published key, hex, to check")
     receipt.add_argument("--ratecards", type=Path, nargs="*", help="rate cards to recompute the price with")
 
+    change = _command(
+        commands,
+        "adjust",
+        "credit, correct or contest a charge: a new entry, nothing that was written changes",
+        f"{ledger} --kind credit --amount=-0.25 --request-id ID --reason 'late answer' --reference T-17",
+    )
+    _add_ledgers(change)
+    add_adjust_arguments(change)
+
+    again = _command(
+        commands,
+        "rerate",
+        "price records again: an adjustment for each that costs something else",
+        f"{ledger} --ratecards deploy/ratecards/deepseek.toml --since 2026-09-01 --dry-run",
+    )
+    _add_source(again)
+    add_rerate_arguments(again)
+
     rotate = _command(
         commands,
         "rotate-key",
@@ -111,7 +131,15 @@ def _command(
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0, or 1 where something does not hold, or 2 where the command cannot be carried out."""
-    commands = {"export": _export, "verify": _verify, "report": _report, "receipt": _receipt, "rotate-key": _rotate_key}
+    commands = {
+        "export": _export,
+        "verify": _verify,
+        "report": _report,
+        "receipt": _receipt,
+        "rotate-key": _rotate_key,
+        "adjust": run_adjust,
+        "rerate": _rerate,
+    }
     try:
         return commands[args.usage_command](args)
     except BrokenPipeError:
@@ -143,19 +171,25 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _settled(args: argparse.Namespace) -> Iterator[Settled]:
-    since_us, until_us = _time_us(args.since), _time_us(args.until)
+    chosen = _chooser(args)
     ledgers = ledgers_of(args.ledger)
     if args.after and len(ledgers) > 1:
         raise ConfigError("--after is a place in one ledger; export each of several on its own to go on from a cursor")
     for item in chain.from_iterable(read_settled(ledger, after=args.after) for ledger in ledgers):
-        record = item.record
-        if args.tenant is not None and record.tenant != args.tenant:
-            continue
-        if since_us is not None and record.started_us < since_us:
-            continue
-        if until_us is not None and record.started_us >= until_us:
-            continue
-        yield item
+        if chosen(item.record):
+            yield item
+
+
+def _chooser(args: argparse.Namespace) -> Callable[[UsageRecord], bool]:
+    """Which records --since, --until and --tenant mean."""
+    since_us, until_us, tenant = _time_us(args.since), _time_us(args.until), args.tenant
+
+    def chosen(record: UsageRecord) -> bool:
+        is_early = since_us is not None and record.started_us < since_us
+        is_late = until_us is not None and record.started_us >= until_us
+        return tenant in (None, record.tenant) and not is_early and not is_late
+
+    return chosen
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -245,6 +279,12 @@ def _receipt(args: argparse.Namespace) -> int:
     receipt = Signer.from_file(args.key_file).receipt(settled, source_of(ledger))
     sys.stdout.write(json.dumps(receipt, indent=2) + "\n")
     return 0
+
+
+def _rerate(args: argparse.Namespace) -> int:
+    if args.after:
+        raise ConfigError("rerate needs all of a ledger; choose records with --since, --until, --tenant and --model")
+    return run_rerate(args, _chooser(args))
 
 
 def _rotate_key(args: argparse.Namespace) -> int:
