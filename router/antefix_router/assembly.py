@@ -29,12 +29,14 @@ from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
 from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import follow_keys
+from antefix_router.live_books import LiveBooks
 from antefix_router.metrics import (
     accounts_metrics,
     hedge_metrics,
     key_metrics,
     lost_metrics,
     placement_metrics,
+    reload_metrics,
     router_metrics,
 )
 from antefix_router.naming import PromptNames
@@ -126,6 +128,7 @@ class Router:
             fingerprint=self.fingerprint,
         )
         self.key_changes = follow_keys(config, self.front.keys, keyring)
+        self.live_books = LiveBooks(config, self.front)
 
     def _generator(self, directory: Directory, sessions: Sessions) -> Generator:
         return Generator(
@@ -150,12 +153,14 @@ class Router:
         if self.key_changes is not None:
             self.key_changes.start()
         self.front.start()
+        self.live_books.start()
         if isinstance(self.store, ManyStores):
             self.store.follow(self.fingerprint)
         elif self.config.store_events:
             self.feed.start()
 
     async def close(self) -> None:
+        await self.live_books.close()
         await self.front.close()
         if self.key_changes is not None:
             await self.key_changes.close()
@@ -223,3 +228,4 @@ class Router:
         if (breaker := getattr(self.store, "breaker", None)) is not None:
             yield from breaker_metrics(breaker)
         yield from key_metrics(self.front.keys, self.key_changes)
+        yield from reload_metrics(self.live_books)
