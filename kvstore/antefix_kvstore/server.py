@@ -270,9 +270,10 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         plans = plans_from_wire(request)
         # It holds for all tenants, so where callers may be strangers to each other the first one's word stays.
         known = 0 if admitted().is_open else await self._in_thread(lambda: self._block_tokens(request.fingerprint))
-        size, plans = (known, {}) if known else (request.block_size, plans)
+        if known:
+            plans = {}
         await self._in_thread(
-            lambda: self.engine.register(request.fingerprint, size, plans, statement=request.statement)
+            lambda: self.engine.register(request.fingerprint, request.block_size, plans, statement=request.statement)
         )
         return kvstore_pb2.RegisterResponse()
 

@@ -33,6 +33,7 @@ from antefix_router.answers import RetryConfig, Run
 from antefix_router.encoding import Encoding
 from antefix_router.generation import Generator, OutputPiece
 from antefix_router.grammar_check import GrammarCheck
+from antefix_router.load_shedding import LoadShedding, until_served
 from antefix_router.open_bill import Bill, Served
 from antefix_router.shared_bill.bill_exchange import BillExchange
 from antefix_router.shared_bill.shared_bill import SharedBill
@@ -121,8 +122,9 @@ class Front(BilledFront):
         tenants: TenantBook,
         signer: Signer | None,
         keys: KeyRegister | None = None,
+        shedding: LoadShedding | None = None,
     ) -> None:
-        """keys: None: those that the tenants have."""
+        """keys: None: those that the tenants have.  shedding: None: all are let in."""
         # Looked up at each request: where nothing runs, as in a dry run, there is no generator.
         super().__init__(
             lambda *args: generator.run(*args), accounts, keys=keys or key_register(tenants), signer=signer
@@ -132,6 +134,7 @@ class Front(BilledFront):
         self.tenants = tenants
         self.encoding = Encoding()
         self.grammars = GrammarCheck(identity.path, identity.vocab_size)
+        self.shedding = shedding or LoadShedding(0.0, lambda: 1)
 
     def check_text(self, num_characters: int, *, num_plain: int | None = None, payer: str | None = None) -> None:
         """What can be told of a prompt before it is encoded: how many tokens it has at least.
@@ -181,6 +184,10 @@ class Front(BilledFront):
         bill.prefix_volatile = self.prefixes.note(request.cache_tenant, request.tokens)
         return bill
 
+    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
+        """As `BilledFront.run`; with its first output the request has been served."""
+        return until_served(super().run(bill, timeout_s))
+
     async def close(self) -> None:
         """Settle what is running, and end what checks grammars."""
         await super().close()
@@ -225,11 +232,21 @@ def open_front(
     tokenizer: Tokenizer,
     keyring: Keyring,
     fingerprint: bytes,
+    shedding: LoadShedding,
 ) -> Front:
     """Raises:  ConfigError: a file or directory named in the settings cannot be used.  LedgerCorrupt: see there."""
     accounts, tenants, keys, signer = open_books(config, keyring)
     accounts.served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
-    return Front(generator, accounts, identity=identity, tokenizer=tokenizer, tenants=tenants, signer=signer, keys=keys)
+    return Front(
+        generator,
+        accounts,
+        identity=identity,
+        tokenizer=tokenizer,
+        tenants=tenants,
+        signer=signer,
+        keys=keys,
+        shedding=shedding,
+    )
 
 
 def open_books(config: BillingConfig, keyring: Keyring) -> tuple[Accounts, TenantBook, KeyRegister, Signer | None]:

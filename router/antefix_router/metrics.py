@@ -22,6 +22,7 @@ from antefix_router.gateway.notes import IgnoredFields
 from antefix_router.gateway.strict_http import HttpFaults
 from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import KeyChanges
+from antefix_router.load_shedding import LoadShedding
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.pace import slow_ones
 from antefix_router.placement.workers import WorkerRole, Workers
@@ -235,6 +236,17 @@ def router_metrics(prefilling: PrefillingCounters, memory: MemoryFeed, store: St
         " old), malformed.",
         {(name, why.value): float(dropped.get(why, 0)) for name, dropped in feeds.items() for why in DropReason},
         ("source", "reason"),
+    )
+
+
+def shedding_metrics(shedding: LoadShedding) -> Iterable[Metric]:
+    """What waits for a first token, and what was refused because it would wait too long."""
+    waiting = {(): float(shedding.num_waiting)}
+    yield gauge("antefix_router_waiting_requests", "Requests that wait for their first token.", waiting)
+    yield counter(
+        "antefix_router_shed_requests",
+        "Requests that were refused by their head, because they would have waited too long.",
+        {(): float(shedding.num_refused)},
     )
 
 

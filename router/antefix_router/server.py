@@ -68,15 +68,16 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(
         self, message: router_pb2.GenerateRequest, context: rpc.Context
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
-        with outward():
-            async with contextlib.aclosing(self._generate(message, context)) as responses:
+        tenant = admitted().identity.tenant(message.tenant)
+        shedding = self.router.front.shedding
+        with outward(), shedding.waiting(tenant, may_refuse=not message.request_id):
+            async with contextlib.aclosing(self._generate(message, context, tenant)) as responses:
                 async for response in responses:
                     yield response
 
     async def _generate(
-        self, message: router_pb2.GenerateRequest, context: rpc.Context
+        self, message: router_pb2.GenerateRequest, context: rpc.Context, tenant: str
     ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
-        tenant = admitted().identity.tenant(message.tenant)
         caller = Caller(tenant=tenant, user=message.user, request_id=message.request_id, session=message.session)
         request = GenerationRequest(
             tokens=await self._tokens(message, tenant),
@@ -183,6 +184,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             ttl_s=request.ttl_s,
             arithmetic=request.arithmetic,
             setup=request.setup,
+            block_size=request.block_size,
             name=identity.name,
         )
         return router_pb2.RegisterWorkerResponse()

@@ -173,6 +173,7 @@ async def serve_worker(
         keyring=engine.keyring,
         arithmetic=engine.arithmetic.name,
         setup=engine.arithmetic.setup,
+        block_size=engine.block_size,
     )
     registry = worker_registry(role, engine)
     registry.add_in_loop(metrics)

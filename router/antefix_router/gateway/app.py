@@ -70,7 +70,7 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, m
     routes = [
         Route(
             path,
-            Endpoint(partial(prepare, gateway), provider, gateway.entering, keep_alive_s=config.http_keep_alive_s),
+            Endpoint(partial(prepare, gateway), provider, gateway.generating, keep_alive_s=config.http_keep_alive_s),
             methods=["POST"],
         )
         for path, (prepare, provider) in _PREPARE.items()

@@ -165,6 +165,18 @@ class Gateway(Door):
         )
         self.prefix_rules = load_rules(config.prefix_rules)
 
+    @contextlib.contextmanager
+    def generating(self, request: Request) -> Iterator[None]:
+        """As `entering`, around a call that runs the model.
+
+        Raises:  Overloaded: its first token would take too long.
+        """
+        with self.entering(request):
+            # With a client's id it may be a retry, whose answer is there.
+            may_refuse = "idempotency-key" not in request.headers
+            with self.front.shedding.waiting(request.scope[TENANT], may_refuse=may_refuse):
+                yield
+
     async def fields(self, request: Request) -> Fields:
         """The body, with the request's notes. Raises:  InvalidRequest: it is no JSON object."""
         body = await self.body(request, request.scope.get(TENANT, ""))
