@@ -52,7 +52,7 @@ async def copy(source: Path, *targets: DirectoryTarget, limits: CopyLimits = ALL
 
 
 def target_of(directory: Path) -> DirectoryTarget:
-    target = open_target(str(directory), budget_bytes=8 << 20, makes=True, makes=True)
+    target = open_target(str(directory), budget_bytes=8 << 20, makes=True)
     assert isinstance(target, DirectoryTarget)
     return target
 
