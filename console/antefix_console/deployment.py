@@ -323,6 +323,13 @@ class Deployment:
             return []
         return ["--object-store", url, *(("--object-encrypt-key-file", str(key)) if key.exists() else ())]
 
+    def store_of(self, process: RoleProcess) -> str:
+        """Of several stores, the name and the directory of this one; empty for any other process."""
+        if process not in self._stores or self.config.num_stores == 1:
+            return ""
+        number = self._stores.index(process)
+        return f"{_store_name(number)} in {self.config.store_dir_of(number)}"
+
     def _store_flags(self) -> list[str]:
         """How the next process reaches the stores: one is on its host, the others are as if on other hosts."""
         config = self.config
@@ -348,6 +355,7 @@ class Deployment:
             self.processes = [process for process in self.processes if process.alive]
             raise
         started.ledger_dir = dead.ledger_dir
+        self._stores = [started if store is dead else store for store in self._stores]
         return started
 
     async def start_role(

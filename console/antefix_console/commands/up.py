@@ -233,6 +233,7 @@ def _announce(deployment: Deployment, *, as_json: bool) -> None:
             "pid": p.process.pid,
             "metrics_address": p.metrics_address,
             **({"http_address": p.http_address} if p.http_address else {}),
+            **({"store": store} if (store := deployment.store_of(p)) else {}),
         }
         for p in deployment.processes
     ]
@@ -243,9 +244,9 @@ def _announce(deployment: Deployment, *, as_json: bool) -> None:
         print(json.dumps(said), flush=True)
         return
     for row in rows:
-        print(
-            f"{row['role']:<8} {row['address']:<22} pid {row['pid']:<8} metrics http://{row['metrics_address']}/metrics"
-        )
+        more = f"  {row['store']}" if "store" in row else ""
+        where, metrics = f"{row['address']:<22} pid {row['pid']:<8}", f"http://{row['metrics_address']}/metrics"
+        print(f"{row['role']:<8} {where} metrics {metrics}{more}")
     for http_address in http_addresses:
         print(f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1")
     print(f"\nTry:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'")
