@@ -35,7 +35,7 @@ test: setup
 
 # What starts no process and does not compute for seconds: at most 90 s on two idle cores. One thread each: the same bits.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not long and not gpu and not browser and not hosts and not environments and not services and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -W error::tests.slow_cases.SlowTest -m "not long and not gpu and not browser and not hosts and not environments and not services and not slow"
 
 test-long: setup
 	$(BIN)/python -m pytest -m long

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from antefix.security import own_credentials
 from tests.on_demand import OnDemand
 from tests.redis_servers import redis, shared_redis, start_cluster, start_redis
 from tests.running_deployment import _deployment_of_all, running
+from tests.slow_cases import SlowTest
 
 __all__ = ["_deployment_of_all", "redis", "running", "shared_redis", "start_cluster", "start_redis"]
 
@@ -121,10 +123,13 @@ def pytest_runtest_call(item):
 
 
 def check_fast(item, used_s):
-    """used_s: its processor time, and not the clock's: a busy machine doubles the one, and the other tenfold."""
+    """used_s: its processor time, not the clock's. A busy machine doubles it, so only `make test-fast` fails here."""
     if used_s > FAST_TEST_S and not any(item.get_closest_marker(marker) for marker in NOT_FAST):
-        told = f"took {used_s:.1f} s of processor time: make it cheaper, or mark it with @pytest.mark.slow"
-        pytest.fail(told, pytrace=False)
+        warnings.warn(
+            f"{item.nodeid} took {used_s:.1f} s of processor time: make it cheaper, or mark it with @pytest.mark.slow",
+            SlowTest,
+            stacklevel=2,
+        )
 
 
 @pytest.fixture

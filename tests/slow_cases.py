@@ -1,9 +1,13 @@
-"""Cases of a parametrised test of which some stand for all in `make test-fast`."""
+"""What `make test-fast` leaves out: some cases of a parametrised test, and tests that compute for seconds."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
+
+
+class SlowTest(UserWarning):
+    """A test without the mark `slow` computed for seconds. `make test-fast` turns it into a failure."""
 
 
 def slow_but(fast: Iterable[Any], cases: Iterable[Any]) -> list[Any]:

@@ -53,6 +53,8 @@ class StoreAddress:
 class StoresConfig:
     """Settings of whoever reads stores; `same_setting` hands them on."""
 
+    store_address: str = setting("", "host:port of the kvstore service")
+    store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
     stores: tuple[str, ...] = setting(
         (),
         "several stores, as NAME=ADDRESS or, on this host, NAME=ADDRESS@DIRECTORY, separated by commas; instead of"

@@ -35,7 +35,7 @@ from antefix.security.credentials import Credentials
 from antefix.security.grants import unchecked
 from antefix.security.identity import Role
 from antefix.security.listening import check_calling
-from antefix.store.open_store import StoreAddress, open_store
+from antefix.store.open_store import StoresConfig, check_stores, local_copies, open_stores, store_addresses
 from antefix.store_files.seal import Seals
 from antefix_engines.engine_layout import EngineLayout
 
@@ -55,21 +55,34 @@ class StoreSettings:
     secret_file: the deployment's; needed where `directory` is not given.
     credentials: for a service with TLS, and so for any other host: a directory with tls.crt, tls.key and ca.crt of an
     engine (`antefix certs issue engine`), and its tenant.grant (`antefix certs grant`).
+    stores: several kvstore services instead, as workers' `--stores` has them (docs/STORES.md): a list, or one text with
+    commas. near_stores: names of those that are written to.
+    local_copies_bytes: what is read often from another host's store is copied to a near one, at most so much.
     """
 
     directory: str = ""
     address: str = ""
+    stores: str | Sequence[str] = ()
+    near_stores: str | Sequence[str] = ()
+    local_copies_bytes: int | str = "4G"
     secret_file: str = ""
     credentials: str = ""
     tenant: str = "default"
     budget_bytes: int | str = "64G"
 
     def __post_init__(self) -> None:
-        if not self.directory and not self.address:
-            raise ConfigError("name the store: directory (in this process) or address (a kvstore service), or both")
-        if self.address and not self.directory and not self.secret_file:
+        if self.stores and (self.directory or self.address):
+            raise ConfigError("stores says addresses and directories itself: leave directory and address out")
+        if not self.directory and not self.address and not self.stores:
+            raise ConfigError(
+                "name the store: directory (in this process) or address (a kvstore service), or both; several: stores"
+            )
+        if not self.directory and not self.secret_file:
             raise ConfigError("a store that is reached by address alone needs secret_file, the deployment's secret")
         parse_byte_size(self.budget_bytes)
+        parse_byte_size(self.local_copies_bytes)
+        if self.is_served:
+            check_stores(self.services)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
@@ -78,6 +91,28 @@ class StoreSettings:
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown settings of the store: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         return cls(**values)
+
+    @property
+    def services(self) -> StoresConfig:
+        """Which kvstore services are meant."""
+        directory = str(Path(self.directory) / "store") if self.directory and self.address else ""
+        return StoresConfig(
+            store_address=self.address,
+            store_dir=directory,
+            stores=_names(self.stores),
+            near_stores=_names(self.near_stores),
+            local_copies_bytes=parse_byte_size(self.local_copies_bytes),
+        )
+
+    @property
+    def is_served(self) -> bool:
+        """By kvstore services, which many processes may call."""
+        return bool(self.address or self.stores)
+
+    @property
+    def reads_files(self) -> bool:
+        """At least one store is on this host, and read without a call."""
+        return bool(self.directory) or any(each.directory for each in store_addresses(self.services))
 
     @property
     def secret_path(self) -> Path:
@@ -125,18 +160,8 @@ class EngineStore:
     @classmethod
     def open(cls, settings: StoreSettings) -> Self:
         """Raises:  ConfigError: no store, another process has it open, or no secret."""
-        if settings.address:
-            keyring = Keyring.from_file(settings.secret_path)
-            directory = str(Path(settings.directory) / "store") if settings.directory else ""
-            where = StoreAddress(address=settings.address, directory=directory)
-            files = CredentialFiles(settings.credentials) if settings.credentials else None
-            check_calling(settings.address, has_tls=files is not None)
-            if files is not None:
-                _check_grant(files, keyring, settings)
-            credentials = Credentials(Role.ENGINE, files=files, keyring=keyring)
-            own_credentials.use_for(settings.address, credentials)
-            store = BlockingStore(open_store(where, seals=Seals(keyring)))
-            return cls(store, keyring, tenant=settings.tenant, credentials=credentials)
+        if settings.is_served:
+            return cls._of_services(settings)
         # Only an embedded store needs the storage engine.
         import antefix_kvstore
         from antefix_kvstore.reading_here import ReadingHere
@@ -145,6 +170,20 @@ class EngineStore:
         keyring = Keyring.from_file(create_secret_file(settings.secret_path))
         embedded = antefix_kvstore.open(Path(settings.directory) / "store", budget_bytes=settings.budget_bytes)
         return cls(ReadingHere(embedded), keyring, tenant=settings.tenant)
+
+    @classmethod
+    def _of_services(cls, settings: StoreSettings) -> Self:
+        services, keyring = settings.services, Keyring.from_file(settings.secret_path)
+        files = CredentialFiles(settings.credentials) if settings.credentials else None
+        if files is not None:
+            _check_grant(files, keyring, settings)
+        credentials = Credentials(Role.ENGINE, files=files, keyring=keyring)
+        where = store_addresses(services)
+        for each in where:
+            check_calling(each.address, has_tls=files is not None)
+            own_credentials.use_for(each.address, credentials)
+        store = open_stores(where, near=services.near_stores, seals=Seals(keyring), copies=local_copies(services))
+        return cls(BlockingStore(store), keyring, tenant=settings.tenant, credentials=credentials)
 
     def kv(self, fingerprint: Fingerprint, layout: EngineLayout) -> KvOfModel:
         """The records of one model, engine and layout. The store is told the layout, so that it can compress."""
@@ -319,6 +358,12 @@ class KvOfModel:
                 labels=self.fingerprint.labels,
             )
         )
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    """A list, or one text with commas, as engines' configurations have it."""
+    parts = given.split(",") if isinstance(given, str) else given
+    return tuple(part.strip() for part in parts if part.strip())
 
 
 def _check_grant(files: CredentialFiles, keyring: Keyring, settings: StoreSettings) -> None:

@@ -3,16 +3,19 @@
 import json
 import sys
 import time
+import warnings
 
 import pytest
 
 from tests.on_demand import OnDemand
-from tests.slow_cases import slow_but
+from tests.slow_cases import SlowTest, slow_but
 
 pytest_rules = sys.modules["tests.conftest"]
 
 
 class Item:
+    nodeid = "test_x.py::test_y"
+
     def __init__(self, *markers):
         self.markers = markers
 
@@ -20,15 +23,17 @@ class Item:
         return name if name in self.markers else None
 
 
-def test_a_fast_test_that_computes_for_long_fails():
-    pytest_rules.check_fast(Item(), 4.9)
-    with pytest.raises(pytest.fail.Exception, match=r"took 5\.1 s of processor time"):
+def test_a_fast_test_that_computes_for_long_is_named():
+    with warnings.catch_warnings(action="error"):
+        pytest_rules.check_fast(Item(), 4.9)
+    with pytest.warns(SlowTest, match=r"test_y took 5\.1 s of processor time"):
         pytest_rules.check_fast(Item(), 5.1)
 
 
 @pytest.mark.parametrize("marker", ["slow", "services", "gpu", "long"])
 def test_one_that_is_marked_may(marker):
-    pytest_rules.check_fast(Item(marker), 50.0)
+    with warnings.catch_warnings(action="error"):
+        pytest_rules.check_fast(Item(marker), 50.0)
 
 
 def test_the_time_that_a_package_takes_to_import_is_known(monkeypatch):

@@ -21,10 +21,11 @@ SETUP = ReplaySetup(
 def _load(name: str, trace_format: str) -> Trace:
     path = TRACES / name
     if not path.is_file():
-        pytest.skip(f"the trace {name} is not beside the repository")
+        pytest.skip(f"the trace {name} is not next to the repository")
     return load(path, trace_format, block_size=128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trace_format", "share_of_ideal", "checkpoints_per_request"),
     [

@@ -48,7 +48,7 @@ class HiCacheSettings:
                 f" {FROM_FILES!r} to hash the files of the model's folder"
             )
         store = StoreSettings.from_mapping(rest)
-        if not store.address and _num_processes(storage_config) > 1:
+        if not store.is_served and _num_processes(storage_config) > 1:
             raise ConfigError("several ranks cannot open one store: run a kvstore service and give its address")
         mine = {name: str(values[name]) for name in own if name in values}
         if mine["weights_revision"] == FROM_FILES:

@@ -50,7 +50,7 @@ class TierSettings:
 
     @property
     def is_local(self) -> bool:
-        return self.locality == "LOCAL" or (not self.locality and bool(self.store.directory))
+        return self.locality == "LOCAL" or (not self.locality and self.store.reads_files)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:

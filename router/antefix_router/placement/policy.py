@@ -17,8 +17,8 @@ TIE_TOKENS = 256.0
 QUEUE_WEIGHT, QUEUE_WEIGHT_MEMORY = 1.0, 0.25
 # What one worker computes though another one has it in memory is lost to all, and so is the room that the copy takes
 # there; waiting delays one. So computing counts this much more. From 4 to 16, tokens hit come from 0.25 points below
-# the most that any placement gets to 0.02 below, and the p90 rises by 8% (docs/ROUTING.md). Where a store is shared all
-# workers compute the same, but for one that is computing the prompt's beginning already.
+# the most that any placement gets to 0.02 below, and the p90 rises by 8% (docs/results/routing.md). Where a store is
+# shared all workers compute the same, but for one that is computing the prompt's beginning already.
 COMPUTE_WEIGHT = 8.0
 
 

@@ -1,0 +1,78 @@
+"""Follows what sources find, and tells when it changes. Sources that cannot be asked change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from antefix.discovery.found import Found, Source
+from antefix.end_tasks import end_tasks
+from antefix.errors import AntefixError
+
+log = logging.getLogger("antefix.discovery")
+
+EVERY_S: Final = 2.0
+
+
+class Following:
+    """changed: called with all that is known, whenever it is another set than before. Names stand once: of two services
+    with one name the source that is named first counts, of one source the address that sorts first."""
+
+    def __init__(
+        self, sources: Sequence[Source], changed: Callable[[frozenset[Found]], object], *, every_s: float = EVERY_S
+    ) -> None:
+        self._sources = sources
+        self._changed = changed
+        self._every_s = every_s
+        self._found: list[frozenset[Found]] = [frozenset()] * len(sources)
+        self._is_silent = [False] * len(sources)
+        self._known: frozenset[Found] = frozenset()
+        self._task: asyncio.Task[None] | None = None
+        # Looks that failed, since the start.
+        self.num_failed = 0
+
+    @property
+    def known(self) -> frozenset[Found]:
+        return self._known
+
+    async def look(self) -> None:
+        """Ask all sources once, and tell what has changed."""
+        await asyncio.gather(*(self._ask(number) for number in range(len(self._sources))))
+        by_name: dict[str, Found] = {}
+        for found in self._found:
+            for each in sorted(found):
+                by_name.setdefault(each.name, each)
+        known = frozenset(by_name.values())
+        if known != self._known:
+            log.info(
+                "services found: %s", ", ".join(f"{each.name} at {each.address}" for each in sorted(known)) or "none"
+            )
+            self._known = known
+            self._changed(known)
+
+    def start(self) -> None:
+        """Look again and again from now on. Needs a running event loop."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            await end_tasks([self._task])
+        await asyncio.gather(*(source.close() for source in self._sources))
+
+    async def _run(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(self._every_s)
+
+    async def _ask(self, number: int) -> None:
+        try:
+            self._found[number] = await self._sources[number].find()
+            self._is_silent[number] = False
+        except AntefixError as err:
+            self.num_failed += 1
+            if not self._is_silent[number]:
+                log.warning("services cannot be looked for, so those that are known count on: %s", err)
+            self._is_silent[number] = True

@@ -1,0 +1,152 @@
+"""The tables that documents show, made from benchmarks/results/*.json; docs/generate_results.py puts them there.
+
+A table is a function of its record that gives rows: the head first, then the body. `measures` names the code whose
+changes may make the figures untrue, so that `python docs/generate_results.py --stale` can list old ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Row = tuple[str, ...]
+MakeRows = Callable[[Any], Iterable[Row]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """rows: the head, then the body.  measures: files and folders, from the repository's root."""
+
+    rows: MakeRows
+    measures: tuple[str, ...]
+
+
+TABLES: dict[tuple[str, str], Table] = {}
+
+
+def table(file: str, *measures: str) -> Callable[[MakeRows], MakeRows]:
+    """Registers a function under the record's file name and its own name."""
+
+    def register(rows: MakeRows) -> MakeRows:
+        TABLES[file, rows.__name__] = Table(rows, measures)
+        return rows
+
+    return register
+
+
+ROUTING = ("router/antefix_router/placement", "simulate/antefix_simulate")
+
+
+@table("placement.json", "router/antefix_router/placement", "antefix/block.py")
+def decisions(record: Any) -> Iterable[Row]:
+    yield "", "unit", "better", "figure"
+    yield "decisions, growing conversations", "per second", "higher", f"{record['decisions_per_s']:,.0f}"
+    yield "the same, median", "ms", "lower", f"{record['decision_p50_ms']:.2f}"
+    yield "the same, 99th percentile", "ms", "lower", f"{record['decision_p99_ms']:.2f}"
+    yield "decisions, prompts never seen", "per second", "higher", f"{record['unseens_per_s']:,.0f}"
+    yield "the same, median", "ms", "lower", f"{record['unseen_p50_ms']:.2f}"
+    yield "the same, 99th percentile", "ms", "lower", f"{record['unseen_p99_ms']:.2f}"
+    yield "hashing the whole prompt, part of the above", "ms", "lower", f"{record['hashing_whole_prompt_ms']:.2f}"
+    yield "directory, per block", "bytes", "lower", f"{record['directory_bytes_per_block']:.0f}"
+    per_holder = record["directory_bytes_per_block_and_holder"]
+    yield "directory, per block and worker that holds it", "bytes", "lower", f"{per_holder:.0f}"
+    yield "events of stored blocks", "million per second", "higher", f"{record['stored_events_per_s'] / 1e6:.1f}"
+    yield "events of evicted blocks", "million per second", "higher", f"{record['evicted_events_per_s'] / 1e6:.1f}"
+
+
+@table("policies.json", *ROUTING)
+def policies(record: Any) -> Iterable[Row]:
+    yield (
+        *("scene", "policy", "hit rate, %", "copied, %", "p50, s", "p90, s", "p99, s"),
+        *("good requests per s", "busiest worker over the mean"),
+    )
+    for scene in record:
+        store = "store" if scene["store"] else "no store"
+        named = f"{scene['trace']}, {scene['workers']} workers, {store}, {scene['load']}, x{scene['speedup']:g}"
+        for name, found in scene["policies"].items():
+            yield (
+                named,
+                name,
+                f"{100 * found['token_hit_rate']:.2f}",
+                f"{100 * found['fetched_share']:.1f}",
+                *(f"{found[f'ttft_{percentile}_s']:.3g}" for percentile in ("p50", "p90", "p99")),
+                f"{found['goodput']:.2f}",
+                f"{found['load_max_over_mean']:.2f}",
+            )
+            named = ""
+
+
+@table("copy_weight.json", *ROUTING)
+def hit_rate_or_wait(record: Any) -> Iterable[Row]:
+    scenes = [f"{scene['trace']}, {scene['part']}, {scene['workers']} workers" for scene in record]
+    yield "hit rate, %; p90, s", *scenes
+    for name in record[0]["policies"]:
+        found = [scene["policies"][name] for scene in record]
+        yield name, *(f"{100 * one['token_hit_rate']:.2f}; {one['ttft_p90_s']:.3g}" for one in found)
+
+
+@table("kill_worker.json", *ROUTING)
+def after_a_worker_died(record: Any) -> Iterable[Row]:
+    yield "scene", "hit rate, %", "the same, nobody died", "p90, s", "the same, nobody died"
+    for named, key in (("a store", "store"), ("no store", "no_store")):
+        rates = [100 * record[f"{key}_{part}_hit_rate"] for part in ("killed", "undisturbed")]
+        waits = [record[f"{key}_{part}_ttft_p90_s"] for part in ("killed", "undisturbed")]
+        yield named, *(f"{rate:.2f}" for rate in rates), *(f"{wait:.2f}" for wait in waits)
+
+
+@table("fleet.json", *ROUTING)
+def a_thousand_workers(record: Any) -> Iterable[Row]:
+    yield "workers", "requests", "documents", "blocks, million", "processor time, s", "peak memory, GB", "hit rate, %"
+    yield (
+        *(f"{record[key]:,}" for key in ("workers", "requests", "documents")),
+        f"{record['blocks'] / 1e6:.0f}",
+        f"{record['simulated_cpu_s']:.0f}",
+        f"{record['peak_gb']:.1f}",
+        f"{100 * record['token_hit_rate']:.2f}",
+    )
+
+
+def _soak(record: Any) -> Iterable[Row]:
+    done = record["requests"]
+    yield "", "figure"
+    yield "minutes", f"{record['minutes']:.0f}"
+    for name, key in (
+        ("answers", "done"),
+        ("wrong", "wrong"),
+        ("stuck", "stuck"),
+        ("cancelled by the client", "cancelled"),
+    ):
+        yield name, f"{done[key]:,}"
+    yield "failed", f"{sum(record['errors'].values()):,}"
+    yield "processes killed", f"{done['kills']:,}"
+    yield "tokens hit, %", f"{100 * record['token_hit_rate']:.1f}"
+    yield "requests that waited for a twin's blocks, %", f"{100 * record['coalesced_share']:.1f}"
+    yield "router's processor time per request, ms", f"{record['router_cpu_ms_per_request']:.0f}"
+    for role, memory in record["memory"].items():
+        yield f"{role}: memory half-way, MB", f"{memory['half_mb']:.1f}"
+        yield f"{role}: memory at the end, MB", f"{memory['last_mb']:.1f}"
+
+
+@table("soak.json", "router", "prefill", "decode", "kvstore", "antefix")
+def an_hour_of_kills(record: Any) -> Iterable[Row]:
+    yield from _soak(record)
+
+
+@table("soak_store_kills.json", "router", "prefill", "decode", "kvstore", "antefix")
+def kills_with_the_store(record: Any) -> Iterable[Row]:
+    yield from _soak(record)
+
+
+@table("ttft.json", "router", "prefill", "decode", "kvstore", "antefix")
+def time_to_first_token(record: Any) -> Iterable[Row]:
+    yield "tokens, hit and new", "cold, s", "hit in memory, ms", "hit on disk, ms", "times faster", "floor, ms"
+    for row in record["rows"]:
+        yield (
+            f"{row['hit_tokens']:,} + {row['miss_tokens']}",
+            f"{row['cold_ttft_s']:.2f}",
+            f"{1000 * row['memory_hit_ttft_s']:.0f}",
+            f"{1000 * row['disk_hit_ttft_s']:.0f}",
+            f"{row['disk_speedup']:.0f} to {row['memory_speedup']:.0f}",
+            f"{1000 * row['floor_s']:.0f}",
+        )

@@ -1,0 +1,123 @@
+"""Fills the tables of docs/ from benchmarks/results/*.json: python docs/generate_results.py [--check | --stale]
+
+A document asks for a table between two comments, and this fills in what lies between them:
+
+    <!-- figures: placement.json decisions -->
+    <!-- end of figures -->
+
+`decisions` is a function of benchmarks/tables.py. Under each table stands what the record says of its run: commit,
+date, machine and command. `--check` changes nothing and exits with 1 where a document would change. `--stale` lists the
+records whose code has changed since they were measured; it exits with 0: only a person can tell what a change means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import tables  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+_REGION = re.compile(r"(<!-- figures: (\S+) (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+
+
+def documents() -> list[Path]:
+    """All that may ask for figures."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def filled(text: str) -> str:
+    """The document with its tables written again.
+
+    Raises:  KeyError: it asks for a table or a record that is not there.
+    """
+    return _REGION.sub(lambda found: f"{found[1]}{_table(found[2], found[3])}{found[4]}", text)
+
+
+def _table(file: str, name: str) -> str:
+    record = json.loads((RESULTS / file).read_text())
+    rows = [[str(cell) for cell in row] for row in tables.TABLES[file, name].rows(record)]
+    head, *body = rows
+    aligned = ["---" if column == 0 or not _is_number(body, column) else "---:" for column in range(len(head))]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, aligned, *body)]
+    return "\n".join([*lines, "", provenance(file, record), ""])
+
+
+def _is_number(body: list[list[str]], column: int) -> bool:
+    return all(re.match(r"[-+]?[0-9]", row[column]) for row in body if row[column])
+
+
+def provenance(file: str, record: Any) -> str:
+    """One line of Markdown: where the figures are from."""
+    record = record if isinstance(record, dict) else {}
+    named = [
+        f"commit {record['commit'][:8]}" if record.get("commit") else "",
+        str(record.get("date", ""))[:10],
+        record.get("machine") or record.get("device", ""),
+        f"`{record['command']}`" if record.get("command") else "",
+    ]
+    return f"*benchmarks/results/{file}: {'; '.join(part for part in named if part) or 'of an unnamed run'}.*"
+
+
+def stale(git: Any) -> Iterator[tuple[str, str]]:
+    """Each record whose figures may no longer be true, and why.
+
+    git: gets the arguments of a git command, gives its output; raises CalledProcessError as subprocess does.
+    """
+    measured = {file: table.measures for (file, _), table in tables.TABLES.items()}
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        commit = record.get("commit") if isinstance(record, dict) else None
+        if path.name not in measured:
+            yield path.name, "no table of benchmarks/tables.py shows it"
+        elif not commit:
+            yield path.name, "names no commit"
+        else:
+            yield from ((path.name, told) for told in _since(commit, measured[path.name], git))
+
+
+def _since(commit: str, code: tuple[str, ...], git: Any) -> Iterator[str]:
+    try:
+        changes = git("log", "--format=%h", f"{commit}..HEAD", "--", *code).split()
+    except subprocess.CalledProcessError:
+        yield f"names commit {commit[:8]}, which is not in this repository's history"
+        return
+    if changes:
+        yield f"{len(changes)} commits changed {', '.join(code)} since {commit[:8]}"
+
+
+def _git(*arguments: str) -> str:
+    call = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(call, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit with 1 where a document would change"
+    )
+    parser.add_argument("--stale", action="store_true", help="list the records that are older than what they measure")
+    args = parser.parse_args()
+    if args.stale:
+        for file, told in stale(_git):
+            print(f"{file}: {told}")
+        return 0
+    changed = [path for path in documents() if filled(path.read_text()) != path.read_text()]
+    for path in changed:
+        print(f"{path.relative_to(ROOT)}: {'differs from its figures' if args.check else 'written'}")
+        if not args.check:
+            path.write_text(filled(path.read_text()))
+    return 1 if args.check and changed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

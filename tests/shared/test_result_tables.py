@@ -1,0 +1,90 @@
+"""Documents show the figures of benchmarks/results, and old figures are listed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks import tables
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_results", ROOT / "docs" / "generate_results.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def one_record(results, tmp_path, monkeypatch):
+    """A folder of one record, `a.json`, and its table `speeds`."""
+
+    def write(**record):
+        (tmp_path / "a.json").write_text(json.dumps(record))
+
+    def speeds(record):
+        yield "case", "GB/s"
+        yield "cold", f"{record['cold']:.1f}"
+
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "TABLES", {("a.json", "speeds"): tables.Table(speeds, ("code/",))})
+    return write
+
+
+def test_documents_show_what_the_records_say(results):
+    differ = [str(path) for path in results.documents() if results.filled(path.read_text()) != path.read_text()]
+    assert not differ, "run: python docs/generate_results.py"
+
+
+def test_each_table_is_in_a_document_and_names_code_that_is_there(results):
+    text = "".join(path.read_text() for path in results.documents())
+    for (file, name), table in tables.TABLES.items():
+        assert f"<!-- figures: {file} {name} -->" in text
+        assert table.measures and all((ROOT / path).exists() for path in table.measures)
+
+
+def test_a_table_carries_its_run(results, one_record):
+    one_record(cold=1.25, commit="0123456789", date="2026-11-29T10:00:00", machine="two cores", command="python a.py")
+    before = "Text.\n\n<!-- figures: a.json speeds -->\nan old table\n<!-- end of figures -->\n\nMore.\n"
+    after = results.filled(before)
+    assert "| case | GB/s |\n| --- | ---: |\n| cold | 1.2 |\n" in after
+    assert "commit 01234567; 2026-11-29; two cores; `python a.py`" in after
+    assert after.startswith("Text.\n") and after.endswith("\nMore.\n") and "old table" not in after
+    assert results.filled(after) == after
+
+
+def test_a_document_that_asks_for_an_unknown_table_is_refused(results, one_record):
+    one_record(cold=1.0)
+    with pytest.raises(KeyError):
+        results.filled("<!-- figures: a.json other -->\n<!-- end of figures -->\n")
+
+
+@pytest.mark.parametrize(
+    ("record", "log", "told"),
+    [
+        ({"commit": "abcdef0123"}, "", []),
+        ({"commit": "abcdef0123"}, "1\n2\n", ["2 commits changed code/ since abcdef01"]),
+        ({"commit": "abcdef0123"}, None, ["names commit abcdef01, which is not in this repository's history"]),
+        ({}, "", ["names no commit"]),
+    ],
+)
+def test_figures_older_than_their_code_are_listed(results, one_record, record, log, told):
+    def git(*arguments):
+        assert arguments == ("log", "--format=%h", "abcdef0123..HEAD", "--", "code/")
+        if log is None:
+            raise subprocess.CalledProcessError(128, "git")
+        return log
+
+    one_record(cold=1.0, **record)
+    assert [text for _, text in results.stale(git)] == told
