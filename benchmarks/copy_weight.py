@@ -1,6 +1,6 @@
 """Without a shared store, what does hitting more cost? The weight of computing what another worker has, swept.
 
-    PYTHONPATH=. python benchmarks/copy_weight.py --workers 8 --out copy_weight.json
+    python benchmarks/copy_weight.py --workers 8 64 --json benchmarks/results/copy_weight.json
 
 Each row is least_work with another weight, or a baseline, over a fleet whose workers have their own memory only: on the
 whole trace, and on its first and second half apart, so that a weight chosen on one can be looked at on another.
@@ -9,7 +9,6 @@ whole trace, and on its first and second half apart, so that a weight chosen on 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from antefix_simulate.baselines import ALL_POLICIES
 from antefix_simulate.cluster_result import PolicyResult
 from antefix_simulate.trace import Trace
 from benchmarks.policies import run, traces
+from benchmarks.run_record import write
 
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0)
 BASELINES = ("lmetric", "dynamo_linear", "sglang_threshold", "rendezvous")
@@ -51,12 +51,24 @@ def sweep(name: str, trace: Trace, workers: int) -> dict[str, PolicyResult]:
     return found
 
 
+def scene(name: str, part: str, requests: Trace, workers: int) -> dict[str, Any]:
+    results = sweep(name, requests, workers)
+    for label, result in results.items():
+        sys.stdout.write(
+            f"| {name}, {part}, {workers} | {label} | {result.token_hit_rate:.2%} | "
+            f"{result.ttft_p50_s:.3g} | {result.ttft_p90_s:.3g} | {result.ttft_p99_s:.3g} |\n"
+        )
+        sys.stdout.flush()
+    rows = {label: asdict(result) for label, result in results.items()}
+    return {"trace": name, "part": part, "workers": workers, "policies": rows}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--workers", type=int, nargs="+", default=[8])
     parser.add_argument("--trace", nargs="*", choices=tuple(SPEEDUPS), default=list(SPEEDUPS))
     parser.add_argument("--part", nargs="*", choices=("all", "first half", "second half"), help="default: each")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     found: list[dict[str, Any]] = []
     for name, trace in traces().items():
@@ -65,17 +77,10 @@ def main() -> int:
         for part, requests in parts_of(trace).items():
             if args.part and part not in args.part:
                 continue
-            results = sweep(name, requests, args.workers)
-            rows = {label: asdict(result) for label, result in results.items()}
-            found.append({"trace": name, "part": part, "workers": args.workers, "policies": rows})
-            for label, result in results.items():
-                sys.stdout.write(
-                    f"| {name}, {part}, {args.workers} | {label} | {result.token_hit_rate:.2%} | "
-                    f"{result.ttft_p50_s:.3g} | {result.ttft_p90_s:.3g} | {result.ttft_p99_s:.3g} |\n"
-                )
-                sys.stdout.flush()
-    if args.out:
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+            for workers in args.workers:
+                found.append(scene(name, part, requests, workers))
+    if args.json:
+        write(args.json, {"scenes": found}, "numpy")
     return 0
 
 

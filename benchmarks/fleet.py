@@ -1,6 +1,6 @@
 """How far does the fleet simulator go? A thousand workers and a hundred million blocks, in time and memory.
 
-    python benchmarks/fleet.py --workers 1000 --blocks 100_000_000 --json
+    python benchmarks/fleet.py --workers 1000 --blocks 100_000_000 --json benchmarks/results/fleet.json
 
 Generated: three questions or so on each of many documents of 200,000 tokens, over workers that share a store, placed by
 least_work with the router's own directory. Units of 2,048 tokens are 16 blocks each: what is simulated is whole units.
@@ -14,12 +14,14 @@ import resource
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from antefix.window import parse
 from antefix_console.commands.simulate_cluster import copies
 from antefix_simulate.cluster import Fleet, simulate_cluster
 from antefix_simulate.generated_traces import SHAPES, generate
 from antefix_simulate.machine import model_sizes
+from benchmarks.run_record import write
 
 UNIT_TOKENS = 2048
 DOCUMENT_TOKENS = 200_000
@@ -32,10 +34,12 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--blocks", type=int, default=100_000_000)
     parser.add_argument("--policy", default="least_work")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     figures = measure(args)
-    sys.stdout.write((json.dumps(figures, indent=1) if args.json else str(figures)) + "\n")
+    sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+    if args.json:
+        write(args.json, figures, "numpy")
     return 0
 
 

@@ -1,6 +1,6 @@
 """What does losing one of eight prefill workers cost? The five minutes from a minute after on, with and without it.
 
-    PYTHONPATH=. python benchmarks/kill_worker.py --json
+    python benchmarks/kill_worker.py --json benchmarks/results/kill_worker.json
 
 The chat trace under least_work, with the shared store and without: one run in which a worker dies for good at 300 s,
 and one in which nobody does, looked at in the same minutes.
@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
+from typing import Any
 
 from antefix.window import parse
 from antefix_console.commands.simulate_cluster import copies
@@ -19,6 +21,7 @@ from antefix_simulate.cluster_result import PolicyResult
 from antefix_simulate.machine import model_sizes
 from antefix_simulate.trace import Trace
 from benchmarks.policies import traces
+from benchmarks.run_record import write
 
 NUM_WORKERS = 8
 KILL_S = 300.0
@@ -46,17 +49,19 @@ def run(trace: Trace, *, shared_store: bool, kill: bool) -> PolicyResult:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     trace = traces()["chat"]
-    figures: dict[str, float | None] = {}
+    figures: dict[str, Any] = {}
     for shared_store in (True, False):
         for kill in (True, False):
             result = run(trace, shared_store=shared_store, kill=kill)
             name = f"{'store' if shared_store else 'no_store'}_{'killed' if kill else 'undisturbed'}"
             figures[f"{name}_hit_rate"] = result.after_hit_rate
             figures[f"{name}_ttft_p90_s"] = result.after_ttft_p90_s
-    sys.stdout.write((json.dumps(figures, indent=1) if args.json else str(figures)) + "\n")
+    sys.stdout.write(json.dumps(figures, indent=1) + "\n")
+    if args.json:
+        write(args.json, figures, "numpy")
     return 0
 
 

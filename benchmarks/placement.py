@@ -1,6 +1,6 @@
 """How long placing a long prompt takes, from tokens to worker, and what the directory costs in bytes and time.
 
-    python benchmarks/placement.py --json
+    python benchmarks/placement.py --json benchmarks/results/placement.json
 
 A decision here is all of the router's own work: naming the prompt's blocks, finding their holders, choosing.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import random
 import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from antefix_router.naming import PromptNames
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.workers import Worker, WorkerRole, Workers
 from antefix_simulate.baselines import ALL_POLICIES, make_policy
+from benchmarks.run_record import write
 
 BLOCK_SIZE = 128
 FINGERPRINT = b"f" * 32
@@ -36,11 +37,12 @@ def main() -> int:
     parser.add_argument("--decisions", type=int, default=1000)
     parser.add_argument("--policy", choices=sorted(ALL_POLICIES), default="least_work")
     parser.add_argument("--guess", action="store_true", help="workers do not tell what they hold: the router notes it")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     figures = measure(args)
-    text = json.dumps(figures, indent=1) if args.json else "\n".join(f"{k:32} {v:,.3f}" for k, v in figures.items())
-    sys.stdout.write(text + "\n")
+    sys.stdout.write("\n".join(f"{k:32} {v:,.3f}" for k, v in figures.items()) + "\n")
+    if args.json:
+        write(args.json, figures, "numpy")
     return 0
 
 

@@ -1,9 +1,9 @@
 """Which placement policy gives the first token soonest? All of them over chat and agents, small and large fleets.
 
-    python benchmarks/policies.py --out policies.json --plot docs/plots/policies.svg
+    python benchmarks/policies.py --json benchmarks/results/policies.json --plot docs/plots/policies.svg
 
-The scenes need nothing of each other: `--trace chat --store no --out part.json` runs some of them, and several such
-parts are put together by `--parts part.json ... --out policies.json --plot ...`.
+The scenes need nothing of each other: `--trace chat --store no --json part.json` runs some of them, and several such
+parts are put together by `--parts part.json ... --json benchmarks/results/policies.json --plot ...`.
 
 Each scene is a trace over a fleet with or without the shared store, at moderate load and near saturation, the clock's
 speed-up chosen once per scene so that eight workers under least_work are that busy. Then every policy runs at that
@@ -30,6 +30,7 @@ from antefix_simulate.cluster_result import PolicyResult
 from antefix_simulate.machine import model_sizes
 from antefix_simulate.plot import load_pyplot
 from antefix_simulate.trace import Trace, load
+from benchmarks.run_record import write
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
 # Half of the agents' requests come in this time.
@@ -96,8 +97,8 @@ def scenes(args: argparse.Namespace) -> list[dict[str, Any]]:
                         policies[policy] = asdict(run(name, trace, policy, workers, start, shared_store=shared_store))
                         sys.stderr.write(f"{scene} {policy}: {time.monotonic() - begun:.0f} s\n")
                     found.append({**scene, "speedup": start, "policies": policies})
-                    if args.out:
-                        args.out.write_text(json.dumps(found, indent=1) + "\n")
+                    if args.json:
+                        write(args.json, {"scenes": found}, "numpy")
     return found
 
 
@@ -161,13 +162,13 @@ def main() -> int:
     parser.add_argument("--trace", nargs="*", choices=("chat", "agents"), default=["chat", "agents"])
     parser.add_argument("--store", nargs="*", choices=("yes", "no"), default=["yes", "no"])
     parser.add_argument("--parts", type=Path, nargs="*", help="run nothing; put these results of earlier runs together")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path, help="also write the record here")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     if args.parts:
-        found = [scene for part in args.parts for scene in json.loads(part.read_text())]
-        if args.out:
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
+        found = [scene for part in args.parts for scene in json.loads(part.read_text())["scenes"]]
+        if args.json:
+            write(args.json, {"scenes": found}, "numpy")
     else:
         found = scenes(args)
     if args.plot:

@@ -61,7 +61,7 @@ def policies(record: Any) -> Iterable[Row]:
         *("scene", "policy", "hit rate, %", "copied, %", "p50, s", "p90, s", "p99, s"),
         *("good requests per s", "busiest worker over the mean"),
     )
-    for scene in record:
+    for scene in record["scenes"]:
         store = "store" if scene["store"] else "no store"
         named = f"{scene['trace']}, {scene['workers']} workers, {store}, {scene['load']}, x{scene['speedup']:g}"
         for name, found in scene["policies"].items():
@@ -79,10 +79,10 @@ def policies(record: Any) -> Iterable[Row]:
 
 @table("copy_weight.json", *ROUTING)
 def hit_rate_or_wait(record: Any) -> Iterable[Row]:
-    scenes = [f"{scene['trace']}, {scene['part']}, {scene['workers']} workers" for scene in record]
+    scenes = [f"{scene['trace']}, {scene['part']}, {scene['workers']} workers" for scene in record["scenes"]]
     yield "hit rate, %; p90, s", *scenes
-    for name in record[0]["policies"]:
-        found = [scene["policies"][name] for scene in record]
+    for name in record["scenes"][0]["policies"]:
+        found = [scene["policies"][name] for scene in record["scenes"]]
         yield name, *(f"{100 * one['token_hit_rate']:.2f}; {one['ttft_p90_s']:.3g}" for one in found)
 
 
