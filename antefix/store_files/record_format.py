@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Final
+from typing import Any, Final
 
 import xxhash
 
@@ -277,7 +277,12 @@ def unpack_entry(value: bytes, key: bytes) -> IndexEntry | None:
     if size == INDEX_ENTRY.size:
         return IndexEntry(*_ENTRY_FIELDS.unpack(value))
     place, use, life, nbytes, tree, sums, parent, _ = INDEX_ENTRY_SHORT.unpack(value)
-    return IndexEntry(
+    return IndexEntry(*(*short_fields(place, use, life, nbytes, tree, sums), parent))
+
+
+def short_fields(place: Any, use: Any, life: Any, nbytes: Any, tree: Any, sums: Any) -> tuple[Any, ...]:
+    """The fields of IndexEntry but its parent, in order, from the words of the short form, or from arrays of them."""
+    return (
         place >> 32 & 0xFFFFFF,
         (place & 0xFFFFFFFF) << 3,
         nbytes & 0x3FFFFFFF,
@@ -288,13 +293,12 @@ def unpack_entry(value: bytes, key: bytes) -> IndexEntry | None:
         tree >> 28 & 0xFFFF,
         use & 0xFFFFFFFFFFF,
         life & 0x3FFFFFFFFFF,
-        0,
+        place & 0,
         sums & 0xFFFFFFFFFFF,
         sums >> 44,
         life >> 42,
         nbytes >> 60,
         place >> 56,
-        parent,
     )
 
 
