@@ -6,8 +6,8 @@ One deployment a strategy, all up at once and asked in turn, so that a busy mome
 the same documents cold; new processes on the same stores (nothing is in a worker's memory then) answer the next turn of
 some and leave others inside. The same cases go through the simulator's planner and machine model, whose speeds are
 fitted to the cold runs of this very run and to direct reads of this disk. Times are the client's, medians; bytes are
-what the stores hold. --write puts JSON, plot and the table of docs/WINDOW_STATE.md in their places; --from FILE shows
-an earlier run again.
+what the stores hold. --write puts JSON, plot and the table of docs/results/window_state.md in their places; --from FILE
+shows an earlier run again.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ from antefix.store.client import RemoteStore
 from antefix.window import Plan, PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, parse
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_simulate.machine import Machine, carry_out, model_sizes
+from benchmarks.run_record import write
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "break_even_services.json"
 PLOT = ROOT / "docs" / "plots" / "break_even_services.svg"
-DOC = ROOT / "docs" / "WINDOW_STATE.md"
+DOC = ROOT / "docs" / "results" / "window_state.md"
 STRATEGIES = ("zero", "boundary", "auto", "full")
 CASES = ("next turn", "left inside")
 QUESTION_TOKENS = 40
@@ -286,7 +287,7 @@ def main() -> None:
         found = report(measurement, machine, model_sizes(str(args.model)), args)
     print("\n".join(table(found)))
     if args.write:
-        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        write(RESULT, found, "torch", "grpcio", "lmdb")
         plot_services(found, PLOT)
         write_table(found, DOC)
 

@@ -67,6 +67,18 @@ class WorkerState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LostWorker:
+    """A worker whose lease ran out within the last hour, and that neither said goodbye nor came back.
+
+    role: "prefill" or "decode".  seconds_ago: when its lease ran out.
+    """
+
+    address: str
+    role: str
+    seconds_ago: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterCounters:
     """Requests since the router started. led, followed: computed for themselves; waited for another's blocks first.
 
@@ -123,6 +135,7 @@ class RouterStatus:
     arithmetic: str
     num_running: int
     answers: AnswerCounters
+    lost: tuple[LostWorker, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +211,7 @@ def router_status_from_wire(message: router_pb2.RouterStatusResponse) -> RouterS
         workers=tuple(_plain(WorkerState, worker) for worker in message.workers),
         counters=_plain(RouterCounters, message.counters),
         answers=_plain(AnswerCounters, message.answers),
+        lost=tuple(_plain(LostWorker, worker) for worker in message.lost),
     )
 
 

@@ -62,12 +62,14 @@ class DeploymentConfig(WorkerSettings):
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
     api_keys_file, keys_redis: docs/SECURITY.md, "Keys".
+    bill_redis: what several routers share of the bill (docs/BILLING.md, "Several routers").
     encrypt: what is stored is encrypted with the key in data_dir/store.key, which is made if it is not there.
     chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
     grace_s: how long requests that run may take when it stops.
     log_level, log_format, traces: docs/OPERATIONS.md, "Watching".
     store_bytes: budget of disk per store, such as "64G"; empty for the store's default.
     num_stores: each is as another host's: workers and routers take turns in which of them is theirs (docs/STORES.md).
+    object_store: URL of the tier behind them; with `encrypt` it is encrypted with the same key (docs/OBJECT_STORE.md).
     Raises:  ConfigError: too few of a role, or window settings that are none, or contradict each other.
     """
 
@@ -77,6 +79,7 @@ class DeploymentConfig(WorkerSettings):
     num_decode: int = 1
     num_routers: int = 1
     num_stores: int = 1
+    object_store: str = ""
     store_bytes: str = ""
     router_address: str = "127.0.0.1:0"
     http_address: str = ""
@@ -84,6 +87,7 @@ class DeploymentConfig(WorkerSettings):
     tenants_file: str = ""
     api_keys_file: str = ""
     keys_redis: str = ""
+    bill_redis: str = ""
     encrypt: bool = False
     chat_format: str = "auto"
     model_aliases: str = ""
@@ -219,6 +223,7 @@ class Deployment:
             # Also where it is not asked for any more: what is there would be lost, and the rest written in clear.
             flags += ["--encrypt-key-file", str(key)]
         flags += _given("--budget-bytes", config.store_bytes)
+        flags += self._object_flags()
         for number in range(config.num_stores):
             where = ["--dir", str(config.store_dir_of(number)), "--usage-log-dir", str(config.usage_log_dir_of(number))]
             self._stores.append(await self.start_role("kvstore", [*where, *flags]))
@@ -278,6 +283,9 @@ class Deployment:
         flags += _given("--tenants-file", self.config.tenants_file)
         flags += _given("--api-keys-file", self.config.api_keys_file)
         flags += _given("--keys-redis", self.config.keys_redis)
+        flags += _given("--bill-redis", self.config.bill_redis)
+        peers = [self.config.ledger_dir_of(n) for n in range(self.config.num_routers)]
+        flags += _given("--peer-ledgers", ",".join(str(path) for path in peers if path != ledger_dir))
         flags += flags_of(WorkerSettings, self.config, ("redis_password_file", "redis_ca_file"))
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]
@@ -296,7 +304,15 @@ class Deployment:
             *("--model", str(config.model)),
             *("--secret-file", str(config.data_dir / "secret")),
             *self._store_flags(),
+            *self._object_flags(),
         ]
+
+    def _object_flags(self) -> list[str]:
+        """The object tier, which all roles but the console read or write."""
+        url, key = self.config.object_store, self.config.data_dir / STORE_KEY_FILE
+        if not url:
+            return []
+        return ["--object-store", url, *(("--object-encrypt-key-file", str(key)) if key.exists() else ())]
 
     def _store_flags(self) -> list[str]:
         """How the next process reaches the stores: one is on its host, the others are as if on other hosts."""

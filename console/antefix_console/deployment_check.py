@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from antefix.clients import DecodeClient, PrefillClient, RouterClient, RouterStatus
 from antefix.clients.about import About, ask_about
+from antefix.clients.statuses import LostWorker
 from antefix.errors import AntefixError
 from antefix.security.grants import SKEW_S
 from antefix.security.identity import Role
@@ -23,13 +24,17 @@ _SKEW_WARN: Final = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One service, and what it says of itself, or why it does not. fingerprint: of workers and routers."""
+    """One service, and what it says of itself, or why it does not.
+
+    fingerprint: of workers and routers.  lost_s_ago: of a worker that the router has lost, since when.
+    """
 
     role: Role
     address: str
     about: About | None = None
     fingerprint: bytes = b""
     error: str = ""
+    lost_s_ago: float = 0.0
 
 
 def check_deployment(router: str) -> list[Finding]:
@@ -49,7 +54,13 @@ async def _ask_all(router: str) -> list[Asked]:
     others = [(Role(worker.role), worker.address) for worker in status.workers]
     others += [(Role.KVSTORE, address) for address in first.about.calls]
     asked = await asyncio.gather(*(_ask(role, address) for role, address in others))
-    return [Asked(role=Role.ROUTER, address=router, about=first.about, fingerprint=status.fingerprint), *asked]
+    lost = await asyncio.gather(*(_ask_lost(worker) for worker in status.lost))
+    return [Asked(role=Role.ROUTER, address=router, about=first.about, fingerprint=status.fingerprint), *asked, *lost]
+
+
+async def _ask_lost(worker: LostWorker) -> Asked:
+    """It may answer here and yet not reach the router."""
+    return replace(await _ask(Role(worker.role), worker.address), lost_s_ago=worker.seconds_ago)
 
 
 async def _ask(role: Role, address: str) -> Asked:
@@ -100,7 +111,8 @@ def _of_one(each: Asked) -> Finding:
     about = each.about
     if about is None:
         advice = "is it running, and does this host reach it? Are ANTEFIX_CREDENTIALS those of an operator?"
-        return Finding(check=check, status="fail", detail=each.error, advice=advice)
+        lost = f"the router lost it {each.lost_s_ago:.0f} s ago; " if each.lost_s_ago else ""
+        return Finding(check=check, status="fail", detail=f"{lost}{each.error}", advice=advice)
     said = [f"answers in {1e3 * about.round_trip_s:.0f} ms", f"clock {about.ahead_s:+.1f} s"]
     worst, advice = "ok", ""
     if about.certificate_ends_s:
@@ -116,6 +128,9 @@ def _of_one(each: Asked) -> Finding:
         worst, advice = "fail", f"set its clock: grants are refused beyond {SKEW_S:.0f} s"
     elif skew_s > _SKEW_WARN * SKEW_S and worst == "ok":
         worst, advice = "warn", f"set its clock: grants are refused beyond {SKEW_S:.0f} s"
+    if each.lost_s_ago:
+        said.append(f"the router lost it {each.lost_s_ago:.0f} s ago")
+        worst, advice = "fail", "does its host reach the router? Its log says why it cannot register"
     return Finding(check=check, status=worst, detail=", ".join(said), advice=advice)
 
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from antefix.security.own_credentials import credentials_for
 from antefix_console.progress_line import ProgressLine
-from antefix_kvstore.copy_store import CopyLimits, CopyReport, copy_store
+from antefix_kvstore.copy_store import CopyLimits, CopyReport, CopySource, copy_store
 from antefix_kvstore.copy_target import DirectoryTarget, ServiceTarget
-from antefix_kvstore.store_contents import StoreContents
 
 _GRANT_S = 300.0
 
@@ -21,7 +20,7 @@ def grant_of_owner(address: str, owner: bytes) -> bytes:
 
 
 async def copy_between(
-    contents: StoreContents,
+    contents: CopySource,
     targets: Sequence[DirectoryTarget | ServiceTarget],
     *,
     bytes_per_s: int = 0,

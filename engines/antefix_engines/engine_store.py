@@ -35,6 +35,7 @@ from antefix.security.credentials import Credentials
 from antefix.security.grants import unchecked
 from antefix.security.identity import Role
 from antefix.security.listening import check_calling
+from antefix.store.object_access import object_tiers
 from antefix.store.open_store import StoresConfig, check_stores, local_copies, open_stores, store_addresses
 from antefix.store_files.seal import Seals
 from antefix_engines.engine_layout import EngineLayout
@@ -179,10 +180,14 @@ class EngineStore:
             _check_grant(files, keyring, settings)
         credentials = Credentials(Role.ENGINE, files=files, keyring=keyring)
         where = store_addresses(services)
+        if len(where) < len(services.stores):
+            raise ConfigError("an engine takes stores by name, NAME=ADDRESS: it finds none by DNS or Redis")
         for each in where:
             check_calling(each.address, has_tls=files is not None)
             own_credentials.use_for(each.address, credentials)
-        store = open_stores(where, near=services.near_stores, seals=Seals(keyring), copies=local_copies(services))
+        seals = Seals(keyring)
+        more = object_tiers(services, seals=seals, keyring=keyring)
+        store = open_stores(where, near=services.near_stores, seals=seals, more=more, copies=local_copies(services))
         return cls(BlockingStore(store), keyring, tenant=settings.tenant, credentials=credentials)
 
     def kv(self, fingerprint: Fingerprint, layout: EngineLayout) -> KvOfModel:

@@ -17,10 +17,23 @@ from antefix.record import Held, PutResult, Record, RecordKind, RecordName
 from antefix.security.grants import hold
 from antefix.store.store_stats import StoreTotals
 from antefix.store_files.segment_reader import wall_ms
-from antefix_kvstore.store_contents import LayoutOf, StoreContents, Stretch
+from antefix_kvstore.store_contents import LayoutOf, Stretch
 
 _BATCH_BYTES: Final = 16 << 20
 Progress = Callable[[int, int], None]
+
+
+class CopySource(Protocol):
+    """What records come from: a directory (`StoreContents`), a service (`ServedContents`). Calls block."""
+
+    def layouts(self) -> list[LayoutOf]:
+        """Of all fingerprints."""
+
+    def stretches(self) -> list[Stretch]:
+        """All of it, what is worth most first."""
+
+    def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
+        """These of a stretch, verified; what cannot be read is left out."""
 
 
 class CopyTarget(Protocol):
@@ -72,7 +85,7 @@ def _no_grant(_: bytes) -> bytes:
 
 
 async def copy_store(
-    contents: StoreContents,
+    contents: CopySource,
     targets: Sequence[CopyTarget],
     limits: CopyLimits,
     *,
@@ -119,7 +132,7 @@ async def _missing(targets: Sequence[CopyTarget], stretch: Stretch, owner: bytes
 
 
 async def _copy_stretch(
-    contents: StoreContents, target: CopyTarget, stretch: Stretch, wanted: Sequence[RecordName], run: _Run
+    contents: CopySource, target: CopyTarget, stretch: Stretch, wanted: Sequence[RecordName], run: _Run
 ) -> int:
     """Returns the payload bytes that were stored."""
     copied = 0

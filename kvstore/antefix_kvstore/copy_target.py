@@ -9,28 +9,31 @@ from typing import Final
 
 from antefix.errors import ConfigError
 from antefix.record import Held, PutResult, Record, RecordName
+from antefix.security.listening import parse_address
 from antefix.store.client import RemoteStore
 from antefix.store.store_stats import StoreTotals
 from antefix.store_files.encryption import KeyRing
 from antefix_kvstore.embedded_store import EmbeddedStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.served_contents import ServedContents
 from antefix_kvstore.store_contents import LayoutOf, StoreContents
 
 # Between a scheme and the rest of a URL.
 _URL: Final = "://"
 
 
-def open_source(text: str, *, key_file: str = "") -> StoreContents:
-    """What is copied from. key_file: what the store is encrypted with.
+def open_source(text: str, *, key_file: str = "") -> StoreContents | ServedContents:
+    """What is copied from: a directory, or host:port. key_file: what the directory is encrypted with.
 
-    Raises:  ConfigError: no directory of a store.
+    Raises:  ConfigError: neither.
     """
     if _URL in text:
-        raise ConfigError(f"{text}: copies are made from a directory; {_OF_URLS}")
+        raise ConfigError(f"{text}: copies are made from a directory or from host:port; {_OF_URLS}")
+    if "/" not in text and not Path(text).is_dir():
+        parse_address(text)
+        return ServedContents(RemoteStore(text))
     if not Path(text).is_dir():
-        raise ConfigError(
-            f"{text} is no directory: a store is copied from its files, by a process on its host, served or not"
-        )
+        raise ConfigError(f"{text} is no directory; a store that is served is named by its address, host:port")
     decrypt = KeyRing.from_master_file(Path(key_file)).decrypt if key_file else None
     return StoreContents(Path(text), decrypt=decrypt)
 

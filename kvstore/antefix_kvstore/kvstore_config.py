@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from antefix.byte_size import parse_byte_size
 from antefix.config import grace_setting, require, setting
-from antefix.errors import ConfigError
+from antefix.discovery.found import SERVICE_NAME
 from antefix.events.address import check_url
 from antefix.record import RecordKind
-from antefix.redis_access import redis_ca_setting, redis_password_setting
+from antefix.redis_access import check_redis_url, redis_ca_setting, redis_password_setting
 from antefix.security.process_security import credentials_setting
 from antefix.store_files.record_format import PAYLOAD_BYTES_MAX
 from antefix.telemetry.settings import (
@@ -20,6 +19,7 @@ from antefix.telemetry.settings import (
     trace_share_setting,
     traces_setting,
 )
+from antefix_kvstore.object_config import ObjectUploadConfig, check_object_upload, parse_quota
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -29,7 +29,7 @@ BUDGET_BYTES_MIN = MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KvStoreConfig:
+class KvStoreConfig(ObjectUploadConfig):
     """All sizes are hard limits. The defaults suit one machine."""
 
     dir: str = setting("antefix-store", "directory of the store; created if it is missing or empty")
@@ -79,6 +79,11 @@ class KvStoreConfig:
         "file with the key that signs events in Redis (`antefix secret events-key`), where there is no secret_file",
         guards=True,
     )
+    lease_redis: str = setting(
+        "", "redis:// URL where this store says that it is there, for workers and routers that look for stores in it"
+    )
+    name: str = setting("", "what all processes call this store, in receipts and metrics; lease_redis needs it")
+    advertise: str = setting("", "host, or host:port, at which others reach this store; empty: the address above")
     redis_password_file: str = redis_password_setting()
     redis_ca_file: str = redis_ca_setting()
     durable: bool = setting(True, "sync before acknowledging a put; off trades the newest blocks for speed")
@@ -110,7 +115,7 @@ class KvStoreConfig:
         for name in ("block_ttl_s", "checkpoint_ttl_s", "handoff_ttl_s"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
         for text in self.quotas:
-            _parse_quota(text)
+            parse_quota(text)
         require(
             not (self.keys_file and self.encrypt_key_file), "--keys-file and --encrypt-key-file: give one of the two"
         )
@@ -119,13 +124,22 @@ class KvStoreConfig:
             not self.events_redis or bool(self.events_key_file or self.secret_file),
             "--events-redis needs --events-key-file (or --secret-file): routers believe no event that is not signed",
         )
+        if self.lease_redis:
+            check_redis_url(self.lease_redis, "lease_redis")
+            is_named = SERVICE_NAME.fullmatch(self.name) is not None
+            require(is_named, f"--lease-redis needs --name: lower-case letters, digits, dots, dashes; is {self.name!r}")
+            require(
+                bool(self.events_key_file or self.secret_file),
+                "--lease-redis needs --events-key-file (or --secret-file): nobody believes a lease that is not signed",
+            )
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
+        check_object_upload(self)
         check_telemetry(self)
 
     @property
     def own_quotas(self) -> dict[str, int]:
         """By tenant, as the setting has it."""
-        return dict(_parse_quota(text) for text in self.quotas)
+        return dict(parse_quota(text) for text in self.quotas)
 
     @property
     def segment_bytes_in_force(self) -> int:
@@ -143,13 +157,3 @@ class KvStoreConfig:
             RecordKind.HANDOFF: self.handoff_ttl_s,
             RecordKind.POOLED: self.handoff_ttl_s,
         }[kind]
-
-
-def _parse_quota(text: str) -> tuple[str, int]:
-    """Raises:  ConfigError: not of the form tenant=size."""
-    tenant, equals, size = text.rpartition("=")
-    require(bool(equals), f"quotas must be tenant=size, is {text!r}")
-    try:
-        return tenant, parse_byte_size(size)
-    except ConfigError as err:
-        raise ConfigError(f"quotas must be tenant=size, is {text!r}: {err}") from err

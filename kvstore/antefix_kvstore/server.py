@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import grpc
 
 from antefix import rpc
+from antefix.discovery import ServiceLease
 from antefix.errors import InvalidRequest, Overloaded
 from antefix.events.block_events import BlockEvent
 from antefix.events.event_seal import EventKeys
@@ -27,6 +28,7 @@ from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
 from antefix.security.guard import admitted
 from antefix.security.identity import Role
+from antefix.security.listening import advertised
 from antefix.security.process_security import open_security
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.fate_wire import fate_to_wire
@@ -34,23 +36,27 @@ from antefix.store.held_wire import held_to_wire
 from antefix.store.payload_channel import SERVICE
 from antefix.store.payload_wire import Piece, unpack_put_request
 from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, messages_of, split_hashes
-from antefix.store_files import codec
+from antefix.store.plan_wire import plans_from_wire
 from antefix.store_files.gone_blocks import fate_of
 from antefix.store_files.record_format import RECORD_VERSIONS
 from antefix.store_files.record_header import owner_row
 from antefix.telemetry import Registry
 from antefix.telemetry.settings import serve_metrics
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
+from antefix_kvstore.contents_wire import contents_to_wire
 from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.free_space import fit_to_disk
 from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.memory_records import MemoryRecords
 from antefix_kvstore.metrics import memory_metrics, store_metrics
+from antefix_kvstore.object_upload import ObjectUploader
 from antefix_kvstore.payload_stream import GetRange, PayloadStream
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.storage_engine import StorageEngine
+from antefix_kvstore.store_contents import StoreContents
 from antefix_kvstore.turns import Turns
+from antefix_kvstore.upload_metrics import upload_metrics
 
 T = TypeVar("T")
 PUT_BATCH_BYTES: Final = 32 << 20
@@ -71,6 +77,9 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self.scrubber = Scrubber(engine, max(engine.config.scrub_bytes_per_s, 1))
         if engine.config.scrub_bytes_per_s:
             self.scrubber.start()
+        self.uploader = ObjectUploader(engine) if engine.config.object_store else None
+        if self.uploader is not None:
+            self.uploader.start()
         self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="antefix-serve")
         self.turns = Turns()
         self._num_streams = 0
@@ -84,6 +93,8 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         """Commit what is queued and close the store."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self.scrubber.stop)
+        if self.uploader is not None:
+            await loop.run_in_executor(None, self.uploader.stop)
         await loop.run_in_executor(None, self.writer.stop)
         self._threads.shutdown()
         await loop.run_in_executor(None, self.engine.close)
@@ -256,23 +267,22 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def Register(
         self, request: kvstore_pb2.RegisterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.RegisterResponse:
-        plans = {
-            kind: codec.PlanePlan(
-                parts=tuple(
-                    codec.PlanePart(num_rows=part.num_rows, fields=tuple((f.nbytes, f.width) for f in part.fields))
-                    for part in parts
-                )
-            )
-            for kind, parts in ((RecordKind.BLOCK, request.parts), (RecordKind.CHECKPOINT, request.checkpoint_parts))
-            if parts
-        }
+        plans = plans_from_wire(request)
         # It holds for all tenants, so where callers may be strangers to each other the first one's word stays.
         known = 0 if admitted().is_open else await self._in_thread(lambda: self._block_tokens(request.fingerprint))
-        size, plans = (known, {}) if known else (request.block_size, plans)
+        if known:
+            plans = {}
         await self._in_thread(
-            lambda: self.engine.register(request.fingerprint, size, plans, statement=request.statement)
+            lambda: self.engine.register(request.fingerprint, request.block_size, plans, statement=request.statement)
         )
         return kvstore_pb2.RegisterResponse()
+
+    async def Contents(
+        self, request: kvstore_pb2.ContentsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[kvstore_pb2.ContentsResponse, None]:
+        messages = contents_to_wire(StoreContents.of_reader(self.engine.reader))
+        while (message := await self._in_thread(lambda: next(messages, None))) is not None:
+            yield message
 
     def _block_tokens(self, fingerprint: bytes) -> int:
         with self.engine.index.txn() as txn:
@@ -462,7 +472,8 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     except BaseException:
         await servicer.close()
         raise
-    async with _telling(config, engine, server.address):
+    address = advertised(server.address, config.advertise)
+    async with _telling(config, engine, address), _leased(config, address):
         await rpc.run_until_signal(
             server,
             role="kvstore",
@@ -478,6 +489,8 @@ def registry_of(servicer: KvStoreServicer) -> Registry:
     registry = Registry("kvstore")
     registry.add(functools.partial(store_metrics, servicer.engine, servicer.scrubber, servicer.writer))
     registry.add_in_loop(lambda: memory_metrics(servicer.pool, servicer.num_streams))
+    if servicer.uploader is not None:
+        registry.add(functools.partial(upload_metrics, servicer.uploader))
     return registry
 
 
@@ -491,9 +504,19 @@ def _telling(
     from antefix.events.redis_stream import StreamPublisher, store_stream
 
     name = config.events_name or address
-    if config.events_key_file:
-        keys = EventKeys.from_file(config.events_key_file)
-    else:
-        keys = EventKeys.of(Keyring.from_file(config.secret_file))
     where = RedisAccess.of(config.events_redis, config)
-    return StreamPublisher(where, engine.events, store_stream(name), name, keys=keys)
+    return StreamPublisher(where, engine.events, store_stream(name), name, keys=_event_keys(config))
+
+
+def _leased(config: KvStoreConfig, address: str) -> contextlib.AbstractAsyncContextManager[object]:
+    """Says in Redis that the store is there while it is entered, where that is wanted."""
+    if not config.lease_redis:
+        return contextlib.nullcontext()
+    where = RedisAccess.of(config.lease_redis, config)
+    return ServiceLease(where, role=Role.KVSTORE, name=config.name, address=address, keys=_event_keys(config))
+
+
+def _event_keys(config: KvStoreConfig) -> EventKeys:
+    if config.events_key_file:
+        return EventKeys.from_file(config.events_key_file)
+    return EventKeys.of(Keyring.from_file(config.secret_file))

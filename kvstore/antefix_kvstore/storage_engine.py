@@ -24,7 +24,7 @@ from typing import Final
 import lmdb
 
 from antefix.block import digest_of
-from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, StoreFull
+from antefix.errors import AntefixError, BlockCorrupt, FingerprintMismatch, InvalidRequest, StoreFull
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch
 from antefix.record import (
@@ -141,6 +141,8 @@ class StorageEngine:
         self.reader = StoreReader(
             config.dir, clock_ms=clock_ms, decrypt=keys.decrypt if keys else None, index=self.index
         )
+        # Told what the object tier might want, by `object_config.POLICIES`.
+        self.on_wanted: Callable[[str, Sequence[RecordName]], None] = lambda _policy, _names: None
         # What a read or write found wrong with the index, until it is made again; and why that failed the last time.
         self._damage = self._unhealed = ""
         self.events = EventLog(self.index)
@@ -249,6 +251,7 @@ class StorageEngine:
         """
         names = list(used)
         self._touches.add(names, self.clock_ms())
+        self.on_wanted("reused", names)
         with self._counters_lock:
             self.counters.hits += hits
             self.counters.misses += misses
@@ -391,13 +394,21 @@ class StorageEngine:
     ) -> None:
         """Tell what is behind a fingerprint: tokens in a block, how payloads may be coded, what it stands for.
 
-        Raises:  InvalidRequest: the statement is another fingerprint's.
+        Raises:  InvalidRequest: the statement is another fingerprint's.  FingerprintMismatch: its blocks are known, and
+            of another size.
         """
         if statement and digest_of(statement) != fingerprint:
             raise InvalidRequest("the statement is not the one that the fingerprint is the digest of")
         with self._lock:
             with IndexTxn(self.index) as txn:
-                txn.set_fingerprint(fingerprint, block_tokens)
+                known = txn.fingerprint(fingerprint)
+                if known is not None and known.block_tokens and block_tokens not in (0, known.block_tokens):
+                    raise FingerprintMismatch(
+                        f"a block has {block_tokens} tokens, and {known.block_tokens} where KV of this name is stored:"
+                        " nothing of it is used; give the worker the model and block size of the others, or a"
+                        " --namespace of its own"
+                    )
+                txn.set_fingerprint(fingerprint, block_tokens or (known.block_tokens if known else 0))
                 if statement:
                     txn.set_meta(STATEMENT_PREFIX + fingerprint, statement)
                 for kind, plan in plans.items():
@@ -434,7 +445,7 @@ class StorageEngine:
         if not 0 <= duration_s <= PIN_S_MAX:
             raise InvalidRequest(f"records are pinned for 0 to {PIN_S_MAX} s, not {duration_s}")
         until_ms = self.clock_ms() + round(duration_s * 1000) if duration_s > 0 else 0
-        num_pinned = 0
+        pinned: list[RecordName] = []
         with self._lock, IndexTxn(self.index) as txn:
             for name in names:
                 entry = txn.get(name)
@@ -445,8 +456,10 @@ class StorageEngine:
                 ):
                     continue
                 entry.pinned_ms = until_ms
-                num_pinned += 1
-        return num_pinned
+                pinned.append(name)
+        if until_ms:
+            self.on_wanted("pinned", pinned)
+        return len(pinned)
 
     def evict(self, names: Iterable[RecordName], *, owner: bytes | None = None) -> int:
         """Drop records with all that hangs on them, pinned or not. Returns how many went."""
@@ -567,6 +580,7 @@ class StorageEngine:
 
     def _publish(self, changes: list[Change]) -> None:
         self.events.publish(changes)
+        self.on_wanted("all", [(change.kind, change.hash) for change in changes if change.present])
         if self._usage_log is not None:
             self._usage_log.stored(
                 [change.hash for change in changes if change.present and change.kind is RecordKind.BLOCK]

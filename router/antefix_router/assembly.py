@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
@@ -28,7 +29,16 @@ from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
 from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import follow_keys
-from antefix_router.metrics import accounts_metrics, hedge_metrics, key_metrics, placement_metrics, router_metrics
+from antefix_router.load_shedding import LoadShedding
+from antefix_router.metrics import (
+    accounts_metrics,
+    hedge_metrics,
+    key_metrics,
+    lost_metrics,
+    placement_metrics,
+    router_metrics,
+    shedding_metrics,
+)
 from antefix_router.naming import PromptNames
 from antefix_router.page.prefix_forest import PrefixForest
 from antefix_router.placement.directory import Directory
@@ -106,7 +116,14 @@ class Router:
         self.counters = self._prefilling.counters
         self.keyring = keyring
         self.memory = MemoryFeed(directory, redis_url=events, keys=event_keys, callee=self._callee)
-        self.leases = Leases(self.prefill, self.decode, directory, fingerprint=self.fingerprint, memory=self.memory)
+        self.leases = Leases(
+            self.prefill,
+            self.decode,
+            directory,
+            fingerprint=self.fingerprint,
+            memory=self.memory,
+            block_size=identity.geometry.block_size,
+        )
         self.pins = BreakpointPins(store, lambda: self.fingerprint)
         self.forest = PrefixForest()
         self.front: Front = open_front(
@@ -116,6 +133,7 @@ class Router:
             tokenizer=tokenizer,
             keyring=keyring,
             fingerprint=self.fingerprint,
+            shedding=LoadShedding(config.wait_s_max, lambda: len(self.decode.workers)),
         )
         self.key_changes = follow_keys(config, self.front.keys, keyring)
 
@@ -141,6 +159,7 @@ class Router:
         self.leases.start()
         if self.key_changes is not None:
             self.key_changes.start()
+        self.front.start()
         if isinstance(self.store, ManyStores):
             self.store.follow(self.fingerprint)
         elif self.config.store_events:
@@ -208,7 +227,9 @@ class Router:
         """What it shows, beside its HTTP door's own. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
         yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
+        yield from lost_metrics(self.leases.lost(time.monotonic()))
         yield from hedge_metrics(self.budget)
+        yield from shedding_metrics(self.front.shedding)
         yield from router_metrics(self.counters, self.memory, self.feed)
         if (breaker := getattr(self.store, "breaker", None)) is not None:
             yield from breaker_metrics(breaker)

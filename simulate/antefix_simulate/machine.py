@@ -100,20 +100,22 @@ def carry_out(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenPrices:
-    """Dollars a million input tokens."""
+    """Dollars per million tokens: input that was cached, other input, output."""
 
     hit: float
     miss: float
+    output: float = 0.0
 
     def dollars(self, *, hit_tokens: int, miss_tokens: int) -> float:
         return (hit_tokens * self.hit + miss_tokens * self.miss) / 1e6
 
 
-# Off-peak prices of 2026; they have changed four times since April, so they are settings too.
+# Off-peak prices of 2026 (deploy/ratecards/deepseek.toml); they have changed four times since April, so they are
+# settings too.
 RATE_CARDS = {
-    "v4-flash": TokenPrices(hit=0.003, miss=0.15),
-    "v4-pro": TokenPrices(hit=0.022, miss=0.66),
-    "v4.1-flash": TokenPrices(hit=0.003, miss=0.15),
+    "v4-flash": TokenPrices(hit=0.003, miss=0.15, output=0.60),
+    "v4-pro": TokenPrices(hit=0.022, miss=0.66, output=1.98),
+    "v4.1-flash": TokenPrices(hit=0.003, miss=0.15, output=0.60),
 }
 
 
@@ -165,3 +167,14 @@ def model_sizes(model: str, kv_format: KVFormat = KVFormat.FP8) -> Sizes:
         names = ", ".join(sorted((*GEOMETRIES, "v4.1-flash")))
         raise InvalidRequest(f"model {model!r} is neither {names} nor a directory with a config.json: {err}") from err
     return Sizes.of(BlockLayout(geometry=geometry, kv_format=kv_format))
+
+
+def model_layers(model: str) -> int:
+    """Layers of a model that `model_sizes` knows. Raises:  InvalidRequest: as that."""
+    if model == "v4.1-flash":
+        return len(V41_FLASH.ratios)
+    if model in GEOMETRIES:
+        return GEOMETRIES[model].num_layers
+    model_sizes(model)
+    fields = read_json(Path(model) / "config.json", "model config", error=InvalidRequest, infinity=True)
+    return int(fields["num_hidden_layers"])

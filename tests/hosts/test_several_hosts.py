@@ -168,7 +168,7 @@ def test_doctor_checks_the_deployment_from_any_host(hosts):
     try:
         found = json.loads(hosts.on("client", *command, check=False).stdout)
         failed = [each["check"] for each in found["findings"] if each["status"] == "fail"]
-        assert failed == ["decode decode2.antefix.test:7002"]
+        assert failed == ["decode decode2.antefix.test:7002"], found
     finally:
         hosts.run("heal", hosts.directory, "decode2")
 

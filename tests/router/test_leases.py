@@ -56,6 +56,31 @@ def test_a_worker_that_leaves_is_gone_at_once_and_one_of_the_settings_stays(flee
     assert addresses(prefill) == ["127.0.0.1:9"]
 
 
+def test_a_worker_that_stops_renewing_is_named_until_it_is_back_or_says_goodbye(fleet):
+    leases, *_ = fleet
+    other, third = "127.0.0.1:7003", "127.0.0.1:7004"
+    for address in (ADDRESS, other, third):
+        renew(leases, address=address)
+    renew(leases, address=third, ttl_s=0)
+    now = time.monotonic() + 11
+    leases.expire(now)
+    assert leases.lost(now + 5) == [(WorkerRole.PREFILL, ADDRESS, 5), (WorkerRole.PREFILL, other, 5)]
+    renew(leases)
+    renew(leases, address=other, ttl_s=0)
+    assert leases.lost(now + 5) == []
+
+
+def test_lost_workers_are_forgotten_in_time_and_in_number(fleet):
+    leases, *_ = fleet
+    now = time.monotonic()
+    for port in range(300):
+        renew(leases, address=f"127.0.0.1:{8000 + port}")
+    leases.expire(now + 20)
+    named = [address for _, address, _ in leases.lost(now + 20)]
+    assert len(named) == 256 and named[-1] == "127.0.0.1:8299"
+    assert leases.lost(now + 20 + 3601) == []
+
+
 def test_renewing_keeps_load_and_memory_and_a_new_process_starts_empty(fleet):
     leases, prefill, _, directory = fleet
     renew(leases)
@@ -143,3 +168,14 @@ async def test_a_worker_that_drains_is_known_to_and_one_that_died_has_forgotten(
     finally:
         await watch.close()
         await server.stop(0)
+
+
+def test_a_worker_with_blocks_of_another_size_is_told_both_sizes():
+    roles = (WorkerRole.PREFILL, WorkerRole.DECODE)
+    prefill, decode = (Workers(role, make_policy("least_work")) for role in roles)
+    leases = Leases(prefill, decode, Directory(), fingerprint=FINGERPRINT, block_size=64)
+    with pytest.raises(FingerprintMismatch, match=r"blocks of 128 tokens, this router's model of 64: .*--model"):
+        leases.renew("decode", ADDRESS, instance=b"1", fingerprint=b"o" * 32, ttl_s=10.0, block_size=128)
+    leases.renew("decode", ADDRESS, instance=b"1", fingerprint=FINGERPRINT, ttl_s=10.0, block_size=64)
+    leases.renew("prefill", "127.0.0.1:7002", instance=b"1", fingerprint=FINGERPRINT, ttl_s=10.0)
+    assert addresses(decode) == [ADDRESS] and not [w for w in prefill.workers if w.address == ADDRESS]

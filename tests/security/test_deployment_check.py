@@ -64,6 +64,8 @@ def test_a_whole_deployment_is_fine():
         # Secrets that are being replaced: one of them is known to both.
         ({"about": about(secret_marks=(b"z" * 8, MARK))}, "same secret", "ok"),
         ({"about": about(version="1.1")}, "version", "warn"),
+        # A worker that answers here, and whose lease ran out at the router.
+        ({"lost_s_ago": 30.0}, "prefill prefill:1", "fail"),
     ],
 )
 def test_what_is_wrong_is_seen_and_nothing_else(changed, check, status):
@@ -75,6 +77,12 @@ def test_what_is_wrong_is_seen_and_nothing_else(changed, check, status):
 def test_a_store_without_a_secret_is_fine():
     store = dataclasses.replace(STORE, about=about(secret_marks=()))
     assert {finding.status for finding in findings_of([ROUTER, store])} == {"ok"}
+
+
+def test_a_worker_that_is_gone_is_named_after_its_lease_ran_out():
+    gone = asked(Role.DECODE, about=None, error="nobody there", lost_s_ago=30.0)
+    (finding,) = [each for each in findings_of([ROUTER, STORE, gone]) if each.check == "decode decode:1"]
+    assert finding.status == "fail" and finding.detail == "the router lost it 30 s ago; nobody there"
 
 
 def test_a_router_that_is_not_there_is_all_that_is_said():

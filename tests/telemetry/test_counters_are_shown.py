@@ -12,6 +12,10 @@ from antefix.clients import AnswerCounters
 from antefix.events.follower import FollowCounters
 from antefix.events.kv_publisher import KvPublisherCounters
 from antefix.events.kv_subscriber import KvFollowCounters
+from antefix.objects import object_metrics
+from antefix.objects.janitor import JanitorCounters
+from antefix.objects.object_reads import ObjectReadCounters
+from antefix.objects.object_writer import ObjectWriteCounters
 from antefix.store.local_copies import CopyCounters
 from antefix.telemetry.shown import families
 from antefix.v1 import decode_pb2, kvstore_pb2, prefill_pb2, router_pb2, window_pb2
@@ -21,8 +25,9 @@ from antefix_decode import metrics as decode
 from antefix_engines import metrics as engines
 from antefix_engines.engine_store import EngineCounters
 from antefix_engines.vllm.row_store import TierCounters
-from antefix_kvstore import engine_stats, scrubber, space, storage_engine
+from antefix_kvstore import engine_stats, scrubber, space, storage_engine, upload_metrics
 from antefix_kvstore import metrics as kvstore
+from antefix_kvstore.object_upload import UploadCounters
 from antefix_prefill import metrics as prefill
 from antefix_prefill.prefetch import PrefetchCounters
 from antefix_prefill.worker import metrics as worker
@@ -32,6 +37,7 @@ from antefix_router import prefill_calls
 from antefix_router.fleet import fleet_metrics
 from antefix_router.fleet.engines import HitCounters
 from antefix_router.fleet.fleet_placing import PassingCounters
+from antefix_router.shared_bill.shared_bill import SharedCounters
 
 REPO = Path(__file__).parents[2]
 ROOMS = ("antefix", "billing", "decode", "engines", "kvstore", "prefill", "router")
@@ -44,11 +50,16 @@ SHOWN = {
     HitCounters: ([fleet_metrics.HITS], {}),
     PassingCounters: ([fleet_metrics.PASSING], {}),
     CommitCounters: ([router.COMMITS], {}),
+    SharedCounters: ([router.SHARED], {}),
     TierCounters: ([engines.VLLM_TIER], {"_lock": "text"}),
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
     AnswerCounters: ([router.ANSWERS], {}),
     prefill_calls.PrefillingCounters: ([router.PREFILLING], {}),
     CopyCounters: ([worker.COPIES], {}),
+    ObjectReadCounters: ([object_metrics.READS], {}),
+    ObjectWriteCounters: ([upload_metrics.WRITES], {}),
+    UploadCounters: ([upload_metrics.UPLOADS], {}),
+    JanitorCounters: ([upload_metrics.JANITOR], {}),
     PrefetchCounters: ([prefill.PREFETCH], {}),
     StoreCounters: ([worker.STORE], {"last_error": "text", "last_refusal": "text"}),
     storage_engine.StorageCounters: (
@@ -112,6 +123,7 @@ COUNTED = {
     "num_evicted": "antefix_pool_evicted_blocks",
     "num_too_large": "antefix_worker_too_large_requests",
     "num_unstored": "antefix_unstored_requests",
+    "num_alone": "antefix_shared_bill_alone_reservations",
     "num_requests": "antefix_worker_placed_requests",
     "num_tokens": "antefix_worker_placed_tokens",
     "num_placed": "antefix_placements",
@@ -141,6 +153,20 @@ COUNTED = {
     "num_blocks_prefetched": "antefix_prefill_prefetched_blocks",
     "num_skipped": "antefix_prefill_unprefetched_prompts",
     "num_over_budget": "antefix_worker_local_copies_over_budget",
+    # Of the object tier.
+    "num_bad": "antefix_object_bad_records",
+    "num_blocks": "antefix_object_read_blocks",
+    "num_drafts": "antefix_object_deleted_drafts",
+    "num_expired": "antefix_object_deleted_segments",
+    "num_gone": "antefix_object_gone_segments",
+    "num_over_quota": "antefix_object_deleted_segments",
+    "num_passes": "antefix_object_passes",
+    "num_ranges": "antefix_object_ranges",
+    "num_read_again": "antefix_object_read_again_records",
+    "num_records": "antefix_object_written_records",
+    "num_segments": "antefix_object_written_segments",
+    "num_tiles": "antefix_object_written_tiles",
+    "num_uploaded": "antefix_object_uploaded_records",
 }
 # Of one request, one block, one file or one index: they are state, not counts of what happened to the service.
 STATE = {

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "copy what a store holds to another; run it again to go on",
         "antefix-data/store /backup/store",
     )
-    copy.add_argument("source", metavar="SRC", help="directory of a store on this host, served or not")
+    copy.add_argument("source", metavar="SRC", help="directory of a store on this host, served or not, or host:port")
     copy.add_argument("target", metavar="DST", help="directory that no service has open, made if missing, or host:port")
     copy.add_argument("--budget-bytes", default="", metavar="SIZE", help="of a directory that is made (default: 64G)")
     add_copy_arguments(copy)

@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
     parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
     parser.add_argument(
+        "--object-store",
+        default="",
+        metavar="URL",
+        help="object store behind the stores, as s3://BUCKET/PREFIX or file:///PATH (default: none)",
+    )
+    parser.add_argument(
         "--num-stores",
         type=int,
         default=1,
@@ -55,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="tenants' limits and keys")
     parser.add_argument("--api-keys-file", type=_not_empty, metavar="FILE", help="API keys, made by `antefix keys`")
+    parser.add_argument(
+        "--bill-redis", default="", metavar="URL", help="Redis through which several routers share one bill"
+    )
     parser.add_argument(
         "--encrypt",
         action="store_true",
@@ -117,9 +126,11 @@ def run(args: argparse.Namespace) -> int:
         http_address=args.http_address,
         num_routers=args.num_routers,
         num_stores=args.num_stores,
+        object_store=args.object_store,
         ratecards=tuple(args.ratecards),
         tenants_file=args.tenants_file or "",
         api_keys_file=args.api_keys_file or "",
+        bill_redis=args.bill_redis,
         encrypt=args.encrypt,
         chat_format=args.chat_format,
         model_aliases=args.model_aliases,
@@ -211,13 +222,20 @@ async def warn_of_pool(address: str, config: RedisConfig | None = None) -> None:
 
 def _announce(deployment: Deployment, *, as_json: bool) -> None:
     rows = [
-        {"role": p.role, "address": p.address, "pid": p.process.pid, "metrics_address": p.metrics_address}
+        {
+            "role": p.role,
+            "address": p.address,
+            "pid": p.process.pid,
+            "metrics_address": p.metrics_address,
+            **({"http_address": p.http_address} if p.http_address else {}),
+        }
         for p in deployment.processes
     ]
     http_addresses = [p.http_address for p in deployment.processes if p.http_address]
     if as_json:
         http_address = deployment.one("router").http_address
-        print(json.dumps({"ready": True, "processes": rows, "http_address": http_address}), flush=True)
+        said = {"ready": True, "processes": rows, "http_address": http_address, "http_addresses": http_addresses}
+        print(json.dumps(said), flush=True)
         return
     for row in rows:
         print(

@@ -7,6 +7,8 @@ from typing import Final
 
 from prometheus_client.core import Metric
 
+from antefix.objects.object_metrics import object_metrics
+from antefix.objects.object_tier import ObjectTier
 from antefix.store.breaker_metrics import breaker_metrics
 from antefix.store.many_stores import ManyStores
 from antefix.telemetry import Registry
@@ -175,5 +177,8 @@ def _tier_metrics(engine: Engine) -> Iterable[Metric]:
         {name: float(tier.num_failures) for name, tier in tiers.items()},
         ("tier",),
     )
+    for tier in store.tiers:
+        if isinstance(tier.source, ObjectTier):
+            yield from object_metrics(tier.source)
     if store.copies is not None:
         yield from families(COPIES, store.copies.counters)

@@ -20,7 +20,16 @@ from antefix.secret import Keyring
 from antefix.security.identity import Role
 from antefix.security.listening import advertised, is_wildcard, parse_address
 from antefix.security.process_security import ProcessSecurity, credentials_setting, open_security
-from antefix.store.open_store import StoresConfig, check_stores, local_copies, open_stores, store_addresses
+from antefix.store.found_stores import FoundStores
+from antefix.store.object_access import object_tiers
+from antefix.store.open_store import (
+    StoresConfig,
+    check_stores,
+    local_copies,
+    open_stores,
+    store_addresses,
+    store_sources,
+)
 from antefix.store_files.record_format import STORE_FILE
 from antefix.store_files.seal import Seals
 from antefix.telemetry.exposition import Read
@@ -57,6 +66,9 @@ class WorkerConfig(EngineConfig):
     near_stores: tuple[str, ...] = same_setting(StoresConfig, "near_stores")
     local_copies_bytes: int = same_setting(StoresConfig, "local_copies_bytes")
     local_copies_ttl_s: float = same_setting(StoresConfig, "local_copies_ttl_s")
+    object_store: str = same_setting(StoresConfig, "object_store")
+    object_encrypt_key_file: str = same_setting(StoresConfig, "object_encrypt_key_file")
+    object_keys_file: str = same_setting(StoresConfig, "object_keys_file")
     routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
     events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
     kv_events: str = setting(
@@ -95,9 +107,10 @@ def secure_worker(config: WorkerConfig, role: Role) -> ProcessSecurity:
     return security
 
 
-async def start_engine(config: WorkerConfig) -> Engine:
+async def start_engine(config: WorkerConfig, *, may_call: Callable[[str], object] = lambda address: None) -> Engine:
     """The worker's engine over its store, which is told how payloads are laid out.
 
+    may_call: as in `open_stores`.
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
     where = store_addresses(config)
@@ -106,8 +119,19 @@ async def start_engine(config: WorkerConfig) -> Engine:
             # The store may start after us, so it is no error; a misspelt directory would be silence.
             log.warning("there is no store in --store-dir %s; until there is one, every lookup misses", directory)
     keyring = Keyring.from_file(config.secret_file)
-    store = open_stores(where, near=config.near_stores, seals=Seals(keyring), copies=local_copies(config))
+    seals = Seals(keyring)
+    store = open_stores(
+        where,
+        near=config.near_stores,
+        seals=seals,
+        more=object_tiers(config, seals=seals, keyring=keyring),
+        copies=local_copies(config),
+        sources=store_sources(config, EventKeys.of(keyring)),
+        may_call=may_call,
+    )
     engine = build_engine(config, store, keyring)
+    if isinstance(store, FoundStores):
+        await store.start()
     await engine.register()
     return engine
 
@@ -149,6 +173,7 @@ async def serve_worker(
         keyring=engine.keyring,
         arithmetic=engine.arithmetic.name,
         setup=engine.arithmetic.setup,
+        block_size=engine.block_size,
     )
     registry = worker_registry(role, engine)
     registry.add_in_loop(metrics)

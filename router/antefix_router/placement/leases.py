@@ -20,6 +20,9 @@ log = logging.getLogger("antefix.router")
 TTL_S_MIN, TTL_S_MAX = 0.5, 300.0
 # More leases than that are a fault somewhere, not a fleet.
 NUM_LEASES_MAX = 4096
+# A worker that stopped renewing is named to operators for so long, and no more of them than that.
+LOST_KEPT_S = 3600.0
+NUM_LOST_MAX = 256
 _SWEEP_S = 0.5
 
 
@@ -33,7 +36,7 @@ class _Lease:
 class Leases:
     """Who has a lease on which role. instance: made anew by each process; another one's memory starts empty.
 
-    memory: told of who comes and goes, to follow what they hold.
+    memory: told of who comes and goes, to follow what they hold.  block_size: tokens, of the router's model; 0: any.
     """
 
     def __init__(
@@ -44,12 +47,15 @@ class Leases:
         *,
         fingerprint: bytes,
         memory: MemoryFeed | None = None,
+        block_size: int = 0,
     ) -> None:
+        self._block_size = block_size
         self._memory = memory
         self._groups = {WorkerRole.PREFILL: prefill, WorkerRole.DECODE: decode}
         self._directory = directory
         self.fingerprint = fingerprint
         self._leases: dict[tuple[WorkerRole, str], _Lease] = {}
+        self._lost_at: dict[tuple[WorkerRole, str], float] = {}
         self._health = HealthWatch(directory)
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -77,6 +83,7 @@ class Leases:
         ttl_s: float,
         arithmetic: str = "",
         setup: str = "",
+        block_size: int = 0,
         name: str = "",
     ) -> None:
         """Know the worker for `ttl_s` from now; a ttl of 0 ends its lease.
@@ -87,6 +94,11 @@ class Leases:
         """
         role = _role(role_name)
         parse_address(address)
+        if block_size and self._block_size and block_size != self._block_size:
+            raise FingerprintMismatch(
+                f"the worker at {address} has blocks of {block_size} tokens, this router's model of {self._block_size}:"
+                " they cannot share KV; give both the same model directory (--model)"
+            )
         if fingerprint != self.fingerprint:
             raise FingerprintMismatch(
                 f"the worker at {address} has other weights, format or namespace than this router"
@@ -97,6 +109,7 @@ class Leases:
         lease = self._leases.get(key)
         if lease is not None and lease.name != name:
             raise PermissionDenied(f"{address} is registered by {lease.name or 'another worker'}, not by {name}")
+        self._lost_at.pop(key, None)
         if not ttl_s:
             self._end(key, "left")
             return
@@ -115,6 +128,14 @@ class Leases:
         """End what has run out."""
         for key in [key for key, lease in self._leases.items() if lease.until <= now]:
             self._end(key, "did not renew its lease")
+            self._lost_at[key] = now
+        for key in list(self._lost_at)[:-NUM_LOST_MAX]:
+            del self._lost_at[key]
+
+    def lost(self, now: float) -> list[tuple[WorkerRole, str, float]]:
+        """Role, address and seconds since the loss of workers that stopped renewing and have not come back."""
+        self._lost_at = {key: at for key, at in self._lost_at.items() if now - at < LOST_KEPT_S}
+        return [(role, address, now - at) for (role, address), at in self._lost_at.items()]
 
     def _end(self, key: tuple[WorkerRole, str], why: str) -> None:
         if self._leases.pop(key, None) is None:

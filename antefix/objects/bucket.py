@@ -1,0 +1,88 @@
+"""Where objects lie: an object store by its URL, or a directory that hosts share. Knows names and bytes, no format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+from urllib.parse import unquote, urlsplit
+
+from antefix.errors import AntefixError, ConfigError
+from antefix.record import Buffer
+
+CLOUD_SCHEMES: Final = ("s3", "gs", "az")
+SCHEMES: Final = (*CLOUD_SCHEMES, "file")
+
+
+class ObjectGone(AntefixError):
+    """There is no such object (any more). The caller takes it for a miss."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """name: below the bucket's prefix."""
+
+    name: str
+    nbytes: int
+
+
+class Bucket(Protocol):
+    """Names are relative to the URL's prefix. Each call may raise Unavailable, which includes what may not be done."""
+
+    @property
+    def url(self) -> str:
+        """As given, for people."""
+
+    async def put(self, name: str, parts: Sequence[Buffer]) -> None:
+        """Make an object of these bytes: visible whole, or not at all. One of that name is replaced."""
+
+    async def read(self, name: str, start: int, stop: int) -> Buffer:
+        """Bytes [start, stop) of an object; fewer where it ends before.  Raises:  ObjectGone."""
+
+    async def list_objects(self, under: str, *, after: str = "", num_max: int | None = None) -> list[StoredObject]:
+        """Objects below a folder such as `segments/`, by name.
+
+        after: only those whose names come later; itself a name with the folder.  num_max: the first so many.
+        """
+
+    async def delete(self, names: Sequence[str]) -> None:
+        """Those that are gone already are no error."""
+
+    async def clean(self) -> int:
+        """Delete what uploads that never ended have left. Returns how many there were."""
+
+    async def close(self) -> None: ...
+
+
+def is_object_url(text: str) -> bool:
+    """Whether this is the URL of an object store, not a directory or an address."""
+    return text.partition("://")[0] in SCHEMES and "://" in text
+
+
+def scheme_of(url: str) -> str:
+    """Raises:  ConfigError: not the URL of an object store."""
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES:
+        raise ConfigError(f"an object store is s3://BUCKET/PREFIX, gs://, az:// or file:///PATH, not {url!r}")
+    if parts.query or parts.fragment or parts.username:
+        raise ConfigError(
+            f"{url!r}: an object store's URL has bucket and prefix alone; credentials are in the environment"
+        )
+    if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
+        raise ConfigError(f"{url!r}: a directory is given as file:///PATH, with three slashes")
+    if parts.scheme != "file" and not parts.netloc:
+        raise ConfigError(f"{url!r} names no bucket")
+    return parts.scheme
+
+
+def open_bucket(url: str) -> Bucket:
+    """Connects when first used.  Raises:  ConfigError: not such a URL, or the library for it is not installed."""
+    if scheme_of(url) == "file":
+        from antefix.objects.file_bucket import FileBucket
+
+        return FileBucket(url, Path(unquote(urlsplit(url).path)))
+    # Here, because only those with an object store have the library.
+    from antefix.objects.cloud_bucket import CloudBucket
+
+    return CloudBucket(url)

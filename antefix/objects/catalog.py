@@ -1,0 +1,279 @@
+"""Where each record of the object tier is, as this process knows it: loaded from tiles, kept fresh from footers.
+
+What it knows may be a moment old. A record that came since is found at the next refresh; one that went is a miss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from typing import Final, TypeVar
+
+import numpy as np
+
+from antefix.errors import BlockCorrupt
+from antefix.objects.bucket import Bucket, ObjectGone
+from antefix.objects.object_index import Place, Run, keys_of, merge, run_of, unpack_run
+from antefix.objects.segment_object import (
+    SEGMENTS,
+    TRAILER,
+    PlacedRecord,
+    SegmentRef,
+    placed_of,
+    read_footer,
+    read_trailer,
+    segments_from,
+)
+from antefix.objects.tiles import GRACE_MS, INDEX, Tile, gaps, largest
+from antefix.record import Buffer, RecordKind
+from antefix.store_files.record_header import RecordHeader
+from antefix.store_files.segment_reader import wall_ms
+
+log = logging.getLogger("antefix.objects")
+
+T = TypeVar("T")
+U = TypeVar("U")
+# A footer of 140 records of a few hundred bytes each comes with the first read.
+_TAIL_BYTES: Final = 64 << 10
+_FOOTERS_IN_FLIGHT: Final = 32
+_TILES_IN_FLIGHT: Final = 2
+# Of one large object.
+_RANGE_BYTES: Final = 32 << 20
+_RANGES_IN_FLIGHT: Final = 4
+# A tile that goes while it is read was replaced by a larger one, so the list is read again.
+_NUM_TRIES: Final = 4
+# Runs are merged while the older one is no more than this much larger, so a record is merged a few times in all.
+_MERGE_RATIO: Final = 4
+
+
+class Catalog:
+    """Used from one event loop; `find` and `lose` from any thread.
+
+    num_unreadable: segments without a sound footer, which nobody can find anything in before a repair.
+    """
+
+    def __init__(self, bucket: Bucket, *, clock_ms: Callable[[], int] = wall_ms) -> None:
+        self.bucket: Final = bucket
+        self.clock_ms: Final = clock_ms
+        self.loaded_ms = 0
+        self._runs: tuple[Run, ...] = ()
+        self._unreadable: set[bytes] = set()
+        # Segments past their time that were seen in the bucket, by name.
+        self._expired: dict[str, SegmentRef] = {}
+        self._lost: set[bytes] = set()
+        self._updating = asyncio.Lock()
+
+    @property
+    def num_unreadable(self) -> int:
+        return len(self._unreadable)
+
+    @property
+    def num_records(self) -> int:
+        return sum(len(run) for run in self._runs)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return sum(run.nbytes for run in self._runs)
+
+    def segments(self) -> list[SegmentRef]:
+        """All that live, oldest first."""
+        now_ms = self.clock_ms()
+        return sorted((ref for run in self._runs for ref in run.live(now_ms)), key=lambda ref: ref.created_ms)
+
+    def expired(self) -> list[SegmentRef]:
+        """Those past their time that may still be there."""
+        now_ms = self.clock_ms()
+        known = {ref.name: ref for run in self._runs for ref in run.expired(now_ms)}
+        return list((self._expired | known).values())
+
+    def bytes_by_tenant(self) -> Counter[bytes]:
+        found: Counter[bytes] = Counter()
+        for ref in self.segments():
+            found[ref.tenant] += ref.nbytes
+        return found
+
+    def __contains__(self, segment_id: bytes) -> bool:
+        return any(segment_id in run for run in self._runs)
+
+    def find(self, kind: RecordKind, hashes: Sequence[bytes], *, alive_ms: int | None = None) -> list[Place | None]:
+        """Where each of these records is.  alive_ms: only where it stays longer than until then; None: until now."""
+        found: list[Place | None] = [None] * len(hashes)
+        if not hashes:
+            return found
+        keys, alive_ms = keys_of(kind, hashes), self.clock_ms() if alive_ms is None else alive_ms
+        open_ = np.arange(len(hashes))
+        # The newest are in the last run, and live longest.
+        for run in reversed(self._runs):
+            entries = run.search(keys[open_], alive_ms)
+            for number in np.flatnonzero(entries >= 0):
+                found[open_[number]] = run.place(entries[number])
+            open_ = open_[entries < 0]
+            if not len(open_):
+                break
+        return found
+
+    def lose(self, segment_id: bytes) -> None:
+        """A segment is not there any more."""
+        self._lost.add(segment_id)
+        self._expired = {name: ref for name, ref in self._expired.items() if ref.id != segment_id}
+        for run in self._runs:
+            run.lose(segment_id)
+
+    async def add(self, segments: Iterable[tuple[SegmentRef, Sequence[PlacedRecord]]]) -> None:
+        """Take in segments that are known whole, such as those that were just written."""
+        async with self._updating:
+            await self._add(run_of(segments))
+
+    async def refresh(self) -> None:
+        """Load all of it the first time; later what came and went since.
+
+        Raises:  Unavailable: the bucket does not answer; what was known stays.
+        """
+        async with self._updating:
+            now_ms = self.clock_ms()
+            if not self.loaded_ms:
+                await self._load()
+            else:
+                await self._add_listed(await self._listed(self.loaded_ms - GRACE_MS, None))
+            await self._drop_before_oldest()
+            self.loaded_ms = now_ms
+
+    async def take_in(self, tile: Tile) -> None:
+        """See to it that all segments of that time are known, whenever they came.  Raises:  Unavailable."""
+        async with self._updating:
+            await self._add_listed(await self._listed(tile.start_ms, tile.stop_ms))
+
+    async def _load(self) -> None:
+        for tries_left in reversed(range(_NUM_TRIES)):
+            listed = await self.bucket.list_objects(INDEX)
+            sizes = {tile: each.nbytes for each in listed if (tile := Tile.of_name(each.name)) is not None}
+            tiles = largest(sizes)
+            try:
+                runs = await all_of(self._read_tile, [(tile, sizes[tile]) for tile in tiles], _TILES_IN_FLIGHT)
+                break
+            except ObjectGone:
+                if not tries_left:
+                    raise
+        good = [tile for tile, run in zip(tiles, runs, strict=True) if run is not None]
+        self._runs = tuple(run for run in runs if run is not None)
+        for start_ms, stop_ms in gaps(good):
+            await self._add_listed(await self._listed(start_ms, stop_ms))
+
+    async def _read_tile(self, sized: tuple[Tile, int]) -> Run | None:
+        """None: it is damaged, so its segments' footers are read."""
+        tile, nbytes = sized
+        raw = await read_object(self.bucket, tile.name, nbytes)
+        try:
+            return await asyncio.to_thread(unpack_run, raw)
+        except BlockCorrupt as err:
+            log.warning("%s: %s: %s; its segments' footers are read instead", self.bucket.url, tile.name, err)
+            return None
+
+    async def _listed(self, start_ms: int, stop_ms: int | None) -> list[SegmentRef]:
+        """Segments created in that time."""
+        stop = None if stop_ms is None else segments_from(stop_ms)
+        found: list[SegmentRef] = []
+        after = segments_from(start_ms)
+        while True:
+            page = await self.bucket.list_objects(SEGMENTS, after=after, num_max=1000)
+            within = [each for each in page if stop is None or each.name < stop]
+            found += [ref for each in within if (ref := SegmentRef.of_name(each.name, each.nbytes)) is not None]
+            if len(page) < 1000 or len(within) < len(page):
+                return found
+            after = page[-1].name
+
+    async def _add_listed(self, refs: Sequence[SegmentRef]) -> None:
+        now_ms = self.clock_ms()
+        self._expired |= {ref.name: ref for ref in refs if ref.expired(now_ms)}
+        new = [ref for ref in refs if not (ref.id in self or ref.id in self._unreadable or ref.expired(now_ms))]
+        headers = await all_of(self._footer, new, _FOOTERS_IN_FLIGHT)
+        good = [(ref, [placed_of(each) for each in found]) for ref, found in zip(new, headers, strict=True) if found]
+        if good:
+            await self._add(run_of(good))
+
+    async def _footer(self, ref: SegmentRef) -> list[RecordHeader]:
+        """Empty: it is gone, or cannot be read."""
+        try:
+            return await read_headers(self.bucket, ref)
+        except ObjectGone:
+            return []
+        except BlockCorrupt as err:
+            log.warning("%s: %s cannot be read: %s (`antefix fsck --repair`)", self.bucket.url, ref.name, err)
+            self._unreadable.add(ref.id)
+            return []
+
+    async def _drop_before_oldest(self) -> None:
+        """The oldest are deleted first, so what is older than the oldest that is there is gone."""
+        page = await self.bucket.list_objects(SEGMENTS, num_max=1)
+        oldest = SegmentRef.of_name(page[0].name, 0) if page else None
+        if page and oldest is None:
+            return
+        for ref in self.segments():
+            if oldest is not None and ref.created_ms >= oldest.created_ms:
+                break
+            self.lose(ref.id)
+
+    async def _add(self, run: Run) -> None:
+        runs = [*self._runs, run]
+        while len(runs) > 1 and len(runs[-2]) <= _MERGE_RATIO * len(runs[-1]):
+            pair = runs[-2:]
+            runs[-2:] = [await asyncio.to_thread(merge, pair, self.clock_ms())]
+        self._runs = tuple(runs)
+        for segment_id in self._lost:
+            for each in self._runs:
+                each.lose(segment_id)
+        self._lost.clear()
+
+    def take_out(self, wanted: Callable[[SegmentRef], bool]) -> Run:
+        """A run of those of the living segments that are wanted."""
+        return merge([run.only(wanted) for run in self._runs], self.clock_ms())
+
+    def forget_unreadable(self, ids: Collection[bytes]) -> None:
+        self._unreadable.difference_update(ids)
+
+
+async def read_object(bucket: Bucket, name: str, nbytes: int) -> Buffer:
+    """All of an object, by ranges.  Raises:  ObjectGone."""
+    parts = await all_of(
+        lambda first: bucket.read(name, first, min(first + _RANGE_BYTES, nbytes)),
+        range(0, nbytes, _RANGE_BYTES),
+        _RANGES_IN_FLIGHT,
+    )
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def read_headers(bucket: Bucket, ref: SegmentRef) -> list[RecordHeader]:
+    """Of all records of a segment, from its footer.
+
+    Raises:  ObjectGone.  BlockCorrupt: no sound footer.
+    """
+    start = max(0, ref.nbytes - _TAIL_BYTES)
+    tail = memoryview(await bucket.read(ref.name, start, ref.nbytes)).cast("B")
+    if tail.nbytes < TRAILER.size:
+        raise BlockCorrupt("a segment without a trailer")
+    footer_offset, num_records = read_trailer(tail[-TRAILER.size :], ref.nbytes)
+    stop = ref.nbytes - TRAILER.size
+    if footer_offset >= start:
+        return read_footer(tail[footer_offset - start : stop - start], ref, footer_offset, num_records)
+    return read_footer(await bucket.read(ref.name, footer_offset, stop), ref, footer_offset, num_records)
+
+
+async def all_of(call: Callable[[U], Awaitable[T]], items: Sequence[U], num_max: int) -> list[T]:
+    """All answers, in order; at most so many calls at a time. The first error ends the others."""
+    turn = asyncio.Semaphore(num_max)
+
+    async def one(item: U) -> T:
+        async with turn:
+            return await call(item)
+
+    tasks = [asyncio.ensure_future(one(item)) for item in items]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)

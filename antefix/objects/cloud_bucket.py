@@ -1,0 +1,108 @@
+"""A bucket of S3, GCS, Azure or a server that speaks as one of them, through the library obstore."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
+from typing import Any, Final
+
+from antefix.errors import ConfigError, Unavailable
+from antefix.objects.bucket import ObjectGone, StoredObject
+from antefix.record import Buffer
+
+# The library asks again by itself after a reset or an answer of 5xx or 429, with growing pauses. A read that takes
+# longer is a miss: somebody waits for it.
+_NUM_RETRIES: Final = 4
+_RETRY_S: Final = 8.0
+# Of one request with its answer: a segment at 2 MB/s.
+_REQUEST_S: Final = 30.0
+_CONNECT_S: Final = 3.0
+# Deletes in one call to S3.
+_DELETES_MAX: Final = 1000
+
+
+class CloudBucket:
+    """Credentials, region and endpoint come from the variables that the stores' own tools read."""
+
+    def __init__(self, url: str) -> None:
+        """Raises:  ConfigError: obstore is not installed, or the environment's settings make no store."""
+        try:
+            import obstore
+            from obstore import exceptions
+            from obstore.store import from_url
+        except ImportError as err:
+            raise ConfigError(f"{url} takes the library obstore: pip install 'antefix[s3]'") from err
+        self.url = url
+        self._library: Any = obstore
+        self._errors: Any = exceptions
+        self._pool = f"{_CONNECT_S:g}s"
+        try:
+            self._store: Any = from_url(
+                url,
+                client_options={
+                    "timeout": timedelta(seconds=_REQUEST_S),
+                    "connect_timeout": timedelta(seconds=_CONNECT_S),
+                    # Plain HTTP where the endpoint in the environment says so: S3's own are https.
+                    "allow_http": True,
+                },
+                retry_config={"max_retries": _NUM_RETRIES, "retry_timeout": timedelta(seconds=_RETRY_S)},
+            )
+        except (exceptions.BaseError, ValueError, TypeError) as err:
+            raise ConfigError(f"object store {url}: {err}") from err
+
+    async def put(self, name: str, parts: Sequence[Buffer]) -> None:
+        with self._telling(name):
+            # One request, however large: what it leaves when it breaks off is nothing.
+            await self._library.put_async(self._store, name, b"".join(parts), use_multipart=False)
+
+    async def read(self, name: str, start: int, stop: int) -> Buffer:
+        if stop <= start:
+            return b""
+        with self._telling(name):
+            data = await self._library.get_range_async(self._store, name, start=start, end=stop)
+        return memoryview(data)
+
+    async def list_objects(self, under: str, *, after: str = "", num_max: int | None = None) -> list[StoredObject]:
+        found: list[StoredObject] = []
+        with self._telling(under):
+            async for page in self._pages(under, after, num_max):
+                # The prefix's own name counts as none below it; some servers list it.
+                found += [StoredObject(each["path"], each["size"]) for each in page if each["path"].startswith(under)]
+                if num_max is not None and len(found) >= num_max:
+                    break
+        found.sort(key=lambda each: each.name)
+        return found[:num_max]
+
+    def _pages(self, under: str, after: str, num_max: int | None) -> AsyncIterator[Any]:
+        pages: AsyncIterator[Any] = self._library.list(
+            self._store, prefix=under.rstrip("/"), offset=after or None, chunk_size=min(num_max or 1000, 1000)
+        )
+        return pages
+
+    async def delete(self, names: Sequence[str]) -> None:
+        for first in range(0, len(names), _DELETES_MAX):
+            part = list(names[first : first + _DELETES_MAX])
+            with self._telling(part[0]), contextlib.suppress(ObjectGone):
+                await self._library.delete_async(self._store, part)
+
+    async def clean(self) -> int:
+        return 0
+
+    async def close(self) -> None:
+        await asyncio.sleep(0)
+
+    @contextlib.contextmanager
+    def _telling(self, name: str) -> Any:
+        try:
+            yield
+        except (FileNotFoundError, self._errors.NotFoundError) as err:
+            raise ObjectGone(f"{self.url}: no {name}") from err
+        except (self._errors.BaseError, OSError) as err:
+            raise Unavailable(f"{self.url}: {name}: {_first_line(err)}") from err
+
+
+def _first_line(err: Exception) -> str:
+    """The library's messages go on with the whole chain of causes."""
+    return str(err).strip().partition("\n")[0][:300]

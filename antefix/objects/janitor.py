@@ -1,0 +1,123 @@
+"""Keeps the object tier to its budget, quotas and times to live, and writes its index. Any number of hosts may.
+
+Each acts on what it knows, and what two of them do is the same: they delete what has expired and what is oldest, and a
+tile of the index follows from the segments of its time. Readers need not be told (docs/OBJECT_STORE.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from antefix.objects.catalog import Catalog
+from antefix.objects.object_index import pack_run
+from antefix.objects.segment_object import SegmentRef
+from antefix.objects.tiles import INDEX, LEVEL_MAX, Tile, largest
+
+# Below the limit, so that not every pass deletes something.
+_KEPT_SHARE: Final = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectLimits:
+    """In bytes of segments; 0: none.  quotas: of single tenants, by their digests, instead of `tenant_bytes`."""
+
+    budget_bytes: int = 0
+    tenant_bytes: int = 0
+    quotas: Mapping[bytes, int] = field(default_factory=dict)
+
+    def of_tenant(self, tenant: bytes) -> int:
+        return self.quotas.get(tenant, self.tenant_bytes)
+
+
+@dataclass(slots=True)
+class JanitorCounters:
+    """Segments that were deleted, by why, and tiles that were written."""
+
+    num_expired: int = 0
+    num_over_budget: int = 0
+    num_over_quota: int = 0
+    num_drafts: int = 0
+    num_tiles: int = 0
+
+
+class Janitor:
+    def __init__(self, catalog: Catalog, limits: ObjectLimits) -> None:
+        self.counters: Final = JanitorCounters()
+        self._catalog = catalog
+        self._limits = limits
+
+    async def tidy(self) -> None:
+        """One pass.  Raises:  Unavailable: the bucket does not answer; the next pass does the rest."""
+        await self._catalog.refresh()
+        self.counters.num_expired += await self.delete(self._catalog.expired())
+        self.counters.num_over_quota += await self.delete(self._over_quota())
+        self.counters.num_over_budget += await self.delete(_oldest(self._catalog.segments(), self._limits.budget_bytes))
+        await self.write_tiles()
+        self.counters.num_drafts += await self._catalog.bucket.clean()
+
+    async def delete(self, refs: Iterable[SegmentRef]) -> int:
+        """Segments, whoever reads them: those find that they are gone. Returns how many."""
+        gone = list(refs)
+        if gone:
+            await self._catalog.bucket.delete([ref.name for ref in gone])
+        for ref in gone:
+            self._catalog.lose(ref.id)
+        return len(gone)
+
+    def _over_quota(self) -> list[SegmentRef]:
+        by_tenant: dict[bytes, list[SegmentRef]] = {}
+        for ref in self._catalog.segments():
+            by_tenant.setdefault(ref.tenant, []).append(ref)
+        return [ref for tenant, refs in by_tenant.items() for ref in _oldest(refs, self._limits.of_tenant(tenant))]
+
+    async def write_tiles(self) -> None:
+        """Write the tiles that are due and missing, and delete those that a larger one covers."""
+        catalog, now_ms = self._catalog, self._catalog.clock_ms()
+        listed = await catalog.bucket.list_objects(INDEX)
+        there = {tile for each in listed if (tile := Tile.of_name(each.name)) is not None}
+        before = frozenset(there)
+        covering = largest(there)
+        created = sorted({Tile.at(ref.created_ms) for ref in catalog.segments()}, key=lambda tile: tile.number)
+        missing = [tile for tile in created if tile.due(now_ms) and not _in_any(tile.start_ms, covering)]
+        for tile in missing:
+            await self._write(tile)
+            there.add(tile)
+        for level in range(LEVEL_MAX):
+            for above in sorted({tile.above for tile in there if tile.level == level} - there):
+                if above.due(now_ms):
+                    await self._write(above)
+                    there.add(above)
+        # Only by those that every reader could see: who lists now and reads then finds one or the other.
+        kept = set(largest(before))
+        living = {Tile.at(ref.created_ms) for ref in catalog.segments()}
+        empty = {tile for tile in kept if not any(tile.covers(each.start_ms) for each in living)}
+        await catalog.bucket.delete([tile.name for tile in sorted((before - kept) | empty)])
+
+    async def _write(self, tile: Tile) -> None:
+        catalog = self._catalog
+        await catalog.take_in(tile)
+        run = await asyncio.to_thread(catalog.take_out, lambda ref: tile.covers(ref.created_ms))
+        await catalog.bucket.put(tile.name, await asyncio.to_thread(pack_run, run))
+        self.counters.num_tiles += 1
+
+
+def _oldest(refs: Sequence[SegmentRef], bytes_max: int) -> list[SegmentRef]:
+    """What goes, of segments oldest first, when they may take no more than that; 0: no limit."""
+    excess = sum(ref.nbytes for ref in refs) - bytes_max
+    if not bytes_max or excess <= 0:
+        return []
+    excess += round(bytes_max * (1 - _KEPT_SHARE))
+    gone = []
+    for ref in refs:
+        if excess <= 0:
+            break
+        gone.append(ref)
+        excess -= ref.nbytes
+    return gone
+
+
+def _in_any(created_ms: int, tiles: Iterable[Tile]) -> bool:
+    return any(tile.covers(created_ms) for tile in tiles)

@@ -1,0 +1,43 @@
+"""What a reader of the object tier shows. The counters are the tier's own; here are their names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from prometheus_client.core import Metric
+
+from antefix.objects.catalog import Catalog
+from antefix.objects.object_tier import ObjectTier
+from antefix.telemetry.shown import Shown, Table, families, gauge
+
+# `object_reads.ObjectReadCounters`.
+READS: Final[Table] = {
+    "num_blocks": Shown(name="antefix_object_read_blocks", help="Blocks that came from the object tier."),
+    "num_ranges": Shown(name="antefix_object_ranges", help="Reads of a range of an object."),
+    "bytes_read": Shown(name="antefix_object_read_bytes", help="Bytes that those gave, gaps and headers included."),
+    "num_gone": Shown(name="antefix_object_gone_segments", help="Objects that were deleted under a reader."),
+    "num_read_again": Shown(
+        name="antefix_object_read_again_records", help="Records that failed a check and were read a second time."
+    ),
+    "num_bad": Shown(name="antefix_object_bad_records", help="Records that failed it again; each became a miss."),
+}
+
+
+def object_metrics(tier: ObjectTier) -> Iterable[Metric]:
+    """Of what belongs to the event loop."""
+    yield from families(READS, tier.counters)
+    yield from catalog_metrics(tier.catalog)
+
+
+def catalog_metrics(catalog: Catalog) -> Iterable[Metric]:
+    """What this process knows of the tier."""
+    yield gauge(
+        "antefix_object_known_records", "Records of the tier that this process knows.", {(): catalog.num_records}
+    )
+    yield gauge("antefix_object_index_bytes", "Memory of the tier's index here.", {(): catalog.nbytes})
+    yield gauge(
+        "antefix_object_unreadable_segments",
+        "Segments without a sound footer (`antefix fsck --repair`).",
+        {(): catalog.num_unreadable},
+    )

@@ -1,0 +1,152 @@
+"""Which records of a store are to go up to the object tier: those that are named, with all that they hang on.
+
+Reads the store's index, never its payloads; knows what the tier has from its catalog.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Final
+
+from antefix.errors import AntefixError
+from antefix.objects.catalog import Catalog
+from antefix.record import RecordKind, RecordName
+from antefix.store_files.record_format import RECORD_HEADER_BYTES, IndexEntry, RecordFlag
+from antefix.store_files.record_header import unpack_record_header
+from antefix_kvstore.storage_engine import StorageEngine
+
+# What the tier is asked for at a time, from a leaf towards the root.
+_ASKED_AT_ONCE: Final = 64
+_SEALED: Final = int(RecordFlag.SEALED)
+# A store evicts from 0.85 of its limit on (`space.LIVE_SHARE_MAX`), in small steps: so much before, and so much of it.
+_NEAR_FULL: Final = 0.75
+_NEXT_SHARE: Final = 1 / 32
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A record to upload. nbytes: of its payload.  cost_s: what computing it took."""
+
+    name: RecordName
+    fingerprint: bytes
+    nbytes: int
+    cost_s: float
+
+
+def stored_before(engine: StorageEngine, names: Iterable[RecordName], before_ms: int) -> list[RecordName]:
+    """Those of the records that had been stored by then."""
+    found = []
+    with engine.index.txn() as txn:
+        entries = [(name, engine.index.entry(txn, *name)) for name in names if name[0] in _KINDS]
+    for name, entry in entries:
+        if entry is not None and _created_ms(engine, entry) <= before_ms:
+            found.append(name)
+    return found
+
+
+_KINDS: Final = (RecordKind.BLOCK, RecordKind.CHECKPOINT)
+
+
+def _created_ms(engine: StorageEngine, entry: IndexEntry) -> int:
+    """0 where it cannot be read: the upload will find out."""
+    try:
+        raw = engine.segments.read(entry.segment, entry.offset, RECORD_HEADER_BYTES)
+        return unpack_record_header(raw, engine.identity.seed).created_ms
+    except (AntefixError, OSError):
+        return 0
+
+
+def next_evicted(engine: StorageEngine) -> list[RecordName]:
+    """Leaves that eviction takes next, while the store is nearly full."""
+    space = engine.space
+    if space.used_bytes < _NEAR_FULL * space.limit_bytes:
+        return []
+    left, names = round(space.limit_bytes * _NEXT_SHARE), []
+    with engine.index.txn() as txn:
+        for name in _leaves(engine, txn):
+            entry = engine.index.entry(txn, *name)
+            left -= entry.extent_bytes if entry is not None else 0
+            names.append(name)
+            if left <= 0:
+                break
+    return names
+
+
+def pinned(engine: StorageEngine, now_ms: int) -> list[RecordName]:
+    """Leaves that are pinned, which is what is left to know of pins after a restart."""
+    with engine.index.txn() as txn:
+        names = list(_leaves(engine, txn, from_ms=now_ms))
+        entries = [engine.index.entry(txn, *name) for name in names]
+    return [name for name, entry in zip(names, entries, strict=True) if entry is not None and entry.pinned_ms > now_ms]
+
+
+def _leaves(engine: StorageEngine, txn: Any, from_ms: int = 0) -> Iterator[RecordName]:
+    with txn.cursor(db=engine.index.db["leaves"]) as cursor:
+        if cursor.set_range(from_ms.to_bytes(8, "big")):
+            for key in cursor.iternext(keys=True, values=False):
+                yield RecordKind(key[8]), bytes(key[9:])
+
+
+def choose(engine: StorageEngine, catalog: Catalog, names: Iterable[RecordName], *, alive_ms: int) -> list[Chosen]:
+    """These records and their chains up to what the tier has, parents first. alive_ms: a copy that ends before is none.
+
+    Records of version 1 stay here: nothing outside this store can tell whose they are.
+    """
+    found: dict[RecordName, Chosen] = {}
+    with engine.index.txn() as txn:
+        fingerprints = engine.index.fingerprints(txn)
+        for name in names:
+            path: list[tuple[RecordName, IndexEntry]] = []
+            for step, entry in _up(engine, txn, catalog, name, found, alive_ms):
+                path.append((step, entry))
+            for step, entry in reversed(path):
+                digest = fingerprints.get(entry.fingerprint_id)
+                if digest is not None and entry.flags & _SEALED and not entry.quarantined:
+                    found[step] = Chosen(step, digest, entry.payload_bytes, entry.cost_ms / 1000)
+    return list(found.values())
+
+
+def _up(
+    engine: StorageEngine,
+    txn: Any,
+    catalog: Catalog,
+    name: RecordName,
+    taken: dict[RecordName, Chosen],
+    alive_ms: int,
+) -> Iterator[tuple[RecordName, IndexEntry]]:
+    """From a record towards its root, as far as it is stored here, is not chosen already and the tier lacks it."""
+    block = name[1]
+    if name[0] is RecordKind.CHECKPOINT:
+        entry = engine.index.entry(txn, *name)
+        if entry is None:
+            return
+        if name not in taken and catalog.find(RecordKind.CHECKPOINT, [block], alive_ms=alive_ms)[0] is None:
+            yield name, entry
+    while True:
+        steps: list[tuple[RecordName, IndexEntry]] = []
+        while len(steps) < _ASKED_AT_ONCE:
+            step = (RecordKind.BLOCK, block)
+            entry = engine.index.entry(txn, *step)
+            if entry is None or step in taken:
+                break
+            steps.append((step, entry))
+            block = entry.parent
+        places = catalog.find(RecordKind.BLOCK, [hash for (_, hash), _ in steps], alive_ms=alive_ms)
+        for each, place in zip(steps, places, strict=True):
+            if place is not None:
+                return
+            yield each
+        if len(steps) < _ASKED_AT_ONCE:
+            return
+
+
+def by_kind_and_fingerprint(chosen: Sequence[Chosen]) -> Iterator[tuple[RecordKind, bytes, list[Chosen]]]:
+    """What can be read in one call."""
+
+    def group(each: Chosen) -> tuple[int, bytes]:
+        return each.name[0], each.fingerprint
+
+    for (kind, fingerprint), members in groupby(sorted(chosen, key=group), key=group):
+        yield RecordKind(kind), fingerprint, list(members)

@@ -1,0 +1,55 @@
+"""What a store service shows of its work in the object tier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from prometheus_client.core import Metric
+
+from antefix.objects.object_metrics import catalog_metrics
+from antefix.telemetry.shown import Shown, Table, families, gauge
+from antefix_kvstore.object_upload import ObjectUploader
+
+_DELETED = "antefix_object_deleted_segments"
+_DELETED_HELP = "Segments that this service deleted, by why: expired, budget or quota."
+
+# `object_upload.UploadCounters`.
+UPLOADS: Final[Table] = {
+    "num_uploaded": Shown(name="antefix_object_uploaded_records", help="Records that went up to the object tier."),
+    "bytes_uploaded": Shown(name="antefix_object_uploaded_payload_bytes", help="The same, in payload bytes."),
+    "num_left": Shown(
+        name="antefix_object_left_records", help="Records that were chosen and could not be read, or have no key there."
+    ),
+    "num_forgotten": Shown(name="antefix_object_forgotten_names", help="Names that waited too long behind others."),
+    "num_failures": Shown(name="antefix_object_failures", help="Uploads and passes that failed; they are tried again."),
+    "num_passes": Shown(name="antefix_object_passes", help="Passes for budget, times to live and the index."),
+}
+# `object_writer.ObjectWriteCounters`.
+WRITES: Final[Table] = {
+    "num_records": Shown(name="antefix_object_written_records", help="Records in objects that were written."),
+    "num_segments": Shown(name="antefix_object_written_segments", help="Segments that were written."),
+    "bytes_written": Shown(name="antefix_object_written_bytes", help="What they take."),
+}
+# `janitor.JanitorCounters`.
+JANITOR: Final[Table] = {
+    "num_expired": Shown(name=_DELETED, help=_DELETED_HELP, labels=(("cause", "expired"),)),
+    "num_over_budget": Shown(name=_DELETED, help=_DELETED_HELP, labels=(("cause", "budget"),)),
+    "num_over_quota": Shown(name=_DELETED, help=_DELETED_HELP, labels=(("cause", "quota"),)),
+    "num_drafts": Shown(name="antefix_object_deleted_drafts", help="Half-finished uploads that were deleted."),
+    "num_tiles": Shown(name="antefix_object_written_tiles", help="Tiles of the tier's index that were written."),
+}
+
+
+def upload_metrics(uploader: ObjectUploader) -> Iterable[Metric]:
+    """Of what any thread may read."""
+    yield from families(UPLOADS, uploader.counters)
+    yield from families(WRITES, uploader.writer.counters)
+    yield from families(JANITOR, uploader.janitor.counters)
+    yield gauge("antefix_object_waiting_names", "Records that wait to be uploaded.", {(): uploader.num_waiting})
+    yield gauge(
+        "antefix_object_tier_bytes",
+        "What the tier takes, as this service knows it.",
+        {(): sum(uploader.catalog.bytes_by_tenant().values())},
+    )
+    yield from catalog_metrics(uploader.catalog)

@@ -1,0 +1,46 @@
+"""All disks of a deployment are wiped while it runs: answers stay right, and hits come back from the object tier."""
+
+import asyncio
+import shutil
+
+import numpy as np
+import pytest
+
+from antefix.objects.bucket import open_bucket
+from antefix.objects.catalog import Catalog
+from antefix.usage import tiers_of_text
+from antefix_billing.ledger_files import read_settled
+
+pytestmark = pytest.mark.services
+UPLOADS = ("--budget-bytes", "256M", "--object-upload", "all", "--object-wait-s", "0")
+
+
+async def test_hits_come_back_when_every_disk_is_wiped(deploy, ask, document, reference, tmp_path):
+    url = f"file://{tmp_path}/bucket"
+    async with deploy(object_store=url, num_decode=1, extra_flags={"kvstore": UPLOADS}) as deployment:
+        prompt = document[:1900]
+        output, first = await ask(deployment, prompt)
+        assert output == reference.generate(prompt, 24)
+        catalog = Catalog(open_bucket(url))
+        async with asyncio.timeout(60):
+            while catalog.num_records < 1900 // 128:
+                await asyncio.sleep(0.1)
+                await catalog.refresh()
+        # The store goes on with an empty directory; new workers have nothing in memory.
+        for path in deployment.config.store_dir.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for process in [each for each in deployment.processes if each.role in ("prefill", "decode", "kvstore")]:
+            await deployment.kill(process)
+            await deployment.restart(process)
+        longer = np.concatenate((prompt, document[:100]))
+        async with asyncio.timeout(120):
+            while True:
+                output, last = await ask(deployment, longer)
+                assert output == reference.generate(longer, 24)
+                if last.usage.cache_hit_tokens >= 1792:
+                    break
+                await asyncio.sleep(0.5)
+        records = [item.record for item in read_settled(deployment.config.ledger_dir)]
+    tiers = tiers_of_text(records[-1].hit_tiers)
+    assert first.usage.cache_hit_tokens == 0
+    assert any("object:file" in tiers_of_text(record.hit_tiers) for record in records), tiers
