@@ -137,7 +137,8 @@ def read_leaves(fd: int, page_bytes: int, numbers: Sequence[int], overflow: Over
     lower, upper = halves[:, 6].astype(np.int64), halves[:, 7].astype(np.int64)
     named = pages[:, :8].copy().view("<u8")[:, 0]
     counts = (lower - _HEADER_BYTES) // 2
-    is_leaf = (named == np.asarray(numbers, np.uint64)) & (halves[:, 4] == 0) & (halves[:, 5] == _P_LEAF)
+    # Bytes 8 and 9 are whatever was in LMDB's memory.
+    is_leaf = (named == np.asarray(numbers, np.uint64)) & (halves[:, 5] == _P_LEAF)
     is_leaf &= (lower % 2 == 0) & (counts > 0) & (lower <= upper) & (upper <= page_bytes)
     if not is_leaf.all():
         raise Fault(f"page {numbers[int(np.argmin(is_leaf))]} is no leaf")

@@ -199,8 +199,8 @@ class _Walk:
 
     def _page(self, number: int) -> bytes:
         page = self._read(self._page_bytes, number * self._page_bytes)
-        named, pad, flags, lower, upper = struct.unpack_from("<QHHHH", page)
-        if named != number or pad or flags != _P_BRANCH or not 16 < lower <= upper <= self._page_bytes or lower % 2:
+        named, _, flags, lower, upper = struct.unpack_from("<QHHHH", page)
+        if named != number or flags != _P_BRANCH or not 16 < lower <= upper <= self._page_bytes or lower % 2:
             raise Fault(f"page {number} is no branch")
         nodes = sorted(struct.unpack_from(f"<{(lower - 16) // 2}H", page, 16))
         stops = [at + 8 + struct.unpack_from("<H", page, at + 6)[0] for at in nodes]
