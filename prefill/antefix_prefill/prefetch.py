@@ -1,8 +1,8 @@
 """Loads what a prompt will need while it waits for its turn, so that then it is in memory.
 
 It reads what the planner would read now: blocks, which are idle afterwards, so that prompts at work may take them, and
-the checkpoint, which the prompt keeps. Where there is no room for all, the beginning is loaded. It computes nothing, and
-what it fails to load is loaded, or computed, when the turn has come.
+the checkpoint, which the prompt keeps. Where there is no room for all, the beginning is loaded. It computes nothing.
+What it fails to load is loaded, or computed, when the turn has come.
 """
 
 from __future__ import annotations
