@@ -89,7 +89,7 @@ def _refuse(*_, **__):
 # Each HTTP client reads the authorities that it trusts, the system's 140 in 40 ms. Tests talk to this host alone.
 NO_AUTHORITY = Path(__file__).with_name("no_authority.pem")
 # What is not in `make test-fast`. There nothing computes for a second on an idle machine, nor for five on a busy one.
-NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines")
+NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines", "upgrade")
 FAST_TEST_S = 5.0
 
 # A deployment starts in seconds and answers in seconds, on a machine that is busy in minutes.
