@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from antefix.errors import ConfigError
 from antefix.record import Held, PutResult, Record, RecordName
-from antefix.security.listening import parse_address
+from antefix.security.listening import UNIX
 from antefix.store.client import RemoteStore
 from antefix.store.store_stats import StoreTotals
 from antefix.store_files.encryption import KeyRing
@@ -29,8 +30,7 @@ def open_source(text: str, *, key_file: str = "") -> StoreContents | ServedConte
     """
     if _URL in text:
         raise ConfigError(f"{text}: copies are made from a directory or from host:port; {_OF_URLS}")
-    if "/" not in text and not Path(text).is_dir():
-        parse_address(text)
+    if _is_address(text):
         return ServedContents(RemoteStore(text))
     if not Path(text).is_dir():
         raise ConfigError(f"{text} is no directory; a store that is served is named by its address, host:port")
@@ -38,20 +38,31 @@ def open_source(text: str, *, key_file: str = "") -> StoreContents | ServedConte
     return StoreContents(Path(text), decrypt=decrypt)
 
 
-def open_target(text: str, *, budget_bytes: int = 0, key_file: str = "") -> DirectoryTarget | ServiceTarget:
-    """What is copied to: a directory that no service has open, which is made if it is not there, or host:port.
+def open_target(
+    text: str, *, budget_bytes: int = 0, key_file: str = "", makes: bool = False
+) -> DirectoryTarget | ServiceTarget:
+    """What is copied to: a directory that no service has open, or host:port.  makes: a directory that is missing.
 
     budget_bytes: of a directory; 0: a store's default.  key_file: what a directory is encrypted with.
     Raises:  ConfigError: neither, or a directory that is in use.
     """
     if _URL in text:
         raise ConfigError(f"{text}: copies are made to a directory or to host:port; {_OF_URLS}")
-    if "/" in text or Path(text).is_dir():
+    if not _is_address(text):
+        if not makes and not Path(text).is_dir():
+            raise ConfigError(f"{text} is no directory; a store that is served is named by its address, host:port")
         config = KvStoreConfig(dir=text, scrub_bytes_per_s=0, encrypt_key_file=key_file)
         if budget_bytes:
             config = dataclasses.replace(config, budget_bytes=budget_bytes)
         return DirectoryTarget(EmbeddedStore(config))
     return ServiceTarget(RemoteStore(text))
+
+
+def _is_address(text: str) -> bool:
+    """A name without a port is a directory, made or to be made, and so is whatever is one already."""
+    if text.startswith(UNIX):
+        return True
+    return "/" not in text and re.search(r":[0-9]+$", text) is not None and not Path(text).is_dir()
 
 
 _OF_URLS: Final = "object stores are no ends of copies here"
