@@ -1,7 +1,7 @@
 """The index as a derived thing: examined before it is trusted, rebuilt from the segments' headers when it is not sound.
 
-LMDB believes what it reads, so a damaged file must never reach it: an index is opened only when its checksum from the
-last clean close holds, or, after a crash, when py-lmdb's verifier, which does not use LMDB, finds its structure sound
+LMDB believes what it reads, so a damaged file must not reach it: an index is opened only when its checksum from the
+last clean close holds, or, after a crash, when `index_check`, which does not use LMDB, finds its structure sound
 and its tables say what its entries say, which carry checksums of their own.
 """
 
@@ -10,26 +10,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-import lmdb
-import lmdb.verify
 import xxhash
 
 from antefix.errors import Unavailable
 from antefix.host_limits import map_bytes_of
-from antefix.record import STORED_KINDS, RecordKind
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import INDEX_DIR, SEGMENT_HEADER_BYTES
 from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.identity import CLEAN_FILE, DISCARDED_DIR, REBUILT_DIR
-from antefix_kvstore.index_check import content_fault
+from antefix_kvstore.index_check import index_fault
 from antefix_kvstore.index_forest import insert_entry
+from antefix_kvstore.index_rebuild import fill_index
 from antefix_kvstore.index_writer import IndexTxn, SegmentState
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.segments import Segments
@@ -38,8 +35,6 @@ log = logging.getLogger("antefix_kvstore.index")
 
 _INDEX_BYTES_MIN: Final = 256 << 20
 _REBUILD_TXN_RECORDS: Final = 20_000
-# Segments scanned at once: headers of large records lie far apart, and a disk answers many such reads as fast as one.
-_SCAN_THREADS: Final = 8
 
 
 def index_bytes_max(config: KvStoreConfig) -> int:
@@ -82,26 +77,8 @@ def _index_fault(directory: Path) -> str | None:
     if clean.exists():
         # It is deleted before the index is changed: where both are there they agree, or one of them is damaged.
         return None if clean.read_bytes() == index_sum(directory) else "it is not what it was when the store was closed"
-    try:
-        verify: Callable[..., list[str]] = lmdb.verify.verify
-        faults = verify(str(directory / INDEX_DIR), subdir=True)
-    except (lmdb.verify.VerifyError, OSError, ValueError) as err:
-        return f"it is damaged ({err})"
-    return f"it is damaged ({faults[0]})" if faults else _content_fault(directory)
-
-
-def _content_fault(directory: Path) -> str | None:
-    """Whether an index that is sound in structure says what its entries say."""
-    try:
-        index = Index(directory / INDEX_DIR, mapped=True)
-    except Unavailable as err:
-        return str(err)
-    try:
-        return content_fault(index)
-    except lmdb.Error as err:
-        return str(err)
-    finally:
-        index.close()
+    fault = index_fault(directory / INDEX_DIR)
+    return f"it is damaged ({fault})" if fault else None
 
 
 def index_sum(directory: Path) -> bytes:
@@ -131,21 +108,7 @@ def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, chec
 
 
 def _fill(index: Index, segments: Segments, check_all: bool) -> None:
-    headers: dict[tuple[RecordKind, bytes], RecordHeader] = {}
-    last = max(segments.sizes, default=0)
-
-    def scan(number: int) -> list[RecordHeader]:
-        # The last segment may end in a batch that was never acknowledged; the others were synced before it began.
-        return list(segments.scan(number, check_payloads=check_all or number == last))
-
-    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        for found in pool.map(scan, sorted(segments.sizes)):
-            for header in found:
-                headers[header.kind, header.hash] = header
-    # Parents have smaller positions; a checkpoint comes after the block that it hangs on.
-    order = sorted(headers.values(), key=lambda header: (header.position, header.kind))
-    index_headers(index, [header for header in order if header.kind in STORED_KINDS])
-    ends = ends_of(order)
+    ends = fill_index(index, segments, check_all=check_all)
     with IndexTxn(index) as txn:
         for number, size in segments.sizes.items():
             set_end(txn, number, min(ends.get(number, SEGMENT_HEADER_BYTES), size))

@@ -24,6 +24,12 @@ class Peer:
         await self.answers.wait()
 
 
+@pytest.fixture(autouse=True)
+def limits_of_services(monkeypatch):
+    """Other tests are more patient with their stores."""
+    monkeypatch.setattr("antefix.store.breaker.SLACK_S", 3.0)
+
+
 @pytest.fixture
 async def peer():
     return Peer()
