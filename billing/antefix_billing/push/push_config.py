@@ -22,7 +22,7 @@ from antefix.checked_files import read_toml
 from antefix.checked_table import Table
 from antefix.errors import ConfigError
 from antefix.private_file import read_private
-from antefix.redis_access import is_loopback
+from antefix.security.listening import is_loopback
 
 KINDS: Final = ("openmeter", "lago", "stripe", "webhook")
 UNMAPPED: Final = ("dead_letter", "skip", "name")
