@@ -79,6 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     by_default = ",".join(report.GROUPS_BY_DEFAULT)
     sums.add_argument("--by", default=by_default, help=f"comma-separated, of {', '.join(report.GROUPS)}")
     sums.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sums.add_argument(
+        "--ratecards", type=Path, nargs="*", metavar="FILE", help="rate cards, to tell what misses cost (column missed)"
+    )
+    sums.add_argument(
+        "--savings",
+        action="store_true",
+        help="say instead what a longer time to live and a larger store would have saved at most",
+    )
     sums.add_argument("--plot", type=Path, help="also draw tokens and money by day (SVG, PNG or PDF)")
 
     receipt = _command(
@@ -293,8 +301,19 @@ def _anchor(text: str, ledgers: Sequence[Path]) -> tuple[bytes, tuple[int, str]]
 
 def _report(args: argparse.Namespace) -> int:
     by = tuple(name.strip() for name in args.by.split(",") if name.strip())
+    cards = load_cards(args.ratecards) if args.ratecards else None
     with ProgressLine("reading the ledger"):
-        lines = report.summarize((item.record for item in _settled(args)), by)
+        items = [item for _, item in _billed(args)]
+        records = [item.record for item in items if isinstance(item, Settled)]
+        adjustments = [item.adjustment for item in items if isinstance(item, Adjusted)]
+        lines = report.summarize(records, by, cards=cards, adjustments=adjustments)
+    if args.savings:
+        rows = report.remedies(records, cards)
+        sys.stdout.write(
+            (json.dumps(rows, indent=2) if args.json else report.remedies_text(rows, has_prices=cards is not None))
+            + "\n"
+        )
+        return 0
     sys.stdout.write((report.as_json(lines, by) if args.json else report.as_text(lines, by)) + "\n")
     if args.plot is not None:
         report.plot((item.record for item in _settled(args)), args.plot)
