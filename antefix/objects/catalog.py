@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, TypeVar
 
 import numpy as np
@@ -230,9 +230,6 @@ class Catalog:
     def take_out(self, wanted: Callable[[SegmentRef], bool]) -> Run:
         """A run of those of the living segments that are wanted."""
         return merge([run.only(wanted) for run in self._runs], self.clock_ms())
-
-    def forget_unreadable(self, ids: Collection[bytes]) -> None:
-        self._unreadable.difference_update(ids)
 
 
 async def read_object(bucket: Bucket, name: str, nbytes: int) -> Buffer:

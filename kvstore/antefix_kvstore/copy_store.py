@@ -17,10 +17,20 @@ from antefix.record import Held, PutResult, Record, RecordKind, RecordName
 from antefix.security.grants import hold
 from antefix.store.store_stats import StoreTotals
 from antefix.store_files.segment_reader import wall_ms
-from antefix_kvstore.store_contents import LayoutOf, StoreContents, Stretch
+from antefix_kvstore.store_contents import LayoutOf, Stretch
 
 _BATCH_BYTES: Final = 16 << 20
 Progress = Callable[[int, int], None]
+
+
+class CopySource(Protocol):
+    """Where records come from: a store's directory, an object store."""
+
+    def layouts(self) -> list[LayoutOf]: ...
+
+    def stretches(self) -> list[Stretch]: ...
+
+    def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]: ...
 
 
 class CopyTarget(Protocol):
@@ -72,7 +82,7 @@ def _no_grant(_: bytes) -> bytes:
 
 
 async def copy_store(
-    contents: StoreContents,
+    contents: CopySource,
     targets: Sequence[CopyTarget],
     limits: CopyLimits,
     *,
@@ -119,7 +129,7 @@ async def _missing(targets: Sequence[CopyTarget], stretch: Stretch, owner: bytes
 
 
 async def _copy_stretch(
-    contents: StoreContents, target: CopyTarget, stretch: Stretch, wanted: Sequence[RecordName], run: _Run
+    contents: CopySource, target: CopyTarget, stretch: Stretch, wanted: Sequence[RecordName], run: _Run
 ) -> int:
     """Returns the payload bytes that were stored."""
     copied = 0

@@ -1,32 +1,33 @@
-"""Ends of a copy by their text: a store's directory, a service's address. Another kind is one more branch here."""
+"""Ends of a copy by their text: a store's directory, a service's address, an object store's URL."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 from antefix.errors import ConfigError
+from antefix.objects.bucket import is_object_url
 from antefix.record import Held, PutResult, Record, RecordName
 from antefix.store.client import RemoteStore
 from antefix.store.store_stats import StoreTotals
 from antefix.store_files.encryption import KeyRing
 from antefix_kvstore.embedded_store import EmbeddedStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.object_contents import ObjectContents, ObjectTarget
 from antefix_kvstore.store_contents import LayoutOf, StoreContents
 
-# Between a scheme and the rest of a URL.
-_URL: Final = "://"
+# Whatever is copied from, and to.
+Contents = StoreContents | ObjectContents
 
 
-def open_source(text: str, *, key_file: str = "") -> StoreContents:
-    """What is copied from. key_file: what the store is encrypted with.
+def open_source(text: str, *, key_file: str = "") -> Contents:
+    """What is copied from: a store's directory, or an object store's URL. key_file: what it is encrypted with.
 
-    Raises:  ConfigError: no directory of a store.
+    Raises:  ConfigError: neither.
     """
-    if _URL in text:
-        raise ConfigError(f"{text}: copies are made from a directory; {_OF_URLS}")
+    if is_object_url(text):
+        return ObjectContents(text, keys=KeyRing.from_master_file(Path(key_file)) if key_file else None)
     if not Path(text).is_dir():
         raise ConfigError(
             f"{text} is no directory: a store is copied from its files, by a process on its host, served or not"
@@ -35,23 +36,24 @@ def open_source(text: str, *, key_file: str = "") -> StoreContents:
     return StoreContents(Path(text), decrypt=decrypt)
 
 
-def open_target(text: str, *, budget_bytes: int = 0, key_file: str = "") -> DirectoryTarget | ServiceTarget:
-    """What is copied to: a directory that no service has open, which is made if it is not there, or host:port.
+def open_target(
+    text: str, *, budget_bytes: int = 0, key_file: str = "", ttl_s: float = 0.0
+) -> DirectoryTarget | ServiceTarget | ObjectTarget:
+    """What is copied to: a directory that no service has open, which is made if it is not there, an object store's URL,
+    or host:port.
 
-    budget_bytes: of a directory; 0: a store's default.  key_file: what a directory is encrypted with.
+    budget_bytes: of a directory; 0: a store's default.  key_file: what a directory or object store is encrypted with.
+    ttl_s: after which copies in an object store go; 0: never.
     Raises:  ConfigError: neither, or a directory that is in use.
     """
-    if _URL in text:
-        raise ConfigError(f"{text}: copies are made to a directory or to host:port; {_OF_URLS}")
+    if is_object_url(text):
+        return ObjectTarget(text, keys=KeyRing.from_master_file(Path(key_file)) if key_file else None, ttl_s=ttl_s)
     if "/" in text or Path(text).is_dir():
         config = KvStoreConfig(dir=text, scrub_bytes_per_s=0, encrypt_key_file=key_file)
         if budget_bytes:
             config = dataclasses.replace(config, budget_bytes=budget_bytes)
         return DirectoryTarget(EmbeddedStore(config))
     return ServiceTarget(RemoteStore(text))
-
-
-_OF_URLS: Final = "object stores are no ends of copies here"
 
 
 class DirectoryTarget:

@@ -184,7 +184,7 @@ async def test_a_copy_near_its_end_is_made_again_by_reuse(tmp_path: Path) -> Non
         clock.ms = engine.clock_ms()
         engine.clock_ms = uploader.catalog.clock_ms = clock  # type: ignore[misc]
         engine.put(PROMPT.blocks(10))
-        for after_s, num_uploaded in ((0.0, 10), (700.0, 10), (100.0, 20)):
+        for after_s, num_uploaded in ((1.0, 10), (700.0, 10), (100.0, 20)):
             clock.advance(after_s)
             engine.note_use([(RecordKind.BLOCK, PROMPT.hashes[9])], ())
             await uploader.step(flush=True)
