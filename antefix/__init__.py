@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from antefix.errors import QuotaExceeded as QuotaExceeded
     from antefix.errors import RateLimited as RateLimited
     from antefix.errors import ResourceExhausted as ResourceExhausted
+    from antefix.errors import StepFailed as StepFailed
     from antefix.errors import StoreFull as StoreFull
     from antefix.errors import TooManyRequests as TooManyRequests
     from antefix.errors import Unauthenticated as Unauthenticated
@@ -104,7 +105,7 @@ _NAMES = {
     "antefix.errors": (
         "AntefixError BlockCorrupt BlockUnusable BudgetExceeded ConfigError Conflict DeadlineExceeded Draining "
         "FingerprintMismatch InternalError InvalidRequest ModelError NotFinite Overloaded PermissionDenied "
-        "QuotaExceeded RateLimited ResourceExhausted StoreFull TooManyRequests Unauthenticated "
+        "QuotaExceeded RateLimited ResourceExhausted StepFailed StoreFull TooManyRequests Unauthenticated "
         "Unavailable"
     ),
     "antefix.generation_request": "Breakpoint Caller GenerationRequest",

@@ -100,5 +100,10 @@ class NotFinite(Unavailable):
     """A model computed what is no number. Nothing of it is stored or sent; the caller tries another replica."""
 
 
+class StepFailed(Unavailable):
+    """The model failed for this request, and for no other. Nothing of it is stored; the caller tries another replica,
+    once."""
+
+
 class ModelError(InvalidRequest):
     """A model directory cannot be used: the message names the file or tensor and what was expected."""

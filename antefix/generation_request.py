@@ -40,6 +40,11 @@ class Caller:
             check_text(name, getattr(self, name))
 
     @property
+    def is_named(self) -> bool:
+        """Whether its client chose the id, and so may send it again, also to another router."""
+        return bool(self.request_id)
+
+    @property
     def cache_tenant(self) -> str:
         """Whose blocks may be hit. U+001F separates the two; no door lets control characters through."""
         return f"{self.tenant}\x1f{self.user}" if self.user else self.tenant
@@ -78,6 +83,11 @@ class GenerationRequest:
     @property
     def request_id(self) -> str:
         return self.caller.request_id
+
+    @property
+    def is_named(self) -> bool:
+        """Whether its client chose the id, and so may send it again, also to another router."""
+        return bool(self.request_id)
 
     @property
     def cache_tenant(self) -> str:

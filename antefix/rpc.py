@@ -16,7 +16,7 @@ import resource
 import secrets
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +30,10 @@ from antefix import errors
 from antefix.about_service import AboutServicer
 from antefix.config import GRACE_S
 from antefix.request_limits import readable, reading
+from antefix.security.caller_limits import CallerLimits
 from antefix.security.channels import ReloadingChannel
 from antefix.security.credentials import Credentials
-from antefix.security.guard import Guard
+from antefix.security.guard import Guard, admitted
 from antefix.security.identity import Role
 from antefix.security.listening import UNIX, check_calling, join_address, parse_address
 from antefix.security.own_credentials import credentials_for
@@ -159,12 +160,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, draining: asyncio.Event, guard: Guard) -> None:
         self._draining = draining
         self._guard = guard
+        self._limits = CallerLimits()
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        name, admit = handler_call_details.method, self._guard.admit
+        name, enter = handler_call_details.method, self._entered
         if handler.response_streaming:
             make = (
                 grpc.stream_stream_rpc_method_handler
@@ -174,16 +176,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             behaviour = handler.stream_stream or handler.unary_stream
             is_watch = _short(name).startswith("Watch")
             if is_watch:
-                wrapped: Any = _guard_watch(behaviour, name, admit, self._draining)
+                wrapped: Any = _guard_watch(behaviour, name, enter, self._draining)
             else:
-                wrapped = _guard_stream(behaviour, name, admit)
+                wrapped = _guard_stream(behaviour, name, enter)
         else:
             make = (
                 grpc.stream_unary_rpc_method_handler
                 if handler.request_streaming
                 else grpc.unary_unary_rpc_method_handler
             )
-            wrapped = _guard_unary(handler.stream_unary or handler.unary_unary, name, admit)
+            wrapped = _guard_unary(handler.stream_unary or handler.unary_unary, name, enter)
         return make(
             wrapped,
             # Bytes that are no such message are refused by name, as any other request is.
@@ -191,9 +193,21 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
+    @contextlib.contextmanager
+    def _entered(self, method: str, context: Context) -> Iterator[None]:
+        """Around a call: raises what the guard raises, and Overloaded where its address has as many as it may."""
+        self._guard.admit(method, context)
+        with contextlib.ExitStack() as place:
+            try:
+                place.enter_context(self._limits.taken(context.peer(), admitted().identity))
+            except errors.Overloaded:
+                self._guard.refused.labels(method, "address").inc()
+                raise
+            yield
 
-# Lets a call of a method through, or raises.
-Admit = Callable[[str, Context], None]
+
+# Around a call of a method: lets it through, or raises.
+Enter = Callable[[str, Context], contextlib.AbstractContextManager[None]]
 
 
 def _short(method: str) -> str:
@@ -201,13 +215,12 @@ def _short(method: str) -> str:
 
 
 def _guard_unary(
-    behaviour: Callable[[Any, Any], Awaitable[Any]], name: str, admit: Admit
+    behaviour: Callable[[Any, Any], Awaitable[Any]], name: str, enter: Enter
 ) -> Callable[[Any, Any], Awaitable[Any]]:
     async def guarded(request: Any, context: Context) -> Any:
         incoming(context.invocation_metadata())
         try:
-            admit(name, context)
-            with serving(_short(name)):
+            with enter(name, context), serving(_short(name)):
                 return await behaviour(readable(request), context)
         except Exception as err:  # noqa: BLE001 - the one place that does
             await _abort(context, err)
@@ -216,14 +229,13 @@ def _guard_unary(
 
 
 def _guard_stream(
-    behaviour: Callable[[Any, Any], AsyncIterator[Any]], name: str, admit: Admit
+    behaviour: Callable[[Any, Any], AsyncIterator[Any]], name: str, enter: Enter
 ) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         incoming(context.invocation_metadata())
         try:
-            admit(name, context)
             # Closing the inner generator at once, not when it is collected, is what stops work for a client that left.
-            with serving(_short(name)):
+            with enter(name, context), serving(_short(name)):
                 async with contextlib.aclosing(behaviour(readable(request), context)) as responses:  # type: ignore[type-var]
                     async for response in responses:
                         yield response
@@ -234,7 +246,7 @@ def _guard_stream(
 
 
 def _guard_watch(
-    behaviour: Callable[[Any, Any], Any], name: str, admit: Admit, draining: asyncio.Event
+    behaviour: Callable[[Any, Any], Any], name: str, enter: Enter, draining: asyncio.Event
 ) -> Callable[[Any, Any], Awaitable[Any]]:
     async def watch(request: Any, context: Context) -> None:
         responses = behaviour(request, context)
@@ -259,7 +271,7 @@ def _guard_watch(
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    return _guard_unary(until_drained, name, admit)
+    return _guard_unary(until_drained, name, enter)
 
 
 async def _abort(context: Context, err: Exception) -> None:

@@ -1,4 +1,4 @@
-"""What `break_even_services.py` measured, as a table for docs/WINDOW_STATE.md and as a plot."""
+"""What `break_even_services.py` measured, as a table for docs/results/window_state.md and as a plot."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ One deployment a strategy, all up at once and asked in turn, so that a busy mome
 the same documents cold; new processes on the same stores (nothing is in a worker's memory then) answer the next turn of
 some and leave others inside. The same cases go through the simulator's planner and machine model, whose speeds are
 fitted to the cold runs of this very run and to direct reads of this disk. Times are the client's, medians; bytes are
-what the stores hold. --write puts JSON, plot and the table of docs/WINDOW_STATE.md in their places; --from FILE shows
-an earlier run again.
+what the stores hold. --write puts JSON, plot and the table of docs/results/window_state.md in their places; --from FILE
+shows an earlier run again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from antefix_simulate.machine import Machine, carry_out, model_sizes
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "break_even_services.json"
 PLOT = ROOT / "docs" / "plots" / "break_even_services.svg"
-DOC = ROOT / "docs" / "WINDOW_STATE.md"
+DOC = ROOT / "docs" / "results" / "window_state.md"
 STRATEGIES = ("zero", "boundary", "auto", "full")
 CASES = ("next turn", "left inside")
 QUESTION_TOKENS = 40

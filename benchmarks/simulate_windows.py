@@ -4,7 +4,7 @@
 
 Replays the agent, chat and document traces through the real strategies, planner and eviction (package `simulate`), with
 an endless store and with bounded ones, and without replay; writes JSON and SVGs for each trace, and prints the tables
-of docs/WINDOW_STATE.md. Uses two processes; about ten minutes, --quick a minute.
+of docs/results/window_state.md. Uses two processes; about ten minutes, --quick a minute.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -12,6 +12,8 @@ from antefix.block import TokenArray as Tokens
 from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import DecodeStatus, decode_status_from_wire
 from antefix.generation_request import GenerationRequest
+from antefix.located import Located, ReadSpeed
+from antefix.located_wire import hints_to_wire, speeds_from_wire
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.security.identity import Role
@@ -31,7 +33,7 @@ from antefix.wire import (
 class Decoded:
     """One message of an output. finish_reason is set in the last one; stop_number: the stop sequence, from 1.
 
-    logprobs: one a token, where they were asked for.
+    logprobs: one a token, where they were asked for.  speeds: in the last one, as in `Prefilled`.
     """
 
     tokens: Tokens
@@ -41,6 +43,7 @@ class Decoded:
     restore: RestoreReport | None = None
     written_tokens: int = 0
     write_error: str = ""
+    speeds: Mapping[str, ReadSpeed] = field(default_factory=dict)
 
 
 class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
@@ -59,10 +62,12 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
         handoff: bytes,
         emitted: Sequence[int],
         timeout_s: float,
+        located: Located | None = None,
     ) -> AsyncGenerator[Decoded, None]:
         """Stream one output; leaving the stream stops the work.
 
         sampling: this one's, with a seed of its own.  emitted: what was given out of it before.
+        located: which of several stores probably has what of the prompt.
         """
         message = decode_pb2.DecodeRequest(
             request_id=request.request_id,
@@ -71,6 +76,7 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
             sampling=sampling_to_wire(sampling),
             handoff=handoff,
             num_emitted=len(emitted),
+            hints=hints_to_wire(located),
         )
         call = self._stub.Decode(message, timeout=timeout_s, metadata=outgoing())
         try:
@@ -84,6 +90,7 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
                         restore=report_from_wire(answer.restore) if answer.HasField("restore") else None,
                         written_tokens=answer.written_tokens,
                         write_error=answer.write_error,
+                        speeds=speeds_from_wire(answer.tier_speeds),
                     )
         finally:
             call.cancel()  # a caller that stops early stops the work; after the end this does nothing

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -10,6 +11,8 @@ from antefix import rpc
 from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import PrefillStatus, prefill_status_from_wire
 from antefix.generation_request import GenerationRequest
+from antefix.located import Located, ReadSpeed
+from antefix.located_wire import hints_to_wire, speeds_from_wire
 from antefix.restore_report import RestoreReport
 from antefix.security.identity import Role
 from antefix.telemetry.context import outgoing
@@ -19,10 +22,15 @@ from antefix.wire import report_from_wire, tokens_to_wire
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefilled:
-    """handoff: what decode asks the store for; empty when the store could not keep it."""
+    """handoff: what decode asks the store for; empty when the store could not keep it.
+
+    near_stores: of several, those that the worker writes to.  speeds: of stores and tiers that it reads, by name.
+    """
 
     handoff: bytes
     restore: RestoreReport
+    near_stores: tuple[str, ...] = ()
+    speeds: Mapping[str, ReadSpeed] = field(default_factory=dict)
 
 
 class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
@@ -33,19 +41,29 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
     def _make_stub(self, channel: grpc.aio.Channel) -> prefill_pb2_grpc.PrefillServiceStub:
         return prefill_pb2_grpc.PrefillServiceStub(channel)
 
-    async def prefill(self, request: GenerationRequest, *, timeout_s: float) -> Prefilled:
+    async def prefill(
+        self, request: GenerationRequest, *, timeout_s: float, located: Located | None = None
+    ) -> Prefilled:
         """Compute and store a prompt's KV, restoring what is stored of it.
 
-        Window state is left at the request's breakpoints.
+        Window state is left at the request's breakpoints.  located: which of several stores probably has what.
         """
         message = prefill_pb2.PrefillRequest(
-            request_id=request.request_id, tenant=request.cache_tenant, prompt=tokens_to_wire(request.tokens)
+            request_id=request.request_id,
+            tenant=request.cache_tenant,
+            prompt=tokens_to_wire(request.tokens),
+            hints=hints_to_wire(located),
         )
         for num_tokens, ttl_s in request.breakpoints:
             message.breakpoints.add(num_tokens=num_tokens, ttl_s=ttl_s)
         with rpc.rpc_errors():
             response = await self._stub.Prefill(message, timeout=timeout_s, metadata=outgoing())
-        return Prefilled(handoff=response.handoff, restore=report_from_wire(response.restore))
+        return Prefilled(
+            handoff=response.handoff,
+            restore=report_from_wire(response.restore),
+            near_stores=tuple(response.near_stores),
+            speeds=speeds_from_wire(response.tier_speeds),
+        )
 
     async def status(self, *, timeout_s: float = 5.0) -> PrefillStatus:
         """What the worker does now."""

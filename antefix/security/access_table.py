@@ -75,6 +75,8 @@ TABLE: Final[dict[str, Access]] = {
     # Of no tenant. Watching tells the names of all blocks, so it is for routers alone.
     "/antefix.v1.KvStoreService/Register": _row(*_FILLING, _OPERATOR),
     "/antefix.v1.KvStoreService/Watch": _row(_ROUTER),
+    # Names and owners of all that is stored; the records themselves take a grant.
+    "/antefix.v1.KvStoreService/Contents": _row(_OPERATOR),
     "/antefix.v1.KvStoreService/Stats": _row(_ROUTER, *_FILLING, _OPERATOR),
     # What every service has.
     "/antefix.v1.AboutService/About": _row(_ROUTER, _OPERATOR),

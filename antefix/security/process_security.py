@@ -111,7 +111,11 @@ class ProcessSecurity:
     def check_calling(self, addresses: Iterable[str]) -> None:
         """Raises:  ConfigError: without TLS, one of them is on another host."""
         for address in addresses:
-            check_calling(address, has_tls=self.has_tls)
+            self.check_calling_one(address)
+
+    def check_calling_one(self, address: str) -> None:
+        """Raises:  ConfigError: without TLS, it is on another host."""
+        check_calling(address, has_tls=self.has_tls)
 
     def server_credentials(self, *, mutual: bool = True) -> grpc.ServerCredentials | None:
         """None: without TLS."""

@@ -36,7 +36,9 @@ OPEN_S_MAX: Final = 40.0
 class Breaker:
     """One client's. num_slow: calls that went over their time.  num_spared: calls that were not made."""
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, slack_s: float = SLACK_S, clock: Callable[[], float] = time.monotonic) -> None:
+        """slack_s: what a call may take besides its bytes."""
+        self._slack_s = slack_s
         self.pulse: Pulse | None = None
         self.num_slow = 0
         self.num_spared = 0
@@ -64,7 +66,7 @@ class Breaker:
 
     def limit_s(self, nbytes: int, most_s: float) -> float:
         """How long a call may take that moves so much, next to those that run."""
-        return min(most_s, SLACK_S + _FACTOR * (self._flying_bytes + nbytes) / self._bytes_per_s)
+        return min(most_s, self._slack_s + _FACTOR * (self._flying_bytes + nbytes) / self._bytes_per_s)
 
     @contextlib.contextmanager
     def asked(self, nbytes: int = 0) -> Iterator[None]:

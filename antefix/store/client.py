@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +40,12 @@ from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
 from antefix.store.breaker import Breaker
 from antefix.store.fate_wire import fate_from_wire
+from antefix.store.file_reads import FileReads
 from antefix.store.held_wire import held_from_wire
 from antefix.store.payload_channel import SERVICE, PayloadChannel
 from antefix.store.payload_wire import Piece, pack_put_request
 from antefix.store.pieces import HASHES_MAX, join_hashes, request_pieces
+from antefix.store.plan_wire import plans_to_wire
 from antefix.store.record_source import records_of
 from antefix.store.store_stats import KindTotals, StoreTotals
 from antefix.store.stream_progress import Progress
@@ -75,7 +76,6 @@ NUM_RESUMES_MAX: Final = 3
 # How long uses wait to be told in one call, and how many may wait.
 TELL_S: Final = 0.2
 NUM_TOLD_MAX: Final = 4096
-_CLIENT_THREADS: Final = 4
 
 
 class RemoteStore:
@@ -233,9 +233,8 @@ class RemoteStore:
         request = kvstore_pb2.RegisterRequest(
             fingerprint=fingerprint,
             block_size=block_tokens,
-            parts=_parts(plans[RecordKind.BLOCK]) if RecordKind.BLOCK in plans else (),
-            checkpoint_parts=_parts(plans[RecordKind.CHECKPOINT]) if RecordKind.CHECKPOINT in plans else (),
             statement=statement,
+            **plans_to_wire(plans),
         )
         with self._asked():
             await self.stub.Register(request, timeout=CALL_DEADLINE_S)
@@ -429,7 +428,7 @@ class LocalStore:
         self._seals = seals
         self.remote = RemoteStore(address, deadline_s=deadline_s, seals=seals)
         self._reader: StoreReader | None = None
-        self._threads = ThreadPoolExecutor(_CLIENT_THREADS, thread_name_prefix="antefix-store")
+        self.reads = FileReads(f"the store in {self.directory}", self.remote.breaker)
         self._uses = _Uses()
         self._evidence: ReadEvidence | None = None
         self._telling: asyncio.Task[None] | None = None
@@ -456,7 +455,12 @@ class LocalStore:
         if self._telling is not None:
             await self._telling
         await self.remote.close()
-        self._threads.shutdown()
+        hangs = self.reads.hangs
+        self.reads.close()
+        if not hangs:
+            self._close_files()
+
+    def _close_files(self) -> None:
         if self._evidence is not None:
             self._evidence.close()
         if self._reader is not None:
@@ -479,14 +483,17 @@ class LocalStore:
     ) -> int:
         if not hashes:
             return 0
-        outcome = await self._in_thread(
-            lambda reader: reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
-        )
+
+        def read(reader: StoreReader) -> ReadOutcome:
+            outcome = reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
+            if outcome.num_good:
+                # The service is told later, and neither it nor this process may live until then.
+                self._evidence = self._evidence or ReadEvidence(self.directory)
+                self._evidence.used(hashes[outcome.num_good - 1])
+            return outcome
+
+        outcome = await self._in_thread(read, sum(buffer.nbytes for buffer in into))
         last = hashes[outcome.num_good - 1] if outcome.num_good else None
-        if last is not None:
-            # The service is told later, and neither it nor this process may live until then.
-            self._evidence = self._evidence or ReadEvidence(self.directory)
-            self._evidence.used(last)
         if outcome.locked and not outcome.suspects and not outcome.forged:
             done = outcome.num_good
             rest = self.remote.get_blocks(hashes[done:], into[done:], fingerprint=fingerprint, tenant=tenant)
@@ -499,7 +506,7 @@ class LocalStore:
         if kind in MEMORY_KINDS:
             return await self.remote.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
         payload, outcome = await self._in_thread(
-            lambda reader: reader.read(kind, hash, fingerprint=fingerprint, tenant=tenant)
+            lambda reader: reader.read(kind, hash, fingerprint=fingerprint, tenant=tenant), _PAYLOAD_BYTES_GUESSED
         )
         if outcome.locked:
             return await self.remote.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
@@ -534,17 +541,13 @@ class LocalStore:
     async def stats(self) -> StoreTotals:
         return await self.remote.stats()
 
-    async def _in_thread(self, call: Callable[[StoreReader], T]) -> T:
-        """Nobody writes to the caller's buffers after this returned, raised or was cancelled.
+    async def _in_thread(self, call: Callable[[StoreReader], T], nbytes: int = 0) -> T:
+        """nbytes: that may be read.
 
-        Raises:  Unavailable: the files cannot be read, however that shows: to a worker that is a miss.
+        Raises:  Unavailable: the files cannot be read, however that shows: to a worker that is a miss.  ReadHangs.
         """
-        work = asyncio.get_running_loop().run_in_executor(self._threads, lambda: call(self._open_reader()))
         try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            await asyncio.wait([work])
-            raise
+            return await self.reads.run(lambda: call(self._open_reader()), nbytes)
         except (lmdb.Error, OSError) as err:
             raise Unavailable(f"the store in {self.directory} cannot be read, see `antefix fsck`: {err}") from err
 
@@ -590,13 +593,3 @@ def _name(name: RecordName) -> kvstore_pb2.RecordName:
 
 def _reason_of(code: str) -> RefusalReason:
     return RefusalReason(code) if code in set(RefusalReason) else RefusalReason.OTHER
-
-
-def _parts(plan: codec.PlanePlan) -> list[kvstore_pb2.PayloadPart]:
-    return [
-        kvstore_pb2.PayloadPart(
-            num_rows=part.num_rows,
-            fields=[kvstore_pb2.PayloadField(nbytes=nbytes, width=width) for nbytes, width in part.fields],
-        )
-        for part in plan.parts
-    ]

@@ -13,10 +13,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
+from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError, DeadlineExceeded, Unavailable
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch, Cursor
 from antefix.layout import PayloadLayout
+from antefix.located import Located
 from antefix.miss_reason import MissReason
 from antefix.record import (
     MEMORY_KINDS,
@@ -47,6 +49,10 @@ _FATES: Final = (
 )
 
 
+# A read that began before a store went has ended after so long, or has gone on elsewhere.
+_LET_GO_S: Final = 60.0
+
+
 class ManyStores:
     """Used from one event loop."""
 
@@ -58,19 +64,37 @@ class ManyStores:
         copies: LocalCopies | None = None,
         make_feed: Callable[[Member, bytes], StoreFeed] | None = None,
     ) -> None:
-        """members: nearest first; at least one is near.  more: tiers that are only read.
+        """members: nearest first; `change` replaces them.  more: tiers that are only read.
 
         copies: keeps what is read from others often in the nearest store.  make_feed: follows a member's events.
         """
-        self.members: Final = Members(members, more)
+        # Another object whenever stores come or go: a call keeps the one it began with, as tiers have numbers in it.
+        self.members = Members(members, more)
         self.copies: Final = copies
+        self._more = tuple(more)
         self._make_feed = make_feed
+        self._followed = b""
         self._layouts: dict[bytes, tuple[PayloadLayout, bytes]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
         """All that is read from."""
         return self.members.tiers
+
+    def change(self, members: Sequence[Member]) -> None:
+        """From now on these, nearest first. Those that go are let go of when nobody can be reading from them any more.
+
+        Needs a running event loop.
+        """
+        going = [member for member in self.members.stores if member not in members]
+        self.members = Members(members, self._more)
+        if self._followed:
+            self.follow(self._followed)
+        for member in going:
+            task = asyncio.create_task(_let_go(member))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
 
     # --- what is there -------------------------------------------------------------------------------------------
 
@@ -81,21 +105,29 @@ class ManyStores:
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         """The longest prefix that they have together, and which tier is the nearest to have each part."""
-        found = await self.members.held(chain, fingerprint=fingerprint, tenant=tenant)
-        order = self.members.nearest_first(found)
-        num_blocks = union_of(found.values(), len(chain)).num_leading
+        return (await self.locate(chain, fingerprint=fingerprint, tenant=tenant)).found
+
+    async def locate(
+        self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"", ask: bool = False
+    ) -> Located:
+        """As `lookup`, with all that each store has.  ask: every store, whatever events have said."""
+        members = self.members
+        held = await members.held(chain, fingerprint=fingerprint, tenant=tenant, ask=ask)
+        order = members.nearest_first(held)
+        num_blocks = union_of(held.values(), len(chain)).num_leading
         checkpoints: dict[int, str] = {}
         for number in order:
-            for block in found[number].checkpoints:
+            for block in held[number].checkpoints:
                 if block <= num_blocks:
-                    checkpoints.setdefault(block, self.tiers[number].label)
-        stretches = nearest_of(found, order, num_blocks)
-        return LookupResult(
+                    checkpoints.setdefault(block, members.tiers[number].label)
+        found = LookupResult(
             num_blocks=num_blocks,
             checkpoints=tuple(sorted(checkpoints)),
-            tiers=tuple((end, self.tiers[number].label) for end, number in stretches),
+            tiers=tuple((end, members.tiers[number].label) for end, number in nearest_of(held, order, num_blocks)),
             checkpoint_tiers=tuple(checkpoints[block] for block in sorted(checkpoints)),
         )
+        by_name = {members.tiers[number].name: has for number, has in held.items()}
+        return Located(chain=chain, fingerprint=fingerprint, held=by_name, found=found)
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         """The most that any of the stores remembers of a block."""
@@ -115,10 +147,11 @@ class ManyStores:
         """As `get_blocks`, with what each tier gave and which failed."""
         if not hashes:
             return PrefixRead()
-        held = await self.members.held(hashes, fingerprint=fingerprint, tenant=tenant)
+        members = self.members
+        held = await members.held(hashes, fingerprint=fingerprint, tenant=tenant)
         wanted = Wanted(hashes=hashes, into=into, fingerprint=fingerprint, tenant=tenant)
-        found = await read_tiers(self.tiers, held, wanted)
-        near = union_of((has for number, has in held.items() if self.members.is_near(number)), len(hashes))
+        found = await read_tiers(members.tiers, held, wanted)
+        near = union_of((has for number, has in held.items() if members.is_near(number)), len(hashes))
         here = {block for start, stop in near.spans for block in range(start, stop)}
         far = [hashes[block] for block in range(found.num_good) if block not in here]
         self._note_read(RecordKind.BLOCK, far, fingerprint, tenant)
@@ -154,14 +187,15 @@ class ManyStores:
     ) -> list[Record]:
         """Leading ones of these, whole, from whichever other store or tier has most of them."""
         best: list[Record] = []
-        for number in self.members.nearest_first(self.members.answering()):
-            source = self.tiers[number].source
-            if self.members.is_near(number) or not isinstance(source, RecordSource):
+        members = self.members
+        for number in members.nearest_first(members.answering()):
+            source = members.tiers[number].source
+            if members.is_near(number) or not isinstance(source, RecordSource):
                 continue
             try:
                 found = await source.get_records(kind, hashes, fingerprint=fingerprint, tenant=tenant)
             except AntefixError as err:
-                self.tiers[number].failed(err)
+                members.tiers[number].failed(err)
                 continue
             best = max(best, found, key=len)
             if len(best) == len(hashes):
@@ -193,11 +227,13 @@ class ManyStores:
 
     def follow(self, fingerprint: bytes) -> None:
         """Learn from events what the others hold of this fingerprint, from now on."""
+        is_other, self._followed = fingerprint != self._followed, fingerprint
         if self._make_feed is None:
             return
         for member in self.members.stores:
             if member.feed is not None:
-                member.feed.rename(fingerprint)
+                if is_other:
+                    member.feed.rename(fingerprint)
             elif not member.near:
                 member.feed = self._make_feed(member, fingerprint)
                 member.feed.start()
@@ -213,9 +249,10 @@ class ManyStores:
 
         Returns the number of leading blocks that are stored.
         """
-        found = await self.members.held(chain, fingerprint=fingerprint, tenant=owner)
+        members = self.members
+        found = await members.held(chain, fingerprint=fingerprint, tenant=owner)
         pins = []
-        for number, member in enumerate(self.members.stores):
+        for number, member in enumerate(members.stores):
             held = found.get(number, Held())
             names = [(RecordKind.BLOCK, chain[stop - 1]) for _, stop in held.spans]
             names += [(RecordKind.CHECKPOINT, chain[-1])] * (len(chain) in held.checkpoints)
@@ -239,11 +276,11 @@ class ManyStores:
 
     def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
         """What the nearest store tells."""
-        return self.members.near[0].store.watch(cursor)
+        return self._nearest().store.watch(cursor)
 
     async def stats(self) -> StoreTotals:
         """Of the nearest store, whose budget this process writes into."""
-        return await self.members.near[0].store.stats()
+        return await self._nearest().store.stats()
 
     async def stats_by_store(self) -> dict[str, StoreTotals]:
         """Of each store that answers, by name.  Raises:  AntefixError: none does."""
@@ -256,15 +293,22 @@ class ManyStores:
     @property
     def num_broken_seals(self) -> int:
         """Records that were read and not sealed by this deployment; all stores share one count."""
-        return max(getattr(member.store, "num_broken_seals", 0) for member in self.members.stores)
+        return max((getattr(member.store, "num_broken_seals", 0) for member in self.members.stores), default=0)
 
     async def close(self) -> None:
         if self.copies is not None:
             await self.copies.close()
+        await end_tasks(self._leaving)
         for member in self.members.stores:
             if member.feed is not None:
                 await member.feed.close()
         await asyncio.gather(*(tier.source.close() for tier in self.tiers), return_exceptions=True)
+
+    def _nearest(self) -> Member:
+        """Raises:  Unavailable: no store is known now."""
+        for member in self.members.near or self.members.stores:
+            return member
+        raise Unavailable("no store is known now")
 
     async def _put(self, records: Sequence[Record], order: Sequence[Member]) -> PutResult:
         if not records:
@@ -284,13 +328,14 @@ class ManyStores:
                 continue
             member.tier.answered()
             return result
-        raise Unavailable(f"no store takes records: {first_error}")
+        raise Unavailable(f"no store takes records: {first_error or 'none is known now'}")
 
     def _write_order(self, records: Sequence[Record]) -> list[Member]:
         """Several disks of one host share its records, by what they follow: a put of neighbours stays together."""
         parent = records[0].parent if records else b""
-        near = sorted(self.members.near, key=lambda each: (each.tier.is_shunned, _weight(each.tier.name, parent)))
-        return [*near, *(member for member in self.members.stores if not member.near)]
+        members = self.members
+        near = sorted(members.near, key=lambda each: (each.tier.is_shunned, _weight(each.tier.name, parent)))
+        return [*near, *(member for member in members.stores if not member.near)]
 
     async def _register(self, member: Member, fingerprint: bytes) -> None:
         layout, statement = self._layouts[fingerprint]
@@ -300,6 +345,15 @@ class ManyStores:
     def _note_read(self, kind: RecordKind, hashes: Sequence[bytes], fingerprint: bytes, tenant: bytes) -> None:
         if self.copies is not None and hashes:
             self.copies.note(self, kind, hashes, fingerprint=fingerprint, tenant=tenant)
+
+
+async def _let_go(member: Member) -> None:
+    if member.feed is not None:
+        await member.feed.close()
+    try:
+        await asyncio.sleep(_LET_GO_S)
+    finally:
+        await member.store.close()
 
 
 def _rank_of(reason: MissReason) -> int:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from antefix.config import require, setting
+from antefix.discovery import DnsName, LeaseReader, Source
+from antefix.discovery.dns_name import PREFIX as DNS_PREFIX
+from antefix.discovery.found import SERVICE_NAME
 from antefix.errors import ConfigError
 from antefix.events.event_seal import EventKeys
-from antefix.redis_access import RedisAccess
+from antefix.redis_access import SCHEMES, RedisAccess, RedisConfig, check_redis_url
+from antefix.security.identity import Role
 from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.found_stores import FoundStores
 from antefix.store.local_copies import LocalCopies
 from antefix.store.many_stores import ManyStores
 from antefix.store.object_access import check_object_store
@@ -21,8 +25,6 @@ from antefix.store.store_members import Member
 from antefix.store.tier import Tier, TierKind
 from antefix.store_files.seal import Seals
 
-# Of a store: it stands in receipts, metrics and file names.
-_NAME: Final = re.compile(r"[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?")
 # What a single store is called next to an object tier.
 _ONLY: Final = "store"
 _DAYS_3_S: Final = 72 * 3600.0
@@ -44,7 +46,7 @@ class StoreAddress:
         """Raises:  ConfigError: not of the form NAME=ADDRESS or NAME=ADDRESS@DIRECTORY."""
         name, equals, rest = text.partition("=")
         address, at, path = rest.partition("@/")
-        if not equals or not address or not _NAME.fullmatch(name):
+        if not equals or not address or not SERVICE_NAME.fullmatch(name):
             raise ConfigError(
                 f"a store is given as NAME=ADDRESS, or NAME=ADDRESS@DIRECTORY on its own host, not as {text!r};"
                 " a name has lower-case letters, digits, dots and dashes"
@@ -61,10 +63,13 @@ class StoresConfig:
     stores: tuple[str, ...] = setting(
         (),
         "several stores, as NAME=ADDRESS or, on this host, NAME=ADDRESS@DIRECTORY, separated by commas; instead of"
-        " store_address and store_dir",
+        " store_address and store_dir. dns:HOST:PORT stands for a store at each address of the name, a redis:// URL for"
+        " all that say there that they are there (--lease-redis of stores)",
     )
     near_stores: tuple[str, ...] = setting(
-        (), "names of the stores that are written to; none: those with a directory, or else the first"
+        (),
+        "names of the stores that are written to; none: those with a directory, or else the first; of stores that are"
+        " found, one per host",
     )
     local_copies_bytes: int = setting(
         4 << 30,
@@ -98,6 +103,10 @@ class ReadsStores(Protocol):
     def object_store(self) -> str: ...
 
 
+class FindsStores(ReadsStores, RedisConfig, Protocol):
+    """The same, and how Redis is reached."""
+
+
 def check_stores(config: ReadsStores) -> None:
     """Raises:  ConfigError: no store, or two ways of naming one, or a name that is none or stands twice."""
     require(
@@ -108,15 +117,38 @@ def check_stores(config: ReadsStores) -> None:
     names = [where.name for where in store_addresses(config)]
     require(len(names) == len(set(names)), f"--stores: each store has a name of its own, not {', '.join(names)}")
     unknown = sorted(set(config.near_stores) - set(names))
-    require(not unknown, f"--near-stores: {', '.join(unknown)} is none of --stores")
+    require(not unknown or bool(_finders(config)), f"--near-stores: {', '.join(unknown)} is none of --stores")
+    for text in _finders(config):
+        if text.startswith(DNS_PREFIX):
+            DnsName(text)
+        else:
+            check_redis_url(text, "stores")
     check_object_store(config.object_store)
 
 
 def store_addresses(config: ReadsStores) -> list[StoreAddress]:
-    """All stores that the settings name.  Raises:  ConfigError: one is malformed."""
+    """All stores that the settings name, without those that are found.  Raises:  ConfigError: one is malformed."""
     if config.stores:
-        return [StoreAddress.parse(text) for text in config.stores]
+        return [StoreAddress.parse(text) for text in config.stores if not _is_finder(text)]
     return [StoreAddress(address=config.store_address, directory=config.store_dir)]
+
+
+def _finders(config: ReadsStores) -> list[str]:
+    return [text for text in config.stores if _is_finder(text)]
+
+
+def _is_finder(text: str) -> bool:
+    return text.startswith((DNS_PREFIX, *(f"{scheme}://" for scheme in SCHEMES)))
+
+
+def store_sources(config: FindsStores, keys: EventKeys) -> list[Source]:
+    """What finds stores, as the settings say.  keys: what leases in Redis must be signed with."""
+    return [
+        DnsName(text)
+        if text.startswith(DNS_PREFIX)
+        else LeaseReader(RedisAccess.of(text, config), role=Role.KVSTORE, keys=keys)
+        for text in _finders(config)
+    ]
 
 
 def open_store(where: StoreAddress | str, *, seals: Seals | None = None) -> LocalStore | RemoteStore:
@@ -140,33 +172,48 @@ def open_stores(
     more: Sequence[Tier] = (),
     copies: LocalCopies | None = None,
     make_feed: Callable[[Member, bytes], StoreFeed] | None = None,
+    sources: Sequence[Source] = (),
+    may_call: Callable[[str], object] = lambda address: None,
 ) -> LocalStore | RemoteStore | ManyStores:
     """One client of all of these stores; of a single one and nothing more what `open_store` gives.
 
     near: names of those that are written to; none: those with a directory, or else the first.
-    more, copies, make_feed: as for `ManyStores`.
+    more, copies, make_feed: as for `ManyStores`.  sources: what finds more of them, with `FoundStores.start`.
+    may_call: raises ConfigError for an address of those that must not be called.
     """
-    if len(where) == 1 and not more:
+    if len(where) == 1 and not sources and not more:
         return open_store(where[0], seals=seals)
-    near = near or [each.name for each in where if each.directory] or [where[0].name]
-    members = []
-    for each in sorted(where, key=lambda each: each.name not in near):
-        store = open_store(each, seals=seals)
-        kind = TierKind.DISK if each.directory else TierKind.PEER
-        tier = Tier(each.name or _ONLY, kind, store)
-        members.append(Member(tier=tier, store=store, near=each.name in near))
-    return ManyStores(members, more=more, copies=copies, make_feed=make_feed)
+    chosen = list(near) or [each.name for each in where if each.directory]
+    if not chosen and not sources:
+        chosen = [where[0].name]
+    named = [_member(each, seals, near=each.name in chosen) for each in where]
+    named.sort(key=lambda member: not member.near)
+    if not sources:
+        return ManyStores(named, more=more, copies=copies, make_feed=make_feed)
+    return FoundStores(
+        named,
+        sources,
+        make_member=lambda found: _member(StoreAddress(address=found.address, name=found.name), seals),
+        near=near,
+        may_call=may_call,
+        more=more,
+        copies=copies,
+        make_feed=make_feed,
+    )
 
 
-def feed_maker(
-    where: Sequence[StoreAddress], redis: RedisAccess | str, keys: EventKeys
-) -> Callable[[Member, bytes], StoreFeed]:
+def _member(where: StoreAddress, seals: Seals | None, *, near: bool = False) -> Member:
+    store = open_store(where, seals=seals)
+    kind = TierKind.DISK if where.directory else TierKind.PEER
+    return Member(tier=Tier(where.name or _ONLY, kind, store), store=store, address=where.address, near=near)
+
+
+def feed_maker(redis: RedisAccess | str, keys: EventKeys) -> Callable[[Member, bytes], StoreFeed]:
     """What follows a store's events: through Redis where that is given, else from the store itself."""
-    addresses = {each.name: each.address for each in where}
 
     def make(member: Member, fingerprint: bytes) -> StoreFeed:
-        address = addresses[member.tier.name]
-        return StoreFeed(member.store.watch, fingerprint=fingerprint, redis_url=redis, name=address, keys=keys)
+        watch, name = member.store.watch, member.address
+        return StoreFeed(watch, fingerprint=fingerprint, redis_url=redis, name=name, keys=keys)
 
     return make
 

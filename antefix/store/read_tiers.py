@@ -14,6 +14,7 @@ from typing import Final
 
 from antefix.errors import AntefixError, DeadlineExceeded
 from antefix.record import Held
+from antefix.store.file_reads import ReadHangs
 from antefix.store.read_shares import Piece, Shares, pieces_of
 from antefix.store.tier import Tier, TierRead
 
@@ -53,7 +54,7 @@ class Wanted:
 async def read_tiers(tiers: Sequence[Tier], held: Mapping[int, Held], wanted: Wanted) -> PrefixRead:
     """held: by the tiers' numbers; what a tier does not have after all is read elsewhere, or ends the prefix.
 
-    Nobody writes to the buffers after this returned, raised or was cancelled.
+    Nobody writes to the buffers after this returned, was cancelled or raised anything but ReadHangs.
     """
     return await _Reading(tiers, held, wanted).run()
 
@@ -75,6 +76,7 @@ class _Reading:
         # Of each tier, when its first read began and its last one ended.
         self._times: dict[int, tuple[float, float]] = {}
         self._errors: list[AntefixError] = []
+        self._hanging: list[ReadHangs] = []
 
     async def run(self) -> PrefixRead:
         self._shares.give(self._pieces)
@@ -92,6 +94,9 @@ class _Reading:
                 task.cancel()
             if self._running:
                 await asyncio.wait(self._running)
+                self._hanging += [err for task in self._running if isinstance(err := _error_of(task), ReadHangs)]
+        if self._hanging:
+            raise ReadHangs(str(self._hanging[0]), [work for each in self._hanging for work in each.works])
         reads = self._by_tier()
         return PrefixRead(num_good=self._limit, reads=reads, errors=self._errors)
 
@@ -139,6 +144,11 @@ class _Reading:
         else:
             self._errors.append(err)
             self._tiers[number].failed(err)
+            if isinstance(err, ReadHangs):
+                # Its buffers are given to no other tier: what comes late would be written over what that one reads.
+                self._hanging.append(err)
+                self._end_at(0)
+                return
             rest += self._shares.take_back(number)
             if isinstance(err, _Late):
                 left = [each.after(0, without=self._failed, late=this) for each in rest]
@@ -182,3 +192,7 @@ class _Reading:
                     )
                 )
         return reads
+
+
+def _error_of(task: asyncio.Task[int]) -> BaseException | None:
+    return None if task.cancelled() else task.exception()

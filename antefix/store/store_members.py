@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from antefix.errors import AntefixError, Unavailable
+from antefix.located import told
 from antefix.record import MEMORY_KINDS, Held, RecordKind
 from antefix.store.api import Store
 from antefix.store.store_feed import StoreFeed
@@ -22,11 +23,12 @@ ASK_S: Final = 0.5
 class Member:
     """One of the stores.  near: it is written to.  feed: what it holds, by its events; None: it is asked.
 
-    registered: fingerprints whose layouts it was told.
+    registered: fingerprints whose layouts it was told.  address: of its service; empty: not known.
     """
 
     tier: Tier
     store: Store
+    address: str = ""
     near: bool = False
     feed: StoreFeed | None = None
     registered: set[bytes] = field(default_factory=set)
@@ -39,7 +41,6 @@ class Members:
         self.stores: Final = tuple(members)
         self.tiers: Final = (*(member.tier for member in members), *more)
         self.near: Final = tuple(member for member in members if member.near)
-        assert self.near, "one of the stores is written to"
 
     def is_near(self, number: int) -> bool:
         return number < len(self.stores) and self.stores[number].near
@@ -53,13 +54,16 @@ class Members:
     def answering(self) -> list[int]:
         return [number for number, tier in enumerate(self.tiers) if not tier.is_shunned]
 
-    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes) -> dict[int, Held]:
+    async def held(
+        self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes, ask: bool = False
+    ) -> dict[int, Held]:
         """What each tier has, by its number; without those that have failed.
 
+        ask: each of them, whatever events or a router have said: that is a moment old.
         Raises:  Unavailable: none of them answers.  AntefixError: what those that answer refuse.
         """
         numbers = self.answering()
-        answers = await asyncio.gather(*(self._held(number, chain, fingerprint, tenant) for number in numbers))
+        answers = await asyncio.gather(*(self._held(number, chain, fingerprint, tenant, ask) for number in numbers))
         found = {number: held for number, held in zip(numbers, answers, strict=True) if isinstance(held, Held)}
         if not found:
             # What a store that answers says is worth more than that another one does not.
@@ -68,10 +72,9 @@ class Members:
         return found
 
     async def _held(
-        self, number: int, chain: Sequence[bytes], fingerprint: bytes, tenant: bytes
+        self, number: int, chain: Sequence[bytes], fingerprint: bytes, tenant: bytes, ask: bool
     ) -> Held | AntefixError | TimeoutError:
-        feed = self.feed(number)
-        if feed is not None and (known := feed.held(chain, fingerprint=fingerprint)) is not None:
+        if not ask and (known := self._known(number, chain, fingerprint)) is not None:
             return known
         tier = self.tiers[number]
         try:
@@ -83,10 +86,19 @@ class Members:
         tier.answered()
         return held
 
-    def may_have(self, number: int, kind: RecordKind, hash: bytes, fingerprint: bytes) -> bool:
-        """Whether it is worth asking: events tell of blocks and checkpoints, not of what is in memory."""
+    def _known(self, number: int, hashes: Sequence[bytes], fingerprint: bytes) -> Held | None:
+        """What events or the router of this call have said that a store has; None: nobody, so it is asked."""
         feed = self.feed(number)
-        known = None if feed is None or kind in MEMORY_KINDS else feed.held([hash], fingerprint=fingerprint)
+        if feed is not None and (known := feed.held(hashes, fingerprint=fingerprint)) is not None:
+            return known
+        located = told()
+        if located is None or self.is_near(number):
+            return None
+        return located.of(self.tiers[number].name, hashes, fingerprint)
+
+    def may_have(self, number: int, kind: RecordKind, hash: bytes, fingerprint: bytes) -> bool:
+        """Whether it is worth asking: nobody tells what is in memory."""
+        known = None if kind in MEMORY_KINDS else self._known(number, [hash], fingerprint)
         if known is None:
             return True
         return bool(known.spans if kind is RecordKind.BLOCK else known.checkpoints)
@@ -129,6 +141,8 @@ class Members:
     async def of_all(self, call: Callable[[Member], Awaitable[T]]) -> list[T]:
         """The answers of the stores that answer.  Raises:  AntefixError: none does."""
         asked = [member for member in self.stores if not member.tier.is_shunned] or list(self.stores)
+        if not asked:
+            raise Unavailable("no store is known now")
         answers = await asyncio.gather(*(call(member) for member in asked), return_exceptions=True)
         good: list[T] = []
         errors: list[AntefixError] = []

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import lmdb
 
-from antefix.errors import Unavailable
+from antefix.errors import ConfigError, Unavailable
 from antefix.lmdb_path import lmdb_path
 from antefix.record import Held, LookupResult, RecordKind
 from antefix.store_files.index_pages import PageFile, PageTxn
@@ -352,6 +352,12 @@ def _acquire(directory: Path, map_bytes: int, write: bool) -> _Shared:
                 meminit=True,
                 max_spare_txns=16,
             )
+    except lmdb.MemoryError as err:
+        # No damage, so nothing is to be made again.
+        raise ConfigError(
+            f"the index in {directory} does not fit the address space that is left ({map_bytes} bytes are mapped):"
+            " raise `ulimit -v`, or lower --budget-bytes"
+        ) from err
     except lmdb.Error as err:
         raise Unavailable(f"no index can be opened in {directory}: {err}") from err
     identity = _identity(directory)

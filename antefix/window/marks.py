@@ -35,7 +35,7 @@ class Reason(StrEnum):
 
 # How long after its last use a checkpoint is kept. Measured on agent traces, share of all uses of an end's checkpoint
 # by its age: 95.7% within 5 min, 99.8% within 1 h, all but 0.02% within 4 h; of a fork's: 89% within 1 h, 98% within
-# 4 h, all within 24 h (docs/WINDOW_STATE.md, "Reuse age"; benchmarks/trace_habits.py).
+# 4 h, all within 24 h (docs/results/window_state.md, "Reuse age"; benchmarks/trace_habits.py).
 TTL_S: dict[Reason, float] = {
     Reason.PROMPT_END: 4 * HOUR_S,
     Reason.OUTPUT_END: 4 * HOUR_S,

@@ -40,7 +40,7 @@ class Rates:
         tiers: Mapping[str, Law] | None = None,
     ) -> None:
         """tiers: laws of tiers that others observe, whom `observe_load` must not be told."""
-        self._tiers = tiers or {}
+        self._tiers = {} if tiers is None else tiers
         self._priors = priors or RatePriors()
         self._memory = memory
         self._prefill = self._compute_law()

@@ -24,11 +24,15 @@ import lmdb
 
 from antefix.errors import InvalidRequest, Unavailable
 from antefix.telemetry.exposition import SHORT_SECONDS, histogram
+from antefix_billing.adjustment import Adjusted, Adjustment, Change
 from antefix_billing.ledger_files import (
     RESTORE,
+    SOURCE_PREFIX,
     Settled,
+    adjusted_of,
     check_mark,
     first_sequence_of,
+    hash_before,
     prepare_directory,
     read_entries,
     read_entry_at,
@@ -62,6 +66,9 @@ from antefix_billing.usage_record import OpenEntry, UsageRecord
 
 log = logging.getLogger("antefix_billing")
 
+Item = OpenEntry | UsageRecord | Adjustment | Change
+Written = Settled | OpenEntry | Adjusted | Change
+
 # Opening reads the last segment whole: 16 MiB are some 15,000 requests and half a second.
 SEGMENT_BYTES = 16 << 20
 
@@ -84,10 +91,15 @@ class _Tail:
         self.unsettled.pop(key, None)
         self.places[key] = EntryPlace(sequence=sequence, segment=self.segment, offset=offset)
 
+    def note_adjusted(self, key: str, sequence: int, offset: int) -> None:
+        self.places[key] = EntryPlace(sequence=sequence, segment=self.segment, offset=offset)
+
     def note(self, entry: Entry) -> None:
         if entry.kind is EntryKind.OPEN:
             self.note_open(OpenEntry.from_payload(entry.payload))
-        else:
+        elif entry.kind is EntryKind.ADJUST:
+            self.note_adjusted(Adjustment.from_payload(entry.payload).key, entry.sequence, entry.offset)
+        elif entry.kind is EntryKind.SETTLE:
             self.note_settled(UsageRecord.from_payload(entry.payload).key, entry.sequence, entry.offset)
 
 
@@ -127,7 +139,7 @@ class Ledger:
     @property
     def source_name(self) -> str:
         """As it stands in records and CloudEvents."""
-        return f"antefix/{self.source.hex()}"
+        return f"{SOURCE_PREFIX}{self.source.hex()}"
 
     @property
     def sequence(self) -> int:
@@ -151,11 +163,18 @@ class Ledger:
                 raise Unavailable("the ledger is closed")
             return self._find(key)
 
-    def append(self, items: Sequence[OpenEntry | UsageRecord]) -> list[Settled | OpenEntry]:
+    def find_adjustment(self, adjustment: Adjustment) -> Adjusted | None:
+        """The one that is written under this id."""
+        with self._mutex:
+            if not self._lock.is_held:
+                raise Unavailable("the ledger is closed")
+            return self._find_adjusted(adjustment.key)
+
+    def append(self, items: Sequence[Item]) -> list[Written]:
         """Write entries, durable when this returns. Answers in order.
 
         A record whose request is settled for good, or whose attempt is settled, is not written again: the answer is
-        what stands. The same goes for an open entry of a request that is open.
+        what stands. The same goes for an open entry of a request that is open, and for an adjustment's id.
         Raises:  Unavailable: it could not be written; nothing was.  InvalidRequest: a payload is too large.
         """
         with self._mutex:
@@ -194,22 +213,39 @@ class Ledger:
             with contextlib.suppress(OSError):
                 self._mark.write(Mark(sequence=tail.sequence, segment=tail.segment, end=tail.offset, hash=tail.hash))
 
-    def _add(self, batch: _Batch, item: OpenEntry | UsageRecord) -> Settled | OpenEntry:
+    def _add(self, batch: _Batch, item: Item) -> Written:
         if isinstance(item, OpenEntry):
             return batch.unsettled(item.key) or batch.open(item)
+        if isinstance(item, Change):
+            return batch.change(item)
+        if isinstance(item, Adjustment):
+            return batch.adjusted(item.key) or self._find_adjusted(item.key) or batch.adjust(item)
         standing = batch.settled(item.key) or self._find(item.key)
         if standing is not None and (standing.record.is_final or standing.record.attempt >= item.attempt):
             return standing
         return batch.settle(item)
 
     def _find(self, key: str) -> Settled | None:
+        found = self._find_entry(key)
+        if found is None or found[1].kind is not EntryKind.SETTLE:
+            return None
+        settled = settled_of(*found)
+        return settled if settled.record.key == key else None
+
+    def _find_adjusted(self, key: str) -> Adjusted | None:
+        found = self._find_entry(key)
+        if found is None or found[1].kind is not EntryKind.ADJUST:
+            return None
+        adjusted = adjusted_of(*found)
+        return adjusted if adjusted.adjustment.key == key else None
+
+    def _find_entry(self, key: str) -> tuple[bytes, Entry] | None:
         place = self._tail.places.get(key) or self._find_sealed(key)
         if place is None:
             return None
         path = segment_path(self.directory, place.segment)
         entry = read_entry_at(path, place.offset)
-        settled = settled_of(_hash_before(path, entry), entry)
-        return settled if settled.record.key == key else None
+        return hash_before(path, entry), entry
 
     def _find_sealed(self, key: str) -> EntryPlace | None:
         try:
@@ -376,8 +412,8 @@ class _Batch:
     def __init__(self, tail: _Tail) -> None:
         self._tail = tail
         self._sequence, self._hash = tail.sequence, tail.hash
-        self._notes: list[tuple[OpenEntry | Settled, int]] = []
-        self._last: dict[str, OpenEntry | Settled] = {}
+        self._notes: list[tuple[OpenEntry | Settled | Adjusted, int]] = []
+        self._last: dict[str, OpenEntry | Settled | Adjusted] = {}
         self._settled: dict[str, Settled] = {}
         self.data = bytearray()
 
@@ -403,7 +439,22 @@ class _Batch:
         self._settled[item.key] = settled
         return settled
 
-    def _note(self, key: str, note: OpenEntry | Settled, offset: int) -> None:
+    def adjusted(self, key: str) -> Adjusted | None:
+        standing = self._last.get(key)
+        return standing if isinstance(standing, Adjusted) else None
+
+    def adjust(self, item: Adjustment) -> Adjusted:
+        previous, offset = self._hash, self._tail.offset + len(self.data)
+        self._put(EntryKind.ADJUST, item.to_payload())
+        adjusted = Adjusted(sequence=self._sequence, hash=self._hash, previous_hash=previous, adjustment=item)
+        self._note(item.key, adjusted, offset)
+        return adjusted
+
+    def change(self, item: Change) -> Change:
+        self._put(EntryKind.CHANGE, item.to_payload())
+        return item
+
+    def _note(self, key: str, note: OpenEntry | Settled | Adjusted, offset: int) -> None:
         self._notes.append((note, offset))
         self._last[key] = note
 
@@ -420,18 +471,9 @@ class _Batch:
         for note, offset in self._notes:
             if isinstance(note, OpenEntry):
                 tail.note_open(note)
+            elif isinstance(note, Adjusted):
+                tail.note_adjusted(note.adjustment.key, note.sequence, offset)
             else:
                 tail.note_settled(note.record.key, note.sequence, offset)
         tail.sequence, tail.hash = self._sequence, self._hash
         tail.offset += len(self.data)
-
-
-def _hash_before(path: Path, entry: Entry) -> bytes:
-    """Entries have no back pointers: this is asked for receipts and retries, which are rare, and reads one segment."""
-    data = path.read_bytes()
-    previous = unpack_segment_header(data).previous_hash
-    for other in entries_of(data):
-        if other.sequence == entry.sequence:
-            return previous
-        previous = other.hash
-    raise LedgerCorrupt(f"entry {entry.sequence} is not in {path.name}")

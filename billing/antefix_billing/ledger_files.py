@@ -19,6 +19,7 @@ from pathlib import Path
 from antefix.directory_lock import DirectoryLock
 from antefix.errors import ConfigError
 from antefix.private_file import open_private
+from antefix_billing.adjustment import Adjusted, Adjustment
 from antefix_billing.ledger_format import (
     GENESIS,
     SEGMENT_HEADER_BYTES,
@@ -36,6 +37,7 @@ from antefix_billing.ledger_mark import Mark
 from antefix_billing.usage_record import UsageRecord
 
 _GLOB = "usage-*.ledger"
+SOURCE_PREFIX = "antefix/"
 RESTORE = "restore the ledger from a copy, or give the router a new directory and keep this one"
 
 
@@ -68,6 +70,11 @@ def source_of(directory: Path) -> bytes:
         return bytes.fromhex((directory / "source").read_text().strip())
     except (OSError, ValueError) as err:
         raise ConfigError(f"{directory} is not a ledger: {err}") from err
+
+
+def source_of_name(name: str) -> bytes:
+    """Of the `source` in records and CloudEvents. Raises:  ValueError: it names no ledger."""
+    return bytes.fromhex(name.removeprefix(SOURCE_PREFIX))
 
 
 def ledgers_of(paths: Sequence[Path]) -> list[Path]:
@@ -151,6 +158,24 @@ def settled_of(previous: bytes, entry: Entry) -> Settled:
     )
 
 
+def adjusted_of(previous: bytes, entry: Entry) -> Adjusted:
+    return Adjusted(
+        sequence=entry.sequence,
+        hash=entry.hash,
+        previous_hash=previous,
+        adjustment=Adjustment.from_payload(entry.payload),
+    )
+
+
+def read_billed(directory: Path, *, after: int = 0) -> Iterator[Settled | Adjusted]:
+    """Settled requests and adjustments in ledger order. Raises:  as `read_entries`."""
+    for previous, entry in read_entries(directory, after=after):
+        if entry.kind is EntryKind.SETTLE:
+            yield settled_of(previous, entry)
+        elif entry.kind is EntryKind.ADJUST:
+            yield adjusted_of(previous, entry)
+
+
 def sequence_before(directory: Path, time_s: float) -> int:
     """A sequence number up to which nothing was written after `time_s` (Unix seconds), by the segments' file times."""
     paths = segments_of(directory)
@@ -168,6 +193,17 @@ def read_entry_at(path: Path, offset: int) -> Entry:
     if entry is None:
         raise LedgerCorrupt(f"{path.name}: no entry at byte {offset}")
     return entry
+
+
+def hash_before(path: Path, entry: Entry) -> bytes:
+    """Entries have no back pointers: this is asked for receipts and retries, which are rare, and reads one segment."""
+    data = path.read_bytes()
+    previous = unpack_segment_header(data).previous_hash
+    for other in entries_of(data):
+        if other.sequence == entry.sequence:
+            return previous
+        previous = other.hash
+    raise LedgerCorrupt(f"entry {entry.sequence} is not in {path.name}")
 
 
 def prepare_directory(directory: Path) -> None:

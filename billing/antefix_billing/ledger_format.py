@@ -48,6 +48,9 @@ class EntryKind(IntEnum):
 
     OPEN = 1
     SETTLE = 2
+    # From 0.2 on: of `adjustment.py`. A reader of before takes them for damage.
+    ADJUST = 3
+    CHANGE = 4
 
 
 _KINDS: Final = frozenset(int(kind) for kind in EntryKind)

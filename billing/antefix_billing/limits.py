@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 
-from antefix.errors import BudgetExceeded, Overloaded, RateLimited, TooManyRequests
+from antefix.errors import BudgetExceeded, Overloaded, QuotaExceeded, RateLimited, TooManyRequests
 from antefix_billing.pricing import moment_of
 from antefix_billing.usage_record import UsageRecord
 
@@ -45,11 +45,12 @@ class LimitWindow(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """At most this much in one window; None is no limit. tokens: prompt and output together."""
+    """At most this much in one window; None is no limit. tokens: prompt and output together. requests: admitted."""
 
     window: LimitWindow
     tokens: int | None = None
     money: Decimal | None = None
+    requests: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +62,33 @@ class TenantLimits:
 
 
 @dataclass(slots=True)
-class _Usage:
+class WindowUse:
     """What one tenant used and holds reserved in one window."""
 
     start: datetime
     tokens: int = 0
     money: Decimal = Decimal(0)
+    requests: int = 0
+    reserved_tokens: int = 0
+    reserved_money: Decimal = Decimal(0)
+
+
+class LimitPassed(StrEnum):
+    """What there is too much of. running: requests at the same time."""
+
+    RUNNING = "running"
+    TOKENS = "tokens"
+    MONEY = "money"
+    REQUESTS = "requests"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitState:
+    """Of a limit on tokens or requests: how much there may be, how much is left, and when all of it is there again."""
+
+    limit: int
+    remaining: int
+    reset_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +99,41 @@ class Reservation:
     tokens: int
     money: Decimal
     moment: datetime
+    windows: frozenset[LimitWindow] = frozenset()
 
 
 @dataclass(slots=True)
 class _Tenant:
-    windows: dict[LimitWindow, _Usage] = field(default_factory=dict)
+    windows: dict[LimitWindow, WindowUse] = field(default_factory=dict)
     num_running: int = 0
+
+
+def _windows_of(limits: TenantLimits) -> frozenset[LimitWindow]:
+    return frozenset(limit.window for limit in limits.limits)
+
+
+def limit_error(
+    what: LimitPassed, limits: TenantLimits, limit: Limit | None, now: datetime, *, used: int = 0, needs: int = 0
+) -> QuotaExceeded:
+    """What a client is told of a request that has no room.  limit: None: the one on requests at the same time."""
+    if limit is None:
+        return TooManyRequests(
+            f"concurrency limit: {limits.requests} requests of this tenant are running, which is all that may",
+            retry_after_s=1.0,
+        )
+    left_s = (limit.window.end(now) - now).total_seconds()
+    if what is LimitPassed.TOKENS:
+        return RateLimited(
+            f"rate limit: {limit.tokens} tokens per {limit.window}, of which {used} are used or reserved, and this"
+            f" request may need {needs}",
+            retry_after_s=left_s,
+        )
+    if what is LimitPassed.REQUESTS:
+        return TooManyRequests(
+            f"rate limit: {limit.requests} requests per {limit.window}, which this tenant has sent",
+            retry_after_s=left_s,
+        )
+    return BudgetExceeded(f"budget: {limit.money} per {limit.window} does not cover this request", retry_after_s=left_s)
 
 
 class QuotaBook:
@@ -100,11 +151,12 @@ class QuotaBook:
         with self._mutex:
             for record in records:
                 moment = moment_of(record.started_us)
-                for limit in self.limits_of(record.tenant).limits:
-                    if limit.window.start(moment) == limit.window.start(now):
-                        usage = self._usage(record.tenant, limit.window, now)
+                for window in _windows_of(self.limits_of(record.tenant)):
+                    if window.start(moment) == window.start(now):
+                        usage = self._usage(record.tenant, window, now)
                         usage.tokens += record.prompt_tokens + record.output_tokens
                         usage.money += record.price
+                        usage.requests += 1
 
     def reserve(self, tenant: str, *, tokens: int, money: Decimal, now: datetime) -> Reservation:
         """Set aside the most that a request can use.
@@ -118,30 +170,23 @@ class QuotaBook:
                 self._forget_idle(now)
             state = self._tenants.setdefault(tenant, _Tenant())
             if limits.requests is not None and state.num_running >= limits.requests:
-                raise TooManyRequests(
-                    f"concurrency limit: {limits.requests} requests of this tenant are running, which is all that may",
-                    retry_after_s=1.0,
-                )
+                raise limit_error(LimitPassed.RUNNING, limits, None, now)
             for limit in limits.limits:
                 usage = self._usage(tenant, limit.window, now)
-                left_s = (limit.window.end(now) - now).total_seconds()
-                if limit.tokens is not None and usage.tokens + tokens > limit.tokens:
-                    raise RateLimited(
-                        f"rate limit: {limit.tokens} tokens per {limit.window}, of which {usage.tokens} are used or"
-                        f" reserved, and this request may need {tokens}",
-                        retry_after_s=left_s,
-                    )
-                if limit.money is not None and usage.money + money > limit.money:
-                    raise BudgetExceeded(
-                        f"budget: {limit.money} per {limit.window} does not cover this request",
-                        retry_after_s=left_s,
-                    )
-            for limit in limits.limits:
-                usage = self._usage(tenant, limit.window, now)
-                usage.tokens += tokens
-                usage.money += money
+                used = usage.tokens + usage.reserved_tokens
+                if limit.tokens is not None and used + tokens > limit.tokens:
+                    raise limit_error(LimitPassed.TOKENS, limits, limit, now, used=used, needs=tokens)
+                if limit.money is not None and usage.money + usage.reserved_money + money > limit.money:
+                    raise limit_error(LimitPassed.MONEY, limits, limit, now)
+                if limit.requests is not None and usage.requests >= limit.requests:
+                    raise limit_error(LimitPassed.REQUESTS, limits, limit, now)
+            for window in _windows_of(limits):
+                usage = self._usage(tenant, window, now)
+                usage.reserved_tokens += tokens
+                usage.reserved_money += money
+                usage.requests += 1
             state.num_running += 1
-        return Reservation(tenant=tenant, tokens=tokens, money=money, moment=now)
+        return Reservation(tenant=tenant, tokens=tokens, money=money, moment=now, windows=_windows_of(limits))
 
     def check(self, tenant: str, *, tokens: int = 1, now: datetime) -> None:
         """Whether a request of at least so many tokens could be admitted, before anything is done for it.
@@ -153,41 +198,106 @@ class QuotaBook:
             for limit in self.limits_of(tenant).limits:
                 start = limit.window.start(now)
                 usage = state.windows.get(limit.window)
-                used = usage if usage is not None and usage.start >= start else _Usage(start=start)
+                counts = usage if usage is not None and usage.start >= start else WindowUse(start=start)
                 left_s = (limit.window.end(now) - now).total_seconds()
-                if limit.tokens is not None and used.tokens + tokens > limit.tokens:
+                used = counts.tokens + counts.reserved_tokens
+                if limit.tokens is not None and used + tokens > limit.tokens:
                     raise RateLimited(
-                        f"rate limit: {limit.tokens} tokens per {limit.window}, of which {used.tokens} are used or"
+                        f"rate limit: {limit.tokens} tokens per {limit.window}, of which {used} are used or"
                         f" reserved, and this request needs {tokens} at least",
                         retry_after_s=left_s,
                     )
-                if limit.money is not None and used.money > limit.money:
+                if limit.money is not None and counts.money + counts.reserved_money > limit.money:
                     raise BudgetExceeded(
                         f"budget: {limit.money} per {limit.window} is used up or reserved", retry_after_s=left_s
                     )
+                if limit.requests is not None and counts.requests >= limit.requests:
+                    raise limit_error(LimitPassed.REQUESTS, self.limits_of(tenant), limit, now)
 
-    def settle(self, reservation: Reservation, *, tokens: int, money: Decimal) -> None:
-        """Replace the reservation by what was used; it counts in the window in which the request was admitted."""
+    def settle(self, reservation: Reservation, *, tokens: int, money: Decimal, is_counted: bool = True) -> None:
+        """Replace the reservation by what was used; it counts in the window in which the request was admitted.
+
+        is_counted: it was a request.
+        """
         with self._mutex:
             state = self._tenants[reservation.tenant]
             state.num_running -= 1
-            for limit in self.limits_of(reservation.tenant).limits:
-                usage = state.windows.get(limit.window)
-                if usage is not None and usage.start == limit.window.start(reservation.moment):
-                    usage.tokens += tokens - reservation.tokens
-                    usage.money += money - reservation.money
+            for window, usage in state.windows.items():
+                # A window that was not counted at admission, because its limit is new, holds nothing of it.
+                if usage.start == window.start(reservation.moment) and window in reservation.windows:
+                    usage.tokens += tokens
+                    usage.money += money
+                    usage.reserved_tokens -= reservation.tokens
+                    usage.reserved_money -= reservation.money
+                    usage.requests -= not is_counted
             if not state.num_running and not self.limits_of(reservation.tenant).limits:
                 del self._tenants[reservation.tenant]  # names come from callers: keep only what counts something
 
     def release(self, reservation: Reservation) -> None:
         """Nothing was used."""
-        self.settle(reservation, tokens=0, money=Decimal(0))
+        self.settle(reservation, tokens=0, money=Decimal(0), is_counted=False)
 
     def used(self, tenant: str, window: LimitWindow, now: datetime) -> tuple[int, Decimal]:
         """Tokens and money used or reserved in the running window."""
         with self._mutex:
             usage = self._usage(tenant, window, now)
-            return usage.tokens, usage.money
+            return usage.tokens + usage.reserved_tokens, usage.money + usage.reserved_money
+
+    def counts(self, tenant: str, now: datetime) -> tuple[int, dict[LimitWindow, WindowUse]]:
+        """Requests that run, and what is counted in each window that the tenant has a limit in."""
+        with self._mutex:
+            windows = _windows_of(self.limits_of(tenant))
+            state = self._tenants.get(tenant, _Tenant())
+            return state.num_running, {window: replace(self._usage(tenant, window, now)) for window in windows}
+
+    def counted_tenants(self) -> set[str]:
+        with self._mutex:
+            return set(self._tenants)
+
+    def running_tenants(self) -> set[str]:
+        with self._mutex:
+            return {name for name, state in self._tenants.items() if state.num_running}
+
+    def state(self, tenant: str, what: LimitPassed, now: datetime) -> LimitState | None:
+        """Of the limit on tokens or requests of which the least is left; None where there is none."""
+        limits = self.limits_of(tenant).limits
+        _, windows = self.counts(tenant, now)
+        found = []
+        for limit in limits:
+            most = limit.tokens if what is LimitPassed.TOKENS else limit.requests
+            if most is not None:
+                counts = windows[limit.window]
+                used = counts.tokens + counts.reserved_tokens if what is LimitPassed.TOKENS else counts.requests
+                reset_s = (limit.window.end(now) - now).total_seconds()
+                found.append(LimitState(limit=most, remaining=max(0, most - used), reset_s=reset_s))
+        return min(found, key=lambda each: each.remaining, default=None)
+
+    def replace(
+        self,
+        tenants: Mapping[str, TenantLimits],
+        default: TenantLimits,
+        records: Iterable[UsageRecord],
+        now: datetime,
+    ) -> None:
+        """Other limits from now on. What was counted stays; windows that had no limit are counted from the records."""
+        with self._mutex:
+            before, self._limits, self._default = (self._limits, self._default), dict(tenants), default
+        self._count_new_windows(before, records, now)
+
+    def _count_new_windows(
+        self, before: tuple[dict[str, TenantLimits], TenantLimits], records: Iterable[UsageRecord], now: datetime
+    ) -> None:
+        old_limits, old_default = before
+        with self._mutex:
+            for record in records:
+                old = _windows_of(old_limits.get(record.tenant, old_default))
+                moment = moment_of(record.started_us)
+                for window in _windows_of(self.limits_of(record.tenant)) - old:
+                    if window.start(moment) == window.start(now):
+                        usage = self._usage(record.tenant, window, now)
+                        usage.tokens += record.prompt_tokens + record.output_tokens
+                        usage.money += record.price
+                        usage.requests += 1
 
     def _forget_idle(self, now: datetime) -> None:
         """Drop tenants of whom nothing counts any more. Names come from callers, so there may be any number of them."""
@@ -204,10 +314,10 @@ class QuotaBook:
     def limits_of(self, tenant: str) -> TenantLimits:
         return self._limits.get(tenant, self._default)
 
-    def _usage(self, tenant: str, window: LimitWindow, now: datetime) -> _Usage:
+    def _usage(self, tenant: str, window: LimitWindow, now: datetime) -> WindowUse:
         windows = self._tenants.setdefault(tenant, _Tenant()).windows
         start = window.start(now)
         usage = windows.get(window)
         if usage is None or usage.start < start:
-            usage = windows[window] = _Usage(start=start)
+            usage = windows[window] = WindowUse(start=start)
         return usage

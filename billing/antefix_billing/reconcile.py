@@ -151,6 +151,8 @@ def _read(ledger: Path, anchor: tuple[int, str] | None) -> _Chain:
             if entry.kind is EntryKind.OPEN:
                 opened.add(OpenEntry.from_payload(entry.payload).key)
                 continue
+            if entry.kind is not EntryKind.SETTLE:
+                continue
             settled = settled_of(previous, entry)
             opened.discard(settled.record.key)
             chain.settled.append(settled)

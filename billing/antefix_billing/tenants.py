@@ -89,11 +89,12 @@ def _limits(table: Table) -> TenantLimits:
         limit = Limit(
             window=LimitWindow(row.one_of("window", tuple(LimitWindow))),
             tokens=row.integer("tokens"),
+            requests=row.integer("requests"),
             money=row.decimal("money", below=MONEY_MAX, decimals=PRICE_DIGITS_MAX) if row.has("money") else None,
         )
         row.close()
-        if limit.tokens is None and limit.money is None:
-            raise ConfigError(f"{row.where}: a limit needs tokens or money")
+        if limit.tokens is None and limit.money is None and limit.requests is None:
+            raise ConfigError(f"{row.where}: a limit needs tokens, requests or money")
         limits.append(limit)
     requests = table.integer("requests")
     table.close()

@@ -14,7 +14,8 @@ from typing import Protocol, TypeVar, cast
 
 from antefix.errors import AntefixError, InvalidRequest, Overloaded
 from antefix.usage import Usage
-from antefix_billing.ledger import Ledger
+from antefix_billing.adjustment import Adjusted, Adjustment, Change
+from antefix_billing.ledger import Item, Ledger, Written
 from antefix_billing.ledger_files import Settled
 from antefix_billing.ledger_format import PAYLOAD_BYTES_MAX
 from antefix_billing.usage_record import OpenEntry, UsageRecord
@@ -88,7 +89,7 @@ class LedgerWriter:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.counters = CommitCounters()
-        self._waiting: deque[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]] = deque()
+        self._waiting: deque[tuple[Item, asyncio.Future[Written]]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="antefix-ledger")
         self._task: asyncio.Task[None] | None = None
         self._syncing: asyncio.Task[None] | None = None
@@ -125,6 +126,14 @@ class LedgerWriter:
         self.ledger.progress.drop(record.event_id)
         return settled
 
+    async def adjust(self, adjustment: Adjustment) -> Adjusted:
+        """Durable when it returns; the answer is what stands under its id.  Raises:  as `settle`."""
+        return cast(Adjusted, await self._submit(adjustment))
+
+    async def note(self, change: Change) -> None:
+        """Durable when it returns.  Raises:  as `settle`."""
+        await self._submit(change)
+
     async def find(self, key: str) -> Settled | None:
         """The request's settled record, if there is one. key: `record.request_key`."""
         return await self._run(self.ledger.find, key)
@@ -139,16 +148,14 @@ class LedgerWriter:
         await self._run(self.ledger.close)
         self._thread.shutdown()
 
-    async def _submit(self, item: OpenEntry | UsageRecord) -> Settled | OpenEntry:
+    async def _submit(self, item: Item) -> Written:
         # Checked here, so that one bad entry does not fail the others of its batch. Only these come from outside; JSON
         # makes at most six characters of one, and the other fields take under 2 KiB.
-        texts = (item.request_id, item.tenant, item.user, item.model)
-        outcome = (item.detail, item.write_error) if isinstance(item, UsageRecord) else ()
-        if 6 * sum(map(len, (*texts, *outcome))) > PAYLOAD_BYTES_MAX - 2048:
+        if 6 * sum(map(len, _texts_of(item))) > PAYLOAD_BYTES_MAX - 2048:
             raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes")
         if len(self._waiting) >= NUM_WAITING_MAX:
             raise Overloaded("too many requests wait for the ledger", retry_after_s=1.0)
-        future: asyncio.Future[Settled | OpenEntry] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Written] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._drain(), context=Context())
@@ -186,9 +193,16 @@ class LedgerWriter:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
 
 
-def _fail(
-    batch: Sequence[tuple[OpenEntry | UsageRecord, asyncio.Future[Settled | OpenEntry]]], err: BaseException
-) -> None:
+def _texts_of(item: Item) -> tuple[str, ...]:
+    if isinstance(item, Change):
+        return (item.content,)
+    texts = (item.request_id, item.tenant, item.user, item.model)
+    if isinstance(item, Adjustment):
+        return (*texts, item.adjustment_id, item.reason, item.reference, item.author, item.of_event)
+    return (*texts, item.detail, item.write_error) if isinstance(item, UsageRecord) else texts
+
+
+def _fail(batch: Sequence[tuple[Item, asyncio.Future[Written]]], err: BaseException) -> None:
     for _, future in batch:
         if not future.done():
             future.set_exception(err)

@@ -212,8 +212,8 @@ class UsageRecord(Usage):
             values["status"] = Status(values["status"])
             values["miss_reason"] = MissReason(values["miss_reason"])
             values["evidence"] = Evidence(values.get("evidence", ""))
-            values["price"], values["saved"] = _money(values["price"]), _money(values["saved"])
-            values["paid_before"] = _money(values.get("paid_before", "0"))
+            values["price"], values["saved"] = money_of(values["price"]), money_of(values["saved"])
+            values["paid_before"] = money_of(values.get("paid_before", "0"))
             _check_types(values, FIELD_TYPES)
             derived = {name: values.pop(name, 0) for name in _DERIVED}
             record = cls(**values)
@@ -264,8 +264,8 @@ def _check_types(values: dict[str, Any], types: dict[str, str]) -> None:
             raise InvalidRequest(f"{name} must be of type {wanted.__name__}, is {shown(value)}")
 
 
-def _money(value: object) -> Decimal:
-    """An amount as a record has it: text, or a plain 0."""
+def money_of(value: object) -> Decimal:
+    """An amount as a record has it: text, or a plain 0.  Raises:  InvalidRequest."""
     amount = Decimal(value) if isinstance(value, str | int) else Decimal("NaN")
     if not amount.is_finite() or amount.adjusted() > _AMOUNT_DIGITS_MAX:
         raise InvalidRequest(f"an amount must be a number of at most {_AMOUNT_DIGITS_MAX} digits, is {shown(value)}")

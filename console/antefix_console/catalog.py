@@ -72,6 +72,12 @@ def _simulate() -> CommandModule:
     return simulate
 
 
+def _trace() -> CommandModule:
+    from antefix_console.commands import trace
+
+    return trace
+
+
 def _usage() -> CommandModule:
     from antefix_console.commands import usage
 
@@ -235,6 +241,11 @@ COMMANDS: dict[str, Command] = {
         load=_simulate,
         help="compare window-state strategies on a trace",
         example="antefix simulate --generate agents --strategy all",
+    ),
+    "trace": Command(
+        load=_trace,
+        help="turn a log of requests, or the ledger, into a trace for `simulate`, `plan` and `load`",
+        example="antefix trace import --format openai-jsonl requests.jsonl --output trace.jsonl.gz",
     ),
     "usage": Command(
         load=_usage,

@@ -62,6 +62,7 @@ class DeploymentConfig(WorkerSettings):
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
     api_keys_file, keys_redis: docs/SECURITY.md, "Keys".
+    bill_redis: what several routers share of the bill (docs/BILLING.md, "Several routers").
     encrypt: what is stored is encrypted with the key in data_dir/store.key, which is made if it is not there.
     chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
     grace_s: how long requests that run may take when it stops.
@@ -86,6 +87,7 @@ class DeploymentConfig(WorkerSettings):
     tenants_file: str = ""
     api_keys_file: str = ""
     keys_redis: str = ""
+    bill_redis: str = ""
     encrypt: bool = False
     chat_format: str = "auto"
     model_aliases: str = ""
@@ -281,6 +283,9 @@ class Deployment:
         flags += _given("--tenants-file", self.config.tenants_file)
         flags += _given("--api-keys-file", self.config.api_keys_file)
         flags += _given("--keys-redis", self.config.keys_redis)
+        flags += _given("--bill-redis", self.config.bill_redis)
+        peers = [self.config.ledger_dir_of(n) for n in range(self.config.num_routers)]
+        flags += _given("--peer-ledgers", ",".join(str(path) for path in peers if path != ledger_dir))
         flags += flags_of(WorkerSettings, self.config, ("redis_password_file", "redis_ca_file"))
         if prefill := self.addresses("prefill"):
             flags += ["--prefill", ",".join(prefill)]

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from antefix.errors import AntefixError, Overloaded, Unavailable
+from antefix.errors import AntefixError, Overloaded, StepFailed
 from antefix.fair_turns import FairTurns
 from antefix.model import Sequence, WindowState
 from antefix.model.finite import are_numbers
@@ -36,10 +36,6 @@ from antefix_prefill.worker.compute_thread import uninterrupted
 from antefix_prefill.worker.engine import Engine
 
 log = logging.getLogger("antefix.decode")
-
-
-class StepFailed(Unavailable):
-    """A step of the model failed for this sequence. It can be continued on another worker, once."""
 
 
 # Tokens a client may lag behind before its sequence pauses.

@@ -14,6 +14,8 @@ from antefix.cache_tenant import split_tenant
 from antefix.config import require, setting
 from antefix.errors import InvalidRequest
 from antefix.grammar import Vocabulary
+from antefix.located import tell
+from antefix.located_wire import hints_from_wire, speeds_to_wire
 from antefix.sampling import Sampling
 from antefix.security.identity import Role
 from antefix.telemetry import begin, span
@@ -38,6 +40,7 @@ from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt
 from antefix_prefill.worker.compute_thread import compute_for
 from antefix_prefill.worker.engine import Engine
+from antefix_prefill.worker.read_speeds import read_speeds
 from antefix_prefill.worker.serving import WorkerConfig, secure_worker, serve_worker, start_engine
 
 
@@ -72,11 +75,15 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         prompt, emitted = self._prompt(request, sampling)
         tenant, _ = split_tenant(request.tenant)
         compute_for(tenant)
+        tell(hints_from_wire(request.hints, prompt.chain.hashes, self._engine.fingerprint))
         async with (
             self.scheduler.place(tenant, sampling.max_tokens - len(emitted)),
             contextlib.aclosing(self._decode(prompt, sampling, emitted, request.handoff)) as responses,
         ):
             async for response in responses:
+                if response.finish_reason:
+                    speeds = read_speeds(self._engine, [hint.store for hint in request.hints])
+                    response.tier_speeds.extend(speeds_to_wire(speeds))
                 yield response
 
     async def _decode(
@@ -206,7 +213,7 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
     security = secure_worker(config, Role.DECODE)
-    engine = await start_engine(config)
+    engine = await start_engine(config, may_call=security.check_calling_one)
     servicer = DecodeServicer(engine, load_tokenizer(config.model), config)
 
     async def stop() -> None:

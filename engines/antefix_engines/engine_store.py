@@ -180,6 +180,8 @@ class EngineStore:
             _check_grant(files, keyring, settings)
         credentials = Credentials(Role.ENGINE, files=files, keyring=keyring)
         where = store_addresses(services)
+        if len(where) < len(services.stores):
+            raise ConfigError("an engine takes stores by name, NAME=ADDRESS: it finds none by DNS or Redis")
         for each in where:
             check_calling(each.address, has_tls=files is not None)
             own_credentials.use_for(each.address, credentials)

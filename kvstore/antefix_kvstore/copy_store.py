@@ -24,13 +24,17 @@ Progress = Callable[[int, int], None]
 
 
 class CopySource(Protocol):
-    """Where records come from: a store's directory, an object store."""
+    """What records come from: a directory (`StoreContents`), a service (`ServedContents`), an object store
+    (`ObjectContents`). Calls block."""
 
-    def layouts(self) -> list[LayoutOf]: ...
+    def layouts(self) -> list[LayoutOf]:
+        """Of all fingerprints."""
 
-    def stretches(self) -> list[Stretch]: ...
+    def stretches(self) -> list[Stretch]:
+        """All of it, what is worth most first."""
 
-    def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]: ...
+    def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
+        """These of a stretch, verified; what cannot be read is left out."""
 
 
 class CopyTarget(Protocol):

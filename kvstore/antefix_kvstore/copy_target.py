@@ -9,29 +9,32 @@ from pathlib import Path
 from antefix.errors import ConfigError
 from antefix.objects.bucket import is_object_url
 from antefix.record import Held, PutResult, Record, RecordName
+from antefix.security.listening import parse_address
 from antefix.store.client import RemoteStore
 from antefix.store.store_stats import StoreTotals
 from antefix.store_files.encryption import KeyRing
 from antefix_kvstore.embedded_store import EmbeddedStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.object_contents import ObjectContents, ObjectTarget
+from antefix_kvstore.served_contents import ServedContents
 from antefix_kvstore.store_contents import LayoutOf, StoreContents
 
 # Whatever is copied from, and to.
-Contents = StoreContents | ObjectContents
+Contents = StoreContents | ServedContents | ObjectContents
 
 
 def open_source(text: str, *, key_file: str = "") -> Contents:
-    """What is copied from: a store's directory, or an object store's URL. key_file: what it is encrypted with.
+    """What is copied from: a directory, host:port or an object store's URL. key_file: what it is encrypted with.
 
-    Raises:  ConfigError: neither.
+    Raises:  ConfigError: none of them.
     """
     if is_object_url(text):
         return ObjectContents(text, keys=KeyRing.from_master_file(Path(key_file)) if key_file else None)
+    if "/" not in text and not Path(text).is_dir():
+        parse_address(text)
+        return ServedContents(RemoteStore(text))
     if not Path(text).is_dir():
-        raise ConfigError(
-            f"{text} is no directory: a store is copied from its files, by a process on its host, served or not"
-        )
+        raise ConfigError(f"{text} is no directory; a store that is served is named by its address, host:port")
     decrypt = KeyRing.from_master_file(Path(key_file)).decrypt if key_file else None
     return StoreContents(Path(text), decrypt=decrypt)
 

@@ -20,6 +20,7 @@ import lmdb.verify
 import xxhash
 
 from antefix.errors import Unavailable
+from antefix.host_limits import map_bytes_of
 from antefix.record import STORED_KINDS, RecordKind
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import INDEX_DIR, SEGMENT_HEADER_BYTES
@@ -42,8 +43,11 @@ _SCAN_THREADS: Final = 8
 
 
 def index_bytes_max(config: KvStoreConfig) -> int:
-    """Room for the index: an eighth of the budget, which small blocks need; V4-sized ones use a two-thousandth."""
-    return max(_INDEX_BYTES_MIN, config.budget_bytes // 8)
+    """Room for the index: an eighth of the budget, which small blocks need; V4-sized ones use a two-thousandth.
+
+    A map takes its room in the address space at once, so where that is limited (`ulimit -v`) it takes a quarter.
+    """
+    return map_bytes_of(max(_INDEX_BYTES_MIN, config.budget_bytes // 8))
 
 
 def open_index(directory: Path, config: KvStoreConfig, segments: Segments, disk: Disk) -> Index:

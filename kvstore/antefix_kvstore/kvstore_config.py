@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from antefix.config import grace_setting, require, setting
+from antefix.discovery.found import SERVICE_NAME
 from antefix.events.address import check_url
 from antefix.record import RecordKind
-from antefix.redis_access import redis_ca_setting, redis_password_setting
+from antefix.redis_access import check_redis_url, redis_ca_setting, redis_password_setting
 from antefix.security.process_security import credentials_setting
 from antefix.store_files.record_format import PAYLOAD_BYTES_MAX
 from antefix.telemetry.settings import (
@@ -78,6 +79,11 @@ class KvStoreConfig(ObjectUploadConfig):
         "file with the key that signs events in Redis (`antefix secret events-key`), where there is no secret_file",
         guards=True,
     )
+    lease_redis: str = setting(
+        "", "redis:// URL where this store says that it is there, for workers and routers that look for stores in it"
+    )
+    name: str = setting("", "what all processes call this store, in receipts and metrics; lease_redis needs it")
+    advertise: str = setting("", "host, or host:port, at which others reach this store; empty: the address above")
     redis_password_file: str = redis_password_setting()
     redis_ca_file: str = redis_ca_setting()
     durable: bool = setting(True, "sync before acknowledging a put; off trades the newest blocks for speed")
@@ -118,6 +124,14 @@ class KvStoreConfig(ObjectUploadConfig):
             not self.events_redis or bool(self.events_key_file or self.secret_file),
             "--events-redis needs --events-key-file (or --secret-file): routers believe no event that is not signed",
         )
+        if self.lease_redis:
+            check_redis_url(self.lease_redis, "lease_redis")
+            is_named = SERVICE_NAME.fullmatch(self.name) is not None
+            require(is_named, f"--lease-redis needs --name: lower-case letters, digits, dots, dashes; is {self.name!r}")
+            require(
+                bool(self.events_key_file or self.secret_file),
+                "--lease-redis needs --events-key-file (or --secret-file): nobody believes a lease that is not signed",
+            )
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
         check_object_upload(self)
         check_telemetry(self)

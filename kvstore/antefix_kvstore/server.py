@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 import grpc
 
 from antefix import rpc
+from antefix.discovery import ServiceLease
 from antefix.errors import InvalidRequest, Overloaded
 from antefix.events.block_events import BlockEvent
 from antefix.events.event_seal import EventKeys
@@ -27,6 +28,7 @@ from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
 from antefix.security.guard import admitted
 from antefix.security.identity import Role
+from antefix.security.listening import advertised
 from antefix.security.process_security import open_security
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.fate_wire import fate_to_wire
@@ -34,13 +36,14 @@ from antefix.store.held_wire import held_to_wire
 from antefix.store.payload_channel import SERVICE
 from antefix.store.payload_wire import Piece, unpack_put_request
 from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, messages_of, split_hashes
-from antefix.store_files import codec
+from antefix.store.plan_wire import plans_from_wire
 from antefix.store_files.gone_blocks import fate_of
 from antefix.store_files.record_format import FORMAT_VERSIONS
 from antefix.store_files.record_header import owner_row
 from antefix.telemetry import Registry
 from antefix.telemetry.settings import serve_metrics
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
+from antefix_kvstore.contents_wire import contents_to_wire
 from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.free_space import fit_to_disk
 from antefix_kvstore.group_commit import GroupCommitter
@@ -51,6 +54,7 @@ from antefix_kvstore.object_upload import ObjectUploader
 from antefix_kvstore.payload_stream import GetRange, PayloadStream
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.storage_engine import StorageEngine
+from antefix_kvstore.store_contents import StoreContents
 from antefix_kvstore.turns import Turns
 from antefix_kvstore.upload_metrics import upload_metrics
 
@@ -263,23 +267,22 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def Register(
         self, request: kvstore_pb2.RegisterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.RegisterResponse:
-        plans = {
-            kind: codec.PlanePlan(
-                parts=tuple(
-                    codec.PlanePart(num_rows=part.num_rows, fields=tuple((f.nbytes, f.width) for f in part.fields))
-                    for part in parts
-                )
-            )
-            for kind, parts in ((RecordKind.BLOCK, request.parts), (RecordKind.CHECKPOINT, request.checkpoint_parts))
-            if parts
-        }
+        plans = plans_from_wire(request)
         # It holds for all tenants, so where callers may be strangers to each other the first one's word stays.
         known = 0 if admitted().is_open else await self._in_thread(lambda: self._block_tokens(request.fingerprint))
-        size, plans = (known, {}) if known else (request.block_size, plans)
+        if known:
+            plans = {}
         await self._in_thread(
-            lambda: self.engine.register(request.fingerprint, size, plans, statement=request.statement)
+            lambda: self.engine.register(request.fingerprint, request.block_size, plans, statement=request.statement)
         )
         return kvstore_pb2.RegisterResponse()
+
+    async def Contents(
+        self, request: kvstore_pb2.ContentsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[kvstore_pb2.ContentsResponse, None]:
+        messages = contents_to_wire(StoreContents.of_reader(self.engine.reader))
+        while (message := await self._in_thread(lambda: next(messages, None))) is not None:
+            yield message
 
     def _block_tokens(self, fingerprint: bytes) -> int:
         with self.engine.index.txn() as txn:
@@ -469,7 +472,8 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     except BaseException:
         await servicer.close()
         raise
-    async with _telling(config, engine, server.address):
+    address = advertised(server.address, config.advertise)
+    async with _telling(config, engine, address), _leased(config, address):
         await rpc.run_until_signal(
             server,
             role="kvstore",
@@ -500,9 +504,19 @@ def _telling(
     from antefix.events.redis_stream import StreamPublisher, store_stream
 
     name = config.events_name or address
-    if config.events_key_file:
-        keys = EventKeys.from_file(config.events_key_file)
-    else:
-        keys = EventKeys.of(Keyring.from_file(config.secret_file))
     where = RedisAccess.of(config.events_redis, config)
-    return StreamPublisher(where, engine.events, store_stream(name), name, keys=keys)
+    return StreamPublisher(where, engine.events, store_stream(name), name, keys=_event_keys(config))
+
+
+def _leased(config: KvStoreConfig, address: str) -> contextlib.AbstractAsyncContextManager[object]:
+    """Says in Redis that the store is there while it is entered, where that is wanted."""
+    if not config.lease_redis:
+        return contextlib.nullcontext()
+    where = RedisAccess.of(config.lease_redis, config)
+    return ServiceLease(where, role=Role.KVSTORE, name=config.name, address=address, keys=_event_keys(config))
+
+
+def _event_keys(config: KvStoreConfig) -> EventKeys:
+    if config.events_key_file:
+        return EventKeys.from_file(config.events_key_file)
+    return EventKeys.of(Keyring.from_file(config.secret_file))

@@ -24,7 +24,7 @@ from typing import Final
 import lmdb
 
 from antefix.block import digest_of
-from antefix.errors import AntefixError, BlockCorrupt, InvalidRequest, StoreFull
+from antefix.errors import AntefixError, BlockCorrupt, FingerprintMismatch, InvalidRequest, StoreFull
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch
 from antefix.record import (
@@ -394,13 +394,21 @@ class StorageEngine:
     ) -> None:
         """Tell what is behind a fingerprint: tokens in a block, how payloads may be coded, what it stands for.
 
-        Raises:  InvalidRequest: the statement is another fingerprint's.
+        Raises:  InvalidRequest: the statement is another fingerprint's.  FingerprintMismatch: its blocks are known, and
+            of another size.
         """
         if statement and digest_of(statement) != fingerprint:
             raise InvalidRequest("the statement is not the one that the fingerprint is the digest of")
         with self._lock:
             with IndexTxn(self.index) as txn:
-                txn.set_fingerprint(fingerprint, block_tokens)
+                known = txn.fingerprint(fingerprint)
+                if known is not None and known.block_tokens and block_tokens not in (0, known.block_tokens):
+                    raise FingerprintMismatch(
+                        f"a block has {block_tokens} tokens, and {known.block_tokens} where KV of this name is stored:"
+                        " nothing of it is used; give the worker the model and block size of the others, or a"
+                        " --namespace of its own"
+                    )
+                txn.set_fingerprint(fingerprint, block_tokens or (known.block_tokens if known else 0))
                 if statement:
                     txn.set_meta(STATEMENT_PREFIX + fingerprint, statement)
                 for kind, plan in plans.items():

@@ -33,6 +33,7 @@ class Stretch:
     hashes: parents first; what lies before them is in another stretch, or not stored here.  checkpoints: of which of
     these blocks.  owner: its row in the index.  rank_ms, pinned_ms: the most of any of them, as eviction weighs it.
     has_blocks: False for a checkpoint whose block is in another store; its hash stands for it.
+    ttls_s, costs_ms: time to live and cost of each record, as `names` has them.
     """
 
     fingerprint: bytes
@@ -43,6 +44,21 @@ class Stretch:
     pinned_ms: int
     nbytes: int
     has_blocks: bool = True
+    ttls_s: tuple[int, ...] = ()
+    costs_ms: tuple[int, ...] = ()
+
+    def part(self, start: int, stop: int) -> Stretch:
+        """Blocks [start, stop) with their checkpoints; what is said of all of them stays, its bytes by share."""
+        chosen = [number for number, block in enumerate(self.checkpoints) if start <= block < stop]
+        kept = [*range(start, stop), *(len(self.hashes) + number for number in chosen)]
+        return dataclasses.replace(
+            self,
+            hashes=self.hashes[start:stop],
+            checkpoints=tuple(self.checkpoints[number] - start for number in chosen),
+            nbytes=self.nbytes * (stop - start) // len(self.hashes),
+            ttls_s=tuple(self.ttls_s[number] for number in kept),
+            costs_ms=tuple(self.costs_ms[number] for number in kept),
+        )
 
     @property
     def names(self) -> list[RecordName]:
@@ -80,6 +96,13 @@ class StoreContents:
             raise ConfigError(f"{directory} is not an Antefix store")
         self.directory = directory
         self._reader = StoreReader(directory, decrypt=decrypt)
+
+    @classmethod
+    def of_reader(cls, reader: StoreReader) -> Self:
+        """Of a store that this process has open; it is not to be closed."""
+        contents = cls.__new__(cls)
+        contents.directory, contents._reader = reader.directory, reader
+        return contents
 
     def __enter__(self) -> Self:
         return self
@@ -189,6 +212,8 @@ def _stretch(
         rank_ms=max(entry.rank_ms for entry in entries),
         pinned_ms=max(entry.pinned_ms for entry in entries),
         nbytes=sum(entry.extent_bytes for entry in entries),
+        ttls_s=tuple(entry.ttl_s for entry in entries),
+        costs_ms=tuple(entry.cost_ms for entry in entries),
     )
 
 

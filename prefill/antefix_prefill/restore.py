@@ -20,10 +20,12 @@ from antefix.miss_reason import MissReason
 from antefix.model import Sequence, WindowState, forward, replay
 from antefix.record import LookupResult, RecordKind
 from antefix.restore_report import RestoreReport
+from antefix.store.file_reads import ReadHangs
 from antefix.store.many_stores import ManyStores
 from antefix.telemetry import span
 from antefix.window import Plan, PlanKind, StoredPrefix, Tier
 from antefix.window_pool import POOL_TIER
+from antefix_prefill.model_step import model_step
 from antefix_prefill.older_names import OlderNames, find_older
 from antefix_prefill.publish_block import publish_block
 from antefix_prefill.why_missed import why_missed
@@ -305,6 +307,10 @@ async def load_blocks(
     try:
         stored_as = _stored_as(engine, prompt, range(len(table), num_blocks), older)
         num_read = await _read_into_pool(engine, stored_as, fresh, report)
+    except ReadHangs as err:
+        # Nobody may compute in these rows while a thread may still write into them.
+        err.when_over(lambda: engine.blocks.release(fresh))
+        return table
     except BaseException:
         engine.blocks.release([*table, *fresh])
         raise
@@ -345,6 +351,8 @@ async def _read_into_pool(
     except AntefixError as err:
         engine.counters.note(err)
         report.store_errors += 1
+        if isinstance(err, ReadHangs):
+            raise
         return 0
     if num_read:
         names = [name for _, hashes in stored_as for name in hashes]
@@ -409,7 +417,8 @@ async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], 
         while sequence.position < stop:
             end = min(stop, (sequence.position // engine.prefill_chunk + 1) * engine.prefill_chunk)
             left, piece = prompt.num_tokens - sequence.position, prompt.tokens[sequence.position : end]
-            await engine.compute.run_chunk(left, started, _replay_piece, engine, sequence, piece, stop)
+            with model_step(sequence.position):
+                await engine.compute.run_chunk(left, started, _replay_piece, engine, sequence, piece, stop)
     report.replayed_tokens = stop - start
     engine.rates.observe_replay(plan.replay_work_tokens, context=start, seconds=time.perf_counter() - started)
     return sequence

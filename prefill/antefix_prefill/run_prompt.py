@@ -20,6 +20,7 @@ from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
 from antefix.window import Mark
 from antefix_prefill.leave_checkpoints import leave_checkpoint, marks_for_prompt
+from antefix_prefill.model_step import model_step
 from antefix_prefill.publish_block import publish_block
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt, Restored, restore
@@ -111,9 +112,10 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
         tokens, is_last = prompt.tokens[first:stop], stop == prompt.num_tokens
         with span("prefill chunk", first=first, num_tokens=stop - first):
             left = prompt.num_tokens - first
-            logits, payloads = await engine.compute.run_chunk(
-                left, begun, _run_chunk, engine, sequence, tokens, new, is_last
-            )
+            with model_step(first):
+                logits, payloads = await engine.compute.run_chunk(
+                    left, begun, _run_chunk, engine, sequence, tokens, new, is_last
+                )
         for index in range(first // engine.block_size, last):
             publish_block(engine, prompt, index, sequence.block_table[index])
         for index, payload in zip(new, payloads, strict=True):

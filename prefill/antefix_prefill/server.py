@@ -9,6 +9,8 @@ from antefix import rpc
 from antefix.cache_tenant import split_tenant
 from antefix.config import require, setting
 from antefix.generation_request import Breakpoint
+from antefix.located import tell
+from antefix.located_wire import hints_from_wire, speeds_to_wire
 from antefix.security.identity import Role
 from antefix.telemetry import span
 from antefix.v1 import prefill_pb2, prefill_pb2_grpc
@@ -21,6 +23,7 @@ from antefix_prefill.restore import Prompt, has_short_rest
 from antefix_prefill.run_prompt import run_prompt
 from antefix_prefill.worker.compute_thread import compute_for
 from antefix_prefill.worker.engine import Engine
+from antefix_prefill.worker.read_speeds import near_stores, read_speeds
 from antefix_prefill.worker.serving import WorkerConfig, secure_worker, serve_worker, start_engine
 
 
@@ -62,6 +65,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             tenant=request.tenant,
             breakpoints=tuple(Breakpoint(each.num_tokens, each.ttl_s) for each in request.breakpoints),
         )
+        tell(hints_from_wire(request.hints, chain.hashes, engine.fingerprint))
         # 3. Restore, compute, store.
         wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self.queue.num_waiting + 1)
         num_tokens = len(tokens) - engine.blocks.num_leading(chain.hashes) * engine.block_size
@@ -80,7 +84,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                     handoff = await leave_handoff(engine, computed)
             finally:
                 engine.blocks.release(computed.sequence.block_table)
-        return prefill_pb2.PrefillResponse(handoff=handoff, restore=report_to_wire(computed.report))
+        return prefill_pb2.PrefillResponse(
+            handoff=handoff,
+            restore=report_to_wire(computed.report),
+            near_stores=near_stores(engine.store),
+            tier_speeds=speeds_to_wire(read_speeds(engine, [hint.store for hint in request.hints])),
+        )
 
     async def PrefillStatus(
         self, request: prefill_pb2.PrefillStatusRequest, context: rpc.Context
@@ -103,7 +112,7 @@ async def run(config: PrefillConfig, *, watch_stdin: bool = False) -> None:
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
     security = secure_worker(config, Role.PREFILL)
-    engine = await start_engine(config)
+    engine = await start_engine(config, may_call=security.check_calling_one)
     servicer = PrefillServicer(engine, config)
     await serve_worker(
         config,

@@ -20,7 +20,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -31,10 +31,12 @@ from antefix.secret import Keyring
 from antefix.telemetry import span
 from antefix.usage import Usage
 from antefix_billing.ledger import Ledger
-from antefix_billing.ledger_files import Settled, read_settled, sequence_before
+from antefix_billing.ledger_files import Settled, read_settled, sequence_before, source_of_name
 from antefix_billing.limits import LimitWindow, QuotaBook, Reservation
+from antefix_billing.peer_ledgers import PeerLedgers
 from antefix_billing.pricing import priced, worst_price
 from antefix_billing.ratecard import RateCards
+from antefix_billing.request_account import rank
 from antefix_billing.tenants import TenantBook
 from antefix_billing.usage_commit import LedgerWriter, NoLedger, UsageWriter
 from antefix_billing.usage_record import OpenEntry, Status, UsageRecord, request_key
@@ -45,6 +47,7 @@ from antefix_router.open_bill import Bill, Served
 from antefix_router.page.activity import Activity
 from antefix_router.request_measures import RequestMeasures
 from antefix_router.retries import CLIENT_LEFT, Retries
+from antefix_router.shared_bill.shared_bill import SharedBill
 
 log = logging.getLogger("antefix.router")
 
@@ -67,12 +70,17 @@ class Accounts:
         cards: RateCards,
         tenants: TenantBook,
         retries: RetryConfig | None = None,
+        peers: PeerLedgers | None = None,
     ) -> None:
+        """peers: the ledgers of other routers on this host, which know what those settled."""
         self.ledger = ledger
         self.writer: UsageWriter = LedgerWriter(ledger) if ledger is not None else NoLedger()
         self._keyring = keyring
         self.served = served
-        self._cards = cards
+        self.cards = cards
+        self.peers = peers or PeerLedgers(())
+        # Set by `share`: what several routers tell one another.
+        self.shared: SharedBill | None = None
         self.quotas = QuotaBook(tenants.limits, tenants.default)
         self._running: set[str] = set()
         self._repeats: OrderedDict[str, int] = OrderedDict()
@@ -104,12 +112,19 @@ class Accounts:
         self.quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)
 
     async def admit(
-        self, request: GenerationRequest, *, retryable: bool = False, generation: Make = Generation
+        self,
+        request: GenerationRequest,
+        *,
+        retryable: bool = False,
+        is_named: bool | None = None,
+        generation: Make = Generation,
     ) -> Bill:
         """Check id, quota and budget.  generation: makes what the request is while it runs.
 
         retryable: the client named the id, so another one may read the same answer, and it is kept.
-        Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.
+        is_named: the client named the id, so it may come in at another router as well; None: where it is retryable.
+        Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.  Unavailable: whether another
+            router has it cannot be told.
         """
         request, opened = self._open_entry(request)
         while (busy := self._settling.get(opened.key) or self._admitting.get(opened.key)) is not None:
@@ -121,21 +136,53 @@ class Accounts:
         self._running.add(opened.key)
         self._admitting[opened.key] = asyncio.get_running_loop().create_future()
         try:
-            bill = self._bill(generation(request), opened, await self.writer.find(opened.key))
+            named = retryable if is_named is None else is_named
+            bill = await self._bill(generation(request), opened, await self._standing(opened, is_named=named))
             if retryable and bill.settled is None:
                 self.retries.share(bill)
             return bill
         except BaseException:
             self._running.discard(opened.key)
+            await self._let_go(opened.key)
             raise
         finally:
             self._admitting.pop(opened.key).set_result(None)
 
-    def _bill(self, generation: Generation, opened: OpenEntry, standing: Settled | None) -> Bill:
+    async def _standing(self, opened: OpenEntry, *, is_named: bool) -> tuple[Settled | None, Decimal]:
+        """How the request ended before, here or at another router, and what it was charged in all."""
+        found = await self.writer.find(opened.key)
+        if found is not None and found.record.is_final:
+            return found, found.record.paid
+        paid = found.record.paid if found is not None else Decimal(0)
+        if not is_named:
+            return found, paid
+        account = await self.shared.claim(opened.key) if self.shared is not None else None
+        others = [account.last if account is not None else None]
+        if account is None and len(self.peers):
+            others.append(await asyncio.to_thread(self.peers.find, opened.key))
+        for other in others:
+            if other is not None and (found is None or rank(other.record) > rank(found.record)):
+                found, paid = other, other.record.paid
+        return found, paid if account is None else max(paid, account.paid)
+
+    async def _let_go(self, key: str) -> None:
+        if self.shared is not None:
+            await self.shared.let_go(key)
+
+    async def find(self, key: str) -> tuple[Settled, bytes] | None:
+        """A request's record and the source of its ledger, whichever router has it."""
+        found = await self.writer.find(key)
+        if found is None and self.shared is not None:
+            found = await self.shared.find(key)
+        if found is None and len(self.peers):
+            found = await asyncio.to_thread(self.peers.find, key)
+        return None if found is None else (found, source_of_name(found.record.source))
+
+    async def _bill(self, generation: Generation, opened: OpenEntry, before: tuple[Settled | None, Decimal]) -> Bill:
         """What is next for this id: its first attempt, another one, or its answer again."""
-        request = generation.request
+        request, (standing, paid) = generation.request, before
         if standing is None:
-            bill = Bill(generation, opened, self._reserve(request))
+            bill = Bill(generation, opened, await self._reserve(request))
             # There is an answer already where it could not be recorded, or where nothing ever is.
             bill.kept = self.retries.kept(request, opened)
             return bill
@@ -146,11 +193,12 @@ class Accounts:
         kept = self.retries.kept(request, opened)
         if standing.record.is_final:
             bill = self._repeat(generation, opened, standing, kept)
+            await self._let_go(opened.key)
         else:
             # What was made for the attempt before was made in its time: its hits are in the store's log at that time.
             started_us = opened.started_us if kept is None else kept.started_us
             opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1, started_us=started_us)
-            bill = Bill(generation, opened, self._reserve(request), standing.record.paid)
+            bill = Bill(generation, opened, await self._reserve(request), paid)
         bill.kept = kept
         return bill
 
@@ -255,6 +303,8 @@ class Accounts:
         self.retries.drain()
         while self._settling:
             await asyncio.gather(*self._settling.values(), return_exceptions=True)
+        if self.shared is not None:
+            await self.shared.close()
         await self.writer.close()
 
     def _settle_shared(self, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:
@@ -281,11 +331,11 @@ class Accounts:
             if bill.shared is not None:
                 await bill.shared.stop()
             await asyncio.gather(opening, return_exceptions=True)
-            record = priced(self._record(bill, status, detail), self._cards)
+            record = priced(self._record(bill, status, detail), self.cards)
             if record.write_error and bill.kept is None:
                 self.num_unstored, self.unstored_reason = self.num_unstored + 1, record.write_error
             with span("settle", status=status.value):
-                bill.settled = await self.writer.settle(record)
+                bill.settled = await self._write(record)
             if bill.settled.record is record:
                 self.measures.count(record)
                 self.activity.note(record, bill.generation.restore)
@@ -300,7 +350,24 @@ class Accounts:
                 tokens = record.prompt_tokens + record.output_tokens if record and is_used else 0
                 price = record.price if record and bill.settled else bill.reservation.money * 0
                 self.quotas.settle(bill.reservation, tokens=tokens, money=price)
+                if self.shared is not None:
+                    self.shared.quotas.changed(bill.reservation.tenant)
+            if bill.settled is None:
+                await self._let_go(bill.opened.key)
         return bill.settled
+
+    async def _write(self, record: UsageRecord) -> Settled:
+        """Into the ledger, and then to the other routers, which may be asked for it as soon as the answer ends."""
+        if self.shared is None:
+            return await self.writer.settle(record)
+        number = self.shared.begin()
+        try:
+            settled = await self.writer.settle(record)
+        except BaseException:
+            self.shared.failed(number)
+            raise
+        await self.shared.settled(number, settled)
+        return settled
 
     @property
     def keyring(self) -> Keyring:
@@ -340,7 +407,7 @@ class Accounts:
                 paid_before=Decimal(0) if standing is None else standing.record.paid,
                 finished_us=max(_now_us(), entry.started_us),
             ),
-            self._cards,
+            self.cards,
         )
 
     def _common(self, entry: OpenEntry) -> dict[str, Any]:
@@ -381,16 +448,18 @@ class Accounts:
         digest.update(request.content)
         return digest.hexdigest()
 
-    def _reserve(self, request: GenerationRequest) -> Reservation:
+    async def _reserve(self, request: GenerationRequest) -> Reservation:
         now = datetime.now(UTC)
         num_output = request.sampling.max_tokens * request.num_samples
         most = worst_price(
-            self._cards.quote(request.model or self.served.model, now),
+            self.cards.quote(request.model or self.served.model, now),
             prompt_tokens=request.num_tokens,
             output_tokens_max=num_output,
         )
         tokens = request.num_tokens + num_output
-        return self.quotas.reserve(request.caller.tenant, tokens=tokens, money=most, now=now)
+        quotas = self.quotas if self.shared is None else self.shared.quotas
+        reserved = quotas.reserve(request.caller.tenant, tokens=tokens, money=most, now=now)
+        return await reserved if isinstance(reserved, Awaitable) else reserved
 
     def _repeat(self, generation: Generation, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None) -> Bill:
         """The answer to a finished request again: kept, or made again, which is work that nobody pays for."""

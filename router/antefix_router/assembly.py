@@ -29,6 +29,7 @@ from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
 from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import follow_keys
+from antefix_router.load_shedding import LoadShedding
 from antefix_router.metrics import (
     accounts_metrics,
     hedge_metrics,
@@ -36,6 +37,7 @@ from antefix_router.metrics import (
     lost_metrics,
     placement_metrics,
     router_metrics,
+    shedding_metrics,
 )
 from antefix_router.naming import PromptNames
 from antefix_router.page.prefix_forest import PrefixForest
@@ -114,7 +116,14 @@ class Router:
         self.counters = self._prefilling.counters
         self.keyring = keyring
         self.memory = MemoryFeed(directory, redis_url=events, keys=event_keys, callee=self._callee)
-        self.leases = Leases(self.prefill, self.decode, directory, fingerprint=self.fingerprint, memory=self.memory)
+        self.leases = Leases(
+            self.prefill,
+            self.decode,
+            directory,
+            fingerprint=self.fingerprint,
+            memory=self.memory,
+            block_size=identity.geometry.block_size,
+        )
         self.pins = BreakpointPins(store, lambda: self.fingerprint)
         self.forest = PrefixForest()
         self.front: Front = open_front(
@@ -124,6 +133,7 @@ class Router:
             tokenizer=tokenizer,
             keyring=keyring,
             fingerprint=self.fingerprint,
+            shedding=LoadShedding(config.wait_s_max, lambda: len(self.decode.workers)),
         )
         self.key_changes = follow_keys(config, self.front.keys, keyring)
 
@@ -149,6 +159,7 @@ class Router:
         self.leases.start()
         if self.key_changes is not None:
             self.key_changes.start()
+        self.front.start()
         if isinstance(self.store, ManyStores):
             self.store.follow(self.fingerprint)
         elif self.config.store_events:
@@ -218,6 +229,7 @@ class Router:
         yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
         yield from lost_metrics(self.leases.lost(time.monotonic()))
         yield from hedge_metrics(self.budget)
+        yield from shedding_metrics(self.front.shedding)
         yield from router_metrics(self.counters, self.memory, self.feed)
         if (breaker := getattr(self.store, "breaker", None)) is not None:
             yield from breaker_metrics(breaker)

@@ -14,6 +14,7 @@ from antefix.config import require, setting
 from antefix.errors import InvalidRequest
 from antefix.generation_request import GenerationRequest
 from antefix.model_dir import ModelIdentity
+from antefix.redis_access import RedisAccess, check_redis_url, redis_ca_setting, redis_password_setting
 from antefix.sampling import WrongSetting
 from antefix.secret import Keyring
 from antefix.tokenizer import Tokenizer
@@ -21,15 +22,22 @@ from antefix_billing.api_keys import CONTROL
 from antefix_billing.key_file import read_book
 from antefix_billing.key_register import KeyRegister
 from antefix_billing.ledger import Ledger
+from antefix_billing.peer_ledgers import PeerLedgers
 from antefix_billing.ratecard import RateCards, load_cards
 from antefix_billing.receipt import Signer
+from antefix_billing.request_account import RunningAt
 from antefix_billing.tenants import TenantBook, load_tenants
+from antefix_billing.usage_commit import LedgerWriter
 from antefix_router.accounting import Accounts
 from antefix_router.answers import RetryConfig, Run
 from antefix_router.encoding import Encoding
 from antefix_router.generation import Generator, OutputPiece
 from antefix_router.grammar_check import GrammarCheck
+from antefix_router.load_shedding import LoadShedding, until_served
 from antefix_router.open_bill import Bill, Served
+from antefix_router.shared_bill.bill_exchange import BillExchange
+from antefix_router.shared_bill.shared_bill import SharedBill
+from antefix_router.shared_bill.shared_quotas import SharedQuotas
 from antefix_router.volatile_prefix import PrefixWatch
 
 REQUEST_ID_BYTES_MAX = 256
@@ -53,11 +61,27 @@ class BillingConfig(RetryConfig):
         "", "file of API keys, made by `antefix keys`; with neither of the two callers need no key", guards=True
     )
     keys_redis: str = setting("", "Redis URL through which changes of API keys reach all routers", guards=True)
+    redis_password_file: str = redis_password_setting()
+    redis_ca_file: str = redis_ca_setting()
+    bill_redis: str = setting(
+        "", "Redis URL through which routers share request ids, limits and receipts; empty: each is alone", guards=True
+    )
+    bill_keep_s: float = setting(7 * 86400.0, "how long routers know one another's requests through it", unit="s")
+    bill_alone: str = setting(
+        "refuse",
+        "requests with a client's id while Redis is out: refuse, or serve (what two routers charge goes back later)",
+        choices=("refuse", "serve"),
+    )
+    peer_ledgers: tuple[str, ...] = setting((), "ledger directories of other routers on this host, to answer for them")
     receipt_key_file: str = setting("", "Ed25519 key that signs receipts, made if missing (default: in ledger_dir)")
 
     def __post_init__(self) -> None:
         RetryConfig.__post_init__(self)
         require(bool(self.ledger_dir) or not self.receipt_key_file, "--receipt-key-file needs --ledger-dir")
+        require(bool(self.ledger_dir) or not self.bill_redis, "--bill-redis needs --ledger-dir")
+        if self.bill_redis:
+            check_redis_url(self.bill_redis, "bill_redis")
+        require(self.bill_keep_s > 0, f"bill_keep_s must be positive, is {self.bill_keep_s}")
         require(bool(self.api_keys_file) or not self.keys_redis, "--keys-redis needs --api-keys-file")
 
 
@@ -74,6 +98,11 @@ class BilledFront:
     def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
         """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
         return self.accounts.run(bill, self._run, timeout_s)
+
+    def start(self) -> None:
+        """Share the bill with other routers, where the settings say so."""
+        if self.accounts.shared is not None:
+            self.accounts.shared.start()
 
     async def close(self) -> None:
         """Settle what is running."""
@@ -93,8 +122,9 @@ class Front(BilledFront):
         tenants: TenantBook,
         signer: Signer | None,
         keys: KeyRegister | None = None,
+        shedding: LoadShedding | None = None,
     ) -> None:
-        """keys: None: those that the tenants have."""
+        """keys: None: those that the tenants have.  shedding: None: all are let in."""
         # Looked up at each request: where nothing runs, as in a dry run, there is no generator.
         super().__init__(
             lambda *args: generator.run(*args), accounts, keys=keys or key_register(tenants), signer=signer
@@ -104,6 +134,7 @@ class Front(BilledFront):
         self.tenants = tenants
         self.encoding = Encoding()
         self.grammars = GrammarCheck(identity.path, identity.vocab_size)
+        self.shedding = shedding or LoadShedding(0.0, lambda: 1)
 
     def check_text(self, num_characters: int, *, num_plain: int | None = None, payer: str | None = None) -> None:
         """What can be told of a prompt before it is encoded: how many tokens it has at least.
@@ -146,11 +177,16 @@ class Front(BilledFront):
         check_samples(request)
         if request.sampling.grammar:
             await self.grammars.check(request.sampling.grammar)
+        is_named = caller.is_named
         if not caller.request_id:
             request = replace(request, caller=replace(caller, request_id=secrets.token_hex(12)))
-        bill = await self.accounts.admit(request, retryable=retryable)
+        bill = await self.accounts.admit(request, retryable=retryable, is_named=is_named)
         bill.prefix_volatile = self.prefixes.note(request.cache_tenant, request.tokens)
         return bill
+
+    def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
+        """As `BilledFront.run`; with its first output the request has been served."""
+        return until_served(super().run(bill, timeout_s))
 
     async def close(self) -> None:
         """Settle what is running, and end what checks grammars."""
@@ -196,11 +232,21 @@ def open_front(
     tokenizer: Tokenizer,
     keyring: Keyring,
     fingerprint: bytes,
+    shedding: LoadShedding,
 ) -> Front:
     """Raises:  ConfigError: a file or directory named in the settings cannot be used.  LedgerCorrupt: see there."""
     accounts, tenants, keys, signer = open_books(config, keyring)
     accounts.served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
-    return Front(generator, accounts, identity=identity, tokenizer=tokenizer, tenants=tenants, signer=signer, keys=keys)
+    return Front(
+        generator,
+        accounts,
+        identity=identity,
+        tokenizer=tokenizer,
+        tenants=tenants,
+        signer=signer,
+        keys=keys,
+        shedding=shedding,
+    )
 
 
 def open_books(config: BillingConfig, keyring: Keyring) -> tuple[Accounts, TenantBook, KeyRegister, Signer | None]:
@@ -213,11 +259,32 @@ def open_books(config: BillingConfig, keyring: Keyring) -> tuple[Accounts, Tenan
     cards = load_cards(config.ratecards) if config.ratecards else RateCards()
     ledger = Ledger(config.ledger_dir) if config.ledger_dir else None
     served = Served(model="", revision="", fingerprint="")
-    accounts = Accounts(ledger, served=served, keyring=keyring, cards=cards, tenants=tenants, retries=config)
+    accounts = Accounts(
+        ledger,
+        served=served,
+        keyring=keyring,
+        cards=cards,
+        tenants=tenants,
+        retries=config,
+        peers=PeerLedgers([Path(path) for path in config.peer_ledgers]),
+    )
+    if config.bill_redis:
+        accounts.shared = share_bill(config, accounts, keyring)
     if ledger is None:
         return accounts, tenants, keys, None
     signer = Signer.create(Path(config.receipt_key_file or ledger.directory / "receipts.key"))
     return accounts, tenants, keys, signer
+
+
+def share_bill(config: BillingConfig, accounts: Accounts, keyring: Keyring) -> SharedBill:
+    """The routers' common bill, as the settings say; `start` it."""
+    writer = accounts.writer
+    assert isinstance(writer, LedgerWriter)
+    exchange = BillExchange(RedisAccess.of(config.bill_redis, config), keyring, keep_s=config.bill_keep_s)
+    me = RunningAt(source=writer.source_name, instance=secrets.token_hex(8))
+    quotas = SharedQuotas(exchange, accounts.quotas, me.source)
+    serves_alone = config.bill_alone == "serve"
+    return SharedBill(exchange, writer, quotas, me, keep_s=config.bill_keep_s, serves_alone=serves_alone)
 
 
 def key_register(tenants: TenantBook, *, needed: bool = False) -> KeyRegister:

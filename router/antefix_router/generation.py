@@ -19,6 +19,7 @@ from typing import NamedTuple
 from antefix.clients import DecodeClient, Tokens
 from antefix.errors import InternalError, Overloaded, Unavailable
 from antefix.generation_request import GenerationRequest
+from antefix.located import Located
 from antefix.prompt_marks import marks_of
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
@@ -129,12 +130,16 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ready:
-    """A prompt that its outputs begin from. first: set when the prompt's KV is somewhere for all of them."""
+    """A prompt that its outputs begin from. first: set when the prompt's KV is somewhere for all of them.
+
+    located: in which of several stores.
+    """
 
     prompt: NamedPrompt
     work: Work
     handoff: bytes
     first: asyncio.Event
+    located: Located | None = None
 
 
 class Generator:
@@ -191,7 +196,7 @@ class Generator:
         if prefilled.answer is not None:
             handoff, generation.restore = prefilled.answer.handoff, prefilled.answer.restore
             first.set()
-        ready = _Ready(prompt=prompt, work=prefilled.work, handoff=handoff, first=first)
+        ready = _Ready(prompt=prompt, work=prefilled.work, handoff=handoff, first=first, located=prefilled.located)
         # 3. Decode.
         outputs = [self._run_sample(generation, index, ready, timeout_s) for index in range(request.num_samples)]
         async with contextlib.aclosing(merged(outputs) if len(outputs) > 1 else outputs[0]) as pieces:
@@ -261,6 +266,8 @@ class Generator:
                 handoff=ready.handoff,
                 emitted=sample.emitted,
                 timeout_s=timeout_s,
+                # Nobody knows where a worker that failed has stored the output.
+                located=None if sample.emitted else ready.located,
             )
             has_prompt = bool(ready.handoff) and not sample.emitted
             own_s = first_work_s(
@@ -281,6 +288,7 @@ class Generator:
                         sample.logprobs.extend(decoded.logprobs)
                         yield decoded.tokens
                     if decoded.finish_reason:
+                        worker.note_speeds(decoded.speeds)
                         sample.finish_reason = decoded.finish_reason
                         sample.stop_number = decoded.stop_number
                         generation.output_written_tokens += decoded.written_tokens

@@ -22,10 +22,12 @@ from antefix_router.gateway.notes import IgnoredFields
 from antefix_router.gateway.strict_http import HttpFaults
 from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import KeyChanges
+from antefix_router.load_shedding import LoadShedding
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.pace import slow_ones
 from antefix_router.placement.workers import WorkerRole, Workers
 from antefix_router.prefill_calls import PrefillingCounters
+from antefix_router.shared_bill.shared_bill import SharedBill
 
 # Ignored fields that are shown by name, those that came first; their names come from clients.
 NUM_FIELDS_MAX: Final = 50
@@ -73,6 +75,18 @@ COMMITS: Final[Table] = {
     "batches": Shown(name="antefix_ledger_batches", help="Writes of the ledger, with one sync each."),
     "entries": Shown(name="antefix_ledger_entries", help="Entries written: two a request."),
 }
+_SHARED, _SHARED_HELP = (
+    "antefix_shared_bill_requests",
+    (
+        "Requests of the routers' common bill: claimed, elsewhere (another router ran it), taken_over (from one that"
+        " died), told, unshared (Redis was out; told later), refused (Redis was out), credited (charged twice)."
+    ),
+)
+# `shared_bill.SharedCounters`.
+SHARED: Final[Table] = {
+    name: Shown(name=_SHARED, help=_SHARED_HELP, labels=(("what", name),))
+    for name in ("claimed", "elsewhere", "taken_over", "told", "unshared", "refused", "credited")
+}
 # `antefix.events.follower.FollowCounters`: of workers' memory, and of the store's events where they are followed.
 FOLLOW: Final[Table] = {
     "num_events": Shown(name="antefix_router_events", help="Events that were taken in.", key="source"),
@@ -102,6 +116,20 @@ def accounts_metrics(accounts: Accounts) -> Iterable[Metric]:
             "What may still be written when the disk is full.",
             {(): float(writer.ledger.reserve_bytes)},
         )
+    if accounts.shared is not None:
+        yield from shared_bill_metrics(accounts.shared)
+
+
+def shared_bill_metrics(shared: SharedBill) -> Iterable[Metric]:
+    """What is told to other routers through Redis."""
+    yield from families(SHARED, shared.counters)
+    yield gauge("antefix_shared_bill_out", "1 while Redis cannot be relied on for it.", {(): float(shared.is_out)})
+    yield gauge("antefix_shared_bill_untold", "Records that it is yet to be told of.", {(): float(shared.num_untold)})
+    yield counter(
+        "antefix_shared_bill_alone_reservations",
+        "Requests held against one router's own counts of limits, because Redis was out.",
+        {(): float(shared.quotas.num_alone)},
+    )
 
 
 def placement_metrics(groups: Sequence[Workers], policy: str, knows_memory: Callable[[str], bool]) -> Iterable[Metric]:
@@ -208,6 +236,17 @@ def router_metrics(prefilling: PrefillingCounters, memory: MemoryFeed, store: St
         " old), malformed.",
         {(name, why.value): float(dropped.get(why, 0)) for name, dropped in feeds.items() for why in DropReason},
         ("source", "reason"),
+    )
+
+
+def shedding_metrics(shedding: LoadShedding) -> Iterable[Metric]:
+    """What waits for a first token, and what was refused because it would wait too long."""
+    waiting = {(): float(shedding.num_waiting)}
+    yield gauge("antefix_router_waiting_requests", "Requests that wait for their first token.", waiting)
+    yield counter(
+        "antefix_router_shed_requests",
+        "Requests that were refused by their head, because they would have waited too long.",
+        {(): float(shedding.num_refused)},
     )
 
 

@@ -16,6 +16,7 @@ import xxhash
 from antefix.block import Chain
 from antefix.clients import Tokens
 from antefix.events.block_events import Key, keys_of
+from antefix.located import Located
 from antefix.secret import Keyring
 from antefix.security.grants import Granter
 from antefix_router.placement.work import Work
@@ -28,6 +29,8 @@ _MEMO_TOKENS_MAX = 1 << 24
 _MEMO_BLOCKS_MIN = 8
 # Baselines place by the hash of this many blocks.
 _HEAD_BLOCKS = 2
+# Runs of a prompt, by which stores have them, that placement looks at.
+_NUM_RUNS_MAX = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +48,11 @@ class NamedPrompt:
     replay_tokens: int = 0
     grant: bytes = b""
 
-    def work(self, num_stored_blocks: int | None, known_tokens: int = 0) -> Work:
-        """What is to do for it, given how many leading blocks the store holds; None where it did not answer."""
+    def work(self, num_stored_blocks: int | None, known_tokens: int = 0, *, located: Located | None = None) -> Work:
+        """What is to do for it, given how many leading blocks the store holds; None where it did not answer.
+
+        located: which of several stores has them.
+        """
         num_tokens, size = len(self.tokens), self.chain.block_size
         stored = None if num_stored_blocks is None else min(num_stored_blocks * size, num_tokens - 1)
         first_unseen = min(max(num_stored_blocks or 0, known_tokens // size), len(self.keys) - 1)
@@ -57,6 +63,7 @@ class NamedPrompt:
             affinity=self.keys[first_unseen] if self.keys else _key(self.tokens),
             head=head,
             replay_tokens=self.replay_tokens,
+            places=_places(located, num_stored_blocks or 0, size),
         )
 
 
@@ -161,6 +168,17 @@ class _Memo:
             found.append(digest.intdigest())
             num_blocks *= 2
         return found
+
+
+def _places(located: Located | None, num_blocks: int, block_size: int) -> tuple[tuple[int, frozenset[str]], ...]:
+    """The last run stands for all that follow it: a prompt in many turns of many stores must not slow placement."""
+    if located is None:
+        return ()
+    runs = located.parts(num_blocks)
+    runs, rest = runs[: _NUM_RUNS_MAX - 1], runs[_NUM_RUNS_MAX - 1 :]
+    if rest:
+        runs.append((sum(blocks for blocks, _ in rest), rest[0][1]))
+    return tuple((blocks * block_size, stores) for blocks, stores in runs)
 
 
 def _key(tokens: Tokens) -> int:

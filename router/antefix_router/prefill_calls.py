@@ -16,18 +16,18 @@ from typing import Final
 from antefix.clients import PrefillClient, Prefilled
 from antefix.errors import InternalError, Overloaded, Unavailable
 from antefix.generation_request import GenerationRequest
+from antefix.located import Located
 from antefix.telemetry import span
 from antefix_router.hedging import SLACK_S, HedgeBudget
 from antefix_router.naming import NamedPrompt
 from antefix_router.placement.directory import Directory
+from antefix_router.placement.loading import loading_tokens
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.work import FETCH_WEIGHT, Work, saved_by_replay
 from antefix_router.placement.workers import Worker, WorkerRole, Workers
 
 log = logging.getLogger("antefix.router")
 
-# Until a speed is measured: a slow one, as of a small machine.
-_TOKENS_PER_S_PRIOR: Final = 1_000.0
 _MEMORY: Final = 0.9
 # A prompt that only one worker could compute is left to decode when it is so many times later than predicted: what was
 # computed of it and not stored is lost.
@@ -66,11 +66,15 @@ class PrefillingCounters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What a prefill worker is asked for. ends: the request's deadline, by the router's clock."""
+    """What a prefill worker is asked for. ends: the request's deadline, by the router's clock.
+
+    located: which of several stores probably has what.
+    """
 
     request: GenerationRequest
     prompt: NamedPrompt
     ends: float
+    located: Located | None = None
 
     @property
     def timeout_s(self) -> float:
@@ -219,7 +223,10 @@ class PrefillCalls:
         resident = int(self._directory.leading([worker.address], prompt.keys)[0]) * prompt.chain.block_size
         if work.stored_tokens is None:
             return max(1, round(work.num_tokens - float(saved_by_replay(resident, work.replay_tokens))))
-        return round(work.num_tokens - work.stored_tokens + FETCH_WEIGHT * max(0, work.stored_tokens - resident))
+        loading = FETCH_WEIGHT * max(0, work.stored_tokens - resident)
+        if work.places and worker.speeds:
+            loading = loading_tokens(work, resident, worker.speeds, self.tokens_per_s())
+        return round(work.num_tokens - work.stored_tokens + loading)
 
     def _admit(self, worker: Worker, own_tokens: int) -> float:
         """Seconds until this worker would be done.
@@ -242,7 +249,8 @@ class PrefillCalls:
         assert isinstance(client, PrefillClient)
         was_idle, start = worker.num_requests == 0, time.monotonic()
         with self._workers.load(worker, own, num_active_tokens=len(order.prompt.tokens)), worker.guard():
-            answer = await client.prefill(order.request, timeout_s=order.timeout_s)
+            answer = await client.prefill(order.request, timeout_s=order.timeout_s, located=order.located)
+        worker.note_speeds(answer.speeds)
         if was_idle:
             spent_s = time.monotonic() - start - answer.restore.restore_s - answer.restore.compute_s
             before = self._counters.overhead_s or max(spent_s, 0.0)
@@ -251,5 +259,4 @@ class PrefillCalls:
 
     def tokens_per_s(self) -> float:
         """Of one worker, as measured on average."""
-        speeds = [worker.backlog.tokens_per_s for worker in self._workers.workers if worker.backlog.tokens_per_s]
-        return sum(speeds) / len(speeds) if speeds else _TOKENS_PER_S_PRIOR
+        return self._workers.tokens_per_s()

@@ -10,13 +10,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from antefix.clients import Prefilled
 from antefix.errors import AntefixError
 from antefix.generation_request import GenerationRequest
+from antefix.located import Located
 from antefix.security.grants import hold
 from antefix.store.api import Store
+from antefix.store.many_stores import ManyStores
 from antefix.store.store_feed import StoreFeed
 from antefix.telemetry import span
 from antefix_router.hedging import HedgeBudget
@@ -36,10 +38,22 @@ _STRAIGHT_TOKENS_MAX = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A prompt that decode may start on. answer: None where decode has to prefill by itself."""
+    """A prompt that decode may start on. answer: None where decode has to prefill by itself.
+
+    located: which of several stores probably has what of it by now.
+    """
 
     work: Work
     answer: Prefilled | None
+    located: Located | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """num_blocks: leading ones; None: the store did not answer.  located: where there are several stores."""
+
+    num_blocks: int | None = None
+    located: Located | None = None
 
 
 class Prefilling:
@@ -80,13 +94,14 @@ class Prefilling:
         hold(prompt.grant)
         while True:
             # 1. Ask what is stored: that decides how much work it is, and for whom.
-            num_stored = await self._num_stored_blocks(prompt, request.request_id, ask=patience is not None)
-            work = prompt.work(num_stored)
+            stored = await self._look_up(prompt, request.request_id, ask=patience is not None)
+            num_stored = stored.num_blocks
+            work = prompt.work(num_stored, located=stored.located)
             # 2. A short rest is left to the decode worker, which then needs no handoff; but that one keeps nothing, and
             #    serves one output alone.
             if not request.breakpoints and request.num_samples == 1 and self._goes_straight(work):
                 self.counters.num_straight += 1
-                return Ready(work=work, answer=None)
+                return Ready(work=work, answer=None, located=stored.located)
             # 3. What is being computed already is waited for. No await from here to `lead`: two would lead.
             found = self._in_flight.find(prompt.keys, num_stored or 0)
             now = time.monotonic()
@@ -104,26 +119,31 @@ class Prefilling:
         # 4. Prefill, elsewhere if a worker goes away.
         # Behind a leader that kept nobody waiting its blocks will be there in time; one that did is not believed again.
         soon = (found[0].address, found[1]) if found and patience is None else None
-        return Ready(work=work, answer=await self._lead(order, work, num_stored or 0, soon))
+        order = replace(order, located=stored.located)
+        answer = await self._lead(order, work, num_stored or 0, soon)
+        return Ready(work=work, answer=answer, located=_located_now(stored.located, answer, prompt))
 
     @property
     def tokens_per_s(self) -> float:
         """Of one prefill worker, as measured on average."""
         return self._calls.tokens_per_s()
 
-    async def _num_stored_blocks(self, prompt: NamedPrompt, request_id: str, *, ask: bool) -> int | None:
-        """ask: the store itself, though its events may tell: what was stored this moment is not among them yet."""
+    async def _look_up(self, prompt: NamedPrompt, request_id: str, *, ask: bool) -> _Stored:
+        """ask: the stores, though their events may tell: what was stored this moment is not among them yet."""
         if not ask and self._feed is not None and (known := self._feed.num_leading(prompt.keys)) is not None:
-            return known
-        chain = prompt.chain
+            return _Stored(num_blocks=known)
+        hashes, store = prompt.chain.hashes, self._store
         try:
-            with span("look-up", num_blocks=len(chain.hashes)):
-                found = await self._store.lookup(chain.hashes, fingerprint=self.fingerprint, tenant=prompt.owner)
+            with span("look-up", num_blocks=len(hashes)):
+                if not isinstance(store, ManyStores):
+                    found = await store.lookup(hashes, fingerprint=self.fingerprint, tenant=prompt.owner)
+                    return _Stored(num_blocks=found.num_blocks)
+                located = await store.locate(hashes, fingerprint=self.fingerprint, tenant=prompt.owner, ask=ask)
+                return _Stored(num_blocks=located.found.num_blocks, located=located)
         except AntefixError as err:
             # Placement without the store's word is still placement; the worker finds out what is there.
             log.warning("request %s: the store did not answer: %s", request_id, err)
-            return None
-        return found.num_blocks
+            return _Stored()
 
     def _goes_straight(self, work: Work) -> bool:
         """Whether decode should do the rest itself: computing it there against a call to a prefill worker.
@@ -150,6 +170,14 @@ class Prefilling:
         finally:
             self._in_flight.end(claimed)
             flight.done.set()
+
+
+def _located_now(located: Located | None, answer: Prefilled | None, prompt: NamedPrompt) -> Located | None:
+    """With what a prefill worker has stored since. None: nobody knows, so that stores are asked."""
+    if located is None or answer is None or not answer.near_stores:
+        return None
+    num_there = answer.restore.hit_tokens // prompt.chain.block_size
+    return located.with_span(answer.near_stores, num_there, len(prompt.chain.hashes))
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:

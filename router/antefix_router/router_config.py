@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from antefix.block import check_arithmetic
 from antefix.config import check_choices, require, same_setting, setting
 from antefix.events.address import check_url
-from antefix.redis_access import check_redis_url, redis_ca_setting, redis_password_setting
+from antefix.redis_access import check_redis_url
 from antefix.security.process_security import credentials_setting
 from antefix.store.open_store import StoresConfig, check_stores
 from antefix.telemetry.settings import (
@@ -51,10 +51,11 @@ class RouterConfig(GatewayConfig):
     ttft_s_max: float = setting(
         600.0, "refuse, with a retry hint, what would wait longer for its first token", unit="s"
     )
+    wait_s_max: float = setting(
+        2.0, "refuse at once, with a retry hint, a tenant that would wait longer in a long queue; 0: any", unit="s"
+    )
     store_events: bool = setting(False, "follow the store's events instead of asking it at every request")
     events_redis: str = setting("", "redis:// URL that workers and store tell events to; empty: each of them is asked")
-    redis_password_file: str = redis_password_setting()
-    redis_ca_file: str = redis_ca_setting()
     policy: str = setting("least_work", "placement: least_work, or round_robin to measure it against")
     compute_weight: float = setting(
         COMPUTE_WEIGHT, "least_work without a store: waiting that computing a token again is worth, in tokens"
@@ -80,6 +81,7 @@ class RouterConfig(GatewayConfig):
         check_stores(self)
         require(self.prefill_tokens_min >= -1, f"prefill_tokens_min must be at least -1, is {self.prefill_tokens_min}")
         require(self.ttft_s_max > 0, f"ttft_s_max must be positive, is {self.ttft_s_max}")
+        require(self.wait_s_max >= 0, f"wait_s_max must not be negative, is {self.wait_s_max}")
         check_url(self.events_redis)
         if self.keys_redis:
             check_redis_url(self.keys_redis, "keys_redis")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import partial
 
 import grpc
@@ -26,9 +26,11 @@ from antefix.secret import Keyring
 from antefix.security.guard import admitted
 from antefix.security.identity import Role
 from antefix.security.process_security import open_security
-from antefix.store.api import Store
+from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.found_stores import FoundStores
+from antefix.store.many_stores import ManyStores
 from antefix.store.object_access import object_tiers
-from antefix.store.open_store import StoreAddress, feed_maker, open_stores, store_addresses
+from antefix.store.open_store import StoreAddress, feed_maker, open_stores, store_addresses, store_sources
 from antefix.telemetry import Registry, bind_request, span
 from antefix.telemetry.settings import serve_metrics
 from antefix.tokenizer import load_tokenizer
@@ -66,15 +68,16 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def Generate(
         self, message: router_pb2.GenerateRequest, context: rpc.Context
     ) -> AsyncIterator[router_pb2.GenerateResponse]:
-        with outward():
-            async with contextlib.aclosing(self._generate(message, context)) as responses:
+        tenant = admitted().identity.tenant(message.tenant)
+        shedding = self.router.front.shedding
+        with outward(), shedding.waiting(tenant, may_refuse=not message.request_id):
+            async with contextlib.aclosing(self._generate(message, context, tenant)) as responses:
                 async for response in responses:
                     yield response
 
     async def _generate(
-        self, message: router_pb2.GenerateRequest, context: rpc.Context
+        self, message: router_pb2.GenerateRequest, context: rpc.Context, tenant: str
     ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
-        tenant = admitted().identity.tenant(message.tenant)
         caller = Caller(tenant=tenant, user=message.user, request_id=message.request_id, session=message.session)
         request = GenerationRequest(
             tokens=await self._tokens(message, tenant),
@@ -181,6 +184,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             ttl_s=request.ttl_s,
             arithmetic=request.arithmetic,
             setup=request.setup,
+            block_size=request.block_size,
             name=identity.name,
         )
         return router_pb2.RegisterWorkerResponse()
@@ -206,7 +210,9 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     stores = store_addresses(config)
     called = [where.address for where in stores]
     security.check_calling((*called, *config.prefill, *config.decode))
-    store = _open_store(config, stores)
+    store = _open_store(config, stores, security.check_calling_one)
+    if isinstance(store, FoundStores):
+        await store.start()
     identity, tokenizer = identify(config.model), load_tokenizer(config.model)
     router = Router(identity, tokenizer, store, config, granter=security.granter)
     servicer = RouterServicer(router)
@@ -262,11 +268,20 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     )
 
 
-def _open_store(config: RouterConfig, stores: Sequence[StoreAddress]) -> Store:
+def _open_store(
+    config: RouterConfig, stores: Sequence[StoreAddress], may_call: Callable[[str], object]
+) -> ManyStores | LocalStore | RemoteStore:
     events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
     keys = EventKeys.of(Keyring.from_file(config.secret_file))
-    make_feed = feed_maker(stores, events, keys) if config.store_events else None
-    return open_stores(stores, near=config.near_stores, more=object_tiers(config), make_feed=make_feed)
+    make_feed = feed_maker(events, keys) if config.store_events else None
+    return open_stores(
+        stores,
+        near=config.near_stores,
+        more=object_tiers(config),
+        make_feed=make_feed,
+        sources=store_sources(config, keys),
+        may_call=may_call,
+    )
 
 
 def _page(router: Router, gateway: Gateway) -> list[Route]:

@@ -50,13 +50,14 @@ class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
     async def GetReceipt(
         self, request: usage_pb2.GetReceiptRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> usage_pb2.GetReceiptResponse:
-        ledger, signer = self._ledger(), self._front.signer
+        self._ledger()
+        signer = self._front.signer
         assert signer is not None
         tenant = admitted().identity.tenant(request.tenant)
-        settled = await self._front.accounts.writer.find(request_key(tenant, request.request_id))
-        if settled is None:
+        found = await self._front.accounts.find(request_key(tenant, request.request_id))
+        if found is None:
             raise InvalidRequest(f"there is no record of request {request.request_id!r}")
-        receipt = json.dumps(signer.receipt(settled, ledger.source))
+        receipt = json.dumps(signer.receipt(*found))
         return usage_pb2.GetReceiptResponse(receipt=receipt, public_key=signer.public_key)
 
     def _ledger(self) -> Ledger:

@@ -100,20 +100,22 @@ def carry_out(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenPrices:
-    """Dollars a million input tokens."""
+    """Dollars per million tokens: input that was cached, other input, output."""
 
     hit: float
     miss: float
+    output: float = 0.0
 
     def dollars(self, *, hit_tokens: int, miss_tokens: int) -> float:
         return (hit_tokens * self.hit + miss_tokens * self.miss) / 1e6
 
 
-# Off-peak prices of 2026; they have changed four times since April, so they are settings too.
+# Off-peak prices of 2026 (deploy/ratecards/deepseek.toml); they have changed four times since April, so they are
+# settings too.
 RATE_CARDS = {
-    "v4-flash": TokenPrices(hit=0.003, miss=0.15),
-    "v4-pro": TokenPrices(hit=0.022, miss=0.66),
-    "v4.1-flash": TokenPrices(hit=0.003, miss=0.15),
+    "v4-flash": TokenPrices(hit=0.003, miss=0.15, output=0.60),
+    "v4-pro": TokenPrices(hit=0.022, miss=0.66, output=1.98),
+    "v4.1-flash": TokenPrices(hit=0.003, miss=0.15, output=0.60),
 }
 
 

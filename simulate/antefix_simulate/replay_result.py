@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from antefix_simulate.habits import ReasonUse
+from antefix_simulate.savings import Savings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,7 @@ class Simulation:
     """All strategies over one trace with one store size.
 
     store_ideal_token_hit_rate: what the same store would give if window state took no bytes and were everywhere.
+    savings: what the first strategy would save, `auto` if it is among them; None: not asked for.
     """
 
     trace: str
@@ -77,6 +79,7 @@ class Simulation:
     store_bytes: int | None
     store_ideal_token_hit_rate: float
     results: tuple[StrategyResult, ...]
+    savings: Savings | None = None
 
     def as_dict(self) -> dict[str, Any]:
         shared = {
@@ -91,6 +94,8 @@ class Simulation:
                 "store_ideal_token_hit_rate",
             )
         }
+        if self.savings is not None:
+            shared["savings"] = self.savings.as_dict()
         return shared | {"strategies": {result.strategy: result.as_dict() for result in self.results}}
 
 

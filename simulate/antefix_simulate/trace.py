@@ -29,18 +29,25 @@ MOONCAKE_HASH_TOKENS = 512
 _LOCAL_IDS_MAX = 1 << 32
 # A line beyond this is no request of any model; reading on would only fill memory.
 LINE_BYTES_MAX = 256 * 2**20
+# Of Antefix's own files (`trace_file.py`).
+TRACE_VERSION = 1
+_NAMES_MAX = 1 << 52
+_TOKENS_MAX = 1 << 40
 _WRONG = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TraceRequest:
-    """at_s: arrival from the start of the trace.  names: complete units of the prompt, in order."""
+    """at_s: arrival from the start of the trace.  names: complete units of the prompt, in order; what is behind them is
+    the request's own.  cached_tokens: what the provider that served it took from its cache; None: not known.
+    """
 
     at_s: float
     num_tokens: int
     output_tokens: int
     names: Names
     session: str = ""
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +121,77 @@ def _load_claude_code(path: Path, block_size: int, spread_s: float) -> Trace:
     return _trace(path, unit or block_size, requests)
 
 
+def _load_antefix(path: Path, block_size: int, spread_s: float) -> Trace:
+    rows = _rows(path)
+    where, head = next(rows, (path.name, {}))
+    try:
+        if head["antefix_trace"] != TRACE_VERSION:
+            raise ValueError(f"its version is {head['antefix_trace']!r}, not {TRACE_VERSION}; a newer Antefix wrote it")
+        unit_tokens = int(head["unit_tokens"])
+        if not 1 <= unit_tokens < 1 << 32:
+            raise ValueError(f"unit_tokens is {unit_tokens}")
+    except _WRONG as err:
+        raise _not_a("trace of Antefix", where, err) from err
+    unit = math.lcm(block_size, unit_tokens)
+    chains: list[Names] = []
+    requests = []
+    for where, row in rows:
+        try:
+            names = _names(row, chains)
+            num_tokens = _tokens(row["tokens"])
+            if num_tokens < max(1, len(names) * unit_tokens):
+                raise ValueError(f"{len(names)} names for {num_tokens} tokens")
+            requests.append(
+                TraceRequest(
+                    at_s=_seconds(row["at_s"]),
+                    num_tokens=num_tokens,
+                    output_tokens=_tokens(row["output"]),
+                    names=names[unit // unit_tokens - 1 :: unit // unit_tokens],
+                    session=str(row.get("session", "")),
+                    cached_tokens=None if row.get("cached") is None else _tokens(row["cached"]),
+                )
+            )
+            chains.append(names)
+        except _WRONG as err:
+            raise _not_a("request of such a trace", where, err) from err
+    return _trace(path, unit, requests)
+
+
+def _names(row: dict[str, Any], chains: list[Names]) -> Names:
+    """A request's names: the beginning of an earlier request's, and its own."""
+    own = np.asarray(row["names"], dtype=np.int64)
+    shared, like = int(row.get("shared", 0)), int(row.get("like", 0))
+    if own.ndim != 1 or (len(own) and not 0 <= int(own.min()) <= int(own.max()) < _NAMES_MAX):
+        raise ValueError(f"names must be numbers in [0, 2^{_NAMES_MAX.bit_length() - 1})")
+    if not shared:
+        return own
+    if not (0 <= like < len(chains) and 0 < shared <= len(chains[like])):
+        raise ValueError(f"request {like} has no {shared} names to share")
+    return np.concatenate((chains[like][:shared], own))
+
+
+def _tokens(value: Any) -> int:
+    if not 0 <= int(value) < _TOKENS_MAX:
+        raise ValueError(f"{value} is no number of tokens")
+    return int(value)
+
+
+def format_of(path: Path) -> str:
+    """What a trace file is written in, from its first line.
+
+    Raises:  InvalidRequest: it cannot be read, or is none of the known formats.
+    """
+    _, row = next(_rows(path), ("", {}))
+    marks = {"antefix_trace": "antefix", "hash_id_scope": "claude-code", "hash_ids": "mooncake"}
+    found = next((name for mark, name in marks.items() if mark in row), None)
+    if found is None:
+        raise InvalidRequest(
+            f"{path.name} is no trace: say --format {' or '.join(sorted(FORMATS))}, or make one of a log "
+            "of requests with `antefix trace import`"
+        )
+    return found
+
+
 def _trace(path: Path, unit_tokens: int, requests: list[TraceRequest]) -> Trace:
     if not requests:
         raise InvalidRequest(f"{path.name} has no requests")
@@ -134,6 +212,7 @@ def _seconds(value: Any) -> float:
 
 
 FORMATS: dict[str, Callable[[Path, int, float], Trace]] = {
+    "antefix": _load_antefix,
     "mooncake": _load_mooncake,
     "claude-code": _load_claude_code,
 }

@@ -8,7 +8,7 @@ traces do not name their tokens; so hits on outputs are missing, from the ideal 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from antefix.window import (
@@ -61,18 +61,21 @@ class _Tally:
     checkpoint_bytes_kept_max: int = 0
 
 
-def ideal_hit_tokens(trace: Trace) -> int:
-    """Tokens that an endless store would spare if window state were everywhere."""
+def ideal_hits(trace: Trace) -> Iterator[int]:
+    """Of each request, tokens that an endless store would spare if window state were everywhere."""
     seen: set[int] = set()
-    total = 0
     for request in trace.requests:
         low, high = 0, len(request.names)
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if int(request.names[middle - 1]) in seen else (low, middle - 1)
-        total += min(low, (request.num_tokens - 1) // trace.unit_tokens) * trace.unit_tokens
+        yield min(low, (request.num_tokens - 1) // trace.unit_tokens) * trace.unit_tokens
         seen.update(request.names[low:].tolist())
-    return total
+
+
+def ideal_hit_tokens(trace: Trace) -> int:
+    """The sum of `ideal_hits`."""
+    return sum(ideal_hits(trace))
 
 
 def store_hit_tokens(trace: Trace, setup: ReplaySetup) -> int:

@@ -45,6 +45,8 @@ from antefix_router.chat.moved_lines import load_rules
 from antefix_router.gateway.model_names import load_aliases
 from antefix_router.gateway.user_names import split_user
 from antefix_simulate import trace
+from antefix_simulate.logs.import_log import LOG_FORMATS, ImportSetup, import_log
+from antefix_simulate.trace_file import write_trace
 
 Target = Callable[[bytes], None]
 TARGETS: dict[str, Target] = {}
@@ -356,8 +358,20 @@ def chat_templates(data: bytes) -> None:
 
 @target
 def traces(data: bytes) -> None:
-    name = ("mooncake", "claude-code")[data[0] & 1 if data else 0]
+    name = ("mooncake", "claude-code", "antefix")[data[0] % 3 if data else 0]
     trace.load(as_file(data[1:], "trace.jsonl"), name, block_size=512)
+
+
+@target
+def request_logs(data: bytes) -> None:
+    log_format = list(LOG_FORMATS)[data[0] % len(LOG_FORMATS) if data else 0]
+    suffix = "csv" if data[:1] > b"\x80" else "jsonl"
+    setup = ImportSetup(key=bytes(32), unit_tokens=4)
+    log = as_file(data[1:], f"requests.{suffix}")
+    imported = import_log([log], log_format, setup, progress=lambda number: None)
+    out = scratch() / "imported.jsonl"
+    write_trace(out, imported.requests, unit_tokens=4, about={})
+    trace.load(out, "antefix", block_size=4)
 
 
 @target

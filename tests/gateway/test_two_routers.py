@@ -64,6 +64,14 @@ async def test_each_router_keeps_its_own_ledger_and_a_new_one_takes_over_a_dead_
         assert len(keys) == 1
         receipt = get(second, "/v1/usage/receipts/q1")
         assert check_receipt(receipt, bytes.fromhex(keys.pop())).ok
+        # The same key at the other router is the same request: one charge, and its receipt from either.
+        again = await ask(second, 0)
+        assert again.choices[0].text == answers[0].choices[0].text
+        assert get(second, "/v1/usage/receipts/q0")["payload"] == get(first, "/v1/usage/receipts/q0")["payload"]
+        assert (
+            get(second, f"/v1/usage/receipts/{answers[0].id}")["payload"]
+            == get(first, "/v1/usage/receipts/q0")["payload"]
+        )
         # The second dies in the middle of an answer; its successor takes its ledger and closes what was open.
         async with client_of(second) as client:
             stream = await client.completions.create(**request(4, max_tokens=1000, stream=True))

@@ -13,6 +13,7 @@ from antefix.clients import DecodeClient, PrefillClient, Prefilled
 from antefix.clients.decode import Decoded
 from antefix.errors import AntefixError, Unavailable
 from antefix.generation_request import GenerationRequest
+from antefix.located import Located
 from antefix.record import Held, LookupResult, PutResult, Record, RecordKind
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
@@ -154,7 +155,9 @@ class SimPrefill(PrefillClient):
     def __init__(self, address: str, worker: Worker, network: Network) -> None:
         self.address, self.worker, self.network = address, worker, network
 
-    async def prefill(self, request: GenerationRequest, *, timeout_s: float) -> Prefilled:
+    async def prefill(
+        self, request: GenerationRequest, *, timeout_s: float, located: Located | None = None
+    ) -> Prefilled:
         self.network.counts["calls"] += 1
         async with asyncio.timeout(timeout_s):
             await self.network.way(self.address)
@@ -180,6 +183,7 @@ class SimDecode(DecodeClient):
         handoff: bytes,
         emitted: Sequence[int],
         timeout_s: float,
+        located: Located | None = None,
     ) -> AsyncGenerator[Decoded, None]:
         worker = self.worker
         self.network.counts["calls"] += 1

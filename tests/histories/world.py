@@ -63,8 +63,8 @@ T = TypeVar("T")
 KEYRING = Keyring(b"simulated secret")
 NUM_REQUESTS = 11
 NUM_FAULTS = 7
-# Of simulated time, after the last client and fault: hangs end, watchers catch up.
-QUIET_S = 18.0
+# Of simulated time, after the last client and fault: watchers catch up, leases are renewed, hangs end.
+QUIET_S, QUIET_AFTER_HANG_S = 8.0, 18.0
 LEASE_S = 6.0
 ROLES = (WorkerRole.PREFILL, WorkerRole.DECODE)
 ADDRESSES = ("127.0.0.1:7001", "127.0.0.1:7002", "127.0.0.1:7101", "127.0.0.1:7102")
@@ -292,7 +292,7 @@ class World:
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
-        await asyncio.sleep(QUIET_S)
+        await asyncio.sleep(QUIET_AFTER_HANG_S if any(kind == "hang" for kind, _ in self.over) else QUIET_S)
         await check(self)
         await end_tasks(keeping)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from antefix.errors import InvalidRequest
+from antefix.errors import FingerprintMismatch, InvalidRequest
 from antefix.record import RecordKind
 from antefix.store_files.codec import PlanePart, PlanePlan
 from antefix_kvstore.compression import Compression, judge
@@ -120,3 +120,14 @@ def test_a_checkpoint_may_hold_more_than_its_layout_names(open_engine: OpenEngin
         engine.put([prompt.block(0, payload=more)])
     engine.put([prompt.checkpoint(0, payload=more)])
     assert bytes(engine.read(RecordKind.CHECKPOINT, prompt.hashes[0], fingerprint=FINGERPRINT)) == more
+
+
+def test_a_block_of_another_size_under_a_known_name_is_refused_with_both_sizes(open_engine: OpenEngine) -> None:
+    engine = open_engine(compression="zstd")
+    engine.register(FINGERPRINT, BLOCK, {})
+    with pytest.raises(FingerprintMismatch, match=rf"{2 * BLOCK} tokens, and {BLOCK} where KV of this name"):
+        engine.register(FINGERPRINT, 2 * BLOCK, {})
+    # Who does not say takes nothing back.
+    engine.register(FINGERPRINT, 0, {})
+    with engine.index.txn() as txn:
+        assert engine.index.block_tokens(txn, FINGERPRINT) == BLOCK

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from antefix.errors import NotFinite
+from antefix.errors import NotFinite, StepFailed
 from antefix.model.finite import unusable_rows
 from antefix.record import RecordKind
 from antefix_decode.adopt import adopt, take_handoff
@@ -69,8 +69,8 @@ async def test_what_a_model_computes_that_is_no_number_is_not_stored(make_engine
     before = embedding[int(TOKENS[100])].clone()
     embedding[int(TOKENS[100])] = float("nan")
     try:
-        # Where scores are no numbers, torch may stumble first: its word goes to the log, and the caller gets an id.
-        with pytest.raises((NotFinite, RuntimeError)):
+        # Where scores are no numbers, torch may stumble first: its word goes to the log, and the caller hears ours.
+        with pytest.raises((NotFinite, StepFailed), match=r"no number|a step of the model failed; the worker's log"):
             await logits_of(engine, make_prompt(engine, TOKENS))
     finally:
         embedding[int(TOKENS[100])] = before

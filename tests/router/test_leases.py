@@ -168,3 +168,14 @@ async def test_a_worker_that_drains_is_known_to_and_one_that_died_has_forgotten(
     finally:
         await watch.close()
         await server.stop(0)
+
+
+def test_a_worker_with_blocks_of_another_size_is_told_both_sizes():
+    roles = (WorkerRole.PREFILL, WorkerRole.DECODE)
+    prefill, decode = (Workers(role, make_policy("least_work")) for role in roles)
+    leases = Leases(prefill, decode, Directory(), fingerprint=FINGERPRINT, block_size=64)
+    with pytest.raises(FingerprintMismatch, match=r"blocks of 128 tokens, this router's model of 64: .*--model"):
+        leases.renew("decode", ADDRESS, instance=b"1", fingerprint=b"o" * 32, ttl_s=10.0, block_size=128)
+    leases.renew("decode", ADDRESS, instance=b"1", fingerprint=FINGERPRINT, ttl_s=10.0, block_size=64)
+    leases.renew("prefill", "127.0.0.1:7002", instance=b"1", fingerprint=FINGERPRINT, ttl_s=10.0)
+    assert addresses(decode) == [ADDRESS] and not [w for w in prefill.workers if w.address == ADDRESS]

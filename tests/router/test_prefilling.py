@@ -46,7 +46,7 @@ class FakePrefill(PrefillClient):
         self.address, self.store, self.gate = address, store, asyncio.Event()
         self.failures, self.calls = [], []
 
-    async def prefill(self, request, *, timeout_s):
+    async def prefill(self, request, *, timeout_s, located=None):
         request_id, tokens, tenant = request.request_id, request.tokens, request.cache_tenant
         self.calls.append(request_id)
         self.kept = request.breakpoints

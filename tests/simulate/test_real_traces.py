@@ -1,4 +1,4 @@
-"""The figures of docs/WINDOW_STATE.md, on the traces that they are claimed for. Skipped where the traces are not."""
+"""The figures of docs/results/window_state.md, on their own traces. Skipped where the traces are not there."""
 
 from __future__ import annotations
 

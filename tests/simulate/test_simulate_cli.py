@@ -110,9 +110,15 @@ def test_what_makes_no_sense_is_refused(argv: list[str], error: type[AntefixErro
         _run(*argv)
 
 
-def test_a_trace_file_needs_its_format(trace_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="--format"):
-        _run("--trace", str(trace_path))
+def test_a_trace_files_format_is_found_out_or_asked_for(
+    trace_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("--trace", str(trace_path), "--strategy", "auto", "--json") == 0
+    assert _json(capsys)["unit_tokens"] == 512
+    unknown = tmp_path / "other.jsonl"
+    unknown.write_text('{"question": "what am I?"}\n')
+    with pytest.raises(InvalidRequest, match=r"--format .*trace import"):
+        _run("--trace", str(unknown))
 
 
 def test_generated_traces_and_local_models_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ from antefix_router import prefill_calls
 from antefix_router.fleet import fleet_metrics
 from antefix_router.fleet.engines import HitCounters
 from antefix_router.fleet.fleet_placing import PassingCounters
+from antefix_router.shared_bill.shared_bill import SharedCounters
 
 REPO = Path(__file__).parents[2]
 ROOMS = ("antefix", "billing", "decode", "engines", "kvstore", "prefill", "router")
@@ -49,6 +50,7 @@ SHOWN = {
     HitCounters: ([fleet_metrics.HITS], {}),
     PassingCounters: ([fleet_metrics.PASSING], {}),
     CommitCounters: ([router.COMMITS], {}),
+    SharedCounters: ([router.SHARED], {}),
     TierCounters: ([engines.VLLM_TIER], {"_lock": "text"}),
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
     AnswerCounters: ([router.ANSWERS], {}),
@@ -121,6 +123,7 @@ COUNTED = {
     "num_evicted": "antefix_pool_evicted_blocks",
     "num_too_large": "antefix_worker_too_large_requests",
     "num_unstored": "antefix_unstored_requests",
+    "num_alone": "antefix_shared_bill_alone_reservations",
     "num_requests": "antefix_worker_placed_requests",
     "num_tokens": "antefix_worker_placed_tokens",
     "num_placed": "antefix_placements",

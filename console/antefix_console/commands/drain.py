@@ -1,6 +1,6 @@
-"""`antefix drain DIR --to STORE...`: before a store leaves, move what is worth it to stores that stay.
+"""`antefix drain STORE --to STORE...`: before a store leaves, move what is worth it to stores that stay.
 
-It runs on the leaving store's host and reads its files; the service goes on serving meanwhile. What any of the others
+STORE is a directory of this host, or the address of a service, which goes on serving meanwhile. What any of the others
 has is left out. It goes round again until nothing new has come, so that the store can be stopped then.
 
 Exit code 0 if all that was meant to be moved is there, 1 if not.
@@ -23,7 +23,9 @@ _ROUNDS_MAX = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="DIR", help="directory of the store that leaves, on this host")
+    parser.add_argument(
+        "source", metavar="STORE", help="the store that leaves: host:port, or its directory on this host"
+    )
     parser.add_argument("--to", nargs="+", required=True, metavar="STORE", help="host:port of the stores that stay")
     parser.add_argument(
         "--bytes-max",

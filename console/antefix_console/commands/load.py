@@ -21,7 +21,7 @@ from antefix_console.load.replay import Planned, Sent, replay
 from antefix_console.progress_line import ProgressLine
 from antefix_simulate.generated_traces import SHAPES, generate
 from antefix_simulate.plot import check_path
-from antefix_simulate.trace import FORMATS, Trace, TraceRequest, load
+from antefix_simulate.trace import FORMATS, Trace, TraceRequest, format_of, load
 
 # Whose prefixes are told apart: the block of the model that Antefix ships. A generated trace has no unit of its own.
 _GENERATED_UNIT_TOKENS = 64
@@ -30,9 +30,11 @@ _GENERATED_UNIT_TOKENS = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_endpoint_flags(parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--trace", type=Path, metavar="FILE", help="a trace file, plain or .gz; needs --format")
+    source.add_argument("--trace", type=Path, metavar="FILE", help="a trace file, plain or .gz (see `antefix trace`)")
     source.add_argument("--generate", choices=sorted(SHAPES), help="a generated trace instead of a file")
-    parser.add_argument("--format", choices=sorted(FORMATS), help="what the trace file is written in")
+    parser.add_argument(
+        "--format", choices=sorted(FORMATS), help="what the trace file is written in (default: found out)"
+    )
     parser.add_argument("--requests", type=int, default=200, metavar="N", help="the trace's first N (default 200)")
     parser.add_argument("--speed", type=float, default=1.0, help="the trace's clock, times this (default 1)")
     parser.add_argument("--scale", type=float, default=1.0, help="all lengths, times this (default 1)")
@@ -76,9 +78,9 @@ def run(args: argparse.Namespace) -> int:
 def _trace(args: argparse.Namespace) -> Trace:
     if args.generate:
         return generate(args.generate, num_requests=args.requests, unit_tokens=_GENERATED_UNIT_TOKENS, seed=args.seed)
-    if not args.format:
-        raise InvalidRequest("--trace needs --format")
-    return load(args.trace, args.format, block_size=1, spread_s=args.spread_s)
+    if not args.trace.is_file():
+        raise InvalidRequest(f"there is no trace file {args.trace}")
+    return load(args.trace, args.format or format_of(args.trace), block_size=1, spread_s=args.spread_s)
 
 
 async def _replay(args: argparse.Namespace, trace: Trace, config: EndpointConfig) -> list[Sent]:

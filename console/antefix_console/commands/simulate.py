@@ -23,9 +23,11 @@ from antefix_simulate.machine import RATE_CARDS, Machine, TokenPrices, model_siz
 from antefix_simulate.plot import check_path, plot
 from antefix_simulate.replay_result import Simulation
 from antefix_simulate.result_table import LEGEND, as_text
+from antefix_simulate.savings import Savings, savings_of, savings_text
+from antefix_simulate.savings_plot import plot_savings
 from antefix_simulate.simulated_store import StoreLimits
-from antefix_simulate.trace import FORMATS, Trace, load
-from antefix_simulate.trace_replay import ReplaySetup, simulate, store_hit_tokens
+from antefix_simulate.trace import FORMATS, Trace, format_of, load
+from antefix_simulate.trace_replay import ReplaySetup, ideal_hit_tokens, simulate, store_hit_tokens
 
 # What `--strategy all` compares: every kind, and two periods that bracket what periodic checkpoints are worth.
 ALL_STRATEGIES = ("auto", "boundary", "periodic(2048)", "periodic(8192)", "full", "zero")
@@ -46,12 +48,14 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `simulate`."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--trace", type=Path, metavar="FILE", help="a trace file, plain or .gz; needs --format")
+    source.add_argument("--trace", type=Path, metavar="FILE", help="a trace file, plain or .gz (see `antefix trace`)")
     source.add_argument("--generate", choices=sorted(SHAPES), help="a generated trace instead of a file")
     source.add_argument(
         "--break-even", action="store_true", help="the best strategy for each prefix length, disk speed and reuse age"
     )
-    parser.add_argument("--format", choices=sorted(FORMATS), help="what the trace file is written in")
+    parser.add_argument(
+        "--format", choices=sorted(FORMATS), help="what the trace file is written in (default: found out)"
+    )
     parser.add_argument(
         "--strategy",
         action="append",
@@ -75,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_number(parser, "--peer-gb-per-s", machine.peer_bytes_per_s / 1e9, "read speed of another host's store")
     _add_number(parser, "--hit-price", None, "dollars a million hit tokens (default: the model's rate card)")
     _add_number(parser, "--miss-price", None, "dollars a million other input tokens (default: the same)")
+    _add_number(parser, "--output-price", None, "dollars a million output tokens (default: the same)")
     _add_number(parser, "--spread-s", 3600.0, "over how long a claude-code trace's conversations start")
     parser.add_argument("--requests", type=int, default=2000, help="of a generated trace (default 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of a generated trace (default 0)")
@@ -102,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         return cluster_cli.run(args, _trace(args, unit_tokens), sizes, machine, _card(args))
     # 1. What to replay, through what.
     trace = _trace(args, sizes.block_size)
+    own = trace if args.generate else _trace(args, 1)
     setup = ReplaySetup(sizes=sizes, machine=machine, card=_card(args), limits=StoreLimits(), replay=not args.no_replay)
     strategies = _strategies(args.strategy or ["all"])
     # 2. Each store size, each strategy.
@@ -109,14 +115,19 @@ def run(args: argparse.Namespace) -> int:
     simulations = []
     for text in args.store_bytes or [None]:
         limits = StoreLimits(store_bytes=parse_byte_size(text) if text else None, pool_bytes=pool_bytes)
-        simulations.append(_compare(trace, strategies, replace(setup, limits=limits), args.model))
+        simulation = _compare(trace, strategies, replace(setup, limits=limits), args.model)
+        simulations.append(replace(simulation, savings=_savings(simulation, trace, own, setup.card)))
     # 3. Show it.
     if args.json:
         shown = [simulation.as_dict() for simulation in simulations]
         _emit(json.dumps(shown[0] if len(shown) == 1 else shown, indent=1))
     else:
-        _emit("\n\n".join([*map(as_text, simulations), LEGEND]))
-    if args.plot:
+        # What people ask first stands last, where a terminal leaves it.
+        saved = [savings_text(simulation.savings) for simulation in simulations[:1] if simulation.savings]
+        _emit("\n\n".join([*map(as_text, simulations), LEGEND, *saved]))
+    if args.plot and len(simulations) == len(strategies) == 1 and simulations[0].savings:
+        plot_savings(simulations[0].savings, own, args.plot, model=args.model)
+    elif args.plot:
         plot(simulations, args.plot)
     return 0
 
@@ -138,16 +149,29 @@ def _compare(trace: Trace, strategies: Sequence[Strategy], setup: ReplaySetup, m
     )
 
 
+def _savings(simulation: Simulation, trace: Trace, own: Trace, prices: TokenPrices) -> Savings:
+    """Of `auto`, which is what services run, or of the first strategy that was asked for."""
+    results = {result.strategy: result for result in simulation.results}
+    result = results.get("auto", simulation.results[0])
+    return savings_of(
+        trace,
+        own,
+        own_hit_tokens=ideal_hit_tokens(own),
+        hit_rate=result.work_hit_rate,
+        strategy=result.strategy,
+        prices=prices,
+    )
+
+
 def _trace(args: argparse.Namespace, unit_tokens: int) -> Trace:
     if args.generate:
         return generate(args.generate, num_requests=args.requests, unit_tokens=unit_tokens, seed=args.seed)
-    if args.format is None:
-        raise InvalidRequest(f"--trace needs --format: {' or '.join(sorted(FORMATS))}")
     if not args.trace.is_file():
         raise InvalidRequest(f"there is no trace file {args.trace}")
     if not math.isfinite(args.spread_s) or args.spread_s < 0:
         raise InvalidRequest(f"--spread-s must be a number of seconds, is {args.spread_s}")
-    return load(args.trace, args.format, block_size=unit_tokens, spread_s=args.spread_s)
+    trace_format = args.format or format_of(args.trace)
+    return load(args.trace, trace_format, block_size=unit_tokens, spread_s=args.spread_s)
 
 
 def _strategies(texts: Sequence[str]) -> list[Strategy]:
@@ -166,8 +190,12 @@ def _machine(args: argparse.Namespace) -> Machine:
 
 def _card(args: argparse.Namespace) -> TokenPrices:
     card = RATE_CARDS.get(args.model, RATE_CARDS["v4-flash"])
-    hit, miss = args.hit_price, args.miss_price
-    return TokenPrices(hit=card.hit if hit is None else hit, miss=card.miss if miss is None else miss)
+    hit, miss, output = args.hit_price, args.miss_price, args.output_price
+    return TokenPrices(
+        hit=card.hit if hit is None else hit,
+        miss=card.miss if miss is None else miss,
+        output=card.output if output is None else output,
+    )
 
 
 def _add_number(parser: argparse.ArgumentParser, flag: str, default: float | None, text: str) -> None:

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "copy what a store holds to another; run it again to go on",
         "antefix-data/store /backup/store",
     )
-    copy.add_argument("source", metavar="SRC", help="directory of a store on this host, served or not; or s3://...")
+    copy.add_argument(
+        "source", metavar="SRC", help="directory of a store on this host, served or not; host:port; or s3://..."
+    )
     copy.add_argument(
         "target", metavar="DST", help="directory that no service has open, made if missing; host:port; or s3://..."
     )

@@ -62,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="tenants' limits and keys")
     parser.add_argument("--api-keys-file", type=_not_empty, metavar="FILE", help="API keys, made by `antefix keys`")
     parser.add_argument(
+        "--bill-redis", default="", metavar="URL", help="Redis through which several routers share one bill"
+    )
+    parser.add_argument(
         "--encrypt",
         action="store_true",
         help="encrypt what is stored, with a key per tenant made of DATA_DIR/store.key (default: off)",
@@ -127,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         ratecards=tuple(args.ratecards),
         tenants_file=args.tenants_file or "",
         api_keys_file=args.api_keys_file or "",
+        bill_redis=args.bill_redis,
         encrypt=args.encrypt,
         chat_format=args.chat_format,
         model_aliases=args.model_aliases,
@@ -218,13 +222,20 @@ async def warn_of_pool(address: str, config: RedisConfig | None = None) -> None:
 
 def _announce(deployment: Deployment, *, as_json: bool) -> None:
     rows = [
-        {"role": p.role, "address": p.address, "pid": p.process.pid, "metrics_address": p.metrics_address}
+        {
+            "role": p.role,
+            "address": p.address,
+            "pid": p.process.pid,
+            "metrics_address": p.metrics_address,
+            **({"http_address": p.http_address} if p.http_address else {}),
+        }
         for p in deployment.processes
     ]
     http_addresses = [p.http_address for p in deployment.processes if p.http_address]
     if as_json:
         http_address = deployment.one("router").http_address
-        print(json.dumps({"ready": True, "processes": rows, "http_address": http_address}), flush=True)
+        said = {"ready": True, "processes": rows, "http_address": http_address, "http_addresses": http_addresses}
+        print(json.dumps(said), flush=True)
         return
     for row in rows:
         print(

@@ -63,7 +63,7 @@ log = logging.getLogger("antefix.verify")
 # 6 follows 4, by a third in FP4.
 SHAPE_BOUND = {"float32": 1e-3, "float64": 1e-9, "fp8": 0.334}
 # Bounded replays are approximate by design: two unrelated values of one size differ by at most 2, so more is garbage.
-# How good one is, by k, is measured by benchmarks/bounded_replay.py (docs/WINDOW_STATE.md, "Bounded replay").
+# How good one is, by k, is measured by benchmarks/bounded_replay.py (docs/results/window_state.md, "Bounded replay").
 BOUNDED_BOUND = 2.0
 # Card against CPU, median over tokens of a logit's largest difference. Float16 in attention and other orders of sums
 # tip a few roundings over, and rarely pick another expert or entry, which moves that token's logits by any amount.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -333,11 +334,28 @@ def _build_engine(
     )
 
 
-def tier_laws(store: Store) -> dict[str, Law]:
+def tier_laws(store: Store) -> Mapping[str, Law]:
     """What several stores measure of their tiers, by label; the planner goes by the same numbers."""
-    if not isinstance(store, ManyStores):
-        return {}
-    return {tier.label: tier.speed for tier in store.tiers}
+    return _TierLaws(store) if isinstance(store, ManyStores) else {}
+
+
+class _TierLaws(Mapping[str, Law]):
+    """Of the tiers that are there now: stores come and go."""
+
+    def __init__(self, stores: ManyStores) -> None:
+        self._stores = stores
+
+    def __getitem__(self, label: str) -> Law:
+        for tier in self._stores.tiers:
+            if tier.label == label:
+                return tier.speed
+        raise KeyError(label)
+
+    def __iter__(self) -> Iterator[str]:
+        return (tier.label for tier in self._stores.tiers)
+
+    def __len__(self) -> int:
+        return len(self._stores.tiers)
 
 
 def _fingerprint(identity: ModelIdentity, config: EngineConfig, arithmetic: str) -> Fingerprint:

@@ -41,7 +41,9 @@ class WorkerLease:
         keyring: Keyring,
         arithmetic: str = "",
         setup: str = "",
+        block_size: int = 0,
     ) -> None:
+        self._block_size = block_size
         self._arithmetic, self._setup = arithmetic, setup
         self._routers = tuple(dict.fromkeys(routers))
         self._role = role
@@ -111,6 +113,7 @@ class WorkerLease:
             proof=registration.proof(self._keyring),
             arithmetic=self._arithmetic,
             setup=self._setup,
+            block_size=self._block_size,
         )
         with rpc.rpc_errors():
             await stub.RegisterWorker(request, timeout=_CALL_TIMEOUT_S)

@@ -20,8 +20,16 @@ from antefix.secret import Keyring
 from antefix.security.identity import Role
 from antefix.security.listening import advertised, is_wildcard, parse_address
 from antefix.security.process_security import ProcessSecurity, credentials_setting, open_security
+from antefix.store.found_stores import FoundStores
 from antefix.store.object_access import object_tiers
-from antefix.store.open_store import StoresConfig, check_stores, local_copies, open_stores, store_addresses
+from antefix.store.open_store import (
+    StoresConfig,
+    check_stores,
+    local_copies,
+    open_stores,
+    store_addresses,
+    store_sources,
+)
 from antefix.store_files.record_format import STORE_FILE
 from antefix.store_files.seal import Seals
 from antefix.telemetry.exposition import Read
@@ -99,9 +107,10 @@ def secure_worker(config: WorkerConfig, role: Role) -> ProcessSecurity:
     return security
 
 
-async def start_engine(config: WorkerConfig) -> Engine:
+async def start_engine(config: WorkerConfig, *, may_call: Callable[[str], object] = lambda address: None) -> Engine:
     """The worker's engine over its store, which is told how payloads are laid out.
 
+    may_call: as in `open_stores`.
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
     """
     where = store_addresses(config)
@@ -111,9 +120,18 @@ async def start_engine(config: WorkerConfig) -> Engine:
             log.warning("there is no store in --store-dir %s; until there is one, every lookup misses", directory)
     keyring = Keyring.from_file(config.secret_file)
     seals = Seals(keyring)
-    more = object_tiers(config, seals=seals, keyring=keyring)
-    store = open_stores(where, near=config.near_stores, seals=seals, more=more, copies=local_copies(config))
+    store = open_stores(
+        where,
+        near=config.near_stores,
+        seals=seals,
+        more=object_tiers(config, seals=seals, keyring=keyring),
+        copies=local_copies(config),
+        sources=store_sources(config, EventKeys.of(keyring)),
+        may_call=may_call,
+    )
     engine = build_engine(config, store, keyring)
+    if isinstance(store, FoundStores):
+        await store.start()
     await engine.register()
     return engine
 
@@ -155,6 +173,7 @@ async def serve_worker(
         keyring=engine.keyring,
         arithmetic=engine.arithmetic.name,
         setup=engine.arithmetic.setup,
+        block_size=engine.block_size,
     )
     registry = worker_registry(role, engine)
     registry.add_in_loop(metrics)

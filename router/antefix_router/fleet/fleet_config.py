@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from antefix.config import require, setting
 from antefix.errors import ConfigError
-from antefix.redis_access import check_redis_url, redis_ca_setting, redis_password_setting
+from antefix.redis_access import check_redis_url
 from antefix.security.listening import is_loopback
 from antefix.security.process_security import credentials_setting
 from antefix.telemetry.settings import (
@@ -60,8 +60,6 @@ class FleetConfig(GatewayConfig):
     )
     worker_key_file: str = setting("", "file with the API key that workers want")
     secret_file: str = setting("", "file with the secret that names are keyed with, made if missing", guards=True)
-    redis_password_file: str = redis_password_setting()
-    redis_ca_file: str = redis_ca_setting()
     block_size: int = setting(16, "of workers that tell no KV events", unit="tokens")
     directory_blocks: int = setting(1 << 22, "blocks to remember who holds; about 100 bytes each")
     share_caches: bool = setting(False, "let tenants hit each other's prefixes: send workers no cache_salt")

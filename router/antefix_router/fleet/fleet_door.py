@@ -119,7 +119,9 @@ class FleetDoor(Door):
             content=_canonical(call.body),
             num_tokens_about=call.num_prompt_tokens,
         )
-        bill = await self.books.accounts.admit(request, generation=partial(PassedGeneration, call=call))
+        bill = await self.books.accounts.admit(
+            request, generation=partial(PassedGeneration, call=call), is_named=caller.is_named
+        )
         if call.tokens is not None:
             bill.prefix_volatile = self.books.prefixes.note(request.cache_tenant, request.tokens)
         return bill

@@ -52,6 +52,7 @@ class FleetRouter:
         """Ask the workers what they serve, and follow their events, and changes of API keys."""
         if self.key_changes is not None:
             self.key_changes.start()
+        self.front.start()
         await self.engines.start()
 
     async def close(self) -> None:

@@ -52,6 +52,9 @@ KEEP_ALIVE_S = 75
 # Connections that the kernel keeps until they are accepted.
 _BACKLOG = 1024
 
+# Of answers' ids in the APIs, before the request's own.
+_ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
+
 HEALTH_PATHS = ("/livez", "/readyz", "/healthz")
 
 _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provider]] = {
@@ -67,7 +70,7 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, m
     routes = [
         Route(
             path,
-            Endpoint(partial(prepare, gateway), provider, gateway.entering, keep_alive_s=config.http_keep_alive_s),
+            Endpoint(partial(prepare, gateway), provider, gateway.generating, keep_alive_s=config.http_keep_alive_s),
             methods=["POST"],
         )
         for path, (prepare, provider) in _PREPARE.items()
@@ -124,12 +127,18 @@ async def _receipt(gateway: Door, request: Request) -> Response:
         if front.accounts.ledger is None or front.signer is None:
             raise Unavailable("this router keeps no ledger")
         request_id = request.path_params["request_id"]
-        settled = await front.accounts.writer.find(request_key(tenant, request_id))
-        if settled is None:
-            raise NotFound(f"there is no record of request {request_id!r}")
-        return JSONResponse(front.signer.receipt(settled, front.accounts.ledger.source))
+        for name in names_of_id(request_id):
+            if (found := await front.accounts.find(request_key(tenant, name))) is not None:
+                return JSONResponse(front.signer.receipt(*found))
+        raise NotFound(f"there is no record of request {request_id!r}")
     except AntefixError as err:
         return error_response(err, Provider.OPENAI)
+
+
+def names_of_id(given: str) -> tuple[str, ...]:
+    """What a request may be called in the ledger, by the id that its client was given: as it is, or without an API's
+    prefix."""
+    return (given, *(given.removeprefix(each) for each in _ID_PREFIXES if given.startswith(each)))
 
 
 async def _public_key(gateway: Door, request: Request) -> Response:

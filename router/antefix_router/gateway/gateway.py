@@ -63,6 +63,11 @@ class HttpCaller(Caller):
     has_key: bool = False
     wants_details: bool = False
 
+    @property
+    def is_named(self) -> bool:
+        """Other requests get an id of ours."""
+        return self.has_key
+
 
 class Door:
     """Whom an HTTP door lets in, and who a request's caller is. books: who may call, and the bill."""
@@ -159,6 +164,18 @@ class Gateway(Door):
             serve_unknown=config.unknown_models != REFUSE,
         )
         self.prefix_rules = load_rules(config.prefix_rules)
+
+    @contextlib.contextmanager
+    def generating(self, request: Request) -> Iterator[None]:
+        """As `entering`, around a call that runs the model.
+
+        Raises:  Overloaded: its first token would take too long.
+        """
+        with self.entering(request):
+            # With a client's id it may be a retry, whose answer is there.
+            may_refuse = "idempotency-key" not in request.headers
+            with self.front.shedding.waiting(request.scope[TENANT], may_refuse=may_refuse):
+                yield
 
     async def fields(self, request: Request) -> Fields:
         """The body, with the request's notes. Raises:  InvalidRequest: it is no JSON object."""

@@ -104,7 +104,7 @@ class View:
         workers = [(worker.role, worker.address) for worker in self._router.prefill.workers]
         workers += [(worker.role, worker.address) for worker in self._router.decode.workers]
         asked = [(Role(role.value), address) for role, address in workers]
-        asked += [(Role.KVSTORE, where.address) for where in store_addresses(self._router.config)]
+        asked += [(Role.KVSTORE, address) for address in self._store_addresses()]
         found = await asyncio.gather(*(_version(role, address) for role, address in asked if address))
         self._versions = dict(zip((address for _, address in asked if address), found, strict=True))
 
@@ -137,10 +137,15 @@ class View:
             return {"error": self._store_error or "not read yet"}
         shown = asdict(self._totals)
         shown["kinds"] = [{"kind": kind.name.lower(), **asdict(kinds)} for kind, kinds in self._totals.kinds.items()]
-        addresses = [where.address for where in store_addresses(self._router.config)]
+        addresses = self._store_addresses()
         version = next((known for each in addresses if (known := self._versions.get(each, ""))), "")
         more = {"error": self._store_error, "ages": self._ages(), "version": version, "stores": self._stores_data()}
         return shown | more
+
+    def _store_addresses(self) -> list[str]:
+        if isinstance(self._store, ManyStores):
+            return [member.address for member in self._store.members.stores]
+        return [where.address for where in store_addresses(self._router.config)]
 
     def _stores_data(self) -> list[dict[str, Any]]:
         """Several stores, one by one; empty where there is one."""

@@ -36,7 +36,7 @@ class _Lease:
 class Leases:
     """Who has a lease on which role. instance: made anew by each process; another one's memory starts empty.
 
-    memory: told of who comes and goes, to follow what they hold.
+    memory: told of who comes and goes, to follow what they hold.  block_size: tokens, of the router's model; 0: any.
     """
 
     def __init__(
@@ -47,7 +47,9 @@ class Leases:
         *,
         fingerprint: bytes,
         memory: MemoryFeed | None = None,
+        block_size: int = 0,
     ) -> None:
+        self._block_size = block_size
         self._memory = memory
         self._groups = {WorkerRole.PREFILL: prefill, WorkerRole.DECODE: decode}
         self._directory = directory
@@ -81,6 +83,7 @@ class Leases:
         ttl_s: float,
         arithmetic: str = "",
         setup: str = "",
+        block_size: int = 0,
         name: str = "",
     ) -> None:
         """Know the worker for `ttl_s` from now; a ttl of 0 ends its lease.
@@ -91,6 +94,11 @@ class Leases:
         """
         role = _role(role_name)
         parse_address(address)
+        if block_size and self._block_size and block_size != self._block_size:
+            raise FingerprintMismatch(
+                f"the worker at {address} has blocks of {block_size} tokens, this router's model of {self._block_size}:"
+                " they cannot share KV; give both the same model directory (--model)"
+            )
         if fingerprint != self.fingerprint:
             raise FingerprintMismatch(
                 f"the worker at {address} has other weights, format or namespace than this router"

@@ -30,6 +30,7 @@ class Work:
     affinity: names the first block that nobody holds, 64 bits: where unseen prefixes part, so that twins meet.
     head: names the first two blocks; never placed by alone (a system prompt would send all to one), a baseline's key.
     replay_tokens: how far back window state is rebuilt from where blocks are all there is; 0: it need not be.
+    places: of several stores, runs of the stored prefix: how many tokens, and the names of the stores that have them.
     """
 
     num_tokens: int
@@ -37,6 +38,7 @@ class Work:
     affinity: int
     head: int = 0
     replay_tokens: int = 0
+    places: tuple[tuple[int, frozenset[str]], ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,6 +48,7 @@ class Loads:
     seeds: from their addresses.  pending_tokens: of work placed and not done.  active_tokens: prompts' lengths of the
     same.  resident_tokens: of this prompt, probably in the worker's memory.  num_served: requests ended, ever.
     far_tokens: those of resident_tokens that the worker has to load from a slower medium of its own; None: none.
+    loading_tokens: what loading the stored rest of this prompt is worth on each, as measured; None: not known.
     hinted: the row that the request's conversation was last at; -1: none.  leading: the row where the beginning of this
     prompt is being computed for another request, soon_tokens of it; -1: nowhere.
     """
@@ -58,6 +61,7 @@ class Loads:
     num_served: Counts
     shunned: Flags
     far_tokens: Counts | None = None
+    loading_tokens: Amounts | None = None
     hinted: int = -1
     leading: int = -1
     soon_tokens: int = 0
@@ -126,6 +130,8 @@ def own_work(work: Work, loads: Loads) -> tuple[Amounts, Amounts]:
     else:
         computing = np.full(len(loads), float(work.num_tokens - work.stored_tokens))
         loading = FETCH_WEIGHT * np.maximum(0.0, work.stored_tokens - resident)
+        if loads.loading_tokens is not None:
+            loading = loads.loading_tokens.copy()
     if loads.leading >= 0 and computing[loads.leading] > work.num_tokens - soon:
         # It comes after the other one there, and finds those blocks in memory.
         computing[loads.leading], loading[loads.leading] = work.num_tokens - soon, 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -19,16 +19,22 @@ import numpy.typing as npt
 from antefix.clients import DecodeClient, PrefillClient
 from antefix.errors import InternalError, Overloaded, Unavailable
 from antefix.events.block_events import Key
+from antefix.located import ReadSpeed
 from antefix.pulse import Pulse
 from antefix_router.placement.backlog import Backlog
 from antefix_router.placement.directory import Directory
+from antefix_router.placement.loading import loading_tokens
 from antefix_router.placement.pace import Pace, without_slow
 from antefix_router.placement.work import Loads, Policy, Work, seed_of
 
 # How often one request may move to another worker; more means that something is wrong that moving does not cure.
 NUM_MOVES_MAX = 3
+# Of prefill, until a speed is measured: a slow one, as of a small machine.
+TOKENS_PER_S_PRIOR = 1_000.0
 # A worker that failed is left alone this long, unless no other one is there.
 SHUN_S = 2.0
+# Of stores and tiers that a worker reads; those of stores that are gone are forgotten so.
+_NUM_SPEEDS_MAX = 4096
 
 
 class WorkerRole(StrEnum):
@@ -46,6 +52,7 @@ class Worker:
     name: of the process that must answer, as its certificate has it; empty: any of its role.
     pulse: whether it gives signs of life, while somebody asks (`antefix_router.health`).
     probed_at: when a request was last placed there, by the router's clock.
+    speeds: how fast it reads which store or tier, by name, as it said last.
     """
 
     address: str
@@ -66,6 +73,13 @@ class Worker:
     pulse: Pulse | None = None
     pace: Pace = field(default_factory=Pace)
     probed_at: float = 0.0
+    speeds: dict[str, ReadSpeed] = field(default_factory=dict)
+
+    def note_speeds(self, speeds: Mapping[str, ReadSpeed]) -> None:
+        """Believe what it says of the stores that it was asked to read."""
+        self.speeds.update(speeds)
+        while len(self.speeds) > _NUM_SPEEDS_MAX:
+            del self.speeds[next(iter(self.speeds))]
 
     def is_shunned(self, now: float) -> bool:
         return now < self.shunned_until
@@ -204,11 +218,27 @@ class Workers:
         soon: as with `place`, in tokens."""
         loads = loads_of(workers, resident_tokens, time.monotonic())
         loads.far_tokens = far_tokens
+        loads.loading_tokens = self._loading(workers, work, resident_tokens)
         loads.hinted = _row_of(hint, workers)
         if soon is not None and soon[1]:
             loads.leading = _row_of(soon[0], workers)
             loads.soon_tokens = min(soon[1], work.num_tokens - 1)
         return _placed(workers[self._policy.choose(work, loads)])
+
+    def tokens_per_s(self) -> float:
+        """Of one worker's prefill, as measured on average."""
+        speeds = [worker.backlog.tokens_per_s for worker in self.workers if worker.backlog.tokens_per_s]
+        return sum(speeds) / len(speeds) if speeds else TOKENS_PER_S_PRIOR
+
+    def _loading(
+        self, workers: Sequence[Worker], work: Work, resident_tokens: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float64] | None:
+        """None: it is not known which of several stores has what, or nobody has said how fast they are."""
+        if not work.places or not any(worker.speeds for worker in workers):
+            return None
+        rate = self.tokens_per_s()
+        rows = zip(workers, resident_tokens.tolist(), strict=True)
+        return np.array([loading_tokens(work, resident, worker.speeds, rate) for worker, resident in rows])
 
     @contextlib.contextmanager
     def load(self, worker: Worker, num_tokens: int, *, num_active_tokens: int = 0) -> Iterator[LoadPart]:

@@ -1,0 +1,53 @@
+"""Where a prompt's blocks are, and how fast workers read there, on the wire: protobuf stops here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, pairwise
+
+from antefix.errors import InvalidRequest
+from antefix.located import Located, ReadSpeed
+from antefix.record import Held
+from antefix.v1 import worker_pb2
+
+
+def hints_to_wire(located: Located | None) -> list[worker_pb2.StoreHint]:
+    """None: nothing is known."""
+    if located is None:
+        return []
+    return [
+        worker_pb2.StoreHint(store=name, spans=chain.from_iterable(held.spans), checkpoints=held.checkpoints)
+        for name, held in located.held.items()
+    ]
+
+
+def hints_from_wire(
+    hints: Iterable[worker_pb2.StoreHint], hashes: Sequence[bytes], fingerprint: bytes
+) -> Located | None:
+    """hashes: of the prompt's chain.  Raises:  InvalidRequest: spans or checkpoints that do not follow each other."""
+    held = {hint.store: _held(hint) for hint in hints}
+    return Located(chain=hashes, fingerprint=fingerprint, held=held) if held else None
+
+
+def speeds_to_wire(speeds: Mapping[str, ReadSpeed]) -> list[worker_pb2.TierSpeed]:
+    return [
+        worker_pb2.TierSpeed(tier=name, latency_s=speed.latency_s, seconds_per_token=speed.seconds_per_token)
+        for name, speed in speeds.items()
+    ]
+
+
+def speeds_from_wire(speeds: Iterable[worker_pb2.TierSpeed]) -> dict[str, ReadSpeed]:
+    """What makes no sense is left out: it decides where a request goes, nothing else."""
+    found = {}
+    for each in speeds:
+        speed = ReadSpeed(latency_s=each.latency_s, seconds_per_token=each.seconds_per_token)
+        if speed.is_sound:
+            found[each.tier] = speed
+    return found
+
+
+def _held(hint: worker_pb2.StoreHint) -> Held:
+    flat, checkpoints = tuple(hint.spans), tuple(hint.checkpoints)
+    if len(flat) % 2 or any(a >= b for a, b in (*pairwise(flat), *pairwise(checkpoints))):
+        raise InvalidRequest(f"the hint for store {hint.store!r} has spans that do not follow each other")
+    return Held(spans=tuple(zip(flat[::2], flat[1::2], strict=True)), checkpoints=checkpoints)

@@ -1,0 +1,151 @@
+"""What changes a bill after its records were written: credits, corrections, disputes, re-ratings. Nothing is rewritten.
+
+An adjustment is an entry of the ledger like a record, chained and durable. Its `amount` is added to what the request or
+the tenant was charged; a credit is negative. An id is taken once: the same one again changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any, Final
+
+from antefix.checked_files import parse_json
+from antefix.errors import InvalidRequest
+from antefix_billing.usage_record import PAYLOAD_VERSION, money_of, request_key
+
+# Enough for a reason and a ticket's address; an entry of the ledger is bounded.
+TEXT_CHARACTERS_MAX: Final = 1000
+# Money has twelve decimals everywhere in the bill.
+DECIMALS_MAX: Final = 12
+
+
+class AdjustmentKind(StrEnum):
+    """Values are part of the ledger's format: never renamed."""
+
+    CREDIT = "credit"
+    CORRECTION = "correction"
+    # What a customer contests; it is taken off until it is decided.
+    DISPUTE = "dispute"
+    RERATE = "rerate"
+    # Two routers charged one request, because Redis or one of them was gone meanwhile: all but the dearest goes back.
+    CHARGED_TWICE = "charged_twice"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adjustment:
+    """amount: signed, in `currency`; what it adds to the bill.  of_event: the record it is about (`event_id`), of
+    ledger `of_source`; both empty where it is about a tenant.  author: who asked for it.  rate_card: of a re-rating.
+    """
+
+    adjustment_id: str
+    kind: AdjustmentKind
+    tenant: str
+    amount: Decimal
+    currency: str
+    reason: str
+    source: str
+    created_us: int
+    user: str = ""
+    model: str = ""
+    request_id: str = ""
+    of_event: str = ""
+    of_source: str = ""
+    rate_card: str = ""
+    reference: str = ""
+    author: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises:  InvalidRequest: it says nothing, or its amount is none."""
+        if not self.adjustment_id or not self.reason:
+            raise InvalidRequest("an adjustment needs an id and a reason")
+        if not self.amount.is_finite() or self.amount.as_tuple().exponent < -DECIMALS_MAX:  # type: ignore[operator]
+            raise InvalidRequest(f"an adjustment's amount has at most {DECIMALS_MAX} decimals, is {self.amount}")
+        for name in ("adjustment_id", "reason", "reference", "author", "request_id", "of_event"):
+            if len(getattr(self, name)) > TEXT_CHARACTERS_MAX:
+                raise InvalidRequest(f"an adjustment's {name} takes {TEXT_CHARACTERS_MAX} characters")
+
+    @property
+    def key(self) -> str:
+        """What the ledger knows it by. No request's key begins so: ids have no control characters."""
+        return f"\x00adjustment:{self.adjustment_id}"
+
+    @property
+    def request_key(self) -> str:
+        return request_key(self.tenant, self.request_id)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; money as a decimal string without an exponent."""
+        return {**dataclasses.asdict(self), "kind": self.kind.value, "amount": format(self.amount, "f")}
+
+    def to_payload(self) -> bytes:
+        values = {name: value for name, value in self.to_dict().items() if value != ""}
+        return json.dumps(
+            {"v": PAYLOAD_VERSION, **values}, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        ).encode()
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> Adjustment:
+        values = parse_json(payload, "a ledger payload")
+        if not isinstance(values, dict) or values.pop("v", None) != PAYLOAD_VERSION:
+            raise InvalidRequest("not an adjustment of this version")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Adjustment:
+        """Raises:  InvalidRequest: unknown, missing or malformed fields."""
+        values = {"currency": "", "tenant": "", **values}
+        try:
+            kind = AdjustmentKind(values.pop("kind"))
+            amount = money_of(values.pop("amount"))
+            for name, value in values.items():
+                wanted = int if name == "created_us" else str
+                if type(value) is not wanted:
+                    raise InvalidRequest(f"an adjustment's {name} must be of type {wanted.__name__}")
+            return cls(kind=kind, amount=amount, **values)
+        except (KeyError, ValueError, TypeError) as err:
+            raise InvalidRequest(f"not an adjustment: {err}") from err
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adjusted:
+    """An adjustment with its place in the ledger."""
+
+    sequence: int
+    hash: bytes
+    previous_hash: bytes
+    adjustment: Adjustment
+
+
+class ChangeKind(StrEnum):
+    """Values are part of the ledger's format: never renamed."""
+
+    TENANTS = "tenants"
+    RATE_CARDS = "rate_cards"
+    PRUNED = "pruned"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What was changed while the router ran, or in the ledger itself.  content: JSON, what holds from here on."""
+
+    kind: ChangeKind
+    content: str
+    created_us: int
+
+    def to_payload(self) -> bytes:
+        values = {"v": PAYLOAD_VERSION, **dataclasses.asdict(self), "kind": self.kind.value}
+        return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+    @classmethod
+    def from_payload(cls, payload: bytes) -> Change:
+        values = parse_json(payload, "a ledger payload")
+        try:
+            return cls(
+                kind=ChangeKind(values["kind"]), content=str(values["content"]), created_us=int(values["created_us"])
+            )
+        except (KeyError, ValueError, TypeError) as err:
+            raise InvalidRequest(f"not a change: {err}") from err

@@ -1,0 +1,90 @@
+"""Other routers' ledgers on this host, read to answer for their requests. Never written, and never waited for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from antefix.errors import AntefixError
+from antefix_billing.ledger_files import (
+    Settled,
+    first_sequence_of,
+    hash_before,
+    read_entries,
+    read_entry_at,
+    read_settled,
+    segment_path,
+    segments_of,
+    settled_of,
+)
+from antefix_billing.ledger_format import EntryKind
+from antefix_billing.usage_record import UsageRecord
+
+log = logging.getLogger("antefix_billing")
+
+# Of each ledger so many segments are kept in mind, some 15,000 requests each; older ones are read when asked for.
+_NUM_SEGMENTS_KNOWN: Final = 8
+
+
+class PeerLedgers:
+    """Methods may be called from any thread; they read files."""
+
+    def __init__(self, directories: Sequence[Path]) -> None:
+        """A directory need not be there yet."""
+        self._peers = [_Peer(directory) for directory in directories]
+        self._mutex = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def find(self, key: str) -> Settled | None:
+        """The request's last attempt in whichever ledger has it. key: `record.request_key`."""
+        with self._mutex:
+            found = [peer.find(key) for peer in self._peers]
+        return max((each for each in found if each is not None), key=lambda each: each.record.attempt, default=None)
+
+
+class _Peer:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._places: dict[str, tuple[int, int]] = {}
+        self._first = 0
+        self._read_to = 0
+
+    def find(self, key: str) -> Settled | None:
+        try:
+            self._catch_up()
+            if (place := self._places.get(key)) is not None:
+                path = segment_path(self._directory, place[0])
+                entry = read_entry_at(path, place[1])
+                return settled_of(hash_before(path, entry), entry)
+            return self._find_old(key)
+        except (AntefixError, OSError) as err:
+            log.warning("the ledger in %s cannot be asked: %s", self._directory, err)
+            return None
+
+    def _catch_up(self) -> None:
+        firsts = [first_sequence_of(path) for path in segments_of(self._directory)]
+        if not firsts:
+            return
+        if not self._read_to:
+            self._first = firsts[-_NUM_SEGMENTS_KNOWN:][0]
+            self._read_to = self._first - 1
+        for _, entry in read_entries(self._directory, after=self._read_to):
+            if entry.kind is EntryKind.SETTLE:
+                segment = max(first for first in firsts if first <= entry.sequence)
+                self._places[UsageRecord.from_payload(entry.payload).key] = (segment, entry.offset)
+            self._read_to = entry.sequence
+
+    def _find_old(self, key: str) -> Settled | None:
+        if self._first <= 1:
+            return None
+        found = None
+        for item in read_settled(self._directory):
+            if item.sequence >= self._first:
+                break
+            found = item if item.record.key == key else found
+        return found

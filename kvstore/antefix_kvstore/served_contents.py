@@ -1,0 +1,83 @@
+"""All that a served store holds, as an operator may copy it from anywhere: what `StoreContents` is for a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from antefix import rpc
+from antefix.blocking import LoopThread
+from antefix.record import Record, RecordKind, RecordName
+from antefix.store.client import RemoteStore
+from antefix.v1 import kvstore_pb2
+from antefix_kvstore.contents_wire import layout_from_wire, stretch_from_wire
+from antefix_kvstore.store_contents import LayoutOf, Stretch
+
+_BATCH_RECORDS: Final = 256
+# It reads the whole index before the first stretch.
+_DEADLINE_S: Final = 600.0
+
+
+class ServedContents:
+    """Blocking; for tools. Reads what is stored at the first call, and records when they are asked for."""
+
+    def __init__(self, store: RemoteStore) -> None:
+        """store: closed with this one."""
+        self._store: Final = store
+        self._thread: Final = LoopThread()
+        self._layouts: list[LayoutOf] | None = None
+        self._stretches: list[Stretch] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        try:
+            self._thread.run(self._store.close())
+        finally:
+            self._thread.close()
+
+    def layouts(self) -> list[LayoutOf]:
+        """As `StoreContents.layouts`.  Raises:  AntefixError: the store does not answer, or not to us."""
+        if self._layouts is None:
+            self._thread.run(self._read())
+        return self._layouts or []
+
+    def stretches(self) -> list[Stretch]:
+        """As `StoreContents.stretches`."""
+        self.layouts()
+        return self._stretches
+
+    def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
+        """As `StoreContents.records`; the calling task holds a grant for the stretch's owner."""
+        kept = dict(zip(stretch.names, zip(stretch.ttls_s, stretch.costs_ms, strict=True), strict=True))
+        for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
+            names = [name for each, name in wanted if each is kind]
+            while names:
+                batch = names[:_BATCH_RECORDS]
+                records = self._thread.run(
+                    self._store.get_records(kind, batch, fingerprint=stretch.fingerprint, tenant=stretch.owner[1:])
+                )
+                yield [_as_kept(record, *kept[(kind, record.hash)]) for record in records]
+                # Behind one that is broken, gone or of version 1 it goes on.
+                names = names[len(records) + (len(records) < len(batch)) :]
+
+    async def _read(self) -> None:
+        layouts: list[LayoutOf] = []
+        stretches: list[Stretch] = []
+        with rpc.rpc_errors():
+            async for message in self._store.stub.Contents(kvstore_pb2.ContentsRequest(), timeout=_DEADLINE_S):
+                layouts += map(layout_from_wire, message.layouts)
+                stretches += map(stretch_from_wire, message.stretches)
+        self._layouts, self._stretches = layouts, stretches
+
+
+def _as_kept(record: Record, ttl_s: int, cost_ms: int) -> Record:
+    return dataclasses.replace(record, ttl_s=float(ttl_s), cost_s=cost_ms / 1000)

@@ -1,0 +1,341 @@
+"""One request is one charge, at whichever router it comes in: claimed in Redis before it runs, told there when settled.
+
+The ledgers hold the bill; Redis only says who has what, and may lose all of it. A router that finds it empty tells it
+again what its ledger has, and takes no request with a name of its client's before the others have done so too. A
+router that dies leaves a claim, which the next one takes over; what the dead one had charged comes out at its next
+start, and what is too much of both goes back as a credit (`request_account`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Final
+
+from antefix.end_tasks import end_tasks
+from antefix.errors import AntefixError, Conflict, Unavailable
+from antefix_billing.adjustment import Adjustment, AdjustmentKind
+from antefix_billing.ledger import Ledger
+from antefix_billing.ledger_files import Settled, read_settled, sequence_before
+from antefix_billing.request_account import RequestAccount, RunningAt, claim, let_go, settle
+from antefix_billing.usage_commit import LedgerWriter
+from antefix_router.shared_bill.bill_exchange import BillExchange
+from antefix_router.shared_bill.shared_quotas import SharedQuotas
+
+log = logging.getLogger("antefix.router")
+
+BEAT_S: Final = 1.0
+# After a failure Redis is left alone for so long, so that requests do not each wait for it.
+_SHUN_S: Final = 1.0
+# For routers that were there before Redis lost its memory, to tell it again. One that is dead is not waited for.
+_READY_WAIT_S: Final = 10.0
+_TOLD_AT_ONCE: Final = 64
+
+
+class NotReady(Unavailable):
+    """What Redis says of a request cannot be relied on yet. It was not asked."""
+
+
+@dataclass(slots=True)
+class SharedCounters:
+    """unshared: requests that no other router was told of at once.  refused: named by clients, while Redis was out."""
+
+    claimed: int = 0
+    elsewhere: int = 0
+    taken_over: int = 0
+    told: int = 0
+    unshared: int = 0
+    refused: int = 0
+    credited: int = 0
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Records on their way: each with the ledger's last entry before it, so that the cursor never passes one."""
+
+    begun: dict[int, int] = field(default_factory=dict)
+    untold: dict[int, Settled] = field(default_factory=dict)
+    number: int = 0
+
+    def begin(self, sequence: int) -> int:
+        self.number += 1
+        self.begun[self.number] = sequence
+        return self.number
+
+    def cursor(self, sequence: int) -> int:
+        return min([sequence, *self.begun.values(), *(number - 1 for number in self.untold)])
+
+
+class SharedBill:
+    """One router's part. `start` it; `close` it after the last request is settled and before the ledger closes."""
+
+    def __init__(
+        self,
+        exchange: BillExchange,
+        writer: LedgerWriter,
+        quotas: SharedQuotas,
+        me: RunningAt,
+        *,
+        keep_s: float,
+        serves_alone: bool,
+    ) -> None:
+        """serves_alone: requests with a client's id are served while Redis is out: what two routers charge goes back
+        later. Else they are refused meanwhile."""
+        self._exchange = exchange
+        self._writer = writer
+        self.quotas = quotas
+        self._keep_s = keep_s
+        self._serves_alone = serves_alone
+        self.me = me
+        self.counters = SharedCounters()
+        self._alive: list[RunningAt] = []
+        self._known: set[str] = set()
+        self._claimed: set[str] = set()
+        self._pending = _Pending()
+        # Records that are told once more; a credit for them may be in the ledger.
+        self._again: set[int] = set()
+        self._epoch = ""
+        self._waiting_since = 0.0
+        self._waits_for: set[str] = set()
+        self._failed_at = float("-inf")
+        self._task: asyncio.Task[None] | None = None
+        self._beaten = asyncio.Event()
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            await end_tasks([self._task])
+        try:
+            if self._epoch:
+                await self._tell_backlog()
+        except AntefixError as err:
+            log.warning("what Redis was not told of the bill is told at the next start: %s", err)
+        await self.quotas.close()
+        await self._exchange.close()
+
+    @property
+    def is_out(self) -> bool:
+        """Whether Redis cannot be relied on now."""
+        return time.monotonic() - self._failed_at < _SHUN_S or not self._epoch
+
+    @property
+    def num_untold(self) -> int:
+        return len(self._pending.untold)
+
+    async def claim(self, key: str) -> RequestAccount | None:
+        """What is known of a request that its client named; it is this router's to run. None: served alone.
+
+        Raises:  Conflict: another router runs it.  Unavailable: nobody can say whether one does.
+        """
+        try:
+            await self._check_ready()
+            before = RequestAccount()
+
+            def change(account: RequestAccount) -> tuple[RequestAccount, Decimal] | None:
+                nonlocal before
+                before = account
+                claimed = claim(account, self.me, self._alive)
+                return None if claimed is None else (claimed, Decimal(0))
+
+            changed = await self._exchange.change(key, change)
+        except Unavailable as err:
+            if not isinstance(err, NotReady):
+                self._note_failure(err)
+            self._alone(err)
+            return None
+        if changed is None:
+            self.counters.elsewhere += 1
+            raise Conflict("this request is running at another router of this deployment; wait for it, then try again")
+        self.counters.claimed += 1
+        self.counters.taken_over += before.running is not None and before.running != self.me
+        self._claimed.add(key)
+        return changed[0]
+
+    def _alone(self, err: Unavailable) -> None:
+        if not self._serves_alone:
+            self.counters.refused += 1
+            raise Unavailable(
+                "whether another router has this request cannot be told, because Redis is out: try again, or send it"
+                " without an id"
+            ) from err
+        self.counters.unshared += 1
+
+    async def let_go(self, key: str) -> None:
+        """The claim is not needed: nothing was run, or nothing will be written for it."""
+        if key not in self._claimed:
+            return
+        self._claimed.discard(key)
+        try:
+            await self._exchange.change(key, lambda account: (let_go(account, self.me), Decimal(0)))
+        except (Unavailable, Conflict) as err:
+            self._note_failure(err)
+
+    async def find(self, key: str) -> Settled | None:
+        """The request's record at whichever router; None where it is not known, or Redis is out."""
+        try:
+            return (await self._exchange.account(key)).last
+        except Unavailable as err:
+            self._note_failure(err)
+            return None
+
+    def begin(self) -> int:
+        """A record is about to be written; `settled` or `failed` with this number."""
+        return self._pending.begin(self._writer.ledger.sequence)
+
+    def failed(self, number: int) -> None:
+        self._pending.begun.pop(number, None)
+
+    async def settled(self, number: int, settled: Settled) -> None:
+        """Tell the others of a record that is in the ledger. What fails is told later."""
+        self._pending.untold[settled.sequence] = settled
+        self._pending.begun.pop(number, None)
+        self._claimed.discard(settled.record.key)
+        if self.is_out:
+            self.counters.unshared += 1
+            return
+        try:
+            await self._tell(settled)
+        except (Unavailable, Conflict) as err:
+            self._note_failure(err)
+            self.counters.unshared += 1
+
+    async def _tell(self, settled: Settled) -> None:
+        record = settled.record
+        credited = await self._credited(settled) if settled.sequence in self._again else Decimal(0)
+        changed = await self._exchange.change(record.key, lambda account: settle(account, settled, credited=credited))
+        assert changed is not None
+        if changed[1] > credited:
+            # Under an id of its own, so that it is written once however often it is told.
+            await self._writer.adjust(_too_much(settled, changed[1]))
+            self.counters.credited += 1
+            log.warning("request %s was charged by two routers; %s goes back", record.request_id, changed[1])
+        self.counters.told += 1
+        self._again.discard(settled.sequence)
+        self._pending.untold.pop(settled.sequence, None)
+
+    async def _credited(self, settled: Settled) -> Decimal:
+        """What our ledger gave back for it before Redis lost its memory."""
+        find = self._writer.ledger.find_adjustment
+        standing = await asyncio.to_thread(find, _too_much(settled, Decimal(0)))
+        return -standing.adjustment.amount if standing is not None else Decimal(0)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._beat()
+            except AntefixError as err:
+                self._note_failure(err)
+            except Exception:
+                log.exception("the bill could not be shared")
+            await asyncio.sleep(BEAT_S)
+
+    async def _beat(self) -> None:
+        """Say that we live, learn who does, tell what is untold; all of it again where Redis lost its memory."""
+        await self._exchange.say_alive(self.me)
+        self._alive = await self._exchange.alive()
+        drawn = secrets.token_hex(8)
+        epoch = await self._exchange.epoch(drawn)
+        is_new = epoch != self._epoch
+        if is_new:
+            await self._tell_all_again(epoch, was_empty=epoch == drawn or bool(self._epoch))
+        self._known |= {each.source for each in self._alive}
+        await self._tell_backlog()
+        await self.quotas.tell(all_again=is_new)
+        self._beaten.set()
+
+    async def _tell_all_again(self, epoch: str, *, was_empty: bool) -> None:
+        ledger = self._writer.ledger
+        after = 0 if was_empty else await self._exchange.cursor(self.me.source)
+        if self._epoch:
+            log.warning("Redis lost what it knew of the bill; it is told again")
+        if not after:
+            after = await asyncio.to_thread(sequence_before, ledger.directory, time.time() - self._keep_s)
+        self._waits_for = self._known - {self.me.source} if self._epoch else set()
+        self._waiting_since = time.monotonic()
+        for item in await asyncio.to_thread(_recent, ledger, after, time.time() - self._keep_s):
+            self._pending.untold[item.sequence] = item
+            self._again.add(item.sequence)
+        for key in list(self._claimed):
+            await self._exchange.change(key, self._claim_again)
+        await self._tell_untold()
+        await self._exchange.set_ready(self.me.source, epoch)
+        self._epoch = epoch
+
+    def _claim_again(self, account: RequestAccount) -> tuple[RequestAccount, Decimal] | None:
+        claimed = claim(account, self.me, self._alive)
+        return None if claimed is None else (claimed, Decimal(0))
+
+    async def _tell_backlog(self) -> None:
+        sequence = self._writer.ledger.sequence
+        await self._tell_untold()
+        await self._exchange.set_cursor(self.me.source, self._pending.cursor(sequence))
+
+    async def _tell_untold(self) -> None:
+        untold = sorted(self._pending.untold)
+        for start in range(0, len(untold), _TOLD_AT_ONCE):
+            chosen = [self._pending.untold.get(number) for number in untold[start : start + _TOLD_AT_ONCE]]
+            await _all(self._tell(settled) for settled in chosen if settled is not None)
+
+    async def _check_ready(self) -> None:
+        """Raises:  NotReady: Redis is out, or lost what it knew and was not told again by all."""
+        if not self._epoch and time.monotonic() - self._failed_at > _SHUN_S:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(2 * BEAT_S):
+                    await self._beaten.wait()
+        if self.is_out:
+            raise NotReady("Redis did not answer just now")
+        if await self._exchange.epoch_now() != self._epoch:
+            raise NotReady("Redis lost what it knew, which it is told again")
+        if self._waits_for and time.monotonic() - self._waiting_since < _READY_WAIT_S:
+            for source in list(self._waits_for):
+                if await self._exchange.is_ready(source, self._epoch):
+                    self._waits_for.discard(source)
+            if self._waits_for:
+                raise NotReady("Redis lost what it knew, which other routers tell it again")
+        self._waits_for.clear()
+
+    def _note_failure(self, err: AntefixError) -> None:
+        if not self.is_out:
+            log.warning("the bill is not shared with other routers: %s", err)
+        self._failed_at = time.monotonic()
+
+
+def _recent(ledger: Ledger, after: int, since_s: float) -> list[Settled]:
+    return [
+        item for item in read_settled(ledger.directory, after=after) if item.record.finished_us >= since_s * 1_000_000
+    ]
+
+
+async def _all(calls: Iterable[object]) -> None:
+    results = await asyncio.gather(*calls, return_exceptions=True)  # type: ignore[call-overload]
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+
+
+def _too_much(settled: Settled, credit: Decimal) -> Adjustment:
+    """What goes back of a record because another router charged the same request."""
+    record = settled.record
+    return Adjustment(
+        adjustment_id=f"{AdjustmentKind.CHARGED_TWICE}:{record.event_id}",
+        kind=AdjustmentKind.CHARGED_TWICE,
+        tenant=record.tenant,
+        user=record.user,
+        model=record.model,
+        request_id=record.request_id,
+        of_event=record.event_id,
+        of_source=record.source,
+        amount=-credit,
+        currency=record.currency,
+        reason="another router charged this request as well",
+        source=record.source,
+        created_us=time.time_ns() // 1000,
+    )
