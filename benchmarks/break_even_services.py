@@ -38,6 +38,7 @@ from antefix.store.client import RemoteStore
 from antefix.window import Plan, PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, parse
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_simulate.machine import Machine, carry_out, model_sizes
+from benchmarks.run_record import write
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "break_even_services.json"
@@ -286,7 +287,7 @@ def main() -> None:
         found = report(measurement, machine, model_sizes(str(args.model)), args)
     print("\n".join(table(found)))
     if args.write:
-        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        write(RESULT, found, "torch", "grpcio", "lmdb")
         plot_services(found, PLOT)
         write_table(found, DOC)
 

@@ -12,6 +12,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from antefix_decode.token_choice import Sampler
 from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.deepseek_v4 import DeepSeekV4Format
 from antefix_router.chat.messages import ChatRole, Conversation, Message, ToolRule
+from benchmarks.run_record import write
 
 VOCAB_SIZE = 129_280
 SCHEMA = {
@@ -85,7 +87,7 @@ def spent_us(work: Callable[[], object], num_times: int = 50) -> float:
     return (time.process_time() - started) / num_times * 1e6
 
 
-async def main(num_tokens: int) -> None:
+async def main(num_tokens: int, record: Path | None) -> None:
     started = time.process_time()
     vocabulary = Vocabulary(MadeUpTokenizer(VOCAB_SIZE), VOCAB_SIZE)
     report: dict[str, object] = {"vocabulary_s": round(time.process_time() - started, 2)}
@@ -110,9 +112,13 @@ async def main(num_tokens: int) -> None:
     report["choose_us"] = round(spent_us(lambda: plain.choose(logits, 0)), 1)
     report["penalties_us"] = round(spent_us(lambda: penalties.apply(logits)), 1)
     print(json.dumps(report, indent=2))
+    if record is not None:
+        write(record, report, "llguidance", "numpy")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=400, help="tokens to follow each grammar for")
-    asyncio.run(main(parser.parse_args().tokens))
+    parser.add_argument("--json", type=Path, help="also write the record here")
+    args = parser.parse_args()
+    asyncio.run(main(args.tokens, args.json))

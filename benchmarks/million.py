@@ -1,7 +1,7 @@
 """Does a prompt of a million tokens go through the real services, and what does it cost? Nothing may grow faster than
 linearly but attention itself, and no message, queue or index limit may be hit.
 
-    python benchmarks/million.py --tokens 1000000 --out million.json
+    python benchmarks/million.py --tokens 1000000 --json benchmarks/results/million.json
 
 Starts all roles with a small random model of V4's kinds of layers, asks for shorter prompts and then the long one cold,
 and hits the long one's prefixes, each after a restart of everything, so that nothing is in memory. Prints, for each
@@ -29,6 +29,7 @@ from antefix.sampling import Sampling
 from antefix.store.client import RemoteStore
 from antefix.tokenizer import load_tokenizer
 from antefix_console.deployment import Deployment, DeploymentConfig
+from benchmarks.run_record import write
 
 ROOT = Path(__file__).parents[1]
 QUESTION_TOKENS = 40
@@ -157,14 +158,13 @@ def main() -> None:
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--prefill-chunk", type=int, default=1024)
     parser.add_argument("--timeout-s", type=float, default=7200.0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="antefix-million-") as scratch:
         result = asyncio.run(measure(args, Path(scratch)))
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    print(json.dumps(result, indent=2))
+    if args.json:
+        write(args.json, result, "torch", "grpcio", "lmdb")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from antefix.sampling import Sampling
 from antefix_console.deployment import Deployment, DeploymentConfig
+from benchmarks.run_record import write
 from benchmarks.ttft import ROOT
 from tests.telemetry.otlp_receiver import receiving
 
@@ -105,7 +106,7 @@ def main() -> None:
     report = asyncio.run(measure(args, Console(stderr=True)))
     print(json.dumps(report, indent=2))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        write(args.json, report, "torch", "grpcio", "opentelemetry-sdk")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,12 @@ def _trace() -> CommandModule:
     return trace
 
 
+def _plan() -> CommandModule:
+    from antefix_console.commands import plan
+
+    return plan
+
+
 def _usage() -> CommandModule:
     from antefix_console.commands import usage
 
@@ -246,6 +252,11 @@ COMMANDS: dict[str, Command] = {
         load=_trace,
         help="turn a log of requests, or the ledger, into a trace for `simulate`, `plan` and `load`",
         example="antefix trace import --format openai-jsonl requests.jsonl --output trace.jsonl.gz",
+    ),
+    "plan": Command(
+        load=_plan,
+        help="how many machines a trace takes, what they cost, what binds, and what one more would give",
+        example="antefix plan --trace trace.jsonl.gz --model v4-flash --gpu h200 --retention 72h --ttft-p90 2s",
     ),
     "usage": Command(
         load=_usage,

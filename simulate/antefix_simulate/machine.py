@@ -167,3 +167,14 @@ def model_sizes(model: str, kv_format: KVFormat = KVFormat.FP8) -> Sizes:
         names = ", ".join(sorted((*GEOMETRIES, "v4.1-flash")))
         raise InvalidRequest(f"model {model!r} is neither {names} nor a directory with a config.json: {err}") from err
     return Sizes.of(BlockLayout(geometry=geometry, kv_format=kv_format))
+
+
+def model_layers(model: str) -> int:
+    """Layers of a model that `model_sizes` knows. Raises:  InvalidRequest: as that."""
+    if model == "v4.1-flash":
+        return len(V41_FLASH.ratios)
+    if model in GEOMETRIES:
+        return GEOMETRIES[model].num_layers
+    model_sizes(model)
+    fields = read_json(Path(model) / "config.json", "model config", error=InvalidRequest, infinity=True)
+    return int(fields["num_hidden_layers"])

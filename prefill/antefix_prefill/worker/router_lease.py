@@ -1,6 +1,7 @@
 """A worker's standing with its routers: registered while it serves, again and again, and taken out before it drains.
 
-A router that is away is asked again; it knows the worker within a third of a lease of coming back.
+A router that is away is asked again; it knows the worker within a third of a lease of coming back. A name that stands
+for several routers is looked up again as often, so routers may come and go behind it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import TracebackType
 from antefix import rpc
 from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError
+from antefix.named_addresses import NamedAddresses, Resolve, addresses_of
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.identity import Role
@@ -41,21 +43,22 @@ class WorkerLease:
         keyring: Keyring,
         arithmetic: str = "",
         setup: str = "",
+        resolve: Resolve = addresses_of,
         block_size: int = 0,
     ) -> None:
         self._block_size = block_size
         self._arithmetic, self._setup = arithmetic, setup
-        self._routers = tuple(dict.fromkeys(routers))
+        self._routers = NamedAddresses(routers, resolve)
         self._role = role
         self._address = address
         self._fingerprint = fingerprint
         self._keyring = keyring
         self._instance = secrets.token_bytes(16)
         self._ttl_s = LEASE_TTL_S
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def __aenter__(self) -> WorkerLease:
-        self._tasks = [asyncio.create_task(self._keep(router)) for router in self._routers]
+        self._tasks = {"": asyncio.create_task(self._follow())}
         return self
 
     async def __aexit__(
@@ -67,11 +70,25 @@ class WorkerLease:
         """Ask for no more work. A router that does not hear it finds out when the lease runs out, or by calling."""
         await self._stop()
         self._ttl_s = 0.0
-        await asyncio.gather(*(self._say(router) for router in self._routers))
+        await asyncio.gather(*(self._say(router) for router in self._routers.now))
 
     async def _stop(self) -> None:
-        tasks, self._tasks = self._tasks, []
+        following = self._tasks.pop("", None)
+        if following is not None:
+            await end_tasks([following])
+        tasks, self._tasks = list(self._tasks.values()), {}
         await end_tasks(tasks)
+
+    async def _follow(self) -> None:
+        """One task for each address that the routers' names have now."""
+        while True:
+            wanted = await self._routers.look_up()
+            for router in wanted:
+                if router not in self._tasks:
+                    self._tasks[router] = asyncio.create_task(self._keep(router))
+            gone = [router for router in self._tasks if router and router not in wanted]
+            await end_tasks([self._tasks.pop(router) for router in gone])
+            await asyncio.sleep(_RENEW_S)
 
     async def _keep(self, router: str) -> None:
         known = True
