@@ -34,7 +34,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import StorageEngine
 from benchmarks.run_record import write
-from benchmarks.store_scale import FINGERPRINT, PROMPT_BLOCKS, _small_prompt
+from benchmarks.store_scale import FINGERPRINT, PROMPT_BLOCKS, small_prompt
 
 _context = multiprocessing.get_context("spawn")
 Figures = dict[str, float]
@@ -111,7 +111,7 @@ async def _own(directory: str, pipe: Connection) -> None:
     loop = asyncio.get_running_loop()
     first_spare = 1_000_000
     await loop.run_in_executor(None, pipe.recv)
-    records = _small_prompt(first_spare)
+    records = small_prompt(first_spare)
     for at in range(0, len(records), 2):
         if pipe.poll():
             break
@@ -137,7 +137,7 @@ def measure(directory: Path, num_blocks: int, rounds: int) -> dict[str, Figures]
     engine = StorageEngine(KvStoreConfig(dir=str(directory), budget_bytes=8 << 30, compression="off", durable=False))
     chains = []
     for number in range(max(1, num_blocks // PROMPT_BLOCKS)):
-        records = _small_prompt(number)
+        records = small_prompt(number)
         engine.put(records)
         chains.append([record.hash for record in records])
     engine.close()

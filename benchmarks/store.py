@@ -35,7 +35,7 @@ from antefix.store_files import codec
 from antefix_console.commands.bench import add_store_arguments
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
-from benchmarks import store_clients
+from benchmarks import store_clients, store_upkeep
 from benchmarks.fio_limits import READERS, WRITERS, fio_rate, has_fio
 from benchmarks.store_limits import DIRECT_READERS, WARM_READERS, direct_read, drop_cache, raw_write, seconds, warm_read
 from benchmarks.store_payloads import blocks, layout_of
@@ -343,6 +343,8 @@ def measure(
     out |= {f"clients_{name}": value for name, value in (clients.pop("ratios") | clients).items()}
     tell(f"a store of {'a million' if args.long else '50,000'} small blocks")
     out |= scale_figures(directory, num_blocks=1_000_000 if args.long else 50_000)
+    tell("eviction and compaction next to puts and restores")
+    out |= store_upkeep.measure(directory, args.repeats)
     if args.long:
         tell("a prefix of a million tokens")
         out |= restore_long(directory, payloads)

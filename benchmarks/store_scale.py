@@ -1,10 +1,8 @@
-"""What does the store cost besides its payloads: look-ups, index, opening, eviction, compaction, amplification?"""
+"""What does the store cost besides its payloads: look-ups, index, opening?"""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import random
 import statistics
 import subprocess
 import sys
@@ -53,7 +51,7 @@ def scale_figures(directory: Path, *, num_blocks: int) -> dict[str, float]:
     num_prompts = max(1, num_blocks // PROMPT_BLOCKS)
     start = time.perf_counter()
     for number in range(num_prompts):
-        engine.put(_small_prompt(number))
+        engine.put(small_prompt(number))
     put_s = time.perf_counter() - start
     stored = num_prompts * PROMPT_BLOCKS
     out = {"scale_blocks": float(stored), "scale_put_blocks_per_s": stored / put_s}
@@ -61,7 +59,6 @@ def scale_figures(directory: Path, *, num_blocks: int) -> dict[str, float]:
     out["index_bytes_per_block"] = engine.space.index_bytes / stored
     engine.close()
     out |= _opening(directory / "scale")
-    out |= _upkeep(directory)
     return out
 
 
@@ -69,7 +66,7 @@ def _tokens(number: int) -> np.ndarray:
     return np.arange(PROMPT_BLOCKS * BLOCK_TOKENS, dtype=np.uint32) + np.uint32(number)
 
 
-def _small_prompt(number: int) -> list[Record]:
+def small_prompt(number: int) -> list[Record]:
     chain = chain_of(_tokens(number), fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS)
     return [
         Record(
@@ -125,51 +122,3 @@ def _opening(directory: Path) -> dict[str, float]:
         out[f"open_{state}_peak_mib"] = peak_kib / 1024
         out[f"open_{state}_kept_mib"] = kept_kib / 1024
     return out
-
-
-def _upkeep(directory: Path) -> dict[str, float]:
-    """Conversations of 64 KiB blocks written to 4 times the budget: rates and write amplification."""
-    config = KvStoreConfig(
-        dir=str(directory / "upkeep"), budget_bytes=512 << 20, compression="off", scrub_bytes_per_s=0
-    )
-    engine = StorageEngine(config)
-    rng = random.Random(1)
-    payload = os.urandom(64 << 10)
-    talks = [[number] * BLOCK_TOKENS for number in range(64)]
-    written, start = 0, time.perf_counter()
-    while written < 4 * config.budget_bytes:
-        talk = rng.choice(talks)
-        talk += [rng.randrange(1 << 30) for _ in range(BLOCK_TOKENS * 8)]
-        if len(talk) > BLOCK_TOKENS * 200:
-            del talk[BLOCK_TOKENS:]
-        chain = chain_of(talk, fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS)
-        result = engine.put(
-            [
-                Record(
-                    kind=RecordKind.BLOCK,
-                    hash=block_hash,
-                    parent=chain.parent(index),
-                    fingerprint=FINGERPRINT,
-                    position=(index + 1) * BLOCK_TOKENS,
-                    payload=payload,
-                )
-                for index, block_hash in enumerate(chain.hashes)
-            ]
-        )
-        assert not result.refused
-        written += result.num_stored * len(payload)
-    elapsed_s = time.perf_counter() - start
-    space, counters = engine.space.counters, engine.counters
-    out = {
-        "churn_gb_per_s": written / elapsed_s / 1e9,
-        "write_amplification": (counters.bytes_written + space.compacted_bytes) / counters.payload_bytes_written,
-        "evictions_per_s": space.evictions / elapsed_s,
-        "compacted_mb_per_s": space.compacted_bytes / elapsed_s / 1e6,
-        "churn_used_of_budget": space_used(engine),
-    }
-    engine.close()
-    return out
-
-
-def space_used(engine: StorageEngine) -> float:
-    return engine.space.used_bytes / engine.space.budget_bytes

@@ -69,6 +69,11 @@ class Arithmetic:
         """Whether nothing was seen to depend on how a prompt is cut."""
         return not any(text.endswith(_PLACE) for text in self.failed)
 
+    @property
+    def ignores_threads(self) -> bool:
+        """Whether nothing was seen to depend on the number of threads."""
+        return not any(text.endswith(_THREADS) for text in self.failed)
+
 
 _PLACE: Final = "depends on a row's place"
 _THREADS: Final = "depends on the number of threads"
@@ -112,7 +117,7 @@ def probe(
         )
         checked = _check(steps, model.device, setup, started + time_s_max, is_card=is_card)
     name = f"{prefix}-{products}-{functions}"
-    if any(text.endswith(_THREADS) for text in checked.failed):
+    if not checked.ignores_threads:
         name += f"-t{setup.threads}"
     if num_cards > 1:
         name += on_cards(num_cards)

@@ -102,8 +102,7 @@ def _draft_logits(
     streams = expand(streams, attention.output(attended, *rope), post, comb)
     x, post, comb = module.ffn_hc(streams)
     live = len(states)
-    output = module.mlp(module.post_attention_layernorm(x)[:live], pairs.tokens)
-    streams = expand(streams, pad_rows(output), post, comb)
+    streams = expand(streams, module.mlp(module.post_attention_layernorm(x), pairs.tokens), post, comb)
     return linear(module.norm(module.hc_head(streams))[:live], model.lm_head.weight)
 
 

@@ -35,13 +35,11 @@ class HyperConnection(nn.Module):
         num_streams = streams_NMD.shape[1]
         if has_kernels(streams_NMD):
             return self._on_card(streams_NMD)
-        sizes = [num_streams, num_streams, num_streams * num_streams]
-        logits = mixing_logits(streams_NMD, self.fn, self.norm_eps)
-        pre_w, post_w, comb_w = torch.split(logits, sizes, dim=-1)
-        pre_b, post_b, comb_b = torch.split(self.base, sizes)
-        pre = sigmoid(pre_w * self.scale[0] + pre_b) + self.eps
-        post = 2 * sigmoid(post_w * self.scale[1] + post_b)
-        comb = sinkhorn((comb_w * self.scale[2] + comb_b).view(-1, num_streams, num_streams), self.num_iters, self.eps)
+        scale = self.scale.index_select(0, _scale_numbers(num_streams, streams_NMD.device))
+        logits = mixing_logits(streams_NMD, self.fn, self.norm_eps) * scale + self.base
+        gates = sigmoid(logits[:, : 2 * num_streams])
+        pre, post = gates[:, :num_streams] + self.eps, 2 * gates[:, num_streams:]
+        comb = sinkhorn(logits[:, 2 * num_streams :].unflatten(1, (num_streams, -1)), self.num_iters, self.eps)
         dtype = streams_NMD.dtype
         return collapse(streams_NMD, pre), post.to(dtype), comb.to(dtype)
 
@@ -78,7 +76,9 @@ def mixing_logits(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
 
         return card_logits(streams_NMD, fn, eps)
     flat = streams_NMD.flatten(1).to(wide(streams_NMD.dtype))
-    return linear(flat, fn.to(flat.dtype)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+    if fn.dtype is not flat.dtype:
+        fn = fn.to(flat.dtype)
+    return linear(flat, fn) * (flat.square().mean(-1, keepdim=True) + eps).rsqrt_()
 
 
 def collapse(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
@@ -109,17 +109,39 @@ def sinkhorn(logits_NMM: Tensor, num_iters: int, eps: float) -> Tensor:
     """
     num_streams = logits_NMM.shape[1]
     row_sums, column_sums = _sum_matrices(num_streams, logits_NMM.dtype, logits_NMM.device)
-    floor = row_sums.new_tensor(eps)
+    floor = _floor(eps, row_sums.dtype, row_sums.device)
     x = torch.exp(logits_NMM - logits_NMM.amax(-1, keepdim=True)).flatten(1)
     # Whole tiles from here on: nothing is padded and cut off again at every step. Padding is 1 and sums to about 1.
     num_tokens, num_cells = x.shape
-    x = F.pad(x, (0, len(row_sums) - num_cells, 0, -num_tokens % ROW_TILE), value=1.0)
+    if num_cells % ALIGN or num_tokens % ROW_TILE:
+        x = F.pad(x, (0, len(row_sums) - num_cells, 0, -num_tokens % ROW_TILE), value=1.0)
     x = x / multiply_tiles(x, row_sums) + eps
-    x = x / multiply_tiles(x, column_sums, floor)
-    for _ in range(num_iters - 1):
-        x = x / multiply_tiles(x, row_sums, floor)
+    if x.requires_grad:
         x = x / multiply_tiles(x, column_sums, floor)
+        for _ in range(num_iters - 1):
+            x = x / multiply_tiles(x, row_sums, floor)
+            x = x / multiply_tiles(x, column_sums, floor)
+        return x[:num_tokens, :num_cells].reshape(logits_NMM.shape)
+    sums = torch.empty_like(x)
+    x.div_(multiply_tiles(x, column_sums, floor, out=sums))
+    for _ in range(num_iters - 1):
+        x.div_(multiply_tiles(x, row_sums, floor, out=sums))
+        x.div_(multiply_tiles(x, column_sums, floor, out=sums))
     return x[:num_tokens, :num_cells].reshape(logits_NMM.shape)
+
+
+@functools.cache
+def _scale_numbers(num_streams: int, device: torch.device) -> Tensor:
+    """Which of the three scales each mixing logit takes: [J]."""
+    with torch.inference_mode(False):
+        sizes = torch.tensor([num_streams, num_streams, num_streams * num_streams])
+        return torch.arange(3).repeat_interleave(sizes).to(device)
+
+
+@functools.cache
+def _floor(eps: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(eps, dtype=dtype, device=device)
 
 
 @functools.cache

@@ -89,6 +89,8 @@ class Model(nn.Module):
         # Of one of several ranks its place among them; of rank 0 what tells the others of each call.
         self.ranks: Ranks | None = None
         self.lead: Lead | None = None
+        # Whether a step may take fewer threads than torch has: where the probe saw no bits depend on their number.
+        self.threads_are_free = False
         # Where experts of some layers are in host memory.
         self.offload: ExpertOffload | None = None
         self.register_buffer("rope_main", inverse_frequencies(config.rope_main, rope_dim), persistent=False)

@@ -6,6 +6,7 @@ Source:  V4 report, section 2.1; oracle: transformers' DeepseekV4SparseMoeBlock.
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from antefix.model.model_config import ModelConfig
-from antefix.model.numerics import has_kernels, linear, multiply_each, sigmoid, silu, softplus, wide
-from antefix.model.packed import PackedStack
+from antefix.model.numerics import (
+    has_kernels,
+    linear,
+    matrices_of,
+    multiply_each,
+    pad_rows,
+    sigmoid,
+    silu,
+    softplus,
+    wide,
+)
+from antefix.model.packed import PackedMatrix, PackedStack
 from antefix.model.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -42,7 +53,7 @@ class ExpertRouter(nn.Module):
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids [N, K], ascending, and their weights [N, K]."""
-        logits = linear(x_ND, self.weight)
+        logits = linear(x_ND, self.weight)[: len(tokens_N)]
         scores = expert_scores(logits.to(wide(logits.dtype)), self.scoring)
         if self.hash_routed:
             experts = self.tid2eid[tokens_N].sort(-1).values
@@ -87,18 +98,27 @@ class Experts(nn.Module):
         first, stop = (0, self.num_experts) if self.ranks is None else self.ranks.span(self.num_experts)
         begin = sum(counts[:first])
         own = rows[begin : begin + sum(counts[first:stop])]
-        outputs = [x_ND.new_empty(0, x_ND.shape[1])]
-        for expert, part in enumerate(torch.split(own, counts[first:stop])):
-            if len(part):
-                inner = clamped_swiglu(linear(part, self.gate_up_proj[expert]), self.limit)
-                outputs.append(linear(inner, self.down_proj[expert]))
+        done = self._run(own, counts[first:stop]) if len(own) else own
         # 3. Back to token order; one small product a token keeps the order of the sum fixed.
-        done = torch.cat(outputs)
         if self.ranks is not None:
             share = self.num_experts // self.ranks.size
             done = self.ranks.gather_rows(done, [sum(counts[i : i + share]) for i in range(0, len(counts), share)])
         slots = done.index_select(0, order.argsort()).view(num_tokens, num_picked, -1)
         return multiply_each(weights_NK.to(slots.dtype).unsqueeze(1), slots).squeeze(1)
+
+    def _run(self, rows_RD: Tensor, counts: list[int]) -> Tensor:
+        """Rows sorted by expert, `counts` of each, through their experts."""
+        gate_up, down = (self._matrices(stack, len(counts)) for stack in (self.gate_up_proj, self.down_proj))
+        picked = [expert for expert, count in enumerate(counts) if count]
+        sizes = [counts[expert] for expert in picked]
+        parts = zip(rows_RD.split(sizes), picked, strict=True)
+        # One activation over all rows: it is a dozen small operations.
+        inner = clamped_swiglu(_joined([linear(part, gate_up[expert]) for part, expert in parts]), self.limit)
+        return _joined([linear(part, down[e]) for part, e in zip(inner.split(sizes), picked, strict=True)])
+
+    @staticmethod
+    def _matrices(stack: Tensor | PackedStack, count: int) -> collections.abc.Sequence[Tensor | PackedMatrix]:
+        return [stack[i] for i in range(count)] if isinstance(stack, PackedStack) else matrices_of(stack, count)
 
 
 class SharedExpert(nn.Module):
@@ -133,13 +153,18 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config)
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
+        """x_ND may have rows of padding behind the tokens': the output has them too, and they mean nothing."""
+        num_tokens = len(tokens_N)
         experts, weights = self.gate(x_ND, tokens_N)
         with self.experts.fetched():
             if has_kernels(x_ND):
-                return self._on_card(x_ND, experts, weights)
-            routed: Tensor = self.experts(x_ND, experts, weights)
+                return pad_rows(self._on_card(x_ND[:num_tokens], experts, weights))
+            routed: Tensor = self.experts(x_ND[:num_tokens], experts, weights)
         shared: Tensor = self.shared_experts(x_ND)
-        return routed + shared
+        if len(x_ND) == num_tokens:
+            return routed + shared
+        shared[:num_tokens] += routed
+        return shared
 
     def _on_card(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """All experts in one product; the host never asks which were picked."""
@@ -201,6 +226,10 @@ def pick_experts(scores_NE: Tensor, num_picked: int) -> Tensor:
     ranked = scores_NE.sort(dim=-1, descending=True, stable=True).indices
     picked: Tensor = ranked[:, :num_picked].sort(-1).values
     return picked
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:

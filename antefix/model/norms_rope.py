@@ -33,9 +33,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         from antefix_kernels.tokens import norm_turn
 
         return norm_turn(x.reshape(-1, 1, x.shape[-1]), weight=weight, eps=eps).view(x.shape)
-    wide_x = x.to(wide(x.dtype))
-    normed = wide_x * torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps)
-    return (normed if weight is None else weight * normed).to(x.dtype)
+    work = wide(x.dtype)
+    wide_x = x if x.dtype is work else x.to(work)
+    normed = wide_x * (wide_x.square().mean(-1, keepdim=True) + eps).rsqrt_()
+    if weight is not None:
+        normed = weight * normed
+    return normed if x.dtype is work else normed.to(x.dtype)
 
 
 def inverse_frequencies(rope: RopeConfig, rope_dim: int) -> Tensor:
@@ -76,6 +79,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if has_kernels(x):
         return _on_card(x, None, None, cos, sin, 1.0)
+    if x.dtype is cos.dtype and not x.requires_grad:
+        return _turn(x.clone(), cos, sin)
     rope_dim = 2 * cos.shape[-1]
     head, tail = x[..., :-rope_dim], x[..., -rope_dim:]
     pairs = torch.unflatten(tail.to(cos.dtype), -1, (-1, 2))
@@ -84,13 +89,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((head, turned.to(x.dtype)), dim=-1)
 
 
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same in place."""
+    even, odd = x[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2)).unbind(-1)
+    turned = even * cos - odd * sin
+    torch.add(odd * cos, even * sin, out=odd)
+    even.copy_(turned)
+    return x
+
+
 def norm_rotate(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, *, scale: float = 1.0
 ) -> Tensor:
     """RMS norm, rotation and a factor: on a card in one pass over x."""
     if has_kernels(x):
         return _on_card(x, weight, eps, cos, sin, scale)
-    turned = rotate(rms_norm(x, weight, eps), cos, sin)
+    normed = rms_norm(x, weight, eps)
+    turned = rotate(normed, cos, sin) if normed.requires_grad or x.dtype is not cos.dtype else _turn(normed, cos, sin)
     return turned if scale == 1.0 else turned * scale
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -65,12 +66,8 @@ def _has_triton() -> bool:
 
 def has_kernels(x: Tensor) -> bool:
     """Whether per-token steps on `x` run as kernels: on a card with Triton, without gradients, not in float64."""
-    return (
-        x.device.type == "cuda"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and not torch.is_grad_enabled()
-        and _has_triton()
-    )
+    # Asked some hundred times per step, so the usual answer comes first.
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled() and _has_triton()
 
 
 def is_plain(a: Tensor, b: Tensor) -> bool:
@@ -95,8 +92,9 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     if is_plain(x, weight):
         return F.linear(x, weight)
     if x.dim() == 2:
-        return multiply(x, weight.T)
-    return multiply(x.reshape(-1, x.shape[-1]), weight.T).view(*x.shape[:-1], weight.shape[0])
+        return _multiply_prepared(x, _prepared(weight))
+    rows = _multiply_prepared(x.reshape(-1, x.shape[-1]), _prepared(weight))
+    return rows.view(*x.shape[:-1], weight.shape[0])
 
 
 def _packed_linear(x: Tensor, weight: PackedMatrix, start: int, stop: int) -> Tensor:
@@ -107,6 +105,71 @@ def _packed_linear(x: Tensor, weight: PackedMatrix, start: int, stop: int) -> Te
     tiles = range(start, stop, DECODED_ROWS)
     products = [linear(rows, weight.decode(first, min(first + DECODED_ROWS, stop), x.dtype)) for first in tiles]
     return (products[0] if len(products) == 1 else torch.cat(products, 1)).view(*x.shape[:-1], stop - start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A matrix of weights as `multiply` would take it, transposed: filled up to whole tiles, and cut into sums.
+
+    parts: of each run of columns the pieces [at most SUM_TILE addends, columns]; views where nothing was filled up.
+    made_of: of which weights, and for which tiles.
+    """
+
+    parts: tuple[tuple[Tensor, ...], ...]
+    num_columns: int
+    more_addends: int
+    more_columns: int
+    made_of: tuple[int, int, int]
+
+
+def _prepared(weight: Tensor) -> _Prepared:
+    """Kept with the weights: transposing, filling up and cutting cost more than a small product. Weights that were
+    changed, or lie elsewhere now, are prepared again."""
+    if weight.is_inference():
+        return _prepare(weight, (0, 0, COLUMN_TILE))
+    kept: _Prepared | None = getattr(weight, "_antefix_prepared", None)
+    made_of = weight._version, weight.data_ptr(), COLUMN_TILE
+    if kept is None or kept.made_of != made_of:
+        # `data`: views of the weights themselves would keep them alive for ever.
+        kept = _prepare(weight.data, made_of)
+        weight._antefix_prepared = kept  # type: ignore[attr-defined]
+    return kept
+
+
+def _prepare(weight: Tensor, made_of: tuple[int, int, int]) -> _Prepared:
+    num_columns, num_addends = weight.shape
+    more_addends, more_columns = -num_addends % ALIGN, -num_columns % COLUMN_TILE
+    if more_columns and num_columns > _PADDED_COLUMNS_MAX:
+        b = _pad_matrix(weight.T, more_addends, 0)
+        whole = num_columns - num_columns % COLUMN_TILE
+        matrices = [b[:, :whole], _pad_matrix(b[:, whole:], 0, more_columns)]
+    else:
+        matrices = [_pad_matrix(weight.T, more_addends, more_columns)]
+    parts = tuple(tuple(matrix.split(SUM_TILE)) for matrix in matrices)
+    return _Prepared(parts, num_columns, more_addends, more_columns, made_of)
+
+
+def _multiply_prepared(a: Tensor, b: _Prepared) -> Tensor:
+    """`multiply` by prepared weights: the same calls of the same products."""
+    num_rows = a.shape[0]
+    more_rows = -num_rows % ROW_TILE
+    if more_rows or b.more_addends:
+        a = torch.constant_pad_nd(a, (0, b.more_addends, 0, more_rows))
+    product = _chain(a, b.parts[0]) if len(b.parts) == 1 else torch.cat([_chain(a, part) for part in b.parts], 1)
+    if b.more_columns:
+        return product[:num_rows, : b.num_columns].contiguous()
+    return product[:num_rows] if more_rows else product
+
+
+def _chain(a: Tensor, pieces: tuple[Tensor, ...]) -> Tensor:
+    """a times b, given as pieces of SUM_TILE addends, added up in order."""
+    if len(pieces) == 1:
+        return torch.mm(a, pieces[0])
+    lefts = a.split(SUM_TILE, 1)
+    product = torch.mm(lefts[0], pieces[0])
+    for left, piece in zip(lefts[1:], pieces[1:], strict=True):
+        product.addmm_(left, piece)
+    return product
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
@@ -123,7 +186,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     if not (more_rows or more_addends or more_columns):
         return multiply_tiles(a, b)
     if more_rows or more_addends:
-        a = F.pad(a, (0, more_addends, 0, more_rows))
+        a = torch.constant_pad_nd(a, (0, more_addends, 0, more_rows))
     if more_columns and num_columns > _PADDED_COLUMNS_MAX:
         whole = num_columns - num_columns % COLUMN_TILE
         b = _pad_matrix(b, more_addends, 0)
@@ -132,10 +195,10 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return product[:num_rows, :num_columns].contiguous() if more_columns else product[:num_rows]
 
 
-def multiply_tiles(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same of operands that are whole tiles already, plus `bias`, a scalar."""
+def multiply_tiles(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """The same of operands that are whole tiles already, plus `bias`, a scalar.  out: where sums of one tile go."""
     if a.shape[1] <= SUM_TILE:
-        return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     product = multiply_tiles(a[:, :SUM_TILE], b[:SUM_TILE], bias)
     for start in range(SUM_TILE, a.shape[1], SUM_TILE):
         product.addmm_(a[:, start : start + SUM_TILE], b[start : start + SUM_TILE])
@@ -150,7 +213,7 @@ def multiply_each(a: Tensor, b: Tensor) -> Tensor:
     more_rows, more_columns = -rows % PAIR_ROWS, -columns % COLUMN_TILE
     more_addends = max(-(-_PAIR_WORK_MIN // ((rows + more_rows) * (columns + more_columns))) - addends, 0)
     if more_rows or more_addends:
-        a = F.pad(a, (0, more_addends, 0, more_rows))
+        a = torch.constant_pad_nd(a, (0, more_addends, 0, more_rows))
     if more_columns or more_addends:
         b = _pad_matrix(b, more_addends, more_columns)
     if a.shape[2] <= SUM_TILE:
@@ -168,8 +231,8 @@ def _pad_matrix(b: Tensor, more_rows: int, more_columns: int) -> Tensor:
     if not more_rows and not more_columns:
         return b
     if b.stride(-2) == 1 and b.stride(-1) != 1:
-        return F.pad(b.mT, (0, more_rows, 0, more_columns)).mT
-    return F.pad(b, (0, more_columns, 0, more_rows))
+        return torch.constant_pad_nd(b.mT, (0, more_rows, 0, more_columns)).mT
+    return torch.constant_pad_nd(b, (0, more_columns, 0, more_rows))
 
 
 def sum_middle(x: Tensor) -> Tensor:
@@ -196,14 +259,28 @@ def grouped_linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
         return multiply_groups(x, per_group)
     if is_plain(x, weight):
         return torch.einsum("ngk,gok->ngo", x, per_group)
-    return torch.stack([linear(x[:, g], per_group[g]) for g in range(num_groups)], dim=1)
+    groups = zip(x.unbind(1), matrices_of(weight, num_groups), strict=True)
+    return torch.stack([linear(rows, matrix) for rows, matrix in groups], dim=1)
+
+
+def matrices_of(stack: Tensor, count: int) -> tuple[Tensor, ...]:
+    """The `count` matrices [O, K] of a stack [count, O, K], or of one [count * O, K]: always the same tensors, so that
+    `linear` keeps what it prepares of them."""
+    if stack.is_inference():
+        return stack.view(count, -1, stack.shape[-1]).unbind(0)
+    made_of = stack._version, stack.data_ptr(), count
+    kept: tuple[tuple[int, int, int], tuple[Tensor, ...]] | None = getattr(stack, "_antefix_matrices", None)
+    if kept is None or kept[0] != made_of:
+        kept = made_of, stack.data.view(count, -1, stack.shape[-1]).unbind(0)
+        stack._antefix_matrices = kept  # type: ignore[attr-defined]
+    return kept[1]
 
 
 def sigmoid(x: Tensor) -> Tensor:
     """Logistic function from exp and a division, which round alike in vector body and scalar tail."""
     if x.device.type != "cpu" or x.requires_grad:
         return torch.sigmoid(x)
-    return 1.0 / (1.0 + torch.exp(-x))
+    return torch.neg(x).exp_().add_(1.0).reciprocal_()
 
 
 def silu(x: Tensor) -> Tensor:

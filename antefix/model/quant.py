@@ -43,10 +43,9 @@ def pack_entries(x: Tensor, layout: BlockLayout) -> Tensor:
     geometry = layout.geometry
     plain, rope = x.float().split_with_sizes((geometry.nope_dim, geometry.rope_dim), dim=-1)
     groups = _groups(plain, FP8_GROUP)
-    exponents = _scale_exponents(groups, _FP8_FLOOR, FP8_MAX)
-    codes = (groups / _power_of_two(exponents)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    scales = exponents.squeeze(-1).to(torch.uint8)
-    head = codes.flatten(-2)[..., : geometry.nope_dim], _as_bytes(rope.to(torch.bfloat16)), scales
+    scales = _scales(groups, _FP8_FLOOR, FP8_MAX)
+    codes = _fp8_codes(groups, scales).flatten(-2)[..., : geometry.nope_dim]
+    head = codes, _as_bytes(rope.to(torch.bfloat16)), _exponents(scales)
     packed = torch.cat(head, dim=-1)
     return F.pad(packed, (0, entry_bytes(layout) - packed.shape[-1]))
 
@@ -74,10 +73,10 @@ def pack_keys(x: Tensor, layout: BlockLayout) -> Tensor:
     if layout.kv_format is not KVFormat.FP8:
         return _as_bytes(x.to(value_dtype(layout.kv_format)))
     groups = _groups(hadamard(x.float()), FP4_GROUP)
-    exponents = _scale_exponents(groups, _FP4_FLOOR, FP4_MAX)
-    codes = _fp4_codes((groups / _power_of_two(exponents)).clamp(-FP4_MAX, FP4_MAX)).flatten(-2)[..., : x.shape[-1]]
+    scales = _scales(groups, _FP4_FLOOR, FP4_MAX)
+    codes = _fp4_codes((groups / scales).clamp_(-FP4_MAX, FP4_MAX)).flatten(-2)[..., : x.shape[-1]]
     packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return torch.cat((packed, exponents.squeeze(-1).to(torch.uint8)), dim=-1)
+    return torch.cat((packed, _exponents(scales)), dim=-1)
 
 
 def unpack_keys(records: Tensor, layout: BlockLayout) -> Tensor:
@@ -94,14 +93,19 @@ def round_entries(x: Tensor, layout: BlockLayout) -> Tensor:
     """What reading entries [..., C] back would give, so that attention reads what is stored."""
     if layout.kv_format is not KVFormat.FP8:
         return x.to(value_dtype(layout.kv_format))
-    return unpack_entries(pack_entries(x, layout), layout)
+    geometry = layout.geometry
+    plain, rope = x.float().split_with_sizes((geometry.nope_dim, geometry.rope_dim), dim=-1)
+    return torch.cat((round_groups(plain, FP8_GROUP), rope.to(torch.bfloat16).float()), dim=-1)
 
 
 def round_queries(q: Tensor, layout: BlockLayout) -> Tensor:
     """Indexer queries [..., C] as the scorer sees them: rotated and rounded like the keys they meet."""
     if layout.kv_format is not KVFormat.FP8:
         return q
-    return unpack_keys(pack_keys(q, layout), layout)
+    groups = _groups(hadamard(q.float()), FP4_GROUP)
+    scales = _scales(groups, _FP4_FLOOR, FP4_MAX)
+    rounded = _round_to_fp4((groups / scales).clamp_(-FP4_MAX, FP4_MAX)).mul_(scales)
+    return rounded.flatten(-2)[..., : q.shape[-1]]
 
 
 def pack(kind: PartKind, x: Tensor, layout: BlockLayout) -> Tensor:
@@ -125,9 +129,8 @@ def entry_bytes(layout: BlockLayout) -> int:
 def round_groups(x: Tensor, size: int) -> Tensor:
     """x [..., n] in groups of `size`, each rounded to FP8 codes times a power of two, as float32."""
     groups = _groups(x.float(), size)
-    scales = _power_of_two(_scale_exponents(groups, _FP8_FLOOR, FP8_MAX))
-    codes = (groups / scales).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    values = _look_up(fp8_values(x.device), codes.view(torch.uint8)) * scales
+    scales = _scales(groups, _FP8_FLOOR, FP8_MAX)
+    values = _look_up(fp8_values(x.device), _fp8_codes(groups, scales)).mul_(scales)
     return values.flatten(-2)[..., : x.shape[-1]]
 
 
@@ -153,17 +156,37 @@ def _groups(x: Tensor, size: int) -> Tensor:
     return padded.reshape(*x.shape[:-1], -1, size)
 
 
-def _scale_exponents(groups: Tensor, floor: float, code_max: float) -> Tensor:
-    """Biased exponents [..., groups, 1] int32 of 2^ceil(log2(largest / code_max)), from the float's own bits."""
-    largest = groups.abs().amax(-1, keepdim=True).clamp(min=floor)
+def _scales(groups: Tensor, floor: float, code_max: float) -> Tensor:
+    """Powers of two [..., groups, 1] float32: 2^ceil(log2(largest / code_max)), from the float's own bits."""
+    largest = groups.abs().amax(-1, keepdim=True).clamp_(min=floor)
     # Multiplied by the float32 reciprocal, as the kernels do; at exact powers of two the product rounds to them.
-    bits = (largest * torch.tensor(1.0 / code_max, dtype=torch.float32, device=groups.device)).view(torch.int32)
-    return ((bits >> 23) & 0xFF) + ((bits & 0x7FFFFF) != 0)
+    bits = (largest * (1.0 / code_max)).view(torch.int32)
+    # Any bit of the mantissa carries into the exponent.
+    return (bits + 0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
+
+
+def _exponents(scales: Tensor) -> Tensor:
+    """Biased exponents [..., groups] uint8 of powers of two [..., groups, 1]."""
+    return (scales.view(torch.int32) >> 23).squeeze(-1).to(torch.uint8)
 
 
 def _power_of_two(exponents: Tensor) -> Tensor:
     """float32 powers of two from biased exponents (int32, 1 to 254)."""
     return (exponents << 23).view(torch.float32)
+
+
+def _fp8_codes(groups: Tensor, scales: Tensor) -> Tensor:
+    """E4M3 codes (uint8) of groups over their scales."""
+    return (groups / scales).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _round_to_fp4(x: Tensor) -> Tensor:
+    """Values in [-6, 6] rounded to those of E2M1, ties to even: the values of `_fp4_codes`, without the codes.
+
+    Steps are half of the power of two below a value, and a half below 1, so all of it is exact but the rounding.
+    """
+    powers = x.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=0x3F800000).view(torch.float32)
+    return (x / powers).mul_(2).round_().mul_(powers).mul_(0.5)
 
 
 def _fp4_codes(x: Tensor) -> Tensor:
@@ -193,7 +216,7 @@ def fp4_pairs(device: torch.device) -> Tensor:
 
 def _look_up(table: Tensor, codes: Tensor) -> Tensor:
     """Rows of `table` by code: one gather, five times faster than converting FP8 on a CPU."""
-    return table.index_select(0, codes.reshape(-1).int()).view(*codes.shape, *table.shape[1:])
+    return table.index_select(0, codes.reshape(-1).int()).view(codes.shape + table.shape[1:])
 
 
 def _as_bytes(x: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from antefix.model.model import DecoderLayer, Model
 from antefix.model.numerics import ROW_TILE, pad_rows
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.pool import BlockPool
+from antefix.model.step_threads import step_threads
 from antefix.model.window_state import CompressorState, Sequence
 
 _TORCH_OPS = TorchOps()
@@ -51,7 +52,8 @@ def replay(
     given = as_tokens(tokens)
     _check(model, pool, sequence, len(given), stop)
     lead = model.lead
-    with contextlib.nullcontext() if lead is None else lead.replay(pool, sequence, given, stop):
+    telling = contextlib.nullcontext() if lead is None else lead.replay(pool, sequence, given, stop)
+    with telling, step_threads(model, len(given)):
         _replay(model, pool, sequence, given, stop, ops)
 
 
@@ -81,9 +83,8 @@ def _replay(model: Model, pool: BlockPool, sequence: Sequence, given: TokenArray
         streams = expand(streams[keep - start :], output, post[keep - start :], comb[keep - start :])
         first = keep
         x, post, comb = layer.ffn_hc(streams)
-        num_live = len(given) - keep
-        x = layer.post_attention_layernorm(x)[:num_live]
-        streams = expand(streams, pad_rows(layer.mlp(x, span[keep : len(given)])), post, comb)
+        output = layer.mlp(layer.post_attention_layernorm(x), span[keep : len(given)])
+        streams = expand(streams, output, post, comb)
     sequence.window.position += len(given)
 
 

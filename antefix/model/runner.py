@@ -28,9 +28,10 @@ from antefix.model.compressor import Compressor
 from antefix.model.lead import LeadCall
 from antefix.model.mhc import expand
 from antefix.model.model import DecoderLayer, Model
-from antefix.model.numerics import ROW_TILE, linear, pad_rows
+from antefix.model.numerics import ROW_TILE, linear
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.pool import BlockPool
+from antefix.model.step_threads import step_threads
 from antefix.model.steps import Steps, TokenRows
 from antefix.model.window_state import CompressorState, Sequence, WindowState
 
@@ -178,12 +179,13 @@ def run_tokens(
     # 1. Check everything, before anything is written.
     items, tokens, positions = _plan(model, pool, batch)
     lead = model.lead
-    if lead is None:
-        return _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
-    given = [(sequence, as_tokens(each)) for sequence, each in batch]
-    with lead.run(pool, given, logits=logits, write_global_kv=write_global_kv) as call:
-        ran = _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
-    return replace(ran, _call=call)
+    with step_threads(model, items[-1].stop):
+        if lead is None:
+            return _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
+        given = [(sequence, as_tokens(each)) for sequence, each in batch]
+        with lead.run(pool, given, logits=logits, write_global_kv=write_global_kv) as call:
+            ran = _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
+        return replace(ran, _call=call)
 
 
 def _run_items(
@@ -208,6 +210,7 @@ def _run_items(
     ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
     streams = model.model.embed_tokens(tokens).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
     num_tokens = items[-1].stop
+    live = tokens[:num_tokens]
     for index, module in enumerate(model.model.layers):
         layer = cast(DecoderLayer, module)
         x, post, comb = layer.attn_hc(streams)
@@ -215,8 +218,7 @@ def _run_items(
         output = attention.run(layer.input_layernorm(x), positions, ropes[layer.self_attn.kind], split)
         streams = expand(streams, output, post, comb)
         x, post, comb = layer.ffn_hc(streams)
-        x = layer.post_attention_layernorm(x)[:num_tokens]
-        streams = expand(streams, pad_rows(layer.mlp(x, tokens[:num_tokens])), post, comb)
+        streams = expand(streams, layer.mlp(layer.post_attention_layernorm(x), live), post, comb)
     # 3. Window states move on only when tokens are kept, so that a failed call can be repeated.
     hidden = model.model.norm(model.model.hc_head(streams))
     wanted = hidden[:num_tokens] if logits == "all" else hidden[[item.stop - 1 for item in items]]

@@ -53,7 +53,7 @@ from antefix.store_files import codec
 from antefix.store_files.encryption import KeyRing
 from antefix.store_files.gone_blocks import fate_of
 from antefix.store_files.read_log import ReadEvidence
-from antefix.store_files.record_format import FORMAT_VERSION
+from antefix.store_files.record_format import RECORD_VERSION
 from antefix.store_files.seal import SealBroken, Seals
 from antefix.store_files.segment_reader import ReadOutcome, StoreReader, wall_ms
 from antefix.telemetry.context import outgoing
@@ -332,7 +332,7 @@ class RemoteStore:
         if self._payloads is None:
             self._payloads = PayloadChannel(self.address, self._credentials)
         done = Progress(kind, hashes, fingerprint, tenant=tenant, seals=self._seals, sealed=sealed)
-        record_format = FORMAT_VERSION
+        record_format = RECORD_VERSION
         for attempt in range(NUM_RESUMES_MAX + 1):
             request = kvstore_pb2.GetRequest(
                 kind=kind.value,  # type: ignore[arg-type]

@@ -67,7 +67,7 @@ class Tree(NamedTuple):
     num_entries: int
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     """These bytes are no LMDB page of the kind that led there: damage, or a page that was taken back meanwhile."""
 
 
@@ -136,8 +136,8 @@ class PageFile:
                 continue
             magic, version, _, _, _, main, _, transaction = _META.unpack(raw)
             if (magic, version) == (_MAGIC, _VERSION) and (found is None or transaction > found.transaction):
-                with contextlib.suppress(_Damaged):
-                    found = _State(slot, raw, transaction, _tree_of(main))
+                with contextlib.suppress(Damaged):
+                    found = _State(slot, raw, transaction, tree_of(main))
         if found is None:
             raise Unavailable(f"the index in {self.path.parent} cannot be read: it has no whole meta page")
         return known if known is not None and known.raw == found.raw and known.slot == found.slot else found
@@ -172,10 +172,10 @@ class PageFile:
     def page(self, number: int, flag: int, count: int = 1) -> bytes:
         data = self._read(count * self.page_bytes, number * self.page_bytes)
         if len(data) < count * self.page_bytes:
-            raise _Damaged(f"page {number} lies behind the end of the file")
+            raise Damaged(f"page {number} lies behind the end of the file")
         named, _, flags, _ = _PAGE.unpack_from(data)
         if named != number or not flags & flag:
-            raise _Damaged(f"page {number} is not what it should be")
+            raise Damaged(f"page {number} is not what it should be")
         return data
 
     def branch(self, state: _State, number: int) -> Branch:
@@ -184,7 +184,7 @@ class PageFile:
             page = self.page(number, _BRANCH)
             # A commit writes a few pages; all others are what they were, and comparing is cheaper than taking apart.
             known = self._branches.get(number)
-            branch = known[1] if known is not None and known[0] == page else _branch_of(page)
+            branch = known[1] if known is not None and known[0] == page else branch_of(page)
             if len(self._branches) >= _BRANCHES_MAX:
                 self._branches.clear()
             self._branches[number] = page, branch
@@ -234,8 +234,8 @@ class PageFile:
         if root is None:
             value = self.find(state, state.main, name.encode())
             if value is None:
-                raise _Damaged(f"it has no table {name}")
-            root = state.tables[name] = _tree_of(value)
+                raise Damaged(f"it has no table {name}")
+            root = state.tables[name] = tree_of(value)
         return root
 
 
@@ -266,7 +266,7 @@ class PageTxn:
             damage: Exception | None = None
             try:
                 tree = file.table(self._state, db)
-            except (_Damaged, struct.error) as err:
+            except (Damaged, struct.error) as err:
                 damage = err
             if self._is_right(damage):
                 return {"entries": tree.num_entries}
@@ -283,7 +283,7 @@ class PageTxn:
             try:
                 root = file.table(state, db)
                 found = [file.find(state, root, key) for key in keys]
-            except (_Damaged, struct.error) as err:
+            except (Damaged, struct.error) as err:
                 damage = err
             if self._is_right(damage):
                 return found
@@ -297,7 +297,7 @@ class PageTxn:
             try:
                 page, end = file.leaf(state, file.table(state, db), key)
                 found = [item for item in _items(file, page, values) if item[0] >= key]
-            except (_Damaged, struct.error) as err:
+            except (Damaged, struct.error) as err:
                 damage = err
             if self._is_right(damage):
                 return found, end
@@ -359,19 +359,19 @@ class PageCursor:
         return [(key, value) for key, value in zip(wanted, found, strict=True) if value is not None]
 
 
-def _tree_of(table: bytes) -> Tree:
+def tree_of(table: bytes) -> Tree:
     if len(table) != _TABLE.size:
-        raise _Damaged("a table's description has another length")
+        raise Damaged("a table's description has another length")
     _, _, depth, _, _, _, num_entries, root = _TABLE.unpack(table)
     if depth > _DEPTH_MAX or (depth == 0 and root != _NO_ROOT):
-        raise _Damaged("a table is deeper than LMDB makes them")
+        raise Damaged("a table is deeper than LMDB makes them")
     return Tree(root, depth, num_entries)
 
 
 @functools.cache
 def _pointers_of(lower: int) -> struct.Struct:
     if lower < _HEADER_BYTES:
-        raise _Damaged("a page has fewer than no nodes")
+        raise Damaged("a page has fewer than no nodes")
     return struct.Struct(f"<{(lower - _HEADER_BYTES) // 2}H")
 
 
@@ -380,14 +380,14 @@ def _pointers(page: bytes) -> tuple[int, ...]:
     return _pointers_of(_PAGE.unpack_from(page)[3]).unpack_from(page, _HEADER_BYTES)
 
 
-def _branch_of(page: bytes) -> Branch:
+def branch_of(page: bytes) -> Branch:
     keys, children = [], []
     for at in _pointers(page):
         low, high, higher, nbytes = _NODE.unpack_from(page, at)
         keys.append(page[at + _NODE_BYTES : at + _NODE_BYTES + nbytes])
         children.append(low | high << 16 | higher << 32)
     if not children:
-        raise _Damaged("a branch leads nowhere")
+        raise Damaged("a branch leads nowhere")
     # The first key of a branch is never looked at.
     return keys[1:], children
 

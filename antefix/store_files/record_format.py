@@ -10,14 +10,17 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from typing import Final
+from typing import Any, Final
 
 import xxhash
 
 from antefix.errors import BlockCorrupt
 
-FORMAT_VERSION: Final = 2
-FORMAT_VERSIONS: Final = (1, 2)
+FORMAT_VERSION: Final = 3
+FORMAT_VERSIONS: Final = (1, 2, 3)
+# Of records, which version 3 of a store left as they were: what a caller says in `record_format`.
+RECORD_VERSION: Final = 2
+RECORD_VERSIONS: Final = (1, 2)
 STORE_FILE: Final = "STORE"
 LOCK_FILE: Final = "LOCK"
 INDEX_DIR: Final = "index"
@@ -64,6 +67,10 @@ INDEX_ENTRY: Final = struct.Struct("<IQIIIIIIQQQQIIBBH32sI")
 _ENTRY_FIELDS: Final = struct.Struct("<IQIIIIIIQQQQIIBB2x32s4x")
 assert _ENTRY_FIELDS.size == INDEX_ENTRY.size
 _ENTRY_BODY_BYTES: Final = INDEX_ENTRY.size - 4
+# The same where everything fits, which is nearly always: place, use, life, bytes, tree, sums (docs/FORMAT.md has their
+# bits), parent, checksum of key and value
+INDEX_ENTRY_SHORT: Final = struct.Struct("<QQQQQQ32sI")
+_SHORT_BODY_BYTES: Final = INDEX_ENTRY_SHORT.size - 4
 # committed end, live bytes, live records
 SEGMENT_ENTRY: Final = struct.Struct("<QQQ")
 CHECK_OFFSET: Final = 16
@@ -212,6 +219,30 @@ def unpack_segment_header(raw: bytes) -> tuple[StoreIdentity, int]:
 
 
 def pack_entry(entry: IndexEntry, key: bytes) -> bytes:
+    """In the short form where everything fits into that."""
+    if (
+        entry.pinned_ms
+        or entry.offset & 7
+        or (entry.offset >> 35 | entry.segment >> 24 | entry.rank_ms >> 44 | entry.fingerprint_id >> 20)
+        or (entry.expires_ms >> 42 | entry.ttl_s >> 22 | entry.stored_bytes >> 30 | entry.payload_bytes >> 30)
+        or (entry.position >> 28 | entry.children >> 16 | entry.tenant_id >> 20 | entry.prefix_bytes >> 44)
+        or (entry.cost_ms >> 20 | entry.codec >> 4)
+    ):
+        return _pack_long(entry, key)
+    body = INDEX_ENTRY_SHORT.pack(
+        entry.offset >> 3 | entry.segment << 32 | entry.flags << 56,
+        entry.rank_ms | entry.fingerprint_id << 44,
+        entry.expires_ms | entry.ttl_s << 42,
+        entry.stored_bytes | entry.payload_bytes << 30 | entry.codec << 60,
+        entry.position | entry.children << 28 | entry.tenant_id << 44,
+        entry.prefix_bytes | entry.cost_ms << 44,
+        entry.parent,
+        0,
+    )[:_SHORT_BODY_BYTES]
+    return body + xxhash.xxh32_intdigest(key + body).to_bytes(4, "little")
+
+
+def _pack_long(entry: IndexEntry, key: bytes) -> bytes:
     body = INDEX_ENTRY.pack(
         entry.segment,
         entry.offset,
@@ -238,11 +269,37 @@ def pack_entry(entry: IndexEntry, key: bytes) -> bytes:
 
 def unpack_entry(value: bytes, key: bytes) -> IndexEntry | None:
     """The entry, or None when the value does not carry the right checksum: LMDB checks none of what it returns."""
-    if len(value) != INDEX_ENTRY.size:
+    size = len(value)
+    if size not in (INDEX_ENTRY_SHORT.size, INDEX_ENTRY.size):
         return None
-    if xxhash.xxh32_intdigest(key + value[:_ENTRY_BODY_BYTES]) != int.from_bytes(value[_ENTRY_BODY_BYTES:], "little"):
+    if xxhash.xxh32_intdigest(key + value[: size - 4]) != int.from_bytes(value[size - 4 :], "little"):
         return None
-    return IndexEntry(*_ENTRY_FIELDS.unpack(value))
+    if size == INDEX_ENTRY.size:
+        return IndexEntry(*_ENTRY_FIELDS.unpack(value))
+    place, use, life, nbytes, tree, sums, parent, _ = INDEX_ENTRY_SHORT.unpack(value)
+    return IndexEntry(*(*short_fields(place, use, life, nbytes, tree, sums), parent))
+
+
+def short_fields(place: Any, use: Any, life: Any, nbytes: Any, tree: Any, sums: Any) -> tuple[Any, ...]:
+    """The fields of IndexEntry but its parent, in order, from the words of the short form, or from arrays of them."""
+    return (
+        place >> 32 & 0xFFFFFF,
+        (place & 0xFFFFFFFF) << 3,
+        nbytes & 0x3FFFFFFF,
+        nbytes >> 30 & 0x3FFFFFFF,
+        tree & 0xFFFFFFF,
+        use >> 44,
+        tree >> 44,
+        tree >> 28 & 0xFFFF,
+        use & 0xFFFFFFFFFFF,
+        life & 0x3FFFFFFFFFF,
+        place & 0,
+        sums & 0xFFFFFFFFFFF,
+        sums >> 44,
+        life >> 42,
+        nbytes >> 60,
+        place >> 56,
+    )
 
 
 def segment_name(segment: int) -> str:

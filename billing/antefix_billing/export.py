@@ -20,7 +20,7 @@ from antefix.errors import ConfigError
 from antefix_billing.ledger_files import Settled
 from antefix_billing.usage_record import FIELD_TYPES
 
-EVENT_TYPE = "antefix_billing"
+EVENT_TYPE = "antefix.usage"
 # OpenMeter's documented limit is on bytes of a request; 1,000 events are under 1 MiB.
 EVENTS_A_BATCH = 1000
 _ROWS_A_GROUP = 16384

@@ -147,6 +147,12 @@ class Ledger:
         return self._tail.sequence
 
     @property
+    def head(self) -> tuple[int, bytes]:
+        """The last durable entry's number and hash."""
+        with self._mutex:
+            return self._tail.sequence, self._tail.hash
+
+    @property
     def reserve_bytes(self) -> int:
         """What may still be written when nothing else may."""
         return self._reserve.held(self._tail.offset)

@@ -77,6 +77,11 @@ def source_of_name(name: str) -> bytes:
     return bytes.fromhex(name.removeprefix(SOURCE_PREFIX))
 
 
+def source_name_of(source: bytes) -> str:
+    """As it stands in records and CloudEvents."""
+    return f"{SOURCE_PREFIX}{source.hex()}"
+
+
 def ledgers_of(paths: Sequence[Path]) -> list[Path]:
     """Ledger directories: each path is one, or a directory that holds some, as `antefix up`'s with several routers.
 
@@ -100,6 +105,7 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
     Raises:  LedgerCorrupt: the chain is broken, entries are missing, or a sealed segment is damaged.
     """
     mark = Mark.of(directory)
+    source = source_of(directory) if (directory / "source").exists() else None
     paths = segments_of(directory)
     if mark is not None and not paths:
         raise LedgerCorrupt(f"all segments of {directory} are missing, entry {mark.sequence} was the last; {RESTORE}")
@@ -115,6 +121,11 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
         if is_last and len(data) <= SEGMENT_HEADER_BYTES:
             break
         header = unpack_segment_header(data)
+        if source is not None and header.source != source:
+            raise LedgerCorrupt(
+                f"{paths[index].name} is ledger {header.source.hex()}'s, in that of {source.hex()}: entries"
+                f" from {header.first_sequence} on are not of this one"
+            )
         if header.first_sequence != expected or (previous is not None and header.previous_hash != previous):
             raise LedgerCorrupt(f"{paths[index].name} does not continue the segment before it")
         previous = header.previous_hash

@@ -70,7 +70,10 @@ class Calendar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateCard:
-    """Prices of some models from a time on. `version` stands in every record priced with it."""
+    """Prices of some models from a time on. `version` stands in every record priced with it.
+
+    rerate: where it comes to hold later than from `effective` on, records in between are to be priced again.
+    """
 
     version: str
     models: tuple[str, ...]
@@ -80,6 +83,7 @@ class RateCard:
     source: str = ""
     peak: Prices | None = None
     calendar: Calendar | None = None
+    rerate: bool = False
 
     def at(self, moment: datetime) -> Prices:
         peak = self.peak is not None and self.calendar is not None and self.calendar.is_peak(moment)
@@ -121,13 +125,24 @@ class RateCards:
 
     def quote(self, model: str, moment: datetime) -> Quote:
         """The prices in force; "*" stands for models without a card; without either everything is free."""
+        card = self.card(model, moment)
+        if card is None:
+            return FREE
+        prices = card.at(moment)
+        suffix = "/peak" if prices is card.peak else ""
+        return Quote(version=card.version + suffix, currency=card.currency, prices=prices)
+
+    def card(self, model: str, moment: datetime) -> RateCard | None:
+        """The one in force."""
         for name in (model, "*"):
             card = next((c for c in reversed(self._by_model.get(name, ())) if c.effective <= moment), None)
             if card is not None:
-                prices = card.at(moment)
-                suffix = "/peak" if prices is card.peak else ""
-                return Quote(version=card.version + suffix, currency=card.currency, prices=prices)
-        return FREE
+                return card
+        return None
+
+    def begins(self, model: str) -> list[datetime]:
+        """When cards that may hold for it come into force."""
+        return [card.effective for name in (model, "*") for card in self._by_model.get(name, ())]
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -163,6 +178,7 @@ def _card(table: Table, calendars: dict[str, Calendar]) -> RateCard:
         currency=table.text("currency"),
         effective=_in_utc(table, effective),
         source=table.text("source", ""),
+        rerate=table.boolean("rerate", False),
         prices=_prices(prices),
         peak=None if peak is None else _prices(peak),
         calendar=None if calendar is None else calendars[calendar],

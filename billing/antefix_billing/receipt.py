@@ -11,6 +11,7 @@ The signature covers the hash, the hash covers the payload: nothing in a receipt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from antefix.errors import ConfigError, InvalidRequest
-from antefix.private_file import create_private
+from antefix.private_file import create_private, write_private
 from antefix_billing.ledger_files import Settled
 from antefix_billing.ledger_format import EntryKind, chain_hash
 from antefix_billing.pricing import priced
@@ -27,6 +28,7 @@ from antefix_billing.ratecard import RateCards
 from antefix_billing.usage_record import UsageRecord
 
 _DOMAIN = b"antefix-receipt\0"
+_WAS = "was "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,25 +48,54 @@ class ReceiptCheck:
 class Signer:
     """The deployment's receipt key. The public half is published; the private half never leaves the router's host."""
 
-    def __init__(self, key: Ed25519PrivateKey) -> None:
+    def __init__(self, key: Ed25519PrivateKey, older: Sequence[bytes] = (), path: Path | None = None) -> None:
+        """older: public keys that signed before.  path: the file that it is of."""
         self._key = key
+        self.path = path
         self.public_key = key.public_key().public_bytes_raw()
+        self.older = tuple(older)
+
+    @property
+    def public_keys(self) -> tuple[bytes, ...]:
+        """The one that signs, then those that signed before; receipts of all of them stay good."""
+        return (self.public_key, *self.older)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Signer:
-        """Raises:  ConfigError: the file cannot be read or does not hold 32 bytes as hex."""
+        """The first line is the key, 32 bytes as hex; each other one "was PUBLIC_KEY", of a key that signed before.
+
+        Raises:  ConfigError: the file cannot be read or is of another form.
+        """
         try:
-            return cls(
-                Ed25519PrivateKey.from_private_bytes(bytes.fromhex(Path(path).read_bytes().decode("ascii").strip()))
-            )
+            first, *rest = Path(path).read_bytes().decode("ascii").split("\n")
+            older = [bytes.fromhex(line.removeprefix(_WAS)) for line in rest if line.strip()]
+            if any(not line.startswith(_WAS) for line in rest if line.strip()) or any(len(key) != 32 for key in older):
+                raise ValueError('a line behind the key must be "was" and a public key of 64 hex digits')
+            return cls(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(first.strip())), older, Path(path))
         except (OSError, ValueError) as err:
             raise ConfigError(f"receipt key {path}: {err}") from err
+
+    @classmethod
+    def rotate(cls, path: Path) -> Signer:
+        """A new key in the file, which keeps the public halves of those before it.  Raises:  ConfigError."""
+        before = cls.from_file(path)
+        was = "".join(f"{_WAS}{key.hex()}\n" for key in before.public_keys)
+        write_private(path, Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n" + was)
+        return cls.from_file(path)
 
     @classmethod
     def create(cls, path: Path) -> Signer:
         """The key in the file, made if it is not there, readable by its owner only."""
         create_private(path, Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
         return cls.from_file(path)
+
+    @property
+    def key_id(self) -> str:
+        """First 8 bytes of the public key, hex."""
+        return self.public_key[:8].hex()
+
+    def sign(self, data: bytes) -> bytes:
+        return self._key.sign(data)
 
     def receipt(self, settled: Settled, source: bytes) -> dict[str, Any]:
         return {
@@ -73,8 +104,8 @@ class Signer:
             "previous_hash": settled.previous_hash.hex(),
             "hash": settled.hash.hex(),
             "source": source.hex(),
-            "key_id": self.public_key[:8].hex(),
-            "signature": self._key.sign(_signed(source, settled.sequence, settled.hash)).hex(),
+            "key_id": self.key_id,
+            "signature": self._key.sign(signed_of_receipt(source, settled.sequence, settled.hash)).hex(),
         }
 
 
@@ -90,7 +121,7 @@ def check_receipt(receipt: dict[str, Any], public_key: bytes, cards: RateCards |
             bytes.fromhex(receipt[name]) for name in ("previous_hash", "hash", "source", "signature")
         )
         key = Ed25519PublicKey.from_public_bytes(public_key)
-        signed = _signed(source, sequence, hash)
+        signed = signed_of_receipt(source, sequence, hash)
         hash_ok = chain_hash(previous, sequence, EntryKind.SETTLE, payload) == hash
     except (KeyError, ValueError, TypeError, OverflowError) as err:
         raise InvalidRequest(f"not a receipt: {err}") from err
@@ -107,5 +138,5 @@ def check_receipt(receipt: dict[str, Any], public_key: bytes, cards: RateCards |
     return ReceiptCheck(record=record, signature_ok=signature_ok, hash_ok=hash_ok, price_ok=price_ok)
 
 
-def _signed(source: bytes, sequence: int, hash: bytes) -> bytes:
+def signed_of_receipt(source: bytes, sequence: int, hash: bytes) -> bytes:
     return _DOMAIN + source + sequence.to_bytes(8, "little") + hash

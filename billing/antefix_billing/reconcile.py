@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain as chained
 from pathlib import Path
 
 from antefix.errors import AntefixError
 from antefix.store_files.hit_log import StoreEventKind, read_store_log
+from antefix_billing.adjustment import Adjusted, AdjustmentKind
+from antefix_billing.anchor import Anchor
+from antefix_billing.anchor_check import AnchorVerdict, check_anchors
 from antefix_billing.computed_prefixes import Computed
-from antefix_billing.ledger_files import Settled, read_entries, settled_of, source_of
+from antefix_billing.ledger_files import Settled, adjusted_of, read_entries, settled_of, source_of
 from antefix_billing.ledger_format import EntryKind
 from antefix_billing.usage_record import OpenEntry, UsageRecord
 
@@ -41,10 +44,13 @@ class Verdict:
     duplicates: int
     unsupported_hits: int | None
     unsupported_examples: tuple[str, ...]
+    adjustments: int = 0
+    anchors: AnchorVerdict | None = None
 
     @property
     def ok(self) -> bool:
-        return self.chain_ok and self.head_ok and not self.duplicates and not self.unsupported_hits
+        is_anchored = self.anchors is None or self.anchors.ok
+        return self.chain_ok and self.head_ok and is_anchored and not self.duplicates and not self.unsupported_hits
 
     def to_json(self) -> str:
         return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
@@ -52,19 +58,24 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdicts:
-    """Of several ledgers of one deployment, by directory. charged_twice: requests that two of them charged."""
+    """Of several ledgers of one deployment, by directory.
+
+    charged_twice: requests that two of them charged and no adjustment gave back.  missing_ledgers: that anchors name,
+    and that are not among these.
+    """
 
     ledgers: tuple[tuple[str, Verdict], ...]
     charged_twice: int
+    missing_ledgers: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return all(verdict.ok for _, verdict in self.ledgers) and not self.charged_twice
+        return all(verdict.ok for _, verdict in self.ledgers) and not self.charged_twice and not self.missing_ledgers
 
     def to_json(self) -> str:
         """One ledger's as it always was; of several the sums, and each one's own."""
         verdicts = [verdict for _, verdict in self.ledgers]
-        if len(verdicts) == 1:
+        if len(verdicts) == 1 and not self.missing_ledgers:
             return verdicts[0].to_json()
         unsupported = [verdict.unsupported_hits for verdict in verdicts if verdict.unsupported_hits is not None]
         sums = {
@@ -73,6 +84,7 @@ class Verdicts:
             "open_requests": sum(verdict.open_requests for verdict in verdicts),
             "chain_ok": all(verdict.chain_ok for verdict in verdicts),
             "head_ok": all(verdict.head_ok for verdict in verdicts),
+            "missing_ledgers": list(self.missing_ledgers),
             "duplicates": sum(verdict.duplicates for verdict in verdicts) + self.charged_twice,
             "unsupported_hits": sum(unsupported) if unsupported else None,
         }
@@ -90,6 +102,9 @@ class _Chain:
     hash: bytes = b""
     anchor_seen: bool = False
     error: str = ""
+    adjusted: list[Adjusted] = field(default_factory=list)
+    hashes: dict[int, bytes] = field(default_factory=dict)
+    first: int = 1
 
 
 def verify(
@@ -103,26 +118,55 @@ def verify(
 
     anchor: a head that an earlier run reported; the entry must still be there with that hash.
     """
-    chain = _read(ledger, anchor)
+    chain = _read(ledger, anchor, ())
     evidence = None if store_log is None else _Evidence.of(chain.settled, store_log)
     return _verdict(chain, evidence, slack_us, has_anchor=anchor is not None)
 
 
 def verify_all(
-    ledgers: Sequence[Path], *, store_log: Path | Sequence[Path] | None, anchors: Mapping[bytes, tuple[int, str]]
+    ledgers: Sequence[Path],
+    *,
+    store_log: Path | Sequence[Path] | None,
+    anchors: Mapping[bytes, tuple[int, str]],
+    signed: Sequence[Anchor] = (),
+    public_keys: Sequence[bytes] = (),
+    are_all: bool = False,
 ) -> Verdicts:
-    """All ledgers of a deployment against the logs of its stores. anchors: by the ledger's source; see `verify`."""
+    """All ledgers of a deployment against the logs of its stores.
+
+    anchors: heads that earlier runs printed, by the ledger's source; see `verify`.  signed: anchors and receipts, of
+    any of them.  public_keys: that may have signed those; none: signatures are not checked.  are_all: a ledger that
+    only an anchor names is missing.
+    """
     named = [(ledger, anchors.get(source_of(ledger))) for ledger in ledgers]
-    chains = [_read(ledger, anchor) for ledger, anchor in named]
+    by_source = {source_of(ledger): [each for each in signed if each.source == source_of(ledger)] for ledger in ledgers}
+    chains = [_read(ledger, anchor, by_source[source_of(ledger)]) for ledger, anchor in named]
+    verdicts = [
+        check_anchors(
+            by_source[source_of(ledger)],
+            chain.hashes,
+            first=chain.first,
+            head=chain.sequence,
+            public_keys=public_keys,
+            chain_error=chain.error,
+        )
+        if signed
+        else None
+        for ledger, chain in zip(ledgers, chains, strict=True)
+    ]
+    missing = {each.source.hex() for each in signed if each.source not in by_source} if are_all else set()
     settled = [item for chain in chains for item in chain.settled]
     evidence = None if store_log is None else _Evidence.of(settled, store_log)
-    ended = Counter(key for chain in chains for key in {i.record.key for i in chain.settled if i.record.is_final})
     return Verdicts(
         ledgers=tuple(
-            (str(ledger), _verdict(chain, evidence, CLOCK_SLACK_US, has_anchor=anchor is not None))
-            for (ledger, anchor), chain in zip(named, chains, strict=True)
+            (
+                str(ledger),
+                replace(_verdict(chain, evidence, CLOCK_SLACK_US, has_anchor=anchor is not None), anchors=anchored),
+            )
+            for (ledger, anchor), chain, anchored in zip(named, chains, verdicts, strict=True)
         ),
-        charged_twice=sum(count - 1 for count in ended.values()),
+        charged_twice=_num_charged_twice(chains),
+        missing_ledgers=tuple(sorted(missing)),
     )
 
 
@@ -138,19 +182,47 @@ def _verdict(chain: _Chain, evidence: _Evidence | None, slack_us: int, *, has_an
         head_ok=not has_anchor or chain.anchor_seen,
         duplicates=_num_duplicates(chain.settled),
         unsupported_hits=None if unsupported is None else len(unsupported),
+        adjustments=len(chain.adjusted),
         unsupported_examples=tuple(unsupported[:_NUM_EXAMPLES_MAX]) if unsupported else (),
     )
 
 
-def _read(ledger: Path, anchor: tuple[int, str] | None) -> _Chain:
+def _num_charged_twice(chains: Sequence[_Chain]) -> int:
+    """Requests that several ledgers ended, and whose charge there nothing gave back."""
+    given_back = {
+        (item.adjustment.of_source, item.adjustment.of_event)
+        for chain in chains
+        for item in chain.adjusted
+        if item.adjustment.kind is AdjustmentKind.CHARGED_TWICE
+    }
+    ended = Counter(
+        key
+        for chain in chains
+        for key in {
+            item.record.key
+            for item in chain.settled
+            if item.record.is_final and (item.record.source, item.record.event_id) not in given_back
+        }
+    )
+    return sum(count - 1 for count in ended.values())
+
+
+def _read(ledger: Path, anchor: tuple[int, str] | None, signed: Sequence[Anchor]) -> _Chain:
     chain, opened = _Chain(settled=[]), set[str]()
+    wanted = {each.sequence for each in signed}
     try:
         for previous, entry in read_entries(ledger):
+            if not chain.sequence:
+                chain.first = entry.sequence
             chain.sequence, chain.hash = entry.sequence, entry.hash
+            if entry.sequence in wanted:
+                chain.hashes[entry.sequence] = entry.hash
             chain.anchor_seen = chain.anchor_seen or (entry.sequence, entry.hash.hex()) == anchor
             if entry.kind is EntryKind.OPEN:
                 opened.add(OpenEntry.from_payload(entry.payload).key)
                 continue
+            if entry.kind is EntryKind.ADJUST:
+                chain.adjusted.append(adjusted_of(previous, entry))
             if entry.kind is not EntryKind.SETTLE:
                 continue
             settled = settled_of(previous, entry)

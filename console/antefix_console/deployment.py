@@ -62,6 +62,7 @@ class DeploymentConfig(WorkerSettings):
     http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
     ratecards, tenants_file: docs/BILLING.md; without them all is free.
     api_keys_file, keys_redis: docs/SECURITY.md, "Keys".
+    anchors: where routers' ledgers are anchored.
     bill_redis: what several routers share of the bill (docs/BILLING.md, "Several routers").
     encrypt: what is stored is encrypted with the key in data_dir/store.key, which is made if it is not there.
     chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
@@ -88,6 +89,7 @@ class DeploymentConfig(WorkerSettings):
     api_keys_file: str = ""
     keys_redis: str = ""
     bill_redis: str = ""
+    anchors: tuple[str, ...] = ()
     encrypt: bool = False
     chat_format: str = "auto"
     model_aliases: str = ""
@@ -183,6 +185,12 @@ class Deployment:
         self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
+
+    def reload(self) -> None:
+        """Let routers read tenants, rate cards and the receipt key again."""
+        for process in self.processes:
+            if process.role == "router" and process.alive:
+                process.process.send_signal(signal.SIGHUP)
 
     @property
     def router(self) -> RouterClient:
@@ -284,6 +292,7 @@ class Deployment:
         flags += _given("--api-keys-file", self.config.api_keys_file)
         flags += _given("--keys-redis", self.config.keys_redis)
         flags += _given("--bill-redis", self.config.bill_redis)
+        flags += _given("--anchors", ",".join(self.config.anchors))
         peers = [self.config.ledger_dir_of(n) for n in range(self.config.num_routers)]
         flags += _given("--peer-ledgers", ",".join(str(path) for path in peers if path != ledger_dir))
         flags += flags_of(WorkerSettings, self.config, ("redis_password_file", "redis_ca_file"))
@@ -314,6 +323,13 @@ class Deployment:
             return []
         return ["--object-store", url, *(("--object-encrypt-key-file", str(key)) if key.exists() else ())]
 
+    def store_of(self, process: RoleProcess) -> str:
+        """Of several stores, the name and the directory of this one; empty for any other process."""
+        if process not in self._stores or self.config.num_stores == 1:
+            return ""
+        number = self._stores.index(process)
+        return f"{_store_name(number)} in {self.config.store_dir_of(number)}"
+
     def _store_flags(self) -> list[str]:
         """How the next process reaches the stores: one is on its host, the others are as if on other hosts."""
         config = self.config
@@ -339,6 +355,7 @@ class Deployment:
             self.processes = [process for process in self.processes if process.alive]
             raise
         started.ledger_dir = dead.ledger_dir
+        self._stores = [started if store is dead else store for store in self._stores]
         return started
 
     async def start_role(

@@ -22,7 +22,7 @@ def main() -> int:
 
 def hear_signals(args: list[str]) -> None:
     """SIGHUP ends no service: a terminal that closes, or an operator who means `reload`, must not stop a deployment.
-    Nothing has to be reloaded: certificates, keys and secrets are read again when they change.
+    Routers read tenants and rate cards again then; certificates, keys and secrets are read again when they change.
 
     As PID 1 of a container, signals without a handler are dropped: a stop that comes while we import must not be.
     """

@@ -73,6 +73,7 @@ SERVING: list[Panel] = [
     ("Time to first token", "s", quantiles("antefix_time_to_first_token_seconds", "plan")),
     ("Between two tokens", "s", quantiles("antefix_between_tokens_seconds")),
     ("Waiting for a prefill worker's turn", "s", quantiles("antefix_prefill_wait_seconds")),
+    ("Waiting for a worker's compute thread", "s", quantiles("antefix_compute_wait_seconds", by="work")),
     ("Whole requests", "s", quantiles("antefix_request_seconds", "status")),
     (
         "HTTP answers",

@@ -254,8 +254,17 @@ class KvOfModel:
         self.root: Final = root_of(self.digest, self._key)
 
     def chain(self, tokens: Tokens) -> Chain:
-        """Names by tokens, of the fingerprint's hash kind CHAINED_BLAKE2B."""
-        return chain_of(tokens, fingerprint_digest=self.digest, key=self._key, block_size=self.layout.block_size)
+        """Names by tokens, of the fingerprint's hash kind.
+
+        Raises:  InvalidRequest: that is ENGINE_KEY.
+        """
+        return chain_of(
+            tokens,
+            fingerprint_digest=self.digest,
+            key=self._key,
+            block_size=self.layout.block_size,
+            kind=self.fingerprint.hash_kind,
+        )
 
     def hash_of(self, engine_key: bytes) -> bytes:
         """The name of what an engine calls `engine_key`, which must stand for all tokens up to its end."""

@@ -38,7 +38,7 @@ from antefix.store_files.record_format import (
 from antefix.store_files.record_header import expected_checksum
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.identity import lock_directory
-from antefix_kvstore.index_check import content_fault
+from antefix_kvstore.index_check import index_fault
 from antefix_kvstore.index_writer import read_segments
 from antefix_kvstore.recovery import rebuild_store
 from antefix_kvstore.space import parent_of
@@ -243,5 +243,5 @@ def _check_derived(index: Index, txn: Any, sizes: dict[int, int], report: FsckRe
     for number, state in read_segments(index, txn).items():
         if state.live_records and sizes.get(number, 0) < state.end:
             report.note("segment table", f"segment {number} should have {state.end} bytes")
-    if not report.problems.get("index entry") and (fault := content_fault(index)):
+    if not report.problems.get("index entry") and (fault := index_fault(index.directory)):
         report.note("index", fault)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from antefix.errors import ConfigError
 from antefix.objects.bucket import is_object_url
 from antefix.record import Held, PutResult, Record, RecordName
-from antefix.security.listening import parse_address
+from antefix.security.listening import UNIX
 from antefix.store.client import RemoteStore
 from antefix.store.store_stats import StoreTotals
 from antefix.store_files.encryption import KeyRing
@@ -30,8 +31,7 @@ def open_source(text: str, *, key_file: str = "") -> Contents:
     """
     if is_object_url(text):
         return ObjectContents(text, keys=KeyRing.from_master_file(Path(key_file)) if key_file else None)
-    if "/" not in text and not Path(text).is_dir():
-        parse_address(text)
+    if _is_address(text):
         return ServedContents(RemoteStore(text))
     if not Path(text).is_dir():
         raise ConfigError(f"{text} is no directory; a store that is served is named by its address, host:port")
@@ -40,10 +40,10 @@ def open_source(text: str, *, key_file: str = "") -> Contents:
 
 
 def open_target(
-    text: str, *, budget_bytes: int = 0, key_file: str = "", ttl_s: float = 0.0
+    text: str, *, budget_bytes: int = 0, key_file: str = "", makes: bool = False, ttl_s: float = 0.0
 ) -> DirectoryTarget | ServiceTarget | ObjectTarget:
-    """What is copied to: a directory that no service has open, which is made if it is not there, an object store's URL,
-    or host:port.
+    """What is copied to: a directory that no service has open, host:port or an object store's URL.  makes: a directory
+    that is missing.
 
     budget_bytes: of a directory; 0: a store's default.  key_file: what a directory or object store is encrypted with.
     ttl_s: after which copies in an object store go; 0: never.
@@ -51,12 +51,21 @@ def open_target(
     """
     if is_object_url(text):
         return ObjectTarget(text, keys=KeyRing.from_master_file(Path(key_file)) if key_file else None, ttl_s=ttl_s)
-    if "/" in text or Path(text).is_dir():
+    if not _is_address(text):
+        if not makes and not Path(text).is_dir():
+            raise ConfigError(f"{text} is no directory; a store that is served is named by its address, host:port")
         config = KvStoreConfig(dir=text, scrub_bytes_per_s=0, encrypt_key_file=key_file)
         if budget_bytes:
             config = dataclasses.replace(config, budget_bytes=budget_bytes)
         return DirectoryTarget(EmbeddedStore(config))
     return ServiceTarget(RemoteStore(text))
+
+
+def _is_address(text: str) -> bool:
+    """A name without a port is a directory, made or to be made, and so is whatever is one already."""
+    if text.startswith(UNIX):
+        return True
+    return "/" not in text and re.search(r":[0-9]+$", text) is not None and not Path(text).is_dir()
 
 
 class DirectoryTarget:

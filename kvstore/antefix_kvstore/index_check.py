@@ -1,81 +1,51 @@
-"""Is an index, sound in structure, what its entries say? What a crash left has no checksum over all of it.
+"""Is an index what its entries say? What a crash left has no checksum over all of it.
 
-Entries carry their own checksums. All other tables follow from them, so they are derived once more and compared, keys
-as sums of their hashes, which takes no memory however many there are.
+Its structure is checked first (`index_structure`), then each entry by its own checksum. All other tables follow from
+the entries, so they are derived once more (`index_sums`) and compared, keys as sums of their hashes, which takes no
+memory however many there are.
 """
 
 from __future__ import annotations
 
 import struct
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Final
+from pathlib import Path
+from typing import Any
 
-import xxhash
+import lmdb
 
-from antefix.record import RecordKind, RecordName
+from antefix.errors import Unavailable
+from antefix.record import RecordKind
 from antefix.store_files import codec
-from antefix.store_files.index import TABLE_OF_KIND, Index, owner_of
-from antefix.store_files.record_format import HASH_BYTES, IndexEntry, RecordFlag, unpack_entry
-from antefix_kvstore.index_writer import PLAN_PREFIX, count_entry, expiry_key, leaf_key, read_segments, read_totals
-
-_FIRST: Final = int(RecordFlag.FIRST)
-
-
-@dataclass(slots=True)
-class _KeySum:
-    """How many keys, and the sum of their hashes: in any order."""
-
-    count: int = 0
-    total: int = 0
-
-    def add(self, key: bytes | None) -> None:
-        if key is not None:
-            self.count += 1
-            self.total += xxhash.xxh3_64_intdigest(key)
+from antefix.store_files.index import DATA_FILE, TABLES, Index, owner_of
+from antefix.store_files.record_format import HASH_BYTES
+from antefix_kvstore.index_structure import structure_fault
+from antefix_kvstore.index_sums import Derived
+from antefix_kvstore.index_writer import PLAN_PREFIX, read_segments, read_totals
 
 
-@dataclass(slots=True)
-class _Derived:
-    """What the entries imply."""
-
-    leaves: _KeySum = field(default_factory=_KeySum)
-    expiry: _KeySum = field(default_factory=_KeySum)
-    totals: dict[bytes, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0, 0]))
-    live: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
-    fingerprint_ids: set[int] = field(default_factory=set)
-    tenant_ids: set[int] = field(default_factory=set)
-    # Fingerprint id to the positions of first blocks.
-    first_positions: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
-    num_quarantined: int = 0
-    num_apart: int = 0
-
-    def add(self, name: RecordName, entry: IndexEntry) -> None:
-        self.leaves.add(leaf_key(name, entry))
-        self.expiry.add(expiry_key(name, entry))
-        count_entry(self.totals, self.live, name[0], entry, 1)
-        self.fingerprint_ids.add(entry.fingerprint_id)
-        self.tenant_ids.add(entry.tenant_id)
-        if entry.flags & _FIRST:
-            self.first_positions[entry.fingerprint_id].add(entry.position)
-        self.num_quarantined += entry.quarantined
-        self.num_apart += entry.apart
+def index_fault(directory: Path) -> str | None:
+    """What is wrong with the index in a directory, which nobody writes now; None: it may be opened and believed."""
+    derived = Derived()
+    if fault := structure_fault(directory / DATA_FILE, TABLES, derived.add):
+        return fault
+    try:
+        index = Index(directory, mapped=True)
+    except Unavailable as err:
+        return str(err)
+    try:
+        return _content_fault(index, derived)
+    except lmdb.Error as err:
+        return str(err)
+    finally:
+        index.close()
 
 
-def content_fault(index: Index) -> str | None:
+def _content_fault(index: Index, derived: Derived) -> str | None:
     """What is wrong, or None.  Raises:  lmdb.Error: LMDB itself cannot make sense of it."""
     with index.txn() as txn:
-        derived = _Derived()
-        for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
-            with txn.cursor(db=index.db[TABLE_OF_KIND[kind]]) as cursor:
-                for key, value in cursor:
-                    entry = unpack_entry(value, key)
-                    if entry is None:
-                        return "an entry is damaged"
-                    derived.add((kind, key), entry)
         faults = (
-            *_key_faults(index, txn, derived),
+            *_key_faults(derived),
             *_segment_faults(index, txn, derived),
             *_total_faults(index, txn, derived),
             *_name_faults(index, txn, derived),
@@ -84,17 +54,14 @@ def content_fault(index: Index) -> str | None:
         return faults[0] if faults else None
 
 
-def _key_faults(index: Index, txn: Any, derived: _Derived) -> Iterator[str]:
-    for table, expected in (("leaves", derived.leaves), ("expiry", derived.expiry)):
-        found = _KeySum()
-        with txn.cursor(db=index.db[table]) as cursor:
-            for key in cursor.iternext(keys=True, values=False):
-                found.add(key)
-        if found != expected:
+def _key_faults(derived: Derived) -> Iterator[str]:
+    pairs = {"leaves": (derived.leaves, derived.found_leaves), "expiry": (derived.expiry, derived.found_expiry)}
+    for table, (implied, found) in pairs.items():
+        if implied != found:
             yield f"its table of {table} does not follow from its entries"
 
 
-def _segment_faults(index: Index, txn: Any, derived: _Derived) -> Iterator[str]:
+def _segment_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
     try:
         states = read_segments(index, txn)
     except struct.error:
@@ -109,7 +76,7 @@ def _segment_faults(index: Index, txn: Any, derived: _Derived) -> Iterator[str]:
             yield f"it counts segment {number} wrongly"
 
 
-def _total_faults(index: Index, txn: Any, derived: _Derived) -> Iterator[str]:
+def _total_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
     try:
         found = {key: list(row) for key, row in read_totals(index, txn).items() if any(row)}
     except struct.error:
@@ -123,7 +90,7 @@ def _total_faults(index: Index, txn: Any, derived: _Derived) -> Iterator[str]:
         yield "it counts records apart from their parents wrongly"
 
 
-def _name_faults(index: Index, txn: Any, derived: _Derived) -> Iterator[str]:
+def _name_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
     """Names and ids must lead to each other, and every id that is used must be among them."""
     with txn.cursor(db=index.db["names"]) as cursor:
         rows = {bytes(key): bytes(value) for key, value in cursor}

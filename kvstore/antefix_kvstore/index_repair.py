@@ -1,7 +1,7 @@
 """The index as a derived thing: examined before it is trusted, rebuilt from the segments' headers when it is not sound.
 
-LMDB believes what it reads, so a damaged file must never reach it: an index is opened only when its checksum from the
-last clean close holds, or, after a crash, when py-lmdb's verifier, which does not use LMDB, finds its structure sound
+LMDB believes what it reads, so a damaged file must not reach it: an index is opened only when its checksum from the
+last clean close holds, or, after a crash, when `index_check`, which does not use LMDB, finds its structure sound
 and its tables say what its entries say, which carry checksums of their own.
 """
 
@@ -10,13 +10,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-import lmdb
-import lmdb.verify
 import xxhash
 
 from antefix.errors import Unavailable
@@ -28,7 +26,7 @@ from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.identity import CLEAN_FILE, DISCARDED_DIR, REBUILT_DIR
-from antefix_kvstore.index_check import content_fault
+from antefix_kvstore.index_check import index_fault
 from antefix_kvstore.index_forest import insert_entry
 from antefix_kvstore.index_writer import IndexTxn, SegmentState
 from antefix_kvstore.kvstore_config import KvStoreConfig
@@ -82,26 +80,8 @@ def _index_fault(directory: Path) -> str | None:
     if clean.exists():
         # It is deleted before the index is changed: where both are there they agree, or one of them is damaged.
         return None if clean.read_bytes() == index_sum(directory) else "it is not what it was when the store was closed"
-    try:
-        verify: Callable[..., list[str]] = lmdb.verify.verify
-        faults = verify(str(directory / INDEX_DIR), subdir=True)
-    except (lmdb.verify.VerifyError, OSError, ValueError) as err:
-        return f"it is damaged ({err})"
-    return f"it is damaged ({faults[0]})" if faults else _content_fault(directory)
-
-
-def _content_fault(directory: Path) -> str | None:
-    """Whether an index that is sound in structure says what its entries say."""
-    try:
-        index = Index(directory / INDEX_DIR, mapped=True)
-    except Unavailable as err:
-        return str(err)
-    try:
-        return content_fault(index)
-    except lmdb.Error as err:
-        return str(err)
-    finally:
-        index.close()
+    fault = index_fault(directory / INDEX_DIR)
+    return f"it is damaged ({fault})" if fault else None
 
 
 def index_sum(directory: Path) -> bytes:

@@ -38,7 +38,7 @@ from antefix.store.payload_wire import Piece, unpack_put_request
 from antefix.store.pieces import HASHES_MAX, RecordAssembler, kind_of, messages_of, split_hashes
 from antefix.store.plan_wire import plans_from_wire
 from antefix.store_files.gone_blocks import fate_of
-from antefix.store_files.record_format import FORMAT_VERSIONS
+from antefix.store_files.record_format import RECORD_VERSIONS
 from antefix.store_files.record_header import owner_row
 from antefix.telemetry import Registry
 from antefix.telemetry.settings import serve_metrics
@@ -138,7 +138,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         if kind in MEMORY_KINDS:
             return self._from_memory(kind, request, hashes)
         rows = _granted_rows()
-        known = request.record_format in FORMAT_VERSIONS
+        known = request.record_format in RECORD_VERSIONS
         wanted = GetRange(
             kind=kind,
             hashes=hashes,

@@ -40,6 +40,7 @@ from antefix_billing.request_account import rank
 from antefix_billing.tenants import TenantBook
 from antefix_billing.usage_commit import LedgerWriter, NoLedger, UsageWriter
 from antefix_billing.usage_record import OpenEntry, Status, UsageRecord, request_key
+from antefix_router.anchoring import Anchoring
 from antefix_router.answers import KeptAnswer, RetryConfig, Run, SharedRun
 from antefix_router.ending import Ending
 from antefix_router.generation import Generation, OutputPiece
@@ -81,6 +82,8 @@ class Accounts:
         self.peers = peers or PeerLedgers(())
         # Set by `share`: what several routers tell one another.
         self.shared: SharedBill | None = None
+        # Set where the ledger's head is kept elsewhere as well.
+        self.anchoring: Anchoring | None = None
         self.quotas = QuotaBook(tenants.limits, tenants.default)
         self._running: set[str] = set()
         self._repeats: OrderedDict[str, int] = OrderedDict()
@@ -305,6 +308,8 @@ class Accounts:
             await asyncio.gather(*self._settling.values(), return_exceptions=True)
         if self.shared is not None:
             await self.shared.close()
+        if self.anchoring is not None:
+            await self.anchoring.close()
         await self.writer.close()
 
     def _settle_shared(self, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:

@@ -29,6 +29,7 @@ from antefix_router.front import Front, open_front
 from antefix_router.generation import Generator
 from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import follow_keys
+from antefix_router.live_books import LiveBooks
 from antefix_router.load_shedding import LoadShedding
 from antefix_router.metrics import (
     accounts_metrics,
@@ -36,6 +37,7 @@ from antefix_router.metrics import (
     key_metrics,
     lost_metrics,
     placement_metrics,
+    reload_metrics,
     router_metrics,
     shedding_metrics,
 )
@@ -136,6 +138,7 @@ class Router:
             shedding=LoadShedding(config.wait_s_max, lambda: len(self.decode.workers)),
         )
         self.key_changes = follow_keys(config, self.front.keys, keyring)
+        self.live_books = LiveBooks(config, self.front)
 
     def _generator(self, directory: Directory, sessions: Sessions) -> Generator:
         return Generator(
@@ -160,12 +163,14 @@ class Router:
         if self.key_changes is not None:
             self.key_changes.start()
         self.front.start()
+        self.live_books.start()
         if isinstance(self.store, ManyStores):
             self.store.follow(self.fingerprint)
         elif self.config.store_events:
             self.feed.start()
 
     async def close(self) -> None:
+        await self.live_books.close()
         await self.front.close()
         if self.key_changes is not None:
             await self.key_changes.close()
@@ -234,3 +239,4 @@ class Router:
         if (breaker := getattr(self.store, "breaker", None)) is not None:
             yield from breaker_metrics(breaker)
         yield from key_metrics(self.front.keys, self.key_changes)
+        yield from reload_metrics(self.live_books)

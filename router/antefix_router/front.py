@@ -18,6 +18,7 @@ from antefix.redis_access import RedisAccess, check_redis_url, redis_ca_setting,
 from antefix.sampling import WrongSetting
 from antefix.secret import Keyring
 from antefix.tokenizer import Tokenizer
+from antefix_billing.anchor import check_place
 from antefix_billing.api_keys import CONTROL
 from antefix_billing.key_file import read_book
 from antefix_billing.key_register import KeyRegister
@@ -29,6 +30,7 @@ from antefix_billing.request_account import RunningAt
 from antefix_billing.tenants import TenantBook, load_tenants
 from antefix_billing.usage_commit import LedgerWriter
 from antefix_router.accounting import Accounts
+from antefix_router.anchoring import Anchoring
 from antefix_router.answers import RetryConfig, Run
 from antefix_router.encoding import Encoding
 from antefix_router.generation import Generator, OutputPiece
@@ -73,6 +75,10 @@ class BillingConfig(RetryConfig):
         choices=("refuse", "serve"),
     )
     peer_ledgers: tuple[str, ...] = setting((), "ledger directories of other routers on this host, to answer for them")
+    anchors: tuple[str, ...] = setting(
+        (), "where the ledger's signed head goes: files elsewhere, or file:// directories of an object store"
+    )
+    anchor_s: float = setting(60.0, "how often", unit="s")
     receipt_key_file: str = setting("", "Ed25519 key that signs receipts, made if missing (default: in ledger_dir)")
 
     def __post_init__(self) -> None:
@@ -81,6 +87,10 @@ class BillingConfig(RetryConfig):
         require(bool(self.ledger_dir) or not self.bill_redis, "--bill-redis needs --ledger-dir")
         if self.bill_redis:
             check_redis_url(self.bill_redis, "bill_redis")
+        require(bool(self.ledger_dir) or not self.anchors, "--anchors needs --ledger-dir")
+        require(self.anchor_s > 0, f"anchor_s must be positive, is {self.anchor_s}")
+        for place in self.anchors:
+            check_place(place)
         require(self.bill_keep_s > 0, f"bill_keep_s must be positive, is {self.bill_keep_s}")
         require(bool(self.api_keys_file) or not self.keys_redis, "--keys-redis needs --api-keys-file")
 
@@ -92,6 +102,8 @@ class BilledFront:
         self.accounts = accounts
         self.keys = keys
         self.signer = signer
+        # Where its key is, so that a rotated one can be taken while the router runs.
+        self.signer_path = signer.path if signer is not None else None
         self.prefixes = PrefixWatch()
         self._run = run
 
@@ -99,10 +111,18 @@ class BilledFront:
         """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
         return self.accounts.run(bill, self._run, timeout_s)
 
+    def take_signer(self, signer: Signer) -> None:
+        """Receipts and anchors are signed with this key from now on."""
+        self.signer = signer
+        if self.accounts.anchoring is not None:
+            self.accounts.anchoring.signer = signer
+
     def start(self) -> None:
         """Share the bill with other routers, where the settings say so."""
         if self.accounts.shared is not None:
             self.accounts.shared.start()
+        if self.accounts.anchoring is not None:
+            self.accounts.anchoring.start()
 
     async def close(self) -> None:
         """Settle what is running."""
@@ -273,6 +293,8 @@ def open_books(config: BillingConfig, keyring: Keyring) -> tuple[Accounts, Tenan
     if ledger is None:
         return accounts, tenants, keys, None
     signer = Signer.create(Path(config.receipt_key_file or ledger.directory / "receipts.key"))
+    if config.anchors:
+        accounts.anchoring = Anchoring(ledger, signer, config.anchors, config.anchor_s)
     return accounts, tenants, keys, signer
 
 
@@ -289,5 +311,9 @@ def share_bill(config: BillingConfig, accounts: Accounts, keyring: Keyring) -> S
 
 def key_register(tenants: TenantBook, *, needed: bool = False) -> KeyRegister:
     """The keys of a tenants file.  needed: there are others as well."""
-    is_open = not (needed or tenants.needs_keys or tenants.keys)
-    return KeyRegister(named=tenants.keys, open_as="" if is_open else None)
+    return KeyRegister(named=tenants.keys, open_as="" if is_open_to_all(tenants, needed=needed) else None)
+
+
+def is_open_to_all(tenants: TenantBook, *, needed: bool) -> bool:
+    """Whether callers need no key.  needed: there are other keys than the tenants'."""
+    return not (needed or tenants.needs_keys or tenants.keys)

@@ -22,6 +22,7 @@ from antefix_router.gateway.notes import IgnoredFields
 from antefix_router.gateway.strict_http import HttpFaults
 from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import KeyChanges
+from antefix_router.live_books import LiveBooks
 from antefix_router.load_shedding import LoadShedding
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.pace import slow_ones
@@ -116,8 +117,20 @@ def accounts_metrics(accounts: Accounts) -> Iterable[Metric]:
             "What may still be written when the disk is full.",
             {(): float(writer.ledger.reserve_bytes)},
         )
+    if (anchoring := accounts.anchoring) is not None:
+        yield gauge(
+            "antefix_ledger_anchored_entry", "The last entry anchored in all places.", {(): anchoring.anchored_to}
+        )
+        yield counter("antefix_ledger_failed_anchors", "Anchors that failed.", {(): float(anchoring.num_failed)})
     if accounts.shared is not None:
         yield from shared_bill_metrics(accounts.shared)
+
+
+def reload_metrics(books: LiveBooks) -> Iterable[Metric]:
+    """Of tenants and rate cards."""
+    found = {("taken",): float(books.num_changes), ("refused",): float(books.num_refused)}
+    help_text = "Times that tenants and rate cards were read again: taken, or refused as a whole."
+    yield counter("antefix_bill_reloads", help_text, found, ("outcome",))
 
 
 def shared_bill_metrics(shared: SharedBill) -> Iterable[Metric]:

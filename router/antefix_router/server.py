@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import signal
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import partial
@@ -254,6 +255,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         await end_tasks([telling])
         await router.close()
 
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, router.live_books.ask)
     await rpc.run_until_signal(
         server,
         role="router",

@@ -41,7 +41,7 @@ def test_cloud_events_have_what_openmeter_asks_for(directory):
     (batch,) = cloud_event_batches(read_settled(directory))
     assert len({(event["source"], event["id"]) for event in batch}) == 3
     for event in batch:
-        assert event["specversion"] == "1.0" and event["type"] == "antefix_billing" and event["subject"]
+        assert event["specversion"] == "1.0" and event["type"] == "antefix.usage" and event["subject"]
         assert event["time"].endswith("Z") and event["datacontenttype"] == "application/json"
         assert event["data"]["cache_hit_tokens"] + event["data"]["cache_miss_tokens"] == event["data"]["prompt_tokens"]
     assert batch[0]["data"]["price"] == "0.000000000001"

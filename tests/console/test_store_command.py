@@ -51,6 +51,20 @@ def test_a_copy_says_what_it_did_and_goes_on_when_run_again(filled, tmp_path, ca
     assert "10 were there already" in capsys.readouterr().out
 
 
+def test_a_name_without_a_port_is_a_directory_and_only_a_copy_makes_one(filled, tmp_path, capsys, monkeypatch):
+    source, secret = filled
+    monkeypatch.chdir(tmp_path)
+    assert ran(capsys, "store", "copy", str(source), "backup", "--budget-bytes", "8M")[1]["num_copied"] == 8
+    assert (tmp_path / "backup" / "segments").is_dir()
+    for command in (
+        ["drain", str(source), "--to", "bakcup"],
+        ["store", "purge", "bakcup", "--tenant", "acme", "--secret-file", str(secret)],
+        ["store", "copy", "bakcup", "other"],
+    ):
+        assert main(command) == 2 and "bakcup is no directory" in capsys.readouterr().err
+    assert not (tmp_path / "bakcup").exists() and not (tmp_path / "other").exists()
+
+
 def test_a_drain_moves_to_the_stores_that_stay(filled, tmp_path, capsys):
     source, _ = filled
     engine_of(tmp_path / "b").close()

@@ -106,6 +106,20 @@ def test_a_small_terminal_shows_fewer_requests():
     assert shown(data=many, height=24).count("request-") < shown(data=many, height=60).count("request-") == 20
 
 
+def test_stores_are_shown_one_by_one_and_hits_with_their_tiers():
+    store = {"name": "a", "answers": True, "used_bytes": 5e9, "budget_bytes": 64e9, "records": 7, "evictions": 0}
+    sound = store | {"failures": 0, "stopped": ""}
+    stores = [sound, sound | {"name": "b", "answers": False, "failures": 3}]
+    asked = [request(1, hit_tiers={"memory": 1, "peer:b": 2})]
+    text = shown(data=DATA | {"store": {"stores": stores}, "requests": asked})
+    assert "5.0G" in text and "64.0G" in text and "memory+peer:b" in text
+    assert "answers" in next(line for line in text.splitlines() if line.startswith("a "))
+    assert "does not answer" in next(line for line in text.splitlines() if line.startswith("b "))
+    full = [store | {"failures": 0, "stopped": "the disk is full"}]
+    assert "stores nothing: the disk is full" in shown(data=DATA | {"store": {"stores": full}})
+    assert "stores" not in shown(data=DATA | {"store": {"stores": []}}).splitlines()
+
+
 def test_what_a_terminal_would_obey_is_spelled_out():
     text = shown(data=DATA | {"requests": [request(1, tenant="a\x1b[2J")], "model": "\x1b]0;x\x07"})
     assert "\x1b" not in text and "\\x1b" in text

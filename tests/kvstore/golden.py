@@ -80,6 +80,7 @@ def main() -> None:
         keys.chmod(0o600)
         secret = Path(name) / "secret"
         secret.write_text(f"3 {SECRET.hex()}\n")
+        secret.chmod(0o600)
         write(GOLDEN / f"store-v{FORMAT_VERSION}-encrypted.tar.gz", keys_file=str(keys), secret_file=str(secret))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from antefix.block import Chain, chain_of
+from antefix.block import Chain, HashKind, chain_of
 from antefix.record import OWNER_BYTES, Record, RecordKind
 from antefix_kvstore.storage_engine import StorageEngine
 
@@ -23,7 +23,14 @@ class Prompt:
     ) -> None:
         self.fingerprint = fingerprint
         self.version = version
-        self.chain: Chain = chain_of(tokens, fingerprint_digest=fingerprint, key=b"k" * 32, block_size=BLOCK)
+        self.chain: Chain = chain_of(
+            tokens,
+            fingerprint_digest=fingerprint,
+            key=b"k" * 32,
+            block_size=BLOCK,
+            # As in the golden stores.
+            kind=HashKind.CHAINED_BLAKE2B,
+        )
         self.hashes = self.chain.hashes
         self.payload_bytes = payload_bytes
 

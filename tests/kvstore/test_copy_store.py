@@ -52,7 +52,7 @@ async def copy(source: Path, *targets: DirectoryTarget, limits: CopyLimits = ALL
 
 
 def target_of(directory: Path) -> DirectoryTarget:
-    target = open_target(str(directory), budget_bytes=8 << 20)
+    target = open_target(str(directory), budget_bytes=8 << 20, makes=True)
     assert isinstance(target, DirectoryTarget)
     return target
 
@@ -123,7 +123,7 @@ async def test_what_any_target_has_is_not_sent_and_the_rest_goes_where_there_is_
     engine.register(FINGERPRINT, BLOCK, {})
     engine.put(LONG.blocks(9))
     engine.close()
-    big = open_target(str(tmp_path / "c"), budget_bytes=64 << 20)
+    big = open_target(str(tmp_path / "c"), budget_bytes=64 << 20, makes=True)
     report = await copy(tmp_path / "a", target_of(tmp_path / "b"), big)  # type: ignore[arg-type]
     assert (report.num_there, report.num_copied) == (9, NUM_RECORDS - 9)
     engine = engine_of(tmp_path / "c")
@@ -162,7 +162,7 @@ async def test_compressed_and_encrypted_stores_are_copied_as_what_they_hold(tmp_
     key.write_text("ab" * 32)
     fill(tmp_path / "a", encrypt_key_file=str(key))
     with open_source(str(tmp_path / "a"), key_file=str(key)) as contents:
-        target = open_target(str(tmp_path / "b"), budget_bytes=8 << 20)
+        target = open_target(str(tmp_path / "b"), budget_bytes=8 << 20, makes=True)
         report = await copy_store(contents, [target], ALL)
         await target.close()
     assert report.num_copied == NUM_RECORDS
@@ -214,7 +214,7 @@ async def test_a_purge_takes_all_of_a_tenant_and_nothing_else(tmp_path: Path) ->
     assert fsck(tmp_path / "a").sound
 
 
-@pytest.mark.parametrize("text", ["ftp://bucket/prefix", "/no/such/directory"])
+@pytest.mark.parametrize("text", ["ftp://bucket/prefix", "/no/such/directory", "backup"])
 async def test_a_source_that_is_neither_directory_nor_address_is_refused_with_what_to_do(text: str) -> None:
     with pytest.raises(ConfigError, match="directory"):
         open_source(text)

@@ -134,12 +134,12 @@ def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_format_version_is_refused(open_engine: OpenEngine, tmp_path: Path) -> None:
-    from antefix.store_files.record_format import StoreIdentity, pack_identity
+    from antefix.store_files.record_format import FORMAT_VERSION, StoreIdentity, pack_identity
 
     open_engine().close()
-    newer = StoreIdentity(store_id=bytes(16), created_ms=0, version=3)
+    newer = StoreIdentity(store_id=bytes(16), created_ms=0, version=FORMAT_VERSION + 1)
     (tmp_path / "store" / "STORE").write_bytes(pack_identity(newer))
-    with pytest.raises(ConfigError, match="format version 3"):
+    with pytest.raises(ConfigError, match=f"format version {FORMAT_VERSION + 1}"):
         open_engine()
 
 

@@ -21,6 +21,8 @@ from antefix.store.pieces import join_hashes
 from antefix.store_files.owners import KnownNames, Owners
 from antefix.store_files.record_format import (
     FORMAT_VERSION,
+    INDEX_ENTRY,
+    INDEX_ENTRY_SHORT,
     RECORD_HEADER_BYTES,
     unpack_identity,
     unpack_segment_header,
@@ -59,13 +61,13 @@ def versions(engine: StorageEngine) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("ending", ["closed", "killed", "index lost"])
-def test_a_store_of_version_1_goes_on_as_version_2(v1_store: Path, ending: str) -> None:
+def test_a_store_of_version_1_goes_on_as_the_present_one(v1_store: Path, ending: str) -> None:
     config = KvStoreConfig(dir=str(v1_store), budget_bytes=1 << 20)
     engine = StorageEngine(config)
     engine.segments.roll(engine.clock_ms())
     engine.put([*NEW.blocks(), NEW.checkpoint(3)])
     engine.put(OLD.blocks())
-    assert set(versions(engine)) == {(1, 1), (2, 2), (2, 1)}
+    assert set(versions(engine)) == {(1, 1), (3, 2), (3, 1)}
     engine.abandon() if ending == "killed" else engine.close()
     assert unpack_identity((v1_store / "STORE").read_bytes()).version == FORMAT_VERSION
     if ending == "index lost":
@@ -86,7 +88,7 @@ def test_a_store_whose_identity_is_lost_is_of_its_newest_segments_version(v1_sto
     engine.close()
     (v1_store / "STORE").unlink()
     engine = StorageEngine(config)
-    assert (engine.identity.version, RAW.check(engine), NEW.check(engine)) == (2, 5, 4)
+    assert (engine.identity.version, RAW.check(engine), NEW.check(engine)) == (FORMAT_VERSION, 5, 4)
     engine.close()
 
 
@@ -242,3 +244,27 @@ def test_a_message_with_seals_is_one_that_protobuf_reads() -> None:
     assert (message.index, message.data, message.seals) == (3, b"payload", b"s" * 168)
     piece = unpack_get_response(raw)
     assert bytes(piece.data) == b"payload" and piece.message.seals == b"s" * 168  # type: ignore[union-attr]
+
+
+def test_an_index_of_version_2_takes_short_entries_where_it_changes(tmp_path: Path) -> None:
+    with tarfile.open(GOLDEN / "store-v2.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    engine = StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=1 << 20))
+    old, new = INDEX_ENTRY.size, INDEX_ENTRY_SHORT.size
+
+    def lengths() -> dict[bytes, int]:
+        with engine.index.txn() as txn, txn.cursor(db=engine.index.db["blocks"]) as cursor:
+            return {bytes(key): len(value) for key, value in cursor}
+
+    assert set(lengths().values()) == {old}
+    engine.put(NEW.blocks())
+    engine.pin([(RecordKind.BLOCK, NEW.hashes[1])], 60)
+    assert [lengths()[block_hash] for block_hash in NEW.hashes] == [new, old, new, new]
+    engine.pin([(RecordKind.BLOCK, name) for name in (RAW.hashes[0], NEW.hashes[1])], 0)
+    assert lengths()[NEW.hashes[1]] == lengths()[RAW.hashes[0]] == new
+    engine.note_use([(RecordKind.BLOCK, RAW.hashes[4])], [])
+    engine.flush_touches()
+    assert lengths()[RAW.hashes[4]] == new and lengths()[RAW.hashes[3]] == old
+    assert (RAW.check(engine), NEW.check(engine)) == (5, 4)
+    engine.close()
+    assert check_store.fsck(tmp_path / "store").sound

@@ -120,3 +120,22 @@ async def test_tenants_take_turns_by_the_time_their_chunks_took():
     thread.close()
     assert taken.index("modest") <= 1
     assert taken[:7].count("modest") == 3
+
+
+async def test_waits_for_the_thread_are_counted_by_kind_of_work():
+    thread, let_go = ComputeThread("test"), threading.Event()
+    busy = asyncio.create_task(thread.run(let_go.wait))
+    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(thread.run_chunk(5, 0.0, int)), asyncio.create_task(thread.run(int))]
+    await asyncio.sleep(0.02)
+    let_go.set()
+    await asyncio.gather(busy, *waiting)
+    thread.close()
+    samples = {
+        (sample.name.rpartition("_")[2], sample.labels["work"]): sample.value
+        for family in thread.wait_s.collect()
+        for sample in family.samples
+        if not sample.name.endswith("_bucket")
+    }
+    assert (samples["count", "small"], samples["count", "chunk"]) == (2, 1)
+    assert min(samples["sum", "small"], samples["sum", "chunk"]) >= 0.02

@@ -1,12 +1,14 @@
 """Names of blocks: stable bytes, chained, keyed, incremental."""
 
 import dataclasses
+import hashlib
 import itertools
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,12 +17,15 @@ from antefix.block import (
     Chain,
     Family,
     Fingerprint,
+    HashKind,
     arithmetic_of,
     as_tokens,
     chain_of,
     check_arithmetic,
     differing_fields,
     exactness_of,
+    hash_kind_of,
+    root_of,
     tenant_key,
 )
 from antefix.block_v1 import digest_v1
@@ -33,15 +38,21 @@ FINGERPRINT = Fingerprint(weights_revision="w1", geometry=GEOMETRY, kv_format=KV
 KEY = tenant_key(b"0123456789abcdef", "tenant")
 
 # Written down once; a change of any of these makes every store in the world a miss.
-GOLDEN_FINGERPRINT = "ffcb08cd70d002c43a27baba8a62cf56b28d5bb0fcaf17305bb4e06b4be47dd6"
-GOLDEN_ROOT = "d7f130ccf351a0830f3235106de59e8ec84534bcd52837545b8698d54c9b9996"
+GOLDEN_FINGERPRINT = "3b51db6012797243d4a7244b11b4e504f341d45d5fb0b952cbb5f5f784be6453"
+GOLDEN_ROOT = "f2df178f57e478d0f7606d2d5ac132998fff4fd7b0d25b168c78f9f69923a558"
 GOLDEN_HASHES = [
+    "08dd3768131f85bea4c49daedbce3bfd2e0e398017f9758f1a4f2bca6f39bb4f",
+    "ce724a7fa33349b59cae2ed140c5e1ba4c030ef2ec939865769e89d338dffeac",
+]
+# Of hash kind 1, which names were made by before.
+GOLDEN_FINGERPRINT_KIND_1 = "ffcb08cd70d002c43a27baba8a62cf56b28d5bb0fcaf17305bb4e06b4be47dd6"
+GOLDEN_HASHES_KIND_1 = [
     "93a3d7c26f2cc7a0f59c428b5e51673e83b3906dcddcd087af989833845b343e",
     "9a66ba180cc1cdec65fd5a5d9811667fecc31d13357c8bab72a8ef2444822210",
 ]
 GOLDEN_STATEMENT = (
     b'{"arithmetic":"cpu-float32","exactness":"exact","family":"deepseek_v4",'
-    b'"geometry":"67a9747b7a8c04684fcf04c61dc33a50","group":"","hash_kind":1,"kv_format":"fp8","namespace":"default",'
+    b'"geometry":"67a9747b7a8c04684fcf04c61dc33a50","group":"","hash_kind":3,"kv_format":"fp8","namespace":"default",'
     b'"num_cards":1,"payload_version":1,"shard":"","tokenizer":"t1","version":2,"weights_revision":"w1"}'
 )
 GOLDEN_OWNER = "15d1cce7be34834ec610a799b8491445"
@@ -57,8 +68,13 @@ GOLDEN_HASHES_V1 = [
 tokens_lists = st.lists(st.integers(0, 2**32 - 1), max_size=64)
 
 
-def chain(tokens, key=KEY, digest=FINGERPRINT.digest, block_size=8):
-    return chain_of(tokens, fingerprint_digest=digest, key=key, block_size=block_size)
+# Those that are made of tokens.
+KINDS = (HashKind.CHAINED_BLAKE2B, HashKind.CHAINED_AES)
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def chain(tokens, key=KEY, digest=FINGERPRINT.digest, block_size=8, kind=HashKind.CHAINED_AES):
+    return chain_of(tokens, fingerprint_digest=digest, key=key, block_size=block_size, kind=kind)
 
 
 def test_names_are_the_golden_bytes():
@@ -69,10 +85,18 @@ def test_names_are_the_golden_bytes():
     assert [name.hex() for name in named.hashes] == GOLDEN_HASHES
 
 
+def test_names_of_kind_1_are_the_golden_bytes():
+    digest = dataclasses.replace(FINGERPRINT, hash_kind=HashKind.CHAINED_BLAKE2B).digest
+    assert digest.hex() == GOLDEN_FINGERPRINT_KIND_1
+    named = chain(range(16), digest=digest, kind=HashKind.CHAINED_BLAKE2B)
+    assert [name.hex() for name in named.hashes] == GOLDEN_HASHES_KIND_1
+
+
 def test_names_of_version_1_are_the_golden_bytes():
     digest = digest_v1(FINGERPRINT)
     assert digest.hex() == GOLDEN_FINGERPRINT_V1
-    assert [name.hex() for name in chain(range(16), digest=digest).hashes] == GOLDEN_HASHES_V1
+    named = chain(range(16), digest=digest, kind=HashKind.CHAINED_BLAKE2B)
+    assert [name.hex() for name in named.hashes] == GOLDEN_HASHES_V1
     # What computed the KV stood in `exactness` then.
     card = dataclasses.replace(FINGERPRINT, arithmetic="cuda-bfloat16")
     assert digest_v1(card) == digest_v1(dataclasses.replace(FINGERPRINT, exactness="exact-cuda-bfloat16"))
@@ -105,21 +129,23 @@ def test_names_do_not_depend_on_the_process():
     assert out.stdout.strip() == GOLDEN_HASHES[1]
 
 
+@kinds
 @given(tokens=tokens_lists, cuts=st.lists(st.integers(0, 64), max_size=6))
-def test_extending_in_pieces_names_the_same_blocks(tokens, cuts):
-    pieces = Chain(FINGERPRINT.digest, KEY, 8)
+def test_extending_in_pieces_names_the_same_blocks(kind, tokens, cuts):
+    pieces = Chain(FINGERPRINT.digest, KEY, 8, kind)
     edges = sorted({0, len(tokens), *(min(cut, len(tokens)) for cut in cuts)})
     for first, stop in itertools.pairwise(edges):
         pieces.extend(tokens[first:stop])
-    assert pieces.hashes == chain(tokens).hashes
+    assert pieces.hashes == chain(tokens, kind=kind).hashes
     assert pieces.num_tokens == len(tokens)
 
 
+@kinds
 @given(tokens=st.lists(st.integers(0, 2**32 - 1), min_size=24, max_size=24), index=st.integers(0, 23))
-def test_a_changed_token_renames_its_block_and_all_later_ones(tokens, index):
+def test_a_changed_token_renames_its_block_and_all_later_ones(kind, tokens, index):
     other = list(tokens)
     other[index] ^= 1
-    before, after = chain(tokens).hashes, chain(other).hashes
+    before, after = chain(tokens, kind=kind).hashes, chain(other, kind=kind).hashes
     first = index // 8
     assert before[:first] == after[:first]
     assert all(a != b for a, b in zip(before[first:], after[first:], strict=True))
@@ -138,9 +164,9 @@ def test_every_part_of_the_fingerprint_counts():
         "num_cards": 2,
         "group": "c128",
         "shard": "0/4",
+        "hash_kind": HashKind.CHAINED_BLAKE2B,
     }
-    # `hash_kind` has one value yet, and is in the statement.
-    assert set(changes) | {"hash_kind"} == {field.name for field in dataclasses.fields(Fingerprint)}
+    assert set(changes) == {field.name for field in dataclasses.fields(Fingerprint)}
     others = [dataclasses.replace(FINGERPRINT, **{name: value}) for name, value in changes.items()]
     assert len({other.digest for other in others} | {FINGERPRINT.digest}) == len(changes) + 1
     assert [differing_fields(FINGERPRINT.statement, other.statement) for other in others] == [(n,) for n in changes]
@@ -216,3 +242,69 @@ def test_a_digest_names_every_token_and_no_block(tokens, place):
     for changed in (other, [*tokens, 1], tokens[:-1]):
         digest = chain_of(changed, fingerprint_digest=FINGERPRINT.digest, key=KEY, block_size=8).digest()
         assert digest != chain.digest()
+
+
+def _by_the_text(tokens, root, block_size):
+    """Names of kind 3 as docs/FORMAT.md says, one piece of 16 bytes after the other."""
+
+    def key_of(label):
+        of = root + block_size.to_bytes(4, "little") + label
+        return hashlib.blake2b(of, digest_size=32, key=KEY, person=b"antefix-lanes").digest()
+
+    def aes(label, block):
+        return Cipher(algorithms.AES(key_of(label)), modes.ECB()).encryptor().update(block)
+
+    def xor(one, other):
+        return bytes(a ^ b for a, b in zip(one, other, strict=True))
+
+    names, states = [], {b"0": bytes(16), b"1": bytes(16)}
+    for first in range(0, len(tokens) - block_size + 1, block_size):
+        raw = b"".join(token.to_bytes(4, "little") for token in tokens[first : first + block_size])
+        leaf = bytes(16)
+        for number in range(-(-len(raw) // 16)):
+            piece = raw[16 * number : 16 * number + 16].ljust(16, b"\0")
+            leaf = xor(leaf, aes(b"leaf", xor(piece, aes(b"mask", number.to_bytes(16, "little")))))
+        states = {lane: aes(b"c" + lane, xor(state, leaf)) for lane, state in states.items()}
+        names.append(b"".join(aes(b"n" + lane, state) for lane, state in states.items()))
+    return names
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 4, 8, 20, 128])
+def test_names_of_kind_3_are_what_the_format_says(block_size):
+    tokens = [(7 * number * number) % 2**32 for number in range(3 * block_size + 1)]
+    named = chain(tokens, block_size=block_size)
+    assert named.hashes == _by_the_text(tokens, root_of(FINGERPRINT.digest, KEY), block_size)
+
+
+def test_names_of_a_long_prompt_are_those_of_its_parts():
+    # Longer than what is hashed at a time.
+    tokens = np.arange(128 * 600, dtype=np.uint32)
+    whole, parts = chain(tokens, block_size=128), Chain(FINGERPRINT.digest, KEY, 128)
+    for first in range(0, len(tokens), 1000):
+        parts.extend(tokens[first : first + 1000])
+    assert parts.hashes == whole.hashes and len(set(whole.hashes)) == 600
+
+
+@kinds
+def test_a_chain_goes_on_from_any_name(kind):
+    whole = chain(range(40), kind=kind)
+    for known in range(1, 5):
+        later = Chain(FINGERPRINT.digest, KEY, 8, kind)
+        later.hashes = whole.hashes[known - 1 : known]
+        assert later.extend(range(8 * known, 40)) == whole.hashes[known:]
+
+
+def test_the_size_of_a_block_is_part_of_its_name():
+    # 4 tokens and 3 zeros are not 4 tokens padded to a piece.
+    assert chain([1, 2, 3, 0], block_size=4).hashes != chain([1, 2, 3], block_size=3).hashes
+
+
+def test_a_statement_says_how_its_blocks_are_named():
+    for kind in HashKind:
+        assert hash_kind_of(dataclasses.replace(FINGERPRINT, hash_kind=kind).statement) is kind
+    assert hash_kind_of(b"") is FINGERPRINT.hash_kind
+
+
+def test_an_engines_names_are_not_made_of_tokens():
+    with pytest.raises(InvalidRequest, match="engine"):
+        Chain(FINGERPRINT.digest, KEY, 8, HashKind.ENGINE_KEY)

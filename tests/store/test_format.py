@@ -21,7 +21,15 @@ from antefix.store_files import record_format as fmt
 from antefix.store_files import record_header as head
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "FORMAT.md").read_text()
-STRUCTS = ("STORE_HEADER", "SEGMENT_HEADER", "RECORD_HEADER", "RECORD_HEADER_V1", "INDEX_ENTRY", "SEGMENT_ENTRY")
+STRUCTS = (
+    "STORE_HEADER",
+    "SEGMENT_HEADER",
+    "RECORD_HEADER",
+    "RECORD_HEADER_V1",
+    "INDEX_ENTRY",
+    "INDEX_ENTRY_SHORT",
+    "SEGMENT_ENTRY",
+)
 hashes = st.binary(min_size=32, max_size=32)
 
 
@@ -170,20 +178,50 @@ def test_a_header_of_another_store_is_not_accepted() -> None:
         head.unpack_record_header(head.pack_record_header(header, identity.seed), other.seed)
 
 
-@given(
-    numbers=st.lists(st.integers(0, (1 << 32) - 1), min_size=8, max_size=8),
-    parent=hashes,
-    key=hashes,
-    byte=st.integers(0, 115),
-)
-def test_index_entries_round_trip_and_notice_damage(numbers: list[int], parent: bytes, key: bytes, byte: int) -> None:
-    entry = fmt.IndexEntry(*numbers, 1, 2, 3, 4, 5, 6, 1, 2, parent)
+# By field: the first number that the short form has no room for.
+TOO_LARGE = {
+    "segment": 1 << 24,
+    "offset": 1 << 35,
+    "stored_bytes": 1 << 30,
+    "payload_bytes": 1 << 30,
+    "position": 1 << 28,
+    "fingerprint_id": 1 << 20,
+    "tenant_id": 1 << 20,
+    "children": 1 << 16,
+    "rank_ms": 1 << 44,
+    "expires_ms": 1 << 42,
+    "pinned_ms": 1,
+    "prefix_bytes": 1 << 44,
+    "cost_ms": 1 << 20,
+    "ttl_s": 1 << 22,
+    "codec": 1 << 4,
+    "flags": 1 << 8,
+}
+
+
+@st.composite
+def entries(draw: st.DrawFn) -> fmt.IndexEntry:
+    fields = {name: draw(st.integers(0, limit - 1)) for name, limit in TOO_LARGE.items()}
+    return fmt.IndexEntry(**{**fields, "offset": fields["offset"] // 8 * 8}, parent=draw(hashes))
+
+
+@given(entry=entries(), key=hashes, bit=st.integers(0), field=st.sampled_from([*TOO_LARGE, ""]))
+def test_index_entries_round_trip_and_notice_damage(entry: fmt.IndexEntry, key: bytes, bit: int, field: str) -> None:
+    if field and field != "flags":
+        setattr(entry, field, TOO_LARGE[field])
     raw = fmt.pack_entry(entry, key)
+    assert len(raw) == (fmt.INDEX_ENTRY if field and field != "flags" else fmt.INDEX_ENTRY_SHORT).size
     assert fmt.unpack_entry(raw, key) == entry
     damaged = bytearray(raw)
-    damaged[byte] ^= 0x40
+    damaged[bit // 8 % len(raw)] ^= 1 << bit % 8
     assert fmt.unpack_entry(bytes(damaged), key) is None
+    assert fmt.unpack_entry(raw[:-1], key) is None
     assert fmt.unpack_entry(raw, key[::-1] if key != key[::-1] else bytes([key[0] ^ 1]) + key[1:]) is None
+
+
+def test_an_odd_place_takes_the_long_form() -> None:
+    entry = fmt.IndexEntry(1, 4097, *range(14), bytes(32))
+    assert fmt.unpack_entry(fmt.pack_entry(entry, b"k"), b"k") == entry
 
 
 def test_segment_names_are_numbers() -> None:

@@ -16,7 +16,7 @@ from antefix.record import RecordKind
 from antefix.store.client import RemoteStore
 from antefix.store.payload_channel import PayloadChannel
 from antefix.store.stream_progress import Progress
-from antefix.store_files.record_format import FORMAT_VERSION
+from antefix.store_files.record_format import RECORD_VERSION
 from antefix.store_files.segment_files import preadv_full
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.copy_store import CopyLimits, copy_store
@@ -96,14 +96,14 @@ async def messages(store: RemoteStore, **fields: Any) -> list[kvstore_pb2.GetRes
 
 
 async def test_plain_records_come_as_they_lie(store: RemoteStore, asked: list[tuple[int, int]]) -> None:
-    got = await messages(store, record_format=FORMAT_VERSION)
+    got = await messages(store, record_format=RECORD_VERSION)
     assert [message.first_record for message in got] == [0, 3, 6, 9]
     assert all(0 < len(message.records) <= MIB and not message.data for message in got)
     assert await restored(store) == 10
-    assert asked == [(FORMAT_VERSION, 0)]
+    assert asked == [(RECORD_VERSION, 0)]
 
 
-@pytest.mark.parametrize("record_format", [0, FORMAT_VERSION + 1])
+@pytest.mark.parametrize("record_format", [0, RECORD_VERSION + 1])
 async def test_a_caller_that_does_not_know_the_format_gets_pieces(store: RemoteStore, record_format: int) -> None:
     got = await messages(store, record_format=record_format)
     assert not any(message.records for message in got)
@@ -123,7 +123,7 @@ async def test_coded_records_are_decoded_by_the_store(store: RemoteStore, servic
         kind=kvstore_pb2.RECORD_KIND_BLOCK,
         hashes=b"".join(prompt.hashes),
         fingerprint=FINGERPRINT,
-        record_format=FORMAT_VERSION,
+        record_format=RECORD_VERSION,
     )
     got = [message async for message in store.stub.Get(request, timeout=10)]
     assert b"".join(message.data for message in got) == b"".join(prompt.payload(i) for i in range(6))
@@ -135,7 +135,7 @@ async def test_a_record_larger_than_a_message_comes_in_pieces(store: RemoteStore
     assert await restored(store, prompt) == 2
     checkpoint = await store.get(RecordKind.CHECKPOINT, prompt.hashes[1], fingerprint=FINGERPRINT)
     assert checkpoint == prompt.payload(1, RecordKind.CHECKPOINT)
-    assert asked == [(FORMAT_VERSION, 0)] * 2
+    assert asked == [(RECORD_VERSION, 0)] * 2
 
 
 async def test_a_plain_checkpoint_comes_as_it_lies(store: RemoteStore) -> None:
@@ -154,8 +154,8 @@ async def test_a_store_that_does_not_know_record_formats_is_understood(
     store: RemoteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One of another version: it sends what it verified itself."""
-    monkeypatch.setattr("antefix_kvstore.server.FORMAT_VERSIONS", (FORMAT_VERSION + 1,))
-    assert not any(message.records for message in await messages(store, record_format=FORMAT_VERSION))
+    monkeypatch.setattr("antefix_kvstore.server.RECORD_VERSIONS", (RECORD_VERSION + 1,))
+    assert not any(message.records for message in await messages(store, record_format=RECORD_VERSION))
     assert await restored(store) == 10
 
 
@@ -163,11 +163,11 @@ async def test_a_store_that_does_not_know_record_formats_is_understood(
 async def test_a_stream_goes_on_at_a_byte(store: RemoteStore, cached: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not cached:
         monkeypatch.setattr("antefix.store_files.read_runs.preadv_cached", lambda *_: 0)
-    got = await messages(store, record_format=FORMAT_VERSION, first=4, offset=123_456)
+    got = await messages(store, record_format=RECORD_VERSION, first=4, offset=123_456)
     assert (got[0].index, got[0].offset) == (4, 123_456)
     expected = PROMPT.payload(4)[123_456:] + b"".join(PROMPT.payload(i) for i in range(5, 10))
     assert b"".join(message.data for message in got) == expected
-    got = await messages(store, record_format=FORMAT_VERSION, first=4)
+    got = await messages(store, record_format=RECORD_VERSION, first=4)
     assert [message.first_record for message in got] == [4, 7]
 
 
@@ -176,7 +176,7 @@ async def test_what_is_not_in_the_page_cache_comes_all_the_same(
 ) -> None:
     monkeypatch.setattr("antefix.store_files.read_runs.preadv_cached", lambda *_: 0)
     assert await restored(store) == 10
-    assert asked == [(FORMAT_VERSION, 0)]
+    assert asked == [(RECORD_VERSION, 0)]
 
 
 @pytest.mark.parametrize("where", ["header", "payload", "last byte"])
@@ -189,7 +189,7 @@ async def test_a_byte_that_flipped_on_disk_is_a_miss_counted_and_quarantined(
     flip(path, {"header": begin - 100, "payload": begin + 5000, "last byte": begin + 300_000}[where])
     # 1. What comes before it is right; the client found it, the store looked, and it ends there.
     assert await restored(store) == number
-    assert asked == [(FORMAT_VERSION, 0), (0, number)]
+    assert asked == [(RECORD_VERSION, 0), (0, number)]
     for _ in range(600):
         if servicer.engine.counters.corrupt:
             break
@@ -198,7 +198,7 @@ async def test_a_byte_that_flipped_on_disk_is_a_miss_counted_and_quarantined(
     # 2. From now on it is a miss without a second look.
     asked.clear()
     assert await restored(store) == number
-    assert asked == [(FORMAT_VERSION, 0)]
+    assert asked == [(RECORD_VERSION, 0)]
     assert (await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == number
     # 3. Putting it again brings back what follows as well.
     await store.put(PROMPT.blocks())
@@ -238,7 +238,7 @@ async def test_a_byte_that_flipped_on_its_way_is_asked_for_again(
     """The store finds nothing wrong, quarantines nothing, and sends it once more."""
     damage(monkeypatch, times, lambda raw: raw[:500_000] + bytes([raw[500_000] ^ 1]) + raw[500_001:])
     assert await restored(store) == 10
-    assert asked[:2] == [(FORMAT_VERSION, 0), (0, 1)]
+    assert asked[:2] == [(RECORD_VERSION, 0), (0, 1)]
     assert len(asked) == 1 + times
     assert servicer.engine.counters.corrupt == 0
 
@@ -257,7 +257,7 @@ async def test_a_way_that_always_damages_is_an_error(store: RemoteStore, monkeyp
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "cold"])
-@pytest.mark.parametrize("record_format", slow_but([0], [0, FORMAT_VERSION]))
+@pytest.mark.parametrize("record_format", slow_but([0], [0, RECORD_VERSION]))
 async def test_a_reader_that_does_not_read_holds_no_memory(
     store: RemoteStore, record_format: int, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,7 +323,7 @@ async def test_records_that_moved_since_they_were_looked_up_are_found_again(
 
     monkeypatch.setattr(engine.reader, "locate", and_compact)
     assert await restored(store) == 10
-    assert asked == [(FORMAT_VERSION, 0)]
+    assert asked == [(RECORD_VERSION, 0)]
     assert engine.counters.corrupt == 0
 
 
@@ -353,7 +353,7 @@ async def test_readers_that_stop_or_leave_hold_up_no_other(store: RemoteStore, s
         kind=kvstore_pb2.RECORD_KIND_BLOCK,
         hashes=b"".join(prompt.hashes),
         fingerprint=FINGERPRINT,
-        record_format=FORMAT_VERSION,
+        record_format=RECORD_VERSION,
     )
     # Over connections of their own: one connection's streams share its window.
     clients = [RemoteStore(servicer.address) for _ in range(6)]  # type: ignore[attr-defined]

@@ -13,7 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from antefix.block import CPU_FLOAT32, Fingerprint, chain_of, check_arithmetic, differing_fields, exactness_of
+from antefix.block import (
+    CPU_FLOAT32,
+    Fingerprint,
+    HashKind,
+    chain_of,
+    check_arithmetic,
+    differing_fields,
+    digest_of,
+    exactness_of,
+    hash_kind_of,
+)
 from antefix.cache_tenant import join_tenant, split_tenant
 from antefix.checked_files import read_text
 from antefix.clients import PrefillClient, Tokens
@@ -174,15 +184,17 @@ class Whose:
         )
 
     def names(self, tokens: Tokens, keyring: Keyring, differs: str = "") -> NamedChain:
-        return self.names_under(self.fingerprint.digest, tokens, keyring, differs)
+        return self.names_under(self.fingerprint.statement, tokens, keyring, differs)
 
-    def names_under(self, digest: bytes, tokens: Tokens, keyring: Keyring, differs: str) -> NamedChain:
-        """The same tokens of the same tenant under any fingerprint whose blocks are as long."""
+    def names_under(self, statement: bytes, tokens: Tokens, keyring: Keyring, differs: str) -> NamedChain:
+        """The same tokens of the same tenant under any stated fingerprint whose blocks are as long."""
+        digest = digest_of(statement)
         chain = chain_of(
             tokens,
             fingerprint_digest=digest,
             key=keyring.key(self.tenant),
             block_size=self.identity.geometry.block_size,
+            kind=hash_kind_of(statement),
         )
         return NamedChain(label=differs, fingerprint=digest, hashes=chain.hashes)
 
@@ -199,12 +211,14 @@ def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
 def _stated(directory: Path, mine: Whose, tokens: Tokens, keyring: Keyring) -> Iterator[NamedChain]:
     """The store's other fingerprints of this geometry, and in what they differ, as it was told."""
     own = mine.fingerprint.statement
-    for digest, statement in statements(directory).items():
+    for statement in statements(directory).values():
         fields = differing_fields(own, statement)
-        if fields and "geometry" not in fields:
+        # An engine's own names cannot be made of tokens.
+        is_named_by_tokens = hash_kind_of(statement) is not HashKind.ENGINE_KEY
+        if fields and "geometry" not in fields and is_named_by_tokens:
             said = json.loads(statement)
             label = ", ".join(f"{name} {said.get(name)}" for name in fields)
-            names = mine.names_under(digest, tokens, keyring, label)
+            names = mine.names_under(statement, tokens, keyring, label)
             yield replace(names, reason=MissReason.ARITHMETIC_DIFFERS) if fields == ("arithmetic",) else names
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from antefix.block import USER_SEPARATOR, chain_of
+from antefix.block import USER_SEPARATOR, HashKind, chain_of
 from antefix.checked_files import parse_json, read_json
 from antefix.clients import Tokens
 from antefix.errors import InvalidRequest
@@ -197,13 +197,18 @@ def _records_compared(one: UsageRecord, other: UsageRecord, size: int) -> RoughC
 def _against_record(prompt: GivenPrompt, record: UsageRecord, size: int, keyring: Keyring) -> RoughComparison:
     """The prompt's blocks are named as the record's were, so that equal text has equal hashes."""
     whose = f"{record.tenant}{USER_SEPARATOR}{record.user}" if record.user else record.tenant
-    chain = chain_of(
-        prompt.source.tokens,
-        fingerprint_digest=bytes.fromhex(record.fingerprint),
-        key=keyring.key(whose),
-        block_size=size,
-    )
-    found = parting_of_chain(chain.hashes, record.prompt_marks)
+    named = [
+        chain_of(
+            prompt.source.tokens,
+            fingerprint_digest=bytes.fromhex(record.fingerprint),
+            key=keyring.key(whose),
+            block_size=size,
+            kind=kind,
+        )
+        for kind in (HashKind.CHAINED_AES, HashKind.CHAINED_BLAKE2B)
+    ]
+    # The record does not say how its blocks were named; another kind's names have nothing in common with them.
+    found = max((parting_of_chain(chain.hashes, record.prompt_marks) for chain in named), key=lambda it: it.blocks_min)
     ends = sorted({found.blocks_min * size, min((found.blocks_max + 1) * size, len(prompt.source.tokens)) - 1})
     spots = [spot for token in ends if (spot := prompt.source.spot(token)) is not None]
     name = f"request {record.request_id}"

@@ -83,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
 def _copy(args: argparse.Namespace) -> int:
     budget_bytes = parse_byte_size(args.budget_bytes) if args.budget_bytes else 0
     with open_source(args.source, key_file=args.encrypt_key_file) as contents:
-        target = open_target(args.target, budget_bytes=budget_bytes, key_file=args.encrypt_key_file, ttl_s=args.ttl_s)
+        target = open_target(
+            args.target, budget_bytes=budget_bytes, key_file=args.encrypt_key_file, makes=True, ttl_s=args.ttl_s
+        )
         report = asyncio.run(copy_between(contents, [target], bytes_per_s=parse_byte_size(args.bytes_per_s)))
     print(json.dumps(dataclasses.asdict(report)) if args.json else report_text(report))
     return 0 if report.complete else 1

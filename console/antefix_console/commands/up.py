@@ -62,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="tenants' limits and keys")
     parser.add_argument("--api-keys-file", type=_not_empty, metavar="FILE", help="API keys, made by `antefix keys`")
     parser.add_argument(
+        "--anchors", nargs="*", default=(), metavar="PLACE", help="files elsewhere that get the ledgers' signed heads"
+    )
+    parser.add_argument(
         "--bill-redis", default="", metavar="URL", help="Redis through which several routers share one bill"
     )
     parser.add_argument(
@@ -131,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
         tenants_file=args.tenants_file or "",
         api_keys_file=args.api_keys_file or "",
         bill_redis=args.bill_redis,
+        anchors=tuple(args.anchors),
         encrypt=args.encrypt,
         chat_format=args.chat_format,
         model_aliases=args.model_aliases,
@@ -150,6 +154,7 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
         loop.add_signal_handler(number, asked.set)
     print("starting services ...", file=sys.stderr, flush=True)
     deployment = Deployment(config)
+    loop.add_signal_handler(signal.SIGHUP, deployment.reload)
     reaping = asyncio.create_task(reap_orphans(lambda: {each.process.pid for each in deployment.processes}))
     stopped = asyncio.create_task(asked.wait())
     try:
@@ -228,6 +233,7 @@ def _announce(deployment: Deployment, *, as_json: bool) -> None:
             "pid": p.process.pid,
             "metrics_address": p.metrics_address,
             **({"http_address": p.http_address} if p.http_address else {}),
+            **({"store": store} if (store := deployment.store_of(p)) else {}),
         }
         for p in deployment.processes
     ]
@@ -238,9 +244,9 @@ def _announce(deployment: Deployment, *, as_json: bool) -> None:
         print(json.dumps(said), flush=True)
         return
     for row in rows:
-        print(
-            f"{row['role']:<8} {row['address']:<22} pid {row['pid']:<8} metrics http://{row['metrics_address']}/metrics"
-        )
+        more = f"  {row['store']}" if "store" in row else ""
+        where, metrics = f"{row['address']:<22} pid {row['pid']:<8}", f"http://{row['metrics_address']}/metrics"
+        print(f"{row['role']:<8} {where} metrics {metrics}{more}")
     for http_address in http_addresses:
         print(f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1")
     print(f"\nTry:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'")

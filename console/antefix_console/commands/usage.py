@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -13,11 +13,14 @@ from pathlib import Path
 from antefix.checked_files import read_json
 from antefix.errors import AntefixError, ConfigError
 from antefix_billing import usage_report as report
+from antefix_billing.anchor import read_anchors
 from antefix_billing.export import ExportFormat, write_export, write_text
 from antefix_billing.ledger_files import Settled, ledgers_of, read_settled, source_of
 from antefix_billing.ratecard import load_cards
 from antefix_billing.receipt import Signer, check_receipt
 from antefix_billing.reconcile import verify_all
+from antefix_billing.usage_record import UsageRecord
+from antefix_console.commands.usage_adjust import add_adjust_arguments, add_rerate_arguments, run_adjust, run_rerate
 from antefix_console.progress_line import ProgressLine
 
 
@@ -57,6 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[SOURCE:]SEQUENCE:HASH",
         help="a head that an earlier run reported and that must still be there; of several ledgers with its source",
     )
+    check.add_argument(
+        "--anchors",
+        nargs="+",
+        default=[],
+        metavar="PLACE",
+        help="where heads were anchored (--anchors of routers), and receipts: files, directories, file:// URLs",
+    )
+    check.add_argument(
+        "--public-key", nargs="+", default=[], metavar="HEX", help="published keys that may have signed the anchors"
+    )
 
     sums = _command(
         commands, "report", "tokens, money and savings by tenant, model and day", f"{ledger} --by tenant,day --json"
@@ -81,6 +94,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     receipt.add_argument("--public-key", help="the published key, hex, to check")
     receipt.add_argument("--ratecards", type=Path, nargs="*", help="rate cards to recompute the price with")
 
+    change = _command(
+        commands,
+        "adjust",
+        "credit, correct or contest a charge: a new entry, nothing that was written changes",
+        f"{ledger} --kind credit --amount=-0.25 --request-id ID --reason 'late answer' --reference T-17",
+    )
+    _add_ledgers(change)
+    add_adjust_arguments(change)
+
+    again = _command(
+        commands,
+        "rerate",
+        "price records again: an adjustment for each that costs something else",
+        f"{ledger} --ratecards deploy/ratecards/deepseek.toml --since 2026-09-01 --dry-run",
+    )
+    _add_source(again)
+    add_rerate_arguments(again)
+
+    rotate = _command(
+        commands,
+        "rotate-key",
+        "make a new receipt key; receipts of the keys before it stay good, and routers take it at a SIGHUP",
+        "--key-file antefix-data/ledger/receipts.key",
+    )
+    rotate.add_argument("--key-file", type=Path, required=True, help="the deployment's receipt key")
+    rotate.add_argument("--json", action="store_true", help="print the public keys as JSON, the newest first")
+
 
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
@@ -91,7 +131,15 @@ def _command(
 
 def run(args: argparse.Namespace) -> int:
     """Exit status: 0, or 1 where something does not hold, or 2 where the command cannot be carried out."""
-    commands = {"export": _export, "verify": _verify, "report": _report, "receipt": _receipt}
+    commands = {
+        "export": _export,
+        "verify": _verify,
+        "report": _report,
+        "receipt": _receipt,
+        "rotate-key": _rotate_key,
+        "adjust": run_adjust,
+        "rerate": _rerate,
+    }
     try:
         return commands[args.usage_command](args)
     except BrokenPipeError:
@@ -123,19 +171,25 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _settled(args: argparse.Namespace) -> Iterator[Settled]:
-    since_us, until_us = _time_us(args.since), _time_us(args.until)
+    chosen = _chooser(args)
     ledgers = ledgers_of(args.ledger)
     if args.after and len(ledgers) > 1:
         raise ConfigError("--after is a place in one ledger; export each of several on its own to go on from a cursor")
     for item in chain.from_iterable(read_settled(ledger, after=args.after) for ledger in ledgers):
-        record = item.record
-        if args.tenant is not None and record.tenant != args.tenant:
-            continue
-        if since_us is not None and record.started_us < since_us:
-            continue
-        if until_us is not None and record.started_us >= until_us:
-            continue
-        yield item
+        if chosen(item.record):
+            yield item
+
+
+def _chooser(args: argparse.Namespace) -> Callable[[UsageRecord], bool]:
+    """Which records --since, --until and --tenant mean."""
+    since_us, until_us, tenant = _time_us(args.since), _time_us(args.until), args.tenant
+
+    def chosen(record: UsageRecord) -> bool:
+        is_early = since_us is not None and record.started_us < since_us
+        is_late = until_us is not None and record.started_us >= until_us
+        return tenant in (None, record.tenant) and not is_early and not is_late
+
+    return chosen
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -158,9 +212,27 @@ def _verify(args: argparse.Namespace) -> int:
         if not store_log.is_dir():
             raise ConfigError(f"--store-log {store_log} is not a directory")
     with ProgressLine("reading the ledger"):
-        verdict = verify_all(ledgers, store_log=args.store_log, anchors=anchors)
+        verdict = verify_all(
+            ledgers,
+            store_log=args.store_log,
+            anchors=anchors,
+            signed=read_anchors(args.anchors),
+            public_keys=[_public_key(text) for text in args.public_key],
+            # Whoever names the directory that holds them means all of them.
+            are_all=not any((path / "source").is_file() for path in args.ledger),
+        )
     sys.stdout.write(verdict.to_json() + "\n")
     return 0 if verdict.ok else 1
+
+
+def _public_key(text: str) -> bytes:
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        raise ConfigError(f"--public-key must be 64 hex digits, is {text!r}")
+    return key
 
 
 def _anchor(text: str, ledgers: Sequence[Path]) -> tuple[bytes, tuple[int, str]]:
@@ -206,6 +278,19 @@ def _receipt(args: argparse.Namespace) -> int:
     settled, ledger = max(found, key=lambda pair: pair[0].record.finished_us)
     receipt = Signer.from_file(args.key_file).receipt(settled, source_of(ledger))
     sys.stdout.write(json.dumps(receipt, indent=2) + "\n")
+    return 0
+
+
+def _rerate(args: argparse.Namespace) -> int:
+    if args.after:
+        raise ConfigError("rerate needs all of a ledger; choose records with --since, --until, --tenant and --model")
+    return run_rerate(args, _chooser(args))
+
+
+def _rotate_key(args: argparse.Namespace) -> int:
+    signer = Signer.rotate(args.key_file)
+    keys = [key.hex() for key in signer.public_keys]
+    sys.stdout.write(json.dumps({"public_keys": keys}) + "\n" if args.json else f"public key {keys[0]}\n")
     return 0
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 _TENANT_ORDERS: Final = ("prompt_tokens", "misses", "requests", "charged")
 _REQUEST_FILTERS: Final = ("misses", "all", "failed")
 _TENANTS_SHOWN, _REQUESTS_SHOWN = 10, 20
+# Of the names of tiers that a hit came from.
+_TIERS_WIDTH: Final = 32
 # Lines that are there whatever is shown: title, totals, heads of tables, keys.
 _FIXED_LINES: Final = 14
 
@@ -43,13 +45,15 @@ def screen(data: dict[str, Any], choice: Choice, *, height: int, problem: str = 
     from rich.text import Text
 
     tenants = sorted(data["tenants"], key=lambda row: -_weight(row, choice.tenants_by))[:_TENANTS_SHOWN]
-    room = max(3, height - _FIXED_LINES - len(data["workers"]) - len(tenants))
+    stores = (data.get("store") or {}).get("stores") or []
+    room = max(3, height - _FIXED_LINES - len(data["workers"]) - len(tenants) - (len(stores) and len(stores) + 2))
     parts: list[RenderableType] = [
         Text(_title(data), style="bold"),
         Text(problem, style="bold red") if problem else Text(_totals(data)),
         Text(),
         _workers(data),
         Text(),
+        *((_stores(stores), Text()) if stores else ()),
         _tenants(tenants, choice),
         Text(),
         _requests(data, tenants, choice, min(room, _REQUESTS_SHOWN)),
@@ -86,6 +90,18 @@ def _workers(data: dict[str, Any]) -> Table:
     return table
 
 
+def _stores(stores: list[dict[str, Any]]) -> Table:
+    """Of several; one alone is on the page."""
+    table = _table("stores", "health", "used", "of", "records", "evicted", "failures", left=2)
+    for store in stores:
+        health = "answers" if store["answers"] else "does not answer"
+        health = f"stores nothing: {visible(store['stopped'])}" if store["answers"] and store["stopped"] else health
+        numbers = (store[name] for name in ("used_bytes", "budget_bytes", "records", "evictions", "failures"))
+        style = "" if store["answers"] and not store["stopped"] else "red"
+        table.add_row(visible(store["name"]), health, *map(_count, numbers), style=style)
+    return table
+
+
 def _tenants(tenants: list[dict[str, Any]], choice: Choice) -> Table:
     names = ("prompt tokens", "hit rate", "requests", "charged", "saved", "most missed for")
     table = _table(f"tenants by {choice.tenants_by.replace('_', ' ')}", *names, left=1)
@@ -111,7 +127,7 @@ def _requests(data: dict[str, Any], tenants: list[dict[str, Any]], choice: Choic
         )
     ]
     whose = "" if only is None else f" of {visible(only) or 'those without a key'}"
-    names = ("ended", "tenant", "prompt", "hit", "plan", "why the first miss", "first token", "status")
+    names = ("ended", "tenant", "prompt", "hit", "from", "plan", "why the first miss", "first token", "status")
     table = _table(f"newest requests{whose}: {choice.requests}", *names, left=1)
     for request in shown[:room]:
         hit = f"{100 * request['hit_tokens'] / request['prompt_tokens']:.1f}%" if request["prompt_tokens"] else "-"
@@ -121,6 +137,7 @@ def _requests(data: dict[str, Any], tenants: list[dict[str, Any]], choice: Choic
             visible(request["tenant"])[:16] or "-",
             _count(request["prompt_tokens"]),
             hit,
+            visible("+".join(request.get("hit_tiers") or ()))[:_TIERS_WIDTH] or "-",
             request["plan"] or "-",
             request["miss_reason"].replace("_", " ") or "-",
             f"{1e3 * request['ttft_s']:.0f} ms" if request["ttft_s"] else "-",

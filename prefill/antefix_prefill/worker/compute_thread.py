@@ -19,8 +19,10 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar, cast
+
+from antefix.telemetry.exposition import SHORT_SECONDS, histogram
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -64,6 +66,11 @@ class _Job:
     remaining: int | None = None
     began: float = 0.0
     tenant: str = ""
+    asked: float = field(default_factory=time.perf_counter)
+
+    @property
+    def kind(self) -> str:
+        return "small" if self.remaining is None else "chunk"
 
     def run(self) -> None:
         try:
@@ -84,6 +91,15 @@ class ComputeThread:
         # Seconds that each tenant's chunks took, for those that wait; and where who is served stands.
         self._clocks: dict[str, float] = {}
         self._now = 0.0
+        self.wait_s = histogram(
+            "antefix_compute_wait_seconds",
+            "How long work waited for the compute thread: small jobs, and chunks of prompts.",
+            ("work",),
+            buckets=SHORT_SECONDS,
+        )
+        self.busy_s = histogram(
+            "antefix_compute_seconds", "How long the compute thread took for it.", ("work",), buckets=SHORT_SECONDS
+        )
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """A small job, or a decode step: it never waits for more than the work in hand and small jobs before it."""
@@ -114,7 +130,9 @@ class ComputeThread:
         with self._lock:
             job = self._small.popleft() if self._small else self._next_chunk()
         begun = time.perf_counter()
+        self.wait_s.labels(job.kind).observe(begun - job.asked)
         job.run()
+        self.busy_s.labels(job.kind).observe(time.perf_counter() - begun)
         if job.remaining is not None:
             with self._lock:
                 if self._chunks:

@@ -291,6 +291,7 @@ def _build_engine(
         lead=model.lead,
     )
     measured = _measure(model, config, ranks, packed=packed)
+    model.threads_are_free = measured.ignores_threads
     free = ignores_shapes(measured, config.device, reproducible_kernels=packed and config.reproducible)
     align_tokens = config.prefill_chunk if config.reproducible and not free else 1
     fingerprint = _fingerprint(identity, config, config.arithmetic or measured.name)

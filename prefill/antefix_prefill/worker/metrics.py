@@ -75,6 +75,8 @@ def worker_metrics(engine: Engine) -> Iterable[Metric]:
         make = counter if shown.kind is Kind.COUNTER else gauge
         yield make(shown.name, shown.help, rows, ("plan",))
     yield from engine.plans.errors.collect()
+    yield from engine.compute.wait_s.collect()
+    yield from engine.compute.busy_s.collect()
     blocks = engine.blocks
     yield gauge("antefix_pool_blocks", "Blocks of the worker's pool.", {(): float(engine.pool.num_blocks)})
     yield gauge("antefix_pool_resident_blocks", "Finished blocks in it.", {(): float(blocks.num_resident)})

@@ -149,7 +149,9 @@ def _serve(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
                 rank_0.send(Up(what="loaded"))
             case Measure(settings=settings):
                 assert model is not None
-                rank_0.send(Up(what="measured", text=probe(model, **settings).name))
+                measured = probe(model, **settings)
+                model.threads_are_free = measured.ignores_threads
+                rank_0.send(Up(what="measured", text=measured.name))
             case list():
                 assert follower is not None
                 try:

@@ -17,7 +17,8 @@ from antefix_router.fleet.passing import Passing
 from antefix_router.fleet.prompt_tokens import PromptTokens
 from antefix_router.front import BilledFront, open_books
 from antefix_router.key_changes import follow_keys
-from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics
+from antefix_router.live_books import LiveBooks
+from antefix_router.metrics import accounts_metrics, key_metrics, placement_metrics, reload_metrics
 from antefix_router.page.prefix_forest import PrefixForest
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.policy import make_policy
@@ -46,6 +47,7 @@ class FleetRouter:
         accounts, _, keys, signer = open_books(config, keyring)
         self.front = BilledFront(self.passing.run, accounts, keys=keys, signer=signer)
         self.key_changes = follow_keys(config, keys, keyring)
+        self.live_books = LiveBooks(config, self.front)
         self.door = FleetDoor(self.front, config, self.engines, PromptTokens(self.engines.engines, self.workers))
 
     async def start(self) -> None:
@@ -53,9 +55,11 @@ class FleetRouter:
         if self.key_changes is not None:
             self.key_changes.start()
         self.front.start()
+        self.live_books.start()
         await self.engines.start()
 
     async def close(self) -> None:
+        await self.live_books.close()
         await self.front.close()
         if self.key_changes is not None:
             await self.key_changes.close()
@@ -68,3 +72,4 @@ class FleetRouter:
         yield from placement_metrics((self.workers,), self.config.policy, lambda address: known.get(address, False))
         yield from fleet_metrics(self.engines, self.placing.counters)
         yield from key_metrics(self.front.keys, self.key_changes)
+        yield from reload_metrics(self.live_books)

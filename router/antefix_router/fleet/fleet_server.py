@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
 import time
 from pathlib import Path
 
@@ -135,6 +137,7 @@ async def run(config: FleetConfig, *, watch_stdin: bool = False) -> None:
     registry = Registry("fleet")
     registry.add_in_loop(router.metrics)
     registry.add_in_loop(http.metrics)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, router.live_books.ask)
     await rpc.run_until_signal(
         server,
         role="fleet",

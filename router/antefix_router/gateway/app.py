@@ -145,7 +145,9 @@ async def _public_key(gateway: Door, request: Request) -> Response:
     signer = gateway.books.signer
     if signer is None:
         return error_response(Unavailable("this router keeps no ledger"), Provider.OPENAI)
-    return JSONResponse({"algorithm": "Ed25519", "public_key": signer.public_key.hex()})
+    return JSONResponse(
+        {"algorithm": "Ed25519", "public_key": signer.public_key.hex(), "older": [key.hex() for key in signer.older]}
+    )
 
 
 async def _livez(request: Request) -> Response:

@@ -48,5 +48,6 @@ def _of_a_fleet(used: Usage) -> dict[str, Any]:
 
 
 def _tier(used: Usage) -> str:
-    tiers = {"memory": used.hit_memory_tokens, "store": used.hit_store_tokens}
-    return "+".join(tier for tier, number in tiers.items() if number) or _NONE
+    """Memory first, then the store; of several stores and tiers each one by name, the one that gave most first."""
+    tiers = sorted(used.tokens_by_tier.items(), key=lambda tier: (tier[0] != "memory", -tier[1]))
+    return "+".join(label if label == "memory" or ":" in label else "store" for label, _ in tiers) or _NONE

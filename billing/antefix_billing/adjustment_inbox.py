@@ -1,0 +1,73 @@
+"""Adjustments on their way to a ledger that a router writes: a file each in `inbox`, which the router takes in.
+
+An operator who can write the directory could write the ledger as well, so no key is asked for. An id is taken once, so
+a file that was taken in and not removed does no harm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from antefix.checked_files import read_json
+from antefix.errors import AntefixError, ConfigError, Unavailable
+from antefix.private_file import DIRECTORY_MODE, write_private
+from antefix_billing.adjustment import Adjustment
+from antefix_billing.ledger import Ledger
+
+INBOX: Final = "inbox"
+_WAIT_S: Final = 15.0
+_NUM_A_FILE: Final = 1000
+
+
+def adjust(directory: Path, adjustments: Sequence[Adjustment]) -> None:
+    """Into the ledger, through its router where one writes it; durable when this returns.
+
+    Raises:  Unavailable: the router does not take them in.  ConfigError: the ledger cannot be written.
+    """
+    try:
+        ledger = Ledger(directory)
+    except ConfigError as err:
+        if "another process writes" not in str(err):
+            raise
+        for start in range(0, len(adjustments), _NUM_A_FILE):
+            _hand_over(directory, adjustments[start : start + _NUM_A_FILE])
+        return
+    try:
+        for start in range(0, len(adjustments), _NUM_A_FILE):
+            ledger.append(adjustments[start : start + _NUM_A_FILE])
+    finally:
+        ledger.close()
+
+
+def _hand_over(directory: Path, adjustments: Sequence[Adjustment]) -> None:
+    inbox = directory / INBOX
+    inbox.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+    path = inbox / f"{time.time_ns()}-{secrets.token_hex(4)}.json"
+    write_private(path, json.dumps([each.to_dict() for each in adjustments]) + "\n")
+    deadline = time.monotonic() + _WAIT_S
+    while path.exists():
+        if time.monotonic() > deadline:
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                raise Unavailable(f"the router that writes {directory} does not take adjustments in; its log has why")
+            return
+        time.sleep(0.05)
+
+
+def waiting(directory: Path) -> list[Path]:
+    return sorted((directory / INBOX).glob("*.json"))
+
+
+def read_waiting(path: Path) -> list[Adjustment]:
+    """Raises:  ConfigError: it holds something else."""
+    rows = read_json(path, "adjustments")
+    try:
+        return [Adjustment.from_dict(row) for row in rows]
+    except (AntefixError, TypeError) as err:
+        raise ConfigError(f"adjustments {path}: {err}") from err

@@ -1,0 +1,163 @@
+"""Heads of the ledger, signed and kept where the ledger is not: what a cut, replaced or rewritten one is told by.
+
+A chain shows that nothing was changed inside it. Only what is kept elsewhere shows that its end was cut off, that an
+older copy of it was put back, or that all of it was written again: the entry that was its head is not there any more.
+
+    file       one JSON object a line, appended and synced
+    file://    a directory as an object store: an object for each, antefix-anchors/SOURCE/SEQUENCE.json
+    receipt    what a customer has of one request; it says as much of its place
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import unquote, urlsplit
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from antefix.checked_files import parse_json, read_text
+from antefix.errors import AntefixError, ConfigError, InvalidRequest
+from antefix.private_file import write_private
+from antefix_billing.ledger_files import sync_directory
+from antefix_billing.receipt import Signer, signed_of_receipt
+
+_DOMAIN: Final = b"antefix-anchor\0"
+_FOLDER: Final = "antefix-anchors"
+_FILE: Final = "file"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anchor:
+    """One entry of one ledger that was there at `time_us`. key_id, signature: hex; is_receipt: a customer's."""
+
+    source: bytes
+    sequence: int
+    hash: bytes
+    time_us: int
+    key_id: str
+    signature: bytes
+    is_receipt: bool = False
+
+    def to_json(self) -> str:
+        values = {
+            "source": self.source.hex(),
+            "sequence": self.sequence,
+            "hash": self.hash.hex(),
+            "time_us": self.time_us,
+            "key_id": self.key_id,
+            "signature": self.signature.hex(),
+        }
+        return json.dumps(values, separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, values: Any, what: str) -> Anchor:
+        """Of an anchor or a receipt.  Raises:  InvalidRequest: it is neither."""
+        try:
+            is_receipt = "payload" in values
+            return cls(
+                source=bytes.fromhex(values["source"]),
+                sequence=int(values["sequence"]),
+                hash=bytes.fromhex(values["hash"]),
+                time_us=0 if is_receipt else int(values["time_us"]),
+                key_id=str(values["key_id"]),
+                signature=bytes.fromhex(values["signature"]),
+                is_receipt=is_receipt,
+            )
+        except (KeyError, TypeError, ValueError) as err:
+            raise InvalidRequest(f"{what} is neither an anchor nor a receipt: {err}") from err
+
+    def is_signed_by(self, public_keys: Iterable[bytes]) -> bool:
+        signed = (
+            signed_of_receipt(self.source, self.sequence, self.hash)
+            if self.is_receipt
+            else _signed(self.source, self.sequence, self.hash, self.time_us)
+        )
+        for key in public_keys:
+            try:
+                Ed25519PublicKey.from_public_bytes(key).verify(self.signature, signed)
+            except (InvalidSignature, ValueError):
+                continue
+            return True
+        return False
+
+
+def make_anchor(signer: Signer, *, source: bytes, sequence: int, hash: bytes, time_us: int) -> Anchor:
+    return Anchor(
+        source=source,
+        sequence=sequence,
+        hash=hash,
+        time_us=time_us,
+        key_id=signer.key_id,
+        signature=signer.sign(_signed(source, sequence, hash, time_us)),
+    )
+
+
+def check_place(place: str) -> None:
+    """Raises:  ConfigError: not a path or a file:// URL."""
+    scheme = urlsplit(place).scheme
+    if scheme not in ("", _FILE) or not place:
+        raise ConfigError(f"an anchor goes to a file or to file://DIRECTORY, not to {place!r}")
+
+
+def write_anchor(anchor: Anchor, place: str) -> None:
+    """Durable when it returns.  place: a file, or file://DIRECTORY.  Raises:  OSError."""
+    directory = _directory_of(place)
+    if directory is None:
+        path = Path(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, anchor.to_json().encode() + b"\n")
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return
+    folder = directory / _FOLDER / anchor.source.hex()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_private(folder / f"{anchor.sequence:020d}.json", anchor.to_json() + "\n")
+    sync_directory(folder)
+
+
+def read_anchors(places: Sequence[str]) -> list[Anchor]:
+    """Of files with anchors or receipts, of directories of such files, and of file:// places.
+
+    Raises:  ConfigError: a place is not there, or holds something else.
+    """
+    return [anchor for place in places for anchor in _anchors_of(place)]
+
+
+def _anchors_of(place: str) -> list[Anchor]:
+    check_place(place)
+    root = _directory_of(place) or Path(place)
+    paths = sorted(root.rglob("*.json")) if root.is_dir() else [root]
+    return [anchor for path in paths for anchor in _of_file(path)]
+
+
+def _of_file(path: Path) -> list[Anchor]:
+    text = read_text(path, "anchors")
+    try:
+        whole = json.loads(text)
+        rows = whole if isinstance(whole, list) else [whole]
+    except ValueError:
+        # Lines; the last one may be torn, since the process may die while it writes.
+        lines = text.split("\n")
+        rows = [parse_json(line.encode(), f"anchors {path}") for line in lines[:-1] if line.strip()]
+    try:
+        return [Anchor.from_dict(row, f"anchors {path}") for row in rows]
+    except AntefixError as err:
+        raise ConfigError(str(err)) from err
+
+
+def _directory_of(place: str) -> Path | None:
+    parts = urlsplit(place)
+    return Path(unquote(parts.netloc + parts.path)) if parts.scheme == _FILE else None
+
+
+def _signed(source: bytes, sequence: int, hash: bytes, time_us: int) -> bytes:
+    return _DOMAIN + source + sequence.to_bytes(8, "little") + hash + time_us.to_bytes(8, "little")

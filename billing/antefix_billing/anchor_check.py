@@ -1,0 +1,75 @@
+"""Whether a ledger is the one that its anchors were taken of. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from antefix_billing.anchor import Anchor
+from antefix_billing.pricing import moment_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorVerdict:
+    """anchors: how many were held against it.  anchored_to: the last entry that an anchor confirms; what lies behind it
+    rests on the chain alone.  faults: what does not hold, with the position.  unsigned: anchors without a signature of
+    a known key; None where no key was given.
+    """
+
+    anchors: int
+    anchored_to: int
+    faults: tuple[str, ...]
+    unsigned: int | None
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults and not self.unsigned
+
+
+def check_anchors(
+    anchors: Sequence[Anchor],
+    hashes: Mapping[int, bytes],
+    *,
+    first: int,
+    head: int,
+    public_keys: Iterable[bytes],
+    chain_error: str = "",
+) -> AnchorVerdict:
+    """Hold anchors of one ledger against it.
+
+    hashes: of its entries, those that anchors name at least.  first, head: its first and last entry's number; before
+    the first was pruned.  chain_error: why reading ended at the head.
+    """
+    keys = list(public_keys)
+    unsigned = [anchor for anchor in anchors if keys and not anchor.is_signed_by(keys)]
+    trusted = sorted((a for a in anchors if a not in unsigned), key=lambda a: (a.sequence, a.time_us))
+    confirmed, faults = 0, []
+    for anchor in trusted:
+        if anchor.sequence < first:
+            continue
+        if anchor.sequence > head:
+            if not chain_error:
+                faults.append(
+                    f"entries {head + 1} to {anchor.sequence} are gone: {_what(anchor)} has entry {anchor.sequence},"
+                    f" and the ledger ends with {head}: its end was cut off, or an older copy was put back"
+                )
+            break
+        if hashes.get(anchor.sequence) != anchor.hash:
+            faults.append(
+                f"entry {anchor.sequence} is another one than {_what(anchor)} has: the ledger was replaced or written"
+                f" again between entries {confirmed + 1} and {anchor.sequence}"
+            )
+            break
+        confirmed = anchor.sequence
+    return AnchorVerdict(
+        anchors=len(trusted),
+        anchored_to=confirmed,
+        faults=tuple(faults),
+        unsigned=len(unsigned) if keys else None,
+    )
+
+
+def _what(anchor: Anchor) -> str:
+    if anchor.is_receipt:
+        return "a receipt"
+    return f"the anchor of {moment_of(anchor.time_us).isoformat(timespec='seconds')}"

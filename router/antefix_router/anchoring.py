@@ -1,0 +1,64 @@
+"""The ledger's head, signed and written elsewhere at intervals, and once more at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from antefix.end_tasks import end_tasks
+from antefix_billing.anchor import make_anchor, write_anchor
+from antefix_billing.ledger import Ledger
+from antefix_billing.receipt import Signer
+
+log = logging.getLogger("antefix.router")
+
+
+class Anchoring:
+    """num_failed: writes to a place that failed; the next one comes at the next interval."""
+
+    def __init__(self, ledger: Ledger, signer: Signer, places: Sequence[str], every_s: float) -> None:
+        self._ledger = ledger
+        self.signer = signer
+        self._places = places
+        self._every_s = every_s
+        self._done: dict[str, int] = {}
+        self._task: asyncio.Task[None] | None = None
+        self.num_failed = 0
+
+    @property
+    def anchored_to(self) -> int:
+        """The last entry that all places have."""
+        return min((self._done.get(place, 0) for place in self._places), default=0)
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            await end_tasks([self._task])
+        await asyncio.to_thread(self.anchor)
+
+    def anchor(self) -> None:
+        """Write the head to each place that does not have it yet."""
+        sequence, hash = self._ledger.head
+        if not sequence:
+            return
+        anchor = make_anchor(
+            self.signer, source=self._ledger.source, sequence=sequence, hash=hash, time_us=time.time_ns() // 1000
+        )
+        for place in self._places:
+            if self._done.get(place) == sequence:
+                continue
+            try:
+                write_anchor(anchor, place)
+                self._done[place] = sequence
+            except OSError as err:
+                self.num_failed += 1
+                log.error("the ledger's head could not be anchored in %s: %s", place, err)  # noqa: TRY400
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.to_thread(self.anchor)
+            await asyncio.sleep(self._every_s)

@@ -1,0 +1,243 @@
+"""Tenants, keys, limits, rate cards and the receipt key change while a router runs: on SIGHUP, and when a file changes.
+
+All files are read and checked first, and then all of it holds, or nothing changes: what is wrong is logged and counted.
+What holds from then on stands in the ledger. A card that would price records otherwise that are priced already is
+refused, unless it says `rerate = true`: then adjustments bring them to its prices. Nothing that was written changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from antefix.end_tasks import end_tasks
+from antefix.errors import AntefixError, ConfigError
+from antefix_billing.adjustment import Change, ChangeKind
+from antefix_billing.adjustment_inbox import read_waiting, waiting
+from antefix_billing.card_changes import ChangedTime, affected, changed_times
+from antefix_billing.ledger import Ledger
+from antefix_billing.ledger_files import read_billed, read_settled, sequence_before
+from antefix_billing.limits import LimitWindow
+from antefix_billing.ratecard import RateCards, load_cards
+from antefix_billing.receipt import Signer
+from antefix_billing.rerate import rerated
+from antefix_billing.tenants import TenantBook, load_tenants
+from antefix_billing.usage_commit import LedgerWriter
+from antefix_billing.usage_record import UsageRecord
+from antefix_router.front import BilledFront, BillingConfig, is_open_to_all
+
+log = logging.getLogger("antefix.router")
+
+LOOK_S: Final = 1.0
+_NUM_A_BATCH: Final = 500
+
+
+class LiveBooks:
+    """One router's. `start` it. num_changes, num_refused: reloads that were taken, and that were not."""
+
+    def __init__(self, config: BillingConfig, front: BilledFront) -> None:
+        self._config = config
+        self._front = front
+        self._paths = [Path(path) for path in (config.tenants_file, *config.ratecards) if path]
+        self._seen = self._look_at_files()
+        self._digest = self._read_digest()
+        self._asked = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.num_changes = 0
+        self.num_refused = 0
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            await end_tasks([self._task])
+
+    def ask(self) -> None:
+        """Look now, whatever the files' times say: what SIGHUP does."""
+        self._asked.set()
+
+    async def _run(self) -> None:
+        while True:
+            is_asked = self._asked.is_set()
+            self._asked.clear()
+            try:
+                await self.look(is_asked=is_asked)
+            except Exception:
+                log.exception("tenants and rate cards could not be looked at")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self._asked.wait()
+
+    async def look(self, *, is_asked: bool = False) -> None:
+        """Take in adjustments that wait, and files that changed."""
+        await self._take_inbox()
+        seen = await asyncio.to_thread(self._look_at_files)
+        if seen == self._seen and not is_asked:
+            return
+        self._seen = seen
+        try:
+            await self._reload()
+        except (AntefixError, OSError) as err:
+            self.num_refused += 1
+            log.error("nothing was changed, what held still holds: %s", err)  # noqa: TRY400 - a fault of the file's
+
+    async def _reload(self) -> None:
+        """Raises:  ConfigError: a file is faulty, or a card may not hold from when it says."""
+        config, accounts = self._config, self._front.accounts
+        digest = await asyncio.to_thread(self._read_digest)
+        signer = Signer.from_file(self._front.signer_path) if self._front.signer_path else None
+        # 1. Read all; whatever is wrong with one of them, none is taken.
+        has_keys = bool(config.api_keys_file)
+        tenants = load_tenants(config.tenants_file, has_other_keys=has_keys) if config.tenants_file else None
+        cards = load_cards(config.ratecards) if config.ratecards else RateCards()
+        # 2. Would records that are priced cost something else?
+        times, read_to = await self._check_cards(accounts.cards, cards)
+        # 3. What is read while nothing is taken yet.
+        now = datetime.now(UTC)
+        month = await asyncio.to_thread(_used_since, accounts.ledger, LimitWindow.MONTH.start(now)) if tenants else []
+        # 4. All of it holds from here on; nothing is awaited in between.
+        if times or read_to is not None:
+            self._check_again(times, read_to)
+        if tenants is not None:
+            self._take_tenants(tenants, month, now)
+        accounts.cards = cards
+        if signer is not None:
+            self._front.take_signer(signer)
+        if digest == self._digest:
+            return
+        self._digest = digest
+        self.num_changes += 1
+        await self._record(digest)
+        if times:
+            await self._rerate(cards, times)
+
+    async def _check_cards(self, old: RateCards, new: RateCards) -> tuple[list[ChangedTime], int | None]:
+        """(times in which records are to be priced again, how far the ledger was read).  Raises:  ConfigError."""
+        ledger = self._front.accounts.ledger
+        models = {*old.models, *new.models, self._front.accounts.served.model} - {"*"}
+        if ledger is None:
+            return [], None
+        if {"*"} & {*old.models, *new.models}:
+            models |= await asyncio.to_thread(_models_of, ledger)
+        times = changed_times(old, new, sorted(models), datetime.now(UTC))
+        if not times:
+            return [], None
+        read_to = ledger.sequence
+        since_s = max(0.0, min(span.begin for span in times).timestamp())
+        after = await asyncio.to_thread(sequence_before, ledger.directory, since_s)
+        await asyncio.to_thread(_refuse_priced, ledger, after, times)
+        return times, read_to
+
+    def _check_again(self, times: list[ChangedTime], read_to: int | None) -> None:
+        """What was settled while the ledger was read."""
+        ledger = self._front.accounts.ledger
+        if ledger is not None and read_to is not None and ledger.sequence > read_to:
+            _refuse_priced(ledger, read_to, times)
+
+    def _take_tenants(self, tenants: TenantBook, month: list[UsageRecord], now: datetime) -> None:
+        front = self._front
+        front.accounts.quotas.replace(tenants.limits, tenants.default, month, now)
+        front.keys.named = dict(tenants.keys)
+        front.keys.open_as = "" if is_open_to_all(tenants, needed=bool(self._config.api_keys_file)) else None
+
+    async def _record(self, digest: dict[str, str]) -> None:
+        log.info("tenants and rate cards were read again and hold: %s", ", ".join(sorted(digest)) or "none")
+        writer = self._front.accounts.writer
+        if not isinstance(writer, LedgerWriter):
+            return
+        kinds = {ChangeKind.TENANTS: [self._config.tenants_file], ChangeKind.RATE_CARDS: list(self._config.ratecards)}
+        for kind, paths in kinds.items():
+            files = {Path(path).name: digest[path] for path in paths if path in digest}
+            if files:
+                content = json.dumps({"sha256": files}, sort_keys=True)
+                await writer.note(Change(kind=kind, content=content, created_us=time.time_ns() // 1000))
+
+    async def _rerate(self, cards: RateCards, times: list[ChangedTime]) -> None:
+        accounts = self._front.accounts
+        ledger, writer = accounts.ledger, accounts.writer
+        assert ledger is not None and isinstance(writer, LedgerWriter)
+        adjustments = await asyncio.to_thread(
+            lambda: list(
+                rerated(
+                    read_billed(ledger.directory),
+                    cards,
+                    chosen=lambda record: any(True for _ in affected([record], times)),
+                    now_us=time.time_ns() // 1000,
+                    reason="a rate card that asks for it was put in force",
+                    author="antefix router",
+                )
+            )
+        )
+        for start in range(0, len(adjustments), _NUM_A_BATCH):
+            await asyncio.gather(*(writer.adjust(each) for each in adjustments[start : start + _NUM_A_BATCH]))
+        log.info("%d records were priced again", len(adjustments))
+
+    async def _take_inbox(self) -> None:
+        writer = self._front.accounts.writer
+        if not isinstance(writer, LedgerWriter):
+            return
+        for path in await asyncio.to_thread(waiting, writer.ledger.directory):
+            try:
+                adjustments = await asyncio.to_thread(read_waiting, path)
+                await asyncio.gather(*(writer.adjust(each) for each in adjustments))
+                await asyncio.to_thread(path.unlink, missing_ok=True)
+            except ConfigError as err:
+                log.error("%s", err)  # noqa: TRY400 - a fault of the file's
+                await asyncio.to_thread(path.rename, path.with_suffix(".refused"))
+            except AntefixError as err:
+                log.warning("adjustments in %s wait: %s", path, err)
+
+    def _look_at_files(self) -> tuple[object, ...]:
+        return tuple(_state_of(path) for path in self._paths)
+
+    def _read_digest(self) -> dict[str, str]:
+        found = {}
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        return found
+
+
+def _state_of(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode)
+
+
+def _refuse_priced(ledger: Ledger, after: int, times: list[ChangedTime]) -> None:
+    """Raises:  ConfigError: records are priced in these times, and the card does not ask for a re-rating."""
+    counts: Counter[str] = Counter()
+    firsts: dict[str, ChangedTime] = {}
+    records = (item.record for item in read_settled(ledger.directory, after=after))
+    for record, span in affected(records, times):
+        if span.card is None or not span.card.rerate:
+            counts[record.model] += 1
+            firsts.setdefault(record.model, span)
+    for model, span in firsts.items():
+        what = f"rate card {span.card.version}" if span.card is not None else "no rate card"
+        raise ConfigError(
+            f"{what} would hold for {model} from {span.begin.isoformat()} on, and {counts[model]} of its records are"
+            " priced since: give it a later `effective`, or say `rerate = true` in the card to have them priced again"
+        )
+
+
+def _models_of(ledger: Ledger) -> set[str]:
+    return {item.record.model for item in read_settled(ledger.directory)}
+
+
+def _used_since(ledger: Ledger | None, start: datetime) -> list[UsageRecord]:
+    if ledger is None:
+        return []
+    after = sequence_before(ledger.directory, start.timestamp())
+    return [item.record for item in read_settled(ledger.directory, after=after)]
