@@ -1,28 +1,37 @@
-"""Holds requests to the limits that stand in the protos (`limit.proto`): types, ranges, finiteness and sizes.
+"""Holds requests and answers to the limits that stand in the protos (`limit.proto`): types, ranges, finiteness, sizes.
 
 A service checks a message here where its bytes enter, before anything else sees it; behind that, code trusts it. A
 request that is no protobuf at all, or breaks a limit, becomes an `Unreadable`, which the interceptor refuses by name:
 gRPC itself would answer UNKNOWN and log a traceback.
+
+A service that asks another one checks the answer in the same way (`answered`). Most fields of answers have no limit of
+their own; then numbers must be finite, and lists no longer than any that a service makes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Final
+from functools import cache, partial
+from typing import Any, Final, TypeVar
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from antefix.errors import AntefixError, InvalidRequest
+from antefix.errors import AntefixError, InvalidRequest, Unavailable
 from antefix.v1 import limit_pb2
 
 _PACKAGE: Final = "antefix.v1"
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _TEXTS: Final = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
+
+M = TypeVar("M")
+# Of a list in an answer: a look-up's spans, a log's events, a prompt's log probabilities.
+_ANSWER_ITEMS_MAX: Final = 1 << 20
+_FLOATS: Final = (FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT)
 
 # Refuses a value. Its text begins with a blank: the caller, who knows the field's name, puts the name in front.
 Check = Callable[[Any], None]
@@ -79,6 +88,23 @@ def check_request(message: Message) -> None:
         raise InvalidRequest(str(err).removeprefix(".")) from None
 
 
+def answered(answer: M) -> M:
+    """Another service's answer, where it can be one.
+
+    Raises:  Unavailable: it breaks a limit, or is no such message; the message names the field. Whoever asked goes on
+        without that service, as if it had not answered.
+    """
+    if not isinstance(answer, Message):
+        # What gRPC cannot read it hands on as None.
+        raise Unavailable("the service's answer is not the message that this call gives: another version may run there")
+    try:
+        _check(answer, of_answer=True)
+    except InvalidRequest as err:
+        text = str(err).removeprefix(".")
+        raise Unavailable(f"the service's answer cannot be right: {answer.DESCRIPTOR.name}.{text}") from None
+    return answer
+
+
 def limit_of(field: FieldDescriptor) -> limit_pb2.FieldLimit | None:
     """What the proto says of the field; None: nothing."""
     options: Any = field.GetOptions()
@@ -88,8 +114,8 @@ def limit_of(field: FieldDescriptor) -> limit_pb2.FieldLimit | None:
     return found
 
 
-def _check(message: Message) -> None:
-    for name, check in _checks_of(message.DESCRIPTOR):
+def _check(message: Message, *, of_answer: bool = False) -> None:
+    for name, check in _checks_of(message.DESCRIPTOR, of_answer):
         try:
             check(message)
         except InvalidRequest as err:
@@ -97,13 +123,15 @@ def _check(message: Message) -> None:
 
 
 @cache
-def _checks_of(descriptor: Descriptor) -> tuple[tuple[str, Check], ...]:
+def _checks_of(descriptor: Descriptor, of_answer: bool) -> tuple[tuple[str, Check], ...]:
     """Of a whole message, by field name; made once per message type, as requests come often."""
     checks: list[tuple[str, Check]] = []
     for field in descriptor.fields:
-        one = _check_of_value(field)
+        one = _check_of_value(_value_of(field), of_answer)
         if field.is_repeated:
-            checks.append((field.name, _of_items(field.name, limit_of(field), one)))
+            limit = limit_of(field)
+            most = limit.items_max if limit is not None else _ANSWER_ITEMS_MAX if of_answer else 0
+            checks.append((field.name, _of_items(field.name, most, one)))
         elif one is not None:
             checks.append((field.name, _of_field(field, one)))
     return tuple(checks)
@@ -116,28 +144,32 @@ def _of_field(field: FieldDescriptor, one: Check) -> Check:
     return lambda message: one(getattr(message, name))
 
 
-def _of_items(name: str, limit: limit_pb2.FieldLimit | None, one: Check | None) -> Check:
-    most = limit.items_max if limit is not None else 0
-
+def _of_items(name: str, most: int, one: Check | None) -> Check:
     def check(message: Message) -> None:
         items = getattr(message, name)
         if len(items) > most:
             raise InvalidRequest(f" takes {most} items, has {len(items)}")
         if one is not None:
-            for item in items:
+            for item in items.values() if isinstance(items, Mapping) else items:
                 one(item)
 
     return check
 
 
-def _check_of_value(field: FieldDescriptor) -> Check | None:
+def _value_of(field: FieldDescriptor) -> FieldDescriptor:
+    """Of a map its values' field; another field itself."""
+    kind = field.message_type
+    return kind.fields_by_name["value"] if kind is not None and kind.GetOptions().map_entry else field
+
+
+def _check_of_value(field: FieldDescriptor, of_answer: bool) -> Check | None:
     limit = limit_of(field)
     if field.message_type is not None:
-        return _check
+        return partial(_check, of_answer=of_answer)
     if field.enum_type is not None:
         return _known(frozenset(field.enum_type.values_by_number))
     if limit is None:
-        return None
+        return _finite if of_answer and field.type in _FLOATS else None
     return _text_check(limit) if field.type in _TEXTS else _number_check(limit)
 
 
@@ -147,6 +179,11 @@ def _known(numbers: frozenset[int]) -> Check:
             raise InvalidRequest(f": {value} is none of its values")
 
     return check
+
+
+def _finite(value: float) -> None:
+    if not math.isfinite(value):
+        raise InvalidRequest(f" must be a finite number, is {value:g}")
 
 
 def _number_check(limit: limit_pb2.FieldLimit) -> Check:

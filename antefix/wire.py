@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.block import as_tokens
-from antefix.errors import InternalError, InvalidRequest
+from antefix.errors import InternalError, InvalidRequest, Unavailable
 from antefix.miss_reason import MissReason
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
@@ -113,7 +113,13 @@ def report_to_wire(report: RestoreReport) -> worker_pb2.RestoreReport:
     return worker_pb2.RestoreReport(**dataclasses.asdict(report))
 
 
-def report_from_wire(message: worker_pb2.RestoreReport) -> RestoreReport:
+def report_from_wire(message: worker_pb2.RestoreReport, num_tokens: int | None = None) -> RestoreReport:
+    """num_tokens: of the prompt that it is of.  Raises:  Unavailable: it tells of more tokens than that one has."""
+    if num_tokens is not None and message.hit_tokens + message.miss_tokens > num_tokens:
+        raise Unavailable(
+            f"the worker's answer cannot be right: {message.hit_tokens} tokens hit and {message.miss_tokens} missed,"
+            f" of {num_tokens}"
+        )
     values = {field.name: getattr(message, field.name) for field in dataclasses.fields(RestoreReport)}
     more = {"miss_reason": MissReason(message.miss_reason), "hit_tiers": dict(message.hit_tiers)}
     return RestoreReport(**{**values, **more})

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -80,6 +81,8 @@ class Soak:
         self.samples: dict[str, list[tuple[float, float, int]]] = {}
         self.victims: dict[str, RoleProcess] = {}
         self.steady: dict[str, RoleProcess] = {}
+        # Of all steady roles and of the store's files, every minute.
+        self.threads_and_disk: list[tuple[int, float]] = []
         self.client: RouterClient
         self.cpu_before_s = 0.0
 
@@ -146,12 +149,14 @@ class Soak:
         if chance < self.args.cancels:
             patience_s = self.rng.uniform(0.02, 1.0)
             with contextlib.suppress(TimeoutError, AntefixError):
-                await asyncio.wait_for(self.ask(prompt), patience_s)
+                async with asyncio.timeout(patience_s):
+                    await self.ask(prompt)
             self.tally.num_cancelled += 1
             return
         tally = self.tally
         try:
-            output = await asyncio.wait_for(self.ask(prompt, counted=True), STUCK_S)
+            async with asyncio.timeout(STUCK_S):
+                output = await self.ask(prompt, counted=True)
         except TimeoutError:
             tally.num_stuck += 1
             return
@@ -206,7 +211,21 @@ class Soak:
     async def save(self) -> None:
         while True:
             await asyncio.sleep(SAVE_S)
-            await self.report()
+            self.threads_and_disk.append((sum(map(num_threads, self.living())), self.disk_mb()))
+            # On a busy machine a router may take longer to say how it is than it is given.
+            with contextlib.suppress(AntefixError):
+                await self.report()
+
+    def living(self) -> list[RoleProcess]:
+        return [process for process in self.steady.values() if process.alive]
+
+    def disk_mb(self) -> float:
+        """Files may go while they are looked at."""
+        nbytes = 0
+        for path in self.deployment.config.store_dir.rglob("*"):
+            with contextlib.suppress(OSError):
+                nbytes += path.stat().st_size if path.is_file() else 0
+        return round(nbytes / 1e6, 1)
 
     async def report(self) -> dict[str, Any]:
         """The result so far, also written to --out."""
@@ -226,11 +245,12 @@ class Soak:
             "token_hit_rate": round(tally.hit_tokens / max(1, tally.prompt_tokens), 4),
             "output_tokens": tally.output_tokens,
             "ttft_s": ttft,
-            "counters": {name.name: getattr(counters, name.name) for name in counters.DESCRIPTOR.fields},
+            "counters": dataclasses.asdict(counters),
             "coalesced_share": round(counters.followed / max(1, num_routed), 4),
             "router_cpu_ms_per_request": round(1000 * router_s / max(1, num_routed), 2),
-            "threads": {role: num_threads(process) for role, process in self.steady.items() if process.alive},
-            "store_files_mb": round(sum(path.stat().st_size for path in files_of(self.deployment)) / 1e6, 1),
+            "threads": {process.role: num_threads(process) for process in self.living()},
+            "store_files_mb": self.disk_mb(),
+            "every_minute_threads_and_disk_mb": self.threads_and_disk,
             "load_left": sum(worker.num_requests for worker in status.workers),
             "memory": {role: fitted(rows) for role, rows in self.samples.items()},
             "load_average": [round(each, 1) for each in os.getloadavg()],
@@ -288,10 +308,6 @@ def num_threads(process: RoleProcess) -> int:
     return len(list(Path(f"/proc/{process.process.pid}/task").iterdir()))
 
 
-def files_of(deployment: Deployment) -> list[Path]:
-    return [path for path in deployment.config.store_dir.rglob("*") if path.is_file()]
-
-
 def cpu_s(process: RoleProcess) -> float:
     fields = Path(f"/proc/{process.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -306,7 +322,9 @@ async def soak(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         run = Soak(args, deployment)
         await run.start()
         await run.run()
-        return await run.report()
+        while True:
+            with contextlib.suppress(AntefixError):
+                return await run.report()
     finally:
         await deployment.stop()
 

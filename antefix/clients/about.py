@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from antefix import rpc
+from antefix.request_limits import answered
 from antefix.security.identity import Role
 from antefix.v1 import about_pb2, about_pb2_grpc
 
@@ -41,7 +42,7 @@ async def ask_about(address: str, *, role: Role | None = None) -> About:
             # The first call makes the connection; the second one's time is that of a call.
             await stub.About(about_pb2.AboutRequest(), timeout=_DEADLINE_S)
             sent, started = time.time(), time.perf_counter()
-            answer = await stub.About(about_pb2.AboutRequest(), timeout=_DEADLINE_S)
+            answer = answered(await stub.About(about_pb2.AboutRequest(), timeout=_DEADLINE_S))
             round_trip_s = time.perf_counter() - started
     finally:
         await channel.close()

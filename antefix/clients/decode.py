@@ -11,9 +11,11 @@ from antefix import rpc
 from antefix.block import TokenArray as Tokens
 from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import DecodeStatus, decode_status_from_wire
+from antefix.errors import Unavailable
 from antefix.generation_request import GenerationRequest
 from antefix.located import Located, ReadSpeed
 from antefix.located_wire import hints_to_wire, speeds_from_wire
+from antefix.request_limits import answered
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.security.identity import Role
@@ -78,16 +80,21 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
             num_emitted=len(emitted),
             hints=hints_to_wire(located),
         )
+        num_tokens, num_left = len(request.tokens) + len(emitted), sampling.max_tokens - len(emitted)
         call = self._stub.Decode(message, timeout=timeout_s, metadata=outgoing())
         try:
             with rpc.rpc_errors():
                 async for answer in call:
+                    tokens = tokens_from_wire(answered(answer).tokens)
+                    num_left -= len(tokens)
+                    if num_left < 0:
+                        raise Unavailable("the worker's answer cannot be right: it has more tokens than were asked for")
                     yield Decoded(
-                        tokens=tokens_from_wire(answer.tokens),
+                        tokens=tokens,
                         logprobs=logprobs_from_wire(answer.logprobs),
                         finish_reason=answer.finish_reason,
                         stop_number=answer.stop_number,
-                        restore=report_from_wire(answer.restore) if answer.HasField("restore") else None,
+                        restore=report_from_wire(answer.restore, num_tokens) if answer.HasField("restore") else None,
                         written_tokens=answer.written_tokens,
                         write_error=answer.write_error,
                         speeds=speeds_from_wire(answer.tier_speeds),
@@ -98,5 +105,5 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
     async def status(self, *, timeout_s: float = 5.0) -> DecodeStatus:
         """What the worker does now."""
         with rpc.rpc_errors():
-            answer = await self._stub.DecodeStatus(decode_pb2.DecodeStatusRequest(), timeout=timeout_s)
+            answer = answered(await self._stub.DecodeStatus(decode_pb2.DecodeStatusRequest(), timeout=timeout_s))
         return decode_status_from_wire(answer)

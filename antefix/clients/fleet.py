@@ -9,6 +9,7 @@ import grpc
 from antefix import rpc
 from antefix.clients.service_client import ServiceClient
 from antefix.miss_reason import MissReason
+from antefix.request_limits import answered
 from antefix.v1 import fleet_pb2, fleet_pb2_grpc
 
 
@@ -65,7 +66,7 @@ class FleetClient(ServiceClient[fleet_pb2_grpc.FleetServiceStub]):
     async def status(self, *, timeout_s: float = 5.0) -> tuple[EngineStatus, ...]:
         """What the router knows of its workers."""
         with rpc.rpc_errors():
-            answer = await self._stub.FleetStatus(fleet_pb2.FleetStatusRequest(), timeout=timeout_s)
+            answer = answered(await self._stub.FleetStatus(fleet_pb2.FleetStatusRequest(), timeout=timeout_s))
         return tuple(_engine(engine) for engine in answer.engines)
 
     async def explain(
@@ -74,7 +75,7 @@ class FleetClient(ServiceClient[fleet_pb2_grpc.FleetServiceStub]):
         """What would happen to a request with this body, JSON.  Raises:  InvalidRequest: the door would refuse it."""
         request = fleet_pb2.ExplainRequestRequest(body=body, tenant=tenant, session=session)
         with rpc.rpc_errors():
-            answer = await self._stub.ExplainRequest(request, timeout=timeout_s)
+            answer = answered(await self._stub.ExplainRequest(request, timeout=timeout_s))
         return ExplainedRequest(
             model=answer.model,
             prompt_tokens=answer.prompt_tokens,

@@ -13,6 +13,7 @@ from antefix.clients.statuses import PrefillStatus, prefill_status_from_wire
 from antefix.generation_request import GenerationRequest
 from antefix.located import Located, ReadSpeed
 from antefix.located_wire import hints_to_wire, speeds_from_wire
+from antefix.request_limits import answered
 from antefix.restore_report import RestoreReport
 from antefix.security.identity import Role
 from antefix.telemetry.context import outgoing
@@ -57,10 +58,10 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
         for num_tokens, ttl_s in request.breakpoints:
             message.breakpoints.add(num_tokens=num_tokens, ttl_s=ttl_s)
         with rpc.rpc_errors():
-            response = await self._stub.Prefill(message, timeout=timeout_s, metadata=outgoing())
+            response = answered(await self._stub.Prefill(message, timeout=timeout_s, metadata=outgoing()))
         return Prefilled(
             handoff=response.handoff,
-            restore=report_from_wire(response.restore),
+            restore=report_from_wire(response.restore, len(request.tokens)),
             near_stores=tuple(response.near_stores),
             speeds=speeds_from_wire(response.tier_speeds),
         )
@@ -68,5 +69,5 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
     async def status(self, *, timeout_s: float = 5.0) -> PrefillStatus:
         """What the worker does now."""
         with rpc.rpc_errors():
-            answer = await self._stub.PrefillStatus(prefill_pb2.PrefillStatusRequest(), timeout=timeout_s)
+            answer = answered(await self._stub.PrefillStatus(prefill_pb2.PrefillStatusRequest(), timeout=timeout_s))
         return prefill_status_from_wire(answer)

@@ -12,6 +12,7 @@ from antefix.block import TokenArray as Tokens
 from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import RouterStatus, router_status_from_wire
 from antefix.generation_request import Caller, check_text
+from antefix.request_limits import answered
 from antefix.restore_report import RestoreReport
 from antefix.sampling import Sampling
 from antefix.security.identity import Role
@@ -92,6 +93,7 @@ class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
         try:
             with rpc.rpc_errors():
                 async for message in call:
+                    answered(message)
                     yield _generated(message)
         finally:
             call.cancel()
@@ -99,7 +101,7 @@ class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
     async def status(self, *, timeout_s: float = 5.0) -> RouterStatus:
         """The workers that the router knows, and what it counted."""
         with rpc.rpc_errors():
-            answer = await self._stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=timeout_s)
+            answer = answered(await self._stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=timeout_s))
         return router_status_from_wire(answer)
 
 

@@ -7,6 +7,7 @@ import grpc
 from antefix import rpc
 from antefix.clients.service_client import ServiceClient
 from antefix.clients.statuses import WindowStatus, window_status_from_wire
+from antefix.request_limits import answered
 from antefix.v1 import window_pb2, window_pb2_grpc
 
 
@@ -20,7 +21,7 @@ class WindowClient(ServiceClient[window_pb2_grpc.WindowServiceStub]):
         """The strategy in force and how well restores were predicted. num_plans_max: the newest so many; 0 for none."""
         request = window_pb2.WindowStatusRequest(num_plans_max=num_plans_max)
         with rpc.rpc_errors():
-            answer = await self._stub.WindowStatus(request, timeout=timeout_s)
+            answer = answered(await self._stub.WindowStatus(request, timeout=timeout_s))
         return window_status_from_wire(answer)
 
     async def set_strategy(self, strategy: str, *, timeout_s: float = 5.0) -> str:
@@ -29,5 +30,7 @@ class WindowClient(ServiceClient[window_pb2_grpc.WindowServiceStub]):
         Raises:  InvalidRequest: not a strategy.
         """
         with rpc.rpc_errors():
-            answer = await self._stub.SetStrategy(window_pb2.SetStrategyRequest(strategy=strategy), timeout=timeout_s)
+            answer = answered(
+                await self._stub.SetStrategy(window_pb2.SetStrategyRequest(strategy=strategy), timeout=timeout_s)
+            )
         return str(answer.previous)

@@ -12,6 +12,7 @@ from antefix.block import HASH_BYTES
 from antefix.errors import InvalidRequest
 from antefix.events.block_events import BlockEvent, EventKind
 from antefix.events.numbered_log import Batch, Cursor
+from antefix.request_limits import answered
 from antefix.v1 import kvstore_pb2, memory_pb2, memory_pb2_grpc
 
 
@@ -63,6 +64,7 @@ async def _batches(
     try:
         with rpc.rpc_errors():
             async for response in call:
+                answered(response)
                 begins = response.snapshot and not in_snapshot
                 in_snapshot = response.snapshot and not response.snapshot_end
                 yield Batch(

@@ -36,6 +36,7 @@ from antefix.record import (
     Refusal,
     RefusalReason,
 )
+from antefix.request_limits import answered
 from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
 from antefix.store.breaker import Breaker
@@ -139,7 +140,11 @@ class RemoteStore:
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         request = kvstore_pb2.LookupRequest(chain=join_hashes(chain), fingerprint=fingerprint, owner=tenant)
         with self._asked():
-            response = await self.stub.Lookup(request, timeout=SEARCH_DEADLINE_S, metadata=outgoing())
+            response = answered(await self.stub.Lookup(request, timeout=SEARCH_DEADLINE_S, metadata=outgoing()))
+        if max(response.num_blocks, *response.checkpoints, 0) > len(chain):
+            raise Unavailable(
+                f"the store's answer cannot be right: it names more than the {len(chain)} blocks asked for"
+            )
         return LookupResult(
             num_blocks=response.num_blocks,
             checkpoints=tuple(response.checkpoints),
@@ -151,13 +156,13 @@ class RemoteStore:
             chain=join_hashes(chain), fingerprint=fingerprint, owner=tenant, all_spans=True
         )
         with self._asked():
-            response = await self.stub.Lookup(request, timeout=SEARCH_DEADLINE_S, metadata=outgoing())
+            response = answered(await self.stub.Lookup(request, timeout=SEARCH_DEADLINE_S, metadata=outgoing()))
         return held_from_wire(response)
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
         with self._asked():
             request = kvstore_pb2.FateRequest(hash=hash, fingerprint=fingerprint)
-            response = await self.stub.Fate(request, timeout=SEARCH_DEADLINE_S, metadata=outgoing())
+            response = answered(await self.stub.Fate(request, timeout=SEARCH_DEADLINE_S, metadata=outgoing()))
         return fate_from_wire(response)
 
     async def get_blocks(
@@ -206,7 +211,7 @@ class RemoteStore:
         nbytes = sum(memoryview(record.payload).nbytes for record in records)
         limit_s = self.breaker.limit_s(nbytes, self._deadline_s)
         with self._asked(nbytes):
-            response = await self.stub.Put(_in_turn(records), timeout=limit_s, metadata=outgoing())
+            response = answered(await self.stub.Put(_in_turn(records), timeout=limit_s, metadata=outgoing()))
         return PutResult(
             num_stored=response.num_stored,
             num_existing=response.num_existing,
@@ -246,24 +251,26 @@ class RemoteStore:
         """
         with self._asked():
             request = kvstore_pb2.PurgeRequest(owner=owner)
-            return int((await self.stub.Purge(request, timeout=PURGE_DEADLINE_S, metadata=outgoing())).num_purged)
+            return int(
+                answered(await self.stub.Purge(request, timeout=PURGE_DEADLINE_S, metadata=outgoing())).num_purged
+            )
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
         request = kvstore_pb2.PinRequest(records=map(_name, names), duration_s=duration_s, owner=owner)
         with self._asked():
-            return int((await self.stub.Pin(request, timeout=CALL_DEADLINE_S)).num_pinned)
+            return int(answered(await self.stub.Pin(request, timeout=CALL_DEADLINE_S)).num_pinned)
 
     async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
         request = kvstore_pb2.EvictRequest(records=map(_name, names), owner=owner)
         with self._asked():
-            return int((await self.stub.Evict(request, timeout=CALL_DEADLINE_S)).num_evicted)
+            return int(answered(await self.stub.Evict(request, timeout=CALL_DEADLINE_S)).num_evicted)
 
     def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
         return watch_store(self.stub, cursor)
 
     async def stats(self) -> StoreTotals:
         with rpc.rpc_errors():
-            answer = await self.stub.Stats(kvstore_pb2.StatsRequest(), timeout=CALL_DEADLINE_S)
+            answer = answered(await self.stub.Stats(kvstore_pb2.StatsRequest(), timeout=CALL_DEADLINE_S))
         kinds = dict.fromkeys(RecordKind, KindTotals())
         for kind in answer.kinds:
             kinds[RecordKind(kind.kind)] = KindTotals(

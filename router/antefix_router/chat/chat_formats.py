@@ -23,6 +23,8 @@ class ChatFormat(Protocol):
 
     name: str
     supports_reasoning: bool
+    # Writing runs somebody else's program, which may take its time: not for an event loop.
+    is_program: bool
 
     def render(self, conversation: Conversation) -> list[Piece]:
         """Raises:  InvalidRequest: the format has no way to write this."""

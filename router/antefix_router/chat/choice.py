@@ -13,7 +13,7 @@ from antefix_router.chat.plain import PlainFormat
 from antefix_router.chat.template import TemplateFormat, template_of
 
 
-def choose_format(name: str, model: Path, tokenizer: Tokenizer) -> ChatFormat:
+def choose_format(name: str, model: Path, tokenizer: Tokenizer, *, bounded: bool = False) -> ChatFormat:
     """The format by setting; "auto" looks at the model directory: its own template, then V4, then plain.
 
     Raises:  ConfigError: the model directory has no template but one was asked for.
@@ -29,7 +29,7 @@ def choose_format(name: str, model: Path, tokenizer: Tokenizer) -> ChatFormat:
     if name == "template":
         if template is None:
             raise ConfigError(f"--chat-format template: {model} has no chat template")
-        return TemplateFormat(template, model)
+        return TemplateFormat(template, model, bounded=bounded)
     if name == "deepseek-v4-0731":
         return DeepSeekV4Format(EFFORTS_0731)
     return DeepSeekV4Format() if name == "deepseek-v4" else PlainFormat()

@@ -98,6 +98,7 @@ class DeepSeekV4Format:
     checkpoint."""
 
     supports_reasoning = True
+    is_program = False
 
     def __init__(self, efforts: Mapping[Effort, str] = EFFORTS) -> None:
         self.name = "deepseek-v4" if efforts is EFFORTS else "deepseek-v4-0731"

@@ -27,6 +27,7 @@ class PlainFormat:
 
     name = "plain"
     supports_reasoning = False
+    is_program = False
 
     def render(self, conversation: Conversation) -> list[Piece]:
         if conversation.tools:

@@ -9,12 +9,8 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from antefix.checked_files import read_json, read_text
 from antefix.errors import InvalidRequest, ModelError
@@ -30,18 +26,13 @@ from antefix_router.chat.messages import (
     TextBreakpoint,
     plain_of,
 )
+from antefix_router.chat.template_child import TEMPLATE_FAILS, Write, compiled
+from antefix_router.chat.template_process import TemplateProcess, TemplateTooLong
 
 # A noncharacter: no text that is valid for interchange has it, so it cannot come from outside; it is removed anyway.
 _MARK: Final = "\ufdd0"
 # Another one, for where a breakpoint lies.
 _POINT: Final = "\ufdd1"
-
-
-# A template is a program of somebody else's: what Python raises in it is its own fault.
-_TEMPLATE_FAILS: Final = (
-    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
-    *(MemoryError, RecursionError, SyntaxError),
-)
 
 
 def template_of(model: Path) -> str | None:
@@ -61,14 +52,15 @@ class TemplateFormat:
     name = "template"
     supports_reasoning = False
 
-    def __init__(self, template: str, model: Path) -> None:
-        """Raises:  ModelError: the template does not compile."""
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda text: datetime.now(UTC).strftime(text)
+    def __init__(self, template: str, model: Path, *, bounded: bool = False) -> None:
+        """bounded: run it in a process of its own, within a time and a memory; `render` then blocks meanwhile.
+
+        Raises:  ModelError: the template does not compile.
+        """
+        self.is_program = bounded
         try:
-            self._template = environment.from_string(template)
-        except _TEMPLATE_FAILS as err:
+            self._write = _bounded(template) if bounded else compiled(template)
+        except (*TEMPLATE_FAILS, TemplateTooLong) as err:
             raise ModelError(f"the chat template of {model} does not compile: {err!s:.300}") from err
         self._names = _special_tokens(model)
         texts = sorted(set(_added_tokens(model)) | set(self._names.values()), key=len, reverse=True)
@@ -118,12 +110,9 @@ class TemplateFormat:
         refusal: Exception | None = None
         for form in (messages, _as_user(messages), _joined(_as_user(messages))):
             try:
-                return self._template.render(
-                    messages=[self._escaped(message, pointed=pointed) for message in form],
-                    add_generation_prompt=True,
-                    **self._names,
-                )
-            except _TEMPLATE_FAILS as err:
+                given = [self._escaped(message, pointed=pointed) for message in form]
+                return self._write({"messages": given, "add_generation_prompt": True, **self._names})
+            except TEMPLATE_FAILS as err:
                 refusal = refusal or err
         raise InvalidRequest(
             f"the model's chat template refuses this conversation: {str(refusal) or type(refusal).__name__:.300}"
@@ -180,8 +169,10 @@ def _joined(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return tuple(joined)
 
 
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _bounded(template: str) -> Write:
+    process = TemplateProcess(template)
+    process.check()
+    return process
 
 
 def _special_tokens(model: Path) -> dict[str, str]:

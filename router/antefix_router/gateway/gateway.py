@@ -22,11 +22,11 @@ from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import ChatFormat, OutputParser, PlainParser
 from antefix_router.chat.choice import choose_format
-from antefix_router.chat.messages import Conversation, Effort, ToolRule
+from antefix_router.chat.messages import Conversation, Effort, Piece, ToolRule
 from antefix_router.chat.moved_lines import load_rules, move_lines
 from antefix_router.chat.render import Rendered, num_characters, num_plain_characters, render_tokens
 from antefix_router.chat.schema import UnusableSchema, UnusableTool
-from antefix_router.encoding import Encoding
+from antefix_router.encoding import CHARACTERS_MIN, Encoding
 from antefix_router.front import BilledFront, Front, cache_tenant
 from antefix_router.gateway.access import REQUEST_ID, TENANT
 from antefix_router.gateway.answer_form import CHAT_NAMES, AnswerForm, SchemaNames
@@ -157,7 +157,7 @@ class Gateway(Door):
         super().__init__(front, config, front.encoding, num_tokens_max=front.identity.max_tokens)
         self.front = front
         self.memory = AnswerMemory()
-        self.format: ChatFormat = choose_format(config.chat_format, front.identity.path, front.tokenizer)
+        self.format: ChatFormat = choose_format(config.chat_format, front.identity.path, front.tokenizer, bounded=True)
         self.models = ModelNames(
             (front.identity.name, *config.model_names),
             load_aliases(config.model_aliases) if config.model_aliases else (),
@@ -224,7 +224,7 @@ class Gateway(Door):
 
         Raises:  ContextTooLong, QuotaExceeded: it has too many tokens, as far as that shows before they are counted.
         """
-        pieces = self.format.render(conversation)
+        pieces = await self._written(conversation, split_tenant(tenant)[0])
         self.front.check_text(num_characters(pieces), num_plain=num_plain_characters(pieces), payer=payer)
         with span("tokenize", num_characters=num_characters(pieces)):
             rendered = await self.front.encoding.run(
@@ -235,6 +235,15 @@ class Gateway(Door):
         notes.num_restored = rendered.num_restored
         # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
         return replace(rendered, breakpoints=rendered.breakpoints[-BREAKPOINTS_MAX:])
+
+    async def _written(self, conversation: Conversation, tenant: str) -> list[Piece]:
+        if not self.format.is_program:
+            return self.format.render(conversation)
+        return await self.front.encoding.run(
+            max(CHARACTERS_MIN, sum(len(message.content) for message in conversation.messages)),
+            lambda: self.format.render(conversation),
+            tenant=tenant,
+        )
 
     async def chat(
         self,
