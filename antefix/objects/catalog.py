@@ -258,6 +258,21 @@ async def read_headers(bucket: Bucket, ref: SegmentRef) -> list[RecordHeader]:
     return read_footer(await bucket.read(ref.name, footer_offset, stop), ref, footer_offset, num_records)
 
 
+async def all_headers(
+    catalog: Catalog, wanted: Callable[[SegmentRef], bool] = lambda _: True
+) -> list[tuple[SegmentRef, list[RecordHeader]]]:
+    """Of all segments that live and are wanted, oldest first."""
+
+    async def read(ref: SegmentRef) -> list[RecordHeader]:
+        try:
+            return await read_headers(catalog.bucket, ref)
+        except (ObjectGone, BlockCorrupt):
+            return []
+
+    refs = [ref for ref in catalog.segments() if wanted(ref)]
+    return list(zip(refs, await all_of(read, refs, _FOOTERS_IN_FLIGHT), strict=True))
+
+
 async def all_of(call: Callable[[U], Awaitable[T]], items: Sequence[U], num_max: int) -> list[T]:
     """All answers, in order; at most so many calls at a time. The first error ends the others."""
     turn = asyncio.Semaphore(num_max)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from antefix.cache_tenant import split_tenant
 from antefix.objects.bucket import open_bucket
-from antefix.objects.catalog import Catalog
+from antefix.objects.catalog import Catalog, all_headers
 from antefix.objects.segment_object import SegmentRef
 from antefix.record import RecordKind
 from antefix.store_files.owners import KnownNames
@@ -18,7 +18,7 @@ from antefix.store_files.record_format import Codec, RecordFlag
 from antefix.store_files.record_header import RecordHeader
 from antefix.text_table import text_table
 from antefix_kvstore.describe_store import AGES, shown_size
-from antefix_kvstore.object_contents import all_headers, statements_of
+from antefix_kvstore.object_contents import statements_of
 
 
 @dataclass(slots=True, kw_only=True)

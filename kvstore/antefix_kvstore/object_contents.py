@@ -10,7 +10,7 @@ from antefix.block import digest_of
 from antefix.blocking import LoopThread
 from antefix.errors import BlockCorrupt
 from antefix.objects.bucket import ObjectGone, open_bucket
-from antefix.objects.catalog import Catalog, all_of, read_headers
+from antefix.objects.catalog import Catalog, all_headers, all_of, read_headers
 from antefix.objects.object_tier import ObjectTier
 from antefix.objects.object_writer import SEGMENT_BYTES, ObjectSettings, ObjectWriter
 from antefix.objects.rewrite import purge_owner
@@ -23,7 +23,6 @@ from antefix.store_files.record_format import IndexEntry
 from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.store_contents import LayoutOf, Stretch, StretchTables, stretches_of
 
-_FOOTERS_IN_FLIGHT: Final = 16
 _BATCH_RECORDS: Final = 256
 # It has no budget of its own: whoever tidies the tier sees to that.
 _ROOM_BYTES: Final = 1 << 62
@@ -93,19 +92,6 @@ async def _opened(url: str, keys: KeyRing | None) -> ObjectTier:
     tier = ObjectTier(open_bucket(url), decrypt=keys.decrypt if keys else None)
     await tier.catalog.refresh()
     return tier
-
-
-async def all_headers(catalog: Catalog) -> list[tuple[SegmentRef, list[RecordHeader]]]:
-    """Of all segments that live, oldest first."""
-
-    async def read(ref: SegmentRef) -> list[RecordHeader]:
-        try:
-            return await read_headers(catalog.bucket, ref)
-        except (ObjectGone, BlockCorrupt):
-            return []
-
-    refs = catalog.segments()
-    return list(zip(refs, await all_of(read, refs, _FOOTERS_IN_FLIGHT), strict=True))
 
 
 async def statements_of(catalog: Catalog, refs: Sequence[SegmentRef]) -> dict[bytes, bytes]:
