@@ -46,6 +46,7 @@ _RANGES_IN_FLIGHT: Final = 4
 _NUM_TRIES: Final = 4
 # Runs are merged while the older one is no more than this much larger, so a record is merged a few times in all.
 _MERGE_RATIO: Final = 4
+_EXPIRED_KEPT_MS: Final = 6 * 3_600_000
 
 
 class Catalog:
@@ -134,6 +135,9 @@ class Catalog:
         """
         async with self._updating:
             now_ms = self.clock_ms()
+            # Whoever deletes has done so by now; others need not remember them for ever.
+            since_ms = now_ms - _EXPIRED_KEPT_MS
+            self._expired = {name: ref for name, ref in self._expired.items() if ref.expires_ms > since_ms}
             if not self.loaded_ms:
                 await self._load()
             else:
@@ -220,6 +224,9 @@ class Catalog:
         runs = [*self._runs, run]
         while len(runs) > 1 and len(runs[-2]) <= _MERGE_RATIO * len(runs[-1]):
             pair = runs[-2:]
+            # They are not in what is merged, and are to be deleted still.
+            now_ms = self.clock_ms()
+            self._expired |= {ref.name: ref for each in pair for ref in each.expired(now_ms)}
             runs[-2:] = [await asyncio.to_thread(merge, pair, self.clock_ms())]
         self._runs = tuple(runs)
         for segment_id in self._lost:

@@ -57,10 +57,21 @@ async def test_expired_segments_are_deleted_by_whoever_comes_first(tmp_path: Pat
 async def test_a_host_that_comes_later_deletes_what_expired_before(tmp_path: Path) -> None:
     clock = Clock()
     await Host(tmp_path, clock).write(PROMPT.blocks(10))
-    clock.advance(86_401)
+    clock.advance(10 * 86_400)
     late = Host(tmp_path, clock)
     await late.janitor.tidy()
     assert (late.janitor.counters.num_expired, names(tmp_path, "segments")) == (2, [])
+
+
+async def test_what_expired_while_the_index_was_merged_is_deleted_all_the_same(tmp_path: Path) -> None:
+    clock = Clock()
+    host = Host(tmp_path, clock)
+    await host.write(PROMPT.blocks(10))
+    clock.advance(86_401)
+    await host.writer.write([PROMPT.block(number) for number in range(10, 40)])
+    await host.janitor.tidy()
+    assert host.janitor.counters.num_expired == 2
+    assert len(names(tmp_path, "segments")) == 6
 
 
 async def test_over_its_budget_the_tier_loses_its_oldest(tmp_path: Path) -> None:
