@@ -29,9 +29,10 @@ proto: $(PROTO_READY)
 demo: setup
 	$(BIN)/antefix demo
 
-# Two at a time, one thread each: the same bits as with more, and no two workers wait for each other's cores.
+# Three at a time, for those that start processes wait for them: two leave a fifth of two cores idle. One thread each: the
+# same bits as with more, and no two workers wait for each other's cores.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 # What starts no process and does not compute for seconds: at most 90 s on two idle cores. One thread each: the same bits.
 test-fast: setup

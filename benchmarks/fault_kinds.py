@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -156,6 +157,23 @@ async def full_disk(deployment: LinkedDeployment, rng: random.Random) -> AsyncIt
         path.unlink()
 
 
+def read_only(part: str) -> Fault:
+    """A part of the data directory becomes a read-only mount (as root); what is open for writing stays so."""
+
+    @contextlib.asynccontextmanager
+    async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
+        path = str(deployment.config.data_dir / part)
+        for arguments in (("--bind", path, path), ("-o", "remount,bind,ro", path)):
+            await asyncio.to_thread(subprocess.run, ["mount", *arguments], check=True)
+        try:
+            yield
+            await asyncio.sleep(LASTS_S)
+        finally:
+            await asyncio.to_thread(subprocess.run, ["umount", "-l", path], check=True)
+
+    return fault
+
+
 def clock(shift: str) -> Fault:
     """The store's clock moves (libfaketime reads the file again within a second), and back."""
 
@@ -190,5 +208,8 @@ FAULTS: dict[str, Fault] = {
     "few descriptors": few_descriptors,
 }
 # With --small-disk and --faketime.
-MORE_FAULTS: dict[str, Fault] = {"full disk": full_disk}
+MORE_FAULTS: dict[str, Fault] = {
+    "full disk": full_disk,
+    **{f"read-only {part}": read_only(part) for part in ("store", "ledger")},
+}
 CLOCK_FAULTS: dict[str, Fault] = {"clock +400 days": clock("+400d"), "clock -400 days": clock("-400d")}

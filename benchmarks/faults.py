@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults --rounds 1 --seed 1 --json benchmarks/results/faults.json
     python -m benchmarks.faults --only 'stop' --rounds 3         # faults whose name has this
-    python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: full disks and clocks too
+    python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: disks, mounts, clocks
 
 One deployment as `antefix up` runs it, supervised, its roles behind proxies. Clients play conversations that go on and
 ask again what was asked. Faults come one after the other; --seed fixes their order, and all prompts. Each answer is

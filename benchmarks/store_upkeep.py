@@ -26,9 +26,11 @@ from antefix_kvstore.storage_engine import MAINTAIN_S, StorageEngine
 
 FINGERPRINT = b"F" * 32
 BLOCK_TOKENS = 128
-TALK_BLOCKS = 16
-# Conversations used again per one that is put.
-USED_AGAIN = 2
+# Short ones, four in a put: so a segment holds many, and what dies is spread over all segments.
+TALK_BLOCKS = 4
+PUT_TALKS = 4
+# Conversations used again per put.
+USED_AGAIN = 8
 # V4-Flash's blocks are this large, and a smaller model's.
 LARGE, SMALL = 448 << 10, 64 << 10
 RESTORED_BLOCKS = 128
@@ -70,12 +72,12 @@ def churn(directory: Path, block_bytes: int, budget_bytes: int, rounds: int) -> 
     for number in range(rounds + 5):
         took, stored = dict.fromkeys(engines, 0.0), dict.fromkeys(engines, 0)
         while stored["full"] < budget_bytes // 4:
-            records = talk(len(leaves), payload)
-            leaves.append((RecordKind.BLOCK, records[-1].hash))
+            group = [talk(len(leaves) + more, payload) for more in range(PUT_TALKS)]
+            leaves += [(RecordKind.BLOCK, records[-1].hash) for records in group]
             used = rng.choices(leaves[-budget_bytes // (TALK_BLOCKS * block_bytes) :], k=USED_AGAIN)
             for name, engine in engines.items():
                 started = time.perf_counter()
-                stored[name] += engine.put(records).num_stored * block_bytes
+                stored[name] += block_bytes * sum(result.num_stored for result in engine.put_group(group))
                 engine.note_use(used, [])
                 took[name] += time.perf_counter() - started
         if number >= 5:

@@ -5,13 +5,17 @@ PROCESS_FOLDERS. Any other that tries is stopped: whoever adds a test cannot slo
 Heavy imports wait until a test asks for them.
 """
 
+import gc
 import os
 import platform
+import shutil
 import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
 
+import certifi
 import pytest
 from hypothesis import settings
 
@@ -31,10 +35,29 @@ HAS_CARD = Path("/dev/nvidiactl").exists()
 if not HAS_CARD:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Where there is room, tests' files lie in memory: none of them cuts the power, and on a disk each sync is a wait.
+MEMORY = Path("/dev/shm")
+if os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > 4 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
 # An example's 200 ms say nothing about the code on a machine that others use as well.
 settings.register_profile("antefix", deadline=None)
 # A quarter of the examples in `make test-fast`, all of them in `make test`; a test that says how many has as many.
 settings.register_profile("fast", settings.get_profile("antefix"), max_examples=25)
+
+
+# Nothing that is imported and collected becomes garbage, and each pass would look through all of it: a quarter of the
+# collection's time, and 0.1 s per pass afterwards.
+gc.disable()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_configure(config):
@@ -72,6 +95,8 @@ PROCESS_FIXTURES = {
     "plots",
 }
 PROCESS_FOLDERS = {"e2e", "wheel"}
+# Nothing in them is for `make test-fast`, which does not import them either.
+NOT_FAST_FOLDERS = PROCESS_FOLDERS | {"environments", "hosts", "page"}
 
 # Asks `uname` once a process, whoever wants to know first.
 platform.processor()
@@ -88,12 +113,25 @@ def _refuse(*_, **__):
 
 # Each HTTP client reads the authorities that it trusts, the system's 140 in 40 ms. Tests talk to this host alone.
 NO_AUTHORITY = Path(__file__).with_name("no_authority.pem")
+# How long a store is waited for in the process that also runs it: on a busy machine both are late, and what is given up
+# then is a miss that no test means.
+PATIENCE_S = 120.0
+PATIENT = {
+    "antefix.store.breaker": ("SLACK_S",),
+    "antefix.store.client": ("CALL_DEADLINE_S", "SEARCH_DEADLINE_S"),
+}
 # What is not in `make test-fast`. There nothing computes for a second on an idle machine, nor for five on a busy one.
 NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines")
 FAST_TEST_S = 5.0
 
 # A deployment starts in seconds and answers in seconds, on a machine that is busy in minutes.
 SERVICES_TIMEOUT_S = 900
+
+
+def pytest_ignore_collect(collection_path, config):
+    if "not services" in config.option.markexpr and collection_path.name in NOT_FAST_FOLDERS:
+        return collection_path.parent == Path(__file__).parent or None
+    return None
 
 
 def pytest_collection_modifyitems(items):
@@ -111,6 +149,10 @@ def pytest_runtest_protocol(item, nextitem):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subprocess.Popen, "__init__", _refuse)
         patch.setenv("SSL_CERT_FILE", str(NO_AUTHORITY))
+        patch.setattr(certifi, "where", lambda: str(NO_AUTHORITY))
+        for module in PATIENT.keys() & sys.modules.keys():
+            for name in PATIENT[module]:
+                patch.setattr(sys.modules[module], name, PATIENCE_S)
         return (yield)
 
 

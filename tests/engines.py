@@ -25,6 +25,19 @@ from tests.small_worker_model import small_worker_model
 MODEL = Path(__file__).parents[1] / "models" / "antefix-tiny"
 
 
+class FixedRates(Rates):
+    """Nothing is learnt: on a busy machine a load takes seconds, and the next plan would be another one."""
+
+    def observe_prefill(self, tokens, *, context, seconds):
+        pass
+
+    def observe_replay(self, tokens, *, context, seconds):
+        pass
+
+    def observe_load(self, tier, nbytes, seconds):
+        pass
+
+
 class MemoryStore:
     """What `antefix.store.api.Store` promises, in a dict. `broken` names the calls that fail now."""
 
@@ -115,7 +128,7 @@ def build(model, store, *, strategy, num_blocks, prefill_chunk, priors=None, pat
     identity = identify(path or small_worker_model(), revision="test")
     kv_format = model.layout.kv_format
     pool = BlockPool(model.layout, num_blocks)
-    rates = Rates(priors or RatePriors(prefill_tokens_per_s=200, load_bytes_per_s=1e12, load_fixed_s=1e-9))
+    rates = FixedRates(priors or RatePriors(prefill_tokens_per_s=200, load_bytes_per_s=1e12, load_fixed_s=1e-9))
     return Engine(
         identity=identity,
         model=model,

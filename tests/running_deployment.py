@@ -4,17 +4,20 @@ Tests that kill, restart or configure start their own. Here everything that othe
 where they were asked before, so a test has a tenant or a text of its own, and the ledger holds others' records.
 """
 
+from __future__ import annotations
+
 import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from antefix.blocking import LoopThread
-from antefix.clients import RouterClient
-from antefix_billing.ledger_files import read_settled
-from antefix_console.deployment import Deployment, DeploymentConfig
-from tests.billing.test_ratecard import DEPLOY
-from tests.gateway.scripted import MODEL
+if TYPE_CHECKING:
+    # Each process of a run imports this file, and few of them start a deployment.
+    from antefix.clients import RouterClient
+    from antefix_console.deployment import Deployment, DeploymentConfig
 
+ROOT = Path(__file__).parents[1]
 SMALL_POOL = ("--pool-bytes", "64M")
 
 
@@ -45,17 +48,22 @@ class RunningDeployment:
         return self._settled()[self._num_before :]
 
     def _settled(self):
+        from antefix_billing.ledger_files import read_settled
+
         return list(read_settled(self.config.ledger_dir))
 
 
 @pytest.fixture(scope="session")
 def _deployment_of_all(tmp_path_factory):
+    from antefix.blocking import LoopThread
+    from antefix_console.deployment import Deployment, DeploymentConfig
+
     deployment = Deployment(
         DeploymentConfig(
-            model=MODEL,
+            model=ROOT / "models" / "antefix-tiny",
             data_dir=tmp_path_factory.mktemp("running") / "data",
             http_address="127.0.0.1:0",
-            ratecards=(str(DEPLOY / "example.toml"),),
+            ratecards=(str(ROOT / "deploy" / "ratecards" / "example.toml"),),
             extra_flags={"kvstore": ("--budget-bytes", "256M"), "prefill": SMALL_POOL, "decode": SMALL_POOL},
         )
     )
@@ -76,5 +84,7 @@ def _deployment_of_all(tmp_path_factory):
 
 @pytest.fixture
 async def running(_deployment_of_all):
+    from antefix.clients import RouterClient
+
     async with RouterClient(_deployment_of_all.one("router").address) as router:
         yield RunningDeployment(_deployment_of_all, router)

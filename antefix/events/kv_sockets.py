@@ -51,7 +51,7 @@ def check_public_key(text: str) -> bytes:
         if len(text) == _KEY_CHARACTERS and len(zmq.utils.z85.decode(text.encode())) == 32:
             return text.encode()
     except (ValueError, KeyError):
-        pass
+        pass  # no Z85: told below
     raise ConfigError(f"{text!r} is not a CURVE public key: it takes {_KEY_CHARACTERS} characters of Z85")
 
 

@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -19,6 +20,8 @@ _DRAFT: Final = ".draft-"
 # No upload takes this long.
 _DRAFT_LIFE_S: Final = 3600.0
 
+_NUM_THREADS: Final = 8
+
 
 class FileBucket:
     """Blocking calls run in threads."""
@@ -26,6 +29,8 @@ class FileBucket:
     def __init__(self, url: str, directory: Path) -> None:
         self.url = url
         self.directory: Final = directory
+        # Its own: where the directory's mount hangs, nothing else does.
+        self._threads: Final = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="antefix-bucket")
 
     async def put(self, name: str, parts: Sequence[Buffer]) -> None:
         await self._in_thread(lambda: self._put(name, parts))
@@ -74,7 +79,7 @@ class FileBucket:
             try:
                 found.append(StoredObject(under + name, (self.directory / under / name).stat().st_size))
             except FileNotFoundError:
-                continue
+                continue  # deleted since its name was read
         return found
 
     async def delete(self, names: Sequence[str]) -> None:
@@ -99,11 +104,12 @@ class FileBucket:
         return self.directory.glob(f"*/{_DRAFT}*")
 
     async def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing is held open; a thread that hangs is left behind."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         try:
-            return await asyncio.to_thread(call)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
         except OSError as err:
             raise Unavailable(f"{self.url}: {err}") from err
 

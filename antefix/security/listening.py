@@ -68,7 +68,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(bare_host(host).partition("%")[0]).is_loopback
     except ValueError:
-        pass
+        pass  # a name, no number
     return _leads_here(host) is True
 
 

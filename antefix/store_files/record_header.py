@@ -64,9 +64,10 @@ _PLACES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen: making a frozen one of so many fields takes three times as long, and a rebuild makes one per record.
+@dataclass(slots=True, kw_only=True)
 class RecordHeader:
-    """The 256 bytes before each payload.
+    """The 256 bytes before each payload. Not to be changed.
 
     tenant: tenant and user digest, 24 bytes; of version 1 the tenant's name in UTF-8.
     generation: of the secret that named and sealed the record; 0: it has no seal.  family: `antefix.block.Family.code`.

@@ -10,13 +10,14 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import llguidance
 import llguidance.numpy as masks
 import numpy as np
 import numpy.typing as npt
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InvalidRequest, Overloaded
 from antefix.grammar import Vocabulary, reason
 
 # Some 50 KB each where they are simple. An agent has one, or one a set of tools.
@@ -57,6 +58,8 @@ class Grammars:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._ready: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
+        # Of its own: what is given up runs on, and a process's other threads are for files and names of hosts.
+        self._threads = ThreadPoolExecutor(NUM_AT_ONCE, thread_name_prefix="antefix-grammar")
         self._turns = asyncio.Semaphore(NUM_AT_ONCE)
 
     async def matcher(self, grammar: str, emitted: Sequence[int] = ()) -> Matcher:
@@ -77,14 +80,25 @@ class Grammars:
             matcher.push(token)
         return matcher
 
+    def _ended(self, work: asyncio.Future[llguidance.LLMatcher]) -> None:
+        self._turns.release()
+        if not work.cancelled():
+            # Seen, or asyncio would log it as never retrieved where nobody waits any more.
+            work.exception()
+
     async def _make(self, grammar: str) -> llguidance.LLMatcher:
-        async with self._turns:
-            made = asyncio.to_thread(self._vocabulary.matcher, grammar)
-            try:
-                async with asyncio.timeout(READY_S_MAX):
-                    ready = await made
-            except TimeoutError as err:
-                raise InvalidRequest(f"the output format takes more than {READY_S_MAX:g} s to make ready") from err
+        work: asyncio.Future[llguidance.LLMatcher] | None = None
+        try:
+            async with asyncio.timeout(READY_S_MAX):
+                await self._turns.acquire()
+                # A thread cannot be stopped: its turn ends when it does, however long that takes.
+                work = asyncio.get_running_loop().run_in_executor(self._threads, self._vocabulary.matcher, grammar)
+                work.add_done_callback(self._ended)
+                ready = await asyncio.shield(work)
+        except TimeoutError as err:
+            if work is None:
+                raise Overloaded("other output formats are being made ready", retry_after_s=READY_S_MAX) from err
+            raise InvalidRequest(f"the output format takes more than {READY_S_MAX:g} s to make ready") from err
         if ready.is_error():
             raise InvalidRequest(f"the output format cannot be used: {reason(ready.get_error())}")
         return ready

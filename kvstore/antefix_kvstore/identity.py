@@ -123,5 +123,5 @@ def _identity_of_segments(segment_dir: Path) -> StoreIdentity | None:
             with path.open("rb") as file:
                 return unpack_segment_header(file.read(SEGMENT_HEADER_BYTES))[0]
         except BlockCorrupt:
-            continue
+            continue  # recovery reports it; any whole header says whose store this is
     return None

@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -19,7 +18,6 @@ import xxhash
 
 from antefix.errors import Unavailable
 from antefix.host_limits import map_bytes_of
-from antefix.record import STORED_KINDS, RecordKind
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import INDEX_DIR, SEGMENT_HEADER_BYTES
 from antefix.store_files.record_header import RecordHeader
@@ -28,6 +26,7 @@ from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.identity import CLEAN_FILE, DISCARDED_DIR, REBUILT_DIR
 from antefix_kvstore.index_check import index_fault
 from antefix_kvstore.index_forest import insert_entry
+from antefix_kvstore.index_rebuild import fill_index
 from antefix_kvstore.index_writer import IndexTxn, SegmentState
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.segments import Segments
@@ -36,8 +35,6 @@ log = logging.getLogger("antefix_kvstore.index")
 
 _INDEX_BYTES_MIN: Final = 256 << 20
 _REBUILD_TXN_RECORDS: Final = 20_000
-# Segments scanned at once: headers of large records lie far apart, and a disk answers many such reads as fast as one.
-_SCAN_THREADS: Final = 8
 
 
 def index_bytes_max(config: KvStoreConfig) -> int:
@@ -111,21 +108,7 @@ def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, chec
 
 
 def _fill(index: Index, segments: Segments, check_all: bool) -> None:
-    headers: dict[tuple[RecordKind, bytes], RecordHeader] = {}
-    last = max(segments.sizes, default=0)
-
-    def scan(number: int) -> list[RecordHeader]:
-        # The last segment may end in a batch that was never acknowledged; the others were synced before it began.
-        return list(segments.scan(number, check_payloads=check_all or number == last))
-
-    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        for found in pool.map(scan, sorted(segments.sizes)):
-            for header in found:
-                headers[header.kind, header.hash] = header
-    # Parents have smaller positions; a checkpoint comes after the block that it hangs on.
-    order = sorted(headers.values(), key=lambda header: (header.position, header.kind))
-    index_headers(index, [header for header in order if header.kind in STORED_KINDS])
-    ends = ends_of(order)
+    ends = fill_index(index, segments, check_all=check_all)
     with IndexTxn(index) as txn:
         for number, size in segments.sizes.items():
             set_end(txn, number, min(ends.get(number, SEGMENT_HEADER_BYTES), size))

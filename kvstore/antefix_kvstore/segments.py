@@ -183,7 +183,7 @@ class Segments:
                 if (found.store_id, named) == (self.identity.store_id, number):
                     return
             except BlockCorrupt:
-                pass
+                pass  # what it is written again for
         fd = self.disk.open(self.path(number))
         try:
             self.disk.write(fd, [pack_segment_header(self.identity, number, created_ms)], 0)

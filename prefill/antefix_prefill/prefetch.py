@@ -1,21 +1,23 @@
 """Loads what a prompt will need while it waits for its turn, so that then it is in memory.
 
-It reads what the planner would read now, into blocks that are idle afterwards: whoever needs room takes them again. It
-computes nothing, and what it fails to load is loaded, or computed, when the turn has come.
+It reads what the planner would read now: blocks, which are idle afterwards, so that prompts at work may take them, and
+the checkpoint, which the prompt keeps. Where there is no room for all, the beginning is loaded. It computes nothing.
+What it fails to load is loaded, or computed, when the turn has come.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from antefix.errors import AntefixError
 from antefix.restore_report import RestoreReport
 from antefix.window import PlanKind
-from antefix_prefill.restore import Prefetched, Prompt, load_blocks, weigh
+from antefix_prefill.restore import Prefetched, Prompt, load_blocks, read_checkpoint, weigh
 from antefix_prefill.worker.engine import Engine
 
 # A shorter wait is over before anything could be loaded.
@@ -24,15 +26,26 @@ AFTER_S: Final = 0.05
 _NUM_AT_ONCE: Final = 2
 # Of the pool's blocks that could be had, what is taken at most: those at work must find room.
 _POOL_SHARE: Final = 0.5
+# Of checkpoints that waiting prompts keep, together.
+_CHECKPOINT_BYTES_MAX: Final = 256 << 20
+# A prompt that waited so long should find its prefix in memory; counters say how much of it was.
+LONG_S: Final = 1.0
 
 
 @dataclass(slots=True)
 class PrefetchCounters:
-    """In prompts and blocks. num_skipped: for which there was no room, or nothing worth loading."""
+    """In prompts and blocks. num_skipped: for which there was no room, or nothing worth loading.
+
+    num_blocks_wanted: of prompts that waited for LONG_S or more, what they were to load.  num_blocks_found: of these,
+    what was in memory at their turn.
+    """
 
     num_prefetched: int = 0
     num_blocks_prefetched: int = 0
+    num_checkpoints_prefetched: int = 0
     num_skipped: int = 0
+    num_blocks_wanted: int = 0
+    num_blocks_found: int = 0
 
 
 class Prefetcher:
@@ -44,11 +57,14 @@ class Prefetcher:
         self._after_s = after_s
         self._places = asyncio.Semaphore(_NUM_AT_ONCE)
         self._is_loading: set[asyncio.Task[None]] = set()
+        # Of prompts that wait: the block up to which each is to be loaded.
+        self._wanted: dict[int, int] = {}
+        self._checkpoint_bytes = 0
 
     @contextlib.asynccontextmanager
     async def while_waiting(self, prompt: Prompt) -> AsyncIterator[None]:
         """Around the wait for a turn. What is being loaded when that ends is waited for: it is needed at once."""
-        task = asyncio.create_task(self._prefetch(prompt))
+        task, started = asyncio.create_task(self._prefetch(prompt)), time.monotonic()
         try:
             yield
         except BaseException:
@@ -57,8 +73,18 @@ class Prefetcher:
         finally:
             if task not in self._is_loading:
                 task.cancel()
+            waited_s = time.monotonic() - started
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
+            self._end(prompt, waited_s)
+
+    def _end(self, prompt: Prompt, waited_s: float) -> None:
+        num_wanted = self._wanted.pop(id(prompt), 0)
+        if prompt.prefetched is not None:
+            self._checkpoint_bytes -= sum(map(len, prompt.prefetched.checkpoints.values()))
+        if num_wanted and waited_s >= LONG_S:
+            self.counters.num_blocks_wanted += num_wanted
+            self.counters.num_blocks_found += min(num_wanted, self._engine.blocks.num_leading(prompt.chain.hashes))
 
     async def _prefetch(self, prompt: Prompt) -> None:
         await asyncio.sleep(self._after_s)
@@ -74,16 +100,37 @@ class Prefetcher:
 
     async def _load(self, prompt: Prompt, task: asyncio.Task[None]) -> None:
         engine, report = self._engine, RestoreReport()
+        # 1. What the planner would read now.
         plan, older = await weigh(engine, prompt, report)
         first = engine.blocks.num_leading(prompt.chain.hashes)
-        num_wanted = plan.resume_block - first
-        room = int(engine.blocks.num_available * _POOL_SHARE)
-        if plan.kind is PlanKind.COLD or num_wanted <= 0 or num_wanted > room:
+        if plan.kind is PlanKind.COLD:
+            self.counters.num_skipped += 1
+            return
+        self._wanted[id(prompt)] = plan.resume_block
+        # 2. Its blocks, as many as there is room for.
+        num_loaded = min(plan.resume_block - first, int(engine.blocks.num_available * _POOL_SHARE))
+        if num_loaded <= 0 and plan.kind is not PlanKind.CHECKPOINT:
             self.counters.num_skipped += 1
             return
         self._is_loading.add(task)
-        table = await load_blocks(engine, prompt, plan.resume_block, report, older)
-        engine.blocks.release(table)
-        prompt.prefetched = Prefetched(first=first, stop=len(table), report=report)
+        prefetched = Prefetched(first=first, stop=first, report=report)
+        if num_loaded > 0:
+            table = await load_blocks(engine, prompt, first + num_loaded, report, older)
+            engine.blocks.release(table)
+            prefetched = replace(prefetched, stop=len(table))
+            self.counters.num_blocks_prefetched += len(table) - first
+        # 3. Its checkpoint, which stays with the prompt.
+        if plan.kind is PlanKind.CHECKPOINT and older is None and self._has_room():
+            await self._load_checkpoint(prompt, plan.resume_block, prefetched)
+        prompt.prefetched = prefetched
         self.counters.num_prefetched += 1
-        self.counters.num_blocks_prefetched += len(table) - first
+
+    async def _load_checkpoint(self, prompt: Prompt, block: int, prefetched: Prefetched) -> None:
+        data = await read_checkpoint(self._engine, prompt, block, prefetched.report)
+        if data is not None:
+            prefetched.checkpoints[block] = data
+            self._checkpoint_bytes += len(data)
+            self.counters.num_checkpoints_prefetched += 1
+
+    def _has_room(self) -> bool:
+        return self._checkpoint_bytes + self._engine.sizes.checkpoint_bytes <= _CHECKPOINT_BYTES_MAX

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -37,11 +37,15 @@ DISK_TIER = Tier.DISK.value
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefetched:
-    """Blocks [first, stop) that were loaded for a prompt while it waited; report: which tiers gave them."""
+    """Blocks [first, stop) that were loaded for a prompt while it waited; report: which tiers gave them.
+
+    checkpoints: window state that was read, by boundary.
+    """
 
     first: int
     stop: int
     report: RestoreReport
+    checkpoints: dict[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -122,6 +126,7 @@ async def restore(engine: Engine, prompt: Prompt) -> Restored:
     started = time.perf_counter()
     report = RestoreReport()
     known = await _look_up(engine, prompt, report)
+    _take_prefetched(prompt, known)
     await _ask_pool(engine, prompt, known, report)
     while True:
         with span("plan") as planning:
@@ -173,6 +178,21 @@ async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport) -> _Kn
         store_failed=failed,
         older=older,
     )
+
+
+def _take_prefetched(prompt: Prompt, known: _Known) -> None:
+    """What was read while it waited is not read again; what was found gone or bad since is not used."""
+    if prompt.prefetched is None:
+        return
+    for block, data in prompt.prefetched.checkpoints.items():
+        if block in known.checkpoints:
+            known.pooled[block] = data
+
+
+async def read_checkpoint(engine: Engine, prompt: Prompt, block: int, report: RestoreReport) -> bytes | None:
+    """Window state at a boundary, as `restore` would read it; None: it is not there."""
+    known = _Known(num_blocks=block, num_in_store=block, checkpoints={}, pooled={})
+    return await _read_checkpoint(engine, prompt, block, known, report)
 
 
 async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: RestoreReport) -> None:
@@ -439,13 +459,13 @@ def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) 
     report.hit_tokens = plan.resume_block * engine.block_size
     report.miss_tokens = prompt.num_tokens - report.hit_tokens
     report.hit_memory_tokens = min(report.hit_memory_tokens, report.hit_tokens)
+    if not report.hit_tiers and report.hit_tokens > report.hit_memory_tokens:
+        report.hit_tiers[DISK_TIER] = report.hit_tokens - report.hit_memory_tokens
     if prompt.prefetched is not None:
         _account_prefetched(engine, prompt.prefetched, report)
     report.hit_store_tokens = report.hit_tokens - report.hit_memory_tokens
     if not report.hit_store_tokens:
         report.hit_tiers.clear()
-    elif not report.hit_tiers:
-        report.hit_tiers[DISK_TIER] = report.hit_store_tokens
     if plan.resume_block:
         report.last_hit_hash = prompt.chain.hashes[plan.resume_block - 1]
 

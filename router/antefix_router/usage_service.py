@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, takewhile
 from typing import Any
 
@@ -22,6 +23,7 @@ from antefix_router.front import BilledFront
 # 256 records are some 200 KB: far under the message limit, far over a call's overhead.
 RECORDS_A_MESSAGE = 256
 FOLLOW_EVERY_S = 0.5
+_NUM_THREADS = 2
 
 
 class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
@@ -29,17 +31,20 @@ class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
 
     def __init__(self, front: BilledFront) -> None:
         self._front = front
+        # Of their own: many exports, or a disk that hangs, hold up no other work of the process.
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="antefix-export")
 
     async def Export(
         self, request: usage_pb2.ExportRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[usage_pb2.ExportResponse]:
         ledger, cursor, tenant = self._ledger(), request.cursor, _tenant_of(request.tenant)
+        loop = asyncio.get_running_loop()
         while True:
             # Only what is durable: an entry that a crash takes back must not have been exported.
             durable = ledger.sequence
             found = read_settled(ledger.directory, after=cursor)
             records = takewhile(lambda item: item.sequence <= durable, found)  # noqa: B023 - read before it changes
-            while batch := await asyncio.to_thread(_take, records):
+            while batch := await loop.run_in_executor(self._threads, _take, records):
                 cursor = batch[-1].sequence
                 chosen = [item for item in batch if tenant in (None, item.record.tenant)]
                 yield usage_pb2.ExportResponse(records=[_to_wire(item) for item in chosen], cursor=cursor)

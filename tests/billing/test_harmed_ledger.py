@@ -208,7 +208,9 @@ def test_a_slot_of_progress_with_a_text_that_nobody_wrote_is_passed_over(directo
 
     body = struct.pack("<16s8IQ24s24s32s", b"n" * 16, *[1] * 8, 5, b"\xff\xfe", b"no such reason", bytes(32))
     (directory / PROGRESS_FILE).write_bytes((struct.pack("<4sI", b"AFPG", zlib.crc32(body)) + body).ljust(256, b"\0"))
-    ProgressJournal(directory).close()
+    journal = ProgressJournal(directory)
+    assert all(journal.found(name) is None for name in ("n" * 16, "", "no such reason"))
+    journal.close()
 
 
 CUT_BEFORE_START = """

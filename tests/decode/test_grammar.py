@@ -1,13 +1,14 @@
 """Grammars at a decode worker: made ready aside, followed, continued, and none of them anybody else's trouble."""
 
 import asyncio
+import threading
 import time
 
 import llguidance
 import numpy as np
 import pytest
 
-from antefix.errors import InvalidRequest
+from antefix.errors import InvalidRequest, Overloaded
 from antefix.grammar import Vocabulary
 from antefix.sampling import Sampling
 from antefix.tokenizer import ByteTokenizer, load_tokenizer
@@ -94,6 +95,31 @@ async def test_a_grammar_that_takes_too_long_holds_up_nobody(vocabulary, monkeyp
     with pytest.raises(InvalidRequest, match="make ready"):
         await making
     assert longest < 0.5
+
+
+async def test_grammars_that_never_end_take_their_own_threads_and_no_others(vocabulary, monkeypatch):
+    monkeypatch.setattr(grammars, "READY_S_MAX", 0.05)
+    go, begun = threading.Event(), []
+
+    def hang(text):
+        begun.append(text)
+        go.wait(60)
+        raise ValueError("nobody waits for this")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vocabulary, "matcher", hang)
+        ready = Grammars(vocabulary)
+        for number in range(6):
+            refused = InvalidRequest if number < grammars.NUM_AT_ONCE else Overloaded
+            with pytest.raises(refused):
+                await ready.matcher(f'start: "{number}"')
+        assert len(begun) == grammars.NUM_AT_ONCE
+        assert await asyncio.to_thread(lambda: 7) == 7
+        go.set()
+        while ready._turns._value < grammars.NUM_AT_ONCE:  # noqa: ASYNC110 - of threads
+            await asyncio.sleep(0.001)
+    monkeypatch.setattr(grammars, "READY_S_MAX", 60.0)
+    assert await ready.matcher(WORD) is not None
 
 
 async def test_no_more_are_kept_than_may_be(vocabulary, monkeypatch):

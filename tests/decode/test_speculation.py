@@ -15,7 +15,7 @@ from antefix.model_dir import identify
 from antefix.record import RecordKind
 from antefix.sampling import Sampling
 from antefix.secret import Keyring
-from antefix.window import Rates, RestorePlanner, Sizes, parse
+from antefix.window import RestorePlanner, Sizes, parse
 from antefix.window.rates import RatePriors
 from antefix_decode import step as step_module
 from antefix_decode.scheduler import Running, Scheduler
@@ -26,7 +26,7 @@ from antefix_prefill.run_prompt import run_prompt
 from antefix_prefill.worker.compute_thread import ComputeThread
 from antefix_prefill.worker.engine import Engine
 from antefix_prefill.worker.resident_blocks import ResidentBlocks
-from tests.engines import MemoryStore, prompt_of
+from tests.engines import FixedRates, MemoryStore, prompt_of
 from tests.model import released_checkpoint as released
 
 PROMPT = np.random.default_rng(7).integers(0, 64, 130)
@@ -58,7 +58,7 @@ def make_engine(models, directory):
             blocks=ResidentBlocks(pool),
             store=store or MemoryStore(),
             strategy=parse(strategy),
-            planner=RestorePlanner(Sizes.of(model.layout), Rates(priors)),
+            planner=RestorePlanner(Sizes.of(model.layout), FixedRates(priors)),
             keyring=Keyring(b"0123456789abcdef"),
             compute=ComputeThread("test"),
             prefill_chunk=64,

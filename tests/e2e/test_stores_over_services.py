@@ -13,6 +13,7 @@ from antefix.secret import Keyring, create_secret_file
 from antefix.security import grants, own_credentials
 from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
+from antefix.store import store_members
 from antefix.store.client import RemoteStore
 from antefix.store.local_copies import LocalCopies
 from antefix.store.open_store import StoreAddress, open_stores
@@ -25,13 +26,15 @@ PROMPT = Prompt(list(range(40 * 8)), payload_bytes=BLOCK_BYTES)
 
 
 @pytest.fixture
-async def services(tmp_path):
+async def services(tmp_path, monkeypatch):
     """Processes and addresses by name, and what every call shows."""
+    # A busy machine's stores are late, which is a miss and not what is meant here.
+    monkeypatch.setattr(store_members, "ASK_S", 10.0)
     keyring = Keyring.from_file(create_secret_file(tmp_path / "secret"))
     credentials = Credentials(Role.OPERATOR, files=None, keyring=keyring)
     own_credentials.use(credentials)
     grants.hold(credentials.grant_for_owners([owner("")], ttl_s=300))
-    started = dict(zip("abc", await asyncio.gather(*(_serve(tmp_path, name) for name in "abc")), strict=True))
+    started = dict(zip("abc", await asyncio.gather(*(serve_store(tmp_path, name) for name in "abc")), strict=True))
     yield started
     for process, _ in started.values():
         await _end(process)
@@ -39,7 +42,7 @@ async def services(tmp_path):
     grants.hold(b"")
 
 
-async def _serve(tmp_path, name):
+async def serve_store(tmp_path, name):
     flags = {
         "dir": str(tmp_path / name),
         "secret-file": str(tmp_path / "secret"),

@@ -310,7 +310,9 @@ async def test_a_stream_that_breaks_ends_with_an_error_and_a_bill_of_what_was_gi
     assert (record.status, record.output_tokens, record.evidence) == (Status.FAILED, 2, Evidence.EXPECTED)
 
 
-async def test_an_error_inside_a_stream_is_one(fleet, two):
+async def test_an_error_inside_a_stream_is_one(fleet, two, monkeypatch):
+    # A stream's head, and with it a 200, waits for the first event, however late it is.
+    monkeypatch.setattr("antefix_router.gateway.http.HEAD_AFTER_S", 60.0)
     door = await fleet(*two)
     for worker in two:
         worker.fails_after = 1

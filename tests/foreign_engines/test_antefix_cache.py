@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from antefix.blocking import LoopThread
@@ -23,6 +22,7 @@ from antefix_engines.engine_store import EngineStore, StoreSettings
 from antefix_engines.transformers import AntefixCache, model_identity
 from antefix_engines.transformers.small_models import BLOCK_SIZE, small_model
 from tests.child_environment import child_environment
+from tests.on_demand import transformers
 from tests.slow_cases import slow_but
 
 PROMPT = [(7 * i * i + 3 * i) % 300 for i in range(5 * BLOCK_SIZE + 3)]

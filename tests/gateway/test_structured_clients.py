@@ -316,6 +316,7 @@ async def test_forced_calls_of_several_outputs_are_each_one(front):
         answer = await client.chat.completions.create(
             model=MODEL, messages=ASK, tools=TOOLS, tool_choice="required", n=2, reasoning_effort="none"
         )
+    assert len(answer.choices) == 2 and all(choice.message.tool_calls for choice in answer.choices)
     for choice in answer.choices:
         for call in choice.message.tool_calls:
             jsonschema.validate(json.loads(call.function.arguments), SCHEMAS[call.function.name])

@@ -96,8 +96,10 @@ def test_experts_may_come_as_one_stack(directory: Path) -> None:
 
 
 def test_multi_token_prediction_layers_are_ignored(directory: Path) -> None:
+    before = load_model(directory).state_dict()
     edit_tensors(directory, lambda tensors: tensors.update({"mtp.0.attn.wkv.weight": torch.zeros(2)}))
-    load_model(directory)
+    after = load_model(directory)
+    assert not after.mtp and after.state_dict().keys() == before.keys()
 
 
 @pytest.mark.parametrize(

@@ -71,11 +71,67 @@ async def test_a_short_wait_loads_nothing(waiting, make_prompt):
     assert prefetcher.counters.num_prefetched == 0
 
 
-async def test_a_prompt_that_would_fill_the_pool_is_not_prefetched(waiting, make_prompt, monkeypatch):
+async def test_of_a_prompt_that_would_fill_the_pool_the_beginning_is_prefetched(waiting, make_prompt, monkeypatch):
     monkeypatch.setattr(prefetch, "_POOL_SHARE", 2 / waiting.pool.num_blocks)
-    prefetcher = await wait_for_a_turn(waiting, make_prompt(waiting, LONGER))
-    assert waiting.blocks.num_resident == 0
-    assert prefetcher.counters.num_skipped == 1
+    prompt = make_prompt(waiting, LONGER)
+    prefetcher = await wait_for_a_turn(waiting, prompt)
+    assert waiting.blocks.num_leading(prompt.chain.hashes) == 2
+    assert (await run_prompt(waiting, prompt)).report.hit_tiers == {"disk": NUM_STORED * BLOCK}
+    assert prefetcher.counters.num_prefetched == 1
+
+
+async def test_a_waiting_prompt_needs_nothing_of_the_store_at_its_turn(waiting, make_prompt, make_engine, store):
+    prompt = make_prompt(waiting, DOCUMENT)
+    prefetcher = await wait_for_a_turn(waiting, prompt)
+    (end,) = prompt.prefetched.checkpoints
+    assert end == prompt.prefetched.stop and prefetcher.counters.num_checkpoints_prefetched == 1
+    before = prompt.prefetched.report.bytes_read
+    store.broken = {"get_blocks", "get"}
+    computed = await run_prompt(waiting, prompt)
+    report = computed.report
+    assert (report.plan, report.hit_tokens, report.store_errors) == ("checkpoint", end * BLOCK, 0)
+    assert report.bytes_read == before > end * waiting.layout.block_bytes
+    assert prefetcher._checkpoint_bytes == 0
+    waiting.blocks.release(computed.sequence.block_table)
+
+
+async def test_checkpoints_of_waiting_prompts_are_bounded(waiting, make_prompt, monkeypatch):
+    monkeypatch.setattr(prefetch, "_CHECKPOINT_BYTES_MAX", waiting.sizes.checkpoint_bytes - 1)
+    prompt = make_prompt(waiting, DOCUMENT)
+    await wait_for_a_turn(waiting, prompt)
+    assert prompt.prefetched.checkpoints == {} and prompt.prefetched.stop
+
+
+@pytest.mark.slow
+async def test_prompts_that_wait_find_nine_tenths_of_their_stored_prefix_in_memory(
+    waiting, make_prompt, make_engine, store, monkeypatch
+):
+    """Four prompts at once, over a store that takes 50 ms per read; a second each, or ten where the machine is busy."""
+    monkeypatch.setattr(prefetch, "LONG_S", 0.0)
+    first = make_engine("boundary")
+    documents = [np.concatenate((np.roll(OTHER_END, number), DOCUMENT)) for number in range(4)]
+    for each in documents:
+        await run(first, make_prompt(first, each))
+    reads = store.get_blocks
+
+    async def slow(*args, **options):
+        await asyncio.sleep(0.05)
+        return await reads(*args, **options)
+
+    monkeypatch.setattr(store, "get_blocks", slow)
+    prefetcher = Prefetcher(waiting)
+
+    async def wait(prompt):
+        async with prefetcher.while_waiting(prompt):
+            for _ in range(100):
+                await asyncio.sleep(0.1)
+                if prompt.prefetched is not None:
+                    break
+
+    await asyncio.gather(*(wait(make_prompt(waiting, each)) for each in documents))
+    counters = prefetcher.counters
+    assert counters.num_blocks_wanted >= 4 * NUM_STORED
+    assert counters.num_blocks_found >= 0.9 * counters.num_blocks_wanted
 
 
 async def test_a_broken_store_costs_the_prefetch_and_nothing_else(waiting, make_prompt, store):

@@ -141,13 +141,10 @@ async def test_a_loaded_deployment_does_not_do_its_work_twice():
 async def test_a_late_answer_is_waited_for_where_the_others_have_more_to_do():
     prefilling, workers, clients, _ = build(num_workers=2)
     speeds(workers, 1e9, 1e9)
-    for worker in workers.workers:
-        worker.num_requests = 3
+    workers.workers[0].num_requests, workers.workers[1].num_requests = 3, 9
     task = start(prefilling, "r")
-    await settled()
-    busy = next(worker for worker, client in zip(workers.workers, clients, strict=True) if not client.calls)
-    busy.num_requests = 9
     await asyncio.sleep(0.05)
+    assert [client.calls for client in clients] == [["r"], []]
     assert prefilling.counters.num_hedged == 0
     for client in clients:
         client.gate.set()

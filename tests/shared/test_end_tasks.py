@@ -49,6 +49,7 @@ async def test_a_task_that_has_ended_is_no_trouble():
     await task
     await end_tasks([task])
     await end_tasks([])
+    assert task.done() and not task.cancelled()
 
 
 async def test_keys_that_are_being_asked_for_do_not_hold_up_the_end(tmp_path, monkeypatch):

@@ -24,6 +24,12 @@ class Peer:
         await self.answers.wait()
 
 
+@pytest.fixture(autouse=True)
+def limits_of_services(monkeypatch):
+    """Other tests are more patient with their stores."""
+    monkeypatch.setattr("antefix.store.breaker.SLACK_S", 3.0)
+
+
 @pytest.fixture
 async def peer():
     return Peer()
@@ -67,6 +73,7 @@ async def test_a_peer_that_comes_back_is_waited_for_again(peer, pulse):
     await until(lambda: not pulse.is_silent)
     with pulse.guard():
         await asyncio.sleep(0)
+    assert pulse.answers
 
 
 async def test_who_has_patience_is_told_later(peer, pulse):

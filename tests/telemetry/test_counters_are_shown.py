@@ -153,6 +153,9 @@ COUNTED = {
     "num_prefetched": "antefix_prefill_prefetched_prompts",
     "num_blocks_prefetched": "antefix_prefill_prefetched_blocks",
     "num_skipped": "antefix_prefill_unprefetched_prompts",
+    "num_checkpoints_prefetched": "antefix_prefill_prefetched_checkpoints",
+    "num_blocks_wanted": "antefix_prefill_waited_blocks",
+    "num_blocks_found": "antefix_prefill_waited_blocks_found",
     "num_over_budget": "antefix_worker_local_copies_over_budget",
     # Of the object tier.
     "num_bad": "antefix_object_bad_records",

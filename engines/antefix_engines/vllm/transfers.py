@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
@@ -40,6 +40,7 @@ class Transfers(Generic[T]):
         self._done: Final[deque[Finished[T]]] = deque()
         self._under_way: Final[set[Future[T]]] = set()
         self._lock: Final = threading.Lock()
+        self._ended: Final = threading.Condition(self._lock)
         self._queued_bytes = 0
 
     def store(self, job_id: int, nbytes: int, work: Callable[[], T]) -> bool:
@@ -65,8 +66,11 @@ class Transfers(Generic[T]):
         return done
 
     def drain(self) -> None:
-        """Wait until no thread touches vLLM's memory."""
-        wait(list(self._under_way))
+        """Wait until the jobs so far have ended: no thread touches vLLM's memory, and `finished` has them all."""
+        with self._ended:
+            jobs = set(self._under_way)
+            # Not `concurrent.futures.wait`: a future is done a moment before its callback has run.
+            self._ended.wait_for(lambda: jobs.isdisjoint(self._under_way))
 
     def close(self) -> None:
         self._loading.shutdown()
@@ -75,16 +79,18 @@ class Transfers(Generic[T]):
     def _start(self, pool: ThreadPoolExecutor, job_id: int, nbytes: int, work: Callable[[], T]) -> None:
         began = time.monotonic()
         future = pool.submit(work)
-        self._under_way.add(future)
+        with self._lock:
+            self._under_way.add(future)
 
         def finish(ended: Future[T]) -> None:
             err = ended.exception()
             if err is not None:
                 log.error("a transfer failed; its rows are computed again", exc_info=err)
             outcome = None if err is not None else ended.result()
-            with self._lock:
-                self._queued_bytes -= nbytes
             self._done.append(Finished(job_id=job_id, outcome=outcome, seconds=time.monotonic() - began))
-            self._under_way.discard(ended)
+            with self._ended:
+                self._queued_bytes -= nbytes
+                self._under_way.discard(ended)
+                self._ended.notify_all()
 
         future.add_done_callback(finish)

@@ -200,7 +200,7 @@ class RankProcesses:
                 else:
                     answers.put(said)
         except (EOFError, OSError):
-            pass
+            pass  # it is gone: told below
         if self._is_closing:
             return
         process = self._processes[rank - 1]
