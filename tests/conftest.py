@@ -121,7 +121,7 @@ PATIENT = {
     "antefix.store.client": ("CALL_DEADLINE_S", "SEARCH_DEADLINE_S"),
 }
 # What is not in `make test-fast`. There nothing computes for a second on an idle machine, nor for five on a busy one.
-NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines")
+NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines", "upgrade")
 FAST_TEST_S = 5.0
 
 # A deployment starts in seconds and answers in seconds, on a machine that is busy in minutes.

@@ -78,6 +78,12 @@ def _trace() -> CommandModule:
     return trace
 
 
+def _health() -> CommandModule:
+    from antefix_console.commands import health
+
+    return health
+
+
 def _plan() -> CommandModule:
     from antefix_console.commands import plan
 
@@ -312,6 +318,11 @@ COMMANDS: dict[str, Command] = {
         load=_doctor,
         help="check this machine: packages, arithmetic, disk",
         example="antefix doctor --json",
+    ),
+    "health": Command(
+        load=_health,
+        help="does a role serve? The exit code says it, for probes and supervisors",
+        example="antefix health 127.0.0.1:7000 --service antefix.v1.RouterService",
     ),
     "keys": Command(
         load=_keys,

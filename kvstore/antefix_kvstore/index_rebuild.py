@@ -26,7 +26,7 @@ from antefix_kvstore.space import parent_of
 # Segments scanned at once: headers of large records lie far apart, and a disk answers many such reads as fast as one.
 _SCAN_THREADS: Final = 8
 _CHUNK_RECORDS: Final = 2_000
-_TXN_RECORDS: Final = 20_000
+_TXN_RECORDS: Final = 10_000
 # A header takes about a kilobyte.
 _WAITING_MAX: Final = 50_000
 _FIRST: Final = int(RecordFlag.FIRST)

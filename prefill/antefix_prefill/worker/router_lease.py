@@ -1,7 +1,7 @@
 """A worker's standing with its routers: registered while it serves, again and again, and taken out before it drains.
 
-A router that is away is asked again; it knows the worker within a third of a lease of coming back. A name that stands
-for several routers is looked up again as often, so routers may come and go behind it.
+A router that is away is asked again; it knows the worker within a third of a lease of coming back. `dns:HOST:PORT` is
+a router at each address of a name, looked up again as often: routers may come and go behind it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from antefix import rpc
+from antefix.discovery.dns_name import PREFIX, DnsName, Resolve, addresses_of
 from antefix.end_tasks import end_tasks
-from antefix.errors import AntefixError
-from antefix.named_addresses import NamedAddresses, Resolve, addresses_of
+from antefix.errors import AntefixError, Unavailable
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.identity import Role
@@ -48,7 +48,9 @@ class WorkerLease:
     ) -> None:
         self._block_size = block_size
         self._arithmetic, self._setup = arithmetic, setup
-        self._routers = NamedAddresses(routers, resolve)
+        self._fixed = tuple(dict.fromkeys(each for each in routers if not each.startswith(PREFIX)))
+        self._names = [DnsName(each, resolve=resolve) for each in dict.fromkeys(routers) if each.startswith(PREFIX)]
+        self._found: dict[DnsName, list[str]] = {name: [] for name in self._names}
         self._role = role
         self._address = address
         self._fingerprint = fingerprint
@@ -70,7 +72,11 @@ class WorkerLease:
         """Ask for no more work. A router that does not hear it finds out when the lease runs out, or by calling."""
         await self._stop()
         self._ttl_s = 0.0
-        await asyncio.gather(*(self._say(router) for router in self._routers.now))
+        await asyncio.gather(*(self._say(router) for router in self._routers()))
+
+    def _routers(self) -> list[str]:
+        """Those that are named, and those that were found last."""
+        return list(dict.fromkeys((*self._fixed, *(each for found in self._found.values() for each in found))))
 
     async def _stop(self) -> None:
         following = self._tasks.pop("", None)
@@ -80,9 +86,18 @@ class WorkerLease:
         await end_tasks(tasks)
 
     async def _follow(self) -> None:
-        """One task for each address that the routers' names have now."""
+        """One task for each router that there is now."""
+        failing: set[DnsName] = set()
         while True:
-            wanted = await self._routers.look_up()
+            for name in self._names:
+                try:
+                    self._found[name] = sorted(each.address for each in await name.find())
+                    failing.discard(name)
+                except Unavailable as err:
+                    if name not in failing:
+                        log.warning("routers are not looked up, those that are known stay: %s", err)
+                    failing.add(name)
+            wanted = self._routers()
             for router in wanted:
                 if router not in self._tasks:
                     self._tasks[router] = asyncio.create_task(self._keep(router))

@@ -12,6 +12,7 @@ from google.protobuf.descriptor import FileDescriptor
 
 from antefix import rpc
 from antefix.config import grace_setting, require, same_setting, setting
+from antefix.discovery.dns_name import PREFIX as DNS_PREFIX
 from antefix.events.address import check_url
 from antefix.events.event_seal import EventKeys
 from antefix.events.redis_stream import StreamPublisher, memory_stream
@@ -69,7 +70,9 @@ class WorkerConfig(EngineConfig):
     object_store: str = same_setting(StoresConfig, "object_store")
     object_encrypt_key_file: str = same_setting(StoresConfig, "object_encrypt_key_file")
     object_keys_file: str = same_setting(StoresConfig, "object_keys_file")
-    routers: tuple[str, ...] = setting((), "addresses of routers to register with, separated by commas")
+    routers: tuple[str, ...] = setting(
+        (), "routers to register with, separated by commas; dns:HOST:PORT: one at each address of that name"
+    )
     events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
     kv_events: str = setting(
         "", "tcp:// or ipc:// address to tell vLLM's KV events on, with token ids; loopback or CURVE; empty: none"
@@ -103,7 +106,12 @@ def secure_worker(config: WorkerConfig, role: Role) -> ProcessSecurity:
     """Who this worker is to others, from now on.  Raises:  ConfigError: its credentials cannot be used."""
     security = open_security(role, config.credentials, keyring=Keyring.from_file(config.secret_file))
     security.use()
-    security.check_calling((*(where.address for where in store_addresses(config)), *config.routers))
+    security.check_calling(
+        (
+            *(where.address for where in store_addresses(config)),
+            *(each.removeprefix(DNS_PREFIX) for each in config.routers),
+        )
+    )
     return security
 
 

@@ -1,0 +1,54 @@
+"""`antefix health ADDRESS`: does a role serve? For supervisors, containers and probes: the exit code is the answer."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from antefix import rpc
+from antefix.errors import AntefixError, InvalidRequest
+from antefix.security.identity import Role
+
+_ROLES = ("kvstore", "prefill", "decode", "router")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("address", metavar="ADDRESS", help="host:port or unix:PATH of a role")
+    parser.add_argument(
+        "--role", choices=_ROLES, help="what must answer there; with TLS its certificate is checked for it"
+    )
+    parser.add_argument(
+        "--service", default="", metavar="NAME", help='such as antefix.v1.RouterService (default: "", alive)'
+    )
+    parser.add_argument("--timeout-s", type=float, default=5.0, metavar="S", help="for the whole call (default 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0 where it serves, else 1: it says that it does not, or nobody answers."""
+    if not (math.isfinite(args.timeout_s) and args.timeout_s > 0):
+        raise InvalidRequest(f"--timeout-s must be above 0, is {args.timeout_s}")
+    status = asyncio.run(_ask(args))
+    if args.json:
+        print(json.dumps({"address": args.address, "service": args.service, "status": status}))
+    else:
+        print(status)
+    return 0 if status == "SERVING" else 1
+
+
+async def _ask(args: argparse.Namespace) -> str:
+    role = None if args.role is None else Role(args.role)
+    request = health_pb2.HealthCheckRequest(service=args.service)
+    try:
+        async with rpc.channel(args.address, of=role) as channel:
+            with rpc.rpc_errors():
+                reply = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=args.timeout_s)
+    except InvalidRequest:
+        raise
+    except AntefixError as err:
+        return f"nobody says that it serves: {err}"
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
