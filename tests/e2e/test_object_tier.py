@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from antefix.errors import Unavailable
 from antefix.objects.bucket import open_bucket
 from antefix.objects.catalog import Catalog
 from antefix.usage import tiers_of_text
@@ -13,6 +14,15 @@ from antefix_billing.ledger_files import read_settled
 
 pytestmark = pytest.mark.services
 UPLOADS = ("--budget-bytes", "256M", "--object-upload", "all", "--object-wait-s", "0")
+
+
+async def until_reached(call):
+    """The router finds workers that were started again within a moment."""
+    while True:
+        try:
+            return await call()
+        except Unavailable:
+            await asyncio.sleep(0.5)
 
 
 async def test_hits_come_back_when_every_disk_is_wiped(deploy, ask, document, reference, tmp_path):
@@ -35,7 +45,7 @@ async def test_hits_come_back_when_every_disk_is_wiped(deploy, ask, document, re
                 for process in [each for each in deployment.processes if each.role != "router"]:
                     await deployment.kill(process)
                     await deployment.restart(process)
-                output, last = await ask(deployment, longer)
+                output, last = await until_reached(lambda: ask(deployment, longer))
                 assert output == reference.generate(longer, 24)
                 records = [item.record for item in read_settled(deployment.config.ledger_dir)]
                 if "object:file" in tiers_of_text(records[-1].hit_tiers):
