@@ -9,6 +9,7 @@ from antefix.layout import KVFormat
 from antefix.sampling import Sampling
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig
+from tests.small_worker_model import small_worker_model
 
 MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 SMALL_POOL = ("--pool-bytes", "64M")
@@ -38,6 +39,17 @@ def deploy(make_config):
 @pytest.fixture(scope="session")
 def reference():
     return Reference(MODEL, KVFormat.FP8)
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    """For tests that ask much and depend on no timing: it decodes a token in a fraction of the shipped model's time."""
+    return small_worker_model()
+
+
+@pytest.fixture(scope="session")
+def small_reference(small_model):
+    return Reference(small_model, KVFormat.FP8)
 
 
 @pytest.fixture

@@ -18,59 +18,48 @@ def prompt(document):
     return document[:1000]
 
 
-async def test_a_dead_prefill_worker_is_done_without(deploy, ask, prompt, reference):
-    async with deploy() as deployment:
-        await deployment.kill(deployment.one("prefill"))
-        output, last = await ask(deployment, prompt)
-        assert last.usage.prompt_tokens == 1000
-    assert output == reference.generate(prompt, 24)
+async def kill_the_busy_one(deployment):
+    """Of the decode workers, the one that answers."""
+    workers = (await deployment.router.status()).workers
+    busy = next(worker for worker in workers if worker.role == "decode" and worker.num_requests)
+    await deployment.kill(next(process for process in deployment.processes if process.address == busy.address))
 
 
-async def test_a_decode_worker_killed_in_mid_stream_is_replaced_without_gap_or_repeat(deploy, prompt, reference):
-    async with deploy(num_decode=2) as deployment:
+async def test_decode_workers_killed_in_mid_stream_are_replaced_without_gap_or_repeat(deploy, ask, prompt, reference):
+    """One deployment for two kills, of a greedy answer's worker and of a sampled one's: its start costs more."""
+    async with deploy(num_decode=3) as deployment:
         output, killed = [], False
         async for message in deployment.router.generate(prompt, Sampling(max_tokens=60, ignore_eos=True)):
             output += [int(token) for token in message.tokens]
             if len(output) >= 10 and not killed:
-                busy = next(
-                    w for w in (await deployment.router.status()).workers if w.role == "decode" and w.num_requests
-                )
-                await deployment.kill(next(p for p in deployment.processes if p.address == busy.address))
+                await kill_the_busy_one(deployment)
                 killed = True
         assert killed and len(output) == 60
-    whole = reference.generate(prompt, 60)
-    assert output[: len(whole)] == whole
+        whole = reference.generate(prompt, 60)
+        assert output[: len(whole)] == whole
 
-
-async def test_a_sampled_output_goes_on_with_the_same_tokens(deploy, ask, prompt):
-    sampling = Sampling(max_tokens=50, temperature=0.9, top_p=0.95, seed=11, ignore_eos=True)
-    async with deploy(num_decode=2) as deployment:
+        sampling = Sampling(max_tokens=50, temperature=0.9, top_p=0.95, seed=11, ignore_eos=True)
         undisturbed, _ = await ask(deployment, prompt, sampling=sampling)
         output = []
         async for message in deployment.router.generate(prompt, sampling):
             output += [int(token) for token in message.tokens]
             if len(output) == 20:
-                busy = next(
-                    w for w in (await deployment.router.status()).workers if w.role == "decode" and w.num_requests
-                )
-                await deployment.kill(next(p for p in deployment.processes if p.address == busy.address))
+                await kill_the_busy_one(deployment)
         assert output == undisturbed
 
 
-async def test_a_dead_store_costs_speed_never_an_answer(deploy, ask, prompt, reference):
-    async with deploy() as deployment:
-        await ask(deployment, prompt)
-        await deployment.kill(deployment.one("kvstore"))
-        longer = np.concatenate((prompt, prompt[:50]))
-        output, _ = await asyncio.wait_for(ask(deployment, longer), 300)
-    assert output == reference.generate(longer, 24)
-
-
-async def test_a_store_that_comes_back_is_used_again(make_config, deploy, ask, prompt):
+async def test_a_dead_store_costs_speed_never_an_answer_and_is_used_again_when_it_is_back(
+    deploy, ask, prompt, reference
+):
     async with deploy() as deployment:
         await ask(deployment, prompt)
         old = deployment.one("kvstore")
         await deployment.kill(old)
+        longer = np.concatenate((prompt, prompt[:50]))
+        async with asyncio.timeout(300):
+            output, _ = await ask(deployment, longer)
+        assert output == reference.generate(longer, 24)
+
         flags = ["--dir", str(deployment.config.store_dir), "--address", old.address]
         await deployment.start_role("kvstore", flags)
         _, last = await ask(deployment, np.concatenate((prompt, prompt[:70])))
@@ -80,10 +69,22 @@ async def test_a_store_that_comes_back_is_used_again(make_config, deploy, ask, p
         _, again = await ask(deployment, np.concatenate((fresh, prompt[:9])))
         assert again.usage.cache_hit_tokens > 0
 
+        # And without its prefill worker.
+        await deployment.kill(deployment.one("prefill"))
+        other = np.roll(prompt, 100)
+        output, last = await ask(deployment, other)
+        assert last.usage.prompt_tokens == 1000
+        assert output == reference.generate(other, 24)
 
-async def test_a_damaged_segment_is_a_miss_and_the_answer_stays(deploy, ask, prompt, reference):
+
+async def test_a_damaged_segment_and_another_formats_blocks_are_misses_and_the_answer_stays(
+    deploy, ask, prompt, reference
+):
     async with deploy() as deployment:
         await ask(deployment, prompt)
+    async with deploy(kv_format="float32") as deployment:
+        _, last = await ask(deployment, prompt)
+        assert (last.usage.cache_hit_tokens, last.restore.plan) == (0, "cold")
     segments = [path for path in deployment.config.store_dir.rglob("*") if path.is_file() and "seg" in path.name]
     assert segments
     rng = np.random.default_rng(1)
@@ -98,21 +99,14 @@ async def test_a_damaged_segment_is_a_miss_and_the_answer_stays(deploy, ask, pro
     assert output == reference.generate(np.concatenate((prompt, prompt[:20])), 24)
 
 
-async def test_a_store_of_another_format_is_all_misses(deploy, ask, prompt):
-    async with deploy(kv_format="float32") as deployment:
-        await ask(deployment, prompt)
-    async with deploy(kv_format="fp8") as deployment:
-        _, last = await ask(deployment, prompt)
-    assert (last.usage.cache_hit_tokens, last.restore.plan) == (0, "cold")
-
-
 async def test_roles_end_when_the_process_that_started_them_is_killed(tmp_path, make_config):
     starter = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "antefix_console", "up", "--json", "--data-dir", str(tmp_path / "up")),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
-    ready = json.loads(await asyncio.wait_for(starter.stdout.readline(), 300))
+    async with asyncio.timeout(300):
+        ready = json.loads(await starter.stdout.readline())
     pids = [process["pid"] for process in ready["processes"]]
     assert len(pids) == 4
     starter.kill()

@@ -24,13 +24,14 @@ async def test_hits_from_memory_from_the_answer_and_from_disk_equal_cold_runs(de
         output, last = await ask(deployment, first)
         assert count(last) == (0, "cold")
         asked.append((first, output))
-        second = np.concatenate((document, QUESTIONS[1]))
-        output, last = await ask(deployment, second, max_tokens=100)
+        # 2,558 tokens: the answer's first ones fill a block.
+        second = np.concatenate((document, document[:52], QUESTIONS[1][:6]))
+        output, last = await ask(deployment, second)
         assert last.usage.cache_hit_tokens >= 2432  # all full blocks of the shared 2,500 tokens, or one less
         asked.append((second, output))
         third = np.concatenate((second, np.array(output, np.uint32), QUESTIONS[2]))
         output, last = await ask(deployment, third)
-        # The second turn ran 2,510 prompt and 99 output tokens: 40 full blocks of 64.
+        # The second turn ran 2,558 prompt and 23 output tokens: 40 full blocks of 64, the last with the answer's.
         assert count(last) == (2560, "checkpoint")
         asked.append((third, output))
     async with deploy() as deployment:
@@ -39,7 +40,7 @@ async def test_hits_from_memory_from_the_answer_and_from_disk_equal_cold_runs(de
         assert last.restore.hit_store_tokens == 2560 and last.restore.bytes_read > 0
         asked.append((third, output))
     for prompt, output in asked:
-        assert output == reference.generate(prompt, 100 if prompt is second else 24)
+        assert output == reference.generate(prompt, 24)
 
 
 async def test_without_checkpoints_a_hit_is_replayed_and_equal(deploy, ask, document, reference):

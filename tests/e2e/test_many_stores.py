@@ -10,14 +10,16 @@ from antefix_billing.reconcile import verify_all
 pytestmark = pytest.mark.services
 
 
-async def test_answers_survive_the_loss_of_stores_and_the_bill_agrees_with_all_logs(deploy, ask, document, reference):
+async def test_answers_survive_the_loss_of_stores_and_the_bill_agrees_with_all_logs(
+    deploy, ask, document, small_model, small_reference
+):
     asked = []
-    async with deploy(num_stores=3, num_prefill=2) as deployment:
+    async with deploy(num_stores=3, num_prefill=2, model=small_model) as deployment:
         config = deployment.config
 
         async def check(prompt):
             output, last = await ask(deployment, prompt)
-            assert output == reference.generate(prompt, 24)
+            assert output == small_reference.generate(prompt, 24)
             asked.append(last.usage)
             return last.usage
 

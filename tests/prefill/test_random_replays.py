@@ -52,6 +52,10 @@ def model_of(layers: str, m: int, m_hca: int, n_win: int, kv_format: KVFormat) -
     return init_weights(model, seed=3)
 
 
+DRAWN = drawn(16)
+SHAPES = [*NAMED, *WINDOW_ONLY, *DRAWN[:4], *(pytest.param(*shape, marks=pytest.mark.long) for shape in DRAWN[4:])]
+
+
 async def run(model: Model, store: MemoryStore, tokens: np.ndarray) -> tuple[Any, ...]:
     engine = build(model, store, strategy="zero", num_blocks=len(tokens) // model.layout.geometry.block_size + 2,
                    prefill_chunk=64)  # fmt: skip
@@ -62,7 +66,7 @@ async def run(model: Model, store: MemoryStore, tokens: np.ndarray) -> tuple[Any
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_format", [KVFormat.FP8, KVFormat.FLOAT32])
-@pytest.mark.parametrize(("layers", "m", "m_hca", "n_win"), [*NAMED, *WINDOW_ONLY, *drawn(16)])
+@pytest.mark.parametrize(("layers", "m", "m_hca", "n_win"), SHAPES)
 async def test_a_replay_and_all_that_is_written_after_it_equal_a_cold_run(
     layers: str, m: int, m_hca: int, n_win: int, kv_format: KVFormat
 ) -> None:
