@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -74,6 +74,16 @@ test-hosts: setup
 # Deployments as operators run them: limits, locales, proxies, users, mounts. A quarter of an hour; most of it as root.
 test-environments: setup
 	$(BIN)/python -m pytest -rs -m environments tests/environments
+
+# NVIDIA's checks over all kernels, on a card, with compute-sanitizer of the CUDA toolkit. Each report stays in .sanitizer/.
+SANITIZER_TESTS ?= tests/kernels
+test-sanitizer: setup
+	mkdir -p .sanitizer
+	failed=""; for tool in memcheck synccheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --target-processes all --error-exitcode 9 \
+			--log-file .sanitizer/$$tool.log $(BIN)/python -m pytest -q -m gpu $(SANITIZER_TESTS) || failed="$$failed $$tool"; \
+		tail -n 1 .sanitizer/$$tool.log; \
+	done; test -z "$$failed" || { echo "not clean:$$failed; see .sanitizer/"; exit 1; }
 
 # All readers of outside bytes, each for SECONDS; what it finds stays in .fuzz, where the next run goes on. Five hours.
 SECONDS ?= 600

@@ -94,8 +94,24 @@ def profile(model: Model, num_tokens: int, num_sequences: int) -> str:
         order = "self_cuda_time_total"
     with torch.profiler.profile(activities=kinds) as seen:
         step_s(model, pool, ops, sequences, tokens)
-    found: str = seen.key_averages().table(sort_by=order, row_limit=25)
-    return found
+    averages = seen.key_averages()
+    found: str = averages.table(sort_by=order, row_limit=25)
+    return f"{found}\n{counts({each.key: each.count for each in averages})}"
+
+
+# What of a profile launches a kernel, and what waits for the card or would do so on one.
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
+         "aten::_local_scalar_dense", "aten::nonzero")  # fmt: skip
+
+
+def counts(calls: dict[str, int]) -> str:
+    """calls: how often each name of a profile was called."""
+    launches = sum(count for name, count in calls.items() if name.startswith(LAUNCHES))
+    waits = {name: count for name, count in calls.items() if name.startswith(WAITS)}
+    operations = sum(count for name, count in calls.items() if name.startswith("aten::"))
+    listed = ", ".join(f"{name} {count}" for name, count in sorted(waits.items())) or "none"
+    return f"torch operations {operations:,}; kernel launches {launches:,}; calls that wait for a card: {listed}"
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.errors import InternalError, NotFinite
-from antefix.model import Sequence, follow_ran, run_tokens
+from antefix.model import Ran, Sequence, follow_ran, run_tokens
 from antefix.model.finite import are_numbers
 from antefix.restore_report import RestoreReport
 from antefix.telemetry import span
@@ -111,11 +111,9 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
         new = range(max(first // engine.block_size, restored.num_stored_blocks), last)
         tokens, is_last = prompt.tokens[first:stop], stop == prompt.num_tokens
         with span("prefill chunk", first=first, num_tokens=stop - first):
-            left = prompt.num_tokens - first
+            piece = _Piece(engine, sequence, tokens, new, is_last)
             with model_step(first):
-                logits, payloads = await engine.compute.run_chunk(
-                    left, begun, _run_chunk, engine, sequence, tokens, new, is_last
-                )
+                logits, payloads = await _run_piece(piece, prompt.num_tokens - first, begun)
         for index in range(first // engine.block_size, last):
             publish_block(engine, prompt, index, sequence.block_table[index])
         for index, payload in zip(new, payloads, strict=True):
@@ -144,18 +142,54 @@ def grow(engine: Engine, sequence: Sequence, num_tokens: int) -> None:
         sequence.block_table.extend(engine.blocks.allocate(missing, after=after))
 
 
-def _run_chunk(
-    engine: Engine, sequence: Sequence, tokens: npt.NDArray[np.uint32], new: range, is_last: bool
-) -> tuple[npt.NDArray[np.float32] | None, list[memoryview]]:
-    """In the compute thread: the last token's logits where they are wanted, and the payloads of blocks `new`."""
-    ran = run_tokens(engine.model, engine.pool, [(sequence, tokens)], ops=engine.ops)
-    ran.keep(0)
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """new: blocks whose payloads are wanted.  is_last: the prompt's last token is in it, and its logits are wanted."""
+
+    engine: Engine
+    sequence: Sequence
+    tokens: npt.NDArray[np.uint32]
+    new: range
+    is_last: bool
+
+
+# The last token's logits where they are wanted, and the payloads of the piece's new blocks.
+_PieceResult = tuple[npt.NDArray[np.float32] | None, list[memoryview]]
+
+
+async def _run_piece(piece: _Piece, remaining: int, began: float) -> _PieceResult:
+    compute, num_tokens = piece.engine.compute, len(piece.tokens)
+    if piece.engine.align_tokens == 1:
+        return await compute.run_piece(remaining, began, _run_pieces, piece, num_tokens)
+    # Arithmetic depends on shapes: other prompts' tokens in the call would change this one's bits.
+    result = await compute.run_chunk(remaining, began, _run_pieces, [piece])
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+
+def _run_pieces(pieces: list[_Piece]) -> list[_PieceResult | Exception]:
+    """In the compute thread: pieces of several prompts, in one call of the model."""
+    engine = pieces[0].engine
+    ran = run_tokens(engine.model, engine.pool, [(each.sequence, each.tokens) for each in pieces], ops=engine.ops)
+    results: list[_PieceResult | Exception] = []
+    for number, piece in enumerate(pieces):
+        try:
+            results.append(_finish_piece(piece, ran, number))
+        except Exception as err:  # noqa: BLE001 - its own, which it is told; the others go on
+            results.append(err)
+    return results
+
+
+def _finish_piece(piece: _Piece, ran: Ran, number: int) -> _PieceResult:
+    engine, sequence, tokens = piece.engine, piece.sequence, piece.tokens
+    ran.keep(number)
     if engine.model.mtp:
-        follow_ran(engine.model, ran, 0, sequence.window, tokens, stop=len(tokens), ops=engine.ops)
-    logits: npt.NDArray[np.float32] | None = ran.logits[0].float().cpu().numpy() if is_last else None
+        follow_ran(engine.model, ran, number, sequence.window, tokens, stop=len(tokens), ops=engine.ops)
+    logits: npt.NDArray[np.float32] | None = ran.logits[number].float().cpu().numpy() if piece.is_last else None
     # Without new blocks a card is not waited for: the next chunk is prepared while this one runs.
-    block_ids = [sequence.block_table[index] for index in new]
-    payloads = engine.pool.payloads(block_ids) if new else []
+    block_ids = [sequence.block_table[index] for index in piece.new]
+    payloads = engine.pool.payloads(block_ids) if piece.new else []
     if engine.pool.unusable(block_ids) or (logits is not None and not are_numbers(logits)):
         raise not_finite(sequence.position)
     return logits, payloads

@@ -7,7 +7,13 @@ import time
 import pytest
 
 from antefix_prefill.run_prompt import run_prompt
-from antefix_prefill.worker.compute_thread import OLDEST_EVERY, ComputeThread, compute_for, uninterrupted
+from antefix_prefill.worker.compute_thread import (
+    OLDEST_EVERY,
+    TOGETHER_TOKENS,
+    ComputeThread,
+    compute_for,
+    uninterrupted,
+)
 
 
 async def test_cancellation_waits_for_the_work_in_hand():
@@ -139,3 +145,53 @@ async def test_waits_for_the_thread_are_counted_by_kind_of_work():
     }
     assert (samples["count", "small"], samples["count", "chunk"]) == (2, 1)
     assert min(samples["sum", "small"], samples["sum", "chunk"]) >= 0.02
+
+
+async def together(pieces, function):
+    """What waits for a busy thread: (name, tokens) each, and what every caller gets."""
+    thread, let_go = ComputeThread("test"), threading.Event()
+    busy = asyncio.create_task(thread.run(let_go.wait))
+    await asyncio.sleep(0)
+    asked = [thread.run_piece(size, 0.0, function, name, size) for name, size in pieces]
+    waiting = [asyncio.create_task(each) for each in asked]
+    await asyncio.sleep(0)
+    let_go.set()
+    await busy
+    results = await asyncio.gather(*waiting, return_exceptions=True)
+    thread.close()
+    return results, thread.num_joined
+
+
+async def test_short_pieces_that_wait_together_run_as_one_call():
+    calls = []
+
+    def run(names):
+        calls.append(names)
+        return [name.upper() for name in names]
+
+    limit = TOGETHER_TOKENS
+    sizes = {"a": 40, "b": limit - 50, "c": 10, "d": 20, "whole chunk": 2 * limit}
+    results, num_joined = await together(sizes.items(), run)
+    assert results == [name.upper() for name in sizes]
+    assert calls == [["c", "d", "a"], ["b"], ["whole chunk"]]
+    assert num_joined == 2
+
+
+async def test_of_pieces_in_one_call_one_fails_alone():
+    def run(names):
+        return [ValueError(name) if name == "b" else name for name in names]
+
+    results, _ = await together([("a", 1), ("b", 2), ("c", 3)], run)
+    assert (results[0], results[2]) == ("a", "c")
+    assert isinstance(results[1], ValueError)
+
+
+async def test_where_a_call_fails_each_piece_runs_alone():
+    def run(names):
+        if "b" in names:
+            raise ValueError("no")
+        return names
+
+    results, _ = await together([("a", 1), ("b", 2), ("c", 3)], run)
+    assert (results[0], results[2]) == ("a", "c")
+    assert isinstance(results[1], ValueError)

@@ -1,6 +1,8 @@
 """Restoring and computing a prompt: a hit equals a cold run to the bit, and nothing that fails changes an answer."""
 
+import asyncio
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -40,6 +42,39 @@ async def test_a_hit_equals_a_cold_run_to_the_bit(make_engine, make_prompt, stor
     cold = await run(fresh, make_prompt(fresh, longer))
     assert (hit[0].report.plan, cold[0].report.plan) == (plan, "cold")
     assert same(hit, cold)
+
+
+def wait_for_each_other(compute, num_prompts):
+    """The thread takes no piece before all prompts have handed in their only one."""
+    submit, barrier, let_go = compute.run_piece, asyncio.Barrier(num_prompts), threading.Event()
+
+    async def run_piece(*args):
+        if await barrier.wait() == 0:
+            compute._executor.submit(let_go.wait)
+        await barrier.wait()
+        mine = asyncio.create_task(submit(*args))
+        await asyncio.sleep(0)
+        await barrier.wait()
+        let_go.set()
+        return await mine
+
+    compute.run_piece = run_piece
+
+
+async def test_short_rests_that_run_in_one_call_have_the_bits_of_each_alone(make_engine, make_prompt, store):
+    prompts = [DOCUMENT[:60], DOCUMENT[100:141], OTHER_END[:20], OTHER_END[:63]]
+    alone = []
+    for tokens in prompts:
+        store.records.clear()
+        engine = make_engine("boundary")
+        alone.append(await run(engine, make_prompt(engine, tokens)))
+    store.records.clear()
+    engine = make_engine("boundary")
+    wait_for_each_other(engine.compute, len(prompts))
+    waiting = [asyncio.create_task(run(engine, make_prompt(engine, tokens))) for tokens in prompts]
+    found = await asyncio.gather(*waiting)
+    assert all(same(one, two) for one, two in zip(found, alone, strict=True))
+    assert engine.compute.num_joined == len(prompts) - 1
 
 
 async def test_a_fork_without_a_checkpoint_is_replayed_exactly(make_engine, make_prompt, store):

@@ -77,6 +77,11 @@ def worker_metrics(engine: Engine) -> Iterable[Metric]:
     yield from engine.plans.errors.collect()
     yield from engine.compute.wait_s.collect()
     yield from engine.compute.busy_s.collect()
+    yield counter(
+        "antefix_compute_joined_chunks",
+        "Chunks of prompts that ran in the call of another prompt's.",
+        {(): float(engine.compute.num_joined)},
+    )
     blocks = engine.blocks
     yield gauge("antefix_pool_blocks", "Blocks of the worker's pool.", {(): float(engine.pool.num_blocks)})
     yield gauge("antefix_pool_resident_blocks", "Finished blocks in it.", {(): float(blocks.num_resident)})

@@ -1,0 +1,16 @@
+"""What `python -m benchmarks.step --profile` counts of a profile."""
+
+from benchmarks.step import counts
+
+
+def test_a_profile_says_what_launches_and_what_waits():
+    text = counts(
+        {"aten::mm": 7, "aten::nonzero": 2, "cudaLaunchKernelExC": 5, "cuLaunchKernelEx": 1, "cudaMemcpyAsync": 3}
+    )
+    assert (
+        text == "torch operations 9; kernel launches 6; calls that wait for a card: aten::nonzero 2, cudaMemcpyAsync 3"
+    )
+
+
+def test_nothing_that_waits_is_said_so():
+    assert counts({"aten::mm": 1}).endswith("calls that wait for a card: none")
