@@ -75,13 +75,21 @@ class Door:
         self.client = httpx2.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=limits)
         self._numbers = itertools.count()
 
-    async def ask(self, outcome: Outcome, *, tenant: str = "modest", text: str = "", max_tokens: int = 4) -> None:
+    async def ask(
+        self,
+        outcome: Outcome,
+        *,
+        tenant: str = "modest",
+        text: str = "",
+        max_tokens: int = 4,
+        patience_s: float | None = PATIENCE_S,
+    ) -> None:
         number = next(self._numbers)
         prompt = text or f"{number} " + TEXT[(at := number * 37 % (len(TEXT) - 200)) : at + 120]
         body = {"model": "antefix-tiny", "prompt": prompt, "max_tokens": max_tokens}
         begun = time.monotonic()
         try:
-            answer = await self.client.post("/v1/completions", json=body, headers=key_of(tenant))
+            answer = await self.client.post("/v1/completions", json=body, headers=key_of(tenant), timeout=patience_s)
             status = answer.status_code
         except (httpx2.HTTPError, OSError):
             status = 0
@@ -193,13 +201,20 @@ async def long(door: Door, args: argparse.Namespace) -> dict[str, Any]:
     without = await door.in_turn(args.seconds)
     text = TEXT * (args.long_tokens // len(TEXT) + 1)
     outcome = Outcome()
-    asking = asyncio.create_task(door.ask(outcome, tenant="greedy", text=text[: args.long_tokens], max_tokens=1))
+    text = text[: args.long_tokens]
+    asking = asyncio.create_task(door.ask(outcome, tenant="greedy", text=text, max_tokens=1, patience_s=None))
     await asyncio.sleep(1.0)
     beside = await door.in_turn(args.seconds)
     was_running = not asking.done()
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
-    return {"long_tokens": args.long_tokens, "was_running": was_running, **compared(without, beside)}
+    refused = dict(outcome.statuses) if not was_running else {}
+    return {
+        "long_tokens": args.long_tokens,
+        "was_running": was_running,
+        "ended_with": refused,
+        **compared(without, beside),
+    }
 
 
 async def tenants(door: Door, args: argparse.Namespace) -> dict[str, Any]:
@@ -292,7 +307,7 @@ def main() -> int:
     parser.add_argument("--idle", type=int, default=10_000)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--long-tokens", type=int, default=1_000_000)
-    parser.add_argument("--pool-bytes", default="512M")
+    parser.add_argument("--pool-bytes", default="1G")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()

@@ -113,6 +113,8 @@ async def test_grammars_that_never_end_take_their_own_threads_and_no_others(voca
             refused = InvalidRequest if number < grammars.NUM_AT_ONCE else Overloaded
             with pytest.raises(refused):
                 await ready.matcher(f'start: "{number}"')
+        while len(begun) < grammars.NUM_AT_ONCE:  # noqa: ASYNC110 - of threads
+            await asyncio.sleep(0.001)
         assert len(begun) == grammars.NUM_AT_ONCE
         assert await asyncio.to_thread(lambda: 7) == 7
         go.set()

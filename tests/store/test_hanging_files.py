@@ -45,9 +45,10 @@ def disk():
 
 async def test_a_late_read_is_given_up_and_says_when_it_is_over(disk):
     counts = Breaker()
-    reads, over = FileReads("the disk", counts, slack_s=SLACK_S), asyncio.Event()
+    reads, over = FileReads("the disk", counts, slack_s=BOUND_S), asyncio.Event()
     assert await reads.run(lambda: 7) == 7
     disk.answers.clear()
+    reads._pace = Breaker(slack_s=SLACK_S)
     with pytest.raises(ReadHangs, match="the disk does not answer") as hangs:
         await reads.run(disk.wait)
     hangs.value.when_over(over.set)
