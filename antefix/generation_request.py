@@ -27,6 +27,7 @@ class Caller:
 
     request_id: the same one again is a retry; empty: one is made.
     session: the caller's name of the conversation, a hint where to place it.
+    key_id: of the API key that was shown, for the bill.
     Raises:  InvalidRequest: one of them cannot be written as UTF-8, and so neither sent, hashed nor billed.
     """
 
@@ -34,6 +35,7 @@ class Caller:
     user: str = ""
     request_id: str = ""
     session: str = ""
+    key_id: str = ""
 
     def __post_init__(self) -> None:
         for name in ("tenant", "user", "request_id", "session"):

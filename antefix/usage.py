@@ -53,6 +53,7 @@ class Usage:
     hit_memory_tokens: the part of the hit that was in a worker's memory; the rest came from the store.
     hit_tiers: of hit_store_tokens, which tier gave how many, as `tiers_text` writes it; empty where that is not known.
     cache_write_tokens: of the prompt, newly stored; part of the miss.  output_write_tokens: of the output.
+    cache_write_1h_tokens: of cache_write_tokens, those that the client asked to keep for an hour or longer.
     output_tokens: those given to the client.  reasoning_tokens: part of them.
     replayed_tokens: run again to rebuild window state, billed as hits.
     last_hit_hash: hex hash of the last block that was hit: the evidence.
@@ -77,6 +78,7 @@ class Usage:
     worker: str = ""
     expected_hit_tokens: int = 0
     hit_tiers: str = ""
+    cache_write_1h_tokens: int = 0
 
     @property
     def cache_miss_tokens(self) -> int:

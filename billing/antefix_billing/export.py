@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from antefix.errors import ConfigError
+from antefix_billing.adjustment import Adjusted
 from antefix_billing.ledger_files import Settled
 from antefix_billing.usage_record import FIELD_TYPES
 
 EVENT_TYPE = "antefix.usage"
+ADJUSTMENT_TYPE = "antefix.adjustment"
 # OpenMeter's documented limit is on bytes of a request; 1,000 events are under 1 MiB.
 EVENTS_A_BATCH = 1000
 _ROWS_A_GROUP = 16384
@@ -34,44 +37,68 @@ class ExportFormat(StrEnum):
     PARQUET = "parquet"
 
 
-def cloud_event(settled: Settled) -> dict[str, Any]:
+def cloud_event(item: Settled | Adjusted) -> dict[str, Any]:
     """One CloudEvent. Money is a decimal string: a JSON number would become a float on the way."""
+    if isinstance(item, Adjusted):
+        made = item.adjustment
+        data = {**made.to_dict(), "sequence": item.sequence, "entry_hash": item.hash.hex()}
+        id = f"adjustment:{made.adjustment_id}"
+        return _cloud_event(id, made.source, ADJUSTMENT_TYPE, made.tenant, made.created_us, data)
+    settled = item
     record = settled.record
     data = record.to_dict()
     data["sequence"], data["entry_hash"] = settled.sequence, settled.hash.hex()
     data["total_tokens"] = record.prompt_tokens + record.output_tokens
+    return _cloud_event(record.event_id, record.source, EVENT_TYPE, record.tenant, record.finished_us, data)
+
+
+def _cloud_event(id: str, source: str, kind: str, tenant: str, time_us: int, data: dict[str, Any]) -> dict[str, Any]:
     return {
         "specversion": "1.0",
-        "id": record.event_id,
-        "source": record.source,
-        "type": EVENT_TYPE,
+        "id": id,
+        "source": source,
+        "type": kind,
         # OpenMeter refuses events without a subject; the tenant of an open deployment is the empty name.
-        "subject": record.tenant or "default",
-        "time": _rfc3339(record.finished_us),
+        "subject": tenant or "default",
+        "time": _rfc3339(time_us),
         "datacontenttype": "application/json",
         "data": data,
     }
 
 
-def cloud_event_batches(settled: Iterable[Settled]) -> Iterator[list[dict[str, Any]]]:
+def cloud_event_batches(settled: Iterable[Settled | Adjusted]) -> Iterator[list[dict[str, Any]]]:
     """Bodies for application/cloudevents-batch+json."""
     events = (cloud_event(item) for item in settled)
     while batch := list(islice(events, EVENTS_A_BATCH)):
         yield batch
 
 
-def write_export(settled: Iterable[Settled], kind: ExportFormat, path: Path) -> int:
-    """Write all; returns how many. CloudEvents: one batch (a JSON array) a line.
+def write_export(settled: Iterable[Settled | Adjusted], kind: ExportFormat, path: Path) -> int:
+    """Write all; returns how many. CloudEvents: one batch (a JSON array) a line, adjustments among the records.
+
+    The file is there when all of it is written, and as it was before if that fails.
 
     Raises:  ConfigError: Parquet without pyarrow installed.
     """
-    if kind is ExportFormat.PARQUET:
-        return _write_parquet(settled, path)
-    with path.open("w", newline="") as file:
-        return write_text(settled, kind, file)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if kind is ExportFormat.PARQUET:
+            num_records = _write_parquet(records_of(settled), part)
+        else:
+            with part.open("w", newline="") as file:
+                num_records = write_text(settled, kind, file)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return num_records
 
 
-def write_text(settled: Iterable[Settled], kind: ExportFormat, file: IO[str]) -> int:
+def records_of(items: Iterable[Settled | Adjusted]) -> Iterator[Settled]:
+    """Without adjustments, whose columns are others."""
+    return (item for item in items if isinstance(item, Settled))
+
+
+def write_text(settled: Iterable[Settled | Adjusted], kind: ExportFormat, file: IO[str]) -> int:
     """One of the text formats to an open file; returns how many records."""
     num_records = 0
     if kind is ExportFormat.CLOUDEVENTS:
@@ -82,7 +109,7 @@ def write_text(settled: Iterable[Settled], kind: ExportFormat, file: IO[str]) ->
     writer = csv.DictWriter(file, fieldnames=columns()) if kind is ExportFormat.CSV else None
     if writer is not None:
         writer.writeheader()
-    for item in settled:
+    for item in records_of(settled):
         row = row_of(item)
         if writer is not None:
             writer.writerow({name: _no_formula(value) for name, value in row.items()})

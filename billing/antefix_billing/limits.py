@@ -258,8 +258,17 @@ class QuotaBook:
         with self._mutex:
             return {name for name, state in self._tenants.items() if state.num_running}
 
-    def state(self, tenant: str, what: LimitPassed, now: datetime) -> LimitState | None:
-        """Of the limit on tokens or requests of which the least is left; None where there is none."""
+    def state(
+        self,
+        tenant: str,
+        what: LimitPassed,
+        now: datetime,
+        others: Mapping[tuple[LimitWindow, LimitPassed], int] | None = None,
+    ) -> LimitState | None:
+        """Of the limit on tokens or requests of which the least is left; None where there is none.
+
+        others: what other routers count in the running windows.
+        """
         limits = self.limits_of(tenant).limits
         _, windows = self.counts(tenant, now)
         found = []
@@ -268,6 +277,7 @@ class QuotaBook:
             if most is not None:
                 counts = windows[limit.window]
                 used = counts.tokens + counts.reserved_tokens if what is LimitPassed.TOKENS else counts.requests
+                used += (others or {}).get((limit.window, what), 0)
                 reset_s = (limit.window.end(now) - now).total_seconds()
                 found.append(LimitState(limit=most, remaining=max(0, most - used), reset_s=reset_s))
         return min(found, key=lambda each: each.remaining, default=None)

@@ -34,6 +34,7 @@ class PeerLedgers:
 
     def __init__(self, directories: Sequence[Path]) -> None:
         """A directory need not be there yet."""
+        self.directories = list(directories)
         self._peers = [_Peer(directory) for directory in directories]
         self._mutex = threading.Lock()
 

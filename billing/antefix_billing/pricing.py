@@ -36,7 +36,8 @@ def priced(record: UsageRecord, cards: RateCards) -> UsageRecord:
 
 def worst_price(quote: Quote, *, prompt_tokens: int, output_tokens_max: int) -> Decimal:
     """The most a request can cost: no hit, all of it written, the longest output at the dearer output price."""
-    prompt = Usage(prompt_tokens=prompt_tokens, cache_write_tokens=prompt_tokens)
+    usual = Usage(prompt_tokens=prompt_tokens, cache_write_tokens=prompt_tokens)
+    prompts = (usual, dataclasses.replace(usual, cache_write_1h_tokens=prompt_tokens))
     output = Usage(output_tokens=output_tokens_max)
     reasoning = Usage(output_tokens=output_tokens_max, reasoning_tokens=output_tokens_max)
-    return quote.prices.price(prompt) + max(quote.prices.price(output), quote.prices.price(reasoning))
+    return max(map(quote.prices.price, prompts)) + max(quote.prices.price(output), quote.prices.price(reasoning))

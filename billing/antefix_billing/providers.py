@@ -48,16 +48,16 @@ def responses_usage(used: Usage) -> dict[str, Any]:
 def messages_usage(used: Usage) -> dict[str, Any]:
     """`usage` of /v1/messages. What was newly stored counts as cache creation and not as input.
 
-    The store's lifetime is days unless the request asked otherwise; Anthropic's clients know two lifetimes only, so
-    writes are shown under the shorter one, whose usual price is the lower.
+    Anthropic's clients know two lifetimes: what a breakpoint asked to keep for an hour or longer, and the rest, which
+    stays as long as the store has room.
     """
     return {
         "input_tokens": used.cache_miss_tokens - used.cache_write_tokens,
         "cache_creation_input_tokens": used.cache_write_tokens,
         "cache_read_input_tokens": used.cache_hit_tokens,
         "cache_creation": {
-            "ephemeral_5m_input_tokens": used.cache_write_tokens,
-            "ephemeral_1h_input_tokens": 0,
+            "ephemeral_5m_input_tokens": used.cache_write_tokens - used.cache_write_1h_tokens,
+            "ephemeral_1h_input_tokens": used.cache_write_1h_tokens,
         },
         "output_tokens": used.output_tokens,
     }

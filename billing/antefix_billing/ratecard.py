@@ -29,20 +29,25 @@ _WEEKDAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
-    """Per million tokens. write: on top of `miss`, for prompt tokens newly stored. reasoning: instead of `output`."""
+    """Per million tokens. write: on top of `miss`, for prompt tokens newly stored. reasoning: instead of `output`.
+
+    write_1h: instead of `write`, for those that are to be kept for an hour or longer; None: the same.
+    """
 
     hit: Decimal
     miss: Decimal
     write: Decimal
     output: Decimal
     reasoning: Decimal
+    write_1h: Decimal | None = None
 
     def price(self, used: Usage) -> Decimal:
         with localcontext(prec=50):
             return (
                 self.hit * used.cache_hit_tokens
                 + self.miss * used.cache_miss_tokens
-                + self.write * used.cache_write_tokens
+                + self.write * (used.cache_write_tokens - used.cache_write_1h_tokens)
+                + (self.write if self.write_1h is None else self.write_1h) * used.cache_write_1h_tokens
                 + self.output * (used.output_tokens - used.reasoning_tokens)
                 + self.reasoning * used.reasoning_tokens
             ) / _MILLION
@@ -204,6 +209,7 @@ def _prices(table: Table) -> Prices:
         write=_price(table, "write", "0"),
         output=output,
         reasoning=_price(table, "reasoning", format(output, "f")),
+        write_1h=_price(table, "write_1h") if table.has("write_1h") else None,
     )
     if prices.hit > prices.miss:
         raise ConfigError(f"{table.where}: a hit at {prices.hit} costs more than a miss at {prices.miss}")

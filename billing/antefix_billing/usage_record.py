@@ -60,6 +60,7 @@ class OpenEntry:
     request_digest: str
     prompt_tokens: int
     started_us: int
+    key_id: str = ""
 
     @property
     def key(self) -> str:
@@ -70,7 +71,10 @@ class OpenEntry:
         return event_id(self.key, self.attempt)
 
     def to_payload(self) -> bytes:
-        return _canonical({"v": PAYLOAD_VERSION, **dataclasses.asdict(self)})
+        values = {"v": PAYLOAD_VERSION, **dataclasses.asdict(self)}
+        if not self.key_id:
+            del values["key_id"]
+        return _canonical(values)
 
     @classmethod
     def from_payload(cls, payload: bytes) -> OpenEntry:
@@ -94,6 +98,7 @@ class UsageRecord(Usage):
     write_error: why what was computed could not all be stored; empty where it was.
     prefix_volatile: the client's prompts begin with something that changes, so all behind it misses.
     prompt_marks: a few block hashes of the prompt (`antefix.prompt_marks`), to see later where two prompts part.
+    key_id: of the API key that was shown; empty for one of a tenants file, or none.
     saved: what the hit tokens would have cost more as misses.  detail: an error's class; never prompt text.
     """
 
@@ -119,6 +124,7 @@ class UsageRecord(Usage):
     mode: str = ""
     prefix_volatile: bool = False
     prompt_marks: str = ""
+    key_id: str = ""
 
     @classmethod
     def of(cls, used: Usage, **of_the_end: Any) -> UsageRecord:
@@ -131,6 +137,7 @@ class UsageRecord(Usage):
             if getattr(self, name) < 0:
                 raise InternalError(f"usage of {self.request_id}: {name} is {getattr(self, name)}")
         rules = (
+            (self.cache_write_1h_tokens <= self.cache_write_tokens, "what is kept for an hour was written"),
             (self.cache_write_tokens <= self.cache_miss_tokens, "written prompt tokens are part of the miss"),
             (self.reasoning_tokens <= self.output_tokens, "reasoning tokens are part of the output"),
             (bool(self.last_hit_hash) == self.is_proved_hit, "a proved hit has a last block's hash, nothing else has"),
@@ -228,6 +235,7 @@ class UsageRecord(Usage):
 _LEFT_OUT: Final = (
     *("paid_before", "mode", "write_error", "prefix_volatile", "prompt_marks"),
     *("evidence", "worker", "expected_hit_tokens", "hit_tiers"),
+    *("cache_write_1h_tokens", "key_id"),
 )
 # Follow from the others, and stand in the ledger's payload as well: readers need no sums.
 _DERIVED: Final = {

@@ -69,6 +69,7 @@ class DeploymentConfig(WorkerSettings):
     grace_s: how long requests that run may take when it stops.
     log_level, log_format, traces: docs/OPERATIONS.md, "Watching".
     store_bytes: budget of disk per store, such as "64G"; empty for the store's default.
+    block_ttl_s, checkpoint_ttl_s: how long they stay after their last use, in seconds; None: the store's default.
     num_stores: each is as another host's: workers and routers take turns in which of them is theirs (docs/STORES.md).
     object_store: URL of the tier behind them; with `encrypt` it is encrypted with the same key (docs/OBJECT_STORE.md).
     Raises:  ConfigError: too few of a role, or window settings that are none, or contradict each other.
@@ -82,6 +83,8 @@ class DeploymentConfig(WorkerSettings):
     num_stores: int = 1
     object_store: str = ""
     store_bytes: str = ""
+    block_ttl_s: float | None = None
+    checkpoint_ttl_s: float | None = None
     router_address: str = "127.0.0.1:0"
     http_address: str = ""
     ratecards: tuple[str, ...] = ()
@@ -105,6 +108,9 @@ class DeploymentConfig(WorkerSettings):
         for name in ("num_prefill", "num_decode"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
+        for name in ("block_ttl_s", "checkpoint_ttl_s"):
+            ttl_s = getattr(self, name)
+            require(ttl_s is None or ttl_s >= 0, f"{name} must not be negative, is {ttl_s}")
         require(self.num_stores > 0, f"num_stores must be at least 1, is {self.num_stores}")
         require(self.num_routers > 0, f"num_routers must be at least 1, is {self.num_routers}")
 
@@ -232,6 +238,9 @@ class Deployment:
             flags += ["--encrypt-key-file", str(key)]
         flags += _given("--budget-bytes", config.store_bytes)
         flags += self._object_flags()
+        for name in ("block_ttl_s", "checkpoint_ttl_s"):
+            if (ttl_s := getattr(config, name)) is not None:
+                flags += [f"--{name.replace('_', '-')}", f"{ttl_s:g}"]
         for number in range(config.num_stores):
             where = ["--dir", str(config.store_dir_of(number)), "--usage-log-dir", str(config.usage_log_dir_of(number))]
             self._stores.append(await self.start_role("kvstore", [*where, *flags]))

@@ -436,6 +436,7 @@ class Accounts:
             model=request.model or self.served.model,
             revision=self.served.revision,
             fingerprint=self.served.fingerprint,
+            key_id=request.caller.key_id,
             request_digest=self._digest(request),
             prompt_tokens=request.num_tokens,
             started_us=_now_us(),

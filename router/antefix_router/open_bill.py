@@ -15,6 +15,8 @@ from antefix_billing.usage_record import OpenEntry, UsageRecord
 from antefix_router.answers import KeptAnswer, SharedRun
 from antefix_router.generation import Generation
 
+# From here on a lifetime is the longer one of the two that bills tell apart, as Anthropic does.
+LONG_TTL_S: Final = 3600.0
 # Enough to say what is wrong; an entry of the ledger is bounded.
 WRITE_ERROR_CHARACTERS_MAX: Final = 200
 
@@ -67,7 +69,11 @@ class Bill:
 
     def used(self, num_output: int) -> Usage:
         """What the record says of it."""
-        return self.generation.used(num_output, min(self.reasoning_tokens, num_output))
+        used = self.generation.used(num_output, min(self.reasoning_tokens, num_output))
+        # What is written follows the hit, so what lies before such a breakpoint is the first part of it.
+        longest = max((num for num, ttl_s in self.generation.request.breakpoints if ttl_s >= LONG_TTL_S), default=0)
+        kept = min(used.cache_write_tokens, max(0, longest - used.cache_hit_tokens))
+        return dataclasses.replace(used, cache_write_1h_tokens=kept) if kept else used
 
     @property
     def write_error(self) -> str:

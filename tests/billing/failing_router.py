@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import secrets
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from antefix import rpc
 from antefix.block import chain_of
 from antefix.errors import Overloaded, Unavailable
 from antefix.generation_request import Caller, GenerationRequest
+from antefix.redis_access import RedisAccess
 from antefix.restore_report import RestoreReport
 from antefix.secret import Keyring
 from antefix.store_files.hit_log import StoreLog, read_store_log
@@ -25,10 +27,14 @@ from antefix.v1 import router_pb2, router_pb2_grpc
 from antefix.wire import sampling_from_wire, tokens_from_wire, tokens_to_wire, usage_to_wire
 from antefix_billing.ledger import Ledger
 from antefix_billing.ratecard import load_cards
+from antefix_billing.request_account import RunningAt
 from antefix_billing.tenants import TenantBook
 from antefix_router.accounting import Accounts
 from antefix_router.generation import Generation, OutputPiece
 from antefix_router.open_bill import Served
+from antefix_router.shared_bill.bill_exchange import BillExchange
+from antefix_router.shared_bill.shared_bill import SharedBill
+from antefix_router.shared_bill.shared_quotas import SharedQuotas
 
 BLOCK_SIZE = 64
 FINGERPRINT = b"\x01" * 32
@@ -80,6 +86,14 @@ class FailingWorkers:
         sample.finish_reason = "stop"
 
 
+def share(accounts: Accounts, redis_url: str) -> None:
+    exchange = BillExchange(RedisAccess(url=redis_url), accounts.keyring, keep_s=3600.0)
+    me = RunningAt(source=accounts.writer.source_name, instance=secrets.token_hex(8))
+    quotas = SharedQuotas(exchange, accounts.quotas, me.source)
+    accounts.shared = SharedBill(exchange, accounts.writer, quotas, me, keep_s=3600.0, serves_alone=False)
+    accounts.shared.start()
+
+
 class Servicer(router_pb2_grpc.RouterServiceServicer):
     def __init__(self, accounts: Accounts, workers: FailingWorkers) -> None:
         self._accounts = accounts
@@ -91,7 +105,7 @@ class Servicer(router_pb2_grpc.RouterServiceServicer):
             sampling=sampling_from_wire(message.sampling),
             caller=Caller(tenant=message.tenant, request_id=message.request_id),
         )
-        bill = await self._accounts.admit(request)
+        bill = await self._accounts.admit(request, is_named=True)
         outputs = self._accounts.run(bill, self._workers.run, 60.0)
         try:
             async for piece in outputs:
@@ -101,14 +115,17 @@ class Servicer(router_pb2_grpc.RouterServiceServicer):
         yield router_pb2.GenerateResponse(finish_reason="stop", usage=usage_to_wire(bill.usage()))
 
 
-async def main(directory: Path) -> None:
+async def main(directory: Path, ledger: Path, redis_url: str = "") -> None:
+    """redis_url: what it shares its bill through with other routers of this directory."""
     accounts = Accounts(
-        Ledger(directory / "ledger", segment_bytes=1 << 20),
+        Ledger(ledger, segment_bytes=1 << 20),
         served=Served(model="antefix-tiny", revision="test", fingerprint=FINGERPRINT.hex()),
         keyring=Keyring(b"0" * 16),
         cards=load_cards([CARDS]),
         tenants=TenantBook(),
     )
+    if redis_url:
+        share(accounts, redis_url)
     servicer = Servicer(accounts, FailingWorkers(directory))
     server = await rpc.start_server(
         "127.0.0.1:0",
@@ -122,4 +139,4 @@ async def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1])))
+    asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]))

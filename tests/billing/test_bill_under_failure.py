@@ -51,6 +51,7 @@ class World:
             sys.executable,
             str(ROUTER),
             str(self.directory),
+            str(self.directory / "ledger"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             cwd=Path(__file__).parents[2],

@@ -6,12 +6,17 @@ from decimal import Decimal
 
 import pytest
 
+from antefix.miss_reason import MissReason
+from antefix_billing.adjustment import Adjustment, AdjustmentKind
 from antefix_billing.export import EVENTS_A_BATCH, cloud_event_batches
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import read_settled
+from antefix_billing.pricing import moment_of
+from antefix_billing.ratecard import load_cards
 from antefix_billing.usage_record import Status
-from antefix_billing.usage_report import summarize
+from antefix_billing.usage_report import remedies, summarize
 from antefix_console.commands import usage as cli
+from tests.billing.test_ratecard import DEPLOY
 from tests.billing.usage_records import NOW_US, record
 
 DAY_US = 86_400_000_000
@@ -136,3 +141,28 @@ def test_a_reader_of_the_export_that_has_enough_is_no_error(directory, monkeypat
     with pytest.raises(BrokenPipeError):  # `antefix` itself ends with 0 then, and says nothing
         run("export", "--ledger", directory, "--format", "jsonl")
     assert capsys.readouterr().err == ""
+
+
+def test_misses_cost_what_hits_would_have_saved_by_reason(tmp_path):
+    cards = load_cards([DEPLOY / "example.toml"])
+    expired = record("a", hit=0, miss=1000, miss_reason=MissReason.EXPIRED)
+    evicted = record("b", hit=500, miss=500, miss_reason=MissReason.EVICTED)
+    failed = record(
+        "c", hit=0, miss=1000, miss_reason=MissReason.EXPIRED, status=Status.FAILED, output_tokens=0, price=0
+    )
+    lines = summarize([expired, evicted, failed], ("miss_reason",), cards=cards)
+    costs = {line.group[0]: line.missed for line in lines}
+    a_token = (Decimal("0.10") - Decimal("0.01")) / 10**6
+    assert costs == {"expired": 1000 * a_token, "evicted": 500 * a_token}
+    saved = {row["miss_reason"]: Decimal(str(row["saves_at_most"])) for row in remedies([expired, evicted], cards)}
+    assert saved == costs
+
+
+def test_an_hour_is_a_group_and_adjustments_are_told_apart():
+    made = Adjustment(
+        adjustment_id="a", kind=AdjustmentKind.CREDIT, tenant="acme", amount=Decimal("-0.5"), currency="USD",
+        reason="late", source="antefix/00", created_us=NOW_US,
+    )  # fmt: skip
+    (line,) = summarize([record(currency="USD")], ("hour",), adjustments=[made])
+    assert line.group == (moment_of(NOW_US).strftime("%Y-%m-%dT%H:00Z"),)
+    assert (line.requests, line.adjusted) == (1, Decimal("-0.5"))

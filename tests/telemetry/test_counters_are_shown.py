@@ -20,7 +20,9 @@ from antefix.store.local_copies import CopyCounters
 from antefix.telemetry.shown import families
 from antefix.v1 import decode_pb2, kvstore_pb2, prefill_pb2, router_pb2, window_pb2
 from antefix.window.planner import KindRecord
+from antefix_billing.push.pusher import PushCounters
 from antefix_billing.usage_commit import CommitCounters
+from antefix_console.commands import usage_push
 from antefix_decode import metrics as decode
 from antefix_engines import metrics as engines
 from antefix_engines.engine_store import EngineCounters
@@ -51,6 +53,7 @@ SHOWN = {
     PassingCounters: ([fleet_metrics.PASSING], {}),
     CommitCounters: ([router.COMMITS], {}),
     SharedCounters: ([router.SHARED], {}),
+    PushCounters: ([usage_push.PUSH], {}),
     TierCounters: ([engines.VLLM_TIER], {"_lock": "text"}),
     EngineCounters: ([engines.ENGINE], {"errors": "by_kind", "last_error": "text"}),
     AnswerCounters: ([router.ANSWERS], {}),

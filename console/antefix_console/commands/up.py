@@ -37,6 +37,9 @@ def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_arguments(parser)
     parser.add_argument("--store-bytes", default="", metavar="SIZE", help="of disk, such as 200G (default: 64G)")
+    for kind, usual in (("block", "72 hours"), ("checkpoint", "6 hours")):
+        help_text = f"how long a {kind} stays in the store after its last use; 0 for ever (default: {usual})"
+        parser.add_argument(f"--{kind}-ttl-s", type=float, metavar="S", help=help_text)
     parser.add_argument("--data-dir", type=Path, default=Path("antefix-data"), help="secret, store and logs live here")
     parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
     parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
@@ -126,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
     config = dataclasses.replace(
         deployment_config(args, args.data_dir, args.address),
         store_bytes=args.store_bytes,
+        block_ttl_s=args.block_ttl_s,
+        checkpoint_ttl_s=args.checkpoint_ttl_s,
         http_address=args.http_address,
         num_routers=args.num_routers,
         num_stores=args.num_stores,

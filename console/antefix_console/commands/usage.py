@@ -7,20 +7,21 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from itertools import chain
 from pathlib import Path
 
 from antefix.checked_files import read_json
 from antefix.errors import AntefixError, ConfigError
 from antefix_billing import usage_report as report
+from antefix_billing.adjustment import Adjusted, Adjustment
 from antefix_billing.anchor import read_anchors
 from antefix_billing.export import ExportFormat, write_export, write_text
-from antefix_billing.ledger_files import Settled, ledgers_of, read_settled, source_of
+from antefix_billing.ledger_files import Settled, ledgers_of, read_billed, read_entries, read_settled, source_of
 from antefix_billing.ratecard import load_cards
 from antefix_billing.receipt import Signer, check_receipt
 from antefix_billing.reconcile import verify_all
 from antefix_billing.usage_record import UsageRecord
 from antefix_console.commands.usage_adjust import add_adjust_arguments, add_rerate_arguments, run_adjust, run_rerate
+from antefix_console.commands.usage_push import add_push_arguments, run_push
 from antefix_console.progress_line import ProgressLine
 
 
@@ -78,6 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     by_default = ",".join(report.GROUPS_BY_DEFAULT)
     sums.add_argument("--by", default=by_default, help=f"comma-separated, of {', '.join(report.GROUPS)}")
     sums.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    sums.add_argument(
+        "--ratecards", type=Path, nargs="*", metavar="FILE", help="rate cards, to tell what misses cost (column missed)"
+    )
+    sums.add_argument(
+        "--savings",
+        action="store_true",
+        help="say instead what a longer time to live and a larger store would have saved at most",
+    )
     sums.add_argument("--plot", type=Path, help="also draw tokens and money by day (SVG, PNG or PDF)")
 
     receipt = _command(
@@ -102,6 +111,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_ledgers(change)
     add_adjust_arguments(change)
+
+    push = _command(
+        commands,
+        "push",
+        "send usage to OpenMeter, Lago, Stripe or a webhook as it comes",
+        f"{ledger} --config push.toml --state antefix-data/push",
+    )
+    _add_ledgers(push)
+    add_push_arguments(push)
 
     again = _command(
         commands,
@@ -138,6 +156,7 @@ def run(args: argparse.Namespace) -> int:
         "receipt": _receipt,
         "rotate-key": _rotate_key,
         "adjust": run_adjust,
+        "push": run_push,
         "rerate": _rerate,
     }
     try:
@@ -171,13 +190,31 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _settled(args: argparse.Namespace) -> Iterator[Settled]:
-    chosen = _chooser(args)
+    return (item for _, item in _billed(args) if isinstance(item, Settled))
+
+
+def _billed(args: argparse.Namespace) -> Iterator[tuple[Path, Settled | Adjusted]]:
+    """Chosen records, and adjustments of them, with their ledgers."""
+    chosen, chosen_adjustment = _chooser(args), _adjustment_chooser(args)
     ledgers = ledgers_of(args.ledger)
     if args.after and len(ledgers) > 1:
         raise ConfigError("--after is a place in one ledger; export each of several on its own to go on from a cursor")
-    for item in chain.from_iterable(read_settled(ledger, after=args.after) for ledger in ledgers):
-        if chosen(item.record):
-            yield item
+    for ledger in ledgers:
+        for item in read_billed(ledger, after=args.after):
+            if chosen(item.record) if isinstance(item, Settled) else chosen_adjustment(item.adjustment):
+                yield ledger, item
+
+
+def _adjustment_chooser(args: argparse.Namespace) -> Callable[[Adjustment], bool]:
+    """By when it was made, where records go by when they started."""
+    since_us, until_us, tenant = _time_us(args.since), _time_us(args.until), args.tenant
+
+    def chosen(made: Adjustment) -> bool:
+        is_early = since_us is not None and made.created_us < since_us
+        is_late = until_us is not None and made.created_us >= until_us
+        return tenant in (None, made.tenant) and not is_early and not is_late
+
+    return chosen
 
 
 def _chooser(args: argparse.Namespace) -> Callable[[UsageRecord], bool]:
@@ -194,15 +231,28 @@ def _chooser(args: argparse.Namespace) -> Callable[[UsageRecord], bool]:
 
 def _export(args: argparse.Namespace) -> int:
     kind = ExportFormat(args.format)
+    if kind is ExportFormat.PARQUET and args.output is None:
+        raise ConfigError("--format parquet needs --output FILE")
+    ledgers, _ = ledgers_of(args.ledger), _chooser(args)
+    # Read up to what is there now, so that the cursor says what the next one goes on from.
+    ends = {ledger: _last_of(ledger) for ledger in ledgers}
+    items = (item for ledger, item in _billed(args) if item.sequence <= ends[ledger])
     if args.output is not None:
         with ProgressLine(f"writing {args.output}"):
-            num_records = write_export(_settled(args), kind, args.output)
-    elif kind is ExportFormat.PARQUET:
-        raise ConfigError("--format parquet needs --output FILE")
+            num_records = write_export(items, kind, args.output)
     else:
-        num_records = write_text(_settled(args), kind, sys.stdout)
-    sys.stderr.write(json.dumps({"records": num_records}) + "\n" if args.json else f"{num_records} records\n")
+        num_records = write_text(items, kind, sys.stdout)
+    cursors = {source_of(ledger).hex(): max(end, args.after) for ledger, end in ends.items()}
+    said: dict[str, object] = {"records": num_records, "cursors": cursors}
+    if len(cursors) == 1:
+        said["cursor"] = next(iter(cursors.values()))
+    sys.stderr.write(json.dumps(said) + "\n" if args.json else f"{num_records} records\n")
     return 0
+
+
+def _last_of(ledger: Path) -> int:
+    """The last entry's number. Reads the whole ledger, so a broken one fails before anything is written."""
+    return max((entry.sequence for _, entry in read_entries(ledger)), default=0)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -251,8 +301,19 @@ def _anchor(text: str, ledgers: Sequence[Path]) -> tuple[bytes, tuple[int, str]]
 
 def _report(args: argparse.Namespace) -> int:
     by = tuple(name.strip() for name in args.by.split(",") if name.strip())
+    cards = load_cards(args.ratecards) if args.ratecards else None
     with ProgressLine("reading the ledger"):
-        lines = report.summarize((item.record for item in _settled(args)), by)
+        items = [item for _, item in _billed(args)]
+        records = [item.record for item in items if isinstance(item, Settled)]
+        adjustments = [item.adjustment for item in items if isinstance(item, Adjusted)]
+        lines = report.summarize(records, by, cards=cards, adjustments=adjustments)
+    if args.savings:
+        rows = report.remedies(records, cards)
+        sys.stdout.write(
+            (json.dumps(rows, indent=2) if args.json else report.remedies_text(rows, has_prices=cards is not None))
+            + "\n"
+        )
+        return 0
     sys.stdout.write((report.as_json(lines, by) if args.json else report.as_text(lines, by)) + "\n")
     if args.plot is not None:
         report.plot((item.record for item in _settled(args)), args.plot)

@@ -28,6 +28,7 @@ log = logging.getLogger(ACCESS)
 
 REQUEST_ID: Final = "antefix.request_id"
 TENANT: Final = "antefix.tenant"
+KEY_ID: Final = "antefix.key_id"
 # As nginx writes it: the client left before its answer began.
 CLIENT_GONE: Final = 499
 _PATH_CHARACTERS_MAX: Final = 200

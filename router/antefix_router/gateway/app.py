@@ -43,6 +43,7 @@ from antefix_router.gateway.openapi import openapi_route
 from antefix_router.gateway.responses import prepare_response
 from antefix_router.gateway.strict_http import HttpFaults, strict_protocol
 from antefix_router.gateway.trusted_proxies import ClientAddress, TrustedProxies
+from antefix_router.gateway.usage_answers import usage_routes
 from antefix_router.metrics import connection_metrics, http_metrics
 
 log = logging.getLogger("antefix.gateway")
@@ -52,6 +53,9 @@ KEEP_ALIVE_S = 75
 # Connections that the kernel keeps until they are accepted.
 _BACKLOG = 1024
 
+_LIMIT_HEADERS = [
+    f"x-ratelimit-{name}-{what}" for name in ("limit", "remaining", "reset") for what in ("requests", "tokens")
+]
 # Of answers' ids in the APIs, before the request's own.
 _ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
 
@@ -70,7 +74,13 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, m
     routes = [
         Route(
             path,
-            Endpoint(partial(prepare, gateway), provider, gateway.generating, keep_alive_s=config.http_keep_alive_s),
+            Endpoint(
+                partial(prepare, gateway),
+                provider,
+                gateway.generating,
+                keep_alive_s=config.http_keep_alive_s,
+                limits=gateway.limit_headers,
+            ),
             methods=["POST"],
         )
         for path, (prepare, provider) in _PREPARE.items()
@@ -87,6 +97,7 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, m
 def common_routes(door: Door) -> list[Route]:
     """What every door has besides its APIs."""
     return [
+        *usage_routes(door),
         Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, door), methods=["GET"]),
         Route("/v1/usage/public_key", partial(_public_key, door), methods=["GET"]),
         Route("/livez", _livez, methods=["GET"]),
@@ -112,7 +123,7 @@ def _cors(config: GatewayConfig) -> dict[str, Any]:
         "allow_origins": config.http_cors_origins,
         "allow_methods": ("GET", "POST"),
         "allow_headers": ("*",),
-        "expose_headers": ("retry-after", "x-request-id"),
+        "expose_headers": ("retry-after", "x-request-id", *_LIMIT_HEADERS),
     }
 
 

@@ -11,7 +11,7 @@ from antefix.errors import InvalidRequest
 from antefix_router.chat.messages import CallDelta, ChatRole, Conversation, Delta, Effort, ToolCall
 from antefix_router.gateway.answer_form import chat_form
 from antefix_router.gateway.choices_call import ChoicesCall
-from antefix_router.gateway.content import end_conversation
+from antefix_router.gateway.content import end_conversation, retained
 from antefix_router.gateway.fields import Fields, unsupported
 from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.http import event_bytes
@@ -33,7 +33,7 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     user = fields.text("user", "") or fields.text("user_id", "")
     effort = gateway.choose_effort(read_wish(fields), model, Effort.HIGH, fields.notes)
     messages, begun = chat_messages(fields)
-    messages = end_conversation(messages, fields)
+    messages = retained(end_conversation(messages, fields), fields)
     tools = openai_tools(fields)
     num_top = _num_top_logprobs(fields)
     knobs = read_knobs(fields, "max_completion_tokens", "max_tokens", num_top_logprobs=num_top, several=True)

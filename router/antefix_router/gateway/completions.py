@@ -15,6 +15,7 @@ from antefix.telemetry import span
 from antefix_router.gateway.answer_form import chat_form
 from antefix_router.gateway.chat import stream_options
 from antefix_router.gateway.choices_call import ChoicesCall
+from antefix_router.gateway.content import retention_ttl
 from antefix_router.gateway.fields import Fields
 from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.http import event_bytes
@@ -40,10 +41,12 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
         raise InvalidRequest("logprobs: with echo they would be of the prompt as well, which has none here")
     fields.only("suffix", lambda value: value == "", "this model does not fill in the middle")
     session = fields.text("prompt_cache_key", "")
+    retention_s = retention_ttl(fields)
     refuse_unsupported(fields)
     fields.close()
     fields.notes.close()
-    choices = await gateway.complete(tokens, knobs, gateway.caller(request, tenant, user, session=session), form)
+    caller = gateway.caller(request, tenant, user, session=session)
+    choices = await gateway.complete(tokens, knobs, caller, form, retention_s=retention_s)
     timeout_s = gateway.config.http_timeout_s
     call = CompletionCall(
         choices,

@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 from antefix_router.chat.messages import ChatRole, Message, TextBreakpoint
 from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_type
@@ -183,6 +183,10 @@ def _read_content(content: Content, fields: Fields, name: str, default: Any) -> 
     return content
 
 
+# As long as the store has room, which is the default here too, or a day at least.
+_RETENTIONS_S: Final[dict[str, float | None]] = {"in_memory": None, "in-memory": None, "24h": 86400.0}
+
+
 def breakpoint_ttl(fields: Fields) -> float | None:
     """The lifetime that `cache_control` asks for, in seconds. Of an unknown kind it asks for nothing."""
     control = fields.child("cache_control")
@@ -195,6 +199,20 @@ def end_breakpoint(fields: Fields) -> tuple[TextBreakpoint, ...]:
     """A breakpoint at the end of what `fields` describes."""
     ttl_s = breakpoint_ttl(fields)
     return () if ttl_s is None else (TextBreakpoint(ttl_s=ttl_s),)
+
+
+def retention_ttl(fields: Fields) -> float | None:
+    """What OpenAI's `prompt_cache_retention` asks for: with "24h" the prompt is to be kept so long."""
+    return fields.known("prompt_cache_retention", _RETENTIONS_S, None)
+
+
+def retained(messages: tuple[Message, ...], fields: Fields) -> tuple[Message, ...]:
+    """The messages, kept as a whole for as long as `prompt_cache_retention` says."""
+    ttl_s = retention_ttl(fields)
+    if ttl_s is None:
+        return messages
+    last = messages[-1]
+    return (*messages[:-1], replace(last, breakpoints=(*last.breakpoints, TextBreakpoint(ttl_s=ttl_s))))
 
 
 def end_conversation(messages: tuple[Message, ...], fields: Fields) -> tuple[Message, ...]:

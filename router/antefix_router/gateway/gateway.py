@@ -18,6 +18,7 @@ from antefix.generation_request import Breakpoint, Caller, GenerationRequest
 from antefix.telemetry import span
 from antefix_billing.api_keys import Scope
 from antefix_billing.key_register import KeyHolder
+from antefix_billing.limits import LimitPassed
 from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.answer_memory import AnswerMemory
 from antefix_router.chat.chat_formats import ChatFormat, OutputParser, PlainParser
@@ -28,14 +29,16 @@ from antefix_router.chat.render import Rendered, num_characters, num_plain_chara
 from antefix_router.chat.schema import UnusableSchema, UnusableTool
 from antefix_router.encoding import CHARACTERS_MIN, Encoding
 from antefix_router.front import BilledFront, Front, cache_tenant
-from antefix_router.gateway.access import REQUEST_ID, TENANT
+from antefix_router.gateway.access import KEY_ID, REQUEST_ID, TENANT
 from antefix_router.gateway.answer_form import CHAT_NAMES, AnswerForm, SchemaNames
 from antefix_router.gateway.bodies import Room, check_length, parse_body, read_body
 from antefix_router.gateway.cache_report import DETAILS_HEADER
 from antefix_router.gateway.choices import Choices
 from antefix_router.gateway.fields import Fields, WrongField
 from antefix_router.gateway.gateway_config import GatewayConfig
+from antefix_router.gateway.http_errors import Provider
 from antefix_router.gateway.knobs import Knobs
+from antefix_router.gateway.limit_headers import limit_headers
 from antefix_router.gateway.model_names import REFUSE, ModelNames, NamedModel, load_aliases
 from antefix_router.gateway.modes import Wish
 from antefix_router.gateway.notes import IgnoredFields, Notes
@@ -105,6 +108,17 @@ class Door:
         with self.room.taken(tenant, requests=most, is_shared=self._is_shared):
             yield
 
+    def limit_headers(self, request: Request, provider: Provider) -> dict[str, str]:
+        """What its tenant has left, as far as there are limits."""
+        tenant = request.scope.get(TENANT)
+        if tenant is None:
+            return {}
+        now, accounts = datetime.now(UTC), self.books.accounts
+        kinds = (LimitPassed.REQUESTS, LimitPassed.TOKENS)
+        others = accounts.shared.quotas.others(tenant) if accounts.shared is not None else {}
+        states = {what: accounts.quotas.state(tenant, what, now, others) for what in kinds}
+        return limit_headers(states, provider, now)
+
     async def body(self, request: Request, tenant: str) -> Any:
         """Raises:  TooLarge, TooSlow, Overloaded, InvalidRequest, WrongField: see `bodies`."""
         config = self.config
@@ -132,6 +146,7 @@ class Door:
         bearer = token.strip() if scheme.lower() == "bearer" else ""
         holder = self.books.keys.authenticate(request.headers.get("x-api-key") or bearer, scope)
         request.scope[TENANT] = holder.tenant
+        request.scope[KEY_ID] = holder.key_id
         return holder
 
     def caller(self, request: Request, tenant: str, user: str, session: str = "") -> HttpCaller:
@@ -146,6 +161,7 @@ class Door:
             request_id=request_id,
             has_key=bool(key),
             session=session or named.session,
+            key_id=request.scope.get(KEY_ID, ""),
             wants_details=details or self.config.http_usage_details,
         )
 
@@ -290,8 +306,16 @@ class Gateway(Door):
             self.memory.keep_aside(*rendered.aside)
         return choices
 
-    async def complete(self, tokens: list[int], knobs: Knobs, caller: HttpCaller, form: AnswerForm) -> Choices:
-        """Admit continuations of tokens, as they are."""
+    async def complete(
+        self,
+        tokens: list[int],
+        knobs: Knobs,
+        caller: HttpCaller,
+        form: AnswerForm,
+        *,
+        retention_s: float | None = None,
+    ) -> Choices:
+        """Admit continuations of tokens, as they are.  retention_s: how long they are to be kept; None: as usual."""
         grammar = ""
         if form.is_json:
             try:
@@ -299,7 +323,8 @@ class Gateway(Door):
                 await self.front.grammars.check(grammar)
             except (UnusableSchema, UnusableGrammar) as err:
                 raise wrong_schema(form.param, err) from err
-        request = self._request(tokens, knobs, caller, grammar=grammar)
+        kept = () if retention_s is None else (Breakpoint(num_tokens=len(tokens), ttl_s=retention_s),)
+        request = self._request(tokens, knobs, caller, grammar=grammar, breakpoints=kept)
         return await self._admit(request, knobs, caller, PlainParser)
 
     async def _admit(

@@ -17,9 +17,10 @@ from typing import Any, Final, Protocol
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from antefix_router.gateway.http_errors import Provider, error_body, error_response
 
@@ -49,20 +50,40 @@ AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 Prepare = Callable[[Request], Awaitable[Call]]
 Enter = Callable[[Request], contextlib.AbstractContextManager[None]]
+Limits = Callable[[Request, Provider], dict[str, str]]
 
 
 class Endpoint:
     """An ASGI application for one address. enter: around a call, from its head on; raises where it has no room.
     keep_alive_s: how often a stream says that it is alive."""
 
-    def __init__(self, prepare: Prepare, provider: Provider, enter: Enter, *, keep_alive_s: float) -> None:
+    def __init__(
+        self,
+        prepare: Prepare,
+        provider: Provider,
+        enter: Enter,
+        *,
+        keep_alive_s: float,
+        limits: Limits = lambda request, provider: {},
+    ) -> None:
+        """limits: headers that say what the caller's limits leave."""
+        self._limits = limits
         self._prepare = prepare
         self._provider = provider
         self._enter = enter
         self._keep_alive_s = keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answering = asyncio.create_task(self._answer(Request(scope, receive), scope, receive, send))
+        request = Request(scope, receive)
+
+        async def send_with_limits(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self._limits(request, self._provider).items():
+                    headers[name] = value
+            await send(message)
+
+        answering = asyncio.create_task(self._answer(request, scope, receive, send_with_limits))
         try:
             await asyncio.shield(answering)
         except asyncio.CancelledError:

@@ -146,6 +146,8 @@ _OPERATIONS: Final[dict[str, tuple[str, str, str, bool]]] = {
     "/v1/models": ("The model and its further names", "", "Models", False),
     "/v1/models/{name}": ("One of them", "", "Model", False),
     "/v1/usage/receipts/{request_id}": ("A request's signed receipt", "", "Receipt", False),
+    "/v1/usage": ("What a tenant used, by time and group", "", "UsagePage", False),
+    "/v1/organization/usage/completions": ("The same, where OpenAI's clients look for it", "", "UsagePage", False),
     "/v1/usage/public_key": ("What receipts are checked with", "", "PublicKey", False),
     "/healthz": ("A request would be served", "", "Status", False),
     "/livez": ("The process answers", "", "Status", False),

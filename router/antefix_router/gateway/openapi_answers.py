@@ -34,6 +34,17 @@ ANSWERS: Final[dict[str, Schema]] = {
     "Models": _always(data=_LIST),
     "Model": _always(id=_TEXT),
     "Receipt": _always(payload=_TEXT, sequence=_COUNT, hash=_TEXT, signature=_TEXT),
+    # A page of buckets, or with shape=plain rows; `next_page` is null on the last one.
+    "UsagePage": {
+        "type": "object",
+        "properties": {
+            "object": {"const": "page"},
+            "data": {"type": "array", "items": {"type": "object"}},
+            "rows": {"type": "array", "items": {"type": "object"}},
+            "next_page": {"type": ["string", "null"]},
+        },
+        "required": ["next_page"],
+    },
     "PublicKey": _always(algorithm={"const": "Ed25519"}, public_key=_TEXT),
     "Status": _always(status={"const": "ok"}),
     "Unready": _always(status={"const": "unavailable"}, reason=_TEXT),

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from antefix_billing.providers import responses_usage
 from antefix_router.chat.messages import Conversation, Effort
 from antefix_router.gateway.answer_form import RESPONSES_NAMES, flat_form
-from antefix_router.gateway.content import end_conversation
+from antefix_router.gateway.content import end_conversation, retained
 from antefix_router.gateway.fields import Fields, unsupported
 from antefix_router.gateway.gateway import Gateway
 from antefix_router.gateway.http import event_bytes
@@ -38,7 +38,7 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
     user = fields.text("user", "")
     effort = gateway.choose_effort(read_wish(fields), model, Effort.HIGH, fields.notes)
     instructions = fields.text("instructions", "")
-    messages = end_conversation(input_messages(fields, instructions, signatures), fields)
+    messages = retained(end_conversation(input_messages(fields, instructions, signatures), fields), fields)
     raw_tools, raw_choice = fields.peek("tools", []), fields.peek("tool_choice", "auto")
     tools = openai_tools(fields)
     wanted = fields.texts("include")

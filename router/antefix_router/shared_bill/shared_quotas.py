@@ -18,7 +18,15 @@ from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from antefix.errors import Unavailable
-from antefix_billing.limits import LimitPassed, QuotaBook, Reservation, TenantLimits, WindowUse, limit_error
+from antefix_billing.limits import (
+    LimitPassed,
+    LimitWindow,
+    QuotaBook,
+    Reservation,
+    TenantLimits,
+    WindowUse,
+    limit_error,
+)
 from antefix_router.shared_bill.bill_exchange import ALIVE_MS, PREFIX, BillExchange
 
 # Redis adds in doubles: exact up to nine million of a currency, in billionths.
@@ -58,6 +66,7 @@ for _, counts in ipairs(all) do
   if counts.lives then running = running + counts.running end
 end
 if limits.requests and running > limits.requests then return cjson.encode({what = 'running'}) end
+local told = {}
 for _, limit in ipairs(limits.windows) do
   local sums = {tokens = 0, money = 0, requests = 0}
   for _, counts in ipairs(all) do
@@ -72,6 +81,14 @@ for _, limit in ipairs(limits.windows) do
       end
     end
   end
+  local own = mine.windows[limit.name]
+  if own then
+    told[limit.name] = {
+      start = limit.start,
+      tokens = sums.tokens - own.tokens - own.reserved_tokens,
+      requests = sums.requests - own.requests
+    }
+  end
   for _, what in ipairs({'tokens', 'money', 'requests'}) do
     if limit[what] and sums[what] > limit[what] then
       return cjson.encode({what = what, window = limit.name, number = limit.number, used = sums[what]})
@@ -79,7 +96,7 @@ for _, limit in ipairs(limits.windows) do
   end
 end
 write()
-return false
+return cjson.encode(told)
 """
 )
 _TELL: Final = _WRITE + "write()\nreturn false\n"
@@ -93,6 +110,8 @@ class SharedQuotas:
         self._book = book
         self._source = source
         self._changed: set[str] = set()
+        # What all other routers counted when we last reserved, by tenant and window.
+        self._others: dict[str, dict[str, Any]] = {}
         self._telling: asyncio.Task[None] | None = None
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.num_alone = 0
@@ -137,13 +156,25 @@ class SharedQuotas:
         except BaseException:
             self._book.release(reservation)
             raise
-        if answer:
-            passed: dict[str, Any] = json.loads(answer)
+        passed: dict[str, Any] = json.loads(answer)
+        if "what" not in passed:
+            self._others[tenant] = passed
+        else:
             self._book.release(reservation)
             what = LimitPassed(passed["what"])
             number = passed.get("number")
             limit = None if number is None else limits.limits[int(number)]
             raise limit_error(what, limits, limit, now, used=int(passed.get("used", 0)), needs=reservation.tokens)
+
+    def others(self, tenant: str) -> dict[tuple[LimitWindow, LimitPassed], int]:
+        """What the other routers counted when we last reserved for this tenant, in windows that still run."""
+        now, found = datetime.now(UTC), {}
+        for name, counts in self._others.get(tenant, {}).items():
+            window = LimitWindow(name)
+            if counts["start"] == window.start(now).isoformat():
+                found[window, LimitPassed.TOKENS] = int(counts["tokens"])
+                found[window, LimitPassed.REQUESTS] = int(counts["requests"])
+        return found
 
     def changed(self, tenant: str) -> None:
         """Its counts are not what Redis has; they are told at once, or with a later beat where that fails."""

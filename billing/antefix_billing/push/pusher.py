@@ -1,0 +1,199 @@
+"""Sends what ledgers gain to one receiver, and notes how far it is. What is refused for good becomes a dead letter.
+
+    STATE/NAME.json     cursor of each ledger: what lies before it was taken, or is a dead letter; replaced as a whole
+    STATE/NAME.dead     dead letters, one JSON object a line, synced before the cursor passes them
+
+A crash between sending and noting sends again: the receiver knows the ids.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from antefix.checked_files import read_json
+from antefix.errors import ConfigError
+from antefix.private_file import open_private, write_private
+from antefix_billing.adjustment import Adjusted
+from antefix_billing.ledger_files import Settled, read_billed, source_of
+from antefix_billing.ledger_mark import Mark
+from antefix_billing.push.delivery import Delivery, delivery_of
+from antefix_billing.push.push_config import SinkConfig
+from antefix_billing.push.sinks import Rejected, Sink, TryLater
+
+log = logging.getLogger("antefix_billing")
+
+_WAIT_MIN_S: Final = 0.5
+_WAIT_MAX_S: Final = 60.0
+
+
+@dataclass(slots=True)
+class PushCounters:
+    """sent: taken by the receiver.  dead: dead letters.  failed: calls that failed and are made again."""
+
+    sent: int = 0
+    dead: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """An entry that a receiver refused for good, or that has no customer there. ledger: its source, hex."""
+
+    ledger: str
+    sequence: int
+    why: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class Pusher:
+    """Of one receiver, from any number of ledgers. Only one process may have its state directory."""
+
+    def __init__(
+        self,
+        config: SinkConfig,
+        sink: Sink,
+        ledgers: Sequence[Path],
+        state: Path,
+        *,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        """sleep: waits; returns something true to stop."""
+        self.config = config
+        self.counters = PushCounters()
+        self._sink = sink
+        self._ledgers = {source_of(ledger).hex(): ledger for ledger in ledgers}
+        self._path = state / f"{config.name}.json"
+        self._dead_path = state / f"{config.name}.dead"
+        self._sleep = sleep
+        self.cursors = self._read_cursors()
+
+    def backlog(self) -> int:
+        """Entries that ledgers have behind the cursors."""
+        ends = {source: Mark.of(ledger) for source, ledger in self._ledgers.items()}
+        return sum(max(0, mark.sequence - self.cursors.get(source, 0)) for source, mark in ends.items() if mark)
+
+    @property
+    def num_dead(self) -> int:
+        """Dead letters, of this run and of those before."""
+        return len(self._read_dead())
+
+    def push(self) -> bool:
+        """Send all that is there now. Returns False where waiting was ended."""
+        for source, ledger in self._ledgers.items():
+            durable = mark.sequence if (mark := Mark.of(ledger)) is not None else None
+            items = (
+                item
+                for item in read_billed(ledger, after=self.cursors.get(source, 0))
+                if durable is None or item.sequence <= durable
+            )
+            # Sent in order, one batch after the other; the first that has to wait for ever ends it.
+            if not all(self._push_batch(source, batch) for batch in _batches(items, self._sink.num_a_batch)):
+                return False
+        return True
+
+    def push_dead(self) -> int:
+        """Send dead letters again; those that are taken are none any more. Returns how many are left."""
+        letters = self._read_dead()
+        left = []
+        for letter in letters:
+            delivery = self._of_letter(letter)
+            try:
+                if delivery is None:
+                    raise Rejected(letter.why)
+                self._sink.send([delivery])
+                self.counters.sent += 1
+            except (Rejected, TryLater) as err:
+                left.append(replace(letter, why=str(err)))
+        write_private(self._dead_path, "".join(letter.to_json() + "\n" for letter in left))
+        return len(left)
+
+    def _of_letter(self, letter: DeadLetter) -> Delivery | None:
+        """None: its ledger is not here, or its tenant still has no customer."""
+        ledger = self._ledgers.get(letter.ledger)
+        if ledger is None:
+            return None
+        item = next(read_billed(ledger, after=letter.sequence - 1), None)
+        return None if item is None or item.sequence != letter.sequence else self._delivery(item)
+
+    def _push_batch(self, source: str, batch: Sequence[Settled | Adjusted]) -> bool:
+        deliveries = []
+        for item in batch:
+            delivery = self._delivery(item)
+            if delivery is not None:
+                deliveries.append(delivery)
+            elif self.config.unmapped != "skip":
+                self._bury(source, item.sequence, f"tenant {_tenant_of(item)!r} has no customer")
+        if deliveries and not self._send(source, deliveries):
+            return False
+        self.cursors[source] = batch[-1].sequence
+        write_private(self._path, json.dumps({"cursors": self.cursors}) + "\n")
+        return True
+
+    def _delivery(self, item: Settled | Adjusted) -> Delivery | None:
+        customer = self.config.customer(_tenant_of(item))
+        return None if customer is None else delivery_of(item, customer)
+
+    def _send(self, source: str, deliveries: Sequence[Delivery]) -> bool:
+        """Until all of it is taken or buried. A batch that is refused is sent one by one, to find which one is."""
+        wait_s = _WAIT_MIN_S
+        while True:
+            try:
+                self._sink.send(deliveries)
+                self.counters.sent += len(deliveries)
+                return True
+            except Rejected as err:
+                if len(deliveries) > 1:
+                    return all(self._send(source, [each]) for each in deliveries)
+                self._bury(source, deliveries[0].sequence, str(err))
+                return True
+            except TryLater as err:
+                self.counters.failed += 1
+                log.warning("%s: %s; again in %g s", self.config.name, err, max(wait_s, err.retry_after_s))
+                if self._sleep(max(wait_s, err.retry_after_s)):
+                    return False
+                wait_s = min(_WAIT_MAX_S, 2 * wait_s)
+
+    def _bury(self, source: str, sequence: int, why: str) -> None:
+        if any((letter.ledger, letter.sequence) == (source, sequence) for letter in self._read_dead()):
+            return
+        self.counters.dead += 1
+        log.error("%s: entry %d of ledger %s is a dead letter: %s", self.config.name, sequence, source, why)
+        with open_private(self._dead_path, "a") as file:
+            file.write(DeadLetter(ledger=source, sequence=sequence, why=why).to_json() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read_dead(self) -> list[DeadLetter]:
+        if not self._dead_path.exists():
+            return []
+        # The last line may be torn; its entry lies behind the cursor, and comes again.
+        lines = self._dead_path.read_text().split("\n")[:-1]
+        return [DeadLetter(**json.loads(line)) for line in lines]
+
+    def _read_cursors(self) -> dict[str, int]:
+        if not self._path.exists():
+            return {}
+        found = read_json(self._path, "push cursors")
+        cursors = found.get("cursors") if isinstance(found, dict) else None
+        if not isinstance(cursors, dict) or not all(type(value) is int for value in cursors.values()):
+            raise ConfigError(f"{self._path} holds no cursors")
+        return dict(cursors)
+
+
+def _batches(items: Iterator[Settled | Adjusted], number: int) -> Iterator[list[Settled | Adjusted]]:
+    while batch := list(islice(items, number)):
+        yield batch
+
+
+def _tenant_of(item: Settled | Adjusted) -> str:
+    return item.record.tenant if isinstance(item, Settled) else item.adjustment.tenant
