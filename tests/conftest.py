@@ -124,8 +124,8 @@ PATIENT = {
 NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines", "upgrade")
 FAST_TEST_S = 5.0
 
-# A deployment starts in seconds and answers in seconds, on a machine that is busy in minutes.
-SERVICES_TIMEOUT_S = 900
+# What takes seconds takes minutes on a busy machine: a deployment's start, or two seconds of work next to 40 processes.
+SLOW_TIMEOUT_S = 900
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -138,8 +138,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if PROCESS_FIXTURES.intersection(item.fixturenames) or item.path.parent.name in PROCESS_FOLDERS:
             item.add_marker(pytest.mark.services)
-        if item.get_closest_marker("services") and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(SERVICES_TIMEOUT_S))
+        is_slow = item.get_closest_marker("services") or item.get_closest_marker("slow")
+        if is_slow and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
 
 
 @pytest.hookimpl(wrapper=True)

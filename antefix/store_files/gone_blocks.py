@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,10 +35,29 @@ class GoneWriter:
         num_slots = max(_NUM_SLOTS_MIN, min(_NUM_SLOTS_MAX, budget_bytes // _BUDGET_BYTES_A_SLOT))
         self.nbytes = num_slots * SLOT_BYTES
         self._path = directory / GONE_FILE
+        self._noted: list[tuple[bytes, int]] = []
+        self._waits = False
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Write what is noted inside at the end: opening the file for each took a quarter of an eviction's time."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+            self._write()
 
     def note(self, block_hash: bytes, reason: MissReason) -> None:
         """This block is being removed."""
-        code = next(code for code, known in _CODES.items() if known is reason)
+        self._noted.append((block_hash, next(code for code, known in _CODES.items() if known is reason)))
+        if not self._waits:
+            self._write()
+
+    def _write(self) -> None:
+        noted, self._noted = self._noted, []
+        if not noted:
+            return
         with contextlib.suppress(OSError):
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -46,7 +65,8 @@ class GoneWriter:
                     # New, or made under another budget, where each hash has another slot.
                     os.ftruncate(fd, 0)
                     os.ftruncate(fd, self.nbytes)
-                os.pwrite(fd, block_hash[:_NAME_BYTES] + bytes((code,)), _offset(block_hash, self.nbytes))
+                for block_hash, code in noted:
+                    os.pwrite(fd, block_hash[:_NAME_BYTES] + bytes((code,)), _offset(block_hash, self.nbytes))
             finally:
                 os.close(fd)
 

@@ -156,7 +156,7 @@ class Space:
         """
         now_ms = self._now_ms()
         num_taken = freed = 0
-        with IndexTxn(self._index) as txn:
+        with self._gone.together(), IndexTxn(self._index) as txn:
             numbers = None if owners is None else {txn.known_owner_id(owner) for owner in owners} - {None}
             if numbers is not None and not numbers:
                 return 0
@@ -189,7 +189,7 @@ class Space:
             due = cursor.first() and int.from_bytes(cursor.key()[:8], "big") <= now_ms
         if not due:
             return 0
-        with IndexTxn(self._index) as txn:
+        with self._gone.together(), IndexTxn(self._index) as txn:
             waiting = txn.expiring(now_ms)[:EXPIRE_RECORDS_MAX]
             while waiting:
                 name = waiting.pop()

@@ -21,8 +21,11 @@ from tests.upgrade.versions import ROOT, Deployment, checkout
 
 # The last commit before the formats of 0.2.0 were settled; the last tag, once there is one.
 PREVIOUS = os.environ.get("PREVIOUS", "810078c")
-# The order of docs/OPERATIONS.md, "Upgrade": what is asked before what asks.
+# What is asked before what asks.
 ORDER = ("kvstore", "prefill-1", "decode-1", "router-0", "router-1")
+# docs/OPERATIONS.md, "Upgrade": works also where the versions name KV differently, so that neither's routers take the other's
+# workers. The new router has nothing until the new workers come to it, and the old ones serve until the old router goes.
+UPGRADE = ("router-0", "prefill-1", "decode-1", "router-1", "kvstore")
 
 pytestmark = [pytest.mark.upgrade, pytest.mark.services, pytest.mark.timeout(1800)]
 
@@ -44,7 +47,7 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
         made.stop()
 
 
-@pytest.mark.parametrize("order", [ORDER, tuple(reversed(ORDER))], ids=["stores first", "routers first"])
+@pytest.mark.parametrize("order", [UPGRADE], ids=["half of the routers first"])
 def test_roles_are_replaced_while_conversations_go_on_and_back(
     deployment: Deployment, previous: Path, order: tuple[str, ...]
 ) -> None:
