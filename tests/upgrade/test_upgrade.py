@@ -23,8 +23,8 @@ from tests.upgrade.versions import ROOT, Deployment, checkout
 PREVIOUS = os.environ.get("PREVIOUS", "810078c")
 # What is asked before what asks.
 ORDER = ("kvstore", "prefill-1", "decode-1", "router-0", "router-1")
-# docs/OPERATIONS.md, "Upgrade": works also where the versions name KV differently, so that neither's routers take the other's
-# workers. The new router has nothing until the new workers come to it, and the old ones serve until the old router goes.
+# docs/OPERATIONS.md, "Upgrade": works also where the versions name KV differently, so that neither's routers take the
+# other's workers. A new router has nothing until new workers come; old ones serve until the old router goes.
 UPGRADE = ("router-0", "prefill-1", "decode-1", "router-1", "kvstore")
 
 pytestmark = [pytest.mark.upgrade, pytest.mark.services, pytest.mark.timeout(1800)]
