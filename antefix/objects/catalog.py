@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, TypeVar
 
 import numpy as np
@@ -46,6 +46,7 @@ _RANGES_IN_FLIGHT: Final = 4
 _NUM_TRIES: Final = 4
 # Runs are merged while the older one is no more than this much larger, so a record is merged a few times in all.
 _MERGE_RATIO: Final = 4
+_EXPIRED_KEPT_MS: Final = 6 * 3_600_000
 
 
 class Catalog:
@@ -134,6 +135,9 @@ class Catalog:
         """
         async with self._updating:
             now_ms = self.clock_ms()
+            # Whoever deletes has done so by now; others need not remember them for ever.
+            since_ms = now_ms - _EXPIRED_KEPT_MS
+            self._expired = {name: ref for name, ref in self._expired.items() if ref.expires_ms > since_ms}
             if not self.loaded_ms:
                 await self._load()
             else:
@@ -220,6 +224,9 @@ class Catalog:
         runs = [*self._runs, run]
         while len(runs) > 1 and len(runs[-2]) <= _MERGE_RATIO * len(runs[-1]):
             pair = runs[-2:]
+            # They are not in what is merged, and are to be deleted still.
+            now_ms = self.clock_ms()
+            self._expired |= {ref.name: ref for each in pair for ref in each.expired(now_ms)}
             runs[-2:] = [await asyncio.to_thread(merge, pair, self.clock_ms())]
         self._runs = tuple(runs)
         for segment_id in self._lost:
@@ -230,9 +237,6 @@ class Catalog:
     def take_out(self, wanted: Callable[[SegmentRef], bool]) -> Run:
         """A run of those of the living segments that are wanted."""
         return merge([run.only(wanted) for run in self._runs], self.clock_ms())
-
-    def forget_unreadable(self, ids: Collection[bytes]) -> None:
-        self._unreadable.difference_update(ids)
 
 
 async def read_object(bucket: Bucket, name: str, nbytes: int) -> Buffer:
@@ -259,6 +263,21 @@ async def read_headers(bucket: Bucket, ref: SegmentRef) -> list[RecordHeader]:
     if footer_offset >= start:
         return read_footer(tail[footer_offset - start : stop - start], ref, footer_offset, num_records)
     return read_footer(await bucket.read(ref.name, footer_offset, stop), ref, footer_offset, num_records)
+
+
+async def all_headers(
+    catalog: Catalog, wanted: Callable[[SegmentRef], bool] = lambda _: True
+) -> list[tuple[SegmentRef, list[RecordHeader]]]:
+    """Of all segments that live and are wanted, oldest first."""
+
+    async def read(ref: SegmentRef) -> list[RecordHeader]:
+        try:
+            return await read_headers(catalog.bucket, ref)
+        except (ObjectGone, BlockCorrupt):
+            return []
+
+    refs = [ref for ref in catalog.segments() if wanted(ref)]
+    return list(zip(refs, await all_of(read, refs, _FOOTERS_IN_FLIGHT), strict=True))
 
 
 async def all_of(call: Callable[[U], Awaitable[T]], items: Sequence[U], num_max: int) -> list[T]:

@@ -80,20 +80,19 @@ class Janitor:
         there = {tile for each in listed if (tile := Tile.of_name(each.name)) is not None}
         before = frozenset(there)
         covering = largest(there)
-        created = sorted({Tile.at(ref.created_ms) for ref in catalog.segments()}, key=lambda tile: tile.number)
-        missing = [tile for tile in created if tile.due(now_ms) and not _in_any(tile.start_ms, covering)]
-        for tile in missing:
-            await self._write(tile)
-            there.add(tile)
+        living = sorted({Tile.at(ref.created_ms) for ref in catalog.segments()})
+        for tile in living:
+            if tile.due(now_ms) and not any(each.covers(tile.start_ms) for each in covering):
+                await self._write(tile)
+                there.add(tile)
         for level in range(LEVEL_MAX):
             for above in sorted({tile.above for tile in there if tile.level == level} - there):
-                if above.due(now_ms):
+                if above.due(now_ms) and _lives(above, living):
                     await self._write(above)
                     there.add(above)
         # Only by those that every reader could see: who lists now and reads then finds one or the other.
         kept = set(largest(before))
-        living = {Tile.at(ref.created_ms) for ref in catalog.segments()}
-        empty = {tile for tile in kept if not any(tile.covers(each.start_ms) for each in living)}
+        empty = {tile for tile in kept if not _lives(tile, living)}
         await catalog.bucket.delete([tile.name for tile in sorted((before - kept) | empty)])
 
     async def _write(self, tile: Tile) -> None:
@@ -119,5 +118,5 @@ def _oldest(refs: Sequence[SegmentRef], bytes_max: int) -> list[SegmentRef]:
     return gone
 
 
-def _in_any(created_ms: int, tiles: Iterable[Tile]) -> bool:
-    return any(tile.covers(created_ms) for tile in tiles)
+def _lives(tile: Tile, living: Iterable[Tile]) -> bool:
+    return any(tile.covers(each.start_ms) for each in living)

@@ -127,26 +127,32 @@ def build_segment(
     statements: of the fingerprints that occur.
     Raises:  KeyError: there are keys, and none for the tenant.
     """
+    expires_ms = created_ms + round(ttl_s * 1000) if ttl_s else 0
+    drafts = (_draft(record, created_ms, expires_ms, plans, keys) for record in records)
+    return pack_segment(drafts, created_ms=created_ms, expires_ms=expires_ms, statements=statements)
+
+
+def pack_segment(
+    drafts: Iterable[tuple[RecordHeader, Buffer]], *, created_ms: int, expires_ms: int, statements: Iterable[bytes] = ()
+) -> BuiltSegment:
+    """A segment of records as they are stored, at least one; wherever they lay before, they get a place of its own."""
     object_id = secrets.token_bytes(16)
     identity = StoreIdentity(store_id=object_id, created_ms=created_ms)
-    expires_ms = created_ms + round(ttl_s * 1000) if ttl_s else 0
     parts: list[Buffer] = [pack_segment_header(identity, SEGMENT_NUMBER, created_ms)]
     headers: list[RecordHeader] = []
     at = SEGMENT_HEADER_BYTES
 
     def add(header: RecordHeader, stored: Buffer) -> RecordHeader:
         nonlocal at
-        placed = dataclasses.replace(
-            header, segment=SEGMENT_NUMBER, offset=at, payload_checksum=payload_checksum(stored)
-        )
+        checksum = payload_checksum(stored)
+        placed = dataclasses.replace(header, segment=SEGMENT_NUMBER, offset=at, payload_checksum=checksum)
         parts.append(pack_record_header(placed, identity.seed))
         parts.append(stored)
         parts.append(bytes(align(placed.stored_bytes, RECORD_ALIGN) - placed.stored_bytes))
         at += placed.extent_bytes
         return placed
 
-    for record in records:
-        header, stored = _draft(record, created_ms, expires_ms, plans, keys)
+    for header, stored in drafts:
         headers.append(add(header, stored))
     for text in statements:
         add(_inner_header(RecordKind.STATEMENT, text, created_ms), text)
@@ -157,8 +163,8 @@ def build_segment(
     ref = SegmentRef(
         created_ms=created_ms,
         expires_ms=expires_ms,
-        kind=records[0].kind,
-        tenant=records[0].tenant[:TENANT_BYTES],
+        kind=headers[0].kind,
+        tenant=headers[0].tenant[:TENANT_BYTES],
         id=object_id,
         nbytes=at + TRAILER.size,
     )
@@ -267,7 +273,13 @@ def scan_segment(data: Buffer, ref: SegmentRef) -> Iterator[tuple[RecordHeader, 
     identity, _ = unpack_segment_header(bytes(view[:SEGMENT_HEADER_BYTES]))
     if identity.store_id != ref.id:
         raise BlockCorrupt("another segment's bytes")
-    at = SEGMENT_HEADER_BYTES
+    yield from scan_records(view[SEGMENT_HEADER_BYTES:], ref, SEGMENT_HEADER_BYTES)
+
+
+def scan_records(data: Buffer, ref: SegmentRef, start: int) -> Iterator[tuple[RecordHeader, memoryview]]:
+    """The same of a part of a segment.  start: where in the segment it begins."""
+    view = memoryview(data).cast("B")
+    at = 0
     while at + RECORD_HEADER_BYTES <= view.nbytes:
         try:
             header = unpack_record_header(bytes(view[at : at + RECORD_HEADER_BYTES]), ref.seed)
@@ -276,7 +288,7 @@ def scan_segment(data: Buffer, ref: SegmentRef) -> Iterator[tuple[RecordHeader, 
             at += RECORD_ALIGN
             continue
         stored = view[at + RECORD_HEADER_BYTES : at + RECORD_HEADER_BYTES + header.stored_bytes]
-        whole = header.offset == at and stored.nbytes == header.stored_bytes
+        whole = header.offset == at + start and stored.nbytes == header.stored_bytes
         if whole and payload_checksum(stored) == header.payload_checksum and header.kind is not RecordKind.FOOTER:
             yield header, stored
         at += header.extent_bytes if whole else RECORD_ALIGN

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from antefix.security.own_credentials import credentials_for
 from antefix_console.progress_line import ProgressLine
-from antefix_kvstore.copy_store import CopyLimits, CopyReport, CopySource, copy_store
-from antefix_kvstore.copy_target import DirectoryTarget, ServiceTarget
+from antefix_kvstore.copy_store import CopyLimits, CopyReport, CopySource, CopyTarget, copy_store
 
 _GRANT_S = 300.0
 
@@ -21,7 +20,7 @@ def grant_of_owner(address: str, owner: bytes) -> bytes:
 
 async def copy_between(
     contents: CopySource,
-    targets: Sequence[DirectoryTarget | ServiceTarget],
+    targets: Sequence[CopyTarget],
     *,
     bytes_per_s: int = 0,
     bytes_max: int | None = None,

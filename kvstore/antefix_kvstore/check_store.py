@@ -54,7 +54,7 @@ class FsckReport:
     num_records: int = 0
     num_bytes: int = 0
     num_segments: int = 0
-    problems: Counter[str] = field(default_factory=Counter)
+    problems: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
     repaired: bool = False
     num_records_after: int = 0
@@ -64,7 +64,7 @@ class FsckReport:
         return not self.problems
 
     def note(self, problem: str, detail: str) -> None:
-        self.problems[problem] += 1
+        self.problems[problem] = self.problems.get(problem, 0) + 1
         if len(self.examples) < NUM_EXAMPLES_MAX:
             self.examples.append(f"{problem}: {detail}")
 
@@ -93,7 +93,7 @@ def fsck(directory: Path, *, repair: bool = False, progress: Progress | None = N
 def render(report: FsckReport) -> str:
     """For a terminal."""
     lines = [f"{report.num_records} records, {report.num_bytes} bytes in {report.num_segments} segments"]
-    lines += [f"  {count} x {problem}" for problem, count in report.problems.most_common()]
+    lines += [f"  {count} x {problem}" for problem, count in Counter(report.problems).most_common()]
     lines += [f"    {example}" for example in report.examples]
     if report.sound:
         lines.append("sound")
@@ -243,5 +243,5 @@ def _check_derived(index: Index, txn: Any, sizes: dict[int, int], report: FsckRe
     for number, state in read_segments(index, txn).items():
         if state.live_records and sizes.get(number, 0) < state.end:
             report.note("segment table", f"segment {number} should have {state.end} bytes")
-    if not report.problems["index entry"] and (fault := index_fault(index.directory)):
+    if not report.problems.get("index entry") and (fault := index_fault(index.directory)):
         report.note("index", fault)

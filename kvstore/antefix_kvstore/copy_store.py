@@ -24,7 +24,8 @@ Progress = Callable[[int, int], None]
 
 
 class CopySource(Protocol):
-    """What records come from: a directory (`StoreContents`), a service (`ServedContents`). Calls block."""
+    """What records come from: a directory (`StoreContents`), a service (`ServedContents`), an object store
+    (`ObjectContents`). Calls block."""
 
     def layouts(self) -> list[LayoutOf]:
         """Of all fingerprints."""

@@ -1,4 +1,4 @@
-"""Ends of a copy by their text: a store's directory, a service's address. Another kind is one more branch here."""
+"""Ends of a copy by their text: a store's directory, a service's address, an object store's URL."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 from antefix.errors import ConfigError
+from antefix.objects.bucket import is_object_url
 from antefix.record import Held, PutResult, Record, RecordName
 from antefix.security.listening import UNIX
 from antefix.store.client import RemoteStore
@@ -16,20 +16,21 @@ from antefix.store.store_stats import StoreTotals
 from antefix.store_files.encryption import KeyRing
 from antefix_kvstore.embedded_store import EmbeddedStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.object_contents import ObjectContents, ObjectTarget
 from antefix_kvstore.served_contents import ServedContents
 from antefix_kvstore.store_contents import LayoutOf, StoreContents
 
-# Between a scheme and the rest of a URL.
-_URL: Final = "://"
+# Whatever is copied from, and to.
+Contents = StoreContents | ServedContents | ObjectContents
 
 
-def open_source(text: str, *, key_file: str = "") -> StoreContents | ServedContents:
-    """What is copied from: a directory, or host:port. key_file: what the directory is encrypted with.
+def open_source(text: str, *, key_file: str = "") -> Contents:
+    """What is copied from: a directory, host:port or an object store's URL. key_file: what it is encrypted with.
 
-    Raises:  ConfigError: neither.
+    Raises:  ConfigError: none of them.
     """
-    if _URL in text:
-        raise ConfigError(f"{text}: copies are made from a directory or from host:port; {_OF_URLS}")
+    if is_object_url(text):
+        return ObjectContents(text, keys=KeyRing.from_master_file(Path(key_file)) if key_file else None)
     if _is_address(text):
         return ServedContents(RemoteStore(text))
     if not Path(text).is_dir():
@@ -39,15 +40,17 @@ def open_source(text: str, *, key_file: str = "") -> StoreContents | ServedConte
 
 
 def open_target(
-    text: str, *, budget_bytes: int = 0, key_file: str = "", makes: bool = False
-) -> DirectoryTarget | ServiceTarget:
-    """What is copied to: a directory that no service has open, or host:port.  makes: a directory that is missing.
+    text: str, *, budget_bytes: int = 0, key_file: str = "", makes: bool = False, ttl_s: float = 0.0
+) -> DirectoryTarget | ServiceTarget | ObjectTarget:
+    """What is copied to: a directory that no service has open, host:port or an object store's URL.  makes: a directory
+    that is missing.
 
-    budget_bytes: of a directory; 0: a store's default.  key_file: what a directory is encrypted with.
+    budget_bytes: of a directory; 0: a store's default.  key_file: what a directory or object store is encrypted with.
+    ttl_s: after which copies in an object store go; 0: never.
     Raises:  ConfigError: neither, or a directory that is in use.
     """
-    if _URL in text:
-        raise ConfigError(f"{text}: copies are made to a directory or to host:port; {_OF_URLS}")
+    if is_object_url(text):
+        return ObjectTarget(text, keys=KeyRing.from_master_file(Path(key_file)) if key_file else None, ttl_s=ttl_s)
     if not _is_address(text):
         if not makes and not Path(text).is_dir():
             raise ConfigError(f"{text} is no directory; a store that is served is named by its address, host:port")
@@ -63,9 +66,6 @@ def _is_address(text: str) -> bool:
     if text.startswith(UNIX):
         return True
     return "/" not in text and re.search(r":[0-9]+$", text) is not None and not Path(text).is_dir()
-
-
-_OF_URLS: Final = "object stores are no ends of copies here"
 
 
 class DirectoryTarget:

@@ -233,8 +233,8 @@ def render(report: StoreReport) -> str:
     num_records = sum(holding.num_records for holding in report.holdings)
     lines = [
         f"{report.directory}: format {report.identity.version}, created {created}",
-        f"{num_records} records in {report.num_segments} segments of {_size(report.segment_bytes)}, "
-        f"index {_size(report.index_bytes)}",
+        f"{num_records} records in {report.num_segments} segments of {shown_size(report.segment_bytes)}, "
+        f"index {shown_size(report.index_bytes)}",
     ]
     if report.holdings:
         lines += ["", text_table(_HEAD, map(_row, report.holdings), num_left=4), ""]
@@ -245,7 +245,7 @@ def render(report: StoreReport) -> str:
         marks = f" *{run.num_checkpoints}" if run.num_checkpoints else ""
         lines.append(
             f"  {'│ ' * run.depth}├─ to token {run.last_position}: {run.num_blocks} blocks, "
-            f"{_size(run.stored_bytes)}{marks}, used {_ago(run.used_s_ago)}, ends {run.last_hash[:12]}"
+            f"{shown_size(run.stored_bytes)}{marks}, used {_ago(run.used_s_ago)}, ends {run.last_hash[:12]}"
         )
     if report.num_runs_left_out:
         lines.append(f"  ... and {report.num_runs_left_out} more runs")
@@ -262,7 +262,7 @@ def _row(holding: Holding) -> list[str]:
     """Ages are of the last use; bad: quarantined."""
     return [
         *(holding.fingerprint[:12], holding.tenant or "(no tenant)", holding.user or "-", holding.kind.name.lower()),
-        *(str(holding.num_records), _size(holding.payload_bytes), _size(holding.stored_bytes)),
+        *(str(holding.num_records), shown_size(holding.payload_bytes), shown_size(holding.stored_bytes)),
         *(str(holding.generation or "-"), str(holding.version)),
         *(str(count) if count else "-" for count in (holding.num_quarantined, *holding.ages.values())),
     ]
@@ -278,7 +278,7 @@ def _about(report: StoreReport) -> list[str]:
     return ["fingerprints:", *(f"  {name}  {text}" for name, text in texts.items())] if texts else []
 
 
-def _size(nbytes: int) -> str:
+def shown_size(nbytes: int) -> str:
     value = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":

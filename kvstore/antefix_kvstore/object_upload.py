@@ -42,6 +42,8 @@ log = logging.getLogger("antefix_kvstore.object_upload")
 
 STEP_S: Final = 1.0
 TIDY_S: Final = 60.0
+# How often it is looked at what eviction takes next: far less than a store takes to fill so much.
+EVICTING_S: Final = 5.0
 _PAUSE_S_MAX: Final = 60.0
 _JOIN_S: Final = 0.5
 # Names that wait; past this those that came first are forgotten, and come again when they are used again.
@@ -100,7 +102,7 @@ class ObjectUploader:
         # Names by when they were wanted.
         self._waiting: dict[RecordName, float] = {}
         self._reused: dict[RecordName, None] = {}
-        self._next_tidy_s = 0.0
+        self._next_tidy_s = self._next_evicting_s = 0.0
         self._stopped = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="antefix-upload", daemon=True)
@@ -190,7 +192,7 @@ class ObjectUploader:
         names = await asyncio.to_thread(self._take_wanted)
         if not names:
             return
-        alive_ms = self._engine.clock_ms() + self._renewed_ms()
+        alive_ms = self._alive_ms()
         chosen = await asyncio.to_thread(choose, self._engine, self.catalog, names, alive_ms=alive_ms)
         nbytes = sum(each.nbytes for each in chosen)
         oldest_s = min(names.values())
@@ -213,7 +215,10 @@ class ObjectUploader:
         if reused:
             before_ms = self._engine.clock_ms() - round(self._engine.config.object_reused_after_s * 1000)
             reused = stored_before(self._engine, reused, before_ms)
-        evicting = next_evicted(self._engine) if "evicting" in self._policies else []
+        evicting: list[RecordName] = []
+        if "evicting" in self._policies and time.monotonic() >= self._next_evicting_s:
+            evicting = next_evicted(self._engine)
+            self._next_evicting_s = time.monotonic() + EVICTING_S
         with self._lock:
             self._want([*reused, *evicting])
             names, self._waiting = self._waiting, {}
@@ -223,9 +228,10 @@ class ObjectUploader:
         with self._lock:
             self._waiting = names | self._waiting
 
-    def _renewed_ms(self) -> int:
-        ttl_s = min((ttl for ttl in self.writer.settings.ttl_s.values() if ttl), default=0.0)
-        return round(ttl_s * _RENEWED_SHARE * 1000)
+    def _alive_ms(self) -> dict[RecordKind, int]:
+        """A copy that ends before counts as none, by kind."""
+        now_ms, ttl_s = self._engine.clock_ms(), self.writer.settings.ttl_s
+        return {kind: now_ms + round(ttl_s[kind] * _RENEWED_SHARE * 1000) for kind in ttl_s}
 
     async def _upload(self, chosen: Sequence[Chosen]) -> None:
         """One segment's records in memory at a time, and no faster than is allowed."""

@@ -78,7 +78,9 @@ class LayoutOf:
 
 
 @dataclass(slots=True)
-class _Tables:
+class StretchTables:
+    """Records by hash, and what the numbers in their entries stand for."""
+
     blocks: dict[bytes, IndexEntry] = field(default_factory=dict)
     checkpoints: dict[bytes, IndexEntry] = field(default_factory=dict)
     fingerprints: dict[int, bytes] = field(default_factory=dict)
@@ -132,18 +134,7 @@ class StoreContents:
 
     def stretches(self) -> list[Stretch]:
         """All of it, what is worth most first: pinned, then by the rank that eviction goes by."""
-        tables = self._tables()
-        parents = {entry.parent for entry in tables.blocks.values()}
-        leaves = [(entry, name) for name, entry in tables.blocks.items() if name not in parents]
-        leaves.sort(key=lambda leaf: (leaf[0].pinned_ms, leaf[0].rank_ms), reverse=True)
-        seen: set[bytes] = set()
-        found = [_stretch_to(name, tables, seen) for _, name in leaves]
-        # Checkpoints whose block is in another store.
-        alone = ((name, entry) for name, entry in tables.checkpoints.items() if name not in tables.blocks)
-        found += [
-            dataclasses.replace(_stretch(tables, (name,), (0,), [entry]), has_blocks=False) for name, entry in alone
-        ]
-        return found
+        return stretches_of(self._tables())
 
     def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
         """These records of a stretch, verified, in batches; what cannot be read is left out."""
@@ -166,13 +157,26 @@ class StoreContents:
             # Behind one that is broken, gone or of version 1 it goes on.
             names = names[len(records) + 1 :]
 
-    def _tables(self) -> _Tables:
-        index, tables = self._reader.index, _Tables()
+    def _tables(self) -> StretchTables:
+        index, tables = self._reader.index, StretchTables()
         with index.txn() as txn:
             tables.fingerprints, tables.owners = index.fingerprints(txn), index.owners(txn)
             for kind, rows in ((RecordKind.BLOCK, tables.blocks), (RecordKind.CHECKPOINT, tables.checkpoints)):
                 rows.update(_live_entries(txn, index.db[TABLE_OF_KIND[kind]]))
         return tables
+
+
+def stretches_of(tables: StretchTables) -> list[Stretch]:
+    """All of it, what is worth most first: pinned, then by the rank that eviction goes by."""
+    parents = {entry.parent for entry in tables.blocks.values()}
+    leaves = [(entry, name) for name, entry in tables.blocks.items() if name not in parents]
+    leaves.sort(key=lambda leaf: (leaf[0].pinned_ms, leaf[0].rank_ms), reverse=True)
+    seen: set[bytes] = set()
+    found = [_stretch_to(name, tables, seen) for _, name in leaves]
+    # Checkpoints whose block is in another store.
+    alone = ((name, entry) for name, entry in tables.checkpoints.items() if name not in tables.blocks)
+    found += [dataclasses.replace(_stretch(tables, (name,), (0,), [entry]), has_blocks=False) for name, entry in alone]
+    return found
 
 
 def _live_entries(txn: Any, table: Any) -> Iterator[tuple[bytes, IndexEntry]]:
@@ -183,7 +187,7 @@ def _live_entries(txn: Any, table: Any) -> Iterator[tuple[bytes, IndexEntry]]:
                 yield bytes(key), entry
 
 
-def _stretch_to(leaf: bytes, tables: _Tables, seen: set[bytes]) -> Stretch:
+def _stretch_to(leaf: bytes, tables: StretchTables, seen: set[bytes]) -> Stretch:
     """Up from a leaf until what another stretch has."""
     names: list[bytes] = []
     name = leaf
@@ -198,7 +202,7 @@ def _stretch_to(leaf: bytes, tables: _Tables, seen: set[bytes]) -> Stretch:
 
 
 def _stretch(
-    tables: _Tables, names: tuple[bytes, ...], checkpoints: tuple[int, ...], entries: Sequence[IndexEntry]
+    tables: StretchTables, names: tuple[bytes, ...], checkpoints: tuple[int, ...], entries: Sequence[IndexEntry]
 ) -> Stretch:
     return Stretch(
         fingerprint=tables.fingerprints.get(entries[0].fingerprint_id, bytes(32)),

@@ -5,7 +5,7 @@ Reads the store's index, never its payloads; knows what the tier has from its ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
@@ -89,23 +89,33 @@ def _leaves(engine: StorageEngine, txn: Any, from_ms: int = 0) -> Iterator[Recor
                 yield RecordKind(key[8]), bytes(key[9:])
 
 
-def choose(engine: StorageEngine, catalog: Catalog, names: Iterable[RecordName], *, alive_ms: int) -> list[Chosen]:
-    """These records and their chains up to what the tier has, parents first. alive_ms: a copy that ends before is none.
+def choose(
+    engine: StorageEngine, catalog: Catalog, names: Iterable[RecordName], *, alive_ms: Mapping[RecordKind, int]
+) -> list[Chosen]:
+    """These records and their chains up to what the tier has, parents first.
 
-    Records of version 1 stay here: nothing outside this store can tell whose they are.
+    alive_ms: a copy that ends before, by kind, is none. Records of version 1 stay here: nothing outside this store can
+    tell whose they are.
     """
     found: dict[RecordName, Chosen] = {}
     with engine.index.txn() as txn:
         fingerprints = engine.index.fingerprints(txn)
-        for name in names:
-            path: list[tuple[RecordName, IndexEntry]] = []
-            for step, entry in _up(engine, txn, catalog, name, found, alive_ms):
-                path.append((step, entry))
-            for step, entry in reversed(path):
+        for name in _lacking(catalog, names, alive_ms):
+            for step, entry in reversed(list(_up(engine, txn, catalog, name, found, alive_ms))):
                 digest = fingerprints.get(entry.fingerprint_id)
                 if digest is not None and entry.flags & _SEALED and not entry.quarantined:
                     found[step] = Chosen(step, digest, entry.payload_bytes, entry.cost_ms / 1000)
     return list(found.values())
+
+
+def _lacking(catalog: Catalog, names: Iterable[RecordName], alive_ms: Mapping[RecordKind, int]) -> Iterator[RecordName]:
+    """Those that the tier has not. One search for all: most of what is named again and again is there."""
+    by_kind: dict[RecordKind, list[bytes]] = {}
+    for kind, hash in names:
+        by_kind.setdefault(kind, []).append(hash)
+    for kind, hashes in by_kind.items():
+        places = catalog.find(kind, hashes, alive_ms=alive_ms[kind])
+        yield from ((kind, hash) for hash, place in zip(hashes, places, strict=True) if place is None)
 
 
 def _up(
@@ -114,7 +124,7 @@ def _up(
     catalog: Catalog,
     name: RecordName,
     taken: dict[RecordName, Chosen],
-    alive_ms: int,
+    alive_ms: Mapping[RecordKind, int],
 ) -> Iterator[tuple[RecordName, IndexEntry]]:
     """From a record towards its root, as far as it is stored here, is not chosen already and the tier lacks it."""
     block = name[1]
@@ -122,7 +132,7 @@ def _up(
         entry = engine.index.entry(txn, *name)
         if entry is None:
             return
-        if name not in taken and catalog.find(RecordKind.CHECKPOINT, [block], alive_ms=alive_ms)[0] is None:
+        if name not in taken:
             yield name, entry
     while True:
         steps: list[tuple[RecordName, IndexEntry]] = []
@@ -133,7 +143,7 @@ def _up(
                 break
             steps.append((step, entry))
             block = entry.parent
-        places = catalog.find(RecordKind.BLOCK, [hash for (_, hash), _ in steps], alive_ms=alive_ms)
+        places = catalog.find(RecordKind.BLOCK, [hash for (_, hash), _ in steps], alive_ms=alive_ms[RecordKind.BLOCK])
         for each, place in zip(steps, places, strict=True):
             if place is not None:
                 return

@@ -37,7 +37,7 @@ from antefix_simulate.baselines import make_policy
 from antefix_simulate.cluster_result import RECOVERY_S, Outcomes, PolicyResult
 from antefix_simulate.cluster_worker import Job, Memory, PrefillWorker
 from antefix_simulate.machine import RATE_CARDS, Machine, TokenPrices, carry_out
-from antefix_simulate.many_stores import DISK, PEER, HostStore, ManySimStores
+from antefix_simulate.many_stores import DISK, OBJECT, PEER, HostStore, ManySimStores
 from antefix_simulate.replay_result import percentile
 from antefix_simulate.simulated_store import SimStore, StoreLimits
 from antefix_simulate.trace import TraceRequest
@@ -63,7 +63,7 @@ class Fleet:
     kills: (second, second of return or 0 for never), of one prefill worker each, the first, the second, ...
     look_s: where nobody dies, the second around which the windows before and after lie, to compare with.
     num_stores: each with the limits of `store`; workers take turns in whose it is.  copies_bytes: per store, of what is
-    read often from others.  prices: of prompt tokens.
+    read often from others.  object_bytes: of the object tier behind them; 0: none.  prices: of prompt tokens.
     joins: seconds at which another prefill worker is added.  decode_step_*: of one decode step, by sequences running.
     engines: the workers are not ours: see `EngineHits`; None: they are.
     """
@@ -76,6 +76,7 @@ class Fleet:
     store: StoreLimits = field(default_factory=StoreLimits)
     num_stores: int = 1
     copies_bytes: int = 0
+    object_bytes: int = 0
     prices: TokenPrices = RATE_CARDS["v4-flash"]
     memory_bytes: int = 64 * 10**9
     coalesce: bool = True
@@ -87,6 +88,11 @@ class Fleet:
     ttft_limit_s: float = 2.0
     tpot_limit_s: float = 0.1
     window_s: float = 300.0
+
+    @property
+    def has_tiers(self) -> bool:
+        """Blocks come from more than one store."""
+        return self.num_stores > 1 or self.object_bytes > 0
 
 
 def simulate_cluster(
@@ -127,6 +133,7 @@ class _Run:
             unit_blocks=self.unit_blocks,
             num_stores=fleet.num_stores,
             copies_bytes=fleet.copies_bytes,
+            object_bytes=fleet.object_bytes,
         )
         # The planner knows the machine: learning it is what the other simulation is about.
         machine = fleet.machine
@@ -139,7 +146,10 @@ class _Run:
                     load_bytes_per_s=machine.disk_bytes_per_s,
                     load_fixed_s=machine.disk_fixed_s,
                 ),
-                tiers={PEER: LinearLaw((machine.peer_fixed_s, 1 / machine.peer_bytes_per_s), (1.0, 32e6))},
+                tiers={
+                    PEER: LinearLaw((machine.peer_fixed_s, 1 / machine.peer_bytes_per_s), (1.0, 32e6)),
+                    OBJECT: LinearLaw((machine.object_fixed_s, 1 / machine.object_bytes_per_s), (1.0, 32e6)),
+                },
             ),
         )
         self.rng = random.Random(1)
@@ -225,7 +235,7 @@ class _Run:
             return
         job = worker.running = worker.queue.popleft()
         stored, plan = self._plan(worker, job)
-        parts = self._parts(job, plan, stored) if self.fleet.num_stores > 1 else None
+        parts = self._parts(job, plan, stored) if self.fleet.has_tiers else None
         timing = carry_out(self.fleet.machine, self.sizes, plan, self.rng, bytes_by_tier=parts)
         worker.busy_s += timing.total_s
         epoch = worker.epoch
@@ -261,12 +271,13 @@ class _Run:
     def _bytes_by_tier(self) -> dict[str, int]:
         """Blocks that were loaded, and what was copied between stores."""
         many = self.many
-        if self.fleet.num_stores > 1:
-            return {DISK: many.bytes_by_tier[DISK], PEER: many.bytes_by_tier[PEER], "copied": many.bytes_copied}
+        if self.fleet.has_tiers:
+            loaded = {tier: many.bytes_by_tier[tier] for tier in (DISK, PEER, OBJECT)}
+            return {**loaded, "copied": many.bytes_copied, "uploaded": many.objects.bytes_uploaded}
         return {DISK: sum(self.outcomes.fetched_tokens) // self.sizes.block_size * self.sizes.block_bytes}
 
     def _store_of(self, row: int) -> SimStore | HostStore:
-        return self.many.of(row) if self.fleet.num_stores > 1 else self.store
+        return self.many.of(row) if self.fleet.has_tiers else self.store
 
     def _parts(self, job: Job, plan: Plan, stored: StoredPrefix) -> dict[str, int]:
         """Bytes that the plan loads from each tier; they are counted, and what comes often is copied."""

@@ -60,6 +60,7 @@ class ClusterSimulation:
     num_decode: int
     shared_store: bool
     num_stores: int = 1
+    object_bytes: int = 0
     engines: str = ""
     results: tuple[PolicyResult, ...]
 
@@ -115,7 +116,9 @@ _COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
 _STORE_COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
     ("own GB", lambda r: f"{r.bytes_by_tier['disk'] / 1e9:.1f}"),
     ("others' GB", lambda r: f"{r.bytes_by_tier['peer'] / 1e9:.1f}"),
+    ("objects GB", lambda r: f"{r.bytes_by_tier['object'] / 1e9:.1f}"),
     ("copied GB", lambda r: f"{r.bytes_by_tier['copied'] / 1e9:.1f}"),
+    ("uploaded GB", lambda r: f"{r.bytes_by_tier['uploaded'] / 1e9:.1f}"),
     ("prompts $", lambda r: f"{r.dollars:.2f}"),
 )
 _KILL_COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
@@ -131,6 +134,8 @@ def cluster_text(simulation: ClusterSimulation) -> str:
     store = "with the shared store" if simulation.shared_store else "without a shared store"
     if simulation.num_stores > 1:
         store = f"with {simulation.num_stores} stores"
+    if simulation.object_bytes:
+        store += f" and an object tier of {simulation.object_bytes / 1e12:.1f} TB"
     workers = f"{simulation.num_prefill} prefill and {simulation.num_decode} decode workers, {store}"
     if simulation.engines:
         where = "any block" if simulation.engines == "full" else "where window state was left"
@@ -144,7 +149,7 @@ def cluster_text(simulation: ClusterSimulation) -> str:
     columns: Sequence[tuple[str, Callable[[PolicyResult], str]]] = _COLUMNS
     if any(result.after_hit_rate is not None for result in simulation.results):
         columns = (*_COLUMNS, *_KILL_COLUMNS)
-    if simulation.num_stores > 1:
+    if simulation.num_stores > 1 or simulation.object_bytes:
         columns = (*columns, *_STORE_COLUMNS)
     head = [name for name, _ in columns]
     rows = [[cell(result) for _, cell in columns] for result in simulation.results]

@@ -24,7 +24,8 @@ class Machine:
 
     prefill_tokens_per_s: 64K tokens cold in 3.62 s (vLLM, V4.1-Flash).  context_half_tokens: context at which a token
     takes twice as long as at none; V4's sparse attention makes it large; an assumption.  peer_*: another host's store,
-    over 25 Gbit/s Ethernet; an assumption.  jitter: of every duration, as
+    over 25 Gbit/s Ethernet; an assumption.
+    object_*: a cloud's object store, 16 ranges in flight; an assumption.  jitter: of every duration, as
     the sigma of a lognormal factor, so that the planner meets a machine that it cannot know exactly.
     """
 
@@ -37,10 +38,12 @@ class Machine:
     pool_fixed_s: float = 0.0005
     peer_bytes_per_s: float = 3e9
     peer_fixed_s: float = 0.002
+    object_bytes_per_s: float = 1e9
+    object_fixed_s: float = 0.05
     jitter: float = 0.1
 
     def __post_init__(self) -> None:
-        rates = ("disk_bytes_per_s", "pool_bytes_per_s", "peer_bytes_per_s")
+        rates = ("disk_bytes_per_s", "pool_bytes_per_s", "peer_bytes_per_s", "object_bytes_per_s")
         for name in ("prefill_tokens_per_s", "context_half_tokens", *rates):
             if not 0 < getattr(self, name) < math.inf:
                 raise InvalidRequest(f"{name} must be positive, is {getattr(self, name)}")
@@ -58,6 +61,7 @@ class Machine:
         fixed, rate = {
             "pool": (self.pool_fixed_s, self.pool_bytes_per_s),
             "peer": (self.peer_fixed_s, self.peer_bytes_per_s),
+            "object": (self.object_fixed_s, self.object_bytes_per_s),
         }.get(tier, (self.disk_fixed_s, self.disk_bytes_per_s))
         return fixed + nbytes / rate
 

@@ -1,4 +1,5 @@
-"""Several simulated stores of one fleet: each worker writes to its host's and reads from any, as `antefix.store` does.
+"""Several simulated stores of one fleet, and the object tier behind them: each worker writes to its host's store and
+reads from any, as `antefix.store` does.
 
 What a worker computes after another host's prefix is stored apart. What a host reads NUM_READS times from others is
 copied to its own store, within a budget of bytes.
@@ -6,23 +7,53 @@ copied to its own store, within a budget of bytes.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import Final
 
 from antefix.window import Sizes, Tier
 from antefix_simulate.simulated_store import SimStore, StoreLimits
 from antefix_simulate.trace import Names
 
-DISK, PEER = "disk", "peer"
+DISK, PEER, OBJECT = "disk", "peer", "object"
 # As `antefix.store.local_copies`, which this room does not import.
 NUM_READS: Final = 3
 
 
+class SimObjects:
+    """Blocks in the object tier, which all hosts share: what was read again or is about to be evicted goes up, the
+    oldest upload goes first. Checkpoints stay in stores.
+    """
+
+    def __init__(self, bytes_max: int, unit_bytes: int) -> None:
+        self.bytes_uploaded = 0
+        self._num_max = bytes_max // unit_bytes
+        self._unit_bytes = unit_bytes
+        self._names: OrderedDict[int, None] = OrderedDict()
+
+    def __contains__(self, name: int) -> bool:
+        return name in self._names
+
+    def upload(self, name: int) -> None:
+        if not self._num_max or name in self._names:
+            return
+        while len(self._names) >= self._num_max:
+            self._names.popitem(last=False)
+        self._names[name] = None
+        self.bytes_uploaded += self._unit_bytes
+
+
 class ManySimStores:
-    """limits: of each store. copies_bytes: of copies per store."""
+    """limits: of each store. copies_bytes: of copies per store.  object_bytes: of the object tier; 0: there is none."""
 
     def __init__(
-        self, sizes: Sizes, limits: StoreLimits, *, unit_blocks: int, num_stores: int, copies_bytes: int
+        self,
+        sizes: Sizes,
+        limits: StoreLimits,
+        *,
+        unit_blocks: int,
+        num_stores: int,
+        copies_bytes: int,
+        object_bytes: int = 0,
     ) -> None:
         self.stores = [SimStore(sizes, limits, unit_blocks=unit_blocks, apart=True) for _ in range(num_stores)]
         self.bytes_by_tier: Counter[str] = Counter()
@@ -31,6 +62,10 @@ class ManySimStores:
         self._unit_bytes = unit_blocks * sizes.block_bytes
         self._reads: Counter[tuple[int, int]] = Counter()
         self._room = [copies_bytes] * num_stores
+        self.objects = SimObjects(object_bytes, self._unit_bytes)
+        if object_bytes:
+            for store in self.stores:
+                store.on_evict = self.objects.upload
 
     def of(self, worker: int) -> HostStore:
         """As the worker's host sees them; hosts take turns."""
@@ -58,7 +93,7 @@ class HostStore:
 
     def tiers(self, names: Names, num_units: int) -> tuple[tuple[int, str], ...]:
         """Of so many leading units, which tier has each stretch: number of blocks at its end, and tier."""
-        labels = [DISK if self._own.has(int(names[unit])) else PEER for unit in range(num_units)]
+        labels = [self._tier_of(int(names[unit])) for unit in range(num_units)]
         ends = [end for end in range(1, num_units + 1) if end == num_units or labels[end - 1] != labels[end]]
         return tuple((end * self._many.unit_blocks, labels[end - 1]) for end in ends)
 
@@ -79,10 +114,11 @@ class HostStore:
         many = self._many
         for unit in range(first, stop):
             name = int(names[unit])
-            if self._own.has(name):
-                many.bytes_by_tier[DISK] += many._unit_bytes
+            tier = self._tier_of(name)
+            many.bytes_by_tier[tier] += many._unit_bytes
+            many.objects.upload(name)
+            if tier == DISK:
                 continue
-            many.bytes_by_tier[PEER] += many._unit_bytes
             many._reads[self._home, name] += 1
             if many._reads[self._home, name] >= NUM_READS and many._room[self._home] >= many._unit_bytes:
                 many._room[self._home] -= many._unit_bytes
@@ -99,7 +135,13 @@ class HostStore:
 
     def _has(self, names: Names, unit: int) -> bool:
         name = int(names[unit])
-        return any(store.has(name) for store in self._in_order())
+        return any(store.has(name) for store in self._in_order()) or name in self._many.objects
+
+    def _tier_of(self, name: int) -> str:
+        """Where it is read from: the nearest that has it."""
+        if self._own.has(name):
+            return DISK
+        return PEER if any(store.has(name) for store in self._many.stores) else OBJECT
 
     def _in_order(self) -> list[SimStore]:
         stores = self._many.stores

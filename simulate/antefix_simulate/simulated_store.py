@@ -49,6 +49,8 @@ class SimStore:
         self._due: list[tuple[float, int, Tier]] = []
         self._dead: dict[Tier, set[int]] = {tier: set() for tier in Tier}
         self._swept_s = 0.0
+        # Told of blocks that are about to be evicted.
+        self.on_evict: Callable[[int], None] = lambda _name: None
 
     @property
     def bytes_kept(self) -> int:
@@ -185,6 +187,8 @@ class SimStore:
         for name in self._forest(tier).evict(nbytes, keep=spare):
             self._expiry[tier].pop(name, None)
             self._dead[tier].discard(name)
+            if tier is Tier.DISK and not name % 2:
+                self.on_evict(name // 2)
 
 
 def _all_but(names: set[int]) -> Callable[[int], bool]:

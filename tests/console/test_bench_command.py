@@ -19,6 +19,12 @@ def test_a_wrong_option_is_refused_before_anything_runs(options: list[str], caps
     assert capsys.readouterr().err.startswith("antefix: --")
 
 
+def test_the_object_tier_takes_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tier", "--s3", str(tmp_path)]) == 2
+    assert "there is no S3 server" in capsys.readouterr().err
+    assert main(["bench", "tier", "--blocks", "0"]) == 2
+
+
 def test_an_installed_package_says_where_benchmarks_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

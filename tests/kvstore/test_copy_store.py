@@ -214,7 +214,7 @@ async def test_a_purge_takes_all_of_a_tenant_and_nothing_else(tmp_path: Path) ->
     assert fsck(tmp_path / "a").sound
 
 
-@pytest.mark.parametrize("text", ["s3://bucket/prefix", "/no/such/directory", "backup"])
+@pytest.mark.parametrize("text", ["ftp://bucket/prefix", "/no/such/directory", "backup"])
 async def test_a_source_that_is_neither_directory_nor_address_is_refused_with_what_to_do(text: str) -> None:
     with pytest.raises(ConfigError, match="directory"):
         open_source(text)

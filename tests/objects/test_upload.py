@@ -105,8 +105,9 @@ async def test_what_is_pinned_goes_up_also_after_a_restart(tmp_path: Path) -> No
     assert await num_in_tier(tmp_path) == 40
 
 
-async def test_what_eviction_takes_next_goes_up_first(tmp_path: Path) -> None:
+async def test_what_eviction_takes_next_goes_up_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with uploading(tmp_path, budget_bytes=1 << 20, object_upload=("evicting",)) as (engine, uploader):
+        monkeypatch.setattr("antefix_kvstore.object_upload.EVICTING_S", 0.0)
         old = Prompt(list(range(BLOCK * 8)), payload_bytes=20_000)
         engine.put(old.blocks())
         for number in range(8):
@@ -184,7 +185,7 @@ async def test_a_copy_near_its_end_is_made_again_by_reuse(tmp_path: Path) -> Non
         clock.ms = engine.clock_ms()
         engine.clock_ms = uploader.catalog.clock_ms = clock  # type: ignore[misc]
         engine.put(PROMPT.blocks(10))
-        for after_s, num_uploaded in ((0.0, 10), (700.0, 10), (100.0, 20)):
+        for after_s, num_uploaded in ((1.0, 10), (700.0, 10), (100.0, 20)):
             clock.advance(after_s)
             engine.note_use([(RecordKind.BLOCK, PROMPT.hashes[9])], ())
             await uploader.step(flush=True)

@@ -17,6 +17,7 @@ from antefix_simulate.cluster_result import RECOVERY_S
 from antefix_simulate.cluster_worker import Job, Memory
 from antefix_simulate.generated_traces import generate
 from antefix_simulate.machine import Machine, model_sizes
+from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import Trace, TraceRequest
 
 SIZES = model_sizes("v4-flash")
@@ -285,6 +286,23 @@ def test_copies_turn_other_hosts_bytes_into_own_ones_within_their_budget(chat):
     assert without.bytes_by_tier["copied"] == 0
     assert 0 < with_copies.bytes_by_tier["copied"] <= 4 * 10**9
     assert with_copies.bytes_by_tier["peer"] < without.bytes_by_tier["peer"]
+
+
+def test_an_object_tier_gives_back_what_small_stores_lose(chat):
+    small = StoreLimits(store_bytes=40 * 10**6)
+    without = one_result(chat, memory_bytes=0, num_stores=2, store=small)
+    behind = one_result(chat, memory_bytes=0, num_stores=2, store=small, object_bytes=10**12)
+    assert without.bytes_by_tier["object"] == without.bytes_by_tier["uploaded"] == 0
+    assert behind.bytes_by_tier["object"] > 0
+    assert behind.bytes_by_tier["uploaded"] > 0
+    assert behind.token_hit_rate > without.token_hit_rate + 0.01
+
+
+def test_one_store_may_have_an_object_tier_and_a_slow_one_is_left_alone(chat):
+    small = StoreLimits(store_bytes=40 * 10**6)
+    fast = one_result(chat, memory_bytes=0, store=small, object_bytes=10**12)
+    slow = one_result(chat, memory_bytes=0, store=small, object_bytes=10**12, machine=Machine(object_bytes_per_s=1e6))
+    assert fast.bytes_by_tier["object"] > 10 * slow.bytes_by_tier["object"]
 
 
 def test_dollars_are_those_of_the_tokens_that_hit_and_missed(chat):

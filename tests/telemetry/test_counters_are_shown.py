@@ -182,7 +182,7 @@ STATE = {
     *("num_exact_tokens", "num_failures", "num_quarantined", "num_apart", "num_missing", "num_there", "num_bytes"),
     # Kinds that are told of, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
-    *("num_hedged", "num_hedges_won", "num_left"),
+    *("num_hedged", "num_hedges_won", "num_left", "num_compressed", "num_encrypted", "num_indexed"),
     *("num_straight", "num_batches", "num_replays", "num_unread", "num_lives", "num_forgotten", "num_answers"),
     *(
         "num_hashes",

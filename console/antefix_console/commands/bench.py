@@ -14,12 +14,15 @@ from antefix_console.shipped import CHECKOUT
 
 # Beside the checkout's environment; `make bench-peers` makes it.
 _PEERS_PYTHON = CHECKOUT / ".venv-peers" / "bin" / "python"
+# Likewise, of `make test-s3`: an S3 server, and boto3.
+_S3 = CHECKOUT / ".s3"
+_ABOUT_TIER = "how near the object tier is to its own client, and what it costs"
 _ABOUT_STORE = "how near the store is to its disk, and how far from its peers"
 
 
 def add_parser(subparsers: Any) -> None:
     bench = subparsers.add_parser("bench", help="measure beside the machine's limits and beside peers")
-    which = bench.add_subparsers(dest="bench", required=True, metavar="store")
+    which = bench.add_subparsers(dest="bench", required=True, metavar="store|tier")
     store = which.add_parser(
         "store",
         help=_ABOUT_STORE,
@@ -27,6 +30,26 @@ def add_parser(subparsers: Any) -> None:
         epilog="example: antefix bench store --json > store.json",
     )
     add_store_arguments(store)
+    tier = which.add_parser(
+        "tier",
+        help=_ABOUT_TIER,
+        description=f"{_ABOUT_TIER}: restores by ranges, seconds by tier, uploads next to restores, the index",
+        epilog="example: antefix bench tier --json > tier.json",
+    )
+    add_tier_arguments(tier)
+
+
+def add_tier_arguments(parser: argparse.ArgumentParser) -> None:
+    """What benchmarks/tier.py takes."""
+    parser.add_argument("--blocks", type=int, default=1024, help="of 128 tokens (default: 1024, a 128K prefix)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of everything (default: 5)")
+    parser.add_argument(
+        "--object-store", default="", metavar="URL", help="measure against this one (default: an S3 server of its own)"
+    )
+    parser.add_argument(
+        "--s3", type=Path, default=_S3, metavar="DIR", help="environment with that server and boto3 (`make test-s3`)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
 
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.blocks < 1 or args.repeats < 1:
         raise InvalidRequest("--blocks and --repeats must be at least 1")
+    if args.bench == "tier":
+        return _run_tier(args)
     if args.peers and shutil.which(args.peers) is None:
         raise InvalidRequest(f"--peers: there is no Python at {args.peers}")
     command = [
@@ -63,6 +88,18 @@ def run(args: argparse.Namespace) -> int:
         *("--blocks", str(args.blocks), "--repeats", str(args.repeats)),
         *(["--dir", str(args.dir.resolve())] if args.dir else []),
         *(["--long"] if args.long else []),
+        *(["--json"] if args.json else []),
+    ]
+    return 0 if subprocess.run(command, cwd=CHECKOUT, check=False).returncode == 0 else 1
+
+
+def _run_tier(args: argparse.Namespace) -> int:
+    if not args.object_store and not (args.s3 / "bin" / "weed").exists():
+        raise InvalidRequest(f"there is no S3 server in {args.s3}: `make test-s3` makes one, or give --object-store")
+    command = [
+        *(sys.executable, "-m", "benchmarks.tier", "--s3", str(args.s3.resolve())),
+        *("--blocks", str(args.blocks), "--rounds", str(args.repeats)),
+        *(["--object-store", args.object_store] if args.object_store else []),
         *(["--json"] if args.json else []),
     ]
     return 0 if subprocess.run(command, cwd=CHECKOUT, check=False).returncode == 0 else 1

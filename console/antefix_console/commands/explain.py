@@ -44,6 +44,7 @@ from antefix_console.commands import explain_fleet, explain_requests
 from antefix_console.deployment import ARITHMETIC_FILE
 from antefix_console.explain.answer import Explanation, explain
 from antefix_console.explain.block_evidence import NamedChain, gather, holdings, statements
+from antefix_console.explain.object_evidence import in_object_tier
 from antefix_console.explain.text import lines
 from antefix_console.operator_credentials import hold_grant
 from antefix_console.progress_line import ProgressLine
@@ -69,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="DIR",
         help="the stores' directories, if not in --data-dir",
+    )
+    parser.add_argument(
+        "--object-store", default="", metavar="URL", help="the object store behind them, if there is one"
     )
     parser.add_argument("--secret-file", type=Path, help="the deployment's secret, where it is not in --data-dir")
     parser.add_argument(
@@ -144,7 +148,8 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
     tried = [other.names(tokens, keyring, differs=label) for other, label in _tried(mine)]
     for directory in directories:
         tried += _stated(directory, mine, tokens, keyring)
-    blocks = gather(directories, names, [*asked, *tried], log=_logs(args), check=args.check)
+    more = {args.object_store: asyncio.run(in_object_tier(args.object_store, names))} if args.object_store else {}
+    blocks = gather(directories, names, [*asked, *tried], more=more, log=_logs(args), check=args.check)
     # 2. What the window pool has.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.reason is MissReason.NONE, blocks))
     hold_grant(args.store_address or "", mine.tenant, tokens)

@@ -1,4 +1,5 @@
-"""`antefix fsck DIR...`: are stores sound? With --repair, make them so. Their services must be stopped.
+"""`antefix fsck DIR...`: are stores sound? With --repair, make them so. Their services must be stopped; an object
+store's (`antefix fsck s3://...`) may run.
 
 Exit code 0 if all are sound, or were made so; 1 if one is not.
 """
@@ -6,18 +7,24 @@ Exit code 0 if all are sound, or were made so; 1 if one is not.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import dataclasses
 import json
 from pathlib import Path
 
+from antefix.objects.bucket import is_object_url
 from antefix_console.commands.inspect import plain
 from antefix_console.progress_line import ProgressLine
+from antefix_kvstore.check_objects import fsck_objects
 from antefix_kvstore.check_store import fsck, render
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "directories", type=Path, nargs="+", metavar="DIR", help="store directories that no service has open"
+        "directories",
+        nargs="+",
+        metavar="DIR",
+        help="store directories that no service has open, or an object store's s3://..., which may be used meanwhile",
     )
     parser.add_argument("--repair", action="store_true", help="rebuild what is damaged; drops what cannot be saved")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -25,12 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     reports = {}
-    for directory in args.directories:
+    for text in args.directories:
         with ProgressLine("checking records") as progress:
-            reports[directory] = report = fsck(directory, repair=args.repair, progress=progress.count)
+            if is_object_url(text):
+                report = asyncio.run(fsck_objects(text, repair=args.repair, progress=progress.count))
+            else:
+                report = fsck(Path(text), repair=args.repair, progress=progress.count)
+        reports[text] = report
         if not args.json:
-            print(f"{directory}: {render(report)}" if len(args.directories) > 1 else render(report))
+            print(f"{text}: {render(report)}" if len(args.directories) > 1 else render(report))
     if args.json:
-        shown = {str(each): {**dataclasses.asdict(report), "sound": report.sound} for each, report in reports.items()}
+        shown = {text: {**dataclasses.asdict(report), "sound": report.sound} for text, report in reports.items()}
         print(json.dumps(shown if len(shown) > 1 else next(iter(shown.values())), default=plain))
     return 0 if args.repair or all(report.sound for report in reports.values()) else 1

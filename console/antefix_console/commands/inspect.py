@@ -1,8 +1,9 @@
-"""`antefix inspect DIR...`: what stores hold. Reads next to a running service as well as without one."""
+"""`antefix inspect DIR...`, or of `s3://...`: what stores hold. Reads next to a running service or without one."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import dataclasses
 import json
 from pathlib import Path
@@ -11,14 +12,18 @@ from typing import Any
 from antefix.checked_files import read_toml
 from antefix.checked_table import Table
 from antefix.config import require
+from antefix.objects.bucket import is_object_url
 from antefix.secret import Keyring
 from antefix.store_files.owners import KnownNames, Owners
 from antefix_console.progress_line import ProgressLine
-from antefix_kvstore.describe_store import NUM_LINES_MAX, inspect, render
+from antefix_kvstore.describe_objects import ObjectReport, inspect_objects, render_objects
+from antefix_kvstore.describe_store import NUM_LINES_MAX, StoreReport, inspect, render
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR", help="store directories")
+    parser.add_argument(
+        "directories", nargs="+", metavar="DIR", help="store directories, or an object store's s3://..."
+    )
     parser.add_argument(
         "--lines", type=int, default=NUM_LINES_MAX, metavar="N", help="of the prefix forest (default: %(default)s)"
     )
@@ -36,23 +41,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     known = _known(args)
-    reports = {}
-    for directory in args.directories:
+    reports: dict[str, StoreReport | ObjectReport] = {}
+    for text in args.directories:
+        if is_object_url(text):
+            with ProgressLine("reading footers"):
+                reports[text] = asyncio.run(inspect_objects(text, known=known))
+            continue
         with ProgressLine("reading the index") as progress:
-            reports[directory] = inspect(directory, num_lines_max=args.lines, known=known, progress=progress.count)
+            reports[text] = inspect(Path(text), num_lines_max=args.lines, known=known, progress=progress.count)
     if args.json:
-        shown = {str(directory): dataclasses.asdict(report) for directory, report in reports.items()}
+        shown = {text: dataclasses.asdict(report) for text, report in reports.items()}
         print(json.dumps(shown if len(shown) > 1 else next(iter(shown.values())), default=plain))
         return 0
-    for directory, report in reports.items():
-        print(f"{directory}\n{render(report)}" if len(reports) > 1 else render(report))
+    for text, report in reports.items():
+        lines = render_objects(report) if isinstance(report, ObjectReport) else render(report)
+        print(f"{text}\n{lines}" if len(reports) > 1 else lines)
     return 0
 
 
 def _known(args: argparse.Namespace) -> KnownNames:
     """Raises:  ConfigError: tenants were named and there is no secret to find them with, or a file cannot be read."""
     tenants = [*args.tenant, *(_named_in(args.tenants_file) if args.tenants_file else ())]
-    at_hand = args.directories[0].resolve().parent / "secret"
+    at_hand = Path(args.directories[0]).resolve().parent / "secret"
     if args.secret_file is None and not at_hand.is_file():
         require(not tenants, "--secret-file is needed: a store has digests of tenants' names, which only it can make")
         return KnownNames()

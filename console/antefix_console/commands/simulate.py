@@ -77,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_number(parser, "--disk-gb-per-s", machine.disk_bytes_per_s / 1e9, "read speed of the store")
     _add_number(parser, "--pool-gb-per-s", machine.pool_bytes_per_s / 1e9, "read speed of the window pool")
     _add_number(parser, "--peer-gb-per-s", machine.peer_bytes_per_s / 1e9, "read speed of another host's store")
+    _add_number(parser, "--object-gb-per-s", machine.object_bytes_per_s / 1e9, "read speed of the object tier")
     _add_number(parser, "--hit-price", None, "dollars a million hit tokens (default: the model's rate card)")
     _add_number(parser, "--miss-price", None, "dollars a million other input tokens (default: the same)")
     _add_number(parser, "--output-price", None, "dollars a million output tokens (default: the same)")
@@ -185,6 +186,7 @@ def _machine(args: argparse.Namespace) -> Machine:
         disk_bytes_per_s=args.disk_gb_per_s * 1e9,
         pool_bytes_per_s=args.pool_gb_per_s * 1e9,
         peer_bytes_per_s=args.peer_gb_per_s * 1e9,
+        object_bytes_per_s=args.object_gb_per_s * 1e9,
     )
 
 

@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument(
         "--copies-bytes", default="64GB", metavar="SIZE", help="per store, of what is read often from others (64GB)"
     )
+    fleet.add_argument(
+        "--object-store", default="0", metavar="SIZE", help="an object tier behind the stores, of so much (none)"
+    )
     fleet.add_argument("--no-store", action="store_true", help="no shared store: workers have their own memory only")
     fleet.add_argument("--no-coalesce", action="store_true", help="compute equal prefixes in flight more than once")
     fleet.add_argument("--worker-memory", default="64GB", metavar="SIZE", help="of KV a prefill worker (default 64GB)")
@@ -89,9 +92,13 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine, 
         raise InvalidRequest("a fleet is simulated with one --store-bytes")
     if args.stores < 1 or (args.stores > 1 and (args.no_store or args.engines)):
         raise InvalidRequest("--stores must be at least 1, and has no sense with --no-store or --engines")
+    object_bytes = parse_byte_size(args.object_store)
+    if object_bytes and (args.no_store or args.engines):
+        raise InvalidRequest("--object-store has no sense with --no-store or --engines")
     fleet = Fleet(
         num_stores=args.stores,
         copies_bytes=parse_byte_size(args.copies_bytes),
+        object_bytes=object_bytes,
         prices=prices,
         num_prefill=num_prefill,
         num_decode=num_decode,
@@ -122,6 +129,7 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine, 
         num_decode=num_decode,
         shared_store=fleet.shared_store,
         num_stores=fleet.num_stores,
+        object_bytes=fleet.object_bytes,
         engines=args.engines or "",
         results=tuple(results),
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from antefix.byte_size import parse_byte_size
 from antefix.cache_tenant import join_tenant
 from antefix.config import require
+from antefix.objects.bucket import is_object_url
 from antefix.secret import Keyring
 from antefix.security.grants import hold
 from antefix.store_files.owners import Owners
@@ -34,9 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "copy what a store holds to another; run it again to go on",
         "antefix-data/store /backup/store",
     )
-    copy.add_argument("source", metavar="SRC", help="directory of a store on this host, served or not, or host:port")
-    copy.add_argument("target", metavar="DST", help="directory that no service has open, made if missing, or host:port")
+    copy.add_argument(
+        "source", metavar="SRC", help="directory of a store on this host, served or not; host:port; or s3://..."
+    )
+    copy.add_argument(
+        "target", metavar="DST", help="directory that no service has open, made if missing; host:port; or s3://..."
+    )
     copy.add_argument("--budget-bytes", default="", metavar="SIZE", help="of a directory that is made (default: 64G)")
+    copy.add_argument(
+        "--ttl-s", type=float, default=0.0, help="after which copies in an object store go (default: never)"
+    )
     add_copy_arguments(copy)
     purge = _command(
         commands,
@@ -44,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "drop all of a tenant's records, pinned or not",
         "host-a:7010 host-b:7010 --tenant acme --secret-file antefix-data/secret",
     )
-    purge.add_argument("stores", nargs="+", metavar="STORE", help="host:port, or a directory that no service has open")
+    purge.add_argument(
+        "stores", nargs="+", metavar="STORE", help="host:port, a directory that no service has open, or s3://..."
+    )
     purge.add_argument("--tenant", required=True, help="whose; or digest:HEX")
     purge.add_argument("--user", default="", help="of the tenant's users, this one's only")
     purge.add_argument("--secret-file", help="the deployment's secret, which names the tenant in stores")
@@ -73,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
 def _copy(args: argparse.Namespace) -> int:
     budget_bytes = parse_byte_size(args.budget_bytes) if args.budget_bytes else 0
     with open_source(args.source, key_file=args.encrypt_key_file) as contents:
-        target = open_target(args.target, budget_bytes=budget_bytes, key_file=args.encrypt_key_file, makes=True)
+        target = open_target(
+            args.target, budget_bytes=budget_bytes, key_file=args.encrypt_key_file, makes=True, ttl_s=args.ttl_s
+        )
         report = asyncio.run(copy_between(contents, [target], bytes_per_s=parse_byte_size(args.bytes_per_s)))
     print(json.dumps(dataclasses.asdict(report)) if args.json else report_text(report))
     return 0 if report.complete else 1
@@ -100,7 +112,7 @@ async def _purge_all(stores: list[str], owners: list[bytes]) -> dict[str, int]:
         try:
             purged[text] = 0
             for owner in owners:
-                hold(grant_of_owner(text, owner))
+                hold(b"" if is_object_url(text) else grant_of_owner(text, owner))
                 purged[text] += await store.purge(owner)
         finally:
             await store.close()

@@ -87,23 +87,24 @@ def gather(
     names: NamedChain,
     others: Sequence[NamedChain] = (),
     *,
+    more: Mapping[str, Sequence[BlockEvidence]] | None = None,
     log: Path | Sequence[Path] | None = None,
     check: bool = False,
 ) -> list[BlockEvidence]:
     """Evidence of each block of the prompt, in order: of several stores the one that tells most about a block.
 
-    others: the same tokens under other fingerprints, which explain a miss.  log: the store's log, which tells blocks
-    that were evicted from those never seen.  check: read every stored block and verify its checksum.
+    others: the same tokens under other fingerprints, which explain a miss.  more: what further tiers have, by their
+    names.  log: the store's log, which tells blocks that were evicted from those never seen.  check: read every stored
+    block and verify its checksum.
     Raises:  Unavailable: there is no store in `directory`.
     """
     directories = [directory] if isinstance(directory, Path) else list(directory)
     logs = [] if log is None else [log] if isinstance(log, Path) else list(log)
     found = [_in_store(each, names, others, logs, check=check) for each in directories]
     elsewhere = {number: other for _, of_others in reversed(found) for number, other in of_others.items()}
-    named = [str(each) if len(directories) > 1 else "" for each in directories]
-    return _with_gaps(
-        [_most_telling(rows, named) for rows in zip(*(rows for rows, _ in found), strict=True)], elsewhere
-    )
+    evidence = [*(rows for rows, _ in found), *(more or {}).values()]
+    named = [*map(str, directories), *(more or {})] if len(evidence) > 1 else [""]
+    return _with_gaps([_most_telling(rows, named) for rows in zip(*evidence, strict=True)], elsewhere)
 
 
 def _in_store(

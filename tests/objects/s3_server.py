@@ -1,0 +1,106 @@
+"""A real S3 server process (SeaweedFS), on free ports below 10000: one above takes another one for gRPC, by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+KEY_ID, KEY = "antefix", "antefix-secret"
+BUCKET = "antefix-test"
+# Not the server's own defaults, which it takes for further doors.
+_PORTS = range(9510, 9900)
+_START_S = 60.0
+
+
+def free_ports(count: int) -> list[int]:
+    found: list[int] = []
+    for port in _PORTS:
+        with closing(socket.socket()) as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise OSError("no free ports")
+
+
+def environment(endpoint: str) -> dict[str, str]:
+    """What any S3 client reads."""
+    return {
+        "AWS_ACCESS_KEY_ID": KEY_ID,
+        "AWS_SECRET_ACCESS_KEY": KEY,
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_REGION": "us-east-1",
+    }
+
+
+@contextmanager
+def s3_server(directory: Path) -> Iterator[str]:
+    """The server's URL; a bucket is there. Skips where `make test-s3` did not say where the server is."""
+    home = os.environ.get("ANTEFIX_S3", "")
+    if not home:
+        pytest.skip("`make test-s3` says where the S3 server is")
+    names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
+    ports = free_ports(len(names) + 2)
+    identity = {"name": "antefix", "credentials": [{"accessKey": KEY_ID, "secretKey": KEY}], "actions": ["Admin"]}
+    (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    (directory / "data").mkdir()
+    command = [
+        f"{home}/bin/weed",
+        "server",
+        "-dir",
+        str(directory / "data"),
+        "-ip",
+        "127.0.0.1",
+        "-ip.bind",
+        "127.0.0.1",
+    ]
+    command += ["-filer", "-s3", "-s3.config", str(directory / "s3.json"), "-master.volumeSizeLimitMB", "64"]
+    command += [
+        "-volume.max",
+        "100",
+        "-s3.port.iceberg",
+        "0",
+        "-s3.port",
+        str(ports[-2]),
+        "-s3.port.grpc",
+        str(ports[-1]),
+    ]
+    for name, port in zip(names, ports[:-2], strict=True):
+        command += [f"-{name}", str(port)]
+    with (directory / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{ports[-2]}"
+    try:
+        make_bucket(f"{home}/bin/python", url)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def make_bucket(python: str, url: str) -> None:
+    """With the client that people know, in the environment of the server; waits until the server answers."""
+    script = f"import boto3; boto3.client('s3').create_bucket(Bucket={BUCKET!r})"
+    until_s = time.monotonic() + _START_S
+    while True:
+        made = subprocess.run([python, "-c", script], env={**os.environ, **environment(url)}, capture_output=True)
+        if made.returncode == 0:
+            return
+        if time.monotonic() > until_s:
+            raise TimeoutError(made.stderr.decode()[-500:])
+        time.sleep(0.5)

@@ -1,0 +1,142 @@
+"""The object tier against a real S3 server, well and harmed: no wrong byte, nothing stuck, bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from antefix.errors import AntefixError, Unavailable
+from antefix.objects.bucket import ObjectGone, open_bucket
+from antefix.objects.object_tier import ObjectTier
+from antefix.record import RecordKind
+from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.objects.faulty_proxy import HARMS, Harm, faulty_proxy
+from tests.objects.s3_server import BUCKET, environment, s3_server
+from tests.objects.small_tier import OWNER, num_restored, tier_of, upload
+
+pytestmark = [pytest.mark.s3, pytest.mark.services]
+PROMPT = Prompt(list(range(BLOCK * 60)), payload_bytes=60_000)
+NUM_BLOCKS = len(PROMPT.hashes)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    pytest.importorskip("obstore")
+    with s3_server(tmp_path_factory.mktemp("s3")) as url:
+        yield url
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch):
+    """Sets which endpoint clients that are opened from now on talk to."""
+
+    def use(endpoint: str) -> None:
+        for name, value in environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+
+    return use
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, server: str, at) -> str:
+    at(server)
+    return f"s3://{BUCKET}/{request.node.name.partition('[')[0]}-{random.randrange(1 << 32):08x}"
+
+
+async def test_a_bucket_keeps_what_any_bucket_must(url: str) -> None:
+    bucket = open_bucket(url)
+    assert await bucket.list_objects("segments/") == []
+    names = [f"segments/{number:05d}" for number in range(1203)]
+    await asyncio.gather(*(bucket.put(name, [name.encode(), b"!"]) for name in names))
+    assert [each.name for each in await bucket.list_objects("segments/")] == names
+    assert [each.name for each in await bucket.list_objects("segments/", after=names[4], num_max=3)] == names[5:8]
+    assert [each.name for each in await bucket.list_objects("segments/", after="segments/01")] == names[1000:]
+    assert bytes(await bucket.read(names[7], 10, 14)) == b"0007"
+    assert bytes(await bucket.read(names[7], 500, 600)) == b""
+    await bucket.delete([*names, "segments/never"])
+    assert await bucket.list_objects("segments/") == []
+    with pytest.raises(ObjectGone):
+        await bucket.read(names[0], 0, 4)
+    await bucket.close()
+
+
+async def test_any_host_finds_and_reads_what_was_uploaded(url: str) -> None:
+    await upload(url, [*PROMPT.blocks(), PROMPT.checkpoint(30)], segment_bytes=1 << 20)
+    tier = tier_of(url)
+    assert (await tier.held(PROMPT.hashes, fingerprint=FINGERPRINT)).num_leading == NUM_BLOCKS
+    assert await num_restored(tier, PROMPT) == NUM_BLOCKS
+    payload = await tier.get(RecordKind.CHECKPOINT, PROMPT.hashes[30], fingerprint=FINGERPRINT, tenant=OWNER)
+    assert payload == PROMPT.payload(30, RecordKind.CHECKPOINT)
+    await tier.close()
+
+
+async def read_under_harm(tier: ObjectTier, num_reads: int) -> tuple[int, int]:
+    """How many reads gave all of it, and how many failed as a reader takes for a miss. Wrong bytes fail the test."""
+    whole = failed = 0
+    for number in range(num_reads):
+        try:
+            async with asyncio.timeout(60):
+                whole += await num_restored(tier, PROMPT) == NUM_BLOCKS
+        except AntefixError:
+            failed += 1
+        del number
+    return whole, failed
+
+
+@pytest.mark.parametrize("kind", HARMS)
+async def test_under_each_harm_no_byte_is_wrong_and_nothing_is_stuck(kind: str, server: str, url: str, at) -> None:
+    await upload(url, PROMPT.blocks(), segment_bytes=1 << 20)
+    harm = Harm(share=0.0, kinds=(kind,), seed=7)
+    async with faulty_proxy(server, harm) as proxy:
+        at(proxy)
+        tier = tier_of(url)
+        assert await num_restored(tier, PROMPT) == NUM_BLOCKS
+        harm.share = 0.3
+        whole, _ = await read_under_harm(tier, 12)
+        assert harm.done[kind] >= 5
+        # Most of them are mended by asking again.
+        assert whole >= 3
+        harm.share = 0.0
+        assert await num_restored(tier, PROMPT) == NUM_BLOCKS
+        await tier.close()
+
+
+async def test_under_all_harms_at_once_uploads_and_reads_end_right(server: str, url: str, at) -> None:
+    harm = Harm(share=0.15, seed=11)
+    memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    async with faulty_proxy(server, harm) as proxy:
+        at(proxy)
+        async with asyncio.timeout(240):
+            for _ in range(10):
+                try:
+                    await upload(url, PROMPT.blocks(), segment_bytes=1 << 20)
+                    break
+                except Unavailable:
+                    continue
+            tier = tier_of(url, refresh_s=0.0)
+            await read_under_harm(tier, 40)
+        harm.share = 0.0
+        assert await num_restored(tier, PROMPT) == NUM_BLOCKS
+        await tier.close()
+    assert sum(harm.done.values()) > 25
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory_before
+    assert grown_kib < 400 << 10
+
+
+async def test_a_server_that_is_gone_is_a_miss_and_back_is_found(server: str, url: str, at, tmp_path: Path) -> None:
+    await upload(url, PROMPT.blocks(), segment_bytes=1 << 20)
+    at("http://127.0.0.1:9")
+    gone = tier_of(url)
+    async with asyncio.timeout(60):
+        with pytest.raises(AntefixError):
+            await gone.held(PROMPT.hashes, fingerprint=FINGERPRINT)
+    await gone.close()
+    at(server)
+    back = tier_of(url)
+    assert await num_restored(back, PROMPT) == NUM_BLOCKS
+    await back.close()
