@@ -16,7 +16,7 @@ from antefix.store_files.encryption import KeyRing
 from antefix.store_files.owners import Owners
 from antefix.store_files.record_header import owner_row
 from antefix.store_files.segment_reader import StoreReader
-from antefix_kvstore.index_check import content_fault
+from antefix_kvstore.index_check import index_fault
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
 from antefix_kvstore.tenant_quota import Quotas
@@ -114,7 +114,7 @@ def test_a_tenant_cannot_pin_or_evict_anothers(open_engine: OpenEngine, version:
 
 def names_in(engine: StorageEngine) -> dict[int, bytes]:
     """The owners that the index knows, which must agree with every other table."""
-    assert content_fault(engine.index) is None
+    assert index_fault(engine.index.directory) is None
     with engine.index.txn() as txn:
         return engine.index.owners(txn)
 
