@@ -87,10 +87,11 @@ def test_a_purge_names_the_tenant_with_the_secret(filled, capsys):
     ("args", "told"),
     [
         (["store", "purge", "DIR", "--tenant", "acme"], "--secret-file is needed"),
-        (["store", "copy", "s3://bucket/x", "DIR"], "made from a directory"),
-        (["store", "copy", "DIR", "s3://bucket/x"], "object store"),
+        (["store", "copy", "s3:///x", "DIR"], "names no bucket"),
+        (["store", "copy", "DIR", "s3:///x"], "names no bucket"),
+        (["store", "copy", "DIR", "file://host/x"], "three slashes"),
         (["store", "copy", "/no/such", "DIR"], "no directory"),
-        (["drain", "DIR", "--to", "gs://bucket"], "object store"),
+        (["drain", "DIR", "--to", "gs://"], "names no bucket"),
     ],
 )
 def test_a_wrong_call_says_what_is_wrong(filled, capsys, args, told):
