@@ -110,21 +110,12 @@ class Faults:
         if self.world.store.engine is None:
             self.world.may_lose_store = True
             return
-        hit = set()
-        with self.world.store.engine.index.txn() as txn:
-            for block_hash in self.world.store.acknowledged:
-                entry = self.world.store.engine.index.entry(txn, RecordKind.BLOCK, block_hash)
+        store = self.world.store
+        with store.engine.index.txn() as txn:
+            for block_hash in store.parents:
+                entry = store.engine.index.entry(txn, RecordKind.BLOCK, block_hash)
                 if entry and entry.segment == segment and entry.offset <= at < entry.offset + entry.extent_bytes:
-                    hit.add(block_hash)
-        self.world.store.acknowledged -= self._with_descendants(hit)
-
-    def _with_descendants(self, hashes: set[bytes]) -> set[bytes]:
-        found = set(hashes)
-        # A child is put after its parent, and dicts keep their order.
-        for child, parent in self.world.store.parents.items():
-            if parent in found:
-                found.add(child)
-        return found
+                    store.rotten.add(block_hash)
 
     async def _index_harmed(self) -> None:
         if self.world.store.engine is not None:
@@ -135,7 +126,7 @@ class Faults:
         if self.world.store.engine is not None and self.world.store.acknowledged:
             chosen = self.rng.choice(sorted(self.world.store.acknowledged))
             self.world.store.engine.evict([(RecordKind.BLOCK, chosen)])
-            self.world.store.acknowledged -= self._with_descendants({chosen})
+            self.world.store.acknowledged -= self.world.store.with_descendants({chosen})
 
     async def _clock_step(self) -> None:
         step_s = self.rng.choice([-400 * 86400.0, -5.0, 3.0, 400 * 86400.0])

@@ -43,7 +43,8 @@ class WrongBytes(AssertionError):
 class SimStore:
     """The store as routers and workers reach it.
 
-    acknowledged: hashes that a put has answered for.  parents: of all that was ever put.
+    acknowledged: hashes that a put has answered for.  parents: of all that was ever put.  rotten: whose bytes a fault
+    changed on disk. A put of one that is there is answered without a look at its bytes, so it is not promised again.
     """
 
     def __init__(self, network: Network) -> None:
@@ -51,11 +52,20 @@ class SimStore:
         self.engine: StorageEngine | None = None
         self.acknowledged: set[bytes] = set()
         self.parents: dict[bytes, bytes] = {}
+        self.rotten: set[bytes] = set()
 
     def _open(self) -> StorageEngine:
         if self.engine is None:
             raise Unavailable("the store is down")
         return self.engine
+
+    def with_descendants(self, hashes: set[bytes]) -> set[bytes]:
+        found = set(hashes)
+        # A child is put after its parent, and dicts keep their order.
+        for child, parent in self.parents.items():
+            if parent in found:
+                found.add(child)
+        return found
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         return await self.network.call("store", lambda: self._open().lookup(chain, fingerprint=fingerprint))
