@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -36,7 +36,7 @@ test: setup
 
 # What starts no process and does not compute for seconds: at most 90 s on two idle cores. One thread each: the same bits.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -W error::tests.slow_cases.SlowTest -m "not long and not gpu and not browser and not hosts and not environments and not s3 and not services and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -W error::tests.slow_cases.SlowTest -m "not long and not gpu and not browser and not hosts and not environments and not s3 and not upgrade and not services and not slow"
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
@@ -95,6 +95,26 @@ test-sanitizer: setup
 			--log-file .sanitizer/$$tool.log $(BIN)/python -m pytest -q -m gpu $(SANITIZER_TESTS) || failed="$$failed $$tool"; \
 		tail -n 1 .sanitizer/$$tool.log; \
 	done; test -z "$$failed" || { echo "not clean:$$failed; see .sanitizer/"; exit 1; }
+
+# The roles of a version before next to these, forward and back: some minutes. PREVIOUS is a commit or tag of this repository.
+test-upgrade: setup
+	$(if $(PREVIOUS),PREVIOUS=$(PREVIOUS)) $(BIN)/python -m pytest -rs -m upgrade tests/upgrade
+
+# The lowest and the newest of everything that pyproject.toml allows, and the fast tests on each: gigabytes, and an hour.
+# make test-bounds BOUNDS="--python 3.11 --python 3.13 --end lowest"
+test-bounds: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m tests.bounds.run $(BOUNDS)
+
+# Protos against a commit or tag: what breaks a peer of that version. AGAINST=v0.2.0
+test-protos: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check buf-bin
+	$(BIN)/buf breaking proto --against '.git#ref=$(AGAINST),subdir=proto'
+
+# What a release consists of, in dist/. It tags nothing.
+release: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine cyclonedx-bom
+	$(BIN)/python deploy/release.py $(RELEASE)
 
 # All readers of outside bytes, each for SECONDS; what it finds stays in .fuzz, where the next run goes on. Five hours.
 SECONDS ?= 600

@@ -123,7 +123,8 @@ def status_of(err: errors.AntefixError) -> tuple[grpc.StatusCode, tuple[tuple[st
 
 def from_rpc_error(err: grpc.aio.AioRpcError) -> errors.AntefixError:
     """The exception that the peer raised, or the nearest one for statuses that gRPC itself made."""
-    metadata = dict(err.trailing_metadata() or ())
+    # Pairs, not dict(): grpcio 1.78 has a mapping here that gives pairs for keys.
+    metadata = {str(key): value for key, value in err.trailing_metadata() or ()}
     kind = _BY_NAME.get(str(metadata.get(_ERROR_KEY, "")))
     if kind is None:
         # INTERNAL without a name is gRPC's own word for a broken connection.

@@ -472,7 +472,9 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     except BaseException:
         await servicer.close()
         raise
-    address = advertised(server.address, config.advertise)
+    # Only a store that tells others where it is needs an address that they can call.
+    is_told = bool(config.lease_redis or config.advertise)
+    address = advertised(server.address, config.advertise) if is_told else server.address
     async with _telling(config, engine, address), _leased(config, address):
         await rpc.run_until_signal(
             server,

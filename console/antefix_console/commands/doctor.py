@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -22,6 +21,7 @@ from rich.table import Table
 from antefix.host_limits import usable_cores
 from antefix_console import shipped
 from antefix_console.finding import Finding
+from antefix_console.installed_packages import package_findings
 from antefix_console.progress_line import ProgressLine
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from antefix.model import Model
     from antefix.store.store_stats import StoreTotals
 
-PACKAGES = ("grpcio", "protobuf", "lmdb", "zstandard", "xxhash", "numpy", "redis")
-# What prefill and decode need; a host that runs a router or a store has no use for them.
-WORKER_PACKAGES = ("torch", "safetensors")
 _ARITHMETIC_ON = "arithmetic on "
 _PROBE_BYTES = 64 << 20
 # Below this a durable put of one V4-Flash block (450 KB) takes longer than computing it on a fast GPU.
@@ -71,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         with ProgressLine("asking the deployment's services"):
             return _show(check_deployment(args.deployment), as_json=args.json)
     with ProgressLine("checking this machine") as progress:
-        findings = [_python(), *_packages()]
+        findings = [_python(), *package_findings()]
         if importlib.util.find_spec("torch") is not None:
             progress.step("arithmetic")
             findings += _arithmetic(args)
@@ -101,22 +98,6 @@ def _python() -> Finding:
     ok = sys.version_info >= (3, 11)
     detail = f"{platform.python_version()} on {platform.machine()}, {usable_cores()} cores to use"
     return Finding(check="python", status="ok" if ok else "fail", detail=detail, advice="" if ok else "install 3.11+")
-
-
-def _packages() -> list[Finding]:
-    findings: list[Finding] = []
-    for name in PACKAGES:
-        try:
-            findings.append(Finding(check=name, status="ok", detail=importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding(check=name, status="fail", detail="not installed", advice="pip install antefix"))
-    for name in WORKER_PACKAGES:
-        try:
-            findings.append(Finding(check=name, status="ok", detail=importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            detail = "not installed: no prefill or decode worker can run here"
-            findings.append(Finding(check=name, status="warn", detail=detail, advice="pip install 'antefix[worker]'"))
-    return findings
 
 
 def _arithmetic(args: argparse.Namespace) -> list[Finding]:

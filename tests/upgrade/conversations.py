@@ -1,0 +1,106 @@
+"""Conversations that go on while roles are replaced: each answer is compared with the one that was given before."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.upgrade.versions import status_of
+
+NUM_CONVERSATIONS = 2
+NUM_TURNS = 2
+MAX_TOKENS = 8
+READY_S = 120.0
+
+
+@dataclass(slots=True)
+class Talk:
+    """Threads that hold conversations until told to stop.
+
+    doors: as a load balancer has them: one that is not ready, or refuses the connection, gets nothing. What a door took
+    has to be answered.
+    """
+
+    doors: list[str]
+    expected: dict[tuple[int, int], str] = field(default_factory=dict)
+    sent: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    rounds: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> None:
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(NUM_CONVERSATIONS)]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(300)
+            assert not thread.is_alive(), "a conversation is stuck"
+
+    def once(self) -> None:
+        """One round of each conversation, in turn."""
+        for number in range(NUM_CONVERSATIONS):
+            self._round(number)
+
+    def _run(self, number: int) -> None:
+        while not self._stop.is_set():
+            try:
+                self._round(number)
+            except Exception as err:
+                self.failed.append(f"conversation {number}: {err!r}")
+                return
+            with self._lock:
+                self.rounds += 1
+
+    def _round(self, number: int) -> None:
+        text = f"def conversation_{number}():\n    " + "value = first(second, third)\n    " * (20 + 10 * number)
+        for turn in range(NUM_TURNS):
+            request_id = self._name(number)
+            answer = self._ask(text, request_id)
+            if answer != self.expected.setdefault((number, turn), answer):
+                self.wrong.append(f"conversation {number}, turn {turn}: {answer!r}")
+            text += answer + f"\n    next_{turn} = "
+
+    def _name(self, number: int) -> str:
+        with self._lock:
+            request_id = f"talk-{number}-{len(self.sent)}"
+            self.sent.append(request_id)
+        return request_id
+
+    def _ask(self, prompt: str, request_id: str) -> str:
+        connection = self._connect()
+        try:
+            body = {"model": "antefix-tiny", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
+            headers = {"content-type": "application/json", "idempotency-key": request_id}
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
+            reply = connection.getresponse()
+            data: Any = json.loads(reply.read())
+            assert reply.status == 200, f"{reply.status}: {data}"
+            return str(data["choices"][0]["text"])
+        finally:
+            connection.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        """To a door that says that it is ready. A door may stop listening in between; then nothing was sent to it."""
+        end = time.monotonic() + READY_S
+        while time.monotonic() < end:
+            for door in self.doors:
+                if status_of(door, "/readyz") != 200:
+                    continue
+                connection = http.client.HTTPConnection(door, timeout=180)
+                try:
+                    connection.connect()
+                    return connection
+                except OSError:
+                    continue
+            time.sleep(0.05)
+        raise AssertionError(f"no door was ready for {READY_S:g} s")
