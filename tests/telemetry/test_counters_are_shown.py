@@ -126,6 +126,7 @@ COUNTED = {
     "num_evicted": "antefix_pool_evicted_blocks",
     "num_too_large": "antefix_worker_too_large_requests",
     "num_unstored": "antefix_unstored_requests",
+    "num_joined": "antefix_compute_joined_chunks",
     "num_changes": "antefix_bill_reloads",
     "num_alone": "antefix_shared_bill_alone_reservations",
     "num_requests": "antefix_worker_placed_requests",
