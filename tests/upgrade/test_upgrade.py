@@ -61,8 +61,9 @@ def test_roles_are_replaced_while_conversations_go_on_and_back(
     # 2. Forward and back, with at least one whole round of each conversation in every mixture.
     talk.start()
     try:
-        for tree in (ROOT, previous):
-            for name in order:
+        for tree, names in ((ROOT, order), (previous, order[:-1])):
+            # Not the store on the way back: what a newer version has opened, an older one may refuse.
+            for name in names:
                 deployment.replace(name, tree)
                 _go_on(talk)
     finally:
