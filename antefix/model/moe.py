@@ -19,7 +19,6 @@ from antefix.model.numerics import (
     linear,
     matrices_of,
     multiply_each,
-    pad_rows,
     sigmoid,
     silu,
     softplus,
@@ -158,7 +157,8 @@ class MoE(nn.Module):
         experts, weights = self.gate(x_ND, tokens_N)
         with self.experts.fetched():
             if has_kernels(x_ND):
-                return pad_rows(self._on_card(x_ND[:num_tokens], experts, weights))
+                done = self._on_card(x_ND[:num_tokens], experts, weights)
+                return nn.functional.pad(done, (0, 0, 0, len(x_ND) - num_tokens))
             routed: Tensor = self.experts(x_ND[:num_tokens], experts, weights)
         shared: Tensor = self.shared_experts(x_ND)
         if len(x_ND) == num_tokens:

@@ -19,6 +19,7 @@ from antefix_billing.tenants import load_tenants
 from antefix_console.cli import main
 from antefix_router.front import BillingConfig, open_front
 from antefix_router.key_callers import caller_of_key
+from antefix_router.load_shedding import LoadShedding
 from tests.gateway.scripted import Script, make_front, serving
 
 ALL = frozenset(Scope)
@@ -239,7 +240,9 @@ def test_a_file_that_others_may_change_decides_nothing(mode, tmp_path):
 
 def opened(**settings):
     nothing = dict.fromkeys(("identity", "tokenizer", "keyring"))
-    return open_front(BillingConfig(**settings), None, fingerprint=b"", **nothing)
+    return open_front(
+        BillingConfig(**settings), None, fingerprint=b"", shedding=LoadShedding(0.0, lambda: 1), **nothing
+    )
 
 
 GUARDS = [
