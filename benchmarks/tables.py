@@ -138,6 +138,34 @@ def kills_with_the_store(record: Any) -> Iterable[Row]:
     yield from _soak(record)
 
 
+@table("overload.json", "router/antefix_router/load_shedding.py", "router/antefix_router/gateway")
+def overload(record: Any) -> Iterable[Row]:
+    rates = record["rates"]
+    yield (
+        *("rate", "asked per s", "answered per s (higher is better)", "p50, ms", "p99, ms"),
+        *("refused with 429", "p99 back after, s"),
+    )
+    for name, key in (
+        ("one after the other", "idle"),
+        ("as many as 16 clients get", "peak"),
+        ("the highest rate with bounded p99", "highest"),
+        ("2 times that", "times_2"),
+        ("the highest rate again", "after_times_2"),
+        ("10 times that", "times_10"),
+        ("the highest rate again", "after_times_10"),
+    ):
+        found = rates[key]
+        yield (
+            name,
+            f"{found['asked_per_s']:.1f}",
+            f"{found['goodput_per_s']:.1f}",
+            f"{found['p50_ms']:,}",
+            f"{found['p99_ms']:,}",
+            f"{found['statuses'].get('429', 0):,}",
+            str(found.get("back_after_s", "")),
+        )
+
+
 @table("ttft.json", "router", "prefill", "decode", "kvstore", "antefix")
 def time_to_first_token(record: Any) -> Iterable[Row]:
     yield "tokens, hit and new", "cold, s", "hit in memory, ms", "hit on disk, ms", "times faster", "floor, ms"
