@@ -34,9 +34,10 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
-# What starts no process and does not compute for seconds: at most 90 s on two idle cores. One thread each: the same bits.
+# What starts no process, and neither computes nor waits for seconds: at most 90 s on two idle cores. Four at a time, as
+# many of them wait; one thread each: the same bits.
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -W error::tests.slow_cases.SlowTest -m "not long and not gpu and not browser and not hosts and not environments and not s3 and not upgrade and not services and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist worksteal -W error::tests.slow_cases.SlowTest -m "not long and not gpu and not browser and not hosts and not environments and not s3 and not upgrade and not services and not slow"
 
 test-long: setup
 	$(BIN)/python -m pytest -m long

@@ -19,6 +19,8 @@ from antefix_console.cli import main
 from tests.billing.billing_systems import BillingSystem
 from tests.billing.usage_records import record
 
+pytestmark = pytest.mark.slow
+
 CLIENTS = {"webhook": "json", "openmeter": "openmeter", "lago": "lago_python_client", "stripe": "stripe"}
 
 

@@ -16,6 +16,8 @@ from antefix_simulate.generated_traces import generate
 from tests.console.caching_door import CachingScript
 from tests.gateway.scripted import make_front, serving
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("httpx")
 
 RATE = TokenRate(tokens_per_word=5.0, fixed_tokens=10.0)

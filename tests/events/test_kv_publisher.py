@@ -13,6 +13,8 @@ from antefix.errors import ConfigError
 from antefix.events.kv_publisher import KEPT_BATCHES_MAX, KvPublisher, KvPublisherConfig
 from antefix.events.kv_sockets import CurveKey, guard_client, is_local
 
+pytestmark = pytest.mark.slow
+
 LOCAL = "tcp://127.0.0.1:0"
 # Subscribing takes a round trip; nothing says when it has arrived.
 SUBSCRIBED_S = 0.2

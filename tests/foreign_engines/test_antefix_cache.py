@@ -25,6 +25,8 @@ from tests.child_environment import child_environment
 from tests.on_demand import transformers
 from tests.slow_cases import slow_but
 
+pytestmark = pytest.mark.slow
+
 PROMPT = [(7 * i * i + 3 * i) % 300 for i in range(5 * BLOCK_SIZE + 3)]
 
 

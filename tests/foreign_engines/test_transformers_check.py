@@ -12,6 +12,8 @@ from antefix_engines.transformers.cache_rows import CompressedRows, FullRows
 from antefix_engines.transformers.small_models import BLOCK_SIZE, SMALL, small_model
 from antefix_engines.verify import CheckRequest, findings_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

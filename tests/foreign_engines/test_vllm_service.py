@@ -10,6 +10,8 @@ from tests.foreign_engines import vllm_stand_in
 from tests.foreign_engines.vllm_stand_in import Engine
 from tests.store.test_service import Service
 
+pytestmark = pytest.mark.slow
+
 PROMPT = list(range(600))
 
 

@@ -15,6 +15,8 @@ from antefix_engines.vllm.v4_pages import Kind, V4Pages
 from tests.foreign_engines import vllm_stand_in
 from tests.foreign_engines.vllm_stand_in import TINY_V4, TINY_V4_ROW, Engine, LookupResult, config_of, key_of
 
+pytestmark = pytest.mark.slow
+
 PROMPT = list(range(1100))
 FORK = [*PROMPT[:800], *range(5000, 5120)]
 PLAIN = (Group(id=0, num_tokens=16, layers=("model.layers.0.self_attn", "model.layers.1.self_attn")),)

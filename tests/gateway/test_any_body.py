@@ -14,6 +14,8 @@ from antefix_router.front import cache_tenant
 from tests.gateway import bodies
 from tests.gateway.scripted import Script, make_front, serving
 
+pytestmark = pytest.mark.slow
+
 TOOL = {"name": "f", "description": "d", "parameters": {"type": "object"}}
 BODIES = {
     "/v1/chat/completions": {

@@ -17,6 +17,8 @@ from antefix_router.gateway.gateway_config import GatewayConfig
 from tests.gateway.scripted import Script, make_front, serving
 from tests.on_demand import agents, anthropic, openai
 
+pytestmark = pytest.mark.slow
+
 httpx2 = pytest.importorskip("httpx2")
 
 CALL = (

@@ -12,6 +12,8 @@ from antefix_router.gateway.connections import Connections, QuietAccepting
 from antefix_router.gateway.gateway_config import GatewayConfig
 from tests.gateway.scripted import Script, make_front, serving
 
+pytestmark = pytest.mark.slow
+
 BODY = {"model": "antefix-tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 
 

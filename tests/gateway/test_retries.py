@@ -23,6 +23,8 @@ from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import Script, make_front, serving
 from tests.on_demand import openai
 
+pytestmark = pytest.mark.slow
+
 httpx2 = pytest.importorskip("httpx2")
 
 CARDS = load_cards([DEPLOY / "example.toml"])

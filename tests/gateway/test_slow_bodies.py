@@ -10,6 +10,8 @@ import pytest
 
 from tests.gateway.scripted import Script, make_front, serving
 
+pytestmark = pytest.mark.slow
+
 BODY = {"model": "antefix-tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
 
 

@@ -14,6 +14,8 @@ from tests.gateway.scripted import Script, make_front, serving
 from tests.gateway.test_retries import BODIES, MODEL, TEXT, text_of
 from tests.on_demand import anthropic, openai
 
+pytestmark = pytest.mark.slow
+
 httpx2 = pytest.importorskip("httpx2")
 
 ASK = [{"role": "user", "content": "a"}]

@@ -18,6 +18,8 @@ from antefix_router.placement.workers import WorkerRole
 from tests.histories import workers
 from tests.histories.history import run_history
 
+pytestmark = pytest.mark.slow
+
 NUM_HISTORIES = 30
 
 

@@ -13,6 +13,8 @@ from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, WindowState, forward, load_model
 from antefix.model import Sequence as ModelSequence
 
+pytestmark = pytest.mark.slow
+
 PLANS = ("flash", "pro", "small_ratios", "odd_ratios", "coprime_ratios")
 LENGTHS = {"flash": 301, "pro": 150, "small_ratios": 90, "odd_ratios": 77, "coprime_ratios": 61}
 FORMATS = {torch.float64: KVFormat.FLOAT64, torch.float32: KVFormat.FLOAT32}

@@ -28,6 +28,8 @@ from tests.engines import MODEL, build, load, prompt_of
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 from tests.slow_cases import slow_but
 
+pytestmark = pytest.mark.slow
+
 TOKENS = np.random.default_rng(5).integers(0, 256, 400)
 WHOLE = 384
 OLD, NEW = b"o" * 32, b"n" * 32

@@ -12,6 +12,8 @@ from antefix_prefill.prefetch import Prefetcher
 from antefix_prefill.run_prompt import run_prompt
 from tests.prefill.test_run_prompt import DOCUMENT, OTHER_END, run, same
 
+pytestmark = pytest.mark.slow
+
 LONGER = np.concatenate((DOCUMENT, OTHER_END))
 BLOCK = 64
 NUM_STORED = len(DOCUMENT) // BLOCK

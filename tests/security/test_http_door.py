@@ -20,6 +20,8 @@ from tests.gateway.scripted import Script, make_front, serving
 from tests.on_demand import anthropic, openai
 from tests.redis_servers import until
 
+pytestmark = pytest.mark.slow
+
 BODY = json.dumps({"model": "m", "prompt": "first", "max_tokens": 2}).encode()
 SMUGGLED = json.dumps({"model": "m", "prompt": "smuggled", "max_tokens": 2}).encode()
 

@@ -18,6 +18,8 @@ from antefix_router.key_changes import KeyChanges
 from antefix_router.key_exchange import ForgedKeys, KeyExchange
 from tests.redis_servers import until
 
+pytestmark = pytest.mark.slow
+
 KEYRING = Keyring(b"k" * 32)
 REDIS_KEY = "antefix:api-keys"
 

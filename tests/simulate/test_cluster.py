@@ -20,6 +20,8 @@ from antefix_simulate.machine import Machine, model_sizes
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import Trace, TraceRequest
 
+pytestmark = pytest.mark.slow
+
 SIZES = model_sizes("v4-flash")
 STRATEGY = parse("auto")
 

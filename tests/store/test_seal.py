@@ -25,6 +25,8 @@ from antefix_kvstore.server import KvStoreServicer, register
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 
+pytestmark = pytest.mark.slow
+
 KEYRING = Keyring(b"s" * 32, generation=2, older={1: b"o" * 32})
 OWNER = KEYRING.owner("acme")
 PROMPT = Prompt(list(range(BLOCK * 6)), payload_bytes=400_001)
