@@ -13,6 +13,8 @@ from antefix_billing.usage_record import Status
 from antefix_router.fleet.fleet_config import FleetConfig
 from tests.fleet.standin import MODEL, Standin
 
+pytestmark = pytest.mark.slow
+
 LONG = "The quick brown fox jumps over the lazy dog. " * 20
 KEYS = f"""
 [[tenant]]

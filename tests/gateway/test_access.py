@@ -12,6 +12,8 @@ from antefix.telemetry.logs import set_up_logs
 from antefix_router.gateway.access import id_of
 from tests.gateway.scripted import Script, make_front, serving
 
+pytestmark = pytest.mark.slow
+
 httpx2 = pytest.importorskip("httpx2")
 
 CANARY = "canary-9f3b"

@@ -15,6 +15,8 @@ from antefix_kvstore.storage_engine import StorageEngine
 from antefix_prefill.run_prompt import run_prompt
 from tests.engines import prompt_of
 
+pytestmark = pytest.mark.slow
+
 TOKENS = np.random.default_rng(5).integers(0, 256, 400)
 
 

@@ -21,6 +21,8 @@ from tests.billing.test_accounting import ask
 from tests.gateway.scripted import Script, make_front
 from tests.prefill.test_names_of_tenants import WHOLE, hit, run, service, worker
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["service", "worker"]
 
 
