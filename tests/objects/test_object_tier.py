@@ -70,8 +70,9 @@ async def test_a_segment_that_is_deleted_under_a_reader_is_a_miss_then_forgotten
     await upload(url_of(tmp_path), PROMPT.blocks())
     tier = tier_of(url_of(tmp_path))
     assert (await tier.held(PROMPT.hashes, fingerprint=FINGERPRINT)).num_leading == 40
-    victim = sorted((tmp_path / "segments").iterdir())[1]
-    victim.unlink()
+    place = tier.catalog.find(RecordKind.BLOCK, PROMPT.hashes[-1:])[0]
+    assert place is not None
+    (tmp_path / place.segment.name).unlink()
     num_good = await num_restored(tier, PROMPT)
     assert 0 < num_good < 40
     assert tier.counters.num_gone == 1
