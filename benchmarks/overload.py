@@ -289,13 +289,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axis.plot(
         [row["asked_per_s"] for row in rows], [row["goodput_per_s"] for row in rows], "o-", label="answered per s"
     )
-    axis.set(xlabel="asked per s", ylabel="answered per s", ylim=0)
+    axis.set(xlabel="asked per s", ylabel="answered per s", ylim=(0, 1.1 * max(row["goodput_per_s"] for row in rows)))
     other = axis.twinx()
     other.plot(
         [row["asked_per_s"] for row in rows], [row["p99_ms"] for row in rows], "s--", color="C1", label="p99, ms"
     )
-    other.set(ylabel="p99 of answers, ms", ylim=0)
-    figure.legend(loc="upper center", ncols=2)
+    other.set(ylabel="p99 of answers, ms", ylim=(0, 1.1 * max(row["p99_ms"] for row in rows)))
+    figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(path)
 
 
