@@ -57,7 +57,7 @@ class StoreAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoresConfig:
-    """Settings of whoever reads stores; `same_setting` hands them on."""
+    """Settings of a reader of stores; `same_setting` hands them on."""
 
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
