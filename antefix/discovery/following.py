@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Final
 
 from antefix.discovery.found import Found, Source
@@ -17,12 +18,21 @@ EVERY_S: Final = 2.0
 
 
 class Following:
-    """changed: called with all that is known, whenever it is another set than before. Names stand once: of two services
-    with one name the source that is named first counts, of one source the address that sorts first."""
+    """changed: called with all that is known, whenever it is another set than before.
+
+    identity: what tells services apart, their names by default. Of two that are one by it the source that is named
+    first counts, of one source the address that sorts first.
+    """
 
     def __init__(
-        self, sources: Sequence[Source], changed: Callable[[frozenset[Found]], object], *, every_s: float = EVERY_S
+        self,
+        sources: Sequence[Source],
+        changed: Callable[[frozenset[Found]], object],
+        *,
+        every_s: float = EVERY_S,
+        identity: Callable[[Found], str] = attrgetter("name"),
     ) -> None:
+        self._identity = identity
         self._sources = sources
         self._changed = changed
         self._every_s = every_s
@@ -40,11 +50,11 @@ class Following:
     async def look(self) -> None:
         """Ask all sources once, and tell what has changed."""
         await asyncio.gather(*(self._ask(number) for number in range(len(self._sources))))
-        by_name: dict[str, Found] = {}
+        by_identity: dict[str, Found] = {}
         for found in self._found:
             for each in sorted(found):
-                by_name.setdefault(each.name, each)
-        known = frozenset(by_name.values())
+                by_identity.setdefault(self._identity(each), each)
+        known = frozenset(by_identity.values())
         if known != self._known:
             log.info(
                 "services found: %s", ", ".join(f"{each.name} at {each.address}" for each in sorted(known)) or "none"
