@@ -15,11 +15,12 @@ from antefix.errors import ConfigError
 from antefix.events.event_seal import EventKeys
 from antefix.redis_access import RedisAccess, RedisConfig
 from antefix.security.identity import Role
-from antefix.store.client import LocalStore, RemoteStore
 from antefix.store.found_stores import FoundStores
 from antefix.store.local_copies import LocalCopies
+from antefix.store.local_store import LocalStore
 from antefix.store.many_stores import ManyStores
 from antefix.store.object_access import check_object_store
+from antefix.store.remote_store import RemoteStore
 from antefix.store.store_feed import StoreFeed
 from antefix.store.store_members import Member
 from antefix.store.tier import Tier, TierKind
