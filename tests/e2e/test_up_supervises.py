@@ -92,7 +92,7 @@ async def test_a_stop_while_starting_is_a_stop(tmp_path):
 async def test_as_pid_1_an_early_stop_counts(tmp_path):
     async with up(*IN_A_PID_NAMESPACE, *command(tmp_path / "data")) as process, asyncio.timeout(300):
         # As soon as it hears signals: that is while it imports.
-        while not (found := children(process.pid)) or not hears_sigterm(found[0]):
+        while not (found := children(process.pid)) or not hears_sigterm(found[0]):  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.005)
         os.kill(found[0], signal.SIGTERM)
         # What shells give for a stop; 0 where its own loop runs already.

@@ -21,7 +21,7 @@ NAMED = "10.0.0.99:7003"
 
 
 class Fleet:
-    """Two roles behind two names. there: their addresses; those in `dead` do not answer, those in `other` are foreign."""
+    """Two roles behind two names. there: addresses; `dead` ones do not answer, `other` ones have another model."""
 
     def __init__(self):
         self.there = {WorkerRole.PREFILL: [], WorkerRole.DECODE: []}
