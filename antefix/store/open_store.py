@@ -190,7 +190,9 @@ def open_stores(
 def _member(where: StoreAddress, seals: Seals | None, *, near: bool = False) -> Member:
     store = open_store(where, seals=seals)
     kind = TierKind.DISK if where.directory else TierKind.PEER
-    return Member(tier=Tier(where.name or _ONLY, kind, store), store=store, address=where.address, near=near)
+    tier = Tier(where.name or _ONLY, kind, store)
+    tier.standing.returned_s = lambda: store.breaker.returned_s
+    return Member(tier=tier, store=store, address=where.address, near=near)
 
 
 def feed_maker(redis: RedisAccess | str, keys: EventKeys) -> Callable[[Member, bytes], StoreFeed]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -21,6 +22,7 @@ STREAM_DEADLINE_S: Final = 60.0
 PAYLOAD_BYTES_GUESSED: Final = 16 << 20
 # A stream that breaks goes on where it stopped, this often.
 NUM_RESUMES_MAX: Final = 3
+_RECONNECT_S: Final = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,9 @@ async def receive_payloads(
         except (Unavailable, BlockCorrupt) as err:
             if attempt == NUM_RESUMES_MAX:
                 raise
+            if isinstance(err, Unavailable) and connection.breaker.is_just_back:
+                # Another connection has noticed; this one is to be made again.
+                await asyncio.sleep(_RECONNECT_S * 2**attempt)
             if isinstance(err, BlockCorrupt):
                 # On its way or in the store: have the store look itself. What it finds bad it counts, quarantines
                 # and does not send.

@@ -53,7 +53,7 @@ class WorkerLease:
         self._fixed = tuple(dict.fromkeys(each for each in routers if not each.startswith(PREFIX)))
         names = [DnsName(each, resolve=resolve) for each in dict.fromkeys(routers) if each.startswith(PREFIX)]
         # Two routers may listen on one host, so an address tells them apart.
-        self._following = Following(names, self._changed, every_s=_RENEW_S, identity=attrgetter("address"))
+        self._following = Following(names, self._changed, identity=attrgetter("address"))
         self._role = role
         self._address = address
         self._fingerprint = fingerprint

@@ -7,6 +7,7 @@ more; one that registered as well stays as long as its lease.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -15,7 +16,6 @@ from operator import attrgetter
 from antefix.clients import DecodeClient, PrefillClient
 from antefix.clients.statuses import DecodeStatus, PrefillStatus
 from antefix.discovery import Following, Source
-from antefix.discovery.following import EVERY_S
 from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError, ConfigError, FingerprintMismatch
 from antefix_router.placement.leases import Leases
@@ -24,6 +24,8 @@ from antefix_router.placement.workers import WorkerRole
 log = logging.getLogger("antefix.router")
 
 _ASK_TIMEOUT_S = 2.0
+# A worker that does not answer yet is asked again this often.
+_RETRY_S = 2.0
 
 Status = PrefillStatus | DecodeStatus
 Ask = Callable[[WorkerRole, str], Awaitable[Status]]
@@ -52,18 +54,18 @@ class FoundWorkers:
         admit: Callable[[WorkerRole, str, Status], object],
         may_call: Callable[[str], object] = lambda address: None,
         ask: Ask = ask_worker,
-        every_s: float = EVERY_S,
     ) -> None:
         """admit: makes the worker known, or raises FingerprintMismatch.  may_call: raises ConfigError for an address
         that must not be called."""
         # Several workers may listen on one host, so an address tells them apart.
         self._following = {
-            role: Following(finders, lambda found: None, identity=attrgetter("address"))
+            role: Following(finders, lambda found: self._changed.set(), identity=attrgetter("address"))
             for role, finders in sources.items()
             if finders
         }
         self._leases = leases
-        self._admit, self._may_call, self._ask, self._every_s = admit, may_call, ask, every_s
+        self._admit, self._may_call, self._ask = admit, may_call, ask
+        self._changed = asyncio.Event()
         self._refused: dict[tuple[WorkerRole, str], str] = {}
         self._task: asyncio.Task[None] | None = None
         self.num_refused: Counter[WorkerRole] = Counter()
@@ -75,6 +77,8 @@ class FoundWorkers:
     def start(self) -> None:
         """Needs a running event loop."""
         if self._following and self._task is None:
+            for following in self._following.values():
+                following.start()
             self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
@@ -83,8 +87,12 @@ class FoundWorkers:
         await asyncio.gather(*(following.close() for following in self._following.values()))
 
     async def look(self) -> None:
-        """Look once: let go of those that are gone, ask those that are new."""
+        """Look once, and act on it."""
         await asyncio.gather(*(following.look() for following in self._following.values()))
+        await self._follow()
+
+    async def _follow(self) -> None:
+        """Let go of those that are gone, ask those that are new."""
         wanted = {(role, each.address) for role, following in self._following.items() for each in following.known}
         for role, address in self._leases.found - wanted:
             self._leases.drop_found(role, address)
@@ -108,5 +116,8 @@ class FoundWorkers:
 
     async def _run(self) -> None:
         while True:
-            await self.look()
-            await asyncio.sleep(self._every_s)
+            self._changed.clear()
+            await self._follow()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RETRY_S):
+                    await self._changed.wait()
