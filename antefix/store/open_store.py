@@ -15,6 +15,7 @@ from antefix.errors import ConfigError
 from antefix.events.event_seal import EventKeys
 from antefix.redis_access import RedisAccess, RedisConfig
 from antefix.security.identity import Role
+from antefix.store.feed_room import FeedRoom
 from antefix.store.found_stores import FoundStores
 from antefix.store.local_copies import LocalCopies
 from antefix.store.local_store import LocalStore
@@ -195,12 +196,15 @@ def _member(where: StoreAddress, seals: Seals | None, *, near: bool = False) -> 
     return Member(tier=tier, store=store, address=where.address, near=near)
 
 
-def feed_maker(redis: RedisAccess | str, keys: EventKeys) -> Callable[[Member, bytes], StoreFeed]:
-    """What follows a store's events: through Redis where that is given, else from the store itself."""
+def feed_maker(redis: RedisAccess | str, keys: EventKeys, room: FeedRoom) -> Callable[[Member, bytes], StoreFeed]:
+    """What follows a store's events: through Redis where that is given, else from the store itself.
+
+    room: for the names of all of them.
+    """
 
     def make(member: Member, fingerprint: bytes) -> StoreFeed:
         watch, name = member.store.watch, member.address
-        return StoreFeed(watch, fingerprint=fingerprint, redis_url=redis, name=name, keys=keys)
+        return StoreFeed(watch, fingerprint=fingerprint, room=room, redis_url=redis, name=name, keys=keys)
 
     return make
 

@@ -28,6 +28,7 @@ from antefix.secret import Keyring
 from antefix.security.guard import admitted
 from antefix.security.identity import Role
 from antefix.security.process_security import open_security
+from antefix.store.feed_room import FeedRoom
 from antefix.store.found_stores import FoundStores
 from antefix.store.local_store import LocalStore
 from antefix.store.many_stores import ManyStores
@@ -284,7 +285,7 @@ def _open_store(
 ) -> ManyStores | LocalStore | RemoteStore:
     events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
     keys = EventKeys.of(Keyring.from_file(config.secret_file))
-    make_feed = feed_maker(events, keys) if config.store_events else None
+    make_feed = feed_maker(events, keys, FeedRoom(config.store_events_bytes)) if config.store_events else None
     return open_stores(
         stores,
         near=config.near_stores,
