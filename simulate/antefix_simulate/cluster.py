@@ -168,7 +168,7 @@ class _Run:
         self.addresses = [worker.address for worker in self.workers]
         self.read_speeds = [self._read_speeds(self.many.home_of(row)) for row in range(fleet.num_stores)]
         self.loads = _loads(self.addresses)
-        self.head = np.zeros((3, len(self.workers)))  # head's tokens, since when, tokens a second
+        self.head = np.zeros((3, len(self.workers)))  # head's tokens, since when, tokens per second
         self.total = np.zeros(len(self.workers))
         # An engine decodes what it prefilled.
         num_decode = len(self.workers) if fleet.engines is not None else fleet.num_decode

@@ -25,7 +25,7 @@ class PolicyResult:
     into a second store for being read often.  dollars: for the prompts, by the fleet's token prices.
     object_bill: what the object store was asked, and its dollars.
     token_hit_rate: share of prompt tokens that no worker ran.  fetched_share: share that was loaded from the store.
-    ttft_*: from arrival to first token: waiting, loading, computing.  goodput: requests a second within both limits.
+    ttft_*: from arrival to first token: waiting, loading, computing.  goodput: requests per second within both limits.
     load_max_over_mean: seconds at work, the busiest prefill worker's over the mean.  coalesced_share: requests that
     waited for another's blocks.  before_*, after_*: the windows before the first kill and from a minute after it.
     """
