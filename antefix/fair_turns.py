@@ -61,12 +61,15 @@ class FairTurns:
         return self.num_running >= self._num_places or bool(self._waiting)
 
     @contextlib.asynccontextmanager
-    async def turn(self, tenant: str, cost: float, *, retry_after_s: float = 1.0) -> AsyncIterator[None]:
+    async def turn(
+        self, tenant: str, cost: float, *, share: int = 1, retry_after_s: float = 1.0
+    ) -> AsyncIterator[None]:
         """Wait for a place and hold it.  cost: predicted work, in any unit that all of them share.
+        share: a tenant with 2 gets twice the work of one with 1 where both wait.
 
         Raises:  Overloaded: the queue is full, and this tenant has as much in it as anybody.
         """
-        await self._enter(tenant, cost, retry_after_s)
+        await self._enter(tenant, cost / share, retry_after_s)
         try:
             yield
         finally:

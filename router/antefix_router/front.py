@@ -197,6 +197,7 @@ class Front(BilledFront):
         check_samples(request)
         if request.sampling.grammar:
             await self.grammars.check(request.sampling.grammar)
+        request = replace(request, share=self.accounts.quotas.limits_of(caller.tenant).share)
         is_named = caller.is_named
         if not caller.request_id:
             request = replace(request, caller=replace(caller, request_id=secrets.token_hex(12)))

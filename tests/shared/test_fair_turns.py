@@ -45,6 +45,23 @@ async def test_work_counts_not_requests():
     assert order.index(("long", 100.0), order.index(("long", 100.0)) + 1) >= 99
 
 
+async def test_a_share_of_three_has_three_turns_for_one():
+    turns, order, let_go = FairTurns(1), [], asyncio.Event()
+
+    async def ask(tenant, share):
+        async with turns.turn(tenant, 1.0, share=share):
+            order.append(tenant)
+            await let_go.wait()
+
+    tasks = [asyncio.create_task(ask("first", 1))]
+    await asyncio.sleep(0)
+    tasks += [asyncio.create_task(ask(*each)) for _ in range(12) for each in (("large", 3), ("small", 1))]
+    await asyncio.sleep(0)
+    let_go.set()
+    await asyncio.gather(*tasks)
+    assert order[1:13].count("large") == 9
+
+
 async def test_one_tenants_requests_keep_their_order():
     asked = [("a", float(cost)) for cost in (5, 1, 3, 2)]
     assert await serve(FairTurns(1), asked) == asked
