@@ -101,7 +101,7 @@ class Peer:
             return
         command = [str(python), "-c", script]
         # A file: a pipe that nobody reads would stop it when it is full.
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (the process writes to it)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
         )
