@@ -90,8 +90,11 @@ class _Live:
 class Index:
     """An open index. `txn()` gives something to read through; every read goes through one."""
 
-    def __init__(self, directory: Path, *, map_bytes: int = 0, write: bool = False, mapped: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, map_bytes: int = 0, write: bool = False, mapped: bool = False, durable: bool = True
+    ) -> None:
         """write: as the owner.  mapped: read through a map, as only the store's owner may, before it writes.
+        durable: False: commits are not synced; for an index that nobody uses before it was synced as a whole.
 
         Raises:  Unavailable: there is no index, or it cannot be opened.
         """
@@ -105,7 +108,7 @@ class Index:
         with _open_lock:
             own = _open.get(_identity(directory) or (-1, -1))
             if write or mapped or own is not None:
-                self._shared = _acquire(directory, map_bytes, write)
+                self._shared = _acquire(directory, map_bytes, write, durable)
         if self._shared is None:
             self._pages = PageFile(directory / DATA_FILE)
             return
@@ -329,7 +332,7 @@ def _identity(directory: Path) -> tuple[int, int] | None:
     return stat.st_dev, stat.st_ino
 
 
-def _acquire(directory: Path, map_bytes: int, write: bool) -> _Shared:
+def _acquire(directory: Path, map_bytes: int, write: bool, durable: bool) -> _Shared:
     identity = _identity(directory)
     shared = _open.get(identity) if identity else None
     if shared is not None:
@@ -345,6 +348,8 @@ def _acquire(directory: Path, map_bytes: int, write: bool) -> _Shared:
                 map_size=map_bytes,
                 readonly=not write,
                 create=write,
+                sync=durable,
+                metasync=durable,
                 mode=0o600,
                 max_dbs=len(TABLES),
                 max_readers=READERS_MAX,
