@@ -95,11 +95,21 @@ class StoreLog:
 
 def read_store_log(directory: Path) -> Iterator[StoreEvent]:
     """All events, oldest file first. A line that is not whole (the end of a file after a crash) is skipped."""
+    for events in read_store_log_files(directory):
+        yield from events
+
+
+def read_store_log_files(directory: Path) -> Iterator[Iterator[StoreEvent]]:
+    """The events of each file, which one process wrote, in the order of its lines."""
     for path in sorted(directory.glob("store-*.log")):
-        # A disk may have put anything there: what is no line of ours is skipped, whatever it is.
-        with path.open(encoding="ascii", errors="replace") as file:
-            for line in file:
-                yield from _parse(line)
+        yield _read_file(path)
+
+
+def _read_file(path: Path) -> Iterator[StoreEvent]:
+    # A disk may have put anything there: what is no line of ours is skipped, whatever it is.
+    with path.open(encoding="ascii", errors="replace") as file:
+        for line in file:
+            yield from _parse(line)
 
 
 def _parse(line: str) -> Iterator[StoreEvent]:

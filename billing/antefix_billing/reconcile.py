@@ -8,24 +8,20 @@ or an earlier request computed them, and the store did not take them.
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain as chained
 from pathlib import Path
 
 from antefix.errors import AntefixError
-from antefix.store_files.hit_log import StoreEventKind, read_store_log
 from antefix_billing.adjustment import Adjusted, AdjustmentKind
 from antefix_billing.anchor import Anchor
 from antefix_billing.anchor_check import AnchorVerdict, check_anchors
-from antefix_billing.computed_prefixes import Computed
+from antefix_billing.hit_evidence import CLOCK_SLACK_US, HitEvidence
 from antefix_billing.ledger_files import Settled, adjusted_of, read_entries, settled_of, source_of
 from antefix_billing.ledger_format import EntryKind
-from antefix_billing.usage_record import OpenEntry, UsageRecord
+from antefix_billing.usage_record import OpenEntry
 
-# Store and router have a clock each; hosts of one deployment are kept within a second of one another by NTP.
-CLOCK_SLACK_US = 2_000_000
 _NUM_EXAMPLES_MAX = 20
 
 
@@ -119,7 +115,7 @@ def verify(
     anchor: a head that an earlier run reported; the entry must still be there with that hash.
     """
     chain = _read(ledger, anchor, ())
-    evidence = None if store_log is None else _Evidence.of(chain.settled, store_log)
+    evidence = None if store_log is None else HitEvidence.of(chain.settled, store_log)
     return _verdict(chain, evidence, slack_us, has_anchor=anchor is not None)
 
 
@@ -156,7 +152,7 @@ def verify_all(
     ]
     missing = {each.source.hex() for each in signed if each.source not in by_source} if are_all else set()
     settled = [item for chain in chains for item in chain.settled]
-    evidence = None if store_log is None else _Evidence.of(settled, store_log)
+    evidence = None if store_log is None else HitEvidence.of(settled, store_log)
     return Verdicts(
         ledgers=tuple(
             (
@@ -170,7 +166,7 @@ def verify_all(
     )
 
 
-def _verdict(chain: _Chain, evidence: _Evidence | None, slack_us: int, *, has_anchor: bool) -> Verdict:
+def _verdict(chain: _Chain, evidence: HitEvidence | None, slack_us: int, *, has_anchor: bool) -> Verdict:
     unsupported = None if evidence is None else evidence.unsupported(chain.settled, slack_us)
     return Verdict(
         records=len(chain.settled),
@@ -247,47 +243,3 @@ def _num_duplicates(settled: list[Settled]) -> int:
         if record.is_final:
             final.add(record.key)
     return num_duplicates
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Evidence:
-    """What stores' logs say of the hashes that records name: when each was first stored, and when it was read."""
-
-    stored_us: dict[str, int]
-    reads_us: dict[str, list[int]]
-
-    @classmethod
-    def of(cls, settled: Sequence[Settled], store_log: Path | Sequence[Path]) -> _Evidence:
-        wanted = {item.record.last_hit_hash for item in settled if item.record.is_proved_hit}
-        stored: dict[str, int] = {}
-        reads: defaultdict[str, list[int]] = defaultdict(list)
-        logs = [store_log] if isinstance(store_log, Path) else store_log
-        for event in chained.from_iterable(map(read_store_log, logs)):
-            if event.hash not in wanted:
-                continue
-            if event.kind is StoreEventKind.STORED:
-                stored[event.hash] = min(event.time_us, stored.get(event.hash, event.time_us))
-            else:
-                reads[event.hash].append(event.time_us)
-        return cls(stored_us=stored, reads_us=reads)
-
-    def unsupported(self, settled: Sequence[Settled], slack_us: int) -> list[str]:
-        """Event ids of records whose hit the log does not support. What a worker that is not ours says it cannot."""
-        hits = [item.record for item in settled if item.record.is_proved_hit]
-        doubtful = [record for record in hits if not self._supports(record, slack_us)]
-        # A store that was harmed, full or down did not take what a worker computed and went on to hit in its memory.
-        computed = Computed.of([item.record for item in settled]) if doubtful else None
-        return [
-            record.event_id
-            for record in doubtful
-            if record.hit_store_tokens or computed is None or not computed.supports(record, slack_us)
-        ]
-
-    def _supports(self, record: UsageRecord, slack_us: int) -> bool:
-        stored_us = self.stored_us.get(record.last_hit_hash)
-        if stored_us is None or stored_us > record.finished_us + slack_us:
-            return False
-        if record.hit_store_tokens == 0:
-            return True
-        start, stop = record.started_us - slack_us, record.finished_us + slack_us
-        return any(start <= read_us <= stop for read_us in self.reads_us.get(record.last_hit_hash, ()))
