@@ -30,7 +30,7 @@ from antefix.model.norms_rope import inverse_frequencies
 from antefix.model_dir import ModelIdentity
 from antefix.record import LookupResult, PutResult, Record, RecordKind
 from antefix.store.api import Store
-from antefix.store.client import LocalStore
+from antefix.store.local_store import LocalStore
 from antefix.window import PlanKind
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_console.verify.models import Subject

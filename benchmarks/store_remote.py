@@ -26,7 +26,7 @@ from grpc.experimental import ChannelOptions
 
 from antefix.block import Chain
 from antefix.record import Record
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 
 MIB = 1 << 20
 Array = Any

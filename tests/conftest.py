@@ -118,7 +118,7 @@ NO_AUTHORITY = Path(__file__).with_name("no_authority.pem")
 PATIENCE_S = 120.0
 PATIENT = {
     "antefix.store.breaker": ("SLACK_S",),
-    "antefix.store.client": ("CALL_DEADLINE_S", "SEARCH_DEADLINE_S"),
+    "antefix.store.remote_store": ("CALL_DEADLINE_S", "SEARCH_DEADLINE_S"),
 }
 # What is not in `make test-fast`. There nothing computes for a second on an idle machine, nor for five on a busy one.
 NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines", "upgrade")

@@ -299,6 +299,7 @@ class ManyStores:
         if self.copies is not None:
             await self.copies.close()
         await end_tasks(self._leaving)
+        self.members.close()
         for member in self.members.stores:
             if member.feed is not None:
                 await member.feed.close()

@@ -15,11 +15,13 @@ from antefix.errors import ConfigError
 from antefix.events.event_seal import EventKeys
 from antefix.redis_access import SCHEMES, RedisAccess, RedisConfig, check_redis_url
 from antefix.security.identity import Role
-from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.feed_room import FeedRoom
 from antefix.store.found_stores import FoundStores
 from antefix.store.local_copies import LocalCopies
+from antefix.store.local_store import LocalStore
 from antefix.store.many_stores import ManyStores
 from antefix.store.object_access import check_object_store
+from antefix.store.remote_store import RemoteStore
 from antefix.store.store_feed import StoreFeed
 from antefix.store.store_members import Member
 from antefix.store.tier import Tier, TierKind
@@ -205,15 +207,20 @@ def open_stores(
 def _member(where: StoreAddress, seals: Seals | None, *, near: bool = False) -> Member:
     store = open_store(where, seals=seals)
     kind = TierKind.DISK if where.directory else TierKind.PEER
-    return Member(tier=Tier(where.name or _ONLY, kind, store), store=store, address=where.address, near=near)
+    tier = Tier(where.name or _ONLY, kind, store)
+    tier.standing.returned_s = lambda: store.breaker.returned_s
+    return Member(tier=tier, store=store, address=where.address, near=near)
 
 
-def feed_maker(redis: RedisAccess | str, keys: EventKeys) -> Callable[[Member, bytes], StoreFeed]:
-    """What follows a store's events: through Redis where that is given, else from the store itself."""
+def feed_maker(redis: RedisAccess | str, keys: EventKeys, room: FeedRoom) -> Callable[[Member, bytes], StoreFeed]:
+    """What follows a store's events: through Redis where that is given, else from the store itself.
+
+    room: for the names of all of them.
+    """
 
     def make(member: Member, fingerprint: bytes) -> StoreFeed:
         watch, name = member.store.watch, member.address
-        return StoreFeed(watch, fingerprint=fingerprint, redis_url=redis, name=name, keys=keys)
+        return StoreFeed(watch, fingerprint=fingerprint, room=room, redis_url=redis, name=name, keys=keys)
 
     return make
 

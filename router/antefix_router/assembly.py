@@ -21,6 +21,7 @@ from antefix.security.grants import Granter
 from antefix.security.identity import Role
 from antefix.store.api import Store
 from antefix.store.breaker_metrics import breaker_metrics
+from antefix.store.feed_room import FeedRoom
 from antefix.store.many_stores import ManyStores
 from antefix.store.store_feed import StoreFeed
 from antefix.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ from antefix_router.metrics import (
     reload_metrics,
     router_metrics,
     shedding_metrics,
+    store_names_metrics,
 )
 from antefix_router.naming import PromptNames
 from antefix_router.page.prefix_forest import PrefixForest
@@ -99,6 +101,7 @@ class Router:
         self.feed = StoreFeed(
             store.watch,
             fingerprint=self.fingerprint,
+            room=FeedRoom(config.store_events_bytes),
             redis_url=events if config.store_events else "",
             name=config.store_address,
             keys=event_keys,
@@ -228,6 +231,12 @@ class Router:
             who = f"{worker.role} worker {worker.address}"
             raise FingerprintMismatch(difference(here, Said(who=who, arithmetic=arithmetic, setup=setup)))
 
+    def _feeds(self) -> list[StoreFeed]:
+        """Of the stores whose events are followed."""
+        if not isinstance(self.store, ManyStores):
+            return [self.feed]
+        return [member.feed for member in self.store.members.stores if member.feed is not None]
+
     def metrics(self) -> Iterable[Metric]:
         """What it shows, beside its HTTP door's own. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
@@ -236,6 +245,7 @@ class Router:
         yield from hedge_metrics(self.budget)
         yield from shedding_metrics(self.front.shedding)
         yield from router_metrics(self.counters, self.memory, self.feed)
+        yield from store_names_metrics(self._feeds())
         if (breaker := getattr(self.store, "breaker", None)) is not None:
             yield from breaker_metrics(breaker)
         yield from key_metrics(self.front.keys, self.key_changes)

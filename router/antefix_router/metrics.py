@@ -252,6 +252,20 @@ def router_metrics(prefilling: PrefillingCounters, memory: MemoryFeed, store: St
     )
 
 
+def store_names_metrics(feeds: Iterable[StoreFeed]) -> Iterable[Metric]:
+    """What is known of the stores by their events."""
+    feeds = list(feeds)
+    yield gauge(
+        "antefix_router_store_names",
+        "Blocks and checkpoints that stores' events told of: held, or left out, for which the store is asked.",
+        {
+            ("held",): float(sum(len(feed) for feed in feeds)),
+            ("left_out",): float(sum(feed.num_left_out for feed in feeds)),
+        },
+        ("state",),
+    )
+
+
 def shedding_metrics(shedding: LoadShedding) -> Iterable[Metric]:
     """What waits for a first token, and what was refused because it would wait too long."""
     waiting = {(): float(shedding.num_waiting)}

@@ -27,11 +27,13 @@ from antefix.secret import Keyring
 from antefix.security.guard import admitted
 from antefix.security.identity import Role
 from antefix.security.process_security import open_security
-from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.feed_room import FeedRoom
 from antefix.store.found_stores import FoundStores
+from antefix.store.local_store import LocalStore
 from antefix.store.many_stores import ManyStores
 from antefix.store.object_access import object_tiers
 from antefix.store.open_store import StoreAddress, feed_maker, open_stores, store_addresses, store_sources
+from antefix.store.remote_store import RemoteStore
 from antefix.telemetry import Registry, bind_request, span
 from antefix.telemetry.settings import serve_metrics
 from antefix.tokenizer import load_tokenizer
@@ -275,7 +277,7 @@ def _open_store(
 ) -> ManyStores | LocalStore | RemoteStore:
     events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
     keys = EventKeys.of(Keyring.from_file(config.secret_file))
-    make_feed = feed_maker(events, keys) if config.store_events else None
+    make_feed = feed_maker(events, keys, FeedRoom(config.store_events_bytes)) if config.store_events else None
     return open_stores(
         stores,
         near=config.near_stores,

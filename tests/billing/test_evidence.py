@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from antefix import rpc
-from antefix.store.client import LocalStore
+from antefix.store.local_store import LocalStore
 from antefix.store_files.hit_log import StoreEventKind, read_store_log
 from antefix.store_files.read_log import USAGE_LOG_FILE
 from antefix.v1 import kvstore_pb2

@@ -14,9 +14,9 @@ from antefix.security import grants, own_credentials
 from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
 from antefix.store import store_members
-from antefix.store.client import RemoteStore
 from antefix.store.local_copies import LocalCopies
 from antefix.store.open_store import StoreAddress, open_stores
+from antefix.store.remote_store import RemoteStore
 from tests.kvstore.small_store import FINGERPRINT, Prompt, owner
 
 pytestmark = pytest.mark.services

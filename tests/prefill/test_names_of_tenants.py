@@ -12,7 +12,8 @@ from antefix import rpc
 from antefix.layout import KVFormat
 from antefix.record import Record, RecordKind, RefusalReason
 from antefix.secret import Keyring
-from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.local_store import LocalStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store_files.seal import Seals
 from antefix.v1 import kvstore_pb2
 from antefix.window_pool import StoreMemoryPool

@@ -13,8 +13,8 @@ import pytest
 from antefix import rpc
 from antefix.errors import BlockCorrupt, InvalidRequest
 from antefix.record import RecordKind
-from antefix.store.client import RemoteStore
 from antefix.store.payload_channel import PayloadChannel
+from antefix.store.remote_store import RemoteStore
 from antefix.store.stream_progress import Progress
 from antefix.store_files.record_format import RECORD_VERSION
 from antefix.store_files.segment_files import preadv_full

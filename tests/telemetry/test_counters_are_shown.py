@@ -161,6 +161,7 @@ COUNTED = {
     "num_blocks_wanted": "antefix_prefill_waited_blocks",
     "num_blocks_found": "antefix_prefill_waited_blocks_found",
     "num_over_budget": "antefix_worker_local_copies_over_budget",
+    "num_left_out": "antefix_router_store_names",
     # Of the object tier.
     "num_bad": "antefix_object_bad_records",
     "num_blocks": "antefix_object_read_blocks",
