@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 
 from antefix.discovery.found import Found, Source
 from antefix.end_tasks import end_tasks
@@ -15,10 +16,20 @@ log = logging.getLogger("antefix.discovery")
 
 
 class Following:
-    """changed: called with all that is known, whenever it is another set than before. Names stand once: of two services
-    with one name the source that is named first counts, of one source the address that sorts first."""
+    """changed: called with all that is known, whenever it is another set than before.
 
-    def __init__(self, sources: Sequence[Source], changed: Callable[[frozenset[Found]], object]) -> None:
+    identity: what tells services apart, their names by default. Of two that are one by it the source that is named
+    first counts, of one source the address that sorts first.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        changed: Callable[[frozenset[Found]], object],
+        *,
+        identity: Callable[[Found], str] = attrgetter("name"),
+    ) -> None:
+        self._identity = identity
         self._sources = sources
         self._changed = changed
         self._found: list[frozenset[Found]] = [frozenset()] * len(sources)
@@ -38,11 +49,11 @@ class Following:
 
     async def _look(self, numbers: Iterable[int]) -> None:
         await asyncio.gather(*(self._ask(number) for number in numbers))
-        by_name: dict[str, Found] = {}
+        by_identity: dict[str, Found] = {}
         for found in self._found:
             for each in sorted(found):
-                by_name.setdefault(each.name, each)
-        known = frozenset(by_name.values())
+                by_identity.setdefault(self._identity(each), each)
+        known = frozenset(by_identity.values())
         if known != self._known:
             log.info(
                 "services found: %s", ", ".join(f"{each.name} at {each.address}" for each in sorted(known)) or "none"

@@ -354,7 +354,7 @@ class Ledger:
         mark = Mark.of(self.directory)
         paths = segments_of(self.directory)
         if paths and paths[-1].stat().st_size <= SEGMENT_HEADER_BYTES:
-            paths.pop().unlink()  # started and not used, perhaps not even whole: started anew when needed
+            paths.pop().unlink()  # started and not used, perhaps not even whole: started again when needed
         self._check_segments(paths, mark)
         if not paths:
             self._start_segment()

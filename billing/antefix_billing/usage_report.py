@@ -188,7 +188,7 @@ def as_text(lines: Sequence[Line], by: Sequence[str]) -> str:
 
 
 def plot(records: Iterable[UsageRecord], path: Path) -> None:
-    """Tokens a day as hit, miss and output, and money paid beside money saved.
+    """Tokens per day as hit, miss and output, and money paid next to money saved.
 
     Raises:  ConfigError: matplotlib is not installed.
     """

@@ -1,4 +1,4 @@
-"""What a decode worker's scheduler shows to whoever scrapes it."""
+"""What a decode worker's scheduler shows to a scraper."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ def scheduler_metrics(scheduler: Scheduler) -> Iterable[Metric]:
     yield counter("antefix_decode_drafted_tokens", "Tokens that were drafted ahead and run.", drafted)
     yield counter("antefix_decode_drafts_kept", "Drafted tokens that were right.", kept)
     yield counter("antefix_decode_busy_seconds", "Time that decode steps took.", {(): scheduler.busy_s})
-    yield gauge("antefix_decode_speed", "Tokens a second while it decodes.", {(): scheduler.tokens_per_s})
+    yield gauge("antefix_decode_speed", "Tokens per second while it decodes.", {(): scheduler.tokens_per_s})

@@ -96,7 +96,7 @@ class _Known:
 
     @property
     def own_checkpoints(self) -> tuple[int, ...]:
-        """Those under the present names: the others are to be left anew."""
+        """Those under the present names: the others are to be left again."""
         older = self.older.checkpoints if self.older else frozenset()
         return tuple(sorted(self.checkpoints.keys() - older))
 

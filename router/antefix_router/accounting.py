@@ -291,7 +291,7 @@ class Accounts:
             return await anext(outputs, None)
 
     def _ended_from_outside(self, bill: Bill) -> tuple[Status, str]:
-        """What it means that whoever reads an output closes it."""
+        """What it means that the reader of an output closes it."""
         if bill.ended_here:
             return Status.STOP, ""
         return (Status.FAILED, Draining.__name__) if self.ending.is_over else (Status.CANCELLED, CLIENT_LEFT)
@@ -444,7 +444,7 @@ class Accounts:
         )
 
     def _digest(self, request: GenerationRequest, generation: int = 0) -> str:
-        """Of prompt and sampling. Keyed: whoever reads the ledger must not be able to try out guesses of a prompt."""
+        """Of prompt and sampling. Keyed: a reader of the ledger must not be able to test guesses of a prompt."""
         key = self._keyring.key(request.caller.tenant, generation)
         digest = hashlib.blake2b(key=key, digest_size=16, person=b"antefix-digest")
         # Log probabilities tell of the answer and do not change it.

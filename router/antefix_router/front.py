@@ -230,7 +230,7 @@ class Front(BilledFront):
 def cache_tenant(tenant: str, user: str) -> str:
     """Whose blocks a request may hit: the tenant's, or those of one of its users."""
     for text in (tenant, user):
-        # One of them separates the two in a cache's name, and others would move the cursor of whoever reads a bill.
+        # One of them separates the two in a cache's name, and others would move the cursor of anyone who reads a bill.
         if CONTROL.search(text):
             raise InvalidRequest("tenant and user may not hold control characters")
     return join_tenant(tenant, user)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from antefix.block import check_arithmetic
 from antefix.config import check_choices, require, same_setting, setting
+from antefix.discovery.finders import check_finders
 from antefix.events.address import check_url
 from antefix.redis_access import check_redis_url
 from antefix.security.process_security import credentials_setting
@@ -67,8 +68,12 @@ class RouterConfig(GatewayConfig):
     compute_weight: float = setting(
         COMPUTE_WEIGHT, "least_work without a store: waiting that computing a token again is worth, in tokens"
     )
-    prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
-    decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
+    prefill: tuple[str, ...] = setting(
+        (),
+        "addresses of prefill workers, separated by commas; dns:HOST:PORT stands for one at each address of the name, a"
+        " redis:// URL for all that say there that they are there (--lease-redis of workers)",
+    )
+    decode: tuple[str, ...] = setting((), "the same of decode workers")
     leases: bool = setting(False, "start without workers: they register themselves")
     metrics_address: str = metrics_setting()
     log_level: str = log_level_setting()
@@ -89,6 +94,8 @@ class RouterConfig(GatewayConfig):
         require(self.prefill_tokens_min >= -1, f"prefill_tokens_min must be at least -1, is {self.prefill_tokens_min}")
         require(self.ttft_s_max > 0, f"ttft_s_max must be positive, is {self.ttft_s_max}")
         require(self.wait_s_max >= 0, f"wait_s_max must not be negative, is {self.wait_s_max}")
+        check_finders(self.prefill, "prefill")
+        check_finders(self.decode, "decode")
         require(self.store_events_bytes > 0, f"store_events_bytes must be positive, is {self.store_events_bytes}")
         check_url(self.events_redis)
         if self.keys_redis:

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from antefix import rpc
 from antefix.block import as_tokens
 from antefix.clients import Tokens
+from antefix.discovery.finders import called_names
 from antefix.end_tasks import end_tasks
 from antefix.events.event_seal import EventKeys
 from antefix.generation_request import Caller, GenerationRequest
@@ -178,7 +179,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         worker.check(self.router.keyring, request.proof)
         identity = admitted().identity
         worker.check_identity(identity)
-        self.router.check_arithmetic(worker, request.arithmetic, request.setup)
+        if worker.ttl_s:
+            self.router.check_arithmetic(
+                worker.role,
+                worker.address,
+                fingerprint=worker.fingerprint,
+                arithmetic=request.arithmetic,
+                setup=request.setup,
+            )
         self.router.leases.renew(
             request.role,
             request.address,
@@ -212,12 +220,12 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     security.use()
     stores = store_addresses(config)
     called = [where.address for where in stores]
-    security.check_calling((*called, *config.prefill, *config.decode))
+    security.check_calling((*called, *called_names((*config.prefill, *config.decode))))
     store = _open_store(config, stores, security.check_calling_one)
     if isinstance(store, FoundStores):
         await store.start()
     identity, tokenizer = identify(config.model), load_tokenizer(config.model)
-    router = Router(identity, tokenizer, store, config, granter=security.granter)
+    router = Router(identity, tokenizer, store, config, granter=security.granter, may_call=security.check_calling_one)
     servicer = RouterServicer(router)
 
     def register(server: grpc.aio.Server) -> None:

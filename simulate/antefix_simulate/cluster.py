@@ -161,7 +161,7 @@ class _Run:
         self.workers = [self._worker(i) for i in range(fleet.num_prefill + len(fleet.joins))]
         self.addresses = [worker.address for worker in self.workers]
         self.loads = _loads(self.addresses)
-        self.head = np.zeros((3, len(self.workers)))  # head's tokens, since when, tokens a second
+        self.head = np.zeros((3, len(self.workers)))  # head's tokens, since when, tokens per second
         self.total = np.zeros(len(self.workers))
         # An engine decodes what it prefilled.
         num_decode = len(self.workers) if fleet.engines is not None else fleet.num_decode

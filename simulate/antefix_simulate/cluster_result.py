@@ -23,7 +23,7 @@ class PolicyResult:
     bytes_by_tier: blocks used from memory, loaded from a host's own disk and from another host's store; "copied": put
     into a second store for being read often.  dollars: for the prompts, by the fleet's token prices.
     token_hit_rate: share of prompt tokens that no worker ran.  fetched_share: share that was loaded from the store.
-    ttft_*: from arrival to first token: waiting, loading, computing.  goodput: requests a second within both limits.
+    ttft_*: from arrival to first token: waiting, loading, computing.  goodput: requests per second within both limits.
     load_max_over_mean: seconds at work, the busiest prefill worker's over the mean.  coalesced_share: requests that
     waited for another's blocks.  before_*, after_*: the windows before the first kill and from a minute after it.
     """

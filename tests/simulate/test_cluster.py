@@ -130,7 +130,7 @@ def test_the_minutes_in_which_nobody_died_can_be_looked_at_as_well(chat):
 
 @pytest.mark.slow
 def test_a_minute_after_one_of_eight_workers_died_hits_and_waits_are_what_they_were():
-    """Beside the same minutes of a run in which nobody died: a trace has its own course."""
+    """Next to the same minutes of a run in which nobody died: a trace has its own course."""
     trace = generate("chat", num_requests=6000, unit_tokens=512, seed=4)
     killed_s, speedup, windows = 60.0, 8.0, []
     for kills in ((), ((killed_s, 0.0),)):

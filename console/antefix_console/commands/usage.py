@@ -162,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return commands[args.usage_command](args)
     except BrokenPipeError:
-        raise  # whoever read our output has enough; nothing is wrong
+        raise  # the reader of our output has enough; nothing is wrong
     except (AntefixError, OSError) as err:
         sys.stderr.write(f"antefix usage {args.usage_command}: {err}\n")
         return 2
@@ -268,7 +268,7 @@ def _verify(args: argparse.Namespace) -> int:
             anchors=anchors,
             signed=read_anchors(args.anchors),
             public_keys=[_public_key(text) for text in args.public_key],
-            # Whoever names the directory that holds them means all of them.
+            # The directory that holds them stands for all of them.
             are_all=not any((path / "source").is_file() for path in args.ledger),
         )
     sys.stdout.write(verdict.to_json() + "\n")

@@ -93,7 +93,7 @@ class _Job:
     def run(self) -> None:
         try:
             self.done.set_result(self.work())
-        except BaseException as err:  # noqa: BLE001 - whoever asked for the work is told, whatever it is
+        except BaseException as err:  # noqa: BLE001 - the caller is told, whatever it is
             self.done.set_exception(err)
 
     def settle(self, result: object) -> None:
