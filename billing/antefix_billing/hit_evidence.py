@@ -21,7 +21,7 @@ from antefix_billing.usage_record import UsageRecord
 # Store and router have a clock each; hosts of one deployment are kept within a second of one another by NTP.
 CLOCK_SLACK_US: Final = 2_000_000
 # Around a step back, the log's nearest lines before and after it are at most this far from it.
-_STEP_SLACK_US: Final = 60_000_000
+STEP_SLACK_US: Final = 60_000_000
 
 
 class StepBack(NamedTuple):
@@ -99,8 +99,8 @@ class HitEvidence:
             return True
         lasted_us = record.finished_us - record.started_us
         return any(
-            record.started_us - _STEP_SLACK_US <= step.before_us <= record.finished_us + slack_us
-            and step.after_us - _STEP_SLACK_US <= read_us <= step.after_us + lasted_us + _STEP_SLACK_US
+            record.started_us - STEP_SLACK_US <= step.before_us <= record.finished_us + slack_us
+            and step.after_us - STEP_SLACK_US <= read_us <= step.after_us + lasted_us + STEP_SLACK_US
             for step in self.steps
         )
 

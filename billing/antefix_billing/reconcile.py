@@ -17,12 +17,33 @@ from antefix.errors import AntefixError
 from antefix_billing.adjustment import Adjusted, AdjustmentKind
 from antefix_billing.anchor import Anchor
 from antefix_billing.anchor_check import AnchorVerdict, check_anchors
+from antefix_billing.archive import check_archive
 from antefix_billing.hit_evidence import CLOCK_SLACK_US, HitEvidence
 from antefix_billing.ledger_files import Settled, adjusted_of, read_entries, settled_of, source_of
 from antefix_billing.ledger_format import EntryKind
+from antefix_billing.pruned import pruned_of
 from antefix_billing.usage_record import OpenEntry
 
 _NUM_EXAMPLES_MAX = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedVerdict:
+    """Of what stands in place of pruned entries. to: the last of them.  records: that they were, by the summaries.
+    unsigned: summaries without a signature of a known key; None where no key was given.  archive: whether it has the
+    files, and they add up to the summaries; None where none was named.
+    """
+
+    to: int
+    summaries: int
+    records: int
+    unsigned: int | None
+    archive: bool | None
+    faults: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults and not self.unsigned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +63,13 @@ class Verdict:
     unsupported_examples: tuple[str, ...]
     adjustments: int = 0
     anchors: AnchorVerdict | None = None
+    pruned: PrunedVerdict | None = None
 
     @property
     def ok(self) -> bool:
         is_anchored = self.anchors is None or self.anchors.ok
-        return self.chain_ok and self.head_ok and is_anchored and not self.duplicates and not self.unsupported_hits
+        is_whole = self.chain_ok and self.head_ok and (self.pruned is None or self.pruned.ok)
+        return is_whole and is_anchored and not self.duplicates and not self.unsupported_hits
 
     def to_json(self) -> str:
         return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
@@ -127,12 +150,13 @@ def verify_all(
     signed: Sequence[Anchor] = (),
     public_keys: Sequence[bytes] = (),
     are_all: bool = False,
+    archive: str = "",
 ) -> Verdicts:
     """All ledgers of a deployment against the logs of its stores.
 
     anchors: heads that earlier runs printed, by the ledger's source; see `verify`.  signed: anchors and receipts, of
-    any of them.  public_keys: that may have signed those; none: signatures are not checked.  are_all: a ledger that
-    only an anchor names is missing.
+    any of them.  public_keys: that may have signed those, and summaries of what was pruned; none: signatures are not
+    checked.  are_all: a ledger that only an anchor names is missing.  archive: where pruned segments are.
     """
     named = [(ledger, anchors.get(source_of(ledger))) for ledger in ledgers]
     by_source = {source_of(ledger): [each for each in signed if each.source == source_of(ledger)] for ledger in ledgers}
@@ -157,12 +181,37 @@ def verify_all(
         ledgers=tuple(
             (
                 str(ledger),
-                replace(_verdict(chain, evidence, CLOCK_SLACK_US, has_anchor=anchor is not None), anchors=anchored),
+                replace(
+                    _verdict(chain, evidence, CLOCK_SLACK_US, has_anchor=anchor is not None),
+                    anchors=anchored,
+                    pruned=_check_pruned(ledger, public_keys, archive),
+                ),
             )
             for (ledger, anchor), chain, anchored in zip(named, chains, verdicts, strict=True)
         ),
         charged_twice=_num_charged_twice(chains),
         missing_ledgers=tuple(sorted(missing)),
+    )
+
+
+def _check_pruned(ledger: Path, public_keys: Sequence[bytes], archive: str) -> PrunedVerdict | None:
+    """None where nothing was pruned, or where its summaries are damaged: reading the chain says that."""
+    try:
+        summaries = pruned_of(ledger)
+    except AntefixError:
+        return None
+    if not summaries:
+        return None
+    faults = list(check_archive(ledger, archive)) if archive else []
+    foreign = [each for each in summaries if each.source != source_of(ledger)]
+    faults += [f"the summary of entries {each.first} to {each.last} is another ledger's" for each in foreign]
+    return PrunedVerdict(
+        to=summaries[-1].last,
+        summaries=len(summaries),
+        records=sum(total.records for each in summaries for total in each.totals),
+        unsigned=sum(not each.is_signed_by(public_keys) for each in summaries) if public_keys else None,
+        archive=not faults if archive else None,
+        faults=tuple(faults),
     )
 
 
@@ -207,6 +256,7 @@ def _read(ledger: Path, anchor: tuple[int, str] | None, signed: Sequence[Anchor]
     chain, opened = _Chain(settled=[]), set[str]()
     wanted = {each.sequence for each in signed}
     try:
+        chain.hashes.update((each.last, each.hash) for each in pruned_of(ledger))
         for previous, entry in read_entries(ledger):
             if not chain.sequence:
                 chain.first = entry.sequence
