@@ -16,6 +16,11 @@ def scheduler_metrics(scheduler: Scheduler) -> Iterable[Metric]:
     yield gauge(
         "antefix_decode_waiting_requests", "Requests that wait for a place.", {(): float(scheduler.num_waiting)}
     )
+    yield counter(
+        "antefix_decode_held_back_sequences",
+        "Sequences left out of a step, since other tenants have a share of the worker too; summed over steps.",
+        {(): float(scheduler.shares.num_held_back)},
+    )
     yield counter("antefix_decode_tokens", "Tokens that decode steps ran.", {(): float(scheduler.num_tokens)})
     drafted, kept = {(): float(scheduler.num_drafted)}, {(): float(scheduler.num_drafts_kept)}
     yield counter("antefix_decode_drafted_tokens", "Tokens that were drafted ahead and run.", drafted)
