@@ -359,9 +359,9 @@ async def start_server(
     await server.start()
     for name in ("", *names):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    ports = () if host.startswith(UNIX) else (bound,)
+    ports = [] if host.startswith(UNIX) else [bound]
     if for_tokens:
-        ports += (parse_address(for_tokens)[1],)
+        ports.append(parse_address(for_tokens)[1])
     note = partial(security.guard.refused.labels("(connection)", "address").inc)
     return Server(
         server=server,
