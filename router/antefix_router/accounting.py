@@ -396,7 +396,8 @@ class Accounts:
             prompt_marks=bill.generation.prompt_marks,
             write_error=bill.write_error,
             paid_before=bill.paid_before,
-            finished_us=max(_now_us(), bill.opened.started_us),
+            # The clock may have been set back meanwhile.
+            finished_us=max(_now_us(), bill.opened.started_us + round(bill.total_s * 1e6)),
         )
 
     def _crashed(self, ledger: Ledger, entry: OpenEntry) -> UsageRecord:
