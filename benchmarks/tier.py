@@ -11,8 +11,8 @@ upload    restores from a store's directory while its process uploads at its rat
           some seconds: cost is how much longer they take, at most 0.05 is meant
 index     bytes per block, and look-up time of a 128K and a 1M-token prompt, of drawn keys: nothing of it is in a bucket
 
-Without --object-store it starts SeaweedFS out of `--s3` (`make test-s3` makes .s3), and measures against that; LMCache
-is out of `--lmcache` (`make bench-peers` makes .venv-peers). A peer that cannot be measured is named with why (`peers`).
+Without --object-store it starts SeaweedFS out of `--s3` (`make test-s3` makes .s3), and measures against that. LMCache
+is out of `--lmcache` (`make bench-peers` makes .venv-peers). Of a peer that cannot be measured it says why (`peers`).
 """
 
 from __future__ import annotations
