@@ -49,5 +49,7 @@ def test_a_process_and_a_directory_are_measured(tmp_path):
     samples.add_process(1.0, 2**22 + 1)  # no process has such a number
     assert len(samples.times_s) == 1
     assert all(values[0] > 0 for values in samples.values.values())
+    assert sum(samples.threads_last.values()) == samples.values["threads"][0]
+    assert "more_threads" not in samples.figures()
     (tmp_path / "file").write_bytes(bytes(1 << 20))
     assert disk_mb(tmp_path) >= 1.0
