@@ -18,7 +18,8 @@ import numpy as np
 
 # What may grow over the last half: a share of its middle, and so many in any case.
 _ALLOWED_SHARE = {"memory_mb": 0.02, "disk_mb": 0.02}
-_ALLOWED = {"memory_mb": 1.0, "disk_mb": 0.1, "files": 1.0, "threads": 1.0}
+# One thread more makes a line rise by 1.5 where it comes in the middle, by less elsewhere.
+_ALLOWED = {"memory_mb": 1.0, "disk_mb": 0.1, "files": 1.5, "threads": 1.5}
 _ERRORS_MAX = 3.0
 
 
