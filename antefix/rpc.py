@@ -66,8 +66,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # A restarted peer is found again within a second, not after gRPC's two minutes of back-off.
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A restarted peer is found again within half a second, not after gRPC's two minutes of back-off.
+    ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.initial_reconnect_backoff_ms", 100),
     # A proxy of the environment is for the world outside: it cannot reach our loopback addresses and sockets.
     ("grpc.enable_http_proxy", 0),
