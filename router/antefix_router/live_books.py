@@ -58,6 +58,7 @@ class LiveBooks:
         self._task: asyncio.Task[None] | None = None
         self.num_changes = 0
         self.num_refused = 0
+        self._keys_number = front.keys.number
         self._cards_text = texts_of(config.ratecards)
         self._times_to_rerate = self._check_start()
 
@@ -118,6 +119,7 @@ class LiveBooks:
     async def look(self, *, is_asked: bool = False) -> None:
         """Take in adjustments that wait, and files that changed."""
         await self._take_inbox()
+        await self._note_keys()
         seen = await asyncio.to_thread(self._look_at_files)
         if seen == self._seen and not is_asked:
             return
@@ -229,6 +231,18 @@ class LiveBooks:
         for start in range(0, len(adjustments), _NUM_A_BATCH):
             await asyncio.gather(*(writer.adjust(each) for each in adjustments[start : start + _NUM_A_BATCH]))
         log.info("%d records were priced again", len(adjustments))
+
+    async def _note_keys(self) -> None:
+        """API keys that were made, revoked or changed elsewhere (`key_changes`) and are in force."""
+        book = self._front.keys.book
+        if book.number == self._keys_number:
+            return
+        self._keys_number = book.number
+        writer = self._front.accounts.writer
+        if isinstance(writer, LedgerWriter):
+            digest = hashlib.sha256(repr(book).encode()).hexdigest()
+            content = json.dumps({"number": book.number, "keys": len(book.keys), "sha256": digest}, sort_keys=True)
+            await writer.note(Change(kind=ChangeKind.API_KEYS, content=content, created_us=time.time_ns() // 1000))
 
     async def _take_inbox(self) -> None:
         writer = self._front.accounts.writer

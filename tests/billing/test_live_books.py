@@ -11,6 +11,7 @@ import pytest
 from antefix.errors import ConfigError, InvalidRequest, QuotaExceeded, Unauthenticated
 from antefix_billing.adjustment import Adjusted, Adjustment, AdjustmentKind, Change
 from antefix_billing.adjustment_inbox import adjust
+from antefix_billing.api_keys import new_key
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import read_billed, read_entries, read_settled
 from antefix_billing.ledger_format import EntryKind
@@ -85,6 +86,17 @@ async def test_a_new_tenant_a_gone_key_and_another_limit_hold_from_the_next_look
         front.keys.authenticate("unknown")
     assert [change.kind for change in changes(tmp_path)] == ["tenants", "rate_cards"]
     assert verify(tmp_path / "ledger").ok
+
+
+async def test_api_keys_that_changed_stand_in_the_ledger(tmp_path, live):
+    front, books, *_ = live
+    _, key = new_key("acme")
+    front.keys.take(front.keys.book.added(key))
+    for _ in range(2):
+        await books.look()
+    (change,) = changes(tmp_path)
+    said = json.loads(change.content)
+    assert (change.kind, said["number"], said["keys"]) == ("api_keys", 1, 1) and key.digest.hex() not in change.content
 
 
 async def test_a_fault_in_one_file_changes_nothing_of_the_other(live):
